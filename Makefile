@@ -1,0 +1,42 @@
+# One command each. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export DS_BUILD_OPS ?= 0
+export TOKENIZERS_PARALLELISM ?= false
+# `deepspeed` finds the environment's python through PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help demo test style bench tiny-models
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	# torch first: deepspeed's build looks at the installed one.
+	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed  ## score the shipped tiny model on two ranks and print where the report is
+	rm -rf runs/demo
+	$(BIN)/deepspeed --num_accelerators 2 launch/esi.py --config configs/demo/esi.yaml
+	$(BIN)/python -m esi_ds.mask verify runs/demo/mask --scores runs/demo/scores
+	@echo "report: $(CURDIR)/runs/demo/report.html"
+
+test: $(VENV)/.installed style  ## style checks and every test that needs no GPU
+	$(BIN)/python -m pytest -q --durations=15 tests
+
+style: $(VENV)/.installed  ## lint, format and import boundaries
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/import_boundaries.py
+
+bench: $(VENV)/.installed  ## speed and memory, as ratios within one run (benchmarks/RESULTS.md)
+	$(BIN)/python benchmarks/esi.py
+
+tiny-models: $(VENV)/.installed  ## train the models in examples/models again (under an hour on two cores)
+	$(BIN)/python examples/tiny/train.py --output examples/models

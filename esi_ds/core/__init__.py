@@ -1,0 +1,1 @@
+"""The mathematics of ESI on local tensors: one process, no communication."""

@@ -1,0 +1,141 @@
+"""A mask on disk: one bit a weight, keyed by full parameter name and flat index (DESIGN §7, ``esi-mask/1``).
+
+Bit i of the flattened (row-major) parameter is bit i % 8, least significant first, of byte i // 8.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from esi_ds.errors import UserError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FORMAT = "esi-mask/1"
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def num_bytes(numel: int) -> int:
+    return -(-numel // 8)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """uint8 [⌈n/8⌉] of a bool tensor of n elements; the padding bits are 0."""
+    return torch.from_numpy(np.packbits(bits.flatten().cpu().numpy(), bitorder="little"))
+
+
+def unpack_bits(data: Tensor, count: int, skip: int = 0) -> Tensor:
+    """bool [count]: the bits from number ``skip`` on of a uint8 tensor."""
+    bits = np.unpackbits(data.cpu().numpy(), count=skip + count, bitorder="little")
+    return torch.from_numpy(bits[skip:].astype(bool))
+
+
+class Mask:
+    """A mask folder, read lazily: only the bytes asked for are touched.
+
+    Attributes: path, metadata (str → str, as in the files), shapes {name: shape}, counts {name: selected weights},
+    k, fingerprint. Raises UserError where the folder is no whole, consistent ``esi-mask/1``.
+    """
+
+    def __init__(self, path: Path, weight_map: dict[str, str], metadata: dict[str, str]):
+        self.path = path
+        self.metadata = metadata
+        self.shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+        self.counts: dict[str, int] = json.loads(metadata["counts"])
+        self.k = int(metadata["k"])
+        self.fingerprint = metadata["fingerprint"]
+        self._weight_map = weight_map
+        self._files: dict[str, safe_open] = {}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Mask:
+        """Open a mask folder and check its headers; the bits themselves are checked by ``verify``."""
+        path = Path(path)
+        index = path / INDEX_NAME
+        if not index.is_file():
+            raise UserError("mask", str(path), f"holds no {INDEX_NAME}", "give the mask/ folder of a finished run")
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError("mask", str(index), f"cannot be read: {error}", "make the mask again") from error
+        metadata: dict[str, str] | None = None
+        for file_name in sorted(set(weight_map.values())):
+            found = cls._file_metadata(path / file_name)
+            if metadata is not None and found != metadata:
+                raise UserError("mask", str(path), "its files have different metadata", "they are of different masks")
+            metadata = found
+        if metadata is None:
+            raise UserError("mask", str(path), "names no parameter", "make the mask again")
+        mask = cls(path, weight_map, metadata)
+        if set(mask.shapes) != set(weight_map) or set(mask.counts) != set(weight_map):
+            raise UserError("mask", str(path), "its index, shapes and counts name different parameters",
+                            "make the mask again")
+        return mask
+
+    @staticmethod
+    def _file_metadata(file: Path) -> dict[str, str]:
+        try:
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise UserError("mask", str(file), f"is missing or damaged ({error})", "make the mask again") from error
+        if metadata.get("format") != FORMAT:
+            raise UserError("mask", str(file), f"has format {metadata.get('format')!r}, not {FORMAT!r}",
+                            "give a folder made by esi_ds")
+        return metadata
+
+    @property
+    def names(self) -> list[str]:
+        """Parameters in the model's order (that of the ``shapes`` metadata)."""
+        return list(self.shapes)
+
+    def numel(self, name: str) -> int:
+        return torch.Size(self.shapes[name]).numel()
+
+    @cached_property
+    def total_numel(self) -> int:
+        return int(self.metadata["total_numel"])
+
+    def data(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """uint8: bytes [first, last) of one parameter's bits."""
+        file_name = self._weight_map[name]
+        if file_name not in self._files:
+            self._files[file_name] = safe_open(self.path / file_name, "pt")
+        return self._files[file_name].get_slice(name)[first : num_bytes(self.numel(name)) if last is None else last]
+
+    def bits(self, name: str, low: int = 0, high: int | None = None) -> Tensor:
+        """bool [high − low]: whether each weight of the flat range is selected. Reads only those bytes."""
+        high = self.numel(name) if high is None else high
+        if high <= low:
+            return torch.zeros(0, dtype=torch.bool)
+        return unpack_bits(self.data(name, low // 8, num_bytes(high)), high - low, skip=low % 8)
+
+    def tensor(self, name: str) -> Tensor:
+        """bool, in the parameter's own shape."""
+        return self.bits(name).reshape(self.shapes[name])
+
+    def problems(self) -> list[str]:
+        """Every inconsistency between the bits and the metadata, as sentences; empty if the mask is sound."""
+        found = []
+        for name in self.names:
+            try:
+                data = self.data(name)
+            except (SafetensorError, OSError) as error:
+                found.append(f"{name}: cannot be read ({error})")
+                continue
+            numel = self.numel(name)
+            if data.dtype != torch.uint8 or data.ndim != 1 or len(data) != num_bytes(numel):
+                found.append(f"{name}: {data.dtype} {list(data.shape)}, expected uint8 [{num_bytes(numel)}]")
+                continue
+            selected = int(np.bitwise_count(data.numpy()).sum())
+            if selected != self.counts[name]:
+                found.append(f"{name}: {selected} bits set, metadata says {self.counts[name]}")
+            if numel % 8 and int(data[-1]) >> (numel % 8):
+                found.append(f"{name}: padding bits are set")
+        if sum(self.counts.values()) != self.k:
+            found.append(f"counts add up to {sum(self.counts.values())}, k is {self.k}")
+        return found

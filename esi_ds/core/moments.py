@@ -1,0 +1,43 @@
+"""Standard deviation of a matrix from moments of its pieces, in float64 (METHOD §1; Chan et al. 1983).
+
+Rows of a moments tensor are (n, mean, M2) with M2 the sum of squared deviations from that mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 22  # elements turned into float64 at a time: 32 MiB
+
+
+def moments(values: Tensor) -> Tensor:
+    """(n, mean, M2) of a 1-D tensor of any dtype; float64 [3]. No elements: zeros."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for chunk in values.split(CHUNK) if values.numel() else ():
+        variance, mean = torch.var_mean(chunk.double(), correction=0)
+        part = torch.stack([torch.tensor(float(chunk.numel()), dtype=torch.float64), mean.cpu(), variance.cpu()])
+        part[2] *= chunk.numel()
+        total = merge(torch.stack([total, part]).unsqueeze(1), lambda local: local.sum(0))[0]
+    return total
+
+
+def merge(local: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Chan's formula for any number of pieces at once, as two sums.
+
+    mean = Σ n·mean / Σ n and M2 = Σ M2 + n·(mean_piece − mean)². ``local`` [..., 3] float64 holds this caller's
+    pieces; ``reduce`` adds them up over all pieces (over ranks: one all-reduce; in one process: a sum).
+    """
+    count, mean, deviations = local.unbind(-1)
+    total, weighted = reduce(torch.stack([count, count * mean], dim=-1)).unbind(-1)
+    global_mean = torch.where(total > 0, weighted / total.clamp(min=1), 0.0)
+    global_deviations = reduce(deviations + count * (mean - global_mean).square())
+    return torch.stack([total, global_mean, global_deviations], dim=-1)
+
+
+def standard_deviation(merged: Tensor) -> Tensor:
+    """Unbiased (n − 1) standard deviation, float64, of rows (n, mean, M2); 0 for a single element."""
+    count, _, deviations = merged.unbind(-1)
+    return torch.where(count > 1, deviations / (count - 1).clamp(min=1), 0.0).sqrt()

@@ -1,0 +1,46 @@
+"""Random numbers that are a function of what they are for, not of when they were drawn.
+
+A counter-based hash (the finalizer of splitmix64, Steele et al. 2014) gives every (seed, position) its own number,
+so that batch size, world size and order of evaluation change nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+FACTORS = ((30, -4658895280553007687), (27, -7723592293110705685))  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _logical_shift(values: Tensor, bits: int) -> Tensor:
+    """Right shift that brings in zeros: torch's ``>>`` on int64 brings in the sign."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(values: Tensor) -> Tensor:
+    """splitmix64's finalizer on int64 (wrapping arithmetic): int64 of the same shape."""
+    for shift, factor in FACTORS:
+        values = (values ^ _logical_shift(values, shift)) * factor
+    return values ^ _logical_shift(values, 31)
+
+
+def stream(*key: int) -> int:
+    """One 64-bit stream number of a tuple of integers (seed, prompt index, ...)."""
+    state = torch.zeros((), dtype=torch.int64)
+    for part in key:
+        state = mix((state + GOLDEN) ^ part)
+    return int(state)
+
+
+def random_bits(key: int, counters: Tensor, bits: int) -> Tensor:
+    """Uniform integers in [0, 2**bits), bits ≤ 63, for int64 ``counters`` under stream ``key``."""
+    return _logical_shift(mix((counters + 1) * GOLDEN + key), 64 - bits)
+
+
+def gumbel(key: int, rows: Tensor, num_columns: int) -> Tensor:
+    """Gumbel(0, 1) noise, float32 [len(rows), num_columns]; a row's noise depends on ``key`` and its number only."""
+    columns = torch.arange(num_columns, device=rows.device)
+    keys = mix((rows + 1) * GOLDEN + key)
+    uniform = (random_bits(0, mix(keys.unsqueeze(1) + columns * GOLDEN), 53).double() + 0.5) * 2.0**-53
+    return -(-uniform.log()).log().float()

@@ -1,0 +1,87 @@
+"""From texts to token ids: the model's chat template, responses with offsets, and text that must stay text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from esi_ds.errors import UserError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class EncodedResponse:
+    """A response tokenized alone, without special tokens; ``offsets`` are character spans in its text."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+def load_tokenizer(path: str, field: str, *, revision: str | None = None, trust_remote_code: bool = False,
+                   chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """A fast tokenizer of a folder or hub id; ``field`` is the config key to name in an error.
+
+    chat_template replaces the tokenizer's own: Jinja text, or a file that holds it.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(field, path, f"holds no tokenizer that can be loaded ({first_line})",
+                        "give a Hugging Face folder or a hub id that can be reached") from error
+    if not tokenizer.is_fast:
+        raise UserError(field, path, "has no fast tokenizer", "offsets need tokenizer.json: convert it once")
+    if chat_template is not None:
+        is_file = len(chat_template) < 4096 and "{" not in chat_template and Path(chat_template).is_file()
+        tokenizer.chat_template = Path(chat_template).read_text() if is_file else chat_template
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def special_strings(*tokenizers: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Texts that any of the tokenizers parses as a special token, longest first."""
+    found = {
+        token.content for tokenizer in tokenizers for token in tokenizer.added_tokens_decoder.values() if token.special
+    }
+    return tuple(sorted(found, key=lambda text: (-len(text), text)))
+
+
+def break_up(text: str, specials: Iterable[str]) -> tuple[str, int]:
+    """The text with a space inside every special-token string, and how many there were.
+
+    Prompts and responses are data: "<|eot_id|>" typed by a user must not end a turn (METHOD §1, the judge).
+    """
+    count = 0
+    for special in specials:
+        occurrences = text.count(special)
+        if occurrences:
+            count += occurrences
+            text = text.replace(special, f"{special[0]} {special[1:]}" if len(special) > 1 else " ")
+    return text, count
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None) -> list[int]:
+    """Ids of a user turn in the model's chat template, up to where the assistant begins to speak."""
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": prompt})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> EncodedResponse:
+    encoded = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
+    return EncodedResponse(encoded["input_ids"], [tuple(span) for span in encoded["offset_mapping"]])
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> None:
+    """One clear message where the model cannot be spoken to, before any weight is loaded."""
+    if tokenizer.chat_template is None:
+        raise UserError("model.chat_template", None, "is not set and the tokenizer has none",
+                        "give a Jinja chat template, as text or as a file")
+    try:
+        encode_prompt(tokenizer, "Hello", system_prompt)
+    except Exception as error:  # Jinja's, or whatever the template raises by itself
+        raise UserError("model.chat_template", "(the tokenizer's)", f"fails on a one-turn chat: {error}",
+                        "fix the template, or leave out model.system_prompt if it allows none") from error

@@ -1,0 +1,124 @@
+"""A causal guard model as a differentiable judge: score J(x, y) and ∂J/∂e_j at the response's tokens (METHOD §1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from esi_ds.errors import UserError
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from esi_ds.core.batch import left_pad
+from esi_ds.judge.families import EncodedJudgement, Family, TextBuilder, encode_judgement
+
+
+@dataclass(frozen=True)
+class GuardInput:
+    """One (prompt, response) pair as the guard reads it.
+
+    response_tokens: positions in ``encoded.ids`` of the tokens that overlap the response; spans: their character
+    ranges in the response as it was given.
+    """
+
+    encoded: EncodedJudgement
+    response_tokens: list[int]
+    spans: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Score (float, higher is safer) and its gradient [J, d] float32 at ``GuardInput.response_tokens``."""
+
+    score: float
+    gradient: Tensor
+
+
+def verdict_score(kind: str, logits: Tensor, safe: Sequence[int], unsafe: Sequence[int]) -> Tensor:
+    """Scalar score of float32 ``logits`` [V] at the verdict's position; several words of a verdict count together.
+
+    ``margin`` log P(safe) − log P(unsafe); ``logit`` of safe; ``logprob`` log P(safe); ``prob`` P(safe).
+    """
+    safe_logit = logits[list(safe)].logsumexp(0)
+    if kind == "margin":
+        return safe_logit - logits[list(unsafe)].logsumexp(0)
+    if kind == "logit":
+        return safe_logit
+    log_probability = safe_logit - logits.logsumexp(0)
+    return log_probability if kind == "logprob" else log_probability.exp()
+
+
+class Guard:
+    """The frozen guard. ``gather(parameter)`` makes a sharded parameter whole for the time of a ``with`` block."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, score: str,
+                 gather: Callable[[nn.Parameter], AbstractContextManager] = lambda parameter: nullcontext()):
+        self.model, self.tokenizer, self.score = model, tokenizer, score
+        self._gather = gather
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def judge(self, inputs: Sequence[GuardInput], device) -> list[Judgement]:
+        """Scores and gradients of a batch; one forward and one backward pass of the guard, whatever the batch.
+
+        Collectives: the guard's own parameter gathers when it is sharded.
+        """
+        batch = left_pad([row.encoded.ids for row in inputs], self.tokenizer.pad_token_id, device)
+        width = batch["input_ids"].shape[1]
+        embedded = self.embedding(batch.pop("input_ids")).detach().requires_grad_()
+        logits = self.model(inputs_embeds=embedded, **batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        scores = torch.stack([
+            verdict_score(self.score, row, entry.encoded.safe, entry.encoded.unsafe)
+            for row, entry in zip(logits, inputs, strict=True)
+        ])
+        (gradient,) = torch.autograd.grad(scores.sum(), embedded)
+        return [
+            Judgement(float(score), row[width - len(entry.encoded.ids) :][entry.response_tokens].float())
+            for score, row, entry in zip(scores.detach(), gradient, inputs, strict=True)
+        ]
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the embedding multiplies its rows by (Gemma 3's does), 1 for most."""
+        return float(getattr(self.embedding, "embed_scale", 1.0))
+
+    @contextmanager
+    def embedding_table(self) -> Iterator[Tensor]:
+        """The embedding's weight [rows, d], whole. Collectives: one all-gather where the guard is sharded."""
+        weight = self.embedding.weight
+        with self._gather(weight):
+            yield weight.detach()
+
+
+def encode_pair(texts: TextBuilder, family: Family, tokenizer: PreTrainedTokenizerBase, prompt: str, response: str,
+                max_length: int | None) -> GuardInput | str:
+    """A pair as guard input, or the reason why it cannot be judged."""
+    built = texts.build(prompt, response)
+    if built is None:
+        return "the judge's template does not show the response"
+    encoded = encode_judgement(tokenizer, built.text, family)
+    if max_length is not None and len(encoded.ids) > max_length:
+        return f"too long for the judge ({len(encoded.ids)} tokens, it takes {max_length})"
+    tokens = [
+        j for j, (start, end) in enumerate(encoded.offsets) if start < built.end and end > max(built.start, start)
+    ]
+    shift = built.response_offset - built.start
+    spans = [(encoded.offsets[j][0] + shift, encoded.offsets[j][1] + shift) for j in tokens]
+    return GuardInput(encoded, tokens, spans) if tokens else "the judge sees no token of the response"
+
+
+def check_verdict(texts: TextBuilder, family: Family, tokenizer: PreTrainedTokenizerBase) -> None:
+    """One clear message, before any weight is loaded, where the verdict's words cannot be told apart."""
+    built = texts.build("Hello", "Hello")
+    if built is None:
+        raise UserError("judge.template" if family.template else "judge.path", tokenizer.name_or_path,
+                        "does not show the response in the guard's text", "put {response} into the template")
+    try:
+        encode_judgement(tokenizer, built.text, family)
+    except ValueError as error:
+        raise UserError("judge.verdict", f"{family.safe} / {family.unsafe}", str(error),
+                        "choose words that begin with different tokens of the guard") from error

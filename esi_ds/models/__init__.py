@@ -1,0 +1,1 @@
+"""What a model is made of: roles of its parameters, logical matrices, fingerprints."""

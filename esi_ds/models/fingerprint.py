@@ -1,0 +1,69 @@
+"""Which model a mask belongs to (DESIGN §7): names and shapes, and the weights as they lie in the checkpoint.
+
+Weights are hashed tensor by tensor from the checkpoint's safetensors files, so the digest does not depend on how the
+files are cut, and ranks can share the reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from esi_ds.core.units import Parameter
+
+BLOCK = 1 << 24
+
+
+def structure_digest(parameters: Iterable[Parameter]) -> str:
+    """sha256 of the sorted (name, shape) pairs, as JSON."""
+    pairs = sorted((parameter.name, list(parameter.shape)) for parameter in parameters)
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def checkpoint_folder(path: str, revision: str | None) -> Path:
+    """Where a model's files lie on this machine; a hub id's are downloaded if they are not there yet."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+
+
+def checkpoint_tensors(folder: Path) -> list[tuple[str, Path, int, int, str]]:
+    """(name, file, first byte, last byte, "dtype shape") of every tensor in a folder's safetensors, by name."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    found = []
+    for file in files:
+        with file.open("rb") as opened:
+            header_size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(header_size))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                first, last = (8 + header_size + offset for offset in entry["data_offsets"])
+                found.append((name, file, first, last, f"{entry['dtype']} {entry['shape']}"))
+    return sorted(found)
+
+
+def tensor_digests(folder: Path, part: int = 0, num_parts: int = 1) -> dict[str, str]:
+    """sha256 of "dtype shape" and the bytes of every ``num_parts``-th tensor from number ``part`` on."""
+    digests = {}
+    for name, file, first, last, description in checkpoint_tensors(folder)[part::num_parts]:
+        digest = hashlib.sha256(description.encode())
+        with file.open("rb") as opened:
+            opened.seek(first)
+            for start in range(first, last, BLOCK):
+                digest.update(opened.read(min(BLOCK, last - start)))
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def fingerprint(parameters: Iterable[Parameter], digests: Mapping[str, str]) -> str:
+    """``structure:weights``, two sha256 in hexadecimal: other shapes and other weights can be told apart."""
+    weights = hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+    return f"{structure_digest(parameters)}:{weights}"

@@ -1,0 +1,160 @@
+"""The ESI stage: prompts and responses → gradient sums → scores → mask → report (METHOD §1, §2)."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+from esi_ds.artifacts import RunFolder
+from esi_ds.cli import Options
+from esi_ds.config import Config
+from esi_ds.deepspeed_config import resolve_deepspeed
+from esi_ds.errors import Interrupted, UserError
+from esi_ds.tracking import Tracker
+
+from esi_ds.models.fingerprint import checkpoint_folder, fingerprint, tensor_digests
+from esi_ds.stages.prepare import Inputs, clean, encode_examples, encode_prompts, prepare
+from esi_ds.stages.respond import respond, write_responses
+
+CHECKPOINTS = "checkpoint"
+
+
+def run(config: Config, options: Options) -> None:
+    """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
+    if options.dry_run:
+        from esi_ds.stages.plan import print_plan
+
+        print_plan(config, options)
+        return
+    folder = RunFolder(config.run.output_dir)
+    folder.check(config)
+    inputs = prepare(config)
+    from esi_ds.zero import runtime
+
+    runtime.start()
+    try:
+        deepspeed_config = resolve_deepspeed(config, "esi", runtime.world_size())
+        EsiRun(config, options, inputs, folder, deepspeed_config).run()
+    finally:
+        runtime.stop()
+
+
+class EsiRun:
+    """One run of the stage on this rank. ``inputs`` is None for criteria that need no gradient."""
+
+    def __init__(self, config: Config, options: Options, inputs: Inputs | None, folder: RunFolder,
+                 deepspeed_config: dict):
+        from esi_ds.zero import runtime
+
+        self.config, self.options, self.inputs, self.folder = config, options, inputs, folder
+        self.deepspeed_config = deepspeed_config
+        self.runtime = runtime
+        self.started = time.time()
+
+    def run(self) -> None:
+        runtime = self.runtime
+        finished = runtime.broadcast_object(self.folder.is_finished() if runtime.is_main() else None)
+        if finished:
+            if runtime.is_main():
+                print(f"{self.folder.path} is finished already; nothing to do")
+            return
+        if runtime.is_main():
+            self.folder.open(self.config)
+        runtime.seed_everything(self.config.run.seed)
+        tracker = Tracker(self.folder.path, enabled=runtime.is_main(), tensorboard=self.config.run.tensorboard,
+                          verbose=self.options.verbose)
+        with tracker:
+            try:
+                self._run(tracker)
+            except BaseException as error:
+                self._record("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
+                raise
+            self._record("done")
+
+    def _record(self, exit_state: str) -> None:
+        if self.runtime.is_main():
+            self.folder.write_manifest(
+                exit_state=exit_state, world_size=self.runtime.world_size(), started=self.started,
+                model_fingerprint=getattr(self, "fingerprint", None), data=self.inputs.source if self.inputs else {},
+            )
+
+    def _run(self, tracker: Tracker) -> None:
+        from esi_ds.stages.finish import finish
+        from esi_ds.zero.engine import load_sharded
+        from esi_ds.zero.score import score, unit_sigmas
+
+        config = self.config
+        guard = self._load_guard(tracker) if self.inputs else None
+        model = load_sharded(config.model.path, config.model.dtype, self.deepspeed_config, field="model.path",
+                             revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+        if config.model.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        self.fingerprint = self._model_fingerprint(model)
+        self._record("running")
+        outcome = self._accumulate(model, guard, tracker) if self.inputs else None
+        sigma = unit_sigmas(model)
+        scores = score(
+            model, config.select.criterion, outcome.gradients.sums if outcome else None,
+            outcome.num_prompts if outcome else 1, sigma, config.run.seed,
+        )
+        finish(config, self.folder.path, model, scores, sigma, self.fingerprint, outcome, self.started, tracker)
+        if self.runtime.is_main():
+            shutil.rmtree(self.folder.path / CHECKPOINTS, ignore_errors=True)
+
+    def _model_fingerprint(self, model) -> str:
+        """The files are read by all ranks together. One gather of names and digests."""
+        folder = checkpoint_folder(self.config.model.path, self.config.model.revision)
+        digests: dict[str, str] = {}
+        for part in self.runtime.gather_objects(
+            tensor_digests(folder, self.runtime.rank(), self.runtime.world_size())
+        ):
+            digests.update(part)
+        return fingerprint(model.parameters, digests)
+
+    def _load_guard(self, tracker: Tracker):
+        from esi_ds.judge.guard import Guard
+        from esi_ds.zero.placement import choose_placement, load_frozen
+
+        section, judge = self.config.judge, self.inputs.judge
+        dtype = self.config.model.dtype if section.dtype == "auto" else section.dtype
+        placement, reason = choose_placement(judge.config, dtype, section.placement)
+        tracker.log(f"judge: family {judge.family.name}, {placement} ({reason})")
+        module, gather = load_frozen(section.path, dtype, placement, self.deepspeed_config, field="judge.path",
+                                     revision=section.revision, trust_remote_code=section.trust_remote_code)
+        return Guard(module, judge.tokenizer, section.score, gather)
+
+    def _accumulate(self, model, guard, tracker: Tracker):
+        """Responses, then the scoring pass. Raises UserError where no prompt can be used."""
+        import torch
+
+        from esi_ds.judge.vocabulary import VocabularyMap
+        from esi_ds.stages.finish import Outcome
+        from esi_ds.stages.score import ScoringPass
+        from esi_ds.zero.gradients import GradientShards
+
+        config, inputs = self.config, self.inputs
+        tracker.log(f"prompts: {len(inputs.prompts)} from {inputs.source}, {len(inputs.skipped)} rows skipped")
+        prompts, num_broken = clean(inputs, inputs.prompts)
+        prompt_ids = encode_prompts(inputs, config, prompts)
+        responses = respond(config, inputs, model, prompt_ids, self.folder.path, tracker)
+        cleaned, num_broken_responses = clean(inputs, responses)
+        examples, excluded = encode_examples(inputs, prompt_ids, prompts, cleaned, config.esi.max_new_tokens)
+        if not examples:
+            reasons = "; ".join(sorted(set(excluded.values())))
+            raise UserError("data", f"{len(prompts)} prompts", f"none can be used ({reasons})",
+                            "look at responses.jsonl in the run folder")
+        on_cpu = config.esi.accumulator_device == "cpu"
+        gradients = GradientShards(model, torch.device("cpu") if on_cpu else self.runtime.device())
+        vocabulary = VocabularyMap(inputs.tokenizer, inputs.judge.tokenizer, model.num_logits)
+        scoring = ScoringPass(config, model, guard, vocabulary, examples, gradients, self.folder.path / CHECKPOINTS,
+                              tracker, inputs.tokenizer.pad_token_id)
+        state = scoring.run()
+        excluded.update(state.excluded)
+        if self.runtime.is_main():
+            write_responses(self.folder.path, inputs.prompts, responses, state.scores, excluded)
+        num_prompts = len(prompts) - len(excluded)
+        if num_prompts == 0:
+            raise UserError("data", f"{len(prompts)} prompts", "none gave a finite gradient",
+                            "look at responses.jsonl in the run folder; is the model sound?")
+        return Outcome(gradients, num_prompts, inputs, responses, state.scores, excluded,
+                       num_broken + num_broken_responses)

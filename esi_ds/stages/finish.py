@@ -1,0 +1,149 @@
+"""From scores to what stays: ``scores/``, ``mask/``, ``report.json``, ``report.html`` and the closing table."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from esi_ds.artifacts import read_jsonl
+from esi_ds.config import Config
+from esi_ds.report.html import write_report
+from esi_ds.report.publish import closing_table, publish
+from esi_ds.tracking import Tracker
+
+from esi_ds.core.mask import FORMAT
+from esi_ds.core.select import key_to_score
+from esi_ds.core.units import Parameter, Unit
+from esi_ds.stages.prepare import Inputs
+from esi_ds.zero import runtime
+from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.files import write_mask, write_scores
+from esi_ds.zero.gradients import GradientShards
+from esi_ds.zero.score import Scores, Selection, select_weights
+from esi_ds.zero.statistics import log_histograms, unit_rows, unscored_numel
+
+NUM_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the scoring pass leaves behind. scores, excluded: by prompt index."""
+
+    gradients: GradientShards
+    num_prompts: int
+    inputs: Inputs
+    responses: list[str]
+    scores: dict[int, float]
+    excluded: dict[int, str]
+    special_tokens_broken_up: int
+
+
+def finish(config: Config, folder: Path, model: ShardedModel, scores: Scores, sigma: dict[Unit, float],
+           fingerprint: str, outcome: Outcome | None, started: float, tracker: Tracker) -> None:
+    """Select, write, report. Collectives: those of selection, of the two folders and of the statistics."""
+    section = config.select
+    selection = select_weights(model, scores, ratio=section.ratio, order=section.order, of=section.of,
+                               scope=section.scope, seed=config.run.seed)
+    scored = [parameter for parameter in model.parameters if parameter.scored]
+    metadata = mask_metadata(config, model, selection, fingerprint)
+
+    def low(parameter) -> int:
+        return model.shard(parameter).low
+
+    if config.esi.save_scores:
+        shown = {key: metadata[key] for key in ("criterion", "fingerprint", "total_numel")}
+        write_scores(folder / "scores", scored, low, scores, {"format": "esi-scores/1", **shown})
+    write_mask(folder / "mask", scored, low, selection.bits, metadata, units_json(scored))
+    rows = unit_rows(model, scores, selection, sigma)
+    overall, by_role = log_histograms(model, scores)
+    if not runtime.is_main():
+        return
+    report = {
+        "title": f"Expected Safety Impact of {config.model.path}" if section.criterion == "esi"
+        else f"{section.criterion} scores of {config.model.path}",
+        "facts": run_facts(config, model, fingerprint, outcome, started),
+        "selection": selection_facts(config, model, selection),
+        "units": rows,
+        "score_histogram": overall,
+        "score_histograms_by_role": by_role,
+        **pass_facts(outcome),
+        "progress": read_jsonl(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else [],
+    }
+    write_report(folder, report)
+    publish(tracker, report)
+    tracker.log(closing_table(report))
+    tracker.log(f"report: {folder / 'report.html'}")
+
+
+def units_json(scored: Sequence[Parameter]) -> list[dict]:
+    """``mask/units.json``: which flat positions of which parameter are one logical matrix, and its role."""
+    return [{"parameter": parameter.name, **asdict(unit)} for parameter in scored for unit in parameter.units]
+
+
+def mask_metadata(config: Config, model: ShardedModel, selection: Selection, fingerprint: str) -> dict[str, str]:
+    """The metadata of every file of ``mask/`` (DESIGN §7); safetensors takes strings only."""
+    section = config.select
+    threshold = key_to_score(selection.cut, section.order) if selection.cut is not None else None
+    return {
+        "format": FORMAT, "k": str(selection.k), "ratio": repr(section.ratio),
+        "total_numel": str(sum(parameter.numel for parameter in model.parameters)),
+        "threshold": "null" if threshold is None else repr(threshold),
+        "criterion": section.criterion, "order": section.order, "of": section.of, "scope": section.scope,
+        "seed": str(config.run.seed), "fingerprint": fingerprint,
+        "shapes": json.dumps({p.name: p.shape for p in model.parameters if p.scored}),
+        "offsets": json.dumps({p.name: p.offset for p in model.parameters if p.scored}),
+        "counts": json.dumps(selection.counts),
+    }
+
+
+def selection_facts(config: Config, model: ShardedModel, selection: Selection) -> dict:
+    section = config.select
+    return {
+        "k": selection.k, "total_numel": sum(p.numel for p in model.parameters),
+        "scored_numel": sum(p.numel for p in model.parameters if p.scored),
+        "threshold": key_to_score(selection.cut, section.order) if selection.cut is not None else None,
+        "criterion": section.criterion, "order": section.order, "ratio": section.ratio, "of": section.of,
+        "scope": section.scope,
+    }
+
+
+def run_facts(config: Config, model: ShardedModel, fingerprint: str, outcome: Outcome | None, started: float) -> dict:
+    """What the report's first table says of the run."""
+    facts = {
+        "model": config.model.path, "model type": model.module.config.model_type, "dtype": config.model.dtype,
+        "ranks": runtime.world_size(), "wall time (s)": round(time.time() - started, 1), "seed": config.run.seed,
+        "fingerprint": fingerprint,
+        "unscored weights": ", ".join(f"{role} {n:,}" for role, n in unscored_numel(model.parameters).items()),
+    }
+    if outcome is not None:
+        facts |= {
+            "judge": config.judge.path, "judge family": outcome.inputs.judge.family.name,
+            "judge score": f"{config.judge.score} ({config.judge.context.replace('_', ' ')})",
+            "estimator": config.esi.estimator, "prompts": len(outcome.inputs.prompts),
+            "prompts used": outcome.num_prompts, "prompts from": str(outcome.inputs.source),
+            "rows skipped in the file": len(outcome.inputs.skipped),
+        }
+    return facts
+
+
+def pass_facts(outcome: Outcome | None) -> dict:
+    """Scores, exclusions and sample answers; empty for criteria without prompts."""
+    if outcome is None:
+        return {"judge_scores": [], "excluded": [], "special_tokens_broken_up": 0, "samples": []}
+    prompts = outcome.inputs.prompts
+    return {
+        "judge_scores": [score for _, score in sorted(outcome.scores.items())],
+        "excluded": [
+            {"index": index, "prompt": prompts[index], "reason": reason}
+            for index, reason in sorted(outcome.excluded.items())
+        ],
+        "special_tokens_broken_up": outcome.special_tokens_broken_up,
+        "samples": [
+            {"index": index, "prompt": prompts[index], "response": outcome.responses[index],
+             "judge_score": outcome.scores[index]}
+            for index in sorted(outcome.scores)[:NUM_SAMPLES]
+        ],
+    }

@@ -1,0 +1,99 @@
+"""``--dry-run``: what the ESI stage would do, from configurations alone (no weights, no process group)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from esi_ds.cli import Options
+from esi_ds.config import Config, resolved_yaml
+from esi_ds.core.mask import num_bytes
+from esi_ds.core.score import NEEDS_GRADIENT
+from esi_ds.core.select import model_k
+from esi_ds.core.units import Parameter
+from esi_ds.data.prompts import load_prompts, load_responses
+from esi_ds.deepspeed_config import resolve_deepspeed
+from esi_ds.models.roles import describe
+from esi_ds.stages.prepare import load_model_config
+
+WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+GIB = 2**30
+
+
+def meta_parameters(config: PretrainedConfig) -> tuple[Parameter, ...]:
+    """Names, shapes, roles and logical matrices of a model that is never allocated."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return describe(model)
+
+
+def plan(config: Config, world_size: int) -> dict[str, object]:
+    """What would run: units, k, bytes per rank and on disk, passes. No collectives, no weights."""
+    section = config.model
+    parameters = meta_parameters(
+        load_model_config(section.path, "model.path", section.revision, section.trust_remote_code)
+    )
+    total = sum(parameter.numel for parameter in parameters)
+    scored = [parameter for parameter in parameters if parameter.scored]
+    num_scored = sum(parameter.numel for parameter in scored)
+    weight = WEIGHT_BYTES[section.dtype]
+    shard = sum(-(-parameter.numel // world_size) for parameter in parameters)
+    scored_shard = sum(-(-parameter.numel // world_size) for parameter in scored)
+    units = Counter(unit.role for parameter in scored for unit in parameter.units)
+    largest = max(parameters, key=lambda parameter: parameter.numel)
+    facts: dict[str, object] = {
+        "weights": f"{total:,}", "scored weights": f"{num_scored:,}", "parameters": len(parameters),
+        "logical matrices (units)": f"{sum(units.values()):,}: " + ", ".join(f"{r} {n}" for r, n in sorted(units.items())),
+        "k": f"{_k(config, parameters):,}", "ranks": world_size,
+        "weights per rank": _gib(weight * shard),
+    }
+    if config.select.criterion in NEEDS_GRADIENT:
+        where = " (on the CPU)" if config.esi.accumulator_device == "cpu" else ""
+        facts["gradient sums per rank" + where] = _gib(4 * scored_shard)
+        facts["largest parameter, gathered, and its gradient"] = f"{_gib((weight + 4) * largest.numel)} ({largest.name})"
+        facts |= _passes(config, world_size)
+        facts["checkpoint on disk"] = _gib(4 * num_scored)
+    if config.esi.save_scores:
+        facts["scores on disk"] = _gib(4 * num_scored)
+    facts["mask on disk"] = _gib(sum(num_bytes(parameter.numel) for parameter in scored))
+    return facts
+
+
+def _k(config: Config, parameters: tuple[Parameter, ...]) -> int:
+    if config.select.scope == "matrix":
+        return sum(int(config.select.ratio * unit.numel) for parameter in parameters for unit in parameter.units)
+    return model_k(parameters, config.select.ratio, config.select.of)
+
+
+def _passes(config: Config, world_size: int) -> dict[str, object]:
+    """Prompts, and forward and backward passes each rank makes for them."""
+    if config.data.responses is not None:
+        count = len(load_responses(config.data.responses))
+    else:
+        section = config.data.prompts
+        count = len(load_prompts(section.path, section.split, section.column, section.limit).prompts)
+    stride = config.esi.batch_size * world_size
+    passes = -(-count // stride)
+    return {
+        "prompts": count,
+        "passes": f"{passes} of {config.esi.batch_size} prompts per rank ({stride} together), each one forward and "
+                  "backward of the judge and of the model",
+        "batches to generate": 0 if config.data.responses is not None else passes,
+    }
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.3f} GiB"
+
+
+def print_plan(config: Config, options: Options) -> None:
+    """The resolved config, then the plan."""
+    world_size = options.world_size or 1
+    resolve_deepspeed(config, "esi", world_size)
+    print(resolved_yaml(config))
+    facts = plan(config, world_size)
+    width = max(map(len, facts))
+    print("\n".join(f"{key:{width}}  {value}" for key, value in facts.items()))

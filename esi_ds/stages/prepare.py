@@ -1,0 +1,173 @@
+"""Everything about a run that can be known, and refused, before a weight is loaded or a file written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from esi_ds.config import Config
+from esi_ds.data.prompts import PromptSet, load_prompts, load_responses
+from esi_ds.errors import UserError
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from esi_ds.core.score import NEEDS_GRADIENT
+from esi_ds.data.chat import (
+    EncodedResponse,
+    break_up,
+    check_chat_template,
+    encode_prompt,
+    encode_response,
+    load_tokenizer,
+    special_strings,
+)
+from esi_ds.judge.families import Family, TextBuilder, choose_family
+from esi_ds.judge.guard import GuardInput, check_verdict, encode_pair
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The judge's texts and tokens; its weights come later."""
+
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+    texts: TextBuilder
+    config: PretrainedConfig
+    max_length: int | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Prompts, and what is needed to turn them into the model's and the judge's ids.
+
+    prompts, given_responses: texts as they were given (responses None: to be generated). ``judge`` is None for
+    criteria that need no gradient.
+    """
+
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    judge: Judge | None
+    prompts: list[str]
+    given_responses: list[str] | None
+    source: dict[str, str]
+    skipped: list[tuple[int, str]]
+    specials: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One usable pair: the model's ids, the response's offsets in its own text, and the judge's input."""
+
+    index: int
+    prompt_ids: list[int]
+    response: EncodedResponse
+    guard_input: GuardInput
+
+
+def prepare(config: Config) -> Inputs | None:
+    """Read prompts and tokenizers and check them against each other. None where no gradient is needed.
+
+    Raises UserError. Reads only; loads no weights.
+    """
+    model_config = load_model_config(config.model.path, "model.path", config.model.revision,
+                                     config.model.trust_remote_code)
+    check_weights(config.model.path, "model.path")
+    if config.select.criterion not in NEEDS_GRADIENT:
+        return None
+    tokenizer = load_tokenizer(
+        config.model.path, "model.path", revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code, chat_template=config.model.chat_template,
+    )
+    check_chat_template(tokenizer, config.model.system_prompt)
+    judge = prepare_judge(config)
+    prompts, responses, source, skipped = _read_data(config)
+    specials = special_strings(tokenizer, judge.tokenizer)
+    return Inputs(model_config, tokenizer, judge, prompts, responses, source, skipped, specials)
+
+
+def prepare_judge(config: Config) -> Judge:
+    section = config.judge
+    tokenizer = load_tokenizer(section.path, "judge.path", revision=section.revision,
+                               trust_remote_code=section.trust_remote_code)
+    family = choose_family(section, tokenizer)
+    texts = TextBuilder(family, tokenizer, section.context)
+    check_verdict(texts, family, tokenizer)
+    judge_config = load_model_config(section.path, "judge.path", section.revision, section.trust_remote_code)
+    check_weights(section.path, "judge.path")
+    return Judge(tokenizer, family, texts, judge_config, max_positions(judge_config))
+
+
+def _read_data(config: Config) -> tuple[list[str], list[str] | None, dict[str, str], list[tuple[int, str]]]:
+    """Prompts, responses if given, what they were read from, and rows that were skipped. Responses bring their own
+    prompts along; ``data.prompts`` then only limits their number."""
+    limit = config.data.prompts.limit if config.data.prompts is not None else None
+    if config.data.responses is not None:
+        rows = load_responses(config.data.responses)[:limit]
+        source = {"responses": config.data.responses}
+        return [row["prompt"] for row in rows], [row["response"] for row in rows], source, []
+    section = config.data.prompts
+    found: PromptSet = load_prompts(section.path, section.split, section.column, limit)
+    source = {"prompts": found.source, "column": found.column, "sha256": found.sha256}
+    return list(found.prompts), None, source, list(found.skipped)
+
+
+def load_model_config(path: str, field: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
+    """The architecture of a folder or hub id; ``field`` is the config key to name in an error."""
+    looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
+    if looks_local and not (Path(path) / "config.json").is_file():
+        raise UserError(field, path, "is no model folder: it holds no config.json", "give a Hugging Face folder")
+    try:
+        found = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(field, path, f"holds no model configuration ({str(error).strip().splitlines()[0]})",
+                        "give a Hugging Face folder or a hub id that can be reached") from error
+    if getattr(found, "quantization_config", None) is not None:
+        raise UserError(field, path, "is quantised; its weights have no gradient of their own",
+                        "give the unquantised model")
+    return found
+
+
+def check_weights(path: str, field: str) -> None:
+    """A local folder must hold safetensors (nothing pickled is ever read). Hub ids are checked by the download."""
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(field, path, "holds no *.safetensors weights", "save the model with safe_serialization")
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def clean(inputs: Inputs, texts: Sequence[str]) -> tuple[list[str], int]:
+    """Texts with special-token strings broken up, and how many there were."""
+    pairs = [break_up(text, inputs.specials) for text in texts]
+    return [text for text, _ in pairs], sum(count for _, count in pairs)
+
+
+def encode_prompts(inputs: Inputs, config: Config, prompts: Sequence[str]) -> list[list[int]]:
+    return [encode_prompt(inputs.tokenizer, prompt, config.model.system_prompt) for prompt in prompts]
+
+
+def encode_examples(inputs: Inputs, prompt_ids: Sequence[list[int]], prompts: Sequence[str],
+                    responses: Sequence[str], max_new_tokens: int) -> tuple[list[Example], dict[int, str]]:
+    """Usable pairs in order, and index → reason of every pair that cannot be used."""
+    limit = max_positions(inputs.model_config)
+    judge = inputs.judge
+    examples, excluded = [], {}
+    for index, (ids, prompt, response) in enumerate(zip(prompt_ids, prompts, responses, strict=True)):
+        encoded = encode_response(inputs.tokenizer, response)
+        if inputs.given_responses is None and limit is not None and len(ids) + max_new_tokens > limit:
+            excluded[index] = f"no room for a response ({len(ids)} + {max_new_tokens} tokens, the model takes {limit})"
+            continue
+        if not response.strip() or not encoded.ids:
+            excluded[index] = "the response is empty"
+            continue
+        if limit is not None and len(ids) + len(encoded.ids) > limit:
+            excluded[index] = f"too long for the model ({len(ids) + len(encoded.ids)} tokens, it takes {limit})"
+            continue
+        guard_input = encode_pair(judge.texts, judge.family, judge.tokenizer, prompt, response, judge.max_length)
+        if isinstance(guard_input, str):
+            excluded[index] = guard_input
+            continue
+        examples.append(Example(index, ids, encoded, guard_input))
+    return examples, excluded

@@ -1,0 +1,88 @@
+"""Responses: given, or generated greedily and kept on disk from the first batch on, so that none is made twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
+from esi_ds.config import Config
+from esi_ds.tracking import Tracker
+
+from esi_ds.stages.prepare import Inputs, max_positions
+from esi_ds.zero import runtime
+from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.generate import choose_mode, generate, ready_to_generate
+
+PARTIAL_NAME = "responses.partial.jsonl"
+NAME = "responses.jsonl"
+
+
+def write_responses(folder: Path, prompts: Sequence[str], responses: Sequence[str], scores: dict[int, float],
+                    excluded: dict[int, str]) -> None:
+    """``responses.jsonl`` (DESIGN §7). Rank 0 only."""
+    rows = (
+        {"index": index, "prompt": prompt, "response": response, "judge_score": scores.get(index),
+         "excluded": excluded.get(index)}
+        for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    )
+    write_text_atomic(folder / NAME, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def responses_on_disk(folder: Path) -> dict[int, str]:
+    """index → response of everything an earlier run of this folder has generated."""
+    file = folder / NAME if (folder / NAME).is_file() else folder / PARTIAL_NAME
+    return {row["index"]: row["response"] for row in read_jsonl(file)} if file.is_file() else {}
+
+
+def respond(config: Config, inputs: Inputs, model: ShardedModel, prompt_ids: Sequence[list[int]], folder: Path,
+            tracker: Tracker) -> list[str]:
+    """One response per prompt, the same list on every rank; "" where the prompt leaves no room for one.
+
+    Collectives: those of generation, and one gather of texts a batch.
+    """
+    if inputs.given_responses is not None:
+        return inputs.given_responses
+    # Rank 0 reads: on a shared file system another rank may see an older file.
+    done: dict[int, str] = runtime.broadcast_object(responses_on_disk(folder) if runtime.is_main() else None)
+    limit = max_positions(inputs.model_config)
+    room = config.esi.max_new_tokens
+    waiting = []
+    for index, ids in enumerate(prompt_ids):
+        if index not in done and limit is not None and len(ids) + room > limit:
+            done[index] = ""
+        elif index not in done:
+            waiting.append(index)
+    if waiting:
+        mode, reason = choose_mode(model, config.esi.generation)
+        tracker.log(f"generating {len(waiting)} responses, model {mode.replace('_', ' ')}: {reason}")
+        with ready_to_generate(model, mode):
+            _generate_waiting(config, inputs, model, prompt_ids, waiting, mode, folder, tracker, done)
+    responses = [done[index] for index in range(len(prompt_ids))]
+    if runtime.is_main():
+        if not (folder / NAME).is_file():
+            write_responses(folder, inputs.prompts, responses, {}, {})
+        (folder / PARTIAL_NAME).unlink(missing_ok=True)
+    return responses
+
+
+def _generate_waiting(config: Config, inputs: Inputs, model: ShardedModel, prompt_ids: Sequence[list[int]],
+                      waiting: list[int], mode: str, folder: Path, tracker: Tracker, done: dict[int, str]) -> None:
+    """All ranks, batch by batch; after each batch rank 0 appends its responses to the partial file."""
+    size, ranks, rank = config.esi.batch_size, runtime.world_size(), runtime.rank()
+    progress = tracker.progress(total=len(prompt_ids), initial=len(done), unit="prompt", description="generate")
+    with progress:
+        for start in range(0, len(waiting), size * ranks):
+            mine = waiting[start + rank * size : start + (rank + 1) * size]
+            rows = [prompt_ids[index] for index in mine or waiting[:1]]  # no prompt left: keep the others company
+            texts = []
+            if mine or mode == "per_token":
+                texts = generate(model, inputs.tokenizer, rows, config.esi.max_new_tokens, mode)
+            new = {}
+            for part in runtime.gather_objects(dict(zip(mine, texts, strict=False))):
+                new.update(part)
+            done.update(new)
+            if runtime.is_main():
+                append_jsonl(folder / PARTIAL_NAME, [{"index": i, "response": text} for i, text in new.items()])
+            progress.update(len(new))

@@ -1,0 +1,110 @@
+"""Models under ZeRO-3 without an optimizer: load, describe, gather, release (docs/zero3.md).
+
+DeepSpeed's attributes on parameters (``ds_tensor``, ``ds_shape``, ...) are touched in this file only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+from esi_ds.errors import UserError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from esi_ds.core.units import Parameter, Shard
+from esi_ds.models.roles import describe
+from esi_ds.zero import runtime
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class ShardedModel:
+    """A causal LM whose parameters are cut over all ranks, with the description that scoring works from.
+
+    Attributes: module, parameters (every parameter in the model's order), by_name {name: nn.Parameter}.
+    """
+
+    def __init__(self, module: PreTrainedModel, deepspeed_config: dict):
+        self._engine, self._offload, _, _ = deepspeed.initialize(model=module, config=copy.deepcopy(deepspeed_config))
+        self.module: PreTrainedModel = self._engine.module
+        self.by_name = dict(self.module.named_parameters())
+        self.parameters = describe(self.module, {name: tuple(p.ds_shape) for name, p in self.by_name.items()})
+
+    def shard(self, parameter: Parameter) -> Shard:
+        """This rank's valid part: ZeRO-3 pads the last slices with uninitialised memory, which is left out here."""
+        size = self.by_name[parameter.name].ds_tensor.ds_numel
+        low = min(runtime.rank() * size, parameter.numel)
+        return Shard(parameter, low, min(low + size, parameter.numel))
+
+    def partition_numel(self, parameter: Parameter) -> int:
+        """Elements of a rank's slice, padding included: the same on every rank."""
+        return self.by_name[parameter.name].ds_tensor.ds_numel
+
+    def local_weight(self, parameter: Parameter) -> Tensor:
+        """This rank's weights, flat, without padding; the live storage, not a copy."""
+        return self.by_name[parameter.name].ds_tensor.detach().view(-1)[: self.shard(parameter).numel]
+
+    @property
+    def num_logits(self) -> int:
+        """Width of the logits: rows of the output head."""
+        return self.module.get_output_embeddings().weight.ds_shape[0]
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass. Only the layers are told that they train: no dropout wakes."""
+        self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for layer in self.module.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = True
+
+    def release(self) -> None:
+        """Give back every gathered parameter. The embedding's post-backward hook never fires: call after backward."""
+        self._offload.partition_all_parameters()
+
+    @contextmanager
+    def gathered(self, parameters: Iterable[nn.Parameter] | nn.Parameter) -> Iterator[None]:
+        """These parameters whole on every rank for the time of the block. One all-gather each."""
+        with deepspeed.zero.GatheredParameters(parameters):
+            yield
+
+    @contextmanager
+    def whole_for_generation(self) -> Iterator[PreTrainedModel]:
+        """The whole model on every rank, without ZeRO's hooks. One all-gather of the model."""
+        self.release()
+        with unwrap_model_for_generation(self._engine):
+            yield self.module
+        self.release()
+
+
+def load_sharded(path: str, dtype: str, deepspeed_config: dict, field: str, **kwargs) -> ShardedModel:
+    """A model cut over the ranks while it is read. Rank 0 reads the files; every parameter is broadcast once."""
+    # transformers finds this object through a weak reference: it must live until the model is loaded.
+    zero3 = HfDeepSpeedConfig(copy.deepcopy(deepspeed_config))
+    try:
+        module = _from_pretrained(path, dtype, field, kwargs)
+    finally:
+        unset_hf_deepspeed_config()
+        del zero3
+    return ShardedModel(module, deepspeed_config)
+
+
+def load_replicated(path: str, dtype: str, field: str, **kwargs) -> PreTrainedModel:
+    """A whole, frozen copy of a model on every rank."""
+    return _from_pretrained(path, dtype, field, kwargs).requires_grad_(False).to(runtime.device())
+
+
+def _from_pretrained(path: str, dtype: str, field: str, kwargs: dict) -> PreTrainedModel:
+    """safetensors only: nothing pickled is read. ``field`` is the config key to name in an error."""
+    try:
+        module = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(field, path, f"cannot be loaded ({str(error).strip().splitlines()[0]})",
+                        "give a causal language model with safetensors weights") from error
+    return module.eval()

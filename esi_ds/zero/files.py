@@ -1,0 +1,180 @@
+"""Sharded tensors to and from disk: every rank writes its own byte ranges of ordinary safetensors files.
+
+A safetensors file is 8 bytes of header length, a JSON header that gives each tensor's dtype, shape and byte range,
+and the bytes. The header follows from names and shapes alone, so rank 0 writes it and all ranks fill in their parts;
+no tensor is ever whole in anybody's memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esi_ds.artifacts import replace_folder
+from esi_ds.core.mask import INDEX_NAME, num_bytes, pack_bits
+from esi_ds.core.units import Parameter
+from esi_ds.zero import runtime
+
+MAX_FILE_BYTES = 5 * 10**9  # as transformers cuts its checkpoints
+ITEM_SIZE = {"F32": 4, "U8": 1}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: dtype as safetensors names it, shape, and its number of bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * ITEM_SIZE[self.dtype]
+
+
+def plan_files(entries: Sequence[Entry], size_of: Callable[[Entry], int]) -> dict[str, list[Entry]]:
+    """File name → its entries, in order; a new file begins where ``size_of`` would pass MAX_FILE_BYTES."""
+    groups: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if groups[-1] and filled + size_of(entry) > MAX_FILE_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += size_of(entry)
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def file_header(entries: Iterable[Entry], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The file's first bytes, and where each tensor's data begins in the file."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset, starts = 0, {}
+    for entry in entries:
+        end = offset + entry.num_bytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, end]}
+        starts[entry.name] = offset
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # data aligned to 8 bytes
+    data_start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: data_start + start for name, start in starts.items()}
+
+
+def write_folder(folder: Path, files: dict[str, list[Entry]], metadata: dict[str, str],
+                 local_bytes: Callable[[str], tuple[int, bytes]], extra: dict[str, Any] | None = None) -> None:
+    """A folder of safetensors and its index, written by all ranks; moved to its name when it is whole.
+
+    local_bytes(name): (first byte within the tensor, this rank's bytes). extra: further JSON files, by name. Three
+    barriers.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    headers = {file: file_header(entries, metadata) for file, entries in files.items()}
+    if runtime.is_main():
+        _start_folder(temporary, files, headers)
+        for name, content in (extra or {}).items():
+            (temporary / name).write_text(json.dumps(content))
+    runtime.barrier()
+    for file, entries in files.items():
+        with (temporary / file).open("r+b") as opened:
+            for entry in entries:
+                first, data = local_bytes(entry.name)
+                opened.seek(headers[file][1][entry.name] + first)
+                opened.write(data)
+            opened.flush()
+            os.fsync(opened.fileno())
+    runtime.barrier()
+    if runtime.is_main():
+        replace_folder(temporary, folder)
+    runtime.barrier()
+
+
+def _start_folder(temporary: Path, files: dict[str, list[Entry]], headers: dict[str, tuple[bytes, dict[str, int]]]):
+    """Rank 0: an empty folder with the index and every file at its full size, headers written."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    weight_map, total = {}, 0
+    for file, entries in files.items():
+        header = headers[file][0]
+        with (temporary / file).open("wb") as opened:
+            opened.write(header)
+            opened.truncate(len(header) + sum(entry.num_bytes for entry in entries))
+        weight_map.update({entry.name: file for entry in entries})
+        total += sum(entry.num_bytes for entry in entries)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (temporary / INDEX_NAME).write_text(json.dumps(index, indent=1))
+
+
+def write_scores(folder: Path, parameters: Sequence[Parameter], low: Callable[[Parameter], int],
+                 scores: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """``scores/``: float32 in the parameters' own shapes. ``low(p)``: first flat element of this rank's shard."""
+    by_name = {parameter.name: parameter for parameter in parameters}
+
+    def local_bytes(name: str) -> tuple[int, bytes]:
+        return 4 * low(by_name[name]), scores[name].cpu().numpy().tobytes()
+
+    write_folder(folder, _score_files(parameters), metadata, local_bytes)
+
+
+def _score_files(parameters: Sequence[Parameter]) -> dict[str, list[Entry]]:
+    return plan_files([Entry(p.name, "F32", p.shape) for p in parameters], lambda entry: entry.num_bytes)
+
+
+def write_mask(folder: Path, parameters: Sequence[Parameter], low: Callable[[Parameter], int],
+               bits: dict[str, Tensor], metadata: dict[str, str], units: list[dict]) -> None:
+    """``mask/``: one bit a weight, cut into files as the scores are; ``units.json`` names the logical matrices.
+
+    Collectives: two all-reduces of a few numbers per parameter and rank, for the bytes that two ranks' shards share.
+    """
+    by_name = {parameter.name: parameter for parameter in parameters}
+    files = {
+        file: [Entry(entry.name, "U8", (num_bytes(torch.Size(entry.shape).numel()),)) for entry in entries]
+        for file, entries in _score_files(parameters).items()
+    }
+    starts = torch.tensor([low(parameter) for parameter in parameters])
+    last_bytes = _shared_bytes(parameters, starts, bits)
+
+    def local_bytes(name: str) -> tuple[int, bytes]:
+        first_bit, own = low(by_name[name]), bits[name]
+        skip = min(-first_bit % 8, len(own))  # these lie in a byte that began on an earlier rank
+        data = pack_bits(own[skip:])
+        if len(data):
+            data[-1] = last_bytes[name]
+        return (first_bit + skip) // 8, data.numpy().tobytes()
+
+    write_folder(folder, files, metadata, local_bytes, extra={"units.json": units})
+
+
+def _shared_bytes(parameters: Sequence[Parameter], starts: Tensor, bits: dict[str, Tensor]) -> dict[str, int]:
+    """For every parameter the whole value of the last byte that begins in this rank's shard.
+
+    Such a byte may hold bits of later ranks. Every rank adds the bits it has in every rank's last byte; no two ranks
+    hold the same bit, so the sum is the byte.
+    """
+    rank, ranks = runtime.rank(), runtime.world_size()
+    bounds = torch.zeros(ranks, len(parameters), 2, dtype=torch.int64)
+    lengths = torch.tensor([len(bits[parameter.name]) for parameter in parameters])
+    bounds[rank] = torch.stack([starts, starts + lengths], dim=1)
+    runtime.all_reduce_sum(bounds)
+    values = torch.zeros(ranks, len(parameters), dtype=torch.int64)
+    for index, parameter in enumerate(parameters):
+        low, high = bounds[rank, index].tolist()
+        own = bits[parameter.name]
+        for owner in range(rank + 1):
+            owner_low, owner_high = bounds[owner, index].tolist()
+            byte = (owner_high - 1) // 8
+            if owner_high == owner_low or 8 * byte < owner_low or 8 * byte + 8 <= low:
+                continue  # no byte begins there, or it ends before this shard
+            first, last = max(low, 8 * byte), min(high, 8 * byte + 8)
+            if first < last:
+                value = pack_bits(own[first - low : last - low])
+                values[owner, index] += int(value[0]) << (first - 8 * byte)
+    runtime.all_reduce_sum(values)
+    return {parameter.name: int(values[rank, index]) for index, parameter in enumerate(parameters)}

@@ -1,0 +1,63 @@
+"""Greedy responses from a ZeRO-3 model: gathered once where it fits, gathered anew for every token otherwise."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from esi_ds.core.batch import left_pad
+from esi_ds.zero import runtime
+from esi_ds.zero.engine import ShardedModel
+
+FILL = 0.8  # share of the free memory that the whole model may take during generation
+
+
+def choose_mode(model: ShardedModel, mode: str) -> tuple[str, str]:
+    """(``gathered`` or ``per_token``, a sentence that says why). One all-reduce: the tightest rank decides."""
+    size = sum(p.numel * model.by_name[p.name].element_size() for p in model.parameters)
+    free = -runtime.all_reduce_max(torch.tensor([-float(runtime.free_memory_bytes())], dtype=torch.float64)).item()
+    fits = size <= FILL * free
+    reason = f"the whole model takes {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on the tightest rank"
+    if mode == "auto":
+        return ("gathered" if fits else "per_token"), reason
+    return mode, f"set by esi.generation; {reason}"
+
+
+@contextmanager
+def ready_to_generate(model: ShardedModel, mode: str) -> Iterator[None]:
+    """Gathered mode: the whole model on every rank inside the block (one all-gather of it)."""
+    if mode == "gathered":
+        with model.whole_for_generation():
+            yield
+    else:
+        yield
+        model.release()
+
+
+def greedy_config(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    """Greedy decoding with the model's own end tokens and nothing else of its sampling defaults."""
+    own = model.module.generation_config
+    end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    return GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=copy.copy(end),
+                            pad_token_id=tokenizer.pad_token_id, use_cache=True)
+
+
+def generate(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], max_new_tokens: int,
+             mode: str) -> list[str]:
+    """Responses to a batch of prompts' ids, as text without special tokens.
+
+    Collectives in ``per_token`` mode: one forward pass's gathers a token, for as long as any rank generates; every
+    rank must call this equally often, with at least one row.
+    """
+    batch = left_pad(rows, tokenizer.pad_token_id, runtime.device())
+    batch.pop("position_ids")  # generate() derives the same ones from the attention mask
+    width = batch["input_ids"].shape[1]
+    with torch.no_grad():
+        generated = model.module.generate(
+            **batch, generation_config=greedy_config(model, tokenizer, max_new_tokens), synced_gpus=mode == "per_token"
+        )
+    return tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,98 @@
+"""Gradients on partitions: reduce-scatter each one in fp32 as it appears, add it to the shard, free it.
+
+DESIGN §6, ZERO3-FACTS §1: an engine without an optimizer and one hook a parameter. 2 bytes of weight and 4 of
+accumulator a parameter over N ranks. Small parameters share one collective. Every rank must run the same backward
+calls on the same parameters, for the hooks' collectives are in the order of the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from esi_ds.core.units import Parameter
+from esi_ds.zero import runtime
+from esi_ds.zero.engine import ShardedModel
+
+BUCKET_NUMEL = 1 << 21  # gradients below this size wait for one another: 8 MiB of fp32 a collective
+
+
+class GradientShards:
+    """fp32 sums of gradients, one flat tensor a scored parameter on this rank's shard (no padding).
+
+    ``sums[name]`` [shard.numel]. ``norm_squared`` is this rank's part of the squared norm of what was added since
+    it was last taken; it is not finite as soon as one added element is not.
+    """
+
+    def __init__(self, model: ShardedModel, device: torch.device):
+        self._model = model
+        self.scored = tuple(parameter for parameter in model.parameters if parameter.scored)
+        self.sums = {
+            parameter.name: torch.zeros(model.shard(parameter).numel, dtype=torch.float32, device=device)
+            for parameter in self.scored
+        }
+        self._by_tensor: dict[nn.Parameter, Parameter] = {model.by_name[p.name]: p for p in self.scored}
+        self._bucket: list[tuple[Parameter, Tensor]] = []
+        self._bucket_numel = 0
+        self._norm_squared = torch.zeros((), dtype=torch.float64, device=device)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Hooks live inside the block; only scored parameters get a gradient at all."""
+        for tensor in self._model.by_name.values():
+            tensor.requires_grad_(tensor in self._by_tensor)
+            tensor.grad = None
+        handles = [tensor.register_post_accumulate_grad_hook(self._collect) for tensor in self._by_tensor]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for tensor in self._model.by_name.values():
+                tensor.grad = None
+
+    def _collect(self, tensor: nn.Parameter) -> None:
+        """Post-accumulate hook: one reduce-scatter, or none while the bucket has room."""
+        parameter = self._by_tensor[tensor]
+        gradient, tensor.grad = tensor.grad.detach().reshape(-1).float(), None
+        size = self._model.partition_numel(parameter)
+        padded = F.pad(gradient, (0, size * runtime.world_size() - gradient.numel()))
+        if padded.numel() >= BUCKET_NUMEL:
+            self._reduce([(parameter, padded)])
+            return
+        self._bucket.append((parameter, padded))
+        self._bucket_numel += padded.numel()
+        if self._bucket_numel >= BUCKET_NUMEL:
+            self.flush()
+
+    def flush(self) -> None:
+        """Reduce what waits in the bucket; call after every backward pass. At most one reduce-scatter."""
+        if self._bucket:
+            waiting, self._bucket, self._bucket_numel = self._bucket, [], 0
+            self._reduce(waiting)
+
+    def _reduce(self, gradients: list[tuple[Parameter, Tensor]]) -> None:
+        """One reduce-scatter (sum, fp32) of several padded gradients; each rank keeps its slices' valid parts."""
+        ranks = runtime.world_size()
+        rows = [gradient.view(ranks, -1) for _, gradient in gradients]
+        send = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        local = send.view(-1)
+        if ranks > 1:
+            local = torch.empty(send.shape[1], dtype=send.dtype, device=send.device)
+            torch.distributed.reduce_scatter_tensor(local, send.view(-1))
+        start = 0
+        for parameter, gradient in gradients:
+            target = self.sums[parameter.name]
+            added = local[start : start + len(target)].to(target.device)
+            target += added
+            self._norm_squared += added.double().square().sum() if len(added) else 0.0
+            start += gradient.numel() // ranks
+
+    def take_norm_squared(self) -> float:
+        value = float(self._norm_squared)
+        self._norm_squared.zero_()
+        return value

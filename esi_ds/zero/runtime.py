@@ -1,0 +1,139 @@
+"""The process group: start, ranks, and the few collectives the rest of the package uses.
+
+Every helper returns its input unchanged where there is one process, so callers never branch on the world size.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Variables that name (rank, world size, local rank), by launcher: torch's own first, then Slurm's, then Open MPI's.
+RANK_VARIABLES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
+
+
+def start() -> None:
+    """Join the job's process group (gloo on CPU, NCCL on GPUs). A plain ``python`` process is a group of one."""
+    if torch.distributed.is_initialized():
+        return
+    for rank_name, size_name, local_name in RANK_VARIABLES:
+        if rank_name in os.environ and size_name in os.environ:
+            os.environ.update(RANK=os.environ[rank_name], WORLD_SIZE=os.environ[size_name],
+                              LOCAL_RANK=os.environ.get(local_name, "0"))
+            break
+    else:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def stop() -> None:
+    """Leave the process group; without it gloo and NCCL complain at exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    return torch.device("cpu" if accelerator.device_name() == "cpu" else accelerator.current_device_name())
+
+
+def seed_everything(seed: int) -> None:
+    """The same stream on every rank: what must differ between ranks or prompts is keyed, not drawn."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place and returned; lives where the backend needs it meanwhile. One all-reduce."""
+    if world_size() == 1:
+        return tensor
+    moved = tensor.to(device())
+    torch.distributed.all_reduce(moved)
+    return tensor.copy_(moved)
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Maximum over ranks, in place and returned. One all-reduce."""
+    if world_size() == 1:
+        return tensor
+    moved = tensor.to(device())
+    torch.distributed.all_reduce(moved, op=torch.distributed.ReduceOp.MAX)
+    return tensor.copy_(moved)
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """Every rank's small picklable object, in rank order, on every rank. Never used for anything from a file."""
+    if world_size() == 1:
+        return [item]
+    gathered: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(gathered, item)
+    return gathered
+
+
+def broadcast_object(item: Any) -> Any:
+    """Rank 0's object on every rank."""
+    if world_size() == 1:
+        return item
+    holder = [item]
+    torch.distributed.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def memory_bytes() -> int:
+    """Memory this process holds: allocated on the GPU, resident set on the CPU."""
+    if device().type == "cuda":
+        return torch.cuda.memory_allocated()
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def free_memory_bytes() -> int:
+    """Memory one more rank-sized tenant could take here: the free GPU memory, or this rank's share of the host's."""
+    if device().type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))

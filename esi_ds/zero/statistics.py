@@ -1,0 +1,89 @@
+"""What the report needs to know of the scores, counted on the shards: per logical matrix, and as histograms."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from esi_ds.core.units import Parameter, Unit
+from esi_ds.zero import runtime
+from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.score import Scores, Selection, local_part
+
+NUM_BINS = 60
+
+
+def unit_rows(model: ShardedModel, scores: Scores, selection: Selection, sigma: dict[Unit, float]) -> list[dict]:
+    """One row a logical matrix, in the model's order. Collectives: two all-reduces of float64 [units, ≤ 2]."""
+    scored = [(parameter, unit) for parameter in model.parameters for unit in parameter.units]
+    sums = torch.zeros(len(scored), 2, dtype=torch.float64)
+    largest = torch.zeros(len(scored), dtype=torch.float64)
+    for row, (parameter, unit) in enumerate(scored):
+        shard = model.shard(parameter)
+        values = local_part(scores[parameter.name], unit, shard)
+        if len(values):
+            selected = local_part(selection.bits[parameter.name], unit, shard).sum()
+            sums[row] = torch.stack([selected.double(), values.sum(dtype=torch.float64)])
+            largest[row] = values.max()
+    runtime.all_reduce_sum(sums)
+    runtime.all_reduce_max(largest)
+    return [
+        {"name": unit.name, "parameter": parameter.name, "role": unit.role, "layer": unit.layer, "expert": unit.expert,
+         "numel": unit.numel, "selected": int(sums[row, 0]), "mean_score": float(sums[row, 1]) / unit.numel,
+         "max_score": float(largest[row]), "sigma": sigma.get(unit)}
+        for row, (parameter, unit) in enumerate(scored)
+    ]
+
+
+def log_histograms(model: ShardedModel, scores: Scores) -> tuple[dict, dict[str, list[int]]]:
+    """Counts of log10(score): of all scored weights, and by role. Zeros are counted apart.
+
+    Collectives: an all-reduce for the range, one of int64 [roles, bins + 1].
+    """
+    low, high = _range(scores)
+    edges = torch.linspace(low, high, NUM_BINS + 1, dtype=torch.float64)
+    roles = sorted({unit.role for parameter in model.parameters for unit in parameter.units})
+    counts = torch.zeros(len(roles), NUM_BINS + 1, dtype=torch.int64)
+    for parameter in model.parameters:
+        for unit in parameter.units:
+            values = local_part(scores[parameter.name], unit, model.shard(parameter))
+            counts[roles.index(unit.role)] += _counts(values, low, high)
+    runtime.all_reduce_sum(counts)
+    total = counts.sum(0).tolist()
+    overall = {"log10_edges": edges.tolist(), "counts": total[:NUM_BINS], "zeros": total[NUM_BINS]}
+    return overall, {role: row[:NUM_BINS].tolist() for role, row in zip(roles, counts, strict=True)}
+
+
+def _range(scores: Scores) -> tuple[float, float]:
+    """log10 of the smallest positive and the largest score over all ranks, not equal. One all-reduce."""
+    ends = torch.tensor([-math.inf, -math.inf], dtype=torch.float64)  # maxima of −log and of log
+    for values in scores.values():
+        positive = values[values > 0]
+        if len(positive):
+            ends[0] = max(ends[0], -positive.min().double().log10())
+            ends[1] = max(ends[1], positive.max().double().log10())
+    runtime.all_reduce_max(ends)
+    if not ends.isfinite().all():
+        return -1.0, 1.0  # no positive score at all
+    low, high = -float(ends[0]), float(ends[1])
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _counts(values: Tensor, low: float, high: float) -> Tensor:
+    """int64 [NUM_BINS + 1]: the bins, then the zeros."""
+    positive = values[values > 0].double().log10()
+    bins = ((positive - low) / (high - low) * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+    counts = torch.bincount(bins, minlength=NUM_BINS + 1).cpu()
+    counts[NUM_BINS] = len(values) - len(positive)
+    return counts
+
+
+def unscored_numel(parameters: tuple[Parameter, ...]) -> dict[str, int]:
+    """Weights that are not scored, by role."""
+    found: dict[str, int] = {}
+    for parameter in parameters:
+        if not parameter.scored:
+            found[parameter.role] = found.get(parameter.role, 0) + parameter.numel
+    return found

@@ -1,0 +1,68 @@
+"""Imports point down: launch → stages → (judge, models, data, eval, zero, report) → core → errors (DESIGN §2).
+
+Run as a script it prints every import that breaks the rule and exits 1; a test calls ``violations``.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Layer of each part of the package; a part imports its own layer's siblings or lower layers only.
+LAYERS = {
+    "errors": 0, "config": 1, "deepspeed_config": 1, "artifacts": 1, "core": 1,
+    "models": 2, "data": 2, "judge": 2, "eval": 2, "report": 2, "tracking": 2,
+    "zero": 3, "stages": 4, "mask": 4, "cli": 1,
+}
+# What may import the heavy or distributed libraries: name → parts that may.
+RESERVED = {"deepspeed": {"zero"}, "torch.distributed": {"zero"}}
+WITHOUT_TORCH = {"config", "deepspeed_config", "errors", "artifacts", "cli"}
+
+
+def imports(file: Path) -> Iterator[tuple[int, str, bool]]:
+    """(line, module, whether at the module's top level) of every import in a file."""
+    tree = ast.parse(file.read_text(), str(file))
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.lineno, node.module, id(node) in top
+
+
+def attribute_uses(file: Path) -> Iterator[tuple[int, str]]:
+    """(line, "torch.distributed") wherever it is reached as an attribute of torch."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr == "distributed":
+            if isinstance(node.value, ast.Name) and node.value.id == "torch":
+                yield node.lineno, "torch.distributed"
+
+
+def violations() -> list[str]:
+    found = []
+    for file in sorted((ROOT / "esi_ds").rglob("*.py")):
+        part = file.relative_to(ROOT / "esi_ds").parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        where = file.relative_to(ROOT)
+        for line, module, is_top in imports(file):
+            name = module.split(".")
+            if name[0] == "esi_ds" and len(name) > 1 and is_top and LAYERS[name[1]] > LAYERS[part]:
+                found.append(f"{where}:{line}: {part} imports {module}, which lies above it")
+            if name[0] == "torch" and part in WITHOUT_TORCH and is_top:
+                found.append(f"{where}:{line}: {part} imports torch")
+            for reserved, parts in RESERVED.items():
+                if (module == reserved or module.startswith(f"{reserved}.")) and part not in parts:
+                    found.append(f"{where}:{line}: only {sorted(parts)} may import {reserved}")
+        if part not in RESERVED["torch.distributed"]:
+            found += [f"{where}:{line}: only zero may use {name}" for line, name in attribute_uses(file)]
+    return found
+
+
+if __name__ == "__main__":
+    problems = violations()
+    print("\n".join(problems) or "import boundaries: sound")
+    sys.exit(1 if problems else 0)

@@ -1,0 +1,119 @@
+"""Units, moments, noise, surrogates and bits: each against its definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from esi_ds.core.mask import pack_bits, unpack_bits
+from esi_ds.core.moments import merge, moments, standard_deviation
+from esi_ds.core.noise import gumbel, stream
+from esi_ds.core.surrogate import UNSAMPLED_LOGIT, estimate, paper_code_surrogate, softmax_surrogate
+from esi_ds.core.units import Unit, shard_bounds
+
+
+@pytest.mark.parametrize("numel", [1, 4, 7, 12, 100])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_shards_tile_the_parameter(numel: int, ranks: int) -> None:
+    bounds = [shard_bounds(numel, rank, ranks) for rank in range(ranks)]
+    assert bounds[0][0] == 0 and bounds[-1][1] == numel
+    assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+    assert max(high - low for low, high in bounds) == -(-numel // ranks)
+
+
+def test_four_elements_on_three_ranks_leave_one_empty() -> None:
+    assert shard_bounds(4, 2, 3) == (4, 4)
+
+
+@pytest.mark.parametrize("unit", [
+    Unit("a", "x", None, None, 3, 10),
+    Unit("b", "x", None, None, 1, 1, 9, 2),
+    Unit("c", "x", None, None, 4, 3, 4, 5),
+])
+def test_unit_within_any_slice(unit: Unit) -> None:
+    own = {unit.start + i * unit.stride + j for i in range(unit.count) for j in range(unit.length)}
+    values = torch.arange(30)
+    for low in range(0, 30):
+        for high in range(low, 31):
+            got = values[low:high][unit.within(low, high)].tolist()
+            assert got == sorted(own & set(range(low, high)))
+
+
+@pytest.mark.parametrize("sizes", [(5,), (0, 7), (3, 0, 1, 900), (1,)])
+def test_standard_deviation_of_pieces(sizes: tuple[int, ...]) -> None:
+    """Far from zero, where E[x²] − E[x]² would lose every digit."""
+    values = (torch.randn(sum(sizes), generator=torch.Generator().manual_seed(1)) + 1e4).float()
+    local = torch.stack([moments(piece) for piece in values.split(sizes)])
+    got = standard_deviation(merge(local, lambda rows: rows.sum(0)))
+    expected = values.double().std().item() if len(values) > 1 else 0.0
+    # float64 sums in another order: 1e-12 leaves three digits of margin over 900 roundings.
+    assert float(got) == pytest.approx(expected, rel=1e-12)
+
+
+def test_gumbel_is_keyed_by_row_and_standard() -> None:
+    whole = gumbel(stream(0, 5, 0), torch.arange(40), 1000)
+    part = gumbel(stream(0, 5, 0), torch.arange(10, 20), 1000)
+    assert torch.equal(whole[10:20], part)
+    assert not torch.equal(whole, gumbel(stream(0, 6, 0), torch.arange(40), 1000))
+    assert whole.isfinite().all()
+    # Mean γ, variance π²/6; 40,000 draws: five standard errors.
+    assert abs(whole.mean() - 0.577216) < 5 * math.pi / 6**0.5 / 200
+    assert abs(whole.var() - math.pi**2 / 6) < 0.1
+    # Rows must not be shifted copies of one another.
+    assert abs(torch.corrcoef(whole[:2])[0, 1]) < 0.16  # five standard errors of 1/√1000
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_softmax_surrogate_gradient_is_autograds(noisy: bool) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6, 50, dtype=torch.float64, requires_grad=True)
+    contraction = torch.randn(6, 50, dtype=torch.float64)
+    noise = torch.randn(6, 50, dtype=torch.float64) if noisy else None
+    shifted = logits if noise is None else logits + noise
+    expected = ((shifted / 0.3).softmax(-1) * contraction).sum()
+    expected.backward()
+    expected = expected.detach()
+    value, gradient = softmax_surrogate(logits.detach(), contraction, 0.3, noise)
+    torch.testing.assert_close(gradient, logits.grad, rtol=1e-12, atol=1e-14)  # float64, two orders of summing
+    assert float(value.sum()) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_paper_code_surrogate_is_the_gradient_at_hard_logits() -> None:
+    torch.manual_seed(0)
+    sampled = torch.tensor([3, 49, 0])
+    contraction = torch.randn(3, 50)
+    hard = torch.full((3, 50), UNSAMPLED_LOGIT, dtype=torch.float64)
+    hard.scatter_(1, sampled.unsqueeze(1), 0.0).requires_grad_()
+    (hard.softmax(-1) * contraction.double()).sum().backward()
+    logits = torch.randn(3, 50)
+    value, gradient = paper_code_surrogate(logits, contraction, sampled)
+    # Autograd itself cancels: q(1 − Σq) with Σq = 2e-6 keeps about 1e-10 of its float64 digits. fp32 result: 6e-8.
+    torch.testing.assert_close(gradient.double(), hard.grad, rtol=1e-6, atol=1e-16)
+    assert (gradient.abs().argmax(1) == sampled).all()
+    assert float(value.sum()) == pytest.approx(float((gradient * logits).sum()), rel=1e-6)
+
+
+def test_estimate_averages_gumbel_draws() -> None:
+    torch.manual_seed(0)
+    logits, contraction, sampled = torch.randn(4, 30), torch.randn(4, 30), torch.zeros(4, dtype=torch.int64)
+    options = {"temperature": 0.3, "seed": 3, "prompt_index": 11}
+    _, mean = estimate("gumbel", logits, contraction, sampled, samples=3, **options)
+    draws = [softmax_surrogate(logits, contraction, 0.3, gumbel(stream(3, 11, d), torch.arange(4), 30))[1]
+             for d in range(3)]
+    torch.testing.assert_close(mean, torch.stack(draws).mean(0))
+    _, other = estimate("gumbel", logits, contraction, sampled, samples=3, **{**options, "prompt_index": 12})
+    assert not torch.allclose(mean, other)
+
+
+@pytest.mark.parametrize("numel", [1, 7, 8, 9, 64, 129])
+def test_bits_round_trip_least_significant_first(numel: int) -> None:
+    bits = torch.rand(numel, generator=torch.Generator().manual_seed(numel)) < 0.5
+    packed = pack_bits(bits)
+    assert len(packed) == math.ceil(numel / 8)
+    assert all(bool(int(packed[i // 8]) >> (i % 8) & 1) == bool(bits[i]) for i in range(numel))
+    if numel % 8:
+        assert int(packed[-1]) >> (numel % 8) == 0
+    assert torch.equal(unpack_bits(packed, numel), bits)
+    assert torch.equal(unpack_bits(packed, numel - 1, skip=1), bits[1:])

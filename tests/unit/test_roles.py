@@ -1,0 +1,129 @@
+"""Roles and logical matrices of real architectures, on the meta device, against plain indexing of whole tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+from esi_ds.core.units import Parameter
+from esi_ds.models.roles import describe
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "intermediate_size": 12}
+
+
+def parameters_of(config, shapes: bool = False) -> dict[str, Parameter]:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    given = {name: tuple(p.shape) for name, p in model.named_parameters()} if shapes else None
+    return {parameter.name: parameter for parameter in describe(model, given)}
+
+
+def positions(parameter: Parameter, index: int) -> list[int]:
+    return torch.arange(parameter.numel)[parameter.units[index].within(0, parameter.numel)].tolist()
+
+
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL),
+    "llama_tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "llama_bias": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "phi3": Phi3Config(**SMALL, pad_token_id=0),
+    "qwen3_moe": Qwen3MoeConfig(**SMALL, moe_intermediate_size=6, num_experts=4, num_experts_per_tok=2, head_dim=4),
+    "qwen2_moe": Qwen2MoeConfig(**SMALL, moe_intermediate_size=6, num_experts=4, num_experts_per_tok=2,
+                                shared_expert_intermediate_size=8),
+    "mixtral": MixtralConfig(**SMALL, num_local_experts=4),
+    "gpt_oss": GptOssConfig(**SMALL, num_local_experts=4, head_dim=4),
+    "llama4": Llama4TextConfig(**SMALL, intermediate_size_mlp=12, num_local_experts=4, head_dim=4,
+                               interleave_moe_layer_step=1),
+    "neox": GPTNeoXConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+                          intermediate_size=12),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_units_tile_every_scored_parameter(name: str) -> None:
+    offset = 0
+    for parameter in parameters_of(CONFIGS[name]).values():
+        assert parameter.offset == offset
+        offset += parameter.numel
+        if parameter.scored:
+            found = sorted(p for index in range(len(parameter.units)) for p in positions(parameter, index))
+            assert found == list(range(parameter.numel)), parameter.name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_not_scored(name: str) -> None:
+    for parameter in parameters_of(CONFIGS[name]).values():
+        leaf = parameter.name
+        is_unscored = (
+            "embed" in leaf or "norm" in leaf or leaf.endswith("bias") or "router" in leaf
+            or leaf.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
+        ) and not leaf.startswith("embed_out")
+        assert parameter.scored != is_unscored, (parameter.name, parameter.role)
+        if "experts" in leaf and parameter.scored:
+            assert all(unit.role.startswith("expert.") and unit.expert is not None for unit in parameter.units)
+
+
+def test_tied_head_is_the_embedding_and_untied_is_scored() -> None:
+    assert "lm_head.weight" not in parameters_of(CONFIGS["llama_tied"])
+    assert parameters_of(CONFIGS["llama_tied"])["model.embed_tokens.weight"].role == "embedding"
+    assert parameters_of(CONFIGS["llama"])["lm_head.weight"].role == "head"
+
+
+def test_fused_experts_are_cut_as_the_checkpoint_names_them() -> None:
+    """transformers fuses experts.{e}.{gate,up,down}_proj into [E, 2I, H] and [E, H, I]."""
+    parameter = parameters_of(CONFIGS["qwen3_moe"])["model.layers.1.mlp.experts.gate_up_proj"]
+    whole = torch.arange(parameter.numel).reshape(parameter.shape)
+    for index, unit in enumerate(parameter.units):
+        half = whole[unit.expert, :6] if unit.role == "expert.gate" else whole[unit.expert, 6:]
+        assert positions(parameter, index) == half.flatten().tolist()
+        assert unit.layer == 1
+
+
+def test_interleaved_and_transposed_experts() -> None:
+    parameter = parameters_of(CONFIGS["gpt_oss"])["model.layers.0.mlp.experts.gate_up_proj"]
+    whole = torch.arange(parameter.numel).reshape(parameter.shape)  # [E, H, 2I], gate and up alternate
+    for index, unit in enumerate(parameter.units):
+        expected = whole[unit.expert, :, 0 if unit.role == "expert.gate" else 1 :: 2]
+        assert positions(parameter, index) == expected.flatten().tolist()
+
+
+def test_fused_qkv_and_gate_up_of_phi3() -> None:
+    found = parameters_of(CONFIGS["phi3"])
+    qkv = found["model.layers.0.self_attn.qkv_proj.weight"]
+    assert [(unit.role, unit.numel // 16) for unit in qkv.units] == [
+        ("attention.q", 16), ("attention.k", 8), ("attention.v", 8)]
+    gate_up = found["model.layers.0.mlp.gate_up_proj.weight"]
+    assert [(unit.role, unit.start) for unit in gate_up.units] == [("mlp.gate", 0), ("mlp.up", 12 * 16)]
+
+
+def test_interleaved_qkv_of_neox() -> None:
+    name = "gpt_neox.layers.0.attention.query_key_value.weight"
+    parameter = parameters_of(CONFIGS["neox"])[name]
+    whole = torch.arange(parameter.numel).reshape(4, 3, 4, 16)  # heads, q/k/v, head_dim, hidden
+    for index, unit in enumerate(parameter.units):
+        assert unit.role == f"attention.{'qkv'[index]}"
+        assert positions(parameter, index) == whole[:, index].flatten().tolist()
+
+
+def test_given_shapes_stand_in_for_partitioned_parameters() -> None:
+    assert parameters_of(CONFIGS["mixtral"], shapes=True) == parameters_of(CONFIGS["mixtral"])
+
+
+def test_671_billion_parameters_are_described_on_the_meta_device() -> None:
+    parameters = parameters_of(DeepseekV3Config()).values()
+    assert round(sum(parameter.numel for parameter in parameters) / 1e9) == 671
+    assert sum(unit.role.startswith("expert.") for p in parameters for unit in p.units) == 58 * 256 * 3

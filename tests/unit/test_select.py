@@ -1,0 +1,148 @@
+"""Selection against sorting the whole vector (METHOD §2): bit for bit, in pieces, with ties, zeros and denormals."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from esi_ds.core.noise import random_bits
+from esi_ds.core.select import (
+    LARGEST_KEY,
+    Cut,
+    Order,
+    Piece,
+    key_to_score,
+    radix_search,
+    select,
+)
+
+
+def identity(counts: torch.Tensor) -> torch.Tensor:
+    return counts
+
+
+def sorted_mask(scores: torch.Tensor, k: int, order: str) -> torch.Tensor:
+    """The definition: sort everything, ties by position."""
+    ranking = torch.sort(scores, descending=order == "top", stable=True).indices
+    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask[ranking[:k]] = True
+    return mask
+
+
+def random_scores(case: int) -> torch.Tensor:
+    """Vectors with what breaks selections: many ties, zeros, denormals, huge values, a single value."""
+    generator = torch.Generator().manual_seed(case)
+    size = int(torch.randint(1, 4000, (), generator=generator))
+    scores = torch.rand(size, generator=generator)
+    kind = case % 8
+    if kind == 1:
+        scores = (scores * 5).floor()
+    elif kind == 2:
+        scores[torch.rand(size, generator=generator) < 0.9] = 0.0
+    elif kind == 3:
+        scores = scores * 1e-42  # denormal
+    elif kind == 4:
+        scores = scores * torch.tensor([1e-38, 1.0, 3e38])[torch.randint(0, 3, (size,), generator=generator)]
+    elif kind == 5:
+        scores = torch.full((size,), 0.25)
+    elif kind == 6:
+        scores = torch.zeros(size)
+    elif kind == 7:
+        scores = (scores * 300).floor() * 2.0**-149
+    return scores
+
+
+def pieces_of(scores: torch.Tensor, num_cuts: int, case: int) -> list[Piece]:
+    """The vector in contiguous pieces of random, possibly zero, length."""
+    generator = torch.Generator().manual_seed(case)
+    cuts = torch.randint(0, len(scores) + 1, (num_cuts,), generator=generator).sort().values.tolist()
+    return [Piece(scores[a:b], a) for a, b in itertools.pairwise([0, *cuts, len(scores)])]
+
+
+@pytest.mark.parametrize("order", ["top", "bottom"])
+@pytest.mark.parametrize("case", range(120))
+def test_equals_sorting_the_whole_vector(case: int, order: str) -> None:
+    scores = random_scores(case)
+    size = len(scores)
+    for k in {0, 1, size // 100, size // 3, size - 1, size}:
+        pieces = pieces_of(scores, case % 5, case)
+        (cut,) = select([pieces], [k], Order(order), size - 1, identity)
+        got = torch.cat([cut.selects(Order(order).keys(p.scores, p.position), p.position) for p in pieces])
+        assert torch.equal(got, sorted_mask(scores, k, order)), (case, order, k)
+
+
+def test_random_order_is_a_k_subset_that_does_not_depend_on_the_cuts() -> None:
+    scores, masks = torch.rand(5000), []
+    for num_cuts in (0, 1, 7):
+        pieces = pieces_of(scores, num_cuts, 3)
+        (cut,) = select([pieces], [500], Order("random", seed=4), 4999, identity)
+        order = Order("random", seed=4)
+        masks.append(torch.cat([cut.selects(order.keys(p.scores, p.position), p.position) for p in pieces]))
+    assert masks[0].sum() == 500
+    assert all(torch.equal(masks[0], mask) for mask in masks[1:])
+    (other,) = select([[Piece(scores, 0)]], [500], Order("random", seed=5), 4999, identity)
+    other_mask = other.selects(Order("random", seed=5).keys(scores, 0), 0)
+    overlap = int((other_mask & masks[0]).sum())
+    assert 20 < overlap < 90  # two independent 10 % subsets of 5,000: 50 ± 6.4
+
+
+def test_groups_are_selected_each_by_itself() -> None:
+    scores = random_scores(1)
+    half = len(scores) // 2
+    groups = [[Piece(scores[:half], 0)], [Piece(scores[half:], half)], []]
+    cuts = select(groups, [5, 7, 0], Order("top"), len(scores) - 1, identity)
+    got = [cut.selects(piece.scores.view(torch.int32), piece.position)
+           for cut, (piece,) in zip(cuts, groups[:2], strict=False)]
+    assert torch.equal(got[0], sorted_mask(scores[:half], 5, "top"))
+    assert torch.equal(got[1], sorted_mask(scores[half:], 7, "top"))
+
+
+def test_positions_beyond_two_to_the_31_by_index_arithmetic() -> None:
+    """Ties of a vector of 10^12 elements of which only a few exist here: positions are int64 throughout."""
+    base = 10**12
+    scores = torch.tensor([1.0, 2.0, 2.0, 2.0, 0.5])
+    pieces = [Piece(scores, base), Piece(scores, 3 * 2**31), Piece(scores, 7)]
+    (cut,) = select([pieces], [5], Order("top"), base + 10, identity)
+    got = [cut.selects(p.scores.view(torch.int32), p.position).tolist() for p in pieces]
+    assert got[2] == [False, True, True, True, False]  # the lowest positions first
+    assert got[1] == [False, True, True, False, False]
+    assert got[0] == [False] * 5
+    assert cut.position == 3 * 2**31 + 2
+
+
+def test_traffic_is_histograms_only() -> None:
+    """At most 64 KiB a pass, however long the vector."""
+    sizes: list[int] = []
+
+    def watch(counts: torch.Tensor) -> torch.Tensor:
+        sizes.append(counts.numel() * counts.element_size())
+        return counts
+
+    for size in (10, 200_000):
+        sizes.clear()
+        select([[Piece(torch.rand(size), 0)]], [5], Order("top"), 2**40, watch)
+        assert max(sizes) <= 64 * 1024
+        assert len(sizes) == 7  # 3 passes over scores, 4 over 41-bit positions
+
+
+def test_radix_search_counts_larger_keys() -> None:
+    keys = torch.tensor([5, 9, 9, 1, 9, 3])
+    value, larger = radix_search([lambda: [keys]], torch.tensor([4]), 31, identity)
+    assert (int(value), int(larger)) == (5, 3)
+
+
+def test_threshold_is_the_smallest_selected_score() -> None:
+    scores = torch.tensor([0.1, 0.7, 0.3, 0.9])
+    (cut,) = select([[Piece(scores, 0)]], [2], Order("top"), 3, identity)
+    assert key_to_score(cut, "top") == scores[1].item()
+    (cut,) = select([[Piece(scores, 0)]], [2], Order("bottom"), 3, identity)
+    assert key_to_score(cut, "bottom") == scores[2].item()
+    assert key_to_score(Cut(LARGEST_KEY, -1, 0), "top") is None
+
+
+def test_random_bits_are_uniform() -> None:
+    draws = random_bits(7, torch.arange(100_000), 31).double() / 2**31
+    assert abs(draws.mean() - 0.5) < 5 * (1 / 12) ** 0.5 / 100_000**0.5  # five standard errors
+    assert torch.bincount((draws * 10).long(), minlength=10).min() > 9_500  # 10,000 ± 95
