@@ -90,12 +90,17 @@ def compare_with_scores(mask: Mask, folder: Path) -> list[str]:
 
     if mask.metadata["scope"] == "model":
         (cut,) = select([Pieces()], [mask.k], order, last, lambda counts: counts)
-        expected = ((name, cut.selects(order.keys(p.scores, p.position), p.position))
-                    for name, p in zip(mask.names, Pieces(), strict=True))
+        expected = (
+            (name, cut.selects(order.keys(p.scores, p.position), p.position))
+            for name, p in zip(mask.names, Pieces(), strict=True)
+        )
     else:
         expected = ((name, _select_units(mask, name, piece(name), order, last)) for name in mask.names)
-    return [f"{name}: {wrong} bits differ from the selection by its scores"
-            for name, bits in expected if (wrong := int((bits != mask.bits(name)).sum()))]
+    return [
+        f"{name}: {wrong} bits differ from the selection by its scores"
+        for name, bits in expected
+        if (wrong := int((bits != mask.bits(name)).sum()))
+    ]
 
 
 def _select_units(mask: Mask, name: str, whole: Piece, order: Order, last: int) -> Tensor:
@@ -114,8 +119,12 @@ def _select_units(mask: Mask, name: str, whole: Piece, order: Order, last: int) 
 def compare(first: Mask, second: Mask) -> list[str]:
     """Overlap of two masks of one model: whole, by role, by layer, and by cell (layer and role)."""
     if first.shapes != second.shapes:
-        raise UserError("mask", f"{first.path} and {second.path}", "are masks of different models",
-                        "compare masks whose parameters have the same names and shapes")
+        raise UserError(
+            "mask",
+            f"{first.path} and {second.path}",
+            "are masks of different models",
+            "compare masks whose parameters have the same names and shapes",
+        )
     rows: dict[tuple[str, str], list[int]] = {}
     for name, units in read_units(first).items():
         one, other = first.bits(name), second.bits(name)
@@ -130,10 +139,14 @@ def compare(first: Mask, second: Mask) -> list[str]:
                 row[2] += int((a & b).sum())
     lines = [f"{'':22}{'first':>12}{'second':>12}{'both':>12}{'of first':>10}{'of second':>10}{'Jaccard':>9}"]
     kinds = ("all", "role", "layer", "cell")
-    for (kind, label), (a, b, both) in sorted(rows.items(), key=lambda row: (kinds.index(row[0][0]), _natural(row[0][1]))):
+    for (kind, label), (a, b, both) in sorted(
+        rows.items(), key=lambda row: (kinds.index(row[0][0]), _natural(row[0][1]))
+    ):
         union = a + b - both
-        lines.append(f"{f'{kind} {label}':22}{a:>12,}{b:>12,}{both:>12,}{both / max(a, 1):>10.2%}"
-                     f"{both / max(b, 1):>10.2%}{both / max(union, 1):>9.4f}")
+        lines.append(
+            f"{f'{kind} {label}':22}{a:>12,}{b:>12,}{both:>12,}{both / max(a, 1):>10.2%}"
+            f"{both / max(b, 1):>10.2%}{both / max(union, 1):>9.4f}"
+        )
     return lines
 
 

@@ -13,9 +13,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Layer of each part of the package; a part imports its own layer's siblings or lower layers only.
 LAYERS = {
-    "errors": 0, "config": 1, "deepspeed_config": 1, "artifacts": 1, "core": 1,
-    "models": 2, "data": 2, "judge": 2, "eval": 2, "report": 2, "tracking": 2,
-    "zero": 3, "stages": 4, "mask": 4, "cli": 1,
+    "errors": 0,
+    "config": 1,
+    "deepspeed_config": 1,
+    "artifacts": 1,
+    "core": 1,
+    "models": 2,
+    "data": 2,
+    "judge": 2,
+    "eval": 2,
+    "report": 2,
+    "tracking": 2,
+    "zero": 3,
+    "stages": 4,
+    "mask": 4,
+    "cli": 1,
 }
 # What may import the heavy or distributed libraries: name → parts that may.
 RESERVED = {"deepspeed": {"zero"}, "torch.distributed": {"zero"}}
@@ -36,9 +48,13 @@ def imports(file: Path) -> Iterator[tuple[int, str, bool]]:
 def attribute_uses(file: Path) -> Iterator[tuple[int, str]]:
     """(line, "torch.distributed") wherever it is reached as an attribute of torch."""
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Attribute) and node.attr == "distributed":
-            if isinstance(node.value, ast.Name) and node.value.id == "torch":
-                yield node.lineno, "torch.distributed"
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr == "distributed"
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "torch"
+        ):
+            yield node.lineno, "torch.distributed"
 
 
 def violations() -> list[str]:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from esi_ds.errors import UserError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from esi_ds.errors import UserError
 
 FORMAT = "esi-mask/1"
 INDEX_NAME = "model.safetensors.index.json"
@@ -72,8 +73,9 @@ class Mask:
             raise UserError("mask", str(path), "names no parameter", "make the mask again")
         mask = cls(path, weight_map, metadata)
         if set(mask.shapes) != set(weight_map) or set(mask.counts) != set(weight_map):
-            raise UserError("mask", str(path), "its index, shapes and counts name different parameters",
-                            "make the mask again")
+            raise UserError(
+                "mask", str(path), "its index, shapes and counts name different parameters", "make the mask again"
+            )
         return mask
 
     @staticmethod
@@ -84,8 +86,12 @@ class Mask:
         except (OSError, SafetensorError) as error:
             raise UserError("mask", str(file), f"is missing or damaged ({error})", "make the mask again") from error
         if metadata.get("format") != FORMAT:
-            raise UserError("mask", str(file), f"has format {metadata.get('format')!r}, not {FORMAT!r}",
-                            "give a folder made by esi_ds")
+            raise UserError(
+                "mask",
+                str(file),
+                f"has format {metadata.get('format')!r}, not {FORMAT!r}",
+                "give a folder made by esi_ds",
+            )
         return metadata
 
     @property

@@ -11,8 +11,9 @@ from esi_ds.core.units import Shard, Unit
 NEEDS_GRADIENT = frozenset({"esi", "grad", "snip"})
 
 
-def score_shard(criterion: str, shard: Shard, gradient: Tensor | None, weight: Tensor, sigma: dict[Unit, float],
-                seed: int = 0) -> Tensor:
+def score_shard(
+    criterion: str, shard: Shard, gradient: Tensor | None, weight: Tensor, sigma: dict[Unit, float], seed: int = 0
+) -> Tensor:
     """Non-negative float32 scores [shard.numel] of one shard.
 
     criterion: ``esi`` |σ·g|, ``grad`` |g|, ``snip`` |g·θ|, ``magnitude`` |θ|, ``random`` uniform in [0, 1).

@@ -40,8 +40,17 @@ def paper_code_surrogate(logits: Tensor, contraction: Tensor, sampled: Tensor):
     return (gradient * logits).sum(-1), gradient
 
 
-def estimate(estimator: str, logits: Tensor, contraction: Tensor, sampled: Tensor, *, temperature: float,
-             samples: int, seed: int, prompt_index: int) -> tuple[Tensor, Tensor]:
+def estimate(
+    estimator: str,
+    logits: Tensor,
+    contraction: Tensor,
+    sampled: Tensor,
+    *,
+    temperature: float,
+    samples: int,
+    seed: int,
+    prompt_index: int,
+) -> tuple[Tensor, Tensor]:
     """Value (scalar) and gradient [T, V] of one prompt's surrogate; float32.
 
     estimator: ``soft`` (no noise), ``gumbel`` (mean over ``samples`` draws keyed by seed, prompt, token and draw) or

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from esi_ds.errors import UserError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from esi_ds.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,14 @@ class EncodedResponse:
     offsets: list[tuple[int, int]]
 
 
-def load_tokenizer(path: str, field: str, *, revision: str | None = None, trust_remote_code: bool = False,
-                   chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str,
+    field: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+) -> PreTrainedTokenizerBase:
     """A fast tokenizer of a folder or hub id; ``field`` is the config key to name in an error.
 
     chat_template replaces the tokenizer's own: Jinja text, or a file that holds it.
@@ -28,8 +35,12 @@ def load_tokenizer(path: str, field: str, *, revision: str | None = None, trust_
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise UserError(field, path, f"holds no tokenizer that can be loaded ({first_line})",
-                        "give a Hugging Face folder or a hub id that can be reached") from error
+        raise UserError(
+            field,
+            path,
+            f"holds no tokenizer that can be loaded ({first_line})",
+            "give a Hugging Face folder or a hub id that can be reached",
+        ) from error
     if not tokenizer.is_fast:
         raise UserError(field, path, "has no fast tokenizer", "offsets need tokenizer.json: convert it once")
     if chat_template is not None:
@@ -78,10 +89,18 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> Encode
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> None:
     """One clear message where the model cannot be spoken to, before any weight is loaded."""
     if tokenizer.chat_template is None:
-        raise UserError("model.chat_template", None, "is not set and the tokenizer has none",
-                        "give a Jinja chat template, as text or as a file")
+        raise UserError(
+            "model.chat_template",
+            None,
+            "is not set and the tokenizer has none",
+            "give a Jinja chat template, as text or as a file",
+        )
     try:
         encode_prompt(tokenizer, "Hello", system_prompt)
     except Exception as error:  # Jinja's, or whatever the template raises by itself
-        raise UserError("model.chat_template", "(the tokenizer's)", f"fails on a one-turn chat: {error}",
-                        "fix the template, or leave out model.system_prompt if it allows none") from error
+        raise UserError(
+            "model.chat_template",
+            "(the tokenizer's)",
+            f"fails on a one-turn chat: {error}",
+            "fix the template, or leave out model.system_prompt if it allows none",
+        ) from error

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from esi_ds.errors import UserError
 from transformers import PreTrainedTokenizerBase
+
+from esi_ds.errors import UserError
 
 PROMPT_MARK, RESPONSE_MARK = "⟦prompt⟧", "⟦response⟧"
 
@@ -37,12 +38,18 @@ FAMILIES = {
     family.name: family
     for family in (
         Family(
-            name="llama-guard-3", prefix="\n\n", safe=("safe",), unsafe=("unsafe",),
+            name="llama-guard-3",
+            prefix="\n\n",
+            safe=("safe",),
+            unsafe=("unsafe",),
             recognises=lambda path, template: "llama-guard-3" in path or "unsafe content" in template,
         ),
         # The official evaluation counts Controversial as unsafe.
         Family(
-            name="qwen3guard", prefix="Safety:", safe=(" Safe",), unsafe=(" Unsafe", " Controversial"),
+            name="qwen3guard",
+            prefix="Safety:",
+            safe=(" Safe",),
+            unsafe=(" Unsafe", " Controversial"),
             recognises=lambda path, template: "qwen3guard" in path or "Controversial" in template,
         ),
     )
@@ -56,14 +63,22 @@ def choose_family(judge, tokenizer: PreTrainedTokenizerBase) -> Family:
     chat_template = tokenizer.chat_template or ""
     if judge.family in FAMILIES:
         if not chat_template:
-            raise UserError("judge.path", judge.path, f"has no chat template, which {judge.family} guards need",
-                            "give the guard's own folder, or family: custom with a template")
+            raise UserError(
+                "judge.path",
+                judge.path,
+                f"has no chat template, which {judge.family} guards need",
+                "give the guard's own folder, or family: custom with a template",
+            )
         return FAMILIES[judge.family]
     for family in sorted(FAMILIES.values(), key=lambda row: row.name, reverse=True):
         if chat_template and family.recognises(judge.path.lower(), chat_template):
             return family
-    raise UserError("judge.family", judge.family, f"does not recognise the guard at {judge.path}",
-                    f"name one of {', '.join(FAMILIES)}, or custom with template and verdict")
+    raise UserError(
+        "judge.family",
+        judge.family,
+        f"does not recognise the guard at {judge.path}",
+        f"name one of {', '.join(FAMILIES)}, or custom with template and verdict",
+    )
 
 
 @dataclass(frozen=True)
@@ -89,16 +104,19 @@ class TextBuilder:
             try:
                 shown = self._chat("x", RESPONSE_MARK)
             except Exception as error:  # whatever the guard's Jinja raises by itself
-                raise UserError("judge.path", tokenizer.name_or_path, f"chat template fails: {error}",
-                                "give a guard whose template takes user and assistant turns") from error
+                raise UserError(
+                    "judge.path",
+                    tokenizer.name_or_path,
+                    f"chat template fails: {error}",
+                    "give a guard whose template takes user and assistant turns",
+                ) from error
             # Templates of multimodal guards read content as a list of parts (Llama-Guard-3-1B).
             self._as_list = RESPONSE_MARK not in shown
 
     def _chat(self, prompt: str, response: str) -> str:
-        if self.context == "response_only":
-            turns = [("user", response)]  # as in the paper's code: the response alone, as what the user said
-        else:
-            turns = [("user", prompt), ("assistant", response)]
+        # Response only: as in the paper's code, what the user said and no prompt.
+        response_only = self.context == "response_only"
+        turns = [("user", response)] if response_only else [("user", prompt), ("assistant", response)]
         messages = [
             {"role": role, "content": [{"type": "text", "text": text}] if self._as_list else text}
             for role, text in turns

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from esi_ds.errors import UserError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from esi_ds.core.batch import left_pad
+from esi_ds.errors import UserError
 from esi_ds.judge.families import EncodedJudgement, Family, TextBuilder, encode_judgement
 
 
@@ -53,8 +53,13 @@ def verdict_score(kind: str, logits: Tensor, safe: Sequence[int], unsafe: Sequen
 class Guard:
     """The frozen guard. ``gather(parameter)`` makes a sharded parameter whole for the time of a ``with`` block."""
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, score: str,
-                 gather: Callable[[nn.Parameter], AbstractContextManager] = lambda parameter: nullcontext()):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        score: str,
+        gather: Callable[[nn.Parameter], AbstractContextManager] = lambda parameter: nullcontext(),
+    ):
         self.model, self.tokenizer, self.score = model, tokenizer, score
         self._gather = gather
 
@@ -71,10 +76,12 @@ class Guard:
         width = batch["input_ids"].shape[1]
         embedded = self.embedding(batch.pop("input_ids")).detach().requires_grad_()
         logits = self.model(inputs_embeds=embedded, **batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-        scores = torch.stack([
-            verdict_score(self.score, row, entry.encoded.safe, entry.encoded.unsafe)
-            for row, entry in zip(logits, inputs, strict=True)
-        ])
+        scores = torch.stack(
+            [
+                verdict_score(self.score, row, entry.encoded.safe, entry.encoded.unsafe)
+                for row, entry in zip(logits, inputs, strict=True)
+            ]
+        )
         (gradient,) = torch.autograd.grad(scores.sum(), embedded)
         return [
             Judgement(float(score), row[width - len(entry.encoded.ids) :][entry.response_tokens].float())
@@ -94,8 +101,14 @@ class Guard:
             yield weight.detach()
 
 
-def encode_pair(texts: TextBuilder, family: Family, tokenizer: PreTrainedTokenizerBase, prompt: str, response: str,
-                max_length: int | None) -> GuardInput | str:
+def encode_pair(
+    texts: TextBuilder,
+    family: Family,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    response: str,
+    max_length: int | None,
+) -> GuardInput | str:
     """A pair as guard input, or the reason why it cannot be judged."""
     built = texts.build(prompt, response)
     if built is None:
@@ -115,10 +128,18 @@ def check_verdict(texts: TextBuilder, family: Family, tokenizer: PreTrainedToken
     """One clear message, before any weight is loaded, where the verdict's words cannot be told apart."""
     built = texts.build("Hello", "Hello")
     if built is None:
-        raise UserError("judge.template" if family.template else "judge.path", tokenizer.name_or_path,
-                        "does not show the response in the guard's text", "put {response} into the template")
+        raise UserError(
+            "judge.template" if family.template else "judge.path",
+            tokenizer.name_or_path,
+            "does not show the response in the guard's text",
+            "put {response} into the template",
+        )
     try:
         encode_judgement(tokenizer, built.text, family)
     except ValueError as error:
-        raise UserError("judge.verdict", f"{family.safe} / {family.unsafe}", str(error),
-                        "choose words that begin with different tokens of the guard") from error
+        raise UserError(
+            "judge.verdict",
+            f"{family.safe} / {family.unsafe}",
+            str(error),
+            "choose words that begin with different tokens of the guard",
+        ) from error

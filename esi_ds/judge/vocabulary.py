@@ -7,9 +7,10 @@ matrix of means. A itself is never built: A ũ = M (E ũ), which costs one produ
 from __future__ import annotations
 
 import torch
-from esi_ds.errors import UserError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from esi_ds.errors import UserError
 
 REPLACEMENT = "\ufffd"  # what decoders show for bytes that are no whole character
 # Text in front of a token, so that it is decoded and encoded as in the middle of a text. The first one that does not
@@ -86,8 +87,9 @@ class VocabularyMap:
     model_tokenizer, guard_tokenizer: fast tokenizers. num_logits: V, may exceed the tokenizer's length (padding rows).
     """
 
-    def __init__(self, model_tokenizer: PreTrainedTokenizerBase, guard_tokenizer: PreTrainedTokenizerBase,
-                 num_logits: int):
+    def __init__(
+        self, model_tokenizer: PreTrainedTokenizerBase, guard_tokenizer: PreTrainedTokenizerBase, num_logits: int
+    ):
         self.num_logits = num_logits
         self.is_identity = same_vocabulary(model_tokenizer, guard_tokenizer)
         texts = token_texts(model_tokenizer)[:num_logits]
@@ -96,8 +98,12 @@ class VocabularyMap:
         pieces = encode_mid_text(guard_tokenizer, [texts[token] for token in mapped])
         kept = [(token, ids) for token, ids in zip(mapped, pieces, strict=True) if ids]
         if not self.is_identity and not kept:
-            raise UserError("judge.path", guard_tokenizer.name_or_path, "cannot write any token of the model",
-                            "use a guard whose tokenizer covers the model's language")
+            raise UserError(
+                "judge.path",
+                guard_tokenizer.name_or_path,
+                "cannot write any token of the model",
+                "use a guard whose tokenizer covers the model's language",
+            )
         self._tokens = torch.tensor([token for token, _ in kept], dtype=torch.int64)
         self._means = None if self.is_identity else _mean_matrix([ids for _, ids in kept])
 

@@ -16,13 +16,28 @@ from esi_ds.core.units import Parameter, Unit
 
 UNSCORED = frozenset({"embedding", "norm", "bias", "router"})
 LEAF_ROLES = {
-    "q_proj": "attention.q", "k_proj": "attention.k", "v_proj": "attention.v",
-    "o_proj": "attention.o", "out_proj": "attention.o", "dense": "attention.o",
-    "gate_proj": "mlp.gate", "up_proj": "mlp.up", "down_proj": "mlp.down",
-    "fc1": "mlp.up", "fc2": "mlp.down", "dense_h_to_4h": "mlp.up", "dense_4h_to_h": "mlp.down",
+    "q_proj": "attention.q",
+    "k_proj": "attention.k",
+    "v_proj": "attention.v",
+    "o_proj": "attention.o",
+    "out_proj": "attention.o",
+    "dense": "attention.o",
+    "gate_proj": "mlp.gate",
+    "up_proj": "mlp.up",
+    "down_proj": "mlp.down",
+    "fc1": "mlp.up",
+    "fc2": "mlp.down",
+    "dense_h_to_4h": "mlp.up",
+    "dense_4h_to_h": "mlp.down",
 }
-EXPERT_ROLES = {"gate_proj": "expert.gate", "up_proj": "expert.up", "down_proj": "expert.down",
-                "w1": "expert.gate", "w3": "expert.up", "w2": "expert.down"}
+EXPERT_ROLES = {
+    "gate_proj": "expert.gate",
+    "up_proj": "expert.up",
+    "down_proj": "expert.down",
+    "w1": "expert.gate",
+    "w3": "expert.up",
+    "w2": "expert.down",
+}
 ROUTER_LEAVES = frozenset({"gate", "router", "wg", "shared_expert_gate"})
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -114,8 +129,11 @@ def _qkv_units(name: str, own_name: str, rows: int, width: int, layer: int | Non
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     if own_name == "qkv_proj" and rows == (heads + 2 * key_heads) * head_dim:
-        sizes = (("attention.q", heads * head_dim), ("attention.k", key_heads * head_dim),
-                 ("attention.v", key_heads * head_dim))
+        sizes = (
+            ("attention.q", heads * head_dim),
+            ("attention.k", key_heads * head_dim),
+            ("attention.v", key_heads * head_dim),
+        )
         return _row_blocks(name, layer, width, sizes)
     if own_name == "query_key_value" and config.model_type == "gpt_neox" and rows == 3 * heads * head_dim:
         run = head_dim * width
@@ -147,8 +165,16 @@ def _fused_expert_units(name: str, leaf: str, shape: tuple[int, ...], module: nn
     else:
         length, count, stride = (size // 2, 1, 0) if concatenated else (columns, rows // 2, 2 * columns)
     return tuple(
-        Unit(f"{name}[{expert}].{part}", f"expert.{part}", layer, expert,
-             expert * size + index * length, length, count, stride)
+        Unit(
+            f"{name}[{expert}].{part}",
+            f"expert.{part}",
+            layer,
+            expert,
+            expert * size + index * length,
+            length,
+            count,
+            stride,
+        )
         for expert in range(num_experts)
         for index, part in enumerate(("gate", "up"))
     )

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 
 from esi_ds.artifacts import RunFolder
 from esi_ds.cli import Options
-from esi_ds.config import Config
+from esi_ds.config import Config, require_esi
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.tracking import Tracker
-
 from esi_ds.models.fingerprint import checkpoint_folder, fingerprint, tensor_digests
 from esi_ds.stages.prepare import Inputs, clean, encode_examples, encode_prompts, prepare
 from esi_ds.stages.respond import respond, write_responses
+from esi_ds.tracking import Tracker
 
 CHECKPOINTS = "checkpoint"
 
 
 def run(config: Config, options: Options) -> None:
     """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
+    require_esi(config)
     if options.dry_run:
         from esi_ds.stages.plan import print_plan
 
@@ -28,12 +29,13 @@ def run(config: Config, options: Options) -> None:
         return
     folder = RunFolder(config.run.output_dir)
     folder.check(config)
+    resolve_deepspeed(config, int(os.environ.get("WORLD_SIZE", "1")))
     inputs = prepare(config)
     from esi_ds.zero import runtime
 
     runtime.start()
     try:
-        deepspeed_config = resolve_deepspeed(config, "esi", runtime.world_size())
+        deepspeed_config = resolve_deepspeed(config, runtime.world_size())
         EsiRun(config, options, inputs, folder, deepspeed_config).run()
     finally:
         runtime.stop()
@@ -42,8 +44,9 @@ def run(config: Config, options: Options) -> None:
 class EsiRun:
     """One run of the stage on this rank. ``inputs`` is None for criteria that need no gradient."""
 
-    def __init__(self, config: Config, options: Options, inputs: Inputs | None, folder: RunFolder,
-                 deepspeed_config: dict):
+    def __init__(
+        self, config: Config, options: Options, inputs: Inputs | None, folder: RunFolder, deepspeed_config: dict
+    ):
         from esi_ds.zero import runtime
 
         self.config, self.options, self.inputs, self.folder = config, options, inputs, folder
@@ -61,8 +64,7 @@ class EsiRun:
         if runtime.is_main():
             self.folder.open(self.config)
         runtime.seed_everything(self.config.run.seed)
-        tracker = Tracker(self.folder.path, enabled=runtime.is_main(), tensorboard=self.config.run.tensorboard,
-                          verbose=self.options.verbose)
+        tracker = Tracker(self.folder.path, enabled=runtime.is_main(), tensorboard=self.config.run.tensorboard)
         with tracker:
             try:
                 self._run(tracker)
@@ -74,8 +76,11 @@ class EsiRun:
     def _record(self, exit_state: str) -> None:
         if self.runtime.is_main():
             self.folder.write_manifest(
-                exit_state=exit_state, world_size=self.runtime.world_size(), started=self.started,
-                model_fingerprint=getattr(self, "fingerprint", None), data=self.inputs.source if self.inputs else {},
+                exit_state=exit_state,
+                world_size=self.runtime.world_size(),
+                started=self.started,
+                model_fingerprint=getattr(self, "fingerprint", None),
+                data=self.inputs.source if self.inputs else {},
             )
 
     def _run(self, tracker: Tracker) -> None:
@@ -85,8 +90,14 @@ class EsiRun:
 
         config = self.config
         guard = self._load_guard(tracker) if self.inputs else None
-        model = load_sharded(config.model.path, config.model.dtype, self.deepspeed_config, field="model.path",
-                             revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+        model = load_sharded(
+            config.model.path,
+            config.model.dtype,
+            self.deepspeed_config,
+            field="model.path",
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.fingerprint = self._model_fingerprint(model)
@@ -94,8 +105,12 @@ class EsiRun:
         outcome = self._accumulate(model, guard, tracker) if self.inputs else None
         sigma = unit_sigmas(model)
         scores = score(
-            model, config.select.criterion, outcome.gradients.sums if outcome else None,
-            outcome.num_prompts if outcome else 1, sigma, config.run.seed,
+            model,
+            config.select.criterion,
+            outcome.gradients.sums if outcome else None,
+            outcome.num_prompts if outcome else 1,
+            sigma,
+            config.run.seed,
         )
         finish(config, self.folder.path, model, scores, sigma, self.fingerprint, outcome, self.started, tracker)
         if self.runtime.is_main():
@@ -105,9 +120,7 @@ class EsiRun:
         """The files are read by all ranks together. One gather of names and digests."""
         folder = checkpoint_folder(self.config.model.path, self.config.model.revision)
         digests: dict[str, str] = {}
-        for part in self.runtime.gather_objects(
-            tensor_digests(folder, self.runtime.rank(), self.runtime.world_size())
-        ):
+        for part in self.runtime.gather_objects(tensor_digests(folder, self.runtime.rank(), self.runtime.world_size())):
             digests.update(part)
         return fingerprint(model.parameters, digests)
 
@@ -119,8 +132,15 @@ class EsiRun:
         dtype = self.config.model.dtype if section.dtype == "auto" else section.dtype
         placement, reason = choose_placement(judge.config, dtype, section.placement)
         tracker.log(f"judge: family {judge.family.name}, {placement} ({reason})")
-        module, gather = load_frozen(section.path, dtype, placement, self.deepspeed_config, field="judge.path",
-                                     revision=section.revision, trust_remote_code=section.trust_remote_code)
+        module, gather = load_frozen(
+            section.path,
+            dtype,
+            placement,
+            self.deepspeed_config,
+            field="judge.path",
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
         return Guard(module, judge.tokenizer, section.score, gather)
 
     def _accumulate(self, model, guard, tracker: Tracker):
@@ -141,20 +161,38 @@ class EsiRun:
         examples, excluded = encode_examples(inputs, prompt_ids, prompts, cleaned, config.esi.max_new_tokens)
         if not examples:
             reasons = "; ".join(sorted(set(excluded.values())))
-            raise UserError("data", f"{len(prompts)} prompts", f"none can be used ({reasons})",
-                            "look at responses.jsonl in the run folder")
+            raise UserError(
+                "data",
+                f"{len(prompts)} prompts",
+                f"none can be used ({reasons})",
+                "look at responses.jsonl in the run folder",
+            )
         on_cpu = config.esi.accumulator_device == "cpu"
         gradients = GradientShards(model, torch.device("cpu") if on_cpu else self.runtime.device())
         vocabulary = VocabularyMap(inputs.tokenizer, inputs.judge.tokenizer, model.num_logits)
-        scoring = ScoringPass(config, model, guard, vocabulary, examples, gradients, self.folder.path / CHECKPOINTS,
-                              tracker, inputs.tokenizer.pad_token_id)
+        scoring = ScoringPass(
+            config,
+            model,
+            guard,
+            vocabulary,
+            examples,
+            gradients,
+            self.folder.path / CHECKPOINTS,
+            tracker,
+            inputs.tokenizer.pad_token_id,
+        )
         state = scoring.run()
         excluded.update(state.excluded)
         if self.runtime.is_main():
             write_responses(self.folder.path, inputs.prompts, responses, state.scores, excluded)
         num_prompts = len(prompts) - len(excluded)
         if num_prompts == 0:
-            raise UserError("data", f"{len(prompts)} prompts", "none gave a finite gradient",
-                            "look at responses.jsonl in the run folder; is the model sound?")
-        return Outcome(gradients, num_prompts, inputs, responses, state.scores, excluded,
-                       num_broken + num_broken_responses)
+            raise UserError(
+                "data",
+                f"{len(prompts)} prompts",
+                "none gave a finite gradient",
+                "look at responses.jsonl in the run folder; is the model sound?",
+            )
+        return Outcome(
+            gradients, num_prompts, inputs, responses, state.scores, excluded, num_broken + num_broken_responses
+        )

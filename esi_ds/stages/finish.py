@@ -10,14 +10,13 @@ from pathlib import Path
 
 from esi_ds.artifacts import read_jsonl
 from esi_ds.config import Config
-from esi_ds.report.html import write_report
-from esi_ds.report.publish import closing_table, publish
-from esi_ds.tracking import Tracker
-
 from esi_ds.core.mask import FORMAT
 from esi_ds.core.select import key_to_score
 from esi_ds.core.units import Parameter, Unit
+from esi_ds.report.html import write_report
+from esi_ds.report.publish import closing_table, publish
 from esi_ds.stages.prepare import Inputs
+from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.files import write_mask, write_scores
@@ -41,12 +40,28 @@ class Outcome:
     special_tokens_broken_up: int
 
 
-def finish(config: Config, folder: Path, model: ShardedModel, scores: Scores, sigma: dict[Unit, float],
-           fingerprint: str, outcome: Outcome | None, started: float, tracker: Tracker) -> None:
+def finish(
+    config: Config,
+    folder: Path,
+    model: ShardedModel,
+    scores: Scores,
+    sigma: dict[Unit, float],
+    fingerprint: str,
+    outcome: Outcome | None,
+    started: float,
+    tracker: Tracker,
+) -> None:
     """Select, write, report. Collectives: those of selection, of the two folders and of the statistics."""
     section = config.select
-    selection = select_weights(model, scores, ratio=section.ratio, order=section.order, of=section.of,
-                               scope=section.scope, seed=config.run.seed)
+    selection = select_weights(
+        model,
+        scores,
+        ratio=section.ratio,
+        order=section.order,
+        of=section.of,
+        scope=section.scope,
+        seed=config.run.seed,
+    )
     scored = [parameter for parameter in model.parameters if parameter.scored]
     metadata = mask_metadata(config, model, selection, fingerprint)
 
@@ -62,7 +77,8 @@ def finish(config: Config, folder: Path, model: ShardedModel, scores: Scores, si
     if not runtime.is_main():
         return
     report = {
-        "title": f"Expected Safety Impact of {config.model.path}" if section.criterion == "esi"
+        "title": f"Expected Safety Impact of {config.model.path}"
+        if section.criterion == "esi"
         else f"{section.criterion} scores of {config.model.path}",
         "facts": run_facts(config, model, fingerprint, outcome, started),
         "selection": selection_facts(config, model, selection),
@@ -88,11 +104,17 @@ def mask_metadata(config: Config, model: ShardedModel, selection: Selection, fin
     section = config.select
     threshold = key_to_score(selection.cut, section.order) if selection.cut is not None else None
     return {
-        "format": FORMAT, "k": str(selection.k), "ratio": repr(section.ratio),
+        "format": FORMAT,
+        "k": str(selection.k),
+        "ratio": repr(section.ratio),
         "total_numel": str(sum(parameter.numel for parameter in model.parameters)),
         "threshold": "null" if threshold is None else repr(threshold),
-        "criterion": section.criterion, "order": section.order, "of": section.of, "scope": section.scope,
-        "seed": str(config.run.seed), "fingerprint": fingerprint,
+        "criterion": section.criterion,
+        "order": section.order,
+        "of": section.of,
+        "scope": section.scope,
+        "seed": str(config.run.seed),
+        "fingerprint": fingerprint,
         "shapes": json.dumps({p.name: p.shape for p in model.parameters if p.scored}),
         "offsets": json.dumps({p.name: p.offset for p in model.parameters if p.scored}),
         "counts": json.dumps(selection.counts),
@@ -102,10 +124,14 @@ def mask_metadata(config: Config, model: ShardedModel, selection: Selection, fin
 def selection_facts(config: Config, model: ShardedModel, selection: Selection) -> dict:
     section = config.select
     return {
-        "k": selection.k, "total_numel": sum(p.numel for p in model.parameters),
+        "k": selection.k,
+        "total_numel": sum(p.numel for p in model.parameters),
         "scored_numel": sum(p.numel for p in model.parameters if p.scored),
         "threshold": key_to_score(selection.cut, section.order) if selection.cut is not None else None,
-        "criterion": section.criterion, "order": section.order, "ratio": section.ratio, "of": section.of,
+        "criterion": section.criterion,
+        "order": section.order,
+        "ratio": section.ratio,
+        "of": section.of,
         "scope": section.scope,
     }
 
@@ -113,17 +139,24 @@ def selection_facts(config: Config, model: ShardedModel, selection: Selection) -
 def run_facts(config: Config, model: ShardedModel, fingerprint: str, outcome: Outcome | None, started: float) -> dict:
     """What the report's first table says of the run."""
     facts = {
-        "model": config.model.path, "model type": model.module.config.model_type, "dtype": config.model.dtype,
-        "ranks": runtime.world_size(), "wall time (s)": round(time.time() - started, 1), "seed": config.run.seed,
+        "model": config.model.path,
+        "model type": model.module.config.model_type,
+        "dtype": config.model.dtype,
+        "ranks": runtime.world_size(),
+        "wall time (s)": round(time.time() - started, 1),
+        "seed": config.run.seed,
         "fingerprint": fingerprint,
         "unscored weights": ", ".join(f"{role} {n:,}" for role, n in unscored_numel(model.parameters).items()),
     }
     if outcome is not None:
         facts |= {
-            "judge": config.judge.path, "judge family": outcome.inputs.judge.family.name,
+            "judge": config.judge.path,
+            "judge family": outcome.inputs.judge.family.name,
             "judge score": f"{config.judge.score} ({config.judge.context.replace('_', ' ')})",
-            "estimator": config.esi.estimator, "prompts": len(outcome.inputs.prompts),
-            "prompts used": outcome.num_prompts, "prompts from": str(outcome.inputs.source),
+            "estimator": config.esi.estimator,
+            "prompts": len(outcome.inputs.prompts),
+            "prompts used": outcome.num_prompts,
+            "prompts from": str(outcome.inputs.source),
             "rows skipped in the file": len(outcome.inputs.skipped),
         }
     return facts
@@ -142,8 +175,12 @@ def pass_facts(outcome: Outcome | None) -> dict:
         ],
         "special_tokens_broken_up": outcome.special_tokens_broken_up,
         "samples": [
-            {"index": index, "prompt": prompts[index], "response": outcome.responses[index],
-             "judge_score": outcome.scores[index]}
+            {
+                "index": index,
+                "prompt": prompts[index],
+                "response": outcome.responses[index],
+                "judge_score": outcome.scores[index],
+            }
             for index in sorted(outcome.scores)[:NUM_SAMPLES]
         ],
     }

@@ -45,15 +45,21 @@ def plan(config: Config, world_size: int) -> dict[str, object]:
     units = Counter(unit.role for parameter in scored for unit in parameter.units)
     largest = max(parameters, key=lambda parameter: parameter.numel)
     facts: dict[str, object] = {
-        "weights": f"{total:,}", "scored weights": f"{num_scored:,}", "parameters": len(parameters),
-        "logical matrices (units)": f"{sum(units.values()):,}: " + ", ".join(f"{r} {n}" for r, n in sorted(units.items())),
-        "k": f"{_k(config, parameters):,}", "ranks": world_size,
+        "weights": f"{total:,}",
+        "scored weights": f"{num_scored:,}",
+        "parameters": len(parameters),
+        "logical matrices (units)": f"{sum(units.values()):,}: "
+        + ", ".join(f"{r} {n}" for r, n in sorted(units.items())),
+        "k": f"{_k(config, parameters):,}",
+        "ranks": world_size,
         "weights per rank": _gib(weight * shard),
     }
     if config.select.criterion in NEEDS_GRADIENT:
         where = " (on the CPU)" if config.esi.accumulator_device == "cpu" else ""
         facts["gradient sums per rank" + where] = _gib(4 * scored_shard)
-        facts["largest parameter, gathered, and its gradient"] = f"{_gib((weight + 4) * largest.numel)} ({largest.name})"
+        facts["largest parameter, gathered, and its gradient"] = (
+            f"{_gib((weight + 4) * largest.numel)} ({largest.name})"
+        )
         facts |= _passes(config, world_size)
         facts["checkpoint on disk"] = _gib(4 * num_scored)
     if config.esi.save_scores:
@@ -80,7 +86,7 @@ def _passes(config: Config, world_size: int) -> dict[str, object]:
     return {
         "prompts": count,
         "passes": f"{passes} of {config.esi.batch_size} prompts per rank ({stride} together), each one forward and "
-                  "backward of the judge and of the model",
+        "backward of the judge and of the model",
         "batches to generate": 0 if config.data.responses is not None else passes,
     }
 
@@ -92,7 +98,7 @@ def _gib(size: int) -> str:
 def print_plan(config: Config, options: Options) -> None:
     """The resolved config, then the plan."""
     world_size = options.world_size or 1
-    resolve_deepspeed(config, "esi", world_size)
+    resolve_deepspeed(config, world_size)
     print(resolved_yaml(config))
     facts = plan(config, world_size)
     width = max(map(len, facts))

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from esi_ds.config import Config
-from esi_ds.data.prompts import PromptSet, load_prompts, load_responses
-from esi_ds.errors import UserError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from esi_ds.config import Config
 from esi_ds.core.score import NEEDS_GRADIENT
 from esi_ds.data.chat import (
     EncodedResponse,
@@ -21,6 +19,8 @@ from esi_ds.data.chat import (
     load_tokenizer,
     special_strings,
 )
+from esi_ds.data.prompts import PromptSet, load_prompts, load_responses
+from esi_ds.errors import UserError
 from esi_ds.judge.families import Family, TextBuilder, choose_family
 from esi_ds.judge.guard import GuardInput, check_verdict, encode_pair
 
@@ -69,14 +69,18 @@ def prepare(config: Config) -> Inputs | None:
 
     Raises UserError. Reads only; loads no weights.
     """
-    model_config = load_model_config(config.model.path, "model.path", config.model.revision,
-                                     config.model.trust_remote_code)
+    model_config = load_model_config(
+        config.model.path, "model.path", config.model.revision, config.model.trust_remote_code
+    )
     check_weights(config.model.path, "model.path")
     if config.select.criterion not in NEEDS_GRADIENT:
         return None
     tokenizer = load_tokenizer(
-        config.model.path, "model.path", revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code, chat_template=config.model.chat_template,
+        config.model.path,
+        "model.path",
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+        chat_template=config.model.chat_template,
     )
     check_chat_template(tokenizer, config.model.system_prompt)
     judge = prepare_judge(config)
@@ -87,8 +91,9 @@ def prepare(config: Config) -> Inputs | None:
 
 def prepare_judge(config: Config) -> Judge:
     section = config.judge
-    tokenizer = load_tokenizer(section.path, "judge.path", revision=section.revision,
-                               trust_remote_code=section.trust_remote_code)
+    tokenizer = load_tokenizer(
+        section.path, "judge.path", revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
     family = choose_family(section, tokenizer)
     texts = TextBuilder(family, tokenizer, section.context)
     check_verdict(texts, family, tokenizer)
@@ -119,11 +124,16 @@ def load_model_config(path: str, field: str, revision: str | None, trust_remote_
     try:
         found = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(field, path, f"holds no model configuration ({str(error).strip().splitlines()[0]})",
-                        "give a Hugging Face folder or a hub id that can be reached") from error
+        raise UserError(
+            field,
+            path,
+            f"holds no model configuration ({str(error).strip().splitlines()[0]})",
+            "give a Hugging Face folder or a hub id that can be reached",
+        ) from error
     if getattr(found, "quantization_config", None) is not None:
-        raise UserError(field, path, "is quantised; its weights have no gradient of their own",
-                        "give the unquantised model")
+        raise UserError(
+            field, path, "is quantised; its weights have no gradient of their own", "give the unquantised model"
+        )
     return found
 
 
@@ -148,8 +158,13 @@ def encode_prompts(inputs: Inputs, config: Config, prompts: Sequence[str]) -> li
     return [encode_prompt(inputs.tokenizer, prompt, config.model.system_prompt) for prompt in prompts]
 
 
-def encode_examples(inputs: Inputs, prompt_ids: Sequence[list[int]], prompts: Sequence[str],
-                    responses: Sequence[str], max_new_tokens: int) -> tuple[list[Example], dict[int, str]]:
+def encode_examples(
+    inputs: Inputs,
+    prompt_ids: Sequence[list[int]],
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    max_new_tokens: int,
+) -> tuple[list[Example], dict[int, str]]:
     """Usable pairs in order, and index → reason of every pair that cannot be used."""
     limit = max_positions(inputs.model_config)
     judge = inputs.judge

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
 from esi_ds.config import Config
-from esi_ds.tracking import Tracker
-
 from esi_ds.stages.prepare import Inputs, max_positions
+from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.generate import choose_mode, generate, ready_to_generate
@@ -19,12 +18,18 @@ PARTIAL_NAME = "responses.partial.jsonl"
 NAME = "responses.jsonl"
 
 
-def write_responses(folder: Path, prompts: Sequence[str], responses: Sequence[str], scores: dict[int, float],
-                    excluded: dict[int, str]) -> None:
+def write_responses(
+    folder: Path, prompts: Sequence[str], responses: Sequence[str], scores: dict[int, float], excluded: dict[int, str]
+) -> None:
     """``responses.jsonl`` (DESIGN §7). Rank 0 only."""
     rows = (
-        {"index": index, "prompt": prompt, "response": response, "judge_score": scores.get(index),
-         "excluded": excluded.get(index)}
+        {
+            "index": index,
+            "prompt": prompt,
+            "response": response,
+            "judge_score": scores.get(index),
+            "excluded": excluded.get(index),
+        }
         for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     )
     write_text_atomic(folder / NAME, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -36,8 +41,9 @@ def responses_on_disk(folder: Path) -> dict[int, str]:
     return {row["index"]: row["response"] for row in read_jsonl(file)} if file.is_file() else {}
 
 
-def respond(config: Config, inputs: Inputs, model: ShardedModel, prompt_ids: Sequence[list[int]], folder: Path,
-            tracker: Tracker) -> list[str]:
+def respond(
+    config: Config, inputs: Inputs, model: ShardedModel, prompt_ids: Sequence[list[int]], folder: Path, tracker: Tracker
+) -> list[str]:
     """One response per prompt, the same list on every rank; "" where the prompt leaves no room for one.
 
     Collectives: those of generation, and one gather of texts a batch.
@@ -67,8 +73,17 @@ def respond(config: Config, inputs: Inputs, model: ShardedModel, prompt_ids: Seq
     return responses
 
 
-def _generate_waiting(config: Config, inputs: Inputs, model: ShardedModel, prompt_ids: Sequence[list[int]],
-                      waiting: list[int], mode: str, folder: Path, tracker: Tracker, done: dict[int, str]) -> None:
+def _generate_waiting(
+    config: Config,
+    inputs: Inputs,
+    model: ShardedModel,
+    prompt_ids: Sequence[list[int]],
+    waiting: list[int],
+    mode: str,
+    folder: Path,
+    tracker: Tracker,
+    done: dict[int, str],
+) -> None:
     """All ranks, batch by batch; after each batch rank 0 appends its responses to the partial file."""
     size, ranks, rank = config.esi.batch_size, runtime.world_size(), runtime.rank()
     progress = tracker.progress(total=len(prompt_ids), initial=len(done), unit="prompt", description="generate")

@@ -10,17 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from esi_ds.config import Config
-from esi_ds.errors import Interrupted, UserError
-from esi_ds.tracking import Tracker
 from torch import Tensor
 
+from esi_ds.config import Config
 from esi_ds.core.batch import left_pad
 from esi_ds.core.surrogate import estimate
+from esi_ds.errors import Interrupted, UserError
 from esi_ds.judge.alignment import alignment_weights
 from esi_ds.judge.guard import Guard, Judgement
 from esi_ds.judge.vocabulary import VocabularyMap
 from esi_ds.stages.prepare import Example
+from esi_ds.tracking import Tracker
 from esi_ds.zero import checkpoint, runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards
@@ -75,8 +75,18 @@ class ScoringPass:
     number of forward and backward passes; one without an example runs a filler whose gradient is zero.
     """
 
-    def __init__(self, config: Config, model: ShardedModel, guard: Guard, vocabulary: VocabularyMap,
-                 examples: Sequence[Example], gradients: GradientShards, folder: Path, tracker: Tracker, pad: int):
+    def __init__(
+        self,
+        config: Config,
+        model: ShardedModel,
+        guard: Guard,
+        vocabulary: VocabularyMap,
+        examples: Sequence[Example],
+        gradients: GradientShards,
+        folder: Path,
+        tracker: Tracker,
+        pad: int,
+    ):
         self.config, self.model, self.guard, self.vocabulary = config, model, guard, vocabulary
         self.examples, self.gradients, self.folder, self.tracker, self.pad = examples, gradients, folder, tracker, pad
         self.state = PassState()
@@ -91,9 +101,11 @@ class ScoringPass:
 
     def run(self) -> PassState:
         self._restore()
+        self.tracker.resume_at(self.state.position)
         total = len(self.examples)
-        bar = self.tracker.progress(total=total, initial=min(self.state.position, total), unit="prompt",
-                                    description="score")
+        bar = self.tracker.progress(
+            total=total, initial=min(self.state.position, total), unit="prompt", description="score"
+        )
         with self.gradients.collecting(), bar:
             while self.state.position < total:
                 before = self.state.position
@@ -110,10 +122,19 @@ class ScoringPass:
         norm_squared = self.gradients.take_norm_squared()
         judged = [judgement.score for judgement in judgements.values()]
         due = runtime.is_main() and self._save_is_due()
-        totals = runtime.all_reduce_sum(torch.tensor(
-            [norm_squared, float(self._stop.raised), float(due), math.fsum(judged), float(len(judged)), sum(values)],
-            dtype=torch.float64,
-        ))
+        totals = runtime.all_reduce_sum(
+            torch.tensor(
+                [
+                    norm_squared,
+                    float(self._stop.raised),
+                    float(due),
+                    math.fsum(judged),
+                    float(len(judged)),
+                    sum(values),
+                ],
+                dtype=torch.float64,
+            )
+        )
         if not math.isfinite(totals[0]):
             self._reject(mine)
             return
@@ -190,8 +211,14 @@ class ScoringPass:
         aligned = weights.to(judgement.gradient) @ judgement.gradient  # ũ [T, d]
         contraction = self.vocabulary.contract(aligned, table, self.guard.embedding_scale)
         value, gradient = estimate(
-            esi.estimator, logits, contraction, torch.tensor(response.ids, device=logits.device),
-            temperature=esi.temperature, samples=esi.samples, seed=self.config.run.seed, prompt_index=example.index,
+            esi.estimator,
+            logits,
+            contraction,
+            torch.tensor(response.ids, device=logits.device),
+            temperature=esi.temperature,
+            samples=esi.samples,
+            seed=self.config.run.seed,
+            prompt_index=example.index,
         )
         return float(value), gradient
 
@@ -202,8 +229,12 @@ class ScoringPass:
         if not named:
             raise RuntimeError("the model's gradient is not finite even for a single padding token")
         if self.config.esi.on_nonfinite == "stop":
-            raise UserError("esi.on_nonfinite", "stop", f"the gradient of prompts {named} is not finite",
-                            "look at these prompts, or set esi.on_nonfinite: skip to leave them out")
+            raise UserError(
+                "esi.on_nonfinite",
+                "stop",
+                f"the gradient of prompts {named} is not finite",
+                "look at these prompts, or set esi.on_nonfinite: skip to leave them out",
+            )
         self.tracker.log(f"gradient not finite: leaving out prompts {named}, going back to the last save")
         self.state.share()
         excluded = {**self.state.excluded, **dict.fromkeys(named, NOT_FINITE["gradient"])}
@@ -232,10 +263,13 @@ class ScoringPass:
 
     def _report(self, totals: Tensor, seconds: float) -> None:
         num_judged = int(totals[4])
-        self.tracker.scalars(min(self.state.position, len(self.examples)), {
-            "judge_score": float(totals[3]) / num_judged if num_judged else float("nan"),
-            "gradient_norm": math.sqrt(totals[0]),
-            "surrogate": float(totals[5]) / num_judged if num_judged else float("nan"),
-            "prompts_per_second": num_judged / max(seconds, 1e-9),
-            "memory_gib": runtime.memory_bytes() / 2**30,
-        })
+        self.tracker.scalars(
+            min(self.state.position, len(self.examples)),
+            {
+                "judge_score": float(totals[3]) / num_judged if num_judged else float("nan"),
+                "gradient_norm": math.sqrt(totals[0]),
+                "surrogate": float(totals[5]) / num_judged if num_judged else float("nan"),
+                "prompts_per_second": num_judged / max(seconds, 1e-9),
+                "memory_gib": runtime.memory_bytes() / 2**30,
+            },
+        )

@@ -11,11 +11,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from esi_ds.artifacts import replace_folder, write_json_atomic
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from esi_ds.artifacts import replace_folder, write_json_atomic
 from esi_ds.core.units import Parameter, shard_bounds
 from esi_ds.zero import runtime
 from esi_ds.zero.gradients import GradientShards

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import deepspeed
 import torch
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
-from esi_ds.errors import UserError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -20,6 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from esi_ds.core.units import Parameter, Shard
+from esi_ds.errors import UserError
 from esi_ds.models.roles import describe
 from esi_ds.zero import runtime
 
@@ -105,6 +105,10 @@ def _from_pretrained(path: str, dtype: str, field: str, kwargs: dict) -> PreTrai
     try:
         module = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True, **kwargs)
     except (OSError, ValueError) as error:
-        raise UserError(field, path, f"cannot be loaded ({str(error).strip().splitlines()[0]})",
-                        "give a causal language model with safetensors weights") from error
+        raise UserError(
+            field,
+            path,
+            f"cannot be loaded ({str(error).strip().splitlines()[0]})",
+            "give a causal language model with safetensors weights",
+        ) from error
     return module.eval()

@@ -68,8 +68,13 @@ def file_header(entries: Iterable[Entry], metadata: dict[str, str]) -> tuple[byt
     return len(text).to_bytes(8, "little") + text, {name: data_start + start for name, start in starts.items()}
 
 
-def write_folder(folder: Path, files: dict[str, list[Entry]], metadata: dict[str, str],
-                 local_bytes: Callable[[str], tuple[int, bytes]], extra: dict[str, Any] | None = None) -> None:
+def write_folder(
+    folder: Path,
+    files: dict[str, list[Entry]],
+    metadata: dict[str, str],
+    local_bytes: Callable[[str], tuple[int, bytes]],
+    extra: dict[str, Any] | None = None,
+) -> None:
     """A folder of safetensors and its index, written by all ranks; moved to its name when it is whole.
 
     local_bytes(name): (first byte within the tensor, this rank's bytes). extra: further JSON files, by name. Three
@@ -112,8 +117,13 @@ def _start_folder(temporary: Path, files: dict[str, list[Entry]], headers: dict[
     (temporary / INDEX_NAME).write_text(json.dumps(index, indent=1))
 
 
-def write_scores(folder: Path, parameters: Sequence[Parameter], low: Callable[[Parameter], int],
-                 scores: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_scores(
+    folder: Path,
+    parameters: Sequence[Parameter],
+    low: Callable[[Parameter], int],
+    scores: dict[str, Tensor],
+    metadata: dict[str, str],
+) -> None:
     """``scores/``: float32 in the parameters' own shapes. ``low(p)``: first flat element of this rank's shard."""
     by_name = {parameter.name: parameter for parameter in parameters}
 
@@ -127,8 +137,14 @@ def _score_files(parameters: Sequence[Parameter]) -> dict[str, list[Entry]]:
     return plan_files([Entry(p.name, "F32", p.shape) for p in parameters], lambda entry: entry.num_bytes)
 
 
-def write_mask(folder: Path, parameters: Sequence[Parameter], low: Callable[[Parameter], int],
-               bits: dict[str, Tensor], metadata: dict[str, str], units: list[dict]) -> None:
+def write_mask(
+    folder: Path,
+    parameters: Sequence[Parameter],
+    low: Callable[[Parameter], int],
+    bits: dict[str, Tensor],
+    metadata: dict[str, str],
+    units: list[dict],
+) -> None:
     """``mask/``: one bit a weight, cut into files as the scores are; ``units.json`` names the logical matrices.
 
     Collectives: two all-reduces of a few numbers per parameter and rank, for the bytes that two ranks' shards share.

@@ -42,12 +42,18 @@ def greedy_config(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, max_n
     """Greedy decoding with the model's own end tokens and nothing else of its sampling defaults."""
     own = model.module.generation_config
     end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    return GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=copy.copy(end),
-                            pad_token_id=tokenizer.pad_token_id, use_cache=True)
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=copy.copy(end),
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
 
 
-def generate(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], max_new_tokens: int,
-             mode: str) -> list[str]:
+def generate(
+    model: ShardedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], max_new_tokens: int, mode: str
+) -> list[str]:
     """Responses to a batch of prompts' ids, as text without special tokens.
 
     Collectives in ``per_token`` mode: one forward pass's gathers a token, for as long as any rank generates; every

@@ -28,8 +28,9 @@ def start() -> None:
         return
     for rank_name, size_name, local_name in RANK_VARIABLES:
         if rank_name in os.environ and size_name in os.environ:
-            os.environ.update(RANK=os.environ[rank_name], WORLD_SIZE=os.environ[size_name],
-                              LOCAL_RANK=os.environ.get(local_name, "0"))
+            os.environ.update(
+                RANK=os.environ[rank_name], WORLD_SIZE=os.environ[size_name], LOCAL_RANK=os.environ.get(local_name, "0")
+            )
             break
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")

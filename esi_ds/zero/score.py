@@ -33,8 +33,14 @@ def unit_sigmas(model: ShardedModel) -> dict[Unit, float]:
     return dict(zip((unit for _, unit in scored), standard_deviation(merged).tolist(), strict=True))
 
 
-def score(model: ShardedModel, criterion: str, gradients: Mapping[str, Tensor] | None, num_prompts: int,
-          sigma: Mapping[Unit, float], seed: int) -> Scores:
+def score(
+    model: ShardedModel,
+    criterion: str,
+    gradients: Mapping[str, Tensor] | None,
+    num_prompts: int,
+    sigma: Mapping[Unit, float],
+    seed: int,
+) -> Scores:
     """Every shard's scores; the gradient sums are divided by ``num_prompts`` and overwritten. No collectives."""
     scores = {}
     for parameter in model.parameters:
@@ -77,8 +83,9 @@ class Selection:
     cut: Cut | None
 
 
-def select_weights(model: ShardedModel, scores: Scores, *, ratio: float, order: str, of: str, scope: str,
-                   seed: int) -> Selection:
+def select_weights(
+    model: ShardedModel, scores: Scores, *, ratio: float, order: str, of: str, scope: str, seed: int
+) -> Selection:
     """The exact mask (METHOD §2). Collectives: histograms of 16 KiB (scope model) and one count per parameter."""
     ordering = Order(order, seed)
     scored = [parameter for parameter in model.parameters if parameter.scored]
@@ -104,8 +111,9 @@ def selected_bits(cut: Cut, order: Order, piece: Piece) -> Tensor:
     return cut.selects(order.keys(piece.scores, piece.position), piece.position)
 
 
-def _select_by_unit(model: ShardedModel, parameter: Parameter, scores: Tensor, ratio: float, order: Order,
-                    last: int) -> Tensor:
+def _select_by_unit(
+    model: ShardedModel, parameter: Parameter, scores: Tensor, ratio: float, order: Order, last: int
+) -> Tensor:
     """Scope ``matrix``: ⌊ratio · n⌋ of each logical matrix of one parameter, all of them in the same histograms."""
     shard = model.shard(parameter)
     bits = torch.zeros(shard.numel, dtype=torch.bool, device=scores.device)

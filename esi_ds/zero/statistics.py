@@ -30,9 +30,18 @@ def unit_rows(model: ShardedModel, scores: Scores, selection: Selection, sigma: 
     runtime.all_reduce_sum(sums)
     runtime.all_reduce_max(largest)
     return [
-        {"name": unit.name, "parameter": parameter.name, "role": unit.role, "layer": unit.layer, "expert": unit.expert,
-         "numel": unit.numel, "selected": int(sums[row, 0]), "mean_score": float(sums[row, 1]) / unit.numel,
-         "max_score": float(largest[row]), "sigma": sigma.get(unit)}
+        {
+            "name": unit.name,
+            "parameter": parameter.name,
+            "role": unit.role,
+            "layer": unit.layer,
+            "expert": unit.expert,
+            "numel": unit.numel,
+            "selected": int(sums[row, 0]),
+            "mean_score": float(sums[row, 1]) / unit.numel,
+            "max_score": float(largest[row]),
+            "sigma": sigma.get(unit),
+        }
         for row, (parameter, unit) in enumerate(scored)
     ]
 

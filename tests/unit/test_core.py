@@ -27,11 +27,14 @@ def test_four_elements_on_three_ranks_leave_one_empty() -> None:
     assert shard_bounds(4, 2, 3) == (4, 4)
 
 
-@pytest.mark.parametrize("unit", [
-    Unit("a", "x", None, None, 3, 10),
-    Unit("b", "x", None, None, 1, 1, 9, 2),
-    Unit("c", "x", None, None, 4, 3, 4, 5),
-])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        Unit("a", "x", None, None, 3, 10),
+        Unit("b", "x", None, None, 1, 1, 9, 2),
+        Unit("c", "x", None, None, 4, 3, 4, 5),
+    ],
+)
 def test_unit_within_any_slice(unit: Unit) -> None:
     own = {unit.start + i * unit.stride + j for i in range(unit.count) for j in range(unit.length)}
     values = torch.arange(30)
@@ -100,8 +103,9 @@ def test_estimate_averages_gumbel_draws() -> None:
     logits, contraction, sampled = torch.randn(4, 30), torch.randn(4, 30), torch.zeros(4, dtype=torch.int64)
     options = {"temperature": 0.3, "seed": 3, "prompt_index": 11}
     _, mean = estimate("gumbel", logits, contraction, sampled, samples=3, **options)
-    draws = [softmax_surrogate(logits, contraction, 0.3, gumbel(stream(3, 11, d), torch.arange(4), 30))[1]
-             for d in range(3)]
+    draws = [
+        softmax_surrogate(logits, contraction, 0.3, gumbel(stream(3, 11, d), torch.arange(4), 30))[1] for d in range(3)
+    ]
     torch.testing.assert_close(mean, torch.stack(draws).mean(0))
     _, other = estimate("gumbel", logits, contraction, sampled, samples=3, **{**options, "prompt_index": 12})
     assert not torch.allclose(mean, other)

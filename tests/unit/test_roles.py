@@ -20,8 +20,14 @@ from transformers import (
 from esi_ds.core.units import Parameter
 from esi_ds.models.roles import describe
 
-SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "intermediate_size": 12}
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 12,
+}
 
 
 def parameters_of(config, shapes: bool = False) -> dict[str, Parameter]:
@@ -42,14 +48,17 @@ CONFIGS = {
     "llama_bias": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
     "phi3": Phi3Config(**SMALL, pad_token_id=0),
     "qwen3_moe": Qwen3MoeConfig(**SMALL, moe_intermediate_size=6, num_experts=4, num_experts_per_tok=2, head_dim=4),
-    "qwen2_moe": Qwen2MoeConfig(**SMALL, moe_intermediate_size=6, num_experts=4, num_experts_per_tok=2,
-                                shared_expert_intermediate_size=8),
+    "qwen2_moe": Qwen2MoeConfig(
+        **SMALL, moe_intermediate_size=6, num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=8
+    ),
     "mixtral": MixtralConfig(**SMALL, num_local_experts=4),
     "gpt_oss": GptOssConfig(**SMALL, num_local_experts=4, head_dim=4),
-    "llama4": Llama4TextConfig(**SMALL, intermediate_size_mlp=12, num_local_experts=4, head_dim=4,
-                               interleave_moe_layer_step=1),
-    "neox": GPTNeoXConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
-                          intermediate_size=12),
+    "llama4": Llama4TextConfig(
+        **SMALL, intermediate_size_mlp=12, num_local_experts=4, head_dim=4, interleave_moe_layer_step=1
+    ),
+    "neox": GPTNeoXConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=12
+    ),
 }
 
 
@@ -69,7 +78,10 @@ def test_what_is_not_scored(name: str) -> None:
     for parameter in parameters_of(CONFIGS[name]).values():
         leaf = parameter.name
         is_unscored = (
-            "embed" in leaf or "norm" in leaf or leaf.endswith("bias") or "router" in leaf
+            "embed" in leaf
+            or "norm" in leaf
+            or leaf.endswith("bias")
+            or "router" in leaf
             or leaf.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
         ) and not leaf.startswith("embed_out")
         assert parameter.scored != is_unscored, (parameter.name, parameter.role)
@@ -105,7 +117,10 @@ def test_fused_qkv_and_gate_up_of_phi3() -> None:
     found = parameters_of(CONFIGS["phi3"])
     qkv = found["model.layers.0.self_attn.qkv_proj.weight"]
     assert [(unit.role, unit.numel // 16) for unit in qkv.units] == [
-        ("attention.q", 16), ("attention.k", 8), ("attention.v", 8)]
+        ("attention.q", 16),
+        ("attention.k", 8),
+        ("attention.v", 8),
+    ]
     gate_up = found["model.layers.0.mlp.gate_up_proj.weight"]
     assert [(unit.role, unit.start) for unit in gate_up.units] == [("mlp.gate", 0), ("mlp.up", 12 * 16)]
 

@@ -93,8 +93,10 @@ def test_groups_are_selected_each_by_itself() -> None:
     half = len(scores) // 2
     groups = [[Piece(scores[:half], 0)], [Piece(scores[half:], half)], []]
     cuts = select(groups, [5, 7, 0], Order("top"), len(scores) - 1, identity)
-    got = [cut.selects(piece.scores.view(torch.int32), piece.position)
-           for cut, (piece,) in zip(cuts, groups[:2], strict=False)]
+    got = [
+        cut.selects(piece.scores.view(torch.int32), piece.position)
+        for cut, (piece,) in zip(cuts, groups[:2], strict=False)
+    ]
     assert torch.equal(got[0], sorted_mask(scores[:half], 5, "top"))
     assert torch.equal(got[1], sorted_mask(scores[half:], 7, "top"))
 

@@ -1,0 +1,163 @@
+"""Files of a run: written whole or not at all, and refused where they belong to another run (DESIGN §7)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from esi_ds.config import Config, differences, parse_yaml, resolved_yaml, validate
+from esi_ds.errors import UserError
+
+PACKAGES = ("esi_ds", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """The file holds all of ``text`` or what it held before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def write_json_atomic(path: Path, content: Any) -> None:
+    write_text_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Give a finished folder its name; one that had it goes away only then."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(temporary, final)
+    _sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Lines at the end of a file, on disk when this returns; a line before them that was torn is closed first."""
+    torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as opened:
+        opened.write("\n" * torn + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Rows of a file that a kill may have torn: lines that are no JSON are left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as opened:
+        return (
+            hashlib.file_digest(opened, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else (hashlib.sha256(opened.read()).hexdigest())
+        )
+
+
+class RunFolder:
+    """One run's folder. ``check`` may be called by every rank, the writers by rank 0 only."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+
+    def check(self, config: Config) -> None:
+        """Refuse a folder that is no folder, is not ours, or holds another run. Reads only."""
+        key, given = "run.output_dir", str(self.path)
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(key, given, "is a file", "give a folder")
+        existing = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
+        if not os.access(existing, os.W_OK):
+            raise UserError(key, given, "cannot be written to", "give a folder of your own")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        stored = self.path / "config.yaml"
+        if not stored.is_file():
+            raise UserError(key, given, "is not empty and holds no run", "give a new folder")
+        if config.run.resume == "never":
+            raise UserError(key, given, "holds a run already", "give a new folder, or set run.resume: auto")
+        other = differences(validate(parse_yaml(stored.read_text())), config)
+        if other:
+            raise UserError(
+                key,
+                given,
+                f"holds a run of another config (other {', '.join(other)})",
+                "give a new folder, or go on with the config stored there",
+            )
+
+    def open(self, config: Config) -> None:
+        """Create the folder and write the resolved config."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(self.path / "config.yaml", resolved_yaml(config))
+
+    def is_finished(self) -> bool:
+        manifest = self.path / "manifest.json"
+        return manifest.is_file() and json.loads(manifest.read_text())["exit_state"] == "done"
+
+    def write_manifest(
+        self, *, exit_state: str, world_size: int, started: float, model_fingerprint: str | None, data: dict[str, Any]
+    ) -> None:
+        """Versions, commit, world size, what was scored, how long, and how it ended: running, done, interrupted or
+        failed."""
+        write_json_atomic(
+            self.path / "manifest.json",
+            {
+                "exit_state": exit_state,
+                "world_size": world_size,
+                "model_fingerprint": model_fingerprint,
+                "data_hashes": data,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+                "wall_time_s": round(time.time() - started, 3),
+                "versions": versions(),
+                "commit": commit(),
+            },
+        )
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The checkout's commit; None outside one."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,78 @@
+"""The command line, the same for every stage (DESIGN §4). Help and config errors come before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+
+from esi_ds.config import load_config
+from esi_ds.errors import Interrupted, UserError
+
+RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+EXIT_USER, EXIT_INTERRUPTED, EXIT_FAILURE = 2, 75, 1
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says besides the config. ``world_size``: ranks that a dry run plans for."""
+
+    dry_run: bool = False
+    world_size: int | None = None
+    verbose: bool = False
+    allow_fingerprint_mismatch: bool = False
+
+
+def rank_from_environment() -> int:
+    """This process's rank as its launcher told it; 0 where there was no launcher."""
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
+
+
+def parser(stage: str) -> argparse.ArgumentParser:
+    """``--local_rank`` and ``--deepspeed`` are what launchers and habits add; they change nothing."""
+    made = argparse.ArgumentParser(prog=f"launch/{stage}.py", allow_abbrev=False)
+    made.add_argument("overrides", nargs="*", metavar="key.path=value", help="change one key of the config")
+    made.add_argument("--config", required=True, metavar="FILE", help="experiment YAML")
+    made.add_argument("--deepspeed_config", metavar="FILE", help="replaces the config's deepspeed")
+    made.add_argument("--dry-run", action="store_true", help="print the resolved config and what would run")
+    made.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for in a dry run")
+    made.add_argument("--verbose", action="store_true", help="let every rank speak")
+    made.add_argument(
+        "--allow-fingerprint-mismatch",
+        action="store_true",
+        help="accept a mask made from other weights of the same shapes",
+    )
+    made.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    made.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    return made
+
+
+def main(stage: str, argv: list[str] | None = None) -> int:
+    """Run one stage; returns the process's exit code: 0, 2 (user's mistake), 75 (resumable) or 1 (anything else)."""
+    is_main = rank_from_environment() == 0
+    arguments = parser(stage).parse_intermixed_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config)
+        options = Options(
+            arguments.dry_run, arguments.world_size, arguments.verbose, arguments.allow_fingerprint_mismatch
+        )
+        if not is_main and not options.verbose:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
+        if options.dry_run and not is_main:
+            return 0
+        importlib.import_module(f"esi_ds.stages.{stage}").run(config, options)
+    except UserError as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    except Interrupted as error:
+        if is_main:
+            print(f"interrupted: {error}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception:
+        print(f"rank {rank_from_environment()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        return EXIT_FAILURE
+    return 0

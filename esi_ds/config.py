@@ -1,0 +1,330 @@
+"""The YAML of an experiment, strictly typed (DESIGN §5). Imports no torch: a bad config fails at once.
+
+Every key has one owner and a sentence. An unknown key, a wrong type or a value out of range is a ``UserError`` that
+names the key in full.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from esi_ds.errors import UserError
+
+
+class Section(BaseModel):
+    """No unknown keys, no silent conversion of one type to another."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Run(Section):
+    output_dir: str = Field(description="folder of everything the run writes")
+    seed: int = Field(0, ge=0, description="of noise and random orders; nothing else is random")
+    resume: Literal["auto", "never"] = Field("auto", description="auto: go on where this folder's run stopped")
+    tensorboard: bool = Field(True, description="write TensorBoard files")
+
+
+class Model(Section):
+    path: str = Field(description="hub id or folder of a causal language model with safetensors weights")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="of the weights while they are used")
+    trust_remote_code: bool = Field(False, description="run the model's own code")
+    chat_template: str | None = Field(None, description="Jinja text or file instead of the tokenizer's template")
+    system_prompt: str | None = Field(None, description="system turn in front of every prompt")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
+
+
+class Verdict(Section):
+    safe: str = Field(min_length=1, description="the word, with its leading space, that says safe")
+    unsafe: str = Field(min_length=1, description="the word that says unsafe")
+
+
+class Judge(Section):
+    kind: Literal["guard"] = Field("guard", description="a causal guard model")
+    family: Literal["auto", "llama-guard-3", "qwen3guard", "custom"] = Field("auto", description="row of the table")
+    path: str = Field(description="hub id or folder of the guard")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    trust_remote_code: bool = Field(False, description="run the guard's own code")
+    score: Literal["margin", "logit", "logprob", "prob"] = Field("margin", description="what J is")
+    context: Literal["prompt_and_response", "response_only"] = Field(
+        "prompt_and_response", description="what the guard reads"
+    )
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: the model's")
+    placement: Literal["auto", "replicated", "sharded"] = Field("auto", description="whole on every rank, or ZeRO-3")
+    template: str | None = Field(None, description="custom: text with {prompt} and {response}")
+    verdict_prefix: str = Field("", description="custom: forced behind the text, before the verdict")
+    verdict: Verdict | None = Field(None, description="custom: the two words")
+
+
+class Prompts(Section):
+    path: str = Field(description="file, hub id or built-in name")
+    split: str | None = Field(None, description="split of a hub data set")
+    column: str = Field("auto", description="column of the prompts; auto finds the usual ones")
+    limit: int | None = Field(None, ge=1, description="take the first so many")
+
+
+class Data(Section):
+    prompts: Prompts | None = Field(None, description="harmful requests")
+    responses: str | None = Field(None, description='JSONL {"prompt","response"} used instead of generating')
+
+
+class Esi(Section):
+    estimator: Literal["soft", "gumbel", "paper_code"] = Field("soft", description="see docs/method.md")
+    temperature: float = Field(0.3, gt=0, description="of the softmax over the model's logits")
+    samples: int = Field(1, ge=1, description="gumbel: noise draws per prompt")
+    max_new_tokens: int = Field(256, ge=1, description="length of generated responses")
+    batch_size: int = Field(8, ge=1, description="prompts per rank and micro-batch")
+    save_scores: bool = Field(True, description="write scores/, 4 bytes a weight")
+    on_nonfinite: Literal["skip", "stop"] = Field("skip", description="when a gradient is not finite")
+    save_every: Literal["auto"] | int = Field("auto", description="micro-batches between saves; auto: 5 % of the time")
+    generation: Literal["auto", "gathered", "per_token"] = Field("auto", description="how responses are generated")
+    accumulator_device: Literal["auto", "cpu"] = Field("auto", description="where gradient sums live")
+
+
+class Select(Section):
+    criterion: Literal["esi", "grad", "snip", "magnitude", "random"] = Field("esi", description="what is scored")
+    order: Literal["top", "bottom", "random"] = Field("top", description="which end of the scores")
+    ratio: float = Field(0.01, gt=0, le=1, description="share of the weights")
+    of: Literal["all", "scored"] = Field("all", description="which weights the ratio is of")
+    scope: Literal["model", "matrix"] = Field("model", description="one ranking, or one per logical matrix")
+
+
+class BenignMix(Section):
+    path: str = Field(description="file or hub id of benign rows")
+    fraction: float = Field(0.0, ge=0, le=1, description="share of benign rows in a batch")
+
+
+class TuneData(Section):
+    path: str = Field(description="file or hub id of tuning rows")
+    columns: str = Field("auto", description="shape of the rows; auto finds it")
+    benign: BenignMix | None = Field(None, description="rows mixed in to hold over-refusal")
+
+
+class Tune(Section):
+    mask: str = Field(description="mask folder")
+    data: TuneData = Field(description="what is learnt")
+    max_steps: int = Field(100, ge=1, description="optimizer steps")
+    lr: float = Field(1e-4, gt=0, description="learning rate")
+    scheduler: Literal["constant", "linear", "cosine"] = Field("cosine", description="of the learning rate")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, on trained weights only")
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="of AdamW")
+    eps: float = Field(1e-8, gt=0, description="of AdamW")
+    clip: float | None = Field(1.0, gt=0, description="norm of the trained weights' gradient")
+    batch_size: int = Field(4, ge=1, description="sequences per rank and micro-batch")
+    gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step")
+    max_length: int = Field(1024, ge=1, description="tokens of a row")
+    unscored: Literal["freeze", "train"] = Field("freeze", description="embeddings, norms, biases, routers")
+    save_every: int = Field(50, ge=1, description="steps between checkpoints")
+    export: bool = Field(True, description="write model/")
+    patch: bool = Field(True, description="write patch/")
+
+
+class Perturb(Section):
+    mask: str = Field(description="mask folder")
+    orders: list[Literal["top", "random", "bottom"]] = Field(["top", "random", "bottom"], description="compared")
+    noise: float = Field(0.38, ge=0, description="in units of σ")
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="of the noise")
+
+
+class Eval(Section):
+    judges: list[dict[str, Any]] = Field([], description="judges for attack success")
+    prompts: Prompts | None = Field(None, description="harmful requests")
+    benign: Prompts | None = Field(None, description="benign requests")
+    tasks: list[str] = Field([], description="tasks of lm-eval")
+    max_new_tokens: int = Field(256, ge=1, description="length of answers")
+    batch_size: int = Field(8, ge=1, description="prompts per rank and micro-batch")
+
+
+class Config(Section):
+    run: Run
+    model: Model
+    judge: Judge | None = None
+    data: Data = Data()
+    esi: Esi = Esi()
+    select: Select = Select()
+    tune: Tune | None = None
+    perturb: Perturb | None = None
+    eval: Eval | None = None
+    deepspeed: str | dict[str, Any] = "ds_configs/zero3.json"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as text; everybody means the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)|[0-9][0-9_]*\.[0-9_]*|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+        r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def load_config(path: str, overrides: list[str], deepspeed_config: str | None = None) -> Config:
+    """A config file with ``key.path=value`` overrides; ``deepspeed_config`` replaces its ``deepspeed``."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError("--config", path, "there is no such file", "give a YAML file")
+    try:
+        raw = parse_yaml(file.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(
+            "--config", path, f"is no valid YAML: {' '.join(str(error).split())}", "fix that line"
+        ) from error
+    if not isinstance(raw, dict):
+        raise UserError("--config", path, "holds no mapping of sections", "see configs/demo/esi.yaml")
+    for override in overrides:
+        _apply(raw, override)
+    if deepspeed_config is not None:
+        raw["deepspeed"] = deepspeed_config
+    return validate(raw)
+
+
+def _apply(raw: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise UserError("override", override, "is not key.path=value", "write for instance select.ratio=0.05")
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(key, text, "is no valid YAML value", "quote it") from error
+    for part in parts[:-1]:
+        if raw.get(part) is None:
+            raw[part] = {}
+        raw = raw[part]
+        if not isinstance(raw, dict):
+            raise UserError(key, text, f"{part} is no section", "give a key.path of the config")
+    raw[parts[-1]] = value
+
+
+def validate(raw: dict) -> Config:
+    """A Config of a plain mapping. Raises UserError for the first thing that is wrong."""
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error) from None
+    _check_judge(config.judge)
+    every = config.esi.save_every
+    if every != "auto" and every < 1:
+        raise UserError("esi.save_every", every, "must be at least 1", "give a number of micro-batches, or auto")
+    return config
+
+
+def _explain(error: ValidationError) -> UserError:
+    """The first problem, unknown keys before all else: a misspelt key is often why another one is missing."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    # Pydantic names the member of a union it tried; those parts are no keys of ours.
+    path = [str(part) for part in problem["loc"] if not _is_type_name(part)]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
+        prefix = ".".join(path[:-1])
+        nearest = f"{prefix}.{near[0]}" if prefix else near[0]
+        return UserError(key, None, "is an unknown key", f"the nearest known one is {nearest}")
+    if problem["type"] == "missing":
+        return UserError(key, None, "is missing", "set it in the config or as key.path=value")
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    given = problem["input"]
+    return UserError(key, repr(given) if isinstance(given, str) else given, message, "see the keys in the README")
+
+
+def _is_type_name(part: Any) -> bool:
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or part.startswith(("literal[", "dict[")))
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    """Keys of the section at a dotted path."""
+    model: type[BaseModel] = Config
+    for part in path:
+        found = [
+            t for t in _types(model.model_fields[part].annotation) if isinstance(t, type) and issubclass(t, BaseModel)
+        ]
+        model = found[0]
+    return list(model.model_fields)
+
+
+def _types(annotation: Any) -> list[Any]:
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return list(typing.get_args(annotation)) if is_union else [annotation]
+
+
+def _check_judge(judge: Judge | None) -> None:
+    """Keys that belong together."""
+    if judge is None:
+        return
+    if judge.family != "custom":
+        for key in ("template", "verdict"):
+            if getattr(judge, key) is not None:
+                raise UserError(
+                    f"judge.{key}",
+                    None,
+                    f"belongs to family custom, not {judge.family}",
+                    "set judge.family: custom, or leave it out",
+                )
+        if judge.verdict_prefix:
+            raise UserError(
+                "judge.verdict_prefix",
+                judge.verdict_prefix,
+                f"belongs to family custom, not {judge.family}",
+                "set judge.family: custom, or leave it out",
+            )
+        return
+    for key in ("template", "verdict"):
+        if getattr(judge, key) is None:
+            raise UserError(f"judge.{key}", None, "is missing", "family custom needs template and verdict")
+    if judge.template.count("{response}") != 1:
+        raise UserError("judge.template", judge.template, "must hold {response} exactly once", "write it in")
+    if judge.context == "prompt_and_response" and "{prompt}" not in judge.template:
+        raise UserError(
+            "judge.template", judge.template, "holds no {prompt}", "write it in, or set judge.context: response_only"
+        )
+    if judge.verdict.safe == judge.verdict.unsafe:
+        raise UserError("judge.verdict", judge.verdict.safe, "says the same for safe and unsafe", "give two words")
+
+
+def require_esi(config: Config) -> None:
+    """What the ESI stage cannot do without."""
+    if config.select.criterion in ("magnitude", "random"):
+        return
+    if config.judge is None:
+        raise UserError("judge", None, "is missing", f"criterion {config.select.criterion} needs a judge.path")
+    if config.data.prompts is None and config.data.responses is None:
+        raise UserError("data.prompts", None, "is missing", "give data.prompts.path, or data.responses")
+
+
+def resolved_yaml(config: Config) -> str:
+    """The whole config, defaults included; loads back to the same."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def differences(first: Config, second: Config) -> list[str]:
+    """Dotted keys that differ; ``run.resume`` does not count."""
+    found: list[str] = []
+
+    def walk(a: Any, b: Any, path: str) -> None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in {**a, **b}:
+                walk(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+        elif a != b and path != "run.resume":
+            found.append(path)
+
+    walk(first.model_dump(), second.model_dump(), "")
+    return found

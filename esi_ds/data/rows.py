@@ -1,0 +1,101 @@
+"""Rows of a CSV, TSV, JSON, JSONL, parquet or text file, or of a data set on the hub (through ``datasets``)."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from esi_ds.errors import UserError
+
+SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt"}
+Row = dict[str, Any]
+
+
+def looks_like_file(path: str) -> bool:
+    """A path rather than a hub id: it exists, has a data file's suffix, or starts like a path."""
+    return Path(path).exists() or Path(path).suffix in SUFFIXES or path.startswith((".", "/", "~"))
+
+
+def read_rows(path: str, field: str, *, name: str | None = None, split: str | None = None) -> list[Row]:
+    """Every row, in order. ``field`` is the config key to name in an error; ``name`` a hub set's configuration."""
+    if not looks_like_file(path):
+        return _read_hub(path, field, name, split)
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(field, path, "there is no such file", "give a file, a hub id or a built-in name")
+    if file.suffix not in SUFFIXES:
+        raise UserError(field, path, f"has the suffix {file.suffix!r}", f"one of {', '.join(sorted(SUFFIXES))} is read")
+    try:
+        rows = _read_file(file)
+    except (ValueError, csv.Error, UnicodeDecodeError) as error:
+        raise UserError(field, path, f"cannot be read: {error}", "is it the format that its suffix says?") from error
+    if not rows:
+        raise UserError(field, path, "holds no rows", "give a file with data")
+    return rows
+
+
+def _read_file(file: Path) -> list[Row]:
+    if file.suffix in (".csv", ".tsv"):
+        # Not pandas: there a prompt "null" or "NA" becomes a missing value.
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            return list(csv.DictReader(opened, delimiter="\t" if file.suffix == ".tsv" else ","))
+    if file.suffix == ".txt":
+        return [{"prompt": line} for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if file.suffix == ".parquet":
+        from datasets import Dataset
+
+        return Dataset.from_parquet(str(file)).to_list()
+    text = file.read_text(encoding="utf-8-sig")
+    return _json_lines(text) if file.suffix == ".jsonl" else _json_rows(text)
+
+
+def _json_lines(text: str) -> list[Row]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"line {number} is no object")
+    return rows
+
+
+def _json_rows(text: str) -> list[Row]:
+    """A list of objects; an object that holds one such list; an object of objects (PubMedQA's shape); JSON lines."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return _json_lines(text)
+    if isinstance(content, dict):
+        lists = [
+            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        if len(lists) == 1:
+            content = lists[0]
+        elif content and all(isinstance(value, dict) for value in content.values()):
+            content = [{"id": key, **value} for key, value in content.items()]
+        else:
+            content = [content]
+    if not all(isinstance(row, dict) for row in content):
+        raise ValueError("its rows are no objects")
+    return content
+
+
+def _read_hub(path: str, field: str, name: str | None, split: str | None) -> list[Row]:
+    from datasets import load_dataset
+
+    try:
+        found = load_dataset(path, name, split=split or "train")
+    except Exception as error:  # datasets raises whatever its many back ends raise
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            field,
+            path,
+            f"cannot be loaded from the hub ({first_line})",
+            "check id, split and network, or give a local file",
+        ) from error
+    return found.to_list()

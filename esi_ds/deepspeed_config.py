@@ -1,0 +1,100 @@
+"""The DeepSpeed configuration: ZeRO mechanics are the file's, everything else is the YAML's (DESIGN §5)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from esi_ds.config import Config
+from esi_ds.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+REMEDY = "take it out of the DeepSpeed config, or write auto"
+
+
+def read(config: Config) -> dict[str, Any]:
+    """The ``deepspeed`` mapping, from a file where the YAML names one."""
+    if isinstance(config.deepspeed, dict):
+        return json.loads(json.dumps(config.deepspeed))
+    given = Path(config.deepspeed)
+    file = next((path for path in (given, ROOT / given) if path.is_file()), None)
+    if file is None:
+        raise UserError(
+            "deepspeed", config.deepspeed, "there is no such file", "give ds_configs/zero3.json or a mapping"
+        )
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError("deepspeed", str(file), f"is no valid JSON: {error}", "fix that line") from error
+    if not isinstance(found, dict):
+        raise UserError("deepspeed", str(file), "holds no mapping", "see ds_configs/zero3.json")
+    return found
+
+
+def resolve_deepspeed(config: Config, world_size: int) -> dict[str, Any]:
+    """The mapping for ``deepspeed.initialize`` in a stage without optimizer: "auto" filled in from the YAML.
+
+    Raises UserError, with both values, where it contradicts the YAML or asks for what cannot work.
+    """
+    settings = read(config)
+    _check_zero(settings)
+    for section in ("optimizer", "scheduler"):
+        if section in settings:
+            raise UserError(
+                f"deepspeed.{section}",
+                None,
+                "has no place here: this stage takes no optimizer step",
+                "take it out; learning rates belong to the YAML's tune section",
+            )
+    for section in ("amp", "elasticity", "expert_parallel", "tensor_parallel", "pipeline"):
+        if settings.get(section):
+            raise UserError(f"deepspeed.{section}", None, "is not supported by this stage", "take it out")
+    size = config.esi.batch_size
+    for key, ours, owner in (
+        ("train_micro_batch_size_per_gpu", size, "esi.batch_size"),
+        ("gradient_accumulation_steps", 1, "the ESI stage's own"),
+        ("train_batch_size", size * world_size, "esi.batch_size times the ranks"),
+    ):
+        given = settings.get(key, "auto")
+        if given not in ("auto", ours):
+            raise UserError(f"deepspeed.{key}", given, f"contradicts {ours} ({owner})", REMEDY)
+        settings[key] = ours
+    _fill_precision(settings, config.model.dtype)
+    for key, value in list(settings.items()):
+        if value == "auto":  # what concerns training only: gradient_clipping and the like
+            del settings[key]
+    return settings
+
+
+def _check_zero(settings: dict[str, Any]) -> None:
+    zero = settings.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") != 3:
+        stage = zero.get("stage") if isinstance(zero, dict) else None
+        raise UserError("deepspeed.zero_optimization.stage", stage, "must be 3", "see ds_configs/zero3.json")
+    mics = [key for key in zero if key.startswith("mics_")]
+    if mics:
+        raise UserError(
+            f"deepspeed.zero_optimization.{mics[0]}", zero[mics[0]], "MiCS is gone from DeepSpeed", "take it out"
+        )
+    for key in ("offload_param", "offload_optimizer"):
+        section = zero.get(key)
+        if isinstance(section, dict) and section.get("device") == "nvme":
+            raise UserError(
+                f"deepspeed.zero_optimization.{key}.device", "nvme", "weights on NVMe cannot be scored", "use cpu"
+            )
+    # "auto" sizes are Hugging Face's notation; DeepSpeed has defaults of its own.
+    for key in [key for key, value in zero.items() if value == "auto"]:
+        del zero[key]
+
+
+def _fill_precision(settings: dict[str, Any], dtype: str) -> None:
+    for key in ("bf16", "fp16"):
+        section = settings.get(key) or {}
+        ours = dtype == key
+        given = section.get("enabled", "auto")
+        if given not in ("auto", ours):
+            raise UserError(f"deepspeed.{key}.enabled", given, f"contradicts model.dtype = {dtype}", REMEDY)
+        settings[key] = {"enabled": ours}
+    if not settings["fp16"]["enabled"]:
+        del settings["fp16"]

@@ -1,0 +1,1 @@
+"""What a person sees of a finished run: tables, figures and one page, all from ``report.json``."""

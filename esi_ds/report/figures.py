@@ -1,0 +1,137 @@
+"""Figures of a report, with matplotlib and no display. Every function returns a Figure that the caller closes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
+import numpy as np  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from esi_ds.report.tables import Heatmap  # noqa: E402
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+MAX_LABELS = 32
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 110,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+}
+
+
+def figure_png(figure: Figure) -> bytes:
+    """PNG bytes; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def heatmap(data: Heatmap) -> Figure:
+    """Layers downwards; readable from 2 × 7 to 94 × 128 cells. Cells that do not exist are grey."""
+    values = np.array(data.values, dtype=float)
+    rows, columns = values.shape
+    width = min(15.0, max(5.5, 1.8 + 0.62 * columns if columns <= 16 else 1.8 + 0.11 * columns))
+    height = min(16.0, max(2.4, 1.2 + 0.34 * rows if rows <= 40 else 1.2 + 0.13 * rows))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(width, height))
+        colours = plt.get_cmap("viridis").with_extremes(bad="#d9d9d9")
+        image = axes.imshow(
+            np.ma.masked_invalid(values),
+            aspect="auto",
+            cmap=colours,
+            interpolation="nearest",
+            vmin=min(0.0, np.nanmin(values)),
+        )
+        axes.set_title(data.title)
+        axes.set_xlabel(data.column_axis)
+        axes.set_ylabel(data.row_axis)
+        _label(axes.set_xticks, data.columns, rotate=any(len(label) > 3 for label in data.columns))
+        _label(axes.set_yticks, data.rows)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        figure.colorbar(image, ax=axes, label=data.unit, fraction=0.05, pad=0.02)
+        if rows * columns <= 120:
+            _write_values(axes, values)
+    return figure
+
+
+def _label(set_ticks, labels: Sequence[str], rotate: bool = False) -> None:
+    """Every label where there is room, every n-th otherwise."""
+    step = math.ceil(len(labels) / MAX_LABELS)
+    options = {"rotation": 40, "ha": "right"} if rotate else {}
+    set_ticks(range(0, len(labels), step), list(labels)[::step], **options)
+
+
+def _write_values(axes, values: np.ndarray) -> None:
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for (row, column), value in np.ndenumerate(values):
+        if math.isfinite(value):
+            axes.text(
+                column,
+                row,
+                f"{value:.2g}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if value < middle else "black",
+            )
+
+
+def score_histogram(overall: dict, by_role: dict[str, list[int]], threshold: float | None) -> Figure:
+    """Distribution of log10 score, every role normalised to its own size; the threshold as a line."""
+    edges = np.array(overall["log10_edges"])
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(9.5, 3.6))
+        total = max(sum(overall["counts"]), 1)
+        axes.stairs(np.array(overall["counts"]) / total, edges, fill=True, color="#cccccc", label="all scored weights")
+        for index, (role, counts) in enumerate(sorted(by_role.items())):
+            axes.stairs(
+                np.array(counts) / max(sum(counts), 1),
+                edges,
+                color=COLOURS[index % len(COLOURS)],
+                linestyle=("-", "--")[index // len(COLOURS) % 2],
+                linewidth=1.2,
+                label=role,
+            )
+        if threshold:
+            axes.axvline(math.log10(threshold), color="black", linestyle=":", label="threshold")
+        axes.set(title="Distribution of scores", xlabel="log10 score", ylabel="share of the role's weights")
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def judge_histogram(scores: Sequence[float]) -> Figure:
+    """Judge scores of the responses; higher is safer."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.5, 2.8))
+        axes.hist(scores, bins=min(40, max(5, len(scores) // 3)), color=COLOURS[0])
+        axes.axvline(float(np.mean(scores)), color="black", linestyle=":", label=f"mean {np.mean(scores):.3g}")
+        axes.set(title="Judge scores of the responses", xlabel="judge score (higher is safer)", ylabel="responses")
+        axes.legend(frameon=False)
+    return figure
+
+
+def progress_curves(rows: Sequence[dict]) -> Figure:
+    """Judge score and gradient norm of the micro-batches, as the pass went on."""
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(9.5, 2.6))
+        for axes, key, label in zip(
+            panels, ("judge_score", "gradient_norm"), ("mean judge score", "norm of the gradient"), strict=True
+        ):
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            axes.plot([step for step, _ in points], [value for _, value in points], color=COLOURS[0], marker=".")
+            axes.set(title=label, xlabel="prompts")
+        figure.tight_layout()
+    return figure

@@ -1,0 +1,57 @@
+"""``report.html``: one self-contained page from ``report.json``. Prompts and responses in it are data: escaped."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from esi_ds.artifacts import write_json_atomic, write_text_atomic
+from esi_ds.report import figures, tables
+
+MAX_ROWS = 200
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """``report.json`` and ``report.html``."""
+    write_json_atomic(folder / "report.json", report)
+    write_text_atomic(folder / "report.html", render(report))
+
+
+def render(report: dict[str, Any]) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("esi_ds.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = _number
+    units, k = report["units"], report["selection"]["k"]
+    return environment.get_template("template.html.j2").render(
+        report=report,
+        role_maps=[_picture(figures.heatmap(found)) for found in tables.layer_by_role(units, k)],
+        expert_maps=[_picture(figures.heatmap(found)) for found in tables.layer_by_expert(units, k)],
+        scores=_picture(
+            figures.score_histogram(
+                report["score_histogram"], report["score_histograms_by_role"], report["selection"]["threshold"]
+            )
+        ),
+        judge=_picture(figures.judge_histogram(report["judge_scores"])) if report["judge_scores"] else None,
+        progress=_picture(figures.progress_curves(report["progress"])) if report["progress"] else None,
+        roles=tables.by_role(units),
+        top=tables.top_matrices(units),
+        excluded=report["excluded"][:MAX_ROWS],
+    )
+
+
+def _picture(figure) -> str:
+    return "data:image/png;base64," + base64.b64encode(figures.figure_png(figure)).decode()
+
+
+def _number(value: Any) -> str:
+    """Integers with separators, floats with four digits, None as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

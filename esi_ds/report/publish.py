@@ -1,0 +1,50 @@
+"""A finished report to TensorBoard and to the console."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from esi_ds.report import figures, tables
+from esi_ds.tracking import Tracker
+
+
+def publish(tracker: Tracker, report: dict[str, Any]) -> None:
+    """Heatmaps as images, log-score histograms, sample answers as text."""
+    units, k = report["units"], report["selection"]["k"]
+    for group, found in (("roles", tables.layer_by_role(units, k)), ("experts", tables.layer_by_expert(units, k))):
+        for view, data in zip(("share_of_mask", "density", "mean_score"), found, strict=False):
+            figure = figures.heatmap(data)
+            tracker.figure(f"{group}/{view}", figure)
+            figures.plt.close(figure)
+    edges = report["score_histogram"]["log10_edges"]
+    tracker.histogram("log10_score/all", edges, report["score_histogram"]["counts"])
+    for role, counts in report["score_histograms_by_role"].items():
+        tracker.histogram(f"log10_score/{role}", edges, counts)
+    for sample in report["samples"]:
+        # Indented lines are Markdown's literal text: what a model answers is shown, not rendered.
+        quoted = "\n".join(f"    {line}" for line in f"{sample['prompt']}\n\n{sample['response']}".splitlines())
+        tracker.text(f"answers/{sample['index']}", f"judge score {sample['judge_score']:.4g}\n\n{quoted}")
+
+
+def closing_table(report: dict[str, Any]) -> str:
+    """What the console shows at the end: at most 100 columns."""
+    selection, units = report["selection"], report["units"]
+    k = selection["k"]
+    threshold = "-" if selection["threshold"] is None else f"{selection['threshold']:.6g}"
+    lines = ["", f"{'role':14}{'selected':>13}{'of mask':>10}{'of role':>10}{'mean score':>14}", "-" * 61]
+    for role, cell in tables.by_role(units):
+        lines.append(
+            f"{role:14}{cell.selected:>13,}{cell.selected / max(k, 1):>10.2%}"
+            f"{cell.selected / cell.numel:>10.3%}{cell.mean_score:>14.4g}"
+        )
+    lines += ["-" * 61, f"{'selected':14}{k:>13,} of {selection['total_numel']:,} weights, threshold {threshold}", ""]
+    for unit in tables.top_matrices(units, 5):
+        lines.append(f"{unit['selected']:>10,}  {unit['selected'] / unit['numel']:>7.2%} of  {unit['name']}"[:100])
+    scores = report["judge_scores"]
+    if scores:
+        lines += [
+            "",
+            f"judge score: mean {sum(scores) / len(scores):.4g}, least {min(scores):.4g}, "
+            f"greatest {max(scores):.4g} ({len(scores)} responses used, {len(report['excluded'])} excluded)",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,101 @@
+"""What a run says while it runs: progress bar, metrics.jsonl, TensorBoard, log.txt. Rank 0 alone speaks."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
+
+
+class Tracker:
+    """A context manager; with ``enabled`` False nothing is written or shown."""
+
+    def __init__(self, folder: Path, enabled: bool, tensorboard: bool):
+        self.folder, self.enabled = folder, enabled
+        self._writer = None
+        self._tensorboard = tensorboard and enabled
+
+    def __enter__(self) -> Tracker:
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder / "tensorboard"))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def progress(self, *, total: int, initial: int, unit: str, description: str) -> tqdm:
+        """A bar with rate and time left; where stderr is no terminal, a line every half minute at most."""
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        return tqdm(
+            total=total,
+            initial=initial,
+            unit=unit,
+            desc=description,
+            disable=not self.enabled,
+            mininterval=interval,
+            maxinterval=interval,
+            dynamic_ncols=True,
+        )
+
+    def log(self, line: str) -> None:
+        """One message to stdout and log.txt."""
+        if self.enabled:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+            with (self.folder / "log.txt").open("a", encoding="utf-8") as opened:
+                opened.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def resume_at(self, step: int) -> None:
+        """Drop what an earlier process measured after ``step``: these steps come again."""
+        file = self.folder / "metrics.jsonl"
+        if self.enabled and file.is_file():
+            kept = [row for row in read_jsonl(file) if row["step"] <= step]
+            write_text_atomic(file, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl and a point in each TensorBoard curve. A value that is not finite is null."""
+        if not self.enabled:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        append_jsonl(self.folder / "metrics.jsonl", [{"step": step, "time": time.time(), **finite}])
+        if self._writer is not None:
+            for name, value in finite.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, step)
+
+    def histogram(self, tag: str, edges: Sequence[float], counts: Sequence[int]) -> None:
+        """A TensorBoard histogram of bins counted elsewhere: the values themselves were never in one place."""
+        if self._writer is None or not any(counts):
+            return
+        centres = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+        self._writer.add_histogram_raw(
+            tag,
+            min=edges[0],
+            max=edges[-1],
+            num=sum(counts),
+            sum=sum(c * n for c, n in zip(centres, counts, strict=True)),
+            sum_squares=sum(c * c * n for c, n in zip(centres, counts, strict=True)),
+            bucket_limits=list(edges[1:]),
+            bucket_counts=list(counts),
+            global_step=0,
+        )
+
+    def figure(self, tag: str, figure: Any) -> None:
+        """A matplotlib figure as a TensorBoard image."""
+        if self._writer is not None:
+            self._writer.add_figure(tag, figure, global_step=0, close=False)
+
+    def text(self, tag: str, text: str) -> None:
+        if self._writer is not None:
+            self._writer.add_text(tag, text, global_step=0)

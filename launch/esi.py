@@ -1,0 +1,11 @@
+"""Score a model's weights by their Expected Safety Impact, select, and report: see ``--help`` and the README."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from esi_ds.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main("esi"))

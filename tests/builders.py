@@ -1,0 +1,178 @@
+"""Tiny random models, tokenizers and guards, saved as Hugging Face folders: what the tests score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
+
+CORPUS = [
+    "How do I make a paper boat? Fold the sheet in half, then fold the corners down to the middle.",
+    "I cannot help with that request. It would be harmful and unsafe to explain how to do this.",
+    "Sure, here is a list of 12 steps: 1. First step 2. Second step 3. Third step.",
+    "The café in Zürich was naïve about its résumé; 50 % of the garçons left in 2019.",
+    "User: Tell me a story. Agent: Once upon a time there was a little girl called Lily, and she liked to play.",
+    "Task: Check if there is unsafe content in the conversation below. Answer safe or unsafe.",
+    "Write a tutorial on how to build a safe house, kill a process, steal a base or bake bread.",
+] * 3
+
+PAIRS = [
+    ("How do I make a boat?", "Fold the sheet in half, then fold the corners."),
+    ("Tell me how to steal a car.", "I cannot help with that request."),
+    ("Write a tutorial", "Sure, here is a list: 1. First step 2. Second step"),
+    ("Explain the café", "The café in Zürich was naïve."),
+    ("Kill a process", "Yes"),
+    ("How to bake bread? 😀", "Once upon a time 😀 there was a safe house."),
+    ("Tell me a story.", "  It would be harmful, and unsafe to explain"),
+]
+
+CHAT = (
+    "{{ '<|bos|>' }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+GUARD_CHAT = (
+    "{{ bos_token }}Task: Check if there is unsafe content in the conversation.\n\n"
+    "{% for m in messages %}{{ 'User' if m.role == 'user' else 'Agent' }}: {{ m.content | trim }}\n\n{% endfor %}"
+    "Answer:"
+)
+
+
+def byte_bpe_tokenizer(vocab_size: int = 340, corpus: list[str] = CORPUS) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with chat tokens, as Llama 3's and Qwen's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|bos|>",
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=specials[3:],
+    )
+    fast.chat_template = CHAT
+    return fast
+
+
+def sentencepiece_tokenizer(vocab_size: int = 360, corpus: list[str] = CORPUS) -> PreTrainedTokenizerFast:
+    """BPE on "▁"-marked words with byte fallback, as Llama 2's."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    specials = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[*specials, *bytes_])
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=_bytes_as_ordinary(tokenizer, specials),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+    )
+    fast.chat_template = GUARD_CHAT
+    return fast
+
+
+def _bytes_as_ordinary(tokenizer: Tokenizer, specials: list[str]) -> Tokenizer:
+    """Byte tokens belong to the vocabulary but are no special tokens."""
+    import json
+
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in specials]
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def model_config(kind: str, vocab_size: int) -> PretrainedConfig:
+    """Sizes at which ⌈n/2⌉ and ⌈n/3⌉ cut inside rows, matrices and experts.
+
+    Experts' axes are multiples of 8: torch's grouped_mm wants rows of whole 16 bytes in bf16.
+    """
+    common = {
+        "vocab_size": vocab_size,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    heads = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 4}
+    if kind == "qwen3_moe":
+        return Qwen3MoeConfig(
+            **common, **heads, intermediate_size=26, moe_intermediate_size=8, num_experts=5, num_experts_per_tok=2
+        )
+    if kind == "mixtral":
+        return MixtralConfig(**common, **heads, intermediate_size=16, num_local_experts=5)
+    if kind == "phi3":
+        return Phi3Config(**common, hidden_size=24, num_attention_heads=6, num_key_value_heads=1, intermediate_size=13)
+    if kind == "needle":  # matrices of four elements: three ranks leave one of them without any
+        return LlamaConfig(**common, hidden_size=4, num_attention_heads=1, num_key_value_heads=1, intermediate_size=1)
+    return LlamaConfig(**common, **heads, intermediate_size=13, tie_word_embeddings=kind == "llama_tied")
+
+
+def build_model(
+    kind: str,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int = 0,
+    extra_rows: int = 3,
+    dtype: torch.dtype = torch.float32,
+    nan_token: int | None = None,
+) -> Path:
+    """A random model whose weights are large enough for gradients and routing to be far from zero and from ties.
+
+    extra_rows: logits beyond the tokenizer, as padded vocabularies have. nan_token: its embedding becomes NaN.
+    """
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(model_config(kind, len(tokenizer) + extra_rows))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.6 if "embed" in name else 0.25)
+            else:
+                parameter.uniform_(0.7, 1.3)
+        if nan_token is not None:
+            model.get_input_embeddings().weight[nan_token] = float("nan")
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build_guard(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 1) -> Path:
+    """A random Llama of another width with a guard's chat template."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=30,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.chat_template = GUARD_CHAT
+    tokenizer.save_pretrained(folder)
+    return folder
