@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -50,22 +52,29 @@ def verdict_score(kind: str, logits: Tensor, safe: Sequence[int], unsafe: Sequen
     return log_probability if kind == "logprob" else log_probability.exp()
 
 
+class Weights(Protocol):
+    """How a model's parameters are reached: whole already, or made whole for the time of a block."""
+
+    def gathered(self, parameters: nn.Parameter) -> AbstractContextManager[None]: ...
+
+    def release(self) -> None: ...
+
+
+class WholeWeights:
+    """A model that lies whole on every rank."""
+
+    def gathered(self, parameters: nn.Parameter) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def release(self) -> None:
+        pass
+
+
 class Guard:
-    """The frozen guard. ``gather(parameter)`` makes a sharded parameter whole for the time of a ``with`` block."""
+    """The frozen guard; ``weights`` says how its parameters are reached."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        score: str,
-        gather: Callable[[nn.Parameter], AbstractContextManager] = lambda parameter: nullcontext(),
-    ):
-        self.model, self.tokenizer, self.score = model, tokenizer, score
-        self._gather = gather
-
-    @property
-    def embedding(self) -> nn.Module:
-        return self.model.get_input_embeddings()
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, score: str, weights: Weights):
+        self.model, self.tokenizer, self.score, self._weights = model, tokenizer, score, weights
 
     def judge(self, inputs: Sequence[GuardInput], device) -> list[Judgement]:
         """Scores and gradients of a batch; one forward and one backward pass of the guard, whatever the batch.
@@ -74,7 +83,9 @@ class Guard:
         """
         batch = left_pad([row.encoded.ids for row in inputs], self.tokenizer.pad_token_id, device)
         width = batch["input_ids"].shape[1]
-        embedded = self.embedding(batch.pop("input_ids")).detach().requires_grad_()
+        # Looked up by hand: a sharded guard's embedding module must not be called outside of the model's own forward.
+        with self.embedding_table() as table:
+            embedded = (F.embedding(batch.pop("input_ids"), table) * self.embedding_scale).requires_grad_()
         logits = self.model(inputs_embeds=embedded, **batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
         scores = torch.stack(
             [
@@ -83,6 +94,7 @@ class Guard:
             ]
         )
         (gradient,) = torch.autograd.grad(scores.sum(), embedded)
+        self._weights.release()
         return [
             Judgement(float(score), row[width - len(entry.encoded.ids) :][entry.response_tokens].float())
             for score, row, entry in zip(scores.detach(), gradient, inputs, strict=True)
@@ -91,13 +103,13 @@ class Guard:
     @property
     def embedding_scale(self) -> float:
         """What the embedding multiplies its rows by (Gemma 3's does), 1 for most."""
-        return float(getattr(self.embedding, "embed_scale", 1.0))
+        return float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
 
     @contextmanager
     def embedding_table(self) -> Iterator[Tensor]:
         """The embedding's weight [rows, d], whole. Collectives: one all-gather where the guard is sharded."""
-        weight = self.embedding.weight
-        with self._gather(weight):
+        weight = self.model.get_input_embeddings().weight
+        with self._weights.gathered(weight):
             yield weight.detach()
 
 

@@ -132,7 +132,7 @@ class EsiRun:
         dtype = self.config.model.dtype if section.dtype == "auto" else section.dtype
         placement, reason = choose_placement(judge.config, dtype, section.placement)
         tracker.log(f"judge: family {judge.family.name}, {placement} ({reason})")
-        module, gather = load_frozen(
+        module, weights = load_frozen(
             section.path,
             dtype,
             placement,
@@ -141,7 +141,7 @@ class EsiRun:
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
         )
-        return Guard(module, judge.tokenizer, section.score, gather)
+        return Guard(module, judge.tokenizer, section.score, weights)
 
     def _accumulate(self, model, guard, tracker: Tracker):
         """Responses, then the scoring pass. Raises UserError where no prompt can be used."""

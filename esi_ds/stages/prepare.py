@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from esi_ds.artifacts import file_sha256
 from esi_ds.config import Config
 from esi_ds.core.score import NEEDS_GRADIENT
 from esi_ds.data.chat import (
@@ -108,7 +109,7 @@ def _read_data(config: Config) -> tuple[list[str], list[str] | None, dict[str, s
     limit = config.data.prompts.limit if config.data.prompts is not None else None
     if config.data.responses is not None:
         rows = load_responses(config.data.responses)[:limit]
-        source = {"responses": config.data.responses}
+        source = {"responses": config.data.responses, "sha256": file_sha256(Path(config.data.responses))}
         return [row["prompt"] for row in rows], [row["response"] for row in rows], source, []
     section = config.data.prompts
     found: PromptSet = load_prompts(section.path, section.split, section.column, limit)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from esi_ds.judge.guard import WholeWeights
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import DTYPES, load_replicated, load_sharded
 
@@ -32,10 +31,10 @@ def choose_placement(config: PretrainedConfig, dtype: str, placement: str) -> tu
 
 
 def load_frozen(path: str, dtype: str, placement: str, deepspeed_config: dict, field: str, **kwargs):
-    """A frozen model and the function that makes one of its parameters whole inside a ``with`` block."""
+    """A frozen model, and how its weights are reached (``judge.guard.Weights``)."""
     if placement == "replicated":
-        return load_replicated(path, dtype, field, **kwargs), lambda parameter: nullcontext()
+        return load_replicated(path, dtype, field, **kwargs), WholeWeights()
     sharded = load_sharded(path, dtype, deepspeed_config, field, **kwargs)
     module: nn.Module = sharded.module
     module.requires_grad_(False)
-    return module, sharded.gathered
+    return module, sharded

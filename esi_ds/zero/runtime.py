@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import socket
+import warnings
 from typing import Any
 
 import torch
@@ -37,11 +38,23 @@ def start() -> None:
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    _quieten()
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _quieten() -> None:
+    """Libraries' notes on their own workings would drown ours: errors only, and no bar but our own."""
+    import transformers
+
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)", category=UserWarning)
 
 
 def _free_port() -> int:

@@ -1,0 +1,282 @@
+"""Cost of an ESI pass, as ratios within one run: time per token, resident bytes per weight, selection of 10^8 scores.
+
+    python benchmarks/esi.py [--ranks 2]
+
+starts itself on ZeRO-3 ranks and prints one JSON object. benchmarks/RESULTS.md holds what it printed, and where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH, PROMPT, RESPONSE, STEPS = 4, 64, 64, 6
+NUM_SCORES = 10**8
+
+
+def median_seconds(function: Callable[[], None], repeats: int) -> float:
+    """Median wall time of calls that all ranks make together; the first call warms up and does not count."""
+    from esi_ds.zero import runtime
+
+    function()
+    seconds = []
+    for _ in range(repeats):
+        runtime.barrier()
+        started = time.perf_counter()
+        function()
+        runtime.barrier()
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def resident_bytes() -> int:
+    """Bytes of every tensor storage that is alive in this process, each once."""
+    import torch
+
+    gc.collect()
+    storages = {}
+    for item in gc.get_objects():
+        tensors = [item] if isinstance(item, torch.Tensor) else []
+        tensors += [item.ds_tensor] if tensors and hasattr(item, "ds_tensor") else []
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def make_models(folder: Path, dtype) -> None:
+    """A Llama of 36 M weights and a guard of the same vocabulary, a tenth of its size."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    common = {"vocab_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 4}
+    torch.manual_seed(0)
+    for name, sizes in (("model", (512, 1536, 10)), ("guard", (192, 512, 4))):
+        hidden, intermediate, layers = sizes
+        config = LlamaConfig(**common, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers)
+        AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder / name)
+
+
+def make_pass(folder: Path, dtype: str):
+    """A ScoringPass over made-up ids, and its model."""
+    import torch
+
+    from esi_ds.config import validate
+    from esi_ds.data.chat import EncodedResponse
+    from esi_ds.judge.families import EncodedJudgement
+    from esi_ds.judge.guard import Guard, GuardInput, WholeWeights
+    from esi_ds.stages.prepare import Example
+    from esi_ds.stages.score import ScoringPass
+    from esi_ds.tracking import Tracker
+    from esi_ds.zero import runtime
+    from esi_ds.zero.engine import load_replicated, load_sharded
+    from esi_ds.zero.gradients import GradientShards
+
+    settings = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "bf16": {"enabled": dtype == "bf16"},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    guard = load_replicated(str(folder / "guard"), dtype, "guard")
+    model = load_sharded(str(folder / "model"), dtype, settings, "model")
+    config = validate(
+        {
+            "run": {"output_dir": str(folder / "run")},
+            "model": {"path": "m", "dtype": dtype},
+            "esi": {"batch_size": BATCH, "save_every": 10**6},
+        }
+    )
+    before = resident_bytes()
+    gradients = GradientShards(model, runtime.device())
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for index in range(BATCH * runtime.world_size()):
+        prompt, response = torch.randint(5, 4096, (2, PROMPT), generator=generator).tolist()
+        spans = [(i, i + 1) for i in range(RESPONSE)]
+        encoded = EncodedJudgement(prompt + response, spans, [7], [8])
+        examples.append(
+            Example(
+                index,
+                prompt,
+                EncodedResponse(response, spans),
+                GuardInput(encoded, list(range(PROMPT, PROMPT + RESPONSE)), spans),
+            )
+        )
+    # One vocabulary for both: the map is the identity.
+    from esi_ds.judge.vocabulary import VocabularyMap
+
+    vocabulary = VocabularyMap.__new__(VocabularyMap)
+    vocabulary.num_logits, vocabulary.is_identity, vocabulary.has_text = 4096, True, [True] * 4096
+    wrapped = Guard(guard, SimpleNamespace(pad_token_id=0), "margin", WholeWeights())
+    tracker = Tracker(folder, enabled=False, tensorboard=False)
+    scoring = ScoringPass(config, model, wrapped, vocabulary, examples, gradients, folder / "checkpoint", tracker, 0)
+    return scoring, model, gradients, resident_bytes() - before
+
+
+def time_pass(folder: Path, dtype: str) -> dict[str, float]:
+    """Seconds of one ESI micro-batch and of the stock engine's forward and backward of the same tokens."""
+    import copy
+
+    import deepspeed
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from esi_ds.zero import runtime
+    from esi_ds.zero.engine import DTYPES
+
+    scoring, model, gradients, _ = make_pass(folder, dtype)
+
+    def esi() -> None:
+        scoring.state.position = 0
+        scoring._step()
+
+    def judge_only() -> None:
+        scoring.guard.judge([example.guard_input for example in scoring._my_examples()], runtime.device())
+
+    with gradients.collecting():
+        esi_seconds = median_seconds(esi, STEPS)
+    scoring.state.position = 0
+    judge_seconds = median_seconds(judge_only, STEPS)
+    weights = sum(parameter.numel for parameter in model.parameters)
+    held = sum(p.ds_tensor.untyped_storage().nbytes() for p in model.by_name.values())
+    held += sum(values.untyped_storage().nbytes() for values in gradients.sums.values())
+    held = float(runtime.all_reduce_sum(torch.tensor([float(held)])))
+    rows = [example.prompt_ids + example.response.ids[:-1] for example in scoring._my_examples()]
+    del scoring, gradients, model
+    gc.collect()
+
+    settings = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "bf16": {"enabled": dtype == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "communication_data_type": "fp32",
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1 << 22},
+    }
+    whole = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=DTYPES[dtype])
+    engine, *_ = deepspeed.initialize(
+        model=whole, config=copy.deepcopy(settings), optimizer=torch.optim.SGD(whole.parameters(), lr=0.0)
+    )
+    ids = torch.tensor(rows, device=runtime.device())
+
+    def bare() -> None:
+        logits = engine(ids, use_cache=False, logits_to_keep=RESPONSE).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, -RESPONSE:].flatten())
+        engine.backward(loss)
+        engine.optimizer.zero_grad()
+
+    bare_seconds = median_seconds(bare, STEPS)
+    tokens = BATCH * runtime.world_size() * (PROMPT + RESPONSE - 1)
+    return {
+        "weights": weights,
+        "tokens_per_step": tokens,
+        "esi_s": esi_seconds,
+        "of_which_judge_s": judge_seconds,
+        "bare_s": bare_seconds,
+        "esi_over_bare": esi_seconds / bare_seconds,
+        "esi_without_judge_over_bare": (esi_seconds - judge_seconds) / bare_seconds,
+        "resident_bytes_per_weight_times_ranks": held / weights,
+    }
+
+
+def time_selection(k: int) -> dict[str, float]:
+    """Exact selection of 10^8 sharded scores against gathering them on rank 0 for torch.topk."""
+    import torch
+
+    from esi_ds.core.select import Order, Piece, select
+    from esi_ds.zero import runtime
+
+    size, rank = NUM_SCORES // runtime.world_size(), runtime.rank()
+    scores = torch.rand(size, generator=torch.Generator().manual_seed(rank)).square_()
+    piece, traffic, found = Piece(scores, rank * size), [], {}
+
+    def reduce(counts: torch.Tensor) -> torch.Tensor:
+        traffic.append(counts.numel() * counts.element_size())
+        return runtime.all_reduce_sum(counts)
+
+    def ours() -> None:
+        traffic.clear()
+        (found["cut"],) = select([[piece]], [k], Order("top"), NUM_SCORES - 1, reduce)
+        found["bits"] = found["cut"].selects(scores.view(torch.int32), piece.position)
+
+    def gather_and_topk() -> None:
+        parts = [torch.empty_like(scores) for _ in range(runtime.world_size())] if rank == 0 else None
+        if runtime.world_size() > 1:
+            torch.distributed.gather(scores, parts)
+        if rank == 0:
+            found["top"] = torch.cat(parts).topk(k, sorted=False).values.min() if parts else scores.topk(k)
+
+    ours_seconds = median_seconds(ours, 3)
+    naive_seconds = median_seconds(gather_and_topk, 3)
+    return {
+        "scores": NUM_SCORES,
+        "k": k,
+        "select_s": ours_seconds,
+        "gather_topk_s": naive_seconds,
+        "select_over_gather_topk": ours_seconds / naive_seconds,
+        "largest_pass_bytes": max(traffic),
+        "passes": len(traffic),
+    }
+
+
+def worker(folder: Path) -> None:
+    import torch
+
+    from esi_ds.zero import runtime
+
+    runtime.start()
+    dtype = "bf16" if runtime.device().type == "cuda" else "fp32"
+    if runtime.is_main():
+        make_models(folder, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    runtime.barrier()
+    results = {
+        "ranks": runtime.world_size(),
+        "device": str(runtime.device()),
+        "dtype": dtype,
+        "torch": torch.__version__,
+    }
+    results["pass"] = time_pass(folder, dtype)
+    results["selection"] = time_selection(NUM_SCORES // 100)
+    if runtime.is_main():
+        print("RESULT " + json.dumps(results, indent=1), flush=True)
+    runtime.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--worker", type=Path)
+    parser.add_argument("--local_rank", type=int)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments.worker)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            str(Path(sys.executable).with_name("deepspeed")),
+            "--num_accelerators",
+            str(arguments.ranks),
+            __file__,
+            "--worker",
+            folder,
+        ]
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
+    if "RESULT " not in done.stdout:
+        sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
+    print(done.stdout.partition("RESULT ")[2].partition("\n[")[0])
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

@@ -1,0 +1,245 @@
+"""A user's mistakes: one message that names field, value and remedy, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from builders import build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+from esi_ds.cli import main
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("errors")
+    build_model("llama", folder / "model", byte_bpe_tokenizer())
+    build_guard(folder / "guard", sentencepiece_tokenizer())
+    (folder / "prompts.jsonl").write_text('{"prompt": "Tell me"}\n')
+    return folder
+
+
+def base(folder: Path) -> dict:
+    return {
+        "run": {"output_dir": str(folder / "run")},
+        "model": {"path": str(folder / "model"), "dtype": "fp32"},
+        "judge": {"path": str(folder / "guard")},
+        "data": {"prompts": {"path": str(folder / "prompts.jsonl")}},
+    }
+
+
+CUSTOM = {
+    "family": "custom",
+    "template": "{prompt} {response} Verdict:",
+    "verdict": {"safe": " safe", "unsafe": " unsafe"},
+}
+ZERO3 = {"zero_optimization": {"stage": 3}}
+
+# (overrides as nested keys, words that the message must hold)
+CASES = {
+    "unknown key": ({"select.ratoi": 0.1}, ["select.ratoi", "select.ratio"]),
+    "unknown section": ({"judgge.path": "x"}, ["judgge", "judge"]),
+    "wrong type": ({"esi.batch_size": "eight"}, ["esi.batch_size", "eight", "integer"]),
+    "number as text": ({"select.ratio": "0.1 %"}, ["select.ratio"]),
+    "ratio above one": ({"select.ratio": 1.5}, ["select.ratio", "1.5"]),
+    "ratio zero": ({"select.ratio": 0.0}, ["select.ratio", "0"]),
+    "unknown family": ({"judge.family": "llama-gard"}, ["judge.family", "llama-gard", "llama-guard-3"]),
+    "template without custom": ({"judge.template": "{response}"}, ["judge.template", "custom"]),
+    "custom without template": ({"judge.family": "custom"}, ["judge.template"]),
+    "verdict the same": (
+        {**{f"judge.{k}": v for k, v in CUSTOM.items()}, "judge.verdict": {"safe": "a", "unsafe": "a"}},
+        ["judge.verdict"],
+    ),
+    "verdict alike to the tokenizer": (
+        {**{f"judge.{k}": v for k, v in CUSTOM.items()}, "judge.verdict": {"safe": " safe", "unsafe": " safe\u200b"}},
+        ["judge.verdict", "tell"],
+    ),
+    "missing prompts": ({"data.prompts.path": "./nowhere.csv"}, ["data.prompts.path", "nowhere.csv"]),
+    "missing responses": ({"data.responses": "./nowhere.jsonl"}, ["data.responses", "nowhere.jsonl"]),
+    "missing column": ({"data.prompts.column": "promt"}, ["data.prompts.column", "promt", "prompt"]),
+    "missing model": ({"model.path": "./nowhere"}, ["model.path", "nowhere"]),
+    "missing guard": ({"judge.path": "./nowhere"}, ["judge.path", "nowhere"]),
+    "no judge": ({"judge": None}, ["judge"]),
+    "missing deepspeed file": ({"deepspeed": "nowhere.json"}, ["deepspeed", "nowhere.json"]),
+    "stage 2": ({"deepspeed": {"zero_optimization": {"stage": 2}}}, ["stage", "2", "3"]),
+    "no stage": ({"deepspeed": {}}, ["stage", "3"]),
+    "batch contradicts": ({"deepspeed": {**ZERO3, "train_micro_batch_size_per_gpu": 3}}, ["3", "8", "esi.batch_size"]),
+    "whole batch contradicts": ({"deepspeed": {**ZERO3, "train_batch_size": 99}}, ["99", "train_batch_size"]),
+    "accumulation": ({"deepspeed": {**ZERO3, "gradient_accumulation_steps": 2}}, ["gradient_accumulation_steps", "2"]),
+    "precision contradicts": ({"deepspeed": {**ZERO3, "bf16": {"enabled": True}}}, ["bf16", "fp32"]),
+    "optimizer section": ({"deepspeed": {**ZERO3, "optimizer": {"type": "AdamW"}}}, ["optimizer"]),
+    "MiCS": ({"deepspeed": {"zero_optimization": {"stage": 3, "mics_shard_size": 2}}}, ["mics_shard_size"]),
+    "NVMe": ({"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}}, ["nvme"]),
+}
+
+
+def write(folder: Path, changes: dict) -> Path:
+    raw = base(folder)
+    for dotted, value in changes.items():
+        place = raw
+        *parents, leaf = dotted.split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[leaf] = value
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    return file
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mistakes_are_named(case: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes, words = CASES[case]
+    assert main("esi", ["--config", str(write(made, changes))]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("error:") == 1 and len(shown.strip().splitlines()) == 1, shown
+    assert all(word in shown for word in words), shown
+    assert not (made / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.jsonl", "", ["empty.jsonl", "no rows"]),
+        ("blank.csv", "goal,target\n,\n  ,x\n", ["blank.csv", "no prompt"]),
+        ("columns.csv", "alpha,beta\n1,2\n", ["data.prompts.column", "alpha", "beta"]),
+        ("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n', ["broken.jsonl", "line 2"]),
+        ("list.json", "[1, 2]", ["list.json"]),
+        ("strange.xyz", "x", ["strange.xyz"]),
+    ],
+)
+def test_bad_data_is_named(name: str, content: str, words: list[str], made: Path, capsys) -> None:
+    (made / name).write_text(content)
+    assert main("esi", ["--config", str(write(made, {"data.prompts.path": str(made / name)}))]) == 2
+    shown = capsys.readouterr().err
+    assert all(word in shown for word in words), shown
+
+
+def test_folders_of_others_are_left_alone(made: Path, capsys) -> None:
+    other = made / "other"
+    other.mkdir(exist_ok=True)
+    (other / "thesis.tex").write_text("years of work")
+    config = write(made, {"run.output_dir": str(other)})
+    assert main("esi", ["--config", str(config)]) == 2
+    assert "run.output_dir" in capsys.readouterr().err
+    (other / "config.yaml").write_text(yaml.safe_dump({**base(made), "select": {"ratio": 0.5}}))
+    assert main("esi", ["--config", str(config)]) == 2
+    assert "select.ratio" in capsys.readouterr().err
+    assert main("esi", ["--config", str(write(made, {"run.output_dir": str(made / "prompts.jsonl")}))]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert sorted(path.name for path in other.iterdir()) == ["config.yaml", "thesis.tex"]
+
+
+def test_weights_that_are_not_there(made: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "model").mkdir()
+    for file in (made / "model").iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    assert main("esi", ["--config", str(write(made, {"model.path": str(tmp_path / "model")}))]) == 2
+    assert "safetensors" in capsys.readouterr().err
+
+
+def test_overrides_and_flags(made: Path, capsys) -> None:
+    config = str(write(made, {}))
+    assert main("esi", ["--config", config, "--local_rank=0", "select.ratio"]) == 2
+    assert "key.path=value" in capsys.readouterr().err
+    assert main("esi", ["--config", config, "select.ratio=7"]) == 2
+    assert "select.ratio" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        main("esi", ["--config", config, "--no-such-flag"])
+    assert left.value.code == 2
+
+
+def test_as_a_command_within_ten_seconds_and_before_torch(made: Path) -> None:
+    started = time.monotonic()
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-X",
+            "importtime",
+            str(ROOT / "launch/esi.py"),
+            "--config",
+            str(write(made, {})),
+            "select.ratio=2",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 2 and "error: select.ratio" in done.stderr
+    assert time.monotonic() - started < 10
+    assert "| torch\n" not in done.stderr and "transformers" not in done.stderr
+
+
+def test_dry_run_of_671_billion_parameters(made: Path, tmp_path: Path, capsys) -> None:
+    """From a config file alone; k is ⌊0.01 · weights⌋ and nothing is written."""
+    from transformers import DeepseekV3Config
+
+    DeepseekV3Config().save_pretrained(tmp_path)
+    config = write(
+        made,
+        {"model.path": str(tmp_path), "model.dtype": "bf16", "judge": None, "data.responses": str(made / "r.jsonl")},
+    )
+    (made / "r.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 520)
+    arguments = ["--config", str(config), "--dry-run", "--world-size", "64", "judge.path=x"]
+    started = time.monotonic()
+    assert main("esi", arguments) == 0
+    assert time.monotonic() - started < 20
+    shown = capsys.readouterr().out
+    assert "671,026,404,352" in shown and "6,710,264,043" in shown, shown
+    assert "2 of 8 prompts per rank" in shown  # ⌈520 / 512⌉
+    assert not (made / "run").exists()
+
+
+def test_masks_of_other_models_and_damaged_masks(tmp_path: Path, capsys) -> None:
+    from esi_ds.mask import main as mask_main
+
+    def mask(name: str, rows: int, **changes: str) -> Path:
+        import torch
+
+        folder = tmp_path / name
+        folder.mkdir()
+        metadata = {
+            "format": "esi-mask/1",
+            "k": "2",
+            "ratio": "0.1",
+            "total_numel": "20",
+            "threshold": "0.5",
+            "criterion": "esi",
+            "order": "top",
+            "scope": "model",
+            "seed": "0",
+            "fingerprint": "a:b",
+            "shapes": json.dumps({"w": [rows, 2]}),
+            "offsets": '{"w": 0}',
+            "counts": '{"w": 2}',
+            **changes,
+        }
+        file = "model-00001-of-00001.safetensors"
+        save_file({"w": torch.tensor([5, 0], dtype=torch.uint8)}, folder / file, metadata=metadata)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
+        return folder
+
+    good, other = mask("good", 8), mask("other", 7)
+    assert mask_main(["verify", str(good)]) == 0
+    assert mask_main(["compare", str(good), str(other)]) == 2
+    assert "different models" in capsys.readouterr().err
+    assert mask_main(["info", str(tmp_path / "nowhere")]) == 2
+    assert mask_main(["info", str(mask("format", 8, format="esi-mask/9"))]) == 2
+    assert mask_main(["verify", str(mask("counts", 8, k="3"))]) == 2
+    file = good / "model-00001-of-00001.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"\x01")  # one bit more than the counts say
+    assert mask_main(["verify", str(good)]) == 2
+    assert "3 bits set" in capsys.readouterr().out
+    file.write_bytes(content[:-1])
+    assert mask_main(["verify", str(good)]) == 2
+    assert "damaged" in capsys.readouterr().err
+    assert load_file(other / "model-00001-of-00001.safetensors")["w"].tolist() == [5, 0]

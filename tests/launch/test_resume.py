@@ -1,0 +1,202 @@
+"""The whole command under the launcher: generation, scoring, a kill at any moment, resumption on 2 and on 1 rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from builders import build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
+from conftest import ROOT
+from reference import esi_scores
+from safetensors import safe_open
+
+NUM_PROMPTS = 26
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    build_model("llama", folder / "model", byte_bpe_tokenizer())
+    build_guard(folder / "guard", sentencepiece_tokenizer())
+    prompts = [f"Tell me how to do thing number {i}, {'slowly ' * (i % 5)}please" for i in range(NUM_PROMPTS - 1)]
+    prompts.append("Please <|end|> ignore <|bos|> this")
+    rows = ({"goal": prompt} for prompt in prompts)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+class Job:
+    """One run of launch/esi.py in a process group of its own."""
+
+    def __init__(self, folder: Path, name: str, ranks: int, **esi):
+        self.run = folder / name
+        config = {
+            "run": {"output_dir": str(self.run), "tensorboard": True},
+            "model": {"path": str(folder / "model"), "dtype": "fp32"},
+            "judge": {"path": str(folder / "guard")},
+            "data": {"prompts": {"path": str(folder / "prompts.jsonl")}},
+            "esi": {"batch_size": 2, "max_new_tokens": 6, "save_every": 2, **esi},
+        }
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(config))
+        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
+        port = ["--master_port", str(28000 + os.getpid() % 1000)]
+        command = [*launcher, *port] if ranks > 1 else [sys.executable]
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        self.process = subprocess.Popen(
+            [*command, "launch/esi.py", "--config", str(file)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def finish(self) -> str:
+        output, _ = self.process.communicate(timeout=300)
+        assert self.process.returncode == 0, output[-4000:]
+        return output
+
+    def kill_when(self, condition: Callable[[], bool]) -> None:
+        """SIGKILL of every process of the job, launcher included."""
+        deadline = time.monotonic() + 200
+        while not condition():
+            assert self.process.poll() is None, "ended before the kill:\n" + self.process.communicate()[0][-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        # The launcher starts its workers in groups of their own: all descendants, not only this group.
+        import psutil
+
+        victims = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+        for victim in victims:
+            victim.send_signal(signal.SIGKILL)
+        self.process.communicate(timeout=60)
+
+
+def num_lines(file: Path) -> int:
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    with safe_open(folder / "model-00001-of-00001.safetensors", "pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  safe_open is no mapping
+
+
+def relative_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    square = sum(float((got[name] - expected[name]).double().square().sum()) for name in expected)
+    return (square / sum(float(values.double().square().sum()) for values in expected.values())) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Path:
+    job = Job(folder, "undisturbed", 2)
+    output = job.finish()
+    assert "model gathered" in output and "replicated" in output
+    return job.run
+
+
+def test_the_run_folder_is_complete(undisturbed: Path, folder: Path) -> None:
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names == {
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "report.json",
+        "report.html",
+        "log.txt",
+        "responses.jsonl",
+        "scores",
+        "mask",
+    }
+    manifest = json.loads((undisturbed / "manifest.json").read_text())
+    assert manifest["exit_state"] == "done" and manifest["world_size"] == 2
+    rows = [json.loads(line) for line in (undisturbed / "responses.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(NUM_PROMPTS))
+    assert set(rows[0]) == {"index", "prompt", "response", "judge_score", "excluded"}
+    report = json.loads((undisturbed / "report.json").read_text())
+    assert report["special_tokens_broken_up"] == 2
+    used = [row for row in rows if row["excluded"] is None]
+    assert len(report["judge_scores"]) == len(used) and len(report["excluded"]) == NUM_PROMPTS - len(used)
+
+
+def test_scores_of_generated_responses_equal_the_oracle(undisturbed: Path, folder: Path) -> None:
+    """The oracle reads responses.jsonl, as a stranger would."""
+    rows = [json.loads(line) for line in (undisturbed / "responses.jsonl").read_text().splitlines()]
+    pairs = [(row["prompt"].replace("<|", "< |"), row["response"]) for row in rows if row["excluded"] is None]
+    expected, judged = esi_scores(folder / "model", folder / "guard", pairs)
+    assert relative_error(tensors(undisturbed / "scores"), expected) <= 1e-5
+    assert judged == pytest.approx([row["judge_score"] for row in rows if row["excluded"] is None], abs=1e-4)
+
+
+def test_tensorboard_shows_what_was_promised(undisturbed: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(undisturbed / "tensorboard")).Reload()
+    tags = events.Tags()
+    assert {"judge_score", "gradient_norm", "prompts_per_second", "memory_gib"} <= set(tags["scalars"])
+    assert "log10_score/all" in tags["histograms"] and "roles/share_of_mask" in tags["images"]
+    assert any(tag.startswith("answers/") for tag in tags["tensors"])
+
+
+def test_killed_while_generating_nothing_is_generated_twice(folder: Path, undisturbed: Path) -> None:
+    job = Job(folder, "generating", 2, generation="per_token")
+    partial = job.run / "responses.partial.jsonl"
+    job.kill_when(lambda: num_lines(partial) >= 8)
+    kept = num_lines(partial)
+    assert not (job.run / "responses.jsonl").exists()
+    again = Job(folder, "generating", 2, generation="per_token")
+    output = again.finish()
+    assert f"generating {NUM_PROMPTS - kept} responses, model per token" in output
+    texts = [
+        [json.loads(line)["response"] for line in (run / "responses.jsonl").read_text().splitlines()]
+        for run in (job.run, undisturbed)
+    ]
+    assert texts[0] == texts[1]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(tensors(job.run / "scores").values(), tensors(undisturbed / "scores").values(), strict=True)
+    )
+
+
+def test_killed_while_scoring_same_bits_on_two_ranks_same_scores_on_one(folder: Path, undisturbed: Path) -> None:
+    expected = tensors(undisturbed / "scores")
+    for name, ranks in (("scoring", 2), ("smaller", 1)):
+        job = Job(folder, name, 2)
+        job.kill_when(lambda job=job: num_lines(job.run / "metrics.jsonl") >= 3)
+        assert not (job.run / "scores").exists()
+        again = Job(folder, name, ranks)
+        output = again.finish()
+        assert "generating" not in output
+        got = tensors(job.run / "scores")
+        if ranks == 2:
+            assert all(torch.equal(got[parameter], expected[parameter]) for parameter in expected)
+        else:
+            assert relative_error(got, expected) <= 1e-5
+        steps = [json.loads(line)["step"] for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(set(steps)) and steps[-1] <= NUM_PROMPTS
+        assert not (job.run / "checkpoint").exists()
+
+
+def test_a_signal_saves_and_exits_75(folder: Path, undisturbed: Path) -> None:
+    job = Job(folder, "signalled", 1)
+    while num_lines(job.run / "metrics.jsonl") < 3:
+        assert job.process.poll() is None
+        time.sleep(0.005)
+    job.process.send_signal(signal.SIGUSR1)
+    output, _ = job.process.communicate(timeout=100)
+    assert job.process.returncode == 75, output[-3000:]
+    assert json.loads((job.run / "manifest.json").read_text())["exit_state"] == "interrupted"
+    Job(folder, "signalled", 1).finish()
+    assert relative_error(tensors(job.run / "scores"), tensors(undisturbed / "scores")) <= 1e-5
+    assert "finished already" in Job(folder, "signalled", 1).finish()
