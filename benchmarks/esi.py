@@ -39,21 +39,6 @@ def median_seconds(function: Callable[[], None], repeats: int) -> float:
     return sorted(seconds)[len(seconds) // 2]
 
 
-def resident_bytes() -> int:
-    """Bytes of every tensor storage that is alive in this process, each once."""
-    import torch
-
-    gc.collect()
-    storages = {}
-    for item in gc.get_objects():
-        tensors = [item] if isinstance(item, torch.Tensor) else []
-        tensors += [item.ds_tensor] if tensors and hasattr(item, "ds_tensor") else []
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
 def make_models(folder: Path, dtype) -> None:
     """A Llama of 36 M weights and a guard of the same vocabulary, a tenth of its size."""
     import torch
@@ -96,7 +81,6 @@ def make_pass(folder: Path, dtype: str):
             "esi": {"batch_size": BATCH, "save_every": 10**6},
         }
     )
-    before = resident_bytes()
     gradients = GradientShards(model, runtime.device())
     generator = torch.Generator().manual_seed(0)
     examples = []
@@ -120,21 +104,16 @@ def make_pass(folder: Path, dtype: str):
     wrapped = Guard(guard, SimpleNamespace(pad_token_id=0), "margin", WholeWeights())
     tracker = Tracker(folder, enabled=False, tensorboard=False)
     scoring = ScoringPass(config, model, wrapped, vocabulary, examples, gradients, folder / "checkpoint", tracker, 0)
-    return scoring, model, gradients, resident_bytes() - before
+    return scoring, model, gradients
 
 
-def time_pass(folder: Path, dtype: str) -> dict[str, float]:
-    """Seconds of one ESI micro-batch and of the stock engine's forward and backward of the same tokens."""
-    import copy
-
-    import deepspeed
+def time_esi(folder: Path, dtype: str) -> tuple[dict[str, float], list[list[int]]]:
+    """Seconds of one ESI micro-batch on all ranks, of its judge alone, and what is held; and the rows it read."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from esi_ds.zero import runtime
-    from esi_ds.zero.engine import DTYPES
 
-    scoring, model, gradients, _ = make_pass(folder, dtype)
+    scoring, model, gradients = make_pass(folder, dtype)
 
     def esi() -> None:
         scoring.state.position = 0
@@ -150,10 +129,25 @@ def time_pass(folder: Path, dtype: str) -> dict[str, float]:
     weights = sum(parameter.numel for parameter in model.parameters)
     held = sum(p.ds_tensor.untyped_storage().nbytes() for p in model.by_name.values())
     held += sum(values.untyped_storage().nbytes() for values in gradients.sums.values())
-    held = float(runtime.all_reduce_sum(torch.tensor([float(held)])))
+    model.release()
+    held_by_all = float(runtime.all_reduce_sum(torch.tensor([float(held)])))
     rows = [example.prompt_ids + example.response.ids[:-1] for example in scoring._my_examples()]
-    del scoring, gradients, model
-    gc.collect()
+    return {
+        "weights": weights,
+        "esi_s": esi_seconds,
+        "of_which_judge_s": judge_seconds,
+        "resident_bytes_per_weight_times_ranks": held_by_all / weights,
+    }, rows
+
+
+def time_bare(folder: Path, dtype: str, rows: list[list[int]]) -> float:
+    """Seconds of the stock ZeRO-3 engine's forward, backward and gradient reduction (fp32) of the same tokens."""
+    import deepspeed
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from esi_ds.zero import runtime
+    from esi_ds.zero.engine import DTYPES
 
     settings = {
         "train_micro_batch_size_per_gpu": BATCH,
@@ -163,9 +157,8 @@ def time_pass(folder: Path, dtype: str) -> dict[str, float]:
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1 << 22},
     }
     whole = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=DTYPES[dtype])
-    engine, *_ = deepspeed.initialize(
-        model=whole, config=copy.deepcopy(settings), optimizer=torch.optim.SGD(whole.parameters(), lr=0.0)
-    )
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.0)
+    engine, *_ = deepspeed.initialize(model=whole, config=settings, optimizer=optimizer)
     ids = torch.tensor(rows, device=runtime.device())
 
     def bare() -> None:
@@ -174,17 +167,20 @@ def time_pass(folder: Path, dtype: str) -> dict[str, float]:
         engine.backward(loss)
         engine.optimizer.zero_grad()
 
-    bare_seconds = median_seconds(bare, STEPS)
-    tokens = BATCH * runtime.world_size() * (PROMPT + RESPONSE - 1)
+    return median_seconds(bare, STEPS)
+
+
+def time_pass(folder: Path, dtype: str) -> dict[str, float]:
+    """The ESI pass over the bare one: same tokens, same ranks, same process."""
+    measured, rows = time_esi(folder, dtype)
+    gc.collect()
+    bare = time_bare(folder, dtype, rows)
+    esi, judge = measured["esi_s"], measured["of_which_judge_s"]
     return {
-        "weights": weights,
-        "tokens_per_step": tokens,
-        "esi_s": esi_seconds,
-        "of_which_judge_s": judge_seconds,
-        "bare_s": bare_seconds,
-        "esi_over_bare": esi_seconds / bare_seconds,
-        "esi_without_judge_over_bare": (esi_seconds - judge_seconds) / bare_seconds,
-        "resident_bytes_per_weight_times_ranks": held / weights,
+        **measured,
+        "bare_s": bare,
+        "esi_over_bare": esi / bare,
+        "esi_without_judge_over_bare": (esi - judge) / bare,
     }
 
 
