@@ -1,7 +1,8 @@
-"""Run by test_scores.py under a launcher: one process group scores many models, guards, batch sizes and estimators.
+"""Run by the tests beside it under a launcher: one process group scores many models, guards and batch sizes.
 
-argv: a JSON list of cases {"name", "config" (mapping)}; each case writes <output_dir>/scores and <output_dir>/mask
-through the stage itself, without report.
+argv: a JSON list of cases {"name", "config" (mapping), "poison" (optional), "error" (optional)}; each case writes
+<output_dir>/scores and <output_dir>/mask through the stage itself, without report. poison {"gradient" | "score": index}
+makes one prompt's gradient or judge score not finite; error is a text that the UserError the case must end in holds.
 """
 
 from __future__ import annotations
@@ -16,11 +17,18 @@ from esi_ds.artifacts import RunFolder
 from esi_ds.cli import Options
 from esi_ds.config import validate
 from esi_ds.core.mask import Mask
+from esi_ds.core.surrogate import estimate
 from esi_ds.deepspeed_config import resolve_deepspeed
+from esi_ds.errors import UserError
+from esi_ds.judge.guard import Guard, Judgement
+from esi_ds.stages import esi as esi_stage
 from esi_ds.stages import finish
+from esi_ds.stages import score as score_stage
 from esi_ds.stages.esi import EsiRun
-from esi_ds.stages.prepare import prepare
+from esi_ds.stages.prepare import encode_examples, prepare
 from esi_ds.zero import runtime
+
+plain_judge = Guard.judge
 
 
 def check_mask_reading(folder: Path, ranks: int) -> None:
@@ -33,15 +41,58 @@ def check_mask_reading(folder: Path, ranks: int) -> None:
         assert torch.equal(mask.bits(name, low, high), mask.bits(name)[low:high])
 
 
+def poisoned(poison: dict[str, int]) -> None:
+    """Replace the functions that could bring in what is not finite by ones that do."""
+
+    def bad_estimate(*arguments, **options):
+        value, gradient = estimate(*arguments, **options)
+        if options["prompt_index"] == poison.get("gradient"):
+            gradient = torch.full_like(gradient, torch.inf)
+        return value, gradient
+
+    def bad_encode(*arguments):
+        examples, excluded = encode_examples(*arguments)
+        bad = [example.guard_input for example in examples if example.index == poison.get("score")]
+
+        def judge(self, inputs, device):
+            found = plain_judge(self, inputs, device)
+            return [
+                Judgement(float("nan"), judgement.gradient) if any(entry is one for one in bad) else judgement
+                for entry, judgement in zip(inputs, found, strict=True)
+            ]
+
+        Guard.judge = judge
+        return examples, excluded
+
+    score_stage.estimate, esi_stage.encode_examples = bad_estimate, bad_encode
+
+
+def unpoisoned() -> None:
+    score_stage.estimate, esi_stage.encode_examples, Guard.judge = estimate, encode_examples, plain_judge
+
+
+def run_case(case: dict) -> None:
+    config = validate(case["config"])
+    folder = RunFolder(config.run.output_dir)
+    settings = resolve_deepspeed(config, runtime.world_size())
+    unpoisoned()
+    if "poison" in case:
+        poisoned(case["poison"])
+    try:
+        EsiRun(config, Options(), prepare(config), folder, settings).run()
+    except UserError as error:
+        assert case.get("error") and case["error"] in str(error), error
+        return
+    assert "error" not in case
+    check_mask_reading(folder.path, runtime.world_size())
+
+
 def main() -> None:
     runtime.start()
     finish.write_report = lambda *arguments: None  # pictures are tested elsewhere
     finish.publish = lambda *arguments: None
     for case in json.loads(Path(sys.argv[-1]).read_text()):
-        config = validate(case["config"])
-        folder = RunFolder(config.run.output_dir)
-        EsiRun(config, Options(), prepare(config), folder, resolve_deepspeed(config, runtime.world_size())).run()
-        check_mask_reading(folder.path, runtime.world_size())
+        run_case(case)
     runtime.stop()
 
 
