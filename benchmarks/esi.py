@@ -39,6 +39,16 @@ def median_seconds(function: Callable[[], None], repeats: int) -> float:
     return sorted(seconds)[len(seconds) // 2]
 
 
+def resident_bytes() -> int:
+    """Bytes of every tensor storage that is alive in this process, each once: what the pass holds between steps."""
+    import torch
+
+    gc.collect()
+    tensors = (item for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.device.type != "meta")
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
 def make_models(folder: Path, dtype) -> None:
     """A Llama of 36 M weights and a guard of the same vocabulary, a tenth of its size."""
     import torch
@@ -93,7 +103,7 @@ def make_pass(folder: Path, dtype: str):
                 index,
                 prompt,
                 EncodedResponse(response, spans),
-                GuardInput(encoded, list(range(PROMPT, PROMPT + RESPONSE)), spans),
+                GuardInput(encoded, list(range(PROMPT, PROMPT + RESPONSE)), spans, (0, RESPONSE)),
             )
         )
     # One vocabulary for both: the map is the identity.
@@ -109,8 +119,6 @@ def make_pass(folder: Path, dtype: str):
 
 def time_esi(folder: Path, dtype: str) -> tuple[dict[str, float], list[list[int]]]:
     """Seconds of one ESI micro-batch on all ranks, of its judge alone, and what is held; and the rows it read."""
-    import torch
-
     from esi_ds.zero import runtime
 
     scoring, model, gradients = make_pass(folder, dtype)
@@ -126,18 +134,24 @@ def time_esi(folder: Path, dtype: str) -> tuple[dict[str, float], list[list[int]
         esi_seconds = median_seconds(esi, STEPS)
     scoring.state.position = 0
     judge_seconds = median_seconds(judge_only, STEPS)
-    weights = sum(parameter.numel for parameter in model.parameters)
-    held = sum(p.ds_tensor.untyped_storage().nbytes() for p in model.by_name.values())
-    held += sum(values.untyped_storage().nbytes() for values in gradients.sums.values())
-    model.release()
-    held_by_all = float(runtime.all_reduce_sum(torch.tensor([float(held)])))
     rows = [example.prompt_ids + example.response.ids[:-1] for example in scoring._my_examples()]
-    return {
-        "weights": weights,
-        "esi_s": esi_seconds,
-        "of_which_judge_s": judge_seconds,
-        "resident_bytes_per_weight_times_ranks": held_by_all / weights,
-    }, rows
+    weights = sum(parameter.numel for parameter in model.parameters)
+    return {"weights": weights, "esi_s": esi_seconds, "of_which_judge_s": judge_seconds}, rows
+
+
+def count_resident(folder: Path) -> dict[str, float]:
+    """Bytes alive between micro-batches of a bf16 model, summed over ranks, per weight; the judge's are not counted."""
+    import torch
+
+    from esi_ds.zero import runtime
+
+    scoring, model, gradients = make_pass(folder, "bf16")
+    with gradients.collecting():
+        scoring._step()
+    judge = sum(p.untyped_storage().nbytes() for p in scoring.guard.model.parameters())
+    held = runtime.all_reduce_sum(torch.tensor([float(resident_bytes() - judge)], dtype=torch.float64))
+    weights = sum(parameter.numel for parameter in model.parameters)
+    return {"dtype": "bf16", "bytes_per_weight_times_ranks": float(held) / weights}
 
 
 def time_bare(folder: Path, dtype: str, rows: list[list[int]]) -> float:
@@ -240,6 +254,8 @@ def worker(folder: Path) -> None:
         "dtype": dtype,
         "torch": torch.__version__,
     }
+    results["resident"] = count_resident(folder)
+    gc.collect()
     results["pass"] = time_pass(folder, dtype)
     results["selection"] = time_selection(NUM_SCORES // 100)
     if runtime.is_main():

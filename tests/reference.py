@@ -119,7 +119,13 @@ def prompt_gradient(
         if token_text(tokenizer, token) is None:
             continue
         aligned = torch.zeros(table.shape[1])
-        low, high = (position - stripped + start for position in encoded.offset_mapping[t])  # in the guard's text
+        low, high = encoded.offset_mapping[t]
+        if t + 1 < len(ids):
+            high = min(
+                high, encoded.offset_mapping[t + 1][0]
+            )  # spans are disjoint: SentencePiece's first mark has none
+        low, high = (position - stripped + start for position in (low, high))  # in the guard's text
+        low, high = max(low, start), min(high, start + length)  # what a template trims off is not there
         for j, (a, b) in enumerate(spans):
             inside = b > start and a < start + length  # guard tokens that touch the response at all
             overlap = max(0, min(high, b) - max(low, a))

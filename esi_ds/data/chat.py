@@ -13,7 +13,7 @@ from esi_ds.errors import UserError
 
 @dataclass(frozen=True)
 class EncodedResponse:
-    """A response tokenized alone, without special tokens; ``offsets`` are character spans in its text."""
+    """A response tokenized alone, without special tokens; ``offsets`` are disjoint character spans in its text."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -82,8 +82,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> EncodedResponse:
+    """Ids and spans. A token ends where the next one begins: SentencePiece reports the mark it puts in front of a
+    text with the span of the first letter, which would count that letter twice."""
     encoded = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
-    return EncodedResponse(encoded["input_ids"], [tuple(span) for span in encoded["offset_mapping"]])
+    spans = encoded["offset_mapping"]
+    starts = [start for start, _ in spans[1:]] + [len(response)]
+    disjoint = [(start, min(end, following)) for (start, end), following in zip(spans, starts, strict=True)]
+    return EncodedResponse(encoded["input_ids"], disjoint)
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> None:

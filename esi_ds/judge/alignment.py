@@ -10,13 +10,16 @@ from torch import Tensor
 Span = tuple[int, int]
 
 
-def alignment_weights(model_spans: Sequence[Span], guard_spans: Sequence[Span], has_text: Sequence[bool]) -> Tensor:
+def alignment_weights(
+    model_spans: Sequence[Span], guard_spans: Sequence[Span], shown: Span, has_text: Sequence[bool]
+) -> Tensor:
     """w [T, J] float32: w[t, j] = |span(t) ∩ span(j)| / |span(j)|.
 
-    Spans are character ranges in the response's text (guard spans may stick out of it). ``has_text[t]`` False: the
-    token has no text of its own and gets weight 0. Guard tokens without extent get no weight.
+    Spans are character ranges in the response's text; the model's are disjoint, the guard's may stick out of it.
+    ``shown``: the part of the response that the guard's text holds. ``has_text[t]`` False: the token has no text of
+    its own and gets weight 0. Guard tokens without extent get no weight.
     """
-    model = torch.tensor(model_spans, dtype=torch.float32).reshape(-1, 2)
+    model = torch.tensor(model_spans, dtype=torch.float32).reshape(-1, 2).clamp(*shown)
     guard = torch.tensor(guard_spans, dtype=torch.float32).reshape(-1, 2)
     overlap = torch.minimum(model[:, None, 1], guard[None, :, 1]) - torch.maximum(model[:, None, 0], guard[None, :, 0])
     length = guard[:, 1] - guard[:, 0]

@@ -22,12 +22,13 @@ class GuardInput:
     """One (prompt, response) pair as the guard reads it.
 
     response_tokens: positions in ``encoded.ids`` of the tokens that overlap the response; spans: their character
-    ranges in the response as it was given.
+    ranges in the response as it was given; shown: the range of it that the guard's text holds.
     """
 
     encoded: EncodedJudgement
     response_tokens: list[int]
     spans: list[tuple[int, int]]
+    shown: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def encode_pair(
     ]
     shift = built.response_offset - built.start
     spans = [(encoded.offsets[j][0] + shift, encoded.offsets[j][1] + shift) for j in tokens]
-    return GuardInput(encoded, tokens, spans) if tokens else "the judge sees no token of the response"
+    shown = (built.response_offset, built.response_offset + built.end - built.start)
+    return GuardInput(encoded, tokens, spans, shown) if tokens else "the judge sees no token of the response"
 
 
 def check_verdict(texts: TextBuilder, family: Family, tokenizer: PreTrainedTokenizerBase) -> None:

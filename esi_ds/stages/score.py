@@ -205,9 +205,9 @@ class ScoringPass:
     def _surrogate(self, example: Example, judgement: Judgement, logits: Tensor, table: Tensor) -> tuple[float, Tensor]:
         """Value and gradient [T, V] of one example's surrogate; float32."""
         response, esi = example.response, self.config.esi
-        weights = alignment_weights(
-            response.offsets, example.guard_input.spans, [self.vocabulary.has_text[token] for token in response.ids]
-        )
+        has_text = [self.vocabulary.has_text[token] for token in response.ids]
+        guard_input = example.guard_input
+        weights = alignment_weights(response.offsets, guard_input.spans, guard_input.shown, has_text)
         aligned = weights.to(judgement.gradient) @ judgement.gradient  # ũ [T, d]
         contraction = self.vocabulary.contract(aligned, table, self.guard.embedding_scale)
         value, gradient = estimate(
