@@ -114,6 +114,13 @@ class RunFolder:
                 "give a new folder, or go on with the config stored there",
             )
 
+    def check_same(self, key: str, now: Any, field: str) -> None:
+        """Refuse to go on where a fact that the interrupted run recorded in its manifest is another one now."""
+        manifest = self.path / "manifest.json"
+        before = json.loads(manifest.read_text()).get(key) if manifest.is_file() else None
+        if before and before != now:
+            raise UserError(field, None, f"is not what the run in {self.path} began with", "give a new run.output_dir")
+
     def open(self, config: Config) -> None:
         """Create the folder and write the resolved config."""
         self.path.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,8 @@ from typing import Any
 from esi_ds.errors import UserError
 
 SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt"}
+# What a hub set's files need to be read right: WildJailbreak's are tab-separated, and "NA" in them is text.
+HUB_OPTIONS: dict[str, dict[str, Any]] = {"allenai/wildjailbreak": {"delimiter": "\t", "keep_default_na": False}}
 Row = dict[str, Any]
 
 
@@ -89,7 +91,7 @@ def _read_hub(path: str, field: str, name: str | None, split: str | None) -> lis
     from datasets import load_dataset
 
     try:
-        found = load_dataset(path, name, split=split or "train")
+        found = load_dataset(path, name, split=split or "train", **HUB_OPTIONS.get(path, {}))
     except Exception as error:  # datasets raises whatever its many back ends raise
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

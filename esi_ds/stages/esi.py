@@ -31,6 +31,8 @@ def run(config: Config, options: Options) -> None:
     folder.check(config)
     resolve_deepspeed(config, int(os.environ.get("WORLD_SIZE", "1")))
     inputs = prepare(config)
+    if inputs is not None:
+        folder.check_same("data_hashes", inputs.source, "data")
     from esi_ds.zero import runtime
 
     runtime.start()
@@ -101,6 +103,8 @@ class EsiRun:
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.fingerprint = self._model_fingerprint(model)
+        self.folder.check_same("model_fingerprint", self.fingerprint, "model.path")
+        self.runtime.barrier()  # nobody writes the manifest before everybody has read the old one
         self._record("running")
         outcome = self._accumulate(model, guard, tracker) if self.inputs else None
         sigma = unit_sigmas(model)

@@ -63,6 +63,8 @@ def finish(
         seed=config.run.seed,
     )
     scored = [parameter for parameter in model.parameters if parameter.scored]
+    if selection.k == sum(parameter.numel for parameter in scored):
+        tracker.log("select.ratio asks for as many weights as are scored or more: the mask holds all of them")
     metadata = mask_metadata(config, model, selection, fingerprint)
 
     def low(parameter) -> int:

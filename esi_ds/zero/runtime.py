@@ -40,9 +40,13 @@ def start() -> None:
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     _quieten()
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    if device().type != "cpu":
+        # Before the first collective: NCCL works on the current device, which would be the first GPU on every rank.
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 

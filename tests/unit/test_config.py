@@ -1,0 +1,89 @@
+"""The config: what ships loads, what is wrong is named, what is resolved loads back; and who imports whom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from import_boundaries import violations
+
+from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
+from esi_ds.config import differences, load_config, parse_yaml, require_esi, resolved_yaml, validate
+from esi_ds.deepspeed_config import resolve_deepspeed
+from esi_ds.errors import UserError
+
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.relative_to(ROOT)))
+def test_shipped_configs_load_and_resolve(file: Path) -> None:
+    config = load_config(str(file), [])
+    require_esi(config)
+    settings = resolve_deepspeed(config, 4)
+    assert settings["train_batch_size"] == 4 * config.esi.batch_size
+    assert settings["bf16"]["enabled"] == (config.model.dtype == "bf16")
+    assert "auto" not in str(settings)
+    assert differences(config, validate(parse_yaml(resolved_yaml(config)))) == []
+
+
+def test_the_whole_contract_parses() -> None:
+    """DESIGN §5 as written, numbers in exponent notation included."""
+    text = """
+run: {output_dir: runs/x, seed: 0, resume: auto, tensorboard: true}
+model: {path: a, revision: null, dtype: bf16, trust_remote_code: false, chat_template: null, system_prompt: null}
+judge: {kind: guard, family: custom, path: b, score: margin, context: prompt_and_response,
+        template: "{prompt} {response}", verdict_prefix: "", verdict: {safe: " safe", unsafe: " unsafe"}}
+data: {prompts: {path: advbench, split: null, column: auto, limit: null}, responses: null}
+esi: {estimator: soft, temperature: 0.3, max_new_tokens: 256, batch_size: 8, save_scores: true, on_nonfinite: skip}
+select: {criterion: esi, order: top, ratio: 1e-2, of: all, scope: model}
+tune: {mask: m, data: {path: x, columns: auto, benign: {path: y, fraction: 0.0}}, max_steps: 100, lr: 1.0e-4,
+       scheduler: cosine, warmup_ratio: 0.03, weight_decay: 0.0, betas: [0.9, 0.999], eps: 1e-8, clip: 1.0,
+       batch_size: 4, gradient_accumulation: 1, max_length: 1024, unscored: freeze, save_every: 50, export: true,
+       patch: true}
+perturb: {mask: m, orders: [top, random, bottom], noise: 0.38, seeds: [0, 1, 2]}
+eval: {judges: [], prompts: {path: x}, benign: {path: y}, tasks: [], max_new_tokens: 256, batch_size: 8}
+deepspeed: ds_configs/zero3.json
+"""
+    config = validate(parse_yaml(text))
+    assert config.select.ratio == 0.01 and config.tune.eps == 1e-8
+
+
+def test_overrides_reach_any_depth(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("run: {output_dir: x}\nmodel: {path: a}\n")
+    config = load_config(
+        str(file), ["select.ratio=5e-2", "data.prompts.path=advbench", "deepspeed.zero_optimization.stage=3"]
+    )
+    assert config.select.ratio == 0.05 and config.data.prompts.path == "advbench"
+    assert config.deepspeed == {"zero_optimization": {"stage": 3}}
+    assert load_config(str(file), [], "other.json").deepspeed == "other.json"
+    file.write_text("run: {output_dir: x\n")
+    with pytest.raises(UserError, match="line 2"):
+        load_config(str(file), [])
+
+
+def test_import_boundaries() -> None:
+    assert violations() == []
+
+
+def test_folders_are_replaced_whole_and_lines_survive_a_tear(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "a").write_text("1")
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "b").write_text("2")
+    replace_folder(tmp_path / "new", tmp_path / "final")
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["a"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": 1}\n{"a": 2')  # killed in the middle of a line
+    append_jsonl(file, [{"a": 3}])
+    assert read_jsonl(file) == [{"a": 1}, {"a": 3}]
+
+
+def test_data_that_changed_under_a_run_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    facts = {"exit_state": "running", "world_size": 1, "started": 0.0, "model_fingerprint": "a"}
+    folder.write_manifest(**facts, data={"sha256": "1"})
+    folder.check_same("data_hashes", {"sha256": "1"}, "data")
+    with pytest.raises(UserError, match="data"):
+        folder.check_same("data_hashes", {"sha256": "2"}, "data")

@@ -1,0 +1,192 @@
+"""What a person sees: the numbers in the tables, the page, the console, TensorBoard, the mask tool's words."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from esi_ds.report import tables
+from esi_ds.report.html import render, write_report
+from esi_ds.report.publish import closing_table, publish
+from esi_ds.tracking import Tracker
+
+
+def unit(name: str, role: str, layer, expert, numel: int, selected: int, mean: float) -> dict:
+    return {
+        "name": name,
+        "parameter": name,
+        "role": role,
+        "layer": layer,
+        "expert": expert,
+        "numel": numel,
+        "selected": selected,
+        "mean_score": mean,
+        "max_score": 2 * mean,
+        "sigma": 0.1,
+    }
+
+
+def report(units: list[dict], prompt: str = "How?") -> dict:
+    return {
+        "title": "A title",
+        "facts": {"model": "m", "ranks": 2},
+        "selection": {
+            "k": sum(row["selected"] for row in units),
+            "total_numel": 1000,
+            "scored_numel": 900,
+            "threshold": 1e-3,
+            "criterion": "esi",
+            "order": "top",
+            "ratio": 0.01,
+            "of": "all",
+            "scope": "model",
+        },
+        "units": units,
+        "score_histogram": {"log10_edges": [-4.0, -3.0, -2.0], "counts": [5, 3], "zeros": 2},
+        "score_histograms_by_role": {"attention.q": [5, 3]},
+        "judge_scores": [1.0, 3.0],
+        "excluded": [{"index": 7, "prompt": prompt, "reason": "the response is empty"}],
+        "special_tokens_broken_up": 1,
+        "samples": [{"index": 0, "prompt": prompt, "response": "<b>No</b>", "judge_score": 1.5}],
+        "progress": [
+            {"step": 1, "judge_score": None, "gradient_norm": 2.0},
+            {"step": 2, "judge_score": 1.0, "gradient_norm": 1.0},
+        ],
+    }
+
+
+DENSE = [
+    unit("a", "attention.q", 0, None, 100, 10, 1.0),
+    unit("b", "attention.q", 1, None, 300, 30, 2.0),
+    unit("c", "mlp.down", 1, None, 100, 0, 5.0),
+    unit("d", "head", None, None, 100, 10, 0.5),
+]
+
+
+def test_layer_by_role_shares_densities_and_means() -> None:
+    share, density, mean = tables.layer_by_role(DENSE, 50)
+    assert share.columns == ["attention.q", "mlp.down"] and share.rows == ["0", "1"]
+    assert share.values[0][0] == 20.0 and math.isnan(share.values[0][1]) and share.values[1] == [60.0, 0.0]
+    assert density.values[1] == [10.0, 0.0] and mean.values[1] == [2.0, 5.0]
+    assert tables.layer_by_expert(DENSE, 50) == []
+    assert [row["name"] for row in tables.top_matrices(DENSE)] == ["b", "a", "d"]
+
+
+def test_experts_add_up_their_matrices() -> None:
+    units = [
+        unit(f"e{e}{part}", f"expert.{part}", 3, e, 10, e + 1, float(e))
+        for e in range(2)
+        for part in ("gate", "up", "down")
+    ]
+    share, density, mean = tables.layer_by_expert(units, 9)
+    assert share.values == [[pytest.approx(100 / 3), pytest.approx(200 / 3)]]
+    assert density.values == [[10.0, 20.0]] and mean.values == [[0.0, 1.0]]
+
+
+def test_the_page_is_self_contained_and_shows_data_as_data() -> None:
+    page = render(report(DENSE, prompt="<script>alert(1)</script>"))
+    assert "<script" not in page and "&lt;script&gt;" in page and "<b>No</b>" not in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count("data:image/png;base64,") == 6
+
+
+def test_a_large_mixture_and_a_run_without_prompts(tmp_path: Path) -> None:
+    units = [
+        unit(f"{layer}.{expert}", "expert.up", layer, expert, 10, 1, 1e-6)
+        for layer in range(94)
+        for expert in range(128)
+    ]
+    bare = {**report(units), "judge_scores": [], "excluded": [], "samples": [], "progress": []}
+    bare["selection"] = {**bare["selection"], "threshold": None}
+    write_report(tmp_path, bare)
+    assert "Experts" in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["units"][5]["expert"] == 5
+    assert "12,032 of 1,000 weights, threshold -" in closing_table(bare)
+
+
+def test_the_closing_table_fits_a_terminal() -> None:
+    text = closing_table(report(DENSE))
+    assert max(map(len, text.splitlines())) <= 100
+    assert "attention.q              40    80.00%   10.000%          1.75" in text
+    assert "judge score: mean 2, least 1, greatest 3 (2 responses used, 1 excluded)" in text
+
+
+def test_tensorboard_and_metrics(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Tracker(tmp_path, enabled=True, tensorboard=True) as tracker:
+        tracker.scalars(1, {"judge_score": 1.0, "bad": float("nan")})
+        tracker.scalars(2, {"judge_score": 2.0})
+        tracker.resume_at(1)
+        tracker.scalars(3, {"judge_score": 3.0})
+        publish(tracker, report(DENSE))
+        tracker.log("a line")
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 3] and rows[0]["bad"] is None
+    assert "a line" in (tmp_path / "log.txt").read_text()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("judge_score")] == [1.0, 2.0, 3.0]
+    histogram = events.Histograms("log10_score/all")[0].histogram_value
+    assert histogram.num == 8 and histogram.bucket[-2:] == [5.0, 3.0]
+    assert len(events.Images("roles/share_of_mask")) == 1
+
+
+def test_a_silent_tracker_writes_nothing(tmp_path: Path) -> None:
+    with Tracker(tmp_path, enabled=False, tensorboard=True) as tracker:
+        tracker.scalars(1, {"a": 1.0})
+        tracker.log("x")
+        publish(tracker, report(DENSE))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overlap_of_two_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    from esi_ds.core.mask import pack_bits
+    from esi_ds.mask import main
+
+    name = "model.layers.3.self_attn.v_proj.weight"
+    for folder, chosen in (("one", [0, 1, 2, 3]), ("two", [2, 3, 4, 5])):
+        bits = torch.zeros(20, dtype=torch.bool)
+        bits[chosen] = True
+        metadata = {
+            "format": "esi-mask/1",
+            "k": "4",
+            "ratio": "0.2",
+            "total_numel": "20",
+            "threshold": "0",
+            "criterion": "esi",
+            "order": "top",
+            "fingerprint": "a:b",
+            "shapes": json.dumps({name: [4, 5]}),
+            "counts": json.dumps({name: 4}),
+        }
+        (tmp_path / folder).mkdir()
+        save_file({name: pack_bits(bits)}, tmp_path / folder / "x.safetensors", metadata=metadata)
+        (tmp_path / folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {name: "x.safetensors"}})
+        )
+        units = [
+            {
+                "parameter": name,
+                "name": name,
+                "role": "attention.v",
+                "layer": 3,
+                "expert": None,
+                "start": 0,
+                "length": 20,
+                "count": 1,
+                "stride": 0,
+            }
+        ]
+        (tmp_path / folder / "units.json").write_text(json.dumps(units))
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"all +4 +4 +2 +50.00% +50.00% +0.3333", shown) and "cell 3 attention.v" in shown
+    assert main(["info", str(tmp_path / "one")]) == 0
+    assert re.search(r"attention.v +4 +100.00% +20.000%", capsys.readouterr().out)
