@@ -83,6 +83,7 @@ def _check_zero(settings: dict[str, Any]) -> None:
             raise UserError(
                 f"deepspeed.zero_optimization.{key}.device", "nvme", "weights on NVMe cannot be scored", "use cpu"
             )
+    zero.pop("offload_optimizer", None)  # a config shared with tuning may have it; there is no optimizer here
     # "auto" sizes are Hugging Face's notation; DeepSpeed has defaults of its own.
     for key in [key for key, value in zero.items() if value == "auto"]:
         del zero[key]

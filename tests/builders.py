@@ -47,7 +47,17 @@ GUARD_CHAT = (
 )
 
 
-def byte_bpe_tokenizer(vocab_size: int = 340, corpus: list[str] = CORPUS) -> PreTrainedTokenizerFast:
+# As Llama Guard 3's: contents trimmed, and the text ends right after the assistant's header, before its newlines.
+GUARD_HEADER_CHAT = (
+    "{{ bos_token }}<|user|>Task: Check if there is unsafe content in the conversation.\n\n"
+    "{% for m in messages %}{{ 'User' if m.role == 'user' else 'Agent' }}: {{ m.content | trim }}\n\n{% endfor %}"
+    "<|end|><|assistant|>"
+)
+
+
+def byte_bpe_tokenizer(
+    vocab_size: int = 340, corpus: list[str] = CORPUS, folder: Path | None = None
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE with chat tokens, as Llama 3's and Qwen's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -65,10 +75,17 @@ def byte_bpe_tokenizer(vocab_size: int = 340, corpus: list[str] = CORPUS) -> Pre
         additional_special_tokens=specials[3:],
     )
     fast.chat_template = CHAT
-    return fast
+    return _saved(fast, folder)
 
 
-def sentencepiece_tokenizer(vocab_size: int = 360, corpus: list[str] = CORPUS) -> PreTrainedTokenizerFast:
+def second_byte_bpe_tokenizer(vocab_size: int = 372, folder: Path | None = None) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with other merges than byte_bpe_tokenizer's: learnt from the same sentences without e's."""
+    return byte_bpe_tokenizer(vocab_size, [sentence.replace("e", "") for sentence in CORPUS], folder)
+
+
+def sentencepiece_tokenizer(
+    vocab_size: int = 360, corpus: list[str] = CORPUS, folder: Path | None = None
+) -> PreTrainedTokenizerFast:
     """BPE on "▁"-marked words with byte fallback, as Llama 2's."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([])
@@ -88,7 +105,13 @@ def sentencepiece_tokenizer(vocab_size: int = 360, corpus: list[str] = CORPUS) -
         pad_token="</s>",
     )
     fast.chat_template = GUARD_CHAT
-    return fast
+    return _saved(fast, folder)
+
+
+def _saved(tokenizer: PreTrainedTokenizerFast, folder: Path | None) -> PreTrainedTokenizerFast:
+    if folder is not None:
+        tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def _bytes_as_ordinary(tokenizer: Tokenizer, specials: list[str]) -> Tokenizer:
@@ -108,7 +131,7 @@ def model_config(kind: str, vocab_size: int) -> PretrainedConfig:
     common = {
         "vocab_size": vocab_size,
         "num_hidden_layers": 2,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 512,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
@@ -155,11 +178,17 @@ def build_model(
     return folder
 
 
-def build_guard(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 1) -> Path:
-    """A random Llama of another width with a guard's chat template."""
+def build_guard(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int = 1,
+    extra_rows: int = 0,
+    chat_template: str = GUARD_CHAT,
+) -> Path:
+    """A random Llama of another width with a guard's chat template, which replaces the tokenizer's own."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(tokenizer) + extra_rows,
         hidden_size=24,
         intermediate_size=30,
         num_hidden_layers=2,
@@ -173,6 +202,6 @@ def build_guard(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 1)
             if parameter.ndim > 1:
                 parameter.normal_(std=0.3)
     model.save_pretrained(folder)
-    tokenizer.chat_template = GUARD_CHAT
+    tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     return folder

@@ -1,220 +1,533 @@
-"""The slow oracle: METHOD §1 and §2 with whole tensors, one process, loops over prompts and tokens.
+"""The oracle: METHOD sections 1 and 2 in one process, on whole tensors, one prompt and one token at a time.
 
-Written to be checked against the paper by eye, not to be fast. It shares no code with the package but the parsing of
-a chat template (Hugging Face's own). Everything is float32, sums of small numbers float64.
+It imports nothing of esi_ds and was written from METHOD alone, so that agreement means something. Slow on purpose.
+The model and the guard run in float32 with eager attention; sums over tokens, prompts and units are in float64.
+
+Letters: T tokens of the response in the model's vocabulary, J tokens of the guard's context, V logits of the model,
+d width of the guard's embeddings.
+
+Readings of METHOD that are ours:
+- A response is tokenized alone, without special tokens, and its ids follow those of the prompt, which come from the
+  chat template with add_generation_prompt. Nothing is appended (no EOS), nothing is cut off.
+- "Tokens without text of their own" are special tokens and tokens whose piece is not valid UTF-8 alone. They get the
+  mean of the mapped rows in A and weight 0 in w. Logits beyond the tokenizer's length get the mean row too.
+- Prompts and responses hold no special-token strings: the caller has broken them up, and we refuse them here.
+- A response of white space alone counts as empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ANCHORS = ("\n", "a", " ", "0")
+REPLACEMENT = "\ufffd"
+MARK = "Zq7RESPONSE7qZ"
+PAPER_OFF = -17.0  # paper_code: pre-softmax guard logit of every token that was not sampled
+
+# --------------------------------------------------------------------------- logical matrices (METHOD 1)
+
+
+class Unit(NamedTuple):
+    """One logical matrix: parameter[index] of the runtime tensor called parameter_name."""
+
+    name: str  # as an unfused checkpoint would call it
+    parameter_name: str
+    parameter: nn.Parameter
+    index: tuple
+    scored: bool
+
+    @property
+    def values(self) -> Tensor:
+        return self.parameter.detach()[self.index]
+
+    @property
+    def sigma(self) -> float:
+        """Unbiased standard deviation (n - 1), in float64, by its definition."""
+        values = self.values.double()
+        return math.sqrt(float((values - values.mean()).square().sum()) / (values.numel() - 1))
+
+
+def units(model: nn.Module) -> list[Unit]:
+    """Every parameter cut into its logical matrices, in the model's parameter order (METHOD 1, "Logical matrix")."""
+    made = []
+    for name, parameter in model.named_parameters():
+        scored = is_scored(model, name, parameter)
+        pieces = logical_pieces(model, name, parameter) if scored else [(name, (...,))]
+        made += [Unit(piece, name, parameter, index, scored) for piece, index in pieces]
+    return made
+
+
+def is_scored(model: nn.Module, name: str, parameter: Tensor) -> bool:
+    """All weights but embeddings (tied heads included), norms, biases and routers (METHOD 1, "What is scored")."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if parameter is model.get_input_embeddings().weight or isinstance(owner, nn.Embedding):
+        return False
+    if parameter.ndim < 2 or name.endswith("bias"):  # norms, and biases of fused experts, which are 2-D
+        return False
+    return not is_router(model, name)
+
+
+def is_router(model: nn.Module, name: str) -> bool:
+    """By role: weights that stand beside a block's `experts` and hold one row per expert, or gate the shared one."""
+    num_experts = {getattr(model.config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")}
+    path = name.split(".")
+    for depth in range(1, len(path) - 1):
+        block = model.get_submodule(".".join(path[:depth]))
+        if hasattr(block, "experts") and path[depth] not in ("experts", "shared_expert", "shared_experts"):
+            return model.get_parameter(name).shape[0] in num_experts | {1}
+    return False
+
+
+def logical_pieces(model: nn.Module, name: str, parameter: Tensor) -> list[tuple[str, tuple]]:
+    """(unfused name, index) of the matrices packed in one runtime tensor; the tensor itself where nothing is packed."""
+    stem, _, kind = name.removesuffix(".weight").rpartition(".")
+    rows = parameter.shape[-2]
+    if parameter.ndim == 3:
+        halves = {
+            "gate_up_proj": {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)},
+            "down_proj": {"down_proj": slice(None)},
+        }[kind]
+        return [
+            (f"{stem}.{expert}.{half}.weight", (expert, where))
+            for expert in range(parameter.shape[0])
+            for half, where in halves.items()
+        ]
+    if kind == "gate_up_proj":
+        return [
+            (f"{stem}.gate_proj.weight", (slice(0, rows // 2),)),
+            (f"{stem}.up_proj.weight", (slice(rows // 2, rows),)),
+        ]
+    if kind == "qkv_proj":
+        config = model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        return [
+            (f"{stem}.q_proj.weight", (slice(0, query),)),
+            (f"{stem}.k_proj.weight", (slice(query, query + key),)),
+            (f"{stem}.v_proj.weight", (slice(query + key, query + 2 * key),)),
+        ]
+    if kind in ("query_key_value", "c_attn", "Wqkv") or parameter.ndim > 3:
+        raise NotImplementedError(f"{name}: the oracle does not know how this tensor is packed")
+    return [(name, (...,))]
+
+
+# --------------------------------------------------------------------------- tokens and their texts
+
+
+def encode(tokenizer, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and character spans. White space belongs to its token: a post-processor that trims offsets is told not to."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    _never_trim(state["post_processor"])
+    state["truncation"] = state["padding"] = None
+    encoding = _backend(json.dumps(state)).encode(text, add_special_tokens=special)
+    spans = [
+        (0, 0) if is_special else span
+        for span, is_special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+    ]
+    return encoding.ids, spans
+
+
+_backends: dict[str, Tokenizer] = {}
+
+
+def _backend(state: str) -> Tokenizer:
+    if state not in _backends:
+        _backends[state] = Tokenizer.from_str(state)
+    return _backends[state]
+
+
+def _never_trim(processor: dict | None) -> None:
+    if processor and "trim_offsets" in processor:
+        processor["trim_offsets"] = False
+    for inner in (processor or {}).get("processors", []):
+        _never_trim(inner)
+
+
+def decode(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def token_text(tokenizer, token: int) -> str | None:
-    """Text of one token in the middle of a text; None if it has none of its own."""
-    if token >= len(tokenizer) or token in tokenizer.all_special_ids:
+    """The text of a token mid-text, decode([anchor, v]) minus decode([anchor]); None if it has none of its own."""
+    if token in tokenizer.all_special_ids:
         return None
-    before = tokenizer("a", add_special_tokens=False).input_ids
-    text = tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :]
-    return None if text == "" or "\ufffd" in text else text
+    anchor = encode(tokenizer, "a")[0]
+    before, both = decode(tokenizer, anchor), decode(tokenizer, [*anchor, token])
+    text = both[len(before) :] if both.startswith(before) else ""
+    return None if not text or REPLACEMENT in text else text
 
 
 def guard_ids_mid_text(guard_tokenizer, text: str) -> list[int]:
-    """The guard's tokens of a text that follows other text."""
-    for anchor in ("\n", "a", " ", "0"):
-        encoded = guard_tokenizer(anchor + text, add_special_tokens=False, return_offsets_mapping=True)
-        spans = encoded.offset_mapping
-        kept = [i for i, (start, _) in zip(encoded.input_ids, spans, strict=True) if start >= len(anchor)]
-        if kept and not any(start < len(anchor) < end for start, end in spans):
-            return kept
-    return guard_tokenizer(text, add_special_tokens=False).input_ids
+    """How the guard writes `text` in the middle of a text: the tokens after an anchor that none of them straddles."""
+    for anchor in ANCHORS:
+        ids, spans = encode(guard_tokenizer, anchor + text)
+        if not any(start < len(anchor) < end for start, end in spans):
+            return [token for token, (start, _) in zip(ids, spans, strict=True) if start >= len(anchor)]
+    return encode(guard_tokenizer, text)[0]
 
 
-def vocabulary_map(tokenizer, guard_tokenizer, embedding: Tensor, num_logits: int) -> Tensor:
-    """A [V, d]: row v is the mean guard embedding of token v's text; the mean of such rows where it has none."""
-    if tokenizer.get_vocab() == guard_tokenizer.get_vocab():
-        missing = num_logits - len(embedding)
-        return torch.cat([embedding, embedding.mean(0, keepdim=True).expand(max(missing, 0), -1)])[:num_logits]
-    rows = {}
-    for token in range(num_logits):
-        text = token_text(tokenizer, token)
-        if text is not None:
-            rows[token] = embedding[guard_ids_mid_text(guard_tokenizer, text)].mean(0)
-    mean = torch.stack(list(rows.values())).mean(0)
-    return torch.stack([rows.get(token, mean) for token in range(num_logits)])
+def same_vocabulary(tokenizer, guard_tokenizer) -> bool:
+    """Equal token tables, and the same rules from text to tokens and back."""
+    if tokenizer.get_vocab() != guard_tokenizer.get_vocab():
+        return False
+    own, other = (json.loads(t.backend_tokenizer.to_str()) for t in (tokenizer, guard_tokenizer))
+    return all(own[part] == other[part] for part in ("model", "pre_tokenizer", "normalizer", "decoder"))
 
 
-def guard_text(guard_tokenizer, prompt: str, response: str, template: str | None, prefix: str) -> tuple[str, int]:
-    """The guard's prompt and where the (stripped) response begins in it."""
-    if template is None:
-        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        text = guard_tokenizer.apply_chat_template(chat, tokenize=False)
-        return text + prefix, text.rindex(response.strip())
-    before, after = template.split("{response}")
-    before = before.replace("{prompt}", prompt)
-    return before + response + after + prefix, len(before)
+def vocabulary_map(model_tokenizer, guard_tokenizer, guard_embedding: Tensor, num_logits: int) -> Tensor:
+    """A [V, d] (METHOD 1, "Vocabulary map").
+
+    A[v] is the mean of the guard's embeddings of the guard's tokens of v's text; the mean of all rows so mapped where v
+    has no text. One vocabulary: the guard's own rows, special tokens included, then the mean of them.
+    """
+    if same_vocabulary(model_tokenizer, guard_tokenizer):
+        mapped: dict[int, Tensor] = dict(enumerate(guard_embedding[:num_logits]))
+    else:
+        mapped = {}
+        for token in range(min(num_logits, len(model_tokenizer))):
+            text = token_text(model_tokenizer, token)
+            if text is not None:
+                mapped[token] = guard_embedding[guard_ids_mid_text(guard_tokenizer, text)].mean(0)
+    mean = torch.stack(list(mapped.values())).mean(0)
+    return torch.stack([mapped.get(token, mean) for token in range(num_logits)])
 
 
-def score_of(kind: str, logits: Tensor, safe: int, unsafe: int) -> Tensor:
-    probability = logits.log_softmax(-1)
+def disjoint(spans: list[tuple[int, int]]) -> list[list[tuple[float, float]]]:
+    """Each token's stretches of text. Tokens that share a character (its bytes) split it evenly, in their order."""
+    covering: dict[int, list[int]] = {}
+    for token, (start, end) in enumerate(spans):
+        for character in range(start, end):
+            covering.setdefault(character, []).append(token)
+    stretches: list[list[tuple[float, float]]] = [[] for _ in spans]
+    for character, tokens in covering.items():
+        for place, token in enumerate(tokens):
+            stretches[token].append((character + place / len(tokens), character + (place + 1) / len(tokens)))
+    return stretches
+
+
+def alignment(
+    response: str,
+    model_tokenizer,
+    guard_tokenizer,
+    guard_text: str,
+    response_start: int,
+    shown: tuple[int, int] | None = None,
+    special: bool = False,
+) -> Tensor:
+    """w [T, J] with w[t, j] = |span(t) ∩ span(j)| / |span(j)|, by characters (METHOD 1, "Alignment").
+
+    response_start: where response[shown[0]] stands in guard_text; shown: the part of the response that the guard's text
+    holds (a template may trim it). special: whether the guard's tokenizer adds its special tokens.
+    """
+    low, high = shown or (0, len(response))
+    ids, spans = encode(model_tokenizer, response)
+    own, other = disjoint(spans), disjoint(encode(guard_tokenizer, guard_text, special)[1])
+    weights = torch.zeros(len(own), len(other), dtype=torch.float64)
+    for t, token in enumerate(ids):
+        if token_text(model_tokenizer, token) is None:
+            continue
+        for j, theirs in enumerate(other):
+            length = sum(end - start for start, end in theirs)
+            for start, end in own[t]:  # clipped to what is shown, then moved into the guard's text
+                start, end = (min(max(edge, low), high) - low + response_start for edge in (start, end))
+                for their_start, their_end in theirs:
+                    weights[t, j] += max(0.0, min(end, their_end) - max(start, their_start)) / length
+    return weights
+
+
+# --------------------------------------------------------------------------- the judge (METHOD 1, "The judge")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a guard is asked. template None: the guard's chat template; otherwise a text with {prompt} and {response}."""
+
+    template: str | None = None
+    verdict_prefix: str = "\n\n"
+    safe: str = "safe"
+    unsafe: str = "unsafe"
+    context: str = (
+        "prompt_and_response"  # response_only: the response stands in the user's turn, as in the paper's code
+    )
+
+
+LLAMA_GUARD_3 = Family()
+
+
+class GuardPrompt(NamedTuple):
+    text: str  # ends where the guard's answer, forced prefix first, begins
+    start: int  # where response[shown[0]] stands in it
+    shown: tuple[int, int]  # the part of the response that it holds
+    special: bool  # whether the tokenizer adds its special tokens
+
+
+def guard_prompt(guard_tokenizer, family: Family, prompt: str, response: str) -> GuardPrompt:
+    """The guard's prompt as one text. Chat templates write their special tokens themselves; custom texts do not."""
+    if family.template is not None:
+        return custom_prompt(family, prompt, response)
+
+    def render(answer: str) -> str:
+        turns = [prompt, answer] if family.context == "prompt_and_response" else [answer]
+        chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=False)]
+        return guard_tokenizer.apply_chat_template(chat, tokenize=False)
+
+    text = render(response)
+    head, tail = render(MARK).split(MARK)
+    trimmed = len(response) - len(response.lstrip())
+    for low, high in ((0, len(response)), (trimmed, trimmed + len(response.strip()))):
+        if text == head + response[low:high] + tail:
+            return GuardPrompt(text, len(head), (low, high), special=False)
+    raise ValueError("the guard's chat template changes the response by more than trimming it")
+
+
+def custom_prompt(family: Family, prompt: str, response: str) -> GuardPrompt:
+    """response_only: {prompt} stays empty. One pass, so that braces in a prompt or a response mean nothing."""
+    fill = {"{prompt}": prompt if family.context == "prompt_and_response" else "", "{response}": response}
+    text, start = "", None
+    for part in re.split(r"(\{prompt\}|\{response\})", family.template):
+        if part == "{response}":
+            if start is not None:
+                raise ValueError("the template names {response} twice")
+            start = len(text)
+        text += fill.get(part, part)
+    if start is None:
+        raise ValueError("the template lacks {response}")
+    return GuardPrompt(text, start, (0, len(response)), special=True)
+
+
+def verdict_tokens(guard_tokenizer, family: Family, asked: GuardPrompt) -> tuple[list[int], int, int]:
+    """(context ids, safe token, unsafe token), read at the first place where the two encoded answers differ."""
+    safe, unsafe = (
+        encode(guard_tokenizer, asked.text + family.verdict_prefix + word, asked.special)[0]
+        for word in (family.safe, family.unsafe)
+    )
+    for place, (good, bad) in enumerate(zip(safe, unsafe, strict=False)):
+        if good != bad:
+            return safe[:place], good, bad
+    raise ValueError("the two verdicts are encoded alike, or one begins with the other")
+
+
+def verdict_score(kind: str, logits: Tensor, safe: int, unsafe: int) -> Tensor:
+    """J from the logits [vocabulary] at the verdict's place; probabilities are over the whole vocabulary."""
+    log_probability = logits.log_softmax(-1)
     return {
-        "margin": probability[safe] - probability[unsafe],
+        "margin": log_probability[safe] - log_probability[unsafe],
         "logit": logits[safe],
-        "logprob": probability[safe],
-        "prob": probability[safe].exp(),
+        "logprob": log_probability[safe],
+        "prob": log_probability[safe].exp(),
     }[kind]
 
 
-def judge(guard, guard_tokenizer, text: str, words: tuple[str, str], add_special: bool, kind: str):
-    """Score, ∂J/∂e [tokens, d], and the character spans of the tokens that were read."""
-    safe = guard_tokenizer(text + words[0], add_special_tokens=add_special, return_offsets_mapping=True)
-    unsafe = guard_tokenizer(text + words[1], add_special_tokens=add_special)
-    first = next(i for i, (a, b) in enumerate(zip(safe.input_ids, unsafe.input_ids, strict=False)) if a != b)
-    embedded = guard.get_input_embeddings()(torch.tensor([safe.input_ids[:first]])).detach().requires_grad_()
-    logits = guard(inputs_embeds=embedded).logits[0, -1]
-    score = score_of(kind, logits, safe.input_ids[first], unsafe.input_ids[first])
-    score.backward()
-    return float(score.detach()), embedded.grad[0], safe.offset_mapping[:first]
+def judge(guard, ids: list[int], safe: int, unsafe: int, kind: str = "margin") -> tuple[float, Tensor]:
+    """J and u [J, d], u_j = dJ/de_j with respect to the guard's input embeddings (METHOD 1, "The gradient")."""
+    embeddings = guard.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
+    score = verdict_score(kind, guard(inputs_embeds=embeddings).logits[0, -1], safe, unsafe)
+    (gradient,) = torch.autograd.grad(score, embeddings)
+    return float(score.detach()), gradient[0]
 
 
-def prompt_gradient(
+# --------------------------------------------------------------------------- the surrogate (METHOD 1, "Estimators")
+
+Noise = Callable[[int, int], Tensor]  # (token index t, number of logits V) -> Gumbel(0, 1) noise [V]
+
+
+def relaxed(logits: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
+    """p_t = softmax((l_t + g_t) / tau)."""
+    return ((logits if noise is None else logits + noise) / temperature).softmax(-1)
+
+
+def paper_gradient(contraction: Tensor, sampled: int) -> Tensor:
+    """dJ/dz_v for e = softmax(z) A, z = 0 at the sampled token and -17 elsewhere; contraction_v = (A u)_v.
+
+    By the softmax's Jacobian, in float64: dJ/dz_v = q_v (c_v - sum_w q_w c_w).
+    """
+    z = torch.full_like(contraction, PAPER_OFF, dtype=torch.float64)
+    z[sampled] = 0.0
+    q = z.softmax(-1)
+    return q * (contraction.double() - (q * contraction.double()).sum())
+
+
+def surrogate(
+    estimator: str,
+    logits: Tensor,  # [T, V], teacher-forced, with a graph
+    sampled: list[int],  # the response's T tokens
+    contraction: Tensor,  # [T, V], (A u~_t)_v, without a graph
+    temperature: float = 0.3,
+    noise: Noise | None = None,
+) -> Tensor:
+    """L = sum_t sum_v p_t(v) (A u~_t)_v, a scalar whose gradient estimates that of S. No length normalisation.
+
+    paper_code: L = sum_t sum_v (dJ/dz_v)(detached) l_t(v).
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for t, token in enumerate(sampled):
+        row = logits[t].double()
+        if estimator == "paper_code":
+            total = total + (paper_gradient(contraction[t], token) * row).sum()
+        elif estimator in ("soft", "gumbel"):
+            drawn = noise(t, len(row)).double() if estimator == "gumbel" else None
+            total = total + (relaxed(row, drawn, temperature) * contraction[t]).sum()
+        else:
+            raise ValueError(f"estimator {estimator!r}: the oracle knows soft, gumbel and paper_code")
+    return total
+
+
+# --------------------------------------------------------------------------- scores (METHOD 1)
+
+
+def model_prompt_ids(tokenizer, prompt: str, system_prompt: str | None = None) -> list[int]:
+    chat = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    chat.append({"role": "user", "content": prompt})
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return encode(tokenizer, text)[0]
+
+
+def refuse_special_strings(tokenizer, *texts: str) -> None:
+    for special in tokenizer.all_special_tokens:
+        if any(special in text for text in texts):
+            raise ValueError(f"{special!r} stands in a prompt or response: break it up first (METHOD 1, Responses)")
+
+
+def response_contraction(
+    tokenizer, guard, guard_tokenizer, A: Tensor, pair: tuple[str, str], family: Family, kind: str
+) -> tuple[float, Tensor]:
+    """J and A u~_t [T, V] in float64 for one (prompt, response), u~_t = sum_j w[t, j] u_j."""
+    asked = guard_prompt(guard_tokenizer, family, *pair)
+    context, safe, unsafe = verdict_tokens(guard_tokenizer, family, asked)
+    score, gradient = judge(guard, context, safe, unsafe, kind)
+    whole = asked.text + family.verdict_prefix + family.safe
+    weights = alignment(pair[1], tokenizer, guard_tokenizer, whole, asked.start, asked.shown, asked.special)
+    mapped = weights[:, : len(context)] @ gradient.double()
+    return score, mapped @ A.double().T
+
+
+def load(folder: Path):
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def mean_gradient(
     model,
     tokenizer,
     guard,
     guard_tokenizer,
-    prompt: str,
-    response: str,
-    *,
+    pairs: list[tuple[str, str]],
     estimator: str = "soft",
-    noise: Sequence[Callable[[int, int], Tensor]] = (),
     temperature: float = 0.3,
-    kind: str = "margin",
-    template: str | None = None,
-    prefix: str = "\n\n",
-    words: tuple[str, str] = ("safe", "unsafe"),
-):
-    """∇θ of one prompt's surrogate, left in ``.grad`` of the model's parameters (added); returns the judge score.
+    noise_of: Callable[[int], list[Noise]] | None = None,
+    score: str = "margin",
+    family: Family = LLAMA_GUARD_3,
+    system_prompt: str | None = None,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """The estimate of dS/dtheta in float64 by parameter name, signed, and J of every prompt that counted.
 
-    noise: for the gumbel estimator, one callable (tokens, logits) → g per draw.
+    A prompt whose response is empty or whose score or loss is not finite is left out before its backward pass.
+    noise_of: for gumbel, the noise of the draws of prompt number i; the gradient is the mean over the draws.
     """
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    prompt_ids = tokenizer(chat, add_special_tokens=False).input_ids
-    encoded = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
-    ids = encoded.input_ids
-    text, start = guard_text(guard_tokenizer, prompt, response, template, prefix)
-    stripped = 0 if template is not None else len(response) - len(response.lstrip())
-    score, gradient, spans = judge(guard, guard_tokenizer, text, words, template is not None, kind)
-
-    all_logits = model(torch.tensor([prompt_ids + ids])).logits[0]
-    embedding = guard.get_input_embeddings().weight.detach()
-    table = vocabulary_map(tokenizer, guard_tokenizer, embedding, all_logits.shape[-1])
-    length = len(response.strip()) if template is None else len(response)
-    surrogate = torch.zeros(())
-    for t, token in enumerate(ids):
-        if token_text(tokenizer, token) is None:
+    num_logits = model.get_output_embeddings().weight.shape[0]
+    A = vocabulary_map(tokenizer, guard_tokenizer, guard.get_input_embeddings().weight.detach(), num_logits)
+    sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()}
+    judged: list[float] = []
+    for index, (prompt, response) in enumerate(pairs):
+        refuse_special_strings(tokenizer, prompt, response)
+        refuse_special_strings(guard_tokenizer, prompt, response)
+        if not response.strip():
             continue
-        aligned = torch.zeros(table.shape[1])
-        low, high = encoded.offset_mapping[t]
-        if t + 1 < len(ids):
-            high = min(
-                high, encoded.offset_mapping[t + 1][0]
-            )  # spans are disjoint: SentencePiece's first mark has none
-        low, high = (position - stripped + start for position in (low, high))  # in the guard's text
-        low, high = max(low, start), min(high, start + length)  # what a template trims off is not there
-        for j, (a, b) in enumerate(spans):
-            inside = b > start and a < start + length  # guard tokens that touch the response at all
-            overlap = max(0, min(high, b) - max(low, a))
-            if inside and b > a:
-                aligned += overlap / (b - a) * gradient[j]
-        contraction = table @ aligned
-        logits = all_logits[len(prompt_ids) + t - 1]
-        surrogate = surrogate + _token_term(estimator, logits, contraction, token, temperature, noise, t)
-    surrogate.backward()
-    return score
-
-
-def _token_term(estimator: str, logits: Tensor, contraction: Tensor, token: int, temperature: float, noise, t: int):
-    if estimator == "soft":
-        return (logits / temperature).softmax(-1) @ contraction
-    if estimator == "gumbel":
-        draws = [((logits + draw(t, len(logits))) / temperature).softmax(-1) @ contraction for draw in noise]
-        return torch.stack(draws).mean(0)
-    hard = torch.full((len(logits),), -17.0, dtype=torch.float64)
-    hard[token] = 0.0
-    q, c = hard.softmax(-1), contraction.double()
-    at_hard = q * torch.stack([q @ (value - c) for value in c])  # q(v) (c(v) − ⟨q, c⟩) without cancellation
-    return at_hard.float() @ logits
-
-
-def logical_matrices(model) -> dict[str, list[Tensor]]:
-    """Scored parameters' names → index tensors (flat) of the matrices they pack."""
-    config, found = model.config, {}
-    for name, parameter in model.named_parameters():
-        flat = torch.arange(parameter.numel()).reshape(parameter.shape)
-        skip = "embed_tokens" in name or "norm" in name or name.endswith("bias") or name.endswith("mlp.gate.weight")
-        if skip:
+        value, contraction = response_contraction(
+            tokenizer, guard, guard_tokenizer, A, (prompt, response), family, score
+        )
+        before, sampled = model_prompt_ids(tokenizer, prompt, system_prompt), encode(tokenizer, response)[0]
+        draws = noise_of(index) if estimator == "gumbel" else [None]
+        logits = model(input_ids=torch.tensor([before + sampled])).logits[0, len(before) - 1 : -1]
+        losses = [surrogate(estimator, logits, sampled, contraction, temperature, noise) for noise in draws]
+        loss = torch.stack(losses).mean()
+        if not (math.isfinite(value) and math.isfinite(float(loss.detach()))):
             continue
-        if name.endswith("experts.gate_up_proj"):
-            half = parameter.shape[1] // 2
-            found[name] = [part.flatten() for expert in flat for part in (expert[:half], expert[half:])]
-        elif name.endswith("experts.down_proj"):
-            found[name] = [expert.flatten() for expert in flat]
-        elif name.endswith("qkv_proj.weight"):
-            dim = config.hidden_size // config.num_attention_heads
-            sizes = [config.num_attention_heads * dim] + 2 * [config.num_key_value_heads * dim]
-            found[name] = [part.flatten() for part in flat.split(sizes)]
-        elif name.endswith("gate_up_proj.weight"):
-            found[name] = [part.flatten() for part in flat.chunk(2)]
-        else:
-            found[name] = [flat.flatten()]
-    return found
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:  # an expert that no token chose may have none
+                sums[name] += parameter.grad.double()
+        judged.append(value)
+    return {name: total / max(len(judged), 1) for name, total in sums.items()}, judged
+
+
+def criterion_values(criterion: str, unit: Unit, gradient: Tensor) -> Tensor:
+    """The score of one unit's weights from the averaged signed gradient; the absolute value comes last."""
+    weights = unit.values.double()
+    signed = {
+        "esi": lambda: unit.sigma * gradient,
+        "grad": lambda: gradient,
+        "snip": lambda: gradient * weights,
+        "magnitude": lambda: weights,
+    }[criterion]()
+    return signed.abs().float()
 
 
 def esi_scores(
-    model_folder,
-    guard_folder,
-    pairs: Sequence[tuple[str, str]],
-    criterion: str = "esi",
-    noise_of: Callable[[int], Sequence] | None = None,
-    dtype: torch.dtype = torch.float32,
-    **options,
-):
-    """{name: float32 scores} and the judge's scores, from whole tensors."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).eval()
-    guard = AutoModelForCausalLM.from_pretrained(guard_folder, dtype=dtype).eval().requires_grad_(False)
-    tokenizers = AutoTokenizer.from_pretrained(model_folder), AutoTokenizer.from_pretrained(guard_folder)
-    total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
-    judged = []
-    for index, (prompt, response) in enumerate(pairs):
-        model.zero_grad()
-        noise = noise_of(index) if noise_of is not None else ()
-        judged.append(
-            prompt_gradient(model, tokenizers[0], guard, tokenizers[1], prompt, response, noise=noise, **options)
-        )
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                total[name] += parameter.grad.double() / len(pairs)
-    scores = {}
-    weights = dict(model.named_parameters())
-    for name, matrices in logical_matrices(model).items():
-        weight, gradient = weights[name].detach().double().flatten(), total[name].flatten()
-        values = {"grad": gradient, "snip": gradient * weight, "esi": gradient.clone(), "magnitude": weight}[criterion]
-        if criterion == "esi":
-            for positions in matrices:
-                values[positions] *= weight[positions].std() if len(positions) > 1 else 0.0
-        scores[name] = values.abs().float().reshape(weights[name].shape)
+    model_folder: Path, guard_folder: Path, pairs: list[tuple[str, str]], criterion: str = "esi", **options
+) -> tuple[dict[str, Tensor], list[float]]:
+    """{scored parameter: fp32 score in its own shape}, in the model's order, and the judge's scores.
+
+    ESI_i = |sigma(theta_i) * mean over prompts of dS/dtheta_i|; options as mean_gradient's.
+    """
+    model, tokenizer = load(model_folder)
+    guard, guard_tokenizer = load(guard_folder)
+    guard.requires_grad_(False)
+    gradients, judged = mean_gradient(model, tokenizer, guard, guard_tokenizer, pairs, **options)
+    scores: dict[str, Tensor] = {}
+    for unit in units(model):
+        if unit.scored:
+            whole = scores.setdefault(unit.parameter_name, torch.full(unit.parameter.shape, math.nan))
+            whole[unit.index] = criterion_values(criterion, unit, gradients[unit.parameter_name][unit.index])
     return scores, judged
 
 
-def sorted_selection(scores: dict[str, Tensor], k: int, order: str = "top") -> dict[str, Tensor]:
-    """Bool masks: sort the whole vector, ties by (parameter order, flat index)."""
+# --------------------------------------------------------------------------- selection (METHOD 2)
+
+
+def num_selected(model: nn.Module, ratio: float, of: str = "all") -> int:
+    """k = floor(ratio * number of all parameters); `scored` counts the scored only. Tied tensors count once."""
+    counted = (unit.values.numel() for unit in units(model) if of == "all" or unit.scored)
+    return math.floor(ratio * sum(counted))
+
+
+def select(scores: dict[str, Tensor], k: int, order: str = "top") -> dict[str, Tensor]:
+    """The first k of all scores by a stable sort, as bool masks; ties by (order of the dict, flat index) both ways."""
     flat = torch.cat([values.flatten() for values in scores.values()])
-    chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[torch.sort(flat, descending=order == "top", stable=True).indices[:k]] = True
-    parts = chosen.split([values.numel() for values in scores.values()])
-    return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+    if flat.isnan().any():
+        raise ValueError("a score is not a number")
+    chosen = torch.sort(flat, descending={"top": True, "bottom": False}[order], stable=True).indices[:k]
+    bits = torch.zeros(len(flat), dtype=torch.bool)
+    bits[chosen] = True
+    return dict(zip(scores, _split(bits, scores), strict=True))
+
+
+def _split(flat: Tensor, like: dict[str, Tensor]) -> Iterator[Tensor]:
+    pieces = flat.split([values.numel() for values in like.values()])
+    return (piece.view(values.shape) for piece, values in zip(pieces, like.values(), strict=True))
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Bit i of the row-major mask at byte i // 8, bit i % 8, least significant first; padding bits 0 (DESIGN 7)."""
+    packed = [0] * ((mask.numel() + 7) // 8)
+    for i, bit in enumerate(mask.flatten().tolist()):
+        packed[i // 8] |= int(bit) << (i % 8)
+    return torch.tensor(packed, dtype=torch.uint8)
+
+
+sorted_selection = select  # the name other tests import
+RESPONSE_ONLY = replace(LLAMA_GUARD_3, context="response_only")

@@ -55,6 +55,7 @@ class EsiRun:
         self.deepspeed_config = deepspeed_config
         self.runtime = runtime
         self.started = time.time()
+        self.fingerprint: str | None = None
 
     def run(self) -> None:
         runtime = self.runtime
@@ -71,9 +72,12 @@ class EsiRun:
             try:
                 self._run(tracker)
             except BaseException as error:
-                self._record("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
+                if self.fingerprint is not None:  # else the run has not begun, and an older manifest stays
+                    self._record("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
                 raise
             self._record("done")
+            if runtime.is_main():
+                shutil.rmtree(self.folder.path / CHECKPOINTS, ignore_errors=True)
 
     def _record(self, exit_state: str) -> None:
         if self.runtime.is_main():
@@ -81,7 +85,7 @@ class EsiRun:
                 exit_state=exit_state,
                 world_size=self.runtime.world_size(),
                 started=self.started,
-                model_fingerprint=getattr(self, "fingerprint", None),
+                model_fingerprint=self.fingerprint,
                 data=self.inputs.source if self.inputs else {},
             )
 
@@ -102,8 +106,9 @@ class EsiRun:
         )
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        self.fingerprint = self._model_fingerprint(model)
-        self.folder.check_same("model_fingerprint", self.fingerprint, "model.path")
+        found = self._model_fingerprint(model)
+        self.folder.check_same("model_fingerprint", found, "model.path")
+        self.fingerprint = found
         self.runtime.barrier()  # nobody writes the manifest before everybody has read the old one
         self._record("running")
         outcome = self._accumulate(model, guard, tracker) if self.inputs else None
@@ -117,8 +122,6 @@ class EsiRun:
             config.run.seed,
         )
         finish(config, self.folder.path, model, scores, sigma, self.fingerprint, outcome, self.started, tracker)
-        if self.runtime.is_main():
-            shutil.rmtree(self.folder.path / CHECKPOINTS, ignore_errors=True)
 
     def _model_fingerprint(self, model) -> str:
         """The files are read by all ranks together. One gather of names and digests."""

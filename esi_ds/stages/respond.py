@@ -8,6 +8,8 @@ from pathlib import Path
 
 from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
 from esi_ds.config import Config
+from esi_ds.errors import Interrupted
+from esi_ds.stages.interrupt import StopSignal
 from esi_ds.stages.prepare import Inputs, max_positions
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
@@ -85,6 +87,7 @@ def _generate_waiting(
     done: dict[int, str],
 ) -> None:
     """All ranks, batch by batch; after each batch rank 0 appends its responses to the partial file."""
+    stop = StopSignal()
     size, ranks, rank = config.esi.batch_size, runtime.world_size(), runtime.rank()
     progress = tracker.progress(total=len(prompt_ids), initial=len(done), unit="prompt", description="generate")
     with progress:
@@ -94,10 +97,11 @@ def _generate_waiting(
             texts = []
             if mine or mode == "per_token":
                 texts = generate(model, inputs.tokenizer, rows, config.esi.max_new_tokens, mode)
-            new = {}
-            for part in runtime.gather_objects(dict(zip(mine, texts, strict=False))):
-                new.update(part)
+            gathered = runtime.gather_objects((dict(zip(mine, texts, strict=False)), stop.raised))
+            new = {index: text for part, _ in gathered for index, text in part.items()}
             done.update(new)
             if runtime.is_main():
                 append_jsonl(folder / PARTIAL_NAME, [{"index": i, "response": text} for i, text in new.items()])
             progress.update(len(new))
+            if any(raised for _, raised in gathered):
+                raise Interrupted(f"stopped by a signal with {len(done)} responses made; start again to go on")

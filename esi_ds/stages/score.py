@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from esi_ds.errors import Interrupted, UserError
 from esi_ds.judge.alignment import alignment_weights
 from esi_ds.judge.guard import Guard, Judgement
 from esi_ds.judge.vocabulary import VocabularyMap
+from esi_ds.stages.interrupt import StopSignal
 from esi_ds.stages.prepare import Example
 from esi_ds.tracking import Tracker
 from esi_ds.zero import checkpoint, runtime
@@ -54,18 +54,6 @@ class PassState:
         for scores, excluded in runtime.gather_objects((self.scores, self.excluded)):
             self.scores.update(scores)
             self.excluded.update(excluded)
-
-
-class StopSignal:
-    """SIGTERM and SIGUSR1 set a flag; the pass looks at it between micro-batches and never saves inside a handler."""
-
-    def __init__(self):
-        self.raised = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame) -> None:
-        self.raised = True
 
 
 class ScoringPass:

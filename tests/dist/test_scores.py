@@ -9,7 +9,7 @@ import pytest
 import torch
 from builders import PAIRS, build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
 from conftest import ROOT, run_ranks
-from reference import esi_scores, sorted_selection
+from reference import esi_scores, select
 from safetensors import safe_open
 from transformers.utils import logging
 
@@ -51,6 +51,14 @@ def config(folder: Path, kind: str, guard: str, batch: int, name: str, esi: dict
     }
 
 
+# DeepSpeed's own defaults keep small parameters gathered; offloaded parameters live on the CPU between uses.
+ZERO_OPTIONS = {
+    "defaults": {},
+    "offload": {"stage3_param_persistence_threshold": 0, "offload_param": {"device": "cpu"},
+                "offload_optimizer": {"device": "cpu"}},
+}
+
+
 def extra_cases(folder: Path, ranks: int) -> list[dict]:
     """Estimators, criteria, orders and scopes, each once per world size, at different batch sizes."""
     tag = f"w{ranks}"
@@ -61,6 +69,9 @@ def extra_cases(folder: Path, ranks: int) -> list[dict]:
         config(folder, "llama", "other", batch, f"{tag}-checkpointing"),
     ]
     made[-1]["config"]["model"]["gradient_checkpointing"] = True
+    for name, zero in ZERO_OPTIONS.items():
+        made.append(config(folder, "qwen3_moe", "other", batch, f"{tag}-{name}"))
+        made[-1]["config"]["deepspeed"] = {"zero_optimization": {"stage": 3, **zero}}
     made += [
         config(folder, "phi3", "other", batch, f"{tag}-{criterion}", criterion=criterion, order=order, scope=scope)
         for criterion, order, scope in (
@@ -119,7 +130,7 @@ def test_soft_scores_equal_the_oracle(scored: tuple[int, Path]) -> None:
     assert max(worst.values()) <= TOLERANCE, worst
 
 
-def test_masks_are_the_sorted_selection_of_their_scores(scored: tuple[int, Path]) -> None:
+def test_masks_are_the_select_of_their_scores(scored: tuple[int, Path]) -> None:
     """Bit for bit, in the parameters' order of the model, whatever the scores are."""
     ranks, folder = scored
     for kind in KINDS:
@@ -127,7 +138,7 @@ def test_masks_are_the_sorted_selection_of_their_scores(scored: tuple[int, Path]
         mask, scores = Mask.load(run / "mask"), read(run / "scores")
         assert mask.problems() == []
         assert mask.k == min(int(0.03 * mask.total_numel), sum(v.numel() for v in scores.values()))
-        expected = sorted_selection({name: scores[name] for name in mask.names}, mask.k)
+        expected = select({name: scores[name] for name in mask.names}, mask.k)
         assert all(torch.equal(mask.tensor(name), expected[name]) for name in mask.names), kind
 
 
@@ -160,6 +171,13 @@ def test_paper_code_and_gradient_checkpointing(scored: tuple[int, Path]) -> None
     assert relative_error(got, oracle(folder, "llama", "other")) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ZERO_OPTIONS)
+def test_other_zero_settings(scored: tuple[int, Path], name: str) -> None:
+    ranks, folder = scored
+    expected = oracle(folder, "qwen3_moe", "other")
+    assert relative_error(read(folder / f"w{ranks}-{name}" / "scores"), expected) <= TOLERANCE
+
+
 @pytest.mark.parametrize("criterion", ["grad", "snip", "magnitude"])
 def test_criteria(scored: tuple[int, Path], criterion: str) -> None:
     ranks, folder = scored
@@ -186,5 +204,5 @@ def test_matrix_scope_selects_in_every_matrix(scored: tuple[int, Path]) -> None:
     for unit in json.loads((run / "mask" / "units.json").read_text()):
         where = slice(unit["start"], unit["start"] + unit["length"])
         flat, bits = scores[unit["parameter"]].flatten()[where], mask.bits(unit["parameter"])[where]
-        expected = sorted_selection({"unit": flat}, int(0.03 * len(flat)))["unit"]
+        expected = select({"unit": flat}, int(0.03 * len(flat)))["unit"]
         assert torch.equal(bits, expected), unit["name"]

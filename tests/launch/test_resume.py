@@ -200,3 +200,15 @@ def test_a_signal_saves_and_exits_75(folder: Path, undisturbed: Path) -> None:
     Job(folder, "signalled", 1).finish()
     assert relative_error(tensors(job.run / "scores"), tensors(undisturbed / "scores")) <= 1e-5
     assert "finished already" in Job(folder, "signalled", 1).finish()
+
+
+def test_a_signal_while_generating(folder: Path, undisturbed: Path) -> None:
+    job = Job(folder, "signalled-early", 1)
+    while num_lines(job.run / "responses.partial.jsonl") < 2:
+        assert job.process.poll() is None
+        time.sleep(0.005)
+    job.process.send_signal(signal.SIGTERM)
+    output, _ = job.process.communicate(timeout=100)
+    assert job.process.returncode == 75, output[-3000:]
+    Job(folder, "signalled-early", 1).finish()
+    assert relative_error(tensors(job.run / "scores"), tensors(undisturbed / "scores")) <= 1e-5
