@@ -19,7 +19,6 @@ from esi_ds.models.roles import describe
 from esi_ds.stages.prepare import load_model_config
 
 WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-GIB = 2**30
 
 
 def meta_parameters(config: PretrainedConfig) -> tuple[Parameter, ...]:
@@ -52,19 +51,19 @@ def plan(config: Config, world_size: int) -> dict[str, object]:
         + ", ".join(f"{r} {n}" for r, n in sorted(units.items())),
         "k": f"{_k(config, parameters):,}",
         "ranks": world_size,
-        "weights per rank": _gib(weight * shard),
+        "weights per rank": _size(weight * shard),
     }
     if config.select.criterion in NEEDS_GRADIENT:
         where = " (on the CPU)" if config.esi.accumulator_device == "cpu" else ""
-        facts["gradient sums per rank" + where] = _gib(4 * scored_shard)
+        facts["gradient sums per rank" + where] = _size(4 * scored_shard)
         facts["largest parameter, gathered, and its gradient"] = (
-            f"{_gib((weight + 4) * largest.numel)} ({largest.name})"
+            f"{_size((weight + 4) * largest.numel)} ({largest.name})"
         )
         facts |= _passes(config, world_size)
-        facts["checkpoint on disk"] = _gib(4 * num_scored)
+        facts["checkpoint on disk"] = _size(4 * num_scored)
     if config.esi.save_scores:
-        facts["scores on disk"] = _gib(4 * num_scored)
-    facts["mask on disk"] = _gib(sum(num_bytes(parameter.numel) for parameter in scored))
+        facts["scores on disk"] = _size(4 * num_scored)
+    facts["mask on disk"] = _size(sum(num_bytes(parameter.numel) for parameter in scored))
     return facts
 
 
@@ -91,8 +90,13 @@ def _passes(config: Config, world_size: int) -> dict[str, object]:
     }
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.3f} GiB"
+def _size(size: float) -> str:
+    """Bytes as a number between 1 and 1024 of the fitting unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
 
 
 def print_plan(config: Config, options: Options) -> None:
