@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from esi_ds.config import Config, differences, parse_yaml, resolved_yaml, validate
 from esi_ds.errors import UserError
 
@@ -57,17 +59,21 @@ def replace_folder(temporary: Path, final: Path) -> None:
 
 def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Lines at the end of a file, on disk when this returns; a line before them that was torn is closed first."""
-    torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as opened:
-        opened.write("\n" * torn + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with path.open("a+b") as opened:
+        torn = opened.tell() > 0 and (opened.seek(-1, os.SEEK_END), opened.read())[1] != b"\n"
+        text = "\n" * torn + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        opened.write(text.encode())
         opened.flush()
         os.fsync(opened.fileno())
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a file that a kill may have torn: lines that are no JSON are left out."""
+    """Rows of a file that a kill may have torn: lines that are no JSON are left out.
+
+    Lines end at a line feed only: ``splitlines`` would cut a row at a U+2028 or U+0085 inside its text.
+    """
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -76,12 +82,11 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as opened:
-        return (
-            hashlib.file_digest(opened, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else (hashlib.sha256(opened.read()).hexdigest())
-        )
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class RunFolder:
@@ -96,16 +101,23 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(key, given, "is a file", "give a folder")
         existing = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
-        if not os.access(existing, os.W_OK):
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise UserError(key, given, "cannot be written to", "give a folder of your own")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        # A kill while config.yaml was first written leaves its temporary file: still an empty folder of ours.
+        if not self.path.is_dir() or all(file.name == ".config.yaml.tmp" for file in self.path.iterdir()):
             return
         stored = self.path / "config.yaml"
         if not stored.is_file():
             raise UserError(key, given, "is not empty and holds no run", "give a new folder")
         if config.run.resume == "never":
             raise UserError(key, given, "holds a run already", "give a new folder, or set run.resume: auto")
-        other = differences(validate(parse_yaml(stored.read_text())), config)
+        try:
+            before = validate(parse_yaml(stored.read_text(encoding="utf-8")))
+        except (UserError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(
+                key, given, f"holds a config.yaml that this version cannot read ({error})", "give a new folder"
+            ) from error
+        other = differences(before, config)
         if other:
             raise UserError(
                 key,
@@ -122,7 +134,8 @@ class RunFolder:
             raise UserError(field, None, f"is not what the run in {self.path} began with", "give a new run.output_dir")
 
     def open(self, config: Config) -> None:
-        """Create the folder and write the resolved config."""
+        """Create the folder and write the resolved config. Raises UserError where ``check`` does."""
+        self.check(config)
         self.path.mkdir(parents=True, exist_ok=True)
         write_text_atomic(self.path / "config.yaml", resolved_yaml(config))
 
@@ -135,6 +148,7 @@ class RunFolder:
     ) -> None:
         """Versions, commit, world size, what was scored, how long, and how it ended: running, done, interrupted or
         failed."""
+        now = time.time()
         write_json_atomic(
             self.path / "manifest.json",
             {
@@ -142,12 +156,17 @@ class RunFolder:
                 "world_size": world_size,
                 "model_fingerprint": model_fingerprint,
                 "data_hashes": data,
-                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-                "wall_time_s": round(time.time() - started, 3),
+                "started": _utc(started),
+                "finished": None if exit_state == "running" else _utc(now),
+                "wall_time_s": round(now - started, 3),
                 "versions": versions(),
                 "commit": commit(),
             },
         )
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def versions() -> dict[str, str]:
@@ -161,8 +180,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checkout's commit; None outside one."""
+    """The checkout's commit; None outside one (an installed copy may lie inside somebody else's repository)."""
     here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):

@@ -24,11 +24,19 @@ class Options:
     world_size: int | None = None
     verbose: bool = False
     allow_fingerprint_mismatch: bool = False
+    config_path: str | None = None
 
 
 def rank_from_environment() -> int:
     """This process's rank as its launcher told it; 0 where there was no launcher."""
     return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
 
 
 def parser(stage: str) -> argparse.ArgumentParser:
@@ -38,7 +46,7 @@ def parser(stage: str) -> argparse.ArgumentParser:
     made.add_argument("--config", required=True, metavar="FILE", help="experiment YAML")
     made.add_argument("--deepspeed_config", metavar="FILE", help="replaces the config's deepspeed")
     made.add_argument("--dry-run", action="store_true", help="print the resolved config and what would run")
-    made.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for in a dry run")
+    made.add_argument("--world-size", type=positive, metavar="N", help="ranks to plan for in a dry run")
     made.add_argument("--verbose", action="store_true", help="let every rank speak")
     made.add_argument(
         "--allow-fingerprint-mismatch",
@@ -53,11 +61,18 @@ def parser(stage: str) -> argparse.ArgumentParser:
 def main(stage: str, argv: list[str] | None = None) -> int:
     """Run one stage; returns the process's exit code: 0, 2 (user's mistake), 75 (resumable) or 1 (anything else)."""
     is_main = rank_from_environment() == 0
-    arguments = parser(stage).parse_intermixed_args(argv)
+    made = parser(stage)
+    arguments = made.parse_intermixed_args(argv)
+    if arguments.world_size is not None and not arguments.dry_run:
+        made.error("--world-size is for --dry-run; a run has the ranks that its launcher starts")
     try:
         config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config)
         options = Options(
-            arguments.dry_run, arguments.world_size, arguments.verbose, arguments.allow_fingerprint_mismatch
+            dry_run=arguments.dry_run,
+            world_size=arguments.world_size,
+            verbose=arguments.verbose,
+            allow_fingerprint_mismatch=arguments.allow_fingerprint_mismatch,
+            config_path=arguments.config,
         )
         if not is_main and not options.verbose:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all

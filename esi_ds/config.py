@@ -22,7 +22,7 @@ from esi_ds.errors import UserError
 class Section(BaseModel):
     """No unknown keys, no silent conversion of one type to another."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -145,16 +145,18 @@ class Eval(Section):
 
 
 class Config(Section):
-    run: Run
-    model: Model
-    judge: Judge | None = None
-    data: Data = Data()
-    esi: Esi = Esi()
-    select: Select = Select()
-    tune: Tune | None = None
-    perturb: Perturb | None = None
-    eval: Eval | None = None
-    deepspeed: str | dict[str, Any] = "ds_configs/zero3.json"
+    run: Run = Field(description="where the run writes, and whether it goes on")
+    model: Model = Field(description="the model whose weights are scored or tuned")
+    judge: Judge | None = Field(None, description="what tells safe answers from unsafe ones")
+    data: Data = Field(Data(), description="what the model is asked")
+    esi: Esi = Field(Esi(), description="how scores are estimated")
+    select: Select = Field(Select(), description="which weights go into the mask")
+    tune: Tune | None = Field(None, description="SET and SPA")
+    perturb: Perturb | None = Field(None, description="noise on the weights of a mask")
+    eval: Eval | None = Field(None, description="attack success, over-refusal, tasks")
+    deepspeed: str | dict[str, Any] = Field(
+        "ds_configs/zero3.json", description="ZeRO mechanics: a file or a mapping; see deepspeed_config.py"
+    )
 
 
 class _Loader(yaml.SafeLoader):
@@ -181,13 +183,19 @@ def load_config(path: str, overrides: list[str], deepspeed_config: str | None = 
     if not file.is_file():
         raise UserError("--config", path, "there is no such file", "give a YAML file")
     try:
-        raw = parse_yaml(file.read_text())
+        raw = parse_yaml(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError("--config", path, f"is no UTF-8 text: {error}", "give a YAML file") from error
     except yaml.YAMLError as error:
         raise UserError(
             "--config", path, f"is no valid YAML: {' '.join(str(error).split())}", "fix that line"
         ) from error
     if not isinstance(raw, dict):
         raise UserError("--config", path, "holds no mapping of sections", "see configs/demo/esi.yaml")
+    # A file beside the YAML may be meant. Overrides come after this: they are written where the command is given.
+    given = raw.get("deepspeed")
+    if isinstance(given, str) and not Path(given).is_file() and (file.parent / given).is_file():
+        raw["deepspeed"] = str((file.parent / given).resolve())
     for override in overrides:
         _apply(raw, override)
     if deepspeed_config is not None:
@@ -241,8 +249,12 @@ def _explain(error: ValidationError) -> UserError:
         return UserError(key, None, "is an unknown key", f"the nearest known one is {nearest}")
     if problem["type"] == "missing":
         return UserError(key, None, "is missing", "set it in the config or as key.path=value")
-    message = problem["msg"][0].lower() + problem["msg"][1:]
     given = problem["input"]
+    if problem["type"] == "model_type":
+        return UserError(key, repr(given), "must be a section of keys", "write its keys, or leave it out")
+    # A union complains once for each of its members.
+    same = [other for other in problems if other["loc"][: len(path)] == problem["loc"][: len(path)]]
+    message = " or ".join(dict.fromkeys(other["msg"][0].lower() + other["msg"][1:] for other in same))
     return UserError(key, repr(given) if isinstance(given, str) else given, message, "see the keys in the README")
 
 
@@ -298,6 +310,13 @@ def _check_judge(judge: Judge | None) -> None:
         )
     if judge.verdict.safe == judge.verdict.unsafe:
         raise UserError("judge.verdict", judge.verdict.safe, "says the same for safe and unsafe", "give two words")
+
+
+def require(config: Config, stage: str) -> None:
+    """What a stage cannot do without. Raises UserError naming the section or key that is missing."""
+    if stage != "esi":
+        raise ValueError(f"no requirements are known for stage {stage!r}")
+    require_esi(config)
 
 
 def require_esi(config: Config) -> None:

@@ -24,7 +24,7 @@ def read(config: Config) -> dict[str, Any]:
             "deepspeed", config.deepspeed, "there is no such file", "give ds_configs/zero3.json or a mapping"
         )
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError("deepspeed", str(file), f"is no valid JSON: {error}", "fix that line") from error
     if not isinstance(found, dict):
@@ -38,6 +38,8 @@ def resolve_deepspeed(config: Config, world_size: int) -> dict[str, Any]:
     Raises UserError, with both values, where it contradicts the YAML or asks for what cannot work.
     """
     settings = read(config)
+    if "bfloat16" in settings:  # DeepSpeed's older name
+        settings.setdefault("bf16", settings.pop("bfloat16"))
     _check_zero(settings)
     for section in ("optimizer", "scheduler"):
         if section in settings:
@@ -61,10 +63,16 @@ def resolve_deepspeed(config: Config, world_size: int) -> dict[str, Any]:
             raise UserError(f"deepspeed.{key}", given, f"contradicts {ours} ({owner})", REMEDY)
         settings[key] = ours
     _fill_precision(settings, config.model.dtype)
-    for key, value in list(settings.items()):
-        if value == "auto":  # what concerns training only: gradient_clipping and the like
-            del settings[key]
-    return settings
+    return _without_auto(settings)  # what is left is for training only, or DeepSpeed has a default of its own
+
+
+def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
+    """ "auto" is Hugging Face's notation; DeepSpeed knows it nowhere."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if value != "auto"
+    }
 
 
 def _check_zero(settings: dict[str, Any]) -> None:
@@ -78,20 +86,27 @@ def _check_zero(settings: dict[str, Any]) -> None:
             f"deepspeed.zero_optimization.{mics[0]}", zero[mics[0]], "MiCS is gone from DeepSpeed", "take it out"
         )
     for key in ("offload_param", "offload_optimizer"):
-        section = zero.get(key)
-        if isinstance(section, dict) and section.get("device") == "nvme":
+        section = _mapping(zero, key, f"deepspeed.zero_optimization.{key}")
+        if section.get("device") == "nvme":
             raise UserError(
                 f"deepspeed.zero_optimization.{key}.device", "nvme", "weights on NVMe cannot be scored", "use cpu"
             )
     zero.pop("offload_optimizer", None)  # a config shared with tuning may have it; there is no optimizer here
-    # "auto" sizes are Hugging Face's notation; DeepSpeed has defaults of its own.
-    for key in [key for key, value in zero.items() if value == "auto"]:
-        del zero[key]
+
+
+def _mapping(parent: dict[str, Any], key: str, field: str) -> dict[str, Any]:
+    """A section that may be absent, null or "auto"."""
+    section = parent.get(key)
+    if section is None or section == "auto":
+        return {}
+    if not isinstance(section, dict):
+        raise UserError(field, section, "must be a mapping", "see ds_configs/zero3_offload.json")
+    return section
 
 
 def _fill_precision(settings: dict[str, Any], dtype: str) -> None:
     for key in ("bf16", "fp16"):
-        section = settings.get(key) or {}
+        section = _mapping(settings, key, f"deepspeed.{key}")
         ours = dtype == key
         given = section.get("enabled", "auto")
         if given not in ("auto", ours):

@@ -20,7 +20,8 @@ class UserError(Exception):
             if not isinstance(self.value, str)
             else f" = {self.value}"
         )
-        return f"{self.field}{value}: {self.problem}; {self.remedy}"
+        # One line, whatever was given: a template or a library's message may hold many.
+        return " ".join(f"{self.field}{value}: {self.problem}; {self.remedy}".split("\n"))
 
 
 class Interrupted(Exception):

@@ -66,11 +66,13 @@ def load_prompts(path: str, split: str | None = None, column: str = "auto", limi
     prompts: list[str] = []
     skipped: list[tuple[int, str]] = []
     for number, row in enumerate(rows):
+        if len(prompts) == limit:  # rows behind it are not read, so neither are they skipped
+            break
         text = prompt_of(row, chosen)
         reason = skip_reason(row) or (None if text else EMPTY)
         if reason:
             skipped.append((number, reason))
-        elif limit is None or len(prompts) < limit:
+        else:
             prompts.append(text)
     if not prompts:
         reasons = "; ".join(sorted({reason for _, reason in skipped}))

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 def looks_like_file(path: str) -> bool:
     """A path rather than a hub id: it exists, has a data file's suffix, or starts like a path."""
-    return Path(path).exists() or Path(path).suffix in SUFFIXES or path.startswith((".", "/", "~"))
+    return Path(path).exists() or Path(path).suffix.lower() in SUFFIXES or path.startswith((".", "/", "~"))
 
 
 def read_rows(path: str, field: str, *, name: str | None = None, split: str | None = None) -> list[Row]:
@@ -25,9 +25,11 @@ def read_rows(path: str, field: str, *, name: str | None = None, split: str | No
     if not looks_like_file(path):
         return _read_hub(path, field, name, split)
     file = Path(path).expanduser()
+    if file.is_dir():
+        raise UserError(field, path, "is a folder", "give a file in it")
     if not file.is_file():
         raise UserError(field, path, "there is no such file", "give a file, a hub id or a built-in name")
-    if file.suffix not in SUFFIXES:
+    if file.suffix.lower() not in SUFFIXES:
         raise UserError(field, path, f"has the suffix {file.suffix!r}", f"one of {', '.join(sorted(SUFFIXES))} is read")
     try:
         rows = _read_file(file)
@@ -39,23 +41,25 @@ def read_rows(path: str, field: str, *, name: str | None = None, split: str | No
 
 
 def _read_file(file: Path) -> list[Row]:
-    if file.suffix in (".csv", ".tsv"):
+    suffix = file.suffix.lower()
+    if suffix in (".csv", ".tsv"):
         # Not pandas: there a prompt "null" or "NA" becomes a missing value.
         with file.open(encoding="utf-8-sig", newline="") as opened:
-            return list(csv.DictReader(opened, delimiter="\t" if file.suffix == ".tsv" else ","))
-    if file.suffix == ".txt":
-        return [{"prompt": line} for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if file.suffix == ".parquet":
+            return list(csv.DictReader(opened, delimiter="\t" if suffix == ".tsv" else ","))
+    if suffix == ".txt":
+        return [{"prompt": line} for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    if suffix == ".parquet":
         from datasets import Dataset
 
         return Dataset.from_parquet(str(file)).to_list()
     text = file.read_text(encoding="utf-8-sig")
-    return _json_lines(text) if file.suffix == ".jsonl" else _json_rows(text)
+    return _json_lines(text) if suffix == ".jsonl" else _json_rows(text)
 
 
 def _json_lines(text: str) -> list[Row]:
+    """One object a line. Not ``splitlines``: it also cuts at a U+2028 inside a text."""
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -67,7 +71,8 @@ def _json_lines(text: str) -> list[Row]:
 
 
 def _json_rows(text: str) -> list[Row]:
-    """A list of objects; an object that holds one such list; an object of objects (PubMedQA's shape); JSON lines."""
+    """A list of objects; an object that holds one such list, or has it under data or rows; an object of objects
+    (PubMedQA's shape); JSON lines."""
     try:
         content = json.loads(text)
     except ValueError:
@@ -76,13 +81,14 @@ def _json_rows(text: str) -> list[Row]:
         lists = [
             value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
         ]
-        if len(lists) == 1:
-            content = lists[0]
+        named = [content[key] for key in ("data", "rows") if isinstance(content.get(key), list)]
+        if named or len(lists) == 1:
+            content = (named or lists)[0]
         elif content and all(isinstance(value, dict) for value in content.values()):
             content = [{"id": key, **value} for key, value in content.items()]
         else:
             content = [content]
-    if not all(isinstance(row, dict) for row in content):
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError("its rows are no objects")
     return content
 
