@@ -60,7 +60,10 @@ def replace_folder(temporary: Path, final: Path) -> None:
 def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Lines at the end of a file, on disk when this returns; a line before them that was torn is closed first."""
     with path.open("a+b") as opened:
-        torn = opened.tell() > 0 and (opened.seek(-1, os.SEEK_END), opened.read())[1] != b"\n"
+        torn = False
+        if opened.tell() > 0:  # append mode begins at the end
+            opened.seek(-1, os.SEEK_END)
+            torn = opened.read(1) != b"\n"
         text = "\n" * torn + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         opened.write(text.encode())
         opened.flush()

@@ -24,7 +24,6 @@ class Options:
     world_size: int | None = None
     verbose: bool = False
     allow_fingerprint_mismatch: bool = False
-    config_path: str | None = None
 
 
 def rank_from_environment() -> int:
@@ -72,7 +71,6 @@ def main(stage: str, argv: list[str] | None = None) -> int:
             world_size=arguments.world_size,
             verbose=arguments.verbose,
             allow_fingerprint_mismatch=arguments.allow_fingerprint_mismatch,
-            config_path=arguments.config,
         )
         if not is_main and not options.verbose:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all

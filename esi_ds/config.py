@@ -312,13 +312,6 @@ def _check_judge(judge: Judge | None) -> None:
         raise UserError("judge.verdict", judge.verdict.safe, "says the same for safe and unsafe", "give two words")
 
 
-def require(config: Config, stage: str) -> None:
-    """What a stage cannot do without. Raises UserError naming the section or key that is missing."""
-    if stage != "esi":
-        raise ValueError(f"no requirements are known for stage {stage!r}")
-    require_esi(config)
-
-
 def require_esi(config: Config) -> None:
     """What the ESI stage cannot do without."""
     if config.select.criterion in ("magnitude", "random"):

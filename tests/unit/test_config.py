@@ -87,3 +87,95 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path: Path) -> None:
     folder.check_same("data_hashes", {"sha256": "1"}, "data")
     with pytest.raises(UserError, match="data"):
         folder.check_same("data_hashes", {"sha256": "2"}, "data")
+
+
+CUSTOM = {"path": "b", "family": "custom", "template": "{prompt} {response}", "verdict": {"safe": "a", "unsafe": "b"}}
+BASE = {"run": {"output_dir": "x"}, "model": {"path": "a"}}
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "words"),
+    [
+        ("esi", {"temperature": float("inf")}, "esi.temperature = inf.*finite"),
+        ("esi", {"batch_size": True}, "esi.batch_size = True.*integer"),
+        ("esi", {"save_scores": 1}, "esi.save_scores = 1.*boolean"),
+        ("esi", {"save_every": "x"}, "esi.save_every = 'x'.*auto.*integer"),
+        ("esi", {"save_every": 0}, "esi.save_every = 0"),
+        ("esi", None, "esi = None: must be a section"),
+        ("esi", {"batch_siez": 1}, "esi.batch_siez.*nearest.*esi.batch_size"),
+        ("deepspeed", 3, "deepspeed = 3.*string.*dictionary"),
+        ("judge", {**CUSTOM, "template": "{response}"}, "judge.template.*prompt"),
+        ("judge", {**CUSTOM, "template": "{prompt} {response} {response}"}, "judge.template.*once"),
+        ("judge", {**CUSTOM, "family": "qwen3guard"}, "judge.template.*custom, not qwen3guard"),
+        ("judge", {**CUSTOM, "verdict": {"safe": "", "unsafe": "b"}}, "judge.verdict.safe"),
+    ],
+)
+def test_wrong_values_are_named(section: str, value: object, words: str) -> None:
+    with pytest.raises(UserError, match=words) as raised:
+        validate({**BASE, section: value})
+    assert "\n" not in str(raised.value)
+
+
+def test_a_template_without_prompt_serves_the_response_alone() -> None:
+    judge = {**CUSTOM, "template": "{response}", "context": "response_only"}
+    assert validate({**BASE, "judge": judge}).judge.template == "{response}"
+
+
+def test_text_that_is_no_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"run: \xff")
+    with pytest.raises(UserError, match="UTF-8"):
+        load_config(str(tmp_path / "a.yaml"), [])
+
+
+def test_what_a_stage_needs() -> None:
+    with pytest.raises(UserError, match="judge.*is missing"):
+        require_esi(validate(BASE))
+    with pytest.raises(UserError, match="data.prompts"):
+        require_esi(validate({**BASE, "judge": {"path": "b"}}))
+    require_esi(validate({**BASE, "select": {"criterion": "magnitude"}}))
+    require_esi(validate({**BASE, "judge": {"path": "b"}, "data": {"responses": "r.jsonl"}}))
+
+
+def test_differences_leave_out_how_to_resume() -> None:
+    other = {**BASE, "run": {"output_dir": "x", "resume": "never"}, "esi": {"samples": 2}, "judge": {"path": "b"}}
+    assert differences(validate(BASE), validate(other)) == ["judge", "esi.samples"]
+
+
+def test_a_deepspeed_file_beside_the_yaml_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("run: {output_dir: x}\nmodel: {path: a}\ndeepspeed: my.json\n")
+    assert load_config(str(file), []).deepspeed == "my.json"
+    (tmp_path / "my.json").write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}}')
+    config = load_config(str(file), [])
+    assert resolve_deepspeed(config, 1)["zero_optimization"]["reduce_bucket_size"] == 7
+    monkeypatch.chdir(tmp_path)  # the default lies in the repository, wherever the command is given
+    assert resolve_deepspeed(validate(BASE), 1)["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"bf16": True}, "deepspeed.bf16 = True.*mapping"),
+        ({"bfloat16": {"enabled": False}}, "deepspeed.bf16.enabled = False.*bf16"),
+        ({"fp16": {"enabled": True}}, "deepspeed.fp16.enabled = True.*bf16"),
+        ({"zero_optimization": {"stage": 3, "offload_param": "nvme"}}, "offload_param = nvme.*mapping"),
+        ({"train_batch_size": 8}, "deepspeed.train_batch_size = 8.*16"),
+        ({"scheduler": {"type": "WarmupLR"}}, "deepspeed.scheduler"),
+        ({"elasticity": {"enabled": True}}, "deepspeed.elasticity"),
+    ],
+)
+def test_deepspeed_settings_that_contradict(changes: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        resolve_deepspeed(validate({**BASE, "deepspeed": {"zero_optimization": {"stage": 3}, **changes}}), 2)
+
+
+def test_auto_is_filled_or_left_to_deepspeed() -> None:
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "offload_param": {"device": "cpu", "pin_memory": "auto"}}
+    settings = {"bf16": "auto", "gradient_clipping": "auto", "train_batch_size": "auto", "zero_optimization": zero}
+    assert resolve_deepspeed(validate({**BASE, "deepspeed": settings}), 2) == {
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": 16,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}},
+    }

@@ -1,0 +1,111 @@
+"""Files of a run: whole or not at all, every text kept, and nobody else's folder touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from esi_ds import artifacts
+from esi_ds.artifacts import RunFolder, append_jsonl, file_sha256, read_jsonl, write_json_atomic, write_text_atomic
+from esi_ds.config import Config, validate
+from esi_ds.errors import UserError
+
+
+def make_config(**select) -> Config:
+    return validate({"run": {"output_dir": "x"}, "model": {"path": "a"}, "select": select})
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.json"
+    write_json_atomic(file, {"ä": 1})
+    assert json.loads(file.read_text(encoding="utf-8")) == {"ä": 1}
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_text_atomic(file, "half")
+    assert json.loads(file.read_text(encoding="utf-8")) == {"ä": 1}
+
+
+def test_rows_keep_every_line_separator_that_json_leaves_in_a_text(tmp_path: Path) -> None:
+    rows = [{"response": f"one{separator}two"} for separator in "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"]
+    append_jsonl(tmp_path / "a.jsonl", rows[:4])
+    append_jsonl(tmp_path / "a.jsonl", rows[4:])
+    assert read_jsonl(tmp_path / "a.jsonl") == rows
+
+
+def test_sha256_of_more_than_a_block(tmp_path: Path) -> None:
+    content = os.urandom((1 << 20) + 3)
+    (tmp_path / "a").write_bytes(content)
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_run_is_resumed_with_its_own_config_only(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.open(make_config())
+    folder.open(make_config())
+    stored = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"run\.output_dir.*select\.ratio, select\.of"):
+        folder.open(make_config(ratio=0.5, of="scored"))
+    never = validate({"run": {"output_dir": "x", "resume": "never"}, "model": {"path": "a"}})
+    with pytest.raises(UserError, match="resume"):
+        folder.open(never)
+    assert (tmp_path / "run" / "config.yaml").read_text() == stored
+
+
+def test_a_kill_at_the_first_write_does_not_lock_the_folder(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.tmp").write_text("run: {outp")
+    RunFolder(str(tmp_path)).open(make_config())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml"]
+
+
+@pytest.mark.parametrize("content", ["a: [", "other: 1\n", "- 1\n", ""])
+def test_a_config_that_is_not_ours_is_left_alone(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"run\.output_dir.*cannot read"):
+        RunFolder(str(tmp_path)).open(make_config())
+    assert (tmp_path / "config.yaml").read_text() == content
+
+
+def test_paths_that_can_be_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"run\.output_dir"):
+            RunFolder(str(path)).open(make_config())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="is not empty"):
+        RunFolder(str(tmp_path / "full")).open(make_config())
+    assert [file.name for file in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_manifest_says_how_a_run_stands(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    facts = {"world_size": 2, "started": 0.0, "model_fingerprint": "f", "data": {"sha256": "d"}}
+    for state, is_finished in (("running", False), ("interrupted", False), ("done", True)):
+        folder.write_manifest(exit_state=state, **facts)
+        found = json.loads((tmp_path / "manifest.json").read_text())
+        assert folder.is_finished() == is_finished and found["exit_state"] == state
+        assert (found["finished"] is None) == (state == "running")
+    assert found["started"] == "1970-01-01T00:00:00Z" and {"python", "torch", "esi_ds"} <= found["versions"].keys()
+
+
+def test_no_commit_of_a_repository_that_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed copy below somebody's repository, as in their .venv."""
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for arguments in (["init", "--quiet"], [*identity, "commit", "--quiet", "--allow-empty", "--message", "theirs"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    package = tmp_path / ".venv" / "esi_ds"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(artifacts, "__file__", str(package / "artifacts.py"))
+    assert artifacts.commit() is None
+    (tmp_path / "esi_ds").mkdir()
+    monkeypatch.setattr(artifacts, "__file__", str(tmp_path / "esi_ds" / "artifacts.py"))
+    assert len(artifacts.commit()) == 40

@@ -1,0 +1,111 @@
+"""The command line: what it accepts, which exit code it gives, and what it does not import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from esi_ds.cli import Options, main
+from esi_ds.errors import Interrupted, UserError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    file = tmp_path / "a.yaml"
+    file.write_text("run: {output_dir: x}\nmodel: {path: a}\n")
+    return str(file)
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A stage named ``fake`` that keeps what it was called with; ``error`` is raised if set."""
+    module = types.ModuleType("esi_ds.stages.fake")
+    module.calls, module.error = [], None
+
+    def run(config, options):
+        module.calls.append((config, options))
+        if module.error:
+            raise module.error
+
+    module.run = run
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # other ranks replace it
+    return module
+
+
+def test_flags_and_overrides_in_any_order(stage: types.ModuleType, config: str) -> None:
+    arguments = ["--local-rank=1", "select.ratio=1e-3", "--config", config, "--deepspeed", "esi.batch_size=2"]
+    assert main("fake", [*arguments, "--verbose", "--dry-run", "--world-size", "64"]) == 0
+    made, options = stage.calls[0]
+    assert (made.select.ratio, made.esi.batch_size) == (0.001, 2)
+    assert options == Options(dry_run=True, world_size=64, verbose=True)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--wrold-size", "2"], ["--world-size", "2"], ["--dry-run", "--world-size", "0"], ["--conf", "x"]]
+)
+def test_wrong_flags_exit_2(stage: types.ModuleType, config: str, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main("fake", ["--config", config, *arguments])
+    assert left.value.code == 2 and not stage.calls
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (UserError("a.b", 3, "must be less", "write 2"), 2, "error: a.b = 3: must be less; write 2\n"),
+        (Interrupted("start again"), 75, "start again"),
+        (RuntimeError("broken"), 1, "rank 0 failed"),
+    ],
+)
+def test_exit_codes(stage: types.ModuleType, config: str, error, code: int, shown: str, capsys) -> None:
+    stage.error = error
+    assert main("fake", ["--config", config]) == code
+    assert shown in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
+def test_a_mistake_is_told_by_rank_0_only(stage, config: str, variable: str, monkeypatch, capsys) -> None:
+    monkeypatch.setenv(variable, "1")
+    assert main("fake", ["--config", config, "selct.ratio=1"]) == 2
+    assert capsys.readouterr().err == ""
+    stage.error = RuntimeError("broken")  # but a rank's own failure is never silent
+    assert main("fake", ["--config", config]) == 1
+    assert "rank 1 failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["--config", "nowhere.yaml"], 2)])
+def test_help_and_mistakes_come_before_heavy_imports(arguments: list[str], code: int) -> None:
+    script = f"""
+import sys
+from esi_ds.cli import main
+try:
+    code = main("esi", {arguments!r})
+except SystemExit as left:
+    code = left.code
+heavy = {{"torch", "deepspeed", "transformers", "datasets", "pandas"}} & set(sys.modules)
+assert code == {code} and not heavy, (code, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_launcher_runs_from_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
+    """An isolated interpreter sees neither the working folder nor an editable install's path hooks."""
+    script = (
+        "import importlib.util, runpy, sys\n"
+        f"sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "assert importlib.util.find_spec('esi_ds') is None\n"
+        f"sys.argv = ['esi.py', '--config', 'nowhere.yaml']\n"
+        f"runpy.run_path({str(ROOT / 'launch/esi.py')!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "error: --config = nowhere.yaml" in done.stderr, done.stderr
