@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Mask", "__version__"]
+__all__ = ["Mask", "MaskedAdamW", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """``esi_ds.Mask`` without importing torch for those who only want the version."""
+    """Names that need torch, without importing it for those who only want the version."""
     if name == "Mask":
         from esi_ds.core.mask import Mask
 
         return Mask
+    if name == "MaskedAdamW":
+        from esi_ds.zero.optimizer import MaskedAdamW
+
+        return MaskedAdamW
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -147,10 +147,17 @@ class RunFolder:
         return manifest.is_file() and json.loads(manifest.read_text())["exit_state"] == "done"
 
     def write_manifest(
-        self, *, exit_state: str, world_size: int, started: float, model_fingerprint: str | None, data: dict[str, Any]
+        self,
+        *,
+        exit_state: str,
+        world_size: int,
+        started: float,
+        model_fingerprint: str | None,
+        data: dict[str, Any],
+        notes: dict[str, Any] | None = None,
     ) -> None:
-        """Versions, commit, world size, what was scored, how long, and how it ended: running, done, interrupted or
-        failed."""
+        """Versions, commit, world size, which model, how long, and how it ended: running, done, interrupted or
+        failed; and what the stage notes besides."""
         now = time.time()
         write_json_atomic(
             self.path / "manifest.json",
@@ -164,6 +171,7 @@ class RunFolder:
                 "wall_time_s": round(now - started, 3),
                 "versions": versions(),
                 "commit": commit(),
+                **(notes or {}),
             },
         )
 

@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -99,12 +99,18 @@ class Select(Section):
 
 class BenignMix(Section):
     path: str = Field(description="file or hub id of benign rows")
+    columns: str = Field("auto", description="as in tune.data")
+    name: str | None = Field(None, description="configuration of a hub data set")
+    split: str | None = Field(None, description="split of a hub data set")
     fraction: float = Field(0.0, ge=0, le=1, description="share of benign rows in a batch")
 
 
 class TuneData(Section):
     path: str = Field(description="file or hub id of tuning rows")
-    columns: str = Field("auto", description="shape of the rows; auto finds it")
+    columns: str = Field("auto", description="question,answer or question,input,answer or messages; auto finds them")
+    name: str | None = Field(None, description="configuration of a hub data set")
+    split: str | None = Field(None, description="split of a hub data set")
+    limit: int | None = Field(None, ge=1, description="take the first so many rows")
     benign: BenignMix | None = Field(None, description="rows mixed in to hold over-refusal")
 
 
@@ -116,13 +122,16 @@ class Tune(Section):
     scheduler: Literal["constant", "linear", "cosine"] = Field("cosine", description="of the learning rate")
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps")
     weight_decay: float = Field(0.0, ge=0, description="decoupled, on trained weights only")
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="of AdamW")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="of AdamW"
+    )
     eps: float = Field(1e-8, gt=0, description="of AdamW")
     clip: float | None = Field(1.0, gt=0, description="norm of the trained weights' gradient")
     batch_size: int = Field(4, ge=1, description="sequences per rank and micro-batch")
     gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step")
-    max_length: int = Field(1024, ge=1, description="tokens of a row")
+    max_length: int = Field(1024, ge=2, description="tokens of a row; longer ones are cut at the end")
     unscored: Literal["freeze", "train"] = Field("freeze", description="embeddings, norms, biases, routers")
+    reduction: Literal["auto", "compact", "scatter"] = Field("auto", description="SET: how gradients reach their rank")
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
     export: bool = Field(True, description="write model/")
     patch: bool = Field(True, description="write patch/")
@@ -320,6 +329,15 @@ def require_esi(config: Config) -> None:
         raise UserError("judge", None, "is missing", f"criterion {config.select.criterion} needs a judge.path")
     if config.data.prompts is None and config.data.responses is None:
         raise UserError("data.prompts", None, "is missing", "give data.prompts.path, or data.responses")
+
+
+def require_tune(config: Config) -> None:
+    """What SET and SPA cannot do without."""
+    if config.tune is None:
+        raise UserError("tune", None, "is missing", "give tune.mask and tune.data.path")
+    benign = config.tune.data.benign
+    if benign is not None and benign.fraction == 1:
+        raise UserError("tune.data.benign.fraction", 1.0, "leaves nothing of tune.data", "give a smaller share")
 
 
 def resolved_yaml(config: Config) -> str:

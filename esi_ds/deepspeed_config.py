@@ -10,6 +10,7 @@ from esi_ds.config import Config
 from esi_ds.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+REDUCE_BUCKET = 50_000_000
 REMEDY = "take it out of the DeepSpeed config, or write auto"
 
 
@@ -32,8 +33,8 @@ def read(config: Config) -> dict[str, Any]:
     return found
 
 
-def resolve_deepspeed(config: Config, world_size: int) -> dict[str, Any]:
-    """The mapping for ``deepspeed.initialize`` in a stage without optimizer: "auto" filled in from the YAML.
+def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> dict[str, Any]:
+    """The mapping for ``deepspeed.initialize`` in a stage (esi, set, spa): "auto" filled in from the YAML.
 
     Raises UserError, with both values, where it contradicts the YAML or asks for what cannot work.
     """
@@ -46,23 +47,24 @@ def resolve_deepspeed(config: Config, world_size: int) -> dict[str, Any]:
             raise UserError(
                 f"deepspeed.{section}",
                 None,
-                "has no place here: this stage takes no optimizer step",
+                "has no place here: this stage takes no optimizer step"
+                if stage == "esi"
+                else "has no place here: the masked AdamW and its schedule are the tune section's",
                 "take it out; learning rates belong to the YAML's tune section",
             )
     for section in ("amp", "elasticity", "expert_parallel", "tensor_parallel", "pipeline"):
         if settings.get(section):
             raise UserError(f"deepspeed.{section}", None, "is not supported by this stage", "take it out")
-    size = config.esi.batch_size
-    for key, ours, owner in (
-        ("train_micro_batch_size_per_gpu", size, "esi.batch_size"),
-        ("gradient_accumulation_steps", 1, "the ESI stage's own"),
-        ("train_batch_size", size * world_size, "esi.batch_size times the ranks"),
-    ):
+    for key, ours, owner in _owned(config, world_size, stage):
         given = settings.get(key, "auto")
         if given not in ("auto", ours):
             raise UserError(f"deepspeed.{key}", given, f"contradicts {ours} ({owner})", REMEDY)
         settings[key] = ours
     _fill_precision(settings, config.model.dtype)
+    if stage != "spa":
+        settings["zero_optimization"].pop("offload_optimizer", None)  # shared with SPA; there is no optimizer here
+    else:
+        _fill_optimizer(settings)
     return _without_auto(settings)  # what is left is for training only, or DeepSpeed has a default of its own
 
 
@@ -91,7 +93,44 @@ def _check_zero(settings: dict[str, Any]) -> None:
             raise UserError(
                 f"deepspeed.zero_optimization.{key}.device", "nvme", "weights on NVMe cannot be scored", "use cpu"
             )
-    zero.pop("offload_optimizer", None)  # a config shared with tuning may have it; there is no optimizer here
+
+
+def _owned(config: Config, world_size: int, stage: str) -> list[tuple[str, Any, str]]:
+    """Keys of DeepSpeed's that the YAML owns: (key, value, whose it is)."""
+    if stage == "esi":
+        size, accumulation = config.esi.batch_size, 1
+        owners = ("esi.batch_size", "the ESI stage's own", "esi.batch_size times the ranks")
+    else:
+        size, accumulation = config.tune.batch_size, config.tune.gradient_accumulation
+        owners = ("tune.batch_size", "tune.gradient_accumulation", "batch size times accumulation times the ranks")
+    owned = [
+        ("train_micro_batch_size_per_gpu", size, owners[0]),
+        ("gradient_accumulation_steps", accumulation, owners[1]),
+        ("train_batch_size", size * accumulation * world_size, owners[2]),
+    ]
+    if stage != "esi":
+        owned.append(("gradient_clipping", config.tune.clip or 0.0, "tune.clip"))
+    return owned
+
+
+def _fill_optimizer(settings: dict[str, Any]) -> None:
+    """What an engine with a foreign optimizer needs. Gradients are reduced and summed in fp32, always: in bf16 the
+    reduction loses three digits, which frozen or not makes runs differ between world sizes (ZERO3-FACTS §1)."""
+    given = settings.get("communication_data_type", "auto")
+    if given not in ("auto", "fp32"):
+        raise UserError("deepspeed.communication_data_type", given, "contradicts fp32 (SPA's own)", REMEDY)
+    types = _mapping(settings, "data_types", "deepspeed.data_types")
+    if types.get("grad_accum_dtype", "auto") not in ("auto", "fp32", None):
+        raise UserError(
+            "deepspeed.data_types.grad_accum_dtype", types["grad_accum_dtype"], "contradicts fp32 (SPA's own)", REMEDY
+        )
+    settings["communication_data_type"] = "fp32"
+    settings["data_types"] = {**types, "grad_accum_dtype": "fp32"}
+    settings["zero_allow_untested_optimizer"] = True
+    settings["zero_force_ds_cpu_optimizer"] = False
+    zero = settings["zero_optimization"]
+    if zero.get("reduce_bucket_size", "auto") == "auto":
+        zero["reduce_bucket_size"] = REDUCE_BUCKET  # fp32: DeepSpeed's default of 5e8 elements would take 2 GB
 
 
 def _mapping(parent: dict[str, Any], key: str, field: str) -> dict[str, Any]:

@@ -205,3 +205,44 @@ def build_guard(
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def build_mask(folder: Path, model_folder: Path, ratio: float = 0.05, seed: int = 0, whole: str | None = None) -> Path:
+    """A random mask with exactly what the format asks for and nothing more, written by plain safetensors.
+
+    The first scored parameter gets nothing; ``whole`` names one that is selected entirely.
+    """
+    import json
+
+    from safetensors.torch import save_file
+
+    from esi_ds.core.mask import INDEX_NAME, pack_bits
+    from esi_ds.models.fingerprint import fingerprint, tensor_digests
+    from esi_ds.models.roles import describe
+
+    parameters = describe(AutoModelForCausalLM.from_pretrained(model_folder))
+    scored = [parameter for parameter in parameters if parameter.scored]
+    generator = torch.Generator().manual_seed(seed)
+    bits = {p.name: torch.rand(p.numel, generator=generator) < ratio for p in scored}
+    bits[scored[0].name].zero_()
+    if whole is not None:
+        bits[whole].fill_(True)
+    counts = {name: int(values.sum()) for name, values in bits.items()}
+    metadata = {
+        "format": "esi-mask/1",
+        "k": str(sum(counts.values())),
+        "ratio": repr(ratio),
+        "total_numel": str(sum(p.numel for p in parameters)),
+        "threshold": "null",
+        "criterion": "random",
+        "order": "top",
+        "fingerprint": fingerprint(parameters, tensor_digests(model_folder)),
+        "shapes": json.dumps({p.name: p.shape for p in scored}),
+        "counts": json.dumps(counts),
+    }
+    folder.mkdir(parents=True)
+    file = "model-00001-of-00001.safetensors"
+    save_file({name: pack_bits(values) for name, values in bits.items()}, folder / file, metadata=metadata)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(bits, file)}
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    return folder

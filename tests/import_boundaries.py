@@ -27,6 +27,7 @@ LAYERS = {
     "zero": 3,
     "stages": 4,
     "mask": 4,
+    "patch": 4,
     "cli": 1,
 }
 # What may import the heavy or distributed libraries: name → parts that may.

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from esi_ds.core.mask import Mask
 from esi_ds.core.units import Parameter
+from esi_ds.errors import UserError
 
 BLOCK = 1 << 24
 
@@ -67,3 +69,55 @@ def fingerprint(parameters: Iterable[Parameter], digests: Mapping[str, str]) -> 
     """``structure:weights``, two sha256 in hexadecimal: other shapes and other weights can be told apart."""
     weights = hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
     return f"{structure_digest(parameters)}:{weights}"
+
+
+def check_mask_structure(mask: Mask, parameters: Sequence[Parameter], field: str) -> None:
+    """Refuse a mask that does not name exactly the scored parameters of this model in their shapes (METHOD §3: fail
+    closed; a parameter the mask does not know would otherwise train in full, or not at all)."""
+    expected = {parameter.name: parameter.shape for parameter in parameters if parameter.scored}
+    wrapped = [name for name in expected if name.startswith("base_model.model.") or ".lora_" in name]
+    if wrapped:
+        raise UserError(
+            field, str(mask.path), f"the model is wrapped by an adapter ({wrapped[0]})", "give its base model"
+        )
+    missing = [name for name in expected if name not in mask.shapes]
+    extra = [name for name in mask.shapes if name not in expected]
+    for names, problem in ((missing, "does not name"), (extra, "names, though the model does not have or score it,")):
+        if names:
+            raise UserError(
+                field,
+                str(mask.path),
+                f"{problem} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
+                "it is the mask of another model: score this one",
+            )
+    for name, shape in expected.items():
+        if mask.shapes[name] != shape:
+            raise UserError(
+                field,
+                str(mask.path),
+                f"{name} has shape {list(mask.shapes[name])} in the mask and {list(shape)} in the model",
+                "it is the mask of another model: score this one",
+            )
+    total = sum(parameter.numel for parameter in parameters)
+    if mask.total_numel != total:
+        raise UserError(
+            field,
+            str(mask.path),
+            f"was made for a model of {mask.total_numel:,} weights, this one has {total:,}",
+            "it is the mask of another model: score this one",
+        )
+
+
+def check_mask_weights(mask: Mask, fingerprint: str, allow_mismatch: bool, field: str) -> bool:
+    """Whether the mask was made from exactly these weights. Raises UserError if not, unless that is allowed."""
+    if mask.fingerprint == fingerprint:
+        return True
+    if not allow_mismatch:
+        raise UserError(
+            field,
+            str(mask.path),
+            f"was made from other weights (fingerprint {mask.fingerprint[:16]}…{mask.fingerprint[-8:]}, the model has "
+            f"{fingerprint[:16]}…{fingerprint[-8:]})",
+            "score this model, or add --allow-fingerprint-mismatch if that is meant",
+        )
+    return False

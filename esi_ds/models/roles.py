@@ -56,7 +56,9 @@ def describe(model: nn.Module, shapes: Mapping[str, tuple[int, ...]] | None = No
         shape = tuple(shapes[name] if shapes is not None else tensor.shape)
         module_name, _, leaf = name.rpartition(".")
         role = _role(modules, module_name, leaf, shape, is_head=tensor is head)
-        units = () if role in UNSCORED else _units(name, role, shape, modules[module_name], model.config)
+        units = (
+            () if role in UNSCORED else _units(name, role, shape, modules[module_name], getattr(model, "config", None))
+        )
         parameters.append(Parameter(name, shape, offset, role, units))
         offset += parameters[-1].numel
     return tuple(parameters)
@@ -124,6 +126,8 @@ def _row_blocks(name: str, layer: int | None, width: int, blocks: tuple[tuple[st
 
 def _qkv_units(name: str, own_name: str, rows: int, width: int, layer: int | None, config) -> tuple[Unit, ...]:
     """q, k and v of a fused projection: stacked (``qkv_proj``), or interleaved head by head (GPT-NeoX)."""
+    if config is None:  # a plain module: the heads are not known
+        return ()
     config = config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

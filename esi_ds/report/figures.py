@@ -135,3 +135,23 @@ def progress_curves(rows: Sequence[dict]) -> Figure:
             axes.set(title=label, xlabel="prompts")
         figure.tight_layout()
     return figure
+
+
+def training_curves(rows: Sequence[dict]) -> Figure:
+    """Loss, gradient norm, learning rate and share of the trained weights that moved, by step."""
+    views = (
+        ("loss", "loss per learnt token"),
+        ("gradient_norm", "norm of the trained gradient"),
+        ("learning_rate", "learning rate"),
+        ("share_moved", "share of trained weights that moved"),
+    )
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, len(views), figsize=(13, 2.6))
+        for axes, (key, label) in zip(panels, views, strict=True):
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            axes.plot([step for step, _ in points], [value for _, value in points], color=COLOURS[0], linewidth=1.2)
+            axes.set_title(label, fontsize=9)
+            axes.set_xlabel("step")
+            axes.set_ylim(bottom=0)
+        figure.tight_layout()
+    return figure

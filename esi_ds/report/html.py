@@ -12,6 +12,7 @@ from esi_ds.artifacts import write_json_atomic, write_text_atomic
 from esi_ds.report import figures, tables
 
 MAX_ROWS = 200
+MAX_TENSORS = 20
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
@@ -26,8 +27,10 @@ def render(report: dict[str, Any]) -> str:
         loader=PackageLoader("esi_ds.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = _number
+    if report.get("kind") == "tuning":
+        return _tuning_page(environment, report)
     units, k = report["units"], report["selection"]["k"]
-    return environment.get_template("template.html.j2").render(
+    return environment.get_template("esi.html.j2").render(
         report=report,
         role_maps=[_picture(figures.heatmap(found)) for found in tables.layer_by_role(units, k)],
         expert_maps=[_picture(figures.heatmap(found)) for found in tables.layer_by_expert(units, k)],
@@ -41,6 +44,15 @@ def render(report: dict[str, Any]) -> str:
         roles=tables.by_role(units),
         top=tables.top_matrices(units),
         excluded=report["excluded"][:MAX_ROWS],
+    )
+
+
+def _tuning_page(environment: Environment, report: dict[str, Any]) -> str:
+    changed = sorted(report["changed_tensors"].items(), key=lambda item: -item[1]["changed"])
+    return environment.get_template("tuning.html.j2").render(
+        report=report,
+        curves=_picture(figures.training_curves(report["progress"])) if report["progress"] else None,
+        changed_rows=[{"name": name, **row} for name, row in changed[:MAX_TENSORS] if row["changed"]],
     )
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
-import time
 
 from esi_ds.artifacts import RunFolder
 from esi_ds.cli import Options
 from esi_ds.config import Config, require_esi
 from esi_ds.deepspeed_config import resolve_deepspeed
-from esi_ds.errors import Interrupted, UserError
-from esi_ds.models.fingerprint import checkpoint_folder, fingerprint, tensor_digests
+from esi_ds.errors import UserError
 from esi_ds.stages.prepare import Inputs, clean, encode_examples, encode_prompts, prepare
 from esi_ds.stages.respond import respond, write_responses
+from esi_ds.stages.run import CHECKPOINTS, StageRun
 from esi_ds.tracking import Tracker
-
-CHECKPOINTS = "checkpoint"
 
 
 def run(config: Config, options: Options) -> None:
@@ -43,53 +39,16 @@ def run(config: Config, options: Options) -> None:
         runtime.stop()
 
 
-class EsiRun:
+class EsiRun(StageRun):
     """One run of the stage on this rank. ``inputs`` is None for criteria that need no gradient."""
 
     def __init__(
         self, config: Config, options: Options, inputs: Inputs | None, folder: RunFolder, deepspeed_config: dict
     ):
-        from esi_ds.zero import runtime
+        super().__init__(config, options, folder, deepspeed_config, inputs.source if inputs else {})
+        self.inputs = inputs
 
-        self.config, self.options, self.inputs, self.folder = config, options, inputs, folder
-        self.deepspeed_config = deepspeed_config
-        self.runtime = runtime
-        self.started = time.time()
-        self.fingerprint: str | None = None
-
-    def run(self) -> None:
-        runtime = self.runtime
-        finished = runtime.broadcast_object(self.folder.is_finished() if runtime.is_main() else None)
-        if finished:
-            if runtime.is_main():
-                print(f"{self.folder.path} is finished already; nothing to do")
-            return
-        if runtime.is_main():
-            self.folder.open(self.config)
-        runtime.seed_everything(self.config.run.seed)
-        tracker = Tracker(self.folder.path, enabled=runtime.is_main(), tensorboard=self.config.run.tensorboard)
-        with tracker:
-            try:
-                self._run(tracker)
-            except BaseException as error:
-                if self.fingerprint is not None:  # else the run has not begun, and an older manifest stays
-                    self._record("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
-                raise
-            self._record("done")
-            if runtime.is_main():
-                shutil.rmtree(self.folder.path / CHECKPOINTS, ignore_errors=True)
-
-    def _record(self, exit_state: str) -> None:
-        if self.runtime.is_main():
-            self.folder.write_manifest(
-                exit_state=exit_state,
-                world_size=self.runtime.world_size(),
-                started=self.started,
-                model_fingerprint=self.fingerprint,
-                data=self.inputs.source if self.inputs else {},
-            )
-
-    def _run(self, tracker: Tracker) -> None:
+    def work(self, tracker: Tracker) -> None:
         from esi_ds.stages.finish import finish
         from esi_ds.zero.engine import load_sharded
         from esi_ds.zero.score import score, unit_sigmas
@@ -106,11 +65,7 @@ class EsiRun:
         )
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        found = self._model_fingerprint(model)
-        self.folder.check_same("model_fingerprint", found, "model.path")
-        self.fingerprint = found
-        self.runtime.barrier()  # nobody writes the manifest before everybody has read the old one
-        self._record("running")
+        self.begin(model)
         outcome = self._accumulate(model, guard, tracker) if self.inputs else None
         sigma = unit_sigmas(model)
         scores = score(
@@ -122,14 +77,6 @@ class EsiRun:
             config.run.seed,
         )
         finish(config, self.folder.path, model, scores, sigma, self.fingerprint, outcome, self.started, tracker)
-
-    def _model_fingerprint(self, model) -> str:
-        """The files are read by all ranks together. One gather of names and digests."""
-        folder = checkpoint_folder(self.config.model.path, self.config.model.revision)
-        digests: dict[str, str] = {}
-        for part in self.runtime.gather_objects(tensor_digests(folder, self.runtime.rank(), self.runtime.world_size())):
-            digests.update(part)
-        return fingerprint(model.parameters, digests)
 
     def _load_guard(self, tracker: Tracker):
         from esi_ds.judge.guard import Guard

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -18,7 +19,11 @@ from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.models.roles import describe
 from esi_ds.stages.prepare import load_model_config
 
+if TYPE_CHECKING:
+    from esi_ds.stages.prepare_tuning import TuningInputs
+
 WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+COMPACT_LIMIT = 2 << 30  # as zero/sparse.py chooses; that module would import deepspeed
 
 
 def meta_parameters(config: PretrainedConfig) -> tuple[Parameter, ...]:
@@ -90,6 +95,43 @@ def _passes(config: Config, world_size: int) -> dict[str, object]:
     }
 
 
+def tuning_plan(config: Config, inputs: TuningInputs, world_size: int) -> dict[str, object]:
+    """What SET or SPA would run: trained weights, bytes a rank, steps, rows. No collectives, no weights."""
+    tune, trained = config.tune, inputs.trained
+    weight = WEIGHT_BYTES[config.model.dtype]
+    shard = sum(-(-numel // world_size) for numel in trained.numels.values())
+    own = sum(-(-numel // world_size) for name, numel in trained.numels.items() if trained.count(name))
+    facts: dict[str, object] = {
+        "weights": f"{sum(trained.numels.values()):,}",
+        "mask": f"{inputs.mask.k:,} weights by {inputs.mask.metadata.get('criterion')}",
+        "trained weights": f"{trained.total:,} in {sum(trained.count(n) > 0 for n in trained.numels)} parameters",
+        "ranks": world_size,
+        "weights per rank": _size(weight * shard),
+    }
+    if inputs.stage == "set":
+        compact = tune.reduction == "compact" or (tune.reduction == "auto" and 8 * trained.total <= COMPACT_LIMIT)
+        facts["gradients"] = "compact: one all-reduce a step" if compact else "scatter: reduce-scatter in the hooks"
+        facts["masters, moments per rank (about)"] = _size(12 * trained.total / world_size)
+        facts["index and sums per rank"] = _size(8 * trained.total if compact else 8 * trained.total / world_size)
+    else:
+        facts["masters, moments, gradients per rank"] = _size(16 * own)
+        facts["mask bits per rank"] = _size(own / 8)
+    stride = tune.batch_size * tune.gradient_accumulation * world_size
+    facts["rows"] = f"{len(inputs.rows.sequences):,} ({inputs.rows.columns}), {len(inputs.rows.skipped)} skipped"
+    facts["steps"] = (
+        f"{tune.max_steps:,} of {stride} rows ({tune.max_steps * stride / len(inputs.rows.sequences):.2f} epochs)"
+    )
+    return facts
+
+
+def print_tuning_plan(config: Config, options: Options, inputs: TuningInputs) -> None:
+    """The resolved config, then the plan."""
+    world_size = options.world_size or 1
+    resolve_deepspeed(config, world_size, inputs.stage)
+    print(resolved_yaml(config))
+    _print_facts(tuning_plan(config, inputs, world_size))
+
+
 def _size(size: float) -> str:
     """Bytes as a number between 1 and 1024 of the fitting unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -104,6 +146,9 @@ def print_plan(config: Config, options: Options) -> None:
     world_size = options.world_size or 1
     resolve_deepspeed(config, world_size)
     print(resolved_yaml(config))
-    facts = plan(config, world_size)
+    _print_facts(plan(config, world_size))
+
+
+def _print_facts(facts: dict[str, object]) -> None:
     width = max(map(len, facts))
     print("\n".join(f"{key:{width}}  {value}" for key, value in facts.items()))

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
 from esi_ds.config import Config
 from esi_ds.errors import Interrupted
@@ -54,19 +56,18 @@ def respond(
         return inputs.given_responses
     # Rank 0 reads: on a shared file system another rank may see an older file.
     done: dict[int, str] = runtime.broadcast_object(responses_on_disk(folder) if runtime.is_main() else None)
-    limit = max_positions(inputs.model_config)
-    room = config.esi.max_new_tokens
-    waiting = []
-    for index, ids in enumerate(prompt_ids):
-        if index not in done and limit is not None and len(ids) + room > limit:
-            done[index] = ""
-        elif index not in done:
-            waiting.append(index)
-    if waiting:
-        mode, reason = choose_mode(model, config.esi.generation)
-        tracker.log(f"generating {len(waiting)} responses, model {mode.replace('_', ' ')}: {reason}")
-        with ready_to_generate(model, mode):
-            _generate_waiting(config, inputs, model, prompt_ids, waiting, mode, folder, tracker, done)
+    generate_all(
+        model,
+        inputs.tokenizer,
+        prompt_ids,
+        done,
+        limit=max_positions(inputs.model_config),
+        max_new_tokens=config.esi.max_new_tokens,
+        batch_size=config.esi.batch_size,
+        generation=config.esi.generation,
+        partial=folder / PARTIAL_NAME,
+        tracker=tracker,
+    )
     responses = [done[index] for index in range(len(prompt_ids))]
     if runtime.is_main():
         if not (folder / NAME).is_file():
@@ -75,33 +76,49 @@ def respond(
     return responses
 
 
-def _generate_waiting(
-    config: Config,
-    inputs: Inputs,
+def generate_all(
     model: ShardedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[list[int]],
-    waiting: list[int],
-    mode: str,
-    folder: Path,
-    tracker: Tracker,
     done: dict[int, str],
+    *,
+    limit: int | None,
+    max_new_tokens: int,
+    batch_size: int,
+    generation: str,
+    partial: Path,
+    tracker: Tracker,
+    description: str = "generate",
 ) -> None:
-    """All ranks, batch by batch; after each batch rank 0 appends its responses to the partial file."""
+    """Add a response for every prompt that ``done`` lacks; "" where ``limit`` leaves no ``max_new_tokens`` for one.
+
+    All ranks, batch by batch; after each batch rank 0 appends its responses to ``partial``. Raises Interrupted.
+    """
+    waiting = []
+    for index, ids in enumerate(prompt_ids):
+        if index not in done and limit is not None and len(ids) + max_new_tokens > limit:
+            done[index] = ""
+        elif index not in done:
+            waiting.append(index)
+    if not waiting:
+        return
+    mode, reason = choose_mode(model, generation)
+    tracker.log(f"generating {len(waiting)} responses, model {mode.replace('_', ' ')}: {reason}")
     stop = StopSignal()
-    size, ranks, rank = config.esi.batch_size, runtime.world_size(), runtime.rank()
-    progress = tracker.progress(total=len(prompt_ids), initial=len(done), unit="prompt", description="generate")
-    with progress:
-        for start in range(0, len(waiting), size * ranks):
-            mine = waiting[start + rank * size : start + (rank + 1) * size]
+    ranks, rank = runtime.world_size(), runtime.rank()
+    progress = tracker.progress(total=len(prompt_ids), initial=len(done), unit="prompt", description=description)
+    with ready_to_generate(model, mode), progress:
+        for start in range(0, len(waiting), batch_size * ranks):
+            mine = waiting[start + rank * batch_size : start + (rank + 1) * batch_size]
             rows = [prompt_ids[index] for index in mine or waiting[:1]]  # no prompt left: keep the others company
             texts = []
             if mine or mode == "per_token":
-                texts = generate(model, inputs.tokenizer, rows, config.esi.max_new_tokens, mode)
+                texts = generate(model, tokenizer, rows, max_new_tokens, mode)
             gathered = runtime.gather_objects((dict(zip(mine, texts, strict=False)), stop.raised))
             new = {index: text for part, _ in gathered for index, text in part.items()}
             done.update(new)
             if runtime.is_main():
-                append_jsonl(folder / PARTIAL_NAME, [{"index": i, "response": text} for i, text in new.items()])
+                append_jsonl(partial, [{"index": i, "response": text} for i, text in new.items()])
             progress.update(len(new))
             if any(raised for _, raised in gathered):
                 raise Interrupted(f"stopped by a signal with {len(done)} responses made; start again to go on")

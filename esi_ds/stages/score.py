@@ -232,7 +232,7 @@ class ScoringPass:
     def _restore(self) -> None:
         found = checkpoint.latest(self.folder)
         self.state = PassState() if found is None else PassState.from_json(checkpoint.read_state(found))
-        checkpoint.restore(found, self.gradients)
+        checkpoint.restore(found, self.gradients.saved())
         self._steps_since_save = 0
 
     def _save_is_due(self) -> bool:
@@ -245,7 +245,7 @@ class ScoringPass:
     def _save(self) -> None:
         started = time.monotonic()
         self.state.share()
-        checkpoint.save(self.folder, self.state.position, self.state.to_json(), self.gradients)
+        checkpoint.save(self.folder, self.state.position, self.state.to_json(), self.gradients.saved())
         self._last_save, self._steps_since_save = time.monotonic(), 0
         self._save_seconds = self._last_save - started
 

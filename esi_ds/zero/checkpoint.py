@@ -1,13 +1,16 @@
-"""Saving and restoring gradient sums in the middle of a pass, on the same or another world size (DESIGN §8).
+"""Saving and restoring sharded state in the middle of a run, on the same or another world size (DESIGN §8).
 
-``checkpoint/position-<n>/``: one safetensors file a rank, keyed by parameter name, plus ``state.json``. A folder gets
-its name when all of it is on disk; the one before it is removed only then.
+``checkpoint/position-<n>/``: one safetensors file a rank, plus ``state.json``. Every tensor is flat and cut over the
+ranks in rank order: its parts one behind another are the whole, whatever the number of ranks. A folder gets its name
+when all of it is on disk; the one before it is removed only then.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,11 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from esi_ds.artifacts import replace_folder, write_json_atomic
-from esi_ds.core.units import Parameter, shard_bounds
 from esi_ds.zero import runtime
-from esi_ds.zero.gradients import GradientShards
 
 PREFIX = "position-"
+Parts = Mapping[str, tuple[int, Tensor]]  # key → where this rank's part begins in the whole, and the part [n]
 
 
 def latest(folder: Path) -> Path | None:
@@ -29,16 +31,18 @@ def latest(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.removeprefix(PREFIX)), default=None)
 
 
-def save(folder: Path, position: int, state: dict, gradients: GradientShards) -> None:
-    """Write every rank's sums and rank 0's ``state``. Two barriers."""
+def save(folder: Path, position: int, state: dict, tensors: Parts) -> None:
+    """Write every rank's parts and rank 0's ``state``. Two barriers."""
     target = folder / f"{PREFIX}{position}"
     temporary = folder / f".{target.name}.tmp"
     if runtime.is_main():
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     runtime.barrier()
-    sums = {name: values.cpu() for name, values in gradients.sums.items() if len(values)}
-    save_file(sums, temporary / f"rank-{runtime.rank()}.safetensors")
+    file = temporary / f"rank-{runtime.rank()}.safetensors"
+    save_file({key: values.detach().cpu().contiguous() for key, (_, values) in tensors.items() if len(values)}, file)
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
     runtime.barrier()
     if runtime.is_main():
         write_json_atomic(temporary / "state.json", {**state, "position": position, "world_size": runtime.world_size()})
@@ -53,25 +57,30 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def restore(checkpoint: Path | None, gradients: GradientShards) -> None:
-    """Put a checkpoint's sums into the shards (zeros where there is none yet). No collectives."""
+def restore(checkpoint: Path | None, tensors: Parts) -> None:
+    """Fill this rank's parts from a checkpoint of any world size (zeros where there is none yet). No collectives."""
     if checkpoint is None:
-        for values in gradients.sums.values():
+        for _, values in tensors.values():
             values.zero_()
         return
     old_ranks = read_state(checkpoint)["world_size"]
     files = [safe_open(checkpoint / f"rank-{rank}.safetensors", "pt") for rank in range(old_ranks)]
-    for parameter in gradients.scored:
-        low, high = shard_bounds(parameter.numel, runtime.rank(), runtime.world_size())
-        gradients.sums[parameter.name].copy_(_read_range(files, parameter, low, high))
+    keys = [frozenset(opened.keys()) for opened in files]
+    for key, (low, values) in tensors.items():
+        stored = [opened.get_slice(key) for opened, known in zip(files, keys, strict=True) if key in known]
+        if len(values):
+            values.copy_(_read_range(stored, low, low + len(values)))
 
 
-def _read_range(files: list, parameter: Parameter, low: int, high: int) -> Tensor:
-    """Flat elements [low, high) of a parameter, from the parts of the ranks that had them."""
-    parts = [torch.zeros(0)]
-    for rank, opened in enumerate(files):
-        old_low, old_high = shard_bounds(parameter.numel, rank, len(files))
-        first, last = max(low, old_low), min(high, old_high)
+def _read_range(stored: list, low: int, high: int) -> Tensor:
+    """Elements [low, high) of a tensor whose parts lie in the ranks' files, one behind another in rank order."""
+    parts, start = [], 0
+    for part in stored:
+        length = part.get_shape()[0]
+        first, last = max(low, start), min(high, start + length)
         if first < last:
-            parts.append(opened.get_slice(parameter.name)[first - old_low : last - old_low])
+            parts.append(part[first - start : last - start])
+        start += length
+    if sum(map(len, parts)) != high - low:
+        raise RuntimeError(f"the checkpoint holds {start} of a tensor's elements, not up to {high}")
     return torch.cat(parts)

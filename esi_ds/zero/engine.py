@@ -6,13 +6,14 @@ DeepSpeed's attributes on parameters (``ds_tensor``, ``ds_shape``, ...) are touc
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -32,11 +33,14 @@ class ShardedModel:
     Attributes: module, parameters (every parameter in the model's order), by_name {name: nn.Parameter}.
     """
 
-    def __init__(self, module: PreTrainedModel, deepspeed_config: dict):
-        self._engine, self._offload, _, _ = deepspeed.initialize(model=module, config=copy.deepcopy(deepspeed_config))
-        self.module: PreTrainedModel = self._engine.module
+    def __init__(self, module: PreTrainedModel, deepspeed_config: dict, optimizer: Optimizer | None = None):
+        self.engine, zero, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=copy.deepcopy(deepspeed_config)
+        )
+        self._offload = zero if optimizer is None else zero.parameter_offload
+        self.module: PreTrainedModel = self.engine.module
         self.by_name = dict(self.module.named_parameters())
-        self.parameters = describe(self.module, {name: tuple(p.ds_shape) for name, p in self.by_name.items()})
+        self.parameters = describe(self.module, full_shapes(self.module))
 
     def shard(self, parameter: Parameter) -> Shard:
         """This rank's valid part: ZeRO-3 pads the last slices with uninitialised memory, which is left out here."""
@@ -51,6 +55,13 @@ class ShardedModel:
     def local_weight(self, parameter: Parameter) -> Tensor:
         """This rank's weights, flat, without padding; the live storage, not a copy."""
         return self.by_name[parameter.name].ds_tensor.detach().view(-1)[: self.shard(parameter).numel]
+
+    def publish(self) -> None:
+        """Make weights that were written into ``local_weight`` what every rank computes with: hpZ's second copies, which
+        gathers would read, are dropped. ``release`` before writing: gathered parameters would hide what is written.
+        """
+        for tensor in self.by_name.values():
+            tensor.ds_secondary_tensor = None
 
     @property
     def num_logits(self) -> int:
@@ -78,13 +89,28 @@ class ShardedModel:
     def whole_for_generation(self) -> Iterator[PreTrainedModel]:
         """The whole model on every rank, without ZeRO's hooks. One all-gather of the model."""
         self.release()
-        with unwrap_model_for_generation(self._engine):
+        with unwrap_model_for_generation(self.engine):
             yield self.module
         self.release()
 
 
-def load_sharded(path: str, dtype: str, deepspeed_config: dict, field: str, **kwargs) -> ShardedModel:
-    """A model cut over the ranks while it is read. Rank 0 reads the files; every parameter is broadcast once."""
+def full_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every parameter's whole shape by full name, partitioned or not."""
+    return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in module.named_parameters()}
+
+
+def load_sharded(
+    path: str,
+    dtype: str,
+    deepspeed_config: dict,
+    field: str,
+    make_optimizer: Callable[[PreTrainedModel], Optimizer] | None = None,
+    **kwargs,
+) -> ShardedModel:
+    """A model cut over the ranks while it is read. Rank 0 reads the files; every parameter is broadcast once.
+
+    make_optimizer: from the loaded module to the optimizer of a standard ZeRO-3 engine; None: an engine without one.
+    """
     # transformers finds this object through a weak reference: it must live until the model is loaded.
     zero3 = HfDeepSpeedConfig(copy.deepcopy(deepspeed_config))
     try:
@@ -92,7 +118,7 @@ def load_sharded(path: str, dtype: str, deepspeed_config: dict, field: str, **kw
     finally:
         unset_hf_deepspeed_config()
         del zero3
-    return ShardedModel(module, deepspeed_config)
+    return ShardedModel(module, deepspeed_config, make_optimizer(module) if make_optimizer else None)
 
 
 def load_replicated(path: str, dtype: str, field: str, **kwargs) -> PreTrainedModel:

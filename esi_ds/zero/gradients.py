@@ -7,7 +7,7 @@ calls on the same parameters, for the hooks' collectives are in the order of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,28 +21,26 @@ from esi_ds.zero.engine import ShardedModel
 BUCKET_NUMEL = 1 << 21  # gradients below this size wait for one another: 8 MiB of fp32 a collective
 
 
-class GradientShards:
-    """fp32 sums of gradients, one flat tensor a scored parameter on this rank's shard (no padding).
+class ReducedGradients:
+    """Gradients of some parameters, summed over ranks in fp32 as they appear; each rank gets its shard's part.
 
-    ``sums[name]`` [shard.numel]. ``norm_squared`` is this rank's part of the squared norm of what was added since
-    it was last taken; it is not finite as soon as one added element is not.
+    ``receive`` says what is done with it; ``flush`` must follow every backward pass.
     """
 
-    def __init__(self, model: ShardedModel, device: torch.device):
+    def __init__(self, model: ShardedModel, parameters: Iterable[Parameter]):
         self._model = model
-        self.scored = tuple(parameter for parameter in model.parameters if parameter.scored)
-        self.sums = {
-            parameter.name: torch.zeros(model.shard(parameter).numel, dtype=torch.float32, device=device)
-            for parameter in self.scored
-        }
-        self._by_tensor: dict[nn.Parameter, Parameter] = {model.by_name[p.name]: p for p in self.scored}
+        self.collected = tuple(parameters)
+        self._by_tensor: dict[nn.Parameter, Parameter] = {model.by_name[p.name]: p for p in self.collected}
         self._bucket: list[tuple[Parameter, Tensor]] = []
         self._bucket_numel = 0
-        self._norm_squared = torch.zeros((), dtype=torch.float64, device=device)
+
+    def receive(self, parameter: Parameter, local: Tensor) -> None:
+        """The reduced gradient of this rank's shard of one parameter: fp32 [shard.numel], for the moment only."""
+        raise NotImplementedError
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Hooks live inside the block; only scored parameters get a gradient at all."""
+        """Hooks live inside the block; only these parameters get a gradient at all."""
         for tensor in self._model.by_name.values():
             tensor.requires_grad_(tensor in self._by_tensor)
             tensor.grad = None
@@ -86,13 +84,36 @@ class GradientShards:
             torch.distributed.reduce_scatter_tensor(local, send.view(-1))
         start = 0
         for parameter, gradient in gradients:
-            target = self.sums[parameter.name]
-            added = local[start : start + len(target)].to(target.device)
-            target += added
-            self._norm_squared += added.double().square().sum() if len(added) else 0.0
+            self.receive(parameter, local[start : start + self._model.shard(parameter).numel])
             start += gradient.numel() // ranks
+
+
+class GradientShards(ReducedGradients):
+    """fp32 sums of gradients, one flat tensor a scored parameter on this rank's shard (no padding).
+
+    ``sums[name]`` [shard.numel]. ``take_norm_squared`` gives this rank's part of the squared norm of what was added
+    since it was last taken; it is not finite as soon as one added element is not.
+    """
+
+    def __init__(self, model: ShardedModel, device: torch.device):
+        super().__init__(model, (parameter for parameter in model.parameters if parameter.scored))
+        self.sums = {
+            parameter.name: torch.zeros(model.shard(parameter).numel, dtype=torch.float32, device=device)
+            for parameter in self.collected
+        }
+        self._norm_squared = torch.zeros((), dtype=torch.float64, device=device)
+
+    def receive(self, parameter: Parameter, local: Tensor) -> None:
+        target = self.sums[parameter.name]
+        added = local.to(target.device)
+        target += added
+        self._norm_squared += added.double().square().sum() if len(added) else 0.0
 
     def take_norm_squared(self) -> float:
         value = float(self._norm_squared)
         self._norm_squared.zero_()
         return value
+
+    def saved(self) -> dict[str, tuple[int, Tensor]]:
+        """What a checkpoint holds: for every parameter where this rank's part begins, and the part."""
+        return {p.name: (self._model.shard(p).low, self.sums[p.name]) for p in self.collected}

@@ -1,0 +1,64 @@
+"""Which weights train (METHOD §3): the mask's (SET) or all others (SPA), and unscored parameters as told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esi_ds.core.mask import Mask, num_bytes
+
+
+class Trained:
+    """The trained coordinates of every parameter of a model, keyed by full name and flat index.
+
+    train: ``selected`` | ``complement``. unscored: ``freeze`` | ``train``, for parameters that the mask does not name.
+    shapes: every parameter of the model, in its order.
+    """
+
+    def __init__(self, mask: Mask, train: str, unscored: str, shapes: Mapping[str, tuple[int, ...]]):
+        self.mask, self.train, self.unscored = mask, train, unscored
+        self.numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+
+    def count(self, name: str) -> int:
+        """Trained weights of a parameter."""
+        if name not in self.mask.shapes:
+            return self.numels[name] if self.unscored == "train" else 0
+        selected = self.mask.counts[name]
+        return selected if self.train == "selected" else self.numels[name] - selected
+
+    @property
+    def total(self) -> int:
+        return sum(self.count(name) for name in self.numels)
+
+    def bits(self, name: str, low: int, high: int) -> Tensor:
+        """bool [high − low]: whether each weight of the flat range trains. Reads only the mask's bytes of it."""
+        if name not in self.mask.shapes:
+            return torch.full((max(0, high - low),), self.unscored == "train")
+        bits = self.mask.bits(name, low, high)
+        return bits if self.train == "selected" else ~bits
+
+    def positions(self, name: str, low: int, high: int) -> Tensor | None:
+        """Trained positions in the flat range, counted from ``low`` (int32 where that suffices); None: all of it."""
+        if self.count(name) == self.numels[name]:
+            return None
+        dtype = torch.int32 if high - low < 1 << 31 else torch.int64
+        return self.bits(name, low, high).nonzero().flatten().to(dtype)
+
+    def count_before(self, name: str, low: int) -> int:
+        """Trained weights of a parameter in front of flat index ``low``."""
+        if self.count(name) == self.numels[name]:
+            return low
+        if name not in self.mask.shapes or low == 0:
+            return 0
+        selected = int(popcount(self.mask.data(name, 0, num_bytes(low))))
+        if low % 8:  # bits of the last byte that lie at or behind ``low``
+            selected -= int(self.mask.bits(name, low, min(-(-low // 8) * 8, self.numels[name])).sum())
+        return selected if self.train == "selected" else low - selected
+
+
+def popcount(data: Tensor) -> int:
+    """Ones in a uint8 tensor."""
+    return int(np.bitwise_count(data.numpy()).sum())

@@ -1,0 +1,44 @@
+"""The model card of a tuned model: what was done to it, so that a stranger can do it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+METHODS = {
+    "set": (
+        "Safety Enhancement Tuning (SET)",
+        "only the weights of the mask were trained; every other weight is the base",
+    ),
+    "spa": ("Safety Preserving Adaptation (SPA)", "the weights of the mask were frozen; they are the base"),
+}
+
+
+def model_card(config: Any, inputs: Any, fingerprint: str) -> str:
+    """Markdown with the hub's front matter."""
+    tune, mask = config.tune, inputs.mask
+    name, sentence = METHODS[inputs.stage]
+    facts = {
+        "base model": config.model.path + (f" ({config.model.revision})" if config.model.revision else ""),
+        "base fingerprint": fingerprint,
+        "mask fingerprint": mask.fingerprint,
+        "mask": f"{mask.k:,} of {mask.total_numel:,} weights by {mask.metadata.get('criterion')}, order "
+        f"{mask.metadata.get('order')}, ratio {mask.metadata.get('ratio')}",
+        "trained weights": f"{inputs.trained.total:,}",
+        "unscored parameters": "frozen" if tune.unscored == "freeze" else "trained",
+        "steps": tune.max_steps,
+        "rows": f"{tune.data.path}, sha256 {inputs.rows.sha256}",
+        "batch": f"{tune.batch_size} a rank, {tune.gradient_accumulation} micro-batches a step",
+        "AdamW": f"lr {tune.lr}, {tune.scheduler}, warm-up {tune.warmup_ratio}, betas {tune.betas}, eps {tune.eps}, "
+        f"weight decay {tune.weight_decay}, clipping {tune.clip}; fp32 masters",
+        "seed": config.run.seed,
+    }
+    if inputs.benign is not None:
+        benign = tune.data.benign
+        facts["benign rows"] = f"{benign.path}, {benign.fraction:.0%} of the rows, sha256 {inputs.benign.sha256}"
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return (
+        f"---\nbase_model: {config.model.path}\ntags: [esi_ds, {inputs.stage}]\n---\n\n"
+        f"# {config.model.path} after {name}\n\n"
+        f"In this model {sentence} model's, bit for bit. Made by esi_ds "
+        "(method: Qi et al., arXiv 2604.08297).\n\n| | |\n|---|---|\n" + table + "\n"
+    )

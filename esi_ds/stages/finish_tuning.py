@@ -1,0 +1,120 @@
+"""What a tuning run leaves behind: ``report.json``, ``report.html``, TensorBoard texts and the closing table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from esi_ds.artifacts import read_jsonl
+from esi_ds.report.card import METHODS
+from esi_ds.report.html import write_report
+from esi_ds.tracking import Tracker
+
+if TYPE_CHECKING:
+    from esi_ds.stages.training import Training
+    from esi_ds.stages.tune import TuneRun
+
+NUM_SAMPLES = 4  # of each set
+
+
+def finish_tuning(run: TuneRun, training: Training, patch: dict | None, answers: list[dict], tracker: Tracker) -> None:
+    """Write the report and say how it went. Rank 0 writes; no collectives."""
+    if not run.runtime.is_main():
+        return
+    folder = run.folder.path
+    metrics = folder / "metrics.jsonl"
+    report = {
+        "kind": "tuning",
+        "method": run.inputs.stage,
+        "title": f"{METHODS[run.inputs.stage][0]} of {run.config.model.path}",
+        "trained": run.inputs.trained.total,
+        "total_numel": run.inputs.mask.total_numel,
+        "steps": training.step,
+        "changed": patch["changed"] if patch else None,
+        "changed_tensors": {
+            name: {"changed": row["changed"], "numel": row["numel"]}
+            for name, row in (patch["tensors"] if patch else {}).items()
+        },
+        "refusals": refusal_rows(answers),
+        "samples": samples(answers),
+        "facts": facts(run, training),
+        "progress": read_jsonl(metrics) if metrics.is_file() else [],
+    }
+    write_report(folder, report)
+    for partial in folder.glob("answers.*.partial.jsonl"):
+        partial.unlink()
+    for row in report["samples"]:
+        quoted = "\n".join(
+            f"    {line}"
+            for line in f"{row['prompt']}\n\nbefore: {row['before']}\n\nafter: {row['after']}".splitlines()
+        )
+        tracker.text(f"answers/{row['set']}/{row['index']}", quoted)
+    tracker.log(closing_table(report))
+    tracker.log(f"report: {folder / 'report.html'}")
+
+
+def samples(answers: Sequence[dict]) -> list[dict]:
+    """The first few of every set."""
+    sets = dict.fromkeys(row["set"] for row in answers)
+    return [row for name in sets for row in [row for row in answers if row["set"] == name][:NUM_SAMPLES]]
+
+
+def refusal_rows(answers: Sequence[dict]) -> list[dict]:
+    """Counts by set of prompts. An empty answer is no refusal; it is counted by itself."""
+    rows = []
+    for name in dict.fromkeys(row["set"] for row in answers):
+        own = [row for row in answers if row["set"] == name]
+        counts = {f"refused_{when}": sum(row[f"refused_{when}"] for row in own) for when in ("before", "after")}
+        empty = {f"empty_{when}": sum(not row[when].strip() for row in own) for when in ("before", "after")}
+        rows.append({"set": name, "n": len(own), **counts, **empty})
+    return rows
+
+
+def facts(run: TuneRun, training: Training) -> dict:
+    """What the report's last table says of the run."""
+    config, inputs, tune = run.config, run.inputs, run.config.tune
+    found = {
+        "model": config.model.path,
+        "model type": inputs.model_config.model_type,
+        "dtype": config.model.dtype,
+        "ranks": run.runtime.world_size(),
+        "wall time (s)": round(time.time() - run.started, 1),
+        "seed": config.run.seed,
+        "fingerprint": run.fingerprint,
+        "mask": tune.mask,
+        "mask fingerprint": inputs.mask.fingerprint,
+        "mask made from these weights": run.notes["mask_made_from_these_weights"],
+        "mask criterion": inputs.mask.metadata.get("criterion"),
+        "unscored parameters": tune.unscored,
+        "rows": f"{len(inputs.rows.sequences):,} of {tune.data.path} ({inputs.rows.columns})",
+        "rows skipped": len(inputs.rows.skipped),
+        "rows cut": inputs.rows.num_cut,
+        "rows read": training.position,
+        "learning rate": tune.lr,
+        "schedule": f"{tune.scheduler}, warm-up {tune.warmup_ratio}",
+        "clipping": tune.clip,
+        "weight decay": tune.weight_decay,
+    }
+    if inputs.benign is not None:
+        found["benign rows"] = f"{len(inputs.benign.sequences):,} of {tune.data.benign.path}"
+    return found
+
+
+def closing_table(report: dict) -> str:
+    """What the console shows at the end."""
+    lines = ["", f"{'steps':24}{report['steps']:>12,}"]
+    lines.append(f"{'weights trained':24}{report['trained']:>12,} of {report['total_numel']:,}")
+    if report["changed"] is not None:
+        lines.append(f"{'weights that differ':24}{report['changed']:>12,}")
+    if report["progress"]:
+        first, last = report["progress"][0], report["progress"][-1]
+        lines.append(f"{'loss, first and last':24}{first['loss'] or float('nan'):>12.4g}{last['loss'] or 0.0:>12.4g}")
+    if report["refusals"]:
+        lines += ["", f"{'refused (string match)':24}{'before':>12}{'after':>12}{'answers':>12}"]
+        lines += [
+            f"{row['set']:24}{row['refused_before'] / row['n']:>12.1%}{row['refused_after'] / row['n']:>12.1%}"
+            f"{row['n']:>12,}"
+            for row in report["refusals"]
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""Everything about a tuning run that can be known, and refused, before a weight is loaded or a file written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from esi_ds.config import Config, Prompts, require_tune
+from esi_ds.core.mask import Mask
+from esi_ds.core.trained import Trained
+from esi_ds.core.units import Parameter
+from esi_ds.data.chat import check_chat_template, load_tokenizer, special_strings
+from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
+from esi_ds.data.prompts import load_prompts
+from esi_ds.data.rows import read_rows
+from esi_ds.errors import UserError
+from esi_ds.models.fingerprint import check_mask_structure
+from esi_ds.stages.prepare import check_weights, load_model_config, max_positions
+
+TRAIN = {"set": "selected", "spa": "complement"}
+
+
+@dataclass(frozen=True)
+class TuningInputs:
+    """Mask, rows and prompts of one run. ``questions``: set name → prompts to answer before and after."""
+
+    stage: str
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    mask: Mask
+    trained: Trained
+    rows: TuningSet
+    benign: TuningSet | None
+    questions: dict[str, list[str]]
+    source: dict[str, Any]
+    specials: tuple[str, ...]
+
+
+def prepare_tuning(config: Config, stage: str) -> TuningInputs:
+    """Read mask, rows and tokenizer and check them against each other. Raises UserError; reads only."""
+    require_tune(config)
+    model, tune = config.model, config.tune
+    model_config = load_model_config(model.path, "model.path", model.revision, model.trust_remote_code)
+    if (Path(model.path) / "adapter_config.json").is_file():
+        raise UserError("model.path", model.path, "holds an adapter (LoRA)", "merge it into its base model first")
+    check_weights(model.path, "model.path")
+    mask = load_mask(tune.mask)
+    trained = describe_trained(config, stage, mask, model_config)
+    tokenizer = load_tokenizer(
+        model.path,
+        "model.path",
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        chat_template=model.chat_template,
+    )
+    check_chat_template(tokenizer, model.system_prompt)
+    if tokenizer.eos_token_id is None:
+        raise UserError("model.path", model.path, "has a tokenizer without an end token", "set its eos_token")
+    specials = special_strings(tokenizer)
+    rows = _read(config, tune.data, "tune.data", tune.data.limit, tokenizer, model_config, specials)
+    benign = None
+    if tune.data.benign is not None and tune.data.benign.fraction > 0:
+        benign = _read(config, tune.data.benign, "tune.data.benign", None, tokenizer, model_config, specials)
+    source = {"rows": tune.data.path, "sha256": rows.sha256, "columns": rows.columns}
+    if benign is not None:
+        source |= {"benign": tune.data.benign.path, "benign_sha256": benign.sha256, "benign_columns": benign.columns}
+    questions = _questions(config)
+    return TuningInputs(stage, model_config, tokenizer, mask, trained, rows, benign, questions, source, specials)
+
+
+def load_mask(path: str) -> Mask:
+    """A mask whose headers are sound. Raises UserError naming tune.mask."""
+    try:
+        return Mask.load(path)
+    except UserError as error:
+        raise UserError("tune.mask", error.value, error.problem, error.remedy) from error
+
+
+def describe_trained(config: Config, stage: str, mask: Mask, model_config: PretrainedConfig) -> Trained:
+    """What would train, from the model's configuration alone. Raises UserError where the mask does not fit, or where
+    nothing would train."""
+    from esi_ds.stages.plan import meta_parameters
+
+    parameters: tuple[Parameter, ...] = meta_parameters(model_config)
+    check_mask_structure(mask, parameters, "tune.mask")
+    trained = Trained(mask, TRAIN[stage], config.tune.unscored, {p.name: p.shape for p in parameters})
+    if trained.total == 0:
+        problem = "selects nothing" if stage == "set" else "selects every scored weight"
+        raise UserError("tune.mask", str(mask.path), f"{problem}: nothing would train", "give another mask")
+    return trained
+
+
+def _read(
+    config: Config,
+    section: Any,
+    field: str,
+    limit: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: PretrainedConfig,
+    specials: tuple[str, ...],
+) -> TuningSet:
+    rows = read_rows(section.path, f"{field}.path", name=section.name, split=section.split)[:limit]
+    columns = find_columns(rows, section.columns, f"{field}.columns")
+    positions = max_positions(model_config)
+    found = encode_rows(
+        rows,
+        columns,
+        tokenizer,
+        system_prompt=config.model.system_prompt,
+        specials=specials,
+        end_ids=end_ids(config, tokenizer),
+        max_length=min(config.tune.max_length, positions or config.tune.max_length),
+    )
+    if not found.sequences:
+        reasons = "; ".join(sorted({reason for _, reason in found.skipped}))
+        raise UserError(f"{field}.path", section.path, f"gives no row to learn ({reasons})", "look at its rows")
+    return found
+
+
+def end_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a turn: the tokenizer's and the model's generation configuration's."""
+    found = {tokenizer.eos_token_id}
+    try:
+        own = GenerationConfig.from_pretrained(config.model.path, revision=config.model.revision).eos_token_id
+    except OSError:  # a model need not have one
+        own = None
+    found.update(own if isinstance(own, list) else [own])
+    return found - {None}
+
+
+def _questions(config: Config) -> dict[str, list[str]]:
+    """Prompts of ``eval.prompts`` (harmful) and ``eval.benign``, where the config has them."""
+    sections: dict[str, Prompts | None] = {}
+    if config.eval is not None:
+        sections = {"harmful": config.eval.prompts, "benign": config.eval.benign}
+    return {
+        name: list(load_prompts(section.path, section.split, section.column, section.limit).prompts)
+        for name, section in sections.items()
+        if section is not None
+    }

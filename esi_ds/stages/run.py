@@ -1,0 +1,87 @@
+"""What every stage's run has in common: the folder, the manifest's states, the model's fingerprint."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from abc import ABC, abstractmethod
+from typing import Any
+
+from esi_ds.artifacts import RunFolder
+from esi_ds.cli import Options
+from esi_ds.config import Config
+from esi_ds.errors import Interrupted
+from esi_ds.models.fingerprint import checkpoint_folder, fingerprint, tensor_digests
+from esi_ds.tracking import Tracker
+
+CHECKPOINTS = "checkpoint"
+
+
+class StageRun(ABC):
+    """One run of a stage on this rank; ``work`` does it. ``source``: hashes of the data, for the manifest."""
+
+    def __init__(
+        self, config: Config, options: Options, folder: RunFolder, deepspeed_config: dict, source: dict[str, Any]
+    ):
+        from esi_ds.zero import runtime
+
+        self.config, self.options, self.folder = config, options, folder
+        self.deepspeed_config, self.source = deepspeed_config, source
+        self.runtime = runtime
+        self.started = time.time()
+        self.fingerprint: str | None = None
+        self.notes: dict[str, Any] = {}  # further facts for the manifest
+
+    @abstractmethod
+    def work(self, tracker: Tracker) -> None:
+        """Everything between an open folder and a finished run; must call ``begin`` once the model is loaded."""
+
+    def run(self) -> None:
+        runtime = self.runtime
+        finished = runtime.broadcast_object(self.folder.is_finished() if runtime.is_main() else None)
+        if finished:
+            if runtime.is_main():
+                print(f"{self.folder.path} is finished already; nothing to do")
+            return
+        if runtime.is_main():
+            self.folder.open(self.config)
+        runtime.seed_everything(self.config.run.seed)
+        tracker = Tracker(self.folder.path, enabled=runtime.is_main(), tensorboard=self.config.run.tensorboard)
+        with tracker:
+            try:
+                self.work(tracker)
+            except BaseException as error:
+                if self.fingerprint is not None:  # else the run has not begun, and an older manifest stays
+                    self.record("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
+                raise
+            self.record("done")
+            if runtime.is_main():
+                shutil.rmtree(self.folder.path / CHECKPOINTS, ignore_errors=True)
+
+    def begin(self, model) -> None:
+        """The model is known: refuse to go on with another one than this folder's run began with. Two collectives."""
+        found = self._model_fingerprint(model)
+        self.folder.check_same("model_fingerprint", found, "model.path")
+        self.fingerprint = found
+        self.runtime.barrier()  # nobody writes the manifest before everybody has read the old one
+        self.record("running")
+
+    def record(self, exit_state: str) -> None:
+        """``manifest.json``; rank 0 writes it."""
+        if self.runtime.is_main():
+            self.folder.write_manifest(
+                exit_state=exit_state,
+                world_size=self.runtime.world_size(),
+                started=self.started,
+                model_fingerprint=self.fingerprint,
+                data=self.source,
+                notes=self.notes,
+            )
+
+    def _model_fingerprint(self, model) -> str:
+        """The files are read by all ranks together. One gather of names and digests."""
+        folder = checkpoint_folder(self.config.model.path, self.config.model.revision)
+        digests: dict[str, str] = {}
+        for part in self.runtime.gather_objects(tensor_digests(folder, self.runtime.rank(), self.runtime.world_size())):
+            digests.update(part)
+        return fingerprint(model.parameters, digests)

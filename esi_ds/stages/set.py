@@ -1,0 +1,11 @@
+"""SET: train the mask's weights and nothing else."""
+
+from __future__ import annotations
+
+from esi_ds.cli import Options
+from esi_ds.config import Config
+from esi_ds.stages.tune import run_stage
+
+
+def run(config: Config, options: Options) -> None:
+    run_stage(config, options, "set")

@@ -1,0 +1,192 @@
+"""The training loop of SET and SPA: the next rows, their loss, one update; saves, signals, and what is not finite."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from esi_ds.config import Config
+from esi_ds.core.batch import left_pad
+from esi_ds.core.schedule import learning_rate
+from esi_ds.data.conversations import IGNORED, DataOrder, TokenSequence, TuningSet
+from esi_ds.errors import Interrupted, UserError
+from esi_ds.stages.interrupt import StopSignal
+from esi_ds.tracking import Tracker
+from esi_ds.zero import checkpoint, runtime
+from esi_ds.zero.tuner import NotFinite, Tuner, summed_loss
+
+
+@dataclass
+class MicroBatch:
+    """This rank's rows of one micro-batch, as texts were numbered in their files."""
+
+    sequences: list[TokenSequence]
+    places: list[str]
+
+    def tensors(self, pad: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        """The model's inputs [B, L] and the labels [B, K] of its last K logits; no logit before those is learnt from.
+
+        Rows are padded on the left, so every row ends at the right edge.
+        """
+        width = max(len(sequence.ids) for sequence in self.sequences)
+        batch = left_pad([sequence.ids for sequence in self.sequences], pad, device)
+        labels = torch.full((len(self.sequences), width), IGNORED, dtype=torch.int64)
+        for row, sequence in enumerate(self.sequences):
+            # The logits at a position predict the next one.
+            labels[row, width - len(sequence.ids) : width - 1] = torch.tensor(sequence.labels[1:], dtype=torch.int64)
+        learnt = (labels != IGNORED).any(0).nonzero()
+        first = int(learnt[0]) if len(learnt) else width - 1
+        return batch, labels[:, first:].to(device)
+
+
+class Training:
+    """``run`` returns when ``tune.max_steps`` updates are made.
+
+    The loss of a step is the mean over all learnt tokens of its rows, whichever rank and micro-batch they are in. In
+    every micro-batch each rank takes B consecutive positions of the data's order, one rank behind another.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tuner: Tuner,
+        rows: TuningSet,
+        benign: TuningSet | None,
+        pad: int,
+        folder: Path,
+        tracker: Tracker,
+    ):
+        self.config, self.tuner, self.rows, self.benign = config, tuner, rows, benign
+        self.pad, self.folder, self.tracker = pad, folder, tracker
+        fraction = config.tune.data.benign.fraction if benign is not None else 0.0
+        num_benign = len(benign.sequences) if benign is not None else 0
+        self.order = DataOrder(len(rows.sequences), num_benign, fraction, config.run.seed)
+        self.step, self.position = 0, 0  # updates made, rows read
+        self._stop = StopSignal()
+
+    @property
+    def stride(self) -> int:
+        """Rows of one step, over all ranks and micro-batches."""
+        return self.config.tune.batch_size * self.config.tune.gradient_accumulation * runtime.world_size()
+
+    def run(self) -> None:
+        self._restore()
+        total = self.config.tune.max_steps
+        bar = self.tracker.progress(total=total, initial=self.step, unit="step", description="tune")
+        with self.tuner.running(), bar:
+            while self.step < total:
+                self._step()
+                bar.update(1)
+
+    def micro_batches(self) -> list[MicroBatch]:
+        """This rank's part of the next step."""
+        size, ranks = self.config.tune.batch_size, runtime.world_size()
+        starts = (
+            self.position + (index * ranks + runtime.rank()) * size
+            for index in range(self.config.tune.gradient_accumulation)
+        )
+        return [self._batch(start, size) for start in starts]
+
+    def _batch(self, start: int, size: int) -> MicroBatch:
+        found = MicroBatch([], [])
+        for position in range(start, start + size):
+            is_benign, number = self.order[position]
+            sequence = (self.benign if is_benign else self.rows).sequences[number]
+            found.sequences.append(sequence)
+            found.places.append(f"{'benign row' if is_benign else 'row'} {sequence.row}")
+        return found
+
+    def _step(self) -> None:
+        """Collectives: the model's and the tuner's, an all-reduce of a few numbers before and after the update."""
+        started = time.monotonic()
+        batches = self.micro_batches()
+        learnt = sum(sequence.num_learnt for sequence in self._batch(self.position, self.stride).sequences)
+        losses = [self._forward_backward(batch, learnt) for batch in batches]
+        self._check_losses(losses, batches)
+        lr = self._learning_rate()
+        try:
+            norm = self.tuner.step(lr)
+        except NotFinite as error:
+            self._refuse("gradient", set(error.ranks), [batch.places for batch in batches])
+        self.step += 1
+        self.position += self.stride
+        tokens = sum(len(sequence.ids) for batch in batches for sequence in batch.sequences)
+        totals = runtime.all_reduce_sum(
+            torch.tensor([math.fsum(losses), tokens, self._stop.raised], dtype=torch.float64)
+        ).tolist()
+        self._report(totals[0], norm, lr, totals[1] / max(time.monotonic() - started, 1e-9))
+        interrupted = totals[2] > 0
+        if interrupted or self.step % self.config.tune.save_every == 0 or self.step == self.config.tune.max_steps:
+            self._save()
+        if interrupted:
+            raise Interrupted(f"stopped by a signal after {self.step} steps; start again to go on")
+
+    def _forward_backward(self, batch: MicroBatch, learnt: int) -> float:
+        inputs, labels = batch.tensors(self.pad, runtime.device())
+        logits = self.tuner.forward(inputs, labels.shape[1])
+        loss = summed_loss(logits, labels) / learnt
+        self.tuner.backward(loss)
+        return float(loss.detach())
+
+    def _learning_rate(self) -> float:
+        tune = self.config.tune
+        return learning_rate(
+            self.step, lr=tune.lr, scheduler=tune.scheduler, max_steps=tune.max_steps, warmup_ratio=tune.warmup_ratio
+        )
+
+    def _check_losses(self, losses: list[float], batches: list[MicroBatch]) -> None:
+        """Before anything is updated. One all-reduce."""
+        bad = [batch.places for loss, batch in zip(losses, batches, strict=True) if not math.isfinite(loss)]
+        if runtime.all_reduce_max(torch.tensor([float(len(bad))])).item() > 0:
+            ranks = {rank for rank, count in enumerate(runtime.gather_objects(len(bad))) if count}
+            self._refuse("loss", ranks, bad)
+
+    def _refuse(self, what: str, ranks: set[int], places: list[list[str]]) -> None:
+        """Stop with the step, the ranks and their rows named. One gather."""
+        rows = runtime.gather_objects([place for batch in places for place in batch])
+        named = ranks or set(range(len(rows)))
+        where = "; ".join(f"rank {rank}: {', '.join(rows[rank])}" for rank in sorted(named))
+        raise UserError(
+            "tune.data.path",
+            self.config.tune.data.path,
+            f"the {what} of step {self.step + 1} is not finite ({where})",
+            "nothing was updated and the last checkpoint stands; look at these rows, or lower tune.lr",
+        )
+
+    def _report(self, loss: float, norm: float, lr: float, rate: float) -> None:
+        moved = self.tuner.share_moved()
+        self.tracker.scalars(
+            self.step,
+            {
+                "loss": loss,
+                "gradient_norm": norm,
+                "learning_rate": lr,
+                "tokens_per_second": rate,
+                "memory_gib": runtime.memory_bytes() / 2**30,
+                "share_moved": moved,
+            },
+        )
+
+    def _save(self) -> None:
+        state = {"rows_read": self.position, "batch": self.stride}
+        checkpoint.save(self.folder, self.step, state, self.tuner.saved())
+
+    def _restore(self) -> None:
+        found = checkpoint.latest(self.folder)
+        runtime.barrier()  # everybody has looked before anybody saves
+        if found is None:
+            self.tracker.resume_at(0)
+            return
+        state = checkpoint.read_state(found)
+        self.step, self.position = state["position"], state["rows_read"]
+        checkpoint.restore(found, self.tuner.saved())
+        self.tuner.restored(self.step)
+        self.tracker.resume_at(self.step)
+        self.tracker.log(f"going on after step {self.step}, {self.position} rows read")
+        if state["batch"] != self.stride:
+            self.tracker.log(f"a step now reads {self.stride} rows, before it read {state['batch']}")

@@ -1,0 +1,252 @@
+"""SET and SPA: mask and rows → a tuned model whose frozen weights keep every bit (METHOD §3)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from esi_ds.artifacts import RunFolder, read_jsonl, replace_folder, write_text_atomic
+from esi_ds.cli import Options
+from esi_ds.config import Config
+from esi_ds.core.mask import Mask
+from esi_ds.data.chat import break_up, encode_prompt
+from esi_ds.deepspeed_config import resolve_deepspeed
+from esi_ds.errors import UserError
+from esi_ds.eval.refusals import is_refusal
+from esi_ds.models.fingerprint import check_mask_weights, checkpoint_folder, tensor_digests
+from esi_ds.stages.prepare import max_positions
+from esi_ds.stages.prepare_tuning import TuningInputs, prepare_tuning
+from esi_ds.stages.run import CHECKPOINTS, StageRun
+from esi_ds.tracking import Tracker
+
+ANSWERS = "answers.jsonl"
+
+
+def run_stage(config: Config, options: Options, stage: str) -> None:
+    """Run SET or SPA to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
+    inputs = prepare_tuning(config, stage)
+    if options.dry_run:
+        from esi_ds.stages.plan import print_tuning_plan
+
+        print_tuning_plan(config, options, inputs)
+        return
+    folder = RunFolder(config.run.output_dir)
+    folder.check(config)
+    resolve_deepspeed(config, int(os.environ.get("WORLD_SIZE", "1")), stage)
+    source = {**inputs.source, "mask_sha256": metadata_sha256(inputs.mask)}
+    folder.check_same("data_hashes", source, "tune")
+    from esi_ds.zero import runtime
+
+    runtime.start()
+    try:
+        deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
+        TuneRun(config, options, inputs, folder, deepspeed_config, source).run()
+    finally:
+        runtime.stop()
+
+
+def metadata_sha256(mask: Mask) -> str:
+    """What tells two masks of one model apart: criterion, threshold, k, counts by parameter."""
+    return hashlib.sha256(json.dumps(mask.metadata, sort_keys=True).encode()).hexdigest()
+
+
+class TuneRun(StageRun):
+    """One run of SET or SPA on this rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        options: Options,
+        inputs: TuningInputs,
+        folder: RunFolder,
+        deepspeed_config: dict,
+        source: dict,
+    ):
+        super().__init__(config, options, folder, deepspeed_config, source)
+        self.inputs = inputs
+
+    def work(self, tracker: Tracker) -> None:
+        from esi_ds.stages.finish_tuning import finish_tuning
+        from esi_ds.stages.training import Training
+
+        config, inputs = self.config, self.inputs
+        self._check_mask_bits()
+        model, make_tuner = self._load(tracker)
+        self.begin(model)
+        same = check_mask_weights(
+            inputs.mask, self.fingerprint, self.options.allow_fingerprint_mismatch, field="tune.mask"
+        )
+        self.notes = {"mask_fingerprint": inputs.mask.fingerprint, "mask_made_from_these_weights": same}
+        self.record("running")
+        self._log_inputs(tracker, same)
+        if config.model.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        answers = {"before": self._answers(model, "before", tracker)}
+        training = Training(
+            config,
+            make_tuner(),
+            inputs.rows,
+            inputs.benign,
+            inputs.tokenizer.pad_token_id,
+            self.folder.path / CHECKPOINTS,
+            tracker,
+        )
+        training.run()
+        answers["after"] = self._answers(model, "after", tracker)
+        self._write_answers(answers)
+        changed = self._export(model)
+        finish_tuning(self, training, changed, self._read_answers(), tracker)
+
+    def _check_mask_bits(self) -> None:
+        """Every bit is read once, by one of the ranks. One gather."""
+        runtime, mask = self.runtime, self.inputs.mask
+        problems = runtime.gather_objects(mask.problems(runtime.rank(), runtime.world_size()))
+        found = [problem for part in problems for problem in part]
+        if found:
+            raise UserError("tune.mask", str(mask.path), f"is damaged ({found[0]})", "make the mask again")
+        if len(set(runtime.gather_objects(metadata_sha256(mask)))) > 1:
+            raise UserError("tune.mask", str(mask.path), "is another one on other hosts", "give one shared folder")
+
+    def _load(self, tracker: Tracker):
+        """The sharded model, and what makes its tuner. The tuner reads the weights: before answers, any time."""
+        from esi_ds.zero.dense import DenseTuner
+        from esi_ds.zero.engine import load_sharded
+        from esi_ds.zero.optimizer import MaskedAdamW
+        from esi_ds.zero.sparse import SparseTuner, choose_reduction
+        from esi_ds.zero.tuner import Rule
+
+        config, tune, trained = self.config, self.config.tune, self.inputs.trained
+        rule = Rule(tuple(tune.betas), tune.eps, tune.weight_decay, tune.clip)
+        optimizers: list[MaskedAdamW] = []
+
+        def make_optimizer(module) -> MaskedAdamW:
+            made = MaskedAdamW(
+                module,
+                self.inputs.mask,
+                trained.train,
+                lr=tune.lr,
+                betas=rule.betas,
+                eps=rule.eps,
+                weight_decay=rule.weight_decay,
+                unscored=tune.unscored,
+            )
+            optimizers.append(made)
+            return made
+
+        model = load_sharded(
+            config.model.path,
+            config.model.dtype,
+            self.deepspeed_config,
+            field="model.path",
+            make_optimizer=make_optimizer if self.inputs.stage == "spa" else None,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        if self.inputs.stage == "spa":
+            return model, lambda: DenseTuner(model, trained, optimizers[0])
+        reduction, reason = choose_reduction(trained.total, tune.reduction)
+        tracker.log(f"gradients: {reduction} ({reason})")
+        return model, lambda: SparseTuner(model, trained, rule, reduction)
+
+    def _log_inputs(self, tracker: Tracker, same: bool) -> None:
+        inputs, tune = self.inputs, self.config.tune
+        mask, rows = inputs.mask, inputs.rows
+        tracker.log(f"mask: {mask.k:,} weights by {mask.metadata.get('criterion')}, {inputs.trained.total:,} train")
+        if not same:
+            tracker.log("mask: made from OTHER weights of the same shapes, as --allow-fingerprint-mismatch allows")
+        for name, found in (("rows", rows), ("benign rows", inputs.benign)):
+            if found is not None:
+                tracker.log(
+                    f"{name}: {len(found.sequences)} of columns {found.columns}, {len(found.skipped)} skipped, "
+                    f"{found.num_cut} cut at {tune.max_length} tokens"
+                )
+        for number, reason in [*rows.skipped, *(inputs.benign.skipped if inputs.benign else ())][:5]:
+            tracker.log(f"skipped row {number}: {reason}")
+
+    def _answers(self, model, when: str, tracker: Tracker) -> dict[str, list[str]]:
+        """Greedy answers to every question; kept on disk as they are made, so that a resumed run makes none twice."""
+        from esi_ds.stages.respond import generate_all
+
+        config, inputs, made = self.config, self.inputs, {}
+        for name, prompts in inputs.questions.items():
+            partial = self.folder.path / f"answers.{name}.{when}.partial.jsonl"
+            rows = read_jsonl(partial) if self.runtime.is_main() and partial.is_file() else []
+            done = self.runtime.broadcast_object({row["index"]: row["response"] for row in rows})
+            cleaned = [break_up(prompt, inputs.specials)[0] for prompt in prompts]
+            generate_all(
+                model,
+                inputs.tokenizer,
+                [encode_prompt(inputs.tokenizer, prompt, config.model.system_prompt) for prompt in cleaned],
+                done,
+                limit=max_positions(inputs.model_config),
+                max_new_tokens=config.eval.max_new_tokens,
+                batch_size=config.eval.batch_size,
+                generation="auto",
+                partial=partial,
+                tracker=tracker,
+                description=f"{name} {when}",
+            )
+            made[name] = [done[index] for index in range(len(prompts))]
+        return made
+
+    def _write_answers(self, answers: dict[str, dict[str, list[str]]]) -> None:
+        if not self.runtime.is_main() or not self.inputs.questions:
+            return
+        lines = []
+        for name, prompts in self.inputs.questions.items():
+            for index, (prompt, before, after) in enumerate(
+                zip(prompts, answers["before"][name], answers["after"][name], strict=True)
+            ):
+                row = {"set": name, "index": index, "prompt": prompt, "before": before, "after": after}
+                row |= {"refused_before": is_refusal(before), "refused_after": is_refusal(after)}
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        write_text_atomic(self.folder.path / ANSWERS, "".join(lines))
+
+    def _read_answers(self) -> list[dict]:
+        file = self.folder.path / ANSWERS
+        return read_jsonl(file) if self.runtime.is_main() and file.is_file() else []
+
+    def _export(self, model) -> dict | None:
+        """``model/`` and ``patch/``; the patch's summary on rank 0."""
+        from esi_ds.report.card import model_card
+        from esi_ds.zero.export import export_model
+
+        tune, folder = self.config.tune, self.folder.path
+        if not tune.export and not tune.patch:
+            return None
+        target = folder / ("model" if tune.export else ".model-for-patch")
+        export_model(model, target, self.inputs.tokenizer, model_card(self.config, self.inputs, self.fingerprint))
+        found = self._patch(target) if tune.patch else None
+        if not tune.export and self.runtime.is_main():
+            shutil.rmtree(target)
+        return found
+
+    def _patch(self, tuned: Path) -> dict | None:
+        """Ranks share the files. Three gathers of small objects and two barriers."""
+        from esi_ds import patch
+
+        runtime, folder = self.runtime, self.folder.path / "patch"
+        base = checkpoint_folder(self.config.model.path, self.config.model.revision)
+        temporary = folder.with_name(".patch.tmp")
+        if runtime.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        runtime.barrier()
+        rank, ranks = runtime.rank(), runtime.world_size()
+        part = (
+            patch.create_part(base, tuned, temporary, rank, ranks),
+            *(tensor_digests(m, rank, ranks) for m in (base, tuned)),
+        )
+        merged: tuple[dict, dict, dict] = ({}, {}, {})
+        for parts in runtime.gather_objects(part):
+            for target, found in zip(merged, parts, strict=True):
+                target.update(found)
+        if runtime.is_main():
+            facts = {"method": self.inputs.stage, "mask_fingerprint": self.inputs.mask.fingerprint}
+            patch.finish(base, temporary, *merged, facts)
+            replace_folder(temporary, folder)
+        runtime.barrier()
+        return patch.summary(folder) if runtime.is_main() else None

@@ -1,0 +1,78 @@
+"""SPA: train everything but the mask in DeepSpeed's standard ZeRO-3 engine, with the masked AdamW (docs/zero3.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from esi_ds.core.trained import Trained
+from esi_ds.zero import runtime
+from esi_ds.zero.checkpoint import Parts
+from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.optimizer import MaskedAdamW
+from esi_ds.zero.tuner import NotFinite, Tuner
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DenseTuner(Tuner):
+    """The engine reduces, clips and steps; the optimizer sees to it that frozen weights take part in none of it.
+
+    ``gradient_clipping`` and the accumulation belong to the engine's configuration.
+    """
+
+    def __init__(self, model: ShardedModel, trained: Trained, optimizer: MaskedAdamW):
+        super().__init__(model, trained)
+        self.optimizer = optimizer
+        self.zero = model.engine.optimizer
+        self.flat = optimizer.zero or optimizer.attach(self.zero)
+        # The engine averages over ranks; the losses here add up. Scaling the loss instead would round bf16 gradients
+        # otherwise where the number of ranks is no power of two.
+        self.flat.gradient_scale = float(runtime.world_size())
+        self._not_finite = torch.zeros((), dtype=torch.bool, device=runtime.device())
+        for parameter in self.parameters:
+            model.by_name[parameter.name].register_hook(self._note_not_finite)
+
+    def _note_not_finite(self, gradient: Tensor) -> None:
+        """This rank's own gradient, before it is reduced: afterwards nobody could say whose it was."""
+        self._not_finite |= ~gradient.sum(dtype=torch.float32).isfinite()
+
+    def forward(self, batch: Mapping[str, Tensor], num_logits: int) -> Tensor:
+        """Through the engine: only its own forward counts micro-batches."""
+        return self.model.engine(**batch, use_cache=False, logits_to_keep=num_logits).logits
+
+    def backward(self, loss: Tensor) -> None:
+        """Collectives: the engine's; it steps in ``step`` only."""
+        engine = self.model.engine
+        engine.backward(loss, scale_wrt_gas=False)
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.engine.step()
+        if self.zero.overflow:  # DeepSpeed's word for a norm that is not finite; it has left everything as it was
+            flags = runtime.gather_objects(bool(self._not_finite))
+            raise NotFinite([rank for rank, flag in enumerate(flags) if flag])
+        self._not_finite.zero_()
+        return float(self.model.engine.get_global_grad_norm())
+
+    def saved(self) -> Parts:
+        parts = {}
+        for name, low, _, flat, where in self.flat.slices():
+            state = self.optimizer.state_of(flat)
+            parts[f"{name}/master"] = (low, flat.detach()[where])
+            for what in MOMENTS:
+                parts[f"{name}/{what}"] = (low, state[what][where])
+        return parts
+
+    def restored(self, step: int) -> None:
+        zero = self.zero
+        self.model.release()
+        for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            self.optimizer.state_of(flat)["step"].fill_(step)
+            zero._reassign_or_swap_out_partitioned_parameters(index)  # masters into the partitions, as after a step
+        self.model.publish()

@@ -1,0 +1,113 @@
+"""``model/``: a Hugging Face folder written from partitions, a few layers at a time, ranks writing in turn (DESIGN §7).
+
+No rank ever holds more than one file's tensors. Names and packing are the hub's, not the live module's: transformers'
+own conversion is run backwards, so fused experts become ``experts.3.gate_proj.weight`` again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from esi_ds.artifacts import replace_folder
+from esi_ds.core.mask import INDEX_NAME
+from esi_ds.zero import runtime
+from esi_ds.zero.engine import ShardedModel
+
+FILE_BYTES = 2 << 30
+BLOCK = re.compile(r"(.*?\.(?:layers|h|blocks|layer)\.\d+)\.")
+
+
+def layer_groups(names: Iterable[str]) -> list[list[str]]:
+    """Names that belong together, in order: one group a layer (a conversion never reaches beyond it), others alone."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        found = BLOCK.match(name)
+        groups.setdefault(found.group(1) if found else name, []).append(name)
+    return list(groups.values())
+
+
+def plan_export(model: ShardedModel) -> list[list[str]]:
+    """Live names by file: whole layers, up to FILE_BYTES a file. Persistent buffers are part of a checkpoint too."""
+    stored = model.module.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.module.named_buffers() if name in stored}
+    size = {p.name: p.numel * model.by_name[p.name].element_size() for p in model.parameters}
+    size |= {name: buffer.nbytes for name, buffer in buffers.items()}
+    files: list[list[str]] = [[]]
+    filled = 0
+    for group in layer_groups(size):
+        needed = sum(size[name] for name in group)
+        if files[-1] and filled + needed > FILE_BYTES:
+            files.append([])
+            filled = 0
+        files[-1] += group
+        filled += needed
+    return files
+
+
+def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+    """Weights, configuration, tokenizer and model card. One all-gather a parameter, one of names, three barriers."""
+    model.release()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if runtime.is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    runtime.barrier()
+    files = plan_export(model)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for index, names in enumerate(files):
+        file = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
+        tensors = _gather(model, names, keep=index % runtime.world_size() == runtime.rank())
+        if tensors:
+            canonical = revert_weight_conversion(model.module, tensors)
+            canonical = {name: tensor.contiguous() for name, tensor in canonical.items()}
+            save_file(canonical, temporary / file, metadata={"format": "pt"})
+            _sync(temporary / file)
+            weight_map |= dict.fromkeys(canonical, file)
+            total += sum(tensor.nbytes for tensor in canonical.values())
+    gathered = runtime.gather_objects((weight_map, total))
+    if runtime.is_main():
+        names = {name: file for part, _ in gathered for name, file in part.items()}
+        index = {
+            "metadata": {"total_size": sum(size for _, size in gathered)},
+            "weight_map": dict(sorted(names.items())),
+        }
+        (temporary / INDEX_NAME).write_text(json.dumps(index, indent=1))
+        model.module.config.save_pretrained(temporary)
+        if model.module.generation_config is not None:
+            model.module.generation_config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        replace_folder(temporary, folder)
+    runtime.barrier()
+
+
+def _gather(model: ShardedModel, names: list[str], keep: bool) -> dict[str, Tensor]:
+    """Copies on the CPU where ``keep``; one parameter is whole at a time."""
+    tensors: dict[str, Tensor] = {}
+    buffers = dict(model.module.named_buffers())
+    for name in names:
+        if name in buffers:
+            if keep:
+                tensors[name] = buffers[name].detach().to("cpu", copy=True)
+            continue
+        with model.gathered([model.by_name[name]]), torch.no_grad():
+            if keep:
+                tensors[name] = model.by_name[name].detach().to("cpu", copy=True)
+    return tensors
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())

@@ -1,0 +1,339 @@
+"""SET and SPA on ZeRO-3 partitions against one process: trained weights, moments and masters, and frozen bits."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from builders import PAIRS, build_mask, build_model, byte_bpe_tokenizer
+from conftest import ROOT, run_ranks
+from reference_tuning import encode, tune
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from esi_ds import Mask
+from esi_ds.core.schedule import learning_rate
+from esi_ds.data.conversations import DataOrder
+
+logging.set_verbosity_error()
+KINDS = ("llama", "llama_tied", "qwen3_moe", "mixtral")
+WHOLE = "model.layers.1.self_attn.o_proj.weight"  # every weight of it is in the mask
+RULE = {"lr": 1e-2, "scheduler": "cosine", "warmup_ratio": 0.4}
+STEPS, BATCH, MICROS = 5, 2, 2
+LONG = 1000  # steps over which frozen bits are watched
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tuning")
+    for kind in KINDS:
+        build_model(kind, folder / kind, byte_bpe_tokenizer(), dtype=torch.bfloat16)
+        build_mask(folder / f"{kind}-mask", folder / kind, whole=WHOLE)
+    build_model("needle", folder / "needle", byte_bpe_tokenizer(), dtype=torch.bfloat16)
+    spoil_zeros(folder / "needle")
+    build_mask(folder / "needle-mask", folder / "needle", ratio=0.3)
+    rows = ({"prompt": prompt, "response": response.strip()} for prompt, response in PAIRS)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def spoil_zeros(folder: Path) -> None:
+    """Some −0.0 among the weights: arithmetic would turn them into +0.0."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.view(-1)[::3] = -0.0
+    model.save_pretrained(folder)
+
+
+def case(folder: Path, name: str, kind: str, stage: str, dtype: str = "bf16", zero: dict | None = None, **tune) -> dict:
+    settings = {
+        "mask": str(folder / f"{kind}-mask"),
+        "data": {"path": str(folder / "rows.jsonl")},
+        "max_steps": STEPS,
+        "batch_size": BATCH,
+        "gradient_accumulation": MICROS,
+        "clip": None,
+        "patch": False,
+        **RULE,
+        **tune,
+    }
+    return {
+        "stage": stage,
+        "config": {
+            "run": {"output_dir": str(folder / name), "tensorboard": False, "seed": 5},
+            "model": {"path": str(folder / kind), "dtype": dtype},
+            "tune": settings,
+            "deepspeed": {
+                "zero_optimization": {
+                    "stage": 3,
+                    "stage3_param_persistence_threshold": 0,
+                    "sub_group_size": 3000,  # several sub-groups: DeepSpeed steps once for each
+                    **(zero or {}),
+                }
+            },
+        },
+    }
+
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+PERSIST = {"stage3_param_persistence_threshold": 100}
+HPZ = {"zero_hpz_partition_size": 2}
+
+
+def cases(folder: Path, ranks: int) -> list[dict]:
+    """Everything one launch runs."""
+    tag = f"w{ranks}"
+    make = partial(case, folder)
+    made = [make(f"{tag}-{kind}-{stage}", kind, stage) for kind in KINDS for stage in ("set", "spa")]
+    decay = {"weight_decay": 0.1, "clip": 0.05}
+    made += [
+        make(f"{tag}-scatter", "qwen3_moe", "set", reduction="scatter", **decay),
+        make(f"{tag}-clip-set", "llama", "set", **decay),
+        make(f"{tag}-clip-spa", "llama", "spa", **decay),
+        make(f"{tag}-unscored", "llama_tied", "set", unscored="train"),
+        make(f"{tag}-fp32", "mixtral", "spa", dtype="fp32"),
+        make(f"{tag}-persist-set", "llama", "set", zero=PERSIST),
+        make(f"{tag}-offload-set", "llama", "set", zero=OFFLOAD),
+        make(f"{tag}-offload-spa", "llama", "spa", zero=OFFLOAD, **decay),
+    ]
+    if ranks == 2:
+        made.append(make(f"{tag}-hpz-set", "llama", "set", zero=HPZ))
+        for name, zero in {"release": PERSIST, "publish": HPZ, "zero": None}.items():
+            made.append({**make(f"{tag}-drop-{name}", "llama", "set", zero=zero), "drop": name, "error": "any"})
+    long = {"max_steps": LONG, "gradient_accumulation": 1, "batch_size": 1, "weight_decay": 0.1, "clip": 1.0}
+    long |= {"data": {"path": str(folder / "rows.jsonl"), "limit": 2}, "save_every": LONG}
+    for stage in ("set", "spa"):
+        made.append({**make(f"{tag}-long-{stage}", "needle", stage, **long), "poison": "frozen"})
+    if ranks == 2:
+        made += [
+            {**make(f"{tag}-nan-{stage}", "llama", stage), "poison": "trained", "error": f"gradient of step 1 {named}"}
+            for stage, named in (("set", "is not finite (rank 1: row "), ("spa", "is not finite (rank 1: row "))
+        ]
+        made.append(
+            {
+                **make(f"{tag}-loss", "llama", "set", save_every=1),
+                "poison": "loss",
+                "error": "the loss of step 3 is not finite (rank 1: row ",
+            }
+        )
+        made.append(
+            {**make(f"{tag}-drop-mask", "llama", "spa", clip=0.05), "drop": "mask", "poison": "frozen", "error": "any"}
+        )
+    return made
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def tuned(request, folder: Path) -> tuple[int, Path]:
+    """One launch per world size runs everything."""
+    ranks = request.param
+    listing = folder / f"cases-{ranks}.json"
+    listing.write_text(json.dumps(cases(folder, ranks)))
+    done = run_ranks(ranks, str(ROOT / "tests/dist/tune_worker.py"), str(listing))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return ranks, folder
+
+
+def trained_bits(folder: Path, kind: str, stage: str, unscored: str = "freeze") -> dict[str, torch.Tensor]:
+    mask = Mask.load(folder / f"{kind}-mask")
+    model = AutoModelForCausalLM.from_pretrained(folder / kind)
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name in mask.shapes:
+            found[name] = mask.tensor(name) if stage == "set" else ~mask.tensor(name)
+        else:
+            found[name] = torch.full(parameter.shape, unscored == "train")
+    return found
+
+
+def batches(folder: Path, kind: str, ranks: int) -> list:
+    """[step][micro][rank] rows, as the data's order gives them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / kind)
+    rows = [encode(tokenizer, prompt, response.strip()) for prompt, response in PAIRS]
+    order = DataOrder(len(rows), 0, 0.0, 5)
+    positions = iter(range(STEPS * MICROS * ranks * BATCH))
+    return [
+        [[[rows[order[next(positions)][1]] for _ in range(BATCH)] for _ in range(ranks)] for _ in range(MICROS)]
+        for _ in range(STEPS)
+    ]
+
+
+_references: dict[tuple, tuple] = {}
+
+
+def reference(folder: Path, kind: str, stage: str, ranks: int, *, unscored="freeze", dtype=torch.bfloat16, **options):
+    key = (kind, stage, ranks, unscored, dtype, tuple(sorted(options.items())))
+    if key not in _references:
+        options.setdefault("by_micro_batch", stage == "spa")
+        _references[key] = tune(
+            folder / kind,
+            trained_bits(folder, kind, stage, unscored),
+            batches(folder, kind, ranks),
+            lambda step: learning_rate(step, max_steps=STEPS, **RULE),
+            dtype=dtype,
+            **options,
+        )
+    return _references[key]
+
+
+def state_of(run: Path, ranks: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Whole flat tensors: the ranks' parts one behind another."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for rank in range(ranks):
+        with safe_open(run / f"state-{rank}.safetensors", "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  safe_open is no mapping
+                parts.setdefault(key, []).append(opened.get_tensor(key))
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensors in parts.items():
+        name, _, what = key.rpartition("/")
+        found.setdefault(name, {})[what] = torch.cat(tensors)
+    return found
+
+
+def weights_of(run: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=dtype)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+
+
+def frozen_changes(folder: Path, kind: str, stage: str, run: Path, unscored="freeze", dtype=torch.bfloat16) -> int:
+    """Frozen weights of the exported model that are not the base's bits."""
+    base = AutoModelForCausalLM.from_pretrained(folder / kind, dtype=dtype)
+    trained, now = trained_bits(folder, kind, stage, unscored), weights_of(run, dtype)
+    return sum(
+        int((as_bits(p.detach()) != as_bits(now[name]))[~trained[name]].sum()) for name, p in base.named_parameters()
+    )
+
+
+def trained_differences(
+    folder: Path, run: Path, ranks: int, kind: str, stage: str, **options
+) -> tuple[float, float, int]:
+    """(largest relative L2 difference of a parameter's masters, of its moments, model weights that differ)."""
+    expected, state, _ = reference(folder, kind, stage, ranks, **options)
+    now = weights_of(run, options.get("dtype", torch.bfloat16))
+    differ = sum(int((as_bits(expected[name]) != as_bits(now[name])).sum()) for name in expected)
+    got = state_of(run, ranks)
+    assert set(got) == set(state)
+    trained = trained_bits(folder, kind, stage, options.get("unscored", "freeze"))
+    worst = {True: 0.0, False: 0.0}
+    for name, own in state.items():
+        for what in ("master", "exp_avg", "exp_avg_sq"):
+            values = got[name][what]
+            if stage == "spa":  # dense: frozen coordinates hold the base's masters and no moments
+                if what != "master":
+                    assert not values[~trained[name].flatten()].any()
+                values = values[trained[name].flatten()]
+            assert values.shape == own[what].shape
+            difference = float((values - own[what]).norm() / own[what].norm().clamp(min=1e-30))
+            worst[what == "master"] = max(worst[what == "master"], difference)
+    return worst[True], worst[False], differ
+
+
+# Three ranks' sums of three numbers may be associated in another order than the reference's: a rounding of fp32 a step.
+# Sooner or later that puts a master on the other side of a bf16 boundary, and from there on gradients differ by bf16's
+# precision (4e-3), so masters only are compared, after bits have been seen to agree on one and two ranks; measured 1.3e-3.
+# In fp32 nothing is blown up so: masters and moments, measured 2e-6.
+BF16_THREE_RANKS, FP32 = 5e-3, 2e-5
+
+
+def check(folder: Path, run: Path, ranks: int, kind: str, stage: str, **options) -> None:
+    """Weights, masters and moments against the reference: bits, or within what is said above."""
+    masters, moments, differ = trained_differences(folder, run, ranks, kind, stage, **options)
+    if options.get("dtype") == torch.float32:
+        # The matrix products' order of summation depends on the buffers' alignment, on one rank too; bf16 rounds it away.
+        assert max(masters, moments) <= FP32
+    elif ranks == 3 or (stage == "spa" and "clip" in options):
+        # DeepSpeed takes the norm in fp32 and divides by it otherwise than torch: the last bits of a clipped gradient.
+        assert masters <= BF16_THREE_RANKS
+    else:
+        assert (masters, moments, differ) == (0.0, 0.0, 0)
+    _, _, norms = reference(folder, kind, stage, ranks, **options)
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["gradient_norm"] == pytest.approx(norms[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", ["set", "spa"])
+def test_trained_weights_equal_one_process(tuned: tuple[int, Path], kind: str, stage: str) -> None:
+    ranks, folder = tuned
+    run = folder / f"w{ranks}-{kind}-{stage}"
+    check(folder, run, ranks, kind, stage)
+    assert frozen_changes(folder, kind, stage, run) == 0
+    expected, _, _ = reference(folder, kind, stage, ranks)
+    base = AutoModelForCausalLM.from_pretrained(folder / kind, dtype=torch.bfloat16)
+    assert any(not torch.equal(p, expected[name]) for name, p in base.named_parameters())  # something did train
+
+
+VARIANTS = {
+    "scatter": ("qwen3_moe", "set", {"weight_decay": 0.1, "clip": 0.05, "by_micro_batch": True}),
+    "clip-set": ("llama", "set", {"weight_decay": 0.1, "clip": 0.05}),
+    "clip-spa": ("llama", "spa", {"weight_decay": 0.1, "clip": 0.05}),
+    "unscored": ("llama_tied", "set", {"unscored": "train"}),
+    "fp32": ("mixtral", "spa", {"dtype": torch.float32}),
+    "persist-set": ("llama", "set", {}),
+    "offload-set": ("llama", "set", {}),
+    "offload-spa": ("llama", "spa", {"weight_decay": 0.1, "clip": 0.05}),
+    "hpz-set": ("llama", "set", {}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_equal_one_process(tuned: tuple[int, Path], name: str) -> None:
+    ranks, folder = tuned
+    kind, stage, options = VARIANTS[name]
+    run = folder / f"w{ranks}-{name}"
+    if name.startswith("hpz") and ranks != 2:
+        pytest.skip("secondary partitions of two ranks need two ranks")
+    check(folder, run, ranks, kind, stage, **options)
+    frozen = {key: options[key] for key in ("unscored", "dtype") if key in options}
+    assert frozen_changes(folder, kind, stage, run, **frozen) == 0
+
+
+@pytest.mark.parametrize("stage", ["set", "spa"])
+def test_frozen_bits_over_a_thousand_steps(tuned: tuple[int, Path], stage: str) -> None:
+    """Weight decay, clipping, −0.0, NaN and inf in frozen coordinates' gradients; masters too."""
+    ranks, folder = tuned
+    run = folder / f"w{ranks}-long-{stage}"
+    assert frozen_changes(folder, "needle", stage, run) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == LONG and all(row["gradient_norm"] is not None for row in rows)
+    assert rows[-1]["share_moved"] > 0.5
+    base = AutoModelForCausalLM.from_pretrained(folder / "needle", dtype=torch.bfloat16)
+    trained = trained_bits(folder, "needle", stage)
+    if stage == "spa":
+        for name, state in state_of(run, ranks).items():
+            frozen = ~trained[name].flatten()
+            masters = dict(base.named_parameters())[name].detach().float().flatten()
+            assert torch.equal(as_bits(state["master"])[frozen], as_bits(masters)[frozen])
+
+
+def test_not_finite_stops_before_the_update(tuned: tuple[int, Path]) -> None:
+    ranks, folder = tuned
+    if ranks != 2:
+        pytest.skip("run on two ranks")
+    for name in ("nan-set", "nan-spa", "loss"):
+        run = folder / f"w2-{name}"
+        assert json.loads((run / "manifest.json").read_text())["exit_state"] == "failed"
+        assert not (run / "model").exists()
+    assert (folder / "w2-loss/checkpoint/position-2/state.json").is_file()  # the last one stands
+
+
+@pytest.mark.parametrize("obligation", ["release", "publish", "zero", "mask"])
+def test_every_obligation_is_needed(tuned: tuple[int, Path], obligation: str) -> None:
+    """Dropped, the run fails or its weights are not the reference's: the tests above would notice."""
+    ranks, folder = tuned
+    if ranks != 2:
+        pytest.skip("run on two ranks")
+    run = folder / f"w2-drop-{obligation}"
+    if not (run / "model").is_dir():
+        return  # it ended in an error
+    stage = "spa" if obligation == "mask" else "set"
+    masters, _, differ = trained_differences(folder, run, ranks, "llama", stage)
+    assert masters > BF16_THREE_RANKS and differ > 0

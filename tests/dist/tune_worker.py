@@ -1,0 +1,130 @@
+"""Run by the tests beside it under a launcher: one process group trains many models.
+
+argv: a JSON list of cases {"stage", "config" (mapping), "poison" (optional), "drop" (optional), "error" (optional)}; each
+runs the stage, and writes the tuner's state of every rank beside the run's model/. poison: ``frozen`` puts NaN and inf
+into gradients of frozen coordinates, ``trained`` one NaN into a trained one of rank 1, ``loss`` makes rank 1's loss NaN at
+step 3. drop: an obligation of docs/zero3.md that is not met, to see that the tests notice.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from esi_ds.artifacts import RunFolder
+from esi_ds.cli import Options
+from esi_ds.config import validate
+from esi_ds.deepspeed_config import resolve_deepspeed
+from esi_ds.errors import UserError
+from esi_ds.stages import finish_tuning, training
+from esi_ds.stages.prepare_tuning import prepare_tuning
+from esi_ds.stages.tune import TuneRun
+from esi_ds.zero import optimizer as zero_optimizer
+from esi_ds.zero import runtime
+from esi_ds.zero.dense import DenseTuner
+from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.sparse import CompactGradients, SparseTuner
+
+ORIGINALS = {
+    (SparseTuner, "__init__"): SparseTuner.__init__,
+    (DenseTuner, "__init__"): DenseTuner.__init__,
+    (ShardedModel, "release"): ShardedModel.release,
+    (ShardedModel, "publish"): ShardedModel.publish,
+    (CompactGradients, "zero"): CompactGradients.zero,
+    (training.Training, "_forward_backward"): training.Training._forward_backward,
+    (zero_optimizer.FlatGroups, "_mask_gradients"): zero_optimizer.FlatGroups._mask_gradients,
+}
+
+
+def restore_originals() -> None:
+    for (owner, name), value in ORIGINALS.items():
+        setattr(owner, name, value)
+
+
+def dump(run: TuneRun, loop, patch, answers, tracker) -> None:
+    """Instead of the report: masters and moments as a checkpoint holds them, norms, and the dtype's own bits."""
+    saved = {key: values.detach().clone() for key, (_, values) in loop.tuner.saved().items() if len(values)}
+    save_file(saved, run.folder.path / f"state-{runtime.rank()}.safetensors")
+
+
+def poison(kind: str) -> None:
+    """Gradient hooks that bring in what is not finite; laid before the tuner's own."""
+
+    def bad_init(original):
+        def init(self, model, trained, *rest):
+            for parameter in model.parameters:
+                count = trained.count(parameter.name)
+                if not count or (kind == "trained" and runtime.rank() != 1):
+                    continue
+                bits = trained.bits(parameter.name, 0, parameter.numel)
+                wanted = bits if kind == "trained" else ~bits
+                positions = wanted.nonzero().flatten()[:3]
+
+                def spoil(gradient, positions=positions):
+                    spoilt = gradient.clone().reshape(-1)
+                    spoilt[positions] = torch.tensor([torch.nan, torch.inf, -torch.inf])[: len(positions)].to(spoilt)
+                    return spoilt.view(gradient.shape)
+
+                model.by_name[parameter.name].requires_grad_(True).register_hook(spoil)
+            original(self, model, trained, *rest)
+
+        return init
+
+    if kind == "loss":
+        plain = training.Training._forward_backward
+
+        def bad_loss(self, batch, learnt):
+            return plain(self, batch, float("nan") if self.step == 2 and runtime.rank() == 1 else learnt)
+
+        training.Training._forward_backward = bad_loss
+        return
+    for owner in (SparseTuner, DenseTuner):
+        owner.__init__ = bad_init(owner.__init__)
+
+
+def drop(obligation: str) -> None:
+    """Break one thing."""
+    if obligation == "release":
+        ShardedModel.release = lambda self: None
+    elif obligation == "publish":
+        ShardedModel.publish = lambda self: None
+    elif obligation == "zero":
+        CompactGradients.zero = lambda self: None
+    elif obligation == "mask":
+        zero_optimizer.FlatGroups._mask_gradients = lambda self, index, flat: None
+
+
+def run_case(case: dict) -> None:
+    config = validate(case["config"])
+    folder = RunFolder(config.run.output_dir)
+    restore_originals()
+    if "poison" in case:
+        poison(case["poison"])
+    if "drop" in case:
+        drop(case["drop"])
+    try:
+        inputs = prepare_tuning(config, case["stage"])
+        settings = resolve_deepspeed(config, runtime.world_size(), case["stage"])
+        TuneRun(config, Options(), inputs, folder, settings, inputs.source).run()
+    except (UserError, RuntimeError, AssertionError) as error:
+        if case.get("error") is None:
+            raise
+        assert case["error"] == "any" or case["error"] in str(error), error
+        return
+    assert case.get("error") in (None, "any")
+
+
+def main() -> None:
+    runtime.start()
+    finish_tuning.finish_tuning = dump
+    for case in json.loads(Path(sys.argv[-1]).read_text()):
+        run_case(case)
+    runtime.stop()
+
+
+if __name__ == "__main__":
+    main()
