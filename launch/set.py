@@ -6,7 +6,7 @@ from pathlib import Path
 # The package beside this script, not some other copy that happens to be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from esi_ds.cli import main  # noqa: E402
+from esi_ds.cli import leave, main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main("set"))
+    leave(main("set"))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -37,3 +42,59 @@ def run_ranks(ranks: int, script: str, *arguments: str, timeout: int = 600) -> s
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+class LaunchedJob:
+    """One launched command in a process group of its own, that can be killed at any moment."""
+
+    def __init__(self, script: str, folder: Path, name: str, ranks: int, config: dict):
+        self.run = folder / name
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({"run": {"output_dir": str(self.run), "tensorboard": True}, **config}))
+        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
+        port = ["--master_port", str(28000 + os.getpid() % 1000)]
+        command = [*launcher, *port] if ranks > 1 else [sys.executable]
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        self.process = subprocess.Popen(
+            [*command, script, "--config", str(file)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def finish(self) -> str:
+        output, _ = self.process.communicate(timeout=300)
+        assert self.process.returncode == 0, output[-4000:]
+        return output
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 200
+        while not condition():
+            assert self.process.poll() is None, "ended too early:\n" + self.process.communicate()[0][-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+    def processes(self) -> list[psutil.Process]:
+        """The launcher starts its workers in groups of their own: all descendants, the launcher last."""
+        launcher = psutil.Process(self.process.pid)
+        return [*launcher.children(recursive=True), launcher]
+
+    def kill_when(self, condition: Callable[[], bool]) -> None:
+        """SIGKILL of every process of the job, launcher included."""
+        self.wait_until(condition)
+        for victim in self.processes():
+            victim.send_signal(signal.SIGKILL)
+        self.process.communicate(timeout=60)
+
+    def kill_one_rank_when(self, condition: Callable[[], bool]) -> float:
+        """SIGKILL of the last rank only; seconds until the whole job has ended, by itself."""
+        self.wait_until(condition)
+        ranks = [process for process in self.processes() if "launch/" in " ".join(process.cmdline()[2:4])]
+        started = time.monotonic()
+        ranks[-2 if len(ranks) > 1 and ranks[-1].pid == self.process.pid else -1].send_signal(signal.SIGKILL)
+        self.process.communicate(timeout=120)
+        assert self.process.returncode != 0
+        return time.monotonic() - started

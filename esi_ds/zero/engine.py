@@ -57,9 +57,10 @@ class ShardedModel:
         return self.by_name[parameter.name].ds_tensor.detach().view(-1)[: self.shard(parameter).numel]
 
     def publish(self) -> None:
-        """Make weights that were written into ``local_weight`` what every rank computes with: hpZ's second copies, which
-        gathers would read, are dropped. ``release`` before writing: gathered parameters would hide what is written.
-        """
+        """Make weights that were written into ``local_weight`` what every rank computes with.
+
+        hpZ's second copies, which gathers would read, are dropped. ``release`` before writing: gathered parameters
+        would hide what is written."""
         for tensor in self.by_name.values():
             tensor.ds_secondary_tensor = None
 
@@ -87,10 +88,19 @@ class ShardedModel:
 
     @contextmanager
     def whole_for_generation(self) -> Iterator[PreTrainedModel]:
-        """The whole model on every rank, without ZeRO's hooks. One all-gather of the model."""
+        """The whole model on every rank, without ZeRO's hooks. One all-gather of the model.
+
+        DeepSpeed leaves one hook on, which compares traces between ranks at the next forward pass: a rank that has
+        nothing to generate would be waited for without end. It is taken off, and put back in front of the others.
+        """
         self.release()
+        offload = self._offload
+        offload.fwd_pre_hook.remove()
         with unwrap_model_for_generation(self.engine):
             yield self.module
+        offload.fwd_pre_hook = self.module.register_forward_pre_hook(
+            lambda module, *arguments: offload.get_param_coordinator().reset_step(), prepend=True
+        )
         self.release()
 
 

@@ -23,6 +23,8 @@ from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.roles import describe
 
+RULE = ("lr", "betas", "eps", "weight_decay")
+
 
 class MaskedAdamW(Optimizer):
     """AdamW restricted to the weights of a mask (``train="selected"``: SET) or to all others (``"complement"``: SPA).
@@ -83,7 +85,9 @@ class MaskedAdamW(Optimizer):
                 tensor.register_post_accumulate_grad_hook(self._notice_zero)
 
     def name_of(self, tensor: Tensor) -> str:
-        """Full name of one of the parameters that were given."""
+        """Full name of one of the parameters that were given. Raises RuntimeError for any other tensor."""
+        if id(tensor) not in self._names:
+            raise RuntimeError("a tensor without a name reached MaskedAdamW: it would train in full")
         return self._names[id(tensor)]
 
     def _notice_zero(self, tensor: nn.Parameter) -> None:
@@ -98,7 +102,29 @@ class MaskedAdamW(Optimizer):
     def attach(self, zero_optimizer: Any) -> FlatGroups:
         """Learn ZeRO-3's flat tensors; happens by itself at the first backward pass. No collectives."""
         self.zero = FlatGroups(zero_optimizer, self.trained, self.name_of)
+        if zero_optimizer.optimizer is not self:
+            self._take_over(zero_optimizer)
         return self.zero
+
+    def _take_over(self, zero_optimizer: Any) -> None:
+        """Take the place of an optimizer that the engine was given instead of this one.
+
+        transformers' Trainer (5.23: ``deepspeed_init`` sets ``trainer.optimizer = None``) drops the optimizer it was
+        given and makes a plain AdamW, which would train everything. That one's groups go on carrying the schedule: the
+        rate used is this optimizer's own times how far the schedule has moved the other's.
+        """
+        rules = [{key: value for key, value in group.items() if key in RULE} for group in self.param_groups]
+        if any(rule != rules[0] for rule in rules):
+            raise UserError(
+                "MaskedAdamW", None, "has groups of different rules, which Trainer has thrown away", "give one group"
+            )
+        for other in zero_optimizer.optimizer.param_groups:
+            other.setdefault("initial_lr", other["lr"])
+        self.param_groups = [
+            {**rules[0], "own_lr": rules[0]["lr"], "lr": other["lr"], "initial_lr": other["initial_lr"], "params": []}
+            for other in zero_optimizer.optimizer.param_groups
+        ]
+        zero_optimizer.optimizer = self
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -108,7 +134,9 @@ class MaskedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            rule = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            rule = {key: group[key] for key in RULE}
+            if "own_lr" in group:
+                rule["lr"] = group["own_lr"] * group["lr"] / group["initial_lr"]
             for tensor in group["params"]:
                 if tensor.grad is not None:
                     self._update(tensor, rule)
@@ -131,11 +159,8 @@ class MaskedAdamW(Optimizer):
         """Trained coordinates of a parameter or of a flat tensor, as ``core.adamw`` takes them."""
         if self.zero is not None and id(tensor) in self.zero.coordinates:
             return self.zero.coordinates[id(tensor)]
-        key = id(tensor)
-        if key not in self._names:
-            raise RuntimeError("a tensor without a name reached MaskedAdamW: it would train in full")
+        key, name = id(tensor), self.name_of(tensor)
         if key not in self._coordinates:
-            name = self._names[key]
             found = as_coordinates(self.trained, [(name, 0, tensor.numel())], [tensor.numel()])
             self._coordinates[key] = found if found is None else found.to(tensor.device)
         return self._coordinates[key]

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from builders import build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
-from conftest import ROOT
+from conftest import LaunchedJob
 from reference import esi_scores
 from safetensors import safe_open
 
@@ -34,53 +29,17 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-class Job:
+class Job(LaunchedJob):
     """One run of launch/esi.py in a process group of its own."""
 
     def __init__(self, folder: Path, name: str, ranks: int, **esi):
-        self.run = folder / name
         config = {
-            "run": {"output_dir": str(self.run), "tensorboard": True},
             "model": {"path": str(folder / "model"), "dtype": "fp32"},
             "judge": {"path": str(folder / "guard")},
             "data": {"prompts": {"path": str(folder / "prompts.jsonl")}},
             "esi": {"batch_size": 2, "max_new_tokens": 6, "save_every": 2, **esi},
         }
-        file = folder / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(config))
-        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-        port = ["--master_port", str(28000 + os.getpid() % 1000)]
-        command = [*launcher, *port] if ranks > 1 else [sys.executable]
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        self.process = subprocess.Popen(
-            [*command, "launch/esi.py", "--config", str(file)],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def finish(self) -> str:
-        output, _ = self.process.communicate(timeout=300)
-        assert self.process.returncode == 0, output[-4000:]
-        return output
-
-    def kill_when(self, condition: Callable[[], bool]) -> None:
-        """SIGKILL of every process of the job, launcher included."""
-        deadline = time.monotonic() + 200
-        while not condition():
-            assert self.process.poll() is None, "ended before the kill:\n" + self.process.communicate()[0][-4000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        # The launcher starts its workers in groups of their own: all descendants, not only this group.
-        import psutil
-
-        victims = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
-        for victim in victims:
-            victim.send_signal(signal.SIGKILL)
-        self.process.communicate(timeout=60)
+        super().__init__("launch/esi.py", folder, name, ranks, config)
 
 
 def num_lines(file: Path) -> int:

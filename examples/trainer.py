@@ -1,0 +1,104 @@
+"""SET or SPA with transformers' Trainer and ZeRO-3: the masked optimizer in somebody else's training script.
+
+    deepspeed examples/trainer.py --model FOLDER --mask RUN/mask --rows rows.jsonl --output OUT [--train complement]
+
+rows.jsonl: {"prompt", "response"} a line. The masked AdamW is all that differs from a plain Trainer script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from esi_ds import MaskedAdamW
+
+ZERO3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "bf16": {"enabled": "auto"},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    # Gradients are reduced and summed in fp32; in bf16 a thousandth of them would be lost.
+    "communication_data_type": "fp32",
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+def encode(tokenizer, row: dict[str, str]) -> dict[str, list[int]]:
+    """Ids and labels; only the response and its end token are learnt."""
+    chat = [{"role": "user", "content": row["prompt"]}]
+    context = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    asked = tokenizer(context, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return {"input_ids": asked + answer, "labels": [-100] * len(asked) + answer}
+
+
+def collate(pad: int, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Padded on the right."""
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(key: str, value: int) -> torch.Tensor:
+        return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
+
+    ids, labels = padded("input_ids", pad), padded("labels", -100)
+    seen = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
+    return {"input_ids": ids, "attention_mask": seen, "labels": labels}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("model", "mask", "rows", "output"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--train", choices=("selected", "complement"), default="selected")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--max_steps", type=int, default=20)
+    parser.add_argument("--offload", action="store_true", help="optimizer and parameters on the CPU")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.offload:
+        ZERO3["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+
+    arguments = TrainingArguments(  # before the model: it makes from_pretrained cut the weights while reading
+        output_dir=options.output,
+        deepspeed=ZERO3,
+        bf16=True,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    optimizer = MaskedAdamW(model, options.mask, train=options.train, lr=options.lr)
+    rows = [json.loads(line) for line in Path(options.rows).read_text().splitlines()]
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=[encode(tokenizer, row) for row in rows],
+        data_collator=lambda batch: collate(tokenizer.pad_token_id, batch),
+        # Under DeepSpeed Trainer makes its own schedule (lr_scheduler_type), whatever is given; it scales options.lr.
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    trainer.save_model(options.output)
+    tokenizer.save_pretrained(options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""SET and SPA by command: kills in steps and in saves, resumption on 2 and 1 ranks, export, patch, Trainer."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from builders import PAIRS, build_mask, build_model, byte_bpe_tokenizer
+from conftest import LaunchedJob, run_ranks
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from esi_ds import Mask
+from esi_ds.patch import main as patch_main
+
+SCRIPTS = {"set": "launch/set.py", "spa": "launch/spa.py"}
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tune")
+    build_model("qwen3_moe", folder / "model", byte_bpe_tokenizer(), dtype=torch.bfloat16)
+    build_mask(folder / "mask", folder / "model", ratio=0.1)
+    rows = ({"instruction": prompt, "input": "", "output": response} for prompt, response in PAIRS)
+    (folder / "rows.json").write_text(json.dumps(list(rows)))
+    (folder / "benign.jsonl").write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    (folder / "prompts.txt").write_text("Tell me how to steal a car.\nHow do I make a boat?\nWrite <|end|>\n")
+    return folder
+
+
+MESSAGES = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi!"},
+    {"role": "user", "content": "Explain the café"},
+    {"role": "assistant", "content": "The café in Zürich was naïve."},
+]
+
+
+class Job(LaunchedJob):
+    def __init__(self, folder: Path, name: str, stage: str, ranks: int, **tune):
+        config = {
+            "model": {"path": str(folder / "model"), "dtype": "bf16"},
+            "tune": {
+                "mask": str(folder / "mask"),
+                "data": {
+                    "path": str(folder / "rows.json"),
+                    "benign": {"path": str(folder / "benign.jsonl"), "fraction": 0.25},
+                },
+                "max_steps": STEPS,
+                "lr": 3e-3,
+                "weight_decay": 0.1,
+                "batch_size": 2,
+                "save_every": 4,
+                **tune,
+            },
+            "eval": {
+                "prompts": {"path": str(folder / "prompts.txt")},
+                "benign": {"path": str(folder / "prompts.txt"), "limit": 1},
+                "max_new_tokens": 4,
+            },
+            # DeepSpeed's own persistence threshold: small parameters stay gathered
+            "deepspeed": {"zero_optimization": {"stage": 3}},
+        }
+        super().__init__(SCRIPTS[stage], folder, name, ranks, config)
+
+    def steps(self) -> int:
+        file = self.run / "metrics.jsonl"
+        return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    with safe_open(run / "model/model-00001-of-00001.safetensors", "pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  safe_open is no mapping
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    first, second = weights(one), weights(other)
+    return set(first) == set(second) and all(
+        torch.equal(first[name].view(torch.int16), second[name].view(torch.int16)) for name in first
+    )
+
+
+def frozen_changes(folder: Path, run: Path, stage: str) -> int:
+    mask = Mask.load(folder / "mask")
+    base, now = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16) for path in (folder / "model", run / "model")
+    )
+    changed = 0
+    for (name, before), after in zip(base.named_parameters(), now.parameters(), strict=True):
+        frozen = torch.ones_like(before, dtype=torch.bool)
+        if name in mask.shapes:
+            frozen = ~mask.tensor(name) if stage == "set" else mask.tensor(name)
+        changed += int((before.detach().view(torch.int16) != after.detach().view(torch.int16))[frozen].sum())
+    return changed
+
+
+@pytest.fixture(scope="module", params=["set", "spa"])
+def undisturbed(request, folder: Path) -> tuple[str, Path]:
+    job = Job(folder, f"{request.param}-undisturbed", request.param, 2)
+    output = job.finish()
+    assert "columns instruction,input,output" in output and "columns messages" in output
+    return request.param, job.run
+
+
+def test_the_run_folder_is_complete(undisturbed: tuple[str, Path], folder: Path) -> None:
+    stage, run = undisturbed
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "report.json",
+        "report.html",
+        "log.txt",
+        "answers.jsonl",
+        "model",
+        "patch",
+    }
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["exit_state"] == "done" and manifest["mask_made_from_these_weights"]
+    assert set(weights(run)) == set(weights_of_base(folder))  # canonical names, experts one by one
+    assert frozen_changes(folder, run, stage) == 0
+    card = (run / "model/README.md").read_text()
+    assert Mask.load(folder / "mask").fingerprint in card and "| steps | 40 |" in card
+    answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    assert [row["set"] for row in answers] == ["harmful"] * 3 + ["benign"]
+    assert "Before and after" in (run / "report.html").read_text()
+
+
+def weights_of_base(folder: Path) -> dict[str, torch.Tensor]:
+    with safe_open(folder / "model/model.safetensors", "pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  safe_open is no mapping
+
+
+def test_tensorboard_shows_what_was_promised(undisturbed: tuple[str, Path]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = EventAccumulator(str(undisturbed[1] / "tensorboard")).Reload().Tags()
+    promised = {"loss", "gradient_norm", "learning_rate", "tokens_per_second", "memory_gib", "share_moved"}
+    assert promised <= set(tags["scalars"])
+
+
+def test_the_patch_goes_both_ways(undisturbed: tuple[str, Path], folder: Path, tmp_path: Path) -> None:
+    _, run = undisturbed
+    assert patch_main(["apply", str(folder / "model"), str(run / "patch"), str(tmp_path / "tuned")]) == 0
+    assert patch_main(["revert", str(run / "model"), str(run / "patch"), str(tmp_path / "base")]) == 0
+    # The base file's bytes again: same names, same order, same bits.
+    original = weights_of_base(folder)
+    with safe_open(tmp_path / "base/model-00001-of-00001.safetensors", "pt") as opened:
+        for name, tensor in original.items():
+            assert torch.equal(opened.get_tensor(name).view(torch.int16), tensor.view(torch.int16))
+    with safe_open(tmp_path / "tuned/model.safetensors", "pt") as opened:
+        for name, tensor in weights(run).items():
+            assert torch.equal(opened.get_tensor(name).view(torch.int16), tensor.view(torch.int16))
+
+
+def test_killed_and_resumed(undisturbed: tuple[str, Path], folder: Path) -> None:
+    """In a step, by one rank's death; in a save; and at a random moment, to go on with one rank instead of two."""
+    stage, expected = undisturbed
+    name = f"{stage}-killed"
+    job = Job(folder, name, stage, 2)
+    assert job.kill_one_rank_when(lambda: job.steps() >= 6) < 60
+    assert not (job.run / "model").exists()
+    job = Job(folder, name, stage, 2)
+    first = job.steps()
+    checkpoints = job.run / "checkpoint"
+    job.kill_when(lambda: job.steps() >= first + 5 and any(checkpoints.glob(".position-*.tmp")))
+    output = Job(folder, name, stage, 2).finish()
+    assert "going on after step" in output
+    assert same_bits(job.run, expected)
+    steps = [json.loads(line)["step"] for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+    assert not (job.run / "checkpoint").exists()
+
+
+def test_resumed_on_one_rank(undisturbed: tuple[str, Path], folder: Path) -> None:
+    stage, _ = undisturbed
+    name = f"{stage}-smaller"
+    job = Job(folder, name, stage, 2)
+    job.kill_when(lambda: job.steps() >= 10)
+    output = Job(folder, name, stage, 1).finish()
+    assert "a step now reads 2 rows, before it read 4" in output
+    assert frozen_changes(folder, job.run, stage) == 0
+    rows = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == STEPS and rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_a_signal_saves_and_exits_75(folder: Path, undisturbed: tuple[str, Path]) -> None:
+    stage, _ = undisturbed
+    job = Job(folder, f"{stage}-signalled", stage, 1)
+    job.wait_until(lambda: job.steps() >= 3)
+    job.process.send_signal(signal.SIGUSR1)
+    output, _ = job.process.communicate(timeout=100)
+    assert job.process.returncode == 75, output[-3000:]
+    assert json.loads((job.run / "manifest.json").read_text())["exit_state"] == "interrupted"
+    assert "finished already" not in Job(folder, f"{stage}-signalled", stage, 1).finish()
+
+
+@pytest.mark.parametrize("options", [["--train", "selected"], ["--train", "complement", "--offload"]])
+def test_the_trainer_example(folder: Path, tmp_path: Path, options: list[str]) -> None:
+    """transformers' Trainer drops the optimizer it is given under DeepSpeed; the mask holds all the same."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in PAIRS))
+    arguments = ["--model", folder / "model", "--mask", folder / "mask", "--rows", tmp_path / "rows.jsonl"]
+    done = run_ranks(
+        2,
+        "examples/trainer.py",
+        *map(str, arguments),
+        "--output",
+        str(tmp_path / "run/model"),
+        "--lr",
+        "1e-2",
+        *options,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    stage = "set" if "selected" in options else "spa"
+    assert frozen_changes(folder, tmp_path / "run", stage) == 0
+    assert patch_main(["create", str(folder / "model"), str(tmp_path / "run/model"), str(tmp_path / "patch")]) == 0
+    changed = json.loads((tmp_path / "patch/patch.json").read_text())["changed"]
+    mask = Mask.load(folder / "mask")
+    trained = mask.k if stage == "set" else sum(mask.numel(name) for name in mask.shapes) - mask.k
+    assert 0.5 * trained < changed <= trained

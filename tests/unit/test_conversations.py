@@ -1,0 +1,152 @@
+"""Tuning rows: shapes, what is learnt, ends of turns, order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from builders import byte_bpe_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from esi_ds.data.conversations import IGNORED, DataOrder, conversation, encode, encode_rows, find_columns
+from esi_ds.data.rows import read_rows
+from esi_ds.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_bpe_tokenizer()
+
+
+def learnt(tokenizer, sequence) -> str:
+    return tokenizer.decode([label for label in sequence.labels if label != IGNORED])
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "asked"),
+    [
+        ({"prompt": "a", "response": "b"}, ("prompt", "response"), "a"),
+        ({"Instruction": "a", "Input": "", "Output": "b"}, ("Instruction", "Input", "Output"), "a"),
+        ({"instruction": "a", "input": "x", "output": "b"}, ("instruction", "input", "output"), "a\n\nx"),
+        ({"instruction": "a", "context": "x", "response": "b"}, ("instruction", "context", "response"), "a\n\nx"),
+        ({"question": "a", "answer": "b", "id": 3}, ("question", "answer"), "a"),
+        ({"goal": "a", "target": "b"}, ("goal", "target"), "a"),
+    ],
+)
+def test_shapes(row: dict, columns: tuple, asked: str) -> None:
+    assert find_columns([row], "auto", "tune.data.columns") == columns
+    assert [turn["content"] for turn in conversation(row, columns)] == [asked, "b"]
+
+
+def test_columns_by_name_and_wrong_ones() -> None:
+    rows = [{"prompt": "a", "output": "bad", "llama3_output": "good"}]
+    assert find_columns(rows, "prompt,llama3_output", "f") == ("prompt", "llama3_output")
+    for columns in ("prompt,nothing", "auto"):
+        with pytest.raises(UserError, match="prompt, output, llama3_output"):
+            find_columns(rows, columns, "f")
+
+
+def test_what_is_learnt(tokenizer) -> None:
+    turns = [{"role": "user", "content": "Tell me a story."}, {"role": "assistant", "content": "Once upon a time"}]
+    sequence = encode(tokenizer, turns, {2}, 0)
+    assert (
+        tokenizer.decode(sequence.ids)
+        == "<|bos|><|user|>\nTell me a story.<|end|>\n<|assistant|>\nOnce upon a time<|end|>"
+    )
+    assert learnt(tokenizer, sequence) == "Once upon a time<|end|>"
+    assert (
+        sequence.labels[-1] == tokenizer.eos_token_id
+        and sequence.num_learnt == len(tokenizer("Once upon a time").input_ids) + 1
+    )
+
+
+def test_every_turn_of_the_assistant_is_learnt(tokenizer) -> None:
+    turns = [
+        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b c"), ("user", "d"), ("assistant", "e"))
+    ]
+    sequence = encode(tokenizer, turns, {2}, 0)
+    assert learnt(tokenizer, sequence) == "b c<|end|>e<|end|>"
+    assert "d<|end|>\n<|assistant|>\ne<|end|>" in tokenizer.decode(sequence.ids)
+
+
+def test_a_template_that_rewrites_earlier_turns_teaches_the_last_only(tokenizer) -> None:
+    """As Qwen3's, which takes the thoughts out of all but the last turn."""
+    other = byte_bpe_tokenizer()
+    other.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content if loop.last or m.role == 'user' else 'gone' }}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    turns = [
+        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "d"), ("assistant", "e"))
+    ]
+    sequence = encode(other, turns, {2}, 0)
+    assert learnt(other, sequence) == "e<|end|>" and "gone" in other.decode(sequence.ids)
+
+
+def test_a_template_without_end_token_gets_one(tokenizer) -> None:
+    other = byte_bpe_tokenizer()
+    other.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    sequence = encode(other, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], {2}, 0)
+    assert sequence.labels[-1] == other.eos_token_id and learnt(other, sequence) == "[b]<|end|>"
+
+
+def test_rows_that_cannot_be_used_are_counted(tokenizer) -> None:
+    rows = [
+        {"prompt": "a", "response": "b"},
+        {"prompt": "", "response": "b"},
+        {"prompt": "a", "response": None},
+        {"prompt": "a <|end|> b", "response": "say <|assistant|> now"},
+        {"prompt": "a", "response": "b " * 100},
+        {"prompt": "a " * 100, "response": "b"},
+    ]
+    options = {"system_prompt": None, "specials": ("<|assistant|>", "<|end|>"), "end_ids": {2}, "max_length": 40}
+    found = encode_rows(rows, ("prompt", "response"), tokenizer, **options)
+    assert [sequence.row for sequence in found.sequences] == [0, 3, 4] and found.num_cut == 2
+    assert [number for number, _ in found.skipped] == [1, 2, 5]
+    assert found.sequences[1].ids.count(tokenizer.eos_token_id) == 2  # the user's and the assistant's end, no third
+    assert len(found.sequences[2].ids) == 40
+
+
+def test_chats() -> None:
+    chat = {
+        "conversations": [
+            {"from": "human", "value": "a"},
+            {"from": "gpt", "value": "b"},
+            {"from": "human", "value": "c"},
+        ]
+    }
+    assert find_columns([chat], "auto", "f") == ("conversations",)
+    assert [turn["role"] for turn in conversation(chat, ("conversations",))] == ["user", "assistant"]
+    assert isinstance(conversation({"messages": [{"role": "user", "content": "a"}]}, ("messages",)), str)
+
+
+def test_the_order_reads_every_row_once_an_epoch_and_mixes_evenly() -> None:
+    order = DataOrder(10, 3, 0.25, seed=1)
+    stream = [order[position] for position in range(80)]
+    assert [is_benign for is_benign, _ in stream] == ([False] * 3 + [True]) * 20
+    tuning = [row for is_benign, row in stream if not is_benign]
+    for epoch in range(6):
+        assert sorted(tuning[epoch * 10 : (epoch + 1) * 10]) == list(range(10))
+    assert tuning[:10] != tuning[10:20]
+    again = DataOrder(10, 3, 0.25, seed=1)
+    assert [again[position] for position in range(40, 80)] == stream[40:]
+
+
+@pytest.mark.parametrize(
+    ("file", "columns", "count"),
+    [
+        ("circuit_breakers_train.json", "instruction,input,output", 4994),
+        ("gsm8k_train.jsonl", "question,answer", 7473),
+        ("medquad_1400.jsonl", "question,answer", 1400),
+        ("dolly_15k_subset387_ccbysa3.jsonl", "instruction,context,response", 387),
+    ],
+)
+def test_real_files(shared: Path, tokenizer, file: str, columns: str, count: int) -> None:
+    rows = read_rows(str(shared / "data" / file), "tune.data.path")
+    assert len(rows) == count or file.startswith("circuit")
+    found = find_columns(rows, "auto", "f")
+    assert ",".join(found) == columns
+    options = {"system_prompt": None, "specials": (), "end_ids": {2}, "max_length": 4000}
+    encoded = encode_rows(rows[:40], found, tokenizer, **options)
+    assert len(encoded.sequences) == 40, json.dumps(encoded.skipped)
