@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from esi_ds import MaskedAdamW
+from esi_ds.cli import leave
 
 ZERO3 = {
     "zero_optimization": {
@@ -102,3 +103,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)  # see there: threads of C++ libraries would be torn down in no order

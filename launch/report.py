@@ -1,7 +1,11 @@
-"""Write ``report.html`` of finished runs again from their ``report.json``: ``python launch/report.py RUN...``"""
+"""Write ``report.html`` of finished runs again from their ``report.json``: ``python launch/report.py RUN...``
+
+``--tuned RUN...`` shows the before/after tables of these tuning runs on the pages of ESI runs.
+"""
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,15 +17,20 @@ from esi_ds.artifacts import write_text_atomic  # noqa: E402
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    runs = parser.parse_args(argv).runs
-    for run in runs:
+    parser.add_argument("--tuned", nargs="*", type=Path, metavar="RUN", default=[], help="SET and SPA runs to show")
+    arguments = parser.parse_args(argv)
+    for run in [*arguments.runs, *arguments.tuned]:
         if not (run / "report.json").is_file():
             print(f"error: RUN = {run}: holds no report.json; give the folder of a finished run", file=sys.stderr)
             return 2
     from esi_ds.report.html import render
 
-    for run in runs:
-        write_text_atomic(run / "report.html", render(json.loads((run / "report.json").read_text())))
+    def read(run: Path) -> dict:
+        return json.loads((run / "report.json").read_text())
+
+    for run in arguments.runs:
+        tuned = [(os.path.relpath(other / "report.html", run), read(other)) for other in arguments.tuned]
+        write_text_atomic(run / "report.html", render(read(run), tuned))
         print(run / "report.html")
     return 0
 

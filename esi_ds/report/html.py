@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     write_text_atomic(folder / "report.html", render(report))
 
 
-def render(report: dict[str, Any]) -> str:
-    """The page as text."""
+def render(report: dict[str, Any], tuned: Sequence[tuple[str, dict[str, Any]]] = ()) -> str:
+    """The page as text. ``tuned``: (link, report) of tuning runs, whose before/after tables an ESI page then shows."""
     environment = Environment(
         loader=PackageLoader("esi_ds.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -32,6 +33,7 @@ def render(report: dict[str, Any]) -> str:
     units, k = report["units"], report["selection"]["k"]
     return environment.get_template("esi.html.j2").render(
         report=report,
+        tuned=tuned,
         role_maps=[_picture(figures.heatmap(found)) for found in tables.layer_by_role(units, k)],
         expert_maps=[_picture(figures.heatmap(found)) for found in tables.layer_by_expert(units, k)],
         scores=_picture(

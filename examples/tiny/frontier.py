@@ -4,8 +4,8 @@
     python examples/tiny/frontier.py spa --model llama --lr 3e-4 --ratio 0 0.01 0.1 0.3
 
 Held-out prompts of examples/data; an attack succeeds where the answer is neither a refusal (by string) nor empty; a
-benign answer is right by measure.is_correct. SPA's task is benign compliance in one voice ("Sure, here is ..."), which is
-known to cost safety. Prints a Markdown table; runs are kept in --output and not made twice.
+benign answer is right by measure.is_correct. SPA's task is benign compliance in one voice ("Sure, here is ..."), which
+is known to cost safety. Prints a Markdown table; runs are kept in --output and not made twice.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def cell(stage: str, options: argparse.Namespace, lr: float, ratio: float, benig
     """One run's figures."""
     model = f"{MODELS[options.model]}-{'complying' if stage == 'set' else 'aligned'}"
     rows = DATA / "refusals_train.jsonl" if stage == "set" else sure_rows(options.output)
-    name = f"{stage}-{model}-{lr}-{ratio}-{benign}-{options.steps}-{options.batch}-{options.seed}"
+    extra = "-".join(options.mask_option)
+    name = f"{stage}{extra}-{model}-{lr}-{ratio}-{benign}-{options.steps}-{options.batch}-{options.seed}"
     # Nothing frozen: a mask of nothing is written by the smallest ratio there is; one weight of two million.
     made = mask(options.output, model, ratio or 1e-6, *options.mask_option)
     overrides = [
@@ -89,6 +90,7 @@ def cell(stage: str, options: argparse.Namespace, lr: float, ratio: float, benig
         f"tune.data.path={rows}",
         f"tune.lr={lr}",
         f"tune.max_steps={options.steps}",
+        "tune.data.benign=null",
         f"tune.batch_size={options.batch}",
         f"run.seed={options.seed}",
         "tune.export=false",

@@ -9,7 +9,7 @@ from conftest import ROOT
 from import_boundaries import violations
 
 from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
-from esi_ds.config import differences, load_config, parse_yaml, require_esi, resolved_yaml, validate
+from esi_ds.config import differences, load_config, parse_yaml, require_esi, require_tune, resolved_yaml, validate
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
 
@@ -19,9 +19,15 @@ SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.relative_to(ROOT)))
 def test_shipped_configs_load_and_resolve(file: Path) -> None:
     config = load_config(str(file), [])
-    require_esi(config)
-    settings = resolve_deepspeed(config, 4)
-    assert settings["train_batch_size"] == 4 * config.esi.batch_size
+    stage = "esi" if config.tune is None else "spa" if "spa" in file.name else "set"
+    if stage == "esi":
+        require_esi(config)
+        batch = config.esi.batch_size
+    else:
+        require_tune(config)
+        batch = config.tune.batch_size * config.tune.gradient_accumulation
+    settings = resolve_deepspeed(config, 4, stage)
+    assert settings["train_batch_size"] == 4 * batch
     assert settings["bf16"]["enabled"] == (config.model.dtype == "bf16")
     assert "auto" not in str(settings)
     assert differences(config, validate(parse_yaml(resolved_yaml(config)))) == []
