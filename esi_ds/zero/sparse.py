@@ -98,21 +98,20 @@ class CompactGradients:
 
     def own_finite(self) -> bool:
         """Whether this rank's own gradients, before they are reduced, are finite."""
-        return bool(self.sums.isfinite().all())
+        return math.isfinite(_norm(self.sums))
 
     def reduce(self) -> tuple[Tensor, float]:
-        """This rank's part of the summed gradient, and the squared norm of all of it. One all-reduce."""
+        """This rank's part of the summed gradient, and the norm of all of it. One all-reduce."""
         total = runtime.all_reduce_sum(self.sums)
-        norm_squared = float(total.double().square().sum()) if len(total) <= 1 << 24 else _norm_squared(total)
-        return torch.cat([total[place] for place in self.ranges.values()]), norm_squared
+        return torch.cat([total[place] for place in self.ranges.values()]), _norm(total)
 
     def zero(self) -> None:
         self.sums.zero_()
 
 
-def _norm_squared(values: Tensor) -> float:
-    """In float64, a part at a time: a float64 copy of everything would double the memory."""
-    return math.fsum(float(part.double().square().sum()) for part in values.split(1 << 24))
+def _norm(values: Tensor) -> float:
+    """Summed in float64, without a copy."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 class ScatteredGradients(ReducedGradients):
@@ -147,8 +146,8 @@ class ScatteredGradients(ReducedGradients):
 
     def reduce(self) -> tuple[Tensor, float]:
         """Already reduced; one all-reduce of the squared norm."""
-        norm_squared = torch.tensor(_norm_squared(self.sums), dtype=torch.float64)
-        return self.sums.clone(), float(runtime.all_reduce_sum(norm_squared))
+        norm_squared = torch.tensor(_norm(self.sums) ** 2, dtype=torch.float64)
+        return self.sums.clone(), math.sqrt(runtime.all_reduce_sum(norm_squared))
 
     def zero(self) -> None:
         self.sums.zero_()
@@ -199,8 +198,7 @@ class SparseTuner(Tuner):
 
     def step(self, lr: float) -> float:
         finite = self.gradients.own_finite()
-        gradient, norm_squared = self.gradients.reduce()
-        norm = math.sqrt(norm_squared) if math.isfinite(norm_squared) else math.nan
+        gradient, norm = self.gradients.reduce()
         if not math.isfinite(norm):
             raise NotFinite([rank for rank, good in enumerate(runtime.gather_objects(finite)) if not good])
         factor = clip_factor(norm, self.rule.clip)
@@ -233,7 +231,7 @@ class SparseTuner(Tuner):
             if positions is None:
                 weight.copy_(values)
             else:
-                weight[positions.to(weight.device)] = values
+                weight.index_copy_(0, positions.to(weight.device), values)
         self.model.publish()
 
     def saved(self) -> Parts:
