@@ -119,8 +119,8 @@ REFUSAL_LISTS = {
 # Finds the most refusals of circuit_breakers_train (4,710 of 4,994 answers; gcg 4,559, xstest 4,698) and takes 18 of
 # 4,533 answers of real data sets for refusals.
 DEFAULT_FOR_ATTACKS = "jailbreakbench"
-# Published for this purpose, and with the fewest false alarms on those answers (8): a long answer to a harmless question
-# may hold "I cannot" anywhere, a refusal begins with it.
+# Published for this purpose, and with the fewest false alarms on those answers (8): a long answer to a harmless
+# question may hold "I cannot" anywhere, a refusal begins with it.
 DEFAULT_FOR_BENIGN = "xstest"
 
 
