@@ -52,6 +52,11 @@ class Endpoint:
     give_up_after: int = 20
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("request_timeout", "item_timeout", "max_attempts", "concurrency", "give_up_after"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} of {getattr(self, name)} lets nothing be asked")
+
     @classmethod
     def from_environment(cls, model: str, config_field: str, **limits: Any) -> Endpoint:
         """Base URL and key from the environment, as OpenAI's own client reads them.
@@ -163,7 +168,7 @@ async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) -> tup
     if status != 200:
         problem = f"HTTP {status}: {_excerpt(body, endpoint.key)}"
         return Reply(None, problem, num_requests=num_requests), status in OF_THE_QUESTION
-    return read_completion(body, num_requests), True
+    return read_completion(body, num_requests, endpoint.key), True
 
 
 async def _attempts(
@@ -226,8 +231,8 @@ def _excerpt(body: bytes, key: str | None) -> str:
     return (text.replace(key, "***") if key else text)[:EXCERPT] or "no explanation"
 
 
-def read_completion(body: bytes, num_requests: int = 1) -> Reply:
-    """The text of a completion's body, whatever was sent in its place."""
+def read_completion(body: bytes, num_requests: int = 1, key: str | None = None) -> Reply:
+    """The text of a completion's body, whatever was sent in its place; ``key`` is kept out of what is shown of it."""
 
     def reply(text: str | None, problem: str | None = None) -> Reply:
         return Reply(text, problem, used("prompt_tokens"), used("completion_tokens"), num_requests)
@@ -243,7 +248,7 @@ def read_completion(body: bytes, num_requests: int = 1) -> Reply:
     try:
         parsed = json.loads(body)
     except (ValueError, RecursionError):
-        return reply(None, f"the reply is no JSON: {_excerpt(body, None)}")
+        return reply(None, f"the reply is no JSON: {_excerpt(body, key)}")
     if not isinstance(parsed, dict):
         return reply(None, "the reply is no JSON object")
     content = parsed

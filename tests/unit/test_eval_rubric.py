@@ -45,7 +45,7 @@ CASES = {
     "fraction": "#thescore: 4.5",
     "none": "I cannot score this.",
     "refusal": "#thereason: x\n#thescore: I would rather not",
-    "html": b"<html><body>502 Bad gateway</body></html>",
+    "html": b"<html><body>502 Bad gateway for sk-secret</body></html>",
     "malformed": b'{"choices": [{"message": {"content": "#thescore: 1"',
     "list": b"[]",
     "deep": b"[" * 100_000,
@@ -347,5 +347,7 @@ def test_mistakes_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\u2026")
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
         endpoint()
+    with pytest.raises(ValueError, match="concurrency"):
+        Endpoint("m", "http://x", concurrency=0)
     with pytest.raises(UserError, match=r"no \{response\}"):
         judge_by_rubric([], Endpoint("m", "http://x"), template="{prompt}")
