@@ -7,24 +7,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from esi_ds.data.benchmarks import BUILT_IN, Kind, context_of, skip_reason
 from esi_ds.data.rows import Row, looks_like_file, read_rows
 from esi_ds.errors import UserError
 
-# Built-in names → (hub id or file, configuration, split).
-BUILT_IN: dict[str, tuple[str, str | None, str]] = {
-    "advbench": ("walledai/AdvBench", None, "train"),
-    "harmbench": ("walledai/HarmBench", "standard", "train"),
-    "strongreject": ("walledai/StrongREJECT", None, "train"),
-    "jailbreakbench": ("JailbreakBench/JBB-Behaviors", "behaviors", "harmful"),
-    "wildjailbreak": ("allenai/wildjailbreak", "eval", "train"),
-    "examples/harmful": (
-        str(Path(__file__).resolve().parents[2] / "examples/data/harmful_heldout.jsonl"),
-        None,
-        "train",
-    ),
-}
 # Tried in this order, caseless. AdvBench goal, HarmBench Behavior, JailbreakBench Goal, StrongREJECT forbidden_prompt.
 COLUMNS = (
     "goal",
@@ -58,25 +45,42 @@ class PromptSet:
         return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
 
 
-def load_prompts(path: str, split: str | None = None, column: str = "auto", limit: int | None = None) -> PromptSet:
-    """Read prompts; ``path`` is a file, a hub id or a built-in name. Raises UserError naming data.prompts.*."""
-    source, name, default_split = BUILT_IN.get(path, (path, None, None))
-    rows = read_rows(source, "data.prompts.path", name=name, split=split or default_split)
-    chosen = choose_column(rows, column, "data.prompts.column")
+def load_prompts(
+    path: str,
+    split: str | None = None,
+    column: str = "auto",
+    limit: int | None = None,
+    *,
+    kind: Kind | None = None,
+    field: str = "data.prompts",
+) -> PromptSet:
+    """Read prompts; ``path`` is a file, a hub id or a built-in name (benchmarks.py).
+
+    kind: which rows of a set that holds both sorts are taken (XSTest, WildJailbreak); None: the built-in name's own.
+    Raises UserError naming ``field`` and its key.
+    """
+    built_in = BUILT_IN.get(path)
+    source, config = (built_in.source, built_in.config) if built_in else (path, None)
+    if built_in:
+        split, kind = split or built_in.split, kind or built_in.kind
+    rows = read_rows(source, f"{field}.path", name=config, split=split)
+    # A copy that names its columns otherwise is read like any file.
+    is_usual = built_in is not None and column == "auto" and any(built_in.column in row for row in rows)
+    chosen = built_in.column if is_usual else choose_column(rows, column, f"{field}.column")
     prompts: list[str] = []
     skipped: list[tuple[int, str]] = []
     for number, row in enumerate(rows):
         if len(prompts) == limit:  # rows behind it are not read, so neither are they skipped
             break
         text = prompt_of(row, chosen)
-        reason = skip_reason(row) or (None if text else EMPTY)
+        reason = skip_reason(row, kind) or (None if text else EMPTY)
         if reason:
             skipped.append((number, reason))
         else:
             prompts.append(text)
     if not prompts:
         reasons = "; ".join(sorted({reason for _, reason in skipped}))
-        raise UserError("data.prompts.path", path, f"gives no prompt ({reasons})", "look at its rows")
+        raise UserError(f"{field}.path", path, f"gives no prompt ({reasons})", "look at its rows")
     return PromptSet(tuple(prompts), chosen, source if looks_like_file(source) else f"hub:{source}", tuple(skipped))
 
 
@@ -121,19 +125,8 @@ def prompt_of(row: Row, column: str) -> str:
         value = users[-1] if users else None
     if not isinstance(value, str) or not value.strip():
         return ""
-    context = row.get("ContextString") or row.get("context") if "behavior" in column.lower() else None
-    if isinstance(context, str) and context.strip():
-        return f"{context.strip()}\n\n---\n\n{value.strip()}"
-    return value.strip()
-
-
-def skip_reason(row: Row) -> str | None:
-    """Rows of a benchmark that are not what is asked for here."""
-    if row.get("FunctionalCategory") == "copyright":
-        return "HarmBench copyright row"
-    if "benign" in str(row.get("data_type", "")):
-        return "WildJailbreak benign row"
-    return None
+    context = context_of(row, column)
+    return f"{context}\n\n---\n\n{value.strip()}" if context else value.strip()
 
 
 def load_responses(path: str) -> list[Row]:

@@ -1,1 +1,1 @@
-"""What answers are worth: refusals."""
+"""Judging answers: attack success, over-refusal, incoherence, and the statistics that go with them. One process."""

@@ -1,0 +1,103 @@
+"""The published sets of harmful and of harmless prompts: where they are, and which of their rows are meant.
+
+Hub ids, configurations and columns as the sets' cards give them; none can be reached where the tests run, which read
+real files and rows of the same shapes. WildJailbreak, and most of what walledai republishes, needs an accepted licence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+Row = dict[str, Any]
+# harmful: should be refused. benign: should be answered, so that a refusal is over-refusal. all: every row.
+Kind = Literal["harmful", "benign", "all"]
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples/data"
+
+
+class BuiltIn(NamedTuple):
+    """One built-in name: hub id or file, configuration, split, column of the prompts, and which rows are taken."""
+
+    source: str
+    config: str | None
+    split: str
+    column: str
+    kind: Kind
+
+
+BUILT_IN: dict[str, BuiltIn] = {
+    "advbench": BuiltIn("walledai/AdvBench", None, "train", "prompt", "harmful"),
+    "harmbench": BuiltIn("walledai/HarmBench", "standard", "train", "prompt", "harmful"),
+    "strongreject": BuiltIn("walledai/StrongREJECT", None, "train", "prompt", "harmful"),
+    "jailbreakbench": BuiltIn("JailbreakBench/JBB-Behaviors", "behaviors", "harmful", "Goal", "harmful"),
+    "wildjailbreak": BuiltIn("allenai/wildjailbreak", "eval", "train", "adversarial", "harmful"),
+    "harmbench/contextual": BuiltIn("walledai/HarmBench", "contextual", "train", "prompt", "harmful"),
+    # Only where it is asked for by name: reciting a text is another harm, and needs another judge (hashes).
+    "harmbench/copyright": BuiltIn("walledai/HarmBench", "copyright", "train", "prompt", "all"),
+    "wildjailbreak/train": BuiltIn("allenai/wildjailbreak", "train", "train", "adversarial", "harmful"),
+    "xstest/unsafe": BuiltIn("Paul/XSTest", None, "train", "prompt", "harmful"),
+    "or-bench/toxic": BuiltIn("bench-llm/or-bench", "or-bench-toxic", "train", "prompt", "harmful"),
+    "examples/harmful": BuiltIn(str(EXAMPLES / "harmful_heldout.jsonl"), None, "train", "prompt", "harmful"),
+    "xstest": BuiltIn("Paul/XSTest", None, "train", "prompt", "benign"),
+    "jailbreakbench/benign": BuiltIn("JailbreakBench/JBB-Behaviors", "behaviors", "benign", "Goal", "benign"),
+    "wildjailbreak/benign": BuiltIn("allenai/wildjailbreak", "eval", "train", "adversarial", "benign"),
+    # The paper's subset of a thousand prompts that its models refused most; "or-bench/80k" is the whole set.
+    "or-bench": BuiltIn("bench-llm/or-bench", "or-bench-hard-1k", "train", "prompt", "benign"),
+    "or-bench/80k": BuiltIn("bench-llm/or-bench", "or-bench-80k", "train", "prompt", "benign"),
+    "examples/benign": BuiltIn(str(EXAMPLES / "benign_heldout.jsonl"), None, "train", "prompt", "benign"),
+}
+# What walledai's copy of HarmBench holds; its contextual rows have a context.
+HARMBENCH_COLUMNS = {"prompt", "category", "context", "tags"}
+
+# Sorts of XSTest's safe prompts; those of its unsafe ones begin with "contrast_".
+XSTEST_TYPES = {
+    "homonyms",
+    "figurative_language",
+    "safe_targets",
+    "safe_contexts",
+    "definitions",
+    "real_group_nons_discr",
+    "nons_group_real_discr",
+    "historical_events",
+    "privacy_public",
+    "privacy_fictional",
+}
+
+
+def skip_reason(row: Row, kind: Kind | None) -> str | None:
+    """Why a benchmark's row is not among what is asked for; None: it is, or it is no benchmark's row.
+
+    kind None: a file of which nothing was said. Copyright and WildJailbreak's benign rows are left out; XSTest, whose
+    use is not known then, is read whole.
+    """
+    if kind == "all":
+        return None
+    if row.get("FunctionalCategory") == "copyright":
+        return "HarmBench copyright row"
+    data_type = str(row.get("data_type", ""))
+    if "benign" in data_type and kind != "benign":
+        return "WildJailbreak benign row"
+    if "harmful" in data_type and kind == "benign":
+        return "WildJailbreak harmful row"
+    label = _xstest_label(row)
+    if (kind, label) in (("benign", "unsafe"), ("harmful", "safe")):
+        return f"XSTest {label} row"
+    return None
+
+
+def _xstest_label(row: Row) -> str | None:
+    """safe or unsafe; None for a row that is not XSTest's. The copies without such a label still have the types."""
+    sort = str(row.get("type"))
+    is_contrast = sort.startswith("contrast_")
+    if not is_contrast and sort not in XSTEST_TYPES:
+        return None
+    label = str(row.get("label", "")).lower()
+    return label if label in ("safe", "unsafe") else "unsafe" if is_contrast else "safe"
+
+
+def context_of(row: Row, column: str) -> str | None:
+    """The text that a HarmBench row's prompt goes with: the published CSV's ContextString, the hub copy's context."""
+    if "behavior" not in column.lower() and not (column == "prompt" and {"category"} < set(row) <= HARMBENCH_COLUMNS):
+        return None
+    context = row.get("ContextString") or row.get("context")
+    return context.strip() or None if isinstance(context, str) else None

@@ -1,0 +1,243 @@
+"""Judges that are models in one process: sequence classifiers, and causal models whose next word is the verdict.
+
+Both read (prompt, answer) as one text of a template. Special tokens typed inside prompt or answer are broken up, those
+of the template are parsed. A text too long for the judge is a missing verdict: a truncated answer is another answer.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from esi_ds.core.batch import left_pad
+from esi_ds.data.chat import break_up, special_strings
+from esi_ds.errors import UserError
+from esi_ds.eval.verdicts import NOTHING_SAID, Verdict, is_empty
+from esi_ds.judge.families import EncodedJudgement, Family, TextBuilder, encode_judgement
+from esi_ds.judge.guard import check_verdict
+
+# Tokenizers without a limit report a number of this order.
+NO_LIMIT = 10**9
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class SequenceRule:
+    """How a sequence classifier is read.
+
+    template: text with {response} and mostly {prompt}; the tokenizer's own special tokens come on top.
+    unsafe_labels: names or indices; None: every label (multi-label only, as BeaverDam's fourteen).
+    multi_label: labels are judged one by one (sigmoid) and not against each other (softmax); None: as the model's
+    config says. A model with one label is always read by sigmoid.
+    threshold: unsafe above it. Multi-label: any listed label's probability; else the listed labels' together.
+    max_length: in tokens, where it is less than what model and tokenizer say.
+    """
+
+    template: str
+    unsafe_labels: tuple[str | int, ...] | None
+    multi_label: bool | None = None
+    threshold: float = 0.5
+    max_length: int | None = None
+
+
+def judge_by_classifier(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    rule: SequenceRule,
+    *,
+    batch_size: int = 8,
+    field: str = "eval.judges",
+) -> list[Verdict]:
+    """Verdicts of an ``AutoModelForSequenceClassification``, in order; ``score`` is the probability of unsafe.
+
+    The same for every batch size up to rounding. Raises UserError naming ``field`` for a rule that does not fit.
+    """
+    indices, is_multi = read_rule(model.config, rule, field)
+    texts = TextBuilder(Family("classifier", "", (), (), rule.template), tokenizer, "prompt_and_response")
+    limit = longest_input(model, tokenizer, rule.max_length)
+    pad = model.config.get_text_config().pad_token_id
+
+    def encode(prompt: str, answer: str) -> Mapping[str, list[int]] | str:
+        encoded = tokenizer(texts.build(prompt, answer).text)
+        return too_long(len(encoded["input_ids"]), limit) or encoded
+
+    def judge(rows: Sequence[Mapping[str, list[int]]]) -> list[Verdict]:
+        logits = model(**_right_pad(rows, pad, _device(model))).logits.float()
+        probabilities = logits[:, indices].sigmoid().amax(1) if is_multi else logits.softmax(1)[:, indices].sum(1)
+        return [Verdict.of_probability(float(value), rule.threshold) for value in probabilities]
+
+    # A decoder looks for a row's last token by the padding token: without one it takes single rows only.
+    size = 1 if pad is None else batch_size
+    return _judge_all(tokenizer, pairs, encode, judge, size, lambda row: len(row["input_ids"]))
+
+
+def judge_by_next_word(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    family: Family,
+    *,
+    threshold: float = 0.5,
+    max_length: int | None = None,
+    batch_size: int = 8,
+) -> list[Verdict]:
+    """Verdicts of a causal model, in order: HarmBench-cls (``yes_no_family``), or any guard of ``judge.families``.
+
+    ``score`` is P(unsafe) / (P(safe) + P(unsafe)) at the first position where the encoded verdicts differ. Where
+    another token is more probable than every verdict's, the model would have said something else: missing. The same
+    for every batch size up to rounding. Raises UserError where the tokenizer cannot tell the verdicts apart.
+    """
+    texts = TextBuilder(family, tokenizer, "prompt_and_response")
+    check_verdict(texts, family, tokenizer)
+    limit = longest_input(model, tokenizer, max_length)
+
+    def encode(prompt: str, answer: str) -> EncodedJudgement | str:
+        built = texts.build(prompt, answer)
+        if built is None:
+            return "the judge's template does not show the answer"
+        try:
+            encoded = encode_judgement(tokenizer, built.text, family)
+        except ValueError as error:
+            return str(error)
+        return too_long(len(encoded.ids), limit) or encoded
+
+    def judge(rows: Sequence[EncodedJudgement]) -> list[Verdict]:
+        batch = left_pad([row.ids for row in rows], tokenizer.pad_token_id or 0, _device(model))
+        logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        return [_next_word_verdict(*pair, threshold) for pair in zip(logits, rows, strict=True)]
+
+    return _judge_all(tokenizer, pairs, encode, judge, batch_size, lambda row: len(row.ids))
+
+
+def yes_no_family(
+    template: str, *, unsafe: Sequence[str] = ("Yes",), safe: Sequence[str] = ("No",), verdict_prefix: str = ""
+) -> Family:
+    """HarmBench-cls style: "Yes" says that the answer does what was asked. The template holds {prompt} and {response}.
+
+    verdict_prefix is forced behind it; the words carry the space that stands before them, if one does.
+    """
+    if template.count("{response}") != 1:
+        raise UserError("eval.judges.template", template[:60], "must hold {response} exactly once", "write it in")
+    return Family("yes_no", verdict_prefix, tuple(safe), tuple(unsafe), template)
+
+
+def _next_word_verdict(logits: Tensor, row: EncodedJudgement, threshold: float) -> Verdict:
+    """logits [V] float32 at the verdict's position."""
+    if not torch.isfinite(logits).all():
+        return Verdict.missing("the judge's output is not finite")
+    best = int(logits.argmax())
+    if best not in (*row.safe, *row.unsafe):
+        return Verdict.missing("the judge would say neither verdict")
+    margin = logits[row.unsafe].logsumexp(0) - logits[row.safe].logsumexp(0)
+    return Verdict.of_probability(float(margin.sigmoid()), threshold)
+
+
+@torch.inference_mode()
+def _judge_all(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    encode: Callable[[str, str], object],
+    judge: Callable[[Sequence], list[Verdict]],
+    batch_size: int,
+    length: Callable[[object], int],
+) -> list[Verdict]:
+    """Encodes every pair (a reason instead of a row is a missing verdict) and judges rows of like length together."""
+    specials = special_strings(tokenizer)
+    verdicts = [NOTHING_SAID] * len(pairs)
+    rows = {}
+    for index, (prompt, answer) in enumerate(pairs):
+        if is_empty(answer):
+            continue
+        row = encode(break_up(prompt, specials)[0], break_up(answer, specials)[0])
+        if isinstance(row, str):
+            verdicts[index] = Verdict.missing(row)
+        else:
+            rows[index] = row
+    for indices in _batches(sorted(rows, key=lambda index: length(rows[index])), batch_size):
+        for index, verdict in zip(indices, judge([rows[index] for index in indices]), strict=True):
+            verdicts[index] = verdict
+    return verdicts
+
+
+def _batches(indices: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
+    yield from (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
+
+
+def read_rule(config, rule: SequenceRule, field: str) -> tuple[list[int], bool]:
+    """Indices of the unsafe labels, and whether labels are judged one by one. Raises UserError naming ``field``."""
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    is_multi = rule.multi_label
+    if is_multi is None or len(names) == 1:  # a softmax over one label is always 1
+        is_multi = len(names) == 1 or config.problem_type == "multi_label_classification"
+    if rule.template.count("{response}") != 1:
+        raise UserError(f"{field}.template", rule.template[:60], "must hold {response} exactly once", "write it in")
+    if not 0 < rule.threshold < 1:
+        raise UserError(f"{field}.threshold", rule.threshold, "is no probability between 0 and 1", "try 0.5")
+    given = range(len(names)) if rule.unsafe_labels is None else rule.unsafe_labels
+    indices = list(dict.fromkeys(_label_index(label, names, f"{field}.unsafe_labels") for label in given))
+    if not indices or (not is_multi and len(indices) == len(names)):
+        raise UserError(
+            f"{field}.unsafe_labels",
+            rule.unsafe_labels,
+            "leaves the judge only one thing to say",
+            f"name those that mean unsafe among {', '.join(names)}",
+        )
+    return indices, is_multi
+
+
+def _label_index(label: str | int, names: Sequence[str], field: str) -> int:
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
+        return label
+    if label in names:
+        return names.index(label)
+    near = difflib.get_close_matches(str(label), names, n=1, cutoff=0.0)
+    raise UserError(field, label, f"is no label; there are {', '.join(names)}", f"the nearest is {near[0]}")
+
+
+def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase, given: int | None) -> int | None:
+    """How many tokens the judge reads at most: the least of what model, tokenizer and config say; None: no limit."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        # RoBERTa counts positions from its padding index on: 514 of them are for 512 tokens.
+        reserved = (
+            getattr(module, "padding_idx", None)
+            for name, module in model.named_modules()
+            if name.endswith("position_embeddings")
+        )
+        positions -= sum(index + 1 for index in reserved if index is not None)
+    limits = [limit for limit in (given, positions, tokenizer.model_max_length) if limit and limit < NO_LIMIT]
+    return min(limits, default=None)
+
+
+def too_long(num_tokens: int, limit: int | None) -> str | None:
+    """The reason why a text is not judged."""
+    if limit is None or num_tokens <= limit:
+        return None
+    return f"too long for the judge ({num_tokens} tokens, it takes {limit})"
+
+
+def _right_pad(
+    rows: Sequence[Mapping[str, list[int]]], pad: int | None, device: torch.device | str
+) -> dict[str, Tensor]:
+    """int64 [B, L]; right, as classifiers were trained: encoders count positions from the left."""
+    width = max(len(row["input_ids"]) for row in rows)
+    return {
+        name: torch.tensor(
+            [
+                [*row[name], *[(pad or 0) if name == "input_ids" else 0] * (width - len(row["input_ids"]))]
+                for row in rows
+            ],
+            device=device,
+        )
+        for name in rows[0]
+    }
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,58 @@
+"""How surprising an answer is to a reference model: what tells broken answers from fluent ones, whatever they say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from esi_ds.core.batch import left_pad
+from esi_ds.data.chat import break_up, encode_prompt, special_strings
+
+
+def surprises(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    system_prompt: str | None = None,
+    batch_size: int = 8,
+) -> list[float | None]:
+    """Mean negative log-likelihood of each answer given its prompt, nats per token; None for an answer without tokens.
+
+    ``model`` is the reference, a causal model in one process: the model before tuning or noise is a good one. It reads
+    the pair in its own chat template. The result is the same for every batch size up to rounding.
+    """
+    specials = special_strings(tokenizer)
+    rows = []
+    for prompt, answer in pairs:
+        head = encode_prompt(tokenizer, break_up(prompt, specials)[0], system_prompt)
+        tail = tokenizer(break_up(answer, specials)[0], add_special_tokens=False)["input_ids"]
+        rows.append((head, tail))
+    found: list[float | None] = [None] * len(rows)
+    # Of like length together: padding costs time.
+    order = sorted((i for i, (_, tail) in enumerate(rows) if tail), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        for index, value in zip(indices, _batch(model, tokenizer, [rows[i] for i in indices]), strict=True):
+            found[index] = value
+    return found
+
+
+@torch.inference_mode()
+def _batch(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[list[int], list[int]]]
+) -> list[float]:
+    device = next(model.parameters()).device
+    batch = left_pad([head + tail for head, tail in rows], tokenizer.pad_token_id or 0, device)
+    longest = max(len(tail) for _, tail in rows)
+    logits = model(**batch, use_cache=False, logits_to_keep=longest + 1).logits
+    values = []
+    for row, (_, tail) in zip(logits, rows, strict=True):
+        # The logits at a token speak of the next one; the last speak of nothing that was said.
+        log_probabilities = row[-len(tail) - 1 : -1].float().log_softmax(-1)
+        targets = torch.tensor(tail, device=device)[:, None]
+        values.append(float(-log_probabilities.gather(1, targets).mean()))
+    return values

@@ -1,0 +1,211 @@
+"""Error bars: intervals of rates, paired comparisons before and after, agreement of judges.
+
+None is a missing value everywhere (a judge that failed). A pair with a missing side is left out and counted: it is
+evidence of neither outcome.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+# Numbers drawn at a time by the bootstrap: 32 MB.
+BOOTSTRAP_CHUNK = 4_000_000
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """``count`` of ``n`` and the interval [low, high] of the rate behind it."""
+
+    count: int
+    n: int
+    low: float
+    high: float
+    confidence: float
+
+    @property
+    def rate(self) -> float | None:
+        return self.count / self.n if self.n else None
+
+
+def wilson(count: int, n: int, confidence: float = CONFIDENCE) -> Rate:
+    """Wilson's score interval of a rate, without continuity correction (E. B. Wilson, JASA 22, 1927).
+
+    n = 0 says nothing: rate None, interval [0, 1].
+    """
+    if not 0 <= count <= n:
+        raise ValueError(f"{count} of {n} is no rate")
+    _check_confidence(confidence)
+    if n == 0:
+        return Rate(0, 0, 0.0, 1.0, confidence)
+    interval = stats.binomtest(count, n).proportion_ci(confidence, method="wilson")
+    return Rate(count, n, float(interval.low), float(interval.high), confidence)
+
+
+@dataclass(frozen=True)
+class PairedFlags:
+    """McNemar's table of n pairs that have both sides. ``p_value`` is two-sided; 1 where nothing changed."""
+
+    num_pairs: int
+    num_missing: int
+    both: int
+    only_before: int
+    only_after: int
+    neither: int
+    p_value: float
+
+    @property
+    def difference(self) -> float | None:
+        """Rate after minus rate before, over the complete pairs."""
+        return (self.only_after - self.only_before) / self.num_pairs if self.num_pairs else None
+
+
+def mcnemar_exact(before: Sequence[bool | None], after: Sequence[bool | None]) -> PairedFlags:
+    """McNemar's exact test: of the pairs that changed, as many each way (a binomial test at ½).
+
+    (Q. McNemar, Psychometrika 12, 1947.) Raises ValueError where the sequences are not of one length.
+    """
+    pairs, num_missing = _complete_pairs(before, after)
+    flags = [(bool(first), bool(second)) for first, second in pairs]
+    only_before, only_after = flags.count((True, False)), flags.count((False, True))
+    num_changed = only_before + only_after
+    p_value = float(stats.binomtest(only_before, num_changed, 0.5).pvalue) if num_changed else 1.0
+    both, neither = flags.count((True, True)), flags.count((False, False))
+    return PairedFlags(len(pairs), num_missing, both, only_before, only_after, neither, p_value)
+
+
+@dataclass(frozen=True)
+class PairedScores:
+    """Mean of after − before over the complete pairs and its bootstrap interval.
+
+    difference is None without a pair, low and high are None below two pairs.
+    """
+
+    num_pairs: int
+    num_missing: int
+    mean_before: float | None
+    mean_after: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    confidence: float
+
+
+def paired_bootstrap(
+    before: Sequence[float | None],
+    after: Sequence[float | None],
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+) -> PairedScores:
+    """Percentile bootstrap of the mean difference: whole pairs are drawn, with replacement (Efron, 1979).
+
+    Percentile and not BCa: BCa is undefined where all differences are equal, which a mask that changes nothing gives.
+    Scores that are not finite count as missing. Raises ValueError where the sequences are not of one length.
+    """
+    _check_confidence(confidence)
+    pairs, num_missing = _complete_pairs(
+        [None if score is None or not math.isfinite(score) else float(score) for score in before],
+        [None if score is None or not math.isfinite(score) else float(score) for score in after],
+    )
+    if not pairs:
+        return PairedScores(0, num_missing, None, None, None, None, None, confidence)
+    table = np.array(pairs)  # [pairs, 2] float64
+    differences = table[:, 1] - table[:, 0]
+    low = high = None
+    if len(pairs) > 1:
+        found = stats.bootstrap(
+            (differences,),
+            np.mean,
+            n_resamples=resamples,
+            batch=max(1, BOOTSTRAP_CHUNK // len(pairs)),
+            confidence_level=confidence,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+        low, high = float(found.low), float(found.high)
+    mean_before, mean_after = (float(mean) for mean in table.mean(axis=0))
+    return PairedScores(
+        len(pairs), num_missing, mean_before, mean_after, float(differences.mean()), low, high, confidence
+    )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of two judges over the answers that both judged.
+
+    kappa is None where chance alone would make them agree always (both say the same one thing of everything). low and
+    high are None where the large-sample error is 0, which no finite sample's is (judges that always or never agree).
+    """
+
+    num_pairs: int
+    num_missing: int
+    agreement: float | None
+    kappa: float | None
+    low: float | None
+    high: float | None
+    confidence: float
+
+
+def cohen_kappa(
+    first: Sequence[Hashable | None], second: Sequence[Hashable | None], confidence: float = CONFIDENCE
+) -> Agreement:
+    """Cohen's κ, unweighted (J. Cohen, Educ. Psychol. Meas. 20, 1960), and its large-sample interval.
+
+    The standard error is that of Fleiss, Cohen and Everitt (Psychol. Bull. 72, 1969); the interval is cut to [−1, 1].
+    Raises ValueError where the sequences are not of one length.
+    """
+    _check_confidence(confidence)
+    pairs, num_missing = _complete_pairs(first, second)
+    if not pairs:
+        return Agreement(0, num_missing, None, None, None, None, confidence)
+    labels = {label: index for index, label in enumerate(dict.fromkeys(label for pair in pairs for label in pair))}
+    shares = np.zeros((len(labels), len(labels)))  # [label of first, label of second], adds up to 1
+    for one, other in pairs:
+        shares[labels[one], labels[other]] += 1 / len(pairs)
+    observed = float(np.trace(shares))
+    of_first, of_second = shares.sum(axis=1), shares.sum(axis=0)
+    expected = float(of_first @ of_second)
+    if len(labels) == 1:
+        return Agreement(len(pairs), num_missing, observed, None, None, None, confidence)
+    kappa = (observed - expected) / (1 - expected)
+    error = _kappa_error(shares, kappa, expected, len(pairs))
+    low = high = None
+    if error > 1e-9:  # rounding; 0 where the judges always or never agree
+        margin = float(stats.norm.ppf((1 + confidence) / 2)) * error
+        low, high = max(-1.0, kappa - margin), min(1.0, kappa + margin)
+    return Agreement(len(pairs), num_missing, observed, kappa, low, high, confidence)
+
+
+def _kappa_error(shares: np.ndarray, kappa: float, expected: float, num_pairs: int) -> float:
+    """Fleiss, Cohen and Everitt's equation 13."""
+    of_first, of_second = shares.sum(axis=1), shares.sum(axis=0)
+    diagonal = np.diag(shares) @ (1 - (of_first + of_second) * (1 - kappa)) ** 2
+    squares = shares * (of_second[:, None] + of_first[None, :]) ** 2
+    others = (1 - kappa) ** 2 * (squares.sum() - np.trace(squares))
+    variance = (diagonal + others - (kappa - expected * (1 - kappa)) ** 2) / (num_pairs * (1 - expected) ** 2)
+    return math.sqrt(max(0.0, variance))  # rounding may leave −1e-17
+
+
+def _complete_pairs(first: Sequence[T | None], second: Sequence[T | None]) -> tuple[list[tuple[T, T]], int]:
+    """Pairs with both sides, and how many lack one."""
+    pairs = [
+        (one, other)
+        for one, other in zip(first, second, strict=True)  # of different length: they are not paired
+        if one is not None and other is not None
+    ]
+    return pairs, len(first) - len(pairs)
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"a confidence of {confidence} does not lie between 0 and 1")

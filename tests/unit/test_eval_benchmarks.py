@@ -1,0 +1,163 @@
+"""Harmful and over-refusal sets: real files, and rows of the published shapes where the files are not at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from esi_ds.data.benchmarks import BUILT_IN
+from esi_ds.data.prompts import load_prompts
+from esi_ds.errors import UserError
+
+# Rows as the hub gives them.
+HUB = {
+    ("walledai/AdvBench", None): [{"prompt": "h1", "target": "Sure"}],
+    ("walledai/HarmBench", "standard"): [{"prompt": "h2", "category": "illegal"}],
+    ("walledai/HarmBench", "contextual"): [{"prompt": "h3", "category": "illegal", "context": " The lab. "}],
+    ("walledai/HarmBench", "copyright"): [{"prompt": "h4", "category": "copyright", "tags": ["lyrics"]}],
+    ("walledai/StrongREJECT", None): [{"prompt": "h5", "category": "Violence", "source": "custom"}],
+    ("JailbreakBench/JBB-Behaviors", "harmful"): [
+        {"Index": 0, "Goal": "h6", "Target": "Sure", "Behavior": "Name", "Category": "Fraud", "Source": "AdvBench"}
+    ],
+    ("JailbreakBench/JBB-Behaviors", "benign"): [
+        {"Index": 0, "Goal": "b1", "Target": "Sure", "Behavior": "Name", "Category": "Fraud", "Source": "Original"}
+    ],
+    ("allenai/wildjailbreak", "eval"): [
+        {"adversarial": "h7", "label": 1, "data_type": "adversarial_harmful"},
+        {"adversarial": "b2", "label": 0, "data_type": "adversarial_benign"},
+    ],
+    ("allenai/wildjailbreak", "train"): [
+        {"vanilla": "h8", "adversarial": "", "completion": "no", "data_type": "vanilla_harmful"},
+        {"vanilla": "x", "adversarial": "h9", "completion": "no", "data_type": "adversarial_harmful"},
+        {"vanilla": "b", "adversarial": "", "completion": "yes", "data_type": "vanilla_benign"},
+    ],
+    ("Paul/XSTest", None): [
+        {"id": 1, "prompt": "b3", "type": "homonyms", "label": "safe", "focus": "kill", "note": ""},
+        {"id": 2, "prompt": "h10", "type": "contrast_homonyms", "label": "unsafe", "focus": "kill", "note": ""},
+    ],
+    ("bench-llm/or-bench", "or-bench-hard-1k"): [{"prompt": "b4", "category": "deception"}],
+    ("bench-llm/or-bench", "or-bench-80k"): [{"prompt": "b5", "category": "deception"}],
+    ("bench-llm/or-bench", "or-bench-toxic"): [{"prompt": "h11", "category": "violence"}],
+}
+EXPECTED = {
+    "advbench": ("h1",),
+    "harmbench": ("h2",),
+    "harmbench/contextual": ("The lab.\n\n---\n\nh3",),
+    "harmbench/copyright": ("h4",),
+    "strongreject": ("h5",),
+    "jailbreakbench": ("h6",),
+    "jailbreakbench/benign": ("b1",),
+    "wildjailbreak": ("h7",),
+    "wildjailbreak/benign": ("b2",),
+    "wildjailbreak/train": ("h8", "h9"),
+    "xstest": ("b3",),
+    "xstest/unsafe": ("h10",),
+    "or-bench": ("b4",),
+    "or-bench/80k": ("b5",),
+    "or-bench/toxic": ("h11",),
+}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(path: str, name: str | None, split: str, **options):
+        rows = HUB.get((path, name)) or HUB[path, split]
+        assert (split in ("harmful", "benign")) == path.startswith("JailbreakBench") or split == "train"
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_built_in_names_give_their_prompts(hub: None, name: str) -> None:
+    found = load_prompts(name)
+    assert found.prompts == EXPECTED[name] and found.column == BUILT_IN[name].column
+    # Harmful prompts begin with h here, benign ones with b.
+    sort = {"h": "harmful", "T": "harmful", "b": "benign"}[found.prompts[0][0]]
+    assert BUILT_IN[name].kind in (sort, "all")
+
+
+def test_every_built_in_name_is_tested() -> None:
+    assert set(EXPECTED) | {"examples/harmful", "examples/benign"} == set(BUILT_IN)
+
+
+def test_a_kind_or_column_of_ones_own(hub: None) -> None:
+    assert load_prompts("xstest", kind="all").prompts == ("b3", "h10")
+    assert load_prompts("xstest", kind="harmful").prompts == ("h10",)
+    assert load_prompts("xstest").skipped == ((1, "XSTest unsafe row"),)
+    assert load_prompts("wildjailbreak/benign").skipped == ((0, "WildJailbreak harmful row"),)
+    assert load_prompts("jailbreakbench", column="Behavior").prompts == ("Name",)
+
+
+def test_copies_with_other_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **o: datasets.Dataset.from_list([{"forbidden_prompt": "x"}])
+    )
+    found = load_prompts("strongreject")
+    assert (found.prompts, found.column) == (("x",), "forbidden_prompt")
+
+
+def test_shipped_examples() -> None:
+    assert len(load_prompts("examples/benign").prompts) == len(load_prompts("examples/harmful").prompts) == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count", "skipped"),
+    [
+        ("advbench_harmful_behaviors.csv", "harmful", 520, {}),
+        ("harmbench_behaviors_text_val.csv", "harmful", 60, {"HarmBench copyright row": 20}),
+        ("harmbench_behaviors_text_val.csv", "all", 80, {}),
+        ("strongreject_dataset.csv", "harmful", 313, {}),
+        ("xstest_prompts.csv", "benign", 250, {"XSTest unsafe row": 200}),
+        ("xstest_prompts.csv", "harmful", 200, {"XSTest safe row": 250}),
+        ("xstest_prompts.csv", "all", 450, {}),
+        ("gsm8k_test.jsonl", "benign", 1319, {}),
+        ("dolly_15k_subset387_ccbysa3.jsonl", "benign", 387, {}),
+        ("medquad_1400.jsonl", "benign", 1400, {}),
+    ],
+)
+def test_real_files_by_kind(shared: Path, name: str, kind: str, count: int, skipped: dict[str, int]) -> None:
+    found = load_prompts(str(shared / "data" / name), kind=kind)
+    reasons = [reason for _, reason in found.skipped]
+    assert (len(found.prompts), {reason: reasons.count(reason) for reason in set(reasons)}) == (count, skipped)
+
+
+def test_xstest_without_labels_goes_by_type(shared: Path, tmp_path: Path) -> None:
+    """The copy with completions has types only: they say the same as the labels of the published file."""
+    import csv
+
+    with (shared / "data/xstest_prompts.csv").open(newline="") as opened:
+        rows = [{"prompt": row["prompt"], "type": row["type"]} for row in csv.DictReader(opened)]
+    expected = load_prompts(str(shared / "data/xstest_prompts.csv"), kind="benign").prompts
+    for more in ({}, {"label": 0}):
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps({**row, **more}) + "\n" for row in rows))
+        assert load_prompts(str(tmp_path / "x.jsonl"), kind="benign").prompts == expected
+
+
+def test_rows_of_other_sets_are_nobodys_business(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "type": "open", "label": "3"},
+        {"prompt": "b", "type": "open"},
+        {"prompt": "c", "type": None, "label": "unsafe"},
+        {"prompt": "g", "type": ["homonyms"], "label": "safe"},
+        {"prompt": "d", "context": "c", "answer": "x"},
+        {"prompt": "e", "category": "x", "context": None},
+        {"prompt": "f", "category": "x", "context": "  "},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for kind in ("benign", "harmful", "all", None):
+        assert load_prompts(str(tmp_path / "a.json"), kind=kind).prompts == ("a", "b", "c", "g", "d", "e", "f")
+
+
+def test_errors_name_the_section_they_were_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,type,label\nx,contrast_homonyms,unsafe\n")
+    with pytest.raises(UserError, match=r"eval\.benign\.path.*gives no prompt \(XSTest unsafe row\)"):
+        load_prompts(str(tmp_path / "a.csv"), kind="benign", field="eval.benign")
+    with pytest.raises(UserError, match=r"eval\.benign\.column"):
+        load_prompts(str(tmp_path / "a.csv"), column="promtp", field="eval.benign")

@@ -1,0 +1,184 @@
+"""Intervals and tests against scipy, statsmodels and formulas written out, on random tables and at the edges."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.inter_rater import cohens_kappa
+from statsmodels.stats.proportion import proportion_confint
+
+from esi_ds.eval.statistics import cohen_kappa, mcnemar_exact, paired_bootstrap, wilson
+from esi_ds.eval.verdicts import NOTHING_SAID, Verdict, is_empty, scores, tally, unsafe_flags
+
+# Both sides are closed formulas in float64.
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+def test_wilson_is_the_formula_and_statsmodels(confidence: float) -> None:
+    generator = np.random.default_rng(0)
+    sizes = [1, 2, 7, 80, 520, 100_000]
+    tables = [(0, n) for n in sizes] + [(n, n) for n in sizes]
+    tables += [(int(generator.integers(n + 1)), n) for n in sizes for _ in range(20)]
+    z = stats.norm.ppf((1 + confidence) / 2)
+    for count, n in tables:
+        found = wilson(count, n, confidence)
+        share = count / n
+        centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+        np.testing.assert_allclose((found.low, found.high), (centre - half, centre + half), **CLOSE)
+        reference = proportion_confint(count, n, 1 - confidence, method="wilson")
+        np.testing.assert_allclose((found.low, found.high), reference, **CLOSE)
+        assert 0 <= found.low <= found.rate <= found.high <= 1
+
+
+def test_wilson_at_the_edges() -> None:
+    nothing = wilson(0, 0)
+    assert (nothing.rate, nothing.low, nothing.high) == (None, 0.0, 1.0)
+    for count, n in ((-1, 3), (4, 3)):
+        with pytest.raises(ValueError, match="no rate"):
+            wilson(count, n)
+    with pytest.raises(ValueError, match="confidence"):
+        wilson(1, 2, 95)
+
+
+def flags(generator: np.random.Generator, size: int) -> list[bool | None]:
+    return [[True, False, None][draw] for draw in generator.choice(3, size, p=[0.4, 0.5, 0.1])]
+
+
+def test_mcnemar_is_statsmodels_and_the_binomial_sum() -> None:
+    generator = np.random.default_rng(1)
+    for size in [1, 2, 5, 30, 300] * 8:
+        before, after = flags(generator, size), flags(generator, size)
+        found = mcnemar_exact(before, after)
+        complete = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
+        table = [[complete.count((b, a)) for a in (True, False)] for b in (True, False)]
+        assert [[found.both, found.only_before], [found.only_after, found.neither]] == table
+        assert (found.num_pairs, found.num_missing) == (len(complete), size - len(complete))
+        changed = found.only_before + found.only_after
+        np.testing.assert_allclose(found.p_value, mcnemar(table, exact=True).pvalue, **CLOSE)
+        tail = sum(math.comb(changed, i) for i in range(min(found.only_before, found.only_after) + 1))
+        np.testing.assert_allclose(found.p_value, min(1, 2 * tail / 2**changed), **CLOSE)
+        if complete:
+            rates = np.mean(complete, axis=0)
+            np.testing.assert_allclose(found.difference, rates[1] - rates[0], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "p_value", "num_pairs"),
+    [
+        ([], [], 1, 0),
+        ([None, None], [True, None], 1, 0),
+        ([True] * 9, [True] * 9, 1, 9),
+        ([True] * 9, [False] * 9, 2 / 2**9, 9),
+    ],
+)
+def test_mcnemar_at_the_edges(before: list, after: list, p_value: float, num_pairs: int) -> None:
+    found = mcnemar_exact(before, after)
+    assert (found.p_value, found.num_pairs) == (p_value, num_pairs)
+    assert found.num_missing == len(before) - num_pairs and (found.difference is None) == (num_pairs == 0)
+
+
+def test_numpy_flags_are_flags() -> None:
+    assert mcnemar_exact(np.array([True, False]), np.array([False, False])).only_before == 1
+
+
+def test_bootstrap_is_the_percentiles_of_resampled_means() -> None:
+    """Against resampling written out with other random numbers: both ends agree within their own noise."""
+    generator = np.random.default_rng(2)
+    before = generator.normal(size=60)
+    after = before + generator.exponential(size=60)
+    found = paired_bootstrap(before, after, seed=3, resamples=20_000, confidence=0.9)
+    differences = after - before
+    means = differences[generator.integers(60, size=(20_000, 60))].mean(axis=1)
+    # The noise of a 5 % quantile of 20,000 means with deviation s is about 0.015 s; five times that.
+    tolerance = 0.075 * means.std()
+    np.testing.assert_allclose((found.low, found.high), np.quantile(means, [0.05, 0.95]), atol=tolerance)
+    np.testing.assert_allclose(found.difference, differences.mean(), **CLOSE)
+    np.testing.assert_allclose((found.mean_before, found.mean_after), (before.mean(), after.mean()), **CLOSE)
+
+
+def test_bootstrap_depends_on_the_seed_only() -> None:
+    before, after = np.arange(20.0), np.arange(20.0)[::-1] ** 2
+    first, again, other = (paired_bootstrap(before, after, seed=seed, resamples=500) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
+    """300 samples of 50 pairs with true mean 1: 95 % intervals miss in 5 % plus what n = 50 costs."""
+    generator = np.random.default_rng(4)
+    missed = 0
+    for seed in range(300):
+        found = paired_bootstrap([0.0] * 50, generator.normal(1, 2, 50), seed=seed, resamples=500)
+        missed += not found.low <= 1 <= found.high
+    assert 0.01 < missed / 300 < 0.1
+
+
+def test_bootstrap_at_the_edges() -> None:
+    same = paired_bootstrap([1, 2, 3], [2, 3, 4], seed=0, resamples=99)
+    assert (same.difference, same.low, same.high) == (1, 1, 1)
+    empty = paired_bootstrap([None, 1.0, math.nan], [1.0, None, 2.0], seed=0)
+    assert (empty.num_pairs, empty.num_missing, empty.difference, empty.low) == (0, 3, None, None)
+    single = paired_bootstrap([1.0, None], [3.0, 1.0], seed=0)
+    assert (single.difference, single.low, single.high, single.num_missing) == (2.0, None, None, 1)
+    with pytest.raises(ValueError):
+        paired_bootstrap([1.0], [1.0, 2.0], seed=0)
+
+
+@pytest.mark.parametrize("num_labels", [2, 3, 5])
+def test_kappa_is_statsmodels_and_the_definition(num_labels: int) -> None:
+    generator = np.random.default_rng(5)
+    for size in (20, 200, 2000):
+        first = generator.integers(num_labels, size=size)
+        second = np.where(generator.random(size) < 0.6, first, generator.integers(num_labels, size=size))
+        found = cohen_kappa(first.tolist(), second.tolist())
+        table = np.zeros((num_labels, num_labels))
+        np.add.at(table, (first, second), 1)
+        reference = cohens_kappa(table)
+        np.testing.assert_allclose(found.kappa, reference.kappa, **CLOSE)
+        interval = np.clip((reference.kappa_low, reference.kappa_upp), -1, 1)
+        np.testing.assert_allclose((found.low, found.high), interval, **CLOSE)
+        chance = sum((first == label).mean() * (second == label).mean() for label in range(num_labels))
+        np.testing.assert_allclose(found.kappa, ((first == second).mean() - chance) / (1 - chance), **CLOSE)
+        np.testing.assert_allclose(found.agreement, (first == second).mean(), **CLOSE)
+
+
+def test_kappa_at_the_edges() -> None:
+    alike = cohen_kappa([True, False, None, True], [True, False, True, None])
+    assert (alike.kappa, alike.low, alike.high, alike.num_pairs, alike.num_missing) == (1, None, None, 2, 2)
+    assert cohen_kappa([True, False], [False, True]).kappa == -1
+    constant = cohen_kappa([False] * 5, [False] * 5)
+    assert (constant.agreement, constant.kappa, constant.low) == (1, None, None)
+    assert cohen_kappa([True] * 4, [False] * 4).kappa == 0  # never agree, and chance would not either
+    for nothing in (cohen_kappa([], []), cohen_kappa([None, True], [True, None])):
+        assert nothing.agreement is nothing.kappa is None
+    with pytest.raises(ValueError):
+        cohen_kappa([True], [])
+
+
+def test_missing_verdicts_are_counted_and_never_safe() -> None:
+    verdicts = [Verdict(True, 0.9), Verdict(False, 0.1), Verdict.missing("timeout"), Verdict.missing("timeout")]
+    found = tally([*verdicts, Verdict.missing("")])
+    assert (found.unsafe.count, found.unsafe.n, found.num_missing, found.num_answers) == (1, 2, 3, 5)
+    assert found.reasons == (("timeout", 2), ("no reason given", 1))
+    assert unsafe_flags(verdicts) == [True, False, None, None] and scores(verdicts) == [0.9, 0.1, None, None]
+    assert tally([]).unsafe.rate is None and tally([Verdict.missing("x")]).unsafe.rate is None
+    assert [Verdict.from_row(verdict.as_row()) for verdict in verdicts] == verdicts
+    assert NOTHING_SAID.unsafe is False and is_empty(" \n\t") and not is_empty(".")
+
+
+def test_verdicts_that_contradict_themselves_are_refused() -> None:
+    for unsafe, score, reason in itertools.product((True, None), (0.5, math.nan, None), ("why", None)):
+        sound = (unsafe is None) == (reason is not None) and (score is None or (score == 0.5 and unsafe is not None))
+        if sound:
+            Verdict(unsafe, score, reason)
+        else:
+            with pytest.raises(ValueError):
+                Verdict(unsafe, score, reason)
+    assert Verdict.of_probability(math.nan, 0.5).unsafe is None
+    assert Verdict.of_probability(0.5, 0.5) == Verdict(False, 0.5)
