@@ -72,9 +72,24 @@ class ShardedModel:
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass. Only the layers are told that they train: no dropout wakes."""
         self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for layer in self.module.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.training = True
+        for layer in self._checkpointed_layers():
+            layer.training = True
+
+    def _checkpointed_layers(self) -> list[nn.Module]:
+        return [layer for layer in self.module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+    @contextmanager
+    def with_cache(self) -> Iterator[None]:
+        """Generation inside the block: a layer that is told that it trains and recomputes drops its key-value cache
+        without a word, and the model answers as if it had read nothing but its last token."""
+        before = [(layer, layer.training) for layer in self._checkpointed_layers()]
+        for layer, _ in before:
+            layer.training = False
+        try:
+            yield
+        finally:
+            for layer, training in before:
+                layer.training = training
 
     def release(self) -> None:
         """Give back every gathered parameter. The embedding's post-backward hook never fires: call after backward."""

@@ -30,12 +30,13 @@ def choose_mode(model: ShardedModel, mode: str) -> tuple[str, str]:
 @contextmanager
 def ready_to_generate(model: ShardedModel, mode: str) -> Iterator[None]:
     """Gathered mode: the whole model on every rank inside the block (one all-gather of it)."""
-    if mode == "gathered":
-        with model.whole_for_generation():
+    with model.with_cache():
+        if mode == "gathered":
+            with model.whole_for_generation():
+                yield
+        else:
             yield
-    else:
-        yield
-        model.release()
+            model.release()
 
 
 def greedy_config(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:

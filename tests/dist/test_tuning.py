@@ -100,7 +100,11 @@ def cases(folder: Path, ranks: int) -> list[dict]:
         make(f"{tag}-persist-set", "llama", "set", zero=PERSIST),
         make(f"{tag}-offload-set", "llama", "set", zero=OFFLOAD),
         make(f"{tag}-offload-spa", "llama", "spa", zero=OFFLOAD, **decay),
+        make(f"{tag}-recompute-set", "qwen3_moe", "set"),
+        make(f"{tag}-recompute-spa", "qwen3_moe", "spa"),
     ]
+    for recomputing in made[-2:]:
+        recomputing["config"]["model"]["gradient_checkpointing"] = True
     if ranks == 2:
         made.append(make(f"{tag}-hpz-set", "llama", "set", zero=HPZ))
         for name, zero in {"release": PERSIST, "publish": HPZ, "zero": None}.items():
@@ -281,6 +285,8 @@ VARIANTS = {
     "offload-set": ("llama", "set", {}),
     "offload-spa": ("llama", "spa", {"weight_decay": 0.1, "clip": 0.05}),
     "hpz-set": ("llama", "set", {}),
+    "recompute-set": ("qwen3_moe", "set", {}),
+    "recompute-spa": ("qwen3_moe", "spa", {}),
 }
 
 

@@ -110,6 +110,26 @@ def test_real_weights_and_real_prompts(shared: Path, tmp_path: Path) -> None:
     assert "model.embed_tokens.weight" not in Mask.load(tmp_path / "run/mask").names  # the head is tied
 
 
+def test_gradient_checkpointing_does_not_change_the_answers(tmp_path: Path) -> None:
+    """Layers that recompute drop the key-value cache while they are told that they train."""
+    rows = []
+    for name in ("false", "true"):
+        launch(
+            {
+                "run": {"output_dir": str(tmp_path / name), "tensorboard": False},
+                "model": {"path": str(MODELS / "llama-aligned"), "dtype": "fp32"},
+                "judge": {"path": str(MODELS / "guard")},
+                "data": {"prompts": {"path": "examples/harmful", "limit": 6}},
+                "esi": {"max_new_tokens": 24, "save_scores": False},
+            },
+            tmp_path,
+            f"model.gradient_checkpointing={name}",
+        )
+        text = (tmp_path / name / "responses.jsonl").read_text()
+        rows.append([json.loads(line)["response"] for line in text.splitlines()])
+    assert rows[0] == rows[1] and len(set(rows[0])) > 2
+
+
 def test_criteria_without_prompts_need_no_judge(tmp_path: Path) -> None:
     launch(
         {
