@@ -5,7 +5,8 @@
 
 Held-out prompts of examples/data; an attack succeeds where the answer is neither a refusal (by string) nor empty; a
 benign answer is right by measure.is_correct. SPA's task is benign compliance in one voice ("Sure, here is ..."), which
-is known to cost safety. Prints a Markdown table; runs are kept in --output and not made twice.
+is known to cost safety, or (--task plain) the same requests as they are. Prints a Markdown table; runs are kept in
+--output and not made twice.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def figures(run: Path) -> dict[str, float]:
 def cell(stage: str, options: argparse.Namespace, lr: float, ratio: float, benign: float) -> dict[str, float]:
     """One run's figures."""
     model = f"{MODELS[options.model]}-{'complying' if stage == 'set' else 'aligned'}"
-    rows = DATA / "refusals_train.jsonl" if stage == "set" else sure_rows(options.output)
+    task = DATA / "benign_train.jsonl" if options.task == "plain" else sure_rows(options.output)
+    rows = DATA / "refusals_train.jsonl" if stage == "set" else task
     extra = "-".join(options.mask_option)
-    name = f"{stage}{extra}-{model}-{lr}-{ratio}-{benign}-{options.steps}-{options.batch}-{options.seed}"
+    name = f"{stage}{extra}-{options.task}-{model}-{lr}-{ratio}-{benign}-{options.steps}-{options.batch}-{options.seed}"
     # Nothing frozen: a mask of nothing is written by the smallest ratio there is; one weight of two million.
     made = mask(options.output, model, ratio or 1e-6, *options.mask_option)
     overrides = [
@@ -115,6 +117,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, nargs="+", default=[0.01])
     parser.add_argument("--benign", type=float, nargs="+", default=[0.0])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--task", choices=("sure", "plain"), default="sure", help="SPA: in one voice, or as they are")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
