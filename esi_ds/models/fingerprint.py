@@ -72,17 +72,17 @@ def fingerprint(parameters: Iterable[Parameter], digests: Mapping[str, str]) -> 
 
 
 def check_mask_structure(mask: Mask, parameters: Sequence[Parameter], field: str) -> None:
-    """Refuse a mask that does not name exactly the scored parameters of this model in their shapes (METHOD §3: fail
-    closed; a parameter the mask does not know would otherwise train in full, or not at all)."""
-    expected = {parameter.name: parameter.shape for parameter in parameters if parameter.scored}
-    wrapped = [name for name in expected if name.startswith("base_model.model.") or ".lora_" in name]
+    """Refuse a mask that leaves a scored parameter of this model unnamed, or names one that the model has not, or in
+    another shape (METHOD §3: fail closed). It may name unscored ones too."""
+    shapes = {parameter.name: parameter.shape for parameter in parameters}
+    wrapped = [name for name in shapes if name.startswith("base_model.model.") or ".lora_" in name]
     if wrapped:
         raise UserError(
             field, str(mask.path), f"the model is wrapped by an adapter ({wrapped[0]})", "give its base model"
         )
-    missing = [name for name in expected if name not in mask.shapes]
-    extra = [name for name in mask.shapes if name not in expected]
-    for names, problem in ((missing, "does not name"), (extra, "names, though the model does not have or score it,")):
+    missing = [parameter.name for parameter in parameters if parameter.scored and parameter.name not in mask.shapes]
+    extra = [name for name in mask.shapes if name not in shapes]
+    for names, problem in ((missing, "does not name"), (extra, "names, though the model does not have it,")):
         if names:
             raise UserError(
                 field,
@@ -90,12 +90,12 @@ def check_mask_structure(mask: Mask, parameters: Sequence[Parameter], field: str
                 f"{problem} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
                 "it is the mask of another model: score this one",
             )
-    for name, shape in expected.items():
-        if mask.shapes[name] != shape:
+    for name, shape in mask.shapes.items():
+        if shapes[name] != shape:
             raise UserError(
                 field,
                 str(mask.path),
-                f"{name} has shape {list(mask.shapes[name])} in the mask and {list(shape)} in the model",
+                f"{name} has shape {list(shape)} in the mask and {list(shapes[name])} in the model",
                 "it is the mask of another model: score this one",
             )
     total = sum(parameter.numel for parameter in parameters)

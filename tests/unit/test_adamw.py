@@ -171,7 +171,7 @@ def reshaped(model: nn.Module, folder: Path) -> nn.Module:
         (lambda model, folder: model.parameters(), "without names"),
         (lambda model, folder: [{"params": list(model.parameters())}], "without names"),
         (renamed, "does not name"),
-        (without, "names, though"),
+        (without, "names, though the model does not have it"),
         (wrapped, "wrapped"),
         (reshaped, "has shape"),
         (lambda model, folder: list(model.named_parameters())[:-2], "not among the parameters"),
@@ -180,6 +180,35 @@ def reshaped(model: nn.Module, folder: Path) -> nn.Module:
 def test_refusals(folder: Path, change, message: str) -> None:
     with pytest.raises(UserError, match=message):
         esi_ds.MaskedAdamW(change(load(folder), folder), folder / "mask")
+
+
+def test_a_mask_may_name_unscored_parameters_too(folder: Path, tmp_path: Path) -> None:
+    """A plain module, every parameter in the mask, all bits set: torch.optim.AdamW, biases included."""
+    from safetensors.torch import save_file
+
+    from esi_ds.core.mask import INDEX_NAME
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3))
+    plain = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3))
+    plain.load_state_dict(model.state_dict())
+    named = dict(model.named_parameters())
+    counts = {name: parameter.numel() for name, parameter in named.items()}
+    total = str(sum(counts.values()))
+    metadata = {"format": "esi-mask/1", "k": total, "total_numel": total, "ratio": "1.0", "fingerprint": "a:b"}
+    metadata |= {"shapes": json.dumps({name: p.shape for name, p in named.items()}), "counts": json.dumps(counts)}
+    bits = {name: pack_bits(torch.ones(count, dtype=torch.bool)) for name, count in counts.items()}
+    save_file(bits, tmp_path / "m.safetensors", metadata=metadata)
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(bits, "m.safetensors")}))
+    optimizer = esi_ds.MaskedAdamW(model, tmp_path, **OPTIONS)
+    reference = torch.optim.AdamW(plain.parameters(), foreach=False, **OPTIONS)
+    for _ in range(3):
+        inputs = torch.randn(4, 5)
+        for trained, by in ((model, optimizer), (plain, reference)):
+            by.zero_grad()
+            trained(inputs).square().sum().backward()
+            by.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
 def test_nothing_to_train_is_refused(folder: Path, tmp_path: Path) -> None:
