@@ -5,6 +5,7 @@ Bit i of the flattened (row-major) parameter is bit i % 8, least significant fir
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from esi_ds.errors import UserError
 
 FORMAT = "esi-mask/1"
 INDEX_NAME = "model.safetensors.index.json"
+DIGESTS_NAME = "digests.json"  # sha256 of every parameter's bytes; a mask made elsewhere need not have it
 
 
 def num_bytes(numel: int) -> int:
@@ -33,6 +35,11 @@ def unpack_bits(data: Tensor, count: int, skip: int = 0) -> Tensor:
     """bool [count]: the bits from number ``skip`` on of a uint8 tensor."""
     bits = np.unpackbits(data.cpu().numpy(), count=skip + count, bitorder="little")
     return torch.from_numpy(bits[skip:].astype(bool))
+
+
+def digest(data: Tensor) -> str:
+    """sha256 of a uint8 tensor's bytes."""
+    return hashlib.sha256(data.numpy().tobytes()).hexdigest()
 
 
 class Mask:
@@ -124,6 +131,14 @@ class Mask:
         """bool, in the parameter's own shape."""
         return self.bits(name).reshape(self.shapes[name])
 
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        file = self.path / DIGESTS_NAME
+        try:
+            return json.loads(file.read_text()) if file.is_file() else {}
+        except ValueError as error:
+            raise UserError("mask", str(file), f"cannot be read: {error}", "make the mask again") from error
+
     def problems(self, part: int = 0, num_parts: int = 1) -> list[str]:
         """Every inconsistency between the bits and the metadata, as sentences; empty if the mask is sound.
 
@@ -143,6 +158,8 @@ class Mask:
             selected = int(np.bitwise_count(data.numpy()).sum())
             if selected != self.counts[name]:
                 found.append(f"{name}: {selected} bits set, metadata says {self.counts[name]}")
+            elif name in self._digests and digest(data) != self._digests[name]:
+                found.append(f"{name}: its bits are not those that were written ({DIGESTS_NAME})")
             if numel % 8 and int(data[-1]) >> (numel % 8):
                 found.append(f"{name}: padding bits are set")
         if sum(self.counts.values()) != self.k:

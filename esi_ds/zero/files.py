@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from esi_ds.artifacts import replace_folder
-from esi_ds.core.mask import INDEX_NAME, num_bytes, pack_bits
+from esi_ds.artifacts import replace_folder, write_json_atomic
+from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, digest, num_bytes, pack_bits
 from esi_ds.core.units import Parameter
 from esi_ds.zero import runtime
 
@@ -74,11 +75,13 @@ def write_folder(
     metadata: dict[str, str],
     local_bytes: Callable[[str], tuple[int, bytes]],
     extra: dict[str, Any] | None = None,
+    digests_name: str | None = None,
 ) -> None:
     """A folder of safetensors and its index, written by all ranks; moved to its name when it is whole.
 
-    local_bytes(name): (first byte within the tensor, this rank's bytes). extra: further JSON files, by name. Three
-    barriers.
+    local_bytes(name): (first byte within the tensor, this rank's bytes). extra: further JSON files, by name.
+    digests_name: a JSON file of the sha256 of every uint8 tensor, read back from the disk. Three barriers, and a gather
+    of the digests.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     headers = {file: file_header(entries, metadata) for file, entries in files.items()}
@@ -96,9 +99,23 @@ def write_folder(
             opened.flush()
             os.fsync(opened.fileno())
     runtime.barrier()
+    if digests_name is not None:
+        parts = runtime.gather_objects(_read_digests(temporary, files))
+        if runtime.is_main():
+            write_json_atomic(temporary / digests_name, {name: found for part in parts for name, found in part.items()})
     if runtime.is_main():
         replace_folder(temporary, folder)
     runtime.barrier()
+
+
+def _read_digests(folder: Path, files: dict[str, list[Entry]]) -> dict[str, str]:
+    """sha256 of this rank's share of the tensors, whoever wrote them."""
+    places = [(file, entry.name) for file, entries in files.items() for entry in entries]
+    digests = {}
+    for file, name in places[runtime.rank() :: runtime.world_size()]:
+        with safe_open(folder / file, "pt") as opened:
+            digests[name] = digest(opened.get_tensor(name))
+    return digests
 
 
 def _start_folder(temporary: Path, files: dict[str, list[Entry]], headers: dict[str, tuple[bytes, dict[str, int]]]):
@@ -165,7 +182,7 @@ def write_mask(
             data[-1] = last_bytes[name]
         return (first_bit + skip) // 8, data.numpy().tobytes()
 
-    write_folder(folder, files, metadata, local_bytes, extra={"units.json": units})
+    write_folder(folder, files, metadata, local_bytes, extra={"units.json": units}, digests_name=DIGESTS_NAME)
 
 
 def _shared_bytes(parameters: Sequence[Parameter], starts: Tensor, bits: dict[str, Tensor]) -> dict[str, int]:

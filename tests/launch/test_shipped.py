@@ -141,3 +141,19 @@ def test_criteria_without_prompts_need_no_judge(tmp_path: Path) -> None:
         "run.tensorboard=false",
     )
     assert mask_main(["verify", str(tmp_path / "run/mask"), "--scores", str(tmp_path / "run/scores")]) == 0
+    swap_two_bits(tmp_path / "run/mask")  # as many as before, and the scores need not be there to notice
+    assert mask_main(["verify", str(tmp_path / "run/mask")]) == 2
+
+
+def swap_two_bits(folder: Path) -> None:
+    """One weight more and one less in the first parameter's first two bytes that differ."""
+    from safetensors.torch import load_file, save_file
+
+    mask = Mask.load(folder)
+    file = folder / "model-00001-of-00001.safetensors"
+    tensors = load_file(file)
+    data = tensors[mask.names[0]]
+    first = int((data != 0).nonzero()[0])
+    other = int((data != data[first]).nonzero()[0])
+    data[first], data[other] = data[other].clone(), data[first].clone()
+    save_file(tensors, file, metadata=mask.metadata)
