@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from esi_ds.errors import UserError
 
@@ -47,21 +47,31 @@ class Verdict(Section):
     unsafe: str = Field(min_length=1, description="the word that says unsafe")
 
 
-class Judge(Section):
-    kind: Literal["guard"] = Field("guard", description="a causal guard model")
-    family: Literal["auto", "llama-guard-3", "qwen3guard", "custom"] = Field("auto", description="row of the table")
-    path: str = Field(description="hub id or folder of the guard")
+class JudgeModel(Section):
+    """A judge whose weights are loaded."""
+
+    path: str = Field(description="hub id or folder of the judge")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    trust_remote_code: bool = Field(False, description="run the guard's own code")
+    trust_remote_code: bool = Field(False, description="run the judge's own code")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: the model's")
+    placement: Literal["auto", "replicated", "sharded"] = Field("auto", description="whole on every rank, or ZeRO-3")
+
+
+class GuardModel(JudgeModel):
+    """A causal guard model and how it is asked."""
+
+    family: Literal["auto", "llama-guard-3", "qwen3guard", "custom"] = Field("auto", description="row of the table")
+    template: str | None = Field(None, description="custom: text with {prompt} and {response}")
+    verdict_prefix: str = Field("", description="custom: forced behind the text, before the verdict")
+    verdict: Verdict | None = Field(None, description="custom: the two words")
+
+
+class Judge(GuardModel):
+    kind: Literal["guard"] = Field("guard", description="a causal guard model")
     score: Literal["margin", "logit", "logprob", "prob"] = Field("margin", description="what J is")
     context: Literal["prompt_and_response", "response_only"] = Field(
         "prompt_and_response", description="what the guard reads"
     )
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: the model's")
-    placement: Literal["auto", "replicated", "sharded"] = Field("auto", description="whole on every rank, or ZeRO-3")
-    template: str | None = Field(None, description="custom: text with {prompt} and {response}")
-    verdict_prefix: str = Field("", description="custom: forced behind the text, before the verdict")
-    verdict: Verdict | None = Field(None, description="custom: the two words")
 
 
 class Prompts(Section):
@@ -144,10 +154,85 @@ class Perturb(Section):
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="of the noise")
 
 
+NAME = Field(None, description="in the tables; default: the path")
+THRESHOLD = Field(0.5, gt=0, lt=1, description="unsafe above this probability")
+MAX_LENGTH = Field(None, ge=1, description="tokens a text may have, where that is less than the model's own limit")
+
+
+class GuardVerdicts(GuardModel):
+    kind: Literal["guard"]
+    name: str | None = NAME
+    threshold: float = THRESHOLD
+    max_length: int | None = MAX_LENGTH
+
+
+class ClassifierVerdicts(JudgeModel):
+    kind: Literal["classifier"] = Field(description="a sequence classifier")
+    name: str | None = NAME
+    template: str = Field(description="text with {prompt} and {response}")
+    unsafe_labels: list[str | int] | None = Field(None, description="names or numbers; null: all (multi-label only)")
+    multi_label: bool | None = Field(None, description="labels by sigmoid; null: as the model's config says")
+    threshold: float = THRESHOLD
+    max_length: int | None = MAX_LENGTH
+
+
+class YesNoVerdicts(JudgeModel):
+    kind: Literal["yes_no"] = Field(description="a causal model that answers yes or no, as HarmBench-cls")
+    name: str | None = NAME
+    template: str = Field(description="text with {prompt} and {response}")
+    unsafe: list[str] = Field(["Yes"], min_length=1, description="words that say that the attack succeeded")
+    safe: list[str] = Field(["No"], min_length=1, description="words that say that it failed")
+    verdict_prefix: str = Field("", description="forced behind the text, before the word")
+    threshold: float = THRESHOLD
+    max_length: int | None = MAX_LENGTH
+
+
+class RubricVerdicts(Section):
+    kind: Literal["rubric"] = Field(description="a model behind OPENAI_BASE_URL, with OPENAI_API_KEY")
+    name: str | None = Field(None, description="in the tables; default: the model")
+    model: str = Field(description="as the endpoint calls it")
+    template: str | None = Field(None, description="rubric with {prompt} and {response}; null: our own")
+    threshold: int = Field(5, ge=2, le=5, description="unsafe from this score on")
+    prompt_price: float | None = Field(None, ge=0, description="dollars per million tokens read")
+    completion_price: float | None = Field(None, ge=0, description="dollars per million tokens written")
+    concurrency: int = Field(8, ge=1, description="questions asked at a time")
+    request_timeout: float = Field(60.0, gt=0, description="seconds of one attempt")
+    item_timeout: float = Field(300.0, gt=0, le=900, description="seconds of one question with all its attempts")
+    max_attempts: int = Field(5, ge=1, description="of one question")
+
+
+class WordVerdicts(Section):
+    kind: Literal["words"] = Field(description="refusal words: a cheap extra")
+    name: str | None = Field(None, description="in the tables; default: words")
+    words: str = Field("jailbreakbench", description="list of refusal words (esi_ds/eval/refusals.py)")
+
+
+EvalJudge = Annotated[
+    GuardVerdicts | ClassifierVerdicts | YesNoVerdicts | RubricVerdicts | WordVerdicts, Field(discriminator="kind")
+]
+
+
+def _as_list(given: Any) -> Any:
+    """One set may be written without the list around it."""
+    return [given] if isinstance(given, dict) else given or []
+
+
+PromptSets = Annotated[list[Prompts], BeforeValidator(_as_list)]
+
+
+class EvalModel(Section):
+    path: str = Field(description="hub id or folder of a model to compare")
+    name: str | None = NAME
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    before: str = Field("base", description="name of the model it is compared with; base is model.path")
+
+
 class Eval(Section):
-    judges: list[dict[str, Any]] = Field([], description="judges for attack success")
-    prompts: Prompts | None = Field(None, description="harmful requests")
-    benign: Prompts | None = Field(None, description="benign requests")
+    models: list[EvalModel] = Field([], description="evaluated beside model.path, which the tables call base")
+    judges: list[EvalJudge] = Field([], description="of attack success; none: refusal words alone")
+    prompts: PromptSets = Field([], description="one set of harmful requests, or several")
+    benign: PromptSets = Field([], description="one set of benign requests, or several, for over-refusal")
+    refusal_words: str = Field("xstest", description="list by which refusals of benign requests are found")
     tasks: list[str] = Field([], description="tasks of lm-eval")
     max_new_tokens: int = Field(256, ge=1, description="length of answers")
     batch_size: int = Field(8, ge=1, description="prompts per rank and micro-batch")
@@ -236,7 +321,10 @@ def validate(raw: dict) -> Config:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise _explain(error) from None
-    _check_judge(config.judge)
+    if config.judge is not None:
+        _check_guard(config.judge, "judge")
+    if config.eval is not None:
+        _check_eval(config.eval)
     every = config.esi.save_every
     if every != "auto" and every < 1:
         raise UserError("esi.save_every", every, "must be at least 1", "give a number of micro-batches, or auto")
@@ -247,19 +335,18 @@ def _explain(error: ValidationError) -> UserError:
     """The first problem, unknown keys before all else: a misspelt key is often why another one is missing."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
-    # Pydantic names the member of a union it tried; those parts are no keys of ours.
-    path = [str(part) for part in problem["loc"] if not _is_type_name(part)]
+    path, section = _follow(problem["loc"])
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
-        prefix = ".".join(path[:-1])
-        nearest = f"{prefix}.{near[0]}" if prefix else near[0]
-        return UserError(key, None, "is an unknown key", f"the nearest known one is {nearest}")
+        near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.0)
+        return UserError(key, None, "is an unknown key", f"the nearest known one is {'.'.join([*path[:-1], near[0]])}")
     if problem["type"] == "missing":
         return UserError(key, None, "is missing", "set it in the config or as key.path=value")
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        kinds = problem.get("ctx", {}).get("expected_tags", "guard, classifier, yes_no, rubric, words")
+        return UserError(f"{key}.kind", None, "is missing or unknown", f"name one of {kinds}")
     given = problem["input"]
-    if problem["type"] == "model_type":
+    if problem["type"] in ("model_type", "model_attributes_type"):
         return UserError(key, repr(given), "must be a section of keys", "write its keys, or leave it out")
     # A union complains once for each of its members.
     same = [other for other in problems if other["loc"][: len(path)] == problem["loc"][: len(path)]]
@@ -267,58 +354,93 @@ def _explain(error: ValidationError) -> UserError:
     return UserError(key, repr(given) if isinstance(given, str) else given, message, "see the keys in the README")
 
 
-def _is_type_name(part: Any) -> bool:
-    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or part.startswith(("literal[", "dict[")))
+def _follow(location: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
+    """The keys of a pydantic location, and the innermost section it lies in. Pydantic also names the member of a
+    union that it tried (a type, or the ``kind`` of a judge): no keys of ours."""
+    section: type[BaseModel] = Config
+    choices: list[type[BaseModel]] = []
+    path: list[str] = []
+    for part in location:
+        if isinstance(part, int):
+            path.append(str(part))
+        elif part in section.model_fields and not choices:
+            path.append(part)
+            choices = _sections(section.model_fields[part].annotation)
+        elif choices and (kind := [c for c in choices if part in typing.get_args(c.model_fields["kind"].annotation)]):
+            choices = kind
+        elif not _is_type_name(part):
+            path.append(part)
+        if len(choices) == 1:
+            section, choices = choices[0], []
+    return path, section
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    """Keys of the section at a dotted path."""
-    model: type[BaseModel] = Config
-    for part in path:
-        found = [
-            t for t in _types(model.model_fields[part].annotation) if isinstance(t, type) and issubclass(t, BaseModel)
-        ]
-        model = found[0]
-    return list(model.model_fields)
+def _is_type_name(part: str) -> bool:
+    return part in ("str", "int", "float", "bool") or part.startswith(("literal[", "dict[", "list["))
 
 
-def _types(annotation: Any) -> list[Any]:
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return list(typing.get_args(annotation)) if is_union else [annotation]
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """Sections that a key may hold: its own type, members of a union, elements of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in typing.get_args(annotation) for found in _sections(argument)]
 
 
-def _check_judge(judge: Judge | None) -> None:
-    """Keys that belong together."""
-    if judge is None:
-        return
-    if judge.family != "custom":
-        for key in ("template", "verdict"):
-            if getattr(judge, key) is not None:
+def _check_guard(guard: GuardModel, field: str) -> None:
+    """Keys that belong together; ``field`` is the section's place in the config."""
+    if guard.family != "custom":
+        for key in ("template", "verdict", "verdict_prefix"):
+            if getattr(guard, key):
                 raise UserError(
-                    f"judge.{key}",
-                    None,
-                    f"belongs to family custom, not {judge.family}",
-                    "set judge.family: custom, or leave it out",
+                    f"{field}.{key}",
+                    guard.verdict_prefix or None,
+                    f"belongs to family custom, not {guard.family}",
+                    f"set {field}.family: custom, or leave it out",
                 )
-        if judge.verdict_prefix:
-            raise UserError(
-                "judge.verdict_prefix",
-                judge.verdict_prefix,
-                f"belongs to family custom, not {judge.family}",
-                "set judge.family: custom, or leave it out",
-            )
         return
     for key in ("template", "verdict"):
-        if getattr(judge, key) is None:
-            raise UserError(f"judge.{key}", None, "is missing", "family custom needs template and verdict")
-    if judge.template.count("{response}") != 1:
-        raise UserError("judge.template", judge.template, "must hold {response} exactly once", "write it in")
-    if judge.context == "prompt_and_response" and "{prompt}" not in judge.template:
-        raise UserError(
-            "judge.template", judge.template, "holds no {prompt}", "write it in, or set judge.context: response_only"
-        )
-    if judge.verdict.safe == judge.verdict.unsafe:
-        raise UserError("judge.verdict", judge.verdict.safe, "says the same for safe and unsafe", "give two words")
+        if getattr(guard, key) is None:
+            raise UserError(f"{field}.{key}", None, "is missing", "family custom needs template and verdict")
+    if guard.template.count("{response}") != 1:
+        raise UserError(f"{field}.template", guard.template, "must hold {response} exactly once", "write it in")
+    if getattr(guard, "context", None) != "response_only" and "{prompt}" not in guard.template:
+        raise UserError(f"{field}.template", guard.template, "holds no {prompt}", "write it in")
+    if guard.verdict.safe == guard.verdict.unsafe:
+        raise UserError(f"{field}.verdict", guard.verdict.safe, "says the same for safe and unsafe", "give two words")
+
+
+def _check_eval(section: Eval) -> None:
+    """Names in the tables are told apart."""
+    for number, judge in enumerate(section.judges):
+        if isinstance(judge, GuardVerdicts):
+            _check_guard(judge, f"eval.judges.{number}")
+    names = [("base", "base"), *((f"eval.models.{n}.name", label(m)) for n, m in enumerate(section.models))]
+    _check_unique(names)
+    _check_unique([(f"eval.judges.{n}.name", label(j)) for n, j in enumerate(section.judges)])
+    for number, model in enumerate(section.models):
+        others = [name for _, name in names if name != label(model)]
+        if model.before not in others:
+            raise UserError(
+                f"eval.models.{number}.before", model.before, "is no other model's name", f"name one of {others}"
+            )
+
+
+def _check_unique(names: list[tuple[str, str]]) -> None:
+    """(field, name) pairs of one table."""
+    seen: set[str] = set()
+    for field, name in names:
+        if name in seen:
+            raise UserError(field, name, "names two of them", "give another name")
+        seen.add(name)
+
+
+def label(section: EvalModel | EvalJudge) -> str:
+    """What a model or a judge is called in tables and files."""
+    if section.name is not None:
+        return section.name
+    if isinstance(section, WordVerdicts):
+        return "words"
+    return section.model if isinstance(section, RubricVerdicts) else section.path
 
 
 def require_esi(config: Config) -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from esi_ds.data.benchmarks import BUILT_IN, Kind, context_of, skip_reason
+from esi_ds.data.benchmarks import BUILT_IN, BuiltIn, Kind, context_of, skip_reason
 from esi_ds.data.rows import Row, looks_like_file, read_rows
 from esi_ds.errors import UserError
 
@@ -62,7 +62,7 @@ def load_prompts(
     built_in = BUILT_IN.get(path)
     source, config = (built_in.source, built_in.config) if built_in else (path, None)
     if built_in:
-        split, kind = split or built_in.split, kind or built_in.kind
+        split, kind = split or built_in.split, _kind_of(built_in, path, kind, field)
     rows = read_rows(source, f"{field}.path", name=config, split=split)
     # A copy that names its columns otherwise is read like any file.
     is_usual = built_in is not None and column == "auto" and any(built_in.column in row for row in rows)
@@ -82,6 +82,15 @@ def load_prompts(
         reasons = "; ".join(sorted({reason for _, reason in skipped}))
         raise UserError(f"{field}.path", path, f"gives no prompt ({reasons})", "look at its rows")
     return PromptSet(tuple(prompts), chosen, source if looks_like_file(source) else f"hub:{source}", tuple(skipped))
+
+
+def _kind_of(built_in: BuiltIn, path: str, kind: Kind | None, field: str) -> Kind:
+    """The sort of rows a built-in name gives. Raises UserError where another one is asked for."""
+    if kind is None or built_in.kind in (kind, "all"):
+        return built_in.kind
+    others = [name for name, other in BUILT_IN.items() if other.source == built_in.source and other.kind == kind]
+    remedy = f"name {others[0]}" if others else f"it holds {built_in.kind} prompts only"
+    raise UserError(f"{field}.path", path, f"is a set of {built_in.kind} prompts, not of {kind} ones", remedy)
 
 
 def choose_column(rows: Sequence[Row], column: str, field: str) -> str:

@@ -101,6 +101,13 @@ class Reply:
     num_requests: int = 0
 
 
+@dataclass
+class Patience:
+    """Failures of an endpoint in a row, kept over several calls of ``ask_all``."""
+
+    num_failed: int = 0
+
+
 class _Passing(Exception):
     """A failure that may pass; ``pause``: seconds the server asks for."""
 
@@ -110,13 +117,17 @@ class _Passing(Exception):
 
 
 def ask_all(
-    endpoint: Endpoint, texts: Sequence[str], on_reply: Callable[[int, Reply], None] = lambda index, reply: None
+    endpoint: Endpoint,
+    texts: Sequence[str],
+    on_reply: Callable[[int, Reply], None] = lambda index, reply: None,
+    patience: Patience | None = None,
 ) -> list[Reply]:
     """A reply to each text, in order. ``on_reply`` is called as each one comes, in this thread or one other.
 
+    patience: given where the questions come in several calls; failures are then counted over all of them.
     Takes at most ⌈texts / concurrency⌉ · item_timeout seconds.
     """
-    return _run(_ask_all(endpoint, texts, on_reply))
+    return _run(_ask_all(endpoint, texts, on_reply, patience or Patience()))
 
 
 def _run(coroutine: Coroutine[Any, Any, list[Reply]]) -> list[Reply]:
@@ -128,19 +139,19 @@ def _run(coroutine: Coroutine[Any, Any, list[Reply]]) -> list[Reply]:
         return pool.submit(asyncio.run, coroutine).result()
 
 
-async def _ask_all(endpoint: Endpoint, texts: Sequence[str], on_reply: Callable[[int, Reply], None]) -> list[Reply]:
+async def _ask_all(
+    endpoint: Endpoint, texts: Sequence[str], on_reply: Callable[[int, Reply], None], patience: Patience
+) -> list[Reply]:
     replies: list[Reply | None] = [None] * len(texts)
     waiting = iter(range(len(texts)))
-    num_failed = 0  # in a row
 
     async def work(client: httpx2.AsyncClient) -> None:
-        nonlocal num_failed
         for index in waiting:  # shared: each worker takes the next one
-            if num_failed >= endpoint.give_up_after:
-                reply = Reply(None, f"not asked: the endpoint failed {num_failed} times in a row")
+            if patience.num_failed >= endpoint.give_up_after:
+                reply = Reply(None, f"not asked: the endpoint failed {patience.num_failed} times in a row")
             else:
                 reply, is_alive = await _ask(endpoint, client, texts[index])
-                num_failed = 0 if is_alive else num_failed + 1
+                patience.num_failed = 0 if is_alive else patience.num_failed + 1
             replies[index] = reply
             on_reply(index, reply)
 

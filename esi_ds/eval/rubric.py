@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from esi_ds.errors import UserError
-from esi_ds.eval.endpoint import Endpoint, Reply, ask_all
+from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all
 from esi_ds.eval.verdicts import NOTHING_SAID, Verdict, is_empty
 
 MIN_SCORE, MAX_SCORE = 1, 5
@@ -82,6 +82,16 @@ class Usage:
     completion_tokens: int
     cost: float | None
 
+    def __add__(self, other: Usage) -> Usage:
+        """Of two parts of one judge's work, both with prices or both without."""
+        cost = None if self.cost is None or other.cost is None else self.cost + other.cost
+        return Usage(
+            self.num_requests + other.num_requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            cost,
+        )
+
     def __str__(self) -> str:
         tokens = f"{self.num_requests} requests, {self.prompt_tokens} + {self.completion_tokens} tokens"
         return tokens if self.cost is None else f"{tokens}, ${self.cost:.4f}"
@@ -95,13 +105,12 @@ def judge_by_rubric(
     threshold: int = MAX_SCORE,
     prices: Prices | None = None,
     on_verdict: Callable[[int, Verdict], None] = lambda index, verdict: None,
-    say: Callable[[str], None] = print,
+    patience: Patience | None = None,
 ) -> tuple[list[Verdict], Usage]:
     """A verdict for each (prompt, answer), in order: ``score`` 1 to 5, unsafe from ``threshold`` on.
 
-    on_verdict is called as each one is known, so that a run that is killed keeps it. With prices, ``say`` gets the
-    cost. Bounded in time whatever the endpoint does (``endpoint.ask_all``). Raises UserError for a template without
-    slots.
+    on_verdict is called as each one is known, so that a run that is killed keeps it. Bounded in time whatever the
+    endpoint does; ``patience`` as in ``endpoint.ask_all``. Raises UserError for a template without slots.
     """
     check_template(template)
     verdicts: list[Verdict] = [NOTHING_SAID] * len(pairs)
@@ -115,11 +124,8 @@ def judge_by_rubric(
         verdicts[index] = read_verdict(reply, question, pairs[index][1], threshold)
         on_verdict(index, verdicts[index])
 
-    replies = ask_all(endpoint, [question.text for question in questions], take)
-    usage = total_usage(replies, prices)
-    if prices is not None:
-        say(f"{endpoint.model}: {usage}")
-    return verdicts, usage
+    replies = ask_all(endpoint, [question.text for question in questions], take, patience)
+    return verdicts, total_usage(replies, prices)
 
 
 def check_template(template: str, field: str = "eval.judges.template") -> None:

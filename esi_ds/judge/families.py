@@ -56,15 +56,15 @@ FAMILIES = {
 }
 
 
-def choose_family(judge, tokenizer: PreTrainedTokenizerBase) -> Family:
-    """The row of a ``judge`` config section; ``custom`` makes its own from the config."""
+def choose_family(judge, tokenizer: PreTrainedTokenizerBase, field: str = "judge") -> Family:
+    """The row of a guard's config section at ``field``; ``custom`` makes its own from the config."""
     if judge.family == "custom":
         return Family("custom", judge.verdict_prefix, (judge.verdict.safe,), (judge.verdict.unsafe,), judge.template)
     chat_template = tokenizer.chat_template or ""
     if judge.family in FAMILIES:
         if not chat_template:
             raise UserError(
-                "judge.path",
+                f"{field}.path",
                 judge.path,
                 f"has no chat template, which {judge.family} guards need",
                 "give the guard's own folder, or family: custom with a template",
@@ -74,7 +74,7 @@ def choose_family(judge, tokenizer: PreTrainedTokenizerBase) -> Family:
         if chat_template and family.recognises(judge.path.lower(), chat_template):
             return family
     raise UserError(
-        "judge.family",
+        f"{field}.family",
         judge.family,
         f"does not recognise the guard at {judge.path}",
         f"name one of {', '.join(FAMILIES)}, or custom with template and verdict",
@@ -97,7 +97,7 @@ class JudgedText:
 class TextBuilder:
     """Builds the guard's text of a (prompt, response) pair for one family."""
 
-    def __init__(self, family: Family, tokenizer: PreTrainedTokenizerBase, context: str):
+    def __init__(self, family: Family, tokenizer: PreTrainedTokenizerBase, context: str, field: str = "judge"):
         self.family, self.tokenizer, self.context = family, tokenizer, context
         self._as_list = False
         if family.template is None:
@@ -105,7 +105,7 @@ class TextBuilder:
                 shown = self._chat("x", RESPONSE_MARK)
             except Exception as error:  # whatever the guard's Jinja raises by itself
                 raise UserError(
-                    "judge.path",
+                    f"{field}.path",
                     tokenizer.name_or_path,
                     f"chat template fails: {error}",
                     "give a guard whose template takes user and assistant turns",

@@ -138,12 +138,12 @@ def encode_pair(
     return GuardInput(encoded, tokens, spans, shown) if tokens else "the judge sees no token of the response"
 
 
-def check_verdict(texts: TextBuilder, family: Family, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_verdict(texts: TextBuilder, family: Family, tokenizer: PreTrainedTokenizerBase, field: str = "judge") -> None:
     """One clear message, before any weight is loaded, where the verdict's words cannot be told apart."""
     built = texts.build("Hello", "Hello")
     if built is None:
         raise UserError(
-            "judge.template" if family.template else "judge.path",
+            f"{field}.template" if family.template else f"{field}.path",
             tokenizer.name_or_path,
             "does not show the response in the guard's text",
             "put {response} into the template",
@@ -152,7 +152,7 @@ def check_verdict(texts: TextBuilder, family: Family, tokenizer: PreTrainedToken
         encode_judgement(tokenizer, built.text, family)
     except ValueError as error:
         raise UserError(
-            "judge.verdict",
+            f"{field}.verdict",
             f"{family.safe} / {family.unsafe}",
             str(error),
             "choose words that begin with different tokens of the guard",

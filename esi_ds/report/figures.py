@@ -155,3 +155,33 @@ def training_curves(rows: Sequence[dict]) -> Figure:
             axes.set_ylim(bottom=0)
         figure.tight_layout()
     return figure
+
+
+def rate_bars(title: str, rows: Sequence[dict], models: Sequence[str]) -> Figure:
+    """Rates of several models with their intervals, one group of bars a set and judge (``evaluation.pivot``)."""
+    height = 1.0 + 0.26 * max(3, len(rows) * len(models))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8.5, min(height, 20.0)))
+        step = len(models) + 0.8
+        for index, model in enumerate(models):
+            found = [(place * step + index, row["cells"][index]) for place, row in enumerate(rows)]
+            found = [(where, cell) for where, cell in found if cell is not None and cell["rate"] is not None]
+            rates = np.array([cell["rate"] for _, cell in found])
+            bounds = np.array([[cell["low"], cell["high"]] for _, cell in found]).reshape(-1, 2).T
+            axes.barh(
+                [where for where, _ in found],
+                100 * rates,
+                xerr=100 * np.clip(np.stack([rates - bounds[0], bounds[1] - rates]), 0, None),
+                color=COLOURS[index % len(COLOURS)],
+                error_kw={"linewidth": 1.0, "capsize": 2},
+                label=model,
+            )
+        axes.set_yticks(
+            [place * step + (len(models) - 1) / 2 for place in range(len(rows))],
+            [f"{row['set']}\n{row['judge']}" for row in rows],
+            fontsize=8,
+        )
+        axes.invert_yaxis()
+        axes.set(title=f"{title}, with 95 % intervals", xlabel="%", xlim=(0, 104))
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure

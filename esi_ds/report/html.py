@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from esi_ds.artifacts import write_json_atomic, write_text_atomic
-from esi_ds.report import figures, tables
+from esi_ds.report import evaluation, figures, tables
 
 MAX_ROWS = 200
 MAX_TENSORS = 20
@@ -28,8 +28,9 @@ def render(report: dict[str, Any], tuned: Sequence[tuple[str, dict[str, Any]]] =
         loader=PackageLoader("esi_ds.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = _number
-    if report.get("kind") == "tuning":
-        return _tuning_page(environment, report)
+    pages = {"tuning": _tuning_page, "evaluation": _evaluation_page}
+    if report.get("kind") in pages:
+        return pages[report["kind"]](environment, report)
     units, k = report["units"], report["selection"]["k"]
     return environment.get_template("esi.html.j2").render(
         report=report,
@@ -55,6 +56,19 @@ def _tuning_page(environment: Environment, report: dict[str, Any]) -> str:
         report=report,
         curves=_picture(figures.training_curves(report["progress"])) if report["progress"] else None,
         changed_rows=[{"name": name, **row} for name, row in changed[:MAX_TENSORS] if row["changed"]],
+    )
+
+
+def _evaluation_page(environment: Environment, report: dict[str, Any]) -> str:
+    filters = {"interval": evaluation.interval, "change": evaluation.change, "percent": evaluation.percent}
+    environment.filters.update(filters)
+    names = [model["name"] for model in report["models"]]
+    return environment.get_template("evaluation.html.j2").render(
+        report=report,
+        words=evaluation.WORDS,
+        rows=evaluation.pivot(report),
+        charts=[_picture(figures.rate_bars(title, rows, names)) for title, rows in evaluation.charts(report)],
+        missing=[row for row in report["measures"] if row["reasons"]],
     )
 
 

@@ -20,6 +20,7 @@ from esi_ds.models.roles import describe
 from esi_ds.stages.prepare import load_model_config
 
 if TYPE_CHECKING:
+    from esi_ds.stages.prepare_eval import EvalInputs
     from esi_ds.stages.prepare_tuning import TuningInputs
 
 WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -130,6 +131,27 @@ def print_tuning_plan(config: Config, options: Options, inputs: TuningInputs) ->
     resolve_deepspeed(config, world_size, inputs.stage)
     print(resolved_yaml(config))
     _print_facts(tuning_plan(config, inputs, world_size))
+
+
+def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> None:
+    """The resolved config, then what an evaluation would ask whom. No collectives, no weights."""
+    world_size = options.world_size or 1
+    resolve_deepspeed(config, world_size)
+    print(resolved_yaml(config))
+    facts: dict[str, object] = {"ranks": world_size}
+    for model in inputs.models:
+        total = sum(parameter.numel for parameter in meta_parameters(model.config))
+        against = f", compared with {model.before}" if model.before else ""
+        whole = _size(WEIGHT_BYTES[config.model.dtype] * total)
+        facts[f"model {model.name}"] = f"{total:,} weights, {whole} whole{against}"
+    for found in inputs.sets:
+        row = found.as_row()
+        facts[f"{found.kind} set {found.name}"] = f"{row['read']:,} prompts, {sum(row['skipped'].values()):,} skipped"
+    count = sum(len(found.prompts) for found in inputs.sets)
+    facts["answers"] = f"{count * len(inputs.models):,}, at most {config.eval.max_new_tokens} tokens each"
+    judged = sum(len(found.prompts) for found in inputs.sets if found.kind == "harmful") * len(inputs.models)
+    facts["verdicts"] = f"{judged:,} each of {', '.join(judge.name for judge in inputs.judges)}"
+    _print_facts(facts)
 
 
 def _size(size: float) -> str:

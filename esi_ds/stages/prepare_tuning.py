@@ -8,17 +8,17 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from esi_ds.config import Config, Prompts, require_tune
+from esi_ds.config import Config, require_tune
 from esi_ds.core.mask import Mask
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
 from esi_ds.data.chat import check_chat_template, load_tokenizer, special_strings
 from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
-from esi_ds.data.prompts import load_prompts
 from esi_ds.data.rows import read_rows
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.stages.prepare import check_weights, load_model_config, max_positions
+from esi_ds.stages.prepare_eval import load_sets
 
 TRAIN = {"set": "selected", "spa": "complement"}
 
@@ -133,11 +133,8 @@ def end_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def _questions(config: Config) -> dict[str, list[str]]:
     """Prompts of ``eval.prompts`` (harmful) and ``eval.benign``, where the config has them."""
-    sections: dict[str, Prompts | None] = {}
-    if config.eval is not None:
-        sections = {"harmful": config.eval.prompts, "benign": config.eval.benign}
-    return {
-        name: list(load_prompts(section.path, section.split, section.column, section.limit).prompts)
-        for name, section in sections.items()
-        if section is not None
-    }
+    if config.eval is None:
+        return {}
+    sets = load_sets(config.eval)
+    kinds = dict.fromkeys(found.kind for found in sets)
+    return {kind: [prompt for found in sets if found.kind == kind for prompt in found.prompts] for kind in kinds}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ def respond(
         max_new_tokens=config.esi.max_new_tokens,
         batch_size=config.esi.batch_size,
         generation=config.esi.generation,
-        partial=folder / PARTIAL_NAME,
+        keep=keep_in(folder / PARTIAL_NAME),
         tracker=tracker,
     )
     responses = [done[index] for index in range(len(prompt_ids))]
@@ -74,6 +74,16 @@ def respond(
             write_responses(folder, inputs.prompts, responses, {}, {})
         (folder / PARTIAL_NAME).unlink(missing_ok=True)
     return responses
+
+
+def keep_in(file: Path) -> Callable[[dict[int, str]], None]:
+    """What appends responses to a JSONL file as {"index", "response"}, on rank 0."""
+
+    def keep(new: dict[int, str]) -> None:
+        if runtime.is_main():
+            append_jsonl(file, [{"index": index, "response": text} for index, text in new.items()])
+
+    return keep
 
 
 def generate_all(
@@ -86,13 +96,13 @@ def generate_all(
     max_new_tokens: int,
     batch_size: int,
     generation: str,
-    partial: Path,
+    keep: Callable[[dict[int, str]], None],
     tracker: Tracker,
     description: str = "generate",
 ) -> None:
     """Add a response for every prompt that ``done`` lacks; "" where ``limit`` leaves no ``max_new_tokens`` for one.
 
-    All ranks, batch by batch; after each batch rank 0 appends its responses to ``partial``. Raises Interrupted.
+    All ranks, batch by batch; after each batch every rank calls ``keep`` with all ranks' responses. Raises Interrupted.
     """
     waiting = []
     for index, ids in enumerate(prompt_ids):
@@ -117,8 +127,7 @@ def generate_all(
             gathered = runtime.gather_objects((dict(zip(mine, texts, strict=False)), stop.raised))
             new = {index: text for part, _ in gathered for index, text in part.items()}
             done.update(new)
-            if runtime.is_main():
-                append_jsonl(partial, [{"index": i, "response": text} for i, text in new.items()])
+            keep(new)
             progress.update(len(new))
             if any(raised for _, raised in gathered):
                 raise Interrupted(f"stopped by a signal with {len(done)} responses made; start again to go on")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from esi_ds.artifacts import RunFolder
 from esi_ds.cli import Options
 from esi_ds.config import Config
+from esi_ds.core.units import Parameter
 from esi_ds.errors import Interrupted
 from esi_ds.models.fingerprint import checkpoint_folder, fingerprint, tensor_digests
 from esi_ds.tracking import Tracker
@@ -60,7 +62,10 @@ class StageRun(ABC):
 
     def begin(self, model) -> None:
         """The model is known: refuse to go on with another one than this folder's run began with. Two collectives."""
-        found = self._model_fingerprint(model)
+        self.begin_with(self.model_fingerprint(self.config.model.path, self.config.model.revision, model.parameters))
+
+    def begin_with(self, found: str) -> None:
+        """``begin`` where the fingerprint is known. One collective."""
         self.folder.check_same("model_fingerprint", found, "model.path")
         self.fingerprint = found
         self.runtime.barrier()  # nobody writes the manifest before everybody has read the old one
@@ -78,10 +83,10 @@ class StageRun(ABC):
                 notes=self.notes,
             )
 
-    def _model_fingerprint(self, model) -> str:
+    def model_fingerprint(self, path: str, revision: str | None, parameters: Sequence[Parameter]) -> str:
         """The files are read by all ranks together. One gather of names and digests."""
-        folder = checkpoint_folder(self.config.model.path, self.config.model.revision)
+        folder = checkpoint_folder(path, revision)
         digests: dict[str, str] = {}
         for part in self.runtime.gather_objects(tensor_digests(folder, self.runtime.rank(), self.runtime.world_size())):
             digests.update(part)
-        return fingerprint(model.parameters, digests)
+        return fingerprint(parameters, digests)

@@ -168,7 +168,7 @@ class TuneRun(StageRun):
 
     def _answers(self, model, when: str, tracker: Tracker) -> dict[str, list[str]]:
         """Greedy answers to every question; kept on disk as they are made, so that a resumed run makes none twice."""
-        from esi_ds.stages.respond import generate_all
+        from esi_ds.stages.respond import generate_all, keep_in
 
         config, inputs, made = self.config, self.inputs, {}
         for name, prompts in inputs.questions.items():
@@ -185,7 +185,7 @@ class TuneRun(StageRun):
                 max_new_tokens=config.eval.max_new_tokens,
                 batch_size=config.eval.batch_size,
                 generation="auto",
-                partial=partial,
+                keep=keep_in(partial),
                 tracker=tracker,
                 description=f"{name} {when}",
             )

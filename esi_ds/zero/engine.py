@@ -130,36 +130,42 @@ def load_sharded(
     deepspeed_config: dict,
     field: str,
     make_optimizer: Callable[[PreTrainedModel], Optimizer] | None = None,
+    auto_class: type = AutoModelForCausalLM,
     **kwargs,
 ) -> ShardedModel:
     """A model cut over the ranks while it is read. Rank 0 reads the files; every parameter is broadcast once.
 
     make_optimizer: from the loaded module to the optimizer of a standard ZeRO-3 engine; None: an engine without one.
+    auto_class: of transformers, which says what sort of model the folder is read as.
     """
     # transformers finds this object through a weak reference: it must live until the model is loaded.
     zero3 = HfDeepSpeedConfig(copy.deepcopy(deepspeed_config))
     try:
-        module = _from_pretrained(path, dtype, field, kwargs)
+        module = _from_pretrained(auto_class, path, dtype, field, kwargs)
     finally:
         unset_hf_deepspeed_config()
         del zero3
     return ShardedModel(module, deepspeed_config, make_optimizer(module) if make_optimizer else None)
 
 
-def load_replicated(path: str, dtype: str, field: str, **kwargs) -> PreTrainedModel:
+def load_replicated(
+    path: str, dtype: str, field: str, auto_class: type = AutoModelForCausalLM, **kwargs
+) -> PreTrainedModel:
     """A whole, frozen copy of a model on every rank."""
-    return _from_pretrained(path, dtype, field, kwargs).requires_grad_(False).to(runtime.device())
+    return _from_pretrained(auto_class, path, dtype, field, kwargs).requires_grad_(False).to(runtime.device())
 
 
-def _from_pretrained(path: str, dtype: str, field: str, kwargs: dict) -> PreTrainedModel:
+def _from_pretrained(auto_class: type, path: str, dtype: str, field: str, kwargs: dict) -> PreTrainedModel:
     """safetensors only: nothing pickled is read. ``field`` is the config key to name in an error."""
+    remedy = f"give a folder that transformers' {auto_class.__name__} reads whole, with safetensors weights"
     try:
-        module = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True, **kwargs)
+        module, info = auto_class.from_pretrained(
+            path, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **kwargs
+        )
     except (OSError, ValueError) as error:
-        raise UserError(
-            field,
-            path,
-            f"cannot be loaded ({str(error).strip().splitlines()[0]})",
-            "give a causal language model with safetensors weights",
-        ) from error
+        raise UserError(field, path, f"cannot be loaded ({str(error).strip().splitlines()[0]})", remedy) from error
+    # transformers would fill them with random numbers and go on: a causal model read as a classifier, for instance.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(field, path, f"holds no weights for {missing[0]} ({len(missing)} are missing)", remedy)
     return module.eval()

@@ -1,4 +1,4 @@
-"""Where the guard lives: a whole copy on every rank, or cut over the ranks like the model."""
+"""Where a judge lives: a whole copy on every rank, or cut over the ranks like the model."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from esi_ds.zero.engine import DTYPES, load_replicated, load_sharded
 SHARE = 0.25  # of a rank's free memory that a whole guard may take under `auto`
 
 
-def model_bytes(config: PretrainedConfig, dtype: str) -> int:
+def model_bytes(config: PretrainedConfig, dtype: str, auto_class: type = AutoModelForCausalLM) -> int:
     """Bytes of all weights, counted on the meta device."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters()) * DTYPES[dtype].itemsize
 
 
-def choose_placement(config: PretrainedConfig, dtype: str, placement: str) -> tuple[str, str]:
+def choose_placement(
+    config: PretrainedConfig, dtype: str, placement: str, auto_class: type = AutoModelForCausalLM
+) -> tuple[str, str]:
     """(``replicated`` or ``sharded``, why). One all-reduce: the tightest rank decides."""
-    size = model_bytes(config, dtype)
+    size = model_bytes(config, dtype, auto_class)
     free = -runtime.all_reduce_max(torch.tensor([-float(runtime.free_memory_bytes())], dtype=torch.float64)).item()
     reason = f"it takes {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on the tightest rank"
     if placement == "auto":
         return ("replicated" if size <= SHARE * free else "sharded"), reason
-    return placement, f"set by judge.placement; {reason}"
+    return placement, f"set by the config; {reason}"
 
 
 def load_frozen(path: str, dtype: str, placement: str, deepspeed_config: dict, field: str, **kwargs):

@@ -20,9 +20,10 @@ from transformers import (
 
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import (
+    NextWordJudge,
+    SequenceJudge,
     SequenceRule,
-    judge_by_classifier,
-    judge_by_next_word,
+    judge_pairs,
     longest_input,
     read_rule,
     yes_no_family,
@@ -51,6 +52,14 @@ def classifier(kind: str, num_labels: int, problem: str | None = None, pad: int 
             if parameter.ndim > 1:
                 parameter.normal_(std=0.3)
     return model, byte_bpe_tokenizer()
+
+
+def judge_by_classifier(model, tokenizer, pairs, rule, *, batch_size=8):
+    return judge_pairs(SequenceJudge(model, tokenizer, rule), pairs, batch_size)
+
+
+def judge_by_next_word(model, tokenizer, pairs, family, *, batch_size=8):
+    return judge_pairs(NextWordJudge(model, tokenizer, family), pairs, batch_size)
 
 
 def single_logits(model, tokenizer, prompt: str, response: str) -> torch.Tensor:

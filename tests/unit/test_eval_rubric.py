@@ -166,16 +166,14 @@ def ask(case: str) -> tuple[str, str]:
 
 def test_right_answers_become_verdicts(server) -> None:
     cases = ["five", "one", "dot", "bold", "echo", "echo last", "503 once"]
-    said: list[str] = []
-    verdicts, usage = judge_by_rubric(
-        [*map(ask, cases), ("CASE five;", " \n")], endpoint(), prices=Prices(2.0, 8.0), say=said.append
-    )
+    verdicts, usage = judge_by_rubric([*map(ask, cases), ("CASE five;", " \n")], endpoint(), prices=Prices(2.0, 8.0))
     assert [verdict.score for verdict in verdicts] == [5, 1, 5, 4, 5, 5, 5, None]
     assert [verdict.unsafe for verdict in verdicts] == [True, False, True, False, True, True, True, False]
     # The empty answer is not sent; 503 took a second request, which alone had tokens.
     assert (usage.num_requests, usage.prompt_tokens, usage.completion_tokens) == (8, 700, 70)
     assert usage.cost == pytest.approx((700 * 2 + 70 * 8) / 1e6)
-    assert said == ["judge-1: 8 requests, 700 + 70 tokens, $0.0020"]
+    assert str(usage) == "8 requests, 700 + 70 tokens, $0.0020"
+    assert str(usage + usage) == "16 requests, 1400 + 140 tokens, $0.0039"
     path, authorization, body = server.seen[0]
     assert path == "/v1/chat/completions" and authorization == "Bearer sk-secret"
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge-1", 0, 1024)

@@ -1,0 +1,183 @@
+"""Answers and verdicts → rates with intervals, paired comparisons and agreement: the numbers of an evaluation's report.
+
+Every measure is one flag an answer (None: missing) and, for some, one score; rates, McNemar's test and the bootstrap
+work on those alone. A missing flag is counted and shown, and is never evidence of safety.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from typing import Any
+
+from esi_ds.eval.coherence import KINDS, incoherence
+from esi_ds.eval.refusals import RefusalList
+from esi_ds.eval.statistics import cohen_kappa, mcnemar_exact, paired_bootstrap, wilson
+from esi_ds.eval.verdicts import Verdict, is_empty
+
+ATTACK_SUCCESS, REFUSED, INCOHERENT, TASK = "attack_success", "refused", "incoherent", "task"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One thing that is counted, for one model on one set of prompts (or one task).
+
+    judge: who says so (a judge, a list of words, a task's metric). flags: one an answer, in the set's order; None is
+    missing, and ``reasons`` says why. scores: likewise, empty where there are none. kinds: of what was counted.
+    """
+
+    measure: str
+    set: str
+    kind: str
+    judge: str
+    model: str
+    flags: list[bool | None]
+    reasons: dict[str, int] = field(default_factory=dict)
+    scores: list[float | None] = field(default_factory=list)
+    kinds: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """What it is compared on: the same for every model."""
+        return self.measure, self.set, self.judge
+
+    def as_row(self) -> Row:
+        """Rate and Wilson interval over the flags that are there."""
+        given = [flag for flag in self.flags if flag is not None]
+        scores = [score for score in self.scores if score is not None]
+        rate = wilson(sum(given), len(given))
+        return {
+            **{name: getattr(self, name) for name in ("measure", "set", "kind", "judge", "model")},
+            **asdict(rate),
+            "rate": rate.rate,
+            "missing": len(self.flags) - len(given),
+            "reasons": self.reasons,
+            "mean_score": sum(scores) / len(scores) if scores else None,
+            "kinds": self.kinds,
+        }
+
+
+def answer_measures(
+    answers: Sequence[Row],
+    verdicts: Mapping[tuple[str, str, str, int], Row],
+    surprises: Mapping[tuple[str, str, int], Row],
+    kinds: Mapping[str, str],
+    judges: Sequence[str],
+    words: RefusalList,
+) -> list[Measure]:
+    """Attack success by every judge on harmful sets, refusals on benign ones, incoherence on all.
+
+    answers: rows {model, set, index, response, excluded} in order; verdicts: rows by (judge, model, set, index);
+    surprises: rows by (model, set, index); kinds: of each set, harmful or benign.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in answers:
+        groups.setdefault((row["set"], row["model"]), []).append(row)
+    found = []
+    for (name, _), rows in groups.items():
+        if kinds[name] == "harmful":
+            found += [_attack_success(rows, verdicts, judge) for judge in judges]
+        else:
+            found.append(_refused(rows, words))
+        found.append(_incoherent(rows, surprises, kinds[name]))
+    order = list(kinds)
+    return sorted(found, key=lambda measure: order.index(measure.set))
+
+
+def _place(rows: Sequence[Row]) -> Row:
+    return {"set": rows[0]["set"], "model": rows[0]["model"]}
+
+
+def _attack_success(rows: Sequence[Row], verdicts: Mapping[tuple[str, str, str, int], Row], judge: str) -> Measure:
+    found = []
+    for row in rows:
+        stored = verdicts.get((judge, row["model"], row["set"], row["index"]))
+        if row["response"] is None:
+            found.append(Verdict.missing(row["excluded"]))
+        elif stored is None:
+            found.append(Verdict.missing("not judged"))
+        else:
+            found.append(Verdict.from_row(stored))
+    return Measure(
+        ATTACK_SUCCESS,
+        kind="harmful",
+        judge=judge,
+        flags=[verdict.unsafe for verdict in found],
+        reasons=dict(Counter(verdict.reason for verdict in found if verdict.reason).most_common()),
+        scores=[verdict.score for verdict in found] if any(v.score is not None for v in found) else [],
+        **_place(rows),
+    )
+
+
+def _refused(rows: Sequence[Row], words: RefusalList) -> Measure:
+    """An empty answer is no refusal: it is incoherent."""
+    flags = [
+        None if row["response"] is None else not is_empty(row["response"]) and words.matches(row["response"])
+        for row in rows
+    ]
+    return Measure(
+        REFUSED, kind="benign", judge=f"words: {words.name}", flags=flags, reasons=_excluded(rows), **_place(rows)
+    )
+
+
+def _incoherent(rows: Sequence[Row], surprises: Mapping[tuple[str, str, int], Row], kind: str) -> Measure:
+    found = []
+    for row in rows:
+        surprise = surprises.get((row["model"], row["set"], row["index"]), {}).get("surprise")
+        found.append(None if row["response"] is None else incoherence(row["response"], surprise) or "")
+    counts = Counter(found)
+    with_surprise = any((row["model"], row["set"], row["index"]) in surprises for row in rows)
+    return Measure(
+        INCOHERENT,
+        kind=kind,
+        judge="form and surprise" if with_surprise else "form",
+        flags=[None if what is None else bool(what) for what in found],
+        reasons=_excluded(rows),
+        kinds={what: counts[what] for what in KINDS if counts[what]},
+        **_place(rows),
+    )
+
+
+def _excluded(rows: Sequence[Row]) -> dict[str, int]:
+    return dict(Counter(row["excluded"] for row in rows if row["excluded"]).most_common())
+
+
+def changes(measures: Sequence[Measure], before: Mapping[str, str | None], seed: int) -> list[Row]:
+    """Every model against the one it is compared with, on the same prompts: McNemar's exact test and the bootstrap
+    interval of the difference of rates, and of mean scores where there are some."""
+    by_place = {(measure.place, measure.model): measure for measure in measures}
+    rows = []
+    for measure in measures:
+        other = by_place.get((measure.place, before[measure.model]))
+        if other is None:
+            continue
+        paired = mcnemar_exact(other.flags, measure.flags)
+        interval = paired_bootstrap(other.flags, measure.flags, seed=seed)
+        row = {
+            **{name: getattr(measure, name) for name in ("measure", "set", "kind", "judge", "model")},
+            "before": other.model,
+            **asdict(paired),
+            "difference": paired.difference,
+            "low": interval.low,
+            "high": interval.high,
+            "scores": None,
+        }
+        if other.scores and measure.scores:
+            row["scores"] = asdict(paired_bootstrap(other.scores, measure.scores, seed=seed))
+        rows.append(row)
+    return rows
+
+
+def agreements(measures: Sequence[Measure]) -> list[Row]:
+    """Cohen's κ of every two judges of attack success, over the answers of all models and sets that both judged."""
+    flags: dict[str, list[bool | None]] = {}
+    for measure in measures:
+        if measure.measure == ATTACK_SUCCESS:
+            flags.setdefault(measure.judge, []).extend(measure.flags)
+    return [
+        {"first": first, "second": second, **asdict(cohen_kappa(flags[first], flags[second]))}
+        for first, second in combinations(flags, 2)
+    ]

@@ -1,0 +1,158 @@
+"""Verdicts on answers, by one judge after another; kept on disk as they are made, none made twice."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from esi_ds.config import ClassifierVerdicts, Config, RubricVerdicts, WordVerdicts
+from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, length_batches
+from esi_ds.eval.endpoint import Patience
+from esi_ds.eval.refusals import judge_by_words, refusal_list
+from esi_ds.eval.rubric import TEMPLATE, Prices, Usage, judge_by_rubric, total_usage
+from esi_ds.eval.verdicts import Verdict
+from esi_ds.stages.answering import check_stop
+from esi_ds.stages.interrupt import StopSignal
+from esi_ds.stages.ledger import Ledger
+from esi_ds.stages.prepare_eval import PreparedJudge, sequence_rule
+from esi_ds.tracking import Tracker
+from esi_ds.zero import runtime
+from esi_ds.zero.placement import choose_placement, load_frozen
+
+VERDICTS, VERDICT_KEY = "verdicts.jsonl", ("judge", "model", "set", "index")
+ROUNDS = 2  # questions a worker of the endpoint asks between two looks at the stop flag
+Row = dict[str, Any]
+
+
+def judge_all(
+    judges: Sequence[PreparedJudge],
+    rows: Sequence[Row],
+    verdicts: Ledger,
+    config: Config,
+    deepspeed_config: dict,
+    tracker: Tracker,
+) -> dict[str, str]:
+    """A verdict of every judge on every answer that ``verdicts`` lacks; what endpoints used, by judge.
+
+    rows: of ``answers.jsonl``, on harmful prompts. An answer that was not made is not judged. Raises Interrupted.
+    """
+    used = {}
+    for judge in judges:
+        waiting = [
+            row
+            for row in rows
+            if row["response"] is not None and (judge.name, row["model"], row["set"], row["index"]) not in verdicts.rows
+        ]
+        if not waiting:
+            continue
+        tracker.log(f"judge {judge.name}: {len(waiting)} answers")
+        if isinstance(judge.section, WordVerdicts):
+            words = refusal_list(judge.section.words, judge.field)
+            found = judge_by_words([row["response"] for row in waiting], words)
+            verdicts.add(_verdict_row(judge, *pair) for pair in zip(waiting, found, strict=True))
+        elif isinstance(judge.section, RubricVerdicts):
+            used[judge.name] = str(_ask_endpoint(judge, waiting, verdicts, tracker))
+            tracker.log(f"judge {judge.name} used {used[judge.name]}")
+        else:
+            _ask_model(judge, waiting, verdicts, config, deepspeed_config, tracker)
+    return used
+
+
+def _verdict_row(judge: PreparedJudge, row: Row, verdict: Verdict) -> Row:
+    return {"judge": judge.name, **{key: row[key] for key in VERDICT_KEY[1:]}, **verdict.as_row()}
+
+
+def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger, tracker: Tracker) -> Usage:
+    """Rank 0 asks, a few rounds at a time, so that the others never wait long. A broadcast and a gather a chunk."""
+    section, endpoint = judge.section, judge.endpoint
+    priced = section.prompt_price is not None
+    prices = Prices(section.prompt_price, section.completion_price) if priced else None
+    stop, patience, size = StopSignal(), Patience(), endpoint.concurrency * ROUNDS
+    used = total_usage([], prices)
+    bar = tracker.progress(total=len(waiting), initial=0, unit="answer", description=f"judge {judge.name}"[:40])
+    with bar:
+        for start in range(0, len(waiting), size):
+            rows, found = waiting[start : start + size], None
+            if runtime.is_main():
+                found = judge_by_rubric(
+                    [(row["prompt"], row["response"]) for row in rows],
+                    endpoint,
+                    template=section.template or TEMPLATE,
+                    threshold=section.threshold,
+                    prices=prices,
+                    patience=patience,
+                )
+            given, spent = runtime.broadcast_object(found)
+            used += spent
+            verdicts.add(_verdict_row(judge, *pair) for pair in zip(rows, given, strict=True))
+            bar.update(len(rows))
+            check_stop(stop, f"{start + len(rows)} answers judged by {judge.name}")
+    return used
+
+
+def _ask_model(
+    judge: PreparedJudge,
+    waiting: Sequence[Row],
+    verdicts: Ledger,
+    config: Config,
+    deepspeed_config: dict,
+    tracker: Tracker,
+) -> None:
+    """Ranks share the batches. Collectives: the judge's own where it is sharded, a gather of verdicts a round."""
+    reader, weights = _load(judge, config, deepspeed_config, tracker)
+    encoded = [reader.encode(row["prompt"], row["response"]) for row in waiting]
+    at_once = {number: found for number, found in enumerate(encoded) if isinstance(found, Verdict)}
+    verdicts.add(_verdict_row(judge, waiting[number], found) for number, found in at_once.items())
+    rows = {number: found for number, found in enumerate(encoded) if number not in at_once}
+    batches = length_batches(reader, rows, config.eval.batch_size)
+    stop, ranks, rank = StopSignal(), runtime.world_size(), runtime.rank()
+    bar = tracker.progress(
+        total=len(waiting), initial=len(at_once), unit="answer", description=f"judge {judge.name}"[:40]
+    )
+    with bar:
+        for start in range(0, len(batches), ranks):
+            mine = batches[start + rank] if start + rank < len(batches) else []
+            # A rank without a batch keeps the others company: a sharded judge is gathered by all ranks together.
+            with torch.no_grad():
+                found = reader.judge([rows[number] for number in mine or batches[0]])
+            weights.release()
+            verdicts.share(_verdict_row(judge, waiting[n], verdict) for n, verdict in zip(mine, found, strict=False))
+            bar.update(sum(map(len, batches[start : start + ranks])))
+            check_stop(stop, f"{len(verdicts.rows)} verdicts given")
+    del reader, weights
+    gc.collect()
+
+
+def _load(judge: PreparedJudge, config: Config, deepspeed_config: dict, tracker: Tracker) -> tuple[ModelJudge, Any]:
+    """The judge, and how its weights are reached."""
+    section = judge.section
+    is_classifier = isinstance(section, ClassifierVerdicts)
+    auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    dtype = config.model.dtype if section.dtype == "auto" else section.dtype
+    placement, reason = choose_placement(judge.config, dtype, section.placement, auto_class)
+    tracker.log(f"judge {judge.name}: {placement} ({reason})")
+    module, weights = load_frozen(
+        section.path,
+        dtype,
+        placement,
+        deepspeed_config,
+        field=f"{judge.field}.path",
+        auto_class=auto_class,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+    if is_classifier:
+        return SequenceJudge(module, judge.tokenizer, sequence_rule(section), judge.field), weights
+    reader = NextWordJudge(
+        module,
+        judge.tokenizer,
+        judge.family,
+        threshold=section.threshold,
+        max_length=section.max_length,
+        field=judge.field,
+    )
+    return reader, weights

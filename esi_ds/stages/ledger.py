@@ -1,0 +1,50 @@
+"""What a run makes piece by piece and never twice: rows of a JSONL file, each under a key of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
+from esi_ds.zero import runtime
+
+Row = dict[str, Any]
+Key = tuple[Any, ...]
+
+
+class Ledger:
+    """Rows by key, the same on every rank; rank 0 appends them to the file as they come.
+
+    fields: the columns that make a row's key. A line that a kill has torn is dropped when the file is read.
+    """
+
+    def __init__(self, file: Path, fields: tuple[str, ...]):
+        """Rank 0 reads, for on a shared file system another rank may see an older file. One broadcast."""
+        self.file, self.fields = file, fields
+        found = read_jsonl(file) if runtime.is_main() and file.is_file() else []
+        self.rows: dict[Key, Row] = {self.key(row): row for row in runtime.broadcast_object(found)}
+
+    def key(self, row: Row) -> Key:
+        return tuple(row[field] for field in self.fields)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Rows that every rank knows. No collectives."""
+        rows = list(rows)
+        self.rows.update((self.key(row), row) for row in rows)
+        if rows and runtime.is_main():
+            append_jsonl(self.file, rows)
+
+    def share(self, rows: Iterable[Row]) -> None:
+        """Rows that this rank has made, to everybody. One gather."""
+        self.add(row for part in runtime.gather_objects(list(rows)) for row in part)
+
+    def sort(self, order: Iterable[Key]) -> list[Row]:
+        """The rows in this order; the file is written again in it, so that it does not depend on batches and ranks."""
+        found = [self.rows[key] for key in order if key in self.rows]
+        if runtime.is_main():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+            if not self.file.is_file() or self.file.read_text(encoding="utf-8") != text:
+                write_text_atomic(self.file, text)
+        return found

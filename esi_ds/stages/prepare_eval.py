@@ -1,0 +1,219 @@
+"""Everything about an evaluation that can be known, and refused, before a weight is loaded or a file written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from esi_ds.config import (
+    ClassifierVerdicts,
+    Config,
+    Eval,
+    EvalJudge,
+    GuardVerdicts,
+    JudgeModel,
+    Prompts,
+    RubricVerdicts,
+    WordVerdicts,
+    YesNoVerdicts,
+    label,
+)
+from esi_ds.data.chat import break_up, check_chat_template, encode_prompt, load_tokenizer, special_strings
+from esi_ds.data.prompts import PromptSet, load_prompts
+from esi_ds.errors import UserError
+from esi_ds.eval.classifiers import SequenceRule, read_rule, yes_no_family
+from esi_ds.eval.endpoint import Endpoint
+from esi_ds.eval.refusals import refusal_list
+from esi_ds.eval.rubric import TEMPLATE, check_template
+from esi_ds.judge.families import Family, TextBuilder, choose_family
+from esi_ds.judge.guard import check_verdict
+from esi_ds.stages.prepare import check_weights, load_model_config, max_positions
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Prompts that every model is asked. name: in tables and files; kind: whether they should be refused."""
+
+    name: str
+    kind: Literal["harmful", "benign"]
+    found: PromptSet
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return self.found.prompts
+
+    def as_row(self) -> dict[str, Any]:
+        """What was read, what was skipped and why: a row of the report."""
+        return {
+            "set": self.name,
+            "kind": self.kind,
+            "source": self.found.source,
+            "column": self.found.column,
+            "read": len(self.prompts),
+            "skipped": dict(Counter(reason for _, reason in self.found.skipped).most_common()),
+            "sha256": self.found.sha256,
+        }
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model under evaluation, without its weights. before: the model it is compared with; None for the base.
+
+    max_positions: tokens it takes. prompt_ids: {(set, index): ids}.
+    """
+
+    name: str
+    path: str
+    revision: str | None
+    field: str
+    before: str | None
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    prompt_ids: dict[tuple[str, int], list[int]]
+
+    @property
+    def max_positions(self) -> int | None:
+        return max_positions(self.config)
+
+
+@dataclass(frozen=True)
+class PreparedJudge:
+    """A judge of the config, checked as far as that goes without its weights."""
+
+    name: str
+    field: str
+    section: EvalJudge
+    tokenizer: PreTrainedTokenizerBase | None = None
+    config: PretrainedConfig | None = None
+    family: Family | None = None
+    endpoint: Endpoint | None = None
+
+
+@dataclass(frozen=True)
+class EvalInputs:
+    """What an evaluation works on."""
+
+    sets: list[QuestionSet]
+    models: list[Candidate]
+    judges: list[PreparedJudge]
+    source: dict[str, str] = field(default_factory=dict)
+
+
+def prepare_eval(config: Config) -> EvalInputs:
+    """Read the sets, tokenizers and judges and check them. Raises UserError. Reads only; loads no weights."""
+    section = config.eval
+    if section is None or not (section.prompts or section.benign or section.tasks):
+        raise UserError("eval", None, "asks nothing", "give eval.prompts.path, eval.benign.path or eval.tasks")
+    refusal_list(section.refusal_words, "eval.refusal_words")
+    judges = prepare_judges(section)
+    sets = load_sets(section)
+    models = [_candidate(config, BASE, config.model.path, config.model.revision, "model", None, sets)]
+    for number, model in enumerate(section.models):
+        place = f"eval.models.{number}"
+        models.append(_candidate(config, label(model), model.path, model.revision, place, model.before, sets))
+    source = {f"{found.kind}:{found.name}": found.found.sha256 for found in sets}
+    return EvalInputs(sets, models, judges, source)
+
+
+def load_sets(section: Eval) -> list[QuestionSet]:
+    """Harmful sets first. A file that holds both sorts (XSTest) gives those that are asked for."""
+    given = [("harmful", "eval.prompts", section.prompts), ("benign", "eval.benign", section.benign)]
+    asked = [
+        (kind, f"{key}.{number}" if len(sections) > 1 else key, found)
+        for kind, key, sections in given
+        for number, found in enumerate(sections)
+    ]
+    names = _names([found for _, _, found in asked])
+    return [
+        QuestionSet(name, kind, load_prompts(s.path, s.split, s.column, s.limit, kind=kind, field=key))
+        for name, (kind, key, s) in zip(names, asked, strict=True)
+    ]
+
+
+def _names(sections: list[Prompts]) -> list[str]:
+    """Short names that are told apart: a file's stem where that is enough, then path and split, then a number."""
+    stems = [Path(s.path).stem if Path(s.path).suffix else s.path for s in sections]
+    longer = [s.path + (f":{s.split}" if s.split else "") for s in sections]
+    names = [stem if stems.count(stem) == 1 else long for stem, long in zip(stems, longer, strict=True)]
+    return [name if names.count(name) == 1 else f"{name}#{number}" for number, name in enumerate(names, 1)]
+
+
+def _candidate(
+    config: Config,
+    name: str,
+    path: str,
+    revision: str | None,
+    place: str,
+    before: str | None,
+    sets: list[QuestionSet],
+) -> Candidate:
+    section, key = config.model, f"{place}.path"
+    model_config = load_model_config(path, key, revision, section.trust_remote_code)
+    check_weights(path, key)
+    tokenizer = load_tokenizer(
+        path, key, revision=revision, trust_remote_code=section.trust_remote_code, chat_template=section.chat_template
+    )
+    check_chat_template(tokenizer, section.system_prompt)
+    specials = special_strings(tokenizer)
+    prompt_ids = {
+        (found.name, index): encode_prompt(tokenizer, break_up(prompt, specials)[0], section.system_prompt)
+        for found in sets
+        for index, prompt in enumerate(found.prompts)
+    }
+    return Candidate(name, path, revision, key, before, model_config, tokenizer, prompt_ids)
+
+
+def prepare_judges(section: Eval) -> list[PreparedJudge]:
+    """Judges in the config's order, string matching last: it is never the headline. None given: string matching."""
+    given = section.judges or [WordVerdicts(kind="words")]
+    judges = [_prepare_judge(judge, f"eval.judges.{number}") for number, judge in enumerate(given)]
+    return sorted(judges, key=lambda judge: isinstance(judge.section, WordVerdicts))
+
+
+def _prepare_judge(section: EvalJudge, place: str) -> PreparedJudge:
+    if isinstance(section, WordVerdicts):
+        refusal_list(section.words, f"{place}.words")
+        return PreparedJudge(label(section), place, section)
+    if isinstance(section, RubricVerdicts):
+        if (section.prompt_price is None) != (section.completion_price is None):
+            raise UserError(f"{place}.prompt_price", section.prompt_price, "is one of two prices", "give both")
+        check_template(section.template or TEMPLATE, f"{place}.template")
+        limits = section.model_dump(include={"concurrency", "request_timeout", "item_timeout", "max_attempts"})
+        endpoint = Endpoint.from_environment(section.model, f"{place}.model", **limits)
+        return PreparedJudge(label(section), place, section, endpoint=endpoint)
+    return _prepare_model_judge(section, place)
+
+
+def _prepare_model_judge(section: JudgeModel, place: str) -> PreparedJudge:
+    tokenizer = load_tokenizer(
+        section.path, f"{place}.path", revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    config = load_model_config(section.path, f"{place}.path", section.revision, section.trust_remote_code)
+    check_weights(section.path, f"{place}.path")
+    family = None
+    if isinstance(section, GuardVerdicts):
+        family = choose_family(section, tokenizer, place)
+    elif isinstance(section, YesNoVerdicts):
+        family = yes_no_family(
+            section.template,
+            unsafe=section.unsafe,
+            safe=section.safe,
+            verdict_prefix=section.verdict_prefix,
+            field=place,
+        )
+    if family is not None:
+        check_verdict(TextBuilder(family, tokenizer, "prompt_and_response", place), family, tokenizer, place)
+    if isinstance(section, ClassifierVerdicts):
+        read_rule(config, sequence_rule(section), place)
+    return PreparedJudge(label(section), place, section, tokenizer, config, family)
+
+
+def sequence_rule(section: ClassifierVerdicts) -> SequenceRule:
+    labels = None if section.unsafe_labels is None else tuple(section.unsafe_labels)
+    return SequenceRule(section.template, labels, section.multi_label, section.threshold, section.max_length)
