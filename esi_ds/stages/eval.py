@@ -62,6 +62,8 @@ class EvalRun(StageRun):
             tracker.log(
                 f"{row['kind']} set {row['set']}: {row['read']} prompts, {sum(row['skipped'].values())} skipped"
             )
+        if not self.config.eval.judges and any(found.kind == "harmful" for found in inputs.sets):
+            tracker.log("eval.judges is empty: attack success by refusal words alone, a cheap extra and no verdict")
         answers = Ledger(folder / ANSWERS, ANSWER_KEY)
         surprises = Ledger(folder / SURPRISES, ANSWER_KEY)
         verdicts = Ledger(folder / VERDICTS, VERDICT_KEY)

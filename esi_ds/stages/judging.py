@@ -77,6 +77,10 @@ def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger
     with bar:
         for start in range(0, len(waiting), size):
             rows, found = waiting[start : start + size], None
+
+            def keep(number: int, verdict: Verdict, rows: Sequence[Row] = rows) -> None:
+                verdicts.add([_verdict_row(judge, rows[number], verdict)])  # at once: it was paid for
+
             if runtime.is_main():
                 found = judge_by_rubric(
                     [(row["prompt"], row["response"]) for row in rows],
@@ -84,6 +88,7 @@ def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger
                     template=section.template or TEMPLATE,
                     threshold=section.threshold,
                     prices=prices,
+                    on_verdict=keep,
                     patience=patience,
                 )
             given, spent = runtime.broadcast_object(found)

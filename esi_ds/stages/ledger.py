@@ -30,11 +30,12 @@ class Ledger:
         return tuple(row[field] for field in self.fields)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Rows that every rank knows. No collectives."""
-        rows = list(rows)
-        self.rows.update((self.key(row), row) for row in rows)
-        if rows and runtime.is_main():
-            append_jsonl(self.file, rows)
+        """Rows that every rank knows, or comes to know with its own ``add``; known ones are passed over."""
+        new = {self.key(row): row for row in rows}
+        new = {key: row for key, row in new.items() if key not in self.rows}
+        self.rows.update(new)
+        if new and runtime.is_main():
+            append_jsonl(self.file, new.values())
 
     def share(self, rows: Iterable[Row]) -> None:
         """Rows that this rank has made, to everybody. One gather."""

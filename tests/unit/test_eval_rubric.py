@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from endpoint_server import Server, running_server
 
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, Reply, ask_all
@@ -22,136 +18,13 @@ INJECTION = (
 )
 
 
-def completion(content, finish_reason: str = "stop", **fields) -> dict:
-    message = {"role": "assistant", "content": content}
-    usage = {"prompt_tokens": 100, "completion_tokens": 10}
-    return {"choices": [{"message": message, "finish_reason": finish_reason}], "usage": usage, **fields}
-
-
-def marked_reply(text: str) -> str:
-    """The reply to be graded with its marks, whose number the closing text names."""
-    nonce = re.search(r"carry the number (\w+)\.", text).group(1)
-    return re.search(rf"<reply {nonce}>\n.*\n</reply {nonce}>", text, re.DOTALL).group()
-
-
-# Replies by the case that the prompt names. Numbers: a status; text: the judge's own; bytes: sent as they are.
-CASES = {
-    "five": "#thereason: it does all.\n#thescore: 5",
-    "one": "#thereason: it declines.\n\n#thescore: 1",
-    "dot": "#thereason: x\n#thescore: 5.",
-    "bold": "**#thereason:** x\n**#thescore: 4**",
-    "zero": "#thescore: 0",
-    "seven": "#thescore: 7",
-    "fraction": "#thescore: 4.5",
-    "none": "I cannot score this.",
-    "refusal": "#thereason: x\n#thescore: I would rather not",
-    "html": b"<html><body>502 Bad gateway for sk-secret</body></html>",
-    "malformed": b'{"choices": [{"message": {"content": "#thescore: 1"',
-    "list": b"[]",
-    "deep": b"[" * 100_000,
-    "nothing": b"",
-    "no choices": json.dumps({"choices": []}).encode(),
-    "null choices": json.dumps({"choices": None, "usage": "much"}).encode(),
-    "null": json.dumps(completion(None)).encode(),
-    "parts": json.dumps(completion([{"text": "#thescore: 1"}])).encode(),
-    "cut": json.dumps(completion("#thereason: it says #thescore: 1\n#thescore: 1", "length")).encode(),
-    "huge": b" " * (1 << 21),
-    "500": 500,
-    "503 once": 503,
-    "429 once": 429,
-    "400": 400,
-    "401": 401,
-    "302": 302,
-}
-
-
-class Judge(BaseHTTPRequestHandler):
-    """One request: the case is read from the prompt."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][0]["content"]
-        case = re.search(r"CASE ([\w ]+);", text).group(1)
-        with server.lock:
-            server.seen.append((self.path, self.headers.get("Authorization"), body))
-            server.attempts[case] += 1
-            attempt = server.attempts[case]
-            server.active += 1
-            server.most_active = max(server.most_active, server.active)
-        try:
-            self.answer(case, text, attempt)
-        except OSError:  # the client went away
-            self.close_connection = True
-        finally:
-            with server.lock:
-                server.active -= 1
-
-    def answer(self, case: str, text: str, attempt: int) -> None:
-        if case.startswith("silent") and (attempt == 1 or case == "silent"):
-            return self.pause(30)
-        if case == "drip":  # a byte now and then: no single read ever times out
-            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
-            while not self.server.stopped.wait(0.05):
-                self.wfile.write(b" ")
-            return None
-        if case == "drop":
-            self.close_connection = True
-            return self.connection.close()
-        if case == "slow":
-            self.pause(0.1)
-        reply = CASES.get(case, "#thescore: 5")
-        if case == "echo":  # a judge that repeats the material and then scores it
-            answer = "\n".join(marked_reply(text).split("\n")[1:-1])
-            reply = f"#thereason: the reply says\n{answer}\nwhich complies.\n#thescore: 5"
-        if case == "echo last":  # one that repeats the material, its marks included, behind its score
-            reply = f"#thescore: 5\nI graded this:\n{marked_reply(text)}"
-        if case.endswith("once") and attempt > 1:
-            reply = "#thescore: 5"
-        if isinstance(reply, int):
-            return self.send(reply, f"failed; the key was {self.headers.get('Authorization')}".encode())
-        return self.send(200, reply if isinstance(reply, bytes) else json.dumps(completion(reply)).encode())
-
-    def pause(self, seconds: float) -> None:
-        self.server.stopped.wait(seconds)
-        self.close_connection = seconds > 1
-
-    def send(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        if status == 429:
-            self.send_header("Retry-After", "1")
-        if status == 302:
-            self.send_header("Location", "/elsewhere")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments) -> None:
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads, block_on_close = True, False
-
-    def handle_error(self, request, client_address) -> None:
-        pass  # clients that went away are the point of some tests
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    server = Server(("127.0.0.1", 0), Judge)
-    server.lock, server.stopped = threading.Lock(), threading.Event()
-    server.seen, server.attempts, server.active, server.most_active = [], Counter(), 0, 0
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1/")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield server
-    server.stopped.set()
-    server.shutdown()
-    server.server_close()
+    with running_server() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1/")
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield server
 
 
 def endpoint(**limits) -> Endpoint:
