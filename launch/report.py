@@ -1,6 +1,6 @@
 """Write ``report.html`` of finished runs again from their ``report.json``: ``python launch/report.py RUN...``
 
-``--tuned RUN...`` shows the before/after tables of these tuning runs on the pages of ESI runs.
+``--tuned RUN...`` and ``--evaluated RUN...`` show these tuning runs and evaluations on the pages of ESI runs.
 """
 
 import argparse
@@ -18,8 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--tuned", nargs="*", type=Path, metavar="RUN", default=[], help="SET and SPA runs to show")
+    parser.add_argument("--evaluated", nargs="*", type=Path, metavar="RUN", default=[], help="evaluations to show")
     arguments = parser.parse_args(argv)
-    for run in [*arguments.runs, *arguments.tuned]:
+    for run in [*arguments.runs, *arguments.tuned, *arguments.evaluated]:
         if not (run / "report.json").is_file():
             print(f"error: RUN = {run}: holds no report.json; give the folder of a finished run", file=sys.stderr)
             return 2
@@ -29,8 +30,11 @@ def main(argv: list[str] | None = None) -> int:
         return json.loads((run / "report.json").read_text())
 
     for run in arguments.runs:
-        tuned = [(os.path.relpath(other / "report.html", run), read(other)) for other in arguments.tuned]
-        write_text_atomic(run / "report.html", render(read(run), tuned))
+        tuned, evaluated = (
+            [(os.path.relpath(other / "report.html", run), read(other)) for other in others]
+            for others in (arguments.tuned, arguments.evaluated)
+        )
+        write_text_atomic(run / "report.html", render(read(run), tuned, evaluated))
         print(run / "report.html")
     return 0
 

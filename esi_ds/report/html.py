@@ -22,12 +22,21 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     write_text_atomic(folder / "report.html", render(report))
 
 
-def render(report: dict[str, Any], tuned: Sequence[tuple[str, dict[str, Any]]] = ()) -> str:
-    """The page as text. ``tuned``: (link, report) of tuning runs, whose before/after tables an ESI page then shows."""
+def render(
+    report: dict[str, Any],
+    tuned: Sequence[tuple[str, dict[str, Any]]] = (),
+    evaluated: Sequence[tuple[str, dict[str, Any]]] = (),
+) -> str:
+    """The page as text. An ESI page also shows other runs: ``tuned`` and ``evaluated`` are (link, report) of those."""
     environment = Environment(
         loader=PackageLoader("esi_ds.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["number"] = _number
+    environment.filters |= {
+        "number": _number,
+        "interval": evaluation.interval,
+        "change": evaluation.change,
+        "percent": evaluation.percent,
+    }
     pages = {"tuning": _tuning_page, "evaluation": _evaluation_page}
     if report.get("kind") in pages:
         return pages[report["kind"]](environment, report)
@@ -35,6 +44,7 @@ def render(report: dict[str, Any], tuned: Sequence[tuple[str, dict[str, Any]]] =
     return environment.get_template("esi.html.j2").render(
         report=report,
         tuned=tuned,
+        evaluated=[(link, other, _evaluation_pieces(other)) for link, other in evaluated],
         role_maps=[_picture(figures.heatmap(found)) for found in tables.layer_by_role(units, k)],
         expert_maps=[_picture(figures.heatmap(found)) for found in tables.layer_by_expert(units, k)],
         scores=_picture(
@@ -60,16 +70,18 @@ def _tuning_page(environment: Environment, report: dict[str, Any]) -> str:
 
 
 def _evaluation_page(environment: Environment, report: dict[str, Any]) -> str:
-    filters = {"interval": evaluation.interval, "change": evaluation.change, "percent": evaluation.percent}
-    environment.filters.update(filters)
+    template = environment.get_template("evaluation.html.j2")
+    return template.render(report=report, words=evaluation.WORDS, page=_evaluation_pieces(report))
+
+
+def _evaluation_pieces(report: dict[str, Any]) -> dict[str, Any]:
+    """What the templates draw of an evaluation besides its report."""
     names = [model["name"] for model in report["models"]]
-    return environment.get_template("evaluation.html.j2").render(
-        report=report,
-        words=evaluation.WORDS,
-        rows=evaluation.pivot(report),
-        charts=[_picture(figures.rate_bars(title, rows, names)) for title, rows in evaluation.charts(report)],
-        missing=[row for row in report["measures"] if row["reasons"]],
-    )
+    return {
+        "rows": evaluation.pivot(report),
+        "charts": [_picture(figures.rate_bars(title, rows, names)) for title, rows in evaluation.charts(report)],
+        "missing": [row for row in report["measures"] if row["reasons"]],
+    }
 
 
 def _picture(figure) -> str:

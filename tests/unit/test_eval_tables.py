@@ -1,0 +1,121 @@
+"""Rates, paired changes and agreement of an evaluation against statsmodels and counting by hand."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.inter_rater import cohens_kappa
+from statsmodels.stats.proportion import proportion_confint
+
+from esi_ds.eval.refusals import REFUSAL_LISTS
+from esi_ds.eval.tables import Measure, agreements, answer_measures, changes
+from esi_ds.report.evaluation import closing_table, markdown
+from esi_ds.report.html import render
+
+EVIL = "<script>alert(1)</script>"
+KINDS = {"bad": "harmful", "good": "benign"}
+
+
+def random_flags(seed: int, n: int) -> list[bool | None]:
+    generator = random.Random(seed)
+    return [generator.choice([True, False, False, None]) for _ in range(n)]
+
+
+def measure(model: str, flags, judge: str = "j", scores=()) -> Measure:
+    return Measure("attack_success", "s", "harmful", judge, model, list(flags), scores=list(scores))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_tables_equal_statsmodels(seed: int) -> None:
+    before, after = random_flags(seed, 60), random_flags(seed + 100, 60)
+    given = [flag for flag in after if flag is not None]
+    row = measure("b", after).as_row()
+    assert (row["count"], row["n"], row["missing"]) == (sum(given), len(given), after.count(None))
+    assert (row["low"], row["high"]) == pytest.approx(proportion_confint(sum(given), len(given), method="wilson"))
+    (change,) = changes([measure("a", before), measure("b", after)], {"a": None, "b": "a"}, seed=0)
+    pairs = [pair for pair in zip(before, after, strict=True) if None not in pair]
+    table = [[pairs.count((x, y)) for y in (True, False)] for x in (True, False)]
+    assert change["p_value"] == pytest.approx(mcnemar(table, exact=True).pvalue)
+    assert change["num_missing"] == 60 - len(pairs)
+    assert change["difference"] == pytest.approx((table[1][0] - table[0][1]) / len(pairs))
+    assert change["low"] <= change["difference"] <= change["high"]
+    (agreement,) = agreements([measure("a", before), measure("a", after, "k")])
+    assert agreement["kappa"] == pytest.approx(cohens_kappa(table).kappa)
+
+
+def answer(model: str, name: str, index: int, response: str | None) -> dict:
+    excluded = "no room" if response is None else None
+    return {"model": model, "set": name, "index": index, "prompt": "?", "response": response, "excluded": excluded}
+
+
+def verdict(model: str, index: int, unsafe: bool | None, score: float | None = None) -> tuple[tuple, dict]:
+    reason = "timeout" if unsafe is None else None
+    return ("j", model, "bad", index), {"unsafe": unsafe, "score": score, "reason": reason}
+
+
+def test_what_is_missing_is_never_safe() -> None:
+    answers = [answer("m", "bad", i, "Sure, here is how.") for i in range(3)] + [answer("m", "bad", 3, None)]
+    verdicts = dict([verdict("m", 0, True, 0.9), verdict("m", 1, None)])  # 2 was never judged
+    found, incoherent = answer_measures(answers, verdicts, {}, KINDS, ["j"], REFUSAL_LISTS["xstest"])
+    row = found.as_row()
+    assert (row["count"], row["n"], row["rate"], row["missing"]) == (1, 1, 1.0, 3)
+    assert row["reasons"] == {"timeout": 1, "not judged": 1, "no room": 1}
+    assert row["mean_score"] == 0.9
+    assert (incoherent.as_row()["n"], incoherent.as_row()["missing"]) == (3, 1)
+
+
+def test_refusals_and_incoherence_of_benign_answers() -> None:
+    texts = ["I'm sorry, no.", "Paris.", "", "no no no no no no no no no no no no", "word salad here", None]
+    answers = [answer("m", "good", i, text) for i, text in enumerate(texts)]
+    surprises = {("m", "good", 4): {"surprise": 9.0}, ("m", "good", 1): {"surprise": 0.5}}
+    refused, incoherent = answer_measures(answers, {}, surprises, KINDS, ["j"], REFUSAL_LISTS["xstest"])
+    assert refused.flags == [True, False, False, False, False, None]
+    assert incoherent.flags == [False, False, True, True, True, None]
+    assert incoherent.kinds == {"empty": 1, "repetition": 1, "senseless": 1}
+
+
+def test_nothing_to_compare_says_so() -> None:
+    empty = measure("a", [None, None])
+    (change,) = changes([empty, measure("b", [True, True])], {"a": None, "b": "a"}, seed=0)
+    assert change["difference"] is None and change["num_missing"] == 2 and change["p_value"] == 1
+    assert empty.as_row()["rate"] is None
+
+
+@pytest.fixture
+def report() -> dict:
+    measures = [
+        measure("base", [True, True, None, False], scores=[0.9, 0.8, None, 0.1]),
+        measure(EVIL, [False, True, True, False], scores=[0.2, 0.9, 0.7, 0.1]),
+        Measure("refused", "good", "benign", "words", "base", [], {"no room": 2}),
+    ]
+    said = [{"model": EVIL, "response": EVIL, "excluded": None, "verdicts": {"j": verdict("m", 0, None)[1]}}]
+    return {
+        "kind": "evaluation",
+        "title": EVIL,
+        "models": [{"name": "base", "path": "p", "before": None}, {"name": EVIL, "path": EVIL, "before": "base"}],
+        "judges": [{"name": "j", "kind": "guard", "path": "g", "threshold": 0.5}],
+        "sets": [{"set": "s", "kind": "harmful", "source": EVIL, "column": "goal", "read": 4, "skipped": {EVIL: 2}}],
+        "measures": [found.as_row() for found in measures],
+        "changes": changes(measures, {"base": None, EVIL: "base"}, seed=0),
+        "agreements": agreements([*measures, measure("base", [True] * 8, "k")]),
+        "usage": {"j": "3 requests"},
+        "samples": [{"set": "s", "index": 0, "prompt": EVIL, "answers": said}],
+        "facts": {"ranks": 1},
+    }
+
+
+def test_the_page_shows_everything_and_runs_nothing(report: dict) -> None:
+    page = render(json.loads(json.dumps(report)))
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "66.7 % [20.8, 93.9] (n 3, 1 missing)" in page and "no room" in page and "timeout" in page
+    assert "undefined: one verdict only" not in page.split("Do the judges agree")[0]
+
+
+def test_tables_for_console_and_tensorboard(report: dict, tmp_path: Path) -> None:
+    shown = closing_table(report)
+    assert "attack success · s · j" in shown and "(against base)" in shown and "j used 3 requests" in shown
+    assert "66.7 % [20.8, 93.9] (n 3, 1 missing)" in markdown(report)
