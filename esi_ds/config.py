@@ -232,6 +232,7 @@ class Eval(Section):
     judges: list[EvalJudge] = Field([], description="of attack success; none: refusal words alone")
     prompts: PromptSets = Field([], description="one set of harmful requests, or several")
     benign: PromptSets = Field([], description="one set of benign requests, or several, for over-refusal")
+    before: bool = Field(True, description="SET and SPA answer before tuning too; off in grids, where it is known")
     refusal_words: str = Field("xstest", description="list by which refusals of benign requests are found")
     tasks: list[str] = Field([], description="tasks of lm-eval")
     max_new_tokens: int = Field(256, ge=1, description="length of answers")
@@ -306,13 +307,21 @@ def _apply(raw: dict, override: str) -> None:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(key, text, "is no valid YAML value", "quote it") from error
-    for part in parts[:-1]:
-        if raw.get(part) is None:
-            raw[part] = {}
-        raw = raw[part]
-        if not isinstance(raw, dict):
-            raise UserError(key, text, f"{part} is no section", "give a key.path of the config")
-    raw[parts[-1]] = value
+    place: Any = raw
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        index: str | int = part
+        if isinstance(place, list):
+            if not part.isdecimal() or int(part) >= len(place):
+                raise UserError(key, text, f"{part} is no number of the list before it", "count from 0")
+            index = int(part)
+        elif not isinstance(place, dict):
+            raise UserError(key, text, f"what stands before {part} is no section", "give a key.path of the config")
+        if following is None:
+            place[index] = value
+        else:
+            if isinstance(place, dict) and place.get(part) is None:
+                place[part] = {}
+            place = place[index]
 
 
 def validate(raw: dict) -> Config:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from esi_ds.stages.tune import TuneRun
 
 NUM_SAMPLES = 4  # of each set
+WHEN = ("before", "after")
 
 
 def finish_tuning(run: TuneRun, training: Training, patch: dict | None, answers: list[dict], tracker: Tracker) -> None:
@@ -45,10 +46,8 @@ def finish_tuning(run: TuneRun, training: Training, patch: dict | None, answers:
     for partial in folder.glob("answers.*.partial.jsonl"):
         partial.unlink()
     for row in report["samples"]:
-        quoted = "\n".join(
-            f"    {line}"
-            for line in f"{row['prompt']}\n\nbefore: {row['before']}\n\nafter: {row['after']}".splitlines()
-        )
+        said = [f"{when}: {row[when]}" for when in WHEN if when in row]
+        quoted = "\n".join(f"    {line}" for line in "\n\n".join([row["prompt"], *said]).splitlines())
         tracker.text(f"answers/{row['set']}/{row['index']}", quoted)
     tracker.log(closing_table(report))
     tracker.log(f"report: {folder / 'report.html'}")
@@ -61,13 +60,16 @@ def samples(answers: Sequence[dict]) -> list[dict]:
 
 
 def refusal_rows(answers: Sequence[dict]) -> list[dict]:
-    """Counts by set of prompts. An empty answer is no refusal; it is counted by itself."""
+    """Counts by set of prompts; None where nothing was asked then. An empty answer is no refusal but counted apart."""
     rows = []
     for name in dict.fromkeys(row["set"] for row in answers):
         own = [row for row in answers if row["set"] == name]
-        counts = {f"refused_{when}": sum(row[f"refused_{when}"] for row in own) for when in ("before", "after")}
-        empty = {f"empty_{when}": sum(not row[when].strip() for row in own) for when in ("before", "after")}
-        rows.append({"set": name, "n": len(own), **counts, **empty})
+        counts: dict[str, int | None] = {}
+        for when in WHEN:
+            asked = when in own[0]
+            counts[f"refused_{when}"] = sum(row[f"refused_{when}"] for row in own) if asked else None
+            counts[f"empty_{when}"] = sum(not row[when].strip() for row in own) if asked else None
+        rows.append({"set": name, "n": len(own), **counts})
     return rows
 
 
@@ -112,9 +114,8 @@ def closing_table(report: dict) -> str:
         lines.append(f"{'loss, first and last':24}{first['loss'] or float('nan'):>12.4g}{last['loss'] or 0.0:>12.4g}")
     if report["refusals"]:
         lines += ["", f"{'refused (string match)':24}{'before':>12}{'after':>12}{'answers':>12}"]
-        lines += [
-            f"{row['set']:24}{row['refused_before'] / row['n']:>12.1%}{row['refused_after'] / row['n']:>12.1%}"
-            f"{row['n']:>12,}"
-            for row in report["refusals"]
-        ]
+        for row in report["refusals"]:
+            shares = (row[f"refused_{when}"] for when in WHEN)
+            cells = ("-" if share is None else f"{share / row['n']:.1%}" for share in shares)
+            lines.append(f"{row['set']:24}" + "".join(f"{cell:>12}" for cell in cells) + f"{row['n']:>12,}")
     return "\n".join(lines)

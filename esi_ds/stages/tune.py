@@ -84,7 +84,9 @@ class TuneRun(StageRun):
         self._log_inputs(tracker, same)
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        answers = {"before": self._answers(model, "before", tracker)}
+        answers = {}
+        if config.eval is not None and config.eval.before:
+            answers["before"] = self._answers(model, "before", tracker)
         training = Training(
             config,
             make_tuner(),
@@ -197,11 +199,10 @@ class TuneRun(StageRun):
             return
         lines = []
         for name, prompts in self.inputs.questions.items():
-            for index, (prompt, before, after) in enumerate(
-                zip(prompts, answers["before"][name], answers["after"][name], strict=True)
-            ):
-                row = {"set": name, "index": index, "prompt": prompt, "before": before, "after": after}
-                row |= {"refused_before": is_refusal(before), "refused_after": is_refusal(after)}
+            for index, prompt in enumerate(prompts):
+                said = {when: made[name][index] for when, made in answers.items()}
+                refused = {f"refused_{when}": is_refusal(text) for when, text in said.items()}
+                row = {"set": name, "index": index, "prompt": prompt, **said, **refused}
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         write_text_atomic(self.folder.path / ANSWERS, "".join(lines))
 

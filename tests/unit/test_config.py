@@ -19,9 +19,10 @@ SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.relative_to(ROOT)))
 def test_shipped_configs_load_and_resolve(file: Path) -> None:
     config = load_config(str(file), [])
-    stage = "esi" if config.tune is None else "spa" if "spa" in file.name else "set"
-    if stage == "esi":
-        require_esi(config)
+    stage = next((stage for stage in ("spa", "set", "eval", "perturb") if stage in file.name), "esi")
+    if config.tune is None:
+        if stage == "esi":
+            require_esi(config)
         batch = config.esi.batch_size
     else:
         require_tune(config)
@@ -31,6 +32,16 @@ def test_shipped_configs_load_and_resolve(file: Path) -> None:
     assert settings["bf16"]["enabled"] == (config.model.dtype == "bf16")
     assert "auto" not in str(settings)
     assert differences(config, validate(parse_yaml(resolved_yaml(config)))) == []
+
+
+def test_overrides_reach_into_lists(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("run: {output_dir: x}\nmodel: {path: a}\neval: {prompts: {path: p}, judges: [{kind: words}]}\n")
+    config = load_config(str(file), ["eval.judges.0.words=gcg", "eval.prompts.limit=3"])
+    assert config.eval.judges[0].words == "gcg" and config.eval.prompts[0].limit == 3
+    for override, words in (("eval.judges.1.words=gcg", "no number of the list"), ("model.path.x=1", "no section")):
+        with pytest.raises(UserError, match=words):
+            load_config(str(file), [override])
 
 
 def test_the_whole_contract_parses() -> None:
