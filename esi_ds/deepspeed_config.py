@@ -33,8 +33,11 @@ def read(config: Config) -> dict[str, Any]:
     return found
 
 
+TUNING = ("set", "spa")  # the stages that take optimizer steps
+
+
 def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> dict[str, Any]:
-    """The mapping for ``deepspeed.initialize`` in a stage (esi, set, spa): "auto" filled in from the YAML.
+    """The mapping for ``deepspeed.initialize`` in a stage (esi, set, spa, eval, perturb): "auto" filled in from the YAML.
 
     Raises UserError, with both values, where it contradicts the YAML or asks for what cannot work.
     """
@@ -48,7 +51,7 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
                 f"deepspeed.{section}",
                 None,
                 "has no place here: this stage takes no optimizer step"
-                if stage == "esi"
+                if stage not in TUNING
                 else "has no place here: the masked AdamW and its schedule are the tune section's",
                 "take it out; learning rates belong to the YAML's tune section",
             )
@@ -97,9 +100,10 @@ def _check_zero(settings: dict[str, Any]) -> None:
 
 def _owned(config: Config, world_size: int, stage: str) -> list[tuple[str, Any, str]]:
     """Keys of DeepSpeed's that the YAML owns: (key, value, whose it is)."""
-    if stage == "esi":
-        size, accumulation = config.esi.batch_size, 1
-        owners = ("esi.batch_size", "the ESI stage's own", "esi.batch_size times the ranks")
+    if stage not in TUNING:
+        name = "esi" if stage == "esi" else "eval"
+        size, accumulation = (config.esi if stage == "esi" else config.eval).batch_size, 1
+        owners = (f"{name}.batch_size", "this stage's own", f"{name}.batch_size times the ranks")
     else:
         size, accumulation = config.tune.batch_size, config.tune.gradient_accumulation
         owners = ("tune.batch_size", "tune.gradient_accumulation", "batch size times accumulation times the ranks")
@@ -108,7 +112,7 @@ def _owned(config: Config, world_size: int, stage: str) -> list[tuple[str, Any, 
         ("gradient_accumulation_steps", accumulation, owners[1]),
         ("train_batch_size", size * accumulation * world_size, owners[2]),
     ]
-    if stage != "esi":
+    if stage in TUNING:
         owned.append(("gradient_clipping", config.tune.clip or 0.0, "tune.clip"))
     return owned
 

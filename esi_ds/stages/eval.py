@@ -25,13 +25,13 @@ def run(config: Config, options: Options) -> None:
         return
     folder = RunFolder(config.run.output_dir)
     folder.check(config)
-    resolve_deepspeed(config, int(os.environ.get("WORLD_SIZE", "1")))
+    resolve_deepspeed(config, int(os.environ.get("WORLD_SIZE", "1")), "eval")
     folder.check_same("data_hashes", inputs.source, "eval")
     from esi_ds.zero import runtime
 
     runtime.start()
     try:
-        deepspeed_config = resolve_deepspeed(config, runtime.world_size())
+        deepspeed_config = resolve_deepspeed(config, runtime.world_size(), "eval")
         EvalRun(config, options, inputs, folder, deepspeed_config).run()
     finally:
         runtime.stop()

@@ -136,7 +136,7 @@ def print_tuning_plan(config: Config, options: Options, inputs: TuningInputs) ->
 def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> None:
     """The resolved config, then what an evaluation would ask whom. No collectives, no weights."""
     world_size = options.world_size or 1
-    resolve_deepspeed(config, world_size)
+    resolve_deepspeed(config, world_size, "eval")
     print(resolved_yaml(config))
     facts: dict[str, object] = {"ranks": world_size}
     for model in inputs.models:

@@ -20,13 +20,14 @@ SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 def test_shipped_configs_load_and_resolve(file: Path) -> None:
     config = load_config(str(file), [])
     stage = next((stage for stage in ("spa", "set", "eval", "perturb") if stage in file.name), "esi")
-    if config.tune is None:
-        if stage == "esi":
-            require_esi(config)
-        batch = config.esi.batch_size
-    else:
+    if stage in ("set", "spa"):
         require_tune(config)
         batch = config.tune.batch_size * config.tune.gradient_accumulation
+    elif stage == "esi":
+        require_esi(config)
+        batch = config.esi.batch_size
+    else:
+        batch = config.eval.batch_size
     settings = resolve_deepspeed(config, 4, stage)
     assert settings["train_batch_size"] == 4 * batch
     assert settings["bf16"]["enabled"] == (config.model.dtype == "bf16")
