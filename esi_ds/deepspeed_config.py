@@ -37,7 +37,7 @@ TUNING = ("set", "spa")  # the stages that take optimizer steps
 
 
 def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> dict[str, Any]:
-    """The mapping for ``deepspeed.initialize`` in a stage (esi, set, spa, eval, perturb): "auto" filled in from the YAML.
+    """The mapping for ``deepspeed.initialize`` in a stage (esi, set, spa, eval, perturb), "auto" filled in.
 
     Raises UserError, with both values, where it contradicts the YAML or asks for what cannot work.
     """
