@@ -1,4 +1,5 @@
-"""``python -m esi_ds.mask info|verify|compare``: look at a mask, check it, hold two against each other.
+"""``python -m esi_ds.mask info|verify|compare|select``: look at a mask, check it, hold two against each other, make
+another one from the same scores.
 
 One process; one parameter in memory at a time.
 """
@@ -7,23 +8,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from esi_ds.core.mask import INDEX_NAME, Mask
+from esi_ds.artifacts import replace_folder, write_json_atomic
+from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, Mask, digest, pack_bits
 from esi_ds.core.select import Order, Piece, select
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
 
+UNITS_NAME = "units.json"
+
 
 def read_units(mask: Mask) -> dict[str, list[Unit]]:
     """Logical matrices by parameter, from ``units.json``; a parameter without any is one matrix of its own."""
-    file = mask.path / "units.json"
+    file = mask.path / UNITS_NAME
     units: dict[str, list[Unit]] = {name: [] for name in mask.names}
     if file.is_file():
         for row in json.loads(file.read_text()):
@@ -69,17 +75,35 @@ def verify(mask: Mask, scores: Path | None) -> list[str]:
 
 def compare_with_scores(mask: Mask, folder: Path) -> list[str]:
     """Select again from the scores on disk, in one process, and compare bit for bit."""
-    try:
-        weight_map = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
-    except OSError as error:
-        raise UserError("--scores", str(folder), "holds no scores", "give RUN/scores of the same run") from error
+    weight_map = _score_files(folder)
     if set(weight_map) != set(mask.names):
         return [f"scores and mask name different parameters: {sorted(set(weight_map) ^ set(mask.names))[:5]}"]
-    order = Order(mask.metadata["order"], int(mask.metadata["seed"]))
-    offsets, last = json.loads(mask.metadata["offsets"]), mask.total_numel - 1
+    return [
+        f"{name}: {wrong} bits differ from the selection by its scores"
+        for name, bits in selected(mask, folder, mask.metadata)
+        if (wrong := int((bits != mask.bits(name)).sum()))
+    ]
+
+
+def _score_files(folder: Path) -> dict[str, str]:
+    """Parameter → file of a scores folder."""
+    try:
+        return json.loads((folder / INDEX_NAME).read_text())["weight_map"]
+    except OSError as error:
+        raise UserError("--scores", str(folder), "holds no scores", "give RUN/scores of the same run") from error
+
+
+def selected(mask: Mask, scores: Path, wanted: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, bool bits) of the exact selection from ``scores``, one parameter in memory at a time.
+
+    mask: any mask made from these scores. wanted: ``order``, ``seed``, ``scope``, ``k``, ``ratio``, as in metadata.
+    """
+    order = Order(wanted["order"], int(wanted["seed"]))
+    weight_map, last = _score_files(scores), mask.total_numel - 1
+    offsets = json.loads(mask.metadata["offsets"])
 
     def piece(name: str) -> Piece:
-        with safe_open(folder / weight_map[name], "pt") as opened:
+        with safe_open(scores / weight_map[name], "pt") as opened:
             return Piece(opened.get_tensor(name).flatten(), offsets[name])
 
     class Pieces:
@@ -88,32 +112,55 @@ def compare_with_scores(mask: Mask, folder: Path) -> list[str]:
         def __iter__(self) -> Iterator[Piece]:
             return (piece(name) for name in mask.names)
 
-    if mask.metadata["scope"] == "model":
-        (cut,) = select([Pieces()], [mask.k], order, last, lambda counts: counts)
-        expected = (
-            (name, cut.selects(order.keys(p.scores, p.position), p.position))
-            for name, p in zip(mask.names, Pieces(), strict=True)
-        )
+    if wanted["scope"] == "model":
+        (cut,) = select([Pieces()], [int(wanted["k"])], order, last, lambda counts: counts)
+        for name, found in zip(mask.names, Pieces(), strict=True):
+            yield name, cut.selects(order.keys(found.scores, found.position), found.position)
     else:
-        expected = ((name, _select_units(mask, name, piece(name), order, last)) for name in mask.names)
-    return [
-        f"{name}: {wrong} bits differ from the selection by its scores"
-        for name, bits in expected
-        if (wrong := int((bits != mask.bits(name)).sum()))
-    ]
+        for name in mask.names:
+            yield name, _select_units(mask, name, piece(name), order, last, float(wanted["ratio"]))
 
 
-def _select_units(mask: Mask, name: str, whole: Piece, order: Order, last: int) -> Tensor:
+def _select_units(mask: Mask, name: str, whole: Piece, order: Order, last: int, ratio: float) -> Tensor:
     """Scope ``matrix``: ⌊ratio · n⌋ of each logical matrix."""
     bits = torch.zeros(len(whole.scores), dtype=torch.bool)
     position = whole.position
     for unit in read_units(mask)[name]:
         where = unit.within(0, len(whole.scores))
         own = Piece(whole.scores[where], position)
-        (cut,) = select([[own]], [int(float(mask.metadata["ratio"]) * unit.numel)], order, last, lambda counts: counts)
+        (cut,) = select([[own]], [int(ratio * unit.numel)], order, last, lambda counts: counts)
         bits[where] = cut.selects(order.keys(own.scores, position), position)
         position += unit.numel
     return bits
+
+
+def write_selection(mask: Mask, scores: Path, output: Path, ratio: float, order: str, seed: int) -> Mask:
+    """A mask of another ratio or order from the scores that ``mask`` was made from; its ``of`` and ``scope``.
+
+    Bits are kept in memory (an eighth of a byte a weight). The folder is written whole or not at all.
+    """
+    if output.exists():
+        raise UserError("OUTPUT", str(output), "exists already", "give a new folder")
+    metadata = {**mask.metadata, "ratio": repr(ratio), "order": order, "seed": str(seed), "threshold": "null"}
+    scored = sum(mask.numel(name) for name in mask.names)
+    base = scored if mask.metadata.get("of") == "scored" else mask.total_numel
+    metadata["k"] = str(min(int(ratio * base), scored))
+    data, counts = {}, {}
+    for name, bits in selected(mask, scores, metadata):
+        data[name], counts[name] = pack_bits(bits), int(bits.sum())
+    metadata |= {"counts": json.dumps(counts), "k": str(sum(counts.values()))}
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    file = "model-00001-of-00001.safetensors"
+    save_file(data, temporary / file, metadata=metadata)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(data, file)}
+    write_json_atomic(temporary / INDEX_NAME, index)
+    write_json_atomic(temporary / DIGESTS_NAME, {name: digest(values) for name, values in data.items()})
+    if (mask.path / UNITS_NAME).is_file():
+        shutil.copyfile(mask.path / UNITS_NAME, temporary / UNITS_NAME)
+    replace_folder(temporary, output)
+    return Mask.load(output)
 
 
 def compare(first: Mask, second: Mask) -> list[str]:
@@ -155,6 +202,14 @@ def _natural(label: str) -> tuple[int, str]:
     return (int(number), rest) if number.isdigit() else (-1, label)
 
 
+def share(text: str) -> float:
+    """An argument between 0 and 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share between 0 and 1")
+    return value
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m esi_ds.mask", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -165,12 +220,23 @@ def main(argv: list[str] | None = None) -> int:
     overlap = commands.add_parser("compare", help="overlap of two masks, by role and layer")
     overlap.add_argument("first")
     overlap.add_argument("second")
+    maker = commands.add_parser("select", help="a mask of another ratio or order from the same scores")
+    maker.add_argument("mask", help="a mask made from the scores")
+    maker.add_argument("output", type=Path, metavar="OUTPUT", help="folder of the new mask")
+    maker.add_argument("--scores", type=Path, required=True, help="scores/ of the run")
+    maker.add_argument("--ratio", type=share, required=True, help="share of the weights")
+    maker.add_argument("--order", choices=("top", "bottom", "random"), default="top")
+    maker.add_argument("--seed", type=int, default=0, help="of --order random")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "info":
             print("\n".join(info(Mask.load(arguments.mask))))
         elif arguments.command == "compare":
             print("\n".join(compare(Mask.load(arguments.first), Mask.load(arguments.second))))
+        elif arguments.command == "select":
+            given = (arguments.scores, arguments.output, arguments.ratio, arguments.order, arguments.seed)
+            made = write_selection(Mask.load(arguments.mask), *given)
+            print(f"{made.k:,} of {made.total_numel:,} weights in {made.path}")
         else:
             found = verify(Mask.load(arguments.mask), arguments.scores)
             print("\n".join(found) or "sound" + (": exactly the selection by its scores" if arguments.scores else ""))

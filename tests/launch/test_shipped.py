@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, run_ranks
+from safetensors import safe_open
 
 from esi_ds import Mask
 from esi_ds.mask import main as mask_main
@@ -89,6 +90,19 @@ def test_the_moe_demo_on_two_ranks(tmp_path: Path) -> None:
     assert mask.k == int(0.01 * mask.total_numel)
     assert not any("mlp.gate.weight" in name or "embed" in name or "norm" in name for name in mask.names)
     assert "share of the mask by layer and expert" in (run / "report.html").read_text()
+    import torch
+
+    # Another ratio and another end of the same scores, against sorting all of them.
+    with safe_open(run / "scores/model-00001-of-00001.safetensors", "pt") as opened:
+        scores = torch.cat([opened.get_tensor(name).flatten() for name in mask.names])
+    for order in ("top", "bottom"):
+        made, options = tmp_path / order, ["--scores", str(run / "scores"), "--ratio", "0.03", "--order", order]
+        assert mask_main(["select", str(run / "mask"), str(made), *options]) == 0
+        other = Mask.load(made)
+        bits = torch.cat([other.bits(name) for name in other.names])
+        ranked = scores.sort(descending=order == "top", stable=True).indices[: int(0.03 * mask.total_numel)]
+        assert bits.sum() == len(ranked) and bits[ranked].all()
+        assert mask_main(["verify", str(made)]) == 0 and other.fingerprint == mask.fingerprint
 
 
 def test_real_weights_and_real_prompts(shared: Path, tmp_path: Path) -> None:
