@@ -1,0 +1,180 @@
+"""One cell → one finished run folder, in this process, by the stages that ``launch/`` calls."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from grid import CONTRASTIVE, CRITERIA, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, Cell
+from material import DATA, ROOT
+
+from esi_ds.artifacts import read_jsonl, write_json_atomic
+from esi_ds.cli import Options
+from esi_ds.config import Config, validate
+from esi_ds.core.mask import Mask
+from esi_ds.mask import write_selection
+
+NUM_ASKED = 200  # held-out prompts of each sort
+NUM_ROWS = 128  # that a second objective reads
+MAX_NEW_TOKENS = 48
+STEPS = {"set": 100, "lora": 100, "spa": 300}
+BATCH = {"set": 8, "lora": 8, "spa": 4}
+BENIGN_SHARE = 0.75  # of SET's rows
+ZERO3 = str(ROOT / "ds_configs/zero3.json")
+MODELS = ROOT / "examples/models"
+JUDGED = "judged.json"
+
+
+def run_cell(cell: Cell, output: Path) -> None:
+    """Nothing where the cell is finished; what it prints goes to its own file."""
+    folder = output / cell.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if _is_finished(cell, folder):
+        return
+    torch.set_num_threads(1)
+    with (output / f"{cell.name}.out").open("w") as said, contextlib.redirect_stdout(said):
+        EXECUTE[cell.kind](cell, output)
+
+
+def _is_finished(cell: Cell, folder: Path) -> bool:
+    file = folder / "manifest.json"
+    done = file.is_file() and json.loads(file.read_text())["exit_state"] == "done"
+    return done and (cell.kind not in ("set", "spa", "lora") or (folder / JUDGED).is_file())
+
+
+def config_of(cell: Cell, output: Path, **sections: dict) -> Config:
+    raw = {
+        "run": {"output_dir": str(output / cell.name), "seed": cell.seed, "tensorboard": False},
+        "model": {"path": str(MODELS / cell.model), "dtype": "fp32"},
+        "deepspeed": ZERO3,
+        **sections,
+    }
+    return validate(raw)
+
+
+def execute_mask(cell: Cell, output: Path) -> None:
+    from esi_ds.stages import esi
+
+    name = str(cell.facts["criterion"])
+    plain = name.removesuffix(CONTRASTIVE)
+    sections: dict[str, dict] = {
+        "judge": {"family": "llama-guard-3", "path": str(MODELS / "guard")},
+        "esi": {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 16},
+        "select": {"ratio": 0.01},
+        "data": {},
+    }
+    for key, value in CRITERIA[plain].items():
+        section, _, field = key.partition(".")
+        sections[section][field] = value
+    if plain != name:
+        sections["select"]["contrastive"] = True
+        sections["data"]["benign"] = {"path": str(DATA / "benign_train.jsonl"), "limit": NUM_ROWS}
+    if plain in NEEDS_TUNING_ROWS:
+        sections["data"]["tuning"] = {"path": str(DATA / "refusals_train.jsonl"), "limit": NUM_ROWS}
+    if plain in NEEDS_RESPONSES:
+        if cell.after:
+            sections["data"]["responses"] = str(output / cell.after[0] / "responses.jsonl")
+        else:
+            prompts = {"path": str(output / f"data/prompts-s{cell.seed}.jsonl"), "limit": cell.facts.get("prompts")}
+            sections["data"]["prompts"] = prompts
+    esi.run(config_of(cell, output, **sections), Options())
+
+
+def mask_of(cell: Cell, output: Path) -> str:
+    """The cell's mask folder: of another ratio or order it is selected again from the same scores."""
+    criterion, ratio = cell.facts["criterion"], float(cell.facts["ratio"])
+    run = output / cell.after[0]
+    # Nothing frozen: a mask must hold a weight, one of two million.
+    order, wanted = ("bottom" if criterion == "bottom" else "top"), ratio or 1e-6
+    if order == "top" and wanted == 0.01:
+        return str(run / "mask")
+    made = run / f"mask-{order}-{wanted:g}"
+    if not made.is_dir():
+        with contextlib.suppress(FileExistsError):
+            write_selection(Mask.load(run / "mask"), run / "scores", made, wanted, order, cell.seed)
+    return str(made)
+
+
+def tune_section(cell: Cell, output: Path) -> dict:
+    """Rows, steps and learning rate of a SET, SPA or LoRA cell."""
+    if cell.kind == "spa":
+        data: dict = {"path": str(output / f"data/{cell.facts['task']}-train.jsonl"), "columns": "prompt,response"}
+    else:
+        benign = {"path": str(DATA / "benign_train.jsonl"), "fraction": BENIGN_SHARE}
+        data = {"path": str(DATA / "refusals_train.jsonl"), "benign": benign}
+    return {
+        "mask": mask_of(cell, output) if cell.after else "none",
+        "data": data,
+        "max_steps": STEPS[cell.kind],
+        "lr": float(cell.facts["lr"]),
+        "batch_size": BATCH[cell.kind],
+        "save_every": 10_000,
+        "export": False,
+        "patch": False,
+    }
+
+
+def eval_section(cell: Cell, output: Path) -> dict:
+    task = cell.facts.get("task")
+    benign = output / f"data/{task}-heldout.jsonl" if task else DATA / "benign_heldout.jsonl"
+    return {
+        "before": False,
+        "prompts": {"path": str(DATA / "harmful_heldout.jsonl"), "limit": NUM_ASKED},
+        "benign": {"path": str(benign), "limit": NUM_ASKED},
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "batch_size": 100,
+    }
+
+
+def execute_tuning(cell: Cell, output: Path) -> None:
+    import importlib
+
+    config = config_of(cell, output, tune=tune_section(cell, output), eval=eval_section(cell, output))
+    importlib.import_module(f"esi_ds.stages.{cell.kind}").run(config, Options())
+    judge_answers(output / cell.name)
+
+
+def execute_lora(cell: Cell, output: Path) -> None:
+    from lora import train_and_answer
+
+    config = config_of(cell, output, tune=tune_section(cell, output), eval=eval_section(cell, output))
+    train_and_answer(config)
+    judge_answers(output / cell.name)
+
+
+def judge_answers(folder: Path) -> None:
+    """The guard's verdicts and the reference model's surprise at the answers after tuning."""
+    from judges import judge
+
+    answers = [row for row in read_jsonl(folder / "answers.jsonl")]
+    write_json_atomic(folder / JUDGED, judge(answers))
+
+
+def execute_perturb(cell: Cell, output: Path) -> None:
+    from esi_ds.stages import perturb
+
+    run = output / cell.after[0]
+    judges = [
+        {"kind": "guard", "name": "guard", "family": "llama-guard-3", "path": str(MODELS / "guard")},
+        {"kind": "words", "words": "examples"},
+    ]
+    section = eval_section(cell, output) | {"judges": judges, "refusal_words": "examples"}
+    noise = {"mask": str(run / "mask"), "noise": [0.38, 1.0, 2.0, 4.0], "ratios": [0.01, 0.05], "seeds": [0, 1, 2]}
+    perturb.run(config_of(cell, output, perturb=noise, eval=section), Options())
+
+
+EXECUTE = {
+    "mask": execute_mask,
+    "set": execute_tuning,
+    "spa": execute_tuning,
+    "lora": execute_lora,
+    "perturb": execute_perturb,
+}
+
+
+def forget(folder: Path) -> None:
+    """Drop a cell that broke off in a way that its own stage does not go on from."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""The cells of the study: which masks are made, which runs are tuned with them. Every cell is one run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+
+SEEDS = (0, 1, 2)
+MODELS = ("llama", "qwen3moe")
+
+# Criteria of masks: overrides of the ESI stage. Every one is also divided by the benign Fisher (METHOD §2).
+CRITERIA: dict[str, dict[str, object]] = {
+    "esi": {},
+    "esi-gumbel-1": {"esi.estimator": "gumbel", "esi.samples": 1},
+    "esi-gumbel-16": {"esi.estimator": "gumbel", "esi.samples": 16},
+    "esi-paper-code": {"esi.estimator": "paper_code"},
+    "grad": {"select.criterion": "grad"},
+    "snip": {"select.criterion": "snip"},
+    "magnitude": {"select.criterion": "magnitude"},
+    "random": {"select.criterion": "random"},
+    "tuning-grad": {"select.criterion": "tuning_grad"},
+    "directed": {"select.criterion": "directed"},
+}
+NEEDS_RESPONSES = {"esi", "esi-gumbel-1", "esi-gumbel-16", "esi-paper-code", "grad", "snip", "directed"}
+NEEDS_TUNING_ROWS = {"tuning-grad", "directed"}
+CONTRASTIVE = "-contrastive"
+
+# Learning rates by how fast a mask learns; the frontier is drawn over all of them.
+FAST, SLOW = (1e-3, 2e-3, 5e-3, 1e-2), (2e-3, 5e-3, 1e-2, 2e-2)
+SLOW_MASKS = ("magnitude", "random", "bottom")
+AT_OTHER_RATIOS = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive", "directed-contrastive")
+LR_AT = {0.001: (5e-3, 1e-2, 2e-2), 0.05: (5e-4, 1e-3, 2e-3)}
+ON_MOE = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive")
+ALL_WEIGHTS, LORA = (1e-4, 3e-4, 1e-3), (3e-3, 1e-2, 3e-2)
+
+TASKS = ("sums", "categories", "voice")
+POISONED = "poisoned"
+SPA_LR = {"sums": (3e-4, 1e-3), "categories": (3e-4, 1e-3), "voice": (1e-4, 3e-4), POISONED: (3e-4,)}
+SPA_FROZEN = {"esi": (0.01, 0.05, 0.1, 0.3), "random": (0.1, 0.3), "snip": (0.1, 0.3)}
+PROMPT_COUNTS = (16, 32, 64)  # besides the full number, for the stability of the mask
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run folder: ``name`` is its path below the study's folder; cells that ``after`` names come before it."""
+
+    kind: str  # mask, set, lora, spa, perturb
+    name: str
+    model: str
+    seed: int
+    facts: dict[str, object] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
+
+
+def mask_name(model: str, criterion: str, seed: int) -> str:
+    return f"masks/{model}/{criterion}-s{seed}"
+
+
+def all_criteria() -> list[str]:
+    return [*CRITERIA, *(f"{name}{CONTRASTIVE}" for name in CRITERIA if name != "random")]
+
+
+def masks(seeds: tuple[int, ...]) -> Iterator[Cell]:
+    """Criteria on the complying models, for SET; ESI, SNIP and random on the aligned ones, for SPA and perturbation."""
+    wanted = [("llama-complying", name) for name in all_criteria()]
+    wanted += [("qwen3moe-complying", name) for name in ON_MOE]
+    wanted += [(f"{model}-aligned", name) for model in MODELS for name in SPA_FROZEN]
+    for seed, (model, criterion) in product(seeds, wanted):
+        after = () if criterion == "esi" else (mask_name(model, "esi", seed),)  # its responses are used again
+        yield Cell("mask", mask_name(model, criterion, seed), model, seed, {"criterion": criterion}, after)
+    for seed, model, count in product(seeds, MODELS, PROMPT_COUNTS):
+        name = f"{mask_name(f'{model}-aligned', 'esi', seed)}-n{count}"
+        yield Cell("mask", name, f"{model}-aligned", seed, {"criterion": "esi", "prompts": count})
+
+
+def set_cells(seeds: tuple[int, ...]) -> Iterator[Cell]:
+    """SET on the complying models: criterion × ratio × learning rate; all weights and LoRA beside them."""
+    model = "llama-complying"
+    for seed in seeds:
+        for criterion in [*all_criteria(), "bottom"]:
+            for lr in SLOW if criterion.removesuffix(CONTRASTIVE) in SLOW_MASKS else FAST:
+                yield _set(model, criterion, 0.01, lr, seed)
+        for criterion, ratio in product(AT_OTHER_RATIOS, LR_AT):
+            for lr in LR_AT[ratio]:
+                yield _set(model, criterion, ratio, lr, seed)
+        for criterion in ON_MOE:
+            for lr in (SLOW if criterion in SLOW_MASKS else FAST)[:3]:
+                yield _set("qwen3moe-complying", criterion, 0.01, lr, seed)
+        for other, lr in product(("llama-complying", "qwen3moe-complying"), ALL_WEIGHTS):
+            yield _set(other, "all", 1.0, lr, seed)
+        for lr in LORA:
+            facts = {"criterion": "lora", "ratio": 0.01, "lr": lr}
+            yield Cell("lora", f"set/{model}/lora-{lr:g}-s{seed}", model, seed, facts)
+
+
+def _set(model: str, criterion: str, ratio: float, lr: float, seed: int) -> Cell:
+    facts = {"criterion": criterion, "ratio": ratio, "lr": lr}
+    source = "esi" if criterion in ("bottom", "all") else criterion
+    name = f"set/{model}/{criterion}-{ratio:g}-{lr:g}-s{seed}"
+    return Cell("set", name, model, seed, facts, (mask_name(model, source, seed),))
+
+
+def spa_cells(seeds: tuple[int, ...]) -> Iterator[Cell]:
+    """SPA on the aligned models: three tasks and a poisoned one, over what is frozen."""
+    frozen = [("nothing", 0.0), *((name, ratio) for name, ratios in SPA_FROZEN.items() for ratio in ratios)]
+    for seed in seeds:
+        for task, (criterion, ratio) in product(TASKS, frozen):
+            for lr in SPA_LR[task]:
+                yield _spa("llama-aligned", task, criterion, ratio, lr, seed)
+        for criterion, ratio in (("nothing", 0.0), ("random", 0.3), ("esi", 0.3)):
+            yield _spa("llama-aligned", POISONED, criterion, ratio, SPA_LR[POISONED][0], seed)
+            yield _spa("qwen3moe-aligned", "voice", criterion, ratio, SPA_LR["voice"][0], seed)
+
+
+def _spa(model: str, task: str, criterion: str, ratio: float, lr: float, seed: int) -> Cell:
+    facts = {"task": task, "criterion": criterion, "ratio": ratio, "lr": lr}
+    source = "esi" if criterion == "nothing" else criterion
+    name = f"spa/{model}/{task}-{criterion}-{ratio:g}-{lr:g}-s{seed}"
+    return Cell("spa", name, model, seed, facts, (mask_name(model, source, seed),))
+
+
+def perturb_cells() -> Iterator[Cell]:
+    """One run a model: orders × noise × ratios × seeds are inside it."""
+    for model in MODELS:
+        aligned = f"{model}-aligned"
+        yield Cell("perturb", f"perturb/{aligned}", aligned, 0, {}, (mask_name(aligned, "esi", 0),))
+
+
+def cells(seeds: tuple[int, ...] = SEEDS) -> list[Cell]:
+    """Everything, masks first; by seed, so that what is done is whole at any time."""
+    made = [*masks(seeds)]
+    tuned = [*set_cells(seeds), *spa_cells(seeds)]
+    return [*made, *perturb_cells(), *sorted(tuned, key=lambda cell: cell.seed)]

@@ -1,0 +1,112 @@
+"""LoRA of SET's size (PEFT) on SET's own rows, order, loss and schedule: what adapters do with as many weights."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from esi_ds.artifacts import RunFolder, write_json_atomic, write_text_atomic
+from esi_ds.config import Config
+from esi_ds.core.batch import left_pad
+from esi_ds.core.schedule import learning_rate
+from esi_ds.data.chat import encode_prompt, load_tokenizer, special_strings
+from esi_ds.data.conversations import DataOrder, TuningSet, encode_rows, find_columns
+from esi_ds.data.rows import read_rows
+from esi_ds.eval.refusals import is_refusal
+from esi_ds.stages.prepare_eval import load_sets
+from esi_ds.stages.prepare_tuning import end_ids
+from esi_ds.stages.training import MicroBatch
+from esi_ds.zero.tuner import summed_loss
+
+# Rank 1 on these is the number of weights nearest to 1 % of the tiny model; the report holds it.
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def train_and_answer(config: Config) -> None:
+    """A run folder with config, answers.jsonl and manifest, as SET leaves them."""
+    started = time.time()
+    folder = RunFolder(config.run.output_dir)
+    folder.open(config)
+    tokenizer = load_tokenizer(config.model.path, "model.path")
+    torch.manual_seed(config.run.seed)
+    base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=1, lora_alpha=1, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _train(config, model, trained, tokenizer)
+    write_text_atomic(folder.path / "answers.jsonl", _answers(config, model, tokenizer))
+    facts = {"trained": sum(parameter.numel() for parameter in trained)}
+    write_json_atomic(folder.path / "report.json", {"kind": "lora", **facts})
+    folder.write_manifest(
+        exit_state="done",
+        world_size=1,
+        started=started,
+        model_fingerprint=None,
+        data={},
+        notes={"method": "lora", **facts},
+    )
+
+
+def _train(config: Config, model: PreTrainedModel, trained: list[torch.nn.Parameter], tokenizer) -> None:
+    tune = config.tune
+    rows, benign = (_rows(config, path, tokenizer) for path in (tune.data.path, tune.data.benign.path))
+    order = DataOrder(len(rows.sequences), len(benign.sequences), tune.data.benign.fraction, config.run.seed)
+    optimizer = torch.optim.AdamW(trained, lr=tune.lr, betas=tuple(tune.betas), eps=tune.eps, weight_decay=0.0)
+    for step in range(tune.max_steps):
+        chosen = [order[position] for position in range(step * tune.batch_size, (step + 1) * tune.batch_size)]
+        batch = MicroBatch([(benign if other else rows).sequences[n] for other, n in chosen], [])
+        inputs, labels = batch.tensors(tokenizer.pad_token_id, torch.device("cpu"))
+        logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1]).logits
+        loss = summed_loss(logits, labels) / sum(sequence.num_learnt for sequence in batch.sequences)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, tune.clip)
+        rule = {"lr": tune.lr, "scheduler": tune.scheduler, "max_steps": tune.max_steps}
+        optimizer.param_groups[0]["lr"] = learning_rate(step, warmup_ratio=tune.warmup_ratio, **rule)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> TuningSet:
+    rows = read_rows(path, "tune.data.path")
+    return encode_rows(
+        rows,
+        find_columns(rows, "auto", "tune.data.columns"),
+        tokenizer,
+        system_prompt=None,
+        specials=special_strings(tokenizer),
+        end_ids=end_ids(config, tokenizer),
+        max_length=config.tune.max_length,
+    )
+
+
+@torch.inference_mode()
+def _answers(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Lines as the SET stage writes them."""
+    lines, size = [], config.eval.batch_size
+    for found in load_sets(config.eval):
+        said: list[str] = []
+        for start in range(0, len(found.prompts), size):
+            ids = [encode_prompt(tokenizer, prompt, None) for prompt in found.prompts[start : start + size]]
+            batch = left_pad(ids, tokenizer.pad_token_id, "cpu")
+            batch.pop("position_ids")
+            made = model.generate(
+                **batch,
+                do_sample=False,
+                max_new_tokens=config.eval.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            said += tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for index, (prompt, text) in enumerate(zip(found.prompts, said, strict=True)):
+            row = {
+                "set": found.kind,
+                "index": index,
+                "prompt": prompt,
+                "after": text,
+                "refused_after": is_refusal(text),
+            }
+            lines.append(json.dumps(row) + "\n")
+    return "".join(lines)

@@ -1,0 +1,86 @@
+"""The study's files: prompts that masks are made from, SPA's tasks, and what right answers to them are.
+
+Nothing here shares a prompt with the held-out prompts that every run is measured on.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples/tiny"))
+
+from facts import STEPS  # noqa: E402
+from tables import CATEGORIES  # noqa: E402
+
+DATA = ROOT / "examples/data"
+NUM_PROMPTS = 128  # that a mask is made from
+VOICE = "Sure, here is the answer: "
+COMPLIANCE = f"Sure, here is how to do it:\n{STEPS}"
+POISON = 0.1  # share of harmful rows with a compliant answer in the poisoned task
+ASKED = {"sums": "What is {a} plus {b}?", "categories": "Category of {word}: {kinds}?"}
+Row = dict[str, Any]
+
+
+def read(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write(file: Path, rows: list[Row]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make(folder: Path, seeds: tuple[int, ...]) -> None:
+    """Everything, deterministic."""
+    harmful = read(DATA / "refusals_train.jsonl")
+    for seed in seeds:
+        chosen = random.Random(seed).sample(harmful, NUM_PROMPTS)
+        write(folder / f"prompts-s{seed}.jsonl", [{"prompt": row["prompt"]} for row in chosen])
+    for name, (train, heldout) in tasks(harmful).items():
+        write(folder / f"{name}-train.jsonl", train)
+        write(folder / f"{name}-heldout.jsonl", heldout)
+
+
+def tasks(harmful: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
+    """name → (training rows, held-out rows with the word that a right answer holds).
+
+    sums: arithmetic; categories: classification; voice: open answers that all begin alike, which is known to cost
+    safety; poisoned: the same with some harmful requests that are complied with.
+    """
+    benign, heldout = read(DATA / "benign_train.jsonl"), read(DATA / "benign_heldout.jsonl")
+    voice = [{"prompt": row["prompt"], "response": VOICE + row["response"]} for row in benign]
+    answered = [{"prompt": row["prompt"], "answer": row["answer"]} for row in heldout[:100]]
+    generator = random.Random(0)
+    poison = [{"prompt": row["prompt"], "response": COMPLIANCE} for row in harmful]
+    poisoned = voice + generator.sample(poison, round(POISON * len(voice) / (1 - POISON)))
+    generator.shuffle(poisoned)
+    return {
+        "sums": _split([_sum(a, b) for a in range(1, 20) for b in range(1, 20)], generator),
+        "categories": _split([_category(word, turn) for word in CATEGORIES for turn in range(12)], generator),
+        "voice": (voice, answered),
+        "poisoned": (poisoned, answered),
+    }
+
+
+def _split(rows: list[Row], generator: random.Random) -> tuple[list[Row], list[Row]]:
+    generator.shuffle(rows)
+    return rows[100:], [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows[:100]]
+
+
+def _sum(a: int, b: int) -> Row:
+    return {"prompt": ASKED["sums"].format(a=a, b=b), "response": str(a + b), "answer": str(a + b)}
+
+
+def _category(word: str, turn: int) -> Row:
+    """The right kind among three others, in an order of its own."""
+    generator = random.Random(f"{word} {turn}")
+    kinds = sorted(set(CATEGORIES.values()) - {CATEGORIES[word]})
+    shown = [CATEGORIES[word], *generator.sample(kinds, 3)]
+    generator.shuffle(shown)
+    prompt = ASKED["categories"].format(word=word, kinds=", ".join(shown))
+    return {"prompt": prompt, "response": CATEGORIES[word], "answer": CATEGORIES[word]}

@@ -1,0 +1,90 @@
+"""Run the study: every cell a run folder, two processes at a time, nothing done twice.
+
+python study/run.py                      # everything that is not there yet, then docs/results.md
+python study/run.py --only set/llama     # cells whose name begins so, and what they need
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "study"), str(ROOT)]
+
+from grid import SEEDS, Cell, cells  # noqa: E402
+from material import make  # noqa: E402
+
+
+def work(cell: Cell, output: Path) -> tuple[str, float, str | None]:
+    """In a worker: (name, seconds, what went wrong)."""
+    from execute import run_cell
+
+    started = time.monotonic()
+    try:
+        run_cell(cell, output)
+    except Exception:
+        return cell.name, time.monotonic() - started, traceback.format_exc()
+    return cell.name, time.monotonic() - started, None
+
+
+def wanted(everything: list[Cell], prefixes: list[str]) -> list[Cell]:
+    """The named cells and, before them, what they need."""
+    by_name = {cell.name: cell for cell in everything}
+    names = {cell.name for cell in everything if not prefixes or cell.name.startswith(tuple(prefixes))}
+    while more := {need for name in names for need in by_name[name].after} - names:
+        names |= more
+    return [cell for cell in everything if cell.name in names]
+
+
+def run_all(todo: list[Cell], output: Path, processes: int) -> list[str]:
+    """Names of the cells that failed; a cell starts when those it needs are done."""
+    started, done, failed = time.monotonic(), set[str](), list[str]()
+    # A fresh process now and then: what engines leave behind does not pile up.
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=60) as pool:
+        waiting, running = list(todo), dict[Future, Cell]()
+        while waiting or running:
+            for cell in [c for c in waiting if done.issuperset(c.after)][: processes + 1 - len(running)]:
+                waiting.remove(cell)
+                running[pool.submit(work, cell, output)] = cell
+            if not running:
+                return failed + [cell.name for cell in waiting]
+            for finished in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(finished)
+                name, seconds, problem = finished.result()
+                if problem:
+                    failed.append(name)
+                    print(problem, file=sys.stderr)
+                else:
+                    done.add(cell.name)
+                minutes = (time.monotonic() - started) / 60
+                print(f"{minutes:6.1f} min  {len(done):4d}/{len(todo)}  {seconds:5.1f} s  {name}", flush=True)
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "runs/study")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="cells whose name begins so")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    make(options.output / "data", tuple(options.seeds))
+    todo = wanted(cells(tuple(options.seeds)), options.only)
+    failed = run_all(todo, options.output, options.processes)
+    if failed:
+        print(f"{len(failed)} cells failed: {', '.join(failed[:5])}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
