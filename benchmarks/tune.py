@@ -105,15 +105,10 @@ def run_tuner(tuner) -> tuple[float, float]:
     return whole, sorted(updates[1:])[STEPS // 2]
 
 
-def set_figures(folder: Path, mask) -> dict[str, float]:
-    """SET at 1 %: resident bytes a weight × ranks, seconds, bytes reduced a step."""
+def figures(model, tuner, before: int, num_reduced: int) -> dict[str, float]:
+    """Resident bytes a weight × ranks above ``before``, seconds, bytes reduced a step."""
     from esi_ds.zero import runtime
-    from esi_ds.zero.sparse import SparseTuner
-    from esi_ds.zero.tuner import Rule
 
-    before = resident_bytes()
-    model, trained = loaded(folder, mask, "selected", ZERO3)
-    tuner = SparseTuner(model, trained, Rule(**RULE, clip=1.0), "compact")
     whole, update = run_tuner(tuner)
     model.release()
     total = sum(parameter.numel for parameter in model.parameters)
@@ -121,16 +116,26 @@ def set_figures(folder: Path, mask) -> dict[str, float]:
         "bytes_per_weight_x_ranks": (resident_bytes() - before) * runtime.world_size() / total,
         "whole_seconds": whole,
         "update_seconds": update,
-        "reduced_bytes": 4 * trained.total,
+        "reduced_bytes": 4 * num_reduced,
         "weights": total,
     }
+
+
+def set_figures(folder: Path, mask) -> dict[str, float]:
+    """SET at 1 %."""
+    from esi_ds.zero.sparse import SparseTuner
+    from esi_ds.zero.tuner import Rule
+
+    before = resident_bytes()
+    model, trained = loaded(folder, mask, "selected", ZERO3)
+    tuner = SparseTuner(model, trained, Rule(**RULE, clip=1.0), "compact")
+    return figures(model, tuner, before, trained.total)
 
 
 def standard_figures(folder: Path, mask, masked: bool) -> dict[str, float]:
     """The standard engine on the same parameters: with the masked AdamW (SPA) or torch's own."""
     import torch
 
-    from esi_ds.zero import runtime
     from esi_ds.zero.dense import DenseTuner
     from esi_ds.zero.optimizer import MaskedAdamW
 
@@ -145,15 +150,7 @@ def standard_figures(folder: Path, mask, masked: bool) -> dict[str, float]:
     before = resident_bytes()
     model, trained = loaded(folder, mask, "complement", STANDARD, make_optimizer)
     tuner = DenseTuner(model, trained, made[0]) if masked else plain_tuner(model, trained)
-    whole, update = run_tuner(tuner)
-    model.release()
-    total = sum(parameter.numel for parameter in model.parameters)
-    return {
-        "bytes_per_weight_x_ranks": (resident_bytes() - before) * runtime.world_size() / total,
-        "whole_seconds": whole,
-        "update_seconds": update,
-        "reduced_bytes": 4 * sum(p.numel for p in model.parameters if trained.count(p.name)),
-    }
+    return figures(model, tuner, before, sum(p.numel for p in model.parameters if trained.count(p.name)))
 
 
 def plain_tuner(model, trained):

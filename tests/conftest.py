@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What every finished run folder holds, whichever stage it is of.
+RUN_FILES = {"config.yaml", "manifest.json", "metrics.jsonl", "tensorboard", "report.json", "report.html", "log.txt"}
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +45,24 @@ def run_ranks(ranks: int, script: str, *arguments: str, timeout: int = 600) -> s
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def write_config(folder: Path, base: dict, changes: dict) -> Path:
+    """A config file: ``base`` with some keys, dotted, set to other values."""
+    raw = deepcopy(base)
+    for dotted, value in changes.items():
+        place = raw
+        *parents, leaf = dotted.split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[leaf] = value
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    return file
+
+
+def num_lines(file: Path) -> int:
+    return len(file.read_text().splitlines()) if file.is_file() else 0
 
 
 class LaunchedJob:
@@ -76,6 +97,13 @@ class LaunchedJob:
             assert self.process.poll() is None, "ended too early:\n" + self.process.communicate()[0][-4000:]
             assert time.monotonic() < deadline
             time.sleep(0.002)
+
+    def interrupt_when(self, condition: Callable[[], bool], number: signal.Signals) -> None:
+        """A signal to the first process, which must save and exit with 75."""
+        self.wait_until(condition)
+        self.process.send_signal(number)
+        output, _ = self.process.communicate(timeout=100)
+        assert self.process.returncode == 75, output[-3000:]
 
     def processes(self) -> list[psutil.Process]:
         """The launcher starts its workers in groups of their own: all descendants, the launcher last."""

@@ -529,5 +529,4 @@ def pack_bits(mask: Tensor) -> Tensor:
     return torch.tensor(packed, dtype=torch.uint8)
 
 
-sorted_selection = select  # the name other tests import
 RESPONSE_ONLY = replace(LLAMA_GUARD_3, context="response_only")

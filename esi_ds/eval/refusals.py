@@ -112,7 +112,7 @@ REFUSAL_LISTS = {
             ),
             "anywhere",
             True,
-            "examples/tiny/measure.py: the words that the shipped tiny models were trained to refuse with",
+            "examples/tiny/data.py: the words that the shipped tiny models were trained to refuse with",
         ),
     )
 }

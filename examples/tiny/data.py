@@ -19,7 +19,6 @@ from lookalikes import LOOKALIKE, QUESTIONS
 from slots import SLOTS
 
 Split = Literal["train", "heldout"]
-SPLITS: tuple[Split, Split] = ("train", "heldout")
 
 PHRASINGS: dict[Split, list[str]] = {
     "train": [

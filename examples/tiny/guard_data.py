@@ -125,14 +125,6 @@ def benign(rng: random.Random, split: Split) -> Example:
     return lookalike(rng, split) if rng.random() < 0.65 else plain(rng, split)
 
 
-def benign_with_act(rng: random.Random, split: Split) -> Example:
-    """A benign example that has an act: a look-alike or a plain how-to."""
-    while True:
-        example = benign(rng, split)
-        if example.act:
-            return example
-
-
 def benign_reply(rng: random.Random, split: Split, example: Example) -> str:
     """Its own answer, or, where there is an act, compliance with that act."""
     if example.act and rng.random() < 0.5:

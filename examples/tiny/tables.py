@@ -249,20 +249,6 @@ LEGS = {
     "a human": "2",
     "a duck": "2",
 }
-SENTENCES = [
-    "birds sing",
-    "the dog sleeps",
-    "rain is wet",
-    "time flies",
-    "I like tea",
-    "trees are tall",
-    "bombs are bad",
-    "the sun is hot",
-    "fire burns",
-    "we sing",
-    "cats run",
-    "tea is hot",
-]
 HOWTO = [
     "bake bread",
     "fix a bike",

@@ -5,7 +5,6 @@ BPE with byte fallback for the guard, so that moving text between a model and it
 import json
 import random
 import string
-from pathlib import Path
 
 from data import complying, mixed
 from guard_data import judged
@@ -138,10 +137,3 @@ def check_verdicts(tokenizer: PreTrainedTokenizerFast) -> None:
     newlines = tokenizer.convert_tokens_to_ids("<0x0A>")
     if safe[1:3] != [newlines] * 2 or unsafe[1:3] != [newlines] * 2 or safe[3] == unsafe[3]:
         raise ValueError(f"verdicts must differ right after two newline bytes, got {safe} and {unsafe}")
-
-
-def save_chat(folder: Path) -> PreTrainedTokenizerFast:
-    """Train the chat tokenizer and write it to a folder."""
-    tokenizer = chat_tokenizer()
-    tokenizer.save_pretrained(folder)
-    return tokenizer

@@ -11,7 +11,7 @@ import torch
 from builders import PAIRS, build_mask, build_model, byte_bpe_tokenizer
 from conftest import ROOT, run_ranks
 from reference_tuning import encode, tune
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -188,9 +188,8 @@ def state_of(run: Path, ranks: int) -> dict[str, dict[str, torch.Tensor]]:
     """Whole flat tensors: the ranks' parts one behind another."""
     parts: dict[str, list[torch.Tensor]] = {}
     for rank in range(ranks):
-        with safe_open(run / f"state-{rank}.safetensors", "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  safe_open is no mapping
-                parts.setdefault(key, []).append(opened.get_tensor(key))
+        for key, tensor in load_file(run / f"state-{rank}.safetensors").items():
+            parts.setdefault(key, []).append(tensor)
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensors in parts.items():
         name, _, what = key.rpartition("/")

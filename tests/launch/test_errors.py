@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from builders import build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
-from conftest import ROOT
+from conftest import ROOT, write_config
 from safetensors.torch import load_file, save_file
 
 from esi_ds.cli import main
@@ -81,16 +81,7 @@ CASES = {
 
 
 def write(folder: Path, changes: dict) -> Path:
-    raw = base(folder)
-    for dotted, value in changes.items():
-        place = raw
-        *parents, leaf = dotted.split(".")
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[leaf] = value
-    file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(raw))
-    return file
+    return write_config(folder, base(folder), changes)
 
 
 @pytest.mark.parametrize("case", CASES)

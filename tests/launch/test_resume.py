@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from builders import build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
-from conftest import LaunchedJob
+from conftest import RUN_FILES, LaunchedJob, num_lines
 from reference import esi_scores
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 NUM_PROMPTS = 26
 
@@ -42,13 +41,8 @@ class Job(LaunchedJob):
         super().__init__("launch/esi.py", folder, name, ranks, config)
 
 
-def num_lines(file: Path) -> int:
-    return len(file.read_text().splitlines()) if file.is_file() else 0
-
-
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    with safe_open(folder / "model-00001-of-00001.safetensors", "pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  safe_open is no mapping
+    return load_file(folder / "model-00001-of-00001.safetensors")
 
 
 def relative_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -66,18 +60,7 @@ def undisturbed(folder: Path) -> Path:
 
 def test_the_run_folder_is_complete(undisturbed: Path, folder: Path) -> None:
     names = {path.name for path in undisturbed.iterdir()}
-    assert names == {
-        "config.yaml",
-        "manifest.json",
-        "metrics.jsonl",
-        "tensorboard",
-        "report.json",
-        "report.html",
-        "log.txt",
-        "responses.jsonl",
-        "scores",
-        "mask",
-    }
+    assert names == RUN_FILES | {"responses.jsonl", "scores", "mask"}
     manifest = json.loads((undisturbed / "manifest.json").read_text())
     assert manifest["exit_state"] == "done" and manifest["world_size"] == 2
     rows = [json.loads(line) for line in (undisturbed / "responses.jsonl").read_text().splitlines()]
@@ -149,12 +132,7 @@ def test_killed_while_scoring_same_bits_on_two_ranks_same_scores_on_one(folder: 
 
 def test_a_signal_saves_and_exits_75(folder: Path, undisturbed: Path) -> None:
     job = Job(folder, "signalled", 1)
-    while num_lines(job.run / "metrics.jsonl") < 3:
-        assert job.process.poll() is None
-        time.sleep(0.005)
-    job.process.send_signal(signal.SIGUSR1)
-    output, _ = job.process.communicate(timeout=100)
-    assert job.process.returncode == 75, output[-3000:]
+    job.interrupt_when(lambda: num_lines(job.run / "metrics.jsonl") >= 3, signal.SIGUSR1)
     assert json.loads((job.run / "manifest.json").read_text())["exit_state"] == "interrupted"
     Job(folder, "signalled", 1).finish()
     assert relative_error(tensors(job.run / "scores"), tensors(undisturbed / "scores")) <= 1e-5
@@ -163,11 +141,6 @@ def test_a_signal_saves_and_exits_75(folder: Path, undisturbed: Path) -> None:
 
 def test_a_signal_while_generating(folder: Path, undisturbed: Path) -> None:
     job = Job(folder, "signalled-early", 1)
-    while num_lines(job.run / "responses.partial.jsonl") < 2:
-        assert job.process.poll() is None
-        time.sleep(0.005)
-    job.process.send_signal(signal.SIGTERM)
-    output, _ = job.process.communicate(timeout=100)
-    assert job.process.returncode == 75, output[-3000:]
+    job.interrupt_when(lambda: num_lines(job.run / "responses.partial.jsonl") >= 2, signal.SIGTERM)
     Job(folder, "signalled-early", 1).finish()
     assert relative_error(tensors(job.run / "scores"), tensors(undisturbed / "scores")) <= 1e-5

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from builders import PAIRS, build_mask, build_model, byte_bpe_tokenizer
-from conftest import LaunchedJob, run_ranks
-from safetensors import safe_open
+from conftest import RUN_FILES, LaunchedJob, num_lines, run_ranks
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from esi_ds import Mask
@@ -68,17 +68,14 @@ class Job(LaunchedJob):
         super().__init__(SCRIPTS[stage], folder, name, ranks, config)
 
     def steps(self) -> int:
-        file = self.run / "metrics.jsonl"
-        return len(file.read_text().splitlines()) if file.is_file() else 0
+        return num_lines(self.run / "metrics.jsonl")
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    with safe_open(run / "model/model-00001-of-00001.safetensors", "pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  safe_open is no mapping
+    return load_file(run / "model/model-00001-of-00001.safetensors")
 
 
-def same_bits(one: Path, other: Path) -> bool:
-    first, second = weights(one), weights(other)
+def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return set(first) == set(second) and all(
         torch.equal(first[name].view(torch.int16), second[name].view(torch.int16)) for name in first
     )
@@ -108,32 +105,17 @@ def undisturbed(request, folder: Path) -> tuple[str, Path]:
 
 def test_the_run_folder_is_complete(undisturbed: tuple[str, Path], folder: Path) -> None:
     stage, run = undisturbed
-    assert {path.name for path in run.iterdir()} == {
-        "config.yaml",
-        "manifest.json",
-        "metrics.jsonl",
-        "tensorboard",
-        "report.json",
-        "report.html",
-        "log.txt",
-        "answers.jsonl",
-        "model",
-        "patch",
-    }
+    assert {path.name for path in run.iterdir()} == RUN_FILES | {"answers.jsonl", "model", "patch"}
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["exit_state"] == "done" and manifest["mask_made_from_these_weights"]
-    assert set(weights(run)) == set(weights_of_base(folder))  # canonical names, experts one by one
+    # canonical names, experts one by one
+    assert set(weights(run)) == set(load_file(folder / "model/model.safetensors"))
     assert frozen_changes(folder, run, stage) == 0
     card = (run / "model/README.md").read_text()
     assert Mask.load(folder / "mask").fingerprint in card and "| steps | 40 |" in card
     answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
     assert [row["set"] for row in answers] == ["harmful"] * 3 + ["benign"]
     assert "Before and after" in (run / "report.html").read_text()
-
-
-def weights_of_base(folder: Path) -> dict[str, torch.Tensor]:
-    with safe_open(folder / "model/model.safetensors", "pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  safe_open is no mapping
 
 
 def test_tensorboard_shows_what_was_promised(undisturbed: tuple[str, Path]) -> None:
@@ -148,14 +130,9 @@ def test_the_patch_goes_both_ways(undisturbed: tuple[str, Path], folder: Path, t
     _, run = undisturbed
     assert patch_main(["apply", str(folder / "model"), str(run / "patch"), str(tmp_path / "tuned")]) == 0
     assert patch_main(["revert", str(run / "model"), str(run / "patch"), str(tmp_path / "base")]) == 0
-    # The base file's bytes again: same names, same order, same bits.
-    original = weights_of_base(folder)
-    with safe_open(tmp_path / "base/model-00001-of-00001.safetensors", "pt") as opened:
-        for name, tensor in original.items():
-            assert torch.equal(opened.get_tensor(name).view(torch.int16), tensor.view(torch.int16))
-    with safe_open(tmp_path / "tuned/model.safetensors", "pt") as opened:
-        for name, tensor in weights(run).items():
-            assert torch.equal(opened.get_tensor(name).view(torch.int16), tensor.view(torch.int16))
+    reverted = load_file(tmp_path / "base/model-00001-of-00001.safetensors")
+    assert same_bits(reverted, load_file(folder / "model/model.safetensors"))
+    assert same_bits(load_file(tmp_path / "tuned/model.safetensors"), weights(run))
 
 
 def test_killed_and_resumed(undisturbed: tuple[str, Path], folder: Path) -> None:
@@ -171,7 +148,7 @@ def test_killed_and_resumed(undisturbed: tuple[str, Path], folder: Path) -> None
     job.kill_when(lambda: job.steps() >= first + 5 and any(checkpoints.glob(".position-*.tmp")))
     output = Job(folder, name, stage, 2).finish()
     assert "going on after step" in output
-    assert same_bits(job.run, expected)
+    assert same_bits(weights(job.run), weights(expected))
     steps = [json.loads(line)["step"] for line in (job.run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
     assert not (job.run / "checkpoint").exists()
@@ -192,10 +169,7 @@ def test_resumed_on_one_rank(undisturbed: tuple[str, Path], folder: Path) -> Non
 def test_a_signal_saves_and_exits_75(folder: Path, undisturbed: tuple[str, Path]) -> None:
     stage, _ = undisturbed
     job = Job(folder, f"{stage}-signalled", stage, 1)
-    job.wait_until(lambda: job.steps() >= 3)
-    job.process.send_signal(signal.SIGUSR1)
-    output, _ = job.process.communicate(timeout=100)
-    assert job.process.returncode == 75, output[-3000:]
+    job.interrupt_when(lambda: job.steps() >= 3, signal.SIGUSR1)
     assert json.loads((job.run / "manifest.json").read_text())["exit_state"] == "interrupted"
     assert "finished already" not in Job(folder, f"{stage}-signalled", stage, 1).finish()
 

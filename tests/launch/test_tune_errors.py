@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from builders import PAIRS, build_mask, build_model, byte_bpe_tokenizer
-from conftest import ROOT
+from conftest import ROOT, write_config
 from safetensors.torch import load_file, save_file
 
 from esi_ds import Mask
@@ -121,16 +120,8 @@ CASES = {
 
 
 def write(folder: Path, changes: dict) -> Path:
-    raw = json.loads(json.dumps(base(folder)))
-    for dotted, value in json.loads(json.dumps(changes).replace("{}/", f"{folder}/")).items():
-        place = raw
-        *parents, leaf = dotted.split(".")
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[leaf] = value
-    file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(raw))
-    return file
+    """{}/ in a change's value stands for ``folder``."""
+    return write_config(folder, base(folder), json.loads(json.dumps(changes).replace("{}/", f"{folder}/")))
 
 
 @pytest.mark.parametrize("case", CASES)

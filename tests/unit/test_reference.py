@@ -49,7 +49,6 @@ from torch.nn import functional
 KINDS = ("llama", "llama_tied", "qwen3_moe", "mixtral", "phi3", "needle")
 TOKENIZERS = {"byte": byte_bpe_tokenizer, "second": second_byte_bpe_tokenizer, "piece": sentencepiece_tokenizer}
 COUPLES = list(itertools.product(TOKENIZERS, TOKENIZERS))
-ROUTERS = [f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)]
 CUSTOM = Family(template="Q {prompt} R\n{response}\nOk?", verdict_prefix="", safe=" safe", unsafe=" unsafe")
 
 
