@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from esi_ds.errors import UserError
 
@@ -144,11 +144,24 @@ class Perturb(Section):
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="of the noise")
 
 
+class Task(Section):
+    name: str = Field(description="gsm8k, ag_news, pubmedqa, medqa, mmlu, examples/benign, lm-eval's name, or a YAML")
+    path: str | None = Field(None, description="local file of its rows; null: the hub")
+    fewshot_path: str | None = Field(None, description="local file of worked examples, with path")
+    limit: int | None = Field(None, ge=1, description="take the first so many rows; of a group: of each member")
+    num_fewshot: int | None = Field(None, ge=0, description="worked examples in the prompt; null: as the task says")
+
+
+def _as_task(given: Any) -> Any:
+    """A task may be given by its name alone."""
+    return {"name": given} if isinstance(given, str) else given
+
+
 class Eval(Section):
     judges: list[dict[str, Any]] = Field([], description="judges for attack success")
     prompts: Prompts | None = Field(None, description="harmful requests")
     benign: Prompts | None = Field(None, description="benign requests")
-    tasks: list[str] = Field([], description="tasks of lm-eval")
+    tasks: list[Annotated[Task, BeforeValidator(_as_task)]] = Field([], description="run by lm-eval (extra eval)")
     max_new_tokens: int = Field(256, ge=1, description="length of answers")
     batch_size: int = Field(8, ge=1, description="prompts per rank and micro-batch")
 
