@@ -137,13 +137,6 @@ class Tune(Section):
     patch: bool = Field(True, description="write patch/")
 
 
-class Perturb(Section):
-    mask: str = Field(description="mask folder")
-    orders: list[Literal["top", "random", "bottom"]] = Field(["top", "random", "bottom"], description="compared")
-    noise: float = Field(0.38, ge=0, description="in units of σ")
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="of the noise")
-
-
 class Task(Section):
     name: str = Field(description="gsm8k, ag_news, pubmedqa, medqa, mmlu, examples/benign, lm-eval's name, or a YAML")
     path: str | None = Field(None, description="local file of its rows; null: the hub")
@@ -155,6 +148,13 @@ class Task(Section):
 def _as_task(given: Any) -> Any:
     """A task may be given by its name alone."""
     return {"name": given} if isinstance(given, str) else given
+
+
+class Perturb(Section):
+    mask: str = Field(description="mask folder")
+    orders: list[Literal["top", "random", "bottom"]] = Field(["top", "random", "bottom"], description="compared")
+    noise: float = Field(0.38, ge=0, description="in units of σ")
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="of the noise")
 
 
 class Eval(Section):

@@ -17,7 +17,7 @@ from esi_ds.eval.statistics import CONFIDENCE, wilson
 from esi_ds.eval.tasks import TaskResult
 
 if TYPE_CHECKING:
-    from esi_ds.eval.harness import Prepared
+    from esi_ds.eval.harness_tasks import Prepared
 
 # Beginnings of warnings about what is done here on purpose, or counted (prompts that are cut).
 EXPECTED = (

@@ -2,13 +2,14 @@
 
 Prompts, few-shot examples, stop words, filters and metrics are lm-eval's; this module says which tasks, on which rows,
 and what of the outcome is kept: one value with its interval, and every document's score in order, so that two models
-can be compared document by document (``statistics.mcnemar_exact``, ``paired_bootstrap``). harness.py is the only module
-that imports lm-eval, and only where tasks are asked for.
+can be compared document by document (``statistics.mcnemar_exact``, ``paired_bootstrap``). Only the modules
+harness*.py import lm-eval, and only where tasks are asked for.
 
-Ranks: lm-eval's own data parallelism is not used. In 0.4.13 it needs accelerate to have started the ranks: beside a
-process group that exists already it takes itself for alone (every rank does every document), it numbers ranks within
-their node only, and a rank without a document leaves the others waiting. Its model interface allows the other way,
-which is taken: every rank builds all requests, answers its share, and all exchange the answers.
+Ranks: lm-eval's own data parallelism is not used. In 0.4.13, beside a process group that exists already, HFLM on CPUs
+takes every rank for the only one, so that each does every document (tried); on GPUs it numbers ranks within their node
+only, and a rank that gets no document raises while the others wait in a collective (read in its code). Its model
+interface allows another way, which is taken: every rank builds all requests, answers its share, and all exchange the
+answers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from esi_ds.eval.statistics import CONFIDENCE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from esi_ds.eval.harness import Prepared
+    from esi_ds.eval.harness_tasks import Prepared
 
 # Since 0.4.12 tasks are built by TaskManager.load.
 OLDEST = "0.4.12"
@@ -104,7 +105,7 @@ def prepare_tasks(tasks: Sequence[Task], field: str = "eval.tasks") -> list[Prep
     if not tasks:
         return []
     check_installed(tasks, field)
-    from esi_ds.eval.harness import prepare
+    from esi_ds.eval.harness_tasks import prepare
 
     return prepare(tasks, field)
 
