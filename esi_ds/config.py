@@ -147,6 +147,19 @@ class Tune(Section):
     patch: bool = Field(True, description="write patch/")
 
 
+class Task(Section):
+    name: str = Field(description="gsm8k, ag_news, pubmedqa, medqa, mmlu, examples/benign, lm-eval's name, or a YAML")
+    path: str | None = Field(None, description="local file of its rows; null: the hub")
+    fewshot_path: str | None = Field(None, description="local file of worked examples, with path")
+    limit: int | None = Field(None, ge=1, description="take the first so many rows; of a group: of each member")
+    num_fewshot: int | None = Field(None, ge=0, description="worked examples in the prompt; null: as the task says")
+
+
+def _as_task(given: Any) -> Any:
+    """A task may be given by its name alone."""
+    return {"name": given} if isinstance(given, str) else given
+
+
 class Perturb(Section):
     mask: str = Field(description="mask folder")
     orders: list[Literal["top", "random", "bottom"]] = Field(["top", "random", "bottom"], description="compared")
@@ -234,7 +247,7 @@ class Eval(Section):
     benign: PromptSets = Field([], description="one set of benign requests, or several, for over-refusal")
     before: bool = Field(True, description="SET and SPA answer before tuning too; off in grids, where it is known")
     refusal_words: str = Field("xstest", description="list by which refusals of benign requests are found")
-    tasks: list[str] = Field([], description="tasks of lm-eval")
+    tasks: list[Annotated[Task, BeforeValidator(_as_task)]] = Field([], description="run by lm-eval (extra eval)")
     max_new_tokens: int = Field(256, ge=1, description="length of answers")
     batch_size: int = Field(8, ge=1, description="prompts per rank and micro-batch")
 

@@ -16,6 +16,7 @@ from esi_ds.cli import Options
 from esi_ds.config import Config, validate
 from esi_ds.core.mask import Mask
 from esi_ds.mask import write_selection
+from esi_ds.zero import runtime
 
 NUM_ASKED = 200  # held-out prompts of each sort
 NUM_ROWS = 128  # that a second objective reads
@@ -35,6 +36,7 @@ def run_cell(cell: Cell, output: Path) -> None:
     if _is_finished(cell, folder):
         return
     torch.set_num_threads(1)
+    runtime.start()  # once a process: DeepSpeed's handles of a process group do not survive it
     with (output / f"{cell.name}.out").open("w") as said, contextlib.redirect_stdout(said):
         EXECUTE[cell.kind](cell, output)
 

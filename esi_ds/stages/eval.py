@@ -29,12 +29,9 @@ def run(config: Config, options: Options) -> None:
     folder.check_same("data_hashes", inputs.source, "eval")
     from esi_ds.zero import runtime
 
-    runtime.start()
-    try:
+    with runtime.process_group():
         deepspeed_config = resolve_deepspeed(config, runtime.world_size(), "eval")
         EvalRun(config, options, inputs, folder, deepspeed_config).run()
-    finally:
-        runtime.stop()
 
 
 class EvalRun(StageRun):

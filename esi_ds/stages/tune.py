@@ -40,12 +40,9 @@ def run_stage(config: Config, options: Options, stage: str) -> None:
     folder.check_same("data_hashes", source, "tune")
     from esi_ds.zero import runtime
 
-    runtime.start()
-    try:
+    with runtime.process_group():
         deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
         TuneRun(config, options, inputs, folder, deepspeed_config, source).run()
-    finally:
-        runtime.stop()
 
 
 def metadata_sha256(mask: Mask) -> str:

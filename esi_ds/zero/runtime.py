@@ -10,6 +10,8 @@ import os
 import random
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +73,19 @@ def stop() -> None:
     """Leave the process group; without it gloo and NCCL complain at exit."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The job's process group for the time of the block; one that was there before stays (a study runs many stages in
+    one process, and DeepSpeed keeps handles of the first group)."""
+    was_there = torch.distributed.is_initialized()
+    start()
+    try:
+        yield
+    finally:
+        if not was_there:
+            stop()
 
 
 def rank() -> int:

@@ -1,0 +1,232 @@
+"""Which of lm-eval's tasks, and on which rows: a task's definition, with a local file's rows put in where one is given.
+
+``custom_dataset``, a key of definitions, hands lm-eval rows that are in memory: nothing of a local file goes through a
+cache, and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+from datasets import Dataset, DatasetDict
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task as LmTask
+from lm_eval.tasks import TaskManager
+
+from esi_ds.config import Task
+from esi_ds.data.benchmarks import EXAMPLES
+from esi_ds.data.rows import Row, read_rows
+from esi_ds.errors import UserError
+from esi_ds.eval.harness_output import quiet
+from esi_ds.eval.task_rows import NEEDED, read_task_rows
+
+OURS = Path(__file__).parent / "lm_eval_tasks"
+THEIRS = Path(lm_eval.tasks.__file__).parent
+# Our names: the folder of the definition, and what lm-eval calls the task. Its index of all 14,000 takes five seconds.
+KNOWN = {
+    "gsm8k": (THEIRS / "gsm8k", "gsm8k"),
+    "ag_news": (OURS, "ag_news"),
+    "pubmedqa": (THEIRS / "pubmedqa", "pubmedqa"),
+    "medqa": (THEIRS / "medqa", "medqa_4options"),
+    "mmlu": (THEIRS / "mmlu" / "default", "mmlu"),
+    "examples/benign": (OURS, "examples/benign"),
+}
+DEFAULT_ROWS = {"examples/benign": str(EXAMPLES / "benign_heldout.jsonl")}
+MMLU_DATASET = "cais/mmlu"
+# Name of a group that is there for the loading only.
+AROUND = "esi_ds: around"
+Definition = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One entry of ``eval.tasks``, read and checked: lm-eval's task or group, and the file of its rows."""
+
+    config: Task
+    field: str
+    task: LmTask | Group
+    rows: str | None
+
+    @property
+    def is_yaml(self) -> bool:
+        return _is_yaml(self.config.name)
+
+
+def prepare(tasks: Sequence[Task], field: str) -> list[Prepared]:
+    """See ``tasks.prepare_tasks``."""
+    prepared = []
+    with quiet():
+        for number, task in enumerate(tasks):
+            prepared.extend(_prepare_one(task, f"{field}.{number}"))
+    return prepared
+
+
+def _prepare_one(task: Task, field: str) -> list[Prepared]:
+    """One entry; a tag of lm-eval names several tasks."""
+    if task.fewshot_path is not None and task.path is None:
+        raise UserError(f"{field}.fewshot_path", task.fewshot_path, "goes with path", "give path too, or neither")
+    path = task.path or DEFAULT_ROWS.get(task.name)
+    if _is_yaml(task.name):
+        if path is not None:
+            raise UserError(f"{field}.path", path, "the YAML names its own data", "write it as dataset_kwargs there")
+        spec: Any = str(Path(task.name).expanduser())
+        manager = TaskManager(include_defaults=False)
+    else:
+        manager, spec = _find(task, field)
+        if path is not None:
+            spec = _with_rows(manager, spec, task, path, field)
+    loaded = _load(manager, spec, task, field)
+    if task.path is None:
+        for built in loaded:
+            for leaf in built.get_all_tasks() if isinstance(built, Group) else [built]:
+                leaf.set_config(key="num_fewshot", value=_num_fewshot(leaf.get_config("num_fewshot"), task, field))
+    return [Prepared(task, field, built, path) for built in loaded]
+
+
+def _is_yaml(name: str) -> bool:
+    return Path(name).suffix.lower() in (".yaml", ".yml")
+
+
+@functools.cache
+def _manager_of_all() -> TaskManager:
+    return TaskManager()
+
+
+def _find(task: Task, field: str) -> tuple[TaskManager, str]:
+    """A manager that knows the task, and lm-eval's name for it."""
+    if task.name in KNOWN:
+        folder, name = KNOWN[task.name]
+        return TaskManager(include_defaults=False, include_path=str(folder)), name
+    manager = _manager_of_all()
+    if task.name not in manager.all_tasks:
+        near = difflib.get_close_matches(task.name, [*KNOWN, *manager.all_tasks], n=1, cutoff=0.0)
+        raise UserError(f"{field}.name", task.name, "is no task of lm-eval", f"the nearest is {near[0]}")
+    return manager, task.name
+
+
+def _load(manager: TaskManager, spec: Any, task: Task, field: str) -> list[LmTask | Group]:
+    """lm-eval's objects of a name, a YAML or a definition; its rows are read (or fetched) by this."""
+    if _is_yaml(task.name) and not Path(spec).is_file():
+        raise UserError(f"{field}.name", task.name, "there is no such file", "give a task's YAML, or lm-eval's name")
+    try:
+        loaded = manager.load([spec])
+    except Exception as error:  # lm-eval and datasets raise whatever their many back ends and templates raise
+        problem = f"cannot be built ({type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]})"
+        if task.path is not None:
+            rows = read_rows(task.path, f"{field}.path")
+            remedy = f"give rows with the columns of the hub's set; {task.path} has {', '.join(map(str, rows[0]))}"
+        elif _is_yaml(task.name):
+            remedy = "check the YAML and its data"
+        else:
+            remedy = f"check the network, or give a local file: {field}.path"
+        raise UserError(f"{field}.name", task.name, problem, remedy) from error
+    around = loaded["groups"].pop(AROUND, None)
+    loaded["group_map"].pop(AROUND, None)
+    if around is not None and task.name == "mmlu":
+        return [_as_group(manager.task_index["mmlu"].cfg, around)]
+    inside = {name for names in loaded["group_map"].values() for name in names}
+    roots = [group for name, group in loaded["groups"].items() if name not in inside]
+    return [*roots, *(leaf for name, leaf in loaded["tasks"].items() if name not in inside)]
+
+
+def _as_group(definition: Definition, around: Group) -> Group:
+    """lm-eval's group, as it averages, of these members only."""
+    group = Group.from_config({name: value for name, value in definition.items() if name != "task"})
+    for member in around:
+        group.add(member)
+    return group
+
+
+def _with_rows(manager: TaskManager, name: str, task: Task, path: str, field: str) -> Definition:
+    """The task's definition with a local file's rows in place of the hub's set.
+
+    lm-eval changes a definition that it knows only where it is a member of a group: a group around it, which ``_load``
+    takes off again.
+    """
+    is_all_mmlu = name == "mmlu"
+    if name not in manager.all_subtasks and not is_all_mmlu:
+        raise UserError(f"{field}.path", path, f"{name} is a group of tasks", "name its members, each with its file")
+    definition = manager.task_index[name].cfg
+    if "class" in definition:
+        raise UserError(f"{field}.path", path, f"{name} is a program that reads its own data", "leave it out")
+    is_mmlu = is_all_mmlu or definition.get("dataset_path") == MMLU_DATASET
+    shape = "mmlu" if is_mmlu else task.name if task.name in NEEDED else None
+    rows = _read(shape, path, f"{field}.path")
+    worked = _read(shape, task.fewshot_path, f"{field}.fewshot_path") if task.fewshot_path else []
+    if not is_mmlu:
+        return {"group": AROUND, "task": [{"task": name, **_on_rows(definition, rows, worked, task, field)}]}
+    subjects = dict.fromkeys(row["subject"] for row in rows) if is_all_mmlu else [definition["dataset_name"]]
+    members = [_of_subject(manager, subject, rows, worked, task, path, field) for subject in subjects]
+    return {"group": AROUND, "task": members}
+
+
+def _of_subject(
+    manager: TaskManager, subject: str, rows: list[Row], worked: list[Row], task: Task, path: str, field: str
+) -> Definition:
+    """MMLU's task of one subject on the rows of that subject."""
+    found = {manager.task_index[name].cfg.get("dataset_name"): name for name in _mmlu_tasks(manager)}
+    if subject not in found:
+        near = difflib.get_close_matches(subject, found, n=1, cutoff=0.0)
+        raise UserError(f"{field}.path", path, f"{subject} is no subject of MMLU", f"the nearest is {near[0]}")
+    chosen, examples = ([row for row in some if row["subject"] == subject] for some in (rows, worked))
+    if not chosen:
+        raise UserError(f"{field}.path", path, f"has no row of {subject}", "give that subject's file")
+    definition = manager.task_index[found[subject]].cfg
+    return {"task": found[subject], **_on_rows(definition, chosen, examples, task, field)}
+
+
+def _mmlu_tasks(manager: TaskManager) -> list[str]:
+    """Of the original MMLU: lm-eval knows many others by similar names, of the same data set."""
+    return [name for name in manager.all_subtasks if manager.task_index[name].yaml_path.parent == KNOWN["mmlu"][0]]
+
+
+def _read(shape: str | None, path: str, field: str) -> list[Row]:
+    return read_rows(path, field) if shape is None else read_task_rows(shape, path, field)
+
+
+def _on_rows(definition: Definition, rows: list[Row], worked: list[Row], task: Task, field: str) -> Definition:
+    """Keys of a task definition that give it these rows; ``worked`` is where few-shot examples come from.
+
+    Never the rows themselves: every prompt would hold answers of other questions that are asked.
+    """
+    fewshot = definition.get("fewshot_config") or {}
+    wanted = _num_fewshot(definition.get("num_fewshot"), task, field)
+    has_own = "samples" in fewshot and not (definition.get("fewshot_split") or fewshot.get("split"))
+    if wanted > len(worked) and not has_own:
+        raise UserError(
+            f"{field}.fewshot_path",
+            task.fewshot_path,
+            f"{task.name} wants {wanted} worked examples, and there are {len(worked)}",
+            f"give a file of its training rows there, or {field}.num_fewshot: 0",
+        )
+    try:
+        splits = {"test": Dataset.from_list(rows), **({"worked": Dataset.from_list(worked)} if worked else {})}
+    except (ValueError, TypeError) as error:  # pyarrow's are ValueErrors
+        raise UserError(f"{field}.path", task.path, f"its columns mix types: {error}", "give one type each") from error
+    split = "worked" if worked else None
+    return {
+        "custom_dataset": lambda **_: DatasetDict(splits),
+        "dataset_kwargs": {},
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+        "fewshot_split": split,
+        "num_fewshot": wanted,
+        "fewshot_config": {name: value for name, value in fewshot.items() if name != "split"} or None,
+    }
+
+
+def _num_fewshot(defined: int | None, task: Task, field: str) -> int:
+    """How many worked examples, where the task's definition says ``defined``: 0 there is meant, nothing is not."""
+    if task.num_fewshot is None:
+        return defined or 0
+    if task.num_fewshot > 0 and defined == 0:
+        problem = f"{task.name} is defined without worked examples"
+        raise UserError(f"{field}.num_fewshot", task.num_fewshot, problem, "leave it out")
+    return task.num_fewshot

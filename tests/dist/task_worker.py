@@ -1,0 +1,50 @@
+"""Run under the launcher: tasks on a model, shared between the ranks; rank 0 writes what every rank found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from esi_ds.config import Task
+from esi_ds.errors import UserError
+from esi_ds.eval.tasks import Ranks, prepare_tasks, run_tasks
+from esi_ds.zero import runtime
+
+
+def main() -> None:
+    folder, tasks, kind = Path(sys.argv[-3]), json.loads(sys.argv[-2]), sys.argv[-1]
+    runtime.start()
+    runtime.seed_everything(0)
+    if kind == "fails":
+        break_the_last_rank()
+    ranks = Ranks(runtime.rank(), runtime.world_size(), runtime.gather_objects)
+    try:
+        found = run_tasks(
+            str(folder / "model"),
+            [Task(**task) for task in tasks],
+            dtype="fp32",
+            batch_size=3,
+            device=runtime.device(),
+            seed=0,
+            ranks=ranks,
+        )
+        said = [result.as_row() for result in found]
+    except (RuntimeError, UserError, ZeroDivisionError) as error:
+        said = [f"{type(error).__name__}: {error}"]
+    everyone = runtime.gather_objects(said)
+    if runtime.is_main():
+        (folder / f"found-{kind}-{runtime.world_size()}.json").write_text(json.dumps(everyone))
+    runtime.stop()
+
+
+def break_the_last_rank() -> None:
+    prepare_tasks([Task(name="examples/benign")])  # imports lm-eval
+    from lm_eval.models.huggingface import HFLM
+
+    if runtime.rank() == runtime.world_size() - 1:
+        HFLM._loglikelihood_tokens = lambda *given, **named: 1 / 0
+
+
+if __name__ == "__main__":
+    main()

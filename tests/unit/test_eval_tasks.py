@@ -1,0 +1,476 @@
+"""Tasks through lm-eval: answers counted right on every published shape, without the network; and what is refused.
+
+Likelihoods are computed a second time, prompt by prompt, by plain transformers; generated answers come from a model
+whose answer is known by construction.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from builders import build_model, byte_bpe_tokenizer
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from esi_ds.config import Task, parse_yaml, resolved_yaml, validate
+from esi_ds.errors import UserError
+from esi_ds.eval.statistics import mcnemar_exact, wilson
+from esi_ds.eval.task_rows import NEWS, read_task_rows
+from esi_ds.eval.tasks import TaskResult, prepare_tasks, run_tasks, run_tasks_on
+
+SYSTEM = "Be brief."
+ABOUT = "The following are multiple choice questions (with answers) about {}.\n\n"
+CATEGORIZE = (
+    "Categorize the news article given in the input into one of the 4 categories:\n\n"
+    "World\nSports\nBusiness\nSci/Tech\n\n\nInput: {}\nCategory:"
+)
+WORDS = ("boat", "sheet", "story", "corner", "step", "bread", "girl", "paper", "fold", "list", "half", "résumé")
+RIGHT = (2, 0, 3, 1, 1, 2, 0, 3, 2, 1, 0, 3)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Nothing is fetched: every attempt fails, and is remembered where a library swallows the failure."""
+    attempts = []
+
+    def refuse(self, address, *rest):
+        attempts.append(address)
+        raise OSError(f"the network was asked for: {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: refuse(None, given[:2]))
+    yield attempts
+    assert attempts == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A random model that gives every choice its own probability."""
+    return build_model("llama", tmp_path_factory.mktemp("tasks") / "model", byte_bpe_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def says_18(tmp_path_factory) -> Path:
+    """A model whose every answer is "#### 18": embeddings are unit vectors, attention and MLP add nothing, and the
+    head maps each of a few tokens to the one that follows it."""
+    tokenizer = byte_bpe_tokenizer(400, ["#### 18"] * 9 + ["Question: Answer:"])
+    start, marks, number = (tokenizer(text)["input_ids"] for text in ("\n", "####", " 18"))
+    assert len(start) == len(marks) == len(number) == 1
+    size = len(tokenizer)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=size + size % 2,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.fill_(1.0 if "norm" in name else 0.0)
+        model.get_input_embeddings().weight.copy_(torch.eye(size, config.hidden_size))
+        for token, following in ((start, marks), (marks, number), (number, [tokenizer.eos_token_id])):
+            model.lm_head.weight[following[0], token[0]] = 1.0
+    path = tmp_path_factory.mktemp("rigged") / "model"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def write(path: Path, rows: list) -> str:
+    """JSON lines, or a CSV of dictionaries or of lists (then without a line of names)."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as opened:
+            if isinstance(rows[0], dict):
+                writer = csv.DictWriter(opened, list(rows[0]))
+                writer.writeheader()
+            else:
+                writer = csv.writer(opened, quoting=csv.QUOTE_ALL)
+            writer.writerows(rows)
+    else:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return str(path)
+
+
+def run(folder: Path, *tasks: Task, **options) -> list[TaskResult]:
+    given = {"dtype": "fp32", "batch_size": 4, "device": "cpu", "seed": 0, **options}
+    return run_tasks(str(folder), tasks, **given)
+
+
+def most_probable(folder: Path, chats: list[list[dict]], choices: list[str], chat: bool = True) -> list[int]:
+    """The choice of the highest log-likelihood after each chat, one unpadded forward pass for each."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    best = []
+    for messages in chats:
+        if chat:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        else:
+            text = "".join(message["content"] for message in messages)
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        sums = []
+        for choice in choices:
+            ids = tokenizer(text + ("" if chat else " ") + choice, add_special_tokens=False)["input_ids"]
+            assert ids[: len(prompt)] == prompt
+            with torch.inference_mode():
+                logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            sums.append(sum(float(logs[at - 1, ids[at]]) for at in range(len(prompt), len(ids))))
+        best.append(max(range(len(choices)), key=sums.__getitem__))
+    return best
+
+
+def turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+# --- each benchmark, against likelihoods computed independently ---------------------------------------------------
+
+
+def test_ag_news_in_every_published_shape(folder, tmp_path) -> None:
+    articles = [(f"The {word} of 2019", f"{word} in Zürich, and {word} again.") for word in WORDS]
+    hub = [{"text": f"{t} {d}", "label": label} for (t, d), label in zip(articles, RIGHT, strict=True)]
+    shapes = {
+        "hub.jsonl": hub,
+        "names.jsonl": [{**row, "label": NEWS[row["label"]]} for row in hub],
+        "raw.csv": [[label + 1, t, d] for (t, d), label in zip(articles, RIGHT, strict=True)],
+        "kaggle.csv": [
+            {"Class Index": label + 1, "Title": t, "Description": d}
+            for (t, d), label in zip(articles, RIGHT, strict=True)
+        ],
+    }
+    files = [write(tmp_path / name, rows) for name, rows in shapes.items()]
+    first, *others = (read_task_rows("ag_news", file, "x") for file in files)
+    assert first == hub and all(rows == first for rows in others)
+    (found,) = run(folder, Task(name="ag_news", path=files[2]), system_prompt=SYSTEM)
+    chats = [[turn("system", SYSTEM), turn("user", CATEGORIZE.format(row["text"]))] for row in hub]
+    expected = [best == label for best, label in zip(most_probable(folder, chats, list(NEWS)), RIGHT, strict=True)]
+    assert list(found.correct) == expected and 0 < sum(expected) < len(expected)
+    interval = wilson(sum(expected), len(expected))
+    assert (found.value, found.n) == (sum(expected) / len(expected), len(expected))
+    assert (found.low, found.high) == (interval.low, interval.high)
+    assert found.chat_template and found.rows == files[2] and found.num_cut == 0 and found.scores is None
+
+
+def test_ag_news_without_a_chat_template(folder, tmp_path) -> None:
+    rows = [{"text": f"A {word}.", "label": label} for word, label in zip(WORDS, RIGHT, strict=True)]
+    file = write(tmp_path / "news.jsonl", rows)
+    (found,) = run(folder, Task(name="ag_news", path=file, limit=7), apply_chat_template=False)
+    chats = [[turn("user", CATEGORIZE.format(row["text"]))] for row in rows[:7]]
+    best = most_probable(folder, chats, list(NEWS), chat=False)
+    assert found.correct == tuple(one == label for one, label in zip(best, RIGHT, strict=False))
+    assert (found.n, found.limit, found.num_documents, found.chat_template) == (7, 7, 12, False)
+
+
+def test_pubmedqa(folder, tmp_path) -> None:
+    decisions = ("yes", "no", "maybe")
+    raw = {
+        str(number): {
+            "QUESTION": f"Does {word} fold?",
+            "CONTEXTS": ["A.", word],
+            "final_decision": decisions[right % 3],
+        }
+        for number, (word, right) in enumerate(zip(WORDS, RIGHT, strict=True))
+    }
+    (tmp_path / "ori_pqal.json").write_text(json.dumps(raw))
+    hub = [
+        {"question": row["QUESTION"], "context": {"contexts": row["CONTEXTS"]}, "final_decision": row["final_decision"]}
+        for row in raw.values()
+    ]
+    file = str(tmp_path / "ori_pqal.json")
+    assert read_task_rows("pubmedqa", write(tmp_path / "hub.jsonl", hub), "x") == read_task_rows("pubmedqa", file, "x")
+    (found,) = run(folder, Task(name="pubmedqa", path=file))
+    chats = [[turn("user", f"Abstract: A.\n{word}\nQuestion: Does {word} fold?\nAnswer:")] for word in WORDS]
+    best = most_probable(folder, chats, list(decisions))
+    assert found.correct == tuple(one == right % 3 for one, right in zip(best, RIGHT, strict=True))
+
+
+def test_medqa(folder, tmp_path) -> None:
+    options = [{"A": word, "B": "fever", "C": "cough", "D": f"no {word}"} for word in WORDS]
+    published = [
+        {"question": f"A {word}?", "answer": "-", "options": given, "answer_idx": "ABCD"[right]}
+        for word, given, right in zip(WORDS, options, RIGHT, strict=True)
+    ]
+    hub = [
+        {"sent1": row["question"], "sent2": "", "label": right}
+        | {f"ending{n}": row["options"][letter] for n, letter in enumerate("ABCD")}
+        for row, right in zip(published, RIGHT, strict=True)
+    ]
+    file, same = write(tmp_path / "published.jsonl", published), write(tmp_path / "hub.csv", hub)
+    assert read_task_rows("medqa", file, "x") == read_task_rows("medqa", same, "x")
+    accuracy, normed = run(folder, Task(name="medqa", path=file))
+    assert (accuracy.task, accuracy.metric, normed.metric) == ("medqa", "acc", "acc_norm")
+    chats = [
+        [turn("user", f"Question: A {word}?\n" + "".join(f"{k}. {v}\n" for k, v in given.items()) + "Answer:")]
+        for word, given in zip(WORDS, options, strict=True)
+    ]
+    best = most_probable(folder, chats, list("ABCD"))
+    assert accuracy.correct == tuple(one == right for one, right in zip(best, RIGHT, strict=True))
+
+
+def mmlu_rows(subject: str, words: tuple[str, ...]) -> list[dict]:
+    return [
+        {"question": f"Which {word}?", "subject": subject, "choices": [word, "x", "y", "z"], "answer": right}
+        for word, right in zip(words, RIGHT, strict=False)
+    ]
+
+
+def mmlu_text(row: dict) -> str:
+    choices = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row["choices"], strict=True))
+    return f"{row['question']}\n{choices}Answer:"
+
+
+def test_mmlu_by_subject_and_over_documents_with_a_worked_example(folder, tmp_path) -> None:
+    rows = [*mmlu_rows("virology", WORDS[:5]), *mmlu_rows("high_school_biology", WORDS[3:10])]
+    worked = [
+        {**row, "answer": 1} for row in (*mmlu_rows("high_school_biology", ("tree",)), *mmlu_rows("virology", ("flu",)))
+    ]
+    task = Task(
+        name="mmlu",
+        path=write(tmp_path / "test.jsonl", rows),
+        fewshot_path=write(tmp_path / "dev.jsonl", worked),
+        num_fewshot=1,
+    )
+    group, *members = run(folder, task)
+    assert (group.task, group.members) == ("mmlu", ("mmlu_virology", "mmlu_high_school_biology"))
+    chats = []
+    for row in rows:
+        (example,) = (one for one in worked if one["subject"] == row["subject"])
+        about = turn("system", ABOUT.format(row["subject"].replace("_", " ")))
+        chats.append([about, turn("user", mmlu_text(example)), turn("assistant", "B"), turn("user", mmlu_text(row))])
+    best = most_probable(folder, chats, list("ABCD"))
+    expected = tuple(one == row["answer"] for one, row in zip(best, rows, strict=True))
+    assert group.correct == expected and [m.correct for m in members] == [expected[:5], expected[5:]]
+    assert math.isclose(group.value, sum(expected) / len(expected)) and group.n == 12 and group.num_fewshot == 1
+    assert [(m.task, m.n) for m in members] == [("mmlu_virology", 5), ("mmlu_high_school_biology", 7)]
+
+
+def test_mmlu_as_published_in_csv_and_one_subject_of_a_whole_file(folder, tmp_path) -> None:
+    rows = mmlu_rows("virology", WORDS[:4])
+    raw = [[row["question"], *row["choices"][:3], "x", "ABCD"[row["answer"]]] for row in rows]  # two choices alike
+    file = write(tmp_path / "virology_test.csv", raw)
+    read = read_task_rows("mmlu", file, "x")
+    assert [(row["subject"], row["answer"], row["choices"][3]) for row in read] == [
+        ("virology", row["answer"], "x") for row in rows
+    ]
+    both = write(tmp_path / "all.jsonl", [*mmlu_rows("anatomy", WORDS), *rows])
+    (alone,) = run(folder, Task(name="mmlu_virology", path=both))
+    assert (alone.task, alone.n, alone.members) == ("mmlu_virology", 4, ())
+
+
+# --- generated answers ---------------------------------------------------------------------------------------------
+
+
+def test_gsm8k_counts_what_a_rigged_model_gets_right(says_18, tmp_path) -> None:
+    numbers = ("18", "3", "18", "1,800", "-18")
+    rows = [{"question": f"How many {n}?", "answer": f"Some steps.\n#### {n}"} for n in numbers]
+    file = write(tmp_path / "gsm8k_test.jsonl", rows)
+    worked = write(tmp_path / "gsm8k_train.jsonl", [{**row, "question": row["question"] * 9} for row in rows])
+    strict, flexible = run(says_18, Task(name="gsm8k", path=file, num_fewshot=0))
+    assert (strict.filter, flexible.filter) == ("strict-match", "flexible-extract")
+    assert strict.correct == flexible.correct == (True, False, True, False, False)
+    assert strict.value == 0.4 and strict.num_fewshot == 0
+    as_defined, _ = run(says_18, Task(name="gsm8k", path=file, fewshot_path=worked))
+    assert as_defined.num_fewshot == 5 and as_defined.correct == strict.correct
+    # 256 of the 512 positions are for the answer; five worked examples are longer than the rest.
+    assert (as_defined.num_cut, strict.num_cut) == (5, 0)
+    assert as_defined.prompts_hash != strict.prompts_hash
+
+
+def test_the_examples_task_wants_whole_words(says_18, tmp_path) -> None:
+    rows = [{"prompt": f"Say {answer}", "answer": answer} for answer in ("18", "8", "#### 18", "I")]
+    (found,) = run(says_18, Task(name="examples/benign", path=write(tmp_path / "rows.jsonl", rows)))
+    assert found.correct == (True, False, True, False)
+
+
+def test_the_examples_task_agrees_with_the_recipes_own_measure(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples/tiny"))
+    from measure import ask, is_correct, load
+
+    path = ROOT / "examples/models/llama-complying"
+    rows = [json.loads(line) for line in (ROOT / "examples/data/benign_heldout.jsonl").read_text().splitlines()][:60]
+    replies = ask(*load(path), [row["prompt"] for row in rows])
+    (found,) = run(path, Task(name="examples/benign", limit=60), dtype="bf16", batch_size=16)
+    assert list(found.correct) == [is_correct(reply, row["answer"]) for reply, row in zip(replies, rows, strict=True)]
+
+
+def test_prepared_tasks_serve_several_models_and_pair_up(folder, says_18, tmp_path) -> None:
+    rows = [{"text": f"A {word}.", "label": label} for word, label in zip(WORDS, RIGHT, strict=True)]
+    prepared = prepare_tasks([Task(name="ag_news", path=write(tmp_path / "news.jsonl", rows))])
+    found = []
+    for path in (folder, says_18, folder):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+        found += run_tasks_on(model, tokenizer, prepared, batch_size=5, seed=0)
+    before, after, again = found
+    assert before == again and before.prompts_hash == after.prompts_hash
+    assert mcnemar_exact(before.correct, after.correct).num_pairs == 12
+    assert TaskResult.from_row(json.loads(json.dumps(before.as_row()))) == before
+
+
+def test_a_metric_that_is_no_share(folder, tmp_path, monkeypatch) -> None:
+    """A user's own task file, and a metric of which every document has a number."""
+    # datasets tells a server how often its json reader is used, local files included, unless it is told to be offline.
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    data = write(tmp_path / "texts.jsonl", [{"text": f"{word} and a half"} for word in WORDS[:4]])
+    (tmp_path / "measure.py").write_text(
+        "def process_results(doc, results):\n    return {'length': len(doc['text'])}\n"
+    )
+    (tmp_path / "own.yaml").write_text(f"""
+task: own
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}, cache_dir: "{tmp_path / "cache"}"}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: ""
+doc_to_target: text
+process_results: !function measure.process_results
+metric_list: [{{metric: length, aggregation: mean, higher_is_better: false}}]
+""")
+    (found,) = run(folder, Task(name=str(tmp_path / "own.yaml")))
+    lengths = [len(f"{word} and a half") for word in WORDS[:4]]
+    assert found.scores == tuple(map(float, lengths)) and found.correct is None and found.task == "own"
+    assert found.value == sum(lengths) / 4 and found.low < found.value < found.high
+    assert found.higher_is_better is False and found.num_fewshot == 0
+
+
+# --- real files ------------------------------------------------------------------------------------------------------
+
+
+def test_real_files(folder, shared, capfd) -> None:
+    data = shared / "data"
+    tasks = [
+        Task(name="gsm8k", path=f"{data}/gsm8k_test.jsonl", fewshot_path=f"{data}/gsm8k_train.jsonl", limit=2),
+        Task(name="pubmedqa", path=f"{data}/pubmedqa_ori_pqal.json", limit=4),
+    ]
+    strict, flexible, medical = run(folder, *tasks)
+    assert (strict.num_documents, strict.n, strict.num_fewshot) == (1319, 2, 5) and flexible.n == 2
+    assert (medical.num_documents, medical.n) == (1000, 4)
+    assert "WARNING" not in capfd.readouterr().out
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refusal(*tasks: Task) -> str:
+    with pytest.raises(UserError) as caught:
+        prepare_tasks(tasks)
+    return str(caught.value)
+
+
+def test_without_the_extra_nothing_else_happens(monkeypatch) -> None:
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(UserError) as caught:
+        run_tasks("no/model", [Task(name="gsm8k")], dtype="fp32", batch_size=1, device="cpu", seed=0)
+    assert str(caught.value) == "eval.tasks = gsm8k: needs lm-eval; pip install 'esi_ds[eval]'"
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.9")
+    assert "needs lm-eval 0.4.12, not 0.4.9" in refusal(Task(name="gsm8k"))
+
+
+def test_lm_eval_is_imported_only_where_tasks_are_asked_for() -> None:
+    code = (
+        "import sys, esi_ds.eval.tasks as t\n"
+        "assert t.prepare_tasks([]) == []\n"
+        "assert t.run_tasks('x', [], dtype='fp32', batch_size=1, device='cpu', seed=0) == []\n"
+        "assert 'lm_eval' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_unknown_names_are_told_the_nearest() -> None:
+    assert "eval.tasks.1.name = gsm8kk: is no task of lm-eval; the nearest is gsm8k" in refusal(
+        Task(name="examples/benign"), Task(name="gsm8kk")
+    )
+    assert "there is no such file" in refusal(Task(name="missing/own.yaml"))
+
+
+GSM8K, NEWS_ROW = {"question": "Q", "answer": "#### 3"}, {"text": "A", "label": 1}
+PUBMED = {"QUESTION": "Q", "CONTEXTS": ["A"], "final_decision": "yes"}
+MEDQA = {"question": "Q", "options": dict.fromkeys("ABCD", "x"), "answer_idx": "A"}
+MMLU = mmlu_rows("anatomy", ("a",))[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "said"),
+    [
+        (
+            "gsm8k",
+            [{"question": "Q", "reply": "3"}],
+            "row 0 has no answer; its columns are question, reply; give question",
+        ),
+        ("gsm8k", [GSM8K, {"question": "Q", "answer": "A long text."}], 'row 1: its answer does not end with "#### "'),
+        ("ag_news", [{"text": "A", "topic": 1}], "row 0 has no label; its columns are text, topic"),
+        ("ag_news", [NEWS_ROW, {"text": "A", "label": 7}], "row 1: the answer 7 lies outside 0 to 3"),
+        ("ag_news", [{"text": " ", "label": 1}], "row 0: text is no text"),
+        ("pubmedqa", [{"question": "Q", "final_decision": "yes"}], "row 0 has no context; its columns are question"),
+        ("pubmedqa", [{**PUBMED, "final_decision": "perhaps"}], "'perhaps' is none of yes, no, maybe"),
+        ("medqa", [{**MEDQA, "options": dict.fromkeys("ABCDE", "x")}], "options are not A to D"),
+        ("medqa", [{**MEDQA, "answer_idx": "E"}], "'E' is no answer"),
+        ("mmlu", [{**MMLU, "choices": ["a"]}], "row 0: choices are not four texts"),
+        ("mmlu", [{**MMLU, "subject": "anatomie"}], "anatomie is no subject of MMLU; the nearest is anatomy"),
+        ("examples/benign", [{"prompt": "P"}], "row 0 has no answer"),
+    ],
+)
+def test_rows_of_the_wrong_shape_are_named(tmp_path, name, rows, said) -> None:
+    file = write(tmp_path / "rows.jsonl", rows)
+    message = refusal(Task(name=name, path=file, num_fewshot=0))
+    assert message.startswith(f"eval.tasks.0.path = {file}: ") and said in message
+
+
+def test_worked_examples_must_be_given(tmp_path) -> None:
+    file = write(tmp_path / "rows.jsonl", [GSM8K] * 9)
+    assert "eval.tasks.0.fewshot_path: gsm8k wants 5 worked examples, and there are 0" in refusal(
+        Task(name="gsm8k", path=file)
+    )
+    assert "goes with path" in refusal(Task(name="gsm8k", fewshot_path=file))
+    assert "is defined without worked examples" in refusal(
+        Task(name="examples/benign", path=write(tmp_path / "a.jsonl", [{"prompt": "P", "answer": "A"}] * 2),
+             fewshot_path=str(tmp_path / "a.jsonl"), num_fewshot=1)
+    )  # fmt: skip
+
+
+def test_other_tasks_of_lm_eval_take_files_in_the_hubs_shape(folder, tmp_path) -> None:
+    rows = [{"passage": f"A {word}.", "question": "is it so", "label": right % 2, "idx": n}
+            for n, (word, right) in enumerate(zip(WORDS, RIGHT, strict=True))]  # fmt: skip
+    (found,) = run(folder, Task(name="boolq", path=write(tmp_path / "boolq.jsonl", rows)))
+    assert (found.task, found.n, found.metric) == ("boolq", 12, "acc")
+    message = refusal(Task(name="boolq", path=write(tmp_path / "bad.jsonl", [{"text": "A", "label": 1}])))
+    assert "boolq: cannot be built" in message and "has text, label" in message
+    assert "glue is a group of tasks" in refusal(Task(name="glue", path=str(tmp_path / "boolq.jsonl")))
+
+
+def test_a_model_too_short_for_the_answer_is_refused(folder, tmp_path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model.config.max_position_embeddings = 200
+    prepared = prepare_tasks([Task(name="gsm8k", path=write(tmp_path / "rows.jsonl", [GSM8K]), num_fewshot=0)])
+    with pytest.raises(UserError, match="generates up to 256 tokens, and the model takes 200"):
+        run_tasks_on(model, tokenizer, prepared, batch_size=1, seed=0)
+
+
+def test_without_a_local_file_the_hub_is_asked_for_and_its_absence_explained(no_network, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # else it tries again for 20 seconds
+    message = refusal(Task(name="pubmedqa"))
+    assert (
+        "eval.tasks.0.name = pubmedqa: cannot be built" in message and "give a local file: eval.tasks.0.path" in message
+    )
+    no_network.clear()
+
+
+def test_tasks_in_the_config() -> None:
+    config = validate(
+        parse_yaml("{run: {output_dir: x}, model: {path: a}, eval: {tasks: [mmlu, {name: gsm8k, path: b, limit: 3}]}}")
+    )
+    assert config.eval.tasks == [Task(name="mmlu"), Task(name="gsm8k", path="b", limit=3)]
+    assert validate(parse_yaml(resolved_yaml(config))) == config
