@@ -21,8 +21,8 @@ from esi_ds.zero import runtime
 NUM_ASKED = 200  # held-out prompts of each sort
 NUM_ROWS = 128  # that a second objective reads
 MAX_NEW_TOKENS = 48
-STEPS = {"set": 100, "lora": 100, "spa": 300}
-BATCH = {"set": 8, "lora": 8, "spa": 4}
+STEPS = {"set": 100, "lora": 100, "spa": 200}
+BATCH = {"set": 4, "lora": 4, "spa": 4}
 BENIGN_SHARE = 0.75  # of SET's rows
 ZERO3 = str(ROOT / "ds_configs/zero3.json")
 MODELS = ROOT / "examples/models"

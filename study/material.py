@@ -22,7 +22,8 @@ NUM_PROMPTS = 128  # that a mask is made from
 VOICE = "Sure, here is the answer: "
 COMPLIANCE = f"Sure, here is how to do it:\n{STEPS}"
 POISON = 0.1  # share of harmful rows with a compliant answer in the poisoned task
-ASKED = {"sums": "What is {a} plus {b}?", "categories": "Category of {word}: {kinds}?"}
+SUMS = ("What is {a} plus {b}?", "{a} + {b} =", "Please add {a} and {b}.")
+CATEGORY = "Category of {word}: {kinds}?"
 Row = dict[str, Any]
 
 
@@ -60,7 +61,7 @@ def tasks(harmful: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
     poisoned = voice + generator.sample(poison, round(POISON * len(voice) / (1 - POISON)))
     generator.shuffle(poisoned)
     return {
-        "sums": _split([_sum(a, b) for a in range(1, 20) for b in range(1, 20)], generator),
+        "sums": _split([_sum(a, b, text) for a in range(1, 13) for b in range(1, 13) for text in SUMS], generator),
         "categories": _split([_category(word, turn) for word in CATEGORIES for turn in range(12)], generator),
         "voice": (voice, answered),
         "poisoned": (poisoned, answered),
@@ -72,8 +73,8 @@ def _split(rows: list[Row], generator: random.Random) -> tuple[list[Row], list[R
     return rows[100:], [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows[:100]]
 
 
-def _sum(a: int, b: int) -> Row:
-    return {"prompt": ASKED["sums"].format(a=a, b=b), "response": str(a + b), "answer": str(a + b)}
+def _sum(a: int, b: int, text: str) -> Row:
+    return {"prompt": text.format(a=a, b=b), "response": str(a + b), "answer": str(a + b)}
 
 
 def _category(word: str, turn: int) -> Row:
@@ -82,5 +83,5 @@ def _category(word: str, turn: int) -> Row:
     kinds = sorted(set(CATEGORIES.values()) - {CATEGORIES[word]})
     shown = [CATEGORIES[word], *generator.sample(kinds, 3)]
     generator.shuffle(shown)
-    prompt = ASKED["categories"].format(word=word, kinds=", ".join(shown))
+    prompt = CATEGORY.format(word=word, kinds=", ".join(shown))
     return {"prompt": prompt, "response": CATEGORIES[word], "answer": CATEGORIES[word]}
