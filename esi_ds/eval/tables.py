@@ -27,6 +27,7 @@ class Measure:
 
     judge: who says so (a judge, a list of words, a task's metric). flags: one an answer, in the set's order; None is
     missing, and ``reasons`` says why. scores: likewise, empty where there are none. kinds: of what was counted.
+    given: value, low, high and n where somebody else has made them (a task's metric that is no share).
     """
 
     measure: str
@@ -38,6 +39,7 @@ class Measure:
     reasons: dict[str, int] = field(default_factory=dict)
     scores: list[float | None] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
+    given: Row | None = None
 
     @property
     def place(self) -> tuple[str, str, str]:
@@ -57,6 +59,7 @@ class Measure:
             "reasons": self.reasons,
             "mean_score": sum(scores) / len(scores) if scores else None,
             "kinds": self.kinds,
+            **(self.given or {}),
         }
 
 
@@ -85,6 +88,23 @@ def answer_measures(
         found.append(_incoherent(rows, surprises, kinds[name]))
     order = list(kinds)
     return sorted(found, key=lambda measure: order.index(measure.set))
+
+
+def task_measures(tasks: Sequence[Row]) -> list[Measure]:
+    """Skill by lm-eval: rows {model, results}, a result being ``tasks.TaskResult``'s row. Documents are in one order
+    for every model."""
+    found = []
+    for row in tasks:
+        for result in row["results"]:
+            cut = {"prompt cut at its beginning": result["num_cut"]} if result["num_cut"] else {}
+            given = None
+            if result["correct"] is None:
+                given = {"rate": result["value"], "low": result["low"], "high": result["high"], "n": result["n"]}
+            how = result["metric"] + ("" if result["filter"] in ("none", None) else f", {result['filter']}")
+            flags, scores = list(result["correct"] or []), list(result["scores"] or [])
+            place = {"measure": TASK, "set": result["task"], "kind": "task", "judge": how, "model": row["model"]}
+            found.append(Measure(**place, flags=flags, reasons=cut, scores=scores, given=given))
+    return found
 
 
 def _place(rows: Sequence[Row]) -> Row:
@@ -152,7 +172,7 @@ def changes(measures: Sequence[Measure], before: Mapping[str, str | None], seed:
     rows = []
     for measure in measures:
         other = by_place.get((measure.place, before[measure.model]))
-        if other is None:
+        if other is None or len(other.flags) != len(measure.flags) or measure.given is not None:
             continue
         paired = mcnemar_exact(other.flags, measure.flags)
         interval = paired_bootstrap(other.flags, measure.flags, seed=seed)

@@ -13,7 +13,7 @@ WORDS = {
     "attack_success": "attack success",
     "refused": "refused",
     "incoherent": "incoherent",
-    "task": "task",
+    "task": "skill",
 }
 
 

@@ -16,6 +16,8 @@ from esi_ds.stages.prepare_eval import BASE, Candidate, EvalInputs, prepare_eval
 from esi_ds.stages.run import StageRun
 from esi_ds.tracking import Tracker
 
+TASKS = "tasks.jsonl"
+
 
 def run(config: Config, options: Options) -> None:
     """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
@@ -73,7 +75,48 @@ class EvalRun(StageRun):
         judged = [row for row in rows if row["set"] in harmful]
         used = judge_all(inputs.judges, judged, verdicts, self.config, self.deepspeed_config, tracker)
         verdicts.sort((judge.name, *answers.key(row)) for judge in inputs.judges for row in judged)
-        finish_eval(self, rows, verdicts.rows, surprises.rows, used, tracker)
+        results = self._skill(tracker)
+        finish_eval(self, rows, verdicts.rows, surprises.rows, used, results, tracker)
+
+    def _skill(self, tracker: Tracker) -> list[dict]:
+        """Rows {model, task, results} of lm-eval's tasks, for every model; those on disk are not run again.
+
+        Needs a whole copy of the model on every rank. Collectives: a gather a task and kind of request. Raises
+        Interrupted between two tasks.
+        """
+        from esi_ds.eval.tasks import Ranks, run_tasks_on
+        from esi_ds.stages.answering import check_stop
+        from esi_ds.stages.interrupt import StopSignal
+        from esi_ds.stages.ledger import Ledger
+        from esi_ds.zero.engine import load_replicated
+
+        runtime, section, stop = self.runtime, self.config.model, StopSignal()
+        ranks = Ranks(runtime.rank(), runtime.world_size(), runtime.gather_objects)
+        ledger = Ledger(self.folder.path / TASKS, ("model", "task"))
+        order = [(model.name, number) for model in self.inputs.models for number in range(len(self.inputs.tasks))]
+        for candidate in self.inputs.models:
+            waiting = [number for name, number in order if name == candidate.name and (name, number) not in ledger.rows]
+            if not waiting:
+                continue
+            tracker.log(f"tasks: {candidate.name}, {', '.join(self.inputs.tasks[number].config.name for number in waiting)}")
+            source = {"revision": candidate.revision, "trust_remote_code": section.trust_remote_code}
+            model = load_replicated(candidate.path, section.dtype, candidate.field, **source)
+            for number in waiting:
+                results = run_tasks_on(
+                    model,
+                    candidate.tokenizer,
+                    [self.inputs.tasks[number]],
+                    batch_size=self.config.eval.batch_size,
+                    seed=self.config.run.seed,
+                    system_prompt=section.system_prompt,
+                    ranks=ranks,
+                )
+                rows = [result.as_row() for result in results]
+                ledger.add([{"model": candidate.name, "task": number, "results": rows}])
+                check_stop(stop, f"{len(ledger.rows)} tasks run")
+            del model
+            gc.collect()
+        return ledger.sort(order) if order else []
 
     def _answer(self, candidate: Candidate, answers, surprises, tracker: Tracker) -> None:
         """The answers of one model, where some are missing. The base also reads all answers again (``surprises``)."""

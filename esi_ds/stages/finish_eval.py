@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from esi_ds.config import Config
 from esi_ds.eval.refusals import REFUSAL_LISTS
-from esi_ds.eval.tables import Measure, agreements, answer_measures, changes
+from esi_ds.eval.tables import agreements, answer_measures, changes, task_measures
 from esi_ds.report.evaluation import closing_table, publish
 from esi_ds.report.html import write_report
 from esi_ds.stages.prepare_eval import EvalInputs
@@ -27,8 +27,8 @@ def finish_eval(
     verdicts: Mapping[tuple, Row],
     surprises: Mapping[tuple, Row],
     used: dict[str, str],
+    tasks: Sequence[Row],
     tracker: Tracker,
-    tasks: Sequence[Measure] = (),
 ) -> None:
     """Write the report and say how it went. Rank 0 writes; no collectives."""
     if not run.runtime.is_main():
@@ -37,7 +37,7 @@ def finish_eval(
     kinds = {found.name: found.kind for found in inputs.sets}
     words = REFUSAL_LISTS[run.config.eval.refusal_words]
     judges = [judge.name for judge in inputs.judges]
-    measures = [*answer_measures(answers, verdicts, surprises, kinds, judges, words), *tasks]
+    measures = [*answer_measures(answers, verdicts, surprises, kinds, judges, words), *task_measures(tasks)]
     before = {model.name: model.before for model in inputs.models}
     report = {
         "kind": "evaluation",
@@ -52,6 +52,7 @@ def finish_eval(
         "changes": changes(measures, before, run.config.run.seed),
         "agreements": agreements(measures),
         "usage": used,
+        "tasks": [{**row, "results": [_without_documents(result) for result in row["results"]]} for row in tasks],
         "samples": samples(inputs, answers, verdicts),
         "facts": facts(run.config, run.runtime.world_size(), run.started),
     }
@@ -59,6 +60,11 @@ def finish_eval(
     publish(tracker, report)
     tracker.log(closing_table(report))
     tracker.log(f"report: {folder / 'report.html'}")
+
+
+def _without_documents(result: Row) -> Row:
+    """A task's result without its documents, which ``tasks.jsonl`` holds."""
+    return {key: value for key, value in result.items() if key not in ("correct", "scores")}
 
 
 def samples(inputs: EvalInputs, answers: Sequence[Row], verdicts: Mapping[tuple, Row]) -> list[Row]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -29,9 +29,13 @@ from esi_ds.eval.classifiers import SequenceRule, read_rule, yes_no_family
 from esi_ds.eval.endpoint import Endpoint
 from esi_ds.eval.refusals import refusal_list
 from esi_ds.eval.rubric import TEMPLATE, check_template
+from esi_ds.eval.tasks import prepare_tasks
 from esi_ds.judge.families import Family, TextBuilder, choose_family
 from esi_ds.judge.guard import check_verdict
 from esi_ds.stages.prepare import check_weights, load_model_config, max_positions
+
+if TYPE_CHECKING:
+    from esi_ds.eval.harness_tasks import Prepared
 
 BASE = "base"
 
@@ -102,6 +106,7 @@ class EvalInputs:
     sets: list[QuestionSet]
     models: list[Candidate]
     judges: list[PreparedJudge]
+    tasks: list[Prepared]
     source: dict[str, str] = field(default_factory=dict)
 
 
@@ -118,7 +123,8 @@ def prepare_eval(config: Config) -> EvalInputs:
         place = f"eval.models.{number}"
         models.append(_candidate(config, label(model), model.path, model.revision, place, model.before, sets))
     source = {f"{found.kind}:{found.name}": found.found.sha256 for found in sets}
-    return EvalInputs(sets, models, judges, source)
+    tasks = prepare_tasks(section.tasks)
+    return EvalInputs(sets, models, judges, tasks, source)
 
 
 def load_sets(section: Eval) -> list[QuestionSet]:
