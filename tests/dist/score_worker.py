@@ -3,7 +3,7 @@
 argv: a JSON list of cases {"name", "config" (mapping), "poison" (optional), "error" (optional), "wrong_fisher"
 (optional)}; each case writes <output_dir>/scores and <output_dir>/mask through the stage itself, without report. poison
 {"gradient" | "score": index} makes one prompt's gradient or judge score not finite, {"tuning" | "benign": row} one
-row's gradient; error is a text that the UserError the case must end in holds. wrong_fisher squares after the reduction,
+row's gradient, {"silence": true} makes every row's gradient zero; error is a text that the UserError the case must end in holds. wrong_fisher squares after the reduction,
 which is the mistake that the tests must notice.
 """
 
@@ -72,14 +72,15 @@ def poisoned(poison: dict[str, int]) -> None:
 
     def bad_total(name: str):
         def total(self, losses, examples):
-            guilty = any(example.row == poison[name] for example in examples)
-            return plain_totals[name](self, losses, examples) * (torch.inf if guilty else 1.0)
+            guilty = any(example.row == poison.get(name) for example in examples)
+            factor = 0.0 if poison.get("silence") else torch.inf if guilty else 1.0
+            return plain_totals[name](self, losses, examples) * factor
 
         return total
 
     objectives.estimate, esi_stage.encode_examples = bad_estimate, bad_encode
     for name, objective in (("tuning", MeanLoss), ("benign", SquaredRowGradients)):
-        if name in poison:
+        if name in poison or "silence" in poison:
             objective.total = bad_total(name)
 
 
