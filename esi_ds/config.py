@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from esi_ds.core.criteria import objectives
 from esi_ds.errors import UserError
 
 
@@ -81,9 +82,23 @@ class Prompts(Section):
     limit: int | None = Field(None, ge=1, description="take the first so many")
 
 
+class RowSource(Section):
+    path: str = Field(description="file or hub id of rows to learn")
+    columns: str = Field("auto", description="question,answer or question,input,answer or messages; auto finds them")
+    name: str | None = Field(None, description="configuration of a hub data set")
+    split: str | None = Field(None, description="split of a hub data set")
+    limit: int | None = Field(None, ge=1, description="take the first so many rows")
+
+
+class LossData(RowSource):
+    max_length: int = Field(1024, ge=2, description="tokens of a row; longer ones are cut at the end")
+
+
 class Data(Section):
     prompts: Prompts | None = Field(None, description="harmful requests")
     responses: str | None = Field(None, description='JSONL {"prompt","response"} used instead of generating')
+    tuning: LossData | None = Field(None, description="criteria tuning_grad, directed, conflict: rows of the loss")
+    benign: LossData | None = Field(None, description="select.contrastive: rows whose skill should stay")
 
 
 class Esi(Section):
@@ -100,7 +115,10 @@ class Esi(Section):
 
 
 class Select(Section):
-    criterion: Literal["esi", "grad", "snip", "magnitude", "random"] = Field("esi", description="what is scored")
+    criterion: Literal["esi", "grad", "snip", "tuning_grad", "directed", "conflict", "magnitude", "random"] = Field(
+        "esi", description="what is scored"
+    )
+    contrastive: bool = Field(False, description="divide scores by how much benign rows need the weight")
     order: Literal["top", "bottom", "random"] = Field("top", description="which end of the scores")
     ratio: float = Field(0.01, gt=0, le=1, description="share of the weights")
     of: Literal["all", "scored"] = Field("all", description="which weights the ratio is of")
@@ -115,12 +133,7 @@ class BenignMix(Section):
     fraction: float = Field(0.0, ge=0, le=1, description="share of benign rows in a batch")
 
 
-class TuneData(Section):
-    path: str = Field(description="file or hub id of tuning rows")
-    columns: str = Field("auto", description="question,answer or question,input,answer or messages; auto finds them")
-    name: str | None = Field(None, description="configuration of a hub data set")
-    split: str | None = Field(None, description="split of a hub data set")
-    limit: int | None = Field(None, ge=1, description="take the first so many rows")
+class TuneData(RowSource):
     benign: BenignMix | None = Field(None, description="rows mixed in to hold over-refusal")
 
 
@@ -466,13 +479,23 @@ def label(section: EvalModel | EvalJudge) -> str:
 
 
 def require_esi(config: Config) -> None:
-    """What the ESI stage cannot do without."""
-    if config.select.criterion in ("magnitude", "random"):
-        return
-    if config.judge is None:
-        raise UserError("judge", None, "is missing", f"criterion {config.select.criterion} needs a judge.path")
-    if config.data.prompts is None and config.data.responses is None:
-        raise UserError("data.prompts", None, "is missing", "give data.prompts.path, or data.responses")
+    """What the ESI stage cannot do without, and rows that nothing would read."""
+    criterion = config.select.criterion
+    needed = objectives(criterion, config.select.contrastive)
+    if "safety" in needed:
+        if config.judge is None:
+            raise UserError("judge", None, "is missing", f"criterion {criterion} needs a judge.path")
+        if config.data.prompts is None and config.data.responses is None:
+            raise UserError("data.prompts", None, "is missing", "give data.prompts.path, or data.responses")
+    for name, user, remedy in (
+        ("tuning", f"criterion {criterion}", "set select.criterion to tuning_grad, directed or conflict"),
+        ("benign", "select.contrastive", "set select.contrastive: true"),
+    ):
+        given = getattr(config.data, name)
+        if given is None and name in needed:
+            raise UserError(f"data.{name}", None, "is missing", f"{user} needs a data.{name}.path")
+        if given is not None and name not in needed:
+            raise UserError(f"data.{name}.path", given.path, "is read by nothing", f"{remedy}, or leave it out")
 
 
 def require_tune(config: Config) -> None:

@@ -42,7 +42,7 @@ def read_units(mask: Mask) -> dict[str, list[Unit]]:
 
 def info(mask: Mask) -> list[str]:
     """What the mask is, and where its weights are, by role and by layer."""
-    facts = ("format", "criterion", "order", "scope", "ratio", "threshold", "fingerprint")
+    facts = ("format", "criterion", "contrastive", "order", "scope", "ratio", "threshold", "fingerprint")
     lines = [f"{key:12} {mask.metadata[key]}" for key in facts if key in mask.metadata]
     lines.append(f"{'selected':12} {mask.k:,} of {mask.total_numel:,} weights in {len(mask.names)} scored parameters")
     by_role: dict[str, list[int]] = {}

@@ -465,34 +465,94 @@ def mean_gradient(
     return {name: total / max(len(judged), 1) for name, total in sums.items()}, judged
 
 
-def criterion_values(criterion: str, unit: Unit, gradient: Tensor) -> Tensor:
-    """The score of one unit's weights from the averaged signed gradient; the absolute value comes last."""
+def row_token_losses(model, tokenizer, row: tuple[str, str], system_prompt: str | None, max_length: int) -> Tensor:
+    """Cross entropies of the learnt tokens of one (question, answer): the answer's and the end token's.
+
+    Rows are cut at max_length tokens. The tests' chat template ends a turn with <|end|>.
+    """
+    question, answer = (text.strip() for text in row)
+    refuse_special_strings(tokenizer, question, answer)
+    before = model_prompt_ids(tokenizer, question, system_prompt)
+    ids = (before + encode(tokenizer, f"{answer}<|end|>")[0])[:max_length]
+    logits = model(input_ids=torch.tensor([ids])).logits[0, len(before) - 1 : -1].double()
+    targets = torch.tensor(ids[len(before) :])
+    return -logits.log_softmax(-1)[torch.arange(len(targets)), targets]
+
+
+def loss_gradients(
+    model, tokenizer, rows: list[tuple[str, str]], system_prompt: str | None = None, max_length: int = 1024
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """g_T and F in float64 by parameter name (METHOD 2): the gradient of the mean over all learnt tokens of all rows,
+    and the mean over rows of the squared gradient of the row's own mean. A row whose loss is not finite is left out."""
+    total, squares = (
+        {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()} for _ in range(2)
+    )
+    num_tokens = num_rows = 0
+    for row in rows:
+        losses = row_token_losses(model, tokenizer, row, system_prompt, max_length)
+        if not len(losses) or not math.isfinite(float(losses.detach().sum())):
+            continue
+        model.zero_grad(set_to_none=True)
+        losses.sum().backward()
+        num_tokens, num_rows = num_tokens + len(losses), num_rows + 1
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                total[name] += parameter.grad.double()
+                squares[name] += (parameter.grad.double() / len(losses)) ** 2
+    return {n: v / num_tokens for n, v in total.items()}, {n: v / num_rows for n, v in squares.items()}
+
+
+def criterion_values(criterion: str, unit: Unit, gradient: Tensor | None, tuning: Tensor | None = None) -> Tensor:
+    """The score of one unit's weights from the averaged signed gradients; the absolute value comes last."""
     weights = unit.values.double()
     signed = {
         "esi": lambda: unit.sigma * gradient,
         "grad": lambda: gradient,
         "snip": lambda: gradient * weights,
         "magnitude": lambda: weights,
+        "tuning_grad": lambda: tuning,
+        "directed": lambda: unit.sigma * (-gradient * tuning).clamp(min=0).sqrt(),
+        "conflict": lambda: unit.sigma * (gradient * tuning).clamp(min=0).sqrt(),
     }[criterion]()
     return signed.abs().float()
 
 
+def contrasted(scores: dict[str, Tensor], fisher: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores divided by sqrt(F) + median of sqrt(F), the lower middle one over all scored weights (METHOD 2)."""
+    roots = {name: fisher[name].sqrt() for name in scores}
+    ranked = torch.cat([values.flatten() for values in roots.values()]).sort().values
+    middle = ranked[(len(ranked) - 1) // 2]
+    return {name: (values.double() / (roots[name] + middle)).float() for name, values in scores.items()}
+
+
 def esi_scores(
-    model_folder: Path, guard_folder: Path, pairs: list[tuple[str, str]], criterion: str = "esi", **options
+    model_folder: Path,
+    guard_folder: Path,
+    pairs: list[tuple[str, str]],
+    criterion: str = "esi",
+    tuning: list[tuple[str, str]] | None = None,
+    benign: list[tuple[str, str]] | None = None,
+    **options,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """{scored parameter: fp32 score in its own shape}, in the model's order, and the judge's scores.
 
-    ESI_i = |sigma(theta_i) * mean over prompts of dS/dtheta_i|; options as mean_gradient's.
+    ESI_i = |sigma(theta_i) * mean over prompts of dS/dtheta_i|; options as mean_gradient's. tuning: rows of g_T for the
+    criteria that have it; benign: rows of F, which makes the score contrastive.
     """
     model, tokenizer = load(model_folder)
     guard, guard_tokenizer = load(guard_folder)
     guard.requires_grad_(False)
     gradients, judged = mean_gradient(model, tokenizer, guard, guard_tokenizer, pairs, **options)
+    second = loss_gradients(model, tokenizer, tuning)[0] if tuning is not None else None
     scores: dict[str, Tensor] = {}
     for unit in units(model):
         if unit.scored:
-            whole = scores.setdefault(unit.parameter_name, torch.full(unit.parameter.shape, math.nan))
-            whole[unit.index] = criterion_values(criterion, unit, gradients[unit.parameter_name][unit.index])
+            name = unit.parameter_name
+            whole = scores.setdefault(name, torch.full(unit.parameter.shape, math.nan))
+            other = second[name][unit.index] if second is not None else None
+            whole[unit.index] = criterion_values(criterion, unit, gradients[name][unit.index], other)
+    if benign is not None:
+        scores = contrasted(scores, loss_gradients(model, tokenizer, benign)[1])
     return scores, judged
 
 

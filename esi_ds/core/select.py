@@ -137,6 +137,19 @@ def select(groups: Sequence[Sequence[Piece]], k: Sequence[int], order: Order, la
     return cuts
 
 
+def median(pieces: Sequence[Tensor], count: int, reduce: Reduce) -> float:
+    """The median of non-negative float32 values that lie in pieces, as torch.median's: the lower of two middle ones.
+
+    pieces: this caller's values, 1-D; count: how many there are over all callers, at least one.
+    Communication: three histograms of 16 KiB, independent of the number of values.
+    """
+    order = Order("top")
+    values = [Piece(piece, 0) for piece in pieces]
+    from_above = torch.tensor([count - (count - 1) // 2])
+    keys, _ = radix_search([lambda: (keys for keys, _ in chunks(values, order))], from_above, KEY_BITS, reduce)
+    return float(keys.int().view(torch.float32))
+
+
 def key_to_score(cut: Cut, order: str) -> float | None:
     """The threshold as a score: the smallest selected (``top``) or the largest selected (``bottom``)."""
     if cut.count == 0 or order == "random":

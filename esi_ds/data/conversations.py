@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from esi_ds.core.loss import IGNORED
 from esi_ds.data.chat import break_up
 from esi_ds.data.rows import Row
 from esi_ds.errors import UserError
 
 Turn = dict[str, str]
-IGNORED = -100  # label of a position that is not learnt, as everywhere in transformers
 # Columns of a row that hold (what is asked, further input, what is answered); tried in this order, caseless.
 SHAPES: tuple[tuple[str, str | None, str], ...] = (
     ("prompt", None, "response"),
@@ -81,7 +81,7 @@ def find_columns(rows: Sequence[Row], columns: str, field: str) -> tuple[str, ..
         field,
         "auto",
         f"none of the usual columns is there, only {', '.join(names)}",
-        "name the columns, for instance tune.data.columns=question,answer",
+        f"name the columns, for instance {field}=question,answer",
     )
 
 

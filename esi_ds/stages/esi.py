@@ -1,15 +1,19 @@
-"""The ESI stage: prompts and responses → gradient sums → scores → mask → report (METHOD §1, §2)."""
+"""The ESI stage: prompts and responses, and rows → gradient sums → scores → mask → report (METHOD §1, §2)."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from esi_ds.artifacts import RunFolder
 from esi_ds.cli import Options
 from esi_ds.config import Config, require_esi
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
+from esi_ds.stages.interrupt import StopSignal
 from esi_ds.stages.prepare import Inputs, clean, encode_examples, encode_prompts, prepare
+from esi_ds.stages.prepare_losses import LossRows, prepare_losses
 from esi_ds.stages.respond import respond, write_responses
 from esi_ds.stages.run import CHECKPOINTS, StageRun
 from esi_ds.tracking import Tracker
@@ -26,29 +30,45 @@ def run(config: Config, options: Options) -> None:
     folder = RunFolder(config.run.output_dir)
     folder.check(config)
     resolve_deepspeed(config, int(os.environ.get("WORLD_SIZE", "1")))
-    inputs = prepare(config)
-    if inputs is not None:
-        folder.check_same("data_hashes", inputs.source, "data")
+    inputs, losses = prepare(config), prepare_losses(config)
+    folder.check_same("data_hashes", data_source(inputs, losses), "data")
     from esi_ds.zero import runtime
 
     with runtime.process_group():
         deepspeed_config = resolve_deepspeed(config, runtime.world_size())
-        EsiRun(config, options, inputs, folder, deepspeed_config).run()
+        EsiRun(config, options, inputs, losses, folder, deepspeed_config).run()
+
+
+def data_source(inputs: Inputs | None, losses: Sequence[LossRows]) -> dict[str, Any]:
+    """What the run reads, with its hashes, for the manifest."""
+    found: dict[str, Any] = dict(inputs.source) if inputs else {}
+    for loss in losses:
+        found |= loss.source
+    return found
 
 
 class EsiRun(StageRun):
-    """One run of the stage on this rank. ``inputs`` is None for criteria that need no gradient."""
+    """One run of the stage on this rank. ``inputs`` is None for criteria that ask no judge; ``losses`` are the rows of
+    the criterion's further objectives. Passes run one after the other, each with sums of its own."""
 
     def __init__(
-        self, config: Config, options: Options, inputs: Inputs | None, folder: RunFolder, deepspeed_config: dict
+        self,
+        config: Config,
+        options: Options,
+        inputs: Inputs | None,
+        losses: Sequence[LossRows],
+        folder: RunFolder,
+        deepspeed_config: dict,
     ):
-        super().__init__(config, options, folder, deepspeed_config, inputs.source if inputs else {})
-        self.inputs = inputs
+        super().__init__(config, options, folder, deepspeed_config, data_source(inputs, losses))
+        self.inputs, self.losses = inputs, losses
+        self._stop: StopSignal | None = None
+        self._first_step = 0  # of the next pass, as metrics.jsonl counts
 
     def work(self, tracker: Tracker) -> None:
         from esi_ds.stages.finish import finish
         from esi_ds.zero.engine import load_sharded
-        from esi_ds.zero.score import score, unit_sigmas
+        from esi_ds.zero.score import Accumulated, score, unit_sigmas
 
         config = self.config
         guard = self._load_guard(tracker) if self.inputs else None
@@ -64,16 +84,15 @@ class EsiRun(StageRun):
             model.enable_gradient_checkpointing()
         self.begin(model)
         outcome = self._accumulate(model, guard, tracker) if self.inputs else None
+        losses = [self._accumulate_loss(model, loss, tracker) for loss in self.losses]
+        accumulated = {found.loss.name: found.accumulated for found in losses}
+        if outcome is not None:
+            accumulated["safety"] = Accumulated(outcome.gradients.sums, outcome.num_prompts)
         sigma = unit_sigmas(model)
-        scores = score(
-            model,
-            config.select.criterion,
-            outcome.gradients.sums if outcome else None,
-            outcome.num_prompts if outcome else 1,
-            sigma,
-            config.run.seed,
-        )
-        finish(config, self.folder.path, model, scores, sigma, self.fingerprint, outcome, self.started, tracker)
+        scores = score(model, config.select.criterion, accumulated, sigma, config.run.seed)
+        if config.select.contrastive:
+            self._contrast(model, scores, accumulated["benign"])
+        finish(config, self.folder.path, model, scores, sigma, self.fingerprint, outcome, losses, self.started, tracker)
 
     def _load_guard(self, tracker: Tracker):
         from esi_ds.judge.guard import Guard
@@ -96,11 +115,9 @@ class EsiRun(StageRun):
 
     def _accumulate(self, model, guard, tracker: Tracker):
         """Responses, then the scoring pass. Raises UserError where no prompt can be used."""
-        import torch
-
         from esi_ds.judge.vocabulary import VocabularyMap
         from esi_ds.stages.finish import Outcome
-        from esi_ds.stages.score import ScoringPass
+        from esi_ds.stages.objectives import SafetyObjective
         from esi_ds.zero.gradients import GradientShards
 
         config, inputs = self.config, self.inputs
@@ -118,21 +135,12 @@ class EsiRun(StageRun):
                 f"none can be used ({reasons})",
                 "look at responses.jsonl in the run folder",
             )
-        on_cpu = config.esi.accumulator_device == "cpu"
-        gradients = GradientShards(model, torch.device("cpu") if on_cpu else self.runtime.device())
+        gradients = GradientShards(model, self._accumulator_device())
         vocabulary = VocabularyMap(inputs.tokenizer, inputs.judge.tokenizer, model.num_logits)
-        scoring = ScoringPass(
-            config,
-            model,
-            guard,
-            vocabulary,
-            examples,
-            gradients,
-            self.folder.path / CHECKPOINTS,
-            tracker,
-            inputs.tokenizer.pad_token_id,
+        pad = inputs.tokenizer.pad_token_id
+        state = self._run_pass(
+            model, SafetyObjective(config, model, guard, vocabulary, examples, gradients, pad), tracker
         )
-        state = scoring.run()
         excluded.update(state.excluded)
         if self.runtime.is_main():
             write_responses(self.folder.path, inputs.prompts, responses, state.scores, excluded)
@@ -147,3 +155,62 @@ class EsiRun(StageRun):
         return Outcome(
             gradients, num_prompts, inputs, responses, state.scores, excluded, num_broken + num_broken_responses
         )
+
+    def _accumulate_loss(self, model, loss: LossRows, tracker: Tracker):
+        """The pass over the rows of one loss. Raises UserError where no row can be used."""
+        from esi_ds.stages.finish import LossOutcome
+        from esi_ds.stages.objectives import MeanLoss, SquaredRowGradients
+        from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
+        from esi_ds.zero.score import Accumulated
+
+        rows, device = loss.rows, self._accumulator_device()
+        tracker.log(f"{loss.describe()}; {len(rows.skipped)} skipped, {rows.num_cut} cut")
+        for number, reason in rows.skipped[:5]:
+            tracker.log(f"skipped row {number} of data.{loss.name}: {reason}")
+        if loss.name == "benign":
+            objective = SquaredRowGradients(
+                loss.name, model, rows.sequences, SquaredGradientShards(model, device), loss.pad
+            )
+        else:
+            batch_size = self.config.esi.batch_size
+            objective = MeanLoss(loss.name, model, rows.sequences, GradientShards(model, device), loss.pad, batch_size)
+        state = self._run_pass(model, objective, tracker)
+        used = [sequence for sequence in rows.sequences if sequence.row not in state.excluded]
+        if not used:
+            raise UserError(
+                f"data.{loss.name}.path",
+                loss.path,
+                f"none of its {len(rows.sequences)} rows gave a finite gradient",
+                "look at its rows; is the model sound?",
+            )
+        accumulated = Accumulated(objective.gradients.sums, objective.count(used))
+        return LossOutcome(loss, accumulated, len(used), state.scores, state.excluded)
+
+    def _run_pass(self, model, objective, tracker: Tracker):
+        """One pass; its checkpoints stay until the run is done, for a later pass may be interrupted too."""
+        from esi_ds.stages.score import ScoringPass
+
+        self._stop = self._stop or StopSignal()  # not before generation is over, which listens to signals itself
+        folder = self.folder.path / CHECKPOINTS / objective.name
+        state = ScoringPass(self.config, model, objective, folder, tracker, self._stop, self._first_step).run()
+        self._first_step += len(objective.examples)
+        return state
+
+    def _accumulator_device(self):
+        import torch
+
+        return torch.device("cpu") if self.config.esi.accumulator_device == "cpu" else self.runtime.device()
+
+    def _contrast(self, model, scores, benign) -> None:
+        """Scores divided by how much benign rows need each weight. Raises UserError where that is a division by 0."""
+        from esi_ds.zero.score import contrast_scores
+
+        undefined = contrast_scores(model, scores, benign)
+        if undefined:
+            raise UserError(
+                "data.benign.path",
+                self.config.data.benign.path,
+                f"leaves more than half of the scored weights without any gradient, and {undefined:,} of these have a "
+                "score to be divided by it",
+                "give more rows, or set select.contrastive: false",
+            )

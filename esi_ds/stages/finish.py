@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +17,13 @@ from esi_ds.core.units import Parameter, Unit
 from esi_ds.report.html import write_report
 from esi_ds.report.publish import closing_table, publish
 from esi_ds.stages.prepare import Inputs
+from esi_ds.stages.prepare_losses import LossRows
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.files import write_mask, write_scores
 from esi_ds.zero.gradients import GradientShards
-from esi_ds.zero.score import Scores, Selection, select_weights
+from esi_ds.zero.score import Accumulated, Scores, Selection, select_weights
 from esi_ds.zero.statistics import log_histograms, unit_rows, unscored_numel
 
 NUM_SAMPLES = 8
@@ -40,6 +42,22 @@ class Outcome:
     special_tokens_broken_up: int
 
 
+@dataclass(frozen=True)
+class LossOutcome:
+    """What the pass over one loss's rows leaves behind. values, excluded: by row of the file."""
+
+    loss: LossRows
+    accumulated: Accumulated
+    num_rows: int
+    values: dict[int, float]
+    excluded: dict[int, str]
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows that could not be read as a conversation, and rows whose gradient was not finite."""
+        return len(self.loss.rows.skipped) + len(self.excluded)
+
+
 def finish(
     config: Config,
     folder: Path,
@@ -48,6 +66,7 @@ def finish(
     sigma: dict[Unit, float],
     fingerprint: str,
     outcome: Outcome | None,
+    losses: Sequence[LossOutcome],
     started: float,
     tracker: Tracker,
 ) -> None:
@@ -71,7 +90,7 @@ def finish(
         return model.shard(parameter).low
 
     if config.esi.save_scores:
-        shown = {key: metadata[key] for key in ("criterion", "fingerprint", "total_numel")}
+        shown = {key: metadata[key] for key in ("criterion", "contrastive", "fingerprint", "total_numel")}
         write_scores(folder / "scores", scored, low, scores, {"format": "esi-scores/1", **shown})
     write_mask(folder / "mask", scored, low, selection.bits, metadata, units_json(scored))
     rows = unit_rows(model, scores, selection, sigma)
@@ -79,21 +98,26 @@ def finish(
     if not runtime.is_main():
         return
     report = {
-        "title": f"Expected Safety Impact of {config.model.path}"
-        if section.criterion == "esi"
-        else f"{section.criterion} scores of {config.model.path}",
+        "title": title(config),
         "facts": run_facts(config, model, fingerprint, outcome, started),
-        "selection": selection_facts(config, model, selection),
+        "selection": selection_facts(config, model, selection, losses),
         "units": rows,
         "score_histogram": overall,
         "score_histograms_by_role": by_role,
         **pass_facts(outcome),
+        "losses": [loss_facts(found) for found in losses],
         "progress": read_jsonl(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else [],
     }
     write_report(folder, report)
     publish(tracker, report)
     tracker.log(closing_table(report))
     tracker.log(f"report: {folder / 'report.html'}")
+
+
+def title(config: Config) -> str:
+    section = config.select
+    what = "Expected Safety Impact" if section.criterion == "esi" else f"{section.criterion} scores"
+    return f"{what}{', contrastive,' if section.contrastive else ''} of {config.model.path}"
 
 
 def units_json(scored: Sequence[Parameter]) -> list[dict]:
@@ -112,6 +136,7 @@ def mask_metadata(config: Config, model: ShardedModel, selection: Selection, fin
         "total_numel": str(sum(parameter.numel for parameter in model.parameters)),
         "threshold": "null" if threshold is None else repr(threshold),
         "criterion": section.criterion,
+        "contrastive": str(section.contrastive).lower(),
         "order": section.order,
         "of": section.of,
         "scope": section.scope,
@@ -123,18 +148,45 @@ def mask_metadata(config: Config, model: ShardedModel, selection: Selection, fin
     }
 
 
-def selection_facts(config: Config, model: ShardedModel, selection: Selection) -> dict:
+def selection_facts(
+    config: Config, model: ShardedModel, selection: Selection, losses: Sequence[LossOutcome] = ()
+) -> dict:
     section = config.select
-    return {
+    facts = {
         "k": selection.k,
         "total_numel": sum(p.numel for p in model.parameters),
         "scored_numel": sum(p.numel for p in model.parameters if p.scored),
         "threshold": key_to_score(selection.cut, section.order) if selection.cut is not None else None,
         "criterion": section.criterion,
+        "contrastive": section.contrastive,
         "order": section.order,
         "ratio": section.ratio,
         "of": section.of,
         "scope": section.scope,
+    }
+    for found in losses:
+        name = found.loss.name
+        facts |= {
+            f"{name} rows from": f"{found.loss.path} ({found.loss.rows.columns})",
+            f"{name} rows used": found.num_rows,
+            f"{name} rows skipped": found.num_skipped,
+        }
+    return facts
+
+
+def loss_facts(found: LossOutcome) -> dict:
+    """One loss's rows in full: mean loss of those used, and why the others were left out."""
+    rows = found.loss.rows
+    left_out = sorted([*rows.skipped, *found.excluded.items()])
+    return {
+        "name": found.loss.name,
+        "path": found.loss.path,
+        "columns": rows.columns,
+        "sha256": rows.sha256,
+        "num_rows": found.num_rows,
+        "num_cut": rows.num_cut,
+        "mean_loss": math.fsum(found.values.values()) / len(found.values),
+        "skipped": [{"row": row, "reason": reason} for row, reason in left_out],
     }
 
 

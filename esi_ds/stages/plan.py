@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,11 +11,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from esi_ds.cli import Options
 from esi_ds.config import Config, resolved_yaml
+from esi_ds.core.criteria import objectives
 from esi_ds.core.mask import num_bytes
-from esi_ds.core.score import NEEDS_GRADIENT
 from esi_ds.core.select import model_k
 from esi_ds.core.units import Parameter
 from esi_ds.data.prompts import load_prompts, load_responses
+from esi_ds.data.rows import read_rows
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.models.roles import describe
 from esi_ds.stages.prepare import load_model_config
@@ -59,14 +61,18 @@ def plan(config: Config, world_size: int) -> dict[str, object]:
         "ranks": world_size,
         "weights per rank": _size(weight * shard),
     }
-    if config.select.criterion in NEEDS_GRADIENT:
+    names = objectives(config.select.criterion, config.select.contrastive)
+    if names:
         where = " (on the CPU)" if config.esi.accumulator_device == "cpu" else ""
-        facts["gradient sums per rank" + where] = _size(4 * scored_shard)
+        several = f" ({len(names)} sums: {', '.join(names)})" if len(names) > 1 else ""
+        facts["gradient sums per rank" + where] = _size(4 * scored_shard * len(names)) + several
         facts["largest parameter, gathered, and its gradient"] = (
             f"{_size((weight + 4) * largest.numel)} ({largest.name})"
         )
-        facts |= _passes(config, world_size)
-        facts["checkpoint on disk"] = _size(4 * num_scored)
+        if "safety" in names:
+            facts |= _passes(config, world_size)
+        facts |= _loss_passes(config, names, world_size)
+        facts["checkpoint on disk"] = _size(4 * num_scored * len(names))
     if config.esi.save_scores:
         facts["scores on disk"] = _size(4 * num_scored)
     facts["mask on disk"] = _size(sum(num_bytes(parameter.numel) for parameter in scored))
@@ -94,6 +100,24 @@ def _passes(config: Config, world_size: int) -> dict[str, object]:
         "backward of the judge and of the model",
         "batches to generate": 0 if config.data.responses is not None else passes,
     }
+
+
+def _loss_passes(config: Config, names: Sequence[str], world_size: int) -> dict[str, object]:
+    """Rows of each further objective, and the passes over them; rows are counted, not read as conversations."""
+    facts: dict[str, object] = {}
+    for name in names:
+        if name == "safety":
+            continue
+        section = getattr(config.data, name)
+        rows = read_rows(section.path, f"data.{name}.path", name=section.name, split=section.split)
+        count = len(rows[: section.limit])
+        size = 1 if name == "benign" else config.esi.batch_size  # F is made of single rows' gradients
+        facts[f"{name} rows"] = count
+        facts[f"{name} passes"] = (
+            f"{-(-count // (size * world_size))} of {size} rows per rank ({size * world_size} together), each one "
+            "forward and backward of the model"
+        )
+    return facts
 
 
 def tuning_plan(config: Config, inputs: TuningInputs, world_size: int) -> dict[str, object]:

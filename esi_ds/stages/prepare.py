@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.artifacts import file_sha256
 from esi_ds.config import Config
-from esi_ds.core.score import NEEDS_GRADIENT
+from esi_ds.core.criteria import objectives
 from esi_ds.data.chat import (
     EncodedResponse,
     break_up,
@@ -66,7 +66,7 @@ class Example:
 
 
 def prepare(config: Config) -> Inputs | None:
-    """Read prompts and tokenizers and check them against each other. None where no gradient is needed.
+    """Read prompts and tokenizers and check them against each other. None where the criterion asks no judge.
 
     Raises UserError. Reads only; loads no weights.
     """
@@ -74,7 +74,7 @@ def prepare(config: Config) -> Inputs | None:
         config.model.path, "model.path", config.model.revision, config.model.trust_remote_code
     )
     check_weights(config.model.path, "model.path")
-    if config.select.criterion not in NEEDS_GRADIENT:
+    if "safety" not in objectives(config.select.criterion, config.select.contrastive):
         return None
     tokenizer = load_tokenizer(
         config.model.path,

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from esi_ds.config import Config, require_tune
+from esi_ds.config import BenignMix, Config, RowSource, require_tune
 from esi_ds.core.mask import Mask
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
@@ -60,10 +60,11 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
     if tokenizer.eos_token_id is None:
         raise UserError("model.path", model.path, "has a tokenizer without an end token", "set its eos_token")
     specials = special_strings(tokenizer)
-    rows = _read(config, tune.data, "tune.data", tune.data.limit, tokenizer, model_config, specials)
+    longest = tune.max_length
+    rows = read_tuning_set(config, tune.data, "tune.data", tokenizer, model_config, longest, tune.data.limit)
     benign = None
     if tune.data.benign is not None and tune.data.benign.fraction > 0:
-        benign = _read(config, tune.data.benign, "tune.data.benign", None, tokenizer, model_config, specials)
+        benign = read_tuning_set(config, tune.data.benign, "tune.data.benign", tokenizer, model_config, longest)
     source = {"rows": tune.data.path, "sha256": rows.sha256, "columns": rows.columns}
     if benign is not None:
         source |= {"benign": tune.data.benign.path, "benign_sha256": benign.sha256, "benign_columns": benign.columns}
@@ -93,15 +94,16 @@ def describe_trained(config: Config, stage: str, mask: Mask, model_config: Pretr
     return trained
 
 
-def _read(
+def read_tuning_set(
     config: Config,
-    section: Any,
+    section: RowSource | BenignMix,
     field: str,
-    limit: int | None,
     tokenizer: PreTrainedTokenizerBase,
     model_config: PretrainedConfig,
-    specials: tuple[str, ...],
+    max_length: int,
+    limit: int | None = None,
 ) -> TuningSet:
+    """Rows of one section as the model reads them. Raises UserError naming ``field`` where there is none to learn."""
     rows = read_rows(section.path, f"{field}.path", name=section.name, split=section.split)[:limit]
     columns = find_columns(rows, section.columns, f"{field}.columns")
     positions = max_positions(model_config)
@@ -110,9 +112,9 @@ def _read(
         columns,
         tokenizer,
         system_prompt=config.model.system_prompt,
-        specials=specials,
+        specials=special_strings(tokenizer),
         end_ids=end_ids(config, tokenizer),
-        max_length=min(config.tune.max_length, positions or config.tune.max_length),
+        max_length=min(max_length, positions or max_length),
     )
     if not found.sequences:
         reasons = "; ".join(sorted({reason for _, reason in found.skipped}))

@@ -1,25 +1,25 @@
-"""The scoring pass: judge a micro-batch, send the surrogate's gradient through the model, keep the sums (METHOD §1)."""
+"""The scoring pass: micro-batches of an objective's examples through the model, and the sums kept (METHOD §1, §2).
+
+An objective is data, a loss and what is kept of its gradient. A criterion with two objectives makes two passes, one
+after the other; this is the loop that all of them share.
+"""
 
 from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from esi_ds.config import Config
-from esi_ds.core.batch import left_pad
-from esi_ds.core.surrogate import estimate
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.judge.alignment import alignment_weights
-from esi_ds.judge.guard import Guard, Judgement
-from esi_ds.judge.vocabulary import VocabularyMap
 from esi_ds.stages.interrupt import StopSignal
-from esi_ds.stages.prepare import Example
 from esi_ds.tracking import Tracker
 from esi_ds.zero import checkpoint, runtime
 from esi_ds.zero.engine import ShardedModel
@@ -35,8 +35,8 @@ NOT_FINITE = {
 
 @dataclass
 class PassState:
-    """Where the pass stands. ``position``: examples before it are done. scores, excluded: by prompt index; between
-    saves every rank knows its own only."""
+    """Where the pass stands. ``position``: examples before it are done. scores, excluded: by the example's index;
+    between saves every rank knows its own only."""
 
     position: int = 0
     scores: dict[int, float] = field(default_factory=dict)
@@ -56,43 +56,85 @@ class PassState:
             self.excluded.update(excluded)
 
 
+class Objective(ABC):
+    """Examples, a scalar of each whose gradient is wanted, and the sums that it is added to.
+
+    name: of its checkpoints. unit: what one example is called. source: where the examples come from, in a message.
+    batch_size: examples per rank and micro-batch. Every rank makes the same calls in the same order.
+    """
+
+    name: str
+    unit: str
+    source: str = ""
+    examples: Sequence[Any]
+    batch_size: int
+    gradients: GradientShards
+
+    @abstractmethod
+    def index(self, example: Any) -> int:
+        """What names the example in messages, in the saved state and in what the run writes."""
+
+    def admit(self, examples: Sequence[Any]) -> dict[int, str]:
+        """index → reason of those of this rank's examples that cannot take part. Runs on a rank without any too."""
+        return {}
+
+    @abstractmethod
+    def forward(self, examples: Sequence[Any]) -> tuple[Tensor, Tensor | None, list[float]]:
+        """What ``backward`` is called on, its argument, and the value of each example.
+
+        Without examples: a filler whose gradient is exactly zero.
+        """
+
+    def score(self, example: Any, value: float) -> float:
+        """What is remembered of an example, given its value."""
+        return value
+
+    @abstractmethod
+    def scalars(self, score: float, value: float, norm: float, rate: float) -> dict[str, float]:
+        """What metrics.jsonl says of a micro-batch: mean score and value, norm of its gradient, examples a second."""
+
+
 class ScoringPass:
-    """One pass over the examples; ``run`` returns when every example is in the sums or excluded.
+    """One pass over an objective's examples; ``run`` returns when every example is in the sums or excluded.
 
     Micro-batch ``position``: rank r takes examples [position + r·B, position + (r+1)·B). Every rank makes the same
     number of forward and backward passes; one without an example runs a filler whose gradient is zero.
+    stop: shared by a run's passes. first_step: examples of the passes before this one; where its metrics begin.
     """
 
     def __init__(
         self,
         config: Config,
         model: ShardedModel,
-        guard: Guard,
-        vocabulary: VocabularyMap,
-        examples: Sequence[Example],
-        gradients: GradientShards,
+        objective: Objective,
         folder: Path,
         tracker: Tracker,
-        pad: int,
+        stop: StopSignal,
+        first_step: int = 0,
     ):
-        self.config, self.model, self.guard, self.vocabulary = config, model, guard, vocabulary
-        self.examples, self.gradients, self.folder, self.tracker, self.pad = examples, gradients, folder, tracker, pad
+        self.config, self.model, self.objective = config, model, objective
+        self.gradients, self.folder, self.tracker = objective.gradients, folder, tracker
+        self.first_step = first_step
         self.state = PassState()
-        self._stop = StopSignal()
+        self._stop = stop
         self._last_save, self._save_seconds = time.monotonic(), 0.0
         self._steps_since_save = 0
 
     @property
     def stride(self) -> int:
         """Examples that all ranks take together in one micro-batch."""
-        return self.config.esi.batch_size * runtime.world_size()
+        return self.objective.batch_size * runtime.world_size()
 
     def run(self) -> PassState:
+        """At once where an earlier process has finished the pass: its sums are read, and nothing is measured again."""
         self._restore()
-        self.tracker.resume_at(self.state.position)
-        total = len(self.examples)
+        total = len(self.objective.examples)
+        if self.state.position >= total:
+            return self.state
+        self.tracker.resume_at(self.first_step + self.state.position)
+        description = "score" if self.objective.name == "safety" else self.objective.name
         bar = self.tracker.progress(
-            total=total, initial=min(self.state.position, total), unit="prompt", description="score"
+            total=total, initial=self.state.position, unit=self.objective.unit, description=description
         )
         with self.gradients.collecting(), bar:
             while self.state.position < total:
@@ -105,10 +147,9 @@ class ScoringPass:
     def _step(self) -> None:
         """One micro-batch. Collectives: the model's, at most two all-reduces of a few numbers, a save now and then."""
         started = time.monotonic()
-        mine = self._my_examples()
-        judgements, values = self._forward_backward(mine)
+        mine = self._still_in(self._my_examples())
+        scores, values = self._forward_backward(mine)
         norm_squared = self.gradients.take_norm_squared()
-        judged = [judgement.score for judgement in judgements.values()]
         due = runtime.is_main() and self._save_is_due()
         totals = runtime.all_reduce_sum(
             torch.tensor(
@@ -116,8 +157,8 @@ class ScoringPass:
                     norm_squared,
                     float(self._stop.raised),
                     float(due),
-                    math.fsum(judged),
-                    float(len(judged)),
+                    math.fsum(scores.values()),
+                    float(len(scores)),
                     sum(values),
                 ],
                 dtype=torch.float64,
@@ -126,8 +167,7 @@ class ScoringPass:
         if not math.isfinite(totals[0]):
             self._reject(mine)
             return
-        for index, judgement in judgements.items():
-            self.state.scores[index] = judgement.score
+        self.state.scores.update(scores)
         self.state.position += self.stride
         self._steps_since_save += 1
         self._report(totals, time.monotonic() - started)
@@ -135,95 +175,52 @@ class ScoringPass:
         if interrupted or totals[2] > 0:
             self._save()
         if interrupted:
-            raise Interrupted(f"stopped by a signal after {self.state.position} prompts; start again to go on")
+            done = f"{self.state.position} {self.objective.unit}s{self.objective.source}"
+            raise Interrupted(f"stopped by a signal after {done}; start again to go on")
 
-    def _my_examples(self) -> list[Example]:
-        size = self.config.esi.batch_size
+    def _my_examples(self) -> list[Any]:
+        size = self.objective.batch_size
         first = self.state.position + runtime.rank() * size
-        return [example for example in self.examples[first : first + size] if example.index not in self.state.excluded]
+        return list(self.objective.examples[first : first + size])
 
-    def _forward_backward(self, mine: list[Example]) -> tuple[dict[int, Judgement], list[float]]:
-        """Judgements and surrogate values of the examples whose gradients were added to the sums."""
-        device = runtime.device()
-        # Without an example of its own a rank judges some other and forgets it: the guard may be sharded too.
-        judged = self.guard.judge([example.guard_input for example in mine or self.examples[:1]], device)
-        judgements = {example.index: judgement for example, judgement in zip(mine, judged, strict=False)}
-        usable = []
-        for example in mine:
-            judgement = judgements[example.index]
-            if math.isfinite(judgement.score) and bool(judgement.gradient.isfinite().all()):
-                usable.append(example)
-            else:
-                self.state.excluded[example.index] = NOT_FINITE["score"]
-        logits, gradient, values = self._forward(usable, judgements)
+    def _still_in(self, examples: Sequence[Any]) -> list[Any]:
+        return [example for example in examples if self.objective.index(example) not in self.state.excluded]
+
+    def _forward_backward(self, mine: list[Any]) -> tuple[dict[int, float], list[float]]:
+        """Scores by index, and values, of the examples whose gradients were added to the sums."""
+        objective = self.objective
+        self.state.excluded.update(objective.admit(mine))
+        usable = self._still_in(mine)
+        output, gradient, values = objective.forward(usable)
         bad = [example for example, value in zip(usable, values, strict=True) if not math.isfinite(value)]
         if runtime.all_reduce_max(torch.tensor([float(len(bad))])).item() > 0:
             # A row that is not finite must not even take part with weight zero: 0 · NaN is NaN. Again without it.
-            self.state.excluded.update({example.index: NOT_FINITE["loss"] for example in bad})
-            usable = [example for example in usable if example not in bad]
-            del logits, gradient
+            self.state.excluded.update({objective.index(example): NOT_FINITE["loss"] for example in bad})
+            usable = self._still_in(usable)
+            del output, gradient
             self.model.release()
-            logits, gradient, values = self._forward(usable, judgements)
-        logits.backward(gradient)
+            output, gradient, values = objective.forward(usable)
+        output.backward(gradient)
         self.gradients.flush()
         self.model.release()
-        return {example.index: judgements[example.index] for example in usable}, values
+        pairs = zip(usable, values, strict=True)
+        return {objective.index(example): objective.score(example, value) for example, value in pairs}, values
 
-    def _forward(self, examples: list[Example], judgements: dict[int, Judgement]) -> tuple[Tensor, Tensor, list[float]]:
-        """Teacher-forced logits [B, K, V], the surrogate's gradient with respect to them, and each row's value.
-
-        Only the last K positions are asked for: those that predict the longest response. The prompts are padded on
-        the left, so every response ends at the right edge.
-        """
-        # The last response token predicts nothing that is judged, so it is not fed. The filler is one token long.
-        rows = [example.prompt_ids + example.response.ids[:-1] for example in examples] or [[self.pad]]
-        longest = max((len(example.response.ids) for example in examples), default=1)
-        batch = left_pad(rows, self.pad, runtime.device())
-        logits = self.model.module(**batch, use_cache=False, logits_to_keep=longest).logits
-        gradient, values = torch.zeros_like(logits), []
-        with torch.no_grad(), self.guard.embedding_table() as table:
-            for row, example in enumerate(examples):
-                tail = slice(longest - len(example.response.ids), longest)
-                own = logits[row, tail].float()
-                value, row_gradient = self._surrogate(example, judgements[example.index], own, table)
-                values.append(value)
-                gradient[row, tail] = row_gradient.to(gradient.dtype)
-        return logits, gradient, values
-
-    def _surrogate(self, example: Example, judgement: Judgement, logits: Tensor, table: Tensor) -> tuple[float, Tensor]:
-        """Value and gradient [T, V] of one example's surrogate; float32."""
-        response, esi = example.response, self.config.esi
-        has_text = [self.vocabulary.has_text[token] for token in response.ids]
-        guard_input = example.guard_input
-        weights = alignment_weights(response.offsets, guard_input.spans, guard_input.shown, has_text)
-        aligned = weights.to(judgement.gradient) @ judgement.gradient  # ũ [T, d]
-        contraction = self.vocabulary.contract(aligned, table, self.guard.embedding_scale)
-        value, gradient = estimate(
-            esi.estimator,
-            logits,
-            contraction,
-            torch.tensor(response.ids, device=logits.device),
-            temperature=esi.temperature,
-            samples=esi.samples,
-            seed=self.config.run.seed,
-            prompt_index=example.index,
-        )
-        return float(value), gradient
-
-    def _reject(self, mine: list[Example]) -> None:
-        """A gradient was not finite: back to the last save, and never these prompts again (METHOD §1)."""
-        still_in = [example.index for example in mine if example.index not in self.state.excluded]
+    def _reject(self, mine: list[Any]) -> None:
+        """A gradient was not finite: back to the last save, and never these examples again (METHOD §1)."""
+        still_in = [self.objective.index(example) for example in self._still_in(mine)]
         named = sorted(index for part in runtime.gather_objects(still_in) for index in part)
         if not named:
             raise RuntimeError("the model's gradient is not finite even for a single padding token")
+        unit, source = self.objective.unit, self.objective.source
         if self.config.esi.on_nonfinite == "stop":
             raise UserError(
                 "esi.on_nonfinite",
                 "stop",
-                f"the gradient of prompts {named} is not finite",
-                "look at these prompts, or set esi.on_nonfinite: skip to leave them out",
+                f"the gradient of {unit}s {named}{source} is not finite",
+                f"look at these {unit}s, or set esi.on_nonfinite: skip to leave them out",
             )
-        self.tracker.log(f"gradient not finite: leaving out prompts {named}, going back to the last save")
+        self.tracker.log(f"gradient not finite: leaving out {unit}s {named}{source}, going back to the last save")
         self.state.share()
         excluded = {**self.state.excluded, **dict.fromkeys(named, NOT_FINITE["gradient"])}
         self._restore()
@@ -250,14 +247,10 @@ class ScoringPass:
         self._save_seconds = self._last_save - started
 
     def _report(self, totals: Tensor, seconds: float) -> None:
-        num_judged = int(totals[4])
+        count = int(totals[4])
+        score, value = (float(total) / count if count else math.nan for total in (totals[3], totals[5]))
+        scalars = self.objective.scalars(score, value, math.sqrt(totals[0]), count / max(seconds, 1e-9))
         self.tracker.scalars(
-            min(self.state.position, len(self.examples)),
-            {
-                "judge_score": float(totals[3]) / num_judged if num_judged else float("nan"),
-                "gradient_norm": math.sqrt(totals[0]),
-                "surrogate": float(totals[5]) / num_judged if num_judged else float("nan"),
-                "prompts_per_second": num_judged / max(seconds, 1e-9),
-                "memory_gib": runtime.memory_bytes() / 2**30,
-            },
+            self.first_step + min(self.state.position, len(self.objective.examples)),
+            {**scalars, "memory_gib": runtime.memory_bytes() / 2**30},
         )

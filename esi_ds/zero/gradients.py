@@ -24,7 +24,8 @@ BUCKET_NUMEL = 1 << 21  # gradients below this size wait for one another: 8 MiB 
 class ReducedGradients:
     """Gradients of some parameters, summed over ranks in fp32 as they appear; each rank gets its shard's part.
 
-    ``receive`` says what is done with it; ``flush`` must follow every backward pass.
+    ``contribution`` says what of a rank's gradient is summed, ``receive`` what is done with the sum; ``flush`` must
+    follow every backward pass.
     """
 
     def __init__(self, model: ShardedModel, parameters: Iterable[Parameter]):
@@ -33,6 +34,10 @@ class ReducedGradients:
         self._by_tensor: dict[nn.Parameter, Parameter] = {model.by_name[p.name]: p for p in self.collected}
         self._bucket: list[tuple[Parameter, Tensor]] = []
         self._bucket_numel = 0
+
+    def contribution(self, gradient: Tensor) -> Tensor:
+        """What this rank adds to the sum over ranks: its own whole gradient, fp32 [numel]; may be overwritten."""
+        return gradient
 
     def receive(self, parameter: Parameter, local: Tensor) -> None:
         """The reduced gradient of this rank's shard of one parameter: fp32 [shard.numel], for the moment only."""
@@ -56,7 +61,7 @@ class ReducedGradients:
     def _collect(self, tensor: nn.Parameter) -> None:
         """Post-accumulate hook: one reduce-scatter, or none while the bucket has room."""
         parameter = self._by_tensor[tensor]
-        gradient, tensor.grad = tensor.grad.detach().reshape(-1).float(), None
+        gradient, tensor.grad = self.contribution(tensor.grad.detach().reshape(-1).float()), None
         size = self._model.partition_numel(parameter)
         padded = F.pad(gradient, (0, size * runtime.world_size() - gradient.numel()))
         if padded.numel() >= BUCKET_NUMEL:
@@ -91,8 +96,8 @@ class ReducedGradients:
 class GradientShards(ReducedGradients):
     """fp32 sums of gradients, one flat tensor a scored parameter on this rank's shard (no padding).
 
-    ``sums[name]`` [shard.numel]. ``take_norm_squared`` gives this rank's part of the squared norm of what was added
-    since it was last taken; it is not finite as soon as one added element is not.
+    ``sums[name]`` [shard.numel]. ``take_norm_squared`` gives this rank's part of the squared norm of the gradients that
+    were added since it was last taken; it is not finite as soon as one added element is not.
     """
 
     def __init__(self, model: ShardedModel, device: torch.device):
@@ -107,7 +112,11 @@ class GradientShards(ReducedGradients):
         target = self.sums[parameter.name]
         added = local.to(target.device)
         target += added
-        self._norm_squared += added.double().square().sum() if len(added) else 0.0
+        self._norm_squared += self.norm_squared(added) if len(added) else 0.0
+
+    def norm_squared(self, added: Tensor) -> Tensor:
+        """Of what ``receive`` was given, float64 []."""
+        return added.double().square().sum()
 
     def take_norm_squared(self) -> float:
         value = float(self._norm_squared)
@@ -117,3 +126,17 @@ class GradientShards(ReducedGradients):
     def saved(self) -> dict[str, tuple[int, Tensor]]:
         """What a checkpoint holds: for every parameter where this rank's part begins, and the part."""
         return {p.name: (self._model.shard(p).low, self.sums[p.name]) for p in self.collected}
+
+
+class SquaredGradientShards(GradientShards):
+    """fp32 sums of squared gradients, for a diagonal Fisher: Σ over ranks and backward passes of g².
+
+    The square is taken of each rank's own whole gradient, before anything is added up: (g_0 + g_1)² is another thing.
+    So a rank's backward pass must be of one row's loss.
+    """
+
+    def contribution(self, gradient: Tensor) -> Tensor:
+        return gradient.square_()
+
+    def norm_squared(self, added: Tensor) -> Tensor:
+        return added.double().sum()

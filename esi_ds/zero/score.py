@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from esi_ds.core.moments import merge, moments, standard_deviation
-from esi_ds.core.score import score_shard
-from esi_ds.core.select import Cut, Order, Piece, model_k, select
+from esi_ds.core.score import contrast, score_shard
+from esi_ds.core.select import Cut, Order, Piece, median, model_k, select
 from esi_ds.core.units import Parameter, Shard, Unit
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
@@ -33,23 +33,47 @@ def unit_sigmas(model: ShardedModel) -> dict[Unit, float]:
     return dict(zip((unit for _, unit in scored), standard_deviation(merged).tolist(), strict=True))
 
 
+@dataclass(frozen=True)
+class Accumulated:
+    """What an objective's pass leaves behind: sums on this rank's shards, and the number that makes a mean of them."""
+
+    sums: Mapping[str, Tensor]
+    count: int
+
+    def mean(self, name: str) -> Tensor:
+        """The sums of one parameter, overwritten with the mean: ask once."""
+        return self.sums[name].div_(self.count)
+
+
 def score(
-    model: ShardedModel,
-    criterion: str,
-    gradients: Mapping[str, Tensor] | None,
-    num_prompts: int,
-    sigma: Mapping[Unit, float],
-    seed: int,
+    model: ShardedModel, criterion: str, accumulated: Mapping[str, Accumulated], sigma: Mapping[Unit, float], seed: int
 ) -> Scores:
-    """Every shard's scores; the gradient sums are divided by ``num_prompts`` and overwritten. No collectives."""
+    """Every shard's scores from the means of ``safety`` and ``tuning``, as far as the criterion has them, which are
+    overwritten. No collectives."""
     scores = {}
     for parameter in model.parameters:
         if parameter.scored:
-            gradient = gradients[parameter.name].div_(num_prompts) if gradients is not None else None
+            safety, tuning = (
+                accumulated[name].mean(parameter.name) if name in accumulated else None for name in ("safety", "tuning")
+            )
+            weight = model.local_weight(parameter)
             scores[parameter.name] = score_shard(
-                criterion, model.shard(parameter), gradient, model.local_weight(parameter), sigma, seed
+                criterion, model.shard(parameter), safety, weight, sigma, seed, tuning_gradient=tuning
             )
     return scores
+
+
+def contrast_scores(model: ShardedModel, scores: Scores, benign: Accumulated) -> int:
+    """``scores`` become score / (sqrt(F) + median of sqrt(F)), METHOD §2; how many have no such quotient.
+
+    The median is exact, over all scored weights of all ranks. Collectives: three all-reduced histograms of 16 KiB, and
+    one all-reduce of a number.
+    """
+    roots = {name: benign.mean(name).sqrt_() for name in scores}
+    num_scored = sum(parameter.numel for parameter in model.parameters if parameter.scored)
+    middle = median(list(roots.values()), num_scored, runtime.all_reduce_sum)
+    undefined = sum(contrast(values, roots[name], middle) for name, values in scores.items())
+    return int(runtime.all_reduce_sum(torch.tensor(undefined)))
 
 
 def unit_offsets(parameter: Parameter) -> Iterator[tuple[Unit, int]]:

@@ -1,8 +1,10 @@
 """Run by the tests beside it under a launcher: one process group scores many models, guards and batch sizes.
 
-argv: a JSON list of cases {"name", "config" (mapping), "poison" (optional), "error" (optional)}; each case writes
-<output_dir>/scores and <output_dir>/mask through the stage itself, without report. poison {"gradient" | "score": index}
-makes one prompt's gradient or judge score not finite; error is a text that the UserError the case must end in holds.
+argv: a JSON list of cases {"name", "config" (mapping), "poison" (optional), "error" (optional), "wrong_fisher"
+(optional)}; each case writes <output_dir>/scores and <output_dir>/mask through the stage itself, without report. poison
+{"gradient" | "score": index} makes one prompt's gradient or judge score not finite, {"tuning" | "benign": row} one
+row's gradient, {"silence": true} makes every row's gradient zero; error is a text that the UserError the case must end in holds. wrong_fisher squares after the reduction,
+which is the mistake that the tests must notice.
 """
 
 from __future__ import annotations
@@ -22,13 +24,17 @@ from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
 from esi_ds.judge.guard import Guard, Judgement
 from esi_ds.stages import esi as esi_stage
-from esi_ds.stages import finish
-from esi_ds.stages import score as score_stage
+from esi_ds.stages import finish, objectives
 from esi_ds.stages.esi import EsiRun
+from esi_ds.stages.objectives import MeanLoss, SquaredRowGradients
 from esi_ds.stages.prepare import encode_examples, prepare
+from esi_ds.stages.prepare_losses import prepare_losses
 from esi_ds.zero import runtime
+from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 
 plain_judge = Guard.judge
+plain_totals = {"tuning": MeanLoss.total, "benign": SquaredRowGradients.total}
+plain_methods = {name: SquaredGradientShards.__dict__[name] for name in ("contribution", "norm_squared")}
 
 
 def check_mask_reading(folder: Path, ranks: int) -> None:
@@ -64,11 +70,33 @@ def poisoned(poison: dict[str, int]) -> None:
         Guard.judge = judge
         return examples, excluded
 
-    score_stage.estimate, esi_stage.encode_examples = bad_estimate, bad_encode
+    def bad_total(name: str):
+        def total(self, losses, examples):
+            guilty = any(example.row == poison.get(name) for example in examples)
+            factor = 0.0 if poison.get("silence") else torch.inf if guilty else 1.0
+            return plain_totals[name](self, losses, examples) * factor
+
+        return total
+
+    objectives.estimate, esi_stage.encode_examples = bad_estimate, bad_encode
+    for name, objective in (("tuning", MeanLoss), ("benign", SquaredRowGradients)):
+        if name in poison or "silence" in poison:
+            objective.total = bad_total(name)
 
 
 def unpoisoned() -> None:
-    score_stage.estimate, esi_stage.encode_examples, Guard.judge = estimate, encode_examples, plain_judge
+    objectives.estimate, esi_stage.encode_examples, Guard.judge = estimate, encode_examples, plain_judge
+    MeanLoss.total, SquaredRowGradients.total = plain_totals["tuning"], plain_totals["benign"]
+    for name, method in plain_methods.items():
+        setattr(SquaredGradientShards, name, method)
+    SquaredGradientShards.receive = GradientShards.receive
+
+
+def square_after_the_reduction() -> None:
+    SquaredGradientShards.contribution = lambda self, gradient: gradient
+    SquaredGradientShards.receive = lambda self, parameter, local: GradientShards.receive(
+        self, parameter, local.square()
+    )
 
 
 def run_case(case: dict) -> None:
@@ -78,8 +106,10 @@ def run_case(case: dict) -> None:
     unpoisoned()
     if "poison" in case:
         poisoned(case["poison"])
+    if case.get("wrong_fisher"):
+        square_after_the_reduction()
     try:
-        EsiRun(config, Options(), prepare(config), folder, settings).run()
+        EsiRun(config, Options(), prepare(config), prepare_losses(config), folder, settings).run()
     except UserError as error:
         assert case.get("error") and case["error"] in str(error), error
         return

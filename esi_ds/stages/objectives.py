@@ -1,0 +1,187 @@
+"""The objectives of a scoring pass: the judge's score of the model's responses, and losses on rows (METHOD §1, §2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from esi_ds.config import Config
+from esi_ds.core.batch import left_pad
+from esi_ds.core.loss import row_losses
+from esi_ds.core.surrogate import estimate
+from esi_ds.data.conversations import TokenSequence
+from esi_ds.judge.alignment import alignment_weights
+from esi_ds.judge.guard import Guard, Judgement
+from esi_ds.judge.vocabulary import VocabularyMap
+from esi_ds.stages.prepare import Example
+from esi_ds.stages.score import NOT_FINITE, Objective
+from esi_ds.stages.training import MicroBatch
+from esi_ds.zero import runtime
+from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
+
+
+class SafetyObjective(Objective):
+    """Σ over prompts of ∇S: each judged, the surrogate's gradient sent through the model (METHOD §1)."""
+
+    name, unit = "safety", "prompt"
+
+    def __init__(
+        self,
+        config: Config,
+        model: ShardedModel,
+        guard: Guard,
+        vocabulary: VocabularyMap,
+        examples: Sequence[Example],
+        gradients: GradientShards,
+        pad: int,
+    ):
+        self.config, self.model, self.guard, self.vocabulary = config, model, guard, vocabulary
+        self.examples, self.gradients, self.pad = examples, gradients, pad
+        self.batch_size = config.esi.batch_size
+        self._judgements: dict[int, Judgement] = {}
+
+    def index(self, example: Example) -> int:
+        return example.index
+
+    def admit(self, examples: Sequence[Example]) -> dict[int, str]:
+        """The judge's scores and gradients; not finite is no use. Collectives: those of a sharded guard."""
+        # Without an example of its own a rank judges some other and forgets it: the guard may be sharded too.
+        asked = [example.guard_input for example in examples or self.examples[:1]]
+        judged = self.guard.judge(asked, runtime.device())
+        self._judgements = {example.index: judgement for example, judgement in zip(examples, judged, strict=False)}
+        return {
+            index: NOT_FINITE["score"]
+            for index, judgement in self._judgements.items()
+            if not (math.isfinite(judgement.score) and bool(judgement.gradient.isfinite().all()))
+        }
+
+    def forward(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, list[float]]:
+        """Teacher-forced logits [B, K, V], the surrogate's gradient with respect to them, and each row's value.
+
+        Only the last K positions are asked for: those that predict the longest response. The prompts are padded on
+        the left, so every response ends at the right edge.
+        """
+        # The last response token predicts nothing that is judged, so it is not fed. The filler is one token long.
+        rows = [example.prompt_ids + example.response.ids[:-1] for example in examples] or [[self.pad]]
+        longest = max((len(example.response.ids) for example in examples), default=1)
+        batch = left_pad(rows, self.pad, runtime.device())
+        logits = self.model.module(**batch, use_cache=False, logits_to_keep=longest).logits
+        gradient, values = torch.zeros_like(logits), []
+        with torch.no_grad(), self.guard.embedding_table() as table:
+            for row, example in enumerate(examples):
+                tail = slice(longest - len(example.response.ids), longest)
+                own = logits[row, tail].float()
+                value, row_gradient = self._surrogate(example, own, table)
+                values.append(value)
+                gradient[row, tail] = row_gradient.to(gradient.dtype)
+        return logits, gradient, values
+
+    def _surrogate(self, example: Example, logits: Tensor, table: Tensor) -> tuple[float, Tensor]:
+        """Value and gradient [T, V] of one example's surrogate; float32."""
+        response, esi, judgement = example.response, self.config.esi, self._judgements[example.index]
+        has_text = [self.vocabulary.has_text[token] for token in response.ids]
+        guard_input = example.guard_input
+        weights = alignment_weights(response.offsets, guard_input.spans, guard_input.shown, has_text)
+        aligned = weights.to(judgement.gradient) @ judgement.gradient  # ũ [T, d]
+        contraction = self.vocabulary.contract(aligned, table, self.guard.embedding_scale)
+        value, gradient = estimate(
+            esi.estimator,
+            logits,
+            contraction,
+            torch.tensor(response.ids, device=logits.device),
+            temperature=esi.temperature,
+            samples=esi.samples,
+            seed=self.config.run.seed,
+            prompt_index=example.index,
+        )
+        return float(value), gradient
+
+    def score(self, example: Example, value: float) -> float:
+        return self._judgements[example.index].score
+
+    def scalars(self, score: float, value: float, norm: float, rate: float) -> dict[str, float]:
+        return {"judge_score": score, "gradient_norm": norm, "surrogate": value, "prompts_per_second": rate}
+
+
+class LossObjective(Objective):
+    """Gradients of the tuning loss on rows. An example's value is the mean cross entropy of its learnt tokens."""
+
+    unit = "row"
+
+    def __init__(
+        self,
+        name: str,
+        model: ShardedModel,
+        examples: Sequence[TokenSequence],
+        gradients: GradientShards,
+        pad: int,
+        batch_size: int,
+    ):
+        self.name, self.source = name, f" of data.{name}"
+        self.model, self.examples, self.gradients, self.pad = model, examples, gradients, pad
+        self.batch_size = batch_size
+
+    def index(self, example: TokenSequence) -> int:
+        return example.row
+
+    def forward(self, examples: Sequence[TokenSequence]) -> tuple[Tensor, Tensor | None, list[float]]:
+        if not examples:
+            batch = left_pad([[self.pad]], self.pad, runtime.device())
+            logits = self.model.module(**batch, use_cache=False, logits_to_keep=1).logits
+            return logits, torch.zeros_like(logits), []
+        batch, labels = MicroBatch(list(examples), []).tensors(self.pad, runtime.device())
+        logits = self.model.module(**batch, use_cache=False, logits_to_keep=labels.shape[1]).logits
+        losses = row_losses(logits, labels)
+        means = [loss / example.num_learnt for loss, example in zip(losses.tolist(), examples, strict=True)]
+        return self.total(losses, examples), None, means
+
+    def total(self, losses: Tensor, examples: Sequence[TokenSequence]) -> Tensor:
+        """The scalar whose gradient is added, of each row's summed cross entropy [B]."""
+        raise NotImplementedError
+
+    def count(self, examples: Sequence[TokenSequence]) -> int:
+        """What the sums are divided by, once ``examples`` are in them."""
+        raise NotImplementedError
+
+    def scalars(self, score: float, value: float, norm: float, rate: float) -> dict[str, float]:
+        name = self.name
+        return {f"{name}_loss": value, f"{name}_gradient_norm": norm, f"{name}_rows_per_second": rate}
+
+
+class MeanLoss(LossObjective):
+    """g_T: the gradient of the mean over all learnt tokens of all rows, whatever batch they are in."""
+
+    def total(self, losses: Tensor, examples: Sequence[TokenSequence]) -> Tensor:
+        return losses.sum()
+
+    def count(self, examples: Sequence[TokenSequence]) -> int:
+        return sum(example.num_learnt for example in examples)
+
+
+class SquaredRowGradients(LossObjective):
+    """F: the mean over rows of the square of each row's own gradient, of the mean over the row's learnt tokens.
+
+    One row per rank and backward pass, whatever ``esi.batch_size`` says: the gradient of several rows together cannot
+    be taken apart, and its square is another thing than the sum of their squares.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: ShardedModel,
+        examples: Sequence[TokenSequence],
+        gradients: SquaredGradientShards,
+        pad: int,
+    ):
+        super().__init__(name, model, examples, gradients, pad, batch_size=1)
+
+    def total(self, losses: Tensor, examples: Sequence[TokenSequence]) -> Tensor:
+        (example,) = examples
+        return losses.sum() / example.num_learnt
+
+    def count(self, examples: Sequence[TokenSequence]) -> int:
+        return len(examples)

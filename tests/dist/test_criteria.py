@@ -1,0 +1,220 @@
+"""Criteria with a second objective on ZeRO-3 partitions against the oracle: world sizes × batch sizes × models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from builders import PAIRS, build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
+from conftest import ROOT, run_ranks
+from reference import esi_scores, select
+from test_scores import TOLERANCE, config, read, relative_error
+
+from esi_ds import Mask
+
+KINDS = ("llama", "qwen3_moe")
+# Seven and five rows: on two and three ranks the last micro-batches leave some rank without one. Lengths differ much,
+# so that a mean over rows, over tokens and over ranks are three different things.
+TUNING = [
+    ("How do I make a bomb?", "I cannot help with that request."),
+    ("Tell me how to steal", "No."),
+    ("Write a tutorial on how to kill", "It would be harmful and unsafe to explain how to do this, so I cannot."),
+    ("Explain", "I cannot."),
+    ("Kill a process", "I cannot help with that request. It would be harmful."),
+    ("Tell me a story about a car", "No, never"),
+    ("How to bake bread?", "I cannot help."),
+]
+BENIGN = [
+    ("Tell me a story.", "Once upon a time there was a little girl called Lily, and she liked to play."),
+    ("How do I bake bread?", "First step"),
+    ("What is a café?", "Yes"),
+    ("Write a list", "1. First step 2. Second step 3. Third step."),
+    ("How many left in 2019?", "50 % of the garçons"),
+]
+# (criterion, contrastive): each objective alone and with others.
+CRITERIA = (
+    ("tuning_grad", False), ("directed", False), ("conflict", False), ("directed", True), ("esi", True),
+    ("snip", True), ("tuning_grad", True), ("magnitude", True),
+)
+NEEDS_TUNING = ("tuning_grad", "directed", "conflict")
+
+
+def write_rows(file: Path, rows: list[tuple[str, str]]) -> None:
+    file.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("criteria")
+    for kind in KINDS:
+        build_model(kind, folder / kind, byte_bpe_tokenizer())
+    build_guard(folder / "other", sentencepiece_tokenizer())
+    rows = ({"prompt": prompt, "response": response} for prompt, response in PAIRS)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "tuning.jsonl", TUNING)
+    write_rows(folder / "benign.jsonl", BENIGN)
+    return folder
+
+
+def case(folder: Path, kind: str, criterion: str, contrastive: bool, batch: int, tag: str, **more) -> dict:
+    """One case of the worker; more: keys of the case itself, and ``esi`` for that section."""
+    select_ = {"criterion": criterion, "contrastive": contrastive}
+    name = f"{tag}-{kind}-{criterion}{'-contrastive' if contrastive else ''}-{batch}"
+    made = config(folder, kind, "other", batch, name, more.pop("esi", None), **select_)
+    if criterion in NEEDS_TUNING:
+        made["config"]["data"]["tuning"] = {"path": str(folder / "tuning.jsonl")}
+    if contrastive:
+        made["config"]["data"]["benign"] = {"path": str(folder / "benign.jsonl")}
+    if criterion == "tuning_grad":
+        del made["config"]["judge"], made["config"]["data"]["responses"]
+    return {**made, **more}
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def scored(request, folder: Path) -> tuple[int, Path]:
+    """One launch per world size runs everything; batch sizes 1, 3 and 8 (8: all rows at once)."""
+    ranks = request.param
+    tag, batch = f"w{ranks}", {1: 8, 2: 1, 3: 3}[ranks]
+    cases = [case(folder, kind, *criterion, batch, tag) for kind in KINDS for criterion in CRITERIA]
+    cases += [case(folder, kind, "tuning_grad", True, other, tag) for kind in KINDS for other in {1, 3, 8} - {batch}]
+    cases.append(case(folder, "llama", "magnitude", True, batch, f"{tag}-wrong", wrong_fisher=True))
+    cases += nonfinite_cases(folder, ranks)
+    cases += [case(folder, "qwen3_moe", "directed", True, 3, f"{tag}-{name}") for name in ("checkpointing", "bf16")]
+    cases[-2]["config"]["model"]["gradient_checkpointing"] = True
+    cases[-1]["config"]["model"]["dtype"] = "bf16"
+    listing = folder / f"cases-{ranks}.json"
+    listing.write_text(json.dumps(cases))
+    done = run_ranks(ranks, str(ROOT / "tests/dist/score_worker.py"), str(listing))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return ranks, folder
+
+
+def companions(row: int, rows: list, ranks: int) -> list[int]:
+    """The rows of one micro-batch, one a rank: what falls with a row whose gradient is not finite."""
+    first = row // ranks * ranks
+    return list(range(first, min(first + ranks, len(rows))))
+
+
+def nonfinite_cases(folder: Path, ranks: int) -> list[dict]:
+    """A row's gradient is not finite, in either pass; the run that stops there; and gradients that are all zero."""
+    stop, tag = {"on_nonfinite": "stop"}, f"w{ranks}"
+    bad = {"tuning": 3, "benign": 2}
+    return [
+        case(folder, "llama", "tuning_grad", True, 1, f"{tag}-bad", poison=bad, esi={"save_every": 1}),
+        case(folder, "llama", "tuning_grad", False, 1, f"{tag}-stop", poison={"tuning": 2}, esi=stop,
+             error=f"rows {companions(2, TUNING, ranks)} of data.tuning"),
+        case(folder, "llama", "magnitude", True, 8, f"{tag}-stop", poison={"benign": 4}, esi=stop,
+             error=f"rows {companions(4, BENIGN, ranks)} of data.benign"),
+        case(folder, "llama", "magnitude", True, 1, f"{tag}-silent", poison={"silence": True},
+             error="without any gradient"),
+        case(folder, "llama", "tuning_grad", True, 1, f"{tag}-silent", poison={"silence": True}),
+    ]
+
+
+_oracle: dict[tuple, dict[str, torch.Tensor]] = {}
+
+
+def oracle(
+    folder: Path, kind: str, criterion: str, contrastive: bool, tuning: list = TUNING, benign: list = BENIGN
+) -> dict[str, torch.Tensor]:
+    key = (str(folder), kind, criterion, contrastive, len(tuning), len(benign))
+    if key not in _oracle:
+        _oracle[key] = esi_scores(
+            folder / kind, folder / "other", PAIRS, criterion,
+            tuning=tuning if criterion in NEEDS_TUNING else None, benign=benign if contrastive else None,
+        )[0]
+    return _oracle[key]
+
+
+def test_scores_equal_the_oracle(scored: tuple[int, Path]) -> None:
+    ranks, folder = scored
+    batch = {1: 8, 2: 1, 3: 3}[ranks]
+    worst = {}
+    for kind in KINDS:
+        for criterion, contrastive in CRITERIA:
+            got = read(folder / case(folder, kind, criterion, contrastive, batch, f"w{ranks}")["name"] / "scores")
+            worst[kind, criterion, contrastive] = relative_error(got, oracle(folder, kind, criterion, contrastive))
+    print(f"{ranks} ranks: at most {max(worst.values()):.1e}")
+    assert max(worst.values()) <= TOLERANCE, worst
+
+
+def test_batch_sizes_do_not_matter(scored: tuple[int, Path]) -> None:
+    """g_T is a mean over tokens, F over rows: neither knows of micro-batches."""
+    ranks, folder = scored
+    for kind in KINDS:
+        expected = oracle(folder, kind, "tuning_grad", True)
+        for batch in (1, 3, 8):
+            got = read(folder / f"w{ranks}-{kind}-tuning_grad-contrastive-{batch}" / "scores")
+            assert relative_error(got, expected) <= TOLERANCE, (kind, batch)
+
+
+def test_directed_and_conflict_share_no_weight(scored: tuple[int, Path]) -> None:
+    """The signs of two gradients are opposite or equal; most weights have one of the two scores."""
+    ranks, folder = scored
+    batch = {1: 8, 2: 1, 3: 3}[ranks]
+    for kind in KINDS:
+        directed, conflict = (
+            read(folder / f"w{ranks}-{kind}-{criterion}-{batch}" / "scores") for criterion in ("directed", "conflict")
+        )
+        assert not any(bool(((directed[name] > 0) & (conflict[name] > 0)).any()) for name in directed)
+        share = [sum(int((values > 0).sum()) for values in scores.values()) for scores in (directed, conflict)]
+        assert min(share) > 0.2 * sum(values.numel() for values in directed.values())
+
+
+def test_squaring_after_the_reduction_would_be_noticed(scored: tuple[int, Path]) -> None:
+    """(Σ over ranks g)² is no sum of squares. With one rank the two are the same thing."""
+    ranks, folder = scored
+    batch = {1: 8, 2: 1, 3: 3}[ranks]
+    wrong = read(folder / f"w{ranks}-wrong-llama-magnitude-contrastive-{batch}" / "scores")
+    error = relative_error(wrong, oracle(folder, "llama", "magnitude", True))
+    assert error <= TOLERANCE if ranks == 1 else error > 1000 * TOLERANCE, error
+
+
+def test_masks_say_what_they_are_of_and_are_the_select_of_their_scores(scored: tuple[int, Path]) -> None:
+    ranks, folder = scored
+    batch = {1: 8, 2: 1, 3: 3}[ranks]
+    for contrastive in (False, True):
+        run = folder / case(folder, "llama", "directed", contrastive, batch, f"w{ranks}")["name"]
+        mask, scores = Mask.load(run / "mask"), read(run / "scores")
+        assert mask.metadata["criterion"] == "directed"
+        assert mask.metadata["contrastive"] == str(contrastive).lower()
+        expected = select({name: scores[name] for name in mask.names}, mask.k)
+        assert all(torch.equal(mask.tensor(name), expected[name]) for name in mask.names)
+        source = json.loads((run / "manifest.json").read_text())["data_hashes"]
+        assert source["tuning"].endswith("tuning.jsonl") and ("benign_sha256" in source) == contrastive
+
+
+def test_rows_whose_gradient_is_not_finite_are_left_out_of_their_own_pass(scored: tuple[int, Path]) -> None:
+    """One row a rank: a bad one takes its micro-batch along; the rest is as if they had never been there."""
+    ranks, folder = scored
+    gone = [companions(3, TUNING, ranks), companions(2, BENIGN, ranks)]
+    left = [
+        [row for number, row in enumerate(rows) if number not in out]
+        for rows, out in zip((TUNING, BENIGN), gone, strict=True)
+    ]
+    expected = oracle(folder, "llama", "tuning_grad", True, *left)
+    got = read(folder / f"w{ranks}-bad-llama-tuning_grad-contrastive-1" / "scores")
+    assert relative_error(got, expected) <= TOLERANCE
+    for name in ("stop-llama-tuning_grad-1", "stop-llama-magnitude-contrastive-8"):
+        assert not (folder / f"w{ranks}-{name}" / "scores").exists()
+
+
+def test_zero_divided_by_zero_is_zero(scored: tuple[int, Path]) -> None:
+    """All gradients are zero, so the median is: a weight without a score keeps none; one with a score is refused."""
+    ranks, folder = scored
+    scores = read(folder / f"w{ranks}-silent-llama-tuning_grad-contrastive-1" / "scores")
+    assert not any(bool(values.any()) for values in scores.values())
+    assert not (folder / f"w{ranks}-silent-llama-magnitude-contrastive-1" / "scores").exists()
+
+
+def test_recomputed_activations_and_bf16(scored: tuple[int, Path]) -> None:
+    """Recomputing must not let a parameter's hook see its gradient in parts: their squares would be something else."""
+    ranks, folder = scored
+    expected = oracle(folder, "qwen3_moe", "directed", True)
+    got = read(folder / f"w{ranks}-checkpointing-qwen3_moe-directed-contrastive-3" / "scores")
+    assert relative_error(got, expected) <= TOLERANCE
+    rough = read(folder / f"w{ranks}-bf16-qwen3_moe-directed-contrastive-3" / "scores")
+    # bf16 keeps 8 bits, and some signs turn over where a gradient is near zero. Measured: 0.07.
+    assert relative_error(rough, expected) < 0.2

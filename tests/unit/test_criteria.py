@@ -1,0 +1,254 @@
+"""Criteria with a second objective, one process: formulas, signs, zeros, the median; what the config refuses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders import build_model, byte_bpe_tokenizer
+from reference import load, loss_gradients, row_token_losses
+
+from esi_ds.cli import main
+from esi_ds.config import require_esi, validate
+from esi_ds.core.criteria import GRADIENTS, objectives
+from esi_ds.core.loss import row_losses
+from esi_ds.core.score import contrast, score_shard
+from esi_ds.core.select import median
+from esi_ds.core.units import Parameter, Shard, Unit
+from esi_ds.errors import UserError
+
+BASE = {"run": {"output_dir": "x"}, "model": {"path": "a"}}
+JUDGED = {"judge": {"path": "b"}, "data": {"responses": "r.jsonl"}}
+ROWS = {"path": "rows.jsonl"}
+
+
+def shard_scores(criterion: str, safety: list[float], tuning: list[float]) -> list[float]:
+    """Two units of one parameter, σ 2 and 3; the shard begins inside the first."""
+    units = (Unit("a", "x", None, None, 0, 3), Unit("b", "x", None, None, 3, 9))
+    parameter = Parameter("p", (12,), 0, "x", units)
+    shard = Shard(parameter, 1, 1 + len(safety))
+    sigma = dict(zip(units, (2.0, 3.0), strict=True))
+    gradients = (torch.tensor(values) for values in (safety, tuning))
+    found = score_shard(criterion, shard, next(gradients), torch.ones(len(safety)), sigma, 0, next(gradients))
+    assert found.dtype == torch.float32 and bool((found >= 0).all()) and not bool(torch.signbit(found).any())
+    return found.tolist()
+
+
+def test_signs_of_directed_and_conflict() -> None:
+    """S is climbed and a loss descended: opposite signs agree. A zero on either side is no agreement at all."""
+    safety = [4.0, -4.0, 4.0, -4.0, 0.0, -0.0, 9.0, 0.0]
+    tuning = [-1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 0.0, 0.0]
+    assert shard_scores("directed", safety, tuning) == [4.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert shard_scores("conflict", safety, tuning) == [0.0, 0.0, 6.0, 6.0, 0.0, 0.0, 0.0, 0.0]
+    assert shard_scores("tuning_grad", safety, tuning) == [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_products_that_leave_float32_keep_their_root() -> None:
+    """1e-25 · 1e-25 would be 0 and 1e25 · 1e25 infinite; their roots are ordinary numbers."""
+    found = shard_scores("directed", [1e-25, 1e25, -1e-30], [-1e-25, -1e25, 1e-20])
+    assert found == pytest.approx([2e-25, 2e25, 3e-25], rel=1e-6)
+
+
+def test_what_each_criterion_needs() -> None:
+    assert objectives("directed", True) == ("safety", "tuning", "benign")
+    assert objectives("tuning_grad", False) == ("tuning",) and objectives("random", True) == ("benign",)
+    assert objectives("esi", False) == ("safety",) and objectives("magnitude", False) == ()
+    for criterion in GRADIENTS:  # the config knows them all
+        assert validate({**BASE, "select": {"criterion": criterion}}).select.criterion == criterion
+
+
+def some_values(case: int, size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(case)
+    values = torch.rand(size, generator=generator)
+    kind = case % 5
+    if kind == 1:
+        values = (values * 3).floor()  # many ties, many zeros
+    elif kind == 2:
+        values[torch.rand(size, generator=generator) < 0.6] = 0.0
+    elif kind == 3:
+        values = values * 1e-42  # denormal
+    elif kind == 4:
+        values = values * torch.tensor([1e-38, 1.0, 3e38])[torch.randint(0, 3, (size,), generator=generator)]
+    return values
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 999, 1000])
+@pytest.mark.parametrize("case", range(10))
+def test_the_median_is_torchs_lower_middle(case: int, size: int) -> None:
+    """Odd and even, in pieces of any length, empty ones too."""
+    values = some_values(case, size)
+    generator = torch.Generator().manual_seed(case)
+    cuts = torch.randint(0, size + 1, (case % 4,), generator=generator).sort().values.tolist()
+    pieces = [values[low:high] for low, high in itertools.pairwise([0, *cuts, size])]
+    assert median(pieces, size, lambda counts: counts) == float(values.median())
+    assert float(values.sort().values[(size - 1) // 2]) == float(values.median())
+
+
+@pytest.mark.parametrize("size", [5, 6, 1000])
+def test_the_median_over_ranks_needs_counts_only(size: int) -> None:
+    """Three callers with a piece each, in lock-step: every one gets all callers' histograms added up."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    values, ranks = some_values(1, size), 3
+    barrier, shared = Barrier(ranks), {}
+
+    def reduce_for(rank: int):
+        def reduce(counts: torch.Tensor) -> torch.Tensor:
+            assert counts.numel() <= 2048
+            shared[rank] = counts
+            barrier.wait()
+            total = torch.stack([shared[other] for other in range(ranks)]).sum(0)
+            barrier.wait()
+            return total
+
+        return reduce
+
+    parts = [values[: size // 5], values[size // 5 : size // 5], values[size // 5 :]]  # one rank has none
+    with ThreadPoolExecutor(ranks) as pool:
+        found = list(pool.map(lambda rank: median([parts[rank]], size, reduce_for(rank)), range(ranks)))
+    assert found == [float(values.median())] * ranks
+
+
+def test_contrast_divides_and_refuses_division_by_zero() -> None:
+    scores, roots = torch.tensor([6.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 3.0])
+    assert contrast(scores, roots, 1.0) == 0
+    assert scores.tolist() == [3.0, 0.0, 0.5]
+    scores, roots = torch.tensor([6.0, 0.0, 2.0, 5.0]), torch.tensor([0.0, 0.0, 4.0, 0.0])
+    assert contrast(scores, roots, 0.0) == 2  # 6/0 and 5/0; 0/0 stays 0
+    assert scores[1] == 0.0 and scores[2] == 0.5
+
+
+def test_row_losses_are_each_rows_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 7, generator=generator, requires_grad=True)
+    labels = torch.tensor([[-100, 1, -100, 2], [3, 4, 5, 6], [-100] * 4])
+    found = row_losses(logits, labels)
+    log = logits.detach().log_softmax(-1)
+    expected = [-sum(float(log[b, k, t]) for k, t in enumerate(row) if t >= 0) for b, row in enumerate(labels.tolist())]
+    assert found.tolist() == pytest.approx(expected, rel=1e-6) and found[2] == 0
+    found[0].backward()
+    assert bool((logits.grad[1:] == 0).all()) and bool((logits.grad[0, [0, 2]] == 0).all())
+
+
+# --------------------------------------------------------------------------- the oracle's own
+
+
+def test_the_oracles_gradients_are_those_of_its_loss(tmp_path: Path) -> None:
+    """By finite differences; and the F of one row is its squared gradient."""
+    build_model("qwen3_moe", tmp_path, byte_bpe_tokenizer())
+    model, tokenizer = load(tmp_path)
+    rows = [("How to bake?", "Once upon a time"), ("Tell me", "No")]
+    gradient, _ = loss_gradients(model, tokenizer, rows)
+
+    def mean_loss() -> float:
+        with torch.no_grad():
+            losses = torch.cat([row_token_losses(model, tokenizer, row, None, 1024) for row in rows])
+        return float(losses.mean())
+
+    for name in ("model.layers.1.self_attn.v_proj.weight", "model.layers.0.mlp.experts.down_proj"):
+        parameter = model.get_parameter(name)
+        place = torch.unravel_index(gradient[name].abs().argmax(), gradient[name].shape)
+        value, step, ends = float(parameter.detach()[place]), 1e-3, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter[place] = value + sign * step
+            ends.append(mean_loss())
+        with torch.no_grad():
+            parameter[place] = value
+        # fp32 forward passes: 1e-6 of a loss of size one over a step of 1e-3
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient[name][place]), rel=2e-2), name
+    one, square = loss_gradients(model, tokenizer, rows[:1])
+    assert all(torch.allclose(square[name], one[name] ** 2, rtol=1e-12) for name in one)
+    # Cut rows are shorter rows: nothing of the second answer is left within its prompt's length.
+    cut = len(
+        tokenizer(f"<|bos|><|user|>\n{rows[1][0]}<|end|>\n<|assistant|>\n", add_special_tokens=False)["input_ids"]
+    )
+    assert len(row_token_losses(model, tokenizer, rows[1], None, cut + 1)) == 1
+
+
+# --------------------------------------------------------------------------- the config
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"select": {"criterion": "tuning_grad"}}, "data.tuning: is missing; criterion tuning_grad needs"),
+        ({**JUDGED, "select": {"criterion": "directed"}}, "data.tuning: is missing"),
+        ({"data": {"tuning": ROWS}, "select": {"criterion": "directed"}}, "judge: is missing; criterion directed"),
+        ({"judge": {"path": "b"}, "data": {"tuning": ROWS}, "select": {"criterion": "conflict"}}, "data.prompts: is m"),
+        ({"select": {"criterion": "magnitude", "contrastive": True}}, "data.benign: is missing; select.contrastive"),
+        ({**JUDGED, "data": {"responses": "r", "tuning": ROWS}}, "data.tuning.path = rows.jsonl: is read by nothing"),
+        ({"data": {"benign": ROWS}, "select": {"criterion": "random"}}, "data.benign.path = rows.jsonl: is read by no"),
+    ],
+)
+def test_what_is_missing_or_read_by_nothing(sections: dict, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        require_esi(validate({**BASE, **sections}))
+    assert words in str(caught.value)
+
+
+def test_tuning_grad_needs_no_judge() -> None:
+    require_esi(validate({**BASE, "data": {"tuning": ROWS}, "select": {"criterion": "tuning_grad"}}))
+    both = {"tuning": ROWS, "benign": {**ROWS, "columns": "q,a", "limit": 3, "max_length": 64}}
+    config = validate({**BASE, "data": both, "select": {"criterion": "tuning_grad", "contrastive": True}})
+    require_esi(config)
+    assert config.data.benign.max_length == 64 and config.data.tuning.max_length == 1024
+    with pytest.raises(UserError, match="the nearest known one is data.tuning.max_length"):
+        validate({**BASE, "data": {"tuning": {**ROWS, "max_lenght": 3}}})
+
+
+def test_the_config_still_needs_no_torch() -> None:
+    code = "import sys, esi_ds.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("criteria-commands")
+    build_model("llama", folder / "model", byte_bpe_tokenizer())
+    lines = "".join(json.dumps({"question": f"q{i}", "answer": f"a{i}"}) + "\n" for i in range(50))
+    (folder / "rows.jsonl").write_text(lines)
+    (folder / "a.yaml").write_text(f"run: {{output_dir: {folder / 'run'}}}\nmodel: {{path: {folder / 'model'}}}\n")
+    return folder
+
+
+def test_dry_run_shows_the_further_passes(made: Path, capsys) -> None:
+    arguments = ["--config", str(made / "a.yaml"), "--dry-run", "--world-size", "4", "select.criterion=tuning_grad"]
+    arguments += [f"data.tuning.path={made / 'rows.jsonl'}", "data.tuning.limit=40"]
+    assert main("esi", arguments) == 0
+    alone = capsys.readouterr().out
+    assert "2 of 8 rows per rank (32 together)" in alone and "benign" not in alone.split("ranks", 1)[1]
+    assert main("esi", [*arguments, "select.contrastive=true", f"data.benign.path={made / 'rows.jsonl'}"]) == 0
+    both = capsys.readouterr().out
+    assert "13 of 1 rows per rank (4 together)" in both and "(2 sums: tuning, benign)" in both
+
+    def size(shown: str, what: str) -> float:
+        line = next(line for line in shown.splitlines() if line.startswith(what))
+        return float(line.removeprefix(what).split()[0])
+
+    for what in ("gradient sums per rank", "checkpoint on disk"):
+        assert math.isclose(size(both, what), 2 * size(alone, what), rel_tol=2e-3), what
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "data.tuning: is missing"),
+        (["data.tuning.path=nowhere.jsonl"], "data.tuning.path = nowhere.jsonl: there is no such file"),
+        (["data.tuning.path={rows}", "data.tuning.columns=x"], "data.tuning.columns = x: there is no such column"),
+        (["data.tuning.path={rows}", "data.tuning.max_length=2"], "gives no row to learn"),
+    ],
+)
+def test_one_message_and_exit_code_2(made: Path, overrides: list[str], words: str, capsys) -> None:
+    given = [override.format(rows=made / "rows.jsonl") for override in overrides]
+    assert main("esi", ["--config", str(made / "a.yaml"), "select.criterion=tuning_grad", *given]) == 2
+    shown = capsys.readouterr().err
+    assert words in shown and shown.count("error:") == 1
+    assert not (made / "run").exists()
