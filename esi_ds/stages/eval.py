@@ -98,7 +98,8 @@ class EvalRun(StageRun):
             waiting = [number for name, number in order if name == candidate.name and (name, number) not in ledger.rows]
             if not waiting:
                 continue
-            tracker.log(f"tasks: {candidate.name}, {', '.join(self.inputs.tasks[number].config.name for number in waiting)}")
+            names = ", ".join(self.inputs.tasks[number].config.name for number in waiting)
+            tracker.log(f"tasks of {candidate.name}: {names}")
             source = {"revision": candidate.revision, "trust_remote_code": section.trust_remote_code}
             model = load_replicated(candidate.path, section.dtype, candidate.field, **source)
             for number in waiting:
