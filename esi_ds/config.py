@@ -173,11 +173,22 @@ def _as_task(given: Any) -> Any:
     return {"name": given} if isinstance(given, str) else given
 
 
+def _as_numbers(given: Any) -> Any:
+    """One number may be written without the list around it."""
+    return [given] if isinstance(given, (int, float)) and not isinstance(given, bool) else given
+
+
 class Perturb(Section):
     mask: str = Field(description="mask folder")
-    orders: list[Literal["top", "random", "bottom"]] = Field(["top", "random", "bottom"], description="compared")
-    noise: float = Field(0.38, ge=0, description="in units of σ")
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="of the noise")
+    scores: str | None = Field(None, description="scores the mask was made from; null: scores/ beside the mask")
+    orders: list[Literal["top", "random", "bottom"]] = Field(
+        ["top", "random", "bottom"], min_length=1, description="which weights are disturbed, k of them in each"
+    )
+    noise: Annotated[list[Annotated[float, Field(ge=0)]], BeforeValidator(_as_numbers)] = Field(
+        [0.38], min_length=1, description="in units of σ; one number, or the points of a curve"
+    )
+    ratios: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(None, description="k; null: the mask's own")
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="of the noise, and of the random weights")
 
 
 NAME = Field(None, description="in the tables; default: the path")

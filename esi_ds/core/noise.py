@@ -6,6 +6,8 @@ so that batch size, world size and order of evaluation change nothing.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,12 @@ def gumbel(key: int, rows: Tensor, num_columns: int) -> Tensor:
     keys = mix((rows + 1) * GOLDEN + key)
     uniform = (random_bits(0, mix(keys.unsqueeze(1) + columns * GOLDEN), 53).double() + 0.5) * 2.0**-53
     return -(-uniform.log()).log().float()
+
+
+def normal(key: int, positions: Tensor) -> Tensor:
+    """N(0, 1) noise, float32, of the shape of int64 ``positions``; a position's noise depends on it and ``key`` only.
+
+    Box and Muller (1958), in float64: the largest value there is, about 8.6, is once in 2^53 positions.
+    """
+    first, second = ((random_bits(stream(key, which), positions, 53).double() + 0.5) * 2.0**-53 for which in (1, 2))
+    return ((-2.0 * first.log()).sqrt() * (2.0 * math.pi * second).cos()).float()

@@ -185,3 +185,36 @@ def rate_bars(title: str, rows: Sequence[dict], models: Sequence[str]) -> Figure
         axes.set(title=f"{title}, with 95 % intervals", xlabel="%", xlim=(0, 104))
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def noise_curves(title: str, points: Sequence[dict]) -> Figure:
+    """Rate against noise, one line an order and one panel a ratio (rows of ``curves`` in a perturbation's report)."""
+    ratios = list(dict.fromkeys(point["ratio"] for point in points))
+    orders = list(dict.fromkeys(point["order"] for point in points))
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            1, len(ratios), figsize=(min(4.2 * len(ratios) + 1.2, 15), 3.0), sharey=True, squeeze=False
+        )
+        for axes, ratio in zip(panels[0], ratios, strict=True):
+            for index, order in enumerate(orders):
+                own = [p for p in points if p["ratio"] == ratio and p["order"] == order and p["rate"] is not None]
+                rates = np.array([point["rate"] for point in own])
+                bounds = np.array([[point["low"], point["high"]] for point in own]).reshape(-1, 2).T
+                axes.errorbar(
+                    [point["noise"] for point in own],
+                    100 * rates,
+                    yerr=100 * np.clip(np.stack([rates - bounds[0], bounds[1] - rates]), 0, None),
+                    color=COLOURS[index],
+                    marker="o",
+                    markersize=3.5,
+                    capsize=2,
+                    linewidth=1.3,
+                    label=order,
+                )
+            axes.set_title(f"{100 * ratio:g} % of the weights", fontsize=9)
+            axes.set(xlabel="noise, in σ of the matrix", ylim=(-3, 103))
+        panels[0][0].set_ylabel("%")
+        panels[0][-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.suptitle(title, fontsize=11, fontweight="bold", x=0.02, ha="left")
+        figure.tight_layout()
+    return figure

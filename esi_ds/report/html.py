@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from esi_ds.artifacts import write_json_atomic, write_text_atomic
-from esi_ds.report import evaluation, figures, tables
+from esi_ds.report import evaluation, figures, perturbation, tables
 
 MAX_ROWS = 200
 MAX_TENSORS = 20
@@ -37,7 +37,7 @@ def render(
         "change": evaluation.change,
         "percent": evaluation.percent,
     }
-    pages = {"tuning": _tuning_page, "evaluation": _evaluation_page}
+    pages = {"tuning": _tuning_page, "evaluation": _evaluation_page, "perturbation": _perturbation_page}
     if report.get("kind") in pages:
         return pages[report["kind"]](environment, report)
     units, k = report["units"], report["selection"]["k"]
@@ -72,6 +72,12 @@ def _tuning_page(environment: Environment, report: dict[str, Any]) -> str:
 def _evaluation_page(environment: Environment, report: dict[str, Any]) -> str:
     template = environment.get_template("evaluation.html.j2")
     return template.render(report=report, words=evaluation.WORDS, page=_evaluation_pieces(report))
+
+
+def _perturbation_page(environment: Environment, report: dict[str, Any]) -> str:
+    charts = [_picture(figures.noise_curves(title, points)) for title, points in perturbation.panels(report)]
+    template = environment.get_template("perturbation.html.j2")
+    return template.render(report=report, words=evaluation.WORDS, charts=charts)
 
 
 def _evaluation_pieces(report: dict[str, Any]) -> dict[str, Any]:

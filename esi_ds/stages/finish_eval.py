@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from esi_ds.config import Config
 from esi_ds.eval.refusals import REFUSAL_LISTS
-from esi_ds.eval.tables import agreements, answer_measures, changes, task_measures
+from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
 from esi_ds.report.evaluation import closing_table, publish
 from esi_ds.report.html import write_report
 from esi_ds.stages.prepare_eval import EvalInputs
@@ -34,11 +34,7 @@ def finish_eval(
     if not run.runtime.is_main():
         return
     inputs, folder = run.inputs, run.folder.path
-    kinds = {found.name: found.kind for found in inputs.sets}
-    words = REFUSAL_LISTS[run.config.eval.refusal_words]
-    judges = [judge.name for judge in inputs.judges]
-    measures = [*answer_measures(answers, verdicts, surprises, kinds, judges, words), *task_measures(tasks)]
-    before = {model.name: model.before for model in inputs.models}
+    measures = [*measures_of(run.config, inputs, answers, verdicts, surprises), *task_measures(tasks)]
     report = {
         "kind": "evaluation",
         "title": f"Evaluation of {run.config.model.path}",
@@ -46,11 +42,7 @@ def finish_eval(
             {"name": m.name, "path": m.path, "before": m.before, "fingerprint": run.notes["model_fingerprints"][m.name]}
             for m in inputs.models
         ],
-        "judges": [{"name": judge.name, **judge.section.model_dump(exclude={"name"})} for judge in inputs.judges],
-        "sets": [found.as_row() for found in inputs.sets],
-        "measures": [measure.as_row() for measure in measures],
-        "changes": changes(measures, before, run.config.run.seed),
-        "agreements": agreements(measures),
+        **tables(run.config, inputs, measures, {model.name: model.before for model in inputs.models}),
         "usage": used,
         "tasks": [{**row, "results": [_without_documents(result) for result in row["results"]]} for row in tasks],
         "samples": samples(inputs, answers, verdicts),
@@ -60,6 +52,30 @@ def finish_eval(
     publish(tracker, report)
     tracker.log(closing_table(report))
     tracker.log(f"report: {folder / 'report.html'}")
+
+
+def measures_of(
+    config: Config,
+    inputs: EvalInputs,
+    answers: Sequence[Row],
+    verdicts: Mapping[tuple, Row],
+    surprises: Mapping[tuple, Row],
+) -> list[Measure]:
+    """What is counted of the answers, for every model and set."""
+    kinds = {found.name: found.kind for found in inputs.sets}
+    judges = [judge.name for judge in inputs.judges]
+    return answer_measures(answers, verdicts, surprises, kinds, judges, REFUSAL_LISTS[config.eval.refusal_words])
+
+
+def tables(config: Config, inputs: EvalInputs, measures: Sequence[Measure], before: Mapping[str, str | None]) -> Row:
+    """The parts of a report that say who was asked, who judged, and what came of it."""
+    return {
+        "judges": [{"name": judge.name, **judge.section.model_dump(exclude={"name"})} for judge in inputs.judges],
+        "sets": [found.as_row() for found in inputs.sets],
+        "measures": [measure.as_row() for measure in measures],
+        "changes": changes(measures, before, config.run.seed),
+        "agreements": agreements(measures),
+    }
 
 
 def _without_documents(result: Row) -> Row:

@@ -23,6 +23,7 @@ from esi_ds.stages.prepare import load_model_config
 
 if TYPE_CHECKING:
     from esi_ds.stages.prepare_eval import EvalInputs
+    from esi_ds.stages.prepare_perturb import PerturbInputs
     from esi_ds.stages.prepare_tuning import TuningInputs
 
 WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -175,6 +176,21 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     facts["answers"] = f"{count * len(inputs.models):,}, at most {config.eval.max_new_tokens} tokens each"
     judged = sum(len(found.prompts) for found in inputs.sets if found.kind == "harmful") * len(inputs.models)
     facts["verdicts"] = f"{judged:,} each of {', '.join(judge.name for judge in inputs.judges)}"
+    _print_facts(facts)
+
+
+def print_perturb_plan(config: Config, options: Options, inputs: PerturbInputs) -> None:
+    """The resolved config, then which cells would be answered. No collectives, no weights."""
+    resolve_deepspeed(config, options.world_size or 1, "perturb")
+    print(resolved_yaml(config))
+    count = sum(len(found.prompts) for found in inputs.eval.sets)
+    facts: dict[str, object] = {
+        "mask": f"{inputs.mask.k:,} weights by {inputs.mask.metadata.get('criterion')}",
+        "scores": inputs.scores or "not needed",
+        "cells": f"{len(inputs.cells)}, and the model without noise",
+        "answers": f"{count * (len(inputs.cells) + 1):,}, at most {config.eval.max_new_tokens} tokens each",
+        "judges": ", ".join(judge.name for judge in inputs.eval.judges),
+    }
     _print_facts(facts)
 
 

@@ -72,12 +72,12 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
     return TuningInputs(stage, model_config, tokenizer, mask, trained, rows, benign, questions, source, specials)
 
 
-def load_mask(path: str) -> Mask:
-    """A mask whose headers are sound. Raises UserError naming tune.mask."""
+def load_mask(path: str, field: str = "tune.mask") -> Mask:
+    """A mask whose headers are sound. Raises UserError naming ``field``."""
     try:
         return Mask.load(path)
     except UserError as error:
-        raise UserError("tune.mask", error.value, error.problem, error.remedy) from error
+        raise UserError(field, error.value, error.problem, error.remedy) from error
 
 
 def describe_trained(config: Config, stage: str, mask: Mask, model_config: PretrainedConfig) -> Trained:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -11,12 +13,30 @@ from typing import Any
 from esi_ds.artifacts import RunFolder
 from esi_ds.cli import Options
 from esi_ds.config import Config
+from esi_ds.core.mask import Mask
 from esi_ds.core.units import Parameter
-from esi_ds.errors import Interrupted
+from esi_ds.errors import Interrupted, UserError
 from esi_ds.models.fingerprint import checkpoint_folder, fingerprint, tensor_digests
 from esi_ds.tracking import Tracker
 
 CHECKPOINTS = "checkpoint"
+
+
+def metadata_sha256(mask: Mask) -> str:
+    """What tells two masks of one model apart: criterion, threshold, k, counts by parameter."""
+    return hashlib.sha256(json.dumps(mask.metadata, sort_keys=True).encode()).hexdigest()
+
+
+def check_mask_bits(mask: Mask, field: str) -> None:
+    """Refuse a damaged mask. Every bit is read once, by one of the ranks. Two gathers."""
+    from esi_ds.zero import runtime
+
+    problems = runtime.gather_objects(mask.problems(runtime.rank(), runtime.world_size()))
+    found = [problem for part in problems for problem in part]
+    if found:
+        raise UserError(field, str(mask.path), f"is damaged ({found[0]})", "make the mask again")
+    if len(set(runtime.gather_objects(metadata_sha256(mask)))) > 1:
+        raise UserError(field, str(mask.path), "is another one on other hosts", "give one shared folder")
 
 
 class StageRun(ABC):

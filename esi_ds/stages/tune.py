@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,15 +10,13 @@ from pathlib import Path
 from esi_ds.artifacts import RunFolder, read_jsonl, replace_folder, write_text_atomic
 from esi_ds.cli import Options
 from esi_ds.config import Config
-from esi_ds.core.mask import Mask
 from esi_ds.data.chat import break_up, encode_prompt
 from esi_ds.deepspeed_config import resolve_deepspeed
-from esi_ds.errors import UserError
 from esi_ds.eval.refusals import is_refusal
 from esi_ds.models.fingerprint import check_mask_weights, checkpoint_folder, tensor_digests
 from esi_ds.stages.prepare import max_positions
 from esi_ds.stages.prepare_tuning import TuningInputs, prepare_tuning
-from esi_ds.stages.run import CHECKPOINTS, StageRun
+from esi_ds.stages.run import CHECKPOINTS, StageRun, check_mask_bits, metadata_sha256
 from esi_ds.tracking import Tracker
 
 ANSWERS = "answers.jsonl"
@@ -45,11 +42,6 @@ def run_stage(config: Config, options: Options, stage: str) -> None:
         TuneRun(config, options, inputs, folder, deepspeed_config, source).run()
 
 
-def metadata_sha256(mask: Mask) -> str:
-    """What tells two masks of one model apart: criterion, threshold, k, counts by parameter."""
-    return hashlib.sha256(json.dumps(mask.metadata, sort_keys=True).encode()).hexdigest()
-
-
 class TuneRun(StageRun):
     """One run of SET or SPA on this rank."""
 
@@ -70,7 +62,7 @@ class TuneRun(StageRun):
         from esi_ds.stages.training import Training
 
         config, inputs = self.config, self.inputs
-        self._check_mask_bits()
+        check_mask_bits(inputs.mask, "tune.mask")
         model, make_tuner = self._load(tracker)
         self.begin(model)
         same = check_mask_weights(
@@ -98,16 +90,6 @@ class TuneRun(StageRun):
         self._write_answers(answers)
         changed = self._export(model)
         finish_tuning(self, training, changed, self._read_answers(), tracker)
-
-    def _check_mask_bits(self) -> None:
-        """Every bit is read once, by one of the ranks. One gather."""
-        runtime, mask = self.runtime, self.inputs.mask
-        problems = runtime.gather_objects(mask.problems(runtime.rank(), runtime.world_size()))
-        found = [problem for part in problems for problem in part]
-        if found:
-            raise UserError("tune.mask", str(mask.path), f"is damaged ({found[0]})", "make the mask again")
-        if len(set(runtime.gather_objects(metadata_sha256(mask)))) > 1:
-            raise UserError("tune.mask", str(mask.path), "is another one on other hosts", "give one shared folder")
 
     def _load(self, tracker: Tracker):
         """The sharded model, and what makes its tuner. The tuner reads the weights: before answers, any time."""

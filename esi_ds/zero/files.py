@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from esi_ds.artifacts import replace_folder, write_json_atomic
 from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, digest, num_bytes, pack_bits
-from esi_ds.core.units import Parameter
+from esi_ds.core.units import Parameter, Shard
+from esi_ds.errors import UserError
+from esi_ds.models.fingerprint import checkpoint_tensors
 from esi_ds.zero import runtime
 
 MAX_FILE_BYTES = 5 * 10**9  # as transformers cuts its checkpoints
@@ -148,6 +150,32 @@ def write_scores(
         return 4 * low(by_name[name]), scores[name].cpu().numpy().tobytes()
 
     write_folder(folder, _score_files(parameters), metadata, local_bytes)
+
+
+def read_scores(folder: Path, shards: Iterable[Shard], field: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """float32 scores [shard.numel] of these shards, and the folder's metadata. Reads only these shards' bytes.
+
+    Raises UserError naming ``field`` where the folder does not hold such scores.
+    """
+    try:
+        tensors = {name: (file, first, about) for name, file, first, _, about in checkpoint_tensors(folder)}
+        with safe_open(sorted(folder.glob("*.safetensors"))[0], "pt") as opened:
+            metadata = opened.metadata() or {}
+    except (OSError, ValueError, IndexError, SafetensorError) as error:
+        raise UserError(field, str(folder), f"holds no scores ({error})", "give RUN/scores") from error
+    found = {}
+    for shard in shards:
+        name, shape = shard.parameter.name, list(shard.parameter.shape)
+        file, first, about = tensors.get(name, (None, 0, "nothing"))
+        if about != f"F32 {shape}":
+            problem = f"holds {about} for {name}, expected F32 {shape}"
+            raise UserError(field, str(folder), problem, "give the scores of this model")
+        with file.open("rb") as opened:
+            opened.seek(first + 4 * shard.low)
+            data = opened.read(4 * shard.numel)
+        # A writable copy; frombuffer takes no empty buffer, which a rank without a part of this parameter has.
+        found[name] = torch.frombuffer(bytearray(data), dtype=torch.float32) if data else torch.zeros(0)
+    return found, metadata
 
 
 def _score_files(parameters: Sequence[Parameter]) -> dict[str, list[Entry]]:

@@ -1,0 +1,172 @@
+"""Perturbation: does safety hang on these weights? Noise on the top, random and bottom ones at equal k (METHOD §4).
+
+The noise is written into the ranks' shards, the prompts are answered, and the exact bits come back: no model is
+written, and a digest of all weights is the same after every cell.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from esi_ds.artifacts import RunFolder
+from esi_ds.cli import Options
+from esi_ds.config import Config
+from esi_ds.deepspeed_config import resolve_deepspeed
+from esi_ds.errors import UserError
+from esi_ds.models.fingerprint import check_mask_weights
+from esi_ds.stages.plan import print_perturb_plan
+from esi_ds.stages.prepare_perturb import CLEAN, Cell, PerturbInputs, prepare_perturb
+from esi_ds.stages.run import StageRun, check_mask_bits, metadata_sha256
+from esi_ds.tracking import Tracker
+
+FIELD = "perturb.mask"
+
+
+def run(config: Config, options: Options) -> None:
+    """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
+    inputs = prepare_perturb(config)
+    if options.dry_run:
+        print_perturb_plan(config, options, inputs)
+        return
+    folder = RunFolder(config.run.output_dir)
+    folder.check(config)
+    resolve_deepspeed(config, int(os.environ.get("WORLD_SIZE", "1")), "perturb")
+    source = {**inputs.source, "mask_sha256": metadata_sha256(inputs.mask)}
+    folder.check_same("data_hashes", source, "perturb")
+    from esi_ds.zero import runtime
+
+    with runtime.process_group():
+        deepspeed_config = resolve_deepspeed(config, runtime.world_size(), "perturb")
+        PerturbRun(config, options, inputs, folder, deepspeed_config, source).run()
+
+
+class PerturbRun(StageRun):
+    """One run of the stage on this rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        options: Options,
+        inputs: PerturbInputs,
+        folder: RunFolder,
+        deepspeed_config: dict,
+        source: dict,
+    ):
+        super().__init__(config, options, folder, deepspeed_config, source)
+        self.inputs = inputs
+
+    def work(self, tracker: Tracker) -> None:
+        from esi_ds.stages.answering import ANSWER_KEY, ANSWERS, SURPRISES, answer_all, answer_keys, surprise_all
+        from esi_ds.stages.finish_perturb import finish_perturb
+        from esi_ds.stages.judging import VERDICT_KEY, VERDICTS, judge_all
+        from esi_ds.stages.ledger import Ledger
+
+        inputs, folder, sets = self.inputs, self.folder.path, self.inputs.eval.sets
+        model = self._load(tracker)
+        answers, surprises, verdicts = (
+            Ledger(folder / name, key)
+            for name, key in ((ANSWERS, ANSWER_KEY), (SURPRISES, ANSWER_KEY), (VERDICTS, VERDICT_KEY))
+        )
+        # With or without noise, the same prompts in the same batches.
+        answer_all(model, CLEAN, inputs.candidate, sets, answers, self.config, tracker)
+        restored = self._disturb(model, answers, tracker)
+        surprise_all(model, inputs.candidate, answers, surprises, self.config, tracker)
+        order = answer_keys([CLEAN, *(cell.name for cell in inputs.cells)], sets)
+        rows = answers.sort(order)
+        surprises.sort(order)
+        harmful = {found.name for found in sets if found.kind == "harmful"}
+        judged = [row for row in rows if row["set"] in harmful]
+        del model
+        judge_all(inputs.eval.judges, judged, verdicts, self.config, self.deepspeed_config, tracker)
+        verdicts.sort((judge.name, *answers.key(row)) for judge in inputs.eval.judges for row in judged)
+        finish_perturb(self, rows, verdicts.rows, surprises.rows, restored, tracker)
+
+    def _load(self, tracker: Tracker):
+        """The model, which must be the mask's."""
+        from esi_ds.zero.engine import load_sharded
+
+        section, mask = self.config.model, self.inputs.mask
+        check_mask_bits(mask, FIELD)
+        model = load_sharded(
+            section.path,
+            section.dtype,
+            self.deepspeed_config,
+            field="model.path",
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+        self.begin(model)
+        same = check_mask_weights(mask, self.fingerprint, self.options.allow_fingerprint_mismatch, FIELD)
+        self.notes = {"mask_fingerprint": mask.fingerprint, "mask_made_from_these_weights": same}
+        self.record("running")
+        tracker.log(f"mask: {mask.k:,} weights by {mask.metadata.get('criterion')}; {len(self.inputs.cells)} cells")
+        return model
+
+    def _disturb(self, model, answers, tracker: Tracker) -> dict[str, object]:
+        """Answers of every cell that has some missing; the digest of all weights before and after them."""
+        from esi_ds.stages.answering import answer_all, answer_keys
+        from esi_ds.zero.perturb import perturbed, weights_digest
+        from esi_ds.zero.score import unit_sigmas
+
+        sets, candidate = self.inputs.eval.sets, self.inputs.candidate
+        before, sigma, scores = weights_digest(model), unit_sigmas(model), self._scores(model)
+        counts: dict[str, int] = {}
+        for number, cell in enumerate(self.inputs.cells):
+            bits = self._bits(model, cell, scores)
+            counts[cell.name] = self._count(bits)
+            if all(key in answers.rows for key in answer_keys([cell.name], sets)):
+                continue
+            tracker.log(f"cell {number + 1} of {len(self.inputs.cells)}: {cell.name}, {counts[cell.name]:,} weights")
+            with perturbed(model, bits, sigma, cell.noise, cell.seed):
+                answer_all(model, cell.name, candidate, sets, answers, self.config, tracker)
+            if weights_digest(model) != before:
+                raise RuntimeError(f"the weights are not what they were before {cell.name}")
+        return {"digest": before, "cells": counts}
+
+    def _scores(self, model) -> dict | None:
+        """This rank's scores, where the mask's are there; the mask must be their selection. One all-reduce."""
+        from esi_ds.zero.files import read_scores
+
+        inputs = self.inputs
+        if inputs.scores is None:
+            return None
+        shards = [model.shard(parameter) for parameter in model.parameters if parameter.scored]
+        scores, metadata = read_scores(inputs.scores, shards, "perturb.scores")
+        if metadata.get("fingerprint") != inputs.mask.fingerprint:
+            raise UserError("perturb.scores", str(inputs.scores), "are of other weights than the mask", "give its own")
+        own = Cell("top", float(inputs.mask.metadata["ratio"]), 0.0, 0)
+        again = self._select(model, own, scores)
+        wrong = self._count({name: bits ^ self._mask_bits(model, name) for name, bits in again.items()})
+        if wrong:
+            problem = f"select other weights than the mask holds ({wrong:,} differ)"
+            raise UserError("perturb.scores", str(inputs.scores), problem, "give the scores it was made from")
+        return scores
+
+    def _bits(self, model, cell: Cell, scores: Mapping | None) -> dict:
+        """name → bool [shard.numel] of the weights that a cell disturbs; k of them over all ranks."""
+        import torch
+
+        if scores is not None and cell.order != "random":
+            return self._select(model, cell, scores)
+        shards = {p.name: model.shard(p).numel for p in model.parameters if p.scored}
+        if cell.order == "random":  # scores do not matter to it, only where they are
+            return self._select(model, cell, {name: torch.zeros(numel) for name, numel in shards.items()})
+        return {name: self._mask_bits(model, name) for name in shards}
+
+    def _select(self, model, cell: Cell, scores: Mapping) -> dict:
+        from esi_ds.zero.score import select_weights
+
+        about = self.inputs.mask.metadata
+        rule = {"of": about.get("of", "all"), "scope": about.get("scope", "model")}
+        return select_weights(model, scores, ratio=cell.ratio, order=cell.order, seed=cell.seed, **rule).bits
+
+    def _mask_bits(self, model, name: str):
+        shard = next(model.shard(parameter) for parameter in model.parameters if parameter.name == name)
+        return self.inputs.mask.bits(name, shard.low, shard.high)
+
+    def _count(self, bits: Mapping) -> int:
+        """Over all ranks. One all-reduce."""
+        import torch
+
+        return int(self.runtime.all_reduce_sum(torch.tensor(sum(int(part.sum()) for part in bits.values()))))

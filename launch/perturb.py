@@ -1,0 +1,12 @@
+"""Safety Enhancement Tuning: train only the weights of a mask. See ``--help`` and the README."""
+
+import sys
+from pathlib import Path
+
+# The package beside this script, not some other copy that happens to be installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from esi_ds.cli import leave, main  # noqa: E402
+
+if __name__ == "__main__":
+    leave(main("perturb"))
