@@ -590,3 +590,22 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 RESPONSE_ONLY = replace(LLAMA_GUARD_3, context="response_only")
+
+
+# --------------------------------------------------------------------------- perturbation (METHOD 4)
+
+
+def perturb(model: nn.Module, chosen: dict[str, Tensor], noise: dict[str, Tensor], c: float) -> None:
+    """theta_i + c * sigma(theta_i) * N(0, 1) where ``chosen``, in place: summed in float32, rounded to the dtype.
+
+    chosen, noise: {scored parameter: bool and fp32 tensors of its shape}; sigma is of the undisturbed logical matrix.
+    """
+    added = {name: torch.zeros(values.shape) for name, values in noise.items()}
+    for unit in units(model):
+        if unit.scored:
+            added[unit.parameter_name][unit.index] = torch.tensor(c * unit.sigma, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in chosen:
+                moved = (parameter.float() + added[name] * noise[name]).to(parameter.dtype)
+                parameter.copy_(torch.where(chosen[name], moved, parameter))

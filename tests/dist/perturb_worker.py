@@ -1,0 +1,76 @@
+"""Run by the tests beside it under a launcher: one process group disturbs many models and restores them.
+
+argv: a JSON list of cases {"model", "mask", "dtype", "zero", "noise", "seed", "out", "drop" (optional)}. Rank 0 writes
+the whole weights inside the block and after it, the logits before, inside and after, and the digests.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from esi_ds import Mask
+from esi_ds.zero import perturb, runtime
+from esi_ds.zero.engine import ShardedModel, load_sharded
+from esi_ds.zero.score import unit_sigmas
+
+IDS = [[7, 30, 41, 52, 9, 33, 78]]
+
+
+def logits(model: ShardedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.module(input_ids=torch.tensor(IDS), use_cache=False).logits.float()
+
+
+def whole(model: ShardedModel) -> dict[str, torch.Tensor]:
+    """Every weight as a gather gives it."""
+    model.release()
+    with model.gathered(list(model.by_name.values())):
+        return {name: tensor.detach().clone() for name, tensor in model.by_name.items()}
+
+
+def run_case(case: dict) -> None:
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **case["zero"]}
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    if case["dtype"] == "bf16":
+        settings["bf16"] = {"enabled": True}
+    model = load_sharded(case["model"], case["dtype"], settings, field="model.path")
+    mask, sigma = Mask.load(case["mask"]), unit_sigmas(model)
+    shards = {parameter.name: model.shard(parameter) for parameter in model.parameters if parameter.scored}
+    bits = {name: mask.bits(name, shard.low, shard.high) for name, shard in shards.items()}
+    kept = ShardedModel.publish
+    if case.get("drop") == "publish":
+        ShardedModel.publish = lambda self: None
+    found = {"before": logits(model)}
+    digest = perturb.weights_digest(model)
+    with perturb.perturbed(model, bits, sigma, case["noise"], case["seed"]):
+        found["inside"] = logits(model)
+        ShardedModel.publish = kept
+        found |= {f"inside/{name}": values for name, values in whole(model).items()}
+        assert perturb.weights_digest(model) != digest
+    assert perturb.weights_digest(model) == digest
+    try:
+        with perturb.perturbed(model, bits, sigma, 7.0, 1):
+            raise KeyError("an error inside")
+    except KeyError:
+        pass
+    assert perturb.weights_digest(model) == digest
+    found["after"] = logits(model)
+    found |= {f"after/{name}": values for name, values in whole(model).items()}
+    if runtime.is_main():
+        save_file(found, case["out"])
+
+
+def main() -> None:
+    runtime.start()
+    for case in json.loads(Path(sys.argv[-1]).read_text()):
+        run_case(case)
+    runtime.stop()
+
+
+if __name__ == "__main__":
+    main()
