@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # `deepspeed` finds the environment's python through PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test style bench tiny-models
+.PHONY: help demo test style bench study tiny-models
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,15 +21,16 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-demo: $(VENV)/.installed  ## ESI, SET, SPA and evaluation on the shipped tiny models, on two ranks; prints where the report is
+demo: $(VENV)/.installed  ## ESI, SET, SPA, noise and evaluation on the shipped tiny models, on two ranks; prints where the report is
 	rm -rf runs/demo
-	rm -rf runs/demo-complying runs/demo-set runs/demo-spa runs/demo-eval
+	rm -rf runs/demo-complying runs/demo-set runs/demo-spa runs/demo-perturb runs/demo-eval
 	$(BIN)/deepspeed --num_accelerators 2 launch/esi.py --config configs/demo/esi.yaml
 	$(BIN)/python -m esi_ds.mask verify runs/demo/mask --scores runs/demo/scores
 	$(BIN)/deepspeed --num_accelerators 2 launch/esi.py --config configs/demo/esi.yaml \
 		run.output_dir=runs/demo-complying model.path=examples/models/llama-complying select.scope=matrix esi.save_scores=false
 	$(BIN)/deepspeed --num_accelerators 2 launch/set.py --config configs/demo/set.yaml
 	$(BIN)/deepspeed --num_accelerators 2 launch/spa.py --config configs/demo/spa.yaml
+	$(BIN)/deepspeed --num_accelerators 2 launch/perturb.py --config configs/demo/perturb.yaml
 	$(BIN)/deepspeed --num_accelerators 2 launch/eval.py --config configs/demo/eval.yaml
 	$(BIN)/python launch/report.py runs/demo --tuned runs/demo-set runs/demo-spa --evaluated runs/demo-eval
 	@echo "report: $(CURDIR)/runs/demo/report.html"
@@ -45,6 +46,10 @@ style: $(VENV)/.installed  ## lint, format and import boundaries
 bench: $(VENV)/.installed  ## speed and memory, as ratios within one run (benchmarks/RESULTS.md)
 	$(BIN)/python benchmarks/esi.py
 	$(BIN)/python benchmarks/tune.py
+
+study: $(VENV)/.installed  ## the comparison in docs/results.md, about 100 minutes on two cores; goes on where it stopped
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[study]'
+	$(BIN)/python study/run.py
 
 tiny-models: $(VENV)/.installed  ## train the models in examples/models again (under an hour on two cores)
 	$(BIN)/python examples/tiny/train.py --output examples/models

@@ -88,8 +88,11 @@ def _kind_of(built_in: BuiltIn, path: str, kind: Kind | None, field: str) -> Kin
     """The sort of rows a built-in name gives. Raises UserError where another one is asked for."""
     if kind is None or built_in.kind in (kind, "all"):
         return built_in.kind
-    others = [name for name, other in BUILT_IN.items() if other.source == built_in.source and other.kind == kind]
-    remedy = f"name {others[0]}" if others else f"it holds {built_in.kind} prompts only"
+    others = {name: other for name, other in BUILT_IN.items() if other.source == built_in.source and other.kind == kind}
+    # Two names for the same rows: the set holds both sorts, and its rows say which they are.
+    if kind == "all" or any(other[:3] == built_in[:3] for other in others.values()):
+        return kind
+    remedy = f"name {next(iter(others))}" if others else f"it holds {built_in.kind} prompts only"
     raise UserError(f"{field}.path", path, f"is a set of {built_in.kind} prompts, not of {kind} ones", remedy)
 
 

@@ -93,6 +93,20 @@ def test_a_kind_or_column_of_ones_own(hub: None) -> None:
     assert load_prompts("jailbreakbench", column="Behavior").prompts == ("Name",)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("jailbreakbench", "benign", "name jailbreakbench/benign"),
+        ("or-bench", "harmful", "name or-bench/toxic"),
+        ("examples/benign", "harmful", "not of harmful ones"),
+        ("advbench", "benign", "holds harmful prompts only"),
+    ],
+)
+def test_a_set_of_the_other_sort_is_refused(name: str, kind: str, words: str) -> None:
+    with pytest.raises(UserError, match=rf"eval\.x\.path = {name}.*{words}"):
+        load_prompts(name, kind=kind, field="eval.x")
+
+
 def test_copies_with_other_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
