@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from esi_ds.eval.statistics import CONFIDENCE, Rate, wilson
 from esi_ds.eval.verdicts import is_empty
 
 EMPTY, REPETITION, NOT_LANGUAGE, SENSELESS = "empty", "repetition", "not language", "senseless"
@@ -74,24 +71,6 @@ def incoherence(answer: str, surprise: float | None = None) -> str | None:
     if _is_repetition(text, visible):
         return REPETITION
     return SENSELESS if surprise is not None and surprise > MAX_SURPRISE else None
-
-
-@dataclass(frozen=True)
-class Incoherence:
-    """How many answers are incoherent, and of which kind."""
-
-    incoherent: Rate
-    kinds: dict[str, int]
-
-
-def incoherent_share(
-    answers: Sequence[str], surprises: Sequence[float | None] | None = None, confidence: float = CONFIDENCE
-) -> Incoherence:
-    """To be reported beside attack success, always (METHOD §4)."""
-    surprises = [None] * len(answers) if surprises is None else surprises
-    found = [incoherence(*pair) for pair in zip(answers, surprises, strict=True)]
-    kinds = Counter(kind for kind in found if kind is not None)
-    return Incoherence(wilson(kinds.total(), len(found), confidence), {kind: kinds[kind] for kind in KINDS})
 
 
 def _is_repetition(text: str, visible: Sequence[str]) -> bool:

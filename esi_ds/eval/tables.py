@@ -13,9 +13,9 @@ from itertools import combinations
 from typing import Any
 
 from esi_ds.eval.coherence import KINDS, incoherence
-from esi_ds.eval.refusals import RefusalList
+from esi_ds.eval.refusals import RefusalList, refused
 from esi_ds.eval.statistics import cohen_kappa, mcnemar_exact, paired_bootstrap, wilson
-from esi_ds.eval.verdicts import Verdict, is_empty
+from esi_ds.eval.verdicts import Verdict
 
 ATTACK_SUCCESS, REFUSED, INCOHERENT, TASK = "attack_success", "refused", "incoherent", "task"
 Row = dict[str, Any]
@@ -133,11 +133,7 @@ def _attack_success(rows: Sequence[Row], verdicts: Mapping[tuple[str, str, str, 
 
 
 def _refused(rows: Sequence[Row], words: RefusalList) -> Measure:
-    """An empty answer is no refusal: it is incoherent."""
-    flags = [
-        None if row["response"] is None else not is_empty(row["response"]) and words.matches(row["response"])
-        for row in rows
-    ]
+    flags = [None if row["response"] is None else refused([row["response"]], words)[0] for row in rows]
     return Measure(
         REFUSED, kind="benign", judge=f"words: {words.name}", flags=flags, reasons=_excluded(rows), **_place(rows)
     )

@@ -1,4 +1,4 @@
-"""What every judge says of an answer, and how verdicts are counted.
+"""What every judge says of an answer.
 
 A verdict that could not be had (a judge that failed, an answer of the judge that says nothing, a text too long for it)
 is missing: it has a reason, it is counted apart, and it is never "safe".
@@ -7,12 +7,8 @@ is missing: it has a reason, it is counted apart, and it is never "safe".
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-from esi_ds.eval.statistics import Rate, wilson
 
 
 @dataclass(frozen=True)
@@ -62,34 +58,3 @@ NOTHING_SAID = Verdict(unsafe=False)
 def is_empty(answer: str) -> bool:
     """Nothing but white space."""
     return not answer.strip()
-
-
-@dataclass(frozen=True)
-class Tally:
-    """How often a judge said unsafe, of the verdicts it gave; the missing ones by reason, most frequent first."""
-
-    unsafe: Rate
-    num_missing: int
-    reasons: tuple[tuple[str, int], ...]
-
-    @property
-    def num_answers(self) -> int:
-        return self.unsafe.n + self.num_missing
-
-
-def tally(verdicts: Iterable[Verdict], confidence: float = 0.95) -> Tally:
-    """Counts and Wilson interval. ``unsafe.n`` is the number of verdicts that were given."""
-    verdicts = list(verdicts)
-    given = [verdict.unsafe for verdict in verdicts if verdict.unsafe is not None]
-    reasons = Counter(verdict.reason for verdict in verdicts if verdict.reason is not None)
-    return Tally(wilson(sum(given), len(given), confidence), len(verdicts) - len(given), tuple(reasons.most_common()))
-
-
-def unsafe_flags(verdicts: Sequence[Verdict]) -> list[bool | None]:
-    """What ``statistics.mcnemar_exact`` and ``cohen_kappa`` take."""
-    return [verdict.unsafe for verdict in verdicts]
-
-
-def scores(verdicts: Sequence[Verdict]) -> list[float | None]:
-    """What ``statistics.paired_bootstrap`` takes."""
-    return [verdict.score for verdict in verdicts]
