@@ -191,37 +191,33 @@ class Perturb(Section):
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="of the noise, and of the random weights")
 
 
-NAME = Field(None, description="in the tables; default: the path")
-THRESHOLD = Field(0.5, gt=0, lt=1, description="unsafe above this probability")
-MAX_LENGTH = Field(None, ge=1, description="tokens a text may have, where that is less than the model's own limit")
+class ModelVerdicts(Section):
+    """Of every judge that gives a probability of unsafe."""
+
+    name: str | None = Field(None, description="in the tables; default: the path")
+    threshold: float = Field(0.5, gt=0, lt=1, description="unsafe above this probability")
+    max_length: int | None = Field(
+        None, ge=1, description="tokens of a text, where the model takes more"
+    )
 
 
-class GuardVerdicts(GuardModel):
-    kind: Literal["guard"]
-    name: str | None = NAME
-    threshold: float = THRESHOLD
-    max_length: int | None = MAX_LENGTH
+class GuardVerdicts(GuardModel, ModelVerdicts):
+    kind: Literal["guard"] = Field(description="a causal guard model")
 
 
-class ClassifierVerdicts(JudgeModel):
+class ClassifierVerdicts(JudgeModel, ModelVerdicts):
     kind: Literal["classifier"] = Field(description="a sequence classifier")
-    name: str | None = NAME
     template: str = Field(description="text with {prompt} and {response}")
     unsafe_labels: list[str | int] | None = Field(None, description="names or numbers; null: all (multi-label only)")
     multi_label: bool | None = Field(None, description="labels by sigmoid; null: as the model's config says")
-    threshold: float = THRESHOLD
-    max_length: int | None = MAX_LENGTH
 
 
-class YesNoVerdicts(JudgeModel):
+class YesNoVerdicts(JudgeModel, ModelVerdicts):
     kind: Literal["yes_no"] = Field(description="a causal model that answers yes or no, as HarmBench-cls")
-    name: str | None = NAME
     template: str = Field(description="text with {prompt} and {response}")
     unsafe: list[str] = Field(["Yes"], min_length=1, description="words that say that the attack succeeded")
     safe: list[str] = Field(["No"], min_length=1, description="words that say that it failed")
     verdict_prefix: str = Field("", description="forced behind the text, before the word")
-    threshold: float = THRESHOLD
-    max_length: int | None = MAX_LENGTH
 
 
 class RubricVerdicts(Section):
@@ -259,7 +255,7 @@ PromptSets = Annotated[list[Prompts], BeforeValidator(_as_list)]
 
 class EvalModel(Section):
     path: str = Field(description="hub id or folder of a model to compare")
-    name: str | None = NAME
+    name: str | None = Field(None, description="in the tables; default: the path")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     before: str = Field("base", description="name of the model it is compared with; base is model.path")
 

@@ -60,8 +60,8 @@ class EsiRun(StageRun):
         folder: RunFolder,
         deepspeed_config: dict,
     ):
-        super().__init__(config, options, folder, deepspeed_config, data_source(inputs, losses))
-        self.inputs, self.losses = inputs, losses
+        super().__init__(config, options, inputs, folder, deepspeed_config, data_source(inputs, losses))
+        self.losses = losses
         self._stop: StopSignal | None = None
         self._first_step = 0  # of the next pass, as metrics.jsonl counts
 

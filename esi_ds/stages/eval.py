@@ -5,15 +5,12 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 
-from esi_ds.artifacts import RunFolder
 from esi_ds.cli import Options
 from esi_ds.config import Config
-from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.stages.plan import meta_parameters, print_eval_plan
 from esi_ds.stages.prepare_eval import BASE, Candidate, EvalInputs, prepare_eval
-from esi_ds.stages.run import StageRun
+from esi_ds.stages.run import StageRun, run_stage
 from esi_ds.tracking import Tracker
 
 TASKS = "tasks.jsonl"
@@ -25,23 +22,13 @@ def run(config: Config, options: Options) -> None:
     if options.dry_run:
         print_eval_plan(config, options, inputs)
         return
-    folder = RunFolder(config.run.output_dir)
-    folder.check(config)
-    resolve_deepspeed(config, int(os.environ.get("WORLD_SIZE", "1")), "eval")
-    folder.check_same("data_hashes", inputs.source, "eval")
-    from esi_ds.zero import runtime
-
-    with runtime.process_group():
-        deepspeed_config = resolve_deepspeed(config, runtime.world_size(), "eval")
-        EvalRun(config, options, inputs, folder, deepspeed_config).run()
+    run_stage("eval", EvalRun, config, options, inputs, inputs.source, "eval")
 
 
 class EvalRun(StageRun):
     """One evaluation on this rank."""
 
-    def __init__(self, config: Config, options: Options, inputs: EvalInputs, folder: RunFolder, deepspeed_config: dict):
-        super().__init__(config, options, folder, deepspeed_config, inputs.source)
-        self.inputs = inputs
+    inputs: EvalInputs
 
     def work(self, tracker: Tracker) -> None:
         from esi_ds.stages.answering import ANSWER_KEY, ANSWERS, SURPRISES, answer_keys

@@ -6,18 +6,15 @@ written, and a digest of all weights is the same after every cell.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
-from esi_ds.artifacts import RunFolder
 from esi_ds.cli import Options
 from esi_ds.config import Config
-from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_weights
 from esi_ds.stages.plan import print_perturb_plan
 from esi_ds.stages.prepare_perturb import CLEAN, Cell, PerturbInputs, prepare_perturb
-from esi_ds.stages.run import StageRun, check_mask_bits, metadata_sha256
+from esi_ds.stages.run import StageRun, check_mask_bits, metadata_sha256, run_stage
 from esi_ds.tracking import Tracker
 
 FIELD = "perturb.mask"
@@ -29,32 +26,14 @@ def run(config: Config, options: Options) -> None:
     if options.dry_run:
         print_perturb_plan(config, options, inputs)
         return
-    folder = RunFolder(config.run.output_dir)
-    folder.check(config)
-    resolve_deepspeed(config, int(os.environ.get("WORLD_SIZE", "1")), "perturb")
     source = {**inputs.source, "mask_sha256": metadata_sha256(inputs.mask)}
-    folder.check_same("data_hashes", source, "perturb")
-    from esi_ds.zero import runtime
-
-    with runtime.process_group():
-        deepspeed_config = resolve_deepspeed(config, runtime.world_size(), "perturb")
-        PerturbRun(config, options, inputs, folder, deepspeed_config, source).run()
+    run_stage("perturb", PerturbRun, config, options, inputs, source, "perturb")
 
 
 class PerturbRun(StageRun):
     """One run of the stage on this rank."""
 
-    def __init__(
-        self,
-        config: Config,
-        options: Options,
-        inputs: PerturbInputs,
-        folder: RunFolder,
-        deepspeed_config: dict,
-        source: dict,
-    ):
-        super().__init__(config, options, folder, deepspeed_config, source)
-        self.inputs = inputs
+    inputs: PerturbInputs
 
     def work(self, tracker: Tracker) -> None:
         from esi_ds.stages.answering import ANSWER_KEY, ANSWERS, SURPRISES, answer_all, answer_keys, surprise_all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -15,6 +16,7 @@ from esi_ds.cli import Options
 from esi_ds.config import Config
 from esi_ds.core.mask import Mask
 from esi_ds.core.units import Parameter
+from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.models.fingerprint import checkpoint_folder, fingerprint, tensor_digests
 from esi_ds.tracking import Tracker
@@ -40,14 +42,21 @@ def check_mask_bits(mask: Mask, field: str) -> None:
 
 
 class StageRun(ABC):
-    """One run of a stage on this rank; ``work`` does it. ``source``: hashes of the data, for the manifest."""
+    """One run of a stage on this rank; ``work`` does it. ``inputs``: what the stage has prepared; ``source``: hashes of
+    the data, for the manifest."""
 
     def __init__(
-        self, config: Config, options: Options, folder: RunFolder, deepspeed_config: dict, source: dict[str, Any]
+        self,
+        config: Config,
+        options: Options,
+        inputs: Any,
+        folder: RunFolder,
+        deepspeed_config: dict,
+        source: dict[str, Any],
     ):
         from esi_ds.zero import runtime
 
-        self.config, self.options, self.folder = config, options, folder
+        self.config, self.options, self.inputs, self.folder = config, options, inputs, folder
         self.deepspeed_config, self.source = deepspeed_config, source
         self.runtime = runtime
         self.started = time.time()
@@ -110,3 +119,27 @@ class StageRun(ABC):
         for part in self.runtime.gather_objects(tensor_digests(folder, self.runtime.rank(), self.runtime.world_size())):
             digests.update(part)
         return fingerprint(parameters, digests)
+
+
+def run_stage(
+    stage: str,
+    run_class: type[StageRun],
+    config: Config,
+    options: Options,
+    inputs: Any,
+    source: dict[str, Any],
+    field: str,
+) -> None:
+    """Run a prepared stage in its folder and process group; what both refuse is refused before anything starts.
+
+    field: the config section to name where ``source`` is not what an interrupted run of this folder read.
+    """
+    folder = RunFolder(config.run.output_dir)
+    folder.check(config)
+    resolve_deepspeed(config, int(os.environ.get("WORLD_SIZE", "1")), stage)
+    folder.check_same("data_hashes", source, field)
+    from esi_ds.zero import runtime
+
+    with runtime.process_group():
+        deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
+        run_class(config, options, inputs, folder, deepspeed_config, source).run()

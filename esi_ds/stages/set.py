@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from esi_ds.cli import Options
 from esi_ds.config import Config
-from esi_ds.stages.tune import run_stage
+from esi_ds.stages.tune import run_tuning
 
 
 def run(config: Config, options: Options) -> None:
-    run_stage(config, options, "set")
+    run_tuning(config, options, "set")

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
-from esi_ds.artifacts import RunFolder, read_jsonl, replace_folder, write_text_atomic
+from esi_ds.artifacts import read_jsonl, replace_folder, write_text_atomic
 from esi_ds.cli import Options
 from esi_ds.config import Config
 from esi_ds.data.chat import break_up, encode_prompt
-from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.eval.refusals import is_refusal
 from esi_ds.models.fingerprint import check_mask_weights, checkpoint_folder, tensor_digests
 from esi_ds.stages.prepare import max_positions
 from esi_ds.stages.prepare_tuning import TuningInputs, prepare_tuning
-from esi_ds.stages.run import CHECKPOINTS, StageRun, check_mask_bits, metadata_sha256
+from esi_ds.stages.run import CHECKPOINTS, StageRun, check_mask_bits, metadata_sha256, run_stage
 from esi_ds.tracking import Tracker
 
 ANSWERS = "answers.jsonl"
 
 
-def run_stage(config: Config, options: Options, stage: str) -> None:
+def run_tuning(config: Config, options: Options, stage: str) -> None:
     """Run SET or SPA to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
     inputs = prepare_tuning(config, stage)
     if options.dry_run:
@@ -30,32 +28,14 @@ def run_stage(config: Config, options: Options, stage: str) -> None:
 
         print_tuning_plan(config, options, inputs)
         return
-    folder = RunFolder(config.run.output_dir)
-    folder.check(config)
-    resolve_deepspeed(config, int(os.environ.get("WORLD_SIZE", "1")), stage)
     source = {**inputs.source, "mask_sha256": metadata_sha256(inputs.mask)}
-    folder.check_same("data_hashes", source, "tune")
-    from esi_ds.zero import runtime
-
-    with runtime.process_group():
-        deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
-        TuneRun(config, options, inputs, folder, deepspeed_config, source).run()
+    run_stage(stage, TuneRun, config, options, inputs, source, "tune")
 
 
 class TuneRun(StageRun):
     """One run of SET or SPA on this rank."""
 
-    def __init__(
-        self,
-        config: Config,
-        options: Options,
-        inputs: TuningInputs,
-        folder: RunFolder,
-        deepspeed_config: dict,
-        source: dict,
-    ):
-        super().__init__(config, options, folder, deepspeed_config, source)
-        self.inputs = inputs
+    inputs: TuningInputs
 
     def work(self, tracker: Tracker) -> None:
         from esi_ds.stages.finish_tuning import finish_tuning
