@@ -36,7 +36,8 @@ demo: $(VENV)/.installed  ## ESI, SET, SPA, noise and evaluation on the shipped 
 	@echo "report: $(CURDIR)/runs/demo/report.html"
 
 test: $(VENV)/.installed style  ## style checks and every test that needs no GPU
-	$(BIN)/python -m pytest -q --durations=15 tests
+	# Two at a time, a file's tests together: they share what a launch has made.
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15 tests
 
 style: $(VENV)/.installed  ## lint, format and import boundaries
 	$(BIN)/ruff check .

@@ -196,9 +196,7 @@ class ModelVerdicts(Section):
 
     name: str | None = Field(None, description="in the tables; default: the path")
     threshold: float = Field(0.5, gt=0, lt=1, description="unsafe above this probability")
-    max_length: int | None = Field(
-        None, ge=1, description="tokens of a text, where the model takes more"
-    )
+    max_length: int | None = Field(None, ge=1, description="tokens of a text, where the model takes more")
 
 
 class GuardVerdicts(GuardModel, ModelVerdicts):

@@ -83,7 +83,12 @@ def main() -> int:
     failed = run_all(todo, options.output, options.processes)
     if failed:
         print(f"{len(failed)} cells failed: {', '.join(failed[:5])}", file=sys.stderr)
-    return 1 if failed else 0
+        return 1
+    from page import write
+
+    write(options.output)
+    print(ROOT / "docs/results.md")
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from esi_ds.cli import leave
 from esi_ds import Mask
 from esi_ds.zero import perturb, runtime
 from esi_ds.zero.engine import ShardedModel, load_sharded
@@ -70,6 +71,7 @@ def main() -> None:
     for case in json.loads(Path(sys.argv[-1]).read_text()):
         run_case(case)
     runtime.stop()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from esi_ds.artifacts import RunFolder
-from esi_ds.cli import Options
+from esi_ds.cli import Options, leave
 from esi_ds.config import validate
 from esi_ds.core.mask import Mask
 from esi_ds.core.surrogate import estimate
@@ -124,6 +124,7 @@ def main() -> None:
     for case in json.loads(Path(sys.argv[-1]).read_text()):
         run_case(case)
     runtime.stop()
+    leave(0)
 
 
 if __name__ == "__main__":

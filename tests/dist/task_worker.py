@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from esi_ds.cli import leave
 from esi_ds.config import Task
 from esi_ds.errors import UserError
 from esi_ds.eval.tasks import Ranks, prepare_tasks, run_tasks
@@ -36,6 +37,7 @@ def main() -> None:
     if runtime.is_main():
         (folder / f"found-{kind}-{runtime.world_size()}.json").write_text(json.dumps(everyone))
     runtime.stop()
+    leave(0)
 
 
 def break_the_last_rank() -> None:

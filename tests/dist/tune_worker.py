@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from esi_ds.artifacts import RunFolder
-from esi_ds.cli import Options
+from esi_ds.cli import Options, leave
 from esi_ds.config import validate
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
@@ -124,6 +124,7 @@ def main() -> None:
     for case in json.loads(Path(sys.argv[-1]).read_text()):
         run_case(case)
     runtime.stop()
+    leave(0)
 
 
 if __name__ == "__main__":
