@@ -26,17 +26,15 @@ NEEDS_RESPONSES = {"esi", "esi-gumbel-1", "esi-gumbel-16", "esi-paper-code", "gr
 NEEDS_TUNING_ROWS = {"tuning-grad", "directed"}
 CONTRASTIVE = "-contrastive"
 
-# Learning rates by how fast a mask learns; the frontier is drawn over all of them.
-FAST, SLOW = (1e-3, 2e-3, 5e-3, 1e-2), (2e-3, 5e-3, 1e-2, 2e-2)
-SLOW_MASKS = ("magnitude", "random", "bottom")
+# Learning rates: the frontier is drawn over all of them, the same for every mask of a size.
+LR = {0.001: (1e-2, 2e-2, 5e-2), 0.01: (2e-3, 5e-3, 1e-2, 2e-2), 0.05: (1e-3, 2e-3, 5e-3)}
 AT_OTHER_RATIOS = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive", "directed-contrastive")
-LR_AT = {0.001: (5e-3, 1e-2, 2e-2), 0.05: (5e-4, 1e-3, 2e-3)}
 ON_MOE = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive")
 ALL_WEIGHTS, LORA = (1e-4, 3e-4, 1e-3), (3e-3, 1e-2, 3e-2)
 
 TASKS = ("sums", "categories", "voice")
 POISONED = "poisoned"
-SPA_LR = {"sums": (3e-4, 1e-3), "categories": (3e-4, 1e-3), "voice": (1e-4, 3e-4), POISONED: (3e-4,)}
+SPA_LR = {"sums": (1e-3, 3e-3), "categories": (1e-3, 3e-3), "voice": (1e-4, 3e-4), POISONED: (3e-4,)}
 SPA_FROZEN = {"esi": (0.01, 0.05, 0.1, 0.3), "random": (0.1, 0.3), "snip": (0.1, 0.3)}
 PROMPT_COUNTS = (16, 32, 64)  # besides the full number, for the stability of the mask
 
@@ -79,14 +77,13 @@ def set_cells(seeds: tuple[int, ...]) -> Iterator[Cell]:
     model = "llama-complying"
     for seed in seeds:
         for criterion in [*all_criteria(), "bottom"]:
-            for lr in SLOW if criterion.removesuffix(CONTRASTIVE) in SLOW_MASKS else FAST:
+            for lr in LR[0.01]:
                 yield _set(model, criterion, 0.01, lr, seed)
-        for criterion, ratio in product(AT_OTHER_RATIOS, LR_AT):
-            for lr in LR_AT[ratio]:
+        for criterion, ratio in product(AT_OTHER_RATIOS, (0.001, 0.05)):
+            for lr in LR[ratio]:
                 yield _set(model, criterion, ratio, lr, seed)
-        for criterion in ON_MOE:
-            for lr in (SLOW if criterion in SLOW_MASKS else FAST)[:3]:
-                yield _set("qwen3moe-complying", criterion, 0.01, lr, seed)
+        for criterion, lr in product(ON_MOE, LR[0.01][:3]):
+            yield _set("qwen3moe-complying", criterion, 0.01, lr, seed)
         for other, lr in product(("llama-complying", "qwen3moe-complying"), ALL_WEIGHTS):
             yield _set(other, "all", 1.0, lr, seed)
         for lr in LORA:

@@ -168,8 +168,8 @@ def _place(about: Row) -> str:
     agrees = "as the paper says" if first == claim else f"where the paper says the {claim} ones"
     return (
         f"- **{about['model']}** ({about['seeds']} seeds), by thirds of its {len(about['layers'])} layers: {thirds}. "
-        f"Most lies in the {first} layers, {agrees}. Densest roles (share of the mask; times their share of the weights): "
-        f"{roles}."
+        f"Most lies in the {first} layers, {agrees}. Densest roles (share of the mask; times their share of the "
+        f"weights): {roles}."
     )
 
 
