@@ -69,6 +69,7 @@ def tasks(harmful: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
 
 
 def _split(rows: list[Row], generator: random.Random) -> tuple[list[Row], list[Row]]:
+    rows = list({row["prompt"]: row for row in rows}.values())  # none on both sides
     generator.shuffle(rows)
     return rows[100:], [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows[:100]]
 
