@@ -156,10 +156,10 @@ def places(output: Path, model: str, criterion: str = "esi") -> Row | None:
     mean = {cell: float(np.mean([table.get(cell, 0.0) for table in tables])) for cell in weights}
     layers = sorted({layer for layer, _ in weights if layer >= 0})
     thirds = np.array_split(np.array(layers), 3)
-    by_third = {
-        name: sum(value for (layer, _), value in mean.items() if layer in part)
-        for name, part in zip(("early", "middle", "late"), thirds, strict=True)
-    }
+    by_third = {}
+    for name, part in zip(("early", "middle", "late"), thirds, strict=True):
+        total = sum(value for (layer, _), value in mean.items() if layer in part)
+        by_third[name] = {"layers": part.tolist(), "share": total, "per_layer": total / len(part)}
     roles: dict[str, float] = defaultdict(float)
     role_weights: dict[str, float] = defaultdict(float)
     for (_, role), value in mean.items():

@@ -162,13 +162,16 @@ def _place(about: Row) -> str:
 
     densest = sorted(about["roles"].items(), key=density, reverse=True)[:4]
     roles = ", ".join(f"{item[0]} {100 * item[1]['share']:.0f} % ({density(item):.1f}×)" for item in densest)
-    thirds = ", ".join(f"{name} {100 * value:.0f} %" for name, value in about["thirds"].items())
-    first = max(about["thirds"], key=lambda name: about["thirds"][name])
+    thirds = ", ".join(
+        f"{name} ({len(part['layers'])} of {len(about['layers'])} layers) {100 * part['share']:.0f} %"
+        for name, part in about["thirds"].items()
+    )
+    first = max(about["thirds"], key=lambda name: about["thirds"][name]["per_layer"])
     claim = "late" if "moe" in about["model"] else "middle"
     agrees = "as the paper says" if first == claim else f"where the paper says the {claim} ones"
     return (
-        f"- **{about['model']}** ({about['seeds']} seeds), by thirds of its {len(about['layers'])} layers: {thirds}. "
-        f"Most lies in the {first} layers, {agrees}. Densest roles (share of the mask; times their share of the "
+        f"- **{about['model']}** ({about['seeds']} seeds): {thirds}. Most a layer lies in the {first} layers, {agrees}. "
+        f"Densest roles (share of the mask; times their share of the "
         f"weights): {roles}."
     )
 
@@ -203,11 +206,11 @@ def _set_conclusions(model: str, own: list[Row]) -> list[str]:
     if not reached:
         return [f"- **SET, {model}**: no method of 1 % brings requests not refused to {findings.MAX_ATTACKS:.0%}."]
     best, esi = reached[0], by_name["esi"]
-    place = f"number {reached.index('esi') + 1}" if "esi" in reached else "not among those that reach it"
+    place = f"is number {reached.index('esi') + 1}, {interval(esi)} %" if "esi" in reached else "does not get there"
     lines = [
         f"- **SET, {model}**: of {len(own)} methods at 1 %, {len(reached)} bring requests not refused to at most "
         f"{findings.MAX_ATTACKS:.0%} in some seed. **{best}** keeps most benign accuracy, {interval(by_name[best])} %; "
-        f"ESI is {place}, {interval(esi)} %."
+        f"ESI {place}."
     ]
     random = by_name.get("random")
     if random is not None and esi["reached"]:
