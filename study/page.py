@@ -170,9 +170,8 @@ def _place(about: Row) -> str:
     claim = "late" if "moe" in about["model"] else "middle"
     agrees = "as the paper says" if first == claim else f"where the paper says the {claim} ones"
     return (
-        f"- **{about['model']}** ({about['seeds']} seeds): {thirds}. Most a layer lies in the {first} layers, {agrees}. "
-        f"Densest roles (share of the mask; times their share of the "
-        f"weights): {roles}."
+        f"- **{about['model']}** ({about['seeds']} seeds): {thirds}. By layer most is {first}, {agrees}. "
+        f"Densest roles (share of the mask; times their share of the weights): {roles}."
     )
 
 
