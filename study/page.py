@@ -12,8 +12,11 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "study"), str(ROOT)]
@@ -31,6 +34,7 @@ from esi_ds.artifacts import write_json_atomic, write_text_atomic  # noqa: E402
 from esi_ds.report.figures import figure_png  # noqa: E402
 
 COMMAND = "python study/run.py"
+FIGURES = ("set-", "ratios-", "spa", "noise", "masks", "stability")
 KINDS = ("mask", "set", "lora", "spa", "perturb")
 # Measures of a chosen cell, in the order of a table's columns.
 MEASURES = {
@@ -50,10 +54,20 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([*rows, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
 
 
-def untuned_models() -> dict[str, Row]:
-    """Attack success of the shipped models as they are: measured when they were made, in bf16, to other limits."""
-    found = json.loads((ROOT / "examples/models/figures.json").read_text())["models"]
-    return {name: row["harmful"] for name, row in found.items() if "asr_string" in row.get("harmful", {})}
+def untuned_models(curves: dict[str, Sequence[Row]]) -> dict[str, Row]:
+    """Attack success before tuning: from the perturb run's clean model (noise 0), else when the model was made."""
+    made = json.loads((ROOT / "examples/models/figures.json").read_text())["models"]
+    found = {name: row["harmful"] for name, row in made.items() if "asr_string" in row.get("harmful", {})}
+    source = "when the model was made: bf16, 400 prompts, up to 64 tokens"
+    untuned = {
+        name: {"source": source, **{k: row[k] for k in ("asr_string", "asr_guard")}} for name, row in found.items()
+    }
+    for model, rows in curves.items():
+        clean = {row["measure"]: row for row in rows if row["noise"] == 0 and row["rate"] is not None}
+        if {"not refused", "unsafe"} <= set(clean):
+            judges = {"asr_string": clean["not refused"], "asr_guard": clean["unsafe"]}
+            untuned[model] = {"source": "the perturb run's clean model", **judges}
+    return untuned
 
 
 # ---------------------------------------------------------------- what was run
@@ -83,7 +97,8 @@ def what_was_run(about: Row) -> str:
     return f"""\
 Made by `make study` (`{about["command"]}`); every number is in `results/study.json`.
 
-- **Cells finished**: {done}; {missing} missing. Judged folders outside the grid, not shown: {about["outside_the_grid"]}.
+- **Cells finished**: {done}; {missing} missing.
+  Judged folders of another grid, not shown: {about["outside_the_grid"]}.
 - **Seeds** {", ".join(str(seed) for seed in about["seeds"])}: other prompts for the mask ({about["prompts_of_a_mask"]}
   harmful training requests), other noise, another order of the data. All answer the same held-out prompts.
 - **Tuning**: {steps}. **Asked**: {sizes} held-out harmful and benign or task prompts a cell, greedily.
@@ -93,13 +108,14 @@ Made by `make study` (`{about["command"]}`); every number is in `results/study.j
 
 The models are the repository's tiny ones (about 2 million weights): what holds here need not hold at 8 billion, nor the
 other way round. **Not refused**: an answer to a harmful request without a refusal's words, garbled ones included.
-**Unsafe**: the tiny guard's verdict, which calls garbled compliance safe, so that **unsafe or incoherent** stands beside
-it. A benign answer is right only if it does not refuse.
+**Unsafe**: the tiny guard's verdict, which calls garbled compliance safe, so that **unsafe or incoherent** stands
+beside it. A benign answer is right only if it does not refuse.
 
 Rates are in per cent: pooled over the seeds' prompts [Wilson's 95 % interval] (least – greatest seed). The interval
 takes prompts of several seeds for independent, which they are not quite; the seeds' range shows what it leaves out.
 Learning rates are chosen on the same prompts that are reported, the same way for every method; more learning rates are
-more chances, and their number stands in each row.
+more chances, and their number stands in each row. Untuned models' rates are those measured when they were made (bf16,
+400 prompts), or the perturb run's clean model where there is one; they are the same for every method.
 """
 
 
@@ -114,8 +130,8 @@ def set_section(rows: Sequence[Row]) -> tuple[str, Row]:
     """SET: methods at equal attack success and equal over-refusal; ESI against the others."""
     data = {"methods": findings.methods(rows), "against": findings.comparisons(rows)}
     text = []
-    for model, ratio in sorted({(row["model"], row["ratio"]) for row in data["methods"]}):
-        own = [row for row in data["methods"] if (row["model"], row["ratio"]) == (model, ratio)]
+    for model, ratio in findings.tables_of(data["methods"]):
+        own = findings.at_ratio(data["methods"], model, ratio)
         text.append(f"### {model}, {100 * ratio:g} % of the weights\n")
         for rule in (*WORDS_RULES, POLITE_RULE):
             text += [f"**At {rule_text(rule)}**, each seed's best {MEASURES[rule.wanted]}:\n", _at(own, rule)]
@@ -133,11 +149,11 @@ def _at(own: Sequence[Row], rule: Rule) -> str:
         found = row["at"][rule.name]
         head = [row["criterion"], str(len(row["learning_rates"])), seeds_text(found)]
         lines.append([*head, *(interval(found[flag]) for flag in MEASURES)])
-    text = table(["method", "learning rates", "seeds", *MEASURES.values()], lines) if lines else ""
+    parts = [table(["method", "learning rates", "seeds", *MEASURES.values()], lines)] if lines else []
     missed = [row for row in own if not row["at"][rule.name]["reached"]]
     if missed:
-        text += "\nNot reached by any seed (seeds; nearest): " + ", ".join(_missed(row, rule) for row in missed) + ".\n"
-    return text
+        parts.append(f"Not reached by any seed (seeds; nearest): {', '.join(_missed(row, rule) for row in missed)}.\n")
+    return "\n".join(parts)
 
 
 def _missed(row: Row, rule: Rule) -> str:
@@ -195,8 +211,8 @@ def spa_section(rows: Sequence[Row]) -> tuple[str, Row]:
             if row["model"] == model
         ]
         text.append(
-            f"### {model}\n\n**At equal task score**: of the learning rates that reach {findings.TASK_SHARE:.0%} of what "
-            "tuning with nothing frozen reaches in the same seed, the one with the fewest requests not refused.\n\n"
+            f"### {model}\n\n**At equal task score**: of the learning rates that reach {findings.TASK_SHARE:.0%} of "
+            "the score of nothing frozen in the same seed, the one with the fewest requests not refused.\n\n"
             + table(["task", "frozen", "seeds", *names], lines)
         )
     lines = [
@@ -265,14 +281,17 @@ class Page:
     def __init__(self, docs: Path):
         self.docs, self.parts = docs, list[str]()
         (docs / "results").mkdir(parents=True, exist_ok=True)
-        for file in (docs / "results").glob("*.png"):  # none stays that this study did not draw
-            file.unlink()
+        for name in FIGURES:  # none stays that this study did not draw
+            for file in (docs / "results").glob(f"{name}*.png"):
+                file.unlink()
 
     def add(self, *parts: str) -> None:
         self.parts += parts
 
     def figure(self, name: str, drawn: Any) -> None:
-        (self.docs / f"results/{name}.png").write_bytes(figure_png(drawn))
+        # A palette: a third of the bytes.
+        picture = Image.open(BytesIO(figure_png(drawn))).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        picture.save(self.docs / f"results/{name}.png", optimize=True)
         self.parts.append(f"![{name}](results/{name}.png)\n")
 
 
@@ -297,7 +316,7 @@ def write(output: Path, docs: Path = ROOT / "docs") -> None:
     curves = {f"{model}-aligned": where.noise_curves(output, f"{model}-aligned") for model in MODELS}
     data = {
         "facts": facts(output, grid, rows),
-        "untuned": untuned_models(),
+        "untuned": untuned_models(curves),
         "set": set_data,
         "spa": spa_data,
         "masks": places,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from findings import GUARD_RULES, POLITE_RULE, WORDS_RULES, Rule, ranked
+from findings import GUARD_RULES, LEARNT, POLITE_RULE, RULES, WORDS_RULES, Rule, at_ratio, ranked
+from grid import POISONED
 
 CLAIMS = {
     "set": "SET cuts the attack success of unaligned models by over 50 % with 100 iterations on 1 % of the weights",
@@ -77,10 +78,10 @@ def _set_claim(data: Row, untuned: Mapping[str, Row]) -> list[str]:
             fails = own[flag]["low"] > before[key]["rate"] / 2
             verdicts.append("holds" if holds else "does not hold" if fails else "is within the interval")
         lines.append(
-            f"{head} {verdicts[0]} by refusal words, {verdicts[1]} by the guard. With at most 5 % over-refusal, requests "
-            f"not refused {percent(before['asr_string']['rate'])} → {interval(own['not_refused'])}, unsafe "
+            f"{head} {verdicts[0]} by refusal words, {verdicts[1]} by the guard. With at most 5 % over-refusal, "
+            f"requests not refused {percent(before['asr_string']['rate'])} → {interval(own['not_refused'])}, unsafe "
             f"{percent(before['asr_guard']['rate'])} → {interval(own['unsafe'])}, incoherent answers to them "
-            f"{interval(own['incoherent_harmful'])} ({seeds_text(own)} seeds)."
+            f"{interval(own['incoherent_harmful'])} (seeds: {seeds_text(own)})."
         )
     return lines or [f'- "{CLAIMS["set"]}": not run.']
 
@@ -89,12 +90,16 @@ def _spa_claim(data: Row, untuned: Mapping[str, Row]) -> list[str]:
     """Within one point or not, for every task that was learnt, at every ratio that ESI froze."""
     lines = []
     for row in data["equal_task"]:
-        if row["criterion"] != "esi":
+        if row["criterion"] != "esi" or row["task"] == POISONED:  # the claim is for benign tuning
             continue
         head = f"  - {row['model']}, {row['task']}, ESI {100 * row['ratio']:g} % frozen:"
         own, before = row["not_refused"], untuned.get(row["model"])
-        if not own["reached"]:
-            lines.append(f"{head} the task is learnt in 0 of {own['seeds']} seeds.")
+        if not row["learnt"]:
+            lines.append(f"{head} not decided (even with nothing frozen the task's score is below {LEARNT:.0%}).")
+        elif not own["reached"]:
+            lines.append(
+                f"{head} the score of nothing frozen is not reached by {own['seeds']} of {own['seeds']} seeds."
+            )
         elif before is None:
             lines.append(f"{head} not decided (the model before tuning was not measured).")
         else:
@@ -103,7 +108,7 @@ def _spa_claim(data: Row, untuned: Mapping[str, Row]) -> list[str]:
             sure = "" if (own["high"] <= limit or own["low"] > limit) else ", though the interval holds the limit"
             lines.append(
                 f"{head} {word}{sure}: not refused {percent(before['asr_string']['rate'])} → {interval(own)} "
-                f"({seeds_text(own)} seeds)."
+                f"(seeds: {seeds_text(own)})."
             )
     head = f'- "{CLAIMS["spa"]}", at the learning rate that is safest of those that learn the task:'
     return [head, *lines] if lines else [f'- "{CLAIMS["spa"]}": not run.']
@@ -123,8 +128,10 @@ def _standing(methods: Sequence[Row]) -> list[str]:
     """Who is first under every rule, and where ESI stands."""
     lines = []
     for model, ratio in sorted({(row["model"], row["ratio"]) for row in methods if row["criterion"] == "esi"}):
-        own = [row for row in methods if (row["model"], row["ratio"]) == (model, ratio)]
-        own += [row for row in methods if row["model"] == model and row["criterion"] == "all" and ratio == 0.01]
+        own = at_ratio(methods, model, ratio)
+        if len(own) == 1:
+            lines.append(f"- SET, {model}, {100 * ratio:g} % of the weights: ESI alone was run.")
+            continue
         lines.append(f"- SET, {model}, {100 * ratio:g} % of the weights, {len(own)} methods:")
         lines += [_first(own, rule) for rule in (*WORDS_RULES, GUARD_RULES[0], POLITE_RULE)]
     return lines or ["- SET: ESI was not run."]
@@ -135,16 +142,23 @@ def _first(own: Sequence[Row], rule: Rule) -> str:
     head = f"  - At {rule_text(rule)}:"
     if not found:
         return f"{head} no method gets there in any seed."
-    names, best = [row["criterion"] for row in found], found[0]
-    value = interval(best["at"][rule.name][rule.wanted])
-    text = f"{head} {len(found)} get there; first **{best['criterion']}**, {WANTED_TEXT[rule.wanted]} {value}"
+    names, best = [row["criterion"] for row in found], found[0]["at"][rule.name]
+    value = interval(best[rule.wanted])
+    text = f"{head} {len(found)} get there; first **{names[0]}**, {WANTED_TEXT[rule.wanted]} {value}"
     if names[0] == "esi":
         return f"{text}, which is ESI."
     if "esi" not in names:
         nearest = next(row["at"][rule.name]["nearest"] for row in own if row["criterion"] == "esi")
         return f"{text}; ESI does not get there in any seed (nearest {percent(nearest)})."
     esi = found[names.index("esi")]["at"][rule.name]
-    return f"{text}; ESI is number {names.index('esi') + 1}, {interval(esi[rule.wanted])} ({seeds_text(esi)} seeds)."
+    place = 1 + sum(_reach(row, rule) > _reach(found[names.index("esi")], rule) for row in found)  # equals share one
+    return f"{text}; ESI is number {place}, {interval(esi[rule.wanted])} (seeds: {seeds_text(esi)})."
+
+
+def _reach(row: Row, rule: Rule) -> tuple:
+    """The higher the better: seeds that get there, then the pooled rate."""
+    own = row["at"][rule.name]
+    return own["reached"], rule.sign * own[rule.wanted]["rate"]
 
 
 def _tested(found: Sequence[Row]) -> list[str]:
@@ -165,7 +179,12 @@ def _tested(found: Sequence[Row]) -> list[str]:
 
 
 def _place(row: Row) -> str:
-    return f"{row['model']}, {100 * row['ratio']:g} %, {row['rule']}"
+    return f"{row['model']}, {100 * row['ratio']:g} %, {_rule_of(row)}"
+
+
+def _rule_of(row: Row) -> str:
+    rule = next(rule for rule in RULES if rule.name == row["rule"])
+    return f"{WANTED_TEXT[rule.wanted]} at {rule_text(rule)}"
 
 
 def _points(row: Row) -> str:
@@ -181,6 +200,6 @@ def _spa_tested(found: Sequence[Row]) -> list[str]:
         rival = "nothing" if row["second"] == "nothing" else f"{row['second']} {100 * row['ratio']:g} %"
         lines.append(
             f"- {row['model']}, {row['task']}: ESI {100 * row['ratio']:g} % frozen against {rival}: {_points(row)} not "
-            f"refused at equal task score ({row['seeds']} seeds, p {row['p_holm']:.2g}): {row['verdict']}."
+            f"refused at equal task score (seeds: {row['seeds']}; p {row['p_holm']:.2g}): {row['verdict']}."
         )
     return lines or ["- SPA: nothing to compare."]

@@ -156,7 +156,8 @@ def stability(output: Path) -> list[Row]:
 
 
 def noise_curves(output: Path, model: str) -> list[Row]:
-    """Points of a perturbation's curves on harmful prompts: {measure, order, ratio, noise, rate, low, high, n, by_seed}.
+    """Points of a perturbation's curves on harmful prompts: {measure, order, ratio, noise, rate,
+    low, high, n, missing, by_seed}.
 
     measure: "not refused" (refusal words), "unsafe" (the guard), "incoherent". Noise 0 is the clean model. Empty where
     it was not run, or ended without curves. The only function that knows the perturb stage's report.
