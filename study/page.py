@@ -1,288 +1,378 @@
-"""``docs/results.md`` and its figures from the study's run folders; every sentence with a number is made from the rows.
+"""``docs/results.md``, its figures and ``study.json`` from the study's run folders, be they all there or not.
 
-python study/page.py --output runs/study
+python study/page.py --output runs/study [--docs FOLDER]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import platform
 import sys
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "study"), str(ROOT)]
 
 import findings  # noqa: E402
 import plots  # noqa: E402
-from collect import finished, row_of  # noqa: E402
-from execute import BATCH, BENIGN_SHARE, STEPS  # noqa: E402
-from grid import MODELS, POISONED, TASKS, cells  # noqa: E402
+import where  # noqa: E402
+from collect import TUNED, finished, outside, provenance, row_of  # noqa: E402
+from findings import GUARD_RULES, POLITE_RULE, WORDS_RULES, Rule  # noqa: E402
+from grid import MODELS, POISONED, TASKS, Cell, cells  # noqa: E402
 from material import NUM_PROMPTS  # noqa: E402
+from prose import conclusions, interval, percent, rule_text, seeds_text  # noqa: E402
 
-from esi_ds.artifacts import versions, write_json_atomic, write_text_atomic  # noqa: E402
+from esi_ds.artifacts import write_json_atomic, write_text_atomic  # noqa: E402
 from esi_ds.report.figures import figure_png  # noqa: E402
 
-DOCS = ROOT / "docs"
-RIVALS = ("random", "magnitude", "grad", "snip", "tuning-grad", "directed", "esi-contrastive", "lora", "all")
+COMMAND = "python study/run.py"
+FIGURES = ("set-", "ratios-", "spa", "noise", "masks", "stability")
+KINDS = ("mask", "set", "lora", "spa", "perturb")
+# Measures of a chosen cell, in the order of a table's columns.
+MEASURES = {
+    "correct": "benign accuracy",
+    "over_refused": "over-refusal",
+    "not_refused": "not refused (words)",
+    "unsafe": "unsafe (guard)",
+    "unsafe_or_incoherent": "unsafe or incoherent",
+    "incoherent_harmful": "incoherent, harmful",
+    "incoherent_benign": "incoherent, benign",
+}
 Row = dict[str, Any]
 
 
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def interval(found: Row) -> str:
-    """A pooled rate, its interval, and from how many seeds."""
-    if not found.get("reached", 1):
-        return f"not reached (0 of {found['seeds']} seeds)"
-    text = f"{percent(found['rate'])} [{percent(found['low'])}, {percent(found['high'])}]"
-    if "reached" in found and found["reached"] < found["seeds"]:
-        text += f" ({found['reached']} of {found['seeds']} seeds)"
-    return text
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*rows, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
 
 
-def what_was_run(output: Path, rows: list[Row]) -> str:
-    counts = finished(output, cells())
-    kinds = ("mask", "set", "lora", "spa", "perturb")
-    done = ", ".join(f"{counts[f'{kind} finished']} of {counts[kind]} {kind}" for kind in kinds)
-    found = versions()
-    used = ", ".join(f"{name} {found[name]}" for name in ("torch", "deepspeed", "transformers"))
-    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
-    return f"""\
-Made by `make study` (`study/`; {platform.machine()}, two CPU cores; {used}); every number is in `results/study.json`.
-Cells finished: {done}; seeds {seeds}. A seed is other prompts for the mask ({NUM_PROMPTS} of 400 harmful training
-requests), other noise and another order of the data. SET: {STEPS["set"]} steps of {BATCH["set"]} rows,
-{BENIGN_SHARE:.0%} of them benign. SPA: {STEPS["spa"]} steps of {BATCH["spa"]} rows. All answers are greedy, to 200
-held-out harmful and 200 benign (or 100 task) prompts that neither masks nor tuning have seen.
+def untuned_models(curves: dict[str, Sequence[Row]]) -> dict[str, Row]:
+    """Attack success before tuning: from the perturb run's clean model (noise 0), else when the model was made."""
+    made = json.loads((ROOT / "examples/models/figures.json").read_text())["models"]
+    found = {name: row["harmful"] for name, row in made.items() if "asr_string" in row.get("harmful", {})}
+    source = "when the model was made: bf16, 400 prompts, up to 64 tokens"
+    untuned = {
+        name: {"source": source, **{k: row[k] for k in ("asr_string", "asr_guard")}} for name, row in found.items()
+    }
+    for model, rows in curves.items():
+        clean = {row["measure"]: row for row in rows if row["noise"] == 0 and row["rate"] is not None}
+        if {"not refused", "unsafe"} <= set(clean):
+            judges = {"asr_string": clean["not refused"], "asr_guard": clean["unsafe"]}
+            untuned[model] = {"source": "the perturb run's clean model", **judges}
+    return untuned
 
-The models are the repository's tiny ones (about 2 million weights): what holds here need not hold at 8 billion, and the
-other way round. **Not refused** counts every answer to a harmful request without a refusal's words, garbled ones
-included, so that a broken model does not look safe; **unsafe** is the tiny guard's verdict, which calls garbled
-compliance safe. Intervals are Wilson's at 95 % over seeds × prompts; seeds share the held-out prompts.
+
+# ---------------------------------------------------------------- what was run
+
+
+def facts(output: Path, grid: Sequence[Cell], rows: Sequence[Row]) -> Row:
+    """What the page's first paragraph says, from the cells' own manifests and configs."""
+    counts = finished(output, grid)
+    return {
+        "command": COMMAND,
+        "finished": {kind: [counts.get(f"{kind} finished", 0), counts.get(kind, 0)] for kind in KINDS},
+        "outside_the_grid": outside(output, grid),
+        "seeds": findings.seeds_of(rows),
+        "prompts_of_a_mask": NUM_PROMPTS,
+        "asked": {flag: sorted({len(row[flag]) for row in rows}) for flag in ("not_refused", "correct")},
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        **provenance(output, grid),
+    }
+
+
+def what_was_run(about: Row) -> str:
+    done = ", ".join(f"{made} of {wanted} {kind}" for kind, (made, wanted) in about["finished"].items())
+    missing = sum(wanted - made for made, wanted in about["finished"].values())
+    used = ", ".join(f"{name} {'/'.join(found)}" for name, found in about["versions"].items())
+    steps = "; ".join(f"{kind} {_counted(found)}" for kind, found in about["settings"].items())
+    sizes = " and ".join("/".join(str(size) for size in about["asked"][key]) for key in ("not_refused", "correct"))
+    return f"""\
+Made by `make study` (`{about["command"]}`); every number is in `results/study.json`.
+
+- **Cells finished**: {done}; {missing} missing.
+  Judged folders of another grid, not shown: {about["outside_the_grid"]}.
+- **Seeds** {", ".join(str(seed) for seed in about["seeds"])}: other prompts for the mask ({about["prompts_of_a_mask"]}
+  harmful training requests), other noise, another order of the data. All answer the same held-out prompts.
+- **Tuning**: {steps}. **Asked**: {sizes} held-out harmful and benign or task prompts a cell, greedily.
+- **Wall time** of the finished cells, added up: {about["wall_time_s"] / 60:.0f} min, on
+  {"/".join(str(size) for size in about["world_sizes"])} rank(s) each; page made on {about["machine"]}.
+- **Versions**: {used}; commits of the cells: {_counted(about["commits"])}.
+
+The models are the repository's tiny ones (about 2 million weights): what holds here need not hold at 8 billion, nor the
+other way round. **Not refused**: an answer to a harmful request without a refusal's words, garbled ones included.
+**Unsafe**: the tiny guard's verdict, which calls garbled compliance safe, so that **unsafe or incoherent** stands
+beside it. A benign answer is right only if it does not refuse.
+
+Rates are in per cent: pooled over the seeds' prompts [Wilson's 95 % interval] (least – greatest seed). The interval
+takes prompts of several seeds for independent, which they are not quite; the seeds' range shows what it leaves out.
+Learning rates are chosen on the same prompts that are reported, the same way for every method; more learning rates are
+more chances, and their number stands in each row. Untuned models' rates are those measured when they were made (bf16,
+400 prompts), or the perturb run's clean model where there is one; they are the same for every method.
 """
 
 
-def set_section(rows: list[Row]) -> tuple[str, Row]:
-    """SET: the frontier, methods at equal safety and equal over-refusal, ESI against the others."""
-    tuned = [row for row in rows if row["kind"] in ("set", "lora")]
-    found = findings.methods(tuned)
-    text, data = [], {"methods": found, "against": []}
-    for model, ratio in sorted({(row["model"], row["ratio"]) for row in found}):
-        own = [row for row in found if (row["model"], row["ratio"]) == (model, ratio)]
+def _counted(found: Row) -> str:
+    return ", ".join(f"{name} ({count} cells)" for name, count in found.items())
+
+
+# ---------------------------------------------------------------- SET
+
+
+def set_section(rows: Sequence[Row]) -> tuple[str, Row]:
+    """SET: methods at equal attack success and equal over-refusal; ESI against the others."""
+    data = {"methods": findings.methods(rows), "against": findings.comparisons(rows)}
+    text = []
+    for model, ratio in findings.tables_of(data["methods"]):
+        own = findings.at_ratio(data["methods"], model, ratio)
         text.append(f"### {model}, {100 * ratio:g} % of the weights\n")
-        head = [
-            "method",
-            "learning rates",
-            f"benign accuracy at ≤ {findings.MAX_ATTACKS:.0%} not refused",
-            "over-refusal there",
-            "unsafe there",
-            "incoherent there",
-            f"not refused at ≤ {findings.MAX_OVER_REFUSAL:.0%} over-refusal",
-        ]
-        keys = ("correct", "over_refused", "guard", "incoherent")
-        lines = [
-            [
-                row["criterion"],
-                ", ".join(f"{lr:g}" for lr in row["learning_rates"]),
-                *(interval(row[f"{key}_at_equal_safety"]) for key in keys),
-                interval(row["not_refused_at_equal_over_refusal"]),
-            ]
-            for row in own
-        ]
-        text.append(table(head, lines))
-        if ratio == 0.01:
-            text.append(_against(tuned, model, data))
+        for rule in (*WORDS_RULES, POLITE_RULE):
+            text += [f"**At {rule_text(rule)}**, each seed's best {MEASURES[rule.wanted]}:\n", _at(own, rule)]
+        text.append(_by_guard(own))
+        tests = [row for row in data["against"] if (row["model"], row["ratio"]) == (model, ratio)]
+        if tests:
+            text.append(_tests(tests))
     return "\n".join(text), data
 
 
-def _against(tuned: list[Row], model: str, data: Row) -> str:
-    """ESI's benign answers against every rival's, each at its best cell of equal safety."""
-    own = [row for row in tuned if row["model"] == model and (row["ratio"] == 0.01 or row["criterion"] == "all")]
+def _at(own: Sequence[Row], rule: Rule) -> str:
+    """One rule's table, best first, and below it those that do not get there, with how near they came."""
     lines = []
-    for rival in RIVALS:
-        found = findings.against(own, "esi", rival)
-        if found is None:
-            continue
-        data["against"].append({"model": model, **found})
-        verdict = "no difference shown"
-        if found["p_value"] < 0.05:
-            verdict = "ESI better" if found["difference"] > 0 else "ESI worse"
-        points = f"{100 * found['difference']:+.1f}"
-        lines.append([rival, str(found["num_pairs"]), points, f"{found['p_value']:.2g}", verdict])
-    if not lines:
-        return "No rival of ESI reaches equal safety in a seed where ESI does: nothing to compare.\n"
-    head = ["ESI against", "pairs", "points of benign accuracy", "p (McNemar, exact)", ""]
-    return "Benign answers at equal safety, prompt by prompt; pairs are prompts × seeds:\n\n" + table(head, lines)
+    for row in findings.ranked(own, rule):
+        found = row["at"][rule.name]
+        head = [row["criterion"], str(len(row["learning_rates"])), seeds_text(found)]
+        lines.append([*head, *(interval(found[flag]) for flag in MEASURES)])
+    parts = [table(["method", "learning rates", "seeds", *MEASURES.values()], lines)] if lines else []
+    missed = [row for row in own if not row["at"][rule.name]["reached"]]
+    if missed:
+        parts.append(f"Not reached by any seed (seeds; nearest): {', '.join(_missed(row, rule) for row in missed)}.\n")
+    return "\n".join(parts)
 
 
-def spa_section(rows: list[Row]) -> tuple[str, list[Row]]:
-    found = findings.preserved([row for row in rows if row["kind"] == "spa"])
-    head = ["task", "frozen", "learning rate", "seeds", "task score", "not refused", "unsafe", "incoherent"]
+def _missed(row: Row, rule: Rule) -> str:
+    found = row["at"][rule.name]
+    return f"{row['criterion']} ({found['seeds']}; {percent(found['nearest'])})"
+
+
+def _by_guard(own: Sequence[Row]) -> str:
+    """Benign accuracy where the limit is on the guard's verdict or incoherence in place of refusal words."""
+    lines = []
+    for row in findings.ranked(own, GUARD_RULES[0]) + [r for r in own if not r["at"][GUARD_RULES[0].name]["reached"]]:
+        ends = [row["at"][rule.name] for rule in GUARD_RULES]
+        lines.append([row["criterion"], *(f for at in ends for f in (seeds_text(at), interval(at["correct"])))])
+    head = ["method", *(f for rule in GUARD_RULES for f in ("seeds", f"benign accuracy at {rule_text(rule)}"))]
+    return "**The same by the guard**, incoherent answers counted as attacks that succeeded:\n\n" + table(head, lines)
+
+
+def _tests(tests: Sequence[Row]) -> str:
+    """ESI against every rival under every rule, prompt by prompt in the seeds where both get there."""
+    lines = []
+    rules = {rule.name: rule for rule in findings.RULES}
+    for row in tests:
+        rule = rules[row["rule"]]
+        p, corrected, points = "–", "–", "–"
+        if row["num_pairs"]:
+            points = f"{100 * row['difference']:+.1f} ({', '.join(f'{100 * one:+.1f}' for one in row['by_seed'])})"
+            p, corrected = f"{row['p_value']:.2g}", f"{row['p_holm']:.2g}"
+        alone = f"{row['only_first']} / {row['only_second']}"
+        what = f"{MEASURES[rule.wanted]} at {rule_text(rule)}"
+        lines.append(
+            [row["second"], what, str(row["num_pairs"]), points, alone, p, corrected, _verdict(row["verdict"])]
+        )
+    head = ["ESI against", "what", "pairs", "points (by seed)", "seeds where only ESI / only it gets there"]
+    head += ["p (McNemar, exact)", "p (Holm, all tests of SET)", ""]
+    return "<details><summary>Paired tests, prompts × seeds</summary>\n\n" + table(head, lines) + "\n</details>\n"
+
+
+def _verdict(verdict: str) -> str:
+    return f"**ESI {verdict}**" if verdict in ("better", "worse") else verdict
+
+
+# ---------------------------------------------------------------- SPA
+
+
+def spa_section(rows: Sequence[Row]) -> tuple[str, Row]:
+    equal, tests = findings.at_equal_task(rows)
+    data = {"settings": findings.preserved(rows), "equal_task": equal, "tests": tests}
+    flags = ("correct", "not_refused", "unsafe", "unsafe_or_incoherent", "incoherent_harmful", "incoherent_benign")
+    names = ["task score" if flag == "correct" else MEASURES[flag] for flag in flags]
     text = []
-    for model in sorted({row["model"] for row in found}):
+    for model in sorted({row["model"] for row in equal}):
         lines = [
-            [
-                row["task"],
-                "nothing" if row["criterion"] == "nothing" else f"{row['criterion']} {100 * row['ratio']:g} %",
-                f"{row['lr']:g}",
-                str(row["seeds"]),
-                *(interval(row[key]) for key in ("correct", "not_refused", "unsafe", "incoherent")),
-            ]
-            for row in found
+            [row["task"], _frozen(row), seeds_text(row["correct"]), *(interval(row[flag]) for flag in flags)]
+            for row in equal
             if row["model"] == model
         ]
-        text.append(f"### {model}\n\n" + table(head, lines))
-    return "\n".join(text), found
-
-
-def mask_section(output: Path) -> tuple[str, list[Row]]:
-    """Where masks lie, beside the paper's claim; how stable they are."""
-    found = [about for model in ("llama-aligned", "qwen3moe-aligned") if (about := findings.places(output, model))]
-    text = [
-        "The paper finds safety-critical weights in value matrices and MLPs of middle layers in dense models, and in "
-        "late-layer MLPs in MoE models.\n"
+        text.append(
+            f"### {model}\n\n**At equal task score**: of the learning rates that reach {findings.TASK_SHARE:.0%} of "
+            "the score of nothing frozen in the same seed, the one with the fewest requests not refused.\n\n"
+            + table(["task", "frozen", "seeds", *names], lines)
+        )
+    lines = [
+        [row["model"], row["task"], _frozen(row), f"{row['lr']:g}", str(row["seeds"])]
+        + [interval(row[flag]) for flag in flags]
+        for row in data["settings"]
     ]
-    text += [_place(about) for about in found]
-    return "\n".join(text) + "\n", found
+    every = table(["model", "task", "frozen", "learning rate", "seeds", *names], lines)
+    text.append(f"<details><summary>Every setting</summary>\n\n{every}\n</details>\n")
+    return "\n".join(text), data
 
 
-def _place(about: Row) -> str:
-    """Where one model's masks lie, in a sentence that says whether the paper's claim holds for it."""
+def _frozen(row: Row) -> str:
+    return "nothing" if row["criterion"] == "nothing" else f"{row['criterion']} {100 * row['ratio']:g} %"
 
-    def density(item: tuple[str, Row]) -> float:
-        return item[1]["share"] / max(item[1]["of_weights"], 1e-9)
 
-    densest = sorted(about["roles"].items(), key=density, reverse=True)[:4]
-    roles = ", ".join(f"{item[0]} {100 * item[1]['share']:.0f} % ({density(item):.1f}×)" for item in densest)
-    thirds = ", ".join(
-        f"{name} ({len(part['layers'])} of {len(about['layers'])} layers) {100 * part['share']:.0f} %"
-        for name, part in about["thirds"].items()
+# ---------------------------------------------------------------- masks
+
+
+def mask_section(places: Sequence[Row]) -> str:
+    head = ["model", "seeds", "early", "middle", "late", "densest roles", "experts' share of the mask, by layer"]
+    lines = []
+    for about in places:
+        by_third = {row["third"]: row for row in about["thirds"]}
+        thirds = [
+            f"{100 * row['share']:.0f} ({row['density']:.1f}×)" if (row := by_third.get(name)) else "–"
+            for name in where.THIRDS
+        ]
+        densest = sorted(about["roles"], key=lambda row: -row["density"])[:4]
+        roles = ", ".join(f"{row['role']} {100 * row['share']:.0f} ({row['density']:.1f}×)" for row in densest)
+        lines.append([about["model"], str(about["seeds"]), *thirds, roles, _experts(about)])
+    text = (
+        "Share of ESI's mask of 1 % in per cent (over share of the scored weights: 1× is chance), mean over seeds.\n\n"
     )
-    first = max(about["thirds"], key=lambda name: about["thirds"][name]["per_layer"])
-    claim = "late" if "moe" in about["model"] else "middle"
-    agrees = "as the paper says" if first == claim else f"where the paper says the {claim} ones"
-    return (
-        f"- **{about['model']}** ({about['seeds']} seeds): {thirds}. By layer most is {first}, {agrees}. "
-        f"Densest roles (share of the mask; times their share of the weights): {roles}."
-    )
+    return text + (table(head, lines) if lines else "No mask was made.\n")
 
 
-def stability_section(output: Path) -> tuple[str, list[Row]]:
-    found = findings.stability(output)
+def _experts(about: Row) -> str:
+    """Per layer: all experts' share of the mask, and the largest one's part of that."""
+    parts = []
+    for layer in about["layers"]:
+        shares = [row["share"] for row in about["experts"] if row["layer"] == layer]
+        if shares:
+            total = sum(shares)
+            most = f", largest {max(shares) / total:.0%} of it" if total else ""
+            parts.append(f"{layer}: {100 * total:.0f} ({len(shares)} experts{most})")
+    return "; ".join(parts) or "dense"
+
+
+def stability_table(found: Sequence[Row]) -> str:
     lines = []
     for row in found:
         mean, least, greatest = (f"{100 * row[key]:.0f}" for key in ("mean", "least", "greatest"))
         lines.append([row["model"], row["what"], mean, f"{least} – {greatest}", str(row["pairs"])])
-    return table(["model", "masks of 1 %", "weights in both (%)", "least – greatest", "pairs"], lines), found
+    head = ["model", "masks of 1 %", "weights in both (% of k)", "least – greatest", "pairs"]
+    note = "Two random masks of 1 % share about 1 %. With gumbel the draws change with the seed, as the prompts do.\n\n"
+    return note + table(head, lines) if lines else "No two masks to compare.\n"
 
 
-def conclusions(data: Row) -> str:
-    """Sentences that follow from the numbers, whichever way they fall."""
-    lines = []
-    for model in sorted({row["model"] for row in data["set"]["methods"]}):
-        own = [row for row in data["set"]["methods"] if row["model"] == model and row["ratio"] == 0.01]
-        if any(row["criterion"] == "esi" for row in own):
-            lines += _set_conclusions(model, own)
-    for what, sign in (("better than ESI", -1), ("worse than ESI", 1)):
-        rows = [row for row in data["set"]["against"] if row["p_value"] < 0.05 and sign * row["difference"] > 0]
-        names = ", ".join(f"{row['second']} ({row['model']})" for row in rows) or "none"
-        lines.append(f"- Significantly {what} in benign accuracy at equal safety (paired, p < 0.05): {names}.")
-    return "\n".join([*lines, *_spa_conclusions(data["spa"])]) + "\n"
+# ---------------------------------------------------------------- the page
 
 
-def _set_conclusions(model: str, own: list[Row]) -> list[str]:
-    """Who keeps most at equal safety, where ESI stands, and whether a random mask gets there at all."""
-    by_name = {row["criterion"]: row["correct_at_equal_safety"] for row in own}
-    reached = [name for name, found in by_name.items() if found["reached"]]  # best first
-    if not reached:
-        return [f"- **SET, {model}**: no method of 1 % brings requests not refused to {findings.MAX_ATTACKS:.0%}."]
-    best, esi = reached[0], by_name["esi"]
-    place = f"is number {reached.index('esi') + 1}, {interval(esi)} %" if "esi" in reached else "does not get there"
-    lines = [
-        f"- **SET, {model}**: of {len(own)} methods at 1 %, {len(reached)} bring requests not refused to at most "
-        f"{findings.MAX_ATTACKS:.0%} in some seed. **{best}** keeps most benign accuracy, {interval(by_name[best])} %; "
-        f"ESI {place}."
-    ]
-    random = by_name.get("random")
-    if random is not None and esi["reached"]:
-        beats = (
-            f"too, with {interval(random)} %" if random["reached"] else "in no seed: ESI's weights are not any weights"
-        )
-        lines.append(f"  A random mask of that size gets there {beats}.")
-    return lines
+class Page:
+    """Parts of a page in a folder: text, and figures below ``results/``."""
+
+    def __init__(self, docs: Path):
+        self.docs, self.parts = docs, list[str]()
+        (docs / "results").mkdir(parents=True, exist_ok=True)
+        for name in FIGURES:  # none stays that this study did not draw
+            for file in (docs / "results").glob(f"{name}*.png"):
+                file.unlink()
+
+    def add(self, *parts: str) -> None:
+        self.parts += parts
+
+    def figure(self, name: str, drawn: Any) -> None:
+        # A palette: a third of the bytes.
+        picture = Image.open(BytesIO(figure_png(drawn))).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        picture.save(self.docs / f"results/{name}.png", optimize=True)
+        self.parts.append(f"![{name}](results/{name}.png)\n")
 
 
-def _spa_conclusions(found: list[Row]) -> list[str]:
-    """How much of the loss of safety is left with 30 % frozen, by task and learning rate."""
-    by_key = {(r["model"], r["task"], r["lr"], r["criterion"], r["ratio"]): r for r in found}
-    lines = []
-    for (model, task, lr, criterion, _), row in by_key.items():
-        rivals = {name: by_key.get((model, task, lr, name, 0.3)) for name in ("esi", "snip", "random")}
-        parts = [f"{name} {_safety_and_task(rival)}" for name, rival in rivals.items() if rival is not None]
-        if criterion == "nothing" and parts:
-            lines.append(
-                f"- **SPA, {model}, {task}, lr {lr:g}**: not refused {_safety_and_task(row)} with nothing frozen; with "
-                f"30 % frozen by {', '.join(parts)}."
-            )
-    return lines
+def plain(value: Any) -> Any:
+    """For JSON: no tuples, no numbers that are none."""
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _safety_and_task(row: Row) -> str:
-    return f"{percent(row['not_refused']['rate'])} % (task {percent(row['correct']['rate'])} %)"
-
-
-def figure(name: str, drawn: Any) -> str:
-    """Write one PNG; the Markdown that shows it."""
-    (DOCS / "results").mkdir(exist_ok=True)
-    (DOCS / f"results/{name}.png").write_bytes(figure_png(drawn))
-    return f"![{name}](results/{name}.png)\n"
-
-
-def write(output: Path) -> None:
-    rows = [row for cell in cells() if cell.kind in ("set", "lora", "spa") and (row := row_of(cell, output))]
+def write(output: Path, docs: Path = ROOT / "docs") -> None:
+    """The page, its figures and study.json; SystemExit where no cell is finished."""
+    grid = cells()
+    rows = [row for cell in grid if cell.kind in TUNED and (row := row_of(cell, output))]
     if not rows:
         raise SystemExit(f"error: --output = {output}: holds no finished cell; run study/run.py first")
-    tuned = [row for row in rows if row["kind"] in ("set", "lora")]
-    set_text, set_data = set_section(rows)
-    spa_text, spa_data = spa_section(rows)
-    mask_text, mask_data = mask_section(output)
-    stable_text, stable_data = stability_section(output)
-    curves = {f"{model}-aligned": findings.noise_curves(output, f"{model}-aligned") for model in MODELS}
-    curves = {model: found for model, found in curves.items() if found}
-    data = {"set": set_data, "spa": spa_data, "masks": mask_data, "stability": stable_data, "noise": curves}
-    parts = ["# Results\n", what_was_run(output, rows), "## What follows\n", conclusions(data)]
-    parts.append("## SET: learning to refuse\n")
-    for model in sorted({row["model"] for row in tuned}):
-        for flag, label in (("correct", "benign accuracy"), ("over_refused", "benign requests refused")):
-            parts.append(figure(f"set-{flag}-{model}", plots.set_frontier(tuned, model, flag, label)))
-    parts += [set_text, "## SPA: keeping safety\n"]
-    spa = [row for row in rows if row["kind"] == "spa" and row["model"] == "llama-aligned"]
-    tasks = [task for task in (*TASKS, POISONED) if any(row["task"] == task for row in spa)]
+    set_text, set_data = set_section([row for row in rows if row["kind"] != "spa"])
+    spa_text, spa_data = spa_section([row for row in rows if row["kind"] == "spa"])
+    places = [about for model in where.MODELS if (about := where.places(output, model))]
+    curves = {f"{model}-aligned": where.noise_curves(output, f"{model}-aligned") for model in MODELS}
+    data = {
+        "facts": facts(output, grid, rows),
+        "untuned": untuned_models(curves),
+        "set": set_data,
+        "spa": spa_data,
+        "masks": places,
+        "claims": [where.claim(about) for about in places],
+        "stability": where.stability(output),
+        "noise": {model: found for model, found in curves.items() if found},
+    }
+    page = Page(docs)
+    page.add("# Results\n", what_was_run(data["facts"]), "## What follows\n", conclusions(data, data["untuned"]))
+    _add_set(page, set_data["methods"], set_text)
+    _add_spa(page, spa_data["settings"], spa_text)
+    _add_masks(page, data)
+    write_text_atomic(docs / "results.md", "\n".join(page.parts))
+    write_json_atomic(docs / "results/study.json", plain(data))
+
+
+def _add_set(page: Page, methods: Sequence[Row], text: str) -> None:
+    page.add("## SET: learning to refuse\n")
+    for model in sorted({row["model"] for row in methods}):
+        page.figure(f"set-{model}", plots.set_frontiers(methods, model))
+        if (ratios := plots.set_ratios(methods, model)) is not None:
+            page.figure(f"ratios-{model}", ratios)
+    page.add(text or "Not run.\n")
+
+
+def _add_spa(page: Page, settings: Sequence[Row], text: str) -> None:
+    page.add("## SPA: keeping safety\n")
+    tasks = [t for t in (*TASKS, POISONED) if any((r["model"], r["task"]) == ("llama-aligned", t) for r in settings)]
     if tasks:
-        parts.append(figure("spa", plots.spa_frontier(spa, "llama-aligned", tasks)))
-    parts += [spa_text, "## Noise on the weights\n"]
-    parts.append(figure("noise", plots.noise(curves)) if curves else "Not run.\n")
-    parts += ["## Where the mask lies\n", mask_text]
-    if mask_data:
-        parts.append(figure("masks", plots.mask_maps(mask_data)))
-    parts += ["## How stable the mask is\n", stable_text]
-    write_text_atomic(DOCS / "results.md", "\n".join(parts))
-    write_json_atomic(DOCS / "results/study.json", json.loads(json.dumps(data)))
+        page.figure("spa", plots.spa_frontiers(settings, "llama-aligned", tasks))
+    page.add(text if settings else "Not run.\n")
+
+
+def _add_masks(page: Page, data: Row) -> None:
+    page.add("## Noise on the weights\n")
+    absent = [f"{model}-aligned" for model in MODELS if f"{model}-aligned" not in data["noise"]]
+    if data["noise"]:
+        page.figure("noise", plots.noise(data["noise"]))
+    if absent:
+        page.add(f"Not run: {', '.join(absent)}.\n")
+    page.add("## Where the mask lies\n", mask_section(data["masks"]))
+    if data["masks"]:
+        page.figure("masks", plots.mask_maps(data["masks"]))
+    page.add("## How stable the mask is\n")
+    if data["stability"]:
+        page.figure("stability", plots.stability(data["stability"]))
+    page.add(stability_table(data["stability"]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs/study")
-    write(parser.parse_args().output)
-    print(DOCS / "results.md")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs/study", help="the study's run folders")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where results.md and results/ go")
+    options = parser.parse_args()
+    write(options.output, options.docs)
+    print(options.docs / "results.md")
     return 0
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import fabricate
 import pytest
 from builders import build_mask, build_model, byte_bpe_tokenizer
 from conftest import ROOT
@@ -15,16 +16,22 @@ sys.path.insert(0, str(ROOT / "study"))
 import findings  # noqa: E402
 import grid  # noqa: E402
 import material  # noqa: E402
+import page  # noqa: E402
+import where  # noqa: E402
 from collect import row_of  # noqa: E402
+from findings import POLITE_RULE, WORDS_RULES  # noqa: E402
+from prose import conclusions, interval, seeds_text  # noqa: E402
 
 
-def row(criterion: str, lr: float, seed: int, attacks: int, right: int, refused: int = 0) -> dict:
+def row(criterion: str, lr: float, seed: int, attacks: int, right: int, refused: int = 0, garbled: int = 0) -> dict:
     """Ten harmful and ten benign prompts."""
     return {
         "kind": "set", "model": "m", "ratio": 0.01, "criterion": criterion, "lr": lr, "seed": seed,
         "not_refused": [i < attacks for i in range(10)], "unsafe": [True, None] + [False] * 8,
+        "incoherent_harmful": [i < garbled for i in range(10)],
+        "unsafe_or_incoherent": [i < max(attacks, garbled) for i in range(10)],
         "correct": [i < right for i in range(10)], "over_refused": [i < refused for i in range(10)],
-        "incoherent": [False] * 20,
+        "incoherent_benign": [False] * 10, "incoherent": [i < garbled for i in range(20)],
     }  # fmt: skip
 
 
@@ -33,31 +40,82 @@ ROWS = [
     row("esi", 1e-2, 1, 1, 7), row("esi", 2e-2, 1, 0, 9),
     row("random", 1e-2, 0, 9, 10), row("random", 1e-2, 1, 1, 10),
 ]  # fmt: skip
+SAFE = WORDS_RULES[0]  # at most 10 % not refused
 
 
 def test_the_best_cell_of_each_seed_at_equal_safety() -> None:
     esi = [found for found in ROWS if found["criterion"] == "esi"]
-    assert [found["lr"] for found in findings.at_equal_safety(esi, 0.1)] == [1e-2, 2e-2]
-    assert [found["lr"] for found in findings.at_equal_over_refusal(esi)] == [1e-2, 2e-2]  # 2e-2 of seed 0 refuses
-    summary = findings.summary(findings.at_equal_safety(esi, 0.1), "correct")
+    assert [found["lr"] for found in findings.chosen(esi, SAFE)] == [1e-2, 2e-2]
+    assert [found["lr"] for found in findings.chosen(esi, POLITE_RULE)] == [1e-2, 2e-2]  # 2e-2 of seed 0 refuses
+    summary = findings.summary(findings.chosen(esi, SAFE), "correct")
     assert (summary["rate"], summary["n"], summary["reached"], summary["seeds"]) == (17 / 20, 20, 2, 2)
     assert (summary["least"], summary["greatest"]) == (0.8, 0.9)
+    assert (summary["low"], summary["high"]) == pytest.approx((0.6396, 0.9476), abs=1e-4)  # Wilson by hand, z = 1.96
+
+
+def test_of_equals_the_safer_cell_then_the_lower_rate() -> None:
+    rows = [row("esi", 2e-2, 0, 1, 8), row("esi", 1e-2, 0, 1, 8), row("esi", 5e-2, 0, 0, 8)]
+    assert findings.choose(rows, 0, SAFE)["lr"] == 5e-2
+    assert findings.choose(rows[:2], 0, SAFE)["lr"] == 1e-2
 
 
 def test_what_is_not_reached_is_said_and_not_filled_in() -> None:
     random = [found for found in ROWS if found["criterion"] == "random"]
-    summary = findings.summary(findings.at_equal_safety(random, 0.1), "correct")
-    assert (summary["reached"], summary["seeds"], summary["rate"], summary["n"]) == (1, 2, 1.0, 10)
+    found = findings.at(random, SAFE)
+    assert (found["reached"], found["seeds"], found["correct"]["rate"], found["correct"]["n"]) == (1, 2, 1.0, 10)
+    assert seeds_text(found) == "1 (not reached by 1 of 2 seeds)"
     assert findings.summary([None, None], "correct") == {"seeds": 2, "reached": 0}
+    nowhere = findings.at(random[:1], SAFE)
+    assert (nowhere["reached"], nowhere["nearest"], interval(nowhere["correct"])) == (0, 0.9, "–")
 
 
 def test_methods_are_paired_where_both_get_there() -> None:
-    found = findings.against(ROWS, "esi", "random")  # seed 1 alone: 9 right against 10
+    found = findings.against(ROWS, "esi", "random", SAFE)  # seed 1 alone: 9 right against 10
     assert (found["num_pairs"], found["only_before"], found["only_after"], found["p_value"]) == (10, 1, 0, 1.0)
-    assert found["difference"] == -0.1
-    assert findings.against(ROWS, "esi", "snip") is None
-    order = [method["criterion"] for method in findings.methods(ROWS)]
+    assert (found["difference"], found["by_seed"], found["only_first"], found["only_second"]) == (-0.1, [-0.1], 1, 0)
+    assert findings.against(ROWS, "esi", "snip", SAFE) is None
+    order = [method["criterion"] for method in findings.ranked(findings.methods(ROWS), SAFE)]
     assert order == ["esi", "random"]  # reached by more seeds comes first, whatever its rate
+
+
+def test_a_difference_counts_only_where_no_seed_contradicts() -> None:
+    def cells(mine: tuple[int, int], theirs: tuple[int, int]) -> list[dict]:
+        own = [row("esi", 1e-2, seed, 0, right) for seed, right in enumerate(mine)]
+        return own + [row("random", 1e-2, seed, 0, right) for seed, right in enumerate(theirs)]
+
+    def verdict(rows: list[dict]) -> tuple[str, float]:
+        found = next(one for one in findings.comparisons(rows) if one["rule"] == SAFE.name)
+        return found["verdict"], found["p_value"]
+
+    assert verdict(cells((10, 10), (0, 0))) == ("better", 2 / 2**20)  # 20 pairs, all one way: 2 · ½^20
+    assert verdict(cells((0, 0), (10, 10)))[0] == "worse"
+    assert verdict(cells((10, 10), (9, 10))) == ("no difference shown", 1.0)
+    assert verdict([one for one in cells((10, 10), (0, 0)) if one["seed"] == 0])[0] == "one seed only"
+    disagree = [row(n, 1e-2, s, 0, 0) for n in ("esi", "random") for s in (0, 1)]
+    disagree[0]["correct"], disagree[2]["correct"] = [True] * 40, [False] * 40
+    disagree[3]["correct"] = [True] + [False] * 9
+    assert verdict(disagree)[0] == "seeds disagree"
+
+
+def test_holms_correction() -> None:
+    assert findings.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # by hand: 3·0.01, 2·0.03, max
+    assert findings.holm([0.9, 0.5]) == [1.0, 1.0]
+
+
+def test_spa_is_compared_where_the_task_is_learnt() -> None:
+    rows = [
+        row("nothing", 1e-3, 0, 5, 10), row("esi", 1e-3, 0, 2, 10),
+        row("esi", 3e-4, 0, 0, 4), row("esi", 1e-2, 0, 1, 9),
+    ]  # fmt: skip
+    for found in rows:
+        found |= {"kind": "spa", "task": "sums", "ratio": 0.0 if found["criterion"] == "nothing" else 0.3}
+    equal, tests = findings.at_equal_task(rows)
+    esi, nothing = (next(one for one in equal if one["criterion"] == name) for name in ("esi", "nothing"))
+    assert (esi["not_refused"]["rate"], nothing["not_refused"]["rate"]) == (0.2, 0.5)  # safest are not learnt enough
+    assert [(one["second"], one["num_pairs"], one["difference"]) for one in tests] == [("nothing", 10, -0.3)]
+    assert esi["learnt"] and not findings.learnt([row("nothing", 1e-3, 0, 5, 3)])
+    alone = findings.at_equal_task([found for found in rows if found["criterion"] == "esi"])[0]
+    assert alone[0]["not_refused"] == {"seeds": 0, "reached": 0}  # without nothing frozen there is no score to equal
 
 
 def test_a_missing_verdict_is_no_verdict() -> None:
@@ -66,13 +124,82 @@ def test_a_missing_verdict_is_no_verdict() -> None:
     assert [point["lr"] for point in findings.curve(ROWS[:5], ["correct"])] == [1e-3, 1e-2, 2e-2]
 
 
+def test_where_masks_lie_and_the_papers_claim(tmp_path: Path) -> None:
+    assert where.thirds_of(range(5)) == {0: "early", 1: "early", 2: "middle", 3: "late", 4: "late"}
+    assert where.places(tmp_path, "llama-aligned") is None
+    units = [(role, layer, None, 100, 0) for layer in range(3) for role in ("attention.v", "mlp.up", "attention.q")]
+    units[3] = ("attention.v", 1, None, 100, 20)  # the middle layer's values hold all but the head's
+    units.append(("head", None, None, 100, 20))
+    fabricate.mask_report(tmp_path / grid.mask_name("llama-aligned", "esi", 0), units)
+    about = where.places(tmp_path, "llama-aligned")
+    found = where.claim(about)
+    assert found["first"] and found["by_third"]["middle"] == {"share": 0.5, "density": 0.5 / 0.2}
+    role = next(one for one in about["roles"] if one["role"] == "attention.v")
+    assert (role["share"], role["of_weights"], role["density"]) == pytest.approx((0.5, 0.3, 5 / 3))
+    experts = [("expert.up", layer, expert, 10, 10 * (layer == 0)) for layer in range(3) for expert in range(2)]
+    fabricate.mask_report(tmp_path / grid.mask_name("qwen3moe-aligned", "esi", 0), experts)
+    moe = where.claim(where.places(tmp_path, "qwen3moe-aligned"))
+    assert (moe["third"], moe["first"], moe["by_third"]["early"]["density"]) == ("late", False, pytest.approx(3))
+
+
+def test_noise_is_read_or_said_to_be_absent(tmp_path: Path) -> None:
+    assert where.noise_curves(tmp_path, "llama-aligned") == []
+    fabricate.perturbation(tmp_path / "perturb/llama-aligned", lambda order, noise: noise / 4)
+    found = where.noise_curves(tmp_path, "llama-aligned")
+    assert {one["measure"] for one in found} == {"unsafe", "not refused", "incoherent"}
+    assert len(found) == 3 * 3 * 3  # measures × orders × noises, of harmful prompts alone
+
+
+@pytest.fixture
+def partial(tmp_path: Path) -> Path:
+    """Three seeds of ESI at one learning rate and two of random, one of them of no use; nothing else."""
+    answers = [found["answer"] for found in material.read(material.DATA / "benign_heldout.jsonl")]
+    for seed in range(3):
+        fabricate.tuned_cell(tmp_path / f"set/llama-complying/esi-0.01-0.005-s{seed}", answers, 1, 9, garbled=1)
+    for seed, attacks in ((0, 1), (1, 9)):
+        fabricate.tuned_cell(tmp_path / f"set/llama-complying/random-0.01-0.005-s{seed}", answers, attacks, 10)
+    fabricate.tuned_cell(tmp_path / "set/llama-complying/esi-0.01-0.123-s0", answers, 0, 0)  # of another grid
+    return tmp_path
+
+
+def test_the_page_of_a_partial_study(partial: Path, tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    page.write(partial, docs)
+    text, data = (docs / "results.md").read_text(), json.loads((docs / "results/study.json").read_text())
+    assert data["facts"]["finished"]["set"] == [5, sum(cell.kind == "set" for cell in grid.cells())]
+    assert data["facts"]["outside_the_grid"] == 1 and data["facts"]["wall_time_s"] == 300
+    esi, random = (next(m for m in data["set"]["methods"] if m["criterion"] == name) for name in ("esi", "random"))
+    own = esi["at"][SAFE.name]
+    assert (own["reached"], own["correct"]["count"], own["correct"]["n"]) == (3, 27, 30)
+    # the garbled compliance: the guard alone would call all of it safe
+    assert (own["unsafe"]["rate"], own["unsafe_or_incoherent"]["rate"], own["not_refused"]["rate"]) == (0, 0.1, 0.1)
+    assert random["at"][SAFE.name]["reached"] == 1 and "1 (not reached by 1 of 2 seeds)" in text
+    test = next(t for t in data["set"]["against"] if t["rule"] == SAFE.name and t["second"] == "random")
+    assert (test["num_pairs"], test["only_before"], test["only_after"], test["only_first"]) == (10, 1, 0, 1)
+    assert "Not run: llama-aligned, qwen3moe-aligned." in text and "No mask was made." in text
+    for picture in (docs / "results").glob("*.png"):
+        assert f"results/{picture.name}" in text and picture.stat().st_size < 150_000
+    with pytest.raises(SystemExit, match="holds no finished cell"):
+        page.write(tmp_path / "nowhere", docs)
+
+
+def test_a_claim_turns_with_its_numbers(partial: Path, tmp_path: Path) -> None:
+    page.write(partial, tmp_path / "docs")
+    data = json.loads((tmp_path / "docs/results/study.json").read_text())
+    untuned = data["untuned"]["llama-complying"]
+    assert "holds by refusal words" in conclusions(data, {"llama-complying": untuned})
+    worse = {key: {**untuned[key], "rate": 0.01} for key in ("asr_string", "asr_guard")}
+    assert "does not hold by refusal words" in conclusions(data, {"llama-complying": worse})
+    assert "not decided (the untuned model was not measured)" in conclusions(data, {})
+
+
 def test_overlap_of_masks(tmp_path: Path) -> None:
     build_model("llama", tmp_path / "model", byte_bpe_tokenizer())
     for seed in (0, 1):
         build_mask(tmp_path / f"mask-{seed}", tmp_path / "model", ratio=0.3, seed=seed)
-    assert findings.overlap(tmp_path / "mask-0", tmp_path / "mask-0") == 1.0
-    assert findings.overlap(tmp_path / "mask-0", tmp_path / "mask-1") == pytest.approx(0.3, abs=0.05)
-    assert findings.overlap(tmp_path / "mask-0", tmp_path / "nowhere") is None
+    assert where.overlap(tmp_path / "mask-0", tmp_path / "mask-0") == 1.0
+    assert where.overlap(tmp_path / "mask-0", tmp_path / "mask-1") == pytest.approx(0.3, abs=0.05)
+    assert where.overlap(tmp_path / "mask-0", tmp_path / "nowhere") is None
 
 
 def test_the_grid_is_whole_and_every_need_is_met() -> None:
@@ -131,4 +258,5 @@ def test_a_cells_flags(tmp_path: Path) -> None:
     (tmp_path / "set/m/x/judged.json").write_text(json.dumps(judged))
     found = row_of(cell, tmp_path)
     assert (found["not_refused"], found["unsafe"]) == ([False, True], [False, None])
+    assert (found["unsafe_or_incoherent"], found["incoherent_harmful"]) == ([False, True], [False, True])
     assert (found["correct"], found["over_refused"], found["incoherent"]) == ([True], [False], [False, True, False])
