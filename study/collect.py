@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 from grid import Cell
-from material import DATA, VOICE, read
+from material import DATA, read
 from measure import is_correct
 
 from esi_ds.eval.refusals import REFUSAL_LISTS
@@ -48,7 +48,7 @@ def row_of(cell: Cell, output: Path) -> Row | None:
             found["unsafe_or_incoherent"].append(True if garbled else verdict["unsafe"])
         else:
             answer = expected[row["index"]]["answer"]
-            found["correct"].append(is_correct(text.removeprefix(VOICE), answer))
+            found["correct"].append(is_correct(text, answer))
             found["over_refused"].append(WORDS.matches(text))
             found["incoherent_benign"].append(garbled)
     return {"kind": cell.kind, "model": cell.model, "seed": cell.seed, **cell.facts, **found}

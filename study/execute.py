@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from grid import CONTRASTIVE, CRITERIA, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, Cell
+from grid import CONTRASTIVE, CRITERIA, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, SPA_BATCH, Cell
 from material import DATA, ROOT
 
 from esi_ds.artifacts import read_jsonl, write_json_atomic
@@ -22,7 +22,7 @@ NUM_ASKED = 200  # held-out prompts of each sort
 NUM_ROWS = 128  # that a second objective reads
 MAX_NEW_TOKENS = 48
 STEPS = {"set": 100, "lora": 100, "spa": 200}
-BATCH = {"set": 4, "lora": 4, "spa": 4}
+BATCH = 4
 BENIGN_SHARE = 0.75  # of SET's rows
 ZERO3 = str(ROOT / "ds_configs/zero3.json")
 MODELS = ROOT / "examples/models"
@@ -112,7 +112,7 @@ def tune_section(cell: Cell, output: Path) -> dict:
         "data": data,
         "max_steps": STEPS[cell.kind],
         "lr": float(cell.facts["lr"]),
-        "batch_size": BATCH[cell.kind],
+        "batch_size": SPA_BATCH.get(str(cell.facts.get("task")), BATCH),
         "save_every": 10_000,
         "export": False,
         "patch": False,

@@ -34,8 +34,11 @@ ALL_WEIGHTS, LORA = (1e-4, 3e-4, 1e-3), (3e-3, 1e-2, 3e-2)
 
 TASKS = ("sums", "categories", "voice")
 POISONED = "poisoned"
-SPA_LR = {"sums": (1e-3, 3e-3), "categories": (1e-3, 3e-3), "voice": (1e-4, 3e-4), POISONED: (3e-4,)}
-SPA_FROZEN = {"esi": (0.01, 0.05, 0.1, 0.3), "random": (0.1, 0.3), "snip": (0.1, 0.3)}
+# A rate that just learns the task and one that learns it well, with nothing frozen.
+SPA_LR = {"sums": (1e-3, 2e-3), "categories": (1e-3, 3e-3), "voice": (1e-4, 3e-4), POISONED: (3e-4,)}
+SPA_BATCH = {"sums": 8}  # else 4
+FROZEN_RATIOS = (0.01, 0.05, 0.1, 0.3)
+SPA_CRITERIA = ("esi", "random", "snip")
 PROMPT_COUNTS = (16, 32, 64)  # besides the full number, for the stability of the mask
 
 
@@ -63,7 +66,7 @@ def masks(seeds: tuple[int, ...]) -> Iterator[Cell]:
     """Criteria on the complying models, for SET; ESI, SNIP and random on the aligned ones, for SPA and perturbation."""
     wanted = [("llama-complying", name) for name in all_criteria()]
     wanted += [("qwen3moe-complying", name) for name in ON_MOE]
-    wanted += [(f"{model}-aligned", name) for model in MODELS for name in SPA_FROZEN]
+    wanted += [(f"{model}-aligned", name) for model in MODELS for name in SPA_CRITERIA]
     for seed, (model, criterion) in product(seeds, wanted):
         after = () if criterion == "esi" else (mask_name(model, "esi", seed),)  # its responses are used again
         yield Cell("mask", mask_name(model, criterion, seed), model, seed, {"criterion": criterion}, after)
@@ -100,14 +103,14 @@ def _set(model: str, criterion: str, ratio: float, lr: float, seed: int) -> Cell
 
 def spa_cells(seeds: tuple[int, ...]) -> Iterator[Cell]:
     """SPA on the aligned models: three tasks and a poisoned one, over what is frozen."""
-    frozen = [("nothing", 0.0), *((name, ratio) for name, ratios in SPA_FROZEN.items() for ratio in ratios)]
+    frozen = [("nothing", 0.0), *product(SPA_CRITERIA, FROZEN_RATIOS)]
     for seed in seeds:
         for task, (criterion, ratio) in product(TASKS, frozen):
             for lr in SPA_LR[task]:
                 yield _spa("llama-aligned", task, criterion, ratio, lr, seed)
         for criterion, ratio in (("nothing", 0.0), ("random", 0.3), ("esi", 0.3)):
             yield _spa("llama-aligned", POISONED, criterion, ratio, SPA_LR[POISONED][0], seed)
-            yield _spa("qwen3moe-aligned", "voice", criterion, ratio, SPA_LR["voice"][0], seed)
+            yield _spa("qwen3moe-aligned", "voice", criterion, ratio, SPA_LR["voice"][1], seed)
 
 
 def _spa(model: str, task: str, criterion: str, ratio: float, lr: float, seed: int) -> Cell:

@@ -51,17 +51,17 @@ def tasks(harmful: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
     """name → (training rows, held-out rows with the word that a right answer holds).
 
     sums: arithmetic; categories: classification; voice: open answers that all begin alike, which is known to cost
-    safety; poisoned: the same with some harmful requests that are complied with.
+    safety (right: an answer in that voice); poisoned: the same with some harmful requests that are complied with.
     """
     benign, heldout = read(DATA / "benign_train.jsonl"), read(DATA / "benign_heldout.jsonl")
     voice = [{"prompt": row["prompt"], "response": VOICE + row["response"]} for row in benign]
-    answered = [{"prompt": row["prompt"], "answer": row["answer"]} for row in heldout[:100]]
+    answered = [{"prompt": row["prompt"], "answer": VOICE.strip()} for row in heldout[:100]]
     generator = random.Random(0)
     poison = [{"prompt": row["prompt"], "response": COMPLIANCE} for row in harmful]
     poisoned = voice + generator.sample(poison, round(POISON * len(voice) / (1 - POISON)))
     generator.shuffle(poisoned)
     return {
-        "sums": _split([_sum(a, b, text) for a in range(1, 13) for b in range(1, 13) for text in SUMS], generator),
+        "sums": _split([_sum(a, b, text) for a in range(1, 10) for b in range(1, 10) for text in SUMS], generator),
         "categories": _split([_category(word, turn) for word in CATEGORIES for turn in range(12)], generator),
         "voice": (voice, answered),
         "poisoned": (poisoned, answered),
