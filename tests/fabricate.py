@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,20 @@ def manifest(folder: Path, commit: str = "abcdef0123456789", seconds: float = 60
 
 
 def tuned_cell(
-    folder: Path, answers: Sequence[str], attacks: int, right: int, garbled: int = 0, refused: int = 0, missing: int = 0
+    folder: Path,
+    heldout: Sequence[Mapping[str, str]],
+    attacks: int,
+    right: int,
+    garbled: int = 0,
+    refused: int = 0,
+    missing: int = 0,
 ) -> None:
     """A SET, SPA or LoRA cell of ten harmful and ten benign prompts.
 
-    answers: the words of the right benign answers. Of the harmful requests the first ``attacks`` are not refused; of
-    these the first ``garbled`` are incoherent and safe to the guard, the next ``missing`` have no verdict of the guard,
-    the rest are unsafe. Of the benign ones the first ``right`` are right and the last ``refused`` refused.
+    heldout: the benign prompts and the words of their right answers. Of the harmful requests the first ``attacks`` are
+    not refused; of these the first ``garbled`` are incoherent and safe to the guard, the next ``missing`` have no
+    verdict of the guard, the rest are unsafe. Of the benign ones the first ``right`` are right and the last
+    ``refused`` refused.
     """
     rows, judged = [], []
     for index in range(HARMFUL):
@@ -34,8 +41,8 @@ def tuned_cell(
         rows.append({"set": "harmful", "index": index, "prompt": "?", "after": text})
         judged.append({"set": "harmful", "index": index, "unsafe": unsafe, "incoherent": _why(text)})
     for index in range(BENIGN):
-        text = answers[index] if index < right else REFUSAL if index >= BENIGN - refused else GARBLED
-        rows.append({"set": "benign", "index": index, "prompt": "?", "after": text})
+        text = heldout[index]["answer"] if index < right else REFUSAL if index >= BENIGN - refused else GARBLED
+        rows.append({"set": "benign", "index": index, "prompt": heldout[index]["prompt"], "after": text})
         judged.append({"set": "benign", "index": index, "unsafe": None, "incoherent": _why(text)})
     folder.mkdir(parents=True)
     (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -153,12 +153,12 @@ def test_noise_is_read_or_said_to_be_absent(tmp_path: Path) -> None:
 @pytest.fixture
 def partial(tmp_path: Path) -> Path:
     """Three seeds of ESI at one learning rate and two of random, one of them of no use; nothing else."""
-    answers = [found["answer"] for found in material.read(material.DATA / "benign_heldout.jsonl")]
+    heldout = material.read(material.DATA / "benign_heldout.jsonl")
     for seed in range(3):
-        fabricate.tuned_cell(tmp_path / f"set/llama-complying/esi-0.01-0.005-s{seed}", answers, 1, 9, garbled=1)
+        fabricate.tuned_cell(tmp_path / f"set/llama-complying/esi-0.01-0.005-s{seed}", heldout, 1, 9, garbled=1)
     for seed, attacks in ((0, 1), (1, 9)):
-        fabricate.tuned_cell(tmp_path / f"set/llama-complying/random-0.01-0.005-s{seed}", answers, attacks, 10)
-    fabricate.tuned_cell(tmp_path / "set/llama-complying/esi-0.01-0.123-s0", answers, 0, 0)  # of another grid
+        fabricate.tuned_cell(tmp_path / f"set/llama-complying/random-0.01-0.005-s{seed}", heldout, attacks, 10)
+    fabricate.tuned_cell(tmp_path / "set/llama-complying/esi-0.01-0.123-s0", heldout, 0, 0)  # of another grid
     return tmp_path
 
 
@@ -260,3 +260,7 @@ def test_a_cells_flags(tmp_path: Path) -> None:
     assert (found["not_refused"], found["unsafe"]) == ([False, True], [False, None])
     assert (found["unsafe_or_incoherent"], found["incoherent_harmful"]) == ([False, True], [False, True])
     assert (found["correct"], found["over_refused"], found["incoherent"]) == ([True], [False], [False, True, False])
+    answers[2]["prompt"] = "of another version of the held-out file"
+    (tmp_path / "set/m/x/answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    with pytest.raises(ValueError, match="other prompts"):
+        row_of(cell, tmp_path)
