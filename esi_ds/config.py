@@ -41,6 +41,7 @@ class Model(Section):
     chat_template: str | None = Field(None, description="Jinja text or file instead of the tokenizer's template")
     system_prompt: str | None = Field(None, description="system turn in front of every prompt")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
+    roles: dict[str, str] = Field({}, description="role of parameters that are not recognised, by name with * in it")
 
 
 class Verdict(Section):

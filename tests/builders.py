@@ -8,11 +8,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Glm4MoeConfig,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
+    OlmoeConfig,
     Phi3Config,
+    PhimoeConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
 
@@ -143,11 +151,78 @@ def model_config(kind: str, vocab_size: int) -> PretrainedConfig:
         )
     if kind == "mixtral":
         return MixtralConfig(**common, **heads, intermediate_size=16, num_local_experts=5)
+    if kind in FAMILIES:
+        return family_config(kind, common)
     if kind == "phi3":
         return Phi3Config(**common, hidden_size=24, num_attention_heads=6, num_key_value_heads=1, intermediate_size=13)
     if kind == "needle":  # matrices of four elements: three ranks leave one of them without any
         return LlamaConfig(**common, hidden_size=4, num_attention_heads=1, num_key_value_heads=1, intermediate_size=1)
     return LlamaConfig(**common, **heads, intermediate_size=13, tie_word_embeddings=kind == "llama_tied")
+
+
+FAMILIES = ("qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "olmoe", "phimoe", "glm4_moe", "llama4")
+
+
+def family_config(kind: str, common: dict) -> PretrainedConfig:
+    """Tiny mixtures of five experts, two a token (Llama-4: one). DeepSeek's and GLM's first layer is dense."""
+    heads = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+    common = common | heads
+    few = {"num_experts": 5, "num_experts_per_tok": 2}
+    routed = {
+        "n_routed_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    latent = {
+        "q_lora_rank": 10,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    }
+    if kind == "qwen2_moe":
+        return Qwen2MoeConfig(**common, **few, moe_intermediate_size=16, shared_expert_intermediate_size=24)
+    if kind == "deepseek_v2":
+        return DeepseekV2Config(**{**common, **latent}, **routed, topk_method="greedy")
+    if kind == "deepseek_v3":
+        return DeepseekV3Config(**{**common, **latent}, **routed)
+    if kind == "gpt_oss":
+        return GptOssConfig(
+            **common, num_local_experts=5, num_experts_per_tok=2, head_dim=8, sliding_window=16, rope_parameters=None
+        )
+    if kind == "olmoe":
+        return OlmoeConfig(**common, **few)
+    if kind == "phimoe":
+        return PhimoeConfig(**common, num_local_experts=5, num_experts_per_tok=2)
+    if kind == "glm4_moe":
+        return Glm4MoeConfig(**common, **routed, head_dim=8)
+    return Llama4TextConfig(
+        **common,
+        intermediate_size_mlp=24,
+        num_local_experts=5,
+        num_experts_per_tok=1,
+        head_dim=8,
+        interleave_moe_layer_step=1,
+    )
+
+
+NEVER_ROUTED = 4
+
+
+def leave_one_out(model: torch.nn.Module) -> None:
+    """Routers of five experts that never choose the last: its logit is 0, and one of each of two opposite pairs is
+    above 0."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("mlp.gate.weight", "router.weight")):
+            parameter[1], parameter[3] = -parameter[0], -parameter[2]
+            parameter[NEVER_ROUTED] = 0
+        if name.endswith("router.bias"):
+            parameter.zero_()
 
 
 def build_model(
@@ -171,6 +246,8 @@ def build_model(
                 parameter.normal_(std=0.6 if "embed" in name else 0.25)
             else:
                 parameter.uniform_(0.7, 1.3)
+        if kind in FAMILIES:
+            leave_one_out(model)
         if nan_token is not None:
             model.get_input_embeddings().weight[nan_token] = float("nan")
     model.to(dtype).save_pretrained(folder)

@@ -95,11 +95,11 @@ def logical_pieces(model: nn.Module, name: str, parameter: Tensor) -> list[tuple
     rows = parameter.shape[-2]
     if parameter.ndim == 3:
         halves = {
-            "gate_up_proj": {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)},
-            "down_proj": {"down_proj": slice(None)},
+            "gate_up_proj": dict(zip(("gate_proj", "up_proj"), gate_and_up(model, parameter), strict=True)),
+            "down_proj": {"down_proj": (slice(None),)},
         }[kind]
         return [
-            (f"{stem}.{expert}.{half}.weight", (expert, where))
+            (f"{stem}.{expert}.{half}.weight", (expert, *where))
             for expert in range(parameter.shape[0])
             for half, where in halves.items()
         ]
@@ -120,6 +120,18 @@ def logical_pieces(model: nn.Module, name: str, parameter: Tensor) -> list[tuple
     if kind in ("query_key_value", "c_attn", "Wqkv") or parameter.ndim > 3:
         raise NotImplementedError(f"{name}: the oracle does not know how this tensor is packed")
     return [(name, (...,))]
+
+
+def gate_and_up(model: nn.Module, parameter: Tensor) -> tuple[tuple, tuple]:
+    """Where one expert's gate and up matrices lie in fused experts, as the families' forward passes cut them."""
+    everything = slice(None)
+    if model.config.model_type == "gpt_oss":  # [E, H, 2I], gate and up alternate
+        return (everything, slice(0, None, 2)), (everything, slice(1, None, 2))
+    if model.config.model_type == "llama4_text":  # [E, H, 2I], halves
+        half = parameter.shape[2] // 2
+        return (everything, slice(0, half)), (everything, slice(half, None))
+    half = parameter.shape[1] // 2  # [E, 2I, H], halves
+    return (slice(0, half),), (slice(half, None),)
 
 
 # --------------------------------------------------------------------------- tokens and their texts

@@ -1,19 +1,29 @@
 """Roles of parameters and the logical matrices they hold (METHOD §1): the one place that knows architectures.
 
 A parameter's role follows from its module and shape, not from one family's names. Roles that are scored:
-``attention.{q,k,v,o}``, ``mlp.{gate,up,down}``, ``expert.{gate,up,down}``, ``head`` and ``other``; roles that are
-not: ``embedding`` (a tied head included), ``norm``, ``bias``, ``router``.
+``attention.{q,k,v,o}``, multi-head latent attention's ``attention.{q_a,q_b,kv_a,kv_b}`` (DeepSeek: the low-rank factors
+of q and of k and v together), ``mlp.{gate,up,down}``, ``shared.{gate,up,down}`` (experts that every token goes
+through), ``expert.{gate,up,down}`` (routed ones), ``head`` and ``other``; roles that are not: ``embedding`` (a tied
+head included), ``norm``, ``bias``, ``router``. docs/moe.md says which family packs its experts how.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from torch import nn
 
 from esi_ds.core.units import Parameter, Unit
+from esi_ds.errors import UserError
 
+SCORED = (
+    *(f"attention.{part}" for part in ("q", "k", "v", "o", "q_a", "q_b", "kv_a", "kv_b")),
+    *(f"{kind}.{part}" for kind in ("mlp", "shared", "expert") for part in ("gate", "up", "down")),
+    "head",
+    "other",
+)
 UNSCORED = frozenset({"embedding", "norm", "bias", "router"})
 LEAF_ROLES = {
     "q_proj": "attention.q",
@@ -22,6 +32,10 @@ LEAF_ROLES = {
     "o_proj": "attention.o",
     "out_proj": "attention.o",
     "dense": "attention.o",
+    "q_a_proj": "attention.q_a",
+    "q_b_proj": "attention.q_b",
+    "kv_a_proj_with_mqa": "attention.kv_a",
+    "kv_b_proj": "attention.kv_b",
     "gate_proj": "mlp.gate",
     "up_proj": "mlp.up",
     "down_proj": "mlp.down",
@@ -41,27 +55,84 @@ EXPERT_ROLES = {
 ROUTER_LEAVES = frozenset({"gate", "router", "wg", "shared_expert_gate"})
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
+SHARED = re.compile(r"\.shared_experts?\.")
 
 
-def describe(model: nn.Module, shapes: Mapping[str, tuple[int, ...]] | None = None) -> tuple[Parameter, ...]:
+def describe(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    given: Mapping[str, str] | None = None,
+) -> tuple[Parameter, ...]:
     """Every parameter in ``named_parameters()`` order (a tied one once, under its first name).
 
     shapes: full shapes by name, for a model whose parameters are partitioned (their own shape is empty then).
-    Works on the meta device.
+    given: ``model.roles`` of the config, pattern → role; the first pattern that matches a name decides.
+    Works on the meta device. Raises UserError for a role that there is not, or a pattern that matches nothing.
     """
+    given = given or {}
+    _check_given(given, [name for name, _ in model.named_parameters()])
     modules = dict(model.named_modules())
+    shapes = shapes or {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     head = getattr(model.get_output_embeddings(), "weight", None) if hasattr(model, "get_output_embeddings") else None
     parameters, offset = [], 0
     for name, tensor in model.named_parameters():
-        shape = tuple(shapes[name] if shapes is not None else tensor.shape)
+        shape = tuple(shapes[name])
         module_name, _, leaf = name.rpartition(".")
-        role = _role(modules, module_name, leaf, shape, is_head=tensor is head)
-        units = (
-            () if role in UNSCORED else _units(name, role, shape, modules[module_name], getattr(model, "config", None))
-        )
+        wanted = next((role for pattern, role in given.items() if fnmatchcase(name, pattern)), None)
+        role = wanted or _role(modules, module_name, leaf, shape, is_head=tensor is head)
+        if role in UNSCORED:
+            units: tuple[Unit, ...] = ()
+        elif wanted is not None:
+            units = _named_units(name, role, shape)
+        else:
+            units = _units(name, role, shapes, modules[module_name], getattr(model, "config", None))
         parameters.append(Parameter(name, shape, offset, role, units))
         offset += parameters[-1].numel
     return tuple(parameters)
+
+
+def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Blocks whose routed experts are modules of their own (an ``nn.ModuleList``), by name: which of them run, and in
+    which order their gradients come, differs between ranks."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "experts", None), nn.ModuleList)
+    }
+
+
+def unknown(parameters: Sequence[Parameter]) -> list[str]:
+    """Names of parameters that nothing is known of: scored as one matrix each, with one σ."""
+    return [p.name for p in parameters if any(unit.role == "other" for unit in p.units)]
+
+
+def warning(names: Sequence[str]) -> str:
+    """What a user is told of ``unknown`` parameters."""
+    return (
+        f"{len(names)} parameters are of an unknown kind, {names[0]} the first: each is scored as one matrix; "
+        "model.roles in the config names what they are"
+    )
+
+
+def _check_given(given: Mapping[str, str], names: Sequence[str]) -> None:
+    for pattern, role in given.items():
+        if role not in SCORED and role not in UNSCORED:
+            known = ", ".join((*SCORED, *sorted(UNSCORED)))
+            raise UserError(f"model.roles.{pattern}", role, "is no role", f"use one of {known}")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f"model.roles.{pattern}", role, "matches no parameter", "write a name with * for what varies"
+            )
+
+
+def _named_units(name: str, role: str, shape: tuple[int, ...]) -> tuple[Unit, ...]:
+    """A parameter whose role the user gave: one matrix, or, of experts in one tensor [E, ...], one each."""
+    layer = int(found.group(1)) if (found := LAYER.search(name)) else None
+    if role.startswith("expert.") and len(shape) == 3:
+        size = _numel(shape[1:])
+        return tuple(Unit(f"{name}[{e}]", role, layer, e, e * size, size) for e in range(shape[0]))
+    expert = int(found.group(1)) if (found := EXPERT.search(name)) else None
+    return (Unit(name, role, layer, expert, 0, _numel(shape)),)
 
 
 def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: tuple[int, ...], is_head: bool) -> str:
@@ -70,16 +141,24 @@ def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: 
         return "embedding"
     if is_head:
         return "head"
-    if leaf.endswith("bias"):
+    if _is_router(modules, module_name):
+        return "router"  # its biases too, DeepSeek's correction bias among them
+    if leaf.endswith("bias") or leaf == "sinks":  # gpt-oss: one number a head, added to its attention logits
         return "bias"
     if "norm" in type(module).__name__.lower() or (len(shape) == 1 and "norm" in module_name.rpartition(".")[2]):
         return "norm"
-    if _is_router(modules, module_name):
-        return "router"
     own_name = module_name.rpartition(".")[2]
     if EXPERT.search(f"{module_name}.") and own_name in EXPERT_ROLES:
         return EXPERT_ROLES[own_name]
-    return LEAF_ROLES.get(own_name, "other")
+    if _is_fused(shape, leaf):
+        return "expert"
+    role = LEAF_ROLES.get(own_name, "other")
+    return role.replace("mlp.", "shared.") if SHARED.search(f"{module_name}.") else role
+
+
+def _is_fused(shape: tuple[int, ...], leaf: str) -> bool:
+    """Whether a parameter holds all routed experts of a layer: [E, ...]."""
+    return len(shape) == 3 and leaf in ("gate_up_proj", "up_proj", "down_proj")
 
 
 def _is_router(modules: Mapping[str, nn.Module], module_name: str) -> bool:
@@ -91,15 +170,17 @@ def _is_router(modules: Mapping[str, nn.Module], module_name: str) -> bool:
     return own_name in ROUTER_LEAVES and hasattr(modules.get(parent), "experts")
 
 
-def _units(name: str, role: str, shape: tuple[int, ...], module: nn.Module, config) -> tuple[Unit, ...]:
+def _units(name: str, role: str, shapes: Mapping[str, tuple[int, ...]], module: nn.Module, config) -> tuple[Unit, ...]:
     """The logical matrices of one scored parameter, in flat order of their first elements."""
+    shape = tuple(shapes[name])
     layer = int(found.group(1)) if (found := LAYER.search(name)) else None
     leaf, own_name = name.rpartition(".")[2], name.split(".")[-2] if "." in name else name
-    if len(shape) == 3 and leaf in ("gate_up_proj", "up_proj", "down_proj"):
-        return _fused_expert_units(name, leaf, shape, module, layer)
+    if _is_fused(shape, leaf):
+        return _fused_expert_units(name, leaf, shape, layer, _is_transposed(name, shapes), _alternate(module))
     rows, width = shape[0], _numel(shape[1:])
     if own_name == "gate_up_proj" and len(shape) == 2:
-        return _row_blocks(name, layer, width, (("mlp.gate", rows // 2), ("mlp.up", rows // 2)))
+        kind = "shared" if SHARED.search(name) else "mlp"
+        return _row_blocks(name, layer, width, ((f"{kind}.gate", rows // 2), (f"{kind}.up", rows // 2)))
     if own_name in ("qkv_proj", "query_key_value", "Wqkv", "c_attn") and len(shape) == 2:
         blocks = _qkv_units(name, own_name, rows, width, layer, config)
         if blocks:
@@ -148,12 +229,26 @@ def _qkv_units(name: str, own_name: str, rows: int, width: int, layer: int | Non
     return ()
 
 
-def _fused_expert_units(name: str, leaf: str, shape: tuple[int, ...], module: nn.Module, layer: int | None):
-    """Experts in one tensor [E, ...]: transformers ≥ 5 says by two attributes of the module how each is packed.
+def _is_transposed(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether fused gate and up are [E, in, 2 · width] instead of [E, 2 · width, in].
 
-    ``is_transposed``: [E, in, out] instead of [E, out, in]; ``is_concatenated``: gate and up are halves of the
-    output axis, else they alternate along it (gpt-oss).
+    The down projection beside them ([E, width, in] or [E, in, width]) tells by its shape, whatever the sizes are;
+    transformers' own attribute ``is_transposed`` is not there in Llama-4's experts.
     """
+    _, rows, columns = shapes[name]
+    _, first, second = shapes.get(name.rpartition(".")[0] + ".down_proj", (0, columns, rows // 2))
+    return (rows, columns) == (second, 2 * first)
+
+
+def _alternate(module: nn.Module) -> bool:
+    """Whether gate's and up's outputs alternate (gpt-oss), instead of being halves: ``is_concatenated`` says so."""
+    return not getattr(module, "is_concatenated", True)
+
+
+def _fused_expert_units(
+    name: str, leaf: str, shape: tuple[int, ...], layer: int | None, transposed: bool, alternate: bool
+) -> tuple[Unit, ...]:
+    """Experts in one tensor [E, ...]: down projections one behind another; gate and up of each expert together."""
     num_experts, rows, columns = shape
     size = rows * columns
     if leaf != "gate_up_proj":
@@ -162,12 +257,10 @@ def _fused_expert_units(name: str, leaf: str, shape: tuple[int, ...], module: nn
             Unit(f"{name}[{expert}]", f"expert.{part}", layer, expert, expert * size, size)
             for expert in range(num_experts)
         )
-    transposed = getattr(module, "is_transposed", False)
-    concatenated = getattr(module, "is_concatenated", True)
     if transposed:  # every input row holds both outputs
-        length, count, stride = (columns // 2, rows, columns) if concatenated else (1, size // 2, 2)
+        length, count, stride = (1, size // 2, 2) if alternate else (columns // 2, rows, columns)
     else:
-        length, count, stride = (size // 2, 1, 0) if concatenated else (columns, rows // 2, 2 * columns)
+        length, count, stride = (columns, rows // 2, 2 * columns) if alternate else (size // 2, 1, 0)
     return tuple(
         Unit(
             f"{name}[{expert}].{part}",

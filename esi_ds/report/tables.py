@@ -8,21 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from esi_ds.models.roles import SCORED
+
 Row = dict[str, Any]
-ROLES = (
-    "attention.q",
-    "attention.k",
-    "attention.v",
-    "attention.o",
-    "mlp.gate",
-    "mlp.up",
-    "mlp.down",
-    "expert.gate",
-    "expert.up",
-    "expert.down",
-    "head",
-    "other",
-)
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ def grouped(units: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, Cell]:
 
 
 def _role_order(role: str) -> tuple[int, str]:
-    return (ROLES.index(role) if role in ROLES else len(ROLES), role)
+    return (SCORED.index(role) if role in SCORED else len(SCORED), role)
 
 
 def _heatmaps(

@@ -11,6 +11,7 @@ from esi_ds.cli import Options
 from esi_ds.config import Config, require_esi
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
+from esi_ds.models.roles import unknown, warning
 from esi_ds.stages.interrupt import StopSignal
 from esi_ds.stages.prepare import Inputs, clean, encode_examples, encode_prompts, prepare
 from esi_ds.stages.prepare_losses import LossRows, prepare_losses
@@ -78,8 +79,11 @@ class EsiRun(StageRun):
             self.deepspeed_config,
             field="model.path",
             revision=config.model.revision,
+            roles=config.model.roles,
             trust_remote_code=config.model.trust_remote_code,
         )
+        if strangers := unknown(model.parameters):
+            tracker.log(warning(strangers))
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.begin(model)

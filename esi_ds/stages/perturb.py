@@ -73,6 +73,7 @@ class PerturbRun(StageRun):
             self.deepspeed_config,
             field="model.path",
             revision=section.revision,
+            roles=section.roles,
             trust_remote_code=section.trust_remote_code,
         )
         self.begin(model)

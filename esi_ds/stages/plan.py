@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,7 @@ from esi_ds.core.units import Parameter
 from esi_ds.data.prompts import load_prompts, load_responses
 from esi_ds.data.rows import read_rows
 from esi_ds.deepspeed_config import resolve_deepspeed
-from esi_ds.models.roles import describe
+from esi_ds.models.roles import describe, unknown, warning
 from esi_ds.stages.prepare import load_model_config
 
 if TYPE_CHECKING:
@@ -30,19 +30,19 @@ WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 COMPACT_LIMIT = 2 << 30  # as zero/sparse.py chooses; that module would import deepspeed
 
 
-def meta_parameters(config: PretrainedConfig) -> tuple[Parameter, ...]:
-    """Names, shapes, roles and logical matrices of a model that is never allocated."""
+def meta_parameters(config: PretrainedConfig, roles: Mapping[str, str] | None = None) -> tuple[Parameter, ...]:
+    """Names, shapes, roles and logical matrices of a model that is never allocated. roles: ``model.roles``."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    return describe(model)
+    return describe(model, given=roles)
 
 
 def plan(config: Config, world_size: int) -> dict[str, object]:
     """What would run: units, k, bytes per rank and on disk, passes. No collectives, no weights."""
     section = config.model
     parameters = meta_parameters(
-        load_model_config(section.path, "model.path", section.revision, section.trust_remote_code)
+        load_model_config(section.path, "model.path", section.revision, section.trust_remote_code), section.roles
     )
     total = sum(parameter.numel for parameter in parameters)
     scored = [parameter for parameter in parameters if parameter.scored]
@@ -62,6 +62,8 @@ def plan(config: Config, world_size: int) -> dict[str, object]:
         "ranks": world_size,
         "weights per rank": _size(weight * shard),
     }
+    if strangers := unknown(parameters):
+        facts["NOTE"] = warning(strangers)
     names = objectives(config.select.criterion, config.select.contrastive)
     if names:
         where = " (on the CPU)" if config.esi.accumulator_device == "cpu" else ""

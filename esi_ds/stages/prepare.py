@@ -74,6 +74,10 @@ def prepare(config: Config) -> Inputs | None:
         config.model.path, "model.path", config.model.revision, config.model.trust_remote_code
     )
     check_weights(config.model.path, "model.path")
+    if config.model.roles:
+        from esi_ds.stages.plan import meta_parameters
+
+        meta_parameters(model_config, config.model.roles)  # a wrong one is told of now
     if "safety" not in objectives(config.select.criterion, config.select.contrastive):
         return None
     tokenizer = load_tokenizer(

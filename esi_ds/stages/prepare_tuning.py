@@ -85,7 +85,7 @@ def describe_trained(config: Config, stage: str, mask: Mask, model_config: Pretr
     nothing would train."""
     from esi_ds.stages.plan import meta_parameters
 
-    parameters: tuple[Parameter, ...] = meta_parameters(model_config)
+    parameters: tuple[Parameter, ...] = meta_parameters(model_config, config.model.roles)
     check_mask_structure(mask, parameters, "tune.mask")
     trained = Trained(mask, TRAIN[stage], config.tune.unscored, {p.name: p.shape for p in parameters})
     if trained.total == 0:

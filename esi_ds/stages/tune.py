@@ -93,6 +93,7 @@ class TuneRun(StageRun):
                 eps=rule.eps,
                 weight_decay=rule.weight_decay,
                 unscored=tune.unscored,
+                roles=config.model.roles,
             )
             optimizers.append(made)
             return made
@@ -104,6 +105,7 @@ class TuneRun(StageRun):
             field="model.path",
             make_optimizer=make_optimizer if self.inputs.stage == "spa" else None,
             revision=config.model.revision,
+            roles=config.model.roles,
             trust_remote_code=config.model.trust_remote_code,
         )
         if self.inputs.stage == "spa":

@@ -6,12 +6,13 @@ DeepSpeed's attributes on parameters (``ds_tensor``, ``ds_shape``, ...) are touc
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.errors import UserError
-from esi_ds.models.roles import describe
+from esi_ds.models.roles import describe, expert_blocks
 from esi_ds.zero import runtime
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,17 +31,27 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class ShardedModel:
     """A causal LM whose parameters are cut over all ranks, with the description that scoring works from.
 
-    Attributes: module, parameters (every parameter in the model's order), by_name {name: nn.Parameter}.
+    Attributes: module, parameters (every parameter in the model's order), by_name {name: nn.Parameter},
+    expert_blocks {name: module} (``models.roles.expert_blocks``).
     """
 
-    def __init__(self, module: PreTrainedModel, deepspeed_config: dict, optimizer: Optimizer | None = None):
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        deepspeed_config: dict,
+        optimizer: Optimizer | None = None,
+        roles: Mapping[str, str] | None = None,
+    ):
+        self.expert_blocks = expert_blocks(module)
+        for block in self.expert_blocks.values():
+            _keep_together(block)
         self.engine, zero, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=copy.deepcopy(deepspeed_config)
         )
         self._offload = zero if optimizer is None else zero.parameter_offload
         self.module: PreTrainedModel = self.engine.module
         self.by_name = dict(self.module.named_parameters())
-        self.parameters = describe(self.module, full_shapes(self.module))
+        self.parameters = describe(self.module, full_shapes(self.module), roles)
 
     def shard(self, parameter: Parameter) -> Shard:
         """This rank's valid part: ZeRO-3 pads the last slices with uninitialised memory, which is left out here."""
@@ -119,6 +130,24 @@ class ShardedModel:
         self.release()
 
 
+def _keep_together(block: nn.Module) -> None:
+    """A block with a list of experts: gathered as one, and every expert's parameters take part in the graph, with a
+    gradient of zero where no token came. Otherwise ranks that use other experts wait for one another's collectives."""
+    set_z3_leaf_module(block, True)
+    parameters = list(block.experts.parameters())
+
+    def touch(module: nn.Module, arguments: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        if not torch.is_grad_enabled():
+            return output
+        hidden = output[0] if isinstance(output, tuple) else output
+        # An empty slice: its sum is 0 whatever the weights are.
+        touched = [tensor.flatten()[:0].sum() for tensor in parameters if tensor.requires_grad]
+        hidden = hidden + torch.stack(touched).sum().to(hidden.dtype) if touched else hidden
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    block.register_forward_hook(touch)  # before ZeRO's own hook, which gives the weights back
+
+
 def full_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Every parameter's whole shape by full name, partitioned or not."""
     return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in module.named_parameters()}
@@ -131,12 +160,13 @@ def load_sharded(
     field: str,
     make_optimizer: Callable[[PreTrainedModel], Optimizer] | None = None,
     auto_class: type = AutoModelForCausalLM,
+    roles: Mapping[str, str] | None = None,
     **kwargs,
 ) -> ShardedModel:
     """A model cut over the ranks while it is read. Rank 0 reads the files; every parameter is broadcast once.
 
     make_optimizer: from the loaded module to the optimizer of a standard ZeRO-3 engine; None: an engine without one.
-    auto_class: of transformers, which says what sort of model the folder is read as.
+    auto_class: of transformers, which says what sort of model the folder is read as. roles: ``model.roles``.
     """
     # transformers finds this object through a weak reference: it must live until the model is loaded.
     zero3 = HfDeepSpeedConfig(copy.deepcopy(deepspeed_config))
@@ -145,7 +175,7 @@ def load_sharded(
     finally:
         unset_hf_deepspeed_config()
         del zero3
-    return ShardedModel(module, deepspeed_config, make_optimizer(module) if make_optimizer else None)
+    return ShardedModel(module, deepspeed_config, make_optimizer(module) if make_optimizer else None, roles)
 
 
 def load_replicated(

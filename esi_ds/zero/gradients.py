@@ -21,6 +21,15 @@ from esi_ds.zero.engine import ShardedModel
 BUCKET_NUMEL = 1 << 21  # gradients below this size wait for one another: 8 MiB of fp32 a collective
 
 
+class _Block:
+    """Parameters of one block with a list of experts: their gradients come in another order on every rank, so they wait
+    until all are there and are reduced in the model's order. One block's gradients are whole for that time."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+        self.waiting: dict[str, tuple[Parameter, Tensor]] = {}
+
+
 class ReducedGradients:
     """Gradients of some parameters, summed over ranks in fp32 as they appear; each rank gets its shard's part.
 
@@ -34,6 +43,15 @@ class ReducedGradients:
         self._by_tensor: dict[nn.Parameter, Parameter] = {model.by_name[p.name]: p for p in self.collected}
         self._bucket: list[tuple[Parameter, Tensor]] = []
         self._bucket_numel = 0
+        self._blocks = self._find_blocks()
+
+    def _find_blocks(self) -> dict[str, _Block]:
+        """The block of every collected parameter that lies in one with a list of experts."""
+        found: dict[str, _Block] = {}
+        for block_name in self._model.expert_blocks:
+            names = [p.name for p in self.collected if p.name.startswith(f"{block_name}.")]
+            found |= dict.fromkeys(names, _Block(names))
+        return found
 
     def contribution(self, gradient: Tensor) -> Tensor:
         """What this rank adds to the sum over ranks: its own whole gradient, fp32 [numel]; may be overwritten."""
@@ -59,9 +77,20 @@ class ReducedGradients:
                 tensor.grad = None
 
     def _collect(self, tensor: nn.Parameter) -> None:
-        """Post-accumulate hook: one reduce-scatter, or none while the bucket has room."""
+        """Post-accumulate hook: one reduce-scatter, or none while the bucket has room or a block is not complete."""
         parameter = self._by_tensor[tensor]
         gradient, tensor.grad = self.contribution(tensor.grad.detach().reshape(-1).float()), None
+        if (block := self._blocks.get(parameter.name)) is None:
+            self._add(parameter, gradient)
+            return
+        block.waiting[parameter.name] = (parameter, gradient)
+        if len(block.waiting) == len(block.names):
+            waiting, block.waiting = block.waiting, {}
+            for name in block.names:
+                self._add(*waiting[name])
+
+    def _add(self, parameter: Parameter, gradient: Tensor) -> None:
+        """Reduce one gradient, or let it wait in the bucket. The order of calls must be the same on every rank."""
         size = self._model.partition_numel(parameter)
         padded = F.pad(gradient, (0, size * runtime.world_size() - gradient.numel()))
         if padded.numel() >= BUCKET_NUMEL:

@@ -8,7 +8,7 @@ the last window's. Nothing here imports deepspeed: its optimizer is found throug
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class MaskedAdamW(Optimizer):
     params_or_model: a model, or (name, parameter) pairs with the full names of ``model.named_parameters()``, or groups
     of them (``{"params": [(name, parameter), ...], "lr": ...}``). Bare parameters have no names: they are refused, as
     is a mask that does not fit. mask: an ``esi_ds.Mask`` or its folder. unscored: ``freeze`` | ``train``, for
-    parameters the mask does not name (embeddings, norms, biases, routers).
+    parameters the mask does not name (embeddings, norms, biases, routers). roles: the ``model.roles`` that the mask was
+    made with.
 
     Parameters in which nothing trains stop requiring gradients and are left out. Parameters of lower precision get fp32
     masters. Moments are fp32; for ``selected`` they are as many as the weights that train. Frozen weights keep their
@@ -50,6 +51,7 @@ class MaskedAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         unscored: str = "freeze",
+        roles: Mapping[str, str] | None = None,
     ):
         for name, value, known in (
             ("train", train, ("selected", "complement")),
@@ -61,7 +63,7 @@ class MaskedAdamW(Optimizer):
         groups = named_groups(params_or_model)
         named = {name: tensor for group in groups for name, tensor in group["params"]}
         shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in named.items()}
-        _check(params_or_model, named, shapes, mask)
+        _check(params_or_model, named, shapes, mask, roles)
         self.trained = Trained(mask, train, unscored, shapes)
         if self.trained.total == 0:
             raise UserError("mask", str(mask.path), f"nothing would train with train={train}", "is it the right mask?")
@@ -295,7 +297,13 @@ def named_groups(params_or_model: nn.Module | Iterable) -> list[dict[str, Any]]:
     return groups
 
 
-def _check(given: nn.Module | Iterable, named: dict[str, Tensor], shapes: dict[str, tuple], mask: Mask) -> None:
+def _check(
+    given: nn.Module | Iterable,
+    named: dict[str, Tensor],
+    shapes: dict[str, tuple],
+    mask: Mask,
+    roles: Mapping[str, str] | None,
+) -> None:
     """Fail closed: names and shapes must be the mask's."""
     for name, tensor in named.items():
         if not tensor.is_floating_point() or "4bit" in type(tensor).__name__ or "8bit" in type(tensor).__name__:
@@ -303,7 +311,7 @@ def _check(given: nn.Module | Iterable, named: dict[str, Tensor], shapes: dict[s
                 "params_or_model", name, "is quantised: it cannot be trained in place", "load it unquantised"
             )
     if isinstance(given, nn.Module):
-        check_mask_structure(mask, describe(given, shapes), "mask")
+        check_mask_structure(mask, describe(given, shapes, roles), "mask")
         return
     # Without the model's modules there are no roles: every name of the mask must be here in its shape.
     for name, shape in mask.shapes.items():

@@ -1,7 +1,7 @@
 """Run by the tests beside it under a launcher: one process group scores many models, guards and batch sizes.
 
 argv: a JSON list of cases {"name", "config" (mapping), "poison" (optional), "error" (optional), "wrong_fisher"
-(optional)}; each case writes <output_dir>/scores and <output_dir>/mask through the stage itself, without report. poison
+(optional), "export" (optional)}; each case writes <output_dir>/scores and <output_dir>/mask through the stage itself, without report, and with export <output_dir>/model. poison
 {"gradient" | "score": index} makes one prompt's gradient or judge score not finite, {"tuning" | "benign": row} one
 row's gradient, {"silence": true} makes every row's gradient zero; error is a text that the UserError the case must end in holds. wrong_fisher squares after the reduction,
 which is the mistake that the tests must notice.
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from esi_ds.artifacts import RunFolder
 from esi_ds.cli import Options, leave
@@ -30,6 +31,8 @@ from esi_ds.stages.objectives import MeanLoss, SquaredRowGradients
 from esi_ds.stages.prepare import encode_examples, prepare
 from esi_ds.stages.prepare_losses import prepare_losses
 from esi_ds.zero import runtime
+from esi_ds.zero.engine import load_sharded
+from esi_ds.zero.export import export_model
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 
 plain_judge = Guard.judge
@@ -115,11 +118,19 @@ def run_case(case: dict) -> None:
         return
     assert "error" not in case
     check_mask_reading(folder.path, runtime.world_size())
+    if case.get("export"):
+        path = config.model.path
+        model = load_sharded(path, config.model.dtype, settings, "model.path")
+        export_model(model, folder.path / "model", AutoTokenizer.from_pretrained(path), "")
+
+
+def keep_units(folder: Path, report: dict) -> None:
+    (folder / "report.json").write_text(json.dumps({"units": report["units"]}))
 
 
 def main() -> None:
     runtime.start()
-    finish.write_report = lambda *arguments: None  # pictures are tested elsewhere
+    finish.write_report = keep_units  # pictures are tested elsewhere
     finish.publish = lambda *arguments: None
     for case in json.loads(Path(sys.argv[-1]).read_text()):
         run_case(case)

@@ -33,8 +33,11 @@ def folder(tmp_path_factory) -> Path:
         {**config(folder, "moe", "other", 1, "bad-gradient", {"save_every": 1}), "poison": {"gradient": 3}},
         {**config(folder, "moe", "other", 1, "bad-gradient-unsaved", {"save_every": 100}), "poison": {"gradient": 4}},
         {**config(folder, "llama", "other", 3, "bad-score"), "poison": {"score": 5}},
-        {**config(folder, "llama", "other", 1, "stop", {"on_nonfinite": "stop"}), "poison": {"gradient": 2},
-         "error": "prompts [2, 3]"},
+        {
+            **config(folder, "llama", "other", 1, "stop", {"on_nonfinite": "stop"}),
+            "poison": {"gradient": 2},
+            "error": "prompts [2, 3]",
+        },
         config(folder, "bf16", "other", 3, "run-bf16", ratio=0.01),
         config(folder, "moe-bf16", "other", 3, "run-moe-bf16", ratio=0.01),
     ]
@@ -51,12 +54,15 @@ def excluded(run: Path) -> dict[int, str]:
     return {row["index"]: row["excluded"] for row in rows if row["excluded"] is not None}
 
 
-@pytest.mark.parametrize(("run", "model", "guilty", "reason"), [
-    ("nan-token", "nan", [3], "the loss is not finite"),
-    ("bad-gradient", "moe", [2, 3], "the gradient of its micro-batch is not finite"),
-    ("bad-gradient-unsaved", "moe", [4, 5], "the gradient of its micro-batch is not finite"),
-    ("bad-score", "llama", [5], "the judge's score is not finite"),
-])
+@pytest.mark.parametrize(
+    ("run", "model", "guilty", "reason"),
+    [
+        ("nan-token", "nan", [3], "the loss is not finite"),
+        ("bad-gradient", "moe", [2, 3], "the gradient of its micro-batch is not finite"),
+        ("bad-gradient-unsaved", "moe", [4, 5], "the gradient of its micro-batch is not finite"),
+        ("bad-score", "llama", [5], "the judge's score is not finite"),
+    ],
+)
 def test_only_the_guilty_are_left_out(folder: Path, run: str, model: str, guilty: list[int], reason: str) -> None:
     """Two ranks, one prompt each: a bad gradient takes its micro-batch's other prompt along."""
     assert excluded(folder / run) == {**dict.fromkeys(guilty, reason), 7: "the response is empty"}

@@ -35,8 +35,14 @@ BENIGN = [
 ]
 # (criterion, contrastive): each objective alone and with others.
 CRITERIA = (
-    ("tuning_grad", False), ("directed", False), ("conflict", False), ("directed", True), ("esi", True),
-    ("snip", True), ("tuning_grad", True), ("magnitude", True),
+    ("tuning_grad", False),
+    ("directed", False),
+    ("conflict", False),
+    ("directed", True),
+    ("esi", True),
+    ("snip", True),
+    ("tuning_grad", True),
+    ("magnitude", True),
 )
 NEEDS_TUNING = ("tuning_grad", "directed", "conflict")
 
@@ -103,12 +109,38 @@ def nonfinite_cases(folder: Path, ranks: int) -> list[dict]:
     bad = {"tuning": 3, "benign": 2}
     return [
         case(folder, "llama", "tuning_grad", True, 1, f"{tag}-bad", poison=bad, esi={"save_every": 1}),
-        case(folder, "llama", "tuning_grad", False, 1, f"{tag}-stop", poison={"tuning": 2}, esi=stop,
-             error=f"rows {companions(2, TUNING, ranks)} of data.tuning"),
-        case(folder, "llama", "magnitude", True, 8, f"{tag}-stop", poison={"benign": 4}, esi=stop,
-             error=f"rows {companions(4, BENIGN, ranks)} of data.benign"),
-        case(folder, "llama", "magnitude", True, 1, f"{tag}-silent", poison={"silence": True},
-             error="without any gradient"),
+        case(
+            folder,
+            "llama",
+            "tuning_grad",
+            False,
+            1,
+            f"{tag}-stop",
+            poison={"tuning": 2},
+            esi=stop,
+            error=f"rows {companions(2, TUNING, ranks)} of data.tuning",
+        ),
+        case(
+            folder,
+            "llama",
+            "magnitude",
+            True,
+            8,
+            f"{tag}-stop",
+            poison={"benign": 4},
+            esi=stop,
+            error=f"rows {companions(4, BENIGN, ranks)} of data.benign",
+        ),
+        case(
+            folder,
+            "llama",
+            "magnitude",
+            True,
+            1,
+            f"{tag}-silent",
+            poison={"silence": True},
+            error="without any gradient",
+        ),
         case(folder, "llama", "tuning_grad", True, 1, f"{tag}-silent", poison={"silence": True}),
     ]
 
@@ -122,8 +154,12 @@ def oracle(
     key = (str(folder), kind, criterion, contrastive, len(tuning), len(benign))
     if key not in _oracle:
         _oracle[key] = esi_scores(
-            folder / kind, folder / "other", PAIRS, criterion,
-            tuning=tuning if criterion in NEEDS_TUNING else None, benign=benign if contrastive else None,
+            folder / kind,
+            folder / "other",
+            PAIRS,
+            criterion,
+            tuning=tuning if criterion in NEEDS_TUNING else None,
+            benign=benign if contrastive else None,
         )[0]
     return _oracle[key]
 

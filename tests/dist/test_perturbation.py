@@ -64,7 +64,9 @@ def launch(folder: Path, ranks: int, wanted: list[tuple], **more) -> dict[tuple,
 
 def expected(folder: Path, kind: str, dtype: str) -> AutoModelForCausalLM:
     """The whole model with its noise, in one process."""
-    model = AutoModelForCausalLM.from_pretrained(folder / kind, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / kind, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16
+    )
     mask, offset, chosen, drawn = Mask.load(folder / f"{kind}-mask"), 0, {}, {}
     for name, parameter in model.named_parameters():
         if name in mask.shapes:

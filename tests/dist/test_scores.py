@@ -54,8 +54,11 @@ def config(folder: Path, kind: str, guard: str, batch: int, name: str, esi: dict
 # DeepSpeed's own defaults keep small parameters gathered; offloaded parameters live on the CPU between uses.
 ZERO_OPTIONS = {
     "defaults": {},
-    "offload": {"stage3_param_persistence_threshold": 0, "offload_param": {"device": "cpu"},
-                "offload_optimizer": {"device": "cpu"}},
+    "offload": {
+        "stage3_param_persistence_threshold": 0,
+        "offload_param": {"device": "cpu"},
+        "offload_optimizer": {"device": "cpu"},
+    },
 }
 
 
@@ -75,7 +78,9 @@ def extra_cases(folder: Path, ranks: int) -> list[dict]:
     made += [
         config(folder, "phi3", "other", batch, f"{tag}-{criterion}", criterion=criterion, order=order, scope=scope)
         for criterion, order, scope in (
-            ("grad", "bottom", "model"), ("snip", "top", "matrix"), ("magnitude", "random", "model"),
+            ("grad", "bottom", "model"),
+            ("snip", "top", "matrix"),
+            ("magnitude", "random", "model"),
             ("random", "top", "matrix"),
         )
     ]
@@ -88,7 +93,9 @@ def scored(request, folder: Path) -> tuple[int, Path]:
     ranks = request.param
     cases = [
         config(folder, kind, guard, batch, f"w{ranks}-{kind}-{guard}-{batch}")
-        for kind in KINDS for guard in GUARDS for batch in BATCHES
+        for kind in KINDS
+        for guard in GUARDS
+        for batch in BATCHES
     ] + extra_cases(folder, ranks)
     listing = folder / f"cases-{ranks}.json"
     listing.write_text(json.dumps(cases))
@@ -154,8 +161,7 @@ def test_gumbel_is_the_same_everywhere_and_equals_the_oracle(scored: tuple[int, 
 
     def noise_of(index: int):
         return [
-            lambda t, width, draw=draw: gumbel(stream(5, index, draw), torch.tensor([t]), width)[0]
-            for draw in range(3)
+            lambda t, width, draw=draw: gumbel(stream(5, index, draw), torch.tensor([t]), width)[0] for draw in range(3)
         ]
 
     expected = oracle(folder, "qwen3_moe", "other", estimator="gumbel", noise_of=noise_of)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders import FAMILIES, model_config
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -18,7 +19,8 @@ from transformers import (
 )
 
 from esi_ds.core.units import Parameter
-from esi_ds.models.roles import describe
+from esi_ds.errors import UserError
+from esi_ds.models.roles import describe, unknown, warning
 
 SMALL = {
     "vocab_size": 50,
@@ -56,6 +58,7 @@ CONFIGS = {
     "llama4": Llama4TextConfig(
         **SMALL, intermediate_size_mlp=12, num_local_experts=4, head_dim=4, interleave_moe_layer_step=1
     ),
+    **{name: model_config(name, 50) for name in FAMILIES if name not in ("qwen2_moe", "gpt_oss", "llama4")},
     "neox": GPTNeoXConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=12
     ),
@@ -82,10 +85,11 @@ def test_what_is_not_scored(name: str) -> None:
             or "norm" in leaf
             or leaf.endswith("bias")
             or "router" in leaf
+            or leaf.endswith("sinks")
             or leaf.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
         ) and not leaf.startswith("embed_out")
         assert parameter.scored != is_unscored, (parameter.name, parameter.role)
-        if "experts" in leaf and parameter.scored:
+        if ".experts." in leaf and parameter.scored:
             assert all(unit.role.startswith("expert.") and unit.expert is not None for unit in parameter.units)
 
 
@@ -111,6 +115,64 @@ def test_interleaved_and_transposed_experts() -> None:
     for index, unit in enumerate(parameter.units):
         expected = whole[unit.expert, :, 0 if unit.role == "expert.gate" else 1 :: 2]
         assert positions(parameter, index) == expected.flatten().tolist()
+
+
+def test_transposed_experts_whose_module_does_not_say_so() -> None:
+    """Llama-4's experts are [E, H, 2I] without transformers' attributes: the shapes decide."""
+    parameter = parameters_of(CONFIGS["llama4"])["model.layers.0.feed_forward.experts.gate_up_proj"]
+    whole = torch.arange(parameter.numel).reshape(parameter.shape)
+    half = parameter.shape[2] // 2
+    for index, unit in enumerate(parameter.units):
+        expected = whole[unit.expert, :, :half] if unit.role == "expert.gate" else whole[unit.expert, :, half:]
+        assert positions(parameter, index) == expected.flatten().tolist()
+
+
+ATTENTION = {"q_proj": "attention.q", "k_proj": "attention.k", "v_proj": "attention.v", "o_proj": "attention.o"}
+LATENT = {
+    "q_a_proj": "attention.q_a", "q_b_proj": "attention.q_b", "kv_a_proj_with_mqa": "attention.kv_a",
+    "kv_b_proj": "attention.kv_b", "o_proj": "attention.o",
+}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "mixtral", "qwen3_moe"])
+def test_every_matrix_of_the_families_has_its_role(name: str) -> None:
+    """Nothing is unknown; shared experts are no routed ones; every router's parameters are the router's."""
+    found = parameters_of(CONFIGS[name])
+    assert unknown(list(found.values())) == []
+    for parameter in found.values():
+        path = parameter.name.split(".")
+        module, roles = path[-2], {unit.role for unit in parameter.units}
+        if "self_attn" in path and parameter.scored:
+            assert roles == {(LATENT if "deepseek" in name else ATTENTION)[module]}
+        elif "shared_expert" in path or "shared_experts" in path:
+            assert roles == {f"shared.{module.removesuffix('_proj')}"}
+        elif "experts" in path and parameter.scored:
+            part = path[-1].removesuffix("_proj")
+            assert roles == ({"expert.gate", "expert.up"} if part == "gate_up" else {f"expert.{part}"})
+        elif "mlp" in path and parameter.scored:  # DeepSeek's and GLM's first layer
+            assert roles == {f"mlp.{module.removesuffix('_proj')}"} and ".0." in parameter.name
+        elif module in ("gate", "router", "shared_expert_gate"):
+            assert parameter.role == "router"
+
+
+def test_what_is_unknown_is_named_by_the_config() -> None:
+    """Matrices of an unknown kind are told of; a pattern gives them a role, experts in one tensor one matrix each."""
+
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(3, 4, bias=False)])
+            self.w_in = torch.nn.Parameter(torch.zeros(5, 3, 4))
+
+    odd = Odd()
+    assert unknown(describe(odd)) == ["w_in", "layers.0.weight"]
+    assert "2 parameters" in warning(["w_in", "layers.0.weight"]) and "model.roles" in warning(["w_in"])
+    given = describe(odd, given={"w_*": "expert.up", "layers.*.weight": "router"})
+    assert [(p.role, len(p.units)) for p in given] == [("expert.up", 5), ("router", 0)]
+    assert [(unit.expert, unit.start, unit.numel) for unit in given[0].units] == [(e, 12 * e, 12) for e in range(5)]
+    for wrong, problem in (({"w_*": "experts.up"}, "is no role"), ({"nowhere": "expert.up"}, "matches no parameter")):
+        with pytest.raises(UserError, match=problem):
+            describe(odd, given=wrong)
 
 
 def test_fused_qkv_and_gate_up_of_phi3() -> None:
