@@ -88,7 +88,7 @@ def part_of(role: str) -> str:
     """What the paper speaks of: value matrices, MLPs (dense or experts'), and the others."""
     if role == "attention.v":
         return "value"
-    return "MLP" if role.split(".")[0] in ("mlp", "expert", "shared_expert") else "other"
+    return "MLP" if role.split(".")[0] in ("mlp", "expert", "shared") else "other"
 
 
 def claim(about: Row) -> Row:

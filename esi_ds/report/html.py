@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader
 
 from esi_ds.artifacts import write_json_atomic, write_text_atomic
 from esi_ds.report import evaluation, figures, perturbation, tables
+from esi_ds.report.experts import expert_tables
 
 MAX_ROWS = 200
 MAX_TENSORS = 20
@@ -47,6 +48,7 @@ def render(
         evaluated=[(link, other, _evaluation_pieces(other)) for link, other in evaluated],
         role_maps=[_picture(figures.heatmap(found)) for found in tables.layer_by_role(units, k)],
         expert_maps=[_picture(figures.heatmap(found)) for found in tables.layer_by_expert(units, k)],
+        experts=expert_tables(units, k),
         scores=_picture(
             figures.score_histogram(
                 report["score_histogram"], report["score_histograms_by_role"], report["selection"]["threshold"]

@@ -14,6 +14,7 @@ from esi_ds.config import Config
 from esi_ds.core.mask import FORMAT
 from esi_ds.core.select import key_to_score
 from esi_ds.core.units import Parameter, Unit
+from esi_ds.report.experts import expert_tables
 from esi_ds.report.html import write_report
 from esi_ds.report.publish import closing_table, publish
 from esi_ds.stages.prepare import Inputs
@@ -102,6 +103,7 @@ def finish(
         "facts": run_facts(config, model, fingerprint, outcome, started),
         "selection": selection_facts(config, model, selection, losses),
         "units": rows,
+        "experts": expert_tables(rows, selection.k),
         "score_histogram": overall,
         "score_histograms_by_role": by_role,
         **pass_facts(outcome),

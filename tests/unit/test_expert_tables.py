@@ -1,0 +1,65 @@
+"""How a mask lies among experts, against the definitions written out."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations
+
+import pytest
+
+from esi_ds.report.experts import expert_tables, gini, hold_half
+
+
+def naive_gini(counts: list[int]) -> float:
+    """Half the mean absolute difference over the mean."""
+    mean = sum(counts) / len(counts)
+    differences = sum(abs(a - b) for a in counts for b in counts) / len(counts) ** 2
+    return differences / (2 * mean) if mean else 0.0
+
+
+def naive_half(counts: list[int]) -> int:
+    total = sum(counts)
+    sizes = range(len(counts) + 1)
+    return next(n for n in sizes if any(2 * sum(chosen) >= total for chosen in combinations(counts, n)))
+
+
+def test_gini_and_half_are_what_they_are_defined_as() -> None:
+    generator = random.Random(0)
+    for _ in range(200):
+        counts = [generator.choice((0, 0, 1, 5, 40)) for _ in range(generator.randint(1, 7))]
+        # Not exact: the sums are formed in another order, in float64.
+        assert gini(counts) == pytest.approx(naive_gini(counts), abs=1e-12)
+        assert hold_half(counts) == naive_half(counts)
+    assert gini([3, 3, 3]) == pytest.approx(0) and gini([0, 0, 8]) == pytest.approx(2 / 3)
+
+
+def row(role: str, layer: int | None, expert: int | None, numel: int, selected: int, mean: float = 1.0) -> dict:
+    return {"role": role, "layer": layer, "expert": expert, "numel": numel, "selected": selected, "mean_score": mean}
+
+
+def test_tables_count_every_selected_weight_once() -> None:
+    units = [
+        row("attention.q", 0, None, 100, 10),
+        row("shared.up", 0, None, 50, 5),
+        *(row(f"expert.{p}", layer, e, 10, 3 * e, 2.0) for p in ("gate", "up") for layer in (0, 1) for e in range(3)),
+        row("head", None, None, 80, 1),
+    ]
+    k = sum(unit["selected"] for unit in units)
+    found = expert_tables(units, k)
+    parts = {part["part"]: part for part in found["parts"]}
+    assert {name: part["selected"] for name, part in parts.items()} == {
+        "attention": 10, "shared experts": 5, "routed experts": 36, "head and others": 1,
+    }
+    assert sum(part["share"] for part in found["parts"]) == pytest.approx(1)
+    assert parts["routed experts"]["times_chance"] == pytest.approx((36 / k) / (120 / 350))
+    assert [(e["layer"], e["expert"], e["selected"], e["mean_score"]) for e in found["experts"]][:3] == [
+        (0, 0, 0, 2.0), (0, 1, 6, 2.0), (0, 2, 12, 2.0),
+    ]
+    assert (found["num_experts"], found["hold_half"]) == (6, 2)
+    assert [(layer["hold_half"], layer["experts"]) for layer in found["layers"]] == [(1, 3), (1, 3)]
+
+
+def test_a_dense_model_has_no_such_tables_and_an_empty_mask_divides_by_nothing() -> None:
+    assert expert_tables([row("mlp.up", 0, None, 10, 5)], 5) is None
+    found = expert_tables([row("expert.up", 0, e, 10, 0) for e in range(2)], 0)
+    assert (found["gini"], found["hold_half"]) == (0.0, 0)
