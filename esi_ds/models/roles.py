@@ -91,6 +91,21 @@ def describe(
     return tuple(parameters)
 
 
+def routers(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that choose experts, by name in the model's order; the gate of a shared expert chooses nothing."""
+    modules = dict(model.named_modules())
+    return {
+        name: module
+        for name, module in modules.items()
+        if name and _is_router(modules, name) and name.rpartition(".")[2] != "shared_expert_gate"
+    }
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a parameter or module belongs to."""
+    return int(found.group(1)) if (found := LAYER.search(f"{name}.")) else None
+
+
 def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Blocks whose routed experts are modules of their own (an ``nn.ModuleList``), by name: which of them run, and in
     which order their gradients come, differs between ranks."""
@@ -127,7 +142,7 @@ def _check_given(given: Mapping[str, str], names: Sequence[str]) -> None:
 
 def _named_units(name: str, role: str, shape: tuple[int, ...]) -> tuple[Unit, ...]:
     """A parameter whose role the user gave: one matrix, or, of experts in one tensor [E, ...], one each."""
-    layer = int(found.group(1)) if (found := LAYER.search(name)) else None
+    layer = layer_of(name)
     if role.startswith("expert.") and len(shape) == 3:
         size = _numel(shape[1:])
         return tuple(Unit(f"{name}[{e}]", role, layer, e, e * size, size) for e in range(shape[0]))
@@ -173,7 +188,7 @@ def _is_router(modules: Mapping[str, nn.Module], module_name: str) -> bool:
 def _units(name: str, role: str, shapes: Mapping[str, tuple[int, ...]], module: nn.Module, config) -> tuple[Unit, ...]:
     """The logical matrices of one scored parameter, in flat order of their first elements."""
     shape = tuple(shapes[name])
-    layer = int(found.group(1)) if (found := LAYER.search(name)) else None
+    layer = layer_of(name)
     leaf, own_name = name.rpartition(".")[2], name.split(".")[-2] if "." in name else name
     if _is_fused(shape, leaf):
         return _fused_expert_units(name, leaf, shape, layer, _is_transposed(name, shapes), _alternate(module))

@@ -49,6 +49,7 @@ def render(
         role_maps=[_picture(figures.heatmap(found)) for found in tables.layer_by_role(units, k)],
         expert_maps=[_picture(figures.heatmap(found)) for found in tables.layer_by_expert(units, k)],
         experts=expert_tables(units, k),
+        routing_maps=[_picture(figures.heatmap(found)) for found in tables.routing_maps(report.get("routing", []))],
         scores=_picture(
             figures.score_histogram(
                 report["score_histogram"], report["score_histograms_by_role"], report["selection"]["threshold"]

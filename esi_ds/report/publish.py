@@ -16,6 +16,10 @@ def publish(tracker: Tracker, report: dict[str, Any]) -> None:
             figure = figures.heatmap(data)
             tracker.figure(f"{group}/{view}", figure)
             figures.plt.close(figure)
+    for data in tables.routing_maps(report.get("routing", [])):
+        figure = figures.heatmap(data)
+        tracker.figure(f"routing/{data.title}", figure)
+        figures.plt.close(figure)
     edges = report["score_histogram"]["log10_edges"]
     tracker.histogram("log10_score/all", edges, report["score_histogram"]["counts"])
     for role, counts in report["score_histograms_by_role"].items():

@@ -94,6 +94,19 @@ def layer_by_expert(units: Sequence[Row], k: int) -> list[Heatmap]:
     return _heatmaps(cells, columns, k, "layer by expert", "expert") if cells else []
 
 
+def routing_maps(rows: Sequence[Row]) -> list[Heatmap]:
+    """Of each set of prompts, how a layer's tokens are shared out among its experts; rows of ``report.json``'s
+    ``routing``."""
+    found = []
+    for name in dict.fromkeys(row["set"] for row in rows):
+        own = [row for row in rows if row["set"] == name]
+        shares = [[100 * count / max(sum(row["tokens"]), 1) for count in row["tokens"]] for row in own]
+        layers, experts = [str(row["layer"]) for row in own], [str(e) for e in range(len(own[0]["tokens"]))]
+        title = f"Where routers send {name} prompts"
+        found.append(Heatmap(title, layers, experts, shares, "% of the layer's choices", "layer", "expert"))
+    return found
+
+
 def by_role(units: Sequence[Row]) -> list[tuple[str, Cell]]:
     return sorted(grouped(units, lambda unit: unit["role"]).items(), key=lambda item: _role_order(item[0]))
 

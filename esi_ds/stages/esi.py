@@ -157,7 +157,14 @@ class EsiRun(StageRun):
                 "look at responses.jsonl in the run folder; is the model sound?",
             )
         return Outcome(
-            gradients, num_prompts, inputs, responses, state.scores, excluded, num_broken + num_broken_responses
+            gradients,
+            num_prompts,
+            inputs,
+            responses,
+            state.scores,
+            excluded,
+            num_broken + num_broken_responses,
+            [example.prompt_ids + example.response.ids for example in examples],
         )
 
     def _accumulate_loss(self, model, loss: LossRows, tracker: Tracker):

@@ -14,6 +14,7 @@ from esi_ds.config import Config
 from esi_ds.core.mask import FORMAT
 from esi_ds.core.select import key_to_score
 from esi_ds.core.units import Parameter, Unit
+from esi_ds.models.roles import layer_of
 from esi_ds.report.experts import expert_tables
 from esi_ds.report.html import write_report
 from esi_ds.report.publish import closing_table, publish
@@ -24,6 +25,7 @@ from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.files import write_mask, write_scores
 from esi_ds.zero.gradients import GradientShards
+from esi_ds.zero.routing import frequencies, routing_choices
 from esi_ds.zero.score import Accumulated, Scores, Selection, select_weights
 from esi_ds.zero.statistics import log_histograms, unit_rows, unscored_numel
 
@@ -41,6 +43,7 @@ class Outcome:
     scores: dict[int, float]
     excluded: dict[int, str]
     special_tokens_broken_up: int
+    sequences: list[list[int]]  # prompts and responses, as the model reads them
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def finish(
         write_scores(folder / "scores", scored, low, scores, {"format": "esi-scores/1", **shown})
     write_mask(folder / "mask", scored, low, selection.bits, metadata, units_json(scored))
     rows = unit_rows(model, scores, selection, sigma)
+    routing = routing_rows(config, model, outcome, losses)
     overall, by_role = log_histograms(model, scores)
     if not runtime.is_main():
         return
@@ -104,6 +108,7 @@ def finish(
         "selection": selection_facts(config, model, selection, losses),
         "units": rows,
         "experts": expert_tables(rows, selection.k),
+        "routing": routing,
         "score_histogram": overall,
         "score_histograms_by_role": by_role,
         **pass_facts(outcome),
@@ -114,6 +119,25 @@ def finish(
     publish(tracker, report)
     tracker.log(closing_table(report))
     tracker.log(f"report: {folder / 'report.html'}")
+
+
+def routing_rows(
+    config: Config, model: ShardedModel, outcome: Outcome | None, losses: Sequence[LossOutcome]
+) -> list[dict]:
+    """{set, layer, tokens: one count an expert} of every router, on rank 0: how often harmful prompts with their
+    responses, and benign rows where the run has them, reach each expert. Collectives: ``routing_choices``, a set each.
+    """
+    sets = {"harmful": (outcome.sequences, outcome.inputs.tokenizer.pad_token_id)} if outcome is not None else {}
+    for found in losses:
+        if found.loss.name == "benign":
+            sets["benign"] = ([sequence.ids for sequence in found.loss.rows.sequences], found.loss.pad)
+    experts = {unit.expert for parameter in model.parameters for unit in parameter.units if unit.expert is not None}
+    made = []
+    for name, (sequences, pad) in sets.items() if experts else ():
+        choices = routing_choices(model, sequences, pad, config.esi.batch_size)
+        for router, counts in frequencies(choices or {}, len(experts)).items():
+            made.append({"set": name, "layer": layer_of(router), "tokens": counts})
+    return made
 
 
 def title(config: Config) -> str:

@@ -19,7 +19,14 @@ NUM_SAMPLES = 4  # of each set
 WHEN = ("before", "after")
 
 
-def finish_tuning(run: TuneRun, training: Training, patch: dict | None, answers: list[dict], tracker: Tracker) -> None:
+def finish_tuning(
+    run: TuneRun,
+    training: Training,
+    patch: dict | None,
+    answers: list[dict],
+    routing_drift: list[dict],
+    tracker: Tracker,
+) -> None:
     """Write the report and say how it went. Rank 0 writes; no collectives."""
     if not run.runtime.is_main():
         return
@@ -39,6 +46,7 @@ def finish_tuning(run: TuneRun, training: Training, patch: dict | None, answers:
         },
         "refusals": refusal_rows(answers),
         "samples": samples(answers),
+        "routing_drift": routing_drift,
         "facts": facts(run, training),
         "progress": read_jsonl(metrics) if metrics.is_file() else [],
     }
@@ -118,4 +126,10 @@ def closing_table(report: dict) -> str:
             shares = (row[f"refused_{when}"] for when in WHEN)
             cells = ("-" if share is None else f"{share / row['n']:.1%}" for share in shares)
             lines.append(f"{row['set']:24}" + "".join(f"{cell:>12}" for cell in cells) + f"{row['n']:>12,}")
+    if report["routing_drift"]:
+        lines += ["", f"{'tokens routed otherwise':24}{'share':>12}{'tokens':>12}"]
+        for name in dict.fromkeys(row["set"] for row in report["routing_drift"]):
+            own = [row for row in report["routing_drift"] if row["set"] == name]
+            changed, tokens = (sum(row[key] for row in own) for key in ("changed", "tokens"))
+            lines.append(f"{name:24}{changed / max(tokens, 1):>12.2%}{tokens:>12,}")
     return "\n".join(lines)

@@ -38,6 +38,7 @@ class TuneRun(StageRun):
     inputs: TuningInputs
 
     def work(self, tracker: Tracker) -> None:
+        from esi_ds.stages.drift import drift_rows, measure_before
         from esi_ds.stages.finish_tuning import finish_tuning
         from esi_ds.stages.training import Training
 
@@ -53,6 +54,7 @@ class TuneRun(StageRun):
         self._log_inputs(tracker, same)
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        measure_before(self, model)
         answers = {}
         if config.eval is not None and config.eval.before:
             answers["before"] = self._answers(model, "before", tracker)
@@ -67,9 +69,10 @@ class TuneRun(StageRun):
         )
         training.run()
         answers["after"] = self._answers(model, "after", tracker)
+        moved = drift_rows(self, model)
         self._write_answers(answers)
         changed = self._export(model)
-        finish_tuning(self, training, changed, self._read_answers(), tracker)
+        finish_tuning(self, training, changed, self._read_answers(), moved, tracker)
 
     def _load(self, tracker: Tracker):
         """The sharded model, and what makes its tuner. The tuner reads the weights: before answers, any time."""

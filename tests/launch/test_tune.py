@@ -11,7 +11,7 @@ import torch
 from builders import PAIRS, build_mask, build_model, byte_bpe_tokenizer
 from conftest import RUN_FILES, LaunchedJob, num_lines, run_ranks
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from esi_ds import Mask
 from esi_ds.patch import main as patch_main
@@ -105,7 +105,8 @@ def undisturbed(request, folder: Path) -> tuple[str, Path]:
 
 def test_the_run_folder_is_complete(undisturbed: tuple[str, Path], folder: Path) -> None:
     stage, run = undisturbed
-    assert {path.name for path in run.iterdir()} == RUN_FILES | {"answers.jsonl", "model", "patch"}
+    made = {"answers.jsonl", "model", "patch", "routing.before.safetensors"}
+    assert {path.name for path in run.iterdir()} == RUN_FILES | made
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["exit_state"] == "done" and manifest["mask_made_from_these_weights"]
     # canonical names, experts one by one
@@ -116,6 +117,35 @@ def test_the_run_folder_is_complete(undisturbed: tuple[str, Path], folder: Path)
     answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
     assert [row["set"] for row in answers] == ["harmful"] * 3 + ["benign"]
     assert "Before and after" in (run / "report.html").read_text()
+
+
+def routing_drift(run: Path) -> list[dict]:
+    return json.loads((run / "report.json").read_text())["routing_drift"]
+
+
+def chosen_by_token(path: Path, row: list[int]) -> list[torch.Tensor]:
+    """bool [tokens, experts] of every layer, read off at the experts of a whole model."""
+    model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval(), []
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(lambda _, given: found.append(given[1]))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([row]))
+    return [torch.zeros(len(row), 5, dtype=torch.bool).scatter(1, chosen, True) for chosen in found]
+
+
+def test_routing_drift_is_that_of_the_two_folders(undisturbed: tuple[str, Path], folder: Path) -> None:
+    """Base and exported model, one benign prompt, token by token in one process."""
+    _, run = undisturbed
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    asked = [{"role": "user", "content": "Tell me how to steal a car."}]
+    row = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    base, tuned = (chosen_by_token(path, row) for path in (folder / "model", run / "model"))
+    expected = [int((before != after).any(1).sum()) for before, after in zip(base, tuned, strict=True)]
+    found = [entry for entry in routing_drift(run) if entry["set"] == "benign"]
+    assert [(entry["layer"], entry["tokens"]) for entry in found] == [(0, len(row)), (1, len(row))]
+    assert [entry["changed"] for entry in found] == expected  # one row alone: the same arithmetic
+    assert sum(expected) > 0
+    assert "Routing before and after" in (run / "report.html").read_text()
 
 
 def test_tensorboard_shows_what_was_promised(undisturbed: tuple[str, Path]) -> None:
@@ -149,6 +179,7 @@ def test_killed_and_resumed(undisturbed: tuple[str, Path], folder: Path) -> None
     output = Job(folder, name, stage, 2).finish()
     assert "going on after step" in output
     assert same_bits(weights(job.run), weights(expected))
+    assert routing_drift(job.run) == routing_drift(expected)  # against the weights before the first step
     steps = [json.loads(line)["step"] for line in (job.run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
     assert not (job.run / "checkpoint").exists()
