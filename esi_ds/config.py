@@ -155,6 +155,7 @@ class Tune(Section):
     gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step")
     max_length: int = Field(1024, ge=2, description="tokens of a row; longer ones are cut at the end")
     unscored: Literal["freeze", "train"] = Field("freeze", description="embeddings, norms, biases, routers")
+    router: Literal["freeze", "train"] | None = Field(None, description="routers alone; null: as unscored says")
     reduction: Literal["auto", "compact", "scatter"] = Field("auto", description="SET: how gradients reach their rank")
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
     export: bool = Field(True, description="write model/")

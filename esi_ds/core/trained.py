@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -15,17 +15,30 @@ class Trained:
     """The trained coordinates of every parameter of a model, keyed by full name and flat index.
 
     train: ``selected`` | ``complement``. unscored: ``freeze`` | ``train``, for parameters that the mask does not name.
-    shapes: every parameter of the model, in its order.
+    shapes: every parameter of the model, in its order. routers: names of the routers' parameters, and router: what
+    becomes of them; None: as unscored says.
     """
 
-    def __init__(self, mask: Mask, train: str, unscored: str, shapes: Mapping[str, tuple[int, ...]]):
+    def __init__(
+        self,
+        mask: Mask,
+        train: str,
+        unscored: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        routers: Collection[str] = (),
+        router: str | None = None,
+    ):
         self.mask, self.train, self.unscored = mask, train, unscored
+        self.routers, self.router = frozenset(routers), router or unscored
         self.numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+
+    def _trains_unscored(self, name: str) -> bool:
+        return (self.router if name in self.routers else self.unscored) == "train"
 
     def count(self, name: str) -> int:
         """Trained weights of a parameter."""
         if name not in self.mask.shapes:
-            return self.numels[name] if self.unscored == "train" else 0
+            return self.numels[name] if self._trains_unscored(name) else 0
         selected = self.mask.counts[name]
         return selected if self.train == "selected" else self.numels[name] - selected
 
@@ -36,7 +49,7 @@ class Trained:
     def bits(self, name: str, low: int, high: int) -> Tensor:
         """bool [high − low]: whether each weight of the flat range trains. Reads only the mask's bytes of it."""
         if name not in self.mask.shapes:
-            return torch.full((max(0, high - low),), self.unscored == "train")
+            return torch.full((max(0, high - low),), self._trains_unscored(name))
         bits = self.mask.bits(name, low, high)
         return bits if self.train == "selected" else ~bits
 

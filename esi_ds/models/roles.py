@@ -101,6 +101,11 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def router_names(parameters: Sequence[Parameter]) -> list[str]:
+    """Names of the routers' parameters, their biases too."""
+    return [parameter.name for parameter in parameters if parameter.role == "router"]
+
+
 def layer_of(name: str) -> int | None:
     """The number of the layer that a parameter or module belongs to."""
     return int(found.group(1)) if (found := LAYER.search(f"{name}.")) else None

@@ -25,6 +25,7 @@ def model_card(config: Any, inputs: Any, fingerprint: str) -> str:
         f"{mask.metadata.get('order')}, ratio {mask.metadata.get('ratio')}",
         "trained weights": f"{inputs.trained.total:,}",
         "unscored parameters": "frozen" if tune.unscored == "freeze" else "trained",
+        "routers": "frozen" if (tune.router or tune.unscored) == "freeze" else "trained",
         "steps": tune.max_steps,
         "rows": f"{tune.data.path}, sha256 {inputs.rows.sha256}",
         "batch": f"{tune.batch_size} a rank, {tune.gradient_accumulation} micro-batches a step",

@@ -97,6 +97,7 @@ def facts(run: TuneRun, training: Training) -> dict:
         "mask made from these weights": run.notes["mask_made_from_these_weights"],
         "mask criterion": inputs.mask.metadata.get("criterion"),
         "unscored parameters": tune.unscored,
+        "routers": tune.router or tune.unscored,
         "rows": f"{len(inputs.rows.sequences):,} of {tune.data.path} ({inputs.rows.columns})",
         "rows skipped": len(inputs.rows.skipped),
         "rows cut": inputs.rows.num_cut,

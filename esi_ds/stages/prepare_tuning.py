@@ -17,6 +17,7 @@ from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
 from esi_ds.data.rows import read_rows
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
+from esi_ds.models.roles import router_names
 from esi_ds.stages.prepare import check_weights, load_model_config, max_positions
 from esi_ds.stages.prepare_eval import load_sets
 
@@ -87,7 +88,11 @@ def describe_trained(config: Config, stage: str, mask: Mask, model_config: Pretr
 
     parameters: tuple[Parameter, ...] = meta_parameters(model_config, config.model.roles)
     check_mask_structure(mask, parameters, "tune.mask")
-    trained = Trained(mask, TRAIN[stage], config.tune.unscored, {p.name: p.shape for p in parameters})
+    tune, shapes = config.tune, {p.name: p.shape for p in parameters}
+    names = router_names(parameters)
+    if tune.router is not None and not names:
+        raise UserError("tune.router", tune.router, "speaks of routers, and this model has none", "leave it out")
+    trained = Trained(mask, TRAIN[stage], tune.unscored, shapes, names, tune.router)
     if trained.total == 0:
         problem = "selects nothing" if stage == "set" else "selects every scored weight"
         raise UserError("tune.mask", str(mask.path), f"{problem}: nothing would train", "give another mask")

@@ -96,6 +96,7 @@ class TuneRun(StageRun):
                 eps=rule.eps,
                 weight_decay=rule.weight_decay,
                 unscored=tune.unscored,
+                router=tune.router,
                 roles=config.model.roles,
             )
             optimizers.append(made)

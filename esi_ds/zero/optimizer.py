@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from esi_ds.core.adamw import keep_only, masked_adamw
 from esi_ds.core.mask import Mask, pack_bits
 from esi_ds.core.trained import Trained
+from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
-from esi_ds.models.roles import describe
+from esi_ds.models.roles import describe, router_names
 
 RULE = ("lr", "betas", "eps", "weight_decay")
 
@@ -32,8 +33,8 @@ class MaskedAdamW(Optimizer):
     params_or_model: a model, or (name, parameter) pairs with the full names of ``model.named_parameters()``, or groups
     of them (``{"params": [(name, parameter), ...], "lr": ...}``). Bare parameters have no names: they are refused, as
     is a mask that does not fit. mask: an ``esi_ds.Mask`` or its folder. unscored: ``freeze`` | ``train``, for
-    parameters the mask does not name (embeddings, norms, biases, routers). roles: the ``model.roles`` that the mask was
-    made with.
+    parameters the mask does not name (embeddings, norms, biases, routers). router: the same for routers alone, which
+    takes a model, not pairs; None: as unscored. roles: the ``model.roles`` that the mask was made with.
 
     Parameters in which nothing trains stop requiring gradients and are left out. Parameters of lower precision get fp32
     masters. Moments are fp32; for ``selected`` they are as many as the weights that train. Frozen weights keep their
@@ -51,20 +52,24 @@ class MaskedAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         unscored: str = "freeze",
+        router: str | None = None,
         roles: Mapping[str, str] | None = None,
     ):
         for name, value, known in (
             ("train", train, ("selected", "complement")),
             ("unscored", unscored, ("freeze", "train")),
+            ("router", router, (None, "freeze", "train")),
         ):
             if value not in known:
-                raise UserError(name, value, "is unknown", f"give one of {', '.join(known)}")
+                raise UserError(name, value, "is unknown", f"give one of {', '.join(map(str, known))}")
         mask = mask if isinstance(mask, Mask) else Mask.load(mask)
         groups = named_groups(params_or_model)
         named = {name: tensor for group in groups for name, tensor in group["params"]}
         shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in named.items()}
-        _check(params_or_model, named, shapes, mask, roles)
-        self.trained = Trained(mask, train, unscored, shapes)
+        parameters = _check(params_or_model, named, shapes, mask, roles)
+        if router is not None and not router_names(parameters):
+            raise UserError("router", router, "speaks of routers, and none is known here", "give a model that has some")
+        self.trained = Trained(mask, train, unscored, shapes, router_names(parameters), router)
         if self.trained.total == 0:
             raise UserError("mask", str(mask.path), f"nothing would train with train={train}", "is it the right mask?")
         self._names: dict[int, str] = {}
@@ -303,16 +308,17 @@ def _check(
     shapes: dict[str, tuple],
     mask: Mask,
     roles: Mapping[str, str] | None,
-) -> None:
-    """Fail closed: names and shapes must be the mask's."""
+) -> tuple[Parameter, ...]:
+    """Fail closed: names and shapes must be the mask's. The parameters with their roles, where a model was given."""
     for name, tensor in named.items():
         if not tensor.is_floating_point() or "4bit" in type(tensor).__name__ or "8bit" in type(tensor).__name__:
             raise UserError(
                 "params_or_model", name, "is quantised: it cannot be trained in place", "load it unquantised"
             )
     if isinstance(given, nn.Module):
-        check_mask_structure(mask, describe(given, shapes, roles), "mask")
-        return
+        parameters = describe(given, shapes, roles)
+        check_mask_structure(mask, parameters, "mask")
+        return parameters
     # Without the model's modules there are no roles: every name of the mask must be here in its shape.
     for name, shape in mask.shapes.items():
         if shapes.get(name) != shape:
@@ -320,3 +326,4 @@ def _check(
             raise UserError("mask", str(mask.path), f"its {name} {problem}", "give every parameter of the mask's model")
     if sum(torch.Size(shape).numel() for shape in shapes.values()) != mask.total_numel:
         raise UserError("mask", str(mask.path), "was made for a model of another size", "give all its parameters")
+    return ()

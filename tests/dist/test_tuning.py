@@ -96,6 +96,8 @@ def cases(folder: Path, ranks: int) -> list[dict]:
         make(f"{tag}-clip-set", "llama", "set", **decay),
         make(f"{tag}-clip-spa", "llama", "spa", **decay),
         make(f"{tag}-unscored", "llama_tied", "set", unscored="train"),
+        make(f"{tag}-router-train", "mixtral", "set", router="train"),
+        make(f"{tag}-router-freeze", "qwen3_moe", "spa", unscored="train", router="freeze"),
         make(f"{tag}-fp32", "mixtral", "spa", dtype="fp32"),
         make(f"{tag}-persist-set", "llama", "set", zero=PERSIST),
         make(f"{tag}-offload-set", "llama", "set", zero=OFFLOAD),
@@ -142,7 +144,9 @@ def tuned(request, folder: Path) -> tuple[int, Path]:
     return ranks, folder
 
 
-def trained_bits(folder: Path, kind: str, stage: str, unscored: str = "freeze") -> dict[str, torch.Tensor]:
+def trained_bits(
+    folder: Path, kind: str, stage: str, unscored: str = "freeze", router: str | None = None
+) -> dict[str, torch.Tensor]:
     mask = Mask.load(folder / f"{kind}-mask")
     model = AutoModelForCausalLM.from_pretrained(folder / kind)
     found = {}
@@ -150,7 +154,8 @@ def trained_bits(folder: Path, kind: str, stage: str, unscored: str = "freeze") 
         if name in mask.shapes:
             found[name] = mask.tensor(name) if stage == "set" else ~mask.tensor(name)
         else:
-            found[name] = torch.full(parameter.shape, unscored == "train")
+            is_router = name.endswith("mlp.gate.weight")
+            found[name] = torch.full(parameter.shape, ((is_router and router) or unscored) == "train")
     return found
 
 
@@ -169,13 +174,15 @@ def batches(folder: Path, kind: str, ranks: int) -> list:
 _references: dict[tuple, tuple] = {}
 
 
-def reference(folder: Path, kind: str, stage: str, ranks: int, *, unscored="freeze", dtype=torch.bfloat16, **options):
-    key = (kind, stage, ranks, unscored, dtype, tuple(sorted(options.items())))
+def reference(
+    folder: Path, kind: str, stage: str, ranks: int, *, unscored="freeze", router=None, dtype=torch.bfloat16, **options
+):
+    key = (kind, stage, ranks, unscored, router, dtype, tuple(sorted(options.items())))
     if key not in _references:
         options.setdefault("by_micro_batch", stage == "spa")
         _references[key] = tune(
             folder / kind,
-            trained_bits(folder, kind, stage, unscored),
+            trained_bits(folder, kind, stage, unscored, router),
             batches(folder, kind, ranks),
             lambda step: learning_rate(step, max_steps=STEPS, **RULE),
             dtype=dtype,
@@ -206,10 +213,12 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
 
 
-def frozen_changes(folder: Path, kind: str, stage: str, run: Path, unscored="freeze", dtype=torch.bfloat16) -> int:
+def frozen_changes(
+    folder: Path, kind: str, stage: str, run: Path, unscored="freeze", router=None, dtype=torch.bfloat16
+) -> int:
     """Frozen weights of the exported model that are not the base's bits."""
     base = AutoModelForCausalLM.from_pretrained(folder / kind, dtype=dtype)
-    trained, now = trained_bits(folder, kind, stage, unscored), weights_of(run, dtype)
+    trained, now = trained_bits(folder, kind, stage, unscored, router), weights_of(run, dtype)
     return sum(
         int((as_bits(p.detach()) != as_bits(now[name]))[~trained[name]].sum()) for name, p in base.named_parameters()
     )
@@ -224,7 +233,7 @@ def trained_differences(
     differ = sum(int((as_bits(expected[name]) != as_bits(now[name])).sum()) for name in expected)
     got = state_of(run, ranks)
     assert set(got) == set(state)
-    trained = trained_bits(folder, kind, stage, options.get("unscored", "freeze"))
+    trained = trained_bits(folder, kind, stage, options.get("unscored", "freeze"), options.get("router"))
     worst = {True: 0.0, False: 0.0}
     for name, own in state.items():
         for what in ("master", "exp_avg", "exp_avg_sq"):
@@ -279,6 +288,8 @@ VARIANTS = {
     "clip-set": ("llama", "set", {"weight_decay": 0.1, "clip": 0.05}),
     "clip-spa": ("llama", "spa", {"weight_decay": 0.1, "clip": 0.05}),
     "unscored": ("llama_tied", "set", {"unscored": "train"}),
+    "router-train": ("mixtral", "set", {"router": "train"}),
+    "router-freeze": ("qwen3_moe", "spa", {"unscored": "train", "router": "freeze"}),
     "fp32": ("mixtral", "spa", {"dtype": torch.float32}),
     "persist-set": ("llama", "set", {}),
     "offload-set": ("llama", "set", {}),
@@ -297,7 +308,7 @@ def test_variants_equal_one_process(tuned: tuple[int, Path], name: str) -> None:
     if name.startswith("hpz") and ranks != 2:
         pytest.skip("secondary partitions of two ranks need two ranks")
     check(folder, run, ranks, kind, stage, **options)
-    frozen = {key: options[key] for key in ("unscored", "dtype") if key in options}
+    frozen = {key: options[key] for key in ("unscored", "router", "dtype") if key in options}
     assert frozen_changes(folder, kind, stage, run, **frozen) == 0
 
 

@@ -45,7 +45,7 @@ def restore_originals() -> None:
         setattr(owner, name, value)
 
 
-def dump(run: TuneRun, loop, patch, answers, tracker) -> None:
+def dump(run: TuneRun, loop, patch, answers, routing_drift, tracker) -> None:
     """Instead of the report: masters and moments as a checkpoint holds them, norms, and the dtype's own bits."""
     saved = {key: values.detach().clone() for key, (_, values) in loop.tuner.saved().items() if len(values)}
     save_file(saved, run.folder.path / f"state-{runtime.rank()}.safetensors")

@@ -48,12 +48,17 @@ def test_tables_count_every_selected_weight_once() -> None:
     found = expert_tables(units, k)
     parts = {part["part"]: part for part in found["parts"]}
     assert {name: part["selected"] for name, part in parts.items()} == {
-        "attention": 10, "shared experts": 5, "routed experts": 36, "head and others": 1,
+        "attention": 10,
+        "shared experts": 5,
+        "routed experts": 36,
+        "head and others": 1,
     }
     assert sum(part["share"] for part in found["parts"]) == pytest.approx(1)
     assert parts["routed experts"]["times_chance"] == pytest.approx((36 / k) / (120 / 350))
     assert [(e["layer"], e["expert"], e["selected"], e["mean_score"]) for e in found["experts"]][:3] == [
-        (0, 0, 0, 2.0), (0, 1, 6, 2.0), (0, 2, 12, 2.0),
+        (0, 0, 0, 2.0),
+        (0, 1, 6, 2.0),
+        (0, 2, 12, 2.0),
     ]
     assert (found["num_experts"], found["hold_half"]) == (6, 2)
     assert [(layer["hold_half"], layer["experts"]) for layer in found["layers"]] == [(1, 3), (1, 3)]

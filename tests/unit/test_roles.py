@@ -129,8 +129,11 @@ def test_transposed_experts_whose_module_does_not_say_so() -> None:
 
 ATTENTION = {"q_proj": "attention.q", "k_proj": "attention.k", "v_proj": "attention.v", "o_proj": "attention.o"}
 LATENT = {
-    "q_a_proj": "attention.q_a", "q_b_proj": "attention.q_b", "kv_a_proj_with_mqa": "attention.kv_a",
-    "kv_b_proj": "attention.kv_b", "o_proj": "attention.o",
+    "q_a_proj": "attention.q_a",
+    "q_b_proj": "attention.q_b",
+    "kv_a_proj_with_mqa": "attention.kv_a",
+    "kv_b_proj": "attention.kv_b",
+    "o_proj": "attention.o",
 }
 
 
