@@ -83,6 +83,17 @@ def base(folder: Path) -> dict:
 
 CASES = {
     "no tune section": ("set", {"tune": None}, ["tune", "missing"]),
+    "router of a dense model": ("set", {"tune.router": "train"}, ["tune.router", "none"]),
+    "role that there is not": (
+        "spa",
+        {"model.roles": {"*q_proj*": "queries"}},
+        ["model.roles", "queries", "is no role"],
+    ),
+    "role of nothing": (
+        "spa",
+        {"model.roles": {"*.wq": "attention.q"}},
+        ["model.roles", "*.wq", "matches no parameter"],
+    ),
     "no mask": ("set", {"tune.mask": "nowhere"}, ["tune.mask", "nowhere"]),
     "mask of another model": ("set", {"model.path": "{}/other"}, ["tune.mask", "another model"]),
     "missing name": ("spa", {"tune.mask": "{}/mask-missing"}, ["tune.mask", "does not name", "v_proj"]),

@@ -8,11 +8,12 @@ import pytest
 import scipy.stats
 import torch
 
-from esi_ds.core.mask import pack_bits, unpack_bits
+from esi_ds.core.mask import num_bytes, pack_bits, unpack_bits
 from esi_ds.core.moments import merge, moments, standard_deviation
 from esi_ds.core.noise import gumbel, normal, stream
 from esi_ds.core.surrogate import UNSAMPLED_LOGIT, estimate, paper_code_surrogate, softmax_surrogate
 from esi_ds.core.units import Unit, shard_bounds
+from esi_ds.zero.files import Entry, file_header
 
 
 @pytest.mark.parametrize("numel", [1, 4, 7, 12, 100])
@@ -139,3 +140,24 @@ def test_normal_noise_is_a_function_of_its_position() -> None:
         assert abs(torch.corrcoef(torch.stack([drawn, series]))[0, 1]) < 0.008
     far = normal(stream(3), positions + (1 << 40))
     assert not torch.equal(far, drawn)
+
+
+@pytest.mark.parametrize("first", [2**31 - 3, 2**33 + 5])
+def test_positions_beyond_what_32_bits_hold(first: int) -> None:
+    """A fused tensor of 128 experts of 4096 × 3072 × 2 has 3.2e9 elements; nothing of it is allocated here."""
+    run = Unit("run", "x", None, None, first, 10)
+    assert run.within(first - 2, first + 4) == slice(2, 6)
+    alternate = Unit("alternate", "x", None, None, first, 1, 2**33, 2)
+    assert alternate.within(first + 1, first + 7).tolist() == [1, 3, 5]
+    rows = Unit("rows", "x", None, None, first, 3, 2**31, 5)
+    found = rows.within(first + 5 * 2**20 + 2, first + 5 * 2**20 + 9)
+    assert found.tolist() == [0, 3, 4, 5]
+    numel = 3 * 2**32 + 1
+    assert shard_bounds(numel, 2, 3) == (2 * (2**32 + 1), numel)
+    assert num_bytes(numel) == 3 * 2**29 + 1
+
+
+def test_files_of_tensors_beyond_what_32_bits_hold() -> None:
+    entries = [Entry("first", "F32", (128, 6144, 4096)), Entry("second", "F32", (2, 3))]
+    _, starts = file_header(entries, {})
+    assert starts["second"] - starts["first"] == 4 * 128 * 6144 * 4096 > 2**33
