@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +33,13 @@ def shared() -> Path:
     return folder
 
 
+def free_port() -> int:
+    """A port nobody listens on now: tests run side by side, and so may two checkouts."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def run_ranks(ranks: int, script: str, *arguments: str, timeout: int = 600) -> subprocess.CompletedProcess[str]:
     """A script under the deepspeed launcher; output and exit code come back, a hang becomes a failure."""
     command = [
@@ -39,7 +47,7 @@ def run_ranks(ranks: int, script: str, *arguments: str, timeout: int = 600) -> s
         "--num_accelerators",
         str(ranks),
         "--master_port",
-        str(29600 + os.getpid() % 1000),
+        str(free_port()),
         script,
         *arguments,
     ]
@@ -73,7 +81,7 @@ class LaunchedJob:
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump({"run": {"output_dir": str(self.run), "tensorboard": True}, **config}))
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-        port = ["--master_port", str(28000 + os.getpid() % 1000)]
+        port = ["--master_port", str(free_port())]
         command = [*launcher, *port] if ranks > 1 else [sys.executable]
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         self.process = subprocess.Popen(

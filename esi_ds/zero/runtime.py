@@ -49,6 +49,9 @@ def start() -> None:
     if device().type != "cpu":
         # Before the first collective: NCCL works on the current device, which would be the first GPU on every rank.
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    # Nothing here calls DeepSpeed's shared-memory all-reduce for CPUs, and it costs: a compile at the first start (a
+    # compile that is killed leaves a lock every later start waits on) and 66 MiB in /dev/shm per rank, for good.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
