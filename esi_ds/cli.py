@@ -10,10 +10,10 @@ import traceback
 from dataclasses import dataclass
 from typing import NoReturn
 
+from esi_ds import ranks
 from esi_ds.config import load_config
 from esi_ds.errors import Interrupted, UserError
 
-RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 EXIT_USER, EXIT_INTERRUPTED, EXIT_FAILURE = 2, 75, 1
 
 
@@ -25,11 +25,6 @@ class Options:
     world_size: int | None = None
     verbose: bool = False
     allow_fingerprint_mismatch: bool = False
-
-
-def rank_from_environment() -> int:
-    """This process's rank as its launcher told it; 0 where there was no launcher."""
-    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
 
 
 def positive(text: str) -> int:
@@ -68,12 +63,13 @@ def leave(code: int) -> NoReturn:
 
 def main(stage: str, argv: list[str] | None = None) -> int:
     """Run one stage; returns the process's exit code: 0, 2 (user's mistake), 75 (resumable) or 1 (anything else)."""
-    is_main = rank_from_environment() == 0
     made = parser(stage)
     arguments = made.parse_intermixed_args(argv)
     if arguments.world_size is not None and not arguments.dry_run:
         made.error("--world-size is for --dry-run; a run has the ranks that its launcher starts")
+    rank = 0
     try:
+        rank = ranks.find().rank
         config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config)
         options = Options(
             dry_run=arguments.dry_run,
@@ -81,20 +77,20 @@ def main(stage: str, argv: list[str] | None = None) -> int:
             verbose=arguments.verbose,
             allow_fingerprint_mismatch=arguments.allow_fingerprint_mismatch,
         )
-        if not is_main and not options.verbose:
+        if rank > 0 and not options.verbose:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
-        if options.dry_run and not is_main:
+        if options.dry_run and rank > 0:
             return 0
         importlib.import_module(f"esi_ds.stages.{stage}").run(config, options)
     except UserError as error:
-        if is_main:
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
     except Interrupted as error:
-        if is_main:
+        if rank == 0:
             print(f"interrupted: {error}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception:
-        print(f"rank {rank_from_environment()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return EXIT_FAILURE
     return 0

@@ -31,6 +31,7 @@ class Run(Section):
     seed: int = Field(0, ge=0, description="of noise and random orders; nothing else is random")
     resume: Literal["auto", "never"] = Field("auto", description="auto: go on where this folder's run stopped")
     tensorboard: bool = Field(True, description="write TensorBoard files")
+    collective_timeout_s: int = Field(1800, gt=0, description="seconds a rank waits for the others before it gives up")
 
 
 class Model(Section):
@@ -519,15 +520,19 @@ def resolved_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
 
 
+# How a run is gone on with, not what it makes: may differ from one start to the next.
+OF_THIS_START = ("run.resume", "run.collective_timeout_s")
+
+
 def differences(first: Config, second: Config) -> list[str]:
-    """Dotted keys that differ; ``run.resume`` does not count."""
+    """Dotted keys that differ; those of ``OF_THIS_START`` do not count."""
     found: list[str] = []
 
     def walk(a: Any, b: Any, path: str) -> None:
         if isinstance(a, dict) and isinstance(b, dict):
             for key in {**a, **b}:
                 walk(a.get(key), b.get(key), f"{path}.{key}" if path else key)
-        elif a != b and path != "run.resume":
+        elif a != b and path not in OF_THIS_START:
             found.append(path)
 
     walk(first.model_dump(), second.model_dump(), "")

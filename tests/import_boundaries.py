@@ -29,10 +29,11 @@ LAYERS = {
     "mask": 4,
     "patch": 4,
     "cli": 1,
+    "ranks": 1,
 }
 # What may import the heavy or distributed libraries: name → parts that may.
 RESERVED = {"deepspeed": {"zero"}, "torch.distributed": {"zero"}}
-WITHOUT_TORCH = {"config", "deepspeed_config", "errors", "artifacts", "cli"}
+WITHOUT_TORCH = {"config", "deepspeed_config", "errors", "artifacts", "cli", "ranks"}
 
 
 def imports(file: Path) -> Iterator[tuple[int, str, bool]]:

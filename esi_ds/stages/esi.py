@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
+from esi_ds import ranks
 from esi_ds.artifacts import RunFolder
 from esi_ds.cli import Options
 from esi_ds.config import Config, require_esi
@@ -30,12 +30,12 @@ def run(config: Config, options: Options) -> None:
         return
     folder = RunFolder(config.run.output_dir)
     folder.check(config)
-    resolve_deepspeed(config, int(os.environ.get("WORLD_SIZE", "1")))
+    resolve_deepspeed(config, ranks.find().world_size)
     inputs, losses = prepare(config), prepare_losses(config)
     folder.check_same("data_hashes", data_source(inputs, losses), "data")
     from esi_ds.zero import runtime
 
-    with runtime.process_group():
+    with runtime.process_group(config.run.collective_timeout_s):
         deepspeed_config = resolve_deepspeed(config, runtime.world_size())
         EsiRun(config, options, inputs, losses, folder, deepspeed_config).run()
 

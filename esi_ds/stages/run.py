@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from esi_ds import ranks
 from esi_ds.artifacts import RunFolder
 from esi_ds.cli import Options
 from esi_ds.config import Config
@@ -136,10 +136,10 @@ def run_stage(
     """
     folder = RunFolder(config.run.output_dir)
     folder.check(config)
-    resolve_deepspeed(config, int(os.environ.get("WORLD_SIZE", "1")), stage)
+    resolve_deepspeed(config, ranks.find().world_size, stage)
     folder.check_same("data_hashes", source, field)
     from esi_ds.zero import runtime
 
-    with runtime.process_group():
+    with runtime.process_group(config.run.collective_timeout_s):
         deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
         run_class(config, options, inputs, folder, deepspeed_config, source).run()

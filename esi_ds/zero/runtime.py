@@ -12,34 +12,24 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Variables that name (rank, world size, local rank), by launcher: torch's own first, then Slurm's, then Open MPI's.
-RANK_VARIABLES = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-)
+from esi_ds import ranks
+from esi_ds.errors import UserError
 
 
-def start() -> None:
-    """Join the job's process group (gloo on CPU, NCCL on GPUs). A plain ``python`` process is a group of one."""
+def start(timeout_s: int = 1800) -> None:
+    """Join the job's process group (gloo on CPU, NCCL on GPUs). A plain ``python`` process is a group of one.
+
+    timeout_s: how long a collective waits for a rank that does not come before it fails.
+    """
     if torch.distributed.is_initialized():
         return
-    for rank_name, size_name, local_name in RANK_VARIABLES:
-        if rank_name in os.environ and size_name in os.environ:
-            os.environ.update(
-                RANK=os.environ[rank_name], WORLD_SIZE=os.environ[size_name], LOCAL_RANK=os.environ.get(local_name, "0")
-            )
-            break
-    else:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    place = ranks.join()
     _quieten()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -48,11 +38,19 @@ def start() -> None:
     logger.setLevel(logging.ERROR)
     if device().type != "cpu":
         # Before the first collective: NCCL works on the current device, which would be the first GPU on every rank.
+        os.environ["LOCAL_RANK"] = str(_device_index(place, get_accelerator().device_count()))  # DeepSpeed reads it too
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     # Nothing here calls DeepSpeed's shared-memory all-reduce for CPUs, and it costs: a compile at the first start (a
     # compile that is killed leaves a lock every later start waits on) and 66 MiB in /dev/shm per rank, for good.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
+    except torch.distributed.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        problem = f"no process group forms there ({str(error).splitlines()[0]})"
+        remedy = "set MASTER_ADDR to a host that all ranks reach and MASTER_PORT to a free port of it"
+        raise UserError("MASTER_ADDR and MASTER_PORT", where, problem, remedy) from error
+    _bind_cores()
 
 
 def _quieten() -> None:
@@ -66,10 +64,29 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)", category=UserWarning)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def _device_index(place: ranks.Place, num_devices: int) -> int:
+    """This rank's device among those it sees; a launcher may show each rank its own one only."""
+    if num_devices == 1 or place.local_rank is None:
+        return 0
+    if place.local_rank >= num_devices:
+        remedy = "start one rank per device"
+        raise UserError("local rank", place.local_rank, f"has no device: this host shows {num_devices}", remedy)
+    return place.local_rank
+
+
+def _bind_cores() -> None:
+    """Give each rank of a host an equal part of the cores they may all use; a launcher that has bound them is right.
+
+    One gather.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    own = (socket.gethostname(), sorted(os.sched_getaffinity(0)))
+    sharing = [rank_ for rank_, other in enumerate(gather_objects(own)) if other == own]
+    share = len(own[1]) // len(sharing)
+    if len(sharing) > 1 and share > 0:
+        first = sharing.index(rank()) * share
+        os.sched_setaffinity(0, own[1][first : first + share])
 
 
 def stop() -> None:
@@ -79,11 +96,11 @@ def stop() -> None:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
+def process_group(timeout_s: int = 1800) -> Iterator[None]:
     """The job's process group for the time of the block; one that was there before stays (a study runs many stages in
     one process, and DeepSpeed keeps handles of the first group)."""
     was_there = torch.distributed.is_initialized()
-    start()
+    start(timeout_s)
     try:
         yield
     finally:

@@ -71,9 +71,13 @@ def test_exit_codes(stage: types.ModuleType, config: str, error, code: int, show
     assert shown in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
-def test_a_mistake_is_told_by_rank_0_only(stage, config: str, variable: str, monkeypatch, capsys) -> None:
-    monkeypatch.setenv(variable, "1")
+@pytest.mark.parametrize(
+    "variables",
+    [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")],
+)
+def test_a_mistake_is_told_by_rank_0_only(stage, config: str, variables, monkeypatch, capsys) -> None:
+    for name, value in zip(("SLURM_STEP_ID", *variables), "012", strict=True):
+        monkeypatch.setenv(name, value)
     assert main("fake", ["--config", config, "selct.ratio=1"]) == 2
     assert capsys.readouterr().err == ""
     stage.error = RuntimeError("broken")  # but a rank's own failure is never silent

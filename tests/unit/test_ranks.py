@@ -1,0 +1,95 @@
+"""Rank discovery: what each launcher leaves in the environment, nested launchers, contradictions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from esi_ds.errors import UserError
+from esi_ds.ranks import ALONE, Place, find
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+DEEPSPEED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "0"}
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+STEP = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "1",
+    "SLURM_NTASKS": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+}
+MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+DAEMON = {**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, ALONE),
+        (TORCHRUN, Place("torch", 3, 4, 1, 2)),
+        (DEEPSPEED, Place("torch", 1, 2, 1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Place("torch", 1, 2, None, None)),
+        (STEP, Place("Slurm", 1, 2, 0, 1)),
+        ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_NTASKS": "3"}, Place("Slurm", 1, 3, 0, None)),
+        # The allocation may have more tasks than this step of it.
+        ({**STEP, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, Place("Slurm", 1, 2, 0, 1)),
+        (BATCH, ALONE),  # plain python in a batch script's shell is no rank of the allocation
+        (MPIRUN, Place("Open MPI", 1, 2, 1, 2)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Place("MPI", 1, 2, None, None)),
+        ({**STEP, "PMI_RANK": "1", "PMI_SIZE": "2"}, Place("Slurm", 1, 2, 0, 1)),  # srun --mpi=pmi2
+        ({**DAEMON, **MPIRUN}, Place("Open MPI", 1, 2, 1, 2)),  # mpirun starts its daemons with srun
+        ({**STEP, **TORCHRUN}, Place("torch", 3, 4, 1, 2)),  # srun, one torchrun per node
+        ({**STEP, "RANK": "1", "WORLD_SIZE": "2"}, Place("torch", 1, 2, None, None)),  # a script's own mapping
+    ],
+)
+def test_places(environment: dict[str, str], place: Place) -> None:
+    assert find(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = 2"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK = -1"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE = two"),
+        ({**DEEPSPEED, "LOCAL_RANK": "2"}, "LOCAL_RANK = 2"),
+        # Variables left in a profile: each of srun's two processes would be a job of its own, writing one folder.
+        ({**STEP, "RANK": "0", "WORLD_SIZE": "1"}, "rank 1 of 2; unset RANK"),
+        ({**MPIRUN, "RANK": "0", "WORLD_SIZE": "1"}, "contradict Open MPI's"),
+        # srun -n 2 deepspeed: two jobs of one host each.
+        ({**STEP, **DEEPSPEED, "RANK": "0", "LOCAL_RANK": "0"}, "one launcher per job"),
+        ({**STEP, "PMI_RANK": "0", "PMI_SIZE": "1"}, "contradict Slurm's"),
+    ],
+)
+def test_contradictions(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        find(environment)
+
+
+def test_command_line_refuses_contradictions() -> None:
+    environment = {**STEP, "RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run(
+        [sys.executable, "launch/esi.py", "--config", "configs/demo/esi.yaml"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: torch variables"), done.stderr
