@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -19,6 +20,7 @@ import yaml
 from esi_ds.config import Config, differences, parse_yaml, resolved_yaml, validate
 from esi_ds.errors import UserError
 
+UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")
 PACKAGES = ("esi_ds", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
 
@@ -106,8 +108,8 @@ class RunFolder:
         existing = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise UserError(key, given, "cannot be written to", "give a folder of your own")
-        # A kill while config.yaml was first written leaves its temporary file: still an empty folder of ours.
-        if not self.path.is_dir() or all(file.name == ".config.yaml.tmp" for file in self.path.iterdir()):
+        # A kill before config.yaml is first written leaves the lock and temporary files: still an empty folder of ours.
+        if not self.path.is_dir() or all(UNBEGUN.fullmatch(file.name) for file in self.path.iterdir()):
             return
         stored = self.path / "config.yaml"
         if not stored.is_file():
@@ -166,8 +168,8 @@ class RunFolder:
                 "world_size": world_size,
                 "model_fingerprint": model_fingerprint,
                 "data_hashes": data,
-                "started": _utc(started),
-                "finished": None if exit_state == "running" else _utc(now),
+                "started": utc(started),
+                "finished": None if exit_state == "running" else utc(now),
                 "wall_time_s": round(now - started, 3),
                 "versions": versions(),
                 "commit": commit(),
@@ -176,7 +178,8 @@ class RunFolder:
         )
 
 
-def _utc(seconds: float) -> str:
+def utc(seconds: float) -> str:
+    """Seconds since the epoch as ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 

@@ -13,13 +13,15 @@ from typing import Any
 from tqdm import tqdm
 
 from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
+from esi_ds.status import StatusWriter
 
 
 class Tracker:
     """A context manager; with ``enabled`` False nothing is written or shown."""
 
-    def __init__(self, folder: Path, enabled: bool, tensorboard: bool):
+    def __init__(self, folder: Path, enabled: bool, tensorboard: bool, stage: str):
         self.folder, self.enabled = folder, enabled
+        self._status = StatusWriter(folder, stage) if enabled else None
         self._writer = None
         self._tensorboard = tensorboard and enabled
 
@@ -28,16 +30,20 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self.folder / "tensorboard"))
+        if self._status is not None:
+            self._status.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        if self._status is not None:
+            self._status.__exit__(*error)
         if self._writer is not None:
             self._writer.close()
 
     def progress(self, *, total: int, initial: int, unit: str, description: str) -> tqdm:
         """A bar with rate and time left; where stderr is no terminal, a line every half minute at most."""
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        return tqdm(
+        bar = tqdm(
             total=total,
             initial=initial,
             unit=unit,
@@ -47,6 +53,9 @@ class Tracker:
             maxinterval=interval,
             dynamic_ncols=True,
         )
+        if self._status is not None:
+            self._status.watch(bar)
+        return bar
 
     def log(self, line: str) -> None:
         """One message to stdout and log.txt."""

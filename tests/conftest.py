@@ -21,7 +21,16 @@ sys.path.insert(0, str(ROOT / "tests"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What every finished run folder holds, whichever stage it is of.
-RUN_FILES = {"config.yaml", "manifest.json", "metrics.jsonl", "tensorboard", "report.json", "report.html", "log.txt"}
+RUN_FILES = {
+    "config.yaml",
+    "manifest.json",
+    "metrics.jsonl",
+    "tensorboard",
+    "report.json",
+    "report.html",
+    "log.txt",
+    "status.json",
+}
 
 
 @pytest.fixture(scope="session")

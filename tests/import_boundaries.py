@@ -30,10 +30,12 @@ LAYERS = {
     "patch": 4,
     "cli": 1,
     "ranks": 1,
+    "lock": 1,
+    "status": 1,
 }
 # What may import the heavy or distributed libraries: name → parts that may.
 RESERVED = {"deepspeed": {"zero"}, "torch.distributed": {"zero"}}
-WITHOUT_TORCH = {"config", "deepspeed_config", "errors", "artifacts", "cli", "ranks"}
+WITHOUT_TORCH = {"config", "deepspeed_config", "errors", "artifacts", "cli", "ranks", "lock", "status"}
 
 
 def imports(file: Path) -> Iterator[tuple[int, str, bool]]:

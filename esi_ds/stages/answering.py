@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from esi_ds.config import Config
-from esi_ds.errors import Interrupted
 from esi_ds.eval.fluency import surprises
 from esi_ds.eval.verdicts import is_empty
-from esi_ds.stages.interrupt import StopSignal
+from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Key, Ledger
 from esi_ds.stages.prepare_eval import Candidate, QuestionSet
 from esi_ds.stages.respond import generate_all
@@ -87,7 +86,7 @@ def surprise_all(
     if mode != "gathered":
         tracker.log(f"incoherence is judged by form alone: {reason}")
         return
-    stop, ranks, rank = StopSignal(), runtime.world_size(), runtime.rank()
+    ranks, rank = runtime.world_size(), runtime.rank()
     size = config.eval.batch_size * 4  # texts of like length find each other among so many
     bar = tracker.progress(total=len(rows), initial=0, unit="answer", description="surprise")
     with ready_to_generate(model, mode), bar:
@@ -105,10 +104,4 @@ def surprise_all(
                 for row, value in zip(mine, values, strict=True)
             )
             bar.update(min(size * ranks, len(rows) - start))
-            check_stop(stop, f"{len(found.rows)} answers read again")
-
-
-def check_stop(stop: StopSignal, done: str) -> None:
-    """Raise Interrupted on every rank where one of them was told to stop. One gather."""
-    if any(runtime.gather_objects(stop.raised)):
-        raise Interrupted(f"stopped by a signal with {done}; start again to go on")
+            check_stop(f"{len(found.rows)} answers read again")

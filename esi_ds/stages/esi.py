@@ -12,7 +12,7 @@ from esi_ds.config import Config, require_esi
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
 from esi_ds.models.roles import unknown, warning
-from esi_ds.stages.interrupt import StopSignal
+from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.prepare import Inputs, clean, encode_examples, encode_prompts, prepare
 from esi_ds.stages.prepare_losses import LossRows, prepare_losses
 from esi_ds.stages.respond import respond, write_responses
@@ -52,6 +52,8 @@ class EsiRun(StageRun):
     """One run of the stage on this rank. ``inputs`` is None for criteria that ask no judge; ``losses`` are the rows of
     the criterion's further objectives. Passes run one after the other, each with sums of its own."""
 
+    stage = "esi"
+
     def __init__(
         self,
         config: Config,
@@ -63,7 +65,6 @@ class EsiRun(StageRun):
     ):
         super().__init__(config, options, inputs, folder, deepspeed_config, data_source(inputs, losses))
         self.losses = losses
-        self._stop: StopSignal | None = None
         self._first_step = 0  # of the next pass, as metrics.jsonl counts
 
     def work(self, tracker: Tracker) -> None:
@@ -92,6 +93,7 @@ class EsiRun(StageRun):
         accumulated = {found.loss.name: found.accumulated for found in losses}
         if outcome is not None:
             accumulated["safety"] = Accumulated(outcome.gradients.sums, outcome.num_prompts)
+        check_stop("everything scored")
         sigma = unit_sigmas(model)
         scores = score(model, config.select.criterion, accumulated, sigma, config.run.seed)
         if config.select.contrastive:
@@ -201,9 +203,8 @@ class EsiRun(StageRun):
         """One pass; its checkpoints stay until the run is done, for a later pass may be interrupted too."""
         from esi_ds.stages.score import ScoringPass
 
-        self._stop = self._stop or StopSignal()  # not before generation is over, which listens to signals itself
         folder = self.folder.path / CHECKPOINTS / objective.name
-        state = ScoringPass(self.config, model, objective, folder, tracker, self._stop, self._first_step).run()
+        state = ScoringPass(self.config, model, objective, folder, tracker, self._first_step).run()
         self._first_step += len(objective.examples)
         return state
 

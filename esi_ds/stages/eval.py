@@ -28,6 +28,8 @@ def run(config: Config, options: Options) -> None:
 class EvalRun(StageRun):
     """One evaluation on this rank."""
 
+    stage = "eval"
+
     inputs: EvalInputs
 
     def work(self, tracker: Tracker) -> None:
@@ -72,12 +74,11 @@ class EvalRun(StageRun):
         Interrupted between two tasks.
         """
         from esi_ds.eval.tasks import Ranks, run_tasks_on
-        from esi_ds.stages.answering import check_stop
-        from esi_ds.stages.interrupt import StopSignal
+        from esi_ds.stages.interrupt import check_stop
         from esi_ds.stages.ledger import Ledger
         from esi_ds.zero.engine import load_replicated
 
-        runtime, section, stop = self.runtime, self.config.model, StopSignal()
+        runtime, section = self.runtime, self.config.model
         ranks = Ranks(runtime.rank(), runtime.world_size(), runtime.gather_objects)
         ledger = Ledger(self.folder.path / TASKS, ("model", "task"))
         order = [(model.name, number) for model in self.inputs.models for number in range(len(self.inputs.tasks))]
@@ -101,7 +102,7 @@ class EvalRun(StageRun):
                 )
                 rows = [result.as_row() for result in results]
                 ledger.add([{"model": candidate.name, "task": number, "results": rows}])
-                check_stop(stop, f"{len(ledger.rows)} tasks run")
+                check_stop(f"{len(ledger.rows)} tasks run")
             del model
             gc.collect()
         return ledger.sort(order) if order else []

@@ -15,8 +15,7 @@ from esi_ds.eval.endpoint import Patience
 from esi_ds.eval.refusals import judge_by_words, refusal_list
 from esi_ds.eval.rubric import TEMPLATE, Prices, Usage, judge_by_rubric, total_usage
 from esi_ds.eval.verdicts import Verdict
-from esi_ds.stages.answering import check_stop
-from esi_ds.stages.interrupt import StopSignal
+from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.prepare_eval import PreparedJudge, sequence_rule
 from esi_ds.tracking import Tracker
@@ -71,7 +70,7 @@ def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger
     section, endpoint = judge.section, judge.endpoint
     priced = section.prompt_price is not None
     prices = Prices(section.prompt_price, section.completion_price) if priced else None
-    stop, patience, size = StopSignal(), Patience(), endpoint.concurrency * ROUNDS
+    patience, size = Patience(), endpoint.concurrency * ROUNDS
     used = total_usage([], prices)
     bar = tracker.progress(total=len(waiting), initial=0, unit="answer", description=f"judge {judge.name}"[:40])
     with bar:
@@ -95,7 +94,7 @@ def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger
             used += spent
             verdicts.add(_verdict_row(judge, *pair) for pair in zip(rows, given, strict=True))
             bar.update(len(rows))
-            check_stop(stop, f"{start + len(rows)} answers judged by {judge.name}")
+            check_stop(f"{start + len(rows)} answers judged by {judge.name}")
     return used
 
 
@@ -114,7 +113,7 @@ def _ask_model(
     verdicts.add(_verdict_row(judge, waiting[number], found) for number, found in at_once.items())
     rows = {number: found for number, found in enumerate(encoded) if number not in at_once}
     batches = length_batches(reader, rows, config.eval.batch_size)
-    stop, ranks, rank = StopSignal(), runtime.world_size(), runtime.rank()
+    ranks, rank = runtime.world_size(), runtime.rank()
     bar = tracker.progress(
         total=len(waiting), initial=len(at_once), unit="answer", description=f"judge {judge.name}"[:40]
     )
@@ -127,7 +126,7 @@ def _ask_model(
             weights.release()
             verdicts.share(_verdict_row(judge, waiting[n], verdict) for n, verdict in zip(mine, found, strict=False))
             bar.update(sum(map(len, batches[start : start + ranks])))
-            check_stop(stop, f"{len(verdicts.rows)} verdicts given")
+            check_stop(f"{len(verdicts.rows)} verdicts given")
     del reader, weights
     gc.collect()
 

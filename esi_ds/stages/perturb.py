@@ -33,6 +33,8 @@ def run(config: Config, options: Options) -> None:
 class PerturbRun(StageRun):
     """One run of the stage on this rank."""
 
+    stage = "perturb"
+
     inputs: PerturbInputs
 
     def work(self, tracker: Tracker) -> None:

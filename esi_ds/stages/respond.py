@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
 from esi_ds.config import Config
 from esi_ds.errors import Interrupted
-from esi_ds.stages.interrupt import StopSignal
+from esi_ds.stages.interrupt import told_to_stop
 from esi_ds.stages.prepare import Inputs, max_positions
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
@@ -114,7 +114,6 @@ def generate_all(
         return
     mode, reason = choose_mode(model, generation)
     tracker.log(f"generating {len(waiting)} responses, model {mode.replace('_', ' ')}: {reason}")
-    stop = StopSignal()
     ranks, rank = runtime.world_size(), runtime.rank()
     progress = tracker.progress(total=len(prompt_ids), initial=len(done), unit="prompt", description=description)
     with ready_to_generate(model, mode), progress:
@@ -124,7 +123,7 @@ def generate_all(
             texts = []
             if mine or mode == "per_token":
                 texts = generate(model, tokenizer, rows, max_new_tokens, mode)
-            gathered = runtime.gather_objects((dict(zip(mine, texts, strict=False)), stop.raised))
+            gathered = runtime.gather_objects((dict(zip(mine, texts, strict=False)), told_to_stop()))
             new = {index: text for part, _ in gathered for index, text in part.items()}
             done.update(new)
             keep(new)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from esi_ds import ranks
+from esi_ds import lock, ranks
 from esi_ds.artifacts import RunFolder
 from esi_ds.cli import Options
 from esi_ds.config import Config
@@ -45,6 +46,11 @@ class StageRun(ABC):
     """One run of a stage on this rank; ``work`` does it. ``inputs``: what the stage has prepared; ``source``: hashes of
     the data, for the manifest."""
 
+    @property
+    @abstractmethod
+    def stage(self) -> str:
+        """As in ``launch/<stage>.py``."""
+
     def __init__(
         self,
         config: Config,
@@ -74,16 +80,51 @@ class StageRun(ABC):
             if runtime.is_main():
                 print(f"{self.folder.path} is finished already; nothing to do")
             return
+        taken_over = self._lock()
+        try:
+            self._run_locked(taken_over)
+        finally:
+            if runtime.is_main():
+                lock.release(self.folder.path)
+
+    def _lock(self) -> str | None:
+        """The folder is this job's; what rank 0 is to say of it. Raises UserError on every rank. One broadcast."""
+        runtime = self.runtime
+        found = None
+        if runtime.is_main():
+            try:
+                self.folder.path.mkdir(parents=True, exist_ok=True)
+                found = lock.acquire(self.folder.path)
+            except UserError as error:
+                found = error
+        found = runtime.broadcast_object(found)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _run_locked(self, taken_over: str | None) -> None:
+        runtime = self.runtime
         if runtime.is_main():
             self.folder.open(self.config)
         runtime.seed_everything(self.config.run.seed)
-        tracker = Tracker(self.folder.path, enabled=runtime.is_main(), tensorboard=self.config.run.tensorboard)
+        tracker = Tracker(
+            self.folder.path, enabled=runtime.is_main(), tensorboard=self.config.run.tensorboard, stage=self.stage
+        )
+        from esi_ds.stages.interrupt import listen
+
+        listen()  # from here on a signal is noted, and the next boundary sees it
         with tracker:
+            if taken_over:
+                tracker.log(taken_over)
+            if restarts := int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+                tracker.log(f"Slurm has started this job again, {restarts} times by now")
             try:
                 self.work(tracker)
             except BaseException as error:
                 if self.fingerprint is not None:  # else the run has not begun, and an older manifest stays
                     self.record("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
+                if isinstance(error, Interrupted):  # every rank is here, and a launcher kills all when the first leaves
+                    runtime.barrier()
                 raise
             self.record("done")
             if runtime.is_main():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from esi_ds.config import Config
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.stages.interrupt import StopSignal
+from esi_ds.stages.interrupt import told_to_stop
 from esi_ds.tracking import Tracker
 from esi_ds.zero import checkpoint, runtime
 from esi_ds.zero.engine import ShardedModel
@@ -99,7 +99,7 @@ class ScoringPass:
 
     Micro-batch ``position``: rank r takes examples [position + r·B, position + (r+1)·B). Every rank makes the same
     number of forward and backward passes; one without an example runs a filler whose gradient is zero.
-    stop: shared by a run's passes. first_step: examples of the passes before this one; where its metrics begin.
+    first_step: examples of the passes before this one; where its metrics begin.
     """
 
     def __init__(
@@ -109,14 +109,12 @@ class ScoringPass:
         objective: Objective,
         folder: Path,
         tracker: Tracker,
-        stop: StopSignal,
         first_step: int = 0,
     ):
         self.config, self.model, self.objective = config, model, objective
         self.gradients, self.folder, self.tracker = objective.gradients, folder, tracker
         self.first_step = first_step
         self.state = PassState()
-        self._stop = stop
         self._last_save, self._save_seconds = time.monotonic(), 0.0
         self._steps_since_save = 0
 
@@ -155,7 +153,7 @@ class ScoringPass:
             torch.tensor(
                 [
                     norm_squared,
-                    float(self._stop.raised),
+                    float(told_to_stop()),
                     float(due),
                     math.fsum(scores.values()),
                     float(len(scores)),

@@ -15,7 +15,7 @@ from esi_ds.core.batch import left_pad
 from esi_ds.core.schedule import learning_rate
 from esi_ds.data.conversations import IGNORED, DataOrder, TokenSequence, TuningSet
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.stages.interrupt import StopSignal
+from esi_ds.stages.interrupt import told_to_stop
 from esi_ds.tracking import Tracker
 from esi_ds.zero import checkpoint, runtime
 from esi_ds.zero.tuner import NotFinite, Tuner, summed_loss
@@ -67,7 +67,6 @@ class Training:
         num_benign = len(benign.sequences) if benign is not None else 0
         self.order = DataOrder(len(rows.sequences), num_benign, fraction, config.run.seed)
         self.step, self.position = 0, 0  # updates made, rows read
-        self._stop = StopSignal()
 
     @property
     def stride(self) -> int:
@@ -117,7 +116,7 @@ class Training:
         self.position += self.stride
         tokens = sum(len(sequence.ids) for batch in batches for sequence in batch.sequences)
         totals = runtime.all_reduce_sum(
-            torch.tensor([math.fsum(losses), tokens, self._stop.raised], dtype=torch.float64)
+            torch.tensor([math.fsum(losses), tokens, told_to_stop()], dtype=torch.float64)
         ).tolist()
         self._report(totals[0], norm, lr, totals[1] / max(time.monotonic() - started, 1e-9))
         interrupted = totals[2] > 0

@@ -35,6 +35,10 @@ def run_tuning(config: Config, options: Options, stage: str) -> None:
 class TuneRun(StageRun):
     """One run of SET or SPA on this rank."""
 
+    @property
+    def stage(self) -> str:
+        return self.inputs.stage
+
     inputs: TuningInputs
 
     def work(self, tracker: Tracker) -> None:

@@ -119,7 +119,7 @@ def test_the_closing_table_fits_a_terminal() -> None:
 def test_tensorboard_and_metrics(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with Tracker(tmp_path, enabled=True, tensorboard=True) as tracker:
+    with Tracker(tmp_path, enabled=True, tensorboard=True, stage="esi") as tracker:
         tracker.scalars(1, {"judge_score": 1.0, "bad": float("nan")})
         tracker.scalars(2, {"judge_score": 2.0})
         tracker.resume_at(1)
@@ -137,7 +137,7 @@ def test_tensorboard_and_metrics(tmp_path: Path) -> None:
 
 
 def test_a_silent_tracker_writes_nothing(tmp_path: Path) -> None:
-    with Tracker(tmp_path, enabled=False, tensorboard=True) as tracker:
+    with Tracker(tmp_path, enabled=False, tensorboard=True, stage="esi") as tracker:
         tracker.scalars(1, {"a": 1.0})
         tracker.log("x")
         publish(tracker, report(DENSE))

@@ -1,0 +1,71 @@
+#!/bin/bash
+# The chain ESI -> SET and SPA -> evaluation as jobs that wait for each other. From the project's top folder:
+#   slurm/pipeline.sh --runs FOLDER --esi FILE [--set FILE] [--spa FILE] [--eval FILE] [--seeds 0-4 | --prompts "A B"]
+#                     [-- options of sbatch]
+# --seeds: an array of chains, one for each seed. --prompts: one chain for each set of prompts ESI is to score with.
+# Each chain writes FOLDER/<seed or number>/{esi,set,spa,eval}; FOLDER is one TensorBoard for all of them. SET and SPA take
+# the chain's mask; the evaluation compares their models with the config's.
+
+set -e
+usage() {
+    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+}
+runs='' array='' prompts=()
+declare -A config=()
+while (($#)); do
+    case $1 in
+    --) shift && break ;;
+    --runs | --esi | --set | --spa | --eval | --seeds | --prompts) [[ $# -ge 2 ]] || usage ;;&
+    --runs) runs=$2 ;;
+    --esi | --set | --spa | --eval)
+        [[ -f $2 ]] || { echo "error: $1 = $2: is no file; give a config" >&2 && exit 2; }
+        config[${1#--}]=$2
+        ;;
+    --seeds) array=$2 ;;
+    --prompts) read -ra prompts <<<"$2" ;;
+    *) usage ;;
+    esac
+    shift 2
+done
+[[ -n $runs && -n ${config[esi]:-} ]] || usage
+[[ -z $array || ${#prompts[@]} -eq 0 ]] || { echo "error: --seeds and --prompts: give one of them" >&2 && exit 2; }
+[[ ${#prompts[@]} -eq 0 ]] || array=0-$((${#prompts[@]} - 1))
+source slurm/env.sh
+
+# Literal in a job's arguments: job.sh puts the task's own number there.
+chain=$runs
+[[ -z $array ]] || chain=$runs/@task@
+submit() { # stage, dependency, arguments of the stage
+    local stage=$1 after=$2
+    shift 2
+    local kind=afterok
+    [[ -z $array ]] || kind=aftercorr
+    sbatch --parsable ${array:+--array="$array"} ${after:+--dependency="$kind:$after" --kill-on-invalid-dep=yes} \
+        "${options[@]}" "slurm/$stage.sbatch" --config "${config[$stage]}" "run.output_dir=$chain/$stage" "$@"
+}
+options=("$@")
+own=()
+if [[ ${#prompts[@]} -gt 0 ]]; then
+    own=("data.prompts.path=@prompts@")
+    export ESI_DS_PROMPTS="${prompts[*]}"
+elif [[ -n $array ]]; then
+    own=("run.seed=@task@")
+fi
+esi=$(submit esi '' "${own[@]}")
+echo "esi: job $esi"
+seed=()
+[[ ${#prompts[@]} -gt 0 ]] || seed=("${own[@]}")
+tuned='' models=''
+for stage in set spa; do
+    [[ -n ${config[$stage]:-} ]] || continue
+    job=$(submit "$stage" "$esi" "tune.mask=$chain/esi/mask" "${seed[@]}")
+    echo "$stage: job $job after $esi"
+    tuned+=${tuned:+:}$job
+    models+=${models:+, }"{name: ${stage^^}, path: $chain/$stage/model}"
+done
+if [[ -n ${config[eval]:-} ]]; then
+    job=$(submit eval "${tuned:-$esi}" ${models:+"eval.models=[$models]"})
+    echo "eval: job $job after ${tuned:-$esi}"
+fi
+echo "watch: tensorboard --logdir $runs; python -m esi_ds.status $runs/*/*"

@@ -1,0 +1,135 @@
+"""The lock of a run folder, and the status that says whether its holder lives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from esi_ds import lock, status
+from esi_ds.errors import Interrupted, UserError
+from esi_ds.tracking import Tracker
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """A lock of a process on another host, and a short patience."""
+    monkeypatch.setattr(lock, "WATCH_S", 0.6)
+    holder = {**lock.own_identity(), "host": "node7", "boot": "b", "pid": 1, "pid_started": 1, "since": "then"}
+    (tmp_path / lock.LOCK).write_text(json.dumps(holder))
+    return holder
+
+
+def test_one_holder_at_a_time(tmp_path: Path) -> None:
+    assert lock.acquire(tmp_path) is None
+    with pytest.raises(UserError, match=r"being written by another job \(.*process \d+ on .*wait for it, stop it"):
+        lock.acquire(tmp_path)
+    lock.release(tmp_path)
+    assert lock.acquire(tmp_path) is None
+    lock.release(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    script = "import sys, os, pathlib; from esi_ds import lock; lock.acquire(pathlib.Path(sys.argv[1])); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == 9
+    assert "no such process here" in lock.acquire(tmp_path)
+
+
+def test_a_pid_that_came_again_is_another_process(tmp_path: Path) -> None:
+    holder = {**lock.own_identity(), "pid_started": 1}
+    (tmp_path / lock.LOCK).write_text(json.dumps(holder))
+    assert "no such process here" in lock.acquire(tmp_path)
+
+
+def test_other_host_is_watched(tmp_path: Path, elsewhere: dict) -> None:
+    (tmp_path / lock.STATUS).write_text("1")
+    beat = threading.Thread(target=lambda: (time.sleep(0.3), (tmp_path / lock.STATUS).write_text("2")))
+    beat.start()
+    with pytest.raises(UserError, match="node7"):
+        lock.acquire(tmp_path)
+    beat.join()
+    assert "did not change for 0.6 s" in lock.acquire(tmp_path)  # nothing beats any more
+
+
+def test_slurm_tells_whether_its_job_lives(tmp_path: Path, elsewhere: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tell(state: str, code: int = 0, error: str = "") -> None:
+        made = subprocess.CompletedProcess([], code, state, error)
+        monkeypatch.setattr(lock.subprocess, "run", lambda *_, **__: made)
+
+    elsewhere["slurm_job"] = "12"
+    tell("RUNNING\n")
+    assert lock.why_dead(tmp_path, elsewhere) is None
+    tell("", 1, "slurm_load_jobs error: Invalid job id specified")
+    assert "no such running job" in lock.why_dead(tmp_path, elsewhere)
+    tell("PENDING\n")
+    assert "no such running job" in lock.why_dead(tmp_path, elsewhere)
+    tell("RUNNING\n")  # it is this job itself, requeued to another node
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert "started that job again" in lock.why_dead(tmp_path, elsewhere)
+    tell("", 1, "slurm_load_jobs error: Unable to contact slurm controller")
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    assert "did not change" in lock.why_dead(tmp_path, elsewhere)
+
+
+def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path: Path) -> None:
+    """Ten processes at once, all told to start by a file."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / lock.LOCK).write_text(json.dumps({**lock.own_identity(), "pid": 1, "pid_started": -1}))
+    script = (
+        "import sys, time, pathlib; from esi_ds import lock, errors\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "while not (folder / 'go').exists(): time.sleep(0.001)\n"
+        "try: print(lock.acquire(folder / 'run') is not None)\n"
+        "except errors.UserError: print('refused')\n"
+        "time.sleep(2)"
+    )
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(10)
+    ]
+    time.sleep(1.5)
+    (tmp_path / "go").touch()
+    said = [job.communicate(timeout=60)[0].split() for job in jobs]
+    assert sorted(words[-1] for words in said) == ["True"] + ["refused"] * 9
+
+
+def test_status_while_running_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(status, "BEAT_S", 0.05)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(Interrupted), Tracker(tmp_path, enabled=True, tensorboard=False, stage="esi") as tracker:
+        bar = tracker.progress(total=8, initial=2, unit="prompt", description="score")
+        bar.update(3)
+        beats = [json.loads((tmp_path / lock.STATUS).read_text())["beat"] for _ in range(2) if not time.sleep(0.3)]
+        assert beats[1] > beats[0]
+        found = status.read_status(tmp_path)
+        assert (found["state"], found["stage"], found["phase"]) == ("running", "esi", "score")
+        assert (found["done"], found["total"], found["unit"]) == (5, 8, "prompt")
+        assert found["seconds_left"] == pytest.approx(3 / found["rate"])
+        raise Interrupted("x")
+    (tmp_path / "checkpoint/safety/position-4").mkdir(parents=True)
+    (tmp_path / "checkpoint/safety/position-4/state.json").write_text("{}")
+    assert status.main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "interrupted, stage esi" in shown and "score: 5 of 8 prompts" in shown and "last checkpoint: at 4" in shown
+
+
+def test_status_of_a_run_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with status.StatusWriter(tmp_path, "set") as writer:
+        writer._write("running")
+        stored = (tmp_path / lock.STATUS).read_text()
+    (tmp_path / lock.STATUS).write_text(stored)
+    assert "silent" not in status.show(tmp_path, time.time())
+    assert "silent for 1:00:00" in status.show(tmp_path, time.time() + 3600)
+
+
+def test_status_of_no_run(tmp_path: Path, capsys) -> None:
+    assert status.main([str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
