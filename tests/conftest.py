@@ -78,8 +78,14 @@ def write_config(folder: Path, base: dict, changes: dict) -> Path:
     return file
 
 
+def whole_lines(file: Path) -> list[str]:
+    """Those that are ended: a file that is being written, or was when its writer died, may end in half a line."""
+    text = file.read_text() if file.is_file() else ""
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
 def num_lines(file: Path) -> int:
-    return len(file.read_text().splitlines()) if file.is_file() else 0
+    return len(whole_lines(file))
 
 
 class LaunchedJob:

@@ -83,7 +83,7 @@ class Job(LaunchedJob):
 
 
 def rows_of(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [json.loads(line) for line in whole_lines(file)]
 
 
 @pytest.fixture(scope="module")

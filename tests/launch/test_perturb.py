@@ -50,12 +50,12 @@ def undisturbed(folder: Path) -> Path:
 def test_killed_and_on_two_ranks_the_same(folder: Path, undisturbed: Path) -> None:
     job = LaunchedJob("launch/perturb.py", folder, "killed", 2, config(folder))
     job.kill_when(lambda: num_lines(job.run / "answers.jsonl") >= 60)
-    kept = (job.run / "answers.jsonl").read_text().splitlines()
+    kept = whole_lines(job.run / "answers.jsonl")
     assert 60 <= len(kept) < (NUM_CELLS + 1) * NUM_PROMPTS
     LaunchedJob("launch/perturb.py", folder, "killed", 2, config(folder)).finish()
     text = (job.run / "answers.jsonl").read_text()
     assert text == (undisturbed / "answers.jsonl").read_text()
-    assert set(kept) <= set(text.splitlines())
+    assert set(kept) <= set(text.splitlines(keepends=True))
     reports = [json.loads((run / "report.json").read_text()) for run in (undisturbed, job.run)]
     assert reports[0]["curves"] == reports[1]["curves"] and reports[0]["cells"] == reports[1]["cells"]
 

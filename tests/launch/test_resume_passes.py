@@ -39,8 +39,7 @@ def build(folder: Path) -> dict:
 
 
 def metrics(run: Path) -> list[dict]:
-    file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()[:-1]] if file.is_file() else []
+    return [json.loads(line) for line in whole_lines(run / "metrics.jsonl")]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
