@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +57,10 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
                 else "has no place here: the masked AdamW and its schedule are the tune section's",
                 "take it out; learning rates belong to the YAML's tune section",
             )
-    for section in ("amp", "elasticity", "expert_parallel", "tensor_parallel", "pipeline"):
+    for section in ("amp", "elasticity", "tensor_parallel", "pipeline"):
         if settings.get(section):
             raise UserError(f"deepspeed.{section}", None, "is not supported by this stage", "take it out")
+    _check_expert_parallel(settings, world_size)
     for key, ours, owner in _owned(config, world_size, stage):
         given = settings.get(key, "auto")
         if given not in ("auto", ours):
@@ -96,6 +99,123 @@ def _check_zero(settings: dict[str, Any]) -> None:
             raise UserError(
                 f"deepspeed.zero_optimization.{key}.device", "nvme", "weights on NVMe cannot be scored", "use cpu"
             )
+
+
+EXPERT_PARALLEL = "deepspeed.expert_parallel"
+AUTOEP_SIZE = f"{EXPERT_PARALLEL}.autoep_size"
+# What DeepSpeed 0.19.8 reads of the section; it passes over every other key without a word (auto_ep_config.py).
+EXPERT_PARALLEL_KEYS = frozenset(
+    [
+        "enabled",
+        "autoep_size",
+        "expert_tensor_parallel_size",
+        "validate_folding_routing",
+        "async_split_plan",
+        "preset_model",
+        "moe_layer_pattern",
+        "expert_pattern",
+        "router_pattern",
+        "use_grouped_mm",
+        "disable_triton_grouped_mm",
+        "route_norm",
+        "route_scale",
+        "score_apply",
+        "combine_impl",
+        "row_weighting_impl",
+        "gate_up_impl",
+        "comm_backend",
+        "comm_num_sm",
+        "comm_qp_margin",
+        "comm_max_tokens_per_rank",
+        "num_expert_groups",
+        "num_limited_groups",
+        "score_func",
+        "top_k",
+        "load_balance_coeff",
+        "routed_scaling_factor",
+        "expert_w1",
+        "expert_w2",
+        "expert_w3",
+        "num_experts_attr",
+        "top_k_attr",
+        "has_shared_experts",
+        "shared_experts_pattern",
+        "shared_experts_gate_pattern",
+        "expert_activation",
+    ]
+)
+
+
+def expert_parallel_size(settings: Mapping[str, Any]) -> int | None:
+    """``autoep_size`` of a resolved mapping: the ranks that share a layer's routed experts; None: switched off."""
+    return settings["expert_parallel"]["autoep_size"] if "expert_parallel" in settings else None
+
+
+def check_experts(settings: Mapping[str, Any], num_experts: Iterable[int]) -> None:
+    """Raises UserError where expert parallelism does not fit a model; num_experts: routed experts of every layer that
+    has any."""
+    size = expert_parallel_size(settings)
+    if size is None:
+        return
+    counts = sorted(set(num_experts))
+    if not counts:
+        raise UserError(AUTOEP_SIZE, size, "the model has no routed experts", f"take {EXPERT_PARALLEL} out")
+    for count in counts:
+        if count % size:
+            fitting = ", ".join(map(str, _divisors(count)))
+            raise UserError(AUTOEP_SIZE, size, f"does not divide {count} experts a layer", f"use one of {fitting}")
+
+
+def _check_expert_parallel(settings: dict[str, Any], world_size: int) -> None:
+    """AutoEP's section, and what DeepSpeed 0.19.8 cannot do beside it at stage 3 (engine.py, auto_ep_folding.py); a
+    section that is switched off is dropped."""
+    section = _mapping(settings, "expert_parallel", EXPERT_PARALLEL)
+    for key in section:
+        if key not in EXPERT_PARALLEL_KEYS:
+            near = difflib.get_close_matches(key, EXPERT_PARALLEL_KEYS, n=1, cutoff=0.0)[0]
+            raise UserError(f"{EXPERT_PARALLEL}.{key}", section[key], "is an unknown key", f"the nearest is {near}")
+    if not isinstance(section.get("enabled", False), bool):
+        raise UserError(f"{EXPERT_PARALLEL}.enabled", section["enabled"], "must be true or false", "write one of them")
+    if not section.get("enabled", False):
+        settings.pop("expert_parallel", None)
+        return
+    size = section.get("autoep_size")
+    if type(size) is not int or size < 1:
+        remedy = "give a number that divides the ranks and every layer's experts"
+        problem = "is missing" if size is None else "is no number above 0"
+        raise UserError(AUTOEP_SIZE, size, problem, remedy)
+    _check_beside_experts(settings, section)
+    if world_size % size:
+        fitting = ", ".join(map(str, _divisors(world_size)))
+        raise UserError(
+            AUTOEP_SIZE,
+            size,
+            f"does not divide {world_size} rank{'s' * (world_size > 1)}",
+            f"start a multiple of {size} ranks (a dry run: --world-size), or use one of {fitting}",
+        )
+
+
+def _check_beside_experts(settings: dict[str, Any], section: dict[str, Any]) -> None:
+    zero = settings["zero_optimization"]
+    unsupported = [
+        ("zero_optimization.zero_hpz_partition_size", zero.get("zero_hpz_partition_size", 1), ("auto", 1)),
+        ("zero_optimization.zero_quantized_gradients", zero.get("zero_quantized_gradients", False), ("auto", False)),
+        ("sequence_parallel_size", settings.get("sequence_parallel_size", 1), ("auto", 1)),
+        ("expert_parallel.expert_tensor_parallel_size", section.get("expert_tensor_parallel_size", 1), (1,)),
+        ("expert_parallel.load_balance_coeff", section.get("load_balance_coeff"), (None,)),
+    ]
+    for key, given, accepted in unsupported:
+        if given not in accepted:
+            raise UserError(
+                f"deepspeed.{key}",
+                given,
+                f"does not go with {EXPERT_PARALLEL}.enabled = true at ZeRO stage 3 in DeepSpeed 0.19.8",
+                "take one of the two out",
+            )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _owned(config: Config, world_size: int, stage: str) -> list[tuple[str, Any, str]]:

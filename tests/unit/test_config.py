@@ -10,7 +10,7 @@ from import_boundaries import violations
 
 from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
 from esi_ds.config import differences, load_config, parse_yaml, require_esi, require_tune, resolved_yaml, validate
-from esi_ds.deepspeed_config import resolve_deepspeed
+from esi_ds.deepspeed_config import check_experts, expert_parallel_size, resolve_deepspeed
 from esi_ds.errors import UserError
 
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -28,8 +28,8 @@ def test_shipped_configs_load_and_resolve(file: Path) -> None:
         batch = config.esi.batch_size
     else:
         batch = config.eval.batch_size
-    settings = resolve_deepspeed(config, 4, stage)
-    assert settings["train_batch_size"] == 4 * batch
+    settings = resolve_deepspeed(config, 64, stage)  # a multiple of every shipped autoep_size
+    assert settings["train_batch_size"] == 64 * batch
     assert settings["bf16"]["enabled"] == (config.model.dtype == "bf16")
     assert "auto" not in str(settings)
     assert differences(config, validate(parse_yaml(resolved_yaml(config)))) == []
@@ -185,6 +185,53 @@ def test_a_deepspeed_file_beside_the_yaml_is_found(tmp_path: Path, monkeypatch: 
 def test_deepspeed_settings_that_contradict(changes: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         resolve_deepspeed(validate({**BASE, "deepspeed": {"zero_optimization": {"stage": 3}, **changes}}), 2)
+
+
+def expert_parallel(section: dict | str, **others: object) -> dict:
+    """The mapping resolved for 8 ranks."""
+    zero = {"stage": 3, **{key: others.pop(key) for key in list(others) if key.startswith("zero_")}}
+    settings = {"zero_optimization": zero, "expert_parallel": section, **others}
+    return resolve_deepspeed(validate({**BASE, "deepspeed": settings}), 8)
+
+
+def test_expert_parallel_section() -> None:
+    on = expert_parallel({"enabled": True, "autoep_size": 4, "preset_model": "qwen3_moe"})
+    assert on["expert_parallel"] == {"enabled": True, "autoep_size": 4, "preset_model": "qwen3_moe"}
+    assert expert_parallel_size(on) == 4
+    off = expert_parallel({"enabled": False, "autoep_size": 3})
+    assert "expert_parallel" not in off and expert_parallel_size(off) is None
+    check_experts(off, [])  # a dense model
+    check_experts(on, [8, 128])
+    with pytest.raises(UserError, match="autoep_size = 4: does not divide 6 experts a layer; use one of 1, 2, 3, 6"):
+        check_experts(on, [8, 6])
+    with pytest.raises(UserError, match="autoep_size = 4: the model has no routed experts; take .*out"):
+        check_experts(on, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "others", "words"),
+    [
+        (
+            {"autoep_size": 3},
+            {},
+            "autoep_size = 3: does not divide 8 ranks; start a multiple of 3 .* 1, 2, 4, 8",
+        ),
+        ({"autoep_size": 0}, {}, "autoep_size = 0: is no number above 0"),
+        ({"autoep_size": True}, {}, "autoep_size = True: is no number"),
+        ({"autoep_size": "8"}, {}, "autoep_size = 8: is no number"),
+        ({"autoep_size": None}, {}, "autoep_size: is missing"),
+        ({"enabled": "yes"}, {}, "expert_parallel.enabled = yes: must be true or false"),
+        ({"ep_size": 2}, {}, "expert_parallel.ep_size = 2: is an unknown key; the nearest is autoep_size"),
+        ({}, {"zero_hpz_partition_size": 2}, "zero_hpz_partition_size = 2: .*expert_parallel.enabled = true"),
+        ({}, {"zero_quantized_gradients": True}, "zero_quantized_gradients = True: .*expert_parallel.enabled"),
+        ({}, {"sequence_parallel_size": 2}, "sequence_parallel_size = 2: .*expert_parallel.enabled"),
+        ({"expert_tensor_parallel_size": 2}, {}, "expert_tensor_parallel_size = 2: .*expert_parallel.enabled"),
+        ({"load_balance_coeff": 0.1}, {}, "load_balance_coeff = 0.1: .*expert_parallel.enabled"),
+    ],
+)
+def test_expert_parallel_that_cannot_work(changes: dict, others: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        expert_parallel({"enabled": True, "autoep_size": 2, **changes}, **others)
 
 
 def test_auto_is_filled_or_left_to_deepspeed() -> None:
