@@ -57,9 +57,13 @@ class ShardedModel:
         check_experts(deepspeed_config, experts)
         tensors, self._buffers = expert_parallel.remember(module), persistent_buffers(module)
         router_names = tuple(routers(module))
+        probe = expert_parallel.Probe(module, router_names) if self.expert_parallel else None
         self.engine, zero, _, _ = _initialize(module, optimizer, deepspeed_config)
         self._offload = zero if optimizer is None else zero.parameter_offload
         self.module: PreTrainedModel = self.engine.module
+        if probe is not None:
+            probe.check(self.module)
+            self.release()
         self.routers = expert_parallel.routers_now(self.module, router_names)
         self.by_name = dict(self.module.named_parameters())
         self.layouts = tuple(expert_parallel.layouts(self.module, self.parameters, tensors))
@@ -217,8 +221,7 @@ def _initialize(module: PreTrainedModel, optimizer: Optimizer | None, deepspeed_
     try:
         return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     except ValueError as error:
-        remedy = "name a preset_model or patterns that fit the model, or take expert_parallel out"
-        raise UserError(expert_parallel.FIELD, None, f"does not fit ({error})", remedy) from error
+        raise UserError(expert_parallel.FIELD, None, f"does not fit ({error})", expert_parallel.REMEDY) from error
 
 
 def persistent_buffers(module: nn.Module) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Run by the tests beside it under a launcher: one process group does everything with experts on different ranks.
 
 argv: a folder with ``cases.json``: {"scores": cases of score_worker, "tuned": cases of tune_worker, "perturbed": cases of
-perturb_worker, "answered": [{"model", "prompts", "deepspeed", "out"}]}. An answered case writes every prompt's greedy answer.
+perturb_worker, "answered": [{"model", "prompts", "deepspeed", "out"}], "refused": [{"model", "deepspeed", "error"}]}. An answered case writes every prompt's greedy answer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from esi_ds.cli import leave
 from esi_ds.data.chat import encode_prompt
+from esi_ds.errors import UserError
 from esi_ds.stages import finish, finish_tuning
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import load_sharded
@@ -45,6 +46,15 @@ def answer(case: dict) -> None:
         Path(case["out"]).write_text(json.dumps([gathered[index] for index in sorted(gathered)]))
 
 
+def refuse(case: dict) -> None:
+    try:
+        load_sharded(case["model"], "fp32", {"train_micro_batch_size_per_gpu": 1, **case["deepspeed"]}, "model.path")
+    except UserError as error:
+        assert case["error"] in str(error), error
+        return
+    raise AssertionError(f"not refused: {case}")
+
+
 def main() -> None:
     runtime.start()
     finish.write_report, finish.publish = score_worker.keep_units, lambda *arguments: None
@@ -58,6 +68,8 @@ def main() -> None:
         perturb_worker.run_case(case)
     for case in cases["answered"]:
         answer(case)
+    for case in cases["refused"]:
+        refuse(case)
     runtime.stop()
     leave(0)
 
