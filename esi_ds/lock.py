@@ -42,8 +42,8 @@ def acquire(folder: Path) -> str | None:
     """
     own = own_identity()
     temporary = folder / f".{LOCK}.{own['host']}-{own['pid']}.tmp"
-    write_json_atomic(temporary, {**own, "since": utc(time.time())})
     try:
+        write_json_atomic(temporary, {**own, "since": utc(time.time())})
         for _ in range(50):
             if _link(temporary, folder / LOCK):
                 return None

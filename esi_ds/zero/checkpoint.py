@@ -8,27 +8,30 @@ when all of it is on disk; the one before it is removed only then.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from esi_ds.artifacts import replace_folder, write_json_atomic
+from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic
 from esi_ds.zero import runtime
+from esi_ds.zero.files import save_tensors
 
 PREFIX = "position-"
 Parts = Mapping[str, tuple[int, Tensor]]  # key → where this rank's part begins in the whole, and the part [n]
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.removeprefix(PREFIX)), default=None)
+    """The newest complete checkpoint, or None. Rank 0 looks: another host may see an older folder. One broadcast."""
+    newest = None
+    if runtime.is_main():
+        found = [path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").is_file()]
+        newest = max(found, key=lambda path: int(path.name.removeprefix(PREFIX)), default=None)
+    newest = runtime.broadcast_object(newest)
+    return newest and wait_until_visible(newest / "state.json").parent
 
 
 def save(folder: Path, position: int, state: dict, tensors: Parts) -> None:
@@ -39,10 +42,8 @@ def save(folder: Path, position: int, state: dict, tensors: Parts) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     runtime.barrier()
-    file = temporary / f"rank-{runtime.rank()}.safetensors"
-    save_file({key: values.detach().cpu().contiguous() for key, (_, values) in tensors.items() if len(values)}, file)
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+    file = wait_until_visible(temporary) / f"rank-{runtime.rank()}.safetensors"
+    save_tensors({key: values.detach().cpu().contiguous() for key, (_, values) in tensors.items() if len(values)}, file)
     runtime.barrier()
     if runtime.is_main():
         write_json_atomic(temporary / "state.json", {**state, "position": position, "world_size": runtime.world_size()})

@@ -103,9 +103,14 @@ def process_group(timeout_s: int = 1800) -> Iterator[None]:
     start(timeout_s)
     try:
         yield
-    finally:
-        if not was_there:
+    except BaseException:
+        # Closing its connections would have the others fail, and say so, before this rank has said why: the process,
+        # which is about to end, takes them along.
+        if not was_there and world_size() == 1:
             stop()
+        raise
+    if not was_there:
+        stop()
 
 
 def rank() -> int:
