@@ -104,7 +104,8 @@ def main(stage: str, argv: list[str] | None = None) -> int:
     except Exception as error:
         problem = explain(error, config.run.output_dir) if config is not None else None
         text = f"\n{traceback.format_exc()}" if problem is None or arguments.verbose else ""
-        print(f"rank {rank} failed: {problem or ''}{text}", file=sys.stderr, flush=True)
+        # A line of its own, also where rank 0's progress bar is in the middle of one.
+        print(f"\nrank {rank} failed: {problem or ''}{text}", file=sys.stderr, flush=True)
         return EXIT_FAILURE
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 
@@ -24,7 +25,8 @@ def explain(error: BaseException, output_dir: str) -> str | None:
             return _full(FULL[number], None, output_dir)
         if not _is_of_a_collective(cause):
             continue
-        said = str(cause).splitlines()[0]
+        # Without the place in gloo's source before it and the good wishes behind it.
+        said = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", str(cause).splitlines()[0]).partition(". This is typically")[0]
         if any(words in said.lower() for words in GONE):
             return (
                 f"lost another rank ({said}): it failed, was killed, or its host is gone; where it could, it said why "
@@ -51,7 +53,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _is_of_a_collective(error: BaseException) -> bool:
     kind = type(error)
     if kind is RuntimeError:  # gloo has no class of its own
-        return "gloo" in str(error)
+        return "/gloo/" in str(error)
     return kind.__module__.startswith("torch") and kind.__name__.startswith("Dist")
 
 

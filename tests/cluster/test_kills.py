@@ -7,13 +7,15 @@ import os
 import random
 import re
 import secrets
+import signal
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from fork_server import ForkedJob
-from small_stages import STAGES, SmallStages, differing, is_done
+from conftest import num_lines
+from fork_server import FAIL, ForkedJob
+from small_stages import STAGES, SmallStages, differing, is_done, wait_until
 
 NUM_KILLS = 20
 ENDS_WITHIN_S = 60  # what the project promises, not a measurement
@@ -68,6 +70,29 @@ def test_twenty_random_kills(stages: SmallStages, tmp_path: Path, stage: str) ->
         job.kill(draw_victims(draw, job))
         kills += 1
         assert job.has_ended(ENDS_WITHIN_S), about + job.said()
-    print(
-        f"\n{stage}: ESI_DS_KILL_SEED={SEED}, {length:.1f} s undisturbed, {runs + 1} runs, killed while {dict(moments)}"
-    )
+    assert len(moments) > 2, moments
+    print(f"\n{stage}: ESI_DS_KILL_SEED={SEED}, {length:.1f} s undisturbed, {runs + 1} runs, killed {dict(moments)}")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_rank_that_raises_and_one_that_hangs(stages: SmallStages, tmp_path: Path, phase: str) -> None:
+    stage, file, (first, second) = PHASES[phase]
+    job = stages.start(stage, tmp_path / "run")
+    wait_until(job, lambda: num_lines(tmp_path / "run" / file) >= first)
+    job.kill(job.ranks[1:], FAIL)
+    assert job.has_ended(ENDS_WITHIN_S), job.said()
+    failures = FAILED.findall(job.said())
+    # The rank that raised speaks first, with its traceback; the other says only that it lost one.
+    assert failures[0] == ("1", ""), job.said()
+    assert "rank 1 was told to fail" in job.said()
+    assert all(rank == "0" and said.startswith("lost another rank") for rank, said in failures[1:]), job.said()
+
+    job = stages.start(stage, tmp_path / "run", "run.collective_timeout_s=8", patience=1)
+    wait_until(job, lambda: num_lines(tmp_path / "run" / file) >= second)
+    job.kill(job.ranks[:1], signal.SIGSTOP)
+    assert job.has_ended(ENDS_WITHIN_S), job.said()
+    [(rank, said)] = FAILED.findall(job.said())
+    assert rank == "1" and said.startswith("waited in vain for another rank for run.collective_timeout_s"), job.said()
+
+    stages.finish(stage, tmp_path / "run")
+    assert differing(tmp_path / "run", stages.undisturbed(stage)) == []
