@@ -19,7 +19,7 @@ from esi_ds.zero import runtime
 _told = threading.Event()
 
 
-LOOK_S = 1.0  # between two looks at the launcher
+LOOK_S = 0.25  # between two looks at the launcher
 
 
 def listen(launcher: tuple[tuple[int, int], ...] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Two hosts on this machine: network namespaces with an address, a wire between them, and an sshd in each."""
+"""Two hosts on this machine: namespaces with an address and a host name, a wire between them, and an sshd in each."""
 
 from __future__ import annotations
 
@@ -70,16 +70,21 @@ class Hosts:
             listening = f"ListenAddress={address}"
             command = [shutil.which("sshd"), "-D", "-e", "-f", str(self.folder / "sshd_config"), "-o", listening]
             log = (self.folder / f"{name}.log").open("ab")
-            self.daemons.append(subprocess.Popen(["ip", "netns", "exec", name, *command], stderr=log))
+            self.daemons.append(subprocess.Popen([*self.on(name), *command], stderr=log))
         deadline = time.monotonic() + 20
         for name in ADDRESSES:
             while "Server listening" not in (self.folder / f"{name}.log").read_text():
                 assert time.monotonic() < deadline, (self.folder / f"{name}.log").read_text()
                 time.sleep(0.05)
 
+    @staticmethod
+    def on(name: str) -> list[str]:
+        """What to write before a command so that it runs on that host."""
+        return ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "-"]
+
     def launch(self, script: str, *arguments: str) -> subprocess.Popen[str]:
         """``deepspeed --hostfile`` from the first host: two ranks on each."""
-        command = ["ip", "netns", "exec", next(iter(ADDRESSES)), str(BIN / "deepspeed")]
+        command = [*self.on(next(iter(ADDRESSES))), str(BIN / "deepspeed")]
         hosts = ["--hostfile", str(self.folder / "hosts"), "--master_addr", next(iter(ADDRESSES.values()))]
         environment = {**os.environ, "PATH": f"{self.folder}/bin:{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
