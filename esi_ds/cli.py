@@ -19,7 +19,7 @@ from esi_ds.errors import Interrupted, UserError
 from esi_ds.failures import explain
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_FAILURE = 2, 75, 1
-HEAR_RANK_0_S = 5.0
+TURN_S, LONGEST_S = 5.0, 40.0
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def main(stage: str, argv: list[str] | None = None) -> int:
     arguments = made.parse_intermixed_args(argv)
     if arguments.world_size is not None and not arguments.dry_run:
         made.error("--world-size is for --dry-run; a run has the ranks that its launcher starts")
-    rank, config = 0, None
+    rank, local_rank, config = 0, 0, None
     try:
         place = ranks.find()
-        rank = place.rank
+        rank, local_rank = place.rank, place.local_rank or 0
         config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config)
         options = Options(
             dry_run=arguments.dry_run,
@@ -93,7 +93,7 @@ def main(stage: str, argv: list[str] | None = None) -> int:
         importlib.import_module(f"esi_ds.stages.{stage}").run(config, options)
     except UserError as error:
         if rank > 0:
-            _let_rank_0_speak()
+            _let_others_speak(local_rank)
             error = f"{error} (rank {rank} on {socket.gethostname()})"
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER
@@ -110,8 +110,8 @@ def main(stage: str, argv: list[str] | None = None) -> int:
     return 0
 
 
-def _let_rank_0_speak() -> None:
-    """A mistake that all ranks see is told once, by rank 0, whose end has the launcher stop the others meanwhile. One
-    that only this rank sees (its host lacks a file) is told by it."""
+def _let_others_speak(local_rank: int) -> None:
+    """A mistake that all ranks see is told by rank 0, and on other hosts by the first rank; then it ends, and the
+    launcher stops this one meanwhile. What only this rank sees (its host lacks a file) is told by it in its turn."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(HEAR_RANK_0_S)
+    time.sleep(min(TURN_S * (1 + local_rank), LONGEST_S))

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def serve() -> None:
     sys.path.insert(0, str(ROOT))
     import deepspeed  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
+    import torch._dynamo.repro.after_dynamo  # noqa: F401  DeepSpeed's optimizer step comes by there
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -133,6 +135,14 @@ class ForkedJob:
         for process in processes:
             if is_alive(process):
                 os.kill(process, number)
+
+    def ends_before(self, condition: Callable[[], bool]) -> bool:
+        """Wait for the one or the other: whether all processes have ended."""
+        while self.alive():
+            if condition():
+                return False
+            time.sleep(0.005)
+        return True
 
     def has_ended(self, within: float) -> bool:
         """Whether all its processes end in so many seconds, counted from now."""

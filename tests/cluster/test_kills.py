@@ -45,6 +45,11 @@ def where(job: ForkedJob, run: Path) -> str:
     return "after " + times[max(times)]
 
 
+def written(run: Path) -> dict[Path, int]:
+    """When rows of anything were last written."""
+    return {file: file.stat().st_mtime_ns for file in run.glob("*.jsonl")}
+
+
 def draw_victims(draw: random.Random, job: ForkedJob) -> list[int]:
     kind = draw.choice(["rank 0", "another rank", "all", "all and the launcher"])
     everything = [*job.launchers, *job.ranks]
@@ -61,7 +66,10 @@ def test_twenty_random_kills(stages: SmallStages, tmp_path: Path, stage: str) ->
         run = tmp_path / str(runs)
         job = stages.start(stage, run, patience=5)
         about = f"ESI_DS_KILL_SEED={SEED}, kill {kills + 1}, run {run}\n"
-        if kills == NUM_KILLS or job.has_ended(draw.uniform(0, length)):
+        if draw.random() < 0.5:  # starting takes longer than all the rest: half of the moments are after it
+            before = written(run)
+            job.ends_before(lambda before=before, run=run: written(run) != before)
+        if kills == NUM_KILLS or job.has_ended(draw.uniform(0, length / 2)):
             assert job.has_ended(200) and is_done(run), about + job.said()
             assert differing(run, expected) == [], about
             runs += kills < NUM_KILLS
