@@ -28,7 +28,8 @@ def serve() -> None:
     sys.path.insert(0, str(ROOT))
     import deepspeed  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
-    import torch._dynamo.repro.after_dynamo  # noqa: F401  DeepSpeed's optimizer step comes by there
+    import torch._dynamo.repro.after_dynamo  # noqa: F401  DeepSpeed's optimizer imports it and the next
+    import torch._inductor.compile_fx  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -42,6 +43,7 @@ def serve() -> None:
     import esi_ds.stages.spa  # noqa: F401
     import esi_ds.zero.score  # noqa: F401
 
+    assert len(os.listdir("/proc/self/task")) == 1  # a thread would be lost in the fork
     ctypes.CDLL(None).prctl(SUBREAPER, 1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("ready", flush=True)
