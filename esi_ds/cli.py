@@ -16,7 +16,7 @@ from typing import NoReturn
 from esi_ds import ranks
 from esi_ds.config import load_config
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.failures import explain
+from esi_ds.failures import explain, is_full
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_FAILURE = 2, 75, 1
 TURN_S, LONGEST_S = 5.0, 40.0
@@ -102,6 +102,8 @@ def main(stage: str, argv: list[str] | None = None) -> int:
             print(f"interrupted: {error}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
+        if rank > 0 and is_full(error):
+            _let_others_speak(local_rank)
         problem = explain(error, config.run.output_dir) if config is not None else None
         text = f"\n{traceback.format_exc()}" if problem is None or arguments.verbose else ""
         # A line of its own, also where rank 0's progress bar is in the middle of one.

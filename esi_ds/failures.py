@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
 
 # What gloo, NCCL and torch's store say when the other end of a connection is gone, and when nobody came in time.
 GONE = ("connection closed", "connection reset", "connection was likely closed", "remote process exited", "broken pipe")
@@ -14,15 +13,20 @@ LATE = ("timed out", "timeout")
 FULL = {errno.ENOSPC: "no space left on device", errno.EDQUOT: "disk quota exceeded", errno.EROFS: "read-only"}
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether there was no room to write, which other ranks may find too."""
+    return any(_number(cause) in FULL for cause in _causes(error))
+
+
 def explain(error: BaseException, output_dir: str) -> str | None:
     """One line on a full disk, a rank that is gone, or one that did not come; None for any other error."""
-    for cause in _causes(error):
-        if isinstance(cause, OSError) and cause.errno in FULL:
-            return _full(FULL[cause.errno], cause.filename, output_dir)
-        # safetensors puts the system's error number into a text.
-        number = next((n for n in FULL if f"(os error {n})" in str(cause)), None)
-        if number is not None:
-            return _full(FULL[number], None, output_dir)
+    causes = _causes(error)
+    # A file that cannot be written cannot be closed either: of two errors the later may be the one with the name.
+    files = (getattr(cause, "filename", None) for cause in causes if _number(cause) in FULL)
+    file = next(filter(None, files), None)
+    for cause in causes:
+        if (number := _number(cause)) in FULL:
+            return _full(FULL[number], file, output_dir)
         if not _is_of_a_collective(cause):
             continue
         # Without the place in gloo's source before it and the good wishes behind it.
@@ -41,13 +45,20 @@ def explain(error: BaseException, output_dir: str) -> str | None:
     return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _causes(error: BaseException) -> list[BaseException]:
     """The first failure first: what was raised while it was handled follows from it."""
     chain, found = [], error
     while found is not None and found not in chain:
         chain.append(found)
         found = found.__cause__ or found.__context__
-    return reversed(chain)
+    return chain[::-1]
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's error number; safetensors leaves it in a text."""
+    if isinstance(error, OSError):
+        return error.errno
+    return next((number for number in FULL if f"(os error {number})" in str(error)), None)
 
 
 def _is_of_a_collective(error: BaseException) -> bool:
