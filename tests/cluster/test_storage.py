@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import num_lines
-from fork_server import ForkedJob
+from conftest import free_port, num_lines
+from fork_server import ForkedJob, ForkServer, places
 from small_stages import SmallStages, differing, is_done, wait_until
+
+from esi_ds.artifacts import read_jsonl
 
 FAILED = re.compile(r"^rank (\d+) failed: ?(.*)$", re.MULTILINE)
 
@@ -131,3 +133,34 @@ def test_files_of_another_time(stages: SmallStages, tmp_path: Path, years: int) 
     assert differing(run, stages.undisturbed("spa")) == []
     status = subprocess.run([shutil.which("python"), "-m", "esi_ds.status", str(run)], capture_output=True, text=True)
     assert "done, stage spa" in status.stdout
+
+
+def test_a_clock_that_jumps_while_it_runs(stages: SmallStages, tmp_path: Path) -> None:
+    """Ten days ahead in the middle of training, ten days back after a kill in the middle of the rest."""
+    found = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    if not found:
+        pytest.skip("faketime is not installed (Debian: faketime)")
+    clock, run = tmp_path / "clock", tmp_path / "run"
+    clock.write_text("+0")
+    faked = {"LD_PRELOAD": str(found[0]), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
+    words = [f"{name}={value}" for name, value in {**faked, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}.items()]
+    with ForkServer("env", *words) as server:
+
+        def start() -> ForkedJob:
+            return server.start("set", stages.arguments("set", run), places(2, free_port())[0], stages.new_log())
+
+        job = start()
+        wait_until(job, lambda: num_lines(run / "metrics.jsonl") >= 3)
+        clock.write_text("+10d")
+        wait_until(job, lambda: num_lines(run / "metrics.jsonl") >= 7)
+        job.kill(job.alive())
+        assert job.has_ended(10)
+        job = start()
+        wait_until(job, lambda: num_lines(run / "metrics.jsonl") >= 10)
+        clock.write_text("-10d")
+        assert job.has_ended(120) and is_done(run), job.said()
+    assert "going on after step" in job.said()
+    assert differing(run, stages.undisturbed("set")) == []
+    times = [row["time"] for row in read_jsonl(run / "metrics.jsonl")]
+    jumps = [round((after - before) / 86400) for before, after in zip(times, times[1:], strict=False)]
+    assert sorted(jump for jump in jumps if jump) == [-20, 10]  # the clock did jump
