@@ -183,6 +183,6 @@ def run_stage(
     folder.check_same("data_hashes", source, field)
     from esi_ds.zero import runtime
 
-    with runtime.process_group(config.run.collective_timeout_s):
+    with runtime.process_group(config.run.collective_timeout_s, config.run.start_timeout_s):
         deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
         run_class(config, options, inputs, folder, deepspeed_config, source).run()

@@ -8,6 +8,7 @@ The import is the only thing they share: nothing here begins a thread or a proce
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -85,6 +86,7 @@ def be_rank(stage: str, arguments: list[str], place: dict[str, str]) -> None:
         raise RuntimeError(f"rank {place['RANK']} was told to fail")
 
     signal.signal(FAIL, fail)
+    faulthandler.register(signal.SIGQUIT)  # says where a rank hangs
     os.environ.update(place)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     leave(main(stage, arguments))

@@ -48,7 +48,7 @@ def sections(inputs: dict[str, Path], *, steps: int, save_every: int) -> dict[st
         "esi": {
             "judge": {"path": str(inputs["guard"])},
             "data": prompts,
-            "esi": {"batch_size": 1, "max_new_tokens": 6, "save_every": 2},
+            "esi": {"batch_size": 1, "max_new_tokens": 12, "save_every": 2},
             "select": {"ratio": 0.05},
         },
         "set": tune,
@@ -88,7 +88,7 @@ class SmallStages:
 
     def __init__(self, folder: Path, server: ForkServer):
         self.folder, self.server = folder, server
-        self.inputs = build_inputs(folder, num_prompts=12)
+        self.inputs = build_inputs(folder, num_prompts=24)
         self.configs = write_configs(folder, sections(self.inputs, steps=16, save_every=2))
         self.seconds: dict[tuple[str, int], float] = {}  # how long they took
         self._num_jobs = 0
@@ -125,6 +125,11 @@ class SmallStages:
 def is_done(run: Path) -> bool:
     manifest = run / "manifest.json"
     return manifest.is_file() and json.loads(manifest.read_text())["exit_state"] == "done"
+
+
+def written(run: Path) -> dict[Path, int]:
+    """When rows of anything were last written."""
+    return {file: file.stat().st_mtime_ns for file in run.glob("*.jsonl")}
 
 
 def wait_until(job: ForkedJob, condition: Callable[[], bool], seconds: float = 120) -> None:

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 from conftest import num_lines
 from fork_server import FAIL, ForkedJob
-from small_stages import STAGES, SmallStages, differing, is_done, wait_until
+from small_stages import STAGES, SmallStages, differing, is_done, wait_until, written
 
 NUM_KILLS = 20
 ENDS_WITHIN_S = 60  # what the project promises, not a measurement
 # Phase → stage, and a file that shows when two moments within the phase have come.
 PHASES = {
-    "generating": ("esi", "responses.partial.jsonl", (3, 7)),
+    "generating": ("esi", "responses.partial.jsonl", (3, 11)),
     "scoring": ("esi", "metrics.jsonl", (2, 4)),
     "set": ("set", "metrics.jsonl", (3, 9)),
     "spa": ("spa", "metrics.jsonl", (3, 9)),
@@ -43,11 +43,6 @@ def where(job: ForkedJob, run: Path) -> str:
         with suppress(FileNotFoundError):
             times[file.stat().st_mtime_ns] = file.relative_to(run).parts[0].removeprefix(".").removesuffix(".tmp")
     return "after " + times[max(times)]
-
-
-def written(run: Path) -> dict[Path, int]:
-    """When rows of anything were last written."""
-    return {file: file.stat().st_mtime_ns for file in run.glob("*.jsonl")}
 
 
 def draw_victims(draw: random.Random, job: ForkedJob) -> list[int]:

@@ -14,19 +14,19 @@ import psutil
 import pytest
 from conftest import free_port, num_lines
 from fork_server import ForkedJob, ForkServer, places
-from small_stages import SmallStages, differing, is_done, wait_until
+from small_stages import SmallStages, differing, is_done, wait_until, written
 from two_hosts import ADDRESSES, Hosts, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 ENDS_WITHIN_S = 60  # what the project promises, not a measurement
 # Phase → stage, and a file that shows when three moments within the phase have come.
 PHASES = {
-    "generating": ("esi", "responses.partial.jsonl", (1, 5, 9)),
-    "scoring": ("esi", "metrics.jsonl", (1, 2, 3)),
+    "generating": ("esi", "responses.partial.jsonl", (1, 5, 13)),
+    "scoring": ("esi", "metrics.jsonl", (1, 3, 4)),
     "set": ("set", "metrics.jsonl", (2, 6, 10)),
     "spa": ("spa", "metrics.jsonl", (2, 6, 10)),
-    "eval": ("eval", "answers.jsonl", (1, 5, 9)),
-    "perturb": ("perturb", "answers.jsonl", (4, 13, 22)),
+    "eval": ("eval", "answers.jsonl", (1, 5, 13)),
+    "perturb": ("perturb", "answers.jsonl", (4, 20, 40)),
 }
 
 
@@ -46,9 +46,9 @@ def servers(hosts: Hosts) -> Iterator[list[ForkServer]]:
         yield [stack.enter_context(ForkServer(*hosts.on(name))) for name in ADDRESSES]
 
 
-def start(servers: list[ForkServer], stages: SmallStages, stage: str, run: Path) -> ForkedJob:
+def start(servers: list[ForkServer], stages: SmallStages, stage: str, run: Path, *overrides: str) -> ForkedJob:
     """A job of four ranks; launchers and ranks in the hosts' order, one log."""
-    log, arguments = stages.new_log(), stages.arguments(stage, run)
+    log, arguments = stages.new_log(), stages.arguments(stage, run, *overrides)
     found = places(4, free_port(), next(iter(ADDRESSES.values())), hosts=2)
     parts = [server.start(stage, arguments, own, log) for server, own in zip(servers, found, strict=True)]
     return ForkedJob([part.launchers[0] for part in parts], [rank for part in parts for rank in part.ranks], log)
@@ -59,8 +59,9 @@ def test_killed_in_every_phase(servers: list[ForkServer], stages: SmallStages, t
     stage, file, moments = PHASES[phase]
     run = tmp_path / "run"
     for victim, moment in zip(("rank 3", "launcher", "rank 0"), moments, strict=True):
+        before = written(run)
         job = start(servers, stages, stage, run)
-        wait_until(job, lambda moment=moment: num_lines(run / file) >= moment or (run / "report.html").exists())
+        wait_until(job, lambda moment=moment, before=before: num_lines(run / file) >= moment and written(run) != before)
         job.kill({"rank 3": job.ranks[3:], "launcher": job.launchers[1:], "rank 0": job.ranks[:1]}[victim])
         assert job.has_ended(ENDS_WITHIN_S), job.said()
         if victim == "launcher":  # its ranks go on to the next boundary, or to the end if that is nearer
@@ -70,6 +71,16 @@ def test_killed_in_every_phase(servers: list[ForkServer], stages: SmallStages, t
     job = start(servers, stages, stage, run)
     assert job.has_ended(200) and is_done(run), job.said()
     assert differing(run, stages.undisturbed(stage, 4)) == []
+
+
+def test_rank_0_killed_before_anybody_has_found_it(servers: list[ForkServer], stages: SmallStages, tmp_path) -> None:
+    """Nothing tells the other host of it but the time that all are waited for at the start."""
+    job = start(servers, stages, "set", tmp_path / "run", "run.start_timeout_s=10")
+    job.kill(job.ranks[:1])
+    assert job.has_ended(ENDS_WITHIN_S), job.said()
+    said = [line for line in job.said().splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "no process group forms there" in said[0] and "(rank 2 on esi-ds-b)" in said[0]
+    assert "rank 0 has ended and says why" in said[0]
 
 
 def ranks_on(host: str) -> list[psutil.Process]:

@@ -45,7 +45,7 @@ def test_a_rank_that_is_gone_or_does_not_come() -> None:
     assert said.startswith("lost another rank (Read error [10.0.0.1]:1: Connection reset by peer): ")
     assert explain(torch.distributed.DistNetworkError("failed to recv, connection was likely closed"), "x")
     late = "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 8000ms for recv"
-    assert "run.collective_timeout_s (Timed out waiting 8000ms for recv)" in explain(RuntimeError(late), "x")
+    assert "run.start_timeout_s at the start (Timed out waiting 8000ms for recv)" in explain(RuntimeError(late), "x")
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), RuntimeError("timed out"), KeyError("timeout")])
