@@ -39,8 +39,8 @@ def explain(error: BaseException, output_dir: str) -> str | None:
         if any(words in said.lower() for words in LATE):
             return (
                 "waited in vain for another rank for run.collective_timeout_s, or run.start_timeout_s at the start "
-                f"({said}): it hangs, or its host is cut off. Start the same command again to go on; raise the time where "
-                "ranks may be so far apart"
+                f"({said}): it hangs, or its host is cut off. Start the same command again to go on; raise the time "
+                "where ranks may be so far apart"
             )
     return None
 
