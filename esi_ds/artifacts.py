@@ -9,9 +9,12 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,42 @@ from esi_ds.config import Config, differences, parse_yaml, resolved_yaml, valida
 from esi_ds.errors import UserError
 
 UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")
+VISIBLE_S, TELL_S = 120.0, 5.0  # NFS clients remember for a minute by default that a file was not there
 PACKAGES = ("esi_ds", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error of writing names the file; a full disk's own does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def wait_until_visible(path: Path, seconds: float = VISIBLE_S) -> Path:
+    """The path, once this host sees what another host has made; a network file system may show it late.
+
+    Raises RuntimeError where it does not come.
+    """
+    started, told = time.monotonic(), False
+    while not path.exists():
+        waited = time.monotonic() - started
+        if waited > seconds:
+            raise RuntimeError(
+                f"{path} was written by another rank, and {socket.gethostname()} does not see it after {seconds:g} s: "
+                "is run.output_dir a folder that all hosts share?"
+            )
+        if waited > TELL_S and not told:
+            told = True
+            print(f"{socket.gethostname()} waits for {path} to appear", file=sys.stderr, flush=True)
+        # Reading the folder has a client ask its server again instead of trusting what it remembers.
+        with suppress(OSError):
+            os.listdir(path.parent)
+        time.sleep(0.05)
+    return path
 
 
 def _sync_folder(folder: Path) -> None:
@@ -36,7 +74,7 @@ def _sync_folder(folder: Path) -> None:
 def write_text_atomic(path: Path, text: str) -> None:
     """The file holds all of ``text`` or what it held before."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as opened:
+    with writing(temporary), temporary.open("w", encoding="utf-8") as opened:
         opened.write(text)
         opened.flush()
         os.fsync(opened.fileno())
@@ -61,7 +99,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
 
 def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Lines at the end of a file, on disk when this returns; a line before them that was torn is closed first."""
-    with path.open("a+b") as opened:
+    with writing(path), path.open("a+b") as opened:
         torn = False
         if opened.tell() > 0:  # append mode begins at the end
             opened.seek(-1, os.SEEK_END)

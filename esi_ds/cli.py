@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
+import socket
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from typing import NoReturn
@@ -13,18 +16,22 @@ from typing import NoReturn
 from esi_ds import ranks
 from esi_ds.config import load_config
 from esi_ds.errors import Interrupted, UserError
+from esi_ds.failures import explain, is_full
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_FAILURE = 2, 75, 1
+TURN_S, LONGEST_S = 5.0, 40.0
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says besides the config. ``world_size``: ranks that a dry run plans for."""
+    """What the command line says besides the config. ``world_size``: ranks that a dry run plans for. ``launcher``: what
+    ``ranks.launcher`` found when the process began."""
 
     dry_run: bool = False
     world_size: int | None = None
     verbose: bool = False
     allow_fingerprint_mismatch: bool = False
+    launcher: tuple[tuple[int, int], ...] = ()
 
 
 def positive(text: str) -> int:
@@ -67,15 +74,17 @@ def main(stage: str, argv: list[str] | None = None) -> int:
     arguments = made.parse_intermixed_args(argv)
     if arguments.world_size is not None and not arguments.dry_run:
         made.error("--world-size is for --dry-run; a run has the ranks that its launcher starts")
-    rank = 0
+    rank, local_rank, config = 0, 0, None
     try:
-        rank = ranks.find().rank
+        place = ranks.find()
+        rank, local_rank = place.rank, place.local_rank or 0
         config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config)
         options = Options(
             dry_run=arguments.dry_run,
             world_size=arguments.world_size,
             verbose=arguments.verbose,
             allow_fingerprint_mismatch=arguments.allow_fingerprint_mismatch,
+            launcher=ranks.launcher(place),
         )
         if rank > 0 and not options.verbose:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
@@ -83,14 +92,28 @@ def main(stage: str, argv: list[str] | None = None) -> int:
             return 0
         importlib.import_module(f"esi_ds.stages.{stage}").run(config, options)
     except UserError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+        if rank > 0:
+            _let_others_speak(local_rank)
+            error = f"{error} (rank {rank} on {socket.gethostname()})"
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER
     except Interrupted as error:
         if rank == 0:
             print(f"interrupted: {error}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except Exception:
-        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    except Exception as error:
+        if rank > 0 and is_full(error):
+            _let_others_speak(local_rank)
+        problem = explain(error, config.run.output_dir) if config is not None else None
+        text = f"\n{traceback.format_exc()}" if problem is None or arguments.verbose else ""
+        # A line of its own, also where rank 0's progress bar is in the middle of one.
+        print(f"\nrank {rank} failed: {problem or ''}{text}", file=sys.stderr, flush=True)
         return EXIT_FAILURE
     return 0
+
+
+def _let_others_speak(local_rank: int) -> None:
+    """A mistake that all ranks see is told by rank 0, and on other hosts by the first rank; then it ends, and the
+    launcher stops this one meanwhile. What only this rank sees (its host lacks a file) is told by it in its turn."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(min(TURN_S * (1 + local_rank), LONGEST_S))

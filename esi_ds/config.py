@@ -32,6 +32,7 @@ class Run(Section):
     resume: Literal["auto", "never"] = Field("auto", description="auto: go on where this folder's run stopped")
     tensorboard: bool = Field(True, description="write TensorBoard files")
     collective_timeout_s: int = Field(1800, gt=0, description="seconds a rank waits for the others before it gives up")
+    start_timeout_s: int = Field(600, gt=0, description="the same while the ranks find each other: one may have died")
 
 
 class Model(Section):
@@ -521,9 +522,8 @@ def resolved_yaml(config: Config) -> str:
 
 
 # How a run is gone on with, not what it makes: may differ from one start to the next.
-# What may change between two starts of a run: how it runs, not what it computes. ZeRO's mechanics, expert parallelism
-# among them, may have to, where the second start has other nodes.
-OF_THIS_START = ("run.resume", "run.collective_timeout_s", "deepspeed")
+# ZeRO's mechanics, expert parallelism among them, may have to, where the next start has other nodes.
+OF_THIS_START = ("run.resume", "run.collective_timeout_s", "run.start_timeout_s", "deepspeed")
 
 
 def differences(first: Config, second: Config) -> list[str]:

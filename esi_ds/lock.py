@@ -42,8 +42,8 @@ def acquire(folder: Path) -> str | None:
     """
     own = own_identity()
     temporary = folder / f".{LOCK}.{own['host']}-{own['pid']}.tmp"
-    write_json_atomic(temporary, {**own, "since": utc(time.time())})
     try:
+        write_json_atomic(temporary, {**own, "since": utc(time.time())})
         for _ in range(50):
             if _link(temporary, folder / LOCK):
                 return None
@@ -78,6 +78,7 @@ def _replace(folder: Path, temporary: Path, holder: dict[str, Any]) -> bool:
     """Put our lock in a dead holder's place. Of several that find it dead, one has the claim at a time."""
     claim = folder / f".{LOCK}.claim"
     if not _link(temporary, claim):
+        _drop_dead_claim(folder, claim, temporary.with_suffix(".claim"))
         return False
     try:
         if read(folder) != holder:  # another claim came first
@@ -86,6 +87,20 @@ def _replace(folder: Path, temporary: Path, holder: dict[str, Any]) -> bool:
     finally:
         claim.unlink()
     return True
+
+
+def _drop_dead_claim(folder: Path, claim: Path, aside: Path) -> None:
+    """A job that is killed while it takes over leaves its claim. ``aside``: a name that nobody else uses."""
+    holder = _read(claim)
+    if holder is None or why_dead(folder, holder) is None:
+        return
+    try:
+        os.rename(claim, aside)
+    except FileNotFoundError:  # somebody else dropped it
+        return
+    if _read(aside) != holder:  # dropped meanwhile, and this is another job's: give it back
+        _link(aside, claim)
+    aside.unlink()
 
 
 def release(folder: Path) -> None:
@@ -97,8 +112,12 @@ def release(folder: Path) -> None:
 
 def read(folder: Path) -> dict[str, Any] | None:
     """The lock's content, or None where there is none."""
+    return _read(folder / LOCK)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / LOCK).read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:

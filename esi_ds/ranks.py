@@ -143,6 +143,35 @@ def _number(name: str, environment: Mapping[str, str]) -> int:
     return int(environment[name])
 
 
+# How the command lines of launchers read that leave their ranks running when they are killed.
+DEEPSPEED = "deepspeed.launcher.launch"
+LAUNCHERS = (DEEPSPEED, "torchrun", "torch.distributed", "mpirun", "mpiexec", "prte", "orted", "hydra")
+
+
+def launcher(place: Place) -> tuple[tuple[int, int], ...]:
+    """(process, its parent) from this process up to the command that the user gave; () without a launcher.
+
+    A pair that does not hold any more says that a launcher is gone.
+    """
+    import psutil
+
+    if place is ALONE:
+        return ()
+    parent = psutil.Process().parent()
+    if parent is None or not any(name in " ".join(parent.cmdline()) for name in LAUNCHERS):
+        return ()
+    found = [(os.getpid(), parent.pid)]
+    words = parent.cmdline()
+    if any(DEEPSPEED in word for word in words):
+        found.append((parent.pid, parent.ppid()))
+        # Above it is the command itself, or, of several hosts, an ssh whose pdsh may run here.
+        told = {word for word in words if word.startswith(("--world_info=", "--master_port="))}
+        for process in psutil.process_iter(["pid", "ppid", "name", "cmdline"]):
+            if process.info["name"].startswith("pdsh") and told <= set(process.info["cmdline"] or ()):
+                found.append((process.info["pid"], process.info["ppid"]))
+    return tuple(found)
+
+
 def join() -> Place:
     """``find``, and torch's variables set for it: rank, sizes, local rank, the address and port where rank 0 listens.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
+from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic, writing
 from esi_ds.status import StatusWriter
 
 
@@ -62,7 +62,8 @@ class Tracker:
         if self.enabled:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
-            with (self.folder / "log.txt").open("a", encoding="utf-8") as opened:
+            file = self.folder / "log.txt"
+            with writing(file), file.open("a", encoding="utf-8") as opened:
                 opened.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def resume_at(self, step: int) -> None:
@@ -79,9 +80,10 @@ class Tracker:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         append_jsonl(self.folder / "metrics.jsonl", [{"step": step, "time": time.time(), **finite}])
         if self._writer is not None:
-            for name, value in finite.items():
-                if value is not None:
-                    self._writer.add_scalar(name, value, step)
+            with writing(self.folder / "tensorboard"):
+                for name, value in finite.items():
+                    if value is not None:
+                        self._writer.add_scalar(name, value, step)
 
     def histogram(self, tag: str, edges: Sequence[float], counts: Sequence[int]) -> None:
         """A TensorBoard histogram of bins counted elsewhere: the values themselves were never in one place."""

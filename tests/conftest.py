@@ -42,6 +42,16 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory):
+    """``SmallStages`` of tests/cluster, whose modules share the runs that nothing happens to."""
+    from fork_server import ForkServer
+    from small_stages import SmallStages
+
+    with ForkServer() as server:
+        yield SmallStages(tmp_path_factory.mktemp("stages"), server)
+
+
 def free_port() -> int:
     """A port nobody listens on now: tests run side by side, and so may two checkouts."""
     with socket.socket() as listener:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Layer of each part of the package; a part imports its own layer's siblings or lower layers only.
 LAYERS = {
     "errors": 0,
+    "failures": 0,
     "config": 1,
     "deepspeed_config": 1,
     "artifacts": 1,
@@ -35,7 +36,7 @@ LAYERS = {
 }
 # What may import the heavy or distributed libraries: name → parts that may.
 RESERVED = {"deepspeed": {"zero"}, "torch.distributed": {"zero"}}
-WITHOUT_TORCH = {"config", "deepspeed_config", "errors", "artifacts", "cli", "ranks", "lock", "status"}
+WITHOUT_TORCH = {"config", "deepspeed_config", "errors", "failures", "artifacts", "cli", "ranks", "lock", "status"}
 
 
 def imports(file: Path) -> Iterator[tuple[int, str, bool]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from esi_ds.data.chat import break_up, encode_prompt
 from esi_ds.models.roles import layer_of, routers
+from esi_ds.zero.files import save_tensors
 from esi_ds.zero.routing import Choices, drift, routing_choices
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def measure_before(run: TuneRun, model) -> None:
     found = _measure(run, model)
     if run.runtime.is_main():
         temporary = file.with_suffix(".tmp")
-        save_file({f"{name}/{key}": chosen for name, own in found.items() for key, chosen in own.items()}, temporary)
+        save_tensors({f"{name}/{key}": chosen for name, own in found.items() for key, chosen in own.items()}, temporary)
         temporary.replace(file)
 
 

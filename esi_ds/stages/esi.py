@@ -35,7 +35,7 @@ def run(config: Config, options: Options) -> None:
     folder.check_same("data_hashes", data_source(inputs, losses), "data")
     from esi_ds.zero import runtime
 
-    with runtime.process_group(config.run.collective_timeout_s):
+    with runtime.process_group(config.run.collective_timeout_s, config.run.start_timeout_s):
         deepspeed_config = resolve_deepspeed(config, runtime.world_size())
         EsiRun(config, options, inputs, losses, folder, deepspeed_config).run()
 

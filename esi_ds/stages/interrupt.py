@@ -1,13 +1,17 @@
 """Preemption: SIGTERM and SIGUSR1 set a flag that stages look at between micro-batches (DESIGN §8).
 
-The flag is the process's, not a loop's: a signal between two parts of a run is not lost. Nothing is ever saved inside
-the handler.
+The launcher's end sets it too: its ranks would go on unseen, holding devices and the run folder. The flag is the
+process's, not a loop's: a signal between two parts of a run is not lost. Nothing is ever saved inside the handler.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+import time
+
+import psutil
 
 from esi_ds.errors import Interrupted
 from esi_ds.zero import runtime
@@ -15,10 +19,29 @@ from esi_ds.zero import runtime
 _told = threading.Event()
 
 
-def listen() -> None:
-    """From now on the signals set the flag instead of ending the process."""
+LOOK_S = 0.25  # between two looks at the launcher
+
+
+def listen(launcher: tuple[tuple[int, int], ...] = ()) -> None:
+    """From now on the signals set the flag instead of ending the process, and so does the launcher's end."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: _told.set())
+    if launcher:
+        threading.Thread(target=_watch, args=(launcher,), name="launcher", daemon=True).start()
+
+
+def _watch(launcher: tuple[tuple[int, int], ...]) -> None:
+    while all(_parent(process) == parent for process, parent in launcher):
+        time.sleep(LOOK_S)
+    print(f"rank {runtime.rank()}: the launcher is gone; saving, then ending", file=sys.stderr, flush=True)
+    _told.set()
+
+
+def _parent(process: int) -> int | None:
+    try:
+        return psutil.Process(process).ppid()
+    except psutil.NoSuchProcess:
+        return None
 
 
 def told_to_stop() -> bool:

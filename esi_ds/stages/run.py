@@ -9,6 +9,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from esi_ds import lock, ranks
@@ -112,7 +113,7 @@ class StageRun(ABC):
         )
         from esi_ds.stages.interrupt import listen
 
-        listen()  # from here on a signal is noted, and the next boundary sees it
+        listen(self.options.launcher)  # from here on a signal is noted, and the next boundary sees it
         with tracker:
             if taken_over:
                 tracker.log(taken_over)
@@ -122,7 +123,8 @@ class StageRun(ABC):
                 self.work(tracker)
             except BaseException as error:
                 if self.fingerprint is not None:  # else the run has not begun, and an older manifest stays
-                    self.record("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
+                    with suppress(OSError):  # a full disk: the first error is the one to tell
+                        self.record("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
                 if isinstance(error, Interrupted):  # every rank is here, and a launcher kills all when the first leaves
                     runtime.barrier()
                 raise
@@ -181,6 +183,6 @@ def run_stage(
     folder.check_same("data_hashes", source, field)
     from esi_ds.zero import runtime
 
-    with runtime.process_group(config.run.collective_timeout_s):
+    with runtime.process_group(config.run.collective_timeout_s, config.run.start_timeout_s):
         deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
         run_class(config, options, inputs, folder, deepspeed_config, source).run()

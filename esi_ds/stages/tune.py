@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from esi_ds.artifacts import read_jsonl, replace_folder, write_text_atomic
+from esi_ds.artifacts import read_jsonl, replace_folder, wait_until_visible, write_text_atomic
 from esi_ds.cli import Options
 from esi_ds.config import Config
 from esi_ds.data.chat import break_up, encode_prompt
@@ -207,7 +207,7 @@ class TuneRun(StageRun):
         runtime.barrier()
         rank, ranks = runtime.rank(), runtime.world_size()
         part = (
-            patch.create_part(base, tuned, temporary, rank, ranks),
+            patch.create_part(base, wait_until_visible(tuned), wait_until_visible(temporary), rank, ranks),
             *(tensor_digests(m, rank, ranks) for m in (base, tuned)),
         )
         merged: tuple[dict, dict, dict] = ({}, {}, {})

@@ -8,7 +8,6 @@ parallelism has laid what. A folder gets its name when all of it is on disk; the
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,20 +16,24 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from esi_ds.artifacts import replace_folder, write_json_atomic
+from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic
 from esi_ds.zero import runtime
+from esi_ds.zero.files import save_tensors
 
 PREFIX = "position-"
 Parts = Mapping[str, Sequence[tuple[int, Tensor]]]  # key → this rank's parts [n], and where each begins in the whole
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.removeprefix(PREFIX)), default=None)
+    """The newest complete checkpoint, or None. Rank 0 looks: another host may see an older folder. One broadcast."""
+    newest = None
+    if runtime.is_main():
+        found = [path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").is_file()]
+        newest = max(found, key=lambda path: int(path.name.removeprefix(PREFIX)), default=None)
+    newest = runtime.broadcast_object(newest)
+    return newest and wait_until_visible(newest / "state.json").parent
 
 
 def save(folder: Path, position: int, state: dict, tensors: Parts) -> None:
@@ -41,11 +44,9 @@ def save(folder: Path, position: int, state: dict, tensors: Parts) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     runtime.barrier()
-    file = temporary / f"rank-{runtime.rank()}.safetensors"
+    file = wait_until_visible(temporary) / f"rank-{runtime.rank()}.safetensors"
     parts = {f"{key}@{low}": values for key, found in tensors.items() for low, values in found if len(values)}
-    save_file({name: values.detach().cpu().contiguous() for name, values in parts.items()}, file)
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+    save_tensors({name: values.detach().cpu().contiguous() for name, values in parts.items()}, file)
     runtime.barrier()
     if runtime.is_main():
         write_json_atomic(temporary / "state.json", {**state, "position": position, "world_size": runtime.world_size()})

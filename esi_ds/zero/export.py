@@ -7,21 +7,20 @@ own conversion is run backwards, so fused experts become ``experts.3.gate_proj.w
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from esi_ds.artifacts import replace_folder
+from esi_ds.artifacts import replace_folder, wait_until_visible
 from esi_ds.core.mask import INDEX_NAME
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.files import save_tensors
 
 FILE_BYTES = 2 << 30
 BLOCK = re.compile(r"(.*?\.(?:layers|h|blocks|layer)\.\d+)\.")
@@ -70,8 +69,7 @@ def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokeniz
         if tensors:
             canonical = revert_weight_conversion(model.module, tensors)
             canonical = {name: tensor.contiguous() for name, tensor in canonical.items()}
-            save_file(canonical, temporary / file, metadata={"format": "pt"})
-            _sync(temporary / file)
+            save_tensors(canonical, wait_until_visible(temporary) / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(canonical, file)
             total += sum(tensor.nbytes for tensor in canonical.values())
     gathered = runtime.gather_objects((weight_map, total))
@@ -104,8 +102,3 @@ def _gather(model: ShardedModel, names: list[str], keeper: int) -> dict[str, Ten
         if found is not None:
             tensors[name] = found
     return tensors
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from esi_ds.artifacts import replace_folder, write_json_atomic
+from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic, writing
 from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, digest, num_bytes, pack_bits
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.errors import UserError
@@ -41,6 +43,19 @@ class Entry:
     @property
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * ITEM_SIZE[self.dtype]
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file of tensors on the CPU, on disk when this returns. Raises OSError naming the file."""
+    try:
+        save_file(dict(tensors), file, metadata=metadata)
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # the system's error is left in the text only
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from error
+    with writing(file), file.open("rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def plan_files(entries: Sequence[Entry], size_of: Callable[[Entry], int]) -> dict[str, list[Entry]]:
@@ -93,7 +108,8 @@ def write_folder(
             (temporary / name).write_text(json.dumps(content))
     runtime.barrier()
     for file, entries in files.items():
-        with (temporary / file).open("r+b") as opened:
+        path = wait_until_visible(temporary / file)
+        with writing(path), path.open("r+b") as opened:
             for entry in entries:
                 for first, data in local_bytes(entry.name):
                     opened.seek(headers[file][1][entry.name] + first)
@@ -127,7 +143,7 @@ def _start_folder(temporary: Path, files: dict[str, list[Entry]], headers: dict[
     weight_map, total = {}, 0
     for file, entries in files.items():
         header = headers[file][0]
-        with (temporary / file).open("wb") as opened:
+        with writing(temporary / file), (temporary / file).open("wb") as opened:
             opened.write(header)
             opened.truncate(len(header) + sum(entry.num_bytes for entry in entries))
         weight_map.update({entry.name: file for entry in entries})

@@ -22,10 +22,11 @@ from esi_ds import ranks
 from esi_ds.errors import UserError
 
 
-def start(timeout_s: int = 1800) -> None:
+def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
     """Join the job's process group (gloo on CPU, NCCL on GPUs). A plain ``python`` process is a group of one.
 
-    timeout_s: how long a collective waits for a rank that does not come before it fails.
+    timeout_s: how long a collective waits for a rank that does not come before it fails; start_timeout_s: how long all
+    are waited for now. On another host nothing but this tells that rank 0 died before it listened.
     """
     if torch.distributed.is_initialized():
         return
@@ -44,11 +45,17 @@ def start(timeout_s: int = 1800) -> None:
     # compile that is killed leaves a lock every later start waits on) and 66 MiB in /dev/shm per rank, for good.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
+        # All meet here first, for a time of its own; the group's own rendezvous then finds rank 0's server running.
+        meeting = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=start_timeout_s)))
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
+        del meeting
     except torch.distributed.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         problem = f"no process group forms there ({str(error).splitlines()[0]})"
-        remedy = "set MASTER_ADDR to a host that all ranks reach and MASTER_PORT to a free port of it"
+        remedy = (
+            "set MASTER_ADDR to a host that all ranks reach and MASTER_PORT to a free port of it; where these are "
+            "right, rank 0 has ended and says why"
+        )
         raise UserError("MASTER_ADDR and MASTER_PORT", where, problem, remedy) from error
     _bind_cores()
 
@@ -96,16 +103,21 @@ def stop() -> None:
 
 
 @contextmanager
-def process_group(timeout_s: int = 1800) -> Iterator[None]:
+def process_group(timeout_s: int = 1800, start_timeout_s: int = 600) -> Iterator[None]:
     """The job's process group for the time of the block; one that was there before stays (a study runs many stages in
     one process, and DeepSpeed keeps handles of the first group)."""
     was_there = torch.distributed.is_initialized()
-    start(timeout_s)
+    start(timeout_s, start_timeout_s)
     try:
         yield
-    finally:
-        if not was_there:
+    except BaseException:
+        # Closing its connections would have the others fail, and say so, before this rank has said why: the process,
+        # which is about to end, takes them along.
+        if not was_there and world_size() == 1:
             stop()
+        raise
+    if not was_there:
+        stop()
 
 
 def rank() -> int:

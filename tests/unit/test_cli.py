@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from esi_ds import cli
 from esi_ds.cli import Options, main
 from esi_ds.errors import Interrupted, UserError
 
@@ -75,11 +76,15 @@ def test_exit_codes(stage: types.ModuleType, config: str, error, code: int, show
     "variables",
     [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")],
 )
-def test_a_mistake_is_told_by_rank_0_only(stage, config: str, variables, monkeypatch, capsys) -> None:
+def test_a_mistake_is_told_by_rank_0_first(stage, config: str, variables, monkeypatch, capsys) -> None:
+    """The others speak after some seconds, if the launcher has not ended them by then."""
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
     for name, value in zip(("SLURM_STEP_ID", *variables), "012", strict=True):
         monkeypatch.setenv(name, value)
     assert main("fake", ["--config", config, "selct.ratio=1"]) == 2
-    assert capsys.readouterr().err == ""
+    assert "(rank 1 on " in capsys.readouterr().err and waited == [cli.TURN_S]
     stage.error = RuntimeError("broken")  # but a rank's own failure is never silent
     assert main("fake", ["--config", config]) == 1
     assert "rank 1 failed" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -78,10 +79,25 @@ def test_slurm_tells_whether_its_job_lives(tmp_path: Path, elsewhere: dict, monk
     assert "did not change" in lock.why_dead(tmp_path, elsewhere)
 
 
-def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path: Path) -> None:
-    """Ten processes at once, all told to start by a file."""
+@pytest.mark.parametrize("since", ["2199-01-01T00:00:00Z", "1970-01-01T00:00:00Z"])
+def test_no_clock_keeps_a_lock_alive_or_dead(tmp_path: Path, since: str) -> None:
+    for file in (tmp_path / lock.LOCK, tmp_path / lock.STATUS):
+        file.write_text(json.dumps({**lock.own_identity(), "since": since}))
+        os.utime(file, (0, 0) if since < "2000" else (7e9, 7e9))
+    with pytest.raises(UserError, match="being written by another job"):  # this very process
+        lock.acquire(tmp_path)
+    dead = {**lock.own_identity(), "pid_started": 1, "since": since}
+    (tmp_path / lock.LOCK).write_text(json.dumps(dead))
+    assert "no such process here" in lock.acquire(tmp_path)
+
+
+@pytest.mark.parametrize("dead_claim", [False, True])
+def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path: Path, dead_claim: bool) -> None:
+    """Ten processes at once, all told to start by a file; also where an earlier one was killed while it took over."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / lock.LOCK).write_text(json.dumps({**lock.own_identity(), "pid": 1, "pid_started": -1}))
+    dead = json.dumps({**lock.own_identity(), "pid": 1, "pid_started": -1})
+    for name in (lock.LOCK, *([f".{lock.LOCK}.claim"] if dead_claim else [])):
+        (tmp_path / "run" / name).write_text(dead)
     script = (
         "import sys, time, pathlib; from esi_ds import lock, errors\n"
         "folder = pathlib.Path(sys.argv[1])\n"
@@ -98,6 +114,7 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     said = [job.communicate(timeout=60)[0].split() for job in jobs]
     assert sorted(words[-1] for words in said) == ["True"] + ["refused"] * 9
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [lock.LOCK]
 
 
 def test_status_while_running_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

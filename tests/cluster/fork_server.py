@@ -1,0 +1,217 @@
+"""Jobs at the price of a fork: one process that has imported everything forks the ranks of job after job.
+
+Started as a script it reads a job a line from stdin and answers with its processes. A job is a launcher, which does
+what ``deepspeed.launcher.launch`` does (``watch``), and its ranks, each of which does what ``launch/STAGE.py`` does.
+The import is the only thing they share: nothing here begins a thread or a process group before the fork.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PATIENCE_S = 30.0  # between SIGTERM and SIGKILL, as DeepSpeed's launcher
+FAIL = signal.SIGUSR2  # has a rank raise wherever it is
+SUBREAPER = 36  # prctl's number: orphans become this process's children, which reaps them
+
+
+def serve() -> None:
+    sys.path.insert(0, str(ROOT))
+    import deepspeed  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import torch._dynamo.repro.after_dynamo  # noqa: F401  DeepSpeed's optimizer imports it and the next
+    import torch._inductor.compile_fx  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import esi_ds.stages.esi  # noqa: F401
+    import esi_ds.stages.eval  # noqa: F401
+    import esi_ds.stages.finish_eval  # noqa: F401
+    import esi_ds.stages.finish_perturb  # noqa: F401
+    import esi_ds.stages.finish_tuning  # noqa: F401
+    import esi_ds.stages.judging  # noqa: F401
+    import esi_ds.stages.perturb  # noqa: F401
+    import esi_ds.stages.spa  # noqa: F401
+    import esi_ds.zero.score  # noqa: F401
+
+    assert len(os.listdir("/proc/self/task")) == 1  # a thread would be lost in the fork
+    ctypes.CDLL(None).prctl(SUBREAPER, 1)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            os.close(reading)
+            os._exit(launch(writing, **json.loads(line)))
+        os.close(writing)
+        with os.fdopen(reading) as opened:
+            print(opened.readline(), end="", flush=True)
+
+
+def launch(
+    answer: int, stage: str, arguments: list[str], places: list[dict[str, str]], log: str, patience: float
+) -> int:
+    """The launcher: fork a rank for each of ``places``, which are environment variables; its exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number, opened in enumerate((nothing, output, output)):
+        os.dup2(opened, number)
+    ranks = []
+    for place in places:
+        if (process := os.fork()) == 0:
+            os.close(answer)
+            be_rank(stage, arguments, place)
+        ranks.append(process)
+    os.write(answer, (json.dumps({"launcher": os.getpid(), "ranks": ranks}) + "\n").encode())
+    os.close(answer)
+    return watch(set(ranks), patience)
+
+
+def be_rank(stage: str, arguments: list[str], place: dict[str, str]) -> None:
+    from esi_ds.cli import leave, main
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(f"rank {place['RANK']} was told to fail")
+
+    signal.signal(FAIL, fail)
+    faulthandler.register(signal.SIGQUIT)  # says where a rank hangs
+    os.environ.update(place)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    leave(main(stage, arguments))
+
+
+def watch(ranks: set[int], patience: float) -> int:
+    """Wait for all; one that fails, and the others get SIGTERM within a second and SIGKILL some time later."""
+    while ranks:
+        ended, status = os.waitpid(-1, os.WNOHANG)
+        if ended == 0:
+            time.sleep(0.02)
+            continue
+        ranks.discard(ended)
+        code = os.waitstatus_to_exitcode(status)
+        if code != 0:
+            time.sleep(0.5)
+            end_all(ranks, patience)
+            print(f"launcher: rank with process {ended} ended with {code}", flush=True)
+            return code % 256
+    return 0
+
+
+def end_all(ranks: set[int], patience: float) -> None:
+    deadline = time.monotonic() + patience
+    for process in ranks:
+        os.kill(process, signal.SIGTERM)
+    while ranks:
+        ended, _ = os.waitpid(-1, os.WNOHANG)
+        ranks.discard(ended)
+        if ended == 0 and time.monotonic() > deadline:
+            for process in ranks:
+                os.kill(process, signal.SIGKILL)
+            deadline = float("inf")
+        time.sleep(0.02)
+
+
+@dataclass
+class ForkedJob:
+    """A started job, as its test sees it."""
+
+    launchers: list[int]
+    ranks: list[int]
+    log: Path
+    started: float = field(default_factory=time.monotonic)
+
+    def alive(self) -> list[int]:
+        return [process for process in (*self.launchers, *self.ranks) if is_alive(process)]
+
+    def kill(self, processes: list[int], number: int = signal.SIGKILL) -> None:
+        for process in processes:
+            if is_alive(process):
+                os.kill(process, number)
+
+    def ends_before(self, condition: Callable[[], bool]) -> bool:
+        """Wait for the one or the other: whether all processes have ended."""
+        while self.alive():
+            if condition():
+                return False
+            time.sleep(0.005)
+        return True
+
+    def has_ended(self, within: float) -> bool:
+        """Whether all its processes end in so many seconds, counted from now."""
+        deadline = time.monotonic() + within
+        while self.alive():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def is_alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+class ForkServer:
+    """A server in a process of its own, on this host or, with a command before it, on another. A context manager."""
+
+    def __init__(self, *before: str):
+        # Its last argument is what a rank looks for in its launcher's command line.
+        command = [*before, sys.executable, str(Path(__file__)), "deepspeed.launcher.launch"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> ForkServer:
+        while self.process.stdout.readline() not in ("ready\n", ""):
+            pass
+        assert self.process.poll() is None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+    def start(
+        self, stage: str, arguments: list[str], places: list[dict[str, str]], log: Path, patience: float = PATIENCE_S
+    ) -> ForkedJob:
+        job = {"stage": stage, "arguments": arguments, "places": places, "log": str(log), "patience": patience}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        made = json.loads(self.process.stdout.readline())
+        return ForkedJob([made["launcher"]], made["ranks"], log)
+
+
+def places(ranks: int, port: int, address: str = "127.0.0.1", hosts: int = 1) -> list[list[dict[str, str]]]:
+    """For every host the variables of its ranks, as DeepSpeed's launcher sets them."""
+    local = ranks // hosts
+    common = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(local), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    return [
+        [
+            {"RANK": str(host * local + rank), "LOCAL_RANK": str(rank), "CROSS_RANK": str(host), **common}
+            for rank in range(local)
+        ]
+        for host in range(hosts)
+    ]
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,166 @@
+"""Full disks, read-only folders, clocks that jump: a clear message, a sound run folder, the same bits in the end."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import free_port, num_lines
+from fork_server import ForkedJob, ForkServer, places
+from small_stages import SmallStages, differing, is_done, wait_until
+
+from esi_ds.artifacts import read_jsonl
+
+FAILED = re.compile(r"^rank (\d+) failed: ?(.*)$", re.MULTILINE)
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system of its own in memory. Skips where none may be mounted."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "esi-ds-test", str(folder)], capture_output=True)
+    if done.returncode != 0:
+        pytest.skip(f"mounting needs root: {done.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """A file that takes all room that is left."""
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as opened:
+        size = 1 << 20
+        while size:
+            try:
+                opened.write(b"0" * size)
+            except OSError:
+                size //= 2
+    return ballast
+
+
+def fail_for_room(stages: SmallStages, stage: str, disk: Path, begun: Callable[[Path], bool]) -> ForkedJob:
+    """A run whose disk is full from the moment ``begun`` says on."""
+    run = disk / "run"
+    job = stages.start(stage, run)
+    wait_until(job, lambda: begun(run))
+    ballast = fill(disk)
+    assert job.has_ended(60), job.said()
+    assert not is_done(run)
+    said = dict(FAILED.findall(job.said()))
+    told = [text for text in said.values() if "no space left on device" in text]
+    assert len(told) == 1, job.said()  # one rank ran out of room, or one of two that did was killed by the other's end
+    assert f"(run.output_dir = {run}: " in told[0] and f"writing {run}/" in told[0], told
+    assert "ended with 1" in job.said()
+    assert "Traceback" not in job.said(), job.said()
+    ballast.unlink()
+    return job
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "lines"),
+    [
+        ("esi", "responses.partial.jsonl", 3),
+        ("esi", "metrics.jsonl", 2),
+        ("set", "metrics.jsonl", 3),
+        ("spa", "metrics.jsonl", 5),
+        ("eval", "answers.jsonl", 3),
+        ("perturb", "verdicts.jsonl", 1),
+    ],
+)
+def test_a_full_disk(stages: SmallStages, tmp_path: Path, stage: str, file: str, lines: int) -> None:
+    with mounted(tmp_path / "disk", "size=16m") as disk:
+        fail_for_room(stages, stage, disk, lambda run: num_lines(run / file) >= lines)
+        stages.finish(stage, disk / "run")
+        assert differing(disk / "run", stages.undisturbed(stage)) == []
+
+
+@pytest.mark.parametrize("file", ["checkpoint", "model", "patch", "scores", "mask", "report.json", "config.yaml"])
+def test_no_room_for_one_more_file(stages: SmallStages, tmp_path: Path, file: str) -> None:
+    """The disk fills up at the first sign of this file or folder under its temporary name."""
+    stage = "esi" if file in ("scores", "mask") else "set"
+
+    def begun(run: Path) -> bool:
+        folder = run / "checkpoint" if file == "checkpoint" else run
+        return folder.is_dir() and any(file in found.name or found.suffix == ".tmp" for found in folder.iterdir())
+
+    with mounted(tmp_path / "disk", "size=16m") as disk:
+        fail_for_room(stages, stage, disk, begun)
+        stages.finish(stage, disk / "run")
+        assert differing(disk / "run", stages.undisturbed(stage)) == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_read_only_folder(stages: SmallStages, tmp_path: Path, begun: bool) -> None:
+    with mounted(tmp_path / "disk", "size=16m") as disk:
+        run = disk / "run"
+        if begun:
+            job = stages.start("set", run)
+            wait_until(job, lambda: num_lines(run / "metrics.jsonl") >= 3)
+            job.kill(job.alive())
+            assert job.has_ended(10)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        job = stages.start("set", run)
+        assert job.has_ended(60)
+        said = [line for line in job.said().splitlines() if line.startswith("error: ")]
+        assert said == [f"error: run.output_dir = {run}: cannot be written to; give a folder of your own"], job.said()
+        assert "ended with 2" in job.said()
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        stages.finish("set", run)
+        assert differing(run, stages.undisturbed("set")) == []
+
+
+@pytest.mark.parametrize("years", [-20, 20])
+def test_files_of_another_time(stages: SmallStages, tmp_path: Path, years: int) -> None:
+    """Everything a killed run left is dated far off, its lock and checkpoints too: nothing goes by these dates."""
+    run = tmp_path / "run"
+    job = stages.start("spa", run)
+    wait_until(job, lambda: num_lines(run / "metrics.jsonl") >= 5)
+    job.kill(job.alive())
+    assert job.has_ended(10) and (run / "lock.json").exists()
+    for file in (run, *run.rglob("*")):
+        date = file.stat().st_mtime + years * 365 * 86400
+        os.utime(file, (date, date))
+    again = stages.finish("spa", run)
+    assert "taking over the folder" in again.said() and "going on after step 4" in again.said()
+    assert differing(run, stages.undisturbed("spa")) == []
+    status = subprocess.run([shutil.which("python"), "-m", "esi_ds.status", str(run)], capture_output=True, text=True)
+    assert "done, stage spa" in status.stdout
+
+
+def test_a_clock_that_jumps_while_it_runs(stages: SmallStages, tmp_path: Path) -> None:
+    """Ten days ahead in the middle of training, ten days back after a kill in the middle of the rest."""
+    found = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    if not found:
+        pytest.skip("faketime is not installed (Debian: faketime)")
+    clock, run = tmp_path / "clock", tmp_path / "run"
+    clock.write_text("+0")
+    faked = {"LD_PRELOAD": str(found[0]), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
+    words = [f"{name}={value}" for name, value in {**faked, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}.items()]
+    with ForkServer("env", *words) as server:
+
+        def start() -> ForkedJob:
+            return server.start("set", stages.arguments("set", run), places(2, free_port())[0], stages.new_log())
+
+        job = start()
+        wait_until(job, lambda: num_lines(run / "metrics.jsonl") >= 3)
+        clock.write_text("+10d")
+        wait_until(job, lambda: num_lines(run / "metrics.jsonl") >= 7)
+        job.kill(job.alive())
+        assert job.has_ended(10)
+        job = start()
+        wait_until(job, lambda: num_lines(run / "metrics.jsonl") >= 10)
+        clock.write_text("-10d")
+        assert job.has_ended(120) and is_done(run), job.said()
+    assert "going on after step" in job.said()
+    assert differing(run, stages.undisturbed("set")) == []
+    times = [row["time"] for row in read_jsonl(run / "metrics.jsonl")]
+    jumps = [round((after - before) / 86400) for before, after in zip(times, times[1:], strict=False)]
+    assert sorted(jump for jump in jumps if jump) == [-20, 10]  # the clock did jump

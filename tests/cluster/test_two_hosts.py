@@ -1,0 +1,134 @@
+"""Two hosts with two ranks each: DeepSpeed's launcher over ssh, and in every phase the death of a rank of the other
+host, of the other host's launcher, and of rank 0."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import free_port, num_lines
+from fork_server import ForkedJob, ForkServer, places
+from small_stages import SmallStages, differing, is_done, wait_until, written
+from two_hosts import ADDRESSES, Hosts, missing
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+ENDS_WITHIN_S = 60  # what the project promises, not a measurement
+# Phase → stage, and a file that shows when three moments within the phase have come.
+PHASES = {
+    "generating": ("esi", "responses.partial.jsonl", (1, 5, 13)),
+    "scoring": ("esi", "metrics.jsonl", (1, 3, 4)),
+    "set": ("set", "metrics.jsonl", (2, 6, 10)),
+    "spa": ("spa", "metrics.jsonl", (2, 6, 10)),
+    "eval": ("eval", "answers.jsonl", (1, 5, 13)),
+    "perturb": ("perturb", "answers.jsonl", (4, 20, 40)),
+}
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory) -> Iterator[Hosts]:
+    made = Hosts(tmp_path_factory.mktemp("hosts"))
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture(scope="module")
+def servers(hosts: Hosts) -> Iterator[list[ForkServer]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(ForkServer(*hosts.on(name))) for name in ADDRESSES]
+
+
+def start(servers: list[ForkServer], stages: SmallStages, stage: str, run: Path, *overrides: str) -> ForkedJob:
+    """A job of four ranks; launchers and ranks in the hosts' order, one log."""
+    log, arguments = stages.new_log(), stages.arguments(stage, run, *overrides)
+    found = places(4, free_port(), next(iter(ADDRESSES.values())), hosts=2)
+    parts = [server.start(stage, arguments, own, log) for server, own in zip(servers, found, strict=True)]
+    return ForkedJob([part.launchers[0] for part in parts], [rank for part in parts for rank in part.ranks], log)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_in_every_phase(servers: list[ForkServer], stages: SmallStages, tmp_path: Path, phase: str) -> None:
+    stage, file, moments = PHASES[phase]
+    run = tmp_path / "run"
+    for victim, moment in zip(("rank 3", "launcher", "rank 0"), moments, strict=True):
+        before = written(run)
+        job = start(servers, stages, stage, run)
+        wait_until(job, lambda moment=moment, before=before: num_lines(run / file) >= moment and written(run) != before)
+        job.kill({"rank 3": job.ranks[3:], "launcher": job.launchers[1:], "rank 0": job.ranks[:1]}[victim])
+        assert job.has_ended(ENDS_WITHIN_S), job.said()
+        if victim == "launcher":  # its ranks go on to the next boundary, or to the end if that is nearer
+            assert is_done(run) or "the launcher is gone; saving, then ending" in job.said(), job.said()
+        else:
+            assert "failed: lost another rank" in job.said() and "Traceback" not in job.said(), job.said()
+    job = start(servers, stages, stage, run)
+    assert job.has_ended(200) and is_done(run), job.said()
+    assert differing(run, stages.undisturbed(stage, 4)) == []
+
+
+def test_rank_0_killed_before_anybody_has_found_it(servers: list[ForkServer], stages: SmallStages, tmp_path) -> None:
+    """Nothing tells the other host of it but the time that all are waited for at the start."""
+    job = start(servers, stages, "set", tmp_path / "run", "run.start_timeout_s=10")
+    job.kill(job.ranks[:1])
+    assert job.has_ended(ENDS_WITHIN_S), job.said()
+    said = [line for line in job.said().splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "no process group forms there" in said[0] and "(rank 2 on esi-ds-b)" in said[0]
+    assert "rank 0 has ended and says why" in said[0]
+
+
+def ranks_on(host: str) -> list[psutil.Process]:
+    """The ranks that run on a host now, as the process table shows them."""
+    pids = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True, check=True).stdout.split()
+    found = []
+    for pid in pids:
+        process = psutil.Process(int(pid))
+        if process.cmdline()[2:3] and process.cmdline()[2].startswith("launch/"):
+            found.append(process)
+    return found
+
+
+def test_deepspeed_over_ssh_runs_esi(hosts: Hosts, stages: SmallStages, tmp_path: Path) -> None:
+    """Killed once: the last rank of the other host, which has all ranks end and the launcher fail."""
+    run = tmp_path / "run"
+    command = ("launch/esi.py", *stages.arguments("esi", run))
+    job = hosts.launch(*command)
+    deadline = time.monotonic() + 200
+    while num_lines(run / "metrics.jsonl") < 1:
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate(timeout=60)[0]
+        time.sleep(0.005)
+    assert [len(ranks_on(host)) for host in ADDRESSES] == [2, 2]
+    ranks_on(list(ADDRESSES)[1])[-1].send_signal(signal.SIGKILL)
+    said, _ = job.communicate(timeout=ENDS_WITHIN_S)
+    assert job.returncode != 0 and "failed: lost another rank" in said, said
+    assert [len(ranks_on(host)) for host in ADDRESSES] == [0, 0]
+    again = hosts.launch(*command)
+    said, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, said
+    assert differing(run, stages.undisturbed("esi", 4)) == []
+
+
+def test_deepspeed_over_ssh_runs_set(hosts: Hosts, stages: SmallStages, tmp_path: Path) -> None:
+    """Killed once: the command itself. pdsh and the other hosts' launchers live on, the ranks save and end."""
+    run, longer = tmp_path / "run", ("tune.max_steps=150", "tune.save_every=100")
+    command = ("launch/set.py", *stages.arguments("set", run, *longer))
+    job = hosts.launch(*command)
+    deadline = time.monotonic() + 200
+    while num_lines(run / "metrics.jsonl") < 2:
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate(timeout=60)[0]
+        time.sleep(0.005)
+    job.send_signal(signal.SIGKILL)  # ``Hosts.on`` ends in exec: this is deepspeed itself
+    said, _ = job.communicate(timeout=ENDS_WITHIN_S)  # to the end of pdsh, which has the other end of the pipe
+    assert "the launcher is gone; saving, then ending" in said and "interrupted: " in said, said
+    assert [len(ranks_on(host)) for host in ADDRESSES] == [0, 0]
+    again = hosts.launch(*command)
+    said, _ = again.communicate(timeout=200)
+    assert again.returncode == 0 and "going on after step" in said, said
+    stages.finish("set", tmp_path / "undisturbed", *longer, ranks=4)
+    assert differing(run, tmp_path / "undisturbed") == []

@@ -1,0 +1,87 @@
+"""What a rank says of failures that are none of the program's, and how it waits for what another host has written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from esi_ds import artifacts, ranks
+from esi_ds.failures import explain
+
+
+def raised(error: BaseException, cause: BaseException) -> BaseException:
+    error.__context__ = cause
+    return error
+
+
+def test_a_full_disk_is_told_with_the_file_and_the_folder(tmp_path: Path) -> None:
+    said = explain(OSError(errno.ENOSPC, "No space left on device", "/x/scores/.tmp"), str(tmp_path))
+    assert said.startswith(f"writing /x/scores/.tmp: no space left on device (run.output_dir = {tmp_path}: ")
+    assert "Make room and start the same command again" in said and "\n" not in said
+    rust = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert explain(rust, str(tmp_path)).startswith("no space left on device (run.output_dir")
+    # What follows from it is not what is told.
+    assert "no space left" in explain(raised(ValueError("writer is closed"), rust), str(tmp_path))
+
+
+def test_writing_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught, artifacts.writing(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "a")
+
+
+def test_a_rank_that_is_gone_or_does_not_come() -> None:
+    gloo = "[/__w/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.1]:1: Connection reset by peer"
+    said = explain(RuntimeError(f"{gloo}. This is typically caused by a remote worker"), "x")
+    assert said.startswith("lost another rank (Read error [10.0.0.1]:1: Connection reset by peer): ")
+    assert explain(torch.distributed.DistNetworkError("failed to recv, connection was likely closed"), "x")
+    late = "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 8000ms for recv"
+    assert "run.start_timeout_s at the start (Timed out waiting 8000ms for recv)" in explain(RuntimeError(late), "x")
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), RuntimeError("timed out"), KeyError("timeout")])
+def test_any_other_error_keeps_its_traceback(error: Exception) -> None:
+    assert explain(error, "x") is None
+
+
+def test_a_file_that_appears_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(artifacts, "TELL_S", 0.1)
+    late = tmp_path / "position-4" / "state.json"
+
+    def appear() -> None:
+        time.sleep(0.4)
+        late.parent.mkdir()
+        late.touch()
+
+    thread = threading.Thread(target=appear)
+    thread.start()
+    assert artifacts.wait_until_visible(late) == late
+    thread.join()
+    assert f"waits for {late} to appear" in capsys.readouterr().err
+
+
+def test_the_wait_is_bounded(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"does not see it after 0.2 s: is run.output_dir a folder that all hosts"):
+        artifacts.wait_until_visible(tmp_path / "never", 0.2)
+
+
+def test_the_launcher_is_known_by_its_command_line() -> None:
+    """A shell that starts a rank by hand is no launcher: one may log out and leave the job running."""
+    script = "import os; from esi_ds import ranks as r; print(r.launcher(r.find()) == ((os.getpid(), os.getppid()),))"
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
+    for words, expected in ((["torchrun"], "True"), ([], "False")):
+        # A python that starts another one, as launchers do; what it is shows in its arguments.
+        parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+        command = [sys.executable, "-c", parent, script, *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == [expected], done.stderr
+    assert ranks.launcher(ranks.ALONE) == ()
