@@ -19,13 +19,14 @@ EXIT_USER, EXIT_INTERRUPTED, EXIT_FAILURE = 2, 75, 1
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says besides the config. ``world_size``, ``nodes`` and ``gpu_memory_gib``: ranks, on how
-    many nodes and of which memory, that a dry run plans for."""
+    """What the command line says besides the config. ``world_size``, ``nodes`` and the memories: ranks, on how many
+    nodes, and what a GPU and a node hold, that a dry run plans for."""
 
     dry_run: bool = False
     world_size: int | None = None
     nodes: int | None = None
     gpu_memory_gib: float = 80.0
+    node_memory_gib: float = 2048.0
     verbose: bool = False
     allow_fingerprint_mismatch: bool = False
 
@@ -55,6 +56,7 @@ def planned_ranks(made: argparse.ArgumentParser, arguments: argparse.Namespace) 
         "--nodes": arguments.nodes,
         "--gpus-per-node": arguments.gpus_per_node,
         "--gpu-memory-gib": arguments.gpu_memory_gib,
+        "--node-memory-gib": arguments.node_memory_gib,
     }
     said = [flag for flag, value in given.items() if value is not None]
     if said and not arguments.dry_run:
@@ -82,6 +84,7 @@ def parser(stage: str) -> argparse.ArgumentParser:
     made.add_argument("--nodes", type=positive, metavar="N", help="nodes to plan for in a dry run")
     made.add_argument("--gpus-per-node", type=positive, metavar="N", help="of each of them; default 8")
     made.add_argument("--gpu-memory-gib", type=positive_size, metavar="G", help="of each GPU; default 80")
+    made.add_argument("--node-memory-gib", type=positive_size, metavar="G", help="of each node's host; default 2048")
     made.add_argument("--verbose", action="store_true", help="let every rank speak")
     made.add_argument(
         "--allow-fingerprint-mismatch",
@@ -115,6 +118,7 @@ def main(stage: str, argv: list[str] | None = None) -> int:
             world_size=world_size,
             nodes=nodes,
             gpu_memory_gib=arguments.gpu_memory_gib or Options.gpu_memory_gib,
+            node_memory_gib=arguments.node_memory_gib or Options.node_memory_gib,
             verbose=arguments.verbose,
             allow_fingerprint_mismatch=arguments.allow_fingerprint_mismatch,
         )

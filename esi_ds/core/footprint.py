@@ -49,12 +49,16 @@ def pieces(parameters: Iterable[Parameter], world_size: int, autoep_size: int | 
         if autoep_size is None or not num_experts(parameter):
             found.append(Piece(parameter, parameter.numel, world_size))
             continue
-        roles: dict[str, int] = {}
-        for unit in parameter.units:
-            roles[unit.role] = roles.get(unit.role, 0) + unit.numel
+        first = [unit for unit in parameter.units[:2] if unit.expert == parameter.units[0].expert]  # all are alike
         found += [
-            Piece(parameter, numel // autoep_size, world_size // autoep_size, autoep_size, f"[{role.split('.')[1]}]")
-            for role, numel in roles.items()
+            Piece(
+                parameter,
+                unit.numel * num_experts(parameter) // autoep_size,
+                world_size // autoep_size,
+                autoep_size,
+                f"[{unit.role.partition('.')[2]}]",
+            )
+            for unit in first
         ]
     return found
 

@@ -146,17 +146,35 @@ def sizes(work: Work, where: Topology, model_type: str) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes of a GPU, and of the node that its host part lies in."""
+
+    gpu: float
+    node: float
+
+
+@dataclass(frozen=True)
 class Recommendation:
-    """``settings``: a whole DeepSpeed configuration. ``fits``: whether it does, in ``USABLE`` of the GPU."""
+    """``settings``: a whole DeepSpeed configuration. ``override``: a key of the YAML to go with it. ``fits``: whether
+    the stage does, in ``USABLE`` of the GPU and of the node's memory."""
 
     settings: dict[str, Any]
     footprint: Footprint
     fits: bool
+    override: str | None = None
 
 
-def recommend(work: Work, stage: str, where: Topology, model_type: str, gpu_bytes: float) -> Recommendation:
-    """The first that fits of: nothing on the host; the optimizer there (SPA); the weights there too. Among sizes of
-    expert parallelism, those within a node first, and of these the one with which the least arrives at a rank.
+# Least harm first: what moves to the host of each stage, and whether ESI's gradient sums do.
+OFFLOADS: Mapping[str, Sequence[tuple[tuple[str, ...], bool]]] = {
+    "esi": (((), False), ((), True), (("offload_param",), True)),
+    "set": (((), False), (("offload_param",), False)),
+    "spa": (((), False), (("offload_optimizer",), False), (("offload_param", "offload_optimizer"), False)),
+}
+
+
+def recommend(work: Work, stage: str, where: Topology, model_type: str, memory: Memory) -> Recommendation:
+    """The first of the stage's ``OFFLOADS`` that fits. Among sizes of expert parallelism, those within a node come
+    first, and of these the one with which the least arrives at a rank.
 
     Where nothing fits: what takes least.
     """
@@ -164,9 +182,11 @@ def recommend(work: Work, stage: str, where: Topology, model_type: str, gpu_byte
     inside: list[int | None] = [None, *(size for size in possible if size <= where.per_node)]
     across: list[int | None] = [size for size in possible if size > where.per_node]
     found: list[Recommendation] = []
-    for offload in ((), ("offload_optimizer",), ("offload_optimizer", "offload_param")):
+    for offload, sums_on_host in OFFLOADS[stage]:
+        tried_work = replace(work, sums_on_host=work.sums_on_host or sums_on_host)
+        override = "esi.accumulator_device=cpu" if sums_on_host else None
         for candidates in (inside, across):
-            tried = [_try(work, stage, where, size, offload, gpu_bytes) for size in candidates]
+            tried = [_try(tried_work, stage, where, zero3(size, offload), memory, override) for size in candidates]
             if fitting := [one for one in tried if one.fits]:
                 return min(fitting, key=lambda one: one.footprint.traffic.rank)
             found += tried
@@ -174,11 +194,11 @@ def recommend(work: Work, stage: str, where: Topology, model_type: str, gpu_byte
 
 
 def _try(
-    work: Work, stage: str, where: Topology, size: int | None, offload: Sequence[str], gpu_bytes: float
+    work: Work, stage: str, where: Topology, settings: dict[str, Any], memory: Memory, override: str | None
 ) -> Recommendation:
-    settings = zero3(size, offload)
     found = footprint(work, stage, where, settings)
-    return Recommendation(settings, found, found.together <= USABLE * gpu_bytes)
+    fits = found.together <= USABLE * memory.gpu and where.per_node * found.host <= USABLE * memory.node
+    return Recommendation(settings, found, fits, override)
 
 
 def zero3(autoep_size: int | None = None, offload: Iterable[str] = ()) -> dict[str, Any]:
@@ -188,7 +208,7 @@ def zero3(autoep_size: int | None = None, offload: Iterable[str] = ()) -> dict[s
         "stage3_param_persistence_threshold": 0,
         "overlap_comm": False,
         "contiguous_gradients": True,
-        **{key: {"device": "cpu", "pin_memory": True} for key in sorted(offload, reverse=True)},
+        **{key: {"device": "cpu", "pin_memory": True} for key in offload},
     }
     settings = {
         "train_micro_batch_size_per_gpu": "auto",
@@ -207,10 +227,10 @@ def with_experts(settings: Mapping[str, Any], autoep_size: int | None) -> dict[s
     return changed
 
 
-def nodes_needed(work: Work, stage: str, where: Topology, model_type: str, gpu_bytes: float) -> int | None:
+def nodes_needed(work: Work, stage: str, where: Topology, model_type: str, memory: Memory) -> int | None:
     """The least number of nodes, doubled from the given one, on which the stage fits; None: not on 4,096 ranks."""
     while where.ranks <= 4096:
-        if recommend(work, stage, where, model_type, gpu_bytes).fits:
+        if recommend(work, stage, where, model_type, memory).fits:
             return where.nodes
         where = Topology(2 * where.nodes, where.per_node)
     return None

@@ -17,7 +17,18 @@ from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import check_experts, expert_parallel_size, read, resolve_deepspeed
 from esi_ds.errors import UserError
-from esi_ds.stages.footprints import STAGES, Footprint, Work, footprint, nodes_needed, recommend, sizes, with_experts
+from esi_ds.stages.footprints import (
+    STAGES,
+    Footprint,
+    Memory,
+    Recommendation,
+    Work,
+    footprint,
+    nodes_needed,
+    recommend,
+    sizes,
+    with_experts,
+)
 from esi_ds.stages.prepare import load_model_config
 
 COMPACT_LIMIT = 2 << 30  # as zero/sparse.py chooses; that module would import deepspeed
@@ -140,8 +151,8 @@ def print_bytes(config: Config, options: Options, stage: str, work: Work, model_
     settings = read(config)
     resolved = resolve_deepspeed(config, where.ranks, stage)
     check_experts(resolved, work.experts())
-    gpu_bytes = options.gpu_memory_gib * GIB
-    best = recommend(work, stage, where, model_type, gpu_bytes)
+    memory = Memory(options.gpu_memory_gib * GIB, options.node_memory_gib * GIB)
+    best = recommend(work, stage, where, model_type, memory)
     size = expert_parallel_size(resolved)
     chosen = (
         size or expert_parallel_size(best.settings) or next(iter(_near(sizes(work, where, model_type), where)), None)
@@ -152,7 +163,7 @@ def print_bytes(config: Config, options: Options, stage: str, work: Work, model_
         _print_table(f"autoep_size {chosen}", work, stage, where, with_experts(settings, chosen))
     elif work.experts():
         print(f"\nno expert parallelism to show: {_why_none(work, where, model_type)}")
-    _print_recommendation(best, stage, work, where, model_type, options.gpu_memory_gib)
+    _print_recommendation(best, stage, work, where, model_type, memory)
 
 
 def _near(possible: Sequence[int], where: Topology) -> list[int]:
@@ -183,12 +194,17 @@ def _print_table(title: str, work: Work, stage: str, where: Topology, settings: 
     )
 
 
-def _print_recommendation(best, stage: str, work: Work, where: Topology, model_type: str, gpu_memory: float) -> None:
-    together = f"{readable(best.footprint.together)} of {gpu_memory:g} GiB without activations"
+def _print_recommendation(
+    best: Recommendation, stage: str, work: Work, where: Topology, model_type: str, memory: Memory
+) -> None:
+    host = where.per_node * best.footprint.host
+    together = f"{readable(best.footprint.together)} of a GPU's {readable(memory.gpu)} without activations"
+    together += f", {readable(host)} of a node's {readable(memory.node)}" if host else ""
     if best.fits:
-        print(f"\nrecommended for {stage.upper()} ({together}); save it and give it as --deepspeed_config:")
+        beside = f", with {best.override}" if best.override else ""
+        print(f"\nrecommended for {stage.upper()} ({together}); save it and give it as --deepspeed_config{beside}:")
     else:
-        needed = nodes_needed(work, stage, where, model_type, gpu_memory * GIB)
+        needed = nodes_needed(work, stage, where, model_type, memory)
         more = f"{needed} nodes would do" if needed else "no number of nodes up to 4,096 ranks would do"
         print(f"\n{stage.upper()} does not fit here ({together}): {more}. What takes least:")
     print(json.dumps(best.settings, indent=2))
