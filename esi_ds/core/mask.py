@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from esi_ds.core.units import Shard
 from esi_ds.errors import UserError
 
 FORMAT = "esi-mask/1"
@@ -126,6 +127,11 @@ class Mask:
         if high <= low:
             return torch.zeros(0, dtype=torch.bool)
         return unpack_bits(self.data(name, low // 8, num_bytes(high)), high - low, skip=low % 8)
+
+    def bits_of(self, shard: Shard) -> Tensor:
+        """bool [shard.numel]: whether each weight that a flat tensor holds is selected. Reads only those bytes."""
+        parts = [self.bits(shard.parameter.name, low, high) for low, high in shard.runs]
+        return torch.cat([torch.zeros(0, dtype=torch.bool), *parts])
 
     def tensor(self, name: str) -> Tensor:
         """bool, in the parameter's own shape."""

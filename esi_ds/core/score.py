@@ -27,8 +27,7 @@ def score_shard(
     needs none. weight: the shard's weights, any dtype. sigma: standard deviation of each unit of the parameter.
     """
     if criterion == "random":
-        first = shard.parameter.offset + shard.low
-        positions = torch.arange(first, first + shard.numel, device=weight.device)
+        positions = shard.parameter.offset + shard.flat(torch.arange(shard.numel, device=weight.device))
         return random_bits(stream(seed, 0x5C03E), positions, 24).float() * 2.0**-24
     if criterion == "magnitude":
         return weight.float().abs()
@@ -40,8 +39,7 @@ def score_shard(
         _agreement(gradient, tuning_gradient, opposite=criterion == "directed")
     if criterion in ("esi", "directed", "conflict"):
         for unit in shard.parameter.units:
-            where = unit.within(shard.low, shard.high)
-            gradient[where] *= sigma[unit]
+            gradient[shard.within(unit)] *= sigma[unit]
     return gradient.abs_()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from esi_ds.core.mask import Mask, num_bytes
+from esi_ds.core.units import Shard
 
 
 class Trained:
@@ -53,12 +54,27 @@ class Trained:
         bits = self.mask.bits(name, low, high)
         return bits if self.train == "selected" else ~bits
 
-    def positions(self, name: str, low: int, high: int) -> Tensor | None:
-        """Trained positions in the flat range, counted from ``low`` (int32 where that suffices); None: all of it."""
+    def bits_of(self, shard: Shard) -> Tensor:
+        """bool [shard.numel]: whether each weight that a tensor holds trains."""
+        parts = [self.bits(shard.parameter.name, low, high) for low, high in shard.runs]
+        return torch.cat([torch.zeros(0, dtype=torch.bool), *parts])
+
+    def positions_of(self, shard: Shard) -> Tensor | None:
+        """Trained positions in the tensor (int32 where that suffices); None: all of it."""
+        name = shard.parameter.name
         if self.count(name) == self.numels[name]:
             return None
-        dtype = torch.int32 if high - low < 1 << 31 else torch.int64
-        return self.bits(name, low, high).nonzero().flatten().to(dtype)
+        dtype = torch.int32 if shard.numel < 1 << 31 else torch.int64
+        return self.bits_of(shard).nonzero().flatten().to(dtype)
+
+    def segments(self, shard: Shard, values: Tensor) -> list[tuple[int, Tensor]]:
+        """Values of a shard's trained weights, cut by its runs: (trained weights of the parameter in front, values)."""
+        found, start = [], 0
+        for low, high in shard.runs:
+            first, last = (self.count_before(shard.parameter.name, index) for index in (low, high))
+            found.append((first, values[start : start + last - first]))
+            start += last - first
+        return found
 
     def count_before(self, name: str, low: int) -> int:
         """Trained weights of a parameter in front of flat index ``low``."""

@@ -6,6 +6,7 @@ regular pattern of flat positions: ``count`` runs of ``length`` elements, ``stri
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,13 +33,17 @@ class Unit:
     def numel(self) -> int:
         return self.length * self.count
 
+    @property
+    def end(self) -> int:
+        """Flat position behind the last element."""
+        return self.start + (self.count - 1) * self.stride + self.length
+
     def within(self, low: int, high: int) -> slice | Tensor:
         """Where this unit lies in the flat slice [low, high) of its parameter, relative to ``low``.
 
         Returns a slice for a contiguous unit, otherwise an int64 index tensor; either may be empty.
         """
-        end = self.start + (self.count - 1) * self.stride + self.length
-        first, last = max(low, self.start), max(low, min(high, end))
+        first, last = max(low, self.start), max(low, min(high, self.end))
         if self.count == 1:
             return slice(min(first, last) - low, last - low)
         positions = torch.arange(first, max(first, last), dtype=torch.int64)
@@ -70,15 +75,64 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's valid part of one parameter: flat elements [low, high) of the whole; never any padding."""
+    """The elements of one parameter that a flat tensor holds, in the tensor's order; never any padding.
+
+    runs: [low, high) of flat positions in the whole parameter, one behind another in the tensor. One run where ZeRO-3
+    cuts the parameter itself; several where expert parallelism packs one matrix of each of a rank's experts. name: the
+    tensor's own, where a rank holds a parameter in more than one; the parameter's otherwise.
+    """
 
     parameter: Parameter
-    low: int
-    high: int
+    runs: tuple[tuple[int, int], ...]
+    name: str
 
     @property
     def numel(self) -> int:
-        return self.high - self.low
+        return sum(high - low for low, high in self.runs)
+
+    def parts(self) -> Iterator[tuple[slice, int, int]]:
+        """(where in the tensor, low, high) of every run."""
+        start = 0
+        for low, high in self.runs:
+            yield slice(start, start + high - low), low, high
+            start += high - low
+
+    def cut(self, first: int, last: int) -> Shard:
+        """Elements [first, last) of the tensor, as ZeRO-3 cuts it: bounds beyond the end are the end."""
+        runs = []
+        for where, low, _ in self.parts():
+            begin, end = max(first, where.start), min(last, where.stop)
+            if begin < end:
+                runs.append((low + begin - where.start, low + end - where.start))
+        return Shard(self.parameter, tuple(runs), self.name)
+
+    def within(self, unit: Unit) -> slice | Tensor:
+        """Where a unit's elements lie in the tensor: a slice if they are contiguous, else int64 positions."""
+        found: list[slice | Tensor] = []
+        for where, low, high in self.parts():
+            if low < unit.end and unit.start < high:
+                part = unit.within(low, high)
+                if isinstance(part, slice):
+                    found.append(slice(where.start + part.start, where.start + part.stop))
+                else:
+                    found.append(where.start + part)
+        if len(found) < 2:
+            return found[0] if found else slice(0, 0)
+        return torch.cat([torch.arange(p.start, p.stop) if isinstance(p, slice) else p for p in found])
+
+    def flat(self, positions: Tensor) -> Tensor:
+        """int64 flat positions in the whole parameter of ``positions`` in the tensor."""
+        if len(self.runs) == 1:
+            return self.runs[0][0] + positions
+        starts = torch.tensor([where.start for where, _, _ in self.parts()], device=positions.device)
+        lows = torch.tensor([low for low, _ in self.runs], device=positions.device)
+        run = torch.bucketize(positions, starts, right=True) - 1
+        return positions - starts[run] + lows[run]
+
+
+def whole(parameter: Parameter) -> Shard:
+    """All of a parameter, in one tensor."""
+    return Shard(parameter, ((0, parameter.numel),), parameter.name)
 
 
 def shard_bounds(numel: int, rank: int, world_size: int) -> tuple[int, int]:

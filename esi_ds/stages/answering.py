@@ -15,7 +15,7 @@ from esi_ds.stages.respond import generate_all
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.generate import choose_mode, ready_to_generate
+from esi_ds.zero.generate import choose_mode, in_step, ready_to_generate
 
 ANSWERS, ANSWER_KEY = "answers.jsonl", ("model", "set", "index")
 SURPRISES = "surprises.jsonl"
@@ -83,7 +83,8 @@ def surprise_all(
     if not rows:
         return
     mode, reason = choose_mode(model, config.esi.generation)
-    if mode != "gathered":
+    if in_step(model, mode):
+        reason = "experts are on different ranks" if model.expert_parallel else reason
         tracker.log(f"incoherence is judged by form alone: {reason}")
         return
     ranks, rank = runtime.world_size(), runtime.rank()

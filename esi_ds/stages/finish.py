@@ -89,14 +89,10 @@ def finish(
     if selection.k == sum(parameter.numel for parameter in scored):
         tracker.log("select.ratio asks for as many weights as are scored or more: the mask holds all of them")
     metadata = mask_metadata(config, model, selection, fingerprint)
-
-    def low(parameter) -> int:
-        return model.shard(parameter).low
-
     if config.esi.save_scores:
         shown = {key: metadata[key] for key in ("criterion", "contrastive", "fingerprint", "total_numel")}
-        write_scores(folder / "scores", scored, low, scores, {"format": "esi-scores/1", **shown})
-    write_mask(folder / "mask", scored, low, selection.bits, metadata, units_json(scored))
+        write_scores(folder / "scores", scored, model.scored, scores, {"format": "esi-scores/1", **shown})
+    write_mask(folder / "mask", scored, model.scored, selection.bits, metadata, units_json(scored))
     rows = unit_rows(model, scores, selection, sigma)
     routing = routing_rows(config, model, outcome, losses)
     overall, by_role = log_histograms(model, scores)

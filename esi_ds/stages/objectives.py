@@ -169,6 +169,8 @@ class SquaredRowGradients(LossObjective):
     be taken apart, and its square is another thing than the sum of their squares.
     """
 
+    apart = True
+
     def __init__(
         self,
         name: str,

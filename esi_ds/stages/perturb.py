@@ -113,28 +113,27 @@ class PerturbRun(StageRun):
         inputs = self.inputs
         if inputs.scores is None:
             return None
-        shards = [model.shard(parameter) for parameter in model.parameters if parameter.scored]
-        scores, metadata = read_scores(inputs.scores, shards, "perturb.scores")
+        scores, metadata = read_scores(inputs.scores, model.scored, "perturb.scores")
         if metadata.get("fingerprint") != inputs.mask.fingerprint:
             raise UserError("perturb.scores", str(inputs.scores), "are of other weights than the mask", "give its own")
         own = Cell("top", float(inputs.mask.metadata["ratio"]), 0.0, 0)
         again = self._select(model, own, scores)
-        wrong = self._count({name: bits ^ self._mask_bits(model, name) for name, bits in again.items()})
+        marked = {shard.name: inputs.mask.bits_of(shard) for shard in model.scored}
+        wrong = self._count({name: bits ^ marked[name] for name, bits in again.items()})
         if wrong:
             problem = f"select other weights than the mask holds ({wrong:,} differ)"
             raise UserError("perturb.scores", str(inputs.scores), problem, "give the scores it was made from")
         return scores
 
     def _bits(self, model, cell: Cell, scores: Mapping | None) -> dict:
-        """name → bool [shard.numel] of the weights that a cell disturbs; k of them over all ranks."""
+        """shard's name → bool [shard.numel] of the weights that a cell disturbs; k of them over all ranks."""
         import torch
 
         if scores is not None and cell.order != "random":
             return self._select(model, cell, scores)
-        shards = {p.name: model.shard(p).numel for p in model.parameters if p.scored}
         if cell.order == "random":  # scores do not matter to it, only where they are
-            return self._select(model, cell, {name: torch.zeros(numel) for name, numel in shards.items()})
-        return {name: self._mask_bits(model, name) for name in shards}
+            return self._select(model, cell, {shard.name: torch.zeros(shard.numel) for shard in model.scored})
+        return {shard.name: self.inputs.mask.bits_of(shard) for shard in model.scored}
 
     def _select(self, model, cell: Cell, scores: Mapping) -> dict:
         from esi_ds.zero.score import select_weights
@@ -142,10 +141,6 @@ class PerturbRun(StageRun):
         about = self.inputs.mask.metadata
         rule = {"of": about.get("of", "all"), "scope": about.get("scope", "model")}
         return select_weights(model, scores, ratio=cell.ratio, order=cell.order, seed=cell.seed, **rule).bits
-
-    def _mask_bits(self, model, name: str):
-        shard = next(model.shard(parameter) for parameter in model.parameters if parameter.name == name)
-        return self.inputs.mask.bits(name, shard.low, shard.high)
 
     def _count(self, bits: Mapping) -> int:
         """Over all ranks. One all-reduce."""

@@ -16,7 +16,7 @@ from esi_ds.stages.prepare import Inputs, max_positions
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.generate import choose_mode, generate, ready_to_generate
+from esi_ds.zero.generate import choose_mode, generate, in_step, ready_to_generate
 
 PARTIAL_NAME = "responses.partial.jsonl"
 NAME = "responses.jsonl"
@@ -121,7 +121,7 @@ def generate_all(
             mine = waiting[start + rank * batch_size : start + (rank + 1) * batch_size]
             rows = [prompt_ids[index] for index in mine or waiting[:1]]  # no prompt left: keep the others company
             texts = []
-            if mine or mode == "per_token":
+            if mine or in_step(model, mode):
                 texts = generate(model, tokenizer, rows, max_new_tokens, mode)
             gathered = runtime.gather_objects((dict(zip(mine, texts, strict=False)), told_to_stop()))
             new = {index: text for part, _ in gathered for index, text in part.items()}

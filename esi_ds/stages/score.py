@@ -60,7 +60,8 @@ class Objective(ABC):
     """Examples, a scalar of each whose gradient is wanted, and the sums that it is added to.
 
     name: of its checkpoints. unit: what one example is called. source: where the examples come from, in a message.
-    batch_size: examples per rank and micro-batch. Every rank makes the same calls in the same order.
+    batch_size: examples per rank and micro-batch. apart: whether the gradients of ranks must not be added up before
+    they are received (``ShardedModel.readers``). Every rank makes the same calls in the same order.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Objective(ABC):
     source: str = ""
     examples: Sequence[Any]
     batch_size: int
+    apart: bool = False
     gradients: GradientShards
 
     @abstractmethod
@@ -97,7 +99,8 @@ class Objective(ABC):
 class ScoringPass:
     """One pass over an objective's examples; ``run`` returns when every example is in the sums or excluded.
 
-    Micro-batch ``position``: rank r takes examples [position + r·B, position + (r+1)·B). Every rank makes the same
+    Micro-batch ``position``: reader r takes examples [position + r·B, position + (r+1)·B); all ranks read, but for
+    objectives whose gradients must stay apart under expert parallelism. Every rank makes the same
     number of forward and backward passes; one without an example runs a filler whose gradient is zero.
     first_step: examples of the passes before this one; where its metrics begin.
     """
@@ -121,7 +124,7 @@ class ScoringPass:
     @property
     def stride(self) -> int:
         """Examples that all ranks take together in one micro-batch."""
-        return self.objective.batch_size * runtime.world_size()
+        return self.objective.batch_size * self._readers[0]
 
     def run(self) -> PassState:
         """At once where an earlier process has finished the pass: its sums are read, and nothing is measured again."""
@@ -177,9 +180,16 @@ class ScoringPass:
             raise Interrupted(f"stopped by a signal after {done}; start again to go on")
 
     def _my_examples(self) -> list[Any]:
-        size = self.objective.batch_size
-        first = self.state.position + runtime.rank() * size
+        size, (_, place) = self.objective.batch_size, self._readers
+        if place is None:
+            return []
+        first = self.state.position + place * size
         return list(self.objective.examples[first : first + size])
+
+    @property
+    def _readers(self) -> tuple[int, int | None]:
+        """(ranks that read examples, this rank's number among them or None)."""
+        return self.model.readers if self.objective.apart else (runtime.world_size(), runtime.rank())
 
     def _still_in(self, examples: Sequence[Any]) -> list[Any]:
         return [example for example in examples if self.objective.index(example) not in self.state.excluded]

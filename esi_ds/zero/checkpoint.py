@@ -1,8 +1,8 @@
 """Saving and restoring sharded state in the middle of a run, on the same or another world size (DESIGN §8).
 
-``checkpoint/position-<n>/``: one safetensors file a rank, plus ``state.json``. Every tensor is flat and cut over the
-ranks in rank order: its parts one behind another are the whole, whatever the number of ranks. A folder gets its name
-when all of it is on disk; the one before it is removed only then.
+``checkpoint/position-<n>/``: one safetensors file a rank, plus ``state.json``. Every tensor is flat and cut into parts
+named ``<key>@<first element>``; together they are the whole, whatever the number of ranks and wherever expert
+parallelism has laid what. A folder gets its name when all of it is on disk; the one before it is removed only then.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,7 +24,7 @@ from esi_ds.artifacts import replace_folder, write_json_atomic
 from esi_ds.zero import runtime
 
 PREFIX = "position-"
-Parts = Mapping[str, tuple[int, Tensor]]  # key → where this rank's part begins in the whole, and the part [n]
+Parts = Mapping[str, Sequence[tuple[int, Tensor]]]  # key → this rank's parts [n], and where each begins in the whole
 
 
 def latest(folder: Path) -> Path | None:
@@ -40,7 +42,8 @@ def save(folder: Path, position: int, state: dict, tensors: Parts) -> None:
         temporary.mkdir(parents=True)
     runtime.barrier()
     file = temporary / f"rank-{runtime.rank()}.safetensors"
-    save_file({key: values.detach().cpu().contiguous() for key, (_, values) in tensors.items() if len(values)}, file)
+    parts = {f"{key}@{low}": values for key, found in tensors.items() for low, values in found if len(values)}
+    save_file({name: values.detach().cpu().contiguous() for name, values in parts.items()}, file)
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
     runtime.barrier()
@@ -60,27 +63,33 @@ def read_state(checkpoint: Path) -> dict:
 def restore(checkpoint: Path | None, tensors: Parts) -> None:
     """Fill this rank's parts from a checkpoint of any world size (zeros where there is none yet). No collectives."""
     if checkpoint is None:
-        for _, values in tensors.values():
-            values.zero_()
+        for found in tensors.values():
+            for _, values in found:
+                values.zero_()
         return
     old_ranks = read_state(checkpoint)["world_size"]
-    files = [safe_open(checkpoint / f"rank-{rank}.safetensors", "pt") for rank in range(old_ranks)]
-    keys = [frozenset(opened.keys()) for opened in files]
-    for key, (low, values) in tensors.items():
-        stored = [opened.get_slice(key) for opened, known in zip(files, keys, strict=True) if key in known]
-        if len(values):
-            values.copy_(_read_range(stored, low, low + len(values)))
+    stored: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
+    for rank in range(old_ranks):
+        opened = safe_open(checkpoint / f"rank-{rank}.safetensors", "pt")
+        for name in opened.keys():  # noqa: SIM118 (no mapping)
+            key, _, low = name.rpartition("@")
+            part = opened.get_slice(name)
+            stored[key].append((int(low), int(low) + part.get_shape()[0], part))
+    for parts in stored.values():
+        parts.sort(key=lambda entry: entry[0])
+    for key, found in tensors.items():
+        for low, values in found:
+            if len(values):
+                values.copy_(_read_range(stored[key], low, low + len(values)))
 
 
-def _read_range(stored: list, low: int, high: int) -> Tensor:
-    """Elements [low, high) of a tensor whose parts lie in the ranks' files, one behind another in rank order."""
-    parts, start = [], 0
-    for part in stored:
-        length = part.get_shape()[0]
-        first, last = max(low, start), min(high, start + length)
+def _read_range(stored: list[tuple[int, int, Any]], low: int, high: int) -> Tensor:
+    """Elements [low, high) of a tensor, put together from the parts that were stored: (low, high, slice) in order."""
+    parts = []
+    for start, end, part in stored:
+        first, last = max(low, start), min(high, end)
         if first < last:
             parts.append(part[first - start : last - start])
-        start += length
     if sum(map(len, parts)) != high - low:
-        raise RuntimeError(f"the checkpoint holds {start} of a tensor's elements, not up to {high}")
+        raise RuntimeError(f"the checkpoint does not hold all of a tensor's elements {low} to {high}")
     return torch.cat(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -14,7 +15,7 @@ from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.optimizer import MaskedAdamW
 from esi_ds.zero.tuner import NotFinite, Tuner
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE = ("master", "exp_avg", "exp_avg_sq")
 
 
 class DenseTuner(Tuner):
@@ -27,13 +28,14 @@ class DenseTuner(Tuner):
         super().__init__(model, trained)
         self.optimizer = optimizer
         self.zero = model.engine.optimizer
-        self.flat = optimizer.zero or optimizer.attach(self.zero)
+        shards = {id(model.by_name[shard.name]): shard for shard in model.shards}
+        self.flat = optimizer.zero or optimizer.attach(self.zero, lambda tensor: shards[id(tensor)])
         # The engine averages over ranks; the losses here add up. Scaling the loss instead would round bf16 gradients
         # otherwise where the number of ranks is no power of two.
         self.flat.gradient_scale = float(runtime.world_size())
         self._not_finite = torch.zeros((), dtype=torch.bool, device=runtime.device())
-        for parameter in self.parameters:
-            model.by_name[parameter.name].register_hook(self._note_not_finite)
+        for shard in self.shards:
+            model.by_name[shard.name].register_hook(self._note_not_finite)
 
     def _note_not_finite(self, gradient: Tensor) -> None:
         """This rank's own gradient, before it is reduced: afterwards nobody could say whose it was."""
@@ -61,12 +63,12 @@ class DenseTuner(Tuner):
         return float(self.model.engine.get_global_grad_norm())
 
     def saved(self) -> Parts:
-        parts = {}
-        for name, low, _, flat, where in self.flat.slices():
-            state = self.optimizer.state_of(flat)
-            parts[f"{name}/master"] = (low, flat.detach()[where])
-            for what in MOMENTS:
-                parts[f"{name}/{what}"] = (low, state[what][where])
+        parts: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
+        for shard, flat, offset in self.flat.slices():
+            state = {**self.optimizer.state_of(flat), "master": flat.detach()}
+            for what in STATE:
+                values = state[what][offset : offset + shard.numel]
+                parts[f"{shard.parameter.name}/{what}"] += [(low, values[where]) for where, low, _ in shard.parts()]
         return parts
 
     def restored(self, step: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 
 import deepspeed
 import torch
@@ -23,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.errors import UserError
 from esi_ds.models.roles import describe, expert_blocks
-from esi_ds.zero import runtime
+from esi_ds.zero import expert_parallel, runtime
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -31,8 +32,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class ShardedModel:
     """A causal LM whose parameters are cut over all ranks, with the description that scoring works from.
 
-    Attributes: module, parameters (every parameter in the model's order), by_name {name: nn.Parameter},
-    expert_blocks {name: module} (``models.roles.expert_blocks``).
+    Attributes: module, parameters (every parameter in the model's order), expert_blocks {name: module}
+    (``models.roles.expert_blocks``), expert_parallel (whether AutoEP has laid experts on different ranks),
+    layouts (what each live tensor holds of which parameter when it is gathered, in the model's order; every parameter
+    whole in one tensor but for experts under expert parallelism), by_name {layout's name: nn.Parameter}.
     """
 
     def __init__(
@@ -45,27 +48,77 @@ class ShardedModel:
         self.expert_blocks = expert_blocks(module)
         for block in self.expert_blocks.values():
             _keep_together(block)
-        self.engine, zero, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=copy.deepcopy(deepspeed_config)
-        )
+        self.parameters = describe(module, full_shapes(module), roles)
+        self.expert_parallel = expert_parallel.is_on(deepspeed_config)
+        tensors, self._buffers = expert_parallel.remember(module), persistent_buffers(module)
+        self.engine, zero, _, _ = _initialize(module, optimizer, deepspeed_config)
         self._offload = zero if optimizer is None else zero.parameter_offload
         self.module: PreTrainedModel = self.engine.module
         self.by_name = dict(self.module.named_parameters())
-        self.parameters = describe(self.module, full_shapes(self.module), roles)
+        self.layouts = tuple(expert_parallel.layouts(self.module, self.parameters, tensors))
+        self.shards = tuple(self._shard(layout) for layout in self.layouts)
 
-    def shard(self, parameter: Parameter) -> Shard:
+    def _shard(self, layout: Shard) -> Shard:
         """This rank's valid part: ZeRO-3 pads the last slices with uninitialised memory, which is left out here."""
-        size = self.by_name[parameter.name].ds_tensor.ds_numel
-        low = min(runtime.rank() * size, parameter.numel)
-        return Shard(parameter, low, min(low + size, parameter.numel))
+        size = self.partition_numel(layout)
+        place = torch.distributed.get_rank(self.group(layout))
+        return layout.cut(place * size, place * size + size)
 
-    def partition_numel(self, parameter: Parameter) -> int:
-        """Elements of a rank's slice, padding included: the same on every rank."""
-        return self.by_name[parameter.name].ds_tensor.ds_numel
+    @cached_property
+    def scored(self) -> tuple[Shard, ...]:
+        """This rank's shards of the parameters that are scored."""
+        return tuple(shard for shard in self.shards if shard.parameter.scored)
 
-    def local_weight(self, parameter: Parameter) -> Tensor:
-        """This rank's weights, flat, without padding; the live storage, not a copy."""
-        return self.by_name[parameter.name].ds_tensor.detach().view(-1)[: self.shard(parameter).numel]
+    def group(self, shard: Shard) -> torch.distributed.ProcessGroup:
+        """The ranks that a tensor is cut over: all, or those that hold the same experts."""
+        return self.by_name[shard.name].ds_process_group
+
+    def is_everywhere(self, shard: Shard) -> bool:
+        """Whether a tensor is cut over all ranks: not so with experts that other ranks have others of."""
+        return torch.distributed.get_world_size(self.group(shard)) == runtime.world_size()
+
+    def partition_numel(self, shard: Shard) -> int:
+        """Elements of a rank's slice of a tensor, padding included: the same on every rank of its group."""
+        return self.by_name[shard.name].ds_tensor.ds_numel
+
+    def local_weight(self, shard: Shard) -> Tensor:
+        """This rank's weights of one of ``shards``, flat, without padding; the live storage, not a copy."""
+        return self.by_name[shard.name].ds_tensor.detach().view(-1)[: shard.numel]
+
+    @property
+    def readers(self) -> tuple[int, int | None]:
+        """(how many ranks' data can be told apart in experts' gradients, this rank's number among them or None).
+
+        Under expert parallelism an expert's gradient is that of the whole group that sends it tokens, whatever rank
+        they are from; so one rank of each group reads, where the gradients of single rows are asked for.
+        """
+        size = self.engine._config.expert_parallel_config.autoep_size if self.expert_parallel else 1
+        group, place = divmod(runtime.rank(), size)
+        return runtime.world_size() // size, None if place else group
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers, by the model's own names."""
+        now = dict(self.module.named_buffers())
+        return {own: now[name] for own, name in expert_parallel.buffer_names(self.module, self._buffers).items()}
+
+    def whole(self, parameter: Parameter, keeper: int) -> Tensor | None:
+        """A copy of a whole parameter on the CPU of one rank; None on the others.
+
+        Collectives: an all-gather of each tensor that holds a part, and under expert parallelism a broadcast per member
+        of the keeper's group. The model must be released.
+        """
+        keeps, found = runtime.rank() == keeper, None
+        for layout in self.layouts:
+            if layout.parameter is not parameter:
+                continue
+            tensor = self.by_name[layout.name]
+            with self.gathered([tensor]), torch.no_grad():
+                if self.is_everywhere(layout) and layout.numel == parameter.numel:
+                    return tensor.detach().to("cpu", copy=True) if keeps else None
+                if keeps and found is None:
+                    found = torch.empty(parameter.numel, dtype=tensor.dtype)
+                expert_parallel.collect(layout, tensor, keeper, found)
+        return found.view(parameter.shape) if found is not None else None
 
     def publish(self) -> None:
         """Make weights that were written into ``local_weight`` what every rank computes with.
@@ -146,6 +199,25 @@ def _keep_together(block: nn.Module) -> None:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     block.register_forward_hook(touch)  # before ZeRO's own hook, which gives the weights back
+
+
+def _initialize(module: PreTrainedModel, optimizer: Optimizer | None, deepspeed_config: dict) -> tuple:
+    """``deepspeed.initialize``. Raises UserError where AutoEP does not know the model."""
+    settings = copy.deepcopy(deepspeed_config)
+    if not expert_parallel.is_on(settings):
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    expert_parallel.mend_registry()
+    try:
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    except ValueError as error:
+        remedy = "name a preset_model or patterns that fit the model, or take expert_parallel out"
+        raise UserError(expert_parallel.FIELD, None, f"does not fit ({error})", remedy) from error
+
+
+def persistent_buffers(module: nn.Module) -> tuple[str, ...]:
+    """Names of the buffers that a checkpoint holds."""
+    stored = module.state_dict().keys()
+    return tuple(name for name, _ in module.named_buffers() if name in stored)
 
 
 def full_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -38,11 +37,10 @@ def layer_groups(names: Iterable[str]) -> list[list[str]]:
 
 
 def plan_export(model: ShardedModel) -> list[list[str]]:
-    """Live names by file: whole layers, up to FILE_BYTES a file. Persistent buffers are part of a checkpoint too."""
-    stored = model.module.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.module.named_buffers() if name in stored}
-    size = {p.name: p.numel * model.by_name[p.name].element_size() for p in model.parameters}
-    size |= {name: buffer.nbytes for name, buffer in buffers.items()}
+    """The model's own names by file: whole layers, up to FILE_BYTES a file. Persistent buffers are checkpointed too."""
+    item_size = {layout.parameter.name: model.by_name[layout.name].element_size() for layout in model.layouts}
+    size = {p.name: p.numel * item_size[p.name] for p in model.parameters}
+    size |= {name: buffer.nbytes for name, buffer in model.buffers().items()}
     files: list[list[str]] = [[]]
     filled = 0
     for group in layer_groups(size):
@@ -56,7 +54,7 @@ def plan_export(model: ShardedModel) -> list[list[str]]:
 
 
 def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-    """Weights, configuration, tokenizer and model card. One all-gather a parameter, one of names, three barriers."""
+    """Weights, configuration, tokenizer and model card. ``model.whole``'s collectives, one gather, three barriers."""
     model.release()
     temporary = folder.with_name(f".{folder.name}.tmp")
     if runtime.is_main():
@@ -68,7 +66,7 @@ def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokeniz
     total = 0
     for index, names in enumerate(files):
         file = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
-        tensors = _gather(model, names, keep=index % runtime.world_size() == runtime.rank())
+        tensors = _gather(model, names, keeper=index % runtime.world_size())
         if tensors:
             canonical = revert_weight_conversion(model.module, tensors)
             canonical = {name: tensor.contiguous() for name, tensor in canonical.items()}
@@ -93,18 +91,18 @@ def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokeniz
     runtime.barrier()
 
 
-def _gather(model: ShardedModel, names: list[str], keep: bool) -> dict[str, Tensor]:
-    """Copies on the CPU where ``keep``; one parameter is whole at a time."""
+def _gather(model: ShardedModel, names: list[str], keeper: int) -> dict[str, Tensor]:
+    """Copies on the CPU of one rank; one parameter is whole at a time."""
     tensors: dict[str, Tensor] = {}
-    buffers = dict(model.module.named_buffers())
+    buffers = model.buffers()
+    parameters = {parameter.name: parameter for parameter in model.parameters}
     for name in names:
-        if name in buffers:
-            if keep:
-                tensors[name] = buffers[name].detach().to("cpu", copy=True)
-            continue
-        with model.gathered([model.by_name[name]]), torch.no_grad():
-            if keep:
-                tensors[name] = model.by_name[name].detach().to("cpu", copy=True)
+        if name in parameters:
+            found = model.whole(parameters[name], keeper)
+        else:
+            found = buffers[name].detach().to("cpu", copy=True) if runtime.rank() == keeper else None
+        if found is not None:
+            tensors[name] = found
     return tensors
 
 

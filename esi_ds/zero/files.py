@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,15 +75,15 @@ def write_folder(
     folder: Path,
     files: dict[str, list[Entry]],
     metadata: dict[str, str],
-    local_bytes: Callable[[str], tuple[int, bytes]],
+    local_bytes: Callable[[str], Iterable[tuple[int, bytes]]],
     extra: dict[str, Any] | None = None,
     digests_name: str | None = None,
 ) -> None:
     """A folder of safetensors and its index, written by all ranks; moved to its name when it is whole.
 
-    local_bytes(name): (first byte within the tensor, this rank's bytes). extra: further JSON files, by name.
-    digests_name: a JSON file of the sha256 of every uint8 tensor, read back from the disk. Three barriers, and a gather
-    of the digests.
+    local_bytes(name): (first byte within the tensor, bytes) of every range that is this rank's. extra: further JSON
+    files, by name. digests_name: a JSON file of the sha256 of every uint8 tensor, read back from the disk. Three
+    barriers, and a gather of the digests.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     headers = {file: file_header(entries, metadata) for file, entries in files.items()}
@@ -95,9 +95,9 @@ def write_folder(
     for file, entries in files.items():
         with (temporary / file).open("r+b") as opened:
             for entry in entries:
-                first, data = local_bytes(entry.name)
-                opened.seek(headers[file][1][entry.name] + first)
-                opened.write(data)
+                for first, data in local_bytes(entry.name):
+                    opened.seek(headers[file][1][entry.name] + first)
+                    opened.write(data)
             opened.flush()
             os.fsync(opened.fileno())
     runtime.barrier()
@@ -139,21 +139,31 @@ def _start_folder(temporary: Path, files: dict[str, list[Entry]], headers: dict[
 def write_scores(
     folder: Path,
     parameters: Sequence[Parameter],
-    low: Callable[[Parameter], int],
+    shards: Iterable[Shard],
     scores: dict[str, Tensor],
     metadata: dict[str, str],
 ) -> None:
-    """``scores/``: float32 in the parameters' own shapes. ``low(p)``: first flat element of this rank's shard."""
-    by_name = {parameter.name: parameter for parameter in parameters}
+    """``scores/``: float32 in the parameters' own shapes. shards: this rank's; scores by their names."""
+    own = by_parameter(shards, scores)
 
-    def local_bytes(name: str) -> tuple[int, bytes]:
-        return 4 * low(by_name[name]), scores[name].cpu().numpy().tobytes()
+    def local_bytes(name: str) -> Iterator[tuple[int, bytes]]:
+        for low, values in own.get(name, ()):
+            yield 4 * low, values.cpu().numpy().tobytes()
 
     write_folder(folder, _score_files(parameters), metadata, local_bytes)
 
 
+def by_parameter(shards: Iterable[Shard], values: Mapping[str, Tensor]) -> dict[str, list[tuple[int, Tensor]]]:
+    """Parameter's name → (first flat position, values) of every run that this rank holds of it."""
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+    for shard in shards:
+        runs = [(low, values[shard.name][where]) for where, low, _ in shard.parts()]
+        found.setdefault(shard.parameter.name, []).extend(runs)
+    return found
+
+
 def read_scores(folder: Path, shards: Iterable[Shard], field: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """float32 scores [shard.numel] of these shards, and the folder's metadata. Reads only these shards' bytes.
+    """float32 scores [shard.numel] by the shards' names, and the folder's metadata. Reads only these shards' bytes.
 
     Raises UserError naming ``field`` where the folder does not hold such scores.
     """
@@ -170,11 +180,13 @@ def read_scores(folder: Path, shards: Iterable[Shard], field: str) -> tuple[dict
         if about != f"F32 {shape}":
             problem = f"holds {about} for {name}, expected F32 {shape}"
             raise UserError(field, str(folder), problem, "give the scores of this model")
+        data = bytearray()
         with file.open("rb") as opened:
-            opened.seek(first + 4 * shard.low)
-            data = opened.read(4 * shard.numel)
-        # A writable copy; frombuffer takes no empty buffer, which a rank without a part of this parameter has.
-        found[name] = torch.frombuffer(bytearray(data), dtype=torch.float32) if data else torch.zeros(0)
+            for low, high in shard.runs:
+                opened.seek(first + 4 * low)
+                data += opened.read(4 * (high - low))
+        # frombuffer takes no empty buffer, which a rank without a part of this parameter has.
+        found[shard.name] = torch.frombuffer(data, dtype=torch.float32) if data else torch.zeros(0)
     return found, metadata
 
 
@@ -185,57 +197,48 @@ def _score_files(parameters: Sequence[Parameter]) -> dict[str, list[Entry]]:
 def write_mask(
     folder: Path,
     parameters: Sequence[Parameter],
-    low: Callable[[Parameter], int],
+    shards: Iterable[Shard],
     bits: dict[str, Tensor],
     metadata: dict[str, str],
     units: list[dict],
 ) -> None:
     """``mask/``: one bit a weight, cut into files as the scores are; ``units.json`` names the logical matrices.
 
-    Collectives: two all-reduces of a few numbers per parameter and rank, for the bytes that two ranks' shards share.
+    Collectives: one gather of the bytes whose bits are not all one rank's.
     """
-    by_name = {parameter.name: parameter for parameter in parameters}
     files = {
         file: [Entry(entry.name, "U8", (num_bytes(torch.Size(entry.shape).numel()),)) for entry in entries]
         for file, entries in _score_files(parameters).items()
     }
-    starts = torch.tensor([low(parameter) for parameter in parameters])
-    last_bytes = _shared_bytes(parameters, starts, bits)
+    own = by_parameter(shards, bits)
+    shared = _shared_bytes([parameter.name for parameter in parameters], own)
 
-    def local_bytes(name: str) -> tuple[int, bytes]:
-        first_bit, own = low(by_name[name]), bits[name]
-        skip = min(-first_bit % 8, len(own))  # these lie in a byte that began on an earlier rank
-        data = pack_bits(own[skip:])
-        if len(data):
-            data[-1] = last_bytes[name]
-        return (first_bit + skip) // 8, data.numpy().tobytes()
+    def local_bytes(name: str) -> Iterator[tuple[int, bytes]]:
+        for low, run in own.get(name, ()):
+            first = -(-low // 8)
+            if data := pack_bits(run[8 * first - low : 8 * ((low + len(run)) // 8) - low]).numpy().tobytes():
+                yield first, data
+        if runtime.is_main():
+            yield from ((byte, bytes([value])) for byte, value in shared[name].items())
 
     write_folder(folder, files, metadata, local_bytes, extra={"units.json": units}, digests_name=DIGESTS_NAME)
 
 
-def _shared_bytes(parameters: Sequence[Parameter], starts: Tensor, bits: dict[str, Tensor]) -> dict[str, int]:
-    """For every parameter the whole value of the last byte that begins in this rank's shard.
+def _shared_bytes(names: Sequence[str], own: Mapping[str, list[tuple[int, Tensor]]]) -> dict[str, dict[int, int]]:
+    """Parameter's name → byte → its value, of every byte that some rank's run begins or ends in.
 
-    Such a byte may hold bits of later ranks. Every rank adds the bits it has in every rank's last byte; no two ranks
-    hold the same bit, so the sum is the byte.
+    Its bits may be of several ranks and runs. Each adds what it has; no two have the same bit, so the sum is the byte.
     """
-    rank, ranks = runtime.rank(), runtime.world_size()
-    bounds = torch.zeros(ranks, len(parameters), 2, dtype=torch.int64)
-    lengths = torch.tensor([len(bits[parameter.name]) for parameter in parameters])
-    bounds[rank] = torch.stack([starts, starts + lengths], dim=1)
-    runtime.all_reduce_sum(bounds)
-    values = torch.zeros(ranks, len(parameters), dtype=torch.int64)
-    for index, parameter in enumerate(parameters):
-        low, high = bounds[rank, index].tolist()
-        own = bits[parameter.name]
-        for owner in range(rank + 1):
-            owner_low, owner_high = bounds[owner, index].tolist()
-            byte = (owner_high - 1) // 8
-            if owner_high == owner_low or 8 * byte < owner_low or 8 * byte + 8 <= low:
-                continue  # no byte begins there, or it ends before this shard
-            first, last = max(low, 8 * byte), min(high, 8 * byte + 8)
-            if first < last:
-                value = pack_bits(own[first - low : last - low])
-                values[owner, index] += int(value[0]) << (first - 8 * byte)
-    runtime.all_reduce_sum(values)
-    return {parameter.name: int(values[rank, index]) for index, parameter in enumerate(parameters)}
+    rows = []  # (number of the parameter, byte, value of this run's bits)
+    for number, name in enumerate(names):
+        for low, run in own.get(name, ()):
+            high = low + len(run)
+            for byte in sorted({low // 8, high // 8}) if high > low else ():
+                first, last = max(low, 8 * byte), min(high, 8 * byte + 8)
+                if 0 < last - first < 8:
+                    rows.append((number, byte, int(pack_bits(run[first - low : last - low])[0]) << (first - 8 * byte)))
+    shared: dict[str, dict[int, int]] = {name: {} for name in names}
+    for part in runtime.gather_objects(torch.tensor(rows, dtype=torch.int64).view(-1, 3)):
+        for number, byte, value in part.tolist():
+            shared[names[number]][byte] = shared[names[number]].get(byte, 0) + value
+    return shared

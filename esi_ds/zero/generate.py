@@ -18,13 +18,19 @@ FILL = 0.8  # share of the free memory that the whole model may take during gene
 
 def choose_mode(model: ShardedModel, mode: str) -> tuple[str, str]:
     """(``gathered`` or ``per_token``, a sentence that says why). One all-reduce: the tightest rank decides."""
-    size = sum(p.numel * model.by_name[p.name].element_size() for p in model.parameters)
+    size = sum(layout.numel * model.by_name[layout.name].element_size() for layout in model.layouts)
     free = -runtime.all_reduce_max(torch.tensor([-float(runtime.free_memory_bytes())], dtype=torch.float64)).item()
     fits = size <= FILL * free
-    reason = f"the whole model takes {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on the tightest rank"
+    what = "the model without other ranks' experts" if model.expert_parallel else "the whole model"
+    reason = f"{what} takes {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on the tightest rank"
     if mode == "auto":
         return ("gathered" if fits else "per_token"), reason
     return mode, f"set by esi.generation; {reason}"
+
+
+def in_step(model: ShardedModel, mode: str) -> bool:
+    """Whether ranks need one another for every token: to gather weights, or to reach experts that others hold."""
+    return mode == "per_token" or model.expert_parallel
 
 
 @contextmanager
@@ -57,7 +63,7 @@ def generate(
 ) -> list[str]:
     """Responses to a batch of prompts' ids, as text without special tokens.
 
-    Collectives in ``per_token`` mode: one forward pass's gathers a token, for as long as any rank generates; every
+    Collectives where the ranks go ``in_step``: one forward pass's a token, for as long as any rank generates; every
     rank must call this equally often, with at least one row.
     """
     batch = left_pad(rows, tokenizer.pad_token_id, runtime.device())
@@ -65,6 +71,6 @@ def generate(
     width = batch["input_ids"].shape[1]
     with torch.no_grad():
         generated = model.module.generate(
-            **batch, generation_config=greedy_config(model, tokenizer, max_new_tokens), synced_gpus=mode == "per_token"
+            **batch, generation_config=greedy_config(model, tokenizer, max_new_tokens), synced_gpus=in_step(model, mode)
         )
     return tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True, clean_up_tokenization_spaces=False)

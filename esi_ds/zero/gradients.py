@@ -1,8 +1,9 @@
 """Gradients on partitions: reduce-scatter each one in fp32 as it appears, add it to the shard, free it.
 
 DESIGN §6, ZERO3-FACTS §1: an engine without an optimizer and one hook a parameter. 2 bytes of weight and 4 of
-accumulator a parameter over N ranks. Small parameters share one collective. Every rank must run the same backward
-calls on the same parameters, for the hooks' collectives are in the order of the backward pass.
+accumulator a parameter over N ranks. Small tensors that are cut over the same ranks share one collective. Every rank
+must run the same backward calls on the same parameters, for the hooks' collectives are in the order of the backward
+pass.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esi_ds.core.units import Parameter
-from esi_ds.zero import runtime
+from esi_ds.core.units import Shard
+from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
 
 BUCKET_NUMEL = 1 << 21  # gradients below this size wait for one another: 8 MiB of fp32 a collective
@@ -27,29 +28,36 @@ class _Block:
 
     def __init__(self, names: list[str]):
         self.names = names
-        self.waiting: dict[str, tuple[Parameter, Tensor]] = {}
+        self.waiting: dict[str, tuple[Shard, Tensor]] = {}
+
+
+class _Bucket:
+    """Small gradients, padded, that wait for a collective of one group of ranks."""
+
+    def __init__(self):
+        self.waiting: list[tuple[Shard, Tensor]] = []
+        self.numel = 0
 
 
 class ReducedGradients:
-    """Gradients of some parameters, summed over ranks in fp32 as they appear; each rank gets its shard's part.
+    """Gradients of some tensors, summed over their ranks in fp32 as they appear; each rank gets its shard's part.
 
     ``contribution`` says what of a rank's gradient is summed, ``receive`` what is done with the sum; ``flush`` must
     follow every backward pass.
     """
 
-    def __init__(self, model: ShardedModel, parameters: Iterable[Parameter]):
+    def __init__(self, model: ShardedModel, shards: Iterable[Shard]):
         self._model = model
-        self.collected = tuple(parameters)
-        self._by_tensor: dict[nn.Parameter, Parameter] = {model.by_name[p.name]: p for p in self.collected}
-        self._bucket: list[tuple[Parameter, Tensor]] = []
-        self._bucket_numel = 0
+        self.collected = tuple(shards)
+        self._by_tensor: dict[nn.Parameter, Shard] = {model.by_name[shard.name]: shard for shard in self.collected}
+        self._buckets: dict[torch.distributed.ProcessGroup, _Bucket] = {}
         self._blocks = self._find_blocks()
 
     def _find_blocks(self) -> dict[str, _Block]:
-        """The block of every collected parameter that lies in one with a list of experts."""
+        """The block of every collected tensor that lies in one with a list of experts."""
         found: dict[str, _Block] = {}
         for block_name in self._model.expert_blocks:
-            names = [p.name for p in self.collected if p.name.startswith(f"{block_name}.")]
+            names = [shard.name for shard in self.collected if shard.name.startswith(f"{block_name}.")]
             found |= dict.fromkeys(names, _Block(names))
         return found
 
@@ -57,13 +65,13 @@ class ReducedGradients:
         """What this rank adds to the sum over ranks: its own whole gradient, fp32 [numel]; may be overwritten."""
         return gradient
 
-    def receive(self, parameter: Parameter, local: Tensor) -> None:
-        """The reduced gradient of this rank's shard of one parameter: fp32 [shard.numel], for the moment only."""
+    def receive(self, shard: Shard, local: Tensor) -> None:
+        """The reduced gradient of one of this rank's shards: fp32 [shard.numel], for the moment only."""
         raise NotImplementedError
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Hooks live inside the block; only these parameters get a gradient at all."""
+        """Hooks live inside the block; only these tensors get a gradient at all."""
         for tensor in self._model.by_name.values():
             tensor.requires_grad_(tensor in self._by_tensor)
             tensor.grad = None
@@ -78,67 +86,68 @@ class ReducedGradients:
 
     def _collect(self, tensor: nn.Parameter) -> None:
         """Post-accumulate hook: one reduce-scatter, or none while the bucket has room or a block is not complete."""
-        parameter = self._by_tensor[tensor]
+        shard = self._by_tensor[tensor]
         gradient, tensor.grad = self.contribution(tensor.grad.detach().reshape(-1).float()), None
-        if (block := self._blocks.get(parameter.name)) is None:
-            self._add(parameter, gradient)
+        if (block := self._blocks.get(shard.name)) is None:
+            self._add(shard, gradient)
             return
-        block.waiting[parameter.name] = (parameter, gradient)
+        block.waiting[shard.name] = (shard, gradient)
         if len(block.waiting) == len(block.names):
             waiting, block.waiting = block.waiting, {}
             for name in block.names:
                 self._add(*waiting[name])
 
-    def _add(self, parameter: Parameter, gradient: Tensor) -> None:
-        """Reduce one gradient, or let it wait in the bucket. The order of calls must be the same on every rank."""
-        size = self._model.partition_numel(parameter)
-        padded = F.pad(gradient, (0, size * runtime.world_size() - gradient.numel()))
+    def _add(self, shard: Shard, gradient: Tensor) -> None:
+        """Reduce one gradient, or let it wait in its bucket. The order of calls must be the same on every rank."""
+        group = self._model.group(shard)
+        size = self._model.partition_numel(shard) * torch.distributed.get_world_size(group)
+        padded = F.pad(gradient, (0, size - gradient.numel()))
         if padded.numel() >= BUCKET_NUMEL:
-            self._reduce([(parameter, padded)])
+            self._reduce([(shard, padded)], group)
             return
-        self._bucket.append((parameter, padded))
-        self._bucket_numel += padded.numel()
-        if self._bucket_numel >= BUCKET_NUMEL:
-            self.flush()
+        bucket = self._buckets.setdefault(group, _Bucket())
+        bucket.waiting.append((shard, padded))
+        bucket.numel += padded.numel()
+        if bucket.numel >= BUCKET_NUMEL:
+            self._reduce(self._buckets.pop(group).waiting, group)
 
     def flush(self) -> None:
-        """Reduce what waits in the bucket; call after every backward pass. At most one reduce-scatter."""
-        if self._bucket:
-            waiting, self._bucket, self._bucket_numel = self._bucket, [], 0
-            self._reduce(waiting)
+        """Reduce what waits in buckets; call after every backward pass. At most one reduce-scatter a group."""
+        buckets, self._buckets = self._buckets, {}
+        for group, bucket in buckets.items():
+            self._reduce(bucket.waiting, group)
 
-    def _reduce(self, gradients: list[tuple[Parameter, Tensor]]) -> None:
+    def _reduce(self, gradients: list[tuple[Shard, Tensor]], group: torch.distributed.ProcessGroup) -> None:
         """One reduce-scatter (sum, fp32) of several padded gradients; each rank keeps its slices' valid parts."""
-        ranks = runtime.world_size()
+        ranks = torch.distributed.get_world_size(group)
         rows = [gradient.view(ranks, -1) for _, gradient in gradients]
         send = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         local = send.view(-1)
         if ranks > 1:
             local = torch.empty(send.shape[1], dtype=send.dtype, device=send.device)
-            torch.distributed.reduce_scatter_tensor(local, send.view(-1))
+            torch.distributed.reduce_scatter_tensor(local, send.view(-1), group=group)
         start = 0
-        for parameter, gradient in gradients:
-            self.receive(parameter, local[start : start + self._model.shard(parameter).numel])
+        for shard, gradient in gradients:
+            self.receive(shard, local[start : start + shard.numel])
             start += gradient.numel() // ranks
 
 
 class GradientShards(ReducedGradients):
-    """fp32 sums of gradients, one flat tensor a scored parameter on this rank's shard (no padding).
+    """fp32 sums of gradients, one flat tensor for each of this rank's shards that are scored (no padding).
 
     ``sums[name]`` [shard.numel]. ``take_norm_squared`` gives this rank's part of the squared norm of the gradients that
     were added since it was last taken; it is not finite as soon as one added element is not.
     """
 
     def __init__(self, model: ShardedModel, device: torch.device):
-        super().__init__(model, (parameter for parameter in model.parameters if parameter.scored))
+        super().__init__(model, model.scored)
         self.sums = {
-            parameter.name: torch.zeros(model.shard(parameter).numel, dtype=torch.float32, device=device)
-            for parameter in self.collected
+            shard.name: torch.zeros(shard.numel, dtype=torch.float32, device=device) for shard in self.collected
         }
         self._norm_squared = torch.zeros((), dtype=torch.float64, device=device)
 
-    def receive(self, parameter: Parameter, local: Tensor) -> None:
-        target = self.sums[parameter.name]
+    def receive(self, shard: Shard, local: Tensor) -> None:
+        target = self.sums[shard.name]
         added = local.to(target.device)
         target += added
         self._norm_squared += self.norm_squared(added) if len(added) else 0.0
@@ -152,9 +161,13 @@ class GradientShards(ReducedGradients):
         self._norm_squared.zero_()
         return value
 
-    def saved(self) -> dict[str, tuple[int, Tensor]]:
-        """What a checkpoint holds: for every parameter where this rank's part begins, and the part."""
-        return {p.name: (self._model.shard(p).low, self.sums[p.name]) for p in self.collected}
+    def saved(self) -> Parts:
+        """What a checkpoint holds: of every parameter, this rank's parts and where each begins."""
+        parts: dict[str, list[tuple[int, Tensor]]] = {}
+        for shard in self.collected:
+            found = [(low, self.sums[shard.name][where]) for where, low, _ in shard.parts()]
+            parts.setdefault(shard.parameter.name, []).extend(found)
+        return parts
 
 
 class SquaredGradientShards(GradientShards):

@@ -8,7 +8,7 @@ the last window's. Nothing here imports deepspeed: its optimizer is found throug
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from esi_ds.core.adamw import keep_only, masked_adamw
 from esi_ds.core.mask import Mask, pack_bits
 from esi_ds.core.trained import Trained
-from esi_ds.core.units import Parameter
+from esi_ds.core.units import Parameter, Shard, whole
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.roles import describe, router_names
@@ -97,6 +97,12 @@ class MaskedAdamW(Optimizer):
             raise RuntimeError("a tensor without a name reached MaskedAdamW: it would train in full")
         return self._names[id(tensor)]
 
+    def _shard_of(self, tensor: nn.Parameter) -> Shard:
+        """This rank's part of a parameter, without padding, as ZeRO-3 cuts it."""
+        name, size = self.name_of(tensor), tensor.partition_numel()
+        place = torch.distributed.get_rank(tensor.ds_process_group)
+        return whole(Parameter(name, tuple(tensor.ds_shape), 0, "other", ())).cut(place * size, place * size + size)
+
     def _notice_zero(self, tensor: nn.Parameter) -> None:
         """At the first gradient, before the first step: is this ZeRO-3? Hooks of parameters survive partitioning."""
         if self._has_looked or self.zero is not None:
@@ -106,9 +112,12 @@ class MaskedAdamW(Optimizer):
         if engine is not None:
             self.attach(engine)
 
-    def attach(self, zero_optimizer: Any) -> FlatGroups:
-        """Learn ZeRO-3's flat tensors; happens by itself at the first backward pass. No collectives."""
-        self.zero = FlatGroups(zero_optimizer, self.trained, self.name_of)
+    def attach(self, zero_optimizer: Any, shard_of: Callable[[Tensor], Shard] | None = None) -> FlatGroups:
+        """Learn ZeRO-3's flat tensors; happens by itself at the first backward pass. No collectives.
+
+        shard_of: what this rank's part of a tensor holds, where that is not a part of the parameter of its name.
+        """
+        self.zero = FlatGroups(zero_optimizer, self.trained, shard_of or self._shard_of)
         if zero_optimizer.optimizer is not self:
             self._take_over(zero_optimizer)
         return self.zero
@@ -168,7 +177,8 @@ class MaskedAdamW(Optimizer):
             return self.zero.coordinates[id(tensor)]
         key, name = id(tensor), self.name_of(tensor)
         if key not in self._coordinates:
-            found = as_coordinates(self.trained, [(name, 0, tensor.numel())], [tensor.numel()])
+            shard = whole(Parameter(name, tuple(tensor.shape), 0, "other", ()))
+            found = as_coordinates(self.trained, [shard], [tensor.numel()])
             self._coordinates[key] = found if found is None else found.to(tensor.device)
         return self._coordinates[key]
 
@@ -202,8 +212,8 @@ class FlatGroups:
     ``coordinates``: id of a flat tensor → its trained coordinates.
     """
 
-    def __init__(self, zero_optimizer: Any, trained: Trained, name_of: Callable[[Tensor], str]):
-        self.optimizer, self.trained, self.name_of = zero_optimizer, trained, name_of
+    def __init__(self, zero_optimizer: Any, trained: Trained, shard_of: Callable[[Tensor], Shard]):
+        self.optimizer, self.trained, self.shard_of = zero_optimizer, trained, shard_of
         self.gradient_scale = 1.0  # what reduced gradients are multiplied by before anything is done with them
         self.coordinates: dict[int, Tensor | None] = {}
         for flat, parameters in zip(
@@ -211,27 +221,19 @@ class FlatGroups:
         ):
             if flat is None:
                 raise UserError("offload_optimizer.device", "nvme", "the mask cannot reach weights there", "use cpu")
-            ranges = [self._range(tensor) for tensor in parameters]
             sizes = [tensor.partition_numel() for tensor in parameters]
-            found = as_coordinates(trained, ranges, sizes)
+            found = as_coordinates(trained, [shard_of(tensor) for tensor in parameters], sizes)
             self.coordinates[id(flat)] = found if found is None else found.to(flat.device)
         self._step = zero_optimizer.step
         zero_optimizer.step = self._masked_step
 
-    def _range(self, tensor: nn.Parameter) -> tuple[str, int, int]:
-        """(name, low, high): this rank's part of a parameter, without padding."""
-        size = tensor.partition_numel()
-        low = min(self.optimizer._get_param_partition_rank(tensor) * size, tensor.ds_numel)
-        return self.name_of(tensor), low, min(low + size, tensor.ds_numel)
-
-    def slices(self) -> Iterator[tuple[str, int, int, Tensor, slice]]:
-        """(name, low, high, flat tensor, where in it) of every parameter that trains; padding left out."""
+    def slices(self) -> Iterator[tuple[Shard, Tensor, int]]:
+        """(shard, flat tensor, where it begins there) of every tensor that trains."""
         zero = self.optimizer
         for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             for tensor in parameters:
                 _, offset, _ = zero.grad_position[zero.get_param_id(tensor)]
-                name, low, high = self._range(tensor)
-                yield name, low, high, flat, slice(offset, offset + high - low)
+                yield self.shard_of(tensor), flat, offset
 
     def _masked_step(self, closure: Callable | None = None) -> None:
         """In place of DeepSpeed's ``step``: only trained gradients count, and none outlives its window."""
@@ -265,14 +267,14 @@ class FlatGroups:
         keep_only(whole, trained)
 
 
-def as_coordinates(trained: Trained, ranges: list[tuple[str, int, int]], sizes: list[int]) -> Tensor | None:
-    """Trained coordinates of ranges that lie one behind another, each padded to its size; padding is frozen.
+def as_coordinates(trained: Trained, shards: Sequence[Shard], sizes: Sequence[int]) -> Tensor | None:
+    """Trained coordinates of shards that lie one behind another, each padded to its size; padding is frozen.
 
     Positions for ``selected`` (few train), packed bits for ``complement`` (most do).
     """
     parts = []
-    for (name, low, high), size in zip(ranges, sizes, strict=True):
-        parts.append(torch.cat([trained.bits(name, low, high), torch.zeros(size - (high - low), dtype=torch.bool)]))
+    for shard, size in zip(shards, sizes, strict=True):
+        parts.append(torch.cat([trained.bits_of(shard), torch.zeros(size - shard.numel, dtype=torch.bool)]))
     bits = torch.cat(parts)
     if bool(bits.all()):
         return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from esi_ds.core.noise import normal, stream
-from esi_ds.core.units import Parameter, Unit
+from esi_ds.core.units import Shard, Unit
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 
@@ -25,42 +25,42 @@ def perturbed(
 ) -> Iterator[None]:
     """Selected weights plus N(0, (noise · σ)²) for the time of the block, rounded to the weights' dtype.
 
-    bits: name → bool [shard.numel]. sigma: of the undisturbed matrices. Only the selected weights' originals are kept;
-    they are written back as they were, also after an error. No collectives; every rank must enter and leave.
+    bits: shard's name → bool [shard.numel]. sigma: of the undisturbed matrices. Only the selected weights' originals
+    are kept; they are written back as they were, also after an error. No collectives; every rank must enter and leave.
     """
     model.release()  # gathered parameters would hide what is written
-    originals: list[tuple[Parameter, Tensor, Tensor]] = []
+    originals: list[tuple[Shard, Tensor, Tensor]] = []
     try:
-        for parameter in model.parameters:
-            if parameter.scored and bits[parameter.name].any():
-                originals.append(_disturb(model, parameter, bits[parameter.name], sigma, noise, seed))
+        for shard in model.scored:
+            if bits[shard.name].any():
+                originals.append(_disturb(model, shard, bits[shard.name], sigma, noise, seed))
         model.publish()
         yield
     finally:
         model.release()
-        for parameter, positions, values in originals:
-            model.local_weight(parameter)[positions] = values
+        for shard, positions, values in originals:
+            model.local_weight(shard)[positions] = values
         model.publish()
 
 
 def _disturb(
     model: ShardedModel,
-    parameter: Parameter,
+    shard: Shard,
     bits: Tensor,
     sigma: Mapping[Unit, float],
     noise: float,
     seed: int,
-) -> tuple[Parameter, Tensor, Tensor]:
+) -> tuple[Shard, Tensor, Tensor]:
     """Add the noise to one shard; what was changed: positions int64 in the shard, and their original values."""
-    shard, weight = model.shard(parameter), model.local_weight(parameter)
+    weight = model.local_weight(shard)
     positions = bits.to(weight.device).nonzero().flatten()
     values = weight[positions].clone()
     scale = torch.zeros(shard.numel, dtype=torch.float32, device=weight.device)
-    for unit in parameter.units:
-        scale[unit.within(shard.low, shard.high)] = noise * sigma[unit]
-    drawn = normal(stream(seed, 0x9E27), parameter.offset + shard.low + positions)
+    for unit in shard.parameter.units:
+        scale[shard.within(unit)] = noise * sigma[unit]
+    drawn = normal(stream(seed, 0x9E27), shard.parameter.offset + shard.flat(positions))
     weight[positions] = (values.float() + scale[positions] * drawn).to(weight.dtype)
-    return parameter, positions, values
+    return shard, positions, values
 
 
 def weights_digest(model: ShardedModel) -> str:
@@ -69,6 +69,6 @@ def weights_digest(model: ShardedModel) -> str:
     Comparable within one run only: it depends on how the weights are cut.
     """
     digest = hashlib.sha256()
-    for parameter in model.parameters:
-        digest.update(model.local_weight(parameter).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for shard in model.shards:
+        digest.update(model.local_weight(shard).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return hashlib.sha256(" ".join(runtime.gather_objects(digest.hexdigest())).encode()).hexdigest()

@@ -36,7 +36,8 @@ def load_frozen(path: str, dtype: str, placement: str, deepspeed_config: dict, f
     """A frozen model, and how its weights are reached (``judge.guard.Weights``)."""
     if placement == "replicated":
         return load_replicated(path, dtype, field, **kwargs), WholeWeights()
-    sharded = load_sharded(path, dtype, deepspeed_config, field, **kwargs)
+    settings = {key: value for key, value in deepspeed_config.items() if key != "expert_parallel"}
+    sharded = load_sharded(path, dtype, settings, field, **kwargs)
     module: nn.Module = sharded.module
     module.requires_grad_(False)
     return module, sharded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,22 +16,35 @@ from esi_ds.core.units import Parameter, Shard, Unit
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 
-Scores = dict[str, Tensor]  # parameter name → this rank's flat float32 scores
+Scores = dict[str, Tensor]  # shard's name → this rank's flat float32 scores
 
 
 def local_part(values: Tensor, unit: Unit, shard: Shard) -> Tensor:
     """The elements of a shard-sized flat tensor that belong to one unit."""
-    return values[unit.within(shard.low, shard.high)]
+    return values[shard.within(unit)]
 
 
 def unit_sigmas(model: ShardedModel) -> dict[Unit, float]:
     """σ of every logical matrix. Collectives: two all-reduces of float64 [units, 3]."""
-    scored = [(parameter, unit) for parameter in model.parameters for unit in parameter.units]
-    local = [
-        moments(local_part(model.local_weight(parameter), unit, model.shard(parameter))) for parameter, unit in scored
-    ]
-    merged = merge(torch.stack(local), runtime.all_reduce_sum)
-    return dict(zip((unit for _, unit in scored), standard_deviation(merged).tolist(), strict=True))
+    units = [unit for parameter in model.parameters for unit in parameter.units]
+    local = torch.stack([moments(torch.zeros(0))] * len(units))
+    for row, unit, shard in unit_shards(model):
+        local[row] = moments(local_part(model.local_weight(shard), unit, shard))
+    merged = merge(local, runtime.all_reduce_sum)
+    return dict(zip(units, standard_deviation(merged).tolist(), strict=True))
+
+
+def unit_shards(model: ShardedModel) -> Iterator[tuple[int, Unit, Shard]]:
+    """(number of the unit in the model's order, unit, shard) of every unit that this rank holds a part of.
+
+    A rank holds a unit in one tensor only: AutoEP parts a parameter between its matrices.
+    """
+    sizes = [len(parameter.units) for parameter in model.parameters]
+    first = dict(zip((p.name for p in model.parameters), accumulate(sizes, initial=0), strict=False))
+    for shard in model.scored:
+        for index, unit in enumerate(shard.parameter.units):
+            if any(low < unit.end and unit.start < high for low, high in shard.runs):
+                yield first[shard.parameter.name] + index, unit, shard
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ class Accumulated:
     count: int
 
     def mean(self, name: str) -> Tensor:
-        """The sums of one parameter, overwritten with the mean: ask once."""
+        """The sums of one shard, overwritten with the mean: ask once."""
         return self.sums[name].div_(self.count)
 
 
@@ -51,15 +65,12 @@ def score(
     """Every shard's scores from the means of ``safety`` and ``tuning``, as far as the criterion has them, which are
     overwritten. No collectives."""
     scores = {}
-    for parameter in model.parameters:
-        if parameter.scored:
-            safety, tuning = (
-                accumulated[name].mean(parameter.name) if name in accumulated else None for name in ("safety", "tuning")
-            )
-            weight = model.local_weight(parameter)
-            scores[parameter.name] = score_shard(
-                criterion, model.shard(parameter), safety, weight, sigma, seed, tuning_gradient=tuning
-            )
+    for shard in model.scored:
+        safety, tuning = (
+            accumulated[name].mean(shard.name) if name in accumulated else None for name in ("safety", "tuning")
+        )
+        weight = model.local_weight(shard)
+        scores[shard.name] = score_shard(criterion, shard, safety, weight, sigma, seed, tuning_gradient=tuning)
     return scores
 
 
@@ -84,9 +95,10 @@ def unit_offsets(parameter: Parameter) -> Iterator[tuple[Unit, int]]:
         offset += unit.numel
 
 
-def unit_position(unit: Unit, offset: int, shard: Shard) -> int:
-    """Position of the first element of ``unit`` in ``shard``, counting only the unit's elements from ``offset``."""
-    before = max(0, shard.low - unit.start)
+def unit_position(unit: Unit, offset: int, low: int) -> int:
+    """Position of the first element of ``unit`` from flat index ``low`` on, counting only the unit's elements from
+    ``offset``."""
+    before = max(0, low - unit.start)
     if unit.count == 1:
         return offset + min(before, unit.length)
     runs, rest = divmod(before, unit.stride)
@@ -97,8 +109,8 @@ def unit_position(unit: Unit, offset: int, shard: Shard) -> int:
 class Selection:
     """Which of this rank's weights are selected, and what the whole mask looks like.
 
-    bits: name → bool [shard.numel]. counts: name → selected weights over all ranks. cut: where the whole model's
-    scores are cut (scope ``model``), else None.
+    bits: shard's name → bool [shard.numel]. counts: parameter's name → selected weights over all ranks. cut: where the
+    whole model's scores are cut (scope ``model``), else None.
     """
 
     bits: dict[str, Tensor]
@@ -117,17 +129,29 @@ def select_weights(
     bits: dict[str, Tensor] = {}
     cut = None
     if scope == "model":
-        pieces = [Piece(scores[p.name], p.offset + model.shard(p).low) for p in scored]
+        pieces = {shard.name: list(pieces_of(shard, scores[shard.name])) for shard in model.scored}
         k = model_k(model.parameters, ratio, of)
-        (cut,) = select([pieces], [k], ordering, last, runtime.all_reduce_sum)
-        for piece, parameter in zip(pieces, scored, strict=True):
-            bits[parameter.name] = selected_bits(cut, ordering, piece)
+        (cut,) = select(
+            [[piece for own in pieces.values() for piece in own]], [k], ordering, last, runtime.all_reduce_sum
+        )
+        for shard in model.scored:
+            found = [selected_bits(cut, ordering, piece) for piece in pieces[shard.name]]
+            bits[shard.name] = torch.cat([torch.zeros(0, dtype=torch.bool, device=scores[shard.name].device), *found])
     else:
         for parameter in scored:
-            bits[parameter.name] = _select_by_unit(model, parameter, scores[parameter.name], ratio, ordering, last)
-    local = torch.tensor([int(bits[parameter.name].sum()) for parameter in scored])
+            bits |= _select_by_unit(model, parameter, scores, ratio, ordering, last)
+    local = torch.zeros(len(scored), dtype=torch.int64)
+    rows = {parameter.name: row for row, parameter in enumerate(scored)}
+    for shard in model.scored:
+        local[rows[shard.parameter.name]] += int(bits[shard.name].sum())
     counts = runtime.all_reduce_sum(local).tolist()
-    return Selection(bits, dict(zip((p.name for p in scored), counts, strict=True)), sum(counts), cut)
+    return Selection(bits, dict(zip(rows, counts, strict=True)), sum(counts), cut)
+
+
+def pieces_of(shard: Shard, scores: Tensor) -> Iterator[Piece]:
+    """Runs of a shard's scores, each with its global position."""
+    for where, low, _ in shard.parts():
+        yield Piece(scores[where], shard.parameter.offset + low)
 
 
 def selected_bits(cut: Cut, order: Order, piece: Piece) -> Tensor:
@@ -136,17 +160,31 @@ def selected_bits(cut: Cut, order: Order, piece: Piece) -> Tensor:
 
 
 def _select_by_unit(
-    model: ShardedModel, parameter: Parameter, scores: Tensor, ratio: float, order: Order, last: int
-) -> Tensor:
-    """Scope ``matrix``: ⌊ratio · n⌋ of each logical matrix of one parameter, all of them in the same histograms."""
-    shard = model.shard(parameter)
-    bits = torch.zeros(shard.numel, dtype=torch.bool, device=scores.device)
-    pieces = [
-        Piece(local_part(scores, unit, shard), unit_position(unit, offset, shard))
-        for unit, offset in unit_offsets(parameter)
-    ]
+    model: ShardedModel, parameter: Parameter, scores: Scores, ratio: float, order: Order, last: int
+) -> dict[str, Tensor]:
+    """Scope ``matrix``: ⌊ratio · n⌋ of each logical matrix of one parameter, all of them in the same histograms.
+
+    Returns the bits of this rank's shards of the parameter, by the shard's name.
+    """
+    shards = [shard for shard in model.scored if shard.parameter is parameter]
+    bits = {
+        shard.name: torch.zeros(shard.numel, dtype=torch.bool, device=scores[shard.name].device) for shard in shards
+    }
+    groups = []  # of every unit: (shard's name, where in the shard, piece)
+    for unit, offset in unit_offsets(parameter):
+        group = []
+        for shard in shards:
+            for where, low, high in shard.parts():
+                if low < unit.end and unit.start < high:
+                    positions = unit.within(low, high)
+                    run = scores[shard.name][where]
+                    group.append(
+                        (shard.name, where, positions, Piece(run[positions], unit_position(unit, offset, low)))
+                    )
+        groups.append(group)
     wanted = [int(ratio * unit.numel) for unit in parameter.units]
-    cuts = select([[piece] for piece in pieces], wanted, order, last, runtime.all_reduce_sum)
-    for unit, piece, cut in zip(parameter.units, pieces, cuts, strict=True):
-        bits[unit.within(shard.low, shard.high)] = selected_bits(cut, order, piece)
+    pieces = [[entry[-1] for entry in group] for group in groups]
+    for group, cut in zip(groups, select(pieces, wanted, order, last, runtime.all_reduce_sum), strict=True):
+        for name, where, positions, piece in group:
+            bits[name][where][positions] = selected_bits(cut, order, piece)
     return bits

@@ -4,14 +4,16 @@ An engine without optimizer; fp32 masters and moments of this rank's trained wei
 gradient to get there, chosen by size:
 
 ``compact``: the hook keeps the trained coordinates of the whole, unreduced gradient, without a collective; one
-all-reduce a step. Index and sums are not sharded: 8 bytes per trained weight on every rank.
+all-reduce a step (and one of experts, where ranks hold different ones). Index and sums are not sharded: 8 bytes per
+trained weight on every rank.
 ``scatter``: the hook reduce-scatters the whole gradient, as scoring does, and keeps this rank's trained coordinates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from esi_ds.core.adamw import adamw, clip_factor
 from esi_ds.core.trained import Trained
-from esi_ds.core.units import Parameter
+from esi_ds.core.units import Shard
 from esi_ds.zero import runtime
 from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
@@ -39,42 +41,57 @@ def choose_reduction(total: int, reduction: str) -> tuple[str, str]:
 
 
 class CompactGradients:
-    """Sums of the trained coordinates of every parameter's gradient: the same layout on every rank.
+    """Sums of the trained coordinates of every tensor's gradient, laid out alike on all ranks it is cut over.
 
-    ``sums`` fp32 [trained weights of the model]; ``ranges``: the part of it that is this rank's to train, by name.
+    ``sums`` fp32 [trained weights here, tensors that are cut over all ranks first]; ``ranges``: the part of it that is
+    this rank's to train, by shard's name.
     """
 
-    def __init__(self, model: ShardedModel, trained: Trained, parameters: list[Parameter]):
+    def __init__(self, model: ShardedModel, trained: Trained, shards: Sequence[Shard]):
         device = runtime.device()
         self._by_tensor: dict[nn.Parameter, tuple[Tensor | None, slice]] = {}
-        self._others = [tensor for name, tensor in model.by_name.items() if not trained.count(name)]
-        self.ranges: dict[str, slice] = {}
+        names = {shard.name for shard in shards}
+        self._others = [tensor for name, tensor in model.by_name.items() if name not in names]
+        self._places: dict[torch.distributed.ProcessGroup | None, slice] = {}  # None: all ranks
+        places: dict[str, slice] = {}
         start = 0
-        for parameter in parameters:
-            positions = trained.positions(parameter.name, 0, parameter.numel)
-            count = trained.count(parameter.name)
-            place = slice(start, start + count)
-            self._by_tensor[model.by_name[parameter.name]] = (
+        layouts = [layout for layout in model.layouts if layout.name in names]
+        for layout in sorted(layouts, key=lambda layout: not model.is_everywhere(layout)):
+            positions = trained.positions_of(layout)
+            count = layout.numel if positions is None else len(positions)
+            place = places[layout.name] = slice(start, start + count)
+            self._by_tensor[model.by_name[layout.name]] = (
                 None if positions is None else positions.to(device),
                 place,
             )
-            shard = model.shard(parameter)
-            own = (trained.count_before(parameter.name, index) for index in (shard.low, shard.high))
-            self.ranges[parameter.name] = slice(*(start + index for index in own))
+            group = None if model.is_everywhere(layout) else model.group(layout)
+            self._places[group] = slice(self._places.get(group, place).start, place.stop)
             start += count
+        self.ranges = {shard.name: self._own(model, shard, places[shard.name]) for shard in shards}
         self.sums = torch.zeros(start, dtype=torch.float32, device=device)
 
-    def positions(self, parameter: Parameter, tensor: nn.Parameter, low: int) -> Tensor | None:
-        """This rank's trained positions of a parameter, counted from its shard's beginning; None: all of the shard."""
-        index, place = self._by_tensor[tensor]
+    def _own(self, model: ShardedModel, shard: Shard, place: slice) -> slice:
+        """This rank's part of a tensor's place in ``sums``."""
+        tensor, size = model.by_name[shard.name], model.partition_numel(shard)
+        index, _ = self._by_tensor[tensor]
+        low = torch.distributed.get_rank(model.group(shard)) * size
+        if index is None:
+            return slice(min(place.start + low, place.stop), min(place.start + low + size, place.stop))
+        first, last = (int((index < bound).sum()) for bound in (low, low + size))
+        return slice(place.start + first, place.start + last)
+
+    def positions(self, model: ShardedModel, shard: Shard) -> Tensor | None:
+        """This rank's trained positions in a shard; None: all of it."""
+        index, place = self._by_tensor[model.by_name[shard.name]]
         if index is None:
             return None
-        own = self.ranges[parameter.name]
+        own = self.ranges[shard.name]
+        low = torch.distributed.get_rank(model.group(shard)) * model.partition_numel(shard)
         return index[own.start - place.start : own.stop - place.start].long() - low
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Hooks live inside the block; parameters in which nothing trains get no gradient at all."""
+        """Hooks live inside the block; tensors in which nothing trains get no gradient at all."""
         for tensor in self._others:
             tensor.requires_grad_(False)
         handles = []
@@ -101,9 +118,16 @@ class CompactGradients:
         return math.isfinite(_norm(self.sums))
 
     def reduce(self) -> tuple[Tensor, float]:
-        """This rank's part of the summed gradient, and the norm of all of it. One all-reduce."""
-        total = runtime.all_reduce_sum(self.sums)
-        return torch.cat([total[place] for place in self.ranges.values()]), _norm(total)
+        """This rank's part of the summed gradient, and the norm of all of it. One all-reduce a group of ranks, and one
+        of a number where experts are on different ranks."""
+        for group, place in self._places.items():
+            if torch.distributed.get_world_size(group) > 1:
+                torch.distributed.all_reduce(self.sums[place], group=group)
+        own = torch.cat([self.sums[place] for place in self.ranges.values()])
+        if len(self._places) == 1:
+            return own, _norm(self.sums)
+        norm_squared = torch.tensor(_norm(own) ** 2, dtype=torch.float64)
+        return own, math.sqrt(runtime.all_reduce_sum(norm_squared))
 
     def zero(self) -> None:
         self.sums.zero_()
@@ -117,28 +141,28 @@ def _norm(values: Tensor) -> float:
 class ScatteredGradients(ReducedGradients):
     """Sums of this rank's trained coordinates; each gradient is reduce-scattered whole as it appears."""
 
-    def __init__(self, model: ShardedModel, trained: Trained, parameters: list[Parameter]):
-        super().__init__(model, parameters)
+    def __init__(self, model: ShardedModel, trained: Trained, shards: Sequence[Shard]):
+        super().__init__(model, shards)
         device = runtime.device()
         self._positions: dict[str, Tensor | None] = {}
         self.ranges: dict[str, slice] = {}
         start = 0
-        for parameter in parameters:
-            shard = model.shard(parameter)
-            positions = trained.positions(parameter.name, shard.low, shard.high)
-            self._positions[parameter.name] = None if positions is None else positions.to(device)
+        for shard in shards:
+            positions = trained.positions_of(shard)
+            self._positions[shard.name] = None if positions is None else positions.to(device)
             count = shard.numel if positions is None else len(positions)
-            self.ranges[parameter.name] = slice(start, start + count)
+            self.ranges[shard.name] = slice(start, start + count)
             start += count
         self.sums = torch.zeros(start, dtype=torch.float32, device=device)
 
-    def positions(self, parameter: Parameter, tensor: nn.Parameter, low: int) -> Tensor | None:
-        found = self._positions[parameter.name]
+    def positions(self, model: ShardedModel, shard: Shard) -> Tensor | None:
+        """This rank's trained positions in a shard; None: all of it."""
+        found = self._positions[shard.name]
         return None if found is None else found.long()
 
-    def receive(self, parameter: Parameter, local: Tensor) -> None:
-        index = self._positions[parameter.name]
-        self.sums[self.ranges[parameter.name]] += local if index is None else local.index_select(0, index)
+    def receive(self, shard: Shard, local: Tensor) -> None:
+        index = self._positions[shard.name]
+        self.sums[self.ranges[shard.name]] += local if index is None else local.index_select(0, index)
 
     def own_finite(self) -> bool:
         """The sums hold every rank's gradients: nobody in particular can be named."""
@@ -160,26 +184,22 @@ class SparseTuner(Tuner):
         super().__init__(model, trained)
         self.rule, self.num_steps = rule, 0
         kind = CompactGradients if reduction == "compact" else ScatteredGradients
-        self.gradients = kind(model, trained, self.parameters)
-        sizes = [place.stop - place.start for place in self.gradients.ranges.values()]
+        self.gradients = kind(model, trained, self.shards)
         self._places: dict[str, slice] = {}
         start = 0
-        for parameter, size in zip(self.parameters, sizes, strict=True):
-            self._places[parameter.name] = slice(start, start + size)
-            start += size
+        for shard in self.shards:
+            own = self.gradients.ranges[shard.name]
+            self._places[shard.name] = slice(start, start + own.stop - own.start)
+            start += own.stop - own.start
         self.state = {
             what: torch.zeros(start, dtype=torch.float32, device=runtime.device())
             for what in ("master", "exp_avg", "exp_avg_sq")
         }
-        for parameter in self.parameters:
-            weight = model.local_weight(parameter)
-            positions = self._positions(parameter)
+        for shard in self.shards:
+            weight = model.local_weight(shard)
+            positions = self.gradients.positions(model, shard)
             picked = weight if positions is None else weight[positions.to(weight.device)]
-            self.state["master"][self._places[parameter.name]] = picked.to(self.state["master"])
-
-    def _positions(self, parameter: Parameter) -> Tensor | None:
-        low = self.model.shard(parameter).low
-        return self.gradients.positions(parameter, self.model.by_name[parameter.name], low)
+            self.state["master"][self._places[shard.name]] = picked.to(self.state["master"])
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -224,10 +244,10 @@ class SparseTuner(Tuner):
     @torch.no_grad()
     def _write_back(self) -> None:
         """Masters into the partitions, by index; frozen weights are not touched. The model must be released."""
-        for parameter in self.parameters:
-            weight = self.model.local_weight(parameter)
-            values = self.state["master"][self._places[parameter.name]].to(weight)
-            positions = self._positions(parameter)
+        for shard in self.shards:
+            weight = self.model.local_weight(shard)
+            values = self.state["master"][self._places[shard.name]].to(weight)
+            positions = self.gradients.positions(self.model, shard)
             if positions is None:
                 weight.copy_(values)
             else:
@@ -235,14 +255,12 @@ class SparseTuner(Tuner):
         self.model.publish()
 
     def saved(self) -> Parts:
-        return {
-            f"{parameter.name}/{what}": (
-                self.trained.count_before(parameter.name, self.model.shard(parameter).low),
-                values[self._places[parameter.name]],
-            )
-            for parameter in self.parameters
-            for what, values in self.state.items()
-        }
+        parts: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
+        for shard in self.shards:
+            for what, values in self.state.items():
+                found = self.trained.segments(shard, values[self._places[shard.name]])
+                parts[f"{shard.parameter.name}/{what}"] += found
+        return parts
 
     def restored(self, step: int) -> None:
         self.num_steps = step

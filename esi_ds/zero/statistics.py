@@ -10,7 +10,7 @@ from torch import Tensor
 from esi_ds.core.units import Parameter, Unit
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.score import Scores, Selection, local_part
+from esi_ds.zero.score import Scores, Selection, local_part, unit_shards
 
 NUM_BINS = 60
 
@@ -20,11 +20,10 @@ def unit_rows(model: ShardedModel, scores: Scores, selection: Selection, sigma: 
     scored = [(parameter, unit) for parameter in model.parameters for unit in parameter.units]
     sums = torch.zeros(len(scored), 2, dtype=torch.float64)
     largest = torch.zeros(len(scored), dtype=torch.float64)
-    for row, (parameter, unit) in enumerate(scored):
-        shard = model.shard(parameter)
-        values = local_part(scores[parameter.name], unit, shard)
+    for row, unit, shard in unit_shards(model):
+        values = local_part(scores[shard.name], unit, shard)
         if len(values):
-            selected = local_part(selection.bits[parameter.name], unit, shard).sum()
+            selected = local_part(selection.bits[shard.name], unit, shard).sum()
             sums[row] = torch.stack([selected.double(), values.sum(dtype=torch.float64)])
             largest[row] = values.max()
     runtime.all_reduce_sum(sums)
@@ -55,10 +54,8 @@ def log_histograms(model: ShardedModel, scores: Scores) -> tuple[dict, dict[str,
     edges = torch.linspace(low, high, NUM_BINS + 1, dtype=torch.float64)
     roles = sorted({unit.role for parameter in model.parameters for unit in parameter.units})
     counts = torch.zeros(len(roles), NUM_BINS + 1, dtype=torch.int64)
-    for parameter in model.parameters:
-        for unit in parameter.units:
-            values = local_part(scores[parameter.name], unit, model.shard(parameter))
-            counts[roles.index(unit.role)] += _counts(values, low, high)
+    for _, unit, shard in unit_shards(model):
+        counts[roles.index(unit.role)] += _counts(local_part(scores[shard.name], unit, shard), low, high)
     runtime.all_reduce_sum(counts)
     total = counts.sum(0).tolist()
     overall = {"log10_edges": edges.tolist(), "counts": total[:NUM_BINS], "zeros": total[NUM_BINS]}

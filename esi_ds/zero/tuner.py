@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esi_ds.core.trained import Trained
-from esi_ds.core.units import Parameter
+from esi_ds.core.units import Shard
 from esi_ds.zero import runtime
 from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
@@ -45,8 +45,9 @@ class Tuner(ABC):
 
     def __init__(self, model: ShardedModel, trained: Trained):
         self.model, self.trained = model, trained
-        self.parameters = [parameter for parameter in model.parameters if trained.count(parameter.name)]
-        self._watched = [self._watch(parameter) for parameter in self.parameters]
+        # A parameter's tensors train together, so that ranks with other experts make the same calls.
+        self.shards = [shard for shard in model.shards if trained.count(shard.parameter.name)]
+        self._watched = [self._watch(shard) for shard in self.shards]
 
     def running(self) -> AbstractContextManager[None]:
         """Gradients are collected inside the block."""
@@ -72,26 +73,19 @@ class Tuner(ABC):
     def restored(self, step: int) -> None:
         """Put what was read into ``saved()`` to work, after ``step`` updates."""
 
-    def _watch(self, parameter: Parameter) -> tuple[Parameter, Tensor, Tensor]:
-        """Some trained positions of this rank's shard, and their weights now."""
-        shard = self.model.shard(parameter)
-        share = max(1, SAMPLE * shard.numel // max(1, self._shard_total))
-        positions = self.trained.bits(parameter.name, shard.low, shard.high).nonzero().flatten()
+    def _watch(self, shard: Shard) -> tuple[Shard, Tensor, Tensor]:
+        """Some trained positions of one of this rank's shards, and their weights now."""
+        total, weight = sum(other.numel for other in self.shards), self.model.local_weight(shard)
+        share = max(1, SAMPLE * shard.numel // max(1, total))
+        positions = self.trained.bits_of(shard).nonzero().flatten()
         positions = positions[:: max(1, len(positions) // share)][:share].clone()
-        return parameter, positions, self.model.local_weight(parameter)[positions.to(self._where(parameter))].clone()
-
-    @property
-    def _shard_total(self) -> int:
-        return sum(self.model.shard(parameter).numel for parameter in self.parameters)
-
-    def _where(self, parameter: Parameter) -> torch.device:
-        return self.model.local_weight(parameter).device
+        return shard, positions, weight[positions.to(weight.device)].clone()
 
     def share_moved(self) -> float:
         """Share of the watched trained weights whose value in the model's dtype is not what it was. One all-reduce."""
         counts = torch.zeros(2, dtype=torch.float64)
-        for parameter, positions, before in self._watched:
-            now = self.model.local_weight(parameter)[positions.to(before.device)]
+        for shard, positions, before in self._watched:
+            now = self.model.local_weight(shard)[positions.to(before.device)]
             counts += torch.tensor([int((now != before).sum()), len(before)], dtype=torch.float64)
         moved, watched = runtime.all_reduce_sum(counts).tolist()
         return moved / watched if watched else math.nan

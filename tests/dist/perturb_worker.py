@@ -41,8 +41,7 @@ def run_case(case: dict) -> None:
         settings["bf16"] = {"enabled": True}
     model = load_sharded(case["model"], case["dtype"], settings, field="model.path")
     mask, sigma = Mask.load(case["mask"]), unit_sigmas(model)
-    shards = {parameter.name: model.shard(parameter) for parameter in model.parameters if parameter.scored}
-    bits = {name: mask.bits(name, shard.low, shard.high) for name, shard in shards.items()}
+    bits = {shard.name: mask.bits_of(shard) for shard in model.scored}
     kept = ShardedModel.publish
     if case.get("drop") == "publish":
         ShardedModel.publish = lambda self: None

@@ -47,8 +47,8 @@ def restore_originals() -> None:
 
 def dump(run: TuneRun, loop, patch, answers, routing_drift, tracker) -> None:
     """Instead of the report: masters and moments as a checkpoint holds them, norms, and the dtype's own bits."""
-    saved = {key: values.detach().clone() for key, (_, values) in loop.tuner.saved().items() if len(values)}
-    save_file(saved, run.folder.path / f"state-{runtime.rank()}.safetensors")
+    saved = {key: torch.cat([values.detach() for _, values in parts]) for key, parts in loop.tuner.saved().items() if parts}
+    save_file({key: values for key, values in saved.items() if len(values)}, run.folder.path / f"state-{runtime.rank()}.safetensors")
 
 
 def poison(kind: str) -> None:

@@ -17,6 +17,7 @@ from esi_ds.core import adamw as rule
 from esi_ds.core.mask import pack_bits
 from esi_ds.core.schedule import learning_rate
 from esi_ds.core.trained import Trained
+from esi_ds.core.units import Parameter, whole
 from esi_ds.errors import UserError
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -230,7 +231,7 @@ def test_counts_of_trained_weights(folder: Path, train_what: str) -> None:
         assert trained.count(name) == int(bits.sum())
         for low in (0, 1, 7, 8, 9, numel // 3, numel - 1, numel):
             assert trained.count_before(name, low) == int(bits[:low].sum())
-            positions = trained.positions(name, low, numel)
+            positions = trained.positions_of(whole(Parameter(name, (numel,), 0, "", ())).cut(low, numel))
             expected = bits[low:].nonzero().flatten()
             assert positions is None or torch.equal(positions.long(), expected)
 

@@ -20,7 +20,7 @@ from esi_ds.core.criteria import GRADIENTS, objectives
 from esi_ds.core.loss import row_losses
 from esi_ds.core.score import contrast, score_shard
 from esi_ds.core.select import median
-from esi_ds.core.units import Parameter, Shard, Unit
+from esi_ds.core.units import Parameter, Unit, whole
 from esi_ds.errors import UserError
 
 BASE = {"run": {"output_dir": "x"}, "model": {"path": "a"}}
@@ -32,7 +32,7 @@ def shard_scores(criterion: str, safety: list[float], tuning: list[float]) -> li
     """Two units of one parameter, σ 2 and 3; the shard begins inside the first."""
     units = (Unit("a", "x", None, None, 0, 3), Unit("b", "x", None, None, 3, 9))
     parameter = Parameter("p", (12,), 0, "x", units)
-    shard = Shard(parameter, 1, 1 + len(safety))
+    shard = whole(parameter).cut(1, 1 + len(safety))
     sigma = dict(zip(units, (2.0, 3.0), strict=True))
     gradients = (torch.tensor(values) for values in (safety, tuning))
     found = score_shard(criterion, shard, next(gradients), torch.ones(len(safety)), sigma, 0, next(gradients))
