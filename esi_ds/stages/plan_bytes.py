@@ -113,14 +113,15 @@ def describe_work(
 
 
 def _judge_bytes(config: Config, ranks: int) -> float:
-    """Of the judge on one rank: a slice where it is sharded, else whole. 0 where nothing is known of it here."""
+    """Of the judge on one rank: a slice where it is sharded, else whole. 0 where its configuration is not on
+    this machine: a plan does not wait for the hub."""
     from esi_ds.stages.plan import meta_parameters
 
     judge = config.judge
     if judge is None or "safety" not in objectives(config.select.criterion, config.select.contrastive):
         return 0.0
     try:
-        found = load_model_config(judge.path, "judge.path", judge.revision, judge.trust_remote_code)
+        found = load_model_config(judge.path, "judge.path", judge.revision, judge.trust_remote_code, True)
     except UserError:
         return 0.0
     dtype = config.model.dtype if judge.dtype == "auto" else judge.dtype
@@ -157,6 +158,8 @@ def print_bytes(config: Config, options: Options, stage: str, work: Work, model_
     chosen = (
         size or expert_parallel_size(best.settings) or next(iter(_near(sizes(work, where, model_type), where)), None)
     )
+    if stage == "esi" and config.judge is not None and not work.judge:
+        print("\nnot counted: the judge, whose configuration is not on this machine")
     print(f"\n{where.nodes} nodes of {where.per_node} GPUs; a step has {work.tokens:,} tokens a rank at most")
     _print_table("without expert parallelism", work, stage, where, with_experts(settings, None))
     if chosen is not None:

@@ -121,13 +121,18 @@ def _read_data(config: Config) -> tuple[list[str], list[str] | None, dict[str, s
     return list(found.prompts), None, source, list(found.skipped)
 
 
-def load_model_config(path: str, field: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
-    """The architecture of a folder or hub id; ``field`` is the config key to name in an error."""
+def load_model_config(
+    path: str, field: str, revision: str | None, trust_remote_code: bool, only_local: bool = False
+) -> PretrainedConfig:
+    """The architecture of a folder or hub id; ``field`` is the config key to name in an error. only_local: ask no hub,
+    read folders and the hub's cache."""
     looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
     if looks_local and not (Path(path) / "config.json").is_file():
         raise UserError(field, path, "is no model folder: it holds no config.json", "give a Hugging Face folder")
     try:
-        found = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        found = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code, local_files_only=only_local
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             field,
