@@ -62,8 +62,8 @@ def make_models(folder: Path, dtype) -> None:
         AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder / name)
 
 
-def make_pass(folder: Path, dtype: str):
-    """A ScoringPass over made-up ids, and its model."""
+def make_pass(folder: Path, dtype: str, autoep_size: int | None = None):
+    """A ScoringPass over made-up ids, and its model. autoep_size: ranks that share a mixture's experts."""
     import torch
 
     from esi_ds.config import validate
@@ -82,6 +82,8 @@ def make_pass(folder: Path, dtype: str):
         "bf16": {"enabled": dtype == "bf16"},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
+    if autoep_size is not None:
+        settings["expert_parallel"] = {"enabled": True, "autoep_size": autoep_size}
     guard = load_replicated(str(folder / "guard"), dtype, "guard")
     model = load_sharded(str(folder / "model"), dtype, settings, "model")
     config = validate(
@@ -117,11 +119,11 @@ def make_pass(folder: Path, dtype: str):
     return scoring, model, gradients
 
 
-def time_esi(folder: Path, dtype: str) -> tuple[dict[str, float], list[list[int]]]:
+def time_esi(folder: Path, dtype: str, autoep_size: int | None = None) -> tuple[dict[str, float], list[list[int]]]:
     """Seconds of one ESI micro-batch on all ranks, of its judge alone, and what is held; and the rows it read."""
     from esi_ds.zero import runtime
 
-    scoring, model, gradients = make_pass(folder, dtype)
+    scoring, model, gradients = make_pass(folder, dtype, autoep_size)
 
     def esi() -> None:
         scoring.state.position = 0
@@ -139,13 +141,13 @@ def time_esi(folder: Path, dtype: str) -> tuple[dict[str, float], list[list[int]
     return {"weights": weights, "esi_s": esi_seconds, "of_which_judge_s": judge_seconds}, rows
 
 
-def count_resident(folder: Path) -> dict[str, float]:
+def count_resident(folder: Path, autoep_size: int | None = None) -> dict[str, float]:
     """Bytes alive between micro-batches of a bf16 model, summed over ranks, per weight; the judge's are not counted."""
     import torch
 
     from esi_ds.zero import runtime
 
-    scoring, model, gradients = make_pass(folder, "bf16")
+    scoring, model, gradients = make_pass(folder, "bf16", autoep_size)
     with gradients.collecting():
         scoring._step()
     judge = sum(p.untyped_storage().nbytes() for p in scoring.guard.model.parameters())
@@ -272,12 +274,17 @@ def main() -> None:
     if arguments.worker:
         worker(arguments.worker)
         return
+    print(launched(__file__, arguments.ranks))
+
+
+def launched(script: str, ranks: int) -> str:
+    """The JSON that a benchmark's ``--worker FOLDER`` prints on ZeRO-3 ranks."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             str(Path(sys.executable).with_name("deepspeed")),
             "--num_accelerators",
-            str(arguments.ranks),
-            __file__,
+            str(ranks),
+            script,
             "--worker",
             folder,
         ]
@@ -286,7 +293,7 @@ def main() -> None:
         )
     if "RESULT " not in done.stdout:
         sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
-    print(done.stdout.partition("RESULT ")[2].partition("\n[")[0])
+    return done.stdout.partition("RESULT ")[2].partition("\n[")[0]
 
 
 if __name__ == "__main__":

@@ -128,33 +128,65 @@ def _trained(piece: Piece, trained: Mapping[str, int]) -> float:
 
 @dataclass(frozen=True)
 class Transient:
-    """The most that one module makes a rank hold for a moment: its weights gathered, and the gradient of its largest
-    tensor in the model's precision and, where it is reduced in fp32, once more in that."""
+    """The most that one module makes a rank hold for a moment: gathered weights, and gradients on their way."""
 
     module: str
-    weights: int
-    gradient: int
+    weights: float
+    gradient: float
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         return self.weights + self.gradient
 
 
-def transient(cut: Sequence[Piece], weight: int, trained: Mapping[str, int], in_fp32: bool) -> Transient:
+def transient(
+    cut: Sequence[Piece],
+    weight: int,
+    trained: Mapping[str, int],
+    stage: str,
+    compact: bool = False,
+    recompute: bool = True,
+) -> Transient:
     """ZeRO-3 gathers a module's parameters together; hooks free each gradient before the next one comes.
 
-    trained: parameters that get a gradient have a number above 0. in_fp32: the whole gradient is cast before it is
-    reduced (ESI, SET ``scatter``, SPA); SET ``compact`` picks from it as it is.
+    trained: parameters that get a gradient have a number above 0. Weights: see ``_gathered``. Gradient of the module's
+    largest such tensor, of n elements on g ranks: b n where SET is compact, which picks from it as it is; else 8 n in
+    fp32, cast and padded, and 4 n / g reduced. ESI adds 16 n / g, its norm in float64; SPA's engine holds the gradients
+    of the whole module in the model's precision too.
     """
     modules: dict[str, list[Piece]] = {}
     for piece in cut:
         modules.setdefault(piece.parameter.name.rpartition(".")[0], []).append(piece)
+    kept = 0 if recompute else weight * sum(piece.numel for piece in cut if _is_saved(piece))
     found = []
     for module, members in modules.items():
-        largest = max((piece.numel for piece in members if trained.get(piece.parameter.name)), default=0)
-        gathered = weight * sum(piece.numel for piece in members)
-        found.append(Transient(module, gathered, largest * (weight + FP32 * in_fp32)))
+        learning = [piece for piece in members if trained.get(piece.parameter.name)]
+        gradient = 0.0
+        if learning:
+            largest = max(learning, key=lambda piece: piece.numel)
+            reduced = FP32 * largest.numel / largest.ranks if largest.ranks > 1 else 0.0
+            gradient = weight * largest.numel if stage == "set" and compact else 2 * FP32 * largest.numel + reduced
+            if stage == "esi":
+                gradient += 4 * FP32 * largest.numel / largest.ranks
+            elif stage == "spa":
+                gradient += weight * sum(piece.numel for piece in learning)
+        found.append(Transient(module, _gathered(members, weight, recompute) + kept, gradient))
     return max(found, key=lambda one: one.total)
+
+
+def _gathered(members: Sequence[Piece], weight: int, recompute: bool) -> float:
+    """Of one module: the buffer that is received and the parameters cut out of it; of experts also what the forward
+    pass saved of them, a view that outlives ZeRO-3's release. One rank alone uses its own storage."""
+    split = [piece for piece in members if piece.ranks > 1]
+    own = sum(piece.numel * (3 if recompute and _is_saved(piece) else 2) for piece in split)
+    return weight * own
+
+
+def _is_saved(piece: Piece) -> bool:
+    """Whether autograd keeps a gathered weight from the forward to the backward pass: transformers multiplies fused
+    experts by transposed views of them, which ZeRO-3's release leaves alive. (Linear layers it replaces.) Only
+    gradient checkpointing bounds that to the layer that is computed again."""
+    return num_experts(piece.parameter) > 0 and piece.ranks > 1
 
 
 def window_bytes(cut: Sequence[Piece], weight: int, zero: Mapping[str, Any]) -> int:

@@ -87,12 +87,11 @@ def footprint(work: Work, stage: str, where: Topology, settings: Mapping[str, An
     size = section["autoep_size"] if section.get("enabled") else None
     cut = pieces(work.parameters, where.ranks, size)
     resident, host = _offloaded(_resident(work, stage, cut, zero), work, stage, zero)
-    in_fp32 = stage != "set" or not work.compact
     return Footprint(
         resident,
         work.judge if stage == "esi" else 0.0,
         host,
-        transient(cut, work.weight, work.trained[stage], in_fp32),
+        transient(cut, work.weight, work.trained[stage], stage, work.compact, work.recompute),
         window_bytes(cut, work.weight, zero),
         _traffic(work, stage, cut, where, size),
     )

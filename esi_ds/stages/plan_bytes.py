@@ -166,6 +166,8 @@ def print_bytes(config: Config, options: Options, stage: str, work: Work, model_
         _print_table(f"autoep_size {chosen}", work, stage, where, with_experts(settings, chosen))
     elif work.experts():
         print(f"\nno expert parallelism to show: {_why_none(work, where, model_type)}")
+    if work.experts() and not work.recompute:
+        print("\nNOTE: without model.gradient_checkpointing the gathered experts of all layers stay until backward")
     _print_recommendation(best, stage, work, where, model_type, memory)
 
 
@@ -192,8 +194,8 @@ def _print_table(title: str, work: Work, stage: str, where: Topology, settings: 
     print("\n" + "\n".join(f"{label:{width}}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in lines))
     largest = found[stage].transient
     print(
-        f"largest transient of {stage.upper()}: {largest.module} gathered {readable(largest.weights)}, its largest "
-        f"gradient {readable(largest.gradient)}"
+        f"largest transient of {stage.upper()}: {largest.module}, gathered weights {readable(largest.weights)}, "
+        f"gradients {readable(largest.gradient)}"
     )
 
 

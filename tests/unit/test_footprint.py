@@ -71,9 +71,15 @@ def test_resident_bytes_and_transient(name: str, described: dict) -> None:
         # Resident bytes do not depend on expert parallelism, but for padding: fewer ranks, each of fewer experts.
         assert sum(piece.shard for piece in cut) == pytest.approx(total / ranks, rel=1e-6)
         assert sum(piece.numel * piece.copies for piece in cut) == total
-        found = transient([p for p in cut if ".experts." in p.name], 2, scored, in_fp32=True)
+        experts_only = [p for p in cut if ".experts." in p.name]
+        found = transient(experts_only, 2, scored, "set", compact=False)
         divisor, largest = (1, 2 * one) if size is None else (size, one)
-        assert (found.weights, found.gradient) == (2 * 3 * one // divisor, 6 * largest // divisor)
+        group = ranks // (size or 1)  # 3 copies of gate, up and down; fp32 twice, and the slice that was reduced
+        assert found.weights == 3 * 2 * 3 * one // divisor
+        assert found.gradient == pytest.approx((8 + 4 / group) * largest / divisor)
+        assert transient(experts_only, 2, scored, "set", compact=True).gradient == 2 * largest // divisor
+        longer = transient(experts_only, 2, scored, "set", recompute=False)  # experts of all layers stay
+        assert longer.weights == (layers + 2) * 2 * 3 * one // divisor
         routed = [piece for piece in cut if ".experts." in piece.name]
         assert len(routed) == layers * (2 if size is None else 3)
         assert {piece.ranks for piece in routed} == {ranks // (size or 1)}
