@@ -521,18 +521,20 @@ def resolved_yaml(config: Config) -> str:
 
 
 # How a run is gone on with, not what it makes: may differ from one start to the next.
-OF_THIS_START = ("run.resume", "run.collective_timeout_s")
+# What may change between two starts of a run: how it runs, not what it computes. ZeRO's mechanics, expert parallelism
+# among them, may have to, where the second start has other nodes.
+OF_THIS_START = ("run.resume", "run.collective_timeout_s", "deepspeed")
 
 
 def differences(first: Config, second: Config) -> list[str]:
-    """Dotted keys that differ; those of ``OF_THIS_START`` do not count."""
+    """Dotted keys that differ; those of ``OF_THIS_START`` and below them do not count."""
     found: list[str] = []
 
     def walk(a: Any, b: Any, path: str) -> None:
         if isinstance(a, dict) and isinstance(b, dict):
             for key in {**a, **b}:
                 walk(a.get(key), b.get(key), f"{path}.{key}" if path else key)
-        elif a != b and path not in OF_THIS_START:
+        elif a != b and not path.startswith(OF_THIS_START):
             found.append(path)
 
     walk(first.model_dump(), second.model_dump(), "")

@@ -131,7 +131,7 @@ def _bytes_as_ordinary(tokenizer: Tokenizer, specials: list[str]) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(state))
 
 
-def model_config(kind: str, vocab_size: int) -> PretrainedConfig:
+def model_config(kind: str, vocab_size: int, experts: int = 5) -> PretrainedConfig:
     """Sizes at which ⌈n/2⌉ and ⌈n/3⌉ cut inside rows, matrices and experts.
 
     Experts' axes are multiples of 8: torch's grouped_mm wants rows of whole 16 bytes in bf16.
@@ -147,12 +147,12 @@ def model_config(kind: str, vocab_size: int) -> PretrainedConfig:
     heads = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 4}
     if kind == "qwen3_moe":
         return Qwen3MoeConfig(
-            **common, **heads, intermediate_size=26, moe_intermediate_size=8, num_experts=5, num_experts_per_tok=2
+            **common, **heads, intermediate_size=26, moe_intermediate_size=8, num_experts=experts, num_experts_per_tok=2
         )
     if kind == "mixtral":
-        return MixtralConfig(**common, **heads, intermediate_size=16, num_local_experts=5)
+        return MixtralConfig(**common, **heads, intermediate_size=16, num_local_experts=experts)
     if kind in FAMILIES:
-        return family_config(kind, common)
+        return family_config(kind, common, experts)
     if kind == "phi3":
         return Phi3Config(**common, hidden_size=24, num_attention_heads=6, num_key_value_heads=1, intermediate_size=13)
     if kind == "needle":  # matrices of four elements: three ranks leave one of them without any
@@ -163,13 +163,13 @@ def model_config(kind: str, vocab_size: int) -> PretrainedConfig:
 FAMILIES = ("qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "olmoe", "phimoe", "glm4_moe", "llama4")
 
 
-def family_config(kind: str, common: dict) -> PretrainedConfig:
-    """Tiny mixtures of five experts, two a token (Llama-4: one). DeepSeek's and GLM's first layer is dense."""
+def family_config(kind: str, common: dict, experts: int = 5) -> PretrainedConfig:
+    """Tiny mixtures, two experts a token (Llama-4: one). DeepSeek's and GLM's first layer is dense."""
     heads = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
     common = common | heads
-    few = {"num_experts": 5, "num_experts_per_tok": 2}
+    few = {"num_experts": experts, "num_experts_per_tok": 2}
     routed = {
-        "n_routed_experts": 5,
+        "n_routed_experts": experts,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 16,
         "n_shared_experts": 1,
@@ -193,18 +193,23 @@ def family_config(kind: str, common: dict) -> PretrainedConfig:
         return DeepseekV3Config(**{**common, **latent}, **routed)
     if kind == "gpt_oss":
         return GptOssConfig(
-            **common, num_local_experts=5, num_experts_per_tok=2, head_dim=8, sliding_window=16, rope_parameters=None
+            **common,
+            num_local_experts=experts,
+            num_experts_per_tok=2,
+            head_dim=8,
+            sliding_window=16,
+            rope_parameters=None,
         )
     if kind == "olmoe":
         return OlmoeConfig(**common, **few)
     if kind == "phimoe":
-        return PhimoeConfig(**common, num_local_experts=5, num_experts_per_tok=2)
+        return PhimoeConfig(**common, num_local_experts=experts, num_experts_per_tok=2)
     if kind == "glm4_moe":
         return Glm4MoeConfig(**common, **routed, head_dim=8)
     return Llama4TextConfig(
         **common,
         intermediate_size_mlp=24,
-        num_local_experts=5,
+        num_local_experts=experts,
         num_experts_per_tok=1,
         head_dim=8,
         interleave_moe_layer_step=1,
@@ -214,13 +219,13 @@ def family_config(kind: str, common: dict) -> PretrainedConfig:
 NEVER_ROUTED = 4
 
 
-def leave_one_out(model: torch.nn.Module) -> None:
-    """Routers of five experts that never choose the last: its logit is 0, and one of each of two opposite pairs is
+def leave_one_out(model: torch.nn.Module, never: int = NEVER_ROUTED) -> None:
+    """Routers of five experts or more that never choose one: its logit is 0, and one of each of two opposite pairs is
     above 0."""
     for name, parameter in model.named_parameters():
         if name.endswith(("mlp.gate.weight", "router.weight")):
             parameter[1], parameter[3] = -parameter[0], -parameter[2]
-            parameter[NEVER_ROUTED] = 0
+            parameter[never] = 0
         if name.endswith("router.bias"):
             parameter.zero_()
 
@@ -233,13 +238,14 @@ def build_model(
     extra_rows: int = 3,
     dtype: torch.dtype = torch.float32,
     nan_token: int | None = None,
+    experts: int = 5,
 ) -> Path:
     """A random model whose weights are large enough for gradients and routing to be far from zero and from ties.
 
     extra_rows: logits beyond the tokenizer, as padded vocabularies have. nan_token: its embedding becomes NaN.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(model_config(kind, len(tokenizer) + extra_rows))
+    model = AutoModelForCausalLM.from_config(model_config(kind, len(tokenizer) + extra_rows, experts))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -247,7 +253,7 @@ def build_model(
             else:
                 parameter.uniform_(0.7, 1.3)
         if kind in FAMILIES:
-            leave_one_out(model)
+            leave_one_out(model, experts - 1)
         if nan_token is not None:
             model.get_input_embeddings().weight[nan_token] = float("nan")
     model.to(dtype).save_pretrained(folder)

@@ -22,8 +22,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from esi_ds.core.units import Parameter, Shard
+from esi_ds.deepspeed_config import check_experts
 from esi_ds.errors import UserError
-from esi_ds.models.roles import describe, expert_blocks
+from esi_ds.models.roles import describe, expert_blocks, routers
 from esi_ds.zero import expert_parallel, runtime
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -32,8 +33,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class ShardedModel:
     """A causal LM whose parameters are cut over all ranks, with the description that scoring works from.
 
-    Attributes: module, parameters (every parameter in the model's order), expert_blocks {name: module}
-    (``models.roles.expert_blocks``), expert_parallel (whether AutoEP has laid experts on different ranks),
+    Attributes: module, parameters (every parameter in the model's order), expert_blocks and routers {name: module}
+    (``models.roles``; names are the model's own), expert_parallel (whether AutoEP has laid experts on different ranks),
     layouts (what each live tensor holds of which parameter when it is gathered, in the model's order; every parameter
     whole in one tensor but for experts under expert parallelism), by_name {layout's name: nn.Parameter}.
     """
@@ -50,10 +51,16 @@ class ShardedModel:
             _keep_together(block)
         self.parameters = describe(module, full_shapes(module), roles)
         self.expert_parallel = expert_parallel.is_on(deepspeed_config)
+        experts = [
+            len({u.expert for u in p.units}) for p in self.parameters if p.units and p.units[0].expert is not None
+        ]
+        check_experts(deepspeed_config, experts)
         tensors, self._buffers = expert_parallel.remember(module), persistent_buffers(module)
+        router_names = tuple(routers(module))
         self.engine, zero, _, _ = _initialize(module, optimizer, deepspeed_config)
         self._offload = zero if optimizer is None else zero.parameter_offload
         self.module: PreTrainedModel = self.engine.module
+        self.routers = expert_parallel.routers_now(self.module, router_names)
         self.by_name = dict(self.module.named_parameters())
         self.layouts = tuple(expert_parallel.layouts(self.module, self.parameters, tensors))
         self.shards = tuple(self._shard(layout) for layout in self.layouts)

@@ -119,6 +119,16 @@ def expert_runs(parameter: Parameter, role: str, experts: Collection[int]) -> tu
     return tuple(runs)
 
 
+def routers_now(module: nn.Module, before: Sequence[str]) -> dict[str, nn.Module]:
+    """The model's own names of its routers → the modules that route now."""
+    replaced = dict(blocks(module))
+    return {
+        name: next((block.router for own, block in replaced.items() if name.startswith(f"{own}.")), None)
+        or module.get_submodule(name)
+        for name in before
+    }
+
+
 def buffer_names(module: nn.Module, before: Collection[str]) -> dict[str, str]:
     """The model's own names of persistent buffers → their names now: a router's move with the router."""
     now = dict(module.named_buffers())

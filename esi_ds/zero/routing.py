@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from esi_ds.core.batch import left_pad
-from esi_ds.models.roles import routers
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 
@@ -57,7 +56,7 @@ def _choices_of(rows: Sequence[Sequence[int]], model: ShardedModel, pad: int) ->
     batch = left_pad(rows, pad, runtime.device())
     seen: Choices = {}
     handles = []
-    for name, module in routers(model.module).items():
+    for name, module in model.routers.items():
 
         def keep(module, arguments, output, name=name) -> None:
             seen[name] = chosen_experts(output, top_k).sort(dim=-1).values.to("cpu", torch.int16)

@@ -1,7 +1,8 @@
 """Run by the tests beside it under a launcher: one process group disturbs many models and restores them.
 
-argv: a JSON list of cases {"model", "mask", "dtype", "zero", "noise", "seed", "out", "drop" (optional)}. Rank 0 writes
-the whole weights inside the block and after it, the logits before, inside and after, and the digests.
+argv: a JSON list of cases {"model", "mask", "dtype", "zero", "noise", "seed", "out", "drop" (optional), "settings" (more
+of the DeepSpeed mapping, optional)}. Rank 0 writes the logits before the block, inside and after it, and the whole weights
+inside and after, where experts are not on different ranks.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ def logits(model: ShardedModel) -> torch.Tensor:
 def whole(model: ShardedModel) -> dict[str, torch.Tensor]:
     """Every weight as a gather gives it."""
     model.release()
+    if model.expert_parallel:
+        return {}
     with model.gathered(list(model.by_name.values())):
         return {name: tensor.detach().clone() for name, tensor in model.by_name.items()}
 
 
 def run_case(case: dict) -> None:
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **case["zero"]}
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **case.get("settings", {})}
     if case["dtype"] == "bf16":
         settings["bf16"] = {"enabled": True}
     model = load_sharded(case["model"], case["dtype"], settings, field="model.path")

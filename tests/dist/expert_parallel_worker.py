@@ -1,0 +1,66 @@
+"""Run by the tests beside it under a launcher: one process group does everything with experts on different ranks.
+
+argv: a folder with ``cases.json``: {"scores": cases of score_worker, "tuned": cases of tune_worker, "perturbed": cases of
+perturb_worker, "answered": [{"model", "prompts", "deepspeed", "out"}]}. An answered case writes every prompt's greedy answer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import perturb_worker
+import score_worker
+import torch
+import tune_worker
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from esi_ds.cli import leave
+from esi_ds.data.chat import encode_prompt
+from esi_ds.stages import finish, finish_tuning
+from esi_ds.zero import runtime
+from esi_ds.zero.engine import load_sharded
+from esi_ds.zero.generate import generate, in_step, ready_to_generate
+
+
+def answer(case: dict) -> None:
+    """Prompts are divided as the stages do it: the last ranks run out of them first."""
+    model = load_sharded(case["model"], "fp32", {"train_micro_batch_size_per_gpu": 1, **case["deepspeed"]}, field="model.path")
+    tokenizer = AutoTokenizer.from_pretrained(case["model"])
+    prompts = [encode_prompt(tokenizer, prompt, None) for prompt in case["prompts"]]
+    said: dict[int, str] = {}
+    for mode in ("gathered", "per_token"):
+        with ready_to_generate(model, mode):
+            for start in range(0, len(prompts), runtime.world_size()):
+                own = start + runtime.rank()
+                texts = []
+                if own < len(prompts) or in_step(model, mode):
+                    texts = generate(model, tokenizer, [prompts[own if own < len(prompts) else 0]], 12, mode)
+                if own < len(prompts):
+                    assert said.setdefault(own, texts[0]) == texts[0], "gathered and per token say different things"
+    gathered = {index: text for part in runtime.gather_objects(said) for index, text in part.items()}
+    if runtime.is_main():
+        Path(case["out"]).write_text(json.dumps([gathered[index] for index in sorted(gathered)]))
+
+
+def main() -> None:
+    runtime.start()
+    finish.write_report, finish.publish = score_worker.keep_units, lambda *arguments: None
+    finish_tuning.finish_tuning = tune_worker.dump
+    cases = json.loads((Path(sys.argv[-1])).read_text())
+    for case in cases["scores"]:
+        score_worker.run_case(case)
+    for case in cases["tuned"]:
+        tune_worker.run_case(case)
+    for case in cases["perturbed"]:
+        perturb_worker.run_case(case)
+    for case in cases["answered"]:
+        answer(case)
+    runtime.stop()
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()
