@@ -71,6 +71,7 @@ def make_pass(folder: Path, dtype: str, autoep_size: int | None = None):
     from esi_ds.judge.families import EncodedJudgement
     from esi_ds.judge.guard import Guard, GuardInput, WholeWeights
     from esi_ds.stages.prepare import Example
+    from esi_ds.stages.objectives import SafetyObjective
     from esi_ds.stages.score import ScoringPass
     from esi_ds.tracking import Tracker
     from esi_ds.zero import runtime
@@ -114,8 +115,9 @@ def make_pass(folder: Path, dtype: str, autoep_size: int | None = None):
     vocabulary = VocabularyMap.__new__(VocabularyMap)
     vocabulary.num_logits, vocabulary.is_identity, vocabulary.has_text = 4096, True, [True] * 4096
     wrapped = Guard(guard, SimpleNamespace(pad_token_id=0), "margin", WholeWeights())
-    tracker = Tracker(folder, enabled=False, tensorboard=False)
-    scoring = ScoringPass(config, model, wrapped, vocabulary, examples, gradients, folder / "checkpoint", tracker, 0)
+    tracker = Tracker(folder, enabled=False, tensorboard=False, stage="esi")
+    objective = SafetyObjective(config, model, wrapped, vocabulary, examples, gradients, 0)
+    scoring = ScoringPass(config, model, objective, folder / "checkpoint", tracker)
     return scoring, model, gradients
 
 
@@ -130,7 +132,7 @@ def time_esi(folder: Path, dtype: str, autoep_size: int | None = None) -> tuple[
         scoring._step()
 
     def judge_only() -> None:
-        scoring.guard.judge([example.guard_input for example in scoring._my_examples()], runtime.device())
+        scoring.objective.guard.judge([example.guard_input for example in scoring._my_examples()], runtime.device())
 
     with gradients.collecting():
         esi_seconds = median_seconds(esi, STEPS)
@@ -150,7 +152,7 @@ def count_resident(folder: Path, autoep_size: int | None = None) -> dict[str, fl
     scoring, model, gradients = make_pass(folder, "bf16", autoep_size)
     with gradients.collecting():
         scoring._step()
-    judge = sum(p.untyped_storage().nbytes() for p in scoring.guard.model.parameters())
+    judge = sum(p.untyped_storage().nbytes() for p in scoring.objective.guard.model.parameters())
     held = runtime.all_reduce_sum(torch.tensor([float(resident_bytes() - judge)], dtype=torch.float64))
     weights = sum(parameter.numel for parameter in model.parameters)
     return {"dtype": "bf16", "bytes_per_weight_times_ranks": float(held) / weights}
