@@ -70,8 +70,8 @@ def make_pass(folder: Path, dtype: str, autoep_size: int | None = None):
     from esi_ds.data.chat import EncodedResponse
     from esi_ds.judge.families import EncodedJudgement
     from esi_ds.judge.guard import Guard, GuardInput, WholeWeights
-    from esi_ds.stages.prepare import Example
     from esi_ds.stages.objectives import SafetyObjective
+    from esi_ds.stages.prepare import Example
     from esi_ds.stages.score import ScoringPass
     from esi_ds.tracking import Tracker
     from esi_ds.zero import runtime
@@ -149,11 +149,12 @@ def count_resident(folder: Path, autoep_size: int | None = None) -> dict[str, fl
 
     from esi_ds.zero import runtime
 
+    before = resident_bytes()
     scoring, model, gradients = make_pass(folder, "bf16", autoep_size)
     with gradients.collecting():
         scoring._step()
     judge = sum(p.untyped_storage().nbytes() for p in scoring.objective.guard.model.parameters())
-    held = runtime.all_reduce_sum(torch.tensor([float(resident_bytes() - judge)], dtype=torch.float64))
+    held = runtime.all_reduce_sum(torch.tensor([float(resident_bytes() - before - judge)], dtype=torch.float64))
     weights = sum(parameter.numel for parameter in model.parameters)
     return {"dtype": "bf16", "bytes_per_weight_times_ranks": float(held) / weights}
 

@@ -243,6 +243,7 @@ def build_model(
     """A random model whose weights are large enough for gradients and routing to be far from zero and from ties.
 
     extra_rows: logits beyond the tokenizer, as padded vocabularies have. nan_token: its embedding becomes NaN.
+    leave_out: no token reaches the last expert (always so for FAMILIES).
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(model_config(kind, len(tokenizer) + extra_rows, experts))
