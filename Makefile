@@ -55,6 +55,8 @@ style: $(VENV)/.installed  ## lint, format and import boundaries
 bench: $(VENV)/.installed  ## speed and memory, as ratios within one run (benchmarks/RESULTS.md)
 	$(BIN)/python benchmarks/esi.py
 	$(BIN)/python benchmarks/tune.py
+	$(BIN)/python benchmarks/moe.py
+	$(BIN)/python benchmarks/scaling.py
 
 study: $(VENV)/.installed  ## the comparison in docs/results.md, about 95 minutes on two cores; goes on where it stopped
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[study]'

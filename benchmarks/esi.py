@@ -62,14 +62,15 @@ def make_models(folder: Path, dtype) -> None:
         AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder / name)
 
 
-def make_pass(folder: Path, dtype: str):
-    """A ScoringPass over made-up ids, and its model."""
+def make_pass(folder: Path, dtype: str, autoep_size: int | None = None):
+    """A ScoringPass over made-up ids, and its model. autoep_size: ranks that share a mixture's experts."""
     import torch
 
     from esi_ds.config import validate
     from esi_ds.data.chat import EncodedResponse
     from esi_ds.judge.families import EncodedJudgement
     from esi_ds.judge.guard import Guard, GuardInput, WholeWeights
+    from esi_ds.stages.objectives import SafetyObjective
     from esi_ds.stages.prepare import Example
     from esi_ds.stages.score import ScoringPass
     from esi_ds.tracking import Tracker
@@ -82,6 +83,8 @@ def make_pass(folder: Path, dtype: str):
         "bf16": {"enabled": dtype == "bf16"},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
+    if autoep_size is not None:
+        settings["expert_parallel"] = {"enabled": True, "autoep_size": autoep_size}
     guard = load_replicated(str(folder / "guard"), dtype, "guard")
     model = load_sharded(str(folder / "model"), dtype, settings, "model")
     config = validate(
@@ -112,23 +115,24 @@ def make_pass(folder: Path, dtype: str):
     vocabulary = VocabularyMap.__new__(VocabularyMap)
     vocabulary.num_logits, vocabulary.is_identity, vocabulary.has_text = 4096, True, [True] * 4096
     wrapped = Guard(guard, SimpleNamespace(pad_token_id=0), "margin", WholeWeights())
-    tracker = Tracker(folder, enabled=False, tensorboard=False)
-    scoring = ScoringPass(config, model, wrapped, vocabulary, examples, gradients, folder / "checkpoint", tracker, 0)
+    tracker = Tracker(folder, enabled=False, tensorboard=False, stage="esi")
+    objective = SafetyObjective(config, model, wrapped, vocabulary, examples, gradients, 0)
+    scoring = ScoringPass(config, model, objective, folder / "checkpoint", tracker)
     return scoring, model, gradients
 
 
-def time_esi(folder: Path, dtype: str) -> tuple[dict[str, float], list[list[int]]]:
+def time_esi(folder: Path, dtype: str, autoep_size: int | None = None) -> tuple[dict[str, float], list[list[int]]]:
     """Seconds of one ESI micro-batch on all ranks, of its judge alone, and what is held; and the rows it read."""
     from esi_ds.zero import runtime
 
-    scoring, model, gradients = make_pass(folder, dtype)
+    scoring, model, gradients = make_pass(folder, dtype, autoep_size)
 
     def esi() -> None:
         scoring.state.position = 0
         scoring._step()
 
     def judge_only() -> None:
-        scoring.guard.judge([example.guard_input for example in scoring._my_examples()], runtime.device())
+        scoring.objective.guard.judge([example.guard_input for example in scoring._my_examples()], runtime.device())
 
     with gradients.collecting():
         esi_seconds = median_seconds(esi, STEPS)
@@ -139,17 +143,18 @@ def time_esi(folder: Path, dtype: str) -> tuple[dict[str, float], list[list[int]
     return {"weights": weights, "esi_s": esi_seconds, "of_which_judge_s": judge_seconds}, rows
 
 
-def count_resident(folder: Path) -> dict[str, float]:
+def count_resident(folder: Path, autoep_size: int | None = None) -> dict[str, float]:
     """Bytes alive between micro-batches of a bf16 model, summed over ranks, per weight; the judge's are not counted."""
     import torch
 
     from esi_ds.zero import runtime
 
-    scoring, model, gradients = make_pass(folder, "bf16")
+    before = resident_bytes()
+    scoring, model, gradients = make_pass(folder, "bf16", autoep_size)
     with gradients.collecting():
         scoring._step()
-    judge = sum(p.untyped_storage().nbytes() for p in scoring.guard.model.parameters())
-    held = runtime.all_reduce_sum(torch.tensor([float(resident_bytes() - judge)], dtype=torch.float64))
+    judge = sum(p.untyped_storage().nbytes() for p in scoring.objective.guard.model.parameters())
+    held = runtime.all_reduce_sum(torch.tensor([float(resident_bytes() - before - judge)], dtype=torch.float64))
     weights = sum(parameter.numel for parameter in model.parameters)
     return {"dtype": "bf16", "bytes_per_weight_times_ranks": float(held) / weights}
 
@@ -272,12 +277,17 @@ def main() -> None:
     if arguments.worker:
         worker(arguments.worker)
         return
+    print(launched(__file__, arguments.ranks))
+
+
+def launched(script: str, ranks: int) -> str:
+    """The JSON that a benchmark's ``--worker FOLDER`` prints on ZeRO-3 ranks."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             str(Path(sys.executable).with_name("deepspeed")),
             "--num_accelerators",
-            str(arguments.ranks),
-            __file__,
+            str(ranks),
+            script,
             "--worker",
             folder,
         ]
@@ -286,7 +296,7 @@ def main() -> None:
         )
     if "RESULT " not in done.stdout:
         sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
-    print(done.stdout.partition("RESULT ")[2].partition("\n[")[0])
+    return done.stdout.partition("RESULT ")[2].partition("\n[")[0]
 
 
 if __name__ == "__main__":

@@ -24,11 +24,15 @@ TURN_S, LONGEST_S = 5.0, 40.0
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says besides the config. ``world_size``: ranks that a dry run plans for. ``launcher``: what
-    ``ranks.launcher`` found when the process began."""
+    """What the command line says besides the config. ``world_size``, ``nodes`` and the memories: ranks, on how many
+    nodes, and what a GPU and a node hold, that a dry run plans for. ``launcher``: what ``ranks.launcher`` found when the
+    process began."""
 
     dry_run: bool = False
     world_size: int | None = None
+    nodes: int | None = None
+    gpu_memory_gib: float = 80.0
+    node_memory_gib: float = 2048.0
     verbose: bool = False
     allow_fingerprint_mismatch: bool = False
     launcher: tuple[tuple[int, int], ...] = ()
@@ -41,6 +45,41 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_size(text: str) -> float:
+    """An argument that is a size."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return size
+
+
+def planned_ranks(made: argparse.ArgumentParser, arguments: argparse.Namespace) -> tuple[int | None, int | None]:
+    """(ranks, nodes) that a dry run plans for; None where nothing was said. Leaves with 2 where they contradict."""
+    given = {
+        "--world-size": arguments.world_size,
+        "--nodes": arguments.nodes,
+        "--gpus-per-node": arguments.gpus_per_node,
+        "--gpu-memory-gib": arguments.gpu_memory_gib,
+        "--node-memory-gib": arguments.node_memory_gib,
+    }
+    said = [flag for flag, value in given.items() if value is not None]
+    if said and not arguments.dry_run:
+        made.error(f"{said[0]} is for --dry-run; a run has the ranks that its launcher starts")
+    ranks, nodes, per_node = (given[flag] for flag in ("--world-size", "--nodes", "--gpus-per-node"))
+    if nodes is None and per_node is None:
+        return ranks, None
+    if nodes is None:
+        nodes = 1 if ranks is None else max(1, ranks // per_node)
+    if per_node is None:
+        per_node = 8 if ranks is None else max(1, ranks // nodes)
+    if ranks is not None and ranks != nodes * per_node:
+        made.error(f"--world-size {ranks} contradicts {nodes} nodes of {per_node} GPUs; give two of the three")
+    return nodes * per_node, nodes
+
+
 def parser(stage: str) -> argparse.ArgumentParser:
     """``--local_rank`` and ``--deepspeed`` are what launchers and habits add; they change nothing."""
     made = argparse.ArgumentParser(prog=f"launch/{stage}.py", allow_abbrev=False)
@@ -49,6 +88,10 @@ def parser(stage: str) -> argparse.ArgumentParser:
     made.add_argument("--deepspeed_config", metavar="FILE", help="replaces the config's deepspeed")
     made.add_argument("--dry-run", action="store_true", help="print the resolved config and what would run")
     made.add_argument("--world-size", type=positive, metavar="N", help="ranks to plan for in a dry run")
+    made.add_argument("--nodes", type=positive, metavar="N", help="nodes to plan for in a dry run")
+    made.add_argument("--gpus-per-node", type=positive, metavar="N", help="of each of them; default 8")
+    made.add_argument("--gpu-memory-gib", type=positive_size, metavar="G", help="of each GPU; default 80")
+    made.add_argument("--node-memory-gib", type=positive_size, metavar="G", help="of each node's host; default 2048")
     made.add_argument("--verbose", action="store_true", help="let every rank speak")
     made.add_argument(
         "--allow-fingerprint-mismatch",
@@ -72,8 +115,7 @@ def main(stage: str, argv: list[str] | None = None) -> int:
     """Run one stage; returns the process's exit code: 0, 2 (user's mistake), 75 (resumable) or 1 (anything else)."""
     made = parser(stage)
     arguments = made.parse_intermixed_args(argv)
-    if arguments.world_size is not None and not arguments.dry_run:
-        made.error("--world-size is for --dry-run; a run has the ranks that its launcher starts")
+    world_size, nodes = planned_ranks(made, arguments)
     rank, local_rank, config = 0, 0, None
     try:
         place = ranks.find()
@@ -81,7 +123,10 @@ def main(stage: str, argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config)
         options = Options(
             dry_run=arguments.dry_run,
-            world_size=arguments.world_size,
+            world_size=world_size,
+            nodes=nodes,
+            gpu_memory_gib=arguments.gpu_memory_gib or Options.gpu_memory_gib,
+            node_memory_gib=arguments.node_memory_gib or Options.node_memory_gib,
             verbose=arguments.verbose,
             allow_fingerprint_mismatch=arguments.allow_fingerprint_mismatch,
             launcher=ranks.launcher(place),

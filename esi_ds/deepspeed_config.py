@@ -104,46 +104,17 @@ def _check_zero(settings: dict[str, Any]) -> None:
 EXPERT_PARALLEL = "deepspeed.expert_parallel"
 AUTOEP_SIZE = f"{EXPERT_PARALLEL}.autoep_size"
 # What DeepSpeed 0.19.8 reads of the section; it passes over every other key without a word (auto_ep_config.py).
-EXPERT_PARALLEL_KEYS = frozenset(
-    [
-        "enabled",
-        "autoep_size",
-        "expert_tensor_parallel_size",
-        "validate_folding_routing",
-        "async_split_plan",
-        "preset_model",
-        "moe_layer_pattern",
-        "expert_pattern",
-        "router_pattern",
-        "use_grouped_mm",
-        "disable_triton_grouped_mm",
-        "route_norm",
-        "route_scale",
-        "score_apply",
-        "combine_impl",
-        "row_weighting_impl",
-        "gate_up_impl",
-        "comm_backend",
-        "comm_num_sm",
-        "comm_qp_margin",
-        "comm_max_tokens_per_rank",
-        "num_expert_groups",
-        "num_limited_groups",
-        "score_func",
-        "top_k",
-        "load_balance_coeff",
-        "routed_scaling_factor",
-        "expert_w1",
-        "expert_w2",
-        "expert_w3",
-        "num_experts_attr",
-        "top_k_attr",
-        "has_shared_experts",
-        "shared_experts_pattern",
-        "shared_experts_gate_pattern",
-        "expert_activation",
-    ]
-)
+# fmt: off
+EXPERT_PARALLEL_KEYS = frozenset((
+    "enabled", "autoep_size", "expert_tensor_parallel_size", "validate_folding_routing", "async_split_plan",
+    "preset_model", "moe_layer_pattern", "expert_pattern", "router_pattern", "use_grouped_mm",
+    "disable_triton_grouped_mm", "route_norm", "route_scale", "score_apply", "combine_impl", "row_weighting_impl",
+    "gate_up_impl", "comm_backend", "comm_num_sm", "comm_qp_margin", "comm_max_tokens_per_rank",
+    "num_expert_groups", "num_limited_groups", "score_func", "top_k", "load_balance_coeff", "routed_scaling_factor",
+    "expert_w1", "expert_w2", "expert_w3", "num_experts_attr", "top_k_attr", "has_shared_experts",
+    "shared_experts_pattern", "shared_experts_gate_pattern", "expert_activation",
+))
+# fmt: on
 
 
 def expert_parallel_size(settings: Mapping[str, Any]) -> int | None:

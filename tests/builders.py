@@ -239,10 +239,12 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     nan_token: int | None = None,
     experts: int = 5,
+    leave_out: bool = False,
 ) -> Path:
     """A random model whose weights are large enough for gradients and routing to be far from zero and from ties.
 
     extra_rows: logits beyond the tokenizer, as padded vocabularies have. nan_token: its embedding becomes NaN.
+    leave_out: no token reaches the last expert (always so for FAMILIES).
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(model_config(kind, len(tokenizer) + extra_rows, experts))
@@ -252,7 +254,7 @@ def build_model(
                 parameter.normal_(std=0.6 if "embed" in name else 0.25)
             else:
                 parameter.uniform_(0.7, 1.3)
-        if kind in FAMILIES:
+        if kind in FAMILIES or leave_out:
             leave_one_out(model, experts - 1)
         if nan_token is not None:
             model.get_input_embeddings().weight[nan_token] = float("nan")

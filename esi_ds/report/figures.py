@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
 import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from esi_ds.report.tables import Heatmap  # noqa: E402
@@ -45,26 +46,30 @@ def heatmap(data: Heatmap) -> Figure:
     height = min(16.0, max(2.4, 1.2 + 0.34 * rows if rows <= 40 else 1.2 + 0.13 * rows))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(width, height))
-        colours = plt.get_cmap("viridis").with_extremes(bad="#d9d9d9")
-        image = axes.imshow(
-            np.ma.masked_invalid(values),
-            aspect="auto",
-            cmap=colours,
-            interpolation="nearest",
-            vmin=min(0.0, np.nanmin(values)),
-        )
-        axes.set_title(data.title)
-        axes.set_xlabel(data.column_axis)
-        axes.set_ylabel(data.row_axis)
-        _label(axes.set_xticks, data.columns, rotate=any(len(label) > 3 for label in data.columns))
-        _label(axes.set_yticks, data.rows)
-        axes.tick_params(length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        figure.colorbar(image, ax=axes, label=data.unit, fraction=0.05, pad=0.02)
-        if rows * columns <= 120:
-            _write_values(axes, values)
+        draw_heatmap(axes, data)
     return figure
+
+
+def draw_heatmap(axes: Axes, data: Heatmap) -> None:
+    values = np.array(data.values, dtype=float)
+    image = axes.imshow(
+        np.ma.masked_invalid(values),
+        aspect="auto",
+        cmap=plt.get_cmap("viridis").with_extremes(bad="#d9d9d9"),
+        interpolation="nearest",
+        vmin=min(0.0, np.nanmin(values)),
+    )
+    axes.set_title(data.title)
+    axes.set_xlabel(data.column_axis)
+    axes.set_ylabel(data.row_axis)
+    _label(axes.set_xticks, data.columns, rotate=any(len(label) > 3 for label in data.columns))
+    _label(axes.set_yticks, data.rows)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.figure.colorbar(image, ax=axes, label=data.unit, fraction=0.05, pad=0.02)
+    if values.size <= 120:
+        _write_values(axes, values)
 
 
 def _label(set_ticks, labels: Sequence[str], rotate: bool = False) -> None:

@@ -18,14 +18,14 @@ from esi_ds.models.roles import layer_of
 from esi_ds.report.experts import expert_tables
 from esi_ds.report.html import write_report
 from esi_ds.report.publish import closing_table, publish
-from esi_ds.stages.prepare import Inputs
+from esi_ds.stages.prepare import Inputs, clean, encode_prompts
 from esi_ds.stages.prepare_losses import LossRows
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.files import write_mask, write_scores
 from esi_ds.zero.gradients import GradientShards
-from esi_ds.zero.routing import frequencies, routing_choices
+from esi_ds.zero.routing import MAX_ROWS, frequencies, routing_choices
 from esi_ds.zero.score import Accumulated, Scores, Selection, select_weights
 from esi_ds.zero.statistics import log_histograms, unit_rows, unscored_numel
 
@@ -121,12 +121,17 @@ def routing_rows(
     config: Config, model: ShardedModel, outcome: Outcome | None, losses: Sequence[LossOutcome]
 ) -> list[dict]:
     """{set, layer, tokens: one count an expert} of every router, on rank 0: how often harmful prompts with their
-    responses, and benign rows where the run has them, reach each expert. Collectives: ``routing_choices``, a set each.
+    responses, and benign rows, or else the prompts of ``eval.benign``, reach each expert. Collectives:
+    ``routing_choices``, a set each.
     """
     sets = {"harmful": (outcome.sequences, outcome.inputs.tokenizer.pad_token_id)} if outcome is not None else {}
     for found in losses:
         if found.loss.name == "benign":
             sets["benign"] = ([sequence.ids for sequence in found.loss.rows.sequences], found.loss.pad)
+    if "benign" not in sets and outcome is not None and outcome.inputs.benign_prompts:
+        inputs = outcome.inputs
+        texts, _ = clean(inputs, inputs.benign_prompts[:MAX_ROWS])
+        sets["benign"] = (encode_prompts(inputs, config, texts), inputs.tokenizer.pad_token_id)
     experts = {unit.expert for parameter in model.parameters for unit in parameter.units if unit.expert is not None}
     made = []
     for name, (sequences, pad) in sets.items() if experts else ():

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from esi_ds.cli import Options
 from esi_ds.config import Config, resolved_yaml
 from esi_ds.core.criteria import objectives
+from esi_ds.core.footprint import WEIGHT_BYTES
 from esi_ds.core.mask import num_bytes
 from esi_ds.core.select import model_k
 from esi_ds.core.units import Parameter
@@ -19,15 +20,21 @@ from esi_ds.data.prompts import load_prompts, load_responses
 from esi_ds.data.rows import read_rows
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.models.roles import describe, unknown, warning
+from esi_ds.stages.plan_bytes import (
+    describe_work,
+    expected_trained,
+    is_compact,
+    known_trained,
+    print_bytes,
+    readable,
+    topology,
+)
 from esi_ds.stages.prepare import load_model_config
 
 if TYPE_CHECKING:
     from esi_ds.stages.prepare_eval import EvalInputs
     from esi_ds.stages.prepare_perturb import PerturbInputs
     from esi_ds.stages.prepare_tuning import TuningInputs
-
-WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-COMPACT_LIMIT = 2 << 30  # as zero/sparse.py chooses; that module would import deepspeed
 
 
 def meta_parameters(config: PretrainedConfig, roles: Mapping[str, str] | None = None) -> tuple[Parameter, ...]:
@@ -38,20 +45,12 @@ def meta_parameters(config: PretrainedConfig, roles: Mapping[str, str] | None = 
     return describe(model, given=roles)
 
 
-def plan(config: Config, world_size: int) -> dict[str, object]:
-    """What would run: units, k, bytes per rank and on disk, passes. No collectives, no weights."""
-    section = config.model
-    parameters = meta_parameters(
-        load_model_config(section.path, "model.path", section.revision, section.trust_remote_code), section.roles
-    )
+def plan(config: Config, parameters: tuple[Parameter, ...], world_size: int) -> dict[str, object]:
+    """What would run: units, k, bytes on disk, passes. No collectives, no weights."""
     total = sum(parameter.numel for parameter in parameters)
     scored = [parameter for parameter in parameters if parameter.scored]
     num_scored = sum(parameter.numel for parameter in scored)
-    weight = WEIGHT_BYTES[section.dtype]
-    shard = sum(-(-parameter.numel // world_size) for parameter in parameters)
-    scored_shard = sum(-(-parameter.numel // world_size) for parameter in scored)
     units = Counter(unit.role for parameter in scored for unit in parameter.units)
-    largest = max(parameters, key=lambda parameter: parameter.numel)
     facts: dict[str, object] = {
         "weights": f"{total:,}",
         "scored weights": f"{num_scored:,}",
@@ -60,25 +59,20 @@ def plan(config: Config, world_size: int) -> dict[str, object]:
         + ", ".join(f"{r} {n}" for r, n in sorted(units.items())),
         "k": f"{_k(config, parameters):,}",
         "ranks": world_size,
-        "weights per rank": _size(weight * shard),
     }
     if strangers := unknown(parameters):
         facts["NOTE"] = warning(strangers)
     names = objectives(config.select.criterion, config.select.contrastive)
     if names:
-        where = " (on the CPU)" if config.esi.accumulator_device == "cpu" else ""
-        several = f" ({len(names)} sums: {', '.join(names)})" if len(names) > 1 else ""
-        facts["gradient sums per rank" + where] = _size(4 * scored_shard * len(names)) + several
-        facts["largest parameter, gathered, and its gradient"] = (
-            f"{_size((weight + 4) * largest.numel)} ({largest.name})"
-        )
+        if len(names) > 1:
+            facts["sums of gradients"] = f"{len(names)} sums: {', '.join(names)}"
         if "safety" in names:
             facts |= _passes(config, world_size)
         facts |= _loss_passes(config, names, world_size)
-        facts["checkpoint on disk"] = _size(4 * num_scored * len(names))
+        facts["checkpoint on disk"] = readable(4 * num_scored * len(names))
     if config.esi.save_scores:
-        facts["scores on disk"] = _size(4 * num_scored)
-    facts["mask on disk"] = _size(sum(num_bytes(parameter.numel) for parameter in scored))
+        facts["scores on disk"] = readable(4 * num_scored)
+    facts["mask on disk"] = readable(sum(num_bytes(parameter.numel) for parameter in scored))
     return facts
 
 
@@ -124,26 +118,17 @@ def _loss_passes(config: Config, names: Sequence[str], world_size: int) -> dict[
 
 
 def tuning_plan(config: Config, inputs: TuningInputs, world_size: int) -> dict[str, object]:
-    """What SET or SPA would run: trained weights, bytes a rank, steps, rows. No collectives, no weights."""
+    """What SET or SPA would run: trained weights, steps, rows. No collectives, no weights."""
     tune, trained = config.tune, inputs.trained
-    weight = WEIGHT_BYTES[config.model.dtype]
-    shard = sum(-(-numel // world_size) for numel in trained.numels.values())
-    own = sum(-(-numel // world_size) for name, numel in trained.numels.items() if trained.count(name))
     facts: dict[str, object] = {
         "weights": f"{sum(trained.numels.values()):,}",
         "mask": f"{inputs.mask.k:,} weights by {inputs.mask.metadata.get('criterion')}",
         "trained weights": f"{trained.total:,} in {sum(trained.count(n) > 0 for n in trained.numels)} parameters",
         "ranks": world_size,
-        "weights per rank": _size(weight * shard),
     }
     if inputs.stage == "set":
-        compact = tune.reduction == "compact" or (tune.reduction == "auto" and 8 * trained.total <= COMPACT_LIMIT)
+        compact = is_compact(config, trained.total)
         facts["gradients"] = "compact: one all-reduce a step" if compact else "scatter: reduce-scatter in the hooks"
-        facts["masters, moments per rank (about)"] = _size(12 * trained.total / world_size)
-        facts["index and sums per rank"] = _size(8 * trained.total if compact else 8 * trained.total / world_size)
-    else:
-        facts["masters, moments, gradients per rank"] = _size(16 * own)
-        facts["mask bits per rank"] = _size(own / 8)
     stride = tune.batch_size * tune.gradient_accumulation * world_size
     facts["rows"] = f"{len(inputs.rows.sequences):,} ({inputs.rows.columns}), {len(inputs.rows.skipped)} skipped"
     facts["steps"] = (
@@ -154,10 +139,14 @@ def tuning_plan(config: Config, inputs: TuningInputs, world_size: int) -> dict[s
 
 def print_tuning_plan(config: Config, options: Options, inputs: TuningInputs) -> None:
     """The resolved config, then the plan."""
-    world_size = options.world_size or 1
-    resolve_deepspeed(config, world_size, inputs.stage)
+    ranks = topology(options).ranks
+    resolve_deepspeed(config, ranks, inputs.stage)
     print(resolved_yaml(config))
-    _print_facts(tuning_plan(config, inputs, world_size))
+    _print_facts(tuning_plan(config, inputs, ranks))
+    parameters = meta_parameters(inputs.model_config, config.model.roles)
+    trained = known_trained(inputs.trained, parameters)
+    work = describe_work(config, inputs.stage, inputs.model_config, parameters, trained, ranks)
+    print_bytes(config, options, inputs.stage, work, inputs.model_config)
 
 
 def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> None:
@@ -169,7 +158,7 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     for model in inputs.models:
         total = sum(parameter.numel for parameter in meta_parameters(model.config))
         against = f", compared with {model.before}" if model.before else ""
-        whole = _size(WEIGHT_BYTES[config.model.dtype] * total)
+        whole = readable(WEIGHT_BYTES[config.model.dtype] * total)
         facts[f"model {model.name}"] = f"{total:,} weights, {whole} whole{against}"
     for found in inputs.sets:
         row = found.as_row()
@@ -196,21 +185,18 @@ def print_perturb_plan(config: Config, options: Options, inputs: PerturbInputs) 
     _print_facts(facts)
 
 
-def _size(size: float) -> str:
-    """Bytes as a number between 1 and 1024 of the fitting unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
-
-
 def print_plan(config: Config, options: Options) -> None:
     """The resolved config, then the plan."""
-    world_size = options.world_size or 1
-    resolve_deepspeed(config, world_size)
+    ranks, section = topology(options).ranks, config.model
+    resolve_deepspeed(config, ranks)
+    model_config = load_model_config(section.path, "model.path", section.revision, section.trust_remote_code)
+    parameters = meta_parameters(model_config, section.roles)
     print(resolved_yaml(config))
-    _print_facts(plan(config, world_size))
+    _print_facts(plan(config, parameters, ranks))
+    trained = expected_trained(config, parameters)
+    print_bytes(
+        config, options, "esi", describe_work(config, "esi", model_config, parameters, trained, ranks), model_config
+    )
 
 
 def _print_facts(facts: dict[str, object]) -> None:

@@ -42,7 +42,7 @@ class Inputs:
     """Prompts, and what is needed to turn them into the model's and the judge's ids.
 
     prompts, given_responses: texts as they were given (responses None: to be generated). ``judge`` is None for
-    criteria that need no gradient.
+    criteria that need no gradient. benign_prompts: of ``eval.benign``, for a mixture's routing frequencies.
     """
 
     model_config: PretrainedConfig
@@ -53,6 +53,7 @@ class Inputs:
     source: dict[str, str]
     skipped: list[tuple[int, str]]
     specials: tuple[str, ...]
+    benign_prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,18 @@ def prepare(config: Config) -> Inputs | None:
     judge = prepare_judge(config)
     prompts, responses, source, skipped = _read_data(config)
     specials = special_strings(tokenizer, judge.tokenizer)
-    return Inputs(model_config, tokenizer, judge, prompts, responses, source, skipped, specials)
+    benign = _benign_prompts(config)
+    return Inputs(model_config, tokenizer, judge, prompts, responses, source, skipped, specials, benign)
+
+
+def _benign_prompts(config: Config) -> tuple[str, ...]:
+    found: list[str] = []
+    for number, section in enumerate(config.eval.benign if config.eval is not None else ()):
+        field = f"eval.benign.{number}"
+        found += load_prompts(
+            section.path, section.split, section.column, section.limit, kind="benign", field=field
+        ).prompts
+    return tuple(found)
 
 
 def prepare_judge(config: Config) -> Judge:
@@ -121,13 +133,18 @@ def _read_data(config: Config) -> tuple[list[str], list[str] | None, dict[str, s
     return list(found.prompts), None, source, list(found.skipped)
 
 
-def load_model_config(path: str, field: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
-    """The architecture of a folder or hub id; ``field`` is the config key to name in an error."""
+def load_model_config(
+    path: str, field: str, revision: str | None, trust_remote_code: bool, only_local: bool = False
+) -> PretrainedConfig:
+    """The architecture of a folder or hub id; ``field`` is the config key to name in an error. only_local: ask no hub,
+    read folders and the hub's cache."""
     looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
     if looks_local and not (Path(path) / "config.json").is_file():
         raise UserError(field, path, "is no model folder: it holds no config.json", "give a Hugging Face folder")
     try:
-        found = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        found = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code, local_files_only=only_local
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             field,

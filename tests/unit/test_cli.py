@@ -50,7 +50,36 @@ def test_flags_and_overrides_in_any_order(stage: types.ModuleType, config: str) 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--wrold-size", "2"], ["--world-size", "2"], ["--dry-run", "--world-size", "0"], ["--conf", "x"]]
+    ("arguments", "planned"),
+    [
+        ([], (None, None)),
+        (["--nodes", "4"], (32, 4)),
+        (["--nodes", "4", "--gpus-per-node", "2"], (8, 4)),
+        (["--gpus-per-node", "4"], (4, 1)),
+        (["--gpus-per-node", "4", "--world-size", "16"], (16, 4)),
+        (["--nodes", "2", "--world-size", "8", "--gpu-memory-gib", "141"], (8, 2)),
+    ],
+)
+def test_what_a_dry_run_plans_for(stage, config: str, arguments: list[str], planned: tuple) -> None:
+    assert main("fake", ["--config", config, "--dry-run", *arguments]) == 0
+    options = stage.calls[0][1]
+    assert (options.world_size, options.nodes) == planned
+    assert options.gpu_memory_gib == (141 if "141" in arguments else 80)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--wrold-size", "2"],
+        ["--world-size", "2"],
+        ["--nodes", "2"],
+        ["--gpu-memory-gib", "80"],
+        ["--dry-run", "--world-size", "0"],
+        ["--dry-run", "--nodes", "3", "--world-size", "8"],
+        ["--dry-run", "--nodes", "2", "--gpus-per-node", "8", "--world-size", "8"],
+        ["--dry-run", "--gpu-memory-gib", "nan"],
+        ["--conf", "x"],
+    ],
 )
 def test_wrong_flags_exit_2(stage: types.ModuleType, config: str, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as left:

@@ -227,7 +227,7 @@ def test_dry_run_shows_the_further_passes(made: Path, capsys) -> None:
     assert "2 of 8 rows per rank (32 together)" in alone and "benign" not in alone.split("ranks", 1)[1]
     assert main("esi", [*arguments, "select.contrastive=true", f"data.benign.path={made / 'rows.jsonl'}"]) == 0
     both = capsys.readouterr().out
-    assert "13 of 1 rows per rank (4 together)" in both and "(2 sums: tuning, benign)" in both
+    assert "13 of 1 rows per rank (4 together)" in both and "2 sums: tuning, benign" in both
 
     def size(shown: str, what: str) -> float:
         line = next(line for line in shown.splitlines() if line.startswith(what))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import json
 import random
 from itertools import combinations
+from pathlib import Path
 
+import matplotlib.image
 import pytest
 
+from esi_ds.errors import UserError
 from esi_ds.report.experts import expert_tables, gini, hold_half
+from esi_ds.report.experts_picture import experts_png
 
 
 def naive_gini(counts: list[int]) -> float:
@@ -68,3 +74,20 @@ def test_a_dense_model_has_no_such_tables_and_an_empty_mask_divides_by_nothing()
     assert expert_tables([row("mlp.up", 0, None, 10, 5)], 5) is None
     found = expert_tables([row("expert.up", 0, e, 10, 0) for e in range(2)], 0)
     assert (found["gini"], found["hold_half"]) == (0.0, 0)
+
+
+def test_the_picture_of_a_mixture(tmp_path: Path) -> None:
+    """Two maps of the mask and one of each set's routing; a dense model's report is refused."""
+    units = [row("expert.up", layer, expert, 10, layer + expert) for layer in range(2) for expert in range(3)]
+    heights = []
+    for sets in (["harmful"], ["harmful", "benign"], ["harmful", "benign", "other"]):
+        routing = [{"set": name, "layer": layer, "tokens": [1, 2, 3]} for name in sets for layer in range(2)]
+        report = {"units": units, "selection": {"k": 9}, "routing": routing}
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        heights.append(matplotlib.image.imread(io.BytesIO(experts_png(tmp_path))).shape[0])
+    assert heights[0] == heights[1] < heights[2]  # two by two, then a third row
+    (tmp_path / "report.json").write_text(json.dumps({"units": [row("mlp.up", 0, None, 10, 1)], "routing": []}))
+    with pytest.raises(UserError, match="without experts"):
+        experts_png(tmp_path)
+    with pytest.raises(UserError, match="holds no report.json"):
+        experts_png(tmp_path / "nowhere")

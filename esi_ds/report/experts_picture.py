@@ -1,0 +1,57 @@
+"""One picture of a mixture's report: layer × expert maps of the mask, the scores and the routing.
+
+    python -m esi_ds.report.experts_picture RUN picture.png
+
+reads the ``report.json`` of an ESI run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from esi_ds.errors import UserError
+from esi_ds.report.figures import STYLE, draw_heatmap, figure_png
+from esi_ds.report.tables import layer_by_expert, routing_maps
+
+
+def experts_png(run: Path) -> bytes:
+    """Share of the mask, mean score, and how often routers choose each expert on every set of prompts, two by two.
+
+    Raises UserError where the run's report is none of a mixture's.
+    """
+    file = run / "report.json"
+    if not file.is_file():
+        raise UserError("RUN", str(run), "holds no report.json", "give the folder of a finished ESI run")
+    report = json.loads(file.read_text(encoding="utf-8"))
+    maps = layer_by_expert(report.get("units", []), report.get("selection", {}).get("k", 1))
+    if not maps:
+        raise UserError("RUN", str(run), "is the report of a model without experts", "give one of a mixture's ESI run")
+    shown = [maps[0], maps[2], *routing_maps(report["routing"])]
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(-(-len(shown) // 2), 2, figsize=(13, 2.9 * -(-len(shown) // 2)), squeeze=False)
+        for axes, data in zip(panels.flat, shown, strict=False):
+            draw_heatmap(axes, data)
+        for axes in panels.flat[len(shown) :]:
+            axes.remove()
+        figure.tight_layout()
+    return figure_png(figure)
+
+
+def main() -> int:
+    if len(sys.argv) != 3:
+        print("error: give the folder of an ESI run and the picture to write", file=sys.stderr)
+        return 2
+    try:
+        Path(sys.argv[2]).write_bytes(experts_png(Path(sys.argv[1])))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

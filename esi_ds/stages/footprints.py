@@ -1,0 +1,235 @@
+"""What ESI, SET and SPA would take of the given nodes, with and without expert parallelism, and which DeepSpeed
+configuration to use there. From shapes alone (core/footprint.py; docs/scaling.md)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from esi_ds.core.footprint import (
+    Piece,
+    Resident,
+    Topology,
+    Traffic,
+    Transient,
+    compact_traffic,
+    esi_resident,
+    gather_traffic,
+    num_experts,
+    pieces,
+    reduce_traffic,
+    set_resident,
+    spa_resident,
+    token_traffic,
+    transient,
+    window_bytes,
+)
+from esi_ds.core.units import Parameter
+from esi_ds.deepspeed_config import REDUCE_BUCKET
+
+STAGES = ("esi", "set", "spa")
+USABLE = 0.8  # of a GPU; the rest is for activations, the CUDA context and what the allocator keeps
+# Families that AutoEP of DeepSpeed 0.19.8 knows by itself (auto_ep_presets); others need `moe_layer_pattern`.
+AUTOEP_MODEL_TYPES = frozenset(
+    ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3", "minimax_m3_vl_text")
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a plan needs to know beside the hardware.
+
+    trained: stage → parameter name → weights that get a gradient there (ESI: the scored ones). weight: bytes of one.
+    tokens: of one rank and micro-batch. accumulation: micro-batches a step. judge: bytes of ESI's judge on a rank.
+    """
+
+    parameters: tuple[Parameter, ...]
+    trained: Mapping[str, Mapping[str, int]]
+    weight: int
+    tokens: int
+    top_k: int
+    hidden: int
+    compact: bool
+    num_sums: int = 1
+    accumulation: int = 1
+    recompute: bool = False
+    sums_on_host: bool = False
+    judge: float = 0.0
+
+    def experts(self) -> list[int]:
+        """Routed experts of every layer that has any."""
+        return [count for p in self.parameters if (count := num_experts(p)) and p.name.endswith("down_proj")]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One stage under one DeepSpeed configuration. ``host``: what lies in the node's memory instead, per rank."""
+
+    resident: Resident
+    judge: float
+    host: float
+    transient: Transient
+    window: int
+    traffic: Traffic
+
+    @property
+    def together(self) -> float:
+        """The most a rank's GPU holds, without activations."""
+        return self.resident.total + self.judge + self.transient.total + self.window
+
+
+def footprint(work: Work, stage: str, where: Topology, settings: Mapping[str, Any]) -> Footprint:
+    """settings: a DeepSpeed mapping; read are ``zero_optimization`` and ``expert_parallel``."""
+    zero = settings["zero_optimization"]
+    section = settings.get("expert_parallel") or {}
+    size = section["autoep_size"] if section.get("enabled") else None
+    cut = pieces(work.parameters, where.ranks, size)
+    resident, host = _offloaded(_resident(work, stage, cut, zero), work, stage, zero)
+    return Footprint(
+        resident,
+        work.judge if stage == "esi" else 0.0,
+        host,
+        transient(cut, work.weight, work.trained[stage], stage, work.compact, work.recompute),
+        window_bytes(cut, work.weight, zero),
+        _traffic(work, stage, cut, where, size),
+    )
+
+
+def _resident(work: Work, stage: str, cut: Sequence[Piece], zero: Mapping[str, Any]) -> Resident:
+    if stage == "esi":
+        return esi_resident(cut, work.weight, work.num_sums)
+    if stage == "set":
+        return set_resident(cut, work.weight, work.trained["set"], work.compact)
+    given = zero.get("reduce_bucket_size", "auto")
+    return spa_resident(cut, work.weight, work.trained["spa"], REDUCE_BUCKET if given == "auto" else int(given))
+
+
+def _offloaded(found: Resident, work: Work, stage: str, zero: Mapping[str, Any]) -> tuple[Resident, float]:
+    """What stays on the GPU, and the bytes that move to the host."""
+    kept = found
+    if _device(zero, "offload_param") == "cpu":
+        kept = replace(kept, weights=0.0)
+    if stage == "spa" and _device(zero, "offload_optimizer") == "cpu":
+        kept = replace(kept, optimizer=0.0, gradients=0.0)
+    if stage == "esi" and work.sums_on_host:
+        kept = replace(kept, gradients=0.0)
+    return kept, found.total - kept.total
+
+
+def _device(zero: Mapping[str, Any], key: str) -> str | None:
+    section = zero.get(key)
+    return section.get("device") if isinstance(section, Mapping) else None
+
+
+def _traffic(work: Work, stage: str, cut: Sequence[Piece], where: Topology, size: int | None) -> Traffic:
+    """Of a step: ``accumulation`` micro-batches (ESI: one), and SET's one all-reduce where it is compact."""
+    gathers = gather_traffic(cut, work.weight, where, 3 if work.recompute else 2)
+    compact = stage == "set" and work.compact
+    total = gathers if compact else gathers + reduce_traffic(cut, work.trained[stage], where)
+    if size is not None:
+        times, layers = 6 if work.recompute else 4, len(work.experts())
+        total += token_traffic(layers, work.tokens, work.top_k, work.hidden, work.weight, size, where, times)
+    count = 1 if stage == "esi" else work.accumulation
+    total = Traffic(count * total.rank, count * total.node)
+    return total + compact_traffic(cut, work.trained["set"], where) if compact else total
+
+
+def sizes(work: Work, where: Topology, model_type: str) -> list[int]:
+    """``autoep_size`` that the ranks, every layer's experts and DeepSpeed's presets allow, 1 excepted."""
+    counts = work.experts()
+    if model_type not in AUTOEP_MODEL_TYPES or not counts:
+        return []
+    return [n for n in range(2, where.ranks + 1) if where.ranks % n == 0 and all(count % n == 0 for count in counts)]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a GPU, and of the node that its host part lies in."""
+
+    gpu: float
+    node: float
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """``settings``: a whole DeepSpeed configuration. ``override``: a key of the YAML to go with it. ``fits``: whether
+    the stage does, in ``USABLE`` of the GPU and of the node's memory."""
+
+    settings: dict[str, Any]
+    footprint: Footprint
+    fits: bool
+    override: str | None = None
+
+
+# Least harm first: what moves to the host of each stage, and whether ESI's gradient sums do.
+OFFLOADS: Mapping[str, Sequence[tuple[tuple[str, ...], bool]]] = {
+    "esi": (((), False), ((), True), (("offload_param",), True)),
+    "set": (((), False), (("offload_param",), False)),
+    "spa": (((), False), (("offload_optimizer",), False), (("offload_param", "offload_optimizer"), False)),
+}
+
+
+def recommend(work: Work, stage: str, where: Topology, model_type: str, memory: Memory) -> Recommendation:
+    """The first of the stage's ``OFFLOADS`` that fits. Among sizes of expert parallelism, those within a node come
+    first, and of these the one with which the least arrives at a rank.
+
+    Where nothing fits: what takes least.
+    """
+    possible = sizes(work, where, model_type)
+    inside: list[int | None] = [None, *(size for size in possible if size <= where.per_node)]
+    across: list[int | None] = [size for size in possible if size > where.per_node]
+    found: list[Recommendation] = []
+    for offload, sums_on_host in OFFLOADS[stage]:
+        tried_work = replace(work, sums_on_host=work.sums_on_host or sums_on_host)
+        override = "esi.accumulator_device=cpu" if sums_on_host else None
+        for candidates in (inside, across):
+            tried = [_try(tried_work, stage, where, zero3(size, offload), memory, override) for size in candidates]
+            if fitting := [one for one in tried if one.fits]:
+                return min(fitting, key=lambda one: one.footprint.traffic.rank)
+            found += tried
+    return min(found, key=lambda one: one.footprint.together)
+
+
+def _try(
+    work: Work, stage: str, where: Topology, settings: dict[str, Any], memory: Memory, override: str | None
+) -> Recommendation:
+    found = footprint(work, stage, where, settings)
+    fits = found.together <= USABLE * memory.gpu and where.per_node * found.host <= USABLE * memory.node
+    return Recommendation(settings, found, fits, override)
+
+
+def zero3(autoep_size: int | None = None, offload: Iterable[str] = ()) -> dict[str, Any]:
+    """As the files in ds_configs/."""
+    zero = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        **{key: {"device": "cpu", "pin_memory": True} for key in offload},
+    }
+    settings = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": zero,
+    }
+    return settings if autoep_size is None else with_experts(settings, autoep_size)
+
+
+def with_experts(settings: Mapping[str, Any], autoep_size: int | None) -> dict[str, Any]:
+    """The same configuration with another size of expert parallelism; None: without."""
+    changed = copy.deepcopy({key: value for key, value in settings.items() if key != "expert_parallel"})
+    if autoep_size is not None:
+        changed["expert_parallel"] = {"enabled": True, "autoep_size": autoep_size}
+    return changed
+
+
+def nodes_needed(work: Work, stage: str, where: Topology, model_type: str, memory: Memory) -> int | None:
+    """The least number of nodes, doubled from the given one, on which the stage fits; None: not on 4,096 ranks."""
+    while where.ranks <= 4096:
+        if recommend(work, stage, where, model_type, memory).fits:
+            return where.nodes
+        where = Topology(2 * where.nodes, where.per_node)
+    return None

@@ -1,0 +1,215 @@
+"""The part of ``--dry-run`` that says what the given nodes would hold and send, and recommends a DeepSpeed config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from esi_ds.cli import Options
+from esi_ds.config import Config
+from esi_ds.core.criteria import objectives
+from esi_ds.core.footprint import WEIGHT_BYTES, Topology
+from esi_ds.core.select import model_k
+from esi_ds.core.trained import Trained
+from esi_ds.core.units import Parameter
+from esi_ds.deepspeed_config import check_experts, expert_parallel_size, read, resolve_deepspeed
+from esi_ds.errors import UserError
+from esi_ds.stages.footprints import (
+    STAGES,
+    Footprint,
+    Memory,
+    Recommendation,
+    Work,
+    footprint,
+    nodes_needed,
+    recommend,
+    sizes,
+    with_experts,
+)
+from esi_ds.stages.prepare import load_model_config
+
+COMPACT_LIMIT = 2 << 30  # as zero/sparse.py chooses; that module would import deepspeed
+GIB = 2**30
+
+
+def readable(size: float) -> str:
+    """Bytes as a number between 1 and 1024 of the fitting unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def topology(options: Options) -> Topology:
+    """``--nodes`` × ``--gpus-per-node``; ``--world-size`` alone is as many ranks on nodes of eight."""
+    ranks = options.world_size or 1
+    nodes = options.nodes or max(1, ranks // 8)
+    return Topology(nodes, ranks // nodes) if ranks % nodes == 0 else Topology(1, ranks)
+
+
+def is_compact(config: Config, total: int) -> bool:
+    """Whether SET reduces its ``total`` trained weights' gradients by one all-reduce a step."""
+    reduction = config.tune.reduction if config.tune is not None else "auto"
+    return reduction == "compact" or (reduction == "auto" and 8 * total <= COMPACT_LIMIT)
+
+
+def expected_trained(config: Config, parameters: Sequence[Parameter]) -> dict[str, dict[str, int]]:
+    """Weights that get a gradient in each stage, before there is a mask: k of them, spread evenly."""
+    scored = [parameter for parameter in parameters if parameter.scored]
+    k = model_k(tuple(parameters), config.select.ratio, config.select.of)
+    density = min(1.0, k / max(1, sum(parameter.numel for parameter in scored)))
+    selected = {parameter.name: round(density * parameter.numel) for parameter in scored}
+    others = {}
+    if config.tune is not None and config.tune.unscored == "train":
+        others = {parameter.name: parameter.numel for parameter in parameters if not parameter.scored}
+    return {
+        "esi": {parameter.name: parameter.numel for parameter in scored},
+        "set": selected | others,
+        "spa": {parameter.name: parameter.numel - selected[parameter.name] for parameter in scored} | others,
+    }
+
+
+def known_trained(trained: Trained, parameters: Sequence[Parameter]) -> dict[str, dict[str, int]]:
+    """The same of a mask that is there."""
+    scored = {parameter.name: parameter.numel for parameter in parameters if parameter.scored}
+    others = {name: trained.count(name) for name in trained.numels if name not in trained.mask.shapes}
+    selected = trained.mask.counts
+    spa = {name: trained.numels[name] - count for name, count in selected.items()}
+    return {"esi": scored, "set": selected | others, "spa": spa | others}
+
+
+def describe_work(
+    config: Config,
+    stage: str,
+    model_config: PretrainedConfig,
+    parameters: tuple[Parameter, ...],
+    trained: Mapping[str, Mapping[str, int]],
+    ranks: int,
+) -> Work:
+    text, tune = model_config.get_text_config(), config.tune
+    top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_top_k", None) or 1
+    if stage == "esi" or tune is None:
+        tokens, accumulation = config.esi.batch_size * 2 * config.esi.max_new_tokens, 1
+    else:
+        tokens, accumulation = tune.batch_size * tune.max_length, tune.gradient_accumulation
+    return Work(
+        parameters,
+        trained,
+        WEIGHT_BYTES[config.model.dtype],
+        tokens,
+        top_k,
+        text.hidden_size,
+        is_compact(config, sum(trained["set"].values())),
+        len(objectives(config.select.criterion, config.select.contrastive)),
+        accumulation,
+        config.model.gradient_checkpointing,
+        config.esi.accumulator_device == "cpu",
+        _judge_bytes(config, ranks),
+    )
+
+
+def _judge_bytes(config: Config, ranks: int) -> float:
+    """Of the judge on one rank: a slice where it is sharded, else whole. 0 where its configuration is not on
+    this machine: a plan does not wait for the hub."""
+    from esi_ds.stages.plan import meta_parameters
+
+    judge = config.judge
+    if judge is None or "safety" not in objectives(config.select.criterion, config.select.contrastive):
+        return 0.0
+    try:
+        found = load_model_config(judge.path, "judge.path", judge.revision, judge.trust_remote_code, True)
+    except UserError:
+        return 0.0
+    dtype = config.model.dtype if judge.dtype == "auto" else judge.dtype
+    whole = WEIGHT_BYTES[dtype] * sum(parameter.numel for parameter in meta_parameters(found))
+    return whole / ranks if judge.placement == "sharded" else whole
+
+
+ROWS: tuple[tuple[str, Callable[[Footprint], float]], ...] = (
+    ("weights per rank", lambda found: found.resident.weights),
+    ("gradient sums per rank", lambda found: found.resident.gradients),
+    ("masters, moments per rank", lambda found: found.resident.optimizer),
+    ("positions and sums, mask bits", lambda found: found.resident.index),
+    ("DeepSpeed's bucket of gradients", lambda found: found.resident.buffers),
+    ("judge per rank", lambda found: found.judge),
+    ("largest transient", lambda found: found.transient.total),
+    ("kept for reuse and prefetch", lambda found: found.window),
+    ("together, without activations", lambda found: found.together),
+    ("on the host instead, per rank", lambda found: found.host),
+    ("received per rank and step", lambda found: found.traffic.rank),
+    ("received per node and step", lambda found: found.traffic.node),
+)
+
+
+def print_bytes(config: Config, options: Options, stage: str, work: Work, model_config: PretrainedConfig) -> None:
+    """One table of all three stages without expert parallelism, one with it where there are experts, and the
+    recommended DeepSpeed config. Raises UserError where the configured ``autoep_size`` does not fit the model."""
+    where, model_type = topology(options), model_config.get_text_config().model_type
+    settings = read(config)
+    resolved = resolve_deepspeed(config, where.ranks, stage)
+    check_experts(resolved, work.experts())
+    memory = Memory(options.gpu_memory_gib * GIB, options.node_memory_gib * GIB)
+    best = recommend(work, stage, where, model_type, memory)
+    size = expert_parallel_size(resolved)
+    chosen = (
+        size or expert_parallel_size(best.settings) or next(iter(_near(sizes(work, where, model_type), where)), None)
+    )
+    if stage == "esi" and config.judge is not None and not work.judge:
+        print("\nnot counted: the judge, whose configuration is not on this machine")
+    print(f"\n{where.nodes} nodes of {where.per_node} GPUs; a step has {work.tokens:,} tokens a rank at most")
+    _print_table("without expert parallelism", work, stage, where, with_experts(settings, None))
+    if chosen is not None:
+        _print_table(f"autoep_size {chosen}", work, stage, where, with_experts(settings, chosen))
+    elif work.experts():
+        print(f"\nno expert parallelism to show: {_why_none(work, where, model_type)}")
+    if work.experts() and not work.recompute:
+        print("\nNOTE: without model.gradient_checkpointing the gathered experts of all layers stay until backward")
+    _print_recommendation(best, stage, work, where, model_type, memory)
+
+
+def _near(possible: Sequence[int], where: Topology) -> list[int]:
+    """The sizes that fit a node, largest first; else all."""
+    return sorted((size for size in possible if size <= where.per_node), reverse=True) or list(possible)
+
+
+def _why_none(work: Work, where: Topology, model_type: str) -> str:
+    if sizes(work, Topology(1, max(work.experts())), model_type):
+        return f"nothing above 1 divides both {where.ranks} ranks and {sorted(set(work.experts()))} experts"
+    return f"DeepSpeed 0.19.8's AutoEP has no preset for {model_type}"
+
+
+def _print_table(title: str, work: Work, stage: str, where: Topology, settings: Mapping[str, Any]) -> None:
+    """One column a stage."""
+    found = {name: footprint(work, name, where, settings) for name in STAGES}
+    lines = [(title, [name.upper() for name in STAGES])]
+    for label, value in ROWS:
+        values = [value(found[name]) for name in STAGES]
+        if any(values):
+            lines.append((label, [readable(size) if size else "-" for size in values]))
+    width = max(len(label) for label, _ in lines)
+    print("\n" + "\n".join(f"{label:{width}}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in lines))
+    largest = found[stage].transient
+    print(
+        f"largest transient of {stage.upper()}: {largest.module}, gathered weights {readable(largest.weights)}, "
+        f"gradients {readable(largest.gradient)}"
+    )
+
+
+def _print_recommendation(
+    best: Recommendation, stage: str, work: Work, where: Topology, model_type: str, memory: Memory
+) -> None:
+    host = where.per_node * best.footprint.host
+    together = f"{readable(best.footprint.together)} of a GPU's {readable(memory.gpu)} without activations"
+    together += f", {readable(host)} of a node's {readable(memory.node)}" if host else ""
+    if best.fits:
+        beside = f", with {best.override}" if best.override else ""
+        print(f"\nrecommended for {stage.upper()} ({together}); save it and give it as --deepspeed_config{beside}:")
+    else:
+        needed = nodes_needed(work, stage, where, model_type, memory)
+        more = f"{needed} nodes would do" if needed else "no number of nodes up to 4,096 ranks would do"
+        print(f"\n{stage.upper()} does not fit here ({together}): {more}. What takes least:")
+    print(json.dumps(best.settings, indent=2))

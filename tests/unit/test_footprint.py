@@ -1,0 +1,210 @@
+"""Bytes and traffic of a dry run against arithmetic on the architectures' own numbers, and the recommended configs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from deepspeed.module_inject.auto_ep_presets.registry import PRESET_MODELS
+
+from esi_ds.cli import main
+from esi_ds.config import load_config
+from esi_ds.core.footprint import (
+    Topology,
+    gather_traffic,
+    pieces,
+    reduce_traffic,
+    set_resident,
+    spa_resident,
+    token_traffic,
+    transient,
+)
+from esi_ds.deepspeed_config import check_experts, expert_parallel_size, resolve_deepspeed
+from esi_ds.stages.footprints import AUTOEP_MODEL_TYPES, USABLE, Memory, footprint, nodes_needed, recommend
+from esi_ds.stages.plan import meta_parameters
+from esi_ds.stages.plan_bytes import describe_work, expected_trained
+from esi_ds.stages.prepare import load_model_config
+
+ARCHITECTURES = ROOT / "configs/moe/architectures"
+MODELS = {  # experts, expert width, hidden, MoE layers, nodes that the YAML names
+    "mixtral-8x22b": (8, 16384, 6144, 56, 2),
+    "qwen3-235b-a22b": (128, 1536, 4096, 94, 4),
+    "deepseek-v3": (256, 2048, 7168, 58, 16),
+    "kimi-k2": (384, 2048, 7168, 60, 32),
+}
+TOTALS = {"mixtral-8x22b": 141e9, "qwen3-235b-a22b": 235e9, "deepseek-v3": 671e9, "kimi-k2": 1.03e12}  # as published
+MEMORY = Memory(80 * 2**30, 2048 * 2**30)
+
+
+@pytest.fixture(scope="module")
+def described() -> dict:
+    """(model configuration, parameters) of each architecture."""
+    found = {}
+    for name in MODELS:
+        config = load_model_config(str(ARCHITECTURES / name), "model.path", None, False)
+        found[name] = config, meta_parameters(config)
+    return found
+
+
+def work_of(name: str, described: dict, stage: str = "esi"):
+    suffix = "" if stage == "esi" else f"-{stage}"
+    config = load_config(str(ROOT / f"configs/moe/{name}{suffix}.yaml"), [])
+    model_config, parameters = described[name]
+    config = config.model_copy(update={"judge": None})  # its configuration is not here
+    work = describe_work(config, stage, model_config, parameters, expected_trained(config, parameters), 8)
+    return config, work, model_config
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_resident_bytes_and_transient(name: str, described: dict) -> None:
+    experts, width, hidden, layers, nodes = MODELS[name]
+    parameters, ranks = described[name][1], 8 * nodes
+    total = sum(parameter.numel for parameter in parameters)
+    assert total == pytest.approx(TOTALS[name], rel=0.01)
+    scored = {parameter.name: parameter.numel for parameter in parameters if parameter.scored}
+    one = experts * width * hidden  # all gate, or up, or down projections of a layer
+    for size in (None, 8):
+        cut = pieces(parameters, ranks, size)
+        # Resident bytes do not depend on expert parallelism, but for padding: fewer ranks, each of fewer experts.
+        assert sum(piece.shard for piece in cut) == pytest.approx(total / ranks, rel=1e-6)
+        assert sum(piece.numel * piece.copies for piece in cut) == total
+        experts_only = [p for p in cut if ".experts." in p.name]
+        found = transient(experts_only, 2, scored, "set", compact=False)
+        divisor, largest = (1, 2 * one) if size is None else (size, one)
+        group = ranks // (size or 1)  # 3 copies of gate, up and down; fp32 twice, and the slice that was reduced
+        assert found.weights == 3 * 2 * 3 * one // divisor
+        assert found.gradient == pytest.approx((8 + 4 / group) * largest / divisor)
+        assert transient(experts_only, 2, scored, "set", compact=True).gradient == 2 * largest // divisor
+        longer = transient(experts_only, 2, scored, "set", recompute=False)  # experts of all layers stay
+        assert longer.weights == (layers + 2) * 2 * 3 * one // divisor
+        routed = [piece for piece in cut if ".experts." in piece.name]
+        assert len(routed) == layers * (2 if size is None else 3)
+        assert {piece.ranks for piece in routed} == {ranks // (size or 1)}
+
+
+def test_stages_by_hand(described: dict) -> None:
+    """DESIGN §6's formulas, at a density of 1 %."""
+    parameters = described["qwen3-235b-a22b"][1]
+    total, ranks = sum(parameter.numel for parameter in parameters), 64
+    scored = {parameter.name: parameter.numel for parameter in parameters if parameter.scored}
+    trained = {name: numel // 100 for name, numel in scored.items()}
+    cut, density = pieces(parameters, ranks), sum(trained.values()) / total
+    scatter = set_resident(cut, 2, trained, compact=False).total
+    assert scatter == pytest.approx((2 + 20 * density) * total / ranks, rel=1e-3)
+    compact = set_resident(cut, 2, trained, compact=True).total
+    assert compact == pytest.approx((2 + 12 * density) * total / ranks + 8 * density * total, rel=1e-3)
+    spa = spa_resident(cut, 2, scored)
+    assert spa.total == pytest.approx((2 * total + 16.125 * sum(scored.values())) / ranks, rel=1e-3)
+
+
+def test_traffic_by_hand(described: dict) -> None:
+    """Two nodes of four, eight experts a layer: without expert parallelism, and shared by two, four and eight ranks."""
+    parameters, where = described["mixtral-8x22b"][1], Topology(2, 4)
+    routed = [parameter for parameter in parameters if ".experts." in parameter.name]
+    numel = sum(parameter.numel for parameter in routed)
+    scored = {parameter.name: parameter.numel for parameter in routed}
+    for size, ranks, rings in ((None, 8, 1), (2, 4, 2), (4, 2, 4), (8, 1, 4)):
+        cut, arriving = pieces(routed, 8, size), (ranks - 1) / ranks / (size or 1)
+        gathers = gather_traffic(cut, 2, where)
+        assert gathers.rank == pytest.approx(4 * numel * arriving) and gathers.node == pytest.approx(
+            rings * gathers.rank
+        )
+        assert reduce_traffic(cut, scored, where).rank == pytest.approx(4 * numel * arriving)
+    assert gather_traffic(pieces(routed, 4), 2, Topology(1, 4)).node == 0
+    # 56 layers, 100 tokens to 2 experts each, 6144 bf16 numbers there and back, forward and backward.
+    tokens = 4 * 56 * 100 * 2 * 6144 * 2
+    within = token_traffic(56, 100, 2, 6144, 2, 4, where)
+    assert within.rank == pytest.approx(tokens * 3 / 4) and within.node == 0
+    across = token_traffic(56, 100, 2, 6144, 2, 8, where)
+    assert across.rank == pytest.approx(tokens * 7 / 8) and across.node == pytest.approx(4 * tokens * 4 / 8)
+
+
+@pytest.mark.parametrize("stage", ["esi", "set", "spa"])
+@pytest.mark.parametrize("name", MODELS)
+def test_shipped_configs_fit_the_nodes_they_name(name: str, stage: str, described: dict) -> None:
+    nodes = MODELS[name][4]
+    config, work, _ = work_of(name, described, stage)
+    where = Topology(nodes, 8)
+    settings = resolve_deepspeed(config, where.ranks, stage)
+    check_experts(settings, work.experts())
+    found = footprint(work, stage, where, settings)
+    assert found.together <= USABLE * MEMORY.gpu and 8 * found.host <= USABLE * MEMORY.node
+    file = ROOT / f"configs/moe/{name}{'' if stage == 'esi' else '-' + stage}.yaml"
+    assert f"{nodes} nodes of eight 80 GB" in file.read_text()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recommendations_divide_and_fit(name: str, described: dict) -> None:
+    _, work, model_config = work_of(name, described)
+    for stage in ("esi", "set", "spa"):
+        for nodes, per_node in ((1, 8), (3, 4), (16, 8), (64, 8)):
+            where = Topology(nodes, per_node)
+            best = recommend(work, stage, where, model_config.model_type, MEMORY)
+            size = expert_parallel_size(best.settings) or 1
+            assert where.ranks % size == 0 and MODELS[name][0] % size == 0
+            again = footprint(work, stage, where, best.settings)
+            if best.override is None:
+                assert again == best.footprint
+            assert best.fits == (
+                best.footprint.together <= 64 * 2**30 and per_node * best.footprint.host <= 0.8 * 2**41
+            )
+    needed = nodes_needed(work, "spa", Topology(1, 8), model_config.model_type, MEMORY)
+    assert needed and recommend(work, "spa", Topology(needed, 8), model_config.model_type, MEMORY).fits
+    assert not recommend(work, "spa", Topology(needed // 2, 8), model_config.model_type, MEMORY).fits or needed == 1
+
+
+def test_families_are_deepspeeds() -> None:
+    assert {name for preset in PRESET_MODELS.values() for name in preset.hf_model_types} == AUTOEP_MODEL_TYPES
+
+
+def plan(tmp_path: Path, architecture: str, *arguments: str) -> tuple[int, float]:
+    (tmp_path / "r.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    given = [f"model.path={ARCHITECTURES / architecture}", f"data.responses={tmp_path / 'r.jsonl'}"]
+    given += [f"judge.path={ROOT / 'examples/models/guard'}", *arguments]
+    started = time.monotonic()
+    return main("esi", ["--config", str(ROOT / f"configs/moe/{architecture}.yaml"), "--dry-run", *given]), (
+        time.monotonic() - started
+    )
+
+
+def test_dry_run_of_a_trillion_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three stages, both ways; the printed configuration is one that the tool takes."""
+    code, seconds = plan(tmp_path, "kimi-k2", "--nodes", "32")
+    shown = capsys.readouterr().out
+    assert code == 0 and seconds < 60
+    assert "1,026,408,209,408" in shown and "32 nodes of 8 GPUs" in shown
+    tables = [
+        part.splitlines() for part in shown.split("\n\n") if part.split("\n")[0].split()[-3:] == ["ESI", "SET", "SPA"]
+    ]
+    assert [table[0].split("  ")[0] for table in tables] == ["without expert parallelism", "autoep_size 8"]
+    for table in tables:
+        weights = next(line for line in table if line.startswith("weights per rank"))
+        assert weights.split("  ")[-1].strip() == f"{2 * 1026408209408 / 256 / 2**30:.4g} GiB"
+    file = tmp_path / "recommended.json"
+    file.write_text(shown[shown.index("\n{") :])
+    assert json.loads(file.read_text())["expert_parallel"] == {"enabled": True, "autoep_size": 8}
+    assert plan(tmp_path, "kimi-k2", "--nodes", "32", "--deepspeed_config", str(file))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nodes", "2", "--gpus-per-node", "6"], "autoep_size = 8: does not divide 12 ranks"),
+        (
+            [
+                "--nodes",
+                "2",
+                "deepspeed={zero_optimization: {stage: 3}, expert_parallel: {enabled: true, autoep_size: 16}}",
+            ],
+            "autoep_size = 16: does not divide 8 experts a layer; use one of 1, 2, 4, 8",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(tmp_path, "mixtral-8x22b", *arguments)[0] == 2
+    assert words in capsys.readouterr().err
