@@ -165,6 +165,7 @@ def execute_perturb(cell: Cell, output: Path) -> None:
     ]
     section = eval_section(cell, output) | {"judges": judges, "refusal_words": "examples"}
     noise = {"mask": str(run / "mask"), "noise": [0.38, 1.0, 2.0, 4.0], "ratios": [0.01, 0.05], "seeds": [0, 1, 2]}
+    noise |= cell.facts  # of a sample (estimate.py), fewer
     perturb.run(config_of(cell, output, perturb=noise, eval=section), Options())
 
 

@@ -72,8 +72,7 @@ def closing_table(report: Row) -> str:
             against = f"   {change(changed)} (against {changed['before']})" if changed else ""
             lines.append(f"  {model['name'][:24]:24} {interval(cell)}{against}")
     for row in report["agreements"]:
-        kappa = "undefined" if row["kappa"] is None else f"{row['kappa']:.2f}"
-        lines += ["", f"{row['first']} and {row['second']}: Cohen's kappa {kappa} over {row['num_pairs']} answers"]
+        lines += ["", f"{row['first']} and {row['second']}: Cohen's kappa {kappa(row)} over {row['num_pairs']} answers"]
     lines += [f"{name} used {what}" for name, what in report["usage"].items()]
     return "\n".join(lines)
 
@@ -88,8 +87,24 @@ def markdown(report: Row) -> str:
     return "\n".join(lines)
 
 
+def changes_markdown(report: Row) -> str:
+    """The paired changes and the judges' agreement for TensorBoard."""
+    lines = ["| measure | set | judge | model | against | pairs | difference [95 %], p |", "|---" * 7 + "|"]
+    for row in report["changes"]:
+        place = f"{WORDS[row['measure']]} | {row['set']} | {row['judge']} | {row['model']} | {row['before']}"
+        lines.append(f"| {place} | {row['num_pairs']} | {change(row)} |")
+    lines += ["", "| judge | judge | answers | Cohen's kappa |", "|---" * 4 + "|"]
+    for row in report["agreements"]:
+        lines.append(f"| {row['first']} | {row['second']} | {row['num_pairs']} | {kappa(row)} |")
+    return "\n".join(lines)
+
+
+def kappa(row: Row) -> str:
+    return "undefined" if row["kappa"] is None else f"{row['kappa']:.2f}"
+
+
 def publish(tracker: Tracker, report: Row) -> None:
-    """Rates as scalars, the table as text, the figures as images."""
+    """Rates as scalars, the tables as text, the figures as images."""
     scalars = {
         f"{row['measure']}/{row['set']}/{row['judge']}/{row['model']}": row["rate"]
         for row in report["measures"]
@@ -97,6 +112,7 @@ def publish(tracker: Tracker, report: Row) -> None:
     }
     tracker.scalars(0, scalars)
     tracker.text("rates", markdown(report))
+    tracker.text("changes", changes_markdown(report))
     for title, rows in charts(report):
         figure = figures.rate_bars(title, rows, [model["name"] for model in report["models"]])
         tracker.figure(f"rates/{title}", figure)

@@ -31,6 +31,7 @@ def closing_table(report: Row) -> str:
         for row in points:
             name = f"{row['order']} {row['ratio']:g}, noise {row['noise']:g}"
             lines.append(f"  {name:32} {interval(row)}")
+    lines += [f"{name} used {what}" for name, what in report["usage"].items()]
     restored = report["restored"]
     lines += ["", f"all weights restored after {restored['checked']} cells: sha256 {restored['digest'][:16]}…"]
     return "\n".join(lines)

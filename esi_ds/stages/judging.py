@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from esi_ds.config import ClassifierVerdicts, Config, RubricVerdicts, WordVerdicts
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, length_batches
-from esi_ds.eval.endpoint import Patience
+from esi_ds.eval.endpoint import Patience, Reply
 from esi_ds.eval.refusals import judge_by_words, refusal_list
-from esi_ds.eval.rubric import TEMPLATE, Prices, Usage, judge_by_rubric, total_usage
+from esi_ds.eval.rubric import TEMPLATE, Prices, judge_by_rubric, total_usage
 from esi_ds.eval.verdicts import Verdict
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
@@ -23,6 +23,7 @@ from esi_ds.zero import runtime
 from esi_ds.zero.placement import choose_placement, load_frozen
 
 VERDICTS, VERDICT_KEY = "verdicts.jsonl", ("judge", "model", "set", "index")
+USED = ("num_requests", "prompt_tokens", "completion_tokens")  # of an endpoint, kept with each of its verdicts
 ROUNDS = 2  # questions a worker of the endpoint asks between two looks at the stop flag
 Row = dict[str, Any]
 
@@ -35,11 +36,10 @@ def judge_all(
     deepspeed_config: dict,
     tracker: Tracker,
 ) -> dict[str, str]:
-    """A verdict of every judge on every answer that ``verdicts`` lacks; what endpoints used, by judge.
+    """A verdict of every judge on every answer that ``verdicts`` lacks; what endpoints used for all of them, by judge.
 
     rows: of ``answers.jsonl``, on harmful prompts. An answer that was not made is not judged. Raises Interrupted.
     """
-    used = {}
     for judge in judges:
         waiting = [
             row
@@ -54,48 +54,54 @@ def judge_all(
             found = judge_by_words([row["response"] for row in waiting], words)
             verdicts.add(_verdict_row(judge, *pair) for pair in zip(waiting, found, strict=True))
         elif isinstance(judge.section, RubricVerdicts):
-            used[judge.name] = str(_ask_endpoint(judge, waiting, verdicts, tracker))
-            tracker.log(f"judge {judge.name} used {used[judge.name]}")
+            _ask_endpoint(judge, waiting, verdicts, tracker)
+            tracker.log(f"judge {judge.name} used {_usage(judge, verdicts)}")
         else:
             _ask_model(judge, waiting, verdicts, config, deepspeed_config, tracker)
-    return used
+    return {judge.name: _usage(judge, verdicts) for judge in judges if isinstance(judge.section, RubricVerdicts)}
 
 
 def _verdict_row(judge: PreparedJudge, row: Row, verdict: Verdict) -> Row:
     return {"judge": judge.name, **{key: row[key] for key in VERDICT_KEY[1:]}, **verdict.as_row()}
 
 
-def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger, tracker: Tracker) -> Usage:
-    """Rank 0 asks, a few rounds at a time, so that the others never wait long. A broadcast and a gather a chunk."""
-    section, endpoint = judge.section, judge.endpoint
+def _usage(judge: PreparedJudge, verdicts: Ledger) -> str:
+    """What all verdicts of this judge cost, those of earlier processes included."""
+    section = judge.section
     priced = section.prompt_price is not None
     prices = Prices(section.prompt_price, section.completion_price) if priced else None
+    own = [row["used"] for row in verdicts.rows.values() if row["judge"] == judge.name]
+    return str(total_usage([Reply(None, None, **used) for used in own], prices))
+
+
+def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger, tracker: Tracker) -> None:
+    """Rank 0 asks, a few rounds at a time, so that the others never wait long. A broadcast and a gather a chunk."""
+    section, endpoint = judge.section, judge.endpoint
     patience, size = Patience(), endpoint.concurrency * ROUNDS
-    used = total_usage([], prices)
     bar = tracker.progress(total=len(waiting), initial=0, unit="answer", description=f"judge {judge.name}"[:40])
     with bar:
         for start in range(0, len(waiting), size):
-            rows, found = waiting[start : start + size], None
+            rows, made = waiting[start : start + size], list[Row]()
 
-            def keep(number: int, verdict: Verdict, rows: Sequence[Row] = rows) -> None:
-                verdicts.add([_verdict_row(judge, rows[number], verdict)])  # at once: it was paid for
+            def keep(
+                number: int, verdict: Verdict, reply: Reply, rows: Sequence[Row] = rows, made: list[Row] = made
+            ) -> None:
+                used = {name: getattr(reply, name) for name in USED}
+                made.append({**_verdict_row(judge, rows[number], verdict), "used": used})
+                verdicts.add(made[-1:])  # at once: it was paid for
 
             if runtime.is_main():
-                found = judge_by_rubric(
+                judge_by_rubric(
                     [(row["prompt"], row["response"]) for row in rows],
                     endpoint,
                     template=section.template or TEMPLATE,
                     threshold=section.threshold,
-                    prices=prices,
                     on_verdict=keep,
                     patience=patience,
                 )
-            given, spent = runtime.broadcast_object(found)
-            used += spent
-            verdicts.add(_verdict_row(judge, *pair) for pair in zip(rows, given, strict=True))
+            verdicts.add(runtime.broadcast_object(made))
             bar.update(len(rows))
             check_stop(f"{start + len(rows)} answers judged by {judge.name}")
-    return used
 
 
 def _ask_model(
