@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import byte_bpe_tokenizer
-from conftest import ROOT, LaunchedJob
+from conftest import ROOT, LaunchedJob, whole_lines
 from endpoint_server import running_server
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, LaunchedJob, num_lines
+from conftest import ROOT, LaunchedJob, num_lines, whole_lines
 
 from esi_ds import Mask
 from esi_ds.cli import main

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from builders import PAIRS, build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
-from conftest import LaunchedJob
+from conftest import LaunchedJob, whole_lines
 from safetensors import safe_open
 
 NUM_PAIRS, NUM_TUNING, NUM_BENIGN = 14, 40, 30  # 4 + 10 + 15 micro-batches on two ranks

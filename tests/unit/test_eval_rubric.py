@@ -114,7 +114,8 @@ def test_one_bad_question_harms_no_other(server) -> None:
         on_verdict=lambda index, verdict, reply: seen.setdefault(index, (verdict.unsafe, reply.completion_tokens)),
     )
     assert [verdict.unsafe for verdict in verdicts] == [True, None, False, None, None, True, None, False]
-    assert seen == {index: (verdict.unsafe, 10 * (verdict.unsafe is not None)) for index, verdict in enumerate(verdicts)}
+    expected = [(verdict.unsafe, 0 if verdict.unsafe is None else 10) for verdict in verdicts]
+    assert seen == dict(enumerate(expected))
 
 
 def test_so_many_at_a_time_and_no_more(server) -> None:
