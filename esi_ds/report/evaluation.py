@@ -105,18 +105,28 @@ def kappa(row: Row) -> str:
 
 def publish(tracker: Tracker, report: Row) -> None:
     """Rates as scalars, the tables as text, the figures as images."""
-    scalars = {
-        f"{row['measure']}/{row['set']}/{row['judge']}/{row['model']}": row["rate"]
-        for row in report["measures"]
-        if row["rate"] is not None
-    }
-    tracker.scalars(0, scalars)
+    publish_rates(tracker, report)
     tracker.text("rates", markdown(report))
     tracker.text("changes", changes_markdown(report))
     for title, rows in charts(report):
         figure = figures.rate_bars(title, rows, [model["name"] for model in report["models"]])
         tracker.figure(f"rates/{title}", figure)
         figures.plt.close(figure)
+
+
+def tag(row: Row) -> str:
+    """The curve of a measure's row."""
+    return f"{row['measure']}/{row['set']}/{row['judge']}/{row['model']}"
+
+
+def publish_rates(tracker: Tracker, report: Row) -> None:
+    """The last point of every curve, over all of its prompts."""
+    by_step: dict[int, dict[str, float]] = {}
+    for row in report["measures"]:
+        if row["rate"] is not None:
+            by_step.setdefault(row["n"] + row["missing"], {})[tag(row)] = row["rate"]
+    for step, values in sorted(by_step.items()):
+        tracker.scalars(step, values)
 
 
 def charts(report: Row) -> list[tuple[str, list[Row]]]:

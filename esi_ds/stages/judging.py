@@ -14,7 +14,9 @@ from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, le
 from esi_ds.eval.endpoint import Patience, Reply
 from esi_ds.eval.refusals import judge_by_words, refusal_list
 from esi_ds.eval.rubric import TEMPLATE, Prices, judge_by_rubric, total_usage
+from esi_ds.eval.tables import ATTACK_SUCCESS
 from esi_ds.eval.verdicts import Verdict
+from esi_ds.report.evaluation import tag
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.prepare_eval import PreparedJudge, sequence_rule
@@ -61,6 +63,20 @@ def judge_all(
     return {judge.name: _usage(judge, verdicts) for judge in judges if isinstance(judge.section, RubricVerdicts)}
 
 
+def _running_rates(judge: PreparedJudge, rows: Sequence[Row], verdicts: Ledger, tracker: Tracker) -> None:
+    """Attack success so far, in the sets that these rows are of, over the number of their verdicts."""
+    if not tracker.enabled:
+        return
+    flags: dict[tuple[str, str], list[bool | None]] = {(row["set"], row["model"]): [] for row in rows}
+    for row in verdicts.rows.values():
+        if row["judge"] == judge.name and (row["set"], row["model"]) in flags:
+            flags[row["set"], row["model"]].append(row["unsafe"])
+    for (name, model), found in flags.items():
+        if given := [flag for flag in found if flag is not None]:
+            place = {"measure": ATTACK_SUCCESS, "set": name, "judge": judge.name, "model": model}
+            tracker.points(len(found), {tag(place): sum(given) / len(given)})
+
+
 def _verdict_row(judge: PreparedJudge, row: Row, verdict: Verdict) -> Row:
     return {"judge": judge.name, **{key: row[key] for key in VERDICT_KEY[1:]}, **verdict.as_row()}
 
@@ -78,7 +94,7 @@ def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger
     """Rank 0 asks, a few rounds at a time, so that the others never wait long. A broadcast and a gather a chunk."""
     section, endpoint = judge.section, judge.endpoint
     patience, size = Patience(), endpoint.concurrency * ROUNDS
-    bar = tracker.progress(total=len(waiting), initial=0, unit="answer", description=f"judge {judge.name}"[:40])
+    bar = tracker.progress(total=len(waiting), initial=0, unit="answer", description=f"judge: {judge.name}"[:40])
     with bar:
         for start in range(0, len(waiting), size):
             rows, made = waiting[start : start + size], list[Row]()
@@ -100,6 +116,7 @@ def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger
                     patience=patience,
                 )
             verdicts.add(runtime.broadcast_object(made))
+            _running_rates(judge, rows, verdicts, tracker)
             bar.update(len(rows))
             check_stop(f"{start + len(rows)} answers judged by {judge.name}")
 
@@ -121,7 +138,7 @@ def _ask_model(
     batches = length_batches(reader, rows, config.eval.batch_size)
     ranks, rank = runtime.world_size(), runtime.rank()
     bar = tracker.progress(
-        total=len(waiting), initial=len(at_once), unit="answer", description=f"judge {judge.name}"[:40]
+        total=len(waiting), initial=len(at_once), unit="answer", description=f"judge: {judge.name}"[:40]
     )
     with bar:
         for start in range(0, len(batches), ranks):
@@ -131,7 +148,9 @@ def _ask_model(
                 found = reader.judge([rows[number] for number in mine or batches[0]])
             weights.release()
             verdicts.share(_verdict_row(judge, waiting[n], verdict) for n, verdict in zip(mine, found, strict=False))
-            bar.update(sum(map(len, batches[start : start + ranks])))
+            numbers = [number for batch in batches[start : start + ranks] for number in batch]
+            _running_rates(judge, [waiting[number] for number in numbers], verdicts, tracker)
+            bar.update(len(numbers))
             check_stop(f"{len(verdicts.rows)} verdicts given")
     del reader, weights
     gc.collect()
