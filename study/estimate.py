@@ -22,7 +22,7 @@ from grid import CONTRASTIVE, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, Cell
 
 SAMPLES = {"mask": 1, "set": 3, "lora": 1, "spa": 2, "perturb": 1}  # of each sort
 # A perturb cell asks all prompts this often: once a triple of order, ratio, noise and seed, and once without noise.
-NUM_NOISES, NUM_NOISES_SAMPLED = 3 * 2 * 4 * 3, 3 * 2
+NUM_NOISES, NUM_NOISES_SAMPLED = 3 * 2 * 3 * 3, 3 * 2
 
 
 def sort_of(cell: Cell) -> str:
