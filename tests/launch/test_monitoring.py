@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import ROOT, LaunchedJob, write_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from esi_ds.cli import main
+from esi_ds.core.mask import Mask
 
 MODELS, DATA = ROOT / "examples/models", ROOT / "examples/data"
 ZERO = {"zero_optimization": {"stage": 3}}
@@ -151,3 +153,28 @@ def test_status_of_every_stage(runs: Path) -> None:
         assert (found["state"], found["stage"], found["phase"]) == ("done", stage, phase)
         assert found["done"] == found["total"] > 0 and found["rate"] > 0
         assert found["last_checkpoint"]["file"].endswith(".jsonl")  # the run is done: its checkpoints are gone
+
+
+def test_one_page_of_all_runs(runs: Path, capsys) -> None:
+    """Two ESI runs whose masks are held against each other, SET and SPA, an evaluation, noise; links lead there."""
+    sys.path.insert(0, str(ROOT / "launch"))
+    from report import main as report_main
+
+    names = ["esi", "esi-snip", "set", "spa", "eval", "perturb"]
+    assert report_main([str(runs / name) for name in names]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(runs / "overview.html")
+    page = (runs / "overview.html").read_text()
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+    links = set(re.findall(r'href="([^"#]+)"', page))
+    assert links == {f"{name}/report.html" for name in names} and all((runs / link).is_file() for link in links)
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(re.findall(r'id="([^"]+)"', page))
+    one, other = (Mask.load(runs / name / "mask") for name in ("esi", "esi-snip"))
+    both = sum(int((one.bits(name) & other.bits(name)).sum()) for name in one.names)
+    assert 0 < both < one.k and f'<td class="n">{both:,}</td><td class="n">{100 * both / one.k:.1f} %</td>' in page
+    assert "attack success" in page and "rate against noise" in page and "loss of every run by step" in page
+    # One run alone, and the older way of showing the others on ESI's own page, make no such page.
+    (runs / "overview.html").unlink()
+    assert report_main([str(runs / "esi"), "--tuned", str(runs / "set"), "--evaluated", str(runs / "eval")]) == 0
+    assert "What tuning did, before and after" in (runs / "esi/report.html").read_text()
+    assert report_main([str(runs / "set")]) == 0 and not (runs / "overview.html").exists()
+    assert report_main([str(runs / "set"), str(runs / "nowhere")]) == 2 and "RUN" in capsys.readouterr().err
