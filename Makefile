@@ -58,7 +58,7 @@ bench: $(VENV)/.installed  ## speed and memory, as ratios within one run (benchm
 	$(BIN)/python benchmarks/moe.py
 	$(BIN)/python benchmarks/scaling.py
 
-study: $(VENV)/.installed  ## the comparison in docs/results.md, about 95 minutes on two cores; goes on where it stopped
+study: $(VENV)/.installed  ## the comparison in docs/results.md, at most 100 minutes on two cores; goes on where it stopped
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[study]'
 	$(BIN)/python study/run.py
 

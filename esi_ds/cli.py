@@ -25,8 +25,8 @@ TURN_S, LONGEST_S = 5.0, 40.0
 @dataclass(frozen=True)
 class Options:
     """What the command line says besides the config. ``world_size``, ``nodes`` and the memories: ranks, on how many
-    nodes, and what a GPU and a node hold, that a dry run plans for. ``launcher``: what ``ranks.launcher`` found when the
-    process began."""
+    nodes, and what a GPU and a node hold, that a dry run plans for. ``launcher``: what ``ranks.launcher`` found when
+    the process began."""
 
     dry_run: bool = False
     world_size: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,6 +37,34 @@ def read(config: Config) -> dict[str, Any]:
 
 
 TUNING = ("set", "spa")  # the stages that take optimizer steps
+# DeepSpeed's monitors, and what each needs besides DeepSpeed.
+MONITORS = {"csv_monitor": None, "tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+
+
+def monitor_settings(config: Config) -> dict[str, dict[str, Any]]:
+    """The monitors that the DeepSpeed config asks for, by section. Files go to the run's folder unless it says where.
+
+    Raises UserError where a package is missing.
+    """
+    settings, found = read(config), {}
+    for name, package in MONITORS.items():
+        section = _mapping(settings, name, f"deepspeed.{name}")
+        enabled = section.get("enabled", False)
+        if not isinstance(enabled, bool):
+            raise UserError(f"deepspeed.{name}.enabled", enabled, "is neither true nor false", "write one of them")
+        if not enabled:
+            continue
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"deepspeed.{name}.enabled",
+                True,
+                f"needs the package {package}, which is not installed",
+                f"pip install {package}, or set it to false",
+            )
+        if name in ("csv_monitor", "tensorboard"):
+            section = {"output_path": config.run.output_dir, "job_name": f"deepspeed_{name}", **section}
+        found[name] = section
+    return found
 
 
 def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> dict[str, Any]:
@@ -47,6 +76,9 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
     if "bfloat16" in settings:  # DeepSpeed's older name
         settings.setdefault("bf16", settings.pop("bfloat16"))
     _check_zero(settings)
+    monitor_settings(config)
+    for name in MONITORS:
+        settings.pop(name, None)  # the run's own curves go there, not what an engine knows of its steps
     for section in ("optimizer", "scheduler"):
         if section in settings:
             raise UserError(

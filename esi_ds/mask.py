@@ -1,62 +1,63 @@
 """``python -m esi_ds.mask info|verify|compare|select``: look at a mask, check it, hold two against each other, make
 another one from the same scores.
 
-One process; one parameter in memory at a time.
+A few million weights in memory at a time, whatever the mask's size. ``mpirun -n 64 python -m esi_ds.mask ...`` shares
+the work among processes of any number of nodes and says the same, once.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from esi_ds.artifacts import replace_folder, write_json_atomic
-from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, Mask, digest, pack_bits
-from esi_ds.core.select import Order, Piece, select
+from esi_ds import team as teams
+from esi_ds.core.mask import Mask
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
-
-UNITS_NAME = "units.json"
-
-
-def read_units(mask: Mask) -> dict[str, list[Unit]]:
-    """Logical matrices by parameter, from ``units.json``; a parameter without any is one matrix of its own."""
-    file = mask.path / UNITS_NAME
-    units: dict[str, list[Unit]] = {name: [] for name in mask.names}
-    if file.is_file():
-        for row in json.loads(file.read_text()):
-            units[row.pop("parameter")].append(Unit(**row))
-    for name, found in units.items():
-        if not found:
-            found.append(Unit(name, "other", None, None, 0, mask.numel(name)))
-    return units
+from esi_ds.reselect import Reselection, Scores, overlaps, read_units, spans, write_selection
+from esi_ds.team import Team
 
 
-def info(mask: Mask) -> list[str]:
+def count_units(masks: Sequence[Mask], team: Team) -> tuple[list[Unit], Tensor]:
+    """Logical matrices of masks of one model, and int64 [matrices, masks + 1]: how many weights of each every mask
+    selects, and all of them together. One all-reduce."""
+    by_name = read_units(masks[0])
+    units = [unit for found in by_name.values() for unit in found]
+    firsts, position = {}, 0
+    for name, found in by_name.items():
+        firsts[name], position = position, position + len(found)
+    counts = torch.zeros(len(units), len(masks) + 1, dtype=torch.int64)
+    for name, low, high in spans(masks[0])[team.rank :: team.size]:
+        bits = [mask.bits(name, low, high) for mask in masks]
+        bits.append(torch.stack(bits).all(0))
+        for number, unit in enumerate(by_name[name], firsts[name]):
+            if overlaps(unit, low, high):
+                where = unit.within(low, high)
+                counts[number] += torch.tensor([int(part[where].sum()) for part in bits])
+    return units, team.add(counts)
+
+
+def info(mask: Mask, team: Team) -> list[str]:
     """What the mask is, and where its weights are, by role and by layer."""
     facts = ("format", "criterion", "contrastive", "order", "scope", "ratio", "threshold", "fingerprint")
     lines = [f"{key:12} {mask.metadata[key]}" for key in facts if key in mask.metadata]
     lines.append(f"{'selected':12} {mask.k:,} of {mask.total_numel:,} weights in {len(mask.names)} scored parameters")
     by_role: dict[str, list[int]] = {}
     by_layer: dict[int, list[int]] = {}
-    for name, units in read_units(mask).items():
-        bits = mask.bits(name)
-        for unit in units:
-            count = int(bits[unit.within(0, len(bits))].sum())
-            tables = [by_role.setdefault(unit.role, [0, 0])]
-            if unit.layer is not None:
-                tables.append(by_layer.setdefault(unit.layer, [0, 0]))
-            for row in tables:
-                row[0] += count
-                row[1] += unit.numel
+    units, counts = count_units([mask], team)
+    for unit, count in zip(units, counts[:, 0].tolist(), strict=True):
+        tables = [by_role.setdefault(unit.role, [0, 0])]
+        if unit.layer is not None:
+            tables.append(by_layer.setdefault(unit.layer, [0, 0]))
+        for row in tables:
+            row[0] += count
+            row[1] += unit.numel
     lines += ["", f"{'role':14}{'selected':>14}{'share of mask':>15}{'of the role':>13}"]
     lines += [_share_line(role, *row, mask.k) for role, row in sorted(by_role.items(), key=lambda item: -item[1][0])]
     lines += ["", f"{'layer':14}{'selected':>14}{'share of mask':>15}{'of the layer':>13}"]
@@ -68,102 +69,33 @@ def _share_line(label: str, count: int, numel: int, k: int) -> str:
     return f"{label:14}{count:>14,}{count / max(k, 1):>15.2%}{count / numel:>13.3%}"
 
 
-def verify(mask: Mask, scores: Path | None) -> list[str]:
+def verify(mask: Mask, scores: Path | None, team: Team) -> list[str]:
     """Problems of the mask by itself and, given the scores, every parameter whose bits are not the exact top-k."""
-    return mask.problems() or (compare_with_scores(mask, scores) if scores is not None else [])
+    order = {name: index for index, name in enumerate(mask.names)}
+    found = dict.fromkeys(team.gather(mask.problems(team.rank, team.size)))
+    problems = sorted(found, key=lambda line: order.get(line.partition(": ")[0], len(order)))
+    return problems or (compare_with_scores(mask, scores, team) if scores is not None else [])
 
 
-def compare_with_scores(mask: Mask, folder: Path) -> list[str]:
-    """Select again from the scores on disk, in one process, and compare bit for bit."""
-    weight_map = _score_files(folder)
-    if set(weight_map) != set(mask.names):
-        return [f"scores and mask name different parameters: {sorted(set(weight_map) ^ set(mask.names))[:5]}"]
+def compare_with_scores(mask: Mask, folder: Path, team: Team) -> list[str]:
+    """Select again from the scores on disk and compare bit for bit."""
+    scores = Scores(folder)
+    if scores.names != set(mask.names):
+        return [f"scores and mask name different parameters: {sorted(scores.names ^ set(mask.names))[:5]}"]
+    scores.check(mask)
+    found = Reselection(mask, scores, mask.metadata, team)
+    places = {name: index for index, name in enumerate(mask.names)}
+    wrong = torch.zeros(len(places), dtype=torch.int64)
+    for name, low, high in spans(mask)[team.rank :: team.size]:
+        wrong[places[name]] += int((found.bits(name, low, high) != mask.bits(name, low, high)).sum())
     return [
-        f"{name}: {wrong} bits differ from the selection by its scores"
-        for name, bits in selected(mask, folder, mask.metadata)
-        if (wrong := int((bits != mask.bits(name)).sum()))
+        f"{name}: {count} bits differ from the selection by its scores"
+        for name, count in zip(mask.names, team.add(wrong).tolist(), strict=True)
+        if count
     ]
 
 
-def _score_files(folder: Path) -> dict[str, str]:
-    """Parameter → file of a scores folder."""
-    try:
-        return json.loads((folder / INDEX_NAME).read_text())["weight_map"]
-    except OSError as error:
-        raise UserError("--scores", str(folder), "holds no scores", "give RUN/scores of the same run") from error
-
-
-def selected(mask: Mask, scores: Path, wanted: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, bool bits) of the exact selection from ``scores``, one parameter in memory at a time.
-
-    mask: any mask made from these scores. wanted: ``order``, ``seed``, ``scope``, ``k``, ``ratio``, as in metadata.
-    """
-    order = Order(wanted["order"], int(wanted["seed"]))
-    weight_map, last = _score_files(scores), mask.total_numel - 1
-    offsets = json.loads(mask.metadata["offsets"])
-
-    def piece(name: str) -> Piece:
-        with safe_open(scores / weight_map[name], "pt") as opened:
-            return Piece(opened.get_tensor(name).flatten(), offsets[name])
-
-    class Pieces:
-        """All scores, one parameter in memory at a time."""
-
-        def __iter__(self) -> Iterator[Piece]:
-            return (piece(name) for name in mask.names)
-
-    if wanted["scope"] == "model":
-        (cut,) = select([Pieces()], [int(wanted["k"])], order, last, lambda counts: counts)
-        for name, found in zip(mask.names, Pieces(), strict=True):
-            yield name, cut.selects(order.keys(found.scores, found.position), found.position)
-    else:
-        for name in mask.names:
-            yield name, _select_units(mask, name, piece(name), order, last, float(wanted["ratio"]))
-
-
-def _select_units(mask: Mask, name: str, whole: Piece, order: Order, last: int, ratio: float) -> Tensor:
-    """Scope ``matrix``: ⌊ratio · n⌋ of each logical matrix."""
-    bits = torch.zeros(len(whole.scores), dtype=torch.bool)
-    position = whole.position
-    for unit in read_units(mask)[name]:
-        where = unit.within(0, len(whole.scores))
-        own = Piece(whole.scores[where], position)
-        (cut,) = select([[own]], [int(ratio * unit.numel)], order, last, lambda counts: counts)
-        bits[where] = cut.selects(order.keys(own.scores, position), position)
-        position += unit.numel
-    return bits
-
-
-def write_selection(mask: Mask, scores: Path, output: Path, ratio: float, order: str, seed: int) -> Mask:
-    """A mask of another ratio or order from the scores that ``mask`` was made from; its ``of`` and ``scope``.
-
-    Bits are kept in memory (an eighth of a byte a weight). The folder is written whole or not at all.
-    """
-    if output.exists():
-        raise UserError("OUTPUT", str(output), "exists already", "give a new folder")
-    metadata = {**mask.metadata, "ratio": repr(ratio), "order": order, "seed": str(seed), "threshold": "null"}
-    scored = sum(mask.numel(name) for name in mask.names)
-    base = scored if mask.metadata.get("of") == "scored" else mask.total_numel
-    metadata["k"] = str(min(int(ratio * base), scored))
-    data, counts = {}, {}
-    for name, bits in selected(mask, scores, metadata):
-        data[name], counts[name] = pack_bits(bits), int(bits.sum())
-    metadata |= {"counts": json.dumps(counts), "k": str(sum(counts.values()))}
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    file = "model-00001-of-00001.safetensors"
-    save_file(data, temporary / file, metadata=metadata)
-    index = {"metadata": {}, "weight_map": dict.fromkeys(data, file)}
-    write_json_atomic(temporary / INDEX_NAME, index)
-    write_json_atomic(temporary / DIGESTS_NAME, {name: digest(values) for name, values in data.items()})
-    if (mask.path / UNITS_NAME).is_file():
-        shutil.copyfile(mask.path / UNITS_NAME, temporary / UNITS_NAME)
-    replace_folder(temporary, output)
-    return Mask.load(output)
-
-
-def compare(first: Mask, second: Mask) -> list[str]:
+def compare(first: Mask, second: Mask, team: Team) -> list[str]:
     """Overlap of two masks of one model: whole, by role, by layer, and by cell (layer and role)."""
     if first.shapes != second.shapes:
         raise UserError(
@@ -173,17 +105,13 @@ def compare(first: Mask, second: Mask) -> list[str]:
             "compare masks whose parameters have the same names and shapes",
         )
     rows: dict[tuple[str, str], list[int]] = {}
-    for name, units in read_units(first).items():
-        one, other = first.bits(name), second.bits(name)
-        for unit in units:
-            where = unit.within(0, len(one))
-            a, b = one[where], other[where]
-            layer = "-" if unit.layer is None else str(unit.layer)
-            for key in (("all", ""), ("role", unit.role), ("layer", layer), ("cell", f"{layer} {unit.role}")):
-                row = rows.setdefault(key, [0, 0, 0])
-                row[0] += int(a.sum())
-                row[1] += int(b.sum())
-                row[2] += int((a & b).sum())
+    units, counts = count_units([first, second], team)
+    for unit, found in zip(units, counts.tolist(), strict=True):
+        layer = "-" if unit.layer is None else str(unit.layer)
+        for key in (("all", ""), ("role", unit.role), ("layer", layer), ("cell", f"{layer} {unit.role}")):
+            row = rows.setdefault(key, [0, 0, 0])
+            for index, count in enumerate(found):
+                row[index] += count
     lines = [f"{'':22}{'first':>12}{'second':>12}{'both':>12}{'of first':>10}{'of second':>10}{'Jaccard':>9}"]
     kinds = ("all", "role", "layer", "cell")
     for (kind, label), (a, b, both) in sorted(
@@ -210,7 +138,7 @@ def share(text: str) -> float:
     return value
 
 
-def main(argv: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m esi_ds.mask", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what a mask is and where its weights are").add_argument("mask")
@@ -227,24 +155,41 @@ def main(argv: list[str] | None = None) -> int:
     maker.add_argument("--ratio", type=share, required=True, help="share of the weights")
     maker.add_argument("--order", choices=("top", "bottom", "random"), default="top")
     maker.add_argument("--seed", type=int, default=0, help="of --order random")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    team = Team()
     try:
-        if arguments.command == "info":
-            print("\n".join(info(Mask.load(arguments.mask))))
-        elif arguments.command == "compare":
-            print("\n".join(compare(Mask.load(arguments.first), Mask.load(arguments.second))))
-        elif arguments.command == "select":
-            given = (arguments.scores, arguments.output, arguments.ratio, arguments.order, arguments.seed)
-            made = write_selection(Mask.load(arguments.mask), *given)
-            print(f"{made.k:,} of {made.total_numel:,} weights in {made.path}")
-        else:
-            found = verify(Mask.load(arguments.mask), arguments.scores)
-            print("\n".join(found) or "sound" + (": exactly the selection by its scores" if arguments.scores else ""))
-            return 2 if found else 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        team = teams.find()
+        lines, code = _run(arguments, team)
+        if team.rank == 0:
+            print("\n".join(lines))
+        return code
+    except Exception as error:
+        if team.speaks_of_error():
+            if isinstance(error, UserError):
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            else:
+                traceback.print_exc()
+        team.abort()
+        return 2 if isinstance(error, UserError) else 1
+
+
+def _run(arguments: argparse.Namespace, team: Team) -> tuple[list[str], int]:
+    """What a command has to say, and its exit code; the same in every process of the team."""
+    if arguments.command == "info":
+        return info(Mask.load(arguments.mask), team), 0
+    if arguments.command == "compare":
+        return compare(Mask.load(arguments.first), Mask.load(arguments.second), team), 0
+    if arguments.command == "select":
+        given = (arguments.scores, arguments.output, arguments.ratio, arguments.order, arguments.seed)
+        made = write_selection(Mask.load(arguments.mask), *given, team)
+        return [f"{made.k:,} of {made.total_numel:,} weights in {made.path}"], 0
+    found = verify(Mask.load(arguments.mask), arguments.scores, team)
+    sound = "sound" + (": exactly the selection by its scores" if arguments.scores else "")
+    return found or [sound], 2 if found else 0
 
 
 if __name__ == "__main__":

@@ -241,6 +241,20 @@ def _slurm_port(place: Place) -> int:
 
 def _ask_mpi(place: Place) -> tuple[Place, str, int]:
     """Ranks as MPI has them; rank 0 picks a free port and tells it."""
+    world = mpi_world(place)
+    from mpi4py import MPI
+
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    hosts = world.allgather(socket.gethostname())
+    address = "127.0.0.1" if local.Get_size() == world.Get_size() else hosts[0]
+    port = world.bcast(free_port() if place.rank == 0 else None)
+    told = replace(place, local_rank=local.Get_rank(), local_world_size=local.Get_size())
+    MPI.Finalize()  # its work is done; mpirun calls a process that ends without it a failure
+    return told, address, port
+
+
+def mpi_world(place: Place):
+    """mpi4py's communicator of all processes. Raises UserError where it has none, or not this place in it."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -254,13 +268,7 @@ def _ask_mpi(place: Place) -> tuple[Place, str, int]:
     if (world.Get_rank(), world.Get_size()) != (place.rank, place.world_size):
         told = Place("mpi4py", world.Get_rank(), world.Get_size(), None, None)
         raise _contradiction(told, place, "install the mpi4py that was built for this mpirun's MPI")
-    local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    hosts = world.allgather(socket.gethostname())
-    address = "127.0.0.1" if local.Get_size() == world.Get_size() else hosts[0]
-    port = world.bcast(free_port() if place.rank == 0 else None)
-    told = replace(place, local_rank=local.Get_rank(), local_world_size=local.Get_size())
-    MPI.Finalize()  # its work is done; mpirun calls a process that ends without it a failure
-    return told, address, port
+    return world
 
 
 def _name_interface(address: str, place: Place) -> None:

@@ -60,6 +60,7 @@ class StatusWriter:
         self._beat += 1
         facts = {"state": state, **self._facts, "updated": time.time(), "beat": self._beat, **self._numbers()}
         with suppress(OSError):  # a full disk ends the run where it matters, not here
+            facts["last_checkpoint"] = last_checkpoint(self._folder)
             write_json_atomic(self._folder / STATUS, facts)
 
     def _numbers(self) -> dict[str, Any]:
@@ -78,6 +79,21 @@ class StatusWriter:
         }
 
 
+def last_checkpoint(run: Path) -> dict[str, Any] | None:
+    """What a restart would find: the newest checkpoint's position, or the newest file of rows that are made once."""
+    found: list[tuple[float, dict[str, Any]]] = []
+    for file in (*run.glob("checkpoint/position-*/state.json"), *run.glob("checkpoint/*/position-*/state.json")):
+        with suppress(FileNotFoundError):  # what is replaced is removed at any moment
+            position = int(file.parent.name.removeprefix("position-"))
+            found.append((file.stat().st_mtime, {"position": position}))
+    for file in run.glob("*.jsonl"):
+        with suppress(FileNotFoundError):
+            if file.name != "metrics.jsonl":
+                found.append((file.stat().st_mtime, {"file": file.name}))
+    saved, what = max(found, key=lambda pair: pair[0], default=(None, {}))
+    return None if saved is None else {**what, "saved": saved}
+
+
 def read_status(run: Path) -> dict[str, Any]:
     """The status with the last checkpoint and how the run ended. Raises UserError where the folder holds no run."""
     if not (run / "config.yaml").is_file():
@@ -85,14 +101,7 @@ def read_status(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"state": "not started"}
     with suppress(FileNotFoundError, ValueError):
         found = json.loads((run / STATUS).read_text(encoding="utf-8"))
-    states = [*run.glob("checkpoint/position-*/state.json"), *run.glob("checkpoint/*/position-*/state.json")]
-    newest = max(states, key=lambda file: file.stat().st_mtime, default=None)
-    if newest is not None:
-        found["last_checkpoint"] = {
-            "position": int(newest.parent.name.removeprefix("position-")),
-            "saved": newest.stat().st_mtime,
-        }
-    return found
+    return {**found, "last_checkpoint": last_checkpoint(run)}
 
 
 def show(run: Path, now: float) -> str:
@@ -108,7 +117,8 @@ def show(run: Path, now: float) -> str:
         numbers = f"{found['done']:,} of {found['total']:,} {found['unit']}s, {found['rate']:.3g} a second"
         lines.append(f"  {found['phase']}: {numbers}{rest}")
     if checkpoint := found.get("last_checkpoint"):
-        lines.append(f"  last checkpoint: at {checkpoint['position']:,}, {_span(now - checkpoint['saved'])} ago")
+        where = f"at {checkpoint['position']:,}" if "position" in checkpoint else checkpoint["file"]
+        lines.append(f"  last checkpoint: {where}, {_span(now - checkpoint['saved'])} ago")
     if found["state"] == "running" and now - found["updated"] > SILENT_S:
         lines.append(f"  silent for {_span(now - found['updated'])}: it was probably killed; start it again to go on")
     return "\n".join(lines)

@@ -1,4 +1,8 @@
-"""What a run says while it runs: progress bar, metrics.jsonl, TensorBoard, log.txt. Rank 0 alone speaks."""
+"""What a run says while it runs: progress bar, metrics.jsonl, TensorBoard, DeepSpeed's monitors, log.txt.
+
+Rank 0 alone speaks. Tags are the same in every stage: ``progress/<phase>`` and ``speed/<phase>`` of whatever has a bar,
+then what the stage measures.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,46 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic, writing
 from esi_ds.status import StatusWriter
 
+POINT_S = 1.0  # seconds between two points of a progress curve
+FLUSH_S = 10  # TensorBoard shows a point this late at most
+
+
+class Monitor(Protocol):
+    """Where else a run's curves go (``zero/monitor.py``)."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Bar(tqdm):
+    """A progress bar that somebody may listen to."""
+
+    heard: Callable[[Bar], None] | None = None
+
+    def update(self, n: float | None = 1) -> bool | None:
+        shown = super().update(n)
+        if self.heard is not None:
+            self.heard(self)
+        return shown
+
 
 class Tracker:
-    """A context manager; with ``enabled`` False nothing is written or shown."""
+    """A context manager; with ``enabled`` False nothing is written or shown. monitor: closed at its end."""
 
-    def __init__(self, folder: Path, enabled: bool, tensorboard: bool, stage: str):
+    def __init__(self, folder: Path, enabled: bool, tensorboard: bool, stage: str, monitor: Monitor | None = None):
         self.folder, self.enabled = folder, enabled
+        self._monitor = monitor if enabled else None
+        self._last_point = -math.inf
         self._status = StatusWriter(folder, stage) if enabled else None
         self._writer = None
         self._tensorboard = tensorboard and enabled
@@ -29,7 +58,7 @@ class Tracker:
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"))
+            self._writer = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=FLUSH_S)
         if self._status is not None:
             self._status.__enter__()
         return self
@@ -39,11 +68,16 @@ class Tracker:
             self._status.__exit__(*error)
         if self._writer is not None:
             self._writer.close()
+        if self._monitor is not None:
+            self._monitor.close()
 
-    def progress(self, *, total: int, initial: int, unit: str, description: str) -> tqdm:
-        """A bar with rate and time left; where stderr is no terminal, a line every half minute at most."""
+    def progress(self, *, total: int, initial: int, unit: str, description: str) -> Bar:
+        """A bar with rate and time left; where stderr is no terminal, a line every half minute at most.
+
+        description: the phase, "<phase>: <what>" where there are several of a sort.
+        """
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        bar = tqdm(
+        bar = Bar(
             total=total,
             initial=initial,
             unit=unit,
@@ -53,9 +87,26 @@ class Tracker:
             maxinterval=interval,
             dynamic_ncols=True,
         )
+        if self.enabled:
+            bar.heard, self._last_point = self._progress_points, -math.inf
         if self._status is not None:
             self._status.watch(bar)
+        if self._writer is not None:
+            self._writer.flush()  # all of the phase before this one
         return bar
+
+    def _progress_points(self, bar: Bar) -> None:
+        """How much is done, in per cent, and how fast, over the number that is done."""
+        now = time.monotonic()
+        if bar.n < bar.total and now - self._last_point < POINT_S:
+            return
+        self._last_point = now
+        shown = bar.format_dict
+        phase, seconds = shown["prefix"].removesuffix(": ").replace(": ", "/"), shown["elapsed"]
+        values = {f"progress/{phase}": 100 * bar.n / max(bar.total, 1)}
+        if seconds > 0:
+            values[f"speed/{phase}"] = (bar.n - bar.initial) / seconds
+        self.points(int(bar.n), values)
 
     def log(self, line: str) -> None:
         """One message to stdout and log.txt."""
@@ -74,16 +125,21 @@ class Tracker:
             write_text_atomic(file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl and a point in each TensorBoard curve. A value that is not finite is null."""
+        """One line of metrics.jsonl and a point in each curve. A value that is not finite is null."""
         if not self.enabled:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         append_jsonl(self.folder / "metrics.jsonl", [{"step": step, "time": time.time(), **finite}])
+        self.points(step, {name: value for name, value in finite.items() if value is not None})
+
+    def points(self, step: int, values: Mapping[str, float]) -> None:
+        """A point in each curve of TensorBoard and of DeepSpeed's monitors, and none in metrics.jsonl."""
         if self._writer is not None:
             with writing(self.folder / "tensorboard"):
-                for name, value in finite.items():
-                    if value is not None:
-                        self._writer.add_scalar(name, value, step)
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
+        if self._monitor is not None:
+            self._monitor.write(step, values)
 
     def histogram(self, tag: str, edges: Sequence[float], counts: Sequence[int]) -> None:
         """A TensorBoard histogram of bins counted elsewhere: the values themselves were never in one place."""

@@ -1,22 +1,32 @@
-"""Write ``report.html`` of finished runs again from their ``report.json``: ``python launch/report.py RUN...``
+"""Pages of finished runs from their ``report.json``: ``python launch/report.py RUN...``
 
-``--tuned RUN...`` and ``--evaluated RUN...`` show these tuning runs and evaluations on the pages of ESI runs.
+Writes each run's ``report.html`` again and, of two runs or more, one page that holds them side by side:
+``overview.html`` in the folder they share. ``--tuned RUN...`` and ``--evaluated RUN...`` show these on the pages of ESI
+runs instead.
 """
 
 import argparse
 import json
 import os
 import sys
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from esi_ds.artifacts import write_text_atomic  # noqa: E402
+from esi_ds.errors import UserError  # noqa: E402
+
+
+def read(run: Path, name: str = "report.json") -> dict[str, Any]:
+    return json.loads((run / name).read_text(encoding="utf-8"))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the page of several runs")
     parser.add_argument("--tuned", nargs="*", type=Path, metavar="RUN", default=[], help="SET and SPA runs to show")
     parser.add_argument("--evaluated", nargs="*", type=Path, metavar="RUN", default=[], help="evaluations to show")
     arguments = parser.parse_args(argv)
@@ -26,9 +36,6 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     from esi_ds.report.html import render
 
-    def read(run: Path) -> dict:
-        return json.loads((run / "report.json").read_text())
-
     for run in arguments.runs:
         tuned, evaluated = (
             [(os.path.relpath(other / "report.html", run), read(other)) for other in others]
@@ -36,7 +43,51 @@ def main(argv: list[str] | None = None) -> int:
         )
         write_text_atomic(run / "report.html", render(read(run), tuned, evaluated))
         print(run / "report.html")
+    if arguments.output or (len(arguments.runs) > 1 and not (arguments.tuned or arguments.evaluated)):
+        try:
+            print(write_overview(list(dict.fromkeys(run.absolute() for run in arguments.runs)), arguments.output))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     return 0
+
+
+def write_overview(folders: list[Path], output: Path | None) -> Path:
+    """The page of several runs, linked to their own pages."""
+    from esi_ds.report.html import render_overview
+    from esi_ds.report.overview import Run
+
+    shared = Path(os.path.commonpath([folder.parent for folder in folders]))
+    output = (output or shared / "overview.html").absolute()
+    runs = []
+    for folder in folders:
+        manifest = read(folder, "manifest.json") if (folder / "manifest.json").is_file() else {}
+        link = Path(os.path.relpath(folder / "report.html", output.parent)).as_posix()
+        runs.append(Run(folder.relative_to(shared).as_posix(), link, read(folder), manifest))
+    write_text_atomic(output, render_overview(runs, overlaps({r.name: f for r, f in zip(runs, folders, strict=True)})))
+    return output
+
+
+def overlaps(folders: dict[str, Path]) -> list[dict[str, Any]]:
+    """Every two masks of models of the same shapes: how many weights both hold."""
+    from esi_ds.core.mask import Mask
+    from esi_ds.mask import count_units
+    from esi_ds.team import Team
+
+    masks = {name: Mask.load(folder / "mask") for name, folder in folders.items() if (folder / "mask").is_dir()}
+    rows = []
+    for (first, one), (second, other) in combinations(masks.items(), 2):
+        if one.shapes != other.shapes:
+            continue
+        _, counts = count_units([one, other], Team())
+        of_first, of_second, both = counts.sum(0).tolist()
+        shares = {"of_first": both / max(of_first, 1), "of_second": both / max(of_second, 1)}
+        scored = sum(one.numel(name) for name in one.names)
+        chance, jaccard = of_second / scored, both / max(of_first + of_second - both, 1)
+        same = one.fingerprint == other.fingerprint
+        found = {"chance": chance, "jaccard": jaccard, "same_weights": same, **shares}
+        rows.append({"first": first, "second": second, "both": both, **found})
+    return rows
 
 
 if __name__ == "__main__":

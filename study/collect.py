@@ -93,6 +93,9 @@ def provenance(output: Path, cells: Sequence[Cell]) -> Row:
     return {
         "wall_time_s": sum(found["wall_time_s"] or 0 for _, found in done),
         "commits": dict(Counter(str(found.get("commit"))[:10] for _, found in done)),
+        "lora_weights": sorted(
+            {found["trained"] for cell, found in done if cell.kind == "lora" and "trained" in found}
+        ),
         "world_sizes": sorted({found["world_size"] for _, found in done}),
         "versions": {name: sorted({str(found["versions"].get(name)) for _, found in done}) for name in libraries},
         "settings": {kind: dict(counts) for kind, counts in settings.items()},

@@ -15,7 +15,7 @@ from esi_ds.artifacts import read_jsonl, write_json_atomic
 from esi_ds.cli import Options
 from esi_ds.config import Config, validate
 from esi_ds.core.mask import Mask
-from esi_ds.mask import write_selection
+from esi_ds.reselect import write_selection
 from esi_ds.zero import runtime
 
 NUM_ASKED = 200  # held-out prompts of each sort
@@ -164,7 +164,8 @@ def execute_perturb(cell: Cell, output: Path) -> None:
         {"kind": "words", "words": "examples"},
     ]
     section = eval_section(cell, output) | {"judges": judges, "refusal_words": "examples"}
-    noise = {"mask": str(run / "mask"), "noise": [0.38, 1.0, 2.0, 4.0], "ratios": [0.01, 0.05], "seeds": [0, 1, 2]}
+    noise = {"mask": str(run / "mask"), "noise": [0.38, 1.0, 2.0], "ratios": [0.01, 0.05], "seeds": [0, 1, 2]}
+    noise |= cell.facts  # of a sample (estimate.py), fewer
     perturb.run(config_of(cell, output, perturb=noise, eval=section), Options())
 
 

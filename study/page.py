@@ -94,6 +94,7 @@ def what_was_run(about: Row) -> str:
     used = ", ".join(f"{name} {'/'.join(found)}" for name, found in about["versions"].items())
     steps = "; ".join(f"{kind} {_counted(found)}" for kind, found in about["settings"].items())
     sizes = " and ".join("/".join(str(size) for size in about["asked"][key]) for key in ("not_refused", "correct"))
+    adapters = "/".join(f"{count:,}" for count in about["lora_weights"]) or "–"
     return f"""\
 Made by `make study` (`{about["command"]}`); every number is in `results/study.json`.
 
@@ -102,6 +103,7 @@ Made by `make study` (`{about["command"]}`); every number is in `results/study.j
 - **Seeds** {", ".join(str(seed) for seed in about["seeds"])}: other prompts for the mask ({about["prompts_of_a_mask"]}
   harmful training requests), other noise, another order of the data. All answer the same held-out prompts.
 - **Tuning**: {steps}. **Asked**: {sizes} held-out harmful and benign or task prompts a cell, greedily.
+- **LoRA** of rank 1 on every matrix trains {adapters} weights: the rank nearest to 1 % of the model's.
 - **Wall time** of the finished cells, added up: {about["wall_time_s"] / 60:.0f} min, on
   {"/".join(str(size) for size in about["world_sizes"])} rank(s) each; page made on {about["machine"]}.
 - **Versions**: {used}; commits of the cells: {_counted(about["commits"])}.

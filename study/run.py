@@ -2,6 +2,7 @@
 
 python study/run.py                      # everything that is not there yet, then docs/results.md
 python study/run.py --only set/llama     # cells whose name begins so, and what they need
+python study/run.py --estimate           # how long all of it would take here (estimate.py)
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ sys.path[:0] = [str(ROOT / "study"), str(ROOT)]
 
 from grid import SEEDS, Cell, cells  # noqa: E402
 from material import make  # noqa: E402
+
+# A fresh process now and then: what engines leave behind does not pile up.
+CELLS_A_PROCESS = 60
 
 
 def work(cell: Cell, output: Path) -> tuple[str, float, str | None]:
@@ -48,9 +52,8 @@ def wanted(everything: list[Cell], prefixes: list[str]) -> list[Cell]:
 def run_all(todo: list[Cell], output: Path, processes: int) -> list[str]:
     """Names of the cells that failed; a cell starts when those it needs are done."""
     started, done, failed = time.monotonic(), set[str](), list[str]()
-    # A fresh process now and then: what engines leave behind does not pile up.
     context = get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=60) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=CELLS_A_PROCESS) as pool:
         waiting, running = list(todo), dict[Future, Cell]()
         while waiting or running:
             for cell in [c for c in waiting if done.issuperset(c.after)][: processes + 1 - len(running)]:
@@ -77,7 +80,13 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="cells whose name begins so")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--estimate", action="store_true", help="measure a few cells of every sort, and stop")
     options = parser.parse_args()
+    if options.estimate:
+        from estimate import estimate
+
+        estimate(cells(tuple(options.seeds)), ROOT / "runs/study-estimate", options.processes, CELLS_A_PROCESS)
+        return 0
     make(options.output / "data", tuple(options.seeds))
     todo = wanted(cells(tuple(options.seeds)), options.only)
     failed = run_all(todo, options.output, options.processes)

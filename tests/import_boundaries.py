@@ -28,6 +28,8 @@ LAYERS = {
     "zero": 3,
     "stages": 4,
     "mask": 4,
+    "reselect": 3,
+    "team": 2,
     "patch": 4,
     "cli": 1,
     "ranks": 1,

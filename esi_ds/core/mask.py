@@ -40,7 +40,7 @@ def unpack_bits(data: Tensor, count: int, skip: int = 0) -> Tensor:
 
 def digest(data: Tensor) -> str:
     """sha256 of a uint8 tensor's bytes."""
-    return hashlib.sha256(data.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(data.contiguous().numpy()).hexdigest()
 
 
 class Mask:
@@ -58,7 +58,7 @@ class Mask:
         self.k = int(metadata["k"])
         self.fingerprint = metadata["fingerprint"]
         self._weight_map = weight_map
-        self._files: dict[str, safe_open] = {}
+        self._opened: tuple[str, safe_open] | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
@@ -107,6 +107,14 @@ class Mask:
         """Parameters in the model's order (that of the ``shapes`` metadata)."""
         return list(self.shapes)
 
+    @property
+    def files(self) -> list[str]:
+        """Names of its files, in order."""
+        return sorted(set(self._weight_map.values()))
+
+    def file_of(self, name: str) -> str:
+        return self._weight_map[name]
+
     def numel(self, name: str) -> int:
         return torch.Size(self.shapes[name]).numel()
 
@@ -117,9 +125,10 @@ class Mask:
     def data(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """uint8: bytes [first, last) of one parameter's bits."""
         file_name = self._weight_map[name]
-        if file_name not in self._files:
-            self._files[file_name] = safe_open(self.path / file_name, "pt")
-        return self._files[file_name].get_slice(name)[first : num_bytes(self.numel(name)) if last is None else last]
+        # One at a time: an open file is mapped, and what was read of it stays in memory until it is closed.
+        if self._opened is None or self._opened[0] != file_name:
+            self._opened = file_name, safe_open(self.path / file_name, "pt")
+        return self._opened[1].get_slice(name)[first : num_bytes(self.numel(name)) if last is None else last]
 
     def bits(self, name: str, low: int = 0, high: int | None = None) -> Tensor:
         """bool [high − low]: whether each weight of the flat range is selected. Reads only those bytes."""

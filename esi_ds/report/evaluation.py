@@ -72,8 +72,7 @@ def closing_table(report: Row) -> str:
             against = f"   {change(changed)} (against {changed['before']})" if changed else ""
             lines.append(f"  {model['name'][:24]:24} {interval(cell)}{against}")
     for row in report["agreements"]:
-        kappa = "undefined" if row["kappa"] is None else f"{row['kappa']:.2f}"
-        lines += ["", f"{row['first']} and {row['second']}: Cohen's kappa {kappa} over {row['num_pairs']} answers"]
+        lines += ["", f"{row['first']} and {row['second']}: Cohen's kappa {kappa(row)} over {row['num_pairs']} answers"]
     lines += [f"{name} used {what}" for name, what in report["usage"].items()]
     return "\n".join(lines)
 
@@ -88,19 +87,46 @@ def markdown(report: Row) -> str:
     return "\n".join(lines)
 
 
+def changes_markdown(report: Row) -> str:
+    """The paired changes and the judges' agreement for TensorBoard."""
+    lines = ["| measure | set | judge | model | against | pairs | difference [95 %], p |", "|---" * 7 + "|"]
+    for row in report["changes"]:
+        place = f"{WORDS[row['measure']]} | {row['set']} | {row['judge']} | {row['model']} | {row['before']}"
+        lines.append(f"| {place} | {row['num_pairs']} | {change(row)} |")
+    lines += ["", "| judge | judge | answers | Cohen's kappa |", "|---" * 4 + "|"]
+    for row in report["agreements"]:
+        lines.append(f"| {row['first']} | {row['second']} | {row['num_pairs']} | {kappa(row)} |")
+    return "\n".join(lines)
+
+
+def kappa(row: Row) -> str:
+    return "undefined" if row["kappa"] is None else f"{row['kappa']:.2f}"
+
+
 def publish(tracker: Tracker, report: Row) -> None:
-    """Rates as scalars, the table as text, the figures as images."""
-    scalars = {
-        f"{row['measure']}/{row['set']}/{row['judge']}/{row['model']}": row["rate"]
-        for row in report["measures"]
-        if row["rate"] is not None
-    }
-    tracker.scalars(0, scalars)
+    """Rates as scalars, the tables as text, the figures as images."""
+    publish_rates(tracker, report)
     tracker.text("rates", markdown(report))
+    tracker.text("changes", changes_markdown(report))
     for title, rows in charts(report):
         figure = figures.rate_bars(title, rows, [model["name"] for model in report["models"]])
         tracker.figure(f"rates/{title}", figure)
         figures.plt.close(figure)
+
+
+def tag(row: Row) -> str:
+    """The curve of a measure's row."""
+    return f"{row['measure']}/{row['set']}/{row['judge']}/{row['model']}"
+
+
+def publish_rates(tracker: Tracker, report: Row) -> None:
+    """The last point of every curve, over all of its prompts."""
+    by_step: dict[int, dict[str, float]] = {}
+    for row in report["measures"]:
+        if row["rate"] is not None:
+            by_step.setdefault(row["n"] + row["missing"], {})[tag(row)] = row["rate"]
+    for step, values in sorted(by_step.items()):
+        tracker.scalars(step, values)
 
 
 def charts(report: Row) -> list[tuple[str, list[Row]]]:

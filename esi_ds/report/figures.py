@@ -162,6 +162,21 @@ def training_curves(rows: Sequence[dict]) -> Figure:
     return figure
 
 
+def loss_curves(runs: Sequence[tuple[str, Sequence[dict]]]) -> Figure:
+    """Loss by step of several runs, (name, rows of metrics) each."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8.5, 3.0))
+        for index, (name, rows) in enumerate(runs):
+            points = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+            line = ("-", "--", ":")[index // len(COLOURS) % 3]
+            x, y = [step for step, _ in points], [loss for _, loss in points]
+            axes.plot(x, y, line, color=COLOURS[index % len(COLOURS)], linewidth=1.2, label=name)
+        axes.set(title="loss per learnt token", xlabel="step")
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
 def rate_bars(title: str, rows: Sequence[dict], models: Sequence[str]) -> Figure:
     """Rates of several models with their intervals, one group of bars a set and judge (``evaluation.pivot``)."""
     height = 1.0 + 0.26 * max(3, len(rows) * len(models))

@@ -10,8 +10,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from esi_ds.artifacts import write_json_atomic, write_text_atomic
-from esi_ds.report import evaluation, figures, perturbation, tables
+from esi_ds.report import evaluation, figures, overview, perturbation, tables
 from esi_ds.report.experts import expert_tables
+from esi_ds.report.overview import Run
 
 MAX_ROWS = 200
 MAX_TENSORS = 20
@@ -29,15 +30,7 @@ def render(
     evaluated: Sequence[tuple[str, dict[str, Any]]] = (),
 ) -> str:
     """The page as text. An ESI page also shows other runs: ``tuned`` and ``evaluated`` are (link, report) of those."""
-    environment = Environment(
-        loader=PackageLoader("esi_ds.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "number": _number,
-        "interval": evaluation.interval,
-        "change": evaluation.change,
-        "percent": evaluation.percent,
-    }
+    environment = _environment()
     pages = {"tuning": _tuning_page, "evaluation": _evaluation_page, "perturbation": _perturbation_page}
     if report.get("kind") in pages:
         return pages[report["kind"]](environment, report)
@@ -63,6 +56,50 @@ def render(
     )
 
 
+def render_overview(runs: Sequence[Run], overlaps: Sequence[dict[str, Any]]) -> str:
+    """One page of several runs. overlaps: {first, second, both, of_first, of_second, chance, jaccard, same_weights} of
+    every two masks of one model."""
+    esi, tuning, evaluations, perturbations = (
+        overview.of_kind(runs, kind) for kind in (None, "tuning", "evaluation", "perturbation")
+    )
+    joined = overview.joined(evaluations) if evaluations else None
+    losses = [(run.name, run.report["progress"]) for run in tuning if run.report["progress"]]
+    maps = ((run, tables.layer_by_role(run.report["units"], run.report["selection"]["k"])) for run in esi)
+    return (
+        _environment()
+        .get_template("overview.html.j2")
+        .render(
+            report={"title": f"{len(runs)} runs"},
+            runs=runs,
+            esi=esi,
+            tuning=tuning,
+            evaluations=evaluations,
+            key_fact=overview.key_fact,
+            facts_table=overview.facts_table,
+            role_shares=overview.role_shares(esi),
+            maps=[(run.name, _picture(figures.heatmap(found[0]))) for run, found in maps if found],
+            overlaps=overlaps,
+            losses=_picture(figures.loss_curves(losses)) if losses else None,
+            joined=joined,
+            pieces=_evaluation_pieces(joined) if joined else None,
+            perturbations=[(run, _noise_charts(run.report)) for run in perturbations],
+        )
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("esi_ds.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": _number,
+        "interval": evaluation.interval,
+        "change": evaluation.change,
+        "percent": evaluation.percent,
+    }
+    return environment
+
+
 def _tuning_page(environment: Environment, report: dict[str, Any]) -> str:
     changed = sorted(report["changed_tensors"].items(), key=lambda item: -item[1]["changed"])
     return environment.get_template("tuning.html.j2").render(
@@ -78,9 +115,12 @@ def _evaluation_page(environment: Environment, report: dict[str, Any]) -> str:
 
 
 def _perturbation_page(environment: Environment, report: dict[str, Any]) -> str:
-    charts = [_picture(figures.noise_curves(title, points)) for title, points in perturbation.panels(report)]
     template = environment.get_template("perturbation.html.j2")
-    return template.render(report=report, words=evaluation.WORDS, charts=charts)
+    return template.render(report=report, words=evaluation.WORDS, charts=_noise_charts(report))
+
+
+def _noise_charts(report: dict[str, Any]) -> list[str]:
+    return [_picture(figures.noise_curves(title, points)) for title, points in perturbation.panels(report)]
 
 
 def _evaluation_pieces(report: dict[str, Any]) -> dict[str, Any]:

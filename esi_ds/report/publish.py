@@ -9,8 +9,10 @@ from esi_ds.tracking import Tracker
 
 
 def publish(tracker: Tracker, report: dict[str, Any]) -> None:
-    """Heatmaps as images, log-score histograms, sample answers as text."""
+    """Heatmaps as images, log-score histograms, sample answers as text; each role's share of the mask, in per cent."""
     units, k = report["units"], report["selection"]["k"]
+    shares = {f"mask_share/{role}": 100 * cell.selected / max(k, 1) for role, cell in tables.by_role(units)}
+    tracker.points(report["facts"].get("prompts used", 0), shares)
     for group, found in (("roles", tables.layer_by_role(units, k)), ("experts", tables.layer_by_expert(units, k))):
         for view, data in zip(("share_of_mask", "density", "mean_score"), found, strict=False):
             figure = figures.heatmap(data)

@@ -82,6 +82,9 @@ class EvalRun(StageRun):
         ranks = Ranks(runtime.rank(), runtime.world_size(), runtime.gather_objects)
         ledger = Ledger(self.folder.path / TASKS, ("model", "task"))
         order = [(model.name, number) for model in self.inputs.models for number in range(len(self.inputs.tasks))]
+        if not order:
+            return []
+        bar = tracker.progress(total=len(order), initial=len(ledger.rows), unit="task", description="tasks")
         for candidate in self.inputs.models:
             waiting = [number for name, number in order if name == candidate.name and (name, number) not in ledger.rows]
             if not waiting:
@@ -102,10 +105,12 @@ class EvalRun(StageRun):
                 )
                 rows = [result.as_row() for result in results]
                 ledger.add([{"model": candidate.name, "task": number, "results": rows}])
+                bar.update(1)
                 check_stop(f"{len(ledger.rows)} tasks run")
             del model
             gc.collect()
-        return ledger.sort(order) if order else []
+        bar.close()
+        return ledger.sort(order)
 
     def _answer(self, candidate: Candidate, answers, surprises, tracker: Tracker) -> None:
         """The answers of one model, where some are missing. The base also reads all answers again (``surprises``)."""

@@ -24,6 +24,7 @@ def finish_perturb(
     answers: Sequence[Row],
     verdicts: Mapping[tuple, Row],
     surprises: Mapping[tuple, Row],
+    used: Mapping[str, str],
     restored: Row,
     tracker: Tracker,
 ) -> None:
@@ -43,6 +44,7 @@ def finish_perturb(
         "mask": {"path": str(inputs.mask.path), "k": inputs.mask.k, "criterion": inputs.mask.metadata.get("criterion")},
         "restored": {"digest": restored["digest"], "checked": len(inputs.cells)},
         **found,
+        "usage": dict(used),
         "curves": curves(found["measures"], inputs.cells),
         "facts": {
             **facts(run.config, run.runtime.world_size(), run.started),

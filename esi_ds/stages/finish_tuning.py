@@ -57,6 +57,10 @@ def finish_tuning(
         said = [f"{when}: {row[when]}" for when in WHEN if when in row]
         quoted = "\n".join(f"    {line}" for line in "\n\n".join([row["prompt"], *said]).splitlines())
         tracker.text(f"answers/{row['set']}/{row['index']}", quoted)
+    for row in report["refusals"]:  # two points of a curve over the steps
+        for when, step in (("before", 0), ("after", training.step)):
+            if (count := row[f"refused_{when}"]) is not None:
+                tracker.points(step, {f"refused/{row['set']}/words": count / row["n"]})
     tracker.log(closing_table(report))
     tracker.log(f"report: {folder / 'report.html'}")
 

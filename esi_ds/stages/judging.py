@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from esi_ds.config import ClassifierVerdicts, Config, RubricVerdicts, WordVerdicts
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, length_batches
-from esi_ds.eval.endpoint import Patience
+from esi_ds.eval.endpoint import Patience, Reply
 from esi_ds.eval.refusals import judge_by_words, refusal_list
-from esi_ds.eval.rubric import TEMPLATE, Prices, Usage, judge_by_rubric, total_usage
+from esi_ds.eval.rubric import TEMPLATE, Prices, judge_by_rubric, total_usage
+from esi_ds.eval.tables import ATTACK_SUCCESS
 from esi_ds.eval.verdicts import Verdict
+from esi_ds.report.evaluation import tag
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.prepare_eval import PreparedJudge, sequence_rule
@@ -23,6 +25,7 @@ from esi_ds.zero import runtime
 from esi_ds.zero.placement import choose_placement, load_frozen
 
 VERDICTS, VERDICT_KEY = "verdicts.jsonl", ("judge", "model", "set", "index")
+USED = ("num_requests", "prompt_tokens", "completion_tokens")  # of an endpoint, kept with each of its verdicts
 ROUNDS = 2  # questions a worker of the endpoint asks between two looks at the stop flag
 Row = dict[str, Any]
 
@@ -35,11 +38,10 @@ def judge_all(
     deepspeed_config: dict,
     tracker: Tracker,
 ) -> dict[str, str]:
-    """A verdict of every judge on every answer that ``verdicts`` lacks; what endpoints used, by judge.
+    """A verdict of every judge on every answer that ``verdicts`` lacks; what endpoints used for all of them, by judge.
 
     rows: of ``answers.jsonl``, on harmful prompts. An answer that was not made is not judged. Raises Interrupted.
     """
-    used = {}
     for judge in judges:
         waiting = [
             row
@@ -54,48 +56,69 @@ def judge_all(
             found = judge_by_words([row["response"] for row in waiting], words)
             verdicts.add(_verdict_row(judge, *pair) for pair in zip(waiting, found, strict=True))
         elif isinstance(judge.section, RubricVerdicts):
-            used[judge.name] = str(_ask_endpoint(judge, waiting, verdicts, tracker))
-            tracker.log(f"judge {judge.name} used {used[judge.name]}")
+            _ask_endpoint(judge, waiting, verdicts, tracker)
+            tracker.log(f"judge {judge.name} used {_usage(judge, verdicts)}")
         else:
             _ask_model(judge, waiting, verdicts, config, deepspeed_config, tracker)
-    return used
+    return {judge.name: _usage(judge, verdicts) for judge in judges if isinstance(judge.section, RubricVerdicts)}
+
+
+def _running_rates(judge: PreparedJudge, rows: Sequence[Row], verdicts: Ledger, tracker: Tracker) -> None:
+    """Attack success so far, in the sets that these rows are of, over the number of their verdicts."""
+    if not tracker.enabled:
+        return
+    flags: dict[tuple[str, str], list[bool | None]] = {(row["set"], row["model"]): [] for row in rows}
+    for row in verdicts.rows.values():
+        if row["judge"] == judge.name and (row["set"], row["model"]) in flags:
+            flags[row["set"], row["model"]].append(row["unsafe"])
+    for (name, model), found in flags.items():
+        if given := [flag for flag in found if flag is not None]:
+            place = {"measure": ATTACK_SUCCESS, "set": name, "judge": judge.name, "model": model}
+            tracker.points(len(found), {tag(place): sum(given) / len(given)})
 
 
 def _verdict_row(judge: PreparedJudge, row: Row, verdict: Verdict) -> Row:
     return {"judge": judge.name, **{key: row[key] for key in VERDICT_KEY[1:]}, **verdict.as_row()}
 
 
-def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger, tracker: Tracker) -> Usage:
-    """Rank 0 asks, a few rounds at a time, so that the others never wait long. A broadcast and a gather a chunk."""
-    section, endpoint = judge.section, judge.endpoint
+def _usage(judge: PreparedJudge, verdicts: Ledger) -> str:
+    """What all verdicts of this judge cost, those of earlier processes included."""
+    section = judge.section
     priced = section.prompt_price is not None
     prices = Prices(section.prompt_price, section.completion_price) if priced else None
+    own = [row["used"] for row in verdicts.rows.values() if row["judge"] == judge.name]
+    return str(total_usage([Reply(None, None, **used) for used in own], prices))
+
+
+def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger, tracker: Tracker) -> None:
+    """Rank 0 asks, a few rounds at a time, so that the others never wait long. A broadcast and a gather a chunk."""
+    section, endpoint = judge.section, judge.endpoint
     patience, size = Patience(), endpoint.concurrency * ROUNDS
-    used = total_usage([], prices)
-    bar = tracker.progress(total=len(waiting), initial=0, unit="answer", description=f"judge {judge.name}"[:40])
+    bar = tracker.progress(total=len(waiting), initial=0, unit="answer", description=f"judge: {judge.name}"[:40])
     with bar:
         for start in range(0, len(waiting), size):
-            rows, found = waiting[start : start + size], None
+            rows, made = waiting[start : start + size], list[Row]()
 
-            def keep(number: int, verdict: Verdict, rows: Sequence[Row] = rows) -> None:
-                verdicts.add([_verdict_row(judge, rows[number], verdict)])  # at once: it was paid for
+            def keep(
+                number: int, verdict: Verdict, reply: Reply, rows: Sequence[Row] = rows, made: list[Row] = made
+            ) -> None:
+                used = {name: getattr(reply, name) for name in USED}
+                made.append({**_verdict_row(judge, rows[number], verdict), "used": used})
+                verdicts.add(made[-1:])  # at once: it was paid for
 
             if runtime.is_main():
-                found = judge_by_rubric(
+                judge_by_rubric(
                     [(row["prompt"], row["response"]) for row in rows],
                     endpoint,
                     template=section.template or TEMPLATE,
                     threshold=section.threshold,
-                    prices=prices,
                     on_verdict=keep,
                     patience=patience,
                 )
-            given, spent = runtime.broadcast_object(found)
-            used += spent
-            verdicts.add(_verdict_row(judge, *pair) for pair in zip(rows, given, strict=True))
+            verdicts.add(runtime.broadcast_object(made))
+            _running_rates(judge, rows, verdicts, tracker)
             bar.update(len(rows))
             check_stop(f"{start + len(rows)} answers judged by {judge.name}")
-    return used
 
 
 def _ask_model(
@@ -115,7 +138,7 @@ def _ask_model(
     batches = length_batches(reader, rows, config.eval.batch_size)
     ranks, rank = runtime.world_size(), runtime.rank()
     bar = tracker.progress(
-        total=len(waiting), initial=len(at_once), unit="answer", description=f"judge {judge.name}"[:40]
+        total=len(waiting), initial=len(at_once), unit="answer", description=f"judge: {judge.name}"[:40]
     )
     with bar:
         for start in range(0, len(batches), ranks):
@@ -125,7 +148,9 @@ def _ask_model(
                 found = reader.judge([rows[number] for number in mine or batches[0]])
             weights.release()
             verdicts.share(_verdict_row(judge, waiting[n], verdict) for n, verdict in zip(mine, found, strict=False))
-            bar.update(sum(map(len, batches[start : start + ranks])))
+            numbers = [number for batch in batches[start : start + ranks] for number in batch]
+            _running_rates(judge, [waiting[number] for number in numbers], verdicts, tracker)
+            bar.update(len(numbers))
             check_stop(f"{len(verdicts.rows)} verdicts given")
     del reader, weights
     gc.collect()

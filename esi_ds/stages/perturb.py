@@ -59,9 +59,9 @@ class PerturbRun(StageRun):
         harmful = {found.name for found in sets if found.kind == "harmful"}
         judged = [row for row in rows if row["set"] in harmful]
         del model
-        judge_all(inputs.eval.judges, judged, verdicts, self.config, self.deepspeed_config, tracker)
+        used = judge_all(inputs.eval.judges, judged, verdicts, self.config, self.deepspeed_config, tracker)
         verdicts.sort((judge.name, *answers.key(row)) for judge in inputs.eval.judges for row in judged)
-        finish_perturb(self, rows, verdicts.rows, surprises.rows, restored, tracker)
+        finish_perturb(self, rows, verdicts.rows, surprises.rows, used, restored, tracker)
 
     def _load(self, tracker: Tracker):
         """The model, which must be the mask's."""

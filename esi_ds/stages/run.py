@@ -18,7 +18,7 @@ from esi_ds.cli import Options
 from esi_ds.config import Config
 from esi_ds.core.mask import Mask
 from esi_ds.core.units import Parameter
-from esi_ds.deepspeed_config import resolve_deepspeed
+from esi_ds.deepspeed_config import monitor_settings, resolve_deepspeed
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.models.fingerprint import checkpoint_folder, fingerprint, tensor_digests
 from esi_ds.tracking import Tracker
@@ -108,10 +108,16 @@ class StageRun(ABC):
         if runtime.is_main():
             self.folder.open(self.config)
         runtime.seed_everything(self.config.run.seed)
-        tracker = Tracker(
-            self.folder.path, enabled=runtime.is_main(), tensorboard=self.config.run.tensorboard, stage=self.stage
-        )
         from esi_ds.stages.interrupt import listen
+        from esi_ds.zero.monitor import open_monitors
+
+        tracker = Tracker(
+            self.folder.path,
+            enabled=runtime.is_main(),
+            tensorboard=self.config.run.tensorboard,
+            stage=self.stage,
+            monitor=open_monitors(monitor_settings(self.config)),
+        )
 
         listen(self.options.launcher)  # from here on a signal is noted, and the next boundary sees it
         with tracker:

@@ -158,7 +158,7 @@ class TuneRun(StageRun):
                 generation="auto",
                 keep=keep_in(partial),
                 tracker=tracker,
-                description=f"{name} {when}",
+                description=f"answer: {name} {when}",
             )
             made[name] = [done[index] for index in range(len(prompts))]
         return made

@@ -138,6 +138,7 @@ def test_same_verdicts_and_tables(undisturbed: Path, killed: Path) -> None:
         assert first["score"] == pytest.approx(second["score"], abs=1e-5)  # other batches: other sums
     first, second = (json.loads((run / "report.json").read_text()) for run in (undisturbed, killed))
     for table in ("measures", "changes", "agreements", "sets"):
+        assert first["usage"] == second["usage"]  # what was paid for before a kill is not forgotten
         for one, other in zip(first[table], second[table], strict=True):
             for volatile in ("mean_score", "scores"):
                 one.pop(volatile, None), other.pop(volatile, None)

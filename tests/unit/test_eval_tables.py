@@ -10,11 +10,13 @@ import pytest
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.proportion import proportion_confint
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from esi_ds.eval.refusals import REFUSAL_LISTS
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes
-from esi_ds.report.evaluation import closing_table, markdown
+from esi_ds.report.evaluation import change, closing_table, markdown, publish
 from esi_ds.report.html import render
+from esi_ds.tracking import Tracker
 
 EVIL = "<script>alert(1)</script>"
 KINDS = {"bad": "harmful", "good": "benign"}
@@ -119,3 +121,11 @@ def test_tables_for_console_and_tensorboard(report: dict, tmp_path: Path) -> Non
     shown = closing_table(report)
     assert "attack success · s · j" in shown and "(against base)" in shown and "j used 3 requests" in shown
     assert "66.7 % [20.8, 93.9] (n 3, 1 missing)" in markdown(report)
+    with Tracker(tmp_path, enabled=True, tensorboard=True, stage="eval") as tracker:
+        publish(tracker, report)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = b"".join(events.Tensors("changes/text_summary")[0].tensor_proto.string_val).decode()
+    (row,) = (row for row in report["changes"] if row["measure"] == "attack_success")
+    assert f"| {row['num_pairs']} | {change(row)} |" in shown
+    (agreed,) = report["agreements"]
+    assert f"| j | k | {agreed['num_pairs']} | {agreed['kappa']:.2f} |" in shown

@@ -129,11 +129,12 @@ def test_status_while_running_and_after(tmp_path: Path, monkeypatch: pytest.Monk
         assert (found["state"], found["stage"], found["phase"]) == ("running", "esi", "score")
         assert (found["done"], found["total"], found["unit"]) == (5, 8, "prompt")
         assert found["seconds_left"] == pytest.approx(3 / found["rate"])
+        (tmp_path / "checkpoint/safety/position-4").mkdir(parents=True)
+        (tmp_path / "checkpoint/safety/position-4/state.json").write_text("{}")
         raise Interrupted("x")
-    (tmp_path / "checkpoint/safety/position-4").mkdir(parents=True)
-    (tmp_path / "checkpoint/safety/position-4/state.json").write_text("{}")
     assert status.main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out
+    assert json.loads((tmp_path / "status.json").read_text())["last_checkpoint"]["position"] == 4
     assert "interrupted, stage esi" in shown and "score: 5 of 8 prompts" in shown and "last checkpoint: at 4" in shown
 
 

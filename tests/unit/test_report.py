@@ -136,6 +136,22 @@ def test_tensorboard_and_metrics(tmp_path: Path) -> None:
     assert len(events.Images("roles/share_of_mask")) == 1
 
 
+def test_tensorboard_shows_a_phase_while_the_run_goes_on(tmp_path: Path) -> None:
+    """Read from the disk before the tracker is closed, as TensorBoard does."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Tracker(tmp_path, enabled=True, tensorboard=True, stage="eval") as tracker:
+        with tracker.progress(total=8, initial=2, unit="answer", description="answer: base") as bar:
+            for _ in range(3):
+                bar.update(2)
+        tracker.progress(total=4, initial=0, unit="answer", description="judge: guard")
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        found = [(event.step, event.value) for event in events.Scalars("progress/answer/base")]
+        assert found[0] == (4, 50.0) and found[-1] == (8, 100.0)
+        assert all(event.value > 0 for event in events.Scalars("speed/answer/base"))
+    assert not (tmp_path / "metrics.jsonl").exists()  # what was measured stands there, not how far it is
+
+
 def test_a_silent_tracker_writes_nothing(tmp_path: Path) -> None:
     with Tracker(tmp_path, enabled=False, tensorboard=True, stage="esi") as tracker:
         tracker.scalars(1, {"a": 1.0})

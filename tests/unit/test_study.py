@@ -13,6 +13,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "study"))
 
+import estimate  # noqa: E402
 import findings  # noqa: E402
 import grid  # noqa: E402
 import material  # noqa: E402
@@ -264,3 +265,17 @@ def test_a_cells_flags(tmp_path: Path) -> None:
     (tmp_path / "set/m/x/answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     with pytest.raises(ValueError, match="other prompts"):
         row_of(cell, tmp_path)
+
+
+def test_the_estimate_samples_every_sort_and_schedules_as_the_study_does() -> None:
+    grid_cells = grid.cells()
+    sample = estimate.sample_of(grid_cells)
+    names = [cell.name for cell in sample]
+    assert {estimate.sort_of(cell) for cell in sample} == {estimate.sort_of(cell) for cell in grid_cells}
+    assert all(names.index(need) < index for index, cell in enumerate(sample) for need in cell.after)
+    assert len(sample) == len(set(names)) < len(grid_cells) / 10
+    first, second = grid.Cell("lora", "a", "llama-x", 0), grid.Cell("lora", "b", "llama-x", 0)
+    late = grid.Cell("perturb", "c", "llama-x", 0, after=("a", "b"))
+    seconds = {"lora llama": 3.0, "perturb llama": 5.0}
+    assert estimate.schedule([late, first, second], seconds, 1) == 11
+    assert estimate.schedule([late, first, second], seconds, 2) == 8  # it waits for both

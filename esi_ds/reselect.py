@@ -1,0 +1,222 @@
+"""The exact selection again, from scores on disk: what a mask must be, and masks of another ratio or order.
+
+Scores are read in chunks, each by one process of the team, so that memory does not grow with the model. Only counts
+are shared.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from esi_ds.artifacts import replace_folder, write_json_atomic
+from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, Mask, digest, num_bytes, pack_bits
+from esi_ds.core.select import Cut, Order, Piece, select
+from esi_ds.core.units import Unit
+from esi_ds.errors import UserError
+from esi_ds.models.fingerprint import checkpoint_tensors
+from esi_ds.team import Team
+
+UNITS_NAME = "units.json"
+CHUNK = 1 << 22  # weights in memory together; a multiple of 8, so that a chunk's bits are whole bytes
+
+Span = tuple[str, int, int]  # parameter, and flat elements [low, high) of it
+
+
+def spans(mask: Mask) -> list[Span]:
+    """All scored weights in the model's order, in chunks."""
+    return [span for name in mask.names for span in _cut(name, 0, mask.numel(name))]
+
+
+def _cut(name: str, first: int, last: int) -> list[Span]:
+    return [(name, low, min(low + CHUNK, last)) for low in range(first, last, CHUNK)]
+
+
+def read_units(mask: Mask) -> dict[str, list[Unit]]:
+    """Logical matrices by parameter, from ``units.json``; a parameter without any is one matrix of its own."""
+    file = mask.path / UNITS_NAME
+    units: dict[str, list[Unit]] = {name: [] for name in mask.names}
+    if file.is_file():
+        for row in json.loads(file.read_text()):
+            units[row.pop("parameter")].append(Unit(**row))
+    for name, found in units.items():
+        if not found:
+            found.append(Unit(name, "other", None, None, 0, mask.numel(name)))
+    return units
+
+
+def overlaps(unit: Unit, low: int, high: int) -> bool:
+    """Whether the unit may have elements in [low, high) of its parameter."""
+    return unit.start < high and unit.start + (unit.count - 1) * unit.stride + unit.length > low
+
+
+class Scores:
+    """``scores/`` of a run, read by byte ranges: nothing of a file stays in memory."""
+
+    def __init__(self, folder: Path):
+        """Raises UserError where the folder holds none."""
+        self.folder = folder
+        try:
+            if not (folder / INDEX_NAME).is_file():
+                raise FileNotFoundError(f"no {INDEX_NAME}")
+            self._places = {name: (file, first, about) for name, file, first, _, about in checkpoint_tensors(folder)}
+        except (OSError, ValueError) as error:
+            raise UserError("--scores", str(folder), f"holds no scores ({error})", "give RUN/scores") from error
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._places)
+
+    def check(self, mask: Mask) -> None:
+        """Raises UserError where a parameter's scores are not float32 in its own shape."""
+        for name in mask.names:
+            about = self._places[name][2] if name in self._places else "nothing"
+            if about != (wanted := f"F32 {list(mask.shapes[name])}"):
+                problem = f"holds {about} for {name}, expected {wanted}"
+                raise UserError("--scores", str(self.folder), problem, "give RUN/scores of the same run")
+
+    def read(self, name: str, low: int, high: int) -> Tensor:
+        """float32 [high − low]."""
+        file, first, _ = self._places[name]
+        with file.open("rb") as opened:
+            opened.seek(first + 4 * low)
+            data = opened.read(4 * (high - low))
+        if len(data) != 4 * (high - low):
+            raise UserError("--scores", str(file), "is shorter than its header says", "copy it again")
+        return torch.frombuffer(bytearray(data), dtype=torch.float32)
+
+
+class Reselection:
+    """The exact selection from ``scores``, as bits of any span.
+
+    mask: any mask made from these scores. wanted: ``order``, ``seed``, ``scope``, ``k``, ``ratio``, as in metadata.
+    Making it takes collectives of the team: six histograms of 16 KiB, with scope ``matrix`` for every matrix.
+    """
+
+    def __init__(self, mask: Mask, scores: Scores, wanted: Mapping[str, str], team: Team):
+        self._mask, self._scores, self._team = mask, scores, team
+        self._order = Order(wanted["order"], int(wanted["seed"]))
+        self._offsets: dict[str, int] = json.loads(mask.metadata["offsets"])
+        self._whole: Cut | None = None
+        self._cuts: dict[str, list[tuple[Unit, int, Cut]]] = {}  # scope matrix: unit, its first position, its cut
+        if wanted["scope"] == "model":
+            self._whole = self._select(
+                _Pieces(self._whole_piece, spans(mask)[team.rank :: team.size]), int(wanted["k"])
+            )
+        else:
+            for name, units in read_units(mask).items():
+                self._cuts[name] = list(self._select_units(name, units, float(wanted["ratio"])))
+
+    def bits(self, name: str, low: int, high: int) -> Tensor:
+        """bool [high − low]."""
+        if self._whole is not None:
+            return self._selected(self._whole, self._whole_piece((name, low, high)))
+        bits = torch.zeros(high - low, dtype=torch.bool)
+        for unit, position, cut in self._cuts[name]:
+            if overlaps(unit, low, high):
+                piece = self._unit_piece(unit, position, (name, low, high))
+                bits[unit.within(low, high)] = self._selected(cut, piece)
+        return bits
+
+    def _selected(self, cut: Cut, piece: Piece) -> Tensor:
+        return cut.selects(self._order.keys(piece.scores, piece.position), piece.position)
+
+    def _select(self, pieces: _Pieces, k: int) -> Cut:
+        (cut,) = select([pieces], [k], self._order, self._mask.total_numel - 1, self._team.add)
+        return cut
+
+    def _select_units(self, name: str, units: list[Unit], ratio: float) -> Iterator[tuple[Unit, int, Cut]]:
+        """Scope ``matrix``: ⌊ratio · n⌋ of each logical matrix."""
+        position = self._offsets[name]
+        for unit in units:
+            end = unit.start + (unit.count - 1) * unit.stride + unit.length
+            own = _cut(name, unit.start, end)[self._team.rank :: self._team.size]
+            pieces = _Pieces(lambda span, unit=unit, at=position: self._unit_piece(unit, at, span), own)
+            yield unit, position, self._select(pieces, int(ratio * unit.numel))
+            position += unit.numel
+
+    def _whole_piece(self, span: Span) -> Piece:
+        name, low, _ = span
+        return Piece(self._scores.read(*span), self._offsets[name] + low)
+
+    def _unit_piece(self, unit: Unit, position: int, span: Span) -> Piece:
+        """The unit's part of a span. Units of a parameter lie one behind another in the order of ties."""
+        _, low, high = span
+        before = max(0, low - unit.start)
+        runs, rest = divmod(before, unit.stride) if unit.count > 1 else (0, before)
+        skipped = min(runs * unit.length + min(rest, unit.length), unit.numel)
+        return Piece(self._scores.read(*span)[unit.within(low, high)], position + skipped)
+
+
+class _Pieces:
+    """Pieces read from the disk each time somebody goes through them."""
+
+    def __init__(self, read, wanted: list[Span]):
+        self._read, self._wanted = read, wanted
+
+    def __iter__(self) -> Iterator[Piece]:
+        return map(self._read, self._wanted)
+
+
+def write_selection(
+    mask: Mask, folder: Path, output: Path, ratio: float, order: str, seed: int, team: Team | None = None
+) -> Mask:
+    """A mask of another ratio or order from the scores that ``mask`` was made from; its ``of`` and ``scope``.
+
+    Files are cut as ``mask``'s; one of them is in memory at a time. The folder is written whole or not at all.
+    """
+    team = team or Team()
+    if output.exists():
+        raise UserError("OUTPUT", str(output), "exists already", "give a new folder")
+    scores = Scores(folder)
+    scores.check(mask)
+    metadata = {**mask.metadata, "ratio": repr(ratio), "order": order, "seed": str(seed), "threshold": "null"}
+    scored = sum(mask.numel(name) for name in mask.names)
+    base = scored if mask.metadata.get("of") == "scored" else mask.total_numel
+    metadata["k"] = str(min(int(ratio * base), scored))
+    found = Reselection(mask, scores, metadata, team)
+    numbers = torch.zeros(len(mask.names), dtype=torch.int64)
+    places = {name: index for index, name in enumerate(mask.names)}
+    for name, low, high in spans(mask)[team.rank :: team.size]:
+        numbers[places[name]] += int(found.bits(name, low, high).sum())
+    counts = dict(zip(mask.names, team.add(numbers).tolist(), strict=True))
+    metadata |= {"counts": json.dumps(counts), "k": str(sum(counts.values()))}
+    _write(mask, found, metadata, output, team)
+    return Mask.load(output)
+
+
+def _write(mask: Mask, found: Reselection, metadata: dict[str, str], output: Path, team: Team) -> None:
+    """Every process writes files of its own; the first one gives the folder its name when all are there."""
+    temporary = output.with_name(f".{output.name}.tmp")
+    if team.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    team.gather([])  # nobody writes before the folder is there
+    digests: list[tuple[str, str]] = []
+    for file in mask.files[team.rank :: team.size]:
+        data = {name: _packed(mask, found, name) for name in mask.names if mask.file_of(name) == file}
+        save_file(data, temporary / file, metadata=metadata)
+        digests += [(name, digest(values)) for name, values in data.items()]
+    digests = team.gather(digests)
+    if team.rank == 0:
+        index = {"metadata": {}, "weight_map": {name: mask.file_of(name) for name in mask.names}}
+        write_json_atomic(temporary / INDEX_NAME, index)
+        write_json_atomic(temporary / DIGESTS_NAME, dict(digests))
+        if (mask.path / UNITS_NAME).is_file():
+            shutil.copyfile(mask.path / UNITS_NAME, temporary / UNITS_NAME)
+        replace_folder(temporary, output)
+    team.gather([])  # nobody reads before it has its name
+
+
+def _packed(mask: Mask, found: Reselection, name: str) -> Tensor:
+    """uint8 [⌈numel / 8⌉]."""
+    data = torch.empty(num_bytes(mask.numel(name)), dtype=torch.uint8)
+    for _, low, high in _cut(name, 0, mask.numel(name)):
+        data[low // 8 : num_bytes(high)] = pack_bits(found.bits(name, low, high))
+    return data

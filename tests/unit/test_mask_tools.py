@@ -1,0 +1,77 @@
+"""``python -m esi_ds.mask`` in chunks: the same as whole tensors in memory, and no more memory for more shards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from mask_folders import write_pair
+
+from esi_ds import reselect
+from esi_ds.core.mask import Mask
+from esi_ds.mask import compare_with_scores, main
+from esi_ds.team import Team
+
+SHAPES = [(7, 9), (1, 3), (30, 17), (5, 8)]
+
+
+@pytest.mark.parametrize("scope", ["model", "matrix"])
+@pytest.mark.parametrize("order", ["top", "bottom", "random"])
+def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str, order: str) -> None:
+    """Chunks of 16 weights cut rows, matrices and bytes; the mask was made from whole tensors."""
+    write_pair(tmp_path, SHAPES, 0.2, scope, order, seed=3)
+    monkeypatch.setattr(reselect, "CHUNK", 16)
+    mask, scores = Mask.load(tmp_path / "mask"), tmp_path / "scores"
+    assert compare_with_scores(mask, scores, Team()) == []
+    made = reselect.write_selection(mask, scores, tmp_path / "again", 0.2, order, 3)
+    assert made.counts == mask.counts
+    assert made.files == mask.files and all(made.bits(name).equal(mask.bits(name)) for name in mask.names)
+    digests = [json.loads((tmp_path / folder / "digests.json").read_text()) for folder in ("mask", "again")]
+    assert digests[0] == digests[1]
+    assert main(["verify", str(tmp_path / "again"), "--scores", str(scores)]) == 0
+
+
+def test_one_wrong_bit_is_found_in_its_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    write_pair(tmp_path, SHAPES, 0.2, "model", "top", seed=3)
+    monkeypatch.setattr(reselect, "CHUNK", 16)
+    file = tmp_path / "scores" / "model-00003-of-00004.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] = 0x7F  # the last score is larger than all others now
+    file.write_bytes(content)
+    assert main(["verify", str(tmp_path / "mask"), "--scores", str(tmp_path / "scores")]) == 2
+    shown = capsys.readouterr().out
+    assert "model.layers.2.fused: " in shown and "bits differ from the selection by its scores" in shown
+    file.write_bytes(content[:-40])
+    assert main(["verify", str(tmp_path / "mask"), "--scores", str(tmp_path / "scores")]) == 2
+    assert "is shorter than its header says" in capsys.readouterr().err
+
+
+def peak(*arguments: str) -> float:
+    """Resident MiB at the most, of a process of its own."""
+    code = (
+        "import resource, sys; from esi_ds.mask import main; code = main(sys.argv[1:]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return float(done.stderr.split()[-1])
+
+
+def test_more_shards_need_no_more_memory(tmp_path: Path) -> None:
+    """Two shards of 16 MiB of scores and half a MiB of mask each, against twenty."""
+    for name, shards in (("small", 2), ("large", 20)):
+        write_pair(tmp_path / name, [(2048, 2048)] * shards, 0.1, "model", "top", seed=0)
+    for command in (
+        ["verify", "{}/mask", "--scores", "{}/scores"],
+        ["compare", "{}/mask", "{}/mask"],
+        ["info", "{}/mask"],
+        ["select", "{}/mask", "{}/made", "--scores", "{}/scores", "--ratio", "0.05"],
+    ):
+        small, large = (
+            peak(*(part.replace("{}", str(tmp_path / name)) for part in command)) for name in ("small", "large")
+        )
+        assert large < small + 24, (command, small, large)  # 18 shards more: 288 MiB of scores
