@@ -150,9 +150,9 @@ def transient(
     """ZeRO-3 gathers a module's parameters together; hooks free each gradient before the next one comes.
 
     trained: parameters that get a gradient have a number above 0. Weights: see ``_gathered``. Gradient of the module's
-    largest such tensor, of n elements on g ranks: b n where SET is compact, which picks from it as it is; else 8 n in
-    fp32, cast and padded, and 4 n / g reduced. ESI adds 16 n / g, its norm in float64; SPA's engine holds the gradients
-    of the whole module in the model's precision too.
+    largest such tensor, of n elements on g ranks: b n where SET is compact, which picks from it as it is; else 4 n in
+    fp32, 4 n more where it has to be padded to g equal parts, and 4 n / g reduced. SPA's engine pads always, and holds
+    the gradients of the whole module in the model's precision too.
     """
     modules: dict[str, list[Piece]] = {}
     for piece in cut:
@@ -165,10 +165,9 @@ def transient(
         if learning:
             largest = max(learning, key=lambda piece: piece.numel)
             reduced = FP32 * largest.numel / largest.ranks if largest.ranks > 1 else 0.0
-            gradient = weight * largest.numel if stage == "set" and compact else 2 * FP32 * largest.numel + reduced
-            if stage == "esi":
-                gradient += 4 * FP32 * largest.numel / largest.ranks
-            elif stage == "spa":
+            copies = 2 if stage == "spa" or largest.numel % largest.ranks else 1
+            gradient = weight * largest.numel if stage == "set" and compact else copies * FP32 * largest.numel + reduced
+            if stage == "spa":
                 gradient += weight * sum(piece.numel for piece in learning)
         found.append(Transient(module, _gathered(members, weight, recompute) + kept, gradient))
     return max(found, key=lambda one: one.total)

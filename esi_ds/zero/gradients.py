@@ -101,7 +101,8 @@ class ReducedGradients:
         """Reduce one gradient, or let it wait in its bucket. The order of calls must be the same on every rank."""
         group = self._model.group(shard)
         size = self._model.partition_numel(shard) * torch.distributed.get_world_size(group)
-        padded = F.pad(gradient, (0, size - gradient.numel()))
+        # Padding by nothing would be a copy, of the largest gradient too.
+        padded = F.pad(gradient, (0, size - gradient.numel())) if size > gradient.numel() else gradient
         if padded.numel() >= BUCKET_NUMEL:
             self._reduce([(shard, padded)], group)
             return
@@ -154,7 +155,7 @@ class GradientShards(ReducedGradients):
 
     def norm_squared(self, added: Tensor) -> Tensor:
         """Of what ``receive`` was given, float64 []."""
-        return added.double().square().sum()
+        return torch.linalg.vector_norm(added, dtype=torch.float64).square()  # without a copy in float64
 
     def take_norm_squared(self) -> float:
         value = float(self._norm_squared)
@@ -181,4 +182,4 @@ class SquaredGradientShards(GradientShards):
         return gradient.square_()
 
     def norm_squared(self, added: Tensor) -> Tensor:
-        return added.double().sum()
+        return added.sum(dtype=torch.float64)
