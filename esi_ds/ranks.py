@@ -167,7 +167,7 @@ def launcher(place: Place) -> tuple[tuple[int, int], ...]:
         # Above it is the command itself, or, of several hosts, an ssh whose pdsh may run here.
         told = {word for word in words if word.startswith(("--world_info=", "--master_port="))}
         for process in psutil.process_iter(["pid", "ppid", "name", "cmdline"]):
-            if process.info["name"].startswith("pdsh") and told <= set(process.info["cmdline"] or ()):
+            if told and process.info["name"].startswith("pdsh") and told <= set(process.info["cmdline"] or ()):
                 found.append((process.info["pid"], process.info["ppid"]))
     return tuple(found)
 

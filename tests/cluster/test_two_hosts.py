@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -88,9 +88,10 @@ def ranks_on(host: str) -> list[psutil.Process]:
     pids = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True, check=True).stdout.split()
     found = []
     for pid in pids:
-        process = psutil.Process(int(pid))
-        if process.cmdline()[2:3] and process.cmdline()[2].startswith("launch/"):
-            found.append(process)
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(pid))
+            if any(word.startswith("launch/") for word in process.cmdline()[2:3]):
+                found.append(process)
     return found
 
 
