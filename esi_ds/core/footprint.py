@@ -150,9 +150,9 @@ def transient(
     """ZeRO-3 gathers a module's parameters together; hooks free each gradient before the next one comes.
 
     trained: parameters that get a gradient have a number above 0. Weights: see ``_gathered``. Gradient of the module's
-    largest such tensor, of n elements on g ranks: b n where SET is compact, which picks from it as it is; else 4 n in
-    fp32, 4 n more where it has to be padded to g equal parts, and 4 n / g reduced. SPA's engine pads always, and holds
-    the gradients of the whole module in the model's precision too.
+    largest such tensor, of n elements on g ranks: b n where SET is compact, which picks from it as it is; else
+    (b + 4) n while it is cast to fp32, or 4 n, 4 n more where it has to be padded to g equal parts, and 4 n / g reduced,
+    whichever is more. SPA's engine pads always, and holds the gradients of the whole module in the model's precision.
     """
     modules: dict[str, list[Piece]] = {}
     for piece in cut:
@@ -166,7 +166,10 @@ def transient(
             largest = max(learning, key=lambda piece: piece.numel)
             reduced = FP32 * largest.numel / largest.ranks if largest.ranks > 1 else 0.0
             copies = 2 if stage == "spa" or largest.numel % largest.ranks else 1
-            gradient = weight * largest.numel if stage == "set" and compact else copies * FP32 * largest.numel + reduced
+            if stage == "set" and compact:
+                gradient = weight * largest.numel
+            else:
+                gradient = max((weight + FP32) * largest.numel, copies * FP32 * largest.numel + reduced)
             if stage == "spa":
                 gradient += weight * sum(piece.numel for piece in learning)
         found.append(Transient(module, _gathered(members, weight, recompute) + kept, gradient))

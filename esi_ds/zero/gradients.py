@@ -155,7 +155,9 @@ class GradientShards(ReducedGradients):
 
     def norm_squared(self, added: Tensor) -> Tensor:
         """Of what ``receive`` was given, float64 []."""
-        return torch.linalg.vector_norm(added, dtype=torch.float64).square()  # without a copy in float64
+        # Piece by piece: torch makes a copy in float64 of what it sums so.
+        norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in added.split(BUCKET_NUMEL)]
+        return torch.stack(norms).square().sum()
 
     def take_norm_squared(self) -> float:
         value = float(self._norm_squared)
@@ -182,4 +184,4 @@ class SquaredGradientShards(GradientShards):
         return gradient.square_()
 
     def norm_squared(self, added: Tensor) -> Tensor:
-        return added.sum(dtype=torch.float64)
+        return torch.stack([piece.sum(dtype=torch.float64) for piece in added.split(BUCKET_NUMEL)]).sum()

@@ -134,7 +134,7 @@ class CompactGradients:
 
 
 def _norm(values: Tensor) -> float:
-    """Summed in float64, without a copy."""
+    """Summed in float64."""
     return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
