@@ -150,9 +150,10 @@ def transient(
     """ZeRO-3 gathers a module's parameters together; hooks free each gradient before the next one comes.
 
     trained: parameters that get a gradient have a number above 0. Weights: see ``_gathered``. Gradient of the module's
-    largest such tensor, of n elements on g ranks: b n where SET is compact, which picks from it as it is; else (b + 4) n
-    while it is cast to fp32, or 4 n, 4 n more where it has to be padded to g equal parts, and 4 n / g reduced, whichever
-    is more. SPA's engine pads always, and holds the gradients of the whole module in the model's precision.
+    largest such tensor, of n elements on g ranks: b n where SET is compact, which picks from it as it is; else the more
+    of (b + 4) n, while it is cast to fp32, and 4 n (1 + 1 / g) while it is reduced, with 4 n more where it has to be
+    padded to g equal parts. SPA's engine pads always, and holds the gradients of the whole module in the model's
+    precision too.
     """
     modules: dict[str, list[Piece]] = {}
     for piece in cut:
