@@ -20,7 +20,7 @@ from esi_ds import team as teams
 from esi_ds.core.mask import Mask
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
-from esi_ds.reselect import Reselection, Scores, overlaps, read_units, spans, write_selection
+from esi_ds.reselect import Reselection, Scores, read_units, spans, write_selection
 from esi_ds.team import Team
 
 
@@ -37,7 +37,7 @@ def count_units(masks: Sequence[Mask], team: Team) -> tuple[list[Unit], Tensor]:
         bits = [mask.bits(name, low, high) for mask in masks]
         bits.append(torch.stack(bits).all(0))
         for number, unit in enumerate(by_name[name], firsts[name]):
-            if overlaps(unit, low, high):
+            if unit.meets(low, high):
                 where = unit.within(low, high)
                 counts[number] += torch.tensor([int(part[where].sum()) for part in bits])
     return units, team.add(counts)

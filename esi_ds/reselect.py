@@ -51,11 +51,6 @@ def read_units(mask: Mask) -> dict[str, list[Unit]]:
     return units
 
 
-def overlaps(unit: Unit, low: int, high: int) -> bool:
-    """Whether the unit may have elements in [low, high) of its parameter."""
-    return unit.start < high and unit.start + (unit.count - 1) * unit.stride + unit.length > low
-
-
 class Scores:
     """``scores/`` of a run, read by byte ranges: nothing of a file stays in memory."""
 
@@ -119,7 +114,7 @@ class Reselection:
             return self._selected(self._whole, self._whole_piece((name, low, high)))
         bits = torch.zeros(high - low, dtype=torch.bool)
         for unit, position, cut in self._cuts[name]:
-            if overlaps(unit, low, high):
+            if unit.meets(low, high):
                 piece = self._unit_piece(unit, position, (name, low, high))
                 bits[unit.within(low, high)] = self._selected(cut, piece)
         return bits
@@ -135,8 +130,7 @@ class Reselection:
         """Scope ``matrix``: ⌊ratio · n⌋ of each logical matrix."""
         position = self._offsets[name]
         for unit in units:
-            end = unit.start + (unit.count - 1) * unit.stride + unit.length
-            own = _cut(name, unit.start, end)[self._team.rank :: self._team.size]
+            own = _cut(name, unit.start, unit.end)[self._team.rank :: self._team.size]
             pieces = _Pieces(lambda span, unit=unit, at=position: self._unit_piece(unit, at, span), own)
             yield unit, position, self._select(pieces, int(ratio * unit.numel))
             position += unit.numel
@@ -148,10 +142,7 @@ class Reselection:
     def _unit_piece(self, unit: Unit, position: int, span: Span) -> Piece:
         """The unit's part of a span. Units of a parameter lie one behind another in the order of ties."""
         _, low, high = span
-        before = max(0, low - unit.start)
-        runs, rest = divmod(before, unit.stride) if unit.count > 1 else (0, before)
-        skipped = min(runs * unit.length + min(rest, unit.length), unit.numel)
-        return Piece(self._scores.read(*span)[unit.within(low, high)], position + skipped)
+        return Piece(self._scores.read(*span)[unit.within(low, high)], position + unit.num_before(low))
 
 
 class _Pieces:

@@ -38,6 +38,18 @@ class Unit:
         """Flat position behind the last element."""
         return self.start + (self.count - 1) * self.stride + self.length
 
+    def meets(self, low: int, high: int) -> bool:
+        """Whether the unit may have elements in the flat range [low, high)."""
+        return low < self.end and self.start < high
+
+    def num_before(self, low: int) -> int:
+        """How many of the unit's elements lie in front of flat position ``low``."""
+        before = max(0, low - self.start)
+        if self.count == 1:
+            return min(before, self.length)
+        runs, rest = divmod(before, self.stride)
+        return min(runs * self.length + min(rest, self.length), self.numel)
+
     def within(self, low: int, high: int) -> slice | Tensor:
         """Where this unit lies in the flat slice [low, high) of its parameter, relative to ``low``.
 
@@ -71,6 +83,13 @@ class Parameter:
     @property
     def scored(self) -> bool:
         return bool(self.units)
+
+    def unit_offsets(self) -> Iterator[tuple[Unit, int]]:
+        """Units, each with a global position of its first element when units lie one behind another."""
+        offset = self.offset
+        for unit in self.units:
+            yield unit, offset
+            offset += unit.numel
 
 
 @dataclass(frozen=True)
@@ -110,7 +129,7 @@ class Shard:
         """Where a unit's elements lie in the tensor: a slice if they are contiguous, else int64 positions."""
         found: list[slice | Tensor] = []
         for where, low, high in self.parts():
-            if low < unit.end and unit.start < high:
+            if unit.meets(low, high):
                 part = unit.within(low, high)
                 if isinstance(part, slice):
                     found.append(slice(where.start + part.start, where.start + part.stop))

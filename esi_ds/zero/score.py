@@ -43,7 +43,7 @@ def unit_shards(model: ShardedModel) -> Iterator[tuple[int, Unit, Shard]]:
     first = dict(zip((p.name for p in model.parameters), accumulate(sizes, initial=0), strict=False))
     for shard in model.scored:
         for index, unit in enumerate(shard.parameter.units):
-            if any(low < unit.end and unit.start < high for low, high in shard.runs):
+            if any(unit.meets(low, high) for low, high in shard.runs):
                 yield first[shard.parameter.name] + index, unit, shard
 
 
@@ -85,24 +85,6 @@ def contrast_scores(model: ShardedModel, scores: Scores, benign: Accumulated) ->
     middle = median(list(roots.values()), num_scored, runtime.all_reduce_sum)
     undefined = sum(contrast(values, roots[name], middle) for name, values in scores.items())
     return int(runtime.all_reduce_sum(torch.tensor(undefined)))
-
-
-def unit_offsets(parameter: Parameter) -> Iterator[tuple[Unit, int]]:
-    """Units of a parameter, each with a global position of its first element when units lie one behind another."""
-    offset = parameter.offset
-    for unit in parameter.units:
-        yield unit, offset
-        offset += unit.numel
-
-
-def unit_position(unit: Unit, offset: int, low: int) -> int:
-    """Position of the first element of ``unit`` from flat index ``low`` on, counting only the unit's elements from
-    ``offset``."""
-    before = max(0, low - unit.start)
-    if unit.count == 1:
-        return offset + min(before, unit.length)
-    runs, rest = divmod(before, unit.stride)
-    return offset + min(runs * unit.length + min(rest, unit.length), unit.numel)
 
 
 @dataclass(frozen=True)
@@ -171,16 +153,14 @@ def _select_by_unit(
         shard.name: torch.zeros(shard.numel, dtype=torch.bool, device=scores[shard.name].device) for shard in shards
     }
     groups = []  # of every unit: (shard's name, where in the shard, piece)
-    for unit, offset in unit_offsets(parameter):
+    for unit, offset in parameter.unit_offsets():
         group = []
         for shard in shards:
             for where, low, high in shard.parts():
-                if low < unit.end and unit.start < high:
+                if unit.meets(low, high):
                     positions = unit.within(low, high)
                     run = scores[shard.name][where]
-                    group.append(
-                        (shard.name, where, positions, Piece(run[positions], unit_position(unit, offset, low)))
-                    )
+                    group.append((shard.name, where, positions, Piece(run[positions], offset + unit.num_before(low))))
         groups.append(group)
     wanted = [int(ratio * unit.numel) for unit in parameter.units]
     pieces = [[entry[-1] for entry in group] for group in groups]
