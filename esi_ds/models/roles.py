@@ -167,6 +167,8 @@ def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: 
         return "bias"
     if "norm" in type(module).__name__.lower() or (len(shape) == 1 and "norm" in module_name.rpartition(".")[2]):
         return "norm"
+    if len(shape) == 1:
+        return "bias"  # one number a head or channel, such as a linear attention's decay: no matrix
     own_name = module_name.rpartition(".")[2]
     if EXPERT.search(f"{module_name}.") and own_name in EXPERT_ROLES:
         return EXPERT_ROLES[own_name]

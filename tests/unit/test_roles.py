@@ -207,3 +207,24 @@ def test_671_billion_parameters_are_described_on_the_meta_device() -> None:
     parameters = parameters_of(DeepseekV3Config()).values()
     assert round(sum(parameter.numel for parameter in parameters) / 1e9) == 671
     assert sum(unit.role.startswith("expert.") for p in parameters for unit in p.units) == 58 * 256 * 3
+
+
+def test_shared_experts_beside_linear_attention() -> None:
+    """Qwen3-Next: experts, shared experts and routers by role; what is of no known kind is named, and a decay of one
+    dimension is not scored."""
+    from transformers import Qwen3NextConfig
+
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    config = Qwen3NextConfig(
+        **{**SMALL, "num_hidden_layers": 4}, **linear, **experts, linear_value_head_dim=8, head_dim=4
+    )
+    found = parameters_of(config)
+    block = "model.layers.0.mlp"
+    roles = {name: found[f"{block}.{name}"].role for name in ("gate.weight", "shared_expert_gate.weight")}
+    assert set(roles.values()) == {"router"}
+    assert found[f"{block}.shared_expert.up_proj.weight"].units[0].role == "shared.up"
+    assert [unit.expert for unit in found[f"{block}.experts.down_proj"].units] == [0, 1, 2, 3]
+    assert found["model.layers.0.linear_attn.A_log"].role == "bias"
+    strangers = unknown(tuple(found.values()))
+    assert {name.split(".")[4] for name in strangers} == {"conv1d", "in_proj_qkvz", "in_proj_ba"}
