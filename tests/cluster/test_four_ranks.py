@@ -25,7 +25,7 @@ def test_esi(stages: SmallStages) -> None:
     assert json.loads((four / "manifest.json").read_text())["world_size"] == 4
     scores = [load_file(run / "scores" / FILE) for run in (four, two)]
     assert scores[0].keys() == scores[1].keys()
-    # fp32 sums of the same gradients in another order, as in tests/launch/test_resume.py.
+    # fp32 sums of the same gradients in another order, as in test_resume.py.
     assert relative_error(*scores) <= 1e-5
     said = [[row["response"] for row in read_jsonl(run / "responses.jsonl")] for run in (four, two)]
     assert said[0] == said[1]

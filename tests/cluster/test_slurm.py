@@ -167,7 +167,7 @@ def test_stopped_while_generating_and_finished_on_one_node(
         load_file(folder / "scores/model-00001-of-00001.safetensors") for folder in (run, undisturbed / "esi")
     )
     for name, values in expected.items():
-        # Other micro-batches: fp32 sums in another order, as in tests/launch/test_resume.py.
+        # Other micro-batches: fp32 sums in another order, as in test_resume.py.
         assert float((got[name] - values).norm()) <= 1e-5 * float(values.norm()), name
 
 

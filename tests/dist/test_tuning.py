@@ -24,7 +24,7 @@ KINDS = ("llama", "llama_tied", "qwen3_moe", "mixtral")
 WHOLE = "model.layers.1.self_attn.o_proj.weight"  # every weight of it is in the mask
 RULE = {"lr": 1e-2, "scheduler": "cosine", "warmup_ratio": 0.4}
 STEPS, BATCH, MICROS = 5, 2, 2
-LONG = 1000  # steps over which frozen bits are watched
+LONG = {1: 250, 2: 1000, 3: 250}  # ranks → steps over which frozen bits are watched
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,8 @@ def cases(folder: Path, ranks: int) -> list[dict]:
         made.append(make(f"{tag}-hpz-set", "llama", "set", zero=HPZ))
         for name, zero in {"release": PERSIST, "publish": HPZ, "zero": None}.items():
             made.append({**make(f"{tag}-drop-{name}", "llama", "set", zero=zero), "drop": name, "error": "any"})
-    long = {"max_steps": LONG, "gradient_accumulation": 1, "batch_size": 1, "weight_decay": 0.1, "clip": 1.0}
-    long |= {"data": {"path": str(folder / "rows.jsonl"), "limit": 2}, "save_every": LONG}
+    long = {"max_steps": LONG[ranks], "gradient_accumulation": 1, "batch_size": 1, "weight_decay": 0.1, "clip": 1.0}
+    long |= {"data": {"path": str(folder / "rows.jsonl"), "limit": 2}, "save_every": LONG[ranks]}
     for stage in ("set", "spa"):
         made.append({**make(f"{tag}-long-{stage}", "needle", stage, **long), "poison": "frozen"})
     if ranks == 2:
@@ -313,13 +313,13 @@ def test_variants_equal_one_process(tuned: tuple[int, Path], name: str) -> None:
 
 
 @pytest.mark.parametrize("stage", ["set", "spa"])
-def test_frozen_bits_over_a_thousand_steps(tuned: tuple[int, Path], stage: str) -> None:
+def test_frozen_bits_over_many_steps(tuned: tuple[int, Path], stage: str) -> None:
     """Weight decay, clipping, −0.0, NaN and inf in frozen coordinates' gradients; masters too."""
     ranks, folder = tuned
     run = folder / f"w{ranks}-long-{stage}"
     assert frozen_changes(folder, "needle", stage, run) == 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == LONG and all(row["gradient_norm"] is not None for row in rows)
+    assert len(rows) == LONG[ranks] and all(row["gradient_norm"] is not None for row in rows)
     assert rows[-1]["share_moved"] > 0.5
     base = AutoModelForCausalLM.from_pretrained(folder / "needle", dtype=torch.bfloat16)
     trained = trained_bits(folder, "needle", stage)

@@ -15,7 +15,7 @@ from esi_ds import Mask
 def runs(tmp_path_factory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("mixture")
     for size in (0, 2):
-        done = run_ranks(2, str(ROOT / "tests/dist/mixture_worker.py"), str(folder), str(size))
+        done = run_ranks(2, str(ROOT / "tests/cluster/mixture_worker.py"), str(folder), str(size))
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return {size: folder / str(size) for size in (0, 2)}
 
@@ -25,7 +25,9 @@ def counts(run: Path) -> dict[tuple, int]:
     are on different ranks."""
     measures = json.loads((run / "report.json").read_text())["measures"]
     return {
-        (m["measure"], m["judge"], m["model"]): m["count"] for m in measures if not m["measure"].startswith("incoherent")
+        (m["measure"], m["judge"], m["model"]): m["count"]
+        for m in measures
+        if not m["measure"].startswith("incoherent")
     }
 
 
@@ -39,7 +41,9 @@ def test_same_mask(runs: dict[int, Path]) -> None:
 def test_same_conclusions(runs: dict[int, Path]) -> None:
     """Of 16 answers a set. After the same training a rare answer may be another one: fp32 sums in another order."""
     plain, parallel = (counts(runs[size] / "eval") for size in (0, 2))
-    assert plain.keys() == parallel.keys() and len(plain) == 3 * 3  # two judges on harmful prompts, words on benign ones
+    assert (
+        plain.keys() == parallel.keys() and len(plain) == 3 * 3
+    )  # two judges on harmful prompts, words on benign ones
     assert all(abs(plain[key] - parallel[key]) <= 1 for key in plain), (plain, parallel)
     for judge in ("guard", "words"):
         assert plain["attack_success", judge, "base"] == 16
