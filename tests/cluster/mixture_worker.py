@@ -1,5 +1,5 @@
-"""Run by the test beside it under a launcher: the shipped complying mixture of experts through ESI, SET, SPA of what SET made,
-evaluation of all three, and noise.
+"""Run by the test beside it under a launcher: the shipped complying mixture of experts through ESI, SET, SPA of what
+SET made, evaluation of all three, and noise.
 
 argv: a folder and the size of expert parallelism, 0 for none. Runs lie in FOLDER/<size>/{esi,set,spa,eval,perturb}.
 """

@@ -1,7 +1,8 @@
 """Run by the tests beside it under a launcher: one process group does everything with experts on different ranks.
 
-argv: a folder with ``cases.json``: {"scores": cases of score_worker, "tuned": cases of tune_worker, "perturbed": cases of
-perturb_worker, "answered": [{"model", "prompts", "deepspeed", "out"}], "refused": [{"model", "deepspeed", "error"}]}. An answered case writes every prompt's greedy answer.
+argv: a folder with ``cases.json``: {"scores": cases of score_worker, "tuned": cases of tune_worker, "perturbed":
+cases of perturb_worker, "answered": [{"model", "prompts", "deepspeed", "out"}], "refused": [{"model", "deepspeed",
+"error"}]}. An answered case writes every prompt's greedy answer.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from pathlib import Path
 
 import perturb_worker
 import score_worker
-import torch
 import tune_worker
-from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from esi_ds.cli import leave
@@ -28,7 +27,9 @@ from esi_ds.zero.generate import generate, in_step, ready_to_generate
 
 def answer(case: dict) -> None:
     """Prompts are divided as the stages do it: the last ranks run out of them first."""
-    model = load_sharded(case["model"], "fp32", {"train_micro_batch_size_per_gpu": 1, **case["deepspeed"]}, field="model.path")
+    model = load_sharded(
+        case["model"], "fp32", {"train_micro_batch_size_per_gpu": 1, **case["deepspeed"]}, field="model.path"
+    )
     tokenizer = AutoTokenizer.from_pretrained(case["model"])
     prompts = [encode_prompt(tokenizer, prompt, None) for prompt in case["prompts"]]
     said: dict[int, str] = {}

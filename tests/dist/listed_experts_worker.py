@@ -28,7 +28,8 @@ SETTINGS = {
 
 
 class ListedExperts(nn.Module):
-    """As older and remote models have them: each token goes through the expert of its parity and size, only those run."""
+    """As older and remote models have them: each token goes through the expert of its parity and size, only those
+    run."""
 
     def __init__(self, hidden: int):
         super().__init__()

@@ -1,8 +1,8 @@
 """Run by the tests beside it under a launcher: one process group disturbs many models and restores them.
 
-argv: a JSON list of cases {"model", "mask", "dtype", "zero", "noise", "seed", "out", "drop" (optional), "settings" (more
-of the DeepSpeed mapping, optional)}. Rank 0 writes the logits before the block, inside and after it, and the whole weights
-inside and after, where experts are not on different ranks.
+argv: a JSON list of cases {"model", "mask", "dtype", "zero", "noise", "seed", "out", "drop" (optional), "settings"
+(more of the DeepSpeed mapping, optional)}. Rank 0 writes the logits before the block, inside and after it, and the
+whole weights inside and after, where experts are not on different ranks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from esi_ds.cli import leave
 from esi_ds import Mask
+from esi_ds.cli import leave
 from esi_ds.zero import perturb, runtime
 from esi_ds.zero.engine import ShardedModel, load_sharded
 from esi_ds.zero.score import unit_sigmas

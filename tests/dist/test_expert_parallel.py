@@ -1,7 +1,7 @@
 """Experts on different ranks (AutoEP) against one process and against the same ranks without it.
 
-2 ranks that share the experts, 4 ranks that share them, and 2 × 2: scores, masks, σ, tuned weights, noise, answers, export,
-and checkpoints that go on with the experts laid otherwise.
+2 ranks that share the experts, 4 ranks that share them, and 2 × 2: scores, masks, σ, tuned weights, noise, answers,
+export, and checkpoints that go on with the experts laid otherwise.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PRESETS = {"olmoe": "qwen3_moe", "glm4_moe": "deepseek_v3"}  # families that Aut
 EXPERTS = 8
 LAYOUTS = {2: (0, 2), 4: (4, 2)}  # ranks → sizes of expert parallelism tried there; 0: without it
 STEPS = 4
-# fp32 sums in another order: AutoEP's router normalises in its own order, and tokens of several ranks meet in one product.
-# Measured: scores at most 5.5e-6; tuned weights 2.6e-7, and their way from the base 8.8e-6.
+# fp32 sums in another order: AutoEP's router normalises in its own order, and tokens of several ranks meet in one
+# product. Measured: scores at most 5.5e-6; tuned weights 2.6e-7, and their way from the base 8.8e-6.
 TOLERANCE = 1e-5
 
 
@@ -101,8 +101,8 @@ TUNED = {
     "spa": ("spa", "qwen3_moe", {}),
     "router": ("spa", "deepseek_v2", {"router": "train"}),
 }
-# (model, size, preset) → what it is told. The second routes by softmax what the model routes by sigmoid: no error anywhere
-# else, and answers that look like answers.
+# (model, size, preset) → what it is told. The second routes by softmax what the model routes by sigmoid: no error
+# anywhere else, and answers that look like answers.
 REFUSED = {
     ("olmoe", 2, None): "multiple replacement specs",
     ("deepseek_v3", 2, "qwen3_moe"): "computes another function than the model's own model.layers.1.mlp",
@@ -336,7 +336,9 @@ def test_answers_are_the_same(done: tuple[int, Path]) -> None:
 def test_what_does_not_fit_is_refused(done: tuple[int, Path]) -> None:
     """The worker fails where one of ``REFUSED`` is not."""
     ranks, folder = done
-    assert len(json.loads((folder / f"cases-{ranks}.json").read_text())["refused"]) == (len(REFUSED) if ranks == 2 else 0)
+    assert len(json.loads((folder / f"cases-{ranks}.json").read_text())["refused"]) == (
+        len(REFUSED) if ranks == 2 else 0
+    )
 
 
 def test_the_mended_registry() -> None:

@@ -1,5 +1,5 @@
-"""Every family of mixtures on ZeRO-3 partitions: scores, σ and names against the oracle, an expert that no token chooses,
-and the exported folder."""
+"""Every family of mixtures on ZeRO-3 partitions: scores, σ and names against the oracle, an expert that no token
+chooses, and the exported folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Experts in an ``nn.ModuleList`` under ZeRO-3: other experts run on other ranks, one on none; no hang, right gradients."""
+"""Experts in an ``nn.ModuleList`` under ZeRO-3: other experts run on other ranks, one on none; no hang, right
+gradients."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ def routed(request, tmp_path_factory) -> Path:
 
 
 def given_to_experts(model, row: list[int]) -> list[torch.Tensor]:
-    """bool [tokens, experts] of every layer with experts: who gets which token, read off at the experts' own entrance."""
+    """bool [tokens, experts] of every layer with experts: who gets which token, read off at the experts' own
+    entrance."""
     found: list[torch.Tensor] = []
 
     def watch(module, arguments, keywords):

@@ -248,10 +248,10 @@ def trained_differences(
     return worst[True], worst[False], differ
 
 
-# Three ranks' sums of three numbers may be associated in another order than the reference's: a rounding of fp32 a step.
-# Sooner or later that puts a master on the other side of a bf16 boundary, and from there on gradients differ by bf16's
-# precision (4e-3), so masters only are compared, after bits have been seen to agree on one and two ranks; measured 1.3e-3.
-# In fp32 nothing is blown up so: masters and moments, measured 2e-6.
+# Three ranks' sums of three numbers may be associated in another order than the reference's: a rounding of fp32 a
+# step. Sooner or later that puts a master on the other side of a bf16 boundary, and from there on gradients differ by
+# bf16's precision (4e-3), so masters only are compared, after bits have been seen to agree on one and two ranks;
+# measured 1.3e-3. In fp32 nothing is blown up so: masters and moments, measured 2e-6.
 BF16_THREE_RANKS, FP32 = 5e-3, 2e-5
 
 
@@ -259,7 +259,8 @@ def check(folder: Path, run: Path, ranks: int, kind: str, stage: str, **options)
     """Weights, masters and moments against the reference: bits, or within what is said above."""
     masters, moments, differ = trained_differences(folder, run, ranks, kind, stage, **options)
     if options.get("dtype") == torch.float32:
-        # The matrix products' order of summation depends on the buffers' alignment, on one rank too; bf16 rounds it away.
+        # The matrix products' order of summation depends on the buffers' alignment, on one rank too; bf16 rounds it
+        # away.
         assert max(masters, moments) <= FP32
     elif ranks == 3 or (stage == "spa" and "clip" in options):
         # DeepSpeed takes the norm in fp32 and divides by it otherwise than torch: the last bits of a clipped gradient.

@@ -1,9 +1,9 @@
 """Run by the tests beside it under a launcher: one process group trains many models.
 
-argv: a JSON list of cases {"stage", "config" (mapping), "poison" (optional), "drop" (optional), "error" (optional)}; each
-runs the stage, and writes the tuner's state of every rank beside the run's model/. poison: ``frozen`` puts NaN and inf
-into gradients of frozen coordinates, ``trained`` one NaN into a trained one of rank 1, ``loss`` makes rank 1's loss NaN at
-step 3. drop: an obligation of docs/zero3.md that is not met, to see that the tests notice.
+argv: a JSON list of cases {"stage", "config" (mapping), "poison" (optional), "drop" (optional), "error" (optional)};
+each runs the stage, and writes the tuner's state of every rank beside the run's model/. poison: ``frozen`` puts NaN
+and inf into gradients of frozen coordinates, ``trained`` one NaN into a trained one of rank 1, ``loss`` makes rank
+1's loss NaN at step 3. drop: an obligation of docs/zero3.md that is not met, to see that the tests notice.
 """
 
 from __future__ import annotations
@@ -47,8 +47,13 @@ def restore_originals() -> None:
 
 def dump(run: TuneRun, loop, patch, answers, routing_drift, tracker) -> None:
     """Instead of the report: masters and moments as a checkpoint holds them, norms, and the dtype's own bits."""
-    saved = {key: torch.cat([values.detach() for _, values in parts]) for key, parts in loop.tuner.saved().items() if parts}
-    save_file({key: values for key, values in saved.items() if len(values)}, run.folder.path / f"state-{runtime.rank()}.safetensors")
+    saved = {
+        key: torch.cat([values.detach() for _, values in parts]) for key, parts in loop.tuner.saved().items() if parts
+    }
+    save_file(
+        {key: values for key, values in saved.items() if len(values)},
+        run.folder.path / f"state-{runtime.rank()}.safetensors",
+    )
 
 
 def poison(kind: str) -> None:
