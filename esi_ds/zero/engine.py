@@ -36,7 +36,8 @@ class ShardedModel:
     Attributes: module, parameters (every parameter in the model's order), expert_blocks and routers {name: module}
     (``models.roles``; names are the model's own), expert_parallel (whether AutoEP has laid experts on different ranks),
     layouts (what each live tensor holds of which parameter when it is gathered, in the model's order; every parameter
-    whole in one tensor but for experts under expert parallelism), by_name {layout's name: nn.Parameter}.
+    whole in one tensor but for experts under expert parallelism), shards (this rank's part of each of them), by_name
+    {layout's name: nn.Parameter}.
     """
 
     def __init__(
@@ -80,6 +81,20 @@ class ShardedModel:
         """This rank's shards of the parameters that are scored."""
         return tuple(shard for shard in self.shards if shard.parameter.scored)
 
+    @cached_property
+    def _tensors_of(self) -> dict[str, tuple[list[Shard], list[Shard]]]:
+        """Parameter's name → (layouts, this rank's shards) of the tensors that hold it."""
+        found: dict[str, tuple[list[Shard], list[Shard]]] = {p.name: ([], []) for p in self.parameters}
+        for layout, shard in zip(self.layouts, self.shards, strict=True):
+            layouts, shards = found[layout.parameter.name]
+            layouts.append(layout)
+            shards.append(shard)
+        return found
+
+    def shards_of(self, parameter: Parameter) -> list[Shard]:
+        """This rank's shards of one parameter."""
+        return self._tensors_of[parameter.name][1]
+
     def group(self, shard: Shard) -> torch.distributed.ProcessGroup:
         """The ranks that a tensor is cut over: all, or those that hold the same experts."""
         return self.by_name[shard.name].ds_process_group
@@ -119,9 +134,7 @@ class ShardedModel:
         of the keeper's group. The model must be released.
         """
         keeps, found = runtime.rank() == keeper, None
-        for layout in self.layouts:
-            if layout.parameter is not parameter:
-                continue
+        for layout in self._tensors_of[parameter.name][0]:
             tensor = self.by_name[layout.name]
             with self.gathered([tensor]), torch.no_grad():
                 if self.is_everywhere(layout) and layout.numel == parameter.numel:

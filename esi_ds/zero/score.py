@@ -148,7 +148,7 @@ def _select_by_unit(
 
     Returns the bits of this rank's shards of the parameter, by the shard's name.
     """
-    shards = [shard for shard in model.scored if shard.parameter is parameter]
+    shards = model.shards_of(parameter)
     bits = {
         shard.name: torch.zeros(shard.numel, dtype=torch.bool, device=scores[shard.name].device) for shard in shards
     }
