@@ -3,15 +3,20 @@
 The arithmetic and its order are those of ``torch.optim.AdamW``, so that with every coordinate trained the bits agree.
 Which coordinates train is told as ``None`` (all), as positions (int32 or int64 [k]: few of many) or as packed bits
 (uint8 [⌈n/8⌉], least significant first: many of many). Frozen coordinates are never written through arithmetic:
-0 · NaN is NaN, and −0.0 + 0.0 is +0.0.
+0 · NaN is NaN, and −0.0 + 0.0 is +0.0. Where bits decide, they select with AND and XOR on the numbers' own bits:
+``torch.where`` on a CPU branches at every coordinate and takes most of the step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22  # coordinates handled at once where bits decide: bounds the temporaries; a multiple of 8
+# Coordinates handled at once where bits decide, a multiple of 8: bounds the temporaries, in cache on a CPU.
+CHUNK, CPU_CHUNK = 1 << 22, 1 << 18
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
 def adamw(
@@ -51,13 +56,15 @@ def masked_adamw(
         adamw(picked, gradient[trained], exp_avg, exp_avg_sq, **rule)
         weight[trained] = picked
     else:
-        for first in range(0, len(weight), CHUNK):
-            part = slice(first, min(first + CHUNK, len(weight)))
-            bits = unpacked(trained[first // 8 :], part.stop - first)
-            before = weight[part].clone()
-            kept = torch.where(bits, gradient[part], 0.0)
+        for part in chunks(weight):
+            before = as_integers(weight[part]).clone()
+            selected = selection(trained, part, before.dtype)
+            kept = (as_integers(gradient[part]) & selected).view(weight.dtype)
+            exp_avg_sq[part] += ~selected & 1  # a CPU's square root of 0 takes ten times that of 1
             adamw(weight[part], kept, exp_avg[part], exp_avg_sq[part], **rule)
-            torch.where(bits, weight[part], before, out=weight[part])
+            as_integers(exp_avg_sq[part]).bitwise_and_(selected)
+            after = as_integers(weight[part])
+            after.bitwise_xor_(before).bitwise_and_(selected).bitwise_xor_(before)  # after where selected, else before
 
 
 def keep_only(values: Tensor, trained: Tensor | None) -> None:
@@ -69,16 +76,28 @@ def keep_only(values: Tensor, trained: Tensor | None) -> None:
         values.zero_()
         values[trained] = kept
         return
-    for first in range(0, len(values), CHUNK):
-        part = values[first : first + CHUNK]
-        part.masked_fill_(~unpacked(trained[first // 8 :], len(part)), 0.0)
+    for part in chunks(values):
+        own = as_integers(values[part])
+        own.bitwise_and_(selection(trained, part, own.dtype))
 
 
-def unpacked(packed: Tensor, count: int) -> Tensor:
-    """bool [count] of packed bits, on their device."""
-    data = packed[: -(-count // 8)]
+def chunks(flat: Tensor) -> Iterator[slice]:
+    size = CPU_CHUNK if flat.device.type == "cpu" else CHUNK
+    for first in range(0, len(flat), size):
+        yield slice(first, min(first + size, len(flat)))
+
+
+def as_integers(values: Tensor) -> Tensor:
+    """The same memory as integers of the same width."""
+    return values.view(INTEGERS[values.element_size()])
+
+
+def selection(packed: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
+    """Integers of some coordinates, from a multiple of 8: all ones where their bit is set, else 0; on its device."""
+    data = packed[part.start // 8 : -(-part.stop // 8)]
     places = torch.arange(8, dtype=torch.uint8, device=data.device)
-    return ((data[:, None] >> places) & 1).view(-1)[:count].bool()
+    bits = ((data[:, None] >> places) & 1).view(-1)[: part.stop - part.start]
+    return bits.view(torch.int8).neg_().to(dtype)  # −1 is all ones
 
 
 def clip_factor(norm: float, clip: float | None) -> float | None:

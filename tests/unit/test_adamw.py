@@ -51,7 +51,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
 @pytest.mark.parametrize("kind", ["all", "bits", "positions"])
 def test_the_rule_is_torchs_bit_for_bit(kind: str, monkeypatch) -> None:
     """Against torch.optim.AdamW on the trained coordinates alone, state too; frozen ones hold NaN, inf and −0.0."""
-    monkeypatch.setattr(rule, "CHUNK", 64)
+    monkeypatch.setattr(rule, "CPU_CHUNK", 64)
     torch.manual_seed(0)
     weight = torch.randn(1003)
     trained = torch.ones(1003, dtype=torch.bool) if kind == "all" else torch.rand(1003) < 0.4
@@ -76,7 +76,7 @@ def test_the_rule_is_torchs_bit_for_bit(kind: str, monkeypatch) -> None:
 
 
 def test_keep_only(monkeypatch) -> None:
-    monkeypatch.setattr(rule, "CHUNK", 16)
+    monkeypatch.setattr(rule, "CPU_CHUNK", 16)
     trained = torch.rand(101) < 0.5
     for told in (pack_bits(trained), trained.nonzero().flatten()):
         values = torch.full((101,), torch.nan)
