@@ -58,13 +58,14 @@ def start(servers: list[ForkServer], stages: SmallStages, stage: str, run: Path,
 def test_killed_in_every_phase(servers: list[ForkServer], stages: SmallStages, tmp_path: Path, phase: str) -> None:
     stage, file, moments = PHASES[phase]
     run = tmp_path / "run"
-    for victim, moment in zip(("rank 3", "launcher", "rank 0"), moments, strict=True):
+    # The launcher last: its ranks go on to the next boundary, which can be the end.
+    for victim, moment in zip(("rank 3", "rank 0", "launcher"), moments, strict=True):
         before = written(run)
         job = start(servers, stages, stage, run)
         wait_until(job, lambda moment=moment, before=before: num_lines(run / file) >= moment and written(run) != before)
         job.kill({"rank 3": job.ranks[3:], "launcher": job.launchers[1:], "rank 0": job.ranks[:1]}[victim])
         assert job.has_ended(ENDS_WITHIN_S), job.said()
-        if victim == "launcher":  # its ranks go on to the next boundary, or to the end if that is nearer
+        if victim == "launcher":
             assert is_done(run) or "the launcher is gone; saving, then ending" in job.said(), job.said()
         else:
             assert "failed: lost another rank" in job.said() and "Traceback" not in job.said(), job.said()
@@ -79,7 +80,8 @@ def test_rank_0_killed_before_anybody_has_found_it(servers: list[ForkServer], st
     job.kill(job.ranks[:1])
     assert job.has_ended(ENDS_WITHIN_S), job.said()
     said = [line for line in job.said().splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "no process group forms there" in said[0] and "(rank 2 on esi-ds-b)" in said[0]
+    assert len(said) == 1 and "no process group forms there" in said[0]
+    assert said[0].endswith(("(rank 2 on esi-ds-b)", "(rank 3 on esi-ds-b)"))  # whichever gave up first
     assert "rank 0 has ended and says why" in said[0]
 
 
