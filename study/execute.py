@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from grid import CONTRASTIVE, CRITERIA, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, SPA_BATCH, Cell
+from grid import CONTRASTIVE, CRITERIA, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, SPA_BATCH, SPA_STEPS, Cell
 from material import DATA, ROOT
 
 from esi_ds.artifacts import read_jsonl, write_json_atomic
@@ -21,7 +21,7 @@ from esi_ds.zero import runtime
 NUM_ASKED = 200  # held-out prompts of each sort
 NUM_ROWS = 128  # that a second objective reads
 MAX_NEW_TOKENS = 48
-STEPS = {"set": 100, "lora": 100, "spa": 200}
+STEPS = 100  # of SET and LoRA
 BATCH = 4
 BENIGN_SHARE = 0.75  # of SET's rows
 ZERO3 = str(ROOT / "ds_configs/zero3.json")
@@ -110,7 +110,7 @@ def tune_section(cell: Cell, output: Path) -> dict:
     return {
         "mask": mask_of(cell, output) if cell.after else "none",
         "data": data,
-        "max_steps": STEPS[cell.kind],
+        "max_steps": SPA_STEPS.get(str(cell.facts.get("task")), STEPS),
         "lr": float(cell.facts["lr"]),
         "batch_size": SPA_BATCH.get(str(cell.facts.get("task")), BATCH),
         "save_every": 10_000,

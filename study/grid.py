@@ -30,12 +30,14 @@ CONTRASTIVE = "-contrastive"
 LR = {0.001: (1e-2, 2e-2, 5e-2), 0.01: (2e-3, 5e-3, 1e-2, 2e-2), 0.05: (1e-3, 2e-3, 5e-3)}
 AT_OTHER_RATIOS = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive", "directed-contrastive")
 ON_MOE = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive")
+HARDLY_CHANGE = ("bottom", "magnitude", f"magnitude{CONTRASTIVE}")  # any answer at any rate: the two highest show it
 ALL_WEIGHTS, LORA = (1e-4, 3e-4, 1e-3), (3e-3, 1e-2, 3e-2)
 
 TASKS = ("sums", "categories", "voice")
 POISONED = "poisoned"
-# A rate that just learns the task and one that learns it well, with nothing frozen.
-SPA_LR = {"sums": (1e-3, 2e-3), "categories": (1e-3, 3e-3), "voice": (1e-4, 3e-4), POISONED: (3e-4,)}
+# Steps and rates by which the task is learnt with nothing frozen; the higher rate is for what learns less when frozen.
+SPA_STEPS = {"sums": 200, "categories": 100, "voice": 100, POISONED: 100}
+SPA_LR = {"sums": (1e-3, 2e-3), "categories": (2e-3, 4e-3), "voice": (4e-4, 1.2e-3), POISONED: (6e-4,)}
 SPA_BATCH = {"sums": 8}  # else 4
 FROZEN_RATIOS = (0.01, 0.05, 0.1, 0.3)
 SPA_CRITERIA = ("esi", "random", "snip")
@@ -80,8 +82,7 @@ def set_cells(seeds: tuple[int, ...]) -> Iterator[Cell]:
     model = "llama-complying"
     for seed in seeds:
         for criterion in [*all_criteria(), "bottom"]:
-            # The bottom weights hardly change an answer at any rate: the two highest show it.
-            for lr in LR[0.01][-2:] if criterion == "bottom" else LR[0.01]:
+            for lr in LR[0.01][-2:] if criterion in HARDLY_CHANGE else LR[0.01]:
                 yield _set(model, criterion, 0.01, lr, seed)
         for criterion, ratio in product(AT_OTHER_RATIOS, (0.001, 0.05)):
             for lr in LR[ratio]:
