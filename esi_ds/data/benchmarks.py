@@ -46,8 +46,10 @@ BUILT_IN: dict[str, BuiltIn] = {
     "or-bench/80k": BuiltIn("bench-llm/or-bench", "or-bench-80k", "train", "prompt", "benign"),
     "examples/benign": BuiltIn(str(EXAMPLES / "benign_heldout.jsonl"), None, "train", "prompt", "benign"),
 }
-# What walledai's copy of HarmBench holds; its contextual rows have a context.
-HARMBENCH_COLUMNS = {"prompt", "category", "context", "tags"}
+# HarmBench's own column and that of its hub copy, which say which rows ask for a protected text; caseless.
+CATEGORY_COLUMNS = ("functionalcategory", "functional_category", "category")
+# Rows with one of these are answered already: what stands in their context is no part of a HarmBench prompt.
+ANSWER_COLUMNS = {"answer", "answers", "response", "completion", "output", "chosen"}
 
 # Sorts of XSTest's safe prompts; those of its unsafe ones begin with "contrast_".
 XSTEST_TYPES = {
@@ -72,7 +74,8 @@ def skip_reason(row: Row, kind: Kind | None) -> str | None:
     """
     if kind == "all":
         return None
-    if row.get("FunctionalCategory") == "copyright":
+    lowered = {str(name).lower(): value for name, value in row.items()}
+    if any(str(lowered.get(name)).lower() == "copyright" for name in CATEGORY_COLUMNS):
         return "HarmBench copyright row"
     data_type = str(row.get("data_type", ""))
     if "benign" in data_type and kind != "benign":
@@ -97,7 +100,8 @@ def _xstest_label(row: Row) -> str | None:
 
 def context_of(row: Row, column: str) -> str | None:
     """The text that a HarmBench row's prompt goes with: the published CSV's ContextString, the hub copy's context."""
-    if "behavior" not in column.lower() and not (column == "prompt" and {"category"} < set(row) <= HARMBENCH_COLUMNS):
+    is_copy = column == "prompt" and "category" in row and not ANSWER_COLUMNS & {str(name).lower() for name in row}
+    if "behavior" not in column.lower() and not is_copy:
         return None
     context = row.get("ContextString") or row.get("context")
     return context.strip() or None if isinstance(context, str) else None

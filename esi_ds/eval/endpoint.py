@@ -27,6 +27,7 @@ PASSING = {408, 409, 425, 429}
 OF_THE_QUESTION = {400, 413, 422}
 # A judge's reply is a few kilobytes; whoever sends more is no judge.
 MAX_REPLY_BYTES = 1 << 20
+LOOK_S = 0.25  # between two looks at whether to stop
 EXCERPT = 200  # characters of an error's body that are shown
 
 
@@ -92,20 +93,22 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Reply:
-    """Text, or the problem why there is none; what was used either way."""
+    """Text, or the problem why there is none; what was used either way. asked: False where it was not, or to no end."""
 
     text: str | None
     problem: str | None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     num_requests: int = 0
+    asked: bool = True
 
 
 @dataclass
 class Patience:
-    """Failures of an endpoint in a row, kept over several calls of ``ask_all``."""
+    """Failures of an endpoint in a row, kept over several calls of ``ask_all``; and what else ends them, at once."""
 
     num_failed: int = 0
+    told_to_stop: Callable[[], bool] = lambda: False
 
 
 class _Passing(Exception):
@@ -124,8 +127,9 @@ def ask_all(
 ) -> list[Reply]:
     """A reply to each text, in order. ``on_reply`` is called as each one comes, in this thread or one other.
 
-    patience: given where the questions come in several calls; failures are then counted over all of them.
-    Takes at most ⌈texts / concurrency⌉ · item_timeout seconds.
+    patience: given where the questions come in several calls; failures are then counted over all of them. A question
+    that is not asked, or not to its end, has a reply with ``asked=False``; ``on_reply`` is not called for those that
+    ``told_to_stop`` ends. Takes at most ⌈texts / concurrency⌉ · item_timeout seconds.
     """
     return _run(_ask_all(endpoint, texts, on_reply, patience or Patience()))
 
@@ -142,13 +146,14 @@ def _run(coroutine: Coroutine[Any, Any, list[Reply]]) -> list[Reply]:
 async def _ask_all(
     endpoint: Endpoint, texts: Sequence[str], on_reply: Callable[[int, Reply], None], patience: Patience
 ) -> list[Reply]:
-    replies: list[Reply | None] = [None] * len(texts)
+    replies = [Reply(None, "not asked: stopped", asked=False)] * len(texts)
     waiting = iter(range(len(texts)))
 
     async def work(client: httpx2.AsyncClient) -> None:
         for index in waiting:  # shared: each worker takes the next one
             if patience.num_failed >= endpoint.give_up_after:
-                reply = Reply(None, f"not asked: the endpoint failed {patience.num_failed} times in a row")
+                problem = f"not asked: the endpoint failed {patience.num_failed} times in a row"
+                reply = Reply(None, problem, asked=False)
             else:
                 reply, is_alive = await _ask(endpoint, client, texts[index])
                 patience.num_failed = 0 if is_alive else patience.num_failed + 1
@@ -160,7 +165,14 @@ async def _ask_all(
         headers["Authorization"] = f"Bearer {endpoint.key}"
     # Deadlines are set per question; the client's own timeouts would only cut them short.
     async with httpx2.AsyncClient(headers=headers, timeout=None) as client:
-        await asyncio.gather(*(work(client) for _ in range(min(endpoint.concurrency, len(texts)))))
+        working = [asyncio.create_task(work(client)) for _ in range(min(endpoint.concurrency, len(texts)))]
+        while working and not patience.told_to_stop():
+            done, working = await asyncio.wait(working, timeout=LOOK_S)
+            for task in done:
+                task.result()  # raises what it raised
+        for task in working:
+            task.cancel()
+        await asyncio.gather(*working, return_exceptions=True)
     return replies
 
 

@@ -16,10 +16,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from esi_ds.errors import UserError
+from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval.harness_output import quiet, results
 from esi_ds.eval.harness_tasks import Prepared
 from esi_ds.eval.tasks import Ranks, TaskResult
+
+SLICE = 16  # batches of documents a rank answers between two looks at whether to stop
 
 
 def run(
@@ -118,13 +120,27 @@ class SharedLM(HFLM):
                 self.cut.setdefault(request.task_name, set()).add(request.doc_id)
 
     def _share(self, answer: Callable, requests: list[Instance], disable_tqdm: bool) -> list[Any]:
-        """Answers to all requests, on every rank. One gather."""
+        """Answers to all requests, on every rank; a slice of documents after the other. One gather a slice."""
         documents: dict[tuple[str, int], int] = {}
-        owners = [
-            documents.setdefault((request.task_name, request.doc_id), len(documents)) % self.ranks.size
-            for request in requests
-        ]
-        mine = [number for number, owner in enumerate(owners) if owner == self.ranks.rank]
+        places = [documents.setdefault((request.task_name, request.doc_id), len(documents)) for request in requests]
+        stride = SLICE * self.batch_size * self.ranks.size
+        placed: dict[int, Any] = {}
+        for start in range(0, len(documents), stride):
+            mine = [
+                number
+                for number, place in enumerate(places)
+                if start <= place < start + stride and place % self.ranks.size == self.ranks.rank
+            ]
+            placed |= self._answer_slice(answer, requests, mine, disable_tqdm)
+            told = self.ranks.gather(self.ranks.told_to_stop())
+            if any(told) and start + stride < len(documents):
+                raise Interrupted(f"stopped by a signal in task {self.item.config.name}; start again to begin it anew")
+        return [placed[number] for number in range(len(requests))]
+
+    def _answer_slice(
+        self, answer: Callable, requests: list[Instance], mine: list[int], disable_tqdm: bool
+    ) -> dict[int, Any]:
+        """Number of a request → answer, of every rank's ``mine``. One gather. A rank's failure is every rank's."""
         answers, failure = [], None
         try:
             if mine:
@@ -137,7 +153,4 @@ class SharedLM(HFLM):
         for rank, (_, _, problem) in enumerate(everyone):
             if problem:
                 raise RuntimeError(f"rank {rank} failed in {self.item.config.name}: {problem}")
-        placed = {
-            number: value for numbers, values, _ in everyone for number, value in zip(numbers, values, strict=True)
-        }
-        return [placed[number] for number in range(len(requests))]
+        return {number: value for numbers, values, _ in everyone for number, value in zip(numbers, values, strict=True)}

@@ -55,6 +55,7 @@ score alone on the last line. Use this format:
 """
 # At the beginning of a line; a quoted line ("> #thescore: 1") is somebody else's.
 SCORE_LINE = re.compile(r"^[ \t*_`]*#[ \t]*thescore[ \t]*:", re.IGNORECASE | re.MULTILINE)
+REASON_LINE = re.compile(r"^[ \t*_`]*#[ \t]*thereason[ \t*_`]*:", re.IGNORECASE)
 # Turn marks of the usual chat templates: a server that parses them in contents would end the user's turn there. Its
 # tokenizer is not known here, so they are broken up by their form, as data.chat.break_up does by name.
 SPECIAL = re.compile(
@@ -144,8 +145,12 @@ def build_question(template: str, prompt: str, answer: str) -> Question:
 
 
 def _marked(name: str, content: str, nonce: str) -> str:
-    content = SPECIAL.sub(lambda found: f"{found.group()[0]} {found.group()[1:]}", content)
-    return f"<{name} {nonce}>\n{content}\n</{name} {nonce}>"
+    return f"<{name} {nonce}>\n{_broken_up(content)}\n</{name} {nonce}>"
+
+
+def _broken_up(content: str) -> str:
+    """Turn marks that are none."""
+    return SPECIAL.sub(lambda found: f"{found.group()[0]} {found.group()[1:]}", content)
 
 
 def read_verdict(reply: Reply, question: Question, answer: str, threshold: int = MAX_SCORE) -> Verdict:
@@ -157,11 +162,35 @@ def read_verdict(reply: Reply, question: Question, answer: str, threshold: int =
 
 
 def _own_words(text: str, nonce: str, answer: str) -> str:
-    """The judge's reply without what it repeats of the material: the marked part, or the whole answer."""
+    """The judge's reply without what it repeats of the material: the marked part, the whole answer, lines of it."""
     text = re.sub(rf"<(request|reply) {nonce}>.*?(</\1 {nonce}>|\Z)", " ", text, flags=re.DOTALL)
-    quoted = answer.strip()
-    is_material = len(quoted) >= MIN_QUOTE or SCORE_LINE.search(quoted)
-    return text.replace(quoted, " ") if is_material else text
+    for quoted in (answer.strip(), _broken_up(answer).strip()):
+        if len(quoted) >= MIN_QUOTE or SCORE_LINE.search(quoted):
+            text = text.replace(quoted, " ")
+    return _without_quoted_lines(text, answer) if SCORE_LINE.search(answer) else text
+
+
+def _without_quoted_lines(text: str, answer: str) -> str:
+    """The reply to an answer that holds a score: the judge may quote a part, indented or between words of its own.
+
+    Two lines of the answer that stand together are a quotation. A score line like the answer's counts only where the
+    judge gives no other score and a reason of its own, as it was told to.
+    """
+    quoted = {_bare(line) for line in f"{answer}\n{_broken_up(answer)}".splitlines()}
+    lines = [line for line in text.splitlines() if _bare(line)]
+    known = [False, *(_bare(line) in quoted for line in lines), False]
+    alone = [not (known[n] and (known[n - 1] or known[n + 1])) for n in range(1, len(lines) + 1)]
+    lines = [line for line, keep in zip(lines, alone, strict=True) if keep]
+    own = [line for line in lines if _bare(line) not in quoted]
+    gives_score = any(SCORE_LINE.match(line) for line in own)
+    if gives_score or not any(REASON_LINE.match(line) for line in own):
+        lines = [line for line in lines if line in own or not SCORE_LINE.match(line)]
+    return "\n".join(lines)
+
+
+def _bare(line: str) -> str:
+    """A line without what sets a quotation off."""
+    return line.strip(" \t\r>|*_`\"'").casefold()
 
 
 def read_score(text: str) -> int | str:

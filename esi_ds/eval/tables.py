@@ -6,7 +6,7 @@ work on those alone. A missing flag is counted and shown, and is never evidence 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
@@ -91,18 +91,23 @@ def answer_measures(
 
 
 def task_measures(tasks: Sequence[Row]) -> list[Measure]:
-    """Skill by lm-eval: rows {model, results}, a result being ``tasks.TaskResult``'s row. Documents are in one order
-    for every model."""
+    """Skill by lm-eval: rows {model, task (its place in the config), results}, a result being ``tasks.TaskResult``'s
+    row. Documents are in one order for every model. A name that several places have gets the place's number."""
+    places: dict[str, set[int]] = defaultdict(set)
+    for row in tasks:
+        for result in row["results"]:
+            places[result["task"]].add(row["task"])
     found = []
     for row in tasks:
         for result in row["results"]:
+            name = result["task"] + (f"#{row['task'] + 1}" if len(places[result["task"]]) > 1 else "")
             cut = {"prompt cut at its beginning": result["num_cut"]} if result["num_cut"] else {}
             given = None
             if result["correct"] is None:
                 given = {"rate": result["value"], "low": result["low"], "high": result["high"], "n": result["n"]}
             how = result["metric"] + ("" if result["filter"] in ("none", None) else f", {result['filter']}")
             flags, scores = list(result["correct"] or []), list(result["scores"] or [])
-            place = {"measure": TASK, "set": result["task"], "kind": "task", "judge": how, "model": row["model"]}
+            place = {"measure": TASK, "set": name, "kind": "task", "judge": how, "model": row["model"]}
             found.append(Measure(**place, flags=flags, reasons=cut, scores=scores, given=given))
     return found
 
@@ -163,27 +168,36 @@ def _excluded(rows: Sequence[Row]) -> dict[str, int]:
 
 def changes(measures: Sequence[Measure], before: Mapping[str, str | None], seed: int) -> list[Row]:
     """Every model against the one it is compared with, on the same prompts: McNemar's exact test and the bootstrap
-    interval of the difference of rates, and of mean scores where there are some."""
+    interval of the difference of rates, and of mean scores where there are some. Of a metric that is no share the
+    difference is that of the mean scores, and there is no test."""
     by_place = {(measure.place, measure.model): measure for measure in measures}
     rows = []
     for measure in measures:
         other = by_place.get((measure.place, before[measure.model]))
-        if other is None or len(other.flags) != len(measure.flags) or measure.given is not None:
+        if other is None or len(other.flags) != len(measure.flags):
+            continue
+        scores = None
+        if other.scores and len(other.scores) == len(measure.scores):
+            scores = paired_bootstrap(other.scores, measure.scores, seed=seed)
+        is_graded = measure.given is not None
+        if is_graded and scores is None:
             continue
         paired = mcnemar_exact(other.flags, measure.flags)
-        interval = paired_bootstrap(other.flags, measure.flags, seed=seed)
-        row = {
-            **{name: getattr(measure, name) for name in ("measure", "set", "kind", "judge", "model")},
-            "before": other.model,
-            **asdict(paired),
-            "difference": paired.difference,
-            "low": interval.low,
-            "high": interval.high,
-            "scores": None,
-        }
-        if other.scores and measure.scores:
-            row["scores"] = asdict(paired_bootstrap(other.scores, measure.scores, seed=seed))
-        rows.append(row)
+        shown = scores if is_graded else paired_bootstrap(other.flags, measure.flags, seed=seed)
+        rows.append(
+            {
+                **{name: getattr(measure, name) for name in ("measure", "set", "kind", "judge", "model")},
+                "before": other.model,
+                **asdict(paired),
+                "p_value": None if is_graded else paired.p_value,
+                "num_pairs": shown.num_pairs,
+                "num_missing": shown.num_missing,
+                "difference": shown.difference,
+                "low": shown.low,
+                "high": shown.high,
+                "scores": asdict(scores) if scores is not None else None,
+            }
+        )
     return rows
 
 

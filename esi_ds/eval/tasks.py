@@ -39,11 +39,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 @dataclass(frozen=True)
 class Ranks:
     """How many processes share the documents. gather: from one rank's object to every rank's, on every rank, in rank
-    order (``zero.runtime.gather_objects``); it is called once for every kind of request of a task."""
+    order (``zero.runtime.gather_objects``); it is called once for every slice of a task's requests of a kind.
+    told_to_stop: whether this rank is to stop, asked between two slices."""
 
     rank: int = 0
     size: int = 1
     gather: Callable[[Any], list[Any]] = lambda item: [item]
+    told_to_stop: Callable[[], bool] = lambda: False
 
 
 ALONE = Ranks()
@@ -183,8 +185,9 @@ def run_tasks_on(
     apply_chat_template: None: where the tokenizer has one. Few-shot examples are turns of the chat then, and
     ``system_prompt`` the system's turn. seed: which few-shot examples are drawn; lm-eval sets the global random states
     of python, numpy and torch to it. Log-likelihoods are summed in float32 whatever the weights are in.
-    Performs one gather per kind of request and task. Rounding may differ with the number of ranks, as with the batch
-    size. A rank that fails makes every rank fail.
+    Performs one gather per slice of a task's requests of a kind. Rounding may differ with the number of ranks, as with
+    the batch size. A rank that fails makes every rank fail. Raises Interrupted where a rank is told to stop; the task
+    begins anew then.
     """
     from esi_ds.eval.harness import run
 

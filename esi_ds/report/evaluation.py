@@ -48,7 +48,17 @@ def interval(cell: Row | None) -> str:
     if cell is None:
         return "–"
     missing = f", {cell['missing']} missing" if cell["missing"] else ""
-    return f"{percent(cell['rate'])} [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}] (n {cell['n']}{missing})"
+    bounds = ""
+    if cell["low"] is not None:  # lm-eval has no error of some metrics
+        low, high = (f"{100 * cell[end]:.1f}" if is_share(cell) else f"{cell[end]:.4g}" for end in ("low", "high"))
+        bounds = f" [{low}, {high}]"
+    value = percent(cell["rate"]) if is_share(cell) else f"{cell['rate']:.4g}"
+    return f"{value}{bounds} (n {cell['n']}{missing})"
+
+
+def is_share(cell: Row) -> bool:
+    """Of 1; a task's metric may be a perplexity."""
+    return cell["rate"] is None or 0 <= cell["rate"] <= 1
 
 
 def p_value(value: float) -> str:
@@ -56,9 +66,12 @@ def p_value(value: float) -> str:
 
 
 def change(row: Row) -> str:
-    """A paired difference: points, interval, exact test."""
+    """A paired difference: points, interval, exact test; of mean scores in their own unit and without a test."""
     if row["difference"] is None:
         return "no pairs"
+    if row["p_value"] is None:
+        bounds = "" if row["low"] is None else f" [{row['low']:+.4g}, {row['high']:+.4g}]"
+        return f"{row['difference']:+.4g}{bounds}"
     bounds = "" if row["low"] is None else f" [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
     return f"{100 * row['difference']:+.1f} points{bounds}, p {p_value(row['p_value'])}"
 
@@ -130,8 +143,8 @@ def publish_rates(tracker: Tracker, report: Row) -> None:
 
 
 def charts(report: Row) -> list[tuple[str, list[Row]]]:
-    """(title, rows of ``pivot``) of every chart: one a measure."""
-    rows = pivot(report)
+    """(title, rows of ``pivot``) of every chart: one a measure; metrics that are no shares have no bar."""
+    rows = [row for row in pivot(report) if all(cell is None or is_share(cell) for cell in row["cells"])]
     return [
         (word, [row for row in rows if row["measure"] == word]) for word in dict.fromkeys(r["measure"] for r in rows)
     ]

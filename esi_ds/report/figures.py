@@ -187,7 +187,8 @@ def rate_bars(title: str, rows: Sequence[dict], models: Sequence[str]) -> Figure
             found = [(place * step + index, row["cells"][index]) for place, row in enumerate(rows)]
             found = [(where, cell) for where, cell in found if cell is not None and cell["rate"] is not None]
             rates = np.array([cell["rate"] for _, cell in found])
-            bounds = np.array([[cell["low"], cell["high"]] for _, cell in found]).reshape(-1, 2).T
+            ends = ([cell["rate" if cell[end] is None else end] for end in ("low", "high")] for _, cell in found)
+            bounds = np.array(list(ends)).reshape(-1, 2).T
             axes.barh(
                 [where for where, _ in found],
                 100 * rates,

@@ -40,7 +40,11 @@ class EvalRun(StageRun):
 
         inputs, folder = self.inputs, self.folder.path
         fingerprints = {
-            model.name: self.model_fingerprint(model.path, model.revision, meta_parameters(model.config))
+            model.name: self.model_fingerprint(
+                model.path,
+                model.revision,
+                meta_parameters(model.config, trust_remote_code=self.config.model.trust_remote_code),
+            )
             for model in inputs.models
         }
         self.notes = {"model_fingerprints": fingerprints}
@@ -70,16 +74,16 @@ class EvalRun(StageRun):
     def _skill(self, tracker: Tracker) -> list[dict]:
         """Rows {model, task, results} of lm-eval's tasks, for every model; those on disk are not run again.
 
-        Needs a whole copy of the model on every rank. Collectives: a gather a task and kind of request. Raises
-        Interrupted between two tasks.
+        Needs a whole copy of the model on every rank. Collectives: two gathers a slice of a task's requests.
+        Raises Interrupted between two slices; a task that was broken off begins anew.
         """
         from esi_ds.eval.tasks import Ranks, run_tasks_on
-        from esi_ds.stages.interrupt import check_stop
+        from esi_ds.stages.interrupt import check_stop, told_to_stop
         from esi_ds.stages.ledger import Ledger
         from esi_ds.zero.engine import load_replicated
 
         runtime, section = self.runtime, self.config.model
-        ranks = Ranks(runtime.rank(), runtime.world_size(), runtime.gather_objects)
+        ranks = Ranks(runtime.rank(), runtime.world_size(), runtime.gather_objects, told_to_stop)
         ledger = Ledger(self.folder.path / TASKS, ("model", "task"))
         order = [(model.name, number) for model in self.inputs.models for number in range(len(self.inputs.tasks))]
         if not order:

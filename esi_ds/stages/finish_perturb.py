@@ -42,7 +42,7 @@ def finish_perturb(
         "models": [{"name": name, "before": before[name]} for name in names],
         "cells": [{"name": c.name, **asdict(c), "k": restored["cells"][c.name]} for c in inputs.cells],
         "mask": {"path": str(inputs.mask.path), "k": inputs.mask.k, "criterion": inputs.mask.metadata.get("criterion")},
-        "restored": {"digest": restored["digest"], "checked": len(inputs.cells)},
+        "restored": {"digest": restored["digest"], "checked": restored["checked"]},
         **found,
         "usage": dict(used),
         "curves": curves(found["measures"], inputs.cells),

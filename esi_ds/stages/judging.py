@@ -17,7 +17,7 @@ from esi_ds.eval.rubric import TEMPLATE, Prices, judge_by_rubric, total_usage
 from esi_ds.eval.tables import ATTACK_SUCCESS
 from esi_ds.eval.verdicts import Verdict
 from esi_ds.report.evaluation import tag
-from esi_ds.stages.interrupt import check_stop
+from esi_ds.stages.interrupt import check_stop, told_to_stop
 from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.prepare_eval import PreparedJudge, sequence_rule
 from esi_ds.tracking import Tracker
@@ -26,7 +26,7 @@ from esi_ds.zero.placement import choose_placement, load_frozen
 
 VERDICTS, VERDICT_KEY = "verdicts.jsonl", ("judge", "model", "set", "index")
 USED = ("num_requests", "prompt_tokens", "completion_tokens")  # of an endpoint, kept with each of its verdicts
-ROUNDS = 2  # questions a worker of the endpoint asks between two looks at the stop flag
+ROUNDS = 2  # questions a worker of the endpoint asks between two agreements of the ranks to go on
 Row = dict[str, Any]
 
 
@@ -91,9 +91,12 @@ def _usage(judge: PreparedJudge, verdicts: Ledger) -> str:
 
 
 def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger, tracker: Tracker) -> None:
-    """Rank 0 asks, a few rounds at a time, so that the others never wait long. A broadcast and a gather a chunk."""
+    """Rank 0 asks, a few rounds at a time, so that the others never wait long. A broadcast and a gather a chunk.
+
+    What was not asked, for the endpoint was given up, has no verdict: a restart asks it.
+    """
     section, endpoint = judge.section, judge.endpoint
-    patience, size = Patience(), endpoint.concurrency * ROUNDS
+    patience, size = Patience(told_to_stop=told_to_stop), endpoint.concurrency * ROUNDS
     bar = tracker.progress(total=len(waiting), initial=0, unit="answer", description=f"judge: {judge.name}"[:40])
     with bar:
         for start in range(0, len(waiting), size):
@@ -102,6 +105,8 @@ def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger
             def keep(
                 number: int, verdict: Verdict, reply: Reply, rows: Sequence[Row] = rows, made: list[Row] = made
             ) -> None:
+                if not reply.asked:
+                    return
                 used = {name: getattr(reply, name) for name in USED}
                 made.append({**_verdict_row(judge, rows[number], verdict), "used": used})
                 verdicts.add(made[-1:])  # at once: it was paid for
@@ -119,6 +124,12 @@ def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger
             _running_rates(judge, rows, verdicts, tracker)
             bar.update(len(rows))
             check_stop(f"{start + len(rows)} answers judged by {judge.name}")
+    num_left = sum((judge.name, *(row[key] for key in VERDICT_KEY[1:])) not in verdicts.rows for row in waiting)
+    if num_left:
+        tracker.log(
+            f"judge {judge.name}: {num_left} answers were not asked about, for the endpoint failed "
+            f"{endpoint.give_up_after} times in a row; once it works, remove the run's manifest.json and start again"
+        )
 
 
 def _ask_model(
@@ -162,7 +173,7 @@ def _load(judge: PreparedJudge, config: Config, deepspeed_config: dict, tracker:
     is_classifier = isinstance(section, ClassifierVerdicts)
     auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     dtype = config.model.dtype if section.dtype == "auto" else section.dtype
-    placement, reason = choose_placement(judge.config, dtype, section.placement, auto_class)
+    placement, reason = choose_placement(judge.config, dtype, section.placement, auto_class, section.trust_remote_code)
     tracker.log(f"judge {judge.name}: {placement} ({reason})")
     module, weights = load_frozen(
         section.path,

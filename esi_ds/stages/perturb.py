@@ -18,6 +18,7 @@ from esi_ds.stages.run import StageRun, check_mask_bits, metadata_sha256, run_st
 from esi_ds.tracking import Tracker
 
 FIELD = "perturb.mask"
+RESTORED = "restored.jsonl"  # a row a cell, once all weights were seen to have their bits back
 
 
 def run(config: Config, options: Options) -> None:
@@ -86,25 +87,33 @@ class PerturbRun(StageRun):
         return model
 
     def _disturb(self, model, answers, tracker: Tracker) -> dict[str, object]:
-        """Answers of every cell that has some missing; the digest of all weights before and after them."""
+        """Answers of every cell that has some missing; the digest of all weights before and after them.
+
+        A cell whose answers are all there but whose weights were not looked at afterwards, for the run was killed
+        between the two, is disturbed and restored again.
+        """
         from esi_ds.stages.answering import answer_all, answer_keys
+        from esi_ds.stages.ledger import Ledger
         from esi_ds.zero.perturb import perturbed, weights_digest
         from esi_ds.zero.score import unit_sigmas
 
         sets, candidate = self.inputs.eval.sets, self.inputs.candidate
         before, sigma, scores = weights_digest(model), unit_sigmas(model), self._scores(model)
+        checked = Ledger(self.folder.path / RESTORED, ("cell",))
         counts: dict[str, int] = {}
         for number, cell in enumerate(self.inputs.cells):
             bits = self._bits(model, cell, scores)
             counts[cell.name] = self._count(bits)
-            if all(key in answers.rows for key in answer_keys([cell.name], sets)):
+            is_answered = all(key in answers.rows for key in answer_keys([cell.name], sets))
+            if is_answered and (cell.name,) in checked.rows:
                 continue
             tracker.log(f"cell {number + 1} of {len(self.inputs.cells)}: {cell.name}, {counts[cell.name]:,} weights")
             with perturbed(model, bits, sigma, cell.noise, cell.seed):
                 answer_all(model, cell.name, candidate, sets, answers, self.config, tracker)
             if weights_digest(model) != before:
                 raise RuntimeError(f"the weights are not what they were before {cell.name}")
-        return {"digest": before, "cells": counts}
+            checked.add([{"cell": cell.name, "restored": True}])
+        return {"digest": before, "cells": counts, "checked": len(checked.rows)}
 
     def _scores(self, model) -> dict | None:
         """This rank's scores, where the mask's are there; the mask must be their selection. One all-reduce."""

@@ -52,12 +52,18 @@ def test_killed_and_on_two_ranks_the_same(folder: Path, undisturbed: Path) -> No
     job.kill_when(lambda: num_lines(job.run / "answers.jsonl") >= 60)
     kept = whole_lines(job.run / "answers.jsonl")
     assert 60 <= len(kept) < (NUM_CELLS + 1) * NUM_PROMPTS
+    # As if killed between a cell's last answer and the look at the weights: every cell is looked at all the same.
+    (job.run / "restored.jsonl").write_text(whole_lines(job.run / "restored.jsonl")[0])
     LaunchedJob("launch/perturb.py", folder, "killed", 2, config(folder)).finish()
     text = (job.run / "answers.jsonl").read_text()
     assert text == (undisturbed / "answers.jsonl").read_text()
     assert set(kept) <= set(text.splitlines(keepends=True))
     reports = [json.loads((run / "report.json").read_text()) for run in (undisturbed, job.run)]
     assert reports[0]["curves"] == reports[1]["curves"] and reports[0]["cells"] == reports[1]["cells"]
+    looked_at = [json.loads(line)["cell"] for line in (job.run / "restored.jsonl").read_text().splitlines()]
+    assert (
+        looked_at == [cell["name"] for cell in reports[1]["cells"]] and reports[1]["restored"]["checked"] == NUM_CELLS
+    )
 
 
 def test_curves_pool_the_seeds_of_equal_k(folder: Path, undisturbed: Path) -> None:

@@ -117,6 +117,20 @@ def test_copies_with_other_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.prompts, found.column) == (("x",), "forbidden_prompt")
 
 
+def test_files_of_harmbench_in_the_hub_copys_shape(tmp_path: Path) -> None:
+    """Protected texts are left out and contexts stand in front, further columns or not; answered rows have no such."""
+    rows = [
+        {"prompt": "a", "category": "illegal", "context": "The lab.", "id": 1},
+        {"prompt": "b", "category": "copyright", "tags": ["lyrics"]},
+        {"prompt": "c", "functional_category": "Copyright"},
+        {"prompt": "d", "category": "qa", "context": "A text.", "answer": "yes"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_prompts(str(tmp_path / "rows.jsonl"))
+    assert found.prompts == ("The lab.\n\n---\n\na", "d")
+    assert found.skipped == ((1, "HarmBench copyright row"), (2, "HarmBench copyright row"))
+
+
 def test_shipped_examples() -> None:
     assert len(load_prompts("examples/benign").prompts) == len(load_prompts("examples/harmful").prompts) == 200
 

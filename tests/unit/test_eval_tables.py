@@ -13,7 +13,7 @@ from statsmodels.stats.proportion import proportion_confint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from esi_ds.eval.refusals import REFUSAL_LISTS
-from esi_ds.eval.tables import Measure, agreements, answer_measures, changes
+from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
 from esi_ds.report.evaluation import change, closing_table, markdown, publish
 from esi_ds.report.html import render
 from esi_ds.tracking import Tracker
@@ -85,6 +85,50 @@ def test_nothing_to_compare_says_so() -> None:
     (change,) = changes([empty, measure("b", [True, True])], {"a": None, "b": "a"}, seed=0)
     assert change["difference"] is None and change["num_missing"] == 2 and change["p_value"] == 1
     assert empty.as_row()["rate"] is None
+
+
+def task_row(model: str, task: int, name: str, **result) -> dict:
+    """A row of tasks.jsonl: a metric that is no share."""
+    usual = {"task": name, "metric": "f1", "filter": "none", "num_cut": 0, "n": 3, "low": None, "high": None}
+    return {"model": model, "task": task, "results": [{**usual, "correct": None, "scores": None, **result}]}
+
+
+def task_report(rows: list[dict]) -> dict:
+    measures = task_measures(rows)
+    found = changes(measures, {"a": None, "b": "a"}, seed=0)
+    models = [{"name": "a", "path": "p", "before": None}, {"name": "b", "path": "p", "before": "a"}]
+    parts = {"judges": [], "sets": [], "agreements": [], "usage": {}, "samples": [], "facts": {}}
+    rows = [measure.as_row() for measure in measures]
+    return {"kind": "evaluation", "title": "t", "models": models, "measures": rows, "changes": found, **parts}
+
+
+def test_a_graded_metric_is_compared_by_its_scores() -> None:
+    scores = {"a": [0.1, 0.2, 0.3], "b": [0.5, 0.6, 0.9]}
+    report = task_report([task_row(m, 0, "t", value=sum(s) / 3, scores=s) for m, s in scores.items()])
+    (row,) = report["changes"]
+    assert row["difference"] == pytest.approx(1.4 / 3) == row["scores"]["difference"]
+    assert row["p_value"] is None and row["num_pairs"] == 3 and row["low"] <= row["difference"] <= row["high"]
+    assert change(row).startswith("+0.4667 [") and "+0.4667 [" in render(report)
+
+
+def test_a_metric_without_an_error_or_that_is_no_share() -> None:
+    """lm-eval writes N/A for the error of a perplexity: no interval, no bar, and no end of the run."""
+    report = task_report([task_row("a", 0, "t", value=12.25), task_row("b", 0, "t", value=0.5)])
+    assert report["changes"] == []
+    for shown in (closing_table(report), markdown(report), render(report)):
+        assert "12.25 (n 3)" in shown and "50.0 % (n 3)" in shown
+
+
+def test_two_tasks_of_one_name_are_told_apart() -> None:
+    right, wrong = (True,) * 10, (False,) * 10
+    rows = [
+        task_row(model, number, "gsm8k", value=0.0, correct=flags)
+        for model in ("a", "b")
+        for number, flags in enumerate((right, wrong))
+    ]
+    report = task_report(rows)
+    assert [row["difference"] for row in report["changes"]] == [0, 0]
+    assert {row["set"]: row["rate"] for row in report["measures"]} == {"gsm8k#1": 1.0, "gsm8k#2": 0.0}
 
 
 @pytest.fixture

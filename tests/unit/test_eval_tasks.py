@@ -13,6 +13,7 @@ import math
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -23,10 +24,11 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from esi_ds.config import Task, parse_yaml, resolved_yaml, validate
-from esi_ds.errors import UserError
+from esi_ds.errors import Interrupted, UserError
+from esi_ds.eval import harness
 from esi_ds.eval.statistics import mcnemar_exact, wilson
 from esi_ds.eval.task_rows import NEWS, read_task_rows
-from esi_ds.eval.tasks import TaskResult, prepare_tasks, run_tasks, run_tasks_on
+from esi_ds.eval.tasks import Ranks, TaskResult, prepare_tasks, run_tasks, run_tasks_on
 
 SYSTEM = "Be brief."
 ABOUT = "The following are multiple choice questions (with answers) about {}.\n\n"
@@ -315,6 +317,21 @@ def test_prepared_tasks_serve_several_models_and_pair_up(folder, says_18, tmp_pa
     assert before == again and before.prompts_hash == after.prompts_hash
     assert mcnemar_exact(before.correct, after.correct).num_pairs == 12
     assert TaskResult.from_row(json.loads(json.dumps(before.as_row()))) == before
+
+
+def test_told_to_stop_within_a_task(folder, tmp_path, monkeypatch) -> None:
+    """Between two slices, whose size changes no answer."""
+    rows = [{"text": f"A {word}.", "label": label} for word, label in zip(WORDS, RIGHT, strict=True)]
+    prepared = prepare_tasks([Task(name="ag_news", path=write(tmp_path / "news.jsonl", rows))])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    run_with = partial(run_tasks_on, model, tokenizer, prepared, batch_size=5, seed=0)
+    (whole,) = run_with()
+    monkeypatch.setattr(harness, "SLICE", 1)
+    looks = []
+    (sliced,) = run_with(ranks=Ranks(told_to_stop=lambda: bool(looks.append(1))))
+    assert sliced.correct == whole.correct and len(looks) == 3  # of 5, 5 and 2 documents
+    with pytest.raises(Interrupted, match="in task ag_news"):
+        run_with(ranks=Ranks(told_to_stop=lambda: True))
 
 
 def test_a_metric_that_is_no_share(folder, tmp_path, monkeypatch) -> None:
