@@ -187,6 +187,23 @@ def dense_update_seconds(weights: int) -> float:
     return median_seconds(update, STEPS)
 
 
+def masked_over_dense(weights: int) -> float:
+    """SPA's update with every second weight of a rank frozen, in no order, over the same rule on all of them."""
+    import torch
+
+    from esi_ds.core.adamw import masked_adamw
+    from esi_ds.zero import runtime
+
+    size = -(-weights // runtime.world_size())
+    values, gradient, bits = torch.zeros(size), torch.ones(size), torch.randint(256, (-(-size // 8),)).to(torch.uint8)
+
+    def seconds(trained: torch.Tensor | None) -> float:
+        moments, rule = [torch.zeros(size) for _ in range(2)], {"step": 1, "lr": 1e-4, **RULE}
+        return median_seconds(lambda: masked_adamw(values, gradient, *moments, trained, **rule), STEPS)
+
+    return seconds(bits) / seconds(None)
+
+
 def worker(folder: Path) -> None:
     import gc
 
@@ -198,6 +215,7 @@ def worker(folder: Path) -> None:
     sparse = set_figures(folder, mask)
     gc.collect()
     dense_seconds = dense_update_seconds(sparse["weights"])
+    masked_share = masked_over_dense(sparse["weights"])
     plain = standard_figures(folder, mask, masked=False)
     gc.collect()
     masked = standard_figures(folder, mask, masked=True)
@@ -213,6 +231,7 @@ def worker(folder: Path) -> None:
             "SET bytes reduced per step / dense": sparse["reduced_bytes"] / plain["reduced_bytes"],
             "SPA resident bytes per weight x ranks": masked["bytes_per_weight_x_ranks"],
             "SPA resident bytes over AdamW": masked["bytes_per_weight_x_ranks"] - plain["bytes_per_weight_x_ranks"],
+            "SPA update, half frozen / the same on all weights": masked_share,
             "SPA whole step / AdamW whole step": masked["whole_seconds"] / plain["whole_seconds"],
             "seconds": {"SET": sparse, "AdamW": plain, "SPA": masked, "dense update": dense_seconds},
         }

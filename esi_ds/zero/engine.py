@@ -72,9 +72,7 @@ class ShardedModel:
 
     def _shard(self, layout: Shard) -> Shard:
         """This rank's valid part: ZeRO-3 pads the last slices with uninitialised memory, which is left out here."""
-        size = self.partition_numel(layout)
-        place = torch.distributed.get_rank(self.group(layout))
-        return layout.cut(place * size, place * size + size)
+        return layout.cut(*self.bounds(layout))
 
     @cached_property
     def scored(self) -> tuple[Shard, ...]:
@@ -106,6 +104,12 @@ class ShardedModel:
     def partition_numel(self, shard: Shard) -> int:
         """Elements of a rank's slice of a tensor, padding included: the same on every rank of its group."""
         return self.by_name[shard.name].ds_tensor.ds_numel
+
+    def bounds(self, shard: Shard) -> tuple[int, int]:
+        """Where this rank's slice of a tensor begins and ends in the whole, flat; padding included."""
+        size = self.partition_numel(shard)
+        first = torch.distributed.get_rank(self.group(shard)) * size
+        return first, first + size
 
     def local_weight(self, shard: Shard) -> Tensor:
         """This rank's weights of one of ``shards``, flat, without padding; the live storage, not a copy."""

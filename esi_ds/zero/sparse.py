@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from esi_ds.core.adamw import adamw, clip_factor
+from esi_ds.core.footprint import COMPACT_LIMIT
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Shard
 from esi_ds.zero import runtime
@@ -27,8 +28,6 @@ from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import ReducedGradients
 from esi_ds.zero.tuner import NotFinite, Rule, Tuner
-
-COMPACT_LIMIT = 2 << 30  # bytes of unsharded index and sums that a rank may hold under `auto`
 
 
 def choose_reduction(total: int, reduction: str) -> tuple[str, str]:
@@ -72,12 +71,10 @@ class CompactGradients:
 
     def _own(self, model: ShardedModel, shard: Shard, place: slice) -> slice:
         """This rank's part of a tensor's place in ``sums``."""
-        tensor, size = model.by_name[shard.name], model.partition_numel(shard)
-        index, _ = self._by_tensor[tensor]
-        low = torch.distributed.get_rank(model.group(shard)) * size
+        index, _ = self._by_tensor[model.by_name[shard.name]]
         if index is None:
-            return slice(min(place.start + low, place.stop), min(place.start + low + size, place.stop))
-        first, last = (int((index < bound).sum()) for bound in (low, low + size))
+            return slice(*(min(place.start + bound, place.stop) for bound in model.bounds(shard)))
+        first, last = (int((index < bound).sum()) for bound in model.bounds(shard))
         return slice(place.start + first, place.start + last)
 
     def positions(self, model: ShardedModel, shard: Shard) -> Tensor | None:
@@ -86,8 +83,8 @@ class CompactGradients:
         if index is None:
             return None
         own = self.ranges[shard.name]
-        low = torch.distributed.get_rank(model.group(shard)) * model.partition_numel(shard)
-        return index[own.start - place.start : own.stop - place.start].long() - low
+        first, _ = model.bounds(shard)
+        return index[own.start - place.start : own.stop - place.start].long() - first
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
