@@ -16,6 +16,7 @@ from esi_ds.core.units import Parameter
 
 WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 FP32 = 4
+COMPACT_LIMIT = 2 << 30  # bytes of unsharded index and sums that a rank of SET may hold where `tune.reduction` is auto
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,27 @@ def _is_saved(piece: Piece) -> bool:
     return num_experts(piece.parameter) > 0 and piece.ranks > 1
 
 
+def takeover_bytes(parameters: Sequence[Parameter], weight: int, world_size: int, autoep_size: int) -> float:
+    """What a rank holds beside its weights while DeepSpeed replaces the blocks of experts by its own, one by one.
+
+    A block's fused tensors are gathered whole. A rank's experts are copied out of them, and gate and up of these once
+    more to part them: b n (1 + 5 / 3e) of n elements. Before that our probe gathers the first block with its shared
+    experts and its router. One rank alone gathers nothing.
+    """
+    blocks: dict[str, list[Parameter]] = {}
+    for parameter in parameters:
+        if num_experts(parameter):
+            blocks.setdefault(parameter.name.rpartition(".")[0], []).append(parameter)
+    gathered = 1 if world_size > 1 else 0
+    replaced = [
+        sum(p.numel * (gathered + len({unit.role for unit in p.units}) / autoep_size) for p in members)
+        for members in blocks.values()
+    ]
+    first = next(iter(blocks), "").rpartition(".")[0]
+    probed = gathered * sum(p.numel for p in parameters if blocks and p.name.startswith(f"{first}."))
+    return weight * max(probed, *replaced, 0)
+
+
 def window_bytes(cut: Sequence[Piece], weight: int, zero: Mapping[str, Any]) -> int:
     """Weights that DeepSpeed keeps or fetches beside those in use: what is used again within
     ``stage3_max_reuse_distance`` elements, and the prefetch bucket. zero: the ``zero_optimization`` section."""
@@ -216,6 +238,19 @@ class Topology:
     @property
     def ranks(self) -> int:
         return self.nodes * self.per_node
+
+    def holds(self, size: int) -> bool:
+        """Whether no group of ``size`` ranks, one behind another, lies on two nodes."""
+        return self.per_node % size == 0
+
+    def abroad(self, size: int) -> float:
+        """Sum over a node's ranks of the share of their group of ``size`` that lies on other nodes; the most of any."""
+        found = [0.0] * self.nodes
+        for rank in range(self.ranks):
+            node, first = rank // self.per_node, rank - rank % size
+            here = min(first + size, (node + 1) * self.per_node) - max(first, node * self.per_node)
+            found[node] += 1 - here / size
+        return max(found)
 
 
 @dataclass(frozen=True)
@@ -258,10 +293,10 @@ def token_traffic(
     times: int = 4,
 ) -> Traffic:
     """Tokens that travel to their experts' ranks and back in every MoE layer, forward and the same backward (``times``
-    4; 6 where activations are recomputed). tokens: of one rank and micro-batch; routed evenly."""
+    4; 6 where activations are recomputed). tokens: of one rank and micro-batch; routed evenly. The ranks of a group
+    follow one another, so that of a group which does not divide a node's ranks some are on another node."""
     sent = times * num_layers * tokens * top_k * hidden * weight
-    abroad = max(0, autoep_size - where.per_node) / autoep_size  # share of the experts that live on other nodes
-    return Traffic(sent * (autoep_size - 1) / autoep_size, where.per_node * sent * abroad)
+    return Traffic(sent * (autoep_size - 1) / autoep_size, sent * where.abroad(autoep_size))
 
 
 def ring(size: float, piece: Piece, where: Topology) -> Traffic:

@@ -43,19 +43,22 @@ LEAF_ROLES = {
     "fc2": "mlp.down",
     "dense_h_to_4h": "mlp.up",
     "dense_4h_to_h": "mlp.down",
+    "output_linear": "mlp.down",  # Granite's shared experts; their gate and up are input_linear
 }
 EXPERT_ROLES = {
     "gate_proj": "expert.gate",
     "up_proj": "expert.up",
     "down_proj": "expert.down",
+    "gate_up_proj": "expert",  # two matrices
     "w1": "expert.gate",
     "w3": "expert.up",
     "w2": "expert.down",
 }
 ROUTER_LEAVES = frozenset({"gate", "router", "wg", "shared_expert_gate"})
+ATTENTION_NAMES = frozenset({"self_attn", "self_attention", "attention", "attn"})
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
-SHARED = re.compile(r"\.shared_experts?\.")
+SHARED = re.compile(r"\.shared_(?:experts?|mlp)\.")
 
 
 def describe(
@@ -92,12 +95,18 @@ def describe(
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that choose experts, by name in the model's order; the gate of a shared expert chooses nothing."""
+    """Modules whose output says which experts are chosen, by name in the model's order.
+
+    Not the layers inside a router, nor the gate of a shared expert, which chooses nothing, nor JetMoE's, whose output
+    is tokens in the experts' order.
+    """
     modules = dict(model.named_modules())
     return {
         name: module
         for name, module in modules.items()
-        if name and _is_router(modules, name) and name.rpartition(".")[2] != "shared_expert_gate"
+        if _router_of(modules, name) == name
+        and name.rpartition(".")[2] != "shared_expert_gate"
+        and not type(module).__name__.endswith("Gating")
     }
 
 
@@ -161,7 +170,7 @@ def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: 
         return "embedding"
     if is_head:
         return "head"
-    if _is_router(modules, module_name):
+    if _router_of(modules, module_name) is not None:
         return "router"  # its biases too, DeepSeek's correction bias among them
     if leaf.endswith("bias") or leaf == "sinks":  # gpt-oss: one number a head, added to its attention logits
         return "bias"
@@ -174,7 +183,9 @@ def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: 
         return EXPERT_ROLES[own_name]
     if _is_fused(shape, leaf):
         return "expert"
-    role = LEAF_ROLES.get(own_name, "other")
+    role = LEAF_ROLES.get(own_name, "other") if len(shape) == 2 else "other"
+    if role.startswith("mlp.") and ATTENTION_NAMES.intersection(module_name.split(".")):
+        return "other"  # AFMoE's attention has a gate_proj
     return role.replace("mlp.", "shared.") if SHARED.search(f"{module_name}.") else role
 
 
@@ -183,11 +194,19 @@ def _is_fused(shape: tuple[int, ...], leaf: str) -> bool:
     return len(shape) == 3 and leaf in ("gate_up_proj", "up_proj", "down_proj")
 
 
+def _router_of(modules: Mapping[str, nn.Module], module_name: str) -> str | None:
+    """The router that a module is or is a part of: many wrap a linear layer. None: it is of no router."""
+    path = module_name.split(".")
+    outermost_first = (".".join(path[:length]) for length in range(1, len(path) + 1))
+    return next((name for name in outermost_first if _is_router(modules, name)), None)
+
+
 def _is_router(modules: Mapping[str, nn.Module], module_name: str) -> bool:
     """A router by its class, or a gate that stands beside the experts it chooses among."""
-    class_name = type(modules[module_name]).__name__
-    if "Router" in class_name or class_name.endswith(("MoEGate", "TopkGate", "TopKGate")):
-        return True
+    module = modules.get(module_name)
+    class_name = type(module).__name__
+    if "Router" in class_name or class_name.endswith(("MoEGate", "TopkGate", "TopKGate", "TopKGating")):
+        return not hasattr(module, "experts")  # a block that holds both is named after its router, perhaps
     parent, _, own_name = module_name.rpartition(".")
     return own_name in ROUTER_LEAVES and hasattr(modules.get(parent), "experts")
 
@@ -200,14 +219,15 @@ def _units(name: str, role: str, shapes: Mapping[str, tuple[int, ...]], module: 
     if _is_fused(shape, leaf):
         return _fused_expert_units(name, leaf, shape, layer, _is_transposed(name, shapes), _alternate(module))
     rows, width = shape[0], _numel(shape[1:])
-    if own_name == "gate_up_proj" and len(shape) == 2:
-        kind = "shared" if SHARED.search(name) else "mlp"
-        return _row_blocks(name, layer, width, ((f"{kind}.gate", rows // 2), (f"{kind}.up", rows // 2)))
+    expert = int(found.group(1)) if (found := EXPERT.search(name)) else None
+    is_shared = bool(SHARED.search(name))
+    if len(shape) == 2 and (own_name == "gate_up_proj" or (is_shared and own_name == "input_linear")):
+        kind = "shared" if is_shared else "mlp" if expert is None else "expert"
+        return _row_blocks(name, layer, width, ((f"{kind}.gate", rows // 2), (f"{kind}.up", rows // 2)), expert)
     if own_name in ("qkv_proj", "query_key_value", "Wqkv", "c_attn") and len(shape) == 2:
         blocks = _qkv_units(name, own_name, rows, width, layer, config)
         if blocks:
             return blocks
-    expert = int(found.group(1)) if (found := EXPERT.search(name)) else None
     return (Unit(name, role, layer, expert, 0, _numel(shape)),)
 
 
@@ -218,11 +238,13 @@ def _numel(shape: tuple[int, ...]) -> int:
     return product
 
 
-def _row_blocks(name: str, layer: int | None, width: int, blocks: tuple[tuple[str, int], ...]) -> tuple[Unit, ...]:
-    """Matrices stacked along the rows of one weight: (role, number of rows) each."""
+def _row_blocks(
+    name: str, layer: int | None, width: int, blocks: tuple[tuple[str, int], ...], expert: int | None = None
+) -> tuple[Unit, ...]:
+    """Matrices stacked along the rows of one weight: (role, number of rows) each. expert: whose they are."""
     units, start = [], 0
     for role, rows in blocks:
-        units.append(Unit(f"{name}[{role.rpartition('.')[2]}]", role, layer, None, start, rows * width))
+        units.append(Unit(f"{name}[{role.rpartition('.')[2]}]", role, layer, expert, start, rows * width))
         start += rows * width
     return tuple(units)
 

@@ -106,7 +106,9 @@ class EsiRun(StageRun):
 
         section, judge = self.config.judge, self.inputs.judge
         dtype = self.config.model.dtype if section.dtype == "auto" else section.dtype
-        placement, reason = choose_placement(judge.config, dtype, section.placement)
+        placement, reason = choose_placement(
+            judge.config, dtype, section.placement, trust_remote_code=section.trust_remote_code
+        )
         tracker.log(f"judge: family {judge.family.name}, {placement} ({reason})")
         module, weights = load_frozen(
             section.path,

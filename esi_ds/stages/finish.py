@@ -26,7 +26,7 @@ from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.files import write_mask, write_scores
 from esi_ds.zero.gradients import GradientShards
 from esi_ds.zero.routing import MAX_ROWS, frequencies, routing_choices
-from esi_ds.zero.score import Accumulated, Scores, Selection, select_weights
+from esi_ds.zero.score import Accumulated, Scores, Selection, select_weights, silent_experts
 from esi_ds.zero.statistics import log_histograms, unit_rows, unscored_numel
 
 NUM_SAMPLES = 8
@@ -94,13 +94,16 @@ def finish(
         write_scores(folder / "scores", scored, model.scored, scores, {"format": "esi-scores/1", **shown})
     write_mask(folder / "mask", scored, model.scored, selection.bits, metadata, units_json(scored))
     rows = unit_rows(model, scores, selection, sigma)
+    warning = silent_experts(rows)
+    if warning:
+        tracker.log(warning)
     routing = routing_rows(config, model, outcome, losses)
     overall, by_role = log_histograms(model, scores)
     if not runtime.is_main():
         return
     report = {
         "title": title(config),
-        "facts": run_facts(config, model, fingerprint, outcome, started),
+        "facts": run_facts(config, model, fingerprint, outcome, started) | ({"NOTE": warning} if warning else {}),
         "selection": selection_facts(config, model, selection, losses),
         "units": rows,
         "experts": expert_tables(rows, selection.k),

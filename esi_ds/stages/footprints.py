@@ -22,6 +22,7 @@ from esi_ds.core.footprint import (
     reduce_traffic,
     set_resident,
     spa_resident,
+    takeover_bytes,
     token_traffic,
     transient,
     window_bytes,
@@ -65,19 +66,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Footprint:
-    """One stage under one DeepSpeed configuration. ``host``: what lies in the node's memory instead, per rank."""
+    """One stage under one DeepSpeed configuration. host: what lies in the node's memory instead, per rank. start: the
+    most that a rank's GPU holds while AutoEP takes the experts over; 0 without it, for then every step holds more."""
 
     resident: Resident
     judge: float
     host: float
     transient: Transient
     window: int
+    start: float
     traffic: Traffic
 
     @property
     def together(self) -> float:
         """The most a rank's GPU holds, without activations."""
-        return self.resident.total + self.judge + self.transient.total + self.window
+        return max(self.start, self.resident.total + self.judge + self.transient.total + self.window)
 
 
 def footprint(work: Work, stage: str, where: Topology, settings: Mapping[str, Any]) -> Footprint:
@@ -87,14 +90,27 @@ def footprint(work: Work, stage: str, where: Topology, settings: Mapping[str, An
     size = section["autoep_size"] if section.get("enabled") else None
     cut = pieces(work.parameters, where.ranks, size)
     resident, host = _offloaded(_resident(work, stage, cut, zero), work, stage, zero)
+    judge = work.judge if stage == "esi" else 0.0
     return Footprint(
         resident,
-        work.judge if stage == "esi" else 0.0,
+        judge,
         host,
         transient(cut, work.weight, work.trained[stage], stage, work.compact, work.recompute),
         window_bytes(cut, work.weight, zero),
+        0.0 if size is None else judge + _start(work, stage, where.ranks, size, zero),
         _traffic(work, stage, cut, where, size),
     )
+
+
+def _start(work: Work, stage: str, ranks: int, size: int, zero: Mapping[str, Any]) -> float:
+    """Weights, and the block of experts that is being replaced. SPA's optimizer was made for the experts as they were,
+    which therefore stay until all are replaced."""
+    there = 0
+    if _device(zero, "offload_param") != "cpu":
+        whole = pieces(work.parameters, ranks)
+        doubled = [piece for piece in whole if stage == "spa" and num_experts(piece.parameter)]
+        there = work.weight * sum(piece.shard for piece in (*whole, *doubled))
+    return there + takeover_bytes(work.parameters, work.weight, ranks, size)
 
 
 def _resident(work: Work, stage: str, cut: Sequence[Piece], zero: Mapping[str, Any]) -> Resident:
@@ -178,8 +194,8 @@ def recommend(work: Work, stage: str, where: Topology, model_type: str, memory: 
     Where nothing fits: what takes least.
     """
     possible = sizes(work, where, model_type)
-    inside: list[int | None] = [None, *(size for size in possible if size <= where.per_node)]
-    across: list[int | None] = [size for size in possible if size > where.per_node]
+    inside: list[int | None] = [None, *(size for size in possible if where.holds(size))]
+    across: list[int | None] = [size for size in possible if not where.holds(size)]
     found: list[Recommendation] = []
     for offload, sums_on_host in OFFLOADS[stage]:
         tried_work = replace(work, sums_on_host=work.sums_on_host or sums_on_host)

@@ -1,4 +1,5 @@
-"""``--dry-run``: what the ESI stage would do, from configurations alone (no weights, no process group)."""
+"""``--dry-run`` of every stage but SET and SPA: what it would do, from configurations alone (no weights, no process
+group)."""
 
 from __future__ import annotations
 
@@ -16,37 +17,32 @@ from esi_ds.core.footprint import WEIGHT_BYTES
 from esi_ds.core.mask import num_bytes
 from esi_ds.core.select import model_k
 from esi_ds.core.units import Parameter
-from esi_ds.data.prompts import load_prompts, load_responses
-from esi_ds.data.rows import read_rows
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.models.roles import describe, unknown, warning
-from esi_ds.stages.plan_bytes import (
-    describe_work,
-    expected_trained,
-    is_compact,
-    known_trained,
-    print_bytes,
-    readable,
-    topology,
-)
+from esi_ds.stages.plan_bytes import describe_work, expected_trained, print_bytes, readable, topology
+from esi_ds.stages.plan_notes import count_prompts, count_responses, count_rows
 from esi_ds.stages.prepare import load_model_config
 
 if TYPE_CHECKING:
     from esi_ds.stages.prepare_eval import EvalInputs
     from esi_ds.stages.prepare_perturb import PerturbInputs
-    from esi_ds.stages.prepare_tuning import TuningInputs
 
 
-def meta_parameters(config: PretrainedConfig, roles: Mapping[str, str] | None = None) -> tuple[Parameter, ...]:
-    """Names, shapes, roles and logical matrices of a model that is never allocated. roles: ``model.roles``."""
+def meta_parameters(
+    config: PretrainedConfig, roles: Mapping[str, str] | None = None, trust_remote_code: bool = False
+) -> tuple[Parameter, ...]:
+    """Names, shapes, roles and logical matrices of a model that is never allocated.
+
+    roles: ``model.roles``. trust_remote_code: of the section of the experiment's config that names the model.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return describe(model, given=roles)
 
 
-def plan(config: Config, parameters: tuple[Parameter, ...], world_size: int) -> dict[str, object]:
-    """What would run: units, k, bytes on disk, passes. No collectives, no weights."""
+def plan(config: Config, parameters: tuple[Parameter, ...], world_size: int, notes: list[str]) -> dict[str, object]:
+    """What would run: units, k, bytes on disk, passes. No collectives, no weights. notes: gets what is not there."""
     total = sum(parameter.numel for parameter in parameters)
     scored = [parameter for parameter in parameters if parameter.scored]
     num_scored = sum(parameter.numel for parameter in scored)
@@ -61,14 +57,14 @@ def plan(config: Config, parameters: tuple[Parameter, ...], world_size: int) -> 
         "ranks": world_size,
     }
     if strangers := unknown(parameters):
-        facts["NOTE"] = warning(strangers)
+        notes.append(warning(strangers))
     names = objectives(config.select.criterion, config.select.contrastive)
     if names:
         if len(names) > 1:
             facts["sums of gradients"] = f"{len(names)} sums: {', '.join(names)}"
         if "safety" in names:
-            facts |= _passes(config, world_size)
-        facts |= _loss_passes(config, names, world_size)
+            facts |= _passes(config, world_size, notes)
+        facts |= _loss_passes(config, names, world_size, notes)
         facts["checkpoint on disk"] = readable(4 * num_scored * len(names))
     if config.esi.save_scores:
         facts["scores on disk"] = readable(4 * num_scored)
@@ -82,13 +78,14 @@ def _k(config: Config, parameters: tuple[Parameter, ...]) -> int:
     return model_k(parameters, config.select.ratio, config.select.of)
 
 
-def _passes(config: Config, world_size: int) -> dict[str, object]:
+def _passes(config: Config, world_size: int, notes: list[str]) -> dict[str, object]:
     """Prompts, and forward and backward passes each rank makes for them."""
     if config.data.responses is not None:
-        count = len(load_responses(config.data.responses))
+        count = count_responses(config.data.responses, notes)
     else:
-        section = config.data.prompts
-        count = len(load_prompts(section.path, section.split, section.column, section.limit).prompts)
+        count = count_prompts(config.data.prompts, "data.prompts", notes)
+    if count is None:
+        return {"prompts": "not known"}
     stride = config.esi.batch_size * world_size
     passes = -(-count // stride)
     return {
@@ -99,15 +96,16 @@ def _passes(config: Config, world_size: int) -> dict[str, object]:
     }
 
 
-def _loss_passes(config: Config, names: Sequence[str], world_size: int) -> dict[str, object]:
+def _loss_passes(config: Config, names: Sequence[str], world_size: int, notes: list[str]) -> dict[str, object]:
     """Rows of each further objective, and the passes over them; rows are counted, not read as conversations."""
     facts: dict[str, object] = {}
     for name in names:
         if name == "safety":
             continue
-        section = getattr(config.data, name)
-        rows = read_rows(section.path, f"data.{name}.path", name=section.name, split=section.split)
-        count = len(rows[: section.limit])
+        count = count_rows(getattr(config.data, name), f"data.{name}", notes)
+        if count is None:
+            facts[f"{name} rows"] = "not known"
+            continue
         size = 1 if name == "benign" else config.esi.batch_size  # F is made of single rows' gradients
         facts[f"{name} rows"] = count
         facts[f"{name} passes"] = (
@@ -117,38 +115,6 @@ def _loss_passes(config: Config, names: Sequence[str], world_size: int) -> dict[
     return facts
 
 
-def tuning_plan(config: Config, inputs: TuningInputs, world_size: int) -> dict[str, object]:
-    """What SET or SPA would run: trained weights, steps, rows. No collectives, no weights."""
-    tune, trained = config.tune, inputs.trained
-    facts: dict[str, object] = {
-        "weights": f"{sum(trained.numels.values()):,}",
-        "mask": f"{inputs.mask.k:,} weights by {inputs.mask.metadata.get('criterion')}",
-        "trained weights": f"{trained.total:,} in {sum(trained.count(n) > 0 for n in trained.numels)} parameters",
-        "ranks": world_size,
-    }
-    if inputs.stage == "set":
-        compact = is_compact(config, trained.total)
-        facts["gradients"] = "compact: one all-reduce a step" if compact else "scatter: reduce-scatter in the hooks"
-    stride = tune.batch_size * tune.gradient_accumulation * world_size
-    facts["rows"] = f"{len(inputs.rows.sequences):,} ({inputs.rows.columns}), {len(inputs.rows.skipped)} skipped"
-    facts["steps"] = (
-        f"{tune.max_steps:,} of {stride} rows ({tune.max_steps * stride / len(inputs.rows.sequences):.2f} epochs)"
-    )
-    return facts
-
-
-def print_tuning_plan(config: Config, options: Options, inputs: TuningInputs) -> None:
-    """The resolved config, then the plan."""
-    ranks = topology(options).ranks
-    resolve_deepspeed(config, ranks, inputs.stage)
-    print(resolved_yaml(config))
-    _print_facts(tuning_plan(config, inputs, ranks))
-    parameters = meta_parameters(inputs.model_config, config.model.roles)
-    trained = known_trained(inputs.trained, parameters)
-    work = describe_work(config, inputs.stage, inputs.model_config, parameters, trained, ranks)
-    print_bytes(config, options, inputs.stage, work, inputs.model_config)
-
-
 def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> None:
     """The resolved config, then what an evaluation would ask whom. No collectives, no weights."""
     world_size = options.world_size or 1
@@ -156,7 +122,8 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     print(resolved_yaml(config))
     facts: dict[str, object] = {"ranks": world_size}
     for model in inputs.models:
-        total = sum(parameter.numel for parameter in meta_parameters(model.config))
+        found = meta_parameters(model.config, trust_remote_code=config.model.trust_remote_code)
+        total = sum(parameter.numel for parameter in found)
         against = f", compared with {model.before}" if model.before else ""
         whole = readable(WEIGHT_BYTES[config.model.dtype] * total)
         facts[f"model {model.name}"] = f"{total:,} weights, {whole} whole{against}"
@@ -167,7 +134,7 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     facts["answers"] = f"{count * len(inputs.models):,}, at most {config.eval.max_new_tokens} tokens each"
     judged = sum(len(found.prompts) for found in inputs.sets if found.kind == "harmful") * len(inputs.models)
     facts["verdicts"] = f"{judged:,} each of {', '.join(judge.name for judge in inputs.judges)}"
-    _print_facts(facts)
+    print_facts(facts)
 
 
 def print_perturb_plan(config: Config, options: Options, inputs: PerturbInputs) -> None:
@@ -182,7 +149,7 @@ def print_perturb_plan(config: Config, options: Options, inputs: PerturbInputs) 
         "answers": f"{count * (len(inputs.cells) + 1):,}, at most {config.eval.max_new_tokens} tokens each",
         "judges": ", ".join(judge.name for judge in inputs.eval.judges),
     }
-    _print_facts(facts)
+    print_facts(facts)
 
 
 def print_plan(config: Config, options: Options) -> None:
@@ -190,15 +157,19 @@ def print_plan(config: Config, options: Options) -> None:
     ranks, section = topology(options).ranks, config.model
     resolve_deepspeed(config, ranks)
     model_config = load_model_config(section.path, "model.path", section.revision, section.trust_remote_code)
-    parameters = meta_parameters(model_config, section.roles)
+    parameters = meta_parameters(model_config, section.roles, section.trust_remote_code)
+    notes: list[str] = []
+    facts = plan(config, parameters, ranks, notes)
     print(resolved_yaml(config))
-    _print_facts(plan(config, parameters, ranks))
+    print_facts(facts)
+    for note in notes:
+        print(f"NOTE: {note}")
     trained = expected_trained(config, parameters)
     print_bytes(
         config, options, "esi", describe_work(config, "esi", model_config, parameters, trained, ranks), model_config
     )
 
 
-def _print_facts(facts: dict[str, object]) -> None:
+def print_facts(facts: dict[str, object]) -> None:
     width = max(map(len, facts))
     print("\n".join(f"{key:{width}}  {value}" for key, value in facts.items()))

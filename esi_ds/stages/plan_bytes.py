@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from esi_ds.cli import Options
 from esi_ds.config import Config
 from esi_ds.core.criteria import objectives
-from esi_ds.core.footprint import WEIGHT_BYTES, Topology
+from esi_ds.core.footprint import COMPACT_LIMIT, WEIGHT_BYTES, Topology
 from esi_ds.core.select import model_k
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
@@ -31,7 +31,6 @@ from esi_ds.stages.footprints import (
 )
 from esi_ds.stages.prepare import load_model_config
 
-COMPACT_LIMIT = 2 << 30  # as zero/sparse.py chooses; that module would import deepspeed
 GIB = 2**30
 
 
@@ -63,9 +62,11 @@ def expected_trained(config: Config, parameters: Sequence[Parameter]) -> dict[st
     k = model_k(tuple(parameters), config.select.ratio, config.select.of)
     density = min(1.0, k / max(1, sum(parameter.numel for parameter in scored)))
     selected = {parameter.name: round(density * parameter.numel) for parameter in scored}
-    others = {}
-    if config.tune is not None and config.tune.unscored == "train":
-        others = {parameter.name: parameter.numel for parameter in parameters if not parameter.scored}
+    others, tune = {}, config.tune
+    if tune is not None:
+        kinds = {True: tune.router or tune.unscored, False: tune.unscored}  # whether it is a router's
+        unscored = [parameter for parameter in parameters if not parameter.scored]
+        others = {p.name: p.numel for p in unscored if kinds[p.role == "router"] == "train"}
     return {
         "esi": {parameter.name: parameter.numel for parameter in scored},
         "set": selected | others,
@@ -125,7 +126,8 @@ def _judge_bytes(config: Config, ranks: int) -> float:
     except UserError:
         return 0.0
     dtype = config.model.dtype if judge.dtype == "auto" else judge.dtype
-    whole = WEIGHT_BYTES[dtype] * sum(parameter.numel for parameter in meta_parameters(found))
+    parameters = meta_parameters(found, trust_remote_code=judge.trust_remote_code)
+    whole = WEIGHT_BYTES[dtype] * sum(parameter.numel for parameter in parameters)
     return whole / ranks if judge.placement == "sharded" else whole
 
 
@@ -138,6 +140,7 @@ ROWS: tuple[tuple[str, Callable[[Footprint], float]], ...] = (
     ("judge per rank", lambda found: found.judge),
     ("largest transient", lambda found: found.transient.total),
     ("kept for reuse and prefetch", lambda found: found.window),
+    ("at the start, experts taken over", lambda found: found.start),
     ("together, without activations", lambda found: found.together),
     ("on the host instead, per rank", lambda found: found.host),
     ("received per rank and step", lambda found: found.traffic.rank),
@@ -172,8 +175,8 @@ def print_bytes(config: Config, options: Options, stage: str, work: Work, model_
 
 
 def _near(possible: Sequence[int], where: Topology) -> list[int]:
-    """The sizes that fit a node, largest first; else all."""
-    return sorted((size for size in possible if size <= where.per_node), reverse=True) or list(possible)
+    """The sizes whose groups lie on one node each, largest first; else all."""
+    return sorted((size for size in possible if where.holds(size)), reverse=True) or list(possible)
 
 
 def _why_none(work: Work, where: Topology, model_type: str) -> str:

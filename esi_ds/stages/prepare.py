@@ -78,7 +78,8 @@ def prepare(config: Config) -> Inputs | None:
     if config.model.roles:
         from esi_ds.stages.plan import meta_parameters
 
-        meta_parameters(model_config, config.model.roles)  # a wrong one is told of now
+        # A wrong one is told of now.
+        meta_parameters(model_config, config.model.roles, config.model.trust_remote_code)
     if "safety" not in objectives(config.select.criterion, config.select.contrastive):
         return None
     tokenizer = load_tokenizer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from esi_ds.data.rows import read_rows
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.roles import router_names
+from esi_ds.patch import check_names
 from esi_ds.stages.prepare import check_weights, load_model_config, max_positions
 from esi_ds.stages.prepare_eval import load_sets
 
@@ -50,6 +52,8 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
     check_weights(model.path, "model.path")
     mask = load_mask(tune.mask)
     trained = describe_trained(config, stage, mask, model_config)
+    if tune.patch:
+        check_names(model, model_config, trained.numels)
     tokenizer = load_tokenizer(
         model.path,
         "model.path",
@@ -86,17 +90,24 @@ def describe_trained(config: Config, stage: str, mask: Mask, model_config: Pretr
     nothing would train."""
     from esi_ds.stages.plan import meta_parameters
 
-    parameters: tuple[Parameter, ...] = meta_parameters(model_config, config.model.roles)
+    model = config.model
+    parameters: tuple[Parameter, ...] = meta_parameters(model_config, model.roles, model.trust_remote_code)
     check_mask_structure(mask, parameters, "tune.mask")
     tune, shapes = config.tune, {p.name: p.shape for p in parameters}
-    names = router_names(parameters)
-    if tune.router is not None and not names:
-        raise UserError("tune.router", tune.router, "speaks of routers, and this model has none", "leave it out")
+    names = check_routers(config, parameters)
     trained = Trained(mask, TRAIN[stage], tune.unscored, shapes, names, tune.router)
     if trained.total == 0:
         problem = "selects nothing" if stage == "set" else "selects every scored weight"
         raise UserError("tune.mask", str(mask.path), f"{problem}: nothing would train", "give another mask")
     return trained
+
+
+def check_routers(config: Config, parameters: Sequence[Parameter]) -> list[str]:
+    """Names of the routers' parameters. Raises UserError where ``tune.router`` speaks of them and there are none."""
+    names, router = router_names(parameters), config.tune.router
+    if router is not None and not names:
+        raise UserError("tune.router", router, "speaks of routers, and this model has none", "leave it out")
+    return names
 
 
 def read_tuning_set(

@@ -22,12 +22,12 @@ ANSWERS = "answers.jsonl"
 
 def run_tuning(config: Config, options: Options, stage: str) -> None:
     """Run SET or SPA to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
-    inputs = prepare_tuning(config, stage)
     if options.dry_run:
-        from esi_ds.stages.plan import print_tuning_plan
+        from esi_ds.stages.plan_tuning import print_tuning_plan
 
-        print_tuning_plan(config, options, inputs)
+        print_tuning_plan(config, options, stage)
         return
+    inputs = prepare_tuning(config, stage)
     source = {**inputs.source, "mask_sha256": metadata_sha256(inputs.mask)}
     run_stage(stage, TuneRun, config, options, inputs, source, "tune")
 

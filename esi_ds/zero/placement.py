@@ -13,18 +13,24 @@ from esi_ds.zero.engine import DTYPES, load_replicated, load_sharded
 SHARE = 0.25  # of a rank's free memory that a whole guard may take under `auto`
 
 
-def model_bytes(config: PretrainedConfig, dtype: str, auto_class: type = AutoModelForCausalLM) -> int:
-    """Bytes of all weights, counted on the meta device."""
+def model_bytes(
+    config: PretrainedConfig, dtype: str, auto_class: type = AutoModelForCausalLM, trust_remote_code: bool = False
+) -> int:
+    """Bytes of all weights, counted on the meta device. trust_remote_code: of the judge's section."""
     with torch.device("meta"):
-        model = auto_class.from_config(config)
+        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters()) * DTYPES[dtype].itemsize
 
 
 def choose_placement(
-    config: PretrainedConfig, dtype: str, placement: str, auto_class: type = AutoModelForCausalLM
+    config: PretrainedConfig,
+    dtype: str,
+    placement: str,
+    auto_class: type = AutoModelForCausalLM,
+    trust_remote_code: bool = False,
 ) -> tuple[str, str]:
     """(``replicated`` or ``sharded``, why). One all-reduce: the tightest rank decides."""
-    size = model_bytes(config, dtype, auto_class)
+    size = model_bytes(config, dtype, auto_class, trust_remote_code)
     free = -runtime.all_reduce_max(torch.tensor([-float(runtime.free_memory_bytes())], dtype=torch.float64)).item()
     reason = f"it takes {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on the tightest rank"
     if placement == "auto":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,26 @@ def contrast_scores(model: ShardedModel, scores: Scores, benign: Accumulated) ->
     middle = median(list(roots.values()), num_scored, runtime.all_reduce_sum)
     undefined = sum(contrast(values, roots[name], middle) for name, values in scores.items())
     return int(runtime.all_reduce_sum(torch.tensor(undefined)))
+
+
+def silent_experts(rows: Iterable[Mapping[str, Any]]) -> str | None:
+    """What to tell a user whose routed experts got no gradient; None where every layer of them has one.
+
+    rows: ``unit_rows`` of the scores. Some experts are never chosen; that a whole layer's have a score of exactly 0
+    means that no gradient reaches them: remote code runs experts under ``torch.no_grad`` unless the model trains.
+    """
+    largest: dict[int | None, float] = {}
+    for row in rows:
+        if row["expert"] is not None:
+            largest[row["layer"]] = max(largest.get(row["layer"], 0.0), row["max_score"], abs(row["mean_score"]))
+    silent = [str(layer) for layer, score in largest.items() if score == 0]
+    if not silent:
+        return None
+    return (
+        f"WARNING: every routed expert of {len(silent)} of {len(largest)} layers has a score of exactly 0 (layers "
+        f"{', '.join(silent)}): no gradient reaches them, and their scores say nothing. Does the model's own code run "
+        "its experts without gradients where it does not train?"
+    )
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 from deepspeed.module_inject.auto_ep_presets.registry import PRESET_MODELS
+from deepspeed.moe.ep_repack import repack_expert_weights
+from torch.profiler import ProfilerActivity, profile
+from transformers import Qwen2MoeConfig
 
 from esi_ds.cli import main
 from esi_ds.config import load_config
@@ -19,11 +26,13 @@ from esi_ds.core.footprint import (
     reduce_traffic,
     set_resident,
     spa_resident,
+    takeover_bytes,
     token_traffic,
     transient,
 )
 from esi_ds.deepspeed_config import check_experts, expert_parallel_size, resolve_deepspeed
-from esi_ds.stages.footprints import AUTOEP_MODEL_TYPES, USABLE, Memory, footprint, nodes_needed, recommend
+from esi_ds.models.roles import describe
+from esi_ds.stages.footprints import AUTOEP_MODEL_TYPES, USABLE, Memory, footprint, nodes_needed, recommend, zero3
 from esi_ds.stages.plan import meta_parameters
 from esi_ds.stages.plan_bytes import describe_work, expected_trained
 from esi_ds.stages.prepare import load_model_config
@@ -101,6 +110,64 @@ def test_stages_by_hand(described: dict) -> None:
     assert spa.total == pytest.approx((2 * total + 16.125 * sum(scored.values())) / ranks, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_start_of_expert_parallelism(name: str, described: dict) -> None:
+    """DeepSpeed gathers a block's experts whole and copies this rank's out of them, gate and up twice (ep_repack);
+    SPA keeps the experts that its optimizer was made for until the last one is replaced."""
+    experts, width, hidden, layers, nodes = MODELS[name]
+    one, ranks = experts * width * hidden, 8 * nodes
+    block = 3 * one + (2 * one + one + one + one) / 8
+    total = sum(parameter.numel for parameter in described[name][1])
+    assert takeover_bytes(described[name][1], 2, ranks, 8) == pytest.approx(2 * block)
+    assert takeover_bytes(described[name][1], 2, 1, 1) == 2 * 5 * one  # one rank alone gathers nothing
+    for stage in ("esi", "set", "spa"):
+        work, where = work_of(name, described, stage)[1], Topology(nodes, 8)
+        found = footprint(work, stage, where, zero3(8))
+        kept = 3 * one * layers / ranks if stage == "spa" else 0
+        assert found.start == pytest.approx(2 * (total / ranks + kept + block), rel=1e-6)
+        assert found.together >= found.start and footprint(work, stage, where, zero3()).start == 0
+        on_host = footprint(work, stage, where, zero3(8, ("offload_param", "offload_optimizer")))
+        assert on_host.start == pytest.approx(2 * block)
+    with_judge = footprint(replace(work, judge=1e9), "esi", Topology(nodes, 8), zero3(8))
+    assert with_judge.start == pytest.approx(1e9 + 2 * (total / ranks + block), rel=1e-6)
+
+
+def test_what_deepspeed_copies_of_a_block() -> None:
+    """Measured on the CPU: the most that is allocated at once while a rank's experts are taken out of whole tensors."""
+    experts, hidden, width, size = 8, 32, 48, 4
+    source = torch.nn.Module()
+    source.gate_up_proj = torch.nn.Parameter(torch.zeros(experts, 2 * width, hidden))
+    source.down_proj = torch.nn.Parameter(torch.zeros(experts, hidden, width))
+    names = {"expert_w1_name": "gate_up_proj", "expert_w2_name": "down_proj", "expert_w3_name": None}
+    spec = SimpleNamespace(num_experts=experts, expert_storage="fused_3d", **names)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        made = repack_expert_weights(source, spec, ep_rank=1, ep_size=size)
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
+    assert [tuple(tensor.shape) for tensor in made][0] == (experts // size, width, hidden)
+    block = torch.nn.Module()
+    block.experts = source
+    assert max(held) == takeover_bytes(describe(block), 4, 1, size)
+
+
+def test_the_start_can_be_the_most(described: dict) -> None:
+    """SET of a trillion weights, an expert group over all ranks: a step gathers little, the start a whole block."""
+    work = work_of("kimi-k2", described, "set")[1]
+    found = footprint(work, "set", Topology(16, 8), zero3(128))
+    assert found.together == found.start > found.resident.total + found.transient.total + found.window
+
+
+def test_experts_wider_than_the_shared_one_are_not_all_that_is_gathered() -> None:
+    """The probe gathers the first block whole: where a group is wide and the shared expert large, that is more."""
+    experts = meta_parameters(
+        Qwen2MoeConfig(num_hidden_layers=1, num_experts=60, shared_expert_intermediate_size=1408 * 16)
+    )
+    routed = sum(p.numel for p in experts if ".experts." in p.name)
+    block = sum(p.numel for p in experts if ".mlp." in p.name)
+    assert takeover_bytes(experts, 2, 60, 60) == 2 * block > 2 * routed * (1 + 5 / 180)
+    assert takeover_bytes(experts, 2, 60, 2) == pytest.approx(2 * routed * (1 + 5 / 6))
+
+
 def test_traffic_by_hand(described: dict) -> None:
     """Two nodes of four, eight experts a layer: without expert parallelism, and shared by two, four and eight ranks."""
     parameters, where = described["mixtral-8x22b"][1], Topology(2, 4)
@@ -121,6 +188,32 @@ def test_traffic_by_hand(described: dict) -> None:
     assert within.rank == pytest.approx(tokens * 3 / 4) and within.node == 0
     across = token_traffic(56, 100, 2, 6144, 2, 8, where)
     assert across.rank == pytest.approx(tokens * 7 / 8) and across.node == pytest.approx(4 * tokens * 4 / 8)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "size", "abroad"),
+    [
+        (3, 4, 3, 4 / 3),  # ranks 0-2 3-5 6-8 9-11: of the middle node's four ranks each has one of three elsewhere
+        (2, 6, 4, 1.0),  # ranks 4 to 7 are one group: two of a node's ranks have two of four elsewhere
+        (2, 4, 2, 0.0),
+        (1, 12, 4, 0.0),
+        (4, 4, 8, 4 * 4 / 8),
+    ],
+)
+def test_groups_that_cross_nodes(nodes: int, per_node: int, size: int, abroad: float) -> None:
+    """Groups are ranks one behind another: only a size that divides a node's ranks keeps tokens on the node."""
+    where = Topology(nodes, per_node)
+    assert where.holds(size) == (abroad == 0)
+    sent = 4 * 5 * 100 * 2 * 64 * 2
+    found = token_traffic(5, 100, 2, 64, 2, size, where)
+    assert found.node == pytest.approx(sent * abroad) and found.rank == pytest.approx(sent * (size - 1) / size)
+
+
+def test_a_group_within_a_node_is_preferred(described: dict) -> None:
+    """Nodes of six GPUs: less would arrive at a rank in groups of four, but they cross nodes; those of two do not."""
+    _, work, model_config = work_of("mixtral-8x22b", described)
+    best = recommend(work, "esi", Topology(4, 6), model_config.model_type, MEMORY)
+    assert best.fits and expert_parallel_size(best.settings) == 2
 
 
 @pytest.mark.parametrize("stage", ["esi", "set", "spa"])

@@ -6,12 +6,20 @@ import pytest
 import torch
 from builders import FAMILIES, model_config
 from transformers import (
+    AfmoeConfig,
     AutoModelForCausalLM,
+    DbrxConfig,
     DeepseekV3Config,
+    Ernie4_5_MoeConfig,
+    Gemma4TextConfig,
     GPTNeoXConfig,
     GptOssConfig,
+    GraniteMoeSharedConfig,
+    HunYuanMoEV1Config,
+    JetMoeConfig,
     Llama4TextConfig,
     LlamaConfig,
+    LongcatFlashConfig,
     MixtralConfig,
     Phi3Config,
     Qwen2MoeConfig,
@@ -20,7 +28,7 @@ from transformers import (
 
 from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
-from esi_ds.models.roles import describe, unknown, warning
+from esi_ds.models.roles import describe, routers, unknown, warning
 
 SMALL = {
     "vocab_size": 50,
@@ -228,3 +236,149 @@ def test_shared_experts_beside_linear_attention() -> None:
     assert found["model.layers.0.linear_attn.A_log"].role == "bias"
     strangers = unknown(tuple(found.values()))
     assert {name.split(".")[4] for name in strangers} == {"conv1d", "in_proj_qkvz", "in_proj_ba"}
+
+
+LONGCAT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+# family → (configuration, the router of a layer that is asked for its choices, parameters that are routers')
+WRAPPING = {
+    "hunyuan": (
+        HunYuanMoEV1Config(**SMALL, num_experts=4, moe_topk=2, head_dim=4),
+        "mlp.gate",
+        {"mlp.gate.wg.weight"},
+    ),
+    "gemma4": (
+        Gemma4TextConfig(
+            **SMALL,
+            head_dim=4,
+            global_head_dim=4,
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=6,
+            hidden_size_per_layer_input=0,
+        ),
+        "router",
+        {"router.proj.weight", "router.scale", "router.per_expert_scale"},
+    ),
+    "afmoe": (
+        AfmoeConfig(**SMALL, head_dim=4, num_experts=4, moe_intermediate_size=6, num_dense_layers=1),
+        "mlp.router",
+        {"mlp.router.gate.weight"},
+    ),
+    "longcat": (
+        LongcatFlashConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_layers=2,
+            num_attention_heads=4,
+            ffn_hidden_size=12,
+            head_dim=4,
+            moe_topk=2,
+            n_routed_experts=4,
+            zero_expert_num=2,
+            expert_ffn_hidden_size=6,
+            **LONGCAT,
+        ),
+        "mlp.router",
+        {"mlp.router.classifier.weight"},
+    ),
+    "jetmoe": (
+        JetMoeConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_key_value_heads=2,
+            kv_channels=4,
+            num_local_experts=4,
+        ),
+        None,  # its output is no choice but tokens in the experts' order
+        {"mlp.router.layer.weight", "self_attention.experts.router.layer.weight"},
+    ),
+    "dbrx": (
+        DbrxConfig(
+            d_model=16,
+            n_heads=4,
+            n_layers=2,
+            vocab_size=50,
+            attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+            ffn_config={"ffn_hidden_size": 12, "moe_num_experts": 4, "moe_top_k": 2},
+        ),
+        "ffn.router",
+        {"ffn.router.layer.weight"},
+    ),
+    "ernie": (
+        Ernie4_5_MoeConfig(**SMALL, moe_intermediate_size=6, moe_num_experts=4, moe_k=2),
+        "mlp.gate",
+        {"mlp.gate.weight", "mlp.gate.moe_statics.e_score_correction_bias"},
+    ),
+    "granite": (
+        GraniteMoeSharedConfig(**SMALL, shared_intermediate_size=10, num_local_experts=4),
+        "block_sparse_moe.router",
+        {"block_sparse_moe.router.weight"},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", WRAPPING)
+def test_what_a_router_wraps_is_the_routers(family: str) -> None:
+    """Never scored; and where choices are read, the router itself is asked, once a layer."""
+    config, router, expected = WRAPPING[family]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layer = ".blocks.1." if family == "dbrx" else ".layers.1."
+    found = {p.name.partition(layer)[2] for p in describe(model) if p.role == "router" and layer in p.name}
+    assert found == expected
+    assert [name.partition(layer)[2] for name in routers(model) if layer in name] == ([router] if router else [])
+
+
+def test_a_block_named_after_its_router_is_no_router() -> None:
+    """Its experts are scored."""
+
+    class RouterBlock(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = torch.nn.Linear(4, 2, bias=False)
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4, bias=False) for _ in range(2))
+
+    model = torch.nn.Sequential(RouterBlock())
+    assert [p.role for p in describe(model)] == ["router", "other", "other"] and list(routers(model)) == ["0.gate"]
+
+
+def test_a_shared_mlp_is_a_shared_expert() -> None:
+    """Hunyuan's three matrices; Granite's two, of which the first holds gate and up."""
+    for family, name in (("hunyuan", "model.layers.1.mlp.shared_mlp"), ("granite", "model.layers.1.shared_mlp")):
+        found = parameters_of(WRAPPING[family][0])
+        units = [unit for key, parameter in found.items() if key.startswith(name) for unit in parameter.units]
+        assert {unit.role for unit in units} == {"shared.gate", "shared.up", "shared.down"} and len(units) == 3
+        assert {unit.expert for unit in units} == {None}
+    halves = found["model.layers.1.shared_mlp.input_linear.weight"].units
+    assert [(unit.role, unit.start, unit.numel) for unit in halves] == [
+        ("shared.gate", 0, 10 * 16),
+        ("shared.up", 10 * 16, 10 * 16),
+    ]
+
+
+def test_a_gate_of_attention_is_no_mlps() -> None:
+    found = parameters_of(WRAPPING["afmoe"][0])
+    strangers = [f"model.layers.{layer}.self_attn.gate_proj.weight" for layer in range(2)]
+    assert unknown(tuple(found.values())) == strangers
+    assert found["model.layers.0.mlp.gate_proj.weight"].role == "mlp.gate"
+
+
+def test_listed_experts_whose_gate_and_up_are_one_matrix() -> None:
+    block = torch.nn.Module()
+    block.gate = torch.nn.Linear(4, 3, bias=False)
+    block.experts = torch.nn.ModuleList()
+    for _ in range(3):
+        expert = torch.nn.Module()
+        expert.gate_up_proj, expert.down_proj = torch.nn.Linear(4, 10, bias=False), torch.nn.Linear(5, 4, bias=False)
+        block.experts.append(expert)
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([block])
+    units = [unit for parameter in describe(model) for unit in parameter.units]
+    assert [(unit.expert, unit.role, unit.start, unit.numel) for unit in units] == [
+        (expert, f"expert.{part}", start, 20)
+        for expert in range(3)
+        for part, start in (("gate", 0), ("up", 20), ("down", 0))
+    ]
+    assert unknown(describe(model)) == []

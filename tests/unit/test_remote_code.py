@@ -1,0 +1,103 @@
+"""A model whose code lies in its own folder: ``trust_remote_code`` reaches every place that builds it from its
+configuration. Each case has a folder of its own, since transformers remembers a class once it was trusted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from builders import build_guard, build_mask, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
+from transformers import AutoModelForCausalLM
+
+from esi_ds.cli import main
+from esi_ds.config import Config, load_config
+from esi_ds.core.mask import Mask
+from esi_ds.stages.plan_bytes import _judge_bytes
+from esi_ds.stages.prepare import load_model_config, prepare
+from esi_ds.stages.prepare_perturb import prepare_perturb
+from esi_ds.stages.prepare_tuning import describe_trained
+from esi_ds.zero.placement import model_bytes
+
+MODELING = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class ToyConfig(LlamaConfig):
+    model_type = "toy_llama"
+
+class ToyForCausalLM(LlamaForCausalLM):
+    config_class = ToyConfig
+"""
+
+
+def make_remote(folder: Path) -> None:
+    """A saved Llama becomes one that transformers cannot build without the code beside it."""
+    (folder / "modeling_toy.py").write_text(MODELING)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_toy.ToyConfig", "AutoModelForCausalLM": "modeling_toy.ToyForCausalLM"}
+    own = {"model_type": "toy_llama", "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config | own))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    build_model("llama", tmp_path / "model", byte_bpe_tokenizer())
+    build_mask(tmp_path / "mask", tmp_path / "model")
+    build_guard(tmp_path / "guard", sentencepiece_tokenizer())
+    for name in ("model", "guard"):
+        make_remote(tmp_path / name)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Tell me", "response": "No"}\n')
+    rows = {"path": str(tmp_path / "rows.jsonl")}
+    sections = {
+        "run": {"output_dir": str(tmp_path / "run")},
+        "model": {"path": str(tmp_path / "model"), "dtype": "fp32", "trust_remote_code": True},
+        "judge": {"path": str(tmp_path / "guard"), "trust_remote_code": True},
+        "data": {"prompts": rows},
+        "tune": {"mask": str(tmp_path / "mask"), "data": rows, "max_steps": 1},
+        "perturb": {"mask": str(tmp_path / "mask"), "orders": ["top"]},
+        "eval": {"prompts": rows, "judges": [{"kind": "words"}]},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(sections))
+    return tmp_path
+
+
+def the_models_configuration(config: Config):
+    return load_model_config(config.model.path, "model.path", None, True)
+
+
+def _with_roles(config: Config):
+    return config.model.model_copy(update={"roles": {"*.q_proj.weight": "attention.q"}})
+
+
+# What builds the model, or the judge, on the meta device first in its process.
+CALLERS: dict[str, Callable[[Config], object]] = {
+    "roles": lambda config: prepare(config.model_copy(update={"model": _with_roles(config)})),
+    "mask": lambda config: describe_trained(
+        config, "set", Mask.load(config.tune.mask), the_models_configuration(config)
+    ),
+    "perturb": prepare_perturb,
+    "judge in a plan": lambda config: _judge_bytes(config, 1),
+    "placement": lambda config: model_bytes(
+        the_models_configuration(config), "fp32", AutoModelForCausalLM, config.model.trust_remote_code
+    ),
+}
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+def test_a_callers_trust_is_passed_on(caller: str, folder: Path) -> None:
+    assert CALLERS[caller](load_config(str(folder / "config.yaml"), []))
+
+
+@pytest.mark.parametrize("stage", ["esi", "set", "spa", "perturb", "eval"])
+def test_dry_runs(stage: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(stage, ["--config", str(folder / "config.yaml"), "--dry-run"])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    assert "NOTE" not in shown.out and "not counted: the judge" not in shown.out
+
+
+def test_without_trust_it_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main("esi", ["--config", str(folder / "config.yaml"), "--dry-run", "model.trust_remote_code=false"])
+    assert code == 2 and "model.path" in capsys.readouterr().err
