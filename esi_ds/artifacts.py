@@ -30,13 +30,18 @@ PACKAGES = ("esi_ds", "torch", "deepspeed", "transformers", "tokenizers", "safet
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """An error of writing names the file; a full disk's own does not."""
+    """An error of writing is an OSError that names the file: a full disk's own names none, and safetensors and
+    tokenizers leave the system's error in a text only."""
     try:
         yield
     except OSError as error:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
+    except Exception as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def wait_until_visible(path: Path, seconds: float = VISIBLE_S) -> Path:
@@ -62,11 +67,12 @@ def wait_until_visible(path: Path, seconds: float = VISIBLE_S) -> Path:
     return path
 
 
-def _sync_folder(folder: Path) -> None:
-    """A rename is on disk only when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """A file is on disk when this returns, or the names in a folder: a rename is on disk only when its folder is."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with writing(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -79,7 +85,7 @@ def write_text_atomic(path: Path, text: str) -> None:
         opened.flush()
         os.fsync(opened.fileno())
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def write_json_atomic(path: Path, content: Any) -> None:
@@ -87,13 +93,16 @@ def write_json_atomic(path: Path, content: Any) -> None:
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name; one that had it goes away only then."""
+    """Give a finished folder its name, when its files are on disk; one that had it goes away only then."""
+    for file in temporary.rglob("*"):  # also those that a library has written
+        if file.is_file():
+            _sync(file)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.replace(final, old)
     os.replace(temporary, final)
-    _sync_folder(final.parent)
+    _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -8,8 +8,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -111,8 +113,37 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def end_at_signals(code: int) -> None:
+    """For a time without anything to save: SIGTERM and SIGUSR1 end the process with ``code`` at once, until they are
+    given other handlers (``stages.interrupt.listen``).
+
+    Python runs handlers between two steps of the main thread: not while that imports torch, or waits in C++ for other
+    ranks. So a thread reads the signals' numbers from a pipe, into which Python writes them when they come.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_end, args=(reading, code), name="signals", daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # last: before this they end the process without the thread
+        signal.signal(number, _heard)
+
+
+def _heard(*_: object) -> None:
+    """The handler of a signal that ``_end`` answers."""
+
+
+def _end(reading: int, code: int) -> None:
+    while signal.getsignal(os.read(reading, 1)[0]) is not _heard:
+        pass  # another signal, or one that the stage itself listens to by now
+    with suppress(UserError):
+        if code == EXIT_INTERRUPTED and ranks.find().rank == 0:
+            os.write(2, b"interrupted: stopped by a signal before anything was done; start again\n")
+    os._exit(code)
+
+
 def main(stage: str, argv: list[str] | None = None) -> int:
     """Run one stage; returns the process's exit code: 0, 2 (user's mistake), 75 (resumable) or 1 (anything else)."""
+    end_at_signals(EXIT_INTERRUPTED)
     made = parser(stage)
     arguments = made.parse_intermixed_args(argv)
     world_size, nodes = planned_ranks(made, arguments)
@@ -138,7 +169,7 @@ def main(stage: str, argv: list[str] | None = None) -> int:
         importlib.import_module(f"esi_ds.stages.{stage}").run(config, options)
     except UserError as error:
         if rank > 0:
-            _let_others_speak(local_rank)
+            _let_others_speak(local_rank, EXIT_USER)
             error = f"{error} (rank {rank} on {socket.gethostname()})"
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER
@@ -148,7 +179,7 @@ def main(stage: str, argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except Exception as error:
         if rank > 0 and is_full(error):
-            _let_others_speak(local_rank)
+            _let_others_speak(local_rank, EXIT_FAILURE)
         problem = explain(error, config.run.output_dir) if config is not None else None
         text = f"\n{traceback.format_exc()}" if problem is None or arguments.verbose else ""
         # A line of its own, also where rank 0's progress bar is in the middle of one.
@@ -157,8 +188,8 @@ def main(stage: str, argv: list[str] | None = None) -> int:
     return 0
 
 
-def _let_others_speak(local_rank: int) -> None:
+def _let_others_speak(local_rank: int, code: int) -> None:
     """A mistake that all ranks see is told by rank 0, and on other hosts by the first rank; then it ends, and the
     launcher stops this one meanwhile. What only this rank sees (its host lacks a file) is told by it in its turn."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_at_signals(code)  # srun reports the greatest of all ranks' codes: a death by SIGTERM would hide theirs
     time.sleep(min(TURN_S * (1 + local_rank), LONGEST_S))

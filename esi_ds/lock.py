@@ -30,7 +30,7 @@ def own_identity() -> dict[str, Any]:
         "boot": _boot(),
         "pid": os.getpid(),
         "pid_started": _started(os.getpid()),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_job": _slurm_job(),
         "slurm_restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
 
@@ -156,6 +156,12 @@ def _watch(folder: Path) -> str | None:
         if (status.read_bytes() if status.is_file() else None) != before:
             return None
     return f"its {STATUS} did not change for {WATCH_S:g} s"
+
+
+def _slurm_job() -> str | None:
+    """This process's job as squeue takes it: of an array its own task, for the array's id stands for all tasks."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def _slurm_has(job: str) -> bool | None:

@@ -11,18 +11,23 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from esi_ds.artifacts import replace_folder, write_json_atomic
-from esi_ds.core.mask import pack_bits, unpack_bits
+from esi_ds.config import Model
+from esi_ds.core.mask import INDEX_NAME, pack_bits, unpack_bits
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import checkpoint_tensors, tensor_digests
+from esi_ds.zero.files import save_tensors
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and is needed for check_names only
+    from transformers import PretrainedConfig
 
 FORMAT = "esi-patch/1"
 SUMMARY = "patch.json"
@@ -45,6 +50,50 @@ def files_of(folder: Path, field: str) -> dict[str, Path]:
 def read(file: Path, name: str) -> Tensor:
     with safe_open(file, "pt") as opened:
         return opened.get_tensor(name)
+
+
+def check_names(model: Model, config: PretrainedConfig, names: Iterable[str]) -> None:
+    """Refuse, before training, a patch that could not be made after it: the base's files name the weights otherwise
+    than the exported model's. Loading takes the prefix of a larger model away (Llama-4's ``language_model.``) or adds
+    one (to a bare GPT-2), which the export does not undo, as it does all else. Raises UserError.
+
+    config, names: the model's architecture and its own parameters.
+    """
+    stored = _stored_names(model)
+    without_first = {name.partition(".")[2]: name for name in stored}
+    for name in names:
+        shorter = name.partition(".")[2]
+        other = without_first.get(name) or (shorter if shorter in stored else None)
+        if name in stored or other is None:
+            continue
+        if _exported_name(name, config, model.trust_remote_code) not in stored:
+            problem = f"no patch can be made: the tuned model will hold {name}, which {model.path} calls {other}"
+            raise UserError("tune.patch", True, problem, "set tune.patch: false; model/ holds the whole tuned model")
+        return  # a prefix is the same for all
+
+
+def _stored_names(model: Model) -> set[str]:
+    """Names of a checkpoint's tensors. Of a hub model only the index is asked for; none are known where it has none."""
+    from transformers.utils import cached_file
+
+    tolerant = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    index = cached_file(model.path, INDEX_NAME, revision=model.revision, **tolerant)
+    if index is not None:
+        return set(json.loads(Path(index).read_text())["weight_map"])
+    folder = Path(model.path)
+    return {name for name, *_ in checkpoint_tensors(folder)} if folder.is_dir() else set()
+
+
+def _exported_name(name: str, config: PretrainedConfig, trust_remote_code: bool) -> str:
+    """A parameter's name in ``model/``, where all renaming that loading under ZeRO-3 tries is undone."""
+    from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    module._weight_conversions = get_model_conversion_mapping(module)
+    return next(iter(revert_weight_conversion(module, {name: module.get_parameter(name)})))
 
 
 def create_part(base: Path, tuned: Path, folder: Path, part: int = 0, num_parts: int = 1) -> dict[str, dict]:
@@ -79,7 +128,7 @@ def create_part(base: Path, tuned: Path, folder: Path, part: int = 0, num_parts:
                 content[f"{name}.bits"] = pack_bits(differ)
                 content[f"{name}.new"] = new.flatten()[differ]
                 content[f"{name}.old"] = old.flatten()[differ]
-        save_file(content, folder / file.name, metadata={"format": FORMAT})
+        save_tensors(content, folder / file.name, metadata={"format": FORMAT})
     return rows
 
 
@@ -185,7 +234,7 @@ def _transform(source: Path, patch: Path, out: Path, before: str, after: str, ch
                 row = rows[name]
                 tensor = _changed(tensor, row, patch, name, change)
             made[name] = tensor
-        save_file(made, temporary / file.name, metadata={"format": "pt"})
+        save_tensors(made, temporary / file.name, metadata={"format": "pt"})
     digests = tensor_digests(temporary)
     wrong = [name for name, row in rows.items() if digests[name] != row[after]]
     if wrong:

@@ -272,7 +272,11 @@ def mpi_world(place: Place):
 
 
 def _name_interface(address: str, place: Place) -> None:
-    """gloo takes the interface of the host's own name, often the loopback: name the one towards rank 0."""
+    """gloo takes the interface of the host's own name, often the loopback: name the one towards rank 0.
+
+    On rank 0's host that may be the loopback too (Debian's /etc/hosts gives the host's name 127.0.1.1), where no other
+    host comes in: then the first other one that is up. Whoever names the loopback itself has one host, and gets it.
+    """
     if place.world_size == 1 or place.world_size == place.local_world_size or "GLOO_SOCKET_IFNAME" in os.environ:
         return
     import psutil
@@ -283,6 +287,11 @@ def _name_interface(address: str, place: Place) -> None:
             own = probe.getsockname()[0]
     except OSError:
         return  # the connection itself will say what is wrong with the address
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(item.address == own for item in addresses):
+    is_cut_off = own.startswith("127.") and not (address.startswith("127.") or address == "localhost")
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    for name, items in psutil.net_if_addrs().items():
+        found = [item.address for item in items if item.family == socket.AF_INET]
+        leads_out = name in up and any(not item.startswith("127.") for item in found)
+        if leads_out if is_cut_off else own in found:
             os.environ["GLOO_SOCKET_IFNAME"] = name
+            return

@@ -12,16 +12,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from esi_ds.artifacts import replace_folder, write_json_atomic
+from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic, write_text_atomic
 from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, Mask, digest, num_bytes, pack_bits
-from esi_ds.core.select import Cut, Order, Piece, select
+from esi_ds.core.select import Cut, Order, Piece, key_to_score, select
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import checkpoint_tensors
 from esi_ds.team import Team
+from esi_ds.zero.files import save_tensors
 
 UNITS_NAME = "units.json"
 CHUNK = 1 << 22  # weights in memory together; a multiple of 8, so that a chunk's bits are whole bytes
@@ -108,6 +108,12 @@ class Reselection:
             for name, units in read_units(mask).items():
                 self._cuts[name] = list(self._select_units(name, units, float(wanted["ratio"])))
 
+    @property
+    def threshold(self) -> str:
+        """As in a mask's metadata: "null" with scope ``matrix``, and where no score is a limit (``key_to_score``)."""
+        found = key_to_score(self._whole, self._order.name) if self._whole is not None else None
+        return "null" if found is None else repr(found)
+
     def bits(self, name: str, low: int, high: int) -> Tensor:
         """bool [high − low]."""
         if self._whole is not None:
@@ -167,7 +173,7 @@ def write_selection(
         raise UserError("OUTPUT", str(output), "exists already", "give a new folder")
     scores = Scores(folder)
     scores.check(mask)
-    metadata = {**mask.metadata, "ratio": repr(ratio), "order": order, "seed": str(seed), "threshold": "null"}
+    metadata = {**mask.metadata, "ratio": repr(ratio), "order": order, "seed": str(seed)}
     scored = sum(mask.numel(name) for name in mask.names)
     base = scored if mask.metadata.get("of") == "scored" else mask.total_numel
     metadata["k"] = str(min(int(ratio * base), scored))
@@ -177,8 +183,9 @@ def write_selection(
     for name, low, high in spans(mask)[team.rank :: team.size]:
         numbers[places[name]] += int(found.bits(name, low, high).sum())
     counts = dict(zip(mask.names, team.add(numbers).tolist(), strict=True))
-    metadata |= {"counts": json.dumps(counts), "k": str(sum(counts.values()))}
+    metadata |= {"counts": json.dumps(counts), "k": str(sum(counts.values())), "threshold": found.threshold}
     _write(mask, found, metadata, output, team)
+    wait_until_visible(output / INDEX_NAME)
     return Mask.load(output)
 
 
@@ -192,7 +199,7 @@ def _write(mask: Mask, found: Reselection, metadata: dict[str, str], output: Pat
     digests: list[tuple[str, str]] = []
     for file in mask.files[team.rank :: team.size]:
         data = {name: _packed(mask, found, name) for name in mask.names if mask.file_of(name) == file}
-        save_file(data, temporary / file, metadata=metadata)
+        save_tensors(data, wait_until_visible(temporary) / file, metadata=metadata)
         digests += [(name, digest(values)) for name, values in data.items()]
     digests = team.gather(digests)
     if team.rank == 0:
@@ -200,7 +207,7 @@ def _write(mask: Mask, found: Reselection, metadata: dict[str, str], output: Pat
         write_json_atomic(temporary / INDEX_NAME, index)
         write_json_atomic(temporary / DIGESTS_NAME, dict(digests))
         if (mask.path / UNITS_NAME).is_file():
-            shutil.copyfile(mask.path / UNITS_NAME, temporary / UNITS_NAME)
+            write_text_atomic(temporary / UNITS_NAME, (mask.path / UNITS_NAME).read_text())
         replace_folder(temporary, output)
     team.gather([])  # nobody reads before it has its name
 

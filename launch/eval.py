@@ -1,4 +1,4 @@
-"""Safety Enhancement Tuning: train only the weights of a mask. See ``--help`` and the README."""
+"""Answers of models, judged, with over-refusal and tasks, before and after tuning. See ``--help`` and the README."""
 
 import sys
 from pathlib import Path

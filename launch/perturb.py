@@ -1,4 +1,4 @@
-"""Safety Enhancement Tuning: train only the weights of a mask. See ``--help`` and the README."""
+"""Noise on the weights of a mask and on others, and how the model answers then. See ``--help`` and the README."""
 
 import sys
 from pathlib import Path

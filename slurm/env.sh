@@ -4,7 +4,9 @@
 #export SBATCH_ACCOUNT=my-account
 #export SBATCH_PARTITION=gpu
 export SBATCH_GPUS_PER_NODE=8
-export SBATCH_EXCLUSIVE=user         # nobody else on the nodes; unset where jobs share them
+# Whole nodes, with all their cores and memory. Where jobs share nodes, ask for a GPU's share instead: the second line.
+export SBATCH_EXCLUSIVE=exclusive SBATCH_MEM_PER_NODE=0
+#export SBATCH_CPUS_PER_GPU=12 SBATCH_MEM_PER_GPU=120G
 
 # One task per device.
 export ESI_DS_TASKS_PER_NODE=8
@@ -17,7 +19,8 @@ source "${ESI_DS_VENV:-.venv}/bin/activate"
 #export HF_HOME=$SCRATCH/huggingface
 #export HF_HUB_OFFLINE=1
 
-# NCCL. The interface is found from rank 0's address where it is not named.
+# NCCL looks for a network interface itself; name one where it takes the wrong one. gloo's, which CPUs use, is found from
+# rank 0's address; GLOO_SOCKET_IFNAME names another.
 #export NCCL_SOCKET_IFNAME=ib0
 #export NCCL_DEBUG=WARN
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

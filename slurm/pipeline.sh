@@ -3,12 +3,13 @@
 #   slurm/pipeline.sh --runs FOLDER --esi FILE [--set FILE] [--spa FILE] [--eval FILE] [--seeds 0-4 | --prompts "A B"]
 #                     [-- options of sbatch]
 # --seeds: an array of chains, one for each seed. --prompts: one chain for each set of prompts ESI is to score with.
-# Each chain writes FOLDER/<seed or number>/{esi,set,spa,eval}; FOLDER is one TensorBoard for all of them. SET and SPA take
-# the chain's mask; the evaluation compares their models with the config's.
+# Each chain writes FOLDER/<seed or number>/{esi,set,spa,eval}, a single one FOLDER/{esi,set,spa,eval}; FOLDER is one
+# TensorBoard for all. SET and SPA take the chain's mask: name the same model in the configs of ESI, SET and SPA. The
+# evaluation compares their models with its config's.
 
 set -e
 usage() {
-    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 runs='' array='' prompts=()
@@ -68,4 +69,4 @@ if [[ -n ${config[eval]:-} ]]; then
     job=$(submit eval "${tuned:-$esi}" ${models:+"eval.models=[$models]"})
     echo "eval: job $job after ${tuned:-$esi}"
 fi
-echo "watch: tensorboard --logdir $runs; python -m esi_ds.status $runs/*/*"
+echo "watch: tensorboard --logdir $runs; python -m esi_ds.status $runs/*${array:+/*}"

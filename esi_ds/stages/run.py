@@ -75,18 +75,23 @@ class StageRun(ABC):
         """Everything between an open folder and a finished run; must call ``begin`` once the model is loaded."""
 
     def run(self) -> None:
-        runtime = self.runtime
-        finished = runtime.broadcast_object(self.folder.is_finished() if runtime.is_main() else None)
-        if finished:
-            if runtime.is_main():
-                print(f"{self.folder.path} is finished already; nothing to do")
+        if self._is_finished():
             return
         taken_over = self._lock()
         try:
-            self._run_locked(taken_over)
+            if not self._is_finished():  # another job may have ended while its lock was looked at
+                self._run_locked(taken_over)
         finally:
-            if runtime.is_main():
+            if self.runtime.is_main():
                 lock.release(self.folder.path)
+
+    def _is_finished(self) -> bool:
+        """Whether there is nothing to do, which rank 0 then says. One broadcast."""
+        runtime = self.runtime
+        finished = runtime.broadcast_object(self.folder.is_finished() if runtime.is_main() else None)
+        if finished and runtime.is_main():
+            print(f"{self.folder.path} is finished already; nothing to do")
+        return finished
 
     def _lock(self) -> str | None:
         """The folder is this job's; what rank 0 is to say of it. Raises UserError on every rank. One broadcast."""

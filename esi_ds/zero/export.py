@@ -6,7 +6,6 @@ own conversion is run backwards, so fused experts become ``experts.3.gate_proj.w
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from esi_ds.artifacts import replace_folder, wait_until_visible
+from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic, write_text_atomic, writing
 from esi_ds.core.mask import INDEX_NAME
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
@@ -53,7 +52,7 @@ def plan_export(model: ShardedModel) -> list[list[str]]:
 
 
 def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-    """Weights, configuration, tokenizer and model card. ``model.whole``'s collectives, one gather, three barriers."""
+    """Weights, configuration, tokenizer and model card. ``model.whole``'s collectives, one gather, two barriers."""
     model.release()
     temporary = folder.with_name(f".{folder.name}.tmp")
     if runtime.is_main():
@@ -79,12 +78,13 @@ def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokeniz
             "metadata": {"total_size": sum(size for _, size in gathered)},
             "weight_map": dict(sorted(names.items())),
         }
-        (temporary / INDEX_NAME).write_text(json.dumps(index, indent=1))
-        model.module.config.save_pretrained(temporary)
-        if model.module.generation_config is not None:
-            model.module.generation_config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        write_json_atomic(temporary / INDEX_NAME, index)
+        with writing(temporary):
+            model.module.config.save_pretrained(temporary)
+            if model.module.generation_config is not None:
+                model.module.generation_config.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        write_text_atomic(temporary / "README.md", card)
         replace_folder(temporary, folder)
     runtime.barrier()
 

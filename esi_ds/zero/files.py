@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic, writing
+from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic, write_text_atomic, writing
 from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, digest, num_bytes, pack_bits
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.errors import UserError
@@ -47,15 +46,10 @@ class Entry:
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
     """A safetensors file of tensors on the CPU, on disk when this returns. Raises OSError naming the file."""
-    try:
+    with writing(file):
         save_file(dict(tensors), file, metadata=metadata)
-    except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))  # the system's error is left in the text only
-        if found is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from error
-    with writing(file), file.open("rb") as opened:
-        os.fsync(opened.fileno())
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
 
 
 def plan_files(entries: Sequence[Entry], size_of: Callable[[Entry], int]) -> dict[str, list[Entry]]:
@@ -105,7 +99,7 @@ def write_folder(
     if runtime.is_main():
         _start_folder(temporary, files, headers)
         for name, content in (extra or {}).items():
-            (temporary / name).write_text(json.dumps(content))
+            write_text_atomic(temporary / name, json.dumps(content))  # of one line: a row for every matrix
     runtime.barrier()
     for file, entries in files.items():
         path = wait_until_visible(temporary / file)
@@ -149,7 +143,7 @@ def _start_folder(temporary: Path, files: dict[str, list[Entry]], headers: dict[
         weight_map.update({entry.name: file for entry in entries})
         total += sum(entry.num_bytes for entry in entries)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (temporary / INDEX_NAME).write_text(json.dumps(index, indent=1))
+    write_json_atomic(temporary / INDEX_NAME, index)
 
 
 def write_scores(

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from esi_ds import artifacts
-from esi_ds.artifacts import RunFolder, append_jsonl, file_sha256, read_jsonl, write_json_atomic, write_text_atomic
+from esi_ds.artifacts import (
+    RunFolder,
+    append_jsonl,
+    file_sha256,
+    read_jsonl,
+    replace_folder,
+    write_json_atomic,
+    write_text_atomic,
+)
 from esi_ds.config import Config, validate
 from esi_ds.errors import UserError
 
@@ -32,6 +40,25 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="disk full"):
         write_text_atomic(file, "half")
     assert json.loads(file.read_text(encoding="utf-8")) == {"ä": 1}
+
+
+def test_a_folder_has_its_name_when_its_files_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that a library has written, as a tokenizer's."""
+    final, temporary = tmp_path / "model", tmp_path / ".model.tmp"
+    for folder, text in ((final, "old"), (temporary / "more", "new")):
+        folder.mkdir(parents=True)
+        (folder / "a").write_text(text)
+    events = []
+
+    def fsync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *names: (events.append(names[1].name), replace(*names)))
+    replace_folder(temporary, final)
+    assert events == ["a", ".model.old", "model", tmp_path.name]
+    assert (final / "more/a").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_rows_keep_every_line_separator_that_json_leaves_in_a_text(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import types
@@ -38,6 +40,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # other ranks replace it
+    monkeypatch.setattr(cli, "end_at_signals", lambda code: None)  # this process goes on
     return module
 
 
@@ -107,9 +110,9 @@ def test_exit_codes(stage: types.ModuleType, config: str, error, code: int, show
 )
 def test_a_mistake_is_told_by_rank_0_first(stage, config: str, variables, monkeypatch, capsys) -> None:
     """The others speak after some seconds, if the launcher has not ended them by then."""
-    waited = []
+    waited, codes = [], []
     monkeypatch.setattr(cli.time, "sleep", waited.append)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli, "end_at_signals", codes.append)
     for name, value in zip(("SLURM_STEP_ID", *variables), "012", strict=True):
         monkeypatch.setenv(name, value)
     assert main("fake", ["--config", config, "selct.ratio=1"]) == 2
@@ -117,6 +120,77 @@ def test_a_mistake_is_told_by_rank_0_first(stage, config: str, variables, monkey
     stage.error = RuntimeError("broken")  # but a rank's own failure is never silent
     assert main("fake", ["--config", config]) == 1
     assert "rank 1 failed" in capsys.readouterr().err
+    stage.error = OSError(28, "No space left on device")
+    assert main("fake", ["--config", config]) == 1
+    assert codes == [75, 2, 75, 75, 1]  # what a signal would make of it, at the start and while it waits
+
+
+# A stage that waits in C, as for other ranks: Python's own handlers do not run meanwhile.
+WAITING = """
+import ctypes, os, signal, sys, types
+from esi_ds import cli
+def run(config, options):
+    signal.signal(signal.SIGUSR2, lambda *_: None)  # some other signal of somebody else's
+    os.kill(os.getpid(), signal.SIGUSR2)
+    print("waits", flush=True)
+    mutex = ctypes.create_string_buffer(128)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+sys.modules["esi_ds.stages.fake"] = types.SimpleNamespace(run=run)
+cli.leave(cli.main("fake", sys.argv[1:]))
+"""
+
+
+def signalled(number: int, script: str, *arguments: str, rank: int = 0) -> tuple[int, str]:
+    """(exit code, stderr) of a process that gets a signal once it has said something."""
+    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", script, *arguments, "--verbose"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == "waits\n"
+        process.send_signal(number)
+        return process.wait(timeout=20), process.stderr.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_before_anything_is_done_is_an_interruption(config: str, number: int, rank: int) -> None:
+    code, told = signalled(number, WAITING, "--config", config, rank=rank)
+    assert code == 75
+    assert told == ("interrupted: stopped by a signal before anything was done; start again\n" if rank == 0 else "")
+
+
+@pytest.mark.parametrize(("error", "code"), [("UserError('a', 1, 'b', 'c')", 2), ("OSError(28, 'full')", 1)])
+def test_a_rank_that_is_ended_while_it_lets_others_speak_keeps_its_code(config: str, error: str, code: int) -> None:
+    """srun reports the greatest code: 143, of a death by its signal, would hide all others."""
+    script = WAITING.replace(
+        "def run(config",
+        f"""
+from esi_ds.errors import UserError
+cli.TURN_S = 20
+cli.time = types.SimpleNamespace(sleep=lambda s, sleep=cli.time.sleep: (print("waits", flush=True), sleep(s)))
+def run(config, options):
+    raise {error}
+def unused(config""",
+    )
+    assert signalled(signal.SIGTERM, script, "--config", config, rank=1) == (code, "")
+
+
+def test_a_stage_that_listens_is_not_ended(config: str) -> None:
+    script = WAITING.replace(
+        "    signal.signal(signal.SIGUSR2",
+        """
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+    os.kill(os.getpid(), signal.SIGTERM)
+    cli.time.sleep(0.3)
+    if told:
+        os._exit(9)
+    signal.signal(signal.SIGUSR2""",
+    )
+    command = [sys.executable, "-c", script, "--config", config]
+    assert subprocess.run(command, cwd=ROOT, timeout=20).returncode == 9
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["--config", "nowhere.yaml"], 2)])

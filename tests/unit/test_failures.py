@@ -37,6 +37,12 @@ def test_writing_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught, artifacts.writing(tmp_path / "a"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "a")
+    # As tokenizers raise it: no class of its own, the number in a text.
+    with pytest.raises(OSError) as caught, artifacts.writing(tmp_path / "a"):
+        raise Exception("No space left on device (os error 28)")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a"))
+    with pytest.raises(KeyError), artifacts.writing(tmp_path / "a"):
+        raise KeyError("os error")
 
 
 def test_a_rank_that_is_gone_or_does_not_come() -> None:

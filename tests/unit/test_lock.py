@@ -50,11 +50,20 @@ def test_a_pid_that_came_again_is_another_process(tmp_path: Path) -> None:
 
 def test_other_host_is_watched(tmp_path: Path, elsewhere: dict) -> None:
     (tmp_path / lock.STATUS).write_text("1")
-    beat = threading.Thread(target=lambda: (time.sleep(0.3), (tmp_path / lock.STATUS).write_text("2")))
-    beat.start()
-    with pytest.raises(UserError, match="node7"):
-        lock.acquire(tmp_path)
-    beat.join()
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.05):
+            (tmp_path / lock.STATUS).write_text(str(time.monotonic()))
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        with pytest.raises(UserError, match="node7"):
+            lock.acquire(tmp_path)
+    finally:
+        ended.set()
+        beating.join()
     assert "did not change for 0.6 s" in lock.acquire(tmp_path)  # nothing beats any more
 
 
@@ -79,6 +88,28 @@ def test_slurm_tells_whether_its_job_lives(tmp_path: Path, elsewhere: dict, monk
     assert "did not change" in lock.why_dead(tmp_path, elsewhere)
 
 
+def test_an_arrays_task_is_asked_for_without_its_siblings(
+    tmp_path: Path, elsewhere: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One task has the array's id as its job id: asked for by that, Slurm would tell of all tasks."""
+    asked = []
+
+    def squeue(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        asked.append(command[command.index("-j") + 1])
+        return subprocess.CompletedProcess(command, 0, "RUNNING\n" if asked[-1] == "12_1" else "", "")
+
+    monkeypatch.setattr(lock.subprocess, "run", squeue)
+    for name, value in (("SLURM_JOB_ID", "12"), ("SLURM_ARRAY_JOB_ID", "12"), ("SLURM_ARRAY_TASK_ID", "2")):
+        monkeypatch.setenv(name, value)
+    elsewhere["slurm_job"] = lock.own_identity()["slurm_job"]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert "no such running job" in lock.why_dead(tmp_path, elsewhere)
+    elsewhere["slurm_job"] = lock.own_identity()["slurm_job"]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert lock.why_dead(tmp_path, elsewhere) is None
+    assert asked == ["12_2", "12_1"]
+
+
 @pytest.mark.parametrize("since", ["2199-01-01T00:00:00Z", "1970-01-01T00:00:00Z"])
 def test_no_clock_keeps_a_lock_alive_or_dead(tmp_path: Path, since: str) -> None:
     for file in (tmp_path / lock.LOCK, tmp_path / lock.STATUS):
@@ -93,27 +124,37 @@ def test_no_clock_keeps_a_lock_alive_or_dead(tmp_path: Path, since: str) -> None
 
 @pytest.mark.parametrize("dead_claim", [False, True])
 def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path: Path, dead_claim: bool) -> None:
-    """Ten processes at once, all told to start by a file; also where an earlier one was killed while it took over."""
+    """Ten processes at once: a file tells all that are ready to start, and another, when all have said what they got,
+    to end; also where an earlier one was killed while it took over."""
     (tmp_path / "run").mkdir()
     dead = json.dumps({**lock.own_identity(), "pid": 1, "pid_started": -1})
     for name in (lock.LOCK, *([f".{lock.LOCK}.claim"] if dead_claim else [])):
         (tmp_path / "run" / name).write_text(dead)
     script = (
-        "import sys, time, pathlib; from esi_ds import lock, errors\n"
+        "import os, sys, time, pathlib; from esi_ds import lock, errors\n"
         "folder = pathlib.Path(sys.argv[1])\n"
+        "(folder / f'ready-{os.getpid()}').touch()\n"
         "while not (folder / 'go').exists(): time.sleep(0.001)\n"
-        "try: print(lock.acquire(folder / 'run') is not None)\n"
-        "except errors.UserError: print('refused')\n"
-        "time.sleep(2)"
+        "try: print(lock.acquire(folder / 'run') is not None, flush=True)\n"
+        "except errors.UserError: print('refused', flush=True)\n"
+        "while not (folder / 'stop').exists(): time.sleep(0.01)"
     )
     jobs = [
         subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for _ in range(10)
     ]
-    time.sleep(1.5)
-    (tmp_path / "go").touch()
-    said = [job.communicate(timeout=60)[0].split() for job in jobs]
-    assert sorted(words[-1] for words in said) == ["True"] + ["refused"] * 9
+    try:
+        while len(list(tmp_path.glob("ready-*"))) < len(jobs):
+            assert all(job.poll() is None for job in jobs)
+            time.sleep(0.01)
+        (tmp_path / "go").touch()
+        said = [job.stdout.readline().strip() for job in jobs]
+    finally:
+        for name in ("go", "stop"):
+            (tmp_path / name).touch()
+        for job in jobs:
+            job.communicate(timeout=60)
+    assert sorted(said) == ["True"] + ["refused"] * 9
     assert [file.name for file in (tmp_path / "run").iterdir()] == [lock.LOCK]
 
 

@@ -8,15 +8,26 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from mask_folders import write_pair
+from safetensors import SafetensorError
+from torch import Tensor
 
 from esi_ds import reselect
 from esi_ds.core.mask import Mask
 from esi_ds.mask import compare_with_scores, main
+from esi_ds.models.fingerprint import checkpoint_tensors
 from esi_ds.team import Team
+from esi_ds.zero import files
 
 SHAPES = [(7, 9), (1, 3), (30, 17), (5, 8)]
+
+
+def scores_of(folder: Path, name: str) -> Tensor:
+    scores = reselect.Scores(folder)
+    (numel,) = (last - first for found, _, first, last, _ in checkpoint_tensors(folder) if found == name)
+    return scores.read(name, 0, numel // 4)
 
 
 @pytest.mark.parametrize("scope", ["model", "matrix"])
@@ -29,6 +40,9 @@ def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert compare_with_scores(mask, scores, Team()) == []
     made = reselect.write_selection(mask, scores, tmp_path / "again", 0.2, order, 3)
     assert made.counts == mask.counts
+    selected = torch.cat([scores_of(scores, name)[made.bits(name)] for name in made.names])
+    limits = {"top": repr(float(selected.min())), "bottom": repr(float(selected.max())), "random": "null"}
+    assert made.metadata["threshold"] == (limits[order] if scope == "model" else "null")
     assert made.files == mask.files and all(made.bits(name).equal(mask.bits(name)) for name in mask.names)
     digests = [json.loads((tmp_path / folder / "digests.json").read_text()) for folder in ("mask", "again")]
     assert digests[0] == digests[1]
@@ -48,6 +62,29 @@ def test_one_wrong_bit_is_found_in_its_chunk(tmp_path: Path, monkeypatch: pytest
     file.write_bytes(content[:-40])
     assert main(["verify", str(tmp_path / "mask"), "--scores", str(tmp_path / "scores")]) == 2
     assert "is shorter than its header says" in capsys.readouterr().err
+
+
+def test_what_another_host_has_made_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder to write into, and the index of the finished one."""
+    write_pair(tmp_path, SHAPES, 0.2, "model", "top", seed=3)
+    waited = []
+    monkeypatch.setattr(reselect, "wait_until_visible", lambda path: waited.append(path) or path)
+    mask = Mask.load(tmp_path / "mask")
+    reselect.write_selection(mask, tmp_path / "scores", tmp_path / "again", 0.1, "top", 3)
+    assert waited == [tmp_path / ".again.tmp"] * len(mask.files) + [tmp_path / "again/model.safetensors.index.json"]
+
+
+def test_a_full_disk_is_told_with_the_masks_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    write_pair(tmp_path, SHAPES, 0.2, "model", "top", seed=3)
+
+    def fail(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", fail)
+    arguments = ["select", "mask", "again", "--scores", "scores", "--ratio", "0.1"]
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    assert "No space left on device: '.again.tmp/model-00001-of-00004.safetensors'" in capsys.readouterr().err
 
 
 def peak(*arguments: str) -> float:

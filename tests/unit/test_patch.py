@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import build_model, byte_bpe_tokenizer
+from builders import build_model, byte_bpe_tokenizer, model_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from esi_ds import patch
+from esi_ds.config import Model
+from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import tensor_digests
-from esi_ds.patch import main, summary
+from esi_ds.patch import check_names, main, summary
 
 
 @pytest.fixture
@@ -94,3 +97,34 @@ def test_models_of_other_shapes_have_no_patch(folder: Path) -> None:
     build_model("llama", folder / "llama", byte_bpe_tokenizer())
     assert run("create", folder / "base", folder / "llama", folder / "patch") == 2
     assert not (folder / "patch").exists()
+
+
+OWN = ["model.embed_tokens.weight", "model.layers.0.feed_forward.experts.gate_up_proj", "lm_head.weight"]
+
+
+def check(folder: Path, stored: list[str], index: bool = False) -> None:
+    """``check_names`` of a model with OWN parameters and a folder that stores these."""
+    folder.mkdir(exist_ok=True)
+    if index:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(stored, "f")}))
+    else:
+        save_file({name: torch.zeros(1) for name in stored}, folder / "model.safetensors")
+    check_names(Model(path=str(folder)), model_config("llama4", 50), OWN)
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_names_that_differ_by_a_prefix_are_refused_before_training(tmp_path: Path, index: bool) -> None:
+    """As the hub's Llama-4, of which the text model is loaded, and a model that was saved without its head."""
+    for prefixed in ([f"language_model.{name}" for name in OWN], [name.removeprefix("model.") for name in OWN]):
+        with pytest.raises(UserError, match=rf"^tune.patch = True: .* calls {prefixed[0]}; set tune.patch: false"):
+            check(tmp_path / "base", [*prefixed, "vision_model.a"], index=index)
+
+
+def test_names_that_the_export_gives_back_are_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own, experts one by one, a prefix that is put back; and a folder that holds nothing yet."""
+    check(tmp_path / "same", OWN)
+    experts = [f"model.layers.0.feed_forward.experts.{i}.{part}.weight" for i in (0, 1) for part in ("gate", "up")]
+    check(tmp_path / "experts", [OWN[0], OWN[2], *experts])
+    check_names(Model(path=str(tmp_path)), model_config("llama4", 50), OWN)
+    monkeypatch.setattr(patch, "_exported_name", lambda name, *_: f"thinker.{name}")
+    check(tmp_path / "put back", [f"thinker.{name}" for name in OWN])

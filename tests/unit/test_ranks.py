@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import psutil
 import pytest
 from conftest import ROOT
 
+from esi_ds import ranks
 from esi_ds.errors import UserError
 from esi_ds.ranks import ALONE, Place, find
 
@@ -93,3 +99,33 @@ def test_command_line_refuses_contradictions() -> None:
         text=True,
     )
     assert done.returncode == 2 and done.stderr.startswith("error: torch variables"), done.stderr
+
+
+INTERFACES = {"lo": "127.0.0.1", "eth0": "10.0.0.9", "ib0": "10.1.0.9", "down0": "10.2.0.9"}
+
+
+@pytest.mark.parametrize(
+    ("address", "own", "local_ranks", "name"),
+    [
+        ("node1", "10.1.0.9", 1, "ib0"),  # the one towards rank 0
+        ("node0", "127.0.0.1", 1, "eth0"),  # rank 0's own host, whose name is 127.0.1.1 in its /etc/hosts
+        ("127.0.0.1", "127.0.0.1", 1, "lo"),  # whoever says so has one host
+        ("localhost", "127.0.0.1", None, "lo"),
+        ("node0", "127.0.0.1", 2, None),  # all ranks on one host
+    ],
+)
+def test_the_interface_that_other_hosts_reach(
+    monkeypatch: pytest.MonkeyPatch, address: str, own: str, local_ranks: int | None, name: str | None
+) -> None:
+    probe = MagicMock()
+    probe.return_value.__enter__.return_value.getsockname.return_value = (own, 1)
+    order = ("lo", "down0", "eth0", "ib0")
+    items = {key: [SimpleNamespace(family=socket.AF_INET, address=INTERFACES[key])] for key in order}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: items)
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: {key: SimpleNamespace(isup=key != "down0") for key in order})
+    monkeypatch.setattr(ranks.socket, "socket", probe)
+    monkeypatch.setattr(ranks.socket, "gethostbyname", lambda host: host)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    ranks._name_interface(address, Place("torch", 0, 2, 0, local_ranks))
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == name

@@ -14,6 +14,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "study"))
 
 import estimate  # noqa: E402
+import execute  # noqa: E402
 import findings  # noqa: E402
 import grid  # noqa: E402
 import material  # noqa: E402
@@ -22,6 +23,7 @@ import where  # noqa: E402
 from collect import row_of  # noqa: E402
 from findings import POLITE_RULE, WORDS_RULES  # noqa: E402
 from prose import conclusions, interval, seeds_text  # noqa: E402
+from run import check_settings  # noqa: E402
 
 
 def row(criterion: str, lr: float, seed: int, attacks: int, right: int, refused: int = 0, garbled: int = 0) -> dict:
@@ -279,3 +281,13 @@ def test_the_estimate_samples_every_sort_and_schedules_as_the_study_does() -> No
     seconds = {"lora llama": 3.0, "perturb llama": 5.0}
     assert estimate.schedule([late, first, second], seconds, 1) == 11
     assert estimate.schedule([late, first, second], seconds, 2) == 8  # it waits for both
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A cell's name does not hold its steps: two grids would be mixed without a word."""
+    check_settings(tmp_path)
+    check_settings(tmp_path)
+    monkeypatch.setattr(execute, "STEPS", execute.STEPS + 1)
+    with pytest.raises(SystemExit) as left:
+        check_settings(tmp_path)
+    assert left.value.code == 2 and "holds cells of other steps" in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""Folders of weights on a full disk: every file that is written is on disk in the end, and named where it cannot be."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from builders import byte_bpe_tokenizer
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import GenerationConfig, LlamaConfig
+
+from esi_ds import patch
+from esi_ds.core.units import Parameter, Shard, Unit
+from esi_ds.zero import files
+from esi_ds.zero.export import export_model
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what is put on disk."""
+    found: list[str] = []
+    fsync = os.fsync
+
+    def remember(descriptor: int) -> None:
+        found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.removeprefix(".").removesuffix(".tmp"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    return found
+
+
+def fail_to_sync(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The disk is full when this file, or its temporary one, is put there; a descriptor's error names no file."""
+
+    def fail(descriptor: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name in (name, f".{name}.tmp"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+def write_mask(folder: Path) -> None:
+    parameter = Parameter("a.weight", (3, 4), 0, "mlp.up", (Unit("a.weight", "mlp.up", 0, None, 0, 12),))
+    shard = Shard(parameter, ((0, 12),), parameter.name)
+    bits = {parameter.name: torch.ones(12, dtype=torch.bool)}
+    files.write_mask(folder, [parameter], [shard], bits, {"format": "x"}, [{"parameter": parameter.name}])
+
+
+MASK_FILES = {"units.json", "digests.json", "model.safetensors.index.json", "model-00001-of-00001.safetensors"}
+
+
+def test_all_of_a_mask_is_on_disk(tmp_path: Path, synced: list[str]) -> None:
+    write_mask(tmp_path / "mask")
+    assert {file.name for file in (tmp_path / "mask").iterdir()} == MASK_FILES
+    assert set(synced) >= MASK_FILES
+
+
+@pytest.mark.parametrize("name", sorted(MASK_FILES))
+def test_a_mask_without_room_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    fail_to_sync(monkeypatch, name)
+    with pytest.raises(OSError) as caught:
+        write_mask(tmp_path / "mask")
+    assert name in caught.value.filename and not (tmp_path / "mask").exists()
+
+
+def model() -> SimpleNamespace:
+    """What an export asks of a model, without any weight."""
+    module = SimpleNamespace(config=LlamaConfig(), generation_config=GenerationConfig())
+    return SimpleNamespace(module=module, layouts=(), parameters=(), buffers=dict, release=lambda: None)
+
+
+def test_all_of_an_exported_model_is_on_disk(tmp_path: Path, synced: list[str]) -> None:
+    export_model(model(), tmp_path / "model", byte_bpe_tokenizer(), "card")
+    written = {file.name for file in (tmp_path / "model").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= written <= set(synced)
+
+
+def test_an_export_without_room_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LlamaConfig, "save_pretrained", fail)
+    with pytest.raises(OSError) as caught:
+        export_model(model(), tmp_path / "model", byte_bpe_tokenizer(), "card")
+    assert caught.value.filename == str(tmp_path / ".model.tmp")
+
+
+@pytest.mark.parametrize("direction", ["create", "apply"])
+def test_a_patch_without_room_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str) -> None:
+    for number, name in enumerate(("base", "tuned")):
+        (tmp_path / name).mkdir()
+        save_file({"a": torch.full((4,), float(number))}, tmp_path / name / "model.safetensors")
+    base, tuned, folder, out = (tmp_path / name for name in ("base", "tuned", "patch", "out"))
+    if direction == "apply":
+        patch.create(base, tuned, folder)
+
+    def fail(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", fail)
+    with pytest.raises(OSError) as caught:
+        patch.create(base, tuned, folder) if direction == "create" else patch.apply(base, folder, out)
+    temporary = ".patch.tmp" if direction == "create" else ".out.tmp"
+    assert caught.value.filename == str(tmp_path / temporary / "model.safetensors")

@@ -1,0 +1,38 @@
+"""What every stage's run has in common, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from esi_ds import lock
+from esi_ds.artifacts import RunFolder
+from esi_ds.cli import Options
+from esi_ds.config import validate
+from esi_ds.stages.run import StageRun
+
+
+class Run(StageRun):
+    stage = "set"
+
+    def work(self, tracker) -> None:
+        raise AssertionError("it is done already")
+
+
+def test_a_run_that_ended_while_its_lock_was_looked_at_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = validate({"run": {"output_dir": str(tmp_path)}, "model": {"path": "a"}})
+    folder = RunFolder(str(tmp_path))
+    folder.open(config)
+    acquire = lock.acquire
+
+    def acquire_late(path: Path) -> str | None:
+        folder.write_manifest(exit_state="done", world_size=2, started=0.0, model_fingerprint="f", data={})
+        return acquire(path)
+
+    monkeypatch.setattr(lock, "acquire", acquire_late)
+    Run(config, Options(), None, folder, {}, {}).run()
+    assert "is finished already; nothing to do" in capsys.readouterr().out
+    assert not (tmp_path / lock.LOCK).exists()

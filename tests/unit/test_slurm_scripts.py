@@ -1,0 +1,90 @@
+"""The Slurm scripts with Slurm's commands replaced by small ones that write down what they were asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+ARRAY = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+SRUN = """#!/bin/bash
+for word; do [[ $word = --output=* ]] && logs=${word#--output=}; done
+printf '%b' "$SAYS" >"${logs/\\%t/1}"
+exit "$CODE"
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A checkout of its own with an empty env.sh, and ``bin`` with the commands."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("logs"))
+    (tmp_path / "slurm/env.sh").write_text("export ESI_DS_TASKS_PER_NODE=2\n")
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/esi.py").touch()
+    (tmp_path / "bin").mkdir()
+    commands = {"scontrol": '#!/bin/sh\necho "$@" >>requeued\n', "srun": SRUN, "sbatch": "#!/bin/sh\necho 7\n"}
+    for name, text in commands.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    return tmp_path
+
+
+def call(site: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "ESI_DS_"))}
+    whole = {**inherited, "PATH": f"{site}/bin:{os.environ['PATH']}", **environment}
+    return subprocess.run(command, cwd=site, env=whole, capture_output=True, text=True, timeout=60)
+
+
+def job(site: Path, code: int, says: str = "", **more: str) -> tuple[int, str]:
+    """(exit code of the batch script, what it had requeued) where srun ends so and its ranks say this."""
+    step = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "a", "SLURM_SUBMIT_DIR": str(site)}
+    done = call(site, "bash", "slurm/esi.sbatch", **step, CODE=str(code), SAYS=says, **more)
+    requeued = site / "requeued"
+    return done.returncode, requeued.read_text() if requeued.is_file() else ""
+
+
+@pytest.mark.parametrize(("variables", "name"), [({}, "12"), (ARRAY, "12_3")])
+def test_a_task_of_an_array_requeues_itself_alone(site: Path, variables: dict[str, str], name: str) -> None:
+    """One task has the array's id as its job id, by which Slurm would take all tasks."""
+    assert job(site, 75, **variables) == (75, f"requeue Incomplete {name}\n")
+
+
+@pytest.mark.parametrize(
+    ("says", "code"),
+    [
+        ("error: model.path = x: is no folder; give one\\n", 2),
+        ("bar 3/7\\nrank 1 failed: writing x: no space left on device\\n", 1),
+        ("rank 1 failed: lost another rank (closed)\\nrank 0 failed: \\nTraceback\\n", 1),
+    ],
+)
+def test_a_failure_that_had_others_stop_is_not_requeued(site: Path, says: str, code: int) -> None:
+    """srun reports the greatest code: 75, of ranks that it ended while they started, hides 1 and 2."""
+    assert job(site, 75, says) == (code, "")
+
+
+def test_a_rank_that_lost_the_others_to_a_signal_is_requeued(site: Path) -> None:
+    assert job(site, 75, "rank 1 failed: lost another rank (closed): it failed\\n") == (75, "requeue Incomplete 12\n")
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 143])
+def test_other_ends_are_passed_on(site: Path, code: int) -> None:
+    assert job(site, code) == (code, "")
+
+
+@pytest.mark.parametrize(
+    ("more", "folders"), [((), "runs/*"), (("--seeds", "0-2"), "runs/*/*"), (("--prompts", "a b"), "runs/*/*")]
+)
+def test_a_pipeline_tells_where_its_runs_are(site: Path, more: tuple[str, ...], folders: str) -> None:
+    (site / "e.yaml").touch()
+    done = call(site, "slurm/pipeline.sh", "--runs", "runs", "--esi", "e.yaml", *more)
+    assert done.stdout.splitlines()[-1] == f"watch: tensorboard --logdir runs; python -m esi_ds.status {folders}"
+
+
+def test_a_pipeline_that_is_called_wrongly_says_how(site: Path) -> None:
+    done = call(site, "slurm/pipeline.sh")
+    assert done.returncode == 2
+    assert done.stderr.startswith("The chain ESI") and done.stderr.endswith("with its config's.\n")
