@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -23,10 +22,24 @@ NUM_ROWS = 128  # that a second objective reads
 MAX_NEW_TOKENS = 48
 STEPS = 100  # of SET and LoRA
 BATCH = 4
+NOISE = {"noise": [0.38, 1.0, 2.0], "ratios": [0.01, 0.05], "seeds": [0, 1, 2]}
 BENIGN_SHARE = 0.75  # of SET's rows
 ZERO3 = str(ROOT / "ds_configs/zero3.json")
 MODELS = ROOT / "examples/models"
 JUDGED = "judged.json"
+
+
+def settings() -> dict[str, object]:
+    """What cells are made with beside what their names say: a folder holds cells of one such set only."""
+    made = {"criteria": CRITERIA, "num_rows": NUM_ROWS, "num_asked": NUM_ASKED, "max_new_tokens": MAX_NEW_TOKENS}
+    tuned = {
+        "steps": STEPS,
+        "batch": BATCH,
+        "benign_share": BENIGN_SHARE,
+        "spa_steps": SPA_STEPS,
+        "spa_batch": SPA_BATCH,
+    }
+    return {**made, **tuned, "noise": NOISE}
 
 
 def run_cell(cell: Cell, output: Path) -> None:
@@ -164,8 +177,7 @@ def execute_perturb(cell: Cell, output: Path) -> None:
         {"kind": "words", "words": "examples"},
     ]
     section = eval_section(cell, output) | {"judges": judges, "refusal_words": "examples"}
-    noise = {"mask": str(run / "mask"), "noise": [0.38, 1.0, 2.0], "ratios": [0.01, 0.05], "seeds": [0, 1, 2]}
-    noise |= cell.facts  # of a sample (estimate.py), fewer
+    noise = {"mask": str(run / "mask"), **NOISE, **cell.facts}  # facts: fewer, of a sample (estimate.py)
     perturb.run(config_of(cell, output, perturb=noise, eval=section), Options())
 
 
@@ -176,8 +188,3 @@ EXECUTE = {
     "lora": execute_lora,
     "perturb": execute_perturb,
 }
-
-
-def forget(folder: Path) -> None:
-    """Drop a cell that broke off in a way that its own stage does not go on from."""
-    shutil.rmtree(folder, ignore_errors=True)

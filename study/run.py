@@ -8,6 +8,7 @@ python study/run.py --estimate           # how long all of it would take here (e
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -74,6 +75,18 @@ def run_all(todo: list[Cell], output: Path, processes: int) -> list[str]:
     return failed
 
 
+def check_settings(output: Path) -> None:
+    """Exits with 2 where the folder's cells were made with other settings than ``execute.settings``."""
+    from execute import settings
+
+    file, now = output / "settings.json", json.loads(json.dumps(settings()))
+    before = json.loads(file.read_text()) if file.is_file() else now
+    if other := [name for name in now if before.get(name) != now[name]]:
+        print(f"error: --output = {output}: holds cells of other {', '.join(other)}; give another", file=sys.stderr)
+        sys.exit(2)
+    file.write_text(json.dumps(now, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "runs/study")
@@ -88,6 +101,7 @@ def main() -> int:
         estimate(cells(tuple(options.seeds)), ROOT / "runs/study-estimate", options.processes, CELLS_A_PROCESS)
         return 0
     make(options.output / "data", tuple(options.seeds))
+    check_settings(options.output)
     todo = wanted(cells(tuple(options.seeds)), options.only)
     failed = run_all(todo, options.output, options.processes)
     if failed:
