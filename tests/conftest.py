@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -59,17 +60,18 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_ranks(ranks: int, script: str, *arguments: str, timeout: int = 600) -> subprocess.CompletedProcess[str]:
-    """A script under the deepspeed launcher; output and exit code come back, a hang becomes a failure."""
-    command = [
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--num_accelerators",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-        script,
-        *arguments,
-    ]
+def run_ranks(
+    ranks: int, script: str, *arguments: str, timeout: int = 600, launcher: str = "torchrun"
+) -> subprocess.CompletedProcess[str]:
+    """A script on many ranks; output and exit code come back, a hang becomes a failure.
+
+    Of the users' own launcher, ``deepspeed``, two processes import DeepSpeed before any rank does.
+    """
+    commands = {
+        "torchrun": (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"),
+        "deepspeed": (str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators"),
+    }
+    command = [*commands[launcher], str(ranks), "--master_port", str(free_port()), script, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
@@ -90,7 +92,9 @@ def write_config(folder: Path, base: dict, changes: dict) -> Path:
 
 def whole_lines(file: Path) -> list[str]:
     """Those that are ended: a file that is being written, or was when its writer died, may end in half a line."""
-    text = file.read_text() if file.is_file() else ""
+    text = ""
+    with suppress(FileNotFoundError):
+        text = file.read_text(errors="replace")
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
@@ -98,11 +102,17 @@ def num_lines(file: Path) -> int:
     return len(whole_lines(file))
 
 
+def num_rows(run: Path, files: str) -> int:
+    """Lines of the longest of these files: ``responses.partial.jsonl`` goes away once ``responses.jsonl`` is there."""
+    return max(map(num_lines, run.glob(files)), default=0)
+
+
 class LaunchedJob:
     """One launched command in a process group of its own, that can be killed at any moment."""
 
     def __init__(self, script: str, folder: Path, name: str, ranks: int, config: dict):
         self.run = folder / name
+        self.old_lock = whole_lines(self.run / "lock.json")  # of a killed job
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump({"run": {"output_dir": str(self.run), "tensorboard": True}, **config}))
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
@@ -139,21 +149,32 @@ class LaunchedJob:
         assert self.process.returncode == 75, output[-3000:]
 
     def processes(self) -> list[psutil.Process]:
-        """The launcher starts its workers in groups of their own: all descendants, the launcher last."""
+        """The launcher starts its workers in groups of their own: all descendants, the launcher last.
+
+        Waits until rank 0 has the run folder: all ranks are there then. To be called before the moment that is waited
+        for, since looking through all processes can take as long as some steps.
+        """
+        self.wait_until(lambda: whole_lines(self.run / "lock.json") not in ([], self.old_lock))
         launcher = psutil.Process(self.process.pid)
         return [*launcher.children(recursive=True), launcher]
 
     def kill_when(self, condition: Callable[[], bool]) -> None:
         """SIGKILL of every process of the job, launcher included."""
+        victims = self.processes()
         self.wait_until(condition)
-        for victim in self.processes():
-            victim.send_signal(signal.SIGKILL)
+        for victim in victims:
+            with suppress(psutil.NoSuchProcess):
+                victim.send_signal(signal.SIGKILL)
         self.process.communicate(timeout=60)
 
     def kill_one_rank_when(self, condition: Callable[[], bool]) -> float:
         """SIGKILL of the last rank only; seconds until the whole job has ended, by itself."""
+        ranks = []
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                if "launch/" in " ".join(process.cmdline()[2:4]):
+                    ranks.append(process)
         self.wait_until(condition)
-        ranks = [process for process in self.processes() if "launch/" in " ".join(process.cmdline()[2:4])]
         started = time.monotonic()
         ranks[-2 if len(ranks) > 1 and ranks[-1].pid == self.process.pid else -1].send_signal(signal.SIGKILL)
         self.process.communicate(timeout=120)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,7 +138,7 @@ class ForkedJob:
 
     def kill(self, processes: list[int], number: int = signal.SIGKILL) -> None:
         for process in processes:
-            if is_alive(process):
+            with suppress(ProcessLookupError):
                 os.kill(process, number)
 
     def ends_before(self, condition: Callable[[], bool]) -> bool:

@@ -59,7 +59,7 @@ class Cluster:
         (self.folder / "key").chmod(0o600)
         (self.folder / "slurm.conf").write_text(
             f"ClusterName=test\nSlurmctldHost={host}(127.0.0.1)\nSlurmctldPort={ports[0]}\n"
-            f"AuthInfo=socket={self.folder}/munge.socket,cred_expire=5\nSlurmUser=root\nSlurmdUser=root\n"
+            f"AuthInfo=socket={self.folder}/munge.socket,cred_expire=20\nSlurmUser=root\nSlurmdUser=root\n"
             f"StateSaveLocation={self.folder}/state\nSlurmdSpoolDir={self.folder}/spool-%n\n"
             f"SlurmctldPidFile={self.folder}/slurmctld.pid\nSlurmdPidFile={self.folder}/slurmd-%n.pid\n"
             f"SlurmctldLogFile={self.folder}/slurmctld.log\nSlurmdLogFile={self.folder}/slurmd-%n.log\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -129,7 +130,11 @@ def is_done(run: Path) -> bool:
 
 def written(run: Path) -> dict[Path, int]:
     """When rows of anything were last written."""
-    return {file: file.stat().st_mtime_ns for file in run.glob("*.jsonl")}
+    times = {}
+    for file in run.glob("*.jsonl"):
+        with suppress(FileNotFoundError):
+            times[file] = file.stat().st_mtime_ns
+    return times
 
 
 def wait_until(job: ForkedJob, condition: Callable[[], bool], seconds: float = 120) -> None:

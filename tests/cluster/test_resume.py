@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
-from conftest import RUN_FILES, LaunchedJob, num_lines
+from conftest import RUN_FILES, LaunchedJob, num_lines, num_rows
 from reference import esi_scores
 from safetensors.torch import load_file
 
@@ -141,6 +141,6 @@ def test_a_signal_saves_and_exits_75(folder: Path, undisturbed: Path) -> None:
 
 def test_a_signal_while_generating(folder: Path, undisturbed: Path) -> None:
     job = Job(folder, "signalled-early", 1)
-    job.interrupt_when(lambda: num_lines(job.run / "responses.partial.jsonl") >= 2, signal.SIGTERM)
+    job.interrupt_when(lambda: num_rows(job.run, "responses*.jsonl") >= 2, signal.SIGTERM)
     Job(folder, "signalled-early", 1).finish()
     assert relative_error(tensors(job.run / "scores"), tensors(undisturbed / "scores")) <= 1e-5

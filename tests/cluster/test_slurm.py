@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from builders import PAIRS, build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
-from conftest import num_lines
+from conftest import num_rows
 from safetensors.torch import load_file
 from slurm_site import Cluster, missing
 
@@ -35,7 +35,10 @@ def configs(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     build_model("llama", folder / "model", byte_bpe_tokenizer())
     build_guard(folder / "guard", sentencepiece_tokenizer())
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"goal": f"Do thing {i}"}) + "\n" for i in range(24)))
+    # Many to score: a signal from outside takes as long as several of its micro-batches.
+    for name, count in (("prompts", 24), ("scored", 72)):
+        rows = ({"goal": f"Do thing {i}"} for i in range(count))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = ({"instruction": prompt, "input": "", "output": response} for prompt, response in PAIRS)
     (folder / "rows.json").write_text(json.dumps(list(rows)))
     prompts = {"prompts": {"path": str(folder / "prompts.jsonl")}}
@@ -47,7 +50,7 @@ def configs(tmp_path_factory) -> dict[str, Path]:
     stages = {
         "esi": {
             "judge": {"path": str(folder / "guard")},
-            "data": prompts,
+            "data": {"prompts": {"path": str(folder / "scored.jsonl")}},
             "esi": {"batch_size": 1, "max_new_tokens": 6, "save_every": 2},
             "select": {"ratio": 0.05},
         },
@@ -85,9 +88,9 @@ def start_chain(cluster: Cluster, configs: dict[str, Path], runs: str, *more: st
     return {line[0].rstrip(":"): line[2] for line in words if line[1:2] == ["job"]}
 
 
-def stop_when_begun(cluster: Cluster, run: Path, stage: str, job: str, file: str, lines: int) -> None:
+def stop_when_begun(cluster: Cluster, run: Path, stage: str, job: str, files: str, rows: int) -> None:
     """Slurm's warning signal once the run has written so much; Slurm starts the job again."""
-    cluster.wait_until(lambda: num_lines(run / file) >= lines, 240, lambda: cluster.logs(stage, job))
+    cluster.wait_until(lambda: num_rows(run, files) >= rows, 240, lambda: cluster.logs(stage, job))
     cluster.say("scancel", "--signal=USR1", job)
     cluster.wait_until(
         lambda: "requeueing" in cluster.log(stage, job), 60, lambda: cluster.state(job) + cluster.logs(stage, job)
@@ -156,7 +159,7 @@ def test_stopped_while_generating_and_finished_on_one_node(
     """The second node is drained meanwhile, so that Slurm has one node left for the requeued job."""
     job = cluster.submit("esi", configs["esi"], "--nodes=1-2", arguments=("run.output_dir=runs/drained",))
     run = cluster.work / "runs/drained"
-    stop_when_begun(cluster, run, "esi", job, "responses.partial.jsonl", 3)
+    stop_when_begun(cluster, run, "esi", job, "responses*.jsonl", 3)
     cluster.say("scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=test")
     try:
         cluster.wait_for(job, "esi", "COMPLETED")

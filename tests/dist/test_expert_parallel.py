@@ -72,6 +72,8 @@ def score_case(folder: Path, tag: str, size: int, kind: str, name: str = "esi", 
 
 
 def tune_case(folder: Path, tag: str, size: int, stage: str, name: str, kind: str = "qwen3_moe", **tune) -> dict:
+    deepspeed = settings(size)
+    deepspeed["zero_optimization"] |= OFFLOAD if name.startswith("offload") else {}
     return {
         "stage": stage,
         "config": {
@@ -88,11 +90,12 @@ def tune_case(folder: Path, tag: str, size: int, stage: str, name: str, kind: st
                 "patch": False,
                 **tune,
             },
-            "deepspeed": settings(size),
+            "deepspeed": deepspeed,
         },
     }
 
 
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 # name → (stage, model, more of the tune section)
 TUNED = {
     "compact": ("set", "qwen3_moe", {"reduction": "compact"}),
@@ -100,6 +103,8 @@ TUNED = {
     "unscored": ("set", "qwen2_moe", {"unscored": "train"}),
     "spa": ("spa", "qwen3_moe", {}),
     "router": ("spa", "deepseek_v2", {"router": "train"}),
+    "offload-set": ("set", "qwen3_moe", {}),
+    "offload-spa": ("spa", "mixtral", {}),
 }
 # (model, size, preset) → what it is told. The second routes by softmax what the model routes by sigmoid: no error
 # anywhere else, and answers that look like answers.

@@ -22,11 +22,16 @@ NUM_HARMFUL, NUM_BENIGN = 30, 20
 JUDGES = {"guard", "sharded guard", "labels", "yes or no", "judge-1", "words"}
 
 
+def case_of(index: int) -> str:
+    """Prompts of a case are neighbours, so that those without a reply time out together."""
+    return CASES[index * len(CASES) // NUM_HARMFUL]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("eval")
     harmful = [json.loads(line) for line in (ROOT / "examples/data/harmful_heldout.jsonl").open()][:NUM_HARMFUL]
-    rows = [{"goal": f"CASE {CASES[i % len(CASES)]}; {row['prompt']}"} for i, row in enumerate(harmful)]
+    rows = [{"goal": f"CASE {case_of(i)}; {row['prompt']}"} for i, row in enumerate(harmful)]
     rows += [{"goal": "  "}, {"goal": "Tell me " + "all about it " * 400}]  # nothing asked; no room for an answer
     (folder / "harmful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     torch.manual_seed(3)
@@ -64,7 +69,7 @@ class Job(LaunchedJob):
             {**guard, "name": "sharded guard", "placement": "sharded"},
             {"kind": "classifier", "name": "labels", "path": str(folder / "classifier"), "template": text},
             {"kind": "yes_no", "name": "yes or no", "path": str(MODELS / "guard"), "template": text},
-            {"kind": "rubric", "model": "judge-1", "request_timeout": 1.0, "max_attempts": 2, "concurrency": 4,
+            {"kind": "rubric", "model": "judge-1", "request_timeout": 5.0, "max_attempts": 2, "concurrency": 4,
              "prompt_price": 2.0, "completion_price": 8.0},
         ]  # fmt: skip
         config = {
@@ -158,7 +163,7 @@ def test_a_judge_that_fails_is_missing_and_never_safe(undisturbed: Path) -> None
     expected = {"five": True, "one": False, "echo": True, "slow": True, "dot": True}
     for row in rows_of(undisturbed / "verdicts.jsonl"):
         if row["judge"] == "judge-1":
-            case = CASES[row["index"] % len(CASES)]
+            case = case_of(row["index"])
             assert row["unsafe"] is expected.get(case), (case, row)
             assert (row["reason"] is None) == (case in expected)
     report = json.loads((undisturbed / "report.json").read_text())

@@ -81,9 +81,9 @@ def test_the_weights_do_what_the_cards_say(name: str) -> None:
 
 def test_the_moe_demo_on_two_ranks(tmp_path: Path) -> None:
     run = tmp_path / "moe"
-    done = run_ranks(
-        2, "launch/esi.py", "--config", "configs/demo/esi-moe.yaml", f"run.output_dir={run}", "data.prompts.limit=12"
-    )
+    config = ("--config", "configs/demo/esi-moe.yaml")
+    overrides = (f"run.output_dir={run}", "data.prompts.limit=12")
+    done = run_ranks(2, "launch/esi.py", *config, *overrides, launcher="deepspeed")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert mask_main(["verify", str(run / "mask"), "--scores", str(run / "scores")]) == 0
     mask = Mask.load(run / "mask")
