@@ -2,6 +2,7 @@
 
 The launcher's end sets it too: its ranks would go on unseen, holding devices and the run folder. The flag is the
 process's, not a loop's: a signal between two parts of a run is not lost. Nothing is ever saved inside the handler.
+Before a stage listens there is nothing to save, and the signals end the process (``cli.end_at_signals``).
 """
 
 from __future__ import annotations
