@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -124,7 +125,6 @@ def _saved(tokenizer: PreTrainedTokenizerFast, folder: Path | None) -> PreTraine
 
 def _bytes_as_ordinary(tokenizer: Tokenizer, specials: list[str]) -> Tokenizer:
     """Byte tokens belong to the vocabulary but are no special tokens."""
-    import json
 
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in specials]
@@ -297,7 +297,6 @@ def build_mask(folder: Path, model_folder: Path, ratio: float = 0.05, seed: int 
 
     The first scored parameter gets nothing; ``whole`` names one that is selected entirely.
     """
-    import json
 
     from safetensors.torch import save_file
 
@@ -331,3 +330,23 @@ def build_mask(folder: Path, model_folder: Path, ratio: float = 0.05, seed: int 
     index = {"metadata": {}, "weight_map": dict.fromkeys(bits, file)}
     (folder / INDEX_NAME).write_text(json.dumps(index))
     return folder
+
+
+MODELING = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class ToyConfig(LlamaConfig):
+    model_type = "toy_llama"
+
+class ToyForCausalLM(LlamaForCausalLM):
+    config_class = ToyConfig
+"""
+
+
+def make_remote(folder: Path) -> None:
+    """A saved Llama becomes one that transformers cannot build without the code beside it."""
+    (folder / "modeling_toy.py").write_text(MODELING)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_toy.ToyConfig", "AutoModelForCausalLM": "modeling_toy.ToyForCausalLM"}
+    own = {"model_type": "toy_llama", "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config | own))

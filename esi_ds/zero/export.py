@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 
 from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic, write_text_atomic, writing
 from esi_ds.core.mask import INDEX_NAME
@@ -80,6 +81,8 @@ def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokeniz
         }
         write_json_atomic(temporary / INDEX_NAME, index)
         with writing(temporary):
+            if model.module._auto_class is not None:  # of remote code, whose files the weights cannot be read without
+                custom_object_save(model.module, temporary, config=model.module.config)
             model.module.config.save_pretrained(temporary)
             if model.module.generation_config is not None:
                 model.module.generation_config.save_pretrained(temporary)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PAIRS, build_mask, build_model, byte_bpe_tokenizer
+from builders import PAIRS, build_mask, build_model, byte_bpe_tokenizer, make_remote
 from conftest import RUN_FILES, LaunchedJob, num_lines, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -209,6 +209,18 @@ def test_a_signal_saves_and_exits_75(folder: Path, undisturbed: tuple[str, Path]
     job.interrupt_when(lambda: job.steps() >= 3, signal.SIGUSR1)
     assert json.loads((job.run / "manifest.json").read_text())["exit_state"] == "interrupted"
     assert "finished already" not in Job(folder, f"{stage}-signalled", stage, 1).finish()
+
+
+def test_a_model_with_code_of_its_own_is_exported_with_it(tmp_path: Path) -> None:
+    build_model("llama", tmp_path / "model", byte_bpe_tokenizer())
+    build_mask(tmp_path / "mask", tmp_path / "model")
+    make_remote(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Tell me", "response": "No"}) + "\n")
+    tune = {"mask": str(tmp_path / "mask"), "data": {"path": str(tmp_path / "rows.jsonl")}, "max_steps": 1}
+    model = {"path": str(tmp_path / "model"), "dtype": "fp32", "trust_remote_code": True}
+    LaunchedJob("launch/set.py", tmp_path, "run", 1, {"model": model, "tune": tune}).finish()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", trust_remote_code=True)
+    assert type(found).__name__ == "ToyForCausalLM" and (tmp_path / "run/model/modeling_toy.py").is_file()
 
 
 @pytest.mark.parametrize("options", [["--train", "selected"], ["--train", "complement", "--offload"]])

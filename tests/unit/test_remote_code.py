@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from builders import build_guard, build_mask, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
+from builders import build_guard, build_mask, build_model, byte_bpe_tokenizer, make_remote, sentencepiece_tokenizer
 from transformers import AutoModelForCausalLM
 
 from esi_ds.cli import main
@@ -19,25 +19,6 @@ from esi_ds.stages.prepare import load_model_config, prepare
 from esi_ds.stages.prepare_perturb import prepare_perturb
 from esi_ds.stages.prepare_tuning import describe_trained
 from esi_ds.zero.placement import model_bytes
-
-MODELING = """
-from transformers import LlamaConfig, LlamaForCausalLM
-
-class ToyConfig(LlamaConfig):
-    model_type = "toy_llama"
-
-class ToyForCausalLM(LlamaForCausalLM):
-    config_class = ToyConfig
-"""
-
-
-def make_remote(folder: Path) -> None:
-    """A saved Llama becomes one that transformers cannot build without the code beside it."""
-    (folder / "modeling_toy.py").write_text(MODELING)
-    config = json.loads((folder / "config.json").read_text())
-    classes = {"AutoConfig": "modeling_toy.ToyConfig", "AutoModelForCausalLM": "modeling_toy.ToyForCausalLM"}
-    own = {"model_type": "toy_llama", "auto_map": classes}
-    (folder / "config.json").write_text(json.dumps(config | own))
 
 
 @pytest.fixture
