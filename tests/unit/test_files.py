@@ -70,7 +70,7 @@ def test_a_mask_without_room_names_the_file(tmp_path: Path, monkeypatch: pytest.
 
 def model() -> SimpleNamespace:
     """What an export asks of a model, without any weight."""
-    module = SimpleNamespace(config=LlamaConfig(), generation_config=GenerationConfig())
+    module = SimpleNamespace(config=LlamaConfig(), generation_config=GenerationConfig(), _auto_class=None)
     return SimpleNamespace(module=module, layouts=(), parameters=(), buffers=dict, release=lambda: None)
 
 
