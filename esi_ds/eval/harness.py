@@ -131,26 +131,31 @@ class SharedLM(HFLM):
                 for number, place in enumerate(places)
                 if start <= place < start + stride and place % self.ranks.size == self.ranks.rank
             ]
-            placed |= self._answer_slice(answer, requests, mine, disable_tqdm)
-            told = self.ranks.gather(self.ranks.told_to_stop())
-            if any(told) and start + stride < len(documents):
+            answers, is_told = self._answer_slice(answer, requests, mine, disable_tqdm)
+            placed |= answers
+            if is_told and start + stride < len(documents):
                 raise Interrupted(f"stopped by a signal in task {self.item.config.name}; start again to begin it anew")
         return [placed[number] for number in range(len(requests))]
 
     def _answer_slice(
         self, answer: Callable, requests: list[Instance], mine: list[int], disable_tqdm: bool
-    ) -> dict[int, Any]:
-        """Number of a request → answer, of every rank's ``mine``. One gather. A rank's failure is every rank's."""
+    ) -> tuple[dict[int, Any], bool]:
+        """(number of a request → answer, of every rank's ``mine``; whether a rank is told to stop). One gather.
+
+        A rank's failure is every rank's.
+        """
         answers, failure = [], None
         try:
             if mine:
                 answers = answer([requests[number] for number in mine], disable_tqdm or self.ranks.rank != 0)
         except Exception as error:  # the others wait in the gather: they are told
             failure = error
-        everyone = self.ranks.gather((mine, answers, failure and f"{type(failure).__name__}: {failure}"))
+        problem = failure and f"{type(failure).__name__}: {failure}"
+        everyone = self.ranks.gather((mine, answers, problem, self.ranks.told_to_stop()))
         if failure:
             raise failure
-        for rank, (_, _, problem) in enumerate(everyone):
+        for rank, (_, _, problem, _) in enumerate(everyone):
             if problem:
                 raise RuntimeError(f"rank {rank} failed in {self.item.config.name}: {problem}")
-        return {number: value for numbers, values, _ in everyone for number, value in zip(numbers, values, strict=True)}
+        pairs = (pair for numbers, values, _, _ in everyone for pair in zip(numbers, values, strict=True))
+        return dict(pairs), any(is_told for *_, is_told in everyone)

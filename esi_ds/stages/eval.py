@@ -74,7 +74,7 @@ class EvalRun(StageRun):
     def _skill(self, tracker: Tracker) -> list[dict]:
         """Rows {model, task, results} of lm-eval's tasks, for every model; those on disk are not run again.
 
-        Needs a whole copy of the model on every rank. Collectives: two gathers a slice of a task's requests.
+        Needs a whole copy of the model on every rank. Collectives: a gather a slice of a task's requests.
         Raises Interrupted between two slices; a task that was broken off begins anew.
         """
         from esi_ds.eval.tasks import Ranks, run_tasks_on
