@@ -43,11 +43,7 @@ def judge_all(
     rows: of ``answers.jsonl``, on harmful prompts. An answer that was not made is not judged. Raises Interrupted.
     """
     for judge in judges:
-        waiting = [
-            row
-            for row in rows
-            if row["response"] is not None and (judge.name, row["model"], row["set"], row["index"]) not in verdicts.rows
-        ]
+        waiting = [row for row in rows if row["response"] is not None and _is_unjudged(judge, row, verdicts)]
         if not waiting:
             continue
         tracker.log(f"judge {judge.name}: {len(waiting)} answers")
@@ -61,6 +57,10 @@ def judge_all(
         else:
             _ask_model(judge, waiting, verdicts, config, deepspeed_config, tracker)
     return {judge.name: _usage(judge, verdicts) for judge in judges if isinstance(judge.section, RubricVerdicts)}
+
+
+def _is_unjudged(judge: PreparedJudge, row: Row, verdicts: Ledger) -> bool:
+    return verdicts.key({**row, "judge": judge.name}) not in verdicts.rows
 
 
 def _running_rates(judge: PreparedJudge, rows: Sequence[Row], verdicts: Ledger, tracker: Tracker) -> None:
@@ -124,7 +124,7 @@ def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger
             _running_rates(judge, rows, verdicts, tracker)
             bar.update(len(rows))
             check_stop(f"{start + len(rows)} answers judged by {judge.name}")
-    num_left = sum((judge.name, *(row[key] for key in VERDICT_KEY[1:])) not in verdicts.rows for row in waiting)
+    num_left = sum(_is_unjudged(judge, row, verdicts) for row in waiting)
     if num_left:
         tracker.log(
             f"judge {judge.name}: {num_left} answers were not asked about, for the endpoint failed "
