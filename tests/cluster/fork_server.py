@@ -11,6 +11,7 @@ import ctypes
 import faulthandler
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -28,6 +29,9 @@ SUBREAPER = 36  # prctl's number: orphans become this process's children, which 
 
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
+    if "FAKETIME_TIMESTAMP_FILE" in os.environ:
+        # libfaketime 0.9.10 makes a negative time of CPython's sleep (wolfcw/libfaketime#426); it leaves select alone.
+        time.sleep = lambda seconds: select.select([], [], [], seconds)
     import deepspeed  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import torch._dynamo.repro.after_dynamo  # noqa: F401  DeepSpeed's optimizer imports it and the next
