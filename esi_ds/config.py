@@ -78,6 +78,22 @@ class Judge(GuardModel):
     )
 
 
+class ClassifierJudge(JudgeModel):
+    kind: Literal["classifier"] = Field(description="a sequence classifier")
+    template: str = Field(description="text with {response} and mostly {prompt}")
+    unsafe_labels: list[str | int] | None = Field(None, description="names or numbers; null: all (multi-label only)")
+    multi_label: bool | None = Field(None, description="labels by sigmoid; null: as the model's config says")
+    score: Literal["margin", "logit", "logprob", "prob"] = Field("margin", description="what J is")
+
+
+def _as_judge(given: Any) -> Any:
+    """A judge that does not say what it is, is a guard."""
+    return {"kind": "guard", **given} if isinstance(given, dict) else given
+
+
+EsiJudge = Annotated[Judge | ClassifierJudge, Field(discriminator="kind"), BeforeValidator(_as_judge)]
+
+
 class Prompts(Section):
     path: str = Field(description="file, hub id or built-in name")
     split: str | None = Field(None, description="split of a hub data set")
@@ -99,13 +115,17 @@ class LossData(RowSource):
 
 class Data(Section):
     prompts: Prompts | None = Field(None, description="harmful requests")
-    responses: str | None = Field(None, description='JSONL {"prompt","response"} used instead of generating')
+    responses: str | None = Field(
+        None, description='JSONL {"prompt","response"} used instead of generating; see README for "judge_score"'
+    )
     tuning: LossData | None = Field(None, description="criteria tuning_grad, directed, conflict: rows of the loss")
     benign: LossData | None = Field(None, description="select.contrastive: rows whose skill should stay")
 
 
 class Esi(Section):
-    estimator: Literal["soft", "gumbel", "paper_code"] = Field("soft", description="see docs/method.md")
+    estimator: Literal["soft", "gumbel", "score_function", "paper_code"] = Field(
+        "soft", description="see docs/method.md"
+    )
     temperature: float = Field(0.3, gt=0, description="of the softmax over the model's logits")
     samples: int = Field(1, ge=1, description="gumbel: noise draws per prompt")
     max_new_tokens: int = Field(256, ge=1, description="length of generated responses")
@@ -277,7 +297,7 @@ class Eval(Section):
 class Config(Section):
     run: Run = Field(description="where the run writes, and whether it goes on")
     model: Model = Field(description="the model whose weights are scored or tuned")
-    judge: Judge | None = Field(None, description="what tells safe answers from unsafe ones")
+    judge: EsiJudge | None = Field(None, description="what tells safe answers from unsafe ones")
     data: Data = Field(Data(), description="what the model is asked")
     esi: Esi = Field(Esi(), description="how scores are estimated")
     select: Select = Field(Select(), description="which weights go into the mask")
@@ -365,7 +385,7 @@ def validate(raw: dict) -> Config:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise _explain(error) from None
-    if config.judge is not None:
+    if isinstance(config.judge, Judge):
         _check_guard(config.judge, "judge")
     if config.eval is not None:
         _check_eval(config.eval)
@@ -492,8 +512,11 @@ def require_esi(config: Config) -> None:
     criterion = config.select.criterion
     needed = objectives(criterion, config.select.contrastive)
     if "safety" in needed:
-        if config.judge is None:
-            raise UserError("judge", None, "is missing", f"criterion {criterion} needs a judge.path")
+        if config.judge is None and not scores_given(config):
+            remedy = f"criterion {criterion} needs a judge.path"
+            if config.esi.estimator == "score_function":
+                remedy += ', or a number "judge_score" in every row of data.responses'
+            raise UserError("judge", None, "is missing", remedy)
         if config.data.prompts is None and config.data.responses is None:
             raise UserError("data.prompts", None, "is missing", "give data.prompts.path, or data.responses")
     for name, user, remedy in (
@@ -505,6 +528,11 @@ def require_esi(config: Config) -> None:
             raise UserError(f"data.{name}", None, "is missing", f"{user} needs a data.{name}.path")
         if given is not None and name not in needed:
             raise UserError(f"data.{name}.path", given.path, "is read by nothing", f"{remedy}, or leave it out")
+
+
+def scores_given(config: Config) -> bool:
+    """Whether the judge's scores are read with the responses, and no judge is asked."""
+    return config.judge is None and config.esi.estimator == "score_function" and config.data.responses is not None
 
 
 def require_tune(config: Config) -> None:

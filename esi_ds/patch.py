@@ -86,12 +86,12 @@ def _stored_names(model: Model) -> set[str]:
 
 def _exported_name(name: str, config: PretrainedConfig, trust_remote_code: bool) -> str:
     """A parameter's name in ``model/``, where all renaming that loading under ZeRO-3 tries is undone."""
-    from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
 
-    with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    from esi_ds.models.meta import meta_model
+
+    module = meta_model(config, trust_remote_code=trust_remote_code)
     module._weight_conversions = get_model_conversion_mapping(module)
     return next(iter(revert_weight_conversion(module, {name: module.get_parameter(name)})))
 

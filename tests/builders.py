@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     Glm4MoeConfig,
@@ -55,6 +57,7 @@ GUARD_CHAT = (
     "Answer:"
 )
 
+LABELS = {0: "harmless", 1: "harmful", 2: "other"}
 
 # As Llama Guard 3's: contents trimmed, and the text ends right after the assistant's header, before its newlines.
 GUARD_HEADER_CHAT = (
@@ -288,6 +291,33 @@ def build_guard(
                 parameter.normal_(std=0.3)
     model.save_pretrained(folder)
     tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build_classifier(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, kind: str, problem: str | None = None, pad: int | None = 0
+) -> Path:
+    """A random sequence classifier of three labels, a decoder (``llama``) or an encoder (``bert``)."""
+    torch.manual_seed(2)
+    config = {"llama": LlamaConfig, "bert": BertConfig}[kind](
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=30,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        pad_token_id=pad,
+        problem_type=problem,
+        id2label=LABELS,
+        label2id={name: index for index, name in LABELS.items()},
+    )
+    model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

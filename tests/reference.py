@@ -13,6 +13,7 @@ Readings of METHOD that are ours:
   mean of the mapped rows in A and weight 0 in w. Logits beyond the tokenizer's length get the mean row too.
 - Prompts and responses hold no special-token strings: the caller has broken them up, and we refuse them here.
 - A response of white space alone counts as empty.
+- score_function's b is the mean J of the other prompts whose J is finite, 0 where there is none.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 ANCHORS = ("\n", "a", " ", "0")
 REPLACEMENT = "\ufffd"
@@ -263,7 +264,10 @@ def alignment(
 
 @dataclass(frozen=True)
 class Family:
-    """How a guard is asked. template None: the guard's chat template; otherwise a text with {prompt} and {response}."""
+    """How a guard is asked. template None: the guard's chat template; otherwise a text with {prompt} and {response}.
+
+    labels: the guard is a sequence classifier, and these are its unsafe labels; multi_label: read by sigmoids.
+    """
 
     template: str | None = None
     verdict_prefix: str = "\n\n"
@@ -272,6 +276,9 @@ class Family:
     context: str = (
         "prompt_and_response"  # response_only: the response stands in the user's turn, as in the paper's code
     )
+
+    labels: tuple[int, ...] | None = None
+    multi_label: bool = False
 
 
 LLAMA_GUARD_3 = Family()
@@ -349,6 +356,36 @@ def judge(guard, ids: list[int], safe: int, unsafe: int, kind: str = "margin") -
     return float(score.detach()), gradient[0]
 
 
+def label_score(kind: str, logits: Tensor, unsafe: tuple[int, ...], multi_label: bool) -> Tensor:
+    """J from a classifier's logits [labels] (METHOD 1, "the same with its safe logit").
+
+    One label of several: P(safe) is the share of the labels that are not unsafe. Many labels: the safe probability is
+    one minus the largest unsafe one, its logarithm the sum of log(1 - p).
+    """
+    if multi_label:
+        p = logits.double().sigmoid()[list(unsafe)]
+        worst = p.max()
+        odds = (1 - worst).log() - worst.log()
+        return {"margin": odds, "logit": odds, "logprob": (1 - p).log().sum(), "prob": 1 - worst}[kind]
+    p = logits.double().softmax(-1)
+    bad = p[list(unsafe)].sum()
+    safe_logits = [logits[index] for index in range(len(logits)) if index not in unsafe]
+    return {
+        "margin": ((1 - bad) / bad).log(),
+        "logit": torch.stack(safe_logits).exp().sum().log(),
+        "logprob": (1 - bad).log(),
+        "prob": 1 - bad,
+    }[kind]
+
+
+def judge_by_labels(guard, ids: list[int], family: Family, kind: str) -> tuple[float, Tensor]:
+    """J and u [J, d] of a sequence classifier that reads one text."""
+    embeddings = guard.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
+    score = label_score(kind, guard(inputs_embeds=embeddings).logits[0], family.labels, family.multi_label)
+    (gradient,) = torch.autograd.grad(score, embeddings)
+    return float(score.detach()), gradient[0]
+
+
 # --------------------------------------------------------------------------- the surrogate (METHOD 1, "Estimators")
 
 Noise = Callable[[int, int], Tensor]  # (token index t, number of logits V) -> Gumbel(0, 1) noise [V]
@@ -395,6 +432,14 @@ def surrogate(
     return total
 
 
+def score_function(logits: Tensor, sampled: list[int], score: float, all_scores: list[float]) -> Tensor:
+    """(J - b) log p(y|x), b the mean of the other prompts' J; logits [T, V] with a graph."""
+    others = sum(all_scores) - score
+    baseline = others / (len(all_scores) - 1) if len(all_scores) > 1 else 0.0
+    log_probability = torch.stack([logits[t].double().log_softmax(-1)[token] for t, token in enumerate(sampled)]).sum()
+    return (score - baseline) * log_probability
+
+
 # --------------------------------------------------------------------------- scores (METHOD 1)
 
 
@@ -416,16 +461,20 @@ def response_contraction(
 ) -> tuple[float, Tensor]:
     """J and A u~_t [T, V] in float64 for one (prompt, response), u~_t = sum_j w[t, j] u_j."""
     asked = guard_prompt(guard_tokenizer, family, *pair)
-    context, safe, unsafe = verdict_tokens(guard_tokenizer, family, asked)
-    score, gradient = judge(guard, context, safe, unsafe, kind)
-    whole = asked.text + family.verdict_prefix + family.safe
+    if family.labels is not None:
+        context, whole = encode(guard_tokenizer, asked.text, asked.special)[0], asked.text
+        score, gradient = judge_by_labels(guard, context, family, kind)
+    else:
+        context, safe, unsafe = verdict_tokens(guard_tokenizer, family, asked)
+        score, gradient = judge(guard, context, safe, unsafe, kind)
+        whole = asked.text + family.verdict_prefix + family.safe
     weights = alignment(pair[1], tokenizer, guard_tokenizer, whole, asked.start, asked.shown, asked.special)
     mapped = weights[:, : len(context)] @ gradient.double()
     return score, mapped @ A.double().T
 
 
-def load(folder: Path):
-    model = AutoModelForCausalLM.from_pretrained(
+def load(folder: Path, auto_class: type = AutoModelForCausalLM):
+    model = auto_class.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     return model.eval(), AutoTokenizer.from_pretrained(folder)
@@ -450,22 +499,31 @@ def mean_gradient(
     noise_of: for gumbel, the noise of the draws of prompt number i; the gradient is the mean over the draws.
     """
     num_logits = model.get_output_embeddings().weight.shape[0]
+
+    def judged_pair(pair: tuple[str, str]) -> tuple[float, Tensor]:
+        return response_contraction(tokenizer, guard, guard_tokenizer, A, pair, family, score)
+
     A = vocabulary_map(tokenizer, guard_tokenizer, guard.get_input_embeddings().weight.detach(), num_logits)
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()}
+    all_scores: list[float] = []
+    if estimator == "score_function":
+        every = (judged_pair(pair)[0] for pair in pairs if pair[1].strip())
+        all_scores = [value for value in every if math.isfinite(value)]
     judged: list[float] = []
     for index, (prompt, response) in enumerate(pairs):
         refuse_special_strings(tokenizer, prompt, response)
         refuse_special_strings(guard_tokenizer, prompt, response)
         if not response.strip():
             continue
-        value, contraction = response_contraction(
-            tokenizer, guard, guard_tokenizer, A, (prompt, response), family, score
-        )
+        value, contraction = judged_pair((prompt, response))
         before, sampled = model_prompt_ids(tokenizer, prompt, system_prompt), encode(tokenizer, response)[0]
         draws = noise_of(index) if estimator == "gumbel" else [None]
         logits = model(input_ids=torch.tensor([before + sampled])).logits[0, len(before) - 1 : -1]
-        losses = [surrogate(estimator, logits, sampled, contraction, temperature, noise) for noise in draws]
-        loss = torch.stack(losses).mean()
+        if estimator == "score_function":
+            loss = score_function(logits, sampled, value, all_scores)
+        else:
+            losses = [surrogate(estimator, logits, sampled, contraction, temperature, noise) for noise in draws]
+            loss = torch.stack(losses).mean()
         if not (math.isfinite(value) and math.isfinite(float(loss.detach()))):
             continue
         model.zero_grad(set_to_none=True)
@@ -552,7 +610,9 @@ def esi_scores(
     criteria that have it; benign: rows of F, which makes the score contrastive.
     """
     model, tokenizer = load(model_folder)
-    guard, guard_tokenizer = load(guard_folder)
+    is_classifier = options.get("family", LLAMA_GUARD_3).labels is not None
+    auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    guard, guard_tokenizer = load(guard_folder, auto_class)
     guard.requires_grad_(False)
     gradients, judged = mean_gradient(model, tokenizer, guard, guard_tokenizer, pairs, **options)
     second = loss_gradients(model, tokenizer, tuning)[0] if tuning is not None else None

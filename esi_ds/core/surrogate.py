@@ -6,6 +6,9 @@ respect to ℓ is known in closed form, so no graph over [T, V] is kept: backwar
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -38,6 +41,20 @@ def paper_code_surrogate(logits: Tensor, contraction: Tensor, sampled: Tensor):
     gradient.scatter_(-1, sampled.unsqueeze(-1), -mean / normaliser)
     gradient = gradient.float()
     return (gradient * logits).sum(-1), gradient
+
+
+def score_function_surrogate(logits: Tensor, sampled: Tensor, advantage: float):
+    """Value [T] and gradient [T, V] of (J − b) · log p(y_t), p = softmax(ℓ), ``advantage`` = J − b; all float32."""
+    log_probability = torch.log_softmax(logits, dim=-1)
+    gradient = log_probability.exp().neg_().scatter_add_(-1, sampled.unsqueeze(-1), torch.ones_like(logits[:, :1]))
+    return advantage * log_probability.gather(-1, sampled.unsqueeze(-1)).squeeze(-1), advantage * gradient
+
+
+def advantages(scores: Mapping[int, float]) -> dict[int, float]:
+    """J − b of every prompt, b the mean score of the others: independent of the prompt's own response, so that the
+    estimate stays unbiased (leave-one-out baseline, Kool et al. 2019). b = 0 where there is no other."""
+    total, num_others = math.fsum(scores.values()), len(scores) - 1
+    return {index: score - (total - score) / max(num_others, 1) for index, score in scores.items()}
 
 
 def estimate(

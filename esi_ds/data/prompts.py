@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -156,3 +157,19 @@ def load_responses(path: str) -> list[Row]:
                     'every row must be {"prompt": "...", "response": "..."}',
                 )
     return rows
+
+
+def load_judge_scores(path: str) -> list[float]:
+    """``judge_score`` of every row of such a file, NaN where it is null: that row's response was not judged."""
+    scores = []
+    for number, row in enumerate(load_responses(path), 1):
+        score = row.get("judge_score", "")
+        if isinstance(score, bool) or not isinstance(score, (int, float, type(None))):
+            raise UserError(
+                "data.responses",
+                path,
+                f"row {number} has no number 'judge_score'",
+                "give each row a score, higher for safer, or name a judge.path",
+            )
+        scores.append(math.nan if score is None else float(score))
+    return scores

@@ -6,10 +6,8 @@ of the template are parsed. A text too long for the judge is a missing verdict: 
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,31 +18,11 @@ from esi_ds.core.batch import left_pad
 from esi_ds.data.chat import break_up, special_strings
 from esi_ds.errors import UserError
 from esi_ds.eval.verdicts import NOTHING_SAID, Verdict, is_empty
+from esi_ds.judge.classifier import SequenceRule, classifier_family, longest_input, read_rule, right_pad
 from esi_ds.judge.families import EncodedJudgement, Family, TextBuilder, encode_judgement
 from esi_ds.judge.guard import check_verdict
 
-# Tokenizers without a limit report a number of this order.
-NO_LIMIT = 10**9
 Pair = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class SequenceRule:
-    """How a sequence classifier is read.
-
-    template: text with {response} and mostly {prompt}; the tokenizer's own special tokens come on top.
-    unsafe_labels: names or indices; None: every label (multi-label only, as BeaverDam's fourteen).
-    multi_label: labels are judged one by one (sigmoid) and not against each other (softmax); None: as the model's
-    config says. A model with one label is always read by sigmoid.
-    threshold: unsafe above it. Multi-label: any listed label's probability; else the listed labels' together.
-    max_length: in tokens, where it is less than what model and tokenizer say.
-    """
-
-    template: str
-    unsafe_labels: tuple[str | int, ...] | None
-    multi_label: bool | None = None
-    threshold: float = 0.5
-    max_length: int | None = None
 
 
 class ModelJudge(ABC):
@@ -97,7 +75,7 @@ class SequenceJudge(ModelJudge):
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rule: SequenceRule, field: str = "eval.judges"
     ):
         self._indices, self._is_multi = read_rule(model.config, rule, field)
-        texts = TextBuilder(Family("classifier", "", (), (), rule.template), tokenizer, "prompt_and_response", field)
+        texts = TextBuilder(classifier_family(rule.template), tokenizer, "prompt_and_response", field)
         super().__init__(model, tokenizer, texts, longest_input(model, tokenizer, rule.max_length))
         self._pad, self._threshold = model.config.get_text_config().pad_token_id, rule.threshold
         # A decoder looks for a row's last token by the padding token: without one it takes single rows only.
@@ -110,7 +88,7 @@ class SequenceJudge(ModelJudge):
         return len(row["input_ids"])
 
     def judge(self, rows: Sequence[Mapping[str, list[int]]]) -> list[Verdict]:
-        logits = self.model(**_right_pad(rows, self._pad, _device(self.model))).logits.float()
+        logits = self.model(**right_pad(rows, self._pad, _device(self.model))).logits.float()
         chances = logits.sigmoid() if self._is_multi else logits.softmax(1)
         unsafe = chances[:, self._indices].amax(1) if self._is_multi else chances[:, self._indices].sum(1)
         return [Verdict.of_probability(float(value), self._threshold) for value in unsafe]
@@ -199,74 +177,11 @@ def _next_word_verdict(logits: Tensor, row: EncodedJudgement, threshold: float) 
     return Verdict.of_probability(float(margin.sigmoid()), threshold)
 
 
-def read_rule(config, rule: SequenceRule, field: str) -> tuple[list[int], bool]:
-    """Indices of the unsafe labels, and whether labels are judged one by one. Raises UserError naming ``field``."""
-    names = [config.id2label[index] for index in range(config.num_labels)]
-    is_multi = rule.multi_label
-    if is_multi is None or len(names) == 1:  # a softmax over one label is always 1
-        is_multi = len(names) == 1 or config.problem_type == "multi_label_classification"
-    if rule.template.count("{response}") != 1:
-        raise UserError(f"{field}.template", rule.template[:60], "must hold {response} exactly once", "write it in")
-    if not 0 < rule.threshold < 1:
-        raise UserError(f"{field}.threshold", rule.threshold, "is no probability between 0 and 1", "try 0.5")
-    given = range(len(names)) if rule.unsafe_labels is None else rule.unsafe_labels
-    indices = list(dict.fromkeys(_label_index(label, names, f"{field}.unsafe_labels") for label in given))
-    if not indices or (not is_multi and len(indices) == len(names)):
-        raise UserError(
-            f"{field}.unsafe_labels",
-            rule.unsafe_labels,
-            "leaves the judge only one thing to say",
-            f"name those that mean unsafe among {', '.join(names)}",
-        )
-    return indices, is_multi
-
-
-def _label_index(label: str | int, names: Sequence[str], field: str) -> int:
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
-        return label
-    if label in names:
-        return names.index(label)
-    near = difflib.get_close_matches(str(label), names, n=1, cutoff=0.0)
-    raise UserError(field, label, f"is no label; there are {', '.join(names)}", f"the nearest is {near[0]}")
-
-
-def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase, given: int | None) -> int | None:
-    """How many tokens the judge reads at most: the least of what model, tokenizer and config say; None: no limit."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None:
-        # RoBERTa counts positions from its padding index on: 514 of them are for 512 tokens.
-        reserved = (
-            getattr(module, "padding_idx", None)
-            for name, module in model.named_modules()
-            if name.endswith("position_embeddings")
-        )
-        positions -= sum(index + 1 for index in reserved if index is not None)
-    limits = [limit for limit in (given, positions, tokenizer.model_max_length) if limit and limit < NO_LIMIT]
-    return min(limits, default=None)
-
-
 def too_long(num_tokens: int, limit: int | None) -> str | None:
     """The reason why a text is not judged."""
     if limit is None or num_tokens <= limit:
         return None
     return f"too long for the judge ({num_tokens} tokens, it takes {limit})"
-
-
-def _right_pad(
-    rows: Sequence[Mapping[str, list[int]]], pad: int | None, device: torch.device | str
-) -> dict[str, Tensor]:
-    """int64 [B, L]; right, as classifiers were trained: encoders count positions from the left."""
-    width = max(len(row["input_ids"]) for row in rows)
-    return {
-        name: torch.tensor(
-            [
-                [*row[name], *[(pad or 0) if name == "input_ids" else 0] * (width - len(row["input_ids"]))]
-                for row in rows
-            ],
-            device=device,
-        )
-        for name in rows[0]
-    }
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -158,9 +158,13 @@ class EncodedJudgement:
 def encode_judgement(tokenizer: PreTrainedTokenizerBase, text: str, family: Family) -> EncodedJudgement:
     """The text in one call with each verdict word behind it, cut at the first position where the words differ.
 
-    Raises ValueError where that position does not tell every safe word from every unsafe one.
+    Raises ValueError where that position does not tell every safe word from every unsafe one. A family without words
+    (a classifier) reads the text to its end.
     """
     words = (*family.safe, *family.unsafe)
+    if not words:
+        whole = tokenizer(text, add_special_tokens=family.adds_special_tokens, return_offsets_mapping=True)
+        return EncodedJudgement(whole["input_ids"], whole["offset_mapping"], [], [])
     encoded = [
         tokenizer(text + word, add_special_tokens=family.adds_special_tokens, return_offsets_mapping=True)
         for word in words

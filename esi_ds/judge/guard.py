@@ -82,24 +82,34 @@ class Guard:
 
         Collectives: the guard's own parameter gathers when it is sharded.
         """
+        embedded, rows, scores = self._forward(inputs, device)
+        (gradient,) = torch.autograd.grad(scores.sum(), embedded)
+        self._weights.release()
+        return [
+            Judgement(float(score), row[where][entry.response_tokens].float())
+            for score, row, where, entry in zip(scores.detach(), gradient, rows, inputs, strict=True)
+        ]
+
+    def scores(self, inputs: Sequence[GuardInput], device) -> list[float]:
+        """Scores alone: one forward pass. Collectives as ``judge``."""
+        with torch.no_grad():
+            _, _, scores = self._forward(inputs, device)
+        self._weights.release()
+        return scores.tolist()
+
+    def _forward(self, inputs: Sequence[GuardInput], device) -> tuple[Tensor, list[slice], Tensor]:
+        """Embedded batch [B, L, d], a leaf where gradients are wanted; where in L each row's ids lie; scores [B]."""
         batch = left_pad([row.encoded.ids for row in inputs], self.tokenizer.pad_token_id, device)
         width = batch["input_ids"].shape[1]
         # Looked up by hand: a sharded guard's embedding module must not be called outside of the model's own forward.
         with self.embedding_table() as table:
-            embedded = (F.embedding(batch.pop("input_ids"), table) * self.embedding_scale).requires_grad_()
+            embedded = F.embedding(batch.pop("input_ids"), table) * self.embedding_scale
+        embedded.requires_grad_(torch.is_grad_enabled())
         logits = self.model(inputs_embeds=embedded, **batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-        scores = torch.stack(
-            [
-                verdict_score(self.score, row, entry.encoded.safe, entry.encoded.unsafe)
-                for row, entry in zip(logits, inputs, strict=True)
-            ]
-        )
-        (gradient,) = torch.autograd.grad(scores.sum(), embedded)
-        self._weights.release()
-        return [
-            Judgement(float(score), row[width - len(entry.encoded.ids) :][entry.response_tokens].float())
-            for score, row, entry in zip(scores.detach(), gradient, inputs, strict=True)
-        ]
+        pairs = zip(logits, inputs, strict=True)
+        scores = [verdict_score(self.score, row, entry.encoded.safe, entry.encoded.unsafe) for row, entry in pairs]
+        rows = [slice(width - len(entry.encoded.ids), width) for entry in inputs]
+        return embedded, rows, torch.stack(scores)
 
     @property
     def embedding_scale(self) -> float:

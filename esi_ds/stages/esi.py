@@ -73,7 +73,7 @@ class EsiRun(StageRun):
         from esi_ds.zero.score import Accumulated, score, unit_sigmas
 
         config = self.config
-        guard = self._load_guard(tracker) if self.inputs else None
+        guard = self._load_guard(tracker) if self.inputs and self.inputs.judge else None
         model = load_sharded(
             config.model.path,
             config.model.dtype,
@@ -101,13 +101,17 @@ class EsiRun(StageRun):
         finish(config, self.folder.path, model, scores, sigma, self.fingerprint, outcome, losses, self.started, tracker)
 
     def _load_guard(self, tracker: Tracker):
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        from esi_ds.judge.classifier import ClassifierGuard
         from esi_ds.judge.guard import Guard
         from esi_ds.zero.placement import choose_placement, load_frozen
 
         section, judge = self.config.judge, self.inputs.judge
+        auto_class = AutoModelForSequenceClassification if judge.labels else AutoModelForCausalLM
         dtype = self.config.model.dtype if section.dtype == "auto" else section.dtype
         placement, reason = choose_placement(
-            judge.config, dtype, section.placement, trust_remote_code=section.trust_remote_code
+            judge.config, dtype, section.placement, auto_class, section.trust_remote_code
         )
         tracker.log(f"judge: family {judge.family.name}, {placement} ({reason})")
         module, weights = load_frozen(
@@ -116,16 +120,17 @@ class EsiRun(StageRun):
             placement,
             self.deepspeed_config,
             field="judge.path",
+            auto_class=auto_class,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
         )
+        if judge.labels:
+            return ClassifierGuard(module, judge.tokenizer, section.score, weights, *judge.labels)
         return Guard(module, judge.tokenizer, section.score, weights)
 
     def _accumulate(self, model, guard, tracker: Tracker):
         """Responses, then the scoring pass. Raises UserError where no prompt can be used."""
-        from esi_ds.judge.vocabulary import VocabularyMap
         from esi_ds.stages.finish import Outcome
-        from esi_ds.stages.objectives import SafetyObjective
         from esi_ds.zero.gradients import GradientShards
 
         config, inputs = self.config, self.inputs
@@ -144,11 +149,7 @@ class EsiRun(StageRun):
                 "look at responses.jsonl in the run folder",
             )
         gradients = GradientShards(model, self._accumulator_device())
-        vocabulary = VocabularyMap(inputs.tokenizer, inputs.judge.tokenizer, model.num_logits)
-        pad = inputs.tokenizer.pad_token_id
-        state = self._run_pass(
-            model, SafetyObjective(config, model, guard, vocabulary, examples, gradients, pad), tracker
-        )
+        state = self._run_pass(model, self._objective(model, guard, examples, gradients, tracker), tracker)
         excluded.update(state.excluded)
         if self.runtime.is_main():
             write_responses(self.folder.path, inputs.prompts, responses, state.scores, excluded)
@@ -170,6 +171,23 @@ class EsiRun(StageRun):
             num_broken + num_broken_responses,
             [example.prompt_ids + example.response.ids for example in examples],
         )
+
+    def _objective(self, model, guard, examples, gradients, tracker: Tracker):
+        """What the estimator makes of the examples. ``score_function`` asks for all scores first, and for no more."""
+        from esi_ds.judge.vocabulary import VocabularyMap
+        from esi_ds.stages.judge_scores import judge_scores
+        from esi_ds.stages.objectives import SafetyObjective, ScoreFunctionObjective
+
+        config, inputs = self.config, self.inputs
+        pad = inputs.tokenizer.pad_token_id
+        if config.esi.estimator != "score_function":
+            vocabulary = VocabularyMap(inputs.tokenizer, inputs.judge.tokenizer, model.num_logits)
+            return SafetyObjective(config, model, guard, vocabulary, examples, gradients, pad)
+        if guard is None:
+            scores = {example.index: inputs.given_scores[example.index] for example in examples}
+        else:
+            scores = judge_scores(guard, examples, config.esi.batch_size, self.folder.path / CHECKPOINTS, tracker)
+        return ScoreFunctionObjective(config, model, scores, examples, gradients, pad)
 
     def _accumulate_loss(self, model, loss: LossRows, tracker: Tracker):
         """The pass over the rows of one loss. Raises UserError where no row can be used."""

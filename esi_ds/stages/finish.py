@@ -18,7 +18,7 @@ from esi_ds.models.roles import layer_of
 from esi_ds.report.experts import expert_tables
 from esi_ds.report.html import write_report
 from esi_ds.report.publish import closing_table, publish
-from esi_ds.stages.prepare import Inputs, clean, encode_prompts
+from esi_ds.stages.prepare import Inputs, Judge, clean, encode_prompts
 from esi_ds.stages.prepare_losses import LossRows
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
@@ -234,9 +234,7 @@ def run_facts(config: Config, model: ShardedModel, fingerprint: str, outcome: Ou
     }
     if outcome is not None:
         facts |= {
-            "judge": config.judge.path,
-            "judge family": outcome.inputs.judge.family.name,
-            "judge score": f"{config.judge.score} ({config.judge.context.replace('_', ' ')})",
+            **_judge_facts(config, outcome.inputs.judge),
             "estimator": config.esi.estimator,
             "prompts": len(outcome.inputs.prompts),
             "prompts used": outcome.num_prompts,
@@ -244,6 +242,14 @@ def run_facts(config: Config, model: ShardedModel, fingerprint: str, outcome: Ou
             "rows skipped in the file": len(outcome.inputs.skipped),
         }
     return facts
+
+
+def _judge_facts(config: Config, judge: Judge | None) -> dict[str, object]:
+    section = config.judge
+    if judge is None:
+        return {"judge": f"scores given in {config.data.responses}"}
+    context = "as its template says" if judge.labels else section.context.replace("_", " ")
+    return {"judge": section.path, "judge family": judge.family.name, "judge score": f"{section.score} ({context})"}
 
 
 def pass_facts(outcome: Outcome | None) -> dict:

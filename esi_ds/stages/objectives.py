@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from esi_ds.config import Config
 from esi_ds.core.batch import left_pad
 from esi_ds.core.loss import row_losses
-from esi_ds.core.surrogate import estimate
+from esi_ds.core.surrogate import advantages, estimate, score_function_surrogate
 from esi_ds.data.conversations import TokenSequence
 from esi_ds.judge.alignment import alignment_weights
 from esi_ds.judge.guard import Guard, Judgement
@@ -24,40 +25,19 @@ from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 
 
-class SafetyObjective(Objective):
-    """Σ over prompts of ∇S: each judged, the surrogate's gradient sent through the model (METHOD §1)."""
+class ResponseObjective(Objective):
+    """Σ over prompts of an estimate of ∇S: a surrogate's gradient sent through the model (METHOD §1)."""
 
     name, unit = "safety", "prompt"
 
     def __init__(
-        self,
-        config: Config,
-        model: ShardedModel,
-        guard: Guard,
-        vocabulary: VocabularyMap,
-        examples: Sequence[Example],
-        gradients: GradientShards,
-        pad: int,
+        self, config: Config, model: ShardedModel, examples: Sequence[Example], gradients: GradientShards, pad: int
     ):
-        self.config, self.model, self.guard, self.vocabulary = config, model, guard, vocabulary
-        self.examples, self.gradients, self.pad = examples, gradients, pad
+        self.config, self.model, self.examples, self.gradients, self.pad = config, model, examples, gradients, pad
         self.batch_size = config.esi.batch_size
-        self._judgements: dict[int, Judgement] = {}
 
     def index(self, example: Example) -> int:
         return example.index
-
-    def admit(self, examples: Sequence[Example]) -> dict[int, str]:
-        """The judge's scores and gradients; not finite is no use. Collectives: those of a sharded guard."""
-        # Without an example of its own a rank judges some other and forgets it: the guard may be sharded too.
-        asked = [example.guard_input for example in examples or self.examples[:1]]
-        judged = self.guard.judge(asked, runtime.device())
-        self._judgements = {example.index: judgement for example, judgement in zip(examples, judged, strict=False)}
-        return {
-            index: NOT_FINITE["score"]
-            for index, judgement in self._judgements.items()
-            if not (math.isfinite(judgement.score) and bool(judgement.gradient.isfinite().all()))
-        }
 
     def forward(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, list[float]]:
         """Teacher-forced logits [B, K, V], the surrogate's gradient with respect to them, and each row's value.
@@ -71,7 +51,7 @@ class SafetyObjective(Objective):
         batch = left_pad(rows, self.pad, runtime.device())
         logits = self.model.module(**batch, use_cache=False, logits_to_keep=longest).logits
         gradient, values = torch.zeros_like(logits), []
-        with torch.no_grad(), self.guard.embedding_table() as table:
+        with torch.no_grad(), self._table() as table:
             for row, example in enumerate(examples):
                 tail = slice(longest - len(example.response.ids), longest)
                 own = logits[row, tail].float()
@@ -80,8 +60,51 @@ class SafetyObjective(Objective):
                 gradient[row, tail] = row_gradient.to(gradient.dtype)
         return logits, gradient, values
 
-    def _surrogate(self, example: Example, logits: Tensor, table: Tensor) -> tuple[float, Tensor]:
+    def _table(self) -> AbstractContextManager[Tensor | None]:
+        """The guard's embeddings [rows, d], for estimators that look into the guard. Collectives: their gather."""
+        return nullcontext()
+
+    def _surrogate(self, example: Example, logits: Tensor, table: Tensor | None) -> tuple[float, Tensor]:
         """Value and gradient [T, V] of one example's surrogate; float32."""
+        raise NotImplementedError
+
+    def scalars(self, score: float, value: float, norm: float, rate: float) -> dict[str, float]:
+        return {"judge_score": score, "gradient_norm": norm, "surrogate": value, "prompts_per_second": rate}
+
+
+class SafetyObjective(ResponseObjective):
+    """The judge's own gradient, through the response's text (estimators ``soft``, ``gumbel``, ``paper_code``)."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: ShardedModel,
+        guard: Guard,
+        vocabulary: VocabularyMap,
+        examples: Sequence[Example],
+        gradients: GradientShards,
+        pad: int,
+    ):
+        super().__init__(config, model, examples, gradients, pad)
+        self.guard, self.vocabulary = guard, vocabulary
+        self._judgements: dict[int, Judgement] = {}
+
+    def admit(self, examples: Sequence[Example]) -> dict[int, str]:
+        """The judge's scores and gradients; not finite is no use. Collectives: those of a sharded guard."""
+        # Without an example of its own a rank judges some other and forgets it: the guard may be sharded too.
+        asked = [example.guard_input for example in examples or self.examples[:1]]
+        judged = self.guard.judge(asked, runtime.device())
+        self._judgements = {example.index: judgement for example, judgement in zip(examples, judged, strict=False)}
+        return {
+            index: NOT_FINITE["score"]
+            for index, judgement in self._judgements.items()
+            if not (math.isfinite(judgement.score) and bool(judgement.gradient.isfinite().all()))
+        }
+
+    def _table(self) -> AbstractContextManager[Tensor]:
+        return self.guard.embedding_table()
+
+    def _surrogate(self, example: Example, logits: Tensor, table: Tensor | None) -> tuple[float, Tensor]:
         response, esi, judgement = example.response, self.config.esi, self._judgements[example.index]
         has_text = [self.vocabulary.has_text[token] for token in response.ids]
         guard_input = example.guard_input
@@ -103,8 +126,36 @@ class SafetyObjective(Objective):
     def score(self, example: Example, value: float) -> float:
         return self._judgements[example.index].score
 
-    def scalars(self, score: float, value: float, norm: float, rate: float) -> dict[str, float]:
-        return {"judge_score": score, "gradient_norm": norm, "surrogate": value, "prompts_per_second": rate}
+
+class ScoreFunctionObjective(ResponseObjective):
+    """(J − b)·∇ log p(y|x): asks of the judge its score alone (estimator ``score_function``).
+
+    scores: J by the example's index, of every example. One that is not finite is left out, of the baseline too.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: ShardedModel,
+        scores: Mapping[int, float],
+        examples: Sequence[Example],
+        gradients: GradientShards,
+        pad: int,
+    ):
+        super().__init__(config, model, examples, gradients, pad)
+        self._scores = scores
+        self._advantages = advantages({index: score for index, score in scores.items() if math.isfinite(score)})
+
+    def admit(self, examples: Sequence[Example]) -> dict[int, str]:
+        return {example.index: NOT_FINITE["score"] for example in examples if example.index not in self._advantages}
+
+    def _surrogate(self, example: Example, logits: Tensor, table: Tensor | None) -> tuple[float, Tensor]:
+        sampled = torch.tensor(example.response.ids, device=logits.device)
+        value, gradient = score_function_surrogate(logits, sampled, self._advantages[example.index])
+        return float(value.sum()), gradient
+
+    def score(self, example: Example, value: float) -> float:
+        return self._scores[example.index]
 
 
 class LossObjective(Objective):

@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from esi_ds.cli import Options
 from esi_ds.config import Config, resolved_yaml
@@ -18,6 +17,7 @@ from esi_ds.core.mask import num_bytes
 from esi_ds.core.select import model_k
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import resolve_deepspeed
+from esi_ds.models.meta import meta_model
 from esi_ds.models.roles import describe, unknown, warning
 from esi_ds.stages.plan_bytes import describe_work, expected_trained, print_bytes, readable, topology
 from esi_ds.stages.plan_notes import count_prompts, count_responses, count_rows
@@ -35,10 +35,7 @@ def meta_parameters(
 
     roles: ``model.roles``. trust_remote_code: of the section of the experiment's config that names the model.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    model.tie_weights()
-    return describe(model, given=roles)
+    return describe(meta_model(config, trust_remote_code=trust_remote_code), given=roles)
 
 
 def plan(config: Config, parameters: tuple[Parameter, ...], world_size: int, notes: list[str]) -> dict[str, object]:
@@ -88,10 +85,13 @@ def _passes(config: Config, world_size: int, notes: list[str]) -> dict[str, obje
         return {"prompts": "not known"}
     stride = config.esi.batch_size * world_size
     passes = -(-count // stride)
+    one = "each one forward and backward of the judge and of the model"
+    if config.esi.estimator == "score_function":
+        judged = "" if config.judge is None else ", after one forward of the judge"
+        one = f"each one forward and backward of the model{judged}"
     return {
         "prompts": count,
-        "passes": f"{passes} of {config.esi.batch_size} prompts per rank ({stride} together), each one forward and "
-        "backward of the judge and of the model",
+        "passes": f"{passes} of {config.esi.batch_size} prompts per rank ({stride} together), {one}",
         "batches to generate": 0 if config.data.responses is not None else passes,
     }
 

@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from esi_ds.cli import Options
-from esi_ds.config import Config
+from esi_ds.config import ClassifierJudge, Config
 from esi_ds.core.criteria import objectives
 from esi_ds.core.footprint import COMPACT_LIMIT, WEIGHT_BYTES, Topology
 from esi_ds.core.select import model_k
@@ -17,6 +17,7 @@ from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import check_experts, expert_parallel_size, read, resolve_deepspeed
 from esi_ds.errors import UserError
+from esi_ds.models.meta import meta_model
 from esi_ds.stages.footprints import (
     STAGES,
     Footprint,
@@ -116,8 +117,6 @@ def describe_work(
 def _judge_bytes(config: Config, ranks: int) -> float:
     """Of the judge on one rank: a slice where it is sharded, else whole. 0 where its configuration is not on
     this machine: a plan does not wait for the hub."""
-    from esi_ds.stages.plan import meta_parameters
-
     judge = config.judge
     if judge is None or "safety" not in objectives(config.select.criterion, config.select.contrastive):
         return 0.0
@@ -126,8 +125,9 @@ def _judge_bytes(config: Config, ranks: int) -> float:
     except UserError:
         return 0.0
     dtype = config.model.dtype if judge.dtype == "auto" else judge.dtype
-    parameters = meta_parameters(found, trust_remote_code=judge.trust_remote_code)
-    whole = WEIGHT_BYTES[dtype] * sum(parameter.numel for parameter in parameters)
+    auto_class = AutoModelForSequenceClassification if isinstance(judge, ClassifierJudge) else AutoModelForCausalLM
+    model = meta_model(found, auto_class, judge.trust_remote_code)
+    whole = WEIGHT_BYTES[dtype] * sum(parameter.numel() for parameter in model.parameters())
     return whole / ranks if judge.placement == "sharded" else whole
 
 

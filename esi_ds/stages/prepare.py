@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.artifacts import file_sha256
-from esi_ds.config import Config
+from esi_ds.config import ClassifierJudge, Config, scores_given
 from esi_ds.core.criteria import objectives
 from esi_ds.data.chat import (
     EncodedResponse,
@@ -20,29 +20,34 @@ from esi_ds.data.chat import (
     load_tokenizer,
     special_strings,
 )
-from esi_ds.data.prompts import PromptSet, load_prompts, load_responses
+from esi_ds.data.prompts import PromptSet, load_judge_scores, load_prompts, load_responses
 from esi_ds.errors import UserError
+from esi_ds.judge.classifier import SequenceRule, classifier_family, longest_input, read_rule
 from esi_ds.judge.families import Family, TextBuilder, choose_family
 from esi_ds.judge.guard import GuardInput, check_verdict, encode_pair
+from esi_ds.models.meta import meta_model
 
 
 @dataclass(frozen=True)
 class Judge:
-    """The judge's texts and tokens; its weights come later."""
+    """The judge's texts and tokens; its weights come later. labels: of a classifier, the unsafe ones' indices and
+    whether labels are judged one by one."""
 
     tokenizer: PreTrainedTokenizerBase
     family: Family
     texts: TextBuilder
     config: PretrainedConfig
     max_length: int | None
+    labels: tuple[list[int], bool] | None = None
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Prompts, and what is needed to turn them into the model's and the judge's ids.
 
-    prompts, given_responses: texts as they were given (responses None: to be generated). ``judge`` is None for
-    criteria that need no gradient. benign_prompts: of ``eval.benign``, for a mixture's routing frequencies.
+    prompts, given_responses: texts as they were given (responses None: to be generated). given_scores: J of each,
+    where they come with the responses and ``judge`` is None. benign_prompts: of ``eval.benign``, for a mixture's
+    routing frequencies.
     """
 
     model_config: PretrainedConfig
@@ -54,16 +59,18 @@ class Inputs:
     skipped: list[tuple[int, str]]
     specials: tuple[str, ...]
     benign_prompts: tuple[str, ...] = ()
+    given_scores: list[float] | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """One usable pair: the model's ids, the response's offsets in its own text, and the judge's input."""
+    """One usable pair: the model's ids, the response's offsets in its own text, and the judge's input (None: no judge
+    is asked)."""
 
     index: int
     prompt_ids: list[int]
     response: EncodedResponse
-    guard_input: GuardInput
+    guard_input: GuardInput | None
 
 
 def prepare(config: Config) -> Inputs | None:
@@ -90,11 +97,12 @@ def prepare(config: Config) -> Inputs | None:
         chat_template=config.model.chat_template,
     )
     check_chat_template(tokenizer, config.model.system_prompt)
-    judge = prepare_judge(config)
+    judge = prepare_judge(config) if config.judge is not None else None
     prompts, responses, source, skipped = _read_data(config)
-    specials = special_strings(tokenizer, judge.tokenizer)
+    scores = load_judge_scores(config.data.responses)[: len(prompts)] if scores_given(config) else None
+    specials = special_strings(tokenizer, *([judge.tokenizer] if judge else []))
     benign = _benign_prompts(config)
-    return Inputs(model_config, tokenizer, judge, prompts, responses, source, skipped, specials, benign)
+    return Inputs(model_config, tokenizer, judge, prompts, responses, source, skipped, specials, benign, scores)
 
 
 def _benign_prompts(config: Config) -> tuple[str, ...]:
@@ -112,12 +120,33 @@ def prepare_judge(config: Config) -> Judge:
     tokenizer = load_tokenizer(
         section.path, "judge.path", revision=section.revision, trust_remote_code=section.trust_remote_code
     )
+    judge_config = load_model_config(section.path, "judge.path", section.revision, section.trust_remote_code)
+    check_weights(section.path, "judge.path")
+    if isinstance(section, ClassifierJudge):
+        return _prepare_classifier(section, tokenizer, judge_config, config.esi.batch_size)
     family = choose_family(section, tokenizer)
     texts = TextBuilder(family, tokenizer, section.context)
     check_verdict(texts, family, tokenizer)
-    judge_config = load_model_config(section.path, "judge.path", section.revision, section.trust_remote_code)
-    check_weights(section.path, "judge.path")
     return Judge(tokenizer, family, texts, judge_config, max_positions(judge_config))
+
+
+def _prepare_classifier(
+    section: ClassifierJudge, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, batch_size: int
+) -> Judge:
+    labels = None if section.unsafe_labels is None else tuple(section.unsafe_labels)
+    rule = SequenceRule(section.template, labels, section.multi_label)
+    family = classifier_family(section.template)
+    found = read_rule(config, rule, "judge")
+    texts = TextBuilder(family, tokenizer, "prompt_and_response")
+    if config.get_text_config().pad_token_id is None and batch_size > 1:
+        raise UserError(
+            "judge.path",
+            section.path,
+            "has no padding token, so that its answers of unlike length cannot be judged together",
+            "set esi.batch_size: 1, or pad_token_id in its config.json",
+        )
+    model = meta_model(config, AutoModelForSequenceClassification, section.trust_remote_code)
+    return Judge(tokenizer, family, texts, config, longest_input(model, tokenizer, None), found)
 
 
 def _read_data(config: Config) -> tuple[list[str], list[str] | None, dict[str, str], list[tuple[int, str]]]:
@@ -203,7 +232,9 @@ def encode_examples(
         if limit is not None and len(ids) + len(encoded.ids) > limit:
             excluded[index] = f"too long for the model ({len(ids) + len(encoded.ids)} tokens, it takes {limit})"
             continue
-        guard_input = encode_pair(judge.texts, judge.family, judge.tokenizer, prompt, response, judge.max_length)
+        guard_input = None
+        if judge is not None:
+            guard_input = encode_pair(judge.texts, judge.family, judge.tokenizer, prompt, response, judge.max_length)
         if isinstance(guard_input, str):
             excluded[index] = guard_input
             continue

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from esi_ds.judge.guard import WholeWeights
+from esi_ds.models.meta import meta_model
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import DTYPES, load_replicated, load_sharded
 
@@ -17,8 +18,7 @@ def model_bytes(
     config: PretrainedConfig, dtype: str, auto_class: type = AutoModelForCausalLM, trust_remote_code: bool = False
 ) -> int:
     """Bytes of all weights, counted on the meta device. trust_remote_code: of the judge's section."""
-    with torch.device("meta"):
-        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    model = meta_model(config, auto_class, trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters()) * DTYPES[dtype].itemsize
 
 

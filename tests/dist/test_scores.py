@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PAIRS, build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
+from builders import (
+    PAIRS,
+    build_classifier,
+    build_guard,
+    build_model,
+    byte_bpe_tokenizer,
+    sentencepiece_tokenizer,
+)
 from conftest import ROOT, run_ranks
-from reference import esi_scores, select
+from reference import Family, esi_scores, select
 from safetensors.torch import load_file
 from transformers.utils import logging
 
@@ -20,6 +27,22 @@ logging.set_verbosity_error()
 KINDS = ("llama", "llama_tied", "qwen3_moe", "mixtral", "phi3", "needle")
 GUARDS = ("same", "other")
 BATCHES = (1, 3, 8)
+# A decoder and an encoder, of another tokenizer than the model's: (kind, problem, what is asked, how the oracle asks).
+CLASSIFIER_TEXT = "USER: {prompt} ASSISTANT:{response}"
+CLASSIFIERS = {
+    "labels-llama": (
+        "llama",
+        None,
+        {"unsafe_labels": ["harmful", 2], "score": "margin"},
+        Family(CLASSIFIER_TEXT, labels=(1, 2)),
+    ),
+    "labels-bert": (
+        "bert",
+        "multi_label_classification",
+        {"unsafe_labels": [0, 1], "score": "logprob"},
+        Family(CLASSIFIER_TEXT, labels=(0, 1), multi_label=True),
+    ),
+}
 # fp32 sums over tokens and prompts in another order; unrounded arithmetic would give 0. Measured: at most 1.5e-6.
 TOLERANCE = 1e-5
 
@@ -32,8 +55,15 @@ def folder(tmp_path_factory) -> Path:
         build_model(kind, folder / kind, byte_bpe_tokenizer())
     build_guard(folder / "same", byte_bpe_tokenizer())
     build_guard(folder / "other", sentencepiece_tokenizer())
+    for name, (kind, problem, *_) in CLASSIFIERS.items():
+        build_classifier(folder / name, sentencepiece_tokenizer(), kind, problem)
     rows = ({"prompt": prompt, "response": response} for prompt, response in PAIRS)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # What another judge has said: the oracle's own scores, and one response that was not judged.
+    scores = iter(esi_scores(folder / "qwen3_moe", folder / "other", PAIRS)[1])
+    judged = [{"prompt": p, "response": r, "judge_score": next(scores) if r.strip() else None} for p, r in PAIRS]
+    judged.append({"prompt": "never judged", "response": "some answer", "judge_score": None})
+    (folder / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
     return folder
 
 
@@ -72,6 +102,15 @@ def extra_cases(folder: Path, ranks: int) -> list[dict]:
         config(folder, "llama", "other", batch, f"{tag}-checkpointing"),
     ]
     made[-1]["config"]["model"]["gradient_checkpointing"] = True
+    made += [
+        config(folder, "llama", "same", batch, f"{tag}-score-function", {"estimator": "score_function"}),
+        config(folder, "qwen3_moe", "other", batch, f"{tag}-given-scores", {"estimator": "score_function"}),
+    ]
+    del made[-1]["config"]["judge"]
+    made[-1]["config"]["data"]["responses"] = str(folder / "judged.jsonl")
+    for name, (_, _, asked, _) in CLASSIFIERS.items():
+        made.append(config(folder, "llama", name, batch, f"{tag}-{name}"))
+        made[-1]["config"]["judge"] |= {"kind": "classifier", "template": CLASSIFIER_TEXT, **asked}
     for name, zero in ZERO_OPTIONS.items():
         made.append(config(folder, "qwen3_moe", "other", batch, f"{tag}-{name}"))
         made[-1]["config"]["deepspeed"] = {"zero_optimization": {"stage": 3, **zero}}
@@ -174,6 +213,24 @@ def test_paper_code_and_gradient_checkpointing(scored: tuple[int, Path]) -> None
     assert relative_error(read(folder / f"w{ranks}-paper" / "scores"), expected) <= TOLERANCE
     got = read(folder / f"w{ranks}-checkpointing" / "scores")
     assert relative_error(got, oracle(folder, "llama", "other")) <= TOLERANCE
+
+
+def test_score_function_needs_no_gradient_of_the_judge(scored: tuple[int, Path]) -> None:
+    """Judged here, or with the scores that some other judge has given: rows without one do not take part."""
+    ranks, folder = scored
+    expected = oracle(folder, "llama", "same", estimator="score_function")
+    assert relative_error(read(folder / f"w{ranks}-score-function" / "scores"), expected) <= TOLERANCE
+    got = read(folder / f"w{ranks}-given-scores" / "scores")
+    assert relative_error(got, oracle(folder, "qwen3_moe", "other", estimator="score_function")) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_sequence_classifier_is_a_judge(scored: tuple[int, Path], name: str) -> None:
+    """Padded on the right and with other rows in its batch, sharded on two ranks of the three."""
+    ranks, folder = scored
+    _, _, asked, family = CLASSIFIERS[name]
+    expected = oracle(folder, "llama", name, family=family, score=asked["score"])
+    assert relative_error(read(folder / f"w{ranks}-{name}" / "scores"), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ZERO_OPTIONS)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from builders import build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
+from builders import build_classifier, build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
 from conftest import ROOT, write_config
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +23,8 @@ def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("errors")
     build_model("llama", folder / "model", byte_bpe_tokenizer())
     build_guard(folder / "guard", sentencepiece_tokenizer())
+    build_classifier(folder / "classifier", sentencepiece_tokenizer(), "llama")
+    build_classifier(folder / "padless", sentencepiece_tokenizer(), "llama", pad=None)
     (folder / "prompts.jsonl").write_text('{"prompt": "Tell me"}\n')
     return folder
 
@@ -43,7 +45,14 @@ CUSTOM = {
 }
 ZERO3 = {"zero_optimization": {"stage": 3}}
 
-# (overrides as nested keys, words that the message must hold)
+CLASSIFIER = {
+    "judge.kind": "classifier",
+    "judge.path": "FOLDER/classifier",
+    "judge.template": "{prompt} {response}",
+    "judge.unsafe_labels": [1],
+}
+
+# (overrides as nested keys, FOLDER being the one of the models, words that the message must hold)
 CASES = {
     "unknown key": ({"select.ratoi": 0.1}, ["select.ratoi", "select.ratio"]),
     "unknown section": ({"judgge.path": "x"}, ["judgge", "judge"]),
@@ -68,6 +77,23 @@ CASES = {
     "missing model": ({"model.path": "./nowhere"}, ["model.path", "nowhere"]),
     "missing guard": ({"judge.path": "./nowhere"}, ["judge.path", "nowhere"]),
     "no judge": ({"judge": None}, ["judge"]),
+    "no judge and no scores": (
+        {"judge": None, "esi.estimator": "score_function"},
+        ["judge", "judge.path", "judge_score", "data.responses"],
+    ),
+    "unknown kind of judge": ({"judge.kind": "clasifier"}, ["judge.kind", "guard", "classifier"]),
+    "classifier without template": ({"judge.kind": "classifier"}, ["judge.template", "missing"]),
+    "classifier with a guard's key": ({**CLASSIFIER, "judge.context": "response_only"}, ["judge.context"]),
+    "classifier without unsafe labels": (
+        {**CLASSIFIER, "judge.unsafe_labels": None},
+        ["judge.unsafe_labels", "harmless"],
+    ),
+    "unknown label": ({**CLASSIFIER, "judge.unsafe_labels": ["harmfull"]}, ["judge.unsafe_labels", "harmful"]),
+    "template without response": ({**CLASSIFIER, "judge.template": "{prompt}"}, ["judge.template", "{response}"]),
+    "classifier without padding": (
+        {**CLASSIFIER, "judge.path": "FOLDER/padless"},
+        ["judge.path", "esi.batch_size: 1", "pad_token_id"],
+    ),
     "missing deepspeed file": ({"deepspeed": "nowhere.json"}, ["deepspeed", "nowhere.json"]),
     "stage 2": ({"deepspeed": {"zero_optimization": {"stage": 2}}}, ["stage", "2", "3"]),
     "no stage": ({"deepspeed": {}}, ["stage", "3"]),
@@ -82,7 +108,8 @@ CASES = {
 
 
 def write(folder: Path, changes: dict) -> Path:
-    return write_config(folder, base(folder), changes)
+    placed = {key: v.replace("FOLDER", str(folder)) if isinstance(v, str) else v for key, v in changes.items()}
+    return write_config(folder, base(folder), placed)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,7 +11,14 @@ import torch
 from esi_ds.core.mask import num_bytes, pack_bits, unpack_bits
 from esi_ds.core.moments import merge, moments, standard_deviation
 from esi_ds.core.noise import gumbel, normal, stream
-from esi_ds.core.surrogate import UNSAMPLED_LOGIT, estimate, paper_code_surrogate, softmax_surrogate
+from esi_ds.core.surrogate import (
+    UNSAMPLED_LOGIT,
+    advantages,
+    estimate,
+    paper_code_surrogate,
+    score_function_surrogate,
+    softmax_surrogate,
+)
 from esi_ds.core.units import Unit, shard_bounds
 from esi_ds.zero.files import Entry, file_header
 
@@ -83,6 +90,23 @@ def test_softmax_surrogate_gradient_is_autograds(noisy: bool) -> None:
     value, gradient = softmax_surrogate(logits.detach(), contraction, 0.3, noise)
     torch.testing.assert_close(gradient, logits.grad, rtol=1e-12, atol=1e-14)  # float64, two orders of summing
     assert float(value.sum()) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_score_function_gradient_is_autograds() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, 30, requires_grad=True)
+    sampled = torch.tensor([3, 0, 29, 3])
+    value, gradient = score_function_surrogate(logits.detach(), sampled, -1.7)
+    expected = -1.7 * torch.nn.functional.cross_entropy(logits, sampled, reduction="none").neg()
+    (by_autograd,) = torch.autograd.grad(expected.sum(), logits)
+    # The same formulas in fp32, another order of operations.
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, by_autograd, rtol=1e-5, atol=1e-6)
+
+
+def test_the_baseline_is_the_mean_of_the_others() -> None:
+    assert advantages({0: 1.0, 4: 3.0, 7: 8.0}) == {0: 1.0 - 5.5, 4: 3.0 - 4.5, 7: 8.0 - 2.0}
+    assert advantages({3: 2.5}) == {3: 2.5} and advantages({}) == {}
 
 
 def test_paper_code_surrogate_is_the_gradient_at_hard_logits() -> None:

@@ -1,0 +1,41 @@
+"""J of every response before any gradient is taken, for the estimator that needs no more of the judge (METHOD §1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from esi_ds.judge.guard import Guard
+from esi_ds.stages.interrupt import check_stop
+from esi_ds.stages.ledger import Ledger
+from esi_ds.stages.prepare import Example
+from esi_ds.tracking import Tracker
+from esi_ds.zero import runtime
+
+
+def judge_scores(
+    guard: Guard, examples: Sequence[Example], batch_size: int, folder: Path, tracker: Tracker
+) -> dict[int, float]:
+    """J by the example's index, the same on every rank; kept in ``folder`` batch by batch, and none asked for twice.
+
+    Collectives: those of a sharded guard, and two gathers a batch. Raises Interrupted.
+    """
+    if runtime.is_main():
+        folder.mkdir(exist_ok=True)
+    ledger = Ledger(folder / "judge_scores.jsonl", ("index",))
+    waiting = [example for example in examples if (example.index,) not in ledger.rows]
+    stride, first = batch_size * runtime.world_size(), batch_size * runtime.rank()
+    bar = tracker.progress(
+        total=len(examples), initial=len(examples) - len(waiting), unit="prompt", description="judge"
+    )
+    with bar:
+        for start in range(0, len(waiting), stride):
+            mine = waiting[start + first : start + first + batch_size]
+            # Without an example of its own a rank judges some other and forgets it: the guard may be sharded.
+            scores = guard.scores([example.guard_input for example in mine or waiting[:1]], runtime.device())
+            ledger.share(
+                {"index": example.index, "judge_score": score} for example, score in zip(mine, scores, strict=False)
+            )
+            bar.update(len(waiting[start : start + stride]))
+            check_stop(f"{len(ledger.rows)} responses judged")
+    return {example.index: ledger.rows[example.index,]["judge_score"] for example in examples}
