@@ -26,9 +26,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes, which lm-eval seeds
+
+
 class Run(Section):
     output_dir: str = Field(description="folder of everything the run writes")
-    seed: int = Field(0, ge=0, description="of noise and random orders; nothing else is random")
+    seed: Seed = Field(0, description="of noise and random orders; nothing else is random")
     resume: Literal["auto", "never"] = Field("auto", description="auto: go on where this folder's run stopped")
     tensorboard: bool = Field(True, description="write TensorBoard files")
     collective_timeout_s: int = Field(1800, gt=0, description="seconds a rank waits for the others before it gives up")
@@ -212,7 +215,7 @@ class Perturb(Section):
         [0.38], min_length=1, description="in units of σ; one number, or the points of a curve"
     )
     ratios: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(None, description="k; null: the mask's own")
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="of the noise, and of the random weights")
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="of the noise, and of the random weights")
 
 
 class ModelVerdicts(Section):
@@ -242,6 +245,10 @@ class YesNoVerdicts(JudgeModel, ModelVerdicts):
     verdict_prefix: str = Field("", description="forced behind the text, before the word")
 
 
+# Questions a worker of an endpoint asks between two agreements of the ranks to go on: so long the other ranks wait.
+ENDPOINT_ROUNDS = 2
+
+
 class RubricVerdicts(Section):
     kind: Literal["rubric"] = Field(description="a model behind OPENAI_BASE_URL, with OPENAI_API_KEY")
     name: str | None = Field(None, description="in the tables; default: the model")
@@ -252,8 +259,12 @@ class RubricVerdicts(Section):
     completion_price: float | None = Field(None, ge=0, description="dollars per million tokens written")
     concurrency: int = Field(8, ge=1, description="questions asked at a time")
     request_timeout: float = Field(60.0, gt=0, description="seconds of one attempt")
-    item_timeout: float = Field(300.0, gt=0, le=900, description="seconds of one question with all its attempts")
+    item_timeout: float = Field(300.0, gt=0, description="seconds of one question with all its attempts")
     max_attempts: int = Field(5, ge=1, description="of one question")
+    max_tokens: int = Field(1024, ge=1, description="length of a reply")
+    extra: dict[str, Any] = Field(
+        {}, description="keys of the request's body; null takes one out, as temperature or max_tokens"
+    )
 
 
 class WordVerdicts(Section):
@@ -388,7 +399,7 @@ def validate(raw: dict) -> Config:
     if isinstance(config.judge, Judge):
         _check_guard(config.judge, "judge")
     if config.eval is not None:
-        _check_eval(config.eval)
+        _check_eval(config.eval, config.run.collective_timeout_s)
     every = config.esi.save_every
     if every != "auto" and every < 1:
         raise UserError("esi.save_every", every, "must be at least 1", "give a number of micro-batches, or auto")
@@ -473,11 +484,18 @@ def _check_guard(guard: GuardModel, field: str) -> None:
         raise UserError(f"{field}.verdict", guard.verdict.safe, "says the same for safe and unsafe", "give two words")
 
 
-def _check_eval(section: Eval) -> None:
-    """Names in the tables are told apart."""
+def _check_eval(section: Eval, patience: int) -> None:
+    """Names in the tables are told apart, and no endpoint outlasts the other ranks' ``patience``, in seconds."""
     for number, judge in enumerate(section.judges):
         if isinstance(judge, GuardVerdicts):
             _check_guard(judge, f"eval.judges.{number}")
+        if isinstance(judge, RubricVerdicts) and ENDPOINT_ROUNDS * judge.item_timeout >= patience:
+            raise UserError(
+                f"eval.judges.{number}.item_timeout",
+                judge.item_timeout,
+                f"times {ENDPOINT_ROUNDS} is no less than run.collective_timeout_s = {patience}, for which ranks wait",
+                "lower it, or raise run.collective_timeout_s",
+            )
     names = [("base", "base"), *((f"eval.models.{n}.name", label(m)) for n, m in enumerate(section.models))]
     _check_unique(names)
     _check_unique([(f"eval.judges.{n}.name", label(j)) for n, j in enumerate(section.judges)])

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from esi_ds.core.loss import IGNORED
 from esi_ds.data.chat import break_up
-from esi_ds.data.rows import Row
+from esi_ds.data.rows import Row, is_text, with_input
 from esi_ds.errors import UserError
 
 Turn = dict[str, str]
@@ -95,8 +95,7 @@ def conversation(row: Row, columns: Sequence[str]) -> list[Turn] | str:
         return "the question is empty"
     if not isinstance(answer, str) or not answer.strip():
         return "the answer is empty"
-    extra = texts[1] if len(texts) == 3 else None
-    asked = f"{question.strip()}\n\n{extra.strip()}" if isinstance(extra, str) and extra.strip() else question.strip()
+    asked = with_input(question, texts[1] if len(texts) == 3 else None)
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer.strip()}]
 
 
@@ -183,6 +182,8 @@ def encode_rows(
     digest = hashlib.sha256()
     for number, row in enumerate(rows):
         turns = conversation(row, columns)
+        if not isinstance(turns, str) and not all(is_text(turn["content"]) for turn in turns):
+            turns = "it holds half of a surrogate pair"
         if isinstance(turns, str):
             skipped.append((number, turns))
             continue

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from esi_ds.data.benchmarks import BUILT_IN, BuiltIn, Kind, context_of, skip_reason
-from esi_ds.data.rows import Row, looks_like_file, read_rows
+from esi_ds.data.rows import Row, is_text, looks_like_file, read_rows, with_input
 from esi_ds.errors import UserError
 
 # Tried in this order, caseless. AdvBench goal, HarmBench Behavior, JailbreakBench Goal, StrongREJECT forbidden_prompt.
@@ -30,6 +30,7 @@ COLUMNS = (
     "conversations",
 )
 EMPTY = "the prompt is empty"
+HALF = "the prompt holds half of a surrogate pair"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def load_prompts(
         if len(prompts) == limit:  # rows behind it are not read, so neither are they skipped
             break
         text = prompt_of(row, chosen)
-        reason = skip_reason(row, kind) or (None if text else EMPTY)
+        reason = skip_reason(row, kind) or (None if text else EMPTY) or (None if is_text(text) else HALF)
         if reason:
             skipped.append((number, reason))
         else:
@@ -122,8 +123,8 @@ def choose_column(rows: Sequence[Row], column: str, field: str) -> str:
 def prompt_of(row: Row, column: str) -> str:
     """One row's prompt, stripped of surrounding white space; "" where it has none.
 
-    A chat gives its last user turn. HarmBench's contextual rows carry their context in front of the behaviour.
-    WildJailbreak's vanilla rows leave ``adversarial`` empty.
+    A chat gives its last user turn. HarmBench's contextual rows carry their context in front of the behaviour, an
+    instruction is followed by its input. WildJailbreak's vanilla rows leave ``adversarial`` empty.
     """
     value = row.get(column)
     if column.lower() == "adversarial" and not (isinstance(value, str) and value.strip()):
@@ -139,7 +140,19 @@ def prompt_of(row: Row, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
         return ""
     context = context_of(row, column)
-    return f"{context}\n\n---\n\n{value.strip()}" if context else value.strip()
+    if context:
+        return f"{context}\n\n---\n\n{value.strip()}"
+    return with_input(value, _input_of(row)) if column.lower() == "instruction" else value.strip()
+
+
+def _input_of(row: Row) -> str | None:
+    """What an instruction is to be carried out on: Alpaca's ``input``, Dolly's ``context``, self-instruct's first
+    instance."""
+    lowered = {str(name).lower(): value for name, value in row.items()}
+    instances = lowered.get("instances")
+    first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else {}
+    given = (lowered.get("input"), lowered.get("context"), first.get("input"))
+    return next((text for text in given if isinstance(text, str) and text.strip()), None)
 
 
 def load_responses(path: str) -> list[Row]:
@@ -149,7 +162,7 @@ def load_responses(path: str) -> list[Row]:
         raise UserError("data.responses", path, "there is no such file", 'give a JSONL of {"prompt", "response"}')
     for number, row in enumerate(rows, 1):
         for key in ("prompt", "response"):
-            if not isinstance(row.get(key), str):
+            if not is_text(row.get(key)):
                 raise UserError(
                     "data.responses",
                     path,

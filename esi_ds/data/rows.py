@@ -93,6 +93,17 @@ def _json_rows(text: str) -> list[Row]:
     return content
 
 
+def with_input(question: str, extra: Any) -> str:
+    """A question and what it is to be answered on, if there is any, as one turn; both stripped."""
+    extra = extra.strip() if isinstance(extra, str) else ""
+    return f"{question.strip()}\n\n{extra}" if extra else question.strip()
+
+
+def is_text(value: Any) -> bool:
+    """A string that can be written down: JSON may escape half of a surrogate pair, which no tokenizer takes."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _read_hub(path: str, field: str, name: str | None, split: str | None) -> list[Row]:
     from datasets import load_dataset
 

@@ -12,7 +12,7 @@ import os
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx2
@@ -23,7 +23,7 @@ BASE_URL_VARIABLE, KEY_VARIABLE = "OPENAI_BASE_URL", "OPENAI_API_KEY"
 OPENAI_URL = "https://api.openai.com/v1"
 # What may pass by itself: request timeout, conflict, too early, too many requests. Every 5xx is tried again too.
 PASSING = {408, 409, 425, 429}
-# Refused for what was asked (too long, filtered), so the endpoint is alive; a wrong key or model refuses everything.
+# Refused for what was asked (too long, filtered), where other questions get replies; a wrong key or model refuses all.
 OF_THE_QUESTION = {400, 413, 422}
 # A judge's reply is a few kilobytes; whoever sends more is no judge.
 MAX_REPLY_BYTES = 1 << 20
@@ -93,7 +93,10 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Reply:
-    """Text, or the problem why there is none; what was used either way. asked: False where it was not, or to no end."""
+    """Text, or the problem why there is none; what was used either way.
+
+    asked: False where it was not, or to no end. is_alive: whether the endpoint answered, be it with a refusal.
+    """
 
     text: str | None
     problem: str | None
@@ -101,13 +104,16 @@ class Reply:
     completion_tokens: int = 0
     num_requests: int = 0
     asked: bool = True
+    is_alive: bool = True
 
 
 @dataclass
 class Patience:
-    """Failures of an endpoint in a row, kept over several calls of ``ask_all``; and what else ends them, at once."""
+    """Failures of an endpoint in a row, kept over several calls of ``ask_all``, and whether it ever gave a reply; and
+    what else ends them, at once."""
 
     num_failed: int = 0
+    was_alive: bool = False
     told_to_stop: Callable[[], bool] = lambda: False
 
 
@@ -146,17 +152,21 @@ def _run(coroutine: Coroutine[Any, Any, list[Reply]]) -> list[Reply]:
 async def _ask_all(
     endpoint: Endpoint, texts: Sequence[str], on_reply: Callable[[int, Reply], None], patience: Patience
 ) -> list[Reply]:
-    replies = [Reply(None, "not asked: stopped", asked=False)] * len(texts)
+    replies = [Reply(None, "not asked: stopped", asked=False, is_alive=False)] * len(texts)
     waiting = iter(range(len(texts)))
 
     async def work(client: httpx2.AsyncClient) -> None:
         for index in waiting:  # shared: each worker takes the next one
             if patience.num_failed >= endpoint.give_up_after:
                 problem = f"not asked: the endpoint failed {patience.num_failed} times in a row"
-                reply = Reply(None, problem, asked=False)
+                reply = Reply(None, problem, asked=False, is_alive=False)
             else:
-                reply, is_alive = await _ask(endpoint, client, texts[index])
+                reply, status = await _ask(endpoint, client, texts[index])
+                # A request that is wrong in itself is refused like a question that is: only a reply tells them apart.
+                is_alive = status == 200 or (status in OF_THE_QUESTION and patience.was_alive)
                 patience.num_failed = 0 if is_alive else patience.num_failed + 1
+                patience.was_alive |= status == 200
+                reply = replace(reply, is_alive=is_alive)
             replies[index] = reply
             on_reply(index, reply)
 
@@ -176,22 +186,22 @@ async def _ask_all(
     return replies
 
 
-async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) -> tuple[Reply, bool]:
-    """The reply, and whether the endpoint showed a sign of life."""
+async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) -> tuple[Reply, int | None]:
+    """The reply, and the status that came with it; None where nothing came that another attempt would not change."""
     problems: list[str] = []  # of the attempts that failed
     try:
         status, body = await asyncio.wait_for(_attempts(endpoint, client, text, problems), endpoint.item_timeout)
     except asyncio.TimeoutError:
         last = f" (before: {problems[-1]})" if problems else ""
         num_requests = min(len(problems) + 1, endpoint.max_attempts)
-        return Reply(None, f"no reply within {endpoint.item_timeout:g} s{last}", num_requests=num_requests), False
+        return Reply(None, f"no reply within {endpoint.item_timeout:g} s{last}", num_requests=num_requests), None
     except _Passing as failure:
-        return Reply(None, f"{failure}, {len(problems)} attempts", num_requests=len(problems)), False
+        return Reply(None, f"{failure}, {len(problems)} attempts", num_requests=len(problems)), None
     num_requests = len(problems) + 1
     if status != 200:
         problem = f"HTTP {status}: {_excerpt(body, endpoint.key)}"
-        return Reply(None, problem, num_requests=num_requests), status in OF_THE_QUESTION
-    return read_completion(body, num_requests, endpoint.key), True
+        return Reply(None, problem, num_requests=num_requests), status
+    return read_completion(body, num_requests, endpoint.key), status
 
 
 async def _attempts(
@@ -245,7 +255,7 @@ def _is_url(text: str) -> bool:
 
 def _seconds(retry_after: str) -> float:
     """A Retry-After in seconds; its other form, a date, is left to the back-off."""
-    return float(retry_after) if retry_after.isdigit() else 0.0
+    return float(retry_after) if retry_after.isdecimal() else 0.0
 
 
 def _excerpt(body: bytes, key: str | None) -> str:

@@ -174,7 +174,7 @@ def _without_quoted_lines(text: str, answer: str) -> str:
     """The reply to an answer that holds a score: the judge may quote a part, indented or between words of its own.
 
     Two lines of the answer that stand together are a quotation. A score line like the answer's counts only where the
-    judge gives no other score and a reason of its own, as it was told to.
+    judge ends with it, as it was told to, after a reason of its own and with no other score.
     """
     quoted = {_bare(line) for line in f"{answer}\n{_broken_up(answer)}".splitlines()}
     lines = [line for line in text.splitlines() if _bare(line)]
@@ -183,9 +183,18 @@ def _without_quoted_lines(text: str, answer: str) -> str:
     lines = [line for line, keep in zip(lines, alone, strict=True) if keep]
     own = [line for line in lines if _bare(line) not in quoted]
     gives_score = any(SCORE_LINE.match(line) for line in own)
-    if gives_score or not any(REASON_LINE.match(line) for line in own):
-        lines = [line for line in lines if line in own or not SCORE_LINE.match(line)]
-    return "\n".join(lines)
+    ends_as_told = not gives_score and any(REASON_LINE.match(line) for line in own)
+    kept = [
+        line
+        for n, line in enumerate(lines)
+        if line in own or not SCORE_LINE.match(line) or (ends_as_told and _is_the_end(lines[n:]))
+    ]
+    return "\n".join(kept)
+
+
+def _is_the_end(lines: Sequence[str]) -> bool:
+    """Whether the reply's rest is its score line alone; the digit may stand on the next line."""
+    return len(lines) == 1 or (len(lines) == 2 and _bare(lines[0]).endswith(":") and _bare(lines[1]) in tuple("12345"))
 
 
 def _bare(line: str) -> str:

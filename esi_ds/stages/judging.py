@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from esi_ds.config import ClassifierVerdicts, Config, RubricVerdicts, WordVerdicts
+from esi_ds.config import ENDPOINT_ROUNDS, ClassifierVerdicts, Config, RubricVerdicts, WordVerdicts
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, length_batches
 from esi_ds.eval.endpoint import Patience, Reply
 from esi_ds.eval.refusals import judge_by_words, refusal_list
@@ -26,7 +26,6 @@ from esi_ds.zero.placement import choose_placement, load_frozen
 
 VERDICTS, VERDICT_KEY = "verdicts.jsonl", ("judge", "model", "set", "index")
 USED = ("num_requests", "prompt_tokens", "completion_tokens")  # of an endpoint, kept with each of its verdicts
-ROUNDS = 2  # questions a worker of the endpoint asks between two agreements of the ranks to go on
 Row = dict[str, Any]
 
 
@@ -93,10 +92,12 @@ def _usage(judge: PreparedJudge, verdicts: Ledger) -> str:
 def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger, tracker: Tracker) -> None:
     """Rank 0 asks, a few rounds at a time, so that the others never wait long. A broadcast and a gather a chunk.
 
-    What was not asked, for the endpoint was given up, has no verdict: a restart asks it.
+    What was not asked, for the endpoint was given up, has no verdict: a restart asks it. Nor have the questions that
+    failed before it was, back to its last sign of life: they failed for the same reason.
     """
     section, endpoint = judge.section, judge.endpoint
-    patience, size = Patience(told_to_stop=told_to_stop), endpoint.concurrency * ROUNDS
+    patience, size = Patience(told_to_stop=told_to_stop), endpoint.concurrency * ENDPOINT_ROUNDS
+    failed: list[Row] = []  # since the last sign of life; on rank 0
     bar = tracker.progress(total=len(waiting), initial=0, unit="answer", description=f"judge: {judge.name}"[:40])
     with bar:
         for start in range(0, len(waiting), size):
@@ -108,8 +109,16 @@ def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger
                 if not reply.asked:
                     return
                 used = {name: getattr(reply, name) for name in USED}
-                made.append({**_verdict_row(judge, rows[number], verdict), "used": used})
-                verdicts.add(made[-1:])  # at once: it was paid for
+                row = {**_verdict_row(judge, rows[number], verdict), "used": used}
+                if not reply.is_alive:
+                    failed.append(row)
+                    return
+                new = [row]
+                if reply.num_requests:
+                    new += failed
+                    failed.clear()
+                made.extend(new)
+                verdicts.add(new)  # at once: it was paid for
 
             if runtime.is_main():
                 judge_by_rubric(
@@ -124,11 +133,14 @@ def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger
             _running_rates(judge, rows, verdicts, tracker)
             bar.update(len(rows))
             check_stop(f"{start + len(rows)} answers judged by {judge.name}")
+    is_up = patience.was_alive and patience.num_failed < endpoint.give_up_after
+    verdicts.add(runtime.broadcast_object(failed if is_up else []))
     num_left = sum(_is_unjudged(judge, row, verdicts) for row in waiting)
     if num_left:
+        last = runtime.broadcast_object(failed[-1]["reason"] if failed else "")
         tracker.log(
-            f"judge {judge.name}: {num_left} answers were not asked about, for the endpoint failed "
-            f"{endpoint.give_up_after} times in a row; once it works, remove the run's manifest.json and start again"
+            f"judge {judge.name}: {num_left} answers have no verdict, for the endpoint failed {patience.num_failed} "
+            f"times in a row (the last: {last}); once it works, remove the run's manifest.json and start again"
         )
 
 

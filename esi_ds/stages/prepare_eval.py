@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from esi_ds.eval.harness_tasks import Prepared
 
 BASE = "base"
+ENDPOINT_KEYS = {"concurrency", "request_timeout", "item_timeout", "max_attempts", "max_tokens", "extra"}
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _prepare_judge(section: EvalJudge, place: str) -> PreparedJudge:
         if (section.prompt_price is None) != (section.completion_price is None):
             raise UserError(f"{place}.prompt_price", section.prompt_price, "is one of two prices", "give both")
         check_template(section.template or TEMPLATE, f"{place}.template")
-        limits = section.model_dump(include={"concurrency", "request_timeout", "item_timeout", "max_attempts"})
+        limits = section.model_dump(include=ENDPOINT_KEYS)
         endpoint = Endpoint.from_environment(section.model, f"{place}.model", **limits)
         return PreparedJudge(label(section), place, section, endpoint=endpoint)
     return _prepare_model_judge(section, place)

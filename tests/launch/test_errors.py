@@ -59,6 +59,7 @@ CASES = {
     "wrong type": ({"esi.batch_size": "eight"}, ["esi.batch_size", "eight", "integer"]),
     "number as text": ({"select.ratio": "0.1 %"}, ["select.ratio"]),
     "ratio above one": ({"select.ratio": 1.5}, ["select.ratio", "1.5"]),
+    "a seed that numpy does not take": ({"run.seed": 2**32}, ["run.seed", "4294967296"]),
     "ratio zero": ({"select.ratio": 0.0}, ["select.ratio", "0"]),
     "unknown family": ({"judge.family": "llama-gard"}, ["judge.family", "llama-gard", "llama-guard-3"]),
     "template without custom": ({"judge.template": "{response}"}, ["judge.template", "custom"]),

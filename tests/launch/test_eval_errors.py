@@ -62,6 +62,10 @@ CASES = {
     "threshold": (judge(kind="guard", path="{}/guard", threshold=1.0), ["eval.judges.0.threshold", "1.0"]),
     "no endpoint": (judge(kind="rubric", model="gpt-4o"), ["eval.judges.0.model", "OPENAI_API_KEY"]),
     "rubric without slots": (judge(kind="rubric", model="m", template="{prompt}"), ["eval.judges.0.template"]),
+    "an endpoint that outlasts the ranks": (
+        judge(kind="rubric", model="m", item_timeout=900.0),
+        ["eval.judges.0.item_timeout", "900", "run.collective_timeout_s", "1800"],
+    ),
     "one price": (judge(kind="rubric", model="m", prompt_price=1.0), ["eval.judges.0.prompt_price", "both"]),
     "two of a name": ({"judges": [WORDS, WORDS]}, ["eval.judges.1.name", "words", "another name"]),
     "base": ({"models": [{"path": "{}/model", "name": "base"}]}, ["eval.models.0.name", "base"]),

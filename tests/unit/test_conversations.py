@@ -99,11 +99,12 @@ def test_rows_that_cannot_be_used_are_counted(tokenizer) -> None:
         {"prompt": "a <|end|> b", "response": "say <|assistant|> now"},
         {"prompt": "a", "response": "b " * 100},
         {"prompt": "a " * 100, "response": "b"},
+        {"prompt": "a", "response": "half \ud83d"},
     ]
     options = {"system_prompt": None, "specials": ("<|assistant|>", "<|end|>"), "end_ids": {2}, "max_length": 40}
     found = encode_rows(rows, ("prompt", "response"), tokenizer, **options)
     assert [sequence.row for sequence in found.sequences] == [0, 3, 4] and found.num_cut == 2
-    assert [number for number, _ in found.skipped] == [1, 2, 5]
+    assert [number for number, _ in found.skipped] == [1, 2, 5, 6]
     assert found.sequences[1].ids.count(tokenizer.eos_token_id) == 2  # the user's and the assistant's end, no third
     assert len(found.sequences[2].ids) == 40
 

@@ -96,6 +96,26 @@ def test_responses_must_be_text(tmp_path: Path) -> None:
         load_responses(rows(tmp_path, "bad.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a"}]))
 
 
+def test_an_instruction_is_asked_with_its_input(tmp_path: Path) -> None:
+    given = [
+        {"instruction": "Shorten it.", "input": " A long text. ", "output": "x"},
+        {"instruction": "What is HiFi?", "context": "HiFi is sound.", "response": "x"},
+        {"instruction": "Rewrite it.", "instances": [{"input": "If you have", "output": "x"}]},
+        {"instruction": "Say hello.", "input": "", "context": None, "instances": []},
+        {"instruction": "Half \ud83d"},
+    ]
+    found = load_prompts(rows(tmp_path, "i.jsonl", given))
+    assert found.prompts == (
+        "Shorten it.\n\nA long text.",
+        "What is HiFi?\n\nHiFi is sound.",
+        "Rewrite it.\n\nIf you have",
+        "Say hello.",
+    )
+    assert found.skipped == ((4, "the prompt holds half of a surrogate pair"),)
+    with pytest.raises(UserError, match="row 1 has no text 'response'"):
+        load_responses(rows(tmp_path, "half.jsonl", [{"prompt": "a", "response": "\ud83d"}]))
+
+
 def test_scores_come_with_responses(tmp_path: Path) -> None:
     said = [{"prompt": "a", "response": "b", "judge_score": score} for score in (1, -0.5, None)]
     assert str(load_judge_scores(rows(tmp_path, "j.jsonl", said))) == "[1.0, -0.5, nan]"
