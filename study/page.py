@@ -28,7 +28,7 @@ from collect import TUNED, finished, outside, provenance, row_of  # noqa: E402
 from findings import GUARD_RULES, POLITE_RULE, WORDS_RULES, Rule  # noqa: E402
 from grid import MODELS, POISONED, TASKS, Cell, cells  # noqa: E402
 from material import NUM_PROMPTS  # noqa: E402
-from prose import conclusions, interval, percent, rule_text, seeds_text  # noqa: E402
+from prose import conclusions, frozen_text, interval, percent, rule_text, seeds_text  # noqa: E402
 
 from esi_ds.artifacts import write_json_atomic, write_text_atomic  # noqa: E402
 from esi_ds.report.figures import figure_png  # noqa: E402
@@ -208,7 +208,7 @@ def spa_section(rows: Sequence[Row]) -> tuple[str, Row]:
     text = []
     for model in sorted({row["model"] for row in equal}):
         lines = [
-            [row["task"], _frozen(row), seeds_text(row["correct"]), *(interval(row[flag]) for flag in flags)]
+            [row["task"], frozen_text(row), seeds_text(row["correct"]), *(interval(row[flag]) for flag in flags)]
             for row in equal
             if row["model"] == model
         ]
@@ -218,17 +218,13 @@ def spa_section(rows: Sequence[Row]) -> tuple[str, Row]:
             + table(["task", "frozen", "seeds", *names], lines)
         )
     lines = [
-        [row["model"], row["task"], _frozen(row), f"{row['lr']:g}", str(row["seeds"])]
+        [row["model"], row["task"], frozen_text(row), f"{row['lr']:g}", str(row["seeds"])]
         + [interval(row[flag]) for flag in flags]
         for row in data["settings"]
     ]
     every = table(["model", "task", "frozen", "learning rate", "seeds", *names], lines)
     text.append(f"<details><summary>Every setting</summary>\n\n{every}\n</details>\n")
     return "\n".join(text), data
-
-
-def _frozen(row: Row) -> str:
-    return "nothing" if row["criterion"] == "nothing" else f"{row['criterion']} {100 * row['ratio']:g} %"
 
 
 # ---------------------------------------------------------------- masks

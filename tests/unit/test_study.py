@@ -19,6 +19,7 @@ import findings  # noqa: E402
 import grid  # noqa: E402
 import material  # noqa: E402
 import page  # noqa: E402
+import prose  # noqa: E402
 import where  # noqa: E402
 from collect import row_of  # noqa: E402
 from findings import POLITE_RULE, WORDS_RULES  # noqa: E402
@@ -194,6 +195,28 @@ def test_a_claim_turns_with_its_numbers(partial: Path, tmp_path: Path) -> None:
     worse = {key: {**untuned[key], "rate": 0.01} for key in ("asr_string", "asr_guard")}
     assert "does not hold by refusal words" in conclusions(data, {"llama-complying": worse})
     assert "not decided (the untuned model was not measured)" in conclusions(data, {})
+
+
+@pytest.mark.skipif(not (ROOT / "docs/results/study.json").is_file(), reason="the study has not been run")
+def test_the_page_says_what_its_rows_say() -> None:
+    """The sentences are made again from study.json: none was written by hand, none is of an older program."""
+    data = json.loads((ROOT / "docs/results/study.json").read_text())
+    page_text = (ROOT / "docs/results.md").read_text()
+    assert conclusions(data, data["untuned"]).strip() in page_text
+    # A rate at an end of those that were run is marked, one between two others is not.
+    methods = [
+        {
+            "model": "m",
+            "ratio": 0.01,
+            "criterion": name,
+            "learning_rates": [1, 2, 3],
+            "at": {"r": {"learning_rates": used}},
+        }
+        for name, used in (("esi", {"0": 2, "1": 2}), ("snip", {"0": 2, "1": 2}), ("random", {"0": 2, "1": 3}))
+    ]
+    test = {"model": "m", "ratio": 0.01, "first": "esi", "rule": "r"}
+    assert not prose._is_at_edge({**test, "second": "snip"}, methods)
+    assert prose._is_at_edge({**test, "second": "random"}, methods)
 
 
 def test_overlap_of_masks(tmp_path: Path) -> None:
