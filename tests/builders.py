@@ -322,10 +322,13 @@ def build_classifier(
     return folder
 
 
-def build_mask(folder: Path, model_folder: Path, ratio: float = 0.05, seed: int = 0, whole: str | None = None) -> Path:
+def build_mask(
+    folder: Path, model_folder: Path, ratio: float = 0.05, seed: int = 0, whole: str | None = None, part: str = ""
+) -> Path:
     """A random mask with exactly what the format asks for and nothing more, written by plain safetensors.
 
-    The first scored parameter gets nothing; ``whole`` names one that is selected entirely.
+    The first scored parameter gets nothing; ``whole`` names one that is selected entirely. Parameters whose names do
+    not hold ``part`` get nothing either.
     """
 
     from safetensors.torch import save_file
@@ -339,6 +342,9 @@ def build_mask(folder: Path, model_folder: Path, ratio: float = 0.05, seed: int 
     generator = torch.Generator().manual_seed(seed)
     bits = {p.name: torch.rand(p.numel, generator=generator) < ratio for p in scored}
     bits[scored[0].name].zero_()
+    for name in bits:
+        if part not in name:
+            bits[name].zero_()
     if whole is not None:
         bits[whole].fill_(True)
     counts = {name: int(values.sum()) for name, values in bits.items()}

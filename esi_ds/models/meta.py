@@ -6,12 +6,23 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from esi_ds.errors import UserError
+
 
 def meta_model(
-    config: PretrainedConfig, auto_class: type = AutoModelForCausalLM, trust_remote_code: bool = False
+    config: PretrainedConfig,
+    auto_class: type = AutoModelForCausalLM,
+    trust_remote_code: bool = False,
+    field: str = "model.path",
 ) -> nn.Module:
-    """On the meta device. trust_remote_code: of the section of the experiment's config that names the model."""
-    with torch.device("meta"):
-        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    """On the meta device. trust_remote_code: of the section of the experiment's config that names the model, at
+    ``field``. Raises UserError for an architecture that the class does not take."""
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        problem = f"is no model for {auto_class.__name__} ({str(error).strip().splitlines()[0]})"
+        remedy = f"give a folder that transformers' {auto_class.__name__} reads"
+        raise UserError(field, config.name_or_path or config.model_type, problem, remedy) from error
     model.tie_weights()
     return model

@@ -11,12 +11,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from esi_ds.core.units import Parameter, Unit
 from esi_ds.errors import UserError
+
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PretrainedConfig
 
 SCORED = (
     *(f"attention.{part}" for part in ("q", "k", "v", "o", "q_a", "q_b", "kv_a", "kv_b")),
@@ -55,6 +60,7 @@ EXPERT_ROLES = {
     "w2": "expert.down",
 }
 ROUTER_LEAVES = frozenset({"gate", "router", "wg", "shared_expert_gate"})
+CORRECTION_BIASES = frozenset({"expert_bias", "e_score_correction_bias"})
 ATTENTION_NAMES = frozenset({"self_attn", "self_attention", "attention", "attn"})
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -81,7 +87,7 @@ def describe(
     for name, tensor in model.named_parameters():
         shape = tuple(shapes[name])
         module_name, _, leaf = name.rpartition(".")
-        wanted = next((role for pattern, role in given.items() if fnmatchcase(name, pattern)), None)
+        wanted = _given_role(name, given)
         role = wanted or _role(modules, module_name, leaf, shape, is_head=tensor is head)
         if role in UNSCORED:
             units: tuple[Unit, ...] = ()
@@ -94,20 +100,36 @@ def describe(
     return tuple(parameters)
 
 
-def routers(model: nn.Module) -> dict[str, nn.Module]:
+def routers(model: nn.Module, given: Mapping[str, str] | None = None) -> dict[str, nn.Module]:
     """Modules whose output says which experts are chosen, by name in the model's order.
 
     Not the layers inside a router, nor the gate of a shared expert, which chooses nothing, nor JetMoE's, whose output
-    is tokens in the experts' order.
+    is tokens in the experts' order. given: ``model.roles``; a linear layer whose weight it calls a router's is one.
     """
     modules = dict(model.named_modules())
+    named = {
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear) and _given_role(f"{name}.weight", given or {}) == "router"
+    }
     return {
         name: module
         for name, module in modules.items()
-        if _router_of(modules, name) == name
-        and name.rpartition(".")[2] != "shared_expert_gate"
-        and not type(module).__name__.endswith("Gating")
+        if name in named
+        or (
+            _router_of(modules, name) == name
+            and name.rpartition(".")[2] != "shared_expert_gate"
+            and not type(module).__name__.endswith("Gating")
+        )
     }
+
+
+def experts_per_token(config: PretrainedConfig) -> int:
+    """How many routed experts a token goes through; the most, where layers differ (Hunyuan). 1 without experts."""
+    keys = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
+    places = (config, getattr(config, "ffn_config", None))  # DBRX has a section of its own
+    found = next((value for place in places for key in keys if (value := getattr(place, key, None))), 1)
+    return max(found) if isinstance(found, (list, tuple)) else found
 
 
 def router_names(parameters: Sequence[Parameter]) -> list[str]:
@@ -143,6 +165,10 @@ def warning(names: Sequence[str]) -> str:
     )
 
 
+def _given_role(name: str, given: Mapping[str, str]) -> str | None:
+    return next((role for pattern, role in given.items() if fnmatchcase(name, pattern)), None)
+
+
 def _check_given(given: Mapping[str, str], names: Sequence[str]) -> None:
     for pattern, role in given.items():
         if role not in SCORED and role not in UNSCORED:
@@ -172,6 +198,8 @@ def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: 
         return "head"
     if _router_of(modules, module_name) is not None:
         return "router"  # its biases too, DeepSeek's correction bias among them
+    if leaf in CORRECTION_BIASES and hasattr(module, "experts"):
+        return "router"  # beside the router and not in it: AFMoE's
     if leaf.endswith("bias") or leaf == "sinks":  # gpt-oss: one number a head, added to its attention logits
         return "bias"
     if "norm" in type(module).__name__.lower() or (len(shape) == 1 and "norm" in module_name.rpartition(".")[2]):
@@ -182,7 +210,7 @@ def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: 
     if EXPERT.search(f"{module_name}.") and own_name in EXPERT_ROLES:
         return EXPERT_ROLES[own_name]
     if _is_fused(shape, leaf):
-        return "expert"
+        return "shared" if SHARED.search(f"{module_name}.") else "expert"
     role = LEAF_ROLES.get(own_name, "other") if len(shape) == 2 else "other"
     if role.startswith("mlp.") and ATTENTION_NAMES.intersection(module_name.split(".")):
         return "other"  # AFMoE's attention has a gate_proj
@@ -190,8 +218,8 @@ def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: 
 
 
 def _is_fused(shape: tuple[int, ...], leaf: str) -> bool:
-    """Whether a parameter holds all routed experts of a layer: [E, ...]."""
-    return len(shape) == 3 and leaf in ("gate_up_proj", "up_proj", "down_proj")
+    """Whether a parameter holds all routed experts of a layer, or all shared ones: [E, ...]."""
+    return len(shape) == 3 and leaf in ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def _router_of(modules: Mapping[str, nn.Module], module_name: str) -> str | None:
@@ -216,11 +244,14 @@ def _units(name: str, role: str, shapes: Mapping[str, tuple[int, ...]], module: 
     shape = tuple(shapes[name])
     layer = layer_of(name)
     leaf, own_name = name.rpartition(".")[2], name.split(".")[-2] if "." in name else name
+    is_shared = bool(SHARED.search(name))
     if _is_fused(shape, leaf):
-        return _fused_expert_units(name, leaf, shape, layer, _is_transposed(name, shapes), _alternate(module))
+        units = _fused_expert_units(name, leaf, shape, layer, _is_transposed(name, shapes), _alternate(module))
+        if is_shared:  # their numbers are no routed experts'
+            return tuple(replace(unit, role=unit.role.replace("expert.", "shared."), expert=None) for unit in units)
+        return units
     rows, width = shape[0], _numel(shape[1:])
     expert = int(found.group(1)) if (found := EXPERT.search(name)) else None
-    is_shared = bool(SHARED.search(name))
     if len(shape) == 2 and (own_name == "gate_up_proj" or (is_shared and own_name == "input_linear")):
         kind = "shared" if is_shared else "mlp" if expert is None else "expert"
         return _row_blocks(name, layer, width, ((f"{kind}.gate", rows // 2), (f"{kind}.up", rows // 2)), expert)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file
 
 from esi_ds.data.chat import break_up, encode_prompt
-from esi_ds.models.roles import layer_of, routers
+from esi_ds.models.roles import layer_of
 from esi_ds.zero.files import save_tensors
 from esi_ds.zero.routing import Choices, drift, routing_choices
 
@@ -32,7 +32,7 @@ def _measure(run: TuneRun, model) -> dict[str, Choices]:
 def measure_before(run: TuneRun, model) -> None:
     """Write the choices of the untuned model to the run folder, once. Collectives: ``routing_choices``, a set each."""
     file: Path = run.folder.path / BEFORE
-    if not routers(model.module) or run.runtime.broadcast_object(file.is_file()):
+    if not model.routers or run.runtime.broadcast_object(file.is_file()):
         return
     found = _measure(run, model)
     if run.runtime.is_main():
@@ -44,7 +44,7 @@ def measure_before(run: TuneRun, model) -> None:
 def drift_rows(run: TuneRun, model) -> list[dict]:
     """{set, layer, tokens, changed} of every router, on rank 0: tokens whose set of experts is another one than before.
     Collectives: ``routing_choices``, a set each."""
-    if not routers(model.module):
+    if not model.routers:
         return []
     found = _measure(run, model)
     if not run.runtime.is_main():

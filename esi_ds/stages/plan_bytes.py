@@ -18,6 +18,7 @@ from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import check_experts, expert_parallel_size, read, resolve_deepspeed
 from esi_ds.errors import UserError
 from esi_ds.models.meta import meta_model
+from esi_ds.models.roles import experts_per_token
 from esi_ds.stages.footprints import (
     STAGES,
     Footprint,
@@ -45,10 +46,10 @@ def readable(size: float) -> str:
 
 
 def topology(options: Options) -> Topology:
-    """``--nodes`` × ``--gpus-per-node``; ``--world-size`` alone is as many ranks on nodes of eight."""
+    """``--nodes`` × ``--gpus-per-node``; ``--world-size`` alone is as many ranks on equal nodes of at most eight."""
     ranks = options.world_size or 1
-    nodes = options.nodes or max(1, ranks // 8)
-    return Topology(nodes, ranks // nodes) if ranks % nodes == 0 else Topology(1, ranks)
+    nodes = options.nodes or ranks // max(size for size in range(1, 9) if ranks % size == 0)
+    return Topology(nodes, ranks // nodes)
 
 
 def is_compact(config: Config, total: int) -> bool:
@@ -93,7 +94,6 @@ def describe_work(
     ranks: int,
 ) -> Work:
     text, tune = model_config.get_text_config(), config.tune
-    top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_top_k", None) or 1
     if stage == "esi" or tune is None:
         tokens, accumulation = config.esi.batch_size * 2 * config.esi.max_new_tokens, 1
     else:
@@ -103,7 +103,7 @@ def describe_work(
         trained,
         WEIGHT_BYTES[config.model.dtype],
         tokens,
-        top_k,
+        experts_per_token(text),
         text.hidden_size,
         is_compact(config, sum(trained["set"].values())),
         len(objectives(config.select.criterion, config.select.contrastive)),
@@ -126,7 +126,7 @@ def _judge_bytes(config: Config, ranks: int) -> float:
         return 0.0
     dtype = config.model.dtype if judge.dtype == "auto" else judge.dtype
     auto_class = AutoModelForSequenceClassification if isinstance(judge, ClassifierJudge) else AutoModelForCausalLM
-    model = meta_model(found, auto_class, judge.trust_remote_code)
+    model = meta_model(found, auto_class, judge.trust_remote_code, "judge.path")
     whole = WEIGHT_BYTES[dtype] * sum(parameter.numel() for parameter in model.parameters())
     return whole / ranks if judge.placement == "sharded" else whole
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.artifacts import file_sha256
@@ -145,7 +146,7 @@ def _prepare_classifier(
             "has no padding token, so that its answers of unlike length cannot be judged together",
             "set esi.batch_size: 1, or pad_token_id in its config.json",
         )
-    model = meta_model(config, AutoModelForSequenceClassification, section.trust_remote_code)
+    model = meta_model(config, AutoModelForSequenceClassification, section.trust_remote_code, "judge.path")
     return Judge(tokenizer, family, texts, config, longest_input(model, tokenizer, None), found)
 
 
@@ -175,7 +176,7 @@ def load_model_config(
         found = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, local_files_only=only_local
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(
             field,
             path,

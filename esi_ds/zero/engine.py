@@ -57,7 +57,7 @@ class ShardedModel:
         ]
         check_experts(deepspeed_config, experts)
         tensors, self._buffers = expert_parallel.remember(module), persistent_buffers(module)
-        router_names = tuple(routers(module))
+        router_names = tuple(routers(module, roles))
         probe = expert_parallel.Probe(module, router_names) if self.expert_parallel else None
         self.engine, zero, _, _ = _initialize(module, optimizer, deepspeed_config)
         self._offload = zero if optimizer is None else zero.parameter_offload
@@ -212,10 +212,11 @@ class ShardedModel:
 
 
 def _keep_together(block: nn.Module) -> None:
-    """A block with a list of experts: gathered as one, and every expert's parameters take part in the graph, with a
-    gradient of zero where no token came. Otherwise ranks that use other experts wait for one another's collectives."""
+    """A block with a list of experts: gathered as one, and all of its parameters take part in the graph, with a
+    gradient of zero where no token came, and of a router's correction bias, which only orders experts. Otherwise ranks
+    that use other experts wait for one another's collectives."""
     set_z3_leaf_module(block, True)
-    parameters = list(block.experts.parameters())
+    parameters = list(block.parameters())
 
     def touch(module: nn.Module, arguments: tuple, output: Tensor | tuple) -> Tensor | tuple:
         if not torch.is_grad_enabled():

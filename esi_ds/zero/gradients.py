@@ -113,7 +113,14 @@ class ReducedGradients:
             self._reduce(self._buckets.pop(group).waiting, group)
 
     def flush(self) -> None:
-        """Reduce what waits in buckets; call after every backward pass. At most one reduce-scatter a group."""
+        """Reduce what waits in buckets; call after every backward pass. At most one reduce-scatter a group.
+
+        Raises RuntimeError where a gradient of a block with a list of experts did not come: it would be lost unseen.
+        """
+        for block in self._blocks.values():
+            if block.waiting:
+                absent = [name for name in block.names if name not in block.waiting]
+                raise RuntimeError(f"no gradient reached {absent[0]} ({len(absent)} of its block)")
         buckets, self._buckets = self._buckets, {}
         for group, bucket in buckets.items():
             self._reduce(bucket.waiting, group)

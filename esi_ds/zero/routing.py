@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from esi_ds.core.batch import left_pad
+from esi_ds.models.roles import experts_per_token
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 
@@ -52,7 +53,7 @@ def routing_choices(model: ShardedModel, rows: Sequence[Sequence[int]], pad: int
 @torch.no_grad()
 def _choices_of(rows: Sequence[Sequence[int]], model: ShardedModel, pad: int) -> list[Choices]:
     """One forward pass; the choices of each row, padding left out."""
-    top_k = getattr(model.module.config.get_text_config(), "num_experts_per_tok", 1)
+    top_k = experts_per_token(model.module.config.get_text_config())
     batch = left_pad(rows, pad, runtime.device())
     seen: Choices = {}
     handles = []

@@ -121,7 +121,7 @@ class CompactGradients:
             if torch.distributed.get_world_size(group) > 1:
                 torch.distributed.all_reduce(self.sums[place], group=group)
         own = torch.cat([self.sums[place] for place in self.ranges.values()])
-        if len(self._places) == 1:
+        if set(self._places) == {None}:  # every rank has all sums; one group of experts is of some ranks only
             return own, _norm(self.sums)
         norm_squared = torch.tensor(_norm(own) ** 2, dtype=torch.float64)
         return own, math.sqrt(runtime.all_reduce_sum(norm_squared))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from esi_ds.cli import leave
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.gradients import GradientShards
+from esi_ds.zero.gradients import GradientShards, ReducedGradients
 
 EXPERTS = 5
 TOKENS = ([5, 6, 7, 8], [20, 21, 22])  # of rank 0 and rank 1
@@ -34,6 +34,7 @@ class ListedExperts(nn.Module):
     def __init__(self, hidden: int):
         super().__init__()
         self.gate = nn.Linear(hidden, EXPERTS, bias=False)
+        self.gate.e_score_correction_bias = nn.Parameter(torch.zeros(EXPERTS))  # only orders: it gets no gradient
         self.experts = nn.ModuleList()
         for _ in range(EXPERTS):
             expert = nn.Module()
@@ -47,7 +48,9 @@ class ListedExperts(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         flat = hidden.view(-1, hidden.shape[-1])
-        weight, chosen = self.gate(flat).softmax(-1).max(-1)
+        weights = self.gate(flat).softmax(-1)
+        chosen = (weights + self.gate.e_score_correction_bias).argmax(-1)
+        weight = weights.gather(-1, chosen[:, None])[:, 0]
         result = torch.zeros_like(flat)
         for index in chosen.unique().tolist():
             where, expert = (chosen == index).nonzero().flatten(), self.experts[index]
@@ -55,6 +58,15 @@ class ListedExperts(nn.Module):
             made = expert.w2(torch.nn.functional.silu(expert.w1(rows)) * expert.w3(rows))
             result = result.index_add(0, where, made * weight[where, None])
         return result.view_as(hidden)
+
+
+class AllGradients(GradientShards):
+    """Of the scored parameters and of all others, as where ``tune.unscored`` is ``train``."""
+
+    def __init__(self, model: ShardedModel):
+        super().__init__(model, torch.device("cpu"))
+        ReducedGradients.__init__(self, model, model.shards)
+        self.sums = {shard.name: torch.zeros(shard.numel) for shard in model.shards}
 
 
 def build(folder: Path) -> nn.Module:
@@ -73,7 +85,7 @@ def main() -> None:
     folder = Path(sys.argv[-1])
     runtime.start()
     model = ShardedModel(build(folder), SETTINGS)
-    shards = GradientShards(model, torch.device("cpu"))
+    shards = AllGradients(model)
     with shards.collecting():
         loss_of(model.module, TOKENS[runtime.rank()]).backward()
         shards.flush()

@@ -45,6 +45,7 @@ def folder(tmp_path_factory) -> Path:
     for kind in KINDS:
         build_model(kind, folder / kind, byte_bpe_tokenizer(), experts=EXPERTS)
         build_mask(folder / f"{kind}-mask", folder / kind, ratio=0.2)
+    build_mask(folder / "experts-mask", folder / "qwen3_moe", ratio=0.2, part=".experts.")
     for kind in ("gpt_oss", "llama"):
         build_model(kind, folder / kind, byte_bpe_tokenizer(), experts=EXPERTS)
     build_guard(folder / "guard", byte_bpe_tokenizer())
@@ -101,6 +102,7 @@ TUNED = {
     "compact": ("set", "qwen3_moe", {"reduction": "compact"}),
     "scatter": ("set", "mixtral", {"reduction": "scatter"}),
     "unscored": ("set", "qwen2_moe", {"unscored": "train"}),
+    "experts": ("set", "qwen3_moe", {"reduction": "compact"}),  # by a mask that lies in routed experts only
     "spa": ("spa", "qwen3_moe", {}),
     "router": ("spa", "deepseek_v2", {"router": "train"}),
     "offload-set": ("set", "qwen3_moe", {}),
@@ -132,6 +134,10 @@ def tuned_on(ranks: int) -> tuple[str, ...]:
     return tuple(TUNED) if ranks == 2 else ("compact", "scatter", "spa")
 
 
+def mask_of(folder: Path, name: str) -> Path:
+    return folder / ("experts-mask" if name == "experts" else f"{TUNED[name][1]}-mask")
+
+
 def moved_on(ranks: int) -> tuple[str, ...]:
     return ("set", "spa") if ranks == 2 else ("set",)
 
@@ -154,6 +160,7 @@ def cases(folder: Path, ranks: int) -> dict[str, list]:
             ]
         for name in tuned_on(ranks):
             stage, kind, more = TUNED[name]
+            more = {**more, "mask": str(mask_of(folder, name))}
             found["tuned"].append(tune_case(folder, tag, size, stage, name, kind, **more))
         paths = {"model": str(folder / "mixtral"), "mask": str(folder / "mixtral-mask")}
         zero = settings(size)["zero_optimization"]
@@ -275,7 +282,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def trained_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
     stage, kind, more = TUNED[name]
-    mask, base = Mask.load(folder / f"{kind}-mask"), weights(folder / kind)
+    mask, base = Mask.load(mask_of(folder, name)), weights(folder / kind)
     found = {}
     for key, values in base.items():
         if key in mask.shapes:

@@ -28,7 +28,7 @@ from transformers import (
 
 from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
-from esi_ds.models.roles import describe, routers, unknown, warning
+from esi_ds.models.roles import describe, experts_per_token, routers, unknown, warning
 
 SMALL = {
     "vocab_size": 50,
@@ -263,7 +263,7 @@ WRAPPING = {
     "afmoe": (
         AfmoeConfig(**SMALL, head_dim=4, num_experts=4, moe_intermediate_size=6, num_dense_layers=1),
         "mlp.router",
-        {"mlp.router.gate.weight"},
+        {"mlp.router.gate.weight", "mlp.expert_bias"},
     ),
     "longcat": (
         LongcatFlashConfig(
@@ -342,6 +342,45 @@ def test_a_block_named_after_its_router_is_no_router() -> None:
 
     model = torch.nn.Sequential(RouterBlock())
     assert [p.role for p in describe(model)] == ["router", "other", "other"] and list(routers(model)) == ["0.gate"]
+
+
+def test_shared_experts_in_one_tensor_are_not_routed_ones() -> None:
+    """Inkling's: two of them beside the routed ones, whose numbers they must not take."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self, number: int):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = (
+                torch.nn.Parameter(torch.zeros(number, *shape)) for shape in ((6, 4), (6, 4), (4, 6))
+            )
+
+    model = torch.nn.Module()
+    model.experts, model.shared_experts = Experts(3), Experts(2)
+    block = torch.nn.Module()
+    block.mlp = model
+    found = {p.name: [(u.role, u.expert, u.numel) for u in p.units] for p in describe(block)}
+    for part in ("gate", "up", "down"):
+        assert found[f"mlp.experts.{part}_proj"] == [(f"expert.{part}", expert, 24) for expert in range(3)]
+        assert found[f"mlp.shared_experts.{part}_proj"] == [(f"shared.{part}", None, 24)] * 2
+
+
+def test_a_router_that_the_user_names_is_asked_for_its_choices() -> None:
+    block = torch.nn.Module()
+    block.choose, block.bank = torch.nn.Linear(4, 3), torch.nn.Linear(4, 4, bias=False)
+    model = torch.nn.Module()
+    model.moe = block
+    given = {"*.choose.*": "router", "moe.bank.weight": "expert.up"}
+    assert list(routers(model, given)) == ["moe.choose"] and not routers(model)
+    assert [p.role for p in describe(model, given=given)] == ["router", "router", "expert.up"]
+
+
+@pytest.mark.parametrize(
+    ("family", "count"), [("hunyuan", 2), ("gemma4", 2), ("jetmoe", 2), ("afmoe", 6), ("dbrx", 2), ("ernie", 2)]
+)
+def test_experts_a_token_goes_through(family: str, count: int) -> None:
+    assert experts_per_token(WRAPPING[family][0].get_text_config()) == count
+    assert experts_per_token(HunYuanMoEV1Config(**SMALL, moe_topk=[1, 3])) == 3
+    assert experts_per_token(LlamaConfig(**SMALL)) == 1
 
 
 def test_a_shared_mlp_is_a_shared_expert() -> None:
