@@ -110,7 +110,8 @@ def num_rows(run: Path, files: str) -> int:
 class LaunchedJob:
     """One launched command in a process group of its own, that can be killed at any moment."""
 
-    def __init__(self, script: str, folder: Path, name: str, ranks: int, config: dict):
+    def __init__(self, script: str, folder: Path, name: str, ranks: int, config: dict, hold_at: str = ""):
+        """hold_at: moments of ``hold.install``; the job is held there until it is killed or interrupted."""
         self.run = folder / name
         self.old_lock = whole_lines(self.run / "lock.json")  # of a killed job
         file = folder / f"{name}.yaml"
@@ -119,8 +120,9 @@ class LaunchedJob:
         port = ["--master_port", str(free_port())]
         command = [*launcher, *port] if ranks > 1 else [sys.executable]
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        words = ["tests/hold.py", Path(script).stem, hold_at] if hold_at else [script]
         self.process = subprocess.Popen(
-            [*command, script, "--config", str(file)],
+            [*command, *words, "--config", str(file)],
             cwd=ROOT,
             env=environment,
             text=True,
@@ -142,9 +144,10 @@ class LaunchedJob:
             time.sleep(0.002)
 
     def interrupt_when(self, condition: Callable[[], bool], number: signal.Signals) -> None:
-        """A signal to the first process, which must save and exit with 75."""
+        """A signal to the first process, which must save and exit with 75; where it is held, it goes on."""
         self.wait_until(condition)
         self.process.send_signal(number)
+        self.process.send_signal(signal.SIGCONT)
         output, _ = self.process.communicate(timeout=100)
         assert self.process.returncode == 75, output[-3000:]
 

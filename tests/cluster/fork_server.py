@@ -22,6 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT / "tests"))  # the server runs as a script
+
+import hold  # noqa: E402
+
 PATIENCE_S = 30.0  # between SIGTERM and SIGKILL, as DeepSpeed's launcher
 FAIL = signal.SIGUSR2  # has a rank raise wherever it is
 SUBREAPER = 36  # prctl's number: orphans become this process's children, which reaps them
@@ -93,6 +97,8 @@ def be_rank(stage: str, arguments: list[str], place: dict[str, str]) -> None:
     signal.signal(FAIL, fail)
     faulthandler.register(signal.SIGQUIT)  # says where a rank hangs
     os.environ.update(place)
+    if moments := place.get(hold.VARIABLE):
+        hold.install(moments)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     leave(main(stage, arguments))
 
@@ -145,6 +151,13 @@ class ForkedJob:
             with suppress(ProcessLookupError):
                 os.kill(process, number)
 
+    def is_held(self) -> bool:
+        """Whether rank 0 has come to a moment of its ``hold``. The other ranks wait for it."""
+        return state(self.ranks[0]) == "T"
+
+    def go_on(self) -> None:
+        self.kill(self.ranks[:1], signal.SIGCONT)
+
     def ends_before(self, condition: Callable[[], bool]) -> bool:
         """Wait for the one or the other: whether all processes have ended."""
         while self.alive():
@@ -167,11 +180,15 @@ class ForkedJob:
 
 
 def is_alive(process: int) -> bool:
+    return state(process) not in "ZX"
+
+
+def state(process: int) -> str:
+    """As ``ps`` shows it: T is stopped; X where there is no such process."""
     try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
-    return state not in "ZX"
+        return "X"
 
 
 class ForkServer:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import hold
 import yaml
 from builders import PAIRS, build_guard, build_mask, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
 from conftest import free_port
@@ -102,9 +103,17 @@ class SmallStages:
         return self.folder / f"job-{self._num_jobs}.log"
 
     def start(
-        self, stage: str, run: Path, *overrides: str, ranks: int = 2, patience: float = PATIENCE_S, **environment: str
+        self,
+        stage: str,
+        run: Path,
+        *overrides: str,
+        ranks: int = 2,
+        patience: float = PATIENCE_S,
+        hold_at: str = "",
+        **environment: str,
     ) -> ForkedJob:
-        found = [place | environment for place in places(ranks, free_port())[0]]
+        """hold_at: moments of ``hold.install``."""
+        found = [place | environment | {hold.VARIABLE: hold_at} for place in places(ranks, free_port())[0]]
         return self.server.start(stage, self.arguments(stage, run, *overrides), found, self.new_log(), patience)
 
     def finish(self, stage: str, run: Path, *overrides: str, ranks: int = 2, **environment: str) -> ForkedJob:
@@ -144,3 +153,9 @@ def wait_until(job: ForkedJob, condition: Callable[[], bool], seconds: float = 1
         assert job.alive(), "ended too early:\n" + job.said()
         assert time.monotonic() < deadline, job.said()
         time.sleep(0.005)
+
+
+def held(job: ForkedJob) -> ForkedJob:
+    """The running job at the next moment of its ``hold_at``."""
+    wait_until(job, job.is_held)
+    return job

@@ -7,15 +7,13 @@ import os
 import random
 import re
 import secrets
-import signal
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import num_rows
 from fork_server import FAIL, ForkedJob
-from small_stages import STAGES, SmallStages, differing, is_done, wait_until, written
+from small_stages import STAGES, SmallStages, differing, held, is_done, written
 
 NUM_KILLS = 20
 ENDS_WITHIN_S = 60  # what the project promises, not a measurement
@@ -82,9 +80,9 @@ def test_twenty_random_kills(stages: SmallStages, tmp_path: Path, stage: str) ->
 def test_a_rank_that_raises_and_one_that_hangs(stages: SmallStages, tmp_path: Path, phase: str) -> None:
     stage, files, (first, second) = PHASES[phase]
     run = tmp_path / "run"
-    job = stages.start(stage, run)
-    wait_until(job, lambda: num_rows(run, files) >= first)
+    job = held(stages.start(stage, run, hold_at=f"{files} {first}"))
     job.kill(job.ranks[1:], FAIL)
+    job.go_on()
     assert job.has_ended(ENDS_WITHIN_S), job.said()
     failures = FAILED.findall(job.said())
     # The rank that raised speaks first, with its traceback; the other says only that it lost one.
@@ -92,10 +90,7 @@ def test_a_rank_that_raises_and_one_that_hangs(stages: SmallStages, tmp_path: Pa
     assert "rank 1 was told to fail" in job.said()
     assert all(rank == "0" and said.startswith("lost another rank") for rank, said in failures[1:]), job.said()
 
-    before = written(run)  # there may be enough rows already
-    job = stages.start(stage, run, "run.collective_timeout_s=8", patience=1)
-    wait_until(job, lambda: num_rows(run, files) >= second and written(run) != before)
-    job.kill(job.ranks[:1], signal.SIGSTOP)
+    job = stages.start(stage, run, "run.collective_timeout_s=8", patience=1, hold_at=f"{files} {second}")
     assert job.has_ended(ENDS_WITHIN_S), job.said()
     [(rank, said)] = FAILED.findall(job.said())
     assert rank == "1" and said.startswith("waited in vain for another rank for run.collective_timeout_s"), job.said()

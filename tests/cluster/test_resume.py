@@ -31,14 +31,14 @@ def folder(tmp_path_factory) -> Path:
 class Job(LaunchedJob):
     """One run of launch/esi.py in a process group of its own."""
 
-    def __init__(self, folder: Path, name: str, ranks: int, **esi):
+    def __init__(self, folder: Path, name: str, ranks: int, hold_at: str = "", **esi):
         config = {
             "model": {"path": str(folder / "model"), "dtype": "fp32"},
             "judge": {"path": str(folder / "guard")},
             "data": {"prompts": {"path": str(folder / "prompts.jsonl")}},
             "esi": {"batch_size": 2, "max_new_tokens": 6, "save_every": 2, **esi},
         }
-        super().__init__("launch/esi.py", folder, name, ranks, config)
+        super().__init__("launch/esi.py", folder, name, ranks, config, hold_at)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -92,7 +92,7 @@ def test_tensorboard_shows_what_was_promised(undisturbed: Path) -> None:
 
 
 def test_killed_while_generating_nothing_is_generated_twice(folder: Path, undisturbed: Path) -> None:
-    job = Job(folder, "generating", 2, generation="per_token")
+    job = Job(folder, "generating", 2, "responses.partial.jsonl 8", generation="per_token")
     partial = job.run / "responses.partial.jsonl"
     job.kill_when(lambda: num_lines(partial) >= 8)
     kept = num_lines(partial)
@@ -114,7 +114,7 @@ def test_killed_while_generating_nothing_is_generated_twice(folder: Path, undist
 def test_killed_while_scoring_same_bits_on_two_ranks_same_scores_on_one(folder: Path, undisturbed: Path) -> None:
     expected = tensors(undisturbed / "scores")
     for name, ranks in (("scoring", 2), ("smaller", 1)):
-        job = Job(folder, name, 2)
+        job = Job(folder, name, 2, "metrics.jsonl 3")
         job.kill_when(lambda job=job: num_lines(job.run / "metrics.jsonl") >= 3)
         assert not (job.run / "scores").exists()
         again = Job(folder, name, ranks)
@@ -131,7 +131,7 @@ def test_killed_while_scoring_same_bits_on_two_ranks_same_scores_on_one(folder: 
 
 
 def test_a_signal_saves_and_exits_75(folder: Path, undisturbed: Path) -> None:
-    job = Job(folder, "signalled", 1)
+    job = Job(folder, "signalled", 1, "metrics.jsonl 3")
     job.interrupt_when(lambda: num_lines(job.run / "metrics.jsonl") >= 3, signal.SIGUSR1)
     assert json.loads((job.run / "manifest.json").read_text())["exit_state"] == "interrupted"
     Job(folder, "signalled", 1).finish()
@@ -140,7 +140,7 @@ def test_a_signal_saves_and_exits_75(folder: Path, undisturbed: Path) -> None:
 
 
 def test_a_signal_while_generating(folder: Path, undisturbed: Path) -> None:
-    job = Job(folder, "signalled-early", 1)
+    job = Job(folder, "signalled-early", 1, "responses.partial.jsonl 2")
     job.interrupt_when(lambda: num_rows(job.run, "responses*.jsonl") >= 2, signal.SIGTERM)
     Job(folder, "signalled-early", 1).finish()
     assert relative_error(tensors(job.run / "scores"), tensors(undisturbed / "scores")) <= 1e-5

@@ -53,8 +53,8 @@ def test_killed_in_the_second_and_in_the_third_pass_same_bits(tmp_path: Path) ->
     output = undisturbed.finish()
     assert "data.benign: 30 rows of columns question,answer" in output and "1 skipped" in output
 
-    for key, enough in (("tuning_loss", 3), ("benign_loss", 3)):
-        job = LaunchedJob("launch/esi.py", tmp_path, "killed", 2, config)
+    for key, enough, rows in (("tuning_loss", 3, 4 + 3), ("benign_loss", 3, 4 + 10 + 3)):
+        job = LaunchedJob("launch/esi.py", tmp_path, "killed", 2, config, f"metrics.jsonl {rows}")
         job.kill_when(lambda job=job, key=key, n=enough: sum(key in row for row in metrics(job.run)) >= n)
         assert not (job.run / "scores").exists()
         before = metrics(job.run)

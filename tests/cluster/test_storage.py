@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import hold
 import pytest
-from conftest import free_port, num_lines, num_rows, whole_lines
+from conftest import free_port
 from fork_server import ForkedJob, ForkServer, places
-from small_stages import SmallStages, differing, is_done, wait_until
+from small_stages import SmallStages, differing, held, is_done, wait_until
 
 from esi_ds.artifacts import read_jsonl
 
@@ -47,9 +47,11 @@ def fill(folder: Path) -> Path:
     return ballast
 
 
-def fail_for_room(stages: SmallStages, stage: str, run: Path, take_room: Callable[[ForkedJob], Path]) -> None:
+def fail_for_room(
+    stages: SmallStages, stage: str, run: Path, take_room: Callable[[ForkedJob], Path], hold_at: str = ""
+) -> None:
     """A run that ends for want of room, which it has again afterwards. ``take_room``: what took it."""
-    job = stages.start(stage, run)
+    job = stages.start(stage, run, hold_at=hold_at)
     taken = take_room(job)
     assert job.has_ended(60), job.said()
     assert not is_done(run)
@@ -62,14 +64,13 @@ def fail_for_room(stages: SmallStages, stage: str, run: Path, take_room: Callabl
     taken.unlink()
 
 
-def fill_when(disk: Path, begun: Callable[[], bool]) -> Callable[[ForkedJob], Path]:
-    """``take_room``: no byte is free on the disk from the moment ``begun`` says on."""
+def fill_when_held(disk: Path) -> Callable[[ForkedJob], Path]:
+    """``take_room``: no byte is free on the disk from the moment on that the job is held at."""
 
     def take_room(job: ForkedJob) -> Path:
-        wait_until(job, begun)
-        job.kill(job.ranks, signal.SIGSTOP)  # filling it takes as long as writing some files
+        held(job)
         ballast = fill(disk)
-        job.kill(job.ranks, signal.SIGCONT)
+        job.go_on()
         return ballast
 
     return take_room
@@ -89,24 +90,18 @@ def fill_when(disk: Path, begun: Callable[[], bool]) -> Callable[[ForkedJob], Pa
 def test_a_full_disk(stages: SmallStages, tmp_path: Path, stage: str, files: str, rows: int) -> None:
     with mounted(tmp_path / "disk", "size=16m") as disk:
         run = disk / "run"
-        fail_for_room(stages, stage, run, fill_when(disk, lambda: num_rows(run, files) >= rows))
+        fail_for_room(stages, stage, run, fill_when_held(disk), hold_at=f"{files} {rows}")
         stages.finish(stage, run)
         assert differing(run, stages.undisturbed(stage)) == []
 
 
 @pytest.mark.parametrize("folder", ["checkpoint", "model", "patch", "scores", "mask"])
 def test_no_room_for_one_more_folder(stages: SmallStages, tmp_path: Path, folder: str) -> None:
-    """The disk fills up at the first sign of this folder: under its temporary name or, seen late, under its own."""
+    """The disk fills up when this folder has just been made, mostly under its temporary name."""
     stage = "esi" if folder in ("scores", "mask") else "set"
     with mounted(tmp_path / "disk", "size=16m") as disk:
         run = disk / "run"
-
-        def begun() -> bool:
-            if folder == "scores":  # made in a moment; what is written last before it
-                return any('"judge_score": null' not in line for line in whole_lines(run / "responses.jsonl"))
-            return any(run.glob(f"*{folder}*"))
-
-        fail_for_room(stages, stage, run, fill_when(disk, begun))
+        fail_for_room(stages, stage, run, fill_when_held(disk), hold_at=f"*{folder}*")
         stages.finish(stage, run)
         assert differing(run, stages.undisturbed(stage)) == []
 
@@ -136,8 +131,7 @@ def test_a_read_only_folder(stages: SmallStages, tmp_path: Path, begun: bool) ->
     with mounted(tmp_path / "disk", "size=16m") as disk:
         run = disk / "run"
         if begun:
-            job = stages.start("set", run)
-            wait_until(job, lambda: num_lines(run / "metrics.jsonl") >= 3)
+            job = held(stages.start("set", run, hold_at="metrics.jsonl 3"))
             job.kill(job.alive())
             assert job.has_ended(10)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -155,8 +149,7 @@ def test_a_read_only_folder(stages: SmallStages, tmp_path: Path, begun: bool) ->
 def test_files_of_another_time(stages: SmallStages, tmp_path: Path, years: int) -> None:
     """Everything a killed run left is dated far off, its lock and checkpoints too: nothing goes by these dates."""
     run = tmp_path / "run"
-    job = stages.start("spa", run)
-    wait_until(job, lambda: num_lines(run / "metrics.jsonl") >= 5)
+    job = held(stages.start("spa", run, hold_at="metrics.jsonl 5"))
     job.kill(job.alive())
     assert job.has_ended(10) and (run / "lock.json").exists()
     for file in (run, *run.rglob("*")):
@@ -177,25 +170,31 @@ def test_a_clock_that_jumps_while_it_runs(stages: SmallStages, tmp_path: Path) -
     if not found:
         pytest.skip("faketime is not installed (Debian: faketime)")
     clock, run, longer = tmp_path / "clock", tmp_path / "run", ("tune.max_steps=40",)
-    clock.write_text("+0")
+
+    def set_clock(offset: str) -> None:
+        """At once: an empty file would be the true time."""
+        (tmp_path / "next").write_text(offset)
+        (tmp_path / "next").replace(clock)
+
+    set_clock("+0")
     faked = {"LD_PRELOAD": str(found[0]), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
     words = [f"{name}={value}" for name, value in {**faked, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}.items()]
     with ForkServer("env", *words) as server:
 
-        def start() -> ForkedJob:
+        def start(hold_at: str) -> ForkedJob:
             arguments = stages.arguments("set", run, *longer)
-            return server.start("set", arguments, places(2, free_port())[0], stages.new_log())
+            found = [place | {hold.VARIABLE: hold_at} for place in places(2, free_port())[0]]
+            return server.start("set", arguments, found, stages.new_log())
 
-        job = start()
-        wait_until(job, lambda: num_lines(run / "metrics.jsonl") >= 3)
-        clock.write_text("+10d")
-        jumped = num_lines(run / "metrics.jsonl")
-        wait_until(job, lambda: num_lines(run / "metrics.jsonl") >= jumped + 4)  # a save holds steps of both times
+        job = held(start("metrics.jsonl 3 7"))  # a save holds steps of both times
+        set_clock("+10d")
+        job.go_on()
+        held(job)
         job.kill(job.alive())
         assert job.has_ended(10) and "Traceback" not in job.said(), job.said()
-        job = start()
-        wait_until(job, lambda: num_lines(run / "metrics.jsonl") >= 10)
-        clock.write_text("-10d")
+        job = held(start("metrics.jsonl 10"))
+        set_clock("-10d")
+        job.go_on()
         assert job.has_ended(120) and is_done(run), job.said()
     assert "going on after step" in job.said() and "Traceback" not in job.said(), job.said()
     stages.finish("set", tmp_path / "undisturbed", *longer)

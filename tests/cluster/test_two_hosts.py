@@ -6,15 +6,16 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import hold
 import psutil
 import pytest
-from conftest import free_port, num_lines, num_rows
+from conftest import free_port, num_lines
 from fork_server import ForkedJob, ForkServer, places
-from small_stages import SmallStages, differing, is_done, wait_until, written
+from small_stages import SmallStages, differing, held, is_done, written
 from two_hosts import ADDRESSES, Hosts, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -46,12 +47,22 @@ def servers(hosts: Hosts) -> Iterator[list[ForkServer]]:
         yield [stack.enter_context(ForkServer(*hosts.on(name))) for name in ADDRESSES]
 
 
-def start(servers: list[ForkServer], stages: SmallStages, stage: str, run: Path, *overrides: str) -> ForkedJob:
-    """A job of four ranks; launchers and ranks in the hosts' order, one log."""
+def parts(
+    servers: list[ForkServer], stages: SmallStages, stage: str, run: Path, *overrides: str, hold_at: str = ""
+) -> Iterator[ForkedJob]:
+    """A job of four ranks, host by host as they are asked for; one log."""
     log, arguments = stages.new_log(), stages.arguments(stage, run, *overrides)
     found = places(4, free_port(), next(iter(ADDRESSES.values())), hosts=2)
-    parts = [server.start(stage, arguments, own, log) for server, own in zip(servers, found, strict=True)]
-    return ForkedJob([part.launchers[0] for part in parts], [rank for part in parts for rank in part.ranks], log)
+    for server, own in zip(servers, found, strict=True):
+        yield server.start(stage, arguments, [place | {hold.VARIABLE: hold_at} for place in own], log)
+
+
+def whole(given: Iterable[ForkedJob]) -> ForkedJob:
+    """Launchers and ranks in the hosts' order."""
+    found = list(given)
+    return ForkedJob(
+        [part.launchers[0] for part in found], [rank for part in found for rank in part.ranks], found[0].log
+    )
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -60,30 +71,31 @@ def test_killed_in_every_phase(servers: list[ForkServer], stages: SmallStages, t
     run = tmp_path / "run"
     # The launcher last: its ranks go on to the next boundary, which can be the end.
     for victim, moment in zip(("rank 3", "rank 0", "launcher"), moments, strict=True):
-        before = written(run)
-        job = start(servers, stages, stage, run)
-        wait_until(job, lambda moment=moment, before=before: num_rows(run, files) >= moment and written(run) != before)
+        job = held(whole(parts(servers, stages, stage, run, hold_at=f"{files} {moment}")))
         job.kill({"rank 3": job.ranks[3:], "launcher": job.launchers[1:], "rank 0": job.ranks[:1]}[victim])
+        job.go_on()
         assert job.has_ended(ENDS_WITHIN_S), job.said()
         if victim == "launcher":
             assert is_done(run) or "the launcher is gone; saving, then ending" in job.said(), job.said()
         else:
             assert "failed: lost another rank" in job.said() and "Traceback" not in job.said(), job.said()
-    job = start(servers, stages, stage, run)
+    job = whole(parts(servers, stages, stage, run))
     assert job.has_ended(200) and is_done(run), job.said()
     assert differing(run, stages.undisturbed(stage, 4)) == []
 
 
 def test_rank_0_killed_before_anybody_has_found_it(servers: list[ForkServer], stages: SmallStages, tmp_path) -> None:
     """Nothing tells the other host of it but the time that all are waited for at the start."""
-    job = start(servers, stages, "set", tmp_path / "run", "run.start_timeout_s=10")
-    job.kill(job.ranks[:1])
+    coming = parts(servers, stages, "set", tmp_path / "run", "run.start_timeout_s=10")
+    first = next(coming)
+    first.kill(first.ranks[:1])
+    job = whole([first, *coming])
     assert job.has_ended(ENDS_WITHIN_S), job.said()
     said = [line for line in job.said().splitlines() if line.startswith("error: ")]
     assert len(said) in (1, 2), job.said()  # whichever gives up first, and the other if it is not ended before
     for line in said:
         assert "no process group forms there" in line and "rank 0 has ended and says why" in line
-        assert line.endswith(("(rank 2 on esi-ds-b)", "(rank 3 on esi-ds-b)"))
+        assert line.endswith(tuple(f"(rank {rank} on {list(ADDRESSES)[1]})" for rank in (2, 3)))
 
 
 def ranks_on(host: str) -> list[psutil.Process]:

@@ -12,7 +12,9 @@ from pathlib import Path
 from conftest import ROOT
 
 BIN = Path(sys.executable).parent
-ADDRESSES = {"esi-ds-a": "10.77.31.1", "esi-ds-b": "10.77.31.2"}
+# Of this process: another checkout's tests may run, and what a killed run left is nobody's.
+ADDRESSES = {f"esi-ds-a-{os.getpid()}": "10.77.31.1", f"esi-ds-b-{os.getpid()}": "10.77.31.2"}
+PROBE = f"esi-ds-probe-{os.getpid()}"
 PROGRAMS = {"ip": "iproute2", "sshd": "openssh-server", "ssh-keygen": "openssh-client", "pdsh": "pdsh"}
 
 
@@ -23,10 +25,10 @@ def missing() -> str | None:
     absent = [package for name, package in PROGRAMS.items() if shutil.which(name) is None]
     if absent:
         return f"not installed: {', '.join(absent)}"
-    made = subprocess.run(["ip", "netns", "add", "esi-ds-probe"], capture_output=True, text=True)
+    made = subprocess.run(["ip", "netns", "add", PROBE], capture_output=True, text=True)
     if made.returncode != 0:
         return f"no network namespaces here: {made.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", "esi-ds-probe"], check=True)
+    subprocess.run(["ip", "netns", "del", PROBE], check=True)
     return None
 
 

@@ -1,0 +1,55 @@
+"""A job that waits at a moment its test names, instead of a test that must notice the moment while the job runs on.
+
+As a script: what ``launch/STAGE.py`` does, with a hold. Arguments: STAGE MOMENTS, then those of the launch script.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIABLE = "ESI_DS_TEST_HOLD"
+
+
+def install(moments: str) -> None:
+    """Have this process stop as by SIGSTOP, once at each of the moments; rank 0 does, for it alone writes.
+
+    moments: ``metrics.jsonl 3 7``: when a file that matches has got so many rows; ``*model*``: when a folder that
+    matches has been made. Other ranks wait for it at their next collective.
+    """
+    from esi_ds import tracking
+    from esi_ds.stages import ledger, respond
+
+    pattern, *counts = moments.split()
+    waiting = [int(count) for count in counts]
+    append, mkdir = tracking.append_jsonl, Path.mkdir
+
+    def append_and_hold(path: Path, rows) -> None:
+        append(path, rows)
+        if waiting and fnmatch(path.name, pattern) and path.read_bytes().count(b"\n") >= waiting[0]:
+            waiting.pop(0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def mkdir_and_hold(path: Path, *arguments, **options) -> None:
+        mkdir(path, *arguments, **options)
+        if fnmatch(path.name, pattern):
+            Path.mkdir = mkdir
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    if waiting:
+        tracking.append_jsonl = ledger.append_jsonl = respond.append_jsonl = append_and_hold
+    else:
+        Path.mkdir = mkdir_and_hold
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from esi_ds.cli import leave, main
+
+    stage, moments = sys.argv[1:3]
+    install(moments)
+    leave(main(stage, sys.argv[3:]))
