@@ -150,6 +150,15 @@ class RunFolder:
     def check(self, config: Config) -> None:
         """Refuse a folder that is no folder, is not ours, or holds another run. Reads only."""
         key, given = "run.output_dir", str(self.path)
+        try:
+            self.path.stat()
+        except FileNotFoundError as error:
+            if self.path.is_symlink():
+                raise UserError(key, given, "is a link that leads nowhere", "make what it leads to") from error
+        except NotADirectoryError:
+            pass  # said below
+        except (OSError, ValueError) as error:
+            raise UserError(key, given, f"is no name of a folder ({error})", "give a folder of your own") from error
         if self.path.exists() and not self.path.is_dir():
             raise UserError(key, given, "is a file", "give a folder")
         existing = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())

@@ -28,6 +28,7 @@ def own_identity() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "boot": _boot(),
+        "pids": _pid_namespace(),
         "pid": os.getpid(),
         "pid_started": _started(os.getpid()),
         "slurm_job": _slurm_job(),
@@ -117,11 +118,13 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:
-        return {"host": "a host its unreadable lock does not name"}
+        found = None
+    named = isinstance(found, dict) and isinstance(found.get("host"), str) and isinstance(found.get("pid"), int)
+    return found if named else {"host": "a host its unreadable lock does not name"}
 
 
 def describe(holder: dict[str, Any]) -> str:
@@ -135,8 +138,10 @@ def why_dead(folder: Path, holder: dict[str, Any]) -> str | None:
     if holder.get("host") == own["host"]:
         if holder.get("boot") != own["boot"]:
             return "the host was started again since"
-        if holder.get("pid_started") is not None or _boot() is not None:
-            return None if _started(holder["pid"]) == holder["pid_started"] else "no such process here"
+        # Containers of one host may share its name, and not its processes.
+        same_table = holder.get("pids") == own["pids"]
+        if same_table and (holder.get("pid_started") is not None or _boot() is not None):
+            return None if _started(holder["pid"]) == holder.get("pid_started") else "no such process here"
     job = holder.get("slurm_job")
     if job and job == own["slurm_job"] and holder.get("slurm_restarts") != own["slurm_restarts"]:
         return "Slurm has started that job again as this one"
@@ -179,6 +184,14 @@ def _boot() -> str | None:
     """Linux's id of this boot."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _pid_namespace() -> str | None:
+    """Linux's name for the process table that this process sees."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
 

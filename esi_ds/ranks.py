@@ -180,10 +180,10 @@ def join() -> Place:
     place = find()
     if place.launcher in (OPEN_MPI.name, PMI.name) and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         place, address, port = _ask_mpi(place)
+    elif place.world_size == 1:  # of Slurm's too: two such runs in one step would get one port
+        address, port = "127.0.0.1", free_port()
     elif place.launcher == SLURM.name:
         address, port = _slurm_address(), _slurm_port(place)
-    elif place.world_size == 1:
-        address, port = "127.0.0.1", free_port()
     else:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:

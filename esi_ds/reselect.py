@@ -7,6 +7,7 @@ are shared.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,9 +43,12 @@ def read_units(mask: Mask) -> dict[str, list[Unit]]:
     """Logical matrices by parameter, from ``units.json``; a parameter without any is one matrix of its own."""
     file = mask.path / UNITS_NAME
     units: dict[str, list[Unit]] = {name: [] for name in mask.names}
-    if file.is_file():
-        for row in json.loads(file.read_text()):
+    try:
+        for row in json.loads(file.read_text()) if file.is_file() else ():
             units[row.pop("parameter")].append(Unit(**row))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"does not hold the matrices of this mask ({type(error).__name__}: {error})"
+        raise UserError("MASK", str(file), problem, "copy the mask's folder again") from error
     for name, found in units.items():
         if not found:
             found.append(Unit(name, "other", None, None, 0, mask.numel(name)))
@@ -171,6 +175,9 @@ def write_selection(
     team = team or Team()
     if output.exists():
         raise UserError("OUTPUT", str(output), "exists already", "give a new folder")
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError("OUTPUT", str(output), "cannot be made there", "give a folder of your own")
     scores = Scores(folder)
     scores.check(mask)
     metadata = {**mask.metadata, "ratio": repr(ratio), "order": order, "seed": str(seed)}

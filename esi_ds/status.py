@@ -18,6 +18,7 @@ from esi_ds.artifacts import write_json_atomic
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.lock import BEAT_S, STATUS, own_identity
 
+WRITTEN = {"state", "stage", "pid", "host", "slurm_job", "updated", "phase"}  # in every status of a run
 SILENT_S = 60.0  # a status older than this is probably of a dead run
 
 
@@ -100,7 +101,10 @@ def read_status(run: Path) -> dict[str, Any]:
         raise UserError("RUN", str(run), "holds no run", "give a run's folder")
     found: dict[str, Any] = {"state": "not started"}
     with suppress(FileNotFoundError, ValueError):
-        found = json.loads((run / STATUS).read_text(encoding="utf-8"))
+        stored = json.loads((run / STATUS).read_text(encoding="utf-8"))
+        if not isinstance(stored, dict) or not stored.keys() >= WRITTEN:
+            raise UserError("RUN", str(run), f"holds a {STATUS} of something else", "look at its log.txt")
+        found = stored
     return {**found, "last_checkpoint": last_checkpoint(run)}
 
 
@@ -134,14 +138,14 @@ def main(argv: list[str] | None = None) -> int:
     made = argparse.ArgumentParser(prog="python -m esi_ds.status", description="where runs stand")
     made.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders")
     made.add_argument("--json", action="store_true", help="one line of JSON a run instead of text")
-    arguments = made.parse_args(argv)
-    try:
-        for run in arguments.runs:
+    arguments, code = made.parse_args(argv), 0
+    for run in arguments.runs:
+        try:
             print(json.dumps({"run": str(run), **read_status(run)}) if arguments.json else show(run, time.time()))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+    return code
 
 
 if __name__ == "__main__":

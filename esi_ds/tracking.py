@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,6 +60,7 @@ class Tracker:
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _spare_the_writer
             self._writer = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=FLUSH_S)
         if self._status is not None:
             self._status.__enter__()
@@ -66,8 +69,8 @@ class Tracker:
     def __exit__(self, *error: Any) -> None:
         if self._status is not None:
             self._status.__exit__(*error)
-        if self._writer is not None:
-            self._writer.close()
+        with suppress(OSError) if error[0] else nullcontext():  # what ended the run is told of, and nothing after it
+            self._draw("close")
         if self._monitor is not None:
             self._monitor.close()
 
@@ -91,8 +94,7 @@ class Tracker:
             bar.heard, self._last_point = self._progress_points, -math.inf
         if self._status is not None:
             self._status.watch(bar)
-        if self._writer is not None:
-            self._writer.flush()  # all of the phase before this one
+        self._draw("flush")  # all of the phase before this one
         return bar
 
     def _progress_points(self, bar: Bar) -> None:
@@ -134,19 +136,18 @@ class Tracker:
 
     def points(self, step: int, values: Mapping[str, float]) -> None:
         """A point in each curve of TensorBoard and of DeepSpeed's monitors, and none in metrics.jsonl."""
-        if self._writer is not None:
-            with writing(self.folder / "tensorboard"):
-                for name, value in values.items():
-                    self._writer.add_scalar(name, value, step)
+        for name, value in values.items():
+            self._draw("add_scalar", name, value, step)
         if self._monitor is not None:
             self._monitor.write(step, values)
 
     def histogram(self, tag: str, edges: Sequence[float], counts: Sequence[int]) -> None:
         """A TensorBoard histogram of bins counted elsewhere: the values themselves were never in one place."""
-        if self._writer is None or not any(counts):
+        if not any(counts):
             return
         centres = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
-        self._writer.add_histogram_raw(
+        self._draw(
+            "add_histogram_raw",
             tag,
             min=edges[0],
             max=edges[-1],
@@ -160,9 +161,19 @@ class Tracker:
 
     def figure(self, tag: str, figure: Any) -> None:
         """A matplotlib figure as a TensorBoard image."""
-        if self._writer is not None:
-            self._writer.add_figure(tag, figure, global_step=0, close=False)
+        self._draw("add_figure", tag, figure, global_step=0, close=False)
 
     def text(self, tag: str, text: str) -> None:
+        self._draw("add_text", tag, text, global_step=0)
+
+    def _draw(self, kind: str, *arguments: Any, **options: Any) -> None:
+        """A call of TensorBoard's writer, where there is one; a full disk is told of by the folder's name."""
         if self._writer is not None:
-            self._writer.add_text(tag, text, global_step=0)
+            with writing(self.folder / "tensorboard"):
+                getattr(self._writer, kind)(*arguments, **options)
+
+
+def _spare_the_writer(failure: threading.ExceptHookArgs) -> None:
+    """No traceback of TensorBoard's own thread: what it met is raised again at the next call of its writer."""
+    if type(failure.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failure)

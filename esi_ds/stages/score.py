@@ -142,7 +142,8 @@ class ScoringPass:
                 before = self.state.position
                 self._step()
                 bar.update(min(self.state.position, total) - before)
-        self._save()
+        if self._steps_since_save:
+            self._save()
         return self.state
 
     def _step(self) -> None:

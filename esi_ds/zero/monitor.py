@@ -7,12 +7,14 @@ curves instead, and the engine none.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from pydantic import ValidationError
 
+from esi_ds.artifacts import write_text_atomic
 from esi_ds.errors import UserError
 from esi_ds.zero import runtime
 
@@ -23,10 +25,14 @@ class Monitors:
     def __init__(self, master: MonitorMaster):
         self._master = master
         self._last_step = 0
+        self._cut: set[str] = set()  # curves of CSV files that this process has gone on with
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """A point in each curve."""
         master, events = self._master, [(name, value, step) for name, value in values.items()]
+        if master.csv_monitor is not None and master.csv_monitor.enabled:
+            for name in values.keys() - self._cut:
+                self._go_on_with(name, step)
         for monitor in (master.tb_monitor, master.csv_monitor, master.comet_monitor):
             if monitor is not None:
                 monitor.write_events(events)
@@ -34,6 +40,18 @@ class Monitors:
             # W&B drops what comes at a lower step than something before it, and every phase counts from its own start.
             self._last_step = max(self._last_step, step)
             master.wandb_monitor.write_events([(name, value, self._last_step) for name, value in values.items()])
+
+    def _go_on_with(self, name: str, step: int) -> None:
+        """Drop what an earlier process wrote of a curve from ``step`` on, for it comes again; the header must not."""
+        self._cut.add(name)
+        monitor, filename = self._master.csv_monitor, name.replace("/", "_").replace(" ", "_")  # as DeepSpeed names it
+        file = Path(monitor.log_dir) / f"{filename}.csv"
+        if not file.is_file():
+            return
+        head, *rows = file.read_text().splitlines()
+        kept = [row for row in rows if (at := row.partition(",")[0]).isdecimal() and int(at) < step]
+        write_text_atomic(file, "".join(f"{row}\n" for row in (head, *kept)))
+        monitor.filenames.append(filename)
 
     def close(self) -> None:
         """Everything is sent and on disk. DeepSpeed leaves that to the interpreter's end, which our commands skip."""

@@ -106,6 +106,10 @@ def test_paths_that_can_be_no_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"run\.output_dir"):
             RunFolder(str(path)).open(make_config())
+    (tmp_path / "link").symlink_to(tmp_path / "purged")
+    for path, words in ((tmp_path / "link", "leads nowhere"), (tmp_path / ("x" * 300), "is no name of a folder")):
+        with pytest.raises(UserError, match=rf"run\.output_dir.*{words}"):
+            RunFolder(str(path)).open(make_config())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="is not empty"):

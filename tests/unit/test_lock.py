@@ -48,6 +48,21 @@ def test_a_pid_that_came_again_is_another_process(tmp_path: Path) -> None:
     assert "no such process here" in lock.acquire(tmp_path)
 
 
+def test_another_containers_processes_are_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two containers may share a host's name and boot: that a pid is not here says nothing of one there."""
+    monkeypatch.setattr(lock, "WATCH_S", 0.2)
+    holder = {**lock.own_identity(), "pids": "pid:[1]", "pid": 2**22, "pid_started": 1}
+    (tmp_path / lock.LOCK).write_text(json.dumps(holder))
+    assert "did not change for 0.2 s" in lock.acquire(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "{}", '{"host": "HERE"}', '{"host": "HERE", "pid": null}'])
+def test_a_lock_that_is_not_ours_is_watched(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "WATCH_S", 0.2)
+    (tmp_path / lock.LOCK).write_text(content.replace("HERE", lock.own_identity()["host"]))
+    assert "unreadable lock" in lock.acquire(tmp_path)
+
+
 def test_other_host_is_watched(tmp_path: Path, elsewhere: dict) -> None:
     (tmp_path / lock.STATUS).write_text("1")
     ended = threading.Event()
@@ -189,6 +204,14 @@ def test_status_of_a_run_that_was_killed(tmp_path: Path) -> None:
     assert "silent for 1:00:00" in status.show(tmp_path, time.time() + 3600)
 
 
-def test_status_of_no_run(tmp_path: Path, capsys) -> None:
-    assert status.main([str(tmp_path)]) == 2
-    assert "holds no run" in capsys.readouterr().err
+@pytest.mark.parametrize("content", [None, "[]", "{}", '{"state": "running"}'])
+def test_status_of_no_run(content: str | None, tmp_path: Path, capsys) -> None:
+    """The others are shown all the same."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.yaml").touch()
+    if content is not None:
+        (tmp_path / "config.yaml").touch()
+        (tmp_path / lock.STATUS).write_text(content)
+    assert status.main([str(tmp_path), str(tmp_path / "other")]) == 2
+    said = capsys.readouterr()
+    assert f"error: RUN = {tmp_path}: holds" in said.err and f"{tmp_path}/other: not started" in said.out

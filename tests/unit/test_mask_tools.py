@@ -74,6 +74,19 @@ def test_what_another_host_has_made_is_waited_for(tmp_path: Path, monkeypatch: p
     assert waited == [tmp_path / ".again.tmp"] * len(mask.files) + [tmp_path / "again/model.safetensors.index.json"]
 
 
+def test_what_cannot_be_read_or_made_is_told(tmp_path: Path, capsys) -> None:
+    write_pair(tmp_path, SHAPES, 0.2, "matrix", "top", seed=3)
+    given = ["--scores", str(tmp_path / "scores"), "--ratio", "0.1"]
+    (tmp_path / "file").touch()
+    assert main(["select", str(tmp_path / "mask"), str(tmp_path / "file/new"), *given]) == 2
+    assert f"error: OUTPUT = {tmp_path}/file/new: cannot be made there" in capsys.readouterr().err
+    for content in ('[{"parameter": "x"', '[{"parameter": "of another model"}]', "[3]"):
+        (tmp_path / "mask/units.json").write_text(content)
+        assert main(["select", str(tmp_path / "mask"), str(tmp_path / "new"), *given]) == 2
+        assert "units.json: does not hold the matrices of this mask" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*new*"))
+
+
 def test_a_full_disk_is_told_with_the_masks_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     write_pair(tmp_path, SHAPES, 0.2, "model", "top", seed=3)
 
