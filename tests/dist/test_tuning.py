@@ -24,7 +24,7 @@ KINDS = ("llama", "llama_tied", "qwen3_moe", "mixtral")
 WHOLE = "model.layers.1.self_attn.o_proj.weight"  # every weight of it is in the mask
 RULE = {"lr": 1e-2, "scheduler": "cosine", "warmup_ratio": 0.4}
 STEPS, BATCH, MICROS = 5, 2, 2
-LONG = {1: 250, 2: 1000, 3: 250}  # ranks → steps over which frozen bits are watched
+LONG = {1: 100, 2: 1000, 3: 100}  # ranks → steps over which frozen bits are watched
 
 
 @pytest.fixture(scope="module")
