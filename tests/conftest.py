@@ -112,7 +112,7 @@ class LaunchedJob:
 
     def __init__(self, script: str, folder: Path, name: str, ranks: int, config: dict, hold_at: str = ""):
         """hold_at: moments of ``hold.install``; the job is held there until it is killed or interrupted."""
-        self.run = folder / name
+        self.run, self.hold_at = folder / name, hold_at
         self.old_lock = whole_lines(self.run / "lock.json")  # of a killed job
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump({"run": {"output_dir": str(self.run), "tensorboard": True}, **config}))
@@ -146,6 +146,8 @@ class LaunchedJob:
     def interrupt_when(self, condition: Callable[[], bool], number: signal.Signals) -> None:
         """A signal to the first process, which must save and exit with 75; where it is held, it goes on."""
         self.wait_until(condition)
+        if self.hold_at:
+            self.wait_until(lambda: psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED)
         self.process.send_signal(number)
         self.process.send_signal(signal.SIGCONT)
         output, _ = self.process.communicate(timeout=100)

@@ -50,6 +50,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     from esi_ds.cli import leave, main
 
-    stage, moments = sys.argv[1:3]
+    by_launcher = [word for word in sys.argv[1:] if word.startswith("--local_rank")]  # DeepSpeed's, before all others
+    stage, moments, *arguments = sys.argv[1 + len(by_launcher) :]
     install(moments)
-    leave(main(stage, sys.argv[3:]))
+    leave(main(stage, [*by_launcher, *arguments]))
