@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
+    RobertaConfig,
 )
 
 CORPUS = [
@@ -266,6 +267,14 @@ def build_model(
     return folder
 
 
+def spread(model: torch.nn.Module) -> None:
+    """Matrices of a judge large enough for its answers to differ."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+
+
 def build_guard(
     folder: Path,
     tokenizer: PreTrainedTokenizerFast,
@@ -285,39 +294,45 @@ def build_guard(
         max_position_embeddings=512,
     )
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
+    spread(model)
     model.save_pretrained(folder)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def build_classifier(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, kind: str, problem: str | None = None, pad: int | None = 0
-) -> Path:
-    """A random sequence classifier of three labels, a decoder (``llama``) or an encoder (``bert``)."""
+def random_classifier(
+    kind: str,
+    vocab_size: int,
+    num_labels: int = 3,
+    problem: str | None = None,
+    pad: int | None = 0,
+    positions: int = 512,
+) -> torch.nn.Module:
+    """A sequence classifier: a decoder (``llama``) or an encoder (``bert``, ``roberta``). Three labels have names."""
     torch.manual_seed(2)
-    config = {"llama": LlamaConfig, "bert": BertConfig}[kind](
-        vocab_size=len(tokenizer),
+    config = {"llama": LlamaConfig, "bert": BertConfig, "roberta": RobertaConfig}[kind](
+        vocab_size=vocab_size,
         hidden_size=24,
         intermediate_size=30,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
+        num_labels=num_labels,
         pad_token_id=pad,
-        problem_type=problem,
-        id2label=LABELS,
-        label2id={name: index for index, name in LABELS.items()},
     )
-    model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
-    model.save_pretrained(folder)
+    config.problem_type = problem
+    if num_labels == len(LABELS):
+        config.id2label, config.label2id = LABELS, {name: index for index, name in LABELS.items()}
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    spread(model)
+    return model
+
+
+def build_classifier(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, kind: str, problem: str | None = None, pad: int | None = 0
+) -> Path:
+    random_classifier(kind, len(tokenizer), problem=problem, pad=pad).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -222,10 +222,14 @@ class ForkServer:
         return ForkedJob([made["launcher"]], made["ranks"], log)
 
 
-def places(ranks: int, port: int, address: str = "127.0.0.1", hosts: int = 1) -> list[list[dict[str, str]]]:
-    """For every host the variables of its ranks, as DeepSpeed's launcher sets them."""
+def places(
+    ranks: int, port: int, address: str = "127.0.0.1", hosts: int = 1, hold_at: str = ""
+) -> list[list[dict[str, str]]]:
+    """For every host the variables of its ranks, as DeepSpeed's launcher sets them. hold_at: moments of
+    ``hold.install``."""
     local = ranks // hosts
     common = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(local), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    common[hold.VARIABLE] = hold_at
     return [
         [
             {"RANK": str(host * local + rank), "LOCAL_RANK": str(rank), "CROSS_RANK": str(host), **common}

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import hold
 import yaml
 from builders import PAIRS, build_guard, build_mask, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
 from conftest import free_port
@@ -113,7 +112,7 @@ class SmallStages:
         **environment: str,
     ) -> ForkedJob:
         """hold_at: moments of ``hold.install``."""
-        found = [place | environment | {hold.VARIABLE: hold_at} for place in places(ranks, free_port())[0]]
+        found = [place | environment for place in places(ranks, free_port(), hold_at=hold_at)[0]]
         return self.server.start(stage, self.arguments(stage, run, *overrides), found, self.new_log(), patience)
 
     def finish(self, stage: str, run: Path, *overrides: str, ranks: int = 2, **environment: str) -> ForkedJob:

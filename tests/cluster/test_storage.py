@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import hold
 import pytest
 from conftest import free_port
 from fork_server import ForkedJob, ForkServer, places
@@ -183,8 +182,7 @@ def test_a_clock_that_jumps_while_it_runs(stages: SmallStages, tmp_path: Path) -
 
         def start(hold_at: str) -> ForkedJob:
             arguments = stages.arguments("set", run, *longer)
-            found = [place | {hold.VARIABLE: hold_at} for place in places(2, free_port())[0]]
-            return server.start("set", arguments, found, stages.new_log())
+            return server.start("set", arguments, places(2, free_port(), hold_at=hold_at)[0], stages.new_log())
 
         job = held(start("metrics.jsonl 3 7"))  # a save holds steps of both times
         set_clock("+10d")

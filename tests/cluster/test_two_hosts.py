@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import hold
 import psutil
 import pytest
 from conftest import free_port, num_lines
@@ -52,9 +51,9 @@ def parts(
 ) -> Iterator[ForkedJob]:
     """A job of four ranks, host by host as they are asked for; one log."""
     log, arguments = stages.new_log(), stages.arguments(stage, run, *overrides)
-    found = places(4, free_port(), next(iter(ADDRESSES.values())), hosts=2)
+    found = places(4, free_port(), next(iter(ADDRESSES.values())), hosts=2, hold_at=hold_at)
     for server, own in zip(servers, found, strict=True):
-        yield server.start(stage, arguments, [place | {hold.VARIABLE: hold_at} for place in own], log)
+        yield server.start(stage, arguments, own, log)
 
 
 def whole(given: Iterable[ForkedJob]) -> ForkedJob:

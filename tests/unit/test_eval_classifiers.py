@@ -8,14 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PAIRS, build_guard, byte_bpe_tokenizer, sentencepiece_tokenizer
+from builders import PAIRS, build_guard, byte_bpe_tokenizer, random_classifier, sentencepiece_tokenizer
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    LlamaConfig,
-    RobertaConfig,
 )
 
 from esi_ds.errors import UserError
@@ -33,25 +29,12 @@ from esi_ds.judge.families import FAMILIES
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{response}<|end|>"
 YES_NO = "Behavior:\n{prompt}\n\nGeneration:\n{response}\n\n---\nAnswer:"
-NAMES = {0: "harmless", 1: "harmful", 2: "other"}
 # fp32 through two layers, padded and not.
 CLOSE = {"rel": 1e-4, "abs": 1e-5}
 
 
 def classifier(kind: str, num_labels: int, problem: str | None = None, pad: int | None = 0):
-    torch.manual_seed(2)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 30}
-    common = {"vocab_size": 360, "max_position_embeddings": 130, "num_labels": num_labels, "pad_token_id": pad}
-    config = {"llama": LlamaConfig, "bert": BertConfig, "roberta": RobertaConfig}[kind](**common, **sizes)
-    config.problem_type = problem
-    if num_labels == 3:
-        config.id2label, config.label2id = NAMES, {name: index for index, name in NAMES.items()}
-    model = AutoModelForSequenceClassification.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
-    return model, byte_bpe_tokenizer()
+    return random_classifier(kind, 360, num_labels, problem, pad, positions=130), byte_bpe_tokenizer()
 
 
 def judge_by_classifier(model, tokenizer, pairs, rule, *, batch_size=8):
