@@ -92,6 +92,12 @@ def write_json_atomic(path: Path, content: Any) -> None:
     write_text_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def may_write(folder: Path) -> bool:
+    """Whether this process may write into a folder, or make it where it is not there yet."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK)
+
+
 def replace_folder(temporary: Path, final: Path) -> None:
     """Give a finished folder its name, when its files are on disk; one that had it goes away only then."""
     for file in temporary.rglob("*"):  # also those that a library has written
@@ -161,8 +167,7 @@ class RunFolder:
             raise UserError(key, given, f"is no name of a folder ({error})", "give a folder of your own") from error
         if self.path.exists() and not self.path.is_dir():
             raise UserError(key, given, "is a file", "give a folder")
-        existing = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
+        if not may_write(self.path):
             raise UserError(key, given, "cannot be written to", "give a folder of your own")
         # A kill before config.yaml is first written leaves the lock and temporary files: still an empty folder of ours.
         if not self.path.is_dir() or all(UNBEGUN.fullmatch(file.name) for file in self.path.iterdir()):

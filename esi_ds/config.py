@@ -81,11 +81,16 @@ class Judge(GuardModel):
     )
 
 
-class ClassifierJudge(JudgeModel):
+class ClassifierModel(JudgeModel):
+    """A sequence classifier and how it is asked."""
+
     kind: Literal["classifier"] = Field(description="a sequence classifier")
     template: str = Field(description="text with {response} and mostly {prompt}")
     unsafe_labels: list[str | int] | None = Field(None, description="names or numbers; null: all (multi-label only)")
     multi_label: bool | None = Field(None, description="labels by sigmoid; null: as the model's config says")
+
+
+class ClassifierJudge(ClassifierModel):
     score: Literal["margin", "logit", "logprob", "prob"] = Field("margin", description="what J is")
 
 
@@ -230,11 +235,8 @@ class GuardVerdicts(GuardModel, ModelVerdicts):
     kind: Literal["guard"] = Field(description="a causal guard model")
 
 
-class ClassifierVerdicts(JudgeModel, ModelVerdicts):
-    kind: Literal["classifier"] = Field(description="a sequence classifier")
-    template: str = Field(description="text with {prompt} and {response}")
-    unsafe_labels: list[str | int] | None = Field(None, description="names or numbers; null: all (multi-label only)")
-    multi_label: bool | None = Field(None, description="labels by sigmoid; null: as the model's config says")
+class ClassifierVerdicts(ClassifierModel, ModelVerdicts):
+    """Unsafe where a label's probability, or the labels' together, is above the threshold."""
 
 
 class YesNoVerdicts(JudgeModel, ModelVerdicts):

@@ -7,7 +7,6 @@ are shared.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic, write_text_atomic
+from esi_ds.artifacts import may_write, replace_folder, wait_until_visible, write_json_atomic, write_text_atomic
 from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, Mask, digest, num_bytes, pack_bits
 from esi_ds.core.select import Cut, Order, Piece, key_to_score, select
 from esi_ds.core.units import Unit
@@ -175,8 +174,7 @@ def write_selection(
     team = team or Team()
     if output.exists():
         raise UserError("OUTPUT", str(output), "exists already", "give a new folder")
-    existing = next(parent for parent in output.absolute().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    if not may_write(output):
         raise UserError("OUTPUT", str(output), "cannot be made there", "give a folder of your own")
     scores = Scores(folder)
     scores.check(mask)

@@ -172,10 +172,11 @@ def load_responses(path: str) -> list[Row]:
     return rows
 
 
-def load_judge_scores(path: str) -> list[float]:
-    """``judge_score`` of every row of such a file, NaN where it is null: that row's response was not judged."""
+def given_scores(rows: Sequence[Row], path: str) -> list[float]:
+    """``judge_score`` of every row of ``load_responses``, NaN where it is null: that response was not judged. Raises
+    UserError naming data.responses."""
     scores = []
-    for number, row in enumerate(load_responses(path), 1):
+    for number, row in enumerate(rows, 1):
         score = row.get("judge_score", "")
         if isinstance(score, bool) or not isinstance(score, (int, float, type(None))):
             raise UserError(

@@ -9,8 +9,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
+from esi_ds.config import ClassifierModel, JudgeModel
 from esi_ds.errors import UserError
 from esi_ds.judge.families import Family
 from esi_ds.judge.guard import Guard, GuardInput, Weights, verdict_score
@@ -32,10 +38,15 @@ class SequenceRule:
     """
 
     template: str
-    unsafe_labels: tuple[str | int, ...] | None
+    unsafe_labels: Sequence[str | int] | None
     multi_label: bool | None = None
     threshold: float = 0.5
     max_length: int | None = None
+
+
+def model_class(section: JudgeModel) -> type:
+    """transformers' class of a judge's model."""
+    return AutoModelForSequenceClassification if isinstance(section, ClassifierModel) else AutoModelForCausalLM
 
 
 def classifier_family(template: str) -> Family:

@@ -101,29 +101,15 @@ class EsiRun(StageRun):
         finish(config, self.folder.path, model, scores, sigma, self.fingerprint, outcome, losses, self.started, tracker)
 
     def _load_guard(self, tracker: Tracker):
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
         from esi_ds.judge.classifier import ClassifierGuard
         from esi_ds.judge.guard import Guard
-        from esi_ds.zero.placement import choose_placement, load_frozen
+        from esi_ds.zero.placement import load_judge
 
         section, judge = self.config.judge, self.inputs.judge
-        auto_class = AutoModelForSequenceClassification if judge.labels else AutoModelForCausalLM
-        dtype = self.config.model.dtype if section.dtype == "auto" else section.dtype
-        placement, reason = choose_placement(
-            judge.config, dtype, section.placement, auto_class, section.trust_remote_code
+        module, weights, note = load_judge(
+            section, judge.config, self.config.model.dtype, self.deepspeed_config, "judge"
         )
-        tracker.log(f"judge: family {judge.family.name}, {placement} ({reason})")
-        module, weights = load_frozen(
-            section.path,
-            dtype,
-            placement,
-            self.deepspeed_config,
-            field="judge.path",
-            auto_class=auto_class,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-        )
+        tracker.log(f"judge: family {judge.family.name}, {note}")
         if judge.labels:
             return ClassifierGuard(module, judge.tokenizer, section.score, weights, *judge.labels)
         return Guard(module, judge.tokenizer, section.score, weights)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from esi_ds.config import ENDPOINT_ROUNDS, ClassifierVerdicts, Config, RubricVerdicts, WordVerdicts
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, length_batches
@@ -22,7 +21,7 @@ from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.prepare_eval import PreparedJudge, sequence_rule
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
-from esi_ds.zero.placement import choose_placement, load_frozen
+from esi_ds.zero.placement import load_judge
 
 VERDICTS, VERDICT_KEY = "verdicts.jsonl", ("judge", "model", "set", "index")
 USED = ("num_requests", "prompt_tokens", "completion_tokens")  # of an endpoint, kept with each of its verdicts
@@ -182,22 +181,9 @@ def _ask_model(
 def _load(judge: PreparedJudge, config: Config, deepspeed_config: dict, tracker: Tracker) -> tuple[ModelJudge, Any]:
     """The judge, and how its weights are reached."""
     section = judge.section
-    is_classifier = isinstance(section, ClassifierVerdicts)
-    auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    dtype = config.model.dtype if section.dtype == "auto" else section.dtype
-    placement, reason = choose_placement(judge.config, dtype, section.placement, auto_class, section.trust_remote_code)
-    tracker.log(f"judge {judge.name}: {placement} ({reason})")
-    module, weights = load_frozen(
-        section.path,
-        dtype,
-        placement,
-        deepspeed_config,
-        field=f"{judge.field}.path",
-        auto_class=auto_class,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-    )
-    if is_classifier:
+    module, weights, note = load_judge(section, judge.config, config.model.dtype, deepspeed_config, judge.field)
+    tracker.log(f"judge {judge.name}: {note}")
+    if isinstance(section, ClassifierVerdicts):
         return SequenceJudge(module, judge.tokenizer, sequence_rule(section), judge.field), weights
     reader = NextWordJudge(
         module,

@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import PretrainedConfig
 
 from esi_ds.cli import Options
-from esi_ds.config import ClassifierJudge, Config
+from esi_ds.config import Config
 from esi_ds.core.criteria import objectives
 from esi_ds.core.footprint import COMPACT_LIMIT, WEIGHT_BYTES, Topology
 from esi_ds.core.select import model_k
@@ -17,6 +17,7 @@ from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import check_experts, expert_parallel_size, read, resolve_deepspeed
 from esi_ds.errors import UserError
+from esi_ds.judge.classifier import model_class
 from esi_ds.models.meta import meta_model
 from esi_ds.models.roles import experts_per_token
 from esi_ds.stages.footprints import (
@@ -125,8 +126,7 @@ def _judge_bytes(config: Config, ranks: int) -> float:
     except UserError:
         return 0.0
     dtype = config.model.dtype if judge.dtype == "auto" else judge.dtype
-    auto_class = AutoModelForSequenceClassification if isinstance(judge, ClassifierJudge) else AutoModelForCausalLM
-    model = meta_model(found, auto_class, judge.trust_remote_code, "judge.path")
+    model = meta_model(found, model_class(judge), judge.trust_remote_code, "judge.path")
     whole = WEIGHT_BYTES[dtype] * sum(parameter.numel() for parameter in model.parameters())
     return whole / ranks if judge.placement == "sharded" else whole
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.artifacts import file_sha256
 from esi_ds.config import ClassifierJudge, Config, scores_given
@@ -21,9 +21,9 @@ from esi_ds.data.chat import (
     load_tokenizer,
     special_strings,
 )
-from esi_ds.data.prompts import PromptSet, load_judge_scores, load_prompts, load_responses
+from esi_ds.data.prompts import PromptSet, given_scores, load_prompts, load_responses
 from esi_ds.errors import UserError
-from esi_ds.judge.classifier import SequenceRule, classifier_family, longest_input, read_rule
+from esi_ds.judge.classifier import SequenceRule, classifier_family, longest_input, model_class, read_rule
 from esi_ds.judge.families import Family, TextBuilder, choose_family
 from esi_ds.judge.guard import GuardInput, check_verdict, encode_pair
 from esi_ds.models.meta import meta_model
@@ -58,9 +58,9 @@ class Inputs:
     given_responses: list[str] | None
     source: dict[str, str]
     skipped: list[tuple[int, str]]
+    given_scores: list[float] | None
     specials: tuple[str, ...]
     benign_prompts: tuple[str, ...] = ()
-    given_scores: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,8 @@ def prepare(config: Config) -> Inputs | None:
     )
     check_chat_template(tokenizer, config.model.system_prompt)
     judge = prepare_judge(config) if config.judge is not None else None
-    prompts, responses, source, skipped = _read_data(config)
-    scores = load_judge_scores(config.data.responses)[: len(prompts)] if scores_given(config) else None
     specials = special_strings(tokenizer, *([judge.tokenizer] if judge else []))
-    benign = _benign_prompts(config)
-    return Inputs(model_config, tokenizer, judge, prompts, responses, source, skipped, specials, benign, scores)
+    return Inputs(model_config, tokenizer, judge, *_read_data(config), specials, _benign_prompts(config))
 
 
 def _benign_prompts(config: Config) -> tuple[str, ...]:
@@ -134,10 +131,8 @@ def prepare_judge(config: Config) -> Judge:
 def _prepare_classifier(
     section: ClassifierJudge, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, batch_size: int
 ) -> Judge:
-    labels = None if section.unsafe_labels is None else tuple(section.unsafe_labels)
-    rule = SequenceRule(section.template, labels, section.multi_label)
     family = classifier_family(section.template)
-    found = read_rule(config, rule, "judge")
+    labels = read_rule(config, SequenceRule(section.template, section.unsafe_labels, section.multi_label), "judge")
     texts = TextBuilder(family, tokenizer, "prompt_and_response")
     if config.get_text_config().pad_token_id is None and batch_size > 1:
         raise UserError(
@@ -146,22 +141,25 @@ def _prepare_classifier(
             "has no padding token, so that its answers of unlike length cannot be judged together",
             "set esi.batch_size: 1, or pad_token_id in its config.json",
         )
-    model = meta_model(config, AutoModelForSequenceClassification, section.trust_remote_code, "judge.path")
-    return Judge(tokenizer, family, texts, config, longest_input(model, tokenizer, None), found)
+    model = meta_model(config, model_class(section), section.trust_remote_code, "judge.path")
+    return Judge(tokenizer, family, texts, config, longest_input(model, tokenizer, None), labels)
 
 
-def _read_data(config: Config) -> tuple[list[str], list[str] | None, dict[str, str], list[tuple[int, str]]]:
-    """Prompts, responses if given, what they were read from, and rows that were skipped. Responses bring their own
-    prompts along; ``data.prompts`` then only limits their number."""
+def _read_data(
+    config: Config,
+) -> tuple[list[str], list[str] | None, dict[str, str], list[tuple[int, str]], list[float] | None]:
+    """Prompts, responses if given, what they were read from, rows that were skipped, and the responses' scores where
+    no judge is asked. Responses bring their own prompts along; ``data.prompts`` then only limits their number."""
     limit = config.data.prompts.limit if config.data.prompts is not None else None
     if config.data.responses is not None:
         rows = load_responses(config.data.responses)[:limit]
         source = {"responses": config.data.responses, "sha256": file_sha256(Path(config.data.responses))}
-        return [row["prompt"] for row in rows], [row["response"] for row in rows], source, []
+        scores = given_scores(rows, config.data.responses) if scores_given(config) else None
+        return [row["prompt"] for row in rows], [row["response"] for row in rows], source, [], scores
     section = config.data.prompts
     found: PromptSet = load_prompts(section.path, section.split, section.column, limit)
     source = {"prompts": found.source, "column": found.column, "sha256": found.sha256}
-    return list(found.prompts), None, source, list(found.skipped)
+    return list(found.prompts), None, source, list(found.skipped), None
 
 
 def load_model_config(

@@ -222,5 +222,6 @@ def _prepare_model_judge(section: JudgeModel, place: str) -> PreparedJudge:
 
 
 def sequence_rule(section: ClassifierVerdicts) -> SequenceRule:
-    labels = None if section.unsafe_labels is None else tuple(section.unsafe_labels)
-    return SequenceRule(section.template, labels, section.multi_label, section.threshold, section.max_length)
+    return SequenceRule(
+        section.template, section.unsafe_labels, section.multi_label, section.threshold, section.max_length
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from esi_ds.data.prompts import BUILT_IN, load_judge_scores, load_prompts, load_responses
+from esi_ds.data.prompts import BUILT_IN, given_scores, load_prompts, load_responses
 from esi_ds.errors import UserError
 
 
@@ -118,11 +118,11 @@ def test_an_instruction_is_asked_with_its_input(tmp_path: Path) -> None:
 
 def test_scores_come_with_responses(tmp_path: Path) -> None:
     said = [{"prompt": "a", "response": "b", "judge_score": score} for score in (1, -0.5, None)]
-    assert str(load_judge_scores(rows(tmp_path, "j.jsonl", said))) == "[1.0, -0.5, nan]"
+    assert str(given_scores(load_responses(rows(tmp_path, "j.jsonl", said)), "j.jsonl")) == "[1.0, -0.5, nan]"
     for wrong in ({"judge_score": "safe"}, {"judge_score": True}, {}):
         bad = rows(tmp_path, "bad.jsonl", [said[0], {"prompt": "a", "response": "b", **wrong}])
         with pytest.raises(UserError, match="row 2 .*judge_score.*judge.path"):
-            load_judge_scores(bad)
+            given_scores(load_responses(bad), bad)
 
 
 def test_a_hub_set_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
