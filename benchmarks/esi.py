@@ -70,9 +70,9 @@ def make_pass(folder: Path, dtype: str, autoep_size: int | None = None):
     from esi_ds.data.chat import EncodedResponse
     from esi_ds.judge.families import EncodedJudgement
     from esi_ds.judge.guard import Guard, GuardInput, WholeWeights
-    from esi_ds.stages.objectives import SafetyObjective
-    from esi_ds.stages.prepare import Example
-    from esi_ds.stages.score import ScoringPass
+    from esi_ds.stages.esi.objectives import SafetyObjective
+    from esi_ds.stages.esi.prepare import Example
+    from esi_ds.stages.esi.score import ScoringPass
     from esi_ds.tracking import Tracker
     from esi_ds.zero import runtime
     from esi_ds.zero.engine import load_replicated, load_sharded

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import signal
 import socket
@@ -12,32 +11,16 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import NoReturn
 
 from esi_ds import ranks
 from esi_ds.config import load_config
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.failures import explain, is_full
+from esi_ds.options import Options
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_FAILURE = 2, 75, 1
 TURN_S, LONGEST_S = 5.0, 40.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says besides the config. ``world_size``, ``nodes`` and the memories: ranks, on how many
-    nodes, and what a GPU and a node hold, that a dry run plans for. ``launcher``: what ``ranks.launcher`` found when
-    the process began."""
-
-    dry_run: bool = False
-    world_size: int | None = None
-    nodes: int | None = None
-    gpu_memory_gib: float = 80.0
-    node_memory_gib: float = 2048.0
-    verbose: bool = False
-    allow_fingerprint_mismatch: bool = False
-    launcher: tuple[tuple[int, int], ...] = ()
 
 
 def positive(text: str) -> int:
@@ -166,7 +149,9 @@ def main(stage: str, argv: list[str] | None = None) -> int:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
         if options.dry_run and rank > 0:
             return 0
-        importlib.import_module(f"esi_ds.stages.{stage}").run(config, options)
+        from esi_ds.stages import entry
+
+        entry(stage)(config, options)
     except UserError as error:
         if rank > 0:
             _let_others_speak(local_rank, EXIT_USER)

@@ -11,9 +11,9 @@ from grid import CONTRASTIVE, CRITERIA, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, SPA_
 from material import DATA, ROOT
 
 from esi_ds.artifacts import read_jsonl, write_json_atomic
-from esi_ds.cli import Options
 from esi_ds.config import Config, validate
 from esi_ds.core.mask import Mask
+from esi_ds.options import Options
 from esi_ds.reselect import write_selection
 from esi_ds.zero import runtime
 
@@ -71,7 +71,7 @@ def config_of(cell: Cell, output: Path, **sections: dict) -> Config:
 
 
 def execute_mask(cell: Cell, output: Path) -> None:
-    from esi_ds.stages import esi
+    from esi_ds.stages import entry
 
     name = str(cell.facts["criterion"])
     plain = name.removesuffix(CONTRASTIVE)
@@ -95,7 +95,7 @@ def execute_mask(cell: Cell, output: Path) -> None:
         else:
             prompts = {"path": str(output / f"data/prompts-s{cell.seed}.jsonl"), "limit": cell.facts.get("prompts")}
             sections["data"]["prompts"] = prompts
-    esi.run(config_of(cell, output, **sections), Options())
+    entry("esi")(config_of(cell, output, **sections), Options())
 
 
 def mask_of(cell: Cell, output: Path) -> str:
@@ -145,10 +145,10 @@ def eval_section(cell: Cell, output: Path) -> dict:
 
 
 def execute_tuning(cell: Cell, output: Path) -> None:
-    import importlib
+    from esi_ds.stages import entry
 
     config = config_of(cell, output, tune=tune_section(cell, output), eval=eval_section(cell, output))
-    importlib.import_module(f"esi_ds.stages.{cell.kind}").run(config, Options())
+    entry(cell.kind)(config, Options())
     judge_answers(output / cell.name)
 
 
@@ -169,7 +169,7 @@ def judge_answers(folder: Path) -> None:
 
 
 def execute_perturb(cell: Cell, output: Path) -> None:
-    from esi_ds.stages import perturb
+    from esi_ds.stages import entry
 
     run = output / cell.after[0]
     judges = [
@@ -178,7 +178,7 @@ def execute_perturb(cell: Cell, output: Path) -> None:
     ]
     section = eval_section(cell, output) | {"judges": judges, "refusal_words": "examples"}
     noise = {"mask": str(run / "mask"), **NOISE, **cell.facts}  # facts: fewer, of a sample (estimate.py)
-    perturb.run(config_of(cell, output, perturb=noise, eval=section), Options())
+    entry("perturb")(config_of(cell, output, perturb=noise, eval=section), Options())
 
 
 EXECUTE = {

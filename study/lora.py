@@ -15,11 +15,11 @@ from esi_ds.core.batch import left_pad
 from esi_ds.core.schedule import learning_rate
 from esi_ds.data.chat import encode_prompt, load_tokenizer, special_strings
 from esi_ds.data.conversations import DataOrder, TuningSet, encode_rows, find_columns
+from esi_ds.data.prompts import load_sets
 from esi_ds.data.rows import read_rows
 from esi_ds.eval.refusals import is_refusal
-from esi_ds.stages.prepare_eval import load_sets
-from esi_ds.stages.prepare_tuning import end_ids
-from esi_ds.stages.training import MicroBatch
+from esi_ds.stages.tune.prepare import end_ids
+from esi_ds.stages.tune.training import MicroBatch
 from esi_ds.zero.tuner import summed_loss
 
 # Rank 1 on these is the number of weights nearest to 1 % of the tiny model; the report holds it.

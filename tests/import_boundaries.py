@@ -1,6 +1,7 @@
 """Imports point down: launch → stages → (judge, models, data, eval, zero, report) → core → errors (DESIGN §2).
 
-Run as a script it prints every import that breaks the rule and exits 1; a test calls ``violations``.
+No module imports itself by way of others, late and typing-only imports included. Run as a script it prints every import
+that breaks a rule and exits 1; a test calls ``violations``.
 """
 
 from __future__ import annotations
@@ -31,14 +32,26 @@ LAYERS = {
     "reselect": 3,
     "team": 2,
     "patch": 4,
-    "cli": 1,
+    "options": 1,
+    "cli": 5,
     "ranks": 1,
     "lock": 1,
     "status": 1,
 }
 # What may import the heavy or distributed libraries: name → parts that may.
 RESERVED = {"deepspeed": {"zero"}, "torch.distributed": {"zero"}}
-WITHOUT_TORCH = {"config", "deepspeed_config", "errors", "failures", "artifacts", "cli", "ranks", "lock", "status"}
+WITHOUT_TORCH = {
+    "config",
+    "deepspeed_config",
+    "errors",
+    "failures",
+    "artifacts",
+    "options",
+    "cli",
+    "ranks",
+    "lock",
+    "status",
+}
 
 
 def imports(file: Path) -> Iterator[tuple[int, str, bool]]:
@@ -85,7 +98,44 @@ def violations() -> list[str]:
     return found
 
 
+def import_graph() -> dict[str, set[str]]:
+    """Module of the package → modules of the package that it imports anywhere, at the top or later."""
+    files = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in sorted((ROOT / "esi_ds").rglob("*.py"))
+    }
+    graph: dict[str, set[str]] = {}
+    for module, file in files.items():
+        targets: set[str] = set()
+        for node in ast.walk(ast.parse(file.read_text(), str(file))):
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                submodules = names & files.keys()
+                targets |= submodules
+                if len(submodules) < len(names):  # something that the package or module itself defines
+                    targets.add(node.module)
+        graph[module] = targets & files.keys()
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """One line per module that reaches itself: the shortest way round."""
+    lines = []
+    for start in graph:
+        paths, seen = [[start]], {start}
+        for path in paths:
+            if start in graph[path[-1]]:
+                lines.append(f"import circle: {' → '.join([*path, start])}")
+                break
+            for module in sorted(graph[path[-1]] - seen):
+                seen.add(module)
+                paths.append([*path, module])
+    return lines
+
+
 if __name__ == "__main__":
-    problems = violations()
+    problems = violations() + circles(import_graph())
     print("\n".join(problems) or "import boundaries: sound")
     sys.exit(1 if problems else 0)

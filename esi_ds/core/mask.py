@@ -180,3 +180,16 @@ class Mask:
         if sum(self.counts.values()) != self.k:
             found.append(f"counts add up to {sum(self.counts.values())}, k is {self.k}")
         return found
+
+
+def load_mask(path: str, field: str = "tune.mask") -> Mask:
+    """A mask whose headers are sound. Raises UserError naming ``field``."""
+    try:
+        return Mask.load(path)
+    except UserError as error:
+        raise UserError(field, error.value, error.problem, error.remedy) from error
+
+
+def metadata_sha256(mask: Mask) -> str:
+    """What tells two masks of one model apart: criterion, threshold, k, counts by parameter."""
+    return hashlib.sha256(json.dumps(mask.metadata, sort_keys=True).encode()).hexdigest()

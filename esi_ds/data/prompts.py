@@ -6,9 +6,13 @@ import difflib
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+from esi_ds.config import Eval, Prompts
 from esi_ds.data.benchmarks import BUILT_IN, BuiltIn, Kind, context_of, skip_reason
 from esi_ds.data.rows import Row, is_text, looks_like_file, read_rows, with_input
 from esi_ds.errors import UserError
@@ -187,3 +191,51 @@ def given_scores(rows: Sequence[Row], path: str) -> list[float]:
             )
         scores.append(math.nan if score is None else float(score))
     return scores
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Prompts that every model is asked. name: in tables and files; kind: whether they should be refused."""
+
+    name: str
+    kind: Literal["harmful", "benign"]
+    found: PromptSet
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return self.found.prompts
+
+    def as_row(self) -> dict[str, Any]:
+        """What was read, what was skipped and why: a row of the report."""
+        return {
+            "set": self.name,
+            "kind": self.kind,
+            "source": self.found.source,
+            "column": self.found.column,
+            "read": len(self.prompts),
+            "skipped": dict(Counter(reason for _, reason in self.found.skipped).most_common()),
+            "sha256": self.found.sha256,
+        }
+
+
+def load_sets(section: Eval) -> list[QuestionSet]:
+    """Harmful sets first. A file that holds both sorts (XSTest) gives those that are asked for."""
+    given = [("harmful", "eval.prompts", section.prompts), ("benign", "eval.benign", section.benign)]
+    asked = [
+        (kind, f"{key}.{number}" if len(sections) > 1 else key, found)
+        for kind, key, sections in given
+        for number, found in enumerate(sections)
+    ]
+    names = _names([found for _, _, found in asked])
+    return [
+        QuestionSet(name, kind, load_prompts(s.path, s.split, s.column, s.limit, kind=kind, field=key))
+        for name, (kind, key, s) in zip(names, asked, strict=True)
+    ]
+
+
+def _names(sections: list[Prompts]) -> list[str]:
+    """Short names that are told apart: a file's stem where that is enough, then path and split, then a number."""
+    stems = [Path(s.path).stem if Path(s.path).suffix else s.path for s in sections]
+    longer = [s.path + (f":{s.split}" if s.split else "") for s in sections]
+    names = [stem if stems.count(stem) == 1 else long for stem, long in zip(stems, longer, strict=True)]
+    return [name if names.count(name) == 1 else f"{name}#{number}" for number, name in enumerate(names, 1)]

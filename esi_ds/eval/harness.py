@@ -17,9 +17,10 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.eval.harness_output import quiet, results
+from esi_ds.eval.harness_output import results
+from esi_ds.eval.harness_quiet import quiet
 from esi_ds.eval.harness_tasks import Prepared
-from esi_ds.eval.tasks import Ranks, TaskResult
+from esi_ds.eval.task_result import Ranks, TaskResult
 
 SLICE = 16  # batches of documents a rank answers between two looks at whether to stop
 

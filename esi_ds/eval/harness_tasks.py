@@ -23,7 +23,7 @@ from esi_ds.config import Task
 from esi_ds.data.benchmarks import EXAMPLES
 from esi_ds.data.rows import Row, read_rows
 from esi_ds.errors import UserError
-from esi_ds.eval.harness_output import quiet
+from esi_ds.eval.harness_quiet import quiet
 from esi_ds.eval.task_rows import NEEDED, read_task_rows
 
 OURS = Path(__file__).parent / "lm_eval_tasks"

@@ -15,16 +15,15 @@ answers.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from packaging.version import Version
 
 from esi_ds.config import Task
 from esi_ds.errors import UserError
-from esi_ds.eval.statistics import CONFIDENCE
+from esi_ds.eval.task_result import ALONE, Ranks, TaskResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,68 +33,6 @@ if TYPE_CHECKING:
 # Since 0.4.12 tasks are built by TaskManager.load.
 OLDEST = "0.4.12"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """How many processes share the documents. gather: from one rank's object to every rank's, on every rank, in rank
-    order (``zero.runtime.gather_objects``); it is called once for every slice of a task's requests of a kind.
-    told_to_stop: whether this rank is to stop, asked between two slices."""
-
-    rank: int = 0
-    size: int = 1
-    gather: Callable[[Any], list[Any]] = lambda item: [item]
-    told_to_stop: Callable[[], bool] = lambda: False
-
-
-ALONE = Ranks()
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One metric of one task, or of a group of tasks.
-
-    correct: one flag per document where the metric is the share of documents that are right, else None.
-    scores: where ``correct`` is None, one number per document (None: it has none); None where no document has a number
-    of its own (F1).
-    Documents are in the file's order; a group's are its members' in the order of ``members``.
-    low, high: Wilson's interval where ``correct`` is there, else normal by lm-eval's standard error, else None.
-    num_cut: documents whose prompt lost its beginning because the model takes no more tokens.
-    limit: documents per task at most. num_documents: how many there are without it.
-    version: the task definition's. prompts_hash: lm-eval's hash of documents, prompts and targets: results are
-    comparable document by document where it is the same. rows: file the documents are from; None: the hub's.
-    """
-
-    task: str
-    metric: str
-    filter: str
-    value: float
-    n: int
-    low: float | None
-    high: float | None
-    correct: tuple[bool, ...] | None
-    scores: tuple[float | None, ...] | None
-    higher_is_better: bool | None
-    num_documents: int
-    num_fewshot: int
-    num_cut: int
-    limit: int | None
-    members: tuple[str, ...]
-    version: str
-    prompts_hash: str
-    rows: str | None
-    chat_template: bool
-    lm_eval: str
-    confidence: float = CONFIDENCE
-
-    def as_row(self) -> dict[str, Any]:
-        """For a JSON line; ``from_row`` reads it back."""
-        return asdict(self)
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> TaskResult:
-        lists = {name: tuple(row[name]) for name in ("correct", "scores", "members") if row[name] is not None}
-        return cls(**{**row, **lists})
 
 
 def prepare_tasks(tasks: Sequence[Task], field: str = "eval.tasks") -> list[Prepared]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
+from esi_ds.models.roles import describe
 
 
 def meta_model(
@@ -26,3 +30,13 @@ def meta_model(
         raise UserError(field, config.name_or_path or config.model_type, problem, remedy) from error
     model.tie_weights()
     return model
+
+
+def meta_parameters(
+    config: PretrainedConfig, roles: Mapping[str, str] | None = None, trust_remote_code: bool = False
+) -> tuple[Parameter, ...]:
+    """Names, shapes, roles and logical matrices of a model that is never allocated.
+
+    roles: ``model.roles``. trust_remote_code: of the section of the experiment's config that names the model.
+    """
+    return describe(meta_model(config, trust_remote_code=trust_remote_code), given=roles)

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
 from esi_ds.config import Config
 from esi_ds.errors import Interrupted
+from esi_ds.models.folder import max_positions
+from esi_ds.stages.esi.prepare import Inputs
 from esi_ds.stages.interrupt import told_to_stop
-from esi_ds.stages.prepare import Inputs, max_positions
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from esi_ds import lock, ranks
+from esi_ds import lock
 from esi_ds.artifacts import RunFolder
-from esi_ds.cli import Options
 from esi_ds.config import Config
-from esi_ds.core.mask import Mask
+from esi_ds.core.mask import Mask, metadata_sha256
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import monitor_settings, resolve_deepspeed
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.models.fingerprint import checkpoint_folder, fingerprint, tensor_digests
+from esi_ds.options import Options
+from esi_ds.stages.interrupt import listen
 from esi_ds.tracking import Tracker
+from esi_ds.zero import runtime
+from esi_ds.zero.monitor import open_monitors
 
 CHECKPOINTS = "checkpoint"
-
-
-def metadata_sha256(mask: Mask) -> str:
-    """What tells two masks of one model apart: criterion, threshold, k, counts by parameter."""
-    return hashlib.sha256(json.dumps(mask.metadata, sort_keys=True).encode()).hexdigest()
+Inputs = TypeVar("Inputs")
 
 
 def check_mask_bits(mask: Mask, field: str) -> None:
     """Refuse a damaged mask. Every bit is read once, by one of the ranks. Two gathers."""
-    from esi_ds.zero import runtime
-
     problems = runtime.gather_objects(mask.problems(runtime.rank(), runtime.world_size()))
     found = [problem for part in problems for problem in part]
     if found:
@@ -43,7 +38,7 @@ def check_mask_bits(mask: Mask, field: str) -> None:
         raise UserError(field, str(mask.path), "is another one on other hosts", "give one shared folder")
 
 
-class StageRun(ABC):
+class StageRun(ABC, Generic[Inputs]):
     """One run of a stage on this rank; ``work`` does it. ``inputs``: what the stage has prepared; ``source``: hashes of
     the data, for the manifest."""
 
@@ -56,19 +51,25 @@ class StageRun(ABC):
         self,
         config: Config,
         options: Options,
-        inputs: Any,
+        inputs: Inputs,
         folder: RunFolder,
-        deepspeed_config: dict,
+        deepspeed_config: dict[str, Any],
         source: dict[str, Any],
     ):
-        from esi_ds.zero import runtime
-
         self.config, self.options, self.inputs, self.folder = config, options, inputs, folder
         self.deepspeed_config, self.source = deepspeed_config, source
-        self.runtime = runtime
         self.started = time.time()
         self.fingerprint: str | None = None
         self.notes: dict[str, Any] = {}  # further facts for the manifest
+
+    @classmethod
+    def start(
+        cls, stage: str, config: Config, options: Options, inputs: Inputs, folder: RunFolder, source: dict[str, Any]
+    ) -> None:
+        """Run a prepared stage to its end in the job's process group."""
+        with runtime.process_group(config.run.collective_timeout_s, config.run.start_timeout_s):
+            deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
+            cls(config, options, inputs, folder, deepspeed_config, source).run()
 
     @abstractmethod
     def work(self, tracker: Tracker) -> None:
@@ -82,12 +83,11 @@ class StageRun(ABC):
             if not self._is_finished():  # another job may have ended while its lock was looked at
                 self._run_locked(taken_over)
         finally:
-            if self.runtime.is_main():
+            if runtime.is_main():
                 lock.release(self.folder.path)
 
     def _is_finished(self) -> bool:
         """Whether there is nothing to do, which rank 0 then says. One broadcast."""
-        runtime = self.runtime
         finished = runtime.broadcast_object(self.folder.is_finished() if runtime.is_main() else None)
         if finished and runtime.is_main():
             print(f"{self.folder.path} is finished already; nothing to do")
@@ -95,7 +95,6 @@ class StageRun(ABC):
 
     def _lock(self) -> str | None:
         """The folder is this job's; what rank 0 is to say of it. Raises UserError on every rank. One broadcast."""
-        runtime = self.runtime
         found = None
         if runtime.is_main():
             try:
@@ -109,13 +108,9 @@ class StageRun(ABC):
         return found
 
     def _run_locked(self, taken_over: str | None) -> None:
-        runtime = self.runtime
         if runtime.is_main():
             self.folder.open(self.config)
         runtime.seed_everything(self.config.run.seed)
-        from esi_ds.stages.interrupt import listen
-        from esi_ds.zero.monitor import open_monitors
-
         tracker = Tracker(
             self.folder.path,
             enabled=runtime.is_main(),
@@ -151,15 +146,15 @@ class StageRun(ABC):
         """``begin`` where the fingerprint is known. One collective."""
         self.folder.check_same("model_fingerprint", found, "model.path")
         self.fingerprint = found
-        self.runtime.barrier()  # nobody writes the manifest before everybody has read the old one
+        runtime.barrier()  # nobody writes the manifest before everybody has read the old one
         self.record("running")
 
     def record(self, exit_state: str) -> None:
         """``manifest.json``; rank 0 writes it."""
-        if self.runtime.is_main():
+        if runtime.is_main():
             self.folder.write_manifest(
                 exit_state=exit_state,
-                world_size=self.runtime.world_size(),
+                world_size=runtime.world_size(),
                 started=self.started,
                 model_fingerprint=self.fingerprint,
                 data=self.source,
@@ -170,30 +165,6 @@ class StageRun(ABC):
         """The files are read by all ranks together. One gather of names and digests."""
         folder = checkpoint_folder(path, revision)
         digests: dict[str, str] = {}
-        for part in self.runtime.gather_objects(tensor_digests(folder, self.runtime.rank(), self.runtime.world_size())):
+        for part in runtime.gather_objects(tensor_digests(folder, runtime.rank(), runtime.world_size())):
             digests.update(part)
         return fingerprint(parameters, digests)
-
-
-def run_stage(
-    stage: str,
-    run_class: type[StageRun],
-    config: Config,
-    options: Options,
-    inputs: Any,
-    source: dict[str, Any],
-    field: str,
-) -> None:
-    """Run a prepared stage in its folder and process group; what both refuse is refused before anything starts.
-
-    field: the config section to name where ``source`` is not what an interrupted run of this folder read.
-    """
-    folder = RunFolder(config.run.output_dir)
-    folder.check(config)
-    resolve_deepspeed(config, ranks.find().world_size, stage)
-    folder.check_same("data_hashes", source, field)
-    from esi_ds.zero import runtime
-
-    with runtime.process_group(config.run.collective_timeout_s, config.run.start_timeout_s):
-        deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
-        run_class(config, options, inputs, folder, deepspeed_config, source).run()

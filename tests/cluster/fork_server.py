@@ -43,14 +43,13 @@ def serve() -> None:
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import esi_ds.stages.esi  # noqa: F401
-    import esi_ds.stages.eval  # noqa: F401
-    import esi_ds.stages.finish_eval  # noqa: F401
-    import esi_ds.stages.finish_perturb  # noqa: F401
-    import esi_ds.stages.finish_tuning  # noqa: F401
-    import esi_ds.stages.judging  # noqa: F401
-    import esi_ds.stages.perturb  # noqa: F401
-    import esi_ds.stages.spa  # noqa: F401
+    import esi_ds.stages.esi.work  # noqa: F401
+    import esi_ds.stages.evaluate.finish  # noqa: F401
+    import esi_ds.stages.evaluate.judging  # noqa: F401
+    import esi_ds.stages.evaluate.work  # noqa: F401
+    import esi_ds.stages.perturb.finish  # noqa: F401
+    import esi_ds.stages.perturb.work  # noqa: F401
+    import esi_ds.stages.tune.work  # noqa: F401
     import esi_ds.zero.score  # noqa: F401
 
     assert len(os.listdir("/proc/self/task")) == 1  # a thread would be lost in the fork

@@ -6,12 +6,13 @@ argv: a folder and the size of expert parallelism, 0 for none. Runs lie in FOLDE
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 
-from esi_ds.cli import Options, leave
+from esi_ds.cli import leave
 from esi_ds.config import validate
+from esi_ds.options import Options
+from esi_ds.stages import entry
 from esi_ds.zero import runtime
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +35,7 @@ def main() -> None:
             "deepspeed": settings(size),
             **sections,
         }
-        importlib.import_module(f"esi_ds.stages.{stage}").run(validate(raw), Options(allow_fingerprint_mismatch=allow))
+        entry(stage)(validate(raw), Options(allow_fingerprint_mismatch=allow))
 
     def rows(name: str, limit: int | None = None) -> dict:
         return {"path": str(DATA / f"{name}.jsonl"), "limit": limit}

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 from esi_ds.cli import leave
 from esi_ds.data.chat import encode_prompt
 from esi_ds.errors import UserError
-from esi_ds.stages import finish, finish_tuning
+from esi_ds.stages.esi import finish
+from esi_ds.stages.tune import work as tune_work
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import load_sharded
 from esi_ds.zero.generate import generate, in_step, ready_to_generate
@@ -59,7 +60,7 @@ def refuse(case: dict) -> None:
 def main() -> None:
     runtime.start()
     finish.write_report, finish.publish = score_worker.keep_units, lambda *arguments: None
-    finish_tuning.finish_tuning = tune_worker.dump
+    tune_work.finish_tuning = tune_worker.dump
     cases = json.loads((Path(sys.argv[-1])).read_text())
     for case in cases["scores"]:
         score_worker.run_case(case)

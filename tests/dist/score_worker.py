@@ -18,19 +18,19 @@ import torch
 from transformers import AutoTokenizer
 
 from esi_ds.artifacts import RunFolder
-from esi_ds.cli import Options, leave
+from esi_ds.cli import leave
 from esi_ds.config import validate
 from esi_ds.core.mask import Mask
 from esi_ds.core.surrogate import estimate
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
 from esi_ds.judge.guard import Guard, Judgement
-from esi_ds.stages import esi as esi_stage
-from esi_ds.stages import finish, objectives
-from esi_ds.stages.esi import EsiRun
-from esi_ds.stages.objectives import MeanLoss, SquaredRowGradients
-from esi_ds.stages.prepare import encode_examples, prepare
-from esi_ds.stages.prepare_losses import prepare_losses
+from esi_ds.options import Options
+from esi_ds.stages.esi import finish, objectives
+from esi_ds.stages.esi import work as esi_work
+from esi_ds.stages.esi.objectives import MeanLoss, SquaredRowGradients
+from esi_ds.stages.esi.prepare import encode_examples, prepare
+from esi_ds.stages.esi.work import EsiRun
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import load_sharded
 from esi_ds.zero.export import export_model
@@ -82,14 +82,14 @@ def poisoned(poison: dict[str, int]) -> None:
 
         return total
 
-    objectives.estimate, esi_stage.encode_examples = bad_estimate, bad_encode
+    objectives.estimate, esi_work.encode_examples = bad_estimate, bad_encode
     for name, objective in (("tuning", MeanLoss), ("benign", SquaredRowGradients)):
         if name in poison or "silence" in poison:
             objective.total = bad_total(name)
 
 
 def unpoisoned() -> None:
-    objectives.estimate, esi_stage.encode_examples, Guard.judge = estimate, encode_examples, plain_judge
+    objectives.estimate, esi_work.encode_examples, Guard.judge = estimate, encode_examples, plain_judge
     MeanLoss.total, SquaredRowGradients.total = plain_totals["tuning"], plain_totals["benign"]
     for name, method in plain_methods.items():
         setattr(SquaredGradientShards, name, method)
@@ -113,7 +113,8 @@ def run_case(case: dict) -> None:
     if case.get("wrong_fisher"):
         square_after_the_reduction()
     try:
-        EsiRun(config, Options(), prepare(config), prepare_losses(config), folder, settings).run()
+        inputs = prepare(config)
+        EsiRun(config, Options(), inputs, folder, settings, inputs.source).run()
     except UserError as error:
         assert case.get("error") and case["error"] in str(error), error
         return

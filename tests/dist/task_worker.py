@@ -9,7 +9,8 @@ from pathlib import Path
 from esi_ds.cli import leave
 from esi_ds.config import Task
 from esi_ds.errors import UserError
-from esi_ds.eval.tasks import Ranks, prepare_tasks, run_tasks
+from esi_ds.eval.task_result import Ranks
+from esi_ds.eval.tasks import prepare_tasks, run_tasks
 from esi_ds.zero import runtime
 
 

@@ -16,13 +16,15 @@ import torch
 from safetensors.torch import save_file
 
 from esi_ds.artifacts import RunFolder
-from esi_ds.cli import Options, leave
+from esi_ds.cli import leave
 from esi_ds.config import validate
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
-from esi_ds.stages import finish_tuning, training
-from esi_ds.stages.prepare_tuning import prepare_tuning
-from esi_ds.stages.tune import TuneRun
+from esi_ds.options import Options
+from esi_ds.stages.tune import training
+from esi_ds.stages.tune import work as tune_work
+from esi_ds.stages.tune.prepare import prepare_tuning
+from esi_ds.stages.tune.work import TuneRun
 from esi_ds.zero import optimizer as zero_optimizer
 from esi_ds.zero import runtime
 from esi_ds.zero.dense import DenseTuner
@@ -125,7 +127,7 @@ def run_case(case: dict) -> None:
 
 def main() -> None:
     runtime.start()
-    finish_tuning.finish_tuning = dump
+    tune_work.finish_tuning = dump
     for case in json.loads(Path(sys.argv[-1]).read_text()):
         run_case(case)
     runtime.stop()

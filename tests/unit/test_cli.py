@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from esi_ds import cli
-from esi_ds.cli import Options, main
+from esi_ds import cli, stages
+from esi_ds.cli import main
 from esi_ds.errors import Interrupted, UserError
+from esi_ds.options import Options
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
     module.run = run
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(stages.ENTRIES, "fake", (module.__name__, "run"))
     for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # other ranks replace it
@@ -128,7 +130,7 @@ def test_a_mistake_is_told_by_rank_0_first(stage, config: str, variables, monkey
 # A stage that waits in C, as for other ranks: Python's own handlers do not run meanwhile.
 WAITING = """
 import ctypes, os, signal, sys, types
-from esi_ds import cli
+from esi_ds import cli, stages
 def run(config, options):
     signal.signal(signal.SIGUSR2, lambda *_: None)  # some other signal of somebody else's
     os.kill(os.getpid(), signal.SIGUSR2)
@@ -137,6 +139,7 @@ def run(config, options):
     for _ in range(2):
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
 sys.modules["esi_ds.stages.fake"] = types.SimpleNamespace(run=run)
+stages.ENTRIES["fake"] = ("esi_ds.stages.fake", "run")
 cli.leave(cli.main("fake", sys.argv[1:]))
 """
 

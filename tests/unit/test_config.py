@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from import_boundaries import violations
+from import_boundaries import circles, import_graph, violations
 
 from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
 from esi_ds.config import differences, load_config, parse_yaml, require_esi, require_tune, resolved_yaml, validate
@@ -83,6 +83,8 @@ def test_overrides_reach_any_depth(tmp_path: Path) -> None:
 
 def test_import_boundaries() -> None:
     assert violations() == []
+    assert circles(import_graph()) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["import circle: b → c → b", "import circle: c → b → c"]
 
 
 def test_folders_are_replaced_whole_and_lines_survive_a_tear(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from esi_ds.config import RubricVerdicts
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all
 from esi_ds.eval.rubric import TEMPLATE, Prices, build_question, judge_by_rubric, read_score, read_verdict
-from esi_ds.stages.judging import VERDICT_KEY, judge_all
+from esi_ds.stages.evaluate.judging import VERDICT_KEY, judge_all
+from esi_ds.stages.evaluate.prepare import PreparedJudge
 from esi_ds.stages.ledger import Ledger
-from esi_ds.stages.prepare_eval import PreparedJudge
 from esi_ds.tracking import Tracker
 
 INJECTION = (

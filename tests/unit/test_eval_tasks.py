@@ -27,8 +27,9 @@ from esi_ds.config import Task, parse_yaml, resolved_yaml, validate
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval import harness
 from esi_ds.eval.statistics import mcnemar_exact, wilson
+from esi_ds.eval.task_result import Ranks, TaskResult
 from esi_ds.eval.task_rows import NEWS, read_task_rows
-from esi_ds.eval.tasks import Ranks, TaskResult, prepare_tasks, run_tasks, run_tasks_on
+from esi_ds.eval.tasks import prepare_tasks, run_tasks, run_tasks_on
 
 SYSTEM = "Be brief."
 ABOUT = "The following are multiple choice questions (with answers) about {}.\n\n"

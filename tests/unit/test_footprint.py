@@ -31,11 +31,11 @@ from esi_ds.core.footprint import (
     transient,
 )
 from esi_ds.deepspeed_config import check_experts, expert_parallel_size, resolve_deepspeed
+from esi_ds.models.folder import load_model_config
+from esi_ds.models.meta import meta_parameters
 from esi_ds.models.roles import describe
-from esi_ds.stages.footprints import AUTOEP_MODEL_TYPES, USABLE, Memory, footprint, nodes_needed, recommend, zero3
-from esi_ds.stages.plan import meta_parameters
-from esi_ds.stages.plan_bytes import describe_work, expected_trained
-from esi_ds.stages.prepare import load_model_config
+from esi_ds.stages.plan.footprints import AUTOEP_MODEL_TYPES, USABLE, Memory, footprint, nodes_needed, recommend, zero3
+from esi_ds.stages.plan.memory import describe_work, expected_trained
 
 ARCHITECTURES = ROOT / "configs/moe/architectures"
 MODELS = {  # experts, expert width, hidden, MoE layers, nodes that the YAML names

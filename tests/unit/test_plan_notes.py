@@ -10,8 +10,8 @@ from conftest import ROOT
 from esi_ds.cli import main
 from esi_ds.config import Prompts, RowSource
 from esi_ds.errors import UserError
-from esi_ds.stages import plan_notes
-from esi_ds.stages.plan_notes import count_prompts, count_rows
+from esi_ds.stages.plan import notes as plan_notes
+from esi_ds.stages.plan.notes import count_prompts, count_rows
 
 ARCHITECTURE = f"model.path={ROOT / 'configs/moe/architectures/mixtral-8x22b'}"
 

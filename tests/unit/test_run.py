@@ -8,8 +8,8 @@ import pytest
 
 from esi_ds import lock
 from esi_ds.artifacts import RunFolder
-from esi_ds.cli import Options
 from esi_ds.config import validate
+from esi_ds.options import Options
 from esi_ds.stages.run import StageRun
 
 

@@ -10,8 +10,8 @@ from esi_ds.core.criteria import objectives
 from esi_ds.data.chat import check_chat_template, load_tokenizer
 from esi_ds.data.conversations import TuningSet
 from esi_ds.errors import UserError
-from esi_ds.stages.prepare import load_model_config
-from esi_ds.stages.prepare_tuning import read_tuning_set
+from esi_ds.models.folder import load_model_config
+from esi_ds.stages.tune.prepare import read_tuning_set
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from esi_ds.cli import Options
 from esi_ds.config import Config, require_tune, resolved_yaml
+from esi_ds.core.mask import load_mask
 from esi_ds.core.select import model_k
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import resolve_deepspeed
-from esi_ds.stages.plan import meta_parameters, print_facts
-from esi_ds.stages.plan_bytes import describe_work, expected_trained, is_compact, known_trained, print_bytes, topology
-from esi_ds.stages.plan_notes import count_prompts, count_rows
-from esi_ds.stages.prepare import load_model_config
-from esi_ds.stages.prepare_tuning import check_routers, describe_trained, load_mask, prepare_tuning
+from esi_ds.models.folder import load_model_config
+from esi_ds.models.meta import meta_parameters
+from esi_ds.options import Options
+from esi_ds.stages.plan.memory import describe_work, expected_trained, is_compact, known_trained, print_bytes, topology
+from esi_ds.stages.plan.notes import count_prompts, count_rows
+from esi_ds.stages.plan.stages import print_facts
+from esi_ds.stages.tune.prepare import check_routers, describe_trained, prepare_tuning
 
 Counts = dict[str, dict[str, int]]  # stage → parameter → weights that get a gradient
 

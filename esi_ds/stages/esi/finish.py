@@ -18,8 +18,8 @@ from esi_ds.models.roles import layer_of
 from esi_ds.report.experts import expert_tables
 from esi_ds.report.html import write_report
 from esi_ds.report.publish import closing_table, publish
-from esi_ds.stages.prepare import Inputs, Judge, clean, encode_prompts
-from esi_ds.stages.prepare_losses import LossRows
+from esi_ds.stages.esi.losses import LossRows
+from esi_ds.stages.esi.prepare import Inputs, Judge, clean, encode_prompts
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel

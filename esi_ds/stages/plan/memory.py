@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from esi_ds.cli import Options
 from esi_ds.config import Config
 from esi_ds.core.criteria import objectives
 from esi_ds.core.footprint import COMPACT_LIMIT, WEIGHT_BYTES, Topology
@@ -18,9 +17,11 @@ from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import check_experts, expert_parallel_size, read, resolve_deepspeed
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import model_class
+from esi_ds.models.folder import load_model_config
 from esi_ds.models.meta import meta_model
 from esi_ds.models.roles import experts_per_token
-from esi_ds.stages.footprints import (
+from esi_ds.options import Options
+from esi_ds.stages.plan.footprints import (
     STAGES,
     Footprint,
     Memory,
@@ -32,7 +33,6 @@ from esi_ds.stages.footprints import (
     sizes,
     with_experts,
 )
-from esi_ds.stages.prepare import load_model_config
 
 GIB = 2**30
 

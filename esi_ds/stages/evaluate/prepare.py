@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -16,14 +14,13 @@ from esi_ds.config import (
     EvalJudge,
     GuardVerdicts,
     JudgeModel,
-    Prompts,
     RubricVerdicts,
     WordVerdicts,
     YesNoVerdicts,
     label,
 )
 from esi_ds.data.chat import break_up, check_chat_template, encode_prompt, load_tokenizer, special_strings
-from esi_ds.data.prompts import PromptSet, load_prompts
+from esi_ds.data.prompts import QuestionSet, load_sets
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import SequenceRule, read_rule, yes_no_family
 from esi_ds.eval.endpoint import Endpoint
@@ -32,38 +29,13 @@ from esi_ds.eval.rubric import TEMPLATE, check_template
 from esi_ds.eval.tasks import prepare_tasks
 from esi_ds.judge.families import Family, TextBuilder, choose_family
 from esi_ds.judge.guard import check_verdict
-from esi_ds.stages.prepare import check_weights, load_model_config, max_positions
+from esi_ds.models.folder import check_weights, load_model_config, max_positions
 
 if TYPE_CHECKING:
     from esi_ds.eval.harness_tasks import Prepared
 
 BASE = "base"
 ENDPOINT_KEYS = {"concurrency", "request_timeout", "item_timeout", "max_attempts", "max_tokens", "extra"}
-
-
-@dataclass(frozen=True)
-class QuestionSet:
-    """Prompts that every model is asked. name: in tables and files; kind: whether they should be refused."""
-
-    name: str
-    kind: Literal["harmful", "benign"]
-    found: PromptSet
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        return self.found.prompts
-
-    def as_row(self) -> dict[str, Any]:
-        """What was read, what was skipped and why: a row of the report."""
-        return {
-            "set": self.name,
-            "kind": self.kind,
-            "source": self.found.source,
-            "column": self.found.column,
-            "read": len(self.prompts),
-            "skipped": dict(Counter(reason for _, reason in self.found.skipped).most_common()),
-            "sha256": self.found.sha256,
-        }
 
 
 @dataclass(frozen=True)
@@ -126,29 +98,6 @@ def prepare_eval(config: Config) -> EvalInputs:
     source = {f"{found.kind}:{found.name}": found.found.sha256 for found in sets}
     tasks = prepare_tasks(section.tasks)
     return EvalInputs(sets, models, judges, tasks, source)
-
-
-def load_sets(section: Eval) -> list[QuestionSet]:
-    """Harmful sets first. A file that holds both sorts (XSTest) gives those that are asked for."""
-    given = [("harmful", "eval.prompts", section.prompts), ("benign", "eval.benign", section.benign)]
-    asked = [
-        (kind, f"{key}.{number}" if len(sections) > 1 else key, found)
-        for kind, key, sections in given
-        for number, found in enumerate(sections)
-    ]
-    names = _names([found for _, _, found in asked])
-    return [
-        QuestionSet(name, kind, load_prompts(s.path, s.split, s.column, s.limit, kind=kind, field=key))
-        for name, (kind, key, s) in zip(names, asked, strict=True)
-    ]
-
-
-def _names(sections: list[Prompts]) -> list[str]:
-    """Short names that are told apart: a file's stem where that is enough, then path and split, then a number."""
-    stems = [Path(s.path).stem if Path(s.path).suffix else s.path for s in sections]
-    longer = [s.path + (f":{s.split}" if s.split else "") for s in sections]
-    names = [stem if stems.count(stem) == 1 else long for stem, long in zip(stems, longer, strict=True)]
-    return [name if names.count(name) == 1 else f"{name}#{number}" for number, name in enumerate(names, 1)]
 
 
 def _candidate(

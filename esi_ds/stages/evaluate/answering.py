@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from esi_ds.config import Config
+from esi_ds.data.prompts import QuestionSet
 from esi_ds.eval.fluency import surprises
 from esi_ds.eval.verdicts import is_empty
+from esi_ds.stages.evaluate.prepare import Candidate
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Key, Ledger
-from esi_ds.stages.prepare_eval import Candidate, QuestionSet
 from esi_ds.stages.respond import generate_all
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime

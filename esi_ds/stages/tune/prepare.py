@@ -10,18 +10,18 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.config import BenignMix, Config, RowSource, require_tune
-from esi_ds.core.mask import Mask
+from esi_ds.core.mask import Mask, load_mask
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
 from esi_ds.data.chat import check_chat_template, load_tokenizer, special_strings
 from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
+from esi_ds.data.prompts import load_sets
 from esi_ds.data.rows import read_rows
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
+from esi_ds.models.folder import check_weights, load_model_config, max_positions
 from esi_ds.models.roles import router_names
 from esi_ds.patch import check_names
-from esi_ds.stages.prepare import check_weights, load_model_config, max_positions
-from esi_ds.stages.prepare_eval import load_sets
 
 TRAIN = {"set": "selected", "spa": "complement"}
 
@@ -77,18 +77,10 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
     return TuningInputs(stage, model_config, tokenizer, mask, trained, rows, benign, questions, source, specials)
 
 
-def load_mask(path: str, field: str = "tune.mask") -> Mask:
-    """A mask whose headers are sound. Raises UserError naming ``field``."""
-    try:
-        return Mask.load(path)
-    except UserError as error:
-        raise UserError(field, error.value, error.problem, error.remedy) from error
-
-
 def describe_trained(config: Config, stage: str, mask: Mask, model_config: PretrainedConfig) -> Trained:
     """What would train, from the model's configuration alone. Raises UserError where the mask does not fit, or where
     nothing would train."""
-    from esi_ds.stages.plan import meta_parameters
+    from esi_ds.models.meta import meta_parameters
 
     model = config.model
     parameters: tuple[Parameter, ...] = meta_parameters(model_config, model.roles, model.trust_remote_code)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from esi_ds.eval.statistics import wilson
 from esi_ds.report.html import write_report
 from esi_ds.report.perturbation import closing_table, publish
-from esi_ds.stages.finish_eval import facts, measures_of, tables
-from esi_ds.stages.prepare_perturb import CLEAN, Cell
+from esi_ds.stages.evaluate.finish import facts, measures_of, tables
+from esi_ds.stages.perturb.prepare import CLEAN, Cell, PerturbInputs
+from esi_ds.stages.run import StageRun
 from esi_ds.tracking import Tracker
-
-if TYPE_CHECKING:
-    from esi_ds.stages.perturb import PerturbRun
+from esi_ds.zero import runtime
 
 Row = dict[str, Any]
 
 
 def finish_perturb(
-    run: PerturbRun,
+    run: StageRun[PerturbInputs],
     answers: Sequence[Row],
     verdicts: Mapping[tuple, Row],
     surprises: Mapping[tuple, Row],
@@ -29,7 +28,7 @@ def finish_perturb(
     tracker: Tracker,
 ) -> None:
     """Write the report and say how it went. Rank 0 writes; no collectives."""
-    if not run.runtime.is_main():
+    if not runtime.is_main():
         return
     inputs, folder = run.inputs, run.folder.path
     names = [CLEAN, *(cell.name for cell in inputs.cells)]
@@ -47,7 +46,7 @@ def finish_perturb(
         "usage": dict(used),
         "curves": curves(found["measures"], inputs.cells),
         "facts": {
-            **facts(run.config, run.runtime.world_size(), run.started),
+            **facts(run.config, runtime.world_size(), run.started),
             "fingerprint": run.fingerprint,
             "mask made from these weights": run.notes["mask_made_from_these_weights"],
             "weights' digest before and after every cell": restored["digest"],

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from esi_ds.judge.guard import Guard
+from esi_ds.stages.esi.prepare import Example
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
-from esi_ds.stages.prepare import Example
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from esi_ds.config import Config
 from esi_ds.eval.refusals import REFUSAL_LISTS
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
 from esi_ds.report.evaluation import closing_table, publish
 from esi_ds.report.html import write_report
-from esi_ds.stages.prepare_eval import EvalInputs
+from esi_ds.stages.evaluate.prepare import EvalInputs
+from esi_ds.stages.run import StageRun
 from esi_ds.tracking import Tracker
-
-if TYPE_CHECKING:
-    from esi_ds.stages.eval import EvalRun
+from esi_ds.zero import runtime
 
 NUM_SAMPLES = 4  # of each set
 Row = dict[str, Any]
 
 
 def finish_eval(
-    run: EvalRun,
+    run: StageRun[EvalInputs],
     answers: Sequence[Row],
     verdicts: Mapping[tuple, Row],
     surprises: Mapping[tuple, Row],
@@ -31,7 +30,7 @@ def finish_eval(
     tracker: Tracker,
 ) -> None:
     """Write the report and say how it went. Rank 0 writes; no collectives."""
-    if not run.runtime.is_main():
+    if not runtime.is_main():
         return
     inputs, folder = run.inputs, run.folder.path
     measures = [*measures_of(run.config, inputs, answers, verdicts, surprises), *task_measures(tasks)]
@@ -46,7 +45,7 @@ def finish_eval(
         "usage": used,
         "tasks": [{**row, "results": [_without_documents(result) for result in row["results"]]} for row in tasks],
         "samples": samples(inputs, answers, verdicts),
-        "facts": facts(run.config, run.runtime.world_size(), run.started),
+        "facts": facts(run.config, runtime.world_size(), run.started),
     }
     write_report(folder, report)
     publish(tracker, report)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from esi_ds.artifacts import read_jsonl
 from esi_ds.report.card import METHODS
 from esi_ds.report.html import write_report
+from esi_ds.stages.run import StageRun
+from esi_ds.stages.tune.prepare import TuningInputs
+from esi_ds.stages.tune.training import Training
 from esi_ds.tracking import Tracker
-
-if TYPE_CHECKING:
-    from esi_ds.stages.training import Training
-    from esi_ds.stages.tune import TuneRun
+from esi_ds.zero import runtime
 
 NUM_SAMPLES = 4  # of each set
 WHEN = ("before", "after")
 
 
 def finish_tuning(
-    run: TuneRun,
+    run: StageRun[TuningInputs],
     training: Training,
     patch: dict | None,
     answers: list[dict],
@@ -28,7 +27,7 @@ def finish_tuning(
     tracker: Tracker,
 ) -> None:
     """Write the report and say how it went. Rank 0 writes; no collectives."""
-    if not run.runtime.is_main():
+    if not runtime.is_main():
         return
     folder = run.folder.path
     metrics = folder / "metrics.jsonl"
@@ -85,14 +84,14 @@ def refusal_rows(answers: Sequence[dict]) -> list[dict]:
     return rows
 
 
-def facts(run: TuneRun, training: Training) -> dict:
+def facts(run: StageRun[TuningInputs], training: Training) -> dict:
     """What the report's last table says of the run."""
     config, inputs, tune = run.config, run.inputs, run.config.tune
     found = {
         "model": config.model.path,
         "model type": inputs.model_config.model_type,
         "dtype": config.model.dtype,
-        "ranks": run.runtime.world_size(),
+        "ranks": runtime.world_size(),
         "wall time (s)": round(time.time() - run.started, 1),
         "seed": config.run.seed,
         "fingerprint": run.fingerprint,

@@ -6,46 +6,39 @@ import json
 import shutil
 from pathlib import Path
 
+from esi_ds import patch
 from esi_ds.artifacts import read_jsonl, replace_folder, wait_until_visible, write_text_atomic
-from esi_ds.cli import Options
-from esi_ds.config import Config
 from esi_ds.data.chat import break_up, encode_prompt
 from esi_ds.eval.refusals import is_refusal
 from esi_ds.models.fingerprint import check_mask_weights, checkpoint_folder, tensor_digests
-from esi_ds.stages.prepare import max_positions
-from esi_ds.stages.prepare_tuning import TuningInputs, prepare_tuning
-from esi_ds.stages.run import CHECKPOINTS, StageRun, check_mask_bits, metadata_sha256, run_stage
+from esi_ds.models.folder import max_positions
+from esi_ds.report.card import model_card
+from esi_ds.stages.respond import generate_all, keep_in
+from esi_ds.stages.run import CHECKPOINTS, StageRun, check_mask_bits
+from esi_ds.stages.tune.drift import drift_rows, measure_before
+from esi_ds.stages.tune.finish import finish_tuning
+from esi_ds.stages.tune.prepare import TuningInputs
+from esi_ds.stages.tune.training import Training
 from esi_ds.tracking import Tracker
+from esi_ds.zero import runtime
+from esi_ds.zero.dense import DenseTuner
+from esi_ds.zero.engine import load_sharded
+from esi_ds.zero.export import export_model
+from esi_ds.zero.optimizer import MaskedAdamW
+from esi_ds.zero.sparse import SparseTuner, choose_reduction
+from esi_ds.zero.tuner import Rule
 
 ANSWERS = "answers.jsonl"
 
 
-def run_tuning(config: Config, options: Options, stage: str) -> None:
-    """Run SET or SPA to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
-    if options.dry_run:
-        from esi_ds.stages.plan_tuning import print_tuning_plan
-
-        print_tuning_plan(config, options, stage)
-        return
-    inputs = prepare_tuning(config, stage)
-    source = {**inputs.source, "mask_sha256": metadata_sha256(inputs.mask)}
-    run_stage(stage, TuneRun, config, options, inputs, source, "tune")
-
-
-class TuneRun(StageRun):
+class TuneRun(StageRun[TuningInputs]):
     """One run of SET or SPA on this rank."""
 
     @property
     def stage(self) -> str:
         return self.inputs.stage
 
-    inputs: TuningInputs
-
     def work(self, tracker: Tracker) -> None:
-        from esi_ds.stages.drift import drift_rows, measure_before
-        from esi_ds.stages.finish_tuning import finish_tuning
-        from esi_ds.stages.training import Training
-
         config, inputs = self.config, self.inputs
         check_mask_bits(inputs.mask, "tune.mask")
         model, make_tuner = self._load(tracker)
@@ -80,12 +73,6 @@ class TuneRun(StageRun):
 
     def _load(self, tracker: Tracker):
         """The sharded model, and what makes its tuner. The tuner reads the weights: before answers, any time."""
-        from esi_ds.zero.dense import DenseTuner
-        from esi_ds.zero.engine import load_sharded
-        from esi_ds.zero.optimizer import MaskedAdamW
-        from esi_ds.zero.sparse import SparseTuner, choose_reduction
-        from esi_ds.zero.tuner import Rule
-
         config, tune, trained = self.config, self.config.tune, self.inputs.trained
         rule = Rule(tuple(tune.betas), tune.eps, tune.weight_decay, tune.clip)
         optimizers: list[MaskedAdamW] = []
@@ -139,13 +126,11 @@ class TuneRun(StageRun):
 
     def _answers(self, model, when: str, tracker: Tracker) -> dict[str, list[str]]:
         """Greedy answers to every question; kept on disk as they are made, so that a resumed run makes none twice."""
-        from esi_ds.stages.respond import generate_all, keep_in
-
         config, inputs, made = self.config, self.inputs, {}
         for name, prompts in inputs.questions.items():
             partial = self.folder.path / f"answers.{name}.{when}.partial.jsonl"
-            rows = read_jsonl(partial) if self.runtime.is_main() and partial.is_file() else []
-            done = self.runtime.broadcast_object({row["index"]: row["response"] for row in rows})
+            rows = read_jsonl(partial) if runtime.is_main() and partial.is_file() else []
+            done = runtime.broadcast_object({row["index"]: row["response"] for row in rows})
             cleaned = [break_up(prompt, inputs.specials)[0] for prompt in prompts]
             generate_all(
                 model,
@@ -164,7 +149,7 @@ class TuneRun(StageRun):
         return made
 
     def _write_answers(self, answers: dict[str, dict[str, list[str]]]) -> None:
-        if not self.runtime.is_main() or not self.inputs.questions:
+        if not runtime.is_main() or not self.inputs.questions:
             return
         lines = []
         for name, prompts in self.inputs.questions.items():
@@ -177,28 +162,23 @@ class TuneRun(StageRun):
 
     def _read_answers(self) -> list[dict]:
         file = self.folder.path / ANSWERS
-        return read_jsonl(file) if self.runtime.is_main() and file.is_file() else []
+        return read_jsonl(file) if runtime.is_main() and file.is_file() else []
 
     def _export(self, model) -> dict | None:
         """``model/`` and ``patch/``; the patch's summary on rank 0."""
-        from esi_ds.report.card import model_card
-        from esi_ds.zero.export import export_model
-
         tune, folder = self.config.tune, self.folder.path
         if not tune.export and not tune.patch:
             return None
         target = folder / ("model" if tune.export else ".model-for-patch")
         export_model(model, target, self.inputs.tokenizer, model_card(self.config, self.inputs, self.fingerprint))
         found = self._patch(target) if tune.patch else None
-        if not tune.export and self.runtime.is_main():
+        if not tune.export and runtime.is_main():
             shutil.rmtree(target)
         return found
 
     def _patch(self, tuned: Path) -> dict | None:
         """Ranks share the files. Three gathers of small objects and two barriers."""
-        from esi_ds import patch
-
-        runtime, folder = self.runtime, self.folder.path / "patch"
+        folder = self.folder.path / "patch"
         base = checkpoint_folder(self.config.model.path, self.config.model.revision)
         temporary = folder.with_name(".patch.tmp")
         if runtime.is_main():

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from esi_ds.config import Config
-from esi_ds.core.mask import INDEX_NAME, Mask
+from esi_ds.core.mask import INDEX_NAME, Mask, load_mask
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
-from esi_ds.stages.plan import meta_parameters
-from esi_ds.stages.prepare_eval import Candidate, EvalInputs, prepare_eval
-from esi_ds.stages.prepare_tuning import load_mask
+from esi_ds.models.meta import meta_parameters
+from esi_ds.stages.evaluate.prepare import Candidate, EvalInputs, prepare_eval
 
 CLEAN = "clean"
 

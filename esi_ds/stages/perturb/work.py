@@ -8,42 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from esi_ds.cli import Options
-from esi_ds.config import Config
+import torch
+
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_weights
-from esi_ds.stages.plan import print_perturb_plan
-from esi_ds.stages.prepare_perturb import CLEAN, Cell, PerturbInputs, prepare_perturb
-from esi_ds.stages.run import StageRun, check_mask_bits, metadata_sha256, run_stage
+from esi_ds.stages.evaluate.answering import ANSWER_KEY, ANSWERS, SURPRISES, answer_all, answer_keys, surprise_all
+from esi_ds.stages.evaluate.judging import VERDICT_KEY, VERDICTS, judge_all
+from esi_ds.stages.ledger import Ledger
+from esi_ds.stages.perturb.finish import finish_perturb
+from esi_ds.stages.perturb.prepare import CLEAN, Cell, PerturbInputs
+from esi_ds.stages.run import StageRun, check_mask_bits
 from esi_ds.tracking import Tracker
+from esi_ds.zero import runtime
+from esi_ds.zero.engine import load_sharded
+from esi_ds.zero.files import read_scores
+from esi_ds.zero.perturb import perturbed, weights_digest
+from esi_ds.zero.score import select_weights, unit_sigmas
 
 FIELD = "perturb.mask"
 RESTORED = "restored.jsonl"  # a row a cell, once all weights were seen to have their bits back
 
 
-def run(config: Config, options: Options) -> None:
-    """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
-    inputs = prepare_perturb(config)
-    if options.dry_run:
-        print_perturb_plan(config, options, inputs)
-        return
-    source = {**inputs.source, "mask_sha256": metadata_sha256(inputs.mask)}
-    run_stage("perturb", PerturbRun, config, options, inputs, source, "perturb")
-
-
-class PerturbRun(StageRun):
+class PerturbRun(StageRun[PerturbInputs]):
     """One run of the stage on this rank."""
 
     stage = "perturb"
 
-    inputs: PerturbInputs
-
     def work(self, tracker: Tracker) -> None:
-        from esi_ds.stages.answering import ANSWER_KEY, ANSWERS, SURPRISES, answer_all, answer_keys, surprise_all
-        from esi_ds.stages.finish_perturb import finish_perturb
-        from esi_ds.stages.judging import VERDICT_KEY, VERDICTS, judge_all
-        from esi_ds.stages.ledger import Ledger
-
         inputs, folder, sets = self.inputs, self.folder.path, self.inputs.eval.sets
         model = self._load(tracker)
         answers, surprises, verdicts = (
@@ -66,8 +57,6 @@ class PerturbRun(StageRun):
 
     def _load(self, tracker: Tracker):
         """The model, which must be the mask's."""
-        from esi_ds.zero.engine import load_sharded
-
         section, mask = self.config.model, self.inputs.mask
         check_mask_bits(mask, FIELD)
         model = load_sharded(
@@ -92,10 +81,6 @@ class PerturbRun(StageRun):
         A cell whose answers are all there but whose weights were not looked at afterwards, for the run was killed
         between the two, is disturbed and restored again.
         """
-        from esi_ds.stages.answering import answer_all, answer_keys
-        from esi_ds.stages.ledger import Ledger
-        from esi_ds.zero.perturb import perturbed, weights_digest
-        from esi_ds.zero.score import unit_sigmas
 
         sets, candidate = self.inputs.eval.sets, self.inputs.candidate
         before, sigma, scores = weights_digest(model), unit_sigmas(model), self._scores(model)
@@ -117,8 +102,6 @@ class PerturbRun(StageRun):
 
     def _scores(self, model) -> dict | None:
         """This rank's scores, where the mask's are there; the mask must be their selection. One all-reduce."""
-        from esi_ds.zero.files import read_scores
-
         inputs = self.inputs
         if inputs.scores is None:
             return None
@@ -136,8 +119,6 @@ class PerturbRun(StageRun):
 
     def _bits(self, model, cell: Cell, scores: Mapping | None) -> dict:
         """shard's name → bool [shard.numel] of the weights that a cell disturbs; k of them over all ranks."""
-        import torch
-
         if scores is not None and cell.order != "random":
             return self._select(model, cell, scores)
         if cell.order == "random":  # scores do not matter to it, only where they are
@@ -145,7 +126,6 @@ class PerturbRun(StageRun):
         return {shard.name: self.inputs.mask.bits_of(shard) for shard in model.scored}
 
     def _select(self, model, cell: Cell, scores: Mapping) -> dict:
-        from esi_ds.zero.score import select_weights
 
         about = self.inputs.mask.metadata
         rule = {"of": about.get("of", "all"), "scope": about.get("scope", "model")}
@@ -153,6 +133,4 @@ class PerturbRun(StageRun):
 
     def _count(self, bits: Mapping) -> int:
         """Over all ranks. One all-reduce."""
-        import torch
-
-        return int(self.runtime.all_reduce_sum(torch.tensor(sum(int(part.sum()) for part in bits.values()))))
+        return int(runtime.all_reduce_sum(torch.tensor(sum(int(part.sum()) for part in bits.values()))))

@@ -6,38 +6,29 @@ import gc
 import hashlib
 import json
 
-from esi_ds.cli import Options
-from esi_ds.config import Config
-from esi_ds.stages.plan import meta_parameters, print_eval_plan
-from esi_ds.stages.prepare_eval import BASE, Candidate, EvalInputs, prepare_eval
-from esi_ds.stages.run import StageRun, run_stage
+from esi_ds.eval.task_result import Ranks
+from esi_ds.eval.tasks import run_tasks_on
+from esi_ds.models.meta import meta_parameters
+from esi_ds.stages.evaluate.answering import ANSWER_KEY, ANSWERS, SURPRISES, answer_all, answer_keys, surprise_all
+from esi_ds.stages.evaluate.finish import finish_eval
+from esi_ds.stages.evaluate.judging import VERDICT_KEY, VERDICTS, judge_all
+from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs
+from esi_ds.stages.interrupt import check_stop, told_to_stop
+from esi_ds.stages.ledger import Ledger
+from esi_ds.stages.run import StageRun
 from esi_ds.tracking import Tracker
+from esi_ds.zero import runtime
+from esi_ds.zero.engine import load_replicated, load_sharded
 
 TASKS = "tasks.jsonl"
 
 
-def run(config: Config, options: Options) -> None:
-    """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
-    inputs = prepare_eval(config)
-    if options.dry_run:
-        print_eval_plan(config, options, inputs)
-        return
-    run_stage("eval", EvalRun, config, options, inputs, inputs.source, "eval")
-
-
-class EvalRun(StageRun):
+class EvalRun(StageRun[EvalInputs]):
     """One evaluation on this rank."""
 
     stage = "eval"
 
-    inputs: EvalInputs
-
     def work(self, tracker: Tracker) -> None:
-        from esi_ds.stages.answering import ANSWER_KEY, ANSWERS, SURPRISES, answer_keys
-        from esi_ds.stages.finish_eval import finish_eval
-        from esi_ds.stages.judging import VERDICT_KEY, VERDICTS, judge_all
-        from esi_ds.stages.ledger import Ledger
-
         inputs, folder = self.inputs, self.folder.path
         fingerprints = {
             model.name: self.model_fingerprint(
@@ -77,12 +68,8 @@ class EvalRun(StageRun):
         Needs a whole copy of the model on every rank. Collectives: a gather a slice of a task's requests.
         Raises Interrupted between two slices; a task that was broken off begins anew.
         """
-        from esi_ds.eval.tasks import Ranks, run_tasks_on
-        from esi_ds.stages.interrupt import check_stop, told_to_stop
-        from esi_ds.stages.ledger import Ledger
-        from esi_ds.zero.engine import load_replicated
 
-        runtime, section = self.runtime, self.config.model
+        section = self.config.model
         ranks = Ranks(runtime.rank(), runtime.world_size(), runtime.gather_objects, told_to_stop)
         ledger = Ledger(self.folder.path / TASKS, ("model", "task"))
         order = [(model.name, number) for model in self.inputs.models for number in range(len(self.inputs.tasks))]
@@ -118,9 +105,6 @@ class EvalRun(StageRun):
 
     def _answer(self, candidate: Candidate, answers, surprises, tracker: Tracker) -> None:
         """The answers of one model, where some are missing. The base also reads all answers again (``surprises``)."""
-        from esi_ds.stages.answering import answer_all, answer_keys, surprise_all
-        from esi_ds.zero.engine import load_sharded
-
         sets = self.inputs.sets
         is_base = candidate.name == BASE
         wanted = set(answer_keys([candidate.name], sets))

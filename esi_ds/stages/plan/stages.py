@@ -4,12 +4,9 @@ group)."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from transformers import PretrainedConfig
-
-from esi_ds.cli import Options
 from esi_ds.config import Config, resolved_yaml
 from esi_ds.core.criteria import objectives
 from esi_ds.core.footprint import WEIGHT_BYTES
@@ -17,25 +14,16 @@ from esi_ds.core.mask import num_bytes
 from esi_ds.core.select import model_k
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import resolve_deepspeed
-from esi_ds.models.meta import meta_model
-from esi_ds.models.roles import describe, unknown, warning
-from esi_ds.stages.plan_bytes import describe_work, expected_trained, print_bytes, readable, topology
-from esi_ds.stages.plan_notes import count_prompts, count_responses, count_rows
-from esi_ds.stages.prepare import load_model_config
+from esi_ds.models.folder import load_model_config
+from esi_ds.models.meta import meta_parameters
+from esi_ds.models.roles import unknown, warning
+from esi_ds.options import Options
+from esi_ds.stages.plan.memory import describe_work, expected_trained, print_bytes, readable, topology
+from esi_ds.stages.plan.notes import count_prompts, count_responses, count_rows
 
 if TYPE_CHECKING:
-    from esi_ds.stages.prepare_eval import EvalInputs
-    from esi_ds.stages.prepare_perturb import PerturbInputs
-
-
-def meta_parameters(
-    config: PretrainedConfig, roles: Mapping[str, str] | None = None, trust_remote_code: bool = False
-) -> tuple[Parameter, ...]:
-    """Names, shapes, roles and logical matrices of a model that is never allocated.
-
-    roles: ``model.roles``. trust_remote_code: of the section of the experiment's config that names the model.
-    """
-    return describe(meta_model(config, trust_remote_code=trust_remote_code), given=roles)
+    from esi_ds.stages.evaluate.prepare import EvalInputs
+    from esi_ds.stages.perturb.prepare import PerturbInputs
 
 
 def plan(config: Config, parameters: tuple[Parameter, ...], world_size: int, notes: list[str]) -> dict[str, object]:

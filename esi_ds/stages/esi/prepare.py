@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.artifacts import file_sha256
 from esi_ds.config import ClassifierJudge, Config, scores_given
@@ -26,7 +26,9 @@ from esi_ds.errors import UserError
 from esi_ds.judge.classifier import SequenceRule, classifier_family, longest_input, model_class, read_rule
 from esi_ds.judge.families import Family, TextBuilder, choose_family
 from esi_ds.judge.guard import GuardInput, check_verdict, encode_pair
+from esi_ds.models.folder import check_weights, load_model_config, max_positions
 from esi_ds.models.meta import meta_model
+from esi_ds.stages.esi.losses import LossRows, prepare_losses
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Example:
     guard_input: GuardInput | None
 
 
-def prepare(config: Config) -> Inputs | None:
+def prepare_prompts(config: Config) -> Inputs | None:
     """Read prompts and tokenizers and check them against each other. None where the criterion asks no judge.
 
     Raises UserError. Reads only; loads no weights.
@@ -84,7 +86,7 @@ def prepare(config: Config) -> Inputs | None:
     )
     check_weights(config.model.path, "model.path")
     if config.model.roles:
-        from esi_ds.stages.plan import meta_parameters
+        from esi_ds.models.meta import meta_parameters
 
         # A wrong one is told of now.
         meta_parameters(model_config, config.model.roles, config.model.trust_remote_code)
@@ -162,43 +164,6 @@ def _read_data(
     return list(found.prompts), None, source, list(found.skipped), None
 
 
-def load_model_config(
-    path: str, field: str, revision: str | None, trust_remote_code: bool, only_local: bool = False
-) -> PretrainedConfig:
-    """The architecture of a folder or hub id; ``field`` is the config key to name in an error. only_local: ask no hub,
-    read folders and the hub's cache."""
-    looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
-    if looks_local and not (Path(path) / "config.json").is_file():
-        raise UserError(field, path, "is no model folder: it holds no config.json", "give a Hugging Face folder")
-    try:
-        found = AutoConfig.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code, local_files_only=only_local
-        )
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(
-            field,
-            path,
-            f"holds no model configuration ({str(error).strip().splitlines()[0]})",
-            "give a Hugging Face folder or a hub id that can be reached",
-        ) from error
-    if getattr(found, "quantization_config", None) is not None:
-        raise UserError(
-            field, path, "is quantised; its weights have no gradient of their own", "give the unquantised model"
-        )
-    return found
-
-
-def check_weights(path: str, field: str) -> None:
-    """A local folder must hold safetensors (nothing pickled is ever read). Hub ids are checked by the download."""
-    folder = Path(path)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise UserError(field, path, "holds no *.safetensors weights", "save the model with safe_serialization")
-
-
-def max_positions(config: PretrainedConfig) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
 def clean(inputs: Inputs, texts: Sequence[str]) -> tuple[list[str], int]:
     """Texts with special-token strings broken up, and how many there were."""
     pairs = [break_up(text, inputs.specials) for text in texts]
@@ -239,3 +204,28 @@ def encode_examples(
             continue
         examples.append(Example(index, ids, encoded, guard_input))
     return examples, excluded
+
+
+@dataclass(frozen=True)
+class EsiInputs:
+    """What a run of ESI reads.
+
+    prompts: None for criteria that ask no judge; losses: the rows of the criterion's further objectives, in the order
+    of their passes.
+    """
+
+    prompts: Inputs | None
+    losses: list[LossRows]
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Paths and hashes, for the manifest."""
+        source: dict[str, Any] = dict(self.prompts.source) if self.prompts else {}
+        for loss in self.losses:
+            source |= loss.source
+        return source
+
+
+def prepare(config: Config) -> EsiInputs:
+    """Everything the stage reads but weights. Raises UserError; reads only."""
+    return EsiInputs(prepare_prompts(config), prepare_losses(config))

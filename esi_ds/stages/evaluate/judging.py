@@ -16,9 +16,9 @@ from esi_ds.eval.rubric import TEMPLATE, Prices, judge_by_rubric, total_usage
 from esi_ds.eval.tables import ATTACK_SUCCESS
 from esi_ds.eval.verdicts import Verdict
 from esi_ds.report.evaluation import tag
+from esi_ds.stages.evaluate.prepare import PreparedJudge, sequence_rule
 from esi_ds.stages.interrupt import check_stop, told_to_stop
 from esi_ds.stages.ledger import Ledger
-from esi_ds.stages.prepare_eval import PreparedJudge, sequence_rule
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.placement import load_judge

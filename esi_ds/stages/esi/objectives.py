@@ -17,9 +17,9 @@ from esi_ds.data.conversations import TokenSequence
 from esi_ds.judge.alignment import alignment_weights
 from esi_ds.judge.guard import Guard, Judgement
 from esi_ds.judge.vocabulary import VocabularyMap
-from esi_ds.stages.prepare import Example
-from esi_ds.stages.score import NOT_FINITE, Objective
-from esi_ds.stages.training import MicroBatch
+from esi_ds.stages.esi.prepare import Example
+from esi_ds.stages.esi.score import NOT_FINITE, Objective
+from esi_ds.stages.tune.training import MicroBatch
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards

@@ -5,52 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from esi_ds import ranks
+import torch
+
 from esi_ds.artifacts import RunFolder
-from esi_ds.cli import Options
-from esi_ds.config import Config, require_esi
-from esi_ds.deepspeed_config import resolve_deepspeed
+from esi_ds.config import Config
 from esi_ds.errors import UserError
+from esi_ds.judge.classifier import ClassifierGuard
+from esi_ds.judge.guard import Guard
+from esi_ds.judge.vocabulary import VocabularyMap
 from esi_ds.models.roles import unknown, warning
+from esi_ds.options import Options
+from esi_ds.stages.esi.finish import LossOutcome, Outcome, finish
+from esi_ds.stages.esi.judge_scores import judge_scores
+from esi_ds.stages.esi.losses import LossRows
+from esi_ds.stages.esi.objectives import MeanLoss, SafetyObjective, ScoreFunctionObjective, SquaredRowGradients
+from esi_ds.stages.esi.prepare import EsiInputs, Example, Inputs, Judge, clean, encode_examples, encode_prompts
+from esi_ds.stages.esi.score import Objective, PassState, ScoringPass
 from esi_ds.stages.interrupt import check_stop
-from esi_ds.stages.prepare import Inputs, clean, encode_examples, encode_prompts, prepare
-from esi_ds.stages.prepare_losses import LossRows, prepare_losses
 from esi_ds.stages.respond import respond, write_responses
 from esi_ds.stages.run import CHECKPOINTS, StageRun
 from esi_ds.tracking import Tracker
+from esi_ds.zero import runtime
+from esi_ds.zero.engine import ShardedModel, load_sharded
+from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
+from esi_ds.zero.placement import load_judge
+from esi_ds.zero.score import Accumulated, Scores, contrast_scores, score, unit_sigmas
 
 
-def run(config: Config, options: Options) -> None:
-    """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
-    require_esi(config)
-    if options.dry_run:
-        from esi_ds.stages.plan import print_plan
-
-        print_plan(config, options)
-        return
-    folder = RunFolder(config.run.output_dir)
-    folder.check(config)
-    resolve_deepspeed(config, ranks.find().world_size)
-    inputs, losses = prepare(config), prepare_losses(config)
-    folder.check_same("data_hashes", data_source(inputs, losses), "data")
-    from esi_ds.zero import runtime
-
-    with runtime.process_group(config.run.collective_timeout_s, config.run.start_timeout_s):
-        deepspeed_config = resolve_deepspeed(config, runtime.world_size())
-        EsiRun(config, options, inputs, losses, folder, deepspeed_config).run()
-
-
-def data_source(inputs: Inputs | None, losses: Sequence[LossRows]) -> dict[str, Any]:
-    """What the run reads, with its hashes, for the manifest."""
-    found: dict[str, Any] = dict(inputs.source) if inputs else {}
-    for loss in losses:
-        found |= loss.source
-    return found
-
-
-class EsiRun(StageRun):
-    """One run of the stage on this rank. ``inputs`` is None for criteria that ask no judge; ``losses`` are the rows of
-    the criterion's further objectives. Passes run one after the other, each with sums of its own."""
+class EsiRun(StageRun[EsiInputs]):
+    """One run of the stage on this rank. Passes run one after the other, each with sums of its own."""
 
     stage = "esi"
 
@@ -58,22 +41,18 @@ class EsiRun(StageRun):
         self,
         config: Config,
         options: Options,
-        inputs: Inputs | None,
-        losses: Sequence[LossRows],
+        inputs: EsiInputs,
         folder: RunFolder,
-        deepspeed_config: dict,
+        deepspeed_config: dict[str, Any],
+        source: dict[str, Any],
     ):
-        super().__init__(config, options, inputs, folder, deepspeed_config, data_source(inputs, losses))
-        self.losses = losses
+        super().__init__(config, options, inputs, folder, deepspeed_config, source)
         self._first_step = 0  # of the next pass, as metrics.jsonl counts
 
     def work(self, tracker: Tracker) -> None:
-        from esi_ds.stages.finish import finish
-        from esi_ds.zero.engine import load_sharded
-        from esi_ds.zero.score import Accumulated, score, unit_sigmas
-
         config = self.config
-        guard = self._load_guard(tracker) if self.inputs and self.inputs.judge else None
+        prompts = self.inputs.prompts
+        guard = self._load_guard(prompts.judge, tracker) if prompts and prompts.judge else None
         model = load_sharded(
             config.model.path,
             config.model.dtype,
@@ -88,8 +67,8 @@ class EsiRun(StageRun):
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.begin(model)
-        outcome = self._accumulate(model, guard, tracker) if self.inputs else None
-        losses = [self._accumulate_loss(model, loss, tracker) for loss in self.losses]
+        outcome = self._accumulate(model, guard, prompts, tracker) if prompts else None
+        losses = [self._accumulate_loss(model, loss, tracker) for loss in self.inputs.losses]
         accumulated = {found.loss.name: found.accumulated for found in losses}
         if outcome is not None:
             accumulated["safety"] = Accumulated(outcome.gradients.sums, outcome.num_prompts)
@@ -100,12 +79,9 @@ class EsiRun(StageRun):
             self._contrast(model, scores, accumulated["benign"])
         finish(config, self.folder.path, model, scores, sigma, self.fingerprint, outcome, losses, self.started, tracker)
 
-    def _load_guard(self, tracker: Tracker):
-        from esi_ds.judge.classifier import ClassifierGuard
-        from esi_ds.judge.guard import Guard
-        from esi_ds.zero.placement import load_judge
+    def _load_guard(self, judge: Judge, tracker: Tracker) -> Guard | ClassifierGuard:
 
-        section, judge = self.config.judge, self.inputs.judge
+        section = self.config.judge
         module, weights, note = load_judge(
             section, judge.config, self.config.model.dtype, self.deepspeed_config, "judge"
         )
@@ -114,12 +90,11 @@ class EsiRun(StageRun):
             return ClassifierGuard(module, judge.tokenizer, section.score, weights, *judge.labels)
         return Guard(module, judge.tokenizer, section.score, weights)
 
-    def _accumulate(self, model, guard, tracker: Tracker):
+    def _accumulate(
+        self, model: ShardedModel, guard: Guard | ClassifierGuard | None, inputs: Inputs, tracker: Tracker
+    ) -> Outcome:
         """Responses, then the scoring pass. Raises UserError where no prompt can be used."""
-        from esi_ds.stages.finish import Outcome
-        from esi_ds.zero.gradients import GradientShards
-
-        config, inputs = self.config, self.inputs
+        config = self.config
         tracker.log(f"prompts: {len(inputs.prompts)} from {inputs.source}, {len(inputs.skipped)} rows skipped")
         prompts, num_broken = clean(inputs, inputs.prompts)
         prompt_ids = encode_prompts(inputs, config, prompts)
@@ -135,9 +110,9 @@ class EsiRun(StageRun):
                 "look at responses.jsonl in the run folder",
             )
         gradients = GradientShards(model, self._accumulator_device())
-        state = self._run_pass(model, self._objective(model, guard, examples, gradients, tracker), tracker)
+        state = self._run_pass(model, self._objective(model, guard, inputs, examples, gradients, tracker), tracker)
         excluded.update(state.excluded)
-        if self.runtime.is_main():
+        if runtime.is_main():
             write_responses(self.folder.path, inputs.prompts, responses, state.scores, excluded)
         num_prompts = len(prompts) - len(excluded)
         if num_prompts == 0:
@@ -158,13 +133,17 @@ class EsiRun(StageRun):
             [example.prompt_ids + example.response.ids for example in examples],
         )
 
-    def _objective(self, model, guard, examples, gradients, tracker: Tracker):
+    def _objective(
+        self,
+        model: ShardedModel,
+        guard: Guard | ClassifierGuard | None,
+        inputs: Inputs,
+        examples: Sequence[Example],
+        gradients: GradientShards,
+        tracker: Tracker,
+    ) -> Objective:
         """What the estimator makes of the examples. ``score_function`` asks for all scores first, and for no more."""
-        from esi_ds.judge.vocabulary import VocabularyMap
-        from esi_ds.stages.judge_scores import judge_scores
-        from esi_ds.stages.objectives import SafetyObjective, ScoreFunctionObjective
-
-        config, inputs = self.config, self.inputs
+        config = self.config
         pad = inputs.tokenizer.pad_token_id
         if config.esi.estimator != "score_function":
             vocabulary = VocabularyMap(inputs.tokenizer, inputs.judge.tokenizer, model.num_logits)
@@ -175,13 +154,8 @@ class EsiRun(StageRun):
             scores = judge_scores(guard, examples, config.esi.batch_size, self.folder.path / CHECKPOINTS, tracker)
         return ScoreFunctionObjective(config, model, scores, examples, gradients, pad)
 
-    def _accumulate_loss(self, model, loss: LossRows, tracker: Tracker):
+    def _accumulate_loss(self, model: ShardedModel, loss: LossRows, tracker: Tracker) -> LossOutcome:
         """The pass over the rows of one loss. Raises UserError where no row can be used."""
-        from esi_ds.stages.finish import LossOutcome
-        from esi_ds.stages.objectives import MeanLoss, SquaredRowGradients
-        from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
-        from esi_ds.zero.score import Accumulated
-
         rows, device = loss.rows, self._accumulator_device()
         tracker.log(f"{loss.describe()}; {len(rows.skipped)} skipped, {rows.num_cut} cut")
         for number, reason in rows.skipped[:5]:
@@ -205,24 +179,19 @@ class EsiRun(StageRun):
         accumulated = Accumulated(objective.gradients.sums, objective.count(used))
         return LossOutcome(loss, accumulated, len(used), state.scores, state.excluded)
 
-    def _run_pass(self, model, objective, tracker: Tracker):
+    def _run_pass(self, model: ShardedModel, objective: Objective, tracker: Tracker) -> PassState:
         """One pass; its checkpoints stay until the run is done, for a later pass may be interrupted too."""
-        from esi_ds.stages.score import ScoringPass
-
         folder = self.folder.path / CHECKPOINTS / objective.name
         state = ScoringPass(self.config, model, objective, folder, tracker, self._first_step).run()
         self._first_step += len(objective.examples)
         return state
 
-    def _accumulator_device(self):
-        import torch
+    def _accumulator_device(self) -> torch.device:
 
-        return torch.device("cpu") if self.config.esi.accumulator_device == "cpu" else self.runtime.device()
+        return torch.device("cpu") if self.config.esi.accumulator_device == "cpu" else runtime.device()
 
-    def _contrast(self, model, scores, benign) -> None:
+    def _contrast(self, model: ShardedModel, scores: Scores, benign: Accumulated) -> None:
         """Scores divided by how much benign rows need each weight. Raises UserError where that is a division by 0."""
-        from esi_ds.zero.score import contrast_scores
-
         undefined = contrast_scores(model, scores, benign)
         if undefined:
             raise UserError(

@@ -1,0 +1,64 @@
+"""lm-eval's own notes, each kind once and on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+
+EXPECTED = (
+    "`pretrained` model kwarg",
+    "Passed an already-initialized model",
+    "Combined length of context",
+    "Overwriting default num_fewshot",
+)
+
+
+EXPECTED_PARTS = ("Custom kwargs can be passed",)
+
+
+class _Once(logging.Filter):
+    """Every kind of warning once: lm-eval repeats them for every document."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        kind = text[:60]
+        if kind in self.seen or text.startswith(EXPECTED) or any(part in text for part in EXPECTED_PARTS):
+            return False
+        self.seen.add(kind)
+        return True
+
+
+@contextlib.contextmanager
+def quiet(show: bool = True) -> Iterator[None]:
+    """lm-eval's warnings, each kind once, and its bars, on stderr; show: false on ranks that are silent.
+
+    Its bootstrap would start as many processes as there are cores, from a process that holds a GPU: it may not.
+    """
+    logger = logging.getLogger("lm_eval")
+    before = (logger.level, logger.propagate, os.environ.get("DISABLE_MULTIPROC"))
+    with contextlib.ExitStack() as stack:
+        target = sys.stderr if show else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115
+        handler = logging.StreamHandler(target)
+        handler.addFilter(_Once())
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+        os.environ["DISABLE_MULTIPROC"] = "1"
+        stack.enter_context(contextlib.redirect_stdout(target))
+        stack.enter_context(contextlib.redirect_stderr(target))
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(before[0])
+            logger.propagate = before[1]
+            os.environ.pop("DISABLE_MULTIPROC")
+            if before[2] is not None:
+                os.environ["DISABLE_MULTIPROC"] = before[2]

@@ -1,0 +1,1 @@
+"""ESI: from prompts to scores, mask and report."""

@@ -1,0 +1,22 @@
+"""``launch/esi.py``: what can be refused or planned without weights, then the run itself."""
+
+from __future__ import annotations
+
+from esi_ds.config import Config, require_esi
+from esi_ds.options import Options
+from esi_ds.stages.esi.prepare import prepare
+from esi_ds.stages.folder import open_folder
+from esi_ds.stages.plan.stages import print_plan
+
+
+def run(config: Config, options: Options) -> None:
+    """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
+    require_esi(config)
+    if options.dry_run:
+        print_plan(config, options)
+        return
+    inputs = prepare(config)
+    folder = open_folder(config, "esi", inputs.source, "data")
+    from esi_ds.stages.esi.work import EsiRun  # loads deepspeed
+
+    EsiRun.start("esi", config, options, inputs, folder, inputs.source)

@@ -1,0 +1,21 @@
+"""``launch/eval.py``: what can be refused or planned without weights, then the run itself."""
+
+from __future__ import annotations
+
+from esi_ds.config import Config
+from esi_ds.options import Options
+from esi_ds.stages.evaluate.prepare import prepare_eval
+from esi_ds.stages.folder import open_folder
+from esi_ds.stages.plan.stages import print_eval_plan
+
+
+def run(config: Config, options: Options) -> None:
+    """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
+    inputs = prepare_eval(config)
+    if options.dry_run:
+        print_eval_plan(config, options, inputs)
+        return
+    folder = open_folder(config, "eval", inputs.source, "eval")
+    from esi_ds.stages.evaluate.work import EvalRun  # loads deepspeed
+
+    EvalRun.start("eval", config, options, inputs, folder, inputs.source)

@@ -1,0 +1,1 @@
+"""Perturbation: noise on the masked weights."""

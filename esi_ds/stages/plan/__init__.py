@@ -1,0 +1,1 @@
+"""``--dry-run``: what a stage would do and hold, from shapes alone."""

@@ -1,0 +1,1 @@
+"""SET and SPA: from a mask and rows to a tuned model."""

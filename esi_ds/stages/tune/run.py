@@ -1,0 +1,33 @@
+"""``launch/set.py`` and ``launch/spa.py``: what can be refused or planned without weights, then the run itself."""
+
+from __future__ import annotations
+
+from esi_ds.config import Config
+from esi_ds.core.mask import metadata_sha256
+from esi_ds.options import Options
+from esi_ds.stages.folder import open_folder
+from esi_ds.stages.plan.tuning import print_tuning_plan
+from esi_ds.stages.tune.prepare import prepare_tuning
+
+
+def run_set(config: Config, options: Options) -> None:
+    """SET: train the mask's weights and nothing else."""
+    _run(config, options, "set")
+
+
+def run_spa(config: Config, options: Options) -> None:
+    """SPA: train everything but the mask's weights."""
+    _run(config, options, "spa")
+
+
+def _run(config: Config, options: Options, stage: str) -> None:
+    """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
+    if options.dry_run:
+        print_tuning_plan(config, options, stage)
+        return
+    inputs = prepare_tuning(config, stage)
+    source = {**inputs.source, "mask_sha256": metadata_sha256(inputs.mask)}
+    folder = open_folder(config, stage, source, "tune")
+    from esi_ds.stages.tune.work import TuneRun  # loads deepspeed
+
+    TuneRun.start(stage, config, options, inputs, folder, source)
