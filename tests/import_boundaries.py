@@ -40,7 +40,7 @@ LAYERS = {
 }
 # What may import the heavy or distributed libraries: name → parts that may.
 RESERVED = {"deepspeed": {"zero"}, "torch.distributed": {"zero"}}
-WITHOUT_TORCH = {
+WITHOUT_TORCH = set("config deepspeed_config errors failures artifacts options cli ranks lock status".split())
     "config",
     "deepspeed_config",
     "errors",
