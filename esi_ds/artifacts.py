@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, and refused where they belong to another run (DESIGN §7)."""
+"""Files of a run: written whole or not at all, and refused where they belong to another run (docs/design.md §7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line, the same for every stage (DESIGN §4). Help and config errors come before torch is imported."""
+"""The command line, the same for every stage (docs/design.md §4). Help and config errors need no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The YAML of an experiment, strictly typed (DESIGN §5). Imports no torch: a bad config fails at once.
+"""The YAML of an experiment, strictly typed (docs/design.md §5). Imports no torch: a bad config fails at once.
 
 Every key has one owner and a sentence. An unknown key, a wrong type or a value out of range is a ``UserError`` that
 names the key in full.

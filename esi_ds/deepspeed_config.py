@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration: ZeRO mechanics are the file's, everything else is the YAML's (DESIGN §5)."""
+"""The DeepSpeed configuration: ZeRO mechanics are the file's, everything else is the YAML's (docs/design.md §5)."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def _owned(config: Config, world_size: int, stage: str) -> list[tuple[str, Any, 
 
 def _fill_optimizer(settings: dict[str, Any]) -> None:
     """What an engine with a foreign optimizer needs. Gradients are reduced and summed in fp32, always: in bf16 the
-    reduction loses three digits, which frozen or not makes runs differ between world sizes (ZERO3-FACTS §1)."""
+    reduction loses three digits, which frozen or not makes runs differ between world sizes (docs/zero3.md §1)."""
     given = settings.get("communication_data_type", "auto")
     if given not in ("auto", "fp32"):
         raise UserError("deepspeed.communication_data_type", given, "contradicts fp32 (SPA's own)", REMEDY)

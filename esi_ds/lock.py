@@ -1,4 +1,4 @@
-"""One job at a time in a run folder: ``lock.json`` names the process that writes there (DESIGN §8).
+"""One job at a time in a run folder: ``lock.json`` names the process that writes there (docs/design.md §8).
 
 A killed job leaves its lock behind. Whether it still lives is found out, not guessed: from the process table on the
 same host, from Slurm where the job has an id, else by watching whether ``status.json`` still changes. No clock is

@@ -1,4 +1,4 @@
-"""``python -m esi_ds.patch create|apply|revert|info``: a tuned model as the difference from its base (DESIGN §7).
+"""``python -m esi_ds.patch create|apply|revert|info``: a tuned model as a sparse difference (docs/design.md §7).
 
 A patch folder holds, per changed tensor of the checkpoint, one bit a weight (which ones differ), their new values and
 their original values, and ``patch.json``. Applying it to the base gives the tuned weights, reverting the base, bit for

@@ -9,7 +9,7 @@ from itertools import product
 SEEDS = (0, 1, 2)
 MODELS = ("llama", "qwen3moe")
 
-# Criteria of masks: overrides of the ESI stage. Every one is also divided by the benign Fisher (METHOD §2).
+# Criteria of masks: overrides of the ESI stage. Every one is also divided by the benign Fisher (docs/method.md §2).
 CRITERIA: dict[str, dict[str, object]] = {
     "esi": {},
     "esi-gumbel-1": {"esi.estimator": "gumbel", "esi.samples": 1},

@@ -1,12 +1,12 @@
-"""The oracle: METHOD sections 1 and 2 in one process, on whole tensors, one prompt and one token at a time.
+"""The oracle: docs/method.md §1 and §2 in one process, on whole tensors, one prompt and one token at a time.
 
-It imports nothing of esi_ds and was written from METHOD alone, so that agreement means something. Slow on purpose.
+It imports nothing of esi_ds and was written from docs/method.md alone, so that agreement means something. It is slow.
 The model and the guard run in float32 with eager attention; sums over tokens, prompts and units are in float64.
 
 Letters: T tokens of the response in the model's vocabulary, J tokens of the guard's context, V logits of the model,
 d width of the guard's embeddings.
 
-Readings of METHOD that are ours:
+Readings of docs/method.md that are ours:
 - A response is tokenized alone, without special tokens, and its ids follow those of the prompt, which come from the
   chat template with add_generation_prompt. Nothing is appended (no EOS), nothing is cut off.
 - "Tokens without text of their own" are special tokens and tokens whose piece is not valid UTF-8 alone. They get the
@@ -36,7 +36,7 @@ REPLACEMENT = "\ufffd"
 MARK = "Zq7RESPONSE7qZ"
 PAPER_OFF = -17.0  # paper_code: pre-softmax guard logit of every token that was not sampled
 
-# --------------------------------------------------------------------------- logical matrices (METHOD 1)
+# --------------------------------------------------------------------------- logical matrices (docs/method.md §1)
 
 
 class Unit(NamedTuple):
@@ -60,7 +60,7 @@ class Unit(NamedTuple):
 
 
 def units(model: nn.Module) -> list[Unit]:
-    """Every parameter cut into its logical matrices, in the model's parameter order (METHOD 1, "Logical matrix")."""
+    """Every parameter cut into its logical matrices, in parameter order (docs/method.md §1, "Logical matrix")."""
     made = []
     for name, parameter in model.named_parameters():
         scored = is_scored(model, name, parameter)
@@ -70,7 +70,7 @@ def units(model: nn.Module) -> list[Unit]:
 
 
 def is_scored(model: nn.Module, name: str, parameter: Tensor) -> bool:
-    """All weights but embeddings (tied heads included), norms, biases and routers (METHOD 1, "What is scored")."""
+    """All weights but embeddings (and tied heads), norms, biases and routers (docs/method.md §1, "What is scored")."""
     owner = model.get_submodule(name.rpartition(".")[0])
     if parameter is model.get_input_embeddings().weight or isinstance(owner, nn.Embedding):
         return False
@@ -199,7 +199,7 @@ def same_vocabulary(tokenizer, guard_tokenizer) -> bool:
 
 
 def vocabulary_map(model_tokenizer, guard_tokenizer, guard_embedding: Tensor, num_logits: int) -> Tensor:
-    """A [V, d] (METHOD 1, "Vocabulary map").
+    """A [V, d] (docs/method.md §1, "Vocabulary map").
 
     A[v] is the mean of the guard's embeddings of the guard's tokens of v's text; the mean of all rows so mapped where v
     has no text. One vocabulary: the guard's own rows, special tokens included, then the mean of them.
@@ -238,7 +238,7 @@ def alignment(
     shown: tuple[int, int] | None = None,
     special: bool = False,
 ) -> Tensor:
-    """w [T, J] with w[t, j] = |span(t) ∩ span(j)| / |span(j)|, by characters (METHOD 1, "Alignment").
+    """w [T, J] with w[t, j] = |span(t) ∩ span(j)| / |span(j)|, by characters (docs/method.md §1, "Alignment").
 
     response_start: where response[shown[0]] stands in guard_text; shown: the part of the response that the guard's text
     holds (a template may trim it). special: whether the guard's tokenizer adds its special tokens.
@@ -259,7 +259,7 @@ def alignment(
     return weights
 
 
-# --------------------------------------------------------------------------- the judge (METHOD 1, "The judge")
+# --------------------------------------------------------------------------- the judge (docs/method.md §1, "The judge")
 
 
 @dataclass(frozen=True)
@@ -349,7 +349,7 @@ def verdict_score(kind: str, logits: Tensor, safe: int, unsafe: int) -> Tensor:
 
 
 def judge(guard, ids: list[int], safe: int, unsafe: int, kind: str = "margin") -> tuple[float, Tensor]:
-    """J and u [J, d], u_j = dJ/de_j with respect to the guard's input embeddings (METHOD 1, "The gradient")."""
+    """J and u [J, d], u_j = dJ/de_j for the guard's input embeddings (docs/method.md §1, "The gradient")."""
     embeddings = guard.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
     score = verdict_score(kind, guard(inputs_embeds=embeddings).logits[0, -1], safe, unsafe)
     (gradient,) = torch.autograd.grad(score, embeddings)
@@ -357,7 +357,7 @@ def judge(guard, ids: list[int], safe: int, unsafe: int, kind: str = "margin") -
 
 
 def label_score(kind: str, logits: Tensor, unsafe: tuple[int, ...], multi_label: bool) -> Tensor:
-    """J from a classifier's logits [labels] (METHOD 1, "the same with its safe logit").
+    """J from a classifier's logits [labels] (docs/method.md §1, "the same with its safe logit").
 
     One label of several: P(safe) is the share of the labels that are not unsafe. Many labels: the safe probability is
     one minus the largest unsafe one, its logarithm the sum of log(1 - p).
@@ -386,7 +386,7 @@ def judge_by_labels(guard, ids: list[int], family: Family, kind: str) -> tuple[f
     return float(score.detach()), gradient[0]
 
 
-# --------------------------------------------------------------------------- the surrogate (METHOD 1, "Estimators")
+# --------------------------------------------------------------------- the surrogate (docs/method.md §1, "Estimators")
 
 Noise = Callable[[int, int], Tensor]  # (token index t, number of logits V) -> Gumbel(0, 1) noise [V]
 
@@ -440,7 +440,7 @@ def score_function(logits: Tensor, sampled: list[int], score: float, all_scores:
     return (score - baseline) * log_probability
 
 
-# --------------------------------------------------------------------------- scores (METHOD 1)
+# --------------------------------------------------------------------------- scores (docs/method.md §1)
 
 
 def model_prompt_ids(tokenizer, prompt: str, system_prompt: str | None = None) -> list[int]:
@@ -453,7 +453,7 @@ def model_prompt_ids(tokenizer, prompt: str, system_prompt: str | None = None) -
 def refuse_special_strings(tokenizer, *texts: str) -> None:
     for special in tokenizer.all_special_tokens:
         if any(special in text for text in texts):
-            raise ValueError(f"{special!r} stands in a prompt or response: break it up first (METHOD 1, Responses)")
+            raise ValueError(f"{special!r} in a prompt or response: break it up first (docs/method.md §1, Responses)")
 
 
 def response_contraction(
@@ -552,7 +552,7 @@ def row_token_losses(model, tokenizer, row: tuple[str, str], system_prompt: str 
 def loss_gradients(
     model, tokenizer, rows: list[tuple[str, str]], system_prompt: str | None = None, max_length: int = 1024
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """g_T and F in float64 by parameter name (METHOD 2): the gradient of the mean over all learnt tokens of all rows,
+    """g_T and F in float64 by parameter name (docs/method.md §2): the gradient of the mean over all rows' tokens,
     and the mean over rows of the squared gradient of the row's own mean. A row whose loss is not finite is left out."""
     total, squares = (
         {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()} for _ in range(2)
@@ -588,7 +588,7 @@ def criterion_values(criterion: str, unit: Unit, gradient: Tensor | None, tuning
 
 
 def contrasted(scores: dict[str, Tensor], fisher: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scores divided by sqrt(F) + median of sqrt(F), the lower middle one over all scored weights (METHOD 2)."""
+    """Scores divided by sqrt(F) + median of sqrt(F), the lower middle one of all scored weights (docs/method.md §2)."""
     roots = {name: fisher[name].sqrt() for name in scores}
     ranked = torch.cat([values.flatten() for values in roots.values()]).sort().values
     middle = ranked[(len(ranked) - 1) // 2]
@@ -628,7 +628,7 @@ def esi_scores(
     return scores, judged
 
 
-# --------------------------------------------------------------------------- selection (METHOD 2)
+# --------------------------------------------------------------------------- selection (docs/method.md §2)
 
 
 def num_selected(model: nn.Module, ratio: float, of: str = "all") -> int:
@@ -654,7 +654,7 @@ def _split(flat: Tensor, like: dict[str, Tensor]) -> Iterator[Tensor]:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Bit i of the row-major mask at byte i // 8, bit i % 8, least significant first; padding bits 0 (DESIGN 7)."""
+    """Bit i of the row-major mask: byte i // 8, bit i % 8, least significant first; padding 0 (docs/design.md §7)."""
     packed = [0] * ((mask.numel() + 7) // 8)
     for i, bit in enumerate(mask.flatten().tolist()):
         packed[i // 8] |= int(bit) << (i % 8)
@@ -664,7 +664,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 RESPONSE_ONLY = replace(LLAMA_GUARD_3, context="response_only")
 
 
-# --------------------------------------------------------------------------- perturbation (METHOD 4)
+# --------------------------------------------------------------------------- perturbation (docs/method.md §4)
 
 
 def perturb(model: nn.Module, chosen: dict[str, Tensor], noise: dict[str, Tensor], c: float) -> None:

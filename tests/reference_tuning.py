@@ -1,4 +1,4 @@
-"""SET and SPA in one process on whole tensors: what every sharded run must equal. Written from METHOD §3.
+"""SET and SPA in one process on whole tensors: what every sharded run must equal. Written from docs/method.md §3.
 
 The ranks' micro-batches are run one after another on one model; the update is torch.optim.AdamW's own arithmetic,
 on fp32 copies of the trained coordinates alone.

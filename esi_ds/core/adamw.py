@@ -1,4 +1,4 @@
-"""AdamW restricted to a set of coordinates (METHOD §3): the one rule by which SET and SPA change weights.
+"""AdamW restricted to a set of coordinates (docs/method.md §3): the one rule by which SET and SPA change weights.
 
 The arithmetic and its order are those of ``torch.optim.AdamW``, so that with every coordinate trained the bits agree.
 Which coordinates train is told as ``None`` (all), as positions (int32 or int64 [k]: few of many) or as packed bits

@@ -1,4 +1,4 @@
-"""What each criterion is made of (METHOD §2). Imports no torch: the config asks here, before anything heavy loads.
+"""What each criterion is made of (docs/method.md §2). Imports no torch: the config reads it first.
 
 An objective is data, a loss and what is kept of its gradient: ``safety`` the mean gradient g_S of the judge's score S,
 ``tuning`` the mean gradient g_T of the loss on ``data.tuning``, ``benign`` the mean square F of the gradients of single

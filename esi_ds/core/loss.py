@@ -1,4 +1,4 @@
-"""The tuning loss of single rows (METHOD §2, §3)."""
+"""The tuning loss of single rows (docs/method.md §2, §3)."""
 
 from __future__ import annotations
 

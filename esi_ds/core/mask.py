@@ -1,4 +1,4 @@
-"""A mask on disk: one bit a weight, keyed by full parameter name and flat index (DESIGN §7, ``esi-mask/1``).
+"""A mask on disk: one bit a weight, keyed by full parameter name and flat index (docs/design.md §7, ``esi-mask/1``).
 
 Bit i of the flattened (row-major) parameter is bit i % 8, least significant first, of byte i // 8.
 """

@@ -1,4 +1,4 @@
-"""Standard deviation of a matrix from moments of its pieces, in float64 (METHOD §1; Chan et al. 1983).
+"""Standard deviation of a matrix from moments of its pieces, in float64 (docs/method.md §1; Chan et al. 1983).
 
 Rows of a moments tensor are (n, mean, M2) with M2 the sum of squared deviations from that mean.
 """

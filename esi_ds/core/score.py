@@ -1,4 +1,4 @@
-"""Scores of weights from gradients (METHOD §1, §2), in place on flat local tensors."""
+"""Scores of weights from gradients (docs/method.md §1, §2), in place on flat local tensors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _agreement(gradient: Tensor, other: Tensor, opposite: bool) -> None:
 
 
 def contrast(scores: Tensor, root_fisher: Tensor, median: float) -> int:
-    """``scores`` become scores / (sqrt(F) + median), METHOD §2; returns how many of them that leaves undefined.
+    """``scores`` become scores / (sqrt(F) + median), docs/method.md §2; returns how many of them that leaves undefined.
 
     root_fisher: sqrt(F), float32, overwritten. A denominator of 0 (the median is 0, and so is this weight's F) leaves
     a score of 0 as it is; a score above 0 is undefined there, and the caller has to refuse it.

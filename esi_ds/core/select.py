@@ -1,4 +1,4 @@
-"""Exact top-k of a score vector that lies in pieces (METHOD §2).
+"""Exact top-k of a score vector that lies in pieces (docs/method.md §2).
 
 The order is total: higher key first, ties by lower global position. Both steps are one radix search over integer
 keys: count the keys' leading digit, find the digit that holds the k-th, look only at keys with that digit, repeat.

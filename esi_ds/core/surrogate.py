@@ -1,4 +1,4 @@
-"""The differentiable stand-in for a judged response (METHOD §1, "the gradient through discrete text").
+"""The differentiable stand-in for a judged response (docs/method.md §1, "the gradient through discrete text").
 
 For one prompt, logits ℓ [T, V] and contraction c = A ũ [T, V] give L = Σ_t Σ_v p_t(v) c_t(v). Its gradient with
 respect to ℓ is known in closed form, so no graph over [T, V] is kept: backward starts from that gradient.

@@ -1,4 +1,4 @@
-"""Which weights train (METHOD §3): the mask's (SET) or all others (SPA), and unscored parameters as told."""
+"""Which weights train (docs/method.md §3): the mask's (SET) or all others (SPA), and unscored parameters as told."""
 
 from __future__ import annotations
 

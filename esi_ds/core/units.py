@@ -1,4 +1,4 @@
-"""Logical matrices: the parts of a parameter that are one matrix to the method (METHOD §1).
+"""Logical matrices: the parts of a parameter that are one matrix to the method (docs/method.md §1).
 
 A runtime tensor may pack several matrices (fused experts, fused qkv, fused gate_up). Every one of them is a
 regular pattern of flat positions: ``count`` runs of ``length`` elements, ``stride`` apart, from ``start``.

@@ -62,7 +62,7 @@ def special_strings(*tokenizers: PreTrainedTokenizerBase) -> tuple[str, ...]:
 def break_up(text: str, specials: Iterable[str]) -> tuple[str, int]:
     """The text with a space inside every special-token string, and how many there were.
 
-    Prompts and responses are data: "<|eot_id|>" typed by a user must not end a turn (METHOD §1, the judge).
+    Prompts and responses are data: "<|eot_id|>" typed by a user must not end a turn (docs/method.md §1, the judge).
     """
     count = 0
     for special in specials:

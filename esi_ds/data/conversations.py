@@ -1,4 +1,4 @@
-"""Tuning rows → conversations → ids and labels, and the order in which they are learnt (METHOD §3, DESIGN §5)."""
+"""Tuning rows → conversations → ids and labels, and their order in training (docs/method.md §3, docs/design.md §5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the guard's tokens of a response back to the model's, by character offsets (METHOD §1)."""
+"""From the guard's tokens of a response back to the model's, by character offsets (docs/method.md §1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequence classifiers: which labels mean unsafe, and such a model as a differentiable judge (METHOD §1)."""
+"""Sequence classifiers: which labels mean unsafe, and such a model as a differentiable judge (docs/method.md §1)."""
 
 from __future__ import annotations
 

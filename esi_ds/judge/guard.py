@@ -1,4 +1,4 @@
-"""A causal guard model as a differentiable judge: score J(x, y) and ∂J/∂e_j at the response's tokens (METHOD §1)."""
+"""A causal guard as a differentiable judge: score J(x, y) and ∂J/∂e_j at the response's tokens (docs/method.md §1)."""
 
 from __future__ import annotations
 

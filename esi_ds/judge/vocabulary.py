@@ -1,4 +1,4 @@
-"""The vocabulary map A: what a token of the model is worth in the guard's embedding space (METHOD §1).
+"""The vocabulary map A: what a token of the model is worth in the guard's embedding space (docs/method.md §1).
 
 A[v] is the mean of the guard's embeddings of v's text, that is M E with E the guard's embedding table and M a sparse
 matrix of means. A itself is never built: A ũ = M (E ũ), which costs one product with E and no copy of it.

@@ -1,4 +1,4 @@
-"""Which model a mask belongs to (DESIGN §7): names and shapes, and the weights as they lie in the checkpoint.
+"""Which model a mask belongs to (docs/design.md §7): names and shapes, and the weights as they lie in the checkpoint.
 
 Weights are hashed tensor by tensor from the checkpoint's safetensors files, so the digest does not depend on how the
 files are cut, and ranks can share the reading.
@@ -73,7 +73,7 @@ def fingerprint(parameters: Iterable[Parameter], digests: Mapping[str, str]) -> 
 
 def check_mask_structure(mask: Mask, parameters: Sequence[Parameter], field: str) -> None:
     """Refuse a mask that leaves a scored parameter of this model unnamed, or names one that the model has not, or in
-    another shape (METHOD §3: fail closed). It may name unscored ones too."""
+    another shape (docs/method.md §3: fail closed). It may name unscored ones too."""
     shapes = {parameter.name: parameter.shape for parameter in parameters}
     wrapped = [name for name in shapes if name.startswith("base_model.model.") or ".lora_" in name]
     if wrapped:

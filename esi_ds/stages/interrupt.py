@@ -1,4 +1,4 @@
-"""Preemption: SIGTERM and SIGUSR1 set a flag that stages look at between micro-batches (DESIGN §8).
+"""Preemption: SIGTERM and SIGUSR1 set a flag that stages look at between micro-batches (docs/design.md §8).
 
 The launcher's end sets it too: its ranks would go on unseen, holding devices and the run folder. The flag is the
 process's, not a loop's: a signal between two parts of a run is not lost. Nothing is ever saved inside the handler.

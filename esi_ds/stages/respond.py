@@ -26,7 +26,7 @@ NAME = "responses.jsonl"
 def write_responses(
     folder: Path, prompts: Sequence[str], responses: Sequence[str], scores: dict[int, float], excluded: dict[int, str]
 ) -> None:
-    """``responses.jsonl`` (DESIGN §7). Rank 0 only."""
+    """``responses.jsonl`` (docs/design.md §7). Rank 0 only."""
     rows = (
         {
             "index": index,

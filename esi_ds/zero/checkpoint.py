@@ -1,4 +1,4 @@
-"""Saving and restoring sharded state in the middle of a run, on the same or another world size (DESIGN §8).
+"""Saving and restoring sharded state in the middle of a run, on the same or another world size (docs/design.md §8).
 
 ``checkpoint/position-<n>/``: one safetensors file a rank, plus ``state.json``. Every tensor is flat and cut into parts
 named ``<key>@<first element>``; together they are the whole, whatever the number of ranks and wherever expert

@@ -1,4 +1,4 @@
-"""``model/``: a Hugging Face folder written from partitions, a few layers at a time, ranks writing in turn (DESIGN §7).
+"""``model/``: a Hugging Face folder written from partitions, a few layers at a time (docs/design.md §7).
 
 No rank ever holds more than one file's tensors. Names and packing are the hub's, not the live module's: transformers'
 own conversion is run backwards, so fused experts become ``experts.3.gate_proj.weight`` again.

@@ -1,6 +1,6 @@
 """Gradients on partitions: reduce-scatter each one in fp32 as it appears, add it to the shard, free it.
 
-DESIGN §6, ZERO3-FACTS §1: an engine without an optimizer and one hook a parameter. 2 bytes of weight and 4 of
+docs/design.md §6, docs/zero3.md §1: an engine without an optimizer and one hook a parameter. 2 bytes of weight and 4 of
 accumulator a parameter over N ranks. Small tensors that are cut over the same ranks share one collective. Every rank
 must run the same backward calls on the same parameters, for the hooks' collectives are in the order of the backward
 pass.

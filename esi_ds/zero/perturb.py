@@ -1,4 +1,4 @@
-"""Noise on selected weights of a sharded model, and the way back to the exact bits (METHOD §4).
+"""Noise on selected weights of a sharded model, and the way back to the exact bits (docs/method.md §4).
 
 Every rank disturbs its own shard; no weight travels. The noise of a weight is a function of the seed and its position
 in the model, so it is the same for every world size.

@@ -1,4 +1,4 @@
-"""Scores and selections on partitions (METHOD §1, §2): ranks work on their shards, only moments and counts travel."""
+"""Scores and selections on partitions (docs/method.md §1, §2): only moments and counts leave a rank."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def score(
 
 
 def contrast_scores(model: ShardedModel, scores: Scores, benign: Accumulated) -> int:
-    """``scores`` become score / (sqrt(F) + median of sqrt(F)), METHOD §2; how many have no such quotient.
+    """``scores`` become score / (sqrt(F) + median of sqrt(F)), docs/method.md §2; how many have no such quotient.
 
     The median is exact, over all scored weights of all ranks. Collectives: three all-reduced histograms of 16 KiB, and
     one all-reduce of a number.
@@ -125,7 +125,7 @@ class Selection:
 def select_weights(
     model: ShardedModel, scores: Scores, *, ratio: float, order: str, of: str, scope: str, seed: int
 ) -> Selection:
-    """The exact mask (METHOD §2). Collectives: histograms of 16 KiB (scope model) and one count per parameter."""
+    """The exact mask (docs/method.md §2). Collectives: 16 KiB histograms (scope model), one count per parameter."""
     ordering = Order(order, seed)
     scored = [parameter for parameter in model.parameters if parameter.scored]
     last = sum(parameter.numel for parameter in model.parameters) - 1

@@ -1,4 +1,4 @@
-"""What SET and SPA have in common: one update from micro-batches, and what a checkpoint must hold (METHOD §3)."""
+"""What SET and SPA have in common: an update from micro-batches, and a checkpoint's content (docs/method.md §3)."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_overrides_reach_into_lists(tmp_path: Path) -> None:
 
 
 def test_the_whole_contract_parses() -> None:
-    """DESIGN §5 as written, numbers in exponent notation included."""
+    """docs/design.md §5 as written, numbers in exponent notation included."""
     text = """
 run: {output_dir: runs/x, seed: 0, resume: auto, tensorboard: true}
 model: {path: a, revision: null, dtype: bf16, trust_remote_code: false, chat_template: null, system_prompt: null}

@@ -96,7 +96,7 @@ def test_resident_bytes_and_transient(name: str, described: dict) -> None:
 
 
 def test_stages_by_hand(described: dict) -> None:
-    """DESIGN §6's formulas, at a density of 1 %."""
+    """docs/design.md §6's formulas, at a density of 1 %."""
     parameters = described["qwen3-235b-a22b"][1]
     total, ranks = sum(parameter.numel for parameter in parameters), 64
     scored = {parameter.name: parameter.numel for parameter in parameters if parameter.scored}

@@ -1,4 +1,4 @@
-"""Selection against sorting the whole vector (METHOD §2): bit for bit, in pieces, with ties, zeros and denormals."""
+"""Selection against sorting the whole vector (docs/method.md §2): exact, in pieces, with ties, zeros and denormals."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def units_json(scored: Sequence[Parameter]) -> list[dict]:
 
 
 def mask_metadata(config: Config, model: ShardedModel, selection: Selection, fingerprint: str) -> dict[str, str]:
-    """The metadata of every file of ``mask/`` (DESIGN §7); safetensors takes strings only."""
+    """The metadata of every file of ``mask/`` (docs/design.md §7); safetensors takes strings only."""
     section = config.select
     threshold = key_to_score(selection.cut, section.order) if selection.cut is not None else None
     return {

@@ -1,4 +1,4 @@
-"""J of every response before any gradient is taken, for the estimator that needs no more of the judge (METHOD §1)."""
+"""J of every response, before any gradient, for the estimator that needs only scores (docs/method.md §1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of the objectives that are losses: read and refused before a weight is loaded (METHOD §2)."""
+"""The rows of the objectives that are losses: read and refused before a weight is loaded (docs/method.md §2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The objectives of a scoring pass: the judge's score of the model's responses, and losses on rows (METHOD §1, §2)."""
+"""The objectives of a scoring pass: the judge's score of responses, and losses on rows (docs/method.md §1, §2)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 
 
 class ResponseObjective(Objective):
-    """Σ over prompts of an estimate of ∇S: a surrogate's gradient sent through the model (METHOD §1)."""
+    """Σ over prompts of an estimate of ∇S: a surrogate's gradient sent through the model (docs/method.md §1)."""
 
     name, unit = "safety", "prompt"
 

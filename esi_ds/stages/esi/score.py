@@ -1,4 +1,4 @@
-"""The scoring pass: micro-batches of an objective's examples through the model, and the sums kept (METHOD §1, §2).
+"""The scoring pass: micro-batches of examples through the model, and the sums kept (docs/method.md §1, §2).
 
 An objective is data, a loss and what is kept of its gradient. A criterion with two objectives makes two passes, one
 after the other; this is the loop that all of them share.
@@ -216,7 +216,7 @@ class ScoringPass:
         return {objective.index(example): objective.score(example, value) for example, value in pairs}, values
 
     def _reject(self, mine: list[Any]) -> None:
-        """A gradient was not finite: back to the last save, and never these examples again (METHOD §1)."""
+        """A gradient was not finite: back to the last save, and never these examples again (docs/method.md §1)."""
         still_in = [self.objective.index(example) for example in self._still_in(mine)]
         named = sorted(index for part in runtime.gather_objects(still_in) for index in part)
         if not named:

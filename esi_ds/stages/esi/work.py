@@ -1,4 +1,4 @@
-"""The ESI stage: prompts and responses, and rows → gradient sums → scores → mask → report (METHOD §1, §2)."""
+"""The ESI stage: prompts and responses, and rows → gradient sums → scores → mask → report (docs/method.md §1, §2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: prompts → answers of every model → verdicts of every judge → rates, comparisons, report (METHOD §4)."""
+"""Evaluation: prompts → every model's answers → every judge's verdicts → rates, report (docs/method.md §4)."""
 
 from __future__ import annotations
 

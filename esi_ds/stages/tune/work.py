@@ -1,4 +1,4 @@
-"""SET and SPA: mask and rows → a tuned model whose frozen weights keep every bit (METHOD §3)."""
+"""SET and SPA: mask and rows → a tuned model whose frozen weights keep every bit (docs/method.md §3)."""
 
 from __future__ import annotations
 
