@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Layer of each part of the package; a part imports its own layer's siblings or lower layers only.
 LAYERS = {
     "errors": 0,
+    "reading": 0,
     "failures": 0,
     "config": 1,
     "deepspeed_config": 1,
@@ -44,6 +45,7 @@ WITHOUT_TORCH = {
     "config",
     "deepspeed_config",
     "errors",
+    "reading",
     "failures",
     "artifacts",
     "options",
