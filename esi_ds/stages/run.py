@@ -39,8 +39,13 @@ def check_mask_bits(mask: Mask, field: str) -> None:
 
 
 class StageRun(ABC, Generic[Inputs]):
-    """One run of a stage on this rank; ``work`` does it. ``inputs``: what the stage has prepared; ``source``: hashes of
-    the data, for the manifest."""
+    """One run of a stage on this rank; ``work`` does it.
+
+    inputs: what the stage has prepared. source: paths and hashes of the data, for the manifest. tracker: open while
+    ``work`` runs.
+    """
+
+    tracker: Tracker
 
     @property
     @abstractmethod
@@ -72,7 +77,7 @@ class StageRun(ABC, Generic[Inputs]):
             cls(config, options, inputs, folder, deepspeed_config, source).run()
 
     @abstractmethod
-    def work(self, tracker: Tracker) -> None:
+    def work(self) -> None:
         """Everything between an open folder and a finished run; must call ``begin`` once the model is loaded."""
 
     def run(self) -> None:
@@ -111,7 +116,7 @@ class StageRun(ABC, Generic[Inputs]):
         if runtime.is_main():
             self.folder.open(self.config)
         runtime.seed_everything(self.config.run.seed)
-        tracker = Tracker(
+        tracker = self.tracker = Tracker(
             self.folder.path,
             enabled=runtime.is_main(),
             tensorboard=self.config.run.tensorboard,
@@ -126,7 +131,7 @@ class StageRun(ABC, Generic[Inputs]):
             if restarts := int(os.environ.get("SLURM_RESTART_COUNT", "0")):
                 tracker.log(f"Slurm has started this job again, {restarts} times by now")
             try:
-                self.work(tracker)
+                self.work()
             except BaseException as error:
                 if self.fingerprint is not None:  # else the run has not begun, and an older manifest stays
                     with suppress(OSError):  # a full disk: the first error is the one to tell

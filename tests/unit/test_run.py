@@ -16,7 +16,7 @@ from esi_ds.stages.run import StageRun
 class Run(StageRun):
     stage = "set"
 
-    def work(self, tracker) -> None:
+    def work(self) -> None:
         raise AssertionError("it is done already")
 
 

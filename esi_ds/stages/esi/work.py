@@ -49,8 +49,8 @@ class EsiRun(StageRun[EsiInputs]):
         super().__init__(config, options, inputs, folder, deepspeed_config, source)
         self._first_step = 0  # of the next pass, as metrics.jsonl counts
 
-    def work(self, tracker: Tracker) -> None:
-        config = self.config
+    def work(self) -> None:
+        config, tracker = self.config, self.tracker
         prompts = self.inputs.prompts
         guard = self._load_guard(prompts.judge, tracker) if prompts and prompts.judge else None
         model = load_sharded(

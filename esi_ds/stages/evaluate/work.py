@@ -28,8 +28,8 @@ class EvalRun(StageRun[EvalInputs]):
 
     stage = "eval"
 
-    def work(self, tracker: Tracker) -> None:
-        inputs, folder = self.inputs, self.folder.path
+    def work(self) -> None:
+        inputs, folder, tracker = self.inputs, self.folder.path, self.tracker
         fingerprints = {
             model.name: self.model_fingerprint(
                 model.path,

@@ -34,8 +34,8 @@ class PerturbRun(StageRun[PerturbInputs]):
 
     stage = "perturb"
 
-    def work(self, tracker: Tracker) -> None:
-        inputs, folder, sets = self.inputs, self.folder.path, self.inputs.eval.sets
+    def work(self) -> None:
+        inputs, folder, sets, tracker = self.inputs, self.folder.path, self.inputs.eval.sets, self.tracker
         model = self._load(tracker)
         answers, surprises, verdicts = (
             Ledger(folder / name, key)

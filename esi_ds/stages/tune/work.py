@@ -38,8 +38,8 @@ class TuneRun(StageRun[TuningInputs]):
     def stage(self) -> str:
         return self.inputs.stage
 
-    def work(self, tracker: Tracker) -> None:
-        config, inputs = self.config, self.inputs
+    def work(self) -> None:
+        config, inputs, tracker = self.config, self.inputs, self.tracker
         check_mask_bits(inputs.mask, "tune.mask")
         model, make_tuner = self._load(tracker)
         self.begin(model)
