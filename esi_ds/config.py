@@ -49,7 +49,7 @@ class Model(Section):
     roles: dict[str, str] = Field({}, description="role of parameters that are not recognised, by name with * in it")
 
 
-class Verdict(Section):
+class VerdictWords(Section):
     safe: str = Field(min_length=1, description="the word, with its leading space, that says safe")
     unsafe: str = Field(min_length=1, description="the word that says unsafe")
 
@@ -70,10 +70,10 @@ class GuardModel(JudgeModel):
     family: Literal["auto", "llama-guard-3", "qwen3guard", "custom"] = Field("auto", description="row of the table")
     template: str | None = Field(None, description="custom: text with {prompt} and {response}")
     verdict_prefix: str = Field("", description="custom: forced behind the text, before the verdict")
-    verdict: Verdict | None = Field(None, description="custom: the two words")
+    verdict: VerdictWords | None = Field(None, description="custom: the two words")
 
 
-class Judge(GuardModel):
+class EsiGuard(GuardModel):
     kind: Literal["guard"] = Field("guard", description="a causal guard model")
     score: Literal["margin", "logit", "logprob", "prob"] = Field("margin", description="what J is")
     context: Literal["prompt_and_response", "response_only"] = Field(
@@ -90,7 +90,7 @@ class ClassifierModel(JudgeModel):
     multi_label: bool | None = Field(None, description="labels by sigmoid; null: as the model's config says")
 
 
-class ClassifierJudge(ClassifierModel):
+class EsiClassifier(ClassifierModel):
     score: Literal["margin", "logit", "logprob", "prob"] = Field("margin", description="what J is")
 
 
@@ -99,7 +99,7 @@ def _as_judge(given: Any) -> Any:
     return {"kind": "guard", **given} if isinstance(given, dict) else given
 
 
-EsiJudge = Annotated[Judge | ClassifierJudge, Field(discriminator="kind"), BeforeValidator(_as_judge)]
+EsiJudge = Annotated[EsiGuard | EsiClassifier, Field(discriminator="kind"), BeforeValidator(_as_judge)]
 
 
 class Prompts(Section):
@@ -223,7 +223,7 @@ class Perturb(Section):
     seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="of the noise, and of the random weights")
 
 
-class ModelVerdicts(Section):
+class EvalModelJudge(Section):
     """Of every judge that gives a probability of unsafe."""
 
     name: str | None = Field(None, description="in the tables; default: the path")
@@ -231,15 +231,15 @@ class ModelVerdicts(Section):
     max_length: int | None = Field(None, ge=1, description="tokens of a text, where the model takes more")
 
 
-class GuardVerdicts(GuardModel, ModelVerdicts):
+class EvalGuard(GuardModel, EvalModelJudge):
     kind: Literal["guard"] = Field(description="a causal guard model")
 
 
-class ClassifierVerdicts(ClassifierModel, ModelVerdicts):
+class EvalClassifier(ClassifierModel, EvalModelJudge):
     """Unsafe where a label's probability, or the labels' together, is above the threshold."""
 
 
-class YesNoVerdicts(JudgeModel, ModelVerdicts):
+class EvalYesNo(JudgeModel, EvalModelJudge):
     kind: Literal["yes_no"] = Field(description="a causal model that answers yes or no, as HarmBench-cls")
     template: str = Field(description="text with {prompt} and {response}")
     unsafe: list[str] = Field(["Yes"], min_length=1, description="words that say that the attack succeeded")
@@ -251,7 +251,7 @@ class YesNoVerdicts(JudgeModel, ModelVerdicts):
 ENDPOINT_ROUNDS = 2
 
 
-class RubricVerdicts(Section):
+class EvalRubric(Section):
     kind: Literal["rubric"] = Field(description="a model behind OPENAI_BASE_URL, with OPENAI_API_KEY")
     name: str | None = Field(None, description="in the tables; default: the model")
     model: str = Field(description="as the endpoint calls it")
@@ -269,15 +269,13 @@ class RubricVerdicts(Section):
     )
 
 
-class WordVerdicts(Section):
+class EvalWords(Section):
     kind: Literal["words"] = Field(description="refusal words: a cheap extra")
     name: str | None = Field(None, description="in the tables; default: words")
     words: str = Field("jailbreakbench", description="list of refusal words (esi_ds/eval/refusals.py)")
 
 
-EvalJudge = Annotated[
-    GuardVerdicts | ClassifierVerdicts | YesNoVerdicts | RubricVerdicts | WordVerdicts, Field(discriminator="kind")
-]
+EvalJudge = Annotated[EvalGuard | EvalClassifier | EvalYesNo | EvalRubric | EvalWords, Field(discriminator="kind")]
 
 
 def _as_list(given: Any) -> Any:
@@ -398,7 +396,7 @@ def validate(raw: dict) -> Config:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise _explain(error) from None
-    if isinstance(config.judge, Judge):
+    if isinstance(config.judge, EsiGuard):
         _check_guard(config.judge, "judge")
     if config.eval is not None:
         _check_eval(config.eval, config.run.collective_timeout_s)
@@ -489,9 +487,9 @@ def _check_guard(guard: GuardModel, field: str) -> None:
 def _check_eval(section: Eval, patience: int) -> None:
     """Names in the tables are told apart, and no endpoint outlasts the other ranks' ``patience``, in seconds."""
     for number, judge in enumerate(section.judges):
-        if isinstance(judge, GuardVerdicts):
+        if isinstance(judge, EvalGuard):
             _check_guard(judge, f"eval.judges.{number}")
-        if isinstance(judge, RubricVerdicts) and ENDPOINT_ROUNDS * judge.item_timeout >= patience:
+        if isinstance(judge, EvalRubric) and ENDPOINT_ROUNDS * judge.item_timeout >= patience:
             raise UserError(
                 f"eval.judges.{number}.item_timeout",
                 judge.item_timeout,
@@ -522,9 +520,9 @@ def label(section: EvalModel | EvalJudge) -> str:
     """What a model or a judge is called in tables and files."""
     if section.name is not None:
         return section.name
-    if isinstance(section, WordVerdicts):
+    if isinstance(section, EvalWords):
         return "words"
-    return section.model if isinstance(section, RubricVerdicts) else section.path
+    return section.model if isinstance(section, EvalRubric) else section.path
 
 
 def require_esi(config: Config) -> None:
@@ -555,13 +553,14 @@ def scores_given(config: Config) -> bool:
     return config.judge is None and config.esi.estimator == "score_function" and config.data.responses is not None
 
 
-def require_tune(config: Config) -> None:
-    """What SET and SPA cannot do without."""
+def require_tune(config: Config) -> Tune:
+    """The ``tune`` section, without which SET and SPA cannot run. Raises UserError."""
     if config.tune is None:
         raise UserError("tune", None, "is missing", "give tune.mask and tune.data.path")
     benign = config.tune.data.benign
     if benign is not None and benign.fraction == 1:
         raise UserError("tune.data.benign.fraction", 1.0, "leaves nothing of tune.data", "give a smaller share")
+    return config.tune
 
 
 def resolved_yaml(config: Config) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from endpoint_server import Server, running_server
 
-from esi_ds.config import RubricVerdicts
+from esi_ds.config import EvalRubric
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all
 from esi_ds.eval.rubric import TEMPLATE, Prices, build_question, judge_by_rubric, read_score, read_verdict
@@ -149,7 +149,7 @@ def test_a_run_that_is_told_to_stop_does_not_wait_for_a_silent_endpoint(server) 
 
 def test_what_an_endpoint_that_was_given_up_never_heard_is_asked_at_the_next_start(server, tmp_path: Path) -> None:
     """Nor has what failed since its last sign of life a row; what failed between two replies is missing for good."""
-    section = RubricVerdicts(kind="rubric", model="judge-1")
+    section = EvalRubric(kind="rubric", model="judge-1")
 
     def judged(*cases: str, **limits) -> Ledger:
         rows = [

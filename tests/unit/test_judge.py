@@ -154,19 +154,19 @@ def test_scores_of_a_verdict() -> None:
 
 
 def test_families_are_recognised_or_asked_for() -> None:
-    from esi_ds.config import Judge
+    from esi_ds.config import EsiGuard
 
     tokenizer = guard_tokenizer("piece")
-    assert choose_family(Judge(path="somewhere"), tokenizer).name == "llama-guard-3"
+    assert choose_family(EsiGuard(path="somewhere"), tokenizer).name == "llama-guard-3"
     tokenizer.chat_template = "{# Safety: Safe, Unsafe, Controversial #}{{ messages }}"
-    assert choose_family(Judge(path="somewhere"), tokenizer).name == "qwen3guard"
-    assert choose_family(Judge(path="Qwen/Qwen3Guard-Gen-8B"), tokenizer).unsafe == (" Unsafe", " Controversial")
+    assert choose_family(EsiGuard(path="somewhere"), tokenizer).name == "qwen3guard"
+    assert choose_family(EsiGuard(path="Qwen/Qwen3Guard-Gen-8B"), tokenizer).unsafe == (" Unsafe", " Controversial")
     tokenizer.chat_template = "{{ messages }}"
     with pytest.raises(UserError, match="judge.family"):
-        choose_family(Judge(path="somewhere"), tokenizer)
+        choose_family(EsiGuard(path="somewhere"), tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="chat template"):
-        choose_family(Judge(path="somewhere", family="llama-guard-3"), tokenizer)
+        choose_family(EsiGuard(path="somewhere", family="llama-guard-3"), tokenizer)
 
 
 def test_special_tokens_in_data_stay_text() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.artifacts import file_sha256
-from esi_ds.config import ClassifierJudge, Config, scores_given
+from esi_ds.config import Config, EsiClassifier, scores_given
 from esi_ds.core.criteria import objectives
 from esi_ds.data.chat import (
     EncodedResponse,
@@ -122,7 +122,7 @@ def prepare_judge(config: Config) -> Judge:
     )
     judge_config = load_model_config(section.path, "judge.path", section.revision, section.trust_remote_code)
     check_weights(section.path, "judge.path")
-    if isinstance(section, ClassifierJudge):
+    if isinstance(section, EsiClassifier):
         return _prepare_classifier(section, tokenizer, judge_config, config.esi.batch_size)
     family = choose_family(section, tokenizer)
     texts = TextBuilder(family, tokenizer, section.context)
@@ -131,7 +131,7 @@ def prepare_judge(config: Config) -> Judge:
 
 
 def _prepare_classifier(
-    section: ClassifierJudge, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, batch_size: int
+    section: EsiClassifier, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, batch_size: int
 ) -> Judge:
     family = classifier_family(section.template)
     labels = read_rule(config, SequenceRule(section.template, section.unsafe_labels, section.multi_label), "judge")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from esi_ds.config import ENDPOINT_ROUNDS, ClassifierVerdicts, Config, RubricVerdicts, WordVerdicts
+from esi_ds.config import ENDPOINT_ROUNDS, Config, EvalClassifier, EvalRubric, EvalWords
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, length_batches
 from esi_ds.eval.endpoint import Patience, Reply
 from esi_ds.eval.refusals import judge_by_words, refusal_list
@@ -45,16 +45,16 @@ def judge_all(
         if not waiting:
             continue
         tracker.log(f"judge {judge.name}: {len(waiting)} answers")
-        if isinstance(judge.section, WordVerdicts):
+        if isinstance(judge.section, EvalWords):
             words = refusal_list(judge.section.words, judge.field)
             found = judge_by_words([row["response"] for row in waiting], words)
             verdicts.add(_verdict_row(judge, *pair) for pair in zip(waiting, found, strict=True))
-        elif isinstance(judge.section, RubricVerdicts):
+        elif isinstance(judge.section, EvalRubric):
             _ask_endpoint(judge, waiting, verdicts, tracker)
             tracker.log(f"judge {judge.name} used {_usage(judge, verdicts)}")
         else:
             _ask_model(judge, waiting, verdicts, config, deepspeed_config, tracker)
-    return {judge.name: _usage(judge, verdicts) for judge in judges if isinstance(judge.section, RubricVerdicts)}
+    return {judge.name: _usage(judge, verdicts) for judge in judges if isinstance(judge.section, EvalRubric)}
 
 
 def _is_unjudged(judge: PreparedJudge, row: Row, verdicts: Ledger) -> bool:
@@ -183,7 +183,7 @@ def _load(judge: PreparedJudge, config: Config, deepspeed_config: dict, tracker:
     section = judge.section
     module, weights, note = load_judge(section, judge.config, config.model.dtype, deepspeed_config, judge.field)
     tracker.log(f"judge {judge.name}: {note}")
-    if isinstance(section, ClassifierVerdicts):
+    if isinstance(section, EvalClassifier):
         return SequenceJudge(module, judge.tokenizer, sequence_rule(section), judge.field), weights
     reader = NextWordJudge(
         module,

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.config import (
-    ClassifierVerdicts,
     Config,
     Eval,
+    EvalClassifier,
+    EvalGuard,
     EvalJudge,
-    GuardVerdicts,
+    EvalRubric,
+    EvalWords,
+    EvalYesNo,
     JudgeModel,
-    RubricVerdicts,
-    WordVerdicts,
-    YesNoVerdicts,
     label,
 )
 from esi_ds.data.chat import break_up, check_chat_template, encode_prompt, load_tokenizer, special_strings
@@ -127,16 +127,16 @@ def _candidate(
 
 def prepare_judges(section: Eval) -> list[PreparedJudge]:
     """Judges in the config's order, string matching last: it is never the headline. None given: string matching."""
-    given = section.judges or [WordVerdicts(kind="words")]
+    given = section.judges or [EvalWords(kind="words")]
     judges = [_prepare_judge(judge, f"eval.judges.{number}") for number, judge in enumerate(given)]
-    return sorted(judges, key=lambda judge: isinstance(judge.section, WordVerdicts))
+    return sorted(judges, key=lambda judge: isinstance(judge.section, EvalWords))
 
 
 def _prepare_judge(section: EvalJudge, place: str) -> PreparedJudge:
-    if isinstance(section, WordVerdicts):
+    if isinstance(section, EvalWords):
         refusal_list(section.words, f"{place}.words")
         return PreparedJudge(label(section), place, section)
-    if isinstance(section, RubricVerdicts):
+    if isinstance(section, EvalRubric):
         if (section.prompt_price is None) != (section.completion_price is None):
             raise UserError(f"{place}.prompt_price", section.prompt_price, "is one of two prices", "give both")
         check_template(section.template or TEMPLATE, f"{place}.template")
@@ -153,9 +153,9 @@ def _prepare_model_judge(section: JudgeModel, place: str) -> PreparedJudge:
     config = load_model_config(section.path, f"{place}.path", section.revision, section.trust_remote_code)
     check_weights(section.path, f"{place}.path")
     family = None
-    if isinstance(section, GuardVerdicts):
+    if isinstance(section, EvalGuard):
         family = choose_family(section, tokenizer, place)
-    elif isinstance(section, YesNoVerdicts):
+    elif isinstance(section, EvalYesNo):
         family = yes_no_family(
             section.template,
             unsafe=section.unsafe,
@@ -165,12 +165,12 @@ def _prepare_model_judge(section: JudgeModel, place: str) -> PreparedJudge:
         )
     if family is not None:
         check_verdict(TextBuilder(family, tokenizer, "prompt_and_response", place), family, tokenizer, place)
-    if isinstance(section, ClassifierVerdicts):
+    if isinstance(section, EvalClassifier):
         read_rule(config, sequence_rule(section), place)
     return PreparedJudge(label(section), place, section, tokenizer, config, family)
 
 
-def sequence_rule(section: ClassifierVerdicts) -> SequenceRule:
+def sequence_rule(section: EvalClassifier) -> SequenceRule:
     return SequenceRule(
         section.template, section.unsafe_labels, section.multi_label, section.threshold, section.max_length
     )
