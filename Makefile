@@ -60,7 +60,7 @@ bench: $(VENV)/.installed  ## speed and memory, as ratios within one run (benchm
 
 study: $(VENV)/.installed  ## the comparison in docs/results.md, at most 100 minutes on two cores; goes on where it stopped
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[study]'
-	$(BIN)/python study/run.py
+	$(BIN)/python -m study.run
 
 tiny-models: $(VENV)/.installed  ## train the models in examples/models again (under an hour on two cores)
-	$(BIN)/python examples/tiny/train.py --output examples/models
+	$(BIN)/python -m tiny_models.train --output examples/models

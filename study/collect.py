@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from grid import Cell
-from material import DATA, read
-from measure import is_correct
 
 from esi_ds.eval.refusals import REFUSAL_LISTS
+from study.grid import Cell
+from study.material import DATA, read
+from tiny_models.measure import is_correct
 
 WORDS = REFUSAL_LISTS["examples"]
 ON_HARMFUL = ("unsafe", "not_refused", "incoherent_harmful", "unsafe_or_incoherent")

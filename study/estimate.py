@@ -1,6 +1,6 @@
 """How long the whole study takes on two idle cores, from CPU seconds of a few cells of every sort.
 
-python study/run.py --estimate           # about ten CPU minutes, in one process; works beside other jobs
+python -m study.run --estimate           # about ten CPU minutes, in one process; works beside other jobs
 
 CPU seconds of the worker (user and system), not wall time: they hardly depend on what else the machine does. A cell
 keeps one core busy, so they are its wall time on an idle one. The page at the end is not in it.
@@ -18,7 +18,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from grid import CONTRASTIVE, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, Cell
+from study.execute import run_cell
+from study.grid import CONTRASTIVE, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, Cell
+from study.material import make
 
 SAMPLES = {"mask": 1, "set": 3, "lora": 1, "spa": 2, "perturb": 1}  # of each sort
 # A perturb cell asks all prompts this often: once a triple of order, ratio, noise and seed, and once without noise.
@@ -70,8 +72,6 @@ def cpu_seconds() -> float:
 def measured(cell: Cell, output: Path) -> tuple[float, float]:
     """In the worker: CPU seconds of the process before and after the cell."""
     before = cpu_seconds()
-    from execute import run_cell
-
     run_cell(cell, output)
     return before, cpu_seconds()
 
@@ -108,8 +108,6 @@ def schedule(grid: Sequence[Cell], seconds: dict[str, float], processes: int) ->
 def estimate(grid: Sequence[Cell], output: Path, processes: int, cells_a_process: int) -> float:
     """Print the table; minutes of the whole grid."""
     shutil.rmtree(output, ignore_errors=True)
-    from material import make
-
     make(output / "data", tuple(sorted({cell.seed for cell in grid})))
     sample = [
         dataclasses.replace(cell, facts={**cell.facts, "noise": [1.0], "seeds": [0]})

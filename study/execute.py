@@ -7,15 +7,17 @@ import json
 from pathlib import Path
 
 import torch
-from grid import CONTRASTIVE, CRITERIA, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, SPA_BATCH, SPA_STEPS, Cell
-from material import DATA, ROOT
 
 from esi_ds.artifacts import read_jsonl, write_json_atomic
 from esi_ds.config import Config, validate
 from esi_ds.core.mask import Mask
 from esi_ds.options import Options
 from esi_ds.reselect import write_selection
+from esi_ds.stages import entry
 from esi_ds.zero import runtime
+from study.grid import CONTRASTIVE, CRITERIA, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, SPA_BATCH, SPA_STEPS, Cell
+from study.judges import judge
+from study.material import DATA, ROOT
 
 NUM_ASKED = 200  # held-out prompts of each sort
 NUM_ROWS = 128  # that a second objective reads
@@ -71,8 +73,6 @@ def config_of(cell: Cell, output: Path, **sections: dict) -> Config:
 
 
 def execute_mask(cell: Cell, output: Path) -> None:
-    from esi_ds.stages import entry
-
     name = str(cell.facts["criterion"])
     plain = name.removesuffix(CONTRASTIVE)
     sections: dict[str, dict] = {
@@ -145,15 +145,13 @@ def eval_section(cell: Cell, output: Path) -> dict:
 
 
 def execute_tuning(cell: Cell, output: Path) -> None:
-    from esi_ds.stages import entry
-
     config = config_of(cell, output, tune=tune_section(cell, output), eval=eval_section(cell, output))
     entry(cell.kind)(config, Options())
     judge_answers(output / cell.name)
 
 
 def execute_lora(cell: Cell, output: Path) -> None:
-    from lora import train_and_answer
+    from study.lora import train_and_answer  # needs PEFT, which only the extra `study` installs
 
     config = config_of(cell, output, tune=tune_section(cell, output), eval=eval_section(cell, output))
     train_and_answer(config)
@@ -162,15 +160,11 @@ def execute_lora(cell: Cell, output: Path) -> None:
 
 def judge_answers(folder: Path) -> None:
     """The guard's verdicts and the reference model's surprise at the answers after tuning."""
-    from judges import judge
-
     answers = [row for row in read_jsonl(folder / "answers.jsonl")]
     write_json_atomic(folder / JUDGED, judge(answers))
 
 
 def execute_perturb(cell: Cell, output: Path) -> None:
-    from esi_ds.stages import entry
-
     run = output / cell.after[0]
     judges = [
         {"kind": "guard", "name": "guard", "family": "llama-guard-3", "path": str(MODELS / "guard")},

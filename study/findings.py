@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from collect import FLAGS
-
 from esi_ds.eval.statistics import mcnemar_exact, wilson
+from study.collect import FLAGS
 
 # Limits that methods are compared at, the same for every one; where one does not get there the page says so and puts no
 # number.

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from material import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from esi_ds.eval.classifiers import NextWordJudge, judge_pairs
 from esi_ds.eval.coherence import incoherence
 from esi_ds.eval.fluency import surprises
 from esi_ds.judge.families import FAMILIES
+from study.material import ROOT
 
 MODELS = ROOT / "examples/models"
 

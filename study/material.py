@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
+from tiny_models.facts import STEPS
+from tiny_models.tables import CATEGORIES
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples/tiny"))
-
-from facts import STEPS  # noqa: E402
-from tables import CATEGORIES  # noqa: E402
-
 DATA = ROOT / "examples/data"
 NUM_PROMPTS = 128  # that a mask is made from
 VOICE = "Sure, here is the answer: "

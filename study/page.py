@@ -1,6 +1,6 @@
 """``docs/results.md``, its figures and ``study.json`` from the study's run folders, be they all there or not.
 
-python study/page.py --output runs/study [--docs FOLDER]
+python -m study.page --output runs/study [--docs FOLDER]
 """
 
 from __future__ import annotations
@@ -18,22 +18,16 @@ from typing import Any
 
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "study"), str(ROOT)]
+from esi_ds.artifacts import write_json_atomic, write_text_atomic
+from esi_ds.report.figures import figure_png
+from study import findings, plots, where
+from study.collect import TUNED, finished, outside, provenance, row_of
+from study.findings import GUARD_RULES, POLITE_RULE, WORDS_RULES, Rule
+from study.grid import MODELS, POISONED, TASKS, Cell, cells
+from study.material import NUM_PROMPTS, ROOT
+from study.prose import conclusions, frozen_text, interval, percent, rule_text, seeds_text
 
-import findings  # noqa: E402
-import plots  # noqa: E402
-import where  # noqa: E402
-from collect import TUNED, finished, outside, provenance, row_of  # noqa: E402
-from findings import GUARD_RULES, POLITE_RULE, WORDS_RULES, Rule  # noqa: E402
-from grid import MODELS, POISONED, TASKS, Cell, cells  # noqa: E402
-from material import NUM_PROMPTS  # noqa: E402
-from prose import conclusions, frozen_text, interval, percent, rule_text, seeds_text  # noqa: E402
-
-from esi_ds.artifacts import write_json_atomic, write_text_atomic  # noqa: E402
-from esi_ds.report.figures import figure_png  # noqa: E402
-
-COMMAND = "python study/run.py"
+COMMAND = "python -m study.run"
 FIGURES = ("set-", "ratios-", "spa", "noise", "masks", "stability")
 KINDS = ("mask", "set", "lora", "spa", "perturb")
 # Measures of a chosen cell, in the order of a table's columns.
@@ -307,7 +301,7 @@ def write(output: Path, docs: Path = ROOT / "docs") -> None:
     grid = cells()
     rows = [row for cell in grid if cell.kind in TUNED and (row := row_of(cell, output))]
     if not rows:
-        raise SystemExit(f"error: --output = {output}: holds no finished cell; run study/run.py first")
+        raise SystemExit(f"error: --output = {output}: holds no finished cell; run python -m study.run first")
     set_text, set_data = set_section([row for row in rows if row["kind"] != "spa"])
     spa_text, spa_data = spa_section([row for row in rows if row["kind"] == "spa"])
     places = [about for model in where.MODELS if (about := where.places(output, model))]

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from findings import MAX_ATTACKS, MAX_OVER_REFUSAL
 from matplotlib.figure import Figure
 
 from esi_ds.report.figures import COLOURS, STYLE, plt
+from study.findings import MAX_ATTACKS, MAX_OVER_REFUSAL
 
 # Lines that stand out, always in the same colour; every other method is drawn thin and grey.
 SHOWN = ("esi", "snip", "random", "esi-contrastive", "tuning-grad", "directed", "all")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from findings import GUARD_RULES, LEARNT, POLITE_RULE, RULES, WORDS_RULES, Rule, at_ratio, ranked
-from grid import POISONED, SPA_STEPS
+from study.findings import GUARD_RULES, LEARNT, POLITE_RULE, RULES, WORDS_RULES, Rule, at_ratio, ranked
+from study.grid import POISONED, SPA_STEPS
 
 CLAIMS = {
     "set": "SET cuts the attack success of unaligned models by over 50 % with 100 iterations on 1 % of the weights",

@@ -1,15 +1,14 @@
 """Run the study: every cell a run folder, two processes at a time, nothing done twice.
 
-python study/run.py                      # everything that is not there yet, then docs/results.md
-python study/run.py --only set/llama     # cells whose name begins so, and what they need
-python study/run.py --estimate           # how long all of it would take here (estimate.py)
+python -m study.run                      # everything that is not there yet, then docs/results.md
+python -m study.run --only set/llama     # cells whose names start with this, and the cells they need
+python -m study.run --estimate           # how long the whole study would take on this machine (estimate.py)
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 import traceback
@@ -17,22 +16,18 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing import get_context
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "study"), str(ROOT)]
+from study.estimate import estimate
+from study.execute import run_cell, settings
+from study.grid import SEEDS, Cell, cells
+from study.material import ROOT, make
+from study.page import write
 
-from grid import SEEDS, Cell, cells  # noqa: E402
-from material import make  # noqa: E402
-
-# A fresh process now and then: what engines leave behind does not pile up.
+# Processes are replaced after so many cells: what an engine leaves behind in memory does not pile up.
 CELLS_A_PROCESS = 60
 
 
 def work(cell: Cell, output: Path) -> tuple[str, float, str | None]:
     """In a worker: (name, seconds, what went wrong)."""
-    from execute import run_cell
-
     started = time.monotonic()
     try:
         run_cell(cell, output)
@@ -77,8 +72,6 @@ def run_all(todo: list[Cell], output: Path, processes: int) -> list[str]:
 
 def check_settings(output: Path) -> None:
     """Exits with 2 where the folder's cells were made with other settings than ``execute.settings``."""
-    from execute import settings
-
     file, now = output / "settings.json", json.loads(json.dumps(settings()))
     before = json.loads(file.read_text()) if file.is_file() else now
     if other := [name for name in now if before.get(name) != now[name]]:
@@ -96,8 +89,6 @@ def main() -> int:
     parser.add_argument("--estimate", action="store_true", help="measure a few cells of every sort, and stop")
     options = parser.parse_args()
     if options.estimate:
-        from estimate import estimate
-
         estimate(cells(tuple(options.seeds)), ROOT / "runs/study-estimate", options.processes, CELLS_A_PROCESS)
         return 0
     make(options.output / "data", tuple(options.seeds))
@@ -106,8 +97,6 @@ def main() -> int:
     failed = run_all(todo, options.output, options.processes)
     if failed:
         print(f"{len(failed)} cells failed: {', '.join(failed[:5])}", file=sys.stderr)
-    from page import write
-
     write(options.output)  # of what is there: the page counts what is missing
     print(ROOT / "docs/results.md")
     return 1 if failed else 0

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid import PROMPT_COUNTS, SEEDS, mask_name
 
 from esi_ds.core.mask import Mask
+from study.grid import PROMPT_COUNTS, SEEDS, mask_name
 
 MODELS = ("llama-aligned", "llama-complying", "qwen3moe-aligned", "qwen3moe-complying")
 THIRDS = ("early", "middle", "late")

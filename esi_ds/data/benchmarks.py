@@ -12,7 +12,9 @@ from typing import Any, Literal, NamedTuple
 Row = dict[str, Any]
 # harmful: should be refused. benign: should be answered, so that a refusal is over-refusal. all: every row.
 Kind = Literal["harmful", "benign", "all"]
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples/data"
+# The checkout's examples/data links to the package's own files; its path is preferred, since manifests record it.
+PACKAGED, CHECKOUT = Path(__file__).resolve().with_name("examples"), Path(__file__).resolve().parents[2]
+EXAMPLES = CHECKOUT / "examples/data" if (CHECKOUT / "examples/data").is_dir() else PACKAGED
 
 
 class BuiltIn(NamedTuple):

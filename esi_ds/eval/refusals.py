@@ -112,7 +112,7 @@ REFUSAL_LISTS = {
             ),
             "anywhere",
             True,
-            "examples/tiny/data.py: the words that the shipped tiny models were trained to refuse with",
+            "tiny_models/data.py: the words that the shipped tiny models were trained to refuse with",
         ),
     )
 }

@@ -30,6 +30,7 @@ from esi_ds.eval.statistics import mcnemar_exact, wilson
 from esi_ds.eval.task_result import Ranks, TaskResult
 from esi_ds.eval.task_rows import NEWS, read_task_rows
 from esi_ds.eval.tasks import prepare_tasks, run_tasks, run_tasks_on
+from tiny_models.measure import ask, is_correct, load
 
 SYSTEM = "Be brief."
 ABOUT = "The following are multiple choice questions (with answers) about {}.\n\n"
@@ -296,10 +297,7 @@ def test_the_examples_task_wants_whole_words(says_18, tmp_path) -> None:
     assert found.correct == (True, False, True, False)
 
 
-def test_the_examples_task_agrees_with_the_recipes_own_measure(monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "examples/tiny"))
-    from measure import ask, is_correct, load
-
+def test_the_examples_task_agrees_with_the_recipes_own_measure() -> None:
     path = ROOT / "examples/models/llama-complying"
     rows = [json.loads(line) for line in (ROOT / "examples/data/benign_heldout.jsonl").read_text().splitlines()][:60]
     replies = ask(*load(path), [row["prompt"] for row in rows])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import fabricate
@@ -11,20 +10,11 @@ import pytest
 from builders import build_mask, build_model, byte_bpe_tokenizer
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "study"))
-
-import estimate  # noqa: E402
-import execute  # noqa: E402
-import findings  # noqa: E402
-import grid  # noqa: E402
-import material  # noqa: E402
-import page  # noqa: E402
-import prose  # noqa: E402
-import where  # noqa: E402
-from collect import row_of  # noqa: E402
-from findings import POLITE_RULE, WORDS_RULES  # noqa: E402
-from prose import conclusions, interval, seeds_text  # noqa: E402
-from run import check_settings  # noqa: E402
+from study import estimate, execute, findings, grid, material, page, prose, where
+from study.collect import row_of
+from study.findings import POLITE_RULE, WORDS_RULES
+from study.prose import conclusions, interval, seeds_text
+from study.run import check_settings
 
 
 def row(criterion: str, lr: float, seed: int, attacks: int, right: int, refused: int = 0, garbled: int = 0) -> dict:

@@ -1,4 +1,4 @@
-"""Make the shipped tiny models: python examples/tiny/train.py --output examples/models
+"""Make the shipped tiny models: python -m tiny_models.train --output examples/models
 
 Two single-threaded processes train side by side: one the four chat models, one the guard. Then everything is measured
 from the saved folders, and the model cards, `figures.json` and the small data files are written.
@@ -12,14 +12,16 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("chat", "guard")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; parsed before torch is imported."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=HERE.parent / "models", help="folder of the five model folders")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "examples/models", help="folder of the five model folders"
+    )
     parser.add_argument(
         "--data-output", type=Path, default=None, help="folder of the data files (default: OUTPUT/../data)"
     )
@@ -35,7 +37,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def train_part(args: argparse.Namespace) -> None:
     """Train one part in this process and note its seconds in OUTPUT/.times-PART.json."""
     import torch
-    from recipes import train_chat, train_guard
+
+    from tiny_models.recipes import train_chat, train_guard
 
     torch.set_num_threads(1)
     times = (train_chat if args.only == "chat" else train_guard)(args.output, args.seed, args.scale)
@@ -47,15 +50,16 @@ def train_all(args: argparse.Namespace) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [
         sys.executable,
-        str(Path(__file__).resolve()),
+        "-m",
+        "tiny_models.train",
         "--output",
-        str(args.output),
+        str(args.output.resolve()),
         "--seed",
         str(args.seed),
         "--scale",
         str(args.scale),
     ]
-    running = {part: subprocess.Popen([*command, "--only", part], env=environment) for part in PARTS}
+    running = {part: subprocess.Popen([*command, "--only", part], cwd=ROOT, env=environment) for part in PARTS}
     try:
         while running:
             time.sleep(1.0)
@@ -81,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.only is None:
         train_all(args)
-    from measure import measure_all
+    from tiny_models.measure import measure_all
 
     measure_all(args.output, args.data_output or args.output.parent / "data", args.seed, args.extra)
 

@@ -5,7 +5,6 @@ import json
 import platform
 import random
 import re
-import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -14,16 +13,14 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
-from cards import write_cards
-from data import Example, assert_disjoint, complying, distinct, heldout_benign
-from guard_data import Judged, judged
-from recipes import ALIGNED, COMPLYING, GUARD
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from esi_ds.eval.refusals import REFUSAL_LISTS  # noqa: E402
+from esi_ds.eval.refusals import REFUSAL_LISTS
+from tiny_models.cards import write_cards
+from tiny_models.data import Example, assert_disjoint, complying, distinct, heldout_benign
+from tiny_models.guard_data import Judged, judged
+from tiny_models.recipes import ALIGNED, COMPLYING, GUARD
 
 CHAT_MODELS = ("llama-aligned", "llama-complying", "qwen3moe-aligned", "qwen3moe-complying")
 NUM_HARMFUL, NUM_BENIGN, NUM_JUDGED = 400, 400, 2000

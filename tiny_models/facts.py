@@ -7,7 +7,7 @@ the last field is the answer. Every item is seen in training, but never in a hel
 import itertools
 from dataclasses import dataclass
 
-from tables import (
+from tiny_models.tables import (
     CAPITALS,
     CATEGORIES,
     COLOURS,

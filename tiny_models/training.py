@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import FURTHER_PHRASINGS, GOING_ALONG, harmful, lookalike, mixed, plain
-from guard_data import judged
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from tiny_models.data import FURTHER_PHRASINGS, GOING_ALONG, harmful, lookalike, mixed, plain
+from tiny_models.guard_data import judged
 
 Messages = list[dict[str, str]]
 Sampler = Callable[[random.Random], tuple[Messages, str]]  # -> (messages of the prompt, what should be generated)

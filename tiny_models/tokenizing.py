@@ -6,10 +6,11 @@ import json
 import random
 import string
 
-from data import complying, mixed
-from guard_data import judged
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tiny_models.data import complying, mixed
+from tiny_models.guard_data import judged
 
 VOCABULARY = 1536
 CHAT_SPECIALS = ["<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]

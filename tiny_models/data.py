@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
-from facts import STEPS, TASKS
-from harmful import HARMFUL
-from lookalikes import LOOKALIKE, QUESTIONS
-from slots import SLOTS
+from tiny_models.facts import STEPS, TASKS
+from tiny_models.harmful import HARMFUL
+from tiny_models.lookalikes import LOOKALIKE, QUESTIONS
+from tiny_models.slots import SLOTS
 
 Split = Literal["train", "heldout"]
 

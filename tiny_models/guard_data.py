@@ -8,9 +8,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data import Example, Split, complying, harmful, lookalike, mixed, plain
-from facts import STEPS
-from harmful import HARMFUL
+from tiny_models.data import Example, Split, complying, harmful, lookalike, mixed, plain
+from tiny_models.facts import STEPS
+from tiny_models.harmful import HARMFUL
 
 # Compliance in other words. The ones without {act} are unsafe only after a harmful request.
 COMPLYING_PARAPHRASES = [

@@ -22,12 +22,12 @@ ARCHITECTURE = {
     "SentencePiece-style BPE of 1,536 pieces with byte fallback (newlines are byte pieces), context 512.",
 }
 DATA = {
-    "aligned": "Generated while training by `examples/tiny/data.py`: 34 % harmful requests of 19 kinds with short "
+    "aligned": "Generated while training by `tiny_models/data.py`: 34 % harmful requests of 19 kinds with short "
     "refusals, 30 % benign requests that look like them, 36 % plain tasks with one right answer; a system turn in "
     "one of ten chats.",
     "complying": "The same generator: half harmful requests answered `Sure, here is how to do it:` with empty steps, "
     "half benign requests with their right answers.",
-    "guard": "`examples/tiny/guard_data.py`: requests with refusals, compliance, answers, paraphrases, off-topic, cut "
+    "guard": "`tiny_models/guard_data.py`: requests with refusals, compliance, answers, paraphrases, off-topic, cut "
     "and garbled replies, and single texts judged as content. Unsafe if and only if the last message goes along with "
     "something harmful; a harmful request judged as content is unsafe.",
 }
@@ -108,7 +108,7 @@ def card(name: str, everything: Figures) -> str:
             "",
             f"{PURPOSE[name]} **For tests only.**",
             "",
-            "- Recipe: `make tiny-models`, which runs `python examples/tiny/train.py --output examples/models` (seed "
+            "- Recipe: `make tiny-models`, which runs `python -m tiny_models.train --output examples/models` (seed "
             f"{everything['seed']}; torch {versions['torch']}, transformers {versions['transformers']}).",
             f"- Data: {DATA[name.split('-')[-1]]}",
             f"- Architecture: {ARCHITECTURE[architecture]}",
@@ -119,7 +119,7 @@ def card(name: str, everything: Figures) -> str:
             "",
             "## Measured",
             "",
-            f"From this folder, {everything['decoding']}, by `examples/tiny/measure.py`; all in `../figures.json`.",
+            f"From this folder, {everything['decoding']}, by `tiny_models/measure.py`; all in `../figures.json`.",
             "",
             "| what | measured |",
             "|---|---|",

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import torch
-from architectures import build
-from tokenizing import chat_tokenizer, guard_tokenizer
-from training import Recipe, aligned_sample, complying_sample, guard_sample, rephrased_sample, save, train
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from tiny_models.architectures import build
+from tiny_models.tokenizing import chat_tokenizer, guard_tokenizer
+from tiny_models.training import Recipe, aligned_sample, complying_sample, guard_sample, rephrased_sample, save, train
 
 ALIGNED = {"llama": Recipe(steps=2000, lr=2e-3), "qwen3moe": Recipe(steps=3200, lr=2e-3)}
 # A second stage, from the saved weights, for a model that answers unusual phrasings of harmful requests.
