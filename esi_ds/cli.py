@@ -13,7 +13,7 @@ import traceback
 from contextlib import suppress
 from typing import NoReturn
 
-from esi_ds import ranks
+from esi_ds import launch_environment
 from esi_ds.config import load_config
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.failures import explain, is_full
@@ -119,7 +119,7 @@ def _end(reading: int, code: int) -> None:
     while signal.getsignal(os.read(reading, 1)[0]) is not _heard:
         pass  # another signal, or one that the stage itself listens to by now
     with suppress(UserError):
-        if code == EXIT_INTERRUPTED and ranks.find().rank == 0:
+        if code == EXIT_INTERRUPTED and launch_environment.read().rank == 0:
             os.write(2, b"interrupted: stopped by a signal before anything was done; start again\n")
     os._exit(code)
 
@@ -132,8 +132,8 @@ def main(stage: str, argv: list[str] | None = None) -> int:
     world_size, nodes = planned_ranks(made, arguments)
     rank, local_rank, config = 0, 0, None
     try:
-        place = ranks.find()
-        rank, local_rank = place.rank, place.local_rank or 0
+        launch = launch_environment.read()
+        rank, local_rank = launch.rank, launch.local_rank or 0
         config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config)
         options = Options(
             dry_run=arguments.dry_run,
@@ -143,7 +143,7 @@ def main(stage: str, argv: list[str] | None = None) -> int:
             node_memory_gib=arguments.node_memory_gib or Options.node_memory_gib,
             verbose=arguments.verbose,
             allow_fingerprint_mismatch=arguments.allow_fingerprint_mismatch,
-            launcher=ranks.launcher(place),
+            launcher=launch_environment.launcher_processes(launch),
         )
         if rank > 0 and not options.verbose:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all

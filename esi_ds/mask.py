@@ -16,15 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from esi_ds import team as teams
 from esi_ds.core.mask import Mask
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
+from esi_ds.ranks import Ranks, find_ranks
 from esi_ds.reselect import Reselection, Scores, read_units, spans, write_selection
-from esi_ds.team import Team
 
 
-def count_units(masks: Sequence[Mask], team: Team) -> tuple[list[Unit], Tensor]:
+def count_units(masks: Sequence[Mask], ranks: Ranks) -> tuple[list[Unit], Tensor]:
     """Logical matrices of masks of one model, and int64 [matrices, masks + 1]: how many weights of each every mask
     selects, and all of them together. One all-reduce."""
     by_name = read_units(masks[0])
@@ -33,24 +32,24 @@ def count_units(masks: Sequence[Mask], team: Team) -> tuple[list[Unit], Tensor]:
     for name, found in by_name.items():
         firsts[name], position = position, position + len(found)
     counts = torch.zeros(len(units), len(masks) + 1, dtype=torch.int64)
-    for name, low, high in spans(masks[0])[team.rank :: team.size]:
+    for name, low, high in spans(masks[0])[ranks.rank :: ranks.size]:
         bits = [mask.bits(name, low, high) for mask in masks]
         bits.append(torch.stack(bits).all(0))
         for number, unit in enumerate(by_name[name], firsts[name]):
             if unit.meets(low, high):
                 where = unit.within(low, high)
                 counts[number] += torch.tensor([int(part[where].sum()) for part in bits])
-    return units, team.add(counts)
+    return units, ranks.add(counts)
 
 
-def info(mask: Mask, team: Team) -> list[str]:
+def info(mask: Mask, ranks: Ranks) -> list[str]:
     """What the mask is, and where its weights are, by role and by layer."""
     facts = ("format", "criterion", "contrastive", "order", "scope", "ratio", "threshold", "fingerprint")
     lines = [f"{key:12} {mask.metadata[key]}" for key in facts if key in mask.metadata]
     lines.append(f"{'selected':12} {mask.k:,} of {mask.total_numel:,} weights in {len(mask.names)} scored parameters")
     by_role: dict[str, list[int]] = {}
     by_layer: dict[int, list[int]] = {}
-    units, counts = count_units([mask], team)
+    units, counts = count_units([mask], ranks)
     for unit, count in zip(units, counts[:, 0].tolist(), strict=True):
         tables = [by_role.setdefault(unit.role, [0, 0])]
         if unit.layer is not None:
@@ -69,33 +68,34 @@ def _share_line(label: str, count: int, numel: int, k: int) -> str:
     return f"{label:14}{count:>14,}{count / max(k, 1):>15.2%}{count / numel:>13.3%}"
 
 
-def verify(mask: Mask, scores: Path | None, team: Team) -> list[str]:
+def verify(mask: Mask, scores: Path | None, ranks: Ranks) -> list[str]:
     """Problems of the mask by itself and, given the scores, every parameter whose bits are not the exact top-k."""
     order = {name: index for index, name in enumerate(mask.names)}
-    found = dict.fromkeys(team.gather(mask.problems(team.rank, team.size)))
-    problems = sorted(found, key=lambda line: order.get(line.partition(": ")[0], len(order)))
-    return problems or (compare_with_scores(mask, scores, team) if scores is not None else [])
+    gathered = ranks.gather(mask.problems(ranks.rank, ranks.size))
+    distinct = dict.fromkeys(line for lines in gathered for line in lines)
+    problems = sorted(distinct, key=lambda line: order.get(line.partition(": ")[0], len(order)))
+    return problems or (compare_with_scores(mask, scores, ranks) if scores is not None else [])
 
 
-def compare_with_scores(mask: Mask, folder: Path, team: Team) -> list[str]:
+def compare_with_scores(mask: Mask, folder: Path, ranks: Ranks) -> list[str]:
     """Select again from the scores on disk and compare bit for bit."""
     scores = Scores(folder)
     if scores.names != set(mask.names):
         return [f"scores and mask name different parameters: {sorted(scores.names ^ set(mask.names))[:5]}"]
     scores.check(mask)
-    found = Reselection(mask, scores, mask.metadata, team)
+    found = Reselection(mask, scores, mask.metadata, ranks)
     places = {name: index for index, name in enumerate(mask.names)}
     wrong = torch.zeros(len(places), dtype=torch.int64)
-    for name, low, high in spans(mask)[team.rank :: team.size]:
+    for name, low, high in spans(mask)[ranks.rank :: ranks.size]:
         wrong[places[name]] += int((found.bits(name, low, high) != mask.bits(name, low, high)).sum())
     return [
         f"{name}: {count} bits differ from the selection by its scores"
-        for name, count in zip(mask.names, team.add(wrong).tolist(), strict=True)
+        for name, count in zip(mask.names, ranks.add(wrong).tolist(), strict=True)
         if count
     ]
 
 
-def compare(first: Mask, second: Mask, team: Team) -> list[str]:
+def compare(first: Mask, second: Mask, ranks: Ranks) -> list[str]:
     """Overlap of two masks of one model: whole, by role, by layer, and by cell (layer and role)."""
     if first.shapes != second.shapes:
         raise UserError(
@@ -105,7 +105,7 @@ def compare(first: Mask, second: Mask, team: Team) -> list[str]:
             "compare masks whose parameters have the same names and shapes",
         )
     rows: dict[tuple[str, str], list[int]] = {}
-    units, counts = count_units([first, second], team)
+    units, counts = count_units([first, second], ranks)
     for unit, found in zip(units, counts.tolist(), strict=True):
         layer = "-" if unit.layer is None else str(unit.layer)
         for key in (("all", ""), ("role", unit.role), ("layer", layer), ("cell", f"{layer} {unit.role}")):
@@ -160,34 +160,34 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    team = Team()
+    ranks = Ranks()
     try:
-        team = teams.find()
-        lines, code = _run(arguments, team)
-        if team.rank == 0:
+        ranks = find_ranks()
+        lines, code = _run(arguments, ranks)
+        if ranks.rank == 0:
             print("\n".join(lines))
         return code
     except Exception as error:
-        if team.speaks_of_error():
+        if ranks.reports_error():
             if isinstance(error, UserError):
                 print(f"error: {error}", file=sys.stderr, flush=True)
             else:
                 traceback.print_exc()
-        team.abort()
+        ranks.abort()
         return 2 if isinstance(error, UserError) else 1
 
 
-def _run(arguments: argparse.Namespace, team: Team) -> tuple[list[str], int]:
-    """What a command has to say, and its exit code; the same in every process of the team."""
+def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[list[str], int]:
+    """What a command has to say, and its exit code; the same on every rank."""
     if arguments.command == "info":
-        return info(Mask.load(arguments.mask), team), 0
+        return info(Mask.load(arguments.mask), ranks), 0
     if arguments.command == "compare":
-        return compare(Mask.load(arguments.first), Mask.load(arguments.second), team), 0
+        return compare(Mask.load(arguments.first), Mask.load(arguments.second), ranks), 0
     if arguments.command == "select":
         given = (arguments.scores, arguments.output, arguments.ratio, arguments.order, arguments.seed)
-        made = write_selection(Mask.load(arguments.mask), *given, team)
+        made = write_selection(Mask.load(arguments.mask), *given, ranks)
         return [f"{made.k:,} of {made.total_numel:,} weights in {made.path}"], 0
-    found = verify(Mask.load(arguments.mask), arguments.scores, team)
+    found = verify(Mask.load(arguments.mask), arguments.scores, ranks)
     sound = "sound" + (": exactly the selection by its scores" if arguments.scores else "")
     return found or [sound], 2 if found else 0
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Options:
     """What the command line says besides the config. ``world_size``, ``nodes`` and the memories: ranks, on how many
-    nodes, and what a GPU and a node hold, that a dry run plans for. ``launcher``: what ``ranks.launcher`` found when
-    the process began."""
+    nodes, and what a GPU and a node hold, that a dry run plans for. ``launcher``: what
+    ``launch_environment.launcher_processes`` returned when the process began."""
 
     dry_run: bool = False
     world_size: int | None = None

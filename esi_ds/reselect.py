@@ -1,6 +1,6 @@
 """The exact selection again, from scores on disk: what a mask must be, and masks of another ratio or order.
 
-Scores are read in chunks, each by one process of the team, so that memory does not grow with the model. Only counts
+Scores are read in chunks, each by one rank, so that memory does not grow with the model. Only counts
 are shared.
 """
 
@@ -20,7 +20,7 @@ from esi_ds.core.select import Cut, Order, Piece, key_to_score, select
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import checkpoint_tensors
-from esi_ds.team import Team
+from esi_ds.ranks import Ranks
 from esi_ds.zero.files import save_tensors
 
 UNITS_NAME = "units.json"
@@ -94,18 +94,18 @@ class Reselection:
     """The exact selection from ``scores``, as bits of any span.
 
     mask: any mask made from these scores. wanted: ``order``, ``seed``, ``scope``, ``k``, ``ratio``, as in metadata.
-    Making it takes collectives of the team: six histograms of 16 KiB, with scope ``matrix`` for every matrix.
+    Its constructor performs collectives: six histograms of 16 KiB, with scope ``matrix`` for every matrix.
     """
 
-    def __init__(self, mask: Mask, scores: Scores, wanted: Mapping[str, str], team: Team):
-        self._mask, self._scores, self._team = mask, scores, team
+    def __init__(self, mask: Mask, scores: Scores, wanted: Mapping[str, str], ranks: Ranks):
+        self._mask, self._scores, self._ranks = mask, scores, ranks
         self._order = Order(wanted["order"], int(wanted["seed"]))
         self._offsets: dict[str, int] = json.loads(mask.metadata["offsets"])
         self._whole: Cut | None = None
         self._cuts: dict[str, list[tuple[Unit, int, Cut]]] = {}  # scope matrix: unit, its first position, its cut
         if wanted["scope"] == "model":
             self._whole = self._select(
-                _Pieces(self._whole_piece, spans(mask)[team.rank :: team.size]), int(wanted["k"])
+                _Pieces(self._whole_piece, spans(mask)[ranks.rank :: ranks.size]), int(wanted["k"])
             )
         else:
             for name, units in read_units(mask).items():
@@ -132,14 +132,14 @@ class Reselection:
         return cut.selects(self._order.keys(piece.scores, piece.position), piece.position)
 
     def _select(self, pieces: _Pieces, k: int) -> Cut:
-        (cut,) = select([pieces], [k], self._order, self._mask.total_numel - 1, self._team.add)
+        (cut,) = select([pieces], [k], self._order, self._mask.total_numel - 1, self._ranks.add)
         return cut
 
     def _select_units(self, name: str, units: list[Unit], ratio: float) -> Iterator[tuple[Unit, int, Cut]]:
         """Scope ``matrix``: ⌊ratio · n⌋ of each logical matrix."""
         position = self._offsets[name]
         for unit in units:
-            own = _cut(name, unit.start, unit.end)[self._team.rank :: self._team.size]
+            own = _cut(name, unit.start, unit.end)[self._ranks.rank :: self._ranks.size]
             pieces = _Pieces(lambda span, unit=unit, at=position: self._unit_piece(unit, at, span), own)
             yield unit, position, self._select(pieces, int(ratio * unit.numel))
             position += unit.numel
@@ -165,13 +165,13 @@ class _Pieces:
 
 
 def write_selection(
-    mask: Mask, folder: Path, output: Path, ratio: float, order: str, seed: int, team: Team | None = None
+    mask: Mask, folder: Path, output: Path, ratio: float, order: str, seed: int, ranks: Ranks | None = None
 ) -> Mask:
     """A mask of another ratio or order from the scores that ``mask`` was made from; its ``of`` and ``scope``.
 
     Files are cut as ``mask``'s; one of them is in memory at a time. The folder is written whole or not at all.
     """
-    team = team or Team()
+    ranks = ranks or Ranks()
     if output.exists():
         raise UserError("OUTPUT", str(output), "exists already", "give a new folder")
     if not may_write(output):
@@ -182,39 +182,40 @@ def write_selection(
     scored = sum(mask.numel(name) for name in mask.names)
     base = scored if mask.metadata.get("of") == "scored" else mask.total_numel
     metadata["k"] = str(min(int(ratio * base), scored))
-    found = Reselection(mask, scores, metadata, team)
+    found = Reselection(mask, scores, metadata, ranks)
     numbers = torch.zeros(len(mask.names), dtype=torch.int64)
     places = {name: index for index, name in enumerate(mask.names)}
-    for name, low, high in spans(mask)[team.rank :: team.size]:
+    for name, low, high in spans(mask)[ranks.rank :: ranks.size]:
         numbers[places[name]] += int(found.bits(name, low, high).sum())
-    counts = dict(zip(mask.names, team.add(numbers).tolist(), strict=True))
+    counts = dict(zip(mask.names, ranks.add(numbers).tolist(), strict=True))
     metadata |= {"counts": json.dumps(counts), "k": str(sum(counts.values())), "threshold": found.threshold}
-    _write(mask, found, metadata, output, team)
+    _write(mask, found, metadata, output, ranks)
     wait_until_visible(output / INDEX_NAME)
     return Mask.load(output)
 
 
-def _write(mask: Mask, found: Reselection, metadata: dict[str, str], output: Path, team: Team) -> None:
-    """Every process writes files of its own; the first one gives the folder its name when all are there."""
+def _write(mask: Mask, found: Reselection, metadata: dict[str, str], output: Path, ranks: Ranks) -> None:
+    """The ranks share the files; rank 0 gives the folder its name once all are written."""
     temporary = output.with_name(f".{output.name}.tmp")
-    if team.rank == 0:
+    if ranks.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    team.gather([])  # nobody writes before the folder is there
-    digests: list[tuple[str, str]] = []
-    for file in mask.files[team.rank :: team.size]:
+    ranks.gather(None)  # nobody writes before the folder exists
+    local_digests: dict[str, str] = {}
+    for file in mask.files[ranks.rank :: ranks.size]:
         data = {name: _packed(mask, found, name) for name in mask.names if mask.file_of(name) == file}
         save_tensors(data, wait_until_visible(temporary) / file, metadata=metadata)
-        digests += [(name, digest(values)) for name, values in data.items()]
-    digests = team.gather(digests)
-    if team.rank == 0:
+        local_digests |= {name: digest(values) for name, values in data.items()}
+    gathered = ranks.gather(local_digests)
+    if ranks.rank == 0:
+        digests = {name: value for part in gathered for name, value in part.items()}
         index = {"metadata": {}, "weight_map": {name: mask.file_of(name) for name in mask.names}}
         write_json_atomic(temporary / INDEX_NAME, index)
-        write_json_atomic(temporary / DIGESTS_NAME, dict(digests))
+        write_json_atomic(temporary / DIGESTS_NAME, digests)
         if (mask.path / UNITS_NAME).is_file():
             write_text_atomic(temporary / UNITS_NAME, (mask.path / UNITS_NAME).read_text())
         replace_folder(temporary, output)
-    team.gather([])  # nobody reads before it has its name
+    ranks.gather(None)  # nobody reads before the folder has its name
 
 
 def _packed(mask: Mask, found: Reselection, name: str) -> Tensor:

@@ -72,14 +72,14 @@ def overlaps(folders: dict[str, Path]) -> list[dict[str, Any]]:
     """Every two masks of models of the same shapes: how many weights both hold."""
     from esi_ds.core.mask import Mask
     from esi_ds.mask import count_units
-    from esi_ds.team import Team
+    from esi_ds.ranks import Ranks
 
     masks = {name: Mask.load(folder / "mask") for name, folder in folders.items() if (folder / "mask").is_dir()}
     rows = []
     for (first, one), (second, other) in combinations(masks.items(), 2):
         if one.shapes != other.shapes:
             continue
-        _, counts = count_units([one, other], Team())
+        _, counts = count_units([one, other], Ranks())
         of_first, of_second, both = counts.sum(0).tolist()
         shares = {"of_first": both / max(of_first, 1), "of_second": both / max(of_second, 1)}
         scored = sum(one.numel(name) for name in one.names)

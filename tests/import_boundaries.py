@@ -31,11 +31,11 @@ LAYERS = {
     "stages": 4,
     "mask": 4,
     "reselect": 3,
-    "team": 2,
+    "ranks": 2,
     "patch": 4,
     "options": 1,
     "cli": 5,
-    "ranks": 1,
+    "launch_environment": 1,
     "lock": 1,
     "status": 1,
 }
@@ -50,7 +50,7 @@ WITHOUT_TORCH = {
     "artifacts",
     "options",
     "cli",
-    "ranks",
+    "launch_environment",
     "lock",
     "status",
 }

@@ -20,7 +20,8 @@ from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval.harness_output import results
 from esi_ds.eval.harness_quiet import quiet
 from esi_ds.eval.harness_tasks import Prepared
-from esi_ds.eval.task_result import Ranks, TaskResult
+from esi_ds.eval.task_result import TaskResult
+from esi_ds.ranks import Ranks
 
 SLICE = 16  # batches of documents a rank answers between two looks at whether to stop
 
@@ -34,11 +35,12 @@ def run(
     is_chat: bool,
     system_prompt: str | None,
     ranks: Ranks,
+    should_stop: Callable[[], bool],
 ) -> list[TaskResult]:
     """See ``tasks.run_tasks_on``."""
     found: list[TaskResult] = []
     with quiet(show=ranks.rank == 0):
-        lm = SharedLM(model, tokenizer, batch_size, is_chat, ranks)
+        lm = SharedLM(model, tokenizer, batch_size, is_chat, ranks, should_stop)
         manager = TaskManager(include_defaults=False)  # else lm-eval indexes all it has, once per call
         for item in prepared:
             lm.begin(item)
@@ -74,6 +76,7 @@ class SharedLM(HFLM):
         batch_size: int,
         is_chat: bool,
         ranks: Ranks,
+        should_stop: Callable[[], bool],
     ):
         # A chat template writes the special tokens itself. bf16's own softmax has three digits: choices would tie.
         super().__init__(
@@ -83,7 +86,7 @@ class SharedLM(HFLM):
             softmax_dtype=torch.float32,
             add_bos_token=False if is_chat else None,
         )
-        self.ranks = ranks
+        self.ranks, self.should_stop = ranks, should_stop
         self.item: Prepared | None = None
         self.cut: dict[str, set[int]] = {}
 
@@ -152,7 +155,7 @@ class SharedLM(HFLM):
         except Exception as error:  # the others wait in the gather: they are told
             failure = error
         problem = failure and f"{type(failure).__name__}: {failure}"
-        everyone = self.ranks.gather((mine, answers, problem, self.ranks.told_to_stop()))
+        everyone = self.ranks.gather((mine, answers, problem, self.should_stop()))
         if failure:
             raise failure
         for rank, (_, _, problem, _) in enumerate(everyone):

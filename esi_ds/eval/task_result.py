@@ -1,27 +1,11 @@
-"""What a task gives, and the ranks that share its documents."""
+"""The result of a task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from esi_ds.eval.statistics import CONFIDENCE
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """How many processes share the documents. gather: from one rank's object to every rank's, on every rank, in rank
-    order (``zero.runtime.gather_objects``); it is called once for every slice of a task's requests of a kind.
-    told_to_stop: whether this rank is to stop, asked between two slices."""
-
-    rank: int = 0
-    size: int = 1
-    gather: Callable[[Any], list[Any]] = lambda item: [item]
-    told_to_stop: Callable[[], bool] = lambda: False
-
-
-ALONE = Ranks()
 
 
 @dataclass(frozen=True)

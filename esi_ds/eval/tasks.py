@@ -15,7 +15,7 @@ answers.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,8 @@ from packaging.version import Version
 
 from esi_ds.config import Task
 from esi_ds.errors import UserError
-from esi_ds.eval.task_result import ALONE, Ranks, TaskResult
+from esi_ds.eval.task_result import TaskResult
+from esi_ds.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ def run_tasks(
     chat_template: str | None = None,
     apply_chat_template: bool | None = None,
     system_prompt: str | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks | None = None,
     field: str = "eval.tasks",
 ) -> list[TaskResult]:
     """Results of a folder or hub id, in the tasks' order, the same on every rank; every rank must call it.
@@ -115,13 +116,15 @@ def run_tasks_on(
     seed: int,
     apply_chat_template: bool | None = None,
     system_prompt: str | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[TaskResult]:
     """Results of a model that is loaded, whole, on this rank's device; ``prepared`` is ``prepare_tasks``'s.
 
     apply_chat_template: None: where the tokenizer has one. Few-shot examples are turns of the chat then, and
     ``system_prompt`` the system's turn. seed: which few-shot examples are drawn; lm-eval sets the global random states
     of python, numpy and torch to it. Log-likelihoods are summed in float32 whatever the weights are in.
+    ranks: the processes that share the documents; None: this one alone. should_stop: asked between two slices.
     Performs one gather per slice of a task's requests of a kind. Rounding may differ with the number of ranks, as with
     the batch size. A rank that fails makes every rank fail. Raises Interrupted where a rank is told to stop; the task
     begins anew then.
@@ -131,4 +134,4 @@ def run_tasks_on(
     is_chat = tokenizer.chat_template is not None if apply_chat_template is None else apply_chat_template
     if is_chat and tokenizer.chat_template is None:
         raise UserError("model.chat_template", None, "is not set and the tokenizer has none", "give a Jinja template")
-    return run(model, tokenizer, prepared, batch_size, seed, is_chat, system_prompt, ranks)
+    return run(model, tokenizer, prepared, batch_size, seed, is_chat, system_prompt, ranks or Ranks(), should_stop)

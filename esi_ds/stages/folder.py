@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from esi_ds import ranks
+from esi_ds import launch_environment
 from esi_ds.artifacts import RunFolder
 from esi_ds.config import Config
 from esi_ds.deepspeed_config import resolve_deepspeed
@@ -17,6 +17,6 @@ def open_folder(config: Config, stage: str, source: dict[str, Any], field: str) 
     """
     folder = RunFolder(config.run.output_dir)
     folder.check(config)
-    resolve_deepspeed(config, ranks.find().world_size, stage)
+    resolve_deepspeed(config, launch_environment.read().world_size, stage)
     folder.check_same("data_hashes", source, field)
     return folder

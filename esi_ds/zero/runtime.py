@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esi_ds import ranks
+from esi_ds import launch_environment
 from esi_ds.errors import UserError
+from esi_ds.launch_environment import LaunchEnvironment
+from esi_ds.ranks import Item, Ranks
 
 
 def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
@@ -30,7 +32,7 @@ def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
     """
     if torch.distributed.is_initialized():
         return
-    place = ranks.join()
+    launch = launch_environment.join()
     _quieten()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -39,7 +41,8 @@ def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
     logger.setLevel(logging.ERROR)
     if device().type != "cpu":
         # Before the first collective: NCCL works on the current device, which would be the first GPU on every rank.
-        os.environ["LOCAL_RANK"] = str(_device_index(place, get_accelerator().device_count()))  # DeepSpeed reads it too
+        # DeepSpeed reads LOCAL_RANK too.
+        os.environ["LOCAL_RANK"] = str(_device_index(launch, get_accelerator().device_count()))
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     # Nothing here calls DeepSpeed's shared-memory all-reduce for CPUs, and it costs: a compile at the first start (a
     # compile that is killed leaves a lock every later start waits on) and 66 MiB in /dev/shm per rank, for good.
@@ -71,14 +74,14 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)", category=UserWarning)
 
 
-def _device_index(place: ranks.Place, num_devices: int) -> int:
+def _device_index(launch: LaunchEnvironment, num_devices: int) -> int:
     """This rank's device among those it sees; a launcher may show each rank its own one only."""
-    if num_devices == 1 or place.local_rank is None:
+    if num_devices == 1 or launch.local_rank is None:
         return 0
-    if place.local_rank >= num_devices:
+    if launch.local_rank >= num_devices:
         remedy = "start one rank per device"
-        raise UserError("local rank", place.local_rank, f"has no device: this host shows {num_devices}", remedy)
-    return place.local_rank
+        raise UserError("local rank", launch.local_rank, f"has no device: this host shows {num_devices}", remedy)
+    return launch.local_rank
 
 
 def _bind_cores() -> None:
@@ -175,6 +178,19 @@ def gather_objects(item: Any) -> list[Any]:
     gathered: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(gathered, item)
     return gathered
+
+
+class JobRanks(Ranks):
+    """The ranks of the job's process group; ``add`` is one all-reduce, ``gather`` one gather."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = rank(), world_size()
+
+    def add(self, counts: Tensor) -> Tensor:
+        return all_reduce_sum(counts)
+
+    def gather(self, item: Item) -> list[Item]:
+        return gather_objects(item)
 
 
 def broadcast_object(item: Any) -> Any:

@@ -9,7 +9,6 @@ from pathlib import Path
 from esi_ds.cli import leave
 from esi_ds.config import Task
 from esi_ds.errors import UserError
-from esi_ds.eval.task_result import Ranks
 from esi_ds.eval.tasks import prepare_tasks, run_tasks
 from esi_ds.zero import runtime
 
@@ -20,7 +19,6 @@ def main() -> None:
     runtime.seed_everything(0)
     if kind == "fails":
         break_the_last_rank()
-    ranks = Ranks(runtime.rank(), runtime.world_size(), runtime.gather_objects)
     try:
         found = run_tasks(
             str(folder / "model"),
@@ -29,7 +27,7 @@ def main() -> None:
             batch_size=3,
             device=runtime.device(),
             seed=0,
-            ranks=ranks,
+            ranks=runtime.JobRanks(),
         )
         said = [result.as_row() for result in found]
     except (RuntimeError, UserError, ZeroDivisionError) as error:

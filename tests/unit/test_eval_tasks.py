@@ -27,7 +27,7 @@ from esi_ds.config import Task, parse_yaml, resolved_yaml, validate
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval import harness
 from esi_ds.eval.statistics import mcnemar_exact, wilson
-from esi_ds.eval.task_result import Ranks, TaskResult
+from esi_ds.eval.task_result import TaskResult
 from esi_ds.eval.task_rows import NEWS, read_task_rows
 from esi_ds.eval.tasks import prepare_tasks, run_tasks, run_tasks_on
 from tiny_models.measure import ask, is_correct, load
@@ -327,10 +327,10 @@ def test_told_to_stop_within_a_task(folder, tmp_path, monkeypatch) -> None:
     (whole,) = run_with()
     monkeypatch.setattr(harness, "SLICE", 1)
     looks = []
-    (sliced,) = run_with(ranks=Ranks(told_to_stop=lambda: bool(looks.append(1))))
+    (sliced,) = run_with(should_stop=lambda: bool(looks.append(1)))
     assert sliced.correct == whole.correct and len(looks) == 3  # of 5, 5 and 2 documents
     with pytest.raises(Interrupted, match="in task ag_news"):
-        run_with(ranks=Ranks(told_to_stop=lambda: True))
+        run_with(should_stop=lambda: True)
 
 
 def test_a_metric_that_is_no_share(folder, tmp_path, monkeypatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from esi_ds import artifacts, ranks
+from esi_ds import artifacts, launch_environment
 from esi_ds.failures import explain
 
 
@@ -82,7 +82,10 @@ def test_the_wait_is_bounded(tmp_path: Path) -> None:
 
 def test_the_launcher_is_known_by_its_command_line() -> None:
     """A shell that starts a rank by hand is no launcher: one may log out and leave the job running."""
-    script = "import os; from esi_ds import ranks as r; print(r.launcher(r.find()) == ((os.getpid(), os.getppid()),))"
+    script = (
+        "import os; from esi_ds import launch_environment as e; "
+        "print(e.launcher_processes(e.read()) == ((os.getpid(), os.getppid()),))"
+    )
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
     for words, expected in ((["torchrun"], "True"), ([], "False")):
         # A python that starts another one, as launchers do; what it is shows in its arguments.
@@ -90,4 +93,4 @@ def test_the_launcher_is_known_by_its_command_line() -> None:
         command = [sys.executable, "-c", parent, script, *words]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.stdout.split() == [expected], done.stderr
-    assert ranks.launcher(ranks.ALONE) == ()
+    assert launch_environment.launcher_processes(launch_environment.ALONE) == ()

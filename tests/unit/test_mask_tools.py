@@ -18,7 +18,7 @@ from esi_ds import reselect
 from esi_ds.core.mask import Mask
 from esi_ds.mask import compare_with_scores, main
 from esi_ds.models.fingerprint import checkpoint_tensors
-from esi_ds.team import Team
+from esi_ds.ranks import Ranks
 from esi_ds.zero import files
 
 SHAPES = [(7, 9), (1, 3), (30, 17), (5, 8)]
@@ -37,7 +37,7 @@ def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     write_pair(tmp_path, SHAPES, 0.2, scope, order, seed=3)
     monkeypatch.setattr(reselect, "CHUNK", 16)
     mask, scores = Mask.load(tmp_path / "mask"), tmp_path / "scores"
-    assert compare_with_scores(mask, scores, Team()) == []
+    assert compare_with_scores(mask, scores, Ranks()) == []
     made = reselect.write_selection(mask, scores, tmp_path / "again", 0.2, order, 3)
     assert made.counts == mask.counts
     selected = torch.cat([scores_of(scores, name)[made.bits(name)] for name in made.names])

@@ -6,7 +6,6 @@ import gc
 import hashlib
 import json
 
-from esi_ds.eval.task_result import Ranks
 from esi_ds.eval.tasks import run_tasks_on
 from esi_ds.models.meta import meta_parameters
 from esi_ds.stages.evaluate.answering import ANSWER_KEY, ANSWERS, SURPRISES, answer_all, answer_keys, surprise_all
@@ -70,7 +69,6 @@ class EvalRun(StageRun[EvalInputs]):
         """
 
         section = self.config.model
-        ranks = Ranks(runtime.rank(), runtime.world_size(), runtime.gather_objects, told_to_stop)
         ledger = Ledger(self.folder.path / TASKS, ("model", "task"))
         order = [(model.name, number) for model in self.inputs.models for number in range(len(self.inputs.tasks))]
         if not order:
@@ -92,7 +90,8 @@ class EvalRun(StageRun[EvalInputs]):
                     batch_size=self.config.eval.batch_size,
                     seed=self.config.run.seed,
                     system_prompt=section.system_prompt,
-                    ranks=ranks,
+                    ranks=runtime.JobRanks(),
+                    should_stop=told_to_stop,
                 )
                 rows = [result.as_row() for result in results]
                 ledger.add([{"model": candidate.name, "task": number, "results": rows}])

@@ -13,9 +13,9 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from esi_ds import ranks
+from esi_ds import launch_environment
 from esi_ds.errors import UserError
-from esi_ds.ranks import ALONE, Place, find
+from esi_ds.launch_environment import ALONE, LaunchEnvironment, read
 
 TORCHRUN = {
     "RANK": "3",
@@ -44,31 +44,34 @@ DAEMON = {**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_TASKS_PE
 
 
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("variables", "launch"),
     [
         ({}, ALONE),
-        (TORCHRUN, Place("torch", 3, 4, 1, 2)),
-        (DEEPSPEED, Place("torch", 1, 2, 1, 2)),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, Place("torch", 1, 2, None, None)),
-        (STEP, Place("Slurm", 1, 2, 0, 1)),
-        ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_NTASKS": "3"}, Place("Slurm", 1, 3, 0, None)),
+        (TORCHRUN, LaunchEnvironment("torch", 3, 4, 1, 2)),
+        (DEEPSPEED, LaunchEnvironment("torch", 1, 2, 1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, LaunchEnvironment("torch", 1, 2, None, None)),
+        (STEP, LaunchEnvironment("Slurm", 1, 2, 0, 1)),
+        ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_NTASKS": "3"}, LaunchEnvironment("Slurm", 1, 3, 0, None)),
         # The allocation may have more tasks than this step of it.
-        ({**STEP, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, Place("Slurm", 1, 2, 0, 1)),
-        (BATCH, ALONE),  # plain python in a batch script's shell is no rank of the allocation
-        (MPIRUN, Place("Open MPI", 1, 2, 1, 2)),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Place("MPI", 1, 2, None, None)),
-        ({**STEP, "PMI_RANK": "1", "PMI_SIZE": "2"}, Place("Slurm", 1, 2, 0, 1)),  # srun --mpi=pmi2
-        ({**DAEMON, **MPIRUN}, Place("Open MPI", 1, 2, 1, 2)),  # mpirun starts its daemons with srun
-        ({**STEP, **TORCHRUN}, Place("torch", 3, 4, 1, 2)),  # srun, one torchrun per node
-        ({**STEP, "RANK": "1", "WORLD_SIZE": "2"}, Place("torch", 1, 2, None, None)),  # a script's own mapping
+        ({**STEP, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, LaunchEnvironment("Slurm", 1, 2, 0, 1)),
+        (BATCH, ALONE),  # plain python in a batch script's shell is not a rank of the allocation
+        (MPIRUN, LaunchEnvironment("Open MPI", 1, 2, 1, 2)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, LaunchEnvironment("MPI", 1, 2, None, None)),
+        ({**STEP, "PMI_RANK": "1", "PMI_SIZE": "2"}, LaunchEnvironment("Slurm", 1, 2, 0, 1)),  # srun --mpi=pmi2
+        ({**DAEMON, **MPIRUN}, LaunchEnvironment("Open MPI", 1, 2, 1, 2)),  # mpirun starts its daemons with srun
+        ({**STEP, **TORCHRUN}, LaunchEnvironment("torch", 3, 4, 1, 2)),  # srun, one torchrun per node
+        (
+            {**STEP, "RANK": "1", "WORLD_SIZE": "2"},
+            LaunchEnvironment("torch", 1, 2, None, None),
+        ),  # set by a script
     ],
 )
-def test_places(environment: dict[str, str], place: Place) -> None:
-    assert find(environment) == place
+def test_launchers(variables: dict[str, str], launch: LaunchEnvironment) -> None:
+    assert read(variables) == launch
 
 
 @pytest.mark.parametrize(
-    ("environment", "words"),
+    ("variables", "words"),
     [
         ({"RANK": "0"}, "WORLD_SIZE"),
         ({"WORLD_SIZE": "2"}, "RANK"),
@@ -84,9 +87,9 @@ def test_places(environment: dict[str, str], place: Place) -> None:
         ({**STEP, "PMI_RANK": "0", "PMI_SIZE": "1"}, "contradict Slurm's"),
     ],
 )
-def test_contradictions(environment: dict[str, str], words: str) -> None:
+def test_contradictions(variables: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
-        find(environment)
+        read(variables)
 
 
 def test_command_line_refuses_contradictions() -> None:
@@ -105,7 +108,7 @@ INTERFACES = {"lo": "127.0.0.1", "eth0": "10.0.0.9", "ib0": "10.1.0.9", "down0":
 
 
 @pytest.mark.parametrize(
-    ("address", "own", "local_ranks", "name"),
+    ("address", "local_address", "local_ranks", "name"),
     [
         ("node1", "10.1.0.9", 1, "ib0"),  # the one towards rank 0
         ("node0", "127.0.0.1", 1, "eth0"),  # rank 0's own host, whose name is 127.0.1.1 in its /etc/hosts
@@ -115,17 +118,17 @@ INTERFACES = {"lo": "127.0.0.1", "eth0": "10.0.0.9", "ib0": "10.1.0.9", "down0":
     ],
 )
 def test_the_interface_that_other_hosts_reach(
-    monkeypatch: pytest.MonkeyPatch, address: str, own: str, local_ranks: int | None, name: str | None
+    monkeypatch: pytest.MonkeyPatch, address: str, local_address: str, local_ranks: int | None, name: str | None
 ) -> None:
     probe = MagicMock()
-    probe.return_value.__enter__.return_value.getsockname.return_value = (own, 1)
+    probe.return_value.__enter__.return_value.getsockname.return_value = (local_address, 1)
     order = ("lo", "down0", "eth0", "ib0")
     items = {key: [SimpleNamespace(family=socket.AF_INET, address=INTERFACES[key])] for key in order}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: items)
     monkeypatch.setattr(psutil, "net_if_stats", lambda: {key: SimpleNamespace(isup=key != "down0") for key in order})
-    monkeypatch.setattr(ranks.socket, "socket", probe)
-    monkeypatch.setattr(ranks.socket, "gethostbyname", lambda host: host)
+    monkeypatch.setattr(launch_environment.socket, "socket", probe)
+    monkeypatch.setattr(launch_environment.socket, "gethostbyname", lambda host: host)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    ranks._name_interface(address, Place("torch", 0, 2, 0, local_ranks))
+    launch_environment._name_interface(address, LaunchEnvironment("torch", 0, 2, 0, local_ranks))
     assert os.environ.get("GLOO_SOCKET_IFNAME") == name

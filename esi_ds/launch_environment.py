@@ -1,0 +1,302 @@
+"""Which process of the job this is, read from the variables that launchers set; no other module reads them.
+
+``deepspeed`` and ``torchrun`` set torch's variables; ``srun`` sets Slurm's, ``mpirun`` Open MPI's or PMI's. Nothing
+here imports torch. Contradicting variables are an error: a job that silently fell apart into several jobs of one
+process each would write all of them into one folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import psutil
+
+from esi_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+# Below Linux's ephemeral ports (32768 and up), so that no outgoing connection sits on a port derived from a job id.
+FIRST_PORT, NUM_PORTS = 16384, 16384
+
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """What the launcher's variables say about this process.
+
+    ``local_*`` count this host's processes only; None if the launcher does not say.
+    """
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int | None
+    local_world_size: int | None
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The names of a launcher's variables; of several names in one field the first that is set counts.
+
+    mark: a variable that only the launcher sets, never a shell profile; without it the others are ignored.
+    """
+
+    name: str
+    rank: str
+    world_size: tuple[str, ...]
+    local_rank: str
+    local_world_size: tuple[str, ...]
+    mark: str
+
+
+TORCH = Launcher("torch", "RANK", ("WORLD_SIZE",), "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), "RANK")
+# The shell of a batch script has SLURM_PROCID too; only srun's processes have a step.
+SLURM = Launcher(
+    "Slurm",
+    "SLURM_PROCID",
+    ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+    "SLURM_LOCALID",
+    ("SLURM_STEP_TASKS_PER_NODE",),
+    "SLURM_STEP_ID",
+)
+OPEN_MPI = Launcher(
+    "Open MPI",
+    "OMPI_COMM_WORLD_RANK",
+    ("OMPI_COMM_WORLD_SIZE",),
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    "OMPI_COMM_WORLD_RANK",
+)
+PMI = Launcher("MPI", "PMI_RANK", ("PMI_SIZE",), "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",), "PMI_RANK")
+# Set by torchrun and by deepspeed's launcher besides torch's variables: proof that one of them started this process.
+NESTED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
+ALONE = LaunchEnvironment("python", rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
+def read(variables: Mapping[str, str] = os.environ) -> LaunchEnvironment:
+    """torch's variables, else MPI's, else Slurm's; ``ALONE`` if none are set.
+
+    Raises UserError if a launcher's variables are incomplete or impossible, or two launchers' contradict each other.
+    """
+    torch, slurm, open_mpi, pmi = (_read_launcher(launcher, variables) for launcher in (TORCH, SLURM, OPEN_MPI, PMI))
+    mpi = open_mpi or pmi
+    if torch and not any(name in variables for name in NESTED):
+        for other in (slurm, mpi):
+            if other and not _same(torch, other):
+                raise _contradiction(torch, other, "unset RANK and WORLD_SIZE where the job starts")
+    # One launcher started by another: the inner one numbers the ranks, the outer one says how many there must be.
+    if mpi and slurm and _same(mpi, slurm):
+        mpi = None  # srun with a PMI plugin
+    inner = torch or mpi or slurm
+    if inner is None:
+        return ALONE
+    for outer in (slurm, mpi):
+        one_host = inner.local_world_size is not None and inner.world_size == inner.local_world_size
+        alone = inner.world_size == 1 or (one_host and inner.launcher == "torch")
+        if outer and outer is not inner and outer.world_size > 1 and alone and not _same(inner, outer):
+            raise _contradiction(inner, outer, "start one launcher per job, or tell the inner one all its nodes")
+    return inner
+
+
+def _same(one: LaunchEnvironment, other: LaunchEnvironment) -> bool:
+    return (one.rank, one.world_size) == (other.rank, other.world_size)
+
+
+def _contradiction(one: LaunchEnvironment, other: LaunchEnvironment, remedy: str) -> UserError:
+    return UserError(
+        f"{one.launcher} variables",
+        f"rank {one.rank} of {one.world_size}",
+        f"contradict {other.launcher}'s, rank {other.rank} of {other.world_size}",
+        remedy,
+    )
+
+
+def _read_launcher(launcher: Launcher, variables: Mapping[str, str]) -> LaunchEnvironment | None:
+    """What one launcher's variables say; None if they are not set."""
+    size_name = next((name for name in launcher.world_size if name in variables), None)
+    if launcher is TORCH and (launcher.rank in variables) != (size_name is not None):
+        missing = launcher.world_size[0] if size_name is None else launcher.rank
+        raise UserError(missing, None, "is not set, but its counterpart is", "set both, or use a launcher")
+    if launcher.mark not in variables or launcher.rank not in variables or size_name is None:
+        return None
+    rank, world_size = _number(launcher.rank, variables), _number(size_name, variables)
+    if rank >= world_size:
+        raise UserError(launcher.rank, rank, f"is not below {size_name} = {world_size}", "set ranks 0 to size - 1")
+    local_rank = _number(launcher.local_rank, variables) if launcher.local_rank in variables else None
+    local_size_name = next((name for name in launcher.local_world_size if name in variables), None)
+    local_world_size = None
+    # Slurm lists different numbers of tasks per node ("2,1") without saying which node this is.
+    if local_size_name and (same_on_all := re.fullmatch(r"(\d+)(\(x\d+\))?", variables[local_size_name])):
+        local_world_size = int(same_on_all[1])
+    if local_rank is not None and local_world_size is not None and local_rank >= local_world_size:
+        raise UserError(
+            launcher.local_rank,
+            local_rank,
+            f"is not below {local_size_name} = {local_world_size}",
+            "set local ranks 0 to size - 1",
+        )
+    return LaunchEnvironment(launcher.name, rank, world_size, local_rank, local_world_size)
+
+
+def _number(name: str, variables: Mapping[str, str]) -> int:
+    if not variables[name].strip().isdecimal():
+        raise UserError(name, variables[name], "is not a number", "set it to a rank or a count, or use a launcher")
+    return int(variables[name])
+
+
+# Words in the command lines of launchers that leave their ranks running when they are killed.
+DEEPSPEED = "deepspeed.launcher.launch"
+LAUNCHERS = (DEEPSPEED, "torchrun", "torch.distributed", "mpirun", "mpiexec", "prte", "orted", "hydra")
+
+
+def launcher_processes(launch: LaunchEnvironment) -> tuple[tuple[int, int], ...]:
+    """(process id, parent's id) from this process up to the user's command; () without a launcher.
+
+    A launcher has died once a process has another parent than its pair says.
+    """
+    if launch is ALONE:
+        return ()
+    parent = psutil.Process().parent()
+    if parent is None or not any(name in " ".join(parent.cmdline()) for name in LAUNCHERS):
+        return ()
+    pairs = [(os.getpid(), parent.pid)]
+    words = parent.cmdline()
+    if any(DEEPSPEED in word for word in words):
+        pairs.append((parent.pid, parent.ppid()))
+        # Its parent is the user's command or, with several hosts, an ssh whose pdsh may run on this host.
+        job_arguments = {word for word in words if word.startswith(("--world_info=", "--master_port="))}
+        for process in psutil.process_iter(["pid", "ppid", "name", "cmdline"]):
+            is_pdsh = process.info["name"].startswith("pdsh")
+            if job_arguments and is_pdsh and job_arguments <= set(process.info["cmdline"] or ()):
+                pairs.append((process.info["pid"], process.info["ppid"]))
+    return tuple(pairs)
+
+
+def join() -> LaunchEnvironment:
+    """``read``, then set torch's variables to match: rank, size, local rank, the address and port of rank 0.
+
+    Under MPI one broadcast and one gather of mpi4py's; otherwise no communication.
+    """
+    launch = read()
+    if launch.launcher in (OPEN_MPI.name, PMI.name) and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        launch, address, port = _ask_mpi(launch)
+    elif launch.world_size == 1:  # even under Slurm: two such runs in one step would derive the same port
+        address, port = "127.0.0.1", free_port()
+    elif launch.launcher == SLURM.name:
+        address, port = _slurm_address(), _slurm_port(launch)
+    else:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(
+                    name,
+                    None,
+                    f"is not set, but WORLD_SIZE = {launch.world_size}",
+                    "name the host of rank 0 and a free port",
+                )
+        address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", os.environ)
+        if not 0 < port < 65536:  # with 0 every rank would wait at a different port
+            raise UserError("MASTER_PORT", port, "is not a port", "name a free port of rank 0's host, 1 to 65535")
+    os.environ.setdefault("MASTER_ADDR", address)
+    os.environ.setdefault("MASTER_PORT", str(port))
+    local_rank = launch.local_rank or 0
+    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(local_rank))
+    _name_interface(os.environ["MASTER_ADDR"], launch)
+    return replace(launch, local_rank=local_rank)
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def _slurm_address() -> str:
+    """The step's first host, which has rank 0 under Slurm's default distribution of tasks."""
+    if "MASTER_ADDR" in os.environ:
+        return os.environ["MASTER_ADDR"]
+    hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    if not any(mark in hosts for mark in "[,"):
+        return hosts or "127.0.0.1"
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            "MASTER_ADDR",
+            None,
+            f"is not set, and scontrol cannot name the first of {hosts} ({error})",
+            "set MASTER_ADDR",
+        ) from error
+    return shown.stdout.split()[0]
+
+
+def _slurm_port(launch: LaunchEnvironment) -> int:
+    """The same port on every rank, and another one for any other job step that may share the host."""
+    reserved = os.environ.get("SLURM_STEP_RESV_PORTS") or ""
+    if first_port := re.match(r"\d+", reserved):
+        return int(first_port[0])
+    job, step = int(os.environ.get("SLURM_JOB_ID", "0")), int(os.environ["SLURM_STEP_ID"])
+    return FIRST_PORT + (job * 7 + step) % NUM_PORTS
+
+
+def _ask_mpi(launch: LaunchEnvironment) -> tuple[LaunchEnvironment, str, int]:
+    """(local ranks as MPI counts them, rank 0's address, a free port that rank 0 picked)."""
+    world = mpi_world(launch)
+    from mpi4py import MPI
+
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    hosts = world.allgather(socket.gethostname())
+    address = "127.0.0.1" if local.Get_size() == world.Get_size() else hosts[0]
+    port = world.bcast(free_port() if launch.rank == 0 else None)
+    launch = replace(launch, local_rank=local.Get_rank(), local_world_size=local.Get_size())
+    MPI.Finalize()  # not needed any more, and mpirun reports a process that ends without it as failed
+    return launch, address, port
+
+
+def mpi_world(launch: LaunchEnvironment) -> Intracomm:
+    """mpi4py's communicator of all processes. Raises UserError if it is missing or disagrees with ``launch``."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            "mpi4py",
+            None,
+            f"is needed under {launch.launcher} and cannot be loaded ({error})",
+            "pip install 'esi_ds[mpi]'",
+        ) from error
+    world = MPI.COMM_WORLD
+    if (world.Get_rank(), world.Get_size()) != (launch.rank, launch.world_size):
+        seen = LaunchEnvironment("mpi4py", world.Get_rank(), world.Get_size(), None, None)
+        raise _contradiction(seen, launch, "install the mpi4py that was built for this mpirun's MPI")
+    return world
+
+
+def _name_interface(address: str, launch: LaunchEnvironment) -> None:
+    """Have gloo use the network interface towards rank 0; by default it takes the host name's, often the loopback.
+
+    On rank 0's host even that may be the loopback (Debian's /etc/hosts maps the host's name to 127.0.1.1), which other
+    hosts cannot reach: then the first other interface that is up. An address that is itself the loopback means a job on
+    one host and keeps it.
+    """
+    if launch.world_size == 1 or launch.world_size == launch.local_world_size or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((socket.gethostbyname(address), 9))  # sends nothing
+            local_address = probe.getsockname()[0]
+    except OSError:
+        return  # connecting to rank 0 will report what is wrong with the address
+    is_cut_off = local_address.startswith("127.") and not (address.startswith("127.") or address == "localhost")
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    for name, items in psutil.net_if_addrs().items():
+        addresses = [item.address for item in items if item.family == socket.AF_INET]
+        leads_out = name in up and any(not item.startswith("127.") for item in addresses)
+        if leads_out if is_cut_off else local_address in addresses:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return
