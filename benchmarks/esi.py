@@ -70,6 +70,7 @@ def make_pass(folder: Path, dtype: str, autoep_size: int | None = None):
     from esi_ds.data.chat import EncodedResponse
     from esi_ds.judge.families import EncodedJudgement
     from esi_ds.judge.guard import Guard, GuardInput, WholeWeights
+    from esi_ds.models.folder import ModelSource
     from esi_ds.stages.esi.objectives import SafetyObjective
     from esi_ds.stages.esi.prepare import Example
     from esi_ds.stages.esi.score import ScoringPass
@@ -85,8 +86,8 @@ def make_pass(folder: Path, dtype: str, autoep_size: int | None = None):
     }
     if autoep_size is not None:
         settings["expert_parallel"] = {"enabled": True, "autoep_size": autoep_size}
-    guard = load_replicated(str(folder / "guard"), dtype, "guard")
-    model = load_sharded(str(folder / "model"), dtype, settings, "model")
+    guard = load_replicated(ModelSource(str(folder / "guard"), field="judge.path"), dtype)
+    model = load_sharded(ModelSource(str(folder / "model")), dtype, settings)
     config = validate(
         {
             "run": {"output_dir": str(folder / "run")},

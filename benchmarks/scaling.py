@@ -140,6 +140,7 @@ def open_case(case: str, folder: Path, mask, given: dict):
     from contextlib import nullcontext
 
     from esi_ds.core.trained import Trained
+    from esi_ds.models.folder import ModelSource
     from esi_ds.zero import runtime
     from esi_ds.zero.dense import DenseTuner
     from esi_ds.zero.engine import load_sharded
@@ -155,7 +156,7 @@ def open_case(case: str, folder: Path, mask, given: dict):
         made.append(MaskedAdamW(module, mask, "complement", lr=1e-4, **RULE))
         return made[0]
 
-    model = load_sharded(str(folder / "model"), "bf16", given, "model", make_optimizer if case == "SPA" else None)
+    model = load_sharded(ModelSource(str(folder / "model")), "bf16", given, make_optimizer if case == "SPA" else None)
     trained = Trained(
         mask, "complement" if case == "SPA" else "selected", "freeze", {p.name: p.shape for p in model.parameters}
     )

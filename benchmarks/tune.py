@@ -75,9 +75,10 @@ def batch():
 def loaded(folder: Path, mask, train: str, settings: dict, make_optimizer=None):
     """The sharded model and what trains of it."""
     from esi_ds.core.trained import Trained
+    from esi_ds.models.folder import ModelSource
     from esi_ds.zero.engine import load_sharded
 
-    model = load_sharded(str(folder / "model"), "bf16", settings, "model", make_optimizer)
+    model = load_sharded(ModelSource(str(folder / "model")), "bf16", settings, make_optimizer)
     return model, Trained(mask, train, "freeze", {p.name: p.shape for p in model.parameters})
 
 

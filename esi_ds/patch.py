@@ -20,7 +20,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from esi_ds.artifacts import replace_folder, write_json_atomic
-from esi_ds.config import Model
 from esi_ds.core.mask import INDEX_NAME, pack_bits, unpack_bits
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import checkpoint_tensors, tensor_digests
@@ -28,6 +27,8 @@ from esi_ds.zero.files import save_tensors
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and is needed for check_names only
     from transformers import PretrainedConfig
+
+    from esi_ds.models.folder import ModelSource
 
 FORMAT = "esi-patch/1"
 SUMMARY = "patch.json"
@@ -52,46 +53,46 @@ def read(file: Path, name: str) -> Tensor:
         return opened.get_tensor(name)
 
 
-def check_names(model: Model, config: PretrainedConfig, names: Iterable[str]) -> None:
+def check_names(source: ModelSource, config: PretrainedConfig, names: Iterable[str]) -> None:
     """Refuse, before training, a patch that could not be made after it: the base's files name the weights otherwise
     than the exported model's. Loading takes the prefix of a larger model away (Llama-4's ``language_model.``) or adds
     one (to a bare GPT-2), which the export does not undo, as it does all else. Raises UserError.
 
     config, names: the model's architecture and its own parameters.
     """
-    stored = _stored_names(model)
+    stored = _stored_names(source)
     without_first = {name.partition(".")[2]: name for name in stored}
     for name in names:
         shorter = name.partition(".")[2]
         other = without_first.get(name) or (shorter if shorter in stored else None)
         if name in stored or other is None:
             continue
-        if _exported_name(name, config, model.trust_remote_code) not in stored:
-            problem = f"no patch can be made: the tuned model will hold {name}, which {model.path} calls {other}"
+        if _exported_name(name, config, source) not in stored:
+            problem = f"no patch can be made: the tuned model will hold {name}, which {source.path} calls {other}"
             raise UserError("tune.patch", True, problem, "set tune.patch: false; model/ holds the whole tuned model")
         return  # a prefix is the same for all
 
 
-def _stored_names(model: Model) -> set[str]:
+def _stored_names(source: ModelSource) -> set[str]:
     """Names of a checkpoint's tensors. Of a hub model only the index is asked for; none are known where it has none."""
     from transformers.utils import cached_file
 
     tolerant = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    index = cached_file(model.path, INDEX_NAME, revision=model.revision, **tolerant)
+    index = cached_file(source.path, INDEX_NAME, revision=source.revision, **tolerant)
     if index is not None:
         return set(json.loads(Path(index).read_text())["weight_map"])
-    folder = Path(model.path)
+    folder = Path(source.path)
     return {name for name, *_ in checkpoint_tensors(folder)} if folder.is_dir() else set()
 
 
-def _exported_name(name: str, config: PretrainedConfig, trust_remote_code: bool) -> str:
+def _exported_name(name: str, config: PretrainedConfig, source: ModelSource) -> str:
     """A parameter's name in ``model/``, where all renaming that loading under ZeRO-3 tries is undone."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
 
     from esi_ds.models.meta import meta_model
 
-    module = meta_model(config, trust_remote_code=trust_remote_code)
+    module = meta_model(config, source)
     module._weight_conversions = get_model_conversion_mapping(module)
     return next(iter(revert_weight_conversion(module, {name: module.get_parameter(name)})))
 

@@ -18,6 +18,7 @@ from esi_ds.data.conversations import DataOrder, TuningSet, encode_rows, find_co
 from esi_ds.data.prompts import load_sets
 from esi_ds.data.rows import read_rows
 from esi_ds.eval.refusals import is_refusal
+from esi_ds.models.folder import ModelSource
 from esi_ds.stages.tune.prepare import end_ids
 from esi_ds.stages.tune.training import MicroBatch
 from esi_ds.zero.tuner import summed_loss
@@ -31,7 +32,7 @@ def train_and_answer(config: Config) -> None:
     started = time.time()
     folder = RunFolder(config.run.output_dir)
     folder.open(config)
-    tokenizer = load_tokenizer(config.model.path, "model.path")
+    tokenizer = load_tokenizer(ModelSource.of(config.model))
     torch.manual_seed(config.run.seed)
     base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=1, lora_alpha=1, target_modules=TARGETS, task_type="CAUSAL_LM"))

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from esi_ds.config import Model
 from esi_ds.errors import UserError
+from esi_ds.models.folder import ModelSource
 
 
 @dataclass(frozen=True)
@@ -19,20 +21,17 @@ class EncodedResponse:
     offsets: list[tuple[int, int]]
 
 
-def load_tokenizer(
-    path: str,
-    field: str,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    chat_template: str | None = None,
-) -> PreTrainedTokenizerBase:
-    """A fast tokenizer of a folder or hub id; ``field`` is the config key to name in an error.
+def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's fast tokenizer, with a padding token.
 
-    chat_template replaces the tokenizer's own: Jinja text, or a file that holds it.
+    chat_template replaces the tokenizer's own: Jinja text, or a file that holds it. Raises UserError where there is no
+    fast tokenizer.
     """
+    field, path = source.field, source.path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(
@@ -48,6 +47,16 @@ def load_tokenizer(
         tokenizer.chat_template = Path(chat_template).read_text() if is_file else chat_template
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_chat_tokenizer(source: ModelSource, section: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that answers prompts, with the chat template that ``model`` of the config asks for.
+
+    Raises UserError where the tokenizer cannot be loaded, or its template cannot format a chat.
+    """
+    tokenizer = load_tokenizer(source, chat_template=section.chat_template)
+    check_chat_template(tokenizer, section.system_prompt)
     return tokenizer
 
 

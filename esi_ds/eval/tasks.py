@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from esi_ds.eval.harness_tasks import Prepared
+    from esi_ds.models.folder import ModelSource
 
 # Since 0.4.12 tasks are built by TaskManager.load.
 OLDEST = "0.4.12"
@@ -62,22 +63,20 @@ def check_installed(tasks: Sequence[Task], field: str = "eval.tasks") -> None:
 
 
 def run_tasks(
-    path: str,
+    source: ModelSource,
     tasks: Sequence[Task],
     *,
     dtype: str,
     batch_size: int,
     device: torch.device | str,
     seed: int,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     chat_template: str | None = None,
     apply_chat_template: bool | None = None,
     system_prompt: str | None = None,
     ranks: Ranks | None = None,
     field: str = "eval.tasks",
 ) -> list[TaskResult]:
-    """Results of a folder or hub id, in the tasks' order, the same on every rank; every rank must call it.
+    """Results of a model, in the tasks' order, the same on every rank; every rank must call it.
 
     A whole copy of the model is loaded on every rank, from safetensors. See ``run_tasks_on`` for the rest.
     """
@@ -88,13 +87,18 @@ def run_tasks(
 
     from esi_ds.data.chat import load_tokenizer
 
-    source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(path, "model.path", chat_template=chat_template, **source)
+    tokenizer = load_tokenizer(source, chat_template=chat_template)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True, **source)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+        )
     except (OSError, ValueError) as error:
         problem = f"cannot be loaded ({str(error).strip().splitlines()[0]})"
-        raise UserError("model.path", path, problem, "give a causal model with safetensors weights") from error
+        raise UserError(source.field, source.path, problem, "give a causal model with safetensors weights") from error
     return run_tasks_on(
         model.eval().to(device),
         tokenizer,

@@ -24,15 +24,6 @@ def structure_digest(parameters: Iterable[Parameter]) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def checkpoint_folder(path: str, revision: str | None) -> Path:
-    """Where a model's files lie on this machine; a hub id's are downloaded if they are not there yet."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-
-
 def checkpoint_tensors(folder: Path) -> list[tuple[str, Path, int, int, str]]:
     """(name, file, first byte, last byte, "dtype shape") of every tensor in a folder's safetensors, by name."""
     index = folder / "model.safetensors.index.json"

@@ -2,46 +2,87 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
+from esi_ds.config import JudgeModel, Model
 from esi_ds.errors import UserError
 
 
-def load_model_config(
-    path: str, field: str, revision: str | None, trust_remote_code: bool, only_local: bool = False
-) -> PretrainedConfig:
-    """The architecture of a folder or hub id; ``field`` is the config key to name in an error. only_local: ask no hub,
-    read folders and the hub's cache."""
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    path: a folder or hub id. revision: branch, tag or commit of a hub id. trust_remote_code: whether the model's own
+    code may run. field: the config key that names the path, for error messages.
+    """
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    field: str = "model.path"
+
+    @classmethod
+    def of(cls, section: Model | JudgeModel, key: str = "model") -> ModelSource:
+        """The source that the section at ``key`` of the experiment's config names."""
+        return cls(section.path, section.revision, section.trust_remote_code, f"{key}.path")
+
+
+def load_model_config(source: ModelSource, only_local: bool = False) -> PretrainedConfig:
+    """The model's architecture.
+
+    only_local: do not contact the hub; read folders and the hub's cache only.
+    Raises UserError where there is no readable configuration, or where the weights are quantised.
+    """
+    path, field = source.path, source.field
     looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
     if looks_local and not (Path(path) / "config.json").is_file():
-        raise UserError(field, path, "is no model folder: it holds no config.json", "give a Hugging Face folder")
+        raise UserError(field, path, "is not a model folder: it has no config.json", "give a Hugging Face folder")
     try:
-        found = AutoConfig.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code, local_files_only=only_local
+        config = AutoConfig.from_pretrained(
+            path,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            local_files_only=only_local,
         )
     except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(
             field,
             path,
-            f"holds no model configuration ({str(error).strip().splitlines()[0]})",
-            "give a Hugging Face folder or a hub id that can be reached",
+            f"has no readable model configuration ({str(error).strip().splitlines()[0]})",
+            "give a Hugging Face folder or the id of a model on the hub that can be reached",
         ) from error
-    if getattr(found, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None:
         raise UserError(
-            field, path, "is quantised; its weights have no gradient of their own", "give the unquantised model"
+            field, path, "is quantised, so its weights have no gradients of their own", "give the unquantised model"
         )
-    return found
+    return config
 
 
-def check_weights(path: str, field: str) -> None:
-    """A local folder must hold safetensors (nothing pickled is ever read). Hub ids are checked by the download."""
-    folder = Path(path)
+def check_weights(source: ModelSource) -> None:
+    """Raise UserError for a local folder without safetensors; pickled weights are never read.
+
+    A hub id is checked by the download.
+    """
+    folder = Path(source.path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise UserError(field, path, "holds no *.safetensors weights", "save the model with safe_serialization")
+        raise UserError(
+            source.field, source.path, "holds no *.safetensors weights", "save the model with safe_serialization"
+        )
+
+
+def checkpoint_folder(source: ModelSource) -> Path:
+    """The folder of the model's files on this machine. A hub model is downloaded unless it is in the cache."""
+    if Path(source.path).is_dir():
+        return Path(source.path)
+    files = ["*.safetensors", "*.json"]
+    return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=files))
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
+    """The longest sequence the model takes, in tokens; None where its configuration does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)

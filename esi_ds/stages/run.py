@@ -6,9 +6,12 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
+
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from esi_ds import lock
 from esi_ds.artifacts import RunFolder
@@ -17,11 +20,13 @@ from esi_ds.core.mask import Mask, metadata_sha256
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import monitor_settings, resolve_deepspeed
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.models.fingerprint import checkpoint_folder, fingerprint, tensor_digests
+from esi_ds.models.fingerprint import fingerprint, tensor_digests
+from esi_ds.models.folder import ModelSource, checkpoint_folder
 from esi_ds.options import Options
 from esi_ds.stages.interrupt import listen
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
+from esi_ds.zero.engine import ShardedModel, load_sharded
 from esi_ds.zero.monitor import open_monitors
 
 CHECKPOINTS = "checkpoint"
@@ -143,9 +148,16 @@ class StageRun(ABC, Generic[Inputs]):
             if runtime.is_main():
                 shutil.rmtree(self.folder.path / CHECKPOINTS, ignore_errors=True)
 
-    def begin(self, model) -> None:
-        """The model is known: refuse to go on with another one than this folder's run began with. Two collectives."""
-        self.begin_with(self.model_fingerprint(self.config.model.path, self.config.model.revision, model.parameters))
+    def load_model(self, make_optimizer: Callable[[PreTrainedModel], Optimizer] | None = None) -> ShardedModel:
+        """``model`` of the config, cut over the ranks; see ``load_sharded``."""
+        section = self.config.model
+        return load_sharded(
+            ModelSource.of(section), section.dtype, self.deepspeed_config, make_optimizer, roles=section.roles
+        )
+
+    def begin(self, model: ShardedModel) -> None:
+        """Refuse to continue this folder's run with another model than it began with. Two collectives."""
+        self.begin_with(self.model_fingerprint(ModelSource.of(self.config.model), model.parameters))
 
     def begin_with(self, found: str) -> None:
         """``begin`` where the fingerprint is known. One collective."""
@@ -166,9 +178,9 @@ class StageRun(ABC, Generic[Inputs]):
                 notes=self.notes,
             )
 
-    def model_fingerprint(self, path: str, revision: str | None, parameters: Sequence[Parameter]) -> str:
-        """The files are read by all ranks together. One gather of names and digests."""
-        folder = checkpoint_folder(path, revision)
+    def model_fingerprint(self, source: ModelSource, parameters: Sequence[Parameter]) -> str:
+        """The ranks share the reading of the files. One gather of names and digests."""
+        folder = checkpoint_folder(source)
         digests: dict[str, str] = {}
         for part in runtime.gather_objects(tensor_digests(folder, runtime.rank(), runtime.world_size())):
             digests.update(part)

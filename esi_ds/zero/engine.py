@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import deepspeed
 import torch
@@ -20,10 +21,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.deepspeed_config import check_experts
 from esi_ds.errors import UserError
+from esi_ds.models.folder import ModelSource
 from esi_ds.models.roles import describe, expert_blocks, routers
 from esi_ds.zero import expert_parallel, runtime
 
@@ -254,24 +257,23 @@ def full_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def load_sharded(
-    path: str,
+    source: ModelSource,
     dtype: str,
-    deepspeed_config: dict,
-    field: str,
+    deepspeed_config: dict[str, Any],
     make_optimizer: Callable[[PreTrainedModel], Optimizer] | None = None,
-    auto_class: type = AutoModelForCausalLM,
+    auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
     roles: Mapping[str, str] | None = None,
-    **kwargs,
 ) -> ShardedModel:
     """A model cut over the ranks while it is read. Rank 0 reads the files; every parameter is broadcast once.
 
-    make_optimizer: from the loaded module to the optimizer of a standard ZeRO-3 engine; None: an engine without one.
-    auto_class: of transformers, which says what sort of model the folder is read as. roles: ``model.roles``.
+    dtype: a key of ``DTYPES``. make_optimizer: builds, from the loaded module, the optimizer of a standard ZeRO-3
+    engine; None: an engine without one. auto_class: the transformers class that reads the folder. roles:
+    ``model.roles``.
     """
     # transformers finds this object through a weak reference: it must live until the model is loaded.
     zero3 = HfDeepSpeedConfig(copy.deepcopy(deepspeed_config))
     try:
-        module = _from_pretrained(auto_class, path, dtype, field, kwargs)
+        module = _from_pretrained(source, dtype, auto_class)
     finally:
         unset_hf_deepspeed_config()
         del zero3
@@ -279,18 +281,24 @@ def load_sharded(
 
 
 def load_replicated(
-    path: str, dtype: str, field: str, auto_class: type = AutoModelForCausalLM, **kwargs
+    source: ModelSource, dtype: str, auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM
 ) -> PreTrainedModel:
-    """A whole, frozen copy of a model on every rank."""
-    return _from_pretrained(auto_class, path, dtype, field, kwargs).requires_grad_(False).to(runtime.device())
+    """A whole, frozen copy of a model on this rank's device. No collectives."""
+    return _from_pretrained(source, dtype, auto_class).requires_grad_(False).to(runtime.device())
 
 
-def _from_pretrained(auto_class: type, path: str, dtype: str, field: str, kwargs: dict) -> PreTrainedModel:
-    """safetensors only: nothing pickled is read. ``field`` is the config key to name in an error."""
+def _from_pretrained(source: ModelSource, dtype: str, auto_class: type[_BaseAutoModelClass]) -> PreTrainedModel:
+    """The model in evaluation mode. Only safetensors are read, nothing pickled. Raises UserError."""
     remedy = f"give a folder that transformers' {auto_class.__name__} reads whole, with safetensors weights"
+    field, path = source.field, source.path
     try:
         module, info = auto_class.from_pretrained(
-            path, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **kwargs
+            path,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise UserError(field, path, f"cannot be loaded ({str(error).strip().splitlines()[0]})", remedy) from error

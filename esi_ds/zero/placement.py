@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from esi_ds.config import JudgeModel
 from esi_ds.judge.classifier import model_class
 from esi_ds.judge.guard import Weights, WholeWeights
+from esi_ds.models.folder import ModelSource
 from esi_ds.models.meta import meta_model
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import DTYPES, load_replicated, load_sharded
@@ -18,13 +21,12 @@ SHARE = 0.25  # of a rank's free memory that a whole guard may take under `auto`
 
 def model_bytes(
     config: PretrainedConfig,
+    source: ModelSource,
     dtype: str,
-    auto_class: type = AutoModelForCausalLM,
-    trust_remote_code: bool = False,
-    field: str = "judge.path",
+    auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
 ) -> int:
-    """Bytes of all weights, counted on the meta device. ``field`` of the config names the model."""
-    model = meta_model(config, auto_class, trust_remote_code, field)
+    """Bytes of all weights, counted on the meta device."""
+    model = meta_model(config, source, auto_class)
     return sum(parameter.numel() for parameter in model.parameters()) * DTYPES[dtype].itemsize
 
 
@@ -38,26 +40,21 @@ def _choose_placement(size: int, placement: str) -> tuple[str, str]:
 
 
 def load_judge(
-    section: JudgeModel, config: PretrainedConfig, model_dtype: str, deepspeed_config: dict, field: str
-) -> tuple[nn.Module, Weights, str]:
+    section: JudgeModel, key: str, config: PretrainedConfig, model_dtype: str, deepspeed_config: dict[str, Any]
+) -> tuple[PreTrainedModel, Weights, str]:
     """A frozen judge, how its weights are reached, and where they lie and why.
 
-    section: at ``field`` of the experiment's config. config: the judge's architecture. model_dtype: of the judge too
-    where its own is ``auto``. Collectives: one all-reduce, and those of loading.
+    section: the judge's, at ``key`` of the experiment's config. config: the judge's architecture. model_dtype: used
+    where the section's own is ``auto``. Collectives: one all-reduce, and those of loading.
     """
-    auto_class, path = model_class(section), f"{field}.path"
+    auto_class, source = model_class(section), ModelSource.of(section, key)
     dtype = model_dtype if section.dtype == "auto" else section.dtype
-    size = model_bytes(config, dtype, auto_class, section.trust_remote_code, path)
+    size = model_bytes(config, source, dtype, auto_class)
     placement, reason = _choose_placement(size, section.placement)
-    options = {
-        "auto_class": auto_class,
-        "revision": section.revision,
-        "trust_remote_code": section.trust_remote_code,
-    }
     note = f"{placement} ({reason})"
     if placement == "replicated":
-        return load_replicated(section.path, dtype, path, **options), WholeWeights(), note
-    settings = {key: value for key, value in deepspeed_config.items() if key != "expert_parallel"}
-    sharded = load_sharded(section.path, dtype, settings, path, **options)
+        return load_replicated(source, dtype, auto_class), WholeWeights(), note
+    settings = {name: value for name, value in deepspeed_config.items() if name != "expert_parallel"}
+    sharded = load_sharded(source, dtype, settings, auto_class=auto_class)
     sharded.module.requires_grad_(False)
     return sharded.module, sharded, note

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from esi_ds.cli import leave
 from esi_ds.data.chat import encode_prompt
 from esi_ds.errors import UserError
+from esi_ds.models.folder import ModelSource
 from esi_ds.stages.esi import finish
 from esi_ds.stages.tune import work as tune_work
 from esi_ds.zero import runtime
@@ -28,9 +29,7 @@ from esi_ds.zero.generate import generate, in_step, ready_to_generate
 
 def answer(case: dict) -> None:
     """Prompts are divided as the stages do it: the last ranks run out of them first."""
-    model = load_sharded(
-        case["model"], "fp32", {"train_micro_batch_size_per_gpu": 1, **case["deepspeed"]}, field="model.path"
-    )
+    model = load_sharded(ModelSource(case["model"]), "fp32", {"train_micro_batch_size_per_gpu": 1, **case["deepspeed"]})
     tokenizer = AutoTokenizer.from_pretrained(case["model"])
     prompts = [encode_prompt(tokenizer, prompt, None) for prompt in case["prompts"]]
     said: dict[int, str] = {}
@@ -50,7 +49,7 @@ def answer(case: dict) -> None:
 
 def refuse(case: dict) -> None:
     try:
-        load_sharded(case["model"], "fp32", {"train_micro_batch_size_per_gpu": 1, **case["deepspeed"]}, "model.path")
+        load_sharded(ModelSource(case["model"]), "fp32", {"train_micro_batch_size_per_gpu": 1, **case["deepspeed"]})
     except UserError as error:
         assert case["error"] in str(error), error
         return

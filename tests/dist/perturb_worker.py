@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from esi_ds import Mask
 from esi_ds.cli import leave
+from esi_ds.models.folder import ModelSource
 from esi_ds.zero import perturb, runtime
 from esi_ds.zero.engine import ShardedModel, load_sharded
 from esi_ds.zero.score import unit_sigmas
@@ -42,7 +43,7 @@ def run_case(case: dict) -> None:
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **case.get("settings", {})}
     if case["dtype"] == "bf16":
         settings["bf16"] = {"enabled": True}
-    model = load_sharded(case["model"], case["dtype"], settings, field="model.path")
+    model = load_sharded(ModelSource(case["model"]), case["dtype"], settings)
     mask, sigma = Mask.load(case["mask"]), unit_sigmas(model)
     bits = {shard.name: mask.bits_of(shard) for shard in model.scored}
     kept = ShardedModel.publish

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from esi_ds.cli import leave
+from esi_ds.models.folder import ModelSource
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import load_sharded
 from esi_ds.zero.routing import drift, frequencies, routing_choices
@@ -24,7 +25,7 @@ def main() -> None:
     asked = json.loads((folder / "rows.json").read_text())
     runtime.start()
     for kind in asked["kinds"]:
-        model = load_sharded(str(folder / kind), "fp32", SETTINGS, "model.path")
+        model = load_sharded(ModelSource(str(folder / kind)), "fp32", SETTINGS)
         choices = routing_choices(model, asked["rows"], 0, 2)
         again = routing_choices(model, asked["rows"], 0, 1)  # another batch size: the same tokens
         assert (choices is None) == (not runtime.is_main())

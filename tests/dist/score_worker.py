@@ -25,6 +25,7 @@ from esi_ds.core.surrogate import estimate
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
 from esi_ds.judge.guard import Guard, Judgement
+from esi_ds.models.folder import ModelSource
 from esi_ds.options import Options
 from esi_ds.stages.esi import finish, objectives
 from esi_ds.stages.esi import work as esi_work
@@ -122,7 +123,7 @@ def run_case(case: dict) -> None:
     check_mask_reading(folder.path, runtime.world_size())
     if case.get("export"):
         path = config.model.path
-        model = load_sharded(path, config.model.dtype, settings, "model.path")
+        model = load_sharded(ModelSource(path), config.model.dtype, settings)
         export_model(model, folder.path / "model", AutoTokenizer.from_pretrained(path), "")
 
 

@@ -10,6 +10,7 @@ from esi_ds.cli import leave
 from esi_ds.config import Task
 from esi_ds.errors import UserError
 from esi_ds.eval.tasks import prepare_tasks, run_tasks
+from esi_ds.models.folder import ModelSource
 from esi_ds.zero import runtime
 
 
@@ -21,7 +22,7 @@ def main() -> None:
         break_the_last_rank()
     try:
         found = run_tasks(
-            str(folder / "model"),
+            ModelSource(str(folder / "model")),
             [Task(**task) for task in tasks],
             dtype="fp32",
             batch_size=3,

@@ -30,6 +30,7 @@ from esi_ds.eval.statistics import mcnemar_exact, wilson
 from esi_ds.eval.task_result import TaskResult
 from esi_ds.eval.task_rows import NEWS, read_task_rows
 from esi_ds.eval.tasks import prepare_tasks, run_tasks, run_tasks_on
+from esi_ds.models.folder import ModelSource
 from tiny_models.measure import ask, is_correct, load
 
 SYSTEM = "Be brief."
@@ -110,7 +111,7 @@ def write(path: Path, rows: list) -> str:
 
 def run(folder: Path, *tasks: Task, **options) -> list[TaskResult]:
     given = {"dtype": "fp32", "batch_size": 4, "device": "cpu", "seed": 0, **options}
-    return run_tasks(str(folder), tasks, **given)
+    return run_tasks(ModelSource(str(folder)), tasks, **given)
 
 
 def most_probable(folder: Path, chats: list[list[dict]], choices: list[str], chat: bool = True) -> list[int]:
@@ -389,7 +390,7 @@ def test_without_the_extra_nothing_else_happens(monkeypatch) -> None:
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
     with pytest.raises(UserError) as caught:
-        run_tasks("no/model", [Task(name="gsm8k")], dtype="fp32", batch_size=1, device="cpu", seed=0)
+        run_tasks(ModelSource("no/model"), [Task(name="gsm8k")], dtype="fp32", batch_size=1, device="cpu", seed=0)
     assert str(caught.value) == "eval.tasks = gsm8k: needs lm-eval; pip install 'esi_ds[eval]'"
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.9")
     assert "needs lm-eval 0.4.12, not 0.4.9" in refusal(Task(name="gsm8k"))

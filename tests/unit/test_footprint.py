@@ -31,7 +31,7 @@ from esi_ds.core.footprint import (
     transient,
 )
 from esi_ds.deepspeed_config import check_experts, expert_parallel_size, resolve_deepspeed
-from esi_ds.models.folder import load_model_config
+from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.models.meta import meta_parameters
 from esi_ds.models.roles import describe
 from esi_ds.stages.plan.footprints import AUTOEP_MODEL_TYPES, USABLE, Memory, footprint, nodes_needed, recommend, zero3
@@ -53,8 +53,9 @@ def described() -> dict:
     """(model configuration, parameters) of each architecture."""
     found = {}
     for name in MODELS:
-        config = load_model_config(str(ARCHITECTURES / name), "model.path", None, False)
-        found[name] = config, meta_parameters(config)
+        source = ModelSource(str(ARCHITECTURES / name))
+        config = load_model_config(source)
+        found[name] = config, meta_parameters(config, source)
     return found
 
 
@@ -160,7 +161,8 @@ def test_the_start_can_be_the_most(described: dict) -> None:
 def test_experts_wider_than_the_shared_one_are_not_all_that_is_gathered() -> None:
     """The probe gathers the first block whole: where a group is wide and the shared expert large, that is more."""
     experts = meta_parameters(
-        Qwen2MoeConfig(num_hidden_layers=1, num_experts=60, shared_expert_intermediate_size=1408 * 16)
+        Qwen2MoeConfig(num_hidden_layers=1, num_experts=60, shared_expert_intermediate_size=1408 * 16),
+        ModelSource("qwen2-moe"),
     )
     routed = sum(p.numel for p in experts if ".experts." in p.name)
     block = sum(p.numel for p in experts if ".mlp." in p.name)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from esi_ds import patch
-from esi_ds.config import Model
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import tensor_digests
+from esi_ds.models.folder import ModelSource
 from esi_ds.patch import check_names, main, summary
 
 
@@ -109,7 +109,7 @@ def check(folder: Path, stored: list[str], index: bool = False) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(stored, "f")}))
     else:
         save_file({name: torch.zeros(1) for name in stored}, folder / "model.safetensors")
-    check_names(Model(path=str(folder)), model_config("llama4", 50), OWN)
+    check_names(ModelSource(str(folder)), model_config("llama4", 50), OWN)
 
 
 @pytest.mark.parametrize("index", [False, True])
@@ -125,6 +125,6 @@ def test_names_that_the_export_gives_back_are_no_reason(tmp_path: Path, monkeypa
     check(tmp_path / "same", OWN)
     experts = [f"model.layers.0.feed_forward.experts.{i}.{part}.weight" for i in (0, 1) for part in ("gate", "up")]
     check(tmp_path / "experts", [OWN[0], OWN[2], *experts])
-    check_names(Model(path=str(tmp_path)), model_config("llama4", 50), OWN)
+    check_names(ModelSource(str(tmp_path)), model_config("llama4", 50), OWN)
     monkeypatch.setattr(patch, "_exported_name", lambda name, *_: f"thinker.{name}")
     check(tmp_path / "put back", [f"thinker.{name}" for name in OWN])

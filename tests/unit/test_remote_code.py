@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from esi_ds.cli import main
 from esi_ds.config import Config, load_config
 from esi_ds.core.mask import Mask
-from esi_ds.models.folder import load_model_config
+from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.stages.esi.prepare import prepare
 from esi_ds.stages.perturb.prepare import prepare_perturb
 from esi_ds.stages.plan.memory import _judge_bytes
@@ -46,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def the_models_configuration(config: Config):
-    return load_model_config(config.model.path, "model.path", None, True)
+    return load_model_config(ModelSource.of(config.model))
 
 
 def _with_roles(config: Config):
@@ -62,7 +62,7 @@ CALLERS: dict[str, Callable[[Config], object]] = {
     "perturb": prepare_perturb,
     "judge in a plan": lambda config: _judge_bytes(config, 1),
     "placement": lambda config: model_bytes(
-        the_models_configuration(config), "fp32", AutoModelForCausalLM, config.model.trust_remote_code
+        the_models_configuration(config), ModelSource.of(config.model), "fp32", AutoModelForCausalLM
     ),
 }
 

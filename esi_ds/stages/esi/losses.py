@@ -7,11 +7,9 @@ from typing import Any
 
 from esi_ds.config import Config
 from esi_ds.core.criteria import objectives
-from esi_ds.data.chat import check_chat_template, load_tokenizer
 from esi_ds.data.conversations import TuningSet
-from esi_ds.errors import UserError
-from esi_ds.models.folder import load_model_config
-from esi_ds.stages.tune.prepare import read_tuning_set
+from esi_ds.models.folder import ModelSource, load_model_config
+from esi_ds.stages.tune.prepare import load_training_tokenizer, read_tuning_set
 
 
 @dataclass(frozen=True)
@@ -41,18 +39,8 @@ def prepare_losses(config: Config) -> list[LossRows]:
     names = [name for name in objectives(config.select.criterion, config.select.contrastive) if name != "safety"]
     if not names:
         return []
-    model = config.model
-    model_config = load_model_config(model.path, "model.path", model.revision, model.trust_remote_code)
-    tokenizer = load_tokenizer(
-        model.path,
-        "model.path",
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        chat_template=model.chat_template,
-    )
-    check_chat_template(tokenizer, model.system_prompt)
-    if tokenizer.eos_token_id is None:
-        raise UserError("model.path", model.path, "has a tokenizer without an end token", "set its eos_token")
+    model_config = load_model_config(ModelSource.of(config.model))
+    tokenizer = load_training_tokenizer(config.model)
     found = []
     for name in names:
         section = getattr(config.data, name)

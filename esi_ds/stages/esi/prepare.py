@@ -15,9 +15,9 @@ from esi_ds.core.criteria import objectives
 from esi_ds.data.chat import (
     EncodedResponse,
     break_up,
-    check_chat_template,
     encode_prompt,
     encode_response,
+    load_chat_tokenizer,
     load_tokenizer,
     special_strings,
 )
@@ -26,8 +26,8 @@ from esi_ds.errors import UserError
 from esi_ds.judge.classifier import SequenceRule, classifier_family, longest_input, model_class, read_rule
 from esi_ds.judge.families import Family, TextBuilder, choose_family
 from esi_ds.judge.guard import GuardInput, check_verdict, encode_pair
-from esi_ds.models.folder import check_weights, load_model_config, max_positions
-from esi_ds.models.meta import meta_model
+from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
+from esi_ds.models.meta import meta_model, meta_parameters
 from esi_ds.stages.esi.losses import LossRows, prepare_losses
 
 
@@ -81,25 +81,14 @@ def prepare_prompts(config: Config) -> Inputs | None:
 
     Raises UserError. Reads only; loads no weights.
     """
-    model_config = load_model_config(
-        config.model.path, "model.path", config.model.revision, config.model.trust_remote_code
-    )
-    check_weights(config.model.path, "model.path")
+    source = ModelSource.of(config.model)
+    model_config = load_model_config(source)
+    check_weights(source)
     if config.model.roles:
-        from esi_ds.models.meta import meta_parameters
-
-        # A wrong one is told of now.
-        meta_parameters(model_config, config.model.roles, config.model.trust_remote_code)
+        meta_parameters(model_config, source, config.model.roles)  # refuses an invalid role now
     if "safety" not in objectives(config.select.criterion, config.select.contrastive):
         return None
-    tokenizer = load_tokenizer(
-        config.model.path,
-        "model.path",
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        chat_template=config.model.chat_template,
-    )
-    check_chat_template(tokenizer, config.model.system_prompt)
+    tokenizer = load_chat_tokenizer(source, config.model)
     judge = prepare_judge(config) if config.judge is not None else None
     specials = special_strings(tokenizer, *([judge.tokenizer] if judge else []))
     return Inputs(model_config, tokenizer, judge, *_read_data(config), specials, _benign_prompts(config))
@@ -117,11 +106,10 @@ def _benign_prompts(config: Config) -> tuple[str, ...]:
 
 def prepare_judge(config: Config) -> Judge:
     section = config.judge
-    tokenizer = load_tokenizer(
-        section.path, "judge.path", revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
-    judge_config = load_model_config(section.path, "judge.path", section.revision, section.trust_remote_code)
-    check_weights(section.path, "judge.path")
+    source = ModelSource.of(section, "judge")
+    tokenizer = load_tokenizer(source)
+    judge_config = load_model_config(source)
+    check_weights(source)
     if isinstance(section, EsiClassifier):
         return _prepare_classifier(section, tokenizer, judge_config, config.esi.batch_size)
     family = choose_family(section, tokenizer)
@@ -143,7 +131,7 @@ def _prepare_classifier(
             "has no padding token, so that its answers of unlike length cannot be judged together",
             "set esi.batch_size: 1, or pad_token_id in its config.json",
         )
-    model = meta_model(config, model_class(section), section.trust_remote_code, "judge.path")
+    model = meta_model(config, ModelSource.of(section, "judge"), model_class(section))
     return Judge(tokenizer, family, texts, config, longest_input(model, tokenizer, None), labels)
 
 

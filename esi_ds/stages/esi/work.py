@@ -26,7 +26,7 @@ from esi_ds.stages.respond import respond, write_responses
 from esi_ds.stages.run import CHECKPOINTS, StageRun
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
-from esi_ds.zero.engine import ShardedModel, load_sharded
+from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 from esi_ds.zero.placement import load_judge
 from esi_ds.zero.score import Accumulated, Scores, contrast_scores, score, unit_sigmas
@@ -53,15 +53,7 @@ class EsiRun(StageRun[EsiInputs]):
         config, tracker = self.config, self.tracker
         prompts = self.inputs.prompts
         guard = self._load_guard(prompts.judge, tracker) if prompts and prompts.judge else None
-        model = load_sharded(
-            config.model.path,
-            config.model.dtype,
-            self.deepspeed_config,
-            field="model.path",
-            revision=config.model.revision,
-            roles=config.model.roles,
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        model = self.load_model()
         if strangers := unknown(model.parameters):
             tracker.log(warning(strangers))
         if config.model.gradient_checkpointing:
@@ -83,7 +75,7 @@ class EsiRun(StageRun[EsiInputs]):
 
         section = self.config.judge
         module, weights, note = load_judge(
-            section, judge.config, self.config.model.dtype, self.deepspeed_config, "judge"
+            section, "judge", judge.config, self.config.model.dtype, self.deepspeed_config
         )
         tracker.log(f"judge: family {judge.family.name}, {note}")
         if judge.labels:

@@ -181,7 +181,7 @@ def _ask_model(
 def _load(judge: PreparedJudge, config: Config, deepspeed_config: dict, tracker: Tracker) -> tuple[ModelJudge, Any]:
     """The judge, and how its weights are reached."""
     section = judge.section
-    module, weights, note = load_judge(section, judge.config, config.model.dtype, deepspeed_config, judge.field)
+    module, weights, note = load_judge(section, judge.field, judge.config, config.model.dtype, deepspeed_config)
     tracker.log(f"judge {judge.name}: {note}")
     if isinstance(section, EvalClassifier):
         return SequenceJudge(module, judge.tokenizer, sequence_rule(section), judge.field), weights

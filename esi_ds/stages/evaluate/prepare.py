@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from esi_ds.config import (
     JudgeModel,
     label,
 )
-from esi_ds.data.chat import break_up, check_chat_template, encode_prompt, load_tokenizer, special_strings
+from esi_ds.data.chat import break_up, encode_prompt, load_chat_tokenizer, load_tokenizer, special_strings
 from esi_ds.data.prompts import QuestionSet, load_sets
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import SequenceRule, read_rule, yes_no_family
@@ -29,7 +29,7 @@ from esi_ds.eval.rubric import TEMPLATE, check_template
 from esi_ds.eval.tasks import prepare_tasks
 from esi_ds.judge.families import Family, TextBuilder, choose_family
 from esi_ds.judge.guard import check_verdict
-from esi_ds.models.folder import check_weights, load_model_config, max_positions
+from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
 
 if TYPE_CHECKING:
     from esi_ds.eval.harness_tasks import Prepared
@@ -46,9 +46,7 @@ class Candidate:
     """
 
     name: str
-    path: str
-    revision: str | None
-    field: str
+    source: ModelSource
     before: str | None
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
@@ -80,7 +78,7 @@ class EvalInputs:
     models: list[Candidate]
     judges: list[PreparedJudge]
     tasks: list[Prepared]
-    source: dict[str, str] = field(default_factory=dict)
+    source: dict[str, str]
 
 
 def prepare_eval(config: Config) -> EvalInputs:
@@ -91,38 +89,34 @@ def prepare_eval(config: Config) -> EvalInputs:
     refusal_list(section.refusal_words, "eval.refusal_words")
     judges = prepare_judges(section)
     sets = load_sets(section)
-    models = [_candidate(config, BASE, config.model.path, config.model.revision, "model", None, sets)]
+    models = [_candidate(config, BASE, ModelSource.of(config.model), None, sets)]
     for number, model in enumerate(section.models):
-        place = f"eval.models.{number}"
-        models.append(_candidate(config, label(model), model.path, model.revision, place, model.before, sets))
-    source = {f"{found.kind}:{found.name}": found.found.sha256 for found in sets}
+        field = f"eval.models.{number}.path"
+        source = ModelSource(model.path, model.revision, config.model.trust_remote_code, field)
+        models.append(_candidate(config, label(model), source, model.before, sets))
+    data_hashes = {f"{found.kind}:{found.name}": found.found.sha256 for found in sets}
     tasks = prepare_tasks(section.tasks)
-    return EvalInputs(sets, models, judges, tasks, source)
+    return EvalInputs(sets, models, judges, tasks, data_hashes)
 
 
 def _candidate(
     config: Config,
     name: str,
-    path: str,
-    revision: str | None,
-    place: str,
+    source: ModelSource,
     before: str | None,
     sets: list[QuestionSet],
 ) -> Candidate:
-    section, key = config.model, f"{place}.path"
-    model_config = load_model_config(path, key, revision, section.trust_remote_code)
-    check_weights(path, key)
-    tokenizer = load_tokenizer(
-        path, key, revision=revision, trust_remote_code=section.trust_remote_code, chat_template=section.chat_template
-    )
-    check_chat_template(tokenizer, section.system_prompt)
+    section = config.model
+    model_config = load_model_config(source)
+    check_weights(source)
+    tokenizer = load_chat_tokenizer(source, section)
     specials = special_strings(tokenizer)
     prompt_ids = {
         (found.name, index): encode_prompt(tokenizer, break_up(prompt, specials)[0], section.system_prompt)
         for found in sets
         for index, prompt in enumerate(found.prompts)
     }
-    return Candidate(name, path, revision, key, before, model_config, tokenizer, prompt_ids)
+    return Candidate(name, source, before, model_config, tokenizer, prompt_ids)
 
 
 def prepare_judges(section: Eval) -> list[PreparedJudge]:
@@ -147,11 +141,10 @@ def _prepare_judge(section: EvalJudge, place: str) -> PreparedJudge:
 
 
 def _prepare_model_judge(section: JudgeModel, place: str) -> PreparedJudge:
-    tokenizer = load_tokenizer(
-        section.path, f"{place}.path", revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
-    config = load_model_config(section.path, f"{place}.path", section.revision, section.trust_remote_code)
-    check_weights(section.path, f"{place}.path")
+    source = ModelSource.of(section, place)
+    tokenizer = load_tokenizer(source)
+    config = load_model_config(source)
+    check_weights(source)
     family = None
     if isinstance(section, EvalGuard):
         family = choose_family(section, tokenizer, place)

@@ -30,11 +30,7 @@ class EvalRun(StageRun[EvalInputs]):
     def work(self) -> None:
         inputs, folder, tracker = self.inputs, self.folder.path, self.tracker
         fingerprints = {
-            model.name: self.model_fingerprint(
-                model.path,
-                model.revision,
-                meta_parameters(model.config, trust_remote_code=self.config.model.trust_remote_code),
-            )
+            model.name: self.model_fingerprint(model.source, meta_parameters(model.config, model.source))
             for model in inputs.models
         }
         self.notes = {"model_fingerprints": fingerprints}
@@ -80,8 +76,7 @@ class EvalRun(StageRun[EvalInputs]):
                 continue
             names = ", ".join(self.inputs.tasks[number].config.name for number in waiting)
             tracker.log(f"tasks of {candidate.name}: {names}")
-            source = {"revision": candidate.revision, "trust_remote_code": section.trust_remote_code}
-            model = load_replicated(candidate.path, section.dtype, candidate.field, **source)
+            model = load_replicated(candidate.source, section.dtype)
             for number in waiting:
                 results = run_tasks_on(
                     model,
@@ -110,15 +105,7 @@ class EvalRun(StageRun[EvalInputs]):
         made = [key for key, row in answers.rows.items() if (row["response"] or "").strip()]
         if wanted <= answers.rows.keys() and (not is_base or all(key in surprises.rows for key in made)):
             return
-        section = self.config.model
-        model = load_sharded(
-            candidate.path,
-            section.dtype,
-            self.deepspeed_config,
-            field=candidate.field,
-            revision=candidate.revision,
-            trust_remote_code=section.trust_remote_code,
-        )
+        model = load_sharded(candidate.source, self.config.model.dtype, self.deepspeed_config)
         answer_all(model, candidate.name, candidate, sets, answers, self.config, tracker)
         if is_base:
             surprise_all(model, candidate, answers, surprises, self.config, tracker)

@@ -57,7 +57,7 @@ def prepare_perturb(config: Config) -> PerturbInputs:
             raise UserError(f"eval.{key}", None, "is for launch/eval.py", "leave it out: the noise is on model.path")
     inputs = prepare_eval(config)
     mask = load_mask(section.mask, "perturb.mask")
-    parameters = meta_parameters(inputs.models[0].config, config.model.roles, config.model.trust_remote_code)
+    parameters = meta_parameters(inputs.models[0].config, inputs.models[0].source, config.model.roles)
     check_mask_structure(mask, parameters, "perturb.mask")
     if mask.metadata.get("order", "top") != "top":
         raise UserError(

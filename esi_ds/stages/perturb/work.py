@@ -20,7 +20,7 @@ from esi_ds.stages.perturb.prepare import CLEAN, Cell, PerturbInputs
 from esi_ds.stages.run import StageRun, check_mask_bits
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
-from esi_ds.zero.engine import load_sharded
+from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.files import read_scores
 from esi_ds.zero.perturb import perturbed, weights_digest
 from esi_ds.zero.score import select_weights, unit_sigmas
@@ -55,19 +55,11 @@ class PerturbRun(StageRun[PerturbInputs]):
         verdicts.sort((judge.name, *answers.key(row)) for judge in inputs.eval.judges for row in judged)
         finish_perturb(self, rows, verdicts.rows, surprises.rows, used, restored, tracker)
 
-    def _load(self, tracker: Tracker):
+    def _load(self, tracker: Tracker) -> ShardedModel:
         """The model, which must be the mask's."""
-        section, mask = self.config.model, self.inputs.mask
+        mask = self.inputs.mask
         check_mask_bits(mask, FIELD)
-        model = load_sharded(
-            section.path,
-            section.dtype,
-            self.deepspeed_config,
-            field="model.path",
-            revision=section.revision,
-            roles=section.roles,
-            trust_remote_code=section.trust_remote_code,
-        )
+        model = self.load_model()
         self.begin(model)
         same = check_mask_weights(mask, self.fingerprint, self.options.allow_fingerprint_mismatch, FIELD)
         self.notes = {"mask_fingerprint": mask.fingerprint, "mask_made_from_these_weights": same}

@@ -17,7 +17,7 @@ from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import check_experts, expert_parallel_size, read, resolve_deepspeed
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import model_class
-from esi_ds.models.folder import load_model_config
+from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.models.meta import meta_model
 from esi_ds.models.roles import experts_per_token
 from esi_ds.options import Options
@@ -121,12 +121,13 @@ def _judge_bytes(config: Config, ranks: int) -> float:
     judge = config.judge
     if judge is None or "safety" not in objectives(config.select.criterion, config.select.contrastive):
         return 0.0
+    source = ModelSource.of(judge, "judge")
     try:
-        found = load_model_config(judge.path, "judge.path", judge.revision, judge.trust_remote_code, True)
+        found = load_model_config(source, only_local=True)
     except UserError:
         return 0.0
     dtype = config.model.dtype if judge.dtype == "auto" else judge.dtype
-    model = meta_model(found, model_class(judge), judge.trust_remote_code, "judge.path")
+    model = meta_model(found, source, model_class(judge))
     whole = WEIGHT_BYTES[dtype] * sum(parameter.numel() for parameter in model.parameters())
     return whole / ranks if judge.placement == "sharded" else whole
 

@@ -14,7 +14,7 @@ from esi_ds.core.mask import num_bytes
 from esi_ds.core.select import model_k
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import resolve_deepspeed
-from esi_ds.models.folder import load_model_config
+from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.models.meta import meta_parameters
 from esi_ds.models.roles import unknown, warning
 from esi_ds.options import Options
@@ -110,7 +110,7 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     print(resolved_yaml(config))
     facts: dict[str, object] = {"ranks": world_size}
     for model in inputs.models:
-        found = meta_parameters(model.config, trust_remote_code=config.model.trust_remote_code)
+        found = meta_parameters(model.config, model.source)
         total = sum(parameter.numel for parameter in found)
         against = f", compared with {model.before}" if model.before else ""
         whole = readable(WEIGHT_BYTES[config.model.dtype] * total)
@@ -142,10 +142,10 @@ def print_perturb_plan(config: Config, options: Options, inputs: PerturbInputs) 
 
 def print_plan(config: Config, options: Options) -> None:
     """The resolved config, then the plan."""
-    ranks, section = topology(options).ranks, config.model
+    ranks, source = topology(options).ranks, ModelSource.of(config.model)
     resolve_deepspeed(config, ranks)
-    model_config = load_model_config(section.path, "model.path", section.revision, section.trust_remote_code)
-    parameters = meta_parameters(model_config, section.roles, section.trust_remote_code)
+    model_config = load_model_config(source)
+    parameters = meta_parameters(model_config, source, config.model.roles)
     notes: list[str] = []
     facts = plan(config, parameters, ranks, notes)
     print(resolved_yaml(config))

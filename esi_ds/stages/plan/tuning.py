@@ -10,7 +10,7 @@ from esi_ds.core.select import model_k
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import resolve_deepspeed
-from esi_ds.models.folder import load_model_config
+from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.stages.plan.memory import describe_work, expected_trained, is_compact, known_trained, print_bytes, topology
@@ -28,10 +28,10 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
     expected to lie evenly, rows are counted and not read.
     """
     require_tune(config)
-    model, tune, ranks = config.model, config.tune, topology(options).ranks
+    source, tune, ranks = ModelSource.of(config.model), config.tune, topology(options).ranks
     resolve_deepspeed(config, ranks, stage)
-    model_config = load_model_config(model.path, "model.path", model.revision, model.trust_remote_code)
-    parameters = meta_parameters(model_config, model.roles, model.trust_remote_code)
+    model_config = load_model_config(source)
+    parameters = meta_parameters(model_config, source, config.model.roles)
     check_routers(config, parameters)
     notes = _missing_files(config)
     num_rows = count_rows(tune.data, "tune.data", notes)

@@ -9,17 +9,17 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from esi_ds.config import BenignMix, Config, RowSource, require_tune
+from esi_ds.config import BenignMix, Config, Model, RowSource, require_tune
 from esi_ds.core.mask import Mask, load_mask
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
-from esi_ds.data.chat import check_chat_template, load_tokenizer, special_strings
+from esi_ds.data.chat import load_chat_tokenizer, special_strings
 from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
 from esi_ds.data.prompts import load_sets
 from esi_ds.data.rows import read_rows
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
-from esi_ds.models.folder import check_weights, load_model_config, max_positions
+from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
 from esi_ds.models.roles import router_names
 from esi_ds.patch import check_names
 
@@ -46,35 +46,39 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
     """Read mask, rows and tokenizer and check them against each other. Raises UserError; reads only."""
     require_tune(config)
     model, tune = config.model, config.tune
-    model_config = load_model_config(model.path, "model.path", model.revision, model.trust_remote_code)
+    source = ModelSource.of(model)
+    model_config = load_model_config(source)
     if (Path(model.path) / "adapter_config.json").is_file():
         raise UserError("model.path", model.path, "holds an adapter (LoRA)", "merge it into its base model first")
-    check_weights(model.path, "model.path")
+    check_weights(source)
     mask = load_mask(tune.mask)
     trained = describe_trained(config, stage, mask, model_config)
     if tune.patch:
-        check_names(model, model_config, trained.numels)
-    tokenizer = load_tokenizer(
-        model.path,
-        "model.path",
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        chat_template=model.chat_template,
-    )
-    check_chat_template(tokenizer, model.system_prompt)
-    if tokenizer.eos_token_id is None:
-        raise UserError("model.path", model.path, "has a tokenizer without an end token", "set its eos_token")
+        check_names(source, model_config, trained.numels)
+    tokenizer = load_training_tokenizer(model)
     specials = special_strings(tokenizer)
     longest = tune.max_length
     rows = read_tuning_set(config, tune.data, "tune.data", tokenizer, model_config, longest, tune.data.limit)
     benign = None
     if tune.data.benign is not None and tune.data.benign.fraction > 0:
         benign = read_tuning_set(config, tune.data.benign, "tune.data.benign", tokenizer, model_config, longest)
-    source = {"rows": tune.data.path, "sha256": rows.sha256, "columns": rows.columns}
+    data_facts = {"rows": tune.data.path, "sha256": rows.sha256, "columns": rows.columns}
     if benign is not None:
-        source |= {"benign": tune.data.benign.path, "benign_sha256": benign.sha256, "benign_columns": benign.columns}
+        data_facts |= {
+            "benign": tune.data.benign.path,
+            "benign_sha256": benign.sha256,
+            "benign_columns": benign.columns,
+        }
     questions = _questions(config)
-    return TuningInputs(stage, model_config, tokenizer, mask, trained, rows, benign, questions, source, specials)
+    return TuningInputs(stage, model_config, tokenizer, mask, trained, rows, benign, questions, data_facts, specials)
+
+
+def load_training_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that learns rows. Raises UserError where it has no chat template or no end token."""
+    tokenizer = load_chat_tokenizer(ModelSource.of(model), model)
+    if tokenizer.eos_token_id is None:
+        raise UserError("model.path", model.path, "has a tokenizer without an end token", "set its eos_token")
+    return tokenizer
 
 
 def describe_trained(config: Config, stage: str, mask: Mask, model_config: PretrainedConfig) -> Trained:
@@ -83,7 +87,7 @@ def describe_trained(config: Config, stage: str, mask: Mask, model_config: Pretr
     from esi_ds.models.meta import meta_parameters
 
     model = config.model
-    parameters: tuple[Parameter, ...] = meta_parameters(model_config, model.roles, model.trust_remote_code)
+    parameters: tuple[Parameter, ...] = meta_parameters(model_config, ModelSource.of(model), model.roles)
     check_mask_structure(mask, parameters, "tune.mask")
     tune, shapes = config.tune, {p.name: p.shape for p in parameters}
     names = check_routers(config, parameters)

@@ -10,8 +10,8 @@ from esi_ds import patch
 from esi_ds.artifacts import read_jsonl, replace_folder, wait_until_visible, write_text_atomic
 from esi_ds.data.chat import break_up, encode_prompt
 from esi_ds.eval.refusals import is_refusal
-from esi_ds.models.fingerprint import check_mask_weights, checkpoint_folder, tensor_digests
-from esi_ds.models.folder import max_positions
+from esi_ds.models.fingerprint import check_mask_weights, tensor_digests
+from esi_ds.models.folder import ModelSource, checkpoint_folder, max_positions
 from esi_ds.report.card import model_card
 from esi_ds.stages.respond import generate_all, keep_in
 from esi_ds.stages.run import CHECKPOINTS, StageRun, check_mask_bits
@@ -22,7 +22,6 @@ from esi_ds.stages.tune.training import Training
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.dense import DenseTuner
-from esi_ds.zero.engine import load_sharded
 from esi_ds.zero.export import export_model
 from esi_ds.zero.optimizer import MaskedAdamW
 from esi_ds.zero.sparse import SparseTuner, choose_reduction
@@ -93,16 +92,7 @@ class TuneRun(StageRun[TuningInputs]):
             optimizers.append(made)
             return made
 
-        model = load_sharded(
-            config.model.path,
-            config.model.dtype,
-            self.deepspeed_config,
-            field="model.path",
-            make_optimizer=make_optimizer if self.inputs.stage == "spa" else None,
-            revision=config.model.revision,
-            roles=config.model.roles,
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        model = self.load_model(make_optimizer if self.inputs.stage == "spa" else None)
         if self.inputs.stage == "spa":
             return model, lambda: DenseTuner(model, trained, optimizers[0])
         reduction, reason = choose_reduction(trained.total, tune.reduction)
@@ -179,7 +169,7 @@ class TuneRun(StageRun[TuningInputs]):
     def _patch(self, tuned: Path) -> dict | None:
         """Ranks share the files. Three gathers of small objects and two barriers."""
         folder = self.folder.path / "patch"
-        base = checkpoint_folder(self.config.model.path, self.config.model.revision)
+        base = checkpoint_folder(ModelSource.of(self.config.model))
         temporary = folder.with_name(".patch.tmp")
         if runtime.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
