@@ -568,6 +568,21 @@ def resolved_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
 
 
+def require_eval(config: Config) -> Eval:
+    """The ``eval`` section, without which an evaluation cannot run. Raises UserError where it names no prompts."""
+    section = config.eval
+    if section is None or not (section.prompts or section.benign or section.tasks):
+        raise UserError("eval", None, "asks nothing", "give eval.prompts.path, eval.benign.path or eval.tasks")
+    return section
+
+
+def require_perturb(config: Config) -> Perturb:
+    """The ``perturb`` section, without which a perturbation cannot run. Raises UserError."""
+    if config.perturb is None:
+        raise UserError("perturb", None, "is missing", "give perturb.mask")
+    return config.perturb
+
+
 # How a run is gone on with, not what it makes: may differ from one start to the next.
 # ZeRO's mechanics, expert parallelism among them, may have to, where the next start has other nodes.
 OF_THIS_START = ("run.resume", "run.collective_timeout_s", "run.start_timeout_s", "deepspeed")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
 from esi_ds.zero import runtime
 
-Row = dict[str, Any]
+Row = TypeVar("Row", bound=Mapping[str, Any])
 Key = tuple[Any, ...]
 
 
-class Ledger:
+class Ledger(Generic[Row]):
     """Rows by key, the same on every rank; rank 0 appends them to the file as they come.
 
     fields: the columns that make a row's key. A line that a kill has torn is dropped when the file is read.
@@ -26,7 +26,7 @@ class Ledger:
         found = read_jsonl(file) if runtime.is_main() and file.is_file() else []
         self.rows: dict[Key, Row] = {self.key(row): row for row in runtime.broadcast_object(found)}
 
-    def key(self, row: Row) -> Key:
+    def key(self, row: Mapping[str, Any]) -> Key:
         return tuple(row[field] for field in self.fields)
 
     def add(self, rows: Iterable[Row]) -> None:
