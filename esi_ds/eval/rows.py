@@ -1,0 +1,162 @@
+"""Rows of an evaluation's files and tables: what each key holds.
+
+A row is JSON on disk; ``Ledger`` and ``report.json`` keep these keys as they are.
+"""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict
+
+
+class AnswerRow(TypedDict):
+    """A line of ``answers.jsonl``: one model's answer to one prompt."""
+
+    model: str  # the model's name in the tables; in a perturbation, the disturbance's name
+    set: str  # the prompt set's name
+    index: int  # the prompt's position in its set
+    prompt: str  # the prompt as text, before the chat template
+    response: str | None  # the greedy answer; None if the prompt left no room for one
+    excluded: str | None  # why there is no answer; None if there is one
+
+
+class SurpriseRow(TypedDict):
+    """A line of ``surprises.jsonl``: how unlikely the base model finds one answer."""
+
+    model: str  # the model that gave the answer
+    set: str  # the prompt set's name
+    index: int  # the prompt's position in its set
+    surprise: float | None  # mean negative log-likelihood, nats per token; None for an answer without tokens
+
+
+class EndpointUse(TypedDict):
+    """What one question to an endpoint used."""
+
+    num_requests: int  # requests sent, repeated attempts included
+    prompt_tokens: int  # tokens the endpoint read
+    completion_tokens: int  # tokens the endpoint wrote
+
+
+class VerdictRow(TypedDict):
+    """A line of ``verdicts.jsonl``: one judge's verdict on one answer to a harmful prompt."""
+
+    judge: str  # the judge's name in the tables
+    model: str  # the model that gave the answer
+    set: str  # the prompt set's name
+    index: int  # the prompt's position in its set
+    unsafe: bool | None  # whether the attack succeeded; None if the verdict is missing
+    score: float | None  # how unsafe, in the judge's own unit, higher is worse; None if the judge gives no score
+    reason: str | None  # why the verdict is missing; None if there is one
+    used: NotRequired[EndpointUse]  # endpoints only: what the verdict cost
+
+
+class TaskSummary(TypedDict):
+    """One metric of one task, without its documents: ``TaskResult`` says what each value means."""
+
+    task: str  # lm-eval's name of the task
+    metric: str  # lm-eval's name of the metric
+    filter: str  # lm-eval's filter of the replies; "none" if there is none
+    value: float  # the metric over all documents
+    n: int  # documents scored
+    low: float | None  # lower end of the 95 % interval; None if there is no interval
+    high: float | None  # upper end of the 95 % interval
+    higher_is_better: bool | None  # lm-eval's word on the metric's direction; None if it has none
+    num_documents: int  # documents there are without ``limit``
+    num_fewshot: int  # worked examples in the prompt
+    num_cut: int  # documents whose prompt lost its beginning because the model takes no more tokens
+    limit: int | None  # most documents per task; None: all
+    members: list[str]  # of a group: its tasks
+    version: str  # version of the task's definition
+    prompts_hash: str  # results are comparable document by document if this is equal
+    rows: str | None  # local file of the documents; None: the hub
+    chat_template: bool  # whether prompts are in the chat template
+    lm_eval: str  # version of lm-eval
+    confidence: float  # of the interval
+
+
+class TaskResultRow(TaskSummary):
+    """``TaskResult`` as JSON: the summary and every document's outcome, in the file's order."""
+
+    correct: list[bool] | None  # whether each document is right; None if the metric is not a share of documents
+    scores: list[float | None] | None  # each document's score where ``correct`` is None; None if there are none
+
+
+class TaskRow(TypedDict):
+    """A line of ``tasks.jsonl``: one model's results on one task of ``eval.tasks``."""
+
+    model: str  # the model's name in the tables
+    task: int  # the task's position in ``eval.tasks``
+    results: list[TaskResultRow]  # one for each metric of the task
+
+
+class RateRow(TypedDict):
+    """A rate with its 95 % interval."""
+
+    count: int  # answers for which the statement holds
+    n: int  # answers that have a verdict
+    low: float | None  # lower end of the interval; None if there is no interval
+    high: float | None  # upper end of the interval
+    confidence: float  # of the interval
+    rate: float | None  # count / n, or a task's metric; None if n is 0
+    missing: int  # answers without a verdict
+
+
+class MeasureRow(RateRow):
+    """One thing that is counted, for one model on one prompt set or task."""
+
+    measure: str  # attack_success, refused, incoherent or task
+    set: str  # the prompt set's name, or the task's
+    kind: str  # harmful, benign or task
+    judge: str  # who decides: a judge, a list of words, or a task's metric
+    model: str  # the model's name in the tables
+    reasons: dict[str, int]  # why verdicts are missing → number of answers
+    mean_score: float | None  # mean of the judge's scores; None if it gives none
+    kinds: dict[str, int]  # of incoherent answers: kind of incoherence → number of answers
+
+
+class PairedScoresRow(TypedDict):
+    """``PairedScores`` as JSON: the change of a mean score over the answers that both models have."""
+
+    num_pairs: int  # prompts with a score on both sides
+    num_missing: int  # prompts that lack one
+    mean_before: float | None  # None without a pair
+    mean_after: float | None  # None without a pair
+    difference: float | None  # mean_after − mean_before; None without a pair
+    low: float | None  # lower end of the bootstrap interval; None below two pairs
+    high: float | None  # upper end of the bootstrap interval
+    confidence: float  # of the interval
+
+
+class ChangeRow(TypedDict):
+    """One measure of a model against the model it is compared with, on the same prompts."""
+
+    measure: str  # attack_success, refused, incoherent or task
+    set: str  # the prompt set's name, or the task's
+    kind: str  # harmful, benign or task
+    judge: str  # who decides
+    model: str  # the model's name in the tables
+    before: str  # name of the model it is compared with
+    both: int  # prompts for which the statement holds with both models
+    only_before: int  # ... with the other model only
+    only_after: int  # ... with this model only
+    neither: int  # ... with neither
+    p_value: float | None  # McNemar's exact test, two-sided; None for a metric that is not a share
+    num_pairs: int  # prompts with a verdict on both sides
+    num_missing: int  # prompts that lack one
+    difference: float | None  # rate after minus rate before; None without a pair
+    low: float | None  # lower end of the bootstrap interval of the difference; None below two pairs
+    high: float | None  # upper end of the interval
+    scores: PairedScoresRow | None  # the same for the judge's mean score; None if there are no scores
+
+
+class AgreementRow(TypedDict):
+    """Cohen's κ of two judges of attack success, over the answers that both judged."""
+
+    first: str  # a judge's name
+    second: str  # the other judge's name
+    num_pairs: int  # answers that both judged
+    num_missing: int  # answers that one of them did not judge
+    agreement: float | None  # share of the pairs with equal verdicts
+    kappa: float | None  # None if chance alone would make them always agree
+    low: float | None  # lower end of the 95 % interval; None if the standard error is 0
+    high: float | None  # upper end of the interval
+    confidence: float  # of the interval
