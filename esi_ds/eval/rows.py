@@ -5,7 +5,7 @@ A row is JSON on disk; ``Ledger`` and ``report.json`` keep these keys as they ar
 
 from __future__ import annotations
 
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 
 class AnswerRow(TypedDict):
@@ -36,7 +36,11 @@ class EndpointUse(TypedDict):
     completion_tokens: int  # tokens the endpoint wrote
 
 
-class VerdictRow(TypedDict):
+class _PaidVerdict(TypedDict, total=False):
+    used: EndpointUse  # endpoints only: what the verdict cost
+
+
+class VerdictRow(_PaidVerdict):
     """A line of ``verdicts.jsonl``: one judge's verdict on one answer to a harmful prompt."""
 
     judge: str  # the judge's name in the tables
@@ -46,7 +50,6 @@ class VerdictRow(TypedDict):
     unsafe: bool | None  # whether the attack succeeded; None if the verdict is missing
     score: float | None  # how unsafe, in the judge's own unit, higher is worse; None if the judge gives no score
     reason: str | None  # why the verdict is missing; None if there is one
-    used: NotRequired[EndpointUse]  # endpoints only: what the verdict cost
 
 
 class TaskSummary(TypedDict):
@@ -86,6 +89,15 @@ class TaskRow(TypedDict):
     model: str  # the model's name in the tables
     task: int  # the task's position in ``eval.tasks``
     results: list[TaskResultRow]  # one for each metric of the task
+
+
+class MetricValue(TypedDict):
+    """A task's metric that is not a share of documents, as lm-eval computed it."""
+
+    rate: float  # the metric
+    low: float | None  # lower end of its interval; None if lm-eval has no error of it
+    high: float | None  # upper end of its interval
+    n: int  # documents scored
 
 
 class RateRow(TypedDict):

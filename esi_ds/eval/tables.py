@@ -8,26 +8,37 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
 
 from esi_ds.eval.coherence import KINDS, incoherence
 from esi_ds.eval.refusals import RefusalList, refused
-from esi_ds.eval.statistics import cohen_kappa, mcnemar_exact, paired_bootstrap, wilson
+from esi_ds.eval.rows import (
+    AgreementRow,
+    AnswerRow,
+    ChangeRow,
+    MeasureRow,
+    MetricValue,
+    PairedScoresRow,
+    SurpriseRow,
+    TaskRow,
+    VerdictRow,
+)
+from esi_ds.eval.statistics import PairedScores, cohen_kappa, mcnemar_exact, paired_bootstrap, wilson
 from esi_ds.eval.verdicts import Verdict
 
 ATTACK_SUCCESS, REFUSED, INCOHERENT, TASK = "attack_success", "refused", "incoherent", "task"
-Row = dict[str, Any]
+Verdicts = Mapping[tuple[str, str, str, int], VerdictRow]  # by judge, model, set and index
+Surprises = Mapping[tuple[str, str, int], SurpriseRow]  # by model, set and index
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One thing that is counted, for one model on one set of prompts (or one task).
+    """One thing that is counted, for one model on one prompt set (or one task).
 
-    judge: who says so (a judge, a list of words, a task's metric). flags: one an answer, in the set's order; None is
-    missing, and ``reasons`` says why. scores: likewise, empty where there are none. kinds: of what was counted.
-    given: value, low, high and n where somebody else has made them (a task's metric that is no share).
+    judge: who decides (a judge, a list of words, a task's metric). flags: one per answer, in the set's order; None is
+    missing, and ``reasons`` says why. scores: likewise, empty if there are none. kinds: of what was counted.
+    metric: value, interval and n of a task's metric that is not a share of documents.
     """
 
     measure: str
@@ -39,175 +50,241 @@ class Measure:
     reasons: dict[str, int] = field(default_factory=dict)
     scores: list[float | None] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
-    given: Row | None = None
+    metric: MetricValue | None = None
 
     @property
-    def place(self) -> tuple[str, str, str]:
-        """What it is compared on: the same for every model."""
+    def topic(self) -> tuple[str, str, str]:
+        """What models are compared on: (measure, set, judge)."""
         return self.measure, self.set, self.judge
 
-    def as_row(self) -> Row:
-        """Rate and Wilson interval over the flags that are there."""
-        given = [flag for flag in self.flags if flag is not None]
+    def as_row(self) -> MeasureRow:
+        """Rate and Wilson interval over the flags that are not missing."""
+        flags = [flag for flag in self.flags if flag is not None]
         scores = [score for score in self.scores if score is not None]
-        rate = wilson(sum(given), len(given))
-        return {
-            **{name: getattr(self, name) for name in ("measure", "set", "kind", "judge", "model")},
-            **asdict(rate),
+        rate = wilson(sum(flags), len(flags))
+        row: MeasureRow = {
+            "measure": self.measure,
+            "set": self.set,
+            "kind": self.kind,
+            "judge": self.judge,
+            "model": self.model,
+            "count": rate.count,
+            "n": rate.n,
+            "low": rate.low,
+            "high": rate.high,
+            "confidence": rate.confidence,
             "rate": rate.rate,
-            "missing": len(self.flags) - len(given),
+            "missing": len(self.flags) - len(flags),
             "reasons": self.reasons,
             "mean_score": sum(scores) / len(scores) if scores else None,
             "kinds": self.kinds,
-            **(self.given or {}),
         }
+        if self.metric is not None:
+            row["rate"], row["n"] = self.metric["rate"], self.metric["n"]
+            row["low"], row["high"] = self.metric["low"], self.metric["high"]
+        return row
 
 
 def answer_measures(
-    answers: Sequence[Row],
-    verdicts: Mapping[tuple[str, str, str, int], Row],
-    surprises: Mapping[tuple[str, str, int], Row],
+    answers: Sequence[AnswerRow],
+    verdicts: Verdicts,
+    surprises: Surprises,
     kinds: Mapping[str, str],
     judges: Sequence[str],
     words: RefusalList,
 ) -> list[Measure]:
     """Attack success by every judge on harmful sets, refusals on benign ones, incoherence on all.
 
-    answers: rows {model, set, index, response, excluded} in order; verdicts: rows by (judge, model, set, index);
-    surprises: rows by (model, set, index); kinds: of each set, harmful or benign.
+    answers: in the order of the sets. kinds: set → harmful or benign. judges: their names, in the tables' order.
     """
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str], list[AnswerRow]] = {}
     for row in answers:
         groups.setdefault((row["set"], row["model"]), []).append(row)
-    found = []
+    measures = []
     for (name, _), rows in groups.items():
         if kinds[name] == "harmful":
-            found += [_attack_success(rows, verdicts, judge) for judge in judges]
+            measures += [_attack_success(rows, verdicts, judge) for judge in judges]
         else:
-            found.append(_refused(rows, words))
-        found.append(_incoherent(rows, surprises, kinds[name]))
+            measures.append(_refused(rows, words))
+        measures.append(_incoherent(rows, surprises, kinds[name]))
     order = list(kinds)
-    return sorted(found, key=lambda measure: order.index(measure.set))
+    return sorted(measures, key=lambda measure: order.index(measure.set))
 
 
-def task_measures(tasks: Sequence[Row]) -> list[Measure]:
-    """Skill by lm-eval: rows {model, task (its place in the config), results}, a result being ``tasks.TaskResult``'s
-    row. Documents are in one order for every model. A name that several places have gets the place's number."""
-    places: dict[str, set[int]] = defaultdict(set)
+def task_measures(tasks: Sequence[TaskRow]) -> list[Measure]:
+    """Skill by lm-eval. Documents are in one order for every model.
+
+    If several entries of ``eval.tasks`` have one name, each name gets its entry's number.
+    """
+    entries: dict[str, set[int]] = defaultdict(set)
     for row in tasks:
         for result in row["results"]:
-            places[result["task"]].add(row["task"])
-    found = []
+            entries[result["task"]].add(row["task"])
+    measures = []
     for row in tasks:
         for result in row["results"]:
-            name = result["task"] + (f"#{row['task'] + 1}" if len(places[result["task"]]) > 1 else "")
-            cut = {"prompt cut at its beginning": result["num_cut"]} if result["num_cut"] else {}
-            given = None
+            metric: MetricValue | None = None
             if result["correct"] is None:
-                given = {"rate": result["value"], "low": result["low"], "high": result["high"], "n": result["n"]}
-            how = result["metric"] + ("" if result["filter"] in ("none", None) else f", {result['filter']}")
-            flags, scores = list(result["correct"] or []), list(result["scores"] or [])
-            place = {"measure": TASK, "set": name, "kind": "task", "judge": how, "model": row["model"]}
-            found.append(Measure(**place, flags=flags, reasons=cut, scores=scores, given=given))
-    return found
+                metric = {"rate": result["value"], "low": result["low"], "high": result["high"], "n": result["n"]}
+            measures.append(
+                Measure(
+                    TASK,
+                    set=result["task"] + (f"#{row['task'] + 1}" if len(entries[result["task"]]) > 1 else ""),
+                    kind="task",
+                    judge=result["metric"] + ("" if result["filter"] in ("none", None) else f", {result['filter']}"),
+                    model=row["model"],
+                    flags=list(result["correct"] or []),
+                    reasons={"prompt cut at its beginning": result["num_cut"]} if result["num_cut"] else {},
+                    scores=list(result["scores"] or []),
+                    metric=metric,
+                )
+            )
+    return measures
 
 
-def _place(rows: Sequence[Row]) -> Row:
-    return {"set": rows[0]["set"], "model": rows[0]["model"]}
-
-
-def _attack_success(rows: Sequence[Row], verdicts: Mapping[tuple[str, str, str, int], Row], judge: str) -> Measure:
-    found = []
+def _attack_success(rows: Sequence[AnswerRow], verdicts: Verdicts, judge: str) -> Measure:
+    judged = []
     for row in rows:
         stored = verdicts.get((judge, row["model"], row["set"], row["index"]))
         if row["response"] is None:
-            found.append(Verdict.missing(row["excluded"]))
+            judged.append(Verdict.missing(row["excluded"] or ""))
         elif stored is None:
-            found.append(Verdict.missing("not judged"))
+            judged.append(Verdict.missing("not judged"))
         else:
-            found.append(Verdict.from_row(stored))
+            judged.append(Verdict(stored["unsafe"], stored["score"], stored["reason"]))
     return Measure(
         ATTACK_SUCCESS,
+        set=rows[0]["set"],
         kind="harmful",
         judge=judge,
-        flags=[verdict.unsafe for verdict in found],
-        reasons=dict(Counter(verdict.reason for verdict in found if verdict.reason).most_common()),
-        scores=[verdict.score for verdict in found] if any(v.score is not None for v in found) else [],
-        **_place(rows),
+        model=rows[0]["model"],
+        flags=[verdict.unsafe for verdict in judged],
+        reasons=dict(Counter(verdict.reason for verdict in judged if verdict.reason).most_common()),
+        scores=[verdict.score for verdict in judged] if any(v.score is not None for v in judged) else [],
     )
 
 
-def _refused(rows: Sequence[Row], words: RefusalList) -> Measure:
-    flags = [None if row["response"] is None else refused([row["response"]], words)[0] for row in rows]
+def _refused(rows: Sequence[AnswerRow], words: RefusalList) -> Measure:
     return Measure(
-        REFUSED, kind="benign", judge=f"words: {words.name}", flags=flags, reasons=_excluded(rows), **_place(rows)
+        REFUSED,
+        set=rows[0]["set"],
+        kind="benign",
+        judge=f"words: {words.name}",
+        model=rows[0]["model"],
+        flags=[None if row["response"] is None else refused([row["response"]], words)[0] for row in rows],
+        reasons=_excluded(rows),
     )
 
 
-def _incoherent(rows: Sequence[Row], surprises: Mapping[tuple[str, str, int], Row], kind: str) -> Measure:
-    found = []
+def _incoherent(rows: Sequence[AnswerRow], surprises: Surprises, kind: str) -> Measure:
+    """An answer's kind of incoherence is "" if it is coherent and None if there is no answer."""
+    answer_kinds: list[str | None] = []
+    num_surprises = 0
     for row in rows:
-        surprise = surprises.get((row["model"], row["set"], row["index"]), {}).get("surprise")
-        found.append(None if row["response"] is None else incoherence(row["response"], surprise) or "")
-    counts = Counter(found)
-    with_surprise = any((row["model"], row["set"], row["index"]) in surprises for row in rows)
+        measured = surprises.get((row["model"], row["set"], row["index"]))
+        num_surprises += measured is not None
+        surprise = measured["surprise"] if measured is not None else None
+        answer_kinds.append(None if row["response"] is None else incoherence(row["response"], surprise) or "")
+    counts = Counter(answer_kinds)
     return Measure(
         INCOHERENT,
+        set=rows[0]["set"],
         kind=kind,
-        judge="form and surprise" if with_surprise else "form",
-        flags=[None if what is None else bool(what) for what in found],
+        judge="form and surprise" if num_surprises else "form",
+        model=rows[0]["model"],
+        flags=[None if answer_kind is None else bool(answer_kind) for answer_kind in answer_kinds],
         reasons=_excluded(rows),
-        kinds={what: counts[what] for what in KINDS if counts[what]},
-        **_place(rows),
+        kinds={name: counts[name] for name in KINDS if counts[name]},
     )
 
 
-def _excluded(rows: Sequence[Row]) -> dict[str, int]:
+def _excluded(rows: Sequence[AnswerRow]) -> dict[str, int]:
     return dict(Counter(row["excluded"] for row in rows if row["excluded"]).most_common())
 
 
-def changes(measures: Sequence[Measure], before: Mapping[str, str | None], seed: int) -> list[Row]:
-    """Every model against the one it is compared with, on the same prompts: McNemar's exact test and the bootstrap
-    interval of the difference of rates, and of mean scores where there are some. Of a metric that is no share the
-    difference is that of the mean scores, and there is no test."""
-    by_place = {(measure.place, measure.model): measure for measure in measures}
-    rows = []
+def changes(measures: Sequence[Measure], before: Mapping[str, str | None], seed: int) -> list[ChangeRow]:
+    """Every model against the one it is compared with, on the same prompts.
+
+    McNemar's exact test, and the bootstrap interval of the difference of rates and of mean scores if there are some.
+    For a metric that is not a share, the difference is that of the mean scores, and there is no test.
+
+    before: model → the model it is compared with. seed: of the bootstrap.
+    """
+    by_model = {(measure.topic, measure.model): measure for measure in measures}
+    rows: list[ChangeRow] = []
     for measure in measures:
-        other = by_place.get((measure.place, before[measure.model]))
+        reference = before[measure.model]
+        other = by_model.get((measure.topic, reference)) if reference is not None else None
         if other is None or len(other.flags) != len(measure.flags):
             continue
         scores = None
         if other.scores and len(other.scores) == len(measure.scores):
             scores = paired_bootstrap(other.scores, measure.scores, seed=seed)
-        is_graded = measure.given is not None
-        if is_graded and scores is None:
+        if measure.metric is None:
+            difference = paired_bootstrap(other.flags, measure.flags, seed=seed)
+        elif scores is not None:
+            difference = scores
+        else:
             continue
-        paired = mcnemar_exact(other.flags, measure.flags)
-        shown = scores if is_graded else paired_bootstrap(other.flags, measure.flags, seed=seed)
-        rows.append(
-            {
-                **{name: getattr(measure, name) for name in ("measure", "set", "kind", "judge", "model")},
-                "before": other.model,
-                **asdict(paired),
-                "p_value": None if is_graded else paired.p_value,
-                "num_pairs": shown.num_pairs,
-                "num_missing": shown.num_missing,
-                "difference": shown.difference,
-                "low": shown.low,
-                "high": shown.high,
-                "scores": asdict(scores) if scores is not None else None,
-            }
-        )
+        rows.append(_change_row(measure, other, difference, scores))
     return rows
 
 
-def agreements(measures: Sequence[Measure]) -> list[Row]:
+def _paired_scores_row(scores: PairedScores) -> PairedScoresRow:
+    return {
+        "num_pairs": scores.num_pairs,
+        "num_missing": scores.num_missing,
+        "mean_before": scores.mean_before,
+        "mean_after": scores.mean_after,
+        "difference": scores.difference,
+        "low": scores.low,
+        "high": scores.high,
+        "confidence": scores.confidence,
+    }
+
+
+def _change_row(measure: Measure, other: Measure, difference: PairedScores, scores: PairedScores | None) -> ChangeRow:
+    """difference: of the rates or, for a metric that is not a share, of the mean scores."""
+    paired = mcnemar_exact(other.flags, measure.flags)
+    return {
+        "measure": measure.measure,
+        "set": measure.set,
+        "kind": measure.kind,
+        "judge": measure.judge,
+        "model": measure.model,
+        "before": other.model,
+        "num_pairs": difference.num_pairs,
+        "num_missing": difference.num_missing,
+        "both": paired.both,
+        "only_before": paired.only_before,
+        "only_after": paired.only_after,
+        "neither": paired.neither,
+        "p_value": paired.p_value if measure.metric is None else None,
+        "difference": difference.difference,
+        "low": difference.low,
+        "high": difference.high,
+        "scores": _paired_scores_row(scores) if scores is not None else None,
+    }
+
+
+def agreements(measures: Sequence[Measure]) -> list[AgreementRow]:
     """Cohen's κ of every two judges of attack success, over the answers of all models and sets that both judged."""
     flags: dict[str, list[bool | None]] = {}
     for measure in measures:
         if measure.measure == ATTACK_SUCCESS:
             flags.setdefault(measure.judge, []).extend(measure.flags)
     return [
-        {"first": first, "second": second, **asdict(cohen_kappa(flags[first], flags[second]))}
+        {
+            "first": first,
+            "second": second,
+            "num_pairs": kappa.num_pairs,
+            "num_missing": kappa.num_missing,
+            "agreement": kappa.agreement,
+            "kappa": kappa.kappa,
+            "low": kappa.low,
+            "high": kappa.high,
+            "confidence": kappa.confidence,
+        }
         for first, second in combinations(flags, 2)
+        for kappa in [cohen_kappa(flags[first], flags[second])]
     ]

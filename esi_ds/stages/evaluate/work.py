@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 
+from esi_ds.eval.rows import TaskRow
 from esi_ds.eval.tasks import run_tasks_on
 from esi_ds.models.meta import meta_parameters
 from esi_ds.stages.evaluate.answering import ANSWER_KEY, ANSWERS, SURPRISES, answer_all, answer_keys, surprise_all
@@ -65,7 +66,7 @@ class EvalRun(StageRun[EvalInputs]):
         """
 
         section = self.config.model
-        ledger = Ledger(self.folder.path / TASKS, ("model", "task"))
+        ledger: Ledger[TaskRow] = Ledger(self.folder.path / TASKS, ("model", "task"))
         order = [(model.name, number) for model in self.inputs.models for number in range(len(self.inputs.tasks))]
         if not order:
             return []
