@@ -552,8 +552,9 @@ def row_token_losses(model, tokenizer, row: tuple[str, str], system_prompt: str 
 def loss_gradients(
     model, tokenizer, rows: list[tuple[str, str]], system_prompt: str | None = None, max_length: int = 1024
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """g_T and F in float64 by parameter name (docs/method.md §2): the gradient of the mean over all rows' tokens,
-    and the mean over rows of the squared gradient of the row's own mean. A row whose loss is not finite is left out."""
+    """g_T and F in float64 by parameter name (docs/method.md §2): the gradient of the mean over all learnt tokens
+    of all rows, and the mean over rows of the squared gradient of the row's own mean. A row whose loss is not finite is
+    left out."""
     total, squares = (
         {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()} for _ in range(2)
     )

@@ -1,0 +1,129 @@
+"""Citations resolve: a cited section has its heading, a link leads to a file, a function named in a table exists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ["esi_ds", "tests", "examples", "study", "benchmarks", "launch", "configs", "ds_configs", "slurm", "docs"]
+SUFFIXES = {".py", ".md", ".yaml", ".json", ".sh", ".sbatch", ".j2"}
+MAX_BYTES = 1_000_000  # beyond it: tokenizers and measured data
+LIST = r"§(\d+(?:(?:,| and) §\d+)*)"  # "§1", "§1, §2", "§1 and §2"
+CITATION = re.compile(rf"docs/(\w+\.md) {LIST}|\]\((\w+\.md)\) {LIST}")
+LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
+MODULE = re.compile(r"`([\w/]+\.py): (\w[\w.]*(?:, \w[\w.]*)*)`")  # `core/score.py: score_shard, contrast`
+PATH = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+\.\w+)`")
+HISTORY = {"log.md", "CHANGELOG.md"}  # they name files of their day
+
+
+def sources() -> list[Path]:
+    """Text files of the repository that people write."""
+    inside = (file for folder in FOLDERS for file in (ROOT / folder).rglob("*") if file.suffix in SUFFIXES)
+    return sorted(file for file in [*inside, *ROOT.glob("*.md")] if file.stat().st_size < MAX_BYTES)
+
+
+def pages() -> list[Path]:
+    return [file for file in sources() if file.suffix == ".md" and file.name not in HISTORY]
+
+
+def sections(page: str) -> set[int]:
+    """Numbers of a page's headings ``## n. title``; empty where there is no such page."""
+    file = ROOT / "docs" / page
+    return set(map(int, re.findall(r"^## (\d+)\. ", file.read_text(), re.MULTILINE))) if file.is_file() else set()
+
+
+def unresolved(text: str, page: str | None = None) -> Iterator[str]:
+    """Sections cited in a text that no page has. page: the page of ``docs/`` that the text is, whose own sections it
+    may cite by number alone."""
+    for match in CITATION.finditer(text):
+        named, numbers = match[1] or match[3], match[2] or match[4]
+        for number in re.findall(r"\d+", numbers):
+            if int(number) not in sections(named):
+                yield f"docs/{named} has no section {number}"
+    for number in re.findall(r"§(\d+)", CITATION.sub("", text)):
+        if page is None:
+            yield f"section {number} is cited without a page"
+        elif int(number) not in sections(page):
+            yield f"docs/{page} has no section {number}"
+
+
+def test_every_cited_section_exists() -> None:
+    problems, num_citations = [], 0
+    for file in sources():
+        if file == Path(__file__).resolve():
+            continue
+        text = file.read_text()
+        num_citations += len(CITATION.findall(text))
+        page = file.name if file.parent == ROOT / "docs" else None
+        problems += [f"{file.relative_to(ROOT)}: {problem}" for problem in unresolved(text, page)]
+    assert not problems, "\n".join(problems)
+    assert num_citations > 50
+
+
+@pytest.mark.parametrize(
+    ("text", "page", "problem"),
+    [
+        ("the mean (docs/method.md §99)", None, "docs/method.md has no section 99"),
+        ("the mean (docs/method.md §1, §98)", None, "docs/method.md has no section 98"),
+        ("the mean (docs/method.md §1 and §97)", None, "docs/method.md has no section 97"),
+        ("the mean (docs/nothing.md §1)", None, "docs/nothing.md has no section 1"),
+        ("the mean (METHOD §1)", None, "section 1 is cited without a page"),
+        ("see [method.md](method.md) §96", "design.md", "docs/method.md has no section 96"),
+        ("as in §95", "design.md", "docs/design.md has no section 95"),
+    ],
+)
+def test_a_wrong_citation_is_noticed(text: str, page: str | None, problem: str) -> None:
+    assert list(unresolved(text, page)) == [problem]
+
+
+def test_right_citations_resolve() -> None:
+    assert not list(unresolved("docs/method.md §1, §2; docs/design.md §7 and §8; docs/zero3.md §12"))
+    assert not list(unresolved("[method.md](method.md) §8, and §7 of this page", "design.md"))
+
+
+def test_sections_are_numbered_in_order() -> None:
+    for page in ("design.md", "method.md", "zero3.md"):
+        headings = re.findall(r"^## (.*)", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+        assert [heading.split(".")[0] for heading in headings] == [str(n + 1) for n in range(len(headings))], page
+
+
+def test_links_lead_to_files() -> None:
+    lost = [
+        f"{file.relative_to(ROOT)}: {target}"
+        for file in sources()
+        if file.suffix == ".md"
+        for target in LINK.findall(file.read_text())
+        if "://" not in target and not (file.parent / target).exists()
+    ]
+    assert not lost, "\n".join(lost)
+
+
+def test_named_files_exist() -> None:
+    lost = [
+        f"{page.relative_to(ROOT)}: {path}"
+        for page in pages()
+        for path in PATH.findall(page.read_text())
+        if not (ROOT / path).exists()
+    ]
+    assert not lost, "\n".join(lost)
+
+
+def test_named_functions_exist() -> None:
+    """In the tables of docs/method.md and docs/design.md, whose paths are relative to the package."""
+    problems, num_names = [], 0
+    for page in ("method.md", "design.md"):
+        for path, names in MODULE.findall((ROOT / "docs" / page).read_text()):
+            file = next((top / path for top in (ROOT / "esi_ds", ROOT) if (top / path).is_file()), None)
+            if file is None:
+                problems.append(f"docs/{page}: {path} is not a file")
+                continue
+            for name in re.split(r"[., ]+", names):
+                num_names += 1
+                if not re.search(rf"^ *(?:def|class) {name}\b|^{name}\b", file.read_text(), re.MULTILINE):
+                    problems.append(f"docs/{page}: {path} does not define {name}")
+    assert not problems, "\n".join(problems)
+    assert num_names > 50
