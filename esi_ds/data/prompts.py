@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from esi_ds.config import Eval, Prompts
 from esi_ds.data.benchmarks import BUILT_IN, BuiltIn, Kind, context_of, skip_reason
@@ -193,6 +193,18 @@ def given_scores(rows: Sequence[Row], path: str) -> list[float]:
     return scores
 
 
+class PromptSetRow(TypedDict):
+    """What was read of one prompt set: a row of the report."""
+
+    set: str  # its name in tables and files
+    kind: str  # harmful or benign
+    source: str  # file or hub id
+    column: str  # column of the prompts
+    read: int  # prompts read
+    skipped: dict[str, int]  # reason → rows that gave no prompt
+    sha256: str  # of the prompts
+
+
 @dataclass(frozen=True)
 class QuestionSet:
     """Prompts that every model is asked. name: in tables and files; kind: whether they should be refused."""
@@ -205,7 +217,7 @@ class QuestionSet:
     def prompts(self) -> tuple[str, ...]:
         return self.found.prompts
 
-    def as_row(self) -> dict[str, Any]:
+    def as_row(self) -> PromptSetRow:
         """What was read, what was skipped and why: a row of the report."""
         return {
             "set": self.name,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
+
+from esi_ds.data.prompts import PromptSetRow
+from esi_ds.eval.rows import AgreementRow, ChangeRow, MeasureRow, RateRow, TaskSummary, VerdictRow
 
 # A table for people: label → value, in the order shown.
 Facts = dict[str, Any]
@@ -161,3 +164,189 @@ class EsiReport(EsiLaterFields):
     special_tokens_broken_up: int  # special-token strings in prompts and responses, read as plain text
     samples: list[SampleResponse]
     progress: list[MetricsRow]  # metrics.jsonl
+
+
+class ChangedTensor(TypedDict):
+    """How much of one tensor tuning changed."""
+
+    changed: int  # weights whose bits differ from the base model's
+    numel: int  # weights
+
+
+class _AnswersBefore(TypedDict, total=False):
+    before: str  # the answer before tuning; absent if ``eval.before`` is off
+    refused_before: bool  # whether it holds a refusal's words
+
+
+class TunedAnswerRow(_AnswersBefore):
+    """A line of ``answers.jsonl`` of a tuning run: the answers to one prompt before and after."""
+
+    set: str  # harmful or benign
+    index: int  # the prompt's position in its set
+    prompt: str  # the prompt as text, before the chat template
+    after: str  # the answer after tuning
+    refused_after: bool  # whether it holds a refusal's words
+
+
+class RefusalRow(TypedDict):
+    """Refusals in one set of prompts, found by their words; an empty answer is counted apart, not as a refusal."""
+
+    set: str  # harmful or benign
+    n: int  # prompts
+    refused_before: int | None  # answers that refused before tuning; None if nothing was asked then
+    empty_before: int | None  # empty answers before tuning; None if nothing was asked then
+    refused_after: int | None  # answers that refuse after tuning
+    empty_after: int | None  # empty answers after tuning
+
+
+class DriftRow(TypedDict):
+    """How far tuning moved one router's choices, for the same tokens before and after."""
+
+    set: str  # tuning (its rows), harmful or benign
+    layer: int | None  # the router's layer
+    tokens: int  # tokens compared
+    changed: int  # tokens routed to another set of experts than before
+
+
+class TuningReport(TypedDict):
+    """``report.json`` of SET and SPA."""
+
+    kind: Literal["tuning"]
+    method: str  # set or spa
+    title: str  # heading of the page
+    trained: int  # weights that were trained
+    total_numel: int  # weights of the model
+    steps: int  # optimizer steps made
+    changed: int | None  # weights that differ from the base model's; None without a patch
+    changed_tensors: dict[str, ChangedTensor]  # tensor's name → its share of them; empty without a patch
+    refusals: list[RefusalRow]  # one per set of prompts; empty without ``eval``
+    samples: list[TunedAnswerRow]  # the first answers of every set
+    routing_drift: list[DriftRow]  # one per router and set; empty for a dense model
+    facts: Facts  # the page's last table
+    progress: list[MetricsRow]  # ``metrics.jsonl``
+
+
+class EvaluatedModel(TypedDict):
+    """A model in an evaluation's tables."""
+
+    name: str  # in the tables; the base is ``base``
+    path: str  # folder or hub id
+    before: str | None  # the model it is compared with; None for the base
+    fingerprint: str  # of its weights and their names
+
+
+class SampleAnswer(TypedDict):
+    """One model's answer to a sample prompt."""
+
+    model: str  # name in the tables
+    response: str | None  # the answer; None if there is none
+    excluded: str | None  # why there is none
+    verdicts: dict[str, VerdictRow]  # judge's name → its verdict
+
+
+class SamplePrompt(TypedDict):
+    """One of the first prompts of a set, with every model's answer."""
+
+    set: str  # the prompt set's name
+    index: int  # the prompt's position in its set
+    prompt: str  # the prompt as text
+    answers: list[SampleAnswer]  # one per model
+
+
+class RateTables(TypedDict):
+    """What evaluations and perturbations have in common: who was asked, who judged, and the outcome."""
+
+    judges: list[dict[str, Any]]  # name and section of every entry of ``eval.judges``, the API key left out
+    sets: list[PromptSetRow]  # the prompt sets that were read
+    measures: list[MeasureRow]  # one per measure, set, judge and model
+    changes: list[ChangeRow]  # one per measure that was compared
+    agreements: list[AgreementRow]  # one per pair of judges
+
+
+class EvaluationReport(RateTables):
+    """``report.json`` of an evaluation."""
+
+    kind: Literal["evaluation"]
+    title: str  # heading of the page
+    models: list[EvaluatedModel]  # in the tables' order
+    usage: dict[str, str]  # endpoint's name → what it used, in words
+    tasks: list[EvaluatedTask]  # results of lm-eval's tasks
+    samples: list[SamplePrompt]  # the first prompts of every set
+    facts: Facts  # the page's last table
+
+
+class EvaluatedTask(TypedDict):
+    """One model's results on one task, without the documents that ``tasks.jsonl`` holds."""
+
+    model: str  # name in the tables
+    task: int  # position in ``eval.tasks``
+    results: list[TaskSummary]  # one per metric
+
+
+class DisturbedModel(TypedDict):
+    """The clean model or a disturbed one, in a perturbation's tables."""
+
+    name: str  # ``clean``, or the disturbance's name
+    before: str | None  # ``clean``; None for the clean model
+
+
+class DisturbanceRow(TypedDict):
+    """One way the model was disturbed."""
+
+    name: str  # as in ``answers.jsonl``
+    order: str  # top, random or bottom: which weights
+    ratio: float  # share of the weights
+    noise: float  # standard deviation of the noise, in σ of each weight's matrix
+    seed: int  # of the noise and of the random weights
+    k: int  # weights disturbed
+
+
+class MaskFacts(TypedDict):
+    """The mask whose weights were disturbed."""
+
+    path: str  # its folder
+    k: int  # weights selected
+    criterion: str | None  # what they were chosen by; None if the mask does not say
+
+
+class RestoredFacts(TypedDict):
+    """The proof that every weight got its bits back."""
+
+    digest: str  # sha256 of all weights, the same before and after every disturbance
+    checked: int  # disturbances after which it was compared
+
+
+class CurveRow(RateRow):
+    """A point of a curve of a rate against the noise; the seeds' answers are pooled."""
+
+    measure: str  # attack_success, refused or incoherent
+    set: str  # the prompt set's name
+    judge: str  # who decides
+    order: str  # top, random or bottom
+    ratio: float  # share of the weights
+    noise: float  # in σ of each weight's matrix; 0 is the clean model
+    by_seed: list[float | None]  # each seed's own rate
+
+
+class PerturbationReport(RateTables):
+    """``report.json`` of a perturbation."""
+
+    kind: Literal["perturbation"]
+    title: str  # heading of the page
+    models: list[DisturbedModel]  # in the tables' order
+    cells: list[DisturbanceRow]  # every disturbance
+    mask: MaskFacts
+    restored: RestoredFacts
+    usage: dict[str, str]  # endpoint's name → what it used, in words
+    curves: list[CurveRow]  # one per measure, set, judge, order, ratio and noise
+    facts: Facts  # the page's last table
+
+
+class PivotRow(TypedDict):
+    """A row of the page's table of rates: one measure of all models. Made from a report, not part of its file."""
+
+    measure: str  # in words
+    set: str  # the prompt set's name, or the task's
+    judge: str  # who decides
+    cells: list[MeasureRow | None]  # one per model; None if the model was not asked
+    changes: list[ChangeRow | None]  # one per model; None if it was not compared
