@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from mask_folders import write_mask
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -27,6 +28,9 @@ from transformers import (
     Qwen3MoeConfig,
     RobertaConfig,
 )
+
+from esi_ds.models.fingerprint import fingerprint, tensor_digests
+from esi_ds.models.roles import describe
 
 CORPUS = [
     "How do I make a paper boat? Fold the sheet in half, then fold the corners down to the middle.",
@@ -340,18 +344,11 @@ def build_classifier(
 def build_mask(
     folder: Path, model_folder: Path, ratio: float = 0.05, seed: int = 0, whole: str | None = None, part: str = ""
 ) -> Path:
-    """A random mask with exactly what the format asks for and nothing more, written by plain safetensors.
+    """A random mask for a saved model.
 
-    The first scored parameter gets nothing; ``whole`` names one that is selected entirely. Parameters whose names do
-    not hold ``part`` get nothing either.
+    Nothing is selected in the first scored parameter, nor in parameters whose names do not contain ``part``; ``whole``
+    names a parameter that is selected entirely.
     """
-
-    from safetensors.torch import save_file
-
-    from esi_ds.core.mask import INDEX_NAME, pack_bits
-    from esi_ds.models.fingerprint import fingerprint, tensor_digests
-    from esi_ds.models.roles import describe
-
     parameters = describe(AutoModelForCausalLM.from_pretrained(model_folder))
     scored = [parameter for parameter in parameters if parameter.scored]
     generator = torch.Generator().manual_seed(seed)
@@ -362,25 +359,14 @@ def build_mask(
             bits[name].zero_()
     if whole is not None:
         bits[whole].fill_(True)
-    counts = {name: int(values.sum()) for name, values in bits.items()}
-    metadata = {
-        "format": "esi-mask/1",
-        "k": str(sum(counts.values())),
-        "ratio": repr(ratio),
-        "total_numel": str(sum(p.numel for p in parameters)),
-        "threshold": "null",
-        "criterion": "random",
-        "order": "top",
-        "fingerprint": fingerprint(parameters, tensor_digests(model_folder)),
-        "shapes": json.dumps({p.name: p.shape for p in scored}),
-        "counts": json.dumps(counts),
-    }
-    folder.mkdir(parents=True)
-    file = "model-00001-of-00001.safetensors"
-    save_file({name: pack_bits(values) for name, values in bits.items()}, folder / file, metadata=metadata)
-    index = {"metadata": {}, "weight_map": dict.fromkeys(bits, file)}
-    (folder / INDEX_NAME).write_text(json.dumps(index))
-    return folder
+    return write_mask(
+        folder,
+        {p.name: bits[p.name].view(p.shape) for p in scored},
+        ratio=repr(ratio),
+        total_numel=str(sum(p.numel for p in parameters)),
+        criterion="random",
+        fingerprint=fingerprint(parameters, tensor_digests(model_folder)),
+    )
 
 
 MODELING = """
@@ -399,5 +385,4 @@ def make_remote(folder: Path) -> None:
     (folder / "modeling_toy.py").write_text(MODELING)
     config = json.loads((folder / "config.json").read_text())
     classes = {"AutoConfig": "modeling_toy.ToyConfig", "AutoModelForCausalLM": "modeling_toy.ToyForCausalLM"}
-    own = {"model_type": "toy_llama", "auto_map": classes}
-    (folder / "config.json").write_text(json.dumps(config | own))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "toy_llama", "auto_map": classes}))

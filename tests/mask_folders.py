@@ -1,8 +1,9 @@
-"""Masks and scores of made-up models on disk, of any number of files."""
+"""Masks and scores of made-up models on disk, written by plain safetensors."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,39 @@ from torch import Tensor
 from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, digest, pack_bits
 from esi_ds.core.select import Order, Piece, select
 from esi_ds.core.units import Unit
+
+MASK_FILE = "model-00001-of-00001.safetensors"
+
+
+def mask_metadata(masks: Mapping[str, Tensor], **others: str) -> dict[str, str]:
+    """Metadata of a mask file. ``others`` are added, and replace what the masks themselves say.
+
+    masks: parameter → the weights selected, bool in the parameter's shape.
+    """
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    total = sum(mask.numel() for mask in masks.values())
+    return {
+        "format": "esi-mask/1",
+        "k": str(sum(counts.values())),
+        "ratio": repr(sum(counts.values()) / total),
+        "total_numel": str(total),
+        "threshold": "null",
+        "criterion": "esi",
+        "order": "top",
+        "fingerprint": "a:b",
+        "shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()}),
+        "counts": json.dumps(counts),
+        **others,
+    }
+
+
+def write_mask(folder: Path, masks: Mapping[str, Tensor], **others: str) -> Path:
+    """Write a mask folder of one file, with what the format requires and no more; arguments as of ``mask_metadata``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    packed = {name: pack_bits(mask.flatten()) for name, mask in masks.items()}
+    save_file(packed, folder / MASK_FILE, metadata=mask_metadata(masks, **others))
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(masks, MASK_FILE)}))
+    return folder
 
 
 def units_of(name: str, layer: int, rows: int, columns: int) -> list[Unit]:
@@ -27,9 +61,9 @@ def units_of(name: str, layer: int, rows: int, columns: int) -> list[Unit]:
 
 
 def write_pair(folder: Path, shapes: list[tuple[int, int]], ratio: float, scope: str, order: str, seed: int) -> None:
-    """``mask/`` and ``scores/`` below ``folder``, a file a parameter; the mask is selected here in one piece.
+    """Write ``mask/`` and ``scores/`` below ``folder``, one file per parameter; the mask is selected in one process.
 
-    Scores repeat, so that ties decide.
+    Scores repeat, so that ties decide the selection.
     """
     generator = torch.Generator().manual_seed(seed)
     names = [f"model.layers.{index}.fused" for index in range(len(shapes))]
@@ -41,36 +75,38 @@ def write_pair(folder: Path, shapes: list[tuple[int, int]], ratio: float, scope:
     numel = [values.numel() for values in scores.values()]
     offsets = {name: sum(numel[:index]) for index, name in enumerate(names)}
     bits = _selected(scores, units, offsets, ratio, scope, Order(order, seed))
-    counts = {name: int(found.sum()) for name, found in bits.items()}
-    metadata = {
-        "format": "esi-mask/1", "k": str(sum(counts.values())), "ratio": repr(ratio), "total_numel": str(sum(numel)),
-        "threshold": "null", "criterion": "esi", "order": order, "scope": scope, "of": "all", "seed": str(seed),
-        "fingerprint": "a:b", "shapes": json.dumps(dict(zip(names, shapes, strict=True))),
-        "offsets": json.dumps(offsets), "counts": json.dumps(counts),
-    }  # fmt: skip
-    packed = {name: pack_bits(found) for name, found in bits.items()}
+    masks = {name: values.view(scores[name].shape) for name, values in bits.items()}
+    selection = {"order": order, "scope": scope, "of": "all", "seed": str(seed), "offsets": json.dumps(offsets)}
+    metadata = mask_metadata(masks, ratio=repr(ratio), **selection)
+    packed = {name: pack_bits(values) for name, values in bits.items()}
     for kind, data in (("mask", packed), ("scores", scores)):
-        place = folder / kind
-        place.mkdir(parents=True)
+        (folder / kind).mkdir(parents=True)
         files = {name: f"model-{i:05d}-of-{len(names):05d}.safetensors" for i, name in enumerate(names, 1)}
         for name, file in files.items():
-            save_file({name: data[name]}, place / file, metadata=metadata)
-        (place / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+            save_file({name: data[name]}, folder / kind / file, metadata=metadata)
+        (folder / kind / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": files}))
     (folder / "mask" / DIGESTS_NAME).write_text(json.dumps({name: digest(values) for name, values in packed.items()}))
-    rows = [{"parameter": name, **asdict(unit)} for name, found in units.items() for unit in found]
+    rows = [{"parameter": name, **asdict(unit)} for name, parts in units.items() for unit in parts]
     (folder / "mask/units.json").write_text(json.dumps(rows))
 
 
-def _selected(scores: dict[str, Tensor], units, offsets, ratio: float, scope: str, order: Order) -> dict[str, Tensor]:
-    """The definition, whole tensors in memory."""
+def _selected(
+    scores: Mapping[str, Tensor],
+    units: Mapping[str, Sequence[Unit]],
+    offsets: Mapping[str, int],
+    ratio: float,
+    scope: str,
+    order: Order,
+) -> dict[str, Tensor]:
+    """The definition of the selection, on whole tensors in memory."""
     last = sum(values.numel() for values in scores.values()) - 1
     bits = {name: torch.zeros(values.numel(), dtype=torch.bool) for name, values in scores.items()}
     if scope == "model":
         groups = [[(name, slice(None), offsets[name]) for name in scores]]
     else:
         groups, position = [], 0
-        for name, found in units.items():
-            for unit in found:
+        for name, parts in units.items():
+            for unit in parts:
                 groups.append([(name, unit.within(0, scores[name].numel()), position)])
                 position += unit.numel
     for group in groups:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from builders import build_classifier, build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
 from conftest import ROOT, write_config
-from safetensors.torch import load_file, save_file
+from mask_folders import MASK_FILE, write_mask
+from safetensors.torch import load_file
 
 from esi_ds.cli import main
 
@@ -225,30 +226,10 @@ def test_masks_of_other_models_and_damaged_masks(tmp_path: Path, capsys) -> None
     from esi_ds.mask import main as mask_main
 
     def mask(name: str, rows: int, **changes: str) -> Path:
-        import torch
-
-        folder = tmp_path / name
-        folder.mkdir()
-        metadata = {
-            "format": "esi-mask/1",
-            "k": "2",
-            "ratio": "0.1",
-            "total_numel": "20",
-            "threshold": "0.5",
-            "criterion": "esi",
-            "order": "top",
-            "scope": "model",
-            "seed": "0",
-            "fingerprint": "a:b",
-            "shapes": json.dumps({"w": [rows, 2]}),
-            "offsets": '{"w": 0}',
-            "counts": '{"w": 2}',
-            **changes,
-        }
-        file = "model-00001-of-00001.safetensors"
-        save_file({"w": torch.tensor([5, 0], dtype=torch.uint8)}, folder / file, metadata=metadata)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
-        return folder
+        bits = torch.zeros(rows, 2, dtype=torch.bool)
+        bits.view(-1)[[0, 2]] = True
+        selection = {"ratio": "0.1", "total_numel": "20", "threshold": "0.5", "scope": "model", "seed": "0"}
+        return write_mask(tmp_path / name, {"w": bits}, **{**selection, "offsets": '{"w": 0}', **changes})
 
     good, other = mask("good", 8), mask("other", 7)
     assert mask_main(["verify", str(good)]) == 0
@@ -257,7 +238,7 @@ def test_masks_of_other_models_and_damaged_masks(tmp_path: Path, capsys) -> None
     assert mask_main(["info", str(tmp_path / "nowhere")]) == 2
     assert mask_main(["info", str(mask("format", 8, format="esi-mask/9"))]) == 2
     assert mask_main(["verify", str(mask("counts", 8, k="3"))]) == 2
-    file = good / "model-00001-of-00001.safetensors"
+    file = good / MASK_FILE
     content = file.read_bytes()
     file.write_bytes(content[:-1] + b"\x01")  # one bit more than the counts say
     assert mask_main(["verify", str(good)]) == 2
@@ -265,4 +246,4 @@ def test_masks_of_other_models_and_damaged_masks(tmp_path: Path, capsys) -> None
     file.write_bytes(content[:-1])
     assert mask_main(["verify", str(good)]) == 2
     assert "damaged" in capsys.readouterr().err
-    assert load_file(other / "model-00001-of-00001.safetensors")["w"].tolist() == [5, 0]
+    assert load_file(other / MASK_FILE)["w"].tolist() == [5, 0]

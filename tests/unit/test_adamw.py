@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import build_mask, build_model, byte_bpe_tokenizer
+from mask_folders import write_mask
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -185,22 +186,11 @@ def test_refusals(folder: Path, change, message: str) -> None:
 
 def test_a_mask_may_name_unscored_parameters_too(folder: Path, tmp_path: Path) -> None:
     """A plain module, every parameter in the mask, all bits set: torch.optim.AdamW, biases included."""
-    from safetensors.torch import save_file
-
-    from esi_ds.core.mask import INDEX_NAME
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3))
     plain = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3))
     plain.load_state_dict(model.state_dict())
-    named = dict(model.named_parameters())
-    counts = {name: parameter.numel() for name, parameter in named.items()}
-    total = str(sum(counts.values()))
-    metadata = {"format": "esi-mask/1", "k": total, "total_numel": total, "ratio": "1.0", "fingerprint": "a:b"}
-    metadata |= {"shapes": json.dumps({name: p.shape for name, p in named.items()}), "counts": json.dumps(counts)}
-    bits = {name: pack_bits(torch.ones(count, dtype=torch.bool)) for name, count in counts.items()}
-    save_file(bits, tmp_path / "m.safetensors", metadata=metadata)
-    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(bits, "m.safetensors")}))
+    write_mask(tmp_path, {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()})
     optimizer = esi_ds.MaskedAdamW(model, tmp_path, **OPTIONS)
     reference = torch.optim.AdamW(plain.parameters(), foreach=False, **OPTIONS)
     for _ in range(3):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mask_folders import write_mask
 
 from esi_ds.report import tables
 from esi_ds.report.html import render, write_report
@@ -161,32 +162,13 @@ def test_a_silent_tracker_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_overlap_of_two_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from safetensors.torch import save_file
-
-    from esi_ds.core.mask import pack_bits
     from esi_ds.mask import main
 
     name = "model.layers.3.self_attn.v_proj.weight"
     for folder, chosen in (("one", [0, 1, 2, 3]), ("two", [2, 3, 4, 5])):
         bits = torch.zeros(20, dtype=torch.bool)
         bits[chosen] = True
-        metadata = {
-            "format": "esi-mask/1",
-            "k": "4",
-            "ratio": "0.2",
-            "total_numel": "20",
-            "threshold": "0",
-            "criterion": "esi",
-            "order": "top",
-            "fingerprint": "a:b",
-            "shapes": json.dumps({name: [4, 5]}),
-            "counts": json.dumps({name: 4}),
-        }
-        (tmp_path / folder).mkdir()
-        save_file({name: pack_bits(bits)}, tmp_path / folder / "x.safetensors", metadata=metadata)
-        (tmp_path / folder / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {name: "x.safetensors"}})
-        )
+        write_mask(tmp_path / folder, {name: bits.view(4, 5)}, threshold="0")
         units = [
             {
                 "parameter": name,
