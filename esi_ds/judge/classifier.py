@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +13,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from esi_ds.config import ClassifierModel, JudgeModel
 from esi_ds.errors import UserError
 from esi_ds.judge.families import Family
-from esi_ds.judge.guard import Guard, GuardInput, Weights, verdict_score
+from esi_ds.judge.guard import Guard, Weights, verdict_score
+from esi_ds.judge.pairs import EncodedPair
 
 # Tokenizers without a limit report a number of this order.
 NO_LIMIT = 10**9
@@ -29,12 +31,12 @@ NO_LIMIT = 10**9
 class SequenceRule:
     """How a sequence classifier is read.
 
-    template: text with {response} and mostly {prompt}; the tokenizer's own special tokens come on top.
+    template: text with {response} and usually {prompt}; the tokenizer adds its own special tokens.
     unsafe_labels: names or indices; None: every label (multi-label only, as BeaverDam's fourteen).
     multi_label: labels are judged one by one (sigmoid) and not against each other (softmax); None: as the model's
     config says. A model with one label is always read by sigmoid.
-    threshold: unsafe above it. Multi-label: any listed label's probability; else the listed labels' together.
-    max_length: in tokens, where it is less than what model and tokenizer say.
+    threshold: a probability; unsafe above it. Multi-label: any listed label's; otherwise the sum of the listed ones.
+    max_length: in tokens, where it is less than the limits of model and tokenizer.
     """
 
     template: str
@@ -45,12 +47,12 @@ class SequenceRule:
 
 
 def model_class(section: JudgeModel) -> type:
-    """transformers' class of a judge's model."""
+    """transformers' class for a judge's model."""
     return AutoModelForSequenceClassification if isinstance(section, ClassifierModel) else AutoModelForCausalLM
 
 
 def classifier_family(template: str) -> Family:
-    """A classifier's text; it forces no prefix and says no word."""
+    """A classifier's text: no forced prefix and no verdict words."""
     return Family("classifier", "", (), (), template)
 
 
@@ -72,12 +74,12 @@ def label_score(kind: str, logits: Tensor, unsafe: Sequence[int], is_multi: bool
 class ClassifierGuard(Guard):
     """A frozen ``AutoModelForSequenceClassification`` as ESI's judge.
 
-    unsafe, is_multi: as ``read_rule`` gives them. A decoder without a padding token takes one row at a time.
+    unsafe, is_multi: as ``read_rule`` returns them. A decoder without a padding token takes one pair at a time.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         score: str,
         weights: Weights,
@@ -87,11 +89,13 @@ class ClassifierGuard(Guard):
         super().__init__(model, tokenizer, score, weights)
         self._unsafe, self._is_multi = list(unsafe), is_multi
 
-    def _forward(self, inputs: Sequence[GuardInput], device) -> tuple[Tensor, list[slice], Tensor]:
-        """Ids go in, not embeddings, and padding stands on the right: decoders look for a row's last token by its id,
-        encoders count positions from the left. The embeddings are made a leaf on their way."""
-        ids = [entry.encoded.ids for entry in inputs]
-        batch = right_pad([{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids], self._pad, device)
+    def _forward(
+        self, pairs: Sequence[EncodedPair], device: torch.device | str
+    ) -> tuple[Tensor, list[slice], Tensor]:
+        """As ``Guard._forward``, but the model reads ids: a decoder looks for each row's last token by its id. A hook
+        makes the embeddings a leaf on their way."""
+        batch = classifier_batch(pairs, pad_token_id(self.model), device)
+        batch.pop("token_type_ids", None)  # GPT-2 embeds them by the same table, and the hook would see two calls
         embedded: list[Tensor] = []
 
         def make_leaf(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
@@ -104,71 +108,85 @@ class ClassifierGuard(Guard):
         finally:
             hook.remove()
         scores = torch.stack([label_score(self.score, row, self._unsafe, self._is_multi) for row in logits])
-        return embedded[0], [slice(0, len(row)) for row in ids], scores
+        return embedded[0], [slice(0, len(pair.text.ids)) for pair in pairs], scores
 
-    @property
-    def _pad(self) -> int | None:
-        return self.model.config.get_text_config().pad_token_id
+
+def pad_token_id(model: PreTrainedModel) -> int | None:
+    """The padding token that the model itself knows; None where its config names none."""
+    return model.config.get_text_config().pad_token_id
 
 
 def read_rule(config: PretrainedConfig, rule: SequenceRule, field: str) -> tuple[list[int], bool]:
-    """Indices of the unsafe labels, and whether labels are judged one by one. Raises UserError naming ``field``."""
-    names = [config.id2label[index] for index in range(config.num_labels)]
+    """Indices of the unsafe labels, and whether labels are judged one by one.
+
+    Raises UserError naming a key below ``field`` for a rule that does not fit the model's ``config``.
+    """
+    names = label_names(config)
     is_multi = rule.multi_label
     if is_multi is None or len(names) == 1:  # a softmax over one label is always 1
         is_multi = len(names) == 1 or config.problem_type == "multi_label_classification"
     if rule.template.count("{response}") != 1:
         raise UserError(f"{field}.template", rule.template[:60], "must hold {response} exactly once", "write it in")
     if not 0 < rule.threshold < 1:
-        raise UserError(f"{field}.threshold", rule.threshold, "is no probability between 0 and 1", "try 0.5")
-    given = range(len(names)) if rule.unsafe_labels is None else rule.unsafe_labels
-    indices = list(dict.fromkeys(_label_index(label, names, f"{field}.unsafe_labels") for label in given))
+        raise UserError(f"{field}.threshold", rule.threshold, "is not a probability between 0 and 1", "try 0.5")
+    labels = range(len(names)) if rule.unsafe_labels is None else rule.unsafe_labels
+    indices = list(dict.fromkeys(_label_index(label, names, f"{field}.unsafe_labels") for label in labels))
     if not indices or (not is_multi and len(indices) == len(names)):
         raise UserError(
             f"{field}.unsafe_labels",
             rule.unsafe_labels,
             "leaves the judge only one thing to say",
-            f"name those that mean unsafe among {', '.join(names)}",
+            f"name the ones that mean unsafe among {', '.join(names)}",
         )
     return indices, is_multi
+
+
+def label_names(config: PretrainedConfig) -> list[str]:
+    """Names of a classifier's labels in the order of its logits."""
+    names = dict(config.id2label or {})
+    return [str(names[index]) for index in range(config.num_labels or 0)]
 
 
 def _label_index(label: str | int, names: Sequence[str], field: str) -> int:
     if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
         return label
     if label in names:
-        return names.index(label)
+        return names.index(str(label))
     near = difflib.get_close_matches(str(label), names, n=1, cutoff=0.0)
-    raise UserError(field, label, f"is no label; there are {', '.join(names)}", f"the nearest is {near[0]}")
+    raise UserError(field, label, f"is not a label of {', '.join(names)}", f"the nearest is {near[0]}")
 
 
-def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase, given: int | None) -> int | None:
-    """How many tokens the judge reads at most: the least of what model, tokenizer and config say; None: no limit."""
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, configured: int | None) -> int | None:
+    """How many tokens the judge reads at most: the least limit of model, tokenizer and config; None: no limit."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None:
-        # RoBERTa counts positions from its padding index on: 514 of them are for 512 tokens.
+        # RoBERTa counts positions from its padding index on: 514 of them serve 512 tokens.
         reserved = (
             getattr(module, "padding_idx", None)
             for name, module in model.named_modules()
             if name.endswith("position_embeddings")
         )
         positions -= sum(index + 1 for index in reserved if index is not None)
-    limits = [limit for limit in (given, positions, tokenizer.model_max_length) if limit and limit < NO_LIMIT]
+    limits = [limit for limit in (configured, positions, tokenizer.model_max_length) if limit and limit < NO_LIMIT]
     return min(limits, default=None)
 
 
-def right_pad(
-    rows: Sequence[Mapping[str, list[int]]], pad: int | None, device: torch.device | str
+def classifier_batch(
+    pairs: Sequence[EncodedPair], pad: int | None, device: torch.device | str
 ) -> dict[str, Tensor]:
-    """int64 [B, L]; right, as classifiers were trained: encoders count positions from the left."""
-    width = max(len(row["input_ids"]) for row in rows)
+    """A classifier's inputs, int64 [B, L]: input_ids, attention_mask and, where the tokenizer gives them,
+    token_type_ids.
+
+    Padding stands on the right, as classifiers were trained: encoders count positions from the left.
+    """
+    texts = [pair.text for pair in pairs]
+    rows = {"input_ids": [text.ids for text in texts], "attention_mask": [[1] * len(text.ids) for text in texts]}
+    token_types = [text.token_types for text in texts if text.token_types is not None]
+    if token_types:
+        rows["token_type_ids"] = token_types
+    width = max(len(text.ids) for text in texts)
+    fill = {"input_ids": pad or 0}
     return {
-        name: torch.tensor(
-            [
-                [*row[name], *[(pad or 0) if name == "input_ids" else 0] * (width - len(row["input_ids"]))]
-                for row in rows
-            ],
-            device=device,
-        )
-        for name in rows[0]
+        name: torch.tensor([[*row, *[fill.get(name, 0)] * (width - len(row))] for row in values], device=device)
+        for name, values in rows.items()
     }

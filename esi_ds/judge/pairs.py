@@ -1,0 +1,198 @@
+"""(prompt, response) → the token ids a judge reads. Scoring and evaluation both encode their pairs here.
+
+The judge's prompt is built as one text and tokenized in one call, so that tokens may straddle the response's borders;
+character offsets say which of them overlap it (docs/method.md §1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from esi_ds.errors import UserError
+from esi_ds.judge.families import Family
+
+RESPONSE_MARK = "⟦response⟧"
+Context = Literal["prompt_and_response", "response_only"]
+Span = tuple[int, int]  # characters [start, end)
+
+
+@dataclass(frozen=True)
+class JudgedText:
+    """The judge's whole prompt as one text; the response stands at characters [start, end).
+
+    response_offset: where that part begins in the original response, which a template may trim.
+    """
+
+    text: str
+    start: int
+    end: int
+    response_offset: int
+
+
+class TextBuilder:
+    """Builds the judge's text for a (prompt, response) pair of one family.
+
+    context: what the judge reads; ``response_only`` leaves the prompt out. Raises UserError naming ``field`` where the
+    tokenizer's chat template rejects a user and an assistant turn.
+    """
+
+    def __init__(self, family: Family, tokenizer: PreTrainedTokenizerBase, context: Context, field: str = "judge"):
+        self.family, self.tokenizer, self.context = family, tokenizer, context
+        self._content_is_list = False
+        if family.template is None:
+            try:
+                shown = self._apply_chat_template("x", RESPONSE_MARK)
+            except Exception as error:  # a guard's Jinja may raise anything
+                raise UserError(
+                    f"{field}.path",
+                    tokenizer.name_or_path,
+                    f"chat template fails: {error}",
+                    "give a guard whose template takes user and assistant turns",
+                ) from error
+            # Templates of multimodal guards (Llama-Guard-3-1B) read a turn's content as a list of parts.
+            self._content_is_list = RESPONSE_MARK not in shown
+
+    def _apply_chat_template(self, prompt: str, response: str) -> str:
+        # Response only: the response becomes the user's turn, as in the paper's code.
+        response_only = self.context == "response_only"
+        turns = [("user", response)] if response_only else [("user", prompt), ("assistant", response)]
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}] if self._content_is_list else text}
+            for role, text in turns
+        ]
+        # transformers declares neither a list of parts as content, nor that tokenize=False gives one text.
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))  # type: ignore[arg-type]
+
+    def _render(self, prompt: str, response: str) -> str:
+        if self.family.template is None:
+            return self._apply_chat_template(prompt, response)
+        parts = self.family.template.split("{response}")
+        prompt = "" if self.context == "response_only" else prompt
+        return response.join(part.replace("{prompt}", prompt) for part in parts)
+
+    def build(self, prompt: str, response: str) -> JudgedText | None:
+        """The text with the forced prefix behind it; None where the template alters the response beyond trimming."""
+        marked = self._render(prompt, RESPONSE_MARK)
+        start = marked.find(RESPONSE_MARK)
+        text = self._render(prompt, response)
+        num_after = len(marked) - start - len(RESPONSE_MARK)
+        end = len(text) - num_after
+        shown = text[start:end]
+        offset = response.find(shown) if start >= 0 and shown else -1
+        if offset < 0:
+            return None
+        return JudgedText(text + self.family.prefix, start, end, offset)
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """What the judge reads: ``ids`` end just before the verdict, or with the text where the family has no words.
+
+    offsets: character spans of the ids in the text. safe, unsafe: ids of the verdict tokens, empty without words.
+    token_types: the tokenizer's ``token_type_ids``, None where it gives none.
+    """
+
+    ids: list[int]
+    offsets: list[Span]
+    safe: list[int]
+    unsafe: list[int]
+    token_types: list[int] | None = None
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, family: Family) -> EncodedText:
+    """Encode the text with each verdict word behind it and cut it at the first position where the words differ.
+
+    Raises ValueError where that position does not tell every safe word from every unsafe one. A family without words
+    (a classifier) reads the text to its end.
+    """
+    encodings = [
+        tokenizer(text + word, add_special_tokens=family.adds_special_tokens, return_offsets_mapping=True)
+        for word in (*family.safe, *family.unsafe) or ("",)
+    ]
+    first = encodings[0]
+    if not (family.safe or family.unsafe):
+        return EncodedText(first["input_ids"], first["offset_mapping"], [], [], first.get("token_type_ids"))
+    columns = zip(*(encoding["input_ids"] for encoding in encodings), strict=False)  # up to the shortest
+    for position, column in enumerate(columns):
+        if len(set(column)) == 1:
+            continue
+        safe, unsafe = list(column[: len(family.safe)]), list(column[len(family.safe) :])
+        if set(safe) & set(unsafe):
+            break
+        return EncodedText(first["input_ids"][:position], first["offset_mapping"][:position], safe, unsafe)
+    raise ValueError(f"the guard's tokenizer cannot tell {family.safe} from {family.unsafe}")
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """One (prompt, response) pair as the judge reads it.
+
+    response_tokens: positions in ``text.ids`` of the tokens that overlap the response, possibly none; spans: their
+    character ranges in the original response, which may stick out of it; shown: the range of it that the text holds.
+    """
+
+    text: EncodedText
+    response_tokens: list[int]
+    spans: list[Span]
+    shown: Span
+
+
+class PairEncoder:
+    """Encodes pairs for one judge.
+
+    max_length: tokens the judge takes; None: any number. A longer text is refused and never cut: half a response is
+    another response. field: the judge's section of the config, for errors. Raises UserError as ``TextBuilder`` does.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        context: Context = "prompt_and_response",
+        max_length: int | None = None,
+        field: str = "judge",
+    ):
+        self.family, self.tokenizer, self.max_length, self._field = family, tokenizer, max_length, field
+        self._texts = TextBuilder(family, tokenizer, context, field)
+
+    def encode(self, prompt: str, response: str) -> EncodedPair | str:
+        """The pair, or the reason why it cannot be judged. Special tokens in it must be broken up already."""
+        judged = self._texts.build(prompt, response)
+        if judged is None:
+            return "the judge's template does not show the response"
+        try:
+            text = encode_text(self.tokenizer, judged.text, self.family)
+        except ValueError as error:
+            return str(error)
+        if self.max_length is not None and len(text.ids) > self.max_length:
+            return f"too long for the judge ({len(text.ids)} tokens, it takes {self.max_length})"
+        tokens = [
+            j for j, (start, end) in enumerate(text.offsets) if start < judged.end and end > max(judged.start, start)
+        ]
+        shift = judged.response_offset - judged.start
+        spans = [(text.offsets[j][0] + shift, text.offsets[j][1] + shift) for j in tokens]
+        return EncodedPair(text, tokens, spans, (judged.response_offset, judged.end + shift))
+
+    def check_verdict(self) -> None:
+        """Raise UserError, before any weight is loaded, where the verdict's words cannot be told apart."""
+        judged = self._texts.build("Hello", "Hello")
+        if judged is None:
+            raise UserError(
+                f"{self._field}.template" if self.family.template else f"{self._field}.path",
+                self.tokenizer.name_or_path,
+                "does not show the response in the guard's text",
+                "put {response} into the template",
+            )
+        try:
+            encode_text(self.tokenizer, judged.text, self.family)
+        except ValueError as error:
+            raise UserError(
+                f"{self._field}.verdict",
+                f"{self.family.safe} / {self.family.unsafe}",
+                str(error),
+                "choose words that begin with different tokens of the guard",
+            ) from error
