@@ -68,8 +68,8 @@ def make_pass(folder: Path, dtype: str, autoep_size: int | None = None):
 
     from esi_ds.config import validate
     from esi_ds.data.chat import EncodedResponse
-    from esi_ds.judge.families import EncodedJudgement
-    from esi_ds.judge.guard import Guard, GuardInput, WholeWeights
+    from esi_ds.judge.guard import Guard, WholeWeights
+    from esi_ds.judge.pairs import EncodedPair, EncodedText
     from esi_ds.models.folder import ModelSource
     from esi_ds.stages.esi.objectives import SafetyObjective
     from esi_ds.stages.esi.prepare import Example
@@ -101,13 +101,13 @@ def make_pass(folder: Path, dtype: str, autoep_size: int | None = None):
     for index in range(BATCH * runtime.world_size()):
         prompt, response = torch.randint(5, 4096, (2, PROMPT), generator=generator).tolist()
         spans = [(i, i + 1) for i in range(RESPONSE)]
-        encoded = EncodedJudgement(prompt + response, spans, [7], [8])
+        judge_text = EncodedText(prompt + response, spans, [7], [8])
         examples.append(
             Example(
                 index,
                 prompt,
                 EncodedResponse(response, spans),
-                GuardInput(encoded, list(range(PROMPT, PROMPT + RESPONSE)), spans, (0, RESPONSE)),
+                EncodedPair(judge_text, list(range(PROMPT, PROMPT + RESPONSE)), spans, (0, RESPONSE)),
             )
         )
     # One vocabulary for both: the map is the identity.

@@ -68,9 +68,7 @@ class SequenceJudge(ModelJudge):
     ):
         self._indices, self._is_multi = read_rule(model.config, rule, field)
         limit = longest_input(model, tokenizer, rule.max_length)
-        super().__init__(
-            model, PairEncoder(classifier_family(rule.template), tokenizer, max_length=limit, field=field)
-        )
+        super().__init__(model, PairEncoder(classifier_family(rule.template), tokenizer, max_length=limit, field=field))
         self._pad, self._threshold = pad_token_id(model), rule.threshold
         # A decoder looks for a row's last token by the padding token: without one it takes single rows only.
         self.max_batch = 1 if self._pad is None else None

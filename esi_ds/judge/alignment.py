@@ -16,8 +16,8 @@ def alignment_weights(
     """w [T, J] float32: w[t, j] = |span(t) ∩ span(j)| / |span(j)|.
 
     Spans are character ranges in the response's text; the model's are disjoint, the guard's may stick out of it.
-    ``shown``: the part of the response that the guard's text holds. ``has_text[t]`` False: the token has no text of
-    its own and gets weight 0. Guard tokens without extent get no weight.
+    ``shown``: the part of the response that the guard's text holds. Tokens t whose ``has_text[t]`` is False, and guard
+    tokens of zero length, get weight 0.
     """
     model = torch.tensor(model_spans, dtype=torch.float32).reshape(-1, 2).clamp(*shown)
     guard = torch.tensor(guard_spans, dtype=torch.float32).reshape(-1, 2)

@@ -89,9 +89,7 @@ class ClassifierGuard(Guard):
         super().__init__(model, tokenizer, score, weights)
         self._unsafe, self._is_multi = list(unsafe), is_multi
 
-    def _forward(
-        self, pairs: Sequence[EncodedPair], device: torch.device | str
-    ) -> tuple[Tensor, list[slice], Tensor]:
+    def _forward(self, pairs: Sequence[EncodedPair], device: torch.device | str) -> tuple[Tensor, list[slice], Tensor]:
         """As ``Guard._forward``, but the model reads ids: a decoder looks for each row's last token by its id. A hook
         makes the embeddings a leaf on their way."""
         batch = classifier_batch(pairs, pad_token_id(self.model), device)
@@ -143,8 +141,8 @@ def read_rule(config: PretrainedConfig, rule: SequenceRule, field: str) -> tuple
 
 def label_names(config: PretrainedConfig) -> list[str]:
     """Names of a classifier's labels in the order of its logits."""
-    names = dict(config.id2label or {})
-    return [str(names[index]) for index in range(config.num_labels or 0)]
+    names = {int(index): name for index, name in (config.id2label or {}).items()}
+    return [names[index] for index in range(config.num_labels or 0)]
 
 
 def _label_index(label: str | int, names: Sequence[str], field: str) -> int:
@@ -171,9 +169,7 @@ def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
     return min(limits, default=None)
 
 
-def classifier_batch(
-    pairs: Sequence[EncodedPair], pad: int | None, device: torch.device | str
-) -> dict[str, Tensor]:
+def classifier_batch(pairs: Sequence[EncodedPair], pad: int | None, device: torch.device | str) -> dict[str, Tensor]:
     """A classifier's inputs, int64 [B, L]: input_ids, attention_mask and, where the tokenizer gives them,
     token_type_ids.
 

@@ -73,7 +73,7 @@ def choose_family(section: GuardModel, tokenizer: PreTrainedTokenizerBase, field
                 f"{field}.path",
                 section.path,
                 f"has no chat template, which {section.family} guards need",
-                "give the guard's own folder, or family: custom with a template",
+                "give the guard's original folder, or family: custom with a template",
             )
         return FAMILIES[section.family]
     for family in sorted(FAMILIES.values(), key=lambda row: row.name, reverse=True):

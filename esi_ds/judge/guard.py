@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ class Guard:
     def judge(self, pairs: Sequence[EncodedPair], device: torch.device | str) -> list[Judgement]:
         """Scores and gradients of a batch: one forward and one backward pass of the guard, for any number of pairs.
 
-        Collectives: the guard's own parameter gathers when it is sharded.
+        Collectives: the gathers of the guard's parameters when it is sharded.
         """
         embedded, columns, scores = self._forward(pairs, device)
         (gradient,) = torch.autograd.grad(scores.sum(), embedded)
@@ -84,13 +84,11 @@ class Guard:
         self._weights.release()
         return scores.tolist()
 
-    def _forward(
-        self, pairs: Sequence[EncodedPair], device: torch.device | str
-    ) -> tuple[Tensor, list[slice], Tensor]:
-        """Embedded batch [B, L, d], a leaf where gradients are wanted; the columns of L that hold each row; scores [B]."""
+    def _forward(self, pairs: Sequence[EncodedPair], device: torch.device | str) -> tuple[Tensor, list[slice], Tensor]:
+        """Embedded batch [B, L, d], a leaf where gradients are wanted; each pair's columns in L; scores [B]."""
         batch = left_pad([pair.text.ids for pair in pairs], self.tokenizer.pad_token_id, device)
         width = batch["input_ids"].shape[1]
-        # Looked up by hand: a sharded guard's embedding module must not be called outside of the model's own forward.
+        # Looked up by hand: a sharded guard's embedding module must not be called outside of the model's forward.
         with self.embedding_table() as table:
             embedded = F.embedding(batch.pop("input_ids"), table) * self.embedding_scale
         embedded.requires_grad_(torch.is_grad_enabled())
@@ -110,6 +108,6 @@ class Guard:
     @contextmanager
     def embedding_table(self) -> Iterator[Tensor]:
         """The embedding's weight [rows, d], whole. Collectives: one all-gather where the guard is sharded."""
-        weight = self.model.get_input_embeddings().weight
+        weight = cast(nn.Parameter, self.model.get_input_embeddings().weight)
         with self._weights.gathered(weight):
             yield weight.detach()

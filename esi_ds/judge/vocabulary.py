@@ -12,17 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from esi_ds.errors import UserError
 
-REPLACEMENT = "\ufffd"  # what decoders show for bytes that are no whole character
-# Text in front of a token, so that it is decoded and encoded as in the middle of a text. The first one that does not
-# melt into the token is used.
+REPLACEMENT = "\ufffd"  # what decoders show for bytes that are not a whole character
+# Text put before a token so that it is decoded and encoded as in the middle of a text. The first anchor that the
+# tokenizer does not merge with the token is used.
 ANCHORS = ("\n", "a", " ", "0")
-ROWS = 8192  # rows of the embedding table turned into float32 at a time
+ROWS = 8192  # rows of the embedding table converted to float32 at a time
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
-    """Each token's text as it appears mid-text; None for special tokens and pieces that are no whole characters."""
+    """Each token's text as it appears mid-text; None for special tokens and pieces of a character."""
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
-    before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+    before = str(tokenizer.decode(anchor, clean_up_tokenization_spaces=False))
     special = set(tokenizer.all_special_ids) | {
         index for index, token in tokenizer.added_tokens_decoder.items() if token.special
     }
@@ -31,16 +31,16 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
     )
     texts: list[str | None] = []
     for token, text in enumerate(decoded):
-        own = text[len(before) :] if text.startswith(before) else ""
-        texts.append(own if own and token not in special and REPLACEMENT not in own else None)
+        piece = text[len(before) :] if text.startswith(before) else ""
+        texts.append(piece if piece and token not in special and REPLACEMENT not in piece else None)
     return texts
 
 
 def encode_mid_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The ids of each text as the tokenizer encodes it behind other text."""
-    found: dict[int, list[int]] = {}
+    """The ids of each text as the tokenizer encodes it after other text."""
+    ids_by_index: dict[int, list[int]] = {}
     for anchor in ANCHORS:
-        waiting = [index for index in range(len(texts)) if index not in found]
+        waiting = [index for index in range(len(texts)) if index not in ids_by_index]
         if not waiting:
             break
         encoded = tokenizer(
@@ -50,15 +50,15 @@ def encode_mid_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> lis
             if not any(start < len(anchor) < end for start, end in spans):
                 kept = [token for token, (start, _) in zip(ids, spans, strict=True) if start >= len(anchor)]
                 if kept:
-                    found[index] = kept
+                    ids_by_index[index] = kept
     for index in range(len(texts)):
-        if index not in found:
-            found[index] = tokenizer(texts[index], add_special_tokens=False)["input_ids"]
-    return [found[index] for index in range(len(texts))]
+        if index not in ids_by_index:
+            ids_by_index[index] = tokenizer(texts[index], add_special_tokens=False)["input_ids"]
+    return [ids_by_index[index] for index in range(len(texts))]
 
 
 def same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
-    """Whether the two cut every text into the same ids."""
+    """Whether the two encode every text as the same ids."""
     if first.get_vocab() != second.get_vocab():
         return False
     parts = ("model", "normalizer", "pre_tokenizer", "decoder")
@@ -77,14 +77,15 @@ def _mean_matrix(pieces: list[list[int]]) -> Tensor:
     columns = torch.tensor([piece for ids in pieces for piece in ids])
     values = (1.0 / lengths.float()).repeat_interleave(lengths)
     size = (len(pieces), int(columns.max()) + 1)
-    # A text may hold one guard token twice: coalescing adds the two up, which CSR by itself does not allow.
+    # A text may hold one guard token twice; coalescing adds the two up, since CSR does not allow duplicates.
     return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, size).coalesce().to_sparse_csr()
 
 
 class VocabularyMap:
-    """A ũ for every token of the model, V = the width of the model's logits.
+    """Computes A ũ: what every token of the model is worth to the guard.
 
-    model_tokenizer, guard_tokenizer: fast tokenizers. num_logits: V, may exceed the tokenizer's length (padding rows).
+    model_tokenizer, guard_tokenizer: fast tokenizers. num_logits: V, the width of the model's logits, which may exceed
+    the tokenizer's length (padding rows). Raises UserError where the guard can encode no token of the model.
     """
 
     def __init__(
@@ -94,14 +95,14 @@ class VocabularyMap:
         self.is_identity = same_vocabulary(model_tokenizer, guard_tokenizer)
         texts = token_texts(model_tokenizer)[:num_logits]
         self.has_text = [text is not None for text in texts] + [False] * (num_logits - len(texts))
-        mapped = [] if self.is_identity else [token for token, own in enumerate(self.has_text) if own]
-        pieces = encode_mid_text(guard_tokenizer, [texts[token] for token in mapped])
+        mapped = {} if self.is_identity else {token: text for token, text in enumerate(texts) if text is not None}
+        pieces = encode_mid_text(guard_tokenizer, list(mapped.values()))
         kept = [(token, ids) for token, ids in zip(mapped, pieces, strict=True) if ids]
         if not self.is_identity and not kept:
             raise UserError(
                 "judge.path",
                 guard_tokenizer.name_or_path,
-                "cannot write any token of the model",
+                "cannot encode any token of the model",
                 "use a guard whose tokenizer covers the model's language",
             )
         self._tokens = torch.tensor([token for token, _ in kept], dtype=torch.int64)
@@ -110,7 +111,7 @@ class VocabularyMap:
     def contract(self, gradient: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
         """c = A ũ: float32 [T, V] for ũ ``gradient`` [T, d] and the guard's embedding ``table`` [rows, d].
 
-        Tokens without text of their own get the mean over the mapped ones. ``scale``: what the guard multiplies its
+        Tokens without text get the mean over the mapped ones. ``scale``: what the guard multiplies its
         embeddings by.
         """
         gradient = gradient.float()
@@ -119,6 +120,7 @@ class VocabularyMap:
             known = products[:, : self.num_logits]
             missing = self.num_logits - known.shape[1]
             return torch.cat([known, known.mean(1, keepdim=True).expand(-1, missing)], dim=1) if missing else known
+        assert self._means is not None
         self._means, self._tokens = self._means.to(products.device), self._tokens.to(products.device)
         mapped = torch.sparse.mm(self._means, products[:, : self._means.shape[1]].T.contiguous()).T
         contraction = mapped.mean(1, keepdim=True).repeat(1, self.num_logits)

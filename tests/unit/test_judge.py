@@ -12,8 +12,9 @@ from reference import guard_ids_mid_text, token_text, vocabulary_map
 from esi_ds.data.chat import break_up, encode_response, special_strings
 from esi_ds.errors import UserError
 from esi_ds.judge.alignment import alignment_weights
-from esi_ds.judge.families import FAMILIES, Family, TextBuilder, choose_family, encode_judgement
-from esi_ds.judge.guard import encode_pair, verdict_score
+from esi_ds.judge.families import FAMILIES, Family, choose_family
+from esi_ds.judge.guard import verdict_score
+from esi_ds.judge.pairs import PairEncoder, TextBuilder, encode_text
 from esi_ds.judge.vocabulary import VocabularyMap, encode_mid_text, same_vocabulary, token_texts
 
 TOKENIZERS = {
@@ -45,15 +46,15 @@ def test_token_texts_are_texts_mid_text(name: str) -> None:
 @pytest.mark.parametrize(("model", "guard"), COUPLES)
 def test_contraction_is_the_product_with_the_whole_map(model: str, guard: str) -> None:
     """A ũ through M (E ũ) against the map A built row by row, padded logits included."""
-    own, other = TOKENIZERS[model](), guard_tokenizer(guard)
+    tokenizer, other = TOKENIZERS[model](), guard_tokenizer(guard)
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(len(other), 8, generator=generator)
     gradient = torch.randn(5, 8, generator=generator)
-    vocabulary = VocabularyMap(own, other, len(own) + 4)
-    expected = gradient @ vocabulary_map(own, other, table, len(own) + 4).T
+    vocabulary = VocabularyMap(tokenizer, other, len(tokenizer) + 4)
+    expected = gradient @ vocabulary_map(tokenizer, other, table, len(tokenizer) + 4).T
     # fp32 sums in another order, values of size one: 1e-5 is about a hundred roundings.
     torch.testing.assert_close(vocabulary.contract(gradient, table), expected, rtol=1e-5, atol=1e-5)
-    assert vocabulary.is_identity == (model == guard) == same_vocabulary(own, other)
+    assert vocabulary.is_identity == (model == guard) == same_vocabulary(tokenizer, other)
 
 
 def test_identity_uses_the_table_itself() -> None:
@@ -76,25 +77,21 @@ def test_mid_text_encoding_spells_the_text(name: str) -> None:
 @pytest.mark.parametrize(("model", "guard"), COUPLES)
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair[1].isascii()])
 def test_weights_of_a_guard_token_inside_the_response_add_up_to_one(model: str, guard: str, pair) -> None:
-    own, other = TOKENIZERS[model](), guard_tokenizer(guard)
-    texts = TextBuilder(LLAMA, other, "prompt_and_response")
-    entry = encode_pair(texts, LLAMA, other, *pair, max_length=None)
-    response = encode_response(own, pair[1])
-    weights = alignment_weights(response.offsets, entry.spans, entry.shown, [True] * len(response.ids))
-    low, high = entry.shown
+    encoded = PairEncoder(LLAMA, guard_tokenizer(guard)).encode(*pair)
+    response = encode_response(TOKENIZERS[model](), pair[1])
+    weights = alignment_weights(response.offsets, encoded.spans, encoded.shown, [True] * len(response.ids))
+    low, high = encoded.shown
     assert pair[1][low:high] == pair[1].strip()
-    shares = [max(0, min(end, high) - max(start, low)) / (end - start) for start, end in entry.spans]
+    shares = [max(0, min(end, high) - max(start, low)) / (end - start) for start, end in encoded.spans]
     torch.testing.assert_close(weights.sum(0), torch.tensor(shares))
     assert shares.count(1.0) >= len(shares) - 2  # all but those that straddle a border
 
 
 def test_one_tokenizer_gives_the_identity_inside_the_response() -> None:
-    own, other = byte_bpe_tokenizer(), guard_tokenizer("byte")
-    texts = TextBuilder(LLAMA, other, "prompt_and_response")
     response = " ".join(["First step 2. Second step 3."] * 2)
-    entry = encode_pair(texts, LLAMA, other, "Tell me", response, max_length=None)
-    encoded = encode_response(own, response)
-    weights = alignment_weights(encoded.offsets, entry.spans, entry.shown, [True] * len(encoded.ids))
+    pair = PairEncoder(LLAMA, guard_tokenizer("byte")).encode("Tell me", response)
+    encoded = encode_response(byte_bpe_tokenizer(), response)
+    weights = alignment_weights(encoded.offsets, pair.spans, pair.shown, [True] * len(encoded.ids))
     assert torch.equal(weights[1:-1, 1:-1], torch.eye(len(encoded.ids))[1:-1, 1:-1])
 
 
@@ -132,13 +129,13 @@ def test_a_template_that_reads_lists_of_parts() -> None:
 def test_verdict_ids_come_from_the_first_difference() -> None:
     tokenizer = byte_bpe_tokenizer()
     family = Family("custom", " It is", (" a safe",), (" a unsafe",), "x")
-    found = encode_judgement(tokenizer, "Verdict: It is", family)
+    text = encode_text(tokenizer, "Verdict: It is", family)
     safe, unsafe = (tokenizer("Verdict: It is" + word)["input_ids"] for word in (" a safe", " a unsafe"))
-    position = len(found.ids)
-    assert safe[:position] == unsafe[:position] == found.ids
-    assert (found.safe, found.unsafe) == ([safe[position]], [unsafe[position]]) and safe[position] != unsafe[position]
+    position = len(text.ids)
+    assert safe[:position] == unsafe[:position] == text.ids
+    assert (text.safe, text.unsafe) == ([safe[position]], [unsafe[position]]) and safe[position] != unsafe[position]
     with pytest.raises(ValueError, match="cannot tell"):
-        encode_judgement(tokenizer, "Verdict:", Family("custom", "", (" safe",), (" safe, safe",), "x"))
+        encode_text(tokenizer, "Verdict:", Family("custom", "", (" safe",), (" safe, safe",), "x"))
 
 
 def test_scores_of_a_verdict() -> None:

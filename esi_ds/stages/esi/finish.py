@@ -19,7 +19,7 @@ from esi_ds.report.experts import expert_tables
 from esi_ds.report.html import write_report
 from esi_ds.report.publish import closing_table, publish
 from esi_ds.stages.esi.losses import LossRows
-from esi_ds.stages.esi.prepare import Inputs, Judge, clean, encode_prompts
+from esi_ds.stages.esi.prepare import Inputs, PreparedEsiJudge, clean, encode_prompts
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
@@ -244,7 +244,7 @@ def run_facts(config: Config, model: ShardedModel, fingerprint: str, outcome: Ou
     return facts
 
 
-def _judge_facts(config: Config, judge: Judge | None) -> dict[str, object]:
+def _judge_facts(config: Config, judge: PreparedEsiJudge | None) -> dict[str, object]:
     section = config.judge
     if judge is None:
         return {"judge": f"scores given in {config.data.responses}"}

@@ -24,23 +24,25 @@ from esi_ds.data.chat import (
 from esi_ds.data.prompts import PromptSet, given_scores, load_prompts, load_responses
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import SequenceRule, classifier_family, longest_input, model_class, read_rule
-from esi_ds.judge.families import Family, TextBuilder, choose_family
-from esi_ds.judge.guard import GuardInput, check_verdict, encode_pair
+from esi_ds.judge.families import Family, choose_family
+from esi_ds.judge.pairs import EncodedPair, PairEncoder
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
 from esi_ds.models.meta import meta_model, meta_parameters
 from esi_ds.stages.esi.losses import LossRows, prepare_losses
 
 
 @dataclass(frozen=True)
-class Judge:
-    """The judge's texts and tokens; its weights come later. labels: of a classifier, the unsafe ones' indices and
-    whether labels are judged one by one."""
+class PreparedEsiJudge:
+    """ESI's judge, checked as far as that goes without its weights.
+
+    encoder: turns pairs into the ids it reads. labels: of a classifier, the indices of the unsafe ones and whether
+    labels are judged one by one; None: a causal guard.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     family: Family
-    texts: TextBuilder
+    encoder: PairEncoder
     config: PretrainedConfig
-    max_length: int | None
     labels: tuple[list[int], bool] | None = None
 
 
@@ -55,7 +57,7 @@ class Inputs:
 
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    judge: Judge | None
+    judge: PreparedEsiJudge | None
     prompts: list[str]
     given_responses: list[str] | None
     source: dict[str, str]
@@ -73,7 +75,7 @@ class Example:
     index: int
     prompt_ids: list[int]
     response: EncodedResponse
-    guard_input: GuardInput | None
+    guard_input: EncodedPair | None
 
 
 def prepare_prompts(config: Config) -> Inputs | None:
@@ -104,7 +106,7 @@ def _benign_prompts(config: Config) -> tuple[str, ...]:
     return tuple(found)
 
 
-def prepare_judge(config: Config) -> Judge:
+def prepare_judge(config: Config) -> PreparedEsiJudge:
     section = config.judge
     source = ModelSource.of(section, "judge")
     tokenizer = load_tokenizer(source)
@@ -113,17 +115,16 @@ def prepare_judge(config: Config) -> Judge:
     if isinstance(section, EsiClassifier):
         return _prepare_classifier(section, tokenizer, judge_config, config.esi.batch_size)
     family = choose_family(section, tokenizer)
-    texts = TextBuilder(family, tokenizer, section.context)
-    check_verdict(texts, family, tokenizer)
-    return Judge(tokenizer, family, texts, judge_config, max_positions(judge_config))
+    encoder = PairEncoder(family, tokenizer, context=section.context, max_length=max_positions(judge_config))
+    encoder.check_verdict()
+    return PreparedEsiJudge(tokenizer, family, encoder, judge_config)
 
 
 def _prepare_classifier(
     section: EsiClassifier, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, batch_size: int
-) -> Judge:
+) -> PreparedEsiJudge:
     family = classifier_family(section.template)
     labels = read_rule(config, SequenceRule(section.template, section.unsafe_labels, section.multi_label), "judge")
-    texts = TextBuilder(family, tokenizer, "prompt_and_response")
     if config.get_text_config().pad_token_id is None and batch_size > 1:
         raise UserError(
             "judge.path",
@@ -132,7 +133,8 @@ def _prepare_classifier(
             "set esi.batch_size: 1, or pad_token_id in its config.json",
         )
     model = meta_model(config, ModelSource.of(section, "judge"), model_class(section))
-    return Judge(tokenizer, family, texts, config, longest_input(model, tokenizer, None), labels)
+    encoder = PairEncoder(family, tokenizer, max_length=longest_input(model, tokenizer, None))
+    return PreparedEsiJudge(tokenizer, family, encoder, config, labels)
 
 
 def _read_data(
@@ -184,11 +186,12 @@ def encode_examples(
         if limit is not None and len(ids) + len(encoded.ids) > limit:
             excluded[index] = f"too long for the model ({len(ids) + len(encoded.ids)} tokens, it takes {limit})"
             continue
-        guard_input = None
-        if judge is not None:
-            guard_input = encode_pair(judge.texts, judge.family, judge.tokenizer, prompt, response, judge.max_length)
+        guard_input = judge.encoder.encode(prompt, response) if judge is not None else None
         if isinstance(guard_input, str):
             excluded[index] = guard_input
+            continue
+        if guard_input is not None and not guard_input.response_tokens:
+            excluded[index] = "the judge sees no token of the response"
             continue
         examples.append(Example(index, ids, encoded, guard_input))
     return examples, excluded

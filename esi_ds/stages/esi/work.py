@@ -19,7 +19,15 @@ from esi_ds.stages.esi.finish import LossOutcome, Outcome, finish
 from esi_ds.stages.esi.judge_scores import judge_scores
 from esi_ds.stages.esi.losses import LossRows
 from esi_ds.stages.esi.objectives import MeanLoss, SafetyObjective, ScoreFunctionObjective, SquaredRowGradients
-from esi_ds.stages.esi.prepare import EsiInputs, Example, Inputs, Judge, clean, encode_examples, encode_prompts
+from esi_ds.stages.esi.prepare import (
+    EsiInputs,
+    Example,
+    Inputs,
+    PreparedEsiJudge,
+    clean,
+    encode_examples,
+    encode_prompts,
+)
 from esi_ds.stages.esi.score import Objective, PassState, ScoringPass
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.respond import respond, write_responses
@@ -71,7 +79,7 @@ class EsiRun(StageRun[EsiInputs]):
             self._contrast(model, scores, accumulated["benign"])
         finish(config, self.folder.path, model, scores, sigma, self.fingerprint, outcome, losses, self.started, tracker)
 
-    def _load_guard(self, judge: Judge, tracker: Tracker) -> Guard | ClassifierGuard:
+    def _load_guard(self, judge: PreparedEsiJudge, tracker: Tracker) -> Guard | ClassifierGuard:
 
         section = self.config.judge
         module, weights, note = load_judge(

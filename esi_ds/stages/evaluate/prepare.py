@@ -27,8 +27,8 @@ from esi_ds.eval.endpoint import Endpoint
 from esi_ds.eval.refusals import refusal_list
 from esi_ds.eval.rubric import TEMPLATE, check_template
 from esi_ds.eval.tasks import prepare_tasks
-from esi_ds.judge.families import Family, TextBuilder, choose_family
-from esi_ds.judge.guard import check_verdict
+from esi_ds.judge.families import Family, choose_family
+from esi_ds.judge.pairs import PairEncoder
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _prepare_model_judge(section: JudgeModel, place: str) -> PreparedJudge:
             field=place,
         )
     if family is not None:
-        check_verdict(TextBuilder(family, tokenizer, "prompt_and_response", place), family, tokenizer, place)
+        PairEncoder(family, tokenizer, field=place).check_verdict()
     if isinstance(section, EvalClassifier):
         read_rule(config, sequence_rule(section), place)
     return PreparedJudge(label(section), place, section, tokenizer, config, family)
