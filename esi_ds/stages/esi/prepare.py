@@ -21,7 +21,7 @@ from esi_ds.data.chat import (
     load_tokenizer,
     special_strings,
 )
-from esi_ds.data.prompts import PromptSet, given_scores, load_prompts, load_responses
+from esi_ds.data.prompts import PromptSet, load_prompts, load_responses, recorded_scores
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import SequenceRule, classifier_family, longest_input, model_class, read_rule
 from esi_ds.judge.families import Family, choose_family
@@ -146,7 +146,7 @@ def _read_data(
     if config.data.responses is not None:
         rows = load_responses(config.data.responses)[:limit]
         source = {"responses": config.data.responses, "sha256": file_sha256(Path(config.data.responses))}
-        scores = given_scores(rows, config.data.responses) if scores_given(config) else None
+        scores = recorded_scores(rows, config.data.responses) if scores_given(config) else None
         return [row["prompt"] for row in rows], [row["response"] for row in rows], source, [], scores
     section = config.data.prompts
     found: PromptSet = load_prompts(section.path, section.split, section.column, limit)
