@@ -1,27 +1,27 @@
-"""How a mask lies among the experts of a mixture: pure functions of a report's ``units``."""
+"""How a mask is spread over the experts of a mixture: pure functions of a report's ``units``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
-from esi_ds.report.tables import Cell, Row, grouped
+from esi_ds.report.contents import ExpertTables, Share, UnitRow
+from esi_ds.report.tables import Cell, expert_of, grouped
 
 PARTS = {"expert": "routed experts", "shared": "shared experts", "attention": "attention", "mlp": "dense MLPs"}
 
 
-def expert_tables(units: Sequence[Row], k: int) -> Row | None:
-    """None for a dense model; else ``parts`` (routed experts, shared ones, attention, ...), ``experts`` (one row each),
-    ``layers``, and over all routed experts: ``gini`` of their selected weights, ``hold_half``, the least number of
-    experts that together hold half of what routed experts hold."""
-    cells = grouped(units, lambda unit: None if unit["expert"] is None else (unit["layer"], unit["expert"]))
+def expert_tables(units: Sequence[UnitRow], k: int) -> ExpertTables | None:
+    """How a mask of ``k`` weights is spread over experts, layers and other parts; None for a dense model."""
+    cells = grouped(units, expert_of)
     if not cells:
         return None
     whole = sum(unit["numel"] for unit in units)
     selected = [cell.selected for cell in cells.values()]
     parts = grouped(units, lambda unit: PARTS.get(unit["role"].split(".")[0], "head and others"))
-    layers = sorted({layer for layer, _ in cells})
+    by_layer: dict[int, list[int]] = {}
+    for (layer, _), cell in cells.items():
+        by_layer.setdefault(layer, []).append(cell.selected)
     return {
         "num_experts": len(cells),
         "gini": gini(selected),
@@ -32,15 +32,20 @@ def expert_tables(units: Sequence[Row], k: int) -> Row | None:
             for (layer, expert), cell in sorted(cells.items())
         ],
         "layers": [
-            {"layer": layer, "gini": gini(own), "hold_half": hold_half(own), "experts": len(own), "selected": sum(own)}
-            for layer in layers
-            for own in [[cell.selected for (at, _), cell in cells.items() if at == layer]]
+            {
+                "layer": layer,
+                "gini": gini(counts),
+                "hold_half": hold_half(counts),
+                "experts": len(counts),
+                "selected": sum(counts),
+            }
+            for layer, counts in sorted(by_layer.items())
         ],
     }
 
 
-def _share(cell: Cell, k: int, whole: int) -> dict[str, Any]:
-    """share: of the mask; times_chance: that over the share of the scored weights."""
+def _share(cell: Cell, k: int, whole: int) -> Share:
+    """A cell's part of the mask of ``k`` weights. whole: scored weights of the model."""
     share = cell.selected / max(k, 1)
     return {
         "selected": cell.selected,
@@ -51,9 +56,9 @@ def _share(cell: Cell, k: int, whole: int) -> dict[str, Any]:
 
 
 def gini(counts: Sequence[int]) -> float:
-    """Gini's coefficient: 0 where all hold alike, 1 − 1/n where one holds everything; 0 where nobody holds anything.
+    """Gini coefficient: 0 where all counts are equal, 1 − 1/n where one of n holds everything; 0 for all zeros.
 
-    Half the mean absolute difference of two of them over their mean (C. Gini, 1912).
+    Half the mean absolute difference of two counts, over their mean (C. Gini, 1912).
     """
     total, n = sum(counts), len(counts)
     if total == 0:
@@ -63,7 +68,7 @@ def gini(counts: Sequence[int]) -> float:
 
 
 def hold_half(counts: Sequence[int]) -> int:
-    """The least number of counts that make half of all together; 0 where there is nothing."""
+    """The least number of counts that add up to half of the total; 0 where the total is 0."""
     total = sum(counts)
     running = accumulate(sorted(counts, reverse=True))
     return next((number for number, held in enumerate(running, 1) if 2 * held >= total), 0) if total else 0

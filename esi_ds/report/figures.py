@@ -1,10 +1,11 @@
-"""Figures of a report, with matplotlib and no display. Every function returns a Figure that the caller closes."""
+"""Figures of a report, drawn by matplotlib without a display. The caller closes every Figure returned."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 
@@ -15,11 +16,12 @@ import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from esi_ds.report.contents import MetricsRow, ScoreHistogram  # noqa: E402
 from esi_ds.report.tables import Heatmap  # noqa: E402
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MAX_LABELS = 32
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib types the keys of a style as a literal of all names
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -39,7 +41,7 @@ def figure_png(figure: Figure) -> bytes:
 
 
 def heatmap(data: Heatmap) -> Figure:
-    """Layers downwards; readable from 2 × 7 to 94 × 128 cells. Cells that do not exist are grey."""
+    """Rows from the top; readable from 2 × 7 to 94 × 128 cells. Cells that do not exist are grey."""
     values = np.array(data.values, dtype=float)
     rows, columns = values.shape
     width = min(15.0, max(5.5, 1.8 + 0.62 * columns if columns <= 16 else 1.8 + 0.11 * columns))
@@ -51,6 +53,7 @@ def heatmap(data: Heatmap) -> Figure:
 
 
 def draw_heatmap(axes: Axes, data: Heatmap) -> None:
+    """Draw into ``axes``, with a colour bar; up to 120 cells also show their values."""
     values = np.array(data.values, dtype=float)
     image = axes.imshow(
         np.ma.masked_invalid(values),
@@ -72,14 +75,14 @@ def draw_heatmap(axes: Axes, data: Heatmap) -> None:
         _write_values(axes, values)
 
 
-def _label(set_ticks, labels: Sequence[str], rotate: bool = False) -> None:
-    """Every label where there is room, every n-th otherwise."""
+def _label(set_ticks: Callable[..., object], labels: Sequence[str], rotate: bool = False) -> None:
+    """All labels where there is room for them, otherwise every n-th."""
     step = math.ceil(len(labels) / MAX_LABELS)
     options = {"rotation": 40, "ha": "right"} if rotate else {}
     set_ticks(range(0, len(labels), step), list(labels)[::step], **options)
 
 
-def _write_values(axes, values: np.ndarray) -> None:
+def _write_values(axes: Axes, values: np.ndarray) -> None:
     middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (row, column), value in np.ndenumerate(values):
         if math.isfinite(value):
@@ -94,8 +97,8 @@ def _write_values(axes, values: np.ndarray) -> None:
             )
 
 
-def score_histogram(overall: dict, by_role: dict[str, list[int]], threshold: float | None) -> Figure:
-    """Distribution of log10 score, every role normalised to its own size; the threshold as a line."""
+def score_histogram(overall: ScoreHistogram, by_role: Mapping[str, list[int]], threshold: float | None) -> Figure:
+    """Distribution of log10 score, each role normalised to its own size; the threshold as a line."""
     edges = np.array(overall["log10_edges"])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9.5, 3.6))
@@ -128,8 +131,8 @@ def judge_histogram(scores: Sequence[float]) -> Figure:
     return figure
 
 
-def progress_curves(rows: Sequence[dict]) -> Figure:
-    """Judge score and gradient norm of the micro-batches, as the pass went on."""
+def progress_curves(rows: Sequence[MetricsRow]) -> Figure:
+    """Judge score and gradient norm of each micro-batch."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(9.5, 2.6))
         for axes, key, label in zip(
@@ -142,7 +145,7 @@ def progress_curves(rows: Sequence[dict]) -> Figure:
     return figure
 
 
-def training_curves(rows: Sequence[dict]) -> Figure:
+def training_curves(rows: Sequence[MetricsRow]) -> Figure:
     """Loss, gradient norm, learning rate and share of the trained weights that moved, by step."""
     views = (
         ("loss", "loss per learnt token"),
@@ -162,8 +165,8 @@ def training_curves(rows: Sequence[dict]) -> Figure:
     return figure
 
 
-def loss_curves(runs: Sequence[tuple[str, Sequence[dict]]]) -> Figure:
-    """Loss by step of several runs, (name, rows of metrics) each."""
+def loss_curves(runs: Sequence[tuple[str, Sequence[MetricsRow]]]) -> Figure:
+    """Loss by step of several runs. runs: (name, rows of metrics.jsonl)."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8.5, 3.0))
         for index, (name, rows) in enumerate(runs):

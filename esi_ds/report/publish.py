@@ -1,39 +1,42 @@
-"""A finished report to TensorBoard and to the console."""
+"""The report of an ESI run in TensorBoard and on the console."""
 
 from __future__ import annotations
 
-from typing import Any
+from matplotlib.figure import Figure
 
 from esi_ds.report import figures, tables
+from esi_ds.report.contents import EsiReport
 from esi_ds.tracking import Tracker
 
 
-def publish(tracker: Tracker, report: dict[str, Any]) -> None:
-    """Heatmaps as images, log-score histograms, sample answers as text; each role's share of the mask, in per cent."""
+def publish(tracker: Tracker, report: EsiReport) -> None:
+    """Heatmaps as images, histograms of log scores, sample answers as text, and each role's share of the mask in per
+    cent."""
     units, k = report["units"], report["selection"]["k"]
     shares = {f"mask_share/{role}": 100 * cell.selected / max(k, 1) for role, cell in tables.by_role(units)}
     tracker.points(report["facts"].get("prompts used", 0), shares)
-    for group, found in (("roles", tables.layer_by_role(units, k)), ("experts", tables.layer_by_expert(units, k))):
-        for view, data in zip(("share_of_mask", "density", "mean_score"), found, strict=False):
-            figure = figures.heatmap(data)
-            tracker.figure(f"{group}/{view}", figure)
-            figures.plt.close(figure)
+    for group, maps in (("roles", tables.layer_by_role(units, k)), ("experts", tables.layer_by_expert(units, k))):
+        for view, data in zip(("share_of_mask", "density", "mean_score"), maps, strict=False):
+            _show(tracker, f"{group}/{view}", figures.heatmap(data))
     for data in tables.routing_maps(report.get("routing", [])):
-        figure = figures.heatmap(data)
-        tracker.figure(f"routing/{data.title}", figure)
-        figures.plt.close(figure)
+        _show(tracker, f"routing/{data.title}", figures.heatmap(data))
     edges = report["score_histogram"]["log10_edges"]
     tracker.histogram("log10_score/all", edges, report["score_histogram"]["counts"])
     for role, counts in report["score_histograms_by_role"].items():
         tracker.histogram(f"log10_score/{role}", edges, counts)
     for sample in report["samples"]:
-        # Indented lines are Markdown's literal text: what a model answers is shown, not rendered.
+        # Indented lines are literal text in Markdown: an answer is shown, not rendered.
         quoted = "\n".join(f"    {line}" for line in f"{sample['prompt']}\n\n{sample['response']}".splitlines())
         tracker.text(f"answers/{sample['index']}", f"judge score {sample['judge_score']:.4g}\n\n{quoted}")
 
 
-def closing_table(report: dict[str, Any]) -> str:
-    """What the console shows at the end: at most 100 columns."""
+def _show(tracker: Tracker, tag: str, figure: Figure) -> None:
+    tracker.figure(tag, figure)
+    figures.plt.close(figure)
+
+
+def closing_table(report: EsiReport) -> str:
+    """What the console shows at the end; at most 100 columns wide."""
     selection, units = report["selection"], report["units"]
     k = selection["k"]
     threshold = "-" if selection["threshold"] is None else f"{selection['threshold']:.6g}"

@@ -1,21 +1,23 @@
-"""Tables of a report: pure functions of its ``units``, one row a logical matrix."""
+"""Tables of a report: pure functions of its ``units``, one row per logical matrix."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from esi_ds.models.roles import SCORED
+from esi_ds.report.contents import RoutingRow, UnitRow
 
-Row = dict[str, Any]
+Key = TypeVar("Key")
+Column = TypeVar("Column", str, int)
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """A labelled matrix; NaN where there is no such cell. ``unit`` says what its numbers are."""
+    """A matrix with labels; NaN where there is no such cell. unit: of its values."""
 
     title: str
     rows: Sequence[str]
@@ -34,23 +36,35 @@ class Cell:
     numel: int = 0
     score: float = 0.0
 
-    def add(self, unit: Row) -> None:
+    def add(self, unit: UnitRow) -> None:
         self.selected += unit["selected"]
         self.numel += unit["numel"]
         self.score += unit["mean_score"] * unit["numel"]
 
     @property
     def mean_score(self) -> float:
+        """Over all weights of the cell."""
         return self.score / self.numel
 
 
-def grouped(units: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, Cell]:
+def grouped(units: Iterable[UnitRow], key_of: Callable[[UnitRow], Key | None]) -> dict[Key, Cell]:
     """Cells by key; rows whose key is None are left out."""
-    cells: dict[Any, Cell] = defaultdict(Cell)
+    cells: dict[Key, Cell] = defaultdict(Cell)
     for unit in units:
-        if (found := key(unit)) is not None:
-            cells[found].add(unit)
+        if (key := key_of(unit)) is not None:
+            cells[key].add(unit)
     return cells
+
+
+def expert_of(unit: UnitRow) -> tuple[int, int] | None:
+    """(layer, expert); None for a matrix that is not part of a routed expert. Every routed expert lies in a layer."""
+    layer, expert = unit["layer"], unit["expert"]
+    return None if layer is None or expert is None else (layer, expert)
+
+
+def _role_of(unit: UnitRow) -> tuple[int, str] | None:
+    """(layer, role); None outside the layers."""
+    return None if unit["layer"] is None else (unit["layer"], unit["role"])
 
 
 def _role_order(role: str) -> tuple[int, str]:
@@ -58,14 +72,14 @@ def _role_order(role: str) -> tuple[int, str]:
 
 
 def _heatmaps(
-    cells: dict[tuple[int, Any], Cell], columns: Sequence[Any], k: int, what: str, axis: str
+    cells: Mapping[tuple[int, Column], Cell], columns: Sequence[Column], k: int, grouping: str, axis: str
 ) -> list[Heatmap]:
-    """Three views of cells keyed (layer, column): share of the mask, share of the cell, mean score."""
+    """Three views of cells keyed (layer, column): share of the mask, selected share of the cell, mean score."""
     layers = sorted({layer for layer, _ in cells})
-    views = (
-        (f"Where the mask is: {what}", "% of the mask", lambda cell: 100 * cell.selected / max(k, 1)),
-        (f"How dense it is there: {what}", "% of the cell's weights", lambda cell: 100 * cell.selected / cell.numel),
-        (f"Mean score: {what}", "mean score", lambda cell: cell.mean_score),
+    views: tuple[tuple[str, str, Callable[[Cell], float]], ...] = (
+        (f"Where the mask is: {grouping}", "% of the mask", lambda cell: 100 * cell.selected / max(k, 1)),
+        (f"How dense it is: {grouping}", "% of the cell's weights", lambda cell: 100 * cell.selected / cell.numel),
+        (f"Mean score: {grouping}", "mean score", lambda cell: cell.mean_score),
     )
     return [
         Heatmap(
@@ -81,37 +95,39 @@ def _heatmaps(
     ]
 
 
-def layer_by_role(units: Sequence[Row], k: int) -> list[Heatmap]:
-    cells = grouped(units, lambda unit: None if unit["layer"] is None else (unit["layer"], unit["role"]))
+def layer_by_role(units: Sequence[UnitRow], k: int) -> list[Heatmap]:
+    """Share of the mask of ``k`` weights, density and mean score by layer and role."""
+    cells = grouped(units, _role_of)
     columns = sorted({role for _, role in cells}, key=_role_order)
     return _heatmaps(cells, columns, k, "layer by role", "role") if cells else []
 
 
-def layer_by_expert(units: Sequence[Row], k: int) -> list[Heatmap]:
-    """Gate, up and down of an expert together; empty for a dense model."""
-    cells = grouped(units, lambda unit: None if unit["expert"] is None else (unit["layer"], unit["expert"]))
+def layer_by_expert(units: Sequence[UnitRow], k: int) -> list[Heatmap]:
+    """The same by layer and expert, its gate, up and down matrices together; empty for a dense model."""
+    cells = grouped(units, expert_of)
     columns = sorted({expert for _, expert in cells})
     return _heatmaps(cells, columns, k, "layer by expert", "expert") if cells else []
 
 
-def routing_maps(rows: Sequence[Row]) -> list[Heatmap]:
-    """Of each set of prompts, how a layer's tokens are shared out among its experts; rows of ``report.json``'s
-    ``routing``."""
-    found = []
+def routing_maps(rows: Sequence[RoutingRow]) -> list[Heatmap]:
+    """How each layer distributes tokens over its experts, one map per set of prompts."""
+    maps = []
     for name in dict.fromkeys(row["set"] for row in rows):
-        own = [row for row in rows if row["set"] == name]
-        shares = [[100 * count / max(sum(row["tokens"]), 1) for count in row["tokens"]] for row in own]
-        layers, experts = [str(row["layer"]) for row in own], [str(e) for e in range(len(own[0]["tokens"]))]
+        layer_rows = [row for row in rows if row["set"] == name]
+        shares = [[100 * count / max(sum(row["tokens"]), 1) for count in row["tokens"]] for row in layer_rows]
+        layers = [str(row["layer"]) for row in layer_rows]
+        experts = [str(expert) for expert in range(len(layer_rows[0]["tokens"]))]
         title = f"Where routers send {name} prompts"
-        found.append(Heatmap(title, layers, experts, shares, "% of the layer's choices", "layer", "expert"))
-    return found
+        maps.append(Heatmap(title, layers, experts, shares, "% of the layer's choices", "layer", "expert"))
+    return maps
 
 
-def by_role(units: Sequence[Row]) -> list[tuple[str, Cell]]:
+def by_role(units: Sequence[UnitRow]) -> list[tuple[str, Cell]]:
+    """(role, its matrices together), in the order of ``SCORED``."""
     return sorted(grouped(units, lambda unit: unit["role"]).items(), key=lambda item: _role_order(item[0]))
 
 
-def top_matrices(units: Sequence[Row], count: int = 20) -> list[Row]:
+def top_matrices(units: Sequence[UnitRow], count: int = 20) -> list[UnitRow]:
     """The matrices with the most selected weights; ties by density, then by the model's order."""
-    chosen = [unit for unit in units if unit["selected"]]
-    return sorted(chosen, key=lambda unit: (-unit["selected"], -unit["selected"] / unit["numel"]))[:count]
+    touched = [unit for unit in units if unit["selected"]]
+    return sorted(touched, key=lambda unit: (-unit["selected"], -unit["selected"] / unit["numel"]))[:count]

@@ -1,4 +1,4 @@
-"""Responses: given, or generated greedily and kept on disk from the first batch on, so that none is made twice."""
+"""Responses: read from a file, or generated greedily and written batch by batch, so that none is generated twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
 from esi_ds.config import Config
 from esi_ds.errors import Interrupted
 from esi_ds.models.folder import max_positions
-from esi_ds.stages.esi.prepare import Inputs
+from esi_ds.stages.esi.prepare import PromptInputs
 from esi_ds.stages.interrupt import told_to_stop
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
@@ -41,20 +41,25 @@ def write_responses(
 
 
 def responses_on_disk(folder: Path) -> dict[int, str]:
-    """index → response of everything an earlier run of this folder has generated."""
+    """index → response of everything that earlier starts of this run have generated."""
     file = folder / NAME if (folder / NAME).is_file() else folder / PARTIAL_NAME
     return {row["index"]: row["response"] for row in read_jsonl(file)} if file.is_file() else {}
 
 
 def respond(
-    config: Config, inputs: Inputs, model: ShardedModel, prompt_ids: Sequence[list[int]], folder: Path, tracker: Tracker
+    config: Config,
+    inputs: PromptInputs,
+    model: ShardedModel,
+    prompt_ids: Sequence[list[int]],
+    folder: Path,
+    tracker: Tracker,
 ) -> list[str]:
     """One response per prompt, the same list on every rank; "" where the prompt leaves no room for one.
 
-    Collectives: those of generation, and one gather of texts a batch.
+    Collectives: those of ``generate_all``, and one broadcast of the texts on disk.
     """
-    if inputs.given_responses is not None:
-        return inputs.given_responses
+    if inputs.data.responses is not None:
+        return inputs.data.responses
     # Rank 0 reads: on a shared file system another rank may see an older file.
     done: dict[int, str] = runtime.broadcast_object(responses_on_disk(folder) if runtime.is_main() else None)
     generate_all(
@@ -72,13 +77,13 @@ def respond(
     responses = [done[index] for index in range(len(prompt_ids))]
     if runtime.is_main():
         if not (folder / NAME).is_file():
-            write_responses(folder, inputs.prompts, responses, {}, {})
+            write_responses(folder, inputs.data.prompts, responses, {}, {})
         (folder / PARTIAL_NAME).unlink(missing_ok=True)
     return responses
 
 
 def keep_in(file: Path) -> Callable[[dict[int, str]], None]:
-    """What appends responses to a JSONL file as {"index", "response"}, on rank 0."""
+    """A function for ``generate_all``: rank 0 appends responses to a JSONL file as {"index", "response"}."""
 
     def keep(new: dict[int, str]) -> None:
         if runtime.is_main():
@@ -101,11 +106,13 @@ def generate_all(
     tracker: Tracker,
     description: str = "generate",
 ) -> None:
-    """Add a response for every prompt that ``done`` lacks; "" where ``limit`` leaves no ``max_new_tokens`` for one.
+    """Add a response to ``done`` for every prompt that has none; "" where ``limit``, the tokens the model can read,
+    leaves no room for ``max_new_tokens``.
 
-    All ranks, batch by batch; after each batch every rank calls ``keep`` with all ranks' responses. Raises Interrupted.
+    All ranks take part, batch by batch; after each batch every rank calls ``keep`` with the responses of all ranks.
+    Collectives: those of generation, and one gather of texts per batch. Raises Interrupted.
     """
-    waiting = []
+    waiting: list[int] = []
     for index, ids in enumerate(prompt_ids):
         if index not in done and limit is not None and len(ids) + max_new_tokens > limit:
             done[index] = ""
@@ -120,8 +127,9 @@ def generate_all(
     with ready_to_generate(model, mode), progress:
         for start in range(0, len(waiting), batch_size * ranks):
             mine = waiting[start + rank * batch_size : start + (rank + 1) * batch_size]
-            rows = [prompt_ids[index] for index in mine or waiting[:1]]  # no prompt left: keep the others company
-            texts = []
+            # A rank without a prompt left repeats one: all ranks must run in step.
+            rows = [prompt_ids[index] for index in mine or waiting[:1]]
+            texts: list[str] = []
             if mine or in_step(model, mode):
                 texts = generate(model, tokenizer, rows, max_new_tokens, mode)
             gathered = runtime.gather_objects((dict(zip(mine, texts, strict=False)), told_to_stop()))
@@ -129,5 +137,5 @@ def generate_all(
             done.update(new)
             keep(new)
             progress.update(len(new))
-            if any(raised for _, raised in gathered):
-                raise Interrupted(f"stopped by a signal with {len(done)} responses made; start again to go on")
+            if any(signalled for _, signalled in gathered):
+                raise Interrupted(f"stopped by a signal with {len(done)} responses generated; start again to go on")

@@ -1,4 +1,4 @@
-"""What every stage's run has in common: the folder, the manifest's states, the model's fingerprint."""
+"""What the runs of all stages have in common: folder and lock, the states of the manifest, the model's fingerprint."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ Inputs = TypeVar("Inputs")
 
 
 def check_mask_bits(mask: Mask, field: str) -> None:
-    """Refuse a damaged mask. Every bit is read once, by one of the ranks. Two gathers."""
-    problems = runtime.gather_objects(mask.problems(runtime.rank(), runtime.world_size()))
-    found = [problem for part in problems for problem in part]
-    if found:
-        raise UserError(field, str(mask.path), f"is damaged ({found[0]})", "make the mask again")
+    """Refuse a damaged mask. The ranks share the reading of its bits.
+
+    field: the key of the config that names the mask. Raises UserError, on every rank. Collectives: two gathers.
+    """
+    parts = runtime.gather_objects(mask.problems(runtime.rank(), runtime.world_size()))
+    problems = [problem for part in parts for problem in part]
+    if problems:
+        raise UserError(field, str(mask.path), f"is damaged ({problems[0]})", "make the mask again")
     if len(set(runtime.gather_objects(metadata_sha256(mask)))) > 1:
-        raise UserError(field, str(mask.path), "is another one on other hosts", "give one shared folder")
+        raise UserError(field, str(mask.path), "differs between hosts", "give one shared folder")
 
 
 class StageRun(ABC, Generic[Inputs]):
@@ -69,7 +72,7 @@ class StageRun(ABC, Generic[Inputs]):
         self.config, self.options, self.inputs, self.folder = config, options, inputs, folder
         self.deepspeed_config, self.source = deepspeed_config, source
         self.started = time.time()
-        self.fingerprint: str | None = None
+        self._fingerprint: str | None = None  # of the model, once it is known
         self.notes: dict[str, Any] = {}  # further facts for the manifest
 
     @classmethod
@@ -83,39 +86,43 @@ class StageRun(ABC, Generic[Inputs]):
 
     @abstractmethod
     def work(self) -> None:
-        """Everything between an open folder and a finished run; must call ``begin`` once the model is loaded."""
+        """Everything from the open folder to the written report; must call ``begin`` once the model is loaded."""
 
     def run(self) -> None:
+        """Do the work under the folder's lock, unless it is done already. Raises Interrupted and UserError."""
         if self._is_finished():
             return
         taken_over = self._lock()
         try:
-            if not self._is_finished():  # another job may have ended while its lock was looked at
+            if not self._is_finished():  # another job may have finished while this one waited for its lock
                 self._run_locked(taken_over)
         finally:
             if runtime.is_main():
                 lock.release(self.folder.path)
 
     def _is_finished(self) -> bool:
-        """Whether there is nothing to do, which rank 0 then says. One broadcast."""
+        """Whether there is nothing left to do; rank 0 says so. One broadcast."""
         finished = runtime.broadcast_object(self.folder.is_finished() if runtime.is_main() else None)
         if finished and runtime.is_main():
             print(f"{self.folder.path} is finished already; nothing to do")
         return finished
 
     def _lock(self) -> str | None:
-        """The folder is this job's; what rank 0 is to say of it. Raises UserError on every rank. One broadcast."""
-        found = None
+        """Make the folder this job's. Returns a line for the log where the lock was taken over from another job.
+
+        Raises UserError, on every rank, where another job holds it. One broadcast.
+        """
+        outcome: str | UserError | None = None
         if runtime.is_main():
             try:
                 self.folder.path.mkdir(parents=True, exist_ok=True)
-                found = lock.acquire(self.folder.path)
+                outcome = lock.acquire(self.folder.path)
             except UserError as error:
-                found = error
-        found = runtime.broadcast_object(found)
-        if isinstance(found, UserError):
-            raise found
-        return found
+                outcome = error
+        outcome = runtime.broadcast_object(outcome)
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome
 
     def _run_locked(self, taken_over: str | None) -> None:
         if runtime.is_main():
@@ -129,7 +136,7 @@ class StageRun(ABC, Generic[Inputs]):
             monitor=open_monitors(monitor_settings(self.config)),
         )
 
-        listen(self.options.launcher)  # from here on a signal is noted, and the next boundary sees it
+        listen(self.options.launcher)  # from here on a signal is noted, and acted on at the next micro-batch
         with tracker:
             if taken_over:
                 tracker.log(taken_over)
@@ -138,8 +145,8 @@ class StageRun(ABC, Generic[Inputs]):
             try:
                 self.work()
             except BaseException as error:
-                if self.fingerprint is not None:  # else the run has not begun, and an older manifest stays
-                    with suppress(OSError):  # a full disk: the first error is the one to tell
+                if self._fingerprint is not None:  # else the run has not begun, and an older manifest stays
+                    with suppress(OSError):  # a full disk: the first error is the one to report
                         self.record("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
                 if isinstance(error, Interrupted):  # every rank is here, and a launcher kills all when the first leaves
                     runtime.barrier()
@@ -155,31 +162,43 @@ class StageRun(ABC, Generic[Inputs]):
             ModelSource.of(section), section.dtype, self.deepspeed_config, make_optimizer, roles=section.roles
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the model; known once the run has begun."""
+        assert self._fingerprint is not None
+        return self._fingerprint
+
     def begin(self, model: ShardedModel) -> None:
-        """Refuse to continue this folder's run with another model than it began with. Two collectives."""
+        """Refuse a model other than the one this folder's run began with; else the manifest says ``running``.
+
+        Raises UserError. Collectives: one gather and one barrier.
+        """
         self.begin_with(self.model_fingerprint(ModelSource.of(self.config.model), model.parameters))
 
-    def begin_with(self, found: str) -> None:
-        """``begin`` where the fingerprint is known. One collective."""
-        self.folder.check_same("model_fingerprint", found, "model.path")
-        self.fingerprint = found
-        runtime.barrier()  # nobody writes the manifest before everybody has read the old one
+    def begin_with(self, fingerprint: str) -> None:
+        """``begin`` with a known fingerprint. Raises UserError. One barrier."""
+        self.folder.check_same("model_fingerprint", fingerprint, "model.path")
+        self._fingerprint = fingerprint
+        runtime.barrier()  # rank 0 must not write the manifest before every rank has read the old one
         self.record("running")
 
     def record(self, exit_state: str) -> None:
-        """``manifest.json``; rank 0 writes it."""
+        """Rank 0 writes ``manifest.json``. exit_state: running, done, interrupted or failed."""
         if runtime.is_main():
             self.folder.write_manifest(
                 exit_state=exit_state,
                 world_size=runtime.world_size(),
                 started=self.started,
-                model_fingerprint=self.fingerprint,
+                model_fingerprint=self._fingerprint,
                 data=self.source,
                 notes=self.notes,
             )
 
     def model_fingerprint(self, source: ModelSource, parameters: Sequence[Parameter]) -> str:
-        """The ranks share the reading of the files. One gather of names and digests."""
+        """Fingerprint of a model's files and the shapes of its parameters; the ranks share the reading.
+
+        Collectives: one gather of names and digests.
+        """
         folder = checkpoint_folder(source)
         digests: dict[str, str] = {}
         for part in runtime.gather_objects(tensor_digests(folder, runtime.rank(), runtime.world_size())):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from esi_ds.core.units import Parameter, Unit
+from esi_ds.report.contents import ScoreHistogram, UnitRow
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.score import Scores, Selection, local_part, unit_shards
@@ -15,7 +16,7 @@ from esi_ds.zero.score import Scores, Selection, local_part, unit_shards
 NUM_BINS = 60
 
 
-def unit_rows(model: ShardedModel, scores: Scores, selection: Selection, sigma: dict[Unit, float]) -> list[dict]:
+def unit_rows(model: ShardedModel, scores: Scores, selection: Selection, sigma: dict[Unit, float]) -> list[UnitRow]:
     """One row a logical matrix, in the model's order. Collectives: two all-reduces of float64 [units, ≤ 2]."""
     scored = [(parameter, unit) for parameter in model.parameters for unit in parameter.units]
     sums = torch.zeros(len(scored), 2, dtype=torch.float64)
@@ -45,7 +46,7 @@ def unit_rows(model: ShardedModel, scores: Scores, selection: Selection, sigma: 
     ]
 
 
-def log_histograms(model: ShardedModel, scores: Scores) -> tuple[dict, dict[str, list[int]]]:
+def log_histograms(model: ShardedModel, scores: Scores) -> tuple[ScoreHistogram, dict[str, list[int]]]:
     """Counts of log10(score): of all scored weights, and by role. Zeros are counted apart.
 
     Collectives: an all-reduce for the range, one of int64 [roles, bins + 1].
@@ -58,7 +59,7 @@ def log_histograms(model: ShardedModel, scores: Scores) -> tuple[dict, dict[str,
         counts[roles.index(unit.role)] += _counts(local_part(scores[shard.name], unit, shard), low, high)
     runtime.all_reduce_sum(counts)
     total = counts.sum(0).tolist()
-    overall = {"log10_edges": edges.tolist(), "counts": total[:NUM_BINS], "zeros": total[NUM_BINS]}
+    overall: ScoreHistogram = {"log10_edges": edges.tolist(), "counts": total[:NUM_BINS], "zeros": total[NUM_BINS]}
     return overall, {role: row[:NUM_BINS].tolist() for role, row in zip(roles, counts, strict=True)}
 
 

@@ -16,9 +16,9 @@ from esi_ds.zero import runtime
 def judge_scores(
     guard: Guard, examples: Sequence[Example], batch_size: int, folder: Path, tracker: Tracker
 ) -> dict[int, float]:
-    """J by the example's index, the same on every rank; kept in ``folder`` batch by batch, and none asked for twice.
+    """J by example index, the same on every rank. Written to ``folder`` batch by batch: no response is judged twice.
 
-    Collectives: those of a sharded guard, and two gathers a batch. Raises Interrupted.
+    Collectives: one broadcast, those of a sharded guard, and two gathers per batch. Raises Interrupted.
     """
     if runtime.is_main():
         folder.mkdir(exist_ok=True)
@@ -31,11 +31,11 @@ def judge_scores(
     with bar:
         for start in range(0, len(waiting), stride):
             mine = waiting[start + first : start + first + batch_size]
-            # Without an example of its own a rank judges some other and forgets it: the guard may be sharded.
-            scores = guard.scores([example.guard_input for example in mine or waiting[:1]], runtime.device())
+            # A rank without an example of its own judges another one and drops the score: the guard may be sharded.
+            scores = guard.scores([example.judged for example in mine or waiting[:1]], runtime.device())
             ledger.share(
                 {"index": example.index, "judge_score": score} for example, score in zip(mine, scores, strict=False)
             )
             bar.update(len(waiting[start : start + stride]))
             check_stop(f"{len(ledger.rows)} responses judged")
-    return {example.index: ledger.rows[example.index,]["judge_score"] for example in examples}
+    return {example.index: ledger.rows[(example.index,)]["judge_score"] for example in examples}

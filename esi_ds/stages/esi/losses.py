@@ -1,4 +1,4 @@
-"""The rows of the objectives that are losses: read and refused before a weight is loaded (docs/method.md §2)."""
+"""The rows of objectives that are losses: read and checked before any weight is loaded (docs/method.md §2)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from esi_ds.stages.tune.prepare import load_training_tokenizer, read_tuning_set
 
 @dataclass(frozen=True)
 class LossRows:
-    """The rows of ``data.<name>``, as the model reads them. pad: token that fills batches up."""
+    """The rows of ``data.<name>``, as the model reads them. pad: id of the padding token."""
 
     name: str
     path: str
@@ -22,11 +22,12 @@ class LossRows:
     pad: int
 
     def describe(self) -> str:
+        """One line for the log."""
         return f"data.{self.name}: {len(self.rows.sequences)} rows of columns {self.rows.columns} from {self.path}"
 
     @property
     def source(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Path, hash and columns, for the manifest."""
         return {
             self.name: self.path,
             f"{self.name}_sha256": self.rows.sha256,
@@ -35,17 +36,17 @@ class LossRows:
 
 
 def prepare_losses(config: Config) -> list[LossRows]:
-    """Rows of every loss that the criterion needs, in the order of its passes. Raises UserError; reads only."""
+    """Rows of every loss that the criterion needs, in the order of its passes. Raises UserError. Reads only."""
     names = [name for name in objectives(config.select.criterion, config.select.contrastive) if name != "safety"]
     if not names:
         return []
     model_config = load_model_config(ModelSource.of(config.model))
     tokenizer = load_training_tokenizer(config.model)
-    found = []
+    losses = []
     for name in names:
         section = getattr(config.data, name)
         rows = read_tuning_set(
             config, section, f"data.{name}", tokenizer, model_config, section.max_length, section.limit
         )
-        found.append(LossRows(name, section.path, rows, tokenizer.pad_token_id))
-    return found
+        losses.append(LossRows(name, section.path, rows, tokenizer.pad_token_id))
+    return losses

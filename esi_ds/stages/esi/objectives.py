@@ -25,7 +25,7 @@ from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 
 
-class ResponseObjective(Objective):
+class ResponseObjective(Objective[Example]):
     """Σ over prompts of an estimate of ∇S: a surrogate's gradient sent through the model (docs/method.md §1)."""
 
     name, unit = "safety", "prompt"
@@ -42,26 +42,26 @@ class ResponseObjective(Objective):
     def forward(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, list[float]]:
         """Teacher-forced logits [B, K, V], the surrogate's gradient with respect to them, and each row's value.
 
-        Only the last K positions are asked for: those that predict the longest response. The prompts are padded on
-        the left, so every response ends at the right edge.
+        Only the logits of the last K positions are computed: those that predict the longest response. Rows are padded
+        on the left, so every response ends at the right edge.
         """
-        # The last response token predicts nothing that is judged, so it is not fed. The filler is one token long.
+        # The last response token predicts nothing that is judged, so it is not fed. The filler is one padding token.
         rows = [example.prompt_ids + example.response.ids[:-1] for example in examples] or [[self.pad]]
         longest = max((len(example.response.ids) for example in examples), default=1)
         batch = left_pad(rows, self.pad, runtime.device())
         logits = self.model.module(**batch, use_cache=False, logits_to_keep=longest).logits
-        gradient, values = torch.zeros_like(logits), []
+        gradient = torch.zeros_like(logits)
+        values: list[float] = []
         with torch.no_grad(), self._table() as table:
             for row, example in enumerate(examples):
                 tail = slice(longest - len(example.response.ids), longest)
-                own = logits[row, tail].float()
-                value, row_gradient = self._surrogate(example, own, table)
+                value, row_gradient = self._surrogate(example, logits[row, tail].float(), table)
                 values.append(value)
                 gradient[row, tail] = row_gradient.to(gradient.dtype)
         return logits, gradient, values
 
     def _table(self) -> AbstractContextManager[Tensor | None]:
-        """The guard's embeddings [rows, d], for estimators that look into the guard. Collectives: their gather."""
+        """The guard's embeddings [rows, d], for estimators that differentiate it. Collectives: their gather."""
         return nullcontext()
 
     def _surrogate(self, example: Example, logits: Tensor, table: Tensor | None) -> tuple[float, Tensor]:
@@ -90,11 +90,12 @@ class SafetyObjective(ResponseObjective):
         self._judgements: dict[int, Judgement] = {}
 
     def admit(self, examples: Sequence[Example]) -> dict[int, str]:
-        """The judge's scores and gradients; not finite is no use. Collectives: those of a sharded guard."""
-        # Without an example of its own a rank judges some other and forgets it: the guard may be sharded too.
-        asked = [example.guard_input for example in examples or self.examples[:1]]
-        judged = self.guard.judge(asked, runtime.device())
-        self._judgements = {example.index: judgement for example, judgement in zip(examples, judged, strict=False)}
+        """Judges the examples; refuses those whose score or gradient is not finite. Collectives: those of a sharded
+        guard."""
+        # A rank without an example of its own judges another one and drops the result: the guard may be sharded.
+        guard_inputs = [example.judged for example in examples or self.examples[:1]]
+        judgements = self.guard.judge(guard_inputs, runtime.device())
+        self._judgements = {example.index: judgement for example, judgement in zip(examples, judgements, strict=False)}
         return {
             index: NOT_FINITE["score"]
             for index, judgement in self._judgements.items()
@@ -107,9 +108,10 @@ class SafetyObjective(ResponseObjective):
     def _surrogate(self, example: Example, logits: Tensor, table: Tensor | None) -> tuple[float, Tensor]:
         response, esi, judgement = example.response, self.config.esi, self._judgements[example.index]
         has_text = [self.vocabulary.has_text[token] for token in response.ids]
-        guard_input = example.guard_input
+        guard_input = example.judged
         weights = alignment_weights(response.offsets, guard_input.spans, guard_input.shown, has_text)
         aligned = weights.to(judgement.gradient) @ judgement.gradient  # ũ [T, d]
+        assert table is not None  # _table gives the guard's
         contraction = self.vocabulary.contract(aligned, table, self.guard.embedding_scale)
         value, gradient = estimate(
             esi.estimator,
@@ -128,9 +130,9 @@ class SafetyObjective(ResponseObjective):
 
 
 class ScoreFunctionObjective(ResponseObjective):
-    """(J − b)·∇ log p(y|x): asks of the judge its score alone (estimator ``score_function``).
+    """(J − b)·∇ log p(y|x): needs only the score of the judge (estimator ``score_function``).
 
-    scores: J by the example's index, of every example. One that is not finite is left out, of the baseline too.
+    scores: J of every example, by index. Examples whose score is not finite are left out, also of the baseline b.
     """
 
     def __init__(
@@ -158,8 +160,8 @@ class ScoreFunctionObjective(ResponseObjective):
         return self._scores[example.index]
 
 
-class LossObjective(Objective):
-    """Gradients of the tuning loss on rows. An example's value is the mean cross entropy of its learnt tokens."""
+class LossObjective(Objective[TokenSequence]):
+    """Gradients of the tuning loss on rows. The value of an example is the mean cross entropy of its learnt tokens."""
 
     unit = "row"
 
@@ -180,6 +182,7 @@ class LossObjective(Objective):
         return example.row
 
     def forward(self, examples: Sequence[TokenSequence]) -> tuple[Tensor, Tensor | None, list[float]]:
+        """A loss, no gradient of its own, and the mean cross entropy of each row's learnt tokens."""
         if not examples:
             batch = left_pad([[self.pad]], self.pad, runtime.device())
             logits = self.model.module(**batch, use_cache=False, logits_to_keep=1).logits
@@ -191,11 +194,11 @@ class LossObjective(Objective):
         return self.total(losses, examples), None, means
 
     def total(self, losses: Tensor, examples: Sequence[TokenSequence]) -> Tensor:
-        """The scalar whose gradient is added, of each row's summed cross entropy [B]."""
+        """The scalar whose gradient is accumulated. losses: summed cross entropy of each row [B]."""
         raise NotImplementedError
 
     def count(self, examples: Sequence[TokenSequence]) -> int:
-        """What the sums are divided by, once ``examples`` are in them."""
+        """What turns the sums over ``examples`` into a mean."""
         raise NotImplementedError
 
     def scalars(self, score: float, value: float, norm: float, rate: float) -> dict[str, float]:
@@ -204,7 +207,7 @@ class LossObjective(Objective):
 
 
 class MeanLoss(LossObjective):
-    """g_T: the gradient of the mean over all learnt tokens of all rows, whatever batch they are in."""
+    """g_T: the gradient of the mean loss over all learnt tokens of all rows, however they are batched."""
 
     def total(self, losses: Tensor, examples: Sequence[TokenSequence]) -> Tensor:
         return losses.sum()
@@ -214,10 +217,10 @@ class MeanLoss(LossObjective):
 
 
 class SquaredRowGradients(LossObjective):
-    """F: the mean over rows of the square of each row's own gradient, of the mean over the row's learnt tokens.
+    """F: the mean over rows of the squared gradient of each row's loss, itself a mean over the row's learnt tokens.
 
-    One row per rank and backward pass, whatever ``esi.batch_size`` says: the gradient of several rows together cannot
-    be taken apart, and its square is another thing than the sum of their squares.
+    One row per rank and backward pass, whatever ``esi.batch_size`` says: the summed gradient of several rows cannot be
+    taken apart, and its square is not the sum of their squares.
     """
 
     apart = True

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.artifacts import file_sha256
-from esi_ds.config import Config, EsiClassifier, scores_given
+from esi_ds.config import Config, EsiClassifier, EsiGuard, scores_given
 from esi_ds.core.criteria import objectives
 from esi_ds.data.chat import (
     EncodedResponse,
@@ -21,7 +21,7 @@ from esi_ds.data.chat import (
     load_tokenizer,
     special_strings,
 )
-from esi_ds.data.prompts import PromptSet, load_prompts, load_responses, recorded_scores
+from esi_ds.data.prompts import given_scores, load_prompts, load_responses
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import SequenceRule, classifier_family, longest_input, model_class, read_rule
 from esi_ds.judge.families import Family, choose_family
@@ -33,12 +33,13 @@ from esi_ds.stages.esi.losses import LossRows, prepare_losses
 
 @dataclass(frozen=True)
 class PreparedEsiJudge:
-    """ESI's judge, checked as far as that goes without its weights.
+    """ESI's judge, checked as far as possible without its weights. section: of the config.
 
-    encoder: turns pairs into the ids it reads. labels: of a classifier, the indices of the unsafe ones and whether
-    labels are judged one by one; None: a causal guard.
+    encoder: turns pairs into the ids it reads. labels: of a classifier, the indices of the unsafe labels and whether
+    each label is judged by itself; None: a causal guard.
     """
 
+    section: EsiGuard | EsiClassifier
     tokenizer: PreTrainedTokenizerBase
     family: Family
     encoder: PairEncoder
@@ -47,39 +48,61 @@ class PreparedEsiJudge:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Prompts, and what is needed to turn them into the model's and the judge's ids.
+class PromptData:
+    """Texts exactly as they were read.
 
-    prompts, given_responses: texts as they were given (responses None: to be generated). given_scores: J of each,
-    where they come with the responses and ``judge`` is None. benign_prompts: of ``eval.benign``, for a mixture's
-    routing frequencies.
+    responses: one per prompt; None where the model has yet to generate them. scores: J of each response, where they
+    come with the responses instead of from a judge. source: what was read, with its hash, for the manifest. skipped:
+    (row, reason) of every row without a usable prompt.
+    """
+
+    prompts: list[str]
+    responses: list[str] | None
+    source: dict[str, str]
+    skipped: list[tuple[int, str]]
+    scores: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """Prompts, and what turns them into ids of the model and of the judge.
+
+    judge: None where the scores come with the responses. specials: strings of special tokens, of both tokenizers.
+    benign_prompts: those of ``eval.benign``, for the routing frequencies of a mixture.
     """
 
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     judge: PreparedEsiJudge | None
-    prompts: list[str]
-    given_responses: list[str] | None
-    source: dict[str, str]
-    skipped: list[tuple[int, str]]
-    given_scores: list[float] | None
+    data: PromptData
     specials: tuple[str, ...]
     benign_prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Example:
-    """One usable pair: the model's ids, the response's offsets in its own text, and the judge's input (None: no judge
-    is asked)."""
+    """One usable prompt and response: the model's ids, the response's offsets in its own text, and the judge's input
+    (None where no judge is asked)."""
 
     index: int
     prompt_ids: list[int]
     response: EncodedResponse
     guard_input: EncodedPair | None
 
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and response as the model reads them."""
+        return self.prompt_ids + self.response.ids
 
-def prepare_prompts(config: Config) -> Inputs | None:
-    """Read prompts and tokenizers and check them against each other. None where the criterion asks no judge.
+    @property
+    def judged(self) -> EncodedPair:
+        """The judge's input, in a run that has a judge."""
+        assert self.guard_input is not None
+        return self.guard_input
+
+
+def prepare_prompts(config: Config) -> PromptInputs | None:
+    """Read prompts and tokenizers and check them against each other. None for criteria that need no judge.
 
     Raises UserError. Reads only; loads no weights.
     """
@@ -87,37 +110,38 @@ def prepare_prompts(config: Config) -> Inputs | None:
     model_config = load_model_config(source)
     check_weights(source)
     if config.model.roles:
-        meta_parameters(model_config, source, config.model.roles)  # refuses an invalid role now
+        # Report an invalid role now, not once the weights are loaded.
+        meta_parameters(model_config, source, config.model.roles)
     if "safety" not in objectives(config.select.criterion, config.select.contrastive):
         return None
     tokenizer = load_chat_tokenizer(source, config.model)
-    judge = prepare_judge(config) if config.judge is not None else None
+    judge = prepare_judge(config.judge, config.esi.batch_size) if config.judge is not None else None
     specials = special_strings(tokenizer, *([judge.tokenizer] if judge else []))
-    return Inputs(model_config, tokenizer, judge, *_read_data(config), specials, _benign_prompts(config))
+    return PromptInputs(model_config, tokenizer, judge, _read_data(config), specials, _benign_prompts(config))
 
 
 def _benign_prompts(config: Config) -> tuple[str, ...]:
-    found: list[str] = []
+    prompts: list[str] = []
     for number, section in enumerate(config.eval.benign if config.eval is not None else ()):
         field = f"eval.benign.{number}"
-        found += load_prompts(
+        prompts += load_prompts(
             section.path, section.split, section.column, section.limit, kind="benign", field=field
         ).prompts
-    return tuple(found)
+    return tuple(prompts)
 
 
-def prepare_judge(config: Config) -> PreparedEsiJudge:
-    section = config.judge
+def prepare_judge(section: EsiGuard | EsiClassifier, batch_size: int) -> PreparedEsiJudge:
+    """The judge without its weights. Raises UserError where it cannot be asked, or not ``batch_size`` at a time."""
     source = ModelSource.of(section, "judge")
     tokenizer = load_tokenizer(source)
     judge_config = load_model_config(source)
     check_weights(source)
     if isinstance(section, EsiClassifier):
-        return _prepare_classifier(section, tokenizer, judge_config, config.esi.batch_size)
+        return _prepare_classifier(section, tokenizer, judge_config, batch_size)
     family = choose_family(section, tokenizer)
     encoder = PairEncoder(family, tokenizer, context=section.context, max_length=max_positions(judge_config))
     encoder.check_verdict()
-    return PreparedEsiJudge(tokenizer, family, encoder, judge_config)
+    return PreparedEsiJudge(section, tokenizer, family, encoder, judge_config)
 
 
 def _prepare_classifier(
@@ -129,43 +153,42 @@ def _prepare_classifier(
         raise UserError(
             "judge.path",
             section.path,
-            "has no padding token, so that its answers of unlike length cannot be judged together",
+            "has no padding token, so that answers of different lengths cannot be judged together",
             "set esi.batch_size: 1, or pad_token_id in its config.json",
         )
     model = meta_model(config, ModelSource.of(section, "judge"), model_class(section))
     encoder = PairEncoder(family, tokenizer, max_length=longest_input(model, tokenizer, None))
-    return PreparedEsiJudge(tokenizer, family, encoder, config, labels)
+    return PreparedEsiJudge(section, tokenizer, family, encoder, config, labels)
 
 
-def _read_data(
-    config: Config,
-) -> tuple[list[str], list[str] | None, dict[str, str], list[tuple[int, str]], list[float] | None]:
-    """Prompts, responses if given, what they were read from, rows that were skipped, and the responses' scores where
-    no judge is asked. Responses bring their own prompts along; ``data.prompts`` then only limits their number."""
-    limit = config.data.prompts.limit if config.data.prompts is not None else None
-    if config.data.responses is not None:
-        rows = load_responses(config.data.responses)[:limit]
-        source = {"responses": config.data.responses, "sha256": file_sha256(Path(config.data.responses))}
-        scores = recorded_scores(rows, config.data.responses) if scores_given(config) else None
-        return [row["prompt"] for row in rows], [row["response"] for row in rows], source, [], scores
-    section = config.data.prompts
-    found: PromptSet = load_prompts(section.path, section.split, section.column, limit)
-    source = {"prompts": found.source, "column": found.column, "sha256": found.sha256}
-    return list(found.prompts), None, source, list(found.skipped), None
+def _read_data(config: Config) -> PromptData:
+    """``data.responses`` with its own prompts, of which ``data.prompts`` then only limits the number; else
+    ``data.prompts``."""
+    section, path = config.data.prompts, config.data.responses
+    if path is not None:
+        rows = load_responses(path)[: section.limit if section is not None else None]
+        source = {"responses": path, "sha256": file_sha256(Path(path))}
+        scores = given_scores(rows, path) if scores_given(config) else None
+        return PromptData([row["prompt"] for row in rows], [row["response"] for row in rows], source, [], scores)
+    assert section is not None  # require_esi has seen to it
+    prompts = load_prompts(section.path, section.split, section.column, section.limit)
+    source = {"prompts": prompts.source, "column": prompts.column, "sha256": prompts.sha256}
+    return PromptData(list(prompts.prompts), None, source, list(prompts.skipped))
 
 
-def clean(inputs: Inputs, texts: Sequence[str]) -> tuple[list[str], int]:
+def clean(inputs: PromptInputs, texts: Sequence[str]) -> tuple[list[str], int]:
     """Texts with special-token strings broken up, and how many there were."""
     pairs = [break_up(text, inputs.specials) for text in texts]
     return [text for text, _ in pairs], sum(count for _, count in pairs)
 
 
-def encode_prompts(inputs: Inputs, config: Config, prompts: Sequence[str]) -> list[list[int]]:
+def encode_prompts(inputs: PromptInputs, config: Config, prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of each prompt in the chat template, up to where the response begins."""
     return [encode_prompt(inputs.tokenizer, prompt, config.model.system_prompt) for prompt in prompts]
 
 
 def encode_examples(
-    inputs: Inputs,
+    inputs: PromptInputs,
     prompt_ids: Sequence[list[int]],
     prompts: Sequence[str],
     responses: Sequence[str],
@@ -174,10 +197,11 @@ def encode_examples(
     """Usable pairs in order, and index → reason of every pair that cannot be used."""
     limit = max_positions(inputs.model_config)
     judge = inputs.judge
-    examples, excluded = [], {}
+    examples: list[Example] = []
+    excluded: dict[int, str] = {}
     for index, (ids, prompt, response) in enumerate(zip(prompt_ids, prompts, responses, strict=True)):
         encoded = encode_response(inputs.tokenizer, response)
-        if inputs.given_responses is None and limit is not None and len(ids) + max_new_tokens > limit:
+        if inputs.data.responses is None and limit is not None and len(ids) + max_new_tokens > limit:
             excluded[index] = f"no room for a response ({len(ids)} + {max_new_tokens} tokens, the model takes {limit})"
             continue
         if not response.strip() or not encoded.ids:
@@ -201,17 +225,17 @@ def encode_examples(
 class EsiInputs:
     """What a run of ESI reads.
 
-    prompts: None for criteria that ask no judge; losses: the rows of the criterion's further objectives, in the order
+    safety: None for criteria that need no judge. losses: the rows of the criterion's other objectives, in the order
     of their passes.
     """
 
-    prompts: Inputs | None
+    safety: PromptInputs | None
     losses: list[LossRows]
 
     @property
     def source(self) -> dict[str, Any]:
         """Paths and hashes, for the manifest."""
-        source: dict[str, Any] = dict(self.prompts.source) if self.prompts else {}
+        source: dict[str, Any] = dict(self.safety.data.source) if self.safety else {}
         for loss in self.losses:
             source |= loss.source
         return source

@@ -1,7 +1,7 @@
 """The scoring pass: micro-batches of examples through the model, and the sums kept (docs/method.md §1, §2).
 
-An objective is data, a loss and what is kept of its gradient. A criterion with two objectives makes two passes, one
-after the other; this is the loop that all of them share.
+An objective is data, a loss, and the sums kept of its gradient. A criterion with two objectives makes two passes, one
+after the other, with the loop in this module.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards
 
 SAVE_SHARE = 0.05  # `save_every: auto` spends at most this share of the time on saving
+Item = TypeVar("Item")  # an example of an objective: a prompt with its response, or a row
 NOT_FINITE = {
     "score": "the judge's score is not finite",
     "loss": "the loss is not finite",
@@ -35,81 +36,93 @@ NOT_FINITE = {
 
 @dataclass
 class PassState:
-    """Where the pass stands. ``position``: examples before it are done. scores, excluded: by the example's index;
-    between saves every rank knows its own only."""
+    """How far the pass is. position: number of examples done. scores, excluded: by example index; between saves each
+    rank only knows its own."""
 
     position: int = 0
     scores: dict[int, float] = field(default_factory=dict)
     excluded: dict[int, str] = field(default_factory=dict)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, list[tuple[int, Any]]]:
         return {"scores": sorted(self.scores.items()), "excluded": sorted(self.excluded.items())}
 
     @classmethod
-    def from_json(cls, stored: dict) -> PassState:
+    def from_json(cls, stored: dict[str, Any]) -> PassState:
         return cls(stored["position"], dict(stored["scores"]), dict(stored["excluded"]))
 
     def share(self) -> None:
-        """Everybody's scores and exclusions to everybody. One gather of small objects."""
+        """Every rank learns the scores and exclusions of all ranks. One gather of small objects."""
         for scores, excluded in runtime.gather_objects((self.scores, self.excluded)):
             self.scores.update(scores)
             self.excluded.update(excluded)
 
 
-class Objective(ABC):
-    """Examples, a scalar of each whose gradient is wanted, and the sums that it is added to.
+class StepTotals(NamedTuple):
+    """What the ranks add up after a micro-batch; floats, for they travel as one float64 tensor."""
 
-    name: of its checkpoints. unit: what one example is called. source: where the examples come from, in a message.
-    batch_size: examples per rank and micro-batch. apart: whether the gradients of ranks must not be added up before
-    they are received (``ShardedModel.readers``). Every rank makes the same calls in the same order.
+    norm_squared: float  # of the gradient
+    signals: float  # ranks that have had a signal
+    saves: float  # above 0 where rank 0 wants to save
+    scores: float
+    examples: float  # whose gradients were added
+    values: float
+
+
+class Objective(ABC, Generic[Item]):
+    """Examples, the scalar of each that is differentiated, and the sums that its gradient is added to.
+
+    name: of its checkpoints. unit: what one example is called. source: where the examples come from, for messages.
+    batch_size: examples per rank and micro-batch. apart: whether the gradients of different ranks must stay separate
+    until they are received (``ShardedModel.readers``). Every rank makes the same calls in the same order.
     """
 
     name: str
     unit: str
     source: str = ""
-    examples: Sequence[Any]
+    examples: Sequence[Item]
     batch_size: int
     apart: bool = False
     gradients: GradientShards
 
     @abstractmethod
-    def index(self, example: Any) -> int:
-        """What names the example in messages, in the saved state and in what the run writes."""
+    def index(self, example: Item) -> int:
+        """The number that identifies the example in messages, in the saved state and in the run's files."""
 
-    def admit(self, examples: Sequence[Any]) -> dict[int, str]:
-        """index → reason of those of this rank's examples that cannot take part. Runs on a rank without any too."""
+    def admit(self, examples: Sequence[Item]) -> dict[int, str]:
+        """index → reason of the examples that cannot take part. examples: this rank's; also called without any."""
         return {}
 
     @abstractmethod
-    def forward(self, examples: Sequence[Any]) -> tuple[Tensor, Tensor | None, list[float]]:
-        """What ``backward`` is called on, its argument, and the value of each example.
+    def forward(self, examples: Sequence[Item]) -> tuple[Tensor, Tensor | None, list[float]]:
+        """The tensor to call ``backward`` on, the gradient to give it, and the value of each example.
 
         Without examples: a filler whose gradient is exactly zero.
         """
 
-    def score(self, example: Any, value: float) -> float:
-        """What is remembered of an example, given its value."""
+    def score(self, example: Item, value: float) -> float:
+        """The number recorded for an example, given its value."""
         return value
 
     @abstractmethod
     def scalars(self, score: float, value: float, norm: float, rate: float) -> dict[str, float]:
-        """What metrics.jsonl says of a micro-batch: mean score and value, norm of its gradient, examples a second."""
+        """The metrics of a micro-batch. score, value: means over its examples. norm: of its gradient. rate: examples
+        per second."""
 
 
 class ScoringPass:
     """One pass over an objective's examples; ``run`` returns when every example is in the sums or excluded.
 
-    Micro-batch ``position``: reader r takes examples [position + r·B, position + (r+1)·B); all ranks read, but for
-    objectives whose gradients must stay apart under expert parallelism. Every rank makes the same
+    In the micro-batch at ``position``, reader r takes examples [position + r·B, position + (r+1)·B). All ranks are
+    readers, except for objectives whose gradients must stay apart under expert parallelism. Every rank makes the same
     number of forward and backward passes; one without an example runs a filler whose gradient is zero.
-    first_step: examples of the passes before this one; where its metrics begin.
+    first_step: number of examples in the passes before this one, where its metrics continue.
     """
 
     def __init__(
         self,
         config: Config,
         model: ShardedModel,
-        objective: Objective,
+        objective: Objective[Any],
         folder: Path,
         tracker: Tracker,
         first_step: int = 0,
@@ -127,7 +140,10 @@ class ScoringPass:
         return self.objective.batch_size * self._readers[0]
 
     def run(self) -> PassState:
-        """At once where an earlier process has finished the pass: its sums are read, and nothing is measured again."""
+        """Run the pass, or what is left of it: of a finished pass the saved sums are read.
+
+        Collectives: those of every step. Raises Interrupted, and UserError where ``esi.on_nonfinite`` is ``stop``.
+        """
         self._restore()
         total = len(self.objective.examples)
         if self.state.position >= total:
@@ -147,63 +163,65 @@ class ScoringPass:
         return self.state
 
     def _step(self) -> None:
-        """One micro-batch. Collectives: the model's, at most two all-reduces of a few numbers, a save now and then."""
+        """One micro-batch.
+
+        Collectives: the model's, two all-reduces of a few numbers, and those of a save where one is due.
+        """
         started = time.monotonic()
         mine = self._still_in(self._my_examples())
         scores, values = self._forward_backward(mine)
-        norm_squared = self.gradients.take_norm_squared()
-        due = runtime.is_main() and self._save_is_due()
-        totals = runtime.all_reduce_sum(
-            torch.tensor(
-                [
-                    norm_squared,
-                    float(told_to_stop()),
-                    float(due),
-                    math.fsum(scores.values()),
-                    float(len(scores)),
-                    sum(values),
-                ],
-                dtype=torch.float64,
-            )
+        local = StepTotals(
+            norm_squared=self.gradients.take_norm_squared(),
+            signals=float(told_to_stop()),
+            saves=float(runtime.is_main() and self._save_is_due()),
+            scores=math.fsum(scores.values()),
+            examples=float(len(scores)),
+            values=sum(values),
         )
-        if not math.isfinite(totals[0]):
+        totals = StepTotals(*runtime.all_reduce_sum(torch.tensor(local, dtype=torch.float64)).tolist())
+        if not math.isfinite(totals.norm_squared):
             self._reject(mine)
             return
         self.state.scores.update(scores)
         self.state.position += self.stride
         self._steps_since_save += 1
         self._report(totals, time.monotonic() - started)
-        interrupted = totals[1] > 0
-        if interrupted or totals[2] > 0:
+        interrupted = totals.signals > 0
+        if interrupted or totals.saves > 0:
             self._save()
         if interrupted:
-            done = f"{self.state.position} {self.objective.unit}s{self.objective.source}"
-            raise Interrupted(f"stopped by a signal after {done}; start again to go on")
+            progress = f"{self.state.position} {self.objective.unit}s{self.objective.source}"
+            raise Interrupted(f"stopped by a signal after {progress}; start again to go on")
 
     def _my_examples(self) -> list[Any]:
-        size, (_, place) = self.objective.batch_size, self._readers
-        if place is None:
+        size, (_, reader) = self.objective.batch_size, self._readers
+        if reader is None:
             return []
-        first = self.state.position + place * size
+        first = self.state.position + reader * size
         return list(self.objective.examples[first : first + size])
 
     @property
     def _readers(self) -> tuple[int, int | None]:
-        """(ranks that read examples, this rank's number among them or None)."""
+        """(number of ranks that read examples, this rank's number among them or None)."""
         return self.model.readers if self.objective.apart else (runtime.world_size(), runtime.rank())
 
     def _still_in(self, examples: Sequence[Any]) -> list[Any]:
         return [example for example in examples if self.objective.index(example) not in self.state.excluded]
 
     def _forward_backward(self, mine: list[Any]) -> tuple[dict[int, float], list[float]]:
-        """Scores by index, and values, of the examples whose gradients were added to the sums."""
+        """Scores by index, and values, of the examples whose gradients were added to the sums.
+
+        Collectives: those of ``Objective.admit``, of one or two forward passes and of a backward pass, and one
+        all-reduce.
+        """
         objective = self.objective
         self.state.excluded.update(objective.admit(mine))
         usable = self._still_in(mine)
         output, gradient, values = objective.forward(usable)
         bad = [example for example, value in zip(usable, values, strict=True) if not math.isfinite(value)]
         if runtime.all_reduce_max(torch.tensor([float(len(bad))])).item() > 0:
-            # A row that is not finite must not even take part with weight zero: 0 · NaN is NaN. Again without it.
+            # An example that is not finite must not even take part with weight zero, for 0 · NaN is NaN: run the
+            # forward pass again without it.
             self.state.excluded.update({objective.index(example): NOT_FINITE["loss"] for example in bad})
             usable = self._still_in(usable)
             del output, gradient
@@ -216,33 +234,33 @@ class ScoringPass:
         return {objective.index(example): objective.score(example, value) for example, value in pairs}, values
 
     def _reject(self, mine: list[Any]) -> None:
-        """A gradient was not finite: back to the last save, and never these examples again (docs/method.md §1)."""
+        """A gradient was not finite: go back to the last save, and exclude these examples (docs/method.md §1)."""
         still_in = [self.objective.index(example) for example in self._still_in(mine)]
-        named = sorted(index for part in runtime.gather_objects(still_in) for index in part)
-        if not named:
+        indices = sorted(index for part in runtime.gather_objects(still_in) for index in part)
+        if not indices:
             raise RuntimeError("the model's gradient is not finite even for a single padding token")
         unit, source = self.objective.unit, self.objective.source
         if self.config.esi.on_nonfinite == "stop":
             raise UserError(
                 "esi.on_nonfinite",
                 "stop",
-                f"the gradient of {unit}s {named}{source} is not finite",
+                f"the gradient of {unit}s {indices}{source} is not finite",
                 f"look at these {unit}s, or set esi.on_nonfinite: skip to leave them out",
             )
-        self.tracker.log(f"gradient not finite: leaving out {unit}s {named}{source}, going back to the last save")
+        self.tracker.log(f"gradient not finite: leaving out {unit}s {indices}{source}, going back to the last save")
         self.state.share()
-        excluded = {**self.state.excluded, **dict.fromkeys(named, NOT_FINITE["gradient"])}
+        excluded = {**self.state.excluded, **dict.fromkeys(indices, NOT_FINITE["gradient"])}
         self._restore()
         self.state.excluded.update(excluded)
 
     def _restore(self) -> None:
-        found = checkpoint.latest(self.folder)
-        self.state = PassState() if found is None else PassState.from_json(checkpoint.read_state(found))
-        checkpoint.restore(found, self.gradients.saved())
+        saved = checkpoint.latest(self.folder)
+        self.state = PassState() if saved is None else PassState.from_json(checkpoint.read_state(saved))
+        checkpoint.restore(saved, self.gradients.saved())
         self._steps_since_save = 0
 
     def _save_is_due(self) -> bool:
-        """Rank 0's decision. It changes when something is written, never what."""
+        """Rank 0 decides. This affects when something is written, never what."""
         every = self.config.esi.save_every
         if every != "auto":
             return self._steps_since_save + 1 >= every
@@ -255,10 +273,10 @@ class ScoringPass:
         self._last_save, self._steps_since_save = time.monotonic(), 0
         self._save_seconds = self._last_save - started
 
-    def _report(self, totals: Tensor, seconds: float) -> None:
-        count = int(totals[4])
-        score, value = (float(total) / count if count else math.nan for total in (totals[3], totals[5]))
-        scalars = self.objective.scalars(score, value, math.sqrt(totals[0]), count / max(seconds, 1e-9))
+    def _report(self, totals: StepTotals, seconds: float) -> None:
+        count = int(totals.examples)
+        score, value = (total / count if count else math.nan for total in (totals.scores, totals.values))
+        scalars = self.objective.scalars(score, value, math.sqrt(totals.norm_squared), count / max(seconds, 1e-9))
         self.tracker.scalars(
             self.first_step + min(self.state.position, len(self.objective.examples)),
             {**scalars, "memory_gib": runtime.memory_bytes() / 2**30},

@@ -1,4 +1,4 @@
-"""The ESI stage: prompts and responses, and rows → gradient sums → scores → mask → report (docs/method.md §1, §2)."""
+"""The ESI stage: prompts with responses, or rows → gradient sums → scores → mask → report (docs/method.md §1, §2)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from typing import Any
 
 import torch
 
-from esi_ds.artifacts import RunFolder
-from esi_ds.config import Config
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import ClassifierGuard
 from esi_ds.judge.guard import Guard
 from esi_ds.judge.vocabulary import VocabularyMap
 from esi_ds.models.roles import unknown, warning
-from esi_ds.options import Options
-from esi_ds.stages.esi.finish import LossOutcome, Outcome, finish
+from esi_ds.stages.esi.finish import LossOutcome, SafetyOutcome, finish_esi
 from esi_ds.stages.esi.judge_scores import judge_scores
 from esi_ds.stages.esi.losses import LossRows
-from esi_ds.stages.esi.objectives import MeanLoss, SafetyObjective, ScoreFunctionObjective, SquaredRowGradients
+from esi_ds.stages.esi.objectives import (
+    LossObjective,
+    MeanLoss,
+    ResponseObjective,
+    SafetyObjective,
+    ScoreFunctionObjective,
+    SquaredRowGradients,
+)
 from esi_ds.stages.esi.prepare import (
     EsiInputs,
     Example,
-    Inputs,
     PreparedEsiJudge,
+    PromptInputs,
     clean,
     encode_examples,
     encode_prompts,
@@ -32,7 +36,6 @@ from esi_ds.stages.esi.score import Objective, PassState, ScoringPass
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.respond import respond, write_responses
 from esi_ds.stages.run import CHECKPOINTS, StageRun
-from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
@@ -41,64 +44,51 @@ from esi_ds.zero.score import Accumulated, Scores, contrast_scores, score, unit_
 
 
 class EsiRun(StageRun[EsiInputs]):
-    """One run of the stage on this rank. Passes run one after the other, each with sums of its own."""
+    """One run of the stage on this rank: one pass per objective, each with its own gradient sums."""
 
     stage = "esi"
 
-    def __init__(
-        self,
-        config: Config,
-        options: Options,
-        inputs: EsiInputs,
-        folder: RunFolder,
-        deepspeed_config: dict[str, Any],
-        source: dict[str, Any],
-    ):
-        super().__init__(config, options, inputs, folder, deepspeed_config, source)
-        self._first_step = 0  # of the next pass, as metrics.jsonl counts
+    _first_step = 0  # where metrics.jsonl continues with the next pass
 
     def work(self) -> None:
-        config, tracker = self.config, self.tracker
-        prompts = self.inputs.prompts
-        guard = self._load_guard(prompts.judge, tracker) if prompts and prompts.judge else None
+        config, safety = self.config, self.inputs.safety
+        guard = self._load_guard(safety.judge) if safety and safety.judge else None
         model = self.load_model()
         if strangers := unknown(model.parameters):
-            tracker.log(warning(strangers))
+            self.tracker.log(warning(strangers))
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.begin(model)
-        outcome = self._accumulate(model, guard, prompts, tracker) if prompts else None
-        losses = [self._accumulate_loss(model, loss, tracker) for loss in self.inputs.losses]
-        accumulated = {found.loss.name: found.accumulated for found in losses}
+        outcome = self._accumulate_safety(model, guard, safety) if safety else None
+        losses = [self._accumulate_loss(model, loss) for loss in self.inputs.losses]
+        accumulated = {loss.name: loss.accumulated for loss in losses}
         if outcome is not None:
-            accumulated["safety"] = Accumulated(outcome.gradients.sums, outcome.num_prompts)
+            accumulated["safety"] = outcome.accumulated
         check_stop("everything scored")
         sigma = unit_sigmas(model)
         scores = score(model, config.select.criterion, accumulated, sigma, config.run.seed)
         if config.select.contrastive:
             self._contrast(model, scores, accumulated["benign"])
-        finish(config, self.folder.path, model, scores, sigma, self.fingerprint, outcome, losses, self.started, tracker)
+        finish_esi(self, model, scores, sigma, outcome, losses)
 
-    def _load_guard(self, judge: PreparedEsiJudge, tracker: Tracker) -> Guard | ClassifierGuard:
-
-        section = self.config.judge
+    def _load_guard(self, judge: PreparedEsiJudge) -> Guard:
+        """The judge with its weights. Collectives: those of ``load_judge``."""
+        section = judge.section
         module, weights, note = load_judge(
             section, "judge", judge.config, self.config.model.dtype, self.deepspeed_config
         )
-        tracker.log(f"judge: family {judge.family.name}, {note}")
+        self.tracker.log(f"judge: family {judge.family.name}, {note}")
         if judge.labels:
             return ClassifierGuard(module, judge.tokenizer, section.score, weights, *judge.labels)
         return Guard(module, judge.tokenizer, section.score, weights)
 
-    def _accumulate(
-        self, model: ShardedModel, guard: Guard | ClassifierGuard | None, inputs: Inputs, tracker: Tracker
-    ) -> Outcome:
+    def _accumulate_safety(self, model: ShardedModel, guard: Guard | None, inputs: PromptInputs) -> SafetyOutcome:
         """Responses, then the scoring pass. Raises UserError where no prompt can be used."""
-        config = self.config
-        tracker.log(f"prompts: {len(inputs.prompts)} from {inputs.source}, {len(inputs.skipped)} rows skipped")
-        prompts, num_broken = clean(inputs, inputs.prompts)
+        config, data = self.config, inputs.data
+        self.tracker.log(f"prompts: {len(data.prompts)} from {data.source}, {len(data.skipped)} rows skipped")
+        prompts, num_broken = clean(inputs, data.prompts)
         prompt_ids = encode_prompts(inputs, config, prompts)
-        responses = respond(config, inputs, model, prompt_ids, self.folder.path, tracker)
+        responses = respond(config, inputs, model, prompt_ids, self.folder.path, self.tracker)
         cleaned, num_broken_responses = clean(inputs, responses)
         examples, excluded = encode_examples(inputs, prompt_ids, prompts, cleaned, config.esi.max_new_tokens)
         if not examples:
@@ -110,10 +100,10 @@ class EsiRun(StageRun[EsiInputs]):
                 "look at responses.jsonl in the run folder",
             )
         gradients = GradientShards(model, self._accumulator_device())
-        state = self._run_pass(model, self._objective(model, guard, inputs, examples, gradients, tracker), tracker)
+        state = self._run_pass(model, self._objective(model, guard, inputs, examples, gradients))
         excluded.update(state.excluded)
         if runtime.is_main():
-            write_responses(self.folder.path, inputs.prompts, responses, state.scores, excluded)
+            write_responses(self.folder.path, data.prompts, responses, state.scores, excluded)
         num_prompts = len(prompts) - len(excluded)
         if num_prompts == 0:
             raise UserError(
@@ -122,44 +112,52 @@ class EsiRun(StageRun[EsiInputs]):
                 "none gave a finite gradient",
                 "look at responses.jsonl in the run folder; is the model sound?",
             )
-        return Outcome(
-            gradients,
-            num_prompts,
+        return SafetyOutcome(
+            Accumulated(gradients.sums, num_prompts),
             inputs,
             responses,
             state.scores,
             excluded,
             num_broken + num_broken_responses,
-            [example.prompt_ids + example.response.ids for example in examples],
+            [example.ids for example in examples],
         )
 
     def _objective(
         self,
         model: ShardedModel,
-        guard: Guard | ClassifierGuard | None,
-        inputs: Inputs,
+        guard: Guard | None,
+        inputs: PromptInputs,
         examples: Sequence[Example],
         gradients: GradientShards,
-        tracker: Tracker,
-    ) -> Objective:
-        """What the estimator makes of the examples. ``score_function`` asks for all scores first, and for no more."""
+    ) -> ResponseObjective:
+        """The objective of ``esi.estimator``. ``score_function`` has every response judged first, and only scored."""
         config = self.config
         pad = inputs.tokenizer.pad_token_id
-        if config.esi.estimator != "score_function":
-            vocabulary = VocabularyMap(inputs.tokenizer, inputs.judge.tokenizer, model.num_logits)
-            return SafetyObjective(config, model, guard, vocabulary, examples, gradients, pad)
-        if guard is None:
-            scores = {example.index: inputs.given_scores[example.index] for example in examples}
-        else:
-            scores = judge_scores(guard, examples, config.esi.batch_size, self.folder.path / CHECKPOINTS, tracker)
-        return ScoreFunctionObjective(config, model, scores, examples, gradients, pad)
+        if config.esi.estimator == "score_function":
+            scores = self._response_scores(guard, inputs, examples)
+            return ScoreFunctionObjective(config, model, scores, examples, gradients, pad)
+        assert guard is not None  # require_esi: only score_function does without a judge
+        vocabulary = VocabularyMap(inputs.tokenizer, guard.tokenizer, model.num_logits)
+        return SafetyObjective(config, model, guard, vocabulary, examples, gradients, pad)
 
-    def _accumulate_loss(self, model: ShardedModel, loss: LossRows, tracker: Tracker) -> LossOutcome:
+    def _response_scores(
+        self, guard: Guard | None, inputs: PromptInputs, examples: Sequence[Example]
+    ) -> dict[int, float]:
+        """J by example index: of the guard, or as read with the responses."""
+        if guard is not None:
+            folder = self.folder.path / CHECKPOINTS
+            return judge_scores(guard, examples, self.config.esi.batch_size, folder, self.tracker)
+        scores = inputs.data.scores
+        assert scores is not None  # require_esi
+        return {example.index: scores[example.index] for example in examples}
+
+    def _accumulate_loss(self, model: ShardedModel, loss: LossRows) -> LossOutcome:
         """The pass over the rows of one loss. Raises UserError where no row can be used."""
         rows, device = loss.rows, self._accumulator_device()
-        tracker.log(f"{loss.describe()}; {len(rows.skipped)} skipped, {rows.num_cut} cut")
+        self.tracker.log(f"{loss.describe()}; {len(rows.skipped)} skipped, {rows.num_cut} cut")
         for number, reason in rows.skipped[:5]:
-            tracker.log(f"skipped row {number} of data.{loss.name}: {reason}")
+            self.tracker.log(f"skipped row {number} of data.{loss.name}: {reason}")
+        objective: LossObjective
         if loss.name == "benign":
             objective = SquaredRowGradients(
                 loss.name, model, rows.sequences, SquaredGradientShards(model, device), loss.pad
@@ -167,7 +165,7 @@ class EsiRun(StageRun[EsiInputs]):
         else:
             batch_size = self.config.esi.batch_size
             objective = MeanLoss(loss.name, model, rows.sequences, GradientShards(model, device), loss.pad, batch_size)
-        state = self._run_pass(model, objective, tracker)
+        state = self._run_pass(model, objective)
         used = [sequence for sequence in rows.sequences if sequence.row not in state.excluded]
         if not used:
             raise UserError(
@@ -179,24 +177,28 @@ class EsiRun(StageRun[EsiInputs]):
         accumulated = Accumulated(objective.gradients.sums, objective.count(used))
         return LossOutcome(loss, accumulated, len(used), state.scores, state.excluded)
 
-    def _run_pass(self, model: ShardedModel, objective: Objective, tracker: Tracker) -> PassState:
-        """One pass; its checkpoints stay until the run is done, for a later pass may be interrupted too."""
+    def _run_pass(self, model: ShardedModel, objective: Objective[Any]) -> PassState:
+        """One pass. Its checkpoints stay until the run is done: a later pass may be interrupted too."""
         folder = self.folder.path / CHECKPOINTS / objective.name
-        state = ScoringPass(self.config, model, objective, folder, tracker, self._first_step).run()
+        state = ScoringPass(self.config, model, objective, folder, self.tracker, self._first_step).run()
         self._first_step += len(objective.examples)
         return state
 
     def _accumulator_device(self) -> torch.device:
-
+        """Where gradient sums are kept."""
         return torch.device("cpu") if self.config.esi.accumulator_device == "cpu" else runtime.device()
 
     def _contrast(self, model: ShardedModel, scores: Scores, benign: Accumulated) -> None:
-        """Scores divided by how much benign rows need each weight. Raises UserError where that is a division by 0."""
-        undefined = contrast_scores(model, scores, benign)
+        """Divide scores by how much benign rows need each weight. Raises UserError where that divides by 0.
+
+        Collectives: those of ``contrast_scores``.
+        """
+        undefined, section = contrast_scores(model, scores, benign), self.config.data.benign
+        assert section is not None  # require_esi
         if undefined:
             raise UserError(
                 "data.benign.path",
-                self.config.data.benign.path,
+                section.path,
                 f"leaves more than half of the scored weights without any gradient, and {undefined:,} of these have a "
                 "score to be divided by it",
                 "give more rows, or set select.contrastive: false",
