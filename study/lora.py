@@ -15,7 +15,7 @@ from esi_ds.core.batch import left_pad
 from esi_ds.core.schedule import learning_rate
 from esi_ds.data.chat import encode_prompt, load_tokenizer, special_strings
 from esi_ds.data.conversations import DataOrder, TuningSet, encode_rows, find_columns
-from esi_ds.data.prompts import load_sets
+from esi_ds.data.prompts import load_question_sets
 from esi_ds.data.rows import read_rows
 from esi_ds.eval.refusals import is_refusal
 from esi_ds.models.folder import ModelSource
@@ -87,7 +87,7 @@ def _rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> Tuni
 def _answers(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Lines as the SET stage writes them."""
     lines, size = [], config.eval.batch_size
-    for found in load_sets(config.eval):
+    for found in load_question_sets(config.eval):
         said: list[str] = []
         for start in range(0, len(found.prompts), size):
             ids = [encode_prompt(tokenizer, prompt, None) for prompt in found.prompts[start : start + size]]

@@ -1,1 +1,1 @@
-"""Reading data: rows of any usual file or hub set, prompts out of rows, ids out of prompts."""
+"""Reading data: rows from files and hub data sets, prompts from rows, token ids from prompts."""

@@ -1,16 +1,17 @@
-"""The published sets of harmful and of harmless prompts: where they are, and which of their rows are meant.
+"""The published sets of harmful and harmless prompts: where to find them, and which of their rows to use.
 
-Hub ids, configurations and columns as the sets' cards give them; none can be reached where the tests run, which read
-real files and rows of the same shapes. WildJailbreak, and most of what walledai republishes, needs an accepted licence.
+Hub ids, configurations and columns are those on the data sets' cards. The tests have no network; they read real files
+and rows of the same shapes. WildJailbreak and most of walledai's copies require accepting a licence first.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-Row = dict[str, Any]
-# harmful: should be refused. benign: should be answered, so that a refusal is over-refusal. all: every row.
+from esi_ds.data.rows import Row
+
+# harmful: should be refused. benign: should be answered, a refusal is over-refusal. all: every row.
 Kind = Literal["harmful", "benign", "all"]
 # The checkout's examples/data links to the package's own files; its path is preferred, since manifests record it.
 PACKAGED, CHECKOUT = Path(__file__).resolve().with_name("examples"), Path(__file__).resolve().parents[2]
@@ -18,7 +19,7 @@ EXAMPLES = CHECKOUT / "examples/data" if (CHECKOUT / "examples/data").is_dir() e
 
 
 class BuiltIn(NamedTuple):
-    """One built-in name: hub id or file, configuration, split, column of the prompts, and which rows are taken."""
+    """One built-in name: hub id or file, configuration, split, column of the prompts, and which rows to use."""
 
     source: str
     config: str | None
@@ -34,7 +35,7 @@ BUILT_IN: dict[str, BuiltIn] = {
     "jailbreakbench": BuiltIn("JailbreakBench/JBB-Behaviors", "behaviors", "harmful", "Goal", "harmful"),
     "wildjailbreak": BuiltIn("allenai/wildjailbreak", "eval", "train", "adversarial", "harmful"),
     "harmbench/contextual": BuiltIn("walledai/HarmBench", "contextual", "train", "prompt", "harmful"),
-    # Only where it is asked for by name: reciting a text is another harm, and needs another judge (hashes).
+    # Only when requested by name: reciting a text is a different harm, judged by hashes of the text.
     "harmbench/copyright": BuiltIn("walledai/HarmBench", "copyright", "train", "prompt", "all"),
     "wildjailbreak/train": BuiltIn("allenai/wildjailbreak", "train", "train", "adversarial", "harmful"),
     "xstest/unsafe": BuiltIn("Paul/XSTest", None, "train", "prompt", "harmful"),
@@ -43,17 +44,17 @@ BUILT_IN: dict[str, BuiltIn] = {
     "xstest": BuiltIn("Paul/XSTest", None, "train", "prompt", "benign"),
     "jailbreakbench/benign": BuiltIn("JailbreakBench/JBB-Behaviors", "behaviors", "benign", "Goal", "benign"),
     "wildjailbreak/benign": BuiltIn("allenai/wildjailbreak", "eval", "train", "adversarial", "benign"),
-    # The paper's subset of a thousand prompts that its models refused most; "or-bench/80k" is the whole set.
+    # The paper's thousand hardest prompts; "or-bench/80k" is the whole set.
     "or-bench": BuiltIn("bench-llm/or-bench", "or-bench-hard-1k", "train", "prompt", "benign"),
     "or-bench/80k": BuiltIn("bench-llm/or-bench", "or-bench-80k", "train", "prompt", "benign"),
     "examples/benign": BuiltIn(str(EXAMPLES / "benign_heldout.jsonl"), None, "train", "prompt", "benign"),
 }
-# HarmBench's own column and that of its hub copy, which say which rows ask for a protected text; caseless.
+# Columns that mark HarmBench's copyright rows, in the original and in its hub copy, in lower case.
 CATEGORY_COLUMNS = ("functionalcategory", "functional_category", "category")
-# Rows with one of these are answered already: what stands in their context is no part of a HarmBench prompt.
+# A row with one of these columns has an answer: it is not a HarmBench row, and its context is not part of a prompt.
 ANSWER_COLUMNS = {"answer", "answers", "response", "completion", "output", "chosen"}
 
-# Sorts of XSTest's safe prompts; those of its unsafe ones begin with "contrast_".
+# Types of XSTest's safe prompts; types of the unsafe ones begin with "contrast_".
 XSTEST_TYPES = {
     "homonyms",
     "figurative_language",
@@ -69,10 +70,10 @@ XSTEST_TYPES = {
 
 
 def skip_reason(row: Row, kind: Kind | None) -> str | None:
-    """Why a benchmark's row is not among what is asked for; None: it is, or it is no benchmark's row.
+    """Why a benchmark's row is skipped; None: it is used, or it is not from a benchmark that mixes kinds.
 
-    kind None: a file of which nothing was said. Copyright and WildJailbreak's benign rows are left out; XSTest, whose
-    use is not known then, is read whole.
+    kind None: the kind is unknown. HarmBench's copyright rows and WildJailbreak's benign rows are skipped; XSTest is
+    read whole.
     """
     if kind == "all":
         return None
@@ -91,17 +92,17 @@ def skip_reason(row: Row, kind: Kind | None) -> str | None:
 
 
 def _xstest_label(row: Row) -> str | None:
-    """safe or unsafe; None for a row that is not XSTest's. The copies without such a label still have the types."""
-    sort = str(row.get("type"))
-    is_contrast = sort.startswith("contrast_")
-    if not is_contrast and sort not in XSTEST_TYPES:
+    """safe or unsafe; None for a row that is not XSTest's. Copies without the label column still have the types."""
+    prompt_type = str(row.get("type"))
+    is_contrast = prompt_type.startswith("contrast_")
+    if not is_contrast and prompt_type not in XSTEST_TYPES:
         return None
     label = str(row.get("label", "")).lower()
     return label if label in ("safe", "unsafe") else "unsafe" if is_contrast else "safe"
 
 
 def context_of(row: Row, column: str) -> str | None:
-    """The text that a HarmBench row's prompt goes with: the published CSV's ContextString, the hub copy's context."""
+    """The text that a HarmBench prompt refers to: ContextString in the published CSV, context in the hub copy."""
     is_copy = column == "prompt" and "category" in row and not ANSWER_COLUMNS & {str(name).lower() for name in row}
     if "behavior" not in column.lower() and not is_copy:
         return None

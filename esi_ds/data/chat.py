@@ -1,4 +1,4 @@
-"""From texts to token ids: the model's chat template, responses with offsets, and text that must stay text."""
+"""From text to token ids: chat templates, responses with offsets, and special-token strings that must stay text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EncodedResponse:
 def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The model's fast tokenizer, with a padding token.
 
-    chat_template replaces the tokenizer's own: Jinja text, or a file that holds it. Raises UserError where there is no
+    chat_template replaces the tokenizer's own: Jinja text, or a file that holds it. Raises UserError if there is no
     fast tokenizer.
     """
     field, path = source.field, source.path
@@ -41,7 +41,7 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
             "give a Hugging Face folder or a hub id that can be reached",
         ) from error
     if not tokenizer.is_fast:
-        raise UserError(field, path, "has no fast tokenizer", "offsets need tokenizer.json: convert it once")
+        raise UserError(field, path, "has no fast tokenizer", "convert it: character offsets need tokenizer.json")
     if chat_template is not None:
         is_file = len(chat_template) < 4096 and "{" not in chat_template and Path(chat_template).is_file()
         tokenizer.chat_template = Path(chat_template).read_text() if is_file else chat_template
@@ -53,7 +53,7 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
 def load_chat_tokenizer(source: ModelSource, section: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a model that answers prompts, with the chat template that ``model`` of the config asks for.
 
-    Raises UserError where the tokenizer cannot be loaded, or its template cannot format a chat.
+    Raises UserError if the tokenizer cannot be loaded, or its template cannot format a chat.
     """
     tokenizer = load_tokenizer(source, chat_template=section.chat_template)
     check_chat_template(tokenizer, section.system_prompt)
@@ -62,14 +62,14 @@ def load_chat_tokenizer(source: ModelSource, section: Model) -> PreTrainedTokeni
 
 def special_strings(*tokenizers: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Texts that any of the tokenizers parses as a special token, longest first."""
-    found = {
+    strings = {
         token.content for tokenizer in tokenizers for token in tokenizer.added_tokens_decoder.values() if token.special
     }
-    return tuple(sorted(found, key=lambda text: (-len(text), text)))
+    return tuple(sorted(strings, key=lambda text: (-len(text), text)))
 
 
 def break_up(text: str, specials: Iterable[str]) -> tuple[str, int]:
-    """The text with a space inside every special-token string, and how many there were.
+    """The text with a space inside every special-token string, and the number of such strings.
 
     Prompts and responses are data: "<|eot_id|>" typed by a user must not end a turn (docs/method.md §1, the judge).
     """
@@ -83,7 +83,7 @@ def break_up(text: str, specials: Iterable[str]) -> tuple[str, int]:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None) -> list[int]:
-    """Ids of a user turn in the model's chat template, up to where the assistant begins to speak."""
+    """Ids of a user turn in the model's chat template, up to where the assistant's response begins."""
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": prompt})
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -91,8 +91,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> EncodedResponse:
-    """Ids and spans. A token ends where the next one begins: SentencePiece reports the mark it puts in front of a
-    text with the span of the first letter, which would count that letter twice."""
+    """Ids and spans. Spans are made disjoint: SentencePiece reports the mark it puts before a text with the span of the
+    first letter, which would count that letter twice."""
     encoded = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
     spans = encoded["offset_mapping"]
     starts = [start for start, _ in spans[1:]] + [len(response)]
@@ -101,7 +101,7 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> Encode
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> None:
-    """One clear message where the model cannot be spoken to, before any weight is loaded."""
+    """Raises UserError, before any weight is loaded, if the tokenizer cannot format a chat."""
     if tokenizer.chat_template is None:
         raise UserError(
             "model.chat_template",
@@ -111,10 +111,10 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str |
         )
     try:
         encode_prompt(tokenizer, "Hello", system_prompt)
-    except Exception as error:  # Jinja's, or whatever the template raises by itself
+    except Exception as error:  # Jinja's errors, or whatever the template raises
         raise UserError(
             "model.chat_template",
             "(the tokenizer's)",
             f"fails on a one-turn chat: {error}",
-            "fix the template, or leave out model.system_prompt if it allows none",
+            "fix the template, or leave out model.system_prompt if the template does not allow one",
         ) from error

@@ -17,7 +17,7 @@ from esi_ds.data.rows import Row, is_text, with_input
 from esi_ds.errors import UserError
 
 Turn = dict[str, str]
-# Columns of a row that hold (what is asked, further input, what is answered); tried in this order, caseless.
+# Columns of a row that hold (question, further input, answer); tried in this order, ignoring case.
 SHAPES: tuple[tuple[str, str | None, str], ...] = (
     ("prompt", None, "response"),
     ("instruction", "input", "output"),
@@ -32,7 +32,7 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One row as the model reads it: ids, and labels that are IGNORED wherever nothing is learnt."""
+    """One row as the model reads it: token ids, and labels that are IGNORED at every token without a loss."""
 
     row: int
     ids: list[int]
@@ -40,13 +40,13 @@ class TokenSequence:
 
     @property
     def num_learnt(self) -> int:
-        """Labels that something predicts: never the first one."""
+        """Labels with a loss; the first label never has one, as nothing predicts it."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
 class TuningSet:
-    """Usable rows; ``columns`` as found; (row, reason) of every row left out; rows cut at the maximum length."""
+    """The encoded rows; the columns read; (row, reason) of every skipped row; number of rows cut at ``max_length``."""
 
     sequences: tuple[TokenSequence, ...]
     columns: str
@@ -58,16 +58,14 @@ class TuningSet:
 def find_columns(rows: Sequence[Row], columns: str, field: str) -> tuple[str, ...]:
     """("messages",) or (question, answer) or (question, input, answer), as the rows spell them.
 
-    columns: ``auto``, or their names with commas between. Raises UserError listing what is there.
+    columns: ``auto``, or the names separated by commas. Raises UserError listing the columns.
     """
     names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
     if columns != "auto":
         chosen = tuple(part.strip() for part in columns.split(","))
         unknown = [name for name in chosen if name not in names]
         if unknown or len(chosen) > 3:
-            raise UserError(
-                field, columns, f"there is no such column; there are {', '.join(names)}", "name question,answer"
-            )
+            raise UserError(field, columns, f"is not among the columns {', '.join(names)}", "give question,answer")
         return chosen
     lower = {name.lower(): name for name in reversed(names)}
     for chat in CHATS:
@@ -80,13 +78,13 @@ def find_columns(rows: Sequence[Row], columns: str, field: str) -> tuple[str, ..
     raise UserError(
         field,
         "auto",
-        f"none of the usual columns is there, only {', '.join(names)}",
+        f"has none of the usual columns, only {', '.join(names)}",
         f"name the columns, for instance {field}=question,answer",
     )
 
 
 def conversation(row: Row, columns: Sequence[str]) -> list[Turn] | str:
-    """The turns of one row, or why there are none."""
+    """The turns of one row, or why it has none."""
     if len(columns) == 1:
         return _chat(row.get(columns[0]))
     texts = [row.get(column) for column in columns]
@@ -95,25 +93,25 @@ def conversation(row: Row, columns: Sequence[str]) -> list[Turn] | str:
         return "the question is empty"
     if not isinstance(answer, str) or not answer.strip():
         return "the answer is empty"
-    asked = with_input(question, texts[1] if len(texts) == 3 else None)
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer.strip()}]
+    request = with_input(question, texts[1] if len(texts) == 3 else None)
+    return [{"role": "user", "content": request}, {"role": "assistant", "content": answer.strip()}]
 
 
 def _chat(turns: Any) -> list[Turn] | str:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return "it is no list of turns"
-    found = []
+        return "it is not a list of turns"
+    chat = []
     for turn in turns:
         role = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
             return "a turn has no text or no role"
-        found.append({"role": ROLES.get(role, role), "content": content})
-    while found and found[-1]["role"] != "assistant":
-        found.pop()
-    if not found or not found[-1]["content"].strip():
+        chat.append({"role": ROLES.get(role, role), "content": content})
+    while chat and chat[-1]["role"] != "assistant":
+        chat.pop()
+    if not chat or not chat[-1]["content"].strip():
         return "no turn of the assistant has text"
-    return found
+    return chat
 
 
 def encode(
@@ -121,9 +119,9 @@ def encode(
 ) -> TokenSequence:
     """Ids and labels of a conversation in the model's chat template.
 
-    Learnt: every turn of the assistant up to the token that ends it, each tokenized as it follows its prompt when the
-    model speaks. Where the template rewrites earlier turns, or a turn does not go on where its prompt ends, only the
-    last turn is learnt. A turn that the template ends by no end token gets the tokenizer's.
+    Learnt: every turn of the assistant up to its end token, tokenized after its prompt as in generation. Only the last
+    turn is learnt if the template rewrites earlier turns, or a turn does not continue the text of its prompt. If the
+    template ends a turn without an end token, the tokenizer's is added.
     """
     ends = frozenset(end_ids)
     spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -136,23 +134,24 @@ def encode(
     for context, answer in pieces:
         context_ids = tokenizer(context, add_special_tokens=False)["input_ids"]
         answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        last_end = max((place for place, token in enumerate(answer_ids) if token in ends), default=None)
+        last_end = max((index for index, token in enumerate(answer_ids) if token in ends), default=None)
         if last_end is None:
             answer_ids = [*answer_ids, tokenizer.eos_token_id]
             last_end = len(answer_ids) - 1
         learnt = answer_ids[: last_end + 1]
-        behind = answer_ids[last_end + 1 :]  # a newline after the turn: read, not learnt
+        trailing = answer_ids[last_end + 1 :]  # a newline after the turn: read, not learnt
         ids += context_ids + answer_ids
-        labels += [IGNORED] * len(context_ids) + learnt + [IGNORED] * len(behind)
-    last = max(place for place, label in enumerate(labels) if label != IGNORED)
+        labels += [IGNORED] * len(context_ids) + learnt + [IGNORED] * len(trailing)
+    last = max(index for index, label in enumerate(labels) if label != IGNORED)
     return TokenSequence(row, ids[: last + 1], labels[: last + 1])
 
 
 def _pieces(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], spoken: Sequence[int]
 ) -> list[tuple[str, str]] | None:
-    """(context, answer) texts that make up the conversation, or None where the template does not let them."""
-    pieces, before = [], ""
+    """(context, answer) texts that make up the conversation, or None if the template rewrites earlier text."""
+    pieces: list[tuple[str, str]] = []
+    before = ""
     for index in spoken:
         prompt = _render(tokenizer, turns[:index], True)
         through = _render(tokenizer, turns[: index + 1], False)
@@ -163,8 +162,10 @@ def _pieces(
     return pieces
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], speaks_next: bool) -> str:
-    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=speaks_next)
+def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+    text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert isinstance(text, str)  # a list only for a batch of conversations
+    return text
 
 
 def encode_rows(
@@ -178,7 +179,9 @@ def encode_rows(
     max_length: int,
 ) -> TuningSet:
     """Every usable row, in order. Special-token strings inside the rows are broken up: they are data."""
-    sequences, skipped, num_cut = [], [], 0
+    sequences: list[TokenSequence] = []
+    skipped: list[tuple[int, str]] = []
+    num_cut = 0
     digest = hashlib.sha256()
     for number, row in enumerate(rows):
         turns = conversation(row, columns)
@@ -203,10 +206,10 @@ def encode_rows(
 
 
 class DataOrder:
-    """Which sequence stands at which position of the endless stream that training reads.
+    """Which sequence is at which position of the endless stream that training reads.
 
-    Every epoch is a permutation of its own, keyed by (seed, epoch). Benign rows, ``fraction`` of all, come evenly.
-    The stream is the same on any world size, so a resumed run goes on with the next row.
+    Every epoch is a new permutation, keyed by (seed, epoch). Benign rows, ``fraction`` of all, are spread evenly. The
+    stream does not depend on the world size, so a resumed run continues with the next row.
     """
 
     def __init__(self, num_rows: int, num_benign: int, fraction: float, seed: int):
@@ -214,16 +217,16 @@ class DataOrder:
         self._epochs: dict[tuple[int, int], list[int]] = {}
 
     def __getitem__(self, position: int) -> tuple[bool, int]:
-        """(whether it is a benign row, its number)."""
+        """(whether the sequence is benign, its index among the benign or the other sequences)."""
         before = int(position * self.fraction)
         if int((position + 1) * self.fraction) > before:
             return True, self._row(1, before, self.num_benign)
         return False, self._row(0, position - before, self.num_rows)
 
     def _row(self, stream: int, count: int, size: int) -> int:
-        epoch, place = divmod(count, size)
+        epoch, index = divmod(count, size)
         if (stream, epoch) not in self._epochs:
             self._epochs = {key: order for key, order in self._epochs.items() if key[0] != stream}
             generator = torch.Generator().manual_seed((self.seed << 20) + (epoch << 1) + stream)
             self._epochs[stream, epoch] = torch.randperm(size, generator=generator).tolist()
-        return self._epochs[stream, epoch][place]
+        return self._epochs[stream, epoch][index]

@@ -1,4 +1,4 @@
-"""Prompts out of rows: the published shapes of the benchmarks, and any file with a usual column."""
+"""Prompts from rows: the benchmarks' published formats, and any file with a column of a usual name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -17,7 +17,8 @@ from esi_ds.data.benchmarks import BUILT_IN, BuiltIn, Kind, context_of, skip_rea
 from esi_ds.data.rows import Row, is_text, looks_like_file, read_rows, with_input
 from esi_ds.errors import UserError
 
-# Tried in this order, caseless. AdvBench goal, HarmBench Behavior, JailbreakBench Goal, StrongREJECT forbidden_prompt.
+# Tried in this order, ignoring case. AdvBench goal, HarmBench Behavior, JailbreakBench Goal, StrongREJECT
+# forbidden_prompt.
 COLUMNS = (
     "goal",
     "forbidden_prompt",
@@ -39,7 +40,7 @@ HALF = "the prompt holds half of a surrogate pair"
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts as text, where they are from, and (row, reason) of every row that gave none."""
+    """Prompts as text, where they come from, and (row, reason) of every row that was skipped."""
 
     prompts: tuple[str, ...]
     column: str
@@ -62,23 +63,24 @@ def load_prompts(
 ) -> PromptSet:
     """Read prompts; ``path`` is a file, a hub id or a built-in name (benchmarks.py).
 
-    kind: which rows of a set that holds both sorts are taken (XSTest, WildJailbreak); None: the built-in name's own.
-    Raises UserError naming ``field`` and its key.
+    kind: which rows to take from a data set that holds both kinds (XSTest, WildJailbreak); None: those of the built-in
+    name. Raises UserError naming ``field`` and its key.
     """
     built_in = BUILT_IN.get(path)
     source, config = (built_in.source, built_in.config) if built_in else (path, None)
     if built_in:
         split, kind = split or built_in.split, _kind_of(built_in, path, kind, field)
     rows = read_rows(source, f"{field}.path", name=config, split=split)
-    # A copy that names its columns otherwise is read like any file.
-    is_usual = built_in is not None and column == "auto" and any(built_in.column in row for row in rows)
-    chosen = built_in.column if is_usual else choose_column(rows, column, f"{field}.column")
+    if built_in and column == "auto" and any(built_in.column in row for row in rows):
+        column = built_in.column
+    else:  # a copy with other column names is read like any file
+        column = choose_column(rows, column, f"{field}.column")
     prompts: list[str] = []
     skipped: list[tuple[int, str]] = []
     for number, row in enumerate(rows):
-        if len(prompts) == limit:  # rows behind it are not read, so neither are they skipped
+        if len(prompts) == limit:  # later rows are not read, so they are not listed as skipped
             break
-        text = prompt_of(row, chosen)
+        text = prompt_of(row, column)
         reason = skip_reason(row, kind) or (None if text else EMPTY) or (None if is_text(text) else HALF)
         if reason:
             skipped.append((number, reason))
@@ -86,16 +88,16 @@ def load_prompts(
             prompts.append(text)
     if not prompts:
         reasons = "; ".join(sorted({reason for _, reason in skipped}))
-        raise UserError(f"{field}.path", path, f"gives no prompt ({reasons})", "look at its rows")
-    return PromptSet(tuple(prompts), chosen, source if looks_like_file(source) else f"hub:{source}", tuple(skipped))
+        raise UserError(f"{field}.path", path, f"has no usable prompt ({reasons})", "check its rows")
+    return PromptSet(tuple(prompts), column, source if looks_like_file(source) else f"hub:{source}", tuple(skipped))
 
 
 def _kind_of(built_in: BuiltIn, path: str, kind: Kind | None, field: str) -> Kind:
-    """The sort of rows a built-in name gives. Raises UserError where another one is asked for."""
+    """The kind of rows to take from a built-in set. Raises UserError if the set has none of the requested kind."""
     if kind is None or built_in.kind in (kind, "all"):
         return built_in.kind
     others = {name: other for name, other in BUILT_IN.items() if other.source == built_in.source and other.kind == kind}
-    # Two names for the same rows: the set holds both sorts, and its rows say which they are.
+    # Two names for the same rows: the data set holds both kinds, and its rows say which they are.
     if kind == "all" or any(other[:3] == built_in[:3] for other in others.values()):
         return kind
     remedy = f"name {next(iter(others))}" if others else f"it holds {built_in.kind} prompts only"
@@ -103,7 +105,7 @@ def _kind_of(built_in: BuiltIn, path: str, kind: Kind | None, field: str) -> Kin
 
 
 def choose_column(rows: Sequence[Row], column: str, field: str) -> str:
-    """The column that holds the prompts; ``auto`` takes the first usual one. Raises UserError listing what is there."""
+    """The column that holds the prompts; ``auto`` takes the first usual one. Raises UserError listing the columns."""
     names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
     if column != "auto":
         if column in names:
@@ -112,7 +114,7 @@ def choose_column(rows: Sequence[Row], column: str, field: str) -> str:
         raise UserError(
             field,
             column,
-            f"there is no such column; there are {', '.join(names)}",
+            f"is not among the columns {', '.join(names)}",
             f"the nearest is {near[0]}" if near else "the rows have no columns",
         )
     lower = {name.lower(): name for name in reversed(names)}
@@ -120,15 +122,15 @@ def choose_column(rows: Sequence[Row], column: str, field: str) -> str:
         if candidate in lower:
             return lower[candidate]
     raise UserError(
-        field, "auto", f"none of the usual columns is there, only {', '.join(names)}", "name the column of the prompts"
+        field, "auto", f"has none of the usual columns, only {', '.join(names)}", "name the column of the prompts"
     )
 
 
 def prompt_of(row: Row, column: str) -> str:
-    """One row's prompt, stripped of surrounding white space; "" where it has none.
+    """One row's prompt, stripped of surrounding white space; "" if it has none.
 
-    A chat gives its last user turn. HarmBench's contextual rows carry their context in front of the behaviour, an
-    instruction is followed by its input. WildJailbreak's vanilla rows leave ``adversarial`` empty.
+    Of a chat: its last user turn. HarmBench's contextual rows put their context before the behaviour; an instruction is
+    followed by its input. WildJailbreak's vanilla rows leave ``adversarial`` empty.
     """
     value = row.get(column)
     if column.lower() == "adversarial" and not (isinstance(value, str) and value.strip()):
@@ -150,20 +152,19 @@ def prompt_of(row: Row, column: str) -> str:
 
 
 def _input_of(row: Row) -> str | None:
-    """What an instruction is to be carried out on: Alpaca's ``input``, Dolly's ``context``, self-instruct's first
-    instance."""
+    """The input of an instruction: Alpaca's ``input``, Dolly's ``context``, self-instruct's first instance."""
     lowered = {str(name).lower(): value for name, value in row.items()}
     instances = lowered.get("instances")
     first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else {}
-    given = (lowered.get("input"), lowered.get("context"), first.get("input"))
-    return next((text for text in given if isinstance(text, str) and text.strip()), None)
+    candidates = (lowered.get("input"), lowered.get("context"), first.get("input"))
+    return next((text for text in candidates if isinstance(text, str) and text.strip()), None)
 
 
 def load_responses(path: str) -> list[Row]:
-    """Rows {"prompt", "response"} of a JSONL file; both must be text. Raises UserError naming data.responses."""
+    """Rows {"prompt", "response"} of a JSONL file, both text. Raises UserError naming data.responses."""
     rows = read_rows(path, "data.responses") if looks_like_file(path) else []
     if not rows:
-        raise UserError("data.responses", path, "there is no such file", 'give a JSONL of {"prompt", "response"}')
+        raise UserError("data.responses", path, "there is no such file", 'give a JSONL file of {"prompt", "response"}')
     for number, row in enumerate(rows, 1):
         for key in ("prompt", "response"):
             if not is_text(row.get(key)):
@@ -176,9 +177,11 @@ def load_responses(path: str) -> list[Row]:
     return rows
 
 
-def given_scores(rows: Sequence[Row], path: str) -> list[float]:
-    """``judge_score`` of every row of ``load_responses``, NaN where it is null: that response was not judged. Raises
-    UserError naming data.responses."""
+def recorded_scores(rows: Sequence[Row], path: str) -> list[float]:
+    """``judge_score`` of every row of ``load_responses``; NaN for null: that response was not judged.
+
+    Raises UserError naming data.responses.
+    """
     scores = []
     for number, row in enumerate(rows, 1):
         score = row.get("judge_score", "")
@@ -186,7 +189,7 @@ def given_scores(rows: Sequence[Row], path: str) -> list[float]:
             raise UserError(
                 "data.responses",
                 path,
-                f"row {number} has no number 'judge_score'",
+                f"row {number} has no number for 'judge_score'",
                 "give each row a score, higher for safer, or name a judge.path",
             )
         scores.append(math.nan if score is None else float(score))
@@ -194,14 +197,14 @@ def given_scores(rows: Sequence[Row], path: str) -> list[float]:
 
 
 class PromptSetRow(TypedDict):
-    """What was read of one prompt set: a row of the report."""
+    """A question set in the report."""
 
     set: str  # its name in tables and files
-    kind: str  # harmful or benign
-    source: str  # file or hub id
-    column: str  # column of the prompts
-    read: int  # prompts read
-    skipped: dict[str, int]  # reason → rows that gave no prompt
+    kind: Literal["harmful", "benign"]  # whether its prompts should be refused or answered
+    source: str  # file, or "hub:" and the id
+    column: str  # the column that holds the prompts
+    read: int  # number of prompts
+    skipped: dict[str, int]  # reason → number of rows skipped for it, most frequent first
     sha256: str  # of the prompts
 
 
@@ -211,42 +214,51 @@ class QuestionSet:
 
     name: str
     kind: Literal["harmful", "benign"]
-    found: PromptSet
+    prompt_set: PromptSet
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        return self.found.prompts
+        return self.prompt_set.prompts
 
     def as_row(self) -> PromptSetRow:
         """What was read, what was skipped and why: a row of the report."""
         return {
             "set": self.name,
             "kind": self.kind,
-            "source": self.found.source,
-            "column": self.found.column,
+            "source": self.prompt_set.source,
+            "column": self.prompt_set.column,
             "read": len(self.prompts),
-            "skipped": dict(Counter(reason for _, reason in self.found.skipped).most_common()),
-            "sha256": self.found.sha256,
+            "skipped": dict(Counter(reason for _, reason in self.prompt_set.skipped).most_common()),
+            "sha256": self.prompt_set.sha256,
         }
 
 
-def load_sets(section: Eval) -> list[QuestionSet]:
-    """Harmful sets first. A file that holds both sorts (XSTest) gives those that are asked for."""
-    given = [("harmful", "eval.prompts", section.prompts), ("benign", "eval.benign", section.benign)]
-    asked = [
-        (kind, f"{key}.{number}" if len(sections) > 1 else key, found)
-        for kind, key, sections in given
-        for number, found in enumerate(sections)
-    ]
-    names = _names([found for _, _, found in asked])
+def load_question_sets(section: Eval) -> list[QuestionSet]:
+    """The sets of ``eval.prompts``, then those of ``eval.benign``.
+
+    Each takes only its kind of rows from a data set that holds both (XSTest).
+    """
+    names = iter(_names([*section.prompts, *section.benign]))
     return [
-        QuestionSet(name, kind, load_prompts(s.path, s.split, s.column, s.limit, kind=kind, field=key))
-        for name, (kind, key, s) in zip(names, asked, strict=True)
+        *_load_kind("harmful", "eval.prompts", section.prompts, names),
+        *_load_kind("benign", "eval.benign", section.benign, names),
     ]
+
+
+def _load_kind(
+    kind: Literal["harmful", "benign"], key: str, sections: Sequence[Prompts], names: Iterator[str]
+) -> list[QuestionSet]:
+    """The sets of one config key; takes their names off ``names``."""
+    question_sets = []
+    for number, section in enumerate(sections):
+        field = f"{key}.{number}" if len(sections) > 1 else key
+        prompt_set = load_prompts(section.path, section.split, section.column, section.limit, kind=kind, field=field)
+        question_sets.append(QuestionSet(next(names), kind, prompt_set))
+    return question_sets
 
 
 def _names(sections: list[Prompts]) -> list[str]:
-    """Short names that are told apart: a file's stem where that is enough, then path and split, then a number."""
+    """Short distinct names: a file's stem if that is enough, else path and split, else also a number."""
     stems = [Path(s.path).stem if Path(s.path).suffix else s.path for s in sections]
     longer = [s.path + (f":{s.split}" if s.split else "") for s in sections]
     names = [stem if stems.count(stem) == 1 else long for stem, long in zip(stems, longer, strict=True)]

@@ -1,4 +1,4 @@
-"""Rows of a CSV, TSV, JSON, JSONL, parquet or text file, or of a data set on the hub (through ``datasets``)."""
+"""Rows of a CSV, TSV, JSON, JSONL, parquet or text file, or of a hub data set (through ``datasets``)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from esi_ds.errors import UserError
 
 SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt"}
-# What a hub set's files need to be read right: WildJailbreak's are tab-separated, and "NA" in them is text.
+# Options for reading a hub data set's files: WildJailbreak's are tab-separated, and "NA" in them is text.
 HUB_OPTIONS: dict[str, dict[str, Any]] = {"allenai/wildjailbreak": {"delimiter": "\t", "keep_default_na": False}}
-Row = dict[str, Any]
+Row = dict[str, Any]  # a user's row, whatever its columns
 
 
 def looks_like_file(path: str) -> bool:
@@ -26,15 +26,15 @@ def read_rows(path: str, field: str, *, name: str | None = None, split: str | No
         return _read_hub(path, field, name, split)
     file = Path(path).expanduser()
     if file.is_dir():
-        raise UserError(field, path, "is a folder", "give a file in it")
+        raise UserError(field, path, "is a folder", "give a file inside it")
     if not file.is_file():
         raise UserError(field, path, "there is no such file", "give a file, a hub id or a built-in name")
     if file.suffix.lower() not in SUFFIXES:
-        raise UserError(field, path, f"has the suffix {file.suffix!r}", f"one of {', '.join(sorted(SUFFIXES))} is read")
+        raise UserError(field, path, f"has the suffix {file.suffix!r}", f"use one of {', '.join(sorted(SUFFIXES))}")
     try:
         rows = _read_file(file)
     except (ValueError, csv.Error, UnicodeDecodeError) as error:
-        raise UserError(field, path, f"cannot be read: {error}", "is it the format that its suffix says?") from error
+        raise UserError(field, path, f"cannot be read: {error}", "check that its format matches its suffix") from error
     if not rows:
         raise UserError(field, path, "holds no rows", "give a file with data")
     return rows
@@ -43,7 +43,7 @@ def read_rows(path: str, field: str, *, name: str | None = None, split: str | No
 def _read_file(file: Path) -> list[Row]:
     suffix = file.suffix.lower()
     if suffix in (".csv", ".tsv"):
-        # Not pandas: there a prompt "null" or "NA" becomes a missing value.
+        # Not pandas, which reads a prompt "null" or "NA" as a missing value.
         with file.open(encoding="utf-8-sig", newline="") as opened:
             return list(csv.DictReader(opened, delimiter="\t" if suffix == ".tsv" else ","))
     if suffix == ".txt":
@@ -57,7 +57,7 @@ def _read_file(file: Path) -> list[Row]:
 
 
 def _json_lines(text: str) -> list[Row]:
-    """One object a line. Not ``splitlines``: it also cuts at a U+2028 inside a text."""
+    """One object per line. Not ``splitlines``, which also splits at a U+2028 inside a text."""
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -66,13 +66,13 @@ def _json_lines(text: str) -> list[Row]:
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from error
             if not isinstance(rows[-1], dict):
-                raise ValueError(f"line {number} is no object")
+                raise ValueError(f"line {number} is not an object")
     return rows
 
 
 def _json_rows(text: str) -> list[Row]:
-    """A list of objects; an object that holds one such list, or has it under data or rows; an object of objects
-    (PubMedQA's shape); JSON lines."""
+    """Rows of JSON text: a list of objects; an object with one such list, or with one under "data" or "rows"; an object
+    of objects (PubMedQA); JSON lines."""
     try:
         content = json.loads(text)
     except ValueError:
@@ -89,18 +89,18 @@ def _json_rows(text: str) -> list[Row]:
         else:
             content = [content]
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise ValueError("its rows are no objects")
+        raise ValueError("its rows are not objects")
     return content
 
 
 def with_input(question: str, extra: Any) -> str:
-    """A question and what it is to be answered on, if there is any, as one turn; both stripped."""
+    """A question and the input it refers to, if any, as one turn; both stripped."""
     extra = extra.strip() if isinstance(extra, str) else ""
     return f"{question.strip()}\n\n{extra}" if extra else question.strip()
 
 
 def is_text(value: Any) -> bool:
-    """A string that can be written down: JSON may escape half of a surrogate pair, which no tokenizer takes."""
+    """Whether this is a string that tokenizers accept: JSON can escape half of a surrogate pair, which they do not."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -108,13 +108,13 @@ def _read_hub(path: str, field: str, name: str | None, split: str | None) -> lis
     from datasets import load_dataset
 
     try:
-        found = load_dataset(path, name, split=split or "train", **HUB_OPTIONS.get(path, {}))
-    except Exception as error:  # datasets raises whatever its many back ends raise
+        rows = load_dataset(path, name, split=split or "train", **HUB_OPTIONS.get(path, {}))
+    except Exception as error:  # datasets passes on whatever its many back ends raise
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             field,
             path,
             f"cannot be loaded from the hub ({first_line})",
-            "check id, split and network, or give a local file",
+            "check the id, the split and the network, or give a local file",
         ) from error
-    return found.to_list()
+    return rows.to_list()

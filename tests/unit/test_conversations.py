@@ -102,11 +102,13 @@ def test_rows_that_cannot_be_used_are_counted(tokenizer) -> None:
         {"prompt": "a", "response": "half \ud83d"},
     ]
     options = {"system_prompt": None, "specials": ("<|assistant|>", "<|end|>"), "end_ids": {2}, "max_length": 40}
-    found = encode_rows(rows, ("prompt", "response"), tokenizer, **options)
-    assert [sequence.row for sequence in found.sequences] == [0, 3, 4] and found.num_cut == 2
-    assert [number for number, _ in found.skipped] == [1, 2, 5, 6]
-    assert found.sequences[1].ids.count(tokenizer.eos_token_id) == 2  # the user's and the assistant's end, no third
-    assert len(found.sequences[2].ids) == 40
+    tuning_set = encode_rows(rows, ("prompt", "response"), tokenizer, **options)
+    assert [sequence.row for sequence in tuning_set.sequences] == [0, 3, 4] and tuning_set.num_cut == 2
+    assert [number for number, _ in tuning_set.skipped] == [1, 2, 5, 6]
+    assert (
+        tuning_set.sequences[1].ids.count(tokenizer.eos_token_id) == 2
+    )  # one per turn, no third
+    assert len(tuning_set.sequences[2].ids) == 40
 
 
 def test_chats() -> None:
@@ -146,8 +148,8 @@ def test_the_order_reads_every_row_once_an_epoch_and_mixes_evenly() -> None:
 def test_real_files(shared: Path, tokenizer, file: str, columns: str, count: int) -> None:
     rows = read_rows(str(shared / "data" / file), "tune.data.path")
     assert len(rows) == count or file.startswith("circuit")
-    found = find_columns(rows, "auto", "f")
-    assert ",".join(found) == columns
+    names = find_columns(rows, "auto", "f")
+    assert ",".join(names) == columns
     options = {"system_prompt": None, "specials": (), "end_ids": {2}, "max_length": 4000}
-    encoded = encode_rows(rows[:40], found, tokenizer, **options)
+    encoded = encode_rows(rows[:40], names, tokenizer, **options)
     assert len(encoded.sequences) == 40, json.dumps(encoded.skipped)

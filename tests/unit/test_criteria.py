@@ -242,7 +242,10 @@ def test_dry_run_shows_the_further_passes(made: Path, capsys) -> None:
     [
         ([], "data.tuning: is missing"),
         (["data.tuning.path=nowhere.jsonl"], "data.tuning.path = nowhere.jsonl: there is no such file"),
-        (["data.tuning.path={rows}", "data.tuning.columns=x"], "data.tuning.columns = x: there is no such column"),
+        (
+            ["data.tuning.path={rows}", "data.tuning.columns=x"],
+            "data.tuning.columns = x: is not among the columns",
+        ),
         (["data.tuning.path={rows}", "data.tuning.max_length=2"], "gives no row to learn"),
     ],
 )

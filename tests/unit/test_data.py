@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from esi_ds.data.prompts import BUILT_IN, given_scores, load_prompts, load_responses
+from esi_ds.data.prompts import BUILT_IN, load_prompts, load_responses, recorded_scores
 from esi_ds.errors import UserError
 
 
@@ -24,13 +24,13 @@ from esi_ds.errors import UserError
     ],
 )
 def test_real_files(shared: Path, name: str, count: int, column: str, skipped: int) -> None:
-    found = load_prompts(str(shared / "data" / name))
-    assert (len(found.prompts), found.column, len(found.skipped)) == (count, column, skipped)
+    prompt_set = load_prompts(str(shared / "data" / name))
+    assert (len(prompt_set.prompts), prompt_set.column, len(prompt_set.skipped)) == (count, column, skipped)
 
 
 def test_harmbench_context_stands_in_front(shared: Path) -> None:
-    found = load_prompts(str(shared / "data" / "harmbench_behaviors_text_val.csv"))
-    assert sum("\n\n---\n\n" in prompt for prompt in found.prompts) == 19  # as many contextual rows
+    prompt_set = load_prompts(str(shared / "data" / "harmbench_behaviors_text_val.csv"))
+    assert sum("\n\n---\n\n" in prompt for prompt in prompt_set.prompts) == 19  # as many contextual rows
 
 
 def rows(tmp_path: Path, name: str, content: list[dict]) -> str:
@@ -49,8 +49,8 @@ def test_jailbreakbench_and_wildjailbreak_shapes(tmp_path: Path) -> None:
         "vanilla\tadversarial\tcompletion\tdata_type\nplain\t\tno\tvanilla_harmful\n"
         "base\twrapped NA\tno\tadversarial_harmful\nfine\t\tyes\tvanilla_benign\n"
     )
-    found = load_prompts(str(wild))
-    assert found.prompts == ("plain", "wrapped NA") and found.skipped == ((2, "WildJailbreak benign row"),)
+    prompt_set = load_prompts(str(wild))
+    assert prompt_set.prompts == ("plain", "wrapped NA") and prompt_set.skipped == ((2, "WildJailbreak benign row"),)
 
 
 def test_every_format_gives_the_same_prompts(tmp_path: Path) -> None:
@@ -97,32 +97,32 @@ def test_responses_must_be_text(tmp_path: Path) -> None:
 
 
 def test_an_instruction_is_asked_with_its_input(tmp_path: Path) -> None:
-    given = [
+    alpaca_rows = [
         {"instruction": "Shorten it.", "input": " A long text. ", "output": "x"},
         {"instruction": "What is HiFi?", "context": "HiFi is sound.", "response": "x"},
         {"instruction": "Rewrite it.", "instances": [{"input": "If you have", "output": "x"}]},
         {"instruction": "Say hello.", "input": "", "context": None, "instances": []},
         {"instruction": "Half \ud83d"},
     ]
-    found = load_prompts(rows(tmp_path, "i.jsonl", given))
-    assert found.prompts == (
+    prompt_set = load_prompts(rows(tmp_path, "i.jsonl", alpaca_rows))
+    assert prompt_set.prompts == (
         "Shorten it.\n\nA long text.",
         "What is HiFi?\n\nHiFi is sound.",
         "Rewrite it.\n\nIf you have",
         "Say hello.",
     )
-    assert found.skipped == ((4, "the prompt holds half of a surrogate pair"),)
+    assert prompt_set.skipped == ((4, "the prompt holds half of a surrogate pair"),)
     with pytest.raises(UserError, match="row 1 has no text 'response'"):
         load_responses(rows(tmp_path, "half.jsonl", [{"prompt": "a", "response": "\ud83d"}]))
 
 
 def test_scores_come_with_responses(tmp_path: Path) -> None:
     said = [{"prompt": "a", "response": "b", "judge_score": score} for score in (1, -0.5, None)]
-    assert str(given_scores(load_responses(rows(tmp_path, "j.jsonl", said)), "j.jsonl")) == "[1.0, -0.5, nan]"
+    assert str(recorded_scores(load_responses(rows(tmp_path, "j.jsonl", said)), "j.jsonl")) == "[1.0, -0.5, nan]"
     for wrong in ({"judge_score": "safe"}, {"judge_score": True}, {}):
         bad = rows(tmp_path, "bad.jsonl", [said[0], {"prompt": "a", "response": "b", **wrong}])
         with pytest.raises(UserError, match="row 2 .*judge_score.*judge.path"):
-            given_scores(load_responses(bad), bad)
+            recorded_scores(load_responses(bad), bad)
 
 
 def test_a_hub_set_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,5 +151,5 @@ def test_a_hub_set_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *a, **o: datasets.Dataset.from_list([{"prompt": "x", "target": "y"}])
     )
-    found = load_prompts("advbench")
-    assert found.prompts == ("x",) and found.source == "hub:walledai/AdvBench"
+    prompt_set = load_prompts("advbench")
+    assert prompt_set.prompts == ("x",) and prompt_set.source == "hub:walledai/AdvBench"

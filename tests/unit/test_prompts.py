@@ -70,8 +70,8 @@ def test_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 
 def test_the_shipped_prompts_have_a_name() -> None:
-    found = load_prompts("examples/harmful")
-    assert len(found.prompts) >= 100 and not found.skipped
+    prompt_set = load_prompts("examples/harmful")
+    assert len(prompt_set.prompts) >= 100 and not prompt_set.skipped
 
 
 def test_responses_that_are_not_there(tmp_path: Path) -> None:

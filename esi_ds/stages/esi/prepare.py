@@ -21,7 +21,7 @@ from esi_ds.data.chat import (
     load_tokenizer,
     special_strings,
 )
-from esi_ds.data.prompts import given_scores, load_prompts, load_responses
+from esi_ds.data.prompts import load_prompts, load_responses, recorded_scores
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import SequenceRule, classifier_family, longest_input, model_class, read_rule
 from esi_ds.judge.families import Family, choose_family
@@ -168,7 +168,7 @@ def _read_data(config: Config) -> PromptData:
     if path is not None:
         rows = load_responses(path)[: section.limit if section is not None else None]
         source = {"responses": path, "sha256": file_sha256(Path(path))}
-        scores = given_scores(rows, path) if scores_given(config) else None
+        scores = recorded_scores(rows, path) if scores_given(config) else None
         return PromptData([row["prompt"] for row in rows], [row["response"] for row in rows], source, [], scores)
     assert section is not None  # require_esi has seen to it
     prompts = load_prompts(section.path, section.split, section.column, section.limit)

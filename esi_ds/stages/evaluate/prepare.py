@@ -20,7 +20,7 @@ from esi_ds.config import (
     label,
 )
 from esi_ds.data.chat import break_up, encode_prompt, load_chat_tokenizer, load_tokenizer, special_strings
-from esi_ds.data.prompts import QuestionSet, load_sets
+from esi_ds.data.prompts import QuestionSet, load_question_sets
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import SequenceRule, read_rule, yes_no_family
 from esi_ds.eval.endpoint import Endpoint
@@ -88,13 +88,13 @@ def prepare_eval(config: Config) -> EvalInputs:
         raise UserError("eval", None, "asks nothing", "give eval.prompts.path, eval.benign.path or eval.tasks")
     refusal_list(section.refusal_words, "eval.refusal_words")
     judges = prepare_judges(section)
-    sets = load_sets(section)
+    sets = load_question_sets(section)
     models = [_candidate(config, BASE, ModelSource.of(config.model), None, sets)]
     for number, model in enumerate(section.models):
         field = f"eval.models.{number}.path"
         source = ModelSource(model.path, model.revision, config.model.trust_remote_code, field)
         models.append(_candidate(config, label(model), source, model.before, sets))
-    data_hashes = {f"{found.kind}:{found.name}": found.found.sha256 for found in sets}
+    data_hashes = {f"{found.kind}:{found.name}": found.prompt_set.sha256 for found in sets}
     tasks = prepare_tasks(section.tasks)
     return EvalInputs(sets, models, judges, tasks, data_hashes)
 

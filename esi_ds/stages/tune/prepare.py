@@ -15,7 +15,7 @@ from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
 from esi_ds.data.chat import load_chat_tokenizer, special_strings
 from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
-from esi_ds.data.prompts import load_sets
+from esi_ds.data.prompts import load_question_sets
 from esi_ds.data.rows import read_rows
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
@@ -149,6 +149,6 @@ def _questions(config: Config) -> dict[str, list[str]]:
     """Prompts of ``eval.prompts`` (harmful) and ``eval.benign``, where the config has them."""
     if config.eval is None:
         return {}
-    sets = load_sets(config.eval)
+    sets = load_question_sets(config.eval)
     kinds = dict.fromkeys(found.kind for found in sets)
     return {kind: [prompt for found in sets if found.kind == kind for prompt in found.prompts] for kind in kinds}
