@@ -208,12 +208,12 @@ def time_selection(k: int) -> dict[str, float]:
     """Exact selection of 10^8 sharded scores against gathering them on rank 0 for torch.topk."""
     import torch
 
-    from esi_ds.core.select import Order, Piece, select
+    from esi_ds.core.select import Order, ScoreRun, select
     from esi_ds.zero import runtime
 
     size, rank = NUM_SCORES // runtime.world_size(), runtime.rank()
     scores = torch.rand(size, generator=torch.Generator().manual_seed(rank)).square_()
-    piece, traffic, found = Piece(scores, rank * size), [], {}
+    piece, traffic, found = ScoreRun(scores, rank * size), [], {}
 
     def reduce(counts: torch.Tensor) -> torch.Tensor:
         traffic.append(counts.numel() * counts.element_size())

@@ -220,7 +220,7 @@ def predict(case: str, model, trained, autoep_size: int | None) -> dict[str, flo
     from esi_ds.zero import runtime
 
     where = formulas.Topology(1, runtime.world_size())
-    cut = formulas.pieces(model.parameters, where.ranks, autoep_size)
+    cut = formulas.gathered_tensors(model.parameters, where.ranks, autoep_size)
     counts = {p.name: trained.count(p.name) for p in model.parameters}
     if case == "ESI":
         counts = {p.name: p.numel for p in model.parameters if p.scored}

@@ -20,7 +20,7 @@ from esi_ds.core.mask import Mask
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
 from esi_ds.ranks import Ranks, find_ranks
-from esi_ds.reselect import Reselection, Scores, read_units, spans, write_selection
+from esi_ds.reselect import Reselection, ScoreFolder, read_units, spans, write_selection
 
 
 def count_units(masks: Sequence[Mask], ranks: Ranks) -> tuple[list[Unit], Tensor]:
@@ -79,7 +79,7 @@ def verify(mask: Mask, scores: Path | None, ranks: Ranks) -> list[str]:
 
 def compare_with_scores(mask: Mask, folder: Path, ranks: Ranks) -> list[str]:
     """Select again from the scores on disk and compare bit for bit."""
-    scores = Scores(folder)
+    scores = ScoreFolder(folder)
     if scores.names != set(mask.names):
         return [f"scores and mask name different parameters: {sorted(scores.names ^ set(mask.names))[:5]}"]
     scores.check(mask)

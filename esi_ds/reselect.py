@@ -16,7 +16,7 @@ from torch import Tensor
 
 from esi_ds.artifacts import may_write, replace_folder, wait_until_visible, write_json_atomic, write_text_atomic
 from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, Mask, digest, num_bytes, pack_bits
-from esi_ds.core.select import Cut, Order, Piece, key_to_score, select
+from esi_ds.core.select import Cut, Order, ScoreRun, key_to_score, select
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import checkpoint_tensors
@@ -54,7 +54,7 @@ def read_units(mask: Mask) -> dict[str, list[Unit]]:
     return units
 
 
-class Scores:
+class ScoreFolder:
     """``scores/`` of a run, read by byte ranges: nothing of a file stays in memory."""
 
     def __init__(self, folder: Path):
@@ -97,7 +97,7 @@ class Reselection:
     Its constructor performs collectives: six histograms of 16 KiB, with scope ``matrix`` for every matrix.
     """
 
-    def __init__(self, mask: Mask, scores: Scores, wanted: Mapping[str, str], ranks: Ranks):
+    def __init__(self, mask: Mask, scores: ScoreFolder, wanted: Mapping[str, str], ranks: Ranks):
         self._mask, self._scores, self._ranks = mask, scores, ranks
         self._order = Order(wanted["order"], int(wanted["seed"]))
         self._offsets: dict[str, int] = json.loads(mask.metadata["offsets"])
@@ -128,7 +128,7 @@ class Reselection:
                 bits[unit.within(low, high)] = self._selected(cut, piece)
         return bits
 
-    def _selected(self, cut: Cut, piece: Piece) -> Tensor:
+    def _selected(self, cut: Cut, piece: ScoreRun) -> Tensor:
         return cut.selects(self._order.keys(piece.scores, piece.position), piece.position)
 
     def _select(self, pieces: _Pieces, k: int) -> Cut:
@@ -144,14 +144,14 @@ class Reselection:
             yield unit, position, self._select(pieces, int(ratio * unit.numel))
             position += unit.numel
 
-    def _whole_piece(self, span: Span) -> Piece:
+    def _whole_piece(self, span: Span) -> ScoreRun:
         name, low, _ = span
-        return Piece(self._scores.read(*span), self._offsets[name] + low)
+        return ScoreRun(self._scores.read(*span), self._offsets[name] + low)
 
-    def _unit_piece(self, unit: Unit, position: int, span: Span) -> Piece:
+    def _unit_piece(self, unit: Unit, position: int, span: Span) -> ScoreRun:
         """The unit's part of a span. Units of a parameter lie one behind another in the order of ties."""
         _, low, high = span
-        return Piece(self._scores.read(*span)[unit.within(low, high)], position + unit.num_before(low))
+        return ScoreRun(self._scores.read(*span)[unit.within(low, high)], position + unit.num_before(low))
 
 
 class _Pieces:
@@ -160,7 +160,7 @@ class _Pieces:
     def __init__(self, read, wanted: list[Span]):
         self._read, self._wanted = read, wanted
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[ScoreRun]:
         return map(self._read, self._wanted)
 
 
@@ -176,7 +176,7 @@ def write_selection(
         raise UserError("OUTPUT", str(output), "exists already", "give a new folder")
     if not may_write(output):
         raise UserError("OUTPUT", str(output), "cannot be made there", "give a folder of your own")
-    scores = Scores(folder)
+    scores = ScoreFolder(folder)
     scores.check(mask)
     metadata = {**mask.metadata, "ratio": repr(ratio), "order": order, "seed": str(seed)}
     scored = sum(mask.numel(name) for name in mask.names)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, digest, pack_bits
-from esi_ds.core.select import Order, Piece, select
+from esi_ds.core.select import Order, ScoreRun, select
 from esi_ds.core.units import Unit
 
 MASK_FILE = "model-00001-of-00001.safetensors"
@@ -110,7 +110,7 @@ def _selected(
                 groups.append([(name, unit.within(0, scores[name].numel()), position)])
                 position += unit.numel
     for group in groups:
-        pieces = [Piece(scores[name].flatten()[where], position) for name, where, position in group]
+        pieces = [ScoreRun(scores[name].flatten()[where], position) for name, where, position in group]
         wanted = int(ratio * sum(len(piece.scores) for piece in pieces))
         (cut,) = select([pieces], [wanted], order, last, lambda counts: counts)
         for piece, (name, where, position) in zip(pieces, group, strict=True):

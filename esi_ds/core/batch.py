@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> dict[str, Tensor]:
-    """input_ids, attention_mask and position_ids, int64 [B, L], with every row's end at the right edge."""
+    """input_ids, attention_mask and position_ids, int64 [B, L], with every row aligned to the right edge."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)

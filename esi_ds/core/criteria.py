@@ -1,8 +1,8 @@
-"""What each criterion is made of (docs/method.md §2). Imports no torch: the config reads it first.
+"""The gradients that each criterion needs (docs/method.md §2). Imports no torch, because the config reads it first.
 
-An objective is data, a loss and what is kept of its gradient: ``safety`` the mean gradient g_S of the judge's score S,
-``tuning`` the mean gradient g_T of the loss on ``data.tuning``, ``benign`` the mean square F of the gradients of single
-rows of ``data.benign`` (diagonal Fisher).
+Each objective is one pass over its data. ``safety`` gives the mean gradient g_S of the judge's score S, ``tuning`` the
+mean gradient g_T of the loss on ``data.tuning``, and ``benign`` the mean squared gradient F of single rows of
+``data.benign`` (diagonal Fisher).
 """
 
 from __future__ import annotations
@@ -20,5 +20,5 @@ GRADIENTS: dict[str, tuple[str, ...]] = {
 
 
 def objectives(criterion: str, contrastive: bool) -> tuple[str, ...]:
-    """Names of the passes that a criterion needs, in the order in which they run."""
+    """The objectives that a criterion needs, in the order of their passes."""
     return (*GRADIENTS[criterion], "benign") if contrastive else GRADIENTS[criterion]

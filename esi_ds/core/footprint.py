@@ -1,8 +1,9 @@
-"""Bytes that a rank holds, the largest thing it holds for a moment, and what travels: from names and shapes alone.
+"""Memory and traffic of a rank, from names and shapes alone: bytes held, the largest transient, bytes received.
 
-docs/scaling.md derives the formulas and compares them with measured bytes. b is the bytes of a weight, P weights, S
-scored ones, T trained ones, W ranks, e ``autoep_size``. Nothing here allocates a tensor or talks to another rank.
-Activations, the judge, the CUDA context and what an allocator keeps are not counted.
+docs/scaling.md derives the formulas and compares them with measured bytes. In the formulas b is the bytes of a weight,
+P the number of weights, S of scored weights, T of trained weights, W of ranks, and e is ``autoep_size``. Nothing here
+allocates a tensor or communicates. Activations, the judge, the CUDA context and memory cached by the allocator are not
+counted.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ COMPACT_LIMIT = 2 << 30  # bytes of unsharded index and sums that a rank of SET 
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A tensor as one rank gathers it: a parameter, or with expert parallelism one of w1, w2, w3 of its experts.
+class GatheredTensor:
+    """A tensor that ZeRO-3 gathers: a parameter, or with expert parallelism w1, w2 or w3 of a rank's experts.
 
-    numel: elements when gathered. ranks: over how many it is partitioned. copies: how many such tensors, with other
-    experts in them, the whole job has (e, else 1).
+    numel: elements when gathered. ranks: how many ranks it is partitioned over. copies: how many such tensors the job
+    has, each for different experts (e; 1 without expert parallelism). label: appended to the parameter's name.
     """
 
     parameter: Parameter
@@ -43,16 +44,19 @@ class Piece:
         return -(-self.numel // self.ranks)
 
 
-def pieces(parameters: Iterable[Parameter], world_size: int, autoep_size: int | None = None) -> list[Piece]:
-    """Every parameter, cut as ZeRO-3 cuts it. ``autoep_size`` must divide the ranks and every layer's experts."""
-    found = []
+def gathered_tensors(
+    parameters: Iterable[Parameter], world_size: int, autoep_size: int | None = None
+) -> list[GatheredTensor]:
+    """The tensors that hold all parameters. ``autoep_size`` must divide the ranks and every layer's experts."""
+    tensors: list[GatheredTensor] = []
     for parameter in parameters:
         if autoep_size is None or not num_experts(parameter):
-            found.append(Piece(parameter, parameter.numel, world_size))
+            tensors.append(GatheredTensor(parameter, parameter.numel, world_size))
             continue
-        first = [unit for unit in parameter.units[:2] if unit.expert == parameter.units[0].expert]  # all are alike
-        found += [
-            Piece(
+        # All experts are alike: the first one's matrices stand for the rest.
+        first = [unit for unit in parameter.units[:2] if unit.expert == parameter.units[0].expert]
+        tensors += [
+            GatheredTensor(
                 parameter,
                 unit.numel * num_experts(parameter) // autoep_size,
                 world_size // autoep_size,
@@ -61,23 +65,23 @@ def pieces(parameters: Iterable[Parameter], world_size: int, autoep_size: int | 
             )
             for unit in first
         ]
-    return found
+    return tensors
 
 
 def num_experts(parameter: Parameter) -> int:
-    """Routed experts that one tensor holds; 0 where it holds none."""
+    """Number of routed experts fused in one parameter; 0 for any other parameter."""
     is_fused = len(parameter.shape) == 3 and parameter.scored and parameter.role.startswith("expert")
     return parameter.shape[0] if is_fused else 0
 
 
 @dataclass(frozen=True)
 class Resident:
-    """Bytes of one rank between two micro-batches."""
+    """Bytes that one rank holds between two micro-batches."""
 
     weights: float
     gradients: float  # sharded fp32 sums
     optimizer: float  # fp32 masters and moments
-    index: float  # positions of trained weights and unsharded sums of SET; mask bits of SPA
+    index: float  # SET: positions of the trained weights and unsharded sums; SPA: mask bits
     buffers: float = 0.0  # DeepSpeed's bucket of gradients
 
     @property
@@ -85,51 +89,56 @@ class Resident:
         return self.weights + self.gradients + self.optimizer + self.index + self.buffers
 
 
-def esi_resident(cut: Sequence[Piece], weight: int, num_sums: int = 1) -> Resident:
-    """b P / W + 4 S / W for every objective's sums."""
-    scored = sum(piece.shard for piece in cut if piece.parameter.scored)
-    return Resident(weight * _shards(cut), num_sums * FP32 * scored, 0, 0)
+def esi_resident(tensors: Sequence[GatheredTensor], weight: int, num_sums: int = 1) -> Resident:
+    """Scoring: b P / W, and 4 S / W for the sums of every objective."""
+    scored = sum(tensor.shard for tensor in tensors if tensor.parameter.scored)
+    return Resident(weight * _shards(tensors), num_sums * FP32 * scored, 0, 0)
 
 
-def set_resident(cut: Sequence[Piece], weight: int, trained: Mapping[str, int], compact: bool) -> Resident:
-    """b P / W + 12 T / W, and either 8 T on every rank (``compact``) or 8 T / W (``scatter``).
+def set_resident(tensors: Sequence[GatheredTensor], weight: int, trained: Mapping[str, int], compact: bool) -> Resident:
+    """SET: b P / W + 12 T / W, and either 8 T on every rank (``compact``) or 8 T / W (``scatter``).
 
-    trained: trained weights by parameter; taken to lie evenly in it. A position takes 4 bytes, 8 in parameters of 2^31
-    elements or more. With expert parallelism a rank's unsharded sums are those of its own experts.
+    trained: number of trained weights by parameter, assumed to be spread evenly. A position takes 4 bytes, or 8 in
+    parameters of 2^31 elements or more. With expert parallelism a rank holds unsharded sums for its own experts only.
     """
     sums = index = state = 0.0
-    for piece in cut:
-        here = _trained(piece, trained)
-        share = 1 if compact else piece.ranks
-        sums += FP32 * here / share
-        length = piece.numel if compact else piece.shard
-        is_whole = trained.get(piece.parameter.name, 0) == piece.parameter.numel
-        index += (0 if is_whole else 4 if length < 1 << 31 else 8) * here / share
-        state += 3 * FP32 * here / piece.ranks
+    for tensor in tensors:
+        count = _trained(tensor, trained)
+        share = 1 if compact else tensor.ranks
+        sums += FP32 * count / share
+        length = tensor.numel if compact else tensor.shard
+        is_whole = trained.get(tensor.parameter.name, 0) == tensor.parameter.numel
+        index += (0 if is_whole else 4 if length < 1 << 31 else 8) * count / share
+        state += 3 * FP32 * count / tensor.ranks
     if compact:
-        return Resident(weight * _shards(cut), 0, state, sums + index)
-    return Resident(weight * _shards(cut), sums, state, index)
+        return Resident(weight * _shards(tensors), 0, state, sums + index)
+    return Resident(weight * _shards(tensors), sums, state, index)
 
 
-def spa_resident(cut: Sequence[Piece], weight: int, trained: Mapping[str, int], bucket: int = 0) -> Resident:
-    """b P / W + 16 T' / W + T' / 8W: masters, two moments and gradient sums of every parameter in which something
-    trains (T' weights), and a bit for each. bucket: elements of DeepSpeed's ``reduce_bucket_size``, kept in fp32."""
-    own = sum(piece.shard for piece in cut if trained.get(piece.parameter.name))
-    return Resident(weight * _shards(cut), FP32 * own, 3 * FP32 * own, num_bytes(own), FP32 * bucket)
+def spa_resident(
+    tensors: Sequence[GatheredTensor], weight: int, trained: Mapping[str, int], bucket: int = 0
+) -> Resident:
+    """SPA: b P / W + 16 T' / W + T' / 8W, where T' is the number of weights in parameters with a trained weight.
+
+    Masters, two moments and gradient sums take 4 bytes each, and the mask one bit. bucket: elements of DeepSpeed's
+    ``reduce_bucket_size``, kept in fp32.
+    """
+    numel = sum(tensor.shard for tensor in tensors if trained.get(tensor.parameter.name))
+    return Resident(weight * _shards(tensors), FP32 * numel, 3 * FP32 * numel, num_bytes(numel), FP32 * bucket)
 
 
-def _shards(cut: Sequence[Piece]) -> int:
-    return sum(piece.shard for piece in cut)
+def _shards(tensors: Sequence[GatheredTensor]) -> int:
+    return sum(tensor.shard for tensor in tensors)
 
 
-def _trained(piece: Piece, trained: Mapping[str, int]) -> float:
-    """Trained weights of a gathered piece."""
-    return trained.get(piece.parameter.name, 0) * piece.numel / piece.parameter.numel
+def _trained(tensor: GatheredTensor, trained: Mapping[str, int]) -> float:
+    """Expected number of trained weights in a gathered tensor."""
+    return trained.get(tensor.parameter.name, 0) * tensor.numel / tensor.parameter.numel
 
 
 @dataclass(frozen=True)
 class Transient:
-    """The most that one module makes a rank hold for a moment: gathered weights, and gradients on their way."""
+    """Bytes that a rank briefly holds for one module: its gathered weights, and gradients in flight."""
 
     module: str
     weights: float
@@ -141,31 +150,32 @@ class Transient:
 
 
 def transient(
-    cut: Sequence[Piece],
+    tensors: Sequence[GatheredTensor],
     weight: int,
     trained: Mapping[str, int],
     stage: str,
     compact: bool = False,
     recompute: bool = True,
 ) -> Transient:
-    """ZeRO-3 gathers a module's parameters together; hooks free each gradient before the next one comes.
+    """The largest transient of any module: ZeRO-3 gathers a module whole, and hooks free one gradient after another.
 
-    trained: parameters that get a gradient have a number above 0. Weights: see ``_gathered``. Gradient of the module's
-    largest such tensor, of n elements on g ranks: b n where SET is compact, which picks from it as it is; else the more
-    of (b + 4) n, while it is cast to fp32, and 4 n (1 + 1 / g) while it is reduced, with 4 n more where it has to be
-    padded to g equal parts. SPA's engine pads always, and holds the gradients of the whole module in the model's
-    precision too.
+    weight: bytes of a weight. trained: parameters that get a gradient have a number above 0. recompute: whether
+    activations are checkpointed.
+    Weights: see ``_gathered``. Gradient: that of the module's largest trained tensor, of n elements on g ranks. SET
+    ``compact`` picks from it as it is, which takes b n. Otherwise it takes the larger of (b + 4) n, while it is cast to
+    fp32, and 4 n (1 + 1 / g), while it is reduced; padding it to g equal parts takes 4 n more. SPA's engine always
+    pads, and also holds the gradients of the whole module in the model's precision.
     """
-    modules: dict[str, list[Piece]] = {}
-    for piece in cut:
-        modules.setdefault(piece.parameter.name.rpartition(".")[0], []).append(piece)
-    kept = 0 if recompute else weight * sum(piece.numel for piece in cut if _is_saved(piece))
-    found = []
+    modules: dict[str, list[GatheredTensor]] = {}
+    for tensor in tensors:
+        modules.setdefault(tensor.parameter.name.rpartition(".")[0], []).append(tensor)
+    kept = 0 if recompute else weight * sum(tensor.numel for tensor in tensors if _is_saved(tensor))
+    transients: list[Transient] = []
     for module, members in modules.items():
-        learning = [piece for piece in members if trained.get(piece.parameter.name)]
+        learning = [tensor for tensor in members if trained.get(tensor.parameter.name)]
         gradient = 0.0
         if learning:
-            largest = max(learning, key=lambda piece: piece.numel)
+            largest = max(learning, key=lambda tensor: tensor.numel)
             reduced = FP32 * largest.numel / largest.ranks if largest.ranks > 1 else 0.0
             copies = 2 if stage == "spa" or largest.numel % largest.ranks else 1
             if stage == "set" and compact:
@@ -173,32 +183,37 @@ def transient(
             else:
                 gradient = max((weight + FP32) * largest.numel, copies * FP32 * largest.numel + reduced)
             if stage == "spa":
-                gradient += weight * sum(piece.numel for piece in learning)
-        found.append(Transient(module, _gathered(members, weight, recompute) + kept, gradient))
-    return max(found, key=lambda one: one.total)
+                gradient += weight * sum(tensor.numel for tensor in learning)
+        transients.append(Transient(module, _gathered(members, weight, recompute) + kept, gradient))
+    return max(transients, key=lambda transient: transient.total)
 
 
-def _gathered(members: Sequence[Piece], weight: int, recompute: bool) -> float:
-    """Of one module: the buffer that is received and the parameters cut out of it; of experts also what the forward
-    pass saved of them, a view that outlives ZeRO-3's release. One rank alone uses its own storage."""
-    split = [piece for piece in members if piece.ranks > 1]
-    own = sum(piece.numel * (3 if recompute and _is_saved(piece) else 2) for piece in split)
-    return weight * own
+def _gathered(members: Sequence[GatheredTensor], weight: int, recompute: bool) -> float:
+    """Bytes of one gathered module: the receive buffer and the parameters copied out of it.
+
+    Experts also count what the forward pass saved, a view that outlives ZeRO-3's release. A single rank gathers
+    nothing.
+    """
+    partitioned = [tensor for tensor in members if tensor.ranks > 1]
+    numel = sum(tensor.numel * (3 if recompute and _is_saved(tensor) else 2) for tensor in partitioned)
+    return weight * numel
 
 
-def _is_saved(piece: Piece) -> bool:
-    """Whether autograd keeps a gathered weight from the forward to the backward pass: transformers multiplies fused
-    experts by transposed views of them, which ZeRO-3's release leaves alive. (Linear layers it replaces.) Only
-    gradient checkpointing bounds that to the layer that is computed again."""
-    return num_experts(piece.parameter) > 0 and piece.ranks > 1
+def _is_saved(tensor: GatheredTensor) -> bool:
+    """Whether autograd keeps a gathered weight from the forward to the backward pass.
+
+    transformers multiplies by transposed views of fused experts, and ZeRO-3's release leaves these views alive (linear
+    layers it replaces). Only gradient checkpointing limits that to the layer being recomputed.
+    """
+    return num_experts(tensor.parameter) > 0 and tensor.ranks > 1
 
 
 def takeover_bytes(parameters: Sequence[Parameter], weight: int, world_size: int, autoep_size: int) -> float:
-    """What a rank holds beside its weights while DeepSpeed replaces the blocks of experts by its own, one by one.
+    """Extra bytes that a rank holds while DeepSpeed replaces the expert blocks with its own, one at a time.
 
-    A block's fused tensors are gathered whole. A rank's experts are copied out of them, and gate and up of these once
-    more to part them: b n (1 + 5 / 3e) of n elements. Before that our probe gathers the first block with its shared
-    experts and its router. One rank alone gathers nothing.
+    A block's fused tensors, n elements, are gathered whole; the rank's experts are copied out of them, and their gate
+    and up matrices are copied again to split them: b n (1 + 5 / 3e). Before that our probe gathers the first block
+    with its shared experts and router. A single rank gathers nothing.
     """
     blocks: dict[str, list[Parameter]] = {}
     for parameter in parameters:
@@ -214,23 +229,26 @@ def takeover_bytes(parameters: Sequence[Parameter], weight: int, world_size: int
     return weight * max(probed, *replaced, 0)
 
 
-def window_bytes(cut: Sequence[Piece], weight: int, zero: Mapping[str, Any]) -> int:
-    """Weights that DeepSpeed keeps or fetches beside those in use: what is used again within
-    ``stage3_max_reuse_distance`` elements, and the prefetch bucket. zero: the ``zero_optimization`` section."""
+def window_bytes(tensors: Sequence[GatheredTensor], weight: int, zero: Mapping[str, Any]) -> int:
+    """Bytes of weights that DeepSpeed keeps gathered beyond those in use.
+
+    These are weights used again within ``stage3_max_reuse_distance`` elements, and the prefetch bucket. zero: the
+    ``zero_optimization`` section.
+    """
 
     def setting(key: str, default: int) -> int:
-        given = zero.get(key, "auto")
-        return default if given == "auto" else int(given)
+        value = zero.get(key, "auto")
+        return default if value == "auto" else int(value)
 
     kept = min(
         setting("stage3_max_reuse_distance", 1_000_000_000), setting("stage3_max_live_parameters", 1_000_000_000)
     ) + setting("stage3_prefetch_bucket_size", 50_000_000)
-    return weight * min(kept, sum(piece.numel for piece in cut))
+    return weight * min(kept, sum(tensor.numel for tensor in tensors))
 
 
 @dataclass(frozen=True)
 class Topology:
-    """ranks = nodes × per_node; ranks of a node are numbered one behind another, as every launcher does."""
+    """Ranks on nodes: ranks = nodes × per_node, and the ranks of a node are numbered consecutively."""
 
     nodes: int
     per_node: int
@@ -240,22 +258,22 @@ class Topology:
         return self.nodes * self.per_node
 
     def holds(self, size: int) -> bool:
-        """Whether no group of ``size`` ranks, one behind another, lies on two nodes."""
+        """Whether every group of ``size`` consecutive ranks lies on one node."""
         return self.per_node % size == 0
 
     def abroad(self, size: int) -> float:
-        """Sum over a node's ranks of the share of their group of ``size`` that lies on other nodes; the most of any."""
-        found = [0.0] * self.nodes
+        """The largest, over nodes, of the sum over its ranks of the share of their group of ``size`` on other nodes."""
+        shares = [0.0] * self.nodes
         for rank in range(self.ranks):
             node, first = rank // self.per_node, rank - rank % size
-            here = min(first + size, (node + 1) * self.per_node) - max(first, node * self.per_node)
-            found[node] += 1 - here / size
-        return max(found)
+            num_local = min(first + size, (node + 1) * self.per_node) - max(first, node * self.per_node)
+            shares[node] += 1 - num_local / size
+        return max(shares)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one micro-batch, forward and backward: what a rank receives, and what a node receives from others."""
+    """Bytes received in one micro-batch, forward and backward: by a rank, and by a node from other nodes."""
 
     rank: float
     node: float
@@ -267,19 +285,19 @@ class Traffic:
 NOTHING = Traffic(0, 0)
 
 
-def gather_traffic(cut: Sequence[Piece], weight: int, where: Topology, times: int = 2) -> Traffic:
-    """Every piece gathered ``times`` times: forward, backward, and again where activations are recomputed."""
-    return _sum(ring(times * weight * piece.numel, piece, where) for piece in cut)
+def gather_traffic(tensors: Sequence[GatheredTensor], weight: int, where: Topology, times: int = 2) -> Traffic:
+    """Every tensor gathered ``times`` times: forward, backward, and once more where activations are recomputed."""
+    return _sum(ring(times * weight * tensor.numel, tensor, where) for tensor in tensors)
 
 
-def reduce_traffic(cut: Sequence[Piece], trained: Mapping[str, int], where: Topology) -> Traffic:
+def reduce_traffic(tensors: Sequence[GatheredTensor], trained: Mapping[str, int], where: Topology) -> Traffic:
     """One fp32 reduce-scatter of every whole gradient (ESI, SET ``scatter``, SPA)."""
-    return _sum(ring(FP32 * piece.numel, piece, where) for piece in cut if trained.get(piece.parameter.name))
+    return _sum(ring(FP32 * tensor.numel, tensor, where) for tensor in tensors if trained.get(tensor.parameter.name))
 
 
-def compact_traffic(cut: Sequence[Piece], trained: Mapping[str, int], where: Topology) -> Traffic:
+def compact_traffic(tensors: Sequence[GatheredTensor], trained: Mapping[str, int], where: Topology) -> Traffic:
     """SET ``compact``: one fp32 all-reduce (reduce-scatter, then gather) of the trained weights' gradient a step."""
-    return _sum(ring(2 * FP32 * _trained(piece, trained), piece, where) for piece in cut)
+    return _sum(ring(2 * FP32 * _trained(tensor, trained), tensor, where) for tensor in tensors)
 
 
 def token_traffic(
@@ -292,21 +310,23 @@ def token_traffic(
     where: Topology,
     times: int = 4,
 ) -> Traffic:
-    """Tokens that travel to their experts' ranks and back in every MoE layer, forward and the same backward (``times``
-    4; 6 where activations are recomputed). tokens: of one rank and micro-batch; routed evenly. The ranks of a group
-    follow one another, so that of a group which does not divide a node's ranks some are on another node."""
+    """Tokens sent to their experts' ranks and back in every MoE layer, in the forward and the backward pass.
+
+    tokens: of one rank and micro-batch, assumed to be routed evenly. times: 4, or 6 where activations are recomputed.
+    The ranks of a group are consecutive, so a group whose size does not divide the ranks of a node crosses nodes.
+    """
     sent = times * num_layers * tokens * top_k * hidden * weight
     return Traffic(sent * (autoep_size - 1) / autoep_size, sent * where.abroad(autoep_size))
 
 
-def ring(size: float, piece: Piece, where: Topology) -> Traffic:
-    """One all-gather or reduce-scatter of ``size`` bytes over a piece's ranks: (g − 1) / g of it reaches every rank.
+def ring(size: float, tensor: GatheredTensor, where: Topology) -> Traffic:
+    """One all-gather or reduce-scatter of ``size`` bytes over a tensor's g ranks: each receives (g − 1) / g of it.
 
-    Between nodes runs one ring for each of the tensors that a node's ranks gather: one, or with expert parallelism as
-    many as the node has different experts' ranks, each over its own group.
+    Between nodes there is one ring, or with expert parallelism one for each group of ranks with the same experts that
+    a node belongs to.
     """
-    part = size * (piece.ranks - 1) / piece.ranks
-    return Traffic(part, part * min(piece.copies, where.per_node) if where.nodes > 1 else 0.0)
+    part = size * (tensor.ranks - 1) / tensor.ranks
+    return Traffic(part, part * min(tensor.copies, where.per_node) if where.nodes > 1 else 0.0)
 
 
 def _sum(parts: Iterable[Traffic]) -> Traffic:

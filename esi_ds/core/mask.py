@@ -20,10 +20,11 @@ from esi_ds.errors import UserError
 
 FORMAT = "esi-mask/1"
 INDEX_NAME = "model.safetensors.index.json"
-DIGESTS_NAME = "digests.json"  # sha256 of every parameter's bytes; a mask made elsewhere need not have it
+DIGESTS_NAME = "digests.json"  # sha256 of every parameter's bytes; optional in masks from other tools
 
 
 def num_bytes(numel: int) -> int:
+    """Bytes that hold one bit for each of ``numel`` weights."""
     return -(-numel // 8)
 
 
@@ -33,21 +34,21 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 
 def unpack_bits(data: Tensor, count: int, skip: int = 0) -> Tensor:
-    """bool [count]: the bits from number ``skip`` on of a uint8 tensor."""
+    """bool [count]: the bits of a uint8 tensor from bit ``skip`` on."""
     bits = np.unpackbits(data.cpu().numpy(), count=skip + count, bitorder="little")
     return torch.from_numpy(bits[skip:].astype(bool))
 
 
 def digest(data: Tensor) -> str:
     """sha256 of a uint8 tensor's bytes."""
-    return hashlib.sha256(data.contiguous().numpy()).hexdigest()
+    return hashlib.sha256(data.contiguous().numpy().data).hexdigest()
 
 
 class Mask:
-    """A mask folder, read lazily: only the bytes asked for are touched.
+    """A mask folder, read lazily: only the requested bytes are read.
 
-    Attributes: path, metadata (str → str, as in the files), shapes {name: shape}, counts {name: selected weights},
-    k, fingerprint. Raises UserError where the folder is no whole, consistent ``esi-mask/1``.
+    Attributes: path, metadata (as in the files), shapes {parameter: shape}, counts {parameter: number of selected
+    weights}, k (their sum), fingerprint (of the scored model).
     """
 
     def __init__(self, path: Path, weight_map: dict[str, str], metadata: dict[str, str]):
@@ -62,7 +63,10 @@ class Mask:
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
-        """Open a mask folder and check its headers; the bits themselves are checked by ``verify``."""
+        """Open a mask folder and check its headers; ``problems`` checks the bits.
+
+        Raises UserError where the folder is not a complete, consistent ``esi-mask/1``.
+        """
         path = Path(path)
         index = path / INDEX_NAME
         if not index.is_file():
@@ -73,10 +77,10 @@ class Mask:
             raise UserError("mask", str(index), f"cannot be read: {error}", "make the mask again") from error
         metadata: dict[str, str] | None = None
         for file_name in sorted(set(weight_map.values())):
-            found = cls._file_metadata(path / file_name)
-            if metadata is not None and found != metadata:
+            file_metadata = cls._file_metadata(path / file_name)
+            if metadata is not None and file_metadata != metadata:
                 raise UserError("mask", str(path), "its files have different metadata", "they are of different masks")
-            metadata = found
+            metadata = file_metadata
         if metadata is None:
             raise UserError("mask", str(path), "names no parameter", "make the mask again")
         mask = cls(path, weight_map, metadata)
@@ -104,46 +108,49 @@ class Mask:
 
     @property
     def names(self) -> list[str]:
-        """Parameters in the model's order (that of the ``shapes`` metadata)."""
+        """The parameters' names in the model's order, which is that of the ``shapes`` metadata."""
         return list(self.shapes)
 
     @property
     def files(self) -> list[str]:
-        """Names of its files, in order."""
+        """Names of the safetensors files, sorted."""
         return sorted(set(self._weight_map.values()))
 
     def file_of(self, name: str) -> str:
+        """Name of the file that holds a parameter's bits."""
         return self._weight_map[name]
 
     def numel(self, name: str) -> int:
+        """Number of weights of a parameter."""
         return torch.Size(self.shapes[name]).numel()
 
     @cached_property
     def total_numel(self) -> int:
+        """Number of all weights of the model, scored or not."""
         return int(self.metadata["total_numel"])
 
     def data(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """uint8: bytes [first, last) of one parameter's bits."""
         file_name = self._weight_map[name]
-        # One at a time: an open file is mapped, and what was read of it stays in memory until it is closed.
+        # One file at a time: an open file is mapped, and pages that were read stay in memory until it is closed.
         if self._opened is None or self._opened[0] != file_name:
             self._opened = file_name, safe_open(self.path / file_name, "pt")
         return self._opened[1].get_slice(name)[first : num_bytes(self.numel(name)) if last is None else last]
 
     def bits(self, name: str, low: int = 0, high: int | None = None) -> Tensor:
-        """bool [high − low]: whether each weight of the flat range is selected. Reads only those bytes."""
+        """bool [high − low]: whether each weight of the flat range [low, high) is selected. Reads only their bytes."""
         high = self.numel(name) if high is None else high
         if high <= low:
             return torch.zeros(0, dtype=torch.bool)
         return unpack_bits(self.data(name, low // 8, num_bytes(high)), high - low, skip=low % 8)
 
     def bits_of(self, shard: Shard) -> Tensor:
-        """bool [shard.numel]: whether each weight that a flat tensor holds is selected. Reads only those bytes."""
+        """bool [shard.numel]: whether each weight of the shard is selected. Reads only their bytes."""
         parts = [self.bits(shard.parameter.name, low, high) for low, high in shard.runs]
         return torch.cat([torch.zeros(0, dtype=torch.bool), *parts])
 
     def tensor(self, name: str) -> Tensor:
-        """bool, in the parameter's own shape."""
+        """bool: the whole parameter's bits, in its shape."""
         return self.bits(name).reshape(self.shapes[name])
 
     @cached_property
@@ -155,35 +162,35 @@ class Mask:
             raise UserError("mask", str(file), f"cannot be read: {error}", "make the mask again") from error
 
     def problems(self, part: int = 0, num_parts: int = 1) -> list[str]:
-        """Every inconsistency between the bits and the metadata, as sentences; empty if the mask is sound.
+        """Every inconsistency between the bits and the metadata, one sentence each; empty if the mask is sound.
 
-        Reads the bits of every ``num_parts``-th parameter from number ``part`` on, so that ranks can share the work.
+        Reads every ``num_parts``-th parameter from number ``part`` on, so that ranks can share the work.
         """
-        found = []
+        problems: list[str] = []
         for name in self.names[part::num_parts]:
             try:
                 data = self.data(name)
             except (SafetensorError, OSError) as error:
-                found.append(f"{name}: cannot be read ({error})")
+                problems.append(f"{name}: cannot be read ({error})")
                 continue
             numel = self.numel(name)
             if data.dtype != torch.uint8 or data.ndim != 1 or len(data) != num_bytes(numel):
-                found.append(f"{name}: {data.dtype} {list(data.shape)}, expected uint8 [{num_bytes(numel)}]")
+                problems.append(f"{name}: {data.dtype} {list(data.shape)}, expected uint8 [{num_bytes(numel)}]")
                 continue
             selected = int(np.bitwise_count(data.numpy()).sum())
             if selected != self.counts[name]:
-                found.append(f"{name}: {selected} bits set, metadata says {self.counts[name]}")
+                problems.append(f"{name}: {selected} bits set, metadata says {self.counts[name]}")
             elif name in self._digests and digest(data) != self._digests[name]:
-                found.append(f"{name}: its bits are not those that were written ({DIGESTS_NAME})")
+                problems.append(f"{name}: its bits are not those that were written ({DIGESTS_NAME})")
             if numel % 8 and int(data[-1]) >> (numel % 8):
-                found.append(f"{name}: padding bits are set")
+                problems.append(f"{name}: padding bits are set")
         if sum(self.counts.values()) != self.k:
-            found.append(f"counts add up to {sum(self.counts.values())}, k is {self.k}")
-        return found
+            problems.append(f"counts add up to {sum(self.counts.values())}, k is {self.k}")
+        return problems
 
 
 def load_mask(path: str, field: str = "tune.mask") -> Mask:
-    """A mask whose headers are sound. Raises UserError naming ``field``."""
+    """``Mask.load`` for a config key. Raises UserError naming ``field``."""
     try:
         return Mask.load(path)
     except UserError as error:
@@ -191,5 +198,5 @@ def load_mask(path: str, field: str = "tune.mask") -> Mask:
 
 
 def metadata_sha256(mask: Mask) -> str:
-    """What tells two masks of one model apart: criterion, threshold, k, counts by parameter."""
+    """sha256 of the metadata, which differs between two masks of one model: criterion, threshold, k, counts."""
     return hashlib.sha256(json.dumps(mask.metadata, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""Standard deviation of a matrix from moments of its pieces, in float64 (docs/method.md §1; Chan et al. 1983).
+"""Standard deviation of a matrix from moments of its parts, in float64 (docs/method.md §1; Chan et al. 1983).
 
-Rows of a moments tensor are (n, mean, M2) with M2 the sum of squared deviations from that mean.
+The last dimension of a moments tensor is (n, mean, M2), with M2 the sum of squared deviations from the mean.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22  # elements turned into float64 at a time: 32 MiB
+CHUNK = 1 << 22  # elements converted to float64 at a time: 32 MiB
 
 
 def moments(values: Tensor) -> Tensor:
-    """(n, mean, M2) of a 1-D tensor of any dtype; float64 [3]. No elements: zeros."""
+    """(n, mean, M2), float64 [3], of a 1-D tensor of any dtype; zeros where it is empty."""
     total = torch.zeros(3, dtype=torch.float64)
     for chunk in values.split(CHUNK) if values.numel() else ():
         variance, mean = torch.var_mean(chunk.double(), correction=0)
@@ -25,10 +25,10 @@ def moments(values: Tensor) -> Tensor:
 
 
 def merge(local: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """Chan's formula for any number of pieces at once, as two sums.
+    """Moments of the union of all parts, by Chan's formula: float64 [..., 3].
 
-    mean = Σ n·mean / Σ n and M2 = Σ M2 + n·(mean_piece − mean)². ``local`` [..., 3] float64 holds this caller's
-    pieces; ``reduce`` adds them up over all pieces (over ranks: one all-reduce; in one process: a sum).
+    mean = Σ n·mean_part / Σ n and M2 = Σ (M2_part + n·(mean_part − mean)²). local: float64 [..., 3], the caller's
+    parts. reduce: adds up over all parts (over ranks an all-reduce, in one process a sum); called twice.
     """
     count, mean, deviations = local.unbind(-1)
     total, weighted = reduce(torch.stack([count, count * mean], dim=-1)).unbind(-1)
@@ -38,6 +38,6 @@ def merge(local: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def standard_deviation(merged: Tensor) -> Tensor:
-    """Unbiased (n − 1) standard deviation, float64, of rows (n, mean, M2); 0 for a single element."""
+    """Unbiased (n − 1) standard deviation, float64 [...], of moments [..., 3]; 0 for fewer than two elements."""
     count, _, deviations = merged.unbind(-1)
     return torch.where(count > 1, deviations / (count - 1).clamp(min=1), 0.0).sqrt()

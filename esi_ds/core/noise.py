@@ -1,7 +1,7 @@
-"""Random numbers that are a function of what they are for, not of when they were drawn.
+"""Random numbers that depend on what they are used for, not on when they are drawn.
 
-A counter-based hash (the finalizer of splitmix64, Steele et al. 2014) gives every (seed, position) its own number,
-so that batch size, world size and order of evaluation change nothing.
+A counter-based hash (the finalizer of splitmix64, Steele et al. 2014) gives every (seed, position) a number of its
+own, so batch size, world size and order of evaluation do not matter.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ FACTORS = ((30, -4658895280553007687), (27, -7723592293110705685))  # 0xBF58476D
 
 
 def _logical_shift(values: Tensor, bits: int) -> Tensor:
-    """Right shift that brings in zeros: torch's ``>>`` on int64 brings in the sign."""
+    """Right shift that fills with zeros; torch's ``>>`` on int64 fills with the sign."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def mix(values: Tensor) -> Tensor:
-    """splitmix64's finalizer on int64 (wrapping arithmetic): int64 of the same shape."""
+    """splitmix64's finalizer on int64 with wrapping arithmetic; int64 of the same shape."""
     for shift, factor in FACTORS:
         values = (values ^ _logical_shift(values, shift)) * factor
     return values ^ _logical_shift(values, 31)
 
 
 def stream(*key: int) -> int:
-    """One 64-bit stream number of a tuple of integers (seed, prompt index, ...)."""
+    """The 64-bit stream number of a tuple of integers (seed, prompt index, ...)."""
     state = torch.zeros((), dtype=torch.int64)
     for part in key:
         state = mix((state + GOLDEN) ^ part)
@@ -36,12 +36,15 @@ def stream(*key: int) -> int:
 
 
 def random_bits(key: int, counters: Tensor, bits: int) -> Tensor:
-    """Uniform integers in [0, 2**bits), bits ≤ 63, for int64 ``counters`` under stream ``key``."""
+    """Uniform int64 in [0, 2**bits), bits ≤ 63, one for each of the int64 ``counters``, under stream ``key``."""
     return _logical_shift(mix((counters + 1) * GOLDEN + key), 64 - bits)
 
 
 def gumbel(key: int, rows: Tensor, num_columns: int) -> Tensor:
-    """Gumbel(0, 1) noise, float32 [len(rows), num_columns]; a row's noise depends on ``key`` and its number only."""
+    """Gumbel(0, 1) noise, float32 [len(rows), num_columns]; a row's noise depends only on ``key`` and its number.
+
+    rows: int64 row numbers.
+    """
     columns = torch.arange(num_columns, device=rows.device)
     keys = mix((rows + 1) * GOLDEN + key)
     uniform = (random_bits(0, mix(keys.unsqueeze(1) + columns * GOLDEN), 53).double() + 0.5) * 2.0**-53
@@ -49,9 +52,9 @@ def gumbel(key: int, rows: Tensor, num_columns: int) -> Tensor:
 
 
 def normal(key: int, positions: Tensor) -> Tensor:
-    """N(0, 1) noise, float32, of the shape of int64 ``positions``; a position's noise depends on it and ``key`` only.
+    """N(0, 1) noise, float32, of the shape of int64 ``positions``; a position's noise depends only on it and ``key``.
 
-    Box and Muller (1958), in float64: the largest value there is, about 8.6, is once in 2^53 positions.
+    Box and Muller (1958), in float64. The largest possible value, about 8.6, occurs once in 2^53 positions.
     """
     first, second = ((random_bits(stream(key, which), positions, 53).double() + 0.5) * 2.0**-53 for which in (1, 2))
     return ((-2.0 * first.log()).sqrt() * (2.0 * math.pi * second).cos()).float()

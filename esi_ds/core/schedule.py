@@ -6,9 +6,10 @@ import math
 
 
 def learning_rate(step: int, *, lr: float, scheduler: str, max_steps: int, warmup_ratio: float) -> float:
-    """Learning rate of step number ``step`` (from 0): linear warm-up to ``lr``, then constant, or down to 0 along a
-    line or half a cosine. The first step already moves (a warm-up that starts at 0 would waste it), and the last one
-    still does."""
+    """Learning rate of step ``step``, counted from 0: linear warm-up to ``lr``, then constant, linear or cosine decay.
+
+    The decay ends at 0 after the last step, and the warm-up starts above 0, so every step changes the weights.
+    """
     warmup_steps = math.ceil(warmup_ratio * max_steps)
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -14,17 +16,18 @@ def score_shard(
     shard: Shard,
     gradient: Tensor | None,
     weight: Tensor,
-    sigma: dict[Unit, float],
+    sigma: Mapping[Unit, float],
     seed: int = 0,
     tuning_gradient: Tensor | None = None,
 ) -> Tensor:
-    """Non-negative float32 scores [shard.numel] of one shard.
+    """Non-negative float32 scores [shard.numel] of one shard. No communication.
 
     criterion: ``esi`` |σ·g_S|, ``grad`` |g_S|, ``snip`` |g_S·θ|, ``tuning_grad`` |g_T|,
     ``directed`` σ·sqrt(max(0, −g_S·g_T)), ``conflict`` σ·sqrt(max(0, g_S·g_T)), ``magnitude`` |θ|, ``random`` uniform
     in [0, 1).
-    gradient, tuning_gradient: g_S and g_T, float32, one of them overwritten with the result; None where the criterion
-    needs none. weight: the shard's weights, any dtype. sigma: standard deviation of each unit of the parameter.
+    gradient, tuning_gradient: g_S and g_T, float32 [shard.numel], None where the criterion does not need it; one of
+    them is overwritten with the result. weight: the shard's weights [shard.numel], any dtype. sigma: standard deviation
+    of each unit of the parameter.
     """
     if criterion == "random":
         positions = shard.parameter.offset + shard.flat(torch.arange(shard.numel, device=weight.device))
@@ -32,10 +35,13 @@ def score_shard(
     if criterion == "magnitude":
         return weight.float().abs()
     if criterion == "tuning_grad":
+        assert tuning_gradient is not None
         return tuning_gradient.abs_()
+    assert gradient is not None
     if criterion == "snip":
         gradient.mul_(weight.to(gradient))
     elif criterion in ("directed", "conflict"):
+        assert tuning_gradient is not None
         _agreement(gradient, tuning_gradient, opposite=criterion == "directed")
     if criterion in ("esi", "directed", "conflict"):
         for unit in shard.parameter.units:
@@ -44,20 +50,21 @@ def score_shard(
 
 
 def _agreement(gradient: Tensor, other: Tensor, opposite: bool) -> None:
-    """``gradient`` becomes sqrt(max(0, ∓ gradient · other)): 0 where the signs are not as asked (opposite or equal).
+    """Overwrite ``gradient`` with sqrt(max(0, ∓ gradient · other)): − for ``opposite`` signs, else +.
 
-    S is climbed and a loss descended, so judge and loss agree where the signs are opposite. A square root of each
-    factor: the product of two small gradients would leave float32's range.
+    The judge's score is maximised and the loss minimised, so they agree where the signs are opposite. Each factor's
+    root is taken first, because the product of two small gradients would underflow in float32.
     """
-    wanted = ((gradient < 0) != (other < 0)) == opposite
-    gradient.abs_().sqrt_().mul_(other.abs().sqrt_()).masked_fill_(~wanted, 0.0)
+    is_kept = ((gradient < 0) != (other < 0)) == opposite
+    gradient.abs_().sqrt_().mul_(other.abs().sqrt_()).masked_fill_(~is_kept, 0.0)
 
 
 def contrast(scores: Tensor, root_fisher: Tensor, median: float) -> int:
-    """``scores`` become scores / (sqrt(F) + median), docs/method.md §2; returns how many of them that leaves undefined.
+    """Overwrite ``scores`` with scores / (sqrt(F) + median), docs/method.md §2; returns the number of undefined ones.
 
-    root_fisher: sqrt(F), float32, overwritten. A denominator of 0 (the median is 0, and so is this weight's F) leaves
-    a score of 0 as it is; a score above 0 is undefined there, and the caller has to refuse it.
+    scores, root_fisher: float32 [n]; root_fisher is sqrt(F) and is overwritten. Where the denominator is 0, because
+    both the median and this weight's F are, a score of 0 stays 0 and a score above 0 is undefined: the caller must
+    refuse it.
     """
     denominator = root_fisher.add_(median).to(scores.device)
     is_zero = denominator == 0

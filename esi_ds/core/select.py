@@ -1,14 +1,16 @@
-"""Exact top-k of a score vector that lies in pieces (docs/method.md §2).
+"""Exact top-k of a score vector that is split over callers, ranks for instance (docs/method.md §2).
 
-The order is total: higher key first, ties by lower global position. Both steps are one radix search over integer
-keys: count the keys' leading digit, find the digit that holds the k-th, look only at keys with that digit, repeat.
-Only counts are shared, never a score: ``reduce`` adds int64 histograms over ranks (identity in one process).
+The order is total: larger key first, ties by lower global position. The threshold and the cut among its ties are each
+found by a radix search over integer keys: count the leading digit of all keys, find the digit that holds the k-th key,
+keep only the keys with that digit, repeat. Only counts are shared, never a score: ``reduce`` adds int64 histograms over
+ranks (the identity in one process).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,17 +18,17 @@ from torch import Tensor
 from esi_ds.core.noise import random_bits, stream
 from esi_ds.core.units import Parameter
 
-CHUNK = 1 << 20  # elements looked at together: small enough to stay in cache
-DIGIT = 11
-KEY_BITS = 31  # a non-negative float32 as its bit pattern
+CHUNK = 1 << 20  # elements processed together: small enough to stay in cache
+DIGIT = 11  # bits
+KEY_BITS = 31  # a non-negative float32 keyed by its bit pattern
 LARGEST_KEY = (1 << KEY_BITS) - 1
 
 Reduce = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A contiguous run of scores: ``scores`` float32 1-D, the first at global position ``position``."""
+class ScoreRun:
+    """Scores of consecutive weights: float32 1-D, the first at global position ``position``."""
 
     scores: Tensor
     position: int
@@ -34,14 +36,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Cut:
-    """What is selected: keys above ``key``, and keys equal to it at positions up to ``position``."""
+    """What is selected: keys above ``key``, and keys equal to it at positions up to ``position``; ``count`` in all."""
 
     key: int
     position: int
     count: int
 
     def selects(self, keys: Tensor, position: int) -> Tensor:
-        """Bool mask for int32 ``keys`` that start at global position ``position``."""
+        """bool [n]: which of the int32 ``keys`` [n] at global positions from ``position`` on are selected."""
         if self.count == 0:
             return torch.zeros_like(keys, dtype=torch.bool)
         selected = keys > self.key
@@ -52,14 +54,14 @@ class Cut:
 
 
 class Order:
-    """Integer keys of scores, larger = selected first. ``top``, ``bottom`` or ``random`` (hashed positions)."""
+    """Integer keys of scores, the larger selected first: ``top``, ``bottom`` or ``random`` (hashed positions)."""
 
     def __init__(self, name: str, seed: int = 0):
         self.name = name
         self._stream = stream(seed, 0x5E1EC7)
 
     def keys(self, scores: Tensor, position: int) -> Tensor:
-        """int32 keys in [0, 2^31) of non-negative float32 ``scores`` that start at global ``position``."""
+        """int32 keys in [0, 2^31) of non-negative float32 ``scores`` at global positions from ``position`` on."""
         if self.name == "random":
             positions = torch.arange(position, position + len(scores), device=scores.device)
             return random_bits(self._stream, positions, KEY_BITS).int()
@@ -67,20 +69,22 @@ class Order:
         return bits if self.name == "top" else LARGEST_KEY - bits
 
 
-def chunks(pieces: Iterable[Piece], order: Order) -> Iterator[tuple[Tensor, int]]:
-    """(keys, first position) of every piece, at most CHUNK elements at a time."""
-    for piece in pieces:
-        for start in range(0, len(piece.scores), CHUNK):
-            position = piece.position + start
-            yield order.keys(piece.scores[start : start + CHUNK], position), position
+def chunks(runs: Iterable[ScoreRun], order: Order) -> Iterator[tuple[Tensor, int]]:
+    """(int32 keys, position of the first) of every run, at most CHUNK elements at a time."""
+    for run in runs:
+        for start in range(0, len(run.scores), CHUNK):
+            position = run.position + start
+            yield order.keys(run.scores[start : start + CHUNK], position), position
 
 
-def radix_search(keys_of: Sequence[Callable[[], Iterable[Tensor]]], k: Tensor, bits: int, reduce: Reduce):
-    """The k-th largest key of each group, and how many keys are larger than it.
+def radix_search(
+    keys_of: Sequence[Callable[[], Iterable[Tensor]]], k: Tensor, bits: int, reduce: Reduce
+) -> tuple[Tensor, Tensor]:
+    """The k-th largest key of each group, and the number of larger keys; both int64 [G].
 
-    keys_of: for each of G groups a callable that yields its integer keys in [0, 2^bits), piece by piece.
-    k: int64 [G], 1 ≤ k ≤ number of keys in the group. Returns (int64 [G], int64 [G]).
-    Communication: ``reduce`` of int64 [G, 2048] once per 11 bits.
+    keys_of: for each of G groups a callable that yields the caller's integer keys in [0, 2^bits), in 1-D tensors.
+    k: int64 [G], 1 ≤ k ≤ number of keys in the group over all callers.
+    Collectives: ``reduce`` of int64 [G, 2048] once per 11 bits.
     """
     groups = torch.arange(len(keys_of))
     prefix = torch.zeros(len(keys_of), dtype=torch.int64)
@@ -104,54 +108,55 @@ def radix_search(keys_of: Sequence[Callable[[], Iterable[Tensor]]], k: Tensor, b
     return prefix, larger
 
 
-def select(groups: Sequence[Sequence[Piece]], k: Sequence[int], order: Order, last_position: int, reduce: Reduce):
-    """The exact cut of every group: one ``Cut`` each.
+def select(
+    groups: Sequence[Iterable[ScoreRun]], k: Sequence[int], order: Order, last_position: int, reduce: Reduce
+) -> list[Cut]:
+    """The exact cut of every group.
 
-    groups: this caller's pieces of each group (may be empty lists); k: how many to select in each, at most as many
-    as the group has over all callers; last_position: the largest global position there is.
-    Communication: histograms only, independent of the number of scores.
+    groups: the caller's runs of each group, maybe none; each group is iterated several times. k: how many scores to
+    select in each, at most as many as the group has over all callers. last_position: the largest global position.
+    Collectives: ``reduce`` of histograms only, whose size does not depend on the number of scores.
     """
     active = [group for group, count in enumerate(k) if count > 0]
     cuts = [Cut(LARGEST_KEY, -1, 0)] * len(groups)
     if not active:
         return cuts
-    wanted = torch.tensor([k[group] for group in active], dtype=torch.int64)
+    num_wanted = torch.tensor([k[group] for group in active], dtype=torch.int64)
 
     def keys_of(group: int) -> Iterator[Tensor]:
         return (keys for keys, _ in chunks(groups[group], order))
 
-    threshold, above = radix_search([lambda g=g: keys_of(g) for g in active], wanted, KEY_BITS, reduce)
+    threshold, above = radix_search([partial(keys_of, group) for group in active], num_wanted, KEY_BITS, reduce)
 
     def tied_positions(index: int) -> Iterator[Tensor]:
         for keys, position in chunks(groups[active[index]], order):
             ties = (keys == int(threshold[index])).nonzero().squeeze(1)
-            yield last_position - (ties + position)  # reversed: the earliest position is the largest key
+            yield last_position - (ties + position)  # reversed: the lowest position is the largest key
 
     position_bits = max(1, last_position.bit_length())
-    needed = wanted - above
-    reversed_cut, _ = radix_search(
-        [lambda i=i: tied_positions(i) for i in range(len(active))], needed, position_bits, reduce
-    )
+    num_ties = num_wanted - above
+    tied = [partial(tied_positions, index) for index in range(len(active))]
+    reversed_cut, _ = radix_search(tied, num_ties, position_bits, reduce)
     for index, group in enumerate(active):
         cuts[group] = Cut(int(threshold[index]), last_position - int(reversed_cut[index]), k[group])
     return cuts
 
 
-def median(pieces: Sequence[Tensor], count: int, reduce: Reduce) -> float:
-    """The median of non-negative float32 values that lie in pieces, as torch.median's: the lower of two middle ones.
+def median(tensors: Sequence[Tensor], count: int, reduce: Reduce) -> float:
+    """The median of non-negative float32 values over all callers; of two middle ones the lower, as in torch.median.
 
-    pieces: this caller's values, 1-D; count: how many there are over all callers, at least one.
-    Communication: three histograms of 16 KiB, independent of the number of values.
+    tensors: the caller's values, 1-D. count: number of values over all callers, at least 1.
+    Collectives: ``reduce`` of three histograms of 16 KiB.
     """
     order = Order("top")
-    values = [Piece(piece, 0) for piece in pieces]
+    runs = [ScoreRun(values, 0) for values in tensors]
     from_above = torch.tensor([count - (count - 1) // 2])
-    keys, _ = radix_search([lambda: (keys for keys, _ in chunks(values, order))], from_above, KEY_BITS, reduce)
+    keys, _ = radix_search([lambda: (keys for keys, _ in chunks(runs, order))], from_above, KEY_BITS, reduce)
     return float(keys.int().view(torch.float32))
 
 
 def key_to_score(cut: Cut, order: str) -> float | None:
-    """The threshold as a score: the smallest selected (``top``) or the largest selected (``bottom``)."""
+    """The smallest selected score (``top``) or the largest (``bottom``); None for ``random`` or an empty selection."""
     if cut.count == 0 or order == "random":
         return None
     key = cut.key if order == "top" else LARGEST_KEY - cut.key
@@ -159,7 +164,7 @@ def key_to_score(cut: Cut, order: str) -> float | None:
 
 
 def model_k(parameters: tuple[Parameter, ...], ratio: float, of: str) -> int:
-    """k = ⌊ratio · weights⌋, of all weights or of the scored ones; never more than are scored."""
+    """k = ⌊ratio · n⌋, n the number of all weights or of the scored ones; at most the number of scored weights."""
     scored = sum(parameter.numel for parameter in parameters if parameter.scored)
     base = scored if of == "scored" else sum(parameter.numel for parameter in parameters)
     return min(int(ratio * base), scored)

@@ -1,7 +1,7 @@
 """The differentiable stand-in for a judged response (docs/method.md §1, "the gradient through discrete text").
 
 For one prompt, logits ℓ [T, V] and contraction c = A ũ [T, V] give L = Σ_t Σ_v p_t(v) c_t(v). Its gradient with
-respect to ℓ is known in closed form, so no graph over [T, V] is kept: backward starts from that gradient.
+respect to ℓ has a closed form, from which the backward pass starts, so no autograd graph over [T, V] is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from esi_ds.core.noise import gumbel, stream
 UNSAMPLED_LOGIT = -17.0  # the paper's code sets the guard's pre-softmax logits to 0 (sampled) and −17 (others)
 
 
-def softmax_surrogate(logits: Tensor, contraction: Tensor, temperature: float, noise: Tensor | None = None):
+def softmax_surrogate(
+    logits: Tensor, contraction: Tensor, temperature: float, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Value [T] and gradient [T, V] of Σ_v softmax((ℓ + g)/τ)(v) · c(v); all float32."""
     shifted = logits if noise is None else logits + noise
     probability = torch.softmax(shifted / temperature, dim=-1)
@@ -25,11 +27,11 @@ def softmax_surrogate(logits: Tensor, contraction: Tensor, temperature: float, n
     return value, probability * (contraction - value.unsqueeze(-1)) / temperature
 
 
-def paper_code_surrogate(logits: Tensor, contraction: Tensor, sampled: Tensor):
+def paper_code_surrogate(logits: Tensor, contraction: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
     """Value [T] and gradient [T, V] of Σ_v z'(v) · ℓ(v), z' = ∂J/∂z at guard logits z = 0 (sampled), −17 (others).
 
-    With q = softmax(z): z'(v) = q(v)·(c(v) − ⟨q, c⟩). The sampled token's entry is the difference of two nearly
-    equal numbers; it is minus the sum of the others, which is how it is computed here. Inside in float64.
+    With q = softmax(z): z'(v) = q(v)·(c(v) − ⟨q, c⟩). The sampled token's entry would be the difference of two nearly
+    equal numbers, so it is computed as minus the sum of the others. Computed in float64; both results are float32.
     """
     centred = (contraction - contraction.gather(-1, sampled.unsqueeze(-1))).double()
     num_others = logits.shape[-1] - 1
@@ -51,8 +53,10 @@ def score_function_surrogate(logits: Tensor, sampled: Tensor, advantage: float):
 
 
 def advantages(scores: Mapping[int, float]) -> dict[int, float]:
-    """J − b of every prompt, b the mean score of the others: independent of the prompt's own response, so that the
-    estimate stays unbiased (leave-one-out baseline, Kool et al. 2019). b = 0 where there is no other."""
+    """J − b of every prompt, where b is the mean score of the other prompts (leave-one-out baseline, Kool et al. 2019).
+
+    b does not depend on the prompt's response, which keeps the estimate unbiased. b = 0 for a single prompt.
+    """
     total, num_others = math.fsum(scores.values()), len(scores) - 1
     return {index: score - (total - score) / max(num_others, 1) for index, score in scores.items()}
 
@@ -71,7 +75,7 @@ def estimate(
     """Value (scalar) and gradient [T, V] of one prompt's surrogate; float32.
 
     estimator: ``soft`` (no noise), ``gumbel`` (mean over ``samples`` draws keyed by seed, prompt, token and draw) or
-    ``paper_code``. logits, contraction [T, V] float32; sampled [T] int64: the response's own tokens.
+    ``paper_code``. logits, contraction: float32 [T, V]. sampled: int64 [T], the response's tokens.
     """
     if estimator == "paper_code":
         value, gradient = paper_code_surrogate(logits, contraction, sampled)

@@ -1,4 +1,4 @@
-"""Which weights train (docs/method.md §3): the mask's (SET) or all others (SPA), and unscored parameters as told."""
+"""Which weights train (docs/method.md §3): the mask's (SET) or all others (SPA), and unscored ones as configured."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Trained:
     """The trained coordinates of every parameter of a model, keyed by full name and flat index.
 
     train: ``selected`` | ``complement``. unscored: ``freeze`` | ``train``, for parameters that the mask does not name.
-    shapes: every parameter of the model, in its order. routers: names of the routers' parameters, and router: what
-    becomes of them; None: as unscored says.
+    shapes: of every parameter, in the model's order. routers: names of the routers' parameters. router: ``freeze`` |
+    ``train`` for these; None: as ``unscored``.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Trained:
         return (self.router if name in self.routers else self.unscored) == "train"
 
     def count(self, name: str) -> int:
-        """Trained weights of a parameter."""
+        """Number of trained weights of a parameter."""
         if name not in self.mask.shapes:
             return self.numels[name] if self._trains_unscored(name) else 0
         selected = self.mask.counts[name]
@@ -45,22 +45,23 @@ class Trained:
 
     @property
     def total(self) -> int:
+        """Number of trained weights of the model."""
         return sum(self.count(name) for name in self.numels)
 
     def bits(self, name: str, low: int, high: int) -> Tensor:
-        """bool [high − low]: whether each weight of the flat range trains. Reads only the mask's bytes of it."""
+        """bool [high − low]: whether each weight of [low, high), flat, trains. Reads only their bytes of the mask."""
         if name not in self.mask.shapes:
             return torch.full((max(0, high - low),), self._trains_unscored(name))
         bits = self.mask.bits(name, low, high)
         return bits if self.train == "selected" else ~bits
 
     def bits_of(self, shard: Shard) -> Tensor:
-        """bool [shard.numel]: whether each weight that a tensor holds trains."""
+        """bool [shard.numel]: whether each weight of the shard trains."""
         parts = [self.bits(shard.parameter.name, low, high) for low, high in shard.runs]
         return torch.cat([torch.zeros(0, dtype=torch.bool), *parts])
 
     def positions_of(self, shard: Shard) -> Tensor | None:
-        """Trained positions in the tensor (int32 where that suffices); None: all of it."""
+        """Positions of the trained weights in the shard, int32 where that suffices, else int64; None: all of them."""
         name = shard.parameter.name
         if self.count(name) == self.numels[name]:
             return None
@@ -68,26 +69,29 @@ class Trained:
         return self.bits_of(shard).nonzero().flatten().to(dtype)
 
     def segments(self, shard: Shard, values: Tensor) -> list[tuple[int, Tensor]]:
-        """Values of a shard's trained weights, cut by its runs: (trained weights of the parameter in front, values)."""
-        found, start = [], 0
+        """Trained values split by the shard's runs: (number of trained weights of the parameter before it, values).
+
+        values: one for each trained weight of the shard, in order.
+        """
+        segments, start = [], 0
         for low, high in shard.runs:
             first, last = (self.count_before(shard.parameter.name, index) for index in (low, high))
-            found.append((first, values[start : start + last - first]))
+            segments.append((first, values[start : start + last - first]))
             start += last - first
-        return found
+        return segments
 
     def count_before(self, name: str, low: int) -> int:
-        """Trained weights of a parameter in front of flat index ``low``."""
+        """Number of a parameter's trained weights before flat index ``low``."""
         if self.count(name) == self.numels[name]:
             return low
         if name not in self.mask.shapes or low == 0:
             return 0
         selected = int(popcount(self.mask.data(name, 0, num_bytes(low))))
-        if low % 8:  # bits of the last byte that lie at or behind ``low``
+        if low % 8:  # bits of the last byte at or after ``low``
             selected -= int(self.mask.bits(name, low, min(-(-low // 8) * 8, self.numels[name])).sum())
         return selected if self.train == "selected" else low - selected
 
 
 def popcount(data: Tensor) -> int:
-    """Ones in a uint8 tensor."""
+    """Number of set bits in a uint8 tensor."""
     return int(np.bitwise_count(data.numpy()).sum())

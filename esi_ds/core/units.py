@@ -1,7 +1,7 @@
-"""Logical matrices: the parts of a parameter that are one matrix to the method (docs/method.md §1).
+"""Logical matrices: the parts of a parameter that the method treats as one matrix (docs/method.md §1).
 
-A runtime tensor may pack several matrices (fused experts, fused qkv, fused gate_up). Every one of them is a
-regular pattern of flat positions: ``count`` runs of ``length`` elements, ``stride`` apart, from ``start``.
+A runtime tensor may pack several matrices (fused experts, fused qkv, fused gate_up). Each of them is a regular pattern
+of flat positions: ``count`` runs of ``length`` elements, ``stride`` apart, from ``start``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Unit:
 
     @property
     def end(self) -> int:
-        """Flat position behind the last element."""
+        """Flat position after the last element."""
         return self.start + (self.count - 1) * self.stride + self.length
 
     def meets(self, low: int, high: int) -> bool:
@@ -43,7 +43,7 @@ class Unit:
         return low < self.end and self.start < high
 
     def num_before(self, low: int) -> int:
-        """How many of the unit's elements lie in front of flat position ``low``."""
+        """Number of the unit's elements before flat position ``low``."""
         before = max(0, low - self.start)
         if self.count == 1:
             return min(before, self.length)
@@ -51,9 +51,9 @@ class Unit:
         return min(runs * self.length + min(rest, self.length), self.numel)
 
     def within(self, low: int, high: int) -> slice | Tensor:
-        """Where this unit lies in the flat slice [low, high) of its parameter, relative to ``low``.
+        """The unit's positions in the flat range [low, high) of its parameter, relative to ``low``.
 
-        Returns a slice for a contiguous unit, otherwise an int64 index tensor; either may be empty.
+        A slice for a contiguous unit, otherwise an int64 tensor; either may be empty.
         """
         first, last = max(low, self.start), max(low, min(high, self.end))
         if self.count == 1:
@@ -64,10 +64,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of the model: where it stands in the model's order and what it is cut into.
+    """A parameter of the model, its position in the model's order, and its logical matrices.
 
-    ``offset`` is the number of weights in all parameters before it, so ``offset + flat index`` is a weight's
-    global position, the second key of the selection order. ``units`` is empty where nothing is scored.
+    offset: number of weights in all parameters before it, so ``offset + flat index`` is a weight's global position, the
+    second key of the selection order. role: see ``models.roles``. units: empty where the parameter is not scored.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Parameter:
         return bool(self.units)
 
     def unit_offsets(self) -> Iterator[tuple[Unit, int]]:
-        """Units, each with a global position of its first element when units lie one behind another."""
+        """Units, each with the global position its first element would have if units were laid out consecutively."""
         offset = self.offset
         for unit in self.units:
             yield unit, offset
@@ -94,11 +94,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Shard:
-    """The elements of one parameter that a flat tensor holds, in the tensor's order; never any padding.
+    """The elements of one parameter that a flat tensor holds, in the tensor's order, without padding.
 
-    runs: [low, high) of flat positions in the whole parameter, one behind another in the tensor. One run where ZeRO-3
-    cuts the parameter itself; several where expert parallelism packs one matrix of each of a rank's experts. name: the
-    tensor's own, where a rank holds a parameter in more than one; the parameter's otherwise.
+    runs: ranges [low, high) of flat positions in the whole parameter, consecutive in the tensor. There is one run where
+    ZeRO-3 partitions the parameter itself, and several where expert parallelism packs one matrix of each of a rank's
+    experts. name: the tensor's; the parameter's where one tensor holds all of it.
     """
 
     parameter: Parameter
@@ -110,14 +110,14 @@ class Shard:
         return sum(high - low for low, high in self.runs)
 
     def parts(self) -> Iterator[tuple[slice, int, int]]:
-        """(where in the tensor, low, high) of every run."""
+        """(slice of the tensor, low, high) of every run."""
         start = 0
         for low, high in self.runs:
             yield slice(start, start + high - low), low, high
             start += high - low
 
     def cut(self, first: int, last: int) -> Shard:
-        """Elements [first, last) of the tensor, as ZeRO-3 cuts it: bounds beyond the end are the end."""
+        """Elements [first, last) of the tensor; bounds beyond its end are clipped."""
         runs = []
         for where, low, _ in self.parts():
             begin, end = max(first, where.start), min(last, where.stop)
@@ -126,21 +126,21 @@ class Shard:
         return Shard(self.parameter, tuple(runs), self.name)
 
     def within(self, unit: Unit) -> slice | Tensor:
-        """Where a unit's elements lie in the tensor: a slice if they are contiguous, else int64 positions."""
-        found: list[slice | Tensor] = []
+        """A unit's positions in the tensor: a slice if they are contiguous, else an int64 tensor; maybe empty."""
+        ranges: list[slice | Tensor] = []
         for where, low, high in self.parts():
             if unit.meets(low, high):
                 part = unit.within(low, high)
                 if isinstance(part, slice):
-                    found.append(slice(where.start + part.start, where.start + part.stop))
+                    ranges.append(slice(where.start + part.start, where.start + part.stop))
                 else:
-                    found.append(where.start + part)
-        if len(found) < 2:
-            return found[0] if found else slice(0, 0)
-        return torch.cat([torch.arange(p.start, p.stop) if isinstance(p, slice) else p for p in found])
+                    ranges.append(where.start + part)
+        if len(ranges) < 2:
+            return ranges[0] if ranges else slice(0, 0)
+        return torch.cat([torch.arange(p.start, p.stop) if isinstance(p, slice) else p for p in ranges])
 
     def flat(self, positions: Tensor) -> Tensor:
-        """int64 flat positions in the whole parameter of ``positions`` in the tensor."""
+        """Flat positions in the whole parameter, int64, of int64 ``positions`` in the tensor."""
         if len(self.runs) == 1:
             return self.runs[0][0] + positions
         starts = torch.tensor([where.start for where, _, _ in self.parts()], device=positions.device)
@@ -150,12 +150,12 @@ class Shard:
 
 
 def whole(parameter: Parameter) -> Shard:
-    """All of a parameter, in one tensor."""
+    """The shard of a tensor that holds a whole parameter."""
     return Shard(parameter, ((0, parameter.numel),), parameter.name)
 
 
 def shard_bounds(numel: int, rank: int, world_size: int) -> tuple[int, int]:
-    """ZeRO-3's cut: slices of ceil(numel / world_size); the last ones may be short or empty."""
+    """[low, high) of a rank's partition under ZeRO-3: ⌈numel / world_size⌉ elements, fewer or none at the end."""
     size = -(-numel // world_size)
     low = min(rank * size, numel)
     return low, min(low + size, numel)

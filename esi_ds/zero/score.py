@@ -1,10 +1,10 @@
-"""Scores and selections on partitions (docs/method.md §1, §2): only moments and counts leave a rank."""
+"""Scores and selections on ZeRO-3 partitions (docs/method.md §1, §2): only moments and counts leave a rank."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esi_ds.core.moments import merge, moments, standard_deviation
 from esi_ds.core.score import contrast, score_shard
-from esi_ds.core.select import Cut, Order, Piece, median, model_k, select
+from esi_ds.core.select import Cut, Order, ScoreRun, median, model_k, select
 from esi_ds.core.units import Parameter, Shard, Unit
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
@@ -21,12 +21,12 @@ Scores = dict[str, Tensor]  # shard's name → this rank's flat float32 scores
 
 
 def local_part(values: Tensor, unit: Unit, shard: Shard) -> Tensor:
-    """The elements of a shard-sized flat tensor that belong to one unit."""
+    """The elements of one unit in ``values`` [shard.numel]."""
     return values[shard.within(unit)]
 
 
 def unit_sigmas(model: ShardedModel) -> dict[Unit, float]:
-    """σ of every logical matrix. Collectives: two all-reduces of float64 [units, 3]."""
+    """σ of every logical matrix. Collectives: two all-reduces, of float64 [units, 2] and [units]."""
     units = [unit for parameter in model.parameters for unit in parameter.units]
     local = torch.stack([moments(torch.zeros(0))] * len(units))
     for row, unit, shard in unit_shards(model):
@@ -36,9 +36,9 @@ def unit_sigmas(model: ShardedModel) -> dict[Unit, float]:
 
 
 def unit_shards(model: ShardedModel) -> Iterator[tuple[int, Unit, Shard]]:
-    """(number of the unit in the model's order, unit, shard) of every unit that this rank holds a part of.
+    """(number of the unit in the model's order, unit, shard) of every unit of which this rank holds a part.
 
-    A rank holds a unit in one tensor only: AutoEP parts a parameter between its matrices.
+    A rank holds a unit in one tensor only, because AutoEP splits a parameter between its matrices.
     """
     sizes = [len(parameter.units) for parameter in model.parameters]
     first = dict(zip((p.name for p in model.parameters), accumulate(sizes, initial=0), strict=False))
@@ -50,25 +50,27 @@ def unit_shards(model: ShardedModel) -> Iterator[tuple[int, Unit, Shard]]:
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What an objective's pass leaves behind: sums on this rank's shards, and the number that makes a mean of them."""
+    """The sums of an objective's pass, fp32 [shard.numel] by shard's name, and the count to divide them by."""
 
     sums: Mapping[str, Tensor]
     count: int
 
-    def mean(self, name: str) -> Tensor:
-        """The sums of one shard, overwritten with the mean: ask once."""
+    def take_mean(self, name: str) -> Tensor:
+        """The mean of one shard, which overwrites its sums: call once per shard."""
         return self.sums[name].div_(self.count)
 
 
 def score(
     model: ShardedModel, criterion: str, accumulated: Mapping[str, Accumulated], sigma: Mapping[Unit, float], seed: int
 ) -> Scores:
-    """Every shard's scores from the means of ``safety`` and ``tuning``, as far as the criterion has them, which are
-    overwritten. No collectives."""
-    scores = {}
+    """Every shard's scores, from the mean gradients of ``safety`` and ``tuning`` that the criterion needs.
+
+    The sums in ``accumulated`` are overwritten. No collectives.
+    """
+    scores: Scores = {}
     for shard in model.scored:
         safety, tuning = (
-            accumulated[name].mean(shard.name) if name in accumulated else None for name in ("safety", "tuning")
+            accumulated[name].take_mean(shard.name) if name in accumulated else None for name in ("safety", "tuning")
         )
         weight = model.local_weight(shard)
         scores[shard.name] = score_shard(criterion, shard, safety, weight, sigma, seed, tuning_gradient=tuning)
@@ -76,12 +78,14 @@ def score(
 
 
 def contrast_scores(model: ShardedModel, scores: Scores, benign: Accumulated) -> int:
-    """``scores`` become score / (sqrt(F) + median of sqrt(F)), docs/method.md §2; how many have no such quotient.
+    """Overwrite ``scores`` with score / (sqrt(F) + median of sqrt(F)), docs/method.md §2.
 
-    The median is exact, over all scored weights of all ranks. Collectives: three all-reduced histograms of 16 KiB, and
-    one all-reduce of a number.
+    Returns the number of undefined scores over all ranks.
+
+    The median is exact, over all scored weights of all ranks. The sums in ``benign`` are overwritten. Collectives:
+    three all-reduces of 16 KiB and one of a number.
     """
-    roots = {name: benign.mean(name).sqrt_() for name in scores}
+    roots = {name: benign.take_mean(name).sqrt_() for name in scores}
     num_scored = sum(parameter.numel for parameter in model.parameters if parameter.scored)
     middle = median(list(roots.values()), num_scored, runtime.all_reduce_sum)
     undefined = sum(contrast(values, roots[name], middle) for name, values in scores.items())
@@ -89,10 +93,10 @@ def contrast_scores(model: ShardedModel, scores: Scores, benign: Accumulated) ->
 
 
 def silent_experts(rows: Iterable[Mapping[str, Any]]) -> str | None:
-    """What to tell a user whose routed experts got no gradient; None where every layer of them has one.
+    """A warning where all routed experts of a layer have a score of 0; None where there is no such layer.
 
-    rows: ``unit_rows`` of the scores. Some experts are never chosen; that a whole layer's have a score of exactly 0
-    means that no gradient reaches them: remote code runs experts under ``torch.no_grad`` unless the model trains.
+    rows: of ``unit_rows``. Single experts may never be chosen, but where every expert of a layer scores exactly 0, no
+    gradient reaches them: remote code may run experts under ``torch.no_grad`` unless the model trains.
     """
     largest: dict[int | None, float] = {}
     for row in rows:
@@ -110,10 +114,10 @@ def silent_experts(rows: Iterable[Mapping[str, Any]]) -> str | None:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which of this rank's weights are selected, and what the whole mask looks like.
+    """The weights of this rank that are selected, and the counts of the whole mask.
 
-    bits: shard's name → bool [shard.numel]. counts: parameter's name → selected weights over all ranks. cut: where the
-    whole model's scores are cut (scope ``model``), else None.
+    bits: shard's name → bool [shard.numel]. counts: parameter's name → number of selected weights over all ranks. k:
+    their sum. cut: the cut of the whole model's scores (scope ``model``), else None.
     """
 
     bits: dict[str, Tensor]
@@ -125,21 +129,25 @@ class Selection:
 def select_weights(
     model: ShardedModel, scores: Scores, *, ratio: float, order: str, of: str, scope: str, seed: int
 ) -> Selection:
-    """The exact mask (docs/method.md §2). Collectives: 16 KiB histograms (scope model), one count per parameter."""
+    """The exact selection (docs/method.md §2).
+
+    Collectives: one all-reduce of int64 [scored parameters], and those of ``core.select.select``: three all-reduces of
+    a 16 KiB histogram and one more for every 11 bits of the largest position. Scope ``matrix`` performs the latter for
+    each parameter, with a histogram for each unit.
+    """
     ordering = Order(order, seed)
     scored = [parameter for parameter in model.parameters if parameter.scored]
     last = sum(parameter.numel for parameter in model.parameters) - 1
     bits: dict[str, Tensor] = {}
     cut = None
     if scope == "model":
-        pieces = {shard.name: list(pieces_of(shard, scores[shard.name])) for shard in model.scored}
+        runs = {shard.name: list(score_runs(shard, scores[shard.name])) for shard in model.scored}
         k = model_k(model.parameters, ratio, of)
-        (cut,) = select(
-            [[piece for own in pieces.values() for piece in own]], [k], ordering, last, runtime.all_reduce_sum
-        )
+        (cut,) = select([list(chain.from_iterable(runs.values()))], [k], ordering, last, runtime.all_reduce_sum)
         for shard in model.scored:
-            found = [selected_bits(cut, ordering, piece) for piece in pieces[shard.name]]
-            bits[shard.name] = torch.cat([torch.zeros(0, dtype=torch.bool, device=scores[shard.name].device), *found])
+            selected = [selected_bits(cut, ordering, run) for run in runs[shard.name]]
+            empty = torch.zeros(0, dtype=torch.bool, device=scores[shard.name].device)
+            bits[shard.name] = torch.cat([empty, *selected])
     else:
         for parameter in scored:
             bits |= _select_by_unit(model, parameter, scores, ratio, ordering, last)
@@ -151,41 +159,41 @@ def select_weights(
     return Selection(bits, dict(zip(rows, counts, strict=True)), sum(counts), cut)
 
 
-def pieces_of(shard: Shard, scores: Tensor) -> Iterator[Piece]:
-    """Runs of a shard's scores, each with its global position."""
+def score_runs(shard: Shard, scores: Tensor) -> Iterator[ScoreRun]:
+    """The runs of a shard's ``scores`` [shard.numel]."""
     for where, low, _ in shard.parts():
-        yield Piece(scores[where], shard.parameter.offset + low)
+        yield ScoreRun(scores[where], shard.parameter.offset + low)
 
 
-def selected_bits(cut: Cut, order: Order, piece: Piece) -> Tensor:
-    """Bool, one for each score of the piece."""
-    return cut.selects(order.keys(piece.scores, piece.position), piece.position)
+def selected_bits(cut: Cut, order: Order, run: ScoreRun) -> Tensor:
+    """bool [n]: which of the run's n scores are selected."""
+    return cut.selects(order.keys(run.scores, run.position), run.position)
 
 
 def _select_by_unit(
     model: ShardedModel, parameter: Parameter, scores: Scores, ratio: float, order: Order, last: int
 ) -> dict[str, Tensor]:
-    """Scope ``matrix``: ⌊ratio · n⌋ of each logical matrix of one parameter, all of them in the same histograms.
+    """Scope ``matrix``: ⌊ratio · n⌋ of the n weights of each logical matrix of one parameter.
 
-    Returns the bits of this rank's shards of the parameter, by the shard's name.
+    Returns the bits of this rank's shards of the parameter, by the shard's name. Collectives: those of ``select``.
     """
     shards = model.shards_of(parameter)
     bits = {
         shard.name: torch.zeros(shard.numel, dtype=torch.bool, device=scores[shard.name].device) for shard in shards
     }
-    groups = []  # of every unit: (shard's name, where in the shard, piece)
+    groups = []  # for every unit: (shard's name, run's slice of the shard, unit's positions in the run, scores)
     for unit, offset in parameter.unit_offsets():
         group = []
         for shard in shards:
             for where, low, high in shard.parts():
                 if unit.meets(low, high):
                     positions = unit.within(low, high)
-                    run = scores[shard.name][where]
-                    group.append((shard.name, where, positions, Piece(run[positions], offset + unit.num_before(low))))
+                    run = ScoreRun(scores[shard.name][where][positions], offset + unit.num_before(low))
+                    group.append((shard.name, where, positions, run))
         groups.append(group)
-    wanted = [int(ratio * unit.numel) for unit in parameter.units]
-    pieces = [[entry[-1] for entry in group] for group in groups]
-    for group, cut in zip(groups, select(pieces, wanted, order, last, runtime.all_reduce_sum), strict=True):
-        for name, where, positions, piece in group:
-            bits[name][where][positions] = selected_bits(cut, order, piece)
+    counts = [int(ratio * unit.numel) for unit in parameter.units]
+    runs = [[entry[-1] for entry in group] for group in groups]
+    for group, cut in zip(groups, select(runs, counts, order, last, runtime.all_reduce_sum), strict=True):
+        for name, where, positions, run in group:
+            bits[name][where][positions] = selected_bits(cut, order, run)
     return bits

@@ -22,7 +22,7 @@ from esi_ds.config import load_config
 from esi_ds.core.footprint import (
     Topology,
     gather_traffic,
-    pieces,
+    gathered_tensors,
     reduce_traffic,
     set_resident,
     spa_resident,
@@ -77,7 +77,7 @@ def test_resident_bytes_and_transient(name: str, described: dict) -> None:
     scored = {parameter.name: parameter.numel for parameter in parameters if parameter.scored}
     one = experts * width * hidden  # all gate, or up, or down projections of a layer
     for size in (None, 8):
-        cut = pieces(parameters, ranks, size)
+        cut = gathered_tensors(parameters, ranks, size)
         # Resident bytes do not depend on expert parallelism, but for padding: fewer ranks, each of fewer experts.
         assert sum(piece.shard for piece in cut) == pytest.approx(total / ranks, rel=1e-6)
         assert sum(piece.numel * piece.copies for piece in cut) == total
@@ -102,7 +102,7 @@ def test_stages_by_hand(described: dict) -> None:
     total, ranks = sum(parameter.numel for parameter in parameters), 64
     scored = {parameter.name: parameter.numel for parameter in parameters if parameter.scored}
     trained = {name: numel // 100 for name, numel in scored.items()}
-    cut, density = pieces(parameters, ranks), sum(trained.values()) / total
+    cut, density = gathered_tensors(parameters, ranks), sum(trained.values()) / total
     scatter = set_resident(cut, 2, trained, compact=False).total
     assert scatter == pytest.approx((2 + 20 * density) * total / ranks, rel=1e-3)
     compact = set_resident(cut, 2, trained, compact=True).total
@@ -177,13 +177,13 @@ def test_traffic_by_hand(described: dict) -> None:
     numel = sum(parameter.numel for parameter in routed)
     scored = {parameter.name: parameter.numel for parameter in routed}
     for size, ranks, rings in ((None, 8, 1), (2, 4, 2), (4, 2, 4), (8, 1, 4)):
-        cut, arriving = pieces(routed, 8, size), (ranks - 1) / ranks / (size or 1)
+        cut, arriving = gathered_tensors(routed, 8, size), (ranks - 1) / ranks / (size or 1)
         gathers = gather_traffic(cut, 2, where)
         assert gathers.rank == pytest.approx(4 * numel * arriving) and gathers.node == pytest.approx(
             rings * gathers.rank
         )
         assert reduce_traffic(cut, scored, where).rank == pytest.approx(4 * numel * arriving)
-    assert gather_traffic(pieces(routed, 4), 2, Topology(1, 4)).node == 0
+    assert gather_traffic(gathered_tensors(routed, 4), 2, Topology(1, 4)).node == 0
     # 56 layers, 100 tokens to 2 experts each, 6144 bf16 numbers there and back, forward and backward.
     tokens = 4 * 56 * 100 * 2 * 6144 * 2
     within = token_traffic(56, 100, 2, 6144, 2, 4, where)

@@ -25,7 +25,7 @@ SHAPES = [(7, 9), (1, 3), (30, 17), (5, 8)]
 
 
 def scores_of(folder: Path, name: str) -> Tensor:
-    scores = reselect.Scores(folder)
+    scores = reselect.ScoreFolder(folder)
     (numel,) = (last - first for found, _, first, last, _ in checkpoint_tensors(folder) if found == name)
     return scores.read(name, 0, numel // 4)
 

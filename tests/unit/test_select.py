@@ -1,4 +1,4 @@
-"""Selection against sorting the whole vector (docs/method.md §2): exact, in pieces, with ties, zeros and denormals."""
+"""Selection against sorting the whole vector (docs/method.md §2): exact, in runs, with ties, zeros and denormals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from esi_ds.core.select import (
     LARGEST_KEY,
     Cut,
     Order,
-    Piece,
+    ScoreRun,
     key_to_score,
     radix_search,
     select,
@@ -54,11 +54,11 @@ def random_scores(case: int) -> torch.Tensor:
     return scores
 
 
-def pieces_of(scores: torch.Tensor, num_cuts: int, case: int) -> list[Piece]:
-    """The vector in contiguous pieces of random, possibly zero, length."""
+def runs_of(scores: torch.Tensor, num_cuts: int, case: int) -> list[ScoreRun]:
+    """The vector in contiguous runs of random, possibly zero, length."""
     generator = torch.Generator().manual_seed(case)
     cuts = torch.randint(0, len(scores) + 1, (num_cuts,), generator=generator).sort().values.tolist()
-    return [Piece(scores[a:b], a) for a, b in itertools.pairwise([0, *cuts, len(scores)])]
+    return [ScoreRun(scores[a:b], a) for a, b in itertools.pairwise([0, *cuts, len(scores)])]
 
 
 @pytest.mark.parametrize("order", ["top", "bottom"])
@@ -67,22 +67,22 @@ def test_equals_sorting_the_whole_vector(case: int, order: str) -> None:
     scores = random_scores(case)
     size = len(scores)
     for k in {0, 1, size // 100, size // 3, size - 1, size}:
-        pieces = pieces_of(scores, case % 5, case)
-        (cut,) = select([pieces], [k], Order(order), size - 1, identity)
-        got = torch.cat([cut.selects(Order(order).keys(p.scores, p.position), p.position) for p in pieces])
+        runs = runs_of(scores, case % 5, case)
+        (cut,) = select([runs], [k], Order(order), size - 1, identity)
+        got = torch.cat([cut.selects(Order(order).keys(p.scores, p.position), p.position) for p in runs])
         assert torch.equal(got, sorted_mask(scores, k, order)), (case, order, k)
 
 
 def test_random_order_is_a_k_subset_that_does_not_depend_on_the_cuts() -> None:
     scores, masks = torch.rand(5000), []
     for num_cuts in (0, 1, 7):
-        pieces = pieces_of(scores, num_cuts, 3)
-        (cut,) = select([pieces], [500], Order("random", seed=4), 4999, identity)
+        runs = runs_of(scores, num_cuts, 3)
+        (cut,) = select([runs], [500], Order("random", seed=4), 4999, identity)
         order = Order("random", seed=4)
-        masks.append(torch.cat([cut.selects(order.keys(p.scores, p.position), p.position) for p in pieces]))
+        masks.append(torch.cat([cut.selects(order.keys(p.scores, p.position), p.position) for p in runs]))
     assert masks[0].sum() == 500
     assert all(torch.equal(masks[0], mask) for mask in masks[1:])
-    (other,) = select([[Piece(scores, 0)]], [500], Order("random", seed=5), 4999, identity)
+    (other,) = select([[ScoreRun(scores, 0)]], [500], Order("random", seed=5), 4999, identity)
     other_mask = other.selects(Order("random", seed=5).keys(scores, 0), 0)
     overlap = int((other_mask & masks[0]).sum())
     assert 20 < overlap < 90  # two independent 10 % subsets of 5,000: 50 ± 6.4
@@ -91,7 +91,7 @@ def test_random_order_is_a_k_subset_that_does_not_depend_on_the_cuts() -> None:
 def test_groups_are_selected_each_by_itself() -> None:
     scores = random_scores(1)
     half = len(scores) // 2
-    groups = [[Piece(scores[:half], 0)], [Piece(scores[half:], half)], []]
+    groups = [[ScoreRun(scores[:half], 0)], [ScoreRun(scores[half:], half)], []]
     cuts = select(groups, [5, 7, 0], Order("top"), len(scores) - 1, identity)
     got = [
         cut.selects(piece.scores.view(torch.int32), piece.position)
@@ -105,9 +105,9 @@ def test_positions_beyond_two_to_the_31_by_index_arithmetic() -> None:
     """Ties of a vector of 10^12 elements of which only a few exist here: positions are int64 throughout."""
     base = 10**12
     scores = torch.tensor([1.0, 2.0, 2.0, 2.0, 0.5])
-    pieces = [Piece(scores, base), Piece(scores, 3 * 2**31), Piece(scores, 7)]
-    (cut,) = select([pieces], [5], Order("top"), base + 10, identity)
-    got = [cut.selects(p.scores.view(torch.int32), p.position).tolist() for p in pieces]
+    runs = [ScoreRun(scores, base), ScoreRun(scores, 3 * 2**31), ScoreRun(scores, 7)]
+    (cut,) = select([runs], [5], Order("top"), base + 10, identity)
+    got = [cut.selects(p.scores.view(torch.int32), p.position).tolist() for p in runs]
     assert got[2] == [False, True, True, True, False]  # the lowest positions first
     assert got[1] == [False, True, True, False, False]
     assert got[0] == [False] * 5
@@ -124,7 +124,7 @@ def test_traffic_is_histograms_only() -> None:
 
     for size in (10, 200_000):
         sizes.clear()
-        select([[Piece(torch.rand(size), 0)]], [5], Order("top"), 2**40, watch)
+        select([[ScoreRun(torch.rand(size), 0)]], [5], Order("top"), 2**40, watch)
         assert max(sizes) <= 64 * 1024
         assert len(sizes) == 7  # 3 passes over scores, 4 over 41-bit positions
 
@@ -137,9 +137,9 @@ def test_radix_search_counts_larger_keys() -> None:
 
 def test_threshold_is_the_smallest_selected_score() -> None:
     scores = torch.tensor([0.1, 0.7, 0.3, 0.9])
-    (cut,) = select([[Piece(scores, 0)]], [2], Order("top"), 3, identity)
+    (cut,) = select([[ScoreRun(scores, 0)]], [2], Order("top"), 3, identity)
     assert key_to_score(cut, "top") == scores[1].item()
-    (cut,) = select([[Piece(scores, 0)]], [2], Order("bottom"), 3, identity)
+    (cut,) = select([[ScoreRun(scores, 0)]], [2], Order("bottom"), 3, identity)
     assert key_to_score(cut, "bottom") == scores[2].item()
     assert key_to_score(Cut(LARGEST_KEY, -1, 0), "top") is None
 

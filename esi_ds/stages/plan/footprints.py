@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from esi_ds.core.footprint import (
-    Piece,
+    GatheredTensor,
     Resident,
     Topology,
     Traffic,
@@ -17,8 +17,8 @@ from esi_ds.core.footprint import (
     compact_traffic,
     esi_resident,
     gather_traffic,
+    gathered_tensors,
     num_experts,
-    pieces,
     reduce_traffic,
     set_resident,
     spa_resident,
@@ -88,17 +88,17 @@ def footprint(work: Work, stage: str, where: Topology, settings: Mapping[str, An
     zero = settings["zero_optimization"]
     section = settings.get("expert_parallel") or {}
     size = section["autoep_size"] if section.get("enabled") else None
-    cut = pieces(work.parameters, where.ranks, size)
-    resident, host = _offloaded(_resident(work, stage, cut, zero), work, stage, zero)
+    tensors = gathered_tensors(work.parameters, where.ranks, size)
+    resident, host = _offloaded(_resident(work, stage, tensors, zero), work, stage, zero)
     judge = work.judge if stage == "esi" else 0.0
     return Footprint(
         resident,
         judge,
         host,
-        transient(cut, work.weight, work.trained[stage], stage, work.compact, work.recompute),
-        window_bytes(cut, work.weight, zero),
+        transient(tensors, work.weight, work.trained[stage], stage, work.compact, work.recompute),
+        window_bytes(tensors, work.weight, zero),
         0.0 if size is None else judge + _start(work, stage, where.ranks, size, zero),
-        _traffic(work, stage, cut, where, size),
+        _traffic(work, stage, tensors, where, size),
     )
 
 
@@ -107,19 +107,19 @@ def _start(work: Work, stage: str, ranks: int, size: int, zero: Mapping[str, Any
     which therefore stay until all are replaced."""
     there = 0
     if _device(zero, "offload_param") != "cpu":
-        whole = pieces(work.parameters, ranks)
+        whole = gathered_tensors(work.parameters, ranks)
         doubled = [piece for piece in whole if stage == "spa" and num_experts(piece.parameter)]
         there = work.weight * sum(piece.shard for piece in (*whole, *doubled))
     return there + takeover_bytes(work.parameters, work.weight, ranks, size)
 
 
-def _resident(work: Work, stage: str, cut: Sequence[Piece], zero: Mapping[str, Any]) -> Resident:
+def _resident(work: Work, stage: str, tensors: Sequence[GatheredTensor], zero: Mapping[str, Any]) -> Resident:
     if stage == "esi":
-        return esi_resident(cut, work.weight, work.num_sums)
+        return esi_resident(tensors, work.weight, work.num_sums)
     if stage == "set":
-        return set_resident(cut, work.weight, work.trained["set"], work.compact)
+        return set_resident(tensors, work.weight, work.trained["set"], work.compact)
     given = zero.get("reduce_bucket_size", "auto")
-    return spa_resident(cut, work.weight, work.trained["spa"], REDUCE_BUCKET if given == "auto" else int(given))
+    return spa_resident(tensors, work.weight, work.trained["spa"], REDUCE_BUCKET if given == "auto" else int(given))
 
 
 def _offloaded(found: Resident, work: Work, stage: str, zero: Mapping[str, Any]) -> tuple[Resident, float]:
@@ -139,17 +139,17 @@ def _device(zero: Mapping[str, Any], key: str) -> str | None:
     return section.get("device") if isinstance(section, Mapping) else None
 
 
-def _traffic(work: Work, stage: str, cut: Sequence[Piece], where: Topology, size: int | None) -> Traffic:
+def _traffic(work: Work, stage: str, tensors: Sequence[GatheredTensor], where: Topology, size: int | None) -> Traffic:
     """Of a step: ``accumulation`` micro-batches (ESI: one), and SET's one all-reduce where it is compact."""
-    gathers = gather_traffic(cut, work.weight, where, 3 if work.recompute else 2)
+    gathers = gather_traffic(tensors, work.weight, where, 3 if work.recompute else 2)
     compact = stage == "set" and work.compact
-    total = gathers if compact else gathers + reduce_traffic(cut, work.trained[stage], where)
+    total = gathers if compact else gathers + reduce_traffic(tensors, work.trained[stage], where)
     if size is not None:
         times, layers = 6 if work.recompute else 4, len(work.experts())
         total += token_traffic(layers, work.tokens, work.top_k, work.hidden, work.weight, size, where, times)
     count = 1 if stage == "esi" else work.accumulation
     total = Traffic(count * total.rank, count * total.node)
-    return total + compact_traffic(cut, work.trained["set"], where) if compact else total
+    return total + compact_traffic(tensors, work.trained["set"], where) if compact else total
 
 
 def sizes(work: Work, where: Topology, model_type: str) -> list[int]:
