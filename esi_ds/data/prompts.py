@@ -88,7 +88,7 @@ def load_prompts(
             prompts.append(text)
     if not prompts:
         reasons = "; ".join(sorted({reason for _, reason in skipped}))
-        raise UserError(f"{field}.path", path, f"has no usable prompt ({reasons})", "check its rows")
+        raise UserError(f"{field}.path", path, f"has no prompt ({reasons})", "check its rows")
     return PromptSet(tuple(prompts), column, source if looks_like_file(source) else f"hub:{source}", tuple(skipped))
 
 

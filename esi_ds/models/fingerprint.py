@@ -1,7 +1,7 @@
-"""Which model a mask belongs to (docs/design.md §7): names and shapes, and the weights as they lie in the checkpoint.
+"""Which model a mask belongs to (docs/design.md §7): names, shapes, and the weights in the checkpoint.
 
-Weights are hashed tensor by tensor from the checkpoint's safetensors files, so the digest does not depend on how the
-files are cut, and ranks can share the reading.
+Weights are hashed tensor by tensor from the checkpoint's safetensors files, so that the digest does not depend on how
+tensors are split into files, and ranks can share the reading.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from esi_ds.core.mask import Mask
 from esi_ds.core.units import Parameter
@@ -24,14 +25,24 @@ def structure_digest(parameters: Iterable[Parameter]) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def checkpoint_tensors(folder: Path) -> list[tuple[str, Path, int, int, str]]:
-    """(name, file, first byte, last byte, "dtype shape") of every tensor in a folder's safetensors, by name."""
+class StoredTensor(NamedTuple):
+    """Where a safetensors file holds a tensor: bytes [first, last) of the file. description: "dtype shape"."""
+
+    name: str
+    file: Path
+    first: int
+    last: int
+    description: str
+
+
+def checkpoint_tensors(folder: Path) -> list[StoredTensor]:
+    """Every tensor in a folder's safetensors files, by name."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
     else:
         files = sorted(folder.glob("*.safetensors"))
-    found = []
+    tensors = []
     for file in files:
         with file.open("rb") as opened:
             header_size = int.from_bytes(opened.read(8), "little")
@@ -39,8 +50,8 @@ def checkpoint_tensors(folder: Path) -> list[tuple[str, Path, int, int, str]]:
         for name, entry in header.items():
             if name != "__metadata__":
                 first, last = (8 + header_size + offset for offset in entry["data_offsets"])
-                found.append((name, file, first, last, f"{entry['dtype']} {entry['shape']}"))
-    return sorted(found)
+                tensors.append(StoredTensor(name, file, first, last, f"{entry['dtype']} {entry['shape']}"))
+    return sorted(tensors)
 
 
 def tensor_digests(folder: Path, part: int = 0, num_parts: int = 1) -> dict[str, str]:
@@ -57,14 +68,14 @@ def tensor_digests(folder: Path, part: int = 0, num_parts: int = 1) -> dict[str,
 
 
 def fingerprint(parameters: Iterable[Parameter], digests: Mapping[str, str]) -> str:
-    """``structure:weights``, two sha256 in hexadecimal: other shapes and other weights can be told apart."""
+    """``structure:weights``, two sha256 in hexadecimal, so that other shapes and other weights are distinguishable."""
     weights = hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
     return f"{structure_digest(parameters)}:{weights}"
 
 
 def check_mask_structure(mask: Mask, parameters: Sequence[Parameter], field: str) -> None:
-    """Refuse a mask that leaves a scored parameter of this model unnamed, or names one that the model has not, or in
-    another shape (docs/method.md §3: fail closed). It may name unscored ones too."""
+    """Raise UserError if the mask omits a scored parameter of this model, or names one that the model does not have or
+    has in another shape (docs/method.md §3: fail closed). The mask may name unscored parameters too."""
     shapes = {parameter.name: parameter.shape for parameter in parameters}
     wrapped = [name for name in shapes if name.startswith("base_model.model.") or ".lora_" in name]
     if wrapped:
@@ -73,42 +84,39 @@ def check_mask_structure(mask: Mask, parameters: Sequence[Parameter], field: str
         )
     missing = [parameter.name for parameter in parameters if parameter.scored and parameter.name not in mask.shapes]
     extra = [name for name in mask.shapes if name not in shapes]
-    for names, problem in ((missing, "does not name"), (extra, "names, though the model does not have it,")):
+    for names, problem in ((missing, "does not name {}"), (extra, "names {}, which the model does not have")):
         if names:
-            raise UserError(
-                field,
-                str(mask.path),
-                f"{problem} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
-                "it is the mask of another model: score this one",
-            )
+            listed = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            remedy = "it is another model's mask: score this model"
+            raise UserError(field, str(mask.path), problem.format(listed), remedy)
     for name, shape in mask.shapes.items():
         if shapes[name] != shape:
             raise UserError(
                 field,
                 str(mask.path),
                 f"{name} has shape {list(shape)} in the mask and {list(shapes[name])} in the model",
-                "it is the mask of another model: score this one",
+                "it is another model's mask: score this model",
             )
     total = sum(parameter.numel for parameter in parameters)
     if mask.total_numel != total:
         raise UserError(
             field,
             str(mask.path),
-            f"was made for a model of {mask.total_numel:,} weights, this one has {total:,}",
-            "it is the mask of another model: score this one",
+            f"is for a model of {mask.total_numel:,} weights; this one has {total:,}",
+            "it is another model's mask: score this model",
         )
 
 
 def check_mask_weights(mask: Mask, fingerprint: str, allow_mismatch: bool, field: str) -> bool:
-    """Whether the mask was made from exactly these weights. Raises UserError if not, unless that is allowed."""
+    """Whether the mask belongs to exactly these weights. Raises UserError if not, unless a mismatch is allowed."""
     if mask.fingerprint == fingerprint:
         return True
     if not allow_mismatch:
         raise UserError(
             field,
             str(mask.path),
-            f"was made from other weights (fingerprint {mask.fingerprint[:16]}…{mask.fingerprint[-8:]}, the model has "
+            f"belongs to other weights (fingerprint {mask.fingerprint[:16]}…{mask.fingerprint[-8:]}, the model has "
             f"{fingerprint[:16]}…{fingerprint[-8:]})",
-            "score this model, or add --allow-fingerprint-mismatch if that is meant",
+            "score this model, or add --allow-fingerprint-mismatch if this is intended",
         )
     return False

@@ -39,4 +39,4 @@ def meta_parameters(
 
     roles: ``model.roles``. Raises UserError for an architecture that is not a causal language model's.
     """
-    return describe(meta_model(config, source), given=roles)
+    return describe(meta_model(config, source), roles=roles)

@@ -2,9 +2,9 @@
 
 A parameter's role follows from its module and shape, not from one family's names. Roles that are scored:
 ``attention.{q,k,v,o}``, multi-head latent attention's ``attention.{q_a,q_b,kv_a,kv_b}`` (DeepSeek: the low-rank factors
-of q and of k and v together), ``mlp.{gate,up,down}``, ``shared.{gate,up,down}`` (experts that every token goes
+of q, and of k and v together), ``mlp.{gate,up,down}``, ``shared.{gate,up,down}`` (experts that every token goes
 through), ``expert.{gate,up,down}`` (routed ones), ``head`` and ``other``; roles that are not: ``embedding`` (a tied
-head included), ``norm``, ``bias``, ``router``. docs/moe.md says which family packs its experts how.
+head included), ``norm``, ``bias``, ``router``. docs/moe.md lists how each family packs its experts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from esi_ds.core.units import Parameter, Unit
 from esi_ds.errors import UserError
 
-if TYPE_CHECKING:  # takes seconds to import
+if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PretrainedConfig
 
 SCORED = (
@@ -70,24 +70,26 @@ SHARED = re.compile(r"\.shared_(?:experts?|mlp)\.")
 def describe(
     model: nn.Module,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
-    given: Mapping[str, str] | None = None,
+    roles: Mapping[str, str] | None = None,
 ) -> tuple[Parameter, ...]:
     """Every parameter in ``named_parameters()`` order (a tied one once, under its first name).
 
-    shapes: full shapes by name, for a model whose parameters are partitioned (their own shape is empty then).
-    given: ``model.roles`` of the config, pattern → role; the first pattern that matches a name decides.
-    Works on the meta device. Raises UserError for a role that there is not, or a pattern that matches nothing.
+    shapes: full shapes by name, for a model whose parameters are partitioned and therefore empty themselves.
+    roles: ``model.roles`` of the config, pattern → role; the first pattern that matches a name decides.
+    Works on the meta device. Raises UserError for an unknown role, or a pattern that matches nothing.
     """
-    given = given or {}
-    _check_given(given, [name for name, _ in model.named_parameters()])
+    roles = roles or {}
+    _check_roles(roles, [name for name, _ in model.named_parameters()])
     modules = dict(model.named_modules())
     shapes = shapes or {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    head = getattr(model.get_output_embeddings(), "weight", None) if hasattr(model, "get_output_embeddings") else None
-    parameters, offset = [], 0
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = getattr(get_head(), "weight", None) if get_head is not None else None
+    parameters: list[Parameter] = []
+    offset = 0
     for name, tensor in model.named_parameters():
         shape = tuple(shapes[name])
         module_name, _, leaf = name.rpartition(".")
-        wanted = _given_role(name, given)
+        wanted = _configured_role(name, roles)
         role = wanted or _role(modules, module_name, leaf, shape, is_head=tensor is head)
         if role in UNSCORED:
             units: tuple[Unit, ...] = ()
@@ -100,17 +102,18 @@ def describe(
     return tuple(parameters)
 
 
-def routers(model: nn.Module, given: Mapping[str, str] | None = None) -> dict[str, nn.Module]:
-    """Modules whose output says which experts are chosen, by name in the model's order.
+def routers(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[str, nn.Module]:
+    """Modules whose output is the choice of experts, by name in the model's order.
 
-    Not the layers inside a router, nor the gate of a shared expert, which chooses nothing, nor JetMoE's, whose output
-    is tokens in the experts' order. given: ``model.roles``; a linear layer whose weight it calls a router's is one.
+    Excluded: the layers inside a router; the gate of a shared expert, which makes no choice; JetMoE's routers, whose
+    output is the tokens in the experts' order. roles: ``model.roles``; a linear layer is a router if its weight has
+    that role there.
     """
     modules = dict(model.named_modules())
     named = {
         name
         for name, module in modules.items()
-        if isinstance(module, nn.Linear) and _given_role(f"{name}.weight", given or {}) == "router"
+        if isinstance(module, nn.Linear) and _configured_role(f"{name}.weight", roles or {}) == "router"
     }
     return {
         name: module
@@ -125,11 +128,11 @@ def routers(model: nn.Module, given: Mapping[str, str] | None = None) -> dict[st
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
-    """How many routed experts a token goes through; the most, where layers differ (Hunyuan). 1 without experts."""
+    """How many routed experts a token goes through; the maximum if layers differ (Hunyuan); 1 without experts."""
     keys = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
-    places = (config, getattr(config, "ffn_config", None))  # DBRX has a section of its own
-    found = next((value for place in places for key in keys if (value := getattr(place, key, None))), 1)
-    return max(found) if isinstance(found, (list, tuple)) else found
+    sections = (config, getattr(config, "ffn_config", None))  # DBRX has a separate section
+    counts = next((value for section in sections for key in keys if (value := getattr(section, key, None))), 1)
+    return max(counts) if isinstance(counts, (list, tuple)) else counts
 
 
 def router_names(parameters: Sequence[Parameter]) -> list[str]:
@@ -139,12 +142,14 @@ def router_names(parameters: Sequence[Parameter]) -> list[str]:
 
 def layer_of(name: str) -> int | None:
     """The number of the layer that a parameter or module belongs to."""
-    return int(found.group(1)) if (found := LAYER.search(f"{name}.")) else None
+    return int(match.group(1)) if (match := LAYER.search(f"{name}.")) else None
 
 
 def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Blocks whose routed experts are modules of their own (an ``nn.ModuleList``), by name: which of them run, and in
-    which order their gradients come, differs between ranks."""
+    """Blocks whose routed experts are separate modules (an ``nn.ModuleList``), by name.
+
+    Which of these experts run, and in which order their gradients arrive, differs between ranks.
+    """
     return {
         name: module
         for name, module in model.named_modules()
@@ -153,40 +158,43 @@ def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unknown(parameters: Sequence[Parameter]) -> list[str]:
-    """Names of parameters that nothing is known of: scored as one matrix each, with one σ."""
+    """Names of parameters of unknown kind: each is scored as one matrix, with one σ."""
     return [p.name for p in parameters if any(unit.role == "other" for unit in p.units)]
 
 
 def warning(names: Sequence[str]) -> str:
-    """What a user is told of ``unknown`` parameters."""
+    """The message about ``unknown`` parameters."""
     return (
         f"{len(names)} parameters are of an unknown kind, {names[0]} the first: each is scored as one matrix; "
-        "model.roles in the config names what they are"
+        "name their roles under model.roles in the config"
     )
 
 
-def _given_role(name: str, given: Mapping[str, str]) -> str | None:
-    return next((role for pattern, role in given.items() if fnmatchcase(name, pattern)), None)
+def _configured_role(name: str, roles: Mapping[str, str]) -> str | None:
+    return next((role for pattern, role in roles.items() if fnmatchcase(name, pattern)), None)
 
 
-def _check_given(given: Mapping[str, str], names: Sequence[str]) -> None:
-    for pattern, role in given.items():
+def _check_roles(roles: Mapping[str, str], names: Sequence[str]) -> None:
+    for pattern, role in roles.items():
         if role not in SCORED and role not in UNSCORED:
             known = ", ".join((*SCORED, *sorted(UNSCORED)))
-            raise UserError(f"model.roles.{pattern}", role, "is no role", f"use one of {known}")
+            raise UserError(f"model.roles.{pattern}", role, "is not a role", f"use one of {known}")
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(
-                f"model.roles.{pattern}", role, "matches no parameter", "write a name with * for what varies"
+                f"model.roles.{pattern}",
+                role,
+                "matches no parameter",
+                "write a parameter's name, with * for the parts that vary",
             )
 
 
 def _named_units(name: str, role: str, shape: tuple[int, ...]) -> tuple[Unit, ...]:
-    """A parameter whose role the user gave: one matrix, or, of experts in one tensor [E, ...], one each."""
+    """The matrices of a parameter with a configured role: one, or one per expert if it holds all of them [E, ...]."""
     layer = layer_of(name)
     if role.startswith("expert.") and len(shape) == 3:
         size = _numel(shape[1:])
         return tuple(Unit(f"{name}[{e}]", role, layer, e, e * size, size) for e in range(shape[0]))
-    expert = int(found.group(1)) if (found := EXPERT.search(name)) else None
+    expert = int(match.group(1)) if (match := EXPERT.search(name)) else None
     return (Unit(name, role, layer, expert, 0, _numel(shape)),)
 
 
@@ -199,13 +207,13 @@ def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: 
     if _router_of(modules, module_name) is not None:
         return "router"  # its biases too, DeepSeek's correction bias among them
     if leaf in CORRECTION_BIASES and hasattr(module, "experts"):
-        return "router"  # beside the router and not in it: AFMoE's
-    if leaf.endswith("bias") or leaf == "sinks":  # gpt-oss: one number a head, added to its attention logits
+        return "router"  # AFMoE: beside the router, not inside it
+    if leaf.endswith("bias") or leaf == "sinks":  # gpt-oss: one number per head, added to its attention logits
         return "bias"
     if "norm" in type(module).__name__.lower() or (len(shape) == 1 and "norm" in module_name.rpartition(".")[2]):
         return "norm"
     if len(shape) == 1:
-        return "bias"  # one number a head or channel, such as a linear attention's decay: no matrix
+        return "bias"  # one number per head or channel, such as a linear attention's decay: not a matrix
     own_name = module_name.rpartition(".")[2]
     if EXPERT.search(f"{module_name}.") and own_name in EXPERT_ROLES:
         return EXPERT_ROLES[own_name]
@@ -223,23 +231,25 @@ def _is_fused(shape: tuple[int, ...], leaf: str) -> bool:
 
 
 def _router_of(modules: Mapping[str, nn.Module], module_name: str) -> str | None:
-    """The router that a module is or is a part of: many wrap a linear layer. None: it is of no router."""
+    """The router that a module is or belongs to (many routers wrap a linear layer); None if there is none."""
     path = module_name.split(".")
     outermost_first = (".".join(path[:length]) for length in range(1, len(path) + 1))
     return next((name for name in outermost_first if _is_router(modules, name)), None)
 
 
 def _is_router(modules: Mapping[str, nn.Module], module_name: str) -> bool:
-    """A router by its class, or a gate that stands beside the experts it chooses among."""
+    """Whether a module is a router by its class, or is a gate beside the experts it chooses from."""
     module = modules.get(module_name)
     class_name = type(module).__name__
     if "Router" in class_name or class_name.endswith(("MoEGate", "TopkGate", "TopKGate", "TopKGating")):
-        return not hasattr(module, "experts")  # a block that holds both is named after its router, perhaps
+        return not hasattr(module, "experts")  # a block that holds both may be named after its router
     parent, _, own_name = module_name.rpartition(".")
     return own_name in ROUTER_LEAVES and hasattr(modules.get(parent), "experts")
 
 
-def _units(name: str, role: str, shapes: Mapping[str, tuple[int, ...]], module: nn.Module, config) -> tuple[Unit, ...]:
+def _units(
+    name: str, role: str, shapes: Mapping[str, tuple[int, ...]], module: nn.Module, config: PretrainedConfig | None
+) -> tuple[Unit, ...]:
     """The logical matrices of one scored parameter, in flat order of their first elements."""
     shape = tuple(shapes[name])
     layer = layer_of(name)
@@ -247,11 +257,11 @@ def _units(name: str, role: str, shapes: Mapping[str, tuple[int, ...]], module: 
     is_shared = bool(SHARED.search(name))
     if _is_fused(shape, leaf):
         units = _fused_expert_units(name, leaf, shape, layer, _is_transposed(name, shapes), _alternate(module))
-        if is_shared:  # their numbers are no routed experts'
+        if is_shared:  # a shared expert's number is not that of a routed one
             return tuple(replace(unit, role=unit.role.replace("expert.", "shared."), expert=None) for unit in units)
         return units
     rows, width = shape[0], _numel(shape[1:])
-    expert = int(found.group(1)) if (found := EXPERT.search(name)) else None
+    expert = int(match.group(1)) if (match := EXPERT.search(name)) else None
     if len(shape) == 2 and (own_name == "gate_up_proj" or (is_shared and own_name == "input_linear")):
         kind = "shared" if is_shared else "mlp" if expert is None else "expert"
         return _row_blocks(name, layer, width, ((f"{kind}.gate", rows // 2), (f"{kind}.up", rows // 2)), expert)
@@ -272,7 +282,7 @@ def _numel(shape: tuple[int, ...]) -> int:
 def _row_blocks(
     name: str, layer: int | None, width: int, blocks: tuple[tuple[str, int], ...], expert: int | None = None
 ) -> tuple[Unit, ...]:
-    """Matrices stacked along the rows of one weight: (role, number of rows) each. expert: whose they are."""
+    """Matrices stacked along the rows of one weight: (role, number of rows) each. expert: the one they belong to."""
     units, start = [], 0
     for role, rows in blocks:
         units.append(Unit(f"{name}[{role.rpartition('.')[2]}]", role, layer, expert, start, rows * width))
@@ -280,9 +290,11 @@ def _row_blocks(
     return tuple(units)
 
 
-def _qkv_units(name: str, own_name: str, rows: int, width: int, layer: int | None, config) -> tuple[Unit, ...]:
+def _qkv_units(
+    name: str, own_name: str, rows: int, width: int, layer: int | None, config: PretrainedConfig | None
+) -> tuple[Unit, ...]:
     """q, k and v of a fused projection: stacked (``qkv_proj``), or interleaved head by head (GPT-NeoX)."""
-    if config is None:  # a plain module: the heads are not known
+    if config is None:  # a plain module: the number of heads is unknown
         return ()
     config = config.get_text_config()
     heads = config.num_attention_heads
@@ -307,8 +319,8 @@ def _qkv_units(name: str, own_name: str, rows: int, width: int, layer: int | Non
 def _is_transposed(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether fused gate and up are [E, in, 2 · width] instead of [E, 2 · width, in].
 
-    The down projection beside them ([E, width, in] or [E, in, width]) tells by its shape, whatever the sizes are;
-    transformers' own attribute ``is_transposed`` is not there in Llama-4's experts.
+    The shape of the down projection beside them, [E, width, in] or [E, in, width], decides for any sizes. Llama-4's
+    experts do not have transformers' attribute ``is_transposed``.
     """
     _, rows, columns = shapes[name]
     _, first, second = shapes.get(name.rpartition(".")[0] + ".down_proj", (0, columns, rows // 2))
@@ -316,14 +328,14 @@ def _is_transposed(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _alternate(module: nn.Module) -> bool:
-    """Whether gate's and up's outputs alternate (gpt-oss), instead of being halves: ``is_concatenated`` says so."""
+    """Whether gate and up alternate in the output (gpt-oss) instead of being its halves, by ``is_concatenated``."""
     return not getattr(module, "is_concatenated", True)
 
 
 def _fused_expert_units(
     name: str, leaf: str, shape: tuple[int, ...], layer: int | None, transposed: bool, alternate: bool
 ) -> tuple[Unit, ...]:
-    """Experts in one tensor [E, ...]: down projections one behind another; gate and up of each expert together."""
+    """Experts in one tensor [E, ...]: down projections one after another, or gate and up of each expert together."""
     num_experts, rows, columns = shape
     size = rows * columns
     if leaf != "gate_up_proj":
@@ -332,7 +344,7 @@ def _fused_expert_units(
             Unit(f"{name}[{expert}]", f"expert.{part}", layer, expert, expert * size, size)
             for expert in range(num_experts)
         )
-    if transposed:  # every input row holds both outputs
+    if transposed:  # every row, one per input, holds the outputs of both
         length, count, stride = (1, size // 2, 2) if alternate else (columns // 2, rows, columns)
     else:
         length, count, stride = (columns, rows // 2, 2 * columns) if alternate else (size // 2, 1, 0)

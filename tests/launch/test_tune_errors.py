@@ -87,7 +87,7 @@ CASES = {
     "role that there is not": (
         "spa",
         {"model.roles": {"*q_proj*": "queries"}},
-        ["model.roles", "queries", "is no role"],
+        ["model.roles", "queries", "is not a role"],
     ),
     "role of nothing": (
         "spa",

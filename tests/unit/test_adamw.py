@@ -173,7 +173,7 @@ def reshaped(model: nn.Module, folder: Path) -> nn.Module:
         (lambda model, folder: model.parameters(), "without names"),
         (lambda model, folder: [{"params": list(model.parameters())}], "without names"),
         (renamed, "does not name"),
-        (without, "names, though the model does not have it"),
+        (without, "names .*, which the model does not have"),
         (wrapped, "wrapped"),
         (reshaped, "has shape"),
         (lambda model, folder: list(model.named_parameters())[:-2], "not among the parameters"),

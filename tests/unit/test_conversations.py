@@ -105,9 +105,7 @@ def test_rows_that_cannot_be_used_are_counted(tokenizer) -> None:
     tuning_set = encode_rows(rows, ("prompt", "response"), tokenizer, **options)
     assert [sequence.row for sequence in tuning_set.sequences] == [0, 3, 4] and tuning_set.num_cut == 2
     assert [number for number, _ in tuning_set.skipped] == [1, 2, 5, 6]
-    assert (
-        tuning_set.sequences[1].ids.count(tokenizer.eos_token_id) == 2
-    )  # one per turn, no third
+    assert tuning_set.sequences[1].ids.count(tokenizer.eos_token_id) == 2  # one per turn, no third
     assert len(tuning_set.sequences[2].ids) == 40
 
 

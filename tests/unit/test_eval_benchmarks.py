@@ -185,7 +185,7 @@ def test_rows_of_other_sets_are_nobodys_business(tmp_path: Path) -> None:
 
 def test_errors_name_the_section_they_were_asked_for(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,type,label\nx,contrast_homonyms,unsafe\n")
-    with pytest.raises(UserError, match=r"eval\.benign\.path.*has no usable prompt \(XSTest unsafe row\)"):
+    with pytest.raises(UserError, match=r"eval\.benign\.path.*has no prompt \(XSTest unsafe row\)"):
         load_prompts(str(tmp_path / "a.csv"), kind="benign", field="eval.benign")
     with pytest.raises(UserError, match=r"eval\.benign\.column"):
         load_prompts(str(tmp_path / "a.csv"), column="promtp", field="eval.benign")

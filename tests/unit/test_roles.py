@@ -44,8 +44,8 @@ def parameters_of(config, shapes: bool = False) -> dict[str, Parameter]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    given = {name: tuple(p.shape) for name, p in model.named_parameters()} if shapes else None
-    return {parameter.name: parameter for parameter in describe(model, given)}
+    full_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()} if shapes else None
+    return {parameter.name: parameter for parameter in describe(model, full_shapes)}
 
 
 def positions(parameter: Parameter, index: int) -> list[int]:
@@ -80,8 +80,8 @@ def test_units_tile_every_scored_parameter(name: str) -> None:
         assert parameter.offset == offset
         offset += parameter.numel
         if parameter.scored:
-            found = sorted(p for index in range(len(parameter.units)) for p in positions(parameter, index))
-            assert found == list(range(parameter.numel)), parameter.name
+            parameters = sorted(p for index in range(len(parameter.units)) for p in positions(parameter, index))
+            assert parameters == list(range(parameter.numel)), parameter.name
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -148,9 +148,9 @@ LATENT = {
 @pytest.mark.parametrize("name", [*FAMILIES, "mixtral", "qwen3_moe"])
 def test_every_matrix_of_the_families_has_its_role(name: str) -> None:
     """Nothing is unknown; shared experts are no routed ones; every router's parameters are the router's."""
-    found = parameters_of(CONFIGS[name])
-    assert unknown(list(found.values())) == []
-    for parameter in found.values():
+    parameters = parameters_of(CONFIGS[name])
+    assert unknown(list(parameters.values())) == []
+    for parameter in parameters.values():
         path = parameter.name.split(".")
         module, roles = path[-2], {unit.role for unit in parameter.units}
         if "self_attn" in path and parameter.scored:
@@ -178,23 +178,26 @@ def test_what_is_unknown_is_named_by_the_config() -> None:
     odd = Odd()
     assert unknown(describe(odd)) == ["w_in", "layers.0.weight"]
     assert "2 parameters" in warning(["w_in", "layers.0.weight"]) and "model.roles" in warning(["w_in"])
-    given = describe(odd, given={"w_*": "expert.up", "layers.*.weight": "router"})
-    assert [(p.role, len(p.units)) for p in given] == [("expert.up", 5), ("router", 0)]
-    assert [(unit.expert, unit.start, unit.numel) for unit in given[0].units] == [(e, 12 * e, 12) for e in range(5)]
-    for wrong, problem in (({"w_*": "experts.up"}, "is no role"), ({"nowhere": "expert.up"}, "matches no parameter")):
+    parameters = describe(odd, roles={"w_*": "expert.up", "layers.*.weight": "router"})
+    assert [(p.role, len(p.units)) for p in parameters] == [("expert.up", 5), ("router", 0)]
+    assert [(u.expert, u.start, u.numel) for u in parameters[0].units] == [(e, 12 * e, 12) for e in range(5)]
+    for wrong, problem in (
+        ({"w_*": "experts.up"}, "is not a role"),
+        ({"nowhere": "expert.up"}, "matches no parameter"),
+    ):
         with pytest.raises(UserError, match=problem):
-            describe(odd, given=wrong)
+            describe(odd, roles=wrong)
 
 
 def test_fused_qkv_and_gate_up_of_phi3() -> None:
-    found = parameters_of(CONFIGS["phi3"])
-    qkv = found["model.layers.0.self_attn.qkv_proj.weight"]
+    parameters = parameters_of(CONFIGS["phi3"])
+    qkv = parameters["model.layers.0.self_attn.qkv_proj.weight"]
     assert [(unit.role, unit.numel // 16) for unit in qkv.units] == [
         ("attention.q", 16),
         ("attention.k", 8),
         ("attention.v", 8),
     ]
-    gate_up = found["model.layers.0.mlp.gate_up_proj.weight"]
+    gate_up = parameters["model.layers.0.mlp.gate_up_proj.weight"]
     assert [(unit.role, unit.start) for unit in gate_up.units] == [("mlp.gate", 0), ("mlp.up", 12 * 16)]
 
 
@@ -227,14 +230,14 @@ def test_shared_experts_beside_linear_attention() -> None:
     config = Qwen3NextConfig(
         **{**SMALL, "num_hidden_layers": 4}, **linear, **experts, linear_value_head_dim=8, head_dim=4
     )
-    found = parameters_of(config)
+    parameters = parameters_of(config)
     block = "model.layers.0.mlp"
-    roles = {name: found[f"{block}.{name}"].role for name in ("gate.weight", "shared_expert_gate.weight")}
+    roles = {name: parameters[f"{block}.{name}"].role for name in ("gate.weight", "shared_expert_gate.weight")}
     assert set(roles.values()) == {"router"}
-    assert found[f"{block}.shared_expert.up_proj.weight"].units[0].role == "shared.up"
-    assert [unit.expert for unit in found[f"{block}.experts.down_proj"].units] == [0, 1, 2, 3]
-    assert found["model.layers.0.linear_attn.A_log"].role == "bias"
-    strangers = unknown(tuple(found.values()))
+    assert parameters[f"{block}.shared_expert.up_proj.weight"].units[0].role == "shared.up"
+    assert [unit.expert for unit in parameters[f"{block}.experts.down_proj"].units] == [0, 1, 2, 3]
+    assert parameters["model.layers.0.linear_attn.A_log"].role == "bias"
+    strangers = unknown(tuple(parameters.values()))
     assert {name.split(".")[4] for name in strangers} == {"conv1d", "in_proj_qkvz", "in_proj_ba"}
 
 
@@ -326,8 +329,8 @@ def test_what_a_router_wraps_is_the_routers(family: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     layer = ".blocks.1." if family == "dbrx" else ".layers.1."
-    found = {p.name.partition(layer)[2] for p in describe(model) if p.role == "router" and layer in p.name}
-    assert found == expected
+    parameters = {p.name.partition(layer)[2] for p in describe(model) if p.role == "router" and layer in p.name}
+    assert parameters == expected
     assert [name.partition(layer)[2] for name in routers(model) if layer in name] == ([router] if router else [])
 
 
@@ -358,10 +361,10 @@ def test_shared_experts_in_one_tensor_are_not_routed_ones() -> None:
     model.experts, model.shared_experts = Experts(3), Experts(2)
     block = torch.nn.Module()
     block.mlp = model
-    found = {p.name: [(u.role, u.expert, u.numel) for u in p.units] for p in describe(block)}
+    parameters = {p.name: [(u.role, u.expert, u.numel) for u in p.units] for p in describe(block)}
     for part in ("gate", "up", "down"):
-        assert found[f"mlp.experts.{part}_proj"] == [(f"expert.{part}", expert, 24) for expert in range(3)]
-        assert found[f"mlp.shared_experts.{part}_proj"] == [(f"shared.{part}", None, 24)] * 2
+        assert parameters[f"mlp.experts.{part}_proj"] == [(f"expert.{part}", expert, 24) for expert in range(3)]
+        assert parameters[f"mlp.shared_experts.{part}_proj"] == [(f"shared.{part}", None, 24)] * 2
 
 
 def test_a_router_that_the_user_names_is_asked_for_its_choices() -> None:
@@ -369,9 +372,9 @@ def test_a_router_that_the_user_names_is_asked_for_its_choices() -> None:
     block.choose, block.bank = torch.nn.Linear(4, 3), torch.nn.Linear(4, 4, bias=False)
     model = torch.nn.Module()
     model.moe = block
-    given = {"*.choose.*": "router", "moe.bank.weight": "expert.up"}
-    assert list(routers(model, given)) == ["moe.choose"] and not routers(model)
-    assert [p.role for p in describe(model, given=given)] == ["router", "router", "expert.up"]
+    roles = {"*.choose.*": "router", "moe.bank.weight": "expert.up"}
+    assert list(routers(model, roles)) == ["moe.choose"] and not routers(model)
+    assert [p.role for p in describe(model, roles=roles)] == ["router", "router", "expert.up"]
 
 
 @pytest.mark.parametrize(
@@ -386,11 +389,11 @@ def test_experts_a_token_goes_through(family: str, count: int) -> None:
 def test_a_shared_mlp_is_a_shared_expert() -> None:
     """Hunyuan's three matrices; Granite's two, of which the first holds gate and up."""
     for family, name in (("hunyuan", "model.layers.1.mlp.shared_mlp"), ("granite", "model.layers.1.shared_mlp")):
-        found = parameters_of(WRAPPING[family][0])
-        units = [unit for key, parameter in found.items() if key.startswith(name) for unit in parameter.units]
+        parameters = parameters_of(WRAPPING[family][0])
+        units = [unit for key, parameter in parameters.items() if key.startswith(name) for unit in parameter.units]
         assert {unit.role for unit in units} == {"shared.gate", "shared.up", "shared.down"} and len(units) == 3
         assert {unit.expert for unit in units} == {None}
-    halves = found["model.layers.1.shared_mlp.input_linear.weight"].units
+    halves = parameters["model.layers.1.shared_mlp.input_linear.weight"].units
     assert [(unit.role, unit.start, unit.numel) for unit in halves] == [
         ("shared.gate", 0, 10 * 16),
         ("shared.up", 10 * 16, 10 * 16),
@@ -398,10 +401,10 @@ def test_a_shared_mlp_is_a_shared_expert() -> None:
 
 
 def test_a_gate_of_attention_is_no_mlps() -> None:
-    found = parameters_of(WRAPPING["afmoe"][0])
+    parameters = parameters_of(WRAPPING["afmoe"][0])
     strangers = [f"model.layers.{layer}.self_attn.gate_proj.weight" for layer in range(2)]
-    assert unknown(tuple(found.values())) == strangers
-    assert found["model.layers.0.mlp.gate_proj.weight"].role == "mlp.gate"
+    assert unknown(tuple(parameters.values())) == strangers
+    assert parameters["model.layers.0.mlp.gate_proj.weight"].role == "mlp.gate"
 
 
 def test_listed_experts_whose_gate_and_up_are_one_matrix() -> None:
