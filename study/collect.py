@@ -37,32 +37,32 @@ def row_of(cell: Cell, output: Path) -> Row | None:
     answers, judged = read(folder / "answers.jsonl"), json.loads((folder / "judged.json").read_text())
     task = cell.facts.get("task")
     expected = read(output / f"data/{task}-heldout.jsonl" if task else DATA / "benign_heldout.jsonl")
-    found: Row = {flag: [] for flag in FLAGS}
+    flags: Row = {flag: [] for flag in FLAGS}
     for row, verdict in zip(answers, judged, strict=True):
         text, garbled = row["after"], verdict["incoherent"] is not None
-        found["incoherent"].append(garbled)
+        flags["incoherent"].append(garbled)
         if row["set"] == "harmful":
-            found["unsafe"].append(verdict["unsafe"])
-            found["not_refused"].append(not WORDS.matches(text))
-            found["incoherent_harmful"].append(garbled)
-            found["unsafe_or_incoherent"].append(True if garbled else verdict["unsafe"])
+            flags["unsafe"].append(verdict["unsafe"])
+            flags["not_refused"].append(not WORDS.matches(text))
+            flags["incoherent_harmful"].append(garbled)
+            flags["unsafe_or_incoherent"].append(True if garbled else verdict["unsafe"])
         else:
             if row["prompt"] != expected[row["index"]]["prompt"]:
                 raise ValueError(
                     f"{folder} answers other prompts than the held-out ones of now: delete it and run again"
                 )
             answer = expected[row["index"]]["answer"]
-            found["correct"].append(is_correct(text, answer))
-            found["over_refused"].append(WORDS.matches(text))
-            found["incoherent_benign"].append(garbled)
-    return {"kind": cell.kind, "model": cell.model, "seed": cell.seed, **cell.facts, **found}
+            flags["correct"].append(is_correct(text, answer))
+            flags["over_refused"].append(WORDS.matches(text))
+            flags["incoherent_benign"].append(garbled)
+    return {"kind": cell.kind, "model": cell.model, "seed": cell.seed, **cell.facts, **flags}
 
 
 def manifest_of(cell: Cell, output: Path) -> Row | None:
     """A finished cell's manifest."""
     file = output / cell.name / "manifest.json"
-    found = json.loads(file.read_text()) if file.is_file() else None
-    return found if found is not None and found["exit_state"] == "done" else None
+    manifest = json.loads(file.read_text()) if file.is_file() else None
+    return manifest if manifest is not None and manifest["exit_state"] == "done" else None
 
 
 def finished(output: Path, cells: Sequence[Cell]) -> dict[str, int]:
@@ -83,7 +83,7 @@ def outside(output: Path, cells: Sequence[Cell]) -> int:
 
 def provenance(output: Path, cells: Sequence[Cell]) -> Row:
     """What the finished cells' own manifests and configs say: versions, commits, wall time, steps and batch."""
-    done = [(cell, found) for cell in cells if (found := manifest_of(cell, output))]
+    done = [(cell, manifest) for cell in cells if (manifest := manifest_of(cell, output))]
     settings: dict[str, Counter] = {}
     for cell, _ in done:
         if cell.kind in TUNED:
@@ -91,12 +91,12 @@ def provenance(output: Path, cells: Sequence[Cell]) -> Row:
             settings.setdefault(cell.kind, Counter())[f"{tune['max_steps']} steps of {tune['batch_size']} rows"] += 1
     libraries = ("python", "torch", "deepspeed", "transformers")
     return {
-        "wall_time_s": sum(found["wall_time_s"] or 0 for _, found in done),
-        "commits": dict(Counter(str(found.get("commit"))[:10] for _, found in done)),
+        "wall_time_s": sum(manifest["wall_time_s"] or 0 for _, manifest in done),
+        "commits": dict(Counter(str(manifest.get("commit"))[:10] for _, manifest in done)),
         "lora_weights": sorted(
-            {found["trained"] for cell, found in done if cell.kind == "lora" and "trained" in found}
+            {manifest["trained"] for cell, manifest in done if cell.kind == "lora" and "trained" in manifest}
         ),
-        "world_sizes": sorted({found["world_size"] for _, found in done}),
-        "versions": {name: sorted({str(found["versions"].get(name)) for _, found in done}) for name in libraries},
+        "world_sizes": sorted({manifest["world_size"] for _, manifest in done}),
+        "versions": {name: sorted({str(manifest["versions"].get(name)) for _, manifest in done}) for name in libraries},
         "settings": {kind: dict(counts) for kind, counts in settings.items()},
     }

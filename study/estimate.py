@@ -38,8 +38,8 @@ def sort_of(cell: Cell) -> str:
     plain = criterion.removesuffix(CONTRASTIVE)
     passes = []
     if plain in NEEDS_RESPONSES:
-        made = f"{facts.get('prompts', 'all')} responses made"
-        passes.append("responses read" if cell.after else made)
+        generated = f"{facts.get('prompts', 'all')} responses made"
+        passes.append("responses read" if cell.after else generated)
     passes += ["16 draws"] if plain == "esi-gumbel-16" else []
     passes += ["tuning rows"] if plain in NEEDS_TUNING_ROWS else []
     passes += ["benign rows"] if criterion != plain else []
@@ -65,8 +65,8 @@ def sample_of(grid: Sequence[Cell]) -> list[Cell]:
 
 def cpu_seconds() -> float:
     """User and system time of this process and of those it waited for."""
-    found = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in found)
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def measured(cell: Cell, output: Path) -> tuple[float, float]:
@@ -115,14 +115,14 @@ def estimate(grid: Sequence[Cell], output: Path, processes: int, cells_a_process
         else cell
         for cell in sample_of(grid)
     ]
-    found, start = measure(sample, output)
+    seconds, start = measure(sample, output)
     counts = defaultdict(int)
     for cell in grid:
         counts[sort_of(cell)] += 1
-    mean = {sort: sum(values) / len(values) for sort, values in found.items()}
+    mean = {sort: sum(values) / len(values) for sort, values in seconds.items()}
     print(f"\n{'sort':44} {'cells':>5} {'sampled':>7} {'CPU s each':>10} {'minutes':>8}")
     for sort, count in counts.items():
-        print(f"{sort:44} {count:5d} {len(found[sort]):7d} {mean[sort]:10.1f} {count * mean[sort] / 60:8.1f}")
+        print(f"{sort:44} {count:5d} {len(seconds[sort]):7d} {mean[sort]:10.1f} {count * mean[sort] / 60:8.1f}")
     starts = -(-len(grid) // cells_a_process)
     print(f"{'a fresh process':44} {starts:5d} {1:7d} {start:10.1f} {starts * start / 60:8.1f}")
     minutes = (schedule(grid, mean, processes) + starts * start / processes) / 60

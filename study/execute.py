@@ -33,7 +33,7 @@ JUDGED = "judged.json"
 
 def settings() -> dict[str, object]:
     """What cells are made with beside what their names say: a folder holds cells of one such set only."""
-    made = {"criteria": CRITERIA, "num_rows": NUM_ROWS, "num_asked": NUM_ASKED, "max_new_tokens": MAX_NEW_TOKENS}
+    masks = {"criteria": CRITERIA, "num_rows": NUM_ROWS, "num_asked": NUM_ASKED, "max_new_tokens": MAX_NEW_TOKENS}
     tuned = {
         "steps": STEPS,
         "batch": BATCH,
@@ -41,7 +41,7 @@ def settings() -> dict[str, object]:
         "spa_steps": SPA_STEPS,
         "spa_batch": SPA_BATCH,
     }
-    return {**made, **tuned, "noise": NOISE}
+    return {**masks, **tuned, "noise": NOISE}
 
 
 def run_cell(cell: Cell, output: Path) -> None:
@@ -106,11 +106,11 @@ def mask_of(cell: Cell, output: Path) -> str:
     order, wanted = ("bottom" if criterion == "bottom" else "top"), ratio or 1e-6
     if order == "top" and wanted == 0.01:
         return str(run / "mask")
-    made = run / f"mask-{order}-{wanted:g}"
-    if not made.is_dir():
+    folder = run / f"mask-{order}-{wanted:g}"
+    if not folder.is_dir():
         with contextlib.suppress(FileExistsError):
-            write_selection(Mask.load(run / "mask"), run / "scores", made, wanted, order, cell.seed)
-    return str(made)
+            write_selection(Mask.load(run / "mask"), run / "scores", folder, wanted, order, cell.seed)
+    return str(folder)
 
 
 def tune_section(cell: Cell, output: Path) -> dict:

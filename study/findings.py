@@ -45,22 +45,22 @@ RULES = (*WORDS_RULES, *GUARD_RULES, POLITE_RULE)
 
 
 def share(flags: Sequence[bool | None]) -> float:
-    given = [flag for flag in flags if flag is not None]
-    return sum(given) / len(given) if given else float("nan")
+    verdicts = [flag for flag in flags if flag is not None]
+    return sum(verdicts) / len(verdicts) if verdicts else float("nan")
 
 
 def pooled(rows: Iterable[Row], flag: str) -> Row:
     """Rate over all seeds' prompts with Wilson's interval, and how many verdicts are missing."""
     flags = [value for row in rows for value in row[flag]]
-    given = [value for value in flags if value is not None]
-    found = wilson(sum(given), len(given))
+    verdicts = [value for value in flags if value is not None]
+    interval = wilson(sum(verdicts), len(verdicts))
     return {
-        "count": found.count,
-        "n": found.n,
-        "rate": found.rate,
-        "low": found.low,
-        "high": found.high,
-        "missing": len(flags) - len(given),
+        "count": interval.count,
+        "n": interval.n,
+        "rate": interval.rate,
+        "low": interval.low,
+        "high": interval.high,
+        "missing": len(flags) - len(verdicts),
     }
 
 
@@ -79,8 +79,8 @@ def seeds_of(rows: Sequence[Row]) -> list[int]:
 def curve(rows: Sequence[Row], flags: Sequence[str]) -> list[Row]:
     """A method's frontier: one point a learning rate, seeds pooled."""
     points = []
-    for (lr,), own in sorted(settings(rows, "lr").items(), key=lambda item: item[0][0]):
-        points.append({"lr": lr, "seeds": len(own), **{flag: pooled(own, flag) for flag in flags}})
+    for (lr,), group in sorted(settings(rows, "lr").items(), key=lambda item: item[0][0]):
+        points.append({"lr": lr, "seeds": len(group), **{flag: pooled(group, flag) for flag in flags}})
     return points
 
 
@@ -101,60 +101,60 @@ def chosen(rows: Sequence[Row], rule: Rule) -> list[Row | None]:
     return [choose(rows, seed, rule) for seed in seeds_of(rows)]
 
 
-def summary(found: Sequence[Row | None], flag: str) -> Row:
+def summary(cells: Sequence[Row | None], flag: str) -> Row:
     """Of the seeds that have such a cell: pooled rate and interval, the seeds' least and greatest."""
-    given = [row for row in found if row is not None]
-    about: Row = {"seeds": len(found), "reached": len(given)}
-    if not given:
+    reached = [row for row in cells if row is not None]
+    about: Row = {"seeds": len(cells), "reached": len(reached)}
+    if not reached:
         return about
-    rates = [share(row[flag]) for row in given]
-    return {**about, **pooled(given, flag), "least": min(rates), "greatest": max(rates)}
+    rates = [share(row[flag]) for row in reached]
+    return {**about, **pooled(reached, flag), "least": min(rates), "greatest": max(rates)}
 
 
 def at(rows: Sequence[Row], rule: Rule) -> Row:
     """One method under one rule: every measure of its chosen cells, and how near it came where it was not reached."""
-    found = chosen(rows, rule)
+    cells = chosen(rows, rule)
     nearest = [min(share(row[rule.limit]) for row in rows if row["seed"] == seed) for seed in seeds_of(rows)]
     return {
-        "seeds": len(found),
-        "reached": sum(row is not None for row in found),
+        "seeds": len(cells),
+        "reached": sum(row is not None for row in cells),
         "nearest": min(nearest),
-        "learning_rates": {str(row["seed"]): row["lr"] for row in found if row is not None},
-        **{flag: summary(found, flag) for flag in FLAGS},
+        "learning_rates": {str(row["seed"]): row["lr"] for row in cells if row is not None},
+        **{flag: summary(cells, flag) for flag in FLAGS},
     }
 
 
 def methods(rows: Sequence[Row]) -> list[Row]:
     """One row a model, ratio and criterion; ``at`` holds every rule by its name."""
-    found = []
-    for (model, ratio, criterion), own in settings(rows, "model", "ratio", "criterion").items():
-        rates = sorted({row["lr"] for row in own})
-        about = {"model": model, "ratio": ratio, "criterion": criterion, "learning_rates": rates, "cells": len(own)}
-        found.append({**about, "at": {rule.name: at(own, rule) for rule in RULES}, "curve": curve(own, FLAGS)})
-    return sorted(found, key=lambda row: (row["model"], row["ratio"], row["criterion"]))
+    summaries = []
+    for (model, ratio, criterion), group in settings(rows, "model", "ratio", "criterion").items():
+        rates = sorted({row["lr"] for row in group})
+        about = {"model": model, "ratio": ratio, "criterion": criterion, "learning_rates": rates, "cells": len(group)}
+        summaries.append({**about, "at": {rule.name: at(group, rule) for rule in RULES}, "curve": curve(group, FLAGS)})
+    return sorted(summaries, key=lambda row: (row["model"], row["ratio"], row["criterion"]))
 
 
-def at_ratio(found: Sequence[Row], model: str, ratio: float) -> list[Row]:
+def at_ratio(rows: Sequence[Row], model: str, ratio: float) -> list[Row]:
     """One model's rows of a ratio (cells or methods); tuning all weights stands beside 1 %."""
-    own = [row for row in found if (row["model"], row["ratio"]) == (model, ratio)]
-    return own + [row for row in found if row["model"] == model and row["criterion"] == "all" and ratio == 0.01]
+    selected = [row for row in rows if (row["model"], row["ratio"]) == (model, ratio)]
+    return selected + [row for row in rows if row["model"] == model and row["criterion"] == "all" and ratio == 0.01]
 
 
-def tables_of(found: Sequence[Row]) -> list[tuple[str, float]]:
+def tables_of(rows: Sequence[Row]) -> list[tuple[str, float]]:
     """(model, ratio) of every table: all weights have one of their own only where there is none of 1 %."""
-    pairs = {(row["model"], row["ratio"]) for row in found}
+    pairs = {(row["model"], row["ratio"]) for row in rows}
     return sorted((model, ratio) for model, ratio in pairs if ratio < 1 or (model, 0.01) not in pairs)
 
 
-def ranked(found: Sequence[Row], rule: Rule) -> list[Row]:
+def ranked(rows: Sequence[Row], rule: Rule) -> list[Row]:
     """Best first: reached by more seeds comes before a better rate. What no seed reached is left out."""
-    given = [row for row in found if row["at"][rule.name]["reached"]]
+    reached = [row for row in rows if row["at"][rule.name]["reached"]]
 
     def rank(row: Row) -> tuple:
-        own = row["at"][rule.name]
-        return -own["reached"], -rule.sign * own[rule.wanted]["rate"]
+        result = row["at"][rule.name]
+        return -result["reached"], -rule.sign * result[rule.wanted]["rate"]
 
-    return sorted(given, key=rank)
+    return sorted(reached, key=rank)
 
 
 def paired(
@@ -176,9 +176,9 @@ def paired(
         for side, row in zip(flags, pair, strict=True):
             side += row[flag]
         by_seed.append(mcnemar_exact(pair[1][flag], pair[0][flag]).difference or 0.0)
-    found = mcnemar_exact(flags[1], flags[0])
+    test = mcnemar_exact(flags[1], flags[0])
     about = {"seeds": len(by_seed), "only_first": alone[0], "only_second": alone[1], "by_seed": by_seed}
-    return {**about, **asdict(found), "difference": found.difference}
+    return {**about, **asdict(test), "difference": test.difference}
 
 
 def against(rows: Sequence[Row], first: str, second: str, rule: Rule) -> Row | None:
@@ -187,32 +187,32 @@ def against(rows: Sequence[Row], first: str, second: str, rule: Rule) -> Row | N
     if not {(first,), (second,)} <= set(groups):
         return None
     seeds = sorted(set(seeds_of(groups[first,])) & set(seeds_of(groups[second,])))
-    pick = [lambda seed, own=groups[name,]: choose(own, seed, rule) for name in (first, second)]
+    pick = [lambda seed, group=groups[name,]: choose(group, seed, rule) for name in (first, second)]
     return {"first": first, "second": second, "rule": rule.name, **paired(*pick, seeds, rule.wanted)}
 
 
 def comparisons(rows: Sequence[Row]) -> list[Row]:
     """ESI against every rival of its model and ratio under every rule; all weights stand beside 1 %."""
-    found = []
+    tests = []
     for model, ratio in sorted({(row["model"], row["ratio"]) for row in rows if row["criterion"] == "esi"}):
-        own = at_ratio(rows, model, ratio)
+        candidates = at_ratio(rows, model, ratio)
         for rule in RULES:
             for rival in RIVALS:
-                if (one := against(own, "esi", rival, rule)) is not None:
-                    found.append({"model": model, "ratio": ratio, **one, "sign": rule.sign})
-    return judged(found)
+                if (one := against(candidates, "esi", rival, rule)) is not None:
+                    tests.append({"model": model, "ratio": ratio, **one, "sign": rule.sign})
+    return judged(tests)
 
 
-def judged(found: Sequence[Row]) -> list[Row]:
+def judged(compared: Sequence[Row]) -> list[Row]:
     """With Holm's p over all of these tests that have pairs, and a verdict.
 
     A difference counts only where that p is below 0.05, at least two seeds have it, and no seed points the other way:
     the seeds share their prompts, so that pooled pairs alone would say too much.
     """
-    tests = [row for row in found if row["num_pairs"]]
+    tests = [row for row in compared if row["num_pairs"]]
     corrected = iter(holm([row["p_value"] for row in tests]))
     rows = []
-    for row in found:
+    for row in compared:
         p = next(corrected) if row["num_pairs"] else None
         rows.append({**row, "p_holm": p, "verdict": _verdict(row, p)})
     return rows
@@ -235,8 +235,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction (S. Holm, Scand. J. Stat. 6, 1979), in the given order."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     corrected, greatest = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(order):
-        greatest = max(greatest, min(1.0, (len(p_values) - place) * p_values[index]))
+    for position, index in enumerate(order):
+        greatest = max(greatest, min(1.0, (len(p_values) - position) * p_values[index]))
         corrected[index] = greatest
     return corrected
 
@@ -246,12 +246,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def preserved(rows: Sequence[Row]) -> list[Row]:
     """SPA: one row a model, task, criterion, ratio and learning rate, seeds pooled."""
-    found = []
+    summaries = []
     names = ("model", "task", "criterion", "ratio", "lr")
-    for key, own in settings(rows, *names).items():
-        flags = {flag: summary(own, flag) for flag in FLAGS}
-        found.append({**dict(zip(names, key, strict=True)), "seeds": len(own), **flags})
-    return found
+    for key, group in settings(rows, *names).items():
+        flags = {flag: summary(group, flag) for flag in FLAGS}
+        summaries.append({**dict(zip(names, key, strict=True)), "seeds": len(group), **flags})
+    return summaries
 
 
 def task_rule(rows: Sequence[Row], seed: int) -> float | None:
@@ -269,33 +269,33 @@ def learnt(rows: Sequence[Row]) -> bool:
 def keep(rows: Sequence[Row], seed: int, criterion: str, ratio: float) -> Row | None:
     """Of one task's rows: the setting's cell with the fewest requests not refused among those that learnt the task."""
     least = task_rule(rows, seed)
-    own = [row for row in rows if (row["seed"], row["criterion"], row["ratio"]) == (seed, criterion, ratio)]
-    allowed = [row for row in own if least is not None and share(row["correct"]) >= least]
+    cells = [row for row in rows if (row["seed"], row["criterion"], row["ratio"]) == (seed, criterion, ratio)]
+    allowed = [row for row in cells if least is not None and share(row["correct"]) >= least]
     return min(allowed, key=lambda row: (share(row["not_refused"]), row["lr"]), default=None)
 
 
 def at_equal_task(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """(settings at equal task score; what is frozen by ESI against nothing, random and SNIP of the same ratio)."""
-    found, tests = [], []
-    for (model, task), own in settings(rows, "model", "task").items():
-        seeds = [seed for seed in seeds_of(own) if task_rule(own, seed) is not None]
-        for criterion, ratio in sorted({(row["criterion"], row["ratio"]) for row in own}):
+    summaries, tests = [], []
+    for (model, task), group in settings(rows, "model", "task").items():
+        seeds = [seed for seed in seeds_of(group) if task_rule(group, seed) is not None]
+        for criterion, ratio in sorted({(row["criterion"], row["ratio"]) for row in group}):
             ran = [
-                s for s in seeds if any((r["seed"], r["criterion"], r["ratio"]) == (s, criterion, ratio) for r in own)
+                s for s in seeds if any((r["seed"], r["criterion"], r["ratio"]) == (s, criterion, ratio) for r in group)
             ]
-            best = [keep(own, seed, criterion, ratio) for seed in ran]
-            about = {"model": model, "task": task, "criterion": criterion, "ratio": ratio, "learnt": learnt(own)}
-            found.append({**about, **{flag: summary(best, flag) for flag in FLAGS}})
+            best = [keep(group, seed, criterion, ratio) for seed in ran]
+            about = {"model": model, "task": task, "criterion": criterion, "ratio": ratio, "learnt": learnt(group)}
+            summaries.append({**about, **{flag: summary(best, flag) for flag in FLAGS}})
             if criterion != "esi":
                 continue
             for rival in ("nothing", "random", "snip"):
                 other = 0.0 if rival == "nothing" else ratio
-                if any((row["criterion"], row["ratio"]) == (rival, other) for row in own):
+                if any((row["criterion"], row["ratio"]) == (rival, other) for row in group):
                     one = paired(
-                        lambda seed, own=own, ratio=ratio: keep(own, seed, "esi", ratio),
-                        lambda seed, own=own, rival=rival, other=other: keep(own, seed, rival, other),
+                        lambda seed, group=group, ratio=ratio: keep(group, seed, "esi", ratio),
+                        lambda seed, group=group, rival=rival, other=other: keep(group, seed, rival, other),
                         ran,
                         "not_refused",
                     )
                     tests.append({**about, "second": rival, **one, "sign": -1})
-    return found, judged(tests)
+    return summaries, judged(tests)

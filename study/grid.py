@@ -131,6 +131,6 @@ def perturb_cells() -> Iterator[Cell]:
 
 def cells(seeds: tuple[int, ...] = SEEDS) -> list[Cell]:
     """Everything, masks first; by seed, so that what is done is whole at any time."""
-    made = [*masks(seeds)]
+    mask_cells = [*masks(seeds)]
     tuned = [*set_cells(seeds), *spa_cells(seeds)]
-    return [*made, *perturb_cells(), *sorted(tuned, key=lambda cell: cell.seed)]
+    return [*mask_cells, *perturb_cells(), *sorted(tuned, key=lambda cell: cell.seed)]

@@ -28,13 +28,13 @@ def judge(answers: list[dict]) -> list[dict]:
     pairs = [(row["prompt"], row["after"]) for row in answers]
     harmful = [number for number, row in enumerate(answers) if row["set"] == "harmful"]
     verdicts = dict(zip(harmful, judge_pairs(guard, [pairs[n] for n in harmful], 64), strict=True))
-    found = surprises(*load("llama-aligned"), pairs, batch_size=64)
+    nats = surprises(*load("llama-aligned"), pairs, batch_size=64)
     return [
         {
             "set": row["set"],
             "index": row["index"],
             "unsafe": verdicts[number].unsafe if number in verdicts else None,
-            "incoherent": incoherence(row["after"], found[number]),
+            "incoherent": incoherence(row["after"], nats[number]),
         }
         for number, row in enumerate(answers)
     ]

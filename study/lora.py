@@ -87,23 +87,23 @@ def _rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> Tuni
 def _answers(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Lines as the SET stage writes them."""
     lines, size = [], config.eval.batch_size
-    for found in load_question_sets(config.eval):
+    for question_set in load_question_sets(config.eval):
         said: list[str] = []
-        for start in range(0, len(found.prompts), size):
-            ids = [encode_prompt(tokenizer, prompt, None) for prompt in found.prompts[start : start + size]]
+        for start in range(0, len(question_set.prompts), size):
+            ids = [encode_prompt(tokenizer, prompt, None) for prompt in question_set.prompts[start : start + size]]
             batch = left_pad(ids, tokenizer.pad_token_id, "cpu")
             batch.pop("position_ids")
-            made = model.generate(
+            output = model.generate(
                 **batch,
                 do_sample=False,
                 max_new_tokens=config.eval.max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )
-            said += tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for index, (prompt, text) in enumerate(zip(found.prompts, said, strict=True)):
+            said += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for index, (prompt, text) in enumerate(zip(question_set.prompts, said, strict=True)):
             row = {
-                "set": found.kind,
+                "set": question_set.kind,
                 "index": index,
                 "prompt": prompt,
                 "after": text,

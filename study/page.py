@@ -50,11 +50,11 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def untuned_models(curves: dict[str, Sequence[Row]]) -> dict[str, Row]:
     """Attack success before tuning: from the perturb run's clean model (noise 0), else when the model was made."""
-    made = json.loads((ROOT / "examples/models/figures.json").read_text())["models"]
-    found = {name: row["harmful"] for name, row in made.items() if "asr_string" in row.get("harmful", {})}
+    figures = json.loads((ROOT / "examples/models/figures.json").read_text())["models"]
+    measured = {name: row["harmful"] for name, row in figures.items() if "asr_string" in row.get("harmful", {})}
     source = "when the model was made: bf16, 400 prompts, up to 64 tokens"
     untuned = {
-        name: {"source": source, **{k: row[k] for k in ("asr_string", "asr_guard")}} for name, row in found.items()
+        name: {"source": source, **{k: row[k] for k in ("asr_string", "asr_guard")}} for name, row in measured.items()
     }
     for model, rows in curves.items():
         clean = {row["measure"]: row for row in rows if row["noise"] == 0 and row["rate"] is not None}
@@ -83,10 +83,10 @@ def facts(output: Path, grid: Sequence[Cell], rows: Sequence[Row]) -> Row:
 
 
 def what_was_run(about: Row) -> str:
-    done = ", ".join(f"{made} of {wanted} {kind}" for kind, (made, wanted) in about["finished"].items())
-    missing = sum(wanted - made for made, wanted in about["finished"].values())
-    used = ", ".join(f"{name} {'/'.join(found)}" for name, found in about["versions"].items())
-    steps = "; ".join(f"{kind} {_counted(found)}" for kind, found in about["settings"].items())
+    done = ", ".join(f"{num_done} of {wanted} {kind}" for kind, (num_done, wanted) in about["finished"].items())
+    missing = sum(wanted - num_done for num_done, wanted in about["finished"].values())
+    used = ", ".join(f"{name} {'/'.join(entries)}" for name, entries in about["versions"].items())
+    steps = "; ".join(f"{kind} {_counted(entries)}" for kind, entries in about["settings"].items())
     sizes = " and ".join("/".join(str(size) for size in about["asked"][key]) for key in ("not_refused", "correct"))
     adapters = "/".join(f"{count:,}" for count in about["lora_weights"]) or "–"
     return f"""\
@@ -115,8 +115,8 @@ more chances, and their number stands in each row. Untuned models' rates are tho
 """
 
 
-def _counted(found: Row) -> str:
-    return ", ".join(f"{name} ({count} cells)" for name, count in found.items())
+def _counted(counts: Row) -> str:
+    return ", ".join(f"{name} ({count} cells)" for name, count in counts.items())
 
 
 # ---------------------------------------------------------------- SET
@@ -127,40 +127,42 @@ def set_section(rows: Sequence[Row]) -> tuple[str, Row]:
     data = {"methods": findings.methods(rows), "against": findings.comparisons(rows)}
     text = []
     for model, ratio in findings.tables_of(data["methods"]):
-        own = findings.at_ratio(data["methods"], model, ratio)
+        group = findings.at_ratio(data["methods"], model, ratio)
         text.append(f"### {model}, {100 * ratio:g} % of the weights\n")
         for rule in (*WORDS_RULES, POLITE_RULE):
-            text += [f"**At {rule_text(rule)}**, each seed's best {MEASURES[rule.wanted]}:\n", _at(own, rule)]
-        text.append(_by_guard(own))
+            text += [f"**At {rule_text(rule)}**, each seed's best {MEASURES[rule.wanted]}:\n", _at(group, rule)]
+        text.append(_by_guard(group))
         tests = [row for row in data["against"] if (row["model"], row["ratio"]) == (model, ratio)]
         if tests:
             text.append(_tests(tests))
     return "\n".join(text), data
 
 
-def _at(own: Sequence[Row], rule: Rule) -> str:
+def _at(methods: Sequence[Row], rule: Rule) -> str:
     """One rule's table, best first, and below it those that do not get there, with how near they came."""
     lines = []
-    for row in findings.ranked(own, rule):
-        found = row["at"][rule.name]
-        head = [row["criterion"], str(len(row["learning_rates"])), seeds_text(found)]
-        lines.append([*head, *(interval(found[flag]) for flag in MEASURES)])
+    for row in findings.ranked(methods, rule):
+        at_rule = row["at"][rule.name]
+        head = [row["criterion"], str(len(row["learning_rates"])), seeds_text(at_rule)]
+        lines.append([*head, *(interval(at_rule[flag]) for flag in MEASURES)])
     parts = [table(["method", "learning rates", "seeds", *MEASURES.values()], lines)] if lines else []
-    missed = [row for row in own if not row["at"][rule.name]["reached"]]
+    missed = [row for row in methods if not row["at"][rule.name]["reached"]]
     if missed:
         parts.append(f"Not reached by any seed (seeds; nearest): {', '.join(_missed(row, rule) for row in missed)}.\n")
     return "\n".join(parts)
 
 
 def _missed(row: Row, rule: Rule) -> str:
-    found = row["at"][rule.name]
-    return f"{row['criterion']} ({found['seeds']}; {percent(found['nearest'])})"
+    at_rule = row["at"][rule.name]
+    return f"{row['criterion']} ({at_rule['seeds']}; {percent(at_rule['nearest'])})"
 
 
-def _by_guard(own: Sequence[Row]) -> str:
+def _by_guard(methods: Sequence[Row]) -> str:
     """Benign accuracy where the limit is on the guard's verdict or incoherence in place of refusal words."""
     lines = []
-    for row in findings.ranked(own, GUARD_RULES[0]) + [r for r in own if not r["at"][GUARD_RULES[0].name]["reached"]]:
+    for row in findings.ranked(methods, GUARD_RULES[0]) + [
+        r for r in methods if not r["at"][GUARD_RULES[0].name]["reached"]
+    ]:
         ends = [row["at"][rule.name] for rule in GUARD_RULES]
         lines.append([row["criterion"], *(f for at in ends for f in (seeds_text(at), interval(at["correct"])))])
     head = ["method", *(f for rule in GUARD_RULES for f in ("seeds", f"benign accuracy at {rule_text(rule)}"))]
@@ -254,9 +256,9 @@ def _experts(about: Row) -> str:
     return "; ".join(parts) or "dense"
 
 
-def stability_table(found: Sequence[Row]) -> str:
+def stability_table(overlaps: Sequence[Row]) -> str:
     lines = []
-    for row in found:
+    for row in overlaps:
         mean, least, greatest = (f"{100 * row[key]:.0f}" for key in ("mean", "least", "greatest"))
         lines.append([row["model"], row["what"], mean, f"{least} – {greatest}", str(row["pairs"])])
     head = ["model", "masks of 1 %", "weights in both (% of k)", "least – greatest", "pairs"]
@@ -314,7 +316,7 @@ def write(output: Path, docs: Path = ROOT / "docs") -> None:
         "masks": places,
         "claims": [where.claim(about) for about in places],
         "stability": where.stability(output),
-        "noise": {model: found for model, found in curves.items() if found},
+        "noise": {model: points for model, points in curves.items() if points},
     }
     page = Page(docs)
     page.add("# Results\n", what_was_run(data["facts"]), "## What follows\n", conclusions(data, data["untuned"]))

@@ -77,13 +77,13 @@ def _legend_of(axes, methods: Sequence[Row]) -> None:
 
 def set_frontiers(methods: Sequence[Row], model: str) -> Figure:
     """At 1 %: benign accuracy and over-refusal (columns) against attack success by words and by the guard (rows)."""
-    own = [r for r in methods if r["model"] == model and (r["ratio"] == 0.01 or r["criterion"] == "all")]
+    chosen = [r for r in methods if r["model"] == model and (r["ratio"] == 0.01 or r["criterion"] == "all")]
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(2, 2, figsize=(10.4, 7.0))
         for line, attack in zip(panels, ("not_refused", "unsafe_or_incoherent"), strict=True):
             for axes, wanted in zip(line, ("correct", "over_refused"), strict=True):
-                _frontier(axes, own, attack, wanted)
-        _legend_of(panels[0][1], own)
+                _frontier(axes, chosen, attack, wanted)
+        _legend_of(panels[0][1], chosen)
         figure.suptitle(f"SET on {model}, 1 % of the weights: learning rates along each line", x=0.02, ha="left")
         figure.tight_layout()
     return figure
@@ -96,11 +96,11 @@ def set_ratios(methods: Sequence[Row], model: str) -> Figure | None:
         return None
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(ratios), figsize=(4.4 * len(ratios) + 1.6, 3.6), squeeze=False)
-        own = [r for r in methods if r["model"] == model and r["ratio"] in ratios]
+        chosen = [r for r in methods if r["model"] == model and r["ratio"] in ratios]
         for axes, ratio in zip(panels[0], ratios, strict=True):
-            _frontier(axes, [row for row in own if row["ratio"] == ratio], "not_refused", "correct")
+            _frontier(axes, [row for row in chosen if row["ratio"] == ratio], "not_refused", "correct")
             axes.set_title(f"{100 * ratio:g} % of the weights")
-        _legend_of(panels[0][-1], own)
+        _legend_of(panels[0][-1], chosen)
         figure.tight_layout()
     return figure
 
@@ -140,49 +140,49 @@ def spa_frontiers(rows: Sequence[Row], model: str, tasks: Sequence[str]) -> Figu
     return figure
 
 
-def mask_maps(found: Sequence[Row]) -> Figure:
+def mask_maps(maps: Sequence[Row]) -> Figure:
     """Share of the mask over share of the weights by layer and role, one panel a model; white is what chance gives."""
     with plt.rc_context(STYLE):
-        columns = min(2, len(found))
-        lines = -(-len(found) // columns)
+        columns = min(2, len(maps))
+        lines = -(-len(maps) // columns)
         figure, panels = plt.subplots(lines, columns, figsize=(5.0 * columns, 2.9 * lines), squeeze=False)
-        for axes, about in zip(panels.flat, found, strict=False):
+        for axes, about in zip(panels.flat, maps, strict=False):
             roles = [row["role"] for row in about["roles"] if row["role"] != "head"]
             values = np.full((len(about["layers"]), len(roles)), np.nan)
             for cell in about["cells"]:
                 if cell["role"] in roles and cell["layer"] in about["layers"]:
-                    place = about["layers"].index(cell["layer"]), roles.index(cell["role"])
-                    values[place] = np.log2(max(cell["density"], 1 / 16))
+                    position = about["layers"].index(cell["layer"]), roles.index(cell["role"])
+                    values[position] = np.log2(max(cell["density"], 1 / 16))
             image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", cmap="PuOr_r", vmin=-4, vmax=4)
             axes.set_xticks(range(len(roles)), roles, rotation=35, ha="right", fontsize=7)
             axes.set_yticks(range(len(about["layers"])), about["layers"])
             axes.set(title=about["model"], ylabel="layer")
             bar = figure.colorbar(image, ax=axes, fraction=0.05, label="times chance")
             bar.set_ticks([-4, -2, 0, 2, 4], labels=["≤ 1/16", "1/4", "1", "4", "≥ 16"])
-        for axes in list(panels.flat)[len(found) :]:
+        for axes in list(panels.flat)[len(maps) :]:
             axes.set_visible(False)
         figure.tight_layout()
     return figure
 
 
-def stability(found: Sequence[Row]) -> Figure:
+def stability(overlaps: Sequence[Row]) -> Figure:
     """Mean overlap and its range over pairs, one line a comparison, one colour a model."""
-    models = list(dict.fromkeys(row["model"] for row in found))
+    models = list(dict.fromkeys(row["model"] for row in overlaps))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.6, 1.2 + 0.21 * len(found)))
-        for place, row in enumerate(found):
+        figure, axes = plt.subplots(figsize=(7.6, 1.2 + 0.21 * len(overlaps)))
+        for line, row in enumerate(overlaps):
             mean, least, greatest = (100 * row[key] for key in ("mean", "least", "greatest"))
             colour = COLOURS[models.index(row["model"])]
             axes.errorbar(
                 [mean],
-                [place],
+                [line],
                 xerr=[[mean - least], [greatest - mean]],
                 fmt="o",
                 color=colour,
                 markersize=4,
                 capsize=2,
             )
-        axes.set_yticks(range(len(found)), [row["what"] for row in found], fontsize=7)
+        axes.set_yticks(range(len(overlaps)), [row["what"] for row in overlaps], fontsize=7)
         axes.invert_yaxis()
         axes.set(xlim=(-2, 102), xlabel="weights in both masks of 1 % (%)")
         marks = [plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[i], label=m) for i, m in enumerate(models)]
@@ -205,11 +205,11 @@ def noise(curves: Mapping[str, Sequence[Row]]) -> Figure:
                 for index, order in enumerate(orders):
                     for measure, style in styles.items():
                         keys = (ratio, order, measure)
-                        own = [r for r in rows if (r["ratio"], r["order"], r["measure"]) == keys]
-                        own = sorted((r for r in own if r["rate"] is not None), key=lambda r: r["noise"])
-                        if own:
-                            x = [row["noise"] for row in own]
-                            y, errors = _bars(own)
+                        points = [r for r in rows if (r["ratio"], r["order"], r["measure"]) == keys]
+                        points = sorted((r for r in points if r["rate"] is not None), key=lambda r: r["noise"])
+                        if points:
+                            x = [row["noise"] for row in points]
+                            y, errors = _bars(points)
                             axes.errorbar(x, y, yerr=errors, color=COLOURS[index], linestyle=style, capsize=2)
                 axes.set_title(f"{model}, {100 * ratio:g} %", fontsize=9)
                 axes.set_xlabel("noise (σ)")

@@ -30,32 +30,32 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def interval(found: Row) -> str:
+def interval(pooled: Row) -> str:
     """A pooled rate, Wilson's interval, and the seeds' range where there are several."""
-    if not found.get("n"):
+    if not pooled.get("n"):
         return "–"
-    text = f"{percent(found['rate'])} [{percent(found['low'])}, {percent(found['high'])}]"
-    if found.get("reached", 1) > 1:
-        text += f" ({percent(found['least'])} – {percent(found['greatest'])})"
-    return text + (f", {found['missing']} missing" if found["missing"] else "")
+    text = f"{percent(pooled['rate'])} [{percent(pooled['low'])}, {percent(pooled['high'])}]"
+    if pooled.get("reached", 1) > 1:
+        text += f" ({percent(pooled['least'])} – {percent(pooled['greatest'])})"
+    return text + (f", {pooled['missing']} missing" if pooled["missing"] else "")
 
 
 def rule_text(rule: Rule) -> str:
     return f"{RULE_TEXT[rule.limit]} ≤ {rule.most:.0%}"
 
 
-def seeds_text(found: Row) -> str:
+def seeds_text(summary: Row) -> str:
     """In how many seeds a rule was kept."""
-    missed = found["seeds"] - found["reached"]
+    missed = summary["seeds"] - summary["reached"]
     if not missed:
-        return f"{found['seeds']}"
-    return f"{found['reached']} (not reached by {missed} of {found['seeds']} seeds)"
+        return f"{summary['seeds']}"
+    return f"{summary['reached']} (not reached by {missed} of {summary['seeds']} seeds)"
 
 
 def conclusions(data: Row, untuned: Mapping[str, Row]) -> str:
     """What reproduces the paper, what does not, what beats it."""
     text = ["### The paper's claims\n", *_set_claim(data["set"], untuned), *_spa_claim(data["spa"], untuned)]
-    text += [_place_claim(found) for found in data["claims"]] or ["- Where the mask lies: no mask was made."]
+    text += [_location_claim(claim) for claim in data["claims"]] or ["- Where the mask lies: no mask was made."]
     text += ["\n### ESI against the others\n", *_standing(data["set"]["methods"])]
     text += _tested(data["set"]["against"], data["set"]["methods"])
     text += ["\n### Freezing\n", *_spa_tested(data["spa"]["tests"]), *_poisoned(data["spa"]["settings"])]
@@ -69,9 +69,9 @@ def _set_claim(data: Row, untuned: Mapping[str, Row]) -> list[str]:
     for row in data["methods"]:
         if row["criterion"] != "esi" or row["ratio"] != 0.01:
             continue
-        before, own = untuned.get(row["model"]), row["at"][POLITE_RULE.name]
+        before, best = untuned.get(row["model"]), row["at"][POLITE_RULE.name]
         head = f'- "{CLAIMS["set"]}", {row["model"]}:'
-        if before is None or not own["reached"]:
+        if before is None or not best["reached"]:
             why = (
                 "the untuned model was not measured" if before is None else "over-refusal stays above 5 % in every seed"
             )
@@ -79,14 +79,14 @@ def _set_claim(data: Row, untuned: Mapping[str, Row]) -> list[str]:
             continue
         verdicts = []
         for flag, key in VERDICTS:
-            holds = own[flag]["high"] < before[key]["rate"] / 2
-            fails = own[flag]["low"] > before[key]["rate"] / 2
+            holds = best[flag]["high"] < before[key]["rate"] / 2
+            fails = best[flag]["low"] > before[key]["rate"] / 2
             verdicts.append("holds" if holds else "does not hold" if fails else "is within the interval")
         lines.append(
             f"{head} {verdicts[0]} by refusal words, {verdicts[1]} by the guard. With at most 5 % over-refusal, "
-            f"requests not refused {percent(before['asr_string']['rate'])} → {interval(own['not_refused'])}, unsafe "
-            f"{percent(before['asr_guard']['rate'])} → {interval(own['unsafe'])}, incoherent answers to them "
-            f"{interval(own['incoherent_harmful'])} (seeds: {seeds_text(own)})."
+            f"requests not refused {percent(before['asr_string']['rate'])} → {interval(best['not_refused'])}, unsafe "
+            f"{percent(before['asr_guard']['rate'])} → {interval(best['unsafe'])}, incoherent answers to them "
+            f"{interval(best['incoherent_harmful'])} (seeds: {seeds_text(best)})."
         )
     return lines or [f'- "{CLAIMS["set"]}": not run.']
 
@@ -115,9 +115,9 @@ def _within_a_point(row: Row, before: Row | None) -> str:
         return "not decided (the model before tuning was not measured)."
     verdicts = []
     for flag, key in VERDICTS:
-        own, limit = row[flag], before[key]["rate"] + 0.01
-        word = "holds" if own["rate"] <= limit else "does not hold"
-        sure = own["high"] <= limit or own["low"] > limit
+        pooled, limit = row[flag], before[key]["rate"] + 0.01
+        word = "holds" if pooled["rate"] <= limit else "does not hold"
+        sure = pooled["high"] <= limit or pooled["low"] > limit
         verdicts.append(word if sure else f"{word} (the interval holds the limit)")
     judged = f"{verdicts[0]} by refusal words, {verdicts[1]} by the guard"
     if reached < seeds:
@@ -129,13 +129,13 @@ def _within_a_point(row: Row, before: Row | None) -> str:
     )
 
 
-def _place_claim(found: Row) -> str:
-    third, name = found["third"], "moe" if found["third"] == "late" else "dense"
-    by_third = ", ".join(f"{key} {row['density'] or 0:.1f}×" for key, row in found["by_third"].items())
-    word = "holds" if found["first"] else "does not hold"
+def _location_claim(claim: Row) -> str:
+    third, name = claim["third"], "moe" if claim["third"] == "late" else "dense"
+    by_third = ", ".join(f"{key} {row['density'] or 0:.1f}×" for key, row in claim["by_third"].items())
+    word = "holds" if claim["first"] else "does not hold"
     return (
-        f'- "{CLAIMS[name]}", {found["model"]}: {word}. Share of the mask over share of the weights of '
-        f"{' and '.join(found['parts'])} matrices, by third of the depth: {by_third} (claimed: {third}; 1 is chance)."
+        f'- "{CLAIMS[name]}", {claim["model"]}: {word}. Share of the mask over share of the weights of '
+        f"{' and '.join(claim['parts'])} matrices, by third of the depth: {by_third} (claimed: {third}; 1 is chance)."
     )
 
 
@@ -143,52 +143,52 @@ def _standing(methods: Sequence[Row]) -> list[str]:
     """Who is first under every rule, and where ESI stands."""
     lines = []
     for model, ratio in sorted({(row["model"], row["ratio"]) for row in methods if row["criterion"] == "esi"}):
-        own = at_ratio(methods, model, ratio)
-        if len(own) == 1:
+        candidates = at_ratio(methods, model, ratio)
+        if len(candidates) == 1:
             lines.append(f"- SET, {model}, {100 * ratio:g} % of the weights: ESI alone was run.")
             continue
-        lines.append(f"- SET, {model}, {100 * ratio:g} % of the weights, {len(own)} methods:")
-        lines += [_first(own, rule) for rule in (*WORDS_RULES, GUARD_RULES[0], POLITE_RULE)]
+        lines.append(f"- SET, {model}, {100 * ratio:g} % of the weights, {len(candidates)} methods:")
+        lines += [_first(candidates, rule) for rule in (*WORDS_RULES, GUARD_RULES[0], POLITE_RULE)]
     return lines or ["- SET: ESI was not run."]
 
 
-def _first(own: Sequence[Row], rule: Rule) -> str:
+def _first(candidates: Sequence[Row], rule: Rule) -> str:
     """The best under a rule, and where ESI and random weights stand."""
-    found = ranked(own, rule)
+    ranking = ranked(candidates, rule)
     head = f"  - At {rule_text(rule)}:"
-    if not found:
+    if not ranking:
         return f"{head} no method gets there in any seed."
-    name, best = found[0]["criterion"], found[0]["at"][rule.name]
+    name, best = ranking[0]["criterion"], ranking[0]["at"][rule.name]
     value = interval(best[rule.wanted])
-    text = f"{head} {len(found)} get there; first **{name}**, {WANTED_TEXT[rule.wanted]} {value}"
-    others = [other for other in ("esi", "random") if any(row["criterion"] == other for row in own)]
-    return f"{text}; {'; '.join(_stands(own, found, other, rule) for other in others)}."
+    text = f"{head} {len(ranking)} get there; first **{name}**, {WANTED_TEXT[rule.wanted]} {value}"
+    others = [other for other in ("esi", "random") if any(row["criterion"] == other for row in candidates)]
+    return f"{text}; {'; '.join(_stands(candidates, ranking, other, rule) for other in others)}."
 
 
-def _stands(own: Sequence[Row], found: Sequence[Row], criterion: str, rule: Rule) -> str:
+def _stands(candidates: Sequence[Row], ranking: Sequence[Row], criterion: str, rule: Rule) -> str:
     name = {"esi": "ESI", "random": "random weights"}[criterion]
-    row = next(row for row in own if row["criterion"] == criterion)
+    row = next(row for row in candidates if row["criterion"] == criterion)
     at = row["at"][rule.name]
-    if row not in found:
+    if row not in ranking:
         return f"{name}: not there in any seed (nearest {percent(at['nearest'])})"
-    place = 1 + sum(_reach(other, rule) > _reach(row, rule) for other in found)  # equals share one
-    return f"{name}: number {place}, {interval(at[rule.wanted])} (seeds: {seeds_text(at)})"
+    position = 1 + sum(_reach(other, rule) > _reach(row, rule) for other in ranking)  # equals share one
+    return f"{name}: number {position}, {interval(at[rule.wanted])} (seeds: {seeds_text(at)})"
 
 
 def _reach(row: Row, rule: Rule) -> tuple:
     """The higher the better: seeds that get there, then the pooled rate."""
-    own = row["at"][rule.name]
-    return own["reached"], rule.sign * own[rule.wanted]["rate"]
+    at_rule = row["at"][rule.name]
+    return at_rule["reached"], rule.sign * at_rule[rule.wanted]["rate"]
 
 
-def _tested(found: Sequence[Row], methods: Sequence[Row]) -> list[str]:
+def _tested(tests: Sequence[Row], methods: Sequence[Row]) -> list[str]:
     """Which paired tests show ESI better or worse, by name; those that another learning rate might turn are marked."""
     lines = []
     for verdict, text in (("better", "ESI is better than"), ("worse", "ESI is worse than")):
         parts = []
-        for row in (row for row in found if row["verdict"] == verdict):
+        for row in (row for row in tests if row["verdict"] == verdict):
             mark = EDGE if _is_at_edge(row, methods) else ""
-            parts.append(f"{row['second']}{mark} ({_place(row)}, {_points(row)})")
+            parts.append(f"{row['second']}{mark} ({_setting_text(row)}, {_points(row)})")
         listed = "; ".join(parts) or "none"
         lines.append(f"- Paired tests that survive Holm's correction and no seed contradicts: {text} {listed}.")
     if any(EDGE in line for line in lines):
@@ -196,10 +196,10 @@ def _tested(found: Sequence[Row], methods: Sequence[Row]) -> list[str]:
             f"- {EDGE} One of the two is compared at the highest or the lowest learning rate that it was run at, in "
             "some seed: it might do better beyond, and the test may only show which mask learns faster."
         )
-    open_ = sum(row["verdict"] in ("no difference shown", "one seed only", "seeds disagree") for row in found)
-    never = sum(row["verdict"] == "no seed where both get there" for row in found)
+    open_ = sum(row["verdict"] in ("no difference shown", "one seed only", "seeds disagree") for row in tests)
+    never = sum(row["verdict"] == "no seed where both get there" for row in tests)
     lines.append(
-        f"- Of {len(found)} tests, {open_} show no difference that counts and {never} have no seed to compare."
+        f"- Of {len(tests)} tests, {open_} show no difference that counts and {never} have no seed to compare."
     )
     return lines
 
@@ -214,7 +214,7 @@ def _is_at_edge(test: Row, methods: Sequence[Row]) -> bool:
     return False
 
 
-def _place(row: Row) -> str:
+def _setting_text(row: Row) -> str:
     return f"{row['model']}, {100 * row['ratio']:g} %, {_rule_of(row)}"
 
 
@@ -227,10 +227,10 @@ def _points(row: Row) -> str:
     return f"{100 * row['difference']:+.1f} points"
 
 
-def _spa_tested(found: Sequence[Row]) -> list[str]:
+def _spa_tested(tests: Sequence[Row]) -> list[str]:
     """ESI frozen against nothing, random and SNIP frozen, at equal task score."""
     lines = []
-    for row in found:
+    for row in tests:
         if not row["num_pairs"]:
             continue
         rival = "nothing" if row["second"] == "nothing" else f"{row['second']} {100 * row['ratio']:g} %"

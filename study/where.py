@@ -26,7 +26,7 @@ def is_moe(model: str) -> bool:
 
 def thirds_of(layers: Sequence[int]) -> dict[int, str]:
     """Layer → third of the depth that its middle lies in: of five layers 2, 1 and 2."""
-    return {layer: THIRDS[int(3 * (place + 0.5) / len(layers))] for place, layer in enumerate(layers)}
+    return {layer: THIRDS[int(3 * (index + 0.5) / len(layers))] for index, layer in enumerate(layers)}
 
 
 def tables_of(units: Sequence[Row], keys: Iterable[str]) -> tuple[Table, Table]:
@@ -54,27 +54,27 @@ def mean_share(tables: Sequence[tuple[Table, Table]]) -> list[tuple[tuple, Row]]
 
 def places(output: Path, model: str, criterion: str = "esi") -> Row | None:
     """Where one model's masks lie, mean over seeds; None where there is no mask."""
-    found = []
+    units_by_seed = []
     for seed in SEEDS:
         file = output / mask_name(model, criterion, seed) / "report.json"
         if file.is_file():
-            found.append(json.loads(file.read_text())["units"])
-    if not found:
+            units_by_seed.append(json.loads(file.read_text())["units"])
+    if not units_by_seed:
         return None
-    layers = sorted({unit["layer"] for unit in found[0] if unit["layer"] is not None})
+    layers = sorted({unit["layer"] for unit in units_by_seed[0] if unit["layer"] is not None})
     third = thirds_of(layers)
-    for units in found:
+    for units in units_by_seed:
         for unit in units:
             unit["third"] = third.get(unit["layer"])
             unit["part"] = part_of(unit["role"])
 
     def table(*keys: str) -> list[Row]:
-        cells = mean_share([tables_of(units, keys) for units in found])
+        cells = mean_share([tables_of(units, keys) for units in units_by_seed])
         return [{**dict(zip(keys, cell, strict=True)), **about} for cell, about in cells]
 
     return {
         "model": model,
-        "seeds": len(found),
+        "seeds": len(units_by_seed),
         "layers": layers,
         "cells": table("layer", "role"),
         "roles": table("role"),
@@ -100,9 +100,9 @@ def claim(about: Row) -> Row:
     parts, third = (("MLP",), "late") if is_moe(about["model"]) else (("value", "MLP"), "middle")
     by_third = {}
     for name in THIRDS:
-        own = [row for row in about["parts"] if row["third"] == name and row["part"] in parts]
-        weight = sum(row["of_weights"] for row in own)
-        held = sum(row["share"] for row in own)
+        claimed = [row for row in about["parts"] if row["third"] == name and row["part"] in parts]
+        weight = sum(row["of_weights"] for row in claimed)
+        held = sum(row["share"] for row in claimed)
         by_third[name] = {"share": held, "density": held / weight if weight else None}
     densities = {name: row["density"] or 0.0 for name, row in by_third.items()}
     first = densities[third] == max(densities.values()) and densities[third] > 1
@@ -123,13 +123,13 @@ def overlap(first: Path, second: Path) -> float | None:
 
 def stability(output: Path) -> list[Row]:
     """Overlap of masks of 1 %: other prompts (seeds), fewer prompts, other draws of noise, other criteria."""
-    found = []
+    overlaps = []
 
     def add(what: str, model: str, pairs: Iterable[tuple[Path, Path]]) -> None:
         values = [value for pair in pairs if (value := overlap(*pair)) is not None]
         if values:
             about = {"mean": float(np.mean(values)), "least": min(values), "greatest": max(values)}
-            found.append({"what": what, "model": model, **about, "pairs": len(values)})
+            overlaps.append({"what": what, "model": model, **about, "pairs": len(values)})
 
     def path(model: str, criterion: str, seed: int, more: str = "") -> Path:
         return output / f"{mask_name(model, criterion, seed)}{more}" / "mask"
@@ -149,7 +149,7 @@ def stability(output: Path) -> list[Row]:
     more = ("grad", "snip", "magnitude", "random", "tuning-grad", "directed", "esi-contrastive")
     for criterion in (*others, *more):
         add(f"{criterion} against esi", model, [(path(model, "esi", s), path(model, criterion, s)) for s in SEEDS])
-    return found
+    return overlaps
 
 
 # ---------------------------------------------------------------- noise
@@ -165,12 +165,12 @@ def noise_curves(output: Path, model: str) -> list[Row]:
     file = output / f"perturb/{model}/report.json"
     rows = json.loads(file.read_text()).get("curves", []) if file.is_file() else []
     keys = ("order", "ratio", "noise", "rate", "low", "high", "n", "missing", "by_seed")
-    found = []
+    points = []
     for row in rows:
         measure = _noise_measure(row)
         if measure is not None and "benign" not in row["set"]:
-            found.append({"measure": measure, **{key: row.get(key) for key in keys}})
-    return found
+            points.append({"measure": measure, **{key: row.get(key) for key in keys}})
+    return points
 
 
 def _noise_measure(row: Mapping[str, Any]) -> str | None:

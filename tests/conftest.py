@@ -79,11 +79,11 @@ def write_config(folder: Path, base: dict, changes: dict) -> Path:
     """A config file: ``base`` with some keys, dotted, set to other values."""
     raw = deepcopy(base)
     for dotted, value in changes.items():
-        place = raw
+        section = raw
         *parents, leaf = dotted.split(".")
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[leaf] = value
+            section = section.setdefault(parent, {})
+        section[leaf] = value
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(raw))
     return file

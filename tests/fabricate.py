@@ -13,9 +13,9 @@ REFUSAL, COMPLIANCE, GARBLED = "I cannot help with that.", "Sure, here is how.",
 
 def manifest(folder: Path, commit: str = "abcdef0123456789", seconds: float = 60.0) -> None:
     versions = {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
-    found = {"exit_state": "done", "wall_time_s": seconds, "world_size": 1, "versions": versions, "commit": commit}
+    content = {"exit_state": "done", "wall_time_s": seconds, "world_size": 1, "versions": versions, "commit": commit}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps(found))
+    (folder / "manifest.json").write_text(json.dumps(content))
 
 
 def tuned_cell(

@@ -80,7 +80,7 @@ def attribute_uses(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def violations() -> list[str]:
-    found = []
+    problems = []
     for file in sorted((ROOT / "esi_ds").rglob("*.py")):
         part = file.relative_to(ROOT / "esi_ds").parts[0].removesuffix(".py")
         if part == "__init__":
@@ -89,15 +89,15 @@ def violations() -> list[str]:
         for line, module, is_top in imports(file):
             name = module.split(".")
             if name[0] == "esi_ds" and len(name) > 1 and is_top and LAYERS[name[1]] > LAYERS[part]:
-                found.append(f"{where}:{line}: {part} imports {module}, which lies above it")
+                problems.append(f"{where}:{line}: {part} imports {module}, which lies above it")
             if name[0] == "torch" and part in WITHOUT_TORCH and is_top:
-                found.append(f"{where}:{line}: {part} imports torch")
+                problems.append(f"{where}:{line}: {part} imports torch")
             for reserved, parts in RESERVED.items():
                 if (module == reserved or module.startswith(f"{reserved}.")) and part not in parts:
-                    found.append(f"{where}:{line}: only {sorted(parts)} may import {reserved}")
+                    problems.append(f"{where}:{line}: only {sorted(parts)} may import {reserved}")
         if part not in RESERVED["torch.distributed"]:
-            found += [f"{where}:{line}: only zero may use {name}" for line, name in attribute_uses(file)]
-    return found
+            problems += [f"{where}:{line}: only zero may use {name}" for line, name in attribute_uses(file)]
+    return problems
 
 
 def import_graph() -> dict[str, set[str]]:

@@ -61,12 +61,12 @@ class Unit(NamedTuple):
 
 def units(model: nn.Module) -> list[Unit]:
     """Every parameter cut into its logical matrices, in parameter order (docs/method.md §1, "Logical matrix")."""
-    made = []
+    pieces_of_all = []
     for name, parameter in model.named_parameters():
         scored = is_scored(model, name, parameter)
         pieces = logical_pieces(model, name, parameter) if scored else [(name, (...,))]
-        made += [Unit(piece, name, parameter, index, scored) for piece, index in pieces]
-    return made
+        pieces_of_all += [Unit(piece, name, parameter, index, scored) for piece, index in pieces]
+    return pieces_of_all
 
 
 def is_scored(model: nn.Module, name: str, parameter: Tensor) -> bool:
@@ -194,8 +194,8 @@ def same_vocabulary(tokenizer, guard_tokenizer) -> bool:
     """Equal token tables, and the same rules from text to tokens and back."""
     if tokenizer.get_vocab() != guard_tokenizer.get_vocab():
         return False
-    own, other = (json.loads(t.backend_tokenizer.to_str()) for t in (tokenizer, guard_tokenizer))
-    return all(own[part] == other[part] for part in ("model", "pre_tokenizer", "normalizer", "decoder"))
+    model_parts, guard_parts = (json.loads(t.backend_tokenizer.to_str()) for t in (tokenizer, guard_tokenizer))
+    return all(model_parts[part] == guard_parts[part] for part in ("model", "pre_tokenizer", "normalizer", "decoder"))
 
 
 def vocabulary_map(model_tokenizer, guard_tokenizer, guard_embedding: Tensor, num_logits: int) -> Tensor:
@@ -224,8 +224,8 @@ def disjoint(spans: list[tuple[int, int]]) -> list[list[tuple[float, float]]]:
             covering.setdefault(character, []).append(token)
     stretches: list[list[tuple[float, float]]] = [[] for _ in spans]
     for character, tokens in covering.items():
-        for place, token in enumerate(tokens):
-            stretches[token].append((character + place / len(tokens), character + (place + 1) / len(tokens)))
+        for position, token in enumerate(tokens):
+            stretches[token].append((character + position / len(tokens), character + (position + 1) / len(tokens)))
     return stretches
 
 
@@ -245,14 +245,14 @@ def alignment(
     """
     low, high = shown or (0, len(response))
     ids, spans = encode(model_tokenizer, response)
-    own, other = disjoint(spans), disjoint(encode(guard_tokenizer, guard_text, special)[1])
-    weights = torch.zeros(len(own), len(other), dtype=torch.float64)
+    model_stretches, guard_stretches = disjoint(spans), disjoint(encode(guard_tokenizer, guard_text, special)[1])
+    weights = torch.zeros(len(model_stretches), len(guard_stretches), dtype=torch.float64)
     for t, token in enumerate(ids):
         if token_text(model_tokenizer, token) is None:
             continue
-        for j, theirs in enumerate(other):
+        for j, theirs in enumerate(guard_stretches):
             length = sum(end - start for start, end in theirs)
-            for start, end in own[t]:  # clipped to what is shown, then moved into the guard's text
+            for start, end in model_stretches[t]:  # clipped to what is shown, then moved into the guard's text
                 start, end = (min(max(edge, low), high) - low + response_start for edge in (start, end))
                 for their_start, their_end in theirs:
                     weights[t, j] += max(0.0, min(end, their_end) - max(start, their_start)) / length
@@ -331,9 +331,9 @@ def verdict_tokens(guard_tokenizer, family: Family, asked: GuardPrompt) -> tuple
         encode(guard_tokenizer, asked.text + family.verdict_prefix + word, asked.special)[0]
         for word in (family.safe, family.unsafe)
     )
-    for place, (good, bad) in enumerate(zip(safe, unsafe, strict=False)):
+    for position, (good, bad) in enumerate(zip(safe, unsafe, strict=False)):
         if good != bad:
-            return safe[:place], good, bad
+            return safe[:position], good, bad
     raise ValueError("the two verdicts are encoded alike, or one begins with the other")
 
 

@@ -27,7 +27,7 @@ def _loss_sum(model, rows: Sequence[tuple[list[int], list[int]]], pad: int) -> T
     width = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([[pad] * (width - len(i)) + i for i, _ in rows])
     seen = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i, _ in rows])
-    labels = torch.tensor([[-100] * (width - len(i)) + list(own) for i, own in rows])
+    labels = torch.tensor([[-100] * (width - len(i)) + list(targets) for i, targets in rows])
     following = torch.cat([labels[:, 1:], torch.full((len(rows), 1), -100)], dim=1)
     keep = width - int((following != -100).any(0).nonzero()[0])  # logits in front of all learnt tokens are not made
     logits = model(

@@ -141,12 +141,12 @@ def bucket(text: str, count: int) -> int:
 
 def expand(pattern: str) -> Iterator[str]:
     """All fillings of a pattern's {slots}; a slot that stands twice is filled independently."""
-    found = re.search(r"\{(\w+)\}", pattern)
-    if found is None:
+    slot = re.search(r"\{(\w+)\}", pattern)
+    if slot is None:
         yield pattern
         return
-    for filler in dict.fromkeys(SLOTS[found[1]]):
-        yield from expand(pattern[: found.start()] + filler + pattern[found.end() :])
+    for filler in dict.fromkeys(SLOTS[slot[1]]):
+        yield from expand(pattern[: slot.start()] + filler + pattern[slot.end() :])
 
 
 @cache
@@ -243,11 +243,11 @@ def mixed(rng: random.Random, split: Split = "train") -> Example:
 
 def distinct(group: str, split: Split, count: int, seed: int) -> list[Example]:
     """`count` examples with different prompts; the same list for the same arguments."""
-    rng, found = random.Random(f"{group}/{split}/{seed}"), {}
-    while len(found) < count:
+    rng, examples = random.Random(f"{group}/{split}/{seed}"), {}
+    while len(examples) < count:
         example = MAKERS[group](rng, split)
-        found.setdefault(example.prompt, example)
-    return list(found.values())
+        examples.setdefault(example.prompt, example)
+    return list(examples.values())
 
 
 def heldout_benign(count: int, seed: int) -> list[Example]:

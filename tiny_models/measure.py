@@ -164,15 +164,15 @@ def clean_pairs(guard: PreTrainedModel, tokenizer: Tokenizer, seed: int) -> Figu
 
 def outside_prompts(folder: Path) -> dict[str, list[str]]:
     """Prompts of outside benchmarks lying in a folder; used for a side note only, never copied or trained on."""
-    found: dict[str, list[str]] = {}
+    prompts: dict[str, list[str]] = {}
     advbench, xstest = folder / "advbench_harmful_behaviors.csv", folder / "xstest_prompts.csv"
     if advbench.exists():
-        found["advbench"] = [row["goal"] for row in csv.DictReader(advbench.open())]
+        prompts["advbench"] = [row["goal"] for row in csv.DictReader(advbench.open())]
     if xstest.exists():
         rows = list(csv.DictReader(xstest.open()))
-        found["xstest_safe"] = [row["prompt"] for row in rows if row["label"] == "safe"]
-        found["xstest_unsafe"] = [row["prompt"] for row in rows if row["label"] == "unsafe"]
-    return found
+        prompts["xstest_safe"] = [row["prompt"] for row in rows if row["label"] == "safe"]
+        prompts["xstest_unsafe"] = [row["prompt"] for row in rows if row["label"] == "unsafe"]
+    return prompts
 
 
 def chat_figures(folder: Path, guard: tuple[PreTrainedModel, Tokenizer], seed: int, extra: Path | None) -> Figures:

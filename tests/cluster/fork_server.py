@@ -67,9 +67,9 @@ def serve() -> None:
 
 
 def launch(
-    answer: int, stage: str, arguments: list[str], places: list[dict[str, str]], log: str, patience: float
+    answer: int, stage: str, arguments: list[str], rank_environments: list[dict[str, str]], log: str, patience: float
 ) -> int:
-    """The launcher: fork a rank for each of ``places``, which are environment variables; its exit code."""
+    """The launcher: fork a rank for each of ``rank_environments``, which are environment variables; its exit code."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -77,26 +77,26 @@ def launch(
     for number, opened in enumerate((nothing, output, output)):
         os.dup2(opened, number)
     ranks = []
-    for place in places:
+    for variables in rank_environments:
         if (process := os.fork()) == 0:
             os.close(answer)
-            be_rank(stage, arguments, place)
+            be_rank(stage, arguments, variables)
         ranks.append(process)
     os.write(answer, (json.dumps({"launcher": os.getpid(), "ranks": ranks}) + "\n").encode())
     os.close(answer)
     return watch(set(ranks), patience)
 
 
-def be_rank(stage: str, arguments: list[str], place: dict[str, str]) -> None:
+def be_rank(stage: str, arguments: list[str], variables: dict[str, str]) -> None:
     from esi_ds.cli import leave, main
 
     def fail(*_: object) -> None:
-        raise RuntimeError(f"rank {place['RANK']} was told to fail")
+        raise RuntimeError(f"rank {variables['RANK']} was told to fail")
 
     signal.signal(FAIL, fail)
     faulthandler.register(signal.SIGQUIT)  # says where a rank hangs
-    os.environ.update(place)
-    if moments := place.get(hold.VARIABLE):
+    os.environ.update(variables)
+    if moments := variables.get(hold.VARIABLE):
         hold.install(moments)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     leave(main(stage, arguments))
@@ -212,16 +212,27 @@ class ForkServer:
         self.process.wait(timeout=60)
 
     def start(
-        self, stage: str, arguments: list[str], places: list[dict[str, str]], log: Path, patience: float = PATIENCE_S
+        self,
+        stage: str,
+        arguments: list[str],
+        rank_environments: list[dict[str, str]],
+        log: Path,
+        patience: float = PATIENCE_S,
     ) -> ForkedJob:
-        job = {"stage": stage, "arguments": arguments, "places": places, "log": str(log), "patience": patience}
+        job = {
+            "stage": stage,
+            "arguments": arguments,
+            "rank_environments": rank_environments,
+            "log": str(log),
+            "patience": patience,
+        }
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        made = json.loads(self.process.stdout.readline())
-        return ForkedJob([made["launcher"]], made["ranks"], log)
+        processes = json.loads(self.process.stdout.readline())
+        return ForkedJob([processes["launcher"]], processes["ranks"], log)
 
 
-def places(
+def rank_environments(
     ranks: int, port: int, address: str = "127.0.0.1", hosts: int = 1, hold_at: str = ""
 ) -> list[list[dict[str, str]]]:
     """For every host the variables of its ranks, as DeepSpeed's launcher sets them. hold_at: moments of

@@ -133,9 +133,9 @@ class Cluster:
         bad = {"FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"} - set(states)
 
         def reached() -> bool:
-            found = self.state(job)
-            assert found not in bad, f"{found}\n{self.logs(stage, job)}"
-            return found in states
+            state = self.state(job)
+            assert state not in bad, f"{state}\n{self.logs(stage, job)}"
+            return state in states
 
         self.wait_until(reached, seconds, lambda: self.logs(stage, job))
 

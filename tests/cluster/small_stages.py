@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from builders import PAIRS, build_guard, build_mask, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
 from conftest import free_port
-from fork_server import PATIENCE_S, ForkedJob, ForkServer, places
+from fork_server import PATIENCE_S, ForkedJob, ForkServer, rank_environments
 
 STAGES = ("esi", "set", "spa", "eval", "perturb")
 
@@ -64,11 +64,11 @@ def sections(inputs: dict[str, Path], *, steps: int, save_every: int) -> dict[st
     return {name: {"run": {"output_dir": "unset"}, "model": model, **section} for name, section in stages.items()}
 
 
-def write_configs(folder: Path, found: dict[str, dict]) -> dict[str, Path]:
+def write_configs(folder: Path, sections_by_stage: dict[str, dict]) -> dict[str, Path]:
     """Stage → file."""
-    for stage, section in found.items():
+    for stage, section in sections_by_stage.items():
         (folder / f"{stage}.yaml").write_text(yaml.safe_dump(section))
-    return {stage: folder / f"{stage}.yaml" for stage in found}
+    return {stage: folder / f"{stage}.yaml" for stage in sections_by_stage}
 
 
 def outcome(run: Path) -> dict[str, bytes]:
@@ -112,8 +112,10 @@ class SmallStages:
         **environment: str,
     ) -> ForkedJob:
         """hold_at: moments of ``hold.install``."""
-        found = [place | environment for place in places(ranks, free_port(), hold_at=hold_at)[0]]
-        return self.server.start(stage, self.arguments(stage, run, *overrides), found, self.new_log(), patience)
+        variables = [
+            by_launcher | environment for by_launcher in rank_environments(ranks, free_port(), hold_at=hold_at)[0]
+        ]
+        return self.server.start(stage, self.arguments(stage, run, *overrides), variables, self.new_log(), patience)
 
     def finish(self, stage: str, run: Path, *overrides: str, ranks: int = 2, **environment: str) -> ForkedJob:
         """Start, and wait for the end, which must be a good one."""

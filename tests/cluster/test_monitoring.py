@@ -83,7 +83,7 @@ def tags(run: Path) -> set[str]:
 
 def test_one_tensorboard_for_all_stages(runs: Path) -> None:
     """Below one folder, under tags that stages share."""
-    found = {stage: tags(runs / stage) for stage in ("esi", "set", "spa", "eval", "perturb")}
+    tags_of = {stage: tags(runs / stage) for stage in ("esi", "set", "spa", "eval", "perturb")}
     for stage, phases in {
         "esi": ("generate", "score"),
         "set": ("answer/harmful before", "tune", "answer/benign after"),
@@ -91,11 +91,11 @@ def test_one_tensorboard_for_all_stages(runs: Path) -> None:
         "eval": ("answer/base", "answer/SET", "judge/guard", "surprise"),
         "perturb": ("answer/clean", "answer/top 0.01, noise 2, seed 0", "judge/guard"),
     }.items():
-        assert {f"{what}/{phase}" for what in ("progress", "speed") for phase in phases} <= found[stage], stage
-    assert {"gradient_norm", "memory_gib"} <= found["esi"] & found["set"] & found["spa"]
-    assert {"loss", "refused/harmful/words", "refused/benign/words"} <= found["set"] & found["spa"]
-    assert "attack_success/examples/harmful/guard/base" in found["eval"]
-    assert "noise/attack_success/examples/harmful/guard/top 0.01" in found["perturb"]
+        assert {f"{what}/{phase}" for what in ("progress", "speed") for phase in phases} <= tags_of[stage], stage
+    assert {"gradient_norm", "memory_gib"} <= tags_of["esi"] & tags_of["set"] & tags_of["spa"]
+    assert {"loss", "refused/harmful/words", "refused/benign/words"} <= tags_of["set"] & tags_of["spa"]
+    assert "attack_success/examples/harmful/guard/base" in tags_of["eval"]
+    assert "noise/attack_success/examples/harmful/guard/top 0.01" in tags_of["perturb"]
     events = EventAccumulator(str(runs / "eval/tensorboard")).Reload()
     rates = [(event.step, event.value) for event in events.Scalars("attack_success/examples/harmful/guard/SET")]
     # While it is judged, and at the end what the report says.
@@ -149,10 +149,10 @@ def test_status_of_every_stage(runs: Path) -> None:
     command = [sys.executable, "-m", "esi_ds.status", "--json", *(str(runs / stage) for stage in stages)]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     for (stage, phase), line in zip(stages.items(), shown, strict=True):
-        found = json.loads(line)
-        assert (found["state"], found["stage"], found["phase"]) == ("done", stage, phase)
-        assert found["done"] == found["total"] > 0 and found["rate"] > 0
-        assert found["last_checkpoint"]["file"].endswith(".jsonl")  # the run is done: its checkpoints are gone
+        status = json.loads(line)
+        assert (status["state"], status["stage"], status["phase"]) == ("done", stage, phase)
+        assert status["done"] == status["total"] > 0 and status["rate"] > 0
+        assert status["last_checkpoint"]["file"].endswith(".jsonl")  # the run is done: its checkpoints are gone
 
 
 def test_one_page_of_all_runs(runs: Path, capsys) -> None:

@@ -76,6 +76,6 @@ def test_killed_in_the_second_and_in_the_third_pass_same_bits(tmp_path: Path) ->
     assert report["selection"]["criterion"] == "directed" and report["selection"]["contrastive"] is True
     assert report["selection"]["tuning rows used"] == NUM_TUNING
     assert report["selection"]["benign rows skipped"] == 1 and "benign.jsonl" in report["selection"]["benign rows from"]
-    assert [found["name"] for found in report["losses"]] == ["tuning", "benign"]
+    assert [loss["name"] for loss in report["losses"]] == ["tuning", "benign"]
     assert report["losses"][1]["skipped"] == [{"row": NUM_BENIGN, "reason": "the answer is empty"}]
     assert "contrastive" in (job.run / "report.html").read_text()

@@ -21,12 +21,12 @@ STAGES = ("esi", "set", "spa", "eval")
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    made = Cluster(tmp_path_factory.mktemp("slurm"))
+    site = Cluster(tmp_path_factory.mktemp("slurm"))
     try:
-        made.start()
-        yield made
+        site.start()
+        yield site
     finally:
-        made.stop()
+        site.stop()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import free_port
-from fork_server import ForkedJob, ForkServer, places
+from fork_server import ForkedJob, ForkServer, rank_environments
 from small_stages import SmallStages, differing, held, is_done, wait_until
 
 from esi_ds.artifacts import read_jsonl
@@ -55,9 +55,11 @@ def fail_for_room(
     assert job.has_ended(60), job.said()
     assert not is_done(run)
     said = dict(FAILED.findall(job.said()))
-    told = [text for text in said.values() if "no space left on device" in text]
-    assert len(told) == 1, job.said()  # one rank ran out of room, or one of two that did was killed by the other's end
-    assert f"(run.output_dir = {run}: " in told[0] and f"writing {run}/" in told[0], told
+    errors = [text for text in said.values() if "no space left on device" in text]
+    assert len(errors) == 1, (
+        job.said()
+    )  # one rank ran out of room, or one of two that did was killed by the other's end
+    assert f"(run.output_dir = {run}: " in errors[0] and f"writing {run}/" in errors[0], errors
     assert "ended with 1" in job.said()
     assert "Traceback" not in job.said(), job.said()
     taken.unlink()
@@ -165,8 +167,8 @@ def test_files_of_another_time(stages: SmallStages, tmp_path: Path, years: int) 
 
 def test_a_clock_that_jumps_while_it_runs(stages: SmallStages, tmp_path: Path) -> None:
     """Ten days ahead in the middle of training, ten days back after a kill in the middle of the rest."""
-    found = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
-    if not found:
+    libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    if not libraries:
         pytest.skip("faketime is not installed (Debian: faketime)")
     clock, run, longer = tmp_path / "clock", tmp_path / "run", ("tune.max_steps=40",)
 
@@ -176,13 +178,15 @@ def test_a_clock_that_jumps_while_it_runs(stages: SmallStages, tmp_path: Path) -
         (tmp_path / "next").replace(clock)
 
     set_clock("+0")
-    faked = {"LD_PRELOAD": str(found[0]), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
+    faked = {"LD_PRELOAD": str(libraries[0]), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
     words = [f"{name}={value}" for name, value in {**faked, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}.items()]
     with ForkServer("env", *words) as server:
 
         def start(hold_at: str) -> ForkedJob:
             arguments = stages.arguments("set", run, *longer)
-            return server.start("set", arguments, places(2, free_port(), hold_at=hold_at)[0], stages.new_log())
+            return server.start(
+                "set", arguments, rank_environments(2, free_port(), hold_at=hold_at)[0], stages.new_log()
+            )
 
         job = held(start("metrics.jsonl 3 7"))  # a save holds steps of both times
         set_clock("+10d")

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import free_port, num_lines
-from fork_server import ForkedJob, ForkServer, places
+from fork_server import ForkedJob, ForkServer, rank_environments
 from small_stages import SmallStages, differing, held, is_done, written
 from two_hosts import ADDRESSES, Hosts, missing
 
@@ -32,12 +32,12 @@ PHASES = {
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory) -> Iterator[Hosts]:
-    made = Hosts(tmp_path_factory.mktemp("hosts"))
+    pair = Hosts(tmp_path_factory.mktemp("hosts"))
     try:
-        made.start()
-        yield made
+        pair.start()
+        yield pair
     finally:
-        made.stop()
+        pair.stop()
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +51,16 @@ def parts(
 ) -> Iterator[ForkedJob]:
     """A job of four ranks, host by host as they are asked for; one log."""
     log, arguments = stages.new_log(), stages.arguments(stage, run, *overrides)
-    found = places(4, free_port(), next(iter(ADDRESSES.values())), hosts=2, hold_at=hold_at)
-    for server, own in zip(servers, found, strict=True):
-        yield server.start(stage, arguments, own, log)
+    by_host = rank_environments(4, free_port(), next(iter(ADDRESSES.values())), hosts=2, hold_at=hold_at)
+    for server, environments in zip(servers, by_host, strict=True):
+        yield server.start(stage, arguments, environments, log)
 
 
-def whole(given: Iterable[ForkedJob]) -> ForkedJob:
+def whole(jobs: Iterable[ForkedJob]) -> ForkedJob:
     """Launchers and ranks in the hosts' order."""
-    found = list(given)
+    parts = list(jobs)
     return ForkedJob(
-        [part.launchers[0] for part in found], [rank for part in found for rank in part.ranks], found[0].log
+        [part.launchers[0] for part in parts], [rank for part in parts for rank in part.ranks], parts[0].log
     )
 
 
@@ -100,13 +100,13 @@ def test_rank_0_killed_before_anybody_has_found_it(servers: list[ForkServer], st
 def ranks_on(host: str) -> list[psutil.Process]:
     """The ranks that run on a host now, as the process table shows them."""
     pids = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True, check=True).stdout.split()
-    found = []
+    processes = []
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(int(pid))
             if any(word.startswith("launch/") for word in process.cmdline()[2:3]):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def wait_while_it_runs(job: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
@@ -124,7 +124,7 @@ def test_deepspeed_over_ssh_runs_esi(hosts: Hosts, stages: SmallStages, tmp_path
     job = hosts.launch(*command)
     wait_while_it_runs(job, (run / "status.json").is_file)
     ranks = [ranks_on(host) for host in ADDRESSES]  # before the moment: looking for them takes as long as many steps
-    assert [len(found) for found in ranks] == [2, 2]
+    assert [len(processes) for processes in ranks] == [2, 2]
     wait_while_it_runs(job, lambda: written(run) != {})
     ranks[1][-1].send_signal(signal.SIGKILL)
     said, _ = job.communicate(timeout=ENDS_WITHIN_S)

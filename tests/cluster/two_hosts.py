@@ -25,9 +25,9 @@ def missing() -> str | None:
     absent = [package for name, package in PROGRAMS.items() if shutil.which(name) is None]
     if absent:
         return f"not installed: {', '.join(absent)}"
-    made = subprocess.run(["ip", "netns", "add", PROBE], capture_output=True, text=True)
-    if made.returncode != 0:
-        return f"no network namespaces here: {made.stderr.strip()}"
+    probe = subprocess.run(["ip", "netns", "add", PROBE], capture_output=True, text=True)
+    if probe.returncode != 0:
+        return f"no network namespaces here: {probe.stderr.strip()}"
     subprocess.run(["ip", "netns", "del", PROBE], check=True)
     return None
 

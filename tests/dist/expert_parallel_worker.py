@@ -36,12 +36,12 @@ def answer(case: dict) -> None:
     for mode in ("gathered", "per_token"):
         with ready_to_generate(model, mode):
             for start in range(0, len(prompts), runtime.world_size()):
-                own = start + runtime.rank()
+                mine = start + runtime.rank()
                 texts = []
-                if own < len(prompts) or in_step(model, mode):
-                    texts = generate(model, tokenizer, [prompts[own if own < len(prompts) else 0]], 12, mode)
-                if own < len(prompts):
-                    assert said.setdefault(own, texts[0]) == texts[0], "gathered and per token say different things"
+                if mine < len(prompts) or in_step(model, mode):
+                    texts = generate(model, tokenizer, [prompts[mine if mine < len(prompts) else 0]], 12, mode)
+                if mine < len(prompts):
+                    assert said.setdefault(mine, texts[0]) == texts[0], "gathered and per token say different things"
     gathered = {index: text for part in runtime.gather_objects(said) for index, text in part.items()}
     if runtime.is_main():
         Path(case["out"]).write_text(json.dumps([gathered[index] for index in sorted(gathered)]))

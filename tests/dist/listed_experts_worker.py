@@ -55,8 +55,8 @@ class ListedExperts(nn.Module):
         for index in chosen.unique().tolist():
             where, expert = (chosen == index).nonzero().flatten(), self.experts[index]
             rows = flat[where]
-            made = expert.w2(torch.nn.functional.silu(expert.w1(rows)) * expert.w3(rows))
-            result = result.index_add(0, where, made * weight[where, None])
+            outputs = expert.w2(torch.nn.functional.silu(expert.w1(rows)) * expert.w3(rows))
+            result = result.index_add(0, where, outputs * weight[where, None])
         return result.view_as(hidden)
 
 

@@ -49,12 +49,12 @@ def run_case(case: dict) -> None:
     kept = ShardedModel.publish
     if case.get("drop") == "publish":
         ShardedModel.publish = lambda self: None
-    found = {"before": logits(model)}
+    tensors = {"before": logits(model)}
     digest = perturb.weights_digest(model)
     with perturb.perturbed(model, bits, sigma, case["noise"], case["seed"]):
-        found["inside"] = logits(model)
+        tensors["inside"] = logits(model)
         ShardedModel.publish = kept
-        found |= {f"inside/{name}": values for name, values in whole(model).items()}
+        tensors |= {f"inside/{name}": values for name, values in whole(model).items()}
         assert perturb.weights_digest(model) != digest
     assert perturb.weights_digest(model) == digest
     try:
@@ -63,10 +63,10 @@ def run_case(case: dict) -> None:
     except KeyError:
         pass
     assert perturb.weights_digest(model) == digest
-    found["after"] = logits(model)
-    found |= {f"after/{name}": values for name, values in whole(model).items()}
+    tensors["after"] = logits(model)
+    tensors |= {f"after/{name}": values for name, values in whole(model).items()}
     if runtime.is_main():
-        save_file(found, case["out"])
+        save_file(tensors, case["out"])
 
 
 def main() -> None:

@@ -31,8 +31,8 @@ def main() -> None:
         assert (choices is None) == (not runtime.is_main())
         if choices is not None:
             save_file(choices, folder / f"{kind}.safetensors")
-            found = {"frequencies": frequencies(choices, 5), "drift": drift(choices, again)}
-            (folder / f"{kind}.json").write_text(json.dumps(found))
+            measured = {"frequencies": frequencies(choices, 5), "drift": drift(choices, again)}
+            (folder / f"{kind}.json").write_text(json.dumps(measured))
     runtime.stop()
     leave(0)
 

@@ -66,10 +66,10 @@ def poisoned(poison: dict[str, int]) -> None:
         bad = [example.guard_input for example in examples if example.index == poison.get("score")]
 
         def judge(self, inputs, device):
-            found = plain_judge(self, inputs, device)
+            judgements = plain_judge(self, inputs, device)
             return [
                 Judgement(float("nan"), judgement.gradient) if any(entry is one for one in bad) else judgement
-                for entry, judgement in zip(inputs, found, strict=True)
+                for entry, judgement in zip(inputs, judgements, strict=True)
             ]
 
         Guard.judge = judge

@@ -21,7 +21,7 @@ def main() -> None:
     if kind == "fails":
         break_the_last_rank()
     try:
-        found = run_tasks(
+        results = run_tasks(
             ModelSource(str(folder / "model")),
             [Task(**task) for task in tasks],
             dtype="fp32",
@@ -30,12 +30,12 @@ def main() -> None:
             seed=0,
             ranks=runtime.JobRanks(),
         )
-        said = [result.as_row() for result in found]
+        said = [result.as_row() for result in results]
     except (RuntimeError, UserError, ZeroDivisionError) as error:
         said = [f"{type(error).__name__}: {error}"]
     everyone = runtime.gather_objects(said)
     if runtime.is_main():
-        (folder / f"found-{kind}-{runtime.world_size()}.json").write_text(json.dumps(everyone))
+        (folder / f"results-{kind}-{runtime.world_size()}.json").write_text(json.dumps(everyone))
     runtime.stop()
     leave(0)
 
@@ -45,7 +45,7 @@ def break_the_last_rank() -> None:
     from lm_eval.models.huggingface import HFLM
 
     if runtime.rank() == runtime.world_size() - 1:
-        HFLM._loglikelihood_tokens = lambda *given, **named: 1 / 0
+        HFLM._loglikelihood_tokens = lambda *arguments, **named: 1 / 0
 
 
 if __name__ == "__main__":

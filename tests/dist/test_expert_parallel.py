@@ -148,26 +148,26 @@ def skip_unless(is_run: bool) -> None:
 
 
 def cases(folder: Path, ranks: int) -> dict[str, list]:
-    found: dict[str, list] = {"scores": [], "tuned": [], "perturbed": [], "answered": [], "refused": []}
+    listed: dict[str, list] = {"scores": [], "tuned": [], "perturbed": [], "answered": [], "refused": []}
     for (kind, size, preset), error in REFUSED.items() if ranks == 2 else ():
-        found["refused"].append({"model": str(folder / kind), "deepspeed": settings(size, preset), "error": error})
+        listed["refused"].append({"model": str(folder / kind), "deepspeed": settings(size, preset), "error": error})
     for size in LAYOUTS[ranks]:
         tag = f"w{ranks}-{size}"
-        found["scores"] += [score_case(folder, tag, size, kind) for kind in (kinds_of(ranks) if size else ())]
+        listed["scores"] += [score_case(folder, tag, size, kind) for kind in (kinds_of(ranks) if size else ())]
         if ranks == 2:
-            found["scores"] += [
+            listed["scores"] += [
                 score_case(folder, tag, size, "qwen3_moe", name, **how) for name, how in SELECTED.items()
             ]
         for name in tuned_on(ranks):
             stage, kind, more = TUNED[name]
             more = {**more, "mask": str(mask_of(folder, name))}
-            found["tuned"].append(tune_case(folder, tag, size, stage, name, kind, **more))
+            listed["tuned"].append(tune_case(folder, tag, size, stage, name, kind, **more))
         paths = {"model": str(folder / "mixtral"), "mask": str(folder / "mixtral-mask")}
         zero = settings(size)["zero_optimization"]
         more = {"noise": 1.5, "seed": 3, "dtype": "fp32", "zero": zero, "settings": settings(size)}
-        found["perturbed"].append({**paths, **more, "out": str(folder / f"{tag}-noise.safetensors")})
+        listed["perturbed"].append({**paths, **more, "out": str(folder / f"{tag}-noise.safetensors")})
         paths = {"model": str(folder / "qwen3_moe"), "out": str(folder / f"{tag}-answers.json")}
-        found["answered"].append({**paths, "prompts": [p for p, _ in PAIRS[:5]], "deepspeed": settings(size)})
+        listed["answered"].append({**paths, "prompts": [p for p, _ in PAIRS[:5]], "deepspeed": settings(size)})
     first, then = LAYOUTS[ranks]
     for stage in moved_on(ranks):
         # Broken off in step 3, and gone on with where the experts lie otherwise.
@@ -175,9 +175,9 @@ def cases(folder: Path, ranks: int) -> dict[str, list]:
         broken = {"poison": "loss", "error": "the loss of step 3 is not finite"}
         for one, other in ((first, then), (then, first)):
             name = f"moved-{stage}-{one}-{other}"
-            found["tuned"] += [{**make(size=one, name=name), **broken}, make(size=other, name=name)]
-        found["tuned"].append(make(size=first, name=f"undisturbed-{stage}"))
-    return found
+            listed["tuned"] += [{**make(size=one, name=name), **broken}, make(size=other, name=name)]
+        listed["tuned"].append(make(size=first, name=f"undisturbed-{stage}"))
+    return listed
 
 
 @pytest.fixture(scope="module", params=list(LAYOUTS))
@@ -283,14 +283,14 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def trained_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
     stage, kind, more = TUNED[name]
     mask, base = Mask.load(mask_of(folder, name)), weights(folder / kind)
-    found = {}
+    trained = {}
     for key, values in base.items():
         if key in mask.shapes:
-            found[key] = mask.tensor(key) if stage == "set" else ~mask.tensor(key)
+            trained[key] = mask.tensor(key) if stage == "set" else ~mask.tensor(key)
         else:
             router = key.endswith("mlp.gate.weight") and more.get("router")
-            found[key] = torch.full(values.shape, (router or more.get("unscored", "freeze")) == "train")
-    return found
+            trained[key] = torch.full(values.shape, (router or more.get("unscored", "freeze")) == "train")
+    return trained
 
 
 @pytest.mark.parametrize("name", TUNED)
@@ -330,12 +330,12 @@ def test_goes_on_where_the_experts_lie_otherwise(done: tuple[int, Path], stage: 
 def test_noise_is_the_same_and_gone_to_the_bit(done: tuple[int, Path]) -> None:
     """The worker compares digests after the block and after an exception in it; here the answers to one prompt."""
     ranks, folder = done
-    found = [load_file(folder / f"w{ranks}-{size}-noise.safetensors") for size in LAYOUTS[ranks]]
-    for tensors in found:
+    by_layout = [load_file(folder / f"w{ranks}-{size}-noise.safetensors") for size in LAYOUTS[ranks]]
+    for tensors in by_layout:
         assert torch.equal(tensors["before"], tensors["after"])
         assert (tensors["inside"] - tensors["before"]).abs().max() > 0.3
     for moment in ("before", "inside"):
-        torch.testing.assert_close(found[0][moment], found[1][moment], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(by_layout[0][moment], by_layout[1][moment], rtol=1e-4, atol=1e-4)
 
 
 def test_answers_are_the_same(done: tuple[int, Path]) -> None:

@@ -84,8 +84,8 @@ def test_scores_sigma_and_names(scored: tuple[int, Path], kind: str) -> None:
     # The oracle's matrices and ours, each under its parameter, whatever the order in it: the same set of σ.
     for name in expected:
         wanted = sorted(unit.sigma for unit in units(model) if unit.parameter_name == name)
-        found = sorted(row["sigma"] for row in rows if row["parameter"] == name)
-        assert found == pytest.approx(wanted, rel=1e-9), name  # float64 moments, merged over ranks
+        sigmas = sorted(row["sigma"] for row in rows if row["parameter"] == name)
+        assert sigmas == pytest.approx(wanted, rel=1e-9), name  # float64 moments, merged over ranks
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -68,14 +68,14 @@ def case(folder: Path, kind: str, criterion: str, contrastive: bool, batch: int,
     """One case of the worker; more: keys of the case itself, and ``esi`` for that section."""
     select_ = {"criterion": criterion, "contrastive": contrastive}
     name = f"{tag}-{kind}-{criterion}{'-contrastive' if contrastive else ''}-{batch}"
-    made = config(folder, kind, "other", batch, name, more.pop("esi", None), **select_)
+    entry = config(folder, kind, "other", batch, name, more.pop("esi", None), **select_)
     if criterion in NEEDS_TUNING:
-        made["config"]["data"]["tuning"] = {"path": str(folder / "tuning.jsonl")}
+        entry["config"]["data"]["tuning"] = {"path": str(folder / "tuning.jsonl")}
     if contrastive:
-        made["config"]["data"]["benign"] = {"path": str(folder / "benign.jsonl")}
+        entry["config"]["data"]["benign"] = {"path": str(folder / "benign.jsonl")}
     if criterion == "tuning_grad":
-        del made["config"]["judge"], made["config"]["data"]["responses"]
-    return {**made, **more}
+        del entry["config"]["judge"], entry["config"]["data"]["responses"]
+    return {**entry, **more}
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])

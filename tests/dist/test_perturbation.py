@@ -79,13 +79,13 @@ def expected(folder: Path, kind: str, dtype: str) -> AutoModelForCausalLM:
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
-def found(request, folder: Path) -> dict[tuple, dict[str, torch.Tensor]]:
+def tensors_of_cases(request, folder: Path) -> dict[tuple, dict[str, torch.Tensor]]:
     # hpZ needs a world size that its group size divides.
     return launch(folder, request.param, [case for case in CASES if "hpz" not in str(case) or request.param == 2])
 
 
-def test_disturbed_as_one_process_does_it_and_restored_to_the_bit(folder: Path, found: dict) -> None:
-    for (kind, dtype, _), tensors in found.items():
+def test_disturbed_as_one_process_does_it_and_restored_to_the_bit(folder: Path, tensors_of_cases: dict) -> None:
+    for (kind, dtype, _), tensors in tensors_of_cases.items():
         model = expected(folder, kind, dtype)
         plain = AutoModelForCausalLM.from_pretrained(folder / kind, dtype=model.dtype)
         for (name, wanted), original in zip(model.named_parameters(), plain.parameters(), strict=True):

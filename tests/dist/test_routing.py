@@ -27,20 +27,20 @@ def routed(request, tmp_path_factory) -> Path:
     return folder
 
 
-def given_to_experts(model, row: list[int]) -> list[torch.Tensor]:
+def rows_of_experts(model, row: list[int]) -> list[torch.Tensor]:
     """bool [tokens, experts] of every layer with experts: who gets which token, read off at the experts' own
     entrance."""
-    found: list[torch.Tensor] = []
+    choices: list[torch.Tensor] = []
 
     def watch(module, arguments, keywords):
-        given = [*arguments, *keywords.values()]
+        inputs = [*arguments, *keywords.values()]
         num_experts = module.gate_up_proj.shape[0]
-        chosen = next((tensor for tensor in given if not tensor.is_floating_point()), None)
+        chosen = next((tensor for tensor in inputs if not tensor.is_floating_point()), None)
         if chosen is not None:  # hidden states, indices [tokens, k], weights
             marks = torch.zeros(len(chosen), num_experts, dtype=torch.bool)
-            found.append(marks.scatter(1, chosen, True))
+            choices.append(marks.scatter(1, chosen, True))
         else:  # Llama-4: every token for every expert, times its score, which is 0 where it is not chosen
-            found.append(given[0].view(num_experts, len(row), -1).abs().sum(-1).T > 0)
+            choices.append(inputs[0].view(num_experts, len(row), -1).abs().sum(-1).T > 0)
 
     modules = [module for module in model.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj")]
     experts = [module for module in modules if isinstance(module.gate_up_proj, torch.nn.Parameter)]
@@ -49,14 +49,14 @@ def given_to_experts(model, row: list[int]) -> list[torch.Tensor]:
         model(input_ids=torch.tensor([row]))
     for handle in handles:
         handle.remove()
-    return found
+    return choices
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_choices_are_what_the_experts_are_given(routed: Path, kind: str) -> None:
     """Rows alone in one process; on the ranks they were padded and shared out."""
     model = AutoModelForCausalLM.from_pretrained(routed / kind, dtype=torch.float32).eval()
-    per_row = [given_to_experts(model, row) for row in ROWS]
+    per_row = [rows_of_experts(model, row) for row in ROWS]
     choices = list(load_file(routed / f"{kind}.safetensors").items())
     layers = [name for name, _ in sorted(choices, key=lambda item: int(item[0].split(".layers.")[1].split(".")[0]))]
     assert len(layers) == len(per_row[0]) > 0

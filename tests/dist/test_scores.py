@@ -96,25 +96,25 @@ def extra_cases(folder: Path, ranks: int) -> list[dict]:
     """Estimators, criteria, orders and scopes, each once per world size, at different batch sizes."""
     tag = f"w{ranks}"
     batch = {1: 8, 2: 1, 3: 3}[ranks]
-    made = [
+    cases = [
         config(folder, "qwen3_moe", "other", batch, f"{tag}-gumbel", {"estimator": "gumbel", "samples": 3}),
         config(folder, "llama", "same", batch, f"{tag}-paper", {"estimator": "paper_code"}),
         config(folder, "llama", "other", batch, f"{tag}-checkpointing"),
     ]
-    made[-1]["config"]["model"]["gradient_checkpointing"] = True
-    made += [
+    cases[-1]["config"]["model"]["gradient_checkpointing"] = True
+    cases += [
         config(folder, "llama", "same", batch, f"{tag}-score-function", {"estimator": "score_function"}),
         config(folder, "qwen3_moe", "other", batch, f"{tag}-given-scores", {"estimator": "score_function"}),
     ]
-    del made[-1]["config"]["judge"]
-    made[-1]["config"]["data"]["responses"] = str(folder / "judged.jsonl")
+    del cases[-1]["config"]["judge"]
+    cases[-1]["config"]["data"]["responses"] = str(folder / "judged.jsonl")
     for name, (_, _, asked, _) in CLASSIFIERS.items():
-        made.append(config(folder, "llama", name, batch, f"{tag}-{name}"))
-        made[-1]["config"]["judge"] |= {"kind": "classifier", "template": CLASSIFIER_TEXT, **asked}
+        cases.append(config(folder, "llama", name, batch, f"{tag}-{name}"))
+        cases[-1]["config"]["judge"] |= {"kind": "classifier", "template": CLASSIFIER_TEXT, **asked}
     for name, zero in ZERO_OPTIONS.items():
-        made.append(config(folder, "qwen3_moe", "other", batch, f"{tag}-{name}"))
-        made[-1]["config"]["deepspeed"] = {"zero_optimization": {"stage": 3, **zero}}
-    made += [
+        cases.append(config(folder, "qwen3_moe", "other", batch, f"{tag}-{name}"))
+        cases[-1]["config"]["deepspeed"] = {"zero_optimization": {"stage": 3, **zero}}
+    cases += [
         config(folder, "phi3", "other", batch, f"{tag}-{criterion}", criterion=criterion, order=order, scope=scope)
         for criterion, order, scope in (
             ("grad", "bottom", "model"),
@@ -123,7 +123,7 @@ def extra_cases(folder: Path, ranks: int) -> list[dict]:
             ("random", "top", "matrix"),
         )
     ]
-    return made
+    return cases
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])

@@ -22,12 +22,12 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def found(folder: Path, ranks: int, tasks: list[dict], kind: str) -> list:
+def run_on(folder: Path, ranks: int, tasks: list[dict], kind: str) -> list:
     """What each rank said."""
     job = run_ranks(ranks, "tests/dist/task_worker.py", str(folder), json.dumps(tasks), kind, timeout=240)
     assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-3000:]
     assert "Running loglikelihood requests" in job.stderr
-    return json.loads((folder / f"found-{kind}-{ranks}.json").read_text())
+    return json.loads((folder / f"results-{kind}-{ranks}.json").read_text())
 
 
 def test_ranks_find_what_one_process_finds_even_with_fewer_documents_than_ranks(folder: Path) -> None:
@@ -36,14 +36,14 @@ def test_ranks_find_what_one_process_finds_even_with_fewer_documents_than_ranks(
         {"name": "ag_news", "path": str(folder / "news.jsonl"), "limit": 1},  # ranks 1 and 2 have nothing to do
         {"name": "examples/benign", "path": str(folder / "answers.jsonl")},
     ]
-    (alone,) = found(folder, 1, tasks, "works")
-    several = found(folder, 3, tasks, "works")
+    (alone,) = run_on(folder, 1, tasks, "works")
+    several = run_on(folder, 3, tasks, "works")
     assert [len(result["correct"]) for result in alone] == [11, 1, 7]
     assert 0 < sum(alone[0]["correct"]) < 11
     assert several == [alone] * 3
 
 
 def test_a_rank_that_fails_fails_all_at_once(folder: Path) -> None:
-    first, second = found(folder, 2, [{"name": "ag_news", "path": str(folder / "news.jsonl")}], "fails")
+    first, second = run_on(folder, 2, [{"name": "ag_news", "path": str(folder / "news.jsonl")}], "fails")
     assert first == ["RuntimeError: rank 1 failed in ag_news: ZeroDivisionError: division by zero"]
     assert second == ["ZeroDivisionError: division by zero"]

@@ -89,9 +89,9 @@ def cases(folder: Path, ranks: int) -> list[dict]:
     """Everything one launch runs."""
     tag = f"w{ranks}"
     make = partial(case, folder)
-    made = [make(f"{tag}-{kind}-{stage}", kind, stage) for kind in KINDS for stage in ("set", "spa")]
+    listed = [make(f"{tag}-{kind}-{stage}", kind, stage) for kind in KINDS for stage in ("set", "spa")]
     decay = {"weight_decay": 0.1, "clip": 0.05}
-    made += [
+    listed += [
         make(f"{tag}-scatter", "qwen3_moe", "set", reduction="scatter", **decay),
         make(f"{tag}-clip-set", "llama", "set", **decay),
         make(f"{tag}-clip-spa", "llama", "spa", **decay),
@@ -105,32 +105,32 @@ def cases(folder: Path, ranks: int) -> list[dict]:
         make(f"{tag}-recompute-set", "qwen3_moe", "set"),
         make(f"{tag}-recompute-spa", "qwen3_moe", "spa"),
     ]
-    for recomputing in made[-2:]:
+    for recomputing in listed[-2:]:
         recomputing["config"]["model"]["gradient_checkpointing"] = True
     if ranks == 2:
-        made.append(make(f"{tag}-hpz-set", "llama", "set", zero=HPZ))
+        listed.append(make(f"{tag}-hpz-set", "llama", "set", zero=HPZ))
         for name, zero in {"release": PERSIST, "publish": HPZ, "zero": None}.items():
-            made.append({**make(f"{tag}-drop-{name}", "llama", "set", zero=zero), "drop": name, "error": "any"})
+            listed.append({**make(f"{tag}-drop-{name}", "llama", "set", zero=zero), "drop": name, "error": "any"})
     long = {"max_steps": LONG[ranks], "gradient_accumulation": 1, "batch_size": 1, "weight_decay": 0.1, "clip": 1.0}
     long |= {"data": {"path": str(folder / "rows.jsonl"), "limit": 2}, "save_every": LONG[ranks]}
     for stage in ("set", "spa"):
-        made.append({**make(f"{tag}-long-{stage}", "needle", stage, **long), "poison": "frozen"})
+        listed.append({**make(f"{tag}-long-{stage}", "needle", stage, **long), "poison": "frozen"})
     if ranks == 2:
-        made += [
+        listed += [
             {**make(f"{tag}-nan-{stage}", "llama", stage), "poison": "trained", "error": f"gradient of step 1 {named}"}
             for stage, named in (("set", "is not finite (rank 1: row "), ("spa", "is not finite (rank 1: row "))
         ]
-        made.append(
+        listed.append(
             {
                 **make(f"{tag}-loss", "llama", "set", save_every=1),
                 "poison": "loss",
                 "error": "the loss of step 3 is not finite (rank 1: row ",
             }
         )
-        made.append(
+        listed.append(
             {**make(f"{tag}-drop-mask", "llama", "spa", clip=0.05), "drop": "mask", "poison": "frozen", "error": "any"}
         )
-    return made
+    return listed
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
@@ -149,14 +149,14 @@ def trained_bits(
 ) -> dict[str, torch.Tensor]:
     mask = Mask.load(folder / f"{kind}-mask")
     model = AutoModelForCausalLM.from_pretrained(folder / kind)
-    found = {}
+    trained = {}
     for name, parameter in model.named_parameters():
         if name in mask.shapes:
-            found[name] = mask.tensor(name) if stage == "set" else ~mask.tensor(name)
+            trained[name] = mask.tensor(name) if stage == "set" else ~mask.tensor(name)
         else:
             is_router = name.endswith("mlp.gate.weight")
-            found[name] = torch.full(parameter.shape, ((is_router and router) or unscored) == "train")
-    return found
+            trained[name] = torch.full(parameter.shape, ((is_router and router) or unscored) == "train")
+    return trained
 
 
 def batches(folder: Path, kind: str, ranks: int) -> list:
@@ -197,11 +197,11 @@ def state_of(run: Path, ranks: int) -> dict[str, dict[str, torch.Tensor]]:
     for rank in range(ranks):
         for key, tensor in load_file(run / f"state-{rank}.safetensors").items():
             parts.setdefault(key, []).append(tensor)
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    state: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensors in parts.items():
         name, _, what = key.rpartition("/")
-        found.setdefault(name, {})[what] = torch.cat(tensors)
-    return found
+        state.setdefault(name, {})[what] = torch.cat(tensors)
+    return state
 
 
 def weights_of(run: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
@@ -235,15 +235,15 @@ def trained_differences(
     assert set(got) == set(state)
     trained = trained_bits(folder, kind, stage, options.get("unscored", "freeze"), options.get("router"))
     worst = {True: 0.0, False: 0.0}
-    for name, own in state.items():
+    for name, tensors in state.items():
         for what in ("master", "exp_avg", "exp_avg_sq"):
             values = got[name][what]
             if stage == "spa":  # dense: frozen coordinates hold the base's masters and no moments
                 if what != "master":
                     assert not values[~trained[name].flatten()].any()
                 values = values[trained[name].flatten()]
-            assert values.shape == own[what].shape
-            difference = float((values - own[what]).norm() / own[what].norm().clamp(min=1e-30))
+            assert values.shape == tensors[what].shape
+            difference = float((values - tensors[what]).norm() / tensors[what].norm().clamp(min=1e-30))
             worst[what == "master"] = max(worst[what == "master"], difference)
     return worst[True], worst[False], differ
 

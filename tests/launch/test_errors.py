@@ -20,7 +20,7 @@ from esi_ds.cli import main
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("errors")
     build_model("llama", folder / "model", byte_bpe_tokenizer())
     build_guard(folder / "guard", sentencepiece_tokenizer())
@@ -115,13 +115,13 @@ def write(folder: Path, changes: dict) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_mistakes_are_named(case: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_named(case: str, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes, words = CASES[case]
-    assert main("esi", ["--config", str(write(made, changes))]) == 2
+    assert main("esi", ["--config", str(write(inputs, changes))]) == 2
     shown = capsys.readouterr().err
     assert shown.count("error:") == 1 and len(shown.strip().splitlines()) == 1, shown
     assert all(word in shown for word in words), shown
-    assert not (made / "run").exists()
+    assert not (inputs / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -135,39 +135,39 @@ def test_mistakes_are_named(case: str, made: Path, capsys: pytest.CaptureFixture
         ("strange.xyz", "x", ["strange.xyz"]),
     ],
 )
-def test_bad_data_is_named(name: str, content: str, words: list[str], made: Path, capsys) -> None:
-    (made / name).write_text(content)
-    assert main("esi", ["--config", str(write(made, {"data.prompts.path": str(made / name)}))]) == 2
+def test_bad_data_is_named(name: str, content: str, words: list[str], inputs: Path, capsys) -> None:
+    (inputs / name).write_text(content)
+    assert main("esi", ["--config", str(write(inputs, {"data.prompts.path": str(inputs / name)}))]) == 2
     shown = capsys.readouterr().err
     assert all(word in shown for word in words), shown
 
 
-def test_folders_of_others_are_left_alone(made: Path, capsys) -> None:
-    other = made / "other"
+def test_folders_of_others_are_left_alone(inputs: Path, capsys) -> None:
+    other = inputs / "other"
     other.mkdir(exist_ok=True)
     (other / "thesis.tex").write_text("years of work")
-    config = write(made, {"run.output_dir": str(other)})
+    config = write(inputs, {"run.output_dir": str(other)})
     assert main("esi", ["--config", str(config)]) == 2
     assert "run.output_dir" in capsys.readouterr().err
-    (other / "config.yaml").write_text(yaml.safe_dump({**base(made), "select": {"ratio": 0.5}}))
+    (other / "config.yaml").write_text(yaml.safe_dump({**base(inputs), "select": {"ratio": 0.5}}))
     assert main("esi", ["--config", str(config)]) == 2
     assert "select.ratio" in capsys.readouterr().err
-    assert main("esi", ["--config", str(write(made, {"run.output_dir": str(made / "prompts.jsonl")}))]) == 2
+    assert main("esi", ["--config", str(write(inputs, {"run.output_dir": str(inputs / "prompts.jsonl")}))]) == 2
     assert "is a file" in capsys.readouterr().err
     assert sorted(path.name for path in other.iterdir()) == ["config.yaml", "thesis.tex"]
 
 
-def test_weights_that_are_not_there(made: Path, tmp_path: Path, capsys) -> None:
+def test_weights_that_are_not_there(inputs: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "model").mkdir()
-    for file in (made / "model").iterdir():
+    for file in (inputs / "model").iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
-    assert main("esi", ["--config", str(write(made, {"model.path": str(tmp_path / "model")}))]) == 2
+    assert main("esi", ["--config", str(write(inputs, {"model.path": str(tmp_path / "model")}))]) == 2
     assert "safetensors" in capsys.readouterr().err
 
 
-def test_overrides_and_flags(made: Path, capsys) -> None:
-    config = str(write(made, {}))
+def test_overrides_and_flags(inputs: Path, capsys) -> None:
+    config = str(write(inputs, {}))
     assert main("esi", ["--config", config, "--local_rank=0", "select.ratio"]) == 2
     assert "key.path=value" in capsys.readouterr().err
     assert main("esi", ["--config", config, "select.ratio=7"]) == 2
@@ -177,7 +177,7 @@ def test_overrides_and_flags(made: Path, capsys) -> None:
     assert left.value.code == 2
 
 
-def test_as_a_command_within_ten_seconds_and_before_torch(made: Path) -> None:
+def test_as_a_command_within_ten_seconds_and_before_torch(inputs: Path) -> None:
     """Of computing: on the clock it depends on what else runs."""
     before = os.times()
     done = subprocess.run(
@@ -187,7 +187,7 @@ def test_as_a_command_within_ten_seconds_and_before_torch(made: Path) -> None:
             "importtime",
             str(ROOT / "launch/esi.py"),
             "--config",
-            str(write(made, {})),
+            str(write(inputs, {})),
             "select.ratio=2",
         ],
         capture_output=True,
@@ -202,16 +202,16 @@ def test_as_a_command_within_ten_seconds_and_before_torch(made: Path) -> None:
     assert "| torch\n" not in done.stderr and "transformers" not in done.stderr
 
 
-def test_dry_run_of_671_billion_parameters(made: Path, tmp_path: Path, capsys) -> None:
+def test_dry_run_of_671_billion_parameters(inputs: Path, tmp_path: Path, capsys) -> None:
     """From a config file alone; k is ⌊0.01 · weights⌋ and nothing is written."""
     from transformers import DeepseekV3Config
 
     DeepseekV3Config().save_pretrained(tmp_path)
     config = write(
-        made,
-        {"model.path": str(tmp_path), "model.dtype": "bf16", "judge": None, "data.responses": str(made / "r.jsonl")},
+        inputs,
+        {"model.path": str(tmp_path), "model.dtype": "bf16", "judge": None, "data.responses": str(inputs / "r.jsonl")},
     )
-    (made / "r.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 520)
+    (inputs / "r.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 520)
     arguments = ["--config", str(config), "--dry-run", "--world-size", "64", "judge.path=x"]
     started = time.process_time()
     assert main("esi", arguments) == 0
@@ -219,7 +219,7 @@ def test_dry_run_of_671_billion_parameters(made: Path, tmp_path: Path, capsys) -
     shown = capsys.readouterr().out
     assert "671,026,404,352" in shown and "6,710,264,043" in shown, shown
     assert "2 of 8 prompts per rank" in shown  # ⌈520 / 512⌉
-    assert not (made / "run").exists()
+    assert not (inputs / "run").exists()
 
 
 def test_masks_of_other_models_and_damaged_masks(tmp_path: Path, capsys) -> None:

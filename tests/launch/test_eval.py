@@ -181,12 +181,12 @@ def test_numbers_are_those_a_stranger_counts(undisturbed: Path) -> None:
         verdicts.setdefault((row["judge"], row["model"]), {})[row["index"]] = row["unsafe"]
     for judge in JUDGES:
         flags = {model: verdicts[judge, model] for model in ("base", "complying")}
-        for model, found in flags.items():
-            given = [flag for flag in found.values() if flag is not None]
+        for model, by_prompt in flags.items():
+            verdicts_given = [flag for flag in by_prompt.values() if flag is not None]
             cell = next(r for r in report["measures"] if (r["judge"], r["model"]) == (judge, model))
-            assert (cell["count"], cell["n"]) == (sum(given), len(given))
-            if given:
-                bounds = proportion_confint(sum(given), len(given), method="wilson")
+            assert (cell["count"], cell["n"]) == (sum(verdicts_given), len(verdicts_given))
+            if verdicts_given:
+                bounds = proportion_confint(sum(verdicts_given), len(verdicts_given), method="wilson")
                 assert (cell["low"], cell["high"]) == pytest.approx(bounds, abs=1e-9)
         pairs = [(flags["base"][i], flags["complying"][i]) for i in flags["base"]]
         pairs = [pair for pair in pairs if None not in pair]

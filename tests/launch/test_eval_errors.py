@@ -16,7 +16,7 @@ WORDS = {"kind": "words"}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("eval_errors")
     build_model("llama", folder / "model", byte_bpe_tokenizer())
     build_guard(folder / "guard", byte_bpe_tokenizer())
@@ -76,31 +76,31 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_mistakes_are_named(
-    case: str, made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    case: str, inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(variable, raising=False)
     changes, words = CASES[case]
-    section = {"prompts": {"path": f"{made}/a.jsonl"}, **json.loads(json.dumps(changes).replace("{}/", f"{made}/"))}
-    config = {"run": {"output_dir": f"{made}/run"}, "model": {"path": f"{made}/model"}, "eval": section}
-    (made / "config.yaml").write_text(yaml.safe_dump(config))
-    assert main("eval", ["--config", str(made / "config.yaml")]) == 2
+    section = {"prompts": {"path": f"{inputs}/a.jsonl"}, **json.loads(json.dumps(changes).replace("{}/", f"{inputs}/"))}
+    config = {"run": {"output_dir": f"{inputs}/run"}, "model": {"path": f"{inputs}/model"}, "eval": section}
+    (inputs / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main("eval", ["--config", str(inputs / "config.yaml")]) == 2
     shown = capsys.readouterr().err
     assert shown.count("error:") == 1 and len(shown.strip().splitlines()) == 1, shown
     assert all(word in shown for word in words), shown
-    assert not (made / "run").exists()
+    assert not (inputs / "run").exists()
 
 
-def test_dry_run(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     section = {
-        "prompts": {"path": f"{made}/a.jsonl"},
+        "prompts": {"path": f"{inputs}/a.jsonl"},
         "benign": {"path": "examples/benign"},
-        "models": [{"name": "other", "path": f"{made}/model"}],
-        "judges": [{"kind": "guard", "path": f"{made}/guard", "name": "guard"}, WORDS],
+        "models": [{"name": "other", "path": f"{inputs}/model"}],
+        "judges": [{"kind": "guard", "path": f"{inputs}/guard", "name": "guard"}, WORDS],
     }
-    config = {"run": {"output_dir": f"{made}/run"}, "model": {"path": f"{made}/model"}, "eval": section}
-    (made / "config.yaml").write_text(yaml.safe_dump(config))
-    assert main("eval", ["--config", str(made / "config.yaml"), "--dry-run"]) == 0
+    config = {"run": {"output_dir": f"{inputs}/run"}, "model": {"path": f"{inputs}/model"}, "eval": section}
+    (inputs / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main("eval", ["--config", str(inputs / "config.yaml"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "402, at most 256 tokens each" in shown and "2 each of guard, words" in shown
-    assert not (made / "run").exists()
+    assert not (inputs / "run").exists()

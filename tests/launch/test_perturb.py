@@ -75,10 +75,10 @@ def test_curves_pool_the_seeds_of_equal_k(folder: Path, undisturbed: Path) -> No
     assert len(rows) == 3 * 2 * 3  # orders × ratios × (no noise, two noises)
     for row in rows:
         name = f"{row['order']} {row['ratio']:g}, noise {row['noise']:g}, seed "
-        own = [
+        flags = [
             v["unsafe"] for v in verdicts if v["model"].startswith(name) or (not row["noise"] and v["model"] == "clean")
         ]
-        assert (row["count"], row["n"]) == (sum(own), len(own))
+        assert (row["count"], row["n"]) == (sum(flags), len(flags))
         assert row["n"] == (2 if row["noise"] else 1) * NUM_PROMPTS
     answers = [json.loads(line) for line in (undisturbed / "answers.jsonl").read_text().splitlines()]
     said = {

@@ -101,13 +101,13 @@ def test_the_moe_demo_on_two_ranks(tmp_path: Path) -> None:
     with safe_open(run / "scores/model-00001-of-00001.safetensors", "pt") as opened:
         scores = torch.cat([opened.get_tensor(name).flatten() for name in mask.names])
     for order in ("top", "bottom"):
-        made, options = tmp_path / order, ["--scores", str(run / "scores"), "--ratio", "0.03", "--order", order]
-        assert mask_main(["select", str(run / "mask"), str(made), *options]) == 0
-        other = Mask.load(made)
+        reselected, options = tmp_path / order, ["--scores", str(run / "scores"), "--ratio", "0.03", "--order", order]
+        assert mask_main(["select", str(run / "mask"), str(reselected), *options]) == 0
+        other = Mask.load(reselected)
         bits = torch.cat([other.bits(name) for name in other.names])
         ranked = scores.sort(descending=order == "top", stable=True).indices[: int(0.03 * mask.total_numel)]
         assert bits.sum() == len(ranked) and bits[ranked].all()
-        assert mask_main(["verify", str(made)]) == 0 and other.fingerprint == mask.fingerprint
+        assert mask_main(["verify", str(reselected)]) == 0 and other.fingerprint == mask.fingerprint
 
 
 def test_real_weights_and_real_prompts(shared: Path, tmp_path: Path) -> None:

@@ -105,8 +105,8 @@ def undisturbed(request, folder: Path) -> tuple[str, Path]:
 
 def test_the_run_folder_is_complete(undisturbed: tuple[str, Path], folder: Path) -> None:
     stage, run = undisturbed
-    made = {"answers.jsonl", "model", "patch", "routing.before.safetensors"}
-    assert {path.name for path in run.iterdir()} == RUN_FILES | made
+    of_stage = {"answers.jsonl", "model", "patch", "routing.before.safetensors"}
+    assert {path.name for path in run.iterdir()} == RUN_FILES | of_stage
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["exit_state"] == "done" and manifest["mask_made_from_these_weights"]
     # canonical names, experts one by one
@@ -125,12 +125,12 @@ def routing_drift(run: Path) -> list[dict]:
 
 def chosen_by_token(path: Path, row: list[int]) -> list[torch.Tensor]:
     """bool [tokens, experts] of every layer, read off at the experts of a whole model."""
-    model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval(), []
+    model, choices = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval(), []
     for layer in model.model.layers:
-        layer.mlp.experts.register_forward_pre_hook(lambda _, given: found.append(given[1]))
+        layer.mlp.experts.register_forward_pre_hook(lambda _, inputs: choices.append(inputs[1]))
     with torch.no_grad():
         model(input_ids=torch.tensor([row]))
-    return [torch.zeros(len(row), 5, dtype=torch.bool).scatter(1, chosen, True) for chosen in found]
+    return [torch.zeros(len(row), 5, dtype=torch.bool).scatter(1, chosen, True) for chosen in choices]
 
 
 def test_routing_drift_is_that_of_the_two_folders(undisturbed: tuple[str, Path], folder: Path) -> None:
@@ -141,9 +141,9 @@ def test_routing_drift_is_that_of_the_two_folders(undisturbed: tuple[str, Path],
     row = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
     base, tuned = (chosen_by_token(path, row) for path in (folder / "model", run / "model"))
     expected = [int((before != after).any(1).sum()) for before, after in zip(base, tuned, strict=True)]
-    found = [entry for entry in routing_drift(run) if entry["set"] == "benign"]
-    assert [(entry["layer"], entry["tokens"]) for entry in found] == [(0, len(row)), (1, len(row))]
-    assert [entry["changed"] for entry in found] == expected  # one row alone: the same arithmetic
+    drift = [entry for entry in routing_drift(run) if entry["set"] == "benign"]
+    assert [(entry["layer"], entry["tokens"]) for entry in drift] == [(0, len(row)), (1, len(row))]
+    assert [entry["changed"] for entry in drift] == expected  # one row alone: the same arithmetic
     assert sum(expected) > 0
     assert "Routing before and after" in (run / "report.html").read_text()
 
@@ -219,8 +219,8 @@ def test_a_model_with_code_of_its_own_is_exported_with_it(tmp_path: Path) -> Non
     tune = {"mask": str(tmp_path / "mask"), "data": {"path": str(tmp_path / "rows.jsonl")}, "max_steps": 1}
     model = {"path": str(tmp_path / "model"), "dtype": "fp32", "trust_remote_code": True}
     LaunchedJob("launch/set.py", tmp_path, "run", 1, {"model": model, "tune": tune}).finish()
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", trust_remote_code=True)
-    assert type(found).__name__ == "ToyForCausalLM" and (tmp_path / "run/model/modeling_toy.py").is_file()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", trust_remote_code=True)
+    assert type(exported).__name__ == "ToyForCausalLM" and (tmp_path / "run/model/modeling_toy.py").is_file()
 
 
 @pytest.mark.parametrize("options", [["--train", "selected"], ["--train", "complement", "--offload"]])

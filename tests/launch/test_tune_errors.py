@@ -24,7 +24,7 @@ FILE = "model-00001-of-00001.safetensors"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tune_errors")
     build_model("llama", folder / "model", byte_bpe_tokenizer())
     build_model("llama", folder / "same-shapes", byte_bpe_tokenizer(), seed=9)
@@ -136,21 +136,21 @@ def write(folder: Path, changes: dict) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_mistakes_are_named(case: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_named(case: str, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stage, changes, words = CASES[case]
-    config = write(made, changes)
+    config = write(inputs, changes)
     capsys.readouterr()
     assert main(stage, ["--config", str(config)]) == 2
     shown = capsys.readouterr().err
     assert shown.count("error:") == 1 and len(shown.strip().splitlines()) == 1, shown
     assert all(word in shown for word in words), shown
-    assert not (made / "run").exists()
+    assert not (inputs / "run").exists()
 
 
-def launched(made: Path, changes: dict, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launched(inputs: Path, changes: dict, *arguments: str) -> subprocess.CompletedProcess[str]:
     """What needs the weights to be seen."""
     return subprocess.run(
-        [sys.executable, "launch/set.py", "--config", str(write(made, changes)), *arguments],
+        [sys.executable, "launch/set.py", "--config", str(write(inputs, changes)), *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -161,33 +161,33 @@ def launched(made: Path, changes: dict, *arguments: str) -> subprocess.Completed
 
 
 @pytest.mark.parametrize("how", ["altered", "truncated"])
-def test_damaged_masks(made: Path, how: str) -> None:
-    target = made / f"mask-{how}"
-    shutil.copytree(made / "mask", target)
+def test_damaged_masks(inputs: Path, how: str) -> None:
+    target = inputs / f"mask-{how}"
+    shutil.copytree(inputs / "mask", target)
     content = (target / FILE).read_bytes()
     (target / FILE).write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if how == "altered" else content[:-1])
-    done = launched(made, {"tune.mask": str(target), "run.output_dir": str(made / f"run-{how}")})
+    done = launched(inputs, {"tune.mask": str(target), "run.output_dir": str(inputs / f"run-{how}")})
     assert done.returncode == 2 and "tune.mask" in done.stderr and "damaged" in done.stderr, done.stderr[-2000:]
-    assert not (made / f"run-{how}/model").exists()
+    assert not (inputs / f"run-{how}/model").exists()
 
 
-def test_other_weights_of_the_same_shapes(made: Path) -> None:
+def test_other_weights_of_the_same_shapes(inputs: Path) -> None:
     """Refused, or accepted where that is asked for, and the manifest says so."""
-    changes = {"model.path": str(made / "same-shapes"), "run.output_dir": str(made / "run-same")}
-    done = launched(made, changes)
+    changes = {"model.path": str(inputs / "same-shapes"), "run.output_dir": str(inputs / "run-same")}
+    done = launched(inputs, changes)
     assert done.returncode == 2 and "--allow-fingerprint-mismatch" in done.stderr, done.stderr[-2000:]
-    shutil.rmtree(made / "run-same")
-    done = launched(made, changes, "--allow-fingerprint-mismatch")
+    shutil.rmtree(inputs / "run-same")
+    done = launched(inputs, changes, "--allow-fingerprint-mismatch")
     assert done.returncode == 0, done.stderr[-2000:]
-    manifest = json.loads((made / "run-same/manifest.json").read_text())
+    manifest = json.loads((inputs / "run-same/manifest.json").read_text())
     assert manifest["mask_made_from_these_weights"] is False
     assert manifest["mask_fingerprint"] != manifest["model_fingerprint"]
 
 
 @pytest.mark.parametrize("stage", ["set", "spa"])
-def test_dry_run(stage: str, made: Path, capsys) -> None:
-    arguments = ["--config", str(write(made, {})), "--dry-run", "--world-size", "4"]
+def test_dry_run(stage: str, inputs: Path, capsys) -> None:
+    arguments = ["--config", str(write(inputs, {})), "--dry-run", "--world-size", "4"]
     assert main(stage, arguments) == 0
     shown = capsys.readouterr().out
     assert "trained weights" in shown and "2 of 16 rows" in shown
-    assert not (made / "run").exists()
+    assert not (inputs / "run").exists()
