@@ -20,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from esi_ds.config import Config, differences, parse_yaml, resolved_yaml, validate
+from esi_ds.config import Config, differences, resolved_yaml, validate
+from esi_ds.config_yaml import parse_yaml
 from esi_ds.errors import UserError
 
 UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")

@@ -18,6 +18,8 @@ LAYERS = {
     "reading": 0,
     "failures": 0,
     "config": 1,
+    "config_errors": 1,
+    "config_yaml": 1,
     "deepspeed_config": 1,
     "artifacts": 1,
     "core": 1,
@@ -43,6 +45,8 @@ LAYERS = {
 RESERVED = {"deepspeed": {"zero"}, "torch.distributed": {"zero"}}
 WITHOUT_TORCH = {
     "config",
+    "config_errors",
+    "config_yaml",
     "deepspeed_config",
     "errors",
     "reading",

@@ -9,7 +9,8 @@ from conftest import ROOT
 from import_boundaries import circles, import_graph, violations
 
 from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
-from esi_ds.config import differences, load_config, parse_yaml, require_esi, require_tune, resolved_yaml, validate
+from esi_ds.config import differences, load_config, require_esi, require_tune, resolved_yaml, validate
+from esi_ds.config_yaml import parse_yaml
 from esi_ds.deepspeed_config import check_experts, expert_parallel_size, resolve_deepspeed
 from esi_ds.errors import UserError
 
@@ -40,7 +41,10 @@ def test_overrides_reach_into_lists(tmp_path: Path) -> None:
     file.write_text("run: {output_dir: x}\nmodel: {path: a}\neval: {prompts: {path: p}, judges: [{kind: words}]}\n")
     config = load_config(str(file), ["eval.judges.0.words=gcg", "eval.prompts.limit=3"])
     assert config.eval.judges[0].words == "gcg" and config.eval.prompts[0].limit == 3
-    for override, words in (("eval.judges.1.words=gcg", "no number of the list"), ("model.path.x=1", "no section")):
+    for override, words in (
+        ("eval.judges.1.words=gcg", "not a number of the list"),
+        ("model.path.x=1", "not a section"),
+    ):
         with pytest.raises(UserError, match=words):
             load_config(str(file), [override])
 

@@ -184,8 +184,11 @@ def test_the_oracles_gradients_are_those_of_its_loss(tmp_path: Path) -> None:
         ({"data": {"tuning": ROWS}, "select": {"criterion": "directed"}}, "judge: is missing; criterion directed"),
         ({"judge": {"path": "b"}, "data": {"tuning": ROWS}, "select": {"criterion": "conflict"}}, "data.prompts: is m"),
         ({"select": {"criterion": "magnitude", "contrastive": True}}, "data.benign: is missing; select.contrastive"),
-        ({**JUDGED, "data": {"responses": "r", "tuning": ROWS}}, "data.tuning.path = rows.jsonl: is read by nothing"),
-        ({"data": {"benign": ROWS}, "select": {"criterion": "random"}}, "data.benign.path = rows.jsonl: is read by no"),
+        ({**JUDGED, "data": {"responses": "r", "tuning": ROWS}}, "data.tuning.path = rows.jsonl: would never be read"),
+        (
+            {"data": {"benign": ROWS}, "select": {"criterion": "random"}},
+            "data.benign.path = rows.jsonl: would never be read",
+        ),
     ],
 )
 def test_what_is_missing_or_read_by_nothing(sections: dict, words: str) -> None:

@@ -23,7 +23,8 @@ from builders import build_model, byte_bpe_tokenizer
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from esi_ds.config import Task, parse_yaml, resolved_yaml, validate
+from esi_ds.config import Task, resolved_yaml, validate
+from esi_ds.config_yaml import parse_yaml
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval import harness
 from esi_ds.eval.statistics import mcnemar_exact, wilson

@@ -1,0 +1,69 @@
+"""pydantic's complaints about a config as one message that names the key in full."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from esi_ds.errors import UserError
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> UserError:
+    """The first problem; unknown keys come first, because a misspelt key is often why another one is missing."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    path, section = _follow(problem["loc"], root)
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.0)
+        return UserError(key, None, "is an unknown key", f"the nearest known one is {'.'.join([*path[:-1], near[0]])}")
+    if problem["type"] == "missing":
+        return UserError(key, None, "is missing", "set it in the config or as key.path=value")
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        kinds = problem.get("ctx", {}).get("expected_tags", "guard, classifier, yes_no, rubric, words")
+        return UserError(f"{key}.kind", None, "is missing or unknown", f"name one of {kinds}")
+    value = problem["input"]
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        return UserError(key, repr(value), "must be a section of keys", "write its keys, or leave it out")
+    # A union complains once for each of its members.
+    same_key = [other for other in problems if other["loc"][: len(path)] == problem["loc"][: len(path)]]
+    message = " or ".join(dict.fromkeys(other["msg"][0].lower() + other["msg"][1:] for other in same_key))
+    return UserError(key, repr(value) if isinstance(value, str) else value, message, "see the keys in the README")
+
+
+def _follow(location: Sequence[str | int], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
+    """The keys of a pydantic location, and the innermost section it lies in.
+
+    pydantic also names the member of a union that it tried (a type, or the ``kind`` of a judge), which is not a key.
+    """
+    section = root
+    choices: list[type[BaseModel]] = []
+    path: list[str] = []
+    for part in location:
+        if isinstance(part, int):
+            path.append(str(part))
+        elif part in section.model_fields and not choices:
+            path.append(part)
+            choices = _sections(section.model_fields[part].annotation)
+        elif choices and (kind := [c for c in choices if part in typing.get_args(c.model_fields["kind"].annotation)]):
+            choices = kind
+        elif not _is_type_name(part):
+            path.append(part)
+        if len(choices) == 1:
+            section, choices = choices[0], []
+    return path, section
+
+
+def _is_type_name(part: str) -> bool:
+    return part in ("str", "int", "float", "bool") or part.startswith(("literal[", "dict[", "list["))
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """Sections that a key may hold: its own type, members of a union, elements of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in typing.get_args(annotation) for section in _sections(argument)]
