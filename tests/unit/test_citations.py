@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ["esi_ds", "tests", "examples", "study", "benchmarks", "launch", "configs", "ds_configs", "slurm", "docs"]
+FOLDERS = [
+    "esi_ds",
+    "tests",
+    "examples",
+    "tiny_models",
+    "study",
+    "benchmarks",
+    "launch",
+    "configs",
+    "ds_configs",
+    "slurm",
+    "docs",
+]
 SUFFIXES = {".py", ".md", ".yaml", ".json", ".sh", ".sbatch", ".j2"}
 MAX_BYTES = 1_000_000  # beyond it: tokenizers and measured data
 LIST = r"§(\d+(?:(?:,| and) §\d+)*)"  # "§1", "§1, §2", "§1 and §2"
