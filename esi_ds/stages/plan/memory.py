@@ -1,4 +1,4 @@
-"""The part of ``--dry-run`` that says what the given nodes would hold and send, and recommends a DeepSpeed config."""
+"""The part of ``--dry-run`` that shows what nodes would hold and send, and recommends a DeepSpeed config."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GIB = 2**30
 
 
 def readable(size: float) -> str:
-    """Bytes as a number between 1 and 1024 of the fitting unit."""
+    """Bytes in the unit that makes them a number below 1024."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"
@@ -47,20 +47,20 @@ def readable(size: float) -> str:
 
 
 def topology(options: Options) -> Topology:
-    """``--nodes`` × ``--gpus-per-node``; ``--world-size`` alone is as many ranks on equal nodes of at most eight."""
+    """``--nodes`` × ``--gpus-per-node``; ``--world-size`` alone means equal nodes of at most eight ranks each."""
     ranks = options.world_size or 1
     nodes = options.nodes or ranks // max(size for size in range(1, 9) if ranks % size == 0)
     return Topology(nodes, ranks // nodes)
 
 
 def is_compact(config: Config, total: int) -> bool:
-    """Whether SET reduces its ``total`` trained weights' gradients by one all-reduce a step."""
+    """Whether SET reduces the gradients of its ``total`` trained weights by one all-reduce per step."""
     reduction = config.tune.reduction if config.tune is not None else "auto"
     return reduction == "compact" or (reduction == "auto" and 8 * total <= COMPACT_LIMIT)
 
 
 def expected_trained(config: Config, parameters: Sequence[Parameter]) -> dict[str, dict[str, int]]:
-    """Weights that get a gradient in each stage, before there is a mask: k of them, spread evenly."""
+    """stage → parameter → weights that get a gradient, before a mask exists: k of them, spread evenly."""
     scored = [parameter for parameter in parameters if parameter.scored]
     k = model_k(tuple(parameters), config.select.ratio, config.select.of)
     density = min(1.0, k / max(1, sum(parameter.numel for parameter in scored)))
@@ -78,7 +78,7 @@ def expected_trained(config: Config, parameters: Sequence[Parameter]) -> dict[st
 
 
 def known_trained(trained: Trained, parameters: Sequence[Parameter]) -> dict[str, dict[str, int]]:
-    """The same of a mask that is there."""
+    """The same for an existing mask."""
     scored = {parameter.name: parameter.numel for parameter in parameters if parameter.scored}
     others = {name: trained.count(name) for name in trained.numels if name not in trained.mask.shapes}
     selected = trained.mask.counts
@@ -94,6 +94,10 @@ def describe_work(
     trained: Mapping[str, Mapping[str, int]],
     ranks: int,
 ) -> Work:
+    """What a plan for ``stage`` on ``ranks`` ranks has to know of the config and the model.
+
+    trained: stage → parameter → weights that get a gradient there.
+    """
     text, tune = model_config.get_text_config(), config.tune
     if stage == "esi" or tune is None:
         tokens, accumulation = config.esi.batch_size * 2 * config.esi.max_new_tokens, 1
@@ -116,87 +120,89 @@ def describe_work(
 
 
 def _judge_bytes(config: Config, ranks: int) -> float:
-    """Of the judge on one rank: a slice where it is sharded, else whole. 0 where its configuration is not on
-    this machine: a plan does not wait for the hub."""
+    """Bytes of the judge on one rank: a slice where it is sharded, else all of it. 0 where its configuration is not on
+    this machine, for a plan does not wait for the hub."""
     judge = config.judge
     if judge is None or "safety" not in objectives(config.select.criterion, config.select.contrastive):
         return 0.0
     source = ModelSource.of(judge, "judge")
     try:
-        found = load_model_config(source, only_local=True)
+        judge_config = load_model_config(source, only_local=True)
     except UserError:
         return 0.0
     dtype = config.model.dtype if judge.dtype == "auto" else judge.dtype
-    model = meta_model(found, source, model_class(judge))
+    model = meta_model(judge_config, source, model_class(judge))
     whole = WEIGHT_BYTES[dtype] * sum(parameter.numel() for parameter in model.parameters())
     return whole / ranks if judge.placement == "sharded" else whole
 
 
 ROWS: tuple[tuple[str, Callable[[Footprint], float]], ...] = (
-    ("weights per rank", lambda found: found.resident.weights),
-    ("gradient sums per rank", lambda found: found.resident.gradients),
-    ("masters, moments per rank", lambda found: found.resident.optimizer),
-    ("positions and sums, mask bits", lambda found: found.resident.index),
-    ("DeepSpeed's bucket of gradients", lambda found: found.resident.buffers),
-    ("judge per rank", lambda found: found.judge),
-    ("largest transient", lambda found: found.transient.total),
-    ("kept for reuse and prefetch", lambda found: found.window),
-    ("at the start, experts taken over", lambda found: found.start),
-    ("together, without activations", lambda found: found.together),
-    ("on the host instead, per rank", lambda found: found.host),
-    ("received per rank and step", lambda found: found.traffic.rank),
-    ("received per node and step", lambda found: found.traffic.node),
+    ("weights per rank", lambda stage: stage.resident.weights),
+    ("gradient sums per rank", lambda stage: stage.resident.gradients),
+    ("masters, moments per rank", lambda stage: stage.resident.optimizer),
+    ("positions and sums, mask bits", lambda stage: stage.resident.index),
+    ("DeepSpeed's bucket of gradients", lambda stage: stage.resident.buffers),
+    ("judge per rank", lambda stage: stage.judge),
+    ("largest transient", lambda stage: stage.transient.total),
+    ("kept for reuse and prefetch", lambda stage: stage.window),
+    ("at the start, experts taken over", lambda stage: stage.start),
+    ("together, without activations", lambda stage: stage.together),
+    ("on the host instead, per rank", lambda stage: stage.host),
+    ("received per rank and step", lambda stage: stage.traffic.rank),
+    ("received per node and step", lambda stage: stage.traffic.node),
 )
 
 
 def print_bytes(config: Config, options: Options, stage: str, work: Work, model_config: PretrainedConfig) -> None:
-    """One table of all three stages without expert parallelism, one with it where there are experts, and the
-    recommended DeepSpeed config. Raises UserError where the configured ``autoep_size`` does not fit the model."""
-    where, model_type = topology(options), model_config.get_text_config().model_type
+    """A table of all three stages without expert parallelism, one with it for a mixture, and the recommended DeepSpeed
+    config. Raises UserError where the configured ``autoep_size`` does not fit the model."""
+    cluster, model_type = topology(options), model_config.get_text_config().model_type
     settings = read(config)
-    resolved = resolve_deepspeed(config, where.ranks, stage)
+    resolved = resolve_deepspeed(config, cluster.ranks, stage)
     check_experts(resolved, work.experts())
     memory = Memory(options.gpu_memory_gib * GIB, options.node_memory_gib * GIB)
-    best = recommend(work, stage, where, model_type, memory)
+    best = recommend(work, stage, cluster, model_type, memory)
     size = expert_parallel_size(resolved)
     chosen = (
-        size or expert_parallel_size(best.settings) or next(iter(_near(sizes(work, where, model_type), where)), None)
+        size
+        or expert_parallel_size(best.settings)
+        or next(iter(_near(sizes(work, cluster, model_type), cluster)), None)
     )
     if stage == "esi" and config.judge is not None and not work.judge:
         print("\nnot counted: the judge, whose configuration is not on this machine")
-    print(f"\n{where.nodes} nodes of {where.per_node} GPUs; a step has {work.tokens:,} tokens a rank at most")
-    _print_table("without expert parallelism", work, stage, where, with_experts(settings, None))
+    print(f"\n{cluster.nodes} nodes of {cluster.per_node} GPUs; a step has {work.tokens:,} tokens a rank at most")
+    _print_table("without expert parallelism", work, stage, cluster, with_experts(settings, None))
     if chosen is not None:
-        _print_table(f"autoep_size {chosen}", work, stage, where, with_experts(settings, chosen))
+        _print_table(f"autoep_size {chosen}", work, stage, cluster, with_experts(settings, chosen))
     elif work.experts():
-        print(f"\nno expert parallelism to show: {_why_none(work, where, model_type)}")
+        print(f"\nno expert parallelism to show: {_why_none(work, cluster, model_type)}")
     if work.experts() and not work.recompute:
         print("\nNOTE: without model.gradient_checkpointing the gathered experts of all layers stay until backward")
-    _print_recommendation(best, stage, work, where, model_type, memory)
+    _print_recommendation(best, stage, work, cluster, model_type, memory)
 
 
-def _near(possible: Sequence[int], where: Topology) -> list[int]:
-    """The sizes whose groups lie on one node each, largest first; else all."""
-    return sorted((size for size in possible if where.holds(size)), reverse=True) or list(possible)
+def _near(possible: Sequence[int], cluster: Topology) -> list[int]:
+    """The sizes whose groups each lie on one node, largest first; without such a size, all of them."""
+    return sorted((size for size in possible if cluster.holds(size)), reverse=True) or list(possible)
 
 
-def _why_none(work: Work, where: Topology, model_type: str) -> str:
+def _why_none(work: Work, cluster: Topology, model_type: str) -> str:
     if sizes(work, Topology(1, max(work.experts())), model_type):
-        return f"nothing above 1 divides both {where.ranks} ranks and {sorted(set(work.experts()))} experts"
+        return f"nothing above 1 divides both {cluster.ranks} ranks and {sorted(set(work.experts()))} experts"
     return f"DeepSpeed 0.19.8's AutoEP has no preset for {model_type}"
 
 
-def _print_table(title: str, work: Work, stage: str, where: Topology, settings: Mapping[str, Any]) -> None:
-    """One column a stage."""
-    found = {name: footprint(work, name, where, settings) for name in STAGES}
+def _print_table(title: str, work: Work, stage: str, cluster: Topology, settings: Mapping[str, Any]) -> None:
+    """Rows as in ``ROWS``, one column per stage."""
+    stages = {name: footprint(work, name, cluster, settings) for name in STAGES}
     lines = [(title, [name.upper() for name in STAGES])]
     for label, value in ROWS:
-        values = [value(found[name]) for name in STAGES]
+        values = [value(stages[name]) for name in STAGES]
         if any(values):
             lines.append((label, [readable(size) if size else "-" for size in values]))
     width = max(len(label) for label, _ in lines)
     print("\n" + "\n".join(f"{label:{width}}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in lines))
-    largest = found[stage].transient
+    largest = stages[stage].transient
     print(
         f"largest transient of {stage.upper()}: {largest.module}, gathered weights {readable(largest.weights)}, "
         f"gradients {readable(largest.gradient)}"
@@ -204,16 +210,16 @@ def _print_table(title: str, work: Work, stage: str, where: Topology, settings: 
 
 
 def _print_recommendation(
-    best: Recommendation, stage: str, work: Work, where: Topology, model_type: str, memory: Memory
+    best: Recommendation, stage: str, work: Work, cluster: Topology, model_type: str, memory: Memory
 ) -> None:
-    host = where.per_node * best.footprint.host
+    host = cluster.per_node * best.footprint.host
     together = f"{readable(best.footprint.together)} of a GPU's {readable(memory.gpu)} without activations"
     together += f", {readable(host)} of a node's {readable(memory.node)}" if host else ""
     if best.fits:
         beside = f", with {best.override}" if best.override else ""
         print(f"\nrecommended for {stage.upper()} ({together}); save it and give it as --deepspeed_config{beside}:")
     else:
-        needed = nodes_needed(work, stage, where, model_type, memory)
+        needed = nodes_needed(work, stage, cluster, model_type, memory)
         more = f"{needed} nodes would do" if needed else "no number of nodes up to 4,096 ranks would do"
         print(f"\n{stage.upper()} does not fit here ({together}): {more}. What takes least:")
     print(json.dumps(best.settings, indent=2))

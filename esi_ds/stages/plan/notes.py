@@ -1,5 +1,5 @@
-"""What a dry run goes without: data that is not there yet, or out of reach, becomes a note. What is wrong with data
-that is there stays an error."""
+"""Data that a dry run can do without: what does not exist yet or cannot be reached becomes a note. What is wrong with
+data that can be read stays an error."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from esi_ds.data.rows import looks_like_file, read_rows
 from esi_ds.errors import UserError
 
 HUB_TIMEOUT_S = 5.0
-Found = TypeVar("Found")
+Content = TypeVar("Content")
 
 
 def count_prompts(section: Prompts, field: str, notes: list[str], kind: Kind | None = None) -> int | None:
-    """Prompts of a set; None, and a note, where it cannot be reached. Raises UserError for what is wrong with it."""
+    """Number of prompts in a set; None, and a note, where it cannot be reached. Raises UserError where it is wrong."""
     built_in = BUILT_IN.get(section.path)
     source, name = (built_in.source, built_in.config) if built_in else (section.path, None)
     split = section.split or (built_in.split if built_in else None)
-    place = f"{field}.path"
-    if _if_there(source, place, lambda: read_rows(source, place, name=name, split=split), notes) is None:
+    key = f"{field}.path"
+    if _read_if_reachable(source, key, lambda: read_rows(source, key, name=name, split=split), notes) is None:
         return None
-    found = load_prompts(section.path, section.split, section.column, section.limit, kind=kind, field=field)
-    return len(found.prompts)
+    prompt_set = load_prompts(section.path, section.split, section.column, section.limit, kind=kind, field=field)
+    return len(prompt_set.prompts)
 
 
 def count_responses(path: str, notes: list[str]) -> int | None:
-    """Rows of ``data.responses``, likewise."""
-    rows = _if_there(path, "data.responses", lambda: load_responses(path), notes)
+    """Number of rows in ``data.responses``, likewise."""
+    rows = _read_if_reachable(path, "data.responses", lambda: load_responses(path), notes)
     return None if rows is None else len(rows)
 
 
 def count_rows(section: RowSource | BenignMix, field: str, notes: list[str]) -> int | None:
-    """Rows that would be learnt, likewise: counted and their columns found, not read as conversations."""
-    place = f"{field}.path"
-    rows = _if_there(
-        section.path, place, lambda: read_rows(section.path, place, name=section.name, split=section.split), notes
+    """Number of rows to learn from, likewise. Their columns are checked, but they are not read as conversations."""
+    key = f"{field}.path"
+    rows = _read_if_reachable(
+        section.path, key, lambda: read_rows(section.path, key, name=section.name, split=section.split), notes
     )
     if rows is None:
         return None
@@ -51,8 +51,8 @@ def count_rows(section: RowSource | BenignMix, field: str, notes: list[str]) -> 
     return len(rows[: getattr(section, "limit", None)])
 
 
-def _if_there(path: str, field: str, read: Callable[[], Found], notes: list[str]) -> Found | None:
-    """What ``read`` gives; None, and a note, where there is no such file, or the hub does not give it."""
+def _read_if_reachable(path: str, field: str, read: Callable[[], Content], notes: list[str]) -> Content | None:
+    """What ``read`` returns; None, and a note, where the file does not exist or the hub does not provide it."""
     if looks_like_file(path):
         if Path(path).expanduser().exists():
             return read()
@@ -70,11 +70,11 @@ def _if_there(path: str, field: str, read: Callable[[], Found], notes: list[str]
 
 @cache
 def _hub_answers() -> bool:
-    """One request: reading a data set tries for half a minute. True where the hub is not to be asked anyway."""
+    """One request, for reading a data set would retry for half a minute. True where the hub must not be asked."""
     if constants.HF_HUB_OFFLINE:
         return True
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
-    except Exception:  # whatever the library below raises
+    except Exception:  # whatever the HTTP library raises
         return False
     return True

@@ -1,13 +1,12 @@
-"""``--dry-run`` of every stage but SET and SPA: what it would do, from configurations alone (no weights, no process
-group)."""
+"""``--dry-run`` of every stage except SET and SPA: what it would do, from configurations alone. Loads no weights and
+starts no process group."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from esi_ds.config import Config, resolved_yaml
+from esi_ds.config import Config, require_eval, resolved_yaml
 from esi_ds.core.criteria import objectives
 from esi_ds.core.footprint import WEIGHT_BYTES
 from esi_ds.core.mask import num_bytes
@@ -18,21 +17,20 @@ from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.models.meta import meta_parameters
 from esi_ds.models.roles import unknown, warning
 from esi_ds.options import Options
+from esi_ds.report.contents import Facts
+from esi_ds.stages.evaluate.prepare import EvalInputs
+from esi_ds.stages.perturb.prepare import PerturbInputs
 from esi_ds.stages.plan.memory import describe_work, expected_trained, print_bytes, readable, topology
 from esi_ds.stages.plan.notes import count_prompts, count_responses, count_rows
 
-if TYPE_CHECKING:
-    from esi_ds.stages.evaluate.prepare import EvalInputs
-    from esi_ds.stages.perturb.prepare import PerturbInputs
 
-
-def plan(config: Config, parameters: tuple[Parameter, ...], world_size: int, notes: list[str]) -> dict[str, object]:
-    """What would run: units, k, bytes on disk, passes. No collectives, no weights. notes: gets what is not there."""
+def plan(config: Config, parameters: tuple[Parameter, ...], world_size: int, notes: list[str]) -> Facts:
+    """What ESI would do: logical matrices, k, passes, bytes on disk. Adds to ``notes`` what cannot be reached."""
     total = sum(parameter.numel for parameter in parameters)
     scored = [parameter for parameter in parameters if parameter.scored]
     num_scored = sum(parameter.numel for parameter in scored)
     units = Counter(unit.role for parameter in scored for unit in parameter.units)
-    facts: dict[str, object] = {
+    facts: Facts = {
         "weights": f"{total:,}",
         "scored weights": f"{num_scored:,}",
         "parameters": len(parameters),
@@ -41,8 +39,8 @@ def plan(config: Config, parameters: tuple[Parameter, ...], world_size: int, not
         "k": f"{_k(config, parameters):,}",
         "ranks": world_size,
     }
-    if strangers := unknown(parameters):
-        notes.append(warning(strangers))
+    if unrecognized := unknown(parameters):
+        notes.append(warning(unrecognized))
     names = objectives(config.select.criterion, config.select.contrastive)
     if names:
         if len(names) > 1:
@@ -58,35 +56,38 @@ def plan(config: Config, parameters: tuple[Parameter, ...], world_size: int, not
 
 
 def _k(config: Config, parameters: tuple[Parameter, ...]) -> int:
+    """Weights that the mask would hold."""
     if config.select.scope == "matrix":
         return sum(int(config.select.ratio * unit.numel) for parameter in parameters for unit in parameter.units)
     return model_k(parameters, config.select.ratio, config.select.of)
 
 
-def _passes(config: Config, world_size: int, notes: list[str]) -> dict[str, object]:
-    """Prompts, and forward and backward passes each rank makes for them."""
-    if config.data.responses is not None:
-        count = count_responses(config.data.responses, notes)
+def _passes(config: Config, world_size: int, notes: list[str]) -> Facts:
+    """Prompts, and the forward and backward passes that each rank makes over them."""
+    section, path = config.data.prompts, config.data.responses
+    if path is not None:
+        count = count_responses(path, notes)
     else:
-        count = count_prompts(config.data.prompts, "data.prompts", notes)
+        assert section is not None  # require_esi
+        count = count_prompts(section, "data.prompts", notes)
     if count is None:
         return {"prompts": "not known"}
     stride = config.esi.batch_size * world_size
     passes = -(-count // stride)
-    one = "each one forward and backward of the judge and of the model"
+    work = "each one forward and backward of the judge and of the model"
     if config.esi.estimator == "score_function":
         judged = "" if config.judge is None else ", after one forward of the judge"
-        one = f"each one forward and backward of the model{judged}"
+        work = f"each one forward and backward of the model{judged}"
     return {
         "prompts": count,
-        "passes": f"{passes} of {config.esi.batch_size} prompts per rank ({stride} together), {one}",
-        "batches to generate": 0 if config.data.responses is not None else passes,
+        "passes": f"{passes} of {config.esi.batch_size} prompts per rank ({stride} together), {work}",
+        "batches to generate": 0 if path is not None else passes,
     }
 
 
-def _loss_passes(config: Config, names: Sequence[str], world_size: int, notes: list[str]) -> dict[str, object]:
-    """Rows of each further objective, and the passes over them; rows are counted, not read as conversations."""
-    facts: dict[str, object] = {}
+def _loss_passes(config: Config, names: Sequence[str], world_size: int, notes: list[str]) -> Facts:
+    """Rows of each loss, and the passes over them. Rows are counted, not read as conversations."""
+    facts: Facts = {}
     for name in names:
         if name == "safety":
             continue
@@ -104,44 +105,45 @@ def _loss_passes(config: Config, names: Sequence[str], world_size: int, notes: l
 
 
 def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> None:
-    """The resolved config, then what an evaluation would ask whom. No collectives, no weights."""
-    world_size = options.world_size or 1
+    """The resolved config, then which models an evaluation would ask what, and who would judge."""
+    section, world_size = require_eval(config), options.world_size or 1
     resolve_deepspeed(config, world_size, "eval")
     print(resolved_yaml(config))
-    facts: dict[str, object] = {"ranks": world_size}
+    facts: Facts = {"ranks": world_size}
     for model in inputs.models:
-        found = meta_parameters(model.config, model.source)
-        total = sum(parameter.numel for parameter in found)
+        total = sum(parameter.numel for parameter in meta_parameters(model.config, model.source))
         against = f", compared with {model.before}" if model.before else ""
         whole = readable(WEIGHT_BYTES[config.model.dtype] * total)
         facts[f"model {model.name}"] = f"{total:,} weights, {whole} whole{against}"
-    for found in inputs.sets:
-        row = found.as_row()
-        facts[f"{found.kind} set {found.name}"] = f"{row['read']:,} prompts, {sum(row['skipped'].values()):,} skipped"
-    count = sum(len(found.prompts) for found in inputs.sets)
-    facts["answers"] = f"{count * len(inputs.models):,}, at most {config.eval.max_new_tokens} tokens each"
-    judged = sum(len(found.prompts) for found in inputs.sets if found.kind == "harmful") * len(inputs.models)
-    facts["verdicts"] = f"{judged:,} each of {', '.join(judge.name for judge in inputs.judges)}"
+    for prompt_set in inputs.sets:
+        row = prompt_set.as_row()
+        facts[f"{row['kind']} set {row['set']}"] = f"{row['read']:,} prompts, {sum(row['skipped'].values()):,} skipped"
+    count = sum(len(prompt_set.prompts) for prompt_set in inputs.sets)
+    facts["answers"] = f"{count * len(inputs.models):,}, at most {section.max_new_tokens} tokens each"
+    num_harmful = sum(len(prompt_set.prompts) for prompt_set in inputs.sets if prompt_set.kind == "harmful")
+    judges = ", ".join(judge.name for judge in inputs.judges)
+    facts["verdicts"] = f"{num_harmful * len(inputs.models):,} each of {judges}"
     print_facts(facts)
 
 
 def print_perturb_plan(config: Config, options: Options, inputs: PerturbInputs) -> None:
-    """The resolved config, then which cells would be answered. No collectives, no weights."""
+    """The resolved config, then how many disturbed models would answer how many prompts."""
+    section = require_eval(config)
     resolve_deepspeed(config, options.world_size or 1, "perturb")
     print(resolved_yaml(config))
-    count = sum(len(found.prompts) for found in inputs.eval.sets)
-    facts: dict[str, object] = {
+    count = sum(len(prompt_set.prompts) for prompt_set in inputs.eval.sets)
+    facts: Facts = {
         "mask": f"{inputs.mask.k:,} weights by {inputs.mask.metadata.get('criterion')}",
         "scores": inputs.scores or "not needed",
         "cells": f"{len(inputs.cells)}, and the model without noise",
-        "answers": f"{count * (len(inputs.cells) + 1):,}, at most {config.eval.max_new_tokens} tokens each",
+        "answers": f"{count * (len(inputs.cells) + 1):,}, at most {section.max_new_tokens} tokens each",
         "judges": ", ".join(judge.name for judge in inputs.eval.judges),
     }
     print_facts(facts)
 
 
 def print_plan(config: Config, options: Options) -> None:
-    """The resolved config, then the plan."""
+    """The resolved config, then what ESI would do, and the memory and traffic of it."""
     ranks, source = topology(options).ranks, ModelSource.of(config.model)
     resolve_deepspeed(config, ranks)
     model_config = load_model_config(source)
@@ -158,6 +160,7 @@ def print_plan(config: Config, options: Options) -> None:
     )
 
 
-def print_facts(facts: dict[str, object]) -> None:
+def print_facts(facts: Facts) -> None:
+    """One line per fact, in columns."""
     width = max(map(len, facts))
     print("\n".join(f"{key:{width}}  {value}" for key, value in facts.items()))
