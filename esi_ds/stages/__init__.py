@@ -1,4 +1,4 @@
-"""The stages: one room each, whose ``run`` refuses and plans before anything heavy is loaded."""
+"""The stages, a package each: its ``run`` module checks and plans before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from esi_ds.config import Config
 from esi_ds.options import Options
 
-# As in ``launch/<stage>.py`` → module and function of its entry.
+# Name as in ``launch/<stage>.py`` → module and function of its entry. Imported on demand: each loads other libraries.
 ENTRIES = {
     "esi": ("esi_ds.stages.esi.run", "run"),
     "set": ("esi_ds.stages.tune.run", "run_set"),
@@ -19,6 +19,6 @@ ENTRIES = {
 
 
 def entry(stage: str) -> Callable[[Config, Options], None]:
-    """The function that runs a stage to its end, or raises ``Interrupted``; it refuses first what can be refused."""
+    """The function that runs a stage. It raises UserError for whatever can be checked beforehand, and Interrupted."""
     module, function = ENTRIES[stage]
     return getattr(importlib.import_module(module), function)

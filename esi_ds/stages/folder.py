@@ -1,4 +1,4 @@
-"""The run folder before the run: what every stage refuses without loading anything heavy."""
+"""The run folder before the run: checks that every stage makes before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from esi_ds.deepspeed_config import resolve_deepspeed
 
 
 def open_folder(config: Config, stage: str, source: dict[str, Any], field: str) -> RunFolder:
-    """The run's folder; what a stage's run refuses is refused here, before anything heavy is loaded. Raises UserError.
+    """The run's folder, if this config may run in it. Raises UserError, also for an invalid DeepSpeed config.
 
-    field: the config section to name where ``source`` is not what an interrupted run of this folder read.
+    source: paths and hashes of the data. field: the config section to name where an interrupted run in this folder
+    read other data.
     """
     folder = RunFolder(config.run.output_dir)
     folder.check(config)

@@ -1,8 +1,8 @@
-"""Preemption: SIGTERM and SIGUSR1 set a flag that stages look at between micro-batches (docs/design.md §8).
+"""Preemption: SIGTERM and SIGUSR1 set a flag that stages check between micro-batches (docs/design.md §8).
 
-The launcher's end sets it too: its ranks would go on unseen, holding devices and the run folder. The flag is the
-process's, not a loop's: a signal between two parts of a run is not lost. Nothing is ever saved inside the handler.
-Before a stage listens there is nothing to save, and the signals end the process (``cli.end_at_signals``).
+The end of the launcher sets it too: its ranks would go on unseen, holding devices and the run folder. The flag belongs
+to the process, not to a loop, so that a signal between two parts of a run is not lost. Nothing is ever saved inside the
+handler. Before a stage listens there is nothing to save, and signals end the process (``cli.end_at_signals``).
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ import psutil
 from esi_ds.errors import Interrupted
 from esi_ds.zero import runtime
 
-_told = threading.Event()
-
-
 LOOK_S = 0.25  # between two looks at the launcher
+
+_stop_requested = threading.Event()
 
 
 def listen(launcher: tuple[tuple[int, int], ...] = ()) -> None:
-    """From now on the signals set the flag instead of ending the process, and so does the launcher's end."""
+    """From now on signals set the flag instead of ending the process, and so does the end of the launcher.
+
+    launcher: (process id, id of its parent) of each process between this rank and the launcher; empty: none is
+    watched.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: _told.set())
+        signal.signal(number, lambda *_: _stop_requested.set())
     if launcher:
         threading.Thread(target=_watch, args=(launcher,), name="launcher", daemon=True).start()
 
@@ -35,7 +38,7 @@ def _watch(launcher: tuple[tuple[int, int], ...]) -> None:
     while all(_parent(process) == parent for process, parent in launcher):
         time.sleep(LOOK_S)
     print(f"rank {runtime.rank()}: the launcher is gone; saving, then ending", file=sys.stderr, flush=True)
-    _told.set()
+    _stop_requested.set()
 
 
 def _parent(process: int) -> int | None:
@@ -46,11 +49,11 @@ def _parent(process: int) -> int | None:
 
 
 def told_to_stop() -> bool:
-    """Whether this rank has had a signal. Others may not: ranks must agree before one of them stops."""
-    return _told.is_set()
+    """Whether this rank was signalled. Others may not have been: ranks must agree before one of them stops."""
+    return _stop_requested.is_set()
 
 
 def check_stop(done: str) -> None:
-    """Raise Interrupted on every rank where one of them was told to stop. One gather."""
+    """Raise Interrupted on every rank if any of them was signalled. done: what is saved, in words. One gather."""
     if any(runtime.gather_objects(told_to_stop())):
         raise Interrupted(f"stopped by a signal with {done}; start again to go on")

@@ -1,4 +1,4 @@
-"""What a run makes piece by piece and never twice: rows of a JSONL file, each under a key of its own."""
+"""Results that a run produces piece by piece, each only once: rows of a JSONL file, each with a key of its own."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ Key = tuple[Any, ...]
 class Ledger(Generic[Row]):
     """Rows by key, the same on every rank; rank 0 appends them to the file as they come.
 
-    fields: the columns that make a row's key. A line that a kill has torn is dropped when the file is read.
+    fields: the columns that make up the key of a row. A line torn by a kill is dropped when the file is read.
     """
 
     def __init__(self, file: Path, fields: tuple[str, ...]):
-        """Rank 0 reads, for on a shared file system another rank may see an older file. One broadcast."""
+        """Rank 0 reads: on a shared file system another rank may see an older file. One broadcast."""
         self.file, self.fields = file, fields
-        found = read_jsonl(file) if runtime.is_main() and file.is_file() else []
-        self.rows: dict[Key, Row] = {self.key(row): row for row in runtime.broadcast_object(found)}
+        stored = read_jsonl(file) if runtime.is_main() and file.is_file() else []
+        self.rows: dict[Key, Row] = {self.key(row): row for row in runtime.broadcast_object(stored)}
 
     def key(self, row: Mapping[str, Any]) -> Key:
+        """What identifies a row."""
         return tuple(row[field] for field in self.fields)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Rows that every rank knows, or comes to know with its own ``add``; known ones are passed over."""
+        """Add rows that are the same on every rank. Rows whose key is known are ignored."""
         new = {self.key(row): row for row in rows}
         new = {key: row for key, row in new.items() if key not in self.rows}
         self.rows.update(new)
@@ -38,14 +39,14 @@ class Ledger(Generic[Row]):
             append_jsonl(self.file, new.values())
 
     def share(self, rows: Iterable[Row]) -> None:
-        """Rows that this rank has made, to everybody. One gather."""
+        """Add the rows of all ranks; ``rows`` are those of this rank. One gather."""
         self.add(row for part in runtime.gather_objects(list(rows)) for row in part)
 
     def sort(self, order: Iterable[Key]) -> list[Row]:
-        """The rows in this order; the file is written again in it, so that it does not depend on batches and ranks."""
-        found = [self.rows[key] for key in order if key in self.rows]
+        """The rows in this order. The file is rewritten in it, so that it does not depend on batches and ranks."""
+        ordered = [self.rows[key] for key in order if key in self.rows]
         if runtime.is_main():
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
             if not self.file.is_file() or self.file.read_text(encoding="utf-8") != text:
                 write_text_atomic(self.file, text)
-        return found
+        return ordered

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from esi_ds.judge.guard import Guard
 from esi_ds.stages.esi.prepare import Example
@@ -11,6 +12,13 @@ from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
+
+
+class JudgeScoreRow(TypedDict):
+    """A line of ``judge_scores.jsonl``."""
+
+    index: int  # of the example
+    judge_score: float  # J
 
 
 def judge_scores(
@@ -22,7 +30,7 @@ def judge_scores(
     """
     if runtime.is_main():
         folder.mkdir(exist_ok=True)
-    ledger = Ledger(folder / "judge_scores.jsonl", ("index",))
+    ledger: Ledger[JudgeScoreRow] = Ledger(folder / "judge_scores.jsonl", ("index",))
     waiting = [example for example in examples if (example.index,) not in ledger.rows]
     stride, first = batch_size * runtime.world_size(), batch_size * runtime.rank()
     bar = tracker.progress(
@@ -34,7 +42,8 @@ def judge_scores(
             # A rank without an example of its own judges another one and drops the score: the guard may be sharded.
             scores = guard.scores([example.judged for example in mine or waiting[:1]], runtime.device())
             ledger.share(
-                {"index": example.index, "judge_score": score} for example, score in zip(mine, scores, strict=False)
+                JudgeScoreRow(index=example.index, judge_score=score)
+                for example, score in zip(mine, scores, strict=False)
             )
             bar.update(len(waiting[start : start + stride]))
             check_stop(f"{len(ledger.rows)} responses judged")

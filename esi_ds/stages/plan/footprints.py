@@ -1,5 +1,5 @@
-"""What ESI, SET and SPA would take of the given nodes, with and without expert parallelism, and which DeepSpeed
-configuration to use there. From shapes alone (core/footprint.py; docs/scaling.md)."""
+"""What ESI, SET and SPA would need on a cluster, with and without expert parallelism, and the DeepSpeed configuration
+to use there. From shapes alone (core/footprint.py, docs/scaling.md)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import REDUCE_BUCKET
 
 STAGES = ("esi", "set", "spa")
-USABLE = 0.8  # of a GPU; the rest is for activations, the CUDA context and what the allocator keeps
-# Families that AutoEP of DeepSpeed 0.19.8 knows by itself (auto_ep_presets); others need `moe_layer_pattern`.
+USABLE = 0.8  # of a GPU; the rest is for activations, the CUDA context and the allocator's cache
+# Families for which AutoEP of DeepSpeed 0.19.8 has a preset (auto_ep_presets); others need `moe_layer_pattern`.
 AUTOEP_MODEL_TYPES = frozenset(
     ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3", "minimax_m3_vl_text")
 )
@@ -40,10 +40,13 @@ AUTOEP_MODEL_TYPES = frozenset(
 
 @dataclass(frozen=True)
 class Work:
-    """What a plan needs to know beside the hardware.
+    """What a plan needs to know besides the hardware.
 
-    trained: stage → parameter name → weights that get a gradient there (ESI: the scored ones). weight: bytes of one.
-    tokens: of one rank and micro-batch. accumulation: micro-batches a step. judge: bytes of ESI's judge on a rank.
+    trained: stage → parameter name → weights that get a gradient (ESI: those scored). weight: bytes per weight.
+    tokens: per rank and micro-batch. top_k: experts per token. hidden: width of a token. compact: whether SET reduces
+    by one all-reduce per step. num_sums: of gradients, in ESI. accumulation: micro-batches per step. recompute: whether
+    activations are recomputed. sums_on_host: whether ESI's gradient sums lie there. judge: bytes of ESI's judge on a
+    rank.
     """
 
     parameters: tuple[Parameter, ...]
@@ -60,14 +63,18 @@ class Work:
     judge: float = 0.0
 
     def experts(self) -> list[int]:
-        """Routed experts of every layer that has any."""
+        """Number of routed experts in each layer that has any."""
         return [count for p in self.parameters if (count := num_experts(p)) and p.name.endswith("down_proj")]
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """One stage under one DeepSpeed configuration. host: what lies in the node's memory instead, per rank. start: the
-    most that a rank's GPU holds while AutoEP takes the experts over; 0 without it, for then every step holds more."""
+    """Bytes per rank of one stage under one DeepSpeed configuration.
+
+    judge: weights of ESI's judge. host: bytes kept in the node's memory instead. window: weights kept for reuse and
+    prefetch. start: the most that a GPU holds while AutoEP takes over the experts; 0 without AutoEP, where every step
+    holds more.
+    """
 
     resident: Resident
     judge: float
@@ -79,16 +86,17 @@ class Footprint:
 
     @property
     def together(self) -> float:
-        """The most a rank's GPU holds, without activations."""
+        """The most that a rank's GPU holds at any time, without activations."""
         return max(self.start, self.resident.total + self.judge + self.transient.total + self.window)
 
 
-def footprint(work: Work, stage: str, where: Topology, settings: Mapping[str, Any]) -> Footprint:
-    """settings: a DeepSpeed mapping; read are ``zero_optimization`` and ``expert_parallel``."""
+def footprint(work: Work, stage: str, cluster: Topology, settings: Mapping[str, Any]) -> Footprint:
+    """Bytes and traffic of a stage. settings: a DeepSpeed configuration, of which ``zero_optimization`` and
+    ``expert_parallel`` are read."""
     zero = settings["zero_optimization"]
     section = settings.get("expert_parallel") or {}
     size = section["autoep_size"] if section.get("enabled") else None
-    tensors = gathered_tensors(work.parameters, where.ranks, size)
+    tensors = gathered_tensors(work.parameters, cluster.ranks, size)
     resident, host = _offloaded(_resident(work, stage, tensors, zero), work, stage, zero)
     judge = work.judge if stage == "esi" else 0.0
     return Footprint(
@@ -97,20 +105,20 @@ def footprint(work: Work, stage: str, where: Topology, settings: Mapping[str, An
         host,
         transient(tensors, work.weight, work.trained[stage], stage, work.compact, work.recompute),
         window_bytes(tensors, work.weight, zero),
-        0.0 if size is None else judge + _start(work, stage, where.ranks, size, zero),
-        _traffic(work, stage, tensors, where, size),
+        0.0 if size is None else judge + _start(work, stage, cluster.ranks, size, zero),
+        _traffic(work, stage, tensors, cluster, size),
     )
 
 
 def _start(work: Work, stage: str, ranks: int, size: int, zero: Mapping[str, Any]) -> float:
-    """Weights, and the block of experts that is being replaced. SPA's optimizer was made for the experts as they were,
-    which therefore stay until all are replaced."""
-    there = 0
+    """Weights, and the block of experts that is being replaced. SPA's optimizer refers to the original experts, which
+    therefore stay until all of them are replaced."""
+    weights = 0
     if _device(zero, "offload_param") != "cpu":
         whole = gathered_tensors(work.parameters, ranks)
         doubled = [piece for piece in whole if stage == "spa" and num_experts(piece.parameter)]
-        there = work.weight * sum(piece.shard for piece in (*whole, *doubled))
-    return there + takeover_bytes(work.parameters, work.weight, ranks, size)
+        weights = work.weight * sum(piece.shard for piece in (*whole, *doubled))
+    return weights + takeover_bytes(work.parameters, work.weight, ranks, size)
 
 
 def _resident(work: Work, stage: str, tensors: Sequence[GatheredTensor], zero: Mapping[str, Any]) -> Resident:
@@ -118,20 +126,20 @@ def _resident(work: Work, stage: str, tensors: Sequence[GatheredTensor], zero: M
         return esi_resident(tensors, work.weight, work.num_sums)
     if stage == "set":
         return set_resident(tensors, work.weight, work.trained["set"], work.compact)
-    given = zero.get("reduce_bucket_size", "auto")
-    return spa_resident(tensors, work.weight, work.trained["spa"], REDUCE_BUCKET if given == "auto" else int(given))
+    bucket = zero.get("reduce_bucket_size", "auto")
+    return spa_resident(tensors, work.weight, work.trained["spa"], REDUCE_BUCKET if bucket == "auto" else int(bucket))
 
 
-def _offloaded(found: Resident, work: Work, stage: str, zero: Mapping[str, Any]) -> tuple[Resident, float]:
+def _offloaded(resident: Resident, work: Work, stage: str, zero: Mapping[str, Any]) -> tuple[Resident, float]:
     """What stays on the GPU, and the bytes that move to the host."""
-    kept = found
+    kept = resident
     if _device(zero, "offload_param") == "cpu":
         kept = replace(kept, weights=0.0)
     if stage == "spa" and _device(zero, "offload_optimizer") == "cpu":
         kept = replace(kept, optimizer=0.0, gradients=0.0)
     if stage == "esi" and work.sums_on_host:
         kept = replace(kept, gradients=0.0)
-    return kept, found.total - kept.total
+    return kept, resident.total - kept.total
 
 
 def _device(zero: Mapping[str, Any], key: str) -> str | None:
@@ -139,30 +147,32 @@ def _device(zero: Mapping[str, Any], key: str) -> str | None:
     return section.get("device") if isinstance(section, Mapping) else None
 
 
-def _traffic(work: Work, stage: str, tensors: Sequence[GatheredTensor], where: Topology, size: int | None) -> Traffic:
-    """Of a step: ``accumulation`` micro-batches (ESI: one), and SET's one all-reduce where it is compact."""
-    gathers = gather_traffic(tensors, work.weight, where, 3 if work.recompute else 2)
+def _traffic(work: Work, stage: str, tensors: Sequence[GatheredTensor], cluster: Topology, size: int | None) -> Traffic:
+    """Per step: ``accumulation`` micro-batches (ESI: one), and SET's one all-reduce where it is compact."""
+    gathers = gather_traffic(tensors, work.weight, cluster, 3 if work.recompute else 2)
     compact = stage == "set" and work.compact
-    total = gathers if compact else gathers + reduce_traffic(tensors, work.trained[stage], where)
+    total = gathers if compact else gathers + reduce_traffic(tensors, work.trained[stage], cluster)
     if size is not None:
         times, layers = 6 if work.recompute else 4, len(work.experts())
-        total += token_traffic(layers, work.tokens, work.top_k, work.hidden, work.weight, size, where, times)
+        total += token_traffic(layers, work.tokens, work.top_k, work.hidden, work.weight, size, cluster, times)
     count = 1 if stage == "esi" else work.accumulation
     total = Traffic(count * total.rank, count * total.node)
-    return total + compact_traffic(tensors, work.trained["set"], where) if compact else total
+    return total + compact_traffic(tensors, work.trained["set"], cluster) if compact else total
 
 
-def sizes(work: Work, where: Topology, model_type: str) -> list[int]:
-    """``autoep_size`` that the ranks, every layer's experts and DeepSpeed's presets allow, 1 excepted."""
+def sizes(work: Work, cluster: Topology, model_type: str) -> list[int]:
+    """Every ``autoep_size`` above 1 that the ranks, the experts of every layer and DeepSpeed's presets allow."""
     counts = work.experts()
     if model_type not in AUTOEP_MODEL_TYPES or not counts:
         return []
-    return [n for n in range(2, where.ranks + 1) if where.ranks % n == 0 and all(count % n == 0 for count in counts)]
+    return [
+        n for n in range(2, cluster.ranks + 1) if cluster.ranks % n == 0 and all(count % n == 0 for count in counts)
+    ]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a GPU, and of the node that its host part lies in."""
+    """Bytes of a GPU, and of a node's main memory."""
 
     gpu: float
     node: float
@@ -170,8 +180,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """``settings``: a whole DeepSpeed configuration. ``override``: a key of the YAML to go with it. ``fits``: whether
-    the stage does, in ``USABLE`` of the GPU and of the node's memory."""
+    """settings: a complete DeepSpeed configuration. fits: whether the stage fits into ``USABLE`` of the GPU and of the
+    node's memory. override: ``key=value`` for the YAML that goes with it."""
 
     settings: dict[str, Any]
     footprint: Footprint
@@ -179,7 +189,7 @@ class Recommendation:
     override: str | None = None
 
 
-# Least harm first: what moves to the host of each stage, and whether ESI's gradient sums do.
+# What each stage moves to the host, cheapest first: DeepSpeed's sections, and whether ESI's gradient sums move too.
 OFFLOADS: Mapping[str, Sequence[tuple[tuple[str, ...], bool]]] = {
     "esi": (((), False), ((), True), (("offload_param",), True)),
     "set": (((), False), (("offload_param",), False)),
@@ -187,37 +197,38 @@ OFFLOADS: Mapping[str, Sequence[tuple[tuple[str, ...], bool]]] = {
 }
 
 
-def recommend(work: Work, stage: str, where: Topology, model_type: str, memory: Memory) -> Recommendation:
-    """The first of the stage's ``OFFLOADS`` that fits. Among sizes of expert parallelism, those within a node come
-    first, and of these the one with which the least arrives at a rank.
+def recommend(work: Work, stage: str, cluster: Topology, model_type: str, memory: Memory) -> Recommendation:
+    """The first of the stage's ``OFFLOADS`` that fits, else the configuration that needs the least memory.
 
-    Where nothing fits: what takes least.
+    Sizes of expert parallelism within a node are preferred, and among these the one with the least traffic per rank.
     """
-    possible = sizes(work, where, model_type)
-    inside: list[int | None] = [None, *(size for size in possible if where.holds(size))]
-    across: list[int | None] = [size for size in possible if not where.holds(size)]
-    found: list[Recommendation] = []
+    possible = sizes(work, cluster, model_type)
+    inside: list[int | None] = [None, *(size for size in possible if cluster.holds(size))]
+    across: list[int | None] = [size for size in possible if not cluster.holds(size)]
+    too_large: list[Recommendation] = []
     for offload, sums_on_host in OFFLOADS[stage]:
         tried_work = replace(work, sums_on_host=work.sums_on_host or sums_on_host)
         override = "esi.accumulator_device=cpu" if sums_on_host else None
-        for candidates in (inside, across):
-            tried = [_try(tried_work, stage, where, zero3(size, offload), memory, override) for size in candidates]
-            if fitting := [one for one in tried if one.fits]:
-                return min(fitting, key=lambda one: one.footprint.traffic.rank)
-            found += tried
-    return min(found, key=lambda one: one.footprint.together)
+        for candidate_sizes in (inside, across):
+            tried = [
+                _try(tried_work, stage, cluster, zero3(size, offload), memory, override) for size in candidate_sizes
+            ]
+            if fitting := [candidate for candidate in tried if candidate.fits]:
+                return min(fitting, key=lambda candidate: candidate.footprint.traffic.rank)
+            too_large += tried
+    return min(too_large, key=lambda candidate: candidate.footprint.together)
 
 
 def _try(
-    work: Work, stage: str, where: Topology, settings: dict[str, Any], memory: Memory, override: str | None
+    work: Work, stage: str, cluster: Topology, settings: dict[str, Any], memory: Memory, override: str | None
 ) -> Recommendation:
-    found = footprint(work, stage, where, settings)
-    fits = found.together <= USABLE * memory.gpu and where.per_node * found.host <= USABLE * memory.node
-    return Recommendation(settings, found, fits, override)
+    needed = footprint(work, stage, cluster, settings)
+    fits = needed.together <= USABLE * memory.gpu and cluster.per_node * needed.host <= USABLE * memory.node
+    return Recommendation(settings, needed, fits, override)
 
 
 def zero3(autoep_size: int | None = None, offload: Iterable[str] = ()) -> dict[str, Any]:
-    """As the files in ds_configs/."""
+    """A DeepSpeed configuration like the files in ds_configs/. offload: sections whose content moves to the host."""
     zero = {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
@@ -235,17 +246,17 @@ def zero3(autoep_size: int | None = None, offload: Iterable[str] = ()) -> dict[s
 
 
 def with_experts(settings: Mapping[str, Any], autoep_size: int | None) -> dict[str, Any]:
-    """The same configuration with another size of expert parallelism; None: without."""
+    """The configuration with another size of expert parallelism; None: without it."""
     changed = copy.deepcopy({key: value for key, value in settings.items() if key != "expert_parallel"})
     if autoep_size is not None:
         changed["expert_parallel"] = {"enabled": True, "autoep_size": autoep_size}
     return changed
 
 
-def nodes_needed(work: Work, stage: str, where: Topology, model_type: str, memory: Memory) -> int | None:
-    """The least number of nodes, doubled from the given one, on which the stage fits; None: not on 4,096 ranks."""
-    while where.ranks <= 4096:
-        if recommend(work, stage, where, model_type, memory).fits:
-            return where.nodes
-        where = Topology(2 * where.nodes, where.per_node)
+def nodes_needed(work: Work, stage: str, cluster: Topology, model_type: str, memory: Memory) -> int | None:
+    """The number of nodes, doubled as often as needed, on which the stage fits; None: not on 4,096 ranks either."""
+    while cluster.ranks <= 4096:
+        if recommend(work, stage, cluster, model_type, memory).fits:
+            return cluster.nodes
+        cluster = Topology(2 * cluster.nodes, cluster.per_node)
     return None
