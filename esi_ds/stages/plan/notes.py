@@ -59,7 +59,7 @@ def _read_if_reachable(path: str, field: str, read: Callable[[], Content], notes
         notes.append(f"{field} = {path}: there is no such file")
         return None
     if not _hub_answers():
-        notes.append(f"{field} = {path}: the hub does not answer; HF_HUB_OFFLINE=1 would look for a copy here")
+        notes.append(f"{field} = {path}: the hub does not answer; HF_HUB_OFFLINE=1 would look for a local copy")
         return None
     try:
         return read()

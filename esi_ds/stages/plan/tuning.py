@@ -1,10 +1,10 @@
-"""``--dry-run`` of SET and SPA: what they would do, also where weights, mask or rows are not there yet."""
+"""``--dry-run`` of SET and SPA: what they would do, even before weights, mask or rows exist."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from esi_ds.config import Config, require_tune, resolved_yaml
+from esi_ds.config import Config, Tune, require_tune, resolved_yaml
 from esi_ds.core.mask import load_mask
 from esi_ds.core.select import model_k
 from esi_ds.core.trained import Trained
@@ -13,6 +13,7 @@ from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
+from esi_ds.report.contents import Facts
 from esi_ds.stages.plan.memory import describe_work, expected_trained, is_compact, known_trained, print_bytes, topology
 from esi_ds.stages.plan.notes import count_prompts, count_rows
 from esi_ds.stages.plan.stages import print_facts
@@ -22,33 +23,32 @@ Counts = dict[str, dict[str, int]]  # stage → parameter → weights that get a
 
 
 def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
-    """The resolved config, then the plan. No collectives, no weights.
+    """The resolved config, then the plan. Loads no weights.
 
-    Raises UserError for what is wrong; what is not there is noted, and the plan does without it: weights of a mask are
-    expected to lie evenly, rows are counted and not read.
+    Raises UserError for whatever is wrong. What does not exist yet is noted, and the plan does without it: the weights
+    of the mask are assumed to be spread evenly, and rows are counted but not read.
     """
-    require_tune(config)
-    source, tune, ranks = ModelSource.of(config.model), config.tune, topology(options).ranks
+    tune = require_tune(config)
+    source, ranks = ModelSource.of(config.model), topology(options).ranks
     resolve_deepspeed(config, ranks, stage)
     model_config = load_model_config(source)
     parameters = meta_parameters(model_config, source, config.model.roles)
     check_routers(config, parameters)
-    notes = _missing_files(config)
+    notes = _missing_files(config, tune)
     num_rows = count_rows(tune.data, "tune.data", notes)
-    _reach_others(config, notes)
+    _note_unreachable(config, tune, notes)
     rows = "not known" if num_rows is None else f"{num_rows:,}, counted only"
     trained: Trained | None = None
     if not notes:
         inputs = prepare_tuning(config, stage)
-        trained, found = inputs.trained, inputs.rows
-        num_rows = len(found.sequences)
-        rows = f"{num_rows:,} ({found.columns}), {len(found.skipped)} skipped"
+        trained, num_rows = inputs.trained, len(inputs.rows.sequences)
+        rows = f"{num_rows:,} ({inputs.rows.columns}), {len(inputs.rows.skipped)} skipped"
     elif Path(tune.mask).exists():
         trained = describe_trained(config, stage, load_mask(tune.mask), model_config)
     counts = known_trained(trained, parameters) if trained else expected_trained(config, parameters)
     print(resolved_yaml(config))
     facts = _weight_facts(config, stage, parameters, trained, counts) | {"ranks": ranks, "rows": rows}
-    print_facts(facts | {"steps": _steps(config, ranks, num_rows)})
+    print_facts(facts | {"steps": _steps(tune, ranks, num_rows)})
     for note in notes:
         print(f"NOTE: {note}")
     print_bytes(
@@ -56,52 +56,54 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
     )
 
 
-def _missing_files(config: Config) -> list[str]:
-    """Of the model folder and the mask, which earlier runs or downloads make."""
+def _missing_files(config: Config, tune: Tune) -> list[str]:
+    """Notes on files of the model and on the mask, where an earlier run or a download has yet to produce them."""
     notes, folder = [], Path(config.model.path)
     if folder.is_dir():
         for kind, pattern in (("weights", "*.safetensors"), ("tokenizer", "tokenizer*")):
             if not any(folder.glob(pattern)):
                 notes.append(f"model.path = {folder}: holds no {kind} ({pattern})")
-    if not Path(config.tune.mask).exists():
-        ratio = config.select.ratio
-        notes.append(f"tune.mask = {config.tune.mask}: is not there; select.ratio = {ratio:g} is taken to lie evenly")
+    if not Path(tune.mask).exists():
+        assumed = f"select.ratio = {config.select.ratio:g} of the weights is assumed, spread evenly"
+        notes.append(f"tune.mask = {tune.mask}: does not exist; {assumed}")
     return notes
 
 
-def _reach_others(config: Config, notes: list[str]) -> None:
-    """Benign rows, and the prompts to answer before and after."""
-    benign = config.tune.data.benign
+def _note_unreachable(config: Config, tune: Tune, notes: list[str]) -> None:
+    """Check benign rows, and the prompts to answer before and after; note those that cannot be reached."""
+    benign = tune.data.benign
     if benign is not None and benign.fraction > 0:
         count_rows(benign, "tune.data.benign", notes)
     if config.eval is not None:
-        for key, kind in (("prompts", "harmful"), ("benign", "benign")):
-            for number, section in enumerate(getattr(config.eval, key)):
-                count_prompts(section, f"eval.{key}.{number}", notes, kind)
+        for number, section in enumerate(config.eval.prompts):
+            count_prompts(section, f"eval.prompts.{number}", notes, "harmful")
+        for number, section in enumerate(config.eval.benign):
+            count_prompts(section, f"eval.benign.{number}", notes, "benign")
 
 
 def _weight_facts(
     config: Config, stage: str, parameters: tuple[Parameter, ...], trained: Trained | None, counts: Counts
-) -> dict[str, object]:
-    learning = counts[stage]
-    total = sum(learning.values())
+) -> Facts:
+    """The mask and how much would train. trained: None where the mask does not exist yet."""
+    by_parameter = counts[stage]
+    total = sum(by_parameter.values())
     if trained is None:
         mask = f"{model_k(parameters, config.select.ratio, config.select.of):,} weights, expected"
     else:
         mask = f"{trained.mask.k:,} weights by {trained.mask.metadata.get('criterion')}"
-    facts: dict[str, object] = {
+    facts: Facts = {
         "weights": f"{sum(parameter.numel for parameter in parameters):,}",
         "mask": mask,
-        "trained weights": f"{total:,} in {sum(count > 0 for count in learning.values())} parameters",
+        "trained weights": f"{total:,} in {sum(count > 0 for count in by_parameter.values())} parameters",
     }
     if stage == "set":
-        is_one = is_compact(config, total)
-        facts["gradients"] = "compact: one all-reduce a step" if is_one else "scatter: reduce-scatter in the hooks"
+        compact, scatter = "compact: one all-reduce a step", "scatter: reduce-scatter in the hooks"
+        facts["gradients"] = compact if is_compact(config, total) else scatter
     return facts
 
 
-def _steps(config: Config, ranks: int, num_rows: int | None) -> str:
-    tune = config.tune
+def _steps(tune: Tune, ranks: int, num_rows: int | None) -> str:
+    """Steps, rows per step, and epochs where the number of rows is known."""
     stride = tune.batch_size * tune.gradient_accumulation * ranks
     epochs = "" if num_rows is None else f" ({tune.max_steps * stride / num_rows:.2f} epochs)"
     return f"{tune.max_steps:,} of {stride} rows{epochs}"
