@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, and refused where they belong to another run (docs/design.md §7)."""
+"""Files of a run: written completely or not at all; a folder of another run is refused (docs/design.md §7)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 
@@ -24,15 +24,19 @@ from esi_ds.config import Config, differences, resolved_yaml, validate
 from esi_ds.config_yaml import parse_yaml
 from esi_ds.errors import UserError
 
+# Files of a folder whose run was killed before it wrote config.yaml.
 UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")
-VISIBLE_S, TELL_S = 120.0, 5.0  # NFS clients remember for a minute by default that a file was not there
+# NFS clients cache for a minute by default that a file does not exist: how long to wait, and when to print a message.
+VISIBLE_S, MESSAGE_S = 120.0, 5.0
 PACKAGES = ("esi_ds", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """An error of writing is an OSError that names the file: a full disk's own names none, and safetensors and
-    tokenizers leave the system's error in a text only."""
+    """Have every error of writing ``path`` be an OSError that names the file.
+
+    The system's error for a full disk names none; safetensors and tokenizers only mention the error number in a text.
+    """
     try:
         yield
     except OSError as error:
@@ -40,28 +44,28 @@ def writing(path: Path) -> Iterator[None]:
             error.filename = str(path)
         raise
     except Exception as error:
-        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+        if (match := re.search(r"\(os error (\d+)\)", str(error))) is None:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
 
 
 def wait_until_visible(path: Path, seconds: float = VISIBLE_S) -> Path:
-    """The path, once this host sees what another host has made; a network file system may show it late.
+    """The path, once this host sees what another host wrote; a network file system may show it late.
 
-    Raises RuntimeError where it does not come.
+    Raises RuntimeError if it does not appear in time.
     """
-    started, told = time.monotonic(), False
+    started, has_printed = time.monotonic(), False
     while not path.exists():
         waited = time.monotonic() - started
         if waited > seconds:
             raise RuntimeError(
-                f"{path} was written by another rank, and {socket.gethostname()} does not see it after {seconds:g} s: "
+                f"{path} was written by another rank, but {socket.gethostname()} does not see it after {seconds:g} s: "
                 "is run.output_dir a folder that all hosts share?"
             )
-        if waited > TELL_S and not told:
-            told = True
-            print(f"{socket.gethostname()} waits for {path} to appear", file=sys.stderr, flush=True)
-        # Reading the folder has a client ask its server again instead of trusting what it remembers.
+        if waited > MESSAGE_S and not has_printed:
+            has_printed = True
+            print(f"{socket.gethostname()} is waiting for {path} to appear", file=sys.stderr, flush=True)
+        # Listing the folder makes an NFS client ask the server again instead of trusting its cache.
         with suppress(OSError):
             os.listdir(path.parent)
         time.sleep(0.05)
@@ -69,7 +73,7 @@ def wait_until_visible(path: Path, seconds: float = VISIBLE_S) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """A file is on disk when this returns, or the names in a folder: a rename is on disk only when its folder is."""
+    """Flush a file, or the names in a folder, to disk: a rename is on disk only once its folder is."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with writing(path):
@@ -79,7 +83,7 @@ def _sync(path: Path) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """The file holds all of ``text`` or what it held before."""
+    """Write the file so that a crash leaves either all of ``text`` or the old content."""
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(temporary), temporary.open("w", encoding="utf-8") as opened:
         opened.write(text)
@@ -90,18 +94,19 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def write_json_atomic(path: Path, content: Any) -> None:
+    """``write_text_atomic`` of ``content`` as JSON."""
     write_text_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def may_write(folder: Path) -> bool:
-    """Whether this process may write into a folder, or make it where it is not there yet."""
+    """Whether this process may write into a folder, or create it if it does not exist."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     return existing.is_dir() and os.access(existing, os.W_OK)
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name, when its files are on disk; one that had it goes away only then."""
-    for file in temporary.rglob("*"):  # also those that a library has written
+    """Give a finished folder its final name once its files are on disk; only then is an older one removed."""
+    for file in temporary.rglob("*"):  # including those that a library wrote
         if file.is_file():
             _sync(file)
     old = final.with_name(f".{final.name}.old")
@@ -114,22 +119,22 @@ def replace_folder(temporary: Path, final: Path) -> None:
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Lines at the end of a file, on disk when this returns; a line before them that was torn is closed first."""
+    """Append lines, on disk when this returns; an incomplete last line is closed first."""
     with writing(path), path.open("a+b") as opened:
-        torn = False
-        if opened.tell() > 0:  # append mode begins at the end
+        is_torn = False
+        if opened.tell() > 0:  # append mode starts at the end
             opened.seek(-1, os.SEEK_END)
-            torn = opened.read(1) != b"\n"
-        text = "\n" * torn + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            is_torn = opened.read(1) != b"\n"
+        text = "\n" * is_torn + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         opened.write(text.encode())
         opened.flush()
         os.fsync(opened.fileno())
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a file that a kill may have torn: lines that are no JSON are left out.
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file; lines that are not JSON are skipped, as a kill may leave an incomplete one.
 
-    Lines end at a line feed only: ``splitlines`` would cut a row at a U+2028 or U+0085 inside its text.
+    Only a line feed ends a line: ``splitlines`` would also split at a U+2028 or U+0085 inside a text.
     """
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -141,6 +146,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def file_sha256(path: Path) -> str:
+    """sha256 of the file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as opened:
         while block := opened.read(1 << 20):
@@ -148,65 +154,85 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+class Manifest(TypedDict):
+    """What every stage writes to ``manifest.json``; a stage may add keys."""
+
+    exit_state: str  # running, done, interrupted or failed
+    world_size: int  # number of ranks
+    model_fingerprint: str | None  # of the model's structure and weights; None before it is known
+    data_hashes: dict[str, Any]  # sha256 by input
+    started: str  # ISO 8601, UTC
+    finished: str | None  # ISO 8601, UTC; None while running
+    wall_time_s: float  # of this process, not of those it resumed
+    versions: dict[str, str]  # of Python and of packages, by name
+    commit: str | None  # of the checkout; None for an installed package
+
+
 class RunFolder:
-    """One run's folder. ``check`` may be called by every rank, the writers by rank 0 only."""
+    """One run's folder. Every rank may call ``check``; only rank 0 may write."""
 
     def __init__(self, path: str):
         self.path = Path(path)
 
     def check(self, config: Config) -> None:
-        """Refuse a folder that is no folder, is not ours, or holds another run. Reads only."""
-        key, given = "run.output_dir", str(self.path)
+        """Raise UserError for a path that is not a folder, cannot be written, or holds something other than this run.
+
+        Reads only.
+        """
+        key, path = "run.output_dir", str(self.path)
         try:
             self.path.stat()
         except FileNotFoundError as error:
             if self.path.is_symlink():
-                raise UserError(key, given, "is a link that leads nowhere", "make what it leads to") from error
+                raise UserError(key, path, "is a link that leads nowhere", "create its target") from error
         except NotADirectoryError:
-            pass  # said below
+            pass  # reported by ``may_write`` below
         except (OSError, ValueError) as error:
-            raise UserError(key, given, f"is no name of a folder ({error})", "give a folder of your own") from error
+            raise UserError(key, path, f"is not the name of a folder ({error})", "give another folder") from error
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(key, given, "is a file", "give a folder")
+            raise UserError(key, path, "is a file", "give a folder")
         if not may_write(self.path):
-            raise UserError(key, given, "cannot be written to", "give a folder of your own")
-        # A kill before config.yaml is first written leaves the lock and temporary files: still an empty folder of ours.
+            raise UserError(key, path, "cannot be written to", "give a writable folder")
+        # A run killed before it wrote config.yaml leaves its lock and temporary files: as good as an empty folder.
         if not self.path.is_dir() or all(UNBEGUN.fullmatch(file.name) for file in self.path.iterdir()):
             return
         stored = self.path / "config.yaml"
         if not stored.is_file():
-            raise UserError(key, given, "is not empty and holds no run", "give a new folder")
+            raise UserError(key, path, "is not empty and does not hold a run", "give a new folder")
         if config.run.resume == "never":
-            raise UserError(key, given, "holds a run already", "give a new folder, or set run.resume: auto")
+            raise UserError(key, path, "already holds a run", "give a new folder, or set run.resume: auto")
         try:
             before = validate(parse_yaml(stored.read_text(encoding="utf-8")))
         except (UserError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(
-                key, given, f"holds a config.yaml that this version cannot read ({error})", "give a new folder"
+                key, path, f"holds a config.yaml that this version cannot read ({error})", "give a new folder"
             ) from error
         other = differences(before, config)
         if other:
             raise UserError(
                 key,
-                given,
+                path,
                 f"holds a run of another config (other {', '.join(other)})",
-                "give a new folder, or go on with the config stored there",
+                "give a new folder, or continue with the config stored there",
             )
 
     def check_same(self, key: str, now: Any, field: str) -> None:
-        """Refuse to go on where a fact that the interrupted run recorded in its manifest is another one now."""
+        """Raise UserError if ``now`` differs from the value of ``key`` in the interrupted run's manifest."""
         manifest = self.path / "manifest.json"
         before = json.loads(manifest.read_text()).get(key) if manifest.is_file() else None
         if before and before != now:
-            raise UserError(field, None, f"is not what the run in {self.path} began with", "give a new run.output_dir")
+            raise UserError(
+                field, None, f"is not what the run in {self.path} started with", "give a new run.output_dir"
+            )
 
     def open(self, config: Config) -> None:
-        """Create the folder and write the resolved config. Raises UserError where ``check`` does."""
+        """Create the folder and write the resolved config. Raises UserError as ``check`` does."""
         self.check(config)
         self.path.mkdir(parents=True, exist_ok=True)
         write_text_atomic(self.path / "config.yaml", resolved_yaml(config))
 
     def is_finished(self) -> bool:
+        """Whether the run was completed."""
         manifest = self.path / "manifest.json"
         return manifest.is_file() and json.loads(manifest.read_text())["exit_state"] == "done"
 
@@ -220,24 +246,20 @@ class RunFolder:
         data: dict[str, Any],
         notes: dict[str, Any] | None = None,
     ) -> None:
-        """Versions, commit, world size, which model, how long, and how it ended: running, done, interrupted or
-        failed; and what the stage notes besides."""
+        """Write ``manifest.json``. started: seconds since the epoch; notes: what the stage records besides."""
         now = time.time()
-        write_json_atomic(
-            self.path / "manifest.json",
-            {
-                "exit_state": exit_state,
-                "world_size": world_size,
-                "model_fingerprint": model_fingerprint,
-                "data_hashes": data,
-                "started": utc(started),
-                "finished": None if exit_state == "running" else utc(now),
-                "wall_time_s": round(now - started, 3),
-                "versions": versions(),
-                "commit": commit(),
-                **(notes or {}),
-            },
-        )
+        manifest: Manifest = {
+            "exit_state": exit_state,
+            "world_size": world_size,
+            "model_fingerprint": model_fingerprint,
+            "data_hashes": data,
+            "started": utc(started),
+            "finished": None if exit_state == "running" else utc(now),
+            "wall_time_s": round(now - started, 3),
+            "versions": versions(),
+            "commit": commit(),
+        }
+        write_json_atomic(self.path / "manifest.json", {**manifest, **(notes or {})})
 
 
 def utc(seconds: float) -> str:
@@ -246,17 +268,18 @@ def utc(seconds: float) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """Versions of Python and of those ``PACKAGES`` that are installed."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def commit() -> str | None:
-    """The checkout's commit; None outside one (an installed copy may lie inside somebody else's repository)."""
+    """The checkout's commit; None for an installed package, which may lie inside another repository."""
     here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():
         return None

@@ -1,8 +1,8 @@
 """One job at a time in a run folder: ``lock.json`` names the process that writes there (docs/design.md §8).
 
-A killed job leaves its lock behind. Whether it still lives is found out, not guessed: from the process table on the
-same host, from Slurm where the job has an id, else by watching whether ``status.json`` still changes. No clock is
-compared between hosts.
+A killed job leaves its lock behind. Whether the job is still alive is checked, not guessed: in the process table on the
+same host, by asking Slurm if the job has an id, else by watching whether ``status.json`` still changes. Clocks of
+different hosts are never compared.
 """
 
 from __future__ import annotations
@@ -13,18 +13,39 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from esi_ds.artifacts import utc, write_json_atomic
 from esi_ds.errors import UserError
 
 LOCK, STATUS = "lock.json", "status.json"
-BEAT_S = 5.0  # a living run writes its status this often
-WATCH_S = 45.0  # so long is a lock of another host watched; network file systems show a change within half a minute
+BEAT_S = 5.0  # how often a live run writes its status
+WATCH_S = 45.0  # how long to watch for changes; network file systems show one within half a minute
 
 
-def own_identity() -> dict[str, Any]:
-    """What tells this process from any other on any host, after a reboot and after a requeue too."""
+class Identity(TypedDict, total=False):
+    """What distinguishes a process from any other on any host, also after a reboot or a requeue.
+
+    Files of older versions may lack keys.
+    """
+
+    host: str  # host name
+    boot: str | None  # Linux's id of this boot
+    pids: str | None  # Linux's id of the process table that the process sees
+    pid: int  # process id
+    pid_started: int | None  # clock ticks from boot to the process's start
+    slurm_job: str | None  # Slurm's job id, with the task of an array
+    slurm_restarts: str  # how often Slurm has requeued the job
+
+
+class Holder(Identity, total=False):
+    """``lock.json``: the process that holds the folder."""
+
+    since: str  # when it took the folder: ISO 8601, UTC
+
+
+def own_identity() -> Identity:
+    """This process's identity."""
     return {
         "host": socket.gethostname(),
         "boot": _boot(),
@@ -37,19 +58,20 @@ def own_identity() -> dict[str, Any]:
 
 
 def acquire(folder: Path) -> str | None:
-    """Take the folder; a line for the log where an earlier job's lock was taken over. Raises UserError where it lives.
+    """Lock the folder. Returns a line for the log if the lock of a dead job was taken over.
 
-    Called by rank 0 only. The lock appears whole under its name or not at all (a hard link), also on NFS.
+    Raises UserError if another job is alive and holds it. Called by rank 0 only. The lock appears under its name
+    completely or not at all (a hard link), also on NFS.
     """
-    own = own_identity()
-    temporary = folder / f".{LOCK}.{own['host']}-{own['pid']}.tmp"
+    identity = own_identity()
+    temporary = folder / f".{LOCK}.{identity['host']}-{identity['pid']}.tmp"
     try:
-        write_json_atomic(temporary, {**own, "since": utc(time.time())})
+        write_json_atomic(temporary, {**identity, "since": utc(time.time())})
         for _ in range(50):
             if _link(temporary, folder / LOCK):
                 return None
             if (holder := read(folder)) is None:
-                continue  # released since
+                continue  # released in the meantime
             if (reason := why_dead(folder, holder)) is None:
                 raise UserError(
                     "run.output_dir",
@@ -62,12 +84,12 @@ def acquire(folder: Path) -> str | None:
             time.sleep(0.1)
     finally:
         temporary.unlink(missing_ok=True)
-    problem = f"holds {LOCK} of a dead job, and another job that wanted it died too"
-    raise UserError("run.output_dir", str(folder), problem, f"delete {LOCK} and .{LOCK}.claim there")
+    problem = f"holds the {LOCK} of a dead job, and a job that was taking it over died too"
+    raise UserError("run.output_dir", str(folder), problem, f"delete {LOCK} and .{LOCK}.claim in it")
 
 
 def _link(source: Path, name: Path) -> bool:
-    """Give a file a second name; False where somebody has the name."""
+    """Give a file a second name; False if the name is taken."""
     try:
         os.link(source, name)
     except FileExistsError:
@@ -75,14 +97,14 @@ def _link(source: Path, name: Path) -> bool:
     return True
 
 
-def _replace(folder: Path, temporary: Path, holder: dict[str, Any]) -> bool:
-    """Put our lock in a dead holder's place. Of several that find it dead, one has the claim at a time."""
+def _replace(folder: Path, temporary: Path, holder: Holder) -> bool:
+    """Replace a dead holder's lock by ours; False if another job is faster. Only one job at a time holds the claim."""
     claim = folder / f".{LOCK}.claim"
     if not _link(temporary, claim):
         _drop_dead_claim(folder, claim, temporary.with_suffix(".claim"))
         return False
     try:
-        if read(folder) != holder:  # another claim came first
+        if read(folder) != holder:  # another job replaced it first
             return False
         os.replace(temporary, folder / LOCK)
     finally:
@@ -91,70 +113,72 @@ def _replace(folder: Path, temporary: Path, holder: dict[str, Any]) -> bool:
 
 
 def _drop_dead_claim(folder: Path, claim: Path, aside: Path) -> None:
-    """A job that is killed while it takes over leaves its claim. ``aside``: a name that nobody else uses."""
+    """Remove the claim of a job that was killed while taking over. ``aside``: a name that no other process uses."""
     holder = _read(claim)
     if holder is None or why_dead(folder, holder) is None:
         return
     try:
         os.rename(claim, aside)
-    except FileNotFoundError:  # somebody else dropped it
+    except FileNotFoundError:  # another job removed it
         return
-    if _read(aside) != holder:  # dropped meanwhile, and this is another job's: give it back
+    if _read(aside) != holder:  # another job removed it and made its own claim, which we moved: put that back
         _link(aside, claim)
     aside.unlink()
 
 
 def release(folder: Path) -> None:
-    """Give the folder free, if the lock is this process's."""
-    holder, own = read(folder), own_identity()
-    if holder is not None and all(holder.get(key) == value for key, value in own.items()):
+    """Unlock the folder if this process holds the lock."""
+    holder, identity = read(folder), own_identity()
+    if holder is not None and all(holder.get(key) == value for key, value in identity.items()):
         (folder / LOCK).unlink(missing_ok=True)
 
 
-def read(folder: Path) -> dict[str, Any] | None:
-    """The lock's content, or None where there is none."""
+def read(folder: Path) -> Holder | None:
+    """Who holds the folder; None if nobody does."""
     return _read(folder / LOCK)
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def _read(file: Path) -> Holder | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:
-        found = None
-    named = isinstance(found, dict) and isinstance(found.get("host"), str) and isinstance(found.get("pid"), int)
-    return found if named else {"host": "a host its unreadable lock does not name"}
+        content = None
+    if isinstance(content, dict) and isinstance(content.get("host"), str) and isinstance(content.get("pid"), int):
+        return cast(Holder, content)
+    return {"host": "a host that its unreadable lock does not name"}
 
 
-def describe(holder: dict[str, Any]) -> str:
+def describe(holder: Holder) -> str:
+    """The holder in a few words."""
     job = f"Slurm job {holder['slurm_job']}, " if holder.get("slurm_job") else ""
     return f"{job}process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
 
 
-def why_dead(folder: Path, holder: dict[str, Any]) -> str | None:
-    """Why the holder cannot be writing any more; None where it lives."""
-    own = own_identity()
-    if holder.get("host") == own["host"]:
-        if holder.get("boot") != own["boot"]:
-            return "the host was started again since"
-        # Containers of one host may share its name, and not its processes.
-        same_table = holder.get("pids") == own["pids"]
+def why_dead(folder: Path, holder: Holder) -> str | None:
+    """Why the holder cannot be writing any more; None if it is alive."""
+    identity = own_identity()
+    if holder.get("host") == identity["host"]:
+        if holder.get("boot") != identity["boot"]:
+            return "the host has been rebooted since"
+        # Containers on one host may share its name but not its process table.
+        same_table = holder.get("pids") == identity["pids"]
         if same_table and (holder.get("pid_started") is not None or _boot() is not None):
             return None if _started(holder["pid"]) == holder.get("pid_started") else "no such process here"
     job = holder.get("slurm_job")
-    if job and job == own["slurm_job"] and holder.get("slurm_restarts") != own["slurm_restarts"]:
-        return "Slurm has started that job again as this one"
-    if job and (live := _slurm_has(job)) is not None and not (live and job == own["slurm_job"]):
-        return None if live else "Slurm knows no such running job"
+    if job and job == identity["slurm_job"] and holder.get("slurm_restarts") != identity["slurm_restarts"]:
+        return "Slurm has requeued that job as this one"
+    if job and (live := _slurm_has(job)) is not None and not (live and job == identity["slurm_job"]):
+        return None if live else "Slurm has no such running job"
     return _watch(folder)
 
 
 def _watch(folder: Path) -> str | None:
-    """A living run's status changes; compared by content, for clocks of two hosts may differ."""
+    """Why the holder is dead: its status does not change. Contents are compared, as clocks of two hosts may differ."""
     status = folder / STATUS
     before = status.read_bytes() if status.is_file() else None
-    print(f"{folder} is locked from another host: watching for {WATCH_S:g} s whether that job lives", flush=True)
+    print(f"{folder} is locked from another host: checking for {WATCH_S:g} s whether that job is alive", flush=True)
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:
         time.sleep(min(1.0, WATCH_S / 4))
@@ -164,13 +188,13 @@ def _watch(folder: Path) -> str | None:
 
 
 def _slurm_job() -> str | None:
-    """This process's job as squeue takes it: of an array its own task, for the array's id stands for all tasks."""
+    """This process's job in squeue's notation; for an array with the task, as its id alone means all tasks."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def _slurm_has(job: str) -> bool | None:
-    """Whether Slurm holds a job that runs or is about to end; None where it cannot be asked."""
+    """Whether Slurm has the job running or about to end; None if Slurm cannot be asked."""
     try:
         shown = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -181,7 +205,7 @@ def _slurm_has(job: str) -> bool | None:
 
 
 def _boot() -> str | None:
-    """Linux's id of this boot."""
+    """Linux's id of this boot; None on other systems."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -189,7 +213,7 @@ def _boot() -> str | None:
 
 
 def _pid_namespace() -> str | None:
-    """Linux's name for the process table that this process sees."""
+    """Linux's id of the process table that this process sees; None on other systems."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -197,7 +221,7 @@ def _pid_namespace() -> str | None:
 
 
 def _started(pid: int) -> int | None:
-    """Clock ticks from boot to a process's start (proc(5)): pids come again, and clocks jump. None: not there."""
+    """Clock ticks from boot to a process's start (proc(5)), since pids are reused and clocks jump; None: no process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the command line says besides the config."""
+"""The command line's options besides the config."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says besides the config. ``world_size``, ``nodes`` and the memories: ranks, on how many
-    nodes, and what a GPU and a node hold, that a dry run plans for. ``launcher``: what
-    ``launch_environment.launcher_processes`` returned when the process began."""
+    """``world_size``, ``nodes`` and the memory sizes are those that a dry run plans for; ``launcher`` is the value of
+    ``launch_environment.launcher_processes`` at the start."""
 
     dry_run: bool = False
     world_size: int | None = None

@@ -1,6 +1,6 @@
-"""``status.json``: where a run stands, for people and for whoever finds its lock. ``python -m esi_ds.status RUN...``
+"""``status.json``: how far a run is, for people and for jobs that meet its lock. ``python -m esi_ds.status RUN...``
 
-A thread of rank 0 writes it every few seconds, whatever the run is doing; reading needs no torch.
+A thread of rank 0 writes it every few seconds, whatever the run is doing; reading it does not need torch.
 """
 
 from __future__ import annotations
@@ -12,14 +12,46 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
+
+from tqdm import tqdm
 
 from esi_ds.artifacts import write_json_atomic
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.lock import BEAT_S, STATUS, own_identity
+from esi_ds.lock import BEAT_S, STATUS, Identity, own_identity
 
-WRITTEN = {"state", "stage", "pid", "host", "slurm_job", "updated", "phase"}  # in every status of a run
-SILENT_S = 60.0  # a status older than this is probably of a dead run
+REQUIRED = {"state", "stage", "pid", "host", "slurm_job", "updated", "phase"}  # keys of every status of a run
+SILENT_S = 60.0  # the run of an older status is probably dead
+
+
+class Checkpoint(TypedDict, total=False):
+    """What a restart would continue from: ``position`` or ``file``."""
+
+    saved: float  # seconds since the epoch
+    position: int  # of the newest checkpoint
+    file: str  # the newest file of rows that a restart does not compute again
+
+
+class Progress(TypedDict, total=False):
+    """The progress bar's numbers; without a bar ``phase`` alone."""
+
+    phase: str | None  # the bar's description; None before the first bar
+    done: float  # number of units
+    total: float  # number of units
+    unit: str  # singular
+    rate: float  # units per second
+    seconds_left: float | None  # None while nothing is done
+
+
+class Status(Identity, Progress, total=False):
+    """``status.json``."""
+
+    state: str  # running, done, interrupted or failed; "not started" without a file
+    stage: str  # esi, set, spa, perturb or eval
+    started: float  # seconds since the epoch
+    updated: float  # seconds since the epoch
+    beat: int  # how often the file has been written
+    last_checkpoint: Checkpoint | None
 
 
 class StatusWriter:
@@ -27,15 +59,15 @@ class StatusWriter:
 
     def __init__(self, folder: Path, stage: str):
         self._folder = folder
-        self._facts = {"stage": stage, **own_identity(), "started": time.time()}
-        self._progress: Any = None  # tqdm's bar
+        self._stage, self._identity, self._started = stage, own_identity(), time.time()
+        self._bar: tqdm | None = None
         self._beat = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="status", daemon=True)
 
-    def watch(self, bar: Any) -> None:
-        """From now on this bar's numbers are shown."""
-        self._progress = bar
+    def watch(self, bar: tqdm) -> None:
+        """Write this bar's numbers from now on."""
+        self._bar = bar
 
     def __enter__(self) -> StatusWriter:
         self._write("running")
@@ -59,86 +91,97 @@ class StatusWriter:
 
     def _write(self, state: str) -> None:
         self._beat += 1
-        facts = {"state": state, **self._facts, "updated": time.time(), "beat": self._beat, **self._numbers()}
-        with suppress(OSError):  # a full disk ends the run where it matters, not here
-            facts["last_checkpoint"] = last_checkpoint(self._folder)
-            write_json_atomic(self._folder / STATUS, facts)
+        status: Status = {
+            "state": state,
+            "stage": self._stage,
+            **self._identity,
+            "started": self._started,
+            "updated": time.time(),
+            "beat": self._beat,
+            **self._progress(),
+        }
+        with suppress(OSError):  # a full disk ends the run at the run's own files, not here
+            status["last_checkpoint"] = last_checkpoint(self._folder)
+            write_json_atomic(self._folder / STATUS, status)
 
-    def _numbers(self) -> dict[str, Any]:
-        if self._progress is None:
+    def _progress(self) -> Progress:
+        if self._bar is None:
             return {"phase": None}
-        shown = self._progress.format_dict
-        done, total, seconds = shown["n"], shown["total"], shown["elapsed"]
-        rate = (done - shown["initial"]) / seconds if seconds > 0 else 0.0
+        numbers = self._bar.format_dict
+        done, total, seconds = numbers["n"], numbers["total"], numbers["elapsed"]
+        rate = (done - numbers["initial"]) / seconds if seconds > 0 else 0.0
         return {
-            "phase": shown["prefix"].removesuffix(": "),
+            "phase": numbers["prefix"].removesuffix(": "),
             "done": done,
             "total": total,
-            "unit": shown["unit"],
+            "unit": numbers["unit"],
             "rate": rate,
             "seconds_left": (total - done) / rate if rate > 0 else None,
         }
 
 
-def last_checkpoint(run: Path) -> dict[str, Any] | None:
-    """What a restart would find: the newest checkpoint's position, or the newest file of rows that are made once."""
-    found: list[tuple[float, dict[str, Any]]] = []
+def last_checkpoint(run: Path) -> Checkpoint | None:
+    """What a restart would continue from; None if there is nothing yet."""
+    checkpoints: list[Checkpoint] = []
     for file in (*run.glob("checkpoint/position-*/state.json"), *run.glob("checkpoint/*/position-*/state.json")):
-        with suppress(FileNotFoundError):  # what is replaced is removed at any moment
+        with suppress(FileNotFoundError):  # a newer checkpoint may replace it at any moment
             position = int(file.parent.name.removeprefix("position-"))
-            found.append((file.stat().st_mtime, {"position": position}))
+            checkpoints.append({"position": position, "saved": file.stat().st_mtime})
     for file in run.glob("*.jsonl"):
         with suppress(FileNotFoundError):
             if file.name != "metrics.jsonl":
-                found.append((file.stat().st_mtime, {"file": file.name}))
-    saved, what = max(found, key=lambda pair: pair[0], default=(None, {}))
-    return None if saved is None else {**what, "saved": saved}
+                checkpoints.append({"file": file.name, "saved": file.stat().st_mtime})
+    return max(checkpoints, key=lambda checkpoint: checkpoint["saved"], default=None)
 
 
-def read_status(run: Path) -> dict[str, Any]:
-    """The status with the last checkpoint and how the run ended. Raises UserError where the folder holds no run."""
+def read_status(run: Path) -> Status:
+    """The run's status with its last checkpoint. Raises UserError if the folder does not hold a run."""
     if not (run / "config.yaml").is_file():
         raise UserError("RUN", str(run), "holds no run", "give a run's folder")
-    found: dict[str, Any] = {"state": "not started"}
+    status: Status = {"state": "not started"}
     with suppress(FileNotFoundError, ValueError):
-        stored = json.loads((run / STATUS).read_text(encoding="utf-8"))
-        if not isinstance(stored, dict) or not stored.keys() >= WRITTEN:
-            raise UserError("RUN", str(run), f"holds a {STATUS} of something else", "look at its log.txt")
-        found = stored
-    return {**found, "last_checkpoint": last_checkpoint(run)}
+        content = json.loads((run / STATUS).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not content.keys() >= REQUIRED:
+            raise UserError("RUN", str(run), f"holds a {STATUS} that is not a run's status", "look at its log.txt")
+        status = cast(Status, content)
+    return {**status, "last_checkpoint": last_checkpoint(run)}
 
 
 def show(run: Path, now: float) -> str:
-    """A few lines for a person."""
-    found = read_status(run)
-    lines = [f"{run}: {found['state']}" + (f", stage {found['stage']}" if "stage" in found else "")]
-    if "pid" in found:
-        job = f", Slurm job {found['slurm_job']} (restarts: {found['slurm_restarts']})" if found["slurm_job"] else ""
-        lines.append(f"  process {found['pid']} on {found['host']}{job}")
-    if found.get("phase"):
-        left = found["seconds_left"]
-        rest = f", {_span(left)} left" if left is not None and found["state"] == "running" else ""
-        numbers = f"{found['done']:,} of {found['total']:,} {found['unit']}s, {found['rate']:.3g} a second"
-        lines.append(f"  {found['phase']}: {numbers}{rest}")
-    if checkpoint := found.get("last_checkpoint"):
+    """A few lines for people. now: seconds since the epoch."""
+    status = read_status(run)
+    lines = [f"{run}: {status['state']}" + (f", stage {status['stage']}" if "stage" in status else "")]
+    if "pid" in status:
+        job = status["slurm_job"]
+        slurm = f", Slurm job {job} (restarts: {status['slurm_restarts']})" if job else ""
+        lines.append(f"  process {status['pid']} on {status['host']}{slurm}")
+    if status.get("phase"):
+        left = status["seconds_left"]
+        remaining = f", {_span(left)} left" if left is not None and status["state"] == "running" else ""
+        numbers = f"{status['done']:,} of {status['total']:,} {status['unit']}s, {status['rate']:.3g} a second"
+        lines.append(f"  {status['phase']}: {numbers}{remaining}")
+    if checkpoint := status.get("last_checkpoint"):
         where = f"at {checkpoint['position']:,}" if "position" in checkpoint else checkpoint["file"]
         lines.append(f"  last checkpoint: {where}, {_span(now - checkpoint['saved'])} ago")
-    if found["state"] == "running" and now - found["updated"] > SILENT_S:
-        lines.append(f"  silent for {_span(now - found['updated'])}: it was probably killed; start it again to go on")
+    if status["state"] == "running" and now - status["updated"] > SILENT_S:
+        silent = _span(now - status["updated"])
+        lines.append(f"  silent for {silent}: it was probably killed; start it again to go on")
     return "\n".join(lines)
 
 
 def _span(seconds: float) -> str:
-    minutes, seconds = divmod(int(max(seconds, 0)), 60)
+    """As hours:minutes:seconds."""
+    minutes, rest = divmod(int(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    made = argparse.ArgumentParser(prog="python -m esi_ds.status", description="where runs stand")
-    made.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders")
-    made.add_argument("--json", action="store_true", help="one line of JSON a run instead of text")
-    arguments, code = made.parse_args(argv), 0
+    """The command; its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m esi_ds.status", description="show how far runs are")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders")
+    parser.add_argument("--json", action="store_true", help="one line of JSON per run instead of text")
+    arguments, code = parser.parse_args(argv), 0
     for run in arguments.runs:
         try:
             print(json.dumps({"run": str(run), **read_status(run)}) if arguments.json else show(run, time.time()))

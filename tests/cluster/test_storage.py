@@ -139,7 +139,7 @@ def test_a_read_only_folder(stages: SmallStages, tmp_path: Path, begun: bool) ->
         job = stages.start("set", run)
         assert job.has_ended(60)
         said = [line for line in job.said().splitlines() if line.startswith("error: ")]
-        assert said == [f"error: run.output_dir = {run}: cannot be written to; give a folder of your own"], job.said()
+        assert said == [f"error: run.output_dir = {run}: cannot be written to; give a writable folder"], job.said()
         assert "ended with 2" in job.said()
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         stages.finish("set", run)

@@ -1,4 +1,4 @@
-"""What a rank says of failures that are none of the program's, and how it waits for what another host has written."""
+"""One-line messages for failures from outside the program, and waiting for files that another host writes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_any_other_error_keeps_its_traceback(error: Exception) -> None:
 
 
 def test_a_file_that_appears_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(artifacts, "TELL_S", 0.1)
+    monkeypatch.setattr(artifacts, "MESSAGE_S", 0.1)
     late = tmp_path / "position-4" / "state.json"
 
     def appear() -> None:
@@ -72,7 +72,7 @@ def test_a_file_that_appears_late_is_waited_for(tmp_path: Path, monkeypatch: pyt
     thread.start()
     assert artifacts.wait_until_visible(late) == late
     thread.join()
-    assert f"waits for {late} to appear" in capsys.readouterr().err
+    assert f"is waiting for {late} to appear" in capsys.readouterr().err
 
 
 def test_the_wait_is_bounded(tmp_path: Path) -> None:

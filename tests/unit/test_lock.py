@@ -97,7 +97,7 @@ def test_slurm_tells_whether_its_job_lives(tmp_path: Path, elsewhere: dict, monk
     tell("RUNNING\n")  # it is this job itself, requeued to another node
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert "started that job again" in lock.why_dead(tmp_path, elsewhere)
+    assert "requeued that job" in lock.why_dead(tmp_path, elsewhere)
     tell("", 1, "slurm_load_jobs error: Unable to contact slurm controller")
     monkeypatch.setenv("SLURM_JOB_ID", "13")
     assert "did not change" in lock.why_dead(tmp_path, elsewhere)
