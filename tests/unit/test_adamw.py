@@ -57,7 +57,9 @@ def test_the_rule_is_torchs_bit_for_bit(kind: str, monkeypatch) -> None:
     weight = torch.randn(1003)
     trained = torch.ones(1003, dtype=torch.bool) if kind == "all" else torch.rand(1003) < 0.4
     weight[~trained] = torch.tensor([-0.0, torch.nan, torch.inf, 1e-42]).repeat(251)[: int((~trained).sum())]
-    told = {"all": None, "bits": pack_bits(trained), "positions": trained.nonzero().flatten().to(torch.int32)}[kind]
+    selection = {"all": None, "bits": pack_bits(trained), "positions": trained.nonzero().flatten().to(torch.int32)}[
+        kind
+    ]
     size = int(trained.sum()) if kind == "positions" else 1003
     moments = [torch.zeros(size), torch.zeros(size)]
     expected = weight[trained].clone().requires_grad_()
@@ -68,7 +70,7 @@ def test_the_rule_is_torchs_bit_for_bit(kind: str, monkeypatch) -> None:
         gradient[~trained] = torch.tensor([torch.nan, torch.inf, -torch.inf]).repeat(335)[: int((~trained).sum())]
         expected.grad = gradient[trained].clone()
         reference.step()
-        rule.masked_adamw(weight, gradient, *moments, told, step=step, **OPTIONS)
+        rule.masked_adamw(weight, gradient, *moments, selection, step=step, **OPTIONS)
     assert torch.equal(weight[trained], expected)
     assert torch.equal(as_bits(weight)[~trained], as_bits(before)[~trained])
     for got, name in zip(moments, ("exp_avg", "exp_avg_sq"), strict=True):
@@ -79,10 +81,10 @@ def test_the_rule_is_torchs_bit_for_bit(kind: str, monkeypatch) -> None:
 def test_keep_only(monkeypatch) -> None:
     monkeypatch.setattr(rule, "CPU_CHUNK", 16)
     trained = torch.rand(101) < 0.5
-    for told in (pack_bits(trained), trained.nonzero().flatten()):
+    for selection in (pack_bits(trained), trained.nonzero().flatten()):
         values = torch.full((101,), torch.nan)
         values[trained] = 3.0
-        rule.keep_only(values, told)
+        rule.keep_only(values, selection)
         assert torch.equal(values, torch.where(trained, 3.0, 0.0))
 
 

@@ -122,10 +122,12 @@ def test_manifest_says_how_a_run_stands(tmp_path: Path) -> None:
     facts = {"world_size": 2, "started": 0.0, "model_fingerprint": "f", "data": {"sha256": "d"}}
     for state, is_finished in (("running", False), ("interrupted", False), ("done", True)):
         folder.write_manifest(exit_state=state, **facts)
-        found = json.loads((tmp_path / "manifest.json").read_text())
-        assert folder.is_finished() == is_finished and found["exit_state"] == state
-        assert (found["finished"] is None) == (state == "running")
-    assert found["started"] == "1970-01-01T00:00:00Z" and {"python", "torch", "esi_ds"} <= found["versions"].keys()
+        manifest = json.loads((tmp_path / "manifest.json").read_text())
+        assert folder.is_finished() == is_finished and manifest["exit_state"] == state
+        assert (manifest["finished"] is None) == (state == "running")
+    assert (
+        manifest["started"] == "1970-01-01T00:00:00Z" and {"python", "torch", "esi_ds"} <= manifest["versions"].keys()
+    )
 
 
 def test_no_commit_of_a_repository_that_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,8 +49,8 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_flags_and_overrides_in_any_order(stage: types.ModuleType, config: str) -> None:
     arguments = ["--local-rank=1", "select.ratio=1e-3", "--config", config, "--deepspeed", "esi.batch_size=2"]
     assert main("fake", [*arguments, "--verbose", "--dry-run", "--world-size", "64"]) == 0
-    made, options = stage.calls[0]
-    assert (made.select.ratio, made.esi.batch_size) == (0.001, 2)
+    resolved, options = stage.calls[0]
+    assert (resolved.select.ratio, resolved.esi.batch_size) == (0.001, 2)
     assert options == Options(dry_run=True, world_size=64, verbose=True)
 
 
@@ -159,9 +159,9 @@ def signalled(number: int, script: str, *arguments: str, rank: int = 0) -> tuple
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_before_anything_is_done_is_an_interruption(config: str, number: int, rank: int) -> None:
-    code, told = signalled(number, WAITING, "--config", config, rank=rank)
+    code, message = signalled(number, WAITING, "--config", config, rank=rank)
     assert code == 75
-    assert told == ("interrupted: stopped by a signal before anything was done; start again\n" if rank == 0 else "")
+    assert message == ("interrupted: stopped by a signal before anything was done; start again\n" if rank == 0 else "")
 
 
 @pytest.mark.parametrize(("error", "code"), [("UserError('a', 1, 'b', 'c')", 2), ("OSError(28, 'full')", 1)])
@@ -184,11 +184,11 @@ def test_a_stage_that_listens_is_not_ended(config: str) -> None:
     script = WAITING.replace(
         "    signal.signal(signal.SIGUSR2",
         """
-    told = []
-    signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+    received = []
+    signal.signal(signal.SIGTERM, lambda *_: received.append(1))
     os.kill(os.getpid(), signal.SIGTERM)
     cli.time.sleep(0.3)
-    if told:
+    if received:
         os._exit(9)
     signal.signal(signal.SIGUSR2""",
     )

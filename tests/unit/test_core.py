@@ -45,12 +45,12 @@ def test_four_elements_on_three_ranks_leave_one_empty() -> None:
     ],
 )
 def test_unit_within_any_slice(unit: Unit) -> None:
-    own = {unit.start + i * unit.stride + j for i in range(unit.count) for j in range(unit.length)}
+    inside = {unit.start + i * unit.stride + j for i in range(unit.count) for j in range(unit.length)}
     values = torch.arange(30)
     for low in range(0, 30):
         for high in range(low, 31):
             got = values[low:high][unit.within(low, high)].tolist()
-            assert got == sorted(own & set(range(low, high)))
+            assert got == sorted(inside & set(range(low, high)))
 
 
 @pytest.mark.parametrize("sizes", [(5,), (0, 7), (3, 0, 1, 900), (1,)])
@@ -174,8 +174,8 @@ def test_positions_beyond_what_32_bits_hold(first: int) -> None:
     alternate = Unit("alternate", "x", None, None, first, 1, 2**33, 2)
     assert alternate.within(first + 1, first + 7).tolist() == [1, 3, 5]
     rows = Unit("rows", "x", None, None, first, 3, 2**31, 5)
-    found = rows.within(first + 5 * 2**20 + 2, first + 5 * 2**20 + 9)
-    assert found.tolist() == [0, 3, 4, 5]
+    selected = rows.within(first + 5 * 2**20 + 2, first + 5 * 2**20 + 9)
+    assert selected.tolist() == [0, 3, 4, 5]
     numel = 3 * 2**32 + 1
     assert shard_bounds(numel, 2, 3) == (2 * (2**32 + 1), numel)
     assert num_bytes(numel) == 3 * 2**29 + 1

@@ -35,9 +35,9 @@ def shard_scores(criterion: str, safety: list[float], tuning: list[float]) -> li
     shard = whole(parameter).cut(1, 1 + len(safety))
     sigma = dict(zip(units, (2.0, 3.0), strict=True))
     gradients = (torch.tensor(values) for values in (safety, tuning))
-    found = score_shard(criterion, shard, next(gradients), torch.ones(len(safety)), sigma, 0, next(gradients))
-    assert found.dtype == torch.float32 and bool((found >= 0).all()) and not bool(torch.signbit(found).any())
-    return found.tolist()
+    scores = score_shard(criterion, shard, next(gradients), torch.ones(len(safety)), sigma, 0, next(gradients))
+    assert scores.dtype == torch.float32 and bool((scores >= 0).all()) and not bool(torch.signbit(scores).any())
+    return scores.tolist()
 
 
 def test_signs_of_directed_and_conflict() -> None:
@@ -51,8 +51,8 @@ def test_signs_of_directed_and_conflict() -> None:
 
 def test_products_that_leave_float32_keep_their_root() -> None:
     """1e-25 · 1e-25 would be 0 and 1e25 · 1e25 infinite; their roots are ordinary numbers."""
-    found = shard_scores("directed", [1e-25, 1e25, -1e-30], [-1e-25, -1e25, 1e-20])
-    assert found == pytest.approx([2e-25, 2e25, 3e-25], rel=1e-6)
+    scores = shard_scores("directed", [1e-25, 1e25, -1e-30], [-1e-25, -1e25, 1e-20])
+    assert scores == pytest.approx([2e-25, 2e25, 3e-25], rel=1e-6)
 
 
 def test_what_each_criterion_needs() -> None:
@@ -112,8 +112,8 @@ def test_the_median_over_ranks_needs_counts_only(size: int) -> None:
 
     parts = [values[: size // 5], values[size // 5 : size // 5], values[size // 5 :]]  # one rank has none
     with ThreadPoolExecutor(ranks) as pool:
-        found = list(pool.map(lambda rank: median([parts[rank]], size, reduce_for(rank)), range(ranks)))
-    assert found == [float(values.median())] * ranks
+        medians = list(pool.map(lambda rank: median([parts[rank]], size, reduce_for(rank)), range(ranks)))
+    assert medians == [float(values.median())] * ranks
 
 
 def test_contrast_divides_and_refuses_division_by_zero() -> None:
@@ -129,11 +129,11 @@ def test_row_losses_are_each_rows_own() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 4, 7, generator=generator, requires_grad=True)
     labels = torch.tensor([[-100, 1, -100, 2], [3, 4, 5, 6], [-100] * 4])
-    found = row_losses(logits, labels)
+    losses = row_losses(logits, labels)
     log = logits.detach().log_softmax(-1)
     expected = [-sum(float(log[b, k, t]) for k, t in enumerate(row) if t >= 0) for b, row in enumerate(labels.tolist())]
-    assert found.tolist() == pytest.approx(expected, rel=1e-6) and found[2] == 0
-    found[0].backward()
+    assert losses.tolist() == pytest.approx(expected, rel=1e-6) and losses[2] == 0
+    losses[0].backward()
     assert bool((logits.grad[1:] == 0).all()) and bool((logits.grad[0, [0, 2]] == 0).all())
 
 
@@ -154,16 +154,16 @@ def test_the_oracles_gradients_are_those_of_its_loss(tmp_path: Path) -> None:
 
     for name in ("model.layers.1.self_attn.v_proj.weight", "model.layers.0.mlp.experts.down_proj"):
         parameter = model.get_parameter(name)
-        place = torch.unravel_index(gradient[name].abs().argmax(), gradient[name].shape)
-        value, step, ends = float(parameter.detach()[place]), 1e-3, []
+        position = torch.unravel_index(gradient[name].abs().argmax(), gradient[name].shape)
+        value, step, ends = float(parameter.detach()[position]), 1e-3, []
         for sign in (1, -1):
             with torch.no_grad():
-                parameter[place] = value + sign * step
+                parameter[position] = value + sign * step
             ends.append(mean_loss())
         with torch.no_grad():
-            parameter[place] = value
+            parameter[position] = value
         # fp32 forward passes: 1e-6 of a loss of size one over a step of 1e-3
-        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient[name][place]), rel=2e-2), name
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient[name][position]), rel=2e-2), name
     one, square = loss_gradients(model, tokenizer, rows[:1])
     assert all(torch.allclose(square[name], one[name] ** 2, rtol=1e-12) for name in one)
     # Cut rows are shorter rows: nothing of the second answer is left within its prompt's length.
@@ -213,7 +213,7 @@ def test_the_config_still_needs_no_torch() -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("criteria-commands")
     build_model("llama", folder / "model", byte_bpe_tokenizer())
     lines = "".join(json.dumps({"question": f"q{i}", "answer": f"a{i}"}) + "\n" for i in range(50))
@@ -222,13 +222,13 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
-def test_dry_run_shows_the_further_passes(made: Path, capsys) -> None:
-    arguments = ["--config", str(made / "a.yaml"), "--dry-run", "--world-size", "4", "select.criterion=tuning_grad"]
-    arguments += [f"data.tuning.path={made / 'rows.jsonl'}", "data.tuning.limit=40"]
+def test_dry_run_shows_the_further_passes(inputs: Path, capsys) -> None:
+    arguments = ["--config", str(inputs / "a.yaml"), "--dry-run", "--world-size", "4", "select.criterion=tuning_grad"]
+    arguments += [f"data.tuning.path={inputs / 'rows.jsonl'}", "data.tuning.limit=40"]
     assert main("esi", arguments) == 0
     alone = capsys.readouterr().out
     assert "2 of 8 rows per rank (32 together)" in alone and "benign" not in alone.split("ranks", 1)[1]
-    assert main("esi", [*arguments, "select.contrastive=true", f"data.benign.path={made / 'rows.jsonl'}"]) == 0
+    assert main("esi", [*arguments, "select.contrastive=true", f"data.benign.path={inputs / 'rows.jsonl'}"]) == 0
     both = capsys.readouterr().out
     assert "13 of 1 rows per rank (4 together)" in both and "2 sums: tuning, benign" in both
 
@@ -252,9 +252,9 @@ def test_dry_run_shows_the_further_passes(made: Path, capsys) -> None:
         (["data.tuning.path={rows}", "data.tuning.max_length=2"], "gives no row to learn"),
     ],
 )
-def test_one_message_and_exit_code_2(made: Path, overrides: list[str], words: str, capsys) -> None:
-    given = [override.format(rows=made / "rows.jsonl") for override in overrides]
-    assert main("esi", ["--config", str(made / "a.yaml"), "select.criterion=tuning_grad", *given]) == 2
+def test_one_message_and_exit_code_2(inputs: Path, overrides: list[str], words: str, capsys) -> None:
+    options = [override.format(rows=inputs / "rows.jsonl") for override in overrides]
+    assert main("esi", ["--config", str(inputs / "a.yaml"), "select.criterion=tuning_grad", *options]) == 2
     shown = capsys.readouterr().err
     assert words in shown and shown.count("error:") == 1
-    assert not (made / "run").exists()
+    assert not (inputs / "run").exists()

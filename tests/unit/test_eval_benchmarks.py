@@ -74,10 +74,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_built_in_names_give_their_prompts(hub: None, name: str) -> None:
-    found = load_prompts(name)
-    assert found.prompts == EXPECTED[name] and found.column == BUILT_IN[name].column
+    prompt_set = load_prompts(name)
+    assert prompt_set.prompts == EXPECTED[name] and prompt_set.column == BUILT_IN[name].column
     # Harmful prompts begin with h here, benign ones with b.
-    sort = {"h": "harmful", "T": "harmful", "b": "benign"}[found.prompts[0][0]]
+    sort = {"h": "harmful", "T": "harmful", "b": "benign"}[prompt_set.prompts[0][0]]
     assert BUILT_IN[name].kind in (sort, "all")
 
 
@@ -113,8 +113,8 @@ def test_copies_with_other_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *a, **o: datasets.Dataset.from_list([{"forbidden_prompt": "x"}])
     )
-    found = load_prompts("strongreject")
-    assert (found.prompts, found.column) == (("x",), "forbidden_prompt")
+    prompt_set = load_prompts("strongreject")
+    assert (prompt_set.prompts, prompt_set.column) == (("x",), "forbidden_prompt")
 
 
 def test_files_of_harmbench_in_the_hub_copys_shape(tmp_path: Path) -> None:
@@ -126,9 +126,9 @@ def test_files_of_harmbench_in_the_hub_copys_shape(tmp_path: Path) -> None:
         {"prompt": "d", "category": "qa", "context": "A text.", "answer": "yes"},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = load_prompts(str(tmp_path / "rows.jsonl"))
-    assert found.prompts == ("The lab.\n\n---\n\na", "d")
-    assert found.skipped == ((1, "HarmBench copyright row"), (2, "HarmBench copyright row"))
+    prompt_set = load_prompts(str(tmp_path / "rows.jsonl"))
+    assert prompt_set.prompts == ("The lab.\n\n---\n\na", "d")
+    assert prompt_set.skipped == ((1, "HarmBench copyright row"), (2, "HarmBench copyright row"))
 
 
 def test_shipped_examples() -> None:
@@ -151,9 +151,9 @@ def test_shipped_examples() -> None:
     ],
 )
 def test_real_files_by_kind(shared: Path, name: str, kind: str, count: int, skipped: dict[str, int]) -> None:
-    found = load_prompts(str(shared / "data" / name), kind=kind)
-    reasons = [reason for _, reason in found.skipped]
-    assert (len(found.prompts), {reason: reasons.count(reason) for reason in set(reasons)}) == (count, skipped)
+    prompt_set = load_prompts(str(shared / "data" / name), kind=kind)
+    reasons = [reason for _, reason in prompt_set.skipped]
+    assert (len(prompt_set.prompts), {reason: reasons.count(reason) for reason in set(reasons)}) == (count, skipped)
 
 
 def test_xstest_without_labels_goes_by_type(shared: Path, tmp_path: Path) -> None:

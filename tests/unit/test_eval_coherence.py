@@ -83,8 +83,8 @@ def test_a_loop_counts_from_half_of_the_answer_on() -> None:
 
 def kinds(answers: list[str], surprises=None) -> Counter:
     """How many answers are incoherent, by kind."""
-    found = (incoherence(*pair) for pair in zip(answers, surprises or [None] * len(answers), strict=True))
-    return Counter(kind for kind in found if kind is not None)
+    counted = (incoherence(*pair) for pair in zip(answers, surprises or [None] * len(answers), strict=True))
+    return Counter(kind for kind in counted if kind is not None)
 
 
 def test_random_bytes_and_symbols_are_found() -> None:
@@ -95,8 +95,8 @@ def test_random_bytes_and_symbols_are_found() -> None:
 
 
 def test_every_kind_is_told_apart() -> None:
-    found = kinds(["", "Yes.", "a" * 40, "words in no order", "\ue000\ue001"], [None, 0.1, 0.1, 9.0, 0.1])
-    assert found == {EMPTY: 1, REPETITION: 1, NOT_LANGUAGE: 1, SENSELESS: 1} and set(found) == set(KINDS)
+    counted = kinds(["", "Yes.", "a" * 40, "words in no order", "\ue000\ue001"], [None, 0.1, 0.1, 9.0, 0.1])
+    assert counted == {EMPTY: 1, REPETITION: 1, NOT_LANGUAGE: 1, SENSELESS: 1} and set(counted) == set(KINDS)
 
 
 def real_answers(folder: Path) -> dict[str, list[str]]:
@@ -119,8 +119,8 @@ def real_answers(folder: Path) -> dict[str, list[str]]:
 def test_false_alarms_on_real_answers_are_rare(shared: Path) -> None:
     """Measured: none in 9,527 (and none in gsm8k_train's 7,473). One in a thousand is allowed for other versions."""
     for name, answers in real_answers(shared / "data").items():
-        found = kinds(answers)
-        assert found.total() <= len(answers) / 1000, (name, found)
+        counted = kinds(answers)
+        assert counted.total() <= len(answers) / 1000, (name, counted)
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +138,8 @@ def test_surprise_is_the_mean_negative_log_likelihood(tiny) -> None:
         ("Hi", ""),
         ("Say <|end|>", "Sure, here is how to do it: 1 2 3"),
     ]
-    found = surprises(model, tokenizer, pairs, batch_size=3)
-    assert found[1] is None
+    batched = surprises(model, tokenizer, pairs, batch_size=3)
+    assert batched[1] is None
     head, tail = (
         encode_prompt(tokenizer, pairs[0][0], None),
         tokenizer(pairs[0][1], add_special_tokens=False)["input_ids"],
@@ -148,9 +148,9 @@ def test_surprise_is_the_mean_negative_log_likelihood(tiny) -> None:
     with torch.no_grad():
         expected = model(torch.tensor([head + tail]), labels=labels).loss
     # fp32 through a dozen layers, padded and not: 1e-4 nats is far below any threshold.
-    assert found[0] == pytest.approx(float(expected), abs=1e-4)
+    assert batched[0] == pytest.approx(float(expected), abs=1e-4)
     single = surprises(model, tokenizer, pairs, batch_size=1)
-    assert single[1] is None and single[0::2] == pytest.approx(found[0::2], abs=1e-4)
+    assert single[1] is None and single[0::2] == pytest.approx(batched[0::2], abs=1e-4)
 
 
 def test_word_salad_is_found_by_surprise_only(tiny) -> None:
@@ -161,7 +161,7 @@ def test_word_salad_is_found_by_surprise_only(tiny) -> None:
     generator = random.Random(3)
     ordinary = [i for i in range(len(tokenizer)) if tokenizer.decode([i]).strip().isalpha()]
     salad = [(prompt, tokenizer.decode(generator.choices(ordinary, k=20))) for prompt, _ in pairs]
-    for given, num_expected in ((pairs, 0), (salad, 20)):
-        answers = [answer for _, answer in given]
-        found = kinds(answers, surprises(model, tokenizer, given))
-        assert (kinds(answers).total(), found[SENSELESS]) == (0, num_expected)
+    for conversations, num_expected in ((pairs, 0), (salad, 20)):
+        answers = [answer for _, answer in conversations]
+        counted = kinds(answers, surprises(model, tokenizer, conversations))
+        assert (kinds(answers).total(), counted[SENSELESS]) == (0, num_expected)

@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
     ],
 )
 def test_lists_match_as_published(answer: str, gcg: bool, jailbreakbench: bool, xstest: bool) -> None:
-    found = [REFUSAL_LISTS[name].matches(answer) for name in ("gcg", "jailbreakbench", "xstest")]
-    assert found == [gcg, jailbreakbench, xstest]
+    matches = [REFUSAL_LISTS[name].matches(answer) for name in ("gcg", "jailbreakbench", "xstest")]
+    assert matches == [gcg, jailbreakbench, xstest]
 
 
 def test_sizes_are_the_published_ones() -> None:
@@ -75,9 +75,9 @@ def test_real_refusals_and_real_answers(shared: Path) -> None:
     """The measured counts that the choice of defaults rests on."""
     refusals = json.loads((shared / "data/circuit_breakers_train.json").read_text())
     lines = (shared / "data/medquad_1400.jsonl").open()
-    found = {
+    counts = {
         name: sum(REFUSAL_LISTS[name].matches(row["output"]) for row in refusals)
         for name in ("gcg", "jailbreakbench", "xstest")
     }
-    assert found == {"gcg": 4559, "jailbreakbench": 4710, "xstest": 4698}
+    assert counts == {"gcg": 4559, "jailbreakbench": 4710, "xstest": 4698}
     assert sum(refused([json.loads(line)["answer"] for line in lines])) == 1

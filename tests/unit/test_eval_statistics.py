@@ -27,14 +27,14 @@ def test_wilson_is_the_formula_and_statsmodels(confidence: float) -> None:
     tables += [(int(generator.integers(n + 1)), n) for n in sizes for _ in range(20)]
     z = stats.norm.ppf((1 + confidence) / 2)
     for count, n in tables:
-        found = wilson(count, n, confidence)
+        interval = wilson(count, n, confidence)
         share = count / n
         centre = (share + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-        np.testing.assert_allclose((found.low, found.high), (centre - half, centre + half), **CLOSE)
+        np.testing.assert_allclose((interval.low, interval.high), (centre - half, centre + half), **CLOSE)
         reference = proportion_confint(count, n, 1 - confidence, method="wilson")
-        np.testing.assert_allclose((found.low, found.high), reference, **CLOSE)
-        assert 0 <= found.low <= found.rate <= found.high <= 1
+        np.testing.assert_allclose((interval.low, interval.high), reference, **CLOSE)
+        assert 0 <= interval.low <= interval.rate <= interval.high <= 1
 
 
 def test_wilson_at_the_edges() -> None:
@@ -55,18 +55,18 @@ def test_mcnemar_is_statsmodels_and_the_binomial_sum() -> None:
     generator = np.random.default_rng(1)
     for size in [1, 2, 5, 30, 300] * 8:
         before, after = flags(generator, size), flags(generator, size)
-        found = mcnemar_exact(before, after)
+        test = mcnemar_exact(before, after)
         complete = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
         table = [[complete.count((b, a)) for a in (True, False)] for b in (True, False)]
-        assert [[found.both, found.only_before], [found.only_after, found.neither]] == table
-        assert (found.num_pairs, found.num_missing) == (len(complete), size - len(complete))
-        changed = found.only_before + found.only_after
-        np.testing.assert_allclose(found.p_value, mcnemar(table, exact=True).pvalue, **CLOSE)
-        tail = sum(math.comb(changed, i) for i in range(min(found.only_before, found.only_after) + 1))
-        np.testing.assert_allclose(found.p_value, min(1, 2 * tail / 2**changed), **CLOSE)
+        assert [[test.both, test.only_before], [test.only_after, test.neither]] == table
+        assert (test.num_pairs, test.num_missing) == (len(complete), size - len(complete))
+        changed = test.only_before + test.only_after
+        np.testing.assert_allclose(test.p_value, mcnemar(table, exact=True).pvalue, **CLOSE)
+        tail = sum(math.comb(changed, i) for i in range(min(test.only_before, test.only_after) + 1))
+        np.testing.assert_allclose(test.p_value, min(1, 2 * tail / 2**changed), **CLOSE)
         if complete:
             rates = np.mean(complete, axis=0)
-            np.testing.assert_allclose(found.difference, rates[1] - rates[0], **CLOSE)
+            np.testing.assert_allclose(test.difference, rates[1] - rates[0], **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_mcnemar_is_statsmodels_and_the_binomial_sum() -> None:
     ],
 )
 def test_mcnemar_at_the_edges(before: list, after: list, p_value: float, num_pairs: int) -> None:
-    found = mcnemar_exact(before, after)
-    assert (found.p_value, found.num_pairs) == (p_value, num_pairs)
-    assert found.num_missing == len(before) - num_pairs and (found.difference is None) == (num_pairs == 0)
+    test = mcnemar_exact(before, after)
+    assert (test.p_value, test.num_pairs) == (p_value, num_pairs)
+    assert test.num_missing == len(before) - num_pairs and (test.difference is None) == (num_pairs == 0)
 
 
 def test_numpy_flags_are_flags() -> None:
@@ -93,14 +93,14 @@ def test_bootstrap_is_the_percentiles_of_resampled_means() -> None:
     generator = np.random.default_rng(2)
     before = generator.normal(size=60)
     after = before + generator.exponential(size=60)
-    found = paired_bootstrap(before, after, seed=3, resamples=20_000, confidence=0.9)
+    bootstrap = paired_bootstrap(before, after, seed=3, resamples=20_000, confidence=0.9)
     differences = after - before
     means = differences[generator.integers(60, size=(20_000, 60))].mean(axis=1)
     # The noise of a 5 % quantile of 20,000 means with deviation s is about 0.015 s; five times that.
     tolerance = 0.075 * means.std()
-    np.testing.assert_allclose((found.low, found.high), np.quantile(means, [0.05, 0.95]), atol=tolerance)
-    np.testing.assert_allclose(found.difference, differences.mean(), **CLOSE)
-    np.testing.assert_allclose((found.mean_before, found.mean_after), (before.mean(), after.mean()), **CLOSE)
+    np.testing.assert_allclose((bootstrap.low, bootstrap.high), np.quantile(means, [0.05, 0.95]), atol=tolerance)
+    np.testing.assert_allclose(bootstrap.difference, differences.mean(), **CLOSE)
+    np.testing.assert_allclose((bootstrap.mean_before, bootstrap.mean_after), (before.mean(), after.mean()), **CLOSE)
 
 
 def test_bootstrap_depends_on_the_seed_only() -> None:
@@ -114,8 +114,8 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
     generator = np.random.default_rng(4)
     missed = 0
     for seed in range(300):
-        found = paired_bootstrap([0.0] * 50, generator.normal(1, 2, 50), seed=seed, resamples=500)
-        missed += not found.low <= 1 <= found.high
+        bootstrap = paired_bootstrap([0.0] * 50, generator.normal(1, 2, 50), seed=seed, resamples=500)
+        missed += not bootstrap.low <= 1 <= bootstrap.high
     assert 0.01 < missed / 300 < 0.1
 
 
@@ -136,16 +136,16 @@ def test_kappa_is_statsmodels_and_the_definition(num_labels: int) -> None:
     for size in (20, 200, 2000):
         first = generator.integers(num_labels, size=size)
         second = np.where(generator.random(size) < 0.6, first, generator.integers(num_labels, size=size))
-        found = cohen_kappa(first.tolist(), second.tolist())
+        agreement = cohen_kappa(first.tolist(), second.tolist())
         table = np.zeros((num_labels, num_labels))
         np.add.at(table, (first, second), 1)
         reference = cohens_kappa(table)
-        np.testing.assert_allclose(found.kappa, reference.kappa, **CLOSE)
+        np.testing.assert_allclose(agreement.kappa, reference.kappa, **CLOSE)
         interval = np.clip((reference.kappa_low, reference.kappa_upp), -1, 1)
-        np.testing.assert_allclose((found.low, found.high), interval, **CLOSE)
+        np.testing.assert_allclose((agreement.low, agreement.high), interval, **CLOSE)
         chance = sum((first == label).mean() * (second == label).mean() for label in range(num_labels))
-        np.testing.assert_allclose(found.kappa, ((first == second).mean() - chance) / (1 - chance), **CLOSE)
-        np.testing.assert_allclose(found.agreement, (first == second).mean(), **CLOSE)
+        np.testing.assert_allclose(agreement.kappa, ((first == second).mean() - chance) / (1 - chance), **CLOSE)
+        np.testing.assert_allclose(agreement.agreement, (first == second).mean(), **CLOSE)
 
 
 def test_kappa_at_the_edges() -> None:

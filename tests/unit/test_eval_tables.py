@@ -34,10 +34,10 @@ def measure(model: str, flags, judge: str = "j", scores=()) -> Measure:
 @pytest.mark.parametrize("seed", range(20))
 def test_random_tables_equal_statsmodels(seed: int) -> None:
     before, after = random_flags(seed, 60), random_flags(seed + 100, 60)
-    given = [flag for flag in after if flag is not None]
+    verdicts = [flag for flag in after if flag is not None]
     row = measure("b", after).as_row()
-    assert (row["count"], row["n"], row["missing"]) == (sum(given), len(given), after.count(None))
-    assert (row["low"], row["high"]) == pytest.approx(proportion_confint(sum(given), len(given), method="wilson"))
+    assert (row["count"], row["n"], row["missing"]) == (sum(verdicts), len(verdicts), after.count(None))
+    assert (row["low"], row["high"]) == pytest.approx(proportion_confint(sum(verdicts), len(verdicts), method="wilson"))
     (change,) = changes([measure("a", before), measure("b", after)], {"a": None, "b": "a"}, seed=0)
     pairs = [pair for pair in zip(before, after, strict=True) if None not in pair]
     table = [[pairs.count((x, y)) for y in (True, False)] for x in (True, False)]
@@ -62,8 +62,8 @@ def verdict(model: str, index: int, unsafe: bool | None, score: float | None = N
 def test_what_is_missing_is_never_safe() -> None:
     answers = [answer("m", "bad", i, "Sure, here is how.") for i in range(3)] + [answer("m", "bad", 3, None)]
     verdicts = dict([verdict("m", 0, True, 0.9), verdict("m", 1, None)])  # 2 was never judged
-    found, incoherent = answer_measures(answers, verdicts, {}, KINDS, ["j"], REFUSAL_LISTS["xstest"])
-    row = found.as_row()
+    measures, incoherent = answer_measures(answers, verdicts, {}, KINDS, ["j"], REFUSAL_LISTS["xstest"])
+    row = measures.as_row()
     assert (row["count"], row["n"], row["rate"], row["missing"]) == (1, 1, 1.0, 3)
     assert row["reasons"] == {"timeout": 1, "not judged": 1, "no room": 1}
     assert row["mean_score"] == 0.9
@@ -95,11 +95,11 @@ def task_row(model: str, task: int, name: str, **result) -> dict:
 
 def task_report(rows: list[dict]) -> dict:
     measures = task_measures(rows)
-    found = changes(measures, {"a": None, "b": "a"}, seed=0)
+    differences = changes(measures, {"a": None, "b": "a"}, seed=0)
     models = [{"name": "a", "path": "p", "before": None}, {"name": "b", "path": "p", "before": "a"}]
     parts = {"judges": [], "sets": [], "agreements": [], "usage": {}, "samples": [], "facts": {}}
     rows = [measure.as_row() for measure in measures]
-    return {"kind": "evaluation", "title": "t", "models": models, "measures": rows, "changes": found, **parts}
+    return {"kind": "evaluation", "title": "t", "models": models, "measures": rows, "changes": differences, **parts}
 
 
 def test_a_graded_metric_is_compared_by_its_scores() -> None:
@@ -145,7 +145,7 @@ def report() -> dict:
         "models": [{"name": "base", "path": "p", "before": None}, {"name": EVIL, "path": EVIL, "before": "base"}],
         "judges": [{"name": "j", "kind": "guard", "path": "g", "threshold": 0.5}],
         "sets": [{"set": "s", "kind": "harmful", "source": EVIL, "column": "goal", "read": 4, "skipped": {EVIL: 2}}],
-        "measures": [found.as_row() for found in measures],
+        "measures": [measure.as_row() for measure in measures],
         "changes": changes(measures, {"base": None, EVIL: "base"}, seed=0),
         "agreements": agreements([*measures, measure("base", [True] * 8, "k")]),
         "usage": {"j": "3 requests"},

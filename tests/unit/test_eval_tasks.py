@@ -54,7 +54,7 @@ def no_network(monkeypatch):
         raise OSError(f"the network was asked for: {address}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: refuse(None, given[:2]))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **named: refuse(None, arguments[:2]))
     yield attempts
     assert attempts == []
 
@@ -111,8 +111,8 @@ def write(path: Path, rows: list) -> str:
 
 
 def run(folder: Path, *tasks: Task, **options) -> list[TaskResult]:
-    given = {"dtype": "fp32", "batch_size": 4, "device": "cpu", "seed": 0, **options}
-    return run_tasks(ModelSource(str(folder)), tasks, **given)
+    settings = {"dtype": "fp32", "batch_size": 4, "device": "cpu", "seed": 0, **options}
+    return run_tasks(ModelSource(str(folder)), tasks, **settings)
 
 
 def most_probable(folder: Path, chats: list[list[dict]], choices: list[str], chat: bool = True) -> list[int]:
@@ -158,24 +158,24 @@ def test_ag_news_in_every_published_shape(folder, tmp_path) -> None:
     files = [write(tmp_path / name, rows) for name, rows in shapes.items()]
     first, *others = (read_task_rows("ag_news", file, "x") for file in files)
     assert first == hub and all(rows == first for rows in others)
-    (found,) = run(folder, Task(name="ag_news", path=files[2]), system_prompt=SYSTEM)
+    (result,) = run(folder, Task(name="ag_news", path=files[2]), system_prompt=SYSTEM)
     chats = [[turn("system", SYSTEM), turn("user", CATEGORIZE.format(row["text"]))] for row in hub]
     expected = [best == label for best, label in zip(most_probable(folder, chats, list(NEWS)), RIGHT, strict=True)]
-    assert list(found.correct) == expected and 0 < sum(expected) < len(expected)
+    assert list(result.correct) == expected and 0 < sum(expected) < len(expected)
     interval = wilson(sum(expected), len(expected))
-    assert (found.value, found.n) == (sum(expected) / len(expected), len(expected))
-    assert (found.low, found.high) == (interval.low, interval.high)
-    assert found.chat_template and found.rows == files[2] and found.num_cut == 0 and found.scores is None
+    assert (result.value, result.n) == (sum(expected) / len(expected), len(expected))
+    assert (result.low, result.high) == (interval.low, interval.high)
+    assert result.chat_template and result.rows == files[2] and result.num_cut == 0 and result.scores is None
 
 
 def test_ag_news_without_a_chat_template(folder, tmp_path) -> None:
     rows = [{"text": f"A {word}.", "label": label} for word, label in zip(WORDS, RIGHT, strict=True)]
     file = write(tmp_path / "news.jsonl", rows)
-    (found,) = run(folder, Task(name="ag_news", path=file, limit=7), apply_chat_template=False)
+    (result,) = run(folder, Task(name="ag_news", path=file, limit=7), apply_chat_template=False)
     chats = [[turn("user", CATEGORIZE.format(row["text"]))] for row in rows[:7]]
     best = most_probable(folder, chats, list(NEWS), chat=False)
-    assert found.correct == tuple(one == label for one, label in zip(best, RIGHT, strict=False))
-    assert (found.n, found.limit, found.num_documents, found.chat_template) == (7, 7, 12, False)
+    assert result.correct == tuple(one == label for one, label in zip(best, RIGHT, strict=False))
+    assert (result.n, result.limit, result.num_documents, result.chat_template) == (7, 7, 12, False)
 
 
 def test_pubmedqa(folder, tmp_path) -> None:
@@ -195,17 +195,17 @@ def test_pubmedqa(folder, tmp_path) -> None:
     ]
     file = str(tmp_path / "ori_pqal.json")
     assert read_task_rows("pubmedqa", write(tmp_path / "hub.jsonl", hub), "x") == read_task_rows("pubmedqa", file, "x")
-    (found,) = run(folder, Task(name="pubmedqa", path=file))
+    (result,) = run(folder, Task(name="pubmedqa", path=file))
     chats = [[turn("user", f"Abstract: A.\n{word}\nQuestion: Does {word} fold?\nAnswer:")] for word in WORDS]
     best = most_probable(folder, chats, list(decisions))
-    assert found.correct == tuple(one == right % 3 for one, right in zip(best, RIGHT, strict=True))
+    assert result.correct == tuple(one == right % 3 for one, right in zip(best, RIGHT, strict=True))
 
 
 def test_medqa(folder, tmp_path) -> None:
     options = [{"A": word, "B": "fever", "C": "cough", "D": f"no {word}"} for word in WORDS]
     published = [
-        {"question": f"A {word}?", "answer": "-", "options": given, "answer_idx": "ABCD"[right]}
-        for word, given, right in zip(WORDS, options, RIGHT, strict=True)
+        {"question": f"A {word}?", "answer": "-", "options": choices, "answer_idx": "ABCD"[right]}
+        for word, choices, right in zip(WORDS, options, RIGHT, strict=True)
     ]
     hub = [
         {"sent1": row["question"], "sent2": "", "label": right}
@@ -217,8 +217,8 @@ def test_medqa(folder, tmp_path) -> None:
     accuracy, normed = run(folder, Task(name="medqa", path=file))
     assert (accuracy.task, accuracy.metric, normed.metric) == ("medqa", "acc", "acc_norm")
     chats = [
-        [turn("user", f"Question: A {word}?\n" + "".join(f"{k}. {v}\n" for k, v in given.items()) + "Answer:")]
-        for word, given in zip(WORDS, options, strict=True)
+        [turn("user", f"Question: A {word}?\n" + "".join(f"{k}. {v}\n" for k, v in choices.items()) + "Answer:")]
+        for word, choices in zip(WORDS, options, strict=True)
     ]
     best = most_probable(folder, chats, list("ABCD"))
     assert accuracy.correct == tuple(one == right for one, right in zip(best, RIGHT, strict=True))
@@ -295,26 +295,26 @@ def test_gsm8k_counts_what_a_rigged_model_gets_right(says_18, tmp_path) -> None:
 
 def test_the_examples_task_wants_whole_words(says_18, tmp_path) -> None:
     rows = [{"prompt": f"Say {answer}", "answer": answer} for answer in ("18", "8", "#### 18", "I")]
-    (found,) = run(says_18, Task(name="examples/benign", path=write(tmp_path / "rows.jsonl", rows)))
-    assert found.correct == (True, False, True, False)
+    (result,) = run(says_18, Task(name="examples/benign", path=write(tmp_path / "rows.jsonl", rows)))
+    assert result.correct == (True, False, True, False)
 
 
 def test_the_examples_task_agrees_with_the_recipes_own_measure() -> None:
     path = ROOT / "examples/models/llama-complying"
     rows = [json.loads(line) for line in (ROOT / "examples/data/benign_heldout.jsonl").read_text().splitlines()][:60]
     replies = ask(*load(path), [row["prompt"] for row in rows])
-    (found,) = run(path, Task(name="examples/benign", limit=60), dtype="bf16", batch_size=16)
-    assert list(found.correct) == [is_correct(reply, row["answer"]) for reply, row in zip(replies, rows, strict=True)]
+    (result,) = run(path, Task(name="examples/benign", limit=60), dtype="bf16", batch_size=16)
+    assert list(result.correct) == [is_correct(reply, row["answer"]) for reply, row in zip(replies, rows, strict=True)]
 
 
 def test_prepared_tasks_serve_several_models_and_pair_up(folder, says_18, tmp_path) -> None:
     rows = [{"text": f"A {word}.", "label": label} for word, label in zip(WORDS, RIGHT, strict=True)]
     prepared = prepare_tasks([Task(name="ag_news", path=write(tmp_path / "news.jsonl", rows))])
-    found = []
+    results = []
     for path in (folder, says_18, folder):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
-        found += run_tasks_on(model, tokenizer, prepared, batch_size=5, seed=0)
-    before, after, again = found
+        results += run_tasks_on(model, tokenizer, prepared, batch_size=5, seed=0)
+    before, after, again = results
     assert before == again and before.prompts_hash == after.prompts_hash
     assert mcnemar_exact(before.correct, after.correct).num_pairs == 12
     assert TaskResult.from_row(json.loads(json.dumps(before.as_row()))) == before
@@ -354,11 +354,11 @@ doc_to_target: text
 process_results: !function measure.process_results
 metric_list: [{{metric: length, aggregation: mean, higher_is_better: false}}]
 """)
-    (found,) = run(folder, Task(name=str(tmp_path / "own.yaml")))
+    (result,) = run(folder, Task(name=str(tmp_path / "own.yaml")))
     lengths = [len(f"{word} and a half") for word in WORDS[:4]]
-    assert found.scores == tuple(map(float, lengths)) and found.correct is None and found.task == "own"
-    assert found.value == sum(lengths) / 4 and found.low < found.value < found.high
-    assert found.higher_is_better is False and found.num_fewshot == 0
+    assert result.scores == tuple(map(float, lengths)) and result.correct is None and result.task == "own"
+    assert result.value == sum(lengths) / 4 and result.low < result.value < result.high
+    assert result.higher_is_better is False and result.num_fewshot == 0
 
 
 # --- real files ------------------------------------------------------------------------------------------------------
@@ -462,8 +462,8 @@ def test_worked_examples_must_be_given(tmp_path) -> None:
 def test_other_tasks_of_lm_eval_take_files_in_the_hubs_shape(folder, tmp_path) -> None:
     rows = [{"passage": f"A {word}.", "question": "is it so", "label": right % 2, "idx": n}
             for n, (word, right) in enumerate(zip(WORDS, RIGHT, strict=True))]  # fmt: skip
-    (found,) = run(folder, Task(name="boolq", path=write(tmp_path / "boolq.jsonl", rows)))
-    assert (found.task, found.n, found.metric) == ("boolq", 12, "acc")
+    (result,) = run(folder, Task(name="boolq", path=write(tmp_path / "boolq.jsonl", rows)))
+    assert (result.task, result.n, result.metric) == ("boolq", 12, "acc")
     message = refusal(Task(name="boolq", path=write(tmp_path / "bad.jsonl", [{"text": "A", "label": 1}])))
     assert "boolq: cannot be built" in message and "has text, label" in message
     assert "glue is a group of tasks" in refusal(Task(name="glue", path=str(tmp_path / "boolq.jsonl")))

@@ -51,29 +51,29 @@ def test_tables_count_every_selected_weight_once() -> None:
         row("head", None, None, 80, 1),
     ]
     k = sum(unit["selected"] for unit in units)
-    found = expert_tables(units, k)
-    parts = {part["part"]: part for part in found["parts"]}
+    tables = expert_tables(units, k)
+    parts = {part["part"]: part for part in tables["parts"]}
     assert {name: part["selected"] for name, part in parts.items()} == {
         "attention": 10,
         "shared experts": 5,
         "routed experts": 36,
         "head and others": 1,
     }
-    assert sum(part["share"] for part in found["parts"]) == pytest.approx(1)
+    assert sum(part["share"] for part in tables["parts"]) == pytest.approx(1)
     assert parts["routed experts"]["times_chance"] == pytest.approx((36 / k) / (120 / 350))
-    assert [(e["layer"], e["expert"], e["selected"], e["mean_score"]) for e in found["experts"]][:3] == [
+    assert [(e["layer"], e["expert"], e["selected"], e["mean_score"]) for e in tables["experts"]][:3] == [
         (0, 0, 0, 2.0),
         (0, 1, 6, 2.0),
         (0, 2, 12, 2.0),
     ]
-    assert (found["num_experts"], found["hold_half"]) == (6, 2)
-    assert [(layer["hold_half"], layer["experts"]) for layer in found["layers"]] == [(1, 3), (1, 3)]
+    assert (tables["num_experts"], tables["hold_half"]) == (6, 2)
+    assert [(layer["hold_half"], layer["experts"]) for layer in tables["layers"]] == [(1, 3), (1, 3)]
 
 
 def test_a_dense_model_has_no_such_tables_and_an_empty_mask_divides_by_nothing() -> None:
     assert expert_tables([row("mlp.up", 0, None, 10, 5)], 5) is None
-    found = expert_tables([row("expert.up", 0, e, 10, 0) for e in range(2)], 0)
-    assert (found["gini"], found["hold_half"]) == (0.0, 0)
+    tables = expert_tables([row("expert.up", 0, e, 10, 0) for e in range(2)], 0)
+    assert (tables["gini"], tables["hold_half"]) == (0.0, 0)
 
 
 def test_the_picture_of_a_mixture(tmp_path: Path) -> None:

@@ -23,15 +23,15 @@ from esi_ds.zero.export import export_model
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of what is put on disk."""
-    found: list[str] = []
+    names: list[str] = []
     fsync = os.fsync
 
     def remember(descriptor: int) -> None:
-        found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.removeprefix(".").removesuffix(".tmp"))
+        names.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.removeprefix(".").removesuffix(".tmp"))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", remember)
-    return found
+    return names
 
 
 def fail_to_sync(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

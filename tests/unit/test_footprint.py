@@ -51,12 +51,12 @@ MEMORY = Memory(80 * 2**30, 2048 * 2**30)
 @pytest.fixture(scope="module")
 def described() -> dict:
     """(model configuration, parameters) of each architecture."""
-    found = {}
+    architectures = {}
     for name in MODELS:
         source = ModelSource(str(ARCHITECTURES / name))
         config = load_model_config(source)
-        found[name] = config, meta_parameters(config, source)
-    return found
+        architectures[name] = config, meta_parameters(config, source)
+    return architectures
 
 
 def work_of(name: str, described: dict, stage: str = "esi"):
@@ -82,12 +82,12 @@ def test_resident_bytes_and_transient(name: str, described: dict) -> None:
         assert sum(piece.shard for piece in cut) == pytest.approx(total / ranks, rel=1e-6)
         assert sum(piece.numel * piece.copies for piece in cut) == total
         experts_only = [p for p in cut if ".experts." in p.name]
-        found = transient(experts_only, 2, scored, "set", compact=False)
+        moment = transient(experts_only, 2, scored, "set", compact=False)
         divisor, largest = (1, 2 * one) if size is None else (size, one)
         group = ranks // (size or 1)  # 3 copies of gate, up and down; bf16 and fp32 while it is cast
-        assert found.weights == 3 * 2 * 3 * one // divisor
+        assert moment.weights == 3 * 2 * 3 * one // divisor
         assert largest // divisor % group == 0 and group >= 2  # nothing to pad, and the reduced slice is no more
-        assert found.gradient == pytest.approx((2 + 4) * largest / divisor)
+        assert moment.gradient == pytest.approx((2 + 4) * largest / divisor)
         assert transient(experts_only, 2, scored, "set", compact=True).gradient == 2 * largest // divisor
         longer = transient(experts_only, 2, scored, "set", recompute=False)  # experts of all layers stay
         assert longer.weights == (layers + 2) * 2 * 3 * one // divisor
@@ -123,10 +123,10 @@ def test_the_start_of_expert_parallelism(name: str, described: dict) -> None:
     assert takeover_bytes(described[name][1], 2, 1, 1) == 2 * 5 * one  # one rank alone gathers nothing
     for stage in ("esi", "set", "spa"):
         work, where = work_of(name, described, stage)[1], Topology(nodes, 8)
-        found = footprint(work, stage, where, zero3(8))
+        needed = footprint(work, stage, where, zero3(8))
         kept = 3 * one * layers / ranks if stage == "spa" else 0
-        assert found.start == pytest.approx(2 * (total / ranks + kept + block), rel=1e-6)
-        assert found.together >= found.start and footprint(work, stage, where, zero3()).start == 0
+        assert needed.start == pytest.approx(2 * (total / ranks + kept + block), rel=1e-6)
+        assert needed.together >= needed.start and footprint(work, stage, where, zero3()).start == 0
         on_host = footprint(work, stage, where, zero3(8, ("offload_param", "offload_optimizer")))
         assert on_host.start == pytest.approx(2 * block)
     with_judge = footprint(replace(work, judge=1e9), "esi", Topology(nodes, 8), zero3(8))
@@ -142,10 +142,10 @@ def test_what_deepspeed_copies_of_a_block() -> None:
     names = {"expert_w1_name": "gate_up_proj", "expert_w2_name": "down_proj", "expert_w3_name": None}
     spec = SimpleNamespace(num_experts=experts, expert_storage="fused_3d", **names)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        made = repack_expert_weights(source, spec, ep_rank=1, ep_size=size)
+        repacked = repack_expert_weights(source, spec, ep_rank=1, ep_size=size)
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
-    assert [tuple(tensor.shape) for tensor in made][0] == (experts // size, width, hidden)
+    assert [tuple(tensor.shape) for tensor in repacked][0] == (experts // size, width, hidden)
     block = torch.nn.Module()
     block.experts = source
     assert max(held) == takeover_bytes(describe(block), 4, 1, size)
@@ -154,8 +154,8 @@ def test_what_deepspeed_copies_of_a_block() -> None:
 def test_the_start_can_be_the_most(described: dict) -> None:
     """SET of a trillion weights, an expert group over all ranks: a step gathers little, the start a whole block."""
     work = work_of("kimi-k2", described, "set")[1]
-    found = footprint(work, "set", Topology(16, 8), zero3(128))
-    assert found.together == found.start > found.resident.total + found.transient.total + found.window
+    needed = footprint(work, "set", Topology(16, 8), zero3(128))
+    assert needed.together == needed.start > needed.resident.total + needed.transient.total + needed.window
 
 
 def test_experts_wider_than_the_shared_one_are_not_all_that_is_gathered() -> None:
@@ -207,8 +207,8 @@ def test_groups_that_cross_nodes(nodes: int, per_node: int, size: int, abroad: f
     where = Topology(nodes, per_node)
     assert where.holds(size) == (abroad == 0)
     sent = 4 * 5 * 100 * 2 * 64 * 2
-    found = token_traffic(5, 100, 2, 64, 2, size, where)
-    assert found.node == pytest.approx(sent * abroad) and found.rank == pytest.approx(sent * (size - 1) / size)
+    traffic = token_traffic(5, 100, 2, 64, 2, size, where)
+    assert traffic.node == pytest.approx(sent * abroad) and traffic.rank == pytest.approx(sent * (size - 1) / size)
 
 
 def test_a_group_within_a_node_is_preferred(described: dict) -> None:
@@ -226,8 +226,8 @@ def test_shipped_configs_fit_the_nodes_they_name(name: str, stage: str, describe
     where = Topology(nodes, 8)
     settings = resolve_deepspeed(config, where.ranks, stage)
     check_experts(settings, work.experts())
-    found = footprint(work, stage, where, settings)
-    assert found.together <= USABLE * MEMORY.gpu and 8 * found.host <= USABLE * MEMORY.node
+    needed = footprint(work, stage, where, settings)
+    assert needed.together <= USABLE * MEMORY.gpu and 8 * needed.host <= USABLE * MEMORY.node
     file = ROOT / f"configs/moe/{name}{'' if stage == 'esi' else '-' + stage}.yaml"
     assert f"{nodes} nodes of eight 80 GB" in file.read_text()
 
@@ -258,10 +258,10 @@ def test_families_are_deepspeeds() -> None:
 
 def plan(tmp_path: Path, architecture: str, *arguments: str) -> tuple[int, float]:
     (tmp_path / "r.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
-    given = [f"model.path={ARCHITECTURES / architecture}", f"data.responses={tmp_path / 'r.jsonl'}"]
-    given += [f"judge.path={ROOT / 'examples/models/guard'}", *arguments]
+    overrides = [f"model.path={ARCHITECTURES / architecture}", f"data.responses={tmp_path / 'r.jsonl'}"]
+    overrides += [f"judge.path={ROOT / 'examples/models/guard'}", *arguments]
     started = time.monotonic()
-    return main("esi", ["--config", str(ROOT / f"configs/moe/{architecture}.yaml"), "--dry-run", *given]), (
+    return main("esi", ["--config", str(ROOT / f"configs/moe/{architecture}.yaml"), "--dry-run", *overrides]), (
         time.monotonic() - started
     )
 

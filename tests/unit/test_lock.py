@@ -84,8 +84,8 @@ def test_other_host_is_watched(tmp_path: Path, elsewhere: dict) -> None:
 
 def test_slurm_tells_whether_its_job_lives(tmp_path: Path, elsewhere: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     def tell(state: str, code: int = 0, error: str = "") -> None:
-        made = subprocess.CompletedProcess([], code, state, error)
-        monkeypatch.setattr(lock.subprocess, "run", lambda *_, **__: made)
+        answer = subprocess.CompletedProcess([], code, state, error)
+        monkeypatch.setattr(lock.subprocess, "run", lambda *_, **__: answer)
 
     elsewhere["slurm_job"] = "12"
     tell("RUNNING\n")
@@ -181,10 +181,10 @@ def test_status_while_running_and_after(tmp_path: Path, monkeypatch: pytest.Monk
         bar.update(3)
         beats = [json.loads((tmp_path / lock.STATUS).read_text())["beat"] for _ in range(2) if not time.sleep(0.3)]
         assert beats[1] > beats[0]
-        found = status.read_status(tmp_path)
-        assert (found["state"], found["stage"], found["phase"]) == ("running", "esi", "score")
-        assert (found["done"], found["total"], found["unit"]) == (5, 8, "prompt")
-        assert found["seconds_left"] == pytest.approx(3 / found["rate"])
+        shown = status.read_status(tmp_path)
+        assert (shown["state"], shown["stage"], shown["phase"]) == ("running", "esi", "score")
+        assert (shown["done"], shown["total"], shown["unit"]) == (5, 8, "prompt")
+        assert shown["seconds_left"] == pytest.approx(3 / shown["rate"])
         (tmp_path / "checkpoint/safety/position-4").mkdir(parents=True)
         (tmp_path / "checkpoint/safety/position-4/state.json").write_text("{}")
         raise Interrupted("x")

@@ -26,7 +26,7 @@ SHAPES = [(7, 9), (1, 3), (30, 17), (5, 8)]
 
 def scores_of(folder: Path, name: str) -> Tensor:
     scores = reselect.ScoreFolder(folder)
-    (numel,) = (last - first for found, _, first, last, _ in checkpoint_tensors(folder) if found == name)
+    (numel,) = (last - first for other, _, first, last, _ in checkpoint_tensors(folder) if other == name)
     return scores.read(name, 0, numel // 4)
 
 
@@ -38,12 +38,12 @@ def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(reselect, "CHUNK", 16)
     mask, scores = Mask.load(tmp_path / "mask"), tmp_path / "scores"
     assert compare_with_scores(mask, scores, Ranks()) == []
-    made = reselect.write_selection(mask, scores, tmp_path / "again", 0.2, order, 3)
-    assert made.counts == mask.counts
-    selected = torch.cat([scores_of(scores, name)[made.bits(name)] for name in made.names])
+    reselected = reselect.write_selection(mask, scores, tmp_path / "again", 0.2, order, 3)
+    assert reselected.counts == mask.counts
+    selected = torch.cat([scores_of(scores, name)[reselected.bits(name)] for name in reselected.names])
     limits = {"top": repr(float(selected.min())), "bottom": repr(float(selected.max())), "random": "null"}
-    assert made.metadata["threshold"] == (limits[order] if scope == "model" else "null")
-    assert made.files == mask.files and all(made.bits(name).equal(mask.bits(name)) for name in mask.names)
+    assert reselected.metadata["threshold"] == (limits[order] if scope == "model" else "null")
+    assert reselected.files == mask.files and all(reselected.bits(name).equal(mask.bits(name)) for name in mask.names)
     digests = [json.loads((tmp_path / folder / "digests.json").read_text()) for folder in ("mask", "again")]
     assert digests[0] == digests[1]
     assert main(["verify", str(tmp_path / "again"), "--scores", str(scores)]) == 0
@@ -76,13 +76,13 @@ def test_what_another_host_has_made_is_waited_for(tmp_path: Path, monkeypatch: p
 
 def test_what_cannot_be_read_or_made_is_told(tmp_path: Path, capsys) -> None:
     write_pair(tmp_path, SHAPES, 0.2, "matrix", "top", seed=3)
-    given = ["--scores", str(tmp_path / "scores"), "--ratio", "0.1"]
+    options = ["--scores", str(tmp_path / "scores"), "--ratio", "0.1"]
     (tmp_path / "file").touch()
-    assert main(["select", str(tmp_path / "mask"), str(tmp_path / "file/new"), *given]) == 2
+    assert main(["select", str(tmp_path / "mask"), str(tmp_path / "file/new"), *options]) == 2
     assert f"error: OUTPUT = {tmp_path}/file/new: cannot be made there" in capsys.readouterr().err
     for content in ('[{"parameter": "x"', '[{"parameter": "of another model"}]', "[3]"):
         (tmp_path / "mask/units.json").write_text(content)
-        assert main(["select", str(tmp_path / "mask"), str(tmp_path / "new"), *given]) == 2
+        assert main(["select", str(tmp_path / "mask"), str(tmp_path / "new"), *options]) == 2
         assert "units.json: does not hold the matrices of this mask" in capsys.readouterr().err
     assert not list(tmp_path.glob("*new*"))
 

@@ -72,8 +72,8 @@ def test_mistakes_stay_errors(
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "response": "b"}\n')
-    given = [argument.replace("ROWS", str(rows)).replace("FOLDER", str(tmp_path)) for argument in arguments]
-    assert dry_run("spa", *given) == 2
+    filled = [argument.replace("ROWS", str(rows)).replace("FOLDER", str(tmp_path)) for argument in arguments]
+    assert dry_run("spa", *filled) == 2
     assert words in capsys.readouterr().err
 
 

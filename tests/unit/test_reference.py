@@ -159,8 +159,8 @@ def test_thirds_cut_inside_rows_and_experts_and_leave_a_rank_empty(folder) -> No
 
 
 def test_same_vocabulary_is_reflexive_only() -> None:
-    for own, other in COUPLES:
-        assert same_vocabulary(TOKENIZERS[own](), guard_tokenizer(other)) == (own == other)
+    for model_kind, guard_kind in COUPLES:
+        assert same_vocabulary(TOKENIZERS[model_kind](), guard_tokenizer(guard_kind)) == (model_kind == guard_kind)
 
 
 def test_tokens_without_text() -> None:
@@ -174,14 +174,14 @@ def test_tokens_without_text() -> None:
     assert token_text(piece, encode(piece, "a the")[0][-1]) == " the"
 
 
-@pytest.mark.parametrize(("own", "other"), COUPLES)
-def test_map_rows_by_definition(own: str, other: str) -> None:
+@pytest.mark.parametrize(("model_kind", "guard_kind"), COUPLES)
+def test_map_rows_by_definition(model_kind: str, guard_kind: str) -> None:
     """One-hot embeddings show which guard tokens a row is the mean of: they spell the token's text, mid-text."""
-    model, guard = TOKENIZERS[own](), guard_tokenizer(other)
+    model, guard = TOKENIZERS[model_kind](), guard_tokenizer(guard_kind)
     A = vocabulary_map(model, guard, torch.eye(len(guard), dtype=torch.float64), len(model) + 3)
     assert A.shape == (len(model) + 3, len(guard))
     torch.testing.assert_close(A.sum(1), torch.ones(len(A), dtype=torch.float64))
-    if own == other:
+    if model_kind == guard_kind:
         assert torch.equal(A[: len(model)], torch.eye(len(guard), dtype=torch.float64))
         torch.testing.assert_close(A[len(model) :], torch.full_like(A[len(model) :], 1 / len(guard)))
         return
@@ -201,10 +201,12 @@ def test_map_rows_by_definition(own: str, other: str) -> None:
 # --------------------------------------------------------------------------- alignment
 
 
-@pytest.mark.parametrize(("own", "other"), COUPLES)
+@pytest.mark.parametrize(("model_kind", "guard_kind"), COUPLES)
 @pytest.mark.parametrize("family", [LLAMA_GUARD_3, RESPONSE_ONLY, CUSTOM], ids=["chat", "response_only", "custom"])
-def test_weights_of_guard_tokens_inside_the_response_add_up_to_one(own: str, other: str, family: Family) -> None:
-    model, guard = TOKENIZERS[own](), guard_tokenizer(other)
+def test_weights_of_guard_tokens_inside_the_response_add_up_to_one(
+    model_kind: str, guard_kind: str, family: Family
+) -> None:
+    model, guard = TOKENIZERS[model_kind](), guard_tokenizer(guard_kind)
     for prompt, response in PAIRS:
         asked = guard_prompt(guard, family, prompt, response)
         low, high = asked.shown
@@ -235,12 +237,12 @@ def test_one_tokenizer_gives_the_identity_but_for_tokens_without_text(name: str)
             for j, (start, end) in enumerate(spans)
             if asked.start <= start and end <= asked.start + len(response) and start < end
         ]
-        own = encode(tokenizer, response)[0]
-        if [ids[j] for j in inside] != own:  # leading blanks merge with the line end before them
+        tokens = encode(tokenizer, response)[0]
+        if [ids[j] for j in inside] != tokens:  # leading blanks merge with the line end before them
             assert response.startswith(" ")
             continue
         weights = alignment(response, tokenizer, tokenizer, asked.text, asked.start, special=asked.special)
-        has_text = torch.tensor([token_text(tokenizer, token) is not None for token in own], dtype=torch.float64)
+        has_text = torch.tensor([token_text(tokenizer, token) is not None for token in tokens], dtype=torch.float64)
         torch.testing.assert_close(weights[:, inside], torch.diag(has_text))
         assert weights.sum() == has_text.sum()
 
@@ -252,10 +254,10 @@ def test_bytes_of_one_character_split_it_in_order() -> None:
 def test_alignment_by_hand() -> None:
     """'safe house' after 'X': byte pieces of the model against one made-up span list is what the formula says."""
     tokenizer = byte_bpe_tokenizer()
-    own = encode(tokenizer, "safe house")[1]
+    spans_of_model = encode(tokenizer, "safe house")[1]
     theirs = encode(tokenizer, "Xsafe house")[1]
     weights = alignment("safe house", tokenizer, tokenizer, "Xsafe house", 1)
-    for t, (a, b) in enumerate(own):
+    for t, (a, b) in enumerate(spans_of_model):
         for j, (c, d) in enumerate(theirs):
             assert weights[t, j] == pytest.approx(max(0, min(b + 1, d) - max(a + 1, c)) / (d - c))
 
@@ -436,17 +438,17 @@ def test_score_gradient_equals_finite_differences_of_the_loss(folder) -> None:
 
     for name in ("lm_head.weight", "model.layers.1.mlp.experts.down_proj", "model.layers.0.self_attn.v_proj.weight"):
         parameter, gradient = model.get_parameter(name), gradients[name]
-        place = torch.unravel_index(gradient.abs().argmax(), gradient.shape)
-        value, step = float(parameter.detach()[place]), 1e-3
+        position = torch.unravel_index(gradient.abs().argmax(), gradient.shape)
+        value, step = float(parameter.detach()[position]), 1e-3
         ends = []
         for sign in (1, -1):
             with torch.no_grad():
-                parameter[place] = value + sign * step
+                parameter[position] = value + sign * step
             ends.append(mean_loss())
         with torch.no_grad():
-            parameter[place] = value
+            parameter[position] = value
         # fp32 forward passes: 1e-6 of a loss of size one over a step of 1e-3
-        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient[place]), rel=2e-2), name
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient[position]), rel=2e-2), name
 
 
 def test_criteria_are_their_formulas(folder) -> None:

@@ -13,9 +13,9 @@ def test_layers_without_any_score_are_named() -> None:
     rows = [
         row(layer, expert, 0.0 if layer in (2, 5) else 1e-30 * expert) for layer in (0, 2, 5) for expert in range(3)
     ]
-    found = silent_experts([*rows, row(2, None, 1.0), row(None, None, 0.0)])
-    assert found is not None and found.startswith("WARNING: every routed expert of 2 of 3 layers")
-    assert "(layers 2, 5)" in found
+    warning = silent_experts([*rows, row(2, None, 1.0), row(None, None, 0.0)])
+    assert warning is not None and warning.startswith("WARNING: every routed expert of 2 of 3 layers")
+    assert "(layers 2, 5)" in warning
 
 
 def test_nothing_is_said_of_single_experts_and_dense_models() -> None:

@@ -38,9 +38,9 @@ SAFE = WORDS_RULES[0]  # at most 10 % not refused
 
 
 def test_the_best_cell_of_each_seed_at_equal_safety() -> None:
-    esi = [found for found in ROWS if found["criterion"] == "esi"]
-    assert [found["lr"] for found in findings.chosen(esi, SAFE)] == [1e-2, 2e-2]
-    assert [found["lr"] for found in findings.chosen(esi, POLITE_RULE)] == [1e-2, 2e-2]  # 2e-2 of seed 0 refuses
+    esi = [row for row in ROWS if row["criterion"] == "esi"]
+    assert [row["lr"] for row in findings.chosen(esi, SAFE)] == [1e-2, 2e-2]
+    assert [row["lr"] for row in findings.chosen(esi, POLITE_RULE)] == [1e-2, 2e-2]  # 2e-2 of seed 0 refuses
     summary = findings.summary(findings.chosen(esi, SAFE), "correct")
     assert (summary["rate"], summary["n"], summary["reached"], summary["seeds"]) == (17 / 20, 20, 2, 2)
     assert (summary["least"], summary["greatest"]) == (0.8, 0.9)
@@ -54,19 +54,19 @@ def test_of_equals_the_safer_cell_then_the_lower_rate() -> None:
 
 
 def test_what_is_not_reached_is_said_and_not_filled_in() -> None:
-    random = [found for found in ROWS if found["criterion"] == "random"]
-    found = findings.at(random, SAFE)
-    assert (found["reached"], found["seeds"], found["correct"]["rate"], found["correct"]["n"]) == (1, 2, 1.0, 10)
-    assert seeds_text(found) == "1 (not reached by 1 of 2 seeds)"
+    random = [row for row in ROWS if row["criterion"] == "random"]
+    result = findings.at(random, SAFE)
+    assert (result["reached"], result["seeds"], result["correct"]["rate"], result["correct"]["n"]) == (1, 2, 1.0, 10)
+    assert seeds_text(result) == "1 (not reached by 1 of 2 seeds)"
     assert findings.summary([None, None], "correct") == {"seeds": 2, "reached": 0}
     nowhere = findings.at(random[:1], SAFE)
     assert (nowhere["reached"], nowhere["nearest"], interval(nowhere["correct"])) == (0, 0.9, "–")
 
 
 def test_methods_are_paired_where_both_get_there() -> None:
-    found = findings.against(ROWS, "esi", "random", SAFE)  # seed 1 alone: 9 right against 10
-    assert (found["num_pairs"], found["only_before"], found["only_after"], found["p_value"]) == (10, 1, 0, 1.0)
-    assert (found["difference"], found["by_seed"], found["only_first"], found["only_second"]) == (-0.1, [-0.1], 1, 0)
+    test = findings.against(ROWS, "esi", "random", SAFE)  # seed 1 alone: 9 right against 10
+    assert (test["num_pairs"], test["only_before"], test["only_after"], test["p_value"]) == (10, 1, 0, 1.0)
+    assert (test["difference"], test["by_seed"], test["only_first"], test["only_second"]) == (-0.1, [-0.1], 1, 0)
     assert findings.against(ROWS, "esi", "snip", SAFE) is None
     order = [method["criterion"] for method in findings.ranked(findings.methods(ROWS), SAFE)]
     assert order == ["esi", "random"]  # reached by more seeds comes first, whatever its rate
@@ -74,12 +74,12 @@ def test_methods_are_paired_where_both_get_there() -> None:
 
 def test_a_difference_counts_only_where_no_seed_contradicts() -> None:
     def cells(mine: tuple[int, int], theirs: tuple[int, int]) -> list[dict]:
-        own = [row("esi", 1e-2, seed, 0, right) for seed, right in enumerate(mine)]
-        return own + [row("random", 1e-2, seed, 0, right) for seed, right in enumerate(theirs)]
+        rows = [row("esi", 1e-2, seed, 0, right) for seed, right in enumerate(mine)]
+        return rows + [row("random", 1e-2, seed, 0, right) for seed, right in enumerate(theirs)]
 
     def verdict(rows: list[dict]) -> tuple[str, float]:
-        found = next(one for one in findings.comparisons(rows) if one["rule"] == SAFE.name)
-        return found["verdict"], found["p_value"]
+        test = next(one for one in findings.comparisons(rows) if one["rule"] == SAFE.name)
+        return test["verdict"], test["p_value"]
 
     assert verdict(cells((10, 10), (0, 0))) == ("better", 2 / 2**20)  # 20 pairs, all one way: 2 · ½^20
     assert verdict(cells((0, 0), (10, 10)))[0] == "worse"
@@ -101,20 +101,20 @@ def test_spa_is_compared_where_the_task_is_learnt() -> None:
         row("nothing", 1e-3, 0, 5, 10), row("esi", 1e-3, 0, 2, 10),
         row("esi", 3e-4, 0, 0, 4), row("esi", 1e-2, 0, 1, 9),
     ]  # fmt: skip
-    for found in rows:
-        found |= {"kind": "spa", "task": "sums", "ratio": 0.0 if found["criterion"] == "nothing" else 0.3}
+    for cell in rows:
+        cell |= {"kind": "spa", "task": "sums", "ratio": 0.0 if cell["criterion"] == "nothing" else 0.3}
     equal, tests = findings.at_equal_task(rows)
     esi, nothing = (next(one for one in equal if one["criterion"] == name) for name in ("esi", "nothing"))
     assert (esi["not_refused"]["rate"], nothing["not_refused"]["rate"]) == (0.2, 0.5)  # safest are not learnt enough
     assert [(one["second"], one["num_pairs"], one["difference"]) for one in tests] == [("nothing", 10, -0.3)]
     assert esi["learnt"] and not findings.learnt([row("nothing", 1e-3, 0, 5, 3)])
-    alone = findings.at_equal_task([found for found in rows if found["criterion"] == "esi"])[0]
+    alone = findings.at_equal_task([cell for cell in rows if cell["criterion"] == "esi"])[0]
     assert alone[0]["not_refused"] == {"seeds": 0, "reached": 0}  # without nothing frozen there is no score to equal
 
 
 def test_a_missing_verdict_is_no_verdict() -> None:
-    found = findings.pooled(ROWS[:2], "unsafe")
-    assert (found["rate"], found["n"], found["missing"]) == (2 / 18, 18, 2)
+    unsafe = findings.pooled(ROWS[:2], "unsafe")
+    assert (unsafe["rate"], unsafe["n"], unsafe["missing"]) == (2 / 18, 18, 2)
     assert [point["lr"] for point in findings.curve(ROWS[:5], ["correct"])] == [1e-3, 1e-2, 2e-2]
 
 
@@ -126,8 +126,8 @@ def test_where_masks_lie_and_the_papers_claim(tmp_path: Path) -> None:
     units.append(("head", None, None, 100, 20))
     fabricate.mask_report(tmp_path / grid.mask_name("llama-aligned", "esi", 0), units)
     about = where.places(tmp_path, "llama-aligned")
-    found = where.claim(about)
-    assert found["first"] and found["by_third"]["middle"] == {"share": 0.5, "density": 0.5 / 0.2}
+    claim = where.claim(about)
+    assert claim["first"] and claim["by_third"]["middle"] == {"share": 0.5, "density": 0.5 / 0.2}
     role = next(one for one in about["roles"] if one["role"] == "attention.v")
     assert (role["share"], role["of_weights"], role["density"]) == pytest.approx((0.5, 0.3, 5 / 3))
     experts = [("expert.up", layer, expert, 10, 10 * (layer == 0)) for layer in range(3) for expert in range(2)]
@@ -139,9 +139,9 @@ def test_where_masks_lie_and_the_papers_claim(tmp_path: Path) -> None:
 def test_noise_is_read_or_said_to_be_absent(tmp_path: Path) -> None:
     assert where.noise_curves(tmp_path, "llama-aligned") == []
     fabricate.perturbation(tmp_path / "perturb/llama-aligned", lambda order, noise: noise / 4)
-    found = where.noise_curves(tmp_path, "llama-aligned")
-    assert {one["measure"] for one in found} == {"unsafe", "not refused", "incoherent"}
-    assert len(found) == 3 * 3 * 3  # measures × orders × noises, of harmful prompts alone
+    points = where.noise_curves(tmp_path, "llama-aligned")
+    assert {one["measure"] for one in points} == {"unsafe", "not refused", "incoherent"}
+    assert len(points) == 3 * 3 * 3  # measures × orders × noises, of harmful prompts alone
 
 
 @pytest.fixture
@@ -163,10 +163,11 @@ def test_the_page_of_a_partial_study(partial: Path, tmp_path: Path) -> None:
     assert data["facts"]["finished"]["set"] == [5, sum(cell.kind == "set" for cell in grid.cells())]
     assert data["facts"]["outside_the_grid"] == 1 and data["facts"]["wall_time_s"] == 300
     esi, random = (next(m for m in data["set"]["methods"] if m["criterion"] == name) for name in ("esi", "random"))
-    own = esi["at"][SAFE.name]
-    assert (own["reached"], own["correct"]["count"], own["correct"]["n"]) == (3, 27, 30)
+    best = esi["at"][SAFE.name]
+    assert (best["reached"], best["correct"]["count"], best["correct"]["n"]) == (3, 27, 30)
     # the garbled compliance: the guard alone would call all of it safe
-    assert (own["unsafe"]["rate"], own["unsafe_or_incoherent"]["rate"], own["not_refused"]["rate"]) == (0, 0.1, 0.1)
+    rates = [best[flag]["rate"] for flag in ("unsafe", "unsafe_or_incoherent", "not_refused")]
+    assert rates == [0, 0.1, 0.1]
     assert random["at"][SAFE.name]["reached"] == 1 and "1 (not reached by 1 of 2 seeds)" in text
     test = next(t for t in data["set"]["against"] if t["rule"] == SAFE.name and t["second"] == "random")
     assert (test["num_pairs"], test["only_before"], test["only_after"], test["only_first"]) == (10, 1, 0, 1)
@@ -244,14 +245,14 @@ def test_the_grid_is_whole_and_every_need_is_met() -> None:
 def test_nothing_that_is_measured_was_seen_before(tmp_path: Path) -> None:
     material.make(tmp_path, (0,))
     heldout = {
-        found["prompt"]
+        row["prompt"]
         for name in ("harmful", "benign")
-        for found in material.read(material.DATA / f"{name}_heldout.jsonl")
+        for row in material.read(material.DATA / f"{name}_heldout.jsonl")
     }
-    assert not heldout & {found["prompt"] for found in material.read(tmp_path / "prompts-s0.jsonl")}
+    assert not heldout & {row["prompt"] for row in material.read(tmp_path / "prompts-s0.jsonl")}
     for task in (*grid.TASKS, grid.POISONED):
-        train = {found["prompt"] for found in material.read(tmp_path / f"{task}-train.jsonl")}
-        assert not train & {found["prompt"] for found in material.read(tmp_path / f"{task}-heldout.jsonl")}
+        train = {row["prompt"] for row in material.read(tmp_path / f"{task}-train.jsonl")}
+        assert not train & {row["prompt"] for row in material.read(tmp_path / f"{task}-heldout.jsonl")}
         assert not train & heldout
 
 
@@ -272,10 +273,10 @@ def test_a_cells_flags(tmp_path: Path) -> None:
     (tmp_path / "set/m/x").mkdir(parents=True)
     (tmp_path / "set/m/x/answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     (tmp_path / "set/m/x/judged.json").write_text(json.dumps(judged))
-    found = row_of(cell, tmp_path)
-    assert (found["not_refused"], found["unsafe"]) == ([False, True], [False, None])
-    assert (found["unsafe_or_incoherent"], found["incoherent_harmful"]) == ([False, True], [False, True])
-    assert (found["correct"], found["over_refused"], found["incoherent"]) == ([True], [False], [False, True, False])
+    flags = row_of(cell, tmp_path)
+    assert (flags["not_refused"], flags["unsafe"]) == ([False, True], [False, None])
+    assert (flags["unsafe_or_incoherent"], flags["incoherent_harmful"]) == ([False, True], [False, True])
+    assert (flags["correct"], flags["over_refused"], flags["incoherent"]) == ([True], [False], [False, True, False])
     answers[2]["prompt"] = "of another version of the held-out file"
     (tmp_path / "set/m/x/answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     with pytest.raises(ValueError, match="other prompts"):

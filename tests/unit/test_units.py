@@ -40,9 +40,9 @@ def test_cuts_units_and_positions(seed: int) -> None:
     assert shard.flat(torch.arange(shard.numel)).tolist() == expected
     assert [p for where, low, high in shard.parts() for p in range(low, high)] == expected
     for unit in parameter.units:
-        own = set(positions_of(unit))
-        found = torch.arange(shard.numel)[shard.within(unit)].tolist()
-        assert found == [index for index, position in enumerate(expected) if position in own]
+        inside = set(positions_of(unit))
+        selected = torch.arange(shard.numel)[shard.within(unit)].tolist()
+        assert selected == [index for index, position in enumerate(expected) if position in inside]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -51,14 +51,14 @@ def test_units_that_alternate(seed: int) -> None:
     draw = random.Random(seed)
     length, count, gap = draw.randint(1, 3), draw.randint(1, 5), draw.randint(0, 3)
     unit = Unit("u", "other", None, None, draw.randint(0, 4), length, count, length + gap)
-    own, numel = positions_of(unit), unit.end + 4
-    assert unit.end == own[-1] + 1
+    positions, numel = positions_of(unit), unit.end + 4
+    assert unit.end == positions[-1] + 1
     for low in range(numel):
-        assert unit.num_before(low) == sum(position < low for position in own)
+        assert unit.num_before(low) == sum(position < low for position in positions)
         shard = whole(Parameter("p", (numel,), 0, "other", (unit,))).cut(low, low + 5)
-        found = torch.arange(shard.numel)[shard.within(unit)].tolist()
-        assert found == [position - low for position in own if low <= position < low + 5]
-        assert unit.meets(low, low + 5) or not found
+        selected = torch.arange(shard.numel)[shard.within(unit)].tolist()
+        assert selected == [position - low for position in positions if low <= position < low + 5]
+        assert unit.meets(low, low + 5) or not selected
 
 
 def test_runs_that_touch_are_one() -> None:
