@@ -38,8 +38,13 @@ def finish_eval(
         "kind": "evaluation",
         "title": f"Evaluation of {run.config.model.path}",
         "models": [
-            {"name": m.name, "path": m.path, "before": m.before, "fingerprint": run.notes["model_fingerprints"][m.name]}
-            for m in inputs.models
+            {
+                "name": model.name,
+                "path": model.source.path,
+                "before": model.before,
+                "fingerprint": run.notes["model_fingerprints"][model.name],
+            }
+            for model in inputs.models
         ],
         **tables(run.config, inputs, measures, {model.name: model.before for model in inputs.models}),
         "usage": used,
