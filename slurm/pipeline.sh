@@ -1,11 +1,11 @@
 #!/bin/bash
-# The chain ESI -> SET and SPA -> evaluation as jobs that wait for each other. From the project's top folder:
+# The chain ESI -> SET and SPA -> evaluation, as jobs that wait for each other. From the project's top folder:
 #   slurm/pipeline.sh --runs FOLDER --esi FILE [--set FILE] [--spa FILE] [--eval FILE] [--seeds 0-4 | --prompts "A B"]
 #                     [-- options of sbatch]
-# --seeds: an array of chains, one for each seed. --prompts: one chain for each set of prompts ESI is to score with.
-# Each chain writes FOLDER/<seed or number>/{esi,set,spa,eval}, a single one FOLDER/{esi,set,spa,eval}; FOLDER is one
-# TensorBoard for all. SET and SPA take the chain's mask: name the same model in the configs of ESI, SET and SPA. The
-# evaluation compares their models with its config's.
+# --seeds: an array of chains, one per seed. --prompts: one chain for each set of prompts that ESI scores with.
+# Each chain writes FOLDER/<seed or number>/{esi,set,spa,eval}, a single one FOLDER/{esi,set,spa,eval}; one TensorBoard on
+# FOLDER shows all. SET and SPA use the chain's mask: name the same model in the configs of ESI, SET and SPA. The
+# evaluation compares their models with that of its config.
 
 set -e
 usage() {
@@ -34,7 +34,7 @@ done
 [[ ${#prompts[@]} -eq 0 ]] || array=0-$((${#prompts[@]} - 1))
 source slurm/env.sh
 
-# Literal in a job's arguments: job.sh puts the task's own number there.
+# A literal placeholder in a job's arguments: job.sh replaces it by the number of the task.
 chain=$runs
 [[ -z $array ]] || chain=$runs/@task@
 submit() { # stage, dependency, arguments of the stage
@@ -46,17 +46,17 @@ submit() { # stage, dependency, arguments of the stage
         "${options[@]}" "slurm/$stage.sbatch" --config "${config[$stage]}" "run.output_dir=$chain/$stage" "$@"
 }
 options=("$@")
-own=()
+overrides=()
 if [[ ${#prompts[@]} -gt 0 ]]; then
-    own=("data.prompts.path=@prompts@")
+    overrides=("data.prompts.path=@prompts@")
     export ESI_DS_PROMPTS="${prompts[*]}"
 elif [[ -n $array ]]; then
-    own=("run.seed=@task@")
+    overrides=("run.seed=@task@")
 fi
-esi=$(submit esi '' "${own[@]}")
+esi=$(submit esi '' "${overrides[@]}")
 echo "esi: job $esi"
 seed=()
-[[ ${#prompts[@]} -gt 0 ]] || seed=("${own[@]}")
+[[ ${#prompts[@]} -gt 0 ]] || seed=("${overrides[@]}")
 tuned='' models=''
 for stage in set spa; do
     [[ -n ${config[$stage]:-} ]] || continue
