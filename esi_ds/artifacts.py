@@ -131,7 +131,7 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         os.fsync(opened.fileno())
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[Any]:
     """Rows of a file; lines that are not JSON are skipped, as a kill may leave an incomplete one.
 
     Only a line feed ends a line: ``splitlines`` would also split at a U+2028 or U+0085 inside a text.

@@ -20,7 +20,7 @@ from esi_ds.data.rows import read_rows
 from esi_ds.eval.refusals import is_refusal
 from esi_ds.models.folder import ModelSource
 from esi_ds.stages.tune.prepare import end_ids
-from esi_ds.stages.tune.training import MicroBatch
+from esi_ds.stages.tune.training import padded
 from esi_ds.zero.tuner import summed_loss
 
 # Rank 1 on these is the number of weights nearest to 1 % of the tiny model; the report holds it.
@@ -58,10 +58,10 @@ def _train(config: Config, model: PreTrainedModel, trained: list[torch.nn.Parame
     optimizer = torch.optim.AdamW(trained, lr=tune.lr, betas=tuple(tune.betas), eps=tune.eps, weight_decay=0.0)
     for step in range(tune.max_steps):
         chosen = [order[position] for position in range(step * tune.batch_size, (step + 1) * tune.batch_size)]
-        batch = MicroBatch([(benign if other else rows).sequences[n] for other, n in chosen], [])
-        inputs, labels = batch.tensors(tokenizer.pad_token_id, torch.device("cpu"))
+        sequences = [(benign if other else rows).sequences[n] for other, n in chosen]
+        inputs, labels = padded(sequences, tokenizer.pad_token_id, torch.device("cpu"))
         logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1]).logits
-        loss = summed_loss(logits, labels) / sum(sequence.num_learnt for sequence in batch.sequences)
+        loss = summed_loss(logits, labels) / sum(sequence.num_learnt for sequence in sequences)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, tune.clip)
         rule = {"lr": tune.lr, "scheduler": tune.scheduler, "max_steps": tune.max_steps}
@@ -78,7 +78,7 @@ def _rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> Tuni
         tokenizer,
         system_prompt=None,
         specials=special_strings(tokenizer),
-        end_ids=end_ids(config, tokenizer),
+        end_ids=end_ids(config.model, tokenizer),
         max_length=config.tune.max_length,
     )
 

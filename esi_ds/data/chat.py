@@ -90,6 +90,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def encode_data_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, specials: Iterable[str], system_prompt: str | None
+) -> list[int]:
+    """``encode_prompt`` of a prompt that is data: special-token strings in it are broken up first."""
+    return encode_prompt(tokenizer, break_up(prompt, specials)[0], system_prompt)
+
+
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> EncodedResponse:
     """Ids and spans. Spans are made disjoint: SentencePiece reports the mark it puts before a text with the span of the
     first letter, which would count that letter twice."""

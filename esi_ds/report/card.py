@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from esi_ds.config import Config, Tune
+from esi_ds.core.mask import Mask
+from esi_ds.data.conversations import TuningSet
 
 METHODS = {
     "set": (
@@ -13,32 +15,44 @@ METHODS = {
 }
 
 
-def model_card(config: Any, inputs: Any, fingerprint: str) -> str:
-    """Markdown with the hub's front matter."""
-    tune, mask = config.tune, inputs.mask
-    name, sentence = METHODS[inputs.stage]
+def model_card(
+    config: Config,
+    tune: Tune,
+    *,
+    stage: str,
+    fingerprint: str,
+    mask: Mask,
+    num_trained: int,
+    rows: TuningSet,
+    benign: TuningSet | None,
+) -> str:
+    """Markdown with the hub's front matter.
+
+    stage: set or spa. fingerprint: the base model's. num_trained: weights that were trained. benign: rows mixed in.
+    """
+    name, sentence = METHODS[stage]
     facts = {
         "base model": config.model.path + (f" ({config.model.revision})" if config.model.revision else ""),
         "base fingerprint": fingerprint,
         "mask fingerprint": mask.fingerprint,
         "mask": f"{mask.k:,} of {mask.total_numel:,} weights by {mask.metadata.get('criterion')}, order "
         f"{mask.metadata.get('order')}, ratio {mask.metadata.get('ratio')}",
-        "trained weights": f"{inputs.trained.total:,}",
+        "trained weights": f"{num_trained:,}",
         "unscored parameters": "frozen" if tune.unscored == "freeze" else "trained",
         "routers": "frozen" if (tune.router or tune.unscored) == "freeze" else "trained",
         "steps": tune.max_steps,
-        "rows": f"{tune.data.path}, sha256 {inputs.rows.sha256}",
+        "rows": f"{tune.data.path}, sha256 {rows.sha256}",
         "batch": f"{tune.batch_size} a rank, {tune.gradient_accumulation} micro-batches a step",
         "AdamW": f"lr {tune.lr}, {tune.scheduler}, warm-up {tune.warmup_ratio}, betas {tune.betas}, eps {tune.eps}, "
         f"weight decay {tune.weight_decay}, clipping {tune.clip}; fp32 masters",
         "seed": config.run.seed,
     }
-    if inputs.benign is not None:
-        benign = tune.data.benign
-        facts["benign rows"] = f"{benign.path}, {benign.fraction:.0%} of the rows, sha256 {inputs.benign.sha256}"
+    if benign is not None and tune.data.benign is not None:
+        mix = tune.data.benign
+        facts["benign rows"] = f"{mix.path}, {mix.fraction:.0%} of the rows, sha256 {benign.sha256}"
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return (
-        f"---\nbase_model: {config.model.path}\ntags: [esi_ds, {inputs.stage}]\n---\n\n"
+        f"---\nbase_model: {config.model.path}\ntags: [esi_ds, {stage}]\n---\n\n"
         f"# {config.model.path} after {name}\n\n"
         f"In this model {sentence} model's, bit for bit. Made by esi_ds "
         "(method: Qi et al., arXiv 2604.08297).\n\n| | |\n|---|---|\n" + table + "\n"

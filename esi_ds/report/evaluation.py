@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from esi_ds.eval.rows import AgreementRow, ChangeRow, MeasureRow, RateRow
 from esi_ds.report import figures
+from esi_ds.report.contents import EvaluationReport, PivotRow
 from esi_ds.tracking import Tracker
 
-Row = dict[str, Any]
 WORDS = {
     "attack_success": "attack success",
     "refused": "refused",
@@ -17,66 +17,67 @@ WORDS = {
 }
 
 
-def places(measures: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """(measure, set, judge) of every row of the tables, in order."""
-    return list(dict.fromkeys((row["measure"], row["set"], row["judge"]) for row in measures))
-
-
-def pivot(report: Row) -> list[Row]:
-    """One row a measure, set and judge: the models' rates, and the paired changes by model."""
+def pivot(report: EvaluationReport) -> list[PivotRow]:
+    """One row per measure, set and judge: every model's rate, and its paired change."""
     cells = {(row["measure"], row["set"], row["judge"], row["model"]): row for row in report["measures"]}
     changed = {(row["measure"], row["set"], row["judge"], row["model"]): row for row in report["changes"]}
     names = [model["name"] for model in report["models"]]
     return [
         {
-            "measure": WORDS[place[0]],
-            "set": place[1],
-            "judge": place[2],
-            "cells": [cells.get((*place, name)) for name in names],
-            "changes": [changed.get((*place, name)) for name in names],
+            "measure": WORDS[measure],
+            "set": set_name,
+            "judge": judge,
+            "cells": [cells.get((measure, set_name, judge, name)) for name in names],
+            "changes": [changed.get((measure, set_name, judge, name)) for name in names],
         }
-        for place in places(report["measures"])
+        for measure, set_name, judge in dict.fromkeys(key[:3] for key in cells)
     ]
 
 
 def percent(value: float | None) -> str:
+    """A share of 1 in per cent; a dash for None."""
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def interval(cell: Row | None) -> str:
-    """A rate with its interval and what is missing."""
+def interval(cell: RateRow | None) -> str:
+    """A rate with its interval, its number of answers and how many are missing."""
     if cell is None:
         return "–"
     missing = f", {cell['missing']} missing" if cell["missing"] else ""
+    rate, low, high = cell["rate"], cell["low"], cell["high"]
+    if rate is None or is_share(cell):
+        value, scale, digits = percent(rate), 100, ".1f"
+    else:
+        value, scale, digits = f"{rate:.4g}", 1, ".4g"
     bounds = ""
-    if cell["low"] is not None:  # lm-eval has no error of some metrics
-        low, high = (f"{100 * cell[end]:.1f}" if is_share(cell) else f"{cell[end]:.4g}" for end in ("low", "high"))
-        bounds = f" [{low}, {high}]"
-    value = percent(cell["rate"]) if is_share(cell) else f"{cell['rate']:.4g}"
+    if low is not None and high is not None:  # lm-eval computes no error for some metrics
+        bounds = f" [{scale * low:{digits}}, {scale * high:{digits}}]"
     return f"{value}{bounds} (n {cell['n']}{missing})"
 
 
-def is_share(cell: Row) -> bool:
-    """Of 1; a task's metric may be a perplexity."""
+def is_share(cell: RateRow) -> bool:
+    """Whether the rate is between 0 and 1 (or missing); a task's metric may be a perplexity."""
     return cell["rate"] is None or 0 <= cell["rate"] <= 1
 
 
 def p_value(value: float) -> str:
+    """Four digits, or that it is below them."""
     return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
-def change(row: Row) -> str:
-    """A paired difference: points, interval, exact test; of mean scores in their own unit and without a test."""
-    if row["difference"] is None:
+def change(row: ChangeRow) -> str:
+    """A paired difference with its interval: percentage points and the exact test, or mean scores in their own unit."""
+    difference, low, high = row["difference"], row["low"], row["high"]
+    if difference is None:
         return "no pairs"
     if row["p_value"] is None:
-        bounds = "" if row["low"] is None else f" [{row['low']:+.4g}, {row['high']:+.4g}]"
-        return f"{row['difference']:+.4g}{bounds}"
-    bounds = "" if row["low"] is None else f" [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
-    return f"{100 * row['difference']:+.1f} points{bounds}, p {p_value(row['p_value'])}"
+        bounds = "" if low is None else f" [{low:+.4g}, {high:+.4g}]"
+        return f"{difference:+.4g}{bounds}"
+    bounds = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * difference:+.1f} points{bounds}, p {p_value(row['p_value'])}"
 
 
-def closing_table(report: Row) -> str:
+def closing_table(report: EvaluationReport) -> str:
     """What the console shows at the end: rates with 95 % intervals, then paired changes."""
     lines = []
     for row in pivot(report):
@@ -84,13 +85,14 @@ def closing_table(report: Row) -> str:
         for model, cell, changed in zip(report["models"], row["cells"], row["changes"], strict=True):
             against = f"   {change(changed)} (against {changed['before']})" if changed else ""
             lines.append(f"  {model['name'][:24]:24} {interval(cell)}{against}")
-    for row in report["agreements"]:
-        lines += ["", f"{row['first']} and {row['second']}: Cohen's kappa {kappa(row)} over {row['num_pairs']} answers"]
-    lines += [f"{name} used {what}" for name, what in report["usage"].items()]
+    for agreement in report["agreements"]:
+        judges = f"{agreement['first']} and {agreement['second']}"
+        lines += ["", f"{judges}: Cohen's kappa {kappa(agreement)} over {agreement['num_pairs']} answers"]
+    lines += [f"{name} used {usage}" for name, usage in report["usage"].items()]
     return "\n".join(lines)
 
 
-def markdown(report: Row) -> str:
+def markdown(report: EvaluationReport) -> str:
     """The table of rates for TensorBoard."""
     names = [model["name"] for model in report["models"]]
     lines = ["| measure | set | judge | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
@@ -100,25 +102,27 @@ def markdown(report: Row) -> str:
     return "\n".join(lines)
 
 
-def changes_markdown(report: Row) -> str:
+def changes_markdown(report: EvaluationReport) -> str:
     """The paired changes and the judges' agreement for TensorBoard."""
     lines = ["| measure | set | judge | model | against | pairs | difference [95 %], p |", "|---" * 7 + "|"]
     for row in report["changes"]:
-        place = f"{WORDS[row['measure']]} | {row['set']} | {row['judge']} | {row['model']} | {row['before']}"
-        lines.append(f"| {place} | {row['num_pairs']} | {change(row)} |")
+        compared = f"{WORDS[row['measure']]} | {row['set']} | {row['judge']} | {row['model']} | {row['before']}"
+        lines.append(f"| {compared} | {row['num_pairs']} | {change(row)} |")
     lines += ["", "| judge | judge | answers | Cohen's kappa |", "|---" * 4 + "|"]
-    for row in report["agreements"]:
-        lines.append(f"| {row['first']} | {row['second']} | {row['num_pairs']} | {kappa(row)} |")
+    for agreement in report["agreements"]:
+        judges = f"{agreement['first']} | {agreement['second']}"
+        lines.append(f"| {judges} | {agreement['num_pairs']} | {kappa(agreement)} |")
     return "\n".join(lines)
 
 
-def kappa(row: Row) -> str:
+def kappa(row: AgreementRow) -> str:
+    """Cohen's κ with two digits."""
     return "undefined" if row["kappa"] is None else f"{row['kappa']:.2f}"
 
 
-def publish(tracker: Tracker, report: Row) -> None:
+def publish(tracker: Tracker, report: EvaluationReport) -> None:
     """Rates as scalars, the tables as text, the figures as images."""
-    publish_rates(tracker, report)
+    publish_rates(tracker, report["measures"])
     tracker.text("rates", markdown(report))
     tracker.text("changes", changes_markdown(report))
     for title, rows in charts(report):
@@ -127,24 +131,26 @@ def publish(tracker: Tracker, report: Row) -> None:
         figures.plt.close(figure)
 
 
-def tag(row: Row) -> str:
-    """The curve of a measure's row."""
-    return f"{row['measure']}/{row['set']}/{row['judge']}/{row['model']}"
+def curve_name(measure: str, set_name: str, judge: str, model: str) -> str:
+    """The TensorBoard curve of one measure of one model."""
+    return f"{measure}/{set_name}/{judge}/{model}"
 
 
-def publish_rates(tracker: Tracker, report: Row) -> None:
+def publish_rates(tracker: Tracker, measures: Sequence[MeasureRow]) -> None:
     """The last point of every curve, over all of its prompts."""
     by_step: dict[int, dict[str, float]] = {}
-    for row in report["measures"]:
+    for row in measures:
         if row["rate"] is not None:
-            by_step.setdefault(row["n"] + row["missing"], {})[tag(row)] = row["rate"]
+            name = curve_name(row["measure"], row["set"], row["judge"], row["model"])
+            by_step.setdefault(row["n"] + row["missing"], {})[name] = row["rate"]
     for step, values in sorted(by_step.items()):
         tracker.scalars(step, values)
 
 
-def charts(report: Row) -> list[tuple[str, list[Row]]]:
-    """(title, rows of ``pivot``) of every chart: one a measure; metrics that are no shares have no bar."""
+def charts(report: EvaluationReport) -> list[tuple[str, list[PivotRow]]]:
+    """(title, rows of ``pivot``) of every chart, one per measure; metrics that are not shares have no bar."""
     rows = [row for row in pivot(report) if all(cell is None or is_share(cell) for cell in row["cells"])]
     return [
-        (word, [row for row in rows if row["measure"] == word]) for word in dict.fromkeys(r["measure"] for r in rows)
+        (title, [row for row in rows if row["measure"] == title])
+        for title in dict.fromkeys(row["measure"] for row in rows)
     ]

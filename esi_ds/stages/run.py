@@ -20,7 +20,7 @@ from esi_ds.core.mask import Mask, metadata_sha256
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import monitor_settings, resolve_deepspeed
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.models.fingerprint import fingerprint, tensor_digests
+from esi_ds.models.fingerprint import check_mask_weights, fingerprint, tensor_digests
 from esi_ds.models.folder import ModelSource, checkpoint_folder
 from esi_ds.options import Options
 from esi_ds.stages.interrupt import listen
@@ -181,6 +181,16 @@ class StageRun(ABC, Generic[Inputs]):
         self._fingerprint = fingerprint
         runtime.barrier()  # rank 0 must not write the manifest before every rank has read the old one
         self.record("running")
+
+    def accept_mask(self, mask: Mask, field: str) -> bool:
+        """Whether the mask was made from exactly this model's weights, which the manifest then says.
+
+        Raises UserError naming ``field`` if not, unless ``--allow-fingerprint-mismatch`` is given.
+        """
+        same = check_mask_weights(mask, self.fingerprint, self.options.allow_fingerprint_mismatch, field)
+        self.notes = {"mask_fingerprint": mask.fingerprint, "mask_made_from_these_weights": same}
+        self.record("running")
+        return same
 
     def record(self, exit_state: str) -> None:
         """Rank 0 writes ``manifest.json``. exit_state: running, done, interrupted or failed."""

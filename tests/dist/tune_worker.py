@@ -47,7 +47,7 @@ def restore_originals() -> None:
         setattr(owner, name, value)
 
 
-def dump(run: TuneRun, loop, patch, answers, routing_drift, tracker) -> None:
+def dump(run: TuneRun, loop: training.Training, *_: object) -> None:
     """Instead of the report: masters and moments as a checkpoint holds them, norms, and the dtype's own bits."""
     saved = {
         key: torch.cat([values.detach() for _, values in parts]) for key, parts in loop.tuner.saved().items() if parts

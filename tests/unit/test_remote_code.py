@@ -57,7 +57,7 @@ def _with_roles(config: Config):
 CALLERS: dict[str, Callable[[Config], object]] = {
     "roles": lambda config: prepare(config.model_copy(update={"model": _with_roles(config)})),
     "mask": lambda config: describe_trained(
-        config, "set", Mask.load(config.tune.mask), the_models_configuration(config)
+        config.model, config.tune, "set", Mask.load(config.tune.mask), the_models_configuration(config)
     ),
     "perturb": prepare_perturb,
     "judge in a plan": lambda config: _judge_bytes(config, 1),

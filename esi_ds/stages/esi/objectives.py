@@ -19,7 +19,7 @@ from esi_ds.judge.guard import Guard, Judgement
 from esi_ds.judge.vocabulary import VocabularyMap
 from esi_ds.stages.esi.prepare import Example
 from esi_ds.stages.esi.score import NOT_FINITE, Objective
-from esi_ds.stages.tune.training import MicroBatch
+from esi_ds.stages.tune.training import padded
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
@@ -187,7 +187,7 @@ class LossObjective(Objective[TokenSequence]):
             batch = left_pad([[self.pad]], self.pad, runtime.device())
             logits = self.model.module(**batch, use_cache=False, logits_to_keep=1).logits
             return logits, torch.zeros_like(logits), []
-        batch, labels = MicroBatch(list(examples), []).tensors(self.pad, runtime.device())
+        batch, labels = padded(examples, self.pad, runtime.device())
         logits = self.model.module(**batch, use_cache=False, logits_to_keep=labels.shape[1]).logits
         losses = row_losses(logits, labels)
         means = [loss / example.num_learnt for loss, example in zip(losses.tolist(), examples, strict=True)]

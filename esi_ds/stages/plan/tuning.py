@@ -33,7 +33,7 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
     resolve_deepspeed(config, ranks, stage)
     model_config = load_model_config(source)
     parameters = meta_parameters(model_config, source, config.model.roles)
-    check_routers(config, parameters)
+    check_routers(tune, parameters)
     notes = _missing_files(config, tune)
     num_rows = count_rows(tune.data, "tune.data", notes)
     _note_unreachable(config, tune, notes)
@@ -44,7 +44,7 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
         trained, num_rows = inputs.trained, len(inputs.rows.sequences)
         rows = f"{num_rows:,} ({inputs.rows.columns}), {len(inputs.rows.skipped)} skipped"
     elif Path(tune.mask).exists():
-        trained = describe_trained(config, stage, load_mask(tune.mask), model_config)
+        trained = describe_trained(config.model, tune, stage, load_mask(tune.mask), model_config)
     counts = known_trained(trained, parameters) if trained else expected_trained(config, parameters)
     print(resolved_yaml(config))
     facts = _weight_facts(config, stage, parameters, trained, counts) | {"ranks": ranks, "rows": rows}

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from esi_ds.config import Config
 from esi_ds.core.batch import left_pad
 from esi_ds.core.schedule import learning_rate
-from esi_ds.data.conversations import IGNORED, DataOrder, TokenSequence, TuningSet
+from esi_ds.data.conversations import IGNORED, DataOrder, TokenSequence
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.stages.interrupt import told_to_stop
+from esi_ds.stages.tune.prepare import TuningInputs
 from esi_ds.tracking import Tracker
 from esi_ds.zero import checkpoint, runtime
 from esi_ds.zero.tuner import NotFinite, Tuner, summed_loss
@@ -23,59 +25,56 @@ from esi_ds.zero.tuner import NotFinite, Tuner, summed_loss
 
 @dataclass
 class MicroBatch:
-    """This rank's rows of one micro-batch, as texts were numbered in their files."""
+    """This rank's rows of one micro-batch."""
 
     sequences: list[TokenSequence]
-    places: list[str]
+    row_names: list[str]  # what messages call each row: "row 7", "benign row 3", numbered as in its file
 
-    def tensors(self, pad: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        """The model's inputs [B, L] and the labels [B, K] of its last K logits; no logit before those is learnt from.
 
-        Rows are padded on the left, so every row ends at the right edge.
-        """
-        width = max(len(sequence.ids) for sequence in self.sequences)
-        batch = left_pad([sequence.ids for sequence in self.sequences], pad, device)
-        labels = torch.full((len(self.sequences), width), IGNORED, dtype=torch.int64)
-        for row, sequence in enumerate(self.sequences):
-            # The logits at a position predict the next one.
-            labels[row, width - len(sequence.ids) : width - 1] = torch.tensor(sequence.labels[1:], dtype=torch.int64)
-        learnt = (labels != IGNORED).any(0).nonzero()
-        first = int(learnt[0]) if len(learnt) else width - 1
-        return batch, labels[:, first:].to(device)
+def padded(sequences: Sequence[TokenSequence], pad: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """The model's inputs, int64 [B, L], and the labels, int64 [B, K], of its last K logits.
+
+    No logit before those has a label. Rows are padded on the left, so every row ends at the right edge.
+    """
+    width = max(len(sequence.ids) for sequence in sequences)
+    batch = left_pad([sequence.ids for sequence in sequences], pad, device)
+    labels = torch.full((len(sequences), width), IGNORED, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        # The logits at a position predict the next one.
+        labels[row, width - len(sequence.ids) : width - 1] = torch.tensor(sequence.labels[1:], dtype=torch.int64)
+    learnt = (labels != IGNORED).any(0).nonzero()
+    first = int(learnt[0]) if len(learnt) else width - 1
+    return batch, labels[:, first:].to(device)
 
 
 class Training:
-    """``run`` returns when ``tune.max_steps`` updates are made.
+    """``run`` returns once ``tune.max_steps`` updates are made.
 
     The loss of a step is the mean over all learnt tokens of its rows, whichever rank and micro-batch they are in. In
-    every micro-batch each rank takes B consecutive positions of the data's order, one rank behind another.
+    every micro-batch each rank takes the next B positions of the data's order, in the order of the ranks.
+
+    inputs: the rows and the config's section. seed: of the rows' order. folder: of the checkpoints.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        tuner: Tuner,
-        rows: TuningSet,
-        benign: TuningSet | None,
-        pad: int,
-        folder: Path,
-        tracker: Tracker,
-    ):
-        self.config, self.tuner, self.rows, self.benign = config, tuner, rows, benign
-        self.pad, self.folder, self.tracker = pad, folder, tracker
-        fraction = config.tune.data.benign.fraction if benign is not None else 0.0
-        num_benign = len(benign.sequences) if benign is not None else 0
-        self.order = DataOrder(len(rows.sequences), num_benign, fraction, config.run.seed)
+    def __init__(self, inputs: TuningInputs, tuner: Tuner, seed: int, folder: Path, tracker: Tracker):
+        self.tune, self.tuner, self.folder, self.tracker = inputs.tune, tuner, folder, tracker
+        self.pad = inputs.tokenizer.pad_token_id
+        self.rows = inputs.rows.sequences
+        self.benign = inputs.benign.sequences if inputs.benign is not None else ()
+        mix = inputs.tune.data.benign
+        fraction = mix.fraction if mix is not None and inputs.benign is not None else 0.0
+        self.order = DataOrder(len(self.rows), len(self.benign), fraction, seed)
         self.step, self.position = 0, 0  # updates made, rows read
 
     @property
     def stride(self) -> int:
         """Rows of one step, over all ranks and micro-batches."""
-        return self.config.tune.batch_size * self.config.tune.gradient_accumulation * runtime.world_size()
+        return self.tune.batch_size * self.tune.gradient_accumulation * runtime.world_size()
 
     def run(self) -> None:
+        """Train from the newest checkpoint, or from the start, to the last step. Raises Interrupted."""
         self._restore()
-        total = self.config.tune.max_steps
+        total = self.tune.max_steps
         bar = self.tracker.progress(total=total, initial=self.step, unit="step", description="tune")
         with self.tuner.running(), bar:
             while self.step < total:
@@ -84,24 +83,26 @@ class Training:
 
     def micro_batches(self) -> list[MicroBatch]:
         """This rank's part of the next step."""
-        size, ranks = self.config.tune.batch_size, runtime.world_size()
+        size, ranks = self.tune.batch_size, runtime.world_size()
         starts = (
-            self.position + (index * ranks + runtime.rank()) * size
-            for index in range(self.config.tune.gradient_accumulation)
+            self.position + (index * ranks + runtime.rank()) * size for index in range(self.tune.gradient_accumulation)
         )
         return [self._batch(start, size) for start in starts]
 
     def _batch(self, start: int, size: int) -> MicroBatch:
-        found = MicroBatch([], [])
+        batch = MicroBatch([], [])
         for position in range(start, start + size):
             is_benign, number = self.order[position]
-            sequence = (self.benign if is_benign else self.rows).sequences[number]
-            found.sequences.append(sequence)
-            found.places.append(f"{'benign row' if is_benign else 'row'} {sequence.row}")
-        return found
+            sequence = (self.benign if is_benign else self.rows)[number]
+            batch.sequences.append(sequence)
+            batch.row_names.append(f"{'benign row' if is_benign else 'row'} {sequence.row}")
+        return batch
 
     def _step(self) -> None:
-        """Collectives: the model's and the tuner's, an all-reduce of a few numbers before and after the update."""
+        """One update.
+
+        Collectives: the model's and the tuner's, and an all-reduce of a few numbers before and after the update.
+        """
         started = time.monotonic()
         batches = self.micro_batches()
         learnt = sum(sequence.num_learnt for sequence in self._batch(self.position, self.stride).sequences)
@@ -111,7 +112,7 @@ class Training:
         try:
             norm = self.tuner.step(lr)
         except NotFinite as error:
-            self._refuse("gradient", set(error.ranks), [batch.places for batch in batches])
+            self._refuse("gradient", set(error.ranks), [batch.row_names for batch in batches])
         self.step += 1
         self.position += self.stride
         tokens = sum(len(sequence.ids) for batch in batches for sequence in batch.sequences)
@@ -120,44 +121,49 @@ class Training:
         ).tolist()
         self._report(totals[0], norm, lr, totals[1] / max(time.monotonic() - started, 1e-9))
         interrupted = totals[2] > 0
-        if interrupted or self.step % self.config.tune.save_every == 0 or self.step == self.config.tune.max_steps:
+        if interrupted or self.step % self.tune.save_every == 0 or self.step == self.tune.max_steps:
             self._save()
         if interrupted:
             raise Interrupted(f"stopped by a signal after {self.step} steps; start again to go on")
 
     def _forward_backward(self, batch: MicroBatch, learnt: int) -> float:
-        inputs, labels = batch.tensors(self.pad, runtime.device())
+        """One micro-batch's share of the step's loss. learnt: learnt tokens of the whole step."""
+        inputs, labels = padded(batch.sequences, self.pad, runtime.device())
         logits = self.tuner.forward(inputs, labels.shape[1])
         loss = summed_loss(logits, labels) / learnt
         self.tuner.backward(loss)
         return float(loss.detach())
 
     def _learning_rate(self) -> float:
-        tune = self.config.tune
+        tune = self.tune
         return learning_rate(
             self.step, lr=tune.lr, scheduler=tune.scheduler, max_steps=tune.max_steps, warmup_ratio=tune.warmup_ratio
         )
 
     def _check_losses(self, losses: list[float], batches: list[MicroBatch]) -> None:
-        """Before anything is updated. One all-reduce."""
-        bad = [batch.places for loss, batch in zip(losses, batches, strict=True) if not math.isfinite(loss)]
+        """Refuse losses that are not finite, before anything is updated. One all-reduce."""
+        bad = [batch.row_names for loss, batch in zip(losses, batches, strict=True) if not math.isfinite(loss)]
         if runtime.all_reduce_max(torch.tensor([float(len(bad))])).item() > 0:
             ranks = {rank for rank, count in enumerate(runtime.gather_objects(len(bad))) if count}
             self._refuse("loss", ranks, bad)
 
-    def _refuse(self, what: str, ranks: set[int], places: list[list[str]]) -> None:
-        """Stop with the step, the ranks and their rows named. One gather."""
-        rows = runtime.gather_objects([place for batch in places for place in batch])
+    def _refuse(self, quantity: str, ranks: set[int], row_names: list[list[str]]) -> NoReturn:
+        """Stop with an error that names the step, the ranks and their rows. One gather.
+
+        ranks: those whose own ``quantity`` is not finite; if empty, all are named. row_names: of each micro-batch.
+        """
+        rows = runtime.gather_objects([name for names in row_names for name in names])
         named = ranks or set(range(len(rows)))
         where = "; ".join(f"rank {rank}: {', '.join(rows[rank])}" for rank in sorted(named))
         raise UserError(
             "tune.data.path",
-            self.config.tune.data.path,
-            f"the {what} of step {self.step + 1} is not finite ({where})",
+            self.tune.data.path,
+            f"the {quantity} of step {self.step + 1} is not finite ({where})",
             "nothing was updated and the last checkpoint stands; look at these rows, or lower tune.lr",
         )
 
     def _report(self, loss: float, norm: float, lr: float, rate: float) -> None:
+        """Scalars of one step. rate: tokens per second. Collectives: one all-reduce."""
         moved = self.tuner.share_moved()
         self.tracker.scalars(
             self.step,
@@ -176,14 +182,15 @@ class Training:
         checkpoint.save(self.folder, self.step, state, self.tuner.saved())
 
     def _restore(self) -> None:
-        found = checkpoint.latest(self.folder)
-        runtime.barrier()  # everybody has looked before anybody saves
-        if found is None:
+        """Continue from the newest checkpoint, if there is one. One broadcast and one barrier."""
+        newest = checkpoint.latest(self.folder)
+        runtime.barrier()  # no rank saves before every rank has looked
+        if newest is None:
             self.tracker.resume_at(0)
             return
-        state = checkpoint.read_state(found)
+        state = checkpoint.read_state(newest)
         self.step, self.position = state["position"], state["rows_read"]
-        checkpoint.restore(found, self.tuner.saved())
+        checkpoint.restore(newest, self.tuner.saved())
         self.tuner.restored(self.step)
         self.tracker.resume_at(self.step)
         self.tracker.log(f"going on after step {self.step}, {self.position} rows read")

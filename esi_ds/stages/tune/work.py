@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
 
 from esi_ds import patch
 from esi_ds.artifacts import read_jsonl, replace_folder, wait_until_visible, write_text_atomic
-from esi_ds.data.chat import break_up, encode_prompt
 from esi_ds.eval.refusals import is_refusal
-from esi_ds.models.fingerprint import check_mask_weights, tensor_digests
+from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, checkpoint_folder, max_positions
 from esi_ds.report.card import model_card
+from esi_ds.report.contents import TunedAnswerRow
 from esi_ds.stages.respond import generate_all, keep_in
 from esi_ds.stages.run import CHECKPOINTS, StageRun, check_mask_bits
 from esi_ds.stages.tune.drift import drift_rows, measure_before
 from esi_ds.stages.tune.finish import finish_tuning
 from esi_ds.stages.tune.prepare import TuningInputs
 from esi_ds.stages.tune.training import Training
-from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.dense import DenseTuner
+from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.export import export_model
 from esi_ds.zero.optimizer import MaskedAdamW
 from esi_ds.zero.sparse import SparseTuner, choose_reduction
-from esi_ds.zero.tuner import Rule
+from esi_ds.zero.tuner import Rule, Tuner
 
 ANSWERS = "answers.jsonl"
+Answers = dict[str, list[str]]  # set of questions → the answer to each
 
 
 class TuneRun(StageRun[TuningInputs]):
@@ -40,44 +46,38 @@ class TuneRun(StageRun[TuningInputs]):
     def work(self) -> None:
         config, inputs, tracker = self.config, self.inputs, self.tracker
         check_mask_bits(inputs.mask, "tune.mask")
-        model, make_tuner = self._load(tracker)
+        model, make_tuner = self._load()
         self.begin(model)
-        same = check_mask_weights(
-            inputs.mask, self.fingerprint, self.options.allow_fingerprint_mismatch, field="tune.mask"
-        )
-        self.notes = {"mask_fingerprint": inputs.mask.fingerprint, "mask_made_from_these_weights": same}
-        self.record("running")
-        self._log_inputs(tracker, same)
+        same_weights = self.accept_mask(inputs.mask, "tune.mask")
+        self._log_inputs(same_weights)
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         measure_before(self, model)
-        answers = {}
-        if config.eval is not None and config.eval.before:
-            answers["before"] = self._answers(model, "before", tracker)
-        training = Training(
-            config,
-            make_tuner(),
-            inputs.rows,
-            inputs.benign,
-            inputs.tokenizer.pad_token_id,
-            self.folder.path / CHECKPOINTS,
-            tracker,
-        )
+        before = self._answers(model, "before") if inputs.eval is not None and inputs.eval.before else None
+        training = Training(inputs, make_tuner(), config.run.seed, self.folder.path / CHECKPOINTS, tracker)
         training.run()
-        answers["after"] = self._answers(model, "after", tracker)
-        moved = drift_rows(self, model)
-        self._write_answers(answers)
-        changed = self._export(model)
-        finish_tuning(self, training, changed, self._read_answers(), moved, tracker)
+        after = self._answers(model, "after")
+        routing_drift = drift_rows(self, model)
+        self._write_answers(before, after)
+        patch_summary = self._export(model)
+        finish_tuning(self, training, patch_summary, self._read_answers(), routing_drift)
 
-    def _load(self, tracker: Tracker):
-        """The sharded model, and what makes its tuner. The tuner reads the weights: before answers, any time."""
-        config, tune, trained = self.config, self.config.tune, self.inputs.trained
-        rule = Rule(tuple(tune.betas), tune.eps, tune.weight_decay, tune.clip)
+    def _load(self) -> tuple[ShardedModel, Callable[[], Tuner]]:
+        """The sharded model, and what makes its tuner, which reads the weights when it is made.
+
+        SPA's optimizer must be there when the model is loaded: its engine is the standard ZeRO-3 one.
+        """
+        tune, trained = self.inputs.tune, self.inputs.trained
+        rule = Rule((tune.betas[0], tune.betas[1]), tune.eps, tune.weight_decay, tune.clip)
+        if self.inputs.stage == "set":
+            model = self.load_model()
+            reduction, reason = choose_reduction(trained.total, tune.reduction)
+            self.tracker.log(f"gradients: {reduction} ({reason})")
+            return model, partial(SparseTuner, model, trained, rule, reduction)
         optimizers: list[MaskedAdamW] = []
 
-        def make_optimizer(module) -> MaskedAdamW:
-            made = MaskedAdamW(
+        def make_optimizer(module: PreTrainedModel) -> MaskedAdamW:
+            optimizer = MaskedAdamW(
                 module,
                 self.inputs.mask,
                 trained.train,
@@ -87,87 +87,107 @@ class TuneRun(StageRun[TuningInputs]):
                 weight_decay=rule.weight_decay,
                 unscored=tune.unscored,
                 router=tune.router,
-                roles=config.model.roles,
+                roles=self.config.model.roles,
             )
-            optimizers.append(made)
-            return made
+            optimizers.append(optimizer)
+            return optimizer
 
-        model = self.load_model(make_optimizer if self.inputs.stage == "spa" else None)
-        if self.inputs.stage == "spa":
-            return model, lambda: DenseTuner(model, trained, optimizers[0])
-        reduction, reason = choose_reduction(trained.total, tune.reduction)
-        tracker.log(f"gradients: {reduction} ({reason})")
-        return model, lambda: SparseTuner(model, trained, rule, reduction)
+        model = self.load_model(make_optimizer)
+        return model, partial(DenseTuner, model, trained, optimizers[0])
 
-    def _log_inputs(self, tracker: Tracker, same: bool) -> None:
-        inputs, tune = self.inputs, self.config.tune
-        mask, rows = inputs.mask, inputs.rows
+    def _log_inputs(self, same_weights: bool) -> None:
+        inputs, tracker = self.inputs, self.tracker
+        mask, benign = inputs.mask, inputs.benign
         tracker.log(f"mask: {mask.k:,} weights by {mask.metadata.get('criterion')}, {inputs.trained.total:,} train")
-        if not same:
+        if not same_weights:
             tracker.log("mask: made from OTHER weights of the same shapes, as --allow-fingerprint-mismatch allows")
-        for name, found in (("rows", rows), ("benign rows", inputs.benign)):
-            if found is not None:
+        for name, rows in (("rows", inputs.rows), ("benign rows", benign)):
+            if rows is not None:
                 tracker.log(
-                    f"{name}: {len(found.sequences)} of columns {found.columns}, {len(found.skipped)} skipped, "
-                    f"{found.num_cut} cut at {tune.max_length} tokens"
+                    f"{name}: {len(rows.sequences)} of columns {rows.columns}, {len(rows.skipped)} skipped, "
+                    f"{rows.num_cut} cut at {inputs.tune.max_length} tokens"
                 )
-        for number, reason in [*rows.skipped, *(inputs.benign.skipped if inputs.benign else ())][:5]:
+        for number, reason in [*inputs.rows.skipped, *(benign.skipped if benign is not None else ())][:5]:
             tracker.log(f"skipped row {number}: {reason}")
 
-    def _answers(self, model, when: str, tracker: Tracker) -> dict[str, list[str]]:
-        """Greedy answers to every question; kept on disk as they are made, so that a resumed run makes none twice."""
-        config, inputs, made = self.config, self.inputs, {}
-        for name, prompts in inputs.questions.items():
-            partial = self.folder.path / f"answers.{name}.{when}.partial.jsonl"
-            rows = read_jsonl(partial) if runtime.is_main() and partial.is_file() else []
-            done = runtime.broadcast_object({row["index"]: row["response"] for row in rows})
-            cleaned = [break_up(prompt, inputs.specials)[0] for prompt in prompts]
+    def _answers(self, model: ShardedModel, when: Literal["before", "after"]) -> Answers:
+        """Greedy answers to every question.
+
+        They are kept on disk as they are generated, so that a resumed run generates none twice. Collectives: a
+        broadcast for each set, and those of ``generate_all``. Raises Interrupted.
+        """
+        inputs, section = self.inputs, self.inputs.eval
+        answers: Answers = {}
+        if section is None:
+            return answers
+        for name, prompt_ids in inputs.question_ids.items():
+            partial_file = self.folder.path / f"answers.{name}.{when}.partial.jsonl"
+            rows = read_jsonl(partial_file) if runtime.is_main() and partial_file.is_file() else []
+            responses: dict[int, str] = runtime.broadcast_object({row["index"]: row["response"] for row in rows})
             generate_all(
                 model,
                 inputs.tokenizer,
-                [encode_prompt(inputs.tokenizer, prompt, config.model.system_prompt) for prompt in cleaned],
-                done,
+                prompt_ids,
+                responses,
                 limit=max_positions(inputs.model_config),
-                max_new_tokens=config.eval.max_new_tokens,
-                batch_size=config.eval.batch_size,
+                max_new_tokens=section.max_new_tokens,
+                batch_size=section.batch_size,
                 generation="auto",
-                keep=keep_in(partial),
-                tracker=tracker,
+                keep=keep_in(partial_file),
+                tracker=self.tracker,
                 description=f"answer: {name} {when}",
             )
-            made[name] = [done[index] for index in range(len(prompts))]
-        return made
+            answers[name] = [responses[index] for index in range(len(prompt_ids))]
+        return answers
 
-    def _write_answers(self, answers: dict[str, dict[str, list[str]]]) -> None:
+    def _write_answers(self, before: Answers | None, after: Answers) -> None:
+        """``answers.jsonl``, if there are questions. Rank 0 writes; no collectives."""
         if not runtime.is_main() or not self.inputs.questions:
             return
         lines = []
         for name, prompts in self.inputs.questions.items():
             for index, prompt in enumerate(prompts):
-                said = {when: made[name][index] for when, made in answers.items()}
-                refused = {f"refused_{when}": is_refusal(text) for when, text in said.items()}
-                row = {"set": name, "index": index, "prompt": prompt, **said, **refused}
+                answer_before = before[name][index] if before is not None else None
+                row = answer_row(name, index, prompt, answer_before, after[name][index])
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         write_text_atomic(self.folder.path / ANSWERS, "".join(lines))
 
-    def _read_answers(self) -> list[dict]:
+    def _read_answers(self) -> list[TunedAnswerRow]:
+        """Rows of ``answers.jsonl`` on rank 0; none on other ranks, or without questions."""
         file = self.folder.path / ANSWERS
         return read_jsonl(file) if runtime.is_main() and file.is_file() else []
 
-    def _export(self, model) -> dict | None:
-        """``model/`` and ``patch/``; the patch's summary on rank 0."""
-        tune, folder = self.config.tune, self.folder.path
+    def _export(self, model: ShardedModel) -> dict[str, Any] | None:
+        """Write ``model/`` and ``patch/``; the patch's summary on rank 0, None on others or without a patch.
+
+        Collectives: those of ``export_model`` and ``_patch``.
+        """
+        inputs, folder = self.inputs, self.folder.path
+        tune = inputs.tune
         if not tune.export and not tune.patch:
             return None
-        target = folder / ("model" if tune.export else ".model-for-patch")
-        export_model(model, target, self.inputs.tokenizer, model_card(self.config, self.inputs, self.fingerprint))
-        found = self._patch(target) if tune.patch else None
+        tuned = folder / ("model" if tune.export else ".model-for-patch")
+        card = model_card(
+            self.config,
+            tune,
+            stage=inputs.stage,
+            fingerprint=self.fingerprint,
+            mask=inputs.mask,
+            num_trained=inputs.trained.total,
+            rows=inputs.rows,
+            benign=inputs.benign,
+        )
+        export_model(model, tuned, inputs.tokenizer, card)
+        summary = self._patch(tuned) if tune.patch else None
         if not tune.export and runtime.is_main():
-            shutil.rmtree(target)
-        return found
+            shutil.rmtree(tuned)
+        return summary
 
-    def _patch(self, tuned: Path) -> dict | None:
-        """Ranks share the files. Three gathers of small objects and two barriers."""
+    def _patch(self, tuned: Path) -> dict[str, Any] | None:
+        """Write ``patch/``; ranks share the files. Its summary on rank 0, None on others.
+
+        Collectives: one gather of rows and digests, and two barriers.
+        """
         folder = self.folder.path / "patch"
         base = checkpoint_folder(ModelSource.of(self.config.model))
         temporary = folder.with_name(".patch.tmp")
@@ -176,17 +196,37 @@ class TuneRun(StageRun[TuningInputs]):
             temporary.mkdir()
         runtime.barrier()
         rank, ranks = runtime.rank(), runtime.world_size()
-        part = (
-            patch.create_part(base, wait_until_visible(tuned), wait_until_visible(temporary), rank, ranks),
-            *(tensor_digests(m, rank, ranks) for m in (base, tuned)),
-        )
-        merged: tuple[dict, dict, dict] = ({}, {}, {})
-        for parts in runtime.gather_objects(part):
-            for target, found in zip(merged, parts, strict=True):
-                target.update(found)
+        rank_rows = patch.create_part(base, wait_until_visible(tuned), wait_until_visible(temporary), rank, ranks)
+        rank_digests = tensor_digests(base, rank, ranks), tensor_digests(tuned, rank, ranks)
+        rows, base_digests, tuned_digests = dict[str, dict](), dict[str, str](), dict[str, str]()
+        for part_rows, (part_base, part_tuned) in runtime.gather_objects((rank_rows, rank_digests)):
+            rows |= part_rows
+            base_digests |= part_base
+            tuned_digests |= part_tuned
         if runtime.is_main():
             facts = {"method": self.inputs.stage, "mask_fingerprint": self.inputs.mask.fingerprint}
-            patch.finish(base, temporary, *merged, facts)
+            patch.finish(base, temporary, rows, base_digests, tuned_digests, facts)
             replace_folder(temporary, folder)
         runtime.barrier()
         return patch.summary(folder) if runtime.is_main() else None
+
+
+def answer_row(set_name: str, index: int, prompt: str, before: str | None, after: str) -> TunedAnswerRow:
+    """A line of ``answers.jsonl``. before: None if nothing was asked before tuning."""
+    if before is None:
+        return {
+            "set": set_name,
+            "index": index,
+            "prompt": prompt,
+            "after": after,
+            "refused_after": is_refusal(after),
+        }
+    return {
+        "set": set_name,
+        "index": index,
+        "prompt": prompt,
+        "before": before,
+        "after": after,
+        "refused_before": is_refusal(before),
+        "refused_after": is_refusal(after),
+    }
