@@ -350,3 +350,16 @@ class PivotRow(TypedDict):
     judge: str  # who decides
     cells: list[MeasureRow | None]  # one per model; None if the model was not asked
     changes: list[ChangeRow | None]  # one per model; None if it was not compared
+
+
+class Overlap(TypedDict):
+    """How much two masks have in common. A row of the page of several runs; no file holds it."""
+
+    first: str  # a run's name
+    second: str  # another run's name
+    both: int  # weights that both masks select
+    of_first: float  # both / weights of the first mask
+    of_second: float  # both / weights of the second mask
+    chance: float  # share of the first mask that a random mask of the second's size would hold
+    jaccard: float  # both / weights that either mask selects
+    same_weights: bool  # whether both masks were made from the same weights

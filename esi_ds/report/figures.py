@@ -16,7 +16,8 @@ import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from esi_ds.report.contents import MetricsRow, ScoreHistogram  # noqa: E402
+from esi_ds.eval.rows import MeasureRow  # noqa: E402
+from esi_ds.report.contents import CurveRow, MetricsRow, PivotRow, ScoreHistogram  # noqa: E402
 from esi_ds.report.tables import Heatmap  # noqa: E402
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
@@ -180,20 +181,16 @@ def loss_curves(runs: Sequence[tuple[str, Sequence[MetricsRow]]]) -> Figure:
     return figure
 
 
-def rate_bars(title: str, rows: Sequence[dict], models: Sequence[str]) -> Figure:
+def rate_bars(title: str, rows: Sequence[PivotRow], models: Sequence[str]) -> Figure:
     """Rates of several models with their intervals, one group of bars a set and judge (``evaluation.pivot``)."""
     height = 1.0 + 0.26 * max(3, len(rows) * len(models))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8.5, min(height, 20.0)))
         step = len(models) + 0.8
         for index, model in enumerate(models):
-            found = [(place * step + index, row["cells"][index]) for place, row in enumerate(rows)]
-            found = [(where, cell) for where, cell in found if cell is not None and cell["rate"] is not None]
-            rates = np.array([cell["rate"] for _, cell in found])
-            ends = ([cell["rate" if cell[end] is None else end] for end in ("low", "high")] for _, cell in found)
-            bounds = np.array(list(ends)).reshape(-1, 2).T
+            positions, rates, bounds = _bars([row["cells"][index] for row in rows])
             axes.barh(
-                [where for where, _ in found],
+                step * positions + index,
                 100 * rates,
                 xerr=100 * np.clip(np.stack([rates - bounds[0], bounds[1] - rates]), 0, None),
                 color=COLOURS[index % len(COLOURS)],
@@ -201,7 +198,7 @@ def rate_bars(title: str, rows: Sequence[dict], models: Sequence[str]) -> Figure
                 label=model,
             )
         axes.set_yticks(
-            [place * step + (len(models) - 1) / 2 for place in range(len(rows))],
+            [group * step + (len(models) - 1) / 2 for group in range(len(rows))],
             [f"{row['set']}\n{row['judge']}" for row in rows],
             fontsize=8,
         )
@@ -211,7 +208,22 @@ def rate_bars(title: str, rows: Sequence[dict], models: Sequence[str]) -> Figure
     return figure
 
 
-def noise_curves(title: str, points: Sequence[dict]) -> Figure:
+def _bars(cells: Sequence[MeasureRow | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the cells that have a rate: their positions [bars], rates [bars] and ends of intervals [2, bars].
+
+    A rate without an interval has its own value as both ends.
+    """
+    positions, rates, bounds = [], [], []
+    for position, cell in enumerate(cells):
+        if cell is not None and (rate := cell["rate"]) is not None:
+            low, high = cell["low"], cell["high"]
+            positions.append(position)
+            rates.append(rate)
+            bounds.append((rate if low is None else low, rate if high is None else high))
+    return np.array(positions), np.array(rates), np.array(bounds).reshape(-1, 2).T
+
+
+def noise_curves(title: str, points: Sequence[CurveRow]) -> Figure:
     """Rate against noise, one line an order and one panel a ratio (rows of ``curves`` in a perturbation's report)."""
     ratios = list(dict.fromkeys(point["ratio"] for point in points))
     orders = list(dict.fromkeys(point["order"] for point in points))
@@ -221,11 +233,11 @@ def noise_curves(title: str, points: Sequence[dict]) -> Figure:
         )
         for axes, ratio in zip(panels[0], ratios, strict=True):
             for index, order in enumerate(orders):
-                own = [p for p in points if p["ratio"] == ratio and p["order"] == order and p["rate"] is not None]
-                rates = np.array([point["rate"] for point in own])
-                bounds = np.array([[point["low"], point["high"]] for point in own]).reshape(-1, 2).T
+                curve = [p for p in points if p["ratio"] == ratio and p["order"] == order and p["rate"] is not None]
+                rates = np.array([point["rate"] for point in curve])
+                bounds = np.array([[point["low"], point["high"]] for point in curve]).reshape(-1, 2).T
                 axes.errorbar(
-                    [point["noise"] for point in own],
+                    [point["noise"] for point in curve],
                     100 * rates,
                     yerr=100 * np.clip(np.stack([rates - bounds[0], bounds[1] - rates]), 0, None),
                     color=COLOURS[index],

@@ -5,44 +5,67 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
+from matplotlib.figure import Figure
 
 from esi_ds.artifacts import write_json_atomic, write_text_atomic
+from esi_ds.eval.rows import MeasureRow
 from esi_ds.report import evaluation, figures, overview, perturbation, tables
+from esi_ds.report.contents import EsiReport, EvaluationReport, Overlap, PerturbationReport, PivotRow, TuningReport
 from esi_ds.report.experts import expert_tables
 from esi_ds.report.overview import Run
 
+Report = EsiReport | TuningReport | EvaluationReport | PerturbationReport
 MAX_ROWS = 200
 MAX_TENSORS = 20
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
+class EvaluationPieces(TypedDict):
+    """What the templates draw of an evaluation besides its report."""
+
+    rows: list[PivotRow]  # the table of rates
+    charts: list[str]  # pictures as data URLs
+    missing: list[MeasureRow]  # measures of which some answers have no verdict
+
+
+def write_report(folder: Path, report: Report) -> None:
     """``report.json`` and ``report.html``."""
     write_json_atomic(folder / "report.json", report)
     write_text_atomic(folder / "report.html", render(report))
 
 
 def render(
-    report: dict[str, Any],
-    tuned: Sequence[tuple[str, dict[str, Any]]] = (),
-    evaluated: Sequence[tuple[str, dict[str, Any]]] = (),
+    report: Report,
+    tuned: Sequence[tuple[str, TuningReport]] = (),
+    evaluated: Sequence[tuple[str, EvaluationReport]] = (),
 ) -> str:
-    """The page as text. An ESI page also shows other runs: ``tuned`` and ``evaluated`` are (link, report) of those."""
-    environment = _environment()
-    pages = {"tuning": _tuning_page, "evaluation": _evaluation_page, "perturbation": _perturbation_page}
-    if report.get("kind") in pages:
-        return pages[report["kind"]](environment, report)
+    """The page as text. An ESI page also shows other runs: ``tuned`` and ``evaluated`` are their (link, report)."""
+    kind = report.get("kind")
+    if kind == "tuning":
+        return _tuning_page(cast(TuningReport, report))
+    if kind == "evaluation":
+        return _evaluation_page(cast(EvaluationReport, report))
+    if kind == "perturbation":
+        return _perturbation_page(cast(PerturbationReport, report))
+    return _esi_page(cast(EsiReport, report), tuned, evaluated)
+
+
+def _esi_page(
+    report: EsiReport,
+    tuned: Sequence[tuple[str, TuningReport]],
+    evaluated: Sequence[tuple[str, EvaluationReport]],
+) -> str:
     units, k = report["units"], report["selection"]["k"]
-    return environment.get_template("esi.html.j2").render(
+    return _template("esi.html.j2").render(
         report=report,
         tuned=tuned,
-        evaluated=[(link, other, _evaluation_pieces(other)) for link, other in evaluated],
-        role_maps=[_picture(figures.heatmap(found)) for found in tables.layer_by_role(units, k)],
-        expert_maps=[_picture(figures.heatmap(found)) for found in tables.layer_by_expert(units, k)],
+        evaluated=[(link, evaluation, _evaluation_pieces(evaluation)) for link, evaluation in evaluated],
+        role_maps=[_picture(figures.heatmap(view)) for view in tables.layer_by_role(units, k)],
+        expert_maps=[_picture(figures.heatmap(view)) for view in tables.layer_by_expert(units, k)],
         experts=expert_tables(units, k),
-        routing_maps=[_picture(figures.heatmap(found)) for found in tables.routing_maps(report.get("routing", []))],
+        routing_maps=[_picture(figures.heatmap(view)) for view in tables.routing_maps(report.get("routing", []))],
         scores=_picture(
             figures.score_histogram(
                 report["score_histogram"], report["score_histograms_by_role"], report["selection"]["threshold"]
@@ -56,38 +79,34 @@ def render(
     )
 
 
-def render_overview(runs: Sequence[Run], overlaps: Sequence[dict[str, Any]]) -> str:
-    """One page of several runs. overlaps: {first, second, both, of_first, of_second, chance, jaccard, same_weights} of
-    every two masks of one model."""
+def render_overview(runs: Sequence[Run], overlaps: Sequence[Overlap]) -> str:
+    """One page of several runs. overlaps: of every two masks of models with the same shapes."""
     esi, tuning, evaluations, perturbations = (
         overview.of_kind(runs, kind) for kind in (None, "tuning", "evaluation", "perturbation")
     )
     joined = overview.joined(evaluations) if evaluations else None
     losses = [(run.name, run.report["progress"]) for run in tuning if run.report["progress"]]
     maps = ((run, tables.layer_by_role(run.report["units"], run.report["selection"]["k"])) for run in esi)
-    return (
-        _environment()
-        .get_template("overview.html.j2")
-        .render(
-            report={"title": f"{len(runs)} runs"},
-            runs=runs,
-            esi=esi,
-            tuning=tuning,
-            evaluations=evaluations,
-            key_fact=overview.key_fact,
-            facts_table=overview.facts_table,
-            role_shares=overview.role_shares(esi),
-            maps=[(run.name, _picture(figures.heatmap(found[0]))) for run, found in maps if found],
-            overlaps=overlaps,
-            losses=_picture(figures.loss_curves(losses)) if losses else None,
-            joined=joined,
-            pieces=_evaluation_pieces(joined) if joined else None,
-            perturbations=[(run, _noise_charts(run.report)) for run in perturbations],
-        )
+    return _template("overview.html.j2").render(
+        report={"title": f"{len(runs)} runs"},
+        runs=runs,
+        esi=esi,
+        tuning=tuning,
+        evaluations=evaluations,
+        key_fact=overview.key_fact,
+        facts_table=overview.facts_table,
+        role_shares=overview.role_shares(esi),
+        maps=[(run.name, _picture(figures.heatmap(views[0]))) for run, views in maps if views],
+        overlaps=overlaps,
+        losses=_picture(figures.loss_curves(losses)) if losses else None,
+        joined=joined,
+        pieces=_evaluation_pieces(joined) if joined else None,
+        perturbations=[(run, _noise_charts(run.report)) for run in perturbations],
     )
 
 
-def _environment() -> Environment:
+def _template(name: str) -> Template:
+    """A page of this package, with the filters that the pages use."""
     environment = Environment(
         loader=PackageLoader("esi_ds.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -97,34 +116,33 @@ def _environment() -> Environment:
         "change": evaluation.change,
         "percent": evaluation.percent,
     }
-    return environment
+    return environment.get_template(name)
 
 
-def _tuning_page(environment: Environment, report: dict[str, Any]) -> str:
+def _tuning_page(report: TuningReport) -> str:
     changed = sorted(report["changed_tensors"].items(), key=lambda item: -item[1]["changed"])
-    return environment.get_template("tuning.html.j2").render(
+    return _template("tuning.html.j2").render(
         report=report,
         curves=_picture(figures.training_curves(report["progress"])) if report["progress"] else None,
         changed_rows=[{"name": name, **row} for name, row in changed[:MAX_TENSORS] if row["changed"]],
     )
 
 
-def _evaluation_page(environment: Environment, report: dict[str, Any]) -> str:
-    template = environment.get_template("evaluation.html.j2")
-    return template.render(report=report, words=evaluation.WORDS, page=_evaluation_pieces(report))
+def _evaluation_page(report: EvaluationReport) -> str:
+    return _template("evaluation.html.j2").render(
+        report=report, words=evaluation.WORDS, page=_evaluation_pieces(report)
+    )
 
 
-def _perturbation_page(environment: Environment, report: dict[str, Any]) -> str:
-    template = environment.get_template("perturbation.html.j2")
-    return template.render(report=report, words=evaluation.WORDS, charts=_noise_charts(report))
+def _perturbation_page(report: PerturbationReport) -> str:
+    return _template("perturbation.html.j2").render(report=report, words=evaluation.WORDS, charts=_noise_charts(report))
 
 
-def _noise_charts(report: dict[str, Any]) -> list[str]:
+def _noise_charts(report: PerturbationReport) -> list[str]:
     return [_picture(figures.noise_curves(title, points)) for title, points in perturbation.panels(report)]
 
 
-def _evaluation_pieces(report: dict[str, Any]) -> dict[str, Any]:
-    """What the templates draw of an evaluation besides its report."""
+def _evaluation_pieces(report: EvaluationReport) -> EvaluationPieces:
     names = [model["name"] for model in report["models"]]
     return {
         "rows": evaluation.pivot(report),
@@ -133,7 +151,8 @@ def _evaluation_pieces(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _picture(figure) -> str:
+def _picture(figure: Figure) -> str:
+    """The figure as a data URL."""
     return "data:image/png;base64," + base64.b64encode(figures.figure_png(figure)).decode()
 
 
