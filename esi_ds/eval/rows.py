@@ -11,7 +11,7 @@ from typing import TypedDict
 class AnswerRow(TypedDict):
     """A line of ``answers.jsonl``: one model's answer to one prompt."""
 
-    model: str  # the model's name in the tables; in a perturbation, the disturbance's name
+    model: str  # the model's name in the tables; in a perturbation, the cell's name
     set: str  # the prompt set's name
     index: int  # the prompt's position in its set
     prompt: str  # the prompt as text, before the chat template

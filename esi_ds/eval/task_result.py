@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
+from esi_ds.eval.rows import TaskResultRow
 from esi_ds.eval.statistics import CONFIDENCE
 
 
@@ -45,9 +46,9 @@ class TaskResult:
     lm_eval: str
     confidence: float = CONFIDENCE
 
-    def as_row(self) -> dict[str, Any]:
+    def as_row(self) -> TaskResultRow:
         """For a JSON line; ``from_row`` reads it back."""
-        return asdict(self)
+        return cast(TaskResultRow, asdict(self))
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> TaskResult:

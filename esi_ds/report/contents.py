@@ -283,14 +283,14 @@ class EvaluatedTask(TypedDict):
     results: list[TaskSummary]  # one per metric
 
 
-class DisturbedModel(TypedDict):
-    """The clean model or a disturbed one, in a perturbation's tables."""
+class NoisyModel(TypedDict):
+    """A model of a perturbation's tables: the clean one, or one cell's."""
 
-    name: str  # ``clean``, or the disturbance's name
+    name: str  # ``clean``, or the cell's name
     before: str | None  # ``clean``; None for the clean model
 
 
-class DisturbanceRow(TypedDict):
+class NoiseCellRow(TypedDict):
     """One way the model was disturbed."""
 
     name: str  # as in ``answers.jsonl``
@@ -312,8 +312,8 @@ class MaskFacts(TypedDict):
 class RestoredFacts(TypedDict):
     """The proof that every weight got its bits back."""
 
-    digest: str  # sha256 of all weights, the same before and after every disturbance
-    checked: int  # disturbances after which it was compared
+    digest: str  # sha256 of all weights, the same before the first cell and after every cell
+    checked: int  # cells after which it was compared
 
 
 class CurveRow(RateRow):
@@ -333,8 +333,8 @@ class PerturbationReport(RateTables):
 
     kind: Literal["perturbation"]
     title: str  # heading of the page
-    models: list[DisturbedModel]  # in the tables' order
-    cells: list[DisturbanceRow]  # every disturbance
+    models: list[NoisyModel]  # in the tables' order
+    cells: list[NoiseCellRow]  # every way the model was disturbed
     mask: MaskFacts
     restored: RestoredFacts
     usage: dict[str, str]  # endpoint's name → what it used, in words

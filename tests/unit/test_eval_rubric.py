@@ -14,7 +14,7 @@ from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all
 from esi_ds.eval.rubric import TEMPLATE, Prices, build_question, judge_by_rubric, read_score, read_verdict
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, judge_all
-from esi_ds.stages.evaluate.prepare import PreparedJudge
+from esi_ds.stages.evaluate.prepare import PreparedEndpoint
 from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
 
@@ -157,7 +157,7 @@ def test_what_an_endpoint_that_was_given_up_never_heard_is_asked_at_the_next_sta
             for index, case in enumerate(cases)
         ]
         ledger = Ledger(tmp_path / "verdicts.jsonl", VERDICT_KEY)
-        judge = PreparedJudge("j", "eval.judges", section, endpoint=endpoint(concurrency=1, **limits))
+        judge = PreparedEndpoint("j", "eval.judges", section, endpoint=endpoint(concurrency=1, **limits))
         with Tracker(tmp_path, enabled=True, tensorboard=False, stage="eval") as tracker:
             judge_all([judge], rows, ledger, None, {}, tracker)
         return ledger

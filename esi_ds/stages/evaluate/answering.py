@@ -1,13 +1,13 @@
-"""Answers of the models under evaluation: greedy, kept on disk as they are made, none made twice."""
+"""Answers of the models under evaluation: greedy, kept on disk as they are generated, none generated twice."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from esi_ds.config import Config
+from esi_ds.config import Config, Eval
 from esi_ds.data.prompts import QuestionSet
-from esi_ds.eval.fluency import surprises
+from esi_ds.eval.fluency import surprises as measure_surprises
+from esi_ds.eval.rows import AnswerRow, SurpriseRow
 from esi_ds.eval.verdicts import is_empty
 from esi_ds.stages.evaluate.prepare import Candidate
 from esi_ds.stages.interrupt import check_stop
@@ -23,8 +23,8 @@ SURPRISES = "surprises.jsonl"
 
 
 def answer_keys(names: Sequence[str], sets: Sequence[QuestionSet]) -> list[Key]:
-    """(model, set, index) of every answer there is to make, in the order of the tables."""
-    return [(name, found.name, index) for name in names for found in sets for index in range(len(found.prompts))]
+    """(model, set, index) of every answer the models are to give, in the order of the tables."""
+    return [(name, asked.name, index) for name in names for asked in sets for index in range(len(asked.prompts))]
 
 
 def answer_all(
@@ -32,30 +32,44 @@ def answer_all(
     name: str,
     candidate: Candidate,
     sets: Sequence[QuestionSet],
-    answers: Ledger,
+    answers: Ledger[AnswerRow],
     config: Config,
+    section: Eval,
     tracker: Tracker,
 ) -> None:
-    """A row for every prompt of every set that ``answers`` lacks, under ``name``; response None where there is no room.
+    """Add a row for every prompt that ``answers`` lacks, under ``name``; a prompt too long for an answer is excluded.
 
-    Data-parallel over ranks. Collectives: those of generation, and one gather of texts a batch. Raises Interrupted.
+    section: ``eval`` of the config. Data-parallel over ranks. Collectives: those of generation, and one gather of texts
+    per batch. Raises Interrupted.
     """
-    limit, length = candidate.max_positions, config.eval.max_new_tokens
-    waiting: list[dict[str, Any]] = []
-    for found in sets:
-        for index, prompt in enumerate(found.prompts):
-            row = {"model": name, "set": found.name, "index": index, "prompt": prompt, "response": None}
-            num_tokens = len(candidate.prompt_ids[found.name, index])
+    limit, length = candidate.max_positions, section.max_new_tokens
+    waiting: list[AnswerRow] = []
+    for asked in sets:
+        for index, prompt in enumerate(asked.prompts):
+            row: AnswerRow = {
+                "model": name,
+                "set": asked.name,
+                "index": index,
+                "prompt": prompt,
+                "response": None,
+                "excluded": None,
+            }
+            num_tokens = len(candidate.prompt_ids[asked.name, index])
             if answers.key(row) in answers.rows:
                 continue
             if limit is not None and num_tokens + length > limit:
-                reason = f"no room for an answer ({num_tokens} + {length} tokens, the model takes {limit})"
-                answers.add([{**row, "excluded": reason}])
+                row["excluded"] = f"no room for an answer ({num_tokens} + {length} tokens, the model takes {limit})"
+                answers.add([row])
             else:
                 waiting.append(row)
 
-    def keep(new: dict[int, str]) -> None:
-        answers.add({**waiting[number], "response": text, "excluded": None} for number, text in new.items())
+    def keep(responses: dict[int, str]) -> None:
+        rows: list[AnswerRow] = []
+        for number, response in responses.items():
+            row = waiting[number]
+            row["response"] = response
+            rows.append(row)
+        answers.add(rows)
 
     generate_all(
         model,
@@ -64,7 +78,7 @@ def answer_all(
         {},
         limit=None,
         max_new_tokens=length,
-        batch_size=config.eval.batch_size,
+        batch_size=section.batch_size,
         generation=config.esi.generation,
         keep=keep,
         tracker=tracker,
@@ -73,15 +87,26 @@ def answer_all(
 
 
 def surprise_all(
-    model: ShardedModel, reference: Candidate, answers: Ledger, found: Ledger, config: Config, tracker: Tracker
+    model: ShardedModel,
+    reference: Candidate,
+    answers: Ledger[AnswerRow],
+    surprises: Ledger[SurpriseRow],
+    config: Config,
+    section: Eval,
+    tracker: Tracker,
 ) -> None:
-    """How surprised the reference model is by every answer that ``found`` has no row for.
+    """Add how surprised the reference model is by every answer that ``surprises`` lacks.
 
-    Only where the whole model fits on a rank: cut over the ranks it is left out, and incoherence judged by form alone.
-    Collectives: a gather of the model, a gather of numbers a batch. Raises Interrupted.
+    Only if the whole model fits on a rank; if it must stay sharded, incoherence is judged by form alone.
+    section: ``eval`` of the config. Collectives: a gather of the model, and a gather of numbers per batch. Raises
+    Interrupted.
     """
-    rows = [row for key, row in answers.rows.items() if key not in found.rows and not is_empty(row["response"] or "")]
-    if not rows:
+    waiting = [
+        (row, response)
+        for key, row in answers.rows.items()
+        if key not in surprises.rows and not is_empty(response := row["response"] or "")
+    ]
+    if not waiting:
         return
     mode, reason = choose_mode(model, config.esi.generation)
     if in_step(model, mode):
@@ -89,21 +114,22 @@ def surprise_all(
         tracker.log(f"incoherence is judged by form alone: {reason}")
         return
     ranks, rank = runtime.world_size(), runtime.rank()
-    size = config.eval.batch_size * 4  # texts of like length find each other among so many
-    bar = tracker.progress(total=len(rows), initial=0, unit="answer", description="surprise")
+    size = section.batch_size * 4  # so many that texts of like length can be batched together
+    bar = tracker.progress(total=len(waiting), initial=0, unit="answer", description="surprise")
     with ready_to_generate(model, mode), bar:
-        for start in range(0, len(rows), size * ranks):
-            mine = rows[start + rank * size : start + (rank + 1) * size]
-            values = surprises(
+        for start in range(0, len(waiting), size * ranks):
+            mine = waiting[start + rank * size : start + (rank + 1) * size]
+            values = measure_surprises(
                 model.module,
                 reference.tokenizer,
-                [(row["prompt"], row["response"]) for row in mine],
+                [(row["prompt"], response) for row, response in mine],
                 system_prompt=config.model.system_prompt,
-                batch_size=config.eval.batch_size,
+                batch_size=section.batch_size,
             )
-            found.share(
-                {**{field: row[field] for field in ANSWER_KEY}, "surprise": value}
-                for row, value in zip(mine, values, strict=True)
-            )
-            bar.update(min(size * ranks, len(rows) - start))
-            check_stop(f"{len(found.rows)} answers read again")
+            rows: list[SurpriseRow] = [
+                {"model": row["model"], "set": row["set"], "index": row["index"], "surprise": value}
+                for (row, _), value in zip(mine, values, strict=True)
+            ]
+            surprises.share(rows)
+            bar.update(min(size * ranks, len(waiting) - start))
+            check_stop(f"{len(surprises.rows)} answers read again")

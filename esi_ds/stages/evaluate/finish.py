@@ -6,35 +6,34 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from esi_ds.config import Config
+from esi_ds.config import Eval
 from esi_ds.eval.refusals import REFUSAL_LISTS
+from esi_ds.eval.rows import TaskResultRow, TaskRow, TaskSummary
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
+from esi_ds.report.contents import EvaluationReport, Facts, RateTables, SampleAnswer, SamplePrompt
 from esi_ds.report.evaluation import closing_table, publish
 from esi_ds.report.html import write_report
+from esi_ds.stages.evaluate.ledgers import Outcome
 from esi_ds.stages.evaluate.prepare import EvalInputs
 from esi_ds.stages.run import StageRun
-from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 
 NUM_SAMPLES = 4  # of each set
-Row = dict[str, Any]
 
 
 def finish_eval(
     run: StageRun[EvalInputs],
-    answers: Sequence[Row],
-    verdicts: Mapping[tuple, Row],
-    surprises: Mapping[tuple, Row],
-    used: dict[str, str],
-    tasks: Sequence[Row],
-    tracker: Tracker,
+    outcome: Outcome,
+    tasks: Sequence[TaskRow],
 ) -> None:
-    """Write the report and say how it went. Rank 0 writes; no collectives."""
+    """Write the report, publish it and print the closing tables. Only rank 0 does anything; no collectives."""
     if not runtime.is_main():
         return
-    inputs, folder = run.inputs, run.folder.path
-    measures = [*measures_of(run.config, inputs, answers, verdicts, surprises), *task_measures(tasks)]
-    report = {
+    inputs, folder, tracker = run.inputs, run.folder.path, run.tracker
+    measures = [*measures_of(inputs, outcome), *task_measures(tasks)]
+    before = {model.name: model.before for model in inputs.models}
+    tables = rate_tables(inputs, measures, before, run.config.run.seed)
+    report: EvaluationReport = {
         "kind": "evaluation",
         "title": f"Evaluation of {run.config.model.path}",
         "models": [
@@ -46,11 +45,15 @@ def finish_eval(
             }
             for model in inputs.models
         ],
-        **tables(run.config, inputs, measures, {model.name: model.before for model in inputs.models}),
-        "usage": used,
-        "tasks": [{**row, "results": [_without_documents(result) for result in row["results"]]} for row in tasks],
-        "samples": samples(inputs, answers, verdicts),
-        "facts": facts(run.config, runtime.world_size(), run.started),
+        "judges": tables["judges"],
+        "sets": tables["sets"],
+        "measures": tables["measures"],
+        "changes": tables["changes"],
+        "agreements": tables["agreements"],
+        "usage": outcome.usage,
+        "tasks": [{**row, "results": [without_documents(result) for result in row["results"]]} for row in tasks],
+        "samples": samples(inputs, outcome),
+        "facts": facts(run, inputs.section),
     }
     write_report(folder, report)
     publish(tracker, report)
@@ -58,61 +61,66 @@ def finish_eval(
     tracker.log(f"report: {folder / 'report.html'}")
 
 
-def measures_of(
-    config: Config,
-    inputs: EvalInputs,
-    answers: Sequence[Row],
-    verdicts: Mapping[tuple, Row],
-    surprises: Mapping[tuple, Row],
-) -> list[Measure]:
+def measures_of(inputs: EvalInputs, outcome: Outcome) -> list[Measure]:
     """What is counted of the answers, for every model and set."""
-    kinds = {found.name: found.kind for found in inputs.sets}
+    kinds = {asked.name: asked.kind for asked in inputs.sets}
     judges = [judge.name for judge in inputs.judges]
-    return answer_measures(answers, verdicts, surprises, kinds, judges, REFUSAL_LISTS[config.eval.refusal_words])
+    words = REFUSAL_LISTS[inputs.section.refusal_words]
+    return answer_measures(outcome.answers, outcome.verdicts, outcome.surprises, kinds, judges, words)
 
 
-def tables(config: Config, inputs: EvalInputs, measures: Sequence[Measure], before: Mapping[str, str | None]) -> Row:
-    """The parts of a report that say who was asked, who judged, and what came of it."""
+def rate_tables(
+    inputs: EvalInputs, measures: Sequence[Measure], before: Mapping[str, str | None], seed: int
+) -> RateTables:
+    """The parts of a report that evaluations and perturbations share.
+
+    before: model → the model it is compared with. seed: of the bootstrap intervals.
+    """
     return {
         "judges": [{"name": judge.name, **judge.section.model_dump(exclude={"name"})} for judge in inputs.judges],
-        "sets": [found.as_row() for found in inputs.sets],
+        "sets": [asked.as_row() for asked in inputs.sets],
         "measures": [measure.as_row() for measure in measures],
-        "changes": changes(measures, before, config.run.seed),
+        "changes": changes(measures, before, seed),
         "agreements": agreements(measures),
     }
 
 
-def _without_documents(result: Row) -> Row:
-    """A task's result without its documents, which ``tasks.jsonl`` holds."""
-    return {key: value for key, value in result.items() if key not in ("correct", "scores")}
+def without_documents(result: TaskResultRow) -> TaskSummary:
+    """A task's result without the outcome of every document, which ``tasks.jsonl`` holds."""
+    summary = result.copy()
+    del summary["correct"], summary["scores"]
+    return summary
 
 
-def samples(inputs: EvalInputs, answers: Sequence[Row], verdicts: Mapping[tuple, Row]) -> list[Row]:
-    """The first prompts of every set, with what every model answered and every judge said."""
-    by_key = {(row["model"], row["set"], row["index"]): row for row in answers}
-    found = []
-    for questions in inputs.sets:
-        for index, prompt in enumerate(questions.prompts[:NUM_SAMPLES]):
-            said = []
+def samples(inputs: EvalInputs, outcome: Outcome) -> list[SamplePrompt]:
+    """The first prompts of every set, with every model's answer and every judge's verdict on it."""
+    by_key = {(row["model"], row["set"], row["index"]): row for row in outcome.answers}
+    verdicts, prompts = outcome.verdicts, list[SamplePrompt]()
+    for asked in inputs.sets:
+        for index, prompt in enumerate(asked.prompts[:NUM_SAMPLES]):
+            shown: list[SampleAnswer] = []
             for model in inputs.models:
-                key = (model.name, questions.name, index)
-                by_judge = {judge.name: verdicts.get((judge.name, *key)) for judge in inputs.judges}
-                given = {name: verdict for name, verdict in by_judge.items() if verdict is not None}
-                row = by_key[key]
-                said.append(
-                    {"model": model.name, "response": row["response"], "excluded": row["excluded"], "verdicts": given}
+                row = by_key[model.name, asked.name, index]
+                keys = {judge.name: (judge.name, model.name, asked.name, index) for judge in inputs.judges}
+                shown.append(
+                    {
+                        "model": model.name,
+                        "response": row["response"],
+                        "excluded": row["excluded"],
+                        "verdicts": {name: verdicts[key] for name, key in keys.items() if key in verdicts},
+                    }
                 )
-            found.append({"set": questions.name, "index": index, "prompt": prompt, "answers": said})
-    return found
+            prompts.append({"set": asked.name, "index": index, "prompt": prompt, "answers": shown})
+    return prompts
 
 
-def facts(config: Config, world_size: int, started: float) -> Row:
+def facts(run: StageRun[Any], section: Eval) -> Facts:
     """What the report's last table says of the run."""
     return {
-        "dtype": config.model.dtype,
-        "answers": f"greedy, at most {config.eval.max_new_tokens} tokens",
-        "refusal words on benign prompts": config.eval.refusal_words,
-        "ranks": world_size,
-        "seed": config.run.seed,
-        "wall time (s)": round(time.time() - started, 1),
+        "dtype": run.config.model.dtype,
+        "answers": f"greedy, at most {section.max_new_tokens} tokens",
+        "refusal words on benign prompts": section.refusal_words,
+        "ranks": runtime.world_size(),
+        "seed": run.config.run.seed,
+        "wall time (s)": round(time.time() - run.started, 1),
     }

@@ -1,196 +1,260 @@
-"""Verdicts on answers, by one judge after another; kept on disk as they are made, none made twice."""
+"""Verdicts on answers, by one judge after another; kept on disk as they are given, none given twice."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from esi_ds.config import ENDPOINT_ROUNDS, Config, EvalClassifier, EvalRubric, EvalWords
+from esi_ds.config import ENDPOINT_ROUNDS, Config, require_eval
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, length_batches
 from esi_ds.eval.endpoint import Patience, Reply
-from esi_ds.eval.refusals import judge_by_words, refusal_list
+from esi_ds.eval.refusals import judge_by_words
+from esi_ds.eval.rows import AnswerRow, VerdictRow
 from esi_ds.eval.rubric import TEMPLATE, Prices, judge_by_rubric, total_usage
 from esi_ds.eval.tables import ATTACK_SUCCESS
 from esi_ds.eval.verdicts import Verdict
-from esi_ds.report.evaluation import tag
-from esi_ds.stages.evaluate.prepare import PreparedJudge, sequence_rule
+from esi_ds.judge.guard import Weights
+from esi_ds.report.evaluation import curve_name
+from esi_ds.stages.evaluate.prepare import (
+    PreparedClassifier,
+    PreparedEndpoint,
+    PreparedJudge,
+    PreparedModel,
+    PreparedNextWord,
+    PreparedWords,
+)
 from esi_ds.stages.interrupt import check_stop, told_to_stop
-from esi_ds.stages.ledger import Ledger
-from esi_ds.tracking import Tracker
+from esi_ds.stages.ledger import Key, Ledger
+from esi_ds.tracking import Bar, Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.placement import load_judge
 
 VERDICTS, VERDICT_KEY = "verdicts.jsonl", ("judge", "model", "set", "index")
-USED = ("num_requests", "prompt_tokens", "completion_tokens")  # of an endpoint, kept with each of its verdicts
-Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """An answer that a judge is to judge."""
+
+    row: AnswerRow
+    response: str
 
 
 def judge_all(
     judges: Sequence[PreparedJudge],
-    rows: Sequence[Row],
-    verdicts: Ledger,
+    rows: Sequence[AnswerRow],
+    verdicts: Ledger[VerdictRow],
     config: Config,
-    deepspeed_config: dict,
+    deepspeed_config: dict[str, Any],
     tracker: Tracker,
 ) -> dict[str, str]:
-    """A verdict of every judge on every answer that ``verdicts`` lacks; what endpoints used for all of them, by judge.
+    """Add every judge's verdict on every answer that ``verdicts`` lacks.
 
-    rows: of ``answers.jsonl``, on harmful prompts. An answer that was not made is not judged. Raises Interrupted.
+    Returns what each endpoint used for all of its verdicts, by its name.
+
+    rows: answers to harmful prompts; rows without a response are not judged. Collectives: those of each judge's kind.
+    Raises Interrupted.
     """
     for judge in judges:
-        waiting = [row for row in rows if row["response"] is not None and _is_unjudged(judge, row, verdicts)]
-        if not waiting:
+        questions = [
+            Question(row, row["response"])
+            for row in rows
+            if row["response"] is not None and verdict_key(judge, row) not in verdicts.rows
+        ]
+        if not questions:
             continue
-        tracker.log(f"judge {judge.name}: {len(waiting)} answers")
-        if isinstance(judge.section, EvalWords):
-            words = refusal_list(judge.section.words, judge.field)
-            found = judge_by_words([row["response"] for row in waiting], words)
-            verdicts.add(_verdict_row(judge, *pair) for pair in zip(waiting, found, strict=True))
-        elif isinstance(judge.section, EvalRubric):
-            _ask_endpoint(judge, waiting, verdicts, tracker)
+        tracker.log(f"judge {judge.name}: {len(questions)} answers")
+        if isinstance(judge, PreparedWords):
+            given = judge_by_words([question.response for question in questions], judge.words)
+            verdicts.add(_verdict_row(judge, *pair) for pair in zip(questions, given, strict=True))
+        elif isinstance(judge, PreparedEndpoint):
+            EndpointRounds(judge, verdicts, tracker).ask(questions)
             tracker.log(f"judge {judge.name} used {_usage(judge, verdicts)}")
-        else:
-            _ask_model(judge, waiting, verdicts, config, deepspeed_config, tracker)
-    return {judge.name: _usage(judge, verdicts) for judge in judges if isinstance(judge.section, EvalRubric)}
+        elif isinstance(judge, PreparedModel):
+            _ask_model(judge, questions, verdicts, config, deepspeed_config, tracker)
+    return {judge.name: _usage(judge, verdicts) for judge in judges if isinstance(judge, PreparedEndpoint)}
 
 
-def _is_unjudged(judge: PreparedJudge, row: Row, verdicts: Ledger) -> bool:
-    return verdicts.key({**row, "judge": judge.name}) not in verdicts.rows
+def verdict_key(judge: PreparedJudge, row: AnswerRow) -> Key:
+    """The ledger's key of this judge's verdict on an answer."""
+    return judge.name, row["model"], row["set"], row["index"]
 
 
-def _running_rates(judge: PreparedJudge, rows: Sequence[Row], verdicts: Ledger, tracker: Tracker) -> None:
-    """Attack success so far, in the sets that these rows are of, over the number of their verdicts."""
+def _verdict_row(judge: PreparedJudge, question: Question, verdict: Verdict) -> VerdictRow:
+    row = question.row
+    return {
+        "judge": judge.name,
+        "model": row["model"],
+        "set": row["set"],
+        "index": row["index"],
+        "unsafe": verdict.unsafe,
+        "score": verdict.score,
+        "reason": verdict.reason,
+    }
+
+
+def _progress(judge: PreparedJudge, total: int, initial: int, tracker: Tracker) -> Bar:
+    return tracker.progress(total=total, initial=initial, unit="answer", description=f"judge: {judge.name}"[:40])
+
+
+def _running_rates(
+    judge: PreparedJudge, questions: Iterable[Question], verdicts: Ledger[VerdictRow], tracker: Tracker
+) -> None:
+    """Attack success so far in the sets of these questions, plotted over the number of verdicts."""
     if not tracker.enabled:
         return
-    flags: dict[tuple[str, str], list[bool | None]] = {(row["set"], row["model"]): [] for row in rows}
+    flags: dict[tuple[str, str], list[bool | None]] = {}
+    for question in questions:
+        flags[question.row["set"], question.row["model"]] = []
     for row in verdicts.rows.values():
         if row["judge"] == judge.name and (row["set"], row["model"]) in flags:
             flags[row["set"], row["model"]].append(row["unsafe"])
-    for (name, model), found in flags.items():
-        if given := [flag for flag in found if flag is not None]:
-            place = {"measure": ATTACK_SUCCESS, "set": name, "judge": judge.name, "model": model}
-            tracker.points(len(found), {tag(place): sum(given) / len(given)})
+    for (set_name, model), set_flags in flags.items():
+        if known := [flag for flag in set_flags if flag is not None]:
+            name = curve_name(ATTACK_SUCCESS, set_name, judge.name, model)
+            tracker.points(len(set_flags), {name: sum(known) / len(known)})
 
 
-def _verdict_row(judge: PreparedJudge, row: Row, verdict: Verdict) -> Row:
-    return {"judge": judge.name, **{key: row[key] for key in VERDICT_KEY[1:]}, **verdict.as_row()}
-
-
-def _usage(judge: PreparedJudge, verdicts: Ledger) -> str:
+def _usage(judge: PreparedEndpoint, verdicts: Ledger[VerdictRow]) -> str:
     """What all verdicts of this judge cost, those of earlier processes included."""
-    section = judge.section
-    priced = section.prompt_price is not None
-    prices = Prices(section.prompt_price, section.completion_price) if priced else None
-    own = [row["used"] for row in verdicts.rows.values() if row["judge"] == judge.name]
-    return str(total_usage([Reply(None, None, **used) for used in own], prices))
+    section, prices = judge.section, None
+    if section.prompt_price is not None and section.completion_price is not None:
+        prices = Prices(section.prompt_price, section.completion_price)
+    replies = [Reply(None, None, **row["used"]) for row in verdicts.rows.values() if row["judge"] == judge.name]
+    return str(total_usage(replies, prices))
 
 
-def _ask_endpoint(judge: PreparedJudge, waiting: Sequence[Row], verdicts: Ledger, tracker: Tracker) -> None:
-    """Rank 0 asks, a few rounds at a time, so that the others never wait long. A broadcast and a gather a chunk.
+@dataclass
+class EndpointRounds:
+    """Questions to one endpoint, a few rounds at a time, so that the ranks never wait long for rank 0, which asks.
 
-    What was not asked, for the endpoint was given up, has no verdict: a restart asks it. Nor have the questions that
-    failed before it was, back to its last sign of life: they failed for the same reason.
+    failed: verdicts missing since the endpoint's last sign of life; on rank 0. They are written once it shows life
+    again: if it never does, a restart asks these questions anew, for they failed for the same reason.
     """
-    section, endpoint = judge.section, judge.endpoint
-    patience, size = Patience(told_to_stop=told_to_stop), endpoint.concurrency * ENDPOINT_ROUNDS
-    failed: list[Row] = []  # since the last sign of life; on rank 0
-    bar = tracker.progress(total=len(waiting), initial=0, unit="answer", description=f"judge: {judge.name}"[:40])
-    with bar:
-        for start in range(0, len(waiting), size):
-            rows, made = waiting[start : start + size], list[Row]()
 
-            def keep(
-                number: int, verdict: Verdict, reply: Reply, rows: Sequence[Row] = rows, made: list[Row] = made
-            ) -> None:
-                if not reply.asked:
-                    return
-                used = {name: getattr(reply, name) for name in USED}
-                row = {**_verdict_row(judge, rows[number], verdict), "used": used}
-                if not reply.is_alive:
-                    failed.append(row)
-                    return
-                new = [row]
-                if reply.num_requests:
-                    new += failed
-                    failed.clear()
-                made.extend(new)
-                verdicts.add(new)  # at once: it was paid for
+    judge: PreparedEndpoint
+    verdicts: Ledger[VerdictRow]
+    tracker: Tracker
+    patience: Patience = field(default_factory=lambda: Patience(told_to_stop=told_to_stop))
+    failed: list[VerdictRow] = field(default_factory=list)
 
-            if runtime.is_main():
-                judge_by_rubric(
-                    [(row["prompt"], row["response"]) for row in rows],
-                    endpoint,
-                    template=section.template or TEMPLATE,
-                    threshold=section.threshold,
-                    on_verdict=keep,
-                    patience=patience,
-                )
-            verdicts.add(runtime.broadcast_object(made))
-            _running_rates(judge, rows, verdicts, tracker)
-            bar.update(len(rows))
-            check_stop(f"{start + len(rows)} answers judged by {judge.name}")
-    is_up = patience.was_alive and patience.num_failed < endpoint.give_up_after
-    verdicts.add(runtime.broadcast_object(failed if is_up else []))
-    num_left = sum(_is_unjudged(judge, row, verdicts) for row in waiting)
-    if num_left:
-        last = runtime.broadcast_object(failed[-1]["reason"] if failed else "")
-        tracker.log(
-            f"judge {judge.name}: {num_left} answers have no verdict, for the endpoint failed {patience.num_failed} "
-            f"times in a row (the last: {last}); once it works, remove the run's manifest.json and start again"
+    def ask(self, questions: Sequence[Question]) -> None:
+        """Add a verdict for every question, but for those that the endpoint was given up on: a restart asks them.
+
+        Collectives: a broadcast and a gather for each chunk, and two broadcasts at the end. Raises Interrupted.
+        """
+        judge, size = self.judge, self.judge.endpoint.concurrency * ENDPOINT_ROUNDS
+        with _progress(judge, len(questions), 0, self.tracker) as bar:
+            for start in range(0, len(questions), size):
+                chunk = questions[start : start + size]
+                rows = self._ask_chunk(chunk) if runtime.is_main() else []
+                self.verdicts.add(runtime.broadcast_object(rows))
+                _running_rates(judge, chunk, self.verdicts, self.tracker)
+                bar.update(len(chunk))
+                check_stop(f"{start + len(chunk)} answers judged by {judge.name}")
+        is_up = self.patience.was_alive and self.patience.num_failed < judge.endpoint.give_up_after
+        self.verdicts.add(runtime.broadcast_object(self.failed if is_up else []))
+        num_left = sum(verdict_key(judge, question.row) not in self.verdicts.rows for question in questions)
+        if num_left:
+            last = runtime.broadcast_object(self.failed[-1]["reason"] if self.failed else "")
+            self.tracker.log(
+                f"judge {judge.name}: {num_left} answers have no verdict, for the endpoint failed "
+                f"{self.patience.num_failed} times in a row (the last: {last}); once it works, remove the run's "
+                "manifest.json and start again"
+            )
+
+    def _ask_chunk(self, chunk: Sequence[Question]) -> list[VerdictRow]:
+        """Rows of the verdicts that count; they are in the ledger already. Rank 0 only."""
+        rows: list[VerdictRow] = []
+
+        def keep(number: int, verdict: Verdict, reply: Reply) -> None:
+            new = self._rows_to_keep(chunk[number], verdict, reply)
+            rows.extend(new)
+            self.verdicts.add(new)  # at once: it was paid for
+
+        judge_by_rubric(
+            [(question.row["prompt"], question.response) for question in chunk],
+            self.judge.endpoint,
+            template=self.judge.section.template or TEMPLATE,
+            threshold=self.judge.section.threshold,
+            on_verdict=keep,
+            patience=self.patience,
         )
+        return rows
+
+    def _rows_to_keep(self, question: Question, verdict: Verdict, reply: Reply) -> list[VerdictRow]:
+        """This verdict's row, and those of the failures before it if the endpoint has shown life."""
+        if not reply.asked:
+            return []
+        row = _verdict_row(self.judge, question, verdict)
+        row["used"] = {
+            "num_requests": reply.num_requests,
+            "prompt_tokens": reply.prompt_tokens,
+            "completion_tokens": reply.completion_tokens,
+        }
+        if not reply.is_alive:
+            self.failed.append(row)
+            return []
+        rows = [row]
+        if reply.num_requests:
+            rows += self.failed
+            self.failed.clear()
+        return rows
 
 
 def _ask_model(
-    judge: PreparedJudge,
-    waiting: Sequence[Row],
-    verdicts: Ledger,
+    judge: PreparedModel,
+    questions: Sequence[Question],
+    verdicts: Ledger[VerdictRow],
     config: Config,
-    deepspeed_config: dict,
+    deepspeed_config: dict[str, Any],
     tracker: Tracker,
 ) -> None:
-    """Ranks share the batches. Collectives: the judge's own where it is sharded, a gather of verdicts a round."""
+    """Ranks share the batches. Collectives: the judge's own if it is sharded, and a gather of verdicts per round."""
     reader, weights = _load(judge, config, deepspeed_config, tracker)
-    encoded = [reader.encode(row["prompt"], row["response"]) for row in waiting]
-    at_once = {number: found for number, found in enumerate(encoded) if isinstance(found, Verdict)}
-    verdicts.add(_verdict_row(judge, waiting[number], found) for number, found in at_once.items())
-    rows = {number: found for number, found in enumerate(encoded) if number not in at_once}
-    batches = length_batches(reader, rows, config.eval.batch_size)
+    encoded = {n: reader.encode(question.row["prompt"], question.response) for n, question in enumerate(questions)}
+    at_once = {number: verdict for number, verdict in encoded.items() if isinstance(verdict, Verdict)}
+    verdicts.add(_verdict_row(judge, questions[number], verdict) for number, verdict in at_once.items())
+    pairs = {number: pair for number, pair in encoded.items() if not isinstance(pair, Verdict)}
+    batches = length_batches(reader, pairs, require_eval(config).batch_size)
     ranks, rank = runtime.world_size(), runtime.rank()
-    bar = tracker.progress(
-        total=len(waiting), initial=len(at_once), unit="answer", description=f"judge: {judge.name}"[:40]
-    )
-    with bar:
+    with _progress(judge, len(questions), len(at_once), tracker) as bar:
         for start in range(0, len(batches), ranks):
             mine = batches[start + rank] if start + rank < len(batches) else []
-            # A rank without a batch keeps the others company: a sharded judge is gathered by all ranks together.
+            # A rank without a batch takes part all the same: a sharded judge is gathered by all ranks together.
             with torch.no_grad():
-                found = reader.judge([rows[number] for number in mine or batches[0]])
+                given = reader.judge([pairs[number] for number in mine or batches[0]])
             weights.release()
-            verdicts.share(_verdict_row(judge, waiting[n], verdict) for n, verdict in zip(mine, found, strict=False))
-            numbers = [number for batch in batches[start : start + ranks] for number in batch]
-            _running_rates(judge, [waiting[number] for number in numbers], verdicts, tracker)
-            bar.update(len(numbers))
+            verdicts.share(
+                _verdict_row(judge, questions[number], verdict) for number, verdict in zip(mine, given, strict=False)
+            )
+            judged = [questions[number] for batch in batches[start : start + ranks] for number in batch]
+            _running_rates(judge, judged, verdicts, tracker)
+            bar.update(len(judged))
             check_stop(f"{len(verdicts.rows)} verdicts given")
     del reader, weights
     gc.collect()
 
 
-def _load(judge: PreparedJudge, config: Config, deepspeed_config: dict, tracker: Tracker) -> tuple[ModelJudge, Any]:
-    """The judge, and how its weights are reached."""
-    section = judge.section
-    module, weights, note = load_judge(section, judge.field, judge.config, config.model.dtype, deepspeed_config)
+def _load(
+    judge: PreparedModel, config: Config, deepspeed_config: dict[str, Any], tracker: Tracker
+) -> tuple[ModelJudge, Weights]:
+    """The judge, and how its weights are reached. Collectives: those of ``load_judge``."""
+    module, weights, note = load_judge(judge.section, judge.field, judge.config, config.model.dtype, deepspeed_config)
     tracker.log(f"judge {judge.name}: {note}")
-    if isinstance(section, EvalClassifier):
-        return SequenceJudge(module, judge.tokenizer, sequence_rule(section), judge.field), weights
+    if isinstance(judge, PreparedClassifier):
+        return SequenceJudge(module, judge.tokenizer, judge.rule, judge.field), weights
+    assert isinstance(judge, PreparedNextWord)
     reader = NextWordJudge(
         module,
         judge.tokenizer,
         judge.family,
-        threshold=section.threshold,
-        max_length=section.max_length,
+        threshold=judge.section.threshold,
+        max_length=judge.section.max_length,
         field=judge.field,
     )
     return reader, weights

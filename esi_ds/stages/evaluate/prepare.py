@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,17 +17,19 @@ from esi_ds.config import (
     EvalRubric,
     EvalWords,
     EvalYesNo,
-    JudgeModel,
+    Model,
     label,
+    require_eval,
 )
-from esi_ds.data.chat import break_up, encode_prompt, load_chat_tokenizer, load_tokenizer, special_strings
+from esi_ds.data.chat import encode_data_prompt, load_chat_tokenizer, load_tokenizer, special_strings
 from esi_ds.data.prompts import QuestionSet, load_question_sets
 from esi_ds.errors import UserError
-from esi_ds.eval.classifiers import SequenceRule, read_rule, yes_no_family
+from esi_ds.eval.classifiers import yes_no_family
 from esi_ds.eval.endpoint import Endpoint
-from esi_ds.eval.refusals import refusal_list
+from esi_ds.eval.refusals import RefusalList, refusal_list
 from esi_ds.eval.rubric import TEMPLATE, check_template
 from esi_ds.eval.tasks import prepare_tasks
+from esi_ds.judge.classifier import SequenceRule, read_rule
 from esi_ds.judge.families import Family, choose_family
 from esi_ds.judge.pairs import PairEncoder
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
@@ -40,130 +43,163 @@ ENDPOINT_KEYS = {"concurrency", "request_timeout", "item_timeout", "max_attempts
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model under evaluation, without its weights. before: the model it is compared with; None for the base.
+    """A model under evaluation, without its weights."""
 
-    max_positions: tokens it takes. prompt_ids: {(set, index): ids}.
-    """
-
-    name: str
+    name: str  # in tables and files
     source: ModelSource
-    before: str | None
+    before: str | None  # name of the model it is compared with; None for the base
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    prompt_ids: dict[tuple[str, int], list[int]]
+    prompt_ids: dict[tuple[str, int], list[int]]  # (set, index) → the prompt as the model reads it
 
     @property
     def max_positions(self) -> int | None:
+        """Tokens the model takes; None if its configuration does not say."""
         return max_positions(self.config)
 
 
 @dataclass(frozen=True)
 class PreparedJudge:
-    """A judge of the config, checked as far as that goes without its weights."""
+    """A judge of the config, checked as far as possible without its weights."""
 
-    name: str
-    field: str
+    name: str  # in tables and files
+    field: str  # the section's key in the config
     section: EvalJudge
-    tokenizer: PreTrainedTokenizerBase | None = None
-    config: PretrainedConfig | None = None
-    family: Family | None = None
-    endpoint: Endpoint | None = None
+
+
+@dataclass(frozen=True)
+class PreparedWords(PreparedJudge):
+    """A list of refusal words."""
+
+    section: EvalWords
+    words: RefusalList
+
+
+@dataclass(frozen=True)
+class PreparedEndpoint(PreparedJudge):
+    """A model behind an endpoint."""
+
+    section: EvalRubric
+    endpoint: Endpoint
+
+
+@dataclass(frozen=True)
+class PreparedModel(PreparedJudge):
+    """A judge whose weights are loaded."""
+
+    section: EvalClassifier | EvalGuard | EvalYesNo
+    tokenizer: PreTrainedTokenizerBase
+    config: PretrainedConfig
+
+
+@dataclass(frozen=True)
+class PreparedClassifier(PreparedModel):
+    """A sequence classifier."""
+
+    section: EvalClassifier
+    rule: SequenceRule
+
+
+@dataclass(frozen=True)
+class PreparedNextWord(PreparedModel):
+    """A causal model whose next word is the verdict."""
+
+    section: EvalGuard | EvalYesNo
+    family: Family
 
 
 @dataclass(frozen=True)
 class EvalInputs:
-    """What an evaluation works on."""
+    """Everything an evaluation reads, but for weights."""
 
+    section: Eval  # ``eval`` of the config
     sets: list[QuestionSet]
-    models: list[Candidate]
+    models: list[Candidate]  # the base first
     judges: list[PreparedJudge]
     tasks: list[Prepared]
-    source: dict[str, str]
+    source: dict[str, str]  # hashes of the prompts, for the manifest
+
+    @property
+    def harmful_sets(self) -> set[str]:
+        """Names of the sets whose answers are judged."""
+        return {question_set.name for question_set in self.sets if question_set.kind == "harmful"}
 
 
 def prepare_eval(config: Config) -> EvalInputs:
-    """Read the sets, tokenizers and judges and check them. Raises UserError. Reads only; loads no weights."""
-    section = config.eval
-    if section is None or not (section.prompts or section.benign or section.tasks):
-        raise UserError("eval", None, "asks nothing", "give eval.prompts.path, eval.benign.path or eval.tasks")
+    """Read the prompts, tokenizers and judges and check them. Raises UserError. Reads only; loads no weights."""
+    section = require_eval(config)
     refusal_list(section.refusal_words, "eval.refusal_words")
     judges = prepare_judges(section)
     sets = load_question_sets(section)
-    models = [_candidate(config, BASE, ModelSource.of(config.model), None, sets)]
+    models = [_candidate(config.model, BASE, ModelSource.of(config.model), None, sets)]
     for number, model in enumerate(section.models):
         field = f"eval.models.{number}.path"
         source = ModelSource(model.path, model.revision, config.model.trust_remote_code, field)
-        models.append(_candidate(config, label(model), source, model.before, sets))
-    data_hashes = {f"{found.kind}:{found.name}": found.prompt_set.sha256 for found in sets}
-    tasks = prepare_tasks(section.tasks)
-    return EvalInputs(sets, models, judges, tasks, data_hashes)
+        models.append(_candidate(config.model, label(model), source, model.before, sets))
+    data_hashes = {f"{asked.kind}:{asked.name}": asked.prompt_set.sha256 for asked in sets}
+    return EvalInputs(section, sets, models, judges, prepare_tasks(section.tasks), data_hashes)
 
 
 def _candidate(
-    config: Config,
-    name: str,
-    source: ModelSource,
-    before: str | None,
-    sets: list[QuestionSet],
+    section: Model, name: str, source: ModelSource, before: str | None, sets: Sequence[QuestionSet]
 ) -> Candidate:
-    section = config.model
+    """section: ``model`` of the config, whose chat template and system prompt every candidate uses."""
     model_config = load_model_config(source)
     check_weights(source)
     tokenizer = load_chat_tokenizer(source, section)
     specials = special_strings(tokenizer)
     prompt_ids = {
-        (found.name, index): encode_prompt(tokenizer, break_up(prompt, specials)[0], section.system_prompt)
-        for found in sets
-        for index, prompt in enumerate(found.prompts)
+        (asked.name, index): encode_data_prompt(tokenizer, prompt, specials, section.system_prompt)
+        for asked in sets
+        for index, prompt in enumerate(asked.prompts)
     }
     return Candidate(name, source, before, model_config, tokenizer, prompt_ids)
 
 
 def prepare_judges(section: Eval) -> list[PreparedJudge]:
-    """Judges in the config's order, string matching last: it is never the headline. None given: string matching."""
-    given = section.judges or [EvalWords(kind="words")]
-    judges = [_prepare_judge(judge, f"eval.judges.{number}") for number, judge in enumerate(given)]
-    return sorted(judges, key=lambda judge: isinstance(judge.section, EvalWords))
+    """Judges in the config's order, but refusal words last: they are never the headline. Without judges: words alone.
+
+    Raises UserError.
+    """
+    sections = section.judges or [EvalWords(kind="words")]
+    judges = [_prepare_judge(judge, f"eval.judges.{number}") for number, judge in enumerate(sections)]
+    return sorted(judges, key=lambda judge: isinstance(judge, PreparedWords))
 
 
-def _prepare_judge(section: EvalJudge, place: str) -> PreparedJudge:
+def _prepare_judge(section: EvalJudge, field: str) -> PreparedJudge:
+    name = label(section)
     if isinstance(section, EvalWords):
-        refusal_list(section.words, f"{place}.words")
-        return PreparedJudge(label(section), place, section)
+        return PreparedWords(name, field, section, refusal_list(section.words, f"{field}.words"))
     if isinstance(section, EvalRubric):
         if (section.prompt_price is None) != (section.completion_price is None):
-            raise UserError(f"{place}.prompt_price", section.prompt_price, "is one of two prices", "give both")
-        check_template(section.template or TEMPLATE, f"{place}.template")
+            raise UserError(f"{field}.prompt_price", section.prompt_price, "is one of two prices", "give both")
+        check_template(section.template or TEMPLATE, f"{field}.template")
         limits = section.model_dump(include=ENDPOINT_KEYS)
-        endpoint = Endpoint.from_environment(section.model, f"{place}.model", **limits)
-        return PreparedJudge(label(section), place, section, endpoint=endpoint)
-    return _prepare_model_judge(section, place)
-
-
-def _prepare_model_judge(section: JudgeModel, place: str) -> PreparedJudge:
-    source = ModelSource.of(section, place)
+        return PreparedEndpoint(
+            name, field, section, Endpoint.from_environment(section.model, f"{field}.model", **limits)
+        )
+    source = ModelSource.of(section, field)
     tokenizer = load_tokenizer(source)
     config = load_model_config(source)
     check_weights(source)
-    family = None
-    if isinstance(section, EvalGuard):
-        family = choose_family(section, tokenizer, place)
-    elif isinstance(section, EvalYesNo):
-        family = yes_no_family(
-            section.template,
-            unsafe=section.unsafe,
-            safe=section.safe,
-            verdict_prefix=section.verdict_prefix,
-            field=place,
-        )
-    if family is not None:
-        PairEncoder(family, tokenizer, field=place).check_verdict()
     if isinstance(section, EvalClassifier):
-        read_rule(config, sequence_rule(section), place)
-    return PreparedJudge(label(section), place, section, tokenizer, config, family)
+        rule = SequenceRule(
+            section.template, section.unsafe_labels, section.multi_label, section.threshold, section.max_length
+        )
+        read_rule(config, rule, field)
+        return PreparedClassifier(name, field, section, tokenizer, config, rule)
+    family = _family(section, tokenizer, field)
+    PairEncoder(family, tokenizer, field=field).check_verdict()
+    return PreparedNextWord(name, field, section, tokenizer, config, family)
 
 
-def sequence_rule(section: EvalClassifier) -> SequenceRule:
-    return SequenceRule(
-        section.template, section.unsafe_labels, section.multi_label, section.threshold, section.max_length
+def _family(section: EvalGuard | EvalYesNo, tokenizer: PreTrainedTokenizerBase, field: str) -> Family:
+    if isinstance(section, EvalGuard):
+        return choose_family(section, tokenizer, field)
+    return yes_no_family(
+        section.template,
+        unsafe=section.unsafe,
+        safe=section.safe,
+        verdict_prefix=section.verdict_prefix,
+        field=field,
     )

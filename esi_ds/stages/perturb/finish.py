@@ -2,54 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from esi_ds.eval.rows import MeasureRow
 from esi_ds.eval.statistics import wilson
+from esi_ds.report.contents import CurveRow, PerturbationReport
 from esi_ds.report.html import write_report
 from esi_ds.report.perturbation import closing_table, publish
-from esi_ds.stages.evaluate.finish import facts, measures_of, tables
-from esi_ds.stages.perturb.prepare import CLEAN, Cell, PerturbInputs
+from esi_ds.stages.evaluate.finish import facts, measures_of, rate_tables
+from esi_ds.stages.evaluate.ledgers import Outcome
+from esi_ds.stages.perturb.prepare import CLEAN, NoiseCell, PerturbInputs
 from esi_ds.stages.run import StageRun
-from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True)
+class RestoredCells:
+    """What was disturbed, and the proof that it was restored."""
+
+    digest: str  # sha256 of all weights, the same before the first cell and after every cell
+    num_weights: dict[str, int]  # cell's name → weights disturbed
+    num_checked: int  # cells after which the digest was compared
 
 
-def finish_perturb(
-    run: StageRun[PerturbInputs],
-    answers: Sequence[Row],
-    verdicts: Mapping[tuple, Row],
-    surprises: Mapping[tuple, Row],
-    used: Mapping[str, str],
-    restored: Row,
-    tracker: Tracker,
-) -> None:
-    """Write the report and say how it went. Rank 0 writes; no collectives."""
+def finish_perturb(run: StageRun[PerturbInputs], outcome: Outcome, restored: RestoredCells) -> None:
+    """Write the report, publish it and print the closing table. Only rank 0 does anything; no collectives."""
     if not runtime.is_main():
         return
-    inputs, folder = run.inputs, run.folder.path
-    names = [CLEAN, *(cell.name for cell in inputs.cells)]
-    measures = measures_of(run.config, inputs.eval, answers, verdicts, surprises)
-    before = {name: None if name == CLEAN else CLEAN for name in names}
-    found = tables(run.config, inputs.eval, measures, before)
-    report = {
+    inputs, folder, tracker = run.inputs, run.folder.path, run.tracker
+    before = {name: None if name == CLEAN else CLEAN for name in inputs.names}
+    tables = rate_tables(inputs.eval, measures_of(inputs.eval, outcome), before, run.config.run.seed)
+    report: PerturbationReport = {
         "kind": "perturbation",
         "title": f"Noise on the weights of {run.config.model.path}",
-        "models": [{"name": name, "before": before[name]} for name in names],
-        "cells": [{"name": c.name, **asdict(c), "k": restored["cells"][c.name]} for c in inputs.cells],
+        "models": [{"name": name, "before": before[name]} for name in inputs.names],
+        "cells": [
+            {
+                "name": cell.name,
+                "order": cell.order,
+                "ratio": cell.ratio,
+                "noise": cell.noise,
+                "seed": cell.seed,
+                "k": restored.num_weights[cell.name],
+            }
+            for cell in inputs.cells
+        ],
         "mask": {"path": str(inputs.mask.path), "k": inputs.mask.k, "criterion": inputs.mask.metadata.get("criterion")},
-        "restored": {"digest": restored["digest"], "checked": restored["checked"]},
-        **found,
-        "usage": dict(used),
-        "curves": curves(found["measures"], inputs.cells),
+        "restored": {"digest": restored.digest, "checked": restored.num_checked},
+        "judges": tables["judges"],
+        "sets": tables["sets"],
+        "measures": tables["measures"],
+        "changes": tables["changes"],
+        "agreements": tables["agreements"],
+        "usage": outcome.usage,
+        "curves": curves(tables["measures"], inputs.cells),
         "facts": {
-            **facts(run.config, runtime.world_size(), run.started),
+            **facts(run, inputs.eval.section),
             "fingerprint": run.fingerprint,
             "mask made from these weights": run.notes["mask_made_from_these_weights"],
-            "weights' digest before and after every cell": restored["digest"],
+            "weights' digest before and after every cell": restored.digest,
         },
     }
     write_report(folder, report)
@@ -58,32 +70,43 @@ def finish_perturb(
     tracker.log(f"report: {folder / 'report.html'}")
 
 
-def curves(measures: Sequence[Row], cells: Sequence[Cell]) -> list[Row]:
-    """One row a measure, set, judge, order, ratio and noise: the seeds' answers pooled, with a Wilson interval, and the
-    seeds' own rates. The clean model is noise 0 of every order and ratio.
+def curves(measures: Sequence[MeasureRow], cells: Sequence[NoiseCell]) -> list[CurveRow]:
+    """One row per measure, set, judge, order, ratio and noise, with the seeds' answers pooled into a Wilson interval.
 
-    The seeds share their prompts, so the interval speaks of the noise on these prompts.
+    The clean model is noise 0 of every order and ratio. The seeds share their prompts, so the interval speaks of the
+    noise on these prompts.
     """
-    by_cell = {(row["measure"], row["set"], row["judge"], row["model"]): row for row in measures}
-    places = list(dict.fromkeys(key[:3] for key in by_cell))
+    by_model = {(row["measure"], row["set"], row["judge"], row["model"]): row for row in measures}
     rows = []
-    for place in places:
+    for measure, set_name, judge in dict.fromkeys(key[:3] for key in by_model):
         for order, ratio in dict.fromkeys((cell.order, cell.ratio) for cell in cells):
-            own = [cell for cell in cells if (cell.order, cell.ratio) == (order, ratio)]
-            points = {0.0: [CLEAN]} | {c.noise: [d.name for d in own if d.noise == c.noise] for c in own}
-            for noise, names in sorted(points.items()):
-                found = [by_cell[(*place, name)] for name in names]
-                pooled = wilson(sum(row["count"] for row in found), sum(row["n"] for row in found))
-                rows.append(
-                    {
-                        **dict(zip(("measure", "set", "judge"), place, strict=True)),
-                        "order": order,
-                        "ratio": ratio,
-                        "noise": noise,
-                        **asdict(pooled),
-                        "rate": pooled.rate,
-                        "missing": sum(row["missing"] for row in found),
-                        "by_seed": [row["rate"] for row in found],
-                    }
-                )
+            names: dict[float, list[str]] = {0.0: [CLEAN]}
+            curve = [cell for cell in cells if (cell.order, cell.ratio) == (order, ratio)]
+            names |= {noise: [cell.name for cell in curve if cell.noise == noise] for noise in {c.noise for c in curve}}
+            for noise in sorted(names):
+                seeds = [by_model[measure, set_name, judge, name] for name in names[noise]]
+                rows.append(_pooled(measure, set_name, judge, order, ratio, noise, seeds))
     return rows
+
+
+def _pooled(
+    measure: str, set_name: str, judge: str, order: str, ratio: float, noise: float, seeds: Sequence[MeasureRow]
+) -> CurveRow:
+    """A point of a curve. seeds: the rates of its cells, one per seed."""
+    pooled = wilson(sum(row["count"] for row in seeds), sum(row["n"] for row in seeds))
+    return {
+        "measure": measure,
+        "set": set_name,
+        "judge": judge,
+        "order": order,
+        "ratio": ratio,
+        "noise": noise,
+        "count": pooled.count,
+        "n": pooled.n,
+        "low": pooled.low,
+        "high": pooled.high,
+        "confidence": pooled.confidence,
+        "rate": pooled.rate,
+        "missing": sum(row["missing"] for row in seeds),
+        "by_seed": [row["rate"] for row in seeds],
+    }

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from esi_ds.config import Config
+from esi_ds.config import Config, require_perturb
 from esi_ds.core.mask import INDEX_NAME, Mask, load_mask
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
@@ -18,13 +18,13 @@ CLEAN = "clean"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One way to disturb the model: which weights, how many, how much, and with which numbers."""
+class NoiseCell:
+    """One way to disturb the model."""
 
-    order: str
-    ratio: float
-    noise: float
-    seed: int
+    order: str  # top, random or bottom: which weights
+    ratio: float  # share of the weights
+    noise: float  # standard deviation, in σ of each weight's matrix
+    seed: int  # of the noise and of the random weights
 
     @property
     def name(self) -> str:
@@ -34,24 +34,28 @@ class Cell:
 
 @dataclass(frozen=True)
 class PerturbInputs:
-    """scores: the folder the mask was made from; None where no cell needs it."""
+    """Everything a perturbation reads, but for weights."""
 
     mask: Mask
-    scores: Path | None
+    scores: Path | None  # folder of the scores that the mask was made from; None if no cell needs it
     eval: EvalInputs
-    cells: list[Cell]
-    source: dict[str, Any]
+    cells: list[NoiseCell]
+    source: dict[str, Any]  # hashes of prompts and mask, for the manifest
 
     @property
     def candidate(self) -> Candidate:
+        """The only model of a perturbation."""
         return self.eval.models[0]
+
+    @property
+    def names(self) -> list[str]:
+        """What the tables call the clean model and every cell's."""
+        return [CLEAN, *(cell.name for cell in self.cells)]
 
 
 def prepare_perturb(config: Config) -> PerturbInputs:
-    """Raises UserError. Reads only; loads no weights."""
-    section = config.perturb
-    if section is None:
-        raise UserError("perturb", None, "is missing", "give perturb.mask")
+    """Read prompts, judges and mask and check them against each other. Raises UserError. Loads no weights."""
+    section = require_perturb(config)
     for key in ("models", "tasks"):
         if config.eval is not None and getattr(config.eval, key):
             raise UserError(f"eval.{key}", None, "is for launch/eval.py", "leave it out: the noise is on model.path")
@@ -63,30 +67,33 @@ def prepare_perturb(config: Config) -> PerturbInputs:
         raise UserError(
             "perturb.mask", section.mask, f"holds the {mask.metadata['order']} of its scores", "give a top mask"
         )
-    own = float(mask.metadata["ratio"])
-    ratios = section.ratios or [own]
-    cells = [Cell(*key) for key in product(section.orders, ratios, section.noise, section.seeds)]
+    mask_ratio = float(mask.metadata["ratio"])
+    ratios = section.ratios or [mask_ratio]
+    cells = [NoiseCell(*key) for key in product(section.orders, ratios, section.noise, section.seeds)]
     for key in ("orders", "ratios", "noise", "seeds"):
-        given = getattr(section, key)
-        if given is not None and len(set(given)) < len(given):
-            raise UserError(f"perturb.{key}", given, "names one of them twice", "name it once")
-    needs = [cell for cell in cells if cell.order == "bottom" or (cell.order == "top" and cell.ratio != own)]
-    scores = _scores(section.scores, mask, needs)
+        values = getattr(section, key)
+        if values is not None and len(set(values)) < len(values):
+            raise UserError(f"perturb.{key}", values, "names one of them twice", "name it once")
+    by_scores = [cell for cell in cells if cell.order == "bottom" or (cell.order == "top" and cell.ratio != mask_ratio)]
+    scores = _scores_folder(section.scores, mask, by_scores)
     source = {**inputs.source, "mask": mask.metadata["fingerprint"], "mask_k": mask.k}
     return PerturbInputs(mask, scores, inputs, cells, source)
 
 
-def _scores(given: str | None, mask: Mask, needs: list[Cell]) -> Path | None:
-    """The folder of scores, where there is one. Raises UserError where a cell needs it and it is not there."""
-    folder = Path(given) if given is not None else mask.path.parent / "scores"
+def _scores_folder(configured: str | None, mask: Mask, by_scores: list[NoiseCell]) -> Path | None:
+    """The folder of scores; None if there is none and no cell needs one. by_scores: cells chosen by scores.
+
+    Raises UserError if it is needed and missing.
+    """
+    folder = Path(configured) if configured is not None else mask.path.parent / "scores"
     if (folder / INDEX_NAME).is_file():
         return folder
-    if given is None and not needs:
+    if configured is None and not by_scores:
         return None
-    what = f"{needs[0].order} of ratio {needs[0].ratio:g}" if needs else "a check of the mask"
+    chosen = f"{by_scores[0].order} of ratio {by_scores[0].ratio:g}" if by_scores else "a check of the mask"
     raise UserError(
         "perturb.scores",
         str(folder),
-        f"is not there, and {what} is chosen by it",
+        f"is not there, and {chosen} is chosen by it",
         "score again with esi.save_scores: true, or ask for top and random at the mask's own ratio",
     )

@@ -7,26 +7,35 @@ written, and a digest of all weights is the same after every cell.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypedDict
 
 import torch
+from torch import Tensor
 
 from esi_ds.errors import UserError
-from esi_ds.models.fingerprint import check_mask_weights
-from esi_ds.stages.evaluate.answering import ANSWER_KEY, ANSWERS, SURPRISES, answer_all, answer_keys, surprise_all
-from esi_ds.stages.evaluate.judging import VERDICT_KEY, VERDICTS, judge_all
+from esi_ds.eval.rows import AnswerRow
+from esi_ds.stages.evaluate.answering import answer_all, answer_keys, surprise_all
+from esi_ds.stages.evaluate.ledgers import EvalLedgers
 from esi_ds.stages.ledger import Ledger
-from esi_ds.stages.perturb.finish import finish_perturb
-from esi_ds.stages.perturb.prepare import CLEAN, Cell, PerturbInputs
+from esi_ds.stages.perturb.finish import RestoredCells, finish_perturb
+from esi_ds.stages.perturb.prepare import CLEAN, NoiseCell, PerturbInputs
 from esi_ds.stages.run import StageRun, check_mask_bits
-from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.files import read_scores
 from esi_ds.zero.perturb import perturbed, weights_digest
-from esi_ds.zero.score import select_weights, unit_sigmas
+from esi_ds.zero.score import Scores, select_weights, unit_sigmas
 
 FIELD = "perturb.mask"
-RESTORED = "restored.jsonl"  # a row a cell, once all weights were seen to have their bits back
+RESTORED = "restored.jsonl"
+Bits = dict[str, Tensor]  # shard's name → bool [shard.numel], the weights that are selected
+
+
+class RestoredRow(TypedDict):
+    """A line of ``restored.jsonl``, written once all weights are seen to have their bits back after a cell."""
+
+    cell: str  # the cell's name
+    restored: bool  # always true: a run whose weights are not restored stops
 
 
 class PerturbRun(StageRun[PerturbInputs]):
@@ -35,94 +44,98 @@ class PerturbRun(StageRun[PerturbInputs]):
     stage = "perturb"
 
     def work(self) -> None:
-        inputs, folder, sets, tracker = self.inputs, self.folder.path, self.inputs.eval.sets, self.tracker
-        model = self._load(tracker)
-        answers, surprises, verdicts = (
-            Ledger(folder / name, key)
-            for name, key in ((ANSWERS, ANSWER_KEY), (SURPRISES, ANSWER_KEY), (VERDICTS, VERDICT_KEY))
-        )
+        inputs, config, tracker = self.inputs, self.config, self.tracker
+        candidate, sets, section = inputs.candidate, inputs.eval.sets, inputs.eval.section
+        model = self._load()
+        ledgers = EvalLedgers.open(self.folder.path)
         # With or without noise, the same prompts in the same batches.
-        answer_all(model, CLEAN, inputs.candidate, sets, answers, self.config, tracker)
-        restored = self._disturb(model, answers, tracker)
-        surprise_all(model, inputs.candidate, answers, surprises, self.config, tracker)
-        order = answer_keys([CLEAN, *(cell.name for cell in inputs.cells)], sets)
-        rows = answers.sort(order)
-        surprises.sort(order)
-        harmful = {found.name for found in sets if found.kind == "harmful"}
-        judged = [row for row in rows if row["set"] in harmful]
+        answer_all(model, CLEAN, candidate, sets, ledgers.answers, config, section, tracker)
+        restored = self._answer_cells(model, ledgers.answers)
+        surprise_all(model, candidate, ledgers.answers, ledgers.surprises, config, section, tracker)
         del model
-        used = judge_all(inputs.eval.judges, judged, verdicts, self.config, self.deepspeed_config, tracker)
-        verdicts.sort((judge.name, *answers.key(row)) for judge in inputs.eval.judges for row in judged)
-        finish_perturb(self, rows, verdicts.rows, surprises.rows, used, restored, tracker)
+        outcome = ledgers.judge(inputs.names, inputs.eval, config, self.deepspeed_config, tracker)
+        finish_perturb(self, outcome, restored)
 
-    def _load(self, tracker: Tracker) -> ShardedModel:
-        """The model, which must be the mask's."""
+    def _load(self) -> ShardedModel:
+        """The model, which must be the mask's. Raises UserError."""
         mask = self.inputs.mask
         check_mask_bits(mask, FIELD)
         model = self.load_model()
         self.begin(model)
-        same = check_mask_weights(mask, self.fingerprint, self.options.allow_fingerprint_mismatch, FIELD)
-        self.notes = {"mask_fingerprint": mask.fingerprint, "mask_made_from_these_weights": same}
-        self.record("running")
-        tracker.log(f"mask: {mask.k:,} weights by {mask.metadata.get('criterion')}; {len(self.inputs.cells)} cells")
+        self.accept_mask(mask, FIELD)
+        criterion = mask.metadata.get("criterion")
+        self.tracker.log(f"mask: {mask.k:,} weights by {criterion}; {len(self.inputs.cells)} cells")
         return model
 
-    def _disturb(self, model, answers, tracker: Tracker) -> dict[str, object]:
-        """Answers of every cell that has some missing; the digest of all weights before and after them.
+    def _answer_cells(self, model: ShardedModel, answers: Ledger[AnswerRow]) -> RestoredCells:
+        """Disturb, answer and restore for every cell that lacks answers.
 
-        A cell whose answers are all there but whose weights were not looked at afterwards, for the run was killed
-        between the two, is disturbed and restored again.
+        If the run was killed between a cell's last answer and the check of the weights, the cell is disturbed and
+        restored again. Collectives: those of scoring, ``answer_all`` and ``weights_digest``. Raises Interrupted.
         """
-
-        sets, candidate = self.inputs.eval.sets, self.inputs.candidate
-        before, sigma, scores = weights_digest(model), unit_sigmas(model), self._scores(model)
-        checked = Ledger(self.folder.path / RESTORED, ("cell",))
+        inputs, tracker = self.inputs, self.tracker
+        sets, section = inputs.eval.sets, inputs.eval.section
+        digest, sigma, scores = weights_digest(model), unit_sigmas(model), self._scores(model)
+        checked: Ledger[RestoredRow] = Ledger(self.folder.path / RESTORED, ("cell",))
         counts: dict[str, int] = {}
-        for number, cell in enumerate(self.inputs.cells):
+        for number, cell in enumerate(inputs.cells, 1):
             bits = self._bits(model, cell, scores)
             counts[cell.name] = self._count(bits)
             is_answered = all(key in answers.rows for key in answer_keys([cell.name], sets))
             if is_answered and (cell.name,) in checked.rows:
                 continue
-            tracker.log(f"cell {number + 1} of {len(self.inputs.cells)}: {cell.name}, {counts[cell.name]:,} weights")
+            tracker.log(f"cell {number} of {len(inputs.cells)}: {cell.name}, {counts[cell.name]:,} weights")
             with perturbed(model, bits, sigma, cell.noise, cell.seed):
-                answer_all(model, cell.name, candidate, sets, answers, self.config, tracker)
-            if weights_digest(model) != before:
+                answer_all(model, cell.name, inputs.candidate, sets, answers, self.config, section, tracker)
+            if weights_digest(model) != digest:
                 raise RuntimeError(f"the weights are not what they were before {cell.name}")
             checked.add([{"cell": cell.name, "restored": True}])
-        return {"digest": before, "cells": counts, "checked": len(checked.rows)}
+        return RestoredCells(digest, counts, len(checked.rows))
 
-    def _scores(self, model) -> dict | None:
-        """This rank's scores, where the mask's are there; the mask must be their selection. One all-reduce."""
+    def _scores(self, model: ShardedModel) -> Scores | None:
+        """This rank's scores, if there are any; the mask must be what they select.
+
+        Raises UserError. Collectives: those of ``select_weights``, and one all-reduce.
+        """
         inputs = self.inputs
         if inputs.scores is None:
             return None
         scores, metadata = read_scores(inputs.scores, model.scored, "perturb.scores")
         if metadata.get("fingerprint") != inputs.mask.fingerprint:
             raise UserError("perturb.scores", str(inputs.scores), "are of other weights than the mask", "give its own")
-        own = Cell("top", float(inputs.mask.metadata["ratio"]), 0.0, 0)
-        again = self._select(model, own, scores)
-        marked = {shard.name: inputs.mask.bits_of(shard) for shard in model.scored}
-        wrong = self._count({name: bits ^ marked[name] for name, bits in again.items()})
-        if wrong:
-            problem = f"select other weights than the mask holds ({wrong:,} differ)"
+        selected = self._select(model, "top", float(inputs.mask.metadata["ratio"]), 0, scores)
+        masked = self._mask_bits(model)
+        num_wrong = self._count({name: bits ^ masked[name] for name, bits in selected.items()})
+        if num_wrong:
+            problem = f"select other weights than the mask holds ({num_wrong:,} differ)"
             raise UserError("perturb.scores", str(inputs.scores), problem, "give the scores it was made from")
         return scores
 
-    def _bits(self, model, cell: Cell, scores: Mapping | None) -> dict:
-        """shard's name → bool [shard.numel] of the weights that a cell disturbs; k of them over all ranks."""
-        if scores is not None and cell.order != "random":
-            return self._select(model, cell, scores)
-        if cell.order == "random":  # scores do not matter to it, only where they are
-            return self._select(model, cell, {shard.name: torch.zeros(shard.numel) for shard in model.scored})
+    def _bits(self, model: ShardedModel, cell: NoiseCell, scores: Scores | None) -> Bits:
+        """The weights that a cell disturbs; k of them over all ranks. Collectives: those of ``select_weights``."""
+        if cell.order == "random":  # only the positions of the scores matter, not their values
+            zeros = {shard.name: torch.zeros(shard.numel) for shard in model.scored}
+            return self._select(model, cell.order, cell.ratio, cell.seed, zeros)
+        if scores is None:
+            return self._mask_bits(model)
+        return self._select(model, cell.order, cell.ratio, cell.seed, scores)
+
+    def _mask_bits(self, model: ShardedModel) -> Bits:
         return {shard.name: self.inputs.mask.bits_of(shard) for shard in model.scored}
 
-    def _select(self, model, cell: Cell, scores: Mapping) -> dict:
+    def _select(self, model: ShardedModel, order: str, ratio: float, seed: int, scores: Scores) -> Bits:
+        metadata = self.inputs.mask.metadata
+        selection = select_weights(
+            model,
+            scores,
+            ratio=ratio,
+            order=order,
+            of=metadata.get("of", "all"),
+            scope=metadata.get("scope", "model"),
+            seed=seed,
+        )
+        return selection.bits
 
-        about = self.inputs.mask.metadata
-        rule = {"of": about.get("of", "all"), "scope": about.get("scope", "model")}
-        return select_weights(model, scores, ratio=cell.ratio, order=cell.order, seed=cell.seed, **rule).bits
-
-    def _count(self, bits: Mapping) -> int:
-        """Over all ranks. One all-reduce."""
+    def _count(self, bits: Mapping[str, Tensor]) -> int:
+        """Selected weights over all ranks. One all-reduce."""
         return int(runtime.all_reduce_sum(torch.tensor(sum(int(part.sum()) for part in bits.values()))))

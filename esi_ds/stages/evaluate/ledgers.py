@@ -1,0 +1,65 @@
+"""What an evaluation keeps on disk as it goes, and what is counted of it in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esi_ds.config import Config
+from esi_ds.eval.rows import AnswerRow, SurpriseRow, VerdictRow
+from esi_ds.eval.tables import Surprises, Verdicts
+from esi_ds.stages.evaluate.answering import ANSWER_KEY, ANSWERS, SURPRISES, answer_keys
+from esi_ds.stages.evaluate.judging import VERDICT_KEY, VERDICTS, judge_all, verdict_key
+from esi_ds.stages.evaluate.prepare import EvalInputs
+from esi_ds.stages.ledger import Ledger
+from esi_ds.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything an evaluation's tables count, but for tasks."""
+
+    answers: list[AnswerRow]  # in the order of the tables
+    verdicts: Verdicts
+    surprises: Surprises
+    usage: dict[str, str]  # endpoint's name → what it used
+
+
+@dataclass(frozen=True)
+class EvalLedgers:
+    """Answers, surprises and verdicts, the same on every rank."""
+
+    answers: Ledger[AnswerRow]
+    surprises: Ledger[SurpriseRow]
+    verdicts: Ledger[VerdictRow]
+
+    @classmethod
+    def open(cls, folder: Path) -> EvalLedgers:
+        """The ledgers of a run folder, empty or as an earlier process left them. Three broadcasts."""
+        return cls(
+            Ledger(folder / ANSWERS, ANSWER_KEY),
+            Ledger(folder / SURPRISES, ANSWER_KEY),
+            Ledger(folder / VERDICTS, VERDICT_KEY),
+        )
+
+    def judge(
+        self,
+        names: Sequence[str],
+        inputs: EvalInputs,
+        config: Config,
+        deepspeed_config: dict[str, Any],
+        tracker: Tracker,
+    ) -> Outcome:
+        """Sort the answers of the models ``names`` and let every judge judge those to harmful prompts.
+
+        Collectives: those of ``judge_all``. Raises Interrupted.
+        """
+        order = answer_keys(names, inputs.sets)
+        answers = self.answers.sort(order)
+        self.surprises.sort(order)
+        judged = [row for row in answers if row["set"] in inputs.harmful_sets]
+        usage = judge_all(inputs.judges, judged, self.verdicts, config, deepspeed_config, tracker)
+        self.verdicts.sort(verdict_key(judge, row) for judge in inputs.judges for row in judged)
+        return Outcome(answers, self.verdicts.rows, self.surprises.rows, usage)
