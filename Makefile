@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # What test-cluster wants: program:package of Debian.
 CLUSTER_TOOLS := slurmd:slurm-wlm munged:munge sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 faketime:faketime
 
-.PHONY: help demo test test-cluster style bench study tiny-models
+.PHONY: help demo test test-cluster style sweep bench study tiny-models
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ style: $(VENV)/.installed  ## lint, format and import boundaries
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/import_boundaries.py
+
+sweep: $(VENV)/.installed  ## every causal architecture, tiny: docs/architectures.md anew; goes on where it stopped (rm -r runs/sweep: afresh)
+	$(BIN)/python tests/sweep/sweep.py
 
 bench: $(VENV)/.installed  ## speed and memory, as ratios within one run (benchmarks/RESULTS.md)
 	$(BIN)/python benchmarks/esi.py

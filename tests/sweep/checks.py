@@ -1,0 +1,240 @@
+"""What the sweep asks of one architecture. A check returns a verdict: a word, and a reason where it is not "right".
+
+right    the shipped way agrees with the plain one.
+unknown  esi_ds says itself that it does not know, or transformers alone cannot run the tiny model.
+refused  esi_ds stops with a UserError.
+fails    something else stops the run, loudly.
+wrong    the run goes on with wrong numbers or names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import functional
+import torch
+from reference import mean_gradient
+from safetensors.torch import load_file
+from tiny import NUM_EXPERTS
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from esi_ds.core.batch import left_pad
+from esi_ds.core.units import Parameter
+from esi_ds.models.meta import meta_parameters
+from esi_ds.models.roles import describe, unknown
+from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.generate import generate, ready_to_generate
+
+# fp32 sums in another order, through random layers that amplify them. A wrong position or mask moves logits by 1e-2
+# and more. Measured over all architectures that are right: see docs/architectures.md.
+TOLERANCE = 2e-4
+SHORT, LONG = list(range(20, 27)), list(range(40, 59))
+OTHER_LONG = list(range(140, 159))
+KEPT = 4  # logits asked for
+CHECKS = ("units", "rows", "loading", "answers", "scores")
+
+
+def distance(values: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected value; inf where one of them is not finite."""
+    if values.shape != expected.shape or not bool(values.isfinite().all() and expected.isfinite().all()):
+        return math.inf
+    return float((values - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def cannot_run(model: PreTrainedModel) -> str | None:
+    """Why transformers alone cannot run this model on text; None where it can."""
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([LONG])).logits
+    except Exception as error:  # whatever an architecture raises is the reason
+        return f"unknown: the tiny model does not run on text alone ({first_line(error)})"
+    if not bool(logits.isfinite().all()):
+        return "unknown: the tiny model's logits are not finite"
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:160]
+
+
+def rows(model: PreTrainedModel) -> str:
+    """A row alone against the same row beside a longer one, and against the plain call without mask and positions."""
+
+    def last(batch: dict[str, Tensor], row: int = 0) -> Tensor:
+        with torch.no_grad():
+            return model(**batch, use_cache=False, logits_to_keep=KEPT).logits[row]
+
+    with torch.no_grad():
+        plain = model(input_ids=torch.tensor([SHORT])).logits[0]
+        longer = model(input_ids=torch.tensor([[*SHORT[:-1], 99, 98]])).logits[0]
+    alone = last(left_pad([SHORT], 0, "cpu"))
+    if alone.shape[0] != KEPT:
+        return f"wrong: logits_to_keep={KEPT} is ignored, {alone.shape[0]} logits come back"
+    beside = last(left_pad([SHORT, LONG], 0, "cpu"))
+    other = last(left_pad([SHORT, OTHER_LONG], 0, "cpu"))
+    unpadded = last(left_pad([LONG[: len(SHORT)], SHORT], 0, "cpu"), row=1)
+    differences = {
+        "the logits of earlier tokens depend on later ones": distance(longer[: len(SHORT) - 1], plain[:-1]),
+        "mask and positions of a row alone change its logits": distance(alone, plain[-KEPT:]),
+        "a row's logits depend on the tokens of the other row": distance(other, beside),
+        "a row's logits depend on a second row of the same length": distance(unpadded, alone),
+        "a row's logits depend on its left padding": distance(beside, alone),
+    }
+    return verdict(differences)
+
+
+def verdict(differences: dict[str, float], tolerance: float = TOLERANCE) -> str:
+    """right (with the largest difference), or wrong, and what differs by how much."""
+    wrong = [f"{what} (by {value:.1g})" for what, value in differences.items() if not value <= tolerance]
+    return "wrong: " + "; ".join(wrong) if wrong else f"right: {max(differences.values()):.1g}"
+
+
+def greedy(model: PreTrainedModel, ids: list[int], num_tokens: int) -> list[int]:
+    """Greedy decoding without a cache, one plain call a token."""
+    ids, start = list(ids), len(ids)
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[start:]
+
+
+def answers(model: PreTrainedModel, sharded: ShardedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Generated answers of a batch against greedy decoding of each row alone, without a cache."""
+    num_tokens = 6
+    sharded.module.generation_config.eos_token_id = -1  # no row ends early
+    with ready_to_generate(sharded, "gathered"):
+        texts = generate(sharded, tokenizer, [SHORT, LONG], num_tokens, "gathered")
+    expected = [
+        tokenizer.decode(greedy(model, ids, num_tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in (SHORT, LONG)
+    ]
+    wrong = [name for name, text, other in zip(("shorter", "longer"), texts, expected, strict=True) if text != other]
+    return f"wrong: another answer to the {' and the '.join(wrong)} row of a batch" if wrong else "right"
+
+
+def loading(model: PreTrainedModel, sharded: ShardedModel) -> str:
+    """Weights, buffers and logits of the model loaded under ZeRO-3 against those of plain from_pretrained."""
+    state = dict(model.named_parameters())
+    names = [p.name for p in sharded.parameters]
+    if names != list(state):
+        return f"wrong: other parameters ({', '.join(sorted(set(names) ^ set(state)))[:200] or 'another order'})"
+    kept = {p.name: sharded.whole(p, keeper=0) for p in sharded.parameters}
+    for name, whole in kept.items():
+        if whole is not None and not torch.equal(whole, state[name].detach()):
+            return f"wrong: the weights of {name} differ"
+    buffers = dict(sharded.module.named_buffers())
+    differing = [
+        name
+        for name, buffer in model.named_buffers()
+        if name not in buffers or not torch.equal(buffers[name].nan_to_num(), buffer.nan_to_num())
+    ]
+    batch = left_pad([LONG], 0, "cpu")
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).logits
+        got = sharded.module(**batch, use_cache=False).logits
+    sharded.release()
+    differences = {"logits differ": distance(got, expected)}
+    result = verdict(differences, tolerance=1e-5)
+    if differing and result.startswith("right"):
+        return f"wrong: the buffer {differing[0]} differs, the logits do not"
+    return result + (f" (buffer {differing[0]} differs)" if differing else "")
+
+
+def units(model: PreTrainedModel) -> str:
+    """Roles and logical matrices: each weight in one, what is tied or a router's in none, and parts that do what their
+    roles say."""
+    parameters = describe(model)
+    problems = [*_differ_on_meta(model, parameters), *_not_tiled(parameters), *_unscored(model, parameters)]
+    problems += functional.problems(model, parameters, torch.tensor([LONG]))
+    if problems:
+        return "wrong: " + "; ".join(problems)
+    if names := unknown(parameters):
+        return f"unknown: {len(names)} of {len(parameters)} parameters are warned of as one matrix each ({names[0]})"
+    return "right"
+
+
+def _differ_on_meta(model: PreTrainedModel, parameters: tuple[Parameter, ...]) -> Iterator[str]:
+    expected = meta_parameters(model.config)
+    if expected != parameters:
+        pairs = itertools.zip_longest(parameters, expected)
+        first = next((ours or theirs) for ours, theirs in pairs if ours != theirs)
+        yield f"{first.name} is described otherwise on the meta device"
+
+
+def _not_tiled(parameters: tuple[Parameter, ...]) -> Iterator[str]:
+    for parameter in parameters:
+        if parameter.scored:
+            times = torch.zeros(parameter.numel, dtype=torch.int64)
+            for unit in parameter.units:
+                times[unit.within(0, parameter.numel)] += 1
+            if not bool((times == 1).all()):
+                yield f"the units of {parameter.name} do not hold every weight once"
+
+
+def _unscored(model: PreTrainedModel, parameters: tuple[Parameter, ...]) -> Iterator[str]:
+    """Embeddings, tied heads and routers must not be scored; every other matrix must."""
+    tensors = dict(model.named_parameters())
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    for parameter in parameters:
+        tensor, path = tensors[parameter.name], parameter.name.lower()
+        is_input = tensor is embedding
+        if is_input and parameter.scored:
+            tied = " and the tied head" if head is not None and head.weight is embedding else ""
+            yield f"{parameter.name}, the input embedding{tied}, is scored as {parameter.role}"
+        if head is not None and tensor is head.weight and not is_input and not parameter.scored:
+            yield f"{parameter.name}, an untied head, is not scored ({parameter.role})"
+        looks_like_router = tensor.ndim == 2 and NUM_EXPERTS in tensor.shape and ("gate" in path or "router" in path)
+        if looks_like_router and parameter.scored:
+            yield f"{parameter.name} looks like a router and is scored as {parameter.role}"
+        is_known = parameter.role in ("embedding", "bias", "router")
+        if tensor.ndim > 1 and not parameter.scored and not is_known:
+            yield f"{parameter.name} {tuple(tensor.shape)} is not scored ({parameter.role})"
+
+
+def scores(model: PreTrainedModel, folder: Path, pairs: list[tuple[str, str]]) -> str:
+    """Scores that the shipped stage has written in ``folder/run`` against sigma times the oracle's gradient, in
+    float64. The logical matrices are the shipped ones: whether they are right is asked by ``units``."""
+    oracle, guard = eager(folder / "model"), eager(folder / "guard").requires_grad_(False)
+    tokenizers = [AutoTokenizer.from_pretrained(folder / name) for name in ("model", "guard")]
+    gradients, _ = mean_gradient(oracle, tokenizers[0], guard, tokenizers[1], pairs)
+    shipped = load_file(folder / "run/scores/model-00001-of-00001.safetensors")
+    errors: dict[str, float] = {}
+    total = 0.0
+    for parameter in describe(model):
+        if parameter.scored:
+            expected = esi(parameter, model.get_parameter(parameter.name), gradients[parameter.name])
+            errors[parameter.name] = float((shipped[parameter.name].double() - expected).square().sum())
+            total += float(expected.square().sum())
+    if not total > 0:
+        return "wrong: every score is zero"
+    error = (sum(errors.values()) / total) ** 0.5
+    worst = max(errors, key=errors.__getitem__)
+    return f"right: {error:.1g}" if error <= TOLERANCE else f"wrong: off by {error:.2g}, most in {worst}"
+
+
+def esi(parameter: Parameter, weight: Tensor, gradient: Tensor) -> Tensor:
+    """|sigma times gradient| in the parameter's shape, float64, sigma by its definition."""
+    values, sigma = weight.detach().double().flatten(), torch.zeros(parameter.numel, dtype=torch.float64)
+    for unit in parameter.units:
+        positions = unit.within(0, parameter.numel)
+        sigma[positions] = values[positions].std()
+    return (sigma.view(parameter.shape) * gradient).abs()
+
+
+def eager(folder: Path) -> PreTrainedModel:
+    """A model as the oracle runs it, eager where the architecture allows."""
+    for options in (
+        {"attn_implementation": "eager", "experts_implementation": "eager"},
+        {"attn_implementation": "eager"},
+        {},
+    ):
+        try:
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+        except (ValueError, TypeError, AttributeError):
+            continue
+    raise ValueError(f"{folder} cannot be loaded")

@@ -1,0 +1,82 @@
+"""docs/architectures.md from the results of a sweep."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import version
+
+from checks import CHECKS
+
+HEAD = """# Which architectures are right
+
+`make sweep` writes this page (tests/sweep/). It builds a tiny random model of every architecture that transformers'
+`AutoModelForCausalLM` takes, in float32 on one CPU, and compares what `esi_ds` does with the plain way:
+
+- **units**: every weight of a scored parameter lies in exactly one logical matrix, the same on the meta device;
+  embeddings, tied heads and routers are not scored; rows called queries, keys and values, and matrices called gate and
+  up, work as such when the layer is run.
+- **rows**: logits of a row alone, without mask and positions, against the same row left-padded beside a longer one.
+- **loading**: weights and logits of the model loaded under ZeRO-3 against plain `from_pretrained`.
+- **answers**: generated answers of a padded batch against greedy decoding of each row alone without a cache.
+- **scores**: ESI of the shipped stage, batches of two, against the slow oracle's gradient times the matrix's σ.
+
+| verdict | meaning |
+| --- | --- |
+| right | both ways agree |
+| unknown | `esi_ds` warns that it does not know some parameters, or the tiny model does not run without it either |
+| refused | `esi_ds` stops with a message on what to do |
+| fails | something else stops the run |
+| wrong | the run goes on, with wrong numbers or names |
+
+A tiny model shows what an architecture's code does, not what a checkpoint holds: other settings of the same
+architecture may take other paths.
+"""
+
+
+def page(rows: Mapping[tuple[str, int], Mapping[str, str]]) -> str:
+    """The page in Markdown, from {(architecture, ranks): row}."""
+    single = {name: row for (name, ranks), row in sorted(rows.items()) if ranks == 1}
+    several = {name: row for (name, ranks), row in sorted(rows.items()) if ranks > 1}
+    all_right = sum(all(word(row[check]) == "right" for check in CHECKS) for row in single.values())
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "deepspeed"))
+    counts = {check: Counter(word(row[check]) for row in single.values()) for check in CHECKS}
+    total = "| " + " | ".join(["**right**", *(str(counts[check]["right"]) for check in CHECKS)]) + " |"
+    lines = [
+        HEAD,
+        f"{len(single)} architectures, {all_right} right in every column ({versions}).\n",
+        "| " + " | ".join(["architecture", *CHECKS]) + " |",
+        "| --- " * (len(CHECKS) + 1) + "|",
+        *("| " + " | ".join([name, *(word(row[check]) for check in CHECKS)]) + " |" for name, row in single.items()),
+        total,
+        "",
+        on_two_ranks(several),
+        "\n## What is not right\n",
+        *(f"- **{name}**: {reasons}" for name, row in single.items() if (reasons := not_right(row))),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def word(verdict: str) -> str:
+    return verdict.partition(":")[0]
+
+
+def on_two_ranks(rows: Mapping[str, Mapping[str, str]]) -> str:
+    right = [name for name, row in rows.items() if all(word(row[check]) == "right" for check in CHECKS[2:])]
+    others = [f"{name} ({not_right(row)})" for name, row in rows.items() if name not in right]
+    sentence = f"Loading, answers and scores are right on two ranks as well: {', '.join(right) or 'none'}."
+    return sentence + (f" Not so: {'; '.join(others)}." if others else "")
+
+
+def not_right(row: Mapping[str, str]) -> str:
+    """The verdicts that are not "right", each reason once."""
+    checks_of: dict[str, list[str]] = {}
+    for check in CHECKS:
+        if word(row[check]) != "right":
+            checks_of.setdefault(row[check], []).append(check)
+    return ". ".join(f"{', '.join(names)} {plain(verdict)}" for verdict, names in checks_of.items())
+
+
+def plain(verdict: str) -> str:
+    """Markdown would take underscores and stars in names for emphasis."""
+    return verdict.replace("_", "\\_").replace("*", "\\*").replace("|", "\\|").replace("<", "&lt;")
