@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration: ZeRO mechanics are the file's, everything else is the YAML's (docs/design.md §5)."""
+"""The DeepSpeed configuration: its file sets ZeRO's mechanics, the YAML everything else (docs/design.md §5)."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ REMEDY = "take it out of the DeepSpeed config, or write auto"
 
 
 def read(config: Config) -> dict[str, Any]:
-    """The ``deepspeed`` mapping, from a file where the YAML names one."""
+    """The ``deepspeed`` mapping of the YAML, or of the file that the YAML names."""
     if isinstance(config.deepspeed, dict):
         return json.loads(json.dumps(config.deepspeed))
-    given = Path(config.deepspeed)
-    file = next((path for path in (given, ROOT / given) if path.is_file()), None)
+    path = Path(config.deepspeed)
+    file = next((candidate for candidate in (path, ROOT / path) if candidate.is_file()), None)
     if file is None:
         raise UserError(
             "deepspeed", config.deepspeed, "there is no such file", "give ds_configs/zero3.json or a mapping"
         )
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError("deepspeed", str(file), f"is no valid JSON: {error}", "fix that line") from error
-    if not isinstance(found, dict):
-        raise UserError("deepspeed", str(file), "holds no mapping", "see ds_configs/zero3.json")
-    return found
+        raise UserError("deepspeed", str(file), f"is not valid JSON: {error}", "fix that line") from error
+    if not isinstance(settings, dict):
+        raise UserError("deepspeed", str(file), "is not a mapping", "see ds_configs/zero3.json")
+    return settings
 
 
 TUNING = ("set", "spa")  # the stages that take optimizer steps
-# DeepSpeed's monitors, and what each needs besides DeepSpeed.
+# DeepSpeed's monitors, and the package that each needs besides DeepSpeed.
 MONITORS = {"csv_monitor": None, "tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 
 def monitor_settings(config: Config) -> dict[str, dict[str, Any]]:
-    """The monitors that the DeepSpeed config asks for, by section. Files go to the run's folder unless it says where.
+    """The monitors that the DeepSpeed config enables, by section. Files go to the run's folder unless it sets a path.
 
-    Raises UserError where a package is missing.
+    Raises UserError if a package is missing.
     """
-    settings, found = read(config), {}
+    settings, monitors = read(config), {}
     for name, package in MONITORS.items():
         section = _mapping(settings, name, f"deepspeed.{name}")
         enabled = section.get("enabled", False)
@@ -63,14 +63,14 @@ def monitor_settings(config: Config) -> dict[str, dict[str, Any]]:
             )
         if name in ("csv_monitor", "tensorboard"):
             section = {"output_path": config.run.output_dir, "job_name": f"deepspeed_{name}", **section}
-        found[name] = section
-    return found
+        monitors[name] = section
+    return monitors
 
 
 def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> dict[str, Any]:
     """The mapping for ``deepspeed.initialize`` in a stage (esi, set, spa, eval, perturb), "auto" filled in.
 
-    Raises UserError, with both values, where it contradicts the YAML or asks for what cannot work.
+    Raises UserError, with both values, if it contradicts the YAML or asks for something unsupported.
     """
     settings = read(config)
     if "bfloat16" in settings:  # DeepSpeed's older name
@@ -78,15 +78,15 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
     _check_zero(settings)
     monitor_settings(config)
     for name in MONITORS:
-        settings.pop(name, None)  # the run's own curves go there, not what an engine knows of its steps
+        settings.pop(name, None)  # the monitors get the run's curves, not the engine's
     for section in ("optimizer", "scheduler"):
         if section in settings:
             raise UserError(
                 f"deepspeed.{section}",
                 None,
-                "has no place here: this stage takes no optimizer step"
+                "does not belong here: this stage takes no optimizer steps"
                 if stage not in TUNING
-                else "has no place here: the masked AdamW and its schedule are the tune section's",
+                else "does not belong here: the tune section configures the masked AdamW and its schedule",
                 "take it out; learning rates belong to the YAML's tune section",
             )
     for section in ("amp", "elasticity", "tensor_parallel", "pipeline"):
@@ -94,20 +94,22 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
             raise UserError(f"deepspeed.{section}", None, "is not supported by this stage", "take it out")
     _check_expert_parallel(settings, world_size)
     for key, ours, owner in _owned(config, world_size, stage):
-        given = settings.get(key, "auto")
-        if given not in ("auto", ours):
-            raise UserError(f"deepspeed.{key}", given, f"contradicts {ours} ({owner})", REMEDY)
+        value = settings.get(key, "auto")
+        if value not in ("auto", ours):
+            raise UserError(f"deepspeed.{key}", value, f"contradicts {ours} ({owner})", REMEDY)
         settings[key] = ours
     _fill_precision(settings, config.model.dtype)
     if stage != "spa":
-        settings["zero_optimization"].pop("offload_optimizer", None)  # shared with SPA; there is no optimizer here
+        settings["zero_optimization"].pop(
+            "offload_optimizer", None
+        )  # for SPA, which may use the same file; here there is no optimizer
     else:
         _fill_optimizer(settings)
-    return _without_auto(settings)  # what is left is for training only, or DeepSpeed has a default of its own
+    return _without_auto(settings)  # the rest is for training only, or DeepSpeed has a default
 
 
 def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
-    """ "auto" is Hugging Face's notation; DeepSpeed knows it nowhere."""
+    """The settings without "auto", which is Hugging Face's notation and unknown to DeepSpeed."""
     return {
         key: _without_auto(value) if isinstance(value, dict) else value
         for key, value in settings.items()
@@ -123,19 +125,21 @@ def _check_zero(settings: dict[str, Any]) -> None:
     mics = [key for key in zero if key.startswith("mics_")]
     if mics:
         raise UserError(
-            f"deepspeed.zero_optimization.{mics[0]}", zero[mics[0]], "MiCS is gone from DeepSpeed", "take it out"
+            f"deepspeed.zero_optimization.{mics[0]}",
+            zero[mics[0]],
+            "is MiCS, which DeepSpeed no longer has",
+            "take it out",
         )
     for key in ("offload_param", "offload_optimizer"):
         section = _mapping(zero, key, f"deepspeed.zero_optimization.{key}")
         if section.get("device") == "nvme":
-            raise UserError(
-                f"deepspeed.zero_optimization.{key}.device", "nvme", "weights on NVMe cannot be scored", "use cpu"
-            )
+            field = f"deepspeed.zero_optimization.{key}.device"
+            raise UserError(field, "nvme", "is not supported: weights on NVMe cannot be scored", "use cpu")
 
 
 EXPERT_PARALLEL = "deepspeed.expert_parallel"
 AUTOEP_SIZE = f"{EXPERT_PARALLEL}.autoep_size"
-# What DeepSpeed 0.19.8 reads of the section; it passes over every other key without a word (auto_ep_config.py).
+# The section's keys that DeepSpeed 0.19.8 reads; it silently ignores every other key (auto_ep_config.py).
 # fmt: off
 EXPERT_PARALLEL_KEYS = frozenset((
     "enabled", "autoep_size", "expert_tensor_parallel_size", "validate_folding_routing", "async_split_plan",
@@ -150,13 +154,15 @@ EXPERT_PARALLEL_KEYS = frozenset((
 
 
 def expert_parallel_size(settings: Mapping[str, Any]) -> int | None:
-    """``autoep_size`` of a resolved mapping: the ranks that share a layer's routed experts; None: switched off."""
+    """``autoep_size`` of a resolved mapping: how many ranks share a layer's routed experts; None if disabled."""
     return settings["expert_parallel"]["autoep_size"] if "expert_parallel" in settings else None
 
 
 def check_experts(settings: Mapping[str, Any], num_experts: Iterable[int]) -> None:
-    """Raises UserError where expert parallelism does not fit a model; num_experts: routed experts of every layer that
-    has any."""
+    """Raises UserError if expert parallelism does not fit a model.
+
+    num_experts: the number of routed experts of every layer that has any.
+    """
     size = expert_parallel_size(settings)
     if size is None:
         return
@@ -170,8 +176,8 @@ def check_experts(settings: Mapping[str, Any], num_experts: Iterable[int]) -> No
 
 
 def _check_expert_parallel(settings: dict[str, Any], world_size: int) -> None:
-    """AutoEP's section, and what DeepSpeed 0.19.8 cannot do beside it at stage 3 (engine.py, auto_ep_folding.py); a
-    section that is switched off is dropped."""
+    """Check AutoEP's section and the settings that DeepSpeed 0.19.8 cannot combine with it at stage 3 (engine.py,
+    auto_ep_folding.py); drop the section if it is disabled."""
     section = _mapping(settings, "expert_parallel", EXPERT_PARALLEL)
     for key in section:
         if key not in EXPERT_PARALLEL_KEYS:
@@ -185,7 +191,7 @@ def _check_expert_parallel(settings: dict[str, Any], world_size: int) -> None:
     size = section.get("autoep_size")
     if type(size) is not int or size < 1:
         remedy = "give a number that divides the ranks and every layer's experts"
-        problem = "is missing" if size is None else "is no number above 0"
+        problem = "is missing" if size is None else "is not a number above 0"
         raise UserError(AUTOEP_SIZE, size, problem, remedy)
     _check_beside_experts(settings, section)
     if world_size % size:
@@ -207,12 +213,12 @@ def _check_beside_experts(settings: dict[str, Any], section: dict[str, Any]) -> 
         ("expert_parallel.expert_tensor_parallel_size", section.get("expert_tensor_parallel_size", 1), (1,)),
         ("expert_parallel.load_balance_coeff", section.get("load_balance_coeff"), (None,)),
     ]
-    for key, given, accepted in unsupported:
-        if given not in accepted:
+    for key, value, accepted in unsupported:
+        if value not in accepted:
             raise UserError(
                 f"deepspeed.{key}",
-                given,
-                f"does not go with {EXPERT_PARALLEL}.enabled = true at ZeRO stage 3 in DeepSpeed 0.19.8",
+                value,
+                f"cannot be combined with {EXPERT_PARALLEL}.enabled = true at ZeRO stage 3 in DeepSpeed 0.19.8",
                 "take one of the two out",
             )
 
@@ -222,35 +228,39 @@ def _divisors(number: int) -> list[int]:
 
 
 def _owned(config: Config, world_size: int, stage: str) -> list[tuple[str, Any, str]]:
-    """Keys of DeepSpeed's that the YAML owns: (key, value, whose it is)."""
-    if stage not in TUNING:
-        name = "esi" if stage == "esi" else "eval"
-        size, accumulation = (config.esi if stage == "esi" else config.eval).batch_size, 1
-        owners = (f"{name}.batch_size", "this stage's own", f"{name}.batch_size times the ranks")
-    else:
-        size, accumulation = config.tune.batch_size, config.tune.gradient_accumulation
+    """DeepSpeed's keys whose values come from the YAML: (key, value, the value's owner in the YAML)."""
+    tune = config.tune if stage in TUNING else None
+    if stage in TUNING:
+        assert tune is not None  # ``require_tune`` has seen it
+        size, accumulation = tune.batch_size, tune.gradient_accumulation
         owners = ("tune.batch_size", "tune.gradient_accumulation", "batch size times accumulation times the ranks")
-    owned = [
+    else:
+        name, section = ("esi", config.esi) if stage == "esi" else ("eval", config.eval)
+        assert section is not None  # ``require_eval`` has seen it
+        size, accumulation = section.batch_size, 1
+        owners = (f"{name}.batch_size", "fixed in this stage", f"{name}.batch_size times the ranks")
+    owned: list[tuple[str, Any, str]] = [
         ("train_micro_batch_size_per_gpu", size, owners[0]),
         ("gradient_accumulation_steps", accumulation, owners[1]),
         ("train_batch_size", size * accumulation * world_size, owners[2]),
     ]
-    if stage in TUNING:
-        owned.append(("gradient_clipping", config.tune.clip or 0.0, "tune.clip"))
+    if tune is not None:
+        owned.append(("gradient_clipping", tune.clip or 0.0, "tune.clip"))
     return owned
 
 
 def _fill_optimizer(settings: dict[str, Any]) -> None:
-    """What an engine with a foreign optimizer needs. Gradients are reduced and summed in fp32, always: in bf16 the
-    reduction loses three digits, which frozen or not makes runs differ between world sizes (docs/zero3.md §1)."""
-    given = settings.get("communication_data_type", "auto")
-    if given not in ("auto", "fp32"):
-        raise UserError("deepspeed.communication_data_type", given, "contradicts fp32 (SPA's own)", REMEDY)
+    """Add what an engine with a foreign optimizer needs, and fp32 reduction and accumulation of gradients.
+
+    In bf16 the reduction loses three digits, which makes runs differ between world sizes (docs/zero3.md §1).
+    """
+    dtype = settings.get("communication_data_type", "auto")
+    if dtype not in ("auto", "fp32"):
+        raise UserError("deepspeed.communication_data_type", dtype, "contradicts fp32, which SPA needs", REMEDY)
     types = _mapping(settings, "data_types", "deepspeed.data_types")
     if types.get("grad_accum_dtype", "auto") not in ("auto", "fp32", None):
-        raise UserError(
-            "deepspeed.data_types.grad_accum_dtype", types["grad_accum_dtype"], "contradicts fp32 (SPA's own)", REMEDY
-        )
+        dtype = types["grad_accum_dtype"]
+        raise UserError("deepspeed.data_types.grad_accum_dtype", dtype, "contradicts fp32, which SPA needs", REMEDY)
     settings["communication_data_type"] = "fp32"
     settings["data_types"] = {**types, "grad_accum_dtype": "fp32"}
     settings["zero_allow_untested_optimizer"] = True
@@ -261,7 +271,7 @@ def _fill_optimizer(settings: dict[str, Any]) -> None:
 
 
 def _mapping(parent: dict[str, Any], key: str, field: str) -> dict[str, Any]:
-    """A section that may be absent, null or "auto"."""
+    """A section that may be absent, null or "auto", all of which give an empty one."""
     section = parent.get(key)
     if section is None or section == "auto":
         return {}
@@ -274,9 +284,9 @@ def _fill_precision(settings: dict[str, Any], dtype: str) -> None:
     for key in ("bf16", "fp16"):
         section = _mapping(settings, key, f"deepspeed.{key}")
         ours = dtype == key
-        given = section.get("enabled", "auto")
-        if given not in ("auto", ours):
-            raise UserError(f"deepspeed.{key}.enabled", given, f"contradicts model.dtype = {dtype}", REMEDY)
+        enabled = section.get("enabled", "auto")
+        if enabled not in ("auto", ours):
+            raise UserError(f"deepspeed.{key}.enabled", enabled, f"contradicts model.dtype = {dtype}", REMEDY)
         settings[key] = {"enabled": ours}
     if not settings["fp16"]["enabled"]:
         del settings["fp16"]
