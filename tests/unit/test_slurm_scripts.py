@@ -87,4 +87,4 @@ def test_a_pipeline_tells_where_its_runs_are(site: Path, more: tuple[str, ...], 
 def test_a_pipeline_that_is_called_wrongly_says_how(site: Path) -> None:
     done = call(site, "slurm/pipeline.sh")
     assert done.returncode == 2
-    assert done.stderr.startswith("The chain ESI") and done.stderr.endswith("with its config's.\n")
+    assert done.stderr.startswith("The chain ESI") and done.stderr.endswith("with that of its config.\n")
