@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # What test-cluster wants: program:package of Debian.
 CLUSTER_TOOLS := slurmd:slurm-wlm munged:munge sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 faketime:faketime
 
-.PHONY: help demo test test-cluster style sweep bench study tiny-models
+.PHONY: help demo test test-cluster style types sweep bench study tiny-models
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,14 +52,17 @@ style: $(VENV)/.installed  ## lint, format and import boundaries
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/import_boundaries.py
 
+types: $(VENV)/.installed  ## type checks of the package (setup.cfg, [mypy])
+	$(BIN)/mypy
+
 sweep: $(VENV)/.installed  ## every causal architecture, tiny: docs/architectures.md anew; goes on where it stopped (rm -r runs/sweep: afresh)
 	$(BIN)/python tests/sweep/sweep.py
 
 bench: $(VENV)/.installed  ## speed and memory, as ratios within one run (benchmarks/RESULTS.md)
-	$(BIN)/python benchmarks/esi.py
-	$(BIN)/python benchmarks/tune.py
-	$(BIN)/python benchmarks/moe.py
-	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python -m benchmarks.esi
+	$(BIN)/python -m benchmarks.tune
+	$(BIN)/python -m benchmarks.moe
+	$(BIN)/python -m benchmarks.scaling
 
 study: $(VENV)/.installed  ## the comparison in docs/results.md, at most 100 minutes on two cores; goes on where it stopped
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[study]'

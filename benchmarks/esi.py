@@ -1,59 +1,43 @@
 """Cost of an ESI pass, as ratios within one run: time per token, resident bytes per weight, selection of 10^8 scores.
 
-    python benchmarks/esi.py [--ranks 2]
+    python -m benchmarks.esi [--ranks 2]
 
 starts itself on ZeRO-3 ranks and prints one JSON object. benchmarks/RESULTS.md holds what it printed, and where.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
+import deepspeed
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.common import print_result, resident_bytes, run
+from benchmarks.timing import median_seconds
+from esi_ds.config import validate
+from esi_ds.core.select import Order, ScoreRun, select
+from esi_ds.data.chat import EncodedResponse
+from esi_ds.judge.guard import Guard, WholeWeights
+from esi_ds.judge.pairs import EncodedPair, EncodedText
+from esi_ds.judge.vocabulary import VocabularyMap
+from esi_ds.models.folder import ModelSource
+from esi_ds.stages.esi.objectives import SafetyObjective
+from esi_ds.stages.esi.prepare import Example
+from esi_ds.stages.esi.score import ScoringPass
+from esi_ds.tracking import Tracker
+from esi_ds.zero import runtime
+from esi_ds.zero.engine import DTYPES, ShardedModel, load_replicated, load_sharded
+from esi_ds.zero.gradients import GradientShards
+
 BATCH, PROMPT, RESPONSE, STEPS = 4, 64, 64, 6
 NUM_SCORES = 10**8
 
 
-def median_seconds(function: Callable[[], None], repeats: int) -> float:
-    """Median wall time of calls that all ranks make together; the first call warms up and does not count."""
-    from esi_ds.zero import runtime
-
-    function()
-    seconds = []
-    for _ in range(repeats):
-        runtime.barrier()
-        started = time.perf_counter()
-        function()
-        runtime.barrier()
-        seconds.append(time.perf_counter() - started)
-    return sorted(seconds)[len(seconds) // 2]
-
-
-def resident_bytes() -> int:
-    """Bytes of every tensor storage that is alive in this process, each once: what the pass holds between steps."""
-    import torch
-
-    gc.collect()
-    tensors = (item for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.device.type != "meta")
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-def make_models(folder: Path, dtype) -> None:
-    """A Llama of 36 M weights and a guard of the same vocabulary, a tenth of its size."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
+def make_models(folder: Path, dtype: torch.dtype) -> None:
+    """A Llama of 36 M weights, and a guard a tenth of its size with the same vocabulary."""
     common = {"vocab_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 4}
     torch.manual_seed(0)
     for name, sizes in (("model", (512, 1536, 10)), ("guard", (192, 512, 4))):
@@ -62,23 +46,10 @@ def make_models(folder: Path, dtype) -> None:
         AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder / name)
 
 
-def make_pass(folder: Path, dtype: str, autoep_size: int | None = None):
-    """A ScoringPass over made-up ids, and its model. autoep_size: ranks that share a mixture's experts."""
-    import torch
-
-    from esi_ds.config import validate
-    from esi_ds.data.chat import EncodedResponse
-    from esi_ds.judge.guard import Guard, WholeWeights
-    from esi_ds.judge.pairs import EncodedPair, EncodedText
-    from esi_ds.models.folder import ModelSource
-    from esi_ds.stages.esi.objectives import SafetyObjective
-    from esi_ds.stages.esi.prepare import Example
-    from esi_ds.stages.esi.score import ScoringPass
-    from esi_ds.tracking import Tracker
-    from esi_ds.zero import runtime
-    from esi_ds.zero.engine import load_replicated, load_sharded
-    from esi_ds.zero.gradients import GradientShards
-
+def make_pass(
+    folder: Path, dtype: str, autoep_size: int | None = None
+) -> tuple[ScoringPass, ShardedModel, GradientShards]:
+    """A pass over random ids, its model, and its accumulator. autoep_size: ranks that share a mixture's experts."""
     settings = {
         "train_micro_batch_size_per_gpu": BATCH,
         "bf16": {"enabled": dtype == "bf16"},
@@ -111,7 +82,6 @@ def make_pass(folder: Path, dtype: str, autoep_size: int | None = None):
             )
         )
     # One vocabulary for both: the map is the identity.
-    from esi_ds.judge.vocabulary import VocabularyMap
 
     vocabulary = VocabularyMap.__new__(VocabularyMap)
     vocabulary.num_logits, vocabulary.is_identity, vocabulary.has_text = 4096, True, [True] * 4096
@@ -124,8 +94,6 @@ def make_pass(folder: Path, dtype: str, autoep_size: int | None = None):
 
 def time_esi(folder: Path, dtype: str, autoep_size: int | None = None) -> tuple[dict[str, float], list[list[int]]]:
     """Seconds of one ESI micro-batch on all ranks, of its judge alone, and what is held; and the rows it read."""
-    from esi_ds.zero import runtime
-
     scoring, model, gradients = make_pass(folder, dtype, autoep_size)
 
     def esi() -> None:
@@ -146,10 +114,6 @@ def time_esi(folder: Path, dtype: str, autoep_size: int | None = None) -> tuple[
 
 def count_resident(folder: Path, autoep_size: int | None = None) -> dict[str, float]:
     """Bytes alive between micro-batches of a bf16 model, summed over ranks, per weight; the judge's are not counted."""
-    import torch
-
-    from esi_ds.zero import runtime
-
     before = resident_bytes()
     scoring, model, gradients = make_pass(folder, "bf16", autoep_size)
     with gradients.collecting():
@@ -162,13 +126,6 @@ def count_resident(folder: Path, autoep_size: int | None = None) -> dict[str, fl
 
 def time_bare(folder: Path, dtype: str, rows: list[list[int]]) -> float:
     """Seconds of the stock ZeRO-3 engine's forward, backward and gradient reduction (fp32) of the same tokens."""
-    import deepspeed
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from esi_ds.zero import runtime
-    from esi_ds.zero.engine import DTYPES
-
     settings = {
         "train_micro_batch_size_per_gpu": BATCH,
         "bf16": {"enabled": dtype == "bf16"},
@@ -206,14 +163,9 @@ def time_pass(folder: Path, dtype: str) -> dict[str, float]:
 
 def time_selection(k: int) -> dict[str, float]:
     """Exact selection of 10^8 sharded scores against gathering them on rank 0 for torch.topk."""
-    import torch
-
-    from esi_ds.core.select import Order, ScoreRun, select
-    from esi_ds.zero import runtime
-
     size, rank = NUM_SCORES // runtime.world_size(), runtime.rank()
     scores = torch.rand(size, generator=torch.Generator().manual_seed(rank)).square_()
-    piece, traffic, found = ScoreRun(scores, rank * size), [], {}
+    piece, traffic, outcome = ScoreRun(scores, rank * size), [], {}
 
     def reduce(counts: torch.Tensor) -> torch.Tensor:
         traffic.append(counts.numel() * counts.element_size())
@@ -221,15 +173,15 @@ def time_selection(k: int) -> dict[str, float]:
 
     def ours() -> None:
         traffic.clear()
-        (found["cut"],) = select([[piece]], [k], Order("top"), NUM_SCORES - 1, reduce)
-        found["bits"] = found["cut"].selects(scores.view(torch.int32), piece.position)
+        (outcome["cut"],) = select([[piece]], [k], Order("top"), NUM_SCORES - 1, reduce)
+        outcome["bits"] = outcome["cut"].selects(scores.view(torch.int32), piece.position)
 
     def gather_and_topk() -> None:
         parts = [torch.empty_like(scores) for _ in range(runtime.world_size())] if rank == 0 else None
         if runtime.world_size() > 1:
             torch.distributed.gather(scores, parts)
         if rank == 0:
-            found["top"] = torch.cat(parts).topk(k, sorted=False).values.min() if parts else scores.topk(k)
+            outcome["top"] = torch.cat(parts).topk(k, sorted=False).values.min() if parts else scores.topk(k)
 
     ours_seconds = median_seconds(ours, 3)
     naive_seconds = median_seconds(gather_and_topk, 3)
@@ -245,10 +197,6 @@ def time_selection(k: int) -> dict[str, float]:
 
 
 def worker(folder: Path) -> None:
-    import torch
-
-    from esi_ds.zero import runtime
-
     runtime.start()
     dtype = "bf16" if runtime.device().type == "cuda" else "fp32"
     if runtime.is_main():
@@ -265,41 +213,9 @@ def worker(folder: Path) -> None:
     results["pass"] = time_pass(folder, dtype)
     results["selection"] = time_selection(NUM_SCORES // 100)
     if runtime.is_main():
-        print("RESULT " + json.dumps(results, indent=1), flush=True)
+        print_result(results)
     runtime.stop()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--worker", type=Path)
-    parser.add_argument("--local_rank", type=int)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        worker(arguments.worker)
-        return
-    print(launched(__file__, arguments.ranks))
-
-
-def launched(script: str, ranks: int) -> str:
-    """The JSON that a benchmark's ``--worker FOLDER`` prints on ZeRO-3 ranks."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            str(Path(sys.executable).with_name("deepspeed")),
-            "--num_accelerators",
-            str(ranks),
-            script,
-            "--worker",
-            folder,
-        ]
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-        )
-    if "RESULT " not in done.stdout:
-        sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
-    return done.stdout.partition("RESULT ")[2].partition("\n[")[0]
-
-
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    main()
+    run("benchmarks.esi", __doc__, worker, prepare=lambda folder: None)

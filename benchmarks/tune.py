@@ -1,24 +1,34 @@
 """Cost of SET and SPA, as ratios within one run: resident bytes, the optimizer step, the whole step, bytes reduced.
 
-    python benchmarks/tune.py [--ranks 2]
+    python -m benchmarks.tune [--ranks 2]
 
 starts itself on ZeRO-3 ranks and prints one JSON object. benchmarks/RESULTS.md holds what it printed, and where.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
+import gc
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+import torch
+from builders import build_mask
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from esi import median_seconds, resident_bytes  # noqa: E402
+from benchmarks.common import print_result, resident_bytes, run
+from benchmarks.timing import median_seconds
+from esi_ds import Mask
+from esi_ds.core.adamw import masked_adamw
+from esi_ds.core.trained import Trained
+from esi_ds.models.folder import ModelSource
+from esi_ds.zero import runtime
+from esi_ds.zero.dense import DenseTuner
+from esi_ds.zero.engine import ShardedModel, load_sharded
+from esi_ds.zero.optimizer import MaskedAdamW
+from esi_ds.zero.sparse import SparseTuner
+from esi_ds.zero.tuner import Rule, Tuner, summed_loss
 
 BATCH, LENGTH, STEPS, RATIO = 4, 128, 7, 0.01
 ZERO3 = {
@@ -40,14 +50,12 @@ STANDARD = {
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
 }
+OptimizerMaker = Callable[[torch.nn.Module], torch.optim.Optimizer]
 RULE = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 
 def make_model(folder: Path) -> None:
     """A Llama of 134 M weights in bf16."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
@@ -60,35 +68,24 @@ def make_model(folder: Path) -> None:
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def batch():
-    """Ids and labels of one micro-batch, other ones on every rank."""
-    import torch
-
-    from esi_ds.zero import runtime
-
+def batch() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs and labels, [BATCH, LENGTH] each, of one micro-batch that differs from rank to rank."""
     ids = torch.randint(5, 4096, (BATCH, LENGTH), generator=torch.Generator().manual_seed(runtime.rank()))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     labels = torch.cat([ids[:, 1:], torch.full((BATCH, 1), -100)], 1)
     return {key: value.to(runtime.device()) for key, value in inputs.items()}, labels.to(runtime.device())
 
 
-def loaded(folder: Path, mask, train: str, settings: dict, make_optimizer=None):
-    """The sharded model and what trains of it."""
-    from esi_ds.core.trained import Trained
-    from esi_ds.models.folder import ModelSource
-    from esi_ds.zero.engine import load_sharded
-
+def loaded(
+    folder: Path, mask: Mask, train: str, settings: dict[str, Any], make_optimizer: OptimizerMaker | None = None
+) -> tuple[ShardedModel, Trained]:
+    """The sharded model, and which of its weights are trained."""
     model = load_sharded(ModelSource(str(folder / "model")), "bf16", settings, make_optimizer)
     return model, Trained(mask, train, "freeze", {p.name: p.shape for p in model.parameters})
 
 
-def run_tuner(tuner) -> tuple[float, float]:
-    """Median seconds of a whole step, and of its update alone. State exists afterwards."""
-    import time
-
-    from esi_ds.zero import runtime
-    from esi_ds.zero.tuner import summed_loss
-
+def run_tuner(tuner: Tuner) -> tuple[float, float]:
+    """Median seconds of a whole step, and of its update alone. The optimizer state exists afterwards."""
     inputs, labels = batch()
     updates = []
 
@@ -106,10 +103,8 @@ def run_tuner(tuner) -> tuple[float, float]:
     return whole, sorted(updates[1:])[STEPS // 2]
 
 
-def figures(model, tuner, before: int, num_reduced: int) -> dict[str, float]:
-    """Resident bytes a weight × ranks above ``before``, seconds, bytes reduced a step."""
-    from esi_ds.zero import runtime
-
+def figures(model: ShardedModel, tuner: Tuner, before: int, num_reduced: int) -> dict[str, float]:
+    """Resident bytes above ``before`` per weight, times the ranks; seconds; bytes reduced per step."""
     whole, update = run_tuner(tuner)
     model.release()
     total = sum(parameter.numel for parameter in model.parameters)
@@ -122,44 +117,35 @@ def figures(model, tuner, before: int, num_reduced: int) -> dict[str, float]:
     }
 
 
-def set_figures(folder: Path, mask) -> dict[str, float]:
+def set_figures(folder: Path, mask: Mask) -> dict[str, float]:
     """SET at 1 %."""
-    from esi_ds.zero.sparse import SparseTuner
-    from esi_ds.zero.tuner import Rule
-
     before = resident_bytes()
     model, trained = loaded(folder, mask, "selected", ZERO3)
     tuner = SparseTuner(model, trained, Rule(**RULE, clip=1.0), "compact")
     return figures(model, tuner, before, trained.total)
 
 
-def standard_figures(folder: Path, mask, masked: bool) -> dict[str, float]:
+def standard_figures(folder: Path, mask: Mask, masked: bool) -> dict[str, float]:
     """The standard engine on the same parameters: with the masked AdamW (SPA) or torch's own."""
-    import torch
+    optimizers: list[MaskedAdamW] = []
 
-    from esi_ds.zero.dense import DenseTuner
-    from esi_ds.zero.optimizer import MaskedAdamW
-
-    made = []
-
-    def make_optimizer(module):
+    def make_optimizer(module: torch.nn.Module) -> torch.optim.Optimizer:
         optimizer = MaskedAdamW(module, mask, "complement", lr=1e-4, **RULE)  # freezes embeddings and norms in both
-        made.append(optimizer)
+        optimizers.append(optimizer)
         trains = [parameter for parameter in module.parameters() if parameter.requires_grad]
         return optimizer if masked else torch.optim.AdamW(trains, lr=1e-4, foreach=False, **RULE)
 
     before = resident_bytes()
     model, trained = loaded(folder, mask, "complement", STANDARD, make_optimizer)
-    tuner = DenseTuner(model, trained, made[0]) if masked else plain_tuner(model, trained)
+    tuner = DenseTuner(model, trained, optimizers[0]) if masked else plain_tuner(model, trained)
     return figures(model, tuner, before, sum(p.numel for p in model.parameters if trained.count(p.name)))
 
 
-def plain_tuner(model, trained):
-    """The engine with torch's AdamW: no mask, nothing watched."""
-    from esi_ds.zero.dense import DenseTuner
+def plain_tuner(model: ShardedModel, trained: Trained) -> DenseTuner:
+    """The engine with torch's AdamW: no mask, and no check of what changes."""
 
     class PlainTuner(DenseTuner):
-        def __init__(self):
+        def __init__(self) -> None:
             self.model, self.trained = model, trained
 
         def step(self, lr: float) -> float:
@@ -170,12 +156,10 @@ def plain_tuner(model, trained):
 
 
 def dense_update_seconds(weights: int) -> float:
-    """torch.optim.AdamW on fp32 masters of a rank's share of all weights, and their way into the bf16 weights: what
-    SET's update, its reduction and write-back included, is held against."""
-    import torch
+    """Seconds of torch.optim.AdamW on fp32 masters of a rank's share of all weights, and of copying them to bf16.
 
-    from esi_ds.zero import runtime
-
+    SET's update, with its reduction and write-back, is compared with this.
+    """
     values = torch.zeros(-(-weights // runtime.world_size()), requires_grad=True)
     model = torch.zeros(len(values), dtype=torch.bfloat16)
     values.grad = torch.ones_like(values)
@@ -189,12 +173,7 @@ def dense_update_seconds(weights: int) -> float:
 
 
 def masked_over_dense(weights: int) -> float:
-    """SPA's update with every second weight of a rank frozen, in no order, over the same rule on all of them."""
-    import torch
-
-    from esi_ds.core.adamw import masked_adamw
-    from esi_ds.zero import runtime
-
+    """Seconds of SPA's update with a random half of a rank's weights frozen, over those of the same rule on all."""
     size = -(-weights // runtime.world_size())
     values, gradient, bits = torch.zeros(size), torch.ones(size), torch.randint(256, (-(-size // 8),)).to(torch.uint8)
 
@@ -206,11 +185,6 @@ def masked_over_dense(weights: int) -> float:
 
 
 def worker(folder: Path) -> None:
-    import gc
-
-    from esi_ds import Mask
-    from esi_ds.zero import runtime
-
     runtime.start()
     mask = Mask.load(folder / "mask")
     sparse = set_figures(folder, mask)
@@ -222,7 +196,7 @@ def worker(folder: Path) -> None:
     masked = standard_figures(folder, mask, masked=True)
     ranks = runtime.world_size()
     if runtime.is_main():
-        found = {
+        results = {
             "ranks": ranks,
             "weights": sparse["weights"],
             "SET resident bytes per weight x ranks": sparse["bytes_per_weight_x_ranks"],
@@ -236,32 +210,14 @@ def worker(folder: Path) -> None:
             "SPA whole step / AdamW whole step": masked["whole_seconds"] / plain["whole_seconds"],
             "seconds": {"SET": sparse, "AdamW": plain, "SPA": masked, "dense update": dense_seconds},
         }
-        print(json.dumps(found, indent=1))
+        print_result(results)
     runtime.stop()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.folder is not None:
-        worker(arguments.folder)
-        return
-    from builders import build_mask
-
-    with tempfile.TemporaryDirectory() as name:
-        make_model(Path(name) / "model")
-        build_mask(Path(name) / "mask", Path(name) / "model", ratio=RATIO)
-        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(arguments.ranks)]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
-        subprocess.run([*launcher, __file__, "--folder", name], env=environment, check=True)
+def prepare(folder: Path) -> None:
+    make_model(folder / "model")
+    build_mask(folder / "mask", folder / "model", ratio=RATIO)
 
 
 if __name__ == "__main__":
-    main()
+    run("benchmarks.tune", __doc__, worker, prepare)

@@ -1,0 +1,10 @@
+"""What scoring, tuning and their formulas cost, measured on ZeRO-3 ranks; RESULTS.md keeps what was printed, and where.
+
+python -m benchmarks.esi (tune, moe, scaling)
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests"))  # builders.py makes random masks for the tests and for these
