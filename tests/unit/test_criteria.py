@@ -249,7 +249,7 @@ def test_dry_run_shows_the_further_passes(inputs: Path, capsys) -> None:
             ["data.tuning.path={rows}", "data.tuning.columns=x"],
             "data.tuning.columns = x: is not among the columns",
         ),
-        (["data.tuning.path={rows}", "data.tuning.max_length=2"], "gives no row to learn"),
+        (["data.tuning.path={rows}", "data.tuning.max_length=2"], "has no row that can be learnt"),
     ],
 )
 def test_one_message_and_exit_code_2(inputs: Path, overrides: list[str], words: str, capsys) -> None:

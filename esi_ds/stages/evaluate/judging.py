@@ -1,4 +1,4 @@
-"""Verdicts on answers, by one judge after another; kept on disk as they are given, none given twice."""
+"""Verdicts on answers, by one judge after another; kept on disk as they come, none asked for twice."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ def _usage(judge: PreparedEndpoint, verdicts: Ledger[VerdictRow]) -> str:
 class EndpointRounds:
     """Questions to one endpoint, a few rounds at a time, so that the ranks never wait long for rank 0, which asks.
 
-    failed: verdicts missing since the endpoint's last sign of life; on rank 0. They are written once it shows life
-    again: if it never does, a restart asks these questions anew, for they failed for the same reason.
+    failed: verdicts that are missing since the endpoint last replied; on rank 0. They are written once it replies
+    again. If it never does, a restart asks these questions anew, as they failed for the same reason.
     """
 
     judge: PreparedEndpoint
@@ -143,7 +143,7 @@ class EndpointRounds:
     failed: list[VerdictRow] = field(default_factory=list)
 
     def ask(self, questions: Sequence[Question]) -> None:
-        """Add a verdict for every question, but for those that the endpoint was given up on: a restart asks them.
+        """Add a verdict for every question; if the endpoint is given up, the rest is left to a restart.
 
         Collectives: a broadcast and a gather for each chunk, and two broadcasts at the end. Raises Interrupted.
         """
@@ -162,13 +162,13 @@ class EndpointRounds:
         if num_left:
             last = runtime.broadcast_object(self.failed[-1]["reason"] if self.failed else "")
             self.tracker.log(
-                f"judge {judge.name}: {num_left} answers have no verdict, for the endpoint failed "
+                f"judge {judge.name}: {num_left} answers have no verdict because the endpoint failed "
                 f"{self.patience.num_failed} times in a row (the last: {last}); once it works, remove the run's "
                 "manifest.json and start again"
             )
 
     def _ask_chunk(self, chunk: Sequence[Question]) -> list[VerdictRow]:
-        """Rows of the verdicts that count; they are in the ledger already. Rank 0 only."""
+        """Rows of the verdicts that count, which are in the ledger already. Rank 0 only."""
         rows: list[VerdictRow] = []
 
         def keep(number: int, verdict: Verdict, reply: Reply) -> None:
@@ -187,7 +187,7 @@ class EndpointRounds:
         return rows
 
     def _rows_to_keep(self, question: Question, verdict: Verdict, reply: Reply) -> list[VerdictRow]:
-        """This verdict's row, and those of the failures before it if the endpoint has shown life."""
+        """This verdict's row, and those of the failures before it if the endpoint replies again."""
         if not reply.asked:
             return []
         row = _verdict_row(self.judge, question, verdict)

@@ -172,7 +172,9 @@ def _prepare_judge(section: EvalJudge, field: str) -> PreparedJudge:
         return PreparedWords(name, field, section, refusal_list(section.words, f"{field}.words"))
     if isinstance(section, EvalRubric):
         if (section.prompt_price is None) != (section.completion_price is None):
-            raise UserError(f"{field}.prompt_price", section.prompt_price, "is one of two prices", "give both")
+            raise UserError(
+                f"{field}.prompt_price", section.prompt_price, "goes with completion_price", "give both or neither"
+            )
         check_template(section.template or TEMPLATE, f"{field}.template")
         limits = section.model_dump(include=ENDPOINT_KEYS)
         return PreparedEndpoint(

@@ -41,7 +41,9 @@ class EvalRun(StageRun[EvalInputs]):
             num_skipped = sum(row["skipped"].values())
             tracker.log(f"{row['kind']} set {row['set']}: {row['read']} prompts, {num_skipped} skipped")
         if not inputs.section.judges and inputs.harmful_sets:
-            tracker.log("eval.judges is empty: attack success by refusal words alone, a cheap extra and no verdict")
+            tracker.log(
+                "eval.judges is empty: attack success is counted by refusal words alone, which is not a verdict"
+            )
         ledgers = EvalLedgers.open(self.folder.path)
         for model in reversed(inputs.models):  # the base last: it reads the others' answers too
             self._answer(model, ledgers)

@@ -58,7 +58,9 @@ def prepare_perturb(config: Config) -> PerturbInputs:
     section = require_perturb(config)
     for key in ("models", "tasks"):
         if config.eval is not None and getattr(config.eval, key):
-            raise UserError(f"eval.{key}", None, "is for launch/eval.py", "leave it out: the noise is on model.path")
+            raise UserError(
+                f"eval.{key}", None, "is for launch/eval.py only", "leave it out: the noise is on model.path"
+            )
     inputs = prepare_eval(config)
     mask = load_mask(section.mask, "perturb.mask")
     parameters = meta_parameters(inputs.models[0].config, inputs.models[0].source, config.model.roles)
@@ -73,7 +75,7 @@ def prepare_perturb(config: Config) -> PerturbInputs:
     for key in ("orders", "ratios", "noise", "seeds"):
         values = getattr(section, key)
         if values is not None and len(set(values)) < len(values):
-            raise UserError(f"perturb.{key}", values, "names one of them twice", "name it once")
+            raise UserError(f"perturb.{key}", values, "names a value twice", "name it once")
     by_scores = [cell for cell in cells if cell.order == "bottom" or (cell.order == "top" and cell.ratio != mask_ratio)]
     scores = _scores_folder(section.scores, mask, by_scores)
     source = {**inputs.source, "mask": mask.metadata["fingerprint"], "mask_k": mask.k}

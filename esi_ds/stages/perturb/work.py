@@ -102,7 +102,12 @@ class PerturbRun(StageRun[PerturbInputs]):
             return None
         scores, metadata = read_scores(inputs.scores, model.scored, "perturb.scores")
         if metadata.get("fingerprint") != inputs.mask.fingerprint:
-            raise UserError("perturb.scores", str(inputs.scores), "are of other weights than the mask", "give its own")
+            raise UserError(
+                "perturb.scores",
+                str(inputs.scores),
+                "were computed from other weights than the mask",
+                "give the mask's own scores",
+            )
         selected = self._select(model, "top", float(inputs.mask.metadata["ratio"]), 0, scores)
         masked = self._mask_bits(model)
         num_wrong = self._count({name: bits ^ masked[name] for name, bits in selected.items()})

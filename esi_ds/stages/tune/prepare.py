@@ -92,7 +92,7 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
 
 
 def load_training_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model that learns rows. Raises UserError where it has no chat template or no end token."""
+    """The tokenizer of a model that learns rows. Raises UserError if it has no chat template or no end token."""
     tokenizer = load_chat_tokenizer(ModelSource.of(model), model)
     if tokenizer.eos_token_id is None:
         raise UserError("model.path", model.path, "has a tokenizer without an end token", "set its eos_token")
@@ -118,7 +118,7 @@ def check_routers(tune: Tune, parameters: Sequence[Parameter]) -> list[str]:
     """Names of the routers' parameters. Raises UserError if ``tune.router`` is set and the model has no routers."""
     names, router = router_names(parameters), tune.router
     if router is not None and not names:
-        raise UserError("tune.router", router, "speaks of routers, and this model has none", "leave it out")
+        raise UserError("tune.router", router, "is about routers, which this model does not have", "leave it out")
     return names
 
 
@@ -150,7 +150,7 @@ def read_tuning_set(
     )
     if not tuning_set.sequences:
         reasons = "; ".join(sorted({reason for _, reason in tuning_set.skipped}))
-        raise UserError(f"{field}.path", section.path, f"gives no row to learn ({reasons})", "look at its rows")
+        raise UserError(f"{field}.path", section.path, f"has no row that can be learnt ({reasons})", "look at its rows")
     return tuning_set
 
 
