@@ -1,7 +1,7 @@
 """A bounded client of any OpenAI-compatible chat-completions endpoint: every question gets a reply or a reason.
 
 One event loop asks ``concurrency`` questions at a time. asyncio and not threads: a deadline on an awaited request holds
-whatever the server does, also one that sends a byte a second, which a socket's own timeout does not stop.
+whatever the server does, even if it sends a byte a second, which a socket's timeout does not stop.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from esi_ds.errors import UserError
 
 BASE_URL_VARIABLE, KEY_VARIABLE = "OPENAI_BASE_URL", "OPENAI_API_KEY"
 OPENAI_URL = "https://api.openai.com/v1"
-# What may pass by itself: request timeout, conflict, too early, too many requests. Every 5xx is tried again too.
-PASSING = {408, 409, 425, 429}
-# Refused for what was asked (too long, filtered), where other questions get replies; a wrong key or model refuses all.
+# Transient failures: request timeout, conflict, too early, too many requests. Every 5xx is tried again too.
+TRANSIENT = {408, 409, 425, 429}
+# Refusals of one question (too long, filtered) while others get replies; a wrong key or model refuses them all.
 OF_THE_QUESTION = {400, 413, 422}
-# A judge's reply is a few kilobytes; whoever sends more is no judge.
+# A judge's reply is a few kilobytes; a longer one is not read.
 MAX_REPLY_BYTES = 1 << 20
-LOOK_S = 0.25  # between two looks at whether to stop
-EXCERPT = 200  # characters of an error's body that are shown
+POLL_S = 0.25  # between two checks whether to stop
+EXCERPT = 200  # characters of an error's body that a message shows
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a model is asked and how long anybody waits for it. Times are in seconds.
+    """Where a model is asked, and how long to wait for it. Times are in seconds.
 
-    item_timeout bounds a question with all its attempts and pauses, from when it is first asked. give_up_after: so many
-    questions in a row without a reply, and the rest is not asked: the endpoint is down.
-    extra: further keys of the request's body; None takes a key out (a model that knows no ``temperature``).
+    item_timeout bounds a question with all its attempts and pauses, from its first attempt. give_up_after: after so
+    many questions in a row without a reply the endpoint counts as down, and the rest are not asked.
+    extra: further keys of the request's body; None removes a key, such as a ``temperature`` that a model rejects.
+    Raises ValueError for limits under which nothing could be asked.
     """
 
     model: str
@@ -56,14 +57,14 @@ class Endpoint:
     def __post_init__(self) -> None:
         for name in ("request_timeout", "item_timeout", "max_attempts", "concurrency", "give_up_after"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} of {getattr(self, name)} lets nothing be asked")
+                raise ValueError(f"{name} = {getattr(self, name)} leaves no room to ask anything")
 
     @classmethod
     def from_environment(cls, model: str, config_field: str, **limits: Any) -> Endpoint:
-        """Base URL and key from the environment, as OpenAI's own client reads them.
+        """Read base URL and key from the environment, as OpenAI's client does.
 
-        Without a base URL it is OpenAI's, which needs a key; a server of one's own (vLLM) may do without. Raises
-        UserError naming ``config_field`` or the variable.
+        The default URL is OpenAI's, which needs a key; a private server (vLLM) may need none. Raises UserError naming
+        ``config_field`` or the variable.
         """
         url, key = os.environ.get(BASE_URL_VARIABLE, "").strip(), os.environ.get(KEY_VARIABLE, "").strip()
         if not url and not key:
@@ -71,16 +72,16 @@ class Endpoint:
                 config_field,
                 model,
                 f"has no endpoint: neither {BASE_URL_VARIABLE} nor {KEY_VARIABLE} is set",
-                f"export {KEY_VARIABLE}, and {BASE_URL_VARIABLE} for another server than OpenAI's",
+                f"export {KEY_VARIABLE}, and {BASE_URL_VARIABLE} for a server other than OpenAI's",
             )
         if url and not _is_url(url):
-            raise UserError(BASE_URL_VARIABLE, url, "is no URL", "give for instance http://localhost:8000/v1")
+            raise UserError(BASE_URL_VARIABLE, url, "is not a URL", "give for instance http://localhost:8000/v1")
         if not (key.isascii() and key.isprintable()):
-            raise UserError(KEY_VARIABLE, None, "holds characters that no key has", "export it again")
+            raise UserError(KEY_VARIABLE, None, "holds characters that a key cannot have", "export it again")
         return cls(model, (url or OPENAI_URL).rstrip("/"), key or None, **limits)
 
     def body(self, text: str) -> dict[str, Any]:
-        """The request of one user message, greedy."""
+        """The body of a request with one user message, decoded greedily."""
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": text}],
@@ -93,9 +94,10 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Reply:
-    """Text, or the problem why there is none; what was used either way.
+    """A reply's text, or the problem that prevented one, and what was used either way.
 
-    asked: False where it was not, or to no end. is_alive: whether the endpoint answered, be it with a refusal.
+    asked: False if the question was not asked, or not to the end. is_alive: whether the endpoint answered at all, if
+    only with a refusal.
     """
 
     text: str | None
@@ -109,16 +111,18 @@ class Reply:
 
 @dataclass
 class Patience:
-    """Failures of an endpoint in a row, kept over several calls of ``ask_all``, and whether it ever gave a reply; and
-    what else ends them, at once."""
+    """What ends the asking early, over several calls of ``ask_all``.
+
+    num_failed: failures in a row. was_alive: whether the endpoint ever gave a reply. should_stop: ends it at once.
+    """
 
     num_failed: int = 0
     was_alive: bool = False
-    told_to_stop: Callable[[], bool] = lambda: False
+    should_stop: Callable[[], bool] = lambda: False
 
 
-class _Passing(Exception):
-    """A failure that may pass; ``pause``: seconds the server asks for."""
+class _Transient(Exception):
+    """A failure that another attempt may overcome; ``pause``: seconds the server asks for."""
 
     def __init__(self, problem: str, pause: float = 0.0):
         super().__init__(problem)
@@ -131,11 +135,11 @@ def ask_all(
     on_reply: Callable[[int, Reply], None] = lambda index, reply: None,
     patience: Patience | None = None,
 ) -> list[Reply]:
-    """A reply to each text, in order. ``on_reply`` is called as each one comes, in this thread or one other.
+    """A reply to each text, in order. ``on_reply`` is called for each as it comes, in this thread or one other.
 
-    patience: given where the questions come in several calls; failures are then counted over all of them. A question
-    that is not asked, or not to its end, has a reply with ``asked=False``; ``on_reply`` is not called for those that
-    ``told_to_stop`` ends. Takes at most ⌈texts / concurrency⌉ · item_timeout seconds.
+    patience: pass the same one if the questions come in several calls, to count failures over all of them. A question
+    that is not asked, or not to the end, has a reply with ``asked=False``; ``on_reply`` is not called for those that
+    ``should_stop`` ends. Takes at most ⌈texts / concurrency⌉ · item_timeout seconds.
     """
     return _run(_ask_all(endpoint, texts, on_reply, patience or Patience()))
 
@@ -145,7 +149,7 @@ def _run(coroutine: Coroutine[Any, Any, list[Reply]]) -> list[Reply]:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    with ThreadPoolExecutor(1) as pool:  # a notebook has a loop of its own
+    with ThreadPoolExecutor(1) as pool:  # a loop is running already, as in a notebook
         return pool.submit(asyncio.run, coroutine).result()
 
 
@@ -156,13 +160,13 @@ async def _ask_all(
     waiting = iter(range(len(texts)))
 
     async def work(client: httpx2.AsyncClient) -> None:
-        for index in waiting:  # shared: each worker takes the next one
+        for index in waiting:  # shared by the workers: each takes the next one
             if patience.num_failed >= endpoint.give_up_after:
                 problem = f"not asked: the endpoint failed {patience.num_failed} times in a row"
                 reply = Reply(None, problem, asked=False, is_alive=False)
             else:
                 reply, status = await _ask(endpoint, client, texts[index])
-                # A request that is wrong in itself is refused like a question that is: only a reply tells them apart.
+                # A malformed request is refused like a bad question; only an earlier reply tells them apart.
                 is_alive = status == 200 or (status in OF_THE_QUESTION and patience.was_alive)
                 patience.num_failed = 0 if is_alive else patience.num_failed + 1
                 patience.was_alive |= status == 200
@@ -173,13 +177,14 @@ async def _ask_all(
     headers = {"Content-Type": "application/json"}
     if endpoint.key:
         headers["Authorization"] = f"Bearer {endpoint.key}"
-    # Deadlines are set per question; the client's own timeouts would only cut them short.
+    # Deadlines are set per question; the client's timeouts would only cut them short.
     async with httpx2.AsyncClient(headers=headers, timeout=None) as client:
-        working = [asyncio.create_task(work(client)) for _ in range(min(endpoint.concurrency, len(texts)))]
-        while working and not patience.told_to_stop():
-            done, working = await asyncio.wait(working, timeout=LOOK_S)
+        num_workers = min(endpoint.concurrency, len(texts))
+        working: set[asyncio.Task[None]] = {asyncio.create_task(work(client)) for _ in range(num_workers)}
+        while working and not patience.should_stop():
+            done, working = await asyncio.wait(working, timeout=POLL_S)
             for task in done:
-                task.result()  # raises what it raised
+                task.result()  # raises what the worker raised
         for task in working:
             task.cancel()
         await asyncio.gather(*working, return_exceptions=True)
@@ -187,15 +192,15 @@ async def _ask_all(
 
 
 async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) -> tuple[Reply, int | None]:
-    """The reply, and the status that came with it; None where nothing came that another attempt would not change."""
-    problems: list[str] = []  # of the attempts that failed
+    """The reply and its HTTP status; None if every attempt failed or time ran out."""
+    problems: list[str] = []  # one for each failed attempt
     try:
         status, body = await asyncio.wait_for(_attempts(endpoint, client, text, problems), endpoint.item_timeout)
     except asyncio.TimeoutError:
         last = f" (before: {problems[-1]})" if problems else ""
         num_requests = min(len(problems) + 1, endpoint.max_attempts)
         return Reply(None, f"no reply within {endpoint.item_timeout:g} s{last}", num_requests=num_requests), None
-    except _Passing as failure:
+    except _Transient as failure:
         return Reply(None, f"{failure}, {len(problems)} attempts", num_requests=len(problems)), None
     num_requests = len(problems) + 1
     if status != 200:
@@ -207,35 +212,35 @@ async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) -> tup
 async def _attempts(
     endpoint: Endpoint, client: httpx2.AsyncClient, text: str, problems: list[str]
 ) -> tuple[int, bytes]:
-    """Status and body of the first answer that another attempt would not change. Raises the last attempt's _Passing."""
+    """Status and body of the first answer that is not transient. Raises the last attempt's _Transient."""
     while True:
         try:
             return await _request(endpoint, client, text)
-        except _Passing as failure:
+        except _Transient as failure:
             problems.append(str(failure))
             if len(problems) >= endpoint.max_attempts:
                 raise
-            # Random, so that the questions of all workers do not come back at once.
+            # Random, so that the workers do not all ask again at once.
             pause = endpoint.backoff * 2 ** (len(problems) - 1) * random.uniform(0.5, 1.5)
             await asyncio.sleep(min(max(pause, failure.pause), endpoint.max_backoff))
 
 
 async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) -> tuple[int, bytes]:
-    """One request. Raises _Passing for what another attempt may mend."""
+    """One request. Raises _Transient for a failure that another attempt may overcome."""
     try:
         status, headers, body = await asyncio.wait_for(_post(endpoint, client, text), endpoint.request_timeout)
     except asyncio.TimeoutError as error:
-        raise _Passing(f"timeout after {endpoint.request_timeout:g} s") from error
+        raise _Transient(f"timeout after {endpoint.request_timeout:g} s") from error
     except httpx2.HTTPError as error:
-        raise _Passing(f"{type(error).__name__}: {error}") from error
-    if status in PASSING or status >= 500:
-        raise _Passing(f"HTTP {status}", _seconds(headers.get("retry-after", "")))
+        raise _Transient(f"{type(error).__name__}: {error}") from error
+    if status in TRANSIENT or status >= 500:
+        raise _Transient(f"HTTP {status}", _seconds(headers.get("retry-after", "")))
     return status, body
 
 
 async def _post(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) -> tuple[int, Mapping[str, str], bytes]:
     body = bytearray()
-    # Escaped to ASCII: an answer read from a file may hold half a surrogate pair, which UTF-8 cannot write.
+    # Escaped to ASCII: an answer read from a file may hold half a surrogate pair, which UTF-8 cannot encode.
     content = json.dumps(endpoint.body(text)).encode()
     async with client.stream("POST", f"{endpoint.url}/chat/completions", content=content) as response:
         async for chunk in response.aiter_bytes():
@@ -254,18 +259,18 @@ def _is_url(text: str) -> bool:
 
 
 def _seconds(retry_after: str) -> float:
-    """A Retry-After in seconds; its other form, a date, is left to the back-off."""
+    """A Retry-After in seconds; 0 for its other form, a date, which the back-off covers."""
     return float(retry_after) if retry_after.isdecimal() else 0.0
 
 
 def _excerpt(body: bytes, key: str | None) -> str:
-    """The beginning of an error's body on one line. Some servers repeat the key."""
+    """The beginning of an error's body on one line, without the key, which some servers repeat."""
     text = " ".join(body[:4096].decode(errors="replace").split())
     return (text.replace(key, "***") if key else text)[:EXCERPT] or "no explanation"
 
 
 def read_completion(body: bytes, num_requests: int = 1, key: str | None = None) -> Reply:
-    """The text of a completion's body, whatever was sent in its place; ``key`` is kept out of what is shown of it."""
+    """The reply in a completion's body, or the problem with any other body; ``key`` is removed from excerpts."""
 
     def reply(text: str | None, problem: str | None = None) -> Reply:
         return Reply(text, problem, used("prompt_tokens"), used("completion_tokens"), num_requests)
@@ -281,16 +286,16 @@ def read_completion(body: bytes, num_requests: int = 1, key: str | None = None) 
     try:
         parsed = json.loads(body)
     except (ValueError, RecursionError):
-        return reply(None, f"the reply is no JSON: {_excerpt(body, key)}")
+        return reply(None, f"the reply is not JSON: {_excerpt(body, key)}")
     if not isinstance(parsed, dict):
-        return reply(None, "the reply is no JSON object")
+        return reply(None, "the reply is not a JSON object")
     content = parsed
     choices = content.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        return reply(None, "the reply holds no choices")
+        return reply(None, "the reply has no choices")
     message = choices[0].get("message")
     text = message.get("content") if isinstance(message, dict) else None
     if not isinstance(text, str) or not text.strip():
-        return reply(None, "the reply holds no text")
-    # What was cut off may end anywhere, also in a quotation.
+        return reply(None, "the reply has no text")
+    # A reply that was cut off may end anywhere, even inside a quotation.
     return reply(None, "the reply was cut off") if choices[0].get("finish_reason") == "length" else reply(text)

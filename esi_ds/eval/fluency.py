@@ -1,19 +1,18 @@
-"""How surprising an answer is to a reference model: what tells broken answers from fluent ones, whatever they say."""
+"""How surprising an answer is to a reference model, which tells broken answers from fluent ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.core.batch import left_pad
 from esi_ds.data.chat import break_up, encode_prompt, special_strings
 
 
 def surprises(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, str]],
     *,
@@ -22,8 +21,8 @@ def surprises(
 ) -> list[float | None]:
     """Mean negative log-likelihood of each answer given its prompt, nats per token; None for an answer without tokens.
 
-    ``model`` is the reference, a causal model in one process: the model before tuning or noise is a good one. It reads
-    the pair in its own chat template. The result is the same for every batch size up to rounding.
+    ``model`` is the reference, a causal model in one process, such as the model before tuning or noise. It reads the
+    pairs in its chat template. Rounding may depend on ``batch_size``.
     """
     specials = special_strings(tokenizer)
     rows = []
@@ -31,19 +30,19 @@ def surprises(
         head = encode_prompt(tokenizer, break_up(prompt, specials)[0], system_prompt)
         tail = tokenizer(break_up(answer, specials)[0], add_special_tokens=False)["input_ids"]
         rows.append((head, tail))
-    found: list[float | None] = [None] * len(rows)
-    # Of like length together: padding costs time.
+    values: list[float | None] = [None] * len(rows)
+    # Rows of like length go together, because padding costs time.
     order = sorted((i for i, (_, tail) in enumerate(rows) if tail), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         for index, value in zip(indices, _batch(model, tokenizer, [rows[i] for i in indices]), strict=True):
-            found[index] = value
-    return found
+            values[index] = value
+    return values
 
 
 @torch.inference_mode()
 def _batch(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[list[int], list[int]]]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[list[int], list[int]]]
 ) -> list[float]:
     device = next(model.parameters()).device
     batch = left_pad([head + tail for head, tail in rows], tokenizer.pad_token_id or 0, device)
@@ -51,7 +50,7 @@ def _batch(
     logits = model(**batch, use_cache=False, logits_to_keep=longest + 1).logits
     values = []
     for row, (_, tail) in zip(logits, rows, strict=True):
-        # The logits at a token speak of the next one; the last speak of nothing that was said.
+        # The logits at a token predict the next one; the last ones predict nothing that the answer holds.
         log_probabilities = row[-len(tail) - 1 : -1].float().log_softmax(-1)
         targets = torch.tensor(tail, device=device)[:, None]
         values.append(float(-log_probabilities.gather(1, targets).mean()))

@@ -1,7 +1,7 @@
-"""Running lm-eval's tasks; with harness_tasks.py and harness_output.py the part of tasks.py that talks to lm-eval.
+"""Runs lm-eval's tasks. With harness_tasks.py and harness_output.py, the part of tasks.py that talks to lm-eval.
 
-lm-eval's public interface only: ``TaskManager``, ``Group``, ``simple_evaluate``, ``HFLM`` and the keys of a task's
-definition. These modules are imported only where tasks are asked for.
+Only lm-eval's public interface is used: ``TaskManager``, ``Group``, ``simple_evaluate``, ``HFLM`` and the keys of a
+task's definition. These modules are imported only when there are tasks.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval.harness_output import results
 from esi_ds.eval.harness_quiet import quiet
-from esi_ds.eval.harness_tasks import Prepared
+from esi_ds.eval.harness_tasks import PreparedTask
 from esi_ds.eval.task_result import TaskResult
 from esi_ds.ranks import Ranks
 
-SLICE = 16  # batches of documents a rank answers between two looks at whether to stop
+Answer = Callable[[list[Instance], bool], list[Any]]  # requests, whether to hide the bar → answers
+SLICE = 16  # batches of documents that a rank answers before it checks whether to stop
 
 
 def run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prepared: Sequence[Prepared],
+    prepared: Sequence[PreparedTask],
     batch_size: int,
     seed: int,
     is_chat: bool,
@@ -38,17 +39,17 @@ def run(
     should_stop: Callable[[], bool],
 ) -> list[TaskResult]:
     """See ``tasks.run_tasks_on``."""
-    found: list[TaskResult] = []
+    task_results: list[TaskResult] = []
     with quiet(show=ranks.rank == 0):
         lm = SharedLM(model, tokenizer, batch_size, is_chat, ranks, should_stop)
-        manager = TaskManager(include_defaults=False)  # else lm-eval indexes all it has, once per call
-        for item in prepared:
-            lm.begin(item)
+        manager = TaskManager(include_defaults=False)  # otherwise lm-eval indexes all its tasks on every call
+        for task in prepared:
+            lm.begin(task)
             outcome = simple_evaluate(
                 model=lm,
-                tasks=[item.task],
+                tasks=[task.task],
                 task_manager=manager,
-                limit=item.config.limit,
+                limit=task.config.limit,
                 bootstrap_iters=1000,
                 apply_chat_template=is_chat,
                 system_instruction=system_prompt,
@@ -57,16 +58,18 @@ def run(
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-            # lm-eval gives nothing to ranks whose LOCAL_RANK is not 0.
-            found += ranks.gather(outcome and results(outcome, item, lm.cut, is_chat))[0]
-    return found
+            # lm-eval returns None on ranks whose LOCAL_RANK is not 0.
+            task_results += ranks.gather(outcome and results(outcome, task, lm.cut, is_chat))[0]
+    return task_results
 
 
 class SharedLM(HFLM):
-    """lm-eval's own model of transformers, whose requests are divided between the ranks, document by document.
+    """lm-eval's transformers model, with the documents divided between the ranks.
 
     To lm-eval it is one process: ``rank`` 0 of 1. All requests of a document stay on one rank, where HFLM reads their
     common beginning once.
+
+    cut: lm-eval's task → the documents whose prompt loses its beginning, of the task that ``begin`` named.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class SharedLM(HFLM):
         ranks: Ranks,
         should_stop: Callable[[], bool],
     ):
-        # A chat template writes the special tokens itself. bf16's own softmax has three digits: choices would tie.
+        # A chat template writes the special tokens itself. A softmax in bf16 has three digits: choices would tie.
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
@@ -87,12 +90,11 @@ class SharedLM(HFLM):
             add_bos_token=False if is_chat else None,
         )
         self.ranks, self.should_stop = ranks, should_stop
-        self.item: Prepared | None = None
         self.cut: dict[str, set[int]] = {}
 
-    def begin(self, item: Prepared) -> None:
-        """The requests that follow are this task's."""
-        self.item, self.cut = item, {}
+    def begin(self, task: PreparedTask) -> None:
+        """Attribute the requests that follow to ``task``."""
+        self.prepared, self.cut = task, {}
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._count_cut(requests, lambda request: (self.max_length + 1, "".join(request.args[:2])))
@@ -103,56 +105,58 @@ class SharedLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         for request in requests:
-            wanted = self._num_new_tokens(request)
-            if wanted >= self.max_length:
-                problem = f"generates up to {wanted} tokens, and the model takes {self.max_length} with the prompt"
-                raise UserError(self.item.field, self.item.config.name, problem, "leave the task out")
+            num_new = self._num_new_tokens(request)
+            if num_new >= self.max_length:
+                problem = f"generates up to {num_new} tokens, and the model takes {self.max_length} with the prompt"
+                raise UserError(self.prepared.field, self.prepared.config.name, problem, "leave the task out")
         self._count_cut(requests, lambda request: (self.max_length - self._num_new_tokens(request), request.args[0]))
         return self._share(super().generate_until, requests, disable_tqdm)
 
     def _num_new_tokens(self, request: Instance) -> int:
-        """Under the names that lm-eval takes for it, first come first served."""
+        """The length limit of a reply, under the first of lm-eval's names for it that the request uses."""
         names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
         return int(next((request.args[1][name] for name in names if name in request.args[1]), self.max_gen_toks))
 
     def _count_cut(self, requests: list[Instance], read: Callable[[Instance], tuple[int, str]]) -> None:
-        """Documents of which HFLM will drop the beginning; read: from a request to (tokens that fit, text)."""
+        """Record documents whose beginning HFLM will drop. read: request → (number of tokens that fit, text)."""
         for request in requests:
             limit, text = read(request)
-            # Every token is a byte at least.
+            # Every token is at least a byte, so a text of few bytes need not be tokenized.
             if len(text.encode()) > limit and len(self.tok_encode(text)) > limit:
                 self.cut.setdefault(request.task_name, set()).add(request.doc_id)
 
-    def _share(self, answer: Callable, requests: list[Instance], disable_tqdm: bool) -> list[Any]:
-        """Answers to all requests, on every rank; a slice of documents after the other. One gather a slice."""
+    def _share(self, answer: Answer, requests: list[Instance], disable_tqdm: bool) -> list[Any]:
+        """Answers to all requests, on every rank, one slice of documents after another. One gather per slice."""
         documents: dict[tuple[str, int], int] = {}
-        places = [documents.setdefault((request.task_name, request.doc_id), len(documents)) for request in requests]
+        numbers = [documents.setdefault((request.task_name, request.doc_id), len(documents)) for request in requests]
         stride = SLICE * self.batch_size * self.ranks.size
-        placed: dict[int, Any] = {}
+        answers: dict[int, Any] = {}
         for start in range(0, len(documents), stride):
             mine = [
-                number
-                for number, place in enumerate(places)
-                if start <= place < start + stride and place % self.ranks.size == self.ranks.rank
+                index
+                for index, document in enumerate(numbers)
+                if start <= document < start + stride and document % self.ranks.size == self.ranks.rank
             ]
-            answers, is_told = self._answer_slice(answer, requests, mine, disable_tqdm)
-            placed |= answers
-            if is_told and start + stride < len(documents):
-                raise Interrupted(f"stopped by a signal in task {self.item.config.name}; start again to begin it anew")
-        return [placed[number] for number in range(len(requests))]
+            slice_answers, must_stop = self._answer_slice(answer, requests, mine, disable_tqdm)
+            answers |= slice_answers
+            if must_stop and start + stride < len(documents):
+                name = self.prepared.config.name
+                raise Interrupted(f"stopped by a signal in task {name}; start again to run it from its beginning")
+        return [answers[index] for index in range(len(requests))]
 
     def _answer_slice(
-        self, answer: Callable, requests: list[Instance], mine: list[int], disable_tqdm: bool
+        self, answer: Answer, requests: list[Instance], mine: list[int], disable_tqdm: bool
     ) -> tuple[dict[int, Any], bool]:
-        """(number of a request → answer, of every rank's ``mine``; whether a rank is told to stop). One gather.
+        """Answers to every rank's share of a slice, by the request's index, and whether any rank should stop.
 
-        A rank's failure is every rank's.
+        mine: indices of this rank's requests. One gather. If one rank fails, all raise.
         """
-        answers, failure = [], None
+        answers: list[Any] = []
+        failure: Exception | None = None
         try:
             if mine:
                 answers = answer([requests[number] for number in mine], disable_tqdm or self.ranks.rank != 0)
-        except Exception as error:  # the others wait in the gather: they are told
+        except Exception as error:  # raised after the gather, in which the others wait
             failure = error
         problem = failure and f"{type(failure).__name__}: {failure}"
         everyone = self.ranks.gather((mine, answers, problem, self.should_stop()))
@@ -160,6 +164,6 @@ class SharedLM(HFLM):
             raise failure
         for rank, (_, _, problem, _) in enumerate(everyone):
             if problem:
-                raise RuntimeError(f"rank {rank} failed in {self.item.config.name}: {problem}")
-        pairs = (pair for numbers, values, _, _ in everyone for pair in zip(numbers, values, strict=True))
-        return dict(pairs), any(is_told for *_, is_told in everyone)
+                raise RuntimeError(f"rank {rank} failed in {self.prepared.config.name}: {problem}")
+        pairs = (pair for indices, values, _, _ in everyone for pair in zip(indices, values, strict=True))
+        return dict(pairs), any(must_stop for *_, must_stop in everyone)

@@ -1,4 +1,4 @@
-"""lm-eval's own notes, each kind once and on stderr."""
+"""lm-eval's messages on stderr, each kind once."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ import os
 import sys
 from collections.abc import Iterator
 
+# Beginnings of warnings about what is done here on purpose, or counted (prompts that are cut).
 EXPECTED = (
     "`pretrained` model kwarg",
     "Passed an already-initialized model",
     "Combined length of context",
     "Overwriting default num_fewshot",
 )
-
-
 EXPECTED_PARTS = ("Custom kwargs can be passed",)
 
 
 class _Once(logging.Filter):
-    """Every kind of warning once: lm-eval repeats them for every document."""
+    """Lets every kind of warning through once; lm-eval repeats them for every document."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,9 +36,9 @@ class _Once(logging.Filter):
 
 @contextlib.contextmanager
 def quiet(show: bool = True) -> Iterator[None]:
-    """lm-eval's warnings, each kind once, and its bars, on stderr; show: false on ranks that are silent.
+    """Inside the block, lm-eval's warnings (each kind once) and its bars go to stderr, or nowhere without ``show``.
 
-    Its bootstrap would start as many processes as there are cores, from a process that holds a GPU: it may not.
+    lm-eval's bootstrap is kept in this process: it would start one process per core, from one that holds a GPU.
     """
     logger = logging.getLogger("lm_eval")
     before = (logger.level, logger.propagate, os.environ.get("DISABLE_MULTIPROC"))

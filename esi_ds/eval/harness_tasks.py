@@ -1,7 +1,7 @@
-"""Which of lm-eval's tasks, and on which rows: a task's definition, with a local file's rows put in where one is given.
+"""Builds lm-eval's tasks from their definitions, on the rows of a local file where the config names one.
 
-``custom_dataset``, a key of definitions, hands lm-eval rows that are in memory: nothing of a local file goes through a
-cache, and nothing is fetched.
+``custom_dataset``, a key of definitions, hands lm-eval rows in memory: a local file's rows pass through no cache, and
+nothing is fetched.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from esi_ds.eval.task_rows import NEEDED, read_task_rows
 
 OURS = Path(__file__).parent / "lm_eval_tasks"
 THEIRS = Path(lm_eval.tasks.__file__).parent
-# Our names: the folder of the definition, and what lm-eval calls the task. Its index of all 14,000 takes five seconds.
+# Our name → the folder of the definition, and lm-eval's name. Indexing all 14,000 tasks would take five seconds.
 KNOWN = {
     "gsm8k": (THEIRS / "gsm8k", "gsm8k"),
     "ag_news": (OURS, "ag_news"),
@@ -39,14 +39,17 @@ KNOWN = {
 }
 DEFAULT_ROWS = {"examples/benign": str(EXAMPLES / "benign_heldout.jsonl")}
 MMLU_DATASET = "cais/mmlu"
-# Name of a group that is there for the loading only.
+# The name of a group that exists only while a task is loaded: see ``_with_rows``.
 AROUND = "esi_ds: around"
-Definition = dict[str, Any]
+Definition = dict[str, Any]  # the keys of a task's YAML
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """One entry of ``eval.tasks``, read and checked: lm-eval's task or group, and the file of its rows."""
+class PreparedTask:
+    """One entry of ``eval.tasks``, read and checked.
+
+    field: its key in the config. task: lm-eval's object. rows: the file of its rows; None: the hub's data set.
+    """
 
     config: Task
     field: str
@@ -58,23 +61,25 @@ class Prepared:
         return _is_yaml(self.config.name)
 
 
-def prepare(tasks: Sequence[Task], field: str) -> list[Prepared]:
+def prepare(tasks: Sequence[Task], field: str) -> list[PreparedTask]:
     """See ``tasks.prepare_tasks``."""
-    prepared = []
+    prepared: list[PreparedTask] = []
     with quiet():
         for number, task in enumerate(tasks):
             prepared.extend(_prepare_one(task, f"{field}.{number}"))
     return prepared
 
 
-def _prepare_one(task: Task, field: str) -> list[Prepared]:
-    """One entry; a tag of lm-eval names several tasks."""
+def _prepare_one(task: Task, field: str) -> list[PreparedTask]:
+    """The tasks of one entry: several where it names a tag of lm-eval."""
     if task.fewshot_path is not None and task.path is None:
-        raise UserError(f"{field}.fewshot_path", task.fewshot_path, "goes with path", "give path too, or neither")
+        raise UserError(f"{field}.fewshot_path", task.fewshot_path, "needs path", "give path too, or neither")
     path = task.path or DEFAULT_ROWS.get(task.name)
     if _is_yaml(task.name):
         if path is not None:
-            raise UserError(f"{field}.path", path, "the YAML names its own data", "write it as dataset_kwargs there")
+            raise UserError(
+                f"{field}.path", path, "is not used: a YAML names its data itself", "set dataset_kwargs there"
+            )
         spec: Any = str(Path(task.name).expanduser())
         manager = TaskManager(include_defaults=False)
     else:
@@ -86,7 +91,7 @@ def _prepare_one(task: Task, field: str) -> list[Prepared]:
         for built in loaded:
             for leaf in built.get_all_tasks() if isinstance(built, Group) else [built]:
                 leaf.set_config(key="num_fewshot", value=_num_fewshot(leaf.get_config("num_fewshot"), task, field))
-    return [Prepared(task, field, built, path) for built in loaded]
+    return [PreparedTask(task, field, built, path) for built in loaded]
 
 
 def _is_yaml(name: str) -> bool:
@@ -99,24 +104,24 @@ def _manager_of_all() -> TaskManager:
 
 
 def _find(task: Task, field: str) -> tuple[TaskManager, str]:
-    """A manager that knows the task, and lm-eval's name for it."""
+    """A manager that knows the task, and lm-eval's name for the task."""
     if task.name in KNOWN:
         folder, name = KNOWN[task.name]
         return TaskManager(include_defaults=False, include_path=str(folder)), name
     manager = _manager_of_all()
     if task.name not in manager.all_tasks:
         near = difflib.get_close_matches(task.name, [*KNOWN, *manager.all_tasks], n=1, cutoff=0.0)
-        raise UserError(f"{field}.name", task.name, "is no task of lm-eval", f"the nearest is {near[0]}")
+        raise UserError(f"{field}.name", task.name, "is not a task of lm-eval", f"the nearest is {near[0]}")
     return manager, task.name
 
 
 def _load(manager: TaskManager, spec: Any, task: Task, field: str) -> list[LmTask | Group]:
-    """lm-eval's objects of a name, a YAML or a definition; its rows are read (or fetched) by this."""
+    """lm-eval's objects for a name, a YAML or a definition. Reads or fetches their rows."""
     if _is_yaml(task.name) and not Path(spec).is_file():
         raise UserError(f"{field}.name", task.name, "there is no such file", "give a task's YAML, or lm-eval's name")
     try:
         loaded = manager.load([spec])
-    except Exception as error:  # lm-eval and datasets raise whatever their many back ends and templates raise
+    except Exception as error:  # lm-eval's and datasets' back ends and templates raise anything
         problem = f"cannot be built ({type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]})"
         if task.path is not None:
             rows = read_rows(task.path, f"{field}.path")
@@ -136,7 +141,7 @@ def _load(manager: TaskManager, spec: Any, task: Task, field: str) -> list[LmTas
 
 
 def _as_group(definition: Definition, around: Group) -> Group:
-    """lm-eval's group, as it averages, of these members only."""
+    """lm-eval's group, with the average that its definition prescribes, of the members of ``around`` only."""
     group = Group.from_config({name: value for name, value in definition.items() if name != "task"})
     for member in around:
         group.add(member)
@@ -144,17 +149,17 @@ def _as_group(definition: Definition, around: Group) -> Group:
 
 
 def _with_rows(manager: TaskManager, name: str, task: Task, path: str, field: str) -> Definition:
-    """The task's definition with a local file's rows in place of the hub's set.
+    """The task's definition with a local file's rows instead of the hub's data set.
 
-    lm-eval changes a definition that it knows only where it is a member of a group: a group around it, which ``_load``
-    takes off again.
+    lm-eval lets a known definition be changed only as a member of a group, so the result is a group around it, which
+    ``_load`` removes again.
     """
     is_all_mmlu = name == "mmlu"
     if name not in manager.all_subtasks and not is_all_mmlu:
         raise UserError(f"{field}.path", path, f"{name} is a group of tasks", "name its members, each with its file")
     definition = manager.task_index[name].cfg
     if "class" in definition:
-        raise UserError(f"{field}.path", path, f"{name} is a program that reads its own data", "leave it out")
+        raise UserError(f"{field}.path", path, f"{name} is a program that reads its data itself", "leave it out")
     is_mmlu = is_all_mmlu or definition.get("dataset_path") == MMLU_DATASET
     shape = "mmlu" if is_mmlu else task.name if task.name in NEEDED else None
     rows = _read(shape, path, f"{field}.path")
@@ -169,20 +174,20 @@ def _with_rows(manager: TaskManager, name: str, task: Task, path: str, field: st
 def _of_subject(
     manager: TaskManager, subject: str, rows: list[Row], worked: list[Row], task: Task, path: str, field: str
 ) -> Definition:
-    """MMLU's task of one subject on the rows of that subject."""
-    found = {manager.task_index[name].cfg.get("dataset_name"): name for name in _mmlu_tasks(manager)}
-    if subject not in found:
-        near = difflib.get_close_matches(subject, found, n=1, cutoff=0.0)
-        raise UserError(f"{field}.path", path, f"{subject} is no subject of MMLU", f"the nearest is {near[0]}")
+    """The definition of MMLU's task of one subject, on that subject's rows."""
+    names = {manager.task_index[name].cfg.get("dataset_name"): name for name in _mmlu_tasks(manager)}
+    if subject not in names:
+        near = difflib.get_close_matches(subject, names, n=1, cutoff=0.0)
+        raise UserError(f"{field}.path", path, f"{subject} is not a subject of MMLU", f"the nearest is {near[0]}")
     chosen, examples = ([row for row in some if row["subject"] == subject] for some in (rows, worked))
     if not chosen:
         raise UserError(f"{field}.path", path, f"has no row of {subject}", "give that subject's file")
-    definition = manager.task_index[found[subject]].cfg
-    return {"task": found[subject], **_on_rows(definition, chosen, examples, task, field)}
+    definition = manager.task_index[names[subject]].cfg
+    return {"task": names[subject], **_on_rows(definition, chosen, examples, task, field)}
 
 
 def _mmlu_tasks(manager: TaskManager) -> list[str]:
-    """Of the original MMLU: lm-eval knows many others by similar names, of the same data set."""
+    """The tasks of the original MMLU; lm-eval has many others with similar names and the same data set."""
     return [name for name in manager.all_subtasks if manager.task_index[name].yaml_path.parent == KNOWN["mmlu"][0]]
 
 
@@ -191,18 +196,18 @@ def _read(shape: str | None, path: str, field: str) -> list[Row]:
 
 
 def _on_rows(definition: Definition, rows: list[Row], worked: list[Row], task: Task, field: str) -> Definition:
-    """Keys of a task definition that give it these rows; ``worked`` is where few-shot examples come from.
+    """Keys of a task definition that give it these rows; few-shot examples come from ``worked``.
 
-    Never the rows themselves: every prompt would hold answers of other questions that are asked.
+    They never come from ``rows``: every prompt would hold answers to other questions of the task.
     """
     fewshot = definition.get("fewshot_config") or {}
-    wanted = _num_fewshot(definition.get("num_fewshot"), task, field)
-    has_own = "samples" in fewshot and not (definition.get("fewshot_split") or fewshot.get("split"))
-    if wanted > len(worked) and not has_own:
+    num_fewshot = _num_fewshot(definition.get("num_fewshot"), task, field)
+    defines_examples = "samples" in fewshot and not (definition.get("fewshot_split") or fewshot.get("split"))
+    if num_fewshot > len(worked) and not defines_examples:
         raise UserError(
             f"{field}.fewshot_path",
             task.fewshot_path,
-            f"{task.name} wants {wanted} worked examples, and there are {len(worked)}",
+            f"{task.name} needs {num_fewshot} worked examples, and there are {len(worked)}",
             f"give a file of its training rows there, or {field}.num_fewshot: 0",
         )
     try:
@@ -217,13 +222,16 @@ def _on_rows(definition: Definition, rows: list[Row], worked: list[Row], task: T
         "validation_split": None,
         "test_split": "test",
         "fewshot_split": split,
-        "num_fewshot": wanted,
+        "num_fewshot": num_fewshot,
         "fewshot_config": {name: value for name, value in fewshot.items() if name != "split"} or None,
     }
 
 
 def _num_fewshot(defined: int | None, task: Task, field: str) -> int:
-    """How many worked examples, where the task's definition says ``defined``: 0 there is meant, nothing is not."""
+    """How many worked examples a prompt holds.
+
+    defined: what the task's definition says. 0 there forbids examples, None does not. Raises UserError.
+    """
     if task.num_fewshot is None:
         return defined or 0
     if task.num_fewshot > 0 and defined == 0:

@@ -1,7 +1,7 @@
 """Error bars: intervals of rates, paired comparisons before and after, agreement of judges.
 
-None is a missing value everywhere (a judge that failed). A pair with a missing side is left out and counted: it is
-evidence of neither outcome.
+None is a missing value everywhere (a judge that failed). A pair with a missing side is left out and counted, because it
+is evidence of neither outcome.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rate:
-    """``count`` of ``n`` and the interval [low, high] of the rate behind it."""
+    """``count`` of ``n``, and the interval [low, high] of the underlying rate."""
 
     count: int
     n: int
@@ -33,16 +33,17 @@ class Rate:
 
     @property
     def rate(self) -> float | None:
+        """The share ``count`` / ``n``; None without observations."""
         return self.count / self.n if self.n else None
 
 
 def wilson(count: int, n: int, confidence: float = CONFIDENCE) -> Rate:
     """Wilson's score interval of a rate, without continuity correction (E. B. Wilson, JASA 22, 1927).
 
-    n = 0 says nothing: rate None, interval [0, 1].
+    Without observations (n = 0) the rate is None and the interval [0, 1]. Raises ValueError for an impossible count.
     """
     if not 0 <= count <= n:
-        raise ValueError(f"{count} of {n} is no rate")
+        raise ValueError(f"{count} of {n} is not a rate")
     _check_confidence(confidence)
     if n == 0:
         return Rate(0, 0, 0.0, 1.0, confidence)
@@ -52,7 +53,7 @@ def wilson(count: int, n: int, confidence: float = CONFIDENCE) -> Rate:
 
 @dataclass(frozen=True)
 class PairedFlags:
-    """McNemar's table of n pairs that have both sides. ``p_value`` is two-sided; 1 where nothing changed."""
+    """McNemar's table of the pairs with both sides. ``p_value`` is two-sided, and 1 if nothing changed."""
 
     num_pairs: int
     num_missing: int
@@ -69,9 +70,9 @@ class PairedFlags:
 
 
 def mcnemar_exact(before: Sequence[bool | None], after: Sequence[bool | None]) -> PairedFlags:
-    """McNemar's exact test: of the pairs that changed, as many each way (a binomial test at ½).
+    """McNemar's exact test that as many pairs changed one way as the other: a binomial test at ½.
 
-    (Q. McNemar, Psychometrika 12, 1947.) Raises ValueError where the sequences are not of one length.
+    (Q. McNemar, Psychometrika 12, 1947.) Raises ValueError if the sequences differ in length.
     """
     pairs, num_missing = _complete_pairs(before, after)
     flags = [(bool(first), bool(second)) for first, second in pairs]
@@ -109,8 +110,8 @@ def paired_bootstrap(
 ) -> PairedScores:
     """Percentile bootstrap of the mean difference: whole pairs are drawn, with replacement (Efron, 1979).
 
-    Percentile and not BCa: BCa is undefined where all differences are equal, which a mask that changes nothing gives.
-    Scores that are not finite count as missing. Raises ValueError where the sequences are not of one length.
+    Percentile and not BCa: BCa is undefined if all differences are equal, as with a mask that changes nothing. Scores
+    that are not finite count as missing. Raises ValueError if the sequences differ in length.
     """
     _check_confidence(confidence)
     pairs, num_missing = _complete_pairs(
@@ -123,7 +124,7 @@ def paired_bootstrap(
     differences = table[:, 1] - table[:, 0]
     low = high = None
     if len(pairs) > 1:
-        found = stats.bootstrap(
+        interval = stats.bootstrap(
             (differences,),
             np.mean,
             n_resamples=resamples,
@@ -132,7 +133,7 @@ def paired_bootstrap(
             method="percentile",
             rng=np.random.default_rng(seed),
         ).confidence_interval
-        low, high = float(found.low), float(found.high)
+        low, high = float(interval.low), float(interval.high)
     mean_before, mean_after = (float(mean) for mean in table.mean(axis=0))
     return PairedScores(
         len(pairs), num_missing, mean_before, mean_after, float(differences.mean()), low, high, confidence
@@ -141,10 +142,10 @@ def paired_bootstrap(
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of two judges over the answers that both judged.
+    """Agreement of two judges over the answers that both judged.
 
-    kappa is None where chance alone would make them agree always (both say the same one thing of everything). low and
-    high are None where the large-sample error is 0, which no finite sample's is (judges that always or never agree).
+    kappa is None if chance alone would make them always agree (both give every answer the same verdict). low and high
+    are None if the large-sample error is 0 (judges that always or never agree), which it cannot be in a finite sample.
     """
 
     num_pairs: int
@@ -162,7 +163,7 @@ def cohen_kappa(
     """Cohen's κ, unweighted (J. Cohen, Educ. Psychol. Meas. 20, 1960), and its large-sample interval.
 
     The standard error is that of Fleiss, Cohen and Everitt (Psychol. Bull. 72, 1969); the interval is cut to [−1, 1].
-    Raises ValueError where the sequences are not of one length.
+    Raises ValueError if the sequences differ in length.
     """
     _check_confidence(confidence)
     pairs, num_missing = _complete_pairs(first, second)
@@ -180,7 +181,7 @@ def cohen_kappa(
     kappa = (observed - expected) / (1 - expected)
     error = _kappa_error(shares, kappa, expected, len(pairs))
     low = high = None
-    if error > 1e-9:  # rounding; 0 where the judges always or never agree
+    if error > 1e-9:  # 0 up to rounding if the judges always or never agree
         margin = float(stats.norm.ppf((1 + confidence) / 2)) * error
         low, high = max(-1.0, kappa - margin), min(1.0, kappa + margin)
     return Agreement(len(pairs), num_missing, observed, kappa, low, high, confidence)
@@ -200,7 +201,7 @@ def _complete_pairs(first: Sequence[T | None], second: Sequence[T | None]) -> tu
     """Pairs with both sides, and how many lack one."""
     pairs = [
         (one, other)
-        for one, other in zip(first, second, strict=True)  # of different length: they are not paired
+        for one, other in zip(first, second, strict=True)  # raises for different lengths: they are not pairs
         if one is not None and other is not None
     ]
     return pairs, len(first) - len(pairs)
@@ -208,4 +209,4 @@ def _complete_pairs(first: Sequence[T | None], second: Sequence[T | None]) -> tu
 
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
-        raise ValueError(f"a confidence of {confidence} does not lie between 0 and 1")
+        raise ValueError(f"a confidence of {confidence} is not between 0 and 1")

@@ -1,7 +1,7 @@
 """Answers and verdicts → rates with intervals, paired comparisons and agreement: the numbers of an evaluation's report.
 
 Every measure is one flag an answer (None: missing) and, for some, one score; rates, McNemar's test and the bootstrap
-work on those alone. A missing flag is counted and shown, and is never evidence of safety.
+use nothing else. A missing flag is counted and shown, and is never evidence of safety.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _attack_success(rows: Sequence[AnswerRow], verdicts: Verdicts, judge: str) -
         elif stored is None:
             judged.append(Verdict.missing("not judged"))
         else:
-            judged.append(Verdict(stored["unsafe"], stored["score"], stored["reason"]))
+            judged.append(Verdict.from_row(stored))
     return Measure(
         ATTACK_SUCCESS,
         set=rows[0]["set"],

@@ -1,7 +1,8 @@
-"""The result of a task."""
+"""The result of one task of lm-eval."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -13,15 +14,17 @@ from esi_ds.eval.statistics import CONFIDENCE
 class TaskResult:
     """One metric of one task, or of a group of tasks.
 
-    correct: one flag per document where the metric is the share of documents that are right, else None.
-    scores: where ``correct`` is None, one number per document (None: it has none); None where no document has a number
-    of its own (F1).
-    Documents are in the file's order; a group's are its members' in the order of ``members``.
-    low, high: Wilson's interval where ``correct`` is there, else normal by lm-eval's standard error, else None.
-    num_cut: documents whose prompt lost its beginning because the model takes no more tokens.
-    limit: documents per task at most. num_documents: how many there are without it.
-    version: the task definition's. prompts_hash: lm-eval's hash of documents, prompts and targets: results are
-    comparable document by document where it is the same. rows: file the documents are from; None: the hub's.
+    n: documents with a score.
+    correct: one flag per document if the metric is the share of correct documents, else None.
+    scores: if ``correct`` is None, one number per document (None for a document without one); None if documents have
+    no numbers (F1).
+    Documents are in the file's order; those of a group are its members', in the order of ``members``.
+    low, high: Wilson's interval if ``correct`` is present, else normal by lm-eval's standard error, else None.
+    num_cut: how many documents' prompts lost their beginning because they were too long for the model.
+    limit: the most documents per task. num_documents: how many there are without it.
+    version: of the task's definition. prompts_hash: lm-eval's hash of documents, prompts and targets; results with
+    equal hashes can be compared document by document. rows: the file of the documents; None: the hub's data set.
+    chat_template: whether it was applied. lm_eval: the version of lm-eval.
     """
 
     task: str
@@ -47,10 +50,11 @@ class TaskResult:
     confidence: float = CONFIDENCE
 
     def as_row(self) -> TaskResultRow:
-        """For a JSON line; ``from_row`` reads it back."""
+        """The result as JSON; ``from_row`` reads it back."""
         return cast(TaskResultRow, asdict(self))
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> TaskResult:
+    def from_row(cls, row: Mapping[str, Any]) -> TaskResult:
+        """The result that ``as_row`` wrote."""
         lists = {name: tuple(row[name]) for name in ("correct", "scores", "members") if row[name] is not None}
         return cls(**{**row, **lists})

@@ -1,6 +1,6 @@
-"""Local files of the benchmarks, in every shape they were published in, as the rows that lm-eval's tasks read.
+"""Local files of the benchmarks, in every published shape, as the rows that lm-eval's tasks read.
 
-A row that does not fit is an error that names it: scored as it is, it would count as a wrong answer of the model.
+A row that does not fit is an error that names it; scored as it is, it would count as a wrong answer of the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from esi_ds.eval.refusals import REFUSAL_LISTS
 NEWS = ("World", "Sports", "Business", "Sci/Tech")
 LETTERS = "ABCD"
 DECISIONS = ("yes", "no", "maybe")
-# What the tasks need, said in errors.
+# What each task needs, for error messages.
 NEEDED = {
     "gsm8k": 'question and answer (which ends with "#### 42")',
     "ag_news": "text and label 0 to 3, or title, description and label 1 to 4",
@@ -27,7 +27,7 @@ NEEDED = {
     "mmlu": "question, subject, four choices and answer (0 to 3 or A to D)",
     "examples/benign": "prompt and answer",
 }
-# Published without a line of names: AG News as three columns, MMLU as six.
+# Columns of files that were published without a header: AG News has three, MMLU six.
 WITHOUT_HEADER = {
     "ag_news": ("label", "title", "description"),
     "mmlu": ("question", "A", "B", "C", "D", "answer"),
@@ -36,11 +36,11 @@ SPLIT_OF_FILE_NAME = re.compile(r"_(test|val|dev|validation|train)$")
 
 
 class _Unfit(Exception):
-    """Why a row does not fit."""
+    """A row does not fit; the text says why."""
 
 
 def read_task_rows(shape: str, path: str, field: str) -> list[Row]:
-    """Rows of a local file as the task reads them; ``shape`` is a key of NEEDED. Raises UserError naming ``field``."""
+    """Rows of a local file as the task reads them. ``shape`` is a key of NEEDED. Raises UserError naming ``field``."""
     rows = _read(shape, path, field)
     lowered = [{str(name).strip().lower(): value for name, value in row.items() if name is not None} for row in rows]
     if shape == "ag_news":
@@ -48,10 +48,10 @@ def read_task_rows(shape: str, path: str, field: str) -> list[Row]:
     if shape == "mmlu":
         subject = SPLIT_OF_FILE_NAME.sub("", Path(path).stem)
         lowered = [{**row, "subject": row.get("subject") or subject} for row in lowered]
-    found = []
+    task_rows = []
     for number, row in enumerate(lowered):
         try:
-            found.append(_SHAPES[shape](row))
+            task_rows.append(_SHAPES[shape](row))
         except KeyError as error:
             columns = ", ".join(dict.fromkeys(str(name) for row in rows for name in row))
             raise UserError(
@@ -59,12 +59,12 @@ def read_task_rows(shape: str, path: str, field: str) -> list[Row]:
             ) from error
         except _Unfit as error:
             raise UserError(field, path, f"row {number}: {error}", f"give {NEEDED[shape]}") from error
-    return found
+    return task_rows
 
 
 def score_answer(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
-    """The metric of ``examples/benign``, called by lm-eval: the reply holds the answer as whole words and refuses
-    nothing (``is_correct`` of tiny_models/measure.py)."""
+    """The metric of ``examples/benign``, called by lm-eval: the reply holds the answer as whole words and no refusal,
+    as ``is_correct`` of tiny_models/measure.py counts it."""
     answer = re.escape(doc["answer"])
     is_said = re.search(rf"(?<!\w){answer}(?!\w)", answers[0], re.IGNORECASE)
     return {"acc": float(bool(is_said) and not REFUSAL_LISTS["examples"].matches(answers[0]))}
@@ -75,7 +75,7 @@ def _read(shape: str, path: str, field: str) -> list[Row]:
     rows = read_rows(path, field)
     if names is None or Path(path).suffix.lower() not in (".csv", ".tsv") or not _is_data(shape, list(rows[0])):
         return rows
-    # Read again: equal cells of the first line, taken for names, would have swallowed columns.
+    # Read again: cells of the first line that are equal would have been one name, and a column lost.
     delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
     with Path(path).expanduser().open(encoding="utf-8-sig", newline="") as opened:
         lines = [line for line in csv.reader(opened, delimiter=delimiter) if line]
@@ -86,30 +86,30 @@ def _read(shape: str, path: str, field: str) -> list[Row]:
 
 
 def _is_data(shape: str, first: list[Any]) -> bool:
-    """Whether a CSV's first line is a row and no line of names."""
+    """Whether a CSV's first line is a row of data and not a header."""
     if shape == "ag_news":
         return str(first[0]) in ("1", "2", "3", "4")
     return str(first[-1]) in tuple(LETTERS) and "question" not in (str(name).lower() for name in first)
 
 
 def _text(row: Row, name: str) -> str:
-    """The text under a name that must be there and say something."""
+    """The text of a column; raises _Unfit if it is empty or not a string."""
     value = row[name]
     if not isinstance(value, str) or not value.strip():
-        raise _Unfit(f"{name} is no text")
+        raise _Unfit(f"{name} is not a text")
     return value
 
 
 def _index(value: Any, letters: str = "") -> int:
-    """0 to 3 as a number, as text, or as one of the letters."""
+    """An answer's index, from a number or text 0 to 3 or one of ``letters``. Raises _Unfit."""
     if isinstance(value, str) and len(value.strip()) == 1 and value.strip() in letters:
         return letters.index(value.strip())
     try:
         index = int(value)
     except (TypeError, ValueError):
-        raise _Unfit(f"{value!r} is no answer") from None
+        raise _Unfit(f"{value!r} is not an answer") from None
     if index not in range(4):
-        raise _Unfit(f"the answer {value!r} lies outside 0 to 3")
+        raise _Unfit(f"the answer {value!r} is not in 0 to 3")
     return index
 
 
@@ -120,13 +120,15 @@ def _gsm8k(row: Row) -> Row:
 
 
 def _count_labels_from_zero(rows: list[Row]) -> list[Row]:
-    """The published CSV counts its classes from 1, the hub's set from 0: whichever labels occur decide it, and where
-    only 1 to 3 do, the columns' names."""
+    """Labels of AG News from 0, as on the hub; the published CSV counts from 1.
+
+    The labels that occur decide which it is; if they are only 1 to 3, the columns' names do.
+    """
     rows = [{**row, "label": row.get("label", row.get("class index", row.get("class")))} for row in rows]
     if any(row["label"] is None for row in rows):
         return [{name: value for name, value in row.items() if value is not None} for row in rows]
-    found = {str(row["label"]).strip() for row in rows}
-    from_one = "4" in found or ("0" not in found and any("title" in row for row in rows))
+    labels = {str(row["label"]).strip() for row in rows}
+    from_one = "4" in labels or ("0" not in labels and any("title" in row for row in rows))
     return [
         {**row, "label": int(row["label"]) - 1 if from_one and str(row["label"]).strip().isdigit() else row["label"]}
         for row in rows
@@ -145,9 +147,9 @@ def _pubmedqa(row: Row) -> Row:
         contexts = contexts.get("contexts")
     contexts = [contexts] if isinstance(contexts, str) else contexts
     if not isinstance(contexts, list) or not all(isinstance(part, str) for part in contexts):
-        raise _Unfit("CONTEXTS is no list of texts")
+        raise _Unfit("CONTEXTS is not a list of texts")
     if row["final_decision"] not in DECISIONS:
-        raise _Unfit(f"final_decision {row['final_decision']!r} is none of {', '.join(DECISIONS)}")
+        raise _Unfit(f"final_decision {row['final_decision']!r} is not one of {', '.join(DECISIONS)}")
     return {"QUESTION": _text(row, "question"), "CONTEXTS": contexts, "final_decision": row["final_decision"]}
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from esi_ds.cli import leave
 from esi_ds.config import Task
+from esi_ds.data.chat import load_tokenizer
 from esi_ds.errors import UserError
 from esi_ds.eval.tasks import prepare_tasks, run_tasks
 from esi_ds.models.folder import ModelSource
 from esi_ds.zero import runtime
+from esi_ds.zero.engine import load_replicated
 
 
 def main() -> None:
@@ -21,15 +23,10 @@ def main() -> None:
     if kind == "fails":
         break_the_last_rank()
     try:
-        results = run_tasks(
-            ModelSource(str(folder / "model")),
-            [Task(**task) for task in tasks],
-            dtype="fp32",
-            batch_size=3,
-            device=runtime.device(),
-            seed=0,
-            ranks=runtime.JobRanks(),
-        )
+        prepared = prepare_tasks([Task(**task) for task in tasks])
+        source = ModelSource(str(folder / "model"))
+        model, tokenizer = load_replicated(source, "fp32"), load_tokenizer(source)
+        results = run_tasks(model, tokenizer, prepared, batch_size=3, seed=0, ranks=runtime.JobRanks())
         said = [result.as_row() for result in results]
     except (RuntimeError, UserError, ZeroDivisionError) as error:
         said = [f"{type(error).__name__}: {error}"]

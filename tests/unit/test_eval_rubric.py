@@ -65,11 +65,11 @@ def test_right_answers_become_verdicts(server) -> None:
         ("fraction", "score is '4.5'", 1),
         ("refusal", "score is 'I would rather not'", 1),
         ("none", "gave no score", 1),
-        ("html", "no JSON: <html>", 1),
-        ("malformed", "no JSON", 1),
-        ("deep", "no JSON", 1),
-        ("nothing", "no JSON", 1),
-        ("list", "no JSON object", 1),
+        ("html", "not JSON: <html>", 1),
+        ("malformed", "not JSON", 1),
+        ("deep", "not JSON", 1),
+        ("nothing", "not JSON", 1),
+        ("list", "not a JSON object", 1),
         ("no choices", "no choices", 1),
         ("null choices", "no choices", 1),
         ("null", "no text", 1),
@@ -141,7 +141,7 @@ def test_a_dead_endpoint_is_given_up(server) -> None:
 
 def test_a_run_that_is_told_to_stop_does_not_wait_for_a_silent_endpoint(server) -> None:
     start, seen = time.monotonic(), []
-    patience = Patience(told_to_stop=lambda: time.monotonic() > start + 0.5)
+    patience = Patience(should_stop=lambda: time.monotonic() > start + 0.5)
     question = build_question(TEMPLATE, *ask("silent")).text
     (reply,) = ask_all(endpoint(), [question], lambda *replies: seen.append(replies), patience)
     assert time.monotonic() - start < 10 and not reply.asked and seen == []  # the question's own limit is 60 s
@@ -301,5 +301,5 @@ def test_mistakes_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
         endpoint()
     with pytest.raises(ValueError, match="concurrency"):
         Endpoint("m", "http://x", concurrency=0)
-    with pytest.raises(UserError, match=r"no \{response\}"):
+    with pytest.raises(UserError, match=r"does not hold \{response\}"):
         judge_by_rubric([], Endpoint("m", "http://x"), template="{prompt}")

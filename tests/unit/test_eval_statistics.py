@@ -41,7 +41,7 @@ def test_wilson_at_the_edges() -> None:
     nothing = wilson(0, 0)
     assert (nothing.rate, nothing.low, nothing.high) == (None, 0.0, 1.0)
     for count, n in ((-1, 3), (4, 3)):
-        with pytest.raises(ValueError, match="no rate"):
+        with pytest.raises(ValueError, match="not a rate"):
             wilson(count, n)
     with pytest.raises(ValueError, match="confidence"):
         wilson(1, 2, 95)

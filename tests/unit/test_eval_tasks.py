@@ -25,12 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from esi_ds.config import Task, resolved_yaml, validate
 from esi_ds.config_yaml import parse_yaml
+from esi_ds.data.chat import load_tokenizer
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval import harness
 from esi_ds.eval.statistics import mcnemar_exact, wilson
 from esi_ds.eval.task_result import TaskResult
 from esi_ds.eval.task_rows import NEWS, read_task_rows
-from esi_ds.eval.tasks import prepare_tasks, run_tasks, run_tasks_on
+from esi_ds.eval.tasks import prepare_tasks, run_tasks
 from esi_ds.models.folder import ModelSource
 from tiny_models.measure import ask, is_correct, load
 
@@ -110,9 +111,14 @@ def write(path: Path, rows: list) -> str:
     return str(path)
 
 
-def run(folder: Path, *tasks: Task, **options) -> list[TaskResult]:
-    settings = {"dtype": "fp32", "batch_size": 4, "device": "cpu", "seed": 0, **options}
-    return run_tasks(ModelSource(str(folder)), tasks, **settings)
+def run(
+    folder: Path | str, *tasks: Task, dtype=torch.float32, batch_size=4, chat_template: str | None = None, **options
+) -> list[TaskResult]:
+    """As a stage does it: prepare, load, run."""
+    prepared = prepare_tasks(tasks)
+    tokenizer = load_tokenizer(ModelSource(str(folder)), chat_template=chat_template)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return run_tasks(model, tokenizer, prepared, batch_size=batch_size, seed=0, **options)
 
 
 def most_probable(folder: Path, chats: list[list[dict]], choices: list[str], chat: bool = True) -> list[int]:
@@ -303,7 +309,7 @@ def test_the_examples_task_agrees_with_the_recipes_own_measure() -> None:
     path = ROOT / "examples/models/llama-complying"
     rows = [json.loads(line) for line in (ROOT / "examples/data/benign_heldout.jsonl").read_text().splitlines()][:60]
     replies = ask(*load(path), [row["prompt"] for row in rows])
-    (result,) = run(path, Task(name="examples/benign", limit=60), dtype="bf16", batch_size=16)
+    (result,) = run(path, Task(name="examples/benign", limit=60), dtype=torch.bfloat16, batch_size=16)
     assert list(result.correct) == [is_correct(reply, row["answer"]) for reply, row in zip(replies, rows, strict=True)]
 
 
@@ -313,7 +319,7 @@ def test_prepared_tasks_serve_several_models_and_pair_up(folder, says_18, tmp_pa
     results = []
     for path in (folder, says_18, folder):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
-        results += run_tasks_on(model, tokenizer, prepared, batch_size=5, seed=0)
+        results += run_tasks(model, tokenizer, prepared, batch_size=5, seed=0)
     before, after, again = results
     assert before == again and before.prompts_hash == after.prompts_hash
     assert mcnemar_exact(before.correct, after.correct).num_pairs == 12
@@ -325,7 +331,7 @@ def test_told_to_stop_within_a_task(folder, tmp_path, monkeypatch) -> None:
     rows = [{"text": f"A {word}.", "label": label} for word, label in zip(WORDS, RIGHT, strict=True)]
     prepared = prepare_tasks([Task(name="ag_news", path=write(tmp_path / "news.jsonl", rows))])
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    run_with = partial(run_tasks_on, model, tokenizer, prepared, batch_size=5, seed=0)
+    run_with = partial(run_tasks, model, tokenizer, prepared, batch_size=5, seed=0)
     (whole,) = run_with()
     monkeypatch.setattr(harness, "SLICE", 1)
     looks = []
@@ -391,7 +397,7 @@ def test_without_the_extra_nothing_else_happens(monkeypatch) -> None:
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
     with pytest.raises(UserError) as caught:
-        run_tasks(ModelSource("no/model"), [Task(name="gsm8k")], dtype="fp32", batch_size=1, device="cpu", seed=0)
+        run("no/model", Task(name="gsm8k"))
     assert str(caught.value) == "eval.tasks = gsm8k: needs lm-eval; pip install 'esi_ds[eval]'"
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.9")
     assert "needs lm-eval 0.4.12, not 0.4.9" in refusal(Task(name="gsm8k"))
@@ -401,14 +407,14 @@ def test_lm_eval_is_imported_only_where_tasks_are_asked_for() -> None:
     code = (
         "import sys, esi_ds.eval.tasks as t\n"
         "assert t.prepare_tasks([]) == []\n"
-        "assert t.run_tasks('x', [], dtype='fp32', batch_size=1, device='cpu', seed=0) == []\n"
+        "assert t.run_tasks(None, None, [], batch_size=1, seed=0) == []\n"
         "assert 'lm_eval' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_unknown_names_are_told_the_nearest() -> None:
-    assert "eval.tasks.1.name = gsm8kk: is no task of lm-eval; the nearest is gsm8k" in refusal(
+    assert "eval.tasks.1.name = gsm8kk: is not a task of lm-eval; the nearest is gsm8k" in refusal(
         Task(name="examples/benign"), Task(name="gsm8kk")
     )
     assert "there is no such file" in refusal(Task(name="missing/own.yaml"))
@@ -430,14 +436,14 @@ MMLU = mmlu_rows("anatomy", ("a",))[0]
         ),
         ("gsm8k", [GSM8K, {"question": "Q", "answer": "A long text."}], 'row 1: its answer does not end with "#### "'),
         ("ag_news", [{"text": "A", "topic": 1}], "row 0 has no label; its columns are text, topic"),
-        ("ag_news", [NEWS_ROW, {"text": "A", "label": 7}], "row 1: the answer 7 lies outside 0 to 3"),
-        ("ag_news", [{"text": " ", "label": 1}], "row 0: text is no text"),
+        ("ag_news", [NEWS_ROW, {"text": "A", "label": 7}], "row 1: the answer 7 is not in 0 to 3"),
+        ("ag_news", [{"text": " ", "label": 1}], "row 0: text is not a text"),
         ("pubmedqa", [{"question": "Q", "final_decision": "yes"}], "row 0 has no context; its columns are question"),
-        ("pubmedqa", [{**PUBMED, "final_decision": "perhaps"}], "'perhaps' is none of yes, no, maybe"),
+        ("pubmedqa", [{**PUBMED, "final_decision": "perhaps"}], "'perhaps' is not one of yes, no, maybe"),
         ("medqa", [{**MEDQA, "options": dict.fromkeys("ABCDE", "x")}], "options are not A to D"),
-        ("medqa", [{**MEDQA, "answer_idx": "E"}], "'E' is no answer"),
+        ("medqa", [{**MEDQA, "answer_idx": "E"}], "'E' is not an answer"),
         ("mmlu", [{**MMLU, "choices": ["a"]}], "row 0: choices are not four texts"),
-        ("mmlu", [{**MMLU, "subject": "anatomie"}], "anatomie is no subject of MMLU; the nearest is anatomy"),
+        ("mmlu", [{**MMLU, "subject": "anatomie"}], "anatomie is not a subject of MMLU; the nearest is anatomy"),
         ("examples/benign", [{"prompt": "P"}], "row 0 has no answer"),
     ],
 )
@@ -449,10 +455,10 @@ def test_rows_of_the_wrong_shape_are_named(tmp_path, name, rows, said) -> None:
 
 def test_worked_examples_must_be_given(tmp_path) -> None:
     file = write(tmp_path / "rows.jsonl", [GSM8K] * 9)
-    assert "eval.tasks.0.fewshot_path: gsm8k wants 5 worked examples, and there are 0" in refusal(
+    assert "eval.tasks.0.fewshot_path: gsm8k needs 5 worked examples, and there are 0" in refusal(
         Task(name="gsm8k", path=file)
     )
-    assert "goes with path" in refusal(Task(name="gsm8k", fewshot_path=file))
+    assert "needs path" in refusal(Task(name="gsm8k", fewshot_path=file))
     assert "is defined without worked examples" in refusal(
         Task(name="examples/benign", path=write(tmp_path / "a.jsonl", [{"prompt": "P", "answer": "A"}] * 2),
              fewshot_path=str(tmp_path / "a.jsonl"), num_fewshot=1)
@@ -474,7 +480,7 @@ def test_a_model_too_short_for_the_answer_is_refused(folder, tmp_path) -> None:
     model.config.max_position_embeddings = 200
     prepared = prepare_tasks([Task(name="gsm8k", path=write(tmp_path / "rows.jsonl", [GSM8K]), num_fewshot=0)])
     with pytest.raises(UserError, match="generates up to 256 tokens, and the model takes 200"):
-        run_tasks_on(model, tokenizer, prepared, batch_size=1, seed=0)
+        run_tasks(model, tokenizer, prepared, batch_size=1, seed=0)
 
 
 def test_without_a_local_file_the_hub_is_asked_for_and_its_absence_explained(no_network, monkeypatch) -> None:

@@ -139,7 +139,7 @@ class EndpointRounds:
     judge: PreparedEndpoint
     verdicts: Ledger[VerdictRow]
     tracker: Tracker
-    patience: Patience = field(default_factory=lambda: Patience(told_to_stop=told_to_stop))
+    patience: Patience = field(default_factory=lambda: Patience(should_stop=told_to_stop))
     failed: list[VerdictRow] = field(default_factory=list)
 
     def ask(self, questions: Sequence[Question]) -> None:

@@ -35,7 +35,7 @@ from esi_ds.judge.pairs import PairEncoder
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
 
 if TYPE_CHECKING:
-    from esi_ds.eval.harness_tasks import Prepared
+    from esi_ds.eval.harness_tasks import PreparedTask
 
 BASE = "base"
 ENDPOINT_KEYS = {"concurrency", "request_timeout", "item_timeout", "max_attempts", "max_tokens", "extra"}
@@ -116,7 +116,7 @@ class EvalInputs:
     sets: list[QuestionSet]
     models: list[Candidate]  # the base first
     judges: list[PreparedJudge]
-    tasks: list[Prepared]
+    tasks: list[PreparedTask]
     source: dict[str, str]  # hashes of the prompts, for the manifest
 
     @property

@@ -7,7 +7,7 @@ import hashlib
 import json
 
 from esi_ds.eval.rows import TaskRow
-from esi_ds.eval.tasks import run_tasks_on
+from esi_ds.eval.tasks import run_tasks
 from esi_ds.eval.verdicts import is_empty
 from esi_ds.models.meta import meta_parameters
 from esi_ds.stages.evaluate.answering import answer_all, answer_keys, surprise_all
@@ -90,7 +90,7 @@ class EvalRun(StageRun[EvalInputs]):
             tracker.log(f"tasks of {candidate.name}: {names}")
             model = load_replicated(candidate.source, section.dtype)
             for number in waiting:
-                results = run_tasks_on(
+                results = run_tasks(
                     model,
                     candidate.tokenizer,
                     [tasks[number]],
