@@ -38,7 +38,7 @@ def run(
     ranks: Ranks,
     should_stop: Callable[[], bool],
 ) -> list[TaskResult]:
-    """See ``tasks.run_tasks_on``."""
+    """See ``tasks.run_tasks``."""
     task_results: list[TaskResult] = []
     with quiet(show=ranks.rank == 0):
         lm = SharedLM(model, tokenizer, batch_size, is_chat, ranks, should_stop)
