@@ -1,4 +1,4 @@
-"""SPA: train everything but the mask in DeepSpeed's standard ZeRO-3 engine, with the masked AdamW (docs/zero3.md)."""
+"""SPA: train all weights but the mask's in DeepSpeed's standard ZeRO-3 engine, with MaskedAdamW (docs/zero3.md)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ STATE = ("master", "exp_avg", "exp_avg_sq")
 
 
 class DenseTuner(Tuner):
-    """The engine reduces, clips and steps; the optimizer sees to it that frozen weights take part in none of it.
+    """The engine reduces, clips and steps; ``MaskedAdamW`` keeps frozen weights out of all three.
 
-    ``gradient_clipping`` and the accumulation belong to the engine's configuration.
+    Clipping and gradient accumulation are set in the engine's configuration.
     """
 
     def __init__(self, model: ShardedModel, trained: Trained, optimizer: MaskedAdamW):
@@ -30,23 +30,23 @@ class DenseTuner(Tuner):
         self.zero = model.engine.optimizer
         shards = {id(model.by_name[shard.name]): shard for shard in model.shards}
         self.flat = optimizer.zero or optimizer.attach(self.zero, lambda tensor: shards[id(tensor)])
-        # The engine averages over ranks; the losses here add up. Scaling the loss instead would round bf16 gradients
-        # otherwise where the number of ranks is no power of two.
+        # The engine averages over ranks, and the losses here add up. Scaling the loss instead would change the rounding
+        # of bf16 gradients where the number of ranks is not a power of two.
         self.flat.gradient_scale = float(runtime.world_size())
         self._not_finite = torch.zeros((), dtype=torch.bool, device=runtime.device())
         for shard in self.shards:
             model.by_name[shard.name].register_hook(self._note_not_finite)
 
     def _note_not_finite(self, gradient: Tensor) -> None:
-        """This rank's own gradient, before it is reduced: afterwards nobody could say whose it was."""
+        """Look at this rank's gradient before it is reduced, because afterwards no rank can be named."""
         self._not_finite |= ~gradient.sum(dtype=torch.float32).isfinite()
 
     def forward(self, batch: Mapping[str, Tensor], num_logits: int) -> Tensor:
-        """Through the engine: only its own forward counts micro-batches."""
+        """See ``Tuner``. Through the engine, whose forward counts micro-batches."""
         return self.model.engine(**batch, use_cache=False, logits_to_keep=num_logits).logits
 
     def backward(self, loss: Tensor) -> None:
-        """Collectives: the engine's; it steps in ``step`` only."""
+        """See ``Tuner``. Collectives: the engine's. At an accumulation boundary ``step`` must follow."""
         engine = self.model.engine
         engine.backward(loss, scale_wrt_gas=False)
         if not engine.is_gradient_accumulation_boundary():
@@ -56,7 +56,7 @@ class DenseTuner(Tuner):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.engine.step()
-        if self.zero.overflow:  # DeepSpeed's word for a norm that is not finite; it has left everything as it was
+        if self.zero.overflow:  # the norm is not finite, and DeepSpeed has changed nothing
             flags = runtime.gather_objects(bool(self._not_finite))
             raise NotFinite([rank for rank, flag in enumerate(flags) if flag])
         self._not_finite.zero_()
@@ -76,5 +76,7 @@ class DenseTuner(Tuner):
         self.model.release()
         for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
             self.optimizer.state_of(flat)["step"].fill_(step)
-            zero._reassign_or_swap_out_partitioned_parameters(index)  # masters into the partitions, as after a step
+            zero._reassign_or_swap_out_partitioned_parameters(
+                index
+            )  # writes masters into the partitions, as after a step
         self.model.publish()

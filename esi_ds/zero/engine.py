@@ -1,7 +1,4 @@
-"""Models under ZeRO-3 without an optimizer: load, describe, gather, release (docs/zero3.md).
-
-DeepSpeed's attributes on parameters (``ds_tensor``, ``ds_shape``, ...) are touched in this file only.
-"""
+"""Models under ZeRO-3: load, describe, gather, release (docs/zero3.md)."""
 
 from __future__ import annotations
 
@@ -29,24 +26,29 @@ from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.roles import describe, expert_blocks, routers
 from esi_ds.zero import expert_parallel, runtime
+from esi_ds.zero.partitioned import attributes, partition_bounds, partition_group, partition_numel, whole_shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class ShardedModel:
-    """A causal LM whose parameters are cut over all ranks, with the description that scoring works from.
+    """A model whose parameters are partitioned over all ranks, and the description that scoring works from.
 
-    Attributes: module, parameters (every parameter in the model's order), expert_blocks and routers {name: module}
-    (``models.roles``; names are the model's own), expert_parallel (whether AutoEP has laid experts on different ranks),
-    layouts (what each live tensor holds of which parameter when it is gathered, in the model's order; every parameter
-    whole in one tensor but for experts under expert parallelism), shards (this rank's part of each of them), by_name
-    {layout's name: nn.Parameter}.
+    Attributes:
+        module: the live model.
+        parameters: every parameter, in the model's order.
+        expert_blocks, routers: name → module, by the names that the model had before DeepSpeed took it.
+        expert_parallel: whether AutoEP has placed experts on different ranks.
+        layouts: what each live tensor holds when it is gathered, in the model's order. A tensor holds one whole
+            parameter, except for experts under expert parallelism.
+        shards: this rank's part of each layout, in the same order.
+        by_name: name of a layout or shard → live tensor.
     """
 
     def __init__(
         self,
         module: PreTrainedModel,
-        deepspeed_config: dict,
+        deepspeed_config: dict[str, Any],
         optimizer: Optimizer | None = None,
         roles: Mapping[str, str] | None = None,
     ):
@@ -74,7 +76,7 @@ class ShardedModel:
         self.shards = tuple(self._shard(layout) for layout in self.layouts)
 
     def _shard(self, layout: Shard) -> Shard:
-        """This rank's valid part: ZeRO-3 pads the last slices with uninitialised memory, which is left out here."""
+        """This rank's part without padding: ZeRO-3 pads the last partitions with uninitialised memory."""
         return layout.cut(*self.bounds(layout))
 
     @cached_property
@@ -85,87 +87,90 @@ class ShardedModel:
     @cached_property
     def _tensors_of(self) -> dict[str, tuple[list[Shard], list[Shard]]]:
         """Parameter's name → (layouts, this rank's shards) of the tensors that hold it."""
-        found: dict[str, tuple[list[Shard], list[Shard]]] = {p.name: ([], []) for p in self.parameters}
+        tensors: dict[str, tuple[list[Shard], list[Shard]]] = {p.name: ([], []) for p in self.parameters}
         for layout, shard in zip(self.layouts, self.shards, strict=True):
-            layouts, shards = found[layout.parameter.name]
+            layouts, shards = tensors[layout.parameter.name]
             layouts.append(layout)
             shards.append(shard)
-        return found
+        return tensors
 
     def shards_of(self, parameter: Parameter) -> list[Shard]:
         """This rank's shards of one parameter."""
         return self._tensors_of[parameter.name][1]
 
     def group(self, shard: Shard) -> torch.distributed.ProcessGroup:
-        """The ranks that a tensor is cut over: all, or those that hold the same experts."""
-        return self.by_name[shard.name].ds_process_group
+        """The ranks that a tensor is partitioned over: all, or those that hold the same experts."""
+        return partition_group(self.by_name[shard.name])
 
     def is_everywhere(self, shard: Shard) -> bool:
-        """Whether a tensor is cut over all ranks: not so with experts that other ranks have others of."""
+        """Whether a tensor is partitioned over all ranks; under expert parallelism, experts are not."""
         return torch.distributed.get_world_size(self.group(shard)) == runtime.world_size()
 
     def partition_numel(self, shard: Shard) -> int:
-        """Elements of a rank's slice of a tensor, padding included: the same on every rank of its group."""
-        return self.by_name[shard.name].ds_tensor.ds_numel
+        """Elements of a rank's partition of a tensor, including padding: the same on every rank of its group."""
+        return partition_numel(self.by_name[shard.name])
 
     def bounds(self, shard: Shard) -> tuple[int, int]:
-        """Where this rank's slice of a tensor begins and ends in the whole, flat; padding included."""
-        size = self.partition_numel(shard)
-        first = torch.distributed.get_rank(self.group(shard)) * size
-        return first, first + size
+        """[first, last) of this rank's partition in the flat gathered tensor, including padding."""
+        return partition_bounds(self.by_name[shard.name])
 
     def local_weight(self, shard: Shard) -> Tensor:
-        """This rank's weights of one of ``shards``, flat, without padding; the live storage, not a copy."""
-        return self.by_name[shard.name].ds_tensor.detach().view(-1)[: shard.numel]
+        """This rank's weights of one of ``shards``: [shard.numel] in the model's dtype; live storage, no copy."""
+        return attributes(self.by_name[shard.name]).ds_tensor.detach().view(-1)[: shard.numel]
 
     @property
     def readers(self) -> tuple[int, int | None]:
-        """(how many ranks' data can be told apart in experts' gradients, this rank's number among them or None).
+        """(number of ranks that read data for gradients of single rows, this rank's index among them or None).
 
-        Under expert parallelism an expert's gradient is that of the whole group that sends it tokens, whatever rank
-        they are from; so one rank of each group reads, where the gradients of single rows are asked for.
+        Under expert parallelism an expert's gradient sums over the tokens of its whole group of ranks, so only one rank
+        of each group reads data.
         """
         size = self.engine._config.expert_parallel_config.autoep_size if self.expert_parallel else 1
-        group, place = divmod(runtime.rank(), size)
-        return runtime.world_size() // size, None if place else group
+        group, rank_in_group = divmod(runtime.rank(), size)
+        return runtime.world_size() // size, None if rank_in_group else group
 
     def buffers(self) -> dict[str, Tensor]:
-        """Persistent buffers, by the model's own names."""
-        now = dict(self.module.named_buffers())
-        return {own: now[name] for own, name in expert_parallel.buffer_names(self.module, self._buffers).items()}
+        """Persistent buffers, by their names in the original model."""
+        buffers = dict(self.module.named_buffers())
+        return {
+            original: buffers[name]
+            for original, name in expert_parallel.buffer_names(self.module, self._buffers).items()
+        }
 
     def whole(self, parameter: Parameter, keeper: int) -> Tensor | None:
-        """A copy of a whole parameter on the CPU of one rank; None on the others.
+        """A copy of a whole parameter, in its dtype, on the CPU of rank ``keeper``; None on the others.
 
-        Collectives: an all-gather of each tensor that holds a part, and under expert parallelism a broadcast per member
-        of the keeper's group. The model must be released.
+        The model must be released. Collectives: an all-gather of each tensor that holds a part; under expert
+        parallelism also a broadcast from each member of the keeper's group.
         """
-        keeps, found = runtime.rank() == keeper, None
+        keeps = runtime.rank() == keeper
+        values: Tensor | None = None
         for layout in self._tensors_of[parameter.name][0]:
             tensor = self.by_name[layout.name]
             with self.gathered([tensor]), torch.no_grad():
                 if self.is_everywhere(layout) and layout.numel == parameter.numel:
                     return tensor.detach().to("cpu", copy=True) if keeps else None
-                if keeps and found is None:
-                    found = torch.empty(parameter.numel, dtype=tensor.dtype)
-                expert_parallel.collect(layout, tensor, keeper, found)
-        return found.view(parameter.shape) if found is not None else None
+                if keeps and values is None:
+                    values = torch.empty(parameter.numel, dtype=tensor.dtype)
+                expert_parallel.collect(layout, tensor, keeper, values)
+        return values.view(parameter.shape) if values is not None else None
 
     def publish(self) -> None:
-        """Make weights that were written into ``local_weight`` what every rank computes with.
+        """Let every rank compute with the weights that were written into ``local_weight``. No collectives.
 
-        hpZ's second copies, which gathers would read, are dropped. ``release`` before writing: gathered parameters
-        would hide what is written."""
+        Drops hpZ's secondary copies, from which gathers would read. Call ``release`` before writing, because gathered
+        parameters would hide the new weights.
+        """
         for tensor in self.by_name.values():
-            tensor.ds_secondary_tensor = None
+            attributes(tensor).ds_secondary_tensor = None
 
     @property
     def num_logits(self) -> int:
-        """Width of the logits: rows of the output head."""
-        return self.module.get_output_embeddings().weight.ds_shape[0]
+        """Width of the logits: the number of rows of the output head."""
+        return whole_shape(self.module.get_output_embeddings().weight)[0]
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass. Only the layers are told that they train: no dropout wakes."""
+        """Recompute activations in the backward pass. Only layers get ``training = True``: dropout stays off."""
         self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for layer in self._checkpointed_layers():
             layer.training = True
@@ -175,8 +180,11 @@ class ShardedModel:
 
     @contextmanager
     def with_cache(self) -> Iterator[None]:
-        """Generation inside the block: a layer that is told that it trains and recomputes drops its key-value cache
-        without a word, and the model answers as if it had read nothing but its last token."""
+        """Let layers use their key-value cache inside the block, for generation.
+
+        A checkpointed layer in training mode silently drops its cache, and the model would answer as if it had read
+        only its last token.
+        """
         before = [(layer, layer.training) for layer in self._checkpointed_layers()]
         for layer, _ in before:
             layer.training = False
@@ -187,21 +195,21 @@ class ShardedModel:
                 layer.training = training
 
     def release(self) -> None:
-        """Give back every gathered parameter. The embedding's post-backward hook never fires: call after backward."""
+        """Free every gathered parameter. Call after backward: the embedding's post-backward hook never fires."""
         self._offload.partition_all_parameters()
 
     @contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter] | nn.Parameter) -> Iterator[None]:
-        """These parameters whole on every rank for the time of the block. One all-gather each."""
+        """These parameters are whole on every rank inside the block. One all-gather each."""
         with deepspeed.zero.GatheredParameters(parameters):
             yield
 
     @contextmanager
     def whole_for_generation(self) -> Iterator[PreTrainedModel]:
-        """The whole model on every rank, without ZeRO's hooks. One all-gather of the model.
+        """The whole model is on every rank inside the block, without ZeRO's hooks. One all-gather of the model.
 
-        DeepSpeed leaves one hook on, which compares traces between ranks at the next forward pass: a rank that has
-        nothing to generate would be waited for without end. It is taken off, and put back in front of the others.
+        DeepSpeed leaves one hook in place, which compares traces between ranks at the next forward pass and would wait
+        forever for a rank that has nothing to generate. It is removed, and put back before the other hooks.
         """
         self.release()
         offload = self._offload
@@ -215,25 +223,29 @@ class ShardedModel:
 
 
 def _keep_together(block: nn.Module) -> None:
-    """A block with a list of experts: gathered as one, and all of its parameters take part in the graph, with a
-    gradient of zero where no token came, and of a router's correction bias, which only orders experts. Otherwise ranks
-    that use other experts wait for one another's collectives."""
+    """Gather a block with a list of experts as one, and include all of its parameters in the graph.
+
+    An expert without tokens then has a gradient of zero, and so has a router's correction bias, which only orders
+    experts. Otherwise ranks that use different experts would wait for one another's collectives.
+    """
     set_z3_leaf_module(block, True)
     parameters = list(block.parameters())
 
-    def touch(module: nn.Module, arguments: tuple, output: Tensor | tuple) -> Tensor | tuple:
+    def touch(module: nn.Module, arguments: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> Any:
         if not torch.is_grad_enabled():
             return output
         hidden = output[0] if isinstance(output, tuple) else output
-        # An empty slice: its sum is 0 whatever the weights are.
+        # The sum of an empty slice is 0 whatever the weights are.
         touched = [tensor.flatten()[:0].sum() for tensor in parameters if tensor.requires_grad]
         hidden = hidden + torch.stack(touched).sum().to(hidden.dtype) if touched else hidden
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    block.register_forward_hook(touch)  # before ZeRO's own hook, which gives the weights back
+    block.register_forward_hook(touch)  # before ZeRO's hook, which releases the weights
 
 
-def _initialize(module: PreTrainedModel, optimizer: Optimizer | None, deepspeed_config: dict) -> tuple:
+def _initialize(
+    module: PreTrainedModel, optimizer: Optimizer | None, deepspeed_config: dict[str, Any]
+) -> tuple[Any, ...]:
     """``deepspeed.initialize``. Raises UserError where AutoEP does not know the model."""
     settings = copy.deepcopy(deepspeed_config)
     if not expert_parallel.is_on(settings):
@@ -246,14 +258,14 @@ def _initialize(module: PreTrainedModel, optimizer: Optimizer | None, deepspeed_
 
 
 def persistent_buffers(module: nn.Module) -> tuple[str, ...]:
-    """Names of the buffers that a checkpoint holds."""
+    """Names of the buffers that belong to a checkpoint."""
     stored = module.state_dict().keys()
     return tuple(name for name, _ in module.named_buffers() if name in stored)
 
 
 def full_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Every parameter's whole shape by full name, partitioned or not."""
-    return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in module.named_parameters()}
+    return {name: whole_shape(tensor) for name, tensor in module.named_parameters()}
 
 
 def load_sharded(
@@ -264,7 +276,9 @@ def load_sharded(
     auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
     roles: Mapping[str, str] | None = None,
 ) -> ShardedModel:
-    """A model cut over the ranks while it is read. Rank 0 reads the files; every parameter is broadcast once.
+    """A model that is partitioned over the ranks while it is read.
+
+    Rank 0 reads the files. Collectives: one broadcast per parameter.
 
     dtype: a key of ``DTYPES``. make_optimizer: builds, from the loaded module, the optimizer of a standard ZeRO-3
     engine; None: an engine without one. auto_class: the transformers class that reads the folder. roles:
@@ -284,7 +298,8 @@ def load_replicated(
     source: ModelSource, dtype: str, auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM
 ) -> PreTrainedModel:
     """A whole, frozen copy of a model on this rank's device. No collectives."""
-    return _from_pretrained(source, dtype, auto_class).requires_grad_(False).to(runtime.device())
+    model = _from_pretrained(source, dtype, auto_class).requires_grad_(False)
+    return model.to(runtime.device())  # type: ignore[arg-type]  # transformers wraps nn.Module.to and loses its types
 
 
 def _from_pretrained(source: ModelSource, dtype: str, auto_class: type[_BaseAutoModelClass]) -> PreTrainedModel:
@@ -302,7 +317,7 @@ def _from_pretrained(source: ModelSource, dtype: str, auto_class: type[_BaseAuto
         )
     except (OSError, ValueError) as error:
         raise UserError(field, path, f"cannot be loaded ({str(error).strip().splitlines()[0]})", remedy) from error
-    # transformers would fill them with random numbers and go on: a causal model read as a classifier, for instance.
+    # transformers would initialise them at random, for instance where a causal model is read as a classifier.
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(field, path, f"holds no weights for {missing[0]} ({len(missing)} are missing)", remedy)

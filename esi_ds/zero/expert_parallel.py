@@ -1,8 +1,8 @@
-"""DeepSpeed's AutoEP: every rank of a group holds some of the experts, and tokens travel to them (docs/moe.md).
+"""DeepSpeed's AutoEP: every rank of a group holds some of the experts, and tokens are sent to them (docs/moe.md).
 
-``deepspeed.initialize`` replaces each block of experts: ``experts.w1``, ``w2`` and ``w3`` [experts here, ...] are the
-gate, down and up matrices of this rank's experts, cut by ZeRO-3 over the ranks that hold the same ones. What they are
-in the model's own names and positions is found here; nothing else in the package knows those three names.
+``deepspeed.initialize`` replaces each expert block: ``experts.w1``, ``w2`` and ``w3`` [local experts, ...] are the
+gate, down and up matrices of this rank's experts, partitioned by ZeRO-3 over the ranks that hold the same ones. This
+module maps them to the original model's names and positions; no other module knows these three names.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import deepspeed
 import torch
@@ -17,102 +18,107 @@ from deepspeed.checkpoint.constants import AUTOEP_PARAM_LOCAL_EXPERTS, DS_AUTOEP
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import output_capturing
 
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.errors import UserError
+from esi_ds.zero.partitioned import attributes, whole_shape
 
 ROLES = {"w1": "expert.gate", "w2": "expert.down", "w3": "expert.up"}
 FIELD = "deepspeed.expert_parallel"
-REMEDY = "name the preset_model or the patterns that fit the model, or take expert_parallel out"
+REMEDY = "name the preset_model or the patterns that fit the model, or remove expert_parallel"
 NUM_PROBED = 33  # tokens
-PROBED_DIFFERENCE = 0.05  # relative; measured: bf16's own 0.003, a wrong rule of routing 0.58 and more
+PROBED_DIFFERENCE = 0.05  # relative; measured: rounding in bf16 0.003, a wrong routing rule 0.58 and more
 
 
-def is_on(deepspeed_config: Mapping) -> bool:
+def is_on(deepspeed_config: Mapping[str, Any]) -> bool:
+    """Whether the DeepSpeed config enables expert parallelism."""
     return bool(deepspeed_config.get("expert_parallel", {}).get("enabled"))
 
 
-def mend_registry(registry: type | None = None) -> bool:
-    """Let DeepSpeed 0.19.8 use transformers' registry of recorded outputs as the plain dict it takes it for.
+def mend_registry(registry: type[dict[Any, Any]] | None = None) -> bool:
+    """Let DeepSpeed 0.19.8 use transformers' registry of recorded outputs as the plain dict that it expects.
 
     transformers 5.23 keys that dict by model in ``get(model)`` and ``registry[model] = ...``; AutoEP calls ``get(key,
-    default)`` and ``registry[key] = ...`` with text keys: TypeError at ``get``. Text keys are sent to dict's own
-    methods, models to transformers'. Does nothing, and returns False, where ``get`` takes a default (then either side
-    has been changed). registry: the class to mend, transformers' own unless a test says otherwise.
+    default)`` and ``registry[key] = ...`` with string keys, which is a TypeError at ``get``. String keys are passed to
+    dict's methods, models to those of transformers. Does nothing and returns False where ``get`` takes a default,
+    because then either library has changed. registry: the class to mend; transformers' except in tests.
     """
     registry = registry or type(output_capturing._CAN_RECORD_REGISTRY)
-    own_get, own_set = registry.get, registry.__setitem__
-    if registry is dict or own_get is dict.get or len(inspect.signature(own_get).parameters) > 2:
+    model_get, model_set = registry.get, registry.__setitem__
+    if registry is dict or model_get is dict.get or len(inspect.signature(model_get).parameters) > 2:
         return False
 
-    def get(self, key, default=None):
-        return dict.get(self, key, default) if isinstance(key, str) else own_get(self, key)
+    def get(self: dict[Any, Any], key: Any, default: Any = None) -> Any:
+        return dict.get(self, key, default) if isinstance(key, str) else model_get(self, key)
 
-    def set_item(self, key, value) -> None:
-        dict.__setitem__(self, key, value) if isinstance(key, str) else own_set(self, key, value)
+    def set_item(self: dict[Any, Any], key: Any, value: Any) -> None:
+        dict.__setitem__(self, key, value) if isinstance(key, str) else model_set(self, key, value)
 
-    registry.get, registry.__setitem__ = get, set_item
+    for name, method in (("get", get), ("__setitem__", set_item)):
+        setattr(registry, name, method)
     return True
 
 
 def blocks(module: nn.Module) -> Iterator[tuple[str, AutoEPMoELayer]]:
     """The replaced blocks, by full name, in the model's order."""
-    for name, found in module.named_modules():
-        if isinstance(found, AutoEPMoELayer):
-            yield name, found
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, AutoEPMoELayer):
+            yield name, submodule
 
 
-def remember(module: nn.Module) -> dict[str, weakref.ref]:
-    """A model's tensors by name, before DeepSpeed is given it; kept alive by the model only."""
+def remember(module: nn.Module) -> dict[str, weakref.ref[nn.Parameter]]:
+    """Weak references to a model's tensors by name, taken before DeepSpeed replaces blocks."""
     return {name: weakref.ref(tensor) for name, tensor in module.named_parameters()}
 
 
-def layouts(module: nn.Module, parameters: Sequence[Parameter], before: Mapping[str, weakref.ref]) -> list[Shard]:
-    """What every live tensor holds, as a rank sees it gathered, in the order of the model's parameters.
+def layouts(
+    module: nn.Module, parameters: Sequence[Parameter], before: Mapping[str, weakref.ref[nn.Parameter]]
+) -> list[Shard]:
+    """What every live tensor holds when it is gathered, in the order of the model's parameters.
 
-    parameters: the model's own, described before it was handed to DeepSpeed; before: what ``remember`` gave then. A
-    tensor that is still there holds its parameter whole. Raises UserError for experts packed in a way that AutoEP
-    reorders.
+    parameters, before: described, and returned by ``remember``, before the model was passed to DeepSpeed. A tensor that
+    DeepSpeed has kept holds its parameter whole. Raises UserError for experts packed in a way that AutoEP reorders.
     """
     by_name = {parameter.name: parameter for parameter in parameters}
     names = {id(tensor): name for name, reference in before.items() if (tensor := reference()) is not None}
-    found = [
-        Shard(by_name[own], ((0, by_name[own].numel),), name)
+    shards = [
+        Shard(by_name[original], ((0, by_name[original].numel),), name)
         for name, tensor in module.named_parameters()
-        if (own := names.get(id(tensor), name)) in by_name
+        if (original := names.get(id(tensor), name)) in by_name
     ]
-    held = {shard.parameter.name for shard in found}
+    kept = {shard.parameter.name for shard in shards}
     for block_name, block in blocks(module):
-        replaced = [p for p in parameters if p.name.startswith(f"{block_name}.") and p.name not in held]
-        found += [_experts(block_name, leaf, getattr(block.experts, leaf), replaced) for leaf in ROLES]
+        replaced = [p for p in parameters if p.name.startswith(f"{block_name}.") and p.name not in kept]
+        shards += [_experts(block_name, leaf, getattr(block.experts, leaf), replaced) for leaf in ROLES]
         for name, _ in block.router.named_parameters(f"{block_name}.router"):
-            (own,) = [p for p in replaced if p.role == "router" and p.name.endswith(name.rpartition(".")[2])]
-            found.append(Shard(own, ((0, own.numel),), name))
-    unnamed = {name for name, _ in module.named_parameters()} - {shard.name for shard in found}
-    assert not unnamed, f"AutoEP made tensors that no parameter is known for: {sorted(unnamed)}"
-    return sorted(found, key=lambda shard: (shard.parameter.offset, shard.runs[0][0]))
+            (parameter,) = [p for p in replaced if p.role == "router" and p.name.endswith(name.rpartition(".")[2])]
+            shards.append(Shard(parameter, ((0, parameter.numel),), name))
+    unnamed = {name for name, _ in module.named_parameters()} - {shard.name for shard in shards}
+    assert not unnamed, f"AutoEP created tensors of unknown parameters: {sorted(unnamed)}"
+    return sorted(shards, key=lambda shard: (shard.parameter.offset, shard.runs[0][0]))
 
 
 def _experts(block_name: str, leaf: str, tensor: nn.Parameter, replaced: Sequence[Parameter]) -> Shard:
-    """The layout of w1, w2 or w3: one matrix of each of this rank's experts, one behind another."""
+    """The layout of w1, w2 or w3: consecutive matrices, one for each of this rank's experts."""
     local = getattr(tensor, DS_AUTOEP_UC_META)[AUTOEP_PARAM_LOCAL_EXPERTS]
     owners = [p for p in replaced if any(unit.role == ROLES[leaf] for unit in p.units)]
     name = f"{block_name}.experts.{leaf}"
     if len(owners) != 1:
-        problem = f"{len(owners)} tensors hold what AutoEP calls {leaf}: only experts fused in one tensor are known"
-        raise UserError(FIELD, block_name, problem, "take expert_parallel out of the DeepSpeed config")
+        problem = f"has {len(owners)} tensors for AutoEP's {leaf}, but only experts fused in one tensor are supported"
+        raise UserError(FIELD, block_name, problem, "remove expert_parallel from the DeepSpeed config")
     layout = Shard(owners[0], expert_runs(owners[0], ROLES[leaf], local), name)
-    shape = tuple(tensor.ds_shape)
-    straight = leaf != "w2" or owners[0].shape[1:] == shape[1:]
-    if any(unit.count > 1 for unit in owners[0].units) or not straight or layout.numel != torch.Size(shape).numel():
-        problem = "AutoEP transposes or takes apart the matrices of its experts: a mask's positions would be others"
-        raise UserError(FIELD, owners[0].name, problem, "take expert_parallel out of the DeepSpeed config")
+    shape = whole_shape(tensor)
+    is_transposed = leaf == "w2" and owners[0].shape[1:] != shape[1:]
+    if any(unit.count > 1 for unit in owners[0].units) or is_transposed or layout.numel != torch.Size(shape).numel():
+        problem = "has experts whose matrices AutoEP transposes or splits, so a mask's positions would not fit"
+        raise UserError(FIELD, owners[0].name, problem, "remove expert_parallel from the DeepSpeed config")
     return layout
 
 
 def expert_runs(parameter: Parameter, role: str, experts: Collection[int]) -> tuple[tuple[int, int], ...]:
-    """Where the matrices of one role of some experts lie in a parameter; matrices that touch are one run."""
+    """Runs [low, high) in a parameter of the matrices of one role of some experts; adjacent matrices form one run."""
     runs: list[tuple[int, int]] = []
     for unit in parameter.units:
         if unit.role == role and unit.expert in experts:
@@ -124,15 +130,18 @@ def expert_runs(parameter: Parameter, role: str, experts: Collection[int]) -> tu
 
 
 class Probe:
-    """The first block of experts before and after it is replaced: AutoEP's presets say how a family routes, and a wrong
-    one (experts' weights normalised where the model's are not, another score) computes another function silently."""
+    """Compares the first expert block before and after it is replaced.
 
-    def __init__(self, module: nn.Module, routers: Sequence[str]):
+    AutoEP's presets define how a family of models routes. With a wrong one (experts' weights normalised where the
+    model's are not, another score function) the model would silently compute another function.
+    """
+
+    def __init__(self, module: PreTrainedModel, routers: Sequence[str]):
         self._name = routers[0].rpartition(".")[0] if routers else ""
         self._expected = self._answer(module) if routers else None
 
-    def _answer(self, module: nn.Module) -> Tensor:
-        """float32 [tokens, hidden]: the block's output for the same random tokens on every rank. Gathers the block."""
+    def _answer(self, module: PreTrainedModel) -> Tensor:
+        """float32 [tokens, hidden]: the block's output for random tokens, the same on every rank. Gathers the block."""
         block = module.get_submodule(self._name)
         weight = next(block.parameters())
         size = module.config.get_text_config().hidden_size
@@ -141,46 +150,46 @@ class Probe:
             output = block.forward(hidden.to(weight))
         return (output[0] if isinstance(output, tuple) else output).reshape(NUM_PROBED, size).float()
 
-    def check(self, module: nn.Module) -> None:
-        """Raises UserError where the replaced block answers otherwise, or no block was replaced."""
-        if self._name not in dict(blocks(module)):
-            raise UserError(FIELD, None, "finds no block of experts that it knows in this model", REMEDY)
+    def check(self, module: PreTrainedModel) -> None:
+        """Raise UserError where no block was replaced, or the replaced block's output differs. Gathers the block."""
+        if self._expected is None or self._name not in dict(blocks(module)):
+            raise UserError(FIELD, None, "finds no expert block that it supports in this model", REMEDY)
         difference = (self._answer(module) - self._expected).norm(dim=-1) / self._expected.norm(dim=-1)
-        # The median: in half precision a token now and then goes to another expert of the same score.
+        # The median, because in half precision an occasional token goes to another expert of the same score.
         if not float(difference.median()) <= PROBED_DIFFERENCE:
-            problem = f"computes another function than the model's own {self._name} (off by {difference.median():.1%})"
+            problem = f"computes another function than the model's {self._name} (off by {difference.median():.1%})"
             raise UserError(FIELD, None, problem, REMEDY)
 
 
 def routers_now(module: nn.Module, before: Sequence[str]) -> dict[str, nn.Module]:
-    """The model's own names of its routers → the modules that route now."""
+    """Names of the original model's routers → the modules that route now."""
     replaced = dict(blocks(module))
     return {
-        name: next((block.router for own, block in replaced.items() if name.startswith(f"{own}.")), None)
+        name: next((block.router for block_name, block in replaced.items() if name.startswith(f"{block_name}.")), None)
         or module.get_submodule(name)
         for name in before
     }
 
 
 def buffer_names(module: nn.Module, before: Collection[str]) -> dict[str, str]:
-    """The model's own names of persistent buffers → their names now: a router's move with the router."""
-    now = dict(module.named_buffers())
-    found = {name: name for name in before if name in now}
+    """Names of the original model's persistent buffers → their names now: a router's buffers move with it."""
+    buffers = dict(module.named_buffers())
+    names = {name: name for name in before if name in buffers}
     for block_name, _ in blocks(module):
         for name in before:
             moved = f"{block_name}.router.{name.rpartition('.')[2]}"
-            if name.startswith(f"{block_name}.") and name not in found and moved in now:
-                found[name] = moved
-    return found
+            if name.startswith(f"{block_name}.") and name not in names and moved in buffers:
+                names[name] = moved
+    return names
 
 
 def collect(layout: Shard, tensor: Tensor, keeper: int, into: Tensor | None) -> None:
-    """Bring the parts that the members of an expert-parallel group hold of a parameter to ``keeper`` (a global rank).
+    """Bring the parts of a parameter that the members of an expert-parallel group hold to the global rank ``keeper``.
 
-    tensor: this rank's own part, gathered. into: flat, of the parameter's size, on the keeper's CPU; None elsewhere.
-    One broadcast per member, in the keeper's group only: no rank has more than one other's part on its device.
+    tensor: this rank's part, gathered. into: flat, of the parameter's size, on the keeper's CPU; None on other ranks.
+    Collectives: one broadcast per member, in the keeper's group only, so that no device holds more than one other part.
     """
-    group = groups._get_expert_parallel_group(tensor.group_name)
+    group = groups._get_expert_parallel_group(attributes(tensor).group_name)
     members = torch.distributed.get_process_group_ranks(group)
     if keeper not in members:
         return
@@ -190,7 +199,7 @@ def collect(layout: Shard, tensor: Tensor, keeper: int, into: Tensor | None) -> 
         torch.distributed.broadcast(part, member, group=group)
         if into is not None:
             experts = range(position * size, (position + 1) * size)
-            theirs = Shard(layout.parameter, expert_runs(layout.parameter, role, experts), layout.name)
+            shard = Shard(layout.parameter, expert_runs(layout.parameter, role, experts), layout.name)
             values = part.reshape(-1).cpu()
-            for where, low, high in theirs.parts():
+            for where, low, high in shard.parts():
                 into[low:high] = values[where]

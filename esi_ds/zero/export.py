@@ -1,7 +1,7 @@
 """``model/``: a Hugging Face folder written from partitions, a few layers at a time (docs/design.md §7).
 
-No rank ever holds more than one file's tensors. Names and packing are the hub's, not the live module's: transformers'
-own conversion is run backwards, so fused experts become ``experts.3.gate_proj.weight`` again.
+No rank holds more than the tensors of one file. Names and packing are those of the hub, not of the live module:
+transformers' conversion is reverted, so that fused experts become ``experts.3.gate_proj.weight`` again.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ BLOCK = re.compile(r"(.*?\.(?:layers|h|blocks|layer)\.\d+)\.")
 
 
 def layer_groups(names: Iterable[str]) -> list[list[str]]:
-    """Names that belong together, in order: one group a layer (a conversion never reaches beyond it), others alone."""
+    """Names in groups that share a file, in order: one group per layer, which no conversion crosses, others alone."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        found = BLOCK.match(name)
-        groups.setdefault(found.group(1) if found else name, []).append(name)
+        match = BLOCK.match(name)
+        groups.setdefault(match.group(1) if match else name, []).append(name)
     return list(groups.values())
 
 
 def plan_export(model: ShardedModel) -> list[list[str]]:
-    """The model's own names by file: whole layers, up to FILE_BYTES a file. Persistent buffers are checkpointed too."""
+    """The original model's names of parameters and persistent buffers by file: whole layers, up to FILE_BYTES each."""
     item_size = {layout.parameter.name: model.by_name[layout.name].element_size() for layout in model.layouts}
     size = {p.name: p.numel * item_size[p.name] for p in model.parameters}
     size |= {name: buffer.nbytes for name, buffer in model.buffers().items()}
@@ -53,7 +53,10 @@ def plan_export(model: ShardedModel) -> list[list[str]]:
 
 
 def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-    """Weights, configuration, tokenizer and model card. ``model.whole``'s collectives, one gather, two barriers."""
+    """Write weights, configuration, tokenizer and model card.
+
+    Collectives: those of ``model.whole`` for every parameter, one gather and two barriers.
+    """
     model.release()
     temporary = folder.with_name(f".{folder.name}.tmp")
     if runtime.is_main():
@@ -63,9 +66,9 @@ def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokeniz
     files = plan_export(model)
     weight_map: dict[str, str] = {}
     total = 0
-    for index, names in enumerate(files):
-        file = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
-        tensors = _gather(model, names, keeper=index % runtime.world_size())
+    for number, group in enumerate(files):
+        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        tensors = _gather(model, group, keeper=number % runtime.world_size())
         if tensors:
             canonical = revert_weight_conversion(model.module, tensors)
             canonical = {name: tensor.contiguous() for name, tensor in canonical.items()}
@@ -74,15 +77,15 @@ def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokeniz
             total += sum(tensor.nbytes for tensor in canonical.values())
     gathered = runtime.gather_objects((weight_map, total))
     if runtime.is_main():
-        names = {name: file for part, _ in gathered for name, file in part.items()}
-        index = {
-            "metadata": {"total_size": sum(size for _, size in gathered)},
-            "weight_map": dict(sorted(names.items())),
-        }
+        for part, _ in gathered:
+            weight_map |= part
+        total_size = {"total_size": sum(size for _, size in gathered)}
+        index = {"metadata": total_size, "weight_map": dict(sorted(weight_map.items()))}
         write_json_atomic(temporary / INDEX_NAME, index)
         with writing(temporary):
-            if model.module._auto_class is not None:  # of remote code, whose files the weights cannot be read without
-                custom_object_save(model.module, temporary, config=model.module.config)
+            if model.module._auto_class is not None:  # remote code: the weights cannot be loaded without its files
+                config = model.module.config
+                custom_object_save(model.module, temporary, config=config)  # type: ignore[arg-type]  # takes configs too
             model.module.config.save_pretrained(temporary)
             if model.module.generation_config is not None:
                 model.module.generation_config.save_pretrained(temporary)
@@ -93,15 +96,15 @@ def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokeniz
 
 
 def _gather(model: ShardedModel, names: list[str], keeper: int) -> dict[str, Tensor]:
-    """Copies on the CPU of one rank; one parameter is whole at a time."""
+    """Copies of parameters and buffers on the CPU of rank ``keeper``, none on others; one tensor is whole at a time."""
     tensors: dict[str, Tensor] = {}
     buffers = model.buffers()
     parameters = {parameter.name: parameter for parameter in model.parameters}
     for name in names:
         if name in parameters:
-            found = model.whole(parameters[name], keeper)
+            tensor = model.whole(parameters[name], keeper)
         else:
-            found = buffers[name].detach().to("cpu", copy=True) if runtime.rank() == keeper else None
-        if found is not None:
-            tensors[name] = found
+            tensor = buffers[name].detach().to("cpu", copy=True) if runtime.rank() == keeper else None
+        if tensor is not None:
+            tensors[name] = tensor
     return tensors

@@ -1,8 +1,8 @@
-"""Sharded tensors to and from disk: every rank writes its own byte ranges of ordinary safetensors files.
+"""Sharded tensors to and from disk: every rank writes its byte ranges of ordinary safetensors files.
 
 A safetensors file is 8 bytes of header length, a JSON header that gives each tensor's dtype, shape and byte range,
-and the bytes. The header follows from names and shapes alone, so rank 0 writes it and all ranks fill in their parts;
-no tensor is ever whole in anybody's memory.
+and the bytes. The header follows from names and shapes alone, so rank 0 writes it and all ranks fill in their parts. No
+tensor is ever whole in any rank's memory.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import checkpoint_tensors
 from esi_ds.zero import runtime
 
-MAX_FILE_BYTES = 5 * 10**9  # as transformers cuts its checkpoints
+MAX_FILE_BYTES = 5 * 10**9  # as transformers splits its checkpoints
 ITEM_SIZE = {"F32": 4, "U8": 1}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: dtype as safetensors names it, shape, and its number of bytes."""
+    """One tensor of a file; dtype as named by safetensors."""
 
     name: str
     dtype: str
@@ -45,7 +45,7 @@ class Entry:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file of tensors on the CPU, on disk when this returns. Raises OSError naming the file."""
+    """Write tensors that are on the CPU to a safetensors file, and sync it to disk. Raises OSError naming the file."""
     with writing(file):
         save_file(dict(tensors), file, metadata=metadata)
         with file.open("rb") as opened:
@@ -53,7 +53,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, 
 
 
 def plan_files(entries: Sequence[Entry], size_of: Callable[[Entry], int]) -> dict[str, list[Entry]]:
-    """File name → its entries, in order; a new file begins where ``size_of`` would pass MAX_FILE_BYTES."""
+    """File name → its entries, in order; a new file begins where the sum of ``size_of`` would exceed MAX_FILE_BYTES."""
     groups: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
@@ -66,7 +66,7 @@ def plan_files(entries: Sequence[Entry], size_of: Callable[[Entry], int]) -> dic
 
 
 def file_header(entries: Iterable[Entry], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The file's first bytes, and where each tensor's data begins in the file."""
+    """The file's first bytes, and the offset of each tensor's data in the file, by name."""
     header: dict[str, object] = {"__metadata__": metadata}
     offset, starts = 0, {}
     for entry in entries:
@@ -88,18 +88,18 @@ def write_folder(
     extra: dict[str, Any] | None = None,
     digests_name: str | None = None,
 ) -> None:
-    """A folder of safetensors and its index, written by all ranks; moved to its name when it is whole.
+    """A folder of safetensors files and their index, written by all ranks; it gets its name once it is complete.
 
-    local_bytes(name): (first byte within the tensor, bytes) of every range that is this rank's. extra: further JSON
-    files, by name. digests_name: a JSON file of the sha256 of every uint8 tensor, read back from the disk. Three
-    barriers, and a gather of the digests.
+    local_bytes(name): (first byte within the tensor, bytes) of every range that this rank holds. extra: content of
+    further JSON files, by name. digests_name: JSON file for the sha256 of every uint8 tensor, as read back from disk.
+    Collectives: three barriers, and a gather of the digests.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     headers = {file: file_header(entries, metadata) for file, entries in files.items()}
     if runtime.is_main():
         _start_folder(temporary, files, headers)
         for name, content in (extra or {}).items():
-            write_text_atomic(temporary / name, json.dumps(content))  # of one line: a row for every matrix
+            write_text_atomic(temporary / name, json.dumps(content))  # on one line: there is a row for every matrix
     runtime.barrier()
     for file, entries in files.items():
         path = wait_until_visible(temporary / file)
@@ -114,27 +114,30 @@ def write_folder(
     if digests_name is not None:
         parts = runtime.gather_objects(_read_digests(temporary, files))
         if runtime.is_main():
-            write_json_atomic(temporary / digests_name, {name: found for part in parts for name, found in part.items()})
+            write_json_atomic(temporary / digests_name, {name: value for part in parts for name, value in part.items()})
     if runtime.is_main():
         replace_folder(temporary, folder)
     runtime.barrier()
 
 
 def _read_digests(folder: Path, files: dict[str, list[Entry]]) -> dict[str, str]:
-    """sha256 of this rank's share of the tensors, whoever wrote them."""
-    places = [(file, entry.name) for file, entries in files.items() for entry in entries]
+    """sha256 of every ``world_size``-th tensor from this rank's on, read from disk."""
+    tensors = [(file, entry.name) for file, entries in files.items() for entry in entries]
     digests = {}
-    for file, name in places[runtime.rank() :: runtime.world_size()]:
+    for file, name in tensors[runtime.rank() :: runtime.world_size()]:
         with safe_open(folder / file, "pt") as opened:
             digests[name] = digest(opened.get_tensor(name))
     return digests
 
 
-def _start_folder(temporary: Path, files: dict[str, list[Entry]], headers: dict[str, tuple[bytes, dict[str, int]]]):
-    """Rank 0: an empty folder with the index and every file at its full size, headers written."""
+def _start_folder(
+    temporary: Path, files: dict[str, list[Entry]], headers: dict[str, tuple[bytes, dict[str, int]]]
+) -> None:
+    """On rank 0, make the folder with its index and every file at full size, with its header."""
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for file, entries in files.items():
         header = headers[file][0]
         with writing(temporary / file), (temporary / file).open("wb") as opened:
@@ -153,51 +156,54 @@ def write_scores(
     scores: dict[str, Tensor],
     metadata: dict[str, str],
 ) -> None:
-    """``scores/``: float32 in the parameters' own shapes. shards: this rank's; scores by their names."""
-    own = by_parameter(shards, scores)
+    """Write ``scores/``: float32 in the parameters' shapes. Collectives: those of ``write_folder``.
+
+    parameters: those that are scored. shards: this rank's. scores: [shard.numel] by shard's name.
+    """
+    local_runs = by_parameter(shards, scores)
 
     def local_bytes(name: str) -> Iterator[tuple[int, bytes]]:
-        for low, values in own.get(name, ()):
+        for low, values in local_runs.get(name, ()):
             yield 4 * low, values.cpu().numpy().tobytes()
 
     write_folder(folder, _score_files(parameters), metadata, local_bytes)
 
 
 def by_parameter(shards: Iterable[Shard], values: Mapping[str, Tensor]) -> dict[str, list[tuple[int, Tensor]]]:
-    """Parameter's name → (first flat position, values) of every run that this rank holds of it."""
-    found: dict[str, list[tuple[int, Tensor]]] = {}
+    """Parameter's name → (first flat position, values) of every run in ``shards``. values: by shard's name."""
+    runs_of: dict[str, list[tuple[int, Tensor]]] = {}
     for shard in shards:
         runs = [(low, values[shard.name][where]) for where, low, _ in shard.parts()]
-        found.setdefault(shard.parameter.name, []).extend(runs)
-    return found
+        runs_of.setdefault(shard.parameter.name, []).extend(runs)
+    return runs_of
 
 
 def read_scores(folder: Path, shards: Iterable[Shard], field: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """float32 scores [shard.numel] by the shards' names, and the folder's metadata. Reads only these shards' bytes.
+    """float32 scores [shard.numel] by shard's name, and the folder's metadata. Reads only these shards' bytes.
 
-    Raises UserError naming ``field`` where the folder does not hold such scores.
+    Raises UserError naming ``field`` where the folder does not hold scores of these parameters.
     """
     try:
-        tensors = {name: (file, first, about) for name, file, first, _, about in checkpoint_tensors(folder)}
+        tensors = {name: (file, first, content) for name, file, first, _, content in checkpoint_tensors(folder)}
         with safe_open(sorted(folder.glob("*.safetensors"))[0], "pt") as opened:
             metadata = opened.metadata() or {}
     except (OSError, ValueError, IndexError, SafetensorError) as error:
         raise UserError(field, str(folder), f"holds no scores ({error})", "give RUN/scores") from error
-    found = {}
+    scores = {}
     for shard in shards:
         name, shape = shard.parameter.name, list(shard.parameter.shape)
-        file, first, about = tensors.get(name, (None, 0, "nothing"))
-        if about != f"F32 {shape}":
-            problem = f"holds {about} for {name}, expected F32 {shape}"
+        file, first, content = tensors.get(name, (folder, 0, "nothing"))
+        if content != f"F32 {shape}":
+            problem = f"holds {content} for {name}, expected F32 {shape}"
             raise UserError(field, str(folder), problem, "give the scores of this model")
         data = bytearray()
         with file.open("rb") as opened:
             for low, high in shard.runs:
                 opened.seek(first + 4 * low)
                 data += opened.read(4 * (high - low))
-        # frombuffer takes no empty buffer, which a rank without a part of this parameter has.
-        found[shard.name] = torch.frombuffer(data, dtype=torch.float32) if data else torch.zeros(0)
-    return found, metadata
+        # frombuffer refuses an empty buffer, which a rank without a part of this parameter has.
+        scores[shard.name] = torch.frombuffer(data, dtype=torch.float32) if data else torch.zeros(0)
+    return scores, metadata
 
 
 def _score_files(parameters: Sequence[Parameter]) -> dict[str, list[Entry]]:
@@ -210,21 +216,22 @@ def write_mask(
     shards: Iterable[Shard],
     bits: dict[str, Tensor],
     metadata: dict[str, str],
-    units: list[dict],
+    units: list[dict[str, Any]],
 ) -> None:
-    """``mask/``: one bit a weight, cut into files as the scores are; ``units.json`` names the logical matrices.
+    """Write ``mask/``: one bit a weight, in files like those of the scores, and ``units.json``, the logical matrices.
 
-    Collectives: one gather of the bytes whose bits are not all one rank's.
+    parameters: those that are scored. shards: this rank's. bits: bool [shard.numel] by shard's name. Collectives: those
+    of ``write_folder``, and one gather of the bytes that are shared between ranks.
     """
     files = {
         file: [Entry(entry.name, "U8", (num_bytes(torch.Size(entry.shape).numel()),)) for entry in entries]
         for file, entries in _score_files(parameters).items()
     }
-    own = by_parameter(shards, bits)
-    shared = _shared_bytes([parameter.name for parameter in parameters], own)
+    local_runs = by_parameter(shards, bits)
+    shared = _shared_bytes([parameter.name for parameter in parameters], local_runs)
 
     def local_bytes(name: str) -> Iterator[tuple[int, bytes]]:
-        for low, run in own.get(name, ()):
+        for low, run in local_runs.get(name, ()):
             first = -(-low // 8)
             if data := pack_bits(run[8 * first - low : 8 * ((low + len(run)) // 8) - low]).numpy().tobytes():
                 yield first, data
@@ -234,14 +241,16 @@ def write_mask(
     write_folder(folder, files, metadata, local_bytes, extra={"units.json": units}, digests_name=DIGESTS_NAME)
 
 
-def _shared_bytes(names: Sequence[str], own: Mapping[str, list[tuple[int, Tensor]]]) -> dict[str, dict[int, int]]:
-    """Parameter's name → byte → its value, of every byte that some rank's run begins or ends in.
+def _shared_bytes(
+    names: Sequence[str], local_runs: Mapping[str, list[tuple[int, Tensor]]]
+) -> dict[str, dict[int, int]]:
+    """Parameter's name → byte → value, of every byte in which a run of any rank begins or ends. One gather.
 
-    Its bits may be of several ranks and runs. Each adds what it has; no two have the same bit, so the sum is the byte.
+    Such a byte's bits may come from several ranks and runs. No two hold the same bit, so the byte is their sum.
     """
     rows = []  # (number of the parameter, byte, value of this run's bits)
     for number, name in enumerate(names):
-        for low, run in own.get(name, ()):
+        for low, run in local_runs.get(name, ()):
             high = low + len(run)
             for byte in sorted({low // 8, high // 8}) if high > low else ():
                 first, last = max(low, 8 * byte), min(high, 8 * byte + 8)

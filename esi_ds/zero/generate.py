@@ -1,10 +1,11 @@
-"""Greedy responses from a ZeRO-3 model: gathered once where it fits, gathered anew for every token otherwise."""
+"""Greedy responses from a ZeRO-3 model, which is gathered once where it fits, otherwise again for every token."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -17,7 +18,10 @@ FILL = 0.8  # share of the free memory that the whole model may take during gene
 
 
 def choose_mode(model: ShardedModel, mode: str) -> tuple[str, str]:
-    """(``gathered`` or ``per_token``, a sentence that says why). One all-reduce: the tightest rank decides."""
+    """(``gathered`` or ``per_token``, the reason). One all-reduce: the rank with the least free memory decides.
+
+    mode: ``esi.generation``.
+    """
     size = sum(layout.numel * model.by_name[layout.name].element_size() for layout in model.layouts)
     free = -runtime.all_reduce_max(torch.tensor([-float(runtime.free_memory_bytes())], dtype=torch.float64)).item()
     fits = size <= FILL * free
@@ -29,13 +33,13 @@ def choose_mode(model: ShardedModel, mode: str) -> tuple[str, str]:
 
 
 def in_step(model: ShardedModel, mode: str) -> bool:
-    """Whether ranks need one another for every token: to gather weights, or to reach experts that others hold."""
+    """Whether every token needs all ranks: to gather weights, or to reach experts on other ranks."""
     return mode == "per_token" or model.expert_parallel
 
 
 @contextmanager
 def ready_to_generate(model: ShardedModel, mode: str) -> Iterator[None]:
-    """Gathered mode: the whole model on every rank inside the block (one all-gather of it)."""
+    """Context for ``generate``. With ``gathered`` the whole model is on every rank: one all-gather of the model."""
     with model.with_cache():
         if mode == "gathered":
             with model.whole_for_generation():
@@ -46,9 +50,10 @@ def ready_to_generate(model: ShardedModel, mode: str) -> Iterator[None]:
 
 
 def greedy_config(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding with the model's own end tokens and nothing else of its sampling defaults."""
-    own = model.module.generation_config
-    end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    """Greedy decoding with the model's end tokens and none of its other defaults."""
+    end = None if model.module.generation_config is None else model.module.generation_config.eos_token_id
+    if end is None:
+        end = tokenizer.eos_token_id
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -61,16 +66,17 @@ def greedy_config(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, max_n
 def generate(
     model: ShardedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], max_new_tokens: int, mode: str
 ) -> list[str]:
-    """Responses to a batch of prompts' ids, as text without special tokens.
+    """Responses to a batch of prompts, given as token ids; text without special tokens.
 
-    Collectives where the ranks go ``in_step``: one forward pass's a token, for as long as any rank generates; every
-    rank must call this equally often, with at least one row.
+    Collectives where ranks go ``in_step``: those of a forward pass per token, until every rank has finished; every
+    rank must then call this equally often, with at least one row.
     """
     batch = left_pad(rows, tokenizer.pad_token_id, runtime.device())
     batch.pop("position_ids")  # generate() derives the same ones from the attention mask
     width = batch["input_ids"].shape[1]
     with torch.no_grad():
-        generated = model.module.generate(
+        generator: Any = model.module  # typed without the mixin that ``generate`` comes from
+        generated = generator.generate(
             **batch, generation_config=greedy_config(model, tokenizer, max_new_tokens), synced_gpus=in_step(model, mode)
         )
     return tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,9 +1,9 @@
-"""Gradients on partitions: reduce-scatter each one in fp32 as it appears, add it to the shard, free it.
+"""Gradients on partitions: reduce-scatter each one in fp32 as it arrives, add it to the shard, free it.
 
-docs/design.md §6, docs/zero3.md §1: an engine without an optimizer and one hook a parameter. 2 bytes of weight and 4 of
-accumulator a parameter over N ranks. Small tensors that are cut over the same ranks share one collective. Every rank
-must run the same backward calls on the same parameters, for the hooks' collectives are in the order of the backward
-pass.
+docs/design.md §6, docs/zero3.md §1: an engine without an optimizer, and one hook per parameter. Each weight takes 2
+bytes and 4 bytes of accumulator, divided over the ranks. Small tensors that are partitioned over the same ranks share a
+collective. Every rank must run the same backward passes on the same parameters, because the hooks' collectives come in
+the order of the backward pass.
 """
 
 from __future__ import annotations
@@ -19,12 +19,22 @@ from esi_ds.core.units import Shard
 from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
 
-BUCKET_NUMEL = 1 << 21  # gradients below this size wait for one another: 8 MiB of fp32 a collective
+BUCKET_NUMEL = 1 << 21  # smaller gradients share a collective of 8 MiB in fp32
+
+
+def take_gradient(tensor: nn.Parameter) -> Tensor:
+    """The gradient that has just arrived, flat, in the model's dtype; the parameter no longer holds it."""
+    gradient = tensor.grad
+    assert gradient is not None
+    tensor.grad = None
+    return gradient.detach().reshape(-1)
 
 
 class _Block:
-    """Parameters of one block with a list of experts: their gradients come in another order on every rank, so they wait
-    until all are there and are reduced in the model's order. One block's gradients are whole for that time."""
+    """Gradients of one block with a list of experts, which arrive in a different order on every rank.
+
+    They wait until all have arrived, unreduced, and are then reduced in the model's order.
+    """
 
     def __init__(self, names: list[str]):
         self.names = names
@@ -32,18 +42,18 @@ class _Block:
 
 
 class _Bucket:
-    """Small gradients, padded, that wait for a collective of one group of ranks."""
+    """Small padded gradients that wait for a collective of one group of ranks."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.waiting: list[tuple[Shard, Tensor]] = []
         self.numel = 0
 
 
 class ReducedGradients:
-    """Gradients of some tensors, summed over their ranks in fp32 as they appear; each rank gets its shard's part.
+    """Gradients of some tensors, summed over ranks in fp32 as they arrive; each rank receives its shard's part.
 
-    ``contribution`` says what of a rank's gradient is summed, ``receive`` what is done with the sum; ``flush`` must
-    follow every backward pass.
+    Subclasses say what a rank adds to the sum (``contribution``) and what becomes of the sum (``receive``). ``flush``
+    must follow every backward pass.
     """
 
     def __init__(self, model: ShardedModel, shards: Iterable[Shard]):
@@ -54,24 +64,24 @@ class ReducedGradients:
         self._blocks = self._find_blocks()
 
     def _find_blocks(self) -> dict[str, _Block]:
-        """The block of every collected tensor that lies in one with a list of experts."""
-        found: dict[str, _Block] = {}
+        """Tensor's name → its block, for collected tensors in a block with a list of experts."""
+        blocks: dict[str, _Block] = {}
         for block_name in self._model.expert_blocks:
             names = [shard.name for shard in self.collected if shard.name.startswith(f"{block_name}.")]
-            found |= dict.fromkeys(names, _Block(names))
-        return found
+            blocks |= dict.fromkeys(names, _Block(names))
+        return blocks
 
     def contribution(self, gradient: Tensor) -> Tensor:
-        """What this rank adds to the sum over ranks: its own whole gradient, fp32 [numel]; may be overwritten."""
+        """What this rank adds to the sum, fp32 [numel]. gradient: fp32 [numel], whole; may be overwritten."""
         return gradient
 
     def receive(self, shard: Shard, local: Tensor) -> None:
-        """The reduced gradient of one of this rank's shards: fp32 [shard.numel], for the moment only."""
+        """Use the sum of one of this rank's shards: fp32 [shard.numel], valid during the call only."""
         raise NotImplementedError
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Hooks live inside the block; only these tensors get a gradient at all."""
+        """Hooks are active inside the block, and only the collected tensors get a gradient."""
         for tensor in self._model.by_name.values():
             tensor.requires_grad_(tensor in self._by_tensor)
             tensor.grad = None
@@ -85,9 +95,9 @@ class ReducedGradients:
                 tensor.grad = None
 
     def _collect(self, tensor: nn.Parameter) -> None:
-        """Post-accumulate hook: one reduce-scatter, or none while the bucket has room or a block is not complete."""
+        """Post-accumulate hook. At most one reduce-scatter; none while a bucket has room or a block is incomplete."""
         shard = self._by_tensor[tensor]
-        gradient, tensor.grad = self.contribution(tensor.grad.detach().reshape(-1).float()), None
+        gradient = self.contribution(take_gradient(tensor).float())
         if (block := self._blocks.get(shard.name)) is None:
             self._add(shard, gradient)
             return
@@ -98,10 +108,10 @@ class ReducedGradients:
                 self._add(*waiting[name])
 
     def _add(self, shard: Shard, gradient: Tensor) -> None:
-        """Reduce one gradient, or let it wait in its bucket. The order of calls must be the same on every rank."""
+        """Reduce one gradient, or put it into a bucket. The order of calls must be the same on every rank."""
         group = self._model.group(shard)
         size = self._model.partition_numel(shard) * torch.distributed.get_world_size(group)
-        # Padding by nothing would be a copy, of the largest gradient too.
+        # Padding by 0 elements would still copy, even the largest gradient.
         padded = F.pad(gradient, (0, size - gradient.numel())) if size > gradient.numel() else gradient
         if padded.numel() >= BUCKET_NUMEL:
             self._reduce([(shard, padded)], group)
@@ -113,9 +123,9 @@ class ReducedGradients:
             self._reduce(self._buckets.pop(group).waiting, group)
 
     def flush(self) -> None:
-        """Reduce what waits in buckets; call after every backward pass. At most one reduce-scatter a group.
+        """Reduce what is left in buckets; call after every backward pass. At most one reduce-scatter per group.
 
-        Raises RuntimeError where a gradient of a block with a list of experts did not come: it would be lost unseen.
+        Raises RuntimeError where a gradient of a block with a list of experts is missing: the others would be lost.
         """
         for block in self._blocks.values():
             if block.waiting:
@@ -141,11 +151,7 @@ class ReducedGradients:
 
 
 class GradientShards(ReducedGradients):
-    """fp32 sums of gradients, one flat tensor for each of this rank's shards that are scored (no padding).
-
-    ``sums[name]`` [shard.numel]. ``take_norm_squared`` gives this rank's part of the squared norm of the gradients that
-    were added since it was last taken; it is not finite as soon as one added element is not.
-    """
+    """fp32 sums of gradients of this rank's scored shards: ``sums[name]`` [shard.numel]."""
 
     def __init__(self, model: ShardedModel, device: torch.device):
         super().__init__(model, model.scored)
@@ -161,34 +167,37 @@ class GradientShards(ReducedGradients):
         self._norm_squared += self.norm_squared(added) if len(added) else 0.0
 
     def norm_squared(self, added: Tensor) -> Tensor:
-        """Of what ``receive`` was given, float64 []."""
-        # Piece by piece: torch makes a copy in float64 of what it sums so.
-        norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in added.split(BUCKET_NUMEL)]
+        """Squared norm, float64 [], of what ``receive`` has added."""
+        # In chunks, because torch copies to float64 what it sums in float64.
+        norms = [torch.linalg.vector_norm(chunk, dtype=torch.float64) for chunk in added.split(BUCKET_NUMEL)]
         return torch.stack(norms).square().sum()
 
     def take_norm_squared(self) -> float:
+        """This rank's part of the squared norm of the gradients added since the last call.
+
+        Not finite as soon as one added element is not.
+        """
         value = float(self._norm_squared)
         self._norm_squared.zero_()
         return value
 
     def saved(self) -> Parts:
-        """What a checkpoint holds: of every parameter, this rank's parts and where each begins."""
+        """This rank's part of the checkpoint: the sums by parameter."""
         parts: dict[str, list[tuple[int, Tensor]]] = {}
         for shard in self.collected:
-            found = [(low, self.sums[shard.name][where]) for where, low, _ in shard.parts()]
-            parts.setdefault(shard.parameter.name, []).extend(found)
+            sums = self.sums[shard.name]
+            parts.setdefault(shard.parameter.name, []).extend((low, sums[where]) for where, low, _ in shard.parts())
         return parts
 
 
 class SquaredGradientShards(GradientShards):
-    """fp32 sums of squared gradients, for a diagonal Fisher: Σ over ranks and backward passes of g².
+    """fp32 sums of squared gradients, for a diagonal Fisher: Σ g² over ranks and backward passes.
 
-    The square is taken of each rank's own whole gradient, before anything is added up: (g_0 + g_1)² is another thing.
-    So a rank's backward pass must be of one row's loss.
+    Each rank squares its whole gradient before the sum over ranks, so its backward pass must be of one row's loss.
     """
 
     def contribution(self, gradient: Tensor) -> Tensor:
         return gradient.square_()
 
     def norm_squared(self, added: Tensor) -> Tensor:
-        return torch.stack([piece.sum(dtype=torch.float64) for piece in added.split(BUCKET_NUMEL)]).sum()
+        return torch.stack([chunk.sum(dtype=torch.float64) for chunk in added.split(BUCKET_NUMEL)]).sum()

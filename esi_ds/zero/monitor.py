@@ -1,7 +1,7 @@
-"""DeepSpeed's monitors (CSV files, Weights & Biases, Comet, its own TensorBoard) without an engine.
+"""DeepSpeed's monitors (CSV files, Weights & Biases, Comet, TensorBoard) without an engine.
 
-The engine would write what it knows of its own optimizer steps, of which most stages make none: these get the run's own
-curves instead, and the engine none.
+The engine would write curves of its optimizer steps, of which most stages make none. Here the monitors get the curves
+of the run, and the engine gets no monitor.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ class Monitors:
     def __init__(self, master: MonitorMaster):
         self._master = master
         self._last_step = 0
-        self._cut: set[str] = set()  # curves of CSV files that this process has gone on with
+        self._continued: set[str] = set()  # curves whose CSV file this process has checked
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """A point in each curve."""
+        """Add a point to each curve. values: by name of the curve."""
         master, events = self._master, [(name, value, step) for name, value in values.items()]
         if master.csv_monitor is not None and master.csv_monitor.enabled:
-            for name in values.keys() - self._cut:
-                self._go_on_with(name, step)
+            for name in values.keys() - self._continued:
+                self._continue_csv(name, step)
         for monitor in (master.tb_monitor, master.csv_monitor, master.comet_monitor):
             if monitor is not None:
                 monitor.write_events(events)
         if master.wandb_monitor is not None:
-            # W&B drops what comes at a lower step than something before it, and every phase counts from its own start.
+            # W&B drops points at a lower step than an earlier one, and every phase counts its steps from 0.
             self._last_step = max(self._last_step, step)
             master.wandb_monitor.write_events([(name, value, self._last_step) for name, value in values.items()])
 
-    def _go_on_with(self, name: str, step: int) -> None:
-        """Drop what an earlier process wrote of a curve from ``step`` on, for it comes again; the header must not."""
-        self._cut.add(name)
+    def _continue_csv(self, name: str, step: int) -> None:
+        """Drop the points of an earlier process from ``step`` on, which will be written again, and keep the header."""
+        self._continued.add(name)
         monitor, filename = self._master.csv_monitor, name.replace("/", "_").replace(" ", "_")  # as DeepSpeed names it
         file = Path(monitor.log_dir) / f"{filename}.csv"
         if not file.is_file():
             return
         head, *rows = file.read_text().splitlines()
-        kept = [row for row in rows if (at := row.partition(",")[0]).isdecimal() and int(at) < step]
+        kept = [row for row in rows if (number := row.partition(",")[0]).isdecimal() and int(number) < step]
         write_text_atomic(file, "".join(f"{row}\n" for row in (head, *kept)))
         monitor.filenames.append(filename)
 
     def close(self) -> None:
-        """Everything is sent and on disk. DeepSpeed leaves that to the interpreter's end, which our commands skip."""
+        """Send and write everything. DeepSpeed leaves that to the interpreter's exit, which our commands skip."""
         if self._master.tb_monitor is not None:
             self._master.tb_monitor.summary_writer.close()
         if self._master.comet_monitor is not None:
@@ -66,26 +66,27 @@ class Monitors:
 
 
 def open_monitors(sections: Mapping[str, Mapping[str, Any]]) -> Monitors | None:
-    """Rank 0's monitors; None elsewhere, and where none is asked for. One broadcast, and none without a monitor.
+    """Rank 0's monitors; None on other ranks, and where no monitor is enabled. One broadcast unless none is enabled.
 
-    sections: those of the DeepSpeed config that are enabled, by name. Raises UserError on every rank where a section
-    has a wrong key, or its monitor does not start.
+    sections: the enabled ones of the DeepSpeed config, by name. Raises UserError on every rank where a section is
+    invalid or its monitor does not start.
     """
     if not sections:
         return None
     try:
         config = get_monitor_config({name: dict(section) for name, section in sections.items()})
     except ValidationError as error:
-        found = error.errors()[0]
-        field = ".".join(["deepspeed", *map(str, found["loc"])])
-        raise UserError(field, found["input"], found["msg"], "see DeepSpeed's documentation of its monitors") from error
-    made, problem = None, None
+        details = error.errors()[0]
+        field = ".".join(["deepspeed", *map(str, details["loc"])])
+        remedy = "see DeepSpeed's documentation of its monitors"
+        raise UserError(field, details["input"], details["msg"], remedy) from error
+    monitors, problem = None, None
     if runtime.is_main():
         try:
-            made = Monitors(MonitorMaster(config))
-        except Exception as error:  # whatever a service's client raises: no login, no network, no such project
+            monitors = Monitors(MonitorMaster(config))
+        except Exception as error:  # any error of a service's client: no login, no network, an unknown project
             problem = f"{type(error).__name__}: {error}"
     if problem := runtime.broadcast_object(problem):
         names = ", ".join(f"deepspeed.{name}" for name in sections)
         raise UserError(names, None, f"could not start ({problem})", "set it up, or set enabled to false")
-    return made
+    return monitors

@@ -1,7 +1,7 @@
-"""Noise on selected weights of a sharded model, and the way back to the exact bits (docs/method.md §4).
+"""Noise on selected weights of a sharded model, and restoring their exact bits (docs/method.md §4).
 
-Every rank disturbs its own shard; no weight travels. The noise of a weight is a function of the seed and its position
-in the model, so it is the same for every world size.
+Every rank perturbs its shards; no weight leaves a rank. A weight's noise depends only on the seed and its position in
+the model, so it is the same for every world size.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from esi_ds.zero.engine import ShardedModel
 def perturbed(
     model: ShardedModel, bits: Mapping[str, Tensor], sigma: Mapping[Unit, float], noise: float, seed: int
 ) -> Iterator[None]:
-    """Selected weights plus N(0, (noise · σ)²) for the time of the block, rounded to the weights' dtype.
+    """Add N(0, (noise · σ)²) to the selected weights inside the block, rounded to their dtype.
 
-    bits: shard's name → bool [shard.numel]. sigma: of the undisturbed matrices. Only the selected weights' originals
-    are kept; they are written back as they were, also after an error. No collectives; every rank must enter and leave.
+    bits: shard's name → bool [shard.numel]. sigma: of the unperturbed matrices. The original weights are kept for the
+    selected coordinates only, and written back afterwards, also after an error. No collectives; every rank must enter
+    and leave the block.
     """
-    model.release()  # gathered parameters would hide what is written
+    model.release()  # gathered parameters would hide the new weights
     originals: list[tuple[Shard, Tensor, Tensor]] = []
     try:
         for shard in model.scored:
             if bits[shard.name].any():
-                originals.append(_disturb(model, shard, bits[shard.name], sigma, noise, seed))
+                originals.append(_perturb(model, shard, bits[shard.name], sigma, noise, seed))
         model.publish()
         yield
     finally:
@@ -43,7 +44,7 @@ def perturbed(
         model.publish()
 
 
-def _disturb(
+def _perturb(
     model: ShardedModel,
     shard: Shard,
     bits: Tensor,
@@ -51,22 +52,22 @@ def _disturb(
     noise: float,
     seed: int,
 ) -> tuple[Shard, Tensor, Tensor]:
-    """Add the noise to one shard; what was changed: positions int64 in the shard, and their original values."""
+    """Add noise to one shard; returns (shard, int64 positions of the changed weights, their original values)."""
     weight = model.local_weight(shard)
     positions = bits.to(weight.device).nonzero().flatten()
     values = weight[positions].clone()
     scale = torch.zeros(shard.numel, dtype=torch.float32, device=weight.device)
     for unit in shard.parameter.units:
         scale[shard.within(unit)] = noise * sigma[unit]
-    drawn = normal(stream(seed, 0x9E27), shard.parameter.offset + shard.flat(positions))
-    weight[positions] = (values.float() + scale[positions] * drawn).to(weight.dtype)
+    noise_values = normal(stream(seed, 0x9E27), shard.parameter.offset + shard.flat(positions))
+    weight[positions] = (values.float() + scale[positions] * noise_values).to(weight.dtype)
     return shard, positions, values
 
 
 def weights_digest(model: ShardedModel) -> str:
-    """sha256 of every weight's bits on every rank: what "exactly restored" is proven by. One gather of digests.
+    """sha256 over all weights' bits on all ranks, which proves that weights were restored. One gather of digests.
 
-    Comparable within one run only: it depends on how the weights are cut.
+    Comparable within one run only, because it depends on the partitioning.
     """
     digest = hashlib.sha256()
     for shard in model.shards:

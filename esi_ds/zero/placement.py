@@ -1,4 +1,4 @@
-"""Where a judge lives: a whole copy on every rank, or cut over the ranks like the model."""
+"""Placement of a judge: a whole copy on every rank, or partitioned over the ranks like the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from esi_ds.models.meta import meta_model
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import DTYPES, load_replicated, load_sharded
 
-SHARE = 0.25  # of a rank's free memory that a whole guard may take under `auto`
+SHARE = 0.25  # of a rank's free memory that a whole judge may take under `auto`
 
 
 def model_bytes(
@@ -31,7 +31,10 @@ def model_bytes(
 
 
 def _choose_placement(size: int, placement: str) -> tuple[str, str]:
-    """(``replicated`` or ``sharded``, why) for a judge of ``size`` bytes. One all-reduce: the tightest rank decides."""
+    """(``replicated`` or ``sharded``, the reason) for a judge of ``size`` bytes.
+
+    One all-reduce: the rank with the least free memory decides.
+    """
     free = -runtime.all_reduce_max(torch.tensor([-float(runtime.free_memory_bytes())], dtype=torch.float64)).item()
     reason = f"it takes {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on the tightest rank"
     if placement == "auto":
@@ -42,7 +45,7 @@ def _choose_placement(size: int, placement: str) -> tuple[str, str]:
 def load_judge(
     section: JudgeModel, key: str, config: PretrainedConfig, model_dtype: str, deepspeed_config: dict[str, Any]
 ) -> tuple[PreTrainedModel, Weights, str]:
-    """A frozen judge, how its weights are reached, and where they lie and why.
+    """A frozen judge, the way to release its weights, and a sentence on where they are and why.
 
     section: the judge's, at ``key`` of the experiment's config. config: the judge's architecture. model_dtype: used
     where the section's own is ``auto``. Collectives: one all-reduce, and those of loading.

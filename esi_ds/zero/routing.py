@@ -1,49 +1,50 @@
-"""Which experts routers choose, token by token: for routing frequencies, and for how tuning changes them."""
+"""The experts that routers choose for each token: routing frequencies, and their change by tuning."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esi_ds.core.batch import left_pad
 from esi_ds.models.roles import experts_per_token
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 
-MAX_ROWS = 64  # of each set: more rows hardly change a frequency
-Choices = dict[str, Tensor]  # router's name → int16 [tokens, top k], ascending, tokens row after row
+MAX_ROWS = 64  # of a set; more rows hardly change a frequency
+Choices = dict[str, Tensor]  # router's name → int16 [tokens of all rows, top k], ascending in each token
 
 
-def chosen_experts(output: Tensor | tuple, top_k: int) -> Tensor:
-    """int64 [tokens, k] from what a router module returns.
+def chosen_experts(output: Tensor | tuple[Tensor, ...], top_k: int) -> Tensor:
+    """int64 [tokens, k] from a router module's output.
 
-    transformers' routers return (logits, weights, indices). Llama-4's returns (scores, logits), a gate of remote code
-    its logits: there the k largest logits are chosen.
+    transformers' routers return (logits, weights, indices). Llama-4's returns (scores, logits) and a gate of remote
+    code its logits; there the k largest logits are chosen.
     """
-    found = output if isinstance(output, tuple) else (output,)
-    for tensor in found:
+    tensors = output if isinstance(output, tuple) else (output,)
+    for tensor in tensors:
         if not tensor.is_floating_point():
             return tensor
-    return found[-1].topk(top_k, dim=-1).indices
+    return tensors[-1].topk(top_k, dim=-1).indices
 
 
 def routing_choices(model: ShardedModel, rows: Sequence[Sequence[int]], pad: int, batch_size: int) -> Choices | None:
-    """What every router chooses for every token of the first MAX_ROWS rows; on rank 0, None on others.
+    """The choices of every router for every token of the first MAX_ROWS rows, on rank 0; None on other ranks.
 
-    Ranks share the rows; one that has fewer repeats one and does not count it. Collectives: the gathers of
-    ⌈rows / (batch · ranks)⌉ forward passes, and one gather of the choices.
+    rows: token ids. pad: the padding token. Ranks share the rows; one without rows left repeats the first one and drops
+    its choices. Collectives: the gathers of ⌈rows / (batch · ranks)⌉ forward passes, and one gather of the choices.
     """
     rows, rank, ranks = rows[:MAX_ROWS], runtime.rank(), runtime.world_size()
-    own = list(range(rank, len(rows), ranks))
-    most = -(-len(rows) // ranks)
-    found: dict[int, Choices] = {}
+    local_numbers = list(range(rank, len(rows), ranks))
+    most = -(-len(rows) // ranks)  # rows of any rank
+    local_choices: dict[int, Choices] = {}
     for start in range(0, most, batch_size):
-        numbers = own[start : start + batch_size]
-        made = _choices_of([rows[number] for number in numbers] or [rows[0]], model, pad)
-        found |= dict(zip(numbers, made, strict=False))
-    gathered = {number: row for part in runtime.gather_objects(found) for number, row in part.items()}
+        numbers = local_numbers[start : start + batch_size]
+        choices = _choices_of([rows[number] for number in numbers] or [rows[0]], model, pad)
+        local_choices |= dict(zip(numbers, choices, strict=False))
+    gathered = {number: row for part in runtime.gather_objects(local_choices) for number, row in part.items()}
     if not runtime.is_main():
         return None
     names = gathered[0] if gathered else {}
@@ -52,15 +53,17 @@ def routing_choices(model: ShardedModel, rows: Sequence[Sequence[int]], pad: int
 
 @torch.no_grad()
 def _choices_of(rows: Sequence[Sequence[int]], model: ShardedModel, pad: int) -> list[Choices]:
-    """One forward pass; the choices of each row, padding left out."""
+    """The choices of each row, without padding. Collectives: the gathers of one forward pass."""
     top_k = experts_per_token(model.module.config.get_text_config())
     batch = left_pad(rows, pad, runtime.device())
-    seen: Choices = {}
+    chosen: Choices = {}
     handles = []
     for name, module in model.routers.items():
 
-        def keep(module, arguments, output, name=name) -> None:
-            seen[name] = chosen_experts(output, top_k).sort(dim=-1).values.to("cpu", torch.int16)
+        def keep(
+            module: nn.Module, arguments: tuple[Any, ...], output: Tensor | tuple[Tensor, ...], name: str = name
+        ) -> None:
+            chosen[name] = chosen_experts(output, top_k).sort(dim=-1).values.to("cpu", torch.int16)
 
         handles.append(module.register_forward_hook(keep))
     try:
@@ -72,13 +75,13 @@ def _choices_of(rows: Sequence[Sequence[int]], model: ShardedModel, pad: int) ->
     shape = batch["input_ids"].shape
     mask = batch["attention_mask"].bool().cpu()
     return [
-        {name: chosen.view(*shape, -1)[index][mask[index]] for name, chosen in seen.items()}
+        {name: experts.view(*shape, -1)[index][mask[index]] for name, experts in chosen.items()}
         for index in range(len(rows))
     ]
 
 
 def frequencies(choices: Mapping[str, Tensor], num_experts: int) -> dict[str, list[int]]:
-    """How many tokens each expert got, by router: counts [num_experts]."""
+    """Router's name → number of tokens sent to each expert [num_experts]."""
     return {
         name: torch.bincount(chosen.flatten().long(), minlength=num_experts).tolist()
         for name, chosen in choices.items()
@@ -86,5 +89,5 @@ def frequencies(choices: Mapping[str, Tensor], num_experts: int) -> dict[str, li
 
 
 def drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """(tokens whose set of experts is another one, tokens), by router."""
+    """Router's name → (number of tokens whose set of experts has changed, number of tokens)."""
     return {name: (int((before[name] != after[name]).any(dim=-1).sum()), len(before[name])) for name in before}

@@ -27,8 +27,9 @@ from esi_ds.ranks import Item, Ranks
 def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
     """Join the job's process group (gloo on CPU, NCCL on GPUs). A plain ``python`` process is a group of one.
 
-    timeout_s: how long a collective waits for a rank that does not come before it fails; start_timeout_s: how long all
-    are waited for now. On another host nothing but this tells that rank 0 died before it listened.
+    timeout_s: how long a collective waits for a missing rank before it fails. start_timeout_s: how long to wait for all
+    ranks now; a rank on another host has no other way to learn that rank 0 died before it listened. Raises UserError
+    where no group forms.
     """
     if torch.distributed.is_initialized():
         return
@@ -44,11 +45,11 @@ def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
         # DeepSpeed reads LOCAL_RANK too.
         os.environ["LOCAL_RANK"] = str(_device_index(launch, get_accelerator().device_count()))
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    # Nothing here calls DeepSpeed's shared-memory all-reduce for CPUs, and it costs: a compile at the first start (a
-    # compile that is killed leaves a lock every later start waits on) and 66 MiB in /dev/shm per rank, for good.
+    # DeepSpeed's shared-memory all-reduce for CPUs is not used here. It would compile at the first start (and a killed
+    # compilation leaves a lock on which every later start waits) and keep 66 MiB in /dev/shm per rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        # All meet here first, for a time of its own; the group's own rendezvous then finds rank 0's server running.
+        # A rendezvous with a timeout of its own; the group's then finds rank 0's server running.
         meeting = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=start_timeout_s)))
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
         del meeting
@@ -64,7 +65,7 @@ def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
 
 
 def _quieten() -> None:
-    """Libraries' notes on their own workings would drown ours: errors only, and no bar but our own."""
+    """Limit libraries to errors, and disable their progress bars."""
     import transformers
 
     os.environ.setdefault("DS_LOG_LEVEL", "error")
@@ -75,7 +76,7 @@ def _quieten() -> None:
 
 
 def _device_index(launch: LaunchEnvironment, num_devices: int) -> int:
-    """This rank's device among those it sees; a launcher may show each rank its own one only."""
+    """Index of this rank's device among the visible ones; a launcher may show each rank only one."""
     if num_devices == 1 or launch.local_rank is None:
         return 0
     if launch.local_rank >= num_devices:
@@ -85,57 +86,61 @@ def _device_index(launch: LaunchEnvironment, num_devices: int) -> int:
 
 
 def _bind_cores() -> None:
-    """Give each rank of a host an equal part of the cores they may all use; a launcher that has bound them is right.
-
-    One gather.
-    """
+    """Divide the cores evenly between the ranks of a host, unless the launcher has bound them. One gather."""
     if not hasattr(os, "sched_setaffinity"):
         return
-    own = (socket.gethostname(), sorted(os.sched_getaffinity(0)))
-    sharing = [rank_ for rank_, other in enumerate(gather_objects(own)) if other == own]
-    share = len(own[1]) // len(sharing)
+    cores = sorted(os.sched_getaffinity(0))
+    hosts_and_cores = gather_objects((socket.gethostname(), cores))
+    sharing = [other for other, entry in enumerate(hosts_and_cores) if entry == hosts_and_cores[rank()]]
+    share = len(cores) // len(sharing)
     if len(sharing) > 1 and share > 0:
         first = sharing.index(rank()) * share
-        os.sched_setaffinity(0, own[1][first : first + share])
+        os.sched_setaffinity(0, cores[first : first + share])
 
 
 def stop() -> None:
-    """Leave the process group; without it gloo and NCCL complain at exit."""
+    """Leave the process group, without which gloo and NCCL complain at exit."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 @contextmanager
 def process_group(timeout_s: int = 1800, start_timeout_s: int = 600) -> Iterator[None]:
-    """The job's process group for the time of the block; one that was there before stays (a study runs many stages in
-    one process, and DeepSpeed keeps handles of the first group)."""
-    was_there = torch.distributed.is_initialized()
+    """Join the job's process group inside the block. A group that existed before is used, and stays.
+
+    (A study runs many stages in one process, and DeepSpeed keeps handles of the first group.)
+    """
+    existed = torch.distributed.is_initialized()
     start(timeout_s, start_timeout_s)
     try:
         yield
     except BaseException:
-        # Closing its connections would have the others fail, and say so, before this rank has said why: the process,
-        # which is about to end, takes them along.
-        if not was_there and world_size() == 1:
+        # Closing the connections would make the other ranks fail, and report that, before this rank has reported its
+        # error. The process is about to end anyway.
+        if not existed and world_size() == 1:
             stop()
         raise
-    if not was_there:
+    if not existed:
         stop()
 
 
 def rank() -> int:
+    """This process's global rank; 0 without a process group."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def is_main() -> bool:
+    """Whether this is rank 0, which writes files and talks to the user."""
     return rank() == 0
 
 
 def device() -> torch.device:
+    """This rank's accelerator, or the CPU."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -143,18 +148,19 @@ def device() -> torch.device:
 
 
 def seed_everything(seed: int) -> None:
-    """The same stream on every rank: what must differ between ranks or prompts is keyed, not drawn."""
+    """Seed python and torch alike on every rank; what must differ between ranks or prompts is keyed, not drawn."""
     random.seed(seed)
     torch.manual_seed(seed)
 
 
 def barrier() -> None:
+    """Wait for all ranks. One barrier."""
     if world_size() > 1:
         torch.distributed.barrier()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over ranks, in place and returned; lives where the backend needs it meanwhile. One all-reduce."""
+    """Sum over ranks, in place and returned, for a tensor on any device. One all-reduce."""
     if world_size() == 1:
         return tensor
     moved = tensor.to(device())
@@ -163,7 +169,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_max(tensor: Tensor) -> Tensor:
-    """Maximum over ranks, in place and returned. One all-reduce."""
+    """Maximum over ranks, in place and returned, for a tensor on any device. One all-reduce."""
     if world_size() == 1:
         return tensor
     moved = tensor.to(device())
@@ -172,7 +178,7 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
 
 
 def gather_objects(item: Any) -> list[Any]:
-    """Every rank's small picklable object, in rank order, on every rank. Never used for anything from a file."""
+    """Every rank's small picklable object, in rank order, on every rank; never objects read from a file. One gather."""
     if world_size() == 1:
         return [item]
     gathered: list[Any] = [None] * world_size()
@@ -194,7 +200,7 @@ class JobRanks(Ranks):
 
 
 def broadcast_object(item: Any) -> Any:
-    """Rank 0's object on every rank."""
+    """Rank 0's small picklable object, on every rank. One broadcast."""
     if world_size() == 1:
         return item
     holder = [item]
@@ -203,7 +209,7 @@ def broadcast_object(item: Any) -> Any:
 
 
 def memory_bytes() -> int:
-    """Memory this process holds: allocated on the GPU, resident set on the CPU."""
+    """Bytes that this process holds: allocated on the GPU, or the resident set on the CPU."""
     if device().type == "cuda":
         return torch.cuda.memory_allocated()
     import psutil
@@ -212,7 +218,7 @@ def memory_bytes() -> int:
 
 
 def free_memory_bytes() -> int:
-    """Memory one more rank-sized tenant could take here: the free GPU memory, or this rank's share of the host's."""
+    """Free bytes for this rank: of the GPU, or its share of the host's free memory."""
     if device().type == "cuda":
         return torch.cuda.mem_get_info()[0]
     import psutil

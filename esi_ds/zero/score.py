@@ -127,7 +127,7 @@ class Selection:
 
 
 def select_weights(
-    model: ShardedModel, scores: Scores, *, ratio: float, order: str, of: str, scope: str, seed: int
+    model: ShardedModel, scores: Mapping[str, Tensor], *, ratio: float, order: str, of: str, scope: str, seed: int
 ) -> Selection:
     """The exact selection (docs/method.md §2).
 
@@ -171,7 +171,7 @@ def selected_bits(cut: Cut, order: Order, run: ScoreRun) -> Tensor:
 
 
 def _select_by_unit(
-    model: ShardedModel, parameter: Parameter, scores: Scores, ratio: float, order: Order, last: int
+    model: ShardedModel, parameter: Parameter, scores: Mapping[str, Tensor], ratio: float, order: Order, last: int
 ) -> dict[str, Tensor]:
     """Scope ``matrix``: ⌊ratio · n⌋ of the n weights of each logical matrix of one parameter.
 

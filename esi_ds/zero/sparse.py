@@ -1,11 +1,11 @@
 """SET: train the selected weights only, at little more than the cost of holding the model (docs/zero3.md).
 
-An engine without optimizer; fp32 masters and moments of this rank's trained weights lie in flat tensors. Two ways for a
-gradient to get there, chosen by size:
+The engine has no optimizer; fp32 masters and moments of this rank's trained weights lie in flat tensors. Gradients
+reach them in one of two ways, chosen by size:
 
-``compact``: the hook keeps the trained coordinates of the whole, unreduced gradient, without a collective; one
-all-reduce a step (and one of experts, where ranks hold different ones). Index and sums are not sharded: 8 bytes per
-trained weight on every rank.
+``compact``: the hook keeps the trained coordinates of the whole, unreduced gradient, without a collective. Each step
+performs one all-reduce, and one more for experts where ranks hold different ones. Positions and sums are not sharded: 8
+bytes per trained weight on every rank.
 ``scatter``: the hook reduce-scatters the whole gradient, as scoring does, and keeps this rank's trained coordinates.
 """
 
@@ -26,12 +26,12 @@ from esi_ds.core.units import Shard
 from esi_ds.zero import runtime
 from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.gradients import ReducedGradients
+from esi_ds.zero.gradients import ReducedGradients, take_gradient
 from esi_ds.zero.tuner import NotFinite, Rule, Tuner
 
 
 def choose_reduction(total: int, reduction: str) -> tuple[str, str]:
-    """(``compact`` or ``scatter``, a sentence that says why) for ``total`` trained weights."""
+    """(``compact`` or ``scatter``, the reason) for ``total`` trained weights. reduction: ``tune.reduction``."""
     size = 8 * total
     reason = f"index and sums of {total:,} trained weights take {size / 2**30:.3g} GiB on every rank"
     if reduction == "auto":
@@ -40,10 +40,10 @@ def choose_reduction(total: int, reduction: str) -> tuple[str, str]:
 
 
 class CompactGradients:
-    """Sums of the trained coordinates of every tensor's gradient, laid out alike on all ranks it is cut over.
+    """Sums of the trained coordinates of whole gradients, in the same layout on all ranks of a tensor's group.
 
-    ``sums`` fp32 [trained weights here, tensors that are cut over all ranks first]; ``ranges``: the part of it that is
-    this rank's to train, by shard's name.
+    sums: fp32 [trained weights of all layouts], tensors partitioned over all ranks first. ranges: the part of ``sums``
+    that this rank trains, by shard's name.
     """
 
     def __init__(self, model: ShardedModel, trained: Trained, shards: Sequence[Shard]):
@@ -51,44 +51,45 @@ class CompactGradients:
         self._by_tensor: dict[nn.Parameter, tuple[Tensor | None, slice]] = {}
         names = {shard.name for shard in shards}
         self._others = [tensor for name, tensor in model.by_name.items() if name not in names]
-        self._places: dict[torch.distributed.ProcessGroup | None, slice] = {}  # None: all ranks
-        places: dict[str, slice] = {}
+        self._group_ranges: dict[torch.distributed.ProcessGroup | None, slice] = {}  # None: all ranks
+        layout_ranges: dict[str, slice] = {}
         start = 0
         layouts = [layout for layout in model.layouts if layout.name in names]
         for layout in sorted(layouts, key=lambda layout: not model.is_everywhere(layout)):
             positions = trained.positions_of(layout)
             count = layout.numel if positions is None else len(positions)
-            place = places[layout.name] = slice(start, start + count)
+            layout_range = layout_ranges[layout.name] = slice(start, start + count)
             self._by_tensor[model.by_name[layout.name]] = (
                 None if positions is None else positions.to(device),
-                place,
+                layout_range,
             )
             group = None if model.is_everywhere(layout) else model.group(layout)
-            self._places[group] = slice(self._places.get(group, place).start, place.stop)
+            first = self._group_ranges.get(group, layout_range).start
+            self._group_ranges[group] = slice(first, layout_range.stop)
             start += count
-        self.ranges = {shard.name: self._own(model, shard, places[shard.name]) for shard in shards}
+        self.ranges = {shard.name: self._shard_range(model, shard, layout_ranges[shard.name]) for shard in shards}
         self.sums = torch.zeros(start, dtype=torch.float32, device=device)
 
-    def _own(self, model: ShardedModel, shard: Shard, place: slice) -> slice:
-        """This rank's part of a tensor's place in ``sums``."""
+    def _shard_range(self, model: ShardedModel, shard: Shard, layout_range: slice) -> slice:
+        """This rank's part of a tensor's range in ``sums``."""
         index, _ = self._by_tensor[model.by_name[shard.name]]
         if index is None:
-            return slice(*(min(place.start + bound, place.stop) for bound in model.bounds(shard)))
+            return slice(*(min(layout_range.start + bound, layout_range.stop) for bound in model.bounds(shard)))
         first, last = (int((index < bound).sum()) for bound in model.bounds(shard))
-        return slice(place.start + first, place.start + last)
+        return slice(layout_range.start + first, layout_range.start + last)
 
     def positions(self, model: ShardedModel, shard: Shard) -> Tensor | None:
-        """This rank's trained positions in a shard; None: all of it."""
-        index, place = self._by_tensor[model.by_name[shard.name]]
+        """Trained positions in one of this rank's shards, int64; None: all of them."""
+        index, layout_range = self._by_tensor[model.by_name[shard.name]]
         if index is None:
             return None
-        own = self.ranges[shard.name]
+        trained, offset = self.ranges[shard.name], layout_range.start
         first, _ = model.bounds(shard)
-        return index[own.start - place.start : own.stop - place.start].long() - first
+        return index[trained.start - offset : trained.stop - offset].long() - first
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Hooks live inside the block; tensors in which nothing trains get no gradient at all."""
+        """Hooks are active inside the block, and only tensors with a trained weight get a gradient."""
         for tensor in self._others:
             tensor.requires_grad_(False)
         handles = []
@@ -103,40 +104,46 @@ class CompactGradients:
                 handle.remove()
 
     def _collect(self, tensor: nn.Parameter) -> None:
-        index, place = self._by_tensor[tensor]
-        gradient, tensor.grad = tensor.grad.detach().reshape(-1), None
-        self.sums[place] += gradient if index is None else gradient.index_select(0, index)
+        """Post-accumulate hook. No collectives."""
+        index, layout_range = self._by_tensor[tensor]
+        gradient = take_gradient(tensor)
+        self.sums[layout_range] += gradient if index is None else gradient.index_select(0, index)
 
     def flush(self) -> None:
-        """Nothing waits here."""
+        """Nothing to do: the hooks perform no collectives."""
 
-    def own_finite(self) -> bool:
-        """Whether this rank's own gradients, before they are reduced, are finite."""
+    def local_finite(self) -> bool:
+        """Whether this rank's gradients are finite before they are reduced."""
         return math.isfinite(_norm(self.sums))
 
     def reduce(self) -> tuple[Tensor, float]:
-        """This rank's part of the summed gradient, and the norm of all of it. One all-reduce a group of ranks, and one
-        of a number where experts are on different ranks."""
-        for group, place in self._places.items():
+        """This rank's part of the summed gradient, fp32 [trained weights of its shards], and the norm of the whole.
+
+        Collectives: one all-reduce per group of ranks, and one of a number where ranks hold different experts.
+        """
+        for group, group_range in self._group_ranges.items():
             if torch.distributed.get_world_size(group) > 1:
-                torch.distributed.all_reduce(self.sums[place], group=group)
-        own = torch.cat([self.sums[place] for place in self.ranges.values()])
-        if set(self._places) == {None}:  # every rank has all sums; one group of experts is of some ranks only
-            return own, _norm(self.sums)
-        norm_squared = torch.tensor(_norm(own) ** 2, dtype=torch.float64)
-        return own, math.sqrt(runtime.all_reduce_sum(norm_squared))
+                torch.distributed.all_reduce(self.sums[group_range], group=group)
+        local = torch.cat([self.sums[shard_range] for shard_range in self.ranges.values()])
+        if set(self._group_ranges) == {None}:  # every rank has all sums
+            return local, _norm(self.sums)
+        norm_squared = torch.tensor(_norm(local) ** 2, dtype=torch.float64)
+        return local, math.sqrt(runtime.all_reduce_sum(norm_squared))
 
     def zero(self) -> None:
         self.sums.zero_()
 
 
 def _norm(values: Tensor) -> float:
-    """Summed in float64."""
+    """The norm, summed in float64."""
     return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 class ScatteredGradients(ReducedGradients):
-    """Sums of this rank's trained coordinates; each gradient is reduce-scattered whole as it appears."""
+    """Sums of this rank's trained coordinates; each whole gradient is reduce-scattered as it arrives.
+
+    sums, ranges: as in ``CompactGradients``, for this rank's shards only.
+    """
 
     def __init__(self, model: ShardedModel, trained: Trained, shards: Sequence[Shard]):
         super().__init__(model, shards)
@@ -153,20 +160,20 @@ class ScatteredGradients(ReducedGradients):
         self.sums = torch.zeros(start, dtype=torch.float32, device=device)
 
     def positions(self, model: ShardedModel, shard: Shard) -> Tensor | None:
-        """This rank's trained positions in a shard; None: all of it."""
-        found = self._positions[shard.name]
-        return None if found is None else found.long()
+        """Trained positions in one of this rank's shards, int64; None: all of them."""
+        positions = self._positions[shard.name]
+        return None if positions is None else positions.long()
 
     def receive(self, shard: Shard, local: Tensor) -> None:
         index = self._positions[shard.name]
         self.sums[self.ranges[shard.name]] += local if index is None else local.index_select(0, index)
 
-    def own_finite(self) -> bool:
-        """The sums hold every rank's gradients: nobody in particular can be named."""
+    def local_finite(self) -> bool:
+        """True: the sums hold every rank's gradients, so no rank can be named."""
         return True
 
     def reduce(self) -> tuple[Tensor, float]:
-        """Already reduced; one all-reduce of the squared norm."""
+        """As in ``CompactGradients``. Collectives: one all-reduce of the squared norm."""
         norm_squared = torch.tensor(_norm(self.sums) ** 2, dtype=torch.float64)
         return self.sums.clone(), math.sqrt(runtime.all_reduce_sum(norm_squared))
 
@@ -175,19 +182,20 @@ class ScatteredGradients(ReducedGradients):
 
 
 class SparseTuner(Tuner):
-    """AdamW on the trained weights of this rank's shards; state in flat fp32 tensors, parameter after parameter."""
+    """AdamW on the trained weights of this rank's shards, with its state in flat fp32 tensors in the shards' order."""
 
     def __init__(self, model: ShardedModel, trained: Trained, rule: Rule, reduction: str):
         super().__init__(model, trained)
         self.rule, self.num_steps = rule, 0
-        kind = CompactGradients if reduction == "compact" else ScatteredGradients
-        self.gradients = kind(model, trained, self.shards)
-        self._places: dict[str, slice] = {}
+        gradients_class = CompactGradients if reduction == "compact" else ScatteredGradients
+        self.gradients = gradients_class(model, trained, self.shards)
+        self._state_ranges: dict[str, slice] = {}
         start = 0
         for shard in self.shards:
-            own = self.gradients.ranges[shard.name]
-            self._places[shard.name] = slice(start, start + own.stop - own.start)
-            start += own.stop - own.start
+            sums_range = self.gradients.ranges[shard.name]
+            count = sums_range.stop - sums_range.start
+            self._state_ranges[shard.name] = slice(start, start + count)
+            start += count
         self.state = {
             what: torch.zeros(start, dtype=torch.float32, device=runtime.device())
             for what in ("master", "exp_avg", "exp_avg_sq")
@@ -196,7 +204,7 @@ class SparseTuner(Tuner):
             weight = model.local_weight(shard)
             positions = self.gradients.positions(model, shard)
             picked = weight if positions is None else weight[positions.to(weight.device)]
-            self.state["master"][self._places[shard.name]] = picked.to(self.state["master"])
+            self.state["master"][self._state_ranges[shard.name]] = picked.to(self.state["master"])
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -207,14 +215,14 @@ class SparseTuner(Tuner):
         return self.model.module(**batch, use_cache=False, logits_to_keep=num_logits).logits
 
     def backward(self, loss: Tensor) -> None:
-        """Collectives: the model's gathers, and in mode ``scatter`` the reduce-scatters."""
+        """See ``Tuner``. Collectives: the model's gathers, and with ``scatter`` the reduce-scatters."""
         loss.backward()
         self.gradients.flush()
-        # Some modules' post-backward hooks never fire; a parameter still gathered would hide what is written below.
+        # Some modules' post-backward hooks never fire, and a gathered parameter would hide its shard.
         self.model.release()
 
     def step(self, lr: float) -> float:
-        finite = self.gradients.own_finite()
+        finite = self.gradients.local_finite()
         gradient, norm = self.gradients.reduce()
         if not math.isfinite(norm):
             raise NotFinite([rank for rank, good in enumerate(runtime.gather_objects(finite)) if not good])
@@ -240,10 +248,10 @@ class SparseTuner(Tuner):
 
     @torch.no_grad()
     def _write_back(self) -> None:
-        """Masters into the partitions, by index; frozen weights are not touched. The model must be released."""
+        """Write masters into the partitions; frozen weights are not written. The model must be released."""
         for shard in self.shards:
             weight = self.model.local_weight(shard)
-            values = self.state["master"][self._places[shard.name]].to(weight)
+            values = self.state["master"][self._state_ranges[shard.name]].to(weight)
             positions = self.gradients.positions(self.model, shard)
             if positions is None:
                 weight.copy_(values)
@@ -255,8 +263,8 @@ class SparseTuner(Tuner):
         parts: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
         for shard in self.shards:
             for what, values in self.state.items():
-                found = self.trained.segments(shard, values[self._places[shard.name]])
-                parts[f"{shard.parameter.name}/{what}"] += found
+                segments = self.trained.segments(shard, values[self._state_ranges[shard.name]])
+                parts[f"{shard.parameter.name}/{what}"] += segments
         return parts
 
     def restored(self, step: int) -> None:

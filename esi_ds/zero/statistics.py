@@ -1,4 +1,4 @@
-"""What the report needs to know of the scores, counted on the shards: per logical matrix, and as histograms."""
+"""Statistics of the scores for the report, counted on the shards: per logical matrix, and as histograms."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def unit_rows(model: ShardedModel, scores: Scores, selection: Selection, sigma: 
 
 
 def log_histograms(model: ShardedModel, scores: Scores) -> tuple[ScoreHistogram, dict[str, list[int]]]:
-    """Counts of log10(score): of all scored weights, and by role. Zeros are counted apart.
+    """Histograms of log10(score): of all scored weights, and by role. Zeros are counted separately.
 
     Collectives: an all-reduce for the range, one of int64 [roles, bins + 1].
     """
@@ -64,8 +64,8 @@ def log_histograms(model: ShardedModel, scores: Scores) -> tuple[ScoreHistogram,
 
 
 def _range(scores: Scores) -> tuple[float, float]:
-    """log10 of the smallest positive and the largest score over all ranks, not equal. One all-reduce."""
-    ends = torch.tensor([-math.inf, -math.inf], dtype=torch.float64)  # maxima of −log and of log
+    """log10 of the smallest positive and of the largest score over all ranks, widened if equal. One all-reduce."""
+    ends = torch.tensor([-math.inf, -math.inf], dtype=torch.float64)  # maxima of −log10 and of log10
     for values in scores.values():
         positive = values[values > 0]
         if len(positive):
@@ -79,7 +79,7 @@ def _range(scores: Scores) -> tuple[float, float]:
 
 
 def _counts(values: Tensor, low: float, high: float) -> Tensor:
-    """int64 [NUM_BINS + 1]: the bins, then the zeros."""
+    """int64 [NUM_BINS + 1]: the counts of the bins, then that of zeros."""
     positive = values[values > 0].double().log10()
     bins = ((positive - low) / (high - low) * NUM_BINS).long().clamp(0, NUM_BINS - 1)
     counts = torch.bincount(bins, minlength=NUM_BINS + 1).cpu()
@@ -88,9 +88,9 @@ def _counts(values: Tensor, low: float, high: float) -> Tensor:
 
 
 def unscored_numel(parameters: tuple[Parameter, ...]) -> dict[str, int]:
-    """Weights that are not scored, by role."""
-    found: dict[str, int] = {}
+    """Number of weights that are not scored, by role."""
+    numels: dict[str, int] = {}
     for parameter in parameters:
         if not parameter.scored:
-            found[parameter.role] = found.get(parameter.role, 0) + parameter.numel
-    return found
+            numels[parameter.role] = numels.get(parameter.role, 0) + parameter.numel
+    return numels

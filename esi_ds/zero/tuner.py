@@ -1,4 +1,4 @@
-"""What SET and SPA have in common: an update from micro-batches, and a checkpoint's content (docs/method.md §3)."""
+"""The interface of SET and SPA: updates from micro-batches, and the content of checkpoints (docs/method.md §3)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esi_ds.core.loss import IGNORED
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Shard
 from esi_ds.zero import runtime
 from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
 
-SAMPLE = 1 << 16  # trained weights a rank watches to say how many have moved
+SAMPLE = 1 << 16  # trained weights that a rank watches, to report the share that has moved
 
 
 @dataclass(frozen=True)
 class Rule:
-    """AdamW's constants; the learning rate comes with every step. ``clip``: norm of the trained gradient, or None."""
+    """AdamW's constants; each step gets its learning rate. clip: limit of the trained gradient's norm, or None."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -32,7 +33,7 @@ class Rule:
 
 
 class NotFinite(Exception):
-    """The gradient of a step is not finite; nothing was changed. ``ranks``: whose own gradients were not finite."""
+    """The gradient of a step is not finite; no weight was changed. ranks: those with gradients that are not finite."""
 
     def __init__(self, ranks: list[int]):
         super().__init__(ranks)
@@ -40,17 +41,19 @@ class NotFinite(Exception):
 
 
 class Tuner(ABC):
-    """Trains some coordinates of a sharded model. The losses given to ``backward`` add up to the step's loss over all
-    ranks and micro-batches: no averaging happens in here. Every rank makes the same calls."""
+    """Trains some coordinates of a sharded model. Every rank must make the same calls.
+
+    The losses passed to ``backward`` are summed over ranks and micro-batches to the step's loss; nothing is averaged.
+    """
 
     def __init__(self, model: ShardedModel, trained: Trained):
         self.model, self.trained = model, trained
-        # A parameter's tensors train together, so that ranks with other experts make the same calls.
+        # Decided by the whole parameter, so that ranks with different experts make the same calls.
         self.shards = [shard for shard in model.shards if trained.count(shard.parameter.name)]
         self._watched = [self._watch(shard) for shard in self.shards]
 
     def running(self) -> AbstractContextManager[None]:
-        """Gradients are collected inside the block."""
+        """Context in which gradients are collected; ``backward`` must be called inside it."""
         return nullcontext()
 
     @abstractmethod
@@ -59,22 +62,22 @@ class Tuner(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's share of the loss."""
+        """Add the gradient of one micro-batch's part of the loss."""
 
     @abstractmethod
     def step(self, lr: float) -> float:
-        """One update; the norm of the trained gradient before clipping. Raises NotFinite before anything changes."""
+        """One update; returns the norm of the trained gradient before clipping. Raises NotFinite before any change."""
 
     @abstractmethod
     def saved(self) -> Parts:
-        """Live tensors that a checkpoint holds, keyed ``<parameter>/<what>``."""
+        """The live tensors of a checkpoint, keyed ``<parameter>/<state>``, such as ``<parameter>/exp_avg``."""
 
     @abstractmethod
     def restored(self, step: int) -> None:
-        """Put what was read into ``saved()`` to work, after ``step`` updates."""
+        """Continue after ``step`` updates, once the tensors of ``saved()`` have been filled from a checkpoint."""
 
     def _watch(self, shard: Shard) -> tuple[Shard, Tensor, Tensor]:
-        """Some trained positions of one of this rank's shards, and their weights now."""
+        """(shard, positions, weights): some trained positions of a shard, and a copy of their weights."""
         total, weight = sum(other.numel for other in self.shards), self.model.local_weight(shard)
         share = max(1, SAMPLE * shard.numel // max(1, total))
         positions = self.trained.bits_of(shard).nonzero().flatten()
@@ -82,7 +85,7 @@ class Tuner(ABC):
         return shard, positions, weight[positions.to(weight.device)].clone()
 
     def share_moved(self) -> float:
-        """Share of the watched trained weights whose value in the model's dtype is not what it was. One all-reduce."""
+        """Share of the watched trained weights whose value in the model's dtype has changed. One all-reduce."""
         counts = torch.zeros(2, dtype=torch.float64)
         for shard, positions, before in self._watched:
             now = self.model.local_weight(shard)[positions.to(before.device)]
@@ -92,9 +95,9 @@ class Tuner(ABC):
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the cross entropies of the positions whose label is not −100, in fp32.
+    """Sum of the cross entropies of the learnt positions, float32 [].
 
-    logits: [B, K, V], the last K positions; labels: int64 [B, K], the token that follows each.
+    logits: [B, K, V], of the last K positions. labels: int64 [B, K], the token that follows each, or IGNORED.
     """
-    learnt = labels != -100
+    learnt = labels != IGNORED
     return F.cross_entropy(logits[learnt].float(), labels[learnt], reduction="sum")
