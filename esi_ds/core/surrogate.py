@@ -45,7 +45,7 @@ def paper_code_surrogate(logits: Tensor, contraction: Tensor, sampled: Tensor) -
     return (gradient * logits).sum(-1), gradient
 
 
-def score_function_surrogate(logits: Tensor, sampled: Tensor, advantage: float):
+def score_function_surrogate(logits: Tensor, sampled: Tensor, advantage: float) -> tuple[Tensor, Tensor]:
     """Value [T] and gradient [T, V] of (J − b) · log p(y_t), p = softmax(ℓ), ``advantage`` = J − b; all float32."""
     log_probability = torch.log_softmax(logits, dim=-1)
     gradient = log_probability.exp().neg_().scatter_add_(-1, sampled.unsqueeze(-1), torch.ones_like(logits[:, :1]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from esi_ds.core.moments import merge, moments, standard_deviation
 from esi_ds.core.score import contrast, score_shard
 from esi_ds.core.select import Cut, Order, ScoreRun, median, model_k, select
 from esi_ds.core.units import Parameter, Shard, Unit
+from esi_ds.report.contents import UnitRow
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 
@@ -92,7 +92,7 @@ def contrast_scores(model: ShardedModel, scores: Scores, benign: Accumulated) ->
     return int(runtime.all_reduce_sum(torch.tensor(undefined)))
 
 
-def silent_experts(rows: Iterable[Mapping[str, Any]]) -> str | None:
+def silent_experts(rows: Iterable[UnitRow]) -> str | None:
     """A warning where all routed experts of a layer have a score of 0; None where there is no such layer.
 
     rows: of ``unit_rows``. Single experts may never be chosen, but where every expert of a layer scores exactly 0, no
