@@ -17,15 +17,15 @@ MetricsRow = dict[str, Any]
 class UnitRow(TypedDict):
     """One logical matrix: its place in the model, its share of the mask, and its scores."""
 
-    name: str  # of the matrix; an expert's matrices have names of their own
+    name: str  # unique; an expert's matrices have names of their own
     parameter: str  # full name of the parameter that it lies in
     role: str  # e.g. attention.q, mlp.down, expert.up
     layer: int | None  # null outside the layers, as for the head
     expert: int | None  # number among the routed experts of its layer; null for other matrices
     numel: int  # weights
     selected: int  # weights in the mask
-    mean_score: float
-    max_score: float
+    mean_score: float  # over its weights
+    max_score: float  # the largest of any of its weights
     sigma: float | None  # unbiased standard deviation of the weights
 
 
@@ -41,21 +41,21 @@ class Share(TypedDict):
 class PartRow(Share):
     """Routed experts, shared experts, attention or dense MLPs, each as a whole."""
 
-    part: str
+    part: str  # its name, e.g. routed experts
 
 
 class ExpertRow(Share):
     """One routed expert: its gate, up and down matrices together."""
 
-    layer: int
-    expert: int
-    mean_score: float
+    layer: int  # the layer it belongs to
+    expert: int  # its number there
+    mean_score: float  # over its weights
 
 
 class ExpertLayerRow(TypedDict):
     """How evenly the mask is spread over the routed experts of one layer."""
 
-    layer: int
+    layer: int  # its number
     gini: float  # Gini coefficient of their selected weights
     hold_half: int  # the least number of them that hold half of the layer's selected expert weights
     experts: int  # how many there are
@@ -68,16 +68,16 @@ class ExpertTables(TypedDict):
     num_experts: int  # routed experts of all layers
     gini: float  # Gini coefficient of their selected weights
     hold_half: int  # the least number of experts that hold half of what all routed experts hold
-    parts: list[PartRow]
-    experts: list[ExpertRow]
-    layers: list[ExpertLayerRow]
+    parts: list[PartRow]  # one per kind of matrix
+    experts: list[ExpertRow]  # by layer, then expert
+    layers: list[ExpertLayerRow]  # layers with routed experts
 
 
 class RoutingRow(TypedDict):
     """How often one layer's router chose each expert."""
 
     set: str  # of prompts: harmful or benign
-    layer: int | None
+    layer: int | None  # the router's layer
     tokens: list[int]  # one count per expert
 
 
@@ -97,49 +97,49 @@ class SelectionFacts(TypedDict):
     total_numel: int  # weights of the model
     scored_numel: int  # weights that have a score
     threshold: float | None  # score of the last weight selected; null where each matrix has its own
-    criterion: str  # this and the following are keys of the config's ``select``
-    contrastive: bool
-    order: str
-    ratio: float
-    of: str
-    scope: str
+    criterion: str  # what was scored; this and the rest are keys of the config's ``select``
+    contrastive: bool  # whether scores were divided by how much benign rows need the weight
+    order: str  # top, bottom or random
+    ratio: float  # share of the weights
+    of: str  # all or scored: which weights the ratio refers to
+    scope: str  # model or matrix: one ranking, or one per logical matrix
 
 
 class ExcludedPrompt(TypedDict):
     """A prompt that took no part in the scores."""
 
     index: int  # as in responses.jsonl
-    prompt: str
-    reason: str
+    prompt: str  # as text
+    reason: str  # why not, in words
 
 
 class SampleResponse(TypedDict):
     """One of the first responses, to look at."""
 
     index: int  # as in responses.jsonl
-    prompt: str
-    response: str
-    judge_score: float
+    prompt: str  # as text
+    response: str  # as text
+    judge_score: float  # J; higher is safer
 
 
 class SkippedRow(TypedDict):
     """A row of a loss's data that took no part."""
 
     row: int  # number in the file, from 0
-    reason: str
+    reason: str  # why not, in words
 
 
 class LossReport(TypedDict):
     """The rows of one objective that is a loss (``data.tuning``, ``data.benign``)."""
 
     name: str  # tuning or benign
-    path: str
-    columns: str
+    path: str  # file or hub id of the rows
+    columns: str  # the columns they were read from
     sha256: str  # of the rows read
     num_rows: int  # rows used
     num_cut: int  # rows cut at ``max_length``
     mean_loss: float  # over the rows used, each the mean cross entropy of its learnt tokens
-    skipped: list[SkippedRow]
+    skipped: list[SkippedRow]  # rows that took no part
 
 
 class EsiLaterFields(TypedDict, total=False):
@@ -153,16 +153,16 @@ class EsiLaterFields(TypedDict, total=False):
 class EsiReport(EsiLaterFields):
     """``report.json`` of an ESI run; the only one without ``kind``."""
 
-    title: str
+    title: str  # heading of the page
     facts: Facts  # of the run: model, judge, prompts, wall time
-    selection: SelectionFacts
+    selection: SelectionFacts  # how the mask was chosen
     units: list[UnitRow]  # in the model's order
-    score_histogram: ScoreHistogram
+    score_histogram: ScoreHistogram  # over all scored weights
     score_histograms_by_role: dict[str, list[int]]  # role → weights per bin of ``score_histogram``
     judge_scores: list[float]  # of the responses used, by index; empty without a judge
-    excluded: list[ExcludedPrompt]
+    excluded: list[ExcludedPrompt]  # prompts that took no part
     special_tokens_broken_up: int  # special-token strings in prompts and responses, read as plain text
-    samples: list[SampleResponse]
+    samples: list[SampleResponse]  # the first judged responses
     progress: list[MetricsRow]  # metrics.jsonl
 
 
@@ -363,3 +363,6 @@ class Overlap(TypedDict):
     chance: float  # share of the first mask that a random mask of the second's size would hold
     jaccard: float  # both / weights that either mask selects
     same_weights: bool  # whether both masks were made from the same weights
+
+
+Report = EsiReport | TuningReport | EvaluationReport | PerturbationReport

@@ -1,4 +1,4 @@
-"""One picture of a mixture's report: layer × expert maps of the mask, the scores and the routing.
+"""One picture from the report of a mixture: layer × expert maps of the mask, the scores and the routing.
 
     python -m esi_ds.report.experts_picture RUN picture.png
 
@@ -19,9 +19,9 @@ from esi_ds.report.tables import layer_by_expert, routing_maps
 
 
 def experts_png(run: Path) -> bytes:
-    """Share of the mask, mean score, and how often routers choose each expert on every set of prompts, two by two.
+    """PNG bytes: share of the mask, mean score, and how often routers choose each expert for each set of prompts.
 
-    Raises UserError where the run's report is none of a mixture's.
+    Raises UserError where ``run`` does not hold the report of a mixture.
     """
     file = run / "report.json"
     if not file.is_file():
@@ -30,18 +30,20 @@ def experts_png(run: Path) -> bytes:
     maps = layer_by_expert(report.get("units", []), report.get("selection", {}).get("k", 1))
     if not maps:
         raise UserError("RUN", str(run), "is the report of a model without experts", "give one of a mixture's ESI run")
-    shown = [maps[0], maps[2], *routing_maps(report["routing"])]
+    heatmaps = [maps[0], maps[2], *routing_maps(report["routing"])]
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(-(-len(shown) // 2), 2, figsize=(13, 2.9 * -(-len(shown) // 2)), squeeze=False)
-        for axes, data in zip(panels.flat, shown, strict=False):
+        num_rows = -(-len(heatmaps) // 2)
+        figure, panels = plt.subplots(num_rows, 2, figsize=(13, 2.9 * num_rows), squeeze=False)
+        for axes, data in zip(panels.flat, heatmaps, strict=False):
             draw_heatmap(axes, data)
-        for axes in panels.flat[len(shown) :]:
+        for axes in panels.flat[len(heatmaps) :]:
             axes.remove()
         figure.tight_layout()
     return figure_png(figure)
 
 
 def main() -> int:
+    """The command line. Returns the exit code."""
     if len(sys.argv) != 3:
         print("error: give the folder of an ESI run and the picture to write", file=sys.stderr)
         return 2

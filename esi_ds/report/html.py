@@ -13,11 +13,18 @@ from matplotlib.figure import Figure
 from esi_ds.artifacts import write_json_atomic, write_text_atomic
 from esi_ds.eval.rows import MeasureRow
 from esi_ds.report import evaluation, figures, overview, perturbation, tables
-from esi_ds.report.contents import EsiReport, EvaluationReport, Overlap, PerturbationReport, PivotRow, TuningReport
+from esi_ds.report.contents import (
+    EsiReport,
+    EvaluationReport,
+    Overlap,
+    PerturbationReport,
+    PivotRow,
+    Report,
+    TuningReport,
+)
 from esi_ds.report.experts import expert_tables
 from esi_ds.report.overview import Run
 
-Report = EsiReport | TuningReport | EvaluationReport | PerturbationReport
 MAX_ROWS = 200
 MAX_TENSORS = 20
 
@@ -79,29 +86,27 @@ def _esi_page(
     )
 
 
-def render_overview(runs: Sequence[Run], overlaps: Sequence[Overlap]) -> str:
+def render_overview(runs: Sequence[Run[Report]], overlaps: Sequence[Overlap]) -> str:
     """One page of several runs. overlaps: of every two masks of models with the same shapes."""
-    esi, tuning, evaluations, perturbations = (
-        overview.of_kind(runs, kind) for kind in (None, "tuning", "evaluation", "perturbation")
-    )
-    joined = overview.joined(evaluations) if evaluations else None
-    losses = [(run.name, run.report["progress"]) for run in tuning if run.report["progress"]]
-    maps = ((run, tables.layer_by_role(run.report["units"], run.report["selection"]["k"])) for run in esi)
+    kinds = overview.by_kind(runs)
+    joined = overview.joined(kinds.evaluations) if kinds.evaluations else None
+    losses = [(run.name, run.report["progress"]) for run in kinds.tuning if run.report["progress"]]
+    maps = ((run, tables.layer_by_role(run.report["units"], run.report["selection"]["k"])) for run in kinds.esi)
     return _template("overview.html.j2").render(
         report={"title": f"{len(runs)} runs"},
         runs=runs,
-        esi=esi,
-        tuning=tuning,
-        evaluations=evaluations,
+        esi=kinds.esi,
+        tuning=kinds.tuning,
+        evaluations=kinds.evaluations,
         key_fact=overview.key_fact,
         facts_table=overview.facts_table,
-        role_shares=overview.role_shares(esi),
+        role_shares=overview.role_shares(kinds.esi),
         maps=[(run.name, _picture(figures.heatmap(views[0]))) for run, views in maps if views],
         overlaps=overlaps,
         losses=_picture(figures.loss_curves(losses)) if losses else None,
         joined=joined,
         pieces=_evaluation_pieces(joined) if joined else None,
-        perturbations=[(run, _noise_charts(run.report)) for run in perturbations],
+        perturbations=[(run, _noise_charts(run.report)) for run in kinds.perturbations],
     )
 
 

@@ -1,99 +1,131 @@
-"""One page of several runs side by side, of any kinds: pure functions of their ``report.json`` and manifests."""
+"""One page of several runs side by side, of all kinds: pure functions of their ``report.json`` and manifests."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from esi_ds.report import tables
+from esi_ds.report.contents import EsiReport, EvaluationReport, PerturbationReport, Report, TuningReport
 from esi_ds.report.evaluation import percent
 
-Row = dict[str, Any]
-KINDS = {"tuning": "", "evaluation": "evaluation", "perturbation": "perturbation", None: "ESI"}
+R = TypeVar("R", bound=Report, covariant=True)
+LABELS = {"evaluation": "evaluation", "perturbation": "perturbation", None: "ESI"}
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished run. name: as the page calls it; link: to its own page; manifest: {} where it is lost."""
+class Run(Generic[R]):
+    """A finished run. name: on the page. link: to its own page. manifest: empty where the file is lost."""
 
     name: str
     link: str
-    report: Row
-    manifest: Row
+    report: R
+    manifest: dict[str, Any]
 
     @property
     def kind(self) -> str | None:
-        return self.report.get("kind")
+        """As in the report: tuning, evaluation or perturbation; None for ESI."""
+        kind = self.report.get("kind")
+        return None if kind is None else str(kind)
 
     @property
     def label(self) -> str:
         """The stage, for people."""
-        return self.report["method"].upper() if self.kind == "tuning" else KINDS[self.kind]
+        return cast(TuningReport, self.report)["method"].upper() if self.kind == "tuning" else LABELS[self.kind]
 
     @property
     def model(self) -> str:
+        """Path of the model, or of all models that were evaluated."""
         if self.kind == "evaluation":
-            return ", ".join(model["path"] for model in self.report["models"])
+            return ", ".join(model["path"] for model in cast(EvaluationReport, self.report)["models"])
         return self.report["facts"].get("model") or self.report["title"].removeprefix("Noise on the weights of ")
 
 
-def of_kind(runs: Sequence[Run], kind: str | None) -> list[Run]:
-    return [run for run in runs if run.kind == kind]
+@dataclass(frozen=True)
+class RunsByKind:
+    """The runs of each kind, in the order of the page."""
+
+    esi: list[Run[EsiReport]]
+    tuning: list[Run[TuningReport]]
+    evaluations: list[Run[EvaluationReport]]
+    perturbations: list[Run[PerturbationReport]]
 
 
-def key_fact(run: Run) -> str:
-    """What came of it, in a line."""
-    report = run.report
+def by_kind(runs: Sequence[Run[Report]]) -> RunsByKind:
+    """Runs sorted by ``kind``, which says what their reports hold."""
+    return RunsByKind(
+        [cast(Run[EsiReport], run) for run in runs if run.kind is None],
+        [cast(Run[TuningReport], run) for run in runs if run.kind == "tuning"],
+        [cast(Run[EvaluationReport], run) for run in runs if run.kind == "evaluation"],
+        [cast(Run[PerturbationReport], run) for run in runs if run.kind == "perturbation"],
+    )
+
+
+def key_fact(run: Run[Report]) -> str:
+    """The outcome of a run in one line."""
     if run.kind is None:
-        chosen = report["selection"]
-        judged = report["judge_scores"]
-        mean = f", mean judge score {sum(judged) / len(judged):.3g} of {len(judged)} answers" if judged else ""
-        return f"{chosen['k']:,} of {chosen['total_numel']:,} weights by {chosen['criterion']}{mean}"
+        return _esi_fact(cast(EsiReport, run.report))
     if run.kind == "tuning":
-        parts = [f"{report['trained']:,} weights trained in {report['steps']:,} steps"]
-        for row in report["refusals"]:
-            shares = [row[f"refused_{when}"] for when in ("before", "after")]
-            shown = " → ".join(percent(None if count is None else count / row["n"]) for count in shares)
-            parts.append(f"{row['set']} refused {shown}")
-        return "; ".join(parts)
+        return _tuning_fact(cast(TuningReport, run.report))
     if run.kind == "evaluation":
-        return "; ".join(
-            f"{row['model']} {percent(row['rate'])} attack success ({row['set']}, {row['judge']})"
-            for row in report["measures"]
-            if row["measure"] == "attack_success" and row["judge"] == report["judges"][0]["name"]
-        )
-    return f"{len(report['cells'])} cells of noise, all weights restored"
+        return _evaluation_fact(cast(EvaluationReport, run.report))
+    return f"{len(cast(PerturbationReport, run.report)['cells'])} cells of noise, all weights restored"
 
 
-def facts_table(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
-    """Facts that differ between runs first, one column a run."""
-    found: dict[str, list[Any]] = {}
+def _esi_fact(report: EsiReport) -> str:
+    selection, scores = report["selection"], report["judge_scores"]
+    mean = f", mean judge score {sum(scores) / len(scores):.3g} of {len(scores)} answers" if scores else ""
+    return f"{selection['k']:,} of {selection['total_numel']:,} weights by {selection['criterion']}{mean}"
+
+
+def _tuning_fact(report: TuningReport) -> str:
+    parts = [f"{report['trained']:,} weights trained in {report['steps']:,} steps"]
+    for row in report["refusals"]:
+        counts = (row["refused_before"], row["refused_after"])
+        rates = " → ".join(percent(None if count is None else count / row["n"]) for count in counts)
+        parts.append(f"{row['set']} refused {rates}")
+    return "; ".join(parts)
+
+
+def _evaluation_fact(report: EvaluationReport) -> str:
+    return "; ".join(
+        f"{row['model']} {percent(row['rate'])} attack success ({row['set']}, {row['judge']})"
+        for row in report["measures"]
+        if row["measure"] == "attack_success" and row["judge"] == report["judges"][0]["name"]
+    )
+
+
+def facts_table(runs: Sequence[Run[Report]]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
+    """(names of the runs, rows of (fact, its value in each run)); facts that differ between runs come first."""
+    values_of: dict[str, list[Any]] = {}
     for index, run in enumerate(runs):
-        selection = run.report.get("selection") or {}
-        for key, value in {**run.report["facts"], **selection}.items():
-            found.setdefault(key, [None] * len(runs))[index] = value
-    rows = sorted(found.items(), key=lambda row: len({str(value) for value in row[1]}) == 1)
+        selection = cast(dict[str, Any], run.report.get("selection") or {})
+        for fact, value in {**run.report["facts"], **selection}.items():
+            values_of.setdefault(fact, [None] * len(runs))[index] = value
+    rows = sorted(values_of.items(), key=lambda row: len({str(value) for value in row[1]}) == 1)
     return [run.name for run in runs], rows
 
 
-def role_shares(runs: Sequence[Run]) -> list[tuple[str, list[float | None]]]:
-    """role → share of each ESI run's mask."""
-    cells = [dict(tables.by_role(run.report["units"])) for run in runs]
-    roles = list(dict.fromkeys(role for found in cells for role in found))
-    return [
-        (role, [found[role].selected / max(run.report["selection"]["k"], 1) if role in found else None
-                for found, run in zip(cells, runs, strict=True)])
-        for role in roles
-    ]  # fmt: skip
+def role_shares(runs: Sequence[Run[EsiReport]]) -> list[tuple[str, list[float | None]]]:
+    """(role, its share of each run's mask); None where a model has no such role."""
+    shares: dict[str, list[float | None]] = {}
+    for index, run in enumerate(runs):
+        for role, cell in tables.by_role(run.report["units"]):
+            k = max(run.report["selection"]["k"], 1)
+            shares.setdefault(role, [None] * len(runs))[index] = cell.selected / k
+    return list(shares.items())
 
 
-def joined(runs: Sequence[Run]) -> Row:
-    """Several evaluations as one: every model under its run's name."""
+def joined(runs: Sequence[Run[EvaluationReport]]) -> EvaluationReport:
+    """Several evaluations as one, each model under its run's name. Only the parts that tables of rates read."""
     if len(runs) == 1:
         return runs[0].report
-    return {
-        "models": [{**m, "name": f"{run.name}: {m['name']}"} for run in runs for m in run.report["models"]],
-        "measures": [{**m, "model": f"{run.name}: {m['model']}"} for run in runs for m in run.report["measures"]],
-        "changes": [],
-    }
+    return cast(
+        EvaluationReport,
+        {
+            "models": [{**m, "name": f"{run.name}: {m['name']}"} for run in runs for m in run.report["models"]],
+            "measures": [{**m, "model": f"{run.name}: {m['model']}"} for run in runs for m in run.report["measures"]],
+            "changes": [],
+        },
+    )

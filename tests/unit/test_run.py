@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from esi_ds import lock
 from esi_ds.artifacts import RunFolder
 from esi_ds.config import validate
 from esi_ds.options import Options
+from esi_ds.stages import ENTRIES
 from esi_ds.stages.run import StageRun
 
 
@@ -36,3 +39,14 @@ def test_a_run_that_ended_while_its_lock_was_looked_at_is_not_run_again(
     Run(config, Options(), None, folder, {}, {}).run()
     assert "is finished already; nothing to do" in capsys.readouterr().out
     assert not (tmp_path / lock.LOCK).exists()
+
+
+def test_entries_load_nothing_heavy() -> None:
+    """A mistake in a config, or a plan, must not wait for libraries that only the run needs."""
+    modules = ", ".join(sorted({module for module, _ in ENTRIES.values()}))
+    code = (
+        f"import sys, {modules}\n"
+        "heavy = {'deepspeed', 'lm_eval', 'matplotlib'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
