@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from esi_ds.artifacts import read_jsonl
+from esi_ds.patch import PatchSummary
 from esi_ds.report.card import METHODS
 from esi_ds.report.contents import ChangedTensor, DriftRow, Facts, TunedAnswerRow, TuningReport
 from esi_ds.report.html import write_report
@@ -19,7 +19,7 @@ from esi_ds.zero import runtime
 def finish_tuning(
     run: StageRun[TuningInputs],
     training: Training,
-    patch: dict[str, Any] | None,
+    patch: PatchSummary | None,
     answers: list[TunedAnswerRow],
     routing_drift: list[DriftRow],
 ) -> None:

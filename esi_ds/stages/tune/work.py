@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedModel
 
@@ -157,7 +157,7 @@ class TuneRun(StageRun[TuningInputs]):
         file = self.folder.path / ANSWERS
         return read_jsonl(file) if runtime.is_main() and file.is_file() else []
 
-    def _export(self, model: ShardedModel) -> dict[str, Any] | None:
+    def _export(self, model: ShardedModel) -> patch.PatchSummary | None:
         """Write ``model/`` and ``patch/``; the patch's summary on rank 0, None on others or without a patch.
 
         Collectives: those of ``export_model`` and ``_patch``.
@@ -183,7 +183,7 @@ class TuneRun(StageRun[TuningInputs]):
             shutil.rmtree(tuned)
         return summary
 
-    def _patch(self, tuned: Path) -> dict[str, Any] | None:
+    def _patch(self, tuned: Path) -> patch.PatchSummary | None:
         """Write ``patch/``; ranks share the files. Its summary on rank 0, None on others.
 
         Collectives: one gather of rows and digests, and two barriers.
@@ -198,7 +198,7 @@ class TuneRun(StageRun[TuningInputs]):
         rank, ranks = runtime.rank(), runtime.world_size()
         rank_rows = patch.create_part(base, wait_until_visible(tuned), wait_until_visible(temporary), rank, ranks)
         rank_digests = tensor_digests(base, rank, ranks), tensor_digests(tuned, rank, ranks)
-        rows, base_digests, tuned_digests = dict[str, dict](), dict[str, str](), dict[str, str]()
+        rows, base_digests, tuned_digests = dict[str, patch.TensorChange](), dict[str, str](), dict[str, str]()
         for part_rows, (part_base, part_tuned) in runtime.gather_objects((rank_rows, rank_digests)):
             rows |= part_rows
             base_digests |= part_base
