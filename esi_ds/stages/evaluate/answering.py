@@ -24,7 +24,12 @@ SURPRISES = "surprises.jsonl"
 
 def answer_keys(names: Sequence[str], sets: Sequence[QuestionSet]) -> list[Key]:
     """(model, set, index) of every answer the models are to give, in the order of the tables."""
-    return [(name, asked.name, index) for name in names for asked in sets for index in range(len(asked.prompts))]
+    return [
+        (name, question_set.name, index)
+        for name in names
+        for question_set in sets
+        for index in range(len(question_set.prompts))
+    ]
 
 
 def answer_all(
@@ -44,17 +49,17 @@ def answer_all(
     """
     limit, length = candidate.max_positions, section.max_new_tokens
     waiting: list[AnswerRow] = []
-    for asked in sets:
-        for index, prompt in enumerate(asked.prompts):
+    for question_set in sets:
+        for index, prompt in enumerate(question_set.prompts):
             row: AnswerRow = {
                 "model": name,
-                "set": asked.name,
+                "set": question_set.name,
                 "index": index,
                 "prompt": prompt,
                 "response": None,
                 "excluded": None,
             }
-            num_tokens = len(candidate.prompt_ids[asked.name, index])
+            num_tokens = len(candidate.prompt_ids[question_set.name, index])
             if answers.key(row) in answers.rows:
                 continue
             if limit is not None and num_tokens + length > limit:

@@ -63,7 +63,7 @@ def finish_eval(
 
 def measures_of(inputs: EvalInputs, outcome: Outcome) -> list[Measure]:
     """What is counted of the answers, for every model and set."""
-    kinds = {asked.name: asked.kind for asked in inputs.sets}
+    kinds = {question_set.name: question_set.kind for question_set in inputs.sets}
     judges = [judge.name for judge in inputs.judges]
     words = REFUSAL_LISTS[inputs.section.refusal_words]
     return answer_measures(outcome.answers, outcome.verdicts, outcome.surprises, kinds, judges, words)
@@ -78,7 +78,7 @@ def rate_tables(
     """
     return {
         "judges": [{"name": judge.name, **judge.section.model_dump(exclude={"name"})} for judge in inputs.judges],
-        "sets": [asked.as_row() for asked in inputs.sets],
+        "sets": [question_set.as_row() for question_set in inputs.sets],
         "measures": [measure.as_row() for measure in measures],
         "changes": changes(measures, before, seed),
         "agreements": agreements(measures),
@@ -96,12 +96,12 @@ def samples(inputs: EvalInputs, outcome: Outcome) -> list[SamplePrompt]:
     """The first prompts of every set, with every model's answer and every judge's verdict on it."""
     by_key = {(row["model"], row["set"], row["index"]): row for row in outcome.answers}
     verdicts, prompts = outcome.verdicts, list[SamplePrompt]()
-    for asked in inputs.sets:
-        for index, prompt in enumerate(asked.prompts[:NUM_SAMPLES]):
+    for question_set in inputs.sets:
+        for index, prompt in enumerate(question_set.prompts[:NUM_SAMPLES]):
             shown: list[SampleAnswer] = []
             for model in inputs.models:
-                row = by_key[model.name, asked.name, index]
-                keys = {judge.name: (judge.name, model.name, asked.name, index) for judge in inputs.judges}
+                row = by_key[model.name, question_set.name, index]
+                keys = {judge.name: (judge.name, model.name, question_set.name, index) for judge in inputs.judges}
                 shown.append(
                     {
                         "model": model.name,
@@ -110,7 +110,7 @@ def samples(inputs: EvalInputs, outcome: Outcome) -> list[SamplePrompt]:
                         "verdicts": {name: verdicts[key] for name, key in keys.items() if key in verdicts},
                     }
                 )
-            prompts.append({"set": asked.name, "index": index, "prompt": prompt, "answers": shown})
+            prompts.append({"set": question_set.name, "index": index, "prompt": prompt, "answers": shown})
     return prompts
 
 

@@ -74,7 +74,8 @@ def judge_all(
         elif isinstance(judge, PreparedEndpoint):
             EndpointRounds(judge, verdicts, tracker).ask(questions)
             tracker.log(f"judge {judge.name} used {_usage(judge, verdicts)}")
-        elif isinstance(judge, PreparedModel):
+        else:
+            assert isinstance(judge, PreparedModel)
             _ask_model(judge, questions, verdicts, config, deepspeed_config, tracker)
     return {judge.name: _usage(judge, verdicts) for judge in judges if isinstance(judge, PreparedEndpoint)}
 

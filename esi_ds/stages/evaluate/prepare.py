@@ -136,7 +136,7 @@ def prepare_eval(config: Config) -> EvalInputs:
         field = f"eval.models.{number}.path"
         source = ModelSource(model.path, model.revision, config.model.trust_remote_code, field)
         models.append(_candidate(config.model, label(model), source, model.before, sets))
-    data_hashes = {f"{asked.kind}:{asked.name}": asked.prompt_set.sha256 for asked in sets}
+    data_hashes = {f"{question_set.kind}:{question_set.name}": question_set.prompt_set.sha256 for question_set in sets}
     return EvalInputs(section, sets, models, judges, prepare_tasks(section.tasks), data_hashes)
 
 
@@ -149,9 +149,9 @@ def _candidate(
     tokenizer = load_chat_tokenizer(source, section)
     specials = special_strings(tokenizer)
     prompt_ids = {
-        (asked.name, index): encode_data_prompt(tokenizer, prompt, specials, section.system_prompt)
-        for asked in sets
-        for index, prompt in enumerate(asked.prompts)
+        (question_set.name, index): encode_data_prompt(tokenizer, prompt, specials, section.system_prompt)
+        for question_set in sets
+        for index, prompt in enumerate(question_set.prompts)
     }
     return Candidate(name, source, before, model_config, tokenizer, prompt_ids)
 
