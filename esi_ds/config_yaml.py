@@ -30,7 +30,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set the value of ``key.path=value`` in ``raw``; sections that are missing are made, list items are not.
+    """Set the value of ``key.path=value`` in ``raw``; missing sections are created, missing list items are not.
 
     The value is read as YAML. Raises UserError.
     """

@@ -178,7 +178,7 @@ class PairEncoder:
         return EncodedPair(text, tokens, spans, (judged.response_offset, judged.end + shift))
 
     def check_verdict(self) -> None:
-        """Raise UserError, before any weight is loaded, where the verdict's words cannot be told apart."""
+        """Raise UserError, before any weight is loaded, if the verdict's words cannot be distinguished."""
         judged = self._texts.build("Hello", "Hello")
         if judged is None:
             raise UserError(

@@ -25,6 +25,7 @@ from esi_ds.eval.classifiers import (
     yes_no_family,
 )
 from esi_ds.judge.families import FAMILIES
+from esi_ds.judge.pairs import PairEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{response}<|end|>"
@@ -181,6 +182,13 @@ def test_next_word_is_the_more_probable_verdict(tmp_path: Path, tokenizer, batch
             assert verdict.unsafe is None and "neither verdict" in verdict.reason
         outcomes.add(verdict.unsafe)
     assert outcomes == {True, False, None}
+
+
+def test_evaluation_reads_what_scoring_reads(tmp_path: Path) -> None:
+    tokenizer, family = byte_bpe_tokenizer(), yes_no_family(YES_NO, unsafe=(" Yes",), safe=(" No",))
+    judge = NextWordJudge(causal(tmp_path / "judge", tokenizer, [5]), tokenizer, family)
+    encoder = PairEncoder(family, tokenizer, max_length=longest_input(judge.model, tokenizer, None))
+    assert [judge.encode(*pair) for pair in PAIRS] == [encoder.encode(*pair) for pair in PAIRS]
 
 
 def test_next_word_that_cannot_be_had(tmp_path: Path) -> None:
