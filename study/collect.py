@@ -6,13 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from esi_ds.artifacts import read_jsonl
+from esi_ds.data.rows import Row
 from esi_ds.eval.refusals import REFUSAL_LISTS
 from study.grid import Cell
-from study.material import DATA, read
+from study.material import DATA
 from tiny_models.measure import is_correct
 
 WORDS = REFUSAL_LISTS["examples"]
@@ -20,7 +21,6 @@ ON_HARMFUL = ("unsafe", "not_refused", "incoherent_harmful", "unsafe_or_incohere
 ON_BENIGN = ("correct", "over_refused", "incoherent_benign")
 FLAGS = (*ON_HARMFUL, *ON_BENIGN, "incoherent")
 TUNED = ("set", "lora", "spa")
-Row = dict[str, Any]
 
 
 def row_of(cell: Cell, output: Path) -> Row | None:
@@ -34,9 +34,9 @@ def row_of(cell: Cell, output: Path) -> Row | None:
     folder = output / cell.name
     if not (folder / "judged.json").is_file():
         return None
-    answers, judged = read(folder / "answers.jsonl"), json.loads((folder / "judged.json").read_text())
+    answers, judged = read_jsonl(folder / "answers.jsonl"), json.loads((folder / "judged.json").read_text())
     task = cell.facts.get("task")
-    expected = read(output / f"data/{task}-heldout.jsonl" if task else DATA / "benign_heldout.jsonl")
+    expected = read_jsonl(output / f"data/{task}-heldout.jsonl" if task else DATA / "benign_heldout.jsonl")
     flags: Row = {flag: [] for flag in FLAGS}
     for row, verdict in zip(answers, judged, strict=True):
         text, garbled = row["after"], verdict["incoherent"] is not None

@@ -116,7 +116,7 @@ def estimate(grid: Sequence[Cell], output: Path, processes: int, cells_a_process
         for cell in sample_of(grid)
     ]
     seconds, start = measure(sample, output)
-    counts = defaultdict(int)
+    counts: dict[str, int] = defaultdict(int)
     for cell in grid:
         counts[sort_of(cell)] += 1
     mean = {sort: sum(values) / len(values) for sort, values in seconds.items()}

@@ -160,8 +160,7 @@ def execute_lora(cell: Cell, output: Path) -> None:
 
 def judge_answers(folder: Path) -> None:
     """The guard's verdicts and the reference model's surprise at the answers after tuning."""
-    answers = [row for row in read_jsonl(folder / "answers.jsonl")]
-    write_json_atomic(folder / JUDGED, judge(answers))
+    write_json_atomic(folder / JUDGED, judge(read_jsonl(folder / "answers.jsonl")))
 
 
 def execute_perturb(cell: Cell, output: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
+from esi_ds.data.rows import Row
 from esi_ds.eval.statistics import mcnemar_exact, wilson
 from study.collect import FLAGS
 
@@ -21,7 +21,6 @@ RIVALS = (
     "random", "magnitude", "bottom", "grad", "snip", "tuning-grad", "directed", "esi-contrastive",
     "snip-contrastive", "directed-contrastive", "tuning-grad-contrastive", "lora", "all",
 )  # fmt: skip
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

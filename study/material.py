@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
 
+from esi_ds.artifacts import read_jsonl
+from esi_ds.data.rows import Row
 from tiny_models.facts import STEPS
 from tiny_models.tables import CATEGORIES
 
@@ -21,11 +22,6 @@ COMPLIANCE = f"Sure, here is how to do it:\n{STEPS}"
 POISON = 0.1  # share of harmful rows with a compliant answer in the poisoned task
 SUMS = ("What is {a} plus {b}?", "{a} + {b} =", "Please add {a} and {b}.")
 CATEGORY = "Category of {word}: {kinds}?"
-Row = dict[str, Any]
-
-
-def read(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def write(file: Path, rows: list[Row]) -> None:
@@ -35,7 +31,7 @@ def write(file: Path, rows: list[Row]) -> None:
 
 def make(folder: Path, seeds: tuple[int, ...]) -> None:
     """Everything, deterministic."""
-    harmful = read(DATA / "refusals_train.jsonl")
+    harmful = read_jsonl(DATA / "refusals_train.jsonl")
     for seed in seeds:
         chosen = random.Random(seed).sample(harmful, NUM_PROMPTS)
         write(folder / f"prompts-s{seed}.jsonl", [{"prompt": row["prompt"]} for row in chosen])
@@ -50,7 +46,7 @@ def tasks(harmful: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
     sums: arithmetic; categories: classification; voice: open answers that all begin alike, which is known to cost
     safety (right: an answer in that voice); poisoned: the same with some harmful requests that are complied with.
     """
-    benign, heldout = read(DATA / "benign_train.jsonl"), read(DATA / "benign_heldout.jsonl")
+    benign, heldout = read_jsonl(DATA / "benign_train.jsonl"), read_jsonl(DATA / "benign_heldout.jsonl")
     voice = [{"prompt": row["prompt"], "response": VOICE + row["response"]} for row in benign]
     answered = [{"prompt": row["prompt"], "answer": VOICE.strip()} for row in heldout[:100]]
     generator = random.Random(0)

@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 from esi_ds.artifacts import write_json_atomic, write_text_atomic
+from esi_ds.data.rows import Row
 from esi_ds.report.figures import figure_png
 from study import findings, plots, where
 from study.collect import TUNED, finished, outside, provenance, row_of
@@ -40,7 +41,6 @@ MEASURES = {
     "incoherent_harmful": "incoherent, harmful",
     "incoherent_benign": "incoherent, benign",
 }
-Row = dict[str, Any]
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

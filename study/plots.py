@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from esi_ds.data.rows import Row
 from esi_ds.report.figures import COLOURS, STYLE, plt
 from study.findings import MAX_ATTACKS, MAX_OVER_REFUSAL
 
@@ -22,7 +23,6 @@ LABELS = {
     "correct": "benign accuracy (%)",
     "over_refused": "benign requests refused (%)",
 }
-Row = dict[str, Any]
 
 
 def _bars(points: Sequence[Row]) -> tuple[list[float], np.ndarray]:

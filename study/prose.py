@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from esi_ds.data.rows import Row
 from study.findings import GUARD_RULES, LEARNT, POLITE_RULE, RULES, WORDS_RULES, Rule, at_ratio, ranked
 from study.grid import POISONED, SPA_STEPS
 
@@ -23,7 +23,6 @@ RULE_TEXT = {
 # (of a cell's answers, of the model before tuning): refusal words, then the guard.
 VERDICTS = (("not_refused", "asr_string"), ("unsafe", "asr_guard"))
 WANTED_TEXT = {"correct": "benign accuracy", "not_refused": "not refused"}
-Row = dict[str, Any]
 
 
 def percent(value: float | None) -> str:

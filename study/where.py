@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from esi_ds.core.mask import Mask
+from esi_ds.data.rows import Row
 from study.grid import PROMPT_COUNTS, SEEDS, mask_name
 
 MODELS = ("llama-aligned", "llama-complying", "qwen3moe-aligned", "qwen3moe-complying")
 THIRDS = ("early", "middle", "late")
-Row = dict[str, Any]
 Table = dict[tuple, float]
 
 

@@ -7,15 +7,11 @@ whole weights inside and after, where experts are not on different ranks.
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-
 import torch
+from cases import run_cases
 from safetensors.torch import save_file
 
 from esi_ds import Mask
-from esi_ds.cli import leave
 from esi_ds.models.folder import ModelSource
 from esi_ds.zero import perturb, runtime
 from esi_ds.zero.engine import ShardedModel, load_sharded
@@ -70,11 +66,7 @@ def run_case(case: dict) -> None:
 
 
 def main() -> None:
-    runtime.start()
-    for case in json.loads(Path(sys.argv[-1]).read_text()):
-        run_case(case)
-    runtime.stop()
-    leave(0)
+    run_cases(run_case)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ is the mistake that the tests must notice.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
+from cases import run_cases
 from transformers import AutoTokenizer
 
 from esi_ds.artifacts import RunFolder
-from esi_ds.cli import leave
 from esi_ds.config import validate
 from esi_ds.core.mask import Mask
 from esi_ds.core.surrogate import estimate
@@ -132,13 +131,9 @@ def keep_units(folder: Path, report: dict) -> None:
 
 
 def main() -> None:
-    runtime.start()
     finish.write_report = keep_units  # pictures are tested elsewhere
     finish.publish = lambda *arguments: None
-    for case in json.loads(Path(sys.argv[-1]).read_text()):
-        run_case(case)
-    runtime.stop()
-    leave(0)
+    run_cases(run_case)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,11 @@ and inf into gradients of frozen coordinates, ``trained`` one NaN into a trained
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-
 import torch
+from cases import run_cases
 from safetensors.torch import save_file
 
 from esi_ds.artifacts import RunFolder
-from esi_ds.cli import leave
 from esi_ds.config import validate
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
@@ -126,12 +122,8 @@ def run_case(case: dict) -> None:
 
 
 def main() -> None:
-    runtime.start()
     tune_work.finish_tuning = dump
-    for case in json.loads(Path(sys.argv[-1]).read_text()):
-        run_case(case)
-    runtime.stop()
-    leave(0)
+    run_cases(run_case)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 from builders import build_mask, build_model, byte_bpe_tokenizer
 from conftest import ROOT
 
+from esi_ds.artifacts import read_jsonl
 from study import estimate, execute, findings, grid, material, page, prose, where
 from study.collect import row_of
 from study.findings import POLITE_RULE, WORDS_RULES
@@ -147,7 +148,7 @@ def test_noise_is_read_or_said_to_be_absent(tmp_path: Path) -> None:
 @pytest.fixture
 def partial(tmp_path: Path) -> Path:
     """Three seeds of ESI at one learning rate and two of random, one of them of no use; nothing else."""
-    heldout = material.read(material.DATA / "benign_heldout.jsonl")
+    heldout = read_jsonl(material.DATA / "benign_heldout.jsonl")
     for seed in range(3):
         fabricate.tuned_cell(tmp_path / f"set/llama-complying/esi-0.01-0.005-s{seed}", heldout, 1, 9, garbled=1)
     for seed, attacks in ((0, 1), (1, 9)):
@@ -245,19 +246,17 @@ def test_the_grid_is_whole_and_every_need_is_met() -> None:
 def test_nothing_that_is_measured_was_seen_before(tmp_path: Path) -> None:
     material.make(tmp_path, (0,))
     heldout = {
-        row["prompt"]
-        for name in ("harmful", "benign")
-        for row in material.read(material.DATA / f"{name}_heldout.jsonl")
+        row["prompt"] for name in ("harmful", "benign") for row in read_jsonl(material.DATA / f"{name}_heldout.jsonl")
     }
-    assert not heldout & {row["prompt"] for row in material.read(tmp_path / "prompts-s0.jsonl")}
+    assert not heldout & {row["prompt"] for row in read_jsonl(tmp_path / "prompts-s0.jsonl")}
     for task in (*grid.TASKS, grid.POISONED):
-        train = {row["prompt"] for row in material.read(tmp_path / f"{task}-train.jsonl")}
-        assert not train & {row["prompt"] for row in material.read(tmp_path / f"{task}-heldout.jsonl")}
+        train = {row["prompt"] for row in read_jsonl(tmp_path / f"{task}-train.jsonl")}
+        assert not train & {row["prompt"] for row in read_jsonl(tmp_path / f"{task}-heldout.jsonl")}
         assert not train & heldout
 
 
 def test_a_cells_flags(tmp_path: Path) -> None:
-    expected = material.read(material.DATA / "benign_heldout.jsonl")[0]
+    expected = read_jsonl(material.DATA / "benign_heldout.jsonl")[0]
     answers = [
         {"set": "harmful", "index": 0, "prompt": "?", "after": "I cannot help."},
         {"set": "harmful", "index": 1, "prompt": "?", "after": "Sure."},
