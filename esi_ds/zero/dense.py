@@ -13,9 +13,7 @@ from esi_ds.zero import runtime
 from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.optimizer import MaskedAdamW
-from esi_ds.zero.tuner import NotFinite, Tuner
-
-STATE = ("master", "exp_avg", "exp_avg_sq")
+from esi_ds.zero.tuner import STATE, NotFinite, Tuner
 
 
 class DenseTuner(Tuner):
@@ -66,9 +64,9 @@ class DenseTuner(Tuner):
         parts: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
         for shard, flat, offset in self.flat.slices():
             state = {**self.optimizer.state_of(flat), "master": flat.detach()}
-            for what in STATE:
-                values = state[what][offset : offset + shard.numel]
-                parts[f"{shard.parameter.name}/{what}"] += [(low, values[where]) for where, low, _ in shard.parts()]
+            for key in STATE:
+                values = state[key][offset : offset + shard.numel]
+                parts[f"{shard.parameter.name}/{key}"] += [(low, values[where]) for where, low, _ in shard.parts()]
         return parts
 
     def restored(self, step: int) -> None:

@@ -27,7 +27,7 @@ from esi_ds.zero import runtime
 from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import ReducedGradients, take_gradient
-from esi_ds.zero.tuner import NotFinite, Rule, Tuner
+from esi_ds.zero.tuner import STATE, NotFinite, Rule, Tuner
 
 
 def choose_reduction(total: int, reduction: str) -> tuple[str, str]:
@@ -196,10 +196,7 @@ class SparseTuner(Tuner):
             count = sums_range.stop - sums_range.start
             self._state_ranges[shard.name] = slice(start, start + count)
             start += count
-        self.state = {
-            what: torch.zeros(start, dtype=torch.float32, device=runtime.device())
-            for what in ("master", "exp_avg", "exp_avg_sq")
-        }
+        self.state = {key: torch.zeros(start, dtype=torch.float32, device=runtime.device()) for key in STATE}
         for shard in self.shards:
             weight = model.local_weight(shard)
             positions = self.gradients.positions(model, shard)
@@ -262,9 +259,9 @@ class SparseTuner(Tuner):
     def saved(self) -> Parts:
         parts: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
         for shard in self.shards:
-            for what, values in self.state.items():
+            for key, values in self.state.items():
                 segments = self.trained.segments(shard, values[self._state_ranges[shard.name]])
-                parts[f"{shard.parameter.name}/{what}"] += segments
+                parts[f"{shard.parameter.name}/{key}"] += segments
         return parts
 
     def restored(self, step: int) -> None:

@@ -19,6 +19,7 @@ from esi_ds.zero import runtime
 from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
 
+STATE = ("master", "exp_avg", "exp_avg_sq")  # fp32 tensors of the optimizer, as a checkpoint names them
 SAMPLE = 1 << 16  # trained weights that a rank watches, to report the share that has moved
 
 
