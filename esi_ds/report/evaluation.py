@@ -127,8 +127,7 @@ def publish(tracker: Tracker, report: EvaluationReport) -> None:
     tracker.text("changes", changes_markdown(report))
     for title, rows in charts(report):
         figure = figures.rate_bars(title, rows, [model["name"] for model in report["models"]])
-        tracker.figure(f"rates/{title}", figure)
-        figures.plt.close(figure)
+        figures.log_figure(tracker, f"rates/{title}", figure)
 
 
 def curve_name(measure: str, set_name: str, judge: str, model: str) -> str:

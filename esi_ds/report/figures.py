@@ -19,6 +19,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from esi_ds.eval.rows import MeasureRow  # noqa: E402
 from esi_ds.report.contents import CurveRow, MetricsRow, PivotRow, ScoreHistogram  # noqa: E402
 from esi_ds.report.tables import Heatmap  # noqa: E402
+from esi_ds.tracking import Tracker  # noqa: E402
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MAX_LABELS = 32
@@ -39,6 +40,12 @@ def figure_png(figure: Figure) -> bytes:
     figure.savefig(buffer, format="png", bbox_inches="tight")
     plt.close(figure)
     return buffer.getvalue()
+
+
+def log_figure(tracker: Tracker, tag: str, figure: Figure) -> None:
+    """An image in TensorBoard; the figure is closed."""
+    tracker.figure(tag, figure)
+    plt.close(figure)
 
 
 def heatmap(data: Heatmap) -> Figure:

@@ -38,6 +38,4 @@ def publish(tracker: Tracker, report: PerturbationReport) -> None:
             name = f"noise/{row['measure']}/{row['set']}/{row['judge']}/{row['order']} {row['ratio']:g}"
             tracker.points(round(100 * row["noise"]), {name: row["rate"]})
     for title, points in panels(report):
-        figure = figures.noise_curves(title, points)
-        tracker.figure(f"noise/{title}", figure)
-        figures.plt.close(figure)
+        figures.log_figure(tracker, f"noise/{title}", figures.noise_curves(title, points))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from matplotlib.figure import Figure
-
 from esi_ds.report import figures, tables
 from esi_ds.report.contents import EsiReport
 from esi_ds.tracking import Tracker
@@ -17,9 +15,9 @@ def publish(tracker: Tracker, report: EsiReport) -> None:
     tracker.points(report["facts"].get("prompts used", 0), shares)
     for group, maps in (("roles", tables.layer_by_role(units, k)), ("experts", tables.layer_by_expert(units, k))):
         for view, data in zip(("share_of_mask", "density", "mean_score"), maps, strict=False):
-            _show(tracker, f"{group}/{view}", figures.heatmap(data))
+            figures.log_figure(tracker, f"{group}/{view}", figures.heatmap(data))
     for data in tables.routing_maps(report.get("routing", [])):
-        _show(tracker, f"routing/{data.title}", figures.heatmap(data))
+        figures.log_figure(tracker, f"routing/{data.title}", figures.heatmap(data))
     edges = report["score_histogram"]["log10_edges"]
     tracker.histogram("log10_score/all", edges, report["score_histogram"]["counts"])
     for role, counts in report["score_histograms_by_role"].items():
@@ -28,11 +26,6 @@ def publish(tracker: Tracker, report: EsiReport) -> None:
         # Indented lines are literal text in Markdown: an answer is shown, not rendered.
         quoted = "\n".join(f"    {line}" for line in f"{sample['prompt']}\n\n{sample['response']}".splitlines())
         tracker.text(f"answers/{sample['index']}", f"judge score {sample['judge_score']:.4g}\n\n{quoted}")
-
-
-def _show(tracker: Tracker, tag: str, figure: Figure) -> None:
-    tracker.figure(tag, figure)
-    figures.plt.close(figure)
 
 
 def closing_table(report: EsiReport) -> str:

@@ -1,4 +1,4 @@
-"""Everything about a run that can be known, and refused, before a weight is loaded or a file written."""
+"""What ESI reads, and all checks that need no weights: they come before any weight is loaded or file written."""
 
 from __future__ import annotations
 
@@ -242,5 +242,5 @@ class EsiInputs:
 
 
 def prepare(config: Config) -> EsiInputs:
-    """Everything the stage reads but weights. Raises UserError; reads only."""
+    """Everything that the stage reads, except weights. Raises UserError. Reads only."""
     return EsiInputs(prepare_prompts(config), prepare_losses(config))

@@ -1,4 +1,4 @@
-"""``launch/esi.py``: what can be refused or planned without weights, then the run itself."""
+"""``launch/esi.py``: checks and plans that need no weights, then the run itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from esi_ds.stages.plan.stages import print_plan
 
 
 def run(config: Config, options: Options) -> None:
-    """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
+    """Check the config and its data, then run the stage. Raises UserError and Interrupted."""
     require_esi(config)
     if options.dry_run:
         print_plan(config, options)
