@@ -1,8 +1,8 @@
-"""``python -m esi_ds.mask info|verify|compare|select``: look at a mask, check it, hold two against each other, make
+"""``python -m esi_ds.mask info|verify|compare|select``: describe a mask, check it, compare it with another, or make
 another one from the same scores.
 
-A few million weights in memory at a time, whatever the mask's size. ``mpirun -n 64 python -m esi_ds.mask ...`` shares
-the work among processes of any number of nodes and says the same, once.
+A few million weights are in memory at a time, whatever the mask's size. ``mpirun -n 64 python -m esi_ds.mask ...``
+shares the work among processes on any number of nodes and prints the same output once.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from esi_ds.reselect import Reselection, ScoreFolder, read_units, spans, write_s
 
 
 def count_units(masks: Sequence[Mask], ranks: Ranks) -> tuple[list[Unit], Tensor]:
-    """Logical matrices of masks of one model, and int64 [matrices, masks + 1]: how many weights of each every mask
-    selects, and all of them together. One all-reduce."""
+    """The logical matrices of one model's masks, and int64 [matrices, masks + 1]: how many weights of each matrix every
+    mask selects, and in the last column how many all masks select. Collectives: one sum of the counts."""
     by_name = read_units(masks[0])
-    units = [unit for found in by_name.values() for unit in found]
-    firsts, position = {}, 0
-    for name, found in by_name.items():
-        firsts[name], position = position, position + len(found)
+    units = [unit for units_of_parameter in by_name.values() for unit in units_of_parameter]
+    firsts: dict[str, int] = {}
+    position = 0
+    for name, units_of_parameter in by_name.items():
+        firsts[name], position = position, position + len(units_of_parameter)
     counts = torch.zeros(len(units), len(masks) + 1, dtype=torch.int64)
     for name, low, high in spans(masks[0])[ranks.rank :: ranks.size]:
         bits = [mask.bits(name, low, high) for mask in masks]
@@ -43,7 +44,7 @@ def count_units(masks: Sequence[Mask], ranks: Ranks) -> tuple[list[Unit], Tensor
 
 
 def info(mask: Mask, ranks: Ranks) -> list[str]:
-    """What the mask is, and where its weights are, by role and by layer."""
+    """Lines about the mask, and about where its weights are, by role and by layer."""
     facts = ("format", "criterion", "contrastive", "order", "scope", "ratio", "threshold", "fingerprint")
     lines = [f"{key:12} {mask.metadata[key]}" for key in facts if key in mask.metadata]
     lines.append(f"{'selected':12} {mask.k:,} of {mask.total_numel:,} weights in {len(mask.names)} scored parameters")
@@ -58,9 +59,11 @@ def info(mask: Mask, ranks: Ranks) -> list[str]:
             row[0] += count
             row[1] += unit.numel
     lines += ["", f"{'role':14}{'selected':>14}{'share of mask':>15}{'of the role':>13}"]
-    lines += [_share_line(role, *row, mask.k) for role, row in sorted(by_role.items(), key=lambda item: -item[1][0])]
+    lines += [
+        _share_line(role, row[0], row[1], mask.k) for role, row in sorted(by_role.items(), key=lambda item: -item[1][0])
+    ]
     lines += ["", f"{'layer':14}{'selected':>14}{'share of mask':>15}{'of the layer':>13}"]
-    lines += [_share_line(str(layer), *row, mask.k) for layer, row in sorted(by_layer.items())]
+    lines += [_share_line(str(layer), row[0], row[1], mask.k) for layer, row in sorted(by_layer.items())]
     return lines
 
 
@@ -69,7 +72,7 @@ def _share_line(label: str, count: int, numel: int, k: int) -> str:
 
 
 def verify(mask: Mask, scores: Path | None, ranks: Ranks) -> list[str]:
-    """Problems of the mask by itself and, given the scores, every parameter whose bits are not the exact top-k."""
+    """Lines about the mask's defects or, if it has none and there are scores, about bits that contradict them."""
     order = {name: index for index, name in enumerate(mask.names)}
     gathered = ranks.gather(mask.problems(ranks.rank, ranks.size))
     distinct = dict.fromkeys(line for lines in gathered for line in lines)
@@ -78,16 +81,16 @@ def verify(mask: Mask, scores: Path | None, ranks: Ranks) -> list[str]:
 
 
 def compare_with_scores(mask: Mask, folder: Path, ranks: Ranks) -> list[str]:
-    """Select again from the scores on disk and compare bit for bit."""
+    """Select again from the scores on disk, and report every parameter whose bits differ."""
     scores = ScoreFolder(folder)
     if scores.names != set(mask.names):
         return [f"scores and mask name different parameters: {sorted(scores.names ^ set(mask.names))[:5]}"]
     scores.check(mask)
-    found = Reselection(mask, scores, mask.metadata, ranks)
-    places = {name: index for index, name in enumerate(mask.names)}
-    wrong = torch.zeros(len(places), dtype=torch.int64)
+    selection = Reselection(mask, scores, mask.metadata, ranks)
+    index_of = {name: index for index, name in enumerate(mask.names)}
+    wrong = torch.zeros(len(index_of), dtype=torch.int64)
     for name, low, high in spans(mask)[ranks.rank :: ranks.size]:
-        wrong[places[name]] += int((found.bits(name, low, high) != mask.bits(name, low, high)).sum())
+        wrong[index_of[name]] += int((selection.bits(name, low, high) != mask.bits(name, low, high)).sum())
     return [
         f"{name}: {count} bits differ from the selection by its scores"
         for name, count in zip(mask.names, ranks.add(wrong).tolist(), strict=True)
@@ -96,7 +99,7 @@ def compare_with_scores(mask: Mask, folder: Path, ranks: Ranks) -> list[str]:
 
 
 def compare(first: Mask, second: Mask, ranks: Ranks) -> list[str]:
-    """Overlap of two masks of one model: whole, by role, by layer, and by cell (layer and role)."""
+    """Overlap of two masks of one model: in total, by role, by layer, and by cell (layer and role)."""
     if first.shapes != second.shapes:
         raise UserError(
             "mask",
@@ -106,11 +109,11 @@ def compare(first: Mask, second: Mask, ranks: Ranks) -> list[str]:
         )
     rows: dict[tuple[str, str], list[int]] = {}
     units, counts = count_units([first, second], ranks)
-    for unit, found in zip(units, counts.tolist(), strict=True):
+    for unit, counts_of_unit in zip(units, counts.tolist(), strict=True):
         layer = "-" if unit.layer is None else str(unit.layer)
         for key in (("all", ""), ("role", unit.role), ("layer", layer), ("cell", f"{layer} {unit.role}")):
             row = rows.setdefault(key, [0, 0, 0])
-            for index, count in enumerate(found):
+            for index, count in enumerate(counts_of_unit):
                 row[index] += count
     lines = [f"{'':22}{'first':>12}{'second':>12}{'both':>12}{'of first':>10}{'of second':>10}{'Jaccard':>9}"]
     kinds = ("all", "role", "layer", "cell")
@@ -131,25 +134,25 @@ def _natural(label: str) -> tuple[int, str]:
 
 
 def share(text: str) -> float:
-    """An argument between 0 and 1."""
+    """Parse an argument in (0, 1]."""
     value = float(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share between 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
     return value
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m esi_ds.mask", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what a mask is and where its weights are").add_argument("mask")
-    checker = commands.add_parser("verify", help="check a mask's bits, and against the scores it was made from")
+    commands.add_parser("info", help="describe a mask and where its weights are").add_argument("mask")
+    checker = commands.add_parser("verify", help="check a mask by itself and against its scores")
     checker.add_argument("mask")
     checker.add_argument("--scores", type=Path, help="scores/ of the run: select again and compare bit for bit")
     overlap = commands.add_parser("compare", help="overlap of two masks, by role and layer")
     overlap.add_argument("first")
     overlap.add_argument("second")
-    maker = commands.add_parser("select", help="a mask of another ratio or order from the same scores")
-    maker.add_argument("mask", help="a mask made from the scores")
+    maker = commands.add_parser("select", help="make a mask of another ratio or order from the same scores")
+    maker.add_argument("mask", help="any mask selected from the scores")
     maker.add_argument("output", type=Path, metavar="OUTPUT", help="folder of the new mask")
     maker.add_argument("--scores", type=Path, required=True, help="scores/ of the run")
     maker.add_argument("--ratio", type=share, required=True, help="share of the weights")
@@ -159,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
     arguments = _parser().parse_args(argv)
     ranks = Ranks()
     try:
@@ -178,18 +182,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[list[str], int]:
-    """What a command has to say, and its exit code; the same on every rank."""
+    """A command's output and exit code; the same on every rank."""
     if arguments.command == "info":
         return info(Mask.load(arguments.mask), ranks), 0
     if arguments.command == "compare":
         return compare(Mask.load(arguments.first), Mask.load(arguments.second), ranks), 0
     if arguments.command == "select":
-        given = (arguments.scores, arguments.output, arguments.ratio, arguments.order, arguments.seed)
-        made = write_selection(Mask.load(arguments.mask), *given, ranks)
-        return [f"{made.k:,} of {made.total_numel:,} weights in {made.path}"], 0
-    found = verify(Mask.load(arguments.mask), arguments.scores, ranks)
+        mask = Mask.load(arguments.mask)
+        options = (arguments.ratio, arguments.order, arguments.seed)
+        new = write_selection(mask, arguments.scores, arguments.output, *options, ranks)
+        return [f"{new.k:,} of {new.total_numel:,} weights in {new.path}"], 0
+    defects = verify(Mask.load(arguments.mask), arguments.scores, ranks)
     sound = "sound" + (": exactly the selection by its scores" if arguments.scores else "")
-    return found or [sound], 2 if found else 0
+    return defects or [sound], 2 if defects else 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""The exact selection again, from scores on disk: what a mask must be, and masks of another ratio or order.
+"""The exact selection from scores on disk: to check a mask, and for masks of another ratio or order.
 
-Scores are read in chunks, each by one rank, so that memory does not grow with the model. Only counts
-are shared.
+Scores are read in chunks, each by one rank, so that memory does not grow with the model. Only counts are shared.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,9 +24,9 @@ from esi_ds.ranks import Ranks
 from esi_ds.zero.files import save_tensors
 
 UNITS_NAME = "units.json"
-CHUNK = 1 << 22  # weights in memory together; a multiple of 8, so that a chunk's bits are whole bytes
+CHUNK = 1 << 22  # weights in memory at a time; a multiple of 8, so that a chunk's bits are whole bytes
 
-Span = tuple[str, int, int]  # parameter, and flat elements [low, high) of it
+Span = tuple[str, int, int]  # a parameter's name and its flat range [low, high)
 
 
 def spans(mask: Mask) -> list[Span]:
@@ -39,7 +39,7 @@ def _cut(name: str, first: int, last: int) -> list[Span]:
 
 
 def read_units(mask: Mask) -> dict[str, list[Unit]]:
-    """Logical matrices by parameter, from ``units.json``; a parameter without any is one matrix of its own."""
+    """Logical matrices by parameter, from ``units.json``; a parameter without an entry is one matrix."""
     file = mask.path / UNITS_NAME
     units: dict[str, list[Unit]] = {name: [] for name in mask.names}
     try:
@@ -48,153 +48,158 @@ def read_units(mask: Mask) -> dict[str, list[Unit]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"does not hold the matrices of this mask ({type(error).__name__}: {error})"
         raise UserError("MASK", str(file), problem, "copy the mask's folder again") from error
-    for name, found in units.items():
-        if not found:
-            found.append(Unit(name, "other", None, None, 0, mask.numel(name)))
+    for name, units_of_parameter in units.items():
+        if not units_of_parameter:
+            units_of_parameter.append(Unit(name, "other", None, None, 0, mask.numel(name)))
     return units
 
 
 class ScoreFolder:
-    """``scores/`` of a run, read by byte ranges: nothing of a file stays in memory."""
+    """``scores/`` of a run, read by byte ranges: no file stays in memory."""
 
     def __init__(self, folder: Path):
-        """Raises UserError where the folder holds none."""
+        """Raises UserError if the folder does not hold scores."""
         self.folder = folder
         try:
             if not (folder / INDEX_NAME).is_file():
                 raise FileNotFoundError(f"no {INDEX_NAME}")
-            self._places = {name: (file, first, about) for name, file, first, _, about in checkpoint_tensors(folder)}
+            self._tensors = {tensor.name: tensor for tensor in checkpoint_tensors(folder)}
         except (OSError, ValueError) as error:
             raise UserError("--scores", str(folder), f"holds no scores ({error})", "give RUN/scores") from error
 
     @property
     def names(self) -> set[str]:
-        return set(self._places)
+        """Names of the scored parameters."""
+        return set(self._tensors)
 
     def check(self, mask: Mask) -> None:
-        """Raises UserError where a parameter's scores are not float32 in its own shape."""
+        """Raises UserError unless every parameter's scores are float32 in the parameter's shape."""
         for name in mask.names:
-            about = self._places[name][2] if name in self._places else "nothing"
-            if about != (wanted := f"F32 {list(mask.shapes[name])}"):
-                problem = f"holds {about} for {name}, expected {wanted}"
+            stored = self._tensors[name].description if name in self._tensors else "nothing"
+            if stored != (expected := f"F32 {list(mask.shapes[name])}"):
+                problem = f"holds {stored} for {name}, expected {expected}"
                 raise UserError("--scores", str(self.folder), problem, "give RUN/scores of the same run")
 
     def read(self, name: str, low: int, high: int) -> Tensor:
-        """float32 [high − low]."""
-        file, first, _ = self._places[name]
-        with file.open("rb") as opened:
-            opened.seek(first + 4 * low)
+        """The scores of the parameter's flat range [low, high): float32 [high − low]."""
+        tensor = self._tensors[name]
+        with tensor.file.open("rb") as opened:
+            opened.seek(tensor.first + 4 * low)
             data = opened.read(4 * (high - low))
         if len(data) != 4 * (high - low):
-            raise UserError("--scores", str(file), "is shorter than its header says", "copy it again")
+            raise UserError("--scores", str(tensor.file), "is shorter than its header says", "copy it again")
         return torch.frombuffer(bytearray(data), dtype=torch.float32)
 
 
 class Reselection:
-    """The exact selection from ``scores``, as bits of any span.
+    """The exact selection from ``scores`` (docs/method.md §2), as bits of any span.
 
-    mask: any mask made from these scores. wanted: ``order``, ``seed``, ``scope``, ``k``, ``ratio``, as in metadata.
-    Its constructor performs collectives: six histograms of 16 KiB, with scope ``matrix`` for every matrix.
+    mask: any mask computed from these scores. settings: ``order``, ``seed``, ``scope``, ``k`` and ``ratio`` as in a
+    mask's metadata. Collectives of the constructor: six sums of histograms of 16 KiB, with scope ``matrix`` for every
+    matrix.
     """
 
-    def __init__(self, mask: Mask, scores: ScoreFolder, wanted: Mapping[str, str], ranks: Ranks):
+    def __init__(self, mask: Mask, scores: ScoreFolder, settings: Mapping[str, str], ranks: Ranks):
         self._mask, self._scores, self._ranks = mask, scores, ranks
-        self._order = Order(wanted["order"], int(wanted["seed"]))
+        self._order = Order(settings["order"], int(settings["seed"]))
         self._offsets: dict[str, int] = json.loads(mask.metadata["offsets"])
-        self._whole: Cut | None = None
-        self._cuts: dict[str, list[tuple[Unit, int, Cut]]] = {}  # scope matrix: unit, its first position, its cut
-        if wanted["scope"] == "model":
-            self._whole = self._select(
-                _Pieces(self._whole_piece, spans(mask)[ranks.rank :: ranks.size]), int(wanted["k"])
+        self._cut_of_model: Cut | None = None
+        self._cuts_of_units: dict[
+            str, list[tuple[Unit, int, Cut]]
+        ] = {}  # scope matrix: (unit, its first position, cut)
+        if settings["scope"] == "model":
+            self._cut_of_model = self._select(
+                _ScoreRuns(self._run_of_span, spans(mask)[ranks.rank :: ranks.size]), int(settings["k"])
             )
         else:
             for name, units in read_units(mask).items():
-                self._cuts[name] = list(self._select_units(name, units, float(wanted["ratio"])))
+                self._cuts_of_units[name] = list(self._select_units(name, units, float(settings["ratio"])))
 
     @property
     def threshold(self) -> str:
-        """As in a mask's metadata: "null" with scope ``matrix``, and where no score is a limit (``key_to_score``)."""
-        found = key_to_score(self._whole, self._order.name) if self._whole is not None else None
-        return "null" if found is None else repr(found)
+        """As in a mask's metadata; "null" with scope ``matrix``, or if no score is a limit (``key_to_score``)."""
+        score = key_to_score(self._cut_of_model, self._order.name) if self._cut_of_model is not None else None
+        return "null" if score is None else repr(score)
 
     def bits(self, name: str, low: int, high: int) -> Tensor:
-        """bool [high − low]."""
-        if self._whole is not None:
-            return self._selected(self._whole, self._whole_piece((name, low, high)))
+        """Whether the weights of the parameter's flat range [low, high) are selected: bool [high − low]."""
+        if self._cut_of_model is not None:
+            return self._selected(self._cut_of_model, self._run_of_span((name, low, high)))
         bits = torch.zeros(high - low, dtype=torch.bool)
-        for unit, position, cut in self._cuts[name]:
+        for unit, position, cut in self._cuts_of_units[name]:
             if unit.meets(low, high):
-                piece = self._unit_piece(unit, position, (name, low, high))
-                bits[unit.within(low, high)] = self._selected(cut, piece)
+                run = self._run_of_unit(unit, position, (name, low, high))
+                bits[unit.within(low, high)] = self._selected(cut, run)
         return bits
 
-    def _selected(self, cut: Cut, piece: ScoreRun) -> Tensor:
-        return cut.selects(self._order.keys(piece.scores, piece.position), piece.position)
+    def _selected(self, cut: Cut, run: ScoreRun) -> Tensor:
+        return cut.selects(self._order.keys(run.scores, run.position), run.position)
 
-    def _select(self, pieces: _Pieces, k: int) -> Cut:
-        (cut,) = select([pieces], [k], self._order, self._mask.total_numel - 1, self._ranks.add)
+    def _select(self, runs: _ScoreRuns, k: int) -> Cut:
+        (cut,) = select([runs], [k], self._order, self._mask.total_numel - 1, self._ranks.add)
         return cut
 
     def _select_units(self, name: str, units: list[Unit], ratio: float) -> Iterator[tuple[Unit, int, Cut]]:
         """Scope ``matrix``: ⌊ratio · n⌋ of each logical matrix."""
         position = self._offsets[name]
         for unit in units:
-            own = _cut(name, unit.start, unit.end)[self._ranks.rank :: self._ranks.size]
-            pieces = _Pieces(lambda span, unit=unit, at=position: self._unit_piece(unit, at, span), own)
-            yield unit, position, self._select(pieces, int(ratio * unit.numel))
+            local_spans = _cut(name, unit.start, unit.end)[self._ranks.rank :: self._ranks.size]
+            runs = _ScoreRuns(partial(self._run_of_unit, unit, position), local_spans)
+            yield unit, position, self._select(runs, int(ratio * unit.numel))
             position += unit.numel
 
-    def _whole_piece(self, span: Span) -> ScoreRun:
+    def _run_of_span(self, span: Span) -> ScoreRun:
         name, low, _ = span
         return ScoreRun(self._scores.read(*span), self._offsets[name] + low)
 
-    def _unit_piece(self, unit: Unit, position: int, span: Span) -> ScoreRun:
-        """The unit's part of a span. Units of a parameter lie one behind another in the order of ties."""
+    def _run_of_unit(self, unit: Unit, position: int, span: Span) -> ScoreRun:
+        """The unit's part of a span. The units of a parameter follow each other in the order of ties."""
         _, low, high = span
         return ScoreRun(self._scores.read(*span)[unit.within(low, high)], position + unit.num_before(low))
 
 
-class _Pieces:
-    """Pieces read from the disk each time somebody goes through them."""
+class _ScoreRuns:
+    """Runs of scores, read from disk anew in every iteration."""
 
-    def __init__(self, read, wanted: list[Span]):
-        self._read, self._wanted = read, wanted
+    def __init__(self, read: Callable[[Span], ScoreRun], local_spans: Sequence[Span]):
+        self._read, self._local_spans = read, local_spans
 
     def __iter__(self) -> Iterator[ScoreRun]:
-        return map(self._read, self._wanted)
+        return map(self._read, self._local_spans)
 
 
 def write_selection(
     mask: Mask, folder: Path, output: Path, ratio: float, order: str, seed: int, ranks: Ranks | None = None
 ) -> Mask:
-    """A mask of another ratio or order from the scores that ``mask`` was made from; its ``of`` and ``scope``.
+    """Write a mask of another ratio or order from the scores of ``mask``, whose ``of`` and ``scope`` it keeps.
 
-    Files are cut as ``mask``'s; one of them is in memory at a time. The folder is written whole or not at all.
+    Tensors are split into files as in ``mask``; one file is in memory at a time. The folder is written completely or
+    not at all. Raises UserError. Collectives: those of ``Reselection``, two of counts and digests and two barriers.
     """
     ranks = ranks or Ranks()
     if output.exists():
         raise UserError("OUTPUT", str(output), "exists already", "give a new folder")
     if not may_write(output):
-        raise UserError("OUTPUT", str(output), "cannot be made there", "give a folder of your own")
+        raise UserError("OUTPUT", str(output), "cannot be created", "give a writable folder")
     scores = ScoreFolder(folder)
     scores.check(mask)
     metadata = {**mask.metadata, "ratio": repr(ratio), "order": order, "seed": str(seed)}
     scored = sum(mask.numel(name) for name in mask.names)
     base = scored if mask.metadata.get("of") == "scored" else mask.total_numel
     metadata["k"] = str(min(int(ratio * base), scored))
-    found = Reselection(mask, scores, metadata, ranks)
-    numbers = torch.zeros(len(mask.names), dtype=torch.int64)
-    places = {name: index for index, name in enumerate(mask.names)}
+    selection = Reselection(mask, scores, metadata, ranks)
+    local_counts = torch.zeros(len(mask.names), dtype=torch.int64)
+    index_of = {name: index for index, name in enumerate(mask.names)}
     for name, low, high in spans(mask)[ranks.rank :: ranks.size]:
-        numbers[places[name]] += int(found.bits(name, low, high).sum())
-    counts = dict(zip(mask.names, ranks.add(numbers).tolist(), strict=True))
-    metadata |= {"counts": json.dumps(counts), "k": str(sum(counts.values())), "threshold": found.threshold}
-    _write(mask, found, metadata, output, ranks)
+        local_counts[index_of[name]] += int(selection.bits(name, low, high).sum())
+    counts = dict(zip(mask.names, ranks.add(local_counts).tolist(), strict=True))
+    metadata |= {"counts": json.dumps(counts), "k": str(sum(counts.values())), "threshold": selection.threshold}
+    _write(mask, selection, metadata, output, ranks)
     wait_until_visible(output / INDEX_NAME)
     return Mask.load(output)
 
 
-def _write(mask: Mask, found: Reselection, metadata: dict[str, str], output: Path, ranks: Ranks) -> None:
+def _write(mask: Mask, selection: Reselection, metadata: dict[str, str], output: Path, ranks: Ranks) -> None:
     """The ranks share the files; rank 0 gives the folder its name once all are written."""
     temporary = output.with_name(f".{output.name}.tmp")
     if ranks.rank == 0:
@@ -203,7 +208,7 @@ def _write(mask: Mask, found: Reselection, metadata: dict[str, str], output: Pat
     ranks.gather(None)  # nobody writes before the folder exists
     local_digests: dict[str, str] = {}
     for file in mask.files[ranks.rank :: ranks.size]:
-        data = {name: _packed(mask, found, name) for name in mask.names if mask.file_of(name) == file}
+        data = {name: _packed(mask, selection, name) for name in mask.names if mask.file_of(name) == file}
         save_tensors(data, wait_until_visible(temporary) / file, metadata=metadata)
         local_digests |= {name: digest(values) for name, values in data.items()}
     gathered = ranks.gather(local_digests)
@@ -218,9 +223,9 @@ def _write(mask: Mask, found: Reselection, metadata: dict[str, str], output: Pat
     ranks.gather(None)  # nobody reads before the folder has its name
 
 
-def _packed(mask: Mask, found: Reselection, name: str) -> Tensor:
-    """uint8 [⌈numel / 8⌉]."""
+def _packed(mask: Mask, selection: Reselection, name: str) -> Tensor:
+    """The parameter's selection as mask bits: uint8 [⌈numel / 8⌉]."""
     data = torch.empty(num_bytes(mask.numel(name)), dtype=torch.uint8)
     for _, low, high in _cut(name, 0, mask.numel(name)):
-        data[low // 8 : num_bytes(high)] = pack_bits(found.bits(name, low, high))
+        data[low // 8 : num_bytes(high)] = pack_bits(selection.bits(name, low, high))
     return data

@@ -79,7 +79,7 @@ def test_what_cannot_be_read_or_made_is_told(tmp_path: Path, capsys) -> None:
     options = ["--scores", str(tmp_path / "scores"), "--ratio", "0.1"]
     (tmp_path / "file").touch()
     assert main(["select", str(tmp_path / "mask"), str(tmp_path / "file/new"), *options]) == 2
-    assert f"error: OUTPUT = {tmp_path}/file/new: cannot be made there" in capsys.readouterr().err
+    assert f"error: OUTPUT = {tmp_path}/file/new: cannot be created" in capsys.readouterr().err
     for content in ('[{"parameter": "x"', '[{"parameter": "of another model"}]', "[3]"):
         (tmp_path / "mask/units.json").write_text(content)
         assert main(["select", str(tmp_path / "mask"), str(tmp_path / "new"), *options]) == 2
