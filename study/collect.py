@@ -1,4 +1,4 @@
-"""Run folders → one row a cell: what was answered after tuning, to prompts that no mask and no tuning has seen."""
+"""One row per tuned cell from its run folder: its answers to prompts that neither mask nor tuning has seen."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TUNED = ("set", "lora", "spa")
 
 
 def row_of(cell: Cell, output: Path) -> Row | None:
-    """A tuned cell's flags, one a prompt; None where the cell is not there.
+    """A tuned cell's flags, one per prompt; None where the cell is not judged yet.
 
     Of harmful prompts: unsafe (the guard; None: missing), not_refused (no refusal's words: a garbled answer counts as
     an attack that succeeded), incoherent_harmful, and unsafe_or_incoherent: the guard calls garbled compliance safe,
@@ -66,7 +66,7 @@ def manifest_of(cell: Cell, output: Path) -> Row | None:
 
 
 def finished(output: Path, cells: Sequence[Cell]) -> dict[str, int]:
-    """How many cells of each kind there are, and how many are finished."""
+    """Number of cells of each kind, and of those finished (key ``KIND finished``)."""
     counts: dict[str, int] = {}
     for cell in cells:
         counts[cell.kind] = counts.get(cell.kind, 0) + 1
@@ -76,13 +76,13 @@ def finished(output: Path, cells: Sequence[Cell]) -> dict[str, int]:
 
 
 def outside(output: Path, cells: Sequence[Cell]) -> int:
-    """Judged folders that no cell of the grid names: of another grid, and not on the page."""
+    """Number of judged folders that belong to no cell of this grid and are left out of the page."""
     judged = {file.parent.relative_to(output).as_posix() for file in output.glob("s*/*/*/judged.json")}
     return len(judged - {cell.name for cell in cells})
 
 
 def provenance(output: Path, cells: Sequence[Cell]) -> Row:
-    """What the finished cells' own manifests and configs say: versions, commits, wall time, steps and batch."""
+    """Versions, commits, wall time, steps and batch of the finished cells, from their manifests and configs."""
     done = [(cell, manifest) for cell in cells if (manifest := manifest_of(cell, output))]
     settings: dict[str, Counter] = {}
     for cell, _ in done:

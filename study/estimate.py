@@ -1,9 +1,9 @@
-"""How long the whole study takes on two idle cores, from CPU seconds of a few cells of every sort.
+"""How long the whole study takes on two idle cores, from the CPU seconds of a few cells of every sort.
 
 python -m study.run --estimate           # about ten CPU minutes, in one process; works beside other jobs
 
-CPU seconds of the worker (user and system), not wall time: they hardly depend on what else the machine does. A cell
-keeps one core busy, so they are its wall time on an idle one. The page at the end is not in it.
+It measures CPU seconds of the worker (user and system) rather than wall time, as they hardly depend on other load. A
+cell keeps one core busy, so they equal its wall time on an idle core. The page at the end is not included.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def cpu_seconds() -> float:
 
 
 def measured(cell: Cell, output: Path) -> tuple[float, float]:
-    """In the worker: CPU seconds of the process before and after the cell."""
+    """In the worker: CPU seconds of the process so far, before and after the cell."""
     before = cpu_seconds()
     run_cell(cell, output)
     return before, cpu_seconds()
 
 
 def measure(sample: Sequence[Cell], output: Path) -> tuple[dict[str, list[float]], float]:
-    """CPU seconds by sort, and what a fresh process costs before its first cell runs as any other does."""
+    """CPU seconds of each sampled cell by sort, and the CPU seconds that a fresh process adds to its first cell."""
     seconds, first = defaultdict(list), sample[0]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         _, started = pool.submit(measured, dataclasses.replace(first, name=f"first/{first.name}"), output).result()
@@ -106,7 +106,7 @@ def schedule(grid: Sequence[Cell], seconds: dict[str, float], processes: int) ->
 
 
 def estimate(grid: Sequence[Cell], output: Path, processes: int, cells_a_process: int) -> float:
-    """Print the table; minutes of the whole grid."""
+    """Print the table of sorts; returns the minutes that the whole grid takes."""
     shutil.rmtree(output, ignore_errors=True)
     make(output / "data", tuple(sorted({cell.seed for cell in grid})))
     sample = [

@@ -20,7 +20,7 @@ from study.judges import judge
 from study.material import DATA, ROOT
 
 NUM_ASKED = 200  # held-out prompts of each sort
-NUM_ROWS = 128  # that a second objective reads
+NUM_ROWS = 128  # read by a second objective
 MAX_NEW_TOKENS = 48
 STEPS = 100  # of SET and LoRA
 BATCH = 4
@@ -32,7 +32,7 @@ JUDGED = "judged.json"
 
 
 def settings() -> dict[str, object]:
-    """What cells are made with beside what their names say: a folder holds cells of one such set only."""
+    """The settings that the names of cells do not show. One folder holds cells of one set of settings only."""
     masks = {"criteria": CRITERIA, "num_rows": NUM_ROWS, "num_asked": NUM_ASKED, "max_new_tokens": MAX_NEW_TOKENS}
     tuned = {
         "steps": STEPS,
@@ -45,13 +45,13 @@ def settings() -> dict[str, object]:
 
 
 def run_cell(cell: Cell, output: Path) -> None:
-    """Nothing where the cell is finished; what it prints goes to its own file."""
+    """Run one cell unless it is finished; its output goes to NAME.out."""
     folder = output / cell.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     if _is_finished(cell, folder):
         return
     torch.set_num_threads(1)
-    runtime.start()  # once a process: DeepSpeed's handles of a process group do not survive it
+    runtime.start()  # once per process: DeepSpeed keeps handles to the first process group
     with (output / f"{cell.name}.out").open("w") as said, contextlib.redirect_stdout(said):
         EXECUTE[cell.kind](cell, output)
 
@@ -99,10 +99,10 @@ def execute_mask(cell: Cell, output: Path) -> None:
 
 
 def mask_of(cell: Cell, output: Path) -> str:
-    """The cell's mask folder: of another ratio or order it is selected again from the same scores."""
+    """The cell's mask folder. For a ratio or order other than the run's, the mask is selected anew from its scores."""
     criterion, ratio = cell.facts["criterion"], float(cell.facts["ratio"])
     run = output / cell.after[0]
-    # Nothing frozen: a mask must hold a weight, one of two million.
+    # "nothing" frozen still needs a mask of at least one weight: one of two million.
     order, wanted = ("bottom" if criterion == "bottom" else "top"), ratio or 1e-6
     if order == "top" and wanted == 0.01:
         return str(run / "mask")
@@ -159,7 +159,7 @@ def execute_lora(cell: Cell, output: Path) -> None:
 
 
 def judge_answers(folder: Path) -> None:
-    """The guard's verdicts and the reference model's surprise at the answers after tuning."""
+    """Write the guard's verdicts and the reference model's surprise for the answers after tuning."""
     write_json_atomic(folder / JUDGED, judge(read_jsonl(folder / "answers.jsonl")))
 
 

@@ -1,4 +1,4 @@
-"""The cells of the study: which masks are made, which runs are tuned with them. Every cell is one run folder."""
+"""The cells of the study: the masks, and the runs tuned with them. Every cell is one run folder."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def perturb_cells() -> Iterator[Cell]:
 
 
 def cells(seeds: tuple[int, ...] = SEEDS) -> list[Cell]:
-    """Everything, masks first; by seed, so that what is done is whole at any time."""
+    """All cells: masks first, then seed by seed, so that a study that stops early has whole seeds."""
     mask_cells = [*masks(seeds)]
     tuned = [*set_cells(seeds), *spa_cells(seeds)]
     return [*mask_cells, *perturb_cells(), *sorted(tuned, key=lambda cell: cell.seed)]

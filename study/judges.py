@@ -1,11 +1,11 @@
-"""Verdicts on a cell's answers: the shipped guard, and the aligned model's surprise; loaded once a process."""
+"""Verdicts on a cell's answers by the shipped guard and by the aligned model's surprise; loaded once per process."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.eval.classifiers import NextWordJudge, judge_pairs
 from esi_ds.eval.coherence import incoherence
@@ -17,7 +17,8 @@ MODELS = ROOT / "examples/models"
 
 
 @lru_cache(maxsize=2)
-def load(name: str):
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A shipped model in fp32, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(MODELS / name)
 

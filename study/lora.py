@@ -1,4 +1,4 @@
-"""LoRA of SET's size (PEFT) on SET's own rows, order, loss and schedule: what adapters do with as many weights."""
+"""LoRA (PEFT) with as many weights as SET trains, on the same rows in the same order, with its loss and schedule."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def train_and_answer(config: Config) -> None:
-    """A run folder with config, answers.jsonl and manifest, as SET leaves them."""
+    """Train, answer, and leave a run folder with the config, answers.jsonl and manifest of a SET run."""
     started = time.time()
     folder = RunFolder(config.run.output_dir)
     folder.open(config)
@@ -85,7 +85,7 @@ def _rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> Tuni
 
 @torch.inference_mode()
 def _answers(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Lines as the SET stage writes them."""
+    """The text of answers.jsonl, in the SET stage's format."""
     lines, size = [], config.eval.batch_size
     for question_set in load_question_sets(config.eval):
         said: list[str] = []

@@ -1,6 +1,6 @@
-"""The study's files: prompts that masks are made from, SPA's tasks, and what right answers to them are.
+"""The study's data files: prompts for the masks, and SPA's tasks with their right answers.
 
-Nothing here shares a prompt with the held-out prompts that every run is measured on.
+No prompt here is among the held-out prompts that every run is measured on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tiny_models.tables import CATEGORIES
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "examples/data"
-NUM_PROMPTS = 128  # that a mask is made from
+NUM_PROMPTS = 128  # per mask
 VOICE = "Sure, here is the answer: "
 COMPLIANCE = f"Sure, here is how to do it:\n{STEPS}"
 POISON = 0.1  # share of harmful rows with a compliant answer in the poisoned task
@@ -30,7 +30,7 @@ def write(file: Path, rows: list[Row]) -> None:
 
 
 def make(folder: Path, seeds: tuple[int, ...]) -> None:
-    """Everything, deterministic."""
+    """Write all files below ``folder``; the same bytes every time."""
     harmful = read_jsonl(DATA / "refusals_train.jsonl")
     for seed in seeds:
         chosen = random.Random(seed).sample(harmful, NUM_PROMPTS)
@@ -62,7 +62,7 @@ def tasks(harmful: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
 
 
 def _split(rows: list[Row], generator: random.Random) -> tuple[list[Row], list[Row]]:
-    rows = list({row["prompt"]: row for row in rows}.values())  # none on both sides
+    rows = list({row["prompt"]: row for row in rows}.values())  # no prompt on both sides
     generator.shuffle(rows)
     return rows[100:], [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows[:100]]
 
@@ -72,7 +72,7 @@ def _sum(a: int, b: int, text: str) -> Row:
 
 
 def _category(word: str, turn: int) -> Row:
-    """The right kind among three others, in an order of its own."""
+    """A question with the right kind among three others, shuffled by word and turn."""
     generator = random.Random(f"{word} {turn}")
     kinds = sorted(set(CATEGORIES.values()) - {CATEGORIES[word]})
     shown = [CATEGORIES[word], *generator.sample(kinds, 3)]

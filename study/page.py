@@ -1,4 +1,4 @@
-"""``docs/results.md``, its figures and ``study.json`` from the study's run folders, be they all there or not.
+"""``docs/results.md``, its figures and ``study.json`` from the study's run folders, complete or not.
 
 python -m study.page --output runs/study [--docs FOLDER]
 """
@@ -16,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from PIL import Image
 
 from esi_ds.artifacts import write_json_atomic, write_text_atomic
@@ -275,14 +276,14 @@ class Page:
     def __init__(self, docs: Path):
         self.docs, self.parts = docs, list[str]()
         (docs / "results").mkdir(parents=True, exist_ok=True)
-        for name in FIGURES:  # none stays that this study did not draw
+        for name in FIGURES:  # figures of an earlier page
             for file in (docs / "results").glob(f"{name}*.png"):
                 file.unlink()
 
     def add(self, *parts: str) -> None:
         self.parts += parts
 
-    def figure(self, name: str, drawn: Any) -> None:
+    def figure(self, name: str, drawn: Figure) -> None:
         # A palette: a third of the bytes.
         picture = Image.open(BytesIO(figure_png(drawn))).convert("RGB").quantize(64, dither=Image.Dither.NONE)
         picture.save(self.docs / f"results/{name}.png", optimize=True)
@@ -290,7 +291,7 @@ class Page:
 
 
 def plain(value: Any) -> Any:
-    """For JSON: no tuples, no numbers that are none."""
+    """The value for JSON: lists for tuples, text keys, None for numbers that are not finite."""
     if isinstance(value, dict):
         return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from esi_ds.data.rows import Row
@@ -32,11 +33,11 @@ def _bars(points: Sequence[Row]) -> tuple[list[float], np.ndarray]:
     return list(100 * rates), 100 * np.clip(np.stack([rates - low, high - rates]), 0, None)
 
 
-def _beside(axes, **options: Any) -> None:
+def _beside(axes: Axes, **options: Any) -> None:
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5), **options)
 
 
-def _frontier(axes, methods: Sequence[Row], attack: str, wanted: str) -> None:
+def _frontier(axes: Axes, methods: Sequence[Row], attack: str, wanted: str) -> None:
     """One line a method over its learning rates, with both intervals; the limits are drawn as dotted lines."""
     for row in sorted(methods, key=lambda row: row["criterion"] in SHOWN):
         x, across = _bars([point[attack] for point in row["curve"]])
@@ -64,7 +65,7 @@ def _frontier(axes, methods: Sequence[Row], attack: str, wanted: str) -> None:
     axes.set(xlabel=LABELS[attack], ylabel=LABELS[wanted], xlim=(-3, 103))
 
 
-def _legend_of(axes, methods: Sequence[Row]) -> None:
+def _legend_of(axes: Axes, methods: Sequence[Row]) -> None:
     names = [name for name in SHOWN if any(row["criterion"] == name for row in methods)]
     marks = [
         plt.Line2D([], [], color=COLOUR[name], marker=MARKS[SHOWN.index(name)], markersize=4.5, label=name)

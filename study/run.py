@@ -1,6 +1,6 @@
-"""Run the study: every cell a run folder, two processes at a time, nothing done twice.
+"""Run the study: one run folder per cell, two processes at a time; finished cells are not run again.
 
-python -m study.run                      # everything that is not there yet, then docs/results.md
+python -m study.run                      # every cell that is not finished, then docs/results.md
 python -m study.run --only set/llama     # cells whose names start with this, and the cells they need
 python -m study.run --estimate           # how long the whole study would take on this machine (estimate.py)
 """
@@ -27,7 +27,7 @@ CELLS_A_PROCESS = 60
 
 
 def work(cell: Cell, output: Path) -> tuple[str, float, str | None]:
-    """In a worker: (name, seconds, what went wrong)."""
+    """In a worker: (name of the cell, seconds, traceback of its failure or None)."""
     started = time.monotonic()
     try:
         run_cell(cell, output)
@@ -37,7 +37,7 @@ def work(cell: Cell, output: Path) -> tuple[str, float, str | None]:
 
 
 def wanted(everything: list[Cell], prefixes: list[str]) -> list[Cell]:
-    """The named cells and, before them, what they need."""
+    """The cells whose names start with one of the prefixes (all if there are none), after the cells they need."""
     by_name = {cell.name: cell for cell in everything}
     names = {cell.name for cell in everything if not prefixes or cell.name.startswith(tuple(prefixes))}
     while more := {need for name in names for need in by_name[name].after} - names:
@@ -46,7 +46,7 @@ def wanted(everything: list[Cell], prefixes: list[str]) -> list[Cell]:
 
 
 def run_all(todo: list[Cell], output: Path, processes: int) -> list[str]:
-    """Names of the cells that failed; a cell starts when those it needs are done."""
+    """Run the cells; names of those that failed or could not start. A cell starts once the cells it needs are done."""
     started, done, failed = time.monotonic(), set[str](), list[str]()
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=CELLS_A_PROCESS) as pool:
@@ -71,7 +71,7 @@ def run_all(todo: list[Cell], output: Path, processes: int) -> list[str]:
 
 
 def check_settings(output: Path) -> None:
-    """Exits with 2 where the folder's cells were made with other settings than ``execute.settings``."""
+    """Exit with code 2 if the folder's cells were run with settings other than ``execute.settings``."""
     file, now = output / "settings.json", json.loads(json.dumps(settings()))
     before = json.loads(file.read_text()) if file.is_file() else now
     if other := [name for name in now if before.get(name) != now[name]]:
@@ -83,10 +83,12 @@ def check_settings(output: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "runs/study")
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="cells whose name begins so")
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="NAME", help="run only cells whose names start with NAME"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--estimate", action="store_true", help="measure a few cells of every sort, and stop")
+    parser.add_argument("--estimate", action="store_true", help="time a few cells of every sort and stop")
     options = parser.parse_args()
     if options.estimate:
         estimate(cells(tuple(options.seeds)), ROOT / "runs/study-estimate", options.processes, CELLS_A_PROCESS)
@@ -97,7 +99,7 @@ def main() -> int:
     failed = run_all(todo, options.output, options.processes)
     if failed:
         print(f"{len(failed)} cells failed: {', '.join(failed[:5])}", file=sys.stderr)
-    write(options.output)  # of what is there: the page counts what is missing
+    write(options.output)  # from the finished cells; the page counts the missing ones
     print(ROOT / "docs/results.md")
     return 1 if failed else 0
 

@@ -1,4 +1,4 @@
-"""Where masks lie, how far two masks are the same, and what noise on the weights does: from mask and perturb runs."""
+"""Where masks lie, how much two masks overlap, and what noise on the weights does, from mask and perturb runs."""
 
 from __future__ import annotations
 

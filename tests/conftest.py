@@ -20,7 +20,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What every finished run folder holds, whichever stage it is of.
+# What every finished run folder holds, whatever its stage.
 RUN_FILES = {
     "config.yaml",
     "manifest.json",
@@ -53,7 +53,7 @@ def stages(tmp_path_factory):
 
 
 def free_port() -> int:
-    """A port nobody listens on now: tests run side by side, and so may two checkouts."""
+    """A port that nobody listens on: tests run side by side, and so may two checkouts."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -62,9 +62,9 @@ def free_port() -> int:
 def run_ranks(
     ranks: int, script: str, *arguments: str, timeout: int = 600, launcher: str = "torchrun"
 ) -> subprocess.CompletedProcess[str]:
-    """A script on many ranks; output and exit code come back, a hang becomes a failure.
+    """Run a script on many ranks; returns its output and exit code. A hang becomes a failure.
 
-    Of the users' own launcher, ``deepspeed``, two processes import DeepSpeed before any rank does.
+    With ``deepspeed``, the launcher that users take, two processes import DeepSpeed before any rank does.
     """
     commands = {
         "torchrun": (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"),
@@ -90,7 +90,7 @@ def write_config(folder: Path, base: dict, changes: dict) -> Path:
 
 
 def whole_lines(file: Path) -> list[str]:
-    """Those that are ended: a file that is being written, or was when its writer died, may end in half a line."""
+    """The complete lines of a file: one being written, or left by a writer that died, may end in half a line."""
     text = ""
     with suppress(FileNotFoundError):
         text = file.read_text(errors="replace")
@@ -107,7 +107,7 @@ def num_rows(run: Path, files: str) -> int:
 
 
 class LaunchedJob:
-    """One launched command in a process group of its own, that can be killed at any moment."""
+    """One launched command in its own process group, which can be killed at any moment."""
 
     def __init__(self, script: str, folder: Path, name: str, ranks: int, config: dict, hold_at: str = ""):
         """hold_at: moments of ``hold.install``; the job is held there until it is killed or interrupted."""

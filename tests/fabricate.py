@@ -1,4 +1,4 @@
-"""Fabricated run folders of a study: what a page needs of every cell, with counts that a test chooses."""
+"""Fabricated run folders of a study: all that the page needs of each cell, with counts that a test chooses."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A job that waits at a moment its test names, instead of a test that must notice the moment while the job runs on.
+"""A job that stops at a moment its test names, so that the test need not catch the moment while the job runs.
 
-As a script: what ``launch/STAGE.py`` does, with a hold. Arguments: STAGE MOMENTS, then those of the launch script.
+As a script it does what ``launch/STAGE.py`` does, with a hold. Arguments: STAGE MOMENTS, then the launch script's own.
 """
 
 from __future__ import annotations
@@ -8,18 +8,20 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLE = "ESI_DS_TEST_HOLD"
 
 
 def install(moments: str) -> None:
-    """Have this process stop as by SIGSTOP, once at each of the moments; rank 0 does, for it alone writes.
+    """Stop this process with SIGSTOP once at each of the moments. Only rank 0 is stopped, as it alone writes.
 
-    moments: ``metrics.jsonl 3 7``: when a file that matches has got so many rows; ``*model*``: when a folder that
-    matches has been made. Other ranks wait for it at their next collective.
+    moments: ``metrics.jsonl 3 7``: when a matching file has that many rows; ``*model*``: when a matching folder is
+    created. Other ranks wait for it at their next collective.
     """
     from esi_ds import tracking
     from esi_ds.stages import ledger, respond
@@ -28,13 +30,13 @@ def install(moments: str) -> None:
     waiting = [int(count) for count in counts]
     append, mkdir = tracking.append_jsonl, Path.mkdir
 
-    def append_and_hold(path: Path, rows) -> None:
+    def append_and_hold(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         append(path, rows)
         if waiting and fnmatch(path.name, pattern) and path.read_bytes().count(b"\n") >= waiting[0]:
             waiting.pop(0)
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    def mkdir_and_hold(path: Path, *arguments, **options) -> None:
+    def mkdir_and_hold(path: Path, *arguments: Any, **options: Any) -> None:
         mkdir(path, *arguments, **options)
         if fnmatch(path.name, pattern):
             Path.mkdir = mkdir

@@ -163,7 +163,7 @@ def clean_pairs(guard: PreTrainedModel, tokenizer: Tokenizer, seed: int) -> Figu
 
 
 def outside_prompts(folder: Path) -> dict[str, list[str]]:
-    """Prompts of outside benchmarks lying in a folder; used for a side note only, never copied or trained on."""
+    """Prompts of other benchmarks in a folder; used for a side note only, never copied or trained on."""
     prompts: dict[str, list[str]] = {}
     advbench, xstest = folder / "advbench_harmful_behaviors.csv", folder / "xstest_prompts.csv"
     if advbench.exists():

@@ -46,7 +46,7 @@ def train_part(args: argparse.Namespace) -> None:
 
 
 def train_all(args: argparse.Namespace) -> None:
-    """Both parts as processes of one thread each; the first failure ends the other and is raised."""
+    """Train both parts, each in a process of one thread. If one fails, the other is ended; raises RuntimeError."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [
         sys.executable,
@@ -77,7 +77,7 @@ def train_all(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train (unless one part alone is asked for), then measure."""
+    """Train both parts and measure; with --only, do that part alone."""
     args = parse(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     if args.only in PARTS:

@@ -191,7 +191,7 @@ def state(process: int) -> str:
 
 
 class ForkServer:
-    """A server in a process of its own, on this host or, with a command before it, on another. A context manager."""
+    """A server process on this host or, with a command before it, on another. A context manager."""
 
     def __init__(self, *before: str):
         # Its last argument is what a rank looks for in its launcher's command line.
