@@ -48,12 +48,13 @@ def _parent(process: int) -> int | None:
         return None
 
 
-def told_to_stop() -> bool:
-    """Whether this rank was signalled. Others may not have been: ranks must agree before one of them stops."""
+def stop_requested() -> bool:
+    """Whether a signal, or the end of the launcher, asks this rank to stop. Others may not know yet: ranks must agree
+    before one of them stops."""
     return _stop_requested.is_set()
 
 
 def check_stop(done: str) -> None:
     """Raise Interrupted on every rank if any of them was signalled. done: what is saved, in words. One gather."""
-    if any(runtime.gather_objects(told_to_stop())):
+    if any(runtime.gather_objects(stop_requested())):
         raise Interrupted(f"stopped by a signal with {done}; start again to go on")

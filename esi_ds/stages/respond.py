@@ -13,7 +13,7 @@ from esi_ds.config import Config
 from esi_ds.errors import Interrupted
 from esi_ds.models.folder import max_positions
 from esi_ds.stages.esi.prepare import PromptInputs
-from esi_ds.stages.interrupt import told_to_stop
+from esi_ds.stages.interrupt import stop_requested
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
@@ -132,7 +132,7 @@ def generate_all(
             texts: list[str] = []
             if mine or in_step(model, mode):
                 texts = generate(model, tokenizer, rows, max_new_tokens, mode)
-            gathered = runtime.gather_objects((dict(zip(mine, texts, strict=False)), told_to_stop()))
+            gathered = runtime.gather_objects((dict(zip(mine, texts, strict=False)), stop_requested()))
             new = {index: text for part, _ in gathered for index, text in part.items()}
             done.update(new)
             keep(new)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from esi_ds.config import Config
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.stages.interrupt import told_to_stop
+from esi_ds.stages.interrupt import stop_requested
 from esi_ds.tracking import Tracker
 from esi_ds.zero import checkpoint, runtime
 from esi_ds.zero.engine import ShardedModel
@@ -172,7 +172,7 @@ class ScoringPass:
         scores, values = self._forward_backward(mine)
         local = StepTotals(
             norm_squared=self.gradients.take_norm_squared(),
-            signals=float(told_to_stop()),
+            signals=float(stop_requested()),
             saves=float(runtime.is_main() and self._save_is_due()),
             scores=math.fsum(scores.values()),
             examples=float(len(scores)),

@@ -27,7 +27,7 @@ from esi_ds.stages.evaluate.prepare import (
     PreparedNextWord,
     PreparedWords,
 )
-from esi_ds.stages.interrupt import check_stop, told_to_stop
+from esi_ds.stages.interrupt import check_stop, stop_requested
 from esi_ds.stages.ledger import Key, Ledger
 from esi_ds.tracking import Bar, Tracker
 from esi_ds.zero import runtime
@@ -140,7 +140,7 @@ class EndpointRounds:
     judge: PreparedEndpoint
     verdicts: Ledger[VerdictRow]
     tracker: Tracker
-    patience: Patience = field(default_factory=lambda: Patience(should_stop=told_to_stop))
+    patience: Patience = field(default_factory=lambda: Patience(should_stop=stop_requested))
     failed: list[VerdictRow] = field(default_factory=list)
 
     def ask(self, questions: Sequence[Question]) -> None:

@@ -14,7 +14,7 @@ from esi_ds.stages.evaluate.answering import answer_all, answer_keys, surprise_a
 from esi_ds.stages.evaluate.finish import finish_eval
 from esi_ds.stages.evaluate.ledgers import EvalLedgers
 from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs
-from esi_ds.stages.interrupt import check_stop, told_to_stop
+from esi_ds.stages.interrupt import check_stop, stop_requested
 from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.run import StageRun
 from esi_ds.zero import runtime
@@ -98,7 +98,7 @@ class EvalRun(StageRun[EvalInputs]):
                     seed=self.config.run.seed,
                     system_prompt=section.system_prompt,
                     ranks=runtime.JobRanks(),
-                    should_stop=told_to_stop,
+                    should_stop=stop_requested,
                 )
                 row: TaskRow = {
                     "model": candidate.name,

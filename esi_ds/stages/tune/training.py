@@ -16,7 +16,7 @@ from esi_ds.core.batch import left_pad
 from esi_ds.core.schedule import learning_rate
 from esi_ds.data.conversations import IGNORED, DataOrder, TokenSequence
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.stages.interrupt import told_to_stop
+from esi_ds.stages.interrupt import stop_requested
 from esi_ds.stages.tune.prepare import TuningInputs
 from esi_ds.tracking import Tracker
 from esi_ds.zero import checkpoint, runtime
@@ -117,7 +117,7 @@ class Training:
         self.position += self.stride
         tokens = sum(len(sequence.ids) for batch in batches for sequence in batch.sequences)
         totals = runtime.all_reduce_sum(
-            torch.tensor([math.fsum(losses), tokens, told_to_stop()], dtype=torch.float64)
+            torch.tensor([math.fsum(losses), tokens, stop_requested()], dtype=torch.float64)
         ).tolist()
         self._report(totals[0], norm, lr, totals[1] / max(time.monotonic() - started, 1e-9))
         interrupted = totals[2] > 0
