@@ -84,7 +84,7 @@ def make_parser(stage: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-fingerprint-mismatch",
         action="store_true",
-        help="accept a mask made from other weights of the same shapes",
+        help="accept a mask of other weights of the same shapes",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)

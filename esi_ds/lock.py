@@ -121,7 +121,7 @@ def _drop_dead_claim(folder: Path, claim: Path, aside: Path) -> None:
         os.rename(claim, aside)
     except FileNotFoundError:  # another job removed it
         return
-    if _read(aside) != holder:  # another job removed it and made its own claim, which we moved: put that back
+    if _read(aside) != holder:  # another job removed it and claimed anew, and we moved that claim: put it back
         _link(aside, claim)
     aside.unlink()
 

@@ -129,7 +129,7 @@ def _exported_name(name: str, config: PretrainedConfig, source: ModelSource) -> 
     from esi_ds.models.meta import meta_model
 
     module = meta_model(config, source)
-    # type: ignore: nn.Module declares every attribute a tensor or a module; this one is transformers' own.
+    # nn.Module declares every attribute a tensor or a module; this one is neither, hence the ignore.
     module._weight_conversions = get_model_conversion_mapping(module)  # type: ignore[assignment]
     return next(iter(revert_weight_conversion(module, {name: module.get_parameter(name)})))
 

@@ -1,9 +1,11 @@
 """Pages of finished runs from their ``report.json``: ``python launch/report.py RUN...``
 
-Writes each run's ``report.html`` again and, of two runs or more, one page that holds them side by side:
-``overview.html`` in the folder they share. ``--tuned RUN...`` and ``--evaluated RUN...`` show these on the pages of ESI
-runs instead.
+Writes each run's ``report.html`` again and, for two or more runs, a page that shows them side by side:
+``overview.html`` in the folder they share. ``--tuned RUN...`` and ``--evaluated RUN...`` show these runs on the pages
+of ESI runs instead.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -11,22 +13,27 @@ import os
 import sys
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from esi_ds.artifacts import write_text_atomic  # noqa: E402
 from esi_ds.errors import UserError  # noqa: E402
 
+if TYPE_CHECKING:
+    from esi_ds.report.contents import Overlap
+
 
 def read(run: Path, name: str = "report.json") -> dict[str, Any]:
+    """A JSON file of a run."""
     return json.loads((run / name).read_text(encoding="utf-8"))
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the page of several runs")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the page of several runs")
     parser.add_argument("--tuned", nargs="*", type=Path, metavar="RUN", default=[], help="SET and SPA runs to show")
     parser.add_argument("--evaluated", nargs="*", type=Path, metavar="RUN", default=[], help="evaluations to show")
     arguments = parser.parse_args(argv)
@@ -53,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_overview(folders: list[Path], output: Path | None) -> Path:
-    """The page of several runs, linked to their own pages."""
+    """Write the page of several runs, with links to the page of each."""
     from esi_ds.report.html import render_overview
     from esi_ds.report.overview import Run
 
@@ -68,25 +75,30 @@ def write_overview(folders: list[Path], output: Path | None) -> Path:
     return output
 
 
-def overlaps(folders: dict[str, Path]) -> list[dict[str, Any]]:
-    """Every two masks of models of the same shapes: how many weights both hold."""
+def overlaps(folders: dict[str, Path]) -> list[Overlap]:
+    """How many weights any two masks have in common, for models of the same shapes. folders: run folders by name."""
     from esi_ds.core.mask import Mask
     from esi_ds.mask import count_units
     from esi_ds.ranks import Ranks
 
     masks = {name: Mask.load(folder / "mask") for name, folder in folders.items() if (folder / "mask").is_dir()}
-    rows = []
+    rows: list[Overlap] = []
     for (first, one), (second, other) in combinations(masks.items(), 2):
         if one.shapes != other.shapes:
             continue
         _, counts = count_units([one, other], Ranks())
         of_first, of_second, both = counts.sum(0).tolist()
-        shares = {"of_first": both / max(of_first, 1), "of_second": both / max(of_second, 1)}
-        scored = sum(one.numel(name) for name in one.names)
-        chance, jaccard = of_second / scored, both / max(of_first + of_second - both, 1)
-        same = one.fingerprint == other.fingerprint
-        found = {"chance": chance, "jaccard": jaccard, "same_weights": same, **shares}
-        rows.append({"first": first, "second": second, "both": both, **found})
+        row: Overlap = {
+            "first": first,
+            "second": second,
+            "both": both,
+            "chance": of_second / sum(one.numel(name) for name in one.names),
+            "jaccard": both / max(of_first + of_second - both, 1),
+            "same_weights": one.fingerprint == other.fingerprint,
+            "of_first": both / max(of_first, 1),
+            "of_second": both / max(of_second, 1),
+        }
+        rows.append(row)
     return rows
 
 

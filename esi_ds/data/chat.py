@@ -24,7 +24,7 @@ class EncodedResponse:
 def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The model's fast tokenizer, with a padding token.
 
-    chat_template replaces the tokenizer's own: Jinja text, or a file that holds it. Raises UserError if there is no
+    chat_template replaces the tokenizer's: Jinja text, or a file that holds it. Raises UserError if there is no
     fast tokenizer.
     """
     field, path = source.field, source.path
@@ -98,8 +98,10 @@ def encode_data_prompt(
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> EncodedResponse:
-    """Ids and spans. Spans are made disjoint: SentencePiece reports the mark it puts before a text with the span of the
-    first letter, which would count that letter twice."""
+    """Ids and disjoint spans.
+
+    SentencePiece gives the mark it puts before a text the span of the first letter, which would count it twice.
+    """
     encoded = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
     spans = encoded["offset_mapping"]
     starts = [start for start, _ in spans[1:]] + [len(response)]

@@ -1,1 +1,1 @@
-"""What a model is made of: roles of its parameters, logical matrices, fingerprints."""
+"""The structure of models: roles of parameters, logical matrices, fingerprints."""

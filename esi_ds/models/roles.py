@@ -1,4 +1,4 @@
-"""Roles of parameters and the logical matrices they hold (docs/method.md §1): the one place that knows architectures.
+"""Roles of parameters and the logical matrices they hold (docs/method.md §1): all knowledge of architectures.
 
 A parameter's role follows from its module and shape, not from one family's names. Roles that are scored:
 ``attention.{q,k,v,o}``, multi-head latent attention's ``attention.{q_a,q_b,kv_a,kv_b}`` (DeepSeek: the low-rank factors

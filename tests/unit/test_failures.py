@@ -29,7 +29,7 @@ def test_a_full_disk_is_told_with_the_file_and_the_folder(tmp_path: Path) -> Non
     assert "Make room and start the same command again" in said and "\n" not in said
     rust = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert explain(rust, str(tmp_path)).startswith("no space left on device (run.output_dir")
-    # What follows from it is not what is told.
+    # Errors that follow from it are not reported.
     assert "no space left" in explain(raised(ValueError("writer is closed"), rust), str(tmp_path))
 
 
@@ -37,7 +37,7 @@ def test_writing_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught, artifacts.writing(tmp_path / "a"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "a")
-    # As tokenizers raise it: no class of its own, the number in a text.
+    # As tokenizers raise it: no special class, the number in a text.
     with pytest.raises(OSError) as caught, artifacts.writing(tmp_path / "a"):
         raise Exception("No space left on device (os error 28)")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a"))

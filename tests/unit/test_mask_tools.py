@@ -33,7 +33,7 @@ def scores_of(folder: Path, name: str) -> Tensor:
 @pytest.mark.parametrize("scope", ["model", "matrix"])
 @pytest.mark.parametrize("order", ["top", "bottom", "random"])
 def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str, order: str) -> None:
-    """Chunks of 16 weights cut rows, matrices and bytes; the mask was made from whole tensors."""
+    """Chunks of 16 weights cut rows, matrices and bytes; the mask comes from whole tensors."""
     write_pair(tmp_path, SHAPES, 0.2, scope, order, seed=3)
     monkeypatch.setattr(reselect, "CHUNK", 16)
     mask, scores = Mask.load(tmp_path / "mask"), tmp_path / "scores"
@@ -101,7 +101,7 @@ def test_a_full_disk_is_told_with_the_masks_file(tmp_path: Path, monkeypatch: py
 
 
 def peak(*arguments: str) -> float:
-    """Resident MiB at the most, of a process of its own."""
+    """Peak resident MiB of a separate process."""
     code = (
         "import resource, sys; from esi_ds.mask import main; code = main(sys.argv[1:]);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=sys.stderr); sys.exit(code)"

@@ -1,5 +1,5 @@
-"""A model whose code lies in its own folder: ``trust_remote_code`` reaches every place that builds it from its
-configuration. Each case has a folder of its own, since transformers remembers a class once it was trusted."""
+"""A model with code in its folder: ``trust_remote_code`` reaches every function that builds it from its
+configuration. Each case has a separate folder, since transformers remembers a class once it was trusted."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def test_every_matrix_of_the_families_has_its_role(name: str) -> None:
 
 
 def test_what_is_unknown_is_named_by_the_config() -> None:
-    """Matrices of an unknown kind are told of; a pattern gives them a role, experts in one tensor one matrix each."""
+    """Matrices of an unknown kind are reported; a pattern gives them a role, experts in one tensor one matrix each."""
 
     class Odd(torch.nn.Module):
         def __init__(self):
