@@ -9,6 +9,7 @@ wrong    the run goes on with wrong numbers or names.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from esi_ds.core.batch import left_pad
 from esi_ds.core.units import Parameter
+from esi_ds.models.folder import ModelSource
 from esi_ds.models.meta import meta_parameters
 from esi_ds.models.roles import describe, unknown
 from esi_ds.zero.engine import ShardedModel
@@ -48,13 +50,19 @@ def distance(values: Tensor, expected: Tensor) -> float:
 def cannot_run(model: PreTrainedModel) -> str | None:
     """Why transformers alone cannot run this model on text; None where it can."""
     try:
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([LONG])).logits
+        logits = plain_logits(model, LONG)
     except Exception as error:  # whatever an architecture raises is the reason
         return f"unknown: the tiny model does not run on text alone ({first_line(error)})"
     if not bool(logits.isfinite().all()):
         return "unknown: the tiny model's logits are not finite"
     return None
+
+
+def plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Logits [L, V] of one row, given as nothing but its tokens."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), **options).logits[0]
 
 
 def first_line(error: BaseException) -> str:
@@ -68,9 +76,7 @@ def rows(model: PreTrainedModel) -> str:
         with torch.no_grad():
             return model(**batch, use_cache=False, logits_to_keep=KEPT).logits[row]
 
-    with torch.no_grad():
-        plain = model(input_ids=torch.tensor([SHORT])).logits[0]
-        longer = model(input_ids=torch.tensor([[*SHORT[:-1], 99, 98]])).logits[0]
+    plain, longer = plain_logits(model, SHORT), plain_logits(model, [*SHORT[:-1], 99, 98])
     alone = last(left_pad([SHORT], 0, "cpu"))
     if alone.shape[0] != KEPT:
         return f"wrong: logits_to_keep={KEPT} is ignored, {alone.shape[0]} logits come back"
@@ -79,7 +85,7 @@ def rows(model: PreTrainedModel) -> str:
     unpadded = last(left_pad([LONG[: len(SHORT)], SHORT], 0, "cpu"), row=1)
     differences = {
         "the logits of earlier tokens depend on later ones": distance(longer[: len(SHORT) - 1], plain[:-1]),
-        "mask and positions of a row alone change its logits": distance(alone, plain[-KEPT:]),
+        "the mask and positions that a row alone is given change its logits": distance(alone, plain[-KEPT:]),
         "a row's logits depend on the tokens of the other row": distance(other, beside),
         "a row's logits depend on a second row of the same length": distance(unpadded, alone),
         "a row's logits depend on its left padding": distance(beside, alone),
@@ -96,9 +102,8 @@ def verdict(differences: dict[str, float], tolerance: float = TOLERANCE) -> str:
 def greedy(model: PreTrainedModel, ids: list[int], num_tokens: int) -> list[int]:
     """Greedy decoding without a cache, one plain call a token."""
     ids, start = list(ids), len(ids)
-    with torch.no_grad():
-        for _ in range(num_tokens):
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    for _ in range(num_tokens):
+        ids.append(int(plain_logits(model, ids)[-1].argmax()))
     return ids[start:]
 
 
@@ -153,12 +158,13 @@ def units(model: PreTrainedModel) -> str:
     if problems:
         return "wrong: " + "; ".join(problems)
     if names := unknown(parameters):
-        return f"unknown: {len(names)} of {len(parameters)} parameters are warned of as one matrix each ({names[0]})"
+        count = f"{len(names)} of {len(parameters)} parameters"
+        return f"unknown: {count} are scored as one matrix each, with a warning (the first: {names[0]})"
     return "right"
 
 
 def _differ_on_meta(model: PreTrainedModel, parameters: tuple[Parameter, ...]) -> Iterator[str]:
-    expected = meta_parameters(model.config)
+    expected = meta_parameters(model.config, ModelSource(model.name_or_path))
     if expected != parameters:
         pairs = itertools.zip_longest(parameters, expected)
         first = next((ours or theirs) for ours, theirs in pairs if ours != theirs)

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 from esi_ds.config import validate  # noqa: E402
 from esi_ds.deepspeed_config import resolve_deepspeed  # noqa: E402
 from esi_ds.errors import UserError  # noqa: E402
+from esi_ds.models.folder import ModelSource  # noqa: E402
 from esi_ds.stages.esi import finish  # noqa: E402
 from esi_ds.zero import runtime  # noqa: E402
 from esi_ds.zero.engine import load_sharded  # noqa: E402
@@ -72,12 +73,13 @@ def prepare(model_type: str, folder: Path) -> str | None:
     """Save the tiny model, a guard and pairs. Returns why there is no model, or None."""
     try:
         tiny.build(model_type, folder / "model", byte_bpe_tokenizer())
+        model = plain_model(folder)
     except Exception as error:  # any architecture may fail in any way
         return f"unknown: no tiny model ({checks.first_line(error)})"
     build_guard(folder / "guard", byte_bpe_tokenizer())
     pairs = ({"prompt": prompt, "response": response} for prompt, response in PAIRS[:NUM_PAIRS])
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return checks.cannot_run(plain_model(folder))
+    return checks.cannot_run(model)
 
 
 def plain_model(folder: Path) -> PreTrainedModel:
@@ -92,7 +94,7 @@ def check_under_zero(model: PreTrainedModel, folder: Path) -> Verdicts:
     def load() -> str:
         config = validate(settings)
         deepspeed = resolve_deepspeed(config, runtime.world_size())
-        sharded = load_sharded(config.model.path, config.model.dtype, deepspeed, "model.path")
+        sharded = load_sharded(ModelSource.of(config.model), config.model.dtype, deepspeed)
         verdicts["loading"] = checks.loading(model, sharded)
         return checks.answers(model, sharded, byte_bpe_tokenizer())
 

@@ -88,7 +88,7 @@ def attention_problems(model: PreTrainedModel, parameters: tuple[Parameter, ...]
         if attention is None:
             owner_name = parameter.name.rpartition(".")[0]
             parent = type(model.get_submodule(owner_name.rpartition(".")[0])).__name__
-            yield f"{parameter.name} is {'/'.join(sorted(attention_roles))} in a {parent}"
+            yield f"{parameter.name} has the role {' and '.join(sorted(attention_roles))} in a {parent}"
             continue
         owner = model.get_submodule(parameter.name.rpartition(".")[0])
         if not attention_roles & set(tested) or not isinstance(owner, nn.Linear) or has_convolution(attention):
@@ -145,7 +145,7 @@ def gating_problems(model: PreTrainedModel, parameters: tuple[Parameter, ...], i
             if kind in ("mlp", "shared", "expert") and part in ("gate", "up"):
                 blocks.setdefault(block_of(parameter), {}).setdefault(part, []).append((parameter, unit))
             if kind in ("mlp", "expert", "shared") and attention_of(model, parameter.name) is not None:
-                yield f"{parameter.name} is {unit.role} inside an attention"
+                yield f"{parameter.name} has the role {unit.role} inside an attention"
     for name, parts in blocks.items():
         if set(parts) == {"gate", "up"}:
             yield from block_problems(model, name, parts, ids)

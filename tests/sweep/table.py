@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
 
@@ -24,7 +23,7 @@ HEAD = """# Which architectures are right
 | verdict | meaning |
 | --- | --- |
 | right | both ways agree |
-| unknown | `esi_ds` warns that it does not know some parameters, or the tiny model does not run without it either |
+| unknown | `esi_ds` warns that it does not know some parameters, or transformers alone cannot run the tiny model |
 | refused | `esi_ds` stops with a message on what to do |
 | fails | something else stops the run |
 | wrong | the run goes on, with wrong numbers or names |
@@ -38,45 +37,59 @@ def page(rows: Mapping[tuple[str, int], Mapping[str, str]]) -> str:
     """The page in Markdown, from {(architecture, ranks): row}."""
     single = {name: row for (name, ranks), row in sorted(rows.items()) if ranks == 1}
     several = {name: row for (name, ranks), row in sorted(rows.items()) if ranks > 1}
-    all_right = sum(all(word(row[check]) == "right" for check in CHECKS) for row in single.values())
+    all_right = sum(words(row) == {"right"} for row in single.values())
     versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "deepspeed"))
-    counts = {check: Counter(word(row[check]) for row in single.values()) for check in CHECKS}
-    total = "| " + " | ".join(["**right**", *(str(counts[check]["right"]) for check in CHECKS)]) + " |"
+    counts = [sum(word(row[check]) == "right" for row in single.values()) for check in CHECKS]
     lines = [
         HEAD,
-        f"{len(single)} architectures, {all_right} right in every column ({versions}).\n",
-        "| " + " | ".join(["architecture", *CHECKS]) + " |",
-        "| --- " * (len(CHECKS) + 1) + "|",
-        *("| " + " | ".join([name, *(word(row[check]) for check in CHECKS)]) + " |" for name, row in single.items()),
-        total,
-        "",
-        on_two_ranks(several),
-        "\n## What is not right\n",
-        *(f"- **{name}**: {reasons}" for name, row in single.items() if (reasons := not_right(row))),
+        f"{len(single)} architectures, {all_right} right in every column ({versions}). {on_two_ranks(several)}\n",
+        table_line("architecture", *CHECKS),
+        table_line(*["---"] * (len(CHECKS) + 1)),
+        *(table_line(name, *(word(row[check]) for check in CHECKS)) for name, row in single.items()),
+        table_line("**right**", *map(str, counts)),
+        "\n## Wrong, refused or failing\n",
+        *(f"- **{name}**: {reasons(row)}" for name, row in single.items() if words(row) - {"right", "unknown"}),
+        "\n## Unknown\n",
+        *(f"- **{name}**: {reasons(row)}" for name, row in single.items() if words(row) in KNOWN_GAPS),
     ]
     return "\n".join(lines) + "\n"
+
+
+KNOWN_GAPS = ({"unknown"}, {"right", "unknown"})
+
+
+def table_line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def word(verdict: str) -> str:
     return verdict.partition(":")[0]
 
 
+def words(row: Mapping[str, str]) -> set[str]:
+    return {word(row[check]) for check in CHECKS}
+
+
 def on_two_ranks(rows: Mapping[str, Mapping[str, str]]) -> str:
-    right = [name for name, row in rows.items() if all(word(row[check]) == "right" for check in CHECKS[2:])]
-    others = [f"{name} ({not_right(row)})" for name, row in rows.items() if name not in right]
-    sentence = f"Loading, answers and scores are right on two ranks as well: {', '.join(right) or 'none'}."
-    return sentence + (f" Not so: {'; '.join(others)}." if others else "")
+    """A sentence on the architectures that were loaded and scored on several ranks."""
+    collective = ("loading", "answers", "scores")
+    right = [name for name, row in rows.items() if all(word(row[check]) == "right" for check in collective)]
+    others = [f"{name} ({reasons(row)})" for name, row in rows.items() if name not in right]
+    sentence = f"Loading, answers and scores are also right on two ranks for {', '.join(right) or 'none'}."
+    return sentence + (f" They are not for {'; '.join(others)}." if others else "")
 
 
-def not_right(row: Mapping[str, str]) -> str:
-    """The verdicts that are not "right", each reason once."""
+def reasons(row: Mapping[str, str]) -> str:
+    """The verdicts that are not "right", each reason once, with the checks that it stands for."""
     checks_of: dict[str, list[str]] = {}
     for check in CHECKS:
         if word(row[check]) != "right":
             checks_of.setdefault(row[check], []).append(check)
-    return ". ".join(f"{', '.join(names)} {plain(verdict)}" for verdict, names in checks_of.items())
+    return "; ".join(f"*{', '.join(names)}* {escaped(verdict)}" for verdict, names in checks_of.items())
 
 
-def plain(verdict: str) -> str:
+def escaped(verdict: str) -> str:
     """Markdown would take underscores and stars in names for emphasis."""
-    return verdict.replace("_", "\\_").replace("*", "\\*").replace("|", "\\|").replace("<", "&lt;")
+    for character in "\\_*|<[":
+        verdict = verdict.replace(character, f"\\{character}")
+    return verdict

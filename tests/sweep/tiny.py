@@ -154,8 +154,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": NUM_EXPERTS, "moe_top_k": 2},
     },
-    "dots3_note_text": {"per_layer_config": {}, "head_dim": 16},
-    "dots3_note": {"text_config": {"per_layer_config": {}, "head_dim": 16}},
+    "dots3_note_text": {"head_dim": 16},
+    "dots3_note": {"text_config": {"head_dim": 16}, "vision_config": {"adapter_in_dim": HIDDEN}},
     "gemma3n_text": _GEMMA3N,
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma4_text": _GEMMA4,
@@ -220,6 +220,8 @@ def shrink(defaults: dict[str, Any], vocab_size: int) -> dict[str, Any]:
             changes |= {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         elif key in SECTIONS and isinstance(value, dict):
             changes[key] = value | shrink(value, vocab_size)
+        elif key == "per_layer_config":  # by the numbers of layers that are not there now
+            changes[key] = {}
         elif key in CAUSAL and value is not None:
             changes[key] = True
     if "qk_rope_head_dim" in changes and "num_key_value_heads" in changes:
