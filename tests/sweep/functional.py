@@ -26,16 +26,16 @@ def problems(model: PreTrainedModel, parameters: tuple[Parameter, ...], ids: Ten
             yield sentence
 
 
+LARGER = ("layer", "block", "head", "norm")  # ends of names of what holds an attention and more, or stands behind one
+
+
 def attention_of(model: nn.Module, name: str) -> nn.Module | None:
-    """The innermost module around a parameter that is an attention, by its class or its own name."""
+    """The innermost module around a parameter that is an attention, by its class or its name in the model."""
     path = name.split(".")[:-1]
     for depth in range(len(path) - 1, 0, -1):
         module = model.get_submodule(".".join(path[:depth]))
-        class_name = type(module).__name__.lower()
-        is_larger = any(
-            word in class_name for word in ("layer", "block", "pooling", "norm")
-        )  # holds an attention and more
-        if not is_larger and any("attention" in word or "attn" in word for word in (class_name, path[depth - 1])):
+        names = (type(module).__name__.lower(), path[depth - 1])
+        if not any(word.endswith(LARGER) for word in names) and any("attention" in w or "attn" in w for w in names):
             return module
     return None
 

@@ -142,11 +142,12 @@ _BLT = _BYTES | {"num_key_value_heads": 4, "num_hidden_layers": 1}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA2 | {"attn_layer_indices": [1]},
     "blt": {
+        "cross_attn_k": 1,
         "encoder_hash_byte_group_vocab": 50,
         "encoder_hash_byte_group_size": [3, 4],
         "encoder_config": _BLT | {"hidden_size_global": 32, "cross_attn_k": 1},
         "decoder_config": _BLT | {"hidden_size_global": 32, "cross_attn_k": 1},
-        "global_config": _BLT | {"encoder_cross_output_size": 32},
+        "global_config": _BLT | {"encoder_cross_output_size": None},
         "patcher_config": _BLT,
     },
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
@@ -155,7 +156,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": NUM_EXPERTS, "moe_top_k": 2},
     },
     "dots3_note_text": {"head_dim": 16},
-    "dots3_note": {"text_config": {"head_dim": 16}, "vision_config": {"adapter_in_dim": HIDDEN}},
+    "dots3_note": {
+        "text_config": {"head_dim": 16},
+        "vision_config": {"adapter_in_dim": HIDDEN, "adapter_input_size": HIDDEN},
+    },
     "gemma3n_text": _GEMMA3N,
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma4_text": _GEMMA4,
