@@ -56,7 +56,8 @@ def first_tensor(output) -> Tensor:
 
 
 def output_gradients(model: PreTrainedModel, inner: nn.Module, outer: nn.Module, ids: Tensor) -> Tensor | None:
-    """|d(a random projection of outer's last output)/d(inner's output)| [L, rows]; None where inner is not run once."""
+    """|d(a random projection of outer's last output)/d(inner's output)| [L, rows]; None where inner is not run
+    once on all tokens."""
     kept: list[Tensor] = []
     results: list[Tensor] = []
     hooks = [
@@ -70,6 +71,8 @@ def output_gradients(model: PreTrainedModel, inner: nn.Module, outer: nn.Module,
             hook.remove()
     if len(kept) != 1 or len(results) != 1 or kept[0].ndim != 3 or results[0].ndim != 3:
         return None
+    if kept[0].shape[1] != ids.shape[1]:
+        return None  # its positions are not the tokens'
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(results[0].shape[-1], generator=generator)
     (gradient,) = torch.autograd.grad(results[0][0, -1] @ direction, kept[0], allow_unused=True)
