@@ -114,7 +114,7 @@ def greedy(model: PreTrainedModel, ids: list[int], num_tokens: int) -> list[int]
 
 
 def answer_alone(model: PreTrainedModel, ids: list[int], num_tokens: int) -> list[int]:
-    """transformers' own greedy generation of one row, with its cache."""
+    """What transformers' own generate() answers to one row, with its cache."""
     settings = GenerationConfig(do_sample=False, max_new_tokens=num_tokens, eos_token_id=-1, pad_token_id=0)
     return model.generate(input_ids=torch.tensor([ids]), generation_config=settings)[0, len(ids) :].tolist()
 
@@ -137,7 +137,7 @@ def answers(model: PreTrainedModel, sharded: ShardedModel, tokenizer: PreTrained
     if not wrong:
         return "right"
     if all(answer_alone(model, batch[name], num_tokens) != greedy(model, batch[name], num_tokens) for name in wrong):
-        return "unknown: with its cache, transformers answers a row alone otherwise than without"
+        return "unknown: generate() of transformers answers a row alone otherwise than greedy decoding without a cache"
     return f"wrong: another answer to the {' and the '.join(wrong)} row of a batch"
 
 
