@@ -27,7 +27,8 @@ SHAPES: tuple[tuple[str, str | None, str], ...] = (
     ("prompt", None, "completion"),
 )
 CHATS = ("messages", "conversations")
-ROLES = {"human": "user", "gpt": "assistant"}
+ROLES = ("system", "user", "assistant", "tool")
+OTHER_NAMES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,10 @@ def _chat(turns: Any) -> list[Turn] | str:
         content = turn.get("content", turn.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
             return "a turn has no text or no role"
-        chat.append({"role": ROLES.get(role, role), "content": content})
+        role = OTHER_NAMES.get(role, role)
+        if role not in ROLES:  # templates write a role as it is: one with an end of turn inside would forge turns
+            return f"a turn's role is not one of {', '.join(ROLES)}"
+        chat.append({"role": role, "content": content})
     while chat and chat[-1]["role"] != "assistant":
         chat.pop()
     if not chat or not chat[-1]["content"].strip():
