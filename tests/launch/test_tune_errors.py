@@ -83,7 +83,7 @@ def base(folder: Path) -> dict:
 
 CASES = {
     "no tune section": ("set", {"tune": None}, ["tune", "missing"]),
-    "router of a dense model": ("set", {"tune.router": "train"}, ["tune.router", "which this model does not have"]),
+    "router of a dense model": ("set", {"tune.router": "train"}, ["tune.router", "none"]),
     "role that there is not": (
         "spa",
         {"model.roles": {"*q_proj*": "queries"}},
