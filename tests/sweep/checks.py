@@ -9,6 +9,7 @@ wrong    the run goes on with wrong numbers or names.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import math
@@ -32,7 +33,7 @@ from transformers import (
 from esi_ds.core.batch import left_pad
 from esi_ds.core.units import Parameter
 from esi_ds.models.folder import ModelSource
-from esi_ds.models.meta import meta_parameters
+from esi_ds.models.meta import meta_model, meta_parameters
 from esi_ds.models.roles import describe, unknown
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.generate import generate, ready_to_generate
@@ -174,6 +175,7 @@ def units(model: PreTrainedModel) -> str:
     roles say."""
     parameters = describe(model)
     problems = [*_differ_on_meta(model, parameters), *_not_tiled(parameters), *_unscored(model, parameters)]
+    problems += _otherwise_tied(model)
     problems += functional.problems(model, parameters, torch.tensor([LONG]))
     if problems:
         return "wrong: " + "; ".join(problems)
@@ -184,11 +186,21 @@ def units(model: PreTrainedModel) -> str:
 
 
 def _differ_on_meta(model: PreTrainedModel, parameters: tuple[Parameter, ...]) -> Iterator[str]:
-    expected = meta_parameters(model.config, ModelSource(model.name_or_path))
+    expected = meta_parameters(model.config, ModelSource(str(model.name_or_path)))
     if expected != parameters:
         pairs = itertools.zip_longest(parameters, expected)
         first = next((ours or theirs) for ours, theirs in pairs if ours != theirs)
         yield f"{first.name} is described otherwise on the meta device"
+
+
+def _otherwise_tied(model: PreTrainedModel) -> Iterator[str]:
+    """What is wrongly scored or left out where the head is tied, if it is not here, or the other way round."""
+    config = copy.deepcopy(model.config)
+    for section in {id(part): part for part in (config, config.get_text_config())}.values():
+        section.tie_word_embeddings = not section.tie_word_embeddings
+    other = meta_model(config, ModelSource(str(model.name_or_path)))
+    for problem in _unscored(other, describe(other)):
+        yield f"with tie_word_embeddings={config.tie_word_embeddings}, {problem}"
 
 
 def _not_tiled(parameters: tuple[Parameter, ...]) -> Iterator[str]:
