@@ -127,7 +127,15 @@ def examine(model_type: str, folder: Path, rank: int) -> Verdicts:
         verdicts["units"] = guarded(lambda: checks.units(model))
         verdicts["rows"] = guarded(lambda: checks.rows(model))
     runtime.start()
-    return verdicts | check_under_zero(model, folder)
+    return without_unreachable(verdicts | check_under_zero(model, folder))
+
+
+def without_unreachable(verdicts: Verdicts) -> Verdicts:
+    """Where the stage refuses the model, nobody meets what would be wrong."""
+    refusal = verdicts["scores"]
+    if not refusal.startswith("refused"):
+        return verdicts
+    return {check: refusal if verdict.startswith("wrong") else verdict for check, verdict in verdicts.items()}
 
 
 def start_rank(model_type: str, folder: Path, rank: int, ranks: int, port: int) -> int:

@@ -24,7 +24,7 @@ HEAD = """# Which architectures are right
 | --- | --- |
 | right | both ways agree |
 | unknown | `esi_ds` warns that it does not know some parameters, or transformers alone cannot run the tiny model |
-| refused | `esi_ds` stops with a message on what to do |
+| refused | `esi_ds` stops with a message on what to do, also before what would be wrong |
 | fails | something else stops the run |
 | wrong | the run goes on, with wrong numbers or names |
 
