@@ -80,39 +80,48 @@ def output_gradients(model: PreTrainedModel, inner: nn.Module, outer: nn.Module,
 
 
 def attention_problems(model: PreTrainedModel, parameters: tuple[Parameter, ...], ids: Tensor) -> Iterator[str]:
-    """With one token alone only values have a gradient; of the last output, only its own query has one."""
-    tested = {"attention.q": "query", "attention.k": "key", "attention.v": "value"}
+    """Attention's roles outside an attention, and rows of its projections that work otherwise than their role says."""
     for parameter in parameters:
-        roles = {unit.role for unit in parameter.units}
-        attention_roles = {role for role in roles if role.startswith("attention.")}
-        if not attention_roles:
+        roles = {unit.role for unit in parameter.units if unit.role.startswith("attention.")}
+        if not roles:
             continue
         attention = attention_of(model, parameter.name)
+        owner_name = parameter.name.rpartition(".")[0]
         if attention is None:
-            owner_name = parameter.name.rpartition(".")[0]
             parent = type(model.get_submodule(owner_name.rpartition(".")[0])).__name__
-            yield f"{parameter.name} has the role {' and '.join(sorted(attention_roles))} in a {parent}"
+            yield f"{parameter.name} has the role {' and '.join(sorted(roles))} in a {parent}"
             continue
-        owner = model.get_submodule(parameter.name.rpartition(".")[0])
-        if not attention_roles & set(tested) or not isinstance(owner, nn.Linear) or has_convolution(attention):
-            continue
-        many = output_gradients(model, owner, attention, ids)
-        single = output_gradients(model, owner, attention, ids[:, :1])
-        if many is None or single is None:
-            continue
-        functions = row_functions(many, single)
-        if only_queries_differ(attention):
-            functions = [{"gate": "query", "query": "query"}.get(function, "unclear") for function in functions]
-        width = parameter.numel // parameter.shape[0]
+        functions = projection_functions(model, model.get_submodule(owner_name), attention, ids)
         has_values = any(is_value(other) and attention_of(model, other.name) is attention for other in parameters)
-        for unit in parameter.units:
-            if unit.role in tested:
-                allowed = {tested[unit.role], "unclear"}
-                if unit.role == "attention.k" and not has_values:
-                    allowed.add("value")  # keys that are the values too
-                others = {functions[row] for row in rows_of(unit, parameter, width)} - allowed
-                if others:
-                    yield f"{unit.name} ({unit.role}) holds rows that work as {' and '.join(sorted(others))}"
+        for unit in parameter.units if functions else ():
+            allowed = {FUNCTIONS.get(unit.role), "unclear"}
+            if unit.role == "attention.k" and not has_values:
+                allowed.add("value")  # keys that are the values too
+            others = {functions[row] for row in rows_of(unit, parameter)} - allowed
+            if others and unit.role in FUNCTIONS:
+                yield f"{unit.name} ({unit.role}) holds rows that work as {' and '.join(sorted(others))}"
+
+
+FUNCTIONS = {"attention.q": "query", "attention.k": "key", "attention.v": "value"}
+
+
+def projection_functions(
+    model: PreTrainedModel, projection: nn.Module, attention: nn.Module, ids: Tensor
+) -> list[str] | None:
+    """What each row of a projection inside an attention works as; None where that cannot be told.
+
+    With one token alone only values have a gradient; of the last output, only its query has one.
+    """
+    if not isinstance(projection, nn.Linear) or has_convolution(attention):
+        return None
+    many = output_gradients(model, projection, attention, ids)
+    single = output_gradients(model, projection, attention, ids[:, :1])
+    if many is None or single is None:
+        return None
+    functions = row_functions(many, single)
+    if only_queries_differ(attention):
+        return [{"gate": "query", "query": "query"}.get(function, "unclear") for function in functions]
+    return functions
 
 
 def is_value(parameter: Parameter) -> bool:
@@ -134,9 +143,10 @@ def row_functions(many: Tensor, single: Tensor) -> list[str]:
     return functions
 
 
-def rows_of(unit: Unit, parameter: Parameter, width: int) -> list[int]:
+def rows_of(unit: Unit, parameter: Parameter) -> list[int]:
+    """Numbers of the rows that a unit has elements in."""
     positions = torch.arange(parameter.numel)[unit.within(0, parameter.numel)]
-    return (positions // width).unique().tolist()
+    return (positions // (parameter.numel // parameter.shape[0])).unique().tolist()
 
 
 def gating_problems(model: PreTrainedModel, parameters: tuple[Parameter, ...], ids: Tensor) -> Iterator[str]:
