@@ -22,7 +22,9 @@ from torch import Tensor
 from esi_ds.artifacts import replace_folder, write_json_atomic
 from esi_ds.core.mask import INDEX_NAME, pack_bits, unpack_bits
 from esi_ds.errors import UserError
-from esi_ds.models.fingerprint import checkpoint_tensors, tensor_digests
+from esi_ds.models.fingerprint import tensor_digests
+from esi_ds.models.weights import checkpoint_tensors
+from esi_ds.reading import read_index
 from esi_ds.zero.files import save_tensors
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and is needed for check_names only
@@ -113,12 +115,12 @@ def _stored_names(source: ModelSource) -> set[str]:
     """Names of a checkpoint's tensors. Of a hub model only the index is fetched; without an index none are known."""
     from transformers.utils import cached_file
 
+    folder = Path(source.path)
+    if folder.is_dir():  # one that is still empty is planned for
+        return {tensor.name for tensor in checkpoint_tensors(folder)} if any(folder.glob("*.safetensors")) else set()
     tolerant = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     index = cached_file(source.path, INDEX_NAME, revision=source.revision, **tolerant)
-    if index is not None:
-        return set(json.loads(Path(index).read_text())["weight_map"])
-    folder = Path(source.path)
-    return {tensor.name for tensor in checkpoint_tensors(folder)} if folder.is_dir() else set()
+    return set(read_index(Path(index), source.field, ORIGIN)) if index is not None else set()
 
 
 def _exported_name(name: str, config: PretrainedConfig, source: ModelSource) -> str:

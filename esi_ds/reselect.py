@@ -19,7 +19,7 @@ from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, Mask, digest, num_bytes, 
 from esi_ds.core.select import Cut, Order, ScoreRun, key_to_score, select
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
-from esi_ds.models.fingerprint import checkpoint_tensors
+from esi_ds.models.weights import checkpoint_tensors
 from esi_ds.ranks import Ranks
 from esi_ds.zero.files import save_tensors
 
@@ -63,7 +63,7 @@ class ScoreFolder:
         try:
             if not (folder / INDEX_NAME).is_file():
                 raise FileNotFoundError(f"no {INDEX_NAME}")
-            self._tensors = {tensor.name: tensor for tensor in checkpoint_tensors(folder)}
+            self._tensors = {tensor.name: tensor for tensor in checkpoint_tensors(folder, "--scores")}
         except (OSError, ValueError) as error:
             raise UserError("--scores", str(folder), f"holds no scores ({error})", "give RUN/scores") from error
 

@@ -10,11 +10,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from esi_ds.core.mask import Mask
 from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
+from esi_ds.models.weights import checkpoint_tensors
 
 BLOCK = 1 << 24
 
@@ -25,39 +25,13 @@ def structure_digest(parameters: Iterable[Parameter]) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-class StoredTensor(NamedTuple):
-    """Where a safetensors file holds a tensor: bytes [first, last) of the file. description: "dtype shape"."""
+def tensor_digests(folder: Path, part: int = 0, num_parts: int = 1, field: str = "model.path") -> dict[str, str]:
+    """sha256 of "dtype shape" and the bytes of every ``num_parts``-th tensor from number ``part`` on.
 
-    name: str
-    file: Path
-    first: int
-    last: int
-    description: str
-
-
-def checkpoint_tensors(folder: Path) -> list[StoredTensor]:
-    """Every tensor in a folder's safetensors files, by name."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    tensors = []
-    for file in files:
-        with file.open("rb") as opened:
-            header_size = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(header_size))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                first, last = (8 + header_size + offset for offset in entry["data_offsets"])
-                tensors.append(StoredTensor(name, file, first, last, f"{entry['dtype']} {entry['shape']}"))
-    return sorted(tensors)
-
-
-def tensor_digests(folder: Path, part: int = 0, num_parts: int = 1) -> dict[str, str]:
-    """sha256 of "dtype shape" and the bytes of every ``num_parts``-th tensor from number ``part`` on."""
+    Raises UserError naming ``field`` where the folder holds no complete weights.
+    """
     digests = {}
-    for name, file, first, last, description in checkpoint_tensors(folder)[part::num_parts]:
+    for name, file, first, last, description in checkpoint_tensors(folder, field)[part::num_parts]:
         digest = hashlib.sha256(description.encode())
         with file.open("rb") as opened:
             opened.seek(first)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from esi_ds.config import JudgeModel, Model
 from esi_ds.errors import UserError
+from esi_ds.models.weights import weight_files
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,16 @@ def load_model_config(source: ModelSource, only_local: bool = False) -> Pretrain
 
 
 def check_weights(source: ModelSource) -> None:
-    """Raise UserError for a local folder without safetensors; pickled weights are never read.
+    """Raise UserError for a local folder whose weights transformers would not load, or would load others than its own.
 
-    A hub id is checked by the download.
+    Pickled weights are never read. A hub id is checked by the download.
     """
     folder = Path(source.path)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            source.field, source.path, "holds no *.safetensors weights", "save the model with safe_serialization"
-        )
+    if not folder.is_dir():
+        return
+    if (folder / "adapter_config.json").is_file():  # with peft installed, transformers would add it to the weights
+        raise UserError(source.field, source.path, "holds an adapter (LoRA)", "merge it into its base model first")
+    weight_files(folder, source.field)
 
 
 def checkpoint_folder(source: ModelSource) -> Path:

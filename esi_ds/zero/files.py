@@ -24,7 +24,7 @@ from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atom
 from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, digest, num_bytes, pack_bits
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.errors import UserError
-from esi_ds.models.fingerprint import checkpoint_tensors
+from esi_ds.models.weights import checkpoint_tensors
 from esi_ds.zero import runtime
 
 MAX_FILE_BYTES = 5 * 10**9  # as transformers splits its checkpoints
@@ -184,7 +184,7 @@ def read_scores(folder: Path, shards: Iterable[Shard], field: str) -> tuple[dict
     Raises UserError naming ``field`` where the folder does not hold scores of these parameters.
     """
     try:
-        tensors = {name: (file, first, content) for name, file, first, _, content in checkpoint_tensors(folder)}
+        tensors = {name: (file, first, content) for name, file, first, _, content in checkpoint_tensors(folder, field)}
         with safe_open(sorted(folder.glob("*.safetensors"))[0], "pt") as opened:
             metadata = opened.metadata() or {}
     except (OSError, ValueError, IndexError, SafetensorError) as error:

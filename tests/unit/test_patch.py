@@ -106,9 +106,10 @@ def check(folder: Path, stored: list[str], index: bool = False) -> None:
     """``check_names`` of a model with OWN parameters and a folder that stores these."""
     folder.mkdir(exist_ok=True)
     if index:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(stored, "f")}))
-    else:
-        save_file({name: torch.zeros(1) for name in stored}, folder / "model.safetensors")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": dict.fromkeys(stored, "f.safetensors")})
+        )
+    save_file({name: torch.zeros(1) for name in stored}, folder / ("f.safetensors" if index else "model.safetensors"))
     check_names(ModelSource(str(folder)), model_config("llama4", 50), OWN)
 
 

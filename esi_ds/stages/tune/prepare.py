@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -50,8 +49,6 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
     model, tune = config.model, require_tune(config)
     source = ModelSource.of(model)
     model_config = load_model_config(source)
-    if (Path(model.path) / "adapter_config.json").is_file():
-        raise UserError("model.path", model.path, "holds an adapter (LoRA)", "merge it into its base model first")
     check_weights(source)
     mask = load_mask(tune.mask)
     trained = describe_trained(config.model, tune, stage, mask, model_config)

@@ -1,0 +1,123 @@
+"""Which files of a folder are its weights, and what each of them holds: one answer for loading, fingerprints and
+patches.
+
+The rule is that of transformers' ``from_pretrained`` (5.23, ``modeling_utils.py: _get_resolved_checkpoint_files``) with
+safetensors only: the file that ``transformers_weights`` of ``config.json`` names, else ``model.safetensors``, else the
+files of ``model.safetensors.index.json``. Whatever lies beside them (variants, ``consolidated.safetensors``, adapters,
+pickled weights) is not loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+from typing_extensions import TypedDict
+
+from esi_ds.errors import UserError
+from esi_ds.reading import check_regular, check_type, is_bare_name, parse_json, read_index, read_json, reading
+
+CONFIG_NAME = "config.json"
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
+# Saved by torch's distributed checkpointing; transformers would read them first, in an order of its own.
+DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
+REMEDY = "give a Hugging Face folder whose weights are complete safetensors files, or copy it again"
+
+
+class StoredTensor(NamedTuple):
+    """Where a safetensors file holds a tensor: bytes [first, last) of the file. description: "dtype shape"."""
+
+    name: str
+    file: Path
+    first: int
+    last: int
+    description: str
+
+
+class HeaderEntry(TypedDict):
+    """A tensor in the header of a safetensors file; offsets count from the end of the header."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+def weight_files(folder: Path, field: str = "model.path") -> list[Path]:
+    """The files that transformers loads from a folder, sorted.
+
+    Raises UserError naming ``field`` where there are none, where one of them is missing or no regular file, or where
+    its name leads out of the folder.
+    """
+    if not folder.is_dir():
+        raise UserError(field, str(folder), "is not a folder", "give a Hugging Face folder")
+    for file in folder.iterdir():
+        if DISTRIBUTED.fullmatch(file.name):
+            problem = f"holds {file.name}, a part of a distributed checkpoint, which is not read"
+            raise UserError(field, str(folder), problem, "save the model as whole safetensors files")
+    name = _configured_name(folder, field)
+    if name is None:
+        name = next((name for name in (SINGLE_NAME, INDEX_NAME) if (folder / name).is_file()), None)
+    if name is None:
+        problem = f"holds neither {SINGLE_NAME} nor {INDEX_NAME}: transformers loads no other weights from a folder"
+        remedy = "save the model with save_pretrained(safe_serialization=True)"
+        raise UserError(field, str(folder), problem, remedy)
+    if not name.endswith(INDEX_SUFFIX):
+        names = [name]
+    else:
+        names = sorted(set(read_index(folder / name, field, REMEDY).values()))
+        if not names:
+            raise UserError(field, str(folder / name), "names no weights", REMEDY)
+    for name in names:
+        with reading(field, folder / name, REMEDY):
+            check_regular(folder / name)
+    return [folder / name for name in names]
+
+
+def _configured_name(folder: Path, field: str) -> str | None:
+    """``transformers_weights`` of ``config.json``: the name of a safetensors file or of an index, None if not set."""
+    file = folder / CONFIG_NAME
+    if not file.is_file():  # a folder of scores, or one that is being written
+        return None
+    name = read_json(file, dict[str, Any], field, REMEDY).get("transformers_weights")
+    if name is None:
+        return None
+    if not isinstance(name, str) or not is_bare_name(name) or not name.endswith((".safetensors", INDEX_SUFFIX)):
+        problem = f"has transformers_weights {name!r}, which is not the name of a safetensors file beside it"
+        raise UserError(field, str(file), problem, "remove the key, or name a file of the folder")
+    return name
+
+
+def checkpoint_tensors(folder: Path, field: str = "model.path") -> list[StoredTensor]:
+    """Every tensor in a folder's ``weight_files``, by name; of one that several files hold, the last file's, which is
+    the one that transformers loads. Raises UserError naming ``field``."""
+    tensors: dict[str, StoredTensor] = {}
+    for file in weight_files(folder, field):
+        tensors |= {tensor.name: tensor for tensor in read_header(file, field)}
+    return sorted(tensors.values())
+
+
+def read_header(file: Path, field: str) -> list[StoredTensor]:
+    """What a safetensors file holds. Raises UserError where it is torn or no safetensors file."""
+    with reading(field, file, REMEDY, "is not a complete safetensors file"):
+        check_regular(file)
+        with safe_open(file, "pt"):
+            pass  # safetensors checks the size of the header, and offsets against dtypes, shapes and the file's size
+        with file.open("rb") as opened:
+            header_size = int.from_bytes(opened.read(8), "little")
+            header = check_type(parse_json(opened.read(header_size).decode()), dict[str, Any])
+        header.pop("__metadata__", None)
+        entries = check_type(header, dict[str, HeaderEntry])
+        return [
+            StoredTensor(
+                name,
+                file,
+                8 + header_size + entry["data_offsets"][0],
+                8 + header_size + entry["data_offsets"][1],
+                f"{entry['dtype']} {entry['shape']}",
+            )
+            for name, entry in entries.items()
+        ]
