@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def write_overview(folders: list[Path], output: Path | None) -> Path:
     """Write the page of several runs, with links to the page of each."""
     from esi_ds.report.html import render_overview
-    from esi_ds.report.overview import Run
+    from esi_ds.report.overview import FinishedRun
 
     shared = Path(os.path.commonpath([folder.parent for folder in folders]))
     output = (output or shared / "overview.html").absolute()
@@ -70,7 +70,7 @@ def write_overview(folders: list[Path], output: Path | None) -> Path:
     for folder in folders:
         manifest = read(folder, "manifest.json") if (folder / "manifest.json").is_file() else {}
         link = Path(os.path.relpath(folder / "report.html", output.parent)).as_posix()
-        runs.append(Run(folder.relative_to(shared).as_posix(), link, read(folder), manifest))
+        runs.append(FinishedRun(folder.relative_to(shared).as_posix(), link, read(folder), manifest))
     write_text_atomic(output, render_overview(runs, overlaps({r.name: f for r, f in zip(runs, folders, strict=True)})))
     return output
 

@@ -23,7 +23,7 @@ from esi_ds.report.contents import (
     TuningReport,
 )
 from esi_ds.report.experts import expert_tables
-from esi_ds.report.overview import Run
+from esi_ds.report.overview import FinishedRun
 
 MAX_ROWS = 200
 MAX_TENSORS = 20
@@ -86,7 +86,7 @@ def _esi_page(
     )
 
 
-def render_overview(runs: Sequence[Run[Report]], overlaps: Sequence[Overlap]) -> str:
+def render_overview(runs: Sequence[FinishedRun[Report]], overlaps: Sequence[Overlap]) -> str:
     """One page of several runs. overlaps: of every two masks of models with the same shapes."""
     kinds = overview.by_kind(runs)
     joined = overview.joined(kinds.evaluations) if kinds.evaluations else None

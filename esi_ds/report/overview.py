@@ -15,7 +15,7 @@ LABELS = {"evaluation": "evaluation", "perturbation": "perturbation", None: "ESI
 
 
 @dataclass(frozen=True)
-class Run(Generic[R]):
+class FinishedRun(Generic[R]):
     """A finished run. name: on the page. link: to its own page. manifest: empty where the file is lost."""
 
     name: str
@@ -46,23 +46,23 @@ class Run(Generic[R]):
 class RunsByKind:
     """The runs of each kind, in the order of the page."""
 
-    esi: list[Run[EsiReport]]
-    tuning: list[Run[TuningReport]]
-    evaluations: list[Run[EvaluationReport]]
-    perturbations: list[Run[PerturbationReport]]
+    esi: list[FinishedRun[EsiReport]]
+    tuning: list[FinishedRun[TuningReport]]
+    evaluations: list[FinishedRun[EvaluationReport]]
+    perturbations: list[FinishedRun[PerturbationReport]]
 
 
-def by_kind(runs: Sequence[Run[Report]]) -> RunsByKind:
+def by_kind(runs: Sequence[FinishedRun[Report]]) -> RunsByKind:
     """Runs sorted by ``kind``, which says what their reports hold."""
     return RunsByKind(
-        [cast(Run[EsiReport], run) for run in runs if run.kind is None],
-        [cast(Run[TuningReport], run) for run in runs if run.kind == "tuning"],
-        [cast(Run[EvaluationReport], run) for run in runs if run.kind == "evaluation"],
-        [cast(Run[PerturbationReport], run) for run in runs if run.kind == "perturbation"],
+        [cast(FinishedRun[EsiReport], run) for run in runs if run.kind is None],
+        [cast(FinishedRun[TuningReport], run) for run in runs if run.kind == "tuning"],
+        [cast(FinishedRun[EvaluationReport], run) for run in runs if run.kind == "evaluation"],
+        [cast(FinishedRun[PerturbationReport], run) for run in runs if run.kind == "perturbation"],
     )
 
 
-def key_fact(run: Run[Report]) -> str:
+def key_fact(run: FinishedRun[Report]) -> str:
     """The outcome of a run in one line."""
     if run.kind is None:
         return _esi_fact(cast(EsiReport, run.report))
@@ -96,7 +96,7 @@ def _evaluation_fact(report: EvaluationReport) -> str:
     )
 
 
-def facts_table(runs: Sequence[Run[Report]]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
+def facts_table(runs: Sequence[FinishedRun[Report]]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
     """(names of the runs, rows of (fact, its value in each run)); facts that differ between runs come first."""
     values_of: dict[str, list[Any]] = {}
     for index, run in enumerate(runs):
@@ -107,7 +107,7 @@ def facts_table(runs: Sequence[Run[Report]]) -> tuple[list[str], list[tuple[str,
     return [run.name for run in runs], rows
 
 
-def role_shares(runs: Sequence[Run[EsiReport]]) -> list[tuple[str, list[float | None]]]:
+def role_shares(runs: Sequence[FinishedRun[EsiReport]]) -> list[tuple[str, list[float | None]]]:
     """(role, its share of each run's mask); None where a model has no such role."""
     shares: dict[str, list[float | None]] = {}
     for index, run in enumerate(runs):
@@ -117,7 +117,7 @@ def role_shares(runs: Sequence[Run[EsiReport]]) -> list[tuple[str, list[float | 
     return list(shares.items())
 
 
-def joined(runs: Sequence[Run[EvaluationReport]]) -> EvaluationReport:
+def joined(runs: Sequence[FinishedRun[EvaluationReport]]) -> EvaluationReport:
     """Several evaluations as one, each model under its run's name. Only the parts that tables of rates read."""
     if len(runs) == 1:
         return runs[0].report

@@ -37,7 +37,7 @@ VERDICTS, VERDICT_KEY = "verdicts.jsonl", ("judge", "model", "set", "index")
 
 
 @dataclass(frozen=True)
-class Question:
+class UnjudgedAnswer:
     """An answer that a judge is to judge."""
 
     row: AnswerRow
@@ -61,7 +61,7 @@ def judge_all(
     """
     for judge in judges:
         questions = [
-            Question(row, row["response"])
+            UnjudgedAnswer(row, row["response"])
             for row in rows
             if row["response"] is not None and verdict_key(judge, row) not in verdicts.rows
         ]
@@ -85,7 +85,7 @@ def verdict_key(judge: PreparedJudge, row: AnswerRow) -> Key:
     return judge.name, row["model"], row["set"], row["index"]
 
 
-def _verdict_row(judge: PreparedJudge, question: Question, verdict: Verdict) -> VerdictRow:
+def _verdict_row(judge: PreparedJudge, question: UnjudgedAnswer, verdict: Verdict) -> VerdictRow:
     row = question.row
     return {
         "judge": judge.name,
@@ -103,7 +103,7 @@ def _progress(judge: PreparedJudge, total: int, initial: int, tracker: Tracker) 
 
 
 def _running_rates(
-    judge: PreparedJudge, questions: Iterable[Question], verdicts: Ledger[VerdictRow], tracker: Tracker
+    judge: PreparedJudge, questions: Iterable[UnjudgedAnswer], verdicts: Ledger[VerdictRow], tracker: Tracker
 ) -> None:
     """Attack success so far in the sets of these questions, plotted over the number of verdicts."""
     if not tracker.enabled:
@@ -143,7 +143,7 @@ class EndpointRounds:
     patience: Patience = field(default_factory=lambda: Patience(should_stop=stop_requested))
     failed: list[VerdictRow] = field(default_factory=list)
 
-    def ask(self, questions: Sequence[Question]) -> None:
+    def ask(self, questions: Sequence[UnjudgedAnswer]) -> None:
         """Add a verdict for every question; if the endpoint is given up, the rest is left to a restart.
 
         Collectives: a broadcast and a gather for each chunk, and two broadcasts at the end. Raises Interrupted.
@@ -168,7 +168,7 @@ class EndpointRounds:
                 "manifest.json and start again"
             )
 
-    def _ask_chunk(self, chunk: Sequence[Question]) -> list[VerdictRow]:
+    def _ask_chunk(self, chunk: Sequence[UnjudgedAnswer]) -> list[VerdictRow]:
         """Rows of the verdicts that count, which are in the ledger already. Rank 0 only."""
         rows: list[VerdictRow] = []
 
@@ -187,7 +187,7 @@ class EndpointRounds:
         )
         return rows
 
-    def _rows_to_keep(self, question: Question, verdict: Verdict, reply: Reply) -> list[VerdictRow]:
+    def _rows_to_keep(self, question: UnjudgedAnswer, verdict: Verdict, reply: Reply) -> list[VerdictRow]:
         """This verdict's row, and those of the failures before it if the endpoint replies again."""
         if not reply.asked:
             return []
@@ -209,7 +209,7 @@ class EndpointRounds:
 
 def _ask_model(
     judge: PreparedModel,
-    questions: Sequence[Question],
+    questions: Sequence[UnjudgedAnswer],
     verdicts: Ledger[VerdictRow],
     config: Config,
     deepspeed_config: dict[str, Any],
