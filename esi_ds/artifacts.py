@@ -18,10 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
-import yaml
-
 from esi_ds.config import Config, differences, resolved_yaml, validate
-from esi_ds.config_yaml import parse_yaml
+from esi_ds.config_yaml import read_yaml
 from esi_ds.errors import UserError
 
 # Files of a folder whose run was killed before it wrote config.yaml.
@@ -202,8 +200,8 @@ class RunFolder:
         if config.run.resume == "never":
             raise UserError(key, path, "already holds a run", "give a new folder, or set run.resume: auto")
         try:
-            before = validate(parse_yaml(stored.read_text(encoding="utf-8")))
-        except (UserError, yaml.YAMLError, UnicodeDecodeError) as error:
+            before = validate(read_yaml(stored, key, "give a new folder"))
+        except UserError as error:
             raise UserError(
                 key, path, f"holds a config.yaml that this version cannot read ({error})", "give a new folder"
             ) from error

@@ -9,13 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from esi_ds.config_checks import check_extra, check_numbers, check_unique
 from esi_ds.config_errors import explain
-from esi_ds.config_yaml import apply_override, parse_yaml
+from esi_ds.config_yaml import apply_override, dump_yaml, read_yaml
 from esi_ds.core.criteria import objectives
 from esi_ds.errors import UserError
+from esi_ds.reading import reading
+
+MAX_TIMEOUT_S = 10**8  # three years; a timer takes no more
 
 
 class Section(BaseModel):
@@ -35,10 +38,16 @@ class Run(Section):
     )
     tensorboard: bool = Field(True, description="Whether to write TensorBoard files.")
     collective_timeout_s: int = Field(
-        1800, gt=0, description="How long a rank waits for the others in a collective before it gives up, in seconds."
+        1800,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="How long a rank waits for the others in a collective before it gives up, in seconds.",
     )
     start_timeout_s: int = Field(
-        600, gt=0, description="How long a rank waits at the start for the others to appear, in seconds."
+        600,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="How long a rank waits at the start for the others to appear, in seconds.",
     )
 
 
@@ -339,9 +348,11 @@ class EvalRubric(Section):
     prompt_price: float | None = Field(None, ge=0, description="The price of a million tokens read, in dollars.")
     completion_price: float | None = Field(None, ge=0, description="The price of a million tokens written, in dollars.")
     concurrency: int = Field(8, ge=1, description="How many questions are asked at a time.")
-    request_timeout: float = Field(60.0, gt=0, description="How long one attempt may take, in seconds.")
+    request_timeout: float = Field(
+        60.0, gt=0, le=MAX_TIMEOUT_S, description="How long one attempt may take, in seconds."
+    )
     item_timeout: float = Field(
-        300.0, gt=0, description="How long one question may take with all its attempts, in seconds."
+        300.0, gt=0, le=MAX_TIMEOUT_S, description="How long one question may take with all its attempts, in seconds."
     )
     max_attempts: int = Field(5, ge=1, description="How many times a question is tried.")
     max_tokens: int = Field(1024, ge=1, description="The longest reply, in tokens.")
@@ -415,21 +426,15 @@ def load_config(path: str, overrides: list[str], deepspeed_config: str | None = 
     ``deepspeed_config`` replaces the file's ``deepspeed``. Raises UserError.
     """
     file = Path(path)
-    if not file.is_file():
-        raise UserError("--config", path, "there is no such file", "give a YAML file")
-    try:
-        raw = parse_yaml(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError("--config", path, f"is not UTF-8 text: {error}", "give a YAML file") from error
-    except yaml.YAMLError as error:
-        problem = f"is not valid YAML: {' '.join(str(error).split())}"
-        raise UserError("--config", path, problem, "fix that line") from error
+    raw = read_yaml(file, "--config", "give a YAML file, such as configs/demo/esi.yaml")
     if not isinstance(raw, dict):
         raise UserError("--config", path, "is not a mapping of sections", "see configs/demo/esi.yaml")
     # A relative path may be meant from the YAML's folder. One in an override is meant from the working directory.
     deepspeed = raw.get("deepspeed")
-    if isinstance(deepspeed, str) and not Path(deepspeed).is_file() and (file.parent / deepspeed).is_file():
-        raw["deepspeed"] = str((file.parent / deepspeed).resolve())
+    if isinstance(deepspeed, str):
+        with reading("deepspeed", deepspeed, "give ds_configs/zero3.json or a mapping", "is not the name of a file"):
+            if not Path(deepspeed).is_file() and (file.parent / deepspeed).is_file():
+                raw["deepspeed"] = str((file.parent / deepspeed).resolve())
     for override in overrides:
         apply_override(raw, override)
     if deepspeed_config is not None:
@@ -437,8 +442,9 @@ def load_config(path: str, overrides: list[str], deepspeed_config: str | None = 
     return validate(raw)
 
 
-def validate(raw: dict[str, Any]) -> Config:
+def validate(raw: Any) -> Config:
     """The Config of a plain mapping. Raises UserError for the first mistake."""
+    check_numbers(raw, "")
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
@@ -482,6 +488,8 @@ def _check_eval(section: Eval, collective_timeout_s: int) -> None:
     for number, judge in enumerate(section.judges):
         if isinstance(judge, EvalGuard):
             _check_guard(judge, f"eval.judges.{number}")
+        if isinstance(judge, EvalRubric):
+            check_extra(judge.extra, f"eval.judges.{number}.extra")
         if isinstance(judge, EvalRubric) and ENDPOINT_ROUNDS * judge.item_timeout >= collective_timeout_s:
             raise UserError(
                 f"eval.judges.{number}.item_timeout",
@@ -491,23 +499,14 @@ def _check_eval(section: Eval, collective_timeout_s: int) -> None:
                 "lower it, or raise run.collective_timeout_s",
             )
     names = [("base", "base"), *((f"eval.models.{n}.name", label(m)) for n, m in enumerate(section.models))]
-    _check_unique(names)
-    _check_unique([(f"eval.judges.{n}.name", label(j)) for n, j in enumerate(section.judges)])
+    check_unique(names)
+    check_unique([(f"eval.judges.{n}.name", label(j)) for n, j in enumerate(section.judges)])
     for number, model in enumerate(section.models):
         others = [name for _, name in names if name != label(model)]
         if model.before not in others:
             raise UserError(
                 f"eval.models.{number}.before", model.before, "is not another model's name", f"name one of {others}"
             )
-
-
-def _check_unique(names: list[tuple[str, str]]) -> None:
-    """Check the (field, name) pairs of one table."""
-    seen: set[str] = set()
-    for field, name in names:
-        if name in seen:
-            raise UserError(field, name, "is already the name of another one", "give another name")
-        seen.add(name)
 
 
 def label(section: EvalModel | EvalJudge) -> str:
@@ -576,7 +575,7 @@ def require_perturb(config: Config) -> Perturb:
 
 def resolved_yaml(config: Config) -> str:
     """The whole config as YAML, defaults included; it loads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump())
 
 
 # Keys that say how a run starts and not what it computes: they may differ from one start to the next. The DeepSpeed

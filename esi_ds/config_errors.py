@@ -20,7 +20,11 @@ def explain(error: ValidationError, root: type[BaseModel]) -> UserError:
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.0)
-        return UserError(key, None, "is an unknown key", f"the nearest known one is {'.'.join([*path[:-1], near[0]])}")
+        # A letter of another alphabet may look like the right one.
+        spelling = "" if path[-1].isascii() else f", spelt {ascii(path[-1])[1:-1]}"
+        return UserError(
+            key, None, f"is an unknown key{spelling}", f"the nearest known one is {'.'.join([*path[:-1], near[0]])}"
+        )
     if problem["type"] == "missing":
         return UserError(key, None, "is missing", "set it in the config or as key.path=value")
     if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):

@@ -61,7 +61,10 @@ def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     size = check_regular(path)
     if size > max_bytes:
         raise ValueError(f"{path.name} has {size:,} bytes, more than the {max_bytes:,} that are read")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8 text: {error}") from error
 
 
 def parse_json(text: str) -> Any:

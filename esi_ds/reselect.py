@@ -16,7 +16,7 @@ from torch import Tensor
 
 from esi_ds.artifacts import may_write, replace_folder, wait_until_visible, write_json_atomic, write_text_atomic
 from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, Mask, digest, num_bytes, pack_bits
-from esi_ds.core.select import Cut, Order, ScoreRun, key_to_score, select
+from esi_ds.core.select import Cut, Order, ScoreRun, check_ratio, key_to_score, select
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
 from esi_ds.models.weights import checkpoint_tensors
@@ -186,6 +186,10 @@ def write_selection(
     metadata = {**mask.metadata, "ratio": repr(ratio), "order": order, "seed": str(seed)}
     scored = sum(mask.numel(name) for name in mask.names)
     base = scored if mask.metadata.get("of") == "scored" else mask.total_numel
+    sizes = [base]
+    if metadata.get("scope") == "matrix":
+        sizes = [unit.numel for units in read_units(mask).values() for unit in units]
+    check_ratio(ratio, sizes, "--ratio")
     metadata["k"] = str(min(int(ratio * base), scored))
     selection = Reselection(mask, scores, metadata, ranks)
     local_counts = torch.zeros(len(mask.names), dtype=torch.int64)

@@ -34,16 +34,18 @@ done
 [[ ${#prompts[@]} -eq 0 ]] || array=0-$((${#prompts[@]} - 1))
 source slurm/env.sh
 
+# Overrides are YAML: within quotation marks a folder may hold anything, also commas, colons and a #.
+chain=${runs//\\/\\\\}
+chain=${chain//\"/\\\"}
 # A literal placeholder in a job's arguments: job.sh replaces it by the number of the task.
-chain=$runs
-[[ -z $array ]] || chain=$runs/@task@
+[[ -z $array ]] || chain+=/@task@
 submit() { # stage, dependency, arguments of the stage
     local stage=$1 after=$2
     shift 2
     local kind=afterok
     [[ -z $array ]] || kind=aftercorr
     sbatch --parsable ${array:+--array="$array"} ${after:+--dependency="$kind:$after" --kill-on-invalid-dep=yes} \
-        "${options[@]}" "slurm/$stage.sbatch" --config "${config[$stage]}" "run.output_dir=$chain/$stage" "$@"
+        "${options[@]}" "slurm/$stage.sbatch" --config "${config[$stage]}" "run.output_dir=\"$chain/$stage\"" "$@"
 }
 options=("$@")
 overrides=()
@@ -60,10 +62,10 @@ seed=()
 tuned='' models=''
 for stage in set spa; do
     [[ -n ${config[$stage]:-} ]] || continue
-    job=$(submit "$stage" "$esi" "tune.mask=$chain/esi/mask" "${seed[@]}")
+    job=$(submit "$stage" "$esi" "tune.mask=\"$chain/esi/mask\"" "${seed[@]}")
     echo "$stage: job $job after $esi"
     tuned+=${tuned:+:}$job
-    models+=${models:+, }"{name: ${stage^^}, path: $chain/$stage/model}"
+    models+=${models:+, }"{name: ${stage^^}, path: \"$chain/$stage/model\"}"
 done
 if [[ -n ${config[eval]:-} ]]; then
     job=$(submit eval "${tuned:-$esi}" ${models:+"eval.models=[$models]"})

@@ -18,6 +18,7 @@ LAYERS = {
     "reading": 0,
     "failures": 0,
     "config": 1,
+    "config_checks": 1,
     "config_errors": 1,
     "config_yaml": 1,
     "deepspeed_config": 1,
@@ -45,6 +46,7 @@ LAYERS = {
 RESERVED = {"deepspeed": {"zero"}, "torch.distributed": {"zero"}}
 WITHOUT_TORCH = {
     "config",
+    "config_checks",
     "config_errors",
     "config_yaml",
     "deepspeed_config",

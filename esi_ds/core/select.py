@@ -8,6 +8,7 @@ ranks (the identity in one process).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from esi_ds.core.noise import random_bits, stream
 from esi_ds.core.units import Parameter
+from esi_ds.errors import UserError
 
 CHUNK = 1 << 20  # elements processed together: small enough to stay in cache
 DIGIT = 11  # bits
@@ -166,5 +168,24 @@ def key_to_score(cut: Cut, order: str) -> float | None:
 def model_k(parameters: tuple[Parameter, ...], ratio: float, of: str) -> int:
     """k = ⌊ratio · n⌋, n the number of all weights or of the scored ones; at most the number of scored weights."""
     scored = sum(parameter.numel for parameter in parameters if parameter.scored)
-    base = scored if of == "scored" else sum(parameter.numel for parameter in parameters)
+    (base,) = share_sizes(parameters, of, "model")
     return min(int(ratio * base), scored)
+
+
+def share_sizes(parameters: Iterable[Parameter], of: str, scope: str) -> list[int]:
+    """The numbers of weights that a ratio is a share of: one for the whole model, one for each matrix of a scope
+    ``matrix``."""
+    if scope == "matrix":
+        return [unit.numel for parameter in parameters for unit in parameter.units]
+    return [sum(parameter.numel for parameter in parameters if parameter.scored or of == "all")]
+
+
+def check_ratio(ratio: float, sizes: Sequence[int], field: str) -> None:
+    """Raise UserError, naming the least ratio, where ⌊ratio · n⌋ is 0 for every n of ``sizes``: nothing is selected."""
+    largest = max(sizes, default=0)
+    if largest and int(ratio * largest) == 0:
+        least = 1 / largest
+        while int(least * largest) == 0:  # rounded down
+            least = math.nextafter(least, 1.0)
+        problem = f"selects nothing, as it is less than one of {largest:,} weights"
+        raise UserError(field, ratio, problem, f"the least ratio is {least!r}")

@@ -125,3 +125,17 @@ def test_more_shards_need_no_more_memory(tmp_path: Path) -> None:
             peak(*(part.replace("{}", str(tmp_path / name)) for part in command)) for name in ("small", "large")
         )
         assert large < small + 24, (command, small, large)  # 18 shards more: 288 MiB of scores
+
+
+@pytest.mark.parametrize("scope", ["model", "matrix"])
+def test_a_ratio_that_selects_nothing_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], scope: str
+) -> None:
+    write_pair(tmp_path, SHAPES, 0.2, scope, "top", seed=3)
+    arguments = [str(tmp_path / "mask"), str(tmp_path / "new"), "--scores", str(tmp_path / "scores"), "--ratio"]
+    assert main(["select", *arguments, "1e-6"]) == 2
+    said = capsys.readouterr().err
+    assert "--ratio = 1e-06: selects nothing" in said and not (tmp_path / "new").exists()
+    least = said.split()[-1]
+    assert main(["select", *arguments, least]) == 0
+    assert Mask.load(tmp_path / "new").k >= 1

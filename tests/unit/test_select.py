@@ -13,10 +13,14 @@ from esi_ds.core.select import (
     Cut,
     Order,
     ScoreRun,
+    check_ratio,
     key_to_score,
     radix_search,
     select,
+    share_sizes,
 )
+from esi_ds.core.units import Parameter, Unit
+from esi_ds.errors import UserError
 
 
 def identity(counts: torch.Tensor) -> torch.Tensor:
@@ -148,3 +152,24 @@ def test_random_bits_are_uniform() -> None:
     draws = random_bits(7, torch.arange(100_000), 31).double() / 2**31
     assert abs(draws.mean() - 0.5) < 5 * (1 / 12) ** 0.5 / 100_000**0.5  # five standard errors
     assert torch.bincount((draws * 10).long(), minlength=10).min() > 9_500  # 10,000 ± 95
+
+
+@pytest.mark.parametrize("size", [1, 3, 49, 1000, 10**7 + 19])
+def test_the_least_ratio_is_named(size: int) -> None:
+    """1 / 49 · 49 is less than 1 in floating point: what is named must not be refused."""
+    if size > 1:
+        with pytest.raises(UserError, match=r"select\.ratio = .*selects nothing") as raised:
+            check_ratio(0.99 / size, [1, size], "select.ratio")
+        least = float(raised.value.remedy.split()[-1])
+        check_ratio(least, [1, size], "select.ratio")
+        assert int(least * size) == 1
+    check_ratio(1.0, [size], "select.ratio")
+    check_ratio(1e-9, [], "select.ratio")
+
+
+def test_what_a_ratio_is_a_share_of() -> None:
+    units = (Unit("w.a", "mlp.up", 0, None, 0, 8), Unit("w.b", "mlp.up", 0, None, 8, 4))
+    parameters = (Parameter("w", (3, 4), 0, "mlp.up", units), Parameter("b", (5,), 12, "bias", ()))
+    assert share_sizes(parameters, "all", "model") == [17]
+    assert share_sizes(parameters, "scored", "model") == [12]
+    assert share_sizes(parameters, "all", "matrix") == share_sizes(parameters, "scored", "matrix") == [8, 4]

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from esi_ds.config_yaml import apply_override
+
 ARRAY = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
 SRUN = """#!/bin/bash
 for word; do [[ $word = --output=* ]] && logs=${word#--output=}; done
@@ -88,3 +90,19 @@ def test_a_pipeline_that_is_called_wrongly_says_how(site: Path) -> None:
     done = call(site, "slurm/pipeline.sh")
     assert done.returncode == 2
     assert done.stderr.startswith("The chain ESI") and done.stderr.endswith("with that of its config.\n")
+
+
+@pytest.mark.parametrize("runs", ["runs", "a, b: c #d", 'it\'s "x" [1]', "back\\slash"])
+def test_a_folder_reaches_the_stages_whatever_its_name_holds(site: Path, runs: str) -> None:
+    (site / "bin/sbatch").write_text("#!/bin/sh\nfor word; do printf '%s\\0' \"$word\"; done >>submitted\necho 7\n")
+    files = []
+    for stage in ("esi", "set", "spa", "eval"):
+        (site / f"{stage}.yaml").touch()
+        files += [f"--{stage}", f"{stage}.yaml"]
+    assert call(site, "slurm/pipeline.sh", "--runs", runs, *files).returncode == 0
+    raw: dict = {}
+    for word in (site / "submitted").read_text().split("\0"):
+        if "=" in word:
+            apply_override(raw, word)
+    assert raw["run"]["output_dir"] == f"{runs}/eval" and raw["tune"]["mask"] == f"{runs}/esi/mask"
+    assert raw["eval"]["models"] == [{"name": name.upper(), "path": f"{runs}/{name}/model"} for name in ("set", "spa")]

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from esi_ds.artifacts import file_sha256
 from esi_ds.config import Config, EsiClassifier, EsiGuard, scores_given
 from esi_ds.core.criteria import objectives
+from esi_ds.core.select import check_ratio, share_sizes
 from esi_ds.data.chat import (
     EncodedResponse,
     break_up,
@@ -109,9 +110,9 @@ def prepare_prompts(config: Config) -> PromptInputs | None:
     source = ModelSource.of(config.model)
     model_config = load_model_config(source)
     check_weights(source)
-    if config.model.roles:
-        # Report an invalid role now, not once the weights are loaded.
-        meta_parameters(model_config, source, config.model.roles)
+    # Report an invalid role, or a ratio that selects nothing, now and not once everything is scored.
+    parameters = meta_parameters(model_config, source, config.model.roles)
+    check_ratio(config.select.ratio, share_sizes(parameters, config.select.of, config.select.scope), "select.ratio")
     if "safety" not in objectives(config.select.criterion, config.select.contrastive):
         return None
     tokenizer = load_chat_tokenizer(source, config.model)

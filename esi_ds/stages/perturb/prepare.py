@@ -9,6 +9,7 @@ from typing import Any
 
 from esi_ds.config import Config, require_perturb
 from esi_ds.core.mask import INDEX_NAME, Mask, load_mask
+from esi_ds.core.select import check_ratio, share_sizes
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.meta import meta_parameters
@@ -70,6 +71,9 @@ def prepare_perturb(config: Config) -> PerturbInputs:
             "perturb.mask", section.mask, f"holds the {mask.metadata['order']} of its scores", "give a top mask"
         )
     mask_ratio = float(mask.metadata["ratio"])
+    sizes = share_sizes(parameters, mask.metadata.get("of", "all"), mask.metadata.get("scope", "model"))
+    for ratio in section.ratios or ():
+        check_ratio(ratio, sizes, "perturb.ratios")
     ratios = section.ratios or [mask_ratio]
     cells = [NoiseCell(*key) for key in product(section.orders, ratios, section.noise, section.seeds)]
     for key in ("orders", "ratios", "noise", "seeds"):

@@ -10,7 +10,7 @@ from esi_ds.config import Config, require_eval, resolved_yaml
 from esi_ds.core.criteria import objectives
 from esi_ds.core.footprint import WEIGHT_BYTES
 from esi_ds.core.mask import num_bytes
-from esi_ds.core.select import model_k
+from esi_ds.core.select import check_ratio, model_k, share_sizes
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.models.folder import ModelSource, load_model_config
@@ -57,8 +57,9 @@ def plan(config: Config, parameters: tuple[Parameter, ...], world_size: int, not
 
 def _k(config: Config, parameters: tuple[Parameter, ...]) -> int:
     """Weights that the mask would hold."""
-    if config.select.scope == "matrix":
-        return sum(int(config.select.ratio * unit.numel) for parameter in parameters for unit in parameter.units)
+    section = config.select
+    if section.scope == "matrix":
+        return sum(int(section.ratio * numel) for numel in share_sizes(parameters, section.of, section.scope))
     return model_k(parameters, config.select.ratio, config.select.of)
 
 
@@ -148,6 +149,7 @@ def print_plan(config: Config, options: Options) -> None:
     resolve_deepspeed(config, ranks)
     model_config = load_model_config(source)
     parameters = meta_parameters(model_config, source, config.model.roles)
+    check_ratio(config.select.ratio, share_sizes(parameters, config.select.of, config.select.scope), "select.ratio")
     notes: list[str] = []
     facts = plan(config, parameters, ranks, notes)
     print(resolved_yaml(config))

@@ -1,0 +1,56 @@
+"""Checks of a config that types alone cannot make: numbers out of range, names given twice, keys with another owner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from esi_ds.errors import UserError
+
+MAX_NUMBER = 2**53  # integers up to here are exact wherever they are computed with
+MIN_FLOAT, MAX_FLOAT = 1e-37, 1e37  # where fp32 neither rounds to 0 nor overflows
+
+
+def check_numbers(content: Any, key: str) -> None:
+    """Raise UserError for a number that would be rounded, or overflow, where it is computed with.
+
+    content: of the config's ``key`` and all that is below it; no deeper than a parser has let it be.
+    """
+    if isinstance(content, dict | list):
+        for part, value in content.items() if isinstance(content, dict) else enumerate(content):
+            check_numbers(value, f"{key}.{part}" if key else str(part))
+    elif isinstance(content, float) and not math.isfinite(content):
+        raise UserError(key, content, "is not a finite number", "give a number")
+    elif isinstance(content, float) and content and not MIN_FLOAT <= abs(content) <= MAX_FLOAT:
+        raise UserError(key, content, f"lies outside of {MIN_FLOAT:g} to {MAX_FLOAT:g}", "give another number")
+    elif isinstance(content, int) and abs(content) > MAX_NUMBER:
+        raise UserError(
+            key, f"a number of {content.bit_length()} bits", f"is above {MAX_NUMBER:,}", "give another number"
+        )
+
+
+# Keys of a request's body that ``extra`` may not set, and what does set them. Without max_tokens a server has its own.
+OF_THE_REQUEST = {
+    "messages": "the question itself",
+    "model": "the judge's key model",
+    "stream": "the reply is read whole",
+    "n": "one reply is read",
+    "max_tokens": "the judge's key max_tokens",
+}
+
+
+def check_extra(extra: Mapping[str, Any], field: str) -> None:
+    """Raise UserError where ``extra`` would replace a part of the request that has another owner."""
+    for key, value in extra.items():
+        if key in OF_THE_REQUEST and not (key == "max_tokens" and value is None):
+            raise UserError(f"{field}.{key}", value, f"has another owner: {OF_THE_REQUEST[key]}", "take it out")
+
+
+def check_unique(names: list[tuple[str, str]]) -> None:
+    """Check the (field, name) pairs of one table."""
+    seen: set[str] = set()
+    for field, name in names:
+        if name in seen:
+            raise UserError(field, name, "is already the name of another one", "give another name")
+        seen.add(name)
