@@ -14,6 +14,8 @@ from transformers import (
     BertConfig,
     DeepseekV2Config,
     DeepseekV3Config,
+    Gemma3nTextConfig,
+    Gemma3TextConfig,
     Glm4MoeConfig,
     GptOssConfig,
     Llama4TextConfig,
@@ -285,20 +287,36 @@ def build_guard(
     seed: int = 1,
     extra_rows: int = 0,
     chat_template: str = GUARD_CHAT,
+    kind: str = "llama",
 ) -> Path:
-    """A random Llama of another width with a guard's chat template, which replaces the tokenizer's own."""
+    """A random guard of another width than the models, with a guard's chat template, which replaces the tokenizer's.
+
+    kind: ``llama``; ``gemma3``, whose embedding module scales its rows; ``gemma3n``, which also has embeddings for
+    every layer.
+    """
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + extra_rows,
-        hidden_size=24,
-        intermediate_size=30,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
+    common = {
+        "vocab_size": len(tokenizer) + extra_rows,
+        "hidden_size": 24,
+        "intermediate_size": 30,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    gemma = {"head_dim": 6, "pad_token_id": tokenizer.pad_token_id, "layer_types": ["full_attention"] * 2}
+    config: PretrainedConfig
+    if kind == "gemma3n":
+        per_layer = {"vocab_size_per_layer_input": len(tokenizer) + extra_rows, "hidden_size_per_layer_input": 8}
+        sparse = {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 2}
+        config = Gemma3nTextConfig(**common, **gemma, **per_layer, **sparse, laurel_rank=4, altup_num_inputs=2)
+    else:
+        config = Gemma3TextConfig(**common, **gemma) if kind == "gemma3" else LlamaConfig(**common)
     model = AutoModelForCausalLM.from_config(config)
     spread(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("correct_output_scale"):  # 0 at initialisation, which would hide the second embeddings
+            torch.nn.init.constant_(parameter, 0.5)
     model.save_pretrained(folder)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)

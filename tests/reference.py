@@ -348,12 +348,33 @@ def verdict_score(kind: str, logits: Tensor, safe: int, unsafe: int) -> Tensor:
     }[kind]
 
 
+def at_the_embeddings(guard, ids: list[int], score_of: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
+    """J and u [J, d]: the guard reads ids, and the embeddings that it looks up for them are perturbed by 0.
+
+    score_of: J from the guard's logits of one text.
+    """
+    perturbation: list[Tensor] = []
+
+    def perturb(module, arguments, output: Tensor) -> Tensor:
+        perturbation.append(torch.zeros_like(output, requires_grad=True))
+        return output + perturbation[-1]
+
+    hook = guard.get_input_embeddings().register_forward_hook(perturb)
+    score = score_of(guard(input_ids=torch.tensor([ids])).logits[0])
+    hook.remove()
+    (gradient,) = torch.autograd.grad(score, perturbation)
+    return float(score.detach()), gradient[0]
+
+
+def embedding_of_every_token(guard) -> Tensor:
+    """[rows, d]: the rows as the guard's embedding module gives them, scaled where it scales them."""
+    module = guard.get_input_embeddings()
+    return torch.stack([module(torch.tensor([[token]]))[0, 0] for token in range(module.num_embeddings)]).detach()
+
+
 def judge(guard, ids: list[int], safe: int, unsafe: int, kind: str = "margin") -> tuple[float, Tensor]:
     """J and u [J, d], u_j = dJ/de_j for the guard's input embeddings (docs/method.md §1, "The gradient")."""
-    embeddings = guard.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
-    score = verdict_score(kind, guard(inputs_embeds=embeddings).logits[0, -1], safe, unsafe)
-    (gradient,) = torch.autograd.grad(score, embeddings)
-    return float(score.detach()), gradient[0]
+    return at_the_embeddings(guard, ids, lambda logits: verdict_score(kind, logits[-1], safe, unsafe))
 
 
 def label_score(kind: str, logits: Tensor, unsafe: tuple[int, ...], multi_label: bool) -> Tensor:
@@ -380,10 +401,7 @@ def label_score(kind: str, logits: Tensor, unsafe: tuple[int, ...], multi_label:
 
 def judge_by_labels(guard, ids: list[int], family: Family, kind: str) -> tuple[float, Tensor]:
     """J and u [J, d] of a sequence classifier that reads one text."""
-    embeddings = guard.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
-    score = label_score(kind, guard(inputs_embeds=embeddings).logits[0], family.labels, family.multi_label)
-    (gradient,) = torch.autograd.grad(score, embeddings)
-    return float(score.detach()), gradient[0]
+    return at_the_embeddings(guard, ids, lambda logits: label_score(kind, logits, family.labels, family.multi_label))
 
 
 # --------------------------------------------------------------------- the surrogate (docs/method.md §1, "Estimators")
@@ -503,7 +521,7 @@ def mean_gradient(
     def judged_pair(pair: tuple[str, str]) -> tuple[float, Tensor]:
         return response_contraction(tokenizer, guard, guard_tokenizer, A, pair, family, score)
 
-    A = vocabulary_map(tokenizer, guard_tokenizer, guard.get_input_embeddings().weight.detach(), num_logits)
+    A = vocabulary_map(tokenizer, guard_tokenizer, embedding_of_every_token(guard), num_logits)
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()}
     all_scores: list[float] = []
     if estimator == "score_function":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -89,24 +89,12 @@ class ClassifierGuard(Guard):
         super().__init__(model, tokenizer, score, weights)
         self._unsafe, self._is_multi = list(unsafe), is_multi
 
-    def _forward(self, pairs: Sequence[EncodedPair], device: torch.device | str) -> tuple[Tensor, list[slice], Tensor]:
-        """As ``Guard._forward``, but the model reads ids: a decoder looks for each row's last token by its id. A hook
-        makes the embeddings a leaf on their way."""
-        batch = classifier_batch(pairs, pad_token_id(self.model), device)
-        batch.pop("token_type_ids", None)  # GPT-2 embeds them by the same table, and the hook would see two calls
-        embedded: list[Tensor] = []
+    def _batch(self, pairs: Sequence[EncodedPair], device: torch.device | str) -> dict[str, Tensor]:
+        return classifier_batch(pairs, pad_token_id(self.model), device)
 
-        def make_leaf(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
-            embedded.append(output.detach().requires_grad_(torch.is_grad_enabled()))
-            return embedded[-1]
-
-        hook = self.model.get_input_embeddings().register_forward_hook(make_leaf)
-        try:
-            logits = self.model(**batch).logits.float()
-        finally:
-            hook.remove()
-        scores = torch.stack([label_score(self.score, row, self._unsafe, self._is_multi) for row in logits])
-        return embedded[0], [slice(0, len(pair.text.ids)) for pair in pairs], scores
+    def _scores(self, pairs: Sequence[EncodedPair], batch: Mapping[str, Tensor]) -> Tensor:
+        logits = self.model(**batch).logits.float()
+        return torch.stack([label_score(self.score, row, self._unsafe, self._is_multi) for row in logits])
 
 
 def pad_token_id(model: PreTrainedModel) -> int | None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.core.batch import left_pad
+from esi_ds.judge.embeddings import recorded_lookups, token_gradient, token_table
 from esi_ds.judge.pairs import EncodedPair
 
 
@@ -41,8 +41,8 @@ def verdict_score(kind: str, logits: Tensor, safe: Sequence[int], unsafe: Sequen
 class Weights(Protocol):
     """How a judge's parameters are reached: whole on every rank already, or sharded and gathered when needed."""
 
-    def gathered(self, parameters: nn.Parameter) -> AbstractContextManager[None]:
-        """The parameter is whole inside the block."""
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """The parameters are whole inside the block."""
 
     def release(self) -> None:
         """Free what a forward or backward pass has left gathered."""
@@ -51,7 +51,7 @@ class Weights(Protocol):
 class WholeWeights:
     """A judge of which every rank holds a whole copy."""
 
-    def gathered(self, parameters: nn.Parameter) -> AbstractContextManager[None]:
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
         return nullcontext()
 
     def release(self) -> None:
@@ -67,47 +67,42 @@ class Guard:
     def judge(self, pairs: Sequence[EncodedPair], device: torch.device | str) -> list[Judgement]:
         """Scores and gradients of a batch: one forward and one backward pass of the guard, for any number of pairs.
 
-        Collectives: the gathers of the guard's parameters when it is sharded.
+        Collectives: the gathers of the guard's parameters when it is sharded. Raises UserError where the guard has no
+        gradient per token (``token_gradient``).
         """
-        embedded, columns, scores = self._forward(pairs, device)
-        (gradient,) = torch.autograd.grad(scores.sum(), embedded)
+        batch = self._batch(pairs, device)
+        with recorded_lookups(self.model, batch) as lookups:
+            scores = self._scores(pairs, batch)
+        gradient = token_gradient(self.model, scores.sum(), lookups, batch["input_ids"])
         self._weights.release()
         return [
-            Judgement(float(score), row[where][pair.response_tokens].float())
-            for score, row, where, pair in zip(scores.detach(), gradient, columns, pairs, strict=True)
+            Judgement(float(score), row[real.bool()][pair.response_tokens].float())
+            for score, row, real, pair in zip(scores.detach(), gradient, batch["attention_mask"], pairs, strict=True)
         ]
 
     def scores(self, pairs: Sequence[EncodedPair], device: torch.device | str) -> list[float]:
         """Scores alone: one forward pass. Collectives as for ``judge``."""
         with torch.no_grad():
-            _, _, scores = self._forward(pairs, device)
+            scores = self._scores(pairs, self._batch(pairs, device))
         self._weights.release()
         return scores.tolist()
 
-    def _forward(self, pairs: Sequence[EncodedPair], device: torch.device | str) -> tuple[Tensor, list[slice], Tensor]:
-        """Embedded batch [B, L, d], a leaf where gradients are wanted; each pair's columns in L; scores [B]."""
-        batch = left_pad([pair.text.ids for pair in pairs], self.tokenizer.pad_token_id, device)
-        width = batch["input_ids"].shape[1]
-        # Looked up by hand: a sharded guard's embedding module must not be called outside of the model's forward.
-        with self.embedding_table() as table:
-            embedded = F.embedding(batch.pop("input_ids"), table) * self.embedding_scale
-        embedded.requires_grad_(torch.is_grad_enabled())
-        logits = self.model(inputs_embeds=embedded, **batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+    def _batch(self, pairs: Sequence[EncodedPair], device: torch.device | str) -> dict[str, Tensor]:
+        """The model's inputs, int64 [B, L], among them ``input_ids`` and ``attention_mask``, 0 at padding."""
+        return left_pad([pair.text.ids for pair in pairs], self.tokenizer.pad_token_id, device)
+
+    def _scores(self, pairs: Sequence[EncodedPair], batch: Mapping[str, Tensor]) -> Tensor:
+        """Scores [B] float32 of ``pairs``, whose inputs are ``batch``."""
+        logits = self.model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
         scores = [
             verdict_score(self.score, row, pair.text.safe, pair.text.unsafe)
             for row, pair in zip(logits, pairs, strict=True)
         ]
-        columns = [slice(width - len(pair.text.ids), width) for pair in pairs]
-        return embedded, columns, torch.stack(scores)
-
-    @property
-    def embedding_scale(self) -> float:
-        """The factor that the embedding applies to its rows: 1 in most models, not in Gemma 3."""
-        return float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
+        return torch.stack(scores)
 
     @contextmanager
     def embedding_table(self) -> Iterator[Tensor]:
-        """The embedding's weight [rows, d], whole. Collectives: one all-gather where the guard is sharded."""
-        weight = cast(nn.Parameter, self.model.get_input_embeddings().weight)
-        with self._weights.gathered(weight):
-            yield weight.detach()
+        """What each token is worth to the guard, [rows, d]: ``token_table``. Collectives: the gathers of the embedding
+        module's parameters where the guard is sharded."""
+        with self._weights.gathered(list(self.model.get_input_embeddings().parameters())):
+            yield token_table(self.model)

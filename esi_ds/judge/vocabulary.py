@@ -108,14 +108,13 @@ class VocabularyMap:
         self._tokens = torch.tensor([token for token, _ in kept], dtype=torch.int64)
         self._means = None if self.is_identity else _mean_matrix([ids for _, ids in kept])
 
-    def contract(self, gradient: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
-        """c = A ũ: float32 [T, V] for ũ ``gradient`` [T, d] and the guard's embedding ``table`` [rows, d].
+    def contract(self, gradient: Tensor, table: Tensor) -> Tensor:
+        """c = A ũ: float32 [T, V] for ũ ``gradient`` [T, d] and the guard's ``token_table`` [rows, d].
 
-        Tokens without text get the mean over the mapped ones. ``scale``: what the guard multiplies its
-        embeddings by.
+        Tokens without text get the mean over the mapped ones.
         """
         gradient = gradient.float()
-        products = torch.cat([gradient @ rows.float().T for rows in table.split(ROWS)], dim=1) * scale
+        products = torch.cat([gradient @ rows.float().T for rows in table.split(ROWS)], dim=1)
         if self.is_identity:
             known = products[:, : self.num_logits]
             missing = self.num_logits - known.shape[1]

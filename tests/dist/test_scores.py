@@ -27,6 +27,7 @@ logging.set_verbosity_error()
 KINDS = ("llama", "llama_tied", "qwen3_moe", "mixtral", "phi3", "needle")
 GUARDS = ("same", "other")
 BATCHES = (1, 3, 8)
+SCALED_GUARDS = ("gemma3", "gemma3n")  # guards that do more with ids than look up rows
 # A decoder and an encoder, of another tokenizer than the model's: (kind, problem, what is asked, how the oracle asks).
 CLASSIFIER_TEXT = "USER: {prompt} ASSISTANT:{response}"
 CLASSIFIERS = {
@@ -55,6 +56,8 @@ def folder(tmp_path_factory) -> Path:
         build_model(kind, folder / kind, byte_bpe_tokenizer())
     build_guard(folder / "same", byte_bpe_tokenizer())
     build_guard(folder / "other", sentencepiece_tokenizer())
+    for kind in SCALED_GUARDS:
+        build_guard(folder / kind, sentencepiece_tokenizer(), kind=kind)
     for name, (kind, problem, *_) in CLASSIFIERS.items():
         build_classifier(folder / name, sentencepiece_tokenizer(), kind, problem)
     rows = ({"prompt": prompt, "response": response} for prompt, response in PAIRS)
@@ -111,6 +114,7 @@ def extra_cases(folder: Path, ranks: int) -> list[dict]:
     for name, (_, _, asked, _) in CLASSIFIERS.items():
         cases.append(config(folder, "llama", name, batch, f"{tag}-{name}"))
         cases[-1]["config"]["judge"] |= {"kind": "classifier", "template": CLASSIFIER_TEXT, **asked}
+    cases += [config(folder, "llama", guard, batch, f"{tag}-{guard}") for guard in SCALED_GUARDS]
     for name, zero in ZERO_OPTIONS.items():
         cases.append(config(folder, "qwen3_moe", "other", batch, f"{tag}-{name}"))
         cases[-1]["config"]["deepspeed"] = {"zero_optimization": {"stage": 3, **zero}}
@@ -231,6 +235,14 @@ def test_a_sequence_classifier_is_a_judge(scored: tuple[int, Path], name: str) -
     _, _, asked, family = CLASSIFIERS[name]
     expected = oracle(folder, "llama", name, family=family, score=asked["score"])
     assert relative_error(read(folder / f"w{ranks}-{name}" / "scores"), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("guard", SCALED_GUARDS)
+def test_a_guard_reads_ids(scored: tuple[int, Path], guard: str) -> None:
+    """Its own forward pass decides what an id is worth; sharded on three ranks."""
+    ranks, folder = scored
+    got = read(folder / f"w{ranks}-{guard}" / "scores")
+    assert relative_error(got, oracle(folder, "llama", guard)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ZERO_OPTIONS)

@@ -112,7 +112,7 @@ class SafetyObjective(ResponseObjective):
         weights = alignment_weights(response.offsets, guard_input.spans, guard_input.shown, has_text)
         aligned = weights.to(judgement.gradient) @ judgement.gradient  # ũ [T, d]
         assert table is not None  # _table gives the guard's
-        contraction = self.vocabulary.contract(aligned, table, self.guard.embedding_scale)
+        contraction = self.vocabulary.contract(aligned, table)
         value, gradient = estimate(
             esi.estimator,
             logits,
