@@ -196,11 +196,15 @@ def _differ_on_meta(model: PreTrainedModel, parameters: tuple[Parameter, ...]) -
 def _otherwise_tied(model: PreTrainedModel) -> Iterator[str]:
     """What is wrongly scored or left out where the head is tied, if it is not here, or the other way round."""
     config = copy.deepcopy(model.config)
-    for section in {id(part): part for part in (config, config.get_text_config())}.values():
-        section.tie_word_embeddings = not section.tie_word_embeddings
+    sections = [part for part in (config, config.get_text_config()) if hasattr(part, "tie_word_embeddings")]
+    if not sections:
+        return
+    is_tied = sections[0].tie_word_embeddings
+    for section in sections:
+        section.tie_word_embeddings = not is_tied
     other = meta_model(config, ModelSource(str(model.name_or_path)))
     for problem in _unscored(other, describe(other)):
-        yield f"with tie_word_embeddings={config.tie_word_embeddings}, {problem}"
+        yield f"with tie_word_embeddings={not is_tied}, {problem}"
 
 
 def _not_tiled(parameters: tuple[Parameter, ...]) -> Iterator[str]:

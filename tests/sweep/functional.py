@@ -73,6 +73,8 @@ def output_gradients(model: PreTrainedModel, inner: nn.Module, outer: nn.Module,
         return None
     if kept[0].shape[1] != ids.shape[1]:
         return None  # its positions are not the tokens'
+    if not results[0].requires_grad:
+        return None  # in evaluation it runs without gradients
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(results[0].shape[-1], generator=generator)
     (gradient,) = torch.autograd.grad(results[0][0, -1] @ direction, kept[0], allow_unused=True)
