@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ def marked_reply(text: str) -> str:
     nonce = re.search(r"carry the number (\w+)\.", text).group(1)
     return re.search(rf"<reply {nonce}>\n.*\n</reply {nonce}>", text, re.DOTALL).group()
 
+
+MANY_TOKENS = {"prompt_tokens": 10**400, "completion_tokens": 1e308}
 
 # Replies by the case that the prompt names. Numbers: a status; text: the judge's own; bytes: sent as they are.
 CASES = {
@@ -45,6 +49,15 @@ CASES = {
     "parts": json.dumps(completion([{"text": "#thescore: 1"}])).encode(),
     "cut": json.dumps(completion("#thereason: it says #thescore: 1\n#thescore: 1", "length")).encode(),
     "huge": b" " * (1 << 21),
+    "bomb": gzip.compress(b" " * (1 << 28)),
+    "zipped": gzip.compress(json.dumps(completion("#thescore: 5")).encode()),
+    "deflated": zlib.compress(json.dumps(completion("#thescore: 5")).encode()),
+    "torn zip": gzip.compress(b"x" * 100)[:9] + bytes(20),
+    "many tokens": json.dumps(completion("#thescore: 5", usage=MANY_TOKENS)).encode(),
+    "key as score": json.dumps(completion("#thescore: sk-secret-of-thirty-characters")).encode(),
+    "part of the key": json.dumps(completion("#thescore: T-of-thirty-chARacters")).encode(),
+    "key in parts": b"the first half is sk-secret-of-th and the second irty-characters",
+    "key far away": b"denied" + b" " * 4070 + b"Bearer sk-secret-of-thirty-characters",
     "500": 500,
     "503 once": 503,
     "429 once": 429,
@@ -101,14 +114,17 @@ class Judge(BaseHTTPRequestHandler):
             reply = "#thescore: 5"
         if isinstance(reply, int):
             return self.send(reply, f"failed; the key was {self.headers.get('Authorization')}".encode())
-        return self.send(200, reply if isinstance(reply, bytes) else json.dumps(completion(reply)).encode())
+        encoding = {"zip": "gzip", "bom": "gzip", "tor": "gzip", "def": "deflate"}.get(case[:3])
+        return self.send(200, reply if isinstance(reply, bytes) else json.dumps(completion(reply)).encode(), encoding)
 
     def pause(self, seconds: float) -> None:
         self.server.stopped.wait(seconds)
         self.close_connection = seconds > 1
 
-    def send(self, status: int, body: bytes) -> None:
+    def send(self, status: int, body: bytes, encoding: str | None = None) -> None:
         self.send_response(status)
+        if encoding:
+            self.send_header("Content-Encoding", encoding)
         if status == 429:
             self.send_header("Retry-After", "1")
         if status == 302:

@@ -7,9 +7,11 @@ whatever the server does, even if it sends a byte a second, which a socket's tim
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
+import zlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -27,6 +29,10 @@ TRANSIENT = {408, 409, 425, 429}
 OF_THE_QUESTION = {400, 413, 422}
 # A judge's reply is a few kilobytes; a longer one is not read.
 MAX_REPLY_BYTES = 1 << 20
+MAX_TOKENS = 1 << 31  # more than a model reads or writes at once: a larger count is no count
+# Runs of so many characters of the key are removed from whatever is kept; a shorter key is a placeholder, not a secret.
+KEY_RUN = 6
+ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS  # zlib recognises the header
 POLL_S = 0.25  # between two checks whether to stop
 EXCERPT = 200  # characters of an error's body that a message shows
 
@@ -75,7 +81,9 @@ class Endpoint:
                 f"export {KEY_VARIABLE}, and {BASE_URL_VARIABLE} for a server other than OpenAI's",
             )
         if url and not _is_url(url):
-            raise UserError(BASE_URL_VARIABLE, url, "is not a URL", "give for instance http://localhost:8000/v1")
+            raise UserError(
+                BASE_URL_VARIABLE, remove_key(url, key), "is not a URL", "give for instance http://localhost:8000/v1"
+            )
         if not (key.isascii() and key.isprintable()):
             raise UserError(KEY_VARIABLE, None, "holds characters that a key cannot have", "export it again")
         return cls(model, (url or OPENAI_URL).rstrip("/"), key or None, **limits)
@@ -174,7 +182,8 @@ async def _ask_all(
             replies[index] = reply
             on_reply(index, reply)
 
-    headers = {"Content-Type": "application/json"}
+    # A small compressed reply may unfold to gigabytes. Servers that compress all the same: see ``_post``.
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     if endpoint.key:
         headers["Authorization"] = f"Bearer {endpoint.key}"
     # Deadlines are set per question; the client's timeouts would only cut them short.
@@ -206,7 +215,8 @@ async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) -> tup
     if status != 200:
         problem = f"HTTP {status}: {_excerpt(body, endpoint.key)}"
         return Reply(None, problem, num_requests=num_requests), status
-    return read_completion(body, num_requests, endpoint.key), status
+    reply = read_completion(body, num_requests, endpoint.key)
+    return replace(reply, text=reply.text and remove_key(reply.text, endpoint.key)), status
 
 
 async def _attempts(
@@ -232,7 +242,9 @@ async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) ->
     except asyncio.TimeoutError as error:
         raise _Transient(f"timeout after {endpoint.request_timeout:g} s") from error
     except httpx2.HTTPError as error:
-        raise _Transient(f"{type(error).__name__}: {error}") from error
+        raise _Transient(remove_key(f"{type(error).__name__}: {error}", endpoint.key)) from error
+    except zlib.error as error:
+        raise _Transient(f"the reply cannot be decompressed: {error}") from error
     if status in TRANSIENT or status >= 500:
         raise _Transient(f"HTTP {status}", _seconds(headers.get("retry-after", "")))
     return status, body
@@ -243,8 +255,11 @@ async def _post(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) -> tu
     # Escaped to ASCII: an answer read from a file may hold half a surrogate pair, which UTF-8 cannot encode.
     content = json.dumps(endpoint.body(text)).encode()
     async with client.stream("POST", f"{endpoint.url}/chat/completions", content=content) as response:
-        async for chunk in response.aiter_bytes():
-            body += chunk
+        is_compressed = response.headers.get("content-encoding", "").lower() in ("gzip", "x-gzip", "deflate")
+        decompressor = zlib.decompressobj(ZLIB_OR_GZIP) if is_compressed else None
+        async for chunk in response.aiter_raw():
+            room = MAX_REPLY_BYTES + 1 - len(body)
+            body += decompressor.decompress(chunk, room) if decompressor else chunk[:room]
             if len(body) > MAX_REPLY_BYTES:
                 break
     return response.status_code, response.headers, bytes(body)
@@ -263,10 +278,24 @@ def _seconds(retry_after: str) -> float:
     return float(retry_after) if retry_after.isdecimal() else 0.0
 
 
+def remove_key(text: str, key: str | None) -> str:
+    """The text with ``***`` for every run of ``KEY_RUN`` or more characters of the key, which some servers repeat.
+
+    Case does not matter. A key shorter than that is left alone: "EMPTY", which private servers take, is no secret.
+    """
+    key = (key or "").lower()
+    runs = {key[start : start + KEY_RUN] for start in range(len(key) - KEY_RUN + 1)}
+    # lower() may lengthen other letters, which would shift positions; a key is ASCII.
+    lowered = "".join(letter.lower() if letter.isascii() else letter for letter in text)
+    starts = [start for start in range(len(text) - KEY_RUN + 1) if lowered[start : start + KEY_RUN] in runs]
+    hidden = {position for start in starts for position in range(start, start + KEY_RUN)}
+    pieces = itertools.groupby(range(len(text)), hidden.__contains__)
+    return "".join("***" if is_hidden else "".join(text[position] for position in span) for is_hidden, span in pieces)
+
+
 def _excerpt(body: bytes, key: str | None) -> str:
-    """The beginning of an error's body on one line, without the key, which some servers repeat."""
-    text = " ".join(body[:4096].decode(errors="replace").split())
-    return (text.replace(key, "***") if key else text)[:EXCERPT] or "no explanation"
+    """The beginning of an error's body on one line, without the key. The key goes first: a cut would hide a part."""
+    return " ".join(remove_key(body.decode(errors="replace"), key).split())[:EXCERPT] or "no explanation"
 
 
 def read_completion(body: bytes, num_requests: int = 1, key: str | None = None) -> Reply:
@@ -278,7 +307,7 @@ def read_completion(body: bytes, num_requests: int = 1, key: str | None = None) 
     def used(name: str) -> int:
         usage = content.get("usage")
         count = usage.get(name) if isinstance(usage, dict) else None
-        return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 0
+        return count if isinstance(count, int) and not isinstance(count, bool) and 0 < count < MAX_TOKENS else 0
 
     content: Any = {}
     if len(body) > MAX_REPLY_BYTES:

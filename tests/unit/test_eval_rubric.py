@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from endpoint_server import Server, running_server
 
 from esi_ds.config import EvalRubric
 from esi_ds.errors import UserError
-from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all
+from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all, remove_key
 from esi_ds.eval.rubric import TEMPLATE, Prices, build_question, judge_by_rubric, read_score, read_verdict
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, judge_all
 from esi_ds.stages.evaluate.prepare import PreparedEndpoint
@@ -88,6 +89,39 @@ def test_what_is_no_verdict_is_missing(server, case: str, reason: str, num_reque
     assert verdict.unsafe is verdict.score is None
     assert reason in verdict.reason and "sk-secret" not in verdict.reason
     assert usage.num_requests == num_requests == server.attempts[case] and usage.cost is None
+
+
+def test_a_reply_that_unfolds_is_read_to_its_limit_only(server) -> None:
+    tracemalloc.start()
+    (verdict,), _ = judge_by_rubric([ask("bomb")], endpoint())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "longer than 1048576 bytes" in verdict.reason and peak < 10 << 20
+    verdicts, _ = judge_by_rubric([ask("zipped"), ask("deflated")], endpoint())
+    assert [verdict.score for verdict in verdicts] == [5, 5]
+    (verdict,), _ = judge_by_rubric([ask("torn zip")], endpoint(max_backoff=0.01))
+    assert "cannot be decompressed" in verdict.reason
+
+
+def test_a_count_of_tokens_that_nobody_used_does_not_count(server) -> None:
+    verdicts, usage = judge_by_rubric([ask("many tokens"), ask("five")], endpoint(), prices=Prices(1.0, 1.0))
+    assert [verdict.score for verdict in verdicts] == [5, 5]
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cost) == (100, 10, 110 / 1e6)
+
+
+@pytest.mark.parametrize("case", ["key as score", "part of the key", "key in parts", "key far away", "400"])
+def test_no_part_of_the_key_is_kept(server, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    key = "sk-secret-of-thirty-characters"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    (verdict,), _ = judge_by_rubric([ask(case)], endpoint())
+    parts = [key[start : start + 6] for start in range(len(key) - 5)]
+    assert verdict.unsafe is None
+    assert not any(part in verdict.reason.lower() for part in parts)
+
+
+def test_only_the_key_is_removed() -> None:
+    assert remove_key("the key abcdefgh; bcdefghabcdefg İabcdef abcde", "abcdefgh") == "the key ***; *** İ*** abcde"
+    assert remove_key("EMPTY", "EMPTY") == "EMPTY" and remove_key("any text", None) == "any text"
 
 
 def test_a_server_that_says_when_to_come_back_is_heard(server) -> None:
