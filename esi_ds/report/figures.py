@@ -23,6 +23,7 @@ from esi_ds.tracking import Tracker  # noqa: E402
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MAX_LABELS = 32
+MAX_LABEL = 60  # characters of one label: a longer one would make a picture too wide to be drawn
 STYLE: dict[Any, Any] = {  # matplotlib types the keys of a style as a literal of all names
     "font.size": 10,
     "axes.spines.top": False,
@@ -32,6 +33,15 @@ STYLE: dict[Any, Any] = {  # matplotlib types the keys of a style as a literal o
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
 }
+
+
+def as_label(text: str) -> str:
+    """A name that a user chose, as matplotlib shows it unchanged: no formula between dollar signs, no control
+    characters, at most ``MAX_LABEL`` characters, and not left out of a legend for its leading underscore."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    if len(shown) > MAX_LABEL:
+        shown = shown[: MAX_LABEL // 2] + "…" + shown[-MAX_LABEL // 2 :]
+    return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
 
 def figure_png(figure: Figure) -> bytes:
@@ -70,7 +80,7 @@ def draw_heatmap(axes: Axes, data: Heatmap) -> None:
         interpolation="nearest",
         vmin=min(0.0, np.nanmin(values)),
     )
-    axes.set_title(data.title)
+    axes.set_title(as_label(data.title))
     axes.set_xlabel(data.column_axis)
     axes.set_ylabel(data.row_axis)
     _label(axes.set_xticks, data.columns, rotate=any(len(label) > 3 for label in data.columns))
@@ -87,7 +97,7 @@ def _label(set_ticks: Callable[..., object], labels: Sequence[str], rotate: bool
     """All labels where there is room for them, otherwise every n-th."""
     step = math.ceil(len(labels) / MAX_LABELS)
     options = {"rotation": 40, "ha": "right"} if rotate else {}
-    set_ticks(range(0, len(labels), step), list(labels)[::step], **options)
+    set_ticks(range(0, len(labels), step), [as_label(label) for label in labels[::step]], **options)
 
 
 def _write_values(axes: Axes, values: np.ndarray) -> None:
@@ -119,7 +129,7 @@ def score_histogram(overall: ScoreHistogram, by_role: Mapping[str, list[int]], t
                 color=COLOURS[index % len(COLOURS)],
                 linestyle=("-", "--")[index // len(COLOURS) % 2],
                 linewidth=1.2,
-                label=role,
+                label=as_label(role),
             )
         if threshold:
             axes.axvline(math.log10(threshold), color="black", linestyle=":", label="threshold")
@@ -181,7 +191,7 @@ def loss_curves(runs: Sequence[tuple[str, Sequence[MetricsRow]]]) -> Figure:
             points = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
             line = ("-", "--", ":")[index // len(COLOURS) % 3]
             x, y = [step for step, _ in points], [loss for _, loss in points]
-            axes.plot(x, y, line, color=COLOURS[index % len(COLOURS)], linewidth=1.2, label=name)
+            axes.plot(x, y, line, color=COLOURS[index % len(COLOURS)], linewidth=1.2, label=as_label(name))
         axes.set(title="loss per learnt token", xlabel="step")
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -202,15 +212,15 @@ def rate_bars(title: str, rows: Sequence[PivotRow], models: Sequence[str]) -> Fi
                 xerr=100 * np.clip(np.stack([rates - bounds[0], bounds[1] - rates]), 0, None),
                 color=COLOURS[index % len(COLOURS)],
                 error_kw={"linewidth": 1.0, "capsize": 2},
-                label=model,
+                label=as_label(model),
             )
         axes.set_yticks(
             [group * step + (len(models) - 1) / 2 for group in range(len(rows))],
-            [f"{row['set']}\n{row['judge']}" for row in rows],
+            [f"{as_label(row['set'])}\n{as_label(row['judge'])}" for row in rows],
             fontsize=8,
         )
         axes.invert_yaxis()
-        axes.set(title=f"{title}, with 95 % intervals", xlabel="%", xlim=(0, 104))
+        axes.set(title=f"{as_label(title)}, with 95 % intervals", xlabel="%", xlim=(0, 104))
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -252,12 +262,12 @@ def noise_curves(title: str, points: Sequence[CurveRow]) -> Figure:
                     markersize=3.5,
                     capsize=2,
                     linewidth=1.3,
-                    label=order,
+                    label=as_label(order),
                 )
             axes.set_title(f"{100 * ratio:g} % of the weights", fontsize=9)
             axes.set(xlabel="noise, in σ of the matrix", ylim=(-3, 103))
         panels[0][0].set_ylabel("%")
         panels[0][-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        figure.suptitle(title, fontsize=11, fontweight="bold", x=0.02, ha="left")
+        figure.suptitle(as_label(title), fontsize=11, fontweight="bold", x=0.02, ha="left")
         figure.tight_layout()
     return figure

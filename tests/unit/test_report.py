@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 from mask_folders import write_mask
+from matplotlib.text import Text
 
-from esi_ds.report import tables
+from esi_ds.report import figures, tables
 from esi_ds.report.html import render, write_report
 from esi_ds.report.publish import closing_table, publish
 from esi_ds.tracking import Tracker
@@ -94,6 +97,27 @@ def test_the_page_is_self_contained_and_shows_data_as_data() -> None:
     assert "<script" not in page and "&lt;script&gt;" in page and "<b>No</b>" not in page
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert page.count("data:image/png;base64,") == 6
+
+
+NAMES = [r"$\frac{$", "a$b$c^_{", "_hidden", "new\nline\0 and \ud800", "wide " * 2000, "x$", "\\$1$"]
+
+
+def test_names_are_drawn_as_they_are_written() -> None:
+    units = [unit(name, name, 0, None, 100, 10, 1.0) for name in NAMES]
+    page = {**report(units), "score_histograms_by_role": {name: [5, 3] for name in NAMES}}
+    assert render(page).count("data:image/png;base64,") == 6
+    cell = {"rate": 0.5, "low": 0.4, "high": 0.6}
+    rows = [{"set": name, "judge": name, "cells": [cell] * len(NAMES)} for name in NAMES]
+    bars = figures.rate_bars(NAMES[0], rows, NAMES)
+    drawn = [text.get_text() for text in bars.axes[0].get_legend().get_texts()]
+    assert len(drawn) == len(NAMES)  # none is left out
+    points = [{"ratio": 0.1, "order": n, "noise": 1.0, "rate": 0.5, "low": 0.4, "high": 0.6} for n in NAMES]
+    losses = figures.loss_curves([(name, [{"step": 1, "loss": 1.0}]) for name in NAMES])
+    for figure in (bars, losses, figures.noise_curves(NAMES[0], points)):
+        width, height = matplotlib.image.imread(io.BytesIO(figures.figure_png(figure))).shape[1::-1]
+        assert width < 4000 and height < 4000
+    shown = Text(text=figures.as_label(NAMES[1]))._preprocess_math(figures.as_label(NAMES[1]))
+    assert shown == (NAMES[1], False)
 
 
 def test_a_large_mixture_and_a_run_without_prompts(tmp_path: Path) -> None:
