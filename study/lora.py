@@ -15,11 +15,12 @@ from esi_ds.core.batch import left_pad
 from esi_ds.core.schedule import learning_rate
 from esi_ds.data.chat import encode_prompt, load_tokenizer, special_strings
 from esi_ds.data.conversations import DataOrder, TuningSet, encode_rows, find_columns
+from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import load_question_sets
 from esi_ds.data.rows import read_rows
 from esi_ds.eval.refusals import is_refusal
+from esi_ds.models.decoding import greedy_ids
 from esi_ds.models.folder import ModelSource
-from esi_ds.stages.tune.prepare import end_ids
 from esi_ds.stages.tune.training import padded
 from esi_ds.zero.tuner import summed_loss
 
@@ -78,7 +79,7 @@ def _rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> Tuni
         tokenizer,
         system_prompt=None,
         specials=special_strings(tokenizer),
-        end_ids=end_ids(config.model, tokenizer),
+        end_ids=end_tokens(ModelSource.of(config.model), tokenizer),
         max_length=config.tune.max_length,
     )
 
@@ -87,20 +88,21 @@ def _rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> Tuni
 def _answers(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of answers.jsonl, in the SET stage's format."""
     lines, size = [], config.eval.batch_size
+    end_ids = end_tokens(ModelSource.of(config.model), tokenizer)
     for question_set in load_question_sets(config.eval):
         said: list[str] = []
         for start in range(0, len(question_set.prompts), size):
             ids = [encode_prompt(tokenizer, prompt, None) for prompt in question_set.prompts[start : start + size]]
             batch = left_pad(ids, tokenizer.pad_token_id, "cpu")
             batch.pop("position_ids")
-            output = model.generate(
-                **batch,
-                do_sample=False,
+            responses = greedy_ids(
+                model.get_base_model(),  # with the adapter's layers in it
+                batch,
+                end_ids=end_ids,
+                pad_id=tokenizer.pad_token_id,
                 max_new_tokens=config.eval.max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
             )
-            said += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            said += tokenizer.batch_decode(responses, skip_special_tokens=True)
         for index, (prompt, text) in enumerate(zip(question_set.prompts, said, strict=True)):
             row = {
                 "set": question_set.kind,

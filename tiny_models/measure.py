@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from esi_ds.eval.refusals import REFUSAL_LISTS
+from esi_ds.models.decoding import greedy_ids
 from tiny_models.cards import write_cards
 from tiny_models.data import Example, assert_disjoint, complying, distinct, heldout_benign
 from tiny_models.guard_data import Judged, judged
@@ -62,8 +63,14 @@ def generate(
             add_special_tokens=False,
             return_token_type_ids=False,
         )
-        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        decoded = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        written = greedy_ids(
+            model,
+            inputs,
+            end_ids=[tokenizer.eos_token_id],
+            pad_id=tokenizer.pad_token_id,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+        decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
         for index, reply in zip(chosen, decoded, strict=True):
             replies[index] = reply
     return replies

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from esi_ds.config import Model
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
+from esi_ds.reading import first_line
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,10 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
             path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
         raise UserError(
             field,
             path,
-            f"holds no tokenizer that can be loaded ({first_line})",
+            f"holds no tokenizer that can be loaded ({first_line(error)})",
             "give a Hugging Face folder or a hub id that can be reached",
         ) from error
     if not tokenizer.is_fast:
@@ -82,11 +82,31 @@ def break_up(text: str, specials: Iterable[str]) -> tuple[str, int]:
     return text, count
 
 
+class TemplateRejection(ValueError):
+    """A chat template does not format a conversation; the text says why."""
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
+) -> str:
+    """The text of a conversation in the tokenizer's chat template. Raises TemplateRejection."""
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as error:  # Jinja's errors, or whatever the template raises
+        raise TemplateRejection(f"the chat template rejects it ({first_line(error)})") from error
+    return str(text)
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None) -> list[int]:
-    """Ids of a user turn in the model's chat template, up to where the assistant's response begins."""
+    """Ids of a user turn in the model's chat template, up to where the assistant's response begins.
+
+    Raises TemplateRejection.
+    """
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": prompt})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = render(tokenizer, messages, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

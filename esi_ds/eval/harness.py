@@ -6,7 +6,7 @@ task's definition. These modules are imported only when there are tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.errors import Interrupted, UserError
@@ -21,6 +22,7 @@ from esi_ds.eval.harness_output import results
 from esi_ds.eval.harness_quiet import quiet
 from esi_ds.eval.harness_tasks import PreparedTask
 from esi_ds.eval.task_result import TaskResult
+from esi_ds.models.decoding import without_defaults
 from esi_ds.ranks import Ranks
 
 Answer = Callable[[list[Instance], bool], list[Any]]  # requests, whether to hide the bar → answers
@@ -30,6 +32,7 @@ SLICE = 16  # batches of documents that a rank answers before it checks whether 
 def run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    end_ids: Collection[int],
     prepared: Sequence[PreparedTask],
     batch_size: int,
     seed: int,
@@ -41,7 +44,7 @@ def run(
     """See ``tasks.run_tasks``."""
     task_results: list[TaskResult] = []
     with quiet(show=ranks.rank == 0):
-        lm = SharedLM(model, tokenizer, batch_size, is_chat, ranks, should_stop)
+        lm = SharedLM(model, tokenizer, end_ids, batch_size, is_chat, ranks, should_stop)
         manager = TaskManager(include_defaults=False)  # otherwise lm-eval indexes all its tasks on every call
         for task in prepared:
             lm.begin(task)
@@ -69,13 +72,15 @@ class SharedLM(HFLM):
     To lm-eval it is one process: ``rank`` 0 of 1. All requests of a document stay on one rank, where HFLM reads their
     common beginning once.
 
-    cut: lm-eval's task → the documents whose prompt loses its beginning, of the task that ``begin`` named.
+    end_ids: the tokens that end an answer. cut: lm-eval's task → the documents whose prompt loses its beginning, of the
+    task that ``begin`` named.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        end_ids: Collection[int],
         batch_size: int,
         is_chat: bool,
         ranks: Ranks,
@@ -89,6 +94,7 @@ class SharedLM(HFLM):
             softmax_dtype=torch.float32,
             add_bos_token=False if is_chat else None,
         )
+        self.end_ids = end_ids
         self.ranks, self.should_stop = ranks, should_stop
         self.cut: dict[str, set[int]] = {}
 
@@ -111,6 +117,20 @@ class SharedLM(HFLM):
                 raise UserError(self.prepared.field, self.prepared.config.name, problem, "leave the task out")
         self._count_cut(requests, lambda request: (self.max_length - self._num_new_tokens(request), request.args[0]))
         return self._share(super().generate_until, requests, disable_tqdm)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+        """int64 [rows, tokens] from the settings of the task alone, not the model's defaults.
+
+        What follows an end token is the tokenizer's end token, which no text shows; another one might show.
+        """
+        tokenizer = self.tokenizer
+        with without_defaults(self.model, self.end_ids, tokenizer.pad_token_id):
+            generated = super()._model_generate(context, max_length, stop, **settings)
+        hidden = tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        answers = generated[:, context.shape[1] :]  # a view: changed in place
+        has_ended = torch.isin(answers, answers.new_tensor(sorted(self.end_ids))).cumsum(dim=1) > 0
+        answers[has_ended] = hidden
+        return generated
 
     def _num_new_tokens(self, request: Instance) -> int:
         """The length limit of a reply, under the first of lm-eval's names for it that the request uses."""

@@ -14,7 +14,7 @@ requests and answers its share, and the ranks exchange their answers.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from packaging.version import Version
@@ -61,6 +61,7 @@ def run_tasks(
     tokenizer: PreTrainedTokenizerBase,
     prepared: Sequence[PreparedTask],
     *,
+    end_ids: Collection[int],
     batch_size: int,
     seed: int,
     apply_chat_template: bool | None = None,
@@ -70,8 +71,9 @@ def run_tasks(
 ) -> list[TaskResult]:
     """Results in the order of ``prepared``, the same on every rank; every rank must call it.
 
-    model: whole, on this rank's device. prepared: what ``prepare_tasks`` returns. seed: of the draw of few-shot
-    examples; lm-eval sets the global random states of python, numpy and torch to it.
+    model: whole, on this rank's device. prepared: what ``prepare_tasks`` returns. end_ids: the tokens that end an
+    answer. seed: of the draw of few-shot examples; lm-eval sets the global random states of python, numpy and torch
+    to it.
     apply_chat_template: None means if the tokenizer has one. Few-shot examples are then turns of the chat, and
     ``system_prompt`` is the system's turn.
     ranks: the processes that share the documents; None: this one alone. should_stop: asked between two slices.
@@ -88,4 +90,6 @@ def run_tasks(
     is_chat = tokenizer.chat_template is not None if apply_chat_template is None else apply_chat_template
     if is_chat and tokenizer.chat_template is None:
         raise UserError("model.chat_template", None, "is not set and the tokenizer has none", "give a Jinja template")
-    return run(model, tokenizer, prepared, batch_size, seed, is_chat, system_prompt, ranks or Ranks(), should_stop)
+    return run(
+        model, tokenizer, end_ids, prepared, batch_size, seed, is_chat, system_prompt, ranks or Ranks(), should_stop
+    )

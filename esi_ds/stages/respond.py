@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -65,6 +65,7 @@ def respond(
     generate_all(
         model,
         inputs.tokenizer,
+        inputs.end_ids,
         prompt_ids,
         done,
         limit=max_positions(inputs.model_config),
@@ -95,6 +96,7 @@ def keep_in(file: Path) -> Callable[[dict[int, str]], None]:
 def generate_all(
     model: ShardedModel,
     tokenizer: PreTrainedTokenizerBase,
+    end_ids: Collection[int],
     prompt_ids: Sequence[list[int]],
     done: dict[int, str],
     *,
@@ -107,7 +109,7 @@ def generate_all(
     description: str = "generate",
 ) -> None:
     """Add a response to ``done`` for every prompt that has none; "" where ``limit``, the tokens the model can read,
-    leaves no room for ``max_new_tokens``.
+    leaves no room for ``max_new_tokens``. end_ids: the tokens that end a response.
 
     All ranks take part, batch by batch; after each batch every rank calls ``keep`` with the responses of all ranks.
     Collectives: those of generation, and one gather of texts per batch. Raises Interrupted.
@@ -131,7 +133,7 @@ def generate_all(
             rows = [prompt_ids[index] for index in mine or waiting[:1]]
             texts: list[str] = []
             if mine or in_step(model, mode):
-                texts = generate(model, tokenizer, rows, max_new_tokens, mode)
+                texts = generate(model, tokenizer, rows, max_new_tokens, mode, end_ids)
             gathered = runtime.gather_objects((dict(zip(mine, texts, strict=False)), stop_requested()))
             new = {index: text for part, _ in gathered for index, text in part.items()}
             done.update(new)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from esi_ds.core.batch import left_pad
+from esi_ds.models.decoding import greedy_ids
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 
@@ -49,34 +48,27 @@ def ready_to_generate(model: ShardedModel, mode: str) -> Iterator[None]:
             model.release()
 
 
-def greedy_config(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding with the model's end tokens and none of its other defaults."""
-    end = None if model.module.generation_config is None else model.module.generation_config.eos_token_id
-    if end is None:
-        end = tokenizer.eos_token_id
-    return GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=copy.copy(end),
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
-
-
 def generate(
-    model: ShardedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], max_new_tokens: int, mode: str
+    model: ShardedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    max_new_tokens: int,
+    mode: str,
+    end_ids: Collection[int],
 ) -> list[str]:
-    """Responses to a batch of prompts, given as token ids; text without special tokens.
+    """Greedy responses to a batch of prompts, given as token ids; text without special tokens.
 
-    Collectives where ranks go ``in_step``: those of a forward pass per token, until every rank has finished; every
-    rank must then call this equally often, with at least one row.
+    end_ids: the tokens that end a response. Collectives where ranks go ``in_step``: those of a forward pass per token,
+    until every rank has finished; every rank must then call this equally often, with at least one row.
     """
     batch = left_pad(rows, tokenizer.pad_token_id, runtime.device())
     batch.pop("position_ids")  # generate() derives the same ones from the attention mask
-    width = batch["input_ids"].shape[1]
-    with torch.no_grad():
-        generator: Any = model.module  # typed without the mixin that ``generate`` comes from
-        generated = generator.generate(
-            **batch, generation_config=greedy_config(model, tokenizer, max_new_tokens), synced_gpus=in_step(model, mode)
-        )
-    return tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    responses = greedy_ids(
+        model.module,
+        batch,
+        end_ids=end_ids,
+        pad_id=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        synced_gpus=in_step(model, mode),
+    )
+    return tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -39,7 +39,8 @@ def answer(case: dict) -> None:
                 mine = start + runtime.rank()
                 texts = []
                 if mine < len(prompts) or in_step(model, mode):
-                    texts = generate(model, tokenizer, [prompts[mine if mine < len(prompts) else 0]], 12, mode)
+                    rows = [prompts[mine if mine < len(prompts) else 0]]
+                    texts = generate(model, tokenizer, rows, 12, mode, [tokenizer.eos_token_id])
                 if mine < len(prompts):
                     assert said.setdefault(mine, texts[0]) == texts[0], "gathered and per token say different things"
     gathered = {index: text for part in runtime.gather_objects(said) for index, text in part.items()}

@@ -26,7 +26,8 @@ def main() -> None:
         prepared = prepare_tasks([Task(**task) for task in tasks])
         source = ModelSource(str(folder / "model"))
         model, tokenizer = load_replicated(source, "fp32"), load_tokenizer(source)
-        results = run_tasks(model, tokenizer, prepared, batch_size=3, seed=0, ranks=runtime.JobRanks())
+        options = {"end_ids": [tokenizer.eos_token_id], "batch_size": 3, "seed": 0}
+        results = run_tasks(model, tokenizer, prepared, **options, ranks=runtime.JobRanks())
         said = [result.as_row() for result in results]
     except (RuntimeError, UserError, ZeroDivisionError) as error:
         said = [f"{type(error).__name__}: {error}"]

@@ -127,9 +127,8 @@ def answers(model: PreTrainedModel, sharded: ShardedModel, tokenizer: PreTrained
     def text(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    sharded.module.generation_config.eos_token_id = -1  # no row ends early
     with ready_to_generate(sharded, "gathered"):
-        texts = generate(sharded, tokenizer, list(batch.values()), num_tokens, "gathered")
+        texts = generate(sharded, tokenizer, list(batch.values()), num_tokens, "gathered", end_ids=())
     wrong = [
         name
         for (name, ids), answer in zip(batch.items(), texts, strict=True)

@@ -10,8 +10,10 @@ from builders import byte_bpe_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from esi_ds.data.conversations import IGNORED, DataOrder, conversation, encode, encode_rows, find_columns
+from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.rows import read_rows
 from esi_ds.errors import UserError
+from esi_ds.models.folder import ModelSource
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,18 @@ def test_a_template_without_end_token_gets_one(tokenizer) -> None:
     other.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
     sequence = encode(other, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], {2}, 0)
     assert sequence.labels[-1] == other.eos_token_id and learnt(other, sequence) == "[b]<|end|>"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_templates_end_of_turn_is_what_is_learnt(tmp_path: Path, special: bool) -> None:
+    """As in models whose tokenizer names <|endoftext|>: generation stops where tuning taught to."""
+    other = byte_bpe_tokenizer()
+    other.add_tokens(["<|im_end|>"], special_tokens=special)
+    other.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|im_end|>\n{% endfor %}"
+    (tmp_path / "config.json").write_text("{}")
+    ends = end_tokens(ModelSource(str(tmp_path)), other)
+    sequence = encode(other, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], ends, 0)
+    assert learnt(other, sequence).endswith("b<|im_end|>") and sequence.labels[-1] in ends
 
 
 def test_rows_that_cannot_be_used_are_counted(tokenizer) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 
 import datasets
 import pytest
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from esi_ds.config import Task, resolved_yaml, validate
 from esi_ds.config_yaml import parse_yaml
 from esi_ds.data.chat import load_tokenizer
+from esi_ds.data.end_tokens import end_tokens
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval import harness
 from esi_ds.eval.statistics import mcnemar_exact, wilson
@@ -118,7 +120,8 @@ def run(
     prepared = prepare_tasks(tasks)
     tokenizer = load_tokenizer(ModelSource(str(folder)), chat_template=chat_template)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    return run_tasks(model, tokenizer, prepared, batch_size=batch_size, seed=0, **options)
+    end_ids = end_tokens(ModelSource(str(folder)), tokenizer)
+    return run_tasks(model, tokenizer, prepared, end_ids=end_ids, batch_size=batch_size, seed=0, **options)
 
 
 def most_probable(folder: Path, chats: list[list[dict]], choices: list[str], chat: bool = True) -> list[int]:
@@ -299,6 +302,34 @@ def test_gsm8k_counts_what_a_rigged_model_gets_right(says_18, tmp_path) -> None:
     assert as_defined.prompts_hash != strict.prompts_hash
 
 
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        {"repetition_penalty": 9.0},
+        {"suppress_tokens": list(range(6, 300))},
+        {"num_beams": 3, "length_penalty": 9.0},
+        {"stop_strings": ["1"]},
+        {"eos_token_id": None, "min_new_tokens": 9},
+    ],
+)
+def test_tasks_inherit_no_default_of_a_model(says_18, tmp_path, defaults) -> None:
+    copytree(says_18, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(defaults))
+    rows = [{"question": "How many?", "answer": "#### 18"}]
+    strict, _ = run(tmp_path / "model", Task(name="gsm8k", path=write(tmp_path / "rows.jsonl", rows), num_fewshot=0))
+    assert strict.correct == (True,)
+
+
+def test_a_task_reads_answers_up_to_any_end_token(says_18, tmp_path) -> None:
+    """Here the word that the model says is the end: nothing is left to be right, and nothing of it is shown."""
+    copytree(says_18, tmp_path / "model")
+    marks = load_tokenizer(ModelSource(str(says_18)))("####")["input_ids"]
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": marks}))
+    file = write(tmp_path / "rows.jsonl", [{"question": "How many?", "answer": "#### 18"}])
+    results = run(tmp_path / "model", Task(name="gsm8k", path=file, num_fewshot=0))
+    assert [result.correct for result in results] == [(False,), (False,)]
+
+
 def test_the_examples_task_wants_whole_words(says_18, tmp_path) -> None:
     rows = [{"prompt": f"Say {answer}", "answer": answer} for answer in ("18", "8", "#### 18", "I")]
     (result,) = run(says_18, Task(name="examples/benign", path=write(tmp_path / "rows.jsonl", rows)))
@@ -319,7 +350,7 @@ def test_prepared_tasks_serve_several_models_and_pair_up(folder, says_18, tmp_pa
     results = []
     for path in (folder, says_18, folder):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
-        results += run_tasks(model, tokenizer, prepared, batch_size=5, seed=0)
+        results += run_tasks(model, tokenizer, prepared, end_ids=[tokenizer.eos_token_id], batch_size=5, seed=0)
     before, after, again = results
     assert before == again and before.prompts_hash == after.prompts_hash
     assert mcnemar_exact(before.correct, after.correct).num_pairs == 12
@@ -331,7 +362,7 @@ def test_told_to_stop_within_a_task(folder, tmp_path, monkeypatch) -> None:
     rows = [{"text": f"A {word}.", "label": label} for word, label in zip(WORDS, RIGHT, strict=True)]
     prepared = prepare_tasks([Task(name="ag_news", path=write(tmp_path / "news.jsonl", rows))])
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    run_with = partial(run_tasks, model, tokenizer, prepared, batch_size=5, seed=0)
+    run_with = partial(run_tasks, model, tokenizer, prepared, end_ids=(), batch_size=5, seed=0)
     (whole,) = run_with()
     monkeypatch.setattr(harness, "SLICE", 1)
     looks = []
@@ -407,7 +438,7 @@ def test_lm_eval_is_imported_only_where_tasks_are_asked_for() -> None:
     code = (
         "import sys, esi_ds.eval.tasks as t\n"
         "assert t.prepare_tasks([]) == []\n"
-        "assert t.run_tasks(None, None, [], batch_size=1, seed=0) == []\n"
+        "assert t.run_tasks(None, None, [], end_ids=(), batch_size=1, seed=0) == []\n"
         "assert 'lm_eval' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
@@ -480,7 +511,7 @@ def test_a_model_too_short_for_the_answer_is_refused(folder, tmp_path) -> None:
     model.config.max_position_embeddings = 200
     prepared = prepare_tasks([Task(name="gsm8k", path=write(tmp_path / "rows.jsonl", [GSM8K]), num_fewshot=0)])
     with pytest.raises(UserError, match="generates up to 256 tokens, and the model takes 200"):
-        run_tasks(model, tokenizer, prepared, batch_size=1, seed=0)
+        run_tasks(model, tokenizer, prepared, end_ids=(), batch_size=1, seed=0)
 
 
 def test_without_a_local_file_the_hub_is_asked_for_and_its_absence_explained(no_network, monkeypatch) -> None:

@@ -22,6 +22,7 @@ from esi_ds.data.chat import (
     load_tokenizer,
     special_strings,
 )
+from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import load_prompts, load_responses, recorded_scores
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import SequenceRule, classifier_family, longest_input, model_class, read_rule
@@ -68,12 +69,14 @@ class PromptData:
 class PromptInputs:
     """Prompts, and what turns them into ids of the model and of the judge.
 
-    judge: None where the scores come with the responses. specials: strings of special tokens, of both tokenizers.
-    benign_prompts: those of ``eval.benign``, for the routing frequencies of a mixture.
+    end_ids: tokens that end a response. judge: None where the scores come with the responses. specials: strings of
+    special tokens, of both tokenizers. benign_prompts: those of ``eval.benign``, for the routing frequencies of a
+    mixture.
     """
 
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    end_ids: frozenset[int]
     judge: PreparedEsiJudge | None
     data: PromptData
     specials: tuple[str, ...]
@@ -118,7 +121,15 @@ def prepare_prompts(config: Config) -> PromptInputs | None:
     tokenizer = load_chat_tokenizer(source, config.model)
     judge = prepare_judge(config.judge, config.esi.batch_size) if config.judge is not None else None
     specials = special_strings(tokenizer, *([judge.tokenizer] if judge else []))
-    return PromptInputs(model_config, tokenizer, judge, _read_data(config), specials, _benign_prompts(config))
+    return PromptInputs(
+        model_config,
+        tokenizer,
+        end_tokens(source, tokenizer),
+        judge,
+        _read_data(config),
+        specials,
+        _benign_prompts(config),
+    )
 
 
 def _benign_prompts(config: Config) -> tuple[str, ...]:

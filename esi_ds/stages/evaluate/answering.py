@@ -79,6 +79,7 @@ def answer_all(
     generate_all(
         model,
         candidate.tokenizer,
+        candidate.end_ids,
         [candidate.prompt_ids[row["set"], row["index"]] for row in waiting],
         {},
         limit=None,

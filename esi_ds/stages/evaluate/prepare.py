@@ -22,6 +22,7 @@ from esi_ds.config import (
     require_eval,
 )
 from esi_ds.data.chat import encode_data_prompt, load_chat_tokenizer, load_tokenizer, special_strings
+from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import QuestionSet, load_question_sets
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import yes_no_family
@@ -50,6 +51,7 @@ class Candidate:
     before: str | None  # name of the model it is compared with; None for the base
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    end_ids: frozenset[int]  # tokens that end an answer
     prompt_ids: dict[tuple[str, int], list[int]]  # (set, index) → the prompt as the model reads it
 
     @property
@@ -153,7 +155,7 @@ def _candidate(
         for question_set in sets
         for index, prompt in enumerate(question_set.prompts)
     }
-    return Candidate(name, source, before, model_config, tokenizer, prompt_ids)
+    return Candidate(name, source, before, model_config, tokenizer, end_tokens(source, tokenizer), prompt_ids)
 
 
 def prepare_judges(section: Eval) -> list[PreparedJudge]:

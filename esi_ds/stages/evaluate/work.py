@@ -94,6 +94,7 @@ class EvalRun(StageRun[EvalInputs]):
                     model,
                     candidate.tokenizer,
                     [tasks[number]],
+                    end_ids=candidate.end_ids,
                     batch_size=self.inputs.section.batch_size,
                     seed=self.config.run.seed,
                     system_prompt=section.system_prompt,

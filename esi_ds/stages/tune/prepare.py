@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.config import BenignMix, Config, Eval, Model, RowSource, Tune, require_tune
 from esi_ds.core.mask import Mask, load_mask
@@ -14,6 +14,7 @@ from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
 from esi_ds.data.chat import encode_data_prompt, load_chat_tokenizer, special_strings
 from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
+from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import load_question_sets
 from esi_ds.data.rows import read_rows
 from esi_ds.errors import UserError
@@ -35,6 +36,7 @@ class TuningInputs:
     eval: Eval | None  # the config's section; None: there are no questions
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    end_ids: frozenset[int]  # tokens that end a turn
     mask: Mask
     trained: Trained  # which weights train
     rows: TuningSet  # the rows to learn
@@ -78,6 +80,7 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
         config.eval,
         model_config,
         tokenizer,
+        end_tokens(source, tokenizer),
         mask,
         trained,
         rows,
@@ -142,24 +145,13 @@ def read_tuning_set(
         tokenizer,
         system_prompt=config.model.system_prompt,
         specials=special_strings(tokenizer),
-        end_ids=end_ids(config.model, tokenizer),
+        end_ids=end_tokens(ModelSource.of(config.model), tokenizer),
         max_length=min(max_length, positions or max_length),
     )
     if not tuning_set.sequences:
         reasons = "; ".join(sorted({reason for _, reason in tuning_set.skipped}))
         raise UserError(f"{field}.path", section.path, f"has no row that can be learnt ({reasons})", "look at its rows")
     return tuning_set
-
-
-def end_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end a turn: the tokenizer's and those of the model's generation configuration."""
-    try:
-        generation = GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
-        eos: int | list[int] | None = generation.eos_token_id
-    except OSError:  # a model need not have a generation configuration
-        eos = None
-    ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-    return ids - {None}
 
 
 def _questions(section: Eval | None) -> dict[str, list[str]]:

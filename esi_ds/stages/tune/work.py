@@ -127,6 +127,7 @@ class TuneRun(StageRun[TuningInputs]):
             generate_all(
                 model,
                 inputs.tokenizer,
+                inputs.end_ids,
                 prompt_ids,
                 responses,
                 limit=max_positions(inputs.model_config),
