@@ -16,17 +16,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from esi_ds.core.mask import Mask
+from esi_ds.core.mask import Mask, refuse_problems
+from esi_ds.core.mask_metadata import follows
+from esi_ds.core.score_folder import ScoreFolder
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
 from esi_ds.ranks import Ranks, find_ranks
-from esi_ds.reselect import Reselection, ScoreFolder, read_units, spans, write_selection
+from esi_ds.reselect import Reselection, check_cover, read_units, spans, write_selection
 
 
 def count_units(masks: Sequence[Mask], ranks: Ranks) -> tuple[list[Unit], Tensor]:
     """The logical matrices of one model's masks, and int64 [matrices, masks + 1]: how many weights of each matrix every
-    mask selects, and in the last column how many all masks select. Collectives: one sum of the counts."""
+    mask selects, and in the last column how many all masks select. Raises UserError where the matrices do not cover
+    every weight once. Collectives: a gather, and one sum of the counts."""
     by_name = read_units(masks[0])
+    check_cover(masks[0], by_name, ranks)
     units = [unit for units_of_parameter in by_name.values() for unit in units_of_parameter]
     firsts: dict[str, int] = {}
     position = 0
@@ -68,34 +72,68 @@ def info(mask: Mask, ranks: Ranks) -> list[str]:
 
 
 def _share_line(label: str, count: int, numel: int, k: int) -> str:
-    return f"{label:14}{count:>14,}{count / max(k, 1):>15.2%}{count / numel:>13.3%}"
+    return f"{label:14}{count:>14,}{count / max(k, 1):>15.2%}{count / max(numel, 1):>13.3%}"
 
 
-def verify(mask: Mask, scores: Path | None, ranks: Ranks) -> list[str]:
-    """Lines about the mask's defects or, if it has none and there are scores, about bits that contradict them."""
+def bit_problems(mask: Mask, ranks: Ranks) -> list[str]:
+    """Every contradiction between the bits and the metadata, in the model's order. Collectives: one gather."""
     order = {name: index for index, name in enumerate(mask.names)}
     gathered = ranks.gather(mask.problems(ranks.rank, ranks.size))
     distinct = dict.fromkeys(line for lines in gathered for line in lines)
-    problems = sorted(distinct, key=lambda line: order.get(line.partition(": ")[0], len(order)))
+    return sorted(distinct, key=lambda line: order.get(line.partition(": ")[0], len(order)))
+
+
+def load_sound(path: str | Path, ranks: Ranks) -> Mask:
+    """A mask whose bits have been checked. Raises UserError where they are damaged. Collectives: one gather."""
+    mask = Mask.load(path)
+    refuse_problems(mask, bit_problems(mask, ranks))
+    return mask
+
+
+def verify(mask: Mask, scores: Path | None, ranks: Ranks) -> list[str]:
+    """Lines about the mask's defects or, if it has none and there are scores, about bits that contradict them.
+
+    Raises UserError where units or scores are not those of the mask, or damaged.
+    """
+    problems = bit_problems(mask, ranks)
+    if not problems:
+        problems = unit_problems(mask, ranks)
     return problems or (compare_with_scores(mask, scores, ranks) if scores is not None else [])
 
 
+def unit_problems(mask: Mask, ranks: Ranks) -> list[str]:
+    """With scope ``matrix``, matrices that do not select ⌊ratio · n⌋ of their n weights. Collectives: as of
+    ``count_units``."""
+    units, counts = count_units([mask], ranks)
+    if mask.header.scope == "model":
+        return []
+    return [
+        f"{unit.name}: {count:,} of {unit.numel:,} weights selected, which ratio {mask.header.ratio!r} does not select"
+        for unit, count in zip(units, counts[:, 0].tolist(), strict=True)
+        if not follows(count, mask.header.ratio, unit.numel, unit.numel)
+    ]
+
+
 def compare_with_scores(mask: Mask, folder: Path, ranks: Ranks) -> list[str]:
-    """Select again from the scores on disk, and report every parameter whose bits differ."""
-    scores = ScoreFolder(folder)
-    if scores.names != set(mask.names):
-        return [f"scores and mask name different parameters: {sorted(scores.names ^ set(mask.names))[:5]}"]
-    scores.check(mask)
-    selection = Reselection(mask, scores, mask.metadata, ranks)
+    """Select again from the scores on disk, and report every parameter whose bits differ, and a wrong threshold.
+
+    Raises UserError where the scores are of another model, of another criterion, or not finite and ≥ 0.
+    """
+    scores = ScoreFolder(folder, "--scores")
+    scores.check(mask.header)
+    selection = Reselection(mask, scores, mask.header, ranks)
     index_of = {name: index for index, name in enumerate(mask.names)}
     wrong = torch.zeros(len(index_of), dtype=torch.int64)
     for name, low, high in spans(mask)[ranks.rank :: ranks.size]:
         wrong[index_of[name]] += int((selection.bits(name, low, high) != mask.bits(name, low, high)).sum())
-    return [
+    problems = [
         f"{name}: {count} bits differ from the selection by its scores"
         for name, count in zip(mask.names, ranks.add(wrong).tolist(), strict=True)
         if count
     ]
+    if selection.threshold != mask.header.threshold:
+        problems.append(f"threshold is {mask.header.threshold!r}, the scores have {selection.threshold!r}")
+    return problems
 
 
 def compare(first: Mask, second: Mask, ranks: Ranks) -> list[str]:
@@ -184,9 +222,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[list[str], int]:
     """A command's output and exit code; the same on every rank."""
     if arguments.command == "info":
-        return info(Mask.load(arguments.mask), ranks), 0
+        return info(load_sound(arguments.mask, ranks), ranks), 0
     if arguments.command == "compare":
-        return compare(Mask.load(arguments.first), Mask.load(arguments.second), ranks), 0
+        return compare(load_sound(arguments.first, ranks), load_sound(arguments.second, ranks), ranks), 0
     if arguments.command == "select":
         mask = Mask.load(arguments.mask)
         options = (arguments.ratio, arguments.order, arguments.seed)

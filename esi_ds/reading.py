@@ -120,10 +120,16 @@ def read_index(path: Path, field: str, remedy: str) -> dict[str, str]:
 
     Raises UserError for anything else, a name that leads out of the folder included.
     """
+    return read_index_content(path, field, remedy)[0]
+
+
+def read_index_content(path: Path, field: str, remedy: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """``read_index``, and the index's ``metadata``, empty where it has none."""
     with reading(field, path, remedy):
         content = check_type(parse_json(read_text(path)), dict[str, Any])
+        metadata = check_type(content.get("metadata", {}), dict[str, Any])
         weight_map = check_type(content.get("weight_map"), dict[str, str])
         for name in weight_map.values():
             if not is_bare_name(name):
                 raise ValueError(f"weight_map names {name!r}, which is not the name of a file beside it")
-    return weight_map
+    return weight_map, metadata

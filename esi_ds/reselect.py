@@ -5,25 +5,40 @@ Scores are read in chunks, each by one rank, so that memory does not grow with t
 
 from __future__ import annotations
 
-import json
+import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from esi_ds.artifacts import may_write, replace_folder, wait_until_visible, write_json_atomic, write_text_atomic
-from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, Mask, digest, num_bytes, pack_bits
-from esi_ds.core.select import Cut, Order, ScoreRun, check_ratio, key_to_score, select
+from esi_ds.core.mask import (
+    DIGESTS_NAME,
+    UNITS_DIGEST,
+    UNITS_NAME,
+    Mask,
+    digest,
+    index_digests,
+    num_bytes,
+    pack_bits,
+)
+from esi_ds.core.mask_metadata import MaskMetadata, mask_texts
+from esi_ds.core.score_folder import ScoreFolder
+from esi_ds.core.select import Cut, Order, ScoreRun, check_ratio, first_invalid, key_to_score, select
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
-from esi_ds.models.weights import checkpoint_tensors
+from esi_ds.models.roles import SCORED, layer_of
 from esi_ds.ranks import Ranks
+from esi_ds.reading import check_type, parse_json, read_text, reading
+from esi_ds.tensor_files import INDEX_NAME
 from esi_ds.zero.files import save_tensors
 
-UNITS_NAME = "units.json"
 CHUNK = 1 << 22  # weights in memory at a time; a multiple of 8, so that a chunk's bits are whole bytes
 
 Span = tuple[str, int, int]  # a parameter's name and its flat range [low, high)
@@ -38,88 +53,124 @@ def _cut(name: str, first: int, last: int) -> list[Span]:
     return [(name, low, min(low + CHUNK, last)) for low in range(first, last, CHUNK)]
 
 
+class UnitRow(TypedDict):
+    """A row of ``units.json``: a ``core.units.Unit`` and the parameter that it lies in."""
+
+    parameter: str
+    name: str
+    role: str
+    layer: int | None
+    expert: int | None
+    start: int
+    length: int
+    count: int
+    stride: int
+
+
 def read_units(mask: Mask) -> dict[str, list[Unit]]:
-    """Logical matrices by parameter, from ``units.json``; a parameter without an entry is one matrix."""
+    """Logical matrices by parameter, from ``units.json``; without that file every parameter is one matrix.
+
+    Raises UserError where the rows are not matrices of this mask's parameters, as many weights as each has; whether
+    they cover every weight once is checked by ``check_cover``.
+    """
     file = mask.path / UNITS_NAME
+    written = mask.index_metadata.get(UNITS_DIGEST)
+    if not os.path.lexists(file) and written is None:
+        return {name: [Unit(name, "other", None, None, 0, mask.numel(name))] for name in mask.names}
     units: dict[str, list[Unit]] = {name: [] for name in mask.names}
-    try:
-        for row in json.loads(file.read_text()) if file.is_file() else ():
-            units[row.pop("parameter")].append(Unit(**row))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"does not hold the matrices of this mask ({type(error).__name__}: {error})"
-        raise UserError("MASK", str(file), problem, "copy the mask's folder again") from error
-    for name, units_of_parameter in units.items():
-        if not units_of_parameter:
-            units_of_parameter.append(Unit(name, "other", None, None, 0, mask.numel(name)))
+    with reading("MASK", file, "copy the mask's folder again", "does not hold the matrices of this mask"):
+        text = read_text(file)
+        for row in check_type(parse_json(text), list[UnitRow]):
+            parameter = row["parameter"]
+            if parameter not in units:
+                raise ValueError(f"the mask has no parameter {parameter}")
+            unit = Unit(
+                row["name"],
+                row["role"],
+                row["layer"],
+                row["expert"],
+                row["start"],
+                row["length"],
+                row["count"],
+                row["stride"],
+            )
+            if problem := _unit_problem(unit, parameter, mask.numel(parameter)):
+                raise ValueError(f"{unit.name}: {problem}")
+            units[parameter].append(unit)
+        for name, units_of_parameter in units.items():
+            if (size := sum(unit.numel for unit in units_of_parameter)) != mask.numel(name):
+                raise ValueError(f"the matrices of {name} have {size:,} weights, it has {mask.numel(name):,}")
+        if written is not None and written != hashlib.sha256(text.encode()).hexdigest():
+            raise ValueError(f"it is not the file that was written ({UNITS_DIGEST} of {INDEX_NAME})")
     return units
 
 
-class ScoreFolder:
-    """``scores/`` of a run, read by byte ranges: no file stays in memory."""
+def _unit_problem(unit: Unit, parameter: str, numel: int) -> str | None:
+    """Why a row cannot be a matrix of the parameter; None if it can."""
+    if unit.role not in SCORED:
+        return f"{unit.role!r} is not the role of a scored matrix"
+    if not unit.name.startswith(parameter):
+        return f"its name is not that of a part of {parameter}"
+    if unit.layer != layer_of(parameter):
+        return f"layer {unit.layer} is not that of {parameter}"
+    if unit.expert is not None and unit.expert < 0:
+        return f"expert {unit.expert} is negative"
+    if unit.start < 0 or unit.length < 0 or unit.count < 1 or (unit.count > 1 and unit.stride < unit.length):
+        return "its positions are no runs of weights"
+    if unit.end > numel:
+        return f"it ends at {unit.end:,}, the parameter has {numel:,} weights"
+    return None
 
-    def __init__(self, folder: Path):
-        """Raises UserError if the folder does not hold scores."""
-        self.folder = folder
-        try:
-            if not (folder / INDEX_NAME).is_file():
-                raise FileNotFoundError(f"no {INDEX_NAME}")
-            self._tensors = {tensor.name: tensor for tensor in checkpoint_tensors(folder, "--scores")}
-        except (OSError, ValueError) as error:
-            raise UserError("--scores", str(folder), f"holds no scores ({error})", "give RUN/scores") from error
 
-    @property
-    def names(self) -> set[str]:
-        """Names of the scored parameters."""
-        return set(self._tensors)
-
-    def check(self, mask: Mask) -> None:
-        """Raises UserError unless every parameter's scores are float32 in the parameter's shape."""
-        for name in mask.names:
-            stored = self._tensors[name].description if name in self._tensors else "nothing"
-            if stored != (expected := f"F32 {list(mask.shapes[name])}"):
-                problem = f"holds {stored} for {name}, expected {expected}"
-                raise UserError("--scores", str(self.folder), problem, "give RUN/scores of the same run")
-
-    def read(self, name: str, low: int, high: int) -> Tensor:
-        """The scores of the parameter's flat range [low, high): float32 [high − low]."""
-        tensor = self._tensors[name]
-        with tensor.file.open("rb") as opened:
-            opened.seek(tensor.first + 4 * low)
-            data = opened.read(4 * (high - low))
-        if len(data) != 4 * (high - low):
-            raise UserError("--scores", str(tensor.file), "is shorter than its header says", "copy it again")
-        return torch.frombuffer(bytearray(data), dtype=torch.float32)
+def check_cover(mask: Mask, units: Mapping[str, Sequence[Unit]], ranks: Ranks) -> None:
+    """Raise UserError on every rank unless the matrices cover every weight exactly once. Collectives: one gather."""
+    problem: str | None = None
+    for name, low, high in spans(mask)[ranks.rank :: ranks.size]:
+        if len(units[name]) > 1 or units[name][0].length != mask.numel(name):
+            covered = torch.zeros(high - low, dtype=torch.int32)
+            for unit in units[name]:
+                if unit.meets(low, high):
+                    covered[unit.within(low, high)] += 1
+            if len(wrong := (covered != 1).nonzero()):
+                problem = f"flat index {low + int(wrong[0])} of {name} is in {int(covered[wrong[0]])} matrices"
+                break
+    problem = next(filter(None, ranks.gather(problem)), None)
+    if problem is not None:
+        problem = f"does not hold the matrices of this mask ({problem})"
+        raise UserError("MASK", str(mask.path / UNITS_NAME), problem, "copy the mask's folder again")
 
 
 class Reselection:
     """The exact selection from ``scores`` (docs/method.md §2), as bits of any span.
 
-    mask: any mask computed from these scores. settings: ``order``, ``seed``, ``scope``, ``k`` and ``ratio`` as in a
-    mask's metadata. Collectives of the constructor: six sums of histograms of 16 KiB, with scope ``matrix`` for every
-    matrix.
+    mask: any mask computed from these scores. settings: of which order, seed, scope, k and ratio are used. Raises
+    UserError where a score is not finite and ≥ 0, on every rank. Collectives of the constructor: a gather, and six sums
+    of histograms of 16 KiB, with scope ``matrix`` for every matrix.
     """
 
-    def __init__(self, mask: Mask, scores: ScoreFolder, settings: Mapping[str, str], ranks: Ranks):
+    def __init__(self, mask: Mask, scores: ScoreFolder, settings: MaskMetadata, ranks: Ranks):
         self._mask, self._scores, self._ranks = mask, scores, ranks
-        self._order = Order(settings["order"], int(settings["seed"]))
-        self._offsets: dict[str, int] = json.loads(mask.metadata["offsets"])
+        self._order = Order(settings.order, settings.seed)
+        self._offsets = _offsets(mask)
+        check_scores(mask, scores, ranks)
         self._cut_of_model: Cut | None = None
         self._cuts_of_units: dict[
             str, list[tuple[Unit, int, Cut]]
         ] = {}  # scope matrix: (unit, its first position, cut)
-        if settings["scope"] == "model":
+        if settings.scope == "model":
             self._cut_of_model = self._select(
-                _ScoreRuns(self._run_of_span, spans(mask)[ranks.rank :: ranks.size]), int(settings["k"])
+                _ScoreRuns(self._run_of_span, spans(mask)[ranks.rank :: ranks.size]), settings.k
             )
         else:
-            for name, units in read_units(mask).items():
-                self._cuts_of_units[name] = list(self._select_units(name, units, float(settings["ratio"])))
+            units_by_name = read_units(mask)
+            check_cover(mask, units_by_name, ranks)
+            for name, units in units_by_name.items():
+                self._cuts_of_units[name] = list(self._select_units(name, units, settings.ratio))
 
     @property
-    def threshold(self) -> str:
-        """As in a mask's metadata; "null" with scope ``matrix``, or if no score is a limit (``key_to_score``)."""
-        score = key_to_score(self._cut_of_model, self._order.name) if self._cut_of_model is not None else None
-        return "null" if score is None else repr(score)
+    def threshold(self) -> float | None:
+        """As in a mask's metadata; None with scope ``matrix``, or if no score is a limit (``key_to_score``)."""
+        return key_to_score(self._cut_of_model, self._order.name) if self._cut_of_model is not None else None
 
     def bits(self, name: str, low: int, high: int) -> Tensor:
         """Whether the weights of the parameter's flat range [low, high) are selected: bool [high − low]."""
@@ -158,6 +209,28 @@ class Reselection:
         return ScoreRun(self._scores.read(*span)[unit.within(low, high)], position + unit.num_before(low))
 
 
+def _offsets(mask: Mask) -> dict[str, int]:
+    """Number of the model's weights before each parameter: their global positions break ties."""
+    if mask.header.offsets is None:
+        remedy = "give a mask made by esi_ds"
+        raise UserError("MASK", str(mask.path), "does not say the offsets that break ties between equal scores", remedy)
+    return mask.header.offsets
+
+
+def check_scores(mask: Mask, scores: ScoreFolder, ranks: Ranks) -> None:
+    """Raise UserError on every rank unless all scores are finite and ≥ 0. Collectives: one gather."""
+    problem: str | None = None
+    for name, low, high in spans(mask)[ranks.rank :: ranks.size]:
+        values = scores.read(name, low, high)
+        if (index := first_invalid(values)) is not None:
+            problem = f"the score of {name}, flat index {low + index}, is {float(values[index])}"
+            break
+    problem = next(filter(None, ranks.gather(problem)), None)
+    if problem is not None:
+        remedy = "scores are finite and at least 0: score again, or copy the folder again"
+        raise UserError("--scores", str(scores.folder), problem, remedy)
+
+
 class _ScoreRuns:
     """Runs of scores, read from disk anew in every iteration."""
 
@@ -177,27 +250,27 @@ def write_selection(
     not at all. Raises UserError. Collectives: those of ``Reselection``, two of counts and digests and two barriers.
     """
     ranks = ranks or Ranks()
-    if output.exists():
+    if os.path.lexists(output):
         raise UserError("OUTPUT", str(output), "exists already", "give a new folder")
     if not may_write(output):
         raise UserError("OUTPUT", str(output), "cannot be created", "give a writable folder")
-    scores = ScoreFolder(folder)
-    scores.check(mask)
-    metadata = {**mask.metadata, "ratio": repr(ratio), "order": order, "seed": str(seed)}
-    scored = sum(mask.numel(name) for name in mask.names)
-    base = scored if mask.metadata.get("of") == "scored" else mask.total_numel
-    sizes = [base]
-    if metadata.get("scope") == "matrix":
-        sizes = [unit.numel for units in read_units(mask).values() for unit in units]
-    check_ratio(ratio, sizes, "--ratio")
-    metadata["k"] = str(min(int(ratio * base), scored))
-    selection = Reselection(mask, scores, metadata, ranks)
+    scores = ScoreFolder(folder, "--scores")
+    scores.check(mask.header)
+    units = read_units(mask)
+    check_cover(mask, units, ranks)
+    # With another order the seed is still that of the run, whose noise and random scores it made.
+    settings = replace(mask.header, ratio=ratio, order=order, seed=seed if order == "random" else mask.header.seed)
+    base = settings.scored_numel if settings.of == "scored" else settings.total_numel
+    by_matrix = [unit.numel for units_of_parameter in units.values() for unit in units_of_parameter]
+    check_ratio(ratio, [base] if settings.scope == "model" else by_matrix, "--ratio")
+    settings = replace(settings, k=min(int(ratio * base), settings.scored_numel))
+    selection = Reselection(mask, scores, settings, ranks)
     local_counts = torch.zeros(len(mask.names), dtype=torch.int64)
     index_of = {name: index for index, name in enumerate(mask.names)}
     for name, low, high in spans(mask)[ranks.rank :: ranks.size]:
         local_counts[index_of[name]] += int(selection.bits(name, low, high).sum())
     counts = dict(zip(mask.names, ranks.add(local_counts).tolist(), strict=True))
-    metadata |= {"counts": json.dumps(counts), "k": str(sum(counts.values())), "threshold": selection.threshold}
+    metadata = mask_texts(replace(settings, counts=counts, k=sum(counts.values()), threshold=selection.threshold))
     _write(mask, selection, metadata, output, ranks)
     wait_until_visible(output / INDEX_NAME)
     return Mask.load(output)
@@ -218,11 +291,13 @@ def _write(mask: Mask, selection: Reselection, metadata: dict[str, str], output:
     gathered = ranks.gather(local_digests)
     if ranks.rank == 0:
         digests = {name: value for part in gathered for name, value in part.items()}
-        index = {"metadata": {}, "weight_map": {name: mask.file_of(name) for name in mask.names}}
+        units = read_text(mask.path / UNITS_NAME) if (mask.path / UNITS_NAME).is_file() else None
+        weight_map = {name: mask.file_of(name) for name in mask.names}
+        index = {"metadata": index_digests(metadata, units), "weight_map": weight_map}
         write_json_atomic(temporary / INDEX_NAME, index)
         write_json_atomic(temporary / DIGESTS_NAME, digests)
-        if (mask.path / UNITS_NAME).is_file():
-            write_text_atomic(temporary / UNITS_NAME, (mask.path / UNITS_NAME).read_text())
+        if units is not None:
+            write_text_atomic(temporary / UNITS_NAME, units)
         replace_folder(temporary, output)
     ranks.gather(None)  # nobody reads before the folder has its name
 

@@ -77,16 +77,16 @@ def write_overview(folders: list[Path], output: Path | None) -> Path:
 
 def overlaps(folders: dict[str, Path]) -> list[Overlap]:
     """How many weights any two masks have in common, for models of the same shapes. folders: run folders by name."""
-    from esi_ds.core.mask import Mask
-    from esi_ds.mask import count_units
+    from esi_ds.mask import count_units, load_sound
     from esi_ds.ranks import Ranks
 
-    masks = {name: Mask.load(folder / "mask") for name, folder in folders.items() if (folder / "mask").is_dir()}
+    alone = Ranks()
+    masks = {name: load_sound(folder / "mask", alone) for name, folder in folders.items() if (folder / "mask").is_dir()}
     rows: list[Overlap] = []
     for (first, one), (second, other) in combinations(masks.items(), 2):
         if one.shapes != other.shapes:
             continue
-        _, counts = count_units([one, other], Ranks())
+        _, counts = count_units([one, other], alone)
         of_first, of_second, both = counts.sum(0).tolist()
         row: Overlap = {
             "first": first,

@@ -116,7 +116,7 @@ def overlap(first: Path, second: Path) -> float | None:
     """Weights in both masks, as a share of the smaller one; None where one is not there."""
     if not (first.is_dir() and second.is_dir()):
         return None
-    one, other = Mask.load(first), Mask.load(second)
+    one, other = Mask.load(first).check_bits(), Mask.load(second).check_bits()
     both = sum(int((one.bits(name) & other.bits(name)).sum()) for name in one.names)
     return both / min(one.k, other.k)
 

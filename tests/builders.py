@@ -380,7 +380,6 @@ def build_mask(
     return write_mask(
         folder,
         {p.name: bits[p.name].view(p.shape) for p in scored},
-        ratio=repr(ratio),
         total_numel=str(sum(p.numel for p in parameters)),
         criterion="random",
         fingerprint=fingerprint(parameters, tensor_digests(model_folder)),

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "errors": 0,
     "reading": 0,
+    "tensor_files": 0,
     "failures": 0,
     "config": 1,
     "config_checks": 1,
@@ -52,6 +53,7 @@ WITHOUT_TORCH = {
     "deepspeed_config",
     "errors",
     "reading",
+    "tensor_files",
     "failures",
     "artifacts",
     "options",

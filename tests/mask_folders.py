@@ -24,13 +24,15 @@ def mask_metadata(masks: Mapping[str, Tensor], **others: str) -> dict[str, str]:
     masks: parameter → the weights selected, bool in the parameter's shape.
     """
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
-    total = sum(mask.numel() for mask in masks.values())
+    scored, k = sum(mask.numel() for mask in masks.values()), sum(counts.values())
+    total = int(others.get("total_numel", scored))
+    has_threshold = k > 0 and others.get("scope", "model") == "model" and others.get("order", "top") != "random"
     return {
         "format": "esi-mask/1",
-        "k": str(sum(counts.values())),
-        "ratio": repr(sum(counts.values()) / total),
+        "k": str(k),
+        "ratio": repr(min(1.0, (k + 0.5) / total)),
         "total_numel": str(total),
-        "threshold": "null",
+        "threshold": "0.5" if has_threshold else "null",
         "criterion": "esi",
         "order": "top",
         "fingerprint": "a:b",
@@ -78,12 +80,17 @@ def write_pair(folder: Path, shapes: list[tuple[int, int]], ratio: float, scope:
     masks = {name: values.view(scores[name].shape) for name, values in bits.items()}
     selection = {"order": order, "scope": scope, "of": "all", "seed": str(seed), "offsets": json.dumps(offsets)}
     metadata = mask_metadata(masks, ratio=repr(ratio), **selection)
+    if metadata["threshold"] != "null":
+        selected = torch.cat([values[masks[name]] for name, values in scores.items()])
+        metadata["threshold"] = repr(float(selected.min() if order == "top" else selected.max()))
+    about = {key: metadata[key] for key in ("criterion", "fingerprint", "total_numel", "seed")}
     packed = {name: pack_bits(values) for name, values in bits.items()}
     for kind, data in (("mask", packed), ("scores", scores)):
         (folder / kind).mkdir(parents=True)
         files = {name: f"model-{i:05d}-of-{len(names):05d}.safetensors" for i, name in enumerate(names, 1)}
         for name, file in files.items():
-            save_file({name: data[name]}, folder / kind / file, metadata=metadata)
+            text = metadata if kind == "mask" else {"format": "esi-scores/1", **about}
+            save_file({name: data[name]}, folder / kind / file, metadata=text)
         (folder / kind / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": files}))
     (folder / "mask" / DIGESTS_NAME).write_text(json.dumps({name: digest(values) for name, values in packed.items()}))
     rows = [{"parameter": name, **asdict(unit)} for name, parts in units.items() for unit in parts]

@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from esi_ds.core.mask_metadata import FORMAT, MaskMetadata
 from esi_ds.core.units import Shard
 from esi_ds.errors import UserError
+from esi_ds.reading import read_json, reading
+from esi_ds.tensor_files import INDEX_NAME, TensorFolder, numel, read_tensor_folder
 
-FORMAT = "esi-mask/1"
-INDEX_NAME = "model.safetensors.index.json"
+FIELD, REMEDY = "mask", "give the mask/ folder of a finished run, or make the mask again"
+UNITS_NAME = "units.json"
 DIGESTS_NAME = "digests.json"  # sha256 of every parameter's bytes; optional in masks from other tools
+# Keys of the index's metadata: sha256 of what the shards' bytes do not cover; optional likewise.
+METADATA_DIGEST, UNITS_DIGEST = "metadata_sha256", "units_sha256"
 
 
 def num_bytes(numel: int) -> int:
@@ -47,64 +54,60 @@ def digest(data: Tensor) -> str:
 class Mask:
     """A mask folder, read lazily: only the requested bytes are read.
 
-    Attributes: path, metadata (as in the files), shapes {parameter: shape}, counts {parameter: number of selected
-    weights}, k (their sum), fingerprint (of the scored model).
+    Attributes: path, metadata (as in the files), header (the same, typed), shapes {parameter: shape}, counts
+    {parameter: number of selected weights}, k (their sum), fingerprint (of the scored model), index_metadata (of the
+    index).
     """
 
-    def __init__(self, path: Path, weight_map: dict[str, str], metadata: dict[str, str]):
+    def __init__(self, path: Path, folder: TensorFolder, header: MaskMetadata):
         self.path = path
-        self.metadata = metadata
-        self.shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-        self.counts: dict[str, int] = json.loads(metadata["counts"])
-        self.k = int(metadata["k"])
-        self.fingerprint = metadata["fingerprint"]
-        self._weight_map = weight_map
-        self._opened: tuple[str, safe_open] | None = None
+        self.metadata = folder.metadata
+        self.header = header
+        self.shapes = header.shapes
+        self.counts = header.counts
+        self.k = header.k
+        self.fingerprint = header.fingerprint
+        self.index_metadata = folder.index_metadata
+        self._tensors = folder.tensors
+        self._opened: tuple[Path, safe_open] | None = None
+        self._is_sound = False
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
         """Open a mask folder and check its headers; ``problems`` checks the bits.
 
-        Raises UserError where the folder is not a complete, consistent ``esi-mask/1``.
+        Raises UserError where the folder is not a complete ``esi-mask/1``, or where its headers contradict each other.
         """
         path = Path(path)
-        index = path / INDEX_NAME
-        if not index.is_file():
-            raise UserError("mask", str(path), f"holds no {INDEX_NAME}", "give the mask/ folder of a finished run")
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError("mask", str(index), f"cannot be read: {error}", "make the mask again") from error
-        metadata: dict[str, str] | None = None
-        for file_name in sorted(set(weight_map.values())):
-            file_metadata = cls._file_metadata(path / file_name)
-            if metadata is not None and file_metadata != metadata:
-                raise UserError("mask", str(path), "its files have different metadata", "they are of different masks")
-            metadata = file_metadata
-        if metadata is None:
-            raise UserError("mask", str(path), "names no parameter", "make the mask again")
-        mask = cls(path, weight_map, metadata)
-        if set(mask.shapes) != set(weight_map) or set(mask.counts) != set(weight_map):
-            raise UserError(
-                "mask", str(path), "its index, shapes and counts name different parameters", "make the mask again"
-            )
+        folder = read_tensor_folder(path, FIELD, REMEDY)
+        if folder.metadata.get("format") != FORMAT:
+            problem = f"has format {folder.metadata.get('format')!r}, not {FORMAT!r}"
+            raise UserError(FIELD, str(path), problem, "give a folder made by esi_ds")
+        with reading(FIELD, path, REMEDY, "has damaged metadata"):
+            header = MaskMetadata.parse(folder.metadata)
+        mask = cls(path, folder, header)
+        if problems := mask._header_problems():
+            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise UserError(FIELD, str(path), f"contradicts itself: {'; '.join(problems[:3])}{more}", REMEDY)
         return mask
 
-    @staticmethod
-    def _file_metadata(file: Path) -> dict[str, str]:
-        try:
-            with safe_open(file, "pt") as opened:
-                metadata = opened.metadata() or {}
-        except (OSError, SafetensorError) as error:
-            raise UserError("mask", str(file), f"is missing or damaged ({error})", "make the mask again") from error
-        if metadata.get("format") != FORMAT:
-            raise UserError(
-                "mask",
-                str(file),
-                f"has format {metadata.get('format')!r}, not {FORMAT!r}",
-                "give a folder made by esi_ds",
-            )
-        return metadata
+    def _header_problems(self) -> list[str]:
+        """Every contradiction among the index, the files' headers and the metadata."""
+        named = {"shapes": set(self.shapes), "counts": set(self.counts)}
+        if self.header.offsets is not None:
+            named["offsets"] = set(self.header.offsets)
+        for key, names in named.items():
+            if others := names ^ set(self._tensors):
+                return [f"its index and {key} name different parameters: {sorted(others)[:5]}"]
+        problems = self.header.problems()
+        for name, tensor in self._tensors.items():
+            expected = f"U8 [{num_bytes(self.numel(name))}]"
+            if tensor.description != expected:
+                problems.append(f"{name}: holds {tensor.description}, expected {expected}")
+        written = self.index_metadata.get(METADATA_DIGEST)
+        if not problems and written is not None and written != metadata_sha256(self):
+            problems.append(f"its metadata are not those that were written ({METADATA_DIGEST} of {INDEX_NAME})")
+        return problems
 
     @property
     def names(self) -> list[str]:
@@ -114,28 +117,29 @@ class Mask:
     @property
     def files(self) -> list[str]:
         """Names of the safetensors files, sorted."""
-        return sorted(set(self._weight_map.values()))
+        return sorted({tensor.file.name for tensor in self._tensors.values()})
 
     def file_of(self, name: str) -> str:
         """Name of the file that holds a parameter's bits."""
-        return self._weight_map[name]
+        return self._tensors[name].file.name
 
     def numel(self, name: str) -> int:
         """Number of weights of a parameter."""
-        return torch.Size(self.shapes[name]).numel()
+        return numel(self.shapes[name])
 
-    @cached_property
+    @property
     def total_numel(self) -> int:
         """Number of all weights of the model, scored or not."""
-        return int(self.metadata["total_numel"])
+        return self.header.total_numel
 
     def data(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """uint8: bytes [first, last) of one parameter's bits."""
-        file_name = self._weight_map[name]
-        # One file at a time: an open file is mapped, and pages that were read stay in memory until it is closed.
-        if self._opened is None or self._opened[0] != file_name:
-            self._opened = file_name, safe_open(self.path / file_name, "pt")
-        return self._opened[1].get_slice(name)[first : num_bytes(self.numel(name)) if last is None else last]
+        """uint8: bytes [first, last) of one parameter's bits. Raises UserError where the file can no longer be read."""
+        file = self._tensors[name].file
+        with reading(FIELD, file, REMEDY, "is missing or damaged"):
+            # One file at a time: an open file is mapped, and pages that were read stay in memory until it is closed.
+            if self._opened is None or self._opened[0] != file:
+                self._opened = file, safe_open(file, "pt")
+            return self._opened[1].get_slice(name)[first : num_bytes(self.numel(name)) if last is None else last]
 
     def bits(self, name: str, low: int = 0, high: int | None = None) -> Tensor:
         """bool [high − low]: whether each weight of the flat range [low, high) is selected. Reads only their bytes."""
@@ -155,38 +159,57 @@ class Mask:
 
     @cached_property
     def _digests(self) -> dict[str, str]:
+        """Parameter → sha256 of its bits; empty where the folder has none. Raises UserError."""
         file = self.path / DIGESTS_NAME
-        try:
-            return json.loads(file.read_text()) if file.is_file() else {}
-        except ValueError as error:
-            raise UserError("mask", str(file), f"cannot be read: {error}", "make the mask again") from error
+        if not os.path.lexists(file):
+            return {}
+        digests = read_json(file, dict[str, str], FIELD, REMEDY)
+        if set(digests) != set(self.shapes):
+            names = sorted(set(digests) ^ set(self.shapes))[:5]
+            raise UserError(FIELD, str(file), f"names other parameters than the mask ({', '.join(names)})", REMEDY)
+        return digests
 
     def problems(self, part: int = 0, num_parts: int = 1) -> list[str]:
         """Every inconsistency between the bits and the metadata, one sentence each; empty if the mask is sound.
 
-        Reads every ``num_parts``-th parameter from number ``part`` on, so that ranks can share the work.
+        Reads every ``num_parts``-th parameter from number ``part`` on, so that ranks can share the work. Raises
+        UserError where the digests cannot be read.
         """
         problems: list[str] = []
+        digests = self._digests
         for name in self.names[part::num_parts]:
             try:
                 data = self.data(name)
-            except (SafetensorError, OSError) as error:
-                problems.append(f"{name}: cannot be read ({error})")
+            except UserError as error:
+                problems.append(f"{name}: cannot be read ({error.problem})")
                 continue
-            numel = self.numel(name)
-            if data.dtype != torch.uint8 or data.ndim != 1 or len(data) != num_bytes(numel):
-                problems.append(f"{name}: {data.dtype} {list(data.shape)}, expected uint8 [{num_bytes(numel)}]")
-                continue
+            size = self.numel(name)
             selected = int(np.bitwise_count(data.numpy()).sum())
             if selected != self.counts[name]:
                 problems.append(f"{name}: {selected} bits set, metadata says {self.counts[name]}")
-            elif name in self._digests and digest(data) != self._digests[name]:
+            elif digests and digest(data) != digests[name]:
                 problems.append(f"{name}: its bits are not those that were written ({DIGESTS_NAME})")
-            if numel % 8 and int(data[-1]) >> (numel % 8):
+            if size % 8 and int(data[-1]) >> (size % 8):
                 problems.append(f"{name}: padding bits are set")
-        if sum(self.counts.values()) != self.k:
-            problems.append(f"counts add up to {sum(self.counts.values())}, k is {self.k}")
         return problems
+
+    def check_bits(self) -> Mask:
+        """The mask itself, once its bits have been checked; reads all of them, the first time. Raises UserError."""
+        if not self._is_sound:
+            refuse_problems(self, self.problems())
+        return self
+
+    def mark_sound(self) -> None:
+        """Have ``check_bits`` read nothing: the ranks have shared the reading and met no problem."""
+        self._is_sound = True
+
+
+def refuse_problems(mask: Mask, problems: Sequence[str], field: str = FIELD) -> None:
+    """Raise UserError naming ``field`` if the mask has any of ``problems``; else it is sound."""
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise UserError(field, str(mask.path), f"is damaged ({problems[0]}{more})", REMEDY)
+    mask.mark_sound()
 
 
 def load_mask(path: str, field: str = "tune.mask") -> Mask:
@@ -199,4 +222,15 @@ def load_mask(path: str, field: str = "tune.mask") -> Mask:
 
 def metadata_sha256(mask: Mask) -> str:
     """sha256 of the metadata, which differs between two masks of one model: criterion, threshold, k, counts."""
-    return hashlib.sha256(json.dumps(mask.metadata, sort_keys=True).encode()).hexdigest()
+    return texts_sha256(mask.metadata)
+
+
+def texts_sha256(metadata: Mapping[str, str]) -> str:
+    """sha256 of a mask's metadata as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+def index_digests(metadata: Mapping[str, str], units: str | None) -> dict[str, str]:
+    """What a mask's index says besides the files' names. units: the text of ``units.json``, None if there is none."""
+    digests = {METADATA_DIGEST: texts_sha256(metadata)}
+    return digests if units is None else {**digests, UNITS_DIGEST: hashlib.sha256(units.encode()).hexdigest()}

@@ -24,6 +24,7 @@ CHUNK = 1 << 20  # elements processed together: small enough to stay in cache
 DIGIT = 11  # bits
 KEY_BITS = 31  # a non-negative float32 keyed by its bit pattern
 LARGEST_KEY = (1 << KEY_BITS) - 1
+INFINITY_BITS = 0x7F800000  # as a float32; NaN has larger ones, and what has a sign has negative ones
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -69,6 +70,23 @@ class Order:
             return random_bits(self._stream, positions, KEY_BITS).int()
         bits = scores.view(torch.int32)
         return bits if self.name == "top" else LARGEST_KEY - bits
+
+
+def first_invalid(scores: Tensor) -> int | None:
+    """Index of the first of the float32 ``scores`` that is not finite and ≥ 0 (−0.0 included: its bits have no place
+    in the order); None if there is none."""
+    bits = scores.view(torch.int32)
+    if len(bits) == 0 or (int(bits.min()) >= 0 and int(bits.max()) < INFINITY_BITS):
+        return None
+    return int(((bits < 0) | (bits >= INFINITY_BITS)).nonzero()[0])
+
+
+def _check_scores(runs: Iterable[ScoreRun]) -> None:
+    for run in runs:
+        index = first_invalid(run.scores)
+        if index is not None:
+            position = run.position + index
+            raise ValueError(f"the score at global position {position} is {float(run.scores[index])}")
 
 
 def chunks(runs: Iterable[ScoreRun], order: Order) -> Iterator[tuple[Tensor, int]]:
@@ -117,8 +135,11 @@ def select(
 
     groups: the caller's runs of each group, maybe none; each group is iterated several times. k: how many scores to
     select in each, at most as many as the group has over all callers. last_position: the largest global position.
-    Collectives: ``reduce`` of histograms only, whose size does not depend on the number of scores.
+    Collectives: ``reduce`` of histograms only, whose size does not depend on the number of scores. Raises ValueError
+    for a score that is not finite and ≥ 0, on the caller that has it: where there are several, let them agree before.
     """
+    for runs in groups:
+        _check_scores(runs)
     active = [group for group, count in enumerate(k) if count > 0]
     cuts = [Cut(LARGEST_KEY, -1, 0)] * len(groups)
     if not active:
@@ -152,6 +173,7 @@ def median(tensors: Sequence[Tensor], count: int, reduce: Reduce) -> float:
     """
     order = Order("top")
     runs = [ScoreRun(values, 0) for values in tensors]
+    _check_scores(runs)
     from_above = torch.tensor([count - (count - 1) // 2])
     keys, _ = radix_search([lambda: (keys for keys, _ in chunks(runs, order))], from_above, KEY_BITS, reduce)
     return float(keys.int().view(torch.float32))

@@ -11,39 +11,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from safetensors import safe_open
-from typing_extensions import TypedDict
+from typing import Any
 
 from esi_ds.errors import UserError
-from esi_ds.reading import check_regular, check_type, is_bare_name, parse_json, read_index, read_json, reading
+from esi_ds.reading import check_regular, is_bare_name, read_index, read_json, reading
+from esi_ds.tensor_files import INDEX_NAME, StoredTensor, read_header
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 # Saved by torch's distributed checkpointing; transformers would read them first, in an order of its own.
 DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 REMEDY = "give a Hugging Face folder whose weights are complete safetensors files, or copy it again"
-
-
-class StoredTensor(NamedTuple):
-    """Where a safetensors file holds a tensor: bytes [first, last) of the file. description: "dtype shape"."""
-
-    name: str
-    file: Path
-    first: int
-    last: int
-    description: str
-
-
-class HeaderEntry(TypedDict):
-    """A tensor in the header of a safetensors file; offsets count from the end of the header."""
-
-    dtype: str
-    shape: list[int]
-    data_offsets: list[int]
 
 
 def weight_files(folder: Path, field: str = "model.path") -> list[Path]:
@@ -96,28 +75,5 @@ def checkpoint_tensors(folder: Path, field: str = "model.path") -> list[StoredTe
     the one that transformers loads. Raises UserError naming ``field``."""
     tensors: dict[str, StoredTensor] = {}
     for file in weight_files(folder, field):
-        tensors |= {tensor.name: tensor for tensor in read_header(file, field)}
+        tensors |= {tensor.name: tensor for tensor in read_header(file, field, REMEDY)[0]}
     return sorted(tensors.values())
-
-
-def read_header(file: Path, field: str) -> list[StoredTensor]:
-    """What a safetensors file holds. Raises UserError where it is torn or no safetensors file."""
-    with reading(field, file, REMEDY, "is not a complete safetensors file"):
-        check_regular(file)
-        with safe_open(file, "pt"):
-            pass  # safetensors checks the size of the header, and offsets against dtypes, shapes and the file's size
-        with file.open("rb") as opened:
-            header_size = int.from_bytes(opened.read(8), "little")
-            header = check_type(parse_json(opened.read(header_size).decode()), dict[str, Any])
-        header.pop("__metadata__", None)
-        entries = check_type(header, dict[str, HeaderEntry])
-        return [
-            StoredTensor(
-                name,
-                file,
-                8 + header_size + entry["data_offsets"][0],
-                8 + header_size + entry["data_offsets"][1],
-                f"{entry['dtype']} {entry['shape']}",
-            )
-            for name, entry in entries.items()
-        ]

@@ -35,8 +35,8 @@ def model_card(
         "base model": config.model.path + (f" ({config.model.revision})" if config.model.revision else ""),
         "base fingerprint": fingerprint,
         "mask fingerprint": mask.fingerprint,
-        "mask": f"{mask.k:,} of {mask.total_numel:,} weights by {mask.metadata.get('criterion')}, order "
-        f"{mask.metadata.get('order')}, ratio {mask.metadata.get('ratio')}",
+        "mask": f"{mask.k:,} of {mask.total_numel:,} weights by {mask.header.criterion}, order "
+        f"{mask.header.order}, ratio {mask.header.ratio}",
         "trained weights": f"{num_trained:,}",
         "unscored parameters": "frozen" if tune.unscored == "freeze" else "trained",
         "routers": "frozen" if (tune.router or tune.unscored) == "freeze" else "trained",

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from esi_ds import lock
 from esi_ds.artifacts import RunFolder
 from esi_ds.config import Config
-from esi_ds.core.mask import Mask, metadata_sha256
+from esi_ds.core.mask import Mask, metadata_sha256, refuse_problems
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import monitor_settings, resolve_deepspeed
 from esi_ds.errors import Interrupted, UserError
@@ -39,9 +39,7 @@ def check_mask_bits(mask: Mask, field: str) -> None:
     field: the key of the config that names the mask. Raises UserError, on every rank. Collectives: two gathers.
     """
     parts = runtime.gather_objects(mask.problems(runtime.rank(), runtime.world_size()))
-    problems = [problem for part in parts for problem in part]
-    if problems:
-        raise UserError(field, str(mask.path), f"is damaged ({problems[0]})", "make the mask again")
+    refuse_problems(mask, [problem for part in parts for problem in part], field)
     if len(set(runtime.gather_objects(metadata_sha256(mask)))) > 1:
         raise UserError(field, str(mask.path), "differs between hosts", "give one shared folder")
 

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic, write_text_atomic, writing
-from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, digest, num_bytes, pack_bits
+from esi_ds.core.mask import DIGESTS_NAME, UNITS_NAME, digest, index_digests, num_bytes, pack_bits
+from esi_ds.core.mask_metadata import ScoresMetadata
+from esi_ds.core.score_folder import ScoreFolder
 from esi_ds.core.units import Parameter, Shard
-from esi_ds.errors import UserError
-from esi_ds.models.weights import checkpoint_tensors
+from esi_ds.tensor_files import INDEX_NAME
 from esi_ds.zero import runtime
 
 MAX_FILE_BYTES = 5 * 10**9  # as transformers splits its checkpoints
@@ -85,21 +86,23 @@ def write_folder(
     files: dict[str, list[Entry]],
     metadata: dict[str, str],
     local_bytes: Callable[[str], Iterable[tuple[int, bytes]]],
-    extra: dict[str, Any] | None = None,
+    extra: dict[str, str] | None = None,
     digests_name: str | None = None,
+    index_metadata: dict[str, str] | None = None,
 ) -> None:
     """A folder of safetensors files and their index, written by all ranks; it gets its name once it is complete.
 
-    local_bytes(name): (first byte within the tensor, bytes) of every range that this rank holds. extra: content of
-    further JSON files, by name. digests_name: JSON file for the sha256 of every uint8 tensor, as read back from disk.
+    local_bytes(name): (first byte within the tensor, bytes) of every range that this rank holds. extra: text of
+    further files, by name. digests_name: JSON file for the sha256 of every uint8 tensor, as read back from disk.
+    index_metadata: what the index says besides the files.
     Collectives: three barriers, and a gather of the digests.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     headers = {file: file_header(entries, metadata) for file, entries in files.items()}
     if runtime.is_main():
-        _start_folder(temporary, files, headers)
-        for name, content in (extra or {}).items():
-            write_text_atomic(temporary / name, json.dumps(content))  # on one line: there is a row for every matrix
+        _start_folder(temporary, files, headers, index_metadata or {})
+        for name, text in (extra or {}).items():
+            write_text_atomic(temporary / name, text)
     runtime.barrier()
     for file, entries in files.items():
         path = wait_until_visible(temporary / file)
@@ -131,7 +134,10 @@ def _read_digests(folder: Path, files: dict[str, list[Entry]]) -> dict[str, str]
 
 
 def _start_folder(
-    temporary: Path, files: dict[str, list[Entry]], headers: dict[str, tuple[bytes, dict[str, int]]]
+    temporary: Path,
+    files: dict[str, list[Entry]],
+    headers: dict[str, tuple[bytes, dict[str, int]]],
+    index_metadata: dict[str, str],
 ) -> None:
     """On rank 0, make the folder with its index and every file at full size, with its header."""
     shutil.rmtree(temporary, ignore_errors=True)
@@ -145,7 +151,7 @@ def _start_folder(
             opened.truncate(len(header) + sum(entry.num_bytes for entry in entries))
         weight_map.update({entry.name: file for entry in entries})
         total += sum(entry.num_bytes for entry in entries)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {"metadata": {"total_size": total, **index_metadata}, "weight_map": dict(sorted(weight_map.items()))}
     write_json_atomic(temporary / INDEX_NAME, index)
 
 
@@ -178,32 +184,18 @@ def by_parameter(shards: Iterable[Shard], values: Mapping[str, Tensor]) -> dict[
     return runs_of
 
 
-def read_scores(folder: Path, shards: Iterable[Shard], field: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """float32 scores [shard.numel] by shard's name, and the folder's metadata. Reads only these shards' bytes.
+def read_scores(folder: Path, shards: Iterable[Shard], field: str) -> tuple[dict[str, Tensor], ScoresMetadata]:
+    """float32 scores [shard.numel] by shard's name, and what they say of themselves. Reads only these shards' bytes.
 
     Raises UserError naming ``field`` where the folder does not hold scores of these parameters.
     """
-    try:
-        tensors = {name: (file, first, content) for name, file, first, _, content in checkpoint_tensors(folder, field)}
-        with safe_open(sorted(folder.glob("*.safetensors"))[0], "pt") as opened:
-            metadata = opened.metadata() or {}
-    except (OSError, ValueError, IndexError, SafetensorError) as error:
-        raise UserError(field, str(folder), f"holds no scores ({error})", "give RUN/scores") from error
+    stored = ScoreFolder(folder, field)
     scores = {}
     for shard in shards:
-        name, shape = shard.parameter.name, list(shard.parameter.shape)
-        file, first, content = tensors.get(name, (folder, 0, "nothing"))
-        if content != f"F32 {shape}":
-            problem = f"holds {content} for {name}, expected F32 {shape}"
-            raise UserError(field, str(folder), problem, "give the scores of this model")
-        data = bytearray()
-        with file.open("rb") as opened:
-            for low, high in shard.runs:
-                opened.seek(first + 4 * low)
-                data += opened.read(4 * (high - low))
-        # frombuffer refuses an empty buffer, which a rank without a part of this parameter has.
-        scores[shard.name] = torch.frombuffer(data, dtype=torch.float32) if data else torch.zeros(0)
-    return scores, metadata
+        stored.check_shape(shard.parameter.name, shard.parameter.shape)
+        runs = [stored.read(shard.parameter.name, low, high) for low, high in shard.runs]
+        scores[shard.name] = runs[0] if len(runs) == 1 else torch.cat([torch.zeros(0), *runs])
+    return scores, stored.metadata
 
 
 def _score_files(parameters: Sequence[Parameter]) -> dict[str, list[Entry]]:
@@ -238,7 +230,9 @@ def write_mask(
         if runtime.is_main():
             yield from ((byte, bytes([value])) for byte, value in shared[name].items())
 
-    write_folder(folder, files, metadata, local_bytes, extra={"units.json": units}, digests_name=DIGESTS_NAME)
+    text = json.dumps(units)  # on one line: there is a row for every matrix
+    digests = index_digests(metadata, text)
+    write_folder(folder, files, metadata, local_bytes, {UNITS_NAME: text}, DIGESTS_NAME, digests)
 
 
 def _shared_bytes(

@@ -40,8 +40,8 @@ class MaskedAdamW(Optimizer):
 
     Parameters without a trained weight no longer require gradients and are left out. Parameters of lower precision get
     fp32 masters. Moments are fp32, and with ``selected`` only as many as there are trained weights. Frozen weights keep
-    their bits. Raises UserError for parameters without names, for a mask of another model, and where nothing would
-    train.
+    their bits. Raises UserError for parameters without names, for a damaged mask or one of another model, and where
+    nothing would train. All bits of the mask are read once to check them.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class MaskedAdamW(Optimizer):
         ):
             if value not in known:
                 raise UserError(name, value, "is unknown", f"give one of {', '.join(map(str, known))}")
-        mask = mask if isinstance(mask, Mask) else Mask.load(mask)
+        mask = (mask if isinstance(mask, Mask) else Mask.load(mask)).check_bits()
         groups = named_groups(params_or_model)
         named = {name: tensor for group in groups for name, tensor in group["params"]}
         shapes = {name: whole_shape(tensor) for name, tensor in named.items()}

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from esi_ds.core.moments import merge, moments, standard_deviation
 from esi_ds.core.score import contrast, score_shard
-from esi_ds.core.select import Cut, Order, ScoreRun, median, model_k, select
+from esi_ds.core.select import Cut, Order, ScoreRun, first_invalid, median, model_k, select
 from esi_ds.core.units import Parameter, Shard, Unit
+from esi_ds.errors import UserError
 from esi_ds.report.contents import UnitRow
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
@@ -83,9 +84,11 @@ def contrast_scores(model: ShardedModel, scores: Scores, benign: Accumulated) ->
     Returns the number of undefined scores over all ranks.
 
     The median is exact, over all scored weights of all ranks. The sums in ``benign`` are overwritten. Collectives:
-    three all-reduces of 16 KiB and one of a number.
+    those of ``check_scores``, three all-reduces of 16 KiB and one of a number. Raises UserError for an F that is not
+    finite.
     """
     roots = {name: benign.take_mean(name).sqrt_() for name in scores}
+    check_scores(model, roots, "data.benign", "root mean squared gradient")
     num_scored = sum(parameter.numel for parameter in model.parameters if parameter.scored)
     middle = median(list(roots.values()), num_scored, runtime.all_reduce_sum)
     undefined = sum(contrast(values, roots[name], middle) for name, values in scores.items())
@@ -126,15 +129,42 @@ class Selection:
     cut: Cut | None
 
 
-def select_weights(
-    model: ShardedModel, scores: Mapping[str, Tensor], *, ratio: float, order: str, of: str, scope: str, seed: int
-) -> Selection:
-    """The exact selection (docs/method.md §2).
+def check_scores(model: ShardedModel, scores: Mapping[str, Tensor], field: str, kind: str = "score") -> None:
+    """Refuse what cannot be ranked (docs/method.md §2): scores are finite and ≥ 0.
 
-    Collectives: one all-reduce of int64 [scored parameters], and those of ``core.select.select``: three all-reduces of
-    a 16 KiB histogram and one more for every 11 bits of the largest position. Scope ``matrix`` performs the latter for
-    each parameter, with a histogram for each unit.
+    scores: [shard.numel] by shard's name. field: the key of the config that they hang on. kind: what they are. Raises
+    UserError naming parameter and flat index, on every rank. Collectives: one gather.
     """
+    problems = []
+    for shard in model.scored:
+        index = first_invalid(scores[shard.name])
+        if index is not None:
+            flat, value = int(shard.flat(torch.tensor([index]))[0]), float(scores[shard.name][index])
+            problems.append(f"the {kind} of {shard.parameter.name}, flat index {flat}, is {value}")
+    gathered = [problem for part in runtime.gather_objects(problems[:1]) for problem in part]
+    if gathered:
+        remedy = "it must be finite and at least 0: look at the data, and at the dtype of model and judge"
+        raise UserError(field, None, gathered[0], remedy)
+
+
+def select_weights(
+    model: ShardedModel,
+    scores: Mapping[str, Tensor],
+    *,
+    ratio: float,
+    order: str,
+    of: str,
+    scope: str,
+    seed: int,
+    field: str = "select.criterion",
+) -> Selection:
+    """The exact selection (docs/method.md §2). Raises UserError naming ``field`` as ``check_scores`` does.
+
+    Collectives: those of ``check_scores``, one all-reduce of int64 [scored parameters], and those of
+    ``core.select.select``: three all-reduces of a 16 KiB histogram and one more for every 11 bits of the largest
+    position. Scope ``matrix`` performs the latter for each parameter, with a histogram for each unit.
+    """
+    check_scores(model, scores, field)
     ordering = Order(order, seed)
     scored = [parameter for parameter in model.parameters if parameter.scored]
     last = sum(parameter.numel for parameter in model.parameters) - 1

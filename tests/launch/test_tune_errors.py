@@ -56,7 +56,8 @@ def changed_mask(folder: Path, what: str) -> None:
     name = list(shapes)[2]
     if what == "missing":
         del tensors[name], shapes[name]
-        metadata["k"] = str(mask.k - counts.pop(name))
+        k = mask.k - counts.pop(name)
+        metadata |= {"k": str(k), "ratio": repr((k + 0.5) / mask.total_numel)}
     elif what == "extra":
         tensors["model.layers.7.extra.weight"], shapes["model.layers.7.extra.weight"] = (
             torch.zeros(2, dtype=torch.uint8),

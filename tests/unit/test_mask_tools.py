@@ -54,14 +54,14 @@ def test_one_wrong_bit_is_found_in_its_chunk(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(reselect, "CHUNK", 16)
     file = tmp_path / "scores" / "model-00003-of-00004.safetensors"
     content = bytearray(file.read_bytes())
-    content[-1] = 0x7F  # the last score is larger than all others now
+    content[-1] = 0x7E  # the last score is larger than all others now, and finite
     file.write_bytes(content)
     assert main(["verify", str(tmp_path / "mask"), "--scores", str(tmp_path / "scores")]) == 2
     shown = capsys.readouterr().out
     assert "model.layers.2.fused: " in shown and "bits differ from the selection by its scores" in shown
     file.write_bytes(content[:-40])
     assert main(["verify", str(tmp_path / "mask"), "--scores", str(tmp_path / "scores")]) == 2
-    assert "is not a complete safetensors file" in capsys.readouterr().err
+    assert "is not a complete safetensors file (it is shorter than its header says)" in capsys.readouterr().err
 
 
 def test_what_another_host_has_made_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

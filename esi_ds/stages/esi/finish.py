@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any, cast
 
 from esi_ds.artifacts import read_jsonl
 from esi_ds.config import Config, EsiGuard, Select
-from esi_ds.core.mask import FORMAT
+from esi_ds.core.mask_metadata import SCORES_FORMAT, MaskMetadata, mask_texts
 from esi_ds.core.select import key_to_score
 from esi_ds.core.units import Parameter, Unit
 from esi_ds.models.roles import layer_of
@@ -102,8 +101,8 @@ def finish_esi(
         run.tracker.log("select.ratio asks for at least as many weights as are scored: the mask holds all of them")
     metadata = mask_metadata(config, model, selection, run.fingerprint)
     if config.esi.save_scores:
-        shared = {key: metadata[key] for key in ("criterion", "contrastive", "fingerprint", "total_numel")}
-        write_scores(folder / "scores", scored, model.scored, scores, {"format": "esi-scores/1", **shared})
+        shared = {key: metadata[key] for key in ("criterion", "contrastive", "fingerprint", "total_numel", "seed")}
+        write_scores(folder / "scores", scored, model.scored, scores, {"format": SCORES_FORMAT, **shared})
     write_mask(folder / "mask", scored, model.scored, selection.bits, metadata, units_json(scored))
     units = unit_rows(model, scores, selection, sigma)
     silence = silent_experts(units)
@@ -181,24 +180,25 @@ def threshold_of(selection: Selection, section: Select) -> float | None:
 def mask_metadata(config: Config, model: ShardedModel, selection: Selection, fingerprint: str) -> dict[str, str]:
     """The metadata of every file of ``mask/`` (docs/design.md §7); safetensors takes strings only."""
     section = config.select
-    threshold = threshold_of(selection, section)
-    return {
-        "format": FORMAT,
-        "k": str(selection.k),
-        "ratio": repr(section.ratio),
-        "total_numel": str(sum(parameter.numel for parameter in model.parameters)),
-        "threshold": "null" if threshold is None else repr(threshold),
-        "criterion": section.criterion,
-        "contrastive": str(section.contrastive).lower(),
-        "order": section.order,
-        "of": section.of,
-        "scope": section.scope,
-        "seed": str(config.run.seed),
-        "fingerprint": fingerprint,
-        "shapes": json.dumps({p.name: p.shape for p in model.parameters if p.scored}),
-        "offsets": json.dumps({p.name: p.offset for p in model.parameters if p.scored}),
-        "counts": json.dumps(selection.counts),
-    }
+    scored = [parameter for parameter in model.parameters if parameter.scored]
+    return mask_texts(
+        MaskMetadata(
+            k=selection.k,
+            ratio=section.ratio,
+            total_numel=sum(parameter.numel for parameter in model.parameters),
+            threshold=threshold_of(selection, section),
+            criterion=section.criterion,
+            contrastive=section.contrastive,
+            order=section.order,
+            of=section.of,
+            scope=section.scope,
+            seed=config.run.seed,
+            fingerprint=fingerprint,
+            shapes={parameter.name: parameter.shape for parameter in scored},
+            counts=selection.counts,
+            offsets={parameter.name: parameter.offset for parameter in scored},
+        )
+    )
 
 
 def selection_facts(

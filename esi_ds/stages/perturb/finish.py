@@ -48,7 +48,7 @@ def finish_perturb(run: StageRun[PerturbInputs], outcome: Outcome, restored: Res
             }
             for cell in inputs.cells
         ],
-        "mask": {"path": str(inputs.mask.path), "k": inputs.mask.k, "criterion": inputs.mask.metadata.get("criterion")},
+        "mask": {"path": str(inputs.mask.path), "k": inputs.mask.k, "criterion": inputs.mask.header.criterion},
         "restored": {"digest": restored.digest, "checked": restored.num_checked},
         "judges": tables["judges"],
         "sets": tables["sets"],

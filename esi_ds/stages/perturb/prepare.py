@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from esi_ds.config import Config, require_perturb
-from esi_ds.core.mask import INDEX_NAME, Mask, load_mask
+from esi_ds.core.mask import Mask, load_mask
 from esi_ds.core.select import check_ratio, share_sizes
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.meta import meta_parameters
 from esi_ds.stages.evaluate.prepare import Candidate, EvalInputs, prepare_eval
+from esi_ds.tensor_files import INDEX_NAME
 
 CLEAN = "clean"
 
@@ -66,12 +67,10 @@ def prepare_perturb(config: Config) -> PerturbInputs:
     mask = load_mask(section.mask, "perturb.mask")
     parameters = meta_parameters(inputs.models[0].config, inputs.models[0].source, config.model.roles)
     check_mask_structure(mask, parameters, "perturb.mask")
-    if mask.metadata.get("order", "top") != "top":
-        raise UserError(
-            "perturb.mask", section.mask, f"holds the {mask.metadata['order']} of its scores", "give a top mask"
-        )
-    mask_ratio = float(mask.metadata["ratio"])
-    sizes = share_sizes(parameters, mask.metadata.get("of", "all"), mask.metadata.get("scope", "model"))
+    if mask.header.order != "top":
+        raise UserError("perturb.mask", section.mask, f"holds the {mask.header.order} of its scores", "give a top mask")
+    mask_ratio = mask.header.ratio
+    sizes = share_sizes(parameters, mask.header.of, mask.header.scope)
     for ratio in section.ratios or ():
         check_ratio(ratio, sizes, "perturb.ratios")
     ratios = section.ratios or [mask_ratio]
@@ -82,7 +81,7 @@ def prepare_perturb(config: Config) -> PerturbInputs:
             raise UserError(f"perturb.{key}", values, "names a value twice", "name it once")
     by_scores = [cell for cell in cells if cell.order == "bottom" or (cell.order == "top" and cell.ratio != mask_ratio)]
     scores = _scores_folder(section.scores, mask, by_scores)
-    source = {**inputs.source, "mask": mask.metadata["fingerprint"], "mask_k": mask.k}
+    source = {**inputs.source, "mask": mask.fingerprint, "mask_k": mask.k}
     return PerturbInputs(mask, scores, inputs, cells, source)
 
 

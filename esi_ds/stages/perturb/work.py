@@ -63,8 +63,7 @@ class PerturbRun(StageRun[PerturbInputs]):
         model = self.load_model()
         self.begin(model)
         self.accept_mask(mask, FIELD)
-        criterion = mask.metadata.get("criterion")
-        self.tracker.log(f"mask: {mask.k:,} weights by {criterion}; {len(self.inputs.cells)} cells")
+        self.tracker.log(f"mask: {mask.k:,} weights by {mask.header.criterion}; {len(self.inputs.cells)} cells")
         return model
 
     def _answer_cells(self, model: ShardedModel, answers: Ledger[AnswerRow]) -> RestoredCells:
@@ -101,14 +100,14 @@ class PerturbRun(StageRun[PerturbInputs]):
         if inputs.scores is None:
             return None
         scores, metadata = read_scores(inputs.scores, model.scored, "perturb.scores")
-        if metadata.get("fingerprint") != inputs.mask.fingerprint:
+        if metadata.fingerprint != inputs.mask.fingerprint:
             raise UserError(
                 "perturb.scores",
                 str(inputs.scores),
                 "were computed from other weights than the mask",
                 "give the mask's own scores",
             )
-        selected = self._select(model, "top", float(inputs.mask.metadata["ratio"]), 0, scores)
+        selected = self._select(model, "top", inputs.mask.header.ratio, 0, scores)
         masked = self._mask_bits(model)
         num_wrong = self._count({name: bits ^ masked[name] for name, bits in selected.items()})
         if num_wrong:
@@ -129,15 +128,16 @@ class PerturbRun(StageRun[PerturbInputs]):
         return {shard.name: self.inputs.mask.bits_of(shard) for shard in model.scored}
 
     def _select(self, model: ShardedModel, order: str, ratio: float, seed: int, scores: Scores) -> Bits:
-        metadata = self.inputs.mask.metadata
+        header = self.inputs.mask.header
         selection = select_weights(
             model,
             scores,
             ratio=ratio,
             order=order,
-            of=metadata.get("of", "all"),
-            scope=metadata.get("scope", "model"),
+            of=header.of,
+            scope=header.scope,
             seed=seed,
+            field="perturb.scores",
         )
         return selection.bits
 

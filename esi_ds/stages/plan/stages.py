@@ -134,7 +134,7 @@ def print_perturb_plan(config: Config, options: Options, inputs: PerturbInputs) 
     print(resolved_yaml(config))
     count = sum(len(prompt_set.prompts) for prompt_set in inputs.eval.sets)
     facts: Facts = {
-        "mask": f"{inputs.mask.k:,} weights by {inputs.mask.metadata.get('criterion')}",
+        "mask": f"{inputs.mask.k:,} weights by {inputs.mask.header.criterion}",
         "scores": inputs.scores or "not needed",
         "cells": f"{len(inputs.cells)}, and the model without noise",
         "answers": f"{count * (len(inputs.cells) + 1):,}, at most {section.max_new_tokens} tokens each",

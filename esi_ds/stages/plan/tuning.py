@@ -90,7 +90,7 @@ def _weight_facts(
     if trained is None:
         mask = f"{model_k(parameters, config.select.ratio, config.select.of):,} weights, expected"
     else:
-        mask = f"{trained.mask.k:,} weights by {trained.mask.metadata.get('criterion')}"
+        mask = f"{trained.mask.k:,} weights by {trained.mask.header.criterion}"
     facts: Facts = {
         "weights": f"{sum(parameter.numel for parameter in parameters):,}",
         "mask": mask,

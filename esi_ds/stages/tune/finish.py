@@ -73,7 +73,7 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         "mask": tune.mask,
         "mask fingerprint": inputs.mask.fingerprint,
         "mask made from these weights": run.notes["mask_made_from_these_weights"],
-        "mask criterion": inputs.mask.metadata.get("criterion"),
+        "mask criterion": inputs.mask.header.criterion,
         "unscored parameters": tune.unscored,
         "routers": tune.router or tune.unscored,
         "rows": f"{len(rows.sequences):,} of {tune.data.path} ({rows.columns})",

@@ -98,7 +98,7 @@ class TuneRun(StageRun[TuningInputs]):
     def _log_inputs(self, same_weights: bool) -> None:
         inputs, tracker = self.inputs, self.tracker
         mask, benign = inputs.mask, inputs.benign
-        tracker.log(f"mask: {mask.k:,} weights by {mask.metadata.get('criterion')}, {inputs.trained.total:,} train")
+        tracker.log(f"mask: {mask.k:,} weights by {mask.header.criterion}, {inputs.trained.total:,} train")
         if not same_weights:
             tracker.log("mask: made from OTHER weights of the same shapes, as --allow-fingerprint-mismatch allows")
         for name, rows in (("rows", inputs.rows), ("benign rows", benign)):
