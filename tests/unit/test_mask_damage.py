@@ -1,4 +1,4 @@
-"""Masks and scores that are damaged, foreign or false: every tool says so, and nothing is written (docs/design.md §7)."""
+"""Masks and scores that are damaged, foreign or false: every tool says so and writes nothing (docs/design.md §7)."""
 
 from __future__ import annotations
 
