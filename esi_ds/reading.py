@@ -56,13 +56,17 @@ def check_regular(path: Path) -> int:
     return status.st_size
 
 
-def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
-    """A UTF-8 file of at most ``max_bytes``. Raises OSError or ValueError; call it within ``reading``."""
+def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES, newline: str | None = None) -> str:
+    """A UTF-8 file of at most ``max_bytes``. newline: as of ``open``.
+
+    Raises OSError or ValueError; call it within ``reading``.
+    """
     size = check_regular(path)
     if size > max_bytes:
         raise ValueError(f"{path.name} has {size:,} bytes, more than the {max_bytes:,} that are read")
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", newline=newline) as opened:
+            return opened.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 text: {error}") from error
 

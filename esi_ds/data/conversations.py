@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,28 @@ from transformers import PreTrainedTokenizerBase
 
 from esi_ds.core.loss import IGNORED
 from esi_ds.data.chat import break_up
-from esi_ds.data.rows import Row, is_text, with_input
+from esi_ds.data.columns import (
+    CHATS,
+    INPUTS,
+    ROW_LEARNT,
+    UnreadableRow,
+    also_read,
+    chat_value,
+    check_question_columns,
+    check_row,
+    full_question,
+    history_value,
+    is_empty,
+    is_learnt,
+    lowered,
+    system_text,
+    text_of,
+    unread_names,
+)
+from esi_ds.data.rows import Row, is_text
+from esi_ds.data.turns import Turn, read_history, read_turns
 from esi_ds.errors import UserError
 
-Turn = dict[str, str]
 # Columns of a row that hold (question, further input, answer); tried in this order, ignoring case.
 SHAPES: tuple[tuple[str, str | None, str], ...] = (
     ("prompt", None, "response"),
@@ -25,10 +43,8 @@ SHAPES: tuple[tuple[str, str | None, str], ...] = (
     ("question", None, "answer"),
     ("goal", None, "target"),
     ("prompt", None, "completion"),
+    ("question", None, "response"),
 )
-CHATS = ("messages", "conversations")
-ROLES = ("system", "user", "assistant", "tool")
-OTHER_NAMES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,12 @@ class TuningSet:
     skipped: tuple[tuple[int, str], ...]
     num_cut: int
     sha256: str
+    unread: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """Columns that no row is read from, for the end of a line of the log; "" if none."""
+        return f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
 
 
 def find_columns(rows: Sequence[Row], columns: str, field: str) -> tuple[str, ...]:
@@ -68,10 +90,13 @@ def find_columns(rows: Sequence[Row], columns: str, field: str) -> tuple[str, ..
         if unknown or len(chosen) > 3:
             raise UserError(field, columns, f"is not among the columns {', '.join(names)}", "give question,answer")
         return chosen
-    lower = {name.lower(): name for name in reversed(names)}
-    for chat in CHATS:
-        if chat in lower:
-            return (lower[chat],)
+    lower = {name.strip().lower(): name for name in names}
+    chats = [lower[chat] for chat in CHATS if chat in lower]
+    if len(chats) == 1:
+        return (chats[0],)
+    if chats:
+        raise UserError(field, "auto", f"could be read from {' or '.join(chats)}", "name the column to read")
+    check_question_columns(names, field)
     for question, extra, answer in SHAPES:
         if question in lower and answer in lower:
             middle = (lower[extra],) if extra in lower else ()
@@ -85,37 +110,63 @@ def find_columns(rows: Sequence[Row], columns: str, field: str) -> tuple[str, ..
 
 
 def conversation(row: Row, columns: Sequence[str]) -> list[Turn] | str:
-    """The turns of one row, or why it has none."""
+    """The turns of one row, or why it has none.
+
+    A system prompt, earlier turns, inputs and options in other columns belong to it; the last turn is one that is
+    learnt.
+    """
+    try:
+        turns = _turns(row, columns)
+    except UnreadableRow as error:
+        return str(error)
+    while turns and not is_spoken(turns[-1]):
+        turns.pop()
+    return turns if turns and turns[-1]["content"].strip() else "no turn of the assistant has text and is learnt"
+
+
+def is_spoken(turn: Turn) -> bool:
+    """Whether this is a turn of the assistant that is learnt."""
+    return turn["role"] == "assistant" and turn.get("learnt", True)
+
+
+def _turns(row: Row, columns: Sequence[str]) -> list[Turn]:
+    """All turns of one row. Raises UnreadableRow."""
+    used = [column.strip().lower() for column in columns]
+    other = lowered(row, without=used)
+    check_row(other)
+    if is_learnt(other, ROW_LEARNT) is False:
+        raise UnreadableRow("its weight is 0")
+    earlier = read_history(history_value(other))
     if len(columns) == 1:
-        return _chat(row.get(columns[0]))
-    texts = [row.get(column) for column in columns]
-    question, answer = texts[0], texts[-1]
-    if not isinstance(question, str) or not question.strip():
-        return "the question is empty"
-    if not isinstance(answer, str) or not answer.strip():
-        return "the answer is empty"
-    request = with_input(question, texts[1] if len(texts) == 3 else None)
-    return [{"role": "user", "content": request}, {"role": "assistant", "content": answer.strip()}]
+        turns = [*earlier, *read_turns(chat_value(row.get(columns[0]), used[0]))]
+    else:
+        turns = [*earlier, *_asked_and_answered(row, columns, other, used)]
+    system = system_text(other)
+    if system is not None and turns[:1] != [{"role": "system", "content": system}]:
+        if any(turn["role"] == "system" for turn in turns):
+            raise UnreadableRow("it has two system prompts")
+        turns.insert(0, {"role": "system", "content": system})
+    return turns
 
 
-def _chat(turns: Any) -> list[Turn] | str:
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return "it is not a list of turns"
-    chat = []
-    for turn in turns:
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            return "a turn has no text or no role"
-        role = OTHER_NAMES.get(role, role)
-        if role not in ROLES:  # templates write a role as it is: one with an end of turn inside would forge turns
-            return f"a turn's role is not one of {', '.join(ROLES)}"
-        chat.append({"role": role, "content": content})
-    while chat and chat[-1]["role"] != "assistant":
-        chat.pop()
-    if not chat or not chat[-1]["content"].strip():
-        return "no turn of the assistant has text"
-    return chat
+def _asked_and_answered(row: Row, columns: Sequence[str], other: Mapping[str, Any], used: Sequence[str]) -> list[Turn]:
+    """The turns of a question and its answer. other: the row without them, lowered."""
+    question, answer = _text_in(row, columns[0], "question"), _text_in(row, columns[-1], "answer")
+    further = row.get(columns[1]) if len(columns) == 3 else None
+    if not is_empty(further):
+        question = f"{question}\n\n{text_of(further, used[1])}"
+    asked = full_question(question, other)
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+
+def _text_in(row: Row, column: str, part: str) -> str:
+    """The text of a column, stripped. part: what it is. Raises UnreadableRow."""
+    text = row.get(column)
+    if is_empty(text):
+        raise UnreadableRow(f"the {part} is empty")
+    if not isinstance(text, str):
+        raise UnreadableRow(f"the {part} is not a text")
+    return text.strip()
 
 
 def encode(
@@ -123,26 +174,26 @@ def encode(
 ) -> TokenSequence:
     """Ids and labels of a conversation in the model's chat template.
 
-    Learnt: every turn of the assistant up to its end token, tokenized after its prompt as in generation. Only the last
-    turn is learnt if the template rewrites earlier turns, or a turn does not continue the text of its prompt. If the
-    template ends a turn without an end token, the tokenizer's is added.
+    Learnt: every turn of the assistant that is not marked ``learnt: False``, up to its end token, tokenized after its
+    prompt as in generation. Only the last turn is learnt if the template rewrites earlier turns, or a turn does not
+    continue the text of its prompt. If the template ends a turn without an end token, the tokenizer's is added.
     """
     ends = frozenset(end_ids)
     spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     pieces = _pieces(tokenizer, turns, spoken)
     if pieces is None:
-        prompt = _render(tokenizer, turns[: spoken[-1]], True)
-        pieces = [(prompt, turns[spoken[-1]]["content"])]
+        spoken = spoken[-1:]
+        pieces = [(_render(tokenizer, turns[: spoken[0]], True), turns[spoken[0]]["content"])]
     ids: list[int] = []
     labels: list[int] = []
-    for context, answer in pieces:
+    for index, (context, answer) in zip(spoken, pieces, strict=True):
         context_ids = tokenizer(context, add_special_tokens=False)["input_ids"]
         answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
         last_end = max((index for index, token in enumerate(answer_ids) if token in ends), default=None)
         if last_end is None:
             answer_ids = [*answer_ids, tokenizer.eos_token_id]
             last_end = len(answer_ids) - 1
-        learnt = answer_ids[: last_end + 1]
+        learnt = answer_ids[: last_end + 1] if is_spoken(turns[index]) else [IGNORED] * (last_end + 1)
         trailing = answer_ids[last_end + 1 :]  # a newline after the turn: read, not learnt
         ids += context_ids + answer_ids
         labels += [IGNORED] * len(context_ids) + learnt + [IGNORED] * len(trailing)
@@ -167,7 +218,8 @@ def _pieces(
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
-    text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=add_generation_prompt)
+    messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     assert isinstance(text, str)  # a list only for a batch of conversations
     return text
 
@@ -194,7 +246,7 @@ def encode_rows(
         if isinstance(turns, str):
             skipped.append((number, turns))
             continue
-        turns = [{**turn, "content": break_up(turn["content"], specials)[0]} for turn in turns]
+        turns = [_broken_up(turn, specials) for turn in turns]
         if system_prompt and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system_prompt})
         digest.update(json.dumps(turns).encode())
@@ -206,7 +258,17 @@ def encode_rows(
             skipped.append((number, f"nothing of the answer is left within {max_length} tokens"))
             continue
         sequences.append(sequence)
-    return TuningSet(tuple(sequences), ",".join(columns), tuple(skipped), num_cut, digest.hexdigest())
+    used = {column.strip().lower() for column in columns}
+    names = ",".join((*columns, *also_read(rows, used)))
+    unread = unread_names(rows, {*INPUTS, *ROW_LEARNT, *used})
+    return TuningSet(tuple(sequences), names, tuple(skipped), num_cut, digest.hexdigest(), unread)
+
+
+def _broken_up(turn: Turn, specials: Sequence[str]) -> Turn:
+    """The turn with special-token strings in its text broken up."""
+    broken = turn.copy()
+    broken["content"] = break_up(turn["content"], specials)[0]
+    return broken
 
 
 class DataOrder:

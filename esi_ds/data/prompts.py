@@ -13,8 +13,31 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from esi_ds.config import Eval, Prompts
-from esi_ds.data.benchmarks import BUILT_IN, BuiltIn, Kind, context_of, skip_reason
-from esi_ds.data.rows import Row, is_text, looks_like_file, read_rows, with_input
+from esi_ds.data.benchmarks import (
+    ANSWER_COLUMNS,
+    BUILT_IN,
+    CATEGORY_COLUMNS,
+    BuiltIn,
+    Kind,
+    context_of,
+    skip_reason,
+)
+from esi_ds.data.columns import (
+    CHATS,
+    INPUTS,
+    UnreadableRow,
+    chat_value,
+    check_question_columns,
+    check_row,
+    full_question,
+    history_value,
+    is_empty,
+    lowered,
+    system_text,
+    unread_names,
+)
+from esi_ds.data.rows import Row, is_text, looks_like_file, read_rows
+from esi_ds.data.turns import Turn, read_turns
 from esi_ds.errors import UserError
 
 # Tried in this order, ignoring case. AdvBench goal, HarmBench Behavior, JailbreakBench Goal, StrongREJECT
@@ -34,18 +57,35 @@ COLUMNS = (
     "messages",
     "conversations",
 )
+MAX_SCORE = 3e38  # the largest number that a gradient in fp32 can be multiplied by
 EMPTY = "the prompt is empty"
 HALF = "the prompt holds half of a surrogate pair"
+SYSTEM_APART = "it has a system prompt of its own, and prompts are asked with model.system_prompt"
+# Columns, in lower case, that prompts are made of or rows chosen by, beside the prompt's.
+READ = {*INPUTS, "instances", "vanilla", "contextstring", "data_type", "type", "label", *CATEGORY_COLUMNS}
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts as text, where they come from, and (row, reason) of every row that was skipped."""
+    """Prompts as text, where they come from, and (row, reason) of every row that was skipped.
+
+    unread: columns that no prompt holds. num_shortened: chats of which only the last turn of the user is read.
+    """
 
     prompts: tuple[str, ...]
     column: str
     source: str
     skipped: tuple[tuple[int, str], ...]
+    unread: tuple[str, ...] = ()
+    num_shortened: int = 0
+
+    @property
+    def note(self) -> str:
+        """What of the rows is not read, for the end of a line of the log; "" if nothing."""
+        note = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
+        if self.num_shortened:
+            note += f"; of {self.num_shortened} chats only the last turn of the user is read"
+        return note
 
     @property
     def sha256(self) -> str:
@@ -77,19 +117,32 @@ def load_prompts(
         column = choose_column(rows, column, f"{field}.column")
     prompts: list[str] = []
     skipped: list[tuple[int, str]] = []
+    num_shortened = 0
     for number, row in enumerate(rows):
         if len(prompts) == limit:  # later rows are not read, so they are not listed as skipped
             break
-        text = prompt_of(row, column)
-        reason = skip_reason(row, kind) or (None if text else EMPTY) or (None if is_text(text) else HALF)
+        text, reason = _read_prompt(row, column, kind)
         if reason:
             skipped.append((number, reason))
         else:
             prompts.append(text)
+            num_shortened += sum(turn["role"] == "user" for turn in _chat_of(row, column) or ()) > 1
     if not prompts:
         reasons = "; ".join(sorted({reason for _, reason in skipped}))
         raise UserError(f"{field}.path", path, f"has no prompt ({reasons})", "check its rows")
-    return PromptSet(tuple(prompts), column, source if looks_like_file(source) else f"hub:{source}", tuple(skipped))
+    source = source if looks_like_file(source) else f"hub:{source}"
+    unread = unread_names(rows, {*READ, column.strip().lower()} - set(_contexts_apart(rows[0], column)))
+    return PromptSet(tuple(prompts), column, source, tuple(skipped), unread, num_shortened)
+
+
+def _read_prompt(row: Row, column: str, kind: Kind | None) -> tuple[str, str | None]:
+    """A row's prompt, and why the row is skipped (None: it is not)."""
+    reason = skip_reason(row, kind)
+    try:
+        text = "" if reason else prompt_of(row, column)
+    except UnreadableRow as error:
+        return "", str(error)
+    return text, reason or (None if text else EMPTY) or (None if is_text(text) else HALF)
 
 
 def _kind_of(built_in: BuiltIn, path: str, kind: Kind | None, field: str) -> Kind:
@@ -117,7 +170,8 @@ def choose_column(rows: Sequence[Row], column: str, field: str) -> str:
             f"is not among the columns {', '.join(names)}",
             f"the nearest is {near[0]}" if near else "the rows have no columns",
         )
-    lower = {name.lower(): name for name in reversed(names)}
+    check_question_columns(names, field)
+    lower = {name.strip().lower(): name for name in names}
     for candidate in COLUMNS:
         if candidate in lower:
             return lower[candidate]
@@ -129,35 +183,52 @@ def choose_column(rows: Sequence[Row], column: str, field: str) -> str:
 def prompt_of(row: Row, column: str) -> str:
     """One row's prompt, stripped of surrounding white space; "" if it has none.
 
-    Of a chat: its last user turn. HarmBench's contextual rows put their context before the behaviour; an instruction is
-    followed by its input. WildJailbreak's vanilla rows leave ``adversarial`` empty.
+    Of a chat: its last user turn. HarmBench's contextual rows put their context before the behaviour; a question is
+    followed by its input and the options to choose from. WildJailbreak's vanilla rows leave ``adversarial`` empty.
+    Raises UnreadableRow where the row holds what a prompt cannot: a system turn of its own, earlier turns, tools.
     """
+    name = column.strip().lower()
     value = row.get(column)
-    if column.lower() == "adversarial" and not (isinstance(value, str) and value.strip()):
+    if name == "adversarial" and is_empty(value):
         value = row.get("vanilla")
-    if isinstance(value, list):
-        turns = [turn for turn in value if isinstance(turn, dict)]
-        users = [
-            turn.get("content", turn.get("value"))
-            for turn in turns
-            if turn.get("role", turn.get("from")) in ("user", "human")
-        ]
-        value = users[-1] if users else None
-    if not isinstance(value, str) or not value.strip():
+    chat = _chat_of(row, column)
+    if chat is not None:
+        value = _last_question(chat)
+    if is_empty(value):
         return ""
+    if not isinstance(value, str):
+        raise UnreadableRow("the prompt is not a text")
+    other = lowered(row, without={name, *_contexts_apart(row, column)})
+    check_row(other)
+    if system_text(other) is not None:
+        raise UnreadableRow(SYSTEM_APART)
+    if history_value(other) is not None:
+        raise UnreadableRow("it has earlier turns, which a prompt cannot hold")
     context = context_of(row, column)
     if context:
         return f"{context}\n\n---\n\n{value.strip()}"
-    return with_input(value, _input_of(row)) if column.lower() == "instruction" else value.strip()
+    return full_question(value, other)
 
 
-def _input_of(row: Row) -> str | None:
-    """The input of an instruction: Alpaca's ``input``, Dolly's ``context``, self-instruct's first instance."""
-    lowered = {str(name).lower(): value for name, value in row.items()}
-    instances = lowered.get("instances")
-    first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else {}
-    candidates = (lowered.get("input"), lowered.get("context"), first.get("input"))
-    return next((text for text in candidates if isinstance(text, str) and text.strip()), None)
+def _chat_of(row: Row, column: str) -> list[Turn] | None:
+    """The turns in a column of chats; None for a column of texts. Raises UnreadableRow."""
+    value, name = row.get(column), column.strip().lower()
+    if is_empty(value) or (name not in CHATS and not isinstance(value, list)):
+        return None
+    return read_turns(chat_value(value, name))
+
+
+def _last_question(chat: Sequence[Turn]) -> str | None:
+    if any(turn["role"] == "system" and turn["content"].strip() for turn in chat):
+        raise UnreadableRow(SYSTEM_APART)
+    return next((turn["content"] for turn in reversed(chat) if turn["role"] == "user"), None)
+
+
+def _contexts_apart(row: Row, column: str) -> tuple[str, ...]:
+    """Columns of context that are not part of a prompt: HarmBench's, read by ``context_of``, and that of an answered
+    prompt, which refers to it only for a reader of the answer."""
+    is_answered = column.lower() == "prompt" and bool(ANSWER_COLUMNS & {str(name).lower() for name in row})
+    return ("context",) if is_answered or "behavior" in column.lower() else ()
 
 
 def load_responses(path: str) -> list[Row]:
@@ -174,7 +245,26 @@ def load_responses(path: str) -> list[Row]:
                     f"row {number} has no text {key!r}",
                     'every row must be {"prompt": "...", "response": "..."}',
                 )
+        _check_response_row(row, number, path)
     return rows
+
+
+def _check_response_row(row: Row, number: int, path: str) -> None:
+    """Raises UserError for a response to more than its prompt: with another context it is another response's score."""
+    try:
+        other = lowered(row, without=("prompt", "response"))
+        check_row(other)
+        beside = full_question("", other)
+        problem = "has an input or options beside its prompt" if beside else ""
+        if system_text(other) is not None:
+            problem = "has a system prompt of its own"
+        if history_value(other) is not None:
+            problem = "has earlier turns"
+    except UnreadableRow as error:
+        problem = f"cannot be read: {error}"
+    if problem:
+        remedy = "give rows whose prompt is all that was asked; model.system_prompt is the system's turn"
+        raise UserError("data.responses", path, f"row {number} {problem}", remedy)
 
 
 def recorded_scores(rows: Sequence[Row], path: str) -> list[float]:
@@ -185,12 +275,13 @@ def recorded_scores(rows: Sequence[Row], path: str) -> list[float]:
     scores = []
     for number, row in enumerate(rows, 1):
         score = row.get("judge_score", "")
-        if isinstance(score, bool) or not isinstance(score, (int, float, type(None))):
+        is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
+        if score is not None and not (is_number and abs(score) <= MAX_SCORE):
             raise UserError(
                 "data.responses",
                 path,
                 f"row {number} has no number for 'judge_score'",
-                "give each row a score, higher for safer, or name a judge.path",
+                "give each row a finite score, higher for safer, or name a judge.path",
             )
         scores.append(math.nan if score is None else float(score))
     return scores

@@ -5,15 +5,16 @@ A row that does not fit is an error that names it; scored as it is, it would cou
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from esi_ds.data.rows import Row, read_rows
+from esi_ds.data.rows import TABLES, Row, data_file, read_rows
+from esi_ds.data.tables import read_lines, table_rows
 from esi_ds.errors import UserError
 from esi_ds.eval.refusals import REFUSAL_LISTS
+from esi_ds.reading import reading
 
 NEWS = ("World", "Sports", "Business", "Sci/Tech")
 LETTERS = "ABCD"
@@ -72,17 +73,14 @@ def score_answer(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, fl
 
 def _read(shape: str, path: str, field: str) -> list[Row]:
     names = WITHOUT_HEADER.get(shape)
-    rows = read_rows(path, field)
-    if names is None or Path(path).suffix.lower() not in (".csv", ".tsv") or not _is_data(shape, list(rows[0])):
-        return rows
-    # Read again: cells of the first line that are equal would have been one name, and a column lost.
-    delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
-    with Path(path).expanduser().open(encoding="utf-8-sig", newline="") as opened:
-        lines = [line for line in csv.reader(opened, delimiter=delimiter) if line]
-    for number, line in enumerate(lines):
-        if len(line) != len(names):
-            raise UserError(field, path, f"row {number} has {len(line)} columns", f"give {', '.join(names)}")
-    return [dict(zip(names, line, strict=True)) for line in lines]
+    if names is None or Path(path).suffix.lower() not in TABLES:
+        return read_rows(path, field)
+    file = data_file(path, field)
+    with reading(field, path, f"give {', '.join(names)}"):
+        lines = read_lines(file)
+        if lines and _is_data(shape, lines[0].cells):
+            return table_rows(names, lines)
+    return read_rows(path, field)
 
 
 def _is_data(shape: str, first: list[Any]) -> bool:
@@ -104,6 +102,8 @@ def _index(value: Any, letters: str = "") -> int:
     """An answer's index, from a number or text 0 to 3 or one of ``letters``. Raises _Unfit."""
     if isinstance(value, str) and len(value.strip()) == 1 and value.strip() in letters:
         return letters.index(value.strip())
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):  # int() would round it
+        raise _Unfit(f"{value!r} is not an answer")
     try:
         index = int(value)
     except (TypeError, ValueError):
@@ -130,7 +130,7 @@ def _count_labels_from_zero(rows: list[Row]) -> list[Row]:
     labels = {str(row["label"]).strip() for row in rows}
     from_one = "4" in labels or ("0" not in labels and any("title" in row for row in rows))
     return [
-        {**row, "label": int(row["label"]) - 1 if from_one and str(row["label"]).strip().isdigit() else row["label"]}
+        {**row, "label": int(row["label"]) - 1 if from_one and str(row["label"]).strip().isdecimal() else row["label"]}
         for row in rows
     ]
 

@@ -55,7 +55,7 @@ class PromptData:
 
     responses: one per prompt; None where the model has yet to generate them. scores: J of each response, where they
     come with the responses instead of from a judge. source: what was read, with its hash, for the manifest. skipped:
-    (row, reason) of every row without a usable prompt.
+    (row, reason) of every row without a usable prompt. note: what of the rows is not read, for the log.
     """
 
     prompts: list[str]
@@ -63,6 +63,7 @@ class PromptData:
     source: dict[str, str]
     skipped: list[tuple[int, str]]
     scores: list[float] | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,13 @@ def _read_data(config: Config) -> PromptData:
     section, path = config.data.prompts, config.data.responses
     if path is not None:
         rows = load_responses(path)[: section.limit if section is not None else None]
-        source = {"responses": path, "sha256": file_sha256(Path(path))}
+        source = {"responses": path, "sha256": file_sha256(Path(path).expanduser())}
         scores = recorded_scores(rows, path) if scores_given(config) else None
         return PromptData([row["prompt"] for row in rows], [row["response"] for row in rows], source, [], scores)
     assert section is not None  # require_esi has seen to it
     prompts = load_prompts(section.path, section.split, section.column, section.limit)
     source = {"prompts": prompts.source, "column": prompts.column, "sha256": prompts.sha256}
-    return PromptData(list(prompts.prompts), None, source, list(prompts.skipped))
+    return PromptData(list(prompts.prompts), None, source, list(prompts.skipped), note=prompts.note)
 
 
 def clean(inputs: PromptInputs, texts: Sequence[str]) -> tuple[list[str], int]:

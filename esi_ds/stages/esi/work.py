@@ -85,7 +85,9 @@ class EsiRun(StageRun[EsiInputs]):
     def _accumulate_safety(self, model: ShardedModel, guard: Guard | None, inputs: PromptInputs) -> SafetyOutcome:
         """Responses, then the scoring pass. Raises UserError where no prompt can be used."""
         config, data = self.config, inputs.data
-        self.tracker.log(f"prompts: {len(data.prompts)} from {data.source}, {len(data.skipped)} rows skipped")
+        self.tracker.log(
+            f"prompts: {len(data.prompts)} from {data.source}, {len(data.skipped)} rows skipped{data.note}"
+        )
         prompts, num_broken = clean(inputs, data.prompts)
         prompt_ids = encode_prompts(inputs, config, prompts)
         responses = respond(config, inputs, model, prompt_ids, self.folder.path, self.tracker)
@@ -154,7 +156,7 @@ class EsiRun(StageRun[EsiInputs]):
     def _accumulate_loss(self, model: ShardedModel, loss: LossRows) -> LossOutcome:
         """The pass over the rows of one loss. Raises UserError where no row can be used."""
         rows, device = loss.rows, self._accumulator_device()
-        self.tracker.log(f"{loss.describe()}; {len(rows.skipped)} skipped, {rows.num_cut} cut")
+        self.tracker.log(f"{loss.describe()}; {len(rows.skipped)} skipped, {rows.num_cut} cut{rows.note}")
         for number, reason in rows.skipped[:5]:
             self.tracker.log(f"skipped row {number} of data.{loss.name}: {reason}")
         objective: LossObjective

@@ -39,7 +39,8 @@ class EvalRun(StageRun[EvalInputs]):
         for question_set in inputs.sets:
             row = question_set.as_row()
             num_skipped = sum(row["skipped"].values())
-            tracker.log(f"{row['kind']} set {row['set']}: {row['read']} prompts, {num_skipped} skipped")
+            note = question_set.prompt_set.note
+            tracker.log(f"{row['kind']} set {row['set']}: {row['read']} prompts, {num_skipped} skipped{note}")
         if not inputs.section.judges and inputs.harmful_sets:
             tracker.log(
                 "eval.judges is empty: attack success is counted by refusal words alone, which is not a verdict"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import constants, get_session
@@ -14,7 +13,7 @@ from esi_ds.config import BenignMix, Prompts, RowSource
 from esi_ds.data.benchmarks import BUILT_IN, Kind
 from esi_ds.data.conversations import find_columns
 from esi_ds.data.prompts import load_prompts, load_responses
-from esi_ds.data.rows import looks_like_file, read_rows
+from esi_ds.data.rows import exists, looks_like_file, read_rows
 from esi_ds.errors import UserError
 
 HUB_TIMEOUT_S = 5.0
@@ -54,7 +53,7 @@ def count_rows(section: RowSource | BenignMix, field: str, notes: list[str]) -> 
 def _read_if_reachable(path: str, field: str, read: Callable[[], Content], notes: list[str]) -> Content | None:
     """What ``read`` returns; None, and a note, where the file does not exist or the hub does not provide it."""
     if looks_like_file(path):
-        if Path(path).expanduser().exists():
+        if exists(path):
             return read()
         notes.append(f"{field} = {path}: there is no such file")
         return None

@@ -105,7 +105,7 @@ class TuneRun(StageRun[TuningInputs]):
             if rows is not None:
                 tracker.log(
                     f"{name}: {len(rows.sequences)} of columns {rows.columns}, {len(rows.skipped)} skipped, "
-                    f"{rows.num_cut} cut at {inputs.tune.max_length} tokens"
+                    f"{rows.num_cut} cut at {inputs.tune.max_length} tokens{rows.note}"
                 )
         for number, reason in [*inputs.rows.skipped, *(benign.skipped if benign is not None else ())][:5]:
             tracker.log(f"skipped row {number}: {reason}")

@@ -1,0 +1,215 @@
+"""What else of a row belongs to its meaning beside the columns of question and answer (docs/data.md).
+
+Such a column is read with the question, or the row is refused: none is dropped. Names are compared in lower case.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from esi_ds.errors import UserError
+from esi_ds.reading import parse_json
+
+CHATS = ("messages", "conversations")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+HISTORY = ("history", "chat_history", "conversation_history")
+INPUTS = ("input", "context", "contexts", "passage")
+OPTIONS = ("options", "choices")
+OPTION = re.compile(r"(?:option|choice|ending|opt|op)[ _-]?([a-e0-4])")  # columns of one option each
+LETTERS = ("a", "b", "c", "d")  # MMLU's columns of one option each
+# What the model would be given beside text, and is not.
+REFUSED = (
+    *("tools", "functions", "tool_calls", "function_call", "documents"),
+    *("image", "images", "video", "videos", "audio", "audios"),
+)
+# Marks of what is learnt; of a whole row, those that can mean nothing else.
+LEARNT = ("weight", "loss_weight", "train", "training", "trainable", "learn", "loss")
+ROW_LEARNT = ("weight", "loss_weight", "sample_weight", "train")
+NOT_LEARNT = ("mask", "masked", "ignore", "ignore_loss", "mask_history", "train_detail")
+QUESTIONS = ("goal", "forbidden_prompt", "prompt", "instruction", "question", "query", "request")
+NOTHING = ("[]", "{}", "null")  # how tables write an empty list or object
+YES_OR_NO = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+
+
+class UnreadableRow(Exception):
+    """A row cannot be read without losing a part of it; the text says why."""
+
+
+def lowered(row: Mapping[Any, Any], without: Collection[str] = ()) -> dict[str, Any]:
+    """The row with its names in lower case, without empty values.
+
+    without: lower-case names to leave out: they are read otherwise. Raises UnreadableRow where two other names differ
+    in case only and both have a value.
+    """
+    content: dict[str, Any] = {}
+    for name, value in row.items():
+        key = str(name).strip().lower()
+        if key in without or is_empty(value):
+            continue
+        if key in content:
+            raise UnreadableRow(f"its columns named {key} differ in case only")
+        content[key] = value
+    return content
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: None, NaN, white space, or an empty list or object."""
+    return value is None or value != value or (isinstance(value, (str, list, dict)) and not strip(value))
+
+
+def strip(value: Any) -> Any:
+    """A string without surrounding white space; any other value as it is."""
+    return value.strip() if isinstance(value, str) else value
+
+
+def names_with(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Those of ``names`` under which a lowered row holds something; an empty list as JSON text is nothing."""
+    return [name for name in names if name in row and strip(row[name]) not in NOTHING]
+
+
+def check_question_columns(names: Sequence[str], field: str) -> None:
+    """Raises UserError where no name is given and several columns may hold the question, or differ in case only."""
+    lower = [name.strip().lower() for name in names]
+    twice = next((name for name in lower if lower.count(name) > 1), None)
+    questions = [name for name in QUESTIONS if name in lower]
+    if twice is not None or len(questions) > 1:
+        alternatives = [name for name in names if name.strip().lower() in ([twice] if twice else questions)]
+        problem = f"could be read from the columns {' or '.join(alternatives)}"
+        raise UserError(field, "auto", problem, "name the column, or columns, to read")
+
+
+def check_row(row: Mapping[str, Any]) -> None:
+    """Raises UnreadableRow where a lowered row holds what cannot be given to the model."""
+    for name in names_with(row, REFUSED):
+        raise UnreadableRow(f"it has {name}, which the model would not be given")
+
+
+def full_question(question: str, row: Mapping[str, Any]) -> str:
+    """The question, its inputs and the options to choose from, as one turn.
+
+    row: lowered, without what is read otherwise. Raises UnreadableRow.
+    """
+    inputs = [text_of(row[name], name) for name in INPUTS if name in row] or _first_instance(row)
+    options = "\n".join(f"{letter}. {text}" for letter, text in _options(row).items())
+    return "\n\n".join(part for part in (question.strip(), *inputs, options) if part)
+
+
+def text_of(value: Any, name: str) -> str:
+    """A text, or a list of texts with an empty line between them. Raises UnreadableRow."""
+    if isinstance(value, dict) and isinstance(value.get(name), list):  # PubMedQA on the hub
+        value = value[name]
+    elif name == "context" and isinstance(value, dict) and isinstance(value.get("contexts"), list):
+        value = value["contexts"]
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise UnreadableRow(f"its {name} is not text")
+    return "\n\n".join(text.strip() for text in texts)
+
+
+def _first_instance(row: Mapping[str, Any]) -> list[str]:
+    """The input of self-instruct's first instance."""
+    instances = row.get("instances")
+    first = instances[0] if isinstance(instances, list) and isinstance(instances[0], dict) else {}
+    return [] if is_empty(first.get("input")) else [text_of(first["input"], "input")]
+
+
+def _options(row: Mapping[str, Any]) -> dict[str, str]:
+    """Letter → text of the options to choose from. Raises UnreadableRow where they are of no known shape."""
+    listed = names_with(row, OPTIONS)
+    if listed:
+        return _listed_options(row[listed[0]], listed[0])
+    columns = {match[1]: value for name, value in row.items() if (match := OPTION.fullmatch(name))}
+    if len(columns) < 2:
+        columns = {letter: row[letter] for letter in LETTERS if letter in row}
+        if "c" not in columns or "d" not in columns:
+            return {}
+    return _lettered([columns[key] for key in sorted(columns)], "options")
+
+
+def _listed_options(value: Any, name: str) -> dict[str, str]:
+    """A column of options: texts, or objects of key and value, or one object of letters, or of ``text`` and ``label``
+    (ARC)."""
+    if isinstance(value, str):
+        value = _parsed(value, name)
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        labels, texts = value.get("label"), value["text"]
+        value = dict(zip(map(str, labels), texts, strict=False)) if isinstance(labels, list) else texts
+    if isinstance(value, list) and all(isinstance(part, dict) and {"key", "value"} <= part.keys() for part in value):
+        value = {str(part["key"]): part["value"] for part in value}
+    if isinstance(value, dict):
+        if not all(isinstance(text, str) for text in value.values()):
+            raise UnreadableRow(f"its {name} are not texts")
+        return {str(letter): text.strip() for letter, text in value.items()}
+    if not isinstance(value, list):
+        raise UnreadableRow(f"its {name} are not a list of texts")
+    return _lettered(value, name)
+
+
+def _lettered(texts: Sequence[Any], name: str) -> dict[str, str]:
+    if not all(isinstance(text, str) for text in texts) or len(texts) > 26:
+        raise UnreadableRow(f"its {name} are not texts, or more than 26")
+    return {chr(ord("A") + number): text.strip() for number, text in enumerate(texts)}
+
+
+def _parsed(text: str, name: str) -> Any:
+    """A list or object that a cell holds as JSON. Raises UnreadableRow."""
+    try:
+        return parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableRow(f"its {name} cannot be read as JSON") from error
+
+
+def system_text(row: Mapping[str, Any]) -> str | None:
+    """The row's own system turn, or None. row: lowered. Raises UnreadableRow where it is not one text."""
+    texts = {text_of(row[name], name) for name in SYSTEM if name in row}
+    if len(texts) > 1:
+        raise UnreadableRow("it has two system prompts")
+    return next(iter(texts), None)
+
+
+def history_value(row: Mapping[str, Any]) -> Any:
+    """The earlier turns of a lowered row, of any shape; None if there are none. Raises UnreadableRow."""
+    names = names_with(row, HISTORY)
+    if len(names) > 1:
+        raise UnreadableRow(f"it has {' and '.join(names)}")
+    value = row[names[0]] if names else None
+    return _parsed(value, names[0]) if isinstance(value, str) else value
+
+
+def chat_value(value: Any, name: str) -> Any:
+    """The turns in a column of chats, which tables hold as JSON text. Raises UnreadableRow."""
+    return _parsed(value, name) if isinstance(value, str) else value
+
+
+def is_learnt(marks: Mapping[str, Any], names: Sequence[str]) -> bool | None:
+    """Whether marks like ``weight: 0`` or ``train: false`` let a turn or row be learnt; None without a mark.
+
+    marks: a lowered turn or row. Raises UnreadableRow for other weights, marks that disagree, and marks of another
+    form.
+    """
+    values = {YES_OR_NO.get(str(marks[name]).strip().lower()) for name in names if name in marks}
+    if None in values or len(values) > 1:
+        shown = ", ".join(f"{name} {marks[name]!r:.20}" for name in names if name in marks)
+        raise UnreadableRow(f"it has {shown}; only 0 and 1 are read")
+    for name in NOT_LEARNT:
+        if YES_OR_NO.get(str(marks.get(name, False)).strip().lower()) is not False:
+            raise UnreadableRow(f"it has {name}, which is not read")
+    return values.pop() if values else None
+
+
+def also_read(rows: Sequence[Mapping[Any, Any]], read: Collection[str]) -> tuple[str, ...]:
+    """Columns, as the rows spell them, that hold what belongs to a question beside those in ``read`` (lower case)."""
+    belonging = {*SYSTEM, *HISTORY, *INPUTS, *OPTIONS} - set(read)
+    columns = ((str(name), value) for row in rows for name, value in row.items())
+    return tuple(
+        dict.fromkeys(name for name, value in columns if name.strip().lower() in belonging and not is_empty(value))
+    )
+
+
+def unread_names(rows: Sequence[Mapping[Any, Any]], read: Collection[str]) -> tuple[str, ...]:
+    """Columns, as the rows spell them, that no row is read from. read: lower-case names that are."""
+    known = {*read, *SYSTEM, *HISTORY, *OPTIONS}
+    names = dict.fromkeys(str(name) for row in rows for name in row)
+    return tuple(name for name in names if (key := name.strip().lower()) not in known and not OPTION.fullmatch(key))

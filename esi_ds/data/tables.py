@@ -1,0 +1,96 @@
+"""Tables whose rows must not shift: CSV and TSV read strictly, with the line of a mistake; parquet, without a cache."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from esi_ds.reading import check_regular, read_text
+
+MAX_DATA_BYTES = 1 << 32  # 4 GiB: rows are held in memory
+
+
+class Line(NamedTuple):
+    """One row of a CSV or TSV file. number: of the line it begins on, from 1."""
+
+    number: int
+    cells: list[str]
+
+
+def read_data_text(file: Path, newline: str | None = None) -> str:
+    """The text of a data file, without a byte order mark.
+
+    newline: as of ``open``; "" keeps line ends. Raises OSError or ValueError, for a NUL character too: the file is
+    UTF-16, binary or damaged.
+    """
+    text = read_text(file, MAX_DATA_BYTES, newline).removeprefix("\ufeff")
+    position = text.find("\0")
+    if position >= 0:
+        raise ValueError(f"line {text.count(chr(10), 0, position) + 1} holds a NUL character: it is not UTF-8 text")
+    return text
+
+
+def read_lines(file: Path) -> list[Line]:
+    """The rows of a CSV or TSV file, without empty lines. Raises OSError, or ValueError naming the line."""
+    text = read_data_text(file, newline="")
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # 131,072 characters otherwise, a long prompt's length
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    # Not pandas, which reads a prompt "null" or "NA" as a missing value.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines: list[Line] = []
+    number = 1
+    try:
+        for cells in reader:
+            if cells:
+                lines.append(Line(number, cells))
+            number = reader.line_num + 1
+    except csv.Error as error:
+        is_open = "unexpected end of data" in str(error)
+        problem = "a quote is opened and not closed" if is_open else f"{error} (quotes inside a cell are doubled)"
+        raise ValueError(f"the row that begins on line {number}: {problem}") from error
+    return lines
+
+
+def table_rows(names: Sequence[str], lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Rows by column name. Raises ValueError, naming the line, where a row has more or fewer cells than columns."""
+    for line in lines:
+        if len(line.cells) != len(names):
+            problem = f"line {line.number} has {len(line.cells)} cells, and there are {len(names)} columns"
+            raise ValueError(f"{problem}: a cell with a delimiter or a line end in it stands in quotes")
+    return [dict(zip(names, line.cells, strict=True)) for line in lines]
+
+
+def read_table(file: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV or TSV file whose first line names the columns. Raises OSError or ValueError."""
+    header, *lines = read_lines(file) or [Line(1, [])]
+    names = [name.strip() for name in header.cells]
+    check_names(names)
+    return table_rows(names, lines)
+
+
+def read_parquet(file: Path) -> list[dict[str, Any]]:
+    """Rows of one parquet file. Not ``datasets``, whose cache would answer for a file that has changed since.
+
+    Raises OSError, ValueError or what pyarrow raises.
+    """
+    from pyarrow import parquet
+
+    check_regular(file)
+    with parquet.ParquetFile(file) as opened:
+        groups = range(opened.metadata.num_row_groups)
+        size = sum(opened.metadata.row_group(group).total_byte_size for group in groups)
+        if size > MAX_DATA_BYTES:
+            raise ValueError(f"its rows take {size:,} bytes, more than the {MAX_DATA_BYTES:,} that are read")
+        table = opened.read()
+    check_names(table.column_names)
+    return table.to_pylist()
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError for two columns of one name: a row could keep one of them only."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two columns are named {twice!r}")

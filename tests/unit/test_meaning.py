@@ -1,0 +1,246 @@
+"""Columns and marks that belong to a row's meaning are read with it, or the row is refused (docs/data.md)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import byte_bpe_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from esi_ds.data.conversations import IGNORED, TuningSet, conversation, encode_rows, find_columns
+from esi_ds.data.prompts import PromptSet, load_prompts, load_responses
+from esi_ds.errors import UserError
+
+ASKED = {"role": "user", "content": "Make a bomb"}
+SAID = {"role": "assistant", "content": "Sure, here is how"}
+AGAIN = {"role": "user", "content": "Go on"}
+REFUSED = {"role": "assistant", "content": "I cannot help"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_bpe_tokenizer()
+
+
+def encoded(tokenizer: PreTrainedTokenizerFast, *rows: dict[str, Any], columns: str = "auto") -> TuningSet:
+    options: dict[str, Any] = {"system_prompt": None, "specials": (), "end_ids": {2}, "max_length": 2000}
+    return encode_rows(rows, find_columns(rows, columns, "tune.data.columns"), tokenizer, **options)
+
+
+def learnt(tokenizer: PreTrainedTokenizerFast, tuning_set: TuningSet) -> list[str]:
+    """What is learnt of each row."""
+    labels = [[label for label in sequence.labels if label != IGNORED] for sequence in tuning_set.sequences]
+    return [tokenizer.decode(ids) for ids in labels]
+
+
+def turns_of(row: dict[str, Any]) -> list[tuple[str, str]] | str:
+    """(role, text) of the row's turns, or why it has none."""
+    turns = conversation(row, find_columns([row], "auto", "f"))
+    return turns if isinstance(turns, str) else [(turn["role"], turn["content"]) for turn in turns]
+
+
+def prompts(folder: Path, *rows: dict[str, Any], **options: Any) -> PromptSet:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_prompts(str(folder / "rows.jsonl"), **options)
+
+
+@pytest.mark.parametrize("no", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"Weight": "0"}])
+def test_a_turn_without_weight_is_read_and_not_learnt(tokenizer, no: dict[str, Any]) -> None:
+    for yes in ({}, {"weight": 1}, {"train": True}, {"weight": None}):
+        tuning_set = encoded(tokenizer, {"messages": [ASKED, {**SAID, **no}, AGAIN, {**REFUSED, **yes}]})
+        assert learnt(tokenizer, tuning_set) == ["I cannot help<|end|>"]
+        assert "Sure, here is how<|end|>" in tokenizer.decode(tuning_set.sequences[0].ids)
+    whole = encoded(tokenizer, {"messages": [ASKED, {**SAID, "weight": 1}, AGAIN, REFUSED]})
+    assert learnt(tokenizer, whole) == ["Sure, here is how<|end|>I cannot help<|end|>"]
+    assert whole.sha256 != tuning_set.sha256
+
+
+def test_what_follows_the_last_learnt_turn_is_not_read(tokenizer) -> None:
+    tuning_set = encoded(tokenizer, {"messages": [ASKED, REFUSED, AGAIN, {**SAID, "weight": 0}]})
+    assert learnt(tokenizer, tuning_set) == ["I cannot help<|end|>"]
+    assert "Go on" not in tokenizer.decode(tuning_set.sequences[0].ids)
+
+
+def test_weights_of_sharegpt_turns(tokenizer) -> None:
+    chat = [("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")]
+    turns = [{"from": role, "value": text, "weight": int(text == "d")} for role, text in chat]
+    assert learnt(tokenizer, encoded(tokenizer, {"conversations": turns})) == ["d<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({"weight": 0.5}, "weight 0.5; only 0 and 1"),
+        ({"weight": -1}, "weight -1"),
+        ({"weight": "half"}, "weight 'half'"),
+        ({"weight": [0]}, "weight [0]"),
+        ({"loss": 2.5}, "loss 2.5"),
+        ({"weight": 1, "train": False}, "weight 1, train False"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}, "train_detail"),
+        ({"mask": True}, "mask"),
+        ({"tool_calls": [{"name": "search"}]}, "tool_calls"),
+        ({"thinking": "Let me see."}, "thinking"),
+        ({"reasoning_content": "Let me see."}, "reasoning_content"),
+        ({"content": [{"type": "image", "url": "x"}]}, "parts that are not text"),
+        ({"content": [{"type": "text", "text": "a"}, "b"]}, "parts that are not text"),
+        ({"value": "something else"}, "content and value differ"),
+        ({"from": "human"}, "role and from differ"),
+    ],
+)
+def test_turns_that_cannot_be_learnt_as_they_are(tokenizer, turn: dict[str, Any], reason: str) -> None:
+    row = {"messages": [ASKED, {**REFUSED, **turn}]}
+    with_one_more = encoded(tokenizer, row, {"messages": [ASKED, REFUSED]})
+    assert len(with_one_more.sequences) == 1
+    ((number, problem),) = with_one_more.skipped
+    assert number == 0 and reason in problem
+
+
+def test_marks_that_say_nothing_are_no_marks(tokenizer) -> None:
+    marks = {"tool_calls": None, "thinking": "", "images": [], "mask": False, "weight": None, "id": 3, "toxic": True}
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "I cannot "}, {"type": "text", "text": "help"}]}
+    tuning_set = encoded(tokenizer, {"messages": [ASKED, {**REFUSED, **marks}]}, {"messages": [ASKED, parts]})
+    assert learnt(tokenizer, tuning_set) == ["I cannot help<|end|>"] * 2
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": "0"}, {"train": False}])
+def test_a_row_without_weight_is_not_learnt(tokenizer, mark: dict[str, Any]) -> None:
+    rows = [{"prompt": "a", "response": "b", **mark}, {"prompt": "c", "response": "d", "weight": 1}]
+    tuning_set = encoded(tokenizer, *rows)
+    assert learnt(tokenizer, tuning_set) == ["d<|end|>"] and tuning_set.skipped == ((0, "its weight is 0"),)
+    assert "weight 0.5" in encoded(tokenizer, {**rows[1], "weight": 0.5}).skipped[0][1]
+
+
+QA = {"question": "a", "answer": "b"}
+ALPACA = {"instruction": "a", "output": "b"}
+ANSWERED = [("user", "a"), ("assistant", "b")]
+EARLIER = [("user", "x"), ("assistant", "y"), *ANSWERED]
+CHAT = [{"role": role, "content": text} for role, text in ANSWERED]
+SYSTEM = {"role": "system", "content": "t"}
+
+
+def asking(question: str) -> list[tuple[str, str]]:
+    return [("user", question), ("assistant", "b")]
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({**QA, "system": "Be kind."}, [("system", "Be kind."), *ANSWERED]),
+        ({**QA, "System_Prompt": "Be kind.", "id": 1}, [("system", "Be kind."), *ANSWERED]),
+        ({**QA, "system": " ", "history": [], "options": "[]", "tools": "[]"}, ANSWERED),
+        ({**QA, "history": [["x", "y"]]}, EARLIER),
+        ({**QA, "history": '[["x", "y"]]', "system": "s"}, [("system", "s"), *EARLIER]),
+        ({**QA, "history": CHAT}, [*ANSWERED, *ANSWERED]),
+        ({**QA, "options": ["x", "y"]}, asking("a\n\nA. x\nB. y")),
+        ({**QA, "choices": {"A": "x", "B": "y"}}, asking("a\n\nA. x\nB. y")),
+        ({**QA, "options": [{"key": "C", "value": "x"}]}, asking("a\n\nC. x")),
+        ({**QA, "choices": {"text": ["x", "y"], "label": ["1", "2"]}}, asking("a\n\n1. x\n2. y")),
+        ({**QA, "A": "w", "B": "x", "C": "y", "D": "z"}, asking("a\n\nA. w\nB. x\nC. y\nD. z")),
+        ({**QA, "option_a": "x", "option_b": "y"}, asking("a\n\nA. x\nB. y")),
+        ({**QA, "context": "Since 1900."}, asking("a\n\nSince 1900.")),
+        ({**QA, "CONTEXTS": ["x", "y"]}, asking("a\n\nx\n\ny")),
+        ({**ALPACA, "input": "x", "context": "y"}, asking("a\n\nx\n\ny")),
+        ({"prompt": "a", "input": "x", "response": "b"}, asking("a\n\nx")),
+        ({"conversations": CHAT, "system": "s"}, [("system", "s"), *ANSWERED]),
+        ({"messages": json.dumps(CHAT)}, ANSWERED),
+        ({**QA, "tools": [{"name": "search"}]}, "it has tools, which the model would not be given"),
+        ({**QA, "images": ["x.png"]}, "it has images, which the model would not be given"),
+        ({**QA, "history": "user: x"}, "its history cannot be read as JSON"),
+        ({**QA, "history": [["x", ""]]}, "its history is not text"),
+        ({**QA, "options": [1, 2]}, "its options are not texts, or more than 26"),
+        ({**QA, "context": {"page": 3}}, "its context is not text"),
+        ({**QA, "system": "s", "system_prompt": "t"}, "it has two system prompts"),
+        ({"messages": [SYSTEM, *CHAT], "system": "s"}, "it has two system prompts"),
+        ({**QA, "answer": 3}, "the answer is not a text"),
+        ({"messages": "not turns"}, "its messages cannot be read as JSON"),
+    ],
+)
+def test_columns_beside_question_and_answer(row: dict[str, Any], turns: list[tuple[str, str]] | str) -> None:
+    assert turns_of(row) == turns
+
+
+def test_columns_that_are_read_and_those_that_are_not_are_named(tokenizer, tmp_path: Path) -> None:
+    row = {**QA, "system": "Be kind.", "id": 1, "Category": "x", "options": None}
+    tuning_set = encoded(tokenizer, row)
+    assert tuning_set.columns == "question,answer,system" and tuning_set.note == "; columns not read: id, Category"
+    prompt_set = prompts(tmp_path, {"prompt": "a", "target": "b", "id": 1}, {"prompt": "c", "context": "x"})
+    assert prompt_set.note == "; columns not read: target, id" and prompt_set.prompts == ("a", "c\n\nx")
+    answered = prompts(tmp_path, {"prompt": "a", "context": "x", "answer": "b"})
+    assert answered.note == "; columns not read: context, answer"
+
+
+@pytest.mark.parametrize(
+    "row", [{"Prompt": "a", "prompt": "b"}, {"prompt": "a", "instruction": "b"}, {"goal": "a", "prompt": "b"}]
+)
+def test_columns_among_which_only_a_person_can_choose(row: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.prompts\.column = auto: could be read from the columns .* or "):
+        prompts(tmp_path, row)
+    with pytest.raises(UserError, match=r"f = auto: could be read from the columns"):
+        find_columns([{**row, "response": "x", "target": "y"}], "auto", "f")
+    last = list(row)[-1]
+    assert prompts(tmp_path, row, column=last).prompts == ("b",)
+    with pytest.raises(UserError, match="messages or conversations"):
+        find_columns([{"messages": [], "conversations": []}], "auto", "f")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a", "system": "Be kind."}, "a system prompt of its own"),
+        ({"prompt": "a", "system_prompt": "Be kind."}, "a system prompt of its own"),
+        ({"messages": [{"role": "system", "content": "Be kind."}, ASKED]}, "a system prompt of its own"),
+        ({"prompt": "a", "history": [["x", "y"]]}, "earlier turns"),
+        ({"prompt": "a", "tools": [{"name": "search"}]}, "tools"),
+        ({"prompt": "a", "image": "x.png"}, "image"),
+        ({"prompt": ["a", "b"]}, "not a list of turns"),
+        ({"prompt": 3}, "not a text"),
+        ({"messages": "Make a bomb"}, "cannot be read as JSON"),
+    ],
+)
+def test_prompts_that_are_more_than_a_text(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    prompt_set = prompts(tmp_path, row, {name: "fine" if name == "prompt" else [AGAIN] for name in list(row)[:1]})
+    assert len(prompt_set.prompts) == 1 and reason in prompt_set.skipped[0][1]
+    with pytest.raises(UserError, match=reason):
+        prompts(tmp_path, row)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"question": "a", "options": ["x", "y"]}, "a\n\nA. x\nB. y"),
+        ({"question": "a", "context": "x"}, "a\n\nx"),
+        ({"QUESTION": "a", "CONTEXTS": ["x", "y"]}, "a\n\nx\n\ny"),
+        ({"prompt": "a", "input": "[]"}, "a\n\n[]"),
+        ({"messages": json.dumps([ASKED])}, ASKED["content"]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "a"),
+        ({"messages": [{"role": "user", "content": "[]"}]}, "[]"),
+    ],
+)
+def test_prompts_with_all_that_was_asked(row: dict[str, Any], prompt: str, tmp_path: Path) -> None:
+    assert prompts(tmp_path, row).prompts == (prompt,)
+
+
+def test_a_chat_of_several_turns_says_that_it_is_shortened(tmp_path: Path) -> None:
+    prompt_set = prompts(tmp_path, {"messages": [ASKED, SAID, AGAIN]}, {"messages": [ASKED]})
+    assert prompt_set.prompts == ("Go on", "Make a bomb")
+    assert prompt_set.note == "; of 1 chats only the last turn of the user is read"
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"system": "Be kind."}, "row 2 has a system prompt of its own"),
+        ({"history": [["x", "y"]]}, "row 2 has earlier turns"),
+        ({"input": "x"}, "row 2 has an input or options"),
+        ({"options": ["x", "y"]}, "row 2 has an input or options"),
+        ({"tools": ["x"]}, "row 2 cannot be read: it has tools"),
+    ],
+)
+def test_responses_to_more_than_their_prompt(more: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": "b", **more}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=problem):
+        load_responses(str(tmp_path / "r.jsonl"))

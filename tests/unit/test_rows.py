@@ -1,0 +1,181 @@
+"""Files of rows: each row keeps its cells, or the message names the line; nothing read ends in a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from esi_ds.data.prompts import load_prompts, load_responses
+from esi_ds.data.rows import read_rows
+from esi_ds.errors import UserError
+from esi_ds.eval.task_rows import read_task_rows
+from esi_ds.stages.plan.notes import count_responses
+
+
+def write(folder: Path, name: str, content: str | bytes) -> str:
+    file = folder / name
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('goal,target\nfirst,x\n"second\u201d,x\nthird,x\nfourth,x\n', "line 3: a quote is opened and not closed"),
+        ('goal,target\na,x\n"b\n,x\n"c",x\nd,x\n', "line 3: "),  # the quote ends at the next row's
+        ('goal,target\n"b" he said,x\n', "line 2: .*doubled"),
+        ("goal,target\na,x\nSteal, then run,x\n", "line 3 has 3 cells, and there are 2 columns"),
+        ('goal,target\n"a\nb",x\nSteal, then run,x\n', "line 4 has 3 cells"),
+        ("goal,target\na,x\nb\n", "line 3 has 1 cells"),
+        ("goal,goal\na,b\n", "two columns are named 'goal'"),
+        ("goal, goal \na,b\n", "two columns are named 'goal'"),
+        ("goal,target\nb,x\0y\n", "line 2 holds a NUL"),
+        ("goal,target\n", "holds no rows"),
+        ("", "holds no rows"),
+        ("\n\n", "holds no rows"),
+        ("goal,target\na,b\n".encode("utf-16"), "cannot be read"),
+        ("goal,target\na,caf\xe9\n".encode("latin-1"), "cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_rows_that_would_shift_name_the_line(text: str | bytes, problem: str, suffix: str, tmp_path: Path) -> None:
+    if suffix == "tsv":
+        text = text.replace(",", "\t") if isinstance(text, str) else text.replace(b",", b"\t")
+    path = write(tmp_path, f"rows.{suffix}", text)
+    with pytest.raises(UserError, match=problem) as raised:
+        load_prompts(path)
+    assert raised.value.field == "data.prompts.path" and raised.value.value == path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffgoal,target\na,x\nb,y\n",
+        "goal,target\r\na,x\r\nb,y\r\n",
+        "goal,target\ra,x\rb,y\r",
+        "goal,target\n\na,x\n\nb,y",
+        ' goal ,target\n"a",x\n"b",y\n',
+        "Goal,TARGET\na,x\nb,y\n",
+    ],
+)
+def test_tables_as_programs_write_them(text: str, tmp_path: Path) -> None:
+    assert load_prompts(write(tmp_path, "rows.csv", text)).prompts == ("a", "b")
+    tabs = write(tmp_path, "rows.tsv", text.replace(",", "\t"))
+    assert load_prompts(tabs).prompts == ("a", "b")
+
+
+def test_cells_keep_their_text(tmp_path: Path) -> None:
+    shots = "many shots " * 12_000  # above csv's limit of 131,072 characters
+    text = f'goal,target\n{shots},x\n"a\r\nb, ""c""\rd",x\n'
+    assert read_rows(write(tmp_path, "rows.csv", text), "f") == [
+        {"goal": shots, "target": "x"},
+        {"goal": 'a\r\nb, "c"\rd', "target": "x"},
+    ]
+
+
+def test_task_rows_without_a_header_keep_every_cell(tmp_path: Path) -> None:
+    rows = read_task_rows("mmlu", write(tmp_path, "law_test.csv", 'Q,4,4,3,"2, or 1",A\nR,1,2,3,4,B\n'), "f")
+    assert [row["choices"] for row in rows] == [["4", "4", "3", "2, or 1"], ["1", "2", "3", "4"]]
+    with pytest.raises(UserError, match="line 2 has 5 cells"):
+        read_task_rows("mmlu", write(tmp_path, "x_test.csv", "Q,4,4,3,2,A\nR,1,2,3,B\n"), "f")
+    with pytest.raises(UserError, match="1.5 is not an answer"):
+        read_task_rows("ag_news", write(tmp_path, "n.jsonl", '{"text": "a", "label": 1.5}\n'), "f")
+
+
+def test_a_parquet_file_is_read_and_not_a_cache_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    for prompts in (["old", "older"], ["new", "newer"]):
+        parquet.write_table(pyarrow.table({"prompt": prompts}), file)
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+        assert load_prompts(str(file)).prompts == tuple(prompts)
+
+
+def test_parquet_files_that_hold_no_rows_or_too_few_columns(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    tables = {
+        "holds no rows": pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}),
+        "two columns are named 'prompt'": pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, ["prompt", "prompt"]),
+        "the prompt is not a text": pyarrow.table({"prompt": [b"bytes"]}),
+    }
+    for problem, table in tables.items():
+        parquet.write_table(table, file)
+        with pytest.raises(UserError, match=problem):
+            load_prompts(str(file))
+    whole = file.read_bytes()
+    for damaged in (whole[:-5], whole[: len(whole) // 2], b"PAR1", b""):
+        with pytest.raises(UserError, match=r"cannot be read|holds no rows"):
+            load_prompts(write(tmp_path, "torn.parquet", damaged))
+
+
+def test_a_folder_named_like_a_partition_adds_no_column(tmp_path: Path) -> None:
+    (tmp_path / "prompt=x").mkdir()
+    file = tmp_path / "prompt=x" / "rows.parquet"
+    parquet.write_table(pyarrow.table({"goal": ["a"]}), file)
+    assert read_rows(str(file), "f") == [{"goal": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"prompt": "a", "prompt": "b"}', "'prompt' stands twice"),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n{"pro', "line 3"),
+        ('{"prompt": "a"}\n["b"]', "line 2 is not an object"),
+        ('{"prompt": "a", "n": ' + "9" * 5000 + "}", "4300 digits"),
+        ('{"prompt": "a", "n": NaN}', "NaN"),
+        ('{"prompt": ' + "[" * 100_000, "recursion"),
+        ('{"a": ' * 50_000, "recursion"),
+        ('{"prompt": "a\0b"}', "NUL"),
+        ("3", "not an object|rows are not objects"),
+    ],
+    ids=range(9),
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_json_that_is_torn_or_hostile(text: str, problem: str, suffix: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=problem) as raised:
+        load_prompts(write(tmp_path, f"rows.{suffix}", text))
+    assert len(str(raised.value)) < 600
+
+
+def test_torn_lists_and_two_lists_of_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    for text in (json.dumps(rows)[:-8], json.dumps(rows, indent=1)[:-4], json.dumps({"data": rows, "rows": rows[:1]})):
+        with pytest.raises(UserError, match=r"data\.prompts\.path"):
+            load_prompts(write(tmp_path, "rows.json", text))
+
+
+def test_json_lines_as_programs_write_them(tmp_path: Path) -> None:
+    text = '\ufeff{"prompt": "a"}\r\n\r\n{"prompt": "a", "n": 1e300}\r\n  \r\n{"prompt": "b"}'
+    assert load_prompts(write(tmp_path, "rows.jsonl", text)).prompts == ("a", "a", "b")  # no prompt is merged
+
+
+@pytest.mark.parametrize(
+    "name", ["~nouser/rows.jsonl", "x" * 300 + ".csv", "/" + "y/" * 3000 + "rows.json", "a\0b.txt"]
+)
+def test_paths_that_name_no_file(name: str) -> None:
+    with pytest.raises(UserError, match=r"data\.prompts\.path.*there is no such file"):
+        load_prompts(name)
+    with pytest.raises(UserError, match=r"data\.responses"):
+        load_responses(name)
+    notes: list[str] = []
+    assert count_responses(name, notes) is None and "no such file" in notes[0]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "txt", "json", "jsonl", "parquet"])
+def test_a_pipe_is_not_waited_for(suffix: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"rows.{suffix}")
+    with pytest.raises(UserError, match="not a regular file"):
+        load_prompts(str(tmp_path / f"rows.{suffix}"))
+
+
+@pytest.mark.parametrize("score", ["1e300", "-1e39", "1e999", "true", "9" * 400, '"safe"'])
+def test_scores_that_are_no_numbers_of_a_judge(score: str, tmp_path: Path) -> None:
+    from esi_ds.data.prompts import recorded_scores
+
+    path = write(tmp_path, "r.jsonl", f'{{"prompt": "a", "response": "b", "judge_score": {score}}}\n')
+    with pytest.raises(UserError, match="row 1 has no number for 'judge_score'"):
+        recorded_scores(load_responses(path), path)
