@@ -158,6 +158,19 @@ def parse_jsonl(data: bytes) -> list[Any]:
     return rows
 
 
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Rows of a run's ``metrics.jsonl``: "step", "time" and what was measured there. Raises UserError for others."""
+    file = run / "metrics.jsonl"
+    if not file.exists():
+        return []
+    with reading("run.output_dir", file, "delete it: the curves begin anew"):
+        check_regular(file)
+        rows = read_jsonl(file)
+        for row in check_type(rows, list[dict[str, float | None]]):
+            check_type(row.get("step"), float)
+    return rows
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of the file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
