@@ -40,7 +40,6 @@ LAYERS = {
     "options": 1,
     "cli": 5,
     "launch_environment": 1,
-    "journal": 1,
     "lock": 1,
     "status": 1,
 }
@@ -60,7 +59,6 @@ WITHOUT_TORCH = {
     "options",
     "cli",
     "launch_environment",
-    "journal",
     "lock",
     "status",
 }

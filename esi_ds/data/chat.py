@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -12,6 +13,8 @@ from esi_ds.config import Model
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
 from esi_ds.reading import first_line
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,15 @@ class TemplateRejection(ValueError):
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
 ) -> str:
-    """The text of a conversation in the tokenizer's chat template. Raises TemplateRejection."""
+    """The text of a conversation in the tokenizer's chat template, which is given roles and contents only.
+
+    Raises TemplateRejection.
+    """
+    messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # Jinja's errors, or whatever the template raises
         raise TemplateRejection(f"the chat template rejects it ({first_line(error)})") from error
     return str(text)
@@ -107,25 +112,51 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": prompt})
     text = render(tokenizer, messages, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise TemplateRejection("the chat template makes no token of it")
+    return ids
 
 
 def encode_data_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, specials: Iterable[str], system_prompt: str | None
-) -> list[int]:
-    """``encode_prompt`` of a prompt that is data: special-token strings in it are broken up first."""
-    return encode_prompt(tokenizer, break_up(prompt, specials)[0], system_prompt)
+) -> list[int] | str:
+    """``encode_prompt`` of a prompt that is data, or why it has no ids. Special-token strings in it are broken up."""
+    try:
+        return encode_prompt(tokenizer, break_up(prompt, specials)[0], system_prompt)
+    except TemplateRejection as error:
+        return str(error)
+
+
+def answerable(
+    encoded: Mapping[Key, list[int] | str], max_new_tokens: int, limit: int | None
+) -> tuple[dict[Key, list[int]], dict[Key, str]]:
+    """(ids of the prompts that a model can answer, why it cannot answer the others), both in the order of ``encoded``.
+
+    encoded: what ``encode_data_prompt`` returns. limit: tokens the model takes; None: any number.
+    """
+    prompt_ids: dict[Key, list[int]] = {}
+    reasons: dict[Key, str] = {}
+    for key, ids in encoded.items():
+        if isinstance(ids, str):
+            reasons[key] = ids
+        elif limit is not None and len(ids) + max_new_tokens > limit:
+            reasons[key] = f"no room for an answer ({len(ids)} + {max_new_tokens} tokens, the model takes {limit})"
+        else:
+            prompt_ids[key] = ids
+    return prompt_ids, reasons
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> EncodedResponse:
     """Ids and disjoint spans.
 
-    SentencePiece gives the mark it puts before a text the span of the first letter, which would count it twice.
+    SentencePiece gives the mark it puts before a text the span of the first letter, which would count it twice. A
+    response may have no token: the empty one, or one that the tokenizer's normalisation leaves nothing of.
     """
     encoded = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
     spans = encoded["offset_mapping"]
-    starts = [start for start, _ in spans[1:]] + [len(response)]
-    disjoint = [(start, min(end, following)) for (start, end), following in zip(spans, starts, strict=True)]
+    following = [start for start, _ in spans[1:]] + [len(response)]  # one more than the spans if there are none
+    disjoint = [(start, min(end, next_start)) for (start, end), next_start in zip(spans, following, strict=False)]
     return EncodedResponse(encoded["input_ids"], disjoint)
 
 

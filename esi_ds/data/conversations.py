@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from esi_ds.core.loss import IGNORED
-from esi_ds.data.chat import break_up
+from esi_ds.data.chat import TemplateRejection, break_up, render
 from esi_ds.data.columns import (
     CHATS,
     INPUTS,
@@ -183,7 +183,7 @@ def encode(
     pieces = _pieces(tokenizer, turns, spoken)
     if pieces is None:
         spoken = spoken[-1:]
-        pieces = [(_render(tokenizer, turns[: spoken[0]], True), turns[spoken[0]]["content"])]
+        pieces = [(render(tokenizer, turns[: spoken[0]], add_generation_prompt=True), turns[spoken[0]]["content"])]
     ids: list[int] = []
     labels: list[int] = []
     for index, (context, answer) in zip(spoken, pieces, strict=True):
@@ -208,20 +208,13 @@ def _pieces(
     pieces: list[tuple[str, str]] = []
     before = ""
     for index in spoken:
-        prompt = _render(tokenizer, turns[:index], True)
-        through = _render(tokenizer, turns[: index + 1], False)
+        prompt = render(tokenizer, turns[:index], add_generation_prompt=True)
+        through = render(tokenizer, turns[: index + 1], add_generation_prompt=False)
         if not prompt.startswith(before) or not through.startswith(prompt):
             return None
         pieces.append((prompt[len(before) :], through[len(prompt) :]))
         before = through
     return pieces
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
-    messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    assert isinstance(text, str)  # a list only for a batch of conversations
-    return text
 
 
 def encode_rows(
@@ -250,7 +243,11 @@ def encode_rows(
         if system_prompt and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system_prompt})
         digest.update(json.dumps(turns).encode())
-        sequence = encode(tokenizer, turns, end_ids, number)
+        try:
+            sequence = encode(tokenizer, turns, end_ids, number)
+        except TemplateRejection as error:
+            skipped.append((number, str(error)))
+            continue
         if len(sequence.ids) > max_length:
             num_cut += 1
             sequence = TokenSequence(number, sequence.ids[:max_length], sequence.labels[:max_length])

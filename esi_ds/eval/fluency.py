@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.core.batch import left_pad
-from esi_ds.data.chat import break_up, encode_prompt, special_strings
+from esi_ds.data.chat import break_up, encode_data_prompt, special_strings
 
 
 def surprises(
@@ -18,8 +18,12 @@ def surprises(
     *,
     system_prompt: str | None = None,
     batch_size: int = 8,
+    limit: int | None = None,
 ) -> list[float | None]:
-    """Mean negative log-likelihood of each answer given its prompt, nats per token; None for an answer without tokens.
+    """Mean negative log-likelihood of each answer given its prompt, nats per token.
+
+    None for an answer without tokens, for a prompt that the chat template rejects, and for a pair of more than
+    ``limit`` tokens, the most that the model takes.
 
     ``model`` is the reference, a causal model in one process, such as the model before tuning or noise. It reads the
     pairs in its chat template. Rounding may depend on ``batch_size``.
@@ -27,8 +31,10 @@ def surprises(
     specials = special_strings(tokenizer)
     rows = []
     for prompt, answer in pairs:
-        head = encode_prompt(tokenizer, break_up(prompt, specials)[0], system_prompt)
+        head = encode_data_prompt(tokenizer, prompt, specials, system_prompt)
         tail = tokenizer(break_up(answer, specials)[0], add_special_tokens=False)["input_ids"]
+        if isinstance(head, str) or (limit is not None and len(head) + len(tail) > limit):
+            head, tail = [], []
         rows.append((head, tail))
     values: list[float | None] = [None] * len(rows)
     # Rows of like length go together, because padding costs time.

@@ -5,7 +5,7 @@ A row is JSON on disk; ``Ledger`` and ``report.json`` keep these keys as they ar
 
 from __future__ import annotations
 
-from typing_extensions import TypedDict
+from typing import TypedDict
 
 
 class AnswerRow(TypedDict):
@@ -25,7 +25,7 @@ class SurpriseRow(TypedDict):
     model: str  # the model that gave the answer
     set: str  # the prompt set's name
     index: int  # the prompt's position in its set
-    surprise: float | None  # mean negative log-likelihood, nats per token; None for an answer without tokens
+    surprise: float | None  # mean negative log-likelihood, nats per token; None where it cannot be measured
 
 
 class EndpointUse(TypedDict):

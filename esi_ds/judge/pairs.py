@@ -11,6 +11,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from esi_ds.data.chat import TemplateRejection, render
 from esi_ds.errors import UserError
 from esi_ds.judge.families import Family
 
@@ -45,11 +46,11 @@ class TextBuilder:
         if family.template is None:
             try:
                 shown = self._apply_chat_template("x", RESPONSE_MARK)
-            except Exception as error:  # a guard's Jinja may raise anything
+            except TemplateRejection as error:
                 raise UserError(
                     f"{field}.path",
                     tokenizer.name_or_path,
-                    f"chat template fails: {error}",
+                    f"cannot be asked: {error}",
                     "give a guard whose template takes user and assistant turns",
                 ) from error
             # Templates of multimodal guards (Llama-Guard-3-1B) read a turn's content as a list of parts.
@@ -63,8 +64,7 @@ class TextBuilder:
             {"role": role, "content": [{"type": "text", "text": text}] if self._content_is_list else text}
             for role, text in turns
         ]
-        # transformers declares neither a list of parts as content, nor that tokenize=False gives one text.
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))  # type: ignore[arg-type]
+        return render(self.tokenizer, messages, add_generation_prompt=False)
 
     def _render(self, prompt: str, response: str) -> str:
         if self.family.template is None:
@@ -161,7 +161,10 @@ class PairEncoder:
 
     def encode(self, prompt: str, response: str) -> EncodedPair | str:
         """The pair, or the reason why it cannot be judged. Special tokens in it must be broken up already."""
-        judged = self._texts.build(prompt, response)
+        try:
+            judged = self._texts.build(prompt, response)
+        except TemplateRejection as error:
+            return f"the judge: {error}"
         if judged is None:
             return "the judge's template does not show the response"
         try:

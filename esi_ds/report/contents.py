@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from typing_extensions import TypedDict
+from typing import Any, Literal, TypedDict
 
 from esi_ds.data.prompts import PromptSetRow
 from esi_ds.eval.rows import AgreementRow, ChangeRow, MeasureRow, RateRow, TaskSummary, VerdictRow

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
-from typing_extensions import TypedDict
 
+from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
 from esi_ds.config import Config
-from esi_ds.errors import Interrupted, UserError
-from esi_ds.journal import Journal
+from esi_ds.data.chat import answerable
+from esi_ds.errors import Interrupted
 from esi_ds.models.folder import max_positions
 from esi_ds.stages.esi.prepare import PromptInputs
 from esi_ds.stages.interrupt import stop_requested
@@ -23,26 +24,11 @@ PARTIAL_NAME = "responses.partial.jsonl"
 NAME = "responses.jsonl"
 
 
-class GeneratedRow(TypedDict):
-    """A line of a file of responses that is being filled."""
-
-    index: int  # of the prompt
-    response: str
-
-
-class ResponseRow(GeneratedRow):
-    """A line of ``responses.jsonl``."""
-
-    prompt: str
-    judge_score: float | None  # None before it is judged, and of an excluded prompt
-    excluded: str | None  # why the prompt took no part; None if it did
-
-
 def write_responses(
     folder: Path, prompts: Sequence[str], responses: Sequence[str], scores: dict[int, float], excluded: dict[int, str]
 ) -> None:
     """``responses.jsonl`` (docs/design.md §7). Rank 0 only."""
-    rows: list[ResponseRow] = [
+    rows = (
         {
             "index": index,
             "prompt": prompt,
@@ -51,59 +37,46 @@ def write_responses(
             "excluded": excluded.get(index),
         }
         for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-    ]
-    Journal(folder / NAME, ResponseRow).replace(rows)
+    )
+    write_text_atomic(folder / NAME, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def responses_on_disk(folder: Path, prompts: Sequence[str]) -> dict[int, str]:
-    """index → response of everything that earlier starts of this run have generated.
-
-    Raises UserError for rows that the run did not write, or that answer other prompts.
-    """
-    if not (folder / NAME).is_file():
-        return by_index(Journal(folder / PARTIAL_NAME, GeneratedRow))
-    rows = Journal(folder / NAME, ResponseRow).read()
-    if [(row["index"], row["prompt"]) for row in rows] != list(enumerate(prompts)):
-        raise UserError(
-            "run.output_dir", str(folder / NAME), "does not answer the prompts of this run", "give a new run.output_dir"
-        )
-    return {row["index"]: row["response"] for row in rows}
-
-
-def by_index(journal: Journal[GeneratedRow]) -> dict[int, str]:
-    """index → response of a file that is being filled. Raises UserError for rows that the run did not write."""
-    return {row["index"]: row["response"] for row in journal.read()}
+def responses_on_disk(folder: Path) -> dict[int, str]:
+    """index → response of everything that earlier starts of this run have generated."""
+    file = folder / NAME if (folder / NAME).is_file() else folder / PARTIAL_NAME
+    return {row["index"]: row["response"] for row in read_jsonl(file)} if file.is_file() else {}
 
 
 def respond(
     config: Config,
     inputs: PromptInputs,
     model: ShardedModel,
-    prompt_ids: Sequence[list[int]],
+    prompt_ids: Sequence[list[int] | str],
     folder: Path,
     tracker: Tracker,
 ) -> list[str]:
-    """One response per prompt, the same list on every rank; "" where the prompt leaves no room for one.
+    """One response per prompt, the same list on every rank; "" for a prompt that cannot be answered.
 
     Collectives: those of ``generate_all``, and one broadcast of the texts on disk.
     """
     if inputs.data.responses is not None:
         return inputs.data.responses
-    done = runtime.from_main(lambda: responses_on_disk(folder, inputs.data.prompts))
+    # Rank 0 reads: on a shared file system another rank may see an older file.
+    done: dict[int, str] = runtime.broadcast_object(responses_on_disk(folder) if runtime.is_main() else None)
+    limit, length = max_positions(inputs.model_config), config.esi.max_new_tokens
     generate_all(
         model,
         inputs.tokenizer,
         inputs.end_ids,
-        prompt_ids,
+        answerable(dict(enumerate(prompt_ids)), length, limit)[0],
         done,
-        limit=max_positions(inputs.model_config),
-        max_new_tokens=config.esi.max_new_tokens,
+        max_new_tokens=length,
         batch_size=config.esi.batch_size,
         generation=config.esi.generation,
-        keep=keep_in(Journal(folder / PARTIAL_NAME, GeneratedRow)),
+        keep=keep_in(folder / PARTIAL_NAME),
         tracker=tracker,
     )
-    responses = [done[index] for index in range(len(prompt_ids))]
+    responses = [done.get(index, "") for index in range(len(prompt_ids))]
     if runtime.is_main():
         if not (folder / NAME).is_file():
             write_responses(folder, inputs.data.prompts, responses, {}, {})
@@ -111,12 +84,12 @@ def respond(
     return responses
 
 
-def keep_in(journal: Journal[GeneratedRow]) -> Callable[[dict[int, str]], None]:
-    """A function for ``generate_all``: rank 0 adds responses to a file that is being filled."""
+def keep_in(file: Path) -> Callable[[dict[int, str]], None]:
+    """A function for ``generate_all``: rank 0 appends responses to a JSONL file as {"index", "response"}."""
 
     def keep(new: dict[int, str]) -> None:
         if runtime.is_main():
-            journal.append([{"index": index, "response": text} for index, text in new.items()])
+            append_jsonl(file, [{"index": index, "response": text} for index, text in new.items()])
 
     return keep
 
@@ -125,10 +98,9 @@ def generate_all(
     model: ShardedModel,
     tokenizer: PreTrainedTokenizerBase,
     end_ids: Collection[int],
-    prompt_ids: Sequence[list[int]],
+    prompt_ids: Mapping[int, list[int]],
     done: dict[int, str],
     *,
-    limit: int | None,
     max_new_tokens: int,
     batch_size: int,
     generation: str,
@@ -136,24 +108,21 @@ def generate_all(
     tracker: Tracker,
     description: str = "generate",
 ) -> None:
-    """Add a response to ``done`` for every prompt that has none; "" where ``limit``, the tokens the model can read,
-    leaves no room for ``max_new_tokens``. end_ids: the tokens that end a response.
+    """Add a response to ``done`` for every prompt that has none.
 
-    All ranks take part, batch by batch; after each batch every rank calls ``keep`` with the responses of all ranks.
+    prompt_ids: of prompts with room for ``max_new_tokens``, by index. end_ids: the tokens that end a response. All
+    ranks take part, batch by batch; after each batch every rank calls ``keep`` with the responses of all ranks.
     Collectives: those of generation, and one gather of texts per batch. Raises Interrupted.
     """
-    waiting: list[int] = []
-    for index, ids in enumerate(prompt_ids):
-        if index not in done and limit is not None and len(ids) + max_new_tokens > limit:
-            done[index] = ""
-        elif index not in done:
-            waiting.append(index)
+    waiting = [index for index in prompt_ids if index not in done]
     if not waiting:
         return
     mode, reason = choose_mode(model, generation)
     tracker.log(f"generating {len(waiting)} responses, model {mode.replace('_', ' ')}: {reason}")
     ranks, rank = runtime.world_size(), runtime.rank()
-    progress = tracker.progress(total=len(prompt_ids), initial=len(done), unit="prompt", description=description)
+    progress = tracker.progress(
+        total=len(prompt_ids), initial=len(prompt_ids) - len(waiting), unit="prompt", description=description
+    )
     with ready_to_generate(model, mode), progress:
         for start in range(0, len(waiting), batch_size * ranks):
             mine = waiting[start + rank * batch_size : start + (rank + 1) * batch_size]

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from esi_ds.artifacts import read_metrics
+from esi_ds.artifacts import read_jsonl
 from esi_ds.config import Config, EsiGuard, Select
 from esi_ds.core.mask_metadata import SCORES_FORMAT, MaskMetadata, mask_texts
 from esi_ds.core.select import key_to_score
 from esi_ds.core.units import Parameter, Unit
+from esi_ds.data.chat import answerable
+from esi_ds.models.folder import max_positions
 from esi_ds.models.roles import layer_of
 from esi_ds.report.contents import (
     EsiReport,
@@ -112,6 +114,7 @@ def finish_esi(
     histogram, histograms_by_role = log_histograms(model, scores)
     if not runtime.is_main():
         return
+    metrics = folder / "metrics.jsonl"
     report: EsiReport = {
         "title": title(config),
         "facts": run_facts(run, model, outcome) | ({"NOTE": silence} if silence else {}),
@@ -126,7 +129,7 @@ def finish_esi(
         "special_tokens_broken_up": outcome.special_tokens_broken_up if outcome else 0,
         "samples": samples(outcome) if outcome else [],
         "losses": [loss_report(loss) for loss in losses],
-        "progress": read_metrics(folder),
+        "progress": read_jsonl(metrics) if metrics.is_file() else [],
     }
     write_report(folder, report)
     publish(run.tracker, report)
@@ -149,7 +152,9 @@ def routing_rows(
     if "benign" not in sets and outcome is not None and outcome.inputs.benign_prompts:
         inputs = outcome.inputs
         texts, _ = clean(inputs, inputs.benign_prompts[:MAX_ROWS])
-        sets["benign"] = (encode_prompts(inputs, config, texts), inputs.tokenizer.pad_token_id)
+        encoded = dict(enumerate(encode_prompts(inputs, config, texts)))
+        readable, _ = answerable(encoded, 0, max_positions(inputs.model_config))
+        sets["benign"] = (list(readable.values()), inputs.tokenizer.pad_token_id)
     experts = {unit.expert for parameter in model.parameters for unit in parameter.units if unit.expert is not None}
     rows: list[RoutingRow] = []
     for name, (sequences, pad) in sets.items() if experts else ():

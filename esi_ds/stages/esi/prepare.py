@@ -15,8 +15,9 @@ from esi_ds.core.criteria import objectives
 from esi_ds.core.select import check_ratio, share_sizes
 from esi_ds.data.chat import (
     EncodedResponse,
+    answerable,
     break_up,
-    encode_prompt,
+    encode_data_prompt,
     encode_response,
     load_chat_tokenizer,
     load_tokenizer,
@@ -195,14 +196,14 @@ def clean(inputs: PromptInputs, texts: Sequence[str]) -> tuple[list[str], int]:
     return [text for text, _ in pairs], sum(count for _, count in pairs)
 
 
-def encode_prompts(inputs: PromptInputs, config: Config, prompts: Sequence[str]) -> list[list[int]]:
-    """Ids of each prompt in the chat template, up to where the response begins."""
-    return [encode_prompt(inputs.tokenizer, prompt, config.model.system_prompt) for prompt in prompts]
+def encode_prompts(inputs: PromptInputs, config: Config, prompts: Sequence[str]) -> list[list[int] | str]:
+    """Ids of each prompt in the chat template, up to where the response begins, or why it has none."""
+    return [encode_data_prompt(inputs.tokenizer, prompt, (), config.model.system_prompt) for prompt in prompts]
 
 
 def encode_examples(
     inputs: PromptInputs,
-    prompt_ids: Sequence[list[int]],
+    prompt_ids: Sequence[list[int] | str],
     prompts: Sequence[str],
     responses: Sequence[str],
     max_new_tokens: int,
@@ -211,12 +212,12 @@ def encode_examples(
     limit = max_positions(inputs.model_config)
     judge = inputs.judge
     examples: list[Example] = []
-    excluded: dict[int, str] = {}
-    for index, (ids, prompt, response) in enumerate(zip(prompt_ids, prompts, responses, strict=True)):
-        encoded = encode_response(inputs.tokenizer, response)
-        if inputs.data.responses is None and limit is not None and len(ids) + max_new_tokens > limit:
-            excluded[index] = f"no room for a response ({len(ids)} + {max_new_tokens} tokens, the model takes {limit})"
+    room = max_new_tokens if inputs.data.responses is None else 0
+    readable, excluded = answerable(dict(enumerate(prompt_ids)), room, limit)
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        if index in excluded:
             continue
+        ids, encoded = readable[index], encode_response(inputs.tokenizer, response)
         if not response.strip() or not encoded.ids:
             excluded[index] = "the response is empty"
             continue

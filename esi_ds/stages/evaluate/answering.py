@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from esi_ds.config import Config, Eval
+from esi_ds.data.chat import answerable
 from esi_ds.data.prompts import QuestionSet
 from esi_ds.eval.fluency import surprises as measure_surprises
 from esi_ds.eval.rows import AnswerRow, SurpriseRow
@@ -42,13 +43,14 @@ def answer_all(
     section: Eval,
     tracker: Tracker,
 ) -> None:
-    """Add a row for every prompt that ``answers`` lacks, under ``name``; a prompt too long for an answer is excluded.
+    """Add a row for every prompt that ``answers`` lacks, under ``name``; one that cannot be answered is excluded.
 
     section: ``eval`` of the config. Data-parallel over ranks. Collectives: those of generation, and one gather of texts
     per batch. Raises Interrupted.
     """
     limit, length = candidate.max_positions, section.max_new_tokens
     waiting: list[AnswerRow] = []
+    prompt_ids, reasons = answerable(candidate.prompt_ids, length, limit)
     for question_set in sets:
         for index, prompt in enumerate(question_set.prompts):
             row: AnswerRow = {
@@ -57,13 +59,11 @@ def answer_all(
                 "index": index,
                 "prompt": prompt,
                 "response": None,
-                "excluded": None,
+                "excluded": reasons.get((question_set.name, index)),
             }
-            num_tokens = len(candidate.prompt_ids[question_set.name, index])
             if answers.key(row) in answers.rows:
                 continue
-            if limit is not None and num_tokens + length > limit:
-                row["excluded"] = f"no room for an answer ({num_tokens} + {length} tokens, the model takes {limit})"
+            if row["excluded"] is not None:
                 answers.add([row])
             else:
                 waiting.append(row)
@@ -80,9 +80,8 @@ def answer_all(
         model,
         candidate.tokenizer,
         candidate.end_ids,
-        [candidate.prompt_ids[row["set"], row["index"]] for row in waiting],
+        {number: prompt_ids[row["set"], row["index"]] for number, row in enumerate(waiting)},
         {},
-        limit=None,
         max_new_tokens=length,
         batch_size=section.batch_size,
         generation=config.esi.generation,
@@ -131,6 +130,7 @@ def surprise_all(
                 [(row["prompt"], response) for row, response in mine],
                 system_prompt=config.model.system_prompt,
                 batch_size=section.batch_size,
+                limit=reference.max_positions,
             )
             rows: list[SurpriseRow] = [
                 {"model": row["model"], "set": row["set"], "index": row["index"], "surprise": value}

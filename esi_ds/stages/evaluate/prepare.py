@@ -52,7 +52,7 @@ class Candidate:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     end_ids: frozenset[int]  # tokens that end an answer
-    prompt_ids: dict[tuple[str, int], list[int]]  # (set, index) → the prompt as the model reads it
+    prompt_ids: dict[tuple[str, int], list[int] | str]  # (set, index) → what ``encode_data_prompt`` returns
 
     @property
     def max_positions(self) -> int | None:

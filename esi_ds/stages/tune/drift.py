@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from safetensors.torch import load_file
 
-from esi_ds.artifacts import file_sha256
-from esi_ds.journal import NOTHING, check_file, write_record
 from esi_ds.models.roles import layer_of
 from esi_ds.report.contents import DriftRow
 from esi_ds.stages.run import StageRun
@@ -23,7 +19,10 @@ BEFORE = "routing.before.safetensors"  # kept: a resumed run has other weights
 def _choices_by_set(run: StageRun[TuningInputs], model: ShardedModel) -> dict[str, Choices]:
     """Set → choices for the tuning rows and the questions; on rank 0, empty choices on others."""
     inputs = run.inputs
-    sets = {"tuning": [sequence.ids for sequence in inputs.rows.sequences], **inputs.question_ids}
+    sets = {
+        "tuning": [sequence.ids for sequence in inputs.rows.sequences],
+        **{name: list(ids.values()) for name, ids in inputs.question_ids.items()},
+    }
     pad, size = inputs.tokenizer.pad_token_id, inputs.tune.batch_size
     return {name: routing_choices(model, rows, pad, size) or {} for name, rows in sets.items()}
 
@@ -34,22 +33,14 @@ def measure_before(run: StageRun[TuningInputs], model: ShardedModel) -> None:
     Collectives: one broadcast, and those of ``routing_choices`` for each set.
     """
     file = run.folder.path / BEFORE
-    if not model.routers or runtime.from_main(lambda: _is_written(file)):
+    if not model.routers or runtime.broadcast_object(file.is_file()):
         return
     sets = _choices_by_set(run, model)
     if runtime.is_main():
         temporary = file.with_suffix(".tmp")
         tensors = {f"{name}/{router}": chosen for name, choices in sets.items() for router, chosen in choices.items()}
         save_tensors(tensors, temporary)
-        write_record(file, NOTHING, {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)})
         temporary.replace(file)
-
-
-def _is_written(file: Path) -> bool:
-    """Whether the choices are there already. Raises UserError where they were altered."""
-    if file.exists():
-        check_file(file)
-    return file.exists()
 
 
 def drift_rows(run: StageRun[TuningInputs], model: ShardedModel) -> list[DriftRow]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from esi_ds.artifacts import read_metrics
+from esi_ds.artifacts import read_jsonl
 from esi_ds.patch import PatchSummary
 from esi_ds.report.card import METHODS
 from esi_ds.report.contents import ChangedTensor, DriftRow, Facts, TunedAnswerRow, TuningReport
@@ -30,6 +30,7 @@ def finish_tuning(
     if not runtime.is_main():
         return
     inputs, folder, tracker = run.inputs, run.folder.path, run.tracker
+    metrics = folder / "metrics.jsonl"
     changed_tensors: dict[str, ChangedTensor] = {}
     if patch is not None:
         for name, row in patch["tensors"].items():
@@ -47,7 +48,7 @@ def finish_tuning(
         "samples": samples(answers),
         "routing_drift": routing_drift,
         "facts": facts(run, training),
-        "progress": read_metrics(folder),
+        "progress": read_jsonl(metrics) if metrics.is_file() else [],
     }
     write_report(folder, report)
     for partial in folder.glob("answers.*.partial.jsonl"):
@@ -84,6 +85,8 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         "clipping": tune.clip,
         "weight decay": tune.weight_decay,
     }
+    if inputs.unanswered:
+        table["prompts not asked"] = "; ".join(f"{name} {index}: {reason}" for name, index, reason in inputs.unanswered)
     if inputs.benign is not None and tune.data.benign is not None:
         table["benign rows"] = f"{len(inputs.benign.sequences):,} of {tune.data.benign.path}"
     return table

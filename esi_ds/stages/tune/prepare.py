@@ -12,7 +12,7 @@ from esi_ds.config import BenignMix, Config, Eval, Model, RowSource, Tune, requi
 from esi_ds.core.mask import Mask, load_mask
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
-from esi_ds.data.chat import encode_data_prompt, load_chat_tokenizer, special_strings
+from esi_ds.data.chat import answerable, encode_data_prompt, load_chat_tokenizer, special_strings
 from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import load_question_sets
@@ -42,7 +42,8 @@ class TuningInputs:
     rows: TuningSet  # the rows to learn
     benign: TuningSet | None  # rows mixed in; None if there are none
     questions: dict[str, list[str]]  # harmful and benign → prompts to answer before and after tuning
-    question_ids: dict[str, list[list[int]]]  # the same prompts as the model reads them
+    question_ids: dict[str, dict[int, list[int]]]  # by index, those that can be answered, as the model reads them
+    unanswered: list[tuple[str, int, str]]  # (harmful or benign, index, reason) of the others
     source: dict[str, Any]  # paths, columns and hashes of the rows, for the manifest
 
 
@@ -69,11 +70,7 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
             "benign_columns": benign.columns,
         }
     questions = _questions(config.eval)
-    specials = special_strings(tokenizer)
-    question_ids = {
-        kind: [encode_data_prompt(tokenizer, prompt, specials, model.system_prompt) for prompt in prompts]
-        for kind, prompts in questions.items()
-    }
+    question_ids, unanswered = _encode_questions(config, questions, tokenizer, max_positions(model_config))
     return TuningInputs(
         stage,
         tune,
@@ -87,6 +84,7 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
         benign,
         questions,
         question_ids,
+        unanswered,
         data_facts,
     )
 
@@ -152,6 +150,24 @@ def read_tuning_set(
         reasons = "; ".join(sorted({reason for _, reason in tuning_set.skipped}))
         raise UserError(f"{field}.path", section.path, f"has no row that can be learnt ({reasons})", "look at its rows")
     return tuning_set
+
+
+def _encode_questions(
+    config: Config, questions: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> tuple[dict[str, dict[int, list[int]]], list[tuple[str, int, str]]]:
+    """``question_ids`` and ``unanswered`` of ``TuningInputs``. limit: tokens the model takes."""
+    question_ids: dict[str, dict[int, list[int]]] = {}
+    unanswered: list[tuple[str, int, str]] = []
+    length = config.eval.max_new_tokens if config.eval is not None else 0
+    specials, system_prompt = special_strings(tokenizer), config.model.system_prompt
+    for kind, prompts in questions.items():
+        encoded = {
+            index: encode_data_prompt(tokenizer, prompt, specials, system_prompt)
+            for index, prompt in enumerate(prompts)
+        }
+        question_ids[kind], reasons = answerable(encoded, length, limit)
+        unanswered += [(kind, index, reason) for index, reason in reasons.items()]
+    return question_ids, unanswered
 
 
 def _questions(section: Eval | None) -> dict[str, list[str]]:
