@@ -6,6 +6,7 @@ task's definition. These modules are imported only when there are tasks.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -17,10 +18,12 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from esi_ds.data.chat import break_up, special_strings
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval.harness_output import results
 from esi_ds.eval.harness_quiet import quiet
 from esi_ds.eval.harness_tasks import PreparedTask
+from esi_ds.eval.task_code import sandboxed
 from esi_ds.eval.task_result import TaskResult
 from esi_ds.models.decoding import without_defaults
 from esi_ds.ranks import Ranks
@@ -43,8 +46,8 @@ def run(
 ) -> list[TaskResult]:
     """See ``tasks.run_tasks``."""
     task_results: list[TaskResult] = []
-    with quiet(show=ranks.rank == 0):
-        lm = SharedLM(model, tokenizer, end_ids, batch_size, is_chat, ranks, should_stop)
+    with quiet(show=ranks.rank == 0), sandboxed():
+        lm = SharedLM(model, tokenizer, end_ids, batch_size, is_chat, system_prompt, ranks, should_stop)
         manager = TaskManager(include_defaults=False)  # otherwise lm-eval indexes all its tasks on every call
         for task in prepared:
             lm.begin(task)
@@ -70,7 +73,7 @@ class SharedLM(HFLM):
     """lm-eval's transformers model, with the documents divided between the ranks.
 
     To lm-eval it is one process: ``rank`` 0 of 1. All requests of a document stay on one rank, where HFLM reads their
-    common beginning once.
+    common beginning once. Rows are data: special-token strings in them are broken up, as in every other prompt.
 
     end_ids: the tokens that end an answer. cut: lm-eval's task → the documents whose prompt loses its beginning, of the
     task that ``begin`` named.
@@ -83,6 +86,7 @@ class SharedLM(HFLM):
         end_ids: Collection[int],
         batch_size: int,
         is_chat: bool,
+        system_prompt: str | None,
         ranks: Ranks,
         should_stop: Callable[[], bool],
     ):
@@ -96,20 +100,46 @@ class SharedLM(HFLM):
         )
         self.end_ids = end_ids
         self.ranks, self.should_stop = ranks, should_stop
+        self.is_chat, self.system_prompt, self.specials = is_chat, system_prompt or "", special_strings(tokenizer)
         self.cut: dict[str, set[int]] = {}
 
     def begin(self, task: PreparedTask) -> None:
         """Attribute the requests that follow to ``task``."""
         self.prepared, self.cut = task, {}
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        turns = [{**turn, "content": self._broken_up(turn["content"])} for turn in chat_history]
+        return super().apply_chat_template(turns, add_generation_prompt)
+
+    def _broken_up(self, text: str) -> str:
+        """The text as data, but for the config's system prompt at its beginning."""
+        start = len(self.system_prompt) if text.startswith(self.system_prompt) else 0
+        return text[:start] + break_up(text[start:], self.specials)[0]
+
+    def _as_data(self, request: Instance) -> Instance:
+        """The request with its texts broken up; the chat template has written the context's own special tokens."""
+        context, *others = request.args
+        if not self.is_chat or request.request_type == "loglikelihood_rolling":
+            context = self._broken_up(context)
+        if request.request_type == "loglikelihood":
+            (continuation,) = others
+            continuation = break_up(continuation, self.specials)[0]
+            if break_up(context + continuation, self.specials)[1] > break_up(context, self.specials)[1]:
+                continuation = f" {continuation}"  # a special token across the border
+            others = [continuation]
+        return dataclasses.replace(request, arguments=(context, *others))
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        requests = [self._as_data(request) for request in requests]
         self._count_cut(requests, lambda request: (self.max_length + 1, "".join(request.args[:2])))
         return self._share(super().loglikelihood, requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        requests = [self._as_data(request) for request in requests]
         return self._share(super().loglikelihood_rolling, requests, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        requests = [self._as_data(request) for request in requests]
         for request in requests:
             num_new = self._num_new_tokens(request)
             if num_new >= self.max_length:

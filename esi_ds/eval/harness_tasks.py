@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ from esi_ds.data.benchmarks import EXAMPLES
 from esi_ds.data.rows import Row, read_rows
 from esi_ds.errors import UserError
 from esi_ds.eval.harness_quiet import quiet
+from esi_ds.eval.task_code import check_definition, sandboxed
 from esi_ds.eval.task_rows import NEEDED, read_task_rows
+from esi_ds.reading import reading
 
 OURS = Path(__file__).parent / "lm_eval_tasks"
 THEIRS = Path(lm_eval.tasks.__file__).parent
@@ -41,6 +44,9 @@ DEFAULT_ROWS = {"examples/benign": str(EXAMPLES / "benign_heldout.jsonl")}
 MMLU_DATASET = "cais/mmlu"
 # The name of a group that exists only while a task is loaded: see ``_with_rows``.
 AROUND = "esi_ds: around"
+# The value of the keys of a definition that name tasks, with its further lines; a word in it.
+NAMES = re.compile(r"""^["']?(?:task|group|tag)["']?[ \t]*:(.*(?:\n(?:[ \t\-\[\]"'].*)?)*)""", re.MULTILINE)
+WORD = re.compile(r"""[^\s"',\[\]]+""")
 Definition = dict[str, Any]  # the keys of a task's YAML
 
 
@@ -64,7 +70,7 @@ class PreparedTask:
 def prepare(tasks: Sequence[Task], field: str) -> list[PreparedTask]:
     """See ``tasks.prepare_tasks``."""
     prepared: list[PreparedTask] = []
-    with quiet():
+    with quiet(), sandboxed():
         for number, task in enumerate(tasks):
             prepared.extend(_prepare_one(task, f"{field}.{number}"))
     return prepared
@@ -80,6 +86,11 @@ def _prepare_one(task: Task, field: str) -> list[PreparedTask]:
             raise UserError(
                 f"{field}.path", path, "is not used: a YAML names its data itself", "set dataset_kwargs there"
             )
+        with reading(f"{field}.name", task.name, "give a task's YAML, or lm-eval's name"):
+            if not Path(task.name).expanduser().is_file():
+                raise FileNotFoundError("there is no such file")
+        if not task.trust_remote_code:
+            check_definition(task.name, field)
         spec: Any = str(Path(task.name).expanduser())
         manager = TaskManager(include_defaults=False)
     else:
@@ -103,22 +114,36 @@ def _manager_of_all() -> TaskManager:
     return TaskManager()
 
 
+@functools.cache
+def _words_of_names() -> frozenset[str]:
+    """Every word in the names of lm-eval's tasks, groups and tags, and some more.
+
+    Read from the text of the definitions in a second; lm-eval's index of them takes ten or more.
+    """
+    # Templates that definitions include have names like _default_yaml or flores.
+    files = [file for file in THEIRS.rglob("*") if file.suffix in ("", ".yaml", ".yml") and file.is_file()]
+    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    return frozenset(word for names in NAMES.findall(text) for word in WORD.findall(names))
+
+
+def _is_known(name: str) -> bool:
+    """Whether lm-eval has a task, group or tag of this name; its index is made only where the words occur."""
+    return set(name.split()) <= _words_of_names() and name in _manager_of_all().all_tasks
+
+
 def _find(task: Task, field: str) -> tuple[TaskManager, str]:
     """A manager that knows the task, and lm-eval's name for the task."""
     if task.name in KNOWN:
         folder, name = KNOWN[task.name]
         return TaskManager(include_defaults=False, include_path=str(folder)), name
-    manager = _manager_of_all()
-    if task.name not in manager.all_tasks:
-        near = difflib.get_close_matches(task.name, [*KNOWN, *manager.all_tasks], n=1, cutoff=0.0)
-        raise UserError(f"{field}.name", task.name, "is not a task of lm-eval", f"the nearest is {near[0]}")
-    return manager, task.name
+    if not _is_known(task.name):
+        near = difflib.get_close_matches(task.name, {*KNOWN, *_words_of_names()}, n=3) or KNOWN
+        raise UserError(f"{field}.name", task.name, "is not a task of lm-eval", f"the nearest is {' or '.join(near)}")
+    return _manager_of_all(), task.name
 
 
 def _load(manager: TaskManager, spec: Any, task: Task, field: str) -> list[LmTask | Group]:
     """lm-eval's objects for a name, a YAML or a definition. Reads or fetches their rows."""
-    if _is_yaml(task.name) and not Path(spec).is_file():
-        raise UserError(f"{field}.name", task.name, "there is no such file", "give a task's YAML, or lm-eval's name")
     try:
         loaded = manager.load([spec])
     except Exception as error:  # lm-eval's and datasets' back ends and templates raise anything
