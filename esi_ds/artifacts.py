@@ -16,16 +16,22 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from esi_ds.config import Config, differences, resolved_yaml, validate
 from esi_ds.config_yaml import read_yaml
 from esi_ds.errors import UserError
+from esi_ds.reading import check_regular, check_type, read_json, reading
 
 # Files of a folder whose run was killed before it wrote config.yaml.
 UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")
 # NFS clients cache for a minute by default that a file does not exist: how long to wait, and when to print a message.
 VISIBLE_S, MESSAGE_S = 120.0, 5.0
+MANIFEST = "manifest.json"
+RESULT_FOLDERS = ("mask", "scores", "model", "patch")
+MAX_DIGESTED = 1 << 28
 PACKAGES = ("esi_ds", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
 
@@ -116,6 +122,11 @@ def replace_folder(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as lines of JSON."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append lines, on disk when this returns; an incomplete last line is closed first."""
     with writing(path), path.open("a+b") as opened:
@@ -123,23 +134,40 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         if opened.tell() > 0:  # append mode starts at the end
             opened.seek(-1, os.SEEK_END)
             is_torn = opened.read(1) != b"\n"
-        text = "\n" * is_torn + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        opened.write(text.encode())
+        opened.write(("\n" * is_torn + jsonl(rows)).encode())
         opened.flush()
         os.fsync(opened.fileno())
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Rows of a file; lines that are not JSON are skipped, as a kill may leave an incomplete one.
+    """``parse_jsonl`` of a file."""
+    return parse_jsonl(path.read_bytes())
+
+
+def parse_jsonl(data: bytes) -> list[Any]:
+    """Rows; lines that are not JSON are left out, as a kill may leave an incomplete one. Raises RecursionError.
 
     Only a line feed ends a line: ``splitlines`` would also split at a U+2028 or U+0085 inside a text.
     """
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in data.decode("utf-8", errors="replace").split("\n"):
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
+    return rows
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Rows of a run's ``metrics.jsonl``: "step", "time" and what was measured there. Raises UserError for others."""
+    file = run / "metrics.jsonl"
+    if not file.exists():
+        return []
+    with reading("run.output_dir", file, "delete it: the curves begin anew"):
+        check_regular(file)
+        rows = read_jsonl(file)
+        for row in check_type(rows, list[dict[str, float | None]]):
+            check_type(row.get("step"), float)
     return rows
 
 
@@ -150,6 +178,13 @@ def file_sha256(path: Path) -> str:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+class Result(TypedDict):
+    """A file that a finished run must hold."""
+
+    bytes: int
+    sha256: str | None  # None for weights, of more than MAX_DIGESTED bytes: reading them would take minutes
 
 
 class Manifest(TypedDict):
@@ -216,8 +251,7 @@ class RunFolder:
 
     def check_same(self, key: str, now: Any, field: str) -> None:
         """Raise UserError if ``now`` differs from the value of ``key`` in the interrupted run's manifest."""
-        manifest = self.path / "manifest.json"
-        before = json.loads(manifest.read_text()).get(key) if manifest.is_file() else None
+        before = self._manifest().get(key)
         if before and before != now:
             raise UserError(
                 field, None, f"is not what the run in {self.path} started with", "give a new run.output_dir"
@@ -230,9 +264,28 @@ class RunFolder:
         write_text_atomic(self.path / "config.yaml", resolved_yaml(config))
 
     def is_finished(self) -> bool:
-        """Whether the run was completed."""
-        manifest = self.path / "manifest.json"
-        return manifest.is_file() and json.loads(manifest.read_text())["exit_state"] == "done"
+        """Whether the run was completed, and its results are whole. Raises UserError where they no longer are."""
+        manifest = self._manifest()
+        if manifest.get("exit_state") != "done":
+            return False
+        field, remedy = "run.output_dir", f"copy it back, or delete {MANIFEST} to have the run done again"
+        with reading(field, self.path / MANIFEST, remedy):
+            stored = check_type(manifest.get("results", {}), dict[str, Result])
+        for name, result in stored.items():
+            file = self.path / name
+            with reading(field, file, remedy, "belongs to this finished run and is not there"):
+                size = check_regular(file)
+            if size != result["bytes"] or (result["sha256"] and file_sha256(file) != result["sha256"]):
+                raise UserError(field, str(file), "is not what this finished run wrote", remedy)
+        return True
+
+    def _manifest(self) -> dict[str, Any]:
+        """What ``manifest.json`` holds; nothing where there is none. Raises UserError."""
+        file = self.path / MANIFEST
+        if not file.exists():
+            return {}
+        remedy = "delete it to go on without what it says, or give a new run.output_dir"
+        return read_json(file, dict[str, Any], "run.output_dir", remedy)
 
     def write_manifest(
         self,
@@ -257,7 +310,20 @@ class RunFolder:
             "versions": versions(),
             "commit": commit(),
         }
-        write_json_atomic(self.path / "manifest.json", {**manifest, **(notes or {})})
+        results = {"results": describe_results(self.path)} if exit_state == "done" else {}
+        write_json_atomic(self.path / MANIFEST, {**manifest, **(notes or {}), **results})
+
+
+def describe_results(run: Path) -> dict[str, Result]:
+    """The files that a finished run must hold, by their path in its folder: size and sha256."""
+    top = [run / "report.json", *(file for file in run.glob("*.jsonl") if file.name != "metrics.jsonl")]
+    below = [file for name in RESULT_FOLDERS for file in (run / name).rglob("*")]
+    results: dict[str, Result] = {}
+    for file in sorted(filter(Path.is_file, top + below)):
+        size = file.stat().st_size
+        digest = file_sha256(file) if size <= MAX_DIGESTED else None
+        results[file.relative_to(run).as_posix()] = {"bytes": size, "sha256": digest}
+    return results
 
 
 def utc(seconds: float) -> str:

@@ -7,16 +7,17 @@ different hosts are never compared.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import TypedDict, cast
+
+from typing_extensions import TypedDict
 
 from esi_ds.artifacts import utc, write_json_atomic
 from esi_ds.errors import UserError
+from esi_ds.reading import check_type, parse_json, read_text, reading
 
 LOCK, STATUS = "lock.json", "status.json"
 BEAT_S = 5.0  # how often a live run writes its status
@@ -139,14 +140,16 @@ def read(folder: Path) -> Holder | None:
 
 
 def _read(file: Path) -> Holder | None:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         return None
-    except ValueError:
-        content = None
-    if isinstance(content, dict) and isinstance(content.get("host"), str) and isinstance(content.get("pid"), int):
-        return cast(Holder, content)
+    try:
+        with reading("lock", file, "delete it"):
+            holder = check_type(parse_json(read_text(file)), Holder)
+        if {"host", "pid"} <= holder.keys():
+            return holder
+    except UserError:
+        if not file.exists():  # released in the meantime
+            return None
     return {"host": "a host that its unreadable lock does not name"}
 
 

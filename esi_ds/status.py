@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import cast
 
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from esi_ds.artifacts import write_json_atomic
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.lock import BEAT_S, STATUS, Identity, own_identity
+from esi_ds.reading import check_type, parse_json, read_text, reading
 
 REQUIRED = {"state", "stage", "pid", "host", "slurm_job", "updated", "phase"}  # keys of every status of a run
+BAR = {"done", "total", "unit", "rate", "seconds_left"}  # keys of a status with a phase
 SILENT_S = 60.0  # the run of an older status is probably dead
 
 
@@ -125,8 +129,8 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
     checkpoints: list[Checkpoint] = []
     for file in (*run.glob("checkpoint/position-*/state.json"), *run.glob("checkpoint/*/position-*/state.json")):
         with suppress(FileNotFoundError):  # a newer checkpoint may replace it at any moment
-            position = int(file.parent.name.removeprefix("position-"))
-            checkpoints.append({"position": position, "saved": file.stat().st_mtime})
+            if position := re.fullmatch(r"position-([0-9]{1,18})", file.parent.name):
+                checkpoints.append({"position": int(position[1]), "saved": file.stat().st_mtime})
     for file in run.glob("*.jsonl"):
         with suppress(FileNotFoundError):
             if file.name != "metrics.jsonl":
@@ -139,11 +143,14 @@ def read_status(run: Path) -> Status:
     if not (run / "config.yaml").is_file():
         raise UserError("RUN", str(run), "holds no run", "give a run's folder")
     status: Status = {"state": "not started"}
-    with suppress(FileNotFoundError, ValueError):
-        content = json.loads((run / STATUS).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not content.keys() >= REQUIRED:
-            raise UserError("RUN", str(run), f"holds a {STATUS} that is not a run's status", "look at its log.txt")
-        status = cast(Status, content)
+    if (run / STATUS).exists():
+        with reading("RUN", run, "look at its log.txt", f"holds a {STATUS} that is not a run's status"):
+            content = parse_json(read_text(run / STATUS))
+            check_type(content, Status)  # what is shown keeps its integers
+            status = cast(Status, content)
+            needed = REQUIRED | (BAR if status.get("phase") else set())
+            if missing := sorted(needed - status.keys()):
+                raise ValueError(f"without {missing[0]}")
     return {**status, "last_checkpoint": last_checkpoint(run)}
 
 
@@ -153,7 +160,7 @@ def show(run: Path, now: float) -> str:
     lines = [f"{run}: {status['state']}" + (f", stage {status['stage']}" if "stage" in status else "")]
     if "pid" in status:
         job = status["slurm_job"]
-        slurm = f", Slurm job {job} (restarts: {status['slurm_restarts']})" if job else ""
+        slurm = f", Slurm job {job} (restarts: {status.get('slurm_restarts', '?')})" if job else ""
         lines.append(f"  process {status['pid']} on {status['host']}{slurm}")
     if status.get("phase"):
         left = status["seconds_left"]

@@ -6,7 +6,6 @@ then the stage's measurements.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import threading
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
-from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic, writing
+from esi_ds.artifacts import append_jsonl, jsonl, read_metrics, write_text_atomic, writing
 from esi_ds.status import StatusWriter
 
 if TYPE_CHECKING:
@@ -128,9 +127,10 @@ class Tracker:
     def resume_at(self, step: int) -> None:
         """Drop what an earlier process measured after ``step``: these steps are repeated."""
         file = self.folder / "metrics.jsonl"
-        if self.enabled and file.is_file():
-            kept = [row for row in read_jsonl(file) if row["step"] <= step]
-            write_text_atomic(file, "".join(json.dumps(row) + "\n" for row in kept))
+        if self.enabled:
+            kept = [row for row in read_metrics(self.folder) if row["step"] <= step]
+            if file.exists():
+                write_text_atomic(file, jsonl(kept))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and a point in each curve. A value that is not finite becomes null."""

@@ -23,8 +23,7 @@ def install(moments: str) -> None:
     moments: ``metrics.jsonl 3 7``: when a matching file has that many rows; ``*model*``: when a matching folder is
     created. Other ranks wait for it at their next collective.
     """
-    from esi_ds import tracking
-    from esi_ds.stages import ledger, respond
+    from esi_ds import journal, tracking
 
     pattern, *counts = moments.split()
     waiting = [int(count) for count in counts]
@@ -43,7 +42,7 @@ def install(moments: str) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     if waiting:
-        tracking.append_jsonl = ledger.append_jsonl = respond.append_jsonl = append_and_hold
+        tracking.append_jsonl = journal.append_jsonl = append_and_hold
     else:
         Path.mkdir = mkdir_and_hold
 

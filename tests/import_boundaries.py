@@ -40,6 +40,7 @@ LAYERS = {
     "options": 1,
     "cli": 5,
     "launch_environment": 1,
+    "journal": 1,
     "lock": 1,
     "status": 1,
 }
@@ -59,6 +60,7 @@ WITHOUT_TORCH = {
     "options",
     "cli",
     "launch_environment",
+    "journal",
     "lock",
     "status",
 }

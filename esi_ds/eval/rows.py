@@ -5,7 +5,7 @@ A row is JSON on disk; ``Ledger`` and ``report.json`` keep these keys as they ar
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing_extensions import TypedDict
 
 
 class AnswerRow(TypedDict):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
 
 from esi_ds.data.prompts import PromptSetRow
 from esi_ds.eval.rows import AgreementRow, ChangeRow, MeasureRow, RateRow, TaskSummary, VerdictRow

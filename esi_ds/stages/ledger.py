@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
+from esi_ds.journal import Journal
 from esi_ds.zero import runtime
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
@@ -17,14 +16,18 @@ Key = tuple[Any, ...]
 class Ledger(Generic[Row]):
     """Rows by key, the same on every rank; rank 0 appends them to the file as they come.
 
-    fields: the columns that make up the key of a row. A line torn by a kill is dropped when the file is read.
+    fields: the columns that make up the key of a row. kind: the rows' TypedDict. A line torn by a kill is dropped when
+    the file is read.
     """
 
-    def __init__(self, file: Path, fields: tuple[str, ...]):
-        """Rank 0 reads: on a shared file system another rank may see an older file. One broadcast."""
+    def __init__(self, file: Path, fields: tuple[str, ...], kind: type[Row]):
+        """Rank 0 reads: on a shared file system another rank may see an older file. One broadcast.
+
+        Raises UserError, on every rank, for rows that the run did not write.
+        """
         self.file, self.fields = file, fields
-        stored = read_jsonl(file) if runtime.is_main() and file.is_file() else []
-        self.rows: dict[Key, Row] = {self.key(row): row for row in runtime.broadcast_object(stored)}
+        self._journal = Journal(file, kind)
+        self.rows: dict[Key, Row] = {self.key(row): row for row in runtime.from_main(self._journal.read)}
 
     def key(self, row: Mapping[str, Any]) -> Key:
         """What identifies a row."""
@@ -36,7 +39,7 @@ class Ledger(Generic[Row]):
         new = {key: row for key, row in new.items() if key not in self.rows}
         self.rows.update(new)
         if new and runtime.is_main():
-            append_jsonl(self.file, new.values())
+            self._journal.append(new.values())
 
     def share(self, rows: Iterable[Row]) -> None:
         """Add the rows of all ranks; ``rows`` are those of this rank. One gather."""
@@ -46,7 +49,5 @@ class Ledger(Generic[Row]):
         """The rows in this order. The file is rewritten in it, so that it does not depend on batches and ranks."""
         ordered = [self.rows[key] for key in order if key in self.rows]
         if runtime.is_main():
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
-            if not self.file.is_file() or self.file.read_text(encoding="utf-8") != text:
-                write_text_atomic(self.file, text)
+            self._journal.replace(ordered)
         return ordered

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
-from esi_ds.artifacts import append_jsonl, read_jsonl, write_text_atomic
 from esi_ds.config import Config
 from esi_ds.data.chat import answerable
-from esi_ds.errors import Interrupted
+from esi_ds.errors import Interrupted, UserError
+from esi_ds.journal import Journal
 from esi_ds.models.folder import max_positions
 from esi_ds.stages.esi.prepare import PromptInputs
 from esi_ds.stages.interrupt import stop_requested
@@ -24,11 +24,26 @@ PARTIAL_NAME = "responses.partial.jsonl"
 NAME = "responses.jsonl"
 
 
+class GeneratedRow(TypedDict):
+    """A line of a file of responses that is being filled."""
+
+    index: int  # of the prompt
+    response: str
+
+
+class ResponseRow(GeneratedRow):
+    """A line of ``responses.jsonl``."""
+
+    prompt: str
+    judge_score: float | None  # None before it is judged, and of an excluded prompt
+    excluded: str | None  # why the prompt took no part; None if it did
+
+
 def write_responses(
     folder: Path, prompts: Sequence[str], responses: Sequence[str], scores: dict[int, float], excluded: dict[int, str]
 ) -> None:
     """``responses.jsonl`` (docs/design.md §7). Rank 0 only."""
-    rows = (
+    rows: list[ResponseRow] = [
         {
             "index": index,
             "prompt": prompt,
@@ -37,14 +52,28 @@ def write_responses(
             "excluded": excluded.get(index),
         }
         for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-    )
-    write_text_atomic(folder / NAME, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    ]
+    Journal(folder / NAME, ResponseRow).replace(rows)
 
 
-def responses_on_disk(folder: Path) -> dict[int, str]:
-    """index → response of everything that earlier starts of this run have generated."""
-    file = folder / NAME if (folder / NAME).is_file() else folder / PARTIAL_NAME
-    return {row["index"]: row["response"] for row in read_jsonl(file)} if file.is_file() else {}
+def responses_on_disk(folder: Path, prompts: Sequence[str]) -> dict[int, str]:
+    """index → response of everything that earlier starts of this run have generated.
+
+    Raises UserError for rows that the run did not write, or that answer other prompts.
+    """
+    if not (folder / NAME).is_file():
+        return by_index(Journal(folder / PARTIAL_NAME, GeneratedRow))
+    rows = Journal(folder / NAME, ResponseRow).read()
+    if [(row["index"], row["prompt"]) for row in rows] != list(enumerate(prompts)):
+        raise UserError(
+            "run.output_dir", str(folder / NAME), "does not answer the prompts of this run", "give a new run.output_dir"
+        )
+    return {row["index"]: row["response"] for row in rows}
+
+
+def by_index(journal: Journal[GeneratedRow]) -> dict[int, str]:
+    """index → response of a file that is being filled. Raises UserError for rows that the run did not write."""
+    return {row["index"]: row["response"] for row in journal.read()}
 
 
 def respond(
@@ -61,8 +90,7 @@ def respond(
     """
     if inputs.data.responses is not None:
         return inputs.data.responses
-    # Rank 0 reads: on a shared file system another rank may see an older file.
-    done: dict[int, str] = runtime.broadcast_object(responses_on_disk(folder) if runtime.is_main() else None)
+    done = runtime.from_main(lambda: responses_on_disk(folder, inputs.data.prompts))
     limit, length = max_positions(inputs.model_config), config.esi.max_new_tokens
     generate_all(
         model,
@@ -73,7 +101,7 @@ def respond(
         max_new_tokens=length,
         batch_size=config.esi.batch_size,
         generation=config.esi.generation,
-        keep=keep_in(folder / PARTIAL_NAME),
+        keep=keep_in(Journal(folder / PARTIAL_NAME, GeneratedRow)),
         tracker=tracker,
     )
     responses = [done.get(index, "") for index in range(len(prompt_ids))]
@@ -84,12 +112,12 @@ def respond(
     return responses
 
 
-def keep_in(file: Path) -> Callable[[dict[int, str]], None]:
-    """A function for ``generate_all``: rank 0 appends responses to a JSONL file as {"index", "response"}."""
+def keep_in(journal: Journal[GeneratedRow]) -> Callable[[dict[int, str]], None]:
+    """A function for ``generate_all``: rank 0 adds responses to a file that is being filled."""
 
     def keep(new: dict[int, str]) -> None:
         if runtime.is_main():
-            append_jsonl(file, [{"index": index, "response": text} for index, text in new.items()])
+            journal.append([{"index": index, "response": text} for index, text in new.items()])
 
     return keep
 

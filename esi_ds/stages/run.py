@@ -20,6 +20,7 @@ from esi_ds.core.mask import Mask, metadata_sha256, refuse_problems
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import monitor_settings, resolve_deepspeed
 from esi_ds.errors import Interrupted, UserError
+from esi_ds.journal import unrecorded
 from esi_ds.models.fingerprint import check_mask_weights, fingerprint, tensor_digests
 from esi_ds.models.folder import ModelSource, checkpoint_folder
 from esi_ds.options import Options
@@ -99,8 +100,9 @@ class StageRun(ABC, Generic[Inputs]):
                 lock.release(self.folder.path)
 
     def _is_finished(self) -> bool:
-        """Whether there is nothing left to do; rank 0 says so. One broadcast."""
-        finished = runtime.broadcast_object(self.folder.is_finished() if runtime.is_main() else None)
+        """Whether there is nothing left to do; rank 0 says so. Raises UserError, on every rank, where results are no
+        longer what they were. One broadcast."""
+        finished = runtime.from_main(self.folder.is_finished)
         if finished and runtime.is_main():
             print(f"{self.folder.path} is finished already; nothing to do")
         return finished
@@ -110,17 +112,12 @@ class StageRun(ABC, Generic[Inputs]):
 
         Raises UserError, on every rank, where another job holds it. One broadcast.
         """
-        outcome: str | UserError | None = None
-        if runtime.is_main():
-            try:
-                self.folder.path.mkdir(parents=True, exist_ok=True)
-                outcome = lock.acquire(self.folder.path)
-            except UserError as error:
-                outcome = error
-        outcome = runtime.broadcast_object(outcome)
-        if isinstance(outcome, UserError):
-            raise outcome
-        return outcome
+
+        def acquire() -> str | None:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            return lock.acquire(self.folder.path)
+
+        return runtime.from_main(acquire)
 
     def _run_locked(self, taken_over: str | None) -> None:
         if runtime.is_main():
@@ -140,6 +137,8 @@ class StageRun(ABC, Generic[Inputs]):
                 tracker.log(taken_over)
             if restarts := int(os.environ.get("SLURM_RESTART_COUNT", "0")):
                 tracker.log(f"Slurm has started this job again, {restarts} times by now")
+            for name in unrecorded(self.folder.path) if runtime.is_main() else ():
+                tracker.log(f"{name}: without a record of its digest, as earlier versions wrote it: taken as it is")
             try:
                 self.work()
             except BaseException as error:

@@ -2,12 +2,15 @@
 
 ``checkpoint/position-<n>/`` holds one safetensors file per rank and ``state.json``. Every tensor is flat and split into
 parts named ``<key>@<first element>``; together they make up the whole, for any number of ranks and any placement of
-experts. A folder gets its name once all of it is on disk, and only then is the previous one removed.
+experts. A folder gets its name once all of it is on disk, and only then is the previous one removed. ``state.json`` has
+the sha256 of every file, and of itself: a checkpoint that was altered is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,26 +21,65 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic
+from esi_ds.artifacts import file_sha256, replace_folder, wait_until_visible, write_json_atomic
+from esi_ds.errors import UserError
+from esi_ds.reading import check_regular, check_type, read_json, reading
 from esi_ds.zero import runtime
 from esi_ds.zero.files import save_tensors
 
 PREFIX = "position-"
+STATE = "state.json"
+FIELD, REMEDY = (
+    "run.output_dir",
+    "delete this checkpoint to begin its part of the run anew, or give a new run.output_dir",
+)
+WITHOUT_DIGESTS = "{}: a checkpoint of an earlier version, without digests: it is taken as it is"
 Parts = Mapping[str, Sequence[tuple[int, Tensor]]]  # key → (first flat index, values [n]) of this rank's parts
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None. Rank 0 decides: other hosts may see an older state. One broadcast."""
-    newest: Path | None = None
-    if runtime.is_main():
-        complete = [path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").is_file()]
-        newest = max(complete, key=lambda path: int(path.name.removeprefix(PREFIX)), default=None)
-    newest = runtime.broadcast_object(newest)
-    return newest and wait_until_visible(newest / "state.json").parent
+    """The newest complete checkpoint, or None. Rank 0 decides: other hosts may see an older state.
+
+    Raises UserError, on every rank, where it was altered. The ranks share the reading. Collectives: one broadcast and
+    one gather.
+    """
+    newest = runtime.from_main(lambda: _newest(folder))
+    problems: list[str] = []
+    if newest is not None:
+        wait_until_visible(newest / STATE)
+        problems = _problems(newest, runtime.rank(), runtime.world_size())
+    problems = [problem for part in runtime.gather_objects(problems) for problem in part]
+    if newest is not None and problems:
+        raise UserError(FIELD, str(newest), problems[0], REMEDY)
+    return newest
+
+
+def _newest(folder: Path) -> Path | None:
+    positions = {
+        int(path.name.removeprefix(PREFIX)): path
+        for path in folder.glob(f"{PREFIX}*")
+        if re.fullmatch(rf"{PREFIX}[0-9]{{1,18}}", path.name) and (path / STATE).is_file()
+    }
+    return positions[max(positions)] if positions else None
+
+
+def _problems(checkpoint: Path, rank: int, ranks: int) -> list[str]:
+    """What is wrong with every ``ranks``-th file from ``rank`` on, and with the state."""
+    try:
+        digests = check_type(read_state(checkpoint).get("files", {}), dict[str, str])
+        return [
+            f"{name} was altered since it was written (its sha256 is another)"
+            for name in sorted(digests)[rank::ranks]
+            if check_regular(checkpoint / name) and file_sha256(checkpoint / name) != digests[name]
+        ]
+    except UserError as error:
+        return [error.problem]
+    except (OSError, ValueError) as error:
+        return [f"is not complete ({error})"]
 
 
 def save(folder: Path, position: int, state: dict[str, Any], tensors: Parts) -> None:
-    """Write every rank's parts and rank 0's ``state``. Three barriers."""
+    """Write every rank's parts and rank 0's ``state``. Collectives: two barriers and a gather."""
     target = folder / f"{PREFIX}{position}"
     temporary = folder / f".{target.name}.tmp"
     if runtime.is_main():
@@ -47,9 +89,10 @@ def save(folder: Path, position: int, state: dict[str, Any], tensors: Parts) -> 
     file = wait_until_visible(temporary) / f"rank-{runtime.rank()}.safetensors"
     named = {f"{key}@{low}": values for key, parts in tensors.items() for low, values in parts if len(values)}
     save_tensors({name: values.detach().cpu().contiguous() for name, values in named.items()}, file)
-    runtime.barrier()
+    files = dict(runtime.gather_objects((file.name, file_sha256(file))))
     if runtime.is_main():
-        write_json_atomic(temporary / "state.json", {**state, "position": position, "world_size": runtime.world_size()})
+        whole = {**state, "position": position, "world_size": runtime.world_size(), "files": files}
+        write_json_atomic(temporary / STATE, {**whole, "sha256": _state_digest(whole)})
         replace_folder(temporary, target)
         for old in folder.glob(f"{PREFIX}*"):
             if old != target:
@@ -58,17 +101,39 @@ def save(folder: Path, position: int, state: dict[str, Any], tensors: Parts) -> 
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The ``state`` that was saved, with its ``position`` and ``world_size``."""
-    return json.loads((checkpoint / "state.json").read_text())
+    """The ``state`` that was saved, with its ``position`` and ``world_size``; ``files``, the sha256 of each by name, is
+    absent from checkpoints of earlier versions. Raises UserError where it was altered."""
+    state = read_json(checkpoint / STATE, dict[str, Any], FIELD, REMEDY)
+    stored = state.pop("sha256", None)
+    if (stored is not None or "files" in state) and stored != _state_digest(state):
+        raise UserError(FIELD, str(checkpoint), f"{STATE} was altered since it was written", REMEDY)
+    with reading(FIELD, checkpoint, REMEDY):
+        if check_type(state.get("position"), int) != int(checkpoint.name.removeprefix(PREFIX)):
+            raise ValueError(f"its {STATE} is of another position")
+        check_type(state.get("world_size"), int)
+    return state
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
+    """sha256 of a state, however its JSON is laid out."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def restore(checkpoint: Path | None, tensors: Parts) -> None:
-    """Fill this rank's parts from a checkpoint of any world size, or with 0 where it is None. No collectives."""
+    """Fill this rank's parts from a checkpoint of any world size, or with 0 where it is None. No collectives.
+
+    Raises UserError where it does not hold them.
+    """
     if checkpoint is None:
         for parts in tensors.values():
             for _, values in parts:
                 values.zero_()
         return
+    with reading(FIELD, checkpoint, REMEDY):
+        _fill(checkpoint, tensors)
+
+
+def _fill(checkpoint: Path, tensors: Parts) -> None:
     old_ranks = read_state(checkpoint)["world_size"]
     stored: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
     for rank in range(old_ranks):

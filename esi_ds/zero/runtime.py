@@ -10,7 +10,7 @@ import os
 import random
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -206,6 +206,23 @@ def broadcast_object(item: Any) -> Any:
     holder = [item]
     torch.distributed.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def from_main(read: Callable[[], Item]) -> Item:
+    """What ``read`` returns on rank 0, on every rank; a UserError of rank 0 is raised on every rank. One broadcast.
+
+    For what lies on disk: on a shared file system another rank may see an older state.
+    """
+    result: Any = None
+    if is_main():
+        try:
+            result = read()
+        except UserError as error:
+            result = error
+    result = broadcast_object(result)
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def memory_bytes() -> int:

@@ -142,3 +142,42 @@ def test_no_commit_of_a_repository_that_is_not_ours(tmp_path: Path, monkeypatch:
     (tmp_path / "esi_ds").mkdir()
     monkeypatch.setattr(artifacts, "__file__", str(tmp_path / "esi_ds" / "artifacts.py"))
     assert len(artifacts.commit()) == 40
+
+
+def finished_run(tmp_path: Path) -> RunFolder:
+    (tmp_path / "mask").mkdir()
+    for name in ("mask/model.safetensors", "report.json", "verdicts.jsonl", "metrics.jsonl", "log.txt"):
+        (tmp_path / name).write_text(f"content of {name}")
+    folder = RunFolder(str(tmp_path))
+    folder.write_manifest(exit_state="done", world_size=1, started=0.0, model_fingerprint="a", data={})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["mask/model.safetensors", "report.json", "verdicts.jsonl"])
+def test_a_finished_run_whose_results_are_not_whole(name: str, tmp_path: Path) -> None:
+    folder = finished_run(tmp_path)
+    (tmp_path / "log.txt").write_text("more")
+    (tmp_path / "metrics.jsonl").unlink()
+    assert folder.is_finished()
+    file = tmp_path / name
+    for change in (lambda: file.write_text(f"Content of {name}"), lambda: file.write_text("c"), file.unlink):
+        change()
+        with pytest.raises(UserError, match=rf"{name}: .*(copy it back|delete manifest.json)"):
+            folder.is_finished()
+    file.mkdir()
+    with pytest.raises(UserError, match=name):
+        folder.is_finished()
+
+
+def test_a_finished_run_of_an_earlier_version(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"exit_state": "done", "model_fingerprint": "a"}')
+    assert RunFolder(str(tmp_path)).is_finished()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"exit_state": "done", "results": [1]}', "[" * 100_000, '{"a": NaN}']
+)
+def test_a_torn_or_foreign_manifest(content: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.output_dir = .*manifest\.json"):
+        RunFolder(str(tmp_path)).is_finished()

@@ -13,6 +13,7 @@ from endpoint_server import Server, running_server
 from esi_ds.config import EvalRubric
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all, remove_key
+from esi_ds.eval.rows import VerdictRow
 from esi_ds.eval.rubric import TEMPLATE, Prices, build_question, judge_by_rubric, read_score, read_verdict
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, judge_all
 from esi_ds.stages.evaluate.prepare import PreparedEndpoint
@@ -190,7 +191,7 @@ def test_what_an_endpoint_that_was_given_up_never_heard_is_asked_at_the_next_sta
             {"model": "m", "set": "s", "index": index, "prompt": f"CASE {case};", "response": "Sure."}
             for index, case in enumerate(cases)
         ]
-        ledger = Ledger(tmp_path / "verdicts.jsonl", VERDICT_KEY)
+        ledger = Ledger(tmp_path / "verdicts.jsonl", VERDICT_KEY, VerdictRow)
         judge = PreparedEndpoint("j", "eval.judges", section, endpoint=endpoint(concurrency=1, **limits))
         with Tracker(tmp_path, enabled=True, tensorboard=False, stage="eval") as tracker:
             judge_all([judge], rows, ledger, None, {}, tracker)

@@ -204,7 +204,25 @@ def test_status_of_a_run_that_was_killed(tmp_path: Path) -> None:
     assert "silent for 1:00:00" in status.show(tmp_path, time.time() + 3600)
 
 
-@pytest.mark.parametrize("content", [None, "[]", "{}", '{"state": "running"}'])
+WHOLE = {"state": "running", "stage": "esi", "pid": 1, "host": "a", "slurm_job": None, "updated": 1.0, "phase": None}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "[]",
+        "{}",
+        '{"state": "running"}',
+        '{"state": ',
+        "[" * 100_000,
+        json.dumps({**WHOLE, "pid": "1"}),
+        json.dumps({**WHOLE, "updated": [1]}),
+        json.dumps({**WHOLE, "phase": "score"}),
+        json.dumps(WHOLE).replace('"pid": 1', '"pid": ' + "9" * 5000),
+    ],
+    ids=range(10),
+)
 def test_status_of_no_run(content: str | None, tmp_path: Path, capsys) -> None:
     """The others are shown all the same."""
     (tmp_path / "other").mkdir()
@@ -215,3 +233,38 @@ def test_status_of_no_run(content: str | None, tmp_path: Path, capsys) -> None:
     assert status.main([str(tmp_path), str(tmp_path / "other")]) == 2
     said = capsys.readouterr()
     assert f"error: RUN = {tmp_path}: holds" in said.err and f"{tmp_path}/other: not started" in said.out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"host": 1, "pid": 2}',
+        '{"host": "a", "pid": true}',
+        "[" * 100_000,
+        '{"host": "a", "pid": 1, "slurm_job": []}',
+    ],
+    ids=range(6),
+)
+def test_a_foreign_lock_is_watched_like_that_of_another_host(content: str, tmp_path: Path, elsewhere: dict) -> None:
+    (tmp_path / lock.LOCK).write_text(content)
+    assert "unreadable lock" in lock.acquire(tmp_path)
+
+
+def test_checkpoints_of_other_names_are_passed_over(tmp_path: Path) -> None:
+    for name in ("position-x", "position-3", "position-"):
+        (tmp_path / "checkpoint" / name).mkdir(parents=True)
+        (tmp_path / "checkpoint" / name / "state.json").touch()
+    assert status.last_checkpoint(tmp_path)["position"] == 3
+
+
+@pytest.mark.parametrize("row", ["[1]", '{"step": "1"}', '{"time": 1.0}', '{"step": 1, "loss": [2]}', "[" * 100_000])
+def test_foreign_rows_of_the_curves(row: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "lo\n')
+    with Tracker(tmp_path, enabled=True, tensorboard=False, stage="esi") as tracker:
+        tracker.resume_at(5)
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
+        (tmp_path / "metrics.jsonl").write_text(row + "\n")
+        with pytest.raises(UserError, match=r"metrics\.jsonl.*delete it"):
+            tracker.resume_at(5)

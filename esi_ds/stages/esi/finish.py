@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from esi_ds.artifacts import read_jsonl
+from esi_ds.artifacts import read_metrics
 from esi_ds.config import Config, EsiGuard, Select
 from esi_ds.core.mask_metadata import SCORES_FORMAT, MaskMetadata, mask_texts
 from esi_ds.core.select import key_to_score
@@ -114,7 +114,6 @@ def finish_esi(
     histogram, histograms_by_role = log_histograms(model, scores)
     if not runtime.is_main():
         return
-    metrics = folder / "metrics.jsonl"
     report: EsiReport = {
         "title": title(config),
         "facts": run_facts(run, model, outcome) | ({"NOTE": silence} if silence else {}),
@@ -129,7 +128,7 @@ def finish_esi(
         "special_tokens_broken_up": outcome.special_tokens_broken_up if outcome else 0,
         "samples": samples(outcome) if outcome else [],
         "losses": [loss_report(loss) for loss in losses],
-        "progress": read_jsonl(metrics) if metrics.is_file() else [],
+        "progress": read_metrics(folder),
     }
     write_report(folder, report)
     publish(run.tracker, report)

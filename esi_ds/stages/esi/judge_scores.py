@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+
+from typing_extensions import TypedDict
 
 from esi_ds.judge.guard import Guard
 from esi_ds.stages.esi.prepare import Example
@@ -30,7 +31,7 @@ def judge_scores(
     """
     if runtime.is_main():
         folder.mkdir(exist_ok=True)
-    ledger: Ledger[JudgeScoreRow] = Ledger(folder / "judge_scores.jsonl", ("index",))
+    ledger: Ledger[JudgeScoreRow] = Ledger(folder / "judge_scores.jsonl", ("index",), JudgeScoreRow)
     waiting = [example for example in examples if (example.index,) not in ledger.rows]
     stride, first = batch_size * runtime.world_size(), batch_size * runtime.rank()
     bar = tracker.progress(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from esi_ds.config import Config
 from esi_ds.errors import Interrupted, UserError
+from esi_ds.reading import check_type, reading
 from esi_ds.stages.interrupt import stop_requested
 from esi_ds.tracking import Tracker
 from esi_ds.zero import checkpoint, runtime
@@ -48,7 +49,14 @@ class PassState:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> PassState:
-        return cls(stored["position"], dict(stored["scores"]), dict(stored["excluded"]))
+        """Of what ``to_json`` has made. Raises ValueError for anything else."""
+        scores = check_type(stored.get("scores"), list[list[Any]])
+        excluded = check_type(stored.get("excluded"), list[list[Any]])
+        return cls(
+            stored["position"],
+            check_type({index: score for index, score in scores}, dict[int, float]),
+            check_type({index: reason for index, reason in excluded}, dict[int, str]),
+        )
 
     def share(self) -> None:
         """Every rank learns the scores and exclusions of all ranks. One gather of small objects."""
@@ -255,7 +263,13 @@ class ScoringPass:
 
     def _restore(self) -> None:
         saved = checkpoint.latest(self.folder)
-        self.state = PassState() if saved is None else PassState.from_json(checkpoint.read_state(saved))
+        self.state = PassState()
+        if saved is not None:
+            state = checkpoint.read_state(saved)
+            with reading(checkpoint.FIELD, saved, checkpoint.REMEDY):
+                self.state = PassState.from_json(state)
+            if "files" not in state:
+                self.tracker.log(checkpoint.WITHOUT_DIGESTS.format(saved.name))
         checkpoint.restore(saved, self.gradients.saved())
         self._steps_since_save = 0
 

@@ -39,9 +39,9 @@ class EvalLedgers:
     def open(cls, folder: Path) -> EvalLedgers:
         """The ledgers of a run folder, empty or as an earlier process left them. Three broadcasts."""
         return cls(
-            Ledger(folder / ANSWERS, ANSWER_KEY),
-            Ledger(folder / SURPRISES, ANSWER_KEY),
-            Ledger(folder / VERDICTS, VERDICT_KEY),
+            Ledger(folder / ANSWERS, ANSWER_KEY, AnswerRow),
+            Ledger(folder / SURPRISES, ANSWER_KEY, SurpriseRow),
+            Ledger(folder / VERDICTS, VERDICT_KEY, VerdictRow),
         )
 
     def judge(

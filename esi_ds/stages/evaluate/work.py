@@ -78,7 +78,7 @@ class EvalRun(StageRun[EvalInputs]):
         Interrupted between two slices; an interrupted task begins anew.
         """
         section, tasks, tracker = self.config.model, self.inputs.tasks, self.tracker
-        ledger: Ledger[TaskRow] = Ledger(self.folder.path / TASKS, ("model", "task"))
+        ledger: Ledger[TaskRow] = Ledger(self.folder.path / TASKS, ("model", "task"), TaskRow)
         order = [(model.name, number) for model in self.inputs.models for number in range(len(tasks))]
         if not order:
             return []

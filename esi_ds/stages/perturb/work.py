@@ -7,10 +7,10 @@ written, and a digest of all weights is the same after every cell.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from esi_ds.errors import UserError
 from esi_ds.eval.rows import AnswerRow
@@ -75,7 +75,7 @@ class PerturbRun(StageRun[PerturbInputs]):
         inputs, tracker = self.inputs, self.tracker
         sets, section = inputs.eval.sets, inputs.eval.section
         digest, sigma, scores = weights_digest(model), unit_sigmas(model), self._scores(model)
-        checked: Ledger[RestoredRow] = Ledger(self.folder.path / RESTORED, ("cell",))
+        checked: Ledger[RestoredRow] = Ledger(self.folder.path / RESTORED, ("cell",), RestoredRow)
         counts: dict[str, int] = {}
         for number, cell in enumerate(inputs.cells, 1):
             bits = self._bits(model, cell, scores)

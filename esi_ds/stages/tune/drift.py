@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from safetensors.torch import load_file
 
+from esi_ds.artifacts import file_sha256
+from esi_ds.journal import NOTHING, check_file, write_record
 from esi_ds.models.roles import layer_of
 from esi_ds.report.contents import DriftRow
 from esi_ds.stages.run import StageRun
@@ -33,14 +37,22 @@ def measure_before(run: StageRun[TuningInputs], model: ShardedModel) -> None:
     Collectives: one broadcast, and those of ``routing_choices`` for each set.
     """
     file = run.folder.path / BEFORE
-    if not model.routers or runtime.broadcast_object(file.is_file()):
+    if not model.routers or runtime.from_main(lambda: _is_written(file)):
         return
     sets = _choices_by_set(run, model)
     if runtime.is_main():
         temporary = file.with_suffix(".tmp")
         tensors = {f"{name}/{router}": chosen for name, choices in sets.items() for router, chosen in choices.items()}
         save_tensors(tensors, temporary)
+        write_record(file, NOTHING, {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)})
         temporary.replace(file)
+
+
+def _is_written(file: Path) -> bool:
+    """Whether the choices are there already. Raises UserError where they were altered."""
+    if file.exists():
+        check_file(file)
+    return file.exists()
 
 
 def drift_rows(run: StageRun[TuningInputs], model: ShardedModel) -> list[DriftRow]:

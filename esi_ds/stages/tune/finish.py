@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from esi_ds.artifacts import read_jsonl
+from esi_ds.artifacts import read_metrics
 from esi_ds.patch import PatchSummary
 from esi_ds.report.card import METHODS
 from esi_ds.report.contents import ChangedTensor, DriftRow, Facts, TunedAnswerRow, TuningReport
@@ -30,7 +30,6 @@ def finish_tuning(
     if not runtime.is_main():
         return
     inputs, folder, tracker = run.inputs, run.folder.path, run.tracker
-    metrics = folder / "metrics.jsonl"
     changed_tensors: dict[str, ChangedTensor] = {}
     if patch is not None:
         for name, row in patch["tensors"].items():
@@ -48,7 +47,7 @@ def finish_tuning(
         "samples": samples(answers),
         "routing_drift": routing_drift,
         "facts": facts(run, training),
-        "progress": read_jsonl(metrics) if metrics.is_file() else [],
+        "progress": read_metrics(folder),
     }
     write_report(folder, report)
     for partial in folder.glob("answers.*.partial.jsonl"):

@@ -16,6 +16,7 @@ from esi_ds.core.batch import left_pad
 from esi_ds.core.schedule import learning_rate
 from esi_ds.data.conversations import IGNORED, DataOrder, TokenSequence
 from esi_ds.errors import Interrupted, UserError
+from esi_ds.reading import check_type, reading
 from esi_ds.stages.interrupt import stop_requested
 from esi_ds.stages.tune.prepare import TuningInputs
 from esi_ds.tracking import Tracker
@@ -189,10 +190,14 @@ class Training:
             self.tracker.resume_at(0)
             return
         state = checkpoint.read_state(newest)
-        self.step, self.position = state["position"], state["rows_read"]
+        with reading(checkpoint.FIELD, newest, checkpoint.REMEDY):
+            self.step, self.position = state["position"], check_type(state["rows_read"], int)
+            batch = check_type(state["batch"], int)
+        if "files" not in state:
+            self.tracker.log(checkpoint.WITHOUT_DIGESTS.format(newest.name))
         checkpoint.restore(newest, self.tuner.saved())
         self.tuner.restored(self.step)
         self.tracker.resume_at(self.step)
         self.tracker.log(f"going on after step {self.step}, {self.position} rows read")
-        if state["batch"] != self.stride:
-            self.tracker.log(f"a step now reads {self.stride} rows, before it read {state['batch']}")
+        if batch != self.stride:
+            self.tracker.log(f"a step now reads {self.stride} rows, before it read {batch}")

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedModel
 
 from esi_ds import patch
-from esi_ds.artifacts import read_jsonl, replace_folder, wait_until_visible, write_text_atomic
+from esi_ds.artifacts import replace_folder, wait_until_visible
 from esi_ds.eval.refusals import is_refusal
+from esi_ds.journal import Journal
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, checkpoint_folder
 from esi_ds.report.card import model_card
 from esi_ds.report.contents import TunedAnswerRow
-from esi_ds.stages.respond import generate_all, keep_in
+from esi_ds.stages.respond import GeneratedRow, by_index, generate_all, keep_in
 from esi_ds.stages.run import CHECKPOINTS, StageRun, check_mask_bits
 from esi_ds.stages.tune.drift import drift_rows, measure_before
 from esi_ds.stages.tune.finish import finish_tuning
@@ -112,6 +112,10 @@ class TuneRun(StageRun[TuningInputs]):
         for name, index, reason in inputs.unanswered:
             tracker.log(f"{name} prompt {index} is not asked: {reason}")
 
+    @cached_property
+    def _answer_rows(self) -> Journal[TunedAnswerRow]:
+        return Journal(self.folder.path / ANSWERS, TunedAnswerRow)
+
     def _answers(self, model: ShardedModel, when: Literal["before", "after"]) -> Answers:
         """Greedy answers to every question.
 
@@ -123,9 +127,8 @@ class TuneRun(StageRun[TuningInputs]):
         if section is None:
             return answers
         for name, prompt_ids in inputs.question_ids.items():
-            partial_file = self.folder.path / f"answers.{name}.{when}.partial.jsonl"
-            rows = read_jsonl(partial_file) if runtime.is_main() and partial_file.is_file() else []
-            responses: dict[int, str] = runtime.broadcast_object({row["index"]: row["response"] for row in rows})
+            journal = Journal(self.folder.path / f"answers.{name}.{when}.partial.jsonl", GeneratedRow)
+            responses = runtime.from_main(partial(by_index, journal))
             generate_all(
                 model,
                 inputs.tokenizer,
@@ -135,7 +138,7 @@ class TuneRun(StageRun[TuningInputs]):
                 max_new_tokens=section.max_new_tokens,
                 batch_size=section.batch_size,
                 generation="auto",
-                keep=keep_in(partial_file),
+                keep=keep_in(journal),
                 tracker=self.tracker,
                 description=f"answer: {name} {when}",
             )
@@ -146,18 +149,16 @@ class TuneRun(StageRun[TuningInputs]):
         """``answers.jsonl``, if there are questions. Rank 0 writes; no collectives."""
         if not runtime.is_main() or not self.inputs.questions:
             return
-        lines = []
+        rows = []
         for name, prompts in self.inputs.questions.items():
             for index in self.inputs.question_ids[name]:
                 answer_before = before[name][index] if before is not None else None
-                row = answer_row(name, index, prompts[index], answer_before, after[name][index])
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        write_text_atomic(self.folder.path / ANSWERS, "".join(lines))
+                rows.append(answer_row(name, index, prompts[index], answer_before, after[name][index]))
+        self._answer_rows.replace(rows)
 
     def _read_answers(self) -> list[TunedAnswerRow]:
         """Rows of ``answers.jsonl`` on rank 0; none on other ranks, or without questions."""
-        file = self.folder.path / ANSWERS
-        return read_jsonl(file) if runtime.is_main() and file.is_file() else []
+        return self._answer_rows.read() if runtime.is_main() and self.inputs.questions else []
 
     def _export(self, model: ShardedModel) -> patch.PatchSummary | None:
         """Write ``model/`` and ``patch/``; the patch's summary on rank 0, None on others or without a patch.

@@ -1,0 +1,123 @@
+"""Checkpoints of an interrupted run: restored to the bit, or refused where anything in them was altered."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from esi_ds.errors import UserError
+from esi_ds.stages.esi.score import PassState
+from esi_ds.zero import checkpoint
+
+STATE = {"scores": [[0, 0.5], [3, -1.25]], "excluded": [[1, "the response is empty"]]}
+
+
+def parts(*sizes: int) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    return {f"w{n}": [(0, torch.zeros(size))] for n, size in enumerate(sizes)}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    tensors = parts(5, 3)
+    for [(_, values)] in tensors.values():
+        values.copy_(torch.arange(len(values)) + 0.1)
+    checkpoint.save(tmp_path, 4, STATE, tensors)
+    return tmp_path / "position-4"
+
+
+def restore(folder: Path) -> tuple[dict[str, Any], dict[str, list[tuple[int, torch.Tensor]]]]:
+    tensors = parts(5, 3)
+    newest = checkpoint.latest(folder)
+    checkpoint.restore(newest, tensors)
+    return checkpoint.read_state(newest), tensors
+
+
+def test_what_was_saved_is_restored(saved: Path) -> None:
+    state, tensors = restore(saved.parent)
+    assert PassState.from_json(state) == PassState(4, {0: 0.5, 3: -1.25}, {1: "the response is empty"})
+    assert tensors["w0"][0][1].equal(torch.arange(5) + 0.1)
+    assert state["files"].keys() == {"rank-0.safetensors"}
+
+
+def edit(**values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "state.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return change
+
+
+def flip(folder: Path) -> None:
+    file = folder / "rank-0.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def rename(folder: Path) -> None:
+    folder.rename(folder.with_name("position-6"))
+
+
+def without_digests(folder: Path) -> dict[str, Any]:
+    state = json.loads((folder / "state.json").read_text())
+    return {key: value for key, value in state.items() if key not in ("files", "sha256")}
+
+
+ALTERED: dict[str, Callable[[Path], object]] = {
+    "one flipped bit": flip,
+    "another position": edit(position=2),
+    "another world size": edit(world_size=2),
+    "a row excluded": edit(excluded=[[1, "x"], [2, "x"]]),
+    "no row excluded": edit(excluded=[]),
+    "another score": edit(scores=[[0, 0.25], [3, -1.25]]),
+    "another digest": edit(files={"rank-0.safetensors": "0" * 64}),
+    "no digests": edit(files={}),
+    "a further file": edit(files={"rank-0.safetensors": "0" * 64, "../x": "0"}),
+    "another name": rename,
+    "no file": lambda folder: (folder / "rank-0.safetensors").unlink(),
+    "half a file": lambda folder: (folder / "rank-0.safetensors").write_bytes(b"x" * 20),
+    "torn": lambda folder: (folder / "state.json").write_text('{"position": 4'),
+    "foreign": lambda folder: (folder / "state.json").write_text("[4]"),
+    "deep": lambda folder: (folder / "state.json").write_text("[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("case", ALTERED)
+def test_what_was_altered_is_refused(case: str, saved: Path) -> None:
+    ALTERED[case](saved)
+    with pytest.raises(UserError, match=r"run\.output_dir = .*position-.*delete this checkpoint"):
+        restore(saved.parent)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken(saved: Path) -> None:
+    (saved / "state.json").write_text(json.dumps(without_digests(saved)))
+    state, tensors = restore(saved.parent)
+    assert "files" not in state and tensors["w1"][0][1].equal(torch.arange(3) + 0.1)
+    for change in (edit(world_size=3), edit(world_size="1"), edit(position=5)):
+        other = saved.parent / "other" / saved.name
+        shutil.copytree(saved, other)
+        change(other)
+        with pytest.raises(UserError, match="delete this checkpoint"):
+            restore(other.parent)
+        shutil.rmtree(other)
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"scores": 1}, {"scores": [[1]], "excluded": []}, {"scores": {}, "excluded": []}]
+)
+def test_a_state_without_what_a_pass_needs(state: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        PassState.from_json({"position": 1, **state})
+
+
+def test_names_that_are_no_position_are_passed_over(saved: Path) -> None:
+    for name in ("position-x", "position--1", "position-9", "position-" + "9" * 5000):
+        if len(name) < 255:
+            (saved.parent / name).mkdir()
+    assert checkpoint.latest(saved.parent) == saved
