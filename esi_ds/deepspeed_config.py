@@ -10,8 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from esi_ds.config import Config
+from esi_ds.config_checks import check_numbers
 from esi_ds.errors import UserError
+from esi_ds.reading import check_type, parse_json, read_text, reading
 
+MAX_BYTES = 1 << 20  # of a DeepSpeed config
+# The keys that DeepSpeed 0.19.8 reads, with the kind of their values; it silently ignores every other key. Sections
+# that this toolkit refuses, and those that it has removed, are refused with their own messages.
+_KINDS: dict[Any, str] = {
+    dict: "activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger compile "
+    "compression_training csv_monitor curriculum_learning data_efficiency data_types datastates_ckpt eigenvalue "
+    "elasticity expert_parallel flops_profiler fp16 hybrid_engine nebula optimizer pipeline progressive_layer_drop "
+    "scheduler sequence_parallel tensor_parallel tensorboard timers torch_autocast wandb weight_quantization_config "
+    "zenflow zero_optimization",
+    bool: "check_overflow dataloader_drop_last disable_allgather disable_python_gc dump_state "
+    "managed_gradient_accumulation memory_breakdown prescale_gradients sparse_gradients "
+    "use_data_before_expert_parallelism use_node_local_storage wall_clock_breakdown zero_allow_untested_optimizer "
+    "zero_force_ds_cpu_optimizer",
+    int: "gradient_accumulation_steps sequence_parallel_size steps_per_print train_batch_size "
+    "train_micro_batch_size_per_gpu vocabulary_size",
+    float: "gradient_clipping gradient_predivide_factor",
+    str: "communication_data_type gradient_allreduce_op log_level seq_parallel_communication_data_type",
+    Any: "graph_harvesting sparse_attention zero_allow_comm_data_type_fp32",
+}
+KEYS = {key: kind for kind, keys in _KINDS.items() for key in keys.split()}
+WORDS = {dict: "a mapping", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 ROOT = Path(__file__).resolve().parent.parent
 REDUCE_BUCKET = 50_000_000
 REMEDY = "take it out of the DeepSpeed config, or write auto"
@@ -21,19 +44,33 @@ def read(config: Config) -> dict[str, Any]:
     """The ``deepspeed`` mapping of the YAML, or of the file that the YAML names."""
     if isinstance(config.deepspeed, dict):
         return json.loads(json.dumps(config.deepspeed))
-    path = Path(config.deepspeed)
-    file = next((candidate for candidate in (path, ROOT / path) if candidate.is_file()), None)
+    path, remedy = Path(config.deepspeed), "give ds_configs/zero3.json or a mapping"
+    with reading("deepspeed", config.deepspeed, remedy, "is not the name of a file"):
+        file = next((candidate for candidate in (path, ROOT / path) if candidate.is_file()), None)
     if file is None:
-        raise UserError(
-            "deepspeed", config.deepspeed, "there is no such file", "give ds_configs/zero3.json or a mapping"
-        )
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError("deepspeed", str(file), f"is not valid JSON: {error}", "fix that line") from error
+        raise UserError("deepspeed", config.deepspeed, "there is no such file", remedy)
+    with reading("deepspeed", file, "fix it; see ds_configs/zero3.json", "is not valid JSON"):
+        settings = parse_json(read_text(file, MAX_BYTES))
     if not isinstance(settings, dict):
         raise UserError("deepspeed", str(file), "is not a mapping", "see ds_configs/zero3.json")
+    check_numbers(settings, "deepspeed")
     return settings
+
+
+def _check_keys(settings: Mapping[str, Any]) -> None:
+    """Raise UserError for a key that DeepSpeed would silently ignore, and for a value that is not of its kind."""
+    for key, value in settings.items():
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
+            raise UserError(f"deepspeed.{key}", value, "is an unknown key", f"the nearest known one is {near}")
+        kind = KEYS[key]
+        if value is None or value == "auto" or kind is Any:
+            continue
+        try:
+            check_type(value, kind)
+        except ValueError as error:
+            problem = f"must be {WORDS[kind]}"
+            raise UserError(f"deepspeed.{key}", value, problem, "see DeepSpeed's documentation") from error
 
 
 TUNING = ("set", "spa")  # the stages that take optimizer steps
@@ -73,6 +110,7 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
     Raises UserError, with both values, if it contradicts the YAML or asks for something unsupported.
     """
     settings = read(config)
+    _check_keys(settings)
     if "bfloat16" in settings:  # DeepSpeed's older name
         settings.setdefault("bf16", settings.pop("bfloat16"))
     _check_zero(settings)

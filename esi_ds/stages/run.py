@@ -29,6 +29,7 @@ from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel, load_sharded
 from esi_ds.zero.monitor import open_monitors
+from esi_ds.zero.settings import check_settings
 
 CHECKPOINTS = "checkpoint"
 Inputs = TypeVar("Inputs")
@@ -81,6 +82,7 @@ class StageRun(ABC, Generic[Inputs]):
         """Run a prepared stage to its end in the job's process group."""
         with runtime.process_group(config.run.collective_timeout_s, config.run.start_timeout_s):
             deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
+            check_settings(deepspeed_config)
             cls(config, options, inputs, folder, deepspeed_config, source).run()
 
     @abstractmethod

@@ -109,6 +109,32 @@ CASES = {
     "whole batch contradicts": ({"deepspeed": {**ZERO3, "train_batch_size": 99}}, ["99", "train_batch_size"]),
     "accumulation": ({"deepspeed": {**ZERO3, "gradient_accumulation_steps": 2}}, ["gradient_accumulation_steps", "2"]),
     "precision contradicts": ({"deepspeed": {**ZERO3, "bf16": {"enabled": True}}}, ["bf16", "fp32"]),
+    "a key that DeepSpeed would ignore": (
+        {"deepspeed": {**ZERO3, "gradient_cliping": 1.0}},
+        ["deepspeed.gradient_cliping = 1.0", "gradient_clipping"],
+    ),
+    "a value of another kind": ({"deepspeed": {**ZERO3, "steps_per_print": "x"}}, ["deepspeed.steps_per_print = x"]),
+    "a section of another kind": ({"deepspeed": {**ZERO3, "aio": 5}}, ["deepspeed.aio = 5", "mapping"]),
+    "a value that DeepSpeed does not take": (
+        {"deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": "abc"}}},
+        ["deepspeed.zero_optimization.reduce_bucket_size = abc", "integer"],
+    ),
+    "a key that ZeRO does not have": (
+        {"deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket": 1}}},
+        ["deepspeed.zero_optimization.reduce_bucket = 1", "unknown key"],
+    ),
+    "a nested value that DeepSpeed does not take": (
+        {"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}},
+        ["deepspeed.zero_optimization.offload_param.device = gpu", "cpu"],
+    ),
+    "a section that DeepSpeed does not take": (
+        {"deepspeed": {**ZERO3, "comms_logger": {"enabled": "maybe"}}},
+        ["deepspeed.comms_logger", "maybe"],
+    ),
+    "a data type that DeepSpeed does not have": (
+        {"deepspeed": {**ZERO3, "communication_data_type": "x"}},
+        ["deepspeed.communication_data_type = x"],
+    ),
     "optimizer section": ({"deepspeed": {**ZERO3, "optimizer": {"type": "AdamW"}}}, ["optimizer"]),
     "MiCS": ({"deepspeed": {"zero_optimization": {"stage": 3, "mics_shard_size": 2}}}, ["mics_shard_size"]),
     "NVMe": ({"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}}, ["nvme"]),

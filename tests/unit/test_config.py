@@ -193,6 +193,40 @@ def test_deepspeed_settings_that_contradict(changes: dict, words: str) -> None:
         resolve_deepspeed(validate({**BASE, "deepspeed": {"zero_optimization": {"stage": 3}, **changes}}), 2)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"zero_optimization": {"stage": 3}, "zero_optimization": {}}', "stands twice"),
+        ('{"zero_optimization": {"stage": 3, "stage": 3}}', "the key 'stage' stands twice"),
+        ("[" * 100_000, "recursion"),
+        ('{"gradient_clipping": NaN}', "NaN"),
+        ('{"train_batch_size": ' + "9" * 5000 + "}", "4300 digits"),
+        ('{"gradient_clipping": 1e300}', r"deepspeed.gradient_clipping = 1e\+300"),
+        ("[]", "is not a mapping"),
+        ("{", "is not valid JSON"),
+        ('{"zero_optimisation": {"stage": 3}}', "deepspeed.zero_optimisation.*unknown key.*zero_optimization"),
+        ('{"steps_per_print": 1.5}', "deepspeed.steps_per_print = 1.5: must be a whole number"),
+    ],
+    ids=range(10),
+)
+def test_a_deepspeed_file_that_is_wrong(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(content)
+    with pytest.raises(UserError, match=words) as raised:
+        resolve_deepspeed(validate({**BASE, "deepspeed": str(tmp_path / "ds.json")}), 1)
+    assert raised.value.field.startswith("deepspeed") and len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "~nouser/ds.json"])
+def test_a_deepspeed_path_that_is_none(path: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^deepspeed = "):
+        resolve_deepspeed(validate({**BASE, "deepspeed": path}), 1)
+    (tmp_path / "a.yaml").write_text("run: {output_dir: x}\nmodel: {path: a}\ndeepspeed: " + "x" * 5000)
+    with pytest.raises(UserError, match="^deepspeed = "):
+        resolve_deepspeed(load_config(str(tmp_path / "a.yaml"), []), 1)
+    with pytest.raises(UserError, match="^--config = "):
+        load_config("x" * 5000, [])
+
+
 def expert_parallel(section: dict | str, **others: object) -> dict:
     """The mapping resolved for 8 ranks."""
     zero = {"stage": 3, **{key: others.pop(key) for key in list(others) if key.startswith("zero_")}}

@@ -1,0 +1,52 @@
+"""DeepSpeed's own check of its config, before anything is loaded with it: its errors name the key and the value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
+
+from esi_ds.errors import UserError
+from esi_ds.reading import first_line
+
+BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+REMEDY = "correct it, or take it out; see DeepSpeed's documentation"
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise UserError where DeepSpeed does not take a resolved mapping. Every rank says the same; no collectives."""
+    if (whole := _refusal(settings)) is None:
+        return
+    common = {key: settings[key] for key in BATCH if key in settings} | {"zero_optimization": {"stage": 3}}
+    for name, value in settings.items():
+        error = _refusal({**common, name: value})
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, ("deepspeed", name, *first["loc"])))
+            problem = "is an unknown key" if first["type"] == "extra_forbidden" else _lower(first["msg"])
+            raise UserError(key, first["input"], problem, REMEDY) from error
+        if error is not None:
+            raise UserError(
+                f"deepspeed.{name}", value, f"is refused by DeepSpeed ({first_line(error)})", REMEDY
+            ) from error
+    raise UserError("deepspeed", None, f"is refused by DeepSpeed ({first_line(whole)})", REMEDY) from whole
+
+
+def _refusal(settings: Mapping[str, Any]) -> Exception | None:
+    """The error that DeepSpeed raises for a mapping; it raises every kind of them."""
+    try:
+        DeepSpeedConfig(deepcopy(dict(settings)))
+    except Exception as error:
+        return error
+    return None
+
+
+def _problem(error: Exception) -> str:
+    return f"is refused by DeepSpeed ({first_line(error)})"
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
