@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from esi_ds.config import Model
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
-from esi_ds.reading import first_line
+from esi_ds.reading import first_line, read_text, reading
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -32,25 +32,35 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
     fast tokenizer.
     """
     field, path = source.field, source.path
-    try:
+    remedy = "give a Hugging Face folder or a hub id that can be reached"
+    with reading(field, path, remedy, "holds no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            field,
-            path,
-            f"holds no tokenizer that can be loaded ({first_line(error)})",
-            "give a Hugging Face folder or a hub id that can be reached",
-        ) from error
     if not tokenizer.is_fast:
         raise UserError(field, path, "has no fast tokenizer", "convert it: character offsets need tokenizer.json")
     if chat_template is not None:
-        is_file = len(chat_template) < 4096 and "{" not in chat_template and Path(chat_template).is_file()
-        tokenizer.chat_template = Path(chat_template).read_text() if is_file else chat_template
+        tokenizer.chat_template = read_template(chat_template)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def read_template(chat_template: str) -> str:
+    """The Jinja text that ``model.chat_template`` gives or names. Raises UserError where that is not Jinja."""
+    if is_jinja(chat_template):
+        return chat_template
+    remedy = "give a Jinja chat template, as text or as a file"
+    with reading("model.chat_template", chat_template, remedy, "is not Jinja text, and not a file that can be read"):
+        text = read_text(Path(chat_template).expanduser())
+    if not is_jinja(text):
+        raise UserError("model.chat_template", chat_template, "is a file without Jinja text", remedy)
+    return text
+
+
+def is_jinja(text: str) -> bool:
+    """Whether a text writes a value or has a statement: a template without either could not write a prompt."""
+    return "{{" in text or "{%" in text
 
 
 def load_chat_tokenizer(source: ModelSource, section: Model) -> PreTrainedTokenizerBase:
@@ -160,8 +170,61 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> Encode
     return EncodedResponse(encoded["input_ids"], disjoint)
 
 
+class LeftOut(TemplateRejection):
+    """A chat template leaves out a turn without raising: the model would not read it."""
+
+
+class TemplateCheck:
+    """Looks for marks in what a chat template makes, once per sequence of roles.
+
+    A template may pass over a role it has no branch for, over all but the last turn, or over text that is not a list
+    of parts, and nothing in its output says so.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._left_out: dict[tuple[tuple[str, ...], bool], list[int]] = {}
+
+    def check(self, roles: Sequence[str], *, add_generation_prompt: bool) -> None:
+        """Raises TemplateRejection where the template rejects a conversation of these roles; LeftOut where it leaves
+        out a turn, or a part of its text."""
+        for number in self._turns_left_out(roles, add_generation_prompt):
+            raise self._error(roles, number)
+
+    def check_answered(self, roles: Sequence[str]) -> None:
+        """As ``check``, of a conversation that ends with an answer: of its prompt, and of the answer behind it.
+
+        With the answer, the earlier turns may be another text than without: Mistral's templates write the system
+        prompt into a turn of the user only if that is the last.
+        """
+        self.check(roles[:-1], add_generation_prompt=True)
+        if len(roles) - 1 in self._turns_left_out(roles, False):
+            raise self._error(roles, len(roles) - 1)
+
+    def _turns_left_out(self, roles: Sequence[str], add_generation_prompt: bool) -> list[int]:
+        key = (tuple(roles), add_generation_prompt)
+        if key not in self._left_out:
+            turns = [{"role": role, "content": _marked(number)} for number, role in enumerate(roles)]
+            text = render(self._tokenizer, turns, add_generation_prompt=add_generation_prompt)
+            self._left_out[key] = [number for number, turn in enumerate(turns) if turn["content"] not in text]
+        return self._left_out[key]
+
+    def _error(self, roles: Sequence[str], number: int) -> LeftOut:
+        which = f"turn {number + 1} ({roles[number]}) of the {len(roles)} turns {', '.join(roles)}"
+        return LeftOut(f"the chat template leaves out {which}, or changes its text")
+
+
+def _marked(number: int) -> str:
+    """A text that no template holds, long enough to show one that cuts its turns."""
+    return f"Turn {number} begins here, {'and so on ' * 200}and turn {number} ends here."
+
+
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> None:
-    """Raises UserError, before any weight is loaded, if the tokenizer cannot format a chat."""
+    """Raises UserError, before any weight is loaded, if the tokenizer cannot format a chat, or leaves out a turn.
+
+    A template may reject more than one prompt: only what formats such chats has to know.
+    """
+    remedy = "fix the template, or leave out model.system_prompt if the template does not allow one"
     if tokenizer.chat_template is None:
         raise UserError(
             "model.chat_template",
@@ -169,12 +232,17 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str |
             "is not set and the tokenizer has none",
             "give a Jinja chat template, as text or as a file",
         )
+    check = TemplateCheck(tokenizer)
+    asked = ["system", "user"] if system_prompt else ["user"]
     try:
-        encode_prompt(tokenizer, "Hello", system_prompt)
-    except Exception as error:  # Jinja's errors, or whatever the template raises
-        raise UserError(
-            "model.chat_template",
-            "(the tokenizer's)",
-            f"fails on a one-turn chat: {error}",
-            "fix the template, or leave out model.system_prompt if the template does not allow one",
-        ) from error
+        check.check(asked, add_generation_prompt=True)
+    except TemplateRejection as error:
+        problem = str(error) if isinstance(error, LeftOut) else f"fails on a one-turn chat: {error}"
+        raise UserError("model.chat_template", "(the tokenizer's)", problem, remedy) from error
+    try:
+        check.check_answered([*asked, "assistant"])
+        check.check_answered([*asked, "assistant", "user", "assistant"])
+    except LeftOut as error:
+        raise UserError("model.chat_template", "(the tokenizer's)", str(error), remedy) from error
+    except TemplateRejection:  # of more than one prompt, which is not an error here
+        return

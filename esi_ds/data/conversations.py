@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from esi_ds.core.loss import IGNORED
-from esi_ds.data.chat import TemplateRejection, break_up, render
+from esi_ds.data.chat import TemplateCheck, TemplateRejection, break_up, render
 from esi_ds.data.columns import (
     CHATS,
     INPUTS,
@@ -227,10 +227,14 @@ def encode_rows(
     end_ids: Iterable[int],
     max_length: int,
 ) -> TuningSet:
-    """Every usable row, in order. Special-token strings inside the rows are broken up: they are data."""
+    """Every usable row, in order. Special-token strings inside the rows are broken up: they are data.
+
+    A row that the chat template rejects, or a turn of which it leaves out, is skipped.
+    """
     sequences: list[TokenSequence] = []
     skipped: list[tuple[int, str]] = []
     num_cut = 0
+    check = TemplateCheck(tokenizer)
     digest = hashlib.sha256()
     for number, row in enumerate(rows):
         turns = conversation(row, columns)
@@ -244,6 +248,7 @@ def encode_rows(
             turns.insert(0, {"role": "system", "content": system_prompt})
         digest.update(json.dumps(turns).encode())
         try:
+            check.check_answered([turn["role"] for turn in turns])
             sequence = encode(tokenizer, turns, end_ids, number)
         except TemplateRejection as error:
             skipped.append((number, str(error)))

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from esi_ds.data.chat import break_up, special_strings
+from esi_ds.data.chat import TemplateCheck, TemplateRejection, break_up, special_strings
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval.harness_output import results
 from esi_ds.eval.harness_quiet import quiet
@@ -101,6 +101,7 @@ class SharedLM(HFLM):
         self.end_ids = end_ids
         self.ranks, self.should_stop = ranks, should_stop
         self.is_chat, self.system_prompt, self.specials = is_chat, system_prompt or "", special_strings(tokenizer)
+        self.template_check = TemplateCheck(tokenizer)
         self.cut: dict[str, set[int]] = {}
 
     def begin(self, task: PreparedTask) -> None:
@@ -108,6 +109,16 @@ class SharedLM(HFLM):
         self.prepared, self.cut = task, {}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As HFLM's, which however takes out the system's turn (a task's description) where the template rejects it.
+
+        Raises UserError for a template that rejects or leaves out a turn.
+        """
+        roles = [turn["role"] for turn in chat_history]
+        try:
+            self.template_check.check(roles, add_generation_prompt=add_generation_prompt)
+        except TemplateRejection as error:
+            remedy = "give a model.chat_template that shows every turn, or leave the task out"
+            raise UserError(f"{self.prepared.field}.name", self.prepared.config.name, str(error), remedy) from error
         turns = [{**turn, "content": self._broken_up(turn["content"])} for turn in chat_history]
         return super().apply_chat_template(turns, add_generation_prompt)
 

@@ -15,7 +15,7 @@ from esi_ds.data.chat import TemplateRejection, render
 from esi_ds.errors import UserError
 from esi_ds.judge.families import Family
 
-RESPONSE_MARK = "⟦response⟧"
+PROMPT_MARK, RESPONSE_MARK = "⟦prompt⟧", "⟦response⟧"
 Context = Literal["prompt_and_response", "response_only"]
 Span = tuple[int, int]  # characters [start, end)
 
@@ -55,6 +55,13 @@ class TextBuilder:
                 ) from error
             # Templates of multimodal guards (Llama-Guard-3-1B) read a turn's content as a list of parts.
             self._content_is_list = RESPONSE_MARK not in shown
+            if context == "prompt_and_response" and PROMPT_MARK not in self._apply_chat_template(PROMPT_MARK, "x"):
+                raise UserError(
+                    f"{field}.path",
+                    tokenizer.name_or_path,
+                    "has a chat template that leaves out the prompt",
+                    f"give a guard whose template shows both turns, or set {field}.context: response_only",
+                )
 
     def _apply_chat_template(self, prompt: str, response: str) -> str:
         # Response only: the response becomes the user's turn, as in the paper's code.

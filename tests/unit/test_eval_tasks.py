@@ -287,6 +287,20 @@ def test_mmlu_as_published_in_csv_and_one_subject_of_a_whole_file(folder, tmp_pa
     assert (alone.task, alone.n, alone.members) == ("mmlu_virology", 4, ())
 
 
+@pytest.mark.parametrize(
+    ("system", "problem"), [("", r"leaves out turn 1 \(system\)"), ("{{ raise_exception('no system') }}", "no system")]
+)
+def test_a_template_that_would_lose_a_tasks_description(folder, tmp_path, system: str, problem: str) -> None:
+    """lm-eval takes the description out where the template rejects a system turn, and goes on."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}" + system + "{% else %}{{ m.content }}\n{% endif %}"
+        "{% endfor %}"
+    )
+    task = Task(name="mmlu_virology", path=write(tmp_path / "test.jsonl", mmlu_rows("virology", WORDS[:2])))
+    with pytest.raises(UserError, match=rf"eval\.tasks\.0\.name = mmlu_virology: the chat template .*{problem}"):
+        run(folder, task, chat_template=template)
+
+
 # --- generated answers ---------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,135 @@
+"""A chat template that leaves out what it is given is refused, or the rows that need it are (esi_ds/data/chat.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import CHAT, byte_bpe_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from esi_ds.config import Model
+from esi_ds.data.chat import check_chat_template, encode_prompt, load_chat_tokenizer, load_tokenizer
+from esi_ds.data.conversations import encode_rows
+from esi_ds.errors import UserError
+from esi_ds.judge.families import FAMILIES
+from esi_ds.judge.pairs import PairEncoder
+from esi_ds.models.folder import ModelSource
+
+END = "{% if add_generation_prompt %}BOT {% endif %}"
+USER = "{% if m.role == 'user' %}USER {{ m.content }}\n"
+BOT = "{% elif m.role == 'assistant' %}BOT {{ m.content }}\n"
+EVERY = "{% for m in messages %}"
+WHOLE = f"{EVERY}{{{{ m.role }}}}: {{{{ m.content | trim }}}}\n{{% endfor %}}{END}"
+NO_SYSTEM = f"{EVERY}{USER}{BOT}{{% endif %}}{{% endfor %}}{END}"  # the first Phi-3-mini's shape
+NO_ANSWER = f"{EVERY}{{% if m.role != 'assistant' %}}{{{{ m.content }}}}\n{{% endif %}}{{% endfor %}}{END}"
+RAISES_ON_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + WHOLE
+)  # Gemma's
+ONE_TURN = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}" + WHOLE
+# Mistral's: the system prompt stands in the last turn, if that is the user's.
+SYSTEM_LAST = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}"
+    "[INST] {% if loop.last %}{{ system }} {% endif %}{{ m.content }}[/INST]{% else %} {{ m.content }}{% endif %}"
+    "{% endfor %}"
+)
+LEAVE_OUT = {
+    "parts only": f"{EVERY}{{{{ m.role }}}}: {{% for c in m.content %}}{{% if c.type == 'text' %}}{{{{ c.text }}}}"
+    f"{{% endif %}}{{% endfor %}}\n{{% endfor %}}{END}",
+    "no content": f"{EVERY}{{{{ m.role }}}}: {{{{ m.text }}}}\n{{% endfor %}}{END}",
+    "no turn": "{{ bos_token }}" + END,
+    "a file's name": "{{ bos_token }}chat.jinja",
+    "first turn only": "USER {{ messages[0].content }}\n" + END,
+    "last turn only": "USER {{ messages[-1].content }}\n" + END,
+    "no answer": NO_ANSWER,
+    "cut": f"{EVERY}{{{{ m.role }}}}: {{{{ m.content[:500] }}}}\n{{% endfor %}}{END}",
+    "lower case": f"{EVERY}{{{{ m.role }}}}: {{{{ m.content | lower }}}}\n{{% endfor %}}{END}",
+    "earlier answers": f"{EVERY}{{{{ m.content if m.role == 'user' or loop.last else 'gone' }}}}\n{{% endfor %}}{END}",
+}
+
+
+def with_template(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = byte_bpe_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", LEAVE_OUT)
+@pytest.mark.parametrize("system_prompt", [None, "Never help with weapons."])
+def test_a_template_that_leaves_out_a_turn_is_refused(name: str, system_prompt: str | None) -> None:
+    with pytest.raises(UserError, match=r"model\.chat_template.*leaves out turn"):
+        check_chat_template(with_template(LEAVE_OUT[name]), system_prompt)
+
+
+def test_a_template_without_a_system_turn_is_refused_where_one_is_asked_for() -> None:
+    check_chat_template(with_template(NO_SYSTEM), None)
+    with pytest.raises(UserError, match=r"leaves out turn 1 \(system\) of the 2 turns system, user"):
+        check_chat_template(with_template(NO_SYSTEM), "Never help with weapons.")
+    check_chat_template(with_template(RAISES_ON_SYSTEM), None)
+    with pytest.raises(UserError, match="fails on a one-turn chat: .*no system"):
+        check_chat_template(with_template(RAISES_ON_SYSTEM), "Never help with weapons.")
+
+
+@pytest.mark.parametrize("template", [CHAT, WHOLE, ONE_TURN, NO_SYSTEM])
+def test_templates_that_show_what_they_are_given(template: str) -> None:
+    tokenizer = with_template(template)
+    check_chat_template(tokenizer, None)
+    assert "How?" in tokenizer.decode(encode_prompt(tokenizer, "How?", None))
+
+
+def test_a_system_prompt_that_moves_to_the_last_turn_is_shown() -> None:
+    tokenizer = with_template(SYSTEM_LAST)
+    check_chat_template(tokenizer, "Be kind.")
+    rows = [{"prompt": "a", "response": "b", "system": "Be kind."}]
+    options: dict[str, Any] = {"system_prompt": None, "specials": (), "end_ids": {2}, "max_length": 500}
+    (sequence,) = encode_rows(rows, ("prompt", "response"), tokenizer, **options).sequences
+    assert tokenizer.decode(sequence.ids) == "[INST] Be kind. a[/INST]b<|end|>"
+
+
+@pytest.mark.parametrize(
+    "value", ["chat.jinja", "templates/chat", "~/chat.jinja", "", "Hello", "x" * 5000, "~nouser/a", "a\0"]
+)
+def test_a_template_that_is_a_mistyped_file_name(value: str, tmp_path: Path) -> None:
+    byte_bpe_tokenizer(folder=tmp_path)
+    section = Model(path=str(tmp_path), chat_template=value)
+    with pytest.raises(UserError, match=r"model\.chat_template = .*is not Jinja text, and not a file"):
+        load_chat_tokenizer(ModelSource.of(section), section)
+
+
+def test_a_template_from_a_file(tmp_path: Path) -> None:
+    byte_bpe_tokenizer(folder=tmp_path)
+    (tmp_path / "chat.jinja").write_text(WHOLE)
+    section = Model(path=str(tmp_path), chat_template=str(tmp_path / "chat.jinja"))
+    assert load_chat_tokenizer(ModelSource.of(section), section).chat_template == WHOLE
+    (tmp_path / "chat.jinja").write_text("A chat.")
+    with pytest.raises(UserError, match="is a file without Jinja text"):
+        load_chat_tokenizer(ModelSource.of(section), section)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": {"type": "?"}}', "[" * 100_000])
+def test_a_tokenizer_that_is_damaged(text: str, tmp_path: Path) -> None:
+    byte_bpe_tokenizer(folder=tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match=r"model\.path.*holds no tokenizer that can be loaded"):
+        load_tokenizer(ModelSource(str(tmp_path)))
+
+
+def test_rows_whose_turns_a_template_leaves_out_are_skipped() -> None:
+    chats = [["user", "assistant"], ["system", "user", "assistant"], ["user", "tool", "assistant"]]
+    rows = [{"messages": [{"role": role, "content": role} for role in roles]} for roles in chats]
+    options: dict[str, Any] = {"system_prompt": None, "specials": (), "end_ids": {2}, "max_length": 500}
+    tuning_set = encode_rows(rows, ("messages",), with_template(NO_SYSTEM), **options)
+    assert [sequence.row for sequence in tuning_set.sequences] == [0]
+    reasons = dict(tuning_set.skipped)
+    assert "leaves out turn 1 (system)" in reasons[1] and "leaves out turn 2 (tool)" in reasons[2]
+    raised = encode_rows(rows[:2], ("messages",), with_template(RAISES_ON_SYSTEM), **options)
+    assert raised.skipped == ((1, "the chat template rejects it (no system)"),)
+
+
+def test_a_guard_s_template_that_leaves_out_the_prompt_is_refused() -> None:
+    template = "Safe? {{ messages[-1].content }}"
+    with pytest.raises(UserError, match=r"judge\.path.*leaves out the prompt"):
+        PairEncoder(FAMILIES["qwen3guard"], with_template(template))
+    PairEncoder(FAMILIES["qwen3guard"], with_template(template), context="response_only")
