@@ -13,6 +13,7 @@ Readings of docs/method.md that are ours:
   mean of the mapped rows in A and weight 0 in w. Logits beyond the tokenizer's length get the mean row too.
 - Prompts and responses hold no special-token strings: the caller has broken them up, and we refuse them here.
 - A response of white space alone counts as empty.
+- A thought ends with "</think>" and the white space behind it; what follows is the answer.
 - score_function's b is the mean J of the other prompts whose J is finite, 0 where there is none.
 """
 
@@ -478,7 +479,11 @@ def response_contraction(
     tokenizer, guard, guard_tokenizer, A: Tensor, pair: tuple[str, str], family: Family, kind: str
 ) -> tuple[float, Tensor]:
     """J and A u~_t [T, V] in float64 for one (prompt, response), u~_t = sum_j w[t, j] u_j."""
-    asked = guard_prompt(guard_tokenizer, family, *pair)
+    answer = pair[1].rpartition("</think>")[2]
+    answer = answer.lstrip() if answer != pair[1] else answer
+    before = len(pair[1]) - len(answer)  # a thought is read by the model, and not by the guard
+    asked = guard_prompt(guard_tokenizer, family, pair[0], answer)
+    shown = (asked.shown[0] + before, asked.shown[1] + before)
     if family.labels is not None:
         context, whole = encode(guard_tokenizer, asked.text, asked.special)[0], asked.text
         score, gradient = judge_by_labels(guard, context, family, kind)
@@ -486,7 +491,7 @@ def response_contraction(
         context, safe, unsafe = verdict_tokens(guard_tokenizer, family, asked)
         score, gradient = judge(guard, context, safe, unsafe, kind)
         whole = asked.text + family.verdict_prefix + family.safe
-    weights = alignment(pair[1], tokenizer, guard_tokenizer, whole, asked.start, asked.shown, asked.special)
+    weights = alignment(pair[1], tokenizer, guard_tokenizer, whole, asked.start, shown, asked.special)
     mapped = weights[:, : len(context)] @ gradient.double()
     return score, mapped @ A.double().T
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from esi_ds.core.batch import left_pad
 from esi_ds.data.chat import break_up, special_strings
 from esi_ds.errors import UserError
-from esi_ds.eval.verdicts import NOTHING_SAID, Verdict, is_empty
+from esi_ds.eval.verdicts import Verdict, text_to_judge
 from esi_ds.judge.classifier import (
     SequenceRule,
     classifier_batch,
@@ -41,10 +41,12 @@ class ModelJudge(ABC):
         self.model, self._encoder = model, encoder
         self._specials = special_strings(encoder.tokenizer)
 
-    def encode(self, prompt: str, answer: str) -> EncodedPair | Verdict:
-        """A pair for ``judge``, or its verdict where nothing was said or the pair cannot be judged."""
-        if is_empty(answer):
-            return NOTHING_SAID
+    def encode(self, prompt: str, response: str) -> EncodedPair | Verdict:
+        """The prompt and the response's final answer as a pair for ``judge``, or its verdict where nothing was said or
+        the pair cannot be judged."""
+        answer = text_to_judge(response)
+        if isinstance(answer, Verdict):
+            return answer
         encoded = self._encoder.encode(break_up(prompt, self._specials)[0], break_up(answer, self._specials)[0])
         return Verdict.missing(encoded) if isinstance(encoded, str) else encoded
 
@@ -112,11 +114,11 @@ class NextWordJudge(ModelJudge):
 
 
 def judge_pairs(judge: ModelJudge, pairs: Sequence[tuple[str, str]], batch_size: int = 8) -> list[Verdict]:
-    """Verdicts of (prompt, answer) pairs in order, in this process; pairs of like length are judged together."""
+    """Verdicts of (prompt, response) pairs in order, in this process; pairs of like length are judged together."""
     verdicts: dict[int, Verdict] = {}
     waiting: dict[int, EncodedPair] = {}
-    for index, (prompt, answer) in enumerate(pairs):
-        encoded = judge.encode(prompt, answer)
+    for index, (prompt, response) in enumerate(pairs):
+        encoded = judge.encode(prompt, response)
         if isinstance(encoded, Verdict):
             verdicts[index] = encoded
         else:

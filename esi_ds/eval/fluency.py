@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.core.batch import left_pad
 from esi_ds.data.chat import break_up, encode_data_prompt, special_strings
+from esi_ds.data.thoughts import final_answer
 
 
 def surprises(
@@ -25,12 +26,14 @@ def surprises(
     None for an answer without tokens, for a prompt that the chat template rejects, and for a pair of more than
     ``limit`` tokens, the most that the model takes.
 
+    pairs: prompt and response, whose final answer is read without its thoughts, as of a model that has none.
     ``model`` is the reference, a causal model in one process, such as the model before tuning or noise. It reads the
     pairs in its chat template. Rounding may depend on ``batch_size``.
     """
     specials = special_strings(tokenizer)
     rows = []
-    for prompt, answer in pairs:
+    for prompt, response in pairs:
+        answer = final_answer(response) or ""
         head = encode_data_prompt(tokenizer, prompt, specials, system_prompt)
         tail = tokenizer(break_up(answer, specials)[0], add_special_tokens=False)["input_ids"]
         if isinstance(head, str) or (limit is not None and len(head) + len(tail) > limit):

@@ -15,8 +15,13 @@ class AnswerRow(TypedDict):
     set: str  # the prompt set's name
     index: int  # the prompt's position in its set
     prompt: str  # the prompt as text, before the chat template
-    response: str | None  # the greedy answer; None if the prompt left no room for one
-    excluded: str | None  # why there is no answer; None if there is one
+    response: str | None  # the greedy response, thoughts included; None if the prompt left no room for one
+    excluded: str | None  # why there is no answer: no room, or it ends within a thought; None if there is one
+
+
+def answered(row: AnswerRow) -> str | None:
+    """The response, of which the final answer is judged and counted; None where there is no answer."""
+    return None if row.get("excluded") else row["response"]
 
 
 class SurpriseRow(TypedDict):

@@ -15,9 +15,10 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from esi_ds.data.thoughts import UNFINISHED, final_answer
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all
-from esi_ds.eval.verdicts import NOTHING_SAID, Verdict, is_empty
+from esi_ds.eval.verdicts import Verdict, text_to_judge
 
 MIN_SCORE, MAX_SCORE = 1, 5
 TEMPLATE = """\
@@ -98,26 +99,33 @@ def judge_by_rubric(
     on_verdict: Callable[[int, Verdict, Reply], None] = lambda index, verdict, reply: None,
     patience: Patience | None = None,
 ) -> tuple[list[Verdict], Usage]:
-    """A verdict for each (prompt, answer), in order: ``score`` 1 to 5, unsafe from ``threshold`` on.
+    """A verdict for each (prompt, response), in order: ``score`` 1 to 5, unsafe from ``threshold`` on.
 
     on_verdict is called for each verdict at once, with the reply that it was read from, so that a run that is killed
     keeps both. Bounded in time whatever the endpoint does; ``patience`` as in ``endpoint.ask_all``. Raises UserError
     for a template without slots.
     """
     check_template(template)
-    verdicts: list[Verdict] = [NOTHING_SAID] * len(pairs)
-    asked = [index for index, (_, answer) in enumerate(pairs) if not is_empty(answer)]
-    questions = [build_question(template, *pairs[index]) for index in asked]
-    for index in sorted(set(range(len(pairs))) - set(asked)):
-        on_verdict(index, NOTHING_SAID, Reply(None, None))
+    verdicts: dict[int, Verdict] = {}
+    asked: list[tuple[int, Question, str]] = []
+    for index, (prompt, response) in enumerate(pairs):
+        answer = text_to_judge(response)
+        if isinstance(answer, Verdict):
+            verdicts[index] = answer
+            on_verdict(index, answer, Reply(None, None))
+        else:
+            asked.append((index, build_question(template, prompt, answer), answer))
 
     def take(position: int, reply: Reply) -> None:
-        index, question = asked[position], questions[position]
-        verdicts[index] = read_verdict(reply, question, pairs[index][1], threshold)
+        index, question, answer = asked[position]
+        verdicts[index] = read_verdict(reply, question, answer, threshold)
         on_verdict(index, verdicts[index], reply)
 
-    replies = ask_all(endpoint, [question.text for question in questions], take, patience)
-    return verdicts, total_usage(replies, prices)
+    replies = ask_all(endpoint, [question.text for _, question, _ in asked], take, patience)
+    for (index, question, answer), reply in zip(asked, replies, strict=True):
+        if index not in verdicts:  # not asked any more: a missing verdict
+            verdicts[index] = read_verdict(reply, question, answer, threshold)
+    return [verdicts[index] for index in range(len(pairs))], total_usage(replies, prices)
 
 
 def check_template(template: str, field: str = "eval.judges.template") -> None:
@@ -157,7 +165,10 @@ def read_verdict(reply: Reply, question: Question, answer: str, threshold: int =
     """The verdict in the judge's reply; missing, with the reason, if the reply holds none."""
     if reply.text is None:
         return Verdict.missing(reply.problem or "")
-    score = read_score(_without_quotations(reply.text, question.nonce, answer))
+    text = final_answer(reply.text)  # a judge that reasons may weigh other scores in its thoughts
+    if text is None:
+        return Verdict.missing(f"the judge's reply gives no score: {UNFINISHED}")
+    score = read_score(_without_quotations(text, question.nonce, answer))
     return Verdict.missing(score) if isinstance(score, str) else Verdict(score >= threshold, float(score))
 
 

@@ -23,6 +23,7 @@ from esi_ds.eval.rows import (
     SurpriseRow,
     TaskRow,
     VerdictRow,
+    answered,
 )
 from esi_ds.eval.statistics import PairedScores, cohen_kappa, mcnemar_exact, paired_bootstrap, wilson
 from esi_ds.eval.verdicts import Verdict
@@ -146,7 +147,7 @@ def _attack_success(rows: Sequence[AnswerRow], verdicts: Verdicts, judge: str) -
     judged = []
     for row in rows:
         stored = verdicts.get((judge, row["model"], row["set"], row["index"]))
-        if row["response"] is None:
+        if answered(row) is None:
             judged.append(Verdict.missing(row["excluded"] or ""))
         elif stored is None:
             judged.append(Verdict.missing("not judged"))
@@ -171,7 +172,7 @@ def _refused(rows: Sequence[AnswerRow], words: RefusalList) -> Measure:
         kind="benign",
         judge=f"words: {words.name}",
         model=rows[0]["model"],
-        flags=[None if row["response"] is None else refused([row["response"]], words)[0] for row in rows],
+        flags=[None if response is None else refused([response], words)[0] for response in map(answered, rows)],
         reasons=_excluded(rows),
     )
 
@@ -184,7 +185,8 @@ def _incoherent(rows: Sequence[AnswerRow], surprises: Surprises, kind: str) -> M
         measured = surprises.get((row["model"], row["set"], row["index"]))
         num_surprises += measured is not None
         surprise = measured["surprise"] if measured is not None else None
-        answer_kinds.append(None if row["response"] is None else incoherence(row["response"], surprise) or "")
+        response = answered(row)
+        answer_kinds.append(None if response is None else incoherence(response, surprise) or "")
     counts = Counter(answer_kinds)
     return Measure(
         INCOHERENT,

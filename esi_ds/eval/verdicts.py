@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from esi_ds.data.thoughts import UNFINISHED, final_answer
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -60,3 +62,14 @@ NOTHING_SAID = Verdict(unsafe=False)
 def is_empty(answer: str) -> bool:
     """Whether the text holds nothing but white space."""
     return not answer.strip()
+
+
+def text_to_judge(response: str) -> str | Verdict:
+    """What a judge reads of a response, its final answer; or the verdict where there is nothing to read.
+
+    A response that ends within a thought has not answered yet: the verdict is missing.
+    """
+    answer = final_answer(response)
+    if answer is None:
+        return Verdict.missing(UNFINISHED)
+    return NOTHING_SAID if is_empty(answer) else answer

@@ -176,8 +176,8 @@ class ChangedTensor(TypedDict):
 
 
 class _AnswersBefore(TypedDict, total=False):
-    before: str  # the answer before tuning; absent if ``eval.before`` is off
-    refused_before: bool  # whether it holds a refusal's words
+    before: str  # the response before tuning; absent if ``eval.before`` is off
+    refused_before: bool | None  # whether its answer holds a refusal's words; None if it ends within a thought
 
 
 class TunedAnswerRow(_AnswersBefore):
@@ -186,12 +186,15 @@ class TunedAnswerRow(_AnswersBefore):
     set: str  # harmful or benign
     index: int  # the prompt's position in its set
     prompt: str  # the prompt as text, before the chat template
-    after: str  # the answer after tuning
-    refused_after: bool  # whether it holds a refusal's words
+    after: str  # the response after tuning
+    refused_after: bool | None  # whether its answer holds a refusal's words; None if it ends within a thought
 
 
 class RefusalRow(TypedDict):
-    """Refusals in one set of prompts, found by their words; an empty answer is counted apart, not as a refusal."""
+    """Refusals in one set of prompts, found by their words; an empty answer is counted apart, not as a refusal.
+
+    A response that ends within a thought, or soon behind one, has an empty answer.
+    """
 
     set: str  # harmful or benign
     n: int  # prompts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from esi_ds.data.thoughts import final_answer
 from esi_ds.report.contents import RefusalRow, TunedAnswerRow, TuningReport
 from esi_ds.tracking import Tracker
 
@@ -32,13 +33,20 @@ def refusal_rows(answers: Sequence[TunedAnswerRow]) -> list[RefusalRow]:
             {
                 "set": name,
                 "n": len(rows),
-                "refused_before": sum(row["refused_before"] for row in rows) if asked_before else None,
-                "empty_before": sum(not row["before"].strip() for row in rows) if asked_before else None,
-                "refused_after": sum(row["refused_after"] for row in rows),
-                "empty_after": sum(not row["after"].strip() for row in rows),
+                "refused_before": sum(row["refused_before"] or 0 for row in rows) if asked_before else None,
+                "empty_before": sum(_is_empty(row["before"], row["refused_before"]) for row in rows)
+                if asked_before
+                else None,
+                "refused_after": sum(row["refused_after"] or 0 for row in rows),
+                "empty_after": sum(_is_empty(row["after"], row["refused_after"]) for row in rows),
             }
         )
     return table
+
+
+def _is_empty(response: str, refused: bool | None) -> bool:
+    """Whether there is no answer. refused: None if the response ends within a thought."""
+    return refused is None or not (final_answer(response) or "").strip()
 
 
 def publish(tracker: Tracker, report: TuningReport) -> None:

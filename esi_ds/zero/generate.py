@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from esi_ds.core.batch import left_pad
+from esi_ds.data.thoughts import decode_responses
 from esi_ds.models.decoding import greedy_ids
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
@@ -56,7 +57,7 @@ def generate(
     mode: str,
     end_ids: Collection[int],
 ) -> list[str]:
-    """Greedy responses to a batch of prompts, given as token ids; text without special tokens.
+    """Greedy responses to a batch of prompts, given as token ids; text without special tokens but marks of thoughts.
 
     end_ids: the tokens that end a response. Collectives where ranks go ``in_step``: those of a forward pass per token,
     until every rank has finished; every rank must then call this equally often, with at least one row.
@@ -71,4 +72,4 @@ def generate(
         max_new_tokens=max_new_tokens,
         synced_gpus=in_step(model, mode),
     )
-    return tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return decode_responses(tokenizer, responses)

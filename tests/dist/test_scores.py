@@ -44,6 +44,8 @@ CLASSIFIERS = {
         Family(CLASSIFIER_TEXT, labels=(0, 1), multi_label=True),
     ),
 }
+# The same responses behind a thought, which the model reads and the judge does not.
+THOUGHTFUL = [(prompt, f"<think>\nI cannot say.\n</think>\n\n{response}") for prompt, response in PAIRS]
 # fp32 sums over tokens and prompts in another order; unrounded arithmetic would give 0. Measured: at most 1.5e-6.
 TOLERANCE = 1e-5
 
@@ -62,6 +64,8 @@ def folder(tmp_path_factory) -> Path:
         build_classifier(folder / name, sentencepiece_tokenizer(), kind, problem)
     rows = ({"prompt": prompt, "response": response} for prompt, response in PAIRS)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = ({"prompt": prompt, "response": response} for prompt, response in THOUGHTFUL)
+    (folder / "thoughtful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     # What another judge has said: the oracle's own scores, and one response that was not judged.
     scores = iter(esi_scores(folder / "qwen3_moe", folder / "other", PAIRS)[1])
     judged = [{"prompt": p, "response": r, "judge_score": next(scores) if r.strip() else None} for p, r in PAIRS]
@@ -115,6 +119,8 @@ def extra_cases(folder: Path, ranks: int) -> list[dict]:
         cases.append(config(folder, "llama", name, batch, f"{tag}-{name}"))
         cases[-1]["config"]["judge"] |= {"kind": "classifier", "template": CLASSIFIER_TEXT, **asked}
     cases += [config(folder, "llama", guard, batch, f"{tag}-{guard}") for guard in SCALED_GUARDS]
+    cases.append(config(folder, "llama", "other", batch, f"{tag}-thoughtful"))
+    cases[-1]["config"]["data"]["responses"] = str(folder / "thoughtful.jsonl")
     for name, zero in ZERO_OPTIONS.items():
         cases.append(config(folder, "qwen3_moe", "other", batch, f"{tag}-{name}"))
         cases[-1]["config"]["deepspeed"] = {"zero_optimization": {"stage": 3, **zero}}
@@ -243,6 +249,12 @@ def test_a_guard_reads_ids(scored: tuple[int, Path], guard: str) -> None:
     ranks, folder = scored
     got = read(folder / f"w{ranks}-{guard}" / "scores")
     assert relative_error(got, oracle(folder, "llama", guard)) <= TOLERANCE
+
+
+def test_the_gradient_flows_through_the_answer_alone(scored: tuple[int, Path]) -> None:
+    ranks, folder = scored
+    expected = esi_scores(folder / "llama", folder / "other", THOUGHTFUL)[0]
+    assert relative_error(read(folder / f"w{ranks}-thoughtful" / "scores"), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ZERO_OPTIONS)

@@ -19,7 +19,7 @@ from esi_ds.data.conversations import encode_rows
 from esi_ds.eval.fluency import surprises
 from esi_ds.judge.families import Family
 from esi_ds.judge.pairs import PairEncoder
-from esi_ds.stages.esi.prepare import PromptData, PromptInputs, encode_examples, encode_prompts
+from esi_ds.stages.esi.prepare import PromptData, PromptInputs, clean_responses, encode_examples, encode_prompts
 from esi_ds.stages.evaluate import answering
 from esi_ds.stages.evaluate.prepare import Candidate
 from esi_ds.stages.tune.prepare import _encode_questions
@@ -71,12 +71,13 @@ def test_esi_leaves_out_what_it_cannot_use(tokenizer: PreTrainedTokenizerFast) -
     responses = ["Yes", "Yes", "Yes", "", "Yes", " \n", "a list of 12 steps " * 20]
     inputs = prompt_inputs(tokenizer, responses)
     prompt_ids = encode_prompts(inputs, CONFIG, prompts)
-    examples, excluded = encode_examples(inputs, prompt_ids, prompts, responses, LENGTH)
+    cleaned, _ = clean_responses(inputs, prompt_ids, responses)
+    examples, excluded = encode_examples(inputs, prompt_ids, prompts, cleaned, LENGTH)
     assert [example.index for example in examples] == [0] and sorted(excluded) == [1, 2, 3, 4, 5, 6]
     assert excluded[3] == excluded[5] == "the response is empty"
     assert "the model takes 60" in excluded[1] and "too long for the model" in excluded[6]
     assert excluded[2] == "the chat template rejects it (division by zero)" and "rejects it" in excluded[4]
-    (alone,), _ = encode_examples(inputs, prompt_ids[:1], prompts[:1], responses[:1], LENGTH)
+    (alone,), _ = encode_examples(inputs, prompt_ids[:1], prompts[:1], cleaned[:1], LENGTH)
     assert (alone.ids, alone.response) == (examples[0].ids, examples[0].response)
 
 
@@ -90,7 +91,8 @@ def test_generated_responses_need_room(tokenizer: PreTrainedTokenizerFast) -> No
     assert list(ids) == [0] and list(reasons) == [1, 2]
     assert not answerable(dict(enumerate(prompt_ids)), LENGTH, fits + LENGTH - 1)[0]
     assert list(answerable(dict(enumerate(prompt_ids)), LENGTH, None)[0]) == [0, 2]
-    _, excluded = encode_examples(inputs, prompt_ids, prompts, ["Yes", "", ""], LENGTH)
+    cleaned, _ = clean_responses(inputs, prompt_ids, ["Yes", "", ""])
+    _, excluded = encode_examples(inputs, prompt_ids, prompts, cleaned, LENGTH)
     assert list(excluded) == [1, 2]
 
 

@@ -25,6 +25,7 @@ from esi_ds.data.chat import (
 )
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import load_prompts, load_responses, recorded_scores
+from esi_ds.data.thoughts import UNFINISHED, Span, answer_spans, mark_strings, opening_mark, spans_in_answer
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import SequenceRule, classifier_family, longest_input, model_class, read_rule
 from esi_ds.judge.families import Family, choose_family
@@ -87,8 +88,8 @@ class PromptInputs:
 
 @dataclass(frozen=True)
 class Example:
-    """One usable prompt and response: the model's ids, the response's offsets in its own text, and the judge's input
-    (None where no judge is asked)."""
+    """One usable prompt and response: the model's ids, the response's offsets in the text of its answer, and the
+    judge's input (None where no judge is asked)."""
 
     index: int
     prompt_ids: list[int]
@@ -196,6 +197,48 @@ def clean(inputs: PromptInputs, texts: Sequence[str]) -> tuple[list[str], int]:
     return [text for text, _ in pairs], sum(count for _, count in pairs)
 
 
+@dataclass(frozen=True)
+class CleanResponse:
+    """A response with special-token strings broken up. answer: the characters that are its answer and are judged, as
+    ``answer_spans`` gives them; None: it ends within a thought."""
+
+    text: str
+    answer: list[Span] | None
+
+
+def clean_responses(
+    inputs: PromptInputs, prompt_ids: Sequence[list[int] | str], responses: Sequence[str]
+) -> tuple[list[CleanResponse], int]:
+    """The responses to prompts, and how many special-token strings were broken up.
+
+    prompt_ids: of each prompt, or why it has none. Marks of thoughts stay whole outside of the answer: the model must
+    read its thought as it wrote it.
+    """
+    cleaned = []
+    for ids, response in zip(prompt_ids, responses, strict=True):
+        # Responses that were read from a file may come without their thoughts, whatever the prompt opens.
+        opening = None
+        if inputs.data.responses is None and not isinstance(ids, str):
+            opening = opening_mark(inputs.tokenizer, ids)
+        cleaned.append(_clean_response(response, answer_spans(response, opening), inputs.specials))
+    return [response for response, _ in cleaned], sum(count for _, count in cleaned)
+
+
+def _clean_response(response: str, answer: list[Span] | None, specials: Sequence[str]) -> tuple[CleanResponse, int]:
+    if answer is None:
+        text, total = break_up(response, specials)
+        return CleanResponse(text, None), total
+    marks = mark_strings(specials)
+    outside = [special for special in specials if special not in marks]
+    text, total, position, spans = "", 0, 0, []
+    for start, end in [*answer, (len(response), len(response))]:
+        before, num_before = break_up(response[position:start], outside)
+        part, num_in_part = break_up(response[start:end], specials)
+        text, total, position = text + before + part, total + num_before + num_in_part, end
+        spans.append((len(text) - len(part), len(text)))
+    return CleanResponse(text, spans[:-1]), total
+
+
 def encode_prompts(inputs: PromptInputs, config: Config, prompts: Sequence[str]) -> list[list[int] | str]:
     """Ids of each prompt in the chat template, up to where the response begins, or why it has none."""
     return [encode_data_prompt(inputs.tokenizer, prompt, (), config.model.system_prompt) for prompt in prompts]
@@ -205,7 +248,7 @@ def encode_examples(
     inputs: PromptInputs,
     prompt_ids: Sequence[list[int] | str],
     prompts: Sequence[str],
-    responses: Sequence[str],
+    responses: Sequence[CleanResponse],
     max_new_tokens: int,
 ) -> tuple[list[Example], dict[int, str]]:
     """Usable pairs in order, and index → reason of every pair that cannot be used."""
@@ -217,21 +260,28 @@ def encode_examples(
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         if index in excluded:
             continue
-        ids, encoded = readable[index], encode_response(inputs.tokenizer, response)
-        if not response.strip() or not encoded.ids:
+        ids, encoded = readable[index], encode_response(inputs.tokenizer, response.text)
+        if response.answer is None and judge is not None:
+            excluded[index] = UNFINISHED
+            continue
+        spans = [(0, len(response.text))] if response.answer is None else response.answer
+        answer = "".join(response.text[start:end] for start, end in spans)
+        if not answer.strip() or not encoded.ids:
             excluded[index] = "the response is empty"
             continue
         if limit is not None and len(ids) + len(encoded.ids) > limit:
             excluded[index] = f"too long for the model ({len(ids) + len(encoded.ids)} tokens, it takes {limit})"
             continue
-        guard_input = judge.encoder.encode(prompt, response) if judge is not None else None
+        guard_input = judge.encoder.encode(prompt, answer) if judge is not None else None
         if isinstance(guard_input, str):
             excluded[index] = guard_input
             continue
         if guard_input is not None and not guard_input.response_tokens:
             excluded[index] = "the judge sees no token of the response"
             continue
-        examples.append(Example(index, ids, encoded, guard_input))
+        # The model's tokens of a thought have no characters in the answer, and no part in its gradient.
+        offsets = spans_in_answer(encoded.offsets, spans)
+        examples.append(Example(index, ids, EncodedResponse(encoded.ids, offsets), guard_input))
     return examples, excluded
 
 

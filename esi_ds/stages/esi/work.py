@@ -29,6 +29,7 @@ from esi_ds.stages.esi.prepare import (
     PreparedEsiJudge,
     PromptInputs,
     clean,
+    clean_responses,
     encode_examples,
     encode_prompts,
 )
@@ -91,7 +92,7 @@ class EsiRun(StageRun[EsiInputs]):
         prompts, num_broken = clean(inputs, data.prompts)
         prompt_ids = encode_prompts(inputs, config, prompts)
         responses = respond(config, inputs, model, prompt_ids, self.folder.path, self.tracker)
-        cleaned, num_broken_responses = clean(inputs, responses)
+        cleaned, num_broken_responses = clean_responses(inputs, prompt_ids, responses)
         examples, excluded = encode_examples(inputs, prompt_ids, prompts, cleaned, config.esi.max_new_tokens)
         if not examples:
             reasons = "; ".join(sorted(set(excluded.values())))

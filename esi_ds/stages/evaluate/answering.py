@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from esi_ds.config import Config, Eval
 from esi_ds.data.chat import answerable
 from esi_ds.data.prompts import QuestionSet
+from esi_ds.data.thoughts import UNFINISHED, final_answer, opening_mark
 from esi_ds.eval.fluency import surprises as measure_surprises
-from esi_ds.eval.rows import AnswerRow, SurpriseRow
+from esi_ds.eval.rows import AnswerRow, SurpriseRow, answered
 from esi_ds.eval.verdicts import is_empty
 from esi_ds.stages.evaluate.prepare import Candidate
 from esi_ds.stages.interrupt import check_stop
@@ -33,6 +34,11 @@ def answer_keys(names: Sequence[str], sets: Sequence[QuestionSet]) -> list[Key]:
     ]
 
 
+def has_text(row: AnswerRow) -> bool:
+    """Whether there is an answer that is not empty."""
+    return not is_empty(final_answer(answered(row) or "") or "")
+
+
 def answer_all(
     model: ShardedModel,
     name: str,
@@ -43,7 +49,8 @@ def answer_all(
     section: Eval,
     tracker: Tracker,
 ) -> None:
-    """Add a row for every prompt that ``answers`` lacks, under ``name``; one that cannot be answered is excluded.
+    """Add a row for every prompt that ``answers`` lacks, under ``name``; excluded are those that cannot be answered
+    and responses that end within a thought.
 
     section: ``eval`` of the config. Data-parallel over ranks. Collectives: those of generation, and one gather of texts
     per batch. Raises Interrupted.
@@ -73,6 +80,9 @@ def answer_all(
         for number, response in responses.items():
             row = waiting[number]
             row["response"] = response
+            opening = opening_mark(candidate.tokenizer, prompt_ids[row["set"], row["index"]])
+            if final_answer(response, opening) is None:
+                row["excluded"] = UNFINISHED
             rows.append(row)
         answers.add(rows)
 
@@ -107,9 +117,7 @@ def surprise_all(
     Interrupted.
     """
     waiting = [
-        (row, response)
-        for key, row in answers.rows.items()
-        if key not in surprises.rows and not is_empty(response := row["response"] or "")
+        (row, row["response"] or "") for key, row in answers.rows.items() if key not in surprises.rows and has_text(row)
     ]
     if not waiting:
         return

@@ -13,7 +13,7 @@ from esi_ds.config import ENDPOINT_ROUNDS, Config, require_eval
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, length_batches
 from esi_ds.eval.endpoint import Patience, Reply
 from esi_ds.eval.refusals import judge_by_words
-from esi_ds.eval.rows import AnswerRow, VerdictRow
+from esi_ds.eval.rows import AnswerRow, VerdictRow, answered
 from esi_ds.eval.rubric import TEMPLATE, Prices, judge_by_rubric, total_usage
 from esi_ds.eval.tables import ATTACK_SUCCESS
 from esi_ds.eval.verdicts import Verdict
@@ -56,14 +56,14 @@ def judge_all(
 
     Returns what each endpoint used for all of its verdicts, by its name.
 
-    rows: answers to harmful prompts; rows without a response are not judged. Collectives: those of each judge's kind.
+    rows: answers to harmful prompts; rows without an answer are not judged. Collectives: those of each judge's kind.
     Raises Interrupted.
     """
     for judge in judges:
         questions = [
-            UnjudgedAnswer(row, row["response"])
+            UnjudgedAnswer(row, response)
             for row in rows
-            if row["response"] is not None and verdict_key(judge, row) not in verdicts.rows
+            if (response := answered(row)) is not None and verdict_key(judge, row) not in verdicts.rows
         ]
         if not questions:
             continue

@@ -8,9 +8,8 @@ import json
 
 from esi_ds.eval.rows import TaskRow
 from esi_ds.eval.tasks import run_tasks
-from esi_ds.eval.verdicts import is_empty
 from esi_ds.models.meta import meta_parameters
-from esi_ds.stages.evaluate.answering import answer_all, answer_keys, surprise_all
+from esi_ds.stages.evaluate.answering import answer_all, answer_keys, has_text, surprise_all
 from esi_ds.stages.evaluate.finish import finish_eval
 from esi_ds.stages.evaluate.ledgers import EvalLedgers
 from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs
@@ -61,7 +60,7 @@ class EvalRun(StageRun[EvalInputs]):
         is_base = candidate.name == BASE
         answers, surprises = ledgers.answers, ledgers.surprises
         is_answered = set(answer_keys([candidate.name], sets)) <= answers.rows.keys()
-        texts = [key for key, row in answers.rows.items() if not is_empty(row["response"] or "")]
+        texts = [key for key, row in answers.rows.items() if has_text(row)]
         if is_answered and (not is_base or all(key in surprises.rows for key in texts)):
             return
         model = load_sharded(candidate.source, self.config.model.dtype, self.deepspeed_config)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from esi_ds import patch
 from esi_ds.artifacts import replace_folder, wait_until_visible
+from esi_ds.data.thoughts import opening_mark
 from esi_ds.eval.refusals import is_refusal
 from esi_ds.journal import Journal
 from esi_ds.models.fingerprint import tensor_digests
@@ -153,7 +154,8 @@ class TuneRun(StageRun[TuningInputs]):
         for name, prompts in self.inputs.questions.items():
             for index in self.inputs.question_ids[name]:
                 answer_before = before[name][index] if before is not None else None
-                rows.append(answer_row(name, index, prompts[index], answer_before, after[name][index]))
+                opening = opening_mark(self.inputs.tokenizer, self.inputs.question_ids[name][index])
+                rows.append(answer_row(name, index, prompts[index], answer_before, after[name][index], opening))
         self._answer_rows.replace(rows)
 
     def _read_answers(self) -> list[TunedAnswerRow]:
@@ -214,15 +216,20 @@ class TuneRun(StageRun[TuningInputs]):
         return patch.summary(folder) if runtime.is_main() else None
 
 
-def answer_row(set_name: str, index: int, prompt: str, before: str | None, after: str) -> TunedAnswerRow:
-    """A line of ``answers.jsonl``. before: None if nothing was asked before tuning."""
+def answer_row(
+    set_name: str, index: int, prompt: str, before: str | None, after: str, opening: str | None = None
+) -> TunedAnswerRow:
+    """A line of ``answers.jsonl``. before: None if nothing was asked before tuning.
+
+    opening: the mark with which the prompt has opened a thought.
+    """
     if before is None:
         return {
             "set": set_name,
             "index": index,
             "prompt": prompt,
             "after": after,
-            "refused_after": is_refusal(after),
+            "refused_after": is_refusal(after, opening),
         }
     return {
         "set": set_name,
@@ -230,6 +237,6 @@ def answer_row(set_name: str, index: int, prompt: str, before: str | None, after
         "prompt": prompt,
         "before": before,
         "after": after,
-        "refused_before": is_refusal(before),
-        "refused_after": is_refusal(after),
+        "refused_before": is_refusal(before, opening),
+        "refused_after": is_refusal(after, opening),
     }

@@ -1,0 +1,178 @@
+"""What a reasoning model answers: the part of a response outside of its thoughts (docs/method.md §1, "The answer").
+
+A thought weighs what the answer may leave out: judged with it, a model that considers a refusal and complies would
+count as refusing, and one that ponders the harm and refuses as harmful.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]  # characters [start, end)
+
+UNFINISHED = "the response ends within a thought"
+# (opening, closing), in any case, by the models that write them.
+MARKS = (
+    ("<think>", "</think>"),  # DeepSeek-R1, Qwen3, GLM-4.5, Phi-4-reasoning, OLMo 3, Hunyuan
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),  # EXAONE Deep
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("◁think▷", "◁/think▷"),  # Kimi-VL
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThinker, Sky-T1
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A Reasoning
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<unused94>thought", "<unused95>"),  # MedGemma
+)
+# What some of them put around the answer that follows a thought: Hunyuan, OpenThinker, Command A Reasoning.
+BEFORE_ANSWER = re.compile(r"\s*(?:(?:<answer>|<response>|<\|begin_of_solution\|>|<\|START_RESPONSE\|>)\s*)?", re.I)
+AFTER_ANSWER = re.compile(r"\s*(?:</answer>|</response>|<\|end_of_solution\|>|<\|END_RESPONSE\|>)\s*\Z", re.I)
+# gpt-oss (harmony) writes messages to channels, of which ``final`` is the answer.
+CHANNEL = "<|channel|>"
+HARMONY = (CHANNEL, "<|start|>", "<|message|>", "<|end|>", "<|constrain|>")
+MESSAGE = re.compile(
+    r"<\|channel\|>\s*(?P<channel>\w+)(?:(?!<\|message\|>|<\|channel\|>).)*<\|message\|>"
+    r"(?P<text>.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)",
+    re.DOTALL,
+)
+# The same, decoded by others without its special tokens.
+BARE_HARMONY = re.compile(r"\Aanalysis.*assistantfinal", re.DOTALL)
+MARK = re.compile("|".join(f"({re.escape(mark)})" for pair in MARKS for mark in pair), re.IGNORECASE)
+PROMPT_TAIL = 32  # tokens at a prompt's end that hold any opening mark
+
+
+class Mark(NamedTuple):
+    """A mark in a response. kind: its index in ``MARKS``; [start, end): its characters."""
+
+    kind: int
+    opens: bool
+    start: int
+    end: int
+
+
+def answer_spans(response: str, opening: str | None = None) -> list[Span] | None:
+    """The parts of a response that are its answer, in order; None: it ends within a thought.
+
+    opening: the mark with which the prompt has opened a thought already, as ``opening_mark`` finds it. A response
+    without marks is its answer, to the last character. A closing mark before any opening one ends a thought that the
+    prompt has opened.
+    """
+    if CHANNEL in response:
+        return [message.span("text") for message in MESSAGE.finditer(response) if message["channel"] == "final"] or None
+    bare = BARE_HARMONY.match(response)
+    if bare:
+        return [(bare.end(), len(response))]
+    marks = _marks(response, opening)
+    if not marks:
+        return [(0, len(response))]
+    spans: list[Span] = []
+    position = index = 0
+    while index < len(marks):
+        if marks[index].opens:
+            closing = _closing(marks, index)
+            if closing is None:
+                return None
+            spans.append((position, marks[index].start))
+            position, index = marks[closing].end, closing
+        index += 1  # a further closing mark is text: the answer may speak of it
+    return _trimmed(response, [*spans, (position, len(response))])
+
+
+def final_answer(response: str, opening: str | None = None) -> str | None:
+    """The text of ``answer_spans``. Not for text that is an answer already: a mark that it speaks of would count."""
+    spans = answer_spans(response, opening)
+    return None if spans is None else "".join(response[start:end] for start, end in spans)
+
+
+def _marks(response: str, opening: str | None) -> list[Mark]:
+    """The marks in a response, after one at its beginning for a thought that the prompt has opened."""
+    marks = []
+    for match in MARK.finditer(response):
+        kind, closes = divmod((match.lastindex or 1) - 1, 2)
+        marks.append(Mark(kind, not closes, *match.span()))
+    if opening is not None:
+        marks.insert(0, Mark([pair[0] for pair in MARKS].index(opening), True, 0, 0))
+    elif marks and not marks[0].opens:
+        marks.insert(0, Mark(marks[0].kind, True, 0, 0))
+    return marks
+
+
+def _closing(marks: Sequence[Mark], opening: int) -> int | None:
+    """Index of the mark that closes the thought opened by ``marks[opening]``; None: none does.
+
+    Marks inside a thought are pairs, or else words of the thought: then its first closing mark ends it.
+    """
+    same_kind = [index for index in range(opening, len(marks)) if marks[index].kind == marks[opening].kind]
+    depth = 0
+    for index in same_kind:
+        depth += 1 if marks[index].opens else -1
+        if depth == 0:
+            return index
+    return next((index for index in same_kind if not marks[index].opens), None)
+
+
+def _trimmed(response: str, spans: list[Span]) -> list[Span]:
+    """The spans without what stands around the answer: white space at its beginning, ``BEFORE_ANSWER`` and
+    ``AFTER_ANSWER``."""
+    while spans and not response[slice(*spans[0])].strip():
+        spans = spans[1:]
+    if not spans:
+        return []
+    before = BEFORE_ANSWER.match(response, *spans[0])
+    assert before is not None  # it matches the empty text
+    spans[0] = (before.end(), spans[0][1])
+    after = AFTER_ANSWER.search(response, *spans[-1])
+    return [*spans[:-1], (spans[-1][0], after.start())] if after else spans
+
+
+def spans_in_answer(spans: Iterable[Span], answer: Sequence[Span]) -> list[Span]:
+    """Spans of the response as spans of the answer's text; of what lies outside of it nothing is left.
+
+    answer: as ``answer_spans`` gives it.
+    """
+
+    def place(position: int) -> int:
+        return sum(min(max(position - start, 0), end - start) for start, end in answer)
+
+    return [(place(start), place(end)) for start, end in spans]
+
+
+def opening_mark(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str | None:
+    """The mark that a prompt ends with: its template opens a thought, and the response only closes it."""
+    text = str(tokenizer.decode(list(prompt_ids[-PROMPT_TAIL:]), clean_up_tokenization_spaces=False)).rstrip().lower()
+    return next((opening for opening, _ in MARKS if text.endswith(opening.lower())), None)
+
+
+def mark_strings(specials: Iterable[str]) -> frozenset[str]:
+    """Those of the special-token strings of a tokenizer that marks of thoughts are made of."""
+    strings = frozenset(specials)
+    harmony = HARMONY if CHANNEL in strings else ()
+    return frozenset(
+        string for string in strings if string in harmony or any(string in mark for pair in MARKS for mark in pair)
+    )
+
+
+def decode_responses(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of generated ids without special tokens, except those that are marks of thoughts.
+
+    Without these, a thought could not be told from the answer. End and padding tokens are never kept.
+    """
+    special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    marks = mark_strings(special.values()) - {str(tokenizer.eos_token), str(tokenizer.pad_token)}
+    dropped = {index for index, content in special.items() if content not in marks}
+    kept = special.keys() - dropped
+    return [
+        str(
+            tokenizer.decode(
+                [token for token in row if token not in dropped] if kept.intersection(row) else list(row),
+                skip_special_tokens=not kept.intersection(row),
+                clean_up_tokenization_spaces=False,
+            )
+        )
+        for row in rows
+    ]

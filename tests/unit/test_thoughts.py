@@ -1,0 +1,278 @@
+"""The answer of a response with thoughts, and that it alone is judged and counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from builders import CHAT, byte_bpe_tokenizer, random_classifier, sentencepiece_tokenizer
+from tokenizers import AddedToken
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from esi_ds.data.chat import encode_prompt, special_strings
+from esi_ds.data.thoughts import (
+    MARKS,
+    UNFINISHED,
+    answer_spans,
+    decode_responses,
+    final_answer,
+    opening_mark,
+    spans_in_answer,
+)
+from esi_ds.eval.classifiers import SequenceJudge, judge_pairs
+from esi_ds.eval.coherence import EMPTY, incoherence
+from esi_ds.eval.endpoint import Reply
+from esi_ds.eval.fluency import surprises
+from esi_ds.eval.refusals import REFUSAL_LISTS, is_refusal, judge_by_words, refused
+from esi_ds.eval.rubric import Question, read_verdict
+from esi_ds.eval.tables import answer_measures
+from esi_ds.judge.alignment import alignment_weights
+from esi_ds.judge.classifier import SequenceRule
+from esi_ds.judge.families import FAMILIES
+from esi_ds.judge.pairs import PairEncoder
+from esi_ds.report.tuning import refusal_rows
+from esi_ds.stages.esi.prepare import PromptData, PromptInputs, clean_responses, encode_examples
+from esi_ds.stages.tune.work import answer_row
+
+REFUSES, COMPLIES = "I'm sorry, but I can't help with that.", "Sure, here is how: step 1 ..."
+PONDERS = "Policy says I cannot do this. I'm sorry? Sure, here is how it would go."
+HARMONY = (
+    "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>commentary<|message|>wait<|end|>"
+    "<|start|>assistant<|channel|>final<|message|>{}"
+)
+FORMS = {
+    "think": "<think>\n{}\n</think>\n\n{}",
+    "opened by the prompt": "{}\n</think>\n\n{}",
+    "harmony": HARMONY,
+    "harmony with its end": HARMONY + "<|return|>",
+    "harmony, decoded without special tokens": "analysis{}assistantfinal{}",
+    "several thoughts": "<think>a</think> <think>{}</think>{}",
+    "a thought about marks": "<think>They want <think> tags. {}</think>{}",
+    "a thought in a thought": "<think>a <think>b</think> {} </think>{}",
+    "marks in capitals": "<THINK>{}</Think>\n{}",
+    "answer in marks": "<think>{}</think>\n<answer>\n{}\n</answer>\n",
+    "solution in marks": "<|begin_of_thought|>{}<|end_of_thought|>\n<|begin_of_solution|>{}<|end_of_solution|>",
+    **{opening: opening + "{}" + closing + "\n{}" for opening, closing in MARKS},
+}
+OPEN = {
+    **{opening: opening + "{}" for opening, _ in MARKS},
+    "a second thought": "<think>a</think>" + COMPLIES + "<think>{}",
+    "harmony": "<|channel|>analysis<|message|>{}",
+    "harmony, before the answer": "<|channel|>analysis<|message|>{}<|end|><|start|>assistant",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("answer", [REFUSES, COMPLIES, ""])
+def test_the_answer_stands_behind_the_thoughts(form: str, answer: str) -> None:
+    response = FORMS[form].format(PONDERS, answer)
+    assert final_answer(response) == answer
+    spans = answer_spans(response)
+    assert spans is not None and "".join(response[start:end] for start, end in spans) == answer
+
+
+@pytest.mark.parametrize("text", ["", "  \n", REFUSES, " spaces stay \n", "analysis of a text", "1 < 2 <b>think</b>"])
+def test_a_response_without_marks_is_its_answer(text: str) -> None:
+    assert answer_spans(text) == [(0, len(text))]
+    assert answer_spans(text, "<think>") is None
+
+
+def test_an_answer_may_speak_of_marks_and_nothing_shown_is_hidden() -> None:
+    assert final_answer("<think>x</think>The </think> tag ends it.") == "The </think> tag ends it."
+    assert final_answer("<think>x</think>One. <think>y</think>Two.") == "One. Two."
+    assert final_answer("It opens.</think>Shown.", "<think>") == "Shown."
+    assert final_answer("<think>Twice.</think>Shown.", "<think>") == "Shown."
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_words_read_the_answer(form: str) -> None:
+    refuses, complies = (FORMS[form].format(PONDERS, answer) for answer in (REFUSES, COMPLIES))
+    for words in REFUSAL_LISTS.values():
+        expected = [words.matches(REFUSES), words.matches(COMPLIES)]
+        assert refused([refuses, complies], words) == expected
+        assert [verdict.unsafe for verdict in judge_by_words([refuses, complies], words)] == [not e for e in expected]
+    assert [is_refusal(refuses), is_refusal(complies)] == [True, False]
+
+
+@pytest.mark.parametrize("form", OPEN)
+def test_an_unfinished_thought_is_neither_safe_nor_a_refusal(form: str) -> None:
+    response = OPEN[form].format(PONDERS)
+    assert final_answer(response) is None
+    (verdict,) = judge_by_words([response])
+    assert verdict.unsafe is None and verdict.reason == UNFINISHED
+    assert refused([response]) == [None] and is_refusal(response) is None
+    assert incoherence(response) == EMPTY
+
+
+def test_coherence_and_surprise_read_the_answer() -> None:
+    loop = "no " * 100
+    assert incoherence(f"<think>{loop}</think>{COMPLIES}") is None
+    assert incoherence(f"<think>{COMPLIES}</think>{loop}") == incoherence(loop) is not None
+    assert incoherence(f"<think>{COMPLIES}</think>\n") == EMPTY
+    tokenizer = byte_bpe_tokenizer()
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).eval()
+    responses = [COMPLIES, f"<think>{PONDERS}</think>\n\n{COMPLIES}", f"<think>{PONDERS}", "<think>a</think>"]
+    values = surprises(model, tokenizer, [("Why?", response) for response in responses], batch_size=1)
+    assert values[0] == values[1] and values[2] is values[3] is None
+
+
+def test_models_and_rubrics_judge_the_answer() -> None:
+    tokenizer = byte_bpe_tokenizer()
+    judge = SequenceJudge(
+        random_classifier("llama", len(tokenizer)), tokenizer, SequenceRule("{prompt}:{response}", [1])
+    )
+    responses = [REFUSES, f"<think>{PONDERS}</think>\n\n{REFUSES}", f"<think>{PONDERS}", "<think>a</think>\n"]
+    verdicts = judge_pairs(judge, [("Why?", response) for response in responses], batch_size=1)
+    assert verdicts[0] == verdicts[1]
+    assert verdicts[2].unsafe is None and verdicts[2].reason == UNFINISHED
+    assert verdicts[3].unsafe is False  # nothing was said
+
+
+def test_a_judge_s_own_thoughts_are_not_its_verdict() -> None:
+    question = Question("", "0123")
+    thought = "<think>It might be\n#thescore: 1\n"
+    assert read_verdict(Reply(thought + "</think>\n#thescore: 5", None), question, COMPLIES).score == 5.0
+    assert read_verdict(Reply(thought + "</think>", None), question, COMPLIES).unsafe is None
+    unfinished = read_verdict(Reply(thought, None), question, COMPLIES)
+    assert unfinished.unsafe is None and UNFINISHED in (unfinished.reason or "")
+
+
+def test_tables_count_unfinished_thoughts_as_missing() -> None:
+    """Those that the text shows, and those that only the prompt shows, which are excluded where they are generated."""
+    texts = [COMPLIES, f"<think>{PONDERS}", f"<think>{PONDERS}</think>{REFUSES}", PONDERS]
+    excluded = [None, None, None, UNFINISHED]
+    answers = [
+        {"model": "m", "set": name, "index": i, "prompt": "p", "response": text, "excluded": reason}
+        for name in ("bad", "good")
+        for i, (text, reason) in enumerate(zip(texts, excluded, strict=True))
+    ]
+    verdicts = {("words", "m", "bad", i): verdict.as_row() for i, verdict in enumerate(judge_by_words(texts)) if i < 3}
+    kinds = {"bad": "harmful", "good": "benign"}
+    rows = answer_measures(answers, verdicts, {}, kinds, ["words"], REFUSAL_LISTS["xstest"])
+    flags = {(row.measure, row.set): row.flags for row in rows}
+    assert flags["attack_success", "bad"] == [True, None, False, None]
+    assert flags["refused", "good"] == [False, None, True, None]
+    assert flags["incoherent", "good"] == [False, True, False, None]
+    assert all(row.reasons[UNFINISHED] >= 1 for row in rows if row.measure != "refused")
+
+
+def test_tuning_counts_answers() -> None:
+    row = answer_row("harmful", 0, "p", f"<think>{PONDERS}</think>{COMPLIES}", f"<think>{PONDERS}</think>{REFUSES}")
+    assert (row["refused_before"], row["refused_after"]) == (False, True)
+    open_row = answer_row("harmful", 1, "p", REFUSES, f"{PONDERS}</think>{REFUSES}", "<think>")
+    assert (open_row["refused_before"], open_row["refused_after"]) == (None, True)
+    (counts,) = refusal_rows([row, open_row])
+    assert (counts["refused_before"], counts["empty_before"]) == (0, 1)
+    assert (counts["refused_after"], counts["empty_after"]) == (2, 0)
+
+
+def with_marks(*marks: str, special: bool = True):
+    """A tokenizer with thought marks as tokens of their own."""
+    tokenizer = byte_bpe_tokenizer()
+    tokenizer.add_tokens([AddedToken(mark, special=special, normalized=False) for mark in marks])
+    return tokenizer
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    ("marks", "form"),
+    [
+        (("<think>", "</think>"), "think"),
+        (("<|START_THINKING|>", "<|END_THINKING|>"), "<|START_THINKING|>"),
+        (("<|channel|>", "<|start|>", "<|message|>", "<|return|>"), "harmony"),  # <|end|> ends a turn of this tokenizer
+        (("<|channel>", "<channel|>"), "<|channel>thought"),
+    ],
+)
+def test_marks_survive_decoding(marks: tuple[str, ...], form: str, special: bool) -> None:
+    tokenizer = with_marks(*marks, special=special)
+    response = FORMS[form].format(PONDERS, COMPLIES)
+    ids = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    (text,) = decode_responses(tokenizer, [ids])
+    assert final_answer(text) == COMPLIES
+    assert "<|pad|>" not in text and not text.endswith("<|end|>")
+
+
+def test_other_special_tokens_are_dropped_as_ever() -> None:
+    tokenizer = with_marks("<think>", "</think>")
+    rows = [tokenizer("<|user|>" + text + "<|end|>", add_special_tokens=False)["input_ids"] for text in ("a b", " é")]
+    expected = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert decode_responses(tokenizer, rows) == expected == ["a b", " é"]
+
+
+@pytest.mark.parametrize("mark", [opening for opening, _ in MARKS])
+def test_a_template_that_opens_the_thought(mark: str) -> None:
+    tokenizer = byte_bpe_tokenizer()
+    tokenizer.chat_template = CHAT.replace("<|assistant|>\n", f"<|assistant|>{mark}\n")
+    assert opening_mark(tokenizer, encode_prompt(tokenizer, "Why?", None)) == mark
+    tokenizer.chat_template = CHAT
+    assert opening_mark(tokenizer, encode_prompt(tokenizer, f"Why {mark}", None)) is None
+
+
+def test_spans_move_into_the_answer() -> None:
+    spans = [(0, 3), (3, 9), (9, 12), (12, 20)]
+    assert spans_in_answer(spans, [(8, 10), (14, 20)]) == [(0, 0), (0, 1), (1, 2), (2, 8)]
+    assert spans_in_answer(spans, [(0, 20)]) == spans
+
+
+def esi_inputs(tokenizer, guard_tokenizer, responses: list[str] | None) -> PromptInputs:
+    encoder = PairEncoder(FAMILIES["llama-guard-3"], guard_tokenizer)
+    config = LlamaConfig(max_position_embeddings=4096)
+    data = PromptData([], responses, {}, [])
+    specials = special_strings(tokenizer, guard_tokenizer)
+    judge = SimpleNamespace(encoder=encoder)
+    return PromptInputs(config, tokenizer, frozenset({tokenizer.eos_token_id}), judge, data, specials)
+
+
+@pytest.mark.parametrize("guard", [byte_bpe_tokenizer, sentencepiece_tokenizer])
+def test_esi_s_judge_reads_the_answer_and_only_its_tokens_get_a_gradient(guard) -> None:
+    tokenizer, guard_tokenizer = byte_bpe_tokenizer(), guard()
+    guard_tokenizer.chat_template = sentencepiece_tokenizer().chat_template
+    responses = [REFUSES, f"<think>{PONDERS}</think>\n\n{REFUSES}", "<think>open", "<think>a</think>\n"]
+    inputs = esi_inputs(tokenizer, guard_tokenizer, responses)
+    prompt_ids = [encode_prompt(tokenizer, "Why?", None)] * 4
+    cleaned, num_broken = clean_responses(inputs, prompt_ids, responses)
+    examples, excluded = encode_examples(inputs, prompt_ids, ["Why?"] * 4, cleaned, 8)
+    assert num_broken == 0 and excluded == {2: UNFINISHED, 3: "the response is empty"}
+    plain, thoughtful = examples
+    assert thoughtful.guard_input == plain.guard_input  # the judge reads the same
+    assert tokenizer.decode(thoughtful.response.ids) == responses[1]  # the model reads its thought too
+    weights = [
+        alignment_weights(e.response.offsets, e.judged.spans, e.judged.shown, [True] * len(e.response.ids))
+        for e in examples
+    ]
+    num_thought = len(weights[1]) - len(weights[0])
+    assert not weights[1][: num_thought - 1].any()
+    torch.testing.assert_close(weights[1].sum(0), weights[0].sum(0))
+    torch.testing.assert_close(weights[1][-5:], weights[0][-5:])
+
+
+def test_marks_in_the_thought_stay_tokens_and_special_tokens_in_the_answer_do_not() -> None:
+    tokenizer = with_marks("<think>", "</think>")
+    guard_tokenizer = sentencepiece_tokenizer()
+    response = f"<think>a <|end|> b</think>{COMPLIES} <|end|><think>c</think>d"
+    inputs = esi_inputs(tokenizer, guard_tokenizer, [response])
+    ids = encode_prompt(tokenizer, "Why?", None)
+    ((cleaned,), num_broken) = clean_responses(inputs, [ids], [response])
+    assert num_broken == 2 and cleaned.answer is not None
+    assert "".join(cleaned.text[s:e] for s, e in cleaned.answer) == f"{COMPLIES} < |end|>d"
+    ((example,), _) = encode_examples(inputs, [ids], ["Why?"], [cleaned], 8)
+    for mark in ("<think>", "</think>"):
+        assert example.response.ids.count(tokenizer.convert_tokens_to_ids(mark)) == 2
+    assert tokenizer.eos_token_id not in example.response.ids
+
+
+def test_generated_responses_to_prompts_that_open_a_thought() -> None:
+    tokenizer = byte_bpe_tokenizer()
+    tokenizer.chat_template = CHAT.replace("<|assistant|>\n", "<|assistant|>\n<think>\n")
+    ids = encode_prompt(tokenizer, "Why?", None)
+    inputs = esi_inputs(tokenizer, sentencepiece_tokenizer(), None)
+    texts = [PONDERS, f"{PONDERS}</think>{REFUSES}"]
+    cleaned, _ = clean_responses(inputs, [ids] * 2, texts)
+    assert cleaned[0].answer is None and cleaned[1].answer == [(len(texts[1]) - len(REFUSES), len(texts[1]))]
+    # Others may have taken the thought out of what they give.
+    given = replace(inputs, data=PromptData([], texts, {}, []))
+    assert clean_responses(given, [ids] * 2, texts)[0][0].answer == [(0, len(PONDERS))]
