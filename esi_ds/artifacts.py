@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")
 VISIBLE_S, MESSAGE_S = 120.0, 5.0
 MANIFEST = "manifest.json"
 RESULT_FOLDERS = ("mask", "scores", "model", "patch")
-MAX_DIGESTED = 1 << 28
+REPORTS = ("report.json", "report.html")
+READERS = 8  # files read at once: a sha256 keeps a core busy, and disks of clusters serve several readers
 PACKAGES = ("esi_ds", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
 
@@ -184,7 +186,7 @@ class Result(TypedDict):
     """A file that a finished run must hold."""
 
     bytes: int
-    sha256: str | None  # None for weights, of more than MAX_DIGESTED bytes: reading them would take minutes
+    sha256: str
 
 
 class Manifest(TypedDict):
@@ -271,12 +273,14 @@ class RunFolder:
         field, remedy = "run.output_dir", f"copy it back, or delete {MANIFEST} to have the run done again"
         with reading(field, self.path / MANIFEST, remedy):
             stored = check_type(manifest.get("results", {}), dict[str, Result])
+        for name in stored:  # all of them before any is read to its end
+            with reading(field, self.path / name, remedy, "belongs to this finished run and is not there"):
+                check_regular(self.path / name)
+        with reading(field, self.path, remedy):
+            now = _describe(self.path, stored)
         for name, result in stored.items():
-            file = self.path / name
-            with reading(field, file, remedy, "belongs to this finished run and is not there"):
-                size = check_regular(file)
-            if size != result["bytes"] or (result["sha256"] and file_sha256(file) != result["sha256"]):
-                raise UserError(field, str(file), "is not what this finished run wrote", remedy)
+            if now[name] != result:
+                raise UserError(field, str(self.path / name), "is not what this finished run wrote", remedy)
         return True
 
     def _manifest(self) -> dict[str, Any]:
@@ -316,14 +320,20 @@ class RunFolder:
 
 def describe_results(run: Path) -> dict[str, Result]:
     """The files that a finished run must hold, by their path in its folder: size and sha256."""
-    top = [run / "report.json", *(file for file in run.glob("*.jsonl") if file.name != "metrics.jsonl")]
+    top = [run / name for name in REPORTS] + [file for file in run.glob("*.jsonl") if file.name != "metrics.jsonl"]
     below = [file for name in RESULT_FOLDERS for file in (run / name).rglob("*")]
-    results: dict[str, Result] = {}
-    for file in sorted(filter(Path.is_file, top + below)):
-        size = file.stat().st_size
-        digest = file_sha256(file) if size <= MAX_DIGESTED else None
-        results[file.relative_to(run).as_posix()] = {"bytes": size, "sha256": digest}
-    return results
+    return _describe(run, (file.relative_to(run).as_posix() for file in sorted(filter(Path.is_file, top + below))))
+
+
+def _describe(run: Path, names: Iterable[str]) -> dict[str, Result]:
+    """Size and sha256 of files in a run folder."""
+
+    def describe(name: str) -> Result:
+        return {"bytes": (run / name).stat().st_size, "sha256": file_sha256(run / name)}
+
+    names = list(names)
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(names, pool.map(describe, names), strict=True))
 
 
 def utc(seconds: float) -> str:

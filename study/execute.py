@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 
 import torch
 
-from esi_ds.artifacts import read_jsonl, write_json_atomic
+from esi_ds.artifacts import RunFolder, read_jsonl, write_json_atomic
 from esi_ds.config import Config, validate
 from esi_ds.core.mask import Mask
 from esi_ds.options import Options
@@ -57,8 +56,8 @@ def run_cell(cell: Cell, output: Path) -> None:
 
 
 def _is_finished(cell: Cell, folder: Path) -> bool:
-    file = folder / "manifest.json"
-    done = file.is_file() and json.loads(file.read_text())["exit_state"] == "done"
+    """Whether the cell is done and, if it answers, judged. Raises UserError where its results are no longer whole."""
+    done = RunFolder(str(folder)).is_finished()
     return done and (cell.kind not in ("set", "spa", "lora") or (folder / JUDGED).is_file())
 
 

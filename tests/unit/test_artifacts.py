@@ -144,16 +144,30 @@ def test_no_commit_of_a_repository_that_is_not_ours(tmp_path: Path, monkeypatch:
     assert len(artifacts.commit()) == 40
 
 
+RESULTS = [
+    "mask/model-00001-of-00001.safetensors",
+    "mask/units.json",
+    "scores/model.safetensors.index.json",
+    "model/config.json",
+    "model/model-00002-of-00002.safetensors",
+    "patch/patch.json",
+    "report.json",
+    "report.html",
+    "responses.jsonl",
+    "verdicts.jsonl",
+]
+
+
 def finished_run(tmp_path: Path) -> RunFolder:
-    (tmp_path / "mask").mkdir()
-    for name in ("mask/model.safetensors", "report.json", "verdicts.jsonl", "metrics.jsonl", "log.txt"):
+    for name in (*RESULTS, "metrics.jsonl", "log.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"content of {name}")
     folder = RunFolder(str(tmp_path))
     folder.write_manifest(exit_state="done", world_size=1, started=0.0, model_fingerprint="a", data={})
     return folder
 
 
-@pytest.mark.parametrize("name", ["mask/model.safetensors", "report.json", "verdicts.jsonl"])
+@pytest.mark.parametrize("name", RESULTS)
 def test_a_finished_run_whose_results_are_not_whole(name: str, tmp_path: Path) -> None:
     folder = finished_run(tmp_path)
     (tmp_path / "log.txt").write_text("more")
@@ -166,6 +180,20 @@ def test_a_finished_run_whose_results_are_not_whole(name: str, tmp_path: Path) -
             folder.is_finished()
     file.mkdir()
     with pytest.raises(UserError, match=name):
+        folder.is_finished()
+
+
+def test_large_results_are_read_to_their_end(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    file = tmp_path / "model" / "model.safetensors"
+    with file.open("wb") as opened:
+        opened.truncate((1 << 28) + 4096)
+    folder = RunFolder(str(tmp_path))
+    folder.write_manifest(exit_state="done", world_size=1, started=0.0, model_fingerprint="a", data={})
+    with file.open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        opened.write(b"\1")
+    with pytest.raises(UserError, match="model.safetensors: is not what this finished run wrote"):
         folder.is_finished()
 
 
