@@ -115,9 +115,10 @@ def _stored_names(source: ModelSource) -> set[str]:
     """Names of a checkpoint's tensors. Of a hub model only the index is fetched; without an index none are known."""
     from transformers.utils import cached_file
 
-    folder = Path(source.path)
-    if folder.is_dir():  # one that is still empty is planned for
-        return {tensor.name for tensor in checkpoint_tensors(folder)} if any(folder.glob("*.safetensors")) else set()
+    from esi_ds.models.folder import stored_tensors
+
+    if (stored := stored_tensors(source)) or Path(source.path).is_dir():
+        return {tensor.name for tensor in stored}
     tolerant = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     index = cached_file(source.path, INDEX_NAME, revision=source.revision, **tolerant)
     return set(read_index(Path(index), source.field, ORIGIN)) if index is not None else set()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from mask_folders import write_mask
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -270,6 +271,29 @@ def build_model(
             model.get_input_embeddings().weight[nan_token] = float("nan")
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+HEADS = ("own", "same", "only", "rounded", "none")
+
+
+def claim_tied(folder: Path, head: str) -> Path:
+    """A saved untied Llama whose config says that the head is tied to the embedding.
+
+    head: "own": the file keeps both, which differ; "same": twice the same bits; "only": the head alone; "rounded":
+    both, which differ in fp32 and not in bf16; "none": the embedding alone, as a tied model is saved.
+    """
+    config, file = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"].bfloat16().to(tensors["model.embed_tokens.weight"].dtype)
+    if head == "same":
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    elif head == "rounded":
+        tensors["model.embed_tokens.weight"], tensors["lm_head.weight"] = embedding, embedding * (1 + 2**-12)
+    elif head in ("only", "none"):
+        del tensors["model.embed_tokens.weight" if head == "only" else "lm_head.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
     return folder
 
 

@@ -11,7 +11,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from esi_ds.config import JudgeModel, Model
 from esi_ds.errors import UserError
-from esi_ds.models.weights import weight_files
+from esi_ds.models.weights import StoredTensor, checkpoint_tensors
+
+CHECKPOINT_FILES = ["*.safetensors", "*.json"]
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,37 @@ def check_weights(source: ModelSource) -> None:
         return
     if (folder / "adapter_config.json").is_file():  # with peft installed, transformers would add it to the weights
         raise UserError(source.field, source.path, "holds an adapter (LoRA)", "merge it into its base model first")
-    weight_files(folder, source.field)
+    checkpoint_tensors(folder, source.field)
 
 
 def checkpoint_folder(source: ModelSource) -> Path:
     """The folder of the model's files on this machine. A hub model is downloaded unless it is in the cache."""
     if Path(source.path).is_dir():
         return Path(source.path)
-    files = ["*.safetensors", "*.json"]
-    return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=files))
+    return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=CHECKPOINT_FILES))
+
+
+def stored_tensors(source: ModelSource) -> list[StoredTensor]:
+    """What the model's checkpoint holds; nothing where its weights are not, or not yet, on this machine.
+
+    Raises UserError where a local folder's weights are damaged.
+    """
+    folder = Path(source.path)
+    if folder.is_dir():
+        return checkpoint_tensors(folder, source.field) if any(folder.glob("*.safetensors")) else []
+    try:
+        cached = snapshot_download(
+            source.path, revision=source.revision, allow_patterns=CHECKPOINT_FILES, local_files_only=True
+        )
+        return checkpoint_tensors(Path(cached), source.field)
+    except (OSError, ValueError, UserError):  # not downloaded, or only in part
+        return []
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
-    """The longest sequence the model takes, in tokens; None where its configuration does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """The longest sequence the model takes, in tokens; None where its configuration does not say.
+
+    XLNet's says -1: there is no limit.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if longest is None or longest > 0 else None

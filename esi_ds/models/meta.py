@@ -10,14 +10,23 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
-from esi_ds.models.folder import ModelSource
+from esi_ds.models.folder import ModelSource, stored_tensors
 from esi_ds.models.roles import describe
+from esi_ds.models.ties import untie
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def meta_model(
-    config: PretrainedConfig, source: ModelSource, auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM
+    config: PretrainedConfig,
+    source: ModelSource,
+    auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
+    dtype: str | None = None,
 ) -> PreTrainedModel:
     """The model of an architecture, on the meta device.
+
+    Weights that the configuration ties are tied unless the checkpoint, where it is on this machine, holds different
+    values. dtype: a key of ``DTYPES``, in which the weights are loaded and therefore compared; None: as stored.
 
     Raises UserError for an architecture that ``auto_class`` does not take.
     """
@@ -29,14 +38,17 @@ def meta_model(
         remedy = f"give a folder that transformers' {auto_class.__name__} reads"
         raise UserError(source.field, config.name_or_path or config.model_type, problem, remedy) from error
     model.tie_weights()
+    if model.all_tied_weights_keys:
+        untie(model, stored_tensors(source), DTYPES[dtype] if dtype is not None else None)
     return model
 
 
 def meta_parameters(
-    config: PretrainedConfig, source: ModelSource, roles: Mapping[str, str] | None = None
+    config: PretrainedConfig, source: ModelSource, roles: Mapping[str, str] | None = None, dtype: str | None = None
 ) -> tuple[Parameter, ...]:
     """Names, shapes, roles and logical matrices of a model that is never allocated.
 
-    roles: ``model.roles``. Raises UserError for an architecture that is not a causal language model's.
+    roles: ``model.roles``. dtype: as for ``meta_model``. Raises UserError for an architecture that is not a causal
+    language model's.
     """
-    return describe(meta_model(config, source), roles=roles)
+    return describe(meta_model(config, source, dtype=dtype), roles=roles)

@@ -84,13 +84,16 @@ def describe(
     shapes = shapes or {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     get_head = getattr(model, "get_output_embeddings", None)
     head = getattr(get_head(), "weight", None) if get_head is not None else None
+    # Where a head is tied to them, its name may come first (XLM-RoBERTa's).
+    embeddings = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
     parameters: list[Parameter] = []
     offset = 0
     for name, tensor in model.named_parameters():
         shape = tuple(shapes[name])
         module_name, _, leaf = name.rpartition(".")
         wanted = _configured_role(name, roles)
-        role = wanted or _role(modules, module_name, leaf, shape, is_head=tensor is head)
+        own_role = "embedding" if id(tensor) in embeddings else None
+        role = wanted or own_role or _role(modules, module_name, leaf, shape, is_head=tensor is head)
         if role in UNSCORED:
             units: tuple[Unit, ...] = ()
         elif wanted is not None:
@@ -200,8 +203,6 @@ def _named_units(name: str, role: str, shape: tuple[int, ...]) -> tuple[Unit, ..
 
 def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: tuple[int, ...], is_head: bool) -> str:
     module = modules[module_name]
-    if isinstance(module, nn.Embedding):
-        return "embedding"
     if is_head:
         return "head"
     if _router_of(modules, module_name) is not None:

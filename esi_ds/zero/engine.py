@@ -15,8 +15,6 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
@@ -26,9 +24,8 @@ from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.roles import describe, expert_blocks, routers
 from esi_ds.zero import expert_parallel, runtime
+from esi_ds.zero.loading import read_module, read_partitioned
 from esi_ds.zero.partitioned import attributes, partition_bounds, partition_group, partition_numel, whole_shape
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class ShardedModel:
@@ -278,19 +275,13 @@ def load_sharded(
 ) -> ShardedModel:
     """A model that is partitioned over the ranks while it is read.
 
-    Rank 0 reads the files. Collectives: one broadcast per parameter.
+    Raises UserError. Collectives: those of ``read_partitioned``, and of DeepSpeed's initialisation.
 
     dtype: a key of ``DTYPES``. make_optimizer: builds, from the loaded module, the optimizer of a standard ZeRO-3
     engine; None: an engine without one. auto_class: the transformers class that reads the folder. roles:
     ``model.roles``.
     """
-    # transformers finds this object through a weak reference: it must live until the model is loaded.
-    zero3 = HfDeepSpeedConfig(copy.deepcopy(deepspeed_config))
-    try:
-        module = _from_pretrained(source, dtype, auto_class)
-    finally:
-        unset_hf_deepspeed_config()
-        del zero3
+    module = read_partitioned(source, dtype, deepspeed_config, auto_class)
     return ShardedModel(module, deepspeed_config, make_optimizer(module) if make_optimizer else None, roles)
 
 
@@ -298,27 +289,5 @@ def load_replicated(
     source: ModelSource, dtype: str, auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM
 ) -> PreTrainedModel:
     """A whole, frozen copy of a model on this rank's device. No collectives."""
-    model = _from_pretrained(source, dtype, auto_class).requires_grad_(False)
+    model = read_module(source, dtype, auto_class).requires_grad_(False)
     return model.to(runtime.device())  # type: ignore[arg-type]  # transformers wraps nn.Module.to and loses its types
-
-
-def _from_pretrained(source: ModelSource, dtype: str, auto_class: type[_BaseAutoModelClass]) -> PreTrainedModel:
-    """The model in evaluation mode. Only safetensors are read, nothing pickled. Raises UserError."""
-    remedy = f"give a folder that transformers' {auto_class.__name__} reads whole, with safetensors weights"
-    field, path = source.field, source.path
-    try:
-        module, info = auto_class.from_pretrained(
-            path,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            output_loading_info=True,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(field, path, f"cannot be loaded ({str(error).strip().splitlines()[0]})", remedy) from error
-    # transformers would initialise them at random, for instance where a causal model is read as a classifier.
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(field, path, f"holds no weights for {missing[0]} ({len(missing)} are missing)", remedy)
-    return module.eval()

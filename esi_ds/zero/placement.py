@@ -12,9 +12,9 @@ from esi_ds.config import JudgeModel
 from esi_ds.judge.classifier import model_class
 from esi_ds.judge.guard import Weights, WholeWeights
 from esi_ds.models.folder import ModelSource
-from esi_ds.models.meta import meta_model
+from esi_ds.models.meta import DTYPES, meta_model
 from esi_ds.zero import runtime
-from esi_ds.zero.engine import DTYPES, load_replicated, load_sharded
+from esi_ds.zero.engine import load_replicated, load_sharded
 
 SHARE = 0.25  # of a rank's free memory that a whole judge may take under `auto`
 

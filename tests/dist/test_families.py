@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import FAMILIES as OTHERS
-from builders import NEVER_ROUTED, PAIRS, build_guard, build_model, byte_bpe_tokenizer
+from builders import NEVER_ROUTED, PAIRS, build_guard, build_model, byte_bpe_tokenizer, claim_tied
 from conftest import ROOT, run_ranks
 from reference import esi_scores, num_selected, units
 from safetensors.torch import load_file
@@ -20,6 +20,9 @@ from esi_ds import Mask
 
 logging.set_verbosity_error()
 FAMILIES = (*OTHERS, "mixtral", "qwen3_moe")
+# Llamas whose config says that the head is tied: to a stored head of other values, of the same, and where only the head
+# is stored. Their guard, sharded, has a head of its own that its config denies.
+TIES = ("own", "same", "only")
 # As in test_scores.py: fp32 sums in another order. Measured: at most 1.3e-6.
 TOLERANCE = 1e-5
 
@@ -29,10 +32,19 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("families")
     for kind in FAMILIES:
         build_model(kind, folder / kind, byte_bpe_tokenizer(), leave_out=True)
+    for head in TIES:
+        claim_tied(build_model("llama", folder / head, byte_bpe_tokenizer()), head)
     build_guard(folder / "guard", byte_bpe_tokenizer())
+    claim_tied(build_guard(folder / "guard-own", byte_bpe_tokenizer()), "own")
     rows = ({"prompt": prompt, "response": response} for prompt, response in PAIRS)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def judge(folder: Path, kind: str) -> dict[str, str]:
+    if kind in TIES:
+        return {"path": str(folder / "guard-own"), "placement": "sharded"}
+    return {"path": str(folder / "guard"), "placement": "replicated"}
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -46,13 +58,13 @@ def scored(request, folder: Path) -> tuple[int, Path]:
             "config": {
                 "run": {"output_dir": str(folder / f"w{ranks}-{kind}"), "tensorboard": False},
                 "model": {"path": str(folder / kind), "dtype": "fp32"},
-                "judge": {"path": str(folder / "guard"), "placement": "replicated"},
+                "judge": judge(folder, kind),
                 "data": {"responses": str(folder / "pairs.jsonl")},
                 "esi": {"batch_size": 2},
                 "select": {"ratio": 0.03},
             },
         }
-        for kind in FAMILIES
+        for kind in (*FAMILIES, *TIES)
     ]
     listing = folder / f"cases-{ranks}.json"
     listing.write_text(json.dumps(cases))
@@ -66,11 +78,11 @@ _oracle: dict[str, dict[str, torch.Tensor]] = {}
 
 def oracle(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     if kind not in _oracle:
-        _oracle[kind] = esi_scores(folder / kind, folder / "guard", PAIRS)[0]
+        _oracle[kind] = esi_scores(folder / kind, Path(judge(folder, kind)["path"]), PAIRS)[0]
     return _oracle[kind]
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", (*FAMILIES, *TIES))
 def test_scores_sigma_and_names(scored: tuple[int, Path], kind: str) -> None:
     ranks, folder = scored
     run, expected = folder / f"w{ranks}-{kind}", oracle(folder, kind)
@@ -106,7 +118,12 @@ def test_an_expert_that_no_token_chooses(scored: tuple[int, Path], kind: str) ->
     assert set(mask.names) == set(oracle(folder, kind))
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_head_that_the_checkpoint_unties_is_scored(scored: tuple[int, Path]) -> None:
+    ranks, folder = scored
+    assert ["lm_head.weight" in Mask.load(folder / f"w{ranks}-{kind}/mask").names for kind in TIES] == [True, 0, 0]
+
+
+@pytest.mark.parametrize("kind", (*FAMILIES, *TIES))
 def test_the_exported_folder_is_the_model(scored: tuple[int, Path], kind: str) -> None:
     ranks, folder = scored
     ids = torch.arange(3, 40).view(1, -1)

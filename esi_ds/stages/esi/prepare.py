@@ -117,7 +117,7 @@ def prepare_prompts(config: Config) -> PromptInputs | None:
     model_config = load_model_config(source)
     check_weights(source)
     # Report an invalid role, or a ratio that selects nothing, now and not once everything is scored.
-    parameters = meta_parameters(model_config, source, config.model.roles)
+    parameters = meta_parameters(model_config, source, config.model.roles, config.model.dtype)
     check_ratio(config.select.ratio, share_sizes(parameters, config.select.of, config.select.scope), "select.ratio")
     if "safety" not in objectives(config.select.criterion, config.select.contrastive):
         return None

@@ -30,7 +30,9 @@ class EvalRun(StageRun[EvalInputs]):
     def work(self) -> None:
         inputs, tracker = self.inputs, self.tracker
         fingerprints = {
-            model.name: self.model_fingerprint(model.source, meta_parameters(model.config, model.source))
+            model.name: self.model_fingerprint(
+                model.source, meta_parameters(model.config, model.source, dtype=self.config.model.dtype)
+            )
             for model in inputs.models
         }
         self.notes = {"model_fingerprints": fingerprints}

@@ -65,7 +65,9 @@ def prepare_perturb(config: Config) -> PerturbInputs:
             )
     inputs = prepare_eval(config)
     mask = load_mask(section.mask, "perturb.mask")
-    parameters = meta_parameters(inputs.models[0].config, inputs.models[0].source, config.model.roles)
+    parameters = meta_parameters(
+        inputs.models[0].config, inputs.models[0].source, config.model.roles, config.model.dtype
+    )
     check_mask_structure(mask, parameters, "perturb.mask")
     if mask.header.order != "top":
         raise UserError("perturb.mask", section.mask, f"holds the {mask.header.order} of its scores", "give a top mask")

@@ -112,7 +112,8 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     print(resolved_yaml(config))
     facts: Facts = {"ranks": world_size}
     for model in inputs.models:
-        total = sum(parameter.numel for parameter in meta_parameters(model.config, model.source))
+        parameters = meta_parameters(model.config, model.source, dtype=config.model.dtype)
+        total = sum(parameter.numel for parameter in parameters)
         against = f", compared with {model.before}" if model.before else ""
         whole = readable(WEIGHT_BYTES[config.model.dtype] * total)
         facts[f"model {model.name}"] = f"{total:,} weights, {whole} whole{against}"
@@ -148,7 +149,7 @@ def print_plan(config: Config, options: Options) -> None:
     ranks, source = topology(options).ranks, ModelSource.of(config.model)
     resolve_deepspeed(config, ranks)
     model_config = load_model_config(source)
-    parameters = meta_parameters(model_config, source, config.model.roles)
+    parameters = meta_parameters(model_config, source, config.model.roles, config.model.dtype)
     check_ratio(config.select.ratio, share_sizes(parameters, config.select.of, config.select.scope), "select.ratio")
     notes: list[str] = []
     facts = plan(config, parameters, ranks, notes)

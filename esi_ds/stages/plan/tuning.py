@@ -32,7 +32,7 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
     source, ranks = ModelSource.of(config.model), topology(options).ranks
     resolve_deepspeed(config, ranks, stage)
     model_config = load_model_config(source)
-    parameters = meta_parameters(model_config, source, config.model.roles)
+    parameters = meta_parameters(model_config, source, config.model.roles, config.model.dtype)
     check_routers(tune, parameters)
     notes = _missing_files(config, tune)
     num_rows = count_rows(tune.data, "tune.data", notes)

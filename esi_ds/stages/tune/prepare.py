@@ -102,7 +102,7 @@ def describe_trained(model: Model, tune: Tune, stage: str, mask: Mask, model_con
 
     Raises UserError if the mask is for another architecture, or if nothing would train.
     """
-    parameters = meta_parameters(model_config, ModelSource.of(model), model.roles)
+    parameters = meta_parameters(model_config, ModelSource.of(model), model.roles, model.dtype)
     check_mask_structure(mask, parameters, "tune.mask")
     shapes = {parameter.name: parameter.shape for parameter in parameters}
     trained = Trained(mask, TRAIN[stage], tune.unscored, shapes, check_routers(tune, parameters), tune.router)

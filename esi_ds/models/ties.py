@@ -1,0 +1,61 @@
+"""Whether weights that a configuration ties are tied: the checkpoint decides, as in transformers.
+
+transformers ties what ``tie_word_embeddings`` asks for unless the checkpoint holds both weights with different values
+(5.23, ``modeling_utils.py: PreTrainedModel.tie_weights``). A model on the meta device has no values to compare: the
+checkpoint's are compared here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from esi_ds.models.weights import StoredTensor
+
+ROWS = 4096  # of an embedding that are compared at a time
+
+
+def untie(model: PreTrainedModel, stored: Sequence[StoredTensor], dtype: torch.dtype | None) -> None:
+    """Give each weight of a tied meta model that the checkpoint stores with other values a parameter of its own.
+
+    stored: what the checkpoint holds. dtype: in which the model is loaded, since weights are compared after rounding;
+    None: as they are stored.
+    """
+    if not model.all_tied_weights_keys:
+        return
+    loaded = by_loaded_name(model, stored)
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if target in loaded and source in loaded and not _are_equal(loaded[target], loaded[source], dtype):
+            module_name, _, leaf = target.rpartition(".")
+            module = model.get_submodule(module_name)
+            setattr(module, leaf, nn.Parameter(torch.empty_like(getattr(module, leaf))))
+            del model.all_tied_weights_keys[target]
+
+
+def by_loaded_name(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> dict[str, StoredTensor]:
+    """The checkpoint's tensors by the names that transformers gives them in the model."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    names = (rename_source_key(t.name, renamings, converters, model.base_model_prefix, state)[0] for t in stored)
+    return dict(zip(names, stored, strict=True))
+
+
+def _are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype | None) -> bool:
+    with safe_open(first.file, "pt") as opened, safe_open(second.file, "pt") as other:
+        one, two = opened.get_slice(first.name), other.get_slice(second.name)
+        if one.get_shape() != two.get_shape():
+            return False
+        blocks = ((one[low : low + ROWS], two[low : low + ROWS]) for low in range(0, one.get_shape()[0], ROWS))
+        return all(_same_values(a, b, dtype or torch.promote_types(a.dtype, b.dtype)) for a, b in blocks)
+
+
+def _same_values(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(a.to(dtype), b.to(dtype))

@@ -1,0 +1,179 @@
+"""Reading a model's weights, whole or partitioned while they are read, so that it is the model that transformers'
+``from_pretrained`` gives: the same ties, buffers and precision (docs/zero3.md §9)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import deepspeed
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from esi_ds.errors import UserError
+from esi_ds.models.folder import ModelSource, stored_tensors
+from esi_ds.models.meta import DTYPES
+from esi_ds.models.ties import by_loaded_name
+from esi_ds.reading import reading
+from esi_ds.zero import runtime
+
+WRONG_SHAPES = "in loading state_dict"  # of transformers' message
+
+
+def read_module(
+    source: ModelSource, dtype: str, auto_class: type[_BaseAutoModelClass], problem: str = "cannot be loaded"
+) -> PreTrainedModel:
+    """The whole model in evaluation mode. Only safetensors are read, nothing pickled. Raises UserError.
+
+    dtype: a key of ``DTYPES``. auto_class: the transformers class that reads the folder. problem: what the error says
+    where transformers fails.
+    """
+    remedy = f"give a folder that transformers' {auto_class.__name__} reads whole, with safetensors weights"
+    field, path = source.field, source.path
+    with reading(field, path, f"{remedy}; docs/architectures.md lists the architectures that load", problem):
+        module, info = auto_class.from_pretrained(
+            path,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+        )
+    # transformers would initialise them at random, for instance where a causal model is read as a classifier.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(field, path, f"holds no weights for {missing[0]} ({len(missing)} are missing)", remedy)
+    return module.eval()
+
+
+def read_partitioned(
+    source: ModelSource, dtype: str, deepspeed_config: dict[str, Any], auto_class: type[_BaseAutoModelClass]
+) -> PreTrainedModel:
+    """``read_module`` with parameters that are partitioned over the ranks while they are read.
+
+    Rank 0 reads the files. Raises UserError, also where ZeRO-3 would change the model. Collectives: one broadcast per
+    parameter, an all-gather of each weight that may be tied, and one gather.
+    """
+    # transformers finds this object through a weak reference: it must live until the model is loaded.
+    zero3 = HfDeepSpeedConfig(copy.deepcopy(deepspeed_config))
+    refusal: UserError | None = None
+    try:
+        with _ties_compare_whole_weights():
+            module = read_module(source, dtype, auto_class, "cannot be loaded in parts, as ZeRO-3 does")
+    except UserError as error:
+        if WRONG_SHAPES not in str(error):
+            raise
+        # Rank 0 alone has read the weights, and says so once all of them are read.
+        first_shape = str(error.__cause__).splitlines()[1].strip()
+        problem = f"holds weights of other shapes than its configuration says ({first_shape})"
+        refusal = UserError(error.field, error.value, problem, error.remedy)
+    finally:
+        unset_hf_deepspeed_config()
+        del zero3
+    for error_of_a_rank in runtime.gather_objects(refusal):
+        if error_of_a_rank is not None:
+            raise error_of_a_rank
+    plain = _unread(module, dtype)
+    _check_precision(module, plain, source, dtype)
+    _mend_persistent_buffers(module, plain, source)
+    _mend_computed_buffers(module, plain)
+    return module
+
+
+@contextmanager
+def _ties_compare_whole_weights() -> Iterator[None]:
+    """Let transformers compare weights that may be tied while they are whole.
+
+    Of two weights that the configuration ties, transformers keeps both if the checkpoint holds different values
+    (``PreTrainedModel.tie_weights``). Under ZeRO-3 it would compare two empty placeholders, which are always equal,
+    and drop one. Collectives: an all-gather of each such weight; every rank comes to the same decision.
+    """
+    tie_weights = PreTrainedModel.tie_weights
+
+    def tie_whole_weights(self: PreTrainedModel, *arguments: Any, **options: Any) -> None:
+        names = {name for pair in self.all_tied_weights_keys.items() for name in pair}
+        modules = (self.get_submodule(name.rpartition(".")[0]) for name in sorted(names))
+        # With their biases: tie_weights pads a bias that is shorter than its weight, as an empty placeholder is.
+        parameters = {id(p): p for module in modules for p in module.parameters(recurse=False) if hasattr(p, "ds_id")}
+        with deepspeed.zero.GatheredParameters(list(parameters.values())):
+            tie_weights(self, *arguments, **options)
+
+    with patch.object(PreTrainedModel, "tie_weights", tie_whole_weights):
+        yield
+
+
+def _unread(module: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """The model as transformers builds it before it reads weights: on the meta device, without ZeRO-3."""
+    with torch.device("meta"):
+        return type(module)._from_config(copy.deepcopy(module.config), dtype=DTYPES[dtype])
+
+
+def _check_precision(module: PreTrainedModel, plain: PreTrainedModel, source: ModelSource, dtype: str) -> None:
+    """Raise UserError where transformers keeps weights in float32 that ZeRO-3, which has one dtype, has rounded.
+
+    Routers and decay rates are kept so: rounded, they choose other experts.
+    """
+    kept: list[WeightRenaming | WeightConverter | str] = [*(plain._keep_in_fp32_modules_strict or ())]
+    if dtype == "fp16":
+        kept += plain._keep_in_fp32_modules or ()
+    pattern = build_glob_alternation(kept)[0] if kept and dtype != "fp32" else None
+    parameters = dict(module.named_parameters())
+    rounded = [
+        name
+        for name, parameter in plain.named_parameters()
+        if name in parameters
+        and parameters[name].dtype != (torch.float32 if pattern and pattern.search(name) else parameter.dtype)
+    ]
+    if rounded:
+        problem = f"keeps {rounded[0]} in float32 ({len(rounded)} such weights), which ZeRO-3 would round to {dtype}"
+        raise UserError(source.field, source.path, problem, "load it in fp32 (dtype: fp32)")
+
+
+def _mend_persistent_buffers(module: PreTrainedModel, plain: PreTrainedModel, source: ModelSource) -> None:
+    """Read buffers again that the checkpoint holds and ZeRO-3's construction has rounded to the parameters' dtype."""
+    buffers, computed = dict(module.named_buffers()), {name for name, _ in plain.named_non_persistent_buffers()}
+    wanted = {name: buffer.dtype for name, buffer in plain.named_buffers() if name not in computed}
+    rounded = [name for name, dtype in wanted.items() if name in buffers and buffers[name].dtype != dtype]
+    stored = by_loaded_name(plain, stored_tensors(source)) if rounded else {}
+    for name in rounded:
+        with safe_open(stored[name].file, "pt") as opened:
+            value = opened.get_tensor(stored[name].name).to(buffers[name].device, wanted[name])
+        _set_buffer(module, name, value)
+
+
+def _mend_computed_buffers(module: PreTrainedModel, plain: PreTrainedModel) -> None:
+    """Give buffers that no checkpoint holds the values that transformers computes without ZeRO-3.
+
+    DeepSpeed casts what a constructor computes to the parameters' dtype, whatever dtype it asks for, and transformers
+    initialises modules with parameters on rank 0 only. Values that only a constructor computes (in a model's own code)
+    stay: on the meta device they are not known.
+    """
+    for tensor in plain.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True  # transformers skips it, and every random initialisation with it
+    computed = [(name, buffer) for name, buffer in plain.named_non_persistent_buffers() if buffer.is_floating_point()]
+    for name, buffer in computed:
+        _set_buffer(plain, name, torch.full_like(buffer, torch.nan, device="cpu"))
+    plain.initialize_weights()
+    buffers, expected = dict(module.named_buffers()), dict(plain.named_buffers())
+    for name, _ in computed:
+        if name not in buffers or expected[name].isnan().any():
+            continue
+        value = expected[name].to(buffers[name].device)
+        if buffers[name].dtype != value.dtype or buffers[name].shape != value.shape:
+            _set_buffer(module, name, value)
+        elif not torch.equal(buffers[name], value):
+            buffers[name].copy_(value)
+
+
+def _set_buffer(module: PreTrainedModel, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module.get_submodule(parent)._buffers[leaf] = value

@@ -1,0 +1,51 @@
+"""Run by test_loading.py under a launcher: each case's model, loaded under ZeRO-3, to <name>-<rank>.safetensors.
+
+argv: a JSON list of cases {"name", "model", "dtype", "class" (optional)}. The file holds logits, the whole parameters
+("parameter.<name>") and the buffers ("buffer.<name>"); of a model that is refused, <name>-<rank>.txt the message.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from cases import run_cases
+from safetensors.torch import save_file
+
+from esi_ds.errors import UserError
+from esi_ds.models.folder import ModelSource
+from esi_ds.zero import runtime
+from esi_ds.zero.engine import load_sharded
+
+SETTINGS = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+IDS = torch.tensor([[1, 5, 9, 20, 33, 7]])
+
+
+def run_case(case: dict) -> None:
+    path = Path(case["model"])
+    target = path.parent / f"{case['name']}-{runtime.rank()}"
+    settings = {**SETTINGS, "bf16": {"enabled": case["dtype"] == "bf16"}}
+    auto_class = getattr(transformers, case.get("class", "AutoModelForCausalLM"))
+    try:
+        model = load_sharded(ModelSource(str(path)), case["dtype"], settings, auto_class=auto_class)
+    except UserError as error:
+        target.with_suffix(".txt").write_text(str(error))
+        return
+    with torch.no_grad():
+        tensors = {"logits": model.module(IDS).logits}
+    model.release()
+    for parameter in model.parameters:
+        for keeper in range(runtime.world_size()):
+            whole = model.whole(parameter, keeper)
+            if whole is not None:
+                tensors[f"parameter.{parameter.name}"] = whole
+    tensors |= {f"buffer.{name}": buffer.clone() for name, buffer in model.module.named_buffers()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target.with_suffix(".safetensors"))
+
+
+if __name__ == "__main__":
+    run_cases(run_case)

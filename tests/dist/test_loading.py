@@ -1,0 +1,114 @@
+"""A model under ZeRO-3 is the one that transformers loads: ties, parameters, buffers and their dtypes, logits."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from builders import build_model, byte_bpe_tokenizer, claim_tied
+from conftest import ROOT, run_ranks
+from loading_worker import IDS
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging
+
+from esi_ds.models.meta import DTYPES
+
+sys.path.append(str(ROOT / "tests/sweep"))
+import tiny  # noqa: E402
+
+logging.set_verbosity_error()
+RANKS = 2
+HEADS = ("own", "same", "only", "rounded")
+# A buffer that asks for bf16 in its constructor, buffers of the checkpoint that ask for fp32 there, and positions.
+BUFFERS = (("recurrent_gemma", "fp32"), ("recurrent_gemma", "bf16"), ("lfm2_moe", "bf16"), ("zaya", "bf16"))
+KEPT = ("ernie4_5_moe", "zamba")  # keep routers, and decay rates, in fp32
+CASES = [
+    *((head, dtype) for head in HEADS for dtype in ("fp32", "bf16")),
+    *BUFFERS,
+    *((kind, dtype) for kind in KEPT for dtype in ("fp32", "bf16")),
+    ("judge", "bf16"),
+    ("shapes", "fp32"),
+    ("no_head", "fp32"),
+    ("marian", "fp32"),
+    ("last", "fp32"),  # the process group has survived the refusals
+]
+REFUSED = {
+    "shapes-fp32": "other shapes than its configuration says .*size mismatch for lm_head.weight",
+    "no_head-fp32": "holds no weights for lm_head.weight",
+    "marian-fp32": "cannot be loaded in parts, as ZeRO-3 does",
+    "ernie4_5_moe-bf16": r"keeps model.layers.1.mlp.gate.weight in float32 \(2 such weights\)",
+    "zamba-bf16": "in float32 .* load it in fp32",
+}
+
+
+def prepare(folder: Path) -> None:
+    tokenizer = byte_bpe_tokenizer()
+    for head in HEADS:
+        claim_tied(build_model("llama", folder / head, tokenizer), head)
+    for kind in ("shapes", "no_head", "last"):
+        file = build_model("llama", folder / kind, tokenizer) / "model.safetensors"
+        tensors = load_file(file)
+        if kind == "shapes":
+            tensors["lm_head.weight"] = tensors["lm_head.weight"][1:].clone()
+        elif kind == "no_head":
+            del tensors["lm_head.weight"]
+        save_file(tensors, file, metadata={"format": "pt"})
+    for kind in {*(kind for kind, _ in BUFFERS), *KEPT, "marian"}:
+        tiny.build(kind, folder / kind, tokenizer)
+    # A classifier from a checkpoint with a head, whose config says that it is tied.
+    AutoModelForSequenceClassification.from_pretrained(folder / "own", num_labels=3).save_pretrained(folder / "judge")
+    tensors = load_file(folder / "judge/model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, folder / "judge/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "judge/config.json").read_text())
+    (folder / "judge/config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
+
+
+def class_of(kind: str) -> str:
+    return "AutoModelForSequenceClassification" if kind == "judge" else "AutoModelForCausalLM"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("loading")
+    prepare(folder)
+    cases = [
+        {"name": f"{kind}-{dtype}", "model": str(folder / kind), "dtype": dtype, "class": class_of(kind)}
+        for kind, dtype in CASES
+    ]
+    listing = folder / "cases.json"
+    listing.write_text(json.dumps(cases))
+    done = run_ranks(RANKS, str(ROOT / "tests/dist/loading_worker.py"), str(listing))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [case for case in CASES if "-".join(case) not in REFUSED])
+def test_equal_to_plain_loading(folder: Path, kind: str, dtype: str) -> None:
+    model = getattr(transformers, class_of(kind)).from_pretrained(folder / kind, dtype=DTYPES[dtype]).eval()
+    with torch.no_grad():
+        logits = model(IDS).logits
+    expected = {f"buffer.{name}": buffer for name, buffer in model.named_buffers()}
+    expected |= {f"parameter.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    ranks = [load_file(folder / f"{kind}-{dtype}-{rank}.safetensors") for rank in range(RANKS)]
+    for tensors in ranks:
+        # The sums of a matrix product may be taken in another order in another process: some roundings of the dtype.
+        tolerance = (1e-6 if dtype == "fp32" else 2**-6) * float(logits.abs().max())
+        assert torch.allclose(tensors.pop("logits").float(), logits.float(), rtol=0, atol=tolerance)
+        assert set(tensors) == set(expected)
+        for name, tensor in expected.items():
+            assert tensors[name].dtype == tensor.dtype, name
+            assert torch.equal(tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_on_every_rank(folder: Path, name: str) -> None:
+    messages = [(folder / f"{name}-{rank}.txt").read_text() for rank in range(RANKS)]
+    assert len(set(messages)) == 1 and messages[0].startswith(f"model.path = {folder}")
+    assert re.search(REFUSED[name], messages[0]), messages[0]
