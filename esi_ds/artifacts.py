@@ -129,6 +129,20 @@ def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder that gets the name ``final`` at the end of the block, or is removed if the block fails."""
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        replace_folder(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append lines, on disk when this returns; an incomplete last line is closed first."""
     with writing(path), path.open("a+b") as opened:

@@ -8,23 +8,23 @@ reverting it the base, bit for bit; both are checked by sha256. One process; one
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
-from esi_ds.artifacts import replace_folder, write_json_atomic
+from esi_ds.artifacts import whole_folder, write_json_atomic
 from esi_ds.core.mask import INDEX_NAME, pack_bits, unpack_bits
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import tensor_digests
-from esi_ds.models.weights import checkpoint_tensors
-from esi_ds.reading import read_index
+from esi_ds.models.weights import INDEX_SUFFIX, checkpoint_tensors, weights_name
+from esi_ds.reading import check_regular, check_type, is_bare_name, parse_json, read_index, read_text, reading
 from esi_ds.zero.files import save_tensors
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and is needed for check_names only
@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and is needed for che
 FORMAT = "esi-patch/1"
 SUMMARY = "patch.json"
 ORIGIN = "give the model it was tuned from"
+START = 64  # first values of a tensor by which most pairs are told apart
 # Keys of a tensor's two digests, and names of its values in the patch.
 Digest = Literal["base_sha256", "tuned_sha256"]
 Values = Literal["old", "new"]
@@ -58,6 +59,15 @@ class PatchedTensor(TensorChange):
     tuned_sha256: str
 
 
+class LeftOut(TypedDict):
+    """A tensor that the base stores and the tuned model does not."""
+
+    sha256: str
+    # A tensor that both store and that has the same values: the other name of a tied weight, which the tuned model
+    # stores once. None: nothing that the model loads.
+    twin: str | None
+
+
 class PatchSummary(TypedDict):
     """``patch.json``; a stage may add facts about its run."""
 
@@ -65,7 +75,8 @@ class PatchSummary(TypedDict):
     base: str  # folder or hub id of the base
     numel: int  # number of weights
     changed: int  # number of weights that differ
-    tensors: dict[str, PatchedTensor]  # by name
+    tensors: dict[str, PatchedTensor]  # by name; all that the tuned model stores
+    left_out: NotRequired[dict[str, LeftOut]]  # by name; all else that the base stores
 
 
 # (tensor, its entry, the patch's file or None if nothing changed, its name) → the changed tensor.
@@ -79,10 +90,7 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 def files_of(folder: Path, field: str) -> dict[str, Path]:
     """Tensor name → the safetensors file that holds it. Raises UserError, naming ``field``, if there is none."""
-    files = {tensor.name: tensor.file for tensor in checkpoint_tensors(folder)} if folder.is_dir() else {}
-    if not files:
-        raise UserError(field, str(folder), "holds no safetensors weights", "give a Hugging Face folder")
-    return files
+    return {tensor.name: tensor.file for tensor in checkpoint_tensors(folder, field)}
 
 
 def read(file: Path, name: str) -> Tensor:
@@ -184,7 +192,7 @@ def finish(
         name: {**changes[name], "base_sha256": base_digests[name], "tuned_sha256": tuned_digests[name]}
         for name in sorted(changes)
     }
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "base": str(base),
         "numel": sum(tensor["numel"] for tensor in tensors.values()),
@@ -192,40 +200,101 @@ def finish(
         **facts,
         "tensors": tensors,
     }
+    if left_out := _left_out(base, tensors, base_digests):
+        content["left_out"] = left_out
     write_json_atomic(folder / SUMMARY, content)
+
+
+def _left_out(base: Path, rows: Mapping[str, PatchedTensor], base_digests: Mapping[str, str]) -> dict[str, LeftOut]:
+    """The base's tensors that the tuned model does not store, each with its twin among those that it stores.
+
+    Compared in the tuned model's dtype, in which transformers decides whether two weights are tied.
+    """
+    left_out: dict[str, LeftOut] = {
+        name: {"sha256": base_digests[name], "twin": None} for name in sorted(base_digests.keys() - rows.keys())
+    }
+    if not left_out:
+        return left_out
+    files = files_of(base, "BASE")
+    dtypes = {name: dtype_of(row["dtype"]) for name, row in rows.items()}
+    starts: dict[tuple[torch.dtype, tuple[int, ...], bytes], list[str]] = {}
+    for name, dtype in dtypes.items():
+        starts.setdefault((dtype, *_start(files[name], name, dtype)), []).append(name)
+    for name, entry in left_out.items():
+        for dtype in set(dtypes.values()):
+            candidates = starts.get((dtype, *_start(files[name], name, dtype)), [])
+            for twin in candidates:
+                if torch.equal(read(files[name], name).to(dtype), read(files[twin], twin).to(dtype)):
+                    entry["twin"] = twin
+    return left_out
+
+
+def _start(file: Path, name: str, dtype: torch.dtype) -> tuple[tuple[int, ...], bytes]:
+    """A tensor's shape and first values, by which most pairs are told apart without reading them whole."""
+    with safe_open(file, "pt") as opened:
+        part = opened.get_slice(name)
+        shape = tuple(part.get_shape())
+        first = part[:1] if shape else opened.get_tensor(name)
+    first = first.to(dtype).flatten()[:START].clone()
+    first[first == 0] = 0  # −0.0 equals 0.0, as it does for transformers
+    return shape, bytes(bits_of(first).numpy())
 
 
 def create(base: Path, tuned: Path, folder: Path) -> PatchSummary:
     """The patch of a tuned model, made in one process; its summary."""
     _refuse_existing(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    changes = create_part(base, tuned, temporary)
-    finish(base, temporary, changes, tensor_digests(base), tensor_digests(tuned), {})
-    replace_folder(temporary, folder)
+    with whole_folder(folder) as temporary:
+        changes = create_part(base, tuned, temporary)
+        finish(base, temporary, changes, tensor_digests(base, field="BASE"), tensor_digests(tuned, field="TUNED"), {})
     return summary(folder)
 
 
 def summary(folder: Path) -> PatchSummary:
-    """``patch.json`` of a patch folder. Raises UserError if it is missing or of another format."""
-    file = folder / SUMMARY
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        problem = f"holds no readable {SUMMARY}"
-        raise UserError("PATCH", str(folder), problem, "give the patch/ folder of a run") from error
-    if content.get("format") != FORMAT:
-        problem = f"has format {content.get('format')!r}, not {FORMAT}"
-        raise UserError("PATCH", str(folder), problem, "make the patch again with this version")
+    """``patch.json`` of a patch folder. Raises UserError where it is missing, torn, foreign or incomplete."""
+    file, remedy = folder / SUMMARY, "give the patch/ folder of a run"
+    with reading("PATCH", folder, remedy, f"holds no readable {SUMMARY}"):
+        content = check_type(parse_json(read_text(file)), dict[str, Any])
+        if content.get("format") != FORMAT:
+            problem = f"has format {content.get('format')!r}, not {FORMAT}"
+            raise UserError("PATCH", str(folder), problem, "make the patch again with this version")
+        check_type(content, PatchSummary)
+        return _checked(cast(PatchSummary, content))
+
+
+def _checked(content: PatchSummary) -> PatchSummary:
+    """The summary itself. Raises ValueError where it lacks tensors or contradicts itself."""
+    rows = content["tensors"]
+    if not rows:
+        raise ValueError("it names no tensors")
+    for key in ("numel", "changed"):
+        if content[key] != (total := sum(row[key] for row in rows.values())):
+            raise ValueError(f"{key} is {content[key]:,}, but that of its tensors is {total:,}: tensors are missing")
+    for name, row in rows.items():
+        if not 0 <= row["changed"] <= row["numel"]:
+            raise ValueError(f"{name} has {row['changed']:,} changed of {row['numel']:,} weights")
+        for dtype in (row["dtype"], row["base_dtype"]):
+            dtype_of(dtype)
+        if not is_bare_name(row["file"]):
+            raise ValueError(f"{name} is in {row['file']!r}, which is not the name of a file beside {SUMMARY}")
+    for name, entry in content.get("left_out", {}).items():
+        if name in rows or (entry["twin"] is not None and entry["twin"] not in rows):
+            raise ValueError(f"left_out.{name} contradicts its tensors")
     return content
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that torch gives a name. Raises ValueError if there is none."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is not a dtype")
+    return dtype
 
 
 def apply(base: Path, patch: Path, out: Path) -> None:
     """Base + patch → the tuned model in ``out``. Raises UserError if the patch is not for this base."""
 
     def to_tuned(tensor: Tensor, entry: PatchedTensor, stored: safe_open | None, name: str) -> Tensor:
-        return _replaced(tensor.to(getattr(torch, entry["dtype"])), stored, name, "new")
+        return _replaced(tensor.to(dtype_of(entry["dtype"])), stored, name, "new")
 
     _transform(base, patch, out, "base_sha256", "tuned_sha256", to_tuned)
 
@@ -236,7 +305,7 @@ def revert(tuned: Path, patch: Path, out: Path) -> None:
     Raises UserError if the patch is not for this tuned model, or the base was stored in a finer dtype.
     """
     for name, entry in summary(patch)["tensors"].items():
-        stored, used = getattr(torch, entry["base_dtype"]), getattr(torch, entry["dtype"])
+        stored, used = dtype_of(entry["base_dtype"]), dtype_of(entry["dtype"])
         if torch.promote_types(stored, used) != used:
             raise UserError(
                 "PATCH",
@@ -246,7 +315,7 @@ def revert(tuned: Path, patch: Path, out: Path) -> None:
             )
 
     def to_base(tensor: Tensor, entry: PatchedTensor, stored: safe_open | None, name: str) -> Tensor:
-        return _replaced(tensor, stored, name, "old").to(getattr(torch, entry["base_dtype"]))
+        return _replaced(tensor, stored, name, "old").to(dtype_of(entry["base_dtype"]))
 
     _transform(tuned, patch, out, "tuned_sha256", "base_sha256", to_base)
 
@@ -262,37 +331,92 @@ def _replaced(tensor: Tensor, stored: safe_open | None, name: str, values: Value
 
 def _transform(source: Path, patch: Path, out: Path, before: Digest, after: Digest, change: Change) -> None:
     """Write ``source`` with its tensors changed to ``out``, completely or not at all; check it before and after."""
-    entries = summary(patch)["tensors"]
+    content = summary(patch)
+    entries, twins = content["tensors"], _twins(content)
     _refuse_existing(out)
     files = files_of(source, "MODEL")
-    digests = tensor_digests(source)
-    for name, entry in entries.items():
-        if digests.get(name) != entry[before]:
-            problem = "is not in this model" if name not in digests else "has other weights than those the patch is for"
+    _check_source(source, content, before)
+    with whole_folder(out) as temporary:
+        _copy_beside_weights(source, temporary)
+        written: dict[str, str] = {}  # tensor → file
+        for file in sorted(set(files.values())):
+            tensors: dict[str, Tensor] = {}
+            for name in (name for name, holder in files.items() if holder == file and name not in twins):
+                tensors[name] = read(file, name)
+                if name in entries:
+                    tensors[name] = _changed(tensors[name], entries[name], patch, name, change)
+            if after == "base_sha256":
+                tensors |= {name: tensors[twin].clone() for name, twin in twins.items() if twin in tensors}
+            save_tensors(tensors, temporary / file.name, metadata={"format": "pt"})
+            written |= dict.fromkeys(tensors, file.name)
+        if (name := weights_name(source, "MODEL")).endswith(INDEX_SUFFIX):
+            write_json_atomic(temporary / name, {"metadata": {}, "weight_map": dict(sorted(written.items()))})
+        _check_result(temporary, patch, content, after)
+
+
+def _twins(content: PatchSummary) -> dict[str, str]:
+    """Tensors that only the base stores → the tensor of the same values that the tuned model stores."""
+    left_out = content.get("left_out", {})
+    return {name: entry["twin"] for name, entry in left_out.items() if entry["twin"] is not None}
+
+
+def _check_source(source: Path, content: PatchSummary, before: Digest) -> None:
+    """Raise UserError unless every tensor of the model is known to the patch and has the bits that it is for."""
+    digests = tensor_digests(source, field="MODEL")
+    expected = {name: entry[before] for name, entry in content["tensors"].items()}
+    left_out = {name: entry["sha256"] for name, entry in content.get("left_out", {}).items()}
+    if before == "base_sha256":
+        expected |= left_out
+    else:
+        for name in left_out.keys() - _twins(content).keys() - digests.keys():
+            problem = f"does not hold {name}, which the base holds beside the weights that are loaded"
+            raise UserError("TUNED", str(source), problem, "give a folder that apply made, or keep the base model")
+        expected |= {name: left_out[name] for name in left_out.keys() & digests.keys()}
+    for name in sorted(expected.keys() | digests.keys()):
+        if digests.get(name) != expected.get(name):
+            problem = (
+                "is not in this model"
+                if name not in digests
+                else "is not in the patch"
+                if name not in expected
+                else "has other weights than those the patch is for"
+            )
             raise UserError("MODEL", str(source), f"{name} {problem}", "give the model that the patch belongs to")
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("*.safetensors"))
-    for file in sorted(set(files.values())):
-        tensors = {}
-        for name in (name for name, holder in files.items() if holder == file):
-            tensors[name] = read(file, name)
-            if name in entries:  # of two tied tensors the tuned model may store only one: the other stays
-                tensors[name] = _changed(tensors[name], entries[name], patch, name, change)
-        save_tensors(tensors, temporary / file.name, metadata={"format": "pt"})
-    digests = tensor_digests(temporary)
-    wrong = [name for name, entry in entries.items() if digests[name] != entry[after]]
+
+
+def _copy_beside_weights(source: Path, target: Path) -> None:
+    """Copy configuration, tokenizer and the rest of a model's folder; no weights and no index of weights."""
+    ignored = shutil.ignore_patterns("*.safetensors", f"*{INDEX_SUFFIX}")
+    try:
+        shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True)
+    except shutil.Error as error:
+        first = error.args[0][0]
+        raise UserError(
+            "MODEL", str(first[0]), f"cannot be copied ({first[2]})", "remove it or make it readable"
+        ) from error
+
+
+def _check_result(folder: Path, patch: Path, content: PatchSummary, after: Digest) -> None:
+    """Raise UserError unless the folder holds exactly the tensors that it should, to the bit."""
+    digests = tensor_digests(folder, field="PATCH")
+    expected = {name: entry[after] for name, entry in content["tensors"].items()}
+    twins = _twins(content)
+    for name, entry in content.get("left_out", {}).items():
+        if name not in twins or after == "base_sha256":
+            expected[name] = entry["sha256"]
+    wrong = sorted(name for name in expected.keys() | digests.keys() if digests.get(name) != expected.get(name))
     if wrong:
-        shutil.rmtree(temporary)
         raise UserError("PATCH", str(patch), f"does not restore {wrong[0]}: it is damaged", "make the patch again")
-    replace_folder(temporary, out)
 
 
 def _changed(tensor: Tensor, entry: PatchedTensor, patch: Path, name: str, change: Change) -> Tensor:
     if not entry["changed"]:
         return change(tensor, entry, None, name)
-    with safe_open(patch / entry["file"], "pt") as stored:
-        return change(tensor, entry, stored, name)
+    file = patch / entry["file"]
+    with reading("PATCH", file, f"make the patch again: {name} cannot be restored"):
+        check_regular(file)
+        with safe_open(file, "pt") as stored:
+            return change(tensor, entry, stored, name)
 
 
 def _refuse_existing(folder: Path) -> None:

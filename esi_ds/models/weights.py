@@ -25,11 +25,10 @@ DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensor
 REMEDY = "give a Hugging Face folder whose weights are complete safetensors files, or copy it again"
 
 
-def weight_files(folder: Path, field: str = "model.path") -> list[Path]:
-    """The files that transformers loads from a folder, sorted.
+def weights_name(folder: Path, field: str = "model.path") -> str:
+    """The file that transformers opens first: a safetensors file with all weights, or an index of several.
 
-    Raises UserError naming ``field`` where there are none, where one of them is missing or no regular file, or where
-    its name leads out of the folder.
+    Raises UserError naming ``field`` where there is none.
     """
     if not folder.is_dir():
         raise UserError(field, str(folder), "is not a folder", "give a Hugging Face folder")
@@ -44,6 +43,16 @@ def weight_files(folder: Path, field: str = "model.path") -> list[Path]:
         problem = f"holds neither {SINGLE_NAME} nor {INDEX_NAME}: transformers loads no other weights from a folder"
         remedy = "save the model with save_pretrained(safe_serialization=True)"
         raise UserError(field, str(folder), problem, remedy)
+    return name
+
+
+def weight_files(folder: Path, field: str = "model.path") -> list[Path]:
+    """The files that transformers loads from a folder, sorted.
+
+    Raises UserError naming ``field`` where there are none, where one of them is missing or no regular file, or where
+    its name leads out of the folder.
+    """
+    name = weights_name(folder, field)
     if not name.endswith(INDEX_SUFFIX):
         names = [name]
     else:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from builders import build_model, byte_bpe_tokenizer, model_config
+from builders import build_model, byte_bpe_tokenizer, claim_tied, model_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -97,6 +99,200 @@ def test_models_of_other_shapes_have_no_patch(folder: Path) -> None:
     build_model("llama", folder / "llama", byte_bpe_tokenizer())
     assert run("create", folder / "base", folder / "llama", folder / "patch") == 2
     assert not (folder / "patch").exists()
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 20).view(1, -1)).logits
+
+
+@pytest.mark.parametrize("shards", [None, "30KB"])
+@pytest.mark.parametrize("head", ["own", "same", "none"])
+def test_a_tied_head_that_the_base_stores_too(tmp_path: Path, head: str, shards: str | None) -> None:
+    """The tuned model stores the weight once: base + patch is that model, and reverting brings the second name back."""
+    base = claim_tied(build_model("llama", tmp_path / "base", byte_bpe_tokenizer()), head)
+    if shards is not None:  # the two names in two files
+        tensors = load_file(base / "model.safetensors")
+        (base / "model.safetensors").unlink()
+        for file in ("a", "b"):
+            part = {name: t for name, t in tensors.items() if (name == "lm_head.weight") == (file == "b")}
+            save_file(part, base / f"{file}.safetensors", metadata={"format": "pt"})
+        names = {name: "b.safetensors" if name == "lm_head.weight" else "a.safetensors" for name in tensors}
+        (base / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 0.5
+    model.save_pretrained(tmp_path / "tuned")
+    assert run("create", base, tmp_path / "tuned", tmp_path / "patch") == 0
+    assert run("apply", base, tmp_path / "patch", tmp_path / "again") == 0
+    assert tensor_digests(tmp_path / "again") == tensor_digests(tmp_path / "tuned")
+    assert torch.equal(logits(tmp_path / "again"), logits(tmp_path / "tuned"))
+    if shards is not None:
+        listed = json.loads((tmp_path / "again" / INDEX).read_text())["weight_map"]
+        assert set(listed) == set(tensor_digests(tmp_path / "tuned"))
+    for tuned in ("tuned", "again"):
+        assert run("revert", tmp_path / tuned, tmp_path / "patch", tmp_path / f"{tuned}-back") == 0
+        assert tensor_digests(tmp_path / f"{tuned}-back") == tensor_digests(base)
+
+
+def test_a_head_that_is_the_embedding_in_the_tuned_dtype_only(tmp_path: Path, capsys) -> None:
+    """In bf16 it is tied: the stale one must not stay. In fp32 the base cannot be brought back."""
+    base = claim_tied(build_model("llama", tmp_path / "base", byte_bpe_tokenizer()), "rounded")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 0.5
+    model.save_pretrained(tmp_path / "tuned")
+    assert run("create", base, tmp_path / "tuned", tmp_path / "patch") == 0
+    assert run("apply", base, tmp_path / "patch", tmp_path / "again") == 0
+    assert tensor_digests(tmp_path / "again") == tensor_digests(tmp_path / "tuned")
+    assert run("revert", tmp_path / "tuned", tmp_path / "patch", tmp_path / "back") == 2
+    assert "keep the base model" in capsys.readouterr().err and not (tmp_path / "back").exists()
+
+
+def test_tensors_that_no_model_loads_stay_where_they_are(tmp_path: Path, capsys) -> None:
+    """A layer for speculative decoding: the export lacks it, so that only an applied patch can be reverted."""
+    base = build_model("llama", tmp_path / "base", byte_bpe_tokenizer())
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "tuned")
+    tensors = load_file(base / "model.safetensors")
+    extra = {"model.layers.2.eh_proj.weight": torch.randn(3, 3), "model.layers.2.norm.weight": torch.zeros(())}
+    save_file(tensors | extra, base / "model.safetensors", metadata={"format": "pt"})
+    assert run("create", base, tmp_path / "tuned", tmp_path / "patch") == 0
+    assert run("apply", base, tmp_path / "patch", tmp_path / "again") == 0
+    assert torch.equal(logits(tmp_path / "again"), logits(tmp_path / "tuned"))
+    assert run("revert", tmp_path / "again", tmp_path / "patch", tmp_path / "back") == 0
+    assert tensor_digests(tmp_path / "back") == tensor_digests(base)
+    assert run("revert", tmp_path / "tuned", tmp_path / "patch", tmp_path / "other") == 2
+    assert "does not hold model.layers.2" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_the_weights_that_are_loaded_are_patched(folder: Path) -> None:
+    """Not those that a stale index beside them names."""
+    AutoModelForCausalLM.from_pretrained(folder / "tuned").save_pretrained(folder / "cut", max_shard_size="20KB")
+    for file in (folder / "cut").glob("model*"):
+        os.rename(file, folder / "base" / file.name)
+    assert run("create", folder / "base", folder / "tuned", folder / "patch") == 0
+    assert summary(folder / "patch")["changed"] == 4
+    assert run("apply", folder / "base", folder / "patch", folder / "again") == 0
+    assert tensor_digests(folder / "again") == tensor_digests(folder / "tuned")
+    assert [file.name for file in (folder / "again").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def without_row(content: dict) -> None:
+    del content["tensors"][CHANGED]
+
+
+def without_an_unchanged_row(content: dict) -> None:
+    """Its sums are adapted, so that nothing but the model itself says that it is missing."""
+    row = content["tensors"].pop("lm_head.weight")
+    content["numel"] -= row["numel"]
+
+
+def put(*path: object) -> Callable[[dict], None]:
+    """The change that sets the value, the last of ``path``, at the keys before it."""
+    *keys, last, value = path
+
+    def change(content: dict) -> None:
+        for key in keys:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+CHANGED = "model.layers.0.self_attn.q_proj.weight"
+INDEX = "model.safetensors.index.json"
+EDITS: dict[str, Callable[[dict], None]] = {
+    "a row is missing": without_row,
+    "an unchanged row is missing": without_an_unchanged_row,
+    "no tensors": put("tensors", {}),
+    "no tensors and no sums": lambda content: content.update(tensors={}, numel=0, changed=0),
+    "a list of tensors": put("tensors", []),
+    "another row": lambda content: put("tensors", CHANGED, content["tensors"]["lm_head.weight"])(content),
+    "no digest": lambda content: content["tensors"][CHANGED].pop("tuned_sha256"),
+    "another digest": put("tensors", CHANGED, "tuned_sha256", "0" * 64),
+    "nothing has changed": put("tensors", CHANGED, "changed", 0),
+    "a negative number": put("tensors", CHANGED, "changed", -1),
+    "a number as a text": put("tensors", CHANGED, "changed", "3"),
+    "too large a number": put("tensors", CHANGED, "numel", 10**40),
+    "another sum": put("changed", 5),
+    "no dtype": put("tensors", CHANGED, "dtype", "bfloat17"),
+    "a function for a dtype": put("tensors", CHANGED, "dtype", "load"),
+    "another dtype": put("tensors", CHANGED, "dtype", "float32"),
+    "a file outside": put("tensors", CHANGED, "file", "../base/model.safetensors"),
+    "no file": put("tensors", CHANGED, "file", "other.safetensors"),
+    "an unknown twin": put("left_out", {"x": {"sha256": "", "twin": "y"}}),
+    "a left-out tensor that the base lacks": put("left_out", {"x": {"sha256": "", "twin": None}}),
+    "a stored tensor is left out": put("left_out", {CHANGED: {"sha256": "", "twin": None}}),
+}
+
+
+def refused(folder: Path, capsys) -> str:
+    """The one line of the refusal, after which nothing is left."""
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    assert run("apply", folder / "base", folder / "patch", folder / "out") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert sorted(folder.rglob("*")) == before
+    return line
+
+
+def test_summaries_that_contradict_themselves_or_the_model(folder: Path, capsys) -> None:
+    assert run("create", folder / "base", folder / "tuned", folder / "patch") == 0
+    file = folder / "patch/patch.json"
+    sound = file.read_text()
+    for name, edit in EDITS.items():
+        content = json.loads(sound)
+        edit(content)
+        file.write_text(json.dumps(content))
+        assert refused(folder, capsys).startswith(("error: PATCH = ", "error: MODEL = ")), name
+    for text in ("", "[]", "null", sound[:-40], "{" * 100_000, sound.replace('"format"', '"format": "", "format"')):
+        file.write_text(text)
+        assert refused(folder, capsys).startswith("error: PATCH = ")
+        assert run("info", folder / "patch") == 2
+    file.write_text(sound)
+    assert run("apply", folder / "base", folder / "patch", folder / "out") == 0
+
+
+@pytest.mark.parametrize("what", ["torn", "foreign", "missing", "pipe", "short", "other dtype", "model torn"])
+def test_damaged_files_are_refused(folder: Path, capsys, what: str) -> None:
+    assert run("create", folder / "base", folder / "tuned", folder / "patch") == 0
+    file = folder / ("base" if what == "model torn" else "patch") / "model.safetensors"
+    if what in ("short", "other dtype"):
+        tensors = load_file(file)
+        name = f"{CHANGED}.new" if what == "short" else f"{CHANGED}.bits"
+        tensors[name] = tensors[name][1:].clone() if what == "short" else tensors[name].float()
+        save_file(tensors, file)
+    elif "torn" in what:
+        file.write_bytes(file.read_bytes()[:-3])
+    elif what == "foreign":
+        file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    else:
+        file.unlink()
+        if what == "pipe":
+            os.mkfifo(file)
+    assert "model.safetensors" in refused(folder, capsys)
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt(), MemoryError()])
+def test_nothing_is_left_behind_where_writing_fails(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    assert run("create", folder / "base", folder / "tuned", folder / "patch") == 0
+    before = sorted(folder.rglob("*"))
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(patch, "save_tensors", fail)
+    for command in (
+        ("create", folder / "base", folder / "tuned", folder / "other"),
+        ("apply", folder / "base", folder / "patch", folder / "out"),
+        ("revert", folder / "tuned", folder / "patch", folder / "out"),
+    ):
+        with pytest.raises(type(error)):
+            run(*command)
+        assert sorted(folder.rglob("*")) == before
 
 
 OWN = ["model.embed_tokens.weight", "model.layers.0.feed_forward.experts.gate_up_proj", "lm_head.weight"]
