@@ -30,6 +30,17 @@ class Lookups:
     others: list[Tensor] = field(default_factory=list)
 
 
+def embedding_module(model: PreTrainedModel) -> nn.Module:
+    """The module that looks up token embeddings. Raises UserError where the model does not say which it is."""
+    try:
+        module = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # transformers' default, and models with their own code
+        module = None
+    if not isinstance(module, nn.Module):
+        raise _refusal(model, "does not say which module looks up its embeddings")
+    return module
+
+
 @contextmanager
 def recorded_lookups(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Iterator[Lookups]:
     """Forward passes of ``model`` on ``batch`` (with int64 ``input_ids`` [B, L]) inside the block read their token
@@ -48,10 +59,10 @@ def recorded_lookups(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Ite
             return output
         leaf = output.detach().requires_grad_()
         (lookups.tokens if is_tokens else lookups.others).append(leaf)
-        return leaf
+        return leaf.clone()  # CTRL scales what it is given in place, which a leaf does not allow
 
     # A hook is called after those that were there before it, ZeRO's too, and sees what the model will read.
-    hook = model.get_input_embeddings().register_forward_hook(make_leaf, with_kwargs=True)
+    hook = embedding_module(model).register_forward_hook(make_leaf, with_kwargs=True)
     try:
         yield lookups
     finally:
@@ -86,7 +97,7 @@ def token_table(model: PreTrainedModel) -> Tensor:
 
     A view of its weight where it does nothing but look up rows. Raises UserError where it cannot be called with ids.
     """
-    module = model.get_input_embeddings()
+    module = embedding_module(model)
     if type(module) is nn.Embedding and module.max_norm is None:
         return module.weight.detach()
     rows = getattr(module, "num_embeddings", None) or model.config.get_text_config().vocab_size

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.core.batch import left_pad
-from esi_ds.judge.embeddings import recorded_lookups, token_gradient, token_table
+from esi_ds.judge.embeddings import embedding_module, recorded_lookups, token_gradient, token_table
 from esi_ds.judge.pairs import EncodedPair
 
 
@@ -104,5 +104,5 @@ class Guard:
     def embedding_table(self) -> Iterator[Tensor]:
         """What each token is worth to the guard, [rows, d]: ``token_table``. Collectives: the gathers of the embedding
         module's parameters where the guard is sharded."""
-        with self._weights.gathered(list(self.model.get_input_embeddings().parameters())):
+        with self._weights.gathered(list(embedding_module(self.model).parameters())):
             yield token_table(self.model)

@@ -59,6 +59,12 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
         max_position_embeddings=128,
         pad_token_id=1,
     ),
+    "bloom, normed embeddings": transformers.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0
+    ),
+    "ctrl, scaled in place": transformers.CTRLConfig(
+        vocab_size=VOCABULARY, n_embd=32, dff=64, n_layer=2, n_head=4, n_positions=128
+    ),
     "xglm, scaled in the module": transformers.XGLMConfig(
         vocab_size=VOCABULARY, d_model=32, ffn_dim=64, num_layers=2, attention_heads=4, max_position_embeddings=128
     ),
@@ -226,6 +232,13 @@ def test_a_guard_without_a_gradient_per_token_is_refused(kind: type, problem: st
     with pytest.raises(UserError, match=f"judge.path.*{problem}"):
         guard.judge([pair(12, 3)], "cpu")
     assert len(guard.scores([pair(12, 3)], "cpu")) == 1  # which score_function needs
+
+
+def test_a_guard_that_hides_its_embeddings_is_refused() -> None:
+    model = causal("llama, head tied")
+    model.get_input_embeddings = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"judge\.path.*does not say which module"):
+        Guard(model, SimpleNamespace(pad_token_id=0), "margin", WholeWeights()).judge([pair(12, 3)], "cpu")
 
 
 def test_an_embedding_that_needs_more_than_ids_is_refused() -> None:
