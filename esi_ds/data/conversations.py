@@ -136,6 +136,8 @@ def _turns(row: Row, columns: Sequence[str]) -> list[Turn]:
     check_row(other)
     if is_learnt(other, ROW_LEARNT) is False:
         raise UnreadableRow("its weight is 0")
+    if other.get("label") is False:  # KTO's
+        raise UnreadableRow("its label is false: the answer is not to be learnt")
     earlier = read_history(history_value(other))
     if len(columns) == 1:
         turns = [*earlier, *read_turns(chat_value(row.get(columns[0]), used[0]))]

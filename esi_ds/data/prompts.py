@@ -109,7 +109,7 @@ def load_prompts(
     built_in = BUILT_IN.get(path)
     source, config = (built_in.source, built_in.config) if built_in else (path, None)
     if built_in:
-        split, kind = split or built_in.split, _kind_of(built_in, path, kind, field)
+        split, kind = split or split_of(built_in), _kind_of(built_in, path, kind, field)
     rows = read_rows(source, f"{field}.path", name=config, split=split)
     if built_in and column == "auto" and any(built_in.column in row for row in rows):
         column = built_in.column
@@ -133,6 +133,11 @@ def load_prompts(
     source = source if looks_like_file(source) else f"hub:{source}"
     unread = unread_names(rows, {*READ, column.strip().lower()} - set(_contexts_apart(rows[0], column)))
     return PromptSet(tuple(prompts), column, source, tuple(skipped), unread, num_shortened)
+
+
+def split_of(built_in: BuiltIn) -> str | None:
+    """The split of a built-in set; None for one that ships as a file."""
+    return None if looks_like_file(built_in.source) else built_in.split
 
 
 def _read_prompt(row: Row, column: str, kind: Kind | None) -> tuple[str, str | None]:

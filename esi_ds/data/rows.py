@@ -33,6 +33,10 @@ def read_rows(path: str, field: str, *, name: str | None = None, split: str | No
     if not looks_like_file(path):
         return _read_hub(path, field, name, split)
     file = data_file(path, field)
+    for key, value in (("name", name), ("split", split)):
+        if value is not None:
+            problem = f"is for data sets of the hub, and {path} is a file"
+            raise UserError(f"{field.removesuffix('path')}{key}", value, problem, "leave it out")
     with reading(field, path, "check that its format matches its suffix"):
         rows = _read_file(file)
     if not rows:

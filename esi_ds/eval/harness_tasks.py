@@ -235,10 +235,8 @@ def _on_rows(definition: Definition, rows: list[Row], worked: list[Row], task: T
             f"{task.name} needs {num_fewshot} worked examples, and there are {len(worked)}",
             f"give a file of its training rows there, or {field}.num_fewshot: 0",
         )
-    try:
+    with reading(f"{field}.path", task.path, "give one type each", "its columns mix types"):
         splits = {"test": Dataset.from_list(rows), **({"worked": Dataset.from_list(worked)} if worked else {})}
-    except (ValueError, TypeError) as error:  # pyarrow's are ValueErrors
-        raise UserError(f"{field}.path", task.path, f"its columns mix types: {error}", "give one type each") from error
     split = "worked" if worked else None
     return {
         "custom_dataset": lambda **_: DatasetDict(splits),

@@ -110,6 +110,8 @@ def test_a_row_without_weight_is_not_learnt(tokenizer, mark: dict[str, Any]) -> 
     rows = [{"prompt": "a", "response": "b", **mark}, {"prompt": "c", "response": "d", "weight": 1}]
     tuning_set = encoded(tokenizer, *rows)
     assert learnt(tokenizer, tuning_set) == ["d<|end|>"] and tuning_set.skipped == ((0, "its weight is 0"),)
+    kto = {"prompt": "a", "completion": "b"}
+    assert learnt(tokenizer, encoded(tokenizer, {**kto, "label": True}, {**kto, "label": False})) == ["b<|end|>"]
     assert "weight 0.5" in encoded(tokenizer, {**rows[1], "weight": 0.5}).skipped[0][1]
 
 

@@ -165,6 +165,15 @@ def test_paths_that_name_no_file(name: str) -> None:
     assert count_responses(name, notes) is None and "no such file" in notes[0]
 
 
+def test_the_split_of_a_file_is_not_passed_over(tmp_path: Path) -> None:
+    path = write(tmp_path, "rows.txt", "a\nb\n")
+    for name in (path, "examples/harmful"):
+        with pytest.raises(UserError, match=r"data\.prompts\.split = test: is for data sets of the hub"):
+            load_prompts(name, split="test")
+    with pytest.raises(UserError, match=r"tune\.data\.name = main"):
+        read_rows(path, "tune.data.path", name="main")
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "txt", "json", "jsonl", "parquet"])
 def test_a_pipe_is_not_waited_for(suffix: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / f"rows.{suffix}")

@@ -12,7 +12,7 @@ from huggingface_hub import constants, get_session
 from esi_ds.config import BenignMix, Prompts, RowSource
 from esi_ds.data.benchmarks import BUILT_IN, Kind
 from esi_ds.data.conversations import find_columns
-from esi_ds.data.prompts import load_prompts, load_responses
+from esi_ds.data.prompts import load_prompts, load_responses, split_of
 from esi_ds.data.rows import exists, looks_like_file, read_rows
 from esi_ds.errors import UserError
 
@@ -24,7 +24,7 @@ def count_prompts(section: Prompts, field: str, notes: list[str], kind: Kind | N
     """Number of prompts in a set; None, and a note, where it cannot be reached. Raises UserError where it is wrong."""
     built_in = BUILT_IN.get(section.path)
     source, name = (built_in.source, built_in.config) if built_in else (section.path, None)
-    split = section.split or (built_in.split if built_in else None)
+    split = section.split or (split_of(built_in) if built_in else None)
     key = f"{field}.path"
     if _read_if_reachable(source, key, lambda: read_rows(source, key, name=name, split=split), notes) is None:
         return None
