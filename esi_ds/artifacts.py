@@ -31,6 +31,7 @@ UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")
 # NFS clients cache for a minute by default that a file does not exist: how long to wait, and when to print a message.
 VISIBLE_S, MESSAGE_S = 120.0, 5.0
 MANIFEST = "manifest.json"
+MODES = {"private": 0o700, "group": 0o750, "all": 0o755}  # of the run folder, by ``run.share``
 RESULT_FOLDERS = ("mask", "scores", "model", "patch")
 REPORTS = ("report.json", "report.html")
 READERS = 8  # files read at once: a sha256 keeps a core busy, and disks of clusters serve several readers
@@ -276,8 +277,15 @@ class RunFolder:
     def open(self, config: Config) -> None:
         """Create the folder and write the resolved config. Raises UserError as ``check`` does."""
         self.check(config)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.create(config.run.share)
         write_text_atomic(self.path / "config.yaml", resolved_yaml(config))
+
+    def create(self, share: str) -> None:
+        """Create the folder, if it is not there, for the readers of ``run.share``; prompts and answers lie in it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(mode=MODES[share], exist_ok=True)
+        with suppress(PermissionError):  # somebody else's folder: its owner says who may read it
+            self.path.chmod(MODES[share])
 
     def is_finished(self) -> bool:
         """Whether the run was completed, and its results are whole. Raises UserError where they no longer are."""

@@ -18,6 +18,7 @@ from esi_ds.config import load_config
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.failures import explain, is_full
 from esi_ds.options import Options
+from esi_ds.terminal import clean_output
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_FAILURE = 2, 75, 1
 # How long a rank waits before it reports an error that others may have too: per local rank, and at most.
@@ -128,6 +129,7 @@ def _end(reading: int, code: int) -> None:
     os._exit(code)
 
 
+@clean_output()
 def main(stage: str, argv: list[str] | None = None) -> int:
     """Run one stage; returns the process's exit code: 0, 2 (user's mistake), 75 (resumable) or 1 (anything else)."""
     end_at_signals(EXIT_INTERRUPTED)

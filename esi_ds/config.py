@@ -36,6 +36,9 @@ class Run(Section):
     resume: Literal["auto", "never"] = Field(
         "auto", description="Whether to continue the run that stopped in this folder (auto) or to refuse (never)."
     )
+    share: Literal["private", "group", "all"] = Field(
+        "private", description="Who but you may read the run folder: nobody, your group or everybody."
+    )
     tensorboard: bool = Field(True, description="Whether to write TensorBoard files.")
     collective_timeout_s: int = Field(
         1800,
@@ -581,7 +584,7 @@ def resolved_yaml(config: Config) -> str:
 
 # Keys that say how a run starts and not what it computes: they may differ from one start to the next. The DeepSpeed
 # config, expert parallelism included, may have to change where the next start has other nodes.
-OF_THIS_START = ("run.resume", "run.collective_timeout_s", "run.start_timeout_s", "deepspeed")
+OF_THIS_START = ("run.resume", "run.share", "run.collective_timeout_s", "run.start_timeout_s", "deepspeed")
 
 
 def differences(first: Config, second: Config) -> list[str]:

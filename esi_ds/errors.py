@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from esi_ds.terminal import printable
+
 
 class UserError(Exception):
     """The user's mistake (config, data, artifact): exit code 2. Its text names field, value, problem and remedy."""
@@ -15,7 +17,7 @@ class UserError(Exception):
     def __str__(self) -> str:
         value = "" if self.value is None else f" = {self.value if isinstance(self.value, str) else repr(self.value)}"
         # One line, even if the value or a library's message has several.
-        return " ".join(f"{self.field}{value}: {self.problem}; {self.remedy}".split("\n"))
+        return printable(" ".join(f"{self.field}{value}: {self.problem}; {self.remedy}".split("\n")))
 
 
 class Interrupted(Exception):

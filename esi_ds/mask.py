@@ -23,6 +23,7 @@ from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
 from esi_ds.ranks import Ranks, find_ranks
 from esi_ds.reselect import Reselection, check_cover, read_units, spans, write_selection
+from esi_ds.terminal import clean_output
 
 
 def count_units(masks: Sequence[Mask], ranks: Ranks) -> tuple[list[Unit], Tensor]:
@@ -199,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@clean_output()
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
     arguments = _parser().parse_args(argv)

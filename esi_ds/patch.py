@@ -25,6 +25,7 @@ from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.weights import INDEX_SUFFIX, checkpoint_tensors, weights_name
 from esi_ds.reading import check_regular, check_type, is_bare_name, parse_json, read_index, read_text, reading
+from esi_ds.terminal import clean_output
 from esi_ds.zero.files import save_tensors
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and is needed for check_names only
@@ -452,6 +453,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@clean_output()
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
     arguments = _parser().parse_args(argv)

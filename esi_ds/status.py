@@ -22,6 +22,7 @@ from esi_ds.artifacts import write_json_atomic
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.lock import BEAT_S, STATUS, Identity, own_identity
 from esi_ds.reading import check_type, parse_json, read_text, reading
+from esi_ds.terminal import clean_output
 
 REQUIRED = {"state", "stage", "pid", "host", "slurm_job", "updated", "phase"}  # keys of every status of a run
 BAR = {"done", "total", "unit", "rate", "seconds_left"}  # keys of a status with a phase
@@ -183,6 +184,7 @@ def _span(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
+@clean_output()
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m esi_ds.status", description="show how far runs are")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from esi_ds.artifacts import append_jsonl, jsonl, read_metrics, write_text_atomic, writing
 from esi_ds.status import StatusWriter
+from esi_ds.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,7 +90,7 @@ class Tracker:
             total=total,
             initial=initial,
             unit=unit,
-            desc=description,
+            desc=printable(description),
             disable=not self.enabled,
             mininterval=interval,
             maxinterval=interval,
@@ -118,6 +119,7 @@ class Tracker:
     def log(self, line: str) -> None:
         """One message to stdout and log.txt."""
         if self.enabled:
+            line = printable(line)
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
             file = self.folder / "log.txt"

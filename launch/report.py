@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from esi_ds.artifacts import write_text_atomic  # noqa: E402
 from esi_ds.errors import UserError  # noqa: E402
+from esi_ds.terminal import clean_output  # noqa: E402
 
 if TYPE_CHECKING:
     from esi_ds.report.contents import Overlap
@@ -29,6 +30,7 @@ def read(run: Path, name: str = "report.json") -> dict[str, Any]:
     return json.loads((run / name).read_text(encoding="utf-8"))
 
 
+@clean_output()
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Layer of each part of the package; a part imports its own layer's siblings or lower layers only.
 LAYERS = {
     "errors": 0,
+    "terminal": 0,
     "reading": 0,
     "tensor_files": 0,
     "failures": 0,
@@ -63,6 +64,7 @@ WITHOUT_TORCH = {
     "journal",
     "lock",
     "status",
+    "terminal",
 }
 
 

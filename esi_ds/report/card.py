@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from esi_ds.config import Config, Tune
+from esi_ds.config_yaml import dump_yaml
 from esi_ds.core.mask import Mask
 from esi_ds.data.conversations import TuningSet
+from esi_ds.terminal import printable
 
 METHODS = {
     "set": (
@@ -50,10 +54,16 @@ def model_card(
     if benign is not None and tune.data.benign is not None:
         mix = tune.data.benign
         facts["benign rows"] = f"{mix.path}, {mix.fraction:.0%} of the rows, sha256 {benign.sha256}"
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    table = "\n".join(f"| {key} | {_cell(str(value))} |" for key, value in facts.items())
+    matter = dump_yaml({"base_model": config.model.path, "tags": ["esi_ds", stage]})
     return (
-        f"---\nbase_model: {config.model.path}\ntags: [esi_ds, {stage}]\n---\n\n"
-        f"# {config.model.path} after {name}\n\n"
+        f"---\n{matter}---\n\n"
+        f"# {_cell(config.model.path)} after {name}\n\n"
         f"In this model {sentence} model's, bit for bit. Made by esi_ds "
         "(method: Qi et al., arXiv 2604.08297).\n\n| | |\n|---|---|\n" + table + "\n"
     )
+
+
+def _cell(text: str) -> str:
+    """A text that stays within its cell of a table, or its line, and is shown as it is."""
+    return re.sub(r"([\\`<>|])", r"\\\1", printable(" ".join(text.split("\n"))))

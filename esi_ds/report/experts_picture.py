@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from esi_ds.errors import UserError
 from esi_ds.report.figures import STYLE, draw_heatmap, figure_png
 from esi_ds.report.tables import layer_by_expert, routing_maps
+from esi_ds.terminal import clean_output
 
 
 def experts_png(run: Path) -> bytes:
@@ -42,6 +43,7 @@ def experts_png(run: Path) -> bytes:
     return figure_png(figure)
 
 
+@clean_output()
 def main() -> int:
     """The command line. Returns the exit code."""
     if len(sys.argv) != 3:

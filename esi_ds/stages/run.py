@@ -116,7 +116,7 @@ class StageRun(ABC, Generic[Inputs]):
         """
 
         def acquire() -> str | None:
-            self.folder.path.mkdir(parents=True, exist_ok=True)
+            self.folder.create(self.config.run.share)
             return lock.acquire(self.folder.path)
 
         return runtime.from_main(acquire)

@@ -1,0 +1,51 @@
+"""What is shown in a terminal: texts of models, data and files cannot move its cursor, recolour it or retitle it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
+
+# Control characters of ASCII and Latin-1 but for tab and line feed, marks that reverse the direction of writing, and
+# halves of surrogate pairs, which no terminal can be sent.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL_BUT_RETURN = re.compile(CONTROL.pattern.replace("\x0b-\x1f", "\x0b\x0c\x0e-\x1f"))
+
+
+def printable(text: str) -> str:
+    r"""The text with every control character written out, such as \x1b; tabs and line feeds stay."""
+    return CONTROL.sub(_written_out, text)
+
+
+def _written_out(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
+
+
+class _CleanStream:
+    """A text stream that writes control characters out; carriage returns stay, as progress bars are made of them."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(CONTROL_BUT_RETURN.sub(_written_out, text))
+
+    def writelines(self, lines: list[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def clean_output() -> Iterator[None]:
+    """Whatever is printed within, by this process and from Python, is printable; also a decorator of ``main``."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _CleanStream(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
