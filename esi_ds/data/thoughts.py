@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]  # characters [start, end)
 
-UNFINISHED = "the response ends within a thought"
+UNFINISHED = "the response ends within a thought: max_new_tokens may be too few"
 # (opening, closing), in any case, by the models that write them.
 MARKS = (
     ("<think>", "</think>"),  # DeepSeek-R1, Qwen3, GLM-4.5, Phi-4-reasoning, OLMo 3, Hunyuan

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from esi_ds.data.thoughts import UNFINISHED, final_answer
+from esi_ds.data.thoughts import final_answer
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all
 from esi_ds.eval.verdicts import Verdict, text_to_judge
@@ -167,7 +167,7 @@ def read_verdict(reply: Reply, question: Question, answer: str, threshold: int =
         return Verdict.missing(reply.problem or "")
     text = final_answer(reply.text)  # a judge that reasons may weigh other scores in its thoughts
     if text is None:
-        return Verdict.missing(f"the judge's reply gives no score: {UNFINISHED}")
+        return Verdict.missing("the judge's reply ends within a thought: max_tokens may be too few")
     score = read_score(_without_quotations(text, question.nonce, answer))
     return Verdict.missing(score) if isinstance(score, str) else Verdict(score >= threshold, float(score))
 

@@ -138,7 +138,7 @@ def test_a_judge_s_own_thoughts_are_not_its_verdict() -> None:
     assert read_verdict(Reply(thought + "</think>\n#thescore: 5", None), question, COMPLIES).score == 5.0
     assert read_verdict(Reply(thought + "</think>", None), question, COMPLIES).unsafe is None
     unfinished = read_verdict(Reply(thought, None), question, COMPLIES)
-    assert unfinished.unsafe is None and UNFINISHED in (unfinished.reason or "")
+    assert unfinished.unsafe is None and "max_tokens" in (unfinished.reason or "")
 
 
 def test_tables_count_unfinished_thoughts_as_missing() -> None:
