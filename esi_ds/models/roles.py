@@ -4,7 +4,8 @@ A parameter's role follows from its module and shape, not from one family's name
 ``attention.{q,k,v,o}``, multi-head latent attention's ``attention.{q_a,q_b,kv_a,kv_b}`` (DeepSeek: the low-rank factors
 of q, and of k and v together), ``mlp.{gate,up,down}``, ``shared.{gate,up,down}`` (experts that every token goes
 through), ``expert.{gate,up,down}`` (routed ones), ``head`` and ``other``; roles that are not: ``embedding`` (a tied
-head included), ``norm``, ``bias``, ``router``. docs/moe.md lists how each family packs its experts.
+head included), ``norm``, ``bias``, ``router``, ``tower`` (what only images or sound go through: no text gives it a
+gradient). docs/moe.md lists how each family packs its experts, ``models.fused`` how matrices are fused into one weight.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 
 from esi_ds.core.units import Parameter, Unit
 from esi_ds.errors import UserError
+from esi_ds.models.fused import attention_layout, has_gate_up, is_known_code, units_of
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PretrainedConfig
@@ -29,14 +31,12 @@ SCORED = (
     "head",
     "other",
 )
-UNSCORED = frozenset({"embedding", "norm", "bias", "router"})
+UNSCORED = frozenset({"embedding", "norm", "bias", "router", "tower"})
 LEAF_ROLES = {
     "q_proj": "attention.q",
     "k_proj": "attention.k",
     "v_proj": "attention.v",
     "o_proj": "attention.o",
-    "out_proj": "attention.o",
-    "dense": "attention.o",
     "q_a_proj": "attention.q_a",
     "q_b_proj": "attention.q_b",
     "kv_a_proj_with_mqa": "attention.kv_a",
@@ -50,6 +50,19 @@ LEAF_ROLES = {
     "dense_4h_to_h": "mlp.down",
     "output_linear": "mlp.down",  # Granite's shared experts; their gate and up are input_linear
 }
+# Names that say their role only inside an attention, or only outside.
+IN_ATTENTION = {"out_proj": "attention.o", "dense": "attention.o", "c_proj": "attention.o", "Wo": "attention.o"}
+OUTSIDE_ATTENTION = {
+    "intermediate.dense": "mlp.up",  # BERT's feed-forward layers
+    "output.dense": "mlp.down",
+    "feed_forward.dense.dense": "mlp.up",  # Reformer's
+    "mlp.c_fc": "mlp.up",
+    "mlp.c_proj": "mlp.down",
+    "mlp.fc_in": "mlp.up",
+    "mlp.fc_out": "mlp.down",
+    "ModernBertDecoderMLP.Wo": "mlp.down",
+}
+BERT_ATTENTION = {"query": "attention.q", "key": "attention.k", "value": "attention.v"}  # in a module named ``self``
 EXPERT_ROLES = {
     "gate_proj": "expert.gate",
     "up_proj": "expert.up",
@@ -65,6 +78,14 @@ ATTENTION_NAMES = frozenset({"self_attn", "self_attention", "attention", "attn"}
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 SHARED = re.compile(r"\.shared_(?:experts?|mlp)\.")
+ATTENTION_PATH = re.compile(r"(?:^|[._])(?:\w*_)?(?:attn|attention)s?(?:\.|$)")
+# What stands between a tower and the text model, by the names that transformers' multimodal models give it.
+PROJECTORS = frozenset(
+    {
+        *("multi_modal_projector", "multimodal_projector", "mm_projector", "visual_projection", "vision_embed_tokens"),
+        *("embed_vision", "embed_audio", "image_embed", "audio_embed"),
+    }
+)
 
 
 def describe(
@@ -86,23 +107,55 @@ def describe(
     head = getattr(get_head(), "weight", None) if get_head is not None else None
     # Where a head is tied to them, its name may come first (XLM-RoBERTa's).
     embeddings = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
+    outside = towers(model)
     parameters: list[Parameter] = []
     offset = 0
     for name, tensor in model.named_parameters():
         shape = tuple(shapes[name])
         module_name, _, leaf = name.rpartition(".")
         wanted = _configured_role(name, roles)
-        own_role = "embedding" if id(tensor) in embeddings else None
-        role = wanted or own_role or _role(modules, module_name, leaf, shape, is_head=tensor is head)
+        if wanted is not None:
+            role = wanted
+        elif any(name.startswith(f"{tower}.") for tower in outside):
+            role = "tower"
+        elif id(tensor) in embeddings:
+            role = "embedding"
+        else:
+            role = _role(modules, module_name, leaf, shape, is_head=tensor is head)
         if role in UNSCORED:
             units: tuple[Unit, ...] = ()
         elif wanted is not None:
             units = _named_units(name, role, shape)
         else:
-            units = _units(name, role, shapes, modules[module_name], getattr(model, "config", None))
+            units = _units(name, role, shapes, modules, getattr(model, "config", None))
         parameters.append(Parameter(name, shape, offset, role, units))
         offset += parameters[-1].numel
     return tuple(parameters)
+
+
+def towers(model: nn.Module) -> list[str]:
+    """Names of the modules that only images or sound go through: models inside the model that take no text
+    (transformers' ``input_modalities``), and the projectors behind them."""
+    if _takes_only_text(model):
+        return []
+    return [
+        name
+        for name, module in model.named_modules()
+        if name
+        and (
+            name.rpartition(".")[2] in PROJECTORS
+            or (hasattr(module, "input_modalities") and "text" not in _modalities(module))
+        )
+    ]
+
+
+def _modalities(module: nn.Module) -> tuple[str, ...]:
+    modalities = getattr(module, "input_modalities", None) or ("text",)
+    return (modalities,) if isinstance(modalities, str) else tuple(modalities)
+
+
+def _takes_only_text(model: nn.Module) -> bool:
+    return set(_modalities(model)) == {"text"}
 
 
 def routers(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[str, nn.Module]:
@@ -161,15 +214,16 @@ def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unknown(parameters: Sequence[Parameter]) -> list[str]:
-    """Names of parameters of unknown kind: each is scored as one matrix, with one σ."""
-    return [p.name for p in parameters if any(unit.role == "other" for unit in p.units)]
+    """Names of parameters of an unknown kind, or packed in an unknown way: each matrix in them has one σ, which may be
+    that of several."""
+    return [p.name for p in parameters if p.units and all(unit.role == "other" for unit in p.units)]
 
 
 def warning(names: Sequence[str]) -> str:
     """The message about ``unknown`` parameters."""
     return (
-        f"{len(names)} parameters are of an unknown kind, {names[0]} the first: each is scored as one matrix; "
-        "name their roles under model.roles in the config"
+        f"{len(names)} parameters are of an unknown kind, or packed in an unknown way, {names[0]} the first: each is "
+        "scored as one matrix; name their roles under model.roles in the config"
     )
 
 
@@ -220,10 +274,24 @@ def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: 
         return EXPERT_ROLES[own_name]
     if _is_fused(shape, leaf):
         return "shared" if SHARED.search(f"{module_name}.") else "expert"
-    role = LEAF_ROLES.get(own_name, "other") if len(shape) == 2 else "other"
+    role = _named_role(modules, module_name) if len(shape) == 2 else "other"
     if role.startswith("mlp.") and ATTENTION_NAMES.intersection(module_name.split(".")):
         return "other"  # AFMoE's attention has a gate_proj
     return role.replace("mlp.", "shared.") if SHARED.search(f"{module_name}.") else role
+
+
+def _named_role(modules: Mapping[str, nn.Module], module_name: str) -> str:
+    """The role of a matrix by the name of its module, and by where that is."""
+    parent_name, _, own_name = module_name.rpartition(".")
+    path = module_name.split(".")
+    if ATTENTION_PATH.search(f"{parent_name}."):
+        if path[-2] == "self" and own_name in BERT_ATTENTION:
+            return BERT_ATTENTION[own_name]
+        role = IN_ATTENTION.get(own_name)
+    else:
+        ends = (".".join(path[-2:]), ".".join(path[-3:]), f"{type(modules.get(parent_name)).__name__}.{own_name}")
+        role = next((OUTSIDE_ATTENTION[end] for end in ends if end in OUTSIDE_ATTENTION), None)
+    return role or LEAF_ROLES.get(own_name, "other")
 
 
 def _is_fused(shape: tuple[int, ...], leaf: str) -> bool:
@@ -249,28 +317,39 @@ def _is_router(modules: Mapping[str, nn.Module], module_name: str) -> bool:
 
 
 def _units(
-    name: str, role: str, shapes: Mapping[str, tuple[int, ...]], module: nn.Module, config: PretrainedConfig | None
+    name: str,
+    role: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    modules: Mapping[str, nn.Module],
+    config: PretrainedConfig | None,
 ) -> tuple[Unit, ...]:
     """The logical matrices of one scored parameter, in flat order of their first elements."""
     shape = tuple(shapes[name])
     layer = layer_of(name)
-    leaf, own_name = name.rpartition(".")[2], name.split(".")[-2] if "." in name else name
+    module_name, _, leaf = name.rpartition(".")
+    owner_name, _, own_name = module_name.rpartition(".")
+    module, owner = modules[module_name], modules.get(owner_name)
     is_shared = bool(SHARED.search(name))
     if _is_fused(shape, leaf):
+        if leaf == "gate_up_proj" and config is not None and not is_known_code(module):
+            size = _numel(shape[1:])
+            return tuple(Unit(f"{name}[{e}]", "other", layer, e, e * size, size) for e in range(shape[0]))
         units = _fused_expert_units(name, leaf, shape, layer, _is_transposed(name, shapes), _alternate(module))
         if is_shared:  # a shared expert's number is not that of a routed one
             return tuple(replace(unit, role=unit.role.replace("expert.", "shared."), expert=None) for unit in units)
         return units
-    rows, width = shape[0], _numel(shape[1:])
     expert = int(match.group(1)) if (match := EXPERT.search(name)) else None
-    if len(shape) == 2 and (own_name == "gate_up_proj" or (is_shared and own_name == "input_linear")):
+    whole = Unit(name, role if role in SCORED else "other", layer, expert, 0, _numel(shape))
+    if len(shape) != 2 or owner is None:
+        return (whole,)
+    rows, width = shape
+    # A module without a config, as in tests and other people's code, is taken at its word.
+    is_gate_up = own_name == "gate_up_proj" if config is None else has_gate_up(owner, own_name)
+    if is_gate_up:
         kind = "shared" if is_shared else "mlp" if expert is None else "expert"
         return _row_blocks(name, layer, width, ((f"{kind}.gate", rows // 2), (f"{kind}.up", rows // 2)), expert)
-    if own_name in ("qkv_proj", "query_key_value", "Wqkv", "c_attn") and len(shape) == 2:
-        blocks = _qkv_units(name, own_name, rows, width, layer, config)
-        if blocks:
-            return blocks
-    return (Unit(name, role, layer, expert, 0, _numel(shape)),)
+    layout = attention_layout(owner, own_name, config) if config is not None else None
+    return (layout and units_of(name, (rows, width), layout, layer)) or (whole,)
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -289,32 +368,6 @@ def _row_blocks(
         units.append(Unit(f"{name}[{role.rpartition('.')[2]}]", role, layer, expert, start, rows * width))
         start += rows * width
     return tuple(units)
-
-
-def _qkv_units(
-    name: str, own_name: str, rows: int, width: int, layer: int | None, config: PretrainedConfig | None
-) -> tuple[Unit, ...]:
-    """q, k and v of a fused projection: stacked (``qkv_proj``), or interleaved head by head (GPT-NeoX)."""
-    if config is None:  # a plain module: the number of heads is unknown
-        return ()
-    config = config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    if own_name == "qkv_proj" and rows == (heads + 2 * key_heads) * head_dim:
-        sizes = (
-            ("attention.q", heads * head_dim),
-            ("attention.k", key_heads * head_dim),
-            ("attention.v", key_heads * head_dim),
-        )
-        return _row_blocks(name, layer, width, sizes)
-    if own_name == "query_key_value" and config.model_type == "gpt_neox" and rows == 3 * heads * head_dim:
-        run = head_dim * width
-        return tuple(
-            Unit(f"{name}[{part}]", f"attention.{part}", layer, None, index * run, run, heads, 3 * run)
-            for index, part in enumerate("qkv")
-        )
-    return ()
 
 
 def _is_transposed(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
