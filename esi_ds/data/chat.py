@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
     """
     field, path = source.field, source.path
     remedy = "give a Hugging Face folder or a hub id that can be reached"
+    if os.path.exists(path) and not os.path.isdir(path):  # transformers would open it, and wait at a pipe
+        raise UserError(field, path, "is not a folder", remedy)
     with reading(field, path, remedy, "holds no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=source.revision, trust_remote_code=source.trust_remote_code

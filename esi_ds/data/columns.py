@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from esi_ds.errors import UserError
 from esi_ds.reading import parse_json
@@ -28,6 +28,7 @@ REFUSED = (
 LEARNT = ("weight", "loss_weight", "train", "training", "trainable", "learn", "loss")
 ROW_LEARNT = ("weight", "loss_weight", "sample_weight", "train")
 NOT_LEARNT = ("mask", "masked", "ignore", "ignore_loss", "mask_history", "train_detail")
+BELONGING = {*SYSTEM, *HISTORY, *INPUTS, *OPTIONS, *REFUSED, *LEARNT, *ROW_LEARNT, *NOT_LEARNT}
 QUESTIONS = ("goal", "forbidden_prompt", "prompt", "instruction", "question", "query", "request")
 NOTHING = ("[]", "{}", "null")  # how tables write an empty list or object
 YES_OR_NO = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
@@ -40,15 +41,15 @@ class UnreadableRow(Exception):
 def lowered(row: Mapping[Any, Any], without: Collection[str] = ()) -> dict[str, Any]:
     """The row with its names in lower case, without empty values.
 
-    without: lower-case names to leave out: they are read otherwise. Raises UnreadableRow where two other names differ
-    in case only and both have a value.
+    without: lower-case names to leave out: they are read otherwise. Raises UnreadableRow where two other names that
+    belong to a row differ in case only and both have a value.
     """
     content: dict[str, Any] = {}
     for name, value in row.items():
         key = str(name).strip().lower()
         if key in without or is_empty(value):
             continue
-        if key in content:
+        if key in content and key in BELONGING:
             raise UnreadableRow(f"its columns named {key} differ in case only")
         content[key] = value
     return content
@@ -69,15 +70,24 @@ def names_with(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [name for name in names if name in row and strip(row[name]) not in NOTHING]
 
 
-def check_question_columns(names: Sequence[str], field: str) -> None:
-    """Raises UserError where no name is given and several columns may hold the question, or differ in case only."""
+def check_distinct(names: Sequence[str], candidates: Collection[str], field: str) -> None:
+    """Raises UserError where two columns, which nobody has chosen from, differ in case only. candidates: lower-case
+    names that matter."""
     lower = [name.strip().lower() for name in names]
-    twice = next((name for name in lower if lower.count(name) > 1), None)
-    questions = [name for name in QUESTIONS if name in lower]
-    if twice is not None or len(questions) > 1:
-        alternatives = [name for name in names if name.strip().lower() in ([twice] if twice else questions)]
-        problem = f"could be read from the columns {' or '.join(alternatives)}"
-        raise UserError(field, "auto", problem, "name the column, or columns, to read")
+    for twice in (name for name in lower if lower.count(name) > 1 and name in candidates):
+        _refuse_choice([name for name in names if name.strip().lower() == twice], field)
+
+
+def check_question_columns(names: Sequence[str], field: str) -> None:
+    """Raises UserError where several columns, which nobody has chosen from, may hold the question."""
+    questions = [name for name in names if name.strip().lower() in QUESTIONS]
+    if len(questions) > 1:
+        _refuse_choice(questions, field)
+
+
+def _refuse_choice(names: Sequence[str], field: str) -> NoReturn:
+    problem = f"could be read from the columns {' or '.join(names)}"
+    raise UserError(field, "auto", problem, "name the column, or columns, to read")
 
 
 def check_row(row: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from esi_ds.data.columns import (
     UnreadableRow,
     also_read,
     chat_value,
+    check_distinct,
     check_question_columns,
     check_row,
     full_question,
@@ -90,6 +91,7 @@ def find_columns(rows: Sequence[Row], columns: str, field: str) -> tuple[str, ..
         if unknown or len(chosen) > 3:
             raise UserError(field, columns, f"is not among the columns {', '.join(names)}", "give question,answer")
         return chosen
+    check_distinct(names, {*CHATS, *(name for shape in SHAPES for name in shape if name)}, field)
     lower = {name.strip().lower(): name for name in names}
     chats = [lower[chat] for chat in CHATS if chat in lower]
     if len(chats) == 1:

@@ -27,6 +27,7 @@ from esi_ds.data.columns import (
     INPUTS,
     UnreadableRow,
     chat_value,
+    check_distinct,
     check_question_columns,
     check_row,
     full_question,
@@ -175,6 +176,7 @@ def choose_column(rows: Sequence[Row], column: str, field: str) -> str:
             f"is not among the columns {', '.join(names)}",
             f"the nearest is {near[0]}" if near else "the rows have no columns",
         )
+    check_distinct(names, COLUMNS, field)
     check_question_columns(names, field)
     lower = {name.strip().lower(): name for name in names}
     for candidate in COLUMNS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,12 @@ def test_a_tokenizer_that_is_damaged(text: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=r"model\.path.*holds no tokenizer that can be loaded"):
         load_tokenizer(ModelSource(str(tmp_path)))
+
+
+def test_a_pipe_is_no_tokenizer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"judge\.path.*is not a folder"):
+        load_tokenizer(ModelSource(str(tmp_path / "pipe"), field="judge.path"))
 
 
 def test_rows_whose_turns_a_template_leaves_out_are_skipped() -> None:

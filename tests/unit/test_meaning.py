@@ -182,6 +182,9 @@ def test_columns_among_which_only_a_person_can_choose(row: dict[str, str], tmp_p
         prompts(tmp_path, row)
     with pytest.raises(UserError, match=r"f = auto: could be read from the columns"):
         find_columns([{**row, "response": "x", "target": "y"}], "auto", "f")
+    with pytest.raises(UserError, match="Messages or messages"):
+        find_columns([{"Messages": []}, {"messages": []}], "auto", "f")
+    assert find_columns([{**QA, "ID": 1, "id": 2}], "auto", "f") == ("question", "answer")  # neither is read
     last = list(row)[-1]
     assert prompts(tmp_path, row, column=last).prompts == ("b",)
     with pytest.raises(UserError, match="messages or conversations"):
