@@ -292,7 +292,7 @@ class RunFolder:
         manifest = self._manifest()
         if manifest.get("exit_state") != "done":
             return False
-        field, remedy = "run.output_dir", f"copy it back, or delete {MANIFEST} to have the run done again"
+        field, remedy = "run.output_dir", f"copy it back, or delete it and {MANIFEST} to have the run done again"
         with reading(field, self.path / MANIFEST, remedy):
             stored = check_type(manifest.get("results", {}), dict[str, Result])
         for name in stored:  # all of them before any is read to its end
