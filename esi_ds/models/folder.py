@@ -15,6 +15,18 @@ from esi_ds.models.weights import StoredTensor, checkpoint_tensors
 
 CHECKPOINT_FILES = ["*.safetensors", "*.json"]
 
+# Configurations' names for the longest sequence: MPT's is max_seq_len, that of Whisper's decoder max_target_positions;
+# the others are remote code's.
+POSITIONS = (
+    "max_position_embeddings",
+    "max_seq_len",
+    "max_target_positions",
+    "n_positions",
+    "n_ctx",
+    "seq_length",
+    "max_sequence_length",
+)
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -108,5 +120,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
 
     XLNet's says -1: there is no limit.
     """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return longest if longest is None or longest > 0 else None
+    text = config.get_text_config()
+    stated = (getattr(text, name, None) for name in POSITIONS)
+    longest = next((value for value in stated if isinstance(value, int)), -1)
+    return longest if longest > 0 else None

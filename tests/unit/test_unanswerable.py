@@ -11,7 +11,17 @@ import pytest
 import torch
 from builders import PAIRS, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
 from tokenizers import normalizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MptConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+)
 
 from esi_ds.config import validate
 from esi_ds.data.chat import answerable, encode_data_prompt, encode_response, special_strings
@@ -19,6 +29,7 @@ from esi_ds.data.conversations import encode_rows
 from esi_ds.eval.fluency import surprises
 from esi_ds.judge.families import Family
 from esi_ds.judge.pairs import PairEncoder
+from esi_ds.models.folder import max_positions
 from esi_ds.stages.esi.prepare import PromptData, PromptInputs, clean_responses, encode_examples, encode_prompts
 from esi_ds.stages.evaluate import answering
 from esi_ds.stages.evaluate.prepare import Candidate
@@ -64,6 +75,21 @@ def prompt_inputs(tokenizer: PreTrainedTokenizerFast, responses: list[str] | Non
 
 
 CONFIG = validate({"run": {"output_dir": "x"}, "model": {"path": "a"}})
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (GPT2Config(n_positions=7), 7),
+        (MptConfig(max_seq_len=7), 7),  # its ALiBi slopes are made for so many tokens
+        (WhisperConfig(max_target_positions=7), 7),
+        (PretrainedConfig(seq_length=7), 7),  # remote code, as ChatGLM's
+        (BloomConfig(), None),
+        (MambaConfig(), None),
+    ],
+)
+def test_how_long_a_prompt_may_be(config: PretrainedConfig, expected: int | None) -> None:
+    assert max_positions(config) == expected
 
 
 def test_esi_leaves_out_what_it_cannot_use(tokenizer: PreTrainedTokenizerFast) -> None:
