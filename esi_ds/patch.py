@@ -108,6 +108,7 @@ def check_names(source: ModelSource, config: PretrainedConfig, names: Iterable[s
     all other renaming, the export does not undo this. config, names: the model's architecture and its parameters.
     """
     stored = _stored_names(source)
+    _check_tied_names(source, config, stored, {*names} - stored)
     without_first = {name.partition(".")[2]: name for name in stored}
     for name in names:
         shorter = name.partition(".")[2]
@@ -115,9 +116,28 @@ def check_names(source: ModelSource, config: PretrainedConfig, names: Iterable[s
         if name in stored or other is None:
             continue
         if _exported_name(name, config, source) not in stored:
-            problem = f"no patch can be made: the tuned model will hold {name}, which {source.path} calls {other}"
-            raise UserError("tune.patch", True, problem, "set tune.patch: false; model/ holds the whole tuned model")
+            raise _other_name(source, name, other)
         return  # the prefix is the same for all names
+
+
+def _check_tied_names(source: ModelSource, config: PretrainedConfig, stored: set[str], missing: set[str]) -> None:
+    """Refuse a base that stores a tied weight under its other name only: the export uses the first in the model.
+
+    missing: the model's names that the base does not store.
+    """
+    from esi_ds.models.meta import meta_model
+
+    if not stored or not missing:
+        return
+    for pair in meta_model(config, source).all_tied_weights_keys.items():
+        for name, other in (pair, pair[::-1]):
+            if name in missing and other in stored:
+                raise _other_name(source, name, other)
+
+
+def _other_name(source: ModelSource, name: str, other: str) -> UserError:
+    problem = f"no patch can be made: the tuned model will hold {name}, which {source.path} calls {other}"
+    return UserError("tune.patch", True, problem, "set tune.patch: false; model/ holds the whole tuned model")
 
 
 def _stored_names(source: ModelSource) -> set[str]:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from esi_ds.config import JudgeModel, Model
 from esi_ds.errors import UserError
 from esi_ds.models.weights import StoredTensor, checkpoint_tensors
+from esi_ds.reading import reading
 
 CHECKPOINT_FILES = ["*.safetensors", "*.json"]
 
@@ -57,24 +57,21 @@ def load_model_config(source: ModelSource, only_local: bool = False) -> Pretrain
     looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
     if looks_local and not (Path(path) / "config.json").is_file():
         raise UserError(field, path, "is not a model folder: it has no config.json", "give a Hugging Face folder")
-    try:
+    remedy = "give a Hugging Face folder or the id of a model on the hub that can be reached"
+    with reading(field, path, remedy, "has no readable model configuration"):
         config = AutoConfig.from_pretrained(
             path,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             local_files_only=only_local,
         )
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(
-            field,
-            path,
-            f"has no readable model configuration ({str(error).strip().splitlines()[0]})",
-            "give a Hugging Face folder or the id of a model on the hub that can be reached",
-        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             field, path, "is quantised, so its weights have no gradients of their own", "give the unquantised model"
         )
+    if extra_files := getattr(type(config), "extra_files", ()):  # transformers would load them beside the weights
+        problem = f"is a {config.model_type}, which keeps weights in a file of their own ({extra_files[0]})"
+        raise UserError(field, path, problem, "give a model whose weights are all in its safetensors files")
     return config
 
 

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from esi_ds.core.units import Parameter
-from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource, stored_tensors
 from esi_ds.models.roles import describe
 from esi_ds.models.ties import untie
+from esi_ds.reading import reading
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -30,13 +30,10 @@ def meta_model(
 
     Raises UserError for an architecture that ``auto_class`` does not take.
     """
-    try:
-        with torch.device("meta"):
-            model = auto_class.from_config(config, trust_remote_code=source.trust_remote_code)
-    except ValueError as error:
-        problem = f"is not a model for {auto_class.__name__} ({str(error).strip().splitlines()[0]})"
-        remedy = f"give a folder that transformers' {auto_class.__name__} reads"
-        raise UserError(source.field, config.name_or_path or config.model_type, problem, remedy) from error
+    problem = f"is not a model for {auto_class.__name__}"
+    remedy = f"give a folder that transformers' {auto_class.__name__} reads"
+    with reading(source.field, config.name_or_path or config.model_type, remedy, problem), torch.device("meta"):
+        model = auto_class.from_config(config, trust_remote_code=source.trust_remote_code)
     model.tie_weights()
     if model.all_tied_weights_keys:
         untie(model, stored_tensors(source), DTYPES[dtype] if dtype is not None else None)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -83,6 +85,7 @@ def read_partitioned(
         if error_of_a_rank is not None:
             raise error_of_a_rank
     plain = _unread(module, dtype)
+    _warn_of_unread_weights(plain, source)
     _check_precision(module, plain, source, dtype)
     _mend_persistent_buffers(module, plain, source)
     _mend_computed_buffers(module, plain)
@@ -115,6 +118,21 @@ def _unread(module: PreTrainedModel, dtype: str) -> PreTrainedModel:
     """The model as transformers builds it before it reads weights: on the meta device, without ZeRO-3."""
     with torch.device("meta"):
         return type(module)._from_config(copy.deepcopy(module.config), dtype=DTYPES[dtype])
+
+
+def _warn_of_unread_weights(plain: PreTrainedModel, source: ModelSource) -> None:
+    """Rank 0 says which stored weights the model has no place for, as transformers reports of plain loading only.
+
+    A configuration with fewer layers than the checkpoint would otherwise cut the model without a word.
+    """
+    if not runtime.is_main():
+        return
+    known = [*(plain._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+    names, state = by_loaded_name(plain, stored_tensors(source)), plain.state_dict()
+    unread = [name for name in names if name not in state and not re.search("|".join(known), name)]
+    if unread:
+        left = f"holds {len(unread)} weights that its configuration has no place for, {unread[0]} the first"
+        print(f"WARNING: {source.field} = {source.path}: {left}; they are not loaded", file=sys.stderr, flush=True)
 
 
 def _check_precision(module: PreTrainedModel, plain: PreTrainedModel, source: ModelSource, dtype: str) -> None:

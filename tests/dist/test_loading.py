@@ -33,6 +33,7 @@ CASES = [
     *BUFFERS,
     *((kind, dtype) for kind in KEPT for dtype in ("fp32", "bf16")),
     ("judge", "bf16"),
+    ("deeper", "fp32"),
     ("shapes", "fp32"),
     ("no_head", "fp32"),
     ("marian", "fp32"),
@@ -51,13 +52,15 @@ def prepare(folder: Path) -> None:
     tokenizer = byte_bpe_tokenizer()
     for head in HEADS:
         claim_tied(build_model("llama", folder / head, tokenizer), head)
-    for kind in ("shapes", "no_head", "last"):
+    for kind in ("shapes", "no_head", "deeper", "last"):
         file = build_model("llama", folder / kind, tokenizer) / "model.safetensors"
         tensors = load_file(file)
         if kind == "shapes":
             tensors["lm_head.weight"] = tensors["lm_head.weight"][1:].clone()
         elif kind == "no_head":
             del tensors["lm_head.weight"]
+        elif kind == "deeper":  # than its configuration says
+            tensors["model.layers.2.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].clone()
         save_file(tensors, file, metadata={"format": "pt"})
     for kind in {*(kind for kind, _ in BUFFERS), *KEPT, "marian"}:
         tiny.build(kind, folder / kind, tokenizer)
@@ -86,6 +89,7 @@ def folder(tmp_path_factory) -> Path:
     listing.write_text(json.dumps(cases))
     done = run_ranks(RANKS, str(ROOT / "tests/dist/loading_worker.py"), str(listing))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    (folder / "errors.txt").write_text(done.stderr)
     return folder
 
 
@@ -105,6 +109,14 @@ def test_equal_to_plain_loading(folder: Path, kind: str, dtype: str) -> None:
         for name, tensor in expected.items():
             assert tensors[name].dtype == tensor.dtype, name
             assert torch.equal(tensors[name], tensor), name
+
+
+def test_weights_that_are_not_loaded_are_named_once(folder: Path) -> None:
+    """A layer more than the configuration has; a classifier's stored head."""
+    lines = [line for line in (folder / "errors.txt").read_text().splitlines() if "has no place for" in line]
+    assert len(lines) == 2
+    assert "judge: holds 1 weights" in lines[0] and "lm_head.weight the first" in lines[0]
+    assert "deeper: holds 1 weights" in lines[1] and "model.layers.2.mlp.up_proj.weight the first" in lines[1]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from esi_ds import patch
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import tensor_digests
-from esi_ds.models.folder import ModelSource
+from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.patch import check_names, main, summary
 
 
@@ -315,6 +315,16 @@ def test_names_that_differ_by_a_prefix_are_refused_before_training(tmp_path: Pat
     for prefixed in ([f"language_model.{name}" for name in OWN], [name.removeprefix("model.") for name in OWN]):
         with pytest.raises(UserError, match=rf"^tune.patch = True: .* calls {prefixed[0]}; set tune.patch: false"):
             check(tmp_path / "base", [*prefixed, "vision_model.a"], index=index)
+
+
+def test_a_tied_weight_stored_under_its_other_name_is_refused_before_training(tmp_path: Path) -> None:
+    """The file holds the head, the export would hold the embedding."""
+    base = claim_tied(build_model("llama", tmp_path, byte_bpe_tokenizer()), "only")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    source = ModelSource(str(base))
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(UserError, match="will hold model.embed_tokens.weight, which .* calls lm_head.weight"):
+        check_names(source, load_model_config(source), names)
 
 
 def test_names_that_the_export_gives_back_are_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import tensor_digests
-from esi_ds.models.folder import ModelSource, check_weights
+from esi_ds.models.folder import ModelSource, check_weights, load_model_config
+from esi_ds.models.meta import meta_model
 from esi_ds.models.weights import checkpoint_tensors, weight_files
 
 INDEX = "model.safetensors.index.json"
@@ -152,6 +153,35 @@ def test_damaged_folders_are_refused(tmp_path: Path, what: str) -> None:
     damage(tmp_path, what)
     with pytest.raises(UserError, match="^judge.path = "):
         checkpoint_tensors(tmp_path, "judge.path")
+
+
+LLAMA = {"model_type": "llama", "vocab_size": 40, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+CONFIGS = {
+    "empty": "",
+    "torn": json.dumps(LLAMA)[:-9],
+    "a list": "[]",
+    "a number": "3",
+    "deep": "[" * 100_000,
+    "no text": b"\xff\xfe",
+    "no type": "{}",
+    "a number for a type": json.dumps(LLAMA | {"model_type": 3}),
+    "an unknown type": json.dumps(LLAMA | {"model_type": "llamma"}),
+    "a list for a size": json.dumps(LLAMA | {"hidden_size": [8]}),
+    "a text for a size": json.dumps(LLAMA | {"hidden_size": "8"}),
+    "no heads": json.dumps(LLAMA | {"num_attention_heads": 0}),
+    "a negative size": json.dumps(LLAMA | {"hidden_size": -8}),
+    "an encoder": json.dumps({"model_type": "vit"}),
+    "files of its own": json.dumps({"model_type": "jev"}),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_configurations_that_no_model_can_be_made_of(tmp_path: Path, what: str) -> None:
+    content = CONFIGS[what]
+    (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    source = ModelSource(str(tmp_path), field="judge.path")
+    with pytest.raises(UserError, match="^judge.path = "):
+        meta_model(load_model_config(source), source)
 
 
 def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
