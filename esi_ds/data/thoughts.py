@@ -7,7 +7,9 @@ count as refusing, and one that ponders the harm and refuses as harmful.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, dropwhile
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -70,15 +72,16 @@ def answer_spans(response: str, opening: str | None = None) -> list[Span] | None
     marks = _marks(response, opening)
     if not marks:
         return [(0, len(response))]
+    closings = _closings(marks)
     spans: list[Span] = []
     position = index = 0
     while index < len(marks):
         if marks[index].opens:
-            closing = _closing(marks, index)
-            if closing is None:
+            if index not in closings:
                 return None
             spans.append((position, marks[index].start))
-            position, index = marks[closing].end, closing
+            index = closings[index]
+            position = marks[index].end
         index += 1  # a further closing mark is text: the answer may speak of it
     return _trimmed(response, [*spans, (position, len(response))])
 
@@ -102,32 +105,38 @@ def _marks(response: str, opening: str | None) -> list[Mark]:
     return marks
 
 
-def _closing(marks: Sequence[Mark], opening: int) -> int | None:
-    """Index of the mark that closes the thought opened by ``marks[opening]``; None: none does.
+def _closings(marks: Sequence[Mark]) -> dict[int, int]:
+    """Index of an opening mark → index of the mark that closes its thought; without those that none closes.
 
     Marks inside a thought are pairs, or else words of the thought: then its first closing mark ends it.
     """
-    same_kind = [index for index in range(opening, len(marks)) if marks[index].kind == marks[opening].kind]
-    depth = 0
-    for index in same_kind:
-        depth += 1 if marks[index].opens else -1
-        if depth == 0:
-            return index
-    return next((index for index in same_kind if not marks[index].opens), None)
+    closings: dict[int, int] = {}
+    waiting: dict[int, list[int]] = {}  # kind → opening marks that are not closed yet
+    for index, mark in enumerate(marks):
+        if mark.opens:
+            waiting.setdefault(mark.kind, []).append(index)
+        elif waiting.get(mark.kind):
+            closings[waiting[mark.kind].pop()] = index
+    following: dict[int, int] = {}  # kind → its next closing mark
+    for index in reversed(range(len(marks))):
+        if not marks[index].opens:
+            following[marks[index].kind] = index
+        elif marks[index].kind in following:
+            closings.setdefault(index, following[marks[index].kind])
+    return closings
 
 
-def _trimmed(response: str, spans: list[Span]) -> list[Span]:
+def _trimmed(response: str, spans: Sequence[Span]) -> list[Span]:
     """The spans without what stands around the answer: white space at its beginning, ``BEFORE_ANSWER`` and
     ``AFTER_ANSWER``."""
-    while spans and not response[slice(*spans[0])].strip():
-        spans = spans[1:]
-    if not spans:
+    kept = list(dropwhile(lambda span: not response[slice(*span)].strip(), spans))
+    if not kept:
         return []
-    before = BEFORE_ANSWER.match(response, *spans[0])
+    before = BEFORE_ANSWER.match(response, *kept[0])
     assert before is not None  # it matches the empty text
-    spans[0] = (before.end(), spans[0][1])
-    after = AFTER_ANSWER.search(response, *spans[-1])
-    return [*spans[:-1], (spans[-1][0], after.start())] if after else spans
+    kept[0] = (before.end(), kept[0][1])
+    after = AFTER_ANSWER.search(response, *kept[-1])
+    return [*kept[:-1], (kept[-1][0], after.start())] if after else kept
 
 
 def spans_in_answer(spans: Iterable[Span], answer: Sequence[Span]) -> list[Span]:
@@ -136,8 +145,12 @@ def spans_in_answer(spans: Iterable[Span], answer: Sequence[Span]) -> list[Span]
     answer: as ``answer_spans`` gives it.
     """
 
+    starts = [start for start, _ in answer]
+    places = list(accumulate((end - start for start, end in answer), initial=0))  # where each part begins in the answer
+
     def place(position: int) -> int:
-        return sum(min(max(position - start, 0), end - start) for start, end in answer)
+        part = bisect_right(starts, position) - 1
+        return 0 if part < 0 else min(places[part] + position - starts[part], places[part + 1])
 
     return [(place(start), place(end)) for start, end in spans]
 

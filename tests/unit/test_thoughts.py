@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from builders import CHAT, byte_bpe_tokenizer, random_classifier, sentencepiece_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -216,6 +219,35 @@ def test_spans_move_into_the_answer() -> None:
     spans = [(0, 3), (3, 9), (9, 12), (12, 20)]
     assert spans_in_answer(spans, [(8, 10), (14, 20)]) == [(0, 0), (0, 1), (1, 2), (2, 8)]
     assert spans_in_answer(spans, [(0, 20)]) == spans
+
+
+@pytest.mark.parametrize(
+    "unit", ["<think></think>", "<think><think></think>", "</think>", " <think>", HARMONY, "<|channel|>final "]
+)
+def test_a_long_response_of_marks_takes_no_time(unit: str) -> None:
+    response = unit * (1_000_000 // len(unit))
+    started = time.monotonic()
+    answer = answer_spans(response)
+    spans_in_answer([(i, i + 1) for i in range(0, len(response), 5)], answer or [])
+    assert time.monotonic() - started < 10  # a quadratic search would take an hour
+
+
+@settings(derandomize=True, deadline=None)
+@given(
+    st.lists(st.sampled_from([mark for pair in MARKS[:3] for mark in pair] + ["a", " b\n", "<answer>", "</answer>"]))
+)
+def test_parts_are_in_order_and_their_spans_add_up(pieces: list[str]) -> None:
+    response = "".join(pieces)
+    spans = answer_spans(response)
+    if spans is None:
+        assert any(opening in response for opening, _ in MARKS)
+        return
+    edges = [edge for span in spans for edge in span]
+    assert edges == sorted(edges) and all(0 <= edge <= len(response) for edge in edges)
+    answer = "".join(response[start:end] for start, end in spans)
+    characters = spans_in_answer([(index, index + 1) for index in range(len(response))], spans)
+    assert "".join(answer[start:end] for start, end in characters) == answer
+    assert sum(end - start for start, end in characters) == len(answer)
 
 
 def esi_inputs(tokenizer, guard_tokenizer, responses: list[str] | None) -> PromptInputs:
