@@ -174,7 +174,7 @@ def units(model: PreTrainedModel) -> str:
     roles say."""
     parameters = describe(model)
     problems = [*_differ_on_meta(model, parameters), *_not_tiled(parameters), *_unscored(model, parameters)]
-    problems += _otherwise_tied(model)
+    problems += [*_reached_towers(model, parameters), *_otherwise_tied(model)]
     problems += functional.problems(model, parameters, torch.tensor([LONG]))
     if problems:
         return "wrong: " + "; ".join(problems)
@@ -182,6 +182,17 @@ def units(model: PreTrainedModel) -> str:
         count = f"{len(names)} of {len(parameters)} parameters"
         return f"unknown: {count} are scored as one matrix each, with a warning (the first: {names[0]})"
     return "right"
+
+
+def _reached_towers(model: PreTrainedModel, parameters: tuple[Parameter, ...]) -> Iterator[str]:
+    """What is called a tower's, and not scored, although text gives it a gradient."""
+    names = [parameter.name for parameter in parameters if parameter.role == "tower"]
+    if names:
+        model(input_ids=torch.tensor([LONG]), use_cache=False).logits.square().sum().backward()
+        tensors = dict(model.named_parameters())
+        reached = [name for name in names if (grad := tensors[name].grad) is not None and bool(grad.count_nonzero())]
+        model.zero_grad()
+        yield from (f"{name} is a tower's, but text reaches it" for name in reached)
 
 
 def _differ_on_meta(model: PreTrainedModel, parameters: tuple[Parameter, ...]) -> Iterator[str]:
@@ -232,7 +243,7 @@ def _unscored(model: PreTrainedModel, parameters: tuple[Parameter, ...]) -> Iter
         looks_like_router = tensor.ndim == 2 and NUM_EXPERTS in tensor.shape and ("gate" in path or "router" in path)
         if looks_like_router and parameter.scored:
             yield f"{parameter.name} looks like a router and is scored as {parameter.role}"
-        is_known = parameter.role in ("embedding", "bias", "router")
+        is_known = parameter.role in ("embedding", "bias", "router", "tower")  # towers: ``_reached_towers``
         if tensor.ndim > 1 and not parameter.scored and not is_known:
             yield f"{parameter.name} {tuple(tensor.shape)} is not scored ({parameter.role})"
 
