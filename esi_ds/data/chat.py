@@ -16,6 +16,7 @@ from esi_ds.models.folder import ModelSource
 from esi_ds.reading import first_line, read_text, reading
 
 Key = TypeVar("Key", bound=Hashable)
+TURN_MARK = "⟦turn⟧"
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,28 @@ def load_chat_tokenizer(source: ModelSource, section: Model) -> PreTrainedTokeni
 
 
 def special_strings(*tokenizers: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Texts that any of the tokenizers parses as a special token, longest first."""
-    strings = {
-        token.content for tokenizer in tokenizers for token in tokenizer.added_tokens_decoder.values() if token.special
-    }
+    """Texts that any of the tokenizers parses as a special token, or as one that frames turns, longest first."""
+    strings: set[str] = set()
+    for tokenizer in tokenizers:
+        strings |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        strings |= _turn_strings(tokenizer)
     return tuple(sorted(strings, key=lambda text: (-len(text), text)))
+
+
+def _turn_strings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Added tokens that the chat template writes around a user's turn.
+
+    Some models add <|im_end|> as an ordinary token; in a prompt it would end the turn all the same. White space, words
+    and punctuation that are tokens of their own frame no turn.
+    """
+    if tokenizer.chat_template is None:
+        return set()
+    try:
+        frame = render(tokenizer, [{"role": "user", "content": TURN_MARK}], add_generation_prompt=False)
+    except TemplateRejection:  # of a judge that takes other turns; its own check says so
+        return set()
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return {text for text in added if text in frame and len(text.strip()) > 2 and not text.strip().isalnum()}
 
 
 def break_up(text: str, specials: Iterable[str]) -> tuple[str, int]:

@@ -69,5 +69,5 @@ def template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     if not mark or not rest.strip():
         return None
-    first = tokenizer(rest.strip(), add_special_tokens=False)["input_ids"][0]
-    return first if first in tokenizer.added_tokens_decoder else None
+    ids = tokenizer(rest.strip(), add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
