@@ -239,6 +239,8 @@ class RunFolder:
             pass  # reported by ``may_write`` below
         except (OSError, ValueError) as error:
             raise UserError(key, path, f"is not the name of a folder ({error})", "give another folder") from error
+        if path.startswith("~"):
+            raise UserError(key, path, "begins with ~, which only a shell replaces by a home", "write the path out")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(key, path, "is a file", "give a folder")
         if not may_write(self.path):

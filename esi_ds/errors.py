@@ -6,6 +6,8 @@ from typing import Any
 
 from esi_ds.terminal import printable
 
+MAX_PART = 1000  # characters of a part of a message
+
 
 class UserError(Exception):
     """The user's mistake (config, data, artifact): exit code 2. Its text names field, value, problem and remedy."""
@@ -17,7 +19,13 @@ class UserError(Exception):
     def __str__(self) -> str:
         value = "" if self.value is None else f" = {self.value if isinstance(self.value, str) else repr(self.value)}"
         # One line, even if the value or a library's message has several.
-        return printable(" ".join(f"{self.field}{value}: {self.problem}; {self.remedy}".split("\n")))
+        parts = f"{_shorten(self.field)}{_shorten(value)}: {_shorten(self.problem)}; {self.remedy}"
+        return printable(" ".join(parts.split("\n")))
+
+
+def _shorten(text: str) -> str:
+    """A text without its middle, if it is so long that it would hide the rest of the message."""
+    return text if len(text) <= MAX_PART else f"{text[: MAX_PART // 2]} ... {text[-MAX_PART // 2 :]}"
 
 
 class Interrupted(Exception):

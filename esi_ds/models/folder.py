@@ -54,7 +54,8 @@ def load_model_config(source: ModelSource, only_local: bool = False) -> Pretrain
     Raises UserError where there is no readable configuration, or where the weights are quantised.
     """
     path, field = source.path, source.field
-    looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
+    with reading(field, path, "give a Hugging Face folder or a hub id", "is not the name of a folder"):
+        looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
     if looks_local and not (Path(path) / "config.json").is_file():
         raise UserError(field, path, "is not a model folder: it has no config.json", "give a Hugging Face folder")
     remedy = "give a Hugging Face folder or the id of a model on the hub that can be reached"

@@ -83,6 +83,9 @@ CASES = {
     "missing responses": ({"data.responses": "./nowhere.jsonl"}, ["data.responses", "nowhere.jsonl"]),
     "missing column": ({"data.prompts.column": "promt"}, ["data.prompts.column", "promt", "prompt"]),
     "missing model": ({"model.path": "./nowhere"}, ["model.path", "nowhere"]),
+    "a model's name that is too long": ({"model.path": "x" * 5000}, ["model.path = xxx", "..."]),
+    "a guard's name that is too long": ({"judge.path": "x" * 5000}, ["judge.path = xxx", "..."]),
+    "a home that is nobody's": ({"run.output_dir": "~nouser/x"}, ["run.output_dir = ~nouser/x", "write the path out"]),
     "missing guard": ({"judge.path": "./nowhere"}, ["judge.path", "nowhere"]),
     "no judge": ({"judge": None}, ["judge"]),
     "no judge and no scores": (

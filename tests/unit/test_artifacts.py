@@ -110,6 +110,9 @@ def test_paths_that_can_be_no_folder(tmp_path: Path) -> None:
     for path, words in ((tmp_path / "link", "leads nowhere"), (tmp_path / ("x" * 300), "is not the name of a folder")):
         with pytest.raises(UserError, match=rf"run\.output_dir.*{words}"):
             RunFolder(str(path)).open(make_config())
+    for path in ("~/runs", "~nouser/run", "a\0b"):
+        with pytest.raises(UserError, match=r"run\.output_dir"):
+            RunFolder(path).open(make_config())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="is not empty"):
