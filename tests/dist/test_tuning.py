@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PAIRS, build_mask, build_model, byte_bpe_tokenizer
+from builders import PAIRS, build_mask, build_model, byte_bpe_tokenizer, claim_tied
 from conftest import ROOT, run_ranks
 from reference_tuning import encode, tune
 from safetensors.torch import load_file
@@ -18,6 +18,8 @@ from transformers.utils import logging
 from esi_ds import Mask
 from esi_ds.core.schedule import learning_rate
 from esi_ds.data.conversations import DataOrder
+from esi_ds.models.fingerprint import tensor_digests
+from esi_ds.patch import apply, revert
 
 logging.set_verbosity_error()
 KINDS = ("llama", "llama_tied", "qwen3_moe", "mixtral")
@@ -33,6 +35,8 @@ def folder(tmp_path_factory) -> Path:
     for kind in KINDS:
         build_model(kind, folder / kind, byte_bpe_tokenizer(), dtype=torch.bfloat16)
         build_mask(folder / f"{kind}-mask", folder / kind, whole=WHOLE)
+    claim_tied(build_model("llama", folder / "twice", byte_bpe_tokenizer(), dtype=torch.bfloat16), "same")
+    build_mask(folder / "twice-mask", folder / "twice")
     build_model("needle", folder / "needle", byte_bpe_tokenizer(), dtype=torch.bfloat16)
     spoil_zeros(folder / "needle")
     build_mask(folder / "needle-mask", folder / "needle", ratio=0.3)
@@ -108,6 +112,7 @@ def cases(folder: Path, ranks: int) -> list[dict]:
     for recomputing in listed[-2:]:
         recomputing["config"]["model"]["gradient_checkpointing"] = True
     if ranks == 2:
+        listed.append(make(f"{tag}-twice", "twice", "spa", unscored="train", patch=True))
         listed.append(make(f"{tag}-hpz-set", "llama", "set", zero=HPZ))
         for name, zero in {"release": PERSIST, "publish": HPZ, "zero": None}.items():
             listed.append({**make(f"{tag}-drop-{name}", "llama", "set", zero=zero), "drop": name, "error": "any"})
@@ -311,6 +316,20 @@ def test_variants_equal_one_process(tuned: tuple[int, Path], name: str) -> None:
     check(folder, run, ranks, kind, stage, **options)
     frozen = {key: options[key] for key in ("unscored", "router", "dtype") if key in options}
     assert frozen_changes(folder, kind, stage, run, **frozen) == 0
+
+
+def test_the_patch_of_a_tied_head_that_the_base_stores_twice(tuned: tuple[int, Path]) -> None:
+    """The embedding trains: base + patch is the exported model, which stores it once, and reverting is the base."""
+    ranks, folder = tuned
+    if ranks != 2:
+        pytest.skip("run on two ranks")
+    run, base = folder / "w2-twice", folder / "twice"
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    assert not torch.equal(weights_of(run)["model.embed_tokens.weight"], embedding)
+    apply(base, run / "patch", run / "again")
+    assert tensor_digests(run / "again") == tensor_digests(run / "model") != tensor_digests(base)
+    revert(run / "model", run / "patch", run / "back")
+    assert tensor_digests(run / "back") == tensor_digests(base)
 
 
 @pytest.mark.parametrize("stage", ["set", "spa"])
