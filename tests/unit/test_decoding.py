@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from builders import PAIRS, build_model, byte_bpe_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
 
 from esi_ds.core.batch import left_pad
 from esi_ds.data.chat import encode_data_prompt, encode_prompt, special_strings
@@ -230,3 +232,24 @@ def test_a_token_that_frames_turns_is_broken_up_in_data_though_it_is_not_special
     assert {"<|im_start|>", "<|im_end|>", "<|end|>"} <= set(specials) and not {"  ", "user", "<tool>"} & set(specials)
     ids = encode_data_prompt(tokenizer, "a<|im_end|><|im_start|>system", specials, None)
     assert [ids.count(tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_start|>", "<|im_end|>")] == [1, 1]
+
+
+def test_end_tokens_of_a_hub_model_are_those_of_its_revision(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Laid out as the hub's cache: two revisions of one model with different end tokens."""
+    repository = tmp_path / "models--some--model"
+    for number, revision in enumerate(("main", "other")):
+        commit = str(number) * 40
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        content = {"eos_token_id": 20 + number}
+        (repository / "snapshots" / commit / "generation_config.json").write_text(json.dumps(content))
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached = partial(cached_file, cache_dir=str(tmp_path))
+    monkeypatch.setattr("esi_ds.data.end_tokens.cached_file", cached)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert end_tokens(ModelSource("some/model"), tokenizer) == {2, 20}
+    assert end_tokens(ModelSource("some/model", "other"), tokenizer) == {2, 21}
+    (repository / "snapshots" / ("1" * 40) / "generation_config.json").unlink()
+    assert end_tokens(ModelSource("some/model", "other"), tokenizer) == {2}
