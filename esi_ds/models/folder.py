@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,9 +55,9 @@ def load_model_config(source: ModelSource, only_local: bool = False) -> Pretrain
     Raises UserError where there is no readable configuration, or where the weights are quantised.
     """
     path, field = source.path, source.field
-    with reading(field, path, "give a Hugging Face folder or a hub id", "is not the name of a folder"):
-        looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
-    if looks_local and not (Path(path) / "config.json").is_file():
+    # os.path, unlike pathlib, takes a name that is too long for a file for one that is not there.
+    looks_local = path.startswith((".", "/", "~")) or os.path.exists(path)
+    if looks_local and not os.path.isfile(os.path.join(path, "config.json")):
         raise UserError(field, path, "is not a model folder: it has no config.json", "give a Hugging Face folder")
     remedy = "give a Hugging Face folder or the id of a model on the hub that can be reached"
     with reading(field, path, remedy, "has no readable model configuration"):
@@ -82,7 +83,7 @@ def check_weights(source: ModelSource) -> None:
     Pickled weights are never read. A hub id is checked by the download.
     """
     folder = Path(source.path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return
     if (folder / "adapter_config.json").is_file():  # with peft installed, transformers would add it to the weights
         raise UserError(source.field, source.path, "holds an adapter (LoRA)", "merge it into its base model first")

@@ -10,10 +10,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from esi_ds.data.chat import load_tokenizer
 from esi_ds.data.prompts import load_prompts, load_responses
 from esi_ds.data.rows import read_rows
 from esi_ds.errors import UserError
 from esi_ds.eval.task_rows import read_task_rows
+from esi_ds.models.folder import ModelSource, check_weights, load_model_config
 from esi_ds.stages.plan.notes import count_responses
 
 
@@ -163,6 +165,15 @@ def test_paths_that_name_no_file(name: str) -> None:
         load_responses(name)
     notes: list[str] = []
     assert count_responses(name, notes) is None and "no such file" in notes[0]
+
+
+@pytest.mark.parametrize("name", [*NO_FILES, ""], ids=range(len(NO_FILES) + 1))
+def test_paths_that_name_no_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for read in (load_model_config, load_tokenizer):
+        with pytest.raises(UserError, match=r"judge\.path"):
+            read(ModelSource(name, field="judge.path"))
+    check_weights(ModelSource(name))  # left to what reads the configuration
 
 
 def test_the_split_of_a_file_is_not_passed_over(tmp_path: Path) -> None:
