@@ -155,9 +155,10 @@ def test_json_lines_as_programs_write_them(tmp_path: Path) -> None:
     assert load_prompts(write(tmp_path, "rows.jsonl", text)).prompts == ("a", "a", "b")  # no prompt is merged
 
 
-@pytest.mark.parametrize(
-    "name", ["~nouser/rows.jsonl", "x" * 300 + ".csv", "/" + "y/" * 3000 + "rows.json", "a\0b.txt"]
-)
+NO_FILES = ["~nouser/rows.jsonl", "x" * 300 + ".csv", "/" + "y/" * 3000 + "rows.json", "a\0b.txt"]
+
+
+@pytest.mark.parametrize("name", NO_FILES, ids=range(len(NO_FILES)))
 def test_paths_that_name_no_file(name: str) -> None:
     with pytest.raises(UserError, match=r"data\.prompts\.path.*there is no such file"):
         load_prompts(name)
