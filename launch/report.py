@@ -8,7 +8,6 @@ of ESI runs instead.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from itertools import combinations
@@ -19,15 +18,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from esi_ds.artifacts import write_text_atomic  # noqa: E402
 from esi_ds.errors import UserError  # noqa: E402
+from esi_ds.reading import read_json, reading  # noqa: E402
 from esi_ds.terminal import clean_output  # noqa: E402
 
 if TYPE_CHECKING:
     from esi_ds.report.contents import Overlap
 
 
+REMEDY = "give the folder of a finished run, or finish it again"
+
+
 def read(run: Path, name: str = "report.json") -> dict[str, Any]:
-    """A JSON file of a run."""
-    return json.loads((run / name).read_text(encoding="utf-8"))
+    """A JSON file of a run. Raises UserError for one that is torn or holds something else."""
+    return read_json(run / name, dict[str, Any], "RUN", REMEDY)
 
 
 @clean_output()
@@ -39,10 +42,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tuned", nargs="*", type=Path, metavar="RUN", default=[], help="SET and SPA runs to show")
     parser.add_argument("--evaluated", nargs="*", type=Path, metavar="RUN", default=[], help="evaluations to show")
     arguments = parser.parse_args(argv)
+    try:
+        write_pages(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_pages(arguments: argparse.Namespace) -> None:
+    """Write every run's page, and the page of several runs. Raises UserError."""
     for run in [*arguments.runs, *arguments.tuned, *arguments.evaluated]:
         if not (run / "report.json").is_file():
-            print(f"error: RUN = {run}: holds no report.json; give the folder of a finished run", file=sys.stderr)
-            return 2
+            raise UserError("RUN", str(run), "holds no report.json", "give the folder of a finished run")
     from esi_ds.report.html import render
 
     for run in arguments.runs:
@@ -50,15 +62,12 @@ def main(argv: list[str] | None = None) -> int:
             [(os.path.relpath(other / "report.html", run), read(other)) for other in others]
             for others in (arguments.tuned, arguments.evaluated)
         )
-        write_text_atomic(run / "report.html", render(read(run), tuned, evaluated))
+        with reading("RUN", run / "report.json", REMEDY, "is not a report of this version"):
+            page = render(read(run), tuned, evaluated)
+        write_text_atomic(run / "report.html", page)
         print(run / "report.html")
     if arguments.output or (len(arguments.runs) > 1 and not (arguments.tuned or arguments.evaluated)):
-        try:
-            print(write_overview(list(dict.fromkeys(run.absolute() for run in arguments.runs)), arguments.output))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-    return 0
+        print(write_overview(list(dict.fromkeys(run.absolute() for run in arguments.runs)), arguments.output))
 
 
 def write_overview(folders: list[Path], output: Path | None) -> Path:

@@ -82,6 +82,16 @@ def test_the_front_matter_of_a_model_card_holds_the_path_and_nothing_else(path: 
     assert "\x1b" not in card and "| rows | a\\|b c, sha256 s |" in body.splitlines()
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"kind": "x"}', "[" * 100_000], ids=range(6))
+def test_pages_of_a_torn_or_foreign_report(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from launch.report import main
+
+    (tmp_path / "report.json").write_text(content)
+    assert main([str(tmp_path)]) == 2
+    assert f"error: RUN = {tmp_path}/report.json" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
 @pytest.mark.parametrize(("share", "mode"), [(None, 0o700), ("private", 0o700), ("group", 0o750), ("all", 0o755)])
 def test_who_may_read_a_run_folder(share: str | None, mode: int, tmp_path: Path) -> None:
     """Also one that was there before, as an empty folder or as that of an earlier version."""
