@@ -1,0 +1,33 @@
+"""Readers of a run's folder: a damaged config.yaml is refused, or the run is the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from damage import damaged_bytes, fuzz, outcome
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esi_ds.artifacts import RunFolder, write_text_atomic
+from esi_ds.config import resolved_yaml, validate
+from esi_ds.errors import UserError
+
+CONFIG = validate({"run": {"output_dir": "x"}, "model": {"path": "m"}})
+
+
+@fuzz(120)
+@given(data=st.data())
+def test_stored_configs(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """``check`` accepts the folder only for the config that it stores, keys of a start aside."""
+    folder = tmp_path_factory.getbasetemp() / "run"
+    folder.mkdir(exist_ok=True)
+    content = data.draw(damaged_bytes(resolved_yaml(CONFIG).encode()))
+    (folder / "config.yaml").write_bytes(content)
+    result = outcome(lambda: RunFolder(str(folder)).check(CONFIG))
+    assert result is None or isinstance(result, UserError)
+
+
+def test_a_sound_config_is_accepted(tmp_path: Path) -> None:
+    write_text_atomic(tmp_path / "config.yaml", resolved_yaml(CONFIG))
+    assert RunFolder(str(tmp_path)).check(CONFIG) is None
