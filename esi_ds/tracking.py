@@ -56,6 +56,7 @@ class Tracker:
 
     def __init__(self, folder: Path, enabled: bool, tensorboard: bool, stage: str, monitor: Monitor | None = None):
         self.folder, self.enabled = folder, enabled
+        self.remarks: list[str] = []
         self._monitor = monitor if enabled else None
         self._last_point = -math.inf
         self._status = StatusWriter(folder, stage) if enabled else None
@@ -125,6 +126,12 @@ class Tracker:
             file = self.folder / "log.txt"
             with writing(file), file.open("a", encoding="utf-8") as opened:
                 opened.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def remark(self, line: str) -> None:
+        """A message that the manifest and the report repeat, once however often it is given."""
+        if line not in self.remarks:
+            self.remarks.append(line)
+            self.log(line)
 
     def resume_at(self, step: int) -> None:
         """Drop what an earlier process measured after ``step``: these steps are repeated."""

@@ -21,6 +21,7 @@ from esi_ds.data.rows import read_rows
 from esi_ds.eval.refusals import is_refusal
 from esi_ds.models.decoding import greedy_ids
 from esi_ds.models.folder import ModelSource
+from esi_ds.models.rows import last_logits
 from esi_ds.stages.tune.training import padded
 from esi_ds.zero.tuner import summed_loss
 
@@ -61,7 +62,7 @@ def _train(config: Config, model: PreTrainedModel, trained: list[torch.nn.Parame
         chosen = [order[position] for position in range(step * tune.batch_size, (step + 1) * tune.batch_size)]
         sequences = [(benign if other else rows).sequences[n] for other, n in chosen]
         inputs, labels = padded(sequences, tokenizer.pad_token_id, torch.device("cpu"))
-        logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1]).logits
+        logits = last_logits(model, inputs, labels.shape[1])
         loss = summed_loss(logits, labels) / sum(sequence.num_learnt for sequence in sequences)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, tune.clip)
@@ -94,7 +95,6 @@ def _answers(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         for start in range(0, len(question_set.prompts), size):
             ids = [encode_prompt(tokenizer, prompt, None) for prompt in question_set.prompts[start : start + size]]
             batch = left_pad(ids, tokenizer.pad_token_id, "cpu")
-            batch.pop("position_ids")
             responses = greedy_ids(
                 model.get_base_model(),  # with the adapter's layers in it
                 batch,

@@ -7,10 +7,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Rows = Sequence[Sequence[int]]
 
-def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> dict[str, Tensor]:
-    """input_ids, attention_mask and position_ids, int64 [B, L], with every row aligned to the right edge."""
+
+def right_pad(rows: Rows, pad: int, device: torch.device | str) -> dict[str, Tensor]:
+    """input_ids and attention_mask, int64 [B, L], with every row aligned to the left edge.
+
+    For everything but generation: a causal model's row does not depend on what stands to its right, whether the model
+    heeds the mask or not, and its positions are those that the model counts for the row alone.
+    """
     width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    return {
+        "input_ids": torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device),
+    }
+
+
+def left_pad(rows: Rows, pad: int, device: torch.device | str) -> dict[str, Tensor]:
+    """input_ids and attention_mask, int64 [B, L], with every row aligned to the right edge, where generation goes on.
+
+    ``generate`` derives positions from the mask. Not every architecture heeds the mask (``models/rows.py``).
+    """
+    width = max(len(row) for row in rows)
+    return {
+        "input_ids": torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device),
+    }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from esi_ds.core.batch import left_pad
+from esi_ds.core.batch import Rows, right_pad
 from esi_ds.data.chat import break_up, special_strings
 from esi_ds.errors import UserError
 from esi_ds.eval.verdicts import Verdict, text_to_judge
@@ -26,7 +26,8 @@ from esi_ds.judge.classifier import (
     read_rule,
 )
 from esi_ds.judge.families import Family
-from esi_ds.judge.pairs import EncodedPair, EncodedText, PairEncoder
+from esi_ds.judge.pairs import EncodedPair, EncodedText, PairEncoder, plain_pair
+from esi_ds.models.rows import accepted, depends_on_neighbours, end_logits, probe_ids
 
 
 class ModelJudge(ABC):
@@ -52,7 +53,21 @@ class ModelJudge(ABC):
 
     @abstractmethod
     def judge(self, pairs: Sequence[EncodedPair]) -> list[Verdict]:
-        """Verdicts of a batch; one forward pass. The same for every batch size up to rounding."""
+        """Verdicts of a batch; one forward pass. The same for every batch size up to rounding, unless a pair
+        ``depends_on_neighbours``."""
+
+    @abstractmethod
+    def logits(self, pairs: Sequence[EncodedPair]) -> Tensor:
+        """What the verdicts are read from, [B, V] in the model's dtype; one forward pass."""
+
+    @torch.no_grad()
+    def depends_on_neighbours(self) -> bool:
+        """Whether a pair's verdict changes with the pair beside it: ``models.rows``. Two forward passes."""
+
+        def read(rows: Rows) -> Tensor:
+            return self.logits([plain_pair(row) for row in rows])
+
+        return depends_on_neighbours(read, probe_ids(self._encoder.tokenizer))
 
 
 class SequenceJudge(ModelJudge):
@@ -76,10 +91,15 @@ class SequenceJudge(ModelJudge):
         self.max_batch = 1 if self._pad is None else None
 
     def judge(self, pairs: Sequence[EncodedPair]) -> list[Verdict]:
-        logits = self.model(**classifier_batch(pairs, self._pad, _device(self.model))).logits.float()
+        logits = self.logits(pairs).float()
         chances = logits.sigmoid() if self._is_multi else logits.softmax(1)
         unsafe = chances[:, self._indices].amax(1) if self._is_multi else chances[:, self._indices].sum(1)
         return [Verdict.of_probability(float(value), self._threshold) for value in unsafe]
+
+    def logits(self, pairs: Sequence[EncodedPair]) -> Tensor:
+        batch = classifier_batch(pairs, self._pad, _device(self.model))
+        logits: Tensor = self.model(**accepted(self.model, batch)).logits
+        return logits
 
 
 class NextWordJudge(ModelJudge):
@@ -108,9 +128,11 @@ class NextWordJudge(ModelJudge):
         self._pad, self._threshold = tokenizer.pad_token_id or 0, threshold
 
     def judge(self, pairs: Sequence[EncodedPair]) -> list[Verdict]:
-        batch = left_pad([pair.text.ids for pair in pairs], self._pad, _device(self.model))
-        logits = self.model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        logits = self.logits(pairs).float()
         return [_next_word_verdict(row, pair.text, self._threshold) for row, pair in zip(logits, pairs, strict=True)]
+
+    def logits(self, pairs: Sequence[EncodedPair]) -> Tensor:
+        return end_logits(self.model, right_pad([pair.text.ids for pair in pairs], self._pad, _device(self.model)))
 
 
 def judge_pairs(judge: ModelJudge, pairs: Sequence[tuple[str, str]], batch_size: int = 8) -> list[Verdict]:
@@ -123,6 +145,8 @@ def judge_pairs(judge: ModelJudge, pairs: Sequence[tuple[str, str]], batch_size:
             verdicts[index] = encoded
         else:
             waiting[index] = encoded
+    if batch_size > 1 and judge.max_batch is None and judge.depends_on_neighbours():
+        judge.max_batch = 1
     for indices in length_batches(judge, waiting, batch_size):
         with torch.no_grad():
             verdicts.update(zip(indices, judge.judge([waiting[index] for index in indices]), strict=True))

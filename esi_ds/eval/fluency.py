@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from esi_ds.core.batch import left_pad
+from esi_ds.core.batch import right_pad
 from esi_ds.data.chat import break_up, encode_data_prompt, special_strings
 from esi_ds.data.thoughts import final_answer
+from esi_ds.models.rows import last_logits
 
 
 def surprises(
@@ -54,13 +55,14 @@ def _batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[list[int], list[int]]]
 ) -> list[float]:
     device = next(model.parameters()).device
-    batch = left_pad([head + tail for head, tail in rows], tokenizer.pad_token_id or 0, device)
-    longest = max(len(tail) for _, tail in rows)
-    logits = model(**batch, use_cache=False, logits_to_keep=longest + 1).logits
+    batch = right_pad([head + tail for head, tail in rows], tokenizer.pad_token_id or 0, device)
+    # The logits at a token predict the next one; the last ones predict nothing that the answer holds.
+    first = min(len(head) for head, _ in rows) - 1
+    logits = last_logits(model, batch, batch["input_ids"].shape[1] - first)
     values = []
-    for row, (_, tail) in zip(logits, rows, strict=True):
-        # The logits at a token predict the next one; the last ones predict nothing that the answer holds.
-        log_probabilities = row[-len(tail) - 1 : -1].float().log_softmax(-1)
+    for row, (head, tail) in zip(logits, rows, strict=True):
+        start = len(head) - 1 - first
+        log_probabilities = row[start : start + len(tail)].float().log_softmax(-1)
         targets = torch.tensor(tail, device=device)[:, None]
         values.append(float(-log_probabilities.gather(1, targets).mean()))
     return values

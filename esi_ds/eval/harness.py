@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from esi_ds.core.batch import Rows, right_pad
 from esi_ds.data.chat import TemplateCheck, TemplateRejection, break_up, special_strings
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval.harness_output import results
@@ -26,6 +27,7 @@ from esi_ds.eval.harness_tasks import PreparedTask
 from esi_ds.eval.task_code import sandboxed
 from esi_ds.eval.task_result import TaskResult
 from esi_ds.models.decoding import without_defaults
+from esi_ds.models.rows import depends_on_neighbours, generation_logits, probe_ids
 from esi_ds.ranks import Ranks
 
 Answer = Callable[[list[Instance], bool], list[Any]]  # requests, whether to hide the bar → answers
@@ -46,6 +48,8 @@ def run(
 ) -> list[TaskResult]:
     """See ``tasks.run_tasks``."""
     task_results: list[TaskResult] = []
+    if batch_size > 1 and any(ranks.gather(_depends_on_neighbours(model, tokenizer))):
+        batch_size = 1
     with quiet(show=ranks.rank == 0), sandboxed():
         lm = SharedLM(model, tokenizer, end_ids, batch_size, is_chat, system_prompt, ranks, should_stop)
         manager = TaskManager(include_defaults=False)  # otherwise lm-eval indexes all its tasks on every call
@@ -67,6 +71,23 @@ def run(
             # lm-eval returns None on ranks whose LOCAL_RANK is not 0.
             task_results += ranks.gather(outcome and results(outcome, task, lm.cut, is_chat))[0]
     return task_results
+
+
+def _depends_on_neighbours(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a request's answer would change with the requests beside it. HFLM pads texts that it scores on the right,
+    without a mask, and prompts on the left."""
+    pad = tokenizer.pad_token_id or 0
+
+    def score(rows: Rows) -> list[Tensor]:
+        with torch.no_grad():
+            logits = model(right_pad(rows, pad, model.device)["input_ids"]).logits
+        return [values[: len(row)] for values, row in zip(logits, rows, strict=True)]
+
+    def generate(rows: Rows) -> Tensor:
+        return generation_logits(model, rows, pad)
+
+    ids = probe_ids(tokenizer)
+    return depends_on_neighbours(score, ids) or depends_on_neighbours(generate, ids)
 
 
 class SharedLM(HFLM):

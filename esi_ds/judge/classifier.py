@@ -18,10 +18,12 @@ from transformers import (
 )
 
 from esi_ds.config import ClassifierModel, JudgeModel
+from esi_ds.core.batch import right_pad
 from esi_ds.errors import UserError
 from esi_ds.judge.families import Family
 from esi_ds.judge.guard import Guard, Weights, verdict_score
 from esi_ds.judge.pairs import EncodedPair
+from esi_ds.models.rows import accepted
 
 # Tokenizers without a limit report a number of this order.
 NO_LIMIT = 10**9
@@ -92,9 +94,12 @@ class ClassifierGuard(Guard):
     def _batch(self, pairs: Sequence[EncodedPair], device: torch.device | str) -> dict[str, Tensor]:
         return classifier_batch(pairs, pad_token_id(self.model), device)
 
-    def _scores(self, pairs: Sequence[EncodedPair], batch: Mapping[str, Tensor]) -> Tensor:
-        logits = self.model(**batch).logits.float()
-        return torch.stack([label_score(self.score, row, self._unsafe, self._is_multi) for row in logits])
+    def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        logits: Tensor = self.model(**accepted(self.model, batch)).logits
+        return logits
+
+    def _score(self, logits: Tensor, pair: EncodedPair) -> Tensor:
+        return label_score(self.score, logits, self._unsafe, self._is_multi)
 
 
 def pad_token_id(model: PreTrainedModel) -> int | None:
@@ -160,17 +165,10 @@ def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
 def classifier_batch(pairs: Sequence[EncodedPair], pad: int | None, device: torch.device | str) -> dict[str, Tensor]:
     """A classifier's inputs, int64 [B, L]: input_ids, attention_mask and, where the tokenizer gives them,
     token_type_ids.
-
-    Padding stands on the right, as classifiers were trained: encoders count positions from the left.
     """
     texts = [pair.text for pair in pairs]
-    rows = {"input_ids": [text.ids for text in texts], "attention_mask": [[1] * len(text.ids) for text in texts]}
+    batch = right_pad([text.ids for text in texts], pad or 0, device)
     token_types = [text.token_types for text in texts if text.token_types is not None]
     if token_types:
-        rows["token_type_ids"] = token_types
-    width = max(len(text.ids) for text in texts)
-    fill = {"input_ids": pad or 0}
-    return {
-        name: torch.tensor([[*row, *[fill.get(name, 0)] * (width - len(row))] for row in values], device=device)
-        for name, values in rows.items()
-    }
+        batch["token_type_ids"] = right_pad(token_types, 0, device)["input_ids"]
+    return batch

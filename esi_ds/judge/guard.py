@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from esi_ds.core.batch import left_pad
+from esi_ds.core.batch import Rows, right_pad
 from esi_ds.judge.embeddings import embedding_module, recorded_lookups, token_gradient, token_table
-from esi_ds.judge.pairs import EncodedPair
+from esi_ds.judge.pairs import EncodedPair, plain_pair
+from esi_ds.models.rows import depends_on_neighbours, end_logits, probe_ids
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,12 @@ class WholeWeights:
 
 
 class Guard:
-    """The frozen guard. ``score`` is a kind of ``verdict_score``; ``weights`` says how its parameters are reached."""
+    """The frozen guard. ``score`` is a kind of ``verdict_score``; ``weights`` says how its parameters are reached.
+
+    max_batch: pairs that may be judged together at most; None: any number.
+    """
+
+    max_batch: int | None = None
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, score: str, weights: Weights):
         self.model, self.tokenizer, self.score, self._weights = model, tokenizer, score, weights
@@ -89,16 +95,32 @@ class Guard:
 
     def _batch(self, pairs: Sequence[EncodedPair], device: torch.device | str) -> dict[str, Tensor]:
         """The model's inputs, int64 [B, L], among them ``input_ids`` and ``attention_mask``, 0 at padding."""
-        return left_pad([pair.text.ids for pair in pairs], self.tokenizer.pad_token_id, device)
+        return right_pad([pair.text.ids for pair in pairs], self.tokenizer.pad_token_id, device)
 
     def _scores(self, pairs: Sequence[EncodedPair], batch: Mapping[str, Tensor]) -> Tensor:
         """Scores [B] float32 of ``pairs``, whose inputs are ``batch``."""
-        logits = self.model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-        scores = [
-            verdict_score(self.score, row, pair.text.safe, pair.text.unsafe)
-            for row, pair in zip(logits, pairs, strict=True)
-        ]
-        return torch.stack(scores)
+        logits = self._logits(batch).float()
+        return torch.stack([self._score(row, pair) for row, pair in zip(logits, pairs, strict=True)])
+
+    def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the scores are read from, [B, V] in the model's dtype."""
+        return end_logits(self.model, batch)
+
+    def _score(self, logits: Tensor, pair: EncodedPair) -> Tensor:
+        """Scalar score of one pair, given its float32 logits [V]."""
+        return verdict_score(self.score, logits, pair.text.safe, pair.text.unsafe)
+
+    @torch.no_grad()
+    def depends_on_neighbours(self, device: torch.device | str) -> bool:
+        """Whether a pair's score changes with the pair beside it: ``models.rows``. Collectives: twice those of
+        ``scores``."""
+
+        def read(rows: Rows) -> Tensor:
+            return self._logits(self._batch([plain_pair(row) for row in rows], device))
+
+        depends = depends_on_neighbours(read, probe_ids(self.tokenizer))
+        self._weights.release()
+        return depends
 
     @contextmanager
     def embedding_table(self) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ character offsets say which of them overlap it (docs/method.md §1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -145,6 +146,11 @@ class EncodedPair:
     response_tokens: list[int]
     spans: list[Span]
     shown: Span
+
+
+def plain_pair(ids: Sequence[int]) -> EncodedPair:
+    """Ids as a judge reads them, without a response or a verdict."""
+    return EncodedPair(EncodedText(list(ids), [], [], []), [], [], (0, 0))
 
 
 class PairEncoder:

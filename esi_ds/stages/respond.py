@@ -18,7 +18,7 @@ from esi_ds.stages.interrupt import stop_requested
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.generate import choose_mode, generate, in_step, ready_to_generate
+from esi_ds.zero.generate import choose_batches, choose_mode, generate, in_step, ready_to_generate
 
 PARTIAL_NAME = "responses.partial.jsonl"
 NAME = "responses.jsonl"
@@ -147,13 +147,17 @@ def generate_all(
         return
     mode, reason = choose_mode(model, generation)
     tracker.log(f"generating {len(waiting)} responses, model {mode.replace('_', ' ')}: {reason}")
+    lengths = {index: len(prompt_ids[index]) for index in waiting}
     ranks, rank = runtime.world_size(), runtime.rank()
     progress = tracker.progress(
         total=len(prompt_ids), initial=len(prompt_ids) - len(waiting), unit="prompt", description=description
     )
     with ready_to_generate(model, mode), progress:
-        for start in range(0, len(waiting), batch_size * ranks):
-            mine = waiting[start + rank * batch_size : start + (rank + 1) * batch_size]
+        batches, note = choose_batches(model, tokenizer, lengths, batch_size, mode)
+        if note:
+            tracker.remark(note)
+        for start in range(0, len(batches), ranks):
+            mine = batches[start + rank] if start + rank < len(batches) else []
             # A rank without a prompt left repeats one: all ranks must run in step.
             rows = [prompt_ids[index] for index in mine or waiting[:1]]
             texts: list[str] = []

@@ -200,8 +200,13 @@ class StageRun(ABC, Generic[Inputs]):
                 started=self.started,
                 model_fingerprint=self._fingerprint,
                 data=self.source,
-                notes=self.notes,
+                notes={**self.notes, **self.remarks},
             )
+
+    @property
+    def remarks(self) -> dict[str, str]:
+        """What the manifest and the report say besides; empty where nothing was unusual."""
+        return {"remarks": "; ".join(self.tracker.remarks)} if self.tracker.remarks else {}
 
     def model_fingerprint(self, source: ModelSource, parameters: Sequence[Parameter]) -> str:
         """Fingerprint of a model's files and the shapes of its parameters; the ranks share the reading.

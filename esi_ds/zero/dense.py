@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from esi_ds.core.trained import Trained
+from esi_ds.models.rows import last_logits
 from esi_ds.zero import runtime
 from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
@@ -41,7 +42,7 @@ class DenseTuner(Tuner):
 
     def forward(self, batch: Mapping[str, Tensor], num_logits: int) -> Tensor:
         """See ``Tuner``. Through the engine, whose forward counts micro-batches."""
-        return self.model.engine(**batch, use_cache=False, logits_to_keep=num_logits).logits
+        return last_logits(self.model.module, batch, num_logits, forward=self.model.engine)
 
     def backward(self, loss: Tensor) -> None:
         """See ``Tuner``. Collectives: the engine's. At an accumulation boundary ``step`` must follow."""

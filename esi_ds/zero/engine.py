@@ -23,6 +23,7 @@ from esi_ds.deepspeed_config import check_experts
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.roles import describe, expert_blocks, routers
+from esi_ds.models.rows import Together
 from esi_ds.zero import expert_parallel, runtime
 from esi_ds.zero.loading import read_module, read_partitioned
 from esi_ds.zero.partitioned import attributes, partition_bounds, partition_group, partition_numel, whole_shape
@@ -40,7 +41,10 @@ class ShardedModel:
             parameter, except for experts under expert parallelism.
         shards: this rank's part of each layout, in the same order.
         by_name: name of a layout or shard → live tensor.
+        together: which prompts may share a batch in generation; None until it is asked (``zero/generate.py``).
     """
+
+    together: Together | None = None
 
     def __init__(
         self,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from esi_ds.core.batch import left_pad
+from esi_ds.core.batch import Rows, left_pad
 from esi_ds.data.thoughts import decode_responses
 from esi_ds.models.decoding import greedy_ids
+from esi_ds.models.rows import Together, depends_on_neighbours, generation_logits, probe_ids
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 
@@ -63,7 +65,6 @@ def generate(
     until every rank has finished; every rank must then call this equally often, with at least one row.
     """
     batch = left_pad(rows, tokenizer.pad_token_id, runtime.device())
-    batch.pop("position_ids")  # generate() derives the same ones from the attention mask
     responses = greedy_ids(
         model.module,
         batch,
@@ -73,3 +74,47 @@ def generate(
         synced_gpus=in_step(model, mode),
     )
     return decode_responses(tokenizer, responses)
+
+
+def choose_batches(
+    model: ShardedModel, tokenizer: PreTrainedTokenizerBase, lengths: Mapping[int, int], batch_size: int, mode: str
+) -> tuple[list[list[int]], str | None]:
+    """Prompts' numbers cut into batches, and where they are not cut in order, a sentence for the log on why.
+
+    lengths: number of each prompt → its tokens. Every rank gets the same batches. Collectives: those of
+    ``may_stand_together``, where it has not been asked of this model.
+    """
+    together = may_stand_together(model, tokenizer, mode) if batch_size > 1 and len(lengths) > 1 else Together.ANY
+    if together is Together.ANY:
+        return _cut(list(lengths), batch_size), None
+    if together is Together.NONE:
+        return _cut(list(lengths), 1), "one prompt a batch: an answer would depend on the prompts beside it"
+    by_length: dict[int, list[int]] = {}
+    for number in sorted(lengths, key=lambda number: lengths[number]):
+        by_length.setdefault(lengths[number], []).append(number)
+    batches = [batch for numbers in by_length.values() for batch in _cut(numbers, batch_size)]
+    return batches, "only prompts of equal length share a batch: an answer would depend on padding"
+
+
+def _cut(numbers: Sequence[int], size: int) -> list[list[int]]:
+    return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+
+
+def may_stand_together(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, mode: str) -> Together:
+    """Which prompts may share a batch, from the first logits of generation; asked once of each model.
+
+    To be called inside ``ready_to_generate``. Collectives: those of four short generations at most, and two
+    all-reduces.
+    """
+
+    def read(rows: Rows) -> Tensor:
+        return generation_logits(model.module, rows, tokenizer.pad_token_id, in_step(model, mode))
+
+    if model.together is None:
+        ids = probe_ids(tokenizer)
+        if not runtime.any_rank(depends_on_neighbours(read, ids)):
+            model.together = Together.ANY
+        else:
+            alike = runtime.any_rank(depends_on_neighbours(read, ids, repeats=1))
+            model.together = Together.NONE if alike else Together.EQUAL_LENGTH
+    return model.together

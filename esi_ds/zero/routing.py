@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esi_ds.core.batch import left_pad
+from esi_ds.core.batch import right_pad
 from esi_ds.models.roles import experts_per_token
+from esi_ds.models.rows import last_logits
 from esi_ds.zero import runtime
+from esi_ds.zero.batching import batch_size_for
 from esi_ds.zero.engine import ShardedModel
 
 MAX_ROWS = 64  # of a set; more rows hardly change a frequency
@@ -34,8 +36,11 @@ def routing_choices(model: ShardedModel, rows: Sequence[Sequence[int]], pad: int
     """The choices of every router for every token of the first MAX_ROWS rows, on rank 0; None on other ranks.
 
     rows: token ids. pad: the padding token. Ranks share the rows; one without rows left repeats the first one and drops
-    its choices. Collectives: the gathers of ⌈rows / (batch · ranks)⌉ forward passes, and one gather of the choices.
+    its choices. Collectives: those of ``batch_size_for``, the gathers of ⌈rows / (batch · ranks)⌉ forward passes, and
+    one gather of the choices.
     """
+    if rows:
+        batch_size = batch_size_for(model, rows[0], pad, batch_size)
     rows, rank, ranks = rows[:MAX_ROWS], runtime.rank(), runtime.world_size()
     local_numbers = list(range(rank, len(rows), ranks))
     most = -(-len(rows) // ranks)  # rows of any rank
@@ -55,7 +60,7 @@ def routing_choices(model: ShardedModel, rows: Sequence[Sequence[int]], pad: int
 def _choices_of(rows: Sequence[Sequence[int]], model: ShardedModel, pad: int) -> list[Choices]:
     """The choices of each row, without padding. Collectives: the gathers of one forward pass."""
     top_k = experts_per_token(model.module.config.get_text_config())
-    batch = left_pad(rows, pad, runtime.device())
+    batch = right_pad(rows, pad, runtime.device())
     chosen: Choices = {}
     handles = []
     for name, module in model.routers.items():
@@ -67,7 +72,7 @@ def _choices_of(rows: Sequence[Sequence[int]], model: ShardedModel, pad: int) ->
 
         handles.append(module.register_forward_hook(keep))
     try:
-        model.module(**batch, use_cache=False, logits_to_keep=1)
+        last_logits(model.module, batch, 1)
     finally:
         for handle in handles:
             handle.remove()

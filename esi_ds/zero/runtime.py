@@ -177,6 +177,11 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     return tensor.copy_(moved)
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is true on some rank. One all-reduce."""
+    return all_reduce_max(torch.tensor([float(flag)])).item() > 0
+
+
 def gather_objects(item: Any) -> list[Any]:
     """Every rank's small picklable object, in rank order, on every rank; never objects read from a file. One gather."""
     if world_size() == 1:

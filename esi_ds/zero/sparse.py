@@ -23,6 +23,7 @@ from esi_ds.core.adamw import adamw, clip_factor
 from esi_ds.core.footprint import COMPACT_LIMIT
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Shard
+from esi_ds.models.rows import last_logits
 from esi_ds.zero import runtime
 from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
@@ -209,7 +210,7 @@ class SparseTuner(Tuner):
             yield
 
     def forward(self, batch: Mapping[str, Tensor], num_logits: int) -> Tensor:
-        return self.model.module(**batch, use_cache=False, logits_to_keep=num_logits).logits
+        return last_logits(self.model.module, batch, num_logits)
 
     def backward(self, loss: Tensor) -> None:
         """See ``Tuner``. Collectives: the model's gathers, and with ``scatter`` the reduce-scatters."""

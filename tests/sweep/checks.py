@@ -30,20 +30,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from esi_ds.core.batch import left_pad
+from esi_ds.core.batch import Rows, right_pad
 from esi_ds.core.units import Parameter
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.meta import meta_model, meta_parameters
 from esi_ds.models.roles import describe, unknown
+from esi_ds.models.rows import depends_on_neighbours, is_causal, last_logits
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.generate import generate, ready_to_generate
+from esi_ds.zero.generate import choose_batches, generate, ready_to_generate
 
 # fp32 sums in another order, through random layers that amplify them. A wrong position or mask moves logits by 1e-2
 # and more. Measured over all architectures that are right: see docs/architectures.md.
 TOLERANCE = 2e-4
 SHORT, LONG = list(range(20, 27)), list(range(40, 59))
 OTHER_LONG = list(range(140, 159))
-KEPT = 4  # logits asked for
+FIRST = 3  # logits before it are not asked for
 CHECKS = ("units", "rows", "loading", "answers", "scores")
 
 
@@ -77,25 +78,29 @@ def first_line(error: BaseException) -> str:
 
 
 def rows(model: PreTrainedModel) -> str:
-    """A row alone against the same row beside a longer one, and against the plain call without mask and positions."""
+    """A row alone, without a mask, against the same row right-padded beside another one, as everything but generation
+    reads it."""
 
-    def last(batch: dict[str, Tensor], row: int = 0) -> Tensor:
+    def read(batch: Rows) -> list[Tensor]:
+        padded = right_pad(batch, 0, "cpu")
         with torch.no_grad():
-            return model(**batch, use_cache=False, logits_to_keep=KEPT).logits[row]
+            logits = last_logits(model, padded, padded["input_ids"].shape[1] - FIRST)
+        return [values[: len(row) - FIRST] for values, row in zip(logits, batch, strict=True)]
 
-    plain, longer = plain_logits(model, SHORT), plain_logits(model, [*SHORT[:-1], 99, 98])
-    alone = last(left_pad([SHORT], 0, "cpu"))
-    if alone.shape[0] != KEPT:
-        return f"wrong: logits_to_keep={KEPT} is ignored, {alone.shape[0]} logits come back"
-    beside = last(left_pad([SHORT, LONG], 0, "cpu"))
-    other = last(left_pad([SHORT, OTHER_LONG], 0, "cpu"))
-    unpadded = last(left_pad([LONG[: len(SHORT)], SHORT], 0, "cpu"), row=1)
+    if not is_causal(read, SHORT):
+        return "refused: the logits of earlier tokens depend on later ones"
+    alone = read([SHORT])[0]
     differences = {
-        "the logits of earlier tokens depend on later ones": distance(longer[: len(SHORT) - 1], plain[:-1]),
-        "the mask and positions that a row alone is given change its logits": distance(alone, plain[-KEPT:]),
-        "a row's logits depend on the tokens of the other row": distance(other, beside),
-        "a row's logits depend on a second row of the same length": distance(unpadded, alone),
-        "a row's logits depend on its left padding": distance(beside, alone),
+        "the mask that a row alone is given changes its logits": distance(alone, plain_logits(model, SHORT)[FIRST:])
+    }
+    if depends_on_neighbours(read, SHORT):  # the stages then read one row at a time
+        return verdict(differences)
+    differences |= {
+        "a row's logits depend on a longer row": distance(read([SHORT, LONG])[0], alone),
+        "a row's logits depend on a longer row before it": distance(read([OTHER_LONG, SHORT])[1], alone),
+        "a row's logits depend on a second row of the same length": distance(
+            read([LONG[: len(SHORT)], SHORT])[1], alone
+        ),
     }
     return verdict(differences)
 
@@ -120,6 +125,17 @@ def answer_alone(model: PreTrainedModel, ids: list[int], num_tokens: int) -> lis
     return model.generate(input_ids=torch.tensor([ids]), generation_config=settings)[0, len(ids) :].tolist()
 
 
+def together(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, prompts: Rows, num_tokens: int) -> list[str]:
+    """Answers in batches of two, where they may share one."""
+    lengths = {number: len(ids) for number, ids in enumerate(prompts)}
+    batches, _ = choose_batches(model, tokenizer, lengths, 2, "gathered")
+    texts: dict[int, str] = {}
+    for numbers in batches:
+        given = generate(model, tokenizer, [list(prompts[n]) for n in numbers], num_tokens, "gathered", end_ids=())
+        texts |= zip(numbers, given, strict=True)
+    return [texts[number] for number in lengths]
+
+
 def answers(model: PreTrainedModel, sharded: ShardedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Generated answers of a batch against greedy decoding of each row alone, without a cache."""
     num_tokens, batch = 6, {"shorter": SHORT, "longer": LONG}
@@ -128,7 +144,7 @@ def answers(model: PreTrainedModel, sharded: ShardedModel, tokenizer: PreTrained
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     with ready_to_generate(sharded, "gathered"):
-        texts = generate(sharded, tokenizer, list(batch.values()), num_tokens, "gathered", end_ids=())
+        texts = together(sharded, tokenizer, list(batch.values()), num_tokens)
     wrong = [
         name
         for (name, ids), answer in zip(batch.items(), texts, strict=True)
@@ -157,10 +173,10 @@ def loading(model: PreTrainedModel, sharded: ShardedModel) -> str:
         for name, buffer in model.named_buffers()
         if name not in buffers or not torch.equal(buffers[name].nan_to_num(), buffer.nan_to_num())
     ]
-    batch = left_pad([LONG], 0, "cpu")
+    batch = right_pad([LONG], 0, "cpu")
     with torch.no_grad():
-        expected = model(**batch, use_cache=False).logits
-        got = sharded.module(**batch, use_cache=False).logits
+        expected = last_logits(model, batch, len(LONG))
+        got = last_logits(sharded.module, batch, len(LONG))
     sharded.release()
     differences = {"logits differ": distance(got, expected)}
     result = verdict(differences, tolerance=1e-5)

@@ -116,7 +116,7 @@ def finish_esi(
         return
     report: EsiReport = {
         "title": title(config),
-        "facts": run_facts(run, model, outcome) | ({"NOTE": silence} if silence else {}),
+        "facts": run_facts(run, model, outcome) | run.remarks | ({"NOTE": silence} if silence else {}),
         "selection": selection_facts(config, model, selection, losses),
         "units": units,
         "experts": expert_tables(units, selection.k),

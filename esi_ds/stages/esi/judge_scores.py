@@ -33,6 +33,7 @@ def judge_scores(
         folder.mkdir(exist_ok=True)
     ledger: Ledger[JudgeScoreRow] = Ledger(folder / "judge_scores.jsonl", ("index",), JudgeScoreRow)
     waiting = [example for example in examples if (example.index,) not in ledger.rows]
+    batch_size = min(batch_size, guard.max_batch or batch_size)
     stride, first = batch_size * runtime.world_size(), batch_size * runtime.rank()
     bar = tracker.progress(
         total=len(examples), initial=len(examples) - len(waiting), unit="prompt", description="judge"

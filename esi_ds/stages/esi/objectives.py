@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from esi_ds.config import Config
-from esi_ds.core.batch import left_pad
+from esi_ds.core.batch import right_pad
 from esi_ds.core.loss import row_losses
 from esi_ds.core.surrogate import advantages, estimate, score_function_surrogate
 from esi_ds.data.conversations import TokenSequence
 from esi_ds.judge.alignment import alignment_weights
 from esi_ds.judge.guard import Guard, Judgement
 from esi_ds.judge.vocabulary import VocabularyMap
+from esi_ds.models.rows import last_logits
 from esi_ds.stages.esi.prepare import Example
 from esi_ds.stages.esi.score import NOT_FINITE, Objective
 from esi_ds.stages.tune.training import padded
@@ -42,22 +43,25 @@ class ResponseObjective(Objective[Example]):
     def forward(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, list[float]]:
         """Teacher-forced logits [B, K, V], the surrogate's gradient with respect to them, and each row's value.
 
-        Only the logits of the last K positions are computed: those that predict the longest response. Rows are padded
-        on the left, so every response ends at the right edge.
+        Only the logits of the last K positions are computed: those from the end of the shortest prompt on. Rows are
+        padded on the right.
         """
         # The last response token predicts nothing that is judged, so it is not fed. The filler is one padding token.
         rows = [example.prompt_ids + example.response.ids[:-1] for example in examples] or [[self.pad]]
-        longest = max((len(example.response.ids) for example in examples), default=1)
-        batch = left_pad(rows, self.pad, runtime.device())
-        logits = self.model.module(**batch, use_cache=False, logits_to_keep=longest).logits
+        # The logits at a position predict the next one.
+        firsts = [len(example.prompt_ids) - 1 for example in examples]
+        first = min(firsts, default=0)
+        batch = right_pad(rows, self.pad, runtime.device())
+        logits = last_logits(self.model.module, batch, max(len(row) for row in rows) - first)
         gradient = torch.zeros_like(logits)
         values: list[float] = []
         with torch.no_grad(), self._table() as table:
             for row, example in enumerate(examples):
-                tail = slice(longest - len(example.response.ids), longest)
-                value, row_gradient = self._surrogate(example, logits[row, tail].float(), table)
+                start = firsts[row] - first
+                where = slice(start, start + len(example.response.ids))
+                value, row_gradient = self._surrogate(example, logits[row, where].float(), table)
                 values.append(value)
-                gradient[row, tail] = row_gradient.to(gradient.dtype)
+                gradient[row, where] = row_gradient.to(gradient.dtype)
         return logits, gradient, values
 
     def _table(self) -> AbstractContextManager[Tensor | None]:
@@ -87,6 +91,7 @@ class SafetyObjective(ResponseObjective):
     ):
         super().__init__(config, model, examples, gradients, pad)
         self.guard, self.vocabulary = guard, vocabulary
+        self.batch_size = min(self.batch_size, guard.max_batch or self.batch_size)
         self._judgements: dict[int, Judgement] = {}
 
     def admit(self, examples: Sequence[Example]) -> dict[int, str]:
@@ -184,11 +189,10 @@ class LossObjective(Objective[TokenSequence]):
     def forward(self, examples: Sequence[TokenSequence]) -> tuple[Tensor, Tensor | None, list[float]]:
         """A loss, no gradient of its own, and the mean cross entropy of each row's learnt tokens."""
         if not examples:
-            batch = left_pad([[self.pad]], self.pad, runtime.device())
-            logits = self.model.module(**batch, use_cache=False, logits_to_keep=1).logits
+            logits = last_logits(self.model.module, right_pad([[self.pad]], self.pad, runtime.device()), 1)
             return logits, torch.zeros_like(logits), []
         batch, labels = padded(examples, self.pad, runtime.device())
-        logits = self.model.module(**batch, use_cache=False, logits_to_keep=labels.shape[1]).logits
+        logits = last_logits(self.model.module, batch, labels.shape[1])
         losses = row_losses(logits, labels)
         means = [loss / example.num_learnt for loss, example in zip(losses.tolist(), examples, strict=True)]
         return self.total(losses, examples), None, means

@@ -80,8 +80,9 @@ class Objective(ABC, Generic[Item]):
     """Examples, the scalar of each that is differentiated, and the sums that its gradient is added to.
 
     name: of its checkpoints. unit: what one example is called. source: where the examples come from, for messages.
-    batch_size: examples per rank and micro-batch. apart: whether the gradients of different ranks must stay separate
-    until they are received (``ShardedModel.readers``). Every rank makes the same calls in the same order.
+    batch_size: examples per rank and micro-batch. pad: the padding token. apart: whether the gradients of different
+    ranks must stay separate until they are received (``ShardedModel.readers``). Every rank makes the same calls in the
+    same order.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Objective(ABC, Generic[Item]):
     source: str = ""
     examples: Sequence[Item]
     batch_size: int
+    pad: int
     apart: bool = False
     gradients: GradientShards
 

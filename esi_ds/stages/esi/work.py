@@ -38,6 +38,7 @@ from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.respond import respond, write_responses
 from esi_ds.stages.run import CHECKPOINTS, StageRun
 from esi_ds.zero import runtime
+from esi_ds.zero.batching import batch_size_for, check_causal
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 from esi_ds.zero.placement import load_judge
@@ -73,15 +74,22 @@ class EsiRun(StageRun[EsiInputs]):
         finish_esi(self, model, scores, sigma, outcome, losses)
 
     def _load_guard(self, judge: PreparedEsiJudge) -> Guard:
-        """The judge with its weights. Collectives: those of ``load_judge``."""
+        """The judge with its weights. Collectives: those of ``load_judge``, of two passes of it, and an all-reduce."""
         section = judge.section
         module, weights, note = load_judge(
             section, "judge", judge.config, self.config.model.dtype, self.deepspeed_config
         )
         self.tracker.log(f"judge: family {judge.family.name}, {note}")
         if judge.labels:
-            return ClassifierGuard(module, judge.tokenizer, section.score, weights, *judge.labels)
-        return Guard(module, judge.tokenizer, section.score, weights)
+            guard: Guard = ClassifierGuard(module, judge.tokenizer, section.score, weights, *judge.labels)
+        else:
+            guard = Guard(module, judge.tokenizer, section.score, weights)
+        if self.config.esi.batch_size > 1 and runtime.any_rank(guard.depends_on_neighbours(runtime.device())):
+            guard.max_batch = 1
+            self.tracker.remark(
+                "the judge reads one response at a time: its score would depend on the responses beside it"
+            )
+        return guard
 
     def _accumulate_safety(self, model: ShardedModel, guard: Guard | None, inputs: PromptInputs) -> SafetyOutcome:
         """Responses, then the scoring pass. Raises UserError where no prompt can be used."""
@@ -181,7 +189,15 @@ class EsiRun(StageRun[EsiInputs]):
         return LossOutcome(loss, accumulated, len(used), state.scores, state.excluded)
 
     def _run_pass(self, model: ShardedModel, objective: Objective[Any]) -> PassState:
-        """One pass. Its checkpoints stay until the run is done: a later pass may be interrupted too."""
+        """One pass. Its checkpoints stay until the run is done: a later pass may be interrupted too.
+
+        Raises UserError where the model is not causal. Collectives: those of the pass, and of ``zero.batching``.
+        """
+        ids, batch_size = objective.examples[0].ids, objective.batch_size
+        check_causal(model, ids, objective.pad)
+        objective.batch_size = batch_size_for(model, ids, objective.pad, batch_size)
+        if objective.batch_size < batch_size:
+            self.tracker.remark(f"one {objective.unit} a forward pass: its logits would depend on those beside it")
         folder = self.folder.path / CHECKPOINTS / objective.name
         state = ScoringPass(self.config, model, objective, folder, self.tracker, self._first_step).run()
         self._first_step += len(objective.examples)

@@ -11,12 +11,14 @@ from esi_ds.data.thoughts import UNFINISHED, final_answer, opening_mark
 from esi_ds.eval.fluency import surprises as measure_surprises
 from esi_ds.eval.rows import AnswerRow, SurpriseRow, answered
 from esi_ds.eval.verdicts import is_empty
+from esi_ds.models.rows import probe_ids
 from esi_ds.stages.evaluate.prepare import Candidate
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Key, Ledger
 from esi_ds.stages.respond import generate_all
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
+from esi_ds.zero.batching import batch_size_for, reads_causally
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.generate import choose_mode, in_step, ready_to_generate
 
@@ -112,9 +114,9 @@ def surprise_all(
 ) -> None:
     """Add how surprised the reference model is by every answer that ``surprises`` lacks.
 
-    Only if the whole model fits on a rank; if it must stay sharded, incoherence is judged by form alone.
-    section: ``eval`` of the config. Collectives: a gather of the model, and a gather of numbers per batch. Raises
-    Interrupted.
+    Only if the whole model fits on a rank and is causal; else incoherence is judged by form alone. section: ``eval`` of
+    the config. Collectives: those of ``zero.batching``, a gather of the model, and a gather of numbers per batch.
+    Raises Interrupted.
     """
     waiting = [
         (row, row["response"] or "") for key, row in answers.rows.items() if key not in surprises.rows and has_text(row)
@@ -126,6 +128,11 @@ def surprise_all(
         reason = "experts are on different ranks" if model.expert_parallel else reason
         tracker.log(f"incoherence is judged by form alone: {reason}")
         return
+    ids, pad = probe_ids(reference.tokenizer), reference.tokenizer.pad_token_id or 0
+    if not reads_causally(model, ids, pad):
+        tracker.log("incoherence is judged by form alone: the model is not causal")
+        return
+    batch_size = batch_size_for(model, ids, pad, section.batch_size)
     ranks, rank = runtime.world_size(), runtime.rank()
     size = section.batch_size * 4  # so many that texts of like length can be batched together
     bar = tracker.progress(total=len(waiting), initial=0, unit="answer", description="surprise")
@@ -137,7 +144,7 @@ def surprise_all(
                 reference.tokenizer,
                 [(row["prompt"], response) for row, response in mine],
                 system_prompt=config.model.system_prompt,
-                batch_size=section.batch_size,
+                batch_size=batch_size,
                 limit=reference.max_positions,
             )
             rows: list[SurpriseRow] = [

@@ -123,4 +123,5 @@ def facts(run: StageRun[Any], section: Eval) -> Facts:
         "ranks": runtime.world_size(),
         "seed": run.config.run.seed,
         "wall time (s)": round(time.time() - run.started, 1),
+        **run.remarks,
     }

@@ -215,13 +215,19 @@ def _ask_model(
     deepspeed_config: dict[str, Any],
     tracker: Tracker,
 ) -> None:
-    """Ranks share the batches. Collectives: the judge's own if it is sharded, and a gather of verdicts per round."""
+    """Ranks share the batches. Collectives: the judge's own if it is sharded, an all-reduce, and a gather of verdicts
+    per round."""
     reader, weights = _load(judge, config, deepspeed_config, tracker)
+    batch_size = require_eval(config).batch_size
+    if batch_size > 1 and reader.max_batch is None and runtime.any_rank(reader.depends_on_neighbours()):
+        reader.max_batch = 1
+        tracker.remark(f"judge {judge.name} reads one answer at a time: its verdict would depend on those beside it")
+    weights.release()
     encoded = {n: reader.encode(question.row["prompt"], question.response) for n, question in enumerate(questions)}
     at_once = {number: verdict for number, verdict in encoded.items() if isinstance(verdict, Verdict)}
     verdicts.add(_verdict_row(judge, questions[number], verdict) for number, verdict in at_once.items())
     pairs = {number: pair for number, pair in encoded.items() if not isinstance(pair, Verdict)}
-    batches = length_batches(reader, pairs, require_eval(config).batch_size)
+    batches = length_batches(reader, pairs, batch_size)
     ranks, rank = runtime.world_size(), runtime.rank()
     with _progress(judge, len(questions), len(at_once), tracker) as bar:
         for start in range(0, len(batches), ranks):

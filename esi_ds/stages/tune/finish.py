@@ -68,6 +68,7 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         "ranks": runtime.world_size(),
         "wall time (s)": round(time.time() - run.started, 1),
         "seed": config.run.seed,
+        **run.remarks,
         "fingerprint": run.fingerprint,
         "mask": tune.mask,
         "mask fingerprint": inputs.mask.fingerprint,

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from esi_ds.core.batch import left_pad
+from esi_ds.core.batch import right_pad
 from esi_ds.core.schedule import learning_rate
 from esi_ds.data.conversations import IGNORED, DataOrder, TokenSequence
 from esi_ds.errors import Interrupted, UserError
@@ -35,14 +35,14 @@ class MicroBatch:
 def padded(sequences: Sequence[TokenSequence], pad: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
     """The model's inputs, int64 [B, L], and the labels, int64 [B, K], of its last K logits.
 
-    No logit before those has a label. Rows are padded on the left, so every row ends at the right edge.
+    No logit before those has a label. Rows are padded on the right.
     """
     width = max(len(sequence.ids) for sequence in sequences)
-    batch = left_pad([sequence.ids for sequence in sequences], pad, device)
+    batch = right_pad([sequence.ids for sequence in sequences], pad, device)
     labels = torch.full((len(sequences), width), IGNORED, dtype=torch.int64)
     for row, sequence in enumerate(sequences):
         # The logits at a position predict the next one.
-        labels[row, width - len(sequence.ids) : width - 1] = torch.tensor(sequence.labels[1:], dtype=torch.int64)
+        labels[row, : len(sequence.ids) - 1] = torch.tensor(sequence.labels[1:], dtype=torch.int64)
     learnt = (labels != IGNORED).any(0).nonzero()
     first = int(learnt[0]) if len(learnt) else width - 1
     return batch, labels[:, first:].to(device)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from esi_ds import patch
 from esi_ds.artifacts import replace_folder, wait_until_visible
 from esi_ds.data.thoughts import opening_mark
+from esi_ds.errors import UserError
 from esi_ds.eval.refusals import is_refusal
 from esi_ds.journal import Journal
 from esi_ds.models.fingerprint import tensor_digests
@@ -26,6 +27,7 @@ from esi_ds.stages.tune.finish import finish_tuning
 from esi_ds.stages.tune.prepare import TuningInputs
 from esi_ds.stages.tune.training import Training
 from esi_ds.zero import runtime
+from esi_ds.zero.batching import batch_size_for, check_causal
 from esi_ds.zero.dense import DenseTuner
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.export import export_model
@@ -53,6 +55,7 @@ class TuneRun(StageRun[TuningInputs]):
         self._log_inputs(same_weights)
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        self._check_batches(model)
         measure_before(self, model)
         before = self._answers(model, "before") if inputs.eval is not None and inputs.eval.before else None
         training = Training(inputs, make_tuner(), config.run.seed, self.folder.path / CHECKPOINTS, tracker)
@@ -95,6 +98,22 @@ class TuneRun(StageRun[TuningInputs]):
 
         model = self.load_model(make_optimizer)
         return model, partial(DenseTuner, model, trained, optimizers[0])
+
+    def _check_batches(self, model: ShardedModel) -> None:
+        """Raise UserError where a row's loss would be that of another text, or depend on the rows beside it.
+
+        Collectives: those of ``check_causal`` and ``batch_size_for``.
+        """
+        tune, ids, pad = self.inputs.tune, self.inputs.rows.sequences[0].ids, self.inputs.tokenizer.pad_token_id
+        check_causal(model, ids, pad)
+        if batch_size_for(model, ids, pad, tune.batch_size) < tune.batch_size:
+            accumulation = tune.batch_size * tune.gradient_accumulation
+            raise UserError(
+                "tune.batch_size",
+                tune.batch_size,
+                "is more than this model can read at once: a row's logits depend on the rows beside it",
+                f"set tune.batch_size: 1 and tune.gradient_accumulation: {accumulation}, which is the same update",
+            )
 
     def _log_inputs(self, same_weights: bool) -> None:
         inputs, tracker = self.inputs, self.tracker

@@ -1,0 +1,126 @@
+"""Rows of token ids in one forward pass: the logits wanted of them, and whether a row's result is its own.
+
+Models differ in what they do with padding. RWKV and RecurrentGemma read it as text, BART counts positions from the
+left edge of the batch, experts with a limited capacity drop tokens because of other rows' tokens. No list of
+architectures says which: two forward passes on a short row do.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from esi_ds.core.batch import Rows, left_pad
+from esi_ds.errors import UserError
+from esi_ds.models.decoding import without_defaults
+
+PROBE_TEXT = "What is the capital of France, and how many people live there?"
+PROBE_LENGTH, PROBE_REPEATS = 8, 4  # tokens of the probe's row; the row beside it is as many times as long
+# Relative L2 distance of logits that is still rounding. Other shapes add up in another order, which layers amplify: by
+# 2e-4 at most over all architectures in float32 (docs/architectures.md), a few units of the last place in the others.
+# Padding that is read as text moves logits by a tenth and more. A wrong alarm costs time, not correctness.
+ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+class Together(Enum):
+    """Which rows may share a batch without changing each other's results."""
+
+    ANY, EQUAL_LENGTH, NONE = "any", "of equal length", "none"
+
+
+Read = Callable[[Rows], Sequence[Tensor] | Tensor]  # rows in one batch → each row's result
+
+
+def accepted(model: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``options`` that the model's forward pass takes."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return dict(options)
+    return {name: value for name, value in options.items() if name in parameters}
+
+
+def last_logits(
+    model: nn.Module, batch: Mapping[str, Tensor], count: int, forward: Callable[..., Any] | None = None
+) -> Tensor:
+    """Logits [B, count, V] of the last ``count`` positions of a causal model, in its dtype.
+
+    Only those are computed where the architecture can. Some take ``logits_to_keep`` and ignore it (ProphetNet, TrOCR,
+    Whisper, xLSTM). forward: what is called instead of ``model``, such as its engine. Raises UserError where neither
+    these logits nor those of all positions come back. Collectives: those of a forward pass.
+    """
+    width = batch["input_ids"].shape[1]
+    options = accepted(model, {**batch, "use_cache": False, "logits_to_keep": count})
+    logits: Tensor = (forward or model)(**options).logits
+    if logits.shape[1] == count:
+        return logits
+    if logits.shape[1] != width:
+        raise UserError(
+            "path",
+            getattr(model, "name_or_path", type(model).__name__),
+            f"gives logits of {logits.shape[1]} positions where those of the last {count} of {width} were asked for",
+            "use a causal language model that gives one row of logits for each token",
+        )
+    return logits[:, width - count :]
+
+
+def end_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits [B, V] of each row's last token, in the model's dtype. batch: of ``right_pad``. As ``last_logits``."""
+    lengths = batch["attention_mask"].sum(1)
+    width, shortest = batch["input_ids"].shape[1], int(lengths.min())
+    logits = last_logits(model, batch, width - shortest + 1)
+    return logits[torch.arange(len(logits), device=logits.device), lengths - shortest]
+
+
+def depends_on_neighbours(read: Read, ids: Sequence[int], repeats: int = PROBE_REPEATS) -> bool:
+    """Whether a row's result changes with the other row of a batch, ``repeats`` times as long. Two calls of ``read``.
+
+    ids: any text's. The other row comes first and says the same, so that experts with a capacity are full when the
+    probe's tokens arrive.
+    """
+    row = _probe_row(ids)
+    return _differ(read([row])[0], read([row * repeats, row])[1])
+
+
+def is_causal(read: Read, ids: Sequence[int]) -> bool:
+    """Whether what a row's results [L, V] say of earlier tokens is the same with another last token. Two calls of
+    ``read``."""
+    row = _probe_row(ids)
+    other = next((token for token in row if token != row[-1]), 0 if row[-1] else 1)
+    return not _differ(read([row])[0][:-1], read([[*row[:-1], other]])[0][:-1])
+
+
+def generation_logits(model: PreTrainedModel, rows: Rows, pad: int, synced_gpus: bool = False) -> Tensor:
+    """Logits [B, 2, V] of the first two steps of greedy generation: of the prompt, and of a token read with what the
+    prompt left in the cache. synced_gpus: as for ``greedy_ids``."""
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=2, pad_token_id=pad, output_logits=True, return_dict_in_generate=True
+    )
+    batch = left_pad(rows, pad, model.device)
+    generator: Any = model  # typed without the mixin that ``generate`` comes from
+    with torch.no_grad(), without_defaults(model, (), pad):
+        steps = generator.generate(**batch, generation_config=settings, synced_gpus=synced_gpus).logits
+    return torch.stack(list(steps), dim=1)
+
+
+def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a text, for a probe where no other is at hand."""
+    ids: list[int] = tokenizer(PROBE_TEXT)["input_ids"]
+    return ids
+
+
+def _probe_row(ids: Sequence[int]) -> list[int]:
+    return (list(ids) * PROBE_LENGTH)[:PROBE_LENGTH]
+
+
+def _differ(expected: Tensor, values: Tensor) -> bool:
+    """Whether two results of one shape differ by more than rounding. Results that are not finite say nothing."""
+    if not bool(expected.isfinite().all()):
+        return False
+    distance = (values.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30)
+    return not bool(distance <= ROUNDING[expected.dtype])
