@@ -21,7 +21,7 @@ from esi_ds.errors import UserError
 from esi_ds.models.decoding import without_defaults
 
 PROBE_TEXT = "What is the capital of France, and how many people live there?"
-PROBE_LENGTH, PROBE_REPEATS = 8, 4  # tokens of the probe's row; the row beside it is as many times as long
+PROBE_LENGTH, PROBE_REPEATS = 8, 4  # tokens of the probe's row; how many times it stands beside itself
 # Relative L2 distance of logits that is still rounding. Other shapes add up in another order, which layers amplify: by
 # 2e-4 at most over all architectures in float32 (docs/architectures.md), a few units of the last place in the others.
 # Padding that is read as text moves logits by a tenth and more. A wrong alarm costs time, not correctness.
@@ -77,14 +77,16 @@ def end_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return logits[torch.arange(len(logits), device=logits.device), lengths - shortest]
 
 
-def depends_on_neighbours(read: Read, ids: Sequence[int], repeats: int = PROBE_REPEATS) -> bool:
-    """Whether a row's result changes with the other row of a batch, ``repeats`` times as long. Two calls of ``read``.
+def depends_on_neighbours(read: Read, ids: Sequence[int], equal_length: bool = False) -> bool:
+    """Whether a row's result changes with the rows beside it: a longer one, or some of ``equal_length``. Two calls of
+    ``read``.
 
-    ids: any text's. The other row comes first and says the same, so that experts with a capacity are full when the
+    ids: any text's. The other rows come first and say the same, so that experts with a capacity are full when the
     probe's tokens arrive.
     """
     row = _probe_row(ids)
-    return _differ(read([row])[0], read([row * repeats, row])[1])
+    others = [row] * PROBE_REPEATS if equal_length else [row * PROBE_REPEATS]
+    return _differ(read([row])[0], read([*others, row])[-1])
 
 
 def is_causal(read: Read, ids: Sequence[int]) -> bool:

@@ -115,6 +115,6 @@ def may_stand_together(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, 
         if not runtime.any_rank(depends_on_neighbours(read, ids)):
             model.together = Together.ANY
         else:
-            alike = runtime.any_rank(depends_on_neighbours(read, ids, repeats=1))
+            alike = runtime.any_rank(depends_on_neighbours(read, ids, equal_length=True))
             model.together = Together.NONE if alike else Together.EQUAL_LENGTH
     return model.together

@@ -23,6 +23,7 @@ from esi_ds.stages.run import StageRun, check_mask_bits
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.files import read_scores
+from esi_ds.zero.generate import choose_mode, may_stand_together, ready_to_generate
 from esi_ds.zero.perturb import perturbed, weights_digest
 from esi_ds.zero.score import Scores, select_weights, unit_sigmas
 
@@ -57,12 +58,17 @@ class PerturbRun(StageRun[PerturbInputs]):
         finish_perturb(self, outcome, restored)
 
     def _load(self) -> ShardedModel:
-        """The model, which must be the mask's. Raises UserError."""
+        """The model, which must be the mask's. Raises UserError. Collectives: those of loading, ``begin`` and
+        ``may_stand_together``."""
         mask = self.inputs.mask
         check_mask_bits(mask, FIELD)
         model = self.load_model()
         self.begin(model)
         self.accept_mask(mask, FIELD)
+        # Asked before any weight is disturbed: a restarted run may have nothing left to ask of the clean model.
+        mode, _ = choose_mode(model, self.config.esi.generation)
+        with ready_to_generate(model, mode):
+            may_stand_together(model, self.inputs.candidate.tokenizer, mode)
         self.tracker.log(f"mask: {mask.k:,} weights by {mask.header.criterion}; {len(self.inputs.cells)} cells")
         return model
 

@@ -1,0 +1,328 @@
+"""A row's result is its own: the row alone against the same row beside others, in everything that makes batches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from builders import byte_bpe_tokenizer, spread
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from esi_ds.core.batch import left_pad, right_pad
+from esi_ds.core.loss import row_losses
+from esi_ds.data.chat import EncodedResponse
+from esi_ds.data.conversations import IGNORED, TokenSequence
+from esi_ds.errors import UserError
+from esi_ds.eval.classifiers import NextWordJudge, SequenceJudge, judge_pairs, yes_no_family
+from esi_ds.eval.fluency import surprises
+from esi_ds.judge.classifier import SequenceRule
+from esi_ds.judge.guard import Guard, WholeWeights
+from esi_ds.judge.pairs import PairEncoder
+from esi_ds.models.rows import Together, depends_on_neighbours, is_causal, last_logits
+from esi_ds.stages.esi.objectives import MeanLoss, ScoreFunctionObjective
+from esi_ds.stages.esi.prepare import Example
+from esi_ds.stages.tune.training import padded
+from esi_ds.stages.tune.work import TuneRun
+from esi_ds.zero.batching import batch_size_for, check_causal
+from esi_ds.zero.generate import choose_batches, generate
+
+VOCABULARY, PAD = 380, 0
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": PAD,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+DECODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "pad_token_id": PAD,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+ENCODER = SIZES | {"max_position_embeddings": 300, "pad_token_id": 1}
+# Attention with rotary positions; no mask at all; no mask in the recurrence; learned positions from the batch's left
+# edge; positions by the padding token; positions by the padding token and logits_to_keep ignored.
+CONFIGS: dict[str, transformers.PretrainedConfig] = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "rwkv": transformers.RwkvConfig(
+        vocab_size=VOCABULARY, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, context_length=300
+    ),
+    "recurrent_gemma": transformers.RecurrentGemmaConfig(
+        **SIZES | {"num_hidden_layers": 3}, lru_width=32, head_dim=8, attention_window_size=64
+    ),
+    "bart": transformers.BartConfig(**DECODER, max_position_embeddings=300),
+    "roberta": transformers.RobertaConfig(**ENCODER, is_decoder=True),
+    "trocr": transformers.TrOCRConfig(**DECODER, max_position_embeddings=300, use_learned_position_embeddings=True),
+}
+KINDS = tuple(CONFIGS)
+IGNORE_PADDING = ("rwkv", "recurrent_gemma", "bart")
+
+
+class CapacityMLP(LlamaMLP):
+    """Experts with a capacity: of all tokens of the batch, only the first half is served."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        served = torch.arange(x.shape[0] * x.shape[1]).view(*x.shape[:2], 1) < 20
+        return super().forward(x) * served
+
+
+class BatchStatistics(nn.LayerNorm):
+    """Normalises over the batch, as batch-norm does in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean((0, 1))) / x.std((0, 1))
+
+
+def build(kind: str) -> PreTrainedModel:
+    torch.manual_seed(3)
+    is_llama = kind in ("capacity", "batch statistics", "encoder")
+    config = transformers.BertConfig(**ENCODER) if kind == "encoder" else CONFIGS["llama" if is_llama else kind]
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    if kind == "capacity":
+        model.model.layers[0].mlp = CapacityMLP(config)
+    if kind == "batch statistics":
+        model.model.norm = BatchStatistics(32)
+    spread(model)
+    return model.eval()
+
+
+def sharded(model: PreTrainedModel) -> Any:
+    """What stages see of a model, on one rank without ZeRO-3."""
+    return SimpleNamespace(module=model, release=lambda: None, together=None, expert_parallel=False)
+
+
+def ids(seed: int, length: int) -> list[int]:
+    return torch.randint(5, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def plain(model: PreTrainedModel, row: list[int]) -> Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([row])).logits[0]
+
+
+def close(values: Tensor, expected: Tensor) -> bool:
+    """Within rounding of fp32 sums in another order."""
+    return bool((values - expected).norm() <= 1e-5 * expected.norm())
+
+
+def gradients(model: PreTrainedModel) -> Tensor:
+    parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return torch.cat(parts)
+
+
+SHORT, LONG = ids(1, 9), ids(2, 24)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rows_logits_are_those_of_the_row_alone(kind: str) -> None:
+    model = build(kind)
+    for rows in ([SHORT, LONG], [LONG, SHORT]):
+        with torch.no_grad():
+            logits = last_logits(model, right_pad(rows, PAD, "cpu"), len(LONG) - 4)
+        row = rows.index(SHORT)
+        assert close(logits[row, : len(SHORT) - 4], plain(model, SHORT)[4:])
+        assert close(logits[1 - row], plain(model, LONG)[4:])
+
+
+def test_right_padding_gives_what_left_padding_gave() -> None:
+    model = build("llama")
+    left = left_pad([SHORT, LONG], PAD, "cpu")
+    positions = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(**left, position_ids=positions).logits[0, -len(SHORT) :]
+        logits = last_logits(model, right_pad([SHORT, LONG], PAD, "cpu"), len(LONG))[0, : len(SHORT)]
+    assert (logits - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_logits_to_keep_that_is_ignored_unknown_or_misread() -> None:
+    model = build("trocr")
+    batch = right_pad([LONG], PAD, "cpu")
+    assert model(**batch, logits_to_keep=4).logits.shape[1] == len(LONG)  # the architecture ignores it
+    assert torch.equal(last_logits(model, batch, 4)[0], plain(model, LONG)[-4:])
+
+    class Strict(nn.Module):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=input_ids[..., None].float())
+
+    assert last_logits(Strict(), batch, 4).flatten().tolist() == LONG[-4:]
+
+    class OneAtATime(nn.Module):
+        def forward(self, input_ids: Tensor, **options: object) -> SimpleNamespace:
+            return SimpleNamespace(logits=input_ids[:, -1:, None].float())
+
+    with pytest.raises(UserError, match="gives logits of 1 positions where those of the last 4 of 24"):
+        last_logits(OneAtATime(), batch, 4)
+
+
+def examples() -> list[Example]:
+    responses = ids(5, 4), ids(6, 15), ids(7, 1)
+    return [
+        Example(index, ids(index + 10, length), EncodedResponse(response, []), None)
+        for index, (length, response) in enumerate(zip((5, 20, 11), responses, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_a_batch_of_responses_is_the_sum_of_its_rows(kind: str) -> None:
+    model, config, rows = build(kind), SimpleNamespace(esi=SimpleNamespace(batch_size=3)), examples()
+    objective = ScoreFunctionObjective(config, sharded(model), {0: 1.0, 1: -2.0, 2: 0.5}, rows, None, PAD)
+    logits, gradient, values = objective.forward(rows)
+    logits.backward(gradient)
+    together = gradients(model)
+    for example, value in zip(rows, values, strict=True):
+        probabilities = (
+            model(torch.tensor([example.ids]), use_cache=False)
+            .logits[0, -len(example.response.ids) - 1 : -1]
+            .log_softmax(1)
+        )
+        sampled = torch.tensor(example.response.ids)[:, None]
+        own = objective._advantages[example.index] * probabilities.gather(1, sampled).sum()
+        assert value == pytest.approx(own.item(), rel=1e-4)
+        own.backward()
+    assert close(together, gradients(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_tuning_rows_is_the_sum_of_its_rows(kind: str) -> None:
+    model = build(kind)
+    rows = [
+        TokenSequence(number, row, [*[IGNORED] * first, *row[first:]])
+        for number, (row, first) in enumerate(((SHORT, 4), (LONG, 13), (ids(8, 30), 2)))
+    ]
+    batch, labels = padded(rows, PAD, torch.device("cpu"))
+    losses = row_losses(last_logits(model, batch, labels.shape[1]), labels)
+    losses.sum().backward()
+    together = gradients(model)
+    for row, loss in zip(rows, losses, strict=True):
+        logits = model(torch.tensor([row.ids]), use_cache=False).logits[0, :-1]
+        own = nn.functional.cross_entropy(logits, torch.tensor(row.labels[1:]), ignore_index=IGNORED, reduction="sum")
+        assert loss.item() == pytest.approx(own.item(), rel=1e-5)
+        own.backward()
+    assert close(together, gradients(model))
+    objective = MeanLoss("tuning", sharded(model), rows, None, PAD, 3)
+    assert objective.forward(rows)[0].item() == pytest.approx(losses.sum().item(), rel=1e-6)
+
+
+PAIRS = [
+    ("How?", "I cannot help with that."),
+    ("Tell me a story", "Once upon a time there was a girl. " * 3),
+    ("a", "b"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_judges_and_surprise_read_a_pair_as_if_it_were_alone(kind: str) -> None:
+    model, tokenizer = build(kind), byte_bpe_tokenizer()
+    family = yes_no_family("{prompt}\n{response}\nAnswer:", unsafe=(" Yes",), safe=(" No",))
+    judge = NextWordJudge(model, tokenizer, family)
+    alone = [judge_pairs(judge, [pair])[0] for pair in PAIRS]
+    batched = judge_pairs(judge, PAIRS)
+    assert [(v.unsafe, v.reason) for v in batched] == [(v.unsafe, v.reason) for v in alone]
+
+    guard, encoder = Guard(model, tokenizer, "margin", WholeWeights()), PairEncoder(family, tokenizer)
+    encoded: list[Any] = [encoder.encode(*pair) for pair in PAIRS]
+    assert not guard.depends_on_neighbours("cpu")
+    expected = [guard.judge([pair], "cpu")[0] for pair in encoded]
+    for judgement, own in zip(guard.judge(encoded, "cpu"), expected, strict=True):
+        assert judgement.score == pytest.approx(own.score, rel=1e-4, abs=1e-5)
+        assert close(judgement.gradient, own.gradient)
+    assert guard.scores(encoded, "cpu") == pytest.approx([own.score for own in expected], rel=1e-4, abs=1e-5)
+
+    assert surprises(model, tokenizer, PAIRS) == pytest.approx(surprises(model, tokenizer, PAIRS, batch_size=1))
+
+
+def test_a_classifier_that_mixes_padding_in_reads_one_pair_at_a_time() -> None:
+    """FNet has no mask: its Fourier transform runs over the padding too."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 380, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "pad_token_id": PAD}
+    model = transformers.FNetForSequenceClassification(transformers.FNetConfig(**sizes, num_labels=2)).eval()
+    spread(model)
+    rule, tokenizer = SequenceRule("{prompt} {response}", (1,)), byte_bpe_tokenizer()
+    judge = SequenceJudge(model, tokenizer, rule)
+    assert judge.depends_on_neighbours()
+    verdicts = judge_pairs(judge, PAIRS)
+    assert judge.max_batch == 1
+    expected = [
+        float(model(torch.tensor([tokenizer(f"{prompt} {answer}")["input_ids"]])).logits[0].softmax(0)[1])
+        for prompt, answer in PAIRS
+    ]
+    assert [verdict.score for verdict in verdicts] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["capacity", "batch statistics"])
+def test_a_model_whose_rows_share_something_reads_one_at_a_time(kind: str) -> None:
+    model = sharded(build(kind))
+    assert batch_size_for(model, SHORT, PAD, 4) == batch_size_for(model, SHORT, PAD, 1) == 1
+    inputs = SimpleNamespace(
+        tune=SimpleNamespace(batch_size=4, gradient_accumulation=2),
+        rows=SimpleNamespace(sequences=[TokenSequence(0, SHORT, SHORT)]),
+        tokenizer=SimpleNamespace(pad_token_id=PAD),
+    )
+    if kind == "capacity":  # the other is not even causal
+        with pytest.raises(UserError, match="tune.batch_size = 4: .* tune.gradient_accumulation: 8"):
+            TuneRun._check_batches(SimpleNamespace(inputs=inputs), model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_probe_of_right_padding_lets_causal_models_pass(kind: str) -> None:
+    model = sharded(build(kind))
+    check_causal(model, SHORT, PAD)
+    assert batch_size_for(model, SHORT, PAD, 4) == 4
+    model.module.to(torch.bfloat16)
+    assert batch_size_for(model, SHORT, PAD, 4) == 4
+
+
+@pytest.mark.parametrize("kind", ["encoder", "batch statistics"])
+def test_a_model_that_is_not_causal_is_refused(kind: str) -> None:
+    with pytest.raises(UserError, match="is not a causal model"):
+        check_causal(sharded(build(kind)), SHORT, PAD)
+
+
+def test_a_probe_needs_numbers() -> None:
+    broken = [torch.full((3, 4), torch.nan)] * 2
+    assert not depends_on_neighbours(lambda rows: broken, [1]) and is_causal(lambda rows: broken, [1])
+
+
+PROMPTS = [ids(21, 6), ids(22, 17), ids(23, 6), ids(24, 11), ids(25, 6)]
+
+
+@pytest.mark.parametrize("kind", [*IGNORE_PADDING, "llama", "capacity"])
+def test_prompts_are_answered_as_if_each_were_alone(kind: str) -> None:
+    model, tokenizer = sharded(build(kind)), byte_bpe_tokenizer()
+    lengths = {number: len(prompt) for number, prompt in enumerate(PROMPTS)}
+    batches, note = choose_batches(model, tokenizer, lengths, 2, "gathered")
+    # RWKV's step with a cache mixes the rows of any batch: it broadcasts [B, H] against [B, 1, H].
+    alone = Together.NONE
+    expected = {"llama": Together.ANY, "capacity": alone, "rwkv": alone}.get(kind, Together.EQUAL_LENGTH)
+    assert model.together is expected
+    assert sorted(number for batch in batches for number in batch) == list(lengths)
+    assert (note is None) == (kind == "llama")
+    if expected is Together.EQUAL_LENGTH:
+        assert batches == [[0, 2], [4], [3], [1]]
+    for numbers in batches:
+        texts = generate(model, tokenizer, [PROMPTS[n] for n in numbers], 5, "gathered", end_ids=())
+        assert texts == [generate(model, tokenizer, [PROMPTS[n]], 5, "gathered", end_ids=())[0] for n in numbers]
+
+
+def test_a_restart_makes_the_same_batches_of_what_is_left() -> None:
+    model, tokenizer = sharded(build("bart")), byte_bpe_tokenizer()
+    lengths = {number: 5 + number % 3 for number in range(20)}
+    batches, _ = choose_batches(model, tokenizer, lengths, 3, "gathered")
+    for done in range(len(batches)):
+        left = {number: lengths[number] for batch in sorted(batches[done:]) for number in batch}
+        assert choose_batches(model, tokenizer, dict(sorted(left.items())), 3, "gathered")[0] == batches[done:]
