@@ -90,11 +90,15 @@ def depends_on_neighbours(read: Read, ids: Sequence[int], equal_length: bool = F
 
 
 def is_causal(read: Read, ids: Sequence[int]) -> bool:
-    """Whether what a row's results [L, V] say of earlier tokens is the same with another last token. Two calls of
-    ``read``."""
+    """Whether a row's results [L, V] at earlier tokens are the same with another last token, and with more text behind
+    it (ProphetNet's are not). Three calls of ``read``."""
     row = _probe_row(ids)
-    other = next((token for token in row if token != row[-1]), 0 if row[-1] else 1)
-    return not _differ(read([row])[0][:-1], read([[*row[:-1], other]])[0][:-1])
+    last = next((token for token in row if token != row[-1]), 0 if row[-1] else 1)
+    earlier = len(row) - 1
+    expected = read([row])[0][:earlier]
+    others = [*row[:-1], last], row * PROBE_REPEATS
+    # All are read, whatever the first says: ranks must make the same calls.
+    return not any([_differ(expected, read([other])[0][:earlier]) for other in others])
 
 
 def generation_logits(model: PreTrainedModel, rows: Rows, pad: int, synced_gpus: bool = False) -> Tensor:

@@ -17,7 +17,7 @@ from esi_ds.zero.engine import ShardedModel
 def reads_causally(model: ShardedModel, ids: Sequence[int], pad: int) -> bool:
     """Whether the logits of earlier tokens are the same whatever follows.
 
-    ids: any text's. Collectives: those of two forward passes, and an all-reduce.
+    ids: any text's. Collectives: those of three forward passes, and an all-reduce.
     """
     return not runtime.any_rank(not is_causal(lambda rows: _logits(model, rows, pad), ids))
 

@@ -15,9 +15,11 @@ HEAD = """# Which architectures are right
 - **units**: every weight of a scored parameter lies in exactly one logical matrix, the same on the meta device;
   embeddings, tied heads and routers are not scored; rows called queries, keys and values, and matrices called gate and
   up, work as such when the layer is run.
-- **rows**: logits of a row alone, without mask and positions, against the same row left-padded beside a longer one.
+- **rows**: logits of a row alone, without a mask, against the same row right-padded beside another one, or by itself
+  where a probe says that rows depend on one another. Models that are not causal are refused.
 - **loading**: weights and logits of the model loaded under ZeRO-3 against plain `from_pretrained`.
-- **answers**: generated answers of a padded batch against greedy decoding of each row alone without a cache.
+- **answers**: generated answers of a batch, where a probe allows one, against greedy decoding of each row alone
+  without a cache.
 - **scores**: ESI of the shipped stage, batches of two, against the slow oracle's gradient times the matrix's σ.
 
 | verdict | meaning |

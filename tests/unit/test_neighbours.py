@@ -87,13 +87,22 @@ class BatchStatistics(nn.LayerNorm):
         return (x - x.mean((0, 1))) / x.std((0, 1))
 
 
+class LengthMLP(LlamaMLP):
+    """Depends on how much text follows, as ProphetNet does, but not on what it says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + x.shape[1] / 10)
+
+
 def build(kind: str) -> PreTrainedModel:
     torch.manual_seed(3)
-    is_llama = kind in ("capacity", "batch statistics", "encoder")
+    is_llama = kind in ("capacity", "batch statistics", "length", "encoder")
     config = transformers.BertConfig(**ENCODER) if kind == "encoder" else CONFIGS["llama" if is_llama else kind]
     model = transformers.AutoModelForCausalLM.from_config(config)
     if kind == "capacity":
         model.model.layers[0].mlp = CapacityMLP(config)
+    if kind == "length":
+        model.model.layers[0].mlp = LengthMLP(config)
     if kind == "batch statistics":
         model.model.norm = BatchStatistics(32)
     spread(model)
@@ -258,7 +267,7 @@ def test_a_classifier_that_mixes_padding_in_reads_one_pair_at_a_time() -> None:
     verdicts = judge_pairs(judge, PAIRS)
     assert judge.max_batch == 1
     expected = [
-        float(model(torch.tensor([tokenizer(f"{prompt} {answer}")["input_ids"]])).logits[0].softmax(0)[1])
+        model(torch.tensor([tokenizer(f"{prompt} {answer}")["input_ids"]])).logits[0].softmax(0)[1].item()
         for prompt, answer in PAIRS
     ]
     assert [verdict.score for verdict in verdicts] == pytest.approx(expected, rel=1e-4)
@@ -287,7 +296,7 @@ def test_the_probe_of_right_padding_lets_causal_models_pass(kind: str) -> None:
     assert batch_size_for(model, SHORT, PAD, 4) == 4
 
 
-@pytest.mark.parametrize("kind", ["encoder", "batch statistics"])
+@pytest.mark.parametrize("kind", ["encoder", "batch statistics", "length"])
 def test_a_model_that_is_not_causal_is_refused(kind: str) -> None:
     with pytest.raises(UserError, match="is not a causal model"):
         check_causal(sharded(build(kind)), SHORT, PAD)
