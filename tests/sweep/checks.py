@@ -81,13 +81,13 @@ def rows(model: PreTrainedModel) -> str:
     """A row alone, without a mask, against the same row right-padded beside another one, as everything but generation
     reads it."""
 
-    def read(batch: Rows) -> list[Tensor]:
+    def read(batch: Rows, first: int = FIRST) -> list[Tensor]:
         padded = right_pad(batch, 0, "cpu")
         with torch.no_grad():
-            logits = last_logits(model, padded, padded["input_ids"].shape[1] - FIRST)
-        return [values[: len(row) - FIRST] for values, row in zip(logits, batch, strict=True)]
+            logits = last_logits(model, padded, padded["input_ids"].shape[1] - first)
+        return [values[: len(row) - first] for values, row in zip(logits, batch, strict=True)]
 
-    if not is_causal(read, SHORT):
+    if not is_causal(lambda batch: read(batch, 0), SHORT):
         return "refused: the logits of earlier tokens depend on later ones"
     alone = read([SHORT])[0]
     differences = {
