@@ -7,13 +7,14 @@ reads the ``report.json`` of an ESI run.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 
 from esi_ds.errors import UserError
+from esi_ds.reading import read_json, reading
 from esi_ds.report.figures import STYLE, draw_heatmap, figure_png
 from esi_ds.report.tables import layer_by_expert, routing_maps
 from esi_ds.terminal import clean_output
@@ -27,11 +28,12 @@ def experts_png(run: Path) -> bytes:
     file = run / "report.json"
     if not file.is_file():
         raise UserError("RUN", str(run), "holds no report.json", "give the folder of a finished ESI run")
-    report = json.loads(file.read_text(encoding="utf-8"))
-    maps = layer_by_expert(report.get("units", []), report.get("selection", {}).get("k", 1))
-    if not maps:
+    report = read_json(file, dict[str, Any], "RUN", "give the folder of a finished ESI run")
+    with reading("RUN", run, "give the folder of a finished ESI run", "holds a report.json that is damaged"):
+        maps = layer_by_expert(report.get("units", []), report.get("selection", {}).get("k", 1))
+        heatmaps = [maps[0], maps[2], *routing_maps(report["routing"])] if maps else []
+    if not heatmaps:
         raise UserError("RUN", str(run), "is the report of a model without experts", "give one of a mixture's ESI run")
-    heatmaps = [maps[0], maps[2], *routing_maps(report["routing"])]
     with plt.rc_context(STYLE):
         num_rows = -(-len(heatmaps) // 2)
         figure, panels = plt.subplots(num_rows, 2, figsize=(13, 2.9 * num_rows), squeeze=False)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from esi_ds.artifacts import RunFolder, write_text_atomic
 from esi_ds.config import resolved_yaml, validate
 from esi_ds.errors import UserError
+from esi_ds.report.experts_picture import experts_png
 
 CONFIG = validate({"run": {"output_dir": "x"}, "model": {"path": "m"}})
 
@@ -31,3 +32,12 @@ def test_stored_configs(tmp_path_factory: pytest.TempPathFactory, data: st.DataO
 def test_a_sound_config_is_accepted(tmp_path: Path) -> None:
     write_text_atomic(tmp_path / "config.yaml", resolved_yaml(CONFIG))
     assert RunFolder(str(tmp_path)).check(CONFIG) is None
+
+
+TEXTS = ["{", "[]", "{}", '{"units": 1}', '{"units": [1]}', '{"units": [], "routing": {}}', "[" * 100_000, "\0", "NaN"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_reports_of_the_experts_picture(tmp_path: Path, text: str) -> None:
+    (tmp_path / "report.json").write_text(text)
+    assert isinstance(outcome(lambda: experts_png(tmp_path)), UserError)
