@@ -18,16 +18,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from esi_ds.artifacts import may_write, replace_folder, wait_until_visible, write_json_atomic, write_text_atomic
-from esi_ds.core.mask import (
-    DIGESTS_NAME,
-    UNITS_DIGEST,
-    UNITS_NAME,
-    Mask,
-    digest,
-    index_digests,
-    num_bytes,
-    pack_bits,
-)
+from esi_ds.core.mask import UNITS_DIGEST, UNITS_NAME, Mask, digest, index_digests, num_bytes, pack_bits
 from esi_ds.core.mask_metadata import MaskMetadata, mask_texts
 from esi_ds.core.score_folder import ScoreFolder
 from esi_ds.core.select import Cut, Order, ScoreRun, check_ratio, first_invalid, key_to_score, select
@@ -36,7 +27,7 @@ from esi_ds.errors import UserError
 from esi_ds.models.roles import SCORED, layer_of
 from esi_ds.ranks import Ranks
 from esi_ds.reading import check_type, parse_json, read_text, reading
-from esi_ds.tensor_files import INDEX_NAME
+from esi_ds.tensor_files import DIGESTS_NAME, INDEX_NAME
 from esi_ds.zero.files import save_tensors
 
 CHUNK = 1 << 22  # weights in memory at a time; a multiple of 8, so that a chunk's bits are whole bytes
@@ -218,17 +209,18 @@ def _offsets(mask: Mask) -> dict[str, int]:
 
 
 def check_scores(mask: Mask, scores: ScoreFolder, ranks: Ranks) -> None:
-    """Raise UserError on every rank unless all scores are finite and ≥ 0. Collectives: one gather."""
-    problem: str | None = None
+    """Raise UserError on every rank unless all scores are finite, ≥ 0 and those that were written.
+
+    The ranks share the reading: chunks for the values, whole parameters for the digests. Collectives: one gather.
+    """
+    problems: list[str] = []
     for name, low, high in spans(mask)[ranks.rank :: ranks.size]:
         values = scores.read(name, low, high)
         if (index := first_invalid(values)) is not None:
-            problem = f"the score of {name}, flat index {low + index}, is {float(values[index])}"
+            problems.append(f"the score of {name}, flat index {low + index}, is {float(values[index])}")
             break
-    problem = next(filter(None, ranks.gather(problem)), None)
-    if problem is not None:
-        remedy = "scores are finite and at least 0: score again, or copy the folder again"
-        raise UserError("--scores", str(scores.folder), problem, remedy)
+    problems += scores.problems(ranks.rank, ranks.size)
+    scores.refuse(problem for part in ranks.gather(problems) for problem in part)
 
 
 class _ScoreRuns:

@@ -6,7 +6,10 @@ the bytes (https://github.com/huggingface/safetensors, "Format"). Imports no tor
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +18,13 @@ from safetensors import safe_open
 from typing_extensions import TypedDict
 
 from esi_ds.errors import UserError
-from esi_ds.reading import check_regular, check_type, parse_json, read_index_content, reading
+from esi_ds.reading import check_regular, check_type, parse_json, read_index_content, read_json, reading
 
 INDEX_NAME = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
+DIGESTS_NAME = "digests.json"  # sha256 of every parameter's bytes; optional in folders from other tools
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
+BLOCK_BYTES = 1 << 20  # read and hashed at a time
 
 
 class StoredTensor(NamedTuple):
@@ -108,6 +113,35 @@ def read_tensor_folder(folder: Path, field: str, remedy: str) -> TensorFolder:
         if name not in tensors:
             raise UserError(field, str(folder / file_name), f"does not hold {name}, as {INDEX_NAME} says", remedy)
     return TensorFolder({name: tensors[name] for name in file_of}, metadata, index_metadata)
+
+
+def tensor_sha256(tensor: StoredTensor) -> str:
+    """sha256 of a tensor's bytes, as they lie in its file. Raises OSError or ValueError."""
+    digest = hashlib.sha256()
+    left = tensor.last - tensor.first
+    with tensor.file.open("rb") as opened:
+        opened.seek(tensor.first)
+        while left > 0:
+            if not (block := opened.read(min(left, BLOCK_BYTES))):
+                raise ValueError(f"{tensor.file.name} is shorter than its header says")
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def read_digests(folder: Path, names: Collection[str], field: str, remedy: str) -> dict[str, str]:
+    """Parameter → sha256 of its bytes, from ``digests.json``; empty where the folder has none.
+
+    Raises UserError naming ``field`` where the file is damaged or names others than the folder's parameters ``names``.
+    """
+    file = folder / DIGESTS_NAME
+    if not os.path.lexists(file):
+        return {}
+    digests = read_json(file, dict[str, str], field, remedy)
+    if others := sorted(set(digests) ^ set(names)):
+        problem = f"names other parameters than the folder holds ({', '.join(others[:5])})"
+        raise UserError(field, str(file), problem, remedy)
+    return digests
 
 
 def numel(shape: tuple[int, ...]) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +19,11 @@ from torch import Tensor
 from esi_ds.core.mask_metadata import FORMAT, MaskMetadata
 from esi_ds.core.units import Shard
 from esi_ds.errors import UserError
-from esi_ds.reading import read_json, reading
-from esi_ds.tensor_files import INDEX_NAME, TensorFolder, numel, read_tensor_folder
+from esi_ds.reading import reading
+from esi_ds.tensor_files import DIGESTS_NAME, INDEX_NAME, TensorFolder, numel, read_digests, read_tensor_folder
 
 FIELD, REMEDY = "mask", "give the mask/ folder of a finished run, or make the mask again"
 UNITS_NAME = "units.json"
-DIGESTS_NAME = "digests.json"  # sha256 of every parameter's bytes; optional in masks from other tools
 # Keys of the index's metadata: sha256 of what the shards' bytes do not cover; optional likewise.
 METADATA_DIGEST, UNITS_DIGEST = "metadata_sha256", "units_sha256"
 
@@ -159,15 +157,7 @@ class Mask:
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        """Parameter → sha256 of its bits; empty where the folder has none. Raises UserError."""
-        file = self.path / DIGESTS_NAME
-        if not os.path.lexists(file):
-            return {}
-        digests = read_json(file, dict[str, str], FIELD, REMEDY)
-        if set(digests) != set(self.shapes):
-            names = sorted(set(digests) ^ set(self.shapes))[:5]
-            raise UserError(FIELD, str(file), f"names other parameters than the mask ({', '.join(names)})", REMEDY)
-        return digests
+        return read_digests(self.path, self.shapes, FIELD, REMEDY)
 
     def problems(self, part: int = 0, num_parts: int = 1) -> list[str]:
         """Every inconsistency between the bits and the metadata, one sentence each; empty if the mask is sound.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from esi_ds.core.mask_metadata import MaskMetadata, ScoresMetadata
 from esi_ds.errors import UserError
-from esi_ds.reading import reading
-from esi_ds.tensor_files import read_tensor_folder
+from esi_ds.reading import first_line, reading
+from esi_ds.tensor_files import DIGESTS_NAME, read_digests, read_tensor_folder, tensor_sha256
 
 REMEDY = "give RUN/scores of the run that made the mask"
+DAMAGE_REMEDY = "scores are finite, at least 0 and as the run wrote them: score again, or copy the folder again"
 
 
 class ScoreFolder:
@@ -43,6 +45,27 @@ class ScoreFolder:
             raise UserError(self._field, str(self.folder), problem, REMEDY)
         if differences := self.metadata.differences(mask):
             raise UserError(self._field, str(self.folder), f"are not those of the mask: {differences[0]}", REMEDY)
+
+    def problems(self, part: int = 0, num_parts: int = 1) -> list[str]:
+        """Every parameter whose scores are not those that were written, one sentence each; empty without digests.
+
+        Reads every ``num_parts``-th parameter from number ``part`` on, so that ranks can share the work. Raises
+        UserError where the digests cannot be read.
+        """
+        digests = read_digests(self.folder, self.names, self._field, DAMAGE_REMEDY)
+        problems: list[str] = []
+        for name in sorted(digests)[part::num_parts]:
+            try:
+                if tensor_sha256(self._tensors[name]) != digests[name]:
+                    problems.append(f"the scores of {name} are not those that were written ({DIGESTS_NAME})")
+            except (OSError, ValueError) as error:
+                problems.append(f"the scores of {name} cannot be read ({first_line(error)})")
+        return problems
+
+    def refuse(self, problems: Iterable[str]) -> None:
+        """Raise UserError naming the first of ``problems``, if there is any."""
+        if (problem := next(iter(problems), None)) is not None:
+            raise UserError(self._field, str(self.folder), problem, DAMAGE_REMEDY)
 
     def read(self, name: str, low: int, high: int) -> Tensor:
         """The scores of the parameter's flat range [low, high): float32 [high − low]. Raises UserError."""

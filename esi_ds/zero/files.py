@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic, write_text_atomic, writing
-from esi_ds.core.mask import DIGESTS_NAME, UNITS_NAME, digest, index_digests, num_bytes, pack_bits
+from esi_ds.core.mask import UNITS_NAME, index_digests, num_bytes, pack_bits
 from esi_ds.core.mask_metadata import ScoresMetadata
 from esi_ds.core.score_folder import ScoreFolder
 from esi_ds.core.units import Parameter, Shard
-from esi_ds.tensor_files import INDEX_NAME
+from esi_ds.tensor_files import DIGESTS_NAME, INDEX_NAME, StoredTensor, tensor_sha256
 from esi_ds.zero import runtime
 
 MAX_FILE_BYTES = 5 * 10**9  # as transformers splits its checkpoints
@@ -87,14 +86,13 @@ def write_folder(
     metadata: dict[str, str],
     local_bytes: Callable[[str], Iterable[tuple[int, bytes]]],
     extra: dict[str, str] | None = None,
-    digests_name: str | None = None,
     index_metadata: dict[str, str] | None = None,
 ) -> None:
     """A folder of safetensors files and their index, written by all ranks; it gets its name once it is complete.
 
     local_bytes(name): (first byte within the tensor, bytes) of every range that this rank holds. extra: text of
-    further files, by name. digests_name: JSON file for the sha256 of every uint8 tensor, as read back from disk.
-    index_metadata: what the index says besides the files.
+    further files, by name; ``digests.json`` has the sha256 of every tensor, as read back from disk. index_metadata:
+    what the index says besides the files.
     Collectives: three barriers, and a gather of the digests.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -114,23 +112,24 @@ def write_folder(
             opened.flush()
             os.fsync(opened.fileno())
     runtime.barrier()
-    if digests_name is not None:
-        parts = runtime.gather_objects(_read_digests(temporary, files))
-        if runtime.is_main():
-            write_json_atomic(temporary / digests_name, {name: value for part in parts for name, value in part.items()})
+    parts = runtime.gather_objects(_read_digests(temporary, files, headers))
     if runtime.is_main():
+        write_json_atomic(temporary / DIGESTS_NAME, {name: value for part in parts for name, value in part.items()})
         replace_folder(temporary, folder)
     runtime.barrier()
 
 
-def _read_digests(folder: Path, files: dict[str, list[Entry]]) -> dict[str, str]:
+def _read_digests(
+    folder: Path, files: dict[str, list[Entry]], headers: dict[str, tuple[bytes, dict[str, int]]]
+) -> dict[str, str]:
     """sha256 of every ``world_size``-th tensor from this rank's on, read from disk."""
-    tensors = [(file, entry.name) for file, entries in files.items() for entry in entries]
-    digests = {}
-    for file, name in tensors[runtime.rank() :: runtime.world_size()]:
-        with safe_open(folder / file, "pt") as opened:
-            digests[name] = digest(opened.get_tensor(name))
-    return digests
+    tensors = [
+        StoredTensor(entry.name, folder / file, start, start + entry.num_bytes, f"{entry.dtype} {list(entry.shape)}")
+        for file, entries in files.items()
+        for entry in entries
+        for start in [headers[file][1][entry.name]]
+    ]
+    return {tensor.name: tensor_sha256(tensor) for tensor in tensors[runtime.rank() :: runtime.world_size()]}
 
 
 def _start_folder(
@@ -185,11 +184,15 @@ def by_parameter(shards: Iterable[Shard], values: Mapping[str, Tensor]) -> dict[
 
 
 def read_scores(folder: Path, shards: Iterable[Shard], field: str) -> tuple[dict[str, Tensor], ScoresMetadata]:
-    """float32 scores [shard.numel] by shard's name, and what they say of themselves. Reads only these shards' bytes.
+    """float32 scores [shard.numel] by shard's name, and what they say of themselves.
 
-    Raises UserError naming ``field`` where the folder does not hold scores of these parameters.
+    Of the scores only these shards' bytes are kept; the digests are checked of whole parameters, which the ranks share.
+    Raises UserError naming ``field``, on every rank, where the folder does not hold scores of these parameters, or
+    others than were written. Collectives: one gather.
     """
     stored = ScoreFolder(folder, field)
+    problems = runtime.gather_objects(stored.problems(runtime.rank(), runtime.world_size()))
+    stored.refuse(problem for part in problems for problem in part)
     scores = {}
     for shard in shards:
         stored.check_shape(shard.parameter.name, shard.parameter.shape)
@@ -232,7 +235,7 @@ def write_mask(
 
     text = json.dumps(units)  # on one line: there is a row for every matrix
     digests = index_digests(metadata, text)
-    write_folder(folder, files, metadata, local_bytes, {UNITS_NAME: text}, DIGESTS_NAME, digests)
+    write_folder(folder, files, metadata, local_bytes, {UNITS_NAME: text}, digests)
 
 
 def _shared_bytes(

@@ -18,6 +18,7 @@ from torch import nn
 import esi_ds
 from esi_ds.core.mask import FIELD, INDEX_NAME, Mask, load_mask
 from esi_ds.core.mask_metadata import MaskMetadata, mask_texts
+from esi_ds.core.score_folder import ScoreFolder
 from esi_ds.core.select import Order, ScoreRun, first_invalid, key_to_score, median, model_k, select
 from esi_ds.core.units import Parameter, Shard, whole
 from esi_ds.errors import UserError
@@ -340,6 +341,53 @@ def test_scores_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "new").exists()
 
 
+def flip_score(scores: Path) -> None:
+    """Flip one bit of the lowest score, which no mask of the highest ones shows."""
+    file = read_tensor_folder(scores, "", "").tensors["model.layers.1.fused"]
+    content = bytearray(file.file.read_bytes())
+    content[file.first + 4 * 17] ^= 1
+    file.file.write_bytes(content)
+
+
+def double_score(scores: Path) -> None:
+    values = load_file(scores / FILE)["model.layers.1.fused"].view(-1)
+    set_score(scores, 2 * float(values[17]) + 1)
+
+
+def swap_scores(scores: Path) -> None:
+    """Two rows of one matrix: the header, the sum and every statistic stay."""
+    tensors = load_file(scores / FILE)
+    tensors["model.layers.1.fused"] = tensors["model.layers.1.fused"].flip(0).contiguous()
+    save_file(tensors, scores / FILE, metadata=read_tensor_folder(scores, "", "").metadata)
+
+
+@pytest.mark.parametrize("damage", [flip_score, double_score, swap_scores])
+def test_scores_that_are_not_those_that_were_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+) -> None:
+    """All finite, ≥ 0 and in the right shape: only the digests tell."""
+    write_run(tmp_path)
+    mask, scores = tmp_path / "mask", tmp_path / "scores"
+    expected = "the scores of model.layers.1.fused are not those that were written (digests.json)"
+    damage(scores)
+    for command in (select_from(tmp_path), ["verify", mask, "--scores", scores]):
+        assert expected in refused(capsys, *command)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match=r"perturb\.scores .*are not those that were written"):
+        read_scores(scores, [], "perturb.scores")
+    (scores / "digests.json").unlink()  # as a version without digests wrote them
+    assert main([str(argument) for argument in select_from(tmp_path)]) == 0
+    assert read_scores(scores, [], "perturb.scores")[0] == {}
+
+
+def test_ranks_share_the_digests_of_scores(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    flip_score(tmp_path / "scores")
+    scores = ScoreFolder(tmp_path / "scores")
+    parts = [scores.problems(rank, 3) for rank in range(3)]
+    assert sum(parts, []) == scores.problems() and [len(part) for part in parts].count(1) == 1
+
+
 def test_scores_of_another_model_or_without_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, fingerprint in (("one", "a:b"), ("two", "c:d")):
         write_run(tmp_path / name, fingerprint=fingerprint)
@@ -390,7 +438,7 @@ def test_torn_and_foreign_files(
 ) -> None:
     """One line that names the file; a pipe would be waited for without end."""
     write_run(tmp_path)
-    for kind in ("mask", "scores") if name in (INDEX_NAME, FILE) else ("mask",):
+    for kind in ("mask",) if name == "units.json" else ("mask", "scores"):
         file = tmp_path / kind / name
         file.rename(tmp_path / "kept")
         if content == "fifo":
@@ -400,7 +448,7 @@ def test_torn_and_foreign_files(
         else:
             file.write_bytes(content)
         assert name in refused(capsys, "verify", tmp_path / "mask", "--scores", tmp_path / "scores")
-        if name != "digests.json":
+        if name != "digests.json" or kind == "scores":
             assert name in refused(capsys, *select_from(tmp_path))
         file.rmdir() if content == "folder" else file.unlink()
         (tmp_path / "kept").rename(file)
