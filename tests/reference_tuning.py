@@ -23,20 +23,14 @@ def encode(tokenizer, prompt: str, response: str) -> tuple[list[int], list[int]]
 
 
 def _loss_sum(model, rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Tensor:
-    """Summed cross entropy of the learnt tokens; rows padded on the left."""
+    """Summed cross entropy of the learnt tokens; rows padded on the right, as the ranks' bits depend on it."""
     width = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([[pad] * (width - len(i)) + i for i, _ in rows])
-    seen = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i, _ in rows])
-    labels = torch.tensor([[-100] * (width - len(i)) + list(targets) for i, targets in rows])
+    ids = torch.tensor([i + [pad] * (width - len(i)) for i, _ in rows])
+    seen = torch.tensor([[1] * len(i) + [0] * (width - len(i)) for i, _ in rows])
+    labels = torch.tensor([list(targets) + [-100] * (width - len(i)) for i, targets in rows])
     following = torch.cat([labels[:, 1:], torch.full((len(rows), 1), -100)], dim=1)
     keep = width - int((following != -100).any(0).nonzero()[0])  # logits in front of all learnt tokens are not made
-    logits = model(
-        input_ids=ids,
-        attention_mask=seen,
-        position_ids=(seen.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=keep,
-    ).logits
+    logits = model(input_ids=ids, attention_mask=seen, use_cache=False, logits_to_keep=keep).logits
     following = following[:, -keep:]
     learnt = following != -100
     return cross_entropy(logits[learnt].float(), following[learnt], reduction="sum")
