@@ -270,7 +270,7 @@ class RunFolder:
 
     def check_same(self, key: str, now: Any, field: str) -> None:
         """Raise UserError if ``now`` differs from the value of ``key`` in the interrupted run's manifest."""
-        before = self._manifest().get(key)
+        before = read_manifest(self.path).get(key)
         if before and before != now:
             raise UserError(
                 field, None, f"is not what the run in {self.path} started with", "give a new run.output_dir"
@@ -291,12 +291,11 @@ class RunFolder:
 
     def is_finished(self) -> bool:
         """Whether the run was completed, and its results are whole. Raises UserError where they no longer are."""
-        manifest = self._manifest()
+        manifest = read_manifest(self.path)
         if manifest.get("exit_state") != "done":
             return False
         field, remedy = "run.output_dir", f"copy it back, or delete it and {MANIFEST} to have the run done again"
-        with reading(field, self.path / MANIFEST, remedy):
-            stored = check_type(manifest.get("results", {}), dict[str, Result])
+        stored = _results_in(manifest, self.path, field, remedy)
         for name in stored:  # all of them before any is read to its end
             with reading(field, self.path / name, remedy, "belongs to this finished run and is not there"):
                 check_regular(self.path / name)
@@ -306,14 +305,6 @@ class RunFolder:
             if now[name] != result:
                 raise UserError(field, str(self.path / name), "is not what this finished run wrote", remedy)
         return True
-
-    def _manifest(self) -> dict[str, Any]:
-        """What ``manifest.json`` holds; nothing where there is none. Raises UserError."""
-        file = self.path / MANIFEST
-        if not file.exists():
-            return {}
-        remedy = "delete it to go on without what it says, or give a new run.output_dir"
-        return read_json(file, dict[str, Any], "run.output_dir", remedy)
 
     def write_manifest(
         self,
@@ -340,6 +331,41 @@ class RunFolder:
         }
         results = {"results": describe_results(self.path)} if exit_state == "done" else {}
         write_json_atomic(self.path / MANIFEST, {**manifest, **(notes or {}), **results})
+
+
+def read_manifest(run: Path, field: str = "run.output_dir") -> dict[str, Any]:
+    """What a run's ``manifest.json`` holds; nothing where there is none. Raises UserError naming ``field``."""
+    file = run / MANIFEST
+    if not file.exists():
+        return {}
+    remedy = "delete it to go on without what it says, or give a new run.output_dir"
+    return read_json(file, dict[str, Any], field, remedy)
+
+
+def _results_in(manifest: Mapping[str, Any], run: Path, field: str, remedy: str) -> dict[str, Result]:
+    """The results that a manifest names; none in those of earlier versions. Raises UserError naming ``field``."""
+    with reading(field, run / MANIFEST, remedy):
+        return check_type(manifest.get("results", {}), dict[str, Result])
+
+
+def check_result(run: Path, name: str, field: str, remedy: str) -> None:
+    """Raise UserError naming ``field`` unless a run's file ``name`` is what its manifest, if any, says."""
+    stored = _results_in(read_manifest(run, field), run, field, remedy).get(name)
+    if stored is None:
+        return
+    with reading(field, run / name, remedy):
+        check_regular(run / name)
+        now = _describe(run, [name])[name]
+    if now != stored:
+        raise UserError(field, str(run / name), "is not what this finished run wrote", remedy)
+
+
+def renew_result(run: Path, name: str, field: str, remedy: str) -> None:
+    """Have a finished run's manifest describe the file ``name`` as it is now. Raises UserError naming ``field``."""
+    manifest = read_manifest(run, field)
+    results = _results_in(manifest, run, field, remedy)
+    if name in results:
+        write_json_atomic(run / MANIFEST, {**manifest, "results": {**results, **_describe(run, [name])}})
 
 
 def describe_results(run: Path) -> dict[str, Result]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from esi_ds.artifacts import write_text_atomic  # noqa: E402
+from esi_ds.artifacts import check_result, renew_result, write_text_atomic  # noqa: E402
 from esi_ds.errors import UserError  # noqa: E402
 from esi_ds.reading import read_json, reading  # noqa: E402
 from esi_ds.terminal import clean_output  # noqa: E402
@@ -29,7 +29,8 @@ REMEDY = "give the folder of a finished run, or finish it again"
 
 
 def read(run: Path, name: str = "report.json") -> dict[str, Any]:
-    """A JSON file of a run. Raises UserError for one that is torn or holds something else."""
+    """A JSON file of a run. Raises UserError for one that is torn, was altered or holds something else."""
+    check_result(run, name, "RUN", REMEDY)
     return read_json(run / name, dict[str, Any], "RUN", REMEDY)
 
 
@@ -65,6 +66,7 @@ def write_pages(arguments: argparse.Namespace) -> None:
         with reading("RUN", run / "report.json", REMEDY, "is not a report of this version"):
             page = render(read(run), tuned, evaluated)
         write_text_atomic(run / "report.html", page)
+        renew_result(run, "report.html", "RUN", REMEDY)
         print(run / "report.html")
     if arguments.output or (len(arguments.runs) > 1 and not (arguments.tuned or arguments.evaluated)):
         print(write_overview(list(dict.fromkeys(run.absolute() for run in arguments.runs)), arguments.output))
@@ -82,7 +84,10 @@ def write_overview(folders: list[Path], output: Path | None) -> Path:
         manifest = read(folder, "manifest.json") if (folder / "manifest.json").is_file() else {}
         link = Path(os.path.relpath(folder / "report.html", output.parent)).as_posix()
         runs.append(FinishedRun(folder.relative_to(shared).as_posix(), link, read(folder), manifest))
-    write_text_atomic(output, render_overview(runs, overlaps({r.name: f for r, f in zip(runs, folders, strict=True)})))
+    shared_weights = overlaps({run.name: folder for run, folder in zip(runs, folders, strict=True)})
+    with reading("RUN", shared, REMEDY, "holds a report that is not of this version"):
+        page = render_overview(runs, shared_weights)
+    write_text_atomic(output, page)
     return output
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from esi_ds.errors import UserError
@@ -41,6 +41,7 @@ def fuzz(examples: int) -> settings:
         deadline=None,
         database=None,
         print_blob=True,
+        phases=[phase for phase in Phase if phase != Phase.explain],  # it traces every line of every example
         suppress_health_check=list(HealthCheck),
     )
 

@@ -14,8 +14,10 @@ from esi_ds import artifacts
 from esi_ds.artifacts import (
     RunFolder,
     append_jsonl,
+    check_result,
     file_sha256,
     read_jsonl,
+    renew_result,
     replace_folder,
     write_json_atomic,
     write_text_atomic,
@@ -168,6 +170,32 @@ def finished_run(tmp_path: Path) -> RunFolder:
     folder = RunFolder(str(tmp_path))
     folder.write_manifest(exit_state="done", world_size=1, started=0.0, model_fingerprint="a", data={})
     return folder
+
+
+def test_a_result_is_checked_and_renewed_by_itself(tmp_path: Path) -> None:
+    """The page of a finished run may be drawn again; its report must be the one that was written."""
+    folder = finished_run(tmp_path)
+    check_result(tmp_path, "report.json", "RUN", "-")
+    (tmp_path / "report.html").write_text("drawn again")
+    with pytest.raises(UserError, match=r"report\.html: is not what this finished run wrote"):
+        folder.is_finished()
+    renew_result(tmp_path, "report.html", "RUN", "-")
+    assert folder.is_finished()
+    (tmp_path / "report.json").write_text("content of report.jsoN")
+    with pytest.raises(UserError, match=r"RUN = .*report\.json: is not what this finished run wrote"):
+        check_result(tmp_path, "report.json", "RUN", "-")
+    (tmp_path / "report.json").unlink()
+    with pytest.raises(UserError, match=r"RUN = .*report\.json: cannot be read"):
+        check_result(tmp_path, "report.json", "RUN", "-")
+
+
+def test_runs_without_results_in_their_manifest_are_taken_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    check_result(tmp_path, "report.json", "RUN", "-")
+    (tmp_path / "manifest.json").write_text('{"exit_state": "done"}')
+    check_result(tmp_path, "report.json", "RUN", "-")
+    renew_result(tmp_path, "report.json", "RUN", "-")
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {"exit_state": "done"}
 
 
 @pytest.mark.parametrize("name", RESULTS)
