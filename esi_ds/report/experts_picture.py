@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from esi_ds.artifacts import check_result
 from esi_ds.errors import UserError
 from esi_ds.reading import read_json, reading
 from esi_ds.report.figures import STYLE, draw_heatmap, figure_png
@@ -28,6 +29,7 @@ def experts_png(run: Path) -> bytes:
     file = run / "report.json"
     if not file.is_file():
         raise UserError("RUN", str(run), "holds no report.json", "give the folder of a finished ESI run")
+    check_result(run, file.name, "RUN", "give the folder of a finished ESI run")
     report = read_json(file, dict[str, Any], "RUN", "give the folder of a finished ESI run")
     with reading("RUN", run, "give the folder of a finished ESI run", "holds a report.json that is damaged"):
         maps = layer_by_expert(report.get("units", []), report.get("selection", {}).get("k", 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from damage import damaged_bytes, fuzz, outcome
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esi_ds.artifacts import RunFolder, write_text_atomic
+from esi_ds.artifacts import RunFolder, file_sha256, write_text_atomic
 from esi_ds.config import resolved_yaml, validate
 from esi_ds.errors import UserError
 from esi_ds.report.experts_picture import experts_png
@@ -32,6 +33,18 @@ def test_stored_configs(tmp_path_factory: pytest.TempPathFactory, data: st.DataO
 def test_a_sound_config_is_accepted(tmp_path: Path) -> None:
     write_text_atomic(tmp_path / "config.yaml", resolved_yaml(CONFIG))
     assert RunFolder(str(tmp_path)).check(CONFIG) is None
+
+
+def test_an_altered_report_is_not_drawn(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    report.write_text('{"units": [], "title": "a"}')
+    results = {report.name: {"bytes": report.stat().st_size, "sha256": file_sha256(report)}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"exit_state": "done", "results": results}))
+    refusal = outcome(lambda: experts_png(tmp_path))
+    assert isinstance(refusal, UserError) and "without experts" in refusal.problem
+    report.write_text('{"units": [], "title": "b"}')
+    refusal = outcome(lambda: experts_png(tmp_path))
+    assert isinstance(refusal, UserError) and refusal.problem == "is not what this finished run wrote"
 
 
 TEXTS = ["{", "[]", "{}", '{"units": 1}', '{"units": [1]}', '{"units": [], "routing": {}}', "[" * 100_000, "\0", "NaN"]
