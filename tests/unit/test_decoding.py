@@ -60,7 +60,6 @@ def rows(folder: Path) -> list[list[int]]:
 def answers(folder: Path, ends: set[int], num_tokens: int = NUM_TOKENS) -> list[list[int]]:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     batch = left_pad(rows(folder), 0, torch.device("cpu"))
-    batch.pop("position_ids")
     return greedy_ids(model, batch, end_ids=ends, pad_id=0, max_new_tokens=num_tokens)
 
 
