@@ -508,9 +508,8 @@ def _check_eval(section: Eval, collective_timeout_s: int) -> None:
     for number, model in enumerate(section.models):
         others = [name for _, name in names if name != label(model)]
         if model.before not in others:
-            raise UserError(
-                f"eval.models.{number}.before", model.before, "is not another model's name", f"name one of {others}"
-            )
+            field = f"eval.models.{number}.before"
+            raise UserError(field, model.before, "is not another model's name", f"name one of {others}")
 
 
 def label(section: EvalModel | EvalJudge) -> str:
@@ -556,9 +555,8 @@ def require_tune(config: Config) -> Tune:
         raise UserError("tune", None, "is missing", "give tune.mask and tune.data.path")
     benign = config.tune.data.benign
     if benign is not None and benign.fraction == 1:
-        raise UserError(
-            "tune.data.benign.fraction", 1.0, "leaves no room for rows of tune.data", "give a smaller share"
-        )
+        problem = "leaves no room for rows of tune.data"
+        raise UserError("tune.data.benign.fraction", 1.0, problem, "give a smaller share")
     return config.tune
 
 
