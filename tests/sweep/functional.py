@@ -35,6 +35,8 @@ def attention_of(model: nn.Module, name: str) -> nn.Module | None:
     for depth in range(len(path) - 1, 0, -1):
         module = model.get_submodule(".".join(path[:depth]))
         names = (type(module).__name__.lower(), path[depth - 1])
+        if names[0].endswith("attention"):
+            return module
         if not any(word.endswith(LARGER) for word in names) and any("attention" in w or "attn" in w for w in names):
             return module
     return None
