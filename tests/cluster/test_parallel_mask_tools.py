@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from mask_folders import write_pair
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from esi_ds.core.mask import Mask
 
@@ -37,8 +39,12 @@ def tool(ranks: int, *arguments: str, hide_mpi: bool = False) -> subprocess.Comp
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("masks")
     shapes = [(1500, 3001), (7, 9), (1, 3), (20, 25)]  # chunks of four million: the first has two
-    for name, scope, seed in (("one", "model", 0), ("two", "matrix", 1)):
+    for name, scope, seed in (("one", "model", 0), ("two", "matrix", 1), ("reversed", "model", 0)):
         write_pair(folder / name, shapes, 0.1, scope, "top", seed)
+    for file in (folder / "reversed/scores").glob("*.safetensors"):  # the same model's, which select other weights
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        save_file({name: values.flip(0) for name, values in load_file(file).items()}, file, metadata=metadata)
     return folder
 
 
@@ -46,7 +52,7 @@ def test_same_words_as_one_process(folder: Path) -> None:
     one, two = (str(folder / name) for name in ("one", "two"))
     for ranks, arguments, code in (
         (2, ["verify", f"{one}/mask", "--scores", f"{one}/scores"], 0),
-        (3, ["verify", f"{two}/mask", "--scores", f"{one}/scores"], 2),
+        (3, ["verify", f"{one}/mask", "--scores", str(folder / "reversed/scores")], 2),
         (2, ["compare", f"{one}/mask", f"{two}/mask"], 0),
     ):
         alone, shared = tool(1, *arguments, hide_mpi=True), tool(ranks, *arguments)
