@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.common import print_result, resident_bytes, run
-from benchmarks.timing import median_seconds
+from benchmarks.measure import machine, median_seconds
 from esi_ds.config import validate
 from esi_ds.core.select import Order, ScoreRun, select
 from esi_ds.data.chat import EncodedResponse
@@ -24,12 +24,13 @@ from esi_ds.judge.guard import Guard, WholeWeights
 from esi_ds.judge.pairs import EncodedPair, EncodedText
 from esi_ds.judge.vocabulary import VocabularyMap
 from esi_ds.models.folder import ModelSource
+from esi_ds.models.meta import DTYPES
 from esi_ds.stages.esi.objectives import SafetyObjective
 from esi_ds.stages.esi.prepare import Example
 from esi_ds.stages.esi.score import ScoringPass
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
-from esi_ds.zero.engine import DTYPES, ShardedModel, load_replicated, load_sharded
+from esi_ds.zero.engine import ShardedModel, load_replicated, load_sharded
 from esi_ds.zero.gradients import GradientShards
 
 BATCH, PROMPT, RESPONSE, STEPS = 4, 64, 64, 6
@@ -164,7 +165,7 @@ def time_pass(folder: Path, dtype: str) -> dict[str, float]:
 def time_selection(k: int) -> dict[str, float]:
     """Exact selection of 10^8 sharded scores against gathering them on rank 0 for torch.topk."""
     size, rank = NUM_SCORES // runtime.world_size(), runtime.rank()
-    scores = torch.rand(size, generator=torch.Generator().manual_seed(rank)).square_()
+    scores = torch.rand(size, generator=torch.Generator().manual_seed(rank)).square_().to(runtime.device())
     piece, traffic, outcome = ScoreRun(scores, rank * size), [], {}
 
     def reduce(counts: torch.Tensor) -> torch.Tensor:
@@ -202,12 +203,7 @@ def worker(folder: Path) -> None:
     if runtime.is_main():
         make_models(folder, torch.bfloat16 if dtype == "bf16" else torch.float32)
     runtime.barrier()
-    results = {
-        "ranks": runtime.world_size(),
-        "device": str(runtime.device()),
-        "dtype": dtype,
-        "torch": torch.__version__,
-    }
+    results = {"ranks": runtime.world_size(), "dtype": dtype, **machine()}
     results["resident"] = count_resident(folder)
     gc.collect()
     results["pass"] = time_pass(folder, dtype)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from benchmarks.common import print_result, run
 from benchmarks.esi import BATCH, PROMPT, RESPONSE, count_resident, time_bare, time_esi
+from benchmarks.measure import machine
 from esi_ds.zero import runtime
 
 
@@ -44,7 +45,7 @@ def worker(folder: Path) -> None:
     if runtime.is_main():
         make_models(folder, torch.bfloat16 if dtype == "bf16" else torch.float32)
     runtime.barrier()
-    results = {"ranks": ranks, "device": str(runtime.device()), "dtype": dtype, "torch": torch.__version__}
+    results = {"ranks": ranks, "dtype": dtype, **machine()}
     tokens, bare = BATCH * (PROMPT + RESPONSE) * ranks, None
     for label, size in (("without expert parallelism", None), (f"autoep_size {ranks}", ranks)):
         resident = count_resident(folder, size)

@@ -3,7 +3,7 @@
     python -m benchmarks.scaling [--ranks 1 2 4]
 
 starts itself on ZeRO-3 ranks, with and without expert parallelism, and prints one table. It measures the storages of
-the tensors alive between two micro-batches, the peak of what the allocator holds within one (on the CPU), and the sizes
+the tensors alive between two micro-batches, the peak of what the allocator holds within one, and the sizes
 of the collectives that torch is asked for.
 """
 

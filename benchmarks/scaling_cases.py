@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from builders import build_mask
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from benchmarks.common import print_result, resident_bytes
+from benchmarks.measure import peak_bytes
 from benchmarks.received import Received
 from esi_ds import Mask
 from esi_ds.core import footprint as formulas
@@ -79,23 +79,12 @@ def settings(autoep_size: int | None) -> dict[str, Any]:
     return raw
 
 
-def peak_bytes(function: Callable[[], None]) -> int:
-    """The most bytes that are allocated at once on the CPU while ``function`` runs, beyond those allocated before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    held = peak = 0
-    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def batch() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Inputs and labels, [1, TOKENS] each, of one row that differs from rank to rank."""
     ids = torch.randint(5, 500, (1, TOKENS), generator=torch.Generator().manual_seed(runtime.rank()))
     labels = torch.cat([ids[:, 1:], torch.full((1, 1), -100)], 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {key: value.to(runtime.device()) for key, value in inputs.items()}, labels.to(runtime.device())
 
 
 def open_case(

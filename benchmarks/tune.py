@@ -8,7 +8,6 @@ starts itself on ZeRO-3 ranks and prints one JSON object. benchmarks/RESULTS.md 
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from builders import build_mask
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.common import print_result, resident_bytes, run
-from benchmarks.timing import median_seconds
+from benchmarks.measure import machine, median_seconds, seconds
 from esi_ds import Mask
 from esi_ds.core.adamw import masked_adamw
 from esi_ds.core.trained import Trained
@@ -92,11 +91,7 @@ def run_tuner(tuner: Tuner) -> tuple[float, float]:
     def step() -> None:
         loss = summed_loss(tuner.forward(inputs, LENGTH), labels) / labels.numel()
         tuner.backward(loss)
-        runtime.barrier()
-        started = time.perf_counter()
-        tuner.step(1e-4)
-        runtime.barrier()
-        updates.append(time.perf_counter() - started)
+        updates.append(seconds(lambda: tuner.step(1e-4)))
 
     with tuner.running():
         whole = median_seconds(step, STEPS)
@@ -160,8 +155,8 @@ def dense_update_seconds(weights: int) -> float:
 
     SET's update, with its reduction and write-back, is compared with this.
     """
-    values = torch.zeros(-(-weights // runtime.world_size()), requires_grad=True)
-    model = torch.zeros(len(values), dtype=torch.bfloat16)
+    values = torch.zeros(-(-weights // runtime.world_size()), device=runtime.device(), requires_grad=True)
+    model = torch.zeros_like(values, dtype=torch.bfloat16, requires_grad=False)
     values.grad = torch.ones_like(values)
     optimizer = torch.optim.AdamW([values], lr=1e-4, foreach=False)
 
@@ -174,14 +169,15 @@ def dense_update_seconds(weights: int) -> float:
 
 def masked_over_dense(weights: int) -> float:
     """Seconds of SPA's update with a random half of a rank's weights frozen, over those of the same rule on all."""
-    size = -(-weights // runtime.world_size())
-    values, gradient, bits = torch.zeros(size), torch.ones(size), torch.randint(256, (-(-size // 8),)).to(torch.uint8)
+    size, device = -(-weights // runtime.world_size()), runtime.device()
+    values, gradient = torch.zeros(size, device=device), torch.ones(size, device=device)
+    bits = torch.randint(256, (-(-size // 8),), dtype=torch.uint8, device=device)
 
-    def seconds(trained: torch.Tensor | None) -> float:
-        moments, rule = [torch.zeros(size) for _ in range(2)], {"step": 1, "lr": 1e-4, **RULE}
+    def update_seconds(trained: torch.Tensor | None) -> float:
+        moments, rule = [torch.zeros_like(values) for _ in range(2)], {"step": 1, "lr": 1e-4, **RULE}
         return median_seconds(lambda: masked_adamw(values, gradient, *moments, trained, **rule), STEPS)
 
-    return seconds(bits) / seconds(None)
+    return update_seconds(bits) / update_seconds(None)
 
 
 def worker(folder: Path) -> None:
@@ -198,6 +194,7 @@ def worker(folder: Path) -> None:
     if runtime.is_main():
         results = {
             "ranks": ranks,
+            **machine(),
             "weights": sparse["weights"],
             "SET resident bytes per weight x ranks": sparse["bytes_per_weight_x_ranks"],
             "goal of that": 2.2 + 0.08 * ranks,
