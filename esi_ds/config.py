@@ -467,13 +467,9 @@ def _check_guard(guard: GuardModel, field: str) -> None:
     """Check keys that depend on each other; ``field`` is the section's key in the config."""
     if guard.family != "custom":
         for key in ("template", "verdict", "verdict_prefix"):
-            if getattr(guard, key):
-                raise UserError(
-                    f"{field}.{key}",
-                    guard.verdict_prefix or None,
-                    f"belongs to family custom, not {guard.family}",
-                    f"set {field}.family: custom, or leave it out",
-                )
+            if value := guard.model_dump()[key]:
+                problem = f"belongs to family custom, not {guard.family}"
+                raise UserError(f"{field}.{key}", value, problem, f"set {field}.family: custom, or leave it out")
         return
     template, verdict = guard.template, guard.verdict
     if template is None or verdict is None:

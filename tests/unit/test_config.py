@@ -71,6 +71,22 @@ deepspeed: ds_configs/zero3.json
     assert config.select.ratio == 0.01 and config.tune.eps == 1e-8
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("template", "{prompt} {response}", "judge.template = {prompt} {response}: "),
+        ("verdict", '{safe: " safe", unsafe: " unsafe"}', "judge.verdict = {'safe': ' safe', 'unsafe': ' unsafe'}: "),
+        ("verdict_prefix", "prefix", "judge.verdict_prefix = prefix: "),
+    ],
+)
+def test_a_key_of_family_custom_is_told_with_its_own_value(key: str, value: str, said: str) -> None:
+    text = f"run: {{output_dir: x}}\nmodel: {{path: a}}\njudge:\n  kind: guard\n  path: b\n  {key}: {value!r}\n"
+    text = text if key != "verdict" else text.replace(repr(value), value)
+    with pytest.raises(UserError, match="belongs to family custom, not auto") as error:
+        validate(parse_yaml(text))
+    assert str(error.value).startswith(said)
+
+
 def test_overrides_reach_any_depth(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("run: {output_dir: x}\nmodel: {path: a}\n")
