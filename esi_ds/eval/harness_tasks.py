@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from esi_ds.data.rows import Row, read_rows
 from esi_ds.errors import UserError
 from esi_ds.eval.harness_quiet import quiet
 from esi_ds.eval.task_code import check_definition, sandboxed
+from esi_ds.eval.task_names import names_in
 from esi_ds.eval.task_rows import NEEDED, read_task_rows
 from esi_ds.reading import reading
 
@@ -44,9 +44,6 @@ DEFAULT_ROWS = {"examples/benign": str(EXAMPLES / "benign_heldout.jsonl")}
 MMLU_DATASET = "cais/mmlu"
 # The name of a group that exists only while a task is loaded: see ``_with_rows``.
 AROUND = "esi_ds: around"
-# The value of the keys of a definition that name tasks, with its further lines; a word in it.
-NAMES = re.compile(r"""^["']?(?:task|group|tag)["']?[ \t]*:(.*(?:\n(?:[ \t\-\[\]"'].*)?)*)""", re.MULTILINE)
-WORD = re.compile(r"""[^\s"',\[\]]+""")
 Definition = dict[str, Any]  # the keys of a task's YAML
 
 
@@ -114,21 +111,9 @@ def _manager_of_all() -> TaskManager:
     return TaskManager()
 
 
-@functools.cache
-def _words_of_names() -> frozenset[str]:
-    """Every word in the names of lm-eval's tasks, groups and tags, and some more.
-
-    Read from the text of the definitions in a second; lm-eval's index of them takes ten or more.
-    """
-    # Templates that definitions include have names like _default_yaml or flores.
-    files = [file for file in THEIRS.rglob("*") if file.suffix in ("", ".yaml", ".yml") and file.is_file()]
-    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
-    return frozenset(word for names in NAMES.findall(text) for word in WORD.findall(names))
-
-
 def _is_known(name: str) -> bool:
-    """Whether lm-eval has a task, group or tag of this name; its index is made only where the words occur."""
-    return set(name.split()) <= _words_of_names() and name in _manager_of_all().all_tasks
+    """Whether lm-eval has a task, group or tag of this name; its index is made only where the definitions name it."""
+    return name in names_in(THEIRS) and name in _manager_of_all().all_tasks
 
 
 def _find(task: Task, field: str) -> tuple[TaskManager, str]:
@@ -137,7 +122,7 @@ def _find(task: Task, field: str) -> tuple[TaskManager, str]:
         folder, name = KNOWN[task.name]
         return TaskManager(include_defaults=False, include_path=str(folder)), name
     if not _is_known(task.name):
-        near = difflib.get_close_matches(task.name, {*KNOWN, *_words_of_names()}, n=3) or KNOWN
+        near = difflib.get_close_matches(task.name, {*KNOWN, *names_in(THEIRS)}, n=3) or KNOWN
         raise UserError(f"{field}.name", task.name, "is not a task of lm-eval", f"the nearest is {' or '.join(near)}")
     return _manager_of_all(), task.name
 

@@ -25,6 +25,8 @@ from builders import build_model, byte_bpe_tokenizer
 from conftest import ROOT
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import TaskIndex
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from esi_ds.config import Task, resolved_yaml, validate
@@ -34,6 +36,7 @@ from esi_ds.data.end_tokens import end_tokens
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval import harness, harness_tasks
 from esi_ds.eval.statistics import mcnemar_exact, wilson
+from esi_ds.eval.task_names import names_in
 from esi_ds.eval.task_result import TaskResult
 from esi_ds.eval.task_rows import NEWS, read_task_rows
 from esi_ds.eval.tasks import prepare_tasks, run_tasks
@@ -473,7 +476,13 @@ def test_unknown_names_are_told_the_nearest() -> None:
     assert "there is no such file" in refusal(Task(name="missing/own.yaml"))
 
 
-@pytest.mark.parametrize("name", ["truthful_qa", "truthful-qa", "mmlu_", "x" * 3000, "gsm 8k", "*", "[", "\0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("truthful_qa", "truthful-qa", "mmlu_", "x" * 3000, "gsm 8k", "*", "[", "\0"),
+        *("mmlu_gsm8k", "gsm8k mmlu", "arc_easy hellaswag", "mathematics", "high", "null", "scrolls", "task"),
+    ],
+)
 def test_unknown_names_are_answered_without_lm_evals_index(monkeypatch, name: str) -> None:
     monkeypatch.setattr(harness_tasks, "_manager_of_all", lambda: pytest.fail("the index takes ten seconds or more"))
     assert "is not a task of lm-eval; the nearest is " in refusal(Task(name=name))
@@ -492,8 +501,47 @@ def test_names_are_found_however_definitions_write_them() -> None:
         "agieval_en",
         "bertaqa",
     }
-    assert names <= harness_tasks._words_of_names()
+    assert names <= names_in(harness_tasks.THEIRS)
 
+
+@pytest.mark.parametrize("name", ["scrolls", "xquad", "agieval", "acpbench", "glue", "ruler", "benchmarks", "arc"])
+def test_names_are_those_of_lm_evals_index(name: str) -> None:
+    """Neither more nor fewer: tasks of programs, templates that name nothing, groups, tags in lists and brackets."""
+    folder = harness_tasks.THEIRS / name
+    expected = set(TaskIndex.build([folder]))
+    assert expected
+    assert names_in(folder) == expected
+
+
+DEFINITIONS = {
+    "one.yaml": "task: one # a comment\ntag: [red, 'deep blue']\n",
+    "two.yaml": "include: folder/template\n'task': \"two\"\n",
+    "three.yaml": "include:\n- folder/template\n- folder/other\ntask: three\ndoc_to_text: |\n  task: no\n  tag: no\n",
+    "group.yaml": "group: many\ntask:\n  - one\n  - task: changed\n    tag: within\n  - group: inner\n    task: [two]\n",
+    "program.yaml": "class: !function program.Task\ntask: four\ngroup: old\n",
+    "folder/template": "tag:\n- green\n# a comment\n\n- 'a tag'\n",
+    "folder/other": "include: ../folder/last\n",
+    "folder/last": "tag: yellow\n",
+    "folder/unused": "task: unused\n",
+    "damaged.yaml": "group: [unclosed\n",
+}
+
+
+def test_names_in_every_form_that_yaml_has(tmp_path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name, text in DEFINITIONS.items():
+        (tmp_path / name).write_text(text)
+    names = {"one", "red", "deep blue", "two", "green", "a tag", "three", "yellow", "many", "four"}
+    assert names_in(tmp_path) == names
+    assert set(TaskIndex.build([tmp_path])) == names
+
+
+def test_a_name_of_lm_eval_is_built_by_its_index(monkeypatch) -> None:
+    """What the scan of names lets through is looked up: a task that it knew alone would be told as unknown."""
+    manager = TaskManager(include_defaults=False, include_path=str(harness_tasks.THEIRS / "arc"))
+    monkeypatch.setattr(harness_tasks, "_manager_of_all", lambda: manager)
+    assert harness_tasks._find(Task(name="arc_easy"), "eval.tasks.0") == (manager, "arc_easy")
+    assert "hellaswag: is not a task of lm-eval" in refusal(Task(name="hellaswag"))
 
 YAML = """
 task: own
