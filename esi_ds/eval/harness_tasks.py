@@ -25,6 +25,7 @@ from esi_ds.data.rows import Row, read_rows
 from esi_ds.errors import UserError
 from esi_ds.eval.harness_quiet import quiet
 from esi_ds.eval.task_code import check_definition, sandboxed
+from esi_ds.eval.task_files import read_afresh
 from esi_ds.eval.task_names import names_in
 from esi_ds.eval.task_rows import NEEDED, read_task_rows
 from esi_ds.reading import reading
@@ -67,7 +68,7 @@ class PreparedTask:
 def prepare(tasks: Sequence[Task], field: str) -> list[PreparedTask]:
     """See ``tasks.prepare_tasks``."""
     prepared: list[PreparedTask] = []
-    with quiet(), sandboxed():
+    with quiet(), sandboxed(), read_afresh():
         for number, task in enumerate(tasks):
             prepared.extend(_prepare_one(task, f"{field}.{number}"))
     return prepared

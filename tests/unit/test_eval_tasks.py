@@ -7,9 +7,11 @@ whose answer is known by construction.
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib.metadata
 import json
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from shutil import copytree
 
 import datasets
 import lm_eval.utils
+import pyarrow.parquet
 import pytest
 import torch
 from builders import build_model, byte_bpe_tokenizer
@@ -36,6 +39,7 @@ from esi_ds.data.end_tokens import end_tokens
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval import harness, harness_tasks
 from esi_ds.eval.statistics import mcnemar_exact, wilson
+from esi_ds.eval.task_files import read_afresh
 from esi_ds.eval.task_names import names_in
 from esi_ds.eval.task_result import TaskResult
 from esi_ds.eval.task_rows import NEWS, read_task_rows
@@ -517,7 +521,7 @@ DEFINITIONS = {
     "one.yaml": "task: one # a comment\ntag: [red, 'deep blue']\n",
     "two.yaml": "include: folder/template\n'task': \"two\"\n",
     "three.yaml": "include:\n- folder/template\n- folder/other\ntask: three\ndoc_to_text: |\n  task: no\n  tag: no\n",
-    "group.yaml": "group: many\ntask:\n  - one\n  - task: changed\n    tag: within\n  - group: inner\n    task: [two]\n",
+    "group.yaml": "group: many\ntask:\n  - one\n  - task: changed\n    tag: within\n  - group: inner\n    task: two\n",
     "program.yaml": "class: !function program.Task\ntask: four\ngroup: old\n",
     "folder/template": "tag:\n- green\n# a comment\n\n- 'a tag'\n",
     "folder/other": "include: ../folder/last\n",
@@ -543,6 +547,7 @@ def test_a_name_of_lm_eval_is_built_by_its_index(monkeypatch) -> None:
     assert harness_tasks._find(Task(name="arc_easy"), "eval.tasks.0") == (manager, "arc_easy")
     assert "hellaswag: is not a task of lm-eval" in refusal(Task(name="hellaswag"))
 
+
 YAML = """
 task: own
 dataset_path: json
@@ -550,6 +555,14 @@ dataset_kwargs: {data_files: {test: "%s"}, cache_dir: "%s"}
 test_split: test
 output_type: loglikelihood
 doc_to_text: "%s"
+doc_to_target: text
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+OUTPUT = """
+output_type: loglikelihood
+doc_to_text: "{{text}}:"
 doc_to_target: text
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
@@ -602,6 +615,76 @@ def test_templates_are_sandboxed(folder, tmp_path, monkeypatch, template: str) -
     (tmp_path / "own.yaml").write_text(YAML % (data, tmp_path / "cache", template))
     assert "unsafe" in refusal(Task(name=str(tmp_path / "own.yaml")))
     assert lm_eval.utils.env is usual
+
+
+def as_table(folder: Path, suffix: str, texts: list[str]) -> Path:
+    """A data file of one column ``text``."""
+    file = folder / f"texts.{suffix}"
+    table = pyarrow.table({"text": texts})
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(table, file, compression="none")
+    elif suffix == "csv":
+        file.write_text("\n".join(["text", *texts]) + "\n")
+    elif suffix == "json.gz":
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        file.write_bytes(gzip.compress(rows.encode(), compresslevel=0, mtime=0))
+    else:
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+@pytest.mark.parametrize("processed", [False, True])
+@pytest.mark.parametrize(
+    ("suffix", "data"),
+    [
+        ("jsonl", "dataset_path: json\ndataset_kwargs: {data_files: {test: %s}}"),
+        ("csv", "dataset_path: csv\ndataset_kwargs: {data_files: {test: [%s]}}"),
+        ("parquet", "dataset_path: parquet\ndataset_kwargs: {data_files: {test: %s}}"),
+        ("json.gz", "dataset_path: json\ndataset_kwargs: {data_files: {test: 'file://%s'}}"),
+        ("jsonl", "dataset_path: %s/.."),
+        ("parquet", "dataset_path: parquet\ndataset_kwargs: {data_dir: %s/..}"),
+    ],
+)
+def test_a_changed_file_of_a_users_task_is_read_anew(
+    tmp_path, monkeypatch, suffix: str, data: str, processed: bool
+) -> None:
+    """Though its path, size and time are the same. What the task makes of its rows (process_docs) is made anew too."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "code.py").write_text("def run(rows): return rows.map(lambda row: {'text': row['text'].upper()})\n")
+    statuses = []
+    for texts in (["boat", "gold"], ["girl", "list"]):
+        file = as_table(tmp_path / "data", suffix, texts)
+        os.utime(file, (1e9, 1e9))
+        statuses.append((file.stat().st_size, file.stat().st_mtime_ns))
+        source = str(file) if "/.." not in data else str(file.parent / "x")
+        (tmp_path / "data" / "x").mkdir(exist_ok=True)
+        definition = f"task: own\n{data % source}\ntest_split: {'test' if 'data_files' in data else 'train'}\n{OUTPUT}"
+        definition += "process_docs: !function code.run\n" if processed else ""
+        (tmp_path / "own.yaml").write_text(definition)
+        (prepared,) = prepare_tasks([Task(name=str(tmp_path / "own.yaml"), trust_remote_code=processed)])
+        expected = [text.upper() if processed else text for text in texts]
+        assert [row["text"] for row in prepared.task.test_docs()] == expected
+    assert statuses[0] == statuses[1]
+    assert not any(cache.rglob("*.arrow"))
+    assert datasets.load_dataset.__module__ == "datasets.load"
+
+
+def test_only_local_files_pass_by_the_cache(monkeypatch) -> None:
+    """What is fetched stays in the cache; a stream has none."""
+    calls: list[dict] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: calls.append(options))
+    with read_afresh():
+        datasets.load_dataset("openai/gsm8k", "main")
+        datasets.load_dataset("openai/gsm8k", data_files="test.json")
+        datasets.load_dataset("json", data_files={"test": "https://host/a.json", "train": ["hf://datasets/a/b.json"]})
+        datasets.load_dataset("json", data_files="zip://a.json::https://host/a.zip")
+        datasets.load_dataset("json", data_files="a.json", streaming=True)
+        datasets.load_dataset(path="json", data_files="zip://a.json::/data/a.zip", cache_dir="theirs")
+    assert ["cache_dir" in options for options in calls] == [False] * 5 + [True]
+    assert calls[-1]["keep_in_memory"] and calls[-1]["cache_dir"] != "theirs"
 
 
 class Recorder:

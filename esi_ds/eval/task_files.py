@@ -1,0 +1,64 @@
+"""Local files of lm-eval's tasks, read as they are now.
+
+``datasets`` answers from its cache for a file whose path, size and time have not changed, whatever is in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+
+LOCAL = ("file://", "local://")
+
+
+@contextlib.contextmanager
+def read_afresh() -> Iterator[None]:
+    """Inside the block, ``datasets.load_dataset`` reads local files into memory, past its cache; the hub's as usual.
+
+    Every process reads them itself, through a folder of its own that is deleted at once.
+    """
+    usual = datasets.load_dataset
+
+    def load(path: str, *arguments: Any, **options: Any) -> Any:
+        if options.get("streaming") or not _is_local(path, options.get("data_files"), options.get("data_dir")):
+            return usual(path, *arguments, **options)
+        path = os.path.abspath(path) if os.path.exists(path) else path  # ".." would be a name within the cache
+        with tempfile.TemporaryDirectory() as folder:
+            # In memory: what a task makes of its rows is kept beside their file otherwise.
+            return usual(path, *arguments, **{**options, "cache_dir": folder, "keep_in_memory": True})
+
+    datasets.load_dataset = load
+    try:
+        yield
+    finally:
+        datasets.load_dataset = usual
+
+
+def _is_local(path: str, *data: Any) -> bool:
+    """Whether any of the files is on this machine.
+
+    path: a folder, a file, a format's name or a hub id. data: paths or URLs, in lists and mappings, or None; beside a
+    hub id they are files of its repository.
+    """
+    of_a_format = "/" not in path and any(_is_path(text) for content in data for text in _texts(content))
+    return os.path.exists(path) or of_a_format
+
+
+def _is_path(text: str) -> bool:
+    """Whether this names a local file. A chain (``zip://inside::outside``) is where its last link is."""
+    outside = text.split("::")[-1]
+    return "://" not in outside or outside.startswith(LOCAL)
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """Every path in a value of ``data_files``."""
+    if isinstance(content, (list, tuple, dict)):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from _texts(part)
+    elif content is not None:
+        yield str(content)
