@@ -7,6 +7,7 @@ the bytes (https://github.com/huggingface/safetensors, "Format"). Imports no tor
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Collection
@@ -35,6 +36,15 @@ class StoredTensor(NamedTuple):
     first: int
     last: int
     description: str
+
+    @property
+    def dtype(self) -> str:
+        """Of its elements, as named by safetensors."""
+        return self.description.partition(" ")[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(json.loads(self.description.partition(" ")[2]))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from esi_ds.core.mask_metadata import MaskMetadata, ScoresMetadata
+from esi_ds.core.stored import StoredReader
 from esi_ds.errors import UserError
 from esi_ds.reading import first_line, reading
 from esi_ds.tensor_files import DIGESTS_NAME, read_digests, read_tensor_folder, tensor_sha256
@@ -70,11 +71,7 @@ class ScoreFolder:
     def read(self, name: str, low: int, high: int) -> Tensor:
         """The scores of the parameter's flat range [low, high): float32 [high − low]. Raises UserError."""
         tensor = self._tensors[name]
-        with reading(self._field, tensor.file, REMEDY, "is missing or damaged"):
-            with tensor.file.open("rb") as opened:
-                opened.seek(tensor.first + 4 * low)
-                data = bytearray(opened.read(4 * (high - low)))
-            if len(data) != 4 * (high - low):
-                raise ValueError("it is shorter than its header says")
-        # frombuffer refuses an empty buffer, which a rank without a part of this parameter has.
-        return torch.frombuffer(data, dtype=torch.float32) if data else torch.zeros(0)
+        values = torch.empty(high - low)
+        with reading(self._field, tensor.file, REMEDY, "is missing or damaged"), StoredReader() as reader:
+            reader.fill(values, tensor, low)
+        return values

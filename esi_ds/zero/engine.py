@@ -25,7 +25,7 @@ from esi_ds.models.folder import ModelSource
 from esi_ds.models.roles import describe, expert_blocks, routers
 from esi_ds.models.rows import Together
 from esi_ds.zero import expert_parallel, runtime
-from esi_ds.zero.loading import read_module, read_partitioned
+from esi_ds.zero.loading import read_partitioned, read_replicated
 from esi_ds.zero.partitioned import attributes, partition_bounds, partition_group, partition_numel, whole_shape
 
 
@@ -293,5 +293,4 @@ def load_replicated(
     source: ModelSource, dtype: str, auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM
 ) -> PreTrainedModel:
     """A whole, frozen copy of a model on this rank's device. No collectives."""
-    model = read_module(source, dtype, auto_class).requires_grad_(False)
-    return model.to(runtime.device())  # type: ignore[arg-type]  # transformers wraps nn.Module.to and loses its types
+    return read_replicated(source, dtype, auto_class, runtime.device()).requires_grad_(False)

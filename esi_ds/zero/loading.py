@@ -27,19 +27,23 @@ from esi_ds.models.meta import DTYPES
 from esi_ds.models.ties import by_loaded_name
 from esi_ds.reading import reading
 from esi_ds.zero import runtime
-
-WRONG_SHAPES = "in loading state_dict"  # of transformers' message
+from esi_ds.zero.weights import every_rank_reads_its_part
 
 
 def read_module(
-    source: ModelSource, dtype: str, auto_class: type[_BaseAutoModelClass], problem: str = "cannot be loaded"
+    source: ModelSource,
+    dtype: str,
+    auto_class: type[_BaseAutoModelClass],
+    problem: str = "cannot be loaded",
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The whole model in evaluation mode. Only safetensors are read, nothing pickled. Raises UserError.
 
     dtype: a key of ``DTYPES``. auto_class: the transformers class that reads the folder. problem: what the error says
-    where transformers fails.
+    where transformers fails. device: where each weight goes once it is read, so that host memory never holds the model;
+    None: under ZeRO-3, where DeepSpeed places them.
     """
-    remedy = f"give a folder that transformers' {auto_class.__name__} reads whole, with safetensors weights"
+    remedy = _remedy(auto_class)
     field, path = source.field, source.path
     with reading(field, path, f"{remedy}; docs/architectures.md lists the architectures that load", problem):
         module, info = auto_class.from_pretrained(
@@ -49,6 +53,7 @@ def read_module(
             output_loading_info=True,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
+            device_map=None if device is None else {"": device},
         )
     # transformers would initialise them at random, for instance where a causal model is read as a classifier.
     missing = sorted(info["missing_keys"])
@@ -57,33 +62,41 @@ def read_module(
     return module.eval()
 
 
+def read_replicated(
+    source: ModelSource, dtype: str, auto_class: type[_BaseAutoModelClass], device: torch.device
+) -> PreTrainedModel:
+    """``read_module`` of the whole model onto this rank's device, a weight at a time. No collectives.
+
+    What transformers computes there instead of reading it, such as the frequencies of rotary embeddings, has the bits
+    that the CPU gives it, as in ``read_partitioned``.
+    """
+    module = read_module(source, dtype, auto_class, device=device)
+    if device.type != "cpu":
+        _mend_computed_buffers(module, _unread(module, dtype))
+    return module
+
+
+def _remedy(auto_class: type[_BaseAutoModelClass]) -> str:
+    return f"give a folder that transformers' {auto_class.__name__} reads whole, with safetensors weights"
+
+
 def read_partitioned(
     source: ModelSource, dtype: str, deepspeed_config: dict[str, Any], auto_class: type[_BaseAutoModelClass]
 ) -> PreTrainedModel:
     """``read_module`` with parameters that are partitioned over the ranks while they are read.
 
-    Rank 0 reads the files. Raises UserError, also where ZeRO-3 would change the model. Collectives: one broadcast per
-    parameter, an all-gather of each weight that may be tied, and one gather.
+    Every rank reads its own parts (``zero/weights.py``). Raises UserError, also where ZeRO-3 would change the model.
+    Collectives: one gather, and an all-gather of each weight that may be tied.
     """
     # transformers finds this object through a weak reference: it must live until the model is loaded.
     zero3 = HfDeepSpeedConfig(copy.deepcopy(deepspeed_config))
-    refusal: UserError | None = None
+    problem = "cannot be loaded in parts, as ZeRO-3 does"
     try:
-        with _ties_compare_whole_weights():
-            module = read_module(source, dtype, auto_class, "cannot be loaded in parts, as ZeRO-3 does")
-    except UserError as error:
-        if WRONG_SHAPES not in str(error):
-            raise
-        # Rank 0 alone has read the weights, and says so once all of them are read.
-        first_shape = str(error.__cause__).splitlines()[1].strip()
-        problem = f"holds weights of other shapes than its configuration says ({first_shape})"
-        refusal = UserError(error.field, error.value, problem, error.remedy)
+        with _ties_compare_whole_weights(), every_rank_reads_its_part(source, _remedy(auto_class), problem):
+            module = read_module(source, dtype, auto_class, problem)
     finally:
         unset_hf_deepspeed_config()
         del zero3
-    for error_of_a_rank in runtime.gather_objects(refusal):
-        if error_of_a_rank is not None:
-            raise error_of_a_rank
     plain = _unread(module, dtype)
     _warn_of_unread_weights(plain, source)
     _check_precision(module, plain, source, dtype)

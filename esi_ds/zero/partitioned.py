@@ -16,6 +16,11 @@ def attributes(tensor: Tensor) -> Any:
     return tensor
 
 
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 partitions it: buffers stay whole."""
+    return hasattr(tensor, "ds_tensor")
+
+
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     """Shape of the whole parameter, partitioned or not."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
@@ -36,3 +41,15 @@ def partition_bounds(tensor: Tensor) -> tuple[int, int]:
     size = partition_numel(tensor)
     first = torch.distributed.get_rank(partition_group(tensor)) * size
     return first, first + size
+
+
+def local_range(tensor: Tensor) -> tuple[int, int]:
+    """[first, last) of this rank's partition in the flat whole parameter, without padding; both the end if it is empty.
+
+    All of a tensor that is not partitioned.
+    """
+    numel = torch.Size(whole_shape(tensor)).numel()
+    if not is_partitioned(tensor):
+        return 0, numel
+    first, last = partition_bounds(tensor)
+    return min(first, numel), min(last, numel)

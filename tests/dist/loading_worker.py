@@ -1,11 +1,14 @@
 """Run by test_loading.py under a launcher: each case's model, loaded under ZeRO-3, to <name>-<rank>.safetensors.
 
 argv: a JSON list of cases {"name", "model", "dtype", "class" (optional)}. The file holds logits, the whole parameters
-("parameter.<name>") and the buffers ("buffer.<name>"); of a model that is refused, <name>-<rank>.txt the message.
+("parameter.<name>") and the buffers ("buffer.<name>"), and its metadata "num_bytes", what the rank read of the weights;
+of a model that is refused, <name>-<rank>.txt has the message.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import torch
@@ -13,9 +16,11 @@ import transformers
 from cases import run_cases
 from safetensors.torch import save_file
 
+from esi_ds.core.stored import StoredReader
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
-from esi_ds.zero import runtime
+from esi_ds.tensor_files import StoredTensor
+from esi_ds.zero import runtime, weights
 from esi_ds.zero.engine import load_sharded
 
 SETTINGS = {
@@ -23,6 +28,21 @@ SETTINGS = {
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
 }
 IDS = torch.tensor([[1, 5, 9, 20, 33, 7]])
+
+
+class CountingReader(StoredReader):
+    """The reader of the last load: how many bytes has it read? Rank 1 cannot read the model "unreadable"."""
+
+    last: StoredReader
+
+    def __init__(self) -> None:
+        super().__init__()
+        CountingReader.last = self
+
+    def fill(self, values: torch.Tensor, tensor: StoredTensor, low: int = 0) -> None:
+        if "unreadable" in tensor.file.parts and runtime.rank() == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(tensor.file))
+        super().fill(values, tensor, low)
 
 
 def run_case(case: dict) -> None:
@@ -44,8 +64,11 @@ def run_case(case: dict) -> None:
             if whole is not None:
                 tensors[f"parameter.{parameter.name}"] = whole
     tensors |= {f"buffer.{name}": buffer.clone() for name, buffer in model.module.named_buffers()}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target.with_suffix(".safetensors"))
+    metadata = {"num_bytes": str(CountingReader.last.num_bytes)}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, target.with_suffix(".safetensors"), metadata=metadata)
 
 
 if __name__ == "__main__":
+    weights.StoredReader = CountingReader
     run_cases(run_case)

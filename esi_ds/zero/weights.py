@@ -1,0 +1,189 @@
+"""Filling partitions from safetensors: every rank reads the bytes of its own partition, and no weight is sent.
+
+transformers reads the files on rank 0, gathers every weight and broadcasts it. Here its renamings and conversions are
+kept, and only the reading is replaced. A weight that is stored as the model has it is read by its flat range. One that
+is converted from other tensors is converted on every rank, from whole tensors; of experts that are stored one by one
+and stacked, a rank reads those of which it holds a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, modeling_utils
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from esi_ds.core.stored import StoredReader
+from esi_ds.errors import UserError
+from esi_ds.models.folder import ModelSource
+from esi_ds.models.weights import REMEDY
+from esi_ds.reading import reading
+from esi_ds.tensor_files import StoredTensor, read_header
+from esi_ds.zero import runtime
+from esi_ds.zero.partitioned import attributes, is_partitioned, local_range, whole_shape
+
+OTHER_SHAPES = "holds weights of other shapes than its configuration says"
+
+
+class WrongShape(ValueError):
+    """A stored weight has another shape than the model's."""
+
+
+class Converted(NamedTuple):
+    """A weight that was converted: whole, or rows of it from the flat element ``low`` on. shape: the whole weight's."""
+
+    values: Tensor
+    low: int
+    shape: tuple[int, ...]
+
+
+@contextmanager
+def every_rank_reads_its_part(source: ModelSource, remedy: str, problem: str) -> Iterator[None]:
+    """Have transformers' ``from_pretrained`` under ZeRO-3 read weights as this module does, inside the block.
+
+    It then raises UserError, on every rank, where a file cannot be read (which the error calls ``problem``) or a weight
+    has another shape than the model's. Collectives: one gather in place of transformers' broadcasts.
+    """
+
+    def headers(file: str, **_: Any) -> dict[str, StoredTensor]:
+        return {tensor.name: tensor for tensor in read_header(Path(file), source.field, REMEDY)[0]}
+
+    def read(
+        model: PreTrainedModel, stored: dict[str, StoredTensor], load_config: modeling_utils.LoadStateDictConfig
+    ) -> tuple[list[str], set[str]]:
+        conversions = load_config.weight_mapping or []
+        if conversions:
+            # As transformers does: an export reverts them.
+            model._weight_conversions = conversions  # type: ignore[assignment]
+        names: set[str] = set()
+        refusal: UserError | None = None
+        try:
+            with reading(source.field, source.path, remedy, problem), StoredReader() as reader:
+                names = _Parts(model, stored, conversions, reader).fill()
+        except UserError as error:
+            refusal = error
+            if isinstance(error.__cause__, WrongShape):
+                refusal = UserError(error.field, error.value, f"{OTHER_SHAPES} ({error.__cause__})", remedy)
+        # Perhaps only one rank reads the bytes that cannot be read.
+        for error_of_a_rank in runtime.gather_objects(refusal):
+            if error_of_a_rank is not None:
+                raise error_of_a_rank
+        return [], set(model.state_dict()) - names
+
+    with (
+        patch.object(modeling_utils, "load_state_dict", headers),
+        patch.object(modeling_utils, "_load_state_dict_into_zero3_model", read),
+    ):
+        yield
+
+
+class _Parts:
+    """This rank's parts of a model's weights, and its persistent buffers, as a checkpoint holds them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stored: Mapping[str, StoredTensor],
+        conversions: Sequence[WeightTransform],
+        reader: StoredReader,
+    ):
+        self._model, self._stored, self._reader = model, stored, reader
+        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
+
+    def fill(self) -> set[str]:
+        """Fill what the checkpoint holds; its names in the model. Raises WrongShape, and as ``StoredReader.fill`` and
+        transformers' conversions do. No collectives."""
+        names = set()
+        for name, value in self._values():
+            if name in self._targets:
+                self._fill(name, self._targets[name], value)
+                attributes(self._targets[name])._is_hf_initialized = True
+                names.add(name)
+        return names
+
+    def _values(self) -> Iterator[tuple[str, StoredTensor | Converted]]:
+        """What the checkpoint holds, by its name in the model; one conversion is in memory at a time."""
+        converter_of = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+        groups: dict[str, WeightConverter] = {}  # by the first name that a conversion has in the model
+        for stored_name in sorted(self._stored, key=dot_natural_key):  # experts in the order of their numbers
+            name, pattern = rename_source_key(
+                stored_name, self._renamings, self._converters, self._model.base_model_prefix, self._targets
+            )
+            if name not in self._targets:
+                continue
+            tensor = self._stored[stored_name]
+            if pattern is None:
+                yield name, tensor
+                continue
+            entry = converter_of[pattern]
+            if name not in groups:
+                groups[name] = WeightConverter(entry.source_patterns, entry.target_patterns, entry.operations)
+            read = partial(self._reader.whole, tensor)
+            groups[name].add_tensor(name, stored_name, pattern, read)  # type: ignore[arg-type]  # callables too
+        for name, group in groups.items():
+            yield from self._converted(name, group)
+
+    def _converted(self, name: str, group: WeightConverter) -> Iterator[tuple[str, Converted]]:
+        """What a conversion makes: whole, or of a stack of experts the rows of which this rank holds a part."""
+        target = self._targets[name]
+        shape = whole_shape(target)
+        low, num_rows = 0, None
+        if _is_stack(group, shape):
+            size = torch.Size(shape[1:]).numel()  # elements of a row
+            first, last = local_range(target)
+            first, last = first // size, -(-last // size)
+            if first == last:
+                yield name, Converted(torch.empty(0), 0, shape)
+                return
+            low, num_rows = first * size, shape[0]
+            for pattern, rows in group.collected_tensors.items():
+                group.collected_tensors[pattern] = rows[first:last]
+        prefix = self._model.base_model_prefix
+        for made, result in group.convert(name, model=self._model, config=self._model.config).items():
+            values = result[0] if isinstance(result, list) else result
+            whole = tuple(values.shape) if num_rows is None else (num_rows, *values.shape[1:])
+            yield f"{prefix}.{made}" if f"{prefix}.{made}" in self._targets else made, Converted(values, low, whole)
+
+    def _fill(self, name: str, target: Tensor, value: StoredTensor | Converted) -> None:
+        if value.shape != (shape := whole_shape(target)):
+            raise WrongShape(f"{name} has shape {list(value.shape)}, the model's is {list(shape)}")
+        if not is_partitioned(target):
+            whole = self._reader.whole(value) if isinstance(value, StoredTensor) else value.values
+            target.detach().copy_(whole.view(shape))
+            return
+        low, high = local_range(target)
+        part = attributes(target).ds_tensor.detach().view(-1)[: high - low]
+        if isinstance(value, StoredTensor):
+            self._reader.fill(part, value, low)
+        elif len(part):
+            part.copy_(value.values.flatten()[low - value.low : high - value.low])
+        attributes(target).ds_secondary_tensor = None  # hpZ's copy, from which gathers would read
+
+
+def _is_stack(group: WeightConverter, shape: tuple[int, ...]) -> bool:
+    """Whether every row of the weight is made of one tensor of each of the conversion's sources, its expert's."""
+    stack, *others = group.operations
+    return (
+        isinstance(stack, MergeModulelist)
+        and stack.dim == 0
+        and all(isinstance(operation, Concatenate) and operation.dim > 0 for operation in others)
+        and len(group.target_patterns) == 1
+        and all(len(rows) == shape[0] for rows in group.collected_tensors.values())
+    )
