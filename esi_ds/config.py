@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from esi_ds.config_checks import check_extra, check_numbers, check_unique
 from esi_ds.config_errors import explain
+from esi_ds.config_guards import FamilyName
 from esi_ds.config_yaml import apply_override, dump_yaml, read_yaml
 from esi_ds.core.criteria import objectives
 from esi_ds.errors import UserError
@@ -93,9 +94,7 @@ class JudgeModel(Section):
 class GuardModel(JudgeModel):
     """A causal guard model and how it is asked."""
 
-    family: Literal["auto", "llama-guard-3", "qwen3guard", "custom"] = Field(
-        "auto", description="The guard family, which fixes prompt and verdict words; auto recognises it by the path."
-    )
+    family: FamilyName = Field("auto", description="What fixes prompt and verdict words, see docs/judges.md.")
     template: str | None = Field(None, description="The prompt of family custom, with {prompt} and {response}.")
     verdict_prefix: str = Field("", description="Text that family custom forces between the prompt and the verdict.")
     verdict: VerdictWords | None = Field(None, description="The two verdict words of family custom.")

@@ -121,15 +121,21 @@ class TemplateRejection(ValueError):
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of a conversation in the tokenizer's chat template, which is given roles and contents only.
+    """The text of a conversation in the tokenizer's chat template, which is given roles, contents and ``options`` only.
 
     Raises TemplateRejection.
     """
     messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **(options or {})
+        )
     except Exception as error:  # Jinja's errors, or whatever the template raises
         raise TemplateRejection(f"the chat template rejects it ({first_line(error)})") from error
     return str(text)

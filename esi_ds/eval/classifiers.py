@@ -26,7 +26,9 @@ from esi_ds.judge.classifier import (
     read_rule,
 )
 from esi_ds.judge.families import Family
+from esi_ds.judge.guard import verdict_score
 from esi_ds.judge.pairs import EncodedPair, EncodedText, PairEncoder, plain_pair
+from esi_ds.judge.tokens import last_risk, risk_logits, unsafe_logits
 from esi_ds.models.rows import accepted, depends_on_neighbours, end_logits, probe_ids
 
 
@@ -106,9 +108,10 @@ class NextWordJudge(ModelJudge):
     """A causal model whose next word is the verdict: HarmBench-cls (``yes_no_family``), or any guard of
     ``judge.families``.
 
-    ``score`` is P(unsafe) / (P(safe) + P(unsafe)) at the first position where the encoded verdicts differ. Where
-    another token is more probable than every verdict's, the model would have said something else: missing. Raises
-    UserError naming ``field`` where the tokenizer cannot tell the verdicts apart.
+    ``score`` is P(unsafe) / (P(safe) + P(unsafe)) at the first position where the encoded verdicts differ; of a family
+    with grades, their expected share of unsafe. Where another token is more probable than every verdict's, the model
+    would have said something else: missing. Raises UserError naming ``field`` where the tokenizer cannot tell the
+    verdicts apart.
     """
 
     def __init__(
@@ -133,6 +136,36 @@ class NextWordJudge(ModelJudge):
 
     def logits(self, pairs: Sequence[EncodedPair]) -> Tensor:
         return end_logits(self.model, right_pad([pair.text.ids for pair in pairs], self._pad, _device(self.model)))
+
+
+class TokenJudge(ModelJudge):
+    """A token classifier of ``judge.families`` (Qwen3Guard-Stream); a verdict's ``score`` is the sigmoid of
+    ``judge.tokens.unsafe_logit``, above 0.5 exactly where the model's own evaluation says unsafe."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        family: Family,
+        *,
+        threshold: float = 0.5,
+        max_length: int | None = None,
+        field: str = "eval.judges",
+    ):
+        limit = longest_input(model, tokenizer, max_length)
+        super().__init__(model, PairEncoder(family, tokenizer, max_length=limit, field=field))
+        self._pad, self._threshold = tokenizer.pad_token_id or 0, threshold
+
+    def judge(self, pairs: Sequence[EncodedPair]) -> list[Verdict]:
+        batch = self._batch(pairs)
+        logits = unsafe_logits(risk_logits(self.model, batch), batch, pairs)
+        return [Verdict.of_probability(float(value), self._threshold) for value in logits.sigmoid()]
+
+    def logits(self, pairs: Sequence[EncodedPair]) -> Tensor:
+        return last_risk(self.model, self._batch(pairs))
+
+    def _batch(self, pairs: Sequence[EncodedPair]) -> dict[str, Tensor]:
+        return right_pad([pair.text.ids for pair in pairs], self._pad, _device(self.model))
 
 
 def judge_pairs(judge: ModelJudge, pairs: Sequence[tuple[str, str]], batch_size: int = 8) -> list[Verdict]:
@@ -183,10 +216,10 @@ def _next_word_verdict(logits: Tensor, text: EncodedText, threshold: float) -> V
     if not torch.isfinite(logits).all():
         return Verdict.missing("the judge's output is not finite")
     best = int(logits.argmax())
-    if best not in (*text.safe, *text.unsafe):
+    if best not in (*text.safe, *text.unsafe, *(token for token, _ in text.between)):
         return Verdict.missing("the judge would say neither verdict")
-    margin = logits[text.unsafe].logsumexp(0) - logits[text.safe].logsumexp(0)
-    return Verdict.of_probability(float(margin.sigmoid()), threshold)
+    margin = verdict_score("margin", logits, text.safe, text.unsafe, text.between)
+    return Verdict.of_probability(float((-margin).sigmoid()), threshold)
 
 
 def _device(model: PreTrainedModel) -> torch.device:

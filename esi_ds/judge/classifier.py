@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -17,10 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from esi_ds.config import ClassifierModel, JudgeModel
+from esi_ds.config import ClassifierModel, GuardModel, JudgeModel
 from esi_ds.core.batch import right_pad
 from esi_ds.errors import UserError
-from esi_ds.judge.families import Family
+from esi_ds.judge.families import FAMILIES, Family
 from esi_ds.judge.guard import Guard, Weights, verdict_score
 from esi_ds.judge.pairs import EncodedPair
 from esi_ds.models.rows import accepted
@@ -48,14 +49,35 @@ class SequenceRule:
     max_length: int | None = None
 
 
-def model_class(section: JudgeModel) -> type:
-    """transformers' class for a judge's model."""
-    return AutoModelForSequenceClassification if isinstance(section, ClassifierModel) else AutoModelForCausalLM
+def model_class(section: JudgeModel, config: PretrainedConfig) -> type:
+    """transformers' class for a judge's model, whose own configuration is ``config``."""
+    architectures = set(config.architectures or ())
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
+    if isinstance(section, ClassifierModel) or (is_classifier and _may_be(section, "labels")):
+        return AutoModelForSequenceClassification
+    of_tokens = {name for family in FAMILIES.values() if family.reads == "tokens" for name in family.architectures}
+    return AutoModel if of_tokens & architectures and _may_be(section, "tokens") else AutoModelForCausalLM
+
+
+def _may_be(section: JudgeModel, reads: str) -> bool:
+    """Whether a judge's section leaves open, or names, a family that is read so."""
+    family = section.family if isinstance(section, GuardModel) else "custom"
+    return family == "auto" or (family in FAMILIES and FAMILIES[family].reads == reads)
 
 
 def classifier_family(template: str) -> Family:
     """A classifier's text: no forced prefix and no verdict words."""
-    return Family("classifier", "", (), (), template)
+    return Family("classifier", "", (), (), template, reads="labels")
+
+
+def family_rule(family: Family, threshold: float = 0.5, max_length: int | None = None) -> SequenceRule:
+    """How a family's sequence classifier is read: every label by itself, and each means unsafe.
+
+    max_length: in tokens, where it is less than the family's.
+    """
+    assert family.template is not None
+    limits = [limit for limit in (max_length, family.max_length) if limit is not None]
+    return SequenceRule(family.template, None, True, threshold, min(limits, default=None))
 
 
 def label_score(kind: str, logits: Tensor, unsafe: Sequence[int], is_multi: bool) -> Tensor:

@@ -25,14 +25,29 @@ class Judgement:
     gradient: Tensor
 
 
-def verdict_score(kind: str, logits: Tensor, safe: Sequence[int], unsafe: Sequence[int]) -> Tensor:
+def verdict_score(
+    kind: str,
+    logits: Tensor,
+    safe: Sequence[int],
+    unsafe: Sequence[int],
+    between: Sequence[tuple[int, float]] = (),
+) -> Tensor:
     """Scalar score of float32 ``logits`` [V] at the verdict's position; several words of a verdict count together.
 
     ``margin`` log P(safe) − log P(unsafe); ``logit`` of safe; ``logprob`` log P(safe); ``prob`` P(safe).
+    between: words of which a share of the probability is unsafe, and the rest safe: with grades from 0 to 1 as shares,
+    P(unsafe) / (P(safe) + P(unsafe)) is the expected grade.
     """
-    safe_logit = logits[list(safe)].logsumexp(0)
+    if between:
+        tokens = [token for token, _ in between]
+        shares = torch.tensor([share for _, share in between], dtype=logits.dtype, device=logits.device)
+        safe_logit = torch.cat([logits[list(safe)], logits[tokens] + (1 - shares).log()]).logsumexp(0)
+        unsafe_logit = torch.cat([logits[list(unsafe)], logits[tokens] + shares.log()]).logsumexp(0)
+    else:
+        safe_logit = logits[list(safe)].logsumexp(0)
+        unsafe_logit = logits[list(unsafe)].logsumexp(0)
     if kind == "margin":
-        return safe_logit - logits[list(unsafe)].logsumexp(0)
+        return safe_logit - unsafe_logit
     if kind == "logit":
         return safe_logit
     log_probability = safe_logit - logits.logsumexp(0)
@@ -108,7 +123,7 @@ class Guard:
 
     def _score(self, logits: Tensor, pair: EncodedPair) -> Tensor:
         """Scalar score of one pair, given its float32 logits [V]."""
-        return verdict_score(self.score, logits, pair.text.safe, pair.text.unsafe)
+        return verdict_score(self.score, logits, pair.text.safe, pair.text.unsafe, pair.text.between)
 
     @torch.no_grad()
     def depends_on_neighbours(self, device: torch.device | str) -> bool:

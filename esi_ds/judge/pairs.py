@@ -7,16 +7,22 @@ character offsets say which of them overlap it (docs/method.md §1).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from esi_ds.data.chat import TemplateRejection, render
 from esi_ds.errors import UserError
-from esi_ds.judge.families import Family
+from esi_ds.judge.families import FAMILIES, Family
 
 PROMPT_MARK, RESPONSE_MARK = "⟦prompt⟧", "⟦response⟧"
+# Chat templates of Granite and Llama 3 write today's date into the system turn; a score must not change with it. Set
+# before a template, this macro takes the place of the clock that transformers gives it; + keeps the line break after.
+TODAY = datetime(2025, 1, 1)
+_REPLACEMENTS = "".join(f".replace('%{letter}', '{TODAY.strftime(f'%{letter}')}')" for letter in "aAbBdejmyYHIMpS")
+FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACEMENTS} }}}}{{% endmacro +%}}"
 Context = Literal["prompt_and_response", "response_only"]
 Span = tuple[int, int]  # characters [start, end)
 
@@ -44,7 +50,11 @@ class TextBuilder:
     def __init__(self, family: Family, tokenizer: PreTrainedTokenizerBase, context: Context, field: str = "judge"):
         self.family, self.tokenizer, self.context = family, tokenizer, context
         self._content_is_list = False
-        if family.template is None:
+        self._options = dict(family.options)
+        if family.uses_chat_template:
+            template = tokenizer.chat_template
+            if isinstance(template, str) and "strftime_now" in template:
+                self._options["chat_template"] = FIXED_DATE + template
             try:
                 shown = self._apply_chat_template("x", RESPONSE_MARK)
             except TemplateRejection as error:
@@ -68,18 +78,27 @@ class TextBuilder:
         # Response only: the response becomes the user's turn, as in the paper's code.
         response_only = self.context == "response_only"
         turns = [("user", response)] if response_only else [("user", prompt), ("assistant", response)]
+        if self.family.is_turn:
+            turns = [("user", self._fill_template(prompt, response))]
+        if self.family.closing is not None:
+            turns.append(("user", self.family.closing))
         messages = [
             {"role": role, "content": [{"type": "text", "text": text}] if self._content_is_list else text}
             for role, text in turns
         ]
-        return render(self.tokenizer, messages, add_generation_prompt=False)
+        return render(
+            self.tokenizer, messages, add_generation_prompt=self.family.generation_prompt, options=self._options
+        )
 
-    def _render(self, prompt: str, response: str) -> str:
-        if self.family.template is None:
-            return self._apply_chat_template(prompt, response)
+    def _fill_template(self, prompt: str, response: str) -> str:
+        assert self.family.template is not None
         parts = self.family.template.split("{response}")
         prompt = "" if self.context == "response_only" else prompt
         return response.join(part.replace("{prompt}", prompt) for part in parts)
+
+    def _render(self, prompt: str, response: str) -> str:
+        build = self._apply_chat_template if self.family.uses_chat_template else self._fill_template
+        return build(prompt, response)
 
     def build(self, prompt: str, response: str) -> JudgedText | None:
         """The text with the forced prefix behind it; None where the template alters the response beyond trimming."""
@@ -100,7 +119,8 @@ class EncodedText:
     """What the judge reads: ``ids`` end just before the verdict, or with the text where the family has no words.
 
     offsets: character spans of the ids in the text. safe, unsafe: ids of the verdict tokens, empty without words.
-    token_types: the tokenizer's ``token_type_ids``, None where it gives none.
+    token_types: the tokenizer's ``token_type_ids``, None where it gives none. between: ids of verdict tokens that are
+    partly unsafe, with the share of it.
     """
 
     ids: list[int]
@@ -108,29 +128,36 @@ class EncodedText:
     safe: list[int]
     unsafe: list[int]
     token_types: list[int] | None = None
+    between: list[tuple[int, float]] = field(default_factory=list)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, family: Family) -> EncodedText:
     """Encode the text with each verdict word behind it and cut it at the first position where the words differ.
 
-    Raises ValueError where that position does not tell every safe word from every unsafe one. A family without words
-    (a classifier) reads the text to its end.
+    A word may have several spellings, of which those count whose tokens there are of one verdict alone. Raises
+    ValueError where no spelling of a verdict is left, or two verdicts share a token. A family without words (a
+    classifier) reads the text to its end.
     """
     encodings = [
         tokenizer(text + word, add_special_tokens=family.adds_special_tokens, return_offsets_mapping=True)
-        for word in (*family.safe, *family.unsafe) or ("",)
+        for word in family.words or ("",)
     ]
     first = encodings[0]
-    if not (family.safe or family.unsafe):
+    if not family.words:
         return EncodedText(first["input_ids"], first["offset_mapping"], [], [], first.get("token_type_ids"))
     columns = zip(*(encoding["input_ids"] for encoding in encodings), strict=False)  # up to the shortest
     for position, column in enumerate(columns):
         if len(set(column)) == 1:
             continue
-        safe, unsafe = list(column[: len(family.safe)]), list(column[len(family.safe) :])
-        if set(safe) & set(unsafe):
+        num_safe, num_words = len(family.safe), len(family.safe) + len(family.unsafe)
+        safe, unsafe, between = column[:num_safe], column[num_safe:num_words], column[num_words:]
+        only_safe = list(dict.fromkeys(token for token in safe if token not in (*unsafe, *between)))
+        only_unsafe = list(dict.fromkeys(token for token in unsafe if token not in (*safe, *between)))
+        if not only_safe or not only_unsafe or len({*between}) < len(between) or {*between} & {*safe, *unsafe}:
             break
-        return EncodedText(first["input_ids"][:position], first["offset_mapping"][:position], safe, unsafe)
+        shares = [share for _, share in family.between]
+        ids, offsets = first["input_ids"][:position], first["offset_mapping"][:position]
+        return EncodedText(ids, offsets, only_safe, only_unsafe, None, list(zip(between, shares, strict=True)))
     raise ValueError(f"the guard's tokenizer cannot tell {family.safe} from {family.unsafe}")
 
 
@@ -169,7 +196,8 @@ class PairEncoder:
         max_length: int | None = None,
         field: str = "judge",
     ):
-        self.family, self.tokenizer, self.max_length, self._field = family, tokenizer, max_length, field
+        limits = [limit for limit in (max_length, family.max_length) if limit is not None]
+        self.family, self.tokenizer, self.max_length, self._field = family, tokenizer, min(limits, default=None), field
         self._texts = TextBuilder(family, tokenizer, context, field)
 
     def encode(self, prompt: str, response: str) -> EncodedPair | str:
@@ -198,7 +226,7 @@ class PairEncoder:
         judged = self._texts.build("Hello", "Hello")
         if judged is None:
             raise UserError(
-                f"{self._field}.template" if self.family.template else f"{self._field}.path",
+                f"{self._field}.path" if self.family.name in FAMILIES else f"{self._field}.template",
                 self.tokenizer.name_or_path,
                 "does not show the response in the guard's text",
                 "put {response} into the template",

@@ -14,6 +14,7 @@ from esi_ds.models.roles import describe
 from esi_ds.models.ties import untie
 from esi_ds.reading import reading
 
+CHUNK = 8192  # tokens that a Llama 4 attends to at once in its layers with chunks
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -38,6 +39,16 @@ def meta_model(
     if model.all_tied_weights_keys:
         untie(model, stored_tensors(source), DTYPES[dtype] if dtype is not None else None)
     return model
+
+
+def complete_chunks(model: PreTrainedModel) -> None:
+    """Say how long the chunks of a Llama 4's attention are, where its configuration does not.
+
+    Llama Guard 4's leaves it out, and transformers then computes nothing; its model card sets 8192, Llama 4's own.
+    """
+    text = model.config.get_text_config()
+    if getattr(text, "attention_chunk_size", 0) is None and "chunked_attention" in (text.layer_types or ()):
+        text.attention_chunk_size = CHUNK
 
 
 def meta_parameters(

@@ -12,7 +12,7 @@ from esi_ds.config import JudgeModel
 from esi_ds.judge.classifier import model_class
 from esi_ds.judge.guard import Weights, WholeWeights
 from esi_ds.models.folder import ModelSource
-from esi_ds.models.meta import DTYPES, meta_model
+from esi_ds.models.meta import DTYPES, complete_chunks, meta_model
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import load_replicated, load_sharded
 
@@ -50,14 +50,17 @@ def load_judge(
     section: the judge's, at ``key`` of the experiment's config. config: the judge's architecture. model_dtype: used
     where the section's own is ``auto``. Collectives: one all-reduce, and those of loading.
     """
-    auto_class, source = model_class(section), ModelSource.of(section, key)
+    auto_class, source = model_class(section, config), ModelSource.of(section, key)
     dtype = model_dtype if section.dtype == "auto" else section.dtype
     size = model_bytes(config, source, dtype, auto_class)
     placement, reason = _choose_placement(size, section.placement)
     note = f"{placement} ({reason})"
     if placement == "replicated":
-        return load_replicated(source, dtype, auto_class), WholeWeights(), note
+        whole = load_replicated(source, dtype, auto_class)
+        complete_chunks(whole)
+        return whole, WholeWeights(), note
     settings = {name: value for name, value in deepspeed_config.items() if name != "expert_parallel"}
     sharded = load_sharded(source, dtype, settings, auto_class=auto_class)
     sharded.module.requires_grad_(False)
+    complete_chunks(sharded.module)
     return sharded.module, sharded, note

@@ -12,9 +12,10 @@ from reference import guard_ids_mid_text, token_text, vocabulary_map
 from esi_ds.data.chat import break_up, encode_response, special_strings
 from esi_ds.errors import UserError
 from esi_ds.judge.alignment import alignment_weights
-from esi_ds.judge.families import FAMILIES, Family, choose_family
+from esi_ds.judge.families import FAMILIES, Family
 from esi_ds.judge.guard import verdict_score
 from esi_ds.judge.pairs import PairEncoder, TextBuilder, encode_text
+from esi_ds.judge.recognition import choose_family
 from esi_ds.judge.vocabulary import VocabularyMap, encode_mid_text, same_vocabulary, token_texts
 
 TOKENIZERS = {

@@ -27,9 +27,17 @@ from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import load_prompts, load_responses, recorded_scores
 from esi_ds.data.thoughts import UNFINISHED, Span, answer_spans, mark_strings, opening_mark, spans_in_answer
 from esi_ds.errors import UserError
-from esi_ds.judge.classifier import SequenceRule, classifier_family, longest_input, model_class, read_rule
-from esi_ds.judge.families import Family, choose_family
+from esi_ds.judge.classifier import (
+    SequenceRule,
+    classifier_family,
+    family_rule,
+    longest_input,
+    model_class,
+    read_rule,
+)
+from esi_ds.judge.families import Family
 from esi_ds.judge.pairs import EncodedPair, PairEncoder
+from esi_ds.judge.recognition import choose_family
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
 from esi_ds.models.meta import meta_model, meta_parameters
 from esi_ds.stages.esi.losses import LossRows, prepare_losses
@@ -152,18 +160,27 @@ def prepare_judge(section: EsiGuard | EsiClassifier, batch_size: int) -> Prepare
     judge_config = load_model_config(source)
     check_weights(source)
     if isinstance(section, EsiClassifier):
-        return _prepare_classifier(section, tokenizer, judge_config, batch_size)
-    family = choose_family(section, tokenizer)
+        rule = SequenceRule(section.template, section.unsafe_labels, section.multi_label)
+        return _prepare_classifier(
+            section, classifier_family(section.template), rule, tokenizer, judge_config, batch_size
+        )
+    family = choose_family(section, tokenizer, judge_config)
+    if family.reads == "labels":
+        return _prepare_classifier(section, family, family_rule(family), tokenizer, judge_config, batch_size)
     encoder = PairEncoder(family, tokenizer, context=section.context, max_length=max_positions(judge_config))
     encoder.check_verdict()
     return PreparedEsiJudge(section, tokenizer, family, encoder, judge_config)
 
 
 def _prepare_classifier(
-    section: EsiClassifier, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, batch_size: int
+    section: EsiGuard | EsiClassifier,
+    family: Family,
+    rule: SequenceRule,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    batch_size: int,
 ) -> PreparedEsiJudge:
-    family = classifier_family(section.template)
-    labels = read_rule(config, SequenceRule(section.template, section.unsafe_labels, section.multi_label), "judge")
+    labels = read_rule(config, rule, "judge")
     if config.get_text_config().pad_token_id is None and batch_size > 1:
         raise UserError(
             "judge.path",
@@ -171,8 +188,10 @@ def _prepare_classifier(
             "has no padding token, so that answers of different lengths cannot be judged together",
             "set esi.batch_size: 1, or pad_token_id in its config.json",
         )
-    model = meta_model(config, ModelSource.of(section, "judge"), model_class(section))
-    encoder = PairEncoder(family, tokenizer, max_length=longest_input(model, tokenizer, None))
+    model = meta_model(config, ModelSource.of(section, "judge"), model_class(section, config))
+    context = section.context if isinstance(section, EsiGuard) else "prompt_and_response"
+    limit = longest_input(model, tokenizer, rule.max_length)
+    encoder = PairEncoder(family, tokenizer, context=context, max_length=limit)
     return PreparedEsiJudge(section, tokenizer, family, encoder, config, labels)
 
 

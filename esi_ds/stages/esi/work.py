@@ -10,6 +10,7 @@ import torch
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import ClassifierGuard
 from esi_ds.judge.guard import Guard
+from esi_ds.judge.tokens import TokenGuard
 from esi_ds.judge.vocabulary import VocabularyMap
 from esi_ds.models.roles import unknown, warning
 from esi_ds.stages.esi.finish import LossOutcome, SafetyOutcome, finish_esi
@@ -83,7 +84,8 @@ class EsiRun(StageRun[EsiInputs]):
         if judge.labels:
             guard: Guard = ClassifierGuard(module, judge.tokenizer, section.score, weights, *judge.labels)
         else:
-            guard = Guard(module, judge.tokenizer, section.score, weights)
+            kind = TokenGuard if judge.family.reads == "tokens" else Guard
+            guard = kind(module, judge.tokenizer, section.score, weights)
         if self.config.esi.batch_size > 1 and runtime.any_rank(guard.depends_on_neighbours(runtime.device())):
             guard.max_batch = 1
             self.tracker.remark(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from esi_ds.config import ENDPOINT_ROUNDS, Config, require_eval
-from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, length_batches
+from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, TokenJudge, length_batches
 from esi_ds.eval.endpoint import Patience, Reply
 from esi_ds.eval.refusals import judge_by_words
 from esi_ds.eval.rows import AnswerRow, VerdictRow, answered
@@ -256,7 +256,8 @@ def _load(
     if isinstance(judge, PreparedClassifier):
         return SequenceJudge(module, judge.tokenizer, judge.rule, judge.field), weights
     assert isinstance(judge, PreparedNextWord)
-    reader = NextWordJudge(
+    kind = TokenJudge if judge.family.reads == "tokens" else NextWordJudge
+    reader = kind(
         module,
         judge.tokenizer,
         judge.family,

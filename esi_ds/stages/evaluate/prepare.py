@@ -30,9 +30,10 @@ from esi_ds.eval.endpoint import Endpoint
 from esi_ds.eval.refusals import RefusalList, refusal_list
 from esi_ds.eval.rubric import TEMPLATE, check_template
 from esi_ds.eval.tasks import prepare_tasks
-from esi_ds.judge.classifier import SequenceRule, read_rule
-from esi_ds.judge.families import Family, choose_family
+from esi_ds.judge.classifier import SequenceRule, family_rule, read_rule
+from esi_ds.judge.families import Family
 from esi_ds.judge.pairs import PairEncoder
+from esi_ds.judge.recognition import choose_family
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
 
 if TYPE_CHECKING:
@@ -98,13 +99,13 @@ class PreparedModel(PreparedJudge):
 class PreparedClassifier(PreparedModel):
     """A sequence classifier."""
 
-    section: EvalClassifier
+    section: EvalClassifier | EvalGuard
     rule: SequenceRule
 
 
 @dataclass(frozen=True)
 class PreparedNextWord(PreparedModel):
-    """A causal model whose next word is the verdict."""
+    """A causal model whose next word is the verdict, or one that labels every token (``family.reads``)."""
 
     section: EvalGuard | EvalYesNo
     family: Family
@@ -192,14 +193,20 @@ def _prepare_judge(section: EvalJudge, field: str) -> PreparedJudge:
         )
         read_rule(config, rule, field)
         return PreparedClassifier(name, field, section, tokenizer, config, rule)
-    family = _family(section, tokenizer, field)
+    family = _family(section, tokenizer, config, field)
+    if isinstance(section, EvalGuard) and family.reads == "labels":
+        rule = family_rule(family, section.threshold, section.max_length)
+        read_rule(config, rule, field)
+        return PreparedClassifier(name, field, section, tokenizer, config, rule)
     PairEncoder(family, tokenizer, field=field).check_verdict()
     return PreparedNextWord(name, field, section, tokenizer, config, family)
 
 
-def _family(section: EvalGuard | EvalYesNo, tokenizer: PreTrainedTokenizerBase, field: str) -> Family:
+def _family(
+    section: EvalGuard | EvalYesNo, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, field: str
+) -> Family:
     if isinstance(section, EvalGuard):
-        return choose_family(section, tokenizer, field)
+        return choose_family(section, tokenizer, config, field)
     return yes_no_family(
         section.template,
         unsafe=section.unsafe,

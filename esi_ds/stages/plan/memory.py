@@ -131,7 +131,7 @@ def _judge_bytes(config: Config, ranks: int) -> float:
     except UserError:
         return 0.0
     dtype = config.model.dtype if judge.dtype == "auto" else judge.dtype
-    model = meta_model(judge_config, source, model_class(judge))
+    model = meta_model(judge_config, source, model_class(judge, judge_config))
     whole = WEIGHT_BYTES[dtype] * sum(parameter.numel() for parameter in model.parameters())
     return whole / ranks if judge.placement == "sharded" else whole
 
