@@ -212,6 +212,13 @@ def test_grades_are_an_expected_score() -> None:
     torch.testing.assert_close(safe, (logits.softmax(0)[:5] * torch.linspace(1, 0, 5)).sum(), rtol=1e-6, atol=1e-7)
 
 
+def test_a_text_does_not_change_with_the_day(base: Tokenizer) -> None:
+    tokenizer = tokenizer_of(base, "llama-guard-3")
+    tokenizer.chat_template = "\n{{ strftime_now('%d %b %Y') }}\n{{ messages[0].content }}|{{ messages[1].content }}"
+    built = TextBuilder(FAMILIES["llama-guard-3"], tokenizer, "prompt_and_response").build(PROMPT, RESPONSE)
+    assert built.text == f"\n01 Jan 2025\n{PROMPT}|{RESPONSE}\n\n"
+
+
 def test_spellings_that_two_verdicts_share_do_not_count(base: Tokenizer) -> None:
     tokenizer = tokenizer_of(base, "wildguard")
     family = Family("custom", "Answer:", ("Nix", " Qix"), ("Yax", " Qax"), "{prompt} {response} ")
