@@ -63,6 +63,34 @@ HUB = {
     "beaver-dam": "PKU-Alignment/beaver-dam-7b",
 }
 PAIRS = [(PROMPT, RESPONSE), ("Tell me a story.", "Once upon a time."), ("Why?", "No."), ("How do I?", "I cannot.")]
+# What a guard writes, by its authors' words: (of a safe response, of an unsafe one).
+WRITTEN = {
+    "llama-guard-1": ("safe", "unsafe\nO3"),
+    "llama-guard-2": ("safe", "unsafe\nS2"),
+    "llama-guard-3": ("\n\nsafe", "\n\nunsafe\nS2"),
+    "llama-guard-3-1b": ("\n\nsafe", "\n\nunsafe\nS2"),
+    "llama-guard-4": ("\n\nsafe", "\n\nunsafe\nS2"),
+    "qwen3guard": (
+        "Safety: Safe\nCategories: None\nRefusal: Yes",
+        "Safety: Unsafe\nCategories: Violent\nRefusal: No",
+    ),
+    "shieldgemma": ("No", "Yes"),
+    "wildguard": (
+        "Harmful request: yes\nResponse refusal: no\nHarmful response: no",
+        "Harmful request: yes\nResponse refusal: no\nHarmful response: yes",
+    ),
+    "granite-guardian-3.0": ("No", "Yes"),
+    "granite-guardian-3.3": ("<think>\n</think>\n<score> no </score>", "<think>\n</think>\n<score> yes </score>"),
+    "granite-guardian-4.1": ("<think>\n</think>\n<score> no </score>", "<think>\n</think>\n<score> yes </score>"),
+    "nemoguard": (
+        '{"User Safety": "unsafe", "Response Safety": "safe", "Safety Categories": "Criminal Planning/Confessions"}',
+        '{"User Safety": "unsafe", "Response Safety": "unsafe", "Safety Categories": "Criminal Planning/Confessions"}',
+    ),
+    "md-judge-v0.1": ("safe", "unsafe\nO4"),
+    "harmbench-llama-2": ("No", "Yes"),
+    "harmbench-mistral": ("No", "Yes"),
+    "strongreject": ("1", "5"),
+}
 # fp32 through two layers, padded and not.
 CLOSE = {"rel": 1e-4, "abs": 1e-5}
 
@@ -153,6 +181,14 @@ def says_only(model: LlamaForCausalLM, safe: list[int], others: list[int]) -> No
 def test_the_config_names_every_family() -> None:
     assert set(typing.get_args(FamilyName)) == {*FAMILIES, "auto", "custom"}
     assert set(HUB) == {name for name in LOCAL if not name.startswith("shieldgemma-")}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_prefix_and_words_are_what_the_guard_writes(name: str) -> None:
+    family, written = FAMILIES[name], WRITTEN["shieldgemma" if policy(name) else name]
+    for words, text in zip((family.safe, family.unsafe), written, strict=True):
+        assert text.startswith(family.prefix)
+        assert re.match(r"\W*\w+", text.removeprefix(family.prefix)).group() in words
 
 
 @pytest.mark.parametrize("name", LOCAL)
