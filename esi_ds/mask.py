@@ -43,8 +43,7 @@ def count_units(masks: Sequence[Mask], ranks: Ranks) -> tuple[list[Unit], Tensor
         bits.append(torch.stack(bits).all(0))
         for number, unit in enumerate(by_name[name], firsts[name]):
             if unit.meets(low, high):
-                where = unit.within(low, high)
-                counts[number] += torch.tensor([int(part[where].sum()) for part in bits])
+                counts[number] += torch.tensor([int(unit.elements(part, low).sum()) for part in bits])
     return units, ranks.add(counts)
 
 

@@ -22,7 +22,7 @@ from esi_ds.core.mask import UNITS_DIGEST, UNITS_NAME, Mask, digest, index_diges
 from esi_ds.core.mask_metadata import MaskMetadata, mask_texts
 from esi_ds.core.score_folder import ScoreFolder
 from esi_ds.core.select import Cut, Order, ScoreRun, check_ratio, first_invalid, key_to_score, select
-from esi_ds.core.units import Unit
+from esi_ds.core.units import Unit, assign
 from esi_ds.errors import UserError
 from esi_ds.models.roles import SCORED, layer_of
 from esi_ds.ranks import Ranks
@@ -121,7 +121,8 @@ def check_cover(mask: Mask, units: Mapping[str, Sequence[Unit]], ranks: Ranks) -
             covered = torch.zeros(high - low, dtype=torch.int32)
             for unit in units[name]:
                 if unit.meets(low, high):
-                    covered[unit.within(low, high)] += 1
+                    for view in unit.views(covered, low):
+                        view.add_(1)
             if len(wrong := (covered != 1).nonzero()):
                 problem = f"flat index {low + int(wrong[0])} of {name} is in {int(covered[wrong[0]])} matrices"
                 break
@@ -171,7 +172,7 @@ class Reselection:
         for unit, position, cut in self._cuts_of_units[name]:
             if unit.meets(low, high):
                 run = self._run_of_unit(unit, position, (name, low, high))
-                bits[unit.within(low, high)] = self._selected(cut, run)
+                assign(unit.views(bits, low), self._selected(cut, run))
         return bits
 
     def _selected(self, cut: Cut, run: ScoreRun) -> Tensor:
@@ -196,8 +197,8 @@ class Reselection:
 
     def _run_of_unit(self, unit: Unit, position: int, span: Span) -> ScoreRun:
         """The unit's part of a span. The units of a parameter follow each other in the order of ties."""
-        _, low, high = span
-        return ScoreRun(self._scores.read(*span)[unit.within(low, high)], position + unit.num_before(low))
+        _, low, _ = span
+        return ScoreRun(unit.elements(self._scores.read(*span), low), position + unit.num_before(low))
 
 
 def _offsets(mask: Mask) -> dict[str, int]:

@@ -114,7 +114,7 @@ def _selected(
         groups, position = [], 0
         for name, parts in units.items():
             for unit in parts:
-                groups.append([(name, unit.within(0, scores[name].numel()), position)])
+                groups.append([(name, unit.elements(torch.arange(scores[name].numel())), position)])
                 position += unit.numel
     for group in groups:
         pieces = [ScoreRun(scores[name].flatten()[where], position) for name, where, position in group]

@@ -11,7 +11,10 @@ import math
 import torch
 from torch import Tensor
 
+from esi_ds.core.portable import cos, log
+
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+CPU_CHUNK, GPU_CHUNK = 1 << 14, 1 << 22  # float64 numbers at a time: what a core's cache holds; what fills a GPU
 FACTORS = ((30, -4658895280553007687), (27, -7723592293110705685))  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
@@ -52,9 +55,15 @@ def gumbel(key: int, rows: Tensor, num_columns: int) -> Tensor:
 
 
 def normal(key: int, positions: Tensor) -> Tensor:
-    """N(0, 1) noise, float32, of the shape of int64 ``positions``; a position's noise depends only on it and ``key``.
+    """N(0, 1) noise, float32 [n], of int64 ``positions`` [n]; a position's noise depends only on it and ``key``.
 
-    Box and Muller (1958), in float64. The largest possible value, about 8.6, occurs once in 2^53 positions.
+    Box and Muller (1958), in float64, with the same bits on every device. The largest possible value, about 8.6, occurs
+    once in 2^53 positions.
     """
-    first, second = ((random_bits(stream(key, which), positions, 53).double() + 0.5) * 2.0**-53 for which in (1, 2))
-    return ((-2.0 * first.log()).sqrt() * (2.0 * math.pi * second).cos()).float()
+    noise = torch.empty(positions.shape, dtype=torch.float32, device=positions.device)
+    size = CPU_CHUNK if positions.device.type == "cpu" else GPU_CHUNK
+    streams = [stream(key, which) for which in (1, 2)]
+    for part, chunk in zip(noise.split(size), positions.split(size), strict=True):
+        first, second = ((random_bits(bits, chunk, 53).double() + 0.5) * 2.0**-53 for bits in streams)
+        part.copy_((log(first) * -2.0).sqrt() * cos(second * (2.0 * math.pi)))
+    return noise

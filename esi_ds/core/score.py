@@ -10,6 +10,8 @@ from torch import Tensor
 from esi_ds.core.noise import random_bits, stream
 from esi_ds.core.units import Shard, Unit
 
+CHUNK = 1 << 20  # random scores made at a time: their hashes are int64
+
 
 def score_shard(
     criterion: str,
@@ -30,8 +32,7 @@ def score_shard(
     of each unit of the parameter.
     """
     if criterion == "random":
-        positions = shard.parameter.offset + shard.flat(torch.arange(shard.numel, device=weight.device))
-        return random_bits(stream(seed, 0x5C03E), positions, 24).float() * 2.0**-24
+        return _random(shard, seed, weight.device)
     if criterion == "magnitude":
         return weight.float().abs()
     if criterion == "tuning_grad":
@@ -45,8 +46,22 @@ def score_shard(
         _agreement(gradient, tuning_gradient, opposite=criterion == "directed")
     if criterion in ("esi", "directed", "conflict"):
         for unit in shard.parameter.units:
-            gradient[shard.within(unit)] *= sigma[unit]
+            for view in shard.views(unit, gradient):
+                view.mul_(sigma[unit])
     return gradient.abs_()
+
+
+def _random(shard: Shard, seed: int, device: torch.device) -> Tensor:
+    """Uniform in [0, 1), float32 [shard.numel], from the weights' positions in the model."""
+    scores = torch.empty(shard.numel, dtype=torch.float32, device=device)
+    key = stream(seed, 0x5C03E)
+    for where, low, _ in shard.parts():
+        position = shard.parameter.offset + low
+        for part in scores[where].split(CHUNK):
+            positions = torch.arange(position, position + len(part), device=device)
+            part.copy_(random_bits(key, positions, 24)).mul_(2.0**-24)
+            position += len(part)
+    return scores
 
 
 def _agreement(gradient: Tensor, other: Tensor, opposite: bool) -> None:

@@ -6,7 +6,7 @@ of flat positions: ``count`` runs of ``length`` elements, ``stride`` apart, from
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,16 +50,37 @@ class Unit:
         runs, rest = divmod(before, self.stride)
         return min(runs * self.length + min(rest, self.length), self.numel)
 
-    def within(self, low: int, high: int) -> slice | Tensor:
-        """The unit's positions in the flat range [low, high) of its parameter, relative to ``low``.
+    def views(self, values: Tensor, low: int = 0) -> list[Tensor]:
+        """The unit's elements in ``values``, as views in the order of their positions; [] if there are none.
 
-        A slice for a contiguous unit, otherwise an int64 tensor; either may be empty.
+        values: 1-D, for the parameter's flat positions from ``low`` on. At most three views: whole runs are one of
+        [runs, length], a run that either end of ``values`` cuts is one of [elements]. No index is built, so that
+        ``values`` may lie on any device.
         """
-        first, last = max(low, self.start), max(low, min(high, self.end))
+        first, last = self.num_before(low), self.num_before(low + len(values))
+        if first == last:
+            return []
         if self.count == 1:
-            return slice(min(first, last) - low, last - low)
-        positions = torch.arange(first, max(first, last), dtype=torch.int64)
-        return positions[(positions - self.start) % self.stride < self.length] - low
+            begin = self.start + first - low
+            return [values[begin : begin + last - first]]
+        views = []
+        (run, skipped), (last_run, rest) = divmod(first, self.length), divmod(last, self.length)
+        if skipped:
+            begin = self.start + run * self.stride + skipped - low
+            views.append(values[begin : begin + min(self.length - skipped, last - first)])
+            run += 1
+        if run < last_run:
+            begin = self.start + run * self.stride - low
+            spanned = (last_run - 1 - run) * self.stride + self.length
+            views.append(values[begin : begin + spanned].unfold(0, self.length, self.stride))
+        if rest and run <= last_run:
+            begin = self.start + last_run * self.stride - low
+            views.append(values[begin : begin + rest])
+        return views
+
+    def elements(self, values: Tensor, low: int = 0) -> Tensor:
+        """The unit's elements in ``values``, 1-D: a view where they are contiguous, else a copy. See ``views``."""
+        return joined(self.views(values, low), values)
 
 
 @dataclass(frozen=True)
@@ -125,19 +146,18 @@ class Shard:
                 runs.append((low + begin - where.start, low + end - where.start))
         return Shard(self.parameter, tuple(runs), self.name)
 
-    def within(self, unit: Unit) -> slice | Tensor:
-        """A unit's positions in the tensor: a slice if they are contiguous, else an int64 tensor; maybe empty."""
-        ranges: list[slice | Tensor] = []
-        for where, low, high in self.parts():
-            if unit.meets(low, high):
-                part = unit.within(low, high)
-                if isinstance(part, slice):
-                    ranges.append(slice(where.start + part.start, where.start + part.stop))
-                else:
-                    ranges.append(where.start + part)
-        if len(ranges) < 2:
-            return ranges[0] if ranges else slice(0, 0)
-        return torch.cat([torch.arange(p.start, p.stop) if isinstance(p, slice) else p for p in ranges])
+    def views(self, unit: Unit, values: Tensor) -> list[Tensor]:
+        """A unit's elements in ``values`` [numel], as views in the tensor's order; see ``Unit.views``."""
+        return [
+            view
+            for where, low, high in self.parts()
+            if unit.meets(low, high)
+            for view in unit.views(values[where], low)
+        ]
+
+    def elements(self, unit: Unit, values: Tensor) -> Tensor:
+        """A unit's elements in ``values`` [numel], 1-D: a view where they are contiguous, else a copy."""
+        return joined(self.views(unit, values), values)
 
     def flat(self, positions: Tensor) -> Tensor:
         """Flat positions in the whole parameter, int64, of int64 ``positions`` in the tensor."""
@@ -147,6 +167,20 @@ class Shard:
         lows = torch.tensor([low for low, _ in self.runs], device=positions.device)
         run = torch.bucketize(positions, starts, right=True) - 1
         return positions - starts[run] + lows[run]
+
+
+def joined(views: Sequence[Tensor], source: Tensor) -> Tensor:
+    """The elements of ``views`` of ``source`` one after another, 1-D: no copy where there is one view of one run."""
+    flat = [view.reshape(-1).contiguous() for view in views]  # a sum over strides would be rounded in another order
+    return flat[0] if len(flat) == 1 else torch.cat([source[:0], *flat])
+
+
+def assign(views: Iterable[Tensor], values: Tensor) -> None:
+    """Write ``values``, 1-D, into views that have as many elements together, in order."""
+    start = 0
+    for view in views:
+        view.copy_(values[start : start + view.numel()].view_as(view))
+        start += view.numel()
 
 
 def whole(parameter: Parameter) -> Shard:

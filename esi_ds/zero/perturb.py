@@ -21,47 +21,57 @@ from esi_ds.zero.engine import ShardedModel
 
 @contextmanager
 def perturbed(
-    model: ShardedModel, bits: Mapping[str, Tensor], sigma: Mapping[Unit, float], noise: float, seed: int
+    model: ShardedModel, selected: Mapping[str, Tensor], sigma: Mapping[Unit, float], noise: float, seed: int
 ) -> Iterator[None]:
     """Add N(0, (noise · σ)²) to the selected weights inside the block, rounded to their dtype.
 
-    bits: shard's name → bool [shard.numel]. sigma: of the unperturbed matrices. The original weights are kept for the
-    selected coordinates only, and written back afterwards, also after an error. No collectives; every rank must enter
-    and leave the block.
+    selected: shard's name → int64 positions in the shard (``positions``). sigma: of the unperturbed matrices. The
+    original weights are kept for the selected coordinates only, and written back afterwards, also after an error. No
+    collectives; every rank must enter and leave the block.
     """
     model.release()  # gathered parameters would hide the new weights
-    originals: list[tuple[Shard, Tensor, Tensor]] = []
+    originals: list[tuple[Shard, Tensor]] = []
     try:
         for shard in model.scored:
-            if bits[shard.name].any():
-                originals.append(_perturb(model, shard, bits[shard.name], sigma, noise, seed))
+            if len(selected[shard.name]):
+                originals.append((shard, _perturb(model, shard, selected[shard.name], sigma, noise, seed)))
         model.publish()
         yield
     finally:
         model.release()
-        for shard, positions, values in originals:
-            model.local_weight(shard)[positions] = values
+        for shard, values in originals:
+            model.local_weight(shard)[selected[shard.name]] = values
         model.publish()
+
+
+def positions(model: ShardedModel, bits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Int64 positions of the selected weights in each shard, beside its weights, by the shard's name.
+
+    bits: shard's name → bool [shard.numel], on any device.
+    """
+    return {
+        shard.name: bits[shard.name].to(model.local_weight(shard).device).nonzero().flatten() for shard in model.scored
+    }
 
 
 def _perturb(
     model: ShardedModel,
     shard: Shard,
-    bits: Tensor,
+    selected: Tensor,
     sigma: Mapping[Unit, float],
     noise: float,
     seed: int,
-) -> tuple[Shard, Tensor, Tensor]:
-    """Add noise to one shard; returns (shard, int64 positions of the changed weights, their original values)."""
+) -> Tensor:
+    """Add noise to one shard at int64 positions ``selected``; returns the weights that were there."""
     weight = model.local_weight(shard)
-    positions = bits.to(weight.device).nonzero().flatten()
-    values = weight[positions].clone()
+    values = weight[selected]
     scale = torch.zeros(shard.numel, dtype=torch.float32, device=weight.device)
     for unit in shard.parameter.units:
-        scale[shard.within(unit)] = noise * sigma[unit]
-    noise_values = normal(stream(seed, 0x9E27), shard.parameter.offset + shard.flat(positions))
-    weight[positions] = (values.float() + scale[positions] * noise_values).to(weight.dtype)
-    return shard, positions, values
+        for view in shard.views(unit, scale):
+            view.fill_(noise * sigma[unit])
+    noise_values = normal(stream(seed, 0x9E27), shard.parameter.offset + shard.flat(selected))
+    weight[selected] = (values.float() + scale[selected] * noise_values).to(weight.dtype)
+    return values
 
 
 def weights_digest(model: ShardedModel) -> str:

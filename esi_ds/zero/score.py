@@ -12,7 +12,7 @@ from torch import Tensor
 from esi_ds.core.moments import merge, moments, standard_deviation
 from esi_ds.core.score import contrast, score_shard
 from esi_ds.core.select import Cut, Order, ScoreRun, first_invalid, median, model_k, select
-from esi_ds.core.units import Parameter, Shard, Unit
+from esi_ds.core.units import Parameter, Shard, Unit, assign
 from esi_ds.errors import UserError
 from esi_ds.report.contents import UnitRow
 from esi_ds.zero import runtime
@@ -21,17 +21,12 @@ from esi_ds.zero.engine import ShardedModel
 Scores = dict[str, Tensor]  # shard's name → this rank's flat float32 scores
 
 
-def local_part(values: Tensor, unit: Unit, shard: Shard) -> Tensor:
-    """The elements of one unit in ``values`` [shard.numel]."""
-    return values[shard.within(unit)]
-
-
 def unit_sigmas(model: ShardedModel) -> dict[Unit, float]:
     """σ of every logical matrix. Collectives: two all-reduces, of float64 [units, 2] and [units]."""
     units = [unit for parameter in model.parameters for unit in parameter.units]
     local = torch.stack([moments(torch.zeros(0))] * len(units))
     for row, unit, shard in unit_shards(model):
-        local[row] = moments(local_part(model.local_weight(shard), unit, shard))
+        local[row] = moments(shard.elements(unit, model.local_weight(shard)))
     merged = merge(local, runtime.all_reduce_sum)
     return dict(zip(units, standard_deviation(merged).tolist(), strict=True))
 
@@ -211,19 +206,19 @@ def _select_by_unit(
     bits = {
         shard.name: torch.zeros(shard.numel, dtype=torch.bool, device=scores[shard.name].device) for shard in shards
     }
-    groups = []  # for every unit: (shard's name, run's slice of the shard, unit's positions in the run, scores)
+    groups = []  # for every unit: (views of its bits, its scores) of every run of a shard
     for unit, offset in parameter.unit_offsets():
         group = []
         for shard in shards:
             for where, low, high in shard.parts():
                 if unit.meets(low, high):
-                    positions = unit.within(low, high)
-                    run = ScoreRun(scores[shard.name][where][positions], offset + unit.num_before(low))
-                    group.append((shard.name, where, positions, run))
+                    elements = unit.elements(scores[shard.name][where], low)
+                    views = unit.views(bits[shard.name][where], low)
+                    group.append((views, ScoreRun(elements, offset + unit.num_before(low))))
         groups.append(group)
     counts = [int(ratio * unit.numel) for unit in parameter.units]
-    runs = [[entry[-1] for entry in group] for group in groups]
+    runs = [[run for _, run in group] for group in groups]
     for group, cut in zip(groups, select(runs, counts, order, last, runtime.all_reduce_sum), strict=True):
-        for name, where, positions, run in group:
-            bits[name][where][positions] = selected_bits(cut, order, run)
+        for views, run in group:
+            assign(views, selected_bits(cut, order, run))
     return bits

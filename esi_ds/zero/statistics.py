@@ -11,7 +11,7 @@ from esi_ds.core.units import Parameter, Unit
 from esi_ds.report.contents import ScoreHistogram, UnitRow
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.score import Scores, Selection, local_part, unit_shards
+from esi_ds.zero.score import Scores, Selection, unit_shards
 
 NUM_BINS = 60
 
@@ -22,9 +22,9 @@ def unit_rows(model: ShardedModel, scores: Scores, selection: Selection, sigma: 
     sums = torch.zeros(len(scored), 2, dtype=torch.float64)
     largest = torch.zeros(len(scored), dtype=torch.float64)
     for row, unit, shard in unit_shards(model):
-        values = local_part(scores[shard.name], unit, shard)
+        values = shard.elements(unit, scores[shard.name])
         if len(values):
-            selected = local_part(selection.bits[shard.name], unit, shard).sum()
+            selected = shard.elements(unit, selection.bits[shard.name]).sum()
             sums[row] = torch.stack([selected.double(), values.sum(dtype=torch.float64)])
             largest[row] = values.max()
     runtime.all_reduce_sum(sums)
@@ -56,7 +56,7 @@ def log_histograms(model: ShardedModel, scores: Scores) -> tuple[ScoreHistogram,
     roles = sorted({unit.role for parameter in model.parameters for unit in parameter.units})
     counts = torch.zeros(len(roles), NUM_BINS + 1, dtype=torch.int64)
     for _, unit, shard in unit_shards(model):
-        counts[roles.index(unit.role)] += _counts(local_part(scores[shard.name], unit, shard), low, high)
+        counts[roles.index(unit.role)] += _counts(shard.elements(unit, scores[shard.name]), low, high)
     runtime.all_reduce_sum(counts)
     total = counts.sum(0).tolist()
     overall: ScoreHistogram = {"log10_edges": edges.tolist(), "counts": total[:NUM_BINS], "zeros": total[NUM_BINS]}

@@ -41,20 +41,20 @@ def run_case(case: dict) -> None:
         settings["bf16"] = {"enabled": True}
     model = load_sharded(ModelSource(case["model"]), case["dtype"], settings)
     mask, sigma = Mask.load(case["mask"]), unit_sigmas(model)
-    bits = {shard.name: mask.bits_of(shard) for shard in model.scored}
+    selected = perturb.positions(model, {shard.name: mask.bits_of(shard) for shard in model.scored})
     kept = ShardedModel.publish
     if case.get("drop") == "publish":
         ShardedModel.publish = lambda self: None
     tensors = {"before": logits(model)}
     digest = perturb.weights_digest(model)
-    with perturb.perturbed(model, bits, sigma, case["noise"], case["seed"]):
+    with perturb.perturbed(model, selected, sigma, case["noise"], case["seed"]):
         tensors["inside"] = logits(model)
         ShardedModel.publish = kept
         tensors |= {f"inside/{name}": values for name, values in whole(model).items()}
         assert perturb.weights_digest(model) != digest
     assert perturb.weights_digest(model) == digest
     try:
-        with perturb.perturbed(model, bits, sigma, 7.0, 1):
+        with perturb.perturbed(model, selected, sigma, 7.0, 1):
             raise KeyError("an error inside")
     except KeyError:
         pass

@@ -238,7 +238,8 @@ def _not_tiled(parameters: tuple[Parameter, ...]) -> Iterator[str]:
         if parameter.scored:
             times = torch.zeros(parameter.numel, dtype=torch.int64)
             for unit in parameter.units:
-                times[unit.within(0, parameter.numel)] += 1
+                for view in unit.views(times):
+                    view.add_(1)
             if not bool((times == 1).all()):
                 yield f"the units of {parameter.name} do not hold every weight once"
 
@@ -289,8 +290,9 @@ def esi(parameter: Parameter, weight: Tensor, gradient: Tensor) -> Tensor:
     """|sigma times gradient| in the parameter's shape, float64, sigma by its definition."""
     values, sigma = weight.detach().double().flatten(), torch.zeros(parameter.numel, dtype=torch.float64)
     for unit in parameter.units:
-        positions = unit.within(0, parameter.numel)
-        sigma[positions] = values[positions].std()
+        deviation = unit.elements(values).std()
+        for view in unit.views(sigma):
+            view.fill_(deviation)
     return (sigma.view(parameter.shape) * gradient).abs()
 
 

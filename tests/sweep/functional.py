@@ -149,7 +149,7 @@ def row_functions(many: Tensor, single: Tensor) -> list[str]:
 
 def rows_of(unit: Unit, parameter: Parameter) -> list[int]:
     """Numbers of the rows that a unit has elements in."""
-    positions = torch.arange(parameter.numel)[unit.within(0, parameter.numel)]
+    positions = unit.elements(torch.arange(parameter.numel))
     return (positions // (parameter.numel // parameter.shape[0])).unique().tolist()
 
 
@@ -196,8 +196,8 @@ def block_problems(
             for parameter, unit in members:
                 weight = model.get_parameter(parameter.name)
                 kept.setdefault(parameter.name, weight.detach().clone())
-                where = unit.within(0, parameter.numel)
-                weight.view(-1)[where] *= factor
+                for view in unit.views(weight.view(-1)):
+                    view.mul_(factor)
             result = first_tensor(block(*arguments, **options)).double()
             for parameter_name, values in kept.items():
                 model.get_parameter(parameter_name).copy_(values)

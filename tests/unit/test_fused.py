@@ -80,7 +80,7 @@ def fused_parameters(model: PreTrainedModel) -> Iterator[Parameter]:
 
 def outputs_of(parameter: Parameter, number: int, projection: nn.Module) -> Tensor:
     """Numbers of a projection's outputs that a unit makes."""
-    positions = torch.arange(parameter.numel)[parameter.units[number].within(0, parameter.numel)]
+    positions = parameter.units[number].elements(torch.arange(parameter.numel))
     if isinstance(projection, nn.Linear):
         return (positions // parameter.shape[1]).unique()
     return (positions % parameter.shape[1]).unique()  # Conv1D is [in, out]
@@ -176,7 +176,7 @@ def test_codegen_by_its_own_code() -> None:
     true = torch.arange(parameter.numel).reshape(4, 3, 8, 32)
     for unit, index in zip(parameter.units, (0, 1, 2), strict=True):
         assert unit.role == f"attention.{'qvk'[index]}"
-        positions = torch.arange(parameter.numel)[unit.within(0, parameter.numel)]
+        positions = unit.elements(torch.arange(parameter.numel))
         assert positions.equal(true[:, index].flatten())
 
 

@@ -60,7 +60,7 @@ def write_run(folder: Path, scope: str = "model", order: str = "top", fingerprin
     else:
         for parameter in scored:
             for unit, position in parameter.unit_offsets():
-                where = unit.within(0, parameter.numel)
+                where = unit.elements(torch.arange(parameter.numel))
                 run = ScoreRun(scores[parameter.name][where], position)
                 (one,) = select([[run]], [int(RATIO * unit.numel)], ordering, last, lambda counts: counts)
                 bits[parameter.name][where] = one.selects(ordering.keys(run.scores, position), position)

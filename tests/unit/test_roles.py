@@ -49,7 +49,7 @@ def parameters_of(config, shapes: bool = False) -> dict[str, Parameter]:
 
 
 def positions(parameter: Parameter, index: int) -> list[int]:
-    return torch.arange(parameter.numel)[parameter.units[index].within(0, parameter.numel)].tolist()
+    return parameter.units[index].elements(torch.arange(parameter.numel)).tolist()
 
 
 CONFIGS = {

@@ -6,7 +6,7 @@ written, and a digest of all weights is the same after every cell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.files import read_scores
 from esi_ds.zero.generate import choose_mode, may_stand_together, ready_to_generate
-from esi_ds.zero.perturb import perturbed, weights_digest
+from esi_ds.zero.perturb import perturbed, positions, weights_digest
 from esi_ds.zero.score import Scores, select_weights, unit_sigmas
 
 FIELD = "perturb.mask"
@@ -84,13 +84,13 @@ class PerturbRun(StageRun[PerturbInputs]):
         checked: Ledger[RestoredRow] = Ledger(self.folder.path / RESTORED, ("cell",), RestoredRow)
         counts: dict[str, int] = {}
         for number, cell in enumerate(inputs.cells, 1):
-            bits = self._bits(model, cell, scores)
-            counts[cell.name] = self._count(bits)
+            selected = positions(model, self._bits(model, cell, scores))
+            counts[cell.name] = self._count(map(len, selected.values()))
             is_answered = all(key in answers.rows for key in answer_keys([cell.name], sets))
             if is_answered and (cell.name,) in checked.rows:
                 continue
             tracker.log(f"cell {number} of {len(inputs.cells)}: {cell.name}, {counts[cell.name]:,} weights")
-            with perturbed(model, bits, sigma, cell.noise, cell.seed):
+            with perturbed(model, selected, sigma, cell.noise, cell.seed):
                 answer_all(model, cell.name, inputs.candidate, sets, answers, self.config, section, tracker)
             if weights_digest(model) != digest:
                 raise RuntimeError(f"the weights are not what they were before {cell.name}")
@@ -115,7 +115,7 @@ class PerturbRun(StageRun[PerturbInputs]):
             )
         selected = self._select(model, "top", inputs.mask.header.ratio, 0, scores)
         masked = self._mask_bits(model)
-        num_wrong = self._count({name: bits ^ masked[name] for name, bits in selected.items()})
+        num_wrong = self._count(int((bits ^ masked[name]).sum()) for name, bits in selected.items())
         if num_wrong:
             problem = f"select other weights than the mask holds ({num_wrong:,} differ)"
             raise UserError("perturb.scores", str(inputs.scores), problem, "give the scores it was made from")
@@ -124,20 +124,22 @@ class PerturbRun(StageRun[PerturbInputs]):
     def _bits(self, model: ShardedModel, cell: NoiseCell, scores: Scores | None) -> Bits:
         """The weights that a cell disturbs; k of them over all ranks. Collectives: those of ``select_weights``."""
         if cell.order == "random":  # only the positions of the scores matter, not their values
-            zeros = {shard.name: torch.zeros(shard.numel) for shard in model.scored}
+            zero = torch.zeros(1, device=runtime.device())
+            zeros = {shard.name: zero.expand(shard.numel) for shard in model.scored}  # takes no memory
             return self._select(model, cell.order, cell.ratio, cell.seed, zeros)
         if scores is None:
             return self._mask_bits(model)
         return self._select(model, cell.order, cell.ratio, cell.seed, scores)
 
     def _mask_bits(self, model: ShardedModel) -> Bits:
-        return {shard.name: self.inputs.mask.bits_of(shard) for shard in model.scored}
+        return {shard.name: self.inputs.mask.bits_of(shard).to(runtime.device()) for shard in model.scored}
 
     def _select(self, model: ShardedModel, order: str, ratio: float, seed: int, scores: Scores) -> Bits:
-        header = self.inputs.mask.header
+        """Collectives: those of ``select_weights``. The scores are on the rank's device during the selection only."""
+        header, device = self.inputs.mask.header, runtime.device()
         selection = select_weights(
             model,
-            scores,
+            {name: values.to(device) for name, values in scores.items()},
             ratio=ratio,
             order=order,
             of=header.of,
@@ -147,6 +149,6 @@ class PerturbRun(StageRun[PerturbInputs]):
         )
         return selection.bits
 
-    def _count(self, bits: Mapping[str, Tensor]) -> int:
-        """Selected weights over all ranks. One all-reduce."""
-        return int(runtime.all_reduce_sum(torch.tensor(sum(int(part.sum()) for part in bits.values()))))
+    def _count(self, counts: Iterable[int]) -> int:
+        """The sum of all ranks' ``counts``. One all-reduce."""
+        return int(runtime.all_reduce_sum(torch.tensor(sum(counts))))
