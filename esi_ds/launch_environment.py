@@ -150,6 +150,22 @@ def _number(name: str, variables: Mapping[str, str]) -> int:
     return int(variables[name])
 
 
+def threads_set_by_user(variables: Mapping[str, str] = os.environ) -> bool:
+    """Whether ``OMP_NUM_THREADS`` is the user's, or that of ``deepspeed --bind_cores_to_rank``.
+
+    torchrun sets 1 where there is none, which its own environment, as it was started with, does not have.
+    """
+    if "OMP_NUM_THREADS" not in variables:
+        return False
+    if "TORCHELASTIC_RUN_ID" not in variables:
+        return True
+    try:
+        parent = psutil.Process().parent()
+        return parent is None or "OMP_NUM_THREADS" in parent.environ()
+    except psutil.Error:
+        return True
+
+
 # Words in the command lines of launchers that leave their ranks running when they are killed.
 DEEPSPEED = "deepspeed.launcher.launch"
 LAUNCHERS = (DEEPSPEED, "torchrun", "torch.distributed", "mpirun", "mpiexec", "prte", "orted", "hydra")

@@ -23,4 +23,5 @@ source "${ESI_DS_VENV:-.venv}/bin/activate"
 # derived from rank 0's address; GLOO_SOCKET_IFNAME overrides it.
 #export NCCL_SOCKET_IFNAME=ib0
 #export NCCL_DEBUG=WARN
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# A rank computes with a thread on each of its cores, or with as many as this says.
+#export OMP_NUM_THREADS=8

@@ -42,6 +42,7 @@ LAYERS = {
     "options": 1,
     "cli": 5,
     "launch_environment": 1,
+    "cores": 1,
     "journal": 1,
     "lock": 1,
     "status": 1,
@@ -49,6 +50,7 @@ LAYERS = {
 # What may import the heavy or distributed libraries: name → parts that may.
 RESERVED = {"deepspeed": {"zero"}, "torch.distributed": {"zero"}}
 WITHOUT_TORCH = {
+    "cores",
     "config",
     "config_checks",
     "config_errors",

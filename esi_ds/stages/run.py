@@ -135,6 +135,9 @@ class StageRun(ABC, Generic[Inputs]):
 
         listen(self.options.launcher)  # from here on a signal is noted, and acted on at the next micro-batch
         with tracker:
+            tracker.log(
+                "rank 0: " + ", ".join(f"{name}: {value}" for name, value in runtime.compute_resources().items())
+            )
             if taken_over:
                 tracker.log(taken_over)
             if restarts := int(os.environ.get("SLURM_RESTART_COUNT", "0")):
@@ -200,7 +203,7 @@ class StageRun(ABC, Generic[Inputs]):
                 started=self.started,
                 model_fingerprint=self._fingerprint,
                 data=self.source,
-                notes={**self.notes, **self.remarks},
+                notes={**runtime.compute_resources(), **self.notes, **self.remarks},
             )
 
     @property

@@ -11,14 +11,15 @@ import random
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esi_ds import launch_environment
+from esi_ds import cores, launch_environment
 from esi_ds.errors import UserError
 from esi_ds.launch_environment import LaunchEnvironment
 from esi_ds.ranks import Item, Ranks
@@ -61,7 +62,7 @@ def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
             "right, rank 0 has ended and says why"
         )
         raise UserError("MASTER_ADDR and MASTER_PORT", where, problem, remedy) from error
-    _bind_cores()
+    _share_cores()
 
 
 def _quieten() -> None:
@@ -85,17 +86,48 @@ def _device_index(launch: LaunchEnvironment, num_devices: int) -> int:
     return launch.local_rank
 
 
-def _bind_cores() -> None:
-    """Divide the cores evenly between the ranks of a host, unless the launcher has bound them. One gather."""
+def _share_cores() -> None:
+    """Bind this rank to its share of the host's cores, and compute with one thread on each (``cores.share``).
+
+    A number of threads that the user has set stays. Threads that run already keep their cores; those that compute are
+    started later. One gather.
+    """
     if not hasattr(os, "sched_setaffinity"):
         return
-    cores = sorted(os.sched_getaffinity(0))
-    hosts_and_cores = gather_objects((socket.gethostname(), cores))
-    sharing = [other for other, entry in enumerate(hosts_and_cores) if entry == hosts_and_cores[rank()]]
-    share = len(cores) // len(sharing)
-    if len(sharing) > 1 and share > 0:
-        first = sharing.index(rank()) * share
-        os.sched_setaffinity(0, cores[first : first + share])
+    address = _gpu_address()
+    near = cores.near_gpu(address) if address is not None else ()
+    affinity = cores.Affinity(socket.gethostname(), tuple(sorted(os.sched_getaffinity(0))), near)
+    share = cores.share(gather_objects(affinity), rank())
+    if share.cores != affinity.cores:
+        os.sched_setaffinity(0, share.cores)
+    if launch_environment.threads_set_by_user():
+        return
+    torch.set_num_threads(share.num_threads)  # OpenMP's in this process: DeepSpeed's Adam on the CPU, too
+    os.environ["OMP_NUM_THREADS"] = str(share.num_threads)  # for another OpenMP that an extension may bring along
+    with suppress(RuntimeError):  # once such work has begun the number is fixed
+        torch.set_num_interop_threads(share.num_threads)
+
+
+def _gpu_address() -> str | None:
+    """This rank's GPU on the PCI bus; None on CPUs, and where torch does not tell."""
+    if device().type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device())
+    try:
+        domain, bus, number = attrgetter("pci_domain_id", "pci_bus_id", "pci_device_id")(properties)
+    except AttributeError:
+        return None
+    return f"{domain:04x}:{bus:02x}:{number:02x}.0"
+
+
+def compute_resources() -> dict[str, int | str]:
+    """What this rank computes with, for the manifest: ``threads``, ``cores`` as the kernel lists them, and the GPU's
+    ``gpu_address`` if there is one."""
+    resources: dict[str, int | str] = {"threads": torch.get_num_threads()}
+    if hasattr(os, "sched_getaffinity"):
+        resources["cores"] = cores.describe(os.sched_getaffinity(0))
+    address = _gpu_address()
+    return resources if address is None else {**resources, "gpu_address": address}
 
 
 def stop() -> None:
