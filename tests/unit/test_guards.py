@@ -33,7 +33,7 @@ from esi_ds.config_guards import FamilyName
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import NextWordJudge, SequenceJudge, TokenJudge, judge_pairs
 from esi_ds.judge.classifier import ClassifierGuard, family_rule, model_class, read_rule
-from esi_ds.judge.families import FAMILIES, SHIELDGEMMA_POLICIES, Family
+from esi_ds.judge.families import FAMILIES, PROMPTS, SHIELDGEMMA_POLICIES, Family
 from esi_ds.judge.guard import Guard, WholeWeights, verdict_score
 from esi_ds.judge.pairs import PairEncoder, TextBuilder
 from esi_ds.judge.recognition import choose_family
@@ -181,6 +181,20 @@ def says_only(model: LlamaForCausalLM, safe: list[int], others: list[int]) -> No
 def test_the_config_names_every_family() -> None:
     assert set(typing.get_args(FamilyName)) == {*FAMILIES, "auto", "custom"}
     assert set(HUB) == {name for name in LOCAL if not name.startswith("shieldgemma-")}
+
+
+def test_the_docs_have_a_row_for_each_family() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "judges.md").read_text(encoding="utf-8")
+    table = [[cell.strip() for cell in line.split(" | ")] for line in page.splitlines() if line.startswith("| `")]
+    rows = {cells[0].strip("| `"): cells for cells in table}
+    assert list(rows) == list(FAMILIES) and len(table) == len(rows)
+    for name, family in FAMILIES.items():
+        _, model, _, text, prefix, safe, unsafe, tokens, licence = rows[name]
+        assert prefix == (f"`{family.prefix!r}`" if family.prefix else "none")
+        for cell, words in ((safe, family.safe), (unsafe, family.unsafe)):
+            assert cell == (", ".join(f"`{word!r}`" for word in words) or "none")
+        assert model and text and licence and (family.max_length is None or tokens == str(family.max_length))
+    assert {f"{file.stem}.txt" for file in PROMPTS.glob("*.txt")} <= set(re.findall(r"`(\w+\.txt)`", page))
 
 
 @pytest.mark.parametrize("name", WORDS)
