@@ -1,29 +1,56 @@
-"""``model/``: a Hugging Face folder written from partitions, a few layers at a time (docs/design.md §7).
+"""``model/``: a Hugging Face folder written from partitions, by all ranks at once (docs/design.md §7).
 
-No rank holds more than the tensors of one file. Names and packing are those of the hub, not of the live module:
-transformers' conversion is reverted, so that fused experts become ``experts.3.gate_proj.weight`` again.
+Names and packing are those of the hub, not of the live module: transformers' conversion is reverted, so that fused
+experts become ``experts.3.gate_proj.weight`` again. What the conversion only renames, every rank writes its own part
+of. What it takes apart or transposes, the ranks gather a layer at a time, taking turns to convert and write it. The
+files are those that safetensors itself would write.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
-from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic, write_text_atomic, writing
-from esi_ds.core.mask import INDEX_NAME
+from esi_ds.artifacts import replace_folder, write_text_atomic, writing
+from esi_ds.core.stored import DTYPES
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.files import save_tensors
+from esi_ds.zero.files import Entry, FolderFiles, by_parameter, raw_bytes
 
 FILE_BYTES = 2 << 30
 BLOCK = re.compile(r"(.*?\.(?:layers|h|blocks|layer)\.\d+)\.")
+METADATA = {"format": "pt"}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Conversion(NamedTuple):
+    """Tensors of one file that are converted together. sources: the model's names of what they are made of."""
+
+    file: str
+    sources: tuple[str, ...]
+
+
+@dataclass
+class Plan:
+    """The files of an export.
+
+    files: file → its tensors, in the order in which they lie there. unchanged: name in a file → the model's name of the
+    parameter or buffer whose bytes it has. conversions: what makes the other tensors.
+    """
+
+    files: dict[str, list[Entry]] = field(default_factory=dict)
+    unchanged: dict[str, str] = field(default_factory=dict)
+    conversions: list[Conversion] = field(default_factory=list)
 
 
 def layer_groups(names: Iterable[str]) -> list[list[str]]:
@@ -35,53 +62,71 @@ def layer_groups(names: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def plan_export(model: ShardedModel) -> list[list[str]]:
-    """The original model's names of parameters and persistent buffers by file: whole layers, up to FILE_BYTES each."""
-    item_size = {layout.parameter.name: model.by_name[layout.name].element_size() for layout in model.layouts}
-    size = {p.name: p.numel * item_size[p.name] for p in model.parameters}
-    size |= {name: buffer.nbytes for name, buffer in model.buffers().items()}
-    files: list[list[str]] = [[]]
+def group_by_file(tensors: dict[str, Tensor]) -> list[list[list[str]]]:
+    """The groups of every file, each group a layer's names: whole layers, up to FILE_BYTES a file."""
+    files: list[list[list[str]]] = []
     filled = 0
-    for group in layer_groups(size):
-        needed = sum(size[name] for name in group)
-        if files[-1] and filled + needed > FILE_BYTES:
+    for group in layer_groups(tensors):
+        needed = sum(tensors[name].nbytes for name in group)
+        if not files or filled + needed > FILE_BYTES:
             files.append([])
             filled = 0
-        files[-1] += group
+        files[-1].append(group)
         filled += needed
     return files
+
+
+def plan_export(model: ShardedModel) -> Plan:
+    """What is written where. Converts every layer on the meta device, which gives names and shapes but no values."""
+    dtype = {layout.parameter.name: model.by_name[layout.name].dtype for layout in model.layouts}
+    tensors = {p.name: torch.empty(p.shape, dtype=dtype[p.name], device="meta") for p in model.parameters}
+    tensors |= {name: buffer.to("meta") for name, buffer in model.buffers().items()}
+    grouped = group_by_file(tensors)
+    plan = Plan()
+    for number, groups in enumerate(grouped, 1):
+        file = f"model-{number:05d}-of-{len(grouped):05d}.safetensors"
+        entries: list[Entry] = []
+        for group in groups:
+            name_of = {id(tensors[name]): name for name in group}
+            converted = revert_weight_conversion(model.module, {name: tensors[name] for name in group})
+            entries += [Entry(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in converted.items()]
+            unchanged = {name: name_of[id(tensor)] for name, tensor in converted.items() if id(tensor) in name_of}
+            plan.unchanged |= unchanged
+            if sources := sorted(set(group).difference(unchanged.values())):
+                made = revert_weight_conversion(model.module, {name: tensors[name] for name in sources})
+                assert set(made) == set(converted) - set(unchanged), (file, sources)
+                plan.conversions.append(Conversion(file, tuple(sources)))
+        order = list(DTYPES)
+        plan.files[file] = sorted(entries, key=lambda entry: (-order.index(entry.dtype), entry.name))
+    return plan
 
 
 def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
     """Write weights, configuration, tokenizer and model card.
 
-    Collectives: those of ``model.whole`` for every parameter, one gather and two barriers.
+    Collectives: those of ``model.whole`` for every parameter that is converted, and three barriers.
     """
     model.release()
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    plan = plan_export(model)
+    files = FolderFiles(folder.with_name(f".{folder.name}.tmp"), plan.files, METADATA, compact=True)
     if runtime.is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        files.start()
     runtime.barrier()
-    files = plan_export(model)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, group in enumerate(files):
-        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-        tensors = _gather(model, group, keeper=number % runtime.world_size())
-        if tensors:
-            canonical = revert_weight_conversion(model.module, tensors)
-            canonical = {name: tensor.contiguous() for name, tensor in canonical.items()}
-            save_tensors(canonical, wait_until_visible(temporary) / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(canonical, file)
-            total += sum(tensor.nbytes for tensor in canonical.values())
-    gathered = runtime.gather_objects((weight_map, total))
+    _write_converted(model, plan, files)
+    local_runs = by_parameter(model.shards, {shard.name: model.local_weight(shard) for shard in model.shards})
+    buffers = model.buffers()
+
+    def local_bytes(name: str) -> Iterator[tuple[int, memoryview]]:
+        source = plan.unchanged.get(name)
+        for low, values in local_runs.get(source, ()) if source is not None else ():
+            yield low * values.element_size(), raw_bytes(values)
+        if source in buffers and runtime.is_main():
+            yield 0, raw_bytes(buffers[source])
+
+    files.write(local_bytes)
+    runtime.barrier()
     if runtime.is_main():
-        for part, _ in gathered:
-            weight_map |= part
-        total_size = {"total_size": sum(size for _, size in gathered)}
-        index = {"metadata": total_size, "weight_map": dict(sorted(weight_map.items()))}
-        write_json_atomic(temporary / INDEX_NAME, index)
+        temporary = files.folder
         with writing(temporary):
             if model.module._auto_class is not None:  # remote code: the weights cannot be loaded without its files
                 config = model.module.config
@@ -95,7 +140,31 @@ def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokeniz
     runtime.barrier()
 
 
-def _gather(model: ShardedModel, names: list[str], keeper: int) -> dict[str, Tensor]:
+def _write_converted(model: ShardedModel, plan: Plan, files: FolderFiles) -> None:
+    """Gather, convert and write what is not stored as the model has it; the ranks take turns.
+
+    A rank writes one group while the next is gathered, and holds no more than these two. Collectives: those of
+    ``model.whole``.
+    """
+
+    def convert(conversion: Conversion, tensors: dict[str, Tensor]) -> None:
+        converted = revert_weight_conversion(model.module, tensors)
+        files.write_tensors(conversion.file, converted)
+
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        pending: Future[None] | None = None
+        for number, conversion in enumerate(plan.conversions):
+            tensors = _gather(model, conversion.sources, keeper=number % runtime.world_size())
+            if tensors:
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(convert, conversion, tensors)
+            del tensors
+        if pending is not None:
+            pending.result()
+
+
+def _gather(model: ShardedModel, names: Iterable[str], keeper: int) -> dict[str, Tensor]:
     """Copies of parameters and buffers on the CPU of rank ``keeper``, none on others; one tensor is whole at a time."""
     tensors: dict[str, Tensor] = {}
     buffers = model.buffers()

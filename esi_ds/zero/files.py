@@ -11,24 +11,27 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import Buffer
 
 from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic, write_text_atomic, writing
 from esi_ds.core.mask import UNITS_NAME, index_digests, num_bytes, pack_bits
 from esi_ds.core.mask_metadata import ScoresMetadata
 from esi_ds.core.score_folder import ScoreFolder
+from esi_ds.core.stored import DTYPES
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.tensor_files import DIGESTS_NAME, INDEX_NAME, StoredTensor, tensor_sha256
 from esi_ds.zero import runtime
 
 MAX_FILE_BYTES = 5 * 10**9  # as transformers splits its checkpoints
-ITEM_SIZE = {"F32": 4, "U8": 1}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * ITEM_SIZE[self.dtype]
+        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
@@ -65,8 +68,13 @@ def plan_files(entries: Sequence[Entry], size_of: Callable[[Entry], int]) -> dic
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def file_header(entries: Iterable[Entry], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The file's first bytes, and the offset of each tensor's data in the file, by name."""
+def file_header(
+    entries: Iterable[Entry], metadata: dict[str, str], compact: bool = False
+) -> tuple[bytes, dict[str, int]]:
+    """The file's first bytes, and the offset of each tensor's data in the file, by name.
+
+    compact: byte for byte as safetensors writes it, for entries in its order.
+    """
     header: dict[str, object] = {"__metadata__": metadata}
     offset, starts = 0, {}
     for entry in entries:
@@ -74,84 +82,128 @@ def file_header(entries: Iterable[Entry], metadata: dict[str, str]) -> tuple[byt
         header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, end]}
         starts[entry.name] = offset
         offset = end
-    text = json.dumps(header).encode()
+    layout: dict[str, Any] = {"separators": (",", ":"), "ensure_ascii": False} if compact else {}
+    text = json.dumps(header, **layout).encode()
     text += b" " * (-len(text) % 8)  # data aligned to 8 bytes
     data_start = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {name: data_start + start for name, start in starts.items()}
+
+
+def raw_bytes(values: Tensor) -> memoryview:
+    """A tensor's bytes as they lie in a file; those of a tensor on the CPU are not copied."""
+    return values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+class FolderFiles:
+    """The safetensors files of a folder that is being written, by all ranks at the same time.
+
+    Rank 0 calls ``start``, which lays them out; after a barrier every rank fills in what it holds.
+    """
+
+    def __init__(
+        self, folder: Path, files: Mapping[str, Sequence[Entry]], metadata: dict[str, str], compact: bool = False
+    ):
+        """folder: under its temporary name. files: file's name → its tensors, in order. metadata: of each file.
+
+        compact: as for ``file_header``.
+        """
+        self.folder, self._files = folder, files
+        self._headers = {file: file_header(entries, metadata, compact) for file, entries in files.items()}
+
+    def start(self, index_metadata: Mapping[str, str] | None = None) -> None:
+        """Make the folder with its index and every file at full size, with its header.
+
+        index_metadata: what the index says besides the files.
+        """
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        weight_map: dict[str, str] = {}
+        total = 0
+        for file, entries in self._files.items():
+            header = self._headers[file][0]
+            size = sum(entry.num_bytes for entry in entries)
+            with writing(self.folder / file), (self.folder / file).open("wb") as opened:
+                opened.write(header)
+                opened.truncate(len(header) + size)
+            weight_map.update({entry.name: file for entry in entries})
+            total += size
+        metadata = {"total_size": total, **(index_metadata or {})}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        write_json_atomic(self.folder / INDEX_NAME, index)
+
+    def write(self, local_bytes: Callable[[str], Iterable[tuple[int, Buffer]]]) -> None:
+        """Write what this rank holds of every tensor, and sync every file to disk. Raises OSError naming the file.
+
+        local_bytes(name): (first byte within the tensor, bytes) of every range that this rank holds.
+        """
+        files = list(self._files)
+        # Not all ranks in one file at a time: a file system lets one of them write to it.
+        first = len(files) * runtime.rank() // runtime.world_size()
+        for file in files[first:] + files[:first]:
+            starts = self._headers[file][1]
+            with self._opened(file) as opened:
+                for entry in self._files[file]:
+                    for low, data in local_bytes(entry.name):
+                        opened.seek(starts[entry.name] + low)
+                        opened.write(data)
+                opened.flush()
+                os.fsync(opened.fileno())
+
+    def write_tensors(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write whole tensors of one file; ``write`` will sync it. Raises OSError naming the file."""
+        starts = self._headers[file][1]
+        with self._opened(file) as opened:
+            for name, tensor in tensors.items():
+                opened.seek(starts[name])
+                opened.write(raw_bytes(tensor))
+
+    @contextmanager
+    def _opened(self, file: str) -> Iterator[BufferedRandom]:
+        path = wait_until_visible(self.folder / file)
+        with writing(path), path.open("r+b") as opened:
+            yield opened
+
+    def read_digests(self) -> dict[str, str]:
+        """sha256 of every ``world_size``-th tensor from this rank's on, read from disk."""
+        tensors = [
+            StoredTensor(
+                entry.name, self.folder / file, start, start + entry.num_bytes, f"{entry.dtype} {list(entry.shape)}"
+            )
+            for file, entries in self._files.items()
+            for entry in entries
+            for start in [self._headers[file][1][entry.name]]
+        ]
+        return {tensor.name: tensor_sha256(tensor) for tensor in tensors[runtime.rank() :: runtime.world_size()]}
 
 
 def write_folder(
     folder: Path,
     files: dict[str, list[Entry]],
     metadata: dict[str, str],
-    local_bytes: Callable[[str], Iterable[tuple[int, bytes]]],
+    local_bytes: Callable[[str], Iterable[tuple[int, Buffer]]],
     extra: dict[str, str] | None = None,
     index_metadata: dict[str, str] | None = None,
 ) -> None:
     """A folder of safetensors files and their index, written by all ranks; it gets its name once it is complete.
 
-    local_bytes(name): (first byte within the tensor, bytes) of every range that this rank holds. extra: text of
-    further files, by name; ``digests.json`` has the sha256 of every tensor, as read back from disk. index_metadata:
-    what the index says besides the files.
+    local_bytes: as for ``FolderFiles.write``. extra: text of further files, by name; ``digests.json`` has the sha256 of
+    every tensor, as read back from disk. index_metadata: what the index says besides the files.
     Collectives: three barriers, and a gather of the digests.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    headers = {file: file_header(entries, metadata) for file, entries in files.items()}
+    written = FolderFiles(folder.with_name(f".{folder.name}.tmp"), files, metadata)
     if runtime.is_main():
-        _start_folder(temporary, files, headers, index_metadata or {})
+        written.start(index_metadata)
         for name, text in (extra or {}).items():
-            write_text_atomic(temporary / name, text)
+            write_text_atomic(written.folder / name, text)
     runtime.barrier()
-    for file, entries in files.items():
-        path = wait_until_visible(temporary / file)
-        with writing(path), path.open("r+b") as opened:
-            for entry in entries:
-                for first, data in local_bytes(entry.name):
-                    opened.seek(headers[file][1][entry.name] + first)
-                    opened.write(data)
-            opened.flush()
-            os.fsync(opened.fileno())
+    written.write(local_bytes)
     runtime.barrier()
-    parts = runtime.gather_objects(_read_digests(temporary, files, headers))
+    parts = runtime.gather_objects(written.read_digests())
     if runtime.is_main():
-        write_json_atomic(temporary / DIGESTS_NAME, {name: value for part in parts for name, value in part.items()})
-        replace_folder(temporary, folder)
+        digests = {name: value for part in parts for name, value in part.items()}
+        write_json_atomic(written.folder / DIGESTS_NAME, digests)
+        replace_folder(written.folder, folder)
     runtime.barrier()
-
-
-def _read_digests(
-    folder: Path, files: dict[str, list[Entry]], headers: dict[str, tuple[bytes, dict[str, int]]]
-) -> dict[str, str]:
-    """sha256 of every ``world_size``-th tensor from this rank's on, read from disk."""
-    tensors = [
-        StoredTensor(entry.name, folder / file, start, start + entry.num_bytes, f"{entry.dtype} {list(entry.shape)}")
-        for file, entries in files.items()
-        for entry in entries
-        for start in [headers[file][1][entry.name]]
-    ]
-    return {tensor.name: tensor_sha256(tensor) for tensor in tensors[runtime.rank() :: runtime.world_size()]}
-
-
-def _start_folder(
-    temporary: Path,
-    files: dict[str, list[Entry]],
-    headers: dict[str, tuple[bytes, dict[str, int]]],
-    index_metadata: dict[str, str],
-) -> None:
-    """On rank 0, make the folder with its index and every file at full size, with its header."""
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for file, entries in files.items():
-        header = headers[file][0]
-        with writing(temporary / file), (temporary / file).open("wb") as opened:
-            opened.write(header)
-            opened.truncate(len(header) + sum(entry.num_bytes for entry in entries))
-        weight_map.update({entry.name: file for entry in entries})
-        total += sum(entry.num_bytes for entry in entries)
-    index = {"metadata": {"total_size": total, **index_metadata}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json_atomic(temporary / INDEX_NAME, index)
 
 
 def write_scores(
@@ -167,9 +219,9 @@ def write_scores(
     """
     local_runs = by_parameter(shards, scores)
 
-    def local_bytes(name: str) -> Iterator[tuple[int, bytes]]:
+    def local_bytes(name: str) -> Iterator[tuple[int, memoryview]]:
         for low, values in local_runs.get(name, ()):
-            yield 4 * low, values.cpu().numpy().tobytes()
+            yield 4 * low, raw_bytes(values)
 
     write_folder(folder, _score_files(parameters), metadata, local_bytes)
 

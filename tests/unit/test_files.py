@@ -71,7 +71,9 @@ def test_a_mask_without_room_names_the_file(tmp_path: Path, monkeypatch: pytest.
 def model() -> SimpleNamespace:
     """What an export asks of a model, without any weight."""
     module = SimpleNamespace(config=LlamaConfig(), generation_config=GenerationConfig(), _auto_class=None)
-    return SimpleNamespace(module=module, layouts=(), parameters=(), buffers=dict, release=lambda: None)
+    return SimpleNamespace(
+        module=module, layouts=(), shards=(), parameters=(), by_name={}, buffers=dict, release=lambda: None
+    )
 
 
 def test_all_of_an_exported_model_is_on_disk(tmp_path: Path, synced: list[str]) -> None:
