@@ -268,6 +268,8 @@ def test_the_exported_folder_is_the_model(done: tuple[int, Path], kind: str) -> 
     skip_unless(kind in kinds_of(ranks))
     ids = torch.arange(3, 40).view(1, -1)
     for tag in each(ranks):
+        (file,) = (folder / f"{tag}-esi-{kind}" / "model").glob("*.safetensors")
+        assert file.read_bytes() == (folder / kind / "model.safetensors").read_bytes()
         logits = [
             AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()(ids).logits
             for path in (folder / kind, folder / f"{tag}-esi-{kind}" / "model")
