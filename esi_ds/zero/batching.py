@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esi_ds.core.batch import Rows, right_pad
 from esi_ds.errors import UserError
-from esi_ds.models.rows import depends_on_neighbours, is_causal, last_logits
+from esi_ds.judge.embeddings import embedding_module
+from esi_ds.models.rows import PROBE_LENGTH, depends_on_neighbours, is_causal, last_logits
+from esi_ds.reading import first_line
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 
@@ -32,6 +35,54 @@ def check_causal(model: ShardedModel, ids: Sequence[int], pad: int) -> None:
             "is not a causal model: its logits of earlier tokens depend on later ones",
             "use a causal language model; an encoder needs is_decoder: true in its config.json",
         )
+
+
+def check_gradient(model: ShardedModel, ids: Sequence[int]) -> None:
+    """Raise UserError, on every rank, unless a backward pass reaches the model's embeddings: some architectures run
+    forward only, or backward only in training (Reformer), which would show after hours of generation.
+
+    ids: any text's. No parameter gets a gradient. A model that does not say which module looks up its embeddings is not
+    asked. Collectives: those of a forward and a backward pass, and an all-reduce.
+    """
+    try:
+        problem = _backward_problem(model, ids[:PROBE_LENGTH])
+    except Exception as error:  # whatever an architecture raises is the reason
+        problem = f"cannot be differentiated ({type(error).__name__}: {first_line(error)})"
+    model.release()
+    if runtime.any_rank(problem is not None):
+        problem = problem or "cannot be differentiated on another rank"
+        remedy = "use a model whose gradient can be taken without training it, dropout off"
+        raise UserError("model.path", model.module.name_or_path, problem, remedy)
+
+
+def _backward_problem(model: ShardedModel, ids: Sequence[int]) -> str | None:
+    """Why the model has no gradient; None where it has. Raises what the architecture raises. Collectives: those of
+    ``check_gradient``, without its all-reduce."""
+    try:
+        embedding = embedding_module(model.module)
+    except UserError:
+        return None
+    leaves: list[Tensor] = []
+
+    def make_leaf(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1].clone()  # some scale in place what they are given, which a leaf does not allow
+
+    trained = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
+    hook = embedding.register_forward_hook(make_leaf)
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        batch = right_pad([list(ids)], 0, runtime.device())
+        logits = last_logits(model.module, batch, len(ids))
+        if logits.requires_grad:
+            logits.float().square().sum().backward()
+    finally:
+        hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    is_reached = any(leaf.grad is not None for leaf in leaves)
+    return None if is_reached or not leaves else "has no gradient: none reaches its embeddings"
 
 
 def batch_size_for(model: ShardedModel, ids: Sequence[int], pad: int, batch_size: int) -> int:

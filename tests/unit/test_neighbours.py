@@ -28,7 +28,7 @@ from esi_ds.stages.esi.objectives import MeanLoss, ScoreFunctionObjective
 from esi_ds.stages.esi.prepare import Example
 from esi_ds.stages.tune.training import padded
 from esi_ds.stages.tune.work import TuneRun
-from esi_ds.zero.batching import batch_size_for, check_causal
+from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient
 from esi_ds.zero.generate import choose_batches, generate
 
 VOCABULARY, PAD = 380, 0
@@ -300,6 +300,55 @@ def test_the_probe_of_right_padding_lets_causal_models_pass(kind: str) -> None:
 def test_a_model_that_is_not_causal_is_refused(kind: str) -> None:
     with pytest.raises(UserError, match="is not a causal model"):
         check_causal(sharded(build(kind)), SHORT, PAD)
+
+
+REFORMER = transformers.ReformerConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    attention_head_size=8,
+    num_attention_heads=4,
+    feed_forward_size=48,
+    attn_layers=["local", "local"],
+    axial_pos_shape=(8, 8),
+    axial_pos_embds_dim=(16, 16),
+    max_position_embeddings=64,
+    local_attn_chunk_length=8,
+    is_decoder=True,
+    pad_token_id=PAD,
+)
+
+
+class Detached(LlamaMLP):
+    """Written for inference only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+@pytest.mark.parametrize("kind", ["reformer", "detached"])
+def test_a_model_without_a_gradient_is_refused(kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "reformer":  # its layers undo themselves in the backward pass, in training mode only
+        model = transformers.AutoModelForCausalLM.from_config(REFORMER).eval()
+        problem = r"cannot be differentiated \(AssertionError: If you want to train"
+    else:
+        model = build("llama")
+        model.model.norm = nn.Sequential(model.model.norm, Detached(CONFIGS["llama"]))
+        problem = "has no gradient: none reaches its embeddings"
+    with pytest.raises(UserError, match=problem):
+        check_gradient(sharded(model), SHORT)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "capacity"])
+def test_a_model_with_a_gradient_passes_and_is_left_as_it_was(kind: str) -> None:
+    model = build(kind)
+    frozen = next(model.parameters())
+    frozen.requires_grad_(False)
+    check_gradient(sharded(model), SHORT)
+    assert not frozen.requires_grad and all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters() if parameter is not frozen)
+    assert not model.get_input_embeddings()._forward_hooks
 
 
 def test_a_probe_needs_numbers() -> None:

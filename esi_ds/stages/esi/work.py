@@ -13,6 +13,7 @@ from esi_ds.judge.guard import Guard
 from esi_ds.judge.tokens import TokenGuard
 from esi_ds.judge.vocabulary import VocabularyMap
 from esi_ds.models.roles import unknown, warning
+from esi_ds.models.rows import probe_ids
 from esi_ds.stages.esi.finish import LossOutcome, SafetyOutcome, finish_esi
 from esi_ds.stages.esi.judge_scores import judge_scores
 from esi_ds.stages.esi.losses import LossRows
@@ -39,7 +40,7 @@ from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.respond import respond, write_responses
 from esi_ds.stages.run import CHECKPOINTS, StageRun
 from esi_ds.zero import runtime
-from esi_ds.zero.batching import batch_size_for, check_causal
+from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 from esi_ds.zero.placement import load_judge
@@ -61,6 +62,8 @@ class EsiRun(StageRun[EsiInputs]):
             self.tracker.log(warning(strangers))
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if ids := self._any_ids():
+            check_gradient(model, ids)
         self.begin(model)
         outcome = self._accumulate_safety(model, guard, safety) if safety else None
         losses = [self._accumulate_loss(model, loss) for loss in self.inputs.losses]
@@ -73,6 +76,12 @@ class EsiRun(StageRun[EsiInputs]):
         if config.select.contrastive:
             self._contrast(model, scores, accumulated["benign"])
         finish_esi(self, model, scores, sigma, outcome, losses)
+
+    def _any_ids(self) -> list[int]:
+        """Ids of some text that the model can read; none for a criterion without gradients."""
+        if self.inputs.safety is not None:
+            return probe_ids(self.inputs.safety.tokenizer)
+        return next((loss.rows.sequences[0].ids for loss in self.inputs.losses), [])
 
     def _load_guard(self, judge: PreparedEsiJudge) -> Guard:
         """The judge with its weights. Collectives: those of ``load_judge``, of two passes of it, and an all-reduce."""

@@ -27,7 +27,7 @@ from esi_ds.stages.tune.finish import finish_tuning
 from esi_ds.stages.tune.prepare import TuningInputs
 from esi_ds.stages.tune.training import Training
 from esi_ds.zero import runtime
-from esi_ds.zero.batching import batch_size_for, check_causal
+from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient
 from esi_ds.zero.dense import DenseTuner
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.export import export_model
@@ -100,11 +100,13 @@ class TuneRun(StageRun[TuningInputs]):
         return model, partial(DenseTuner, model, trained, optimizers[0])
 
     def _check_batches(self, model: ShardedModel) -> None:
-        """Raise UserError where a row's loss would be that of another text, or depend on the rows beside it.
+        """Raise UserError where a row's loss has no gradient, would be that of another text, or depend on the rows
+        beside it.
 
-        Collectives: those of ``check_causal`` and ``batch_size_for``.
+        Collectives: those of ``check_gradient``, ``check_causal`` and ``batch_size_for``.
         """
         tune, ids, pad = self.inputs.tune, self.inputs.rows.sequences[0].ids, self.inputs.tokenizer.pad_token_id
+        check_gradient(model, ids)
         check_causal(model, ids, pad)
         if batch_size_for(model, ids, pad, tune.batch_size) < tune.batch_size:
             accumulation = tune.batch_size * tune.gradient_accumulation
