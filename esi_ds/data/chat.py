@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from esi_ds.config import Model
+from esi_ds.data.turns import Prompt, Turn
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
 from esi_ds.reading import first_line, read_text, reading
@@ -116,6 +117,14 @@ def break_up(text: str, specials: Iterable[str]) -> tuple[str, int]:
     return text, count
 
 
+def break_up_prompt(prompt: Prompt, specials: Sequence[str]) -> tuple[Prompt, int]:
+    """``break_up`` of a prompt, in every turn of a chat."""
+    if isinstance(prompt, str):
+        return break_up(prompt, specials)
+    pairs = [(turn["role"], *break_up(turn["content"], specials)) for turn in prompt]
+    return [{"role": role, "content": text} for role, text, _ in pairs], sum(count for *_, count in pairs)
+
+
 class TemplateRejection(ValueError):
     """A chat template does not format a conversation; the text says why."""
 
@@ -141,14 +150,18 @@ def render(
     return str(text)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None) -> list[int]:
-    """Ids of a user turn in the model's chat template, up to where the assistant's response begins.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system_prompt: str | None) -> list[int]:
+    """Ids of a prompt in the model's chat template, up to where the assistant's response begins.
 
-    Raises TemplateRejection.
+    A chat's own system turn takes the place of ``system_prompt``. Raises TemplateRejection; LeftOut for a chat of which
+    the template leaves out a turn, which ``check_chat_template`` has not asked about.
     """
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages.append({"role": "user", "content": prompt})
-    text = render(tokenizer, messages, add_generation_prompt=True)
+    turns: list[Turn] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system_prompt and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": system_prompt})
+    if not isinstance(prompt, str):
+        TemplateCheck(tokenizer).check([turn["role"] for turn in turns], add_generation_prompt=True)
+    text = render(tokenizer, turns, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise TemplateRejection("the chat template makes no token of it")
@@ -156,11 +169,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt
 
 
 def encode_data_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, specials: Iterable[str], system_prompt: str | None
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, specials: Sequence[str], system_prompt: str | None
 ) -> list[int] | str:
     """``encode_prompt`` of a prompt that is data, or why it has no ids. Special-token strings in it are broken up."""
     try:
-        return encode_prompt(tokenizer, break_up(prompt, specials)[0], system_prompt)
+        return encode_prompt(tokenizer, break_up_prompt(prompt, specials)[0], system_prompt)
     except TemplateRejection as error:
         return str(error)
 
@@ -231,7 +244,7 @@ class TemplateCheck:
     def _turns_left_out(self, roles: Sequence[str], add_generation_prompt: bool) -> list[int]:
         key = (tuple(roles), add_generation_prompt)
         if key not in self._left_out:
-            turns = [{"role": role, "content": _marked(number)} for number, role in enumerate(roles)]
+            turns = [{"role": role, "content": turn_mark(number)} for number, role in enumerate(roles)]
             text = render(self._tokenizer, turns, add_generation_prompt=add_generation_prompt)
             self._left_out[key] = [number for number, turn in enumerate(turns) if turn["content"] not in text]
         return self._left_out[key]
@@ -241,7 +254,7 @@ class TemplateCheck:
         return LeftOut(f"the chat template leaves out {which}, or changes its text")
 
 
-def _marked(number: int) -> str:
+def turn_mark(number: int) -> str:
     """A text that no template holds, long enough to show one that cuts its turns."""
     return f"Turn {number} begins here, {'and so on ' * 200}and turn {number} ends here."
 

@@ -24,16 +24,14 @@ from esi_ds.data.columns import (
     check_question_columns,
     check_row,
     full_question,
-    history_value,
     is_empty,
     is_learnt,
     lowered,
-    system_text,
     text_of,
     unread_names,
 )
 from esi_ds.data.rows import Row, is_text
-from esi_ds.data.turns import Turn, read_history, read_turns
+from esi_ds.data.turns import Turn, read_turns, with_context
 from esi_ds.errors import UserError
 
 # Columns of a row that hold (question, further input, answer); tried in this order, ignoring case.
@@ -140,17 +138,9 @@ def _turns(row: Row, columns: Sequence[str]) -> list[Turn]:
         raise UnreadableRow("its weight is 0")
     if other.get("label") is False:  # KTO's
         raise UnreadableRow("its label is false: the answer is not to be learnt")
-    earlier = read_history(history_value(other))
     if len(columns) == 1:
-        turns = [*earlier, *read_turns(chat_value(row.get(columns[0]), used[0]))]
-    else:
-        turns = [*earlier, *_asked_and_answered(row, columns, other, used)]
-    system = system_text(other)
-    if system is not None and turns[:1] != [{"role": "system", "content": system}]:
-        if any(turn["role"] == "system" for turn in turns):
-            raise UnreadableRow("it has two system prompts")
-        turns.insert(0, {"role": "system", "content": system})
-    return turns
+        return with_context(read_turns(chat_value(row.get(columns[0]), used[0])), other)
+    return with_context(_asked_and_answered(row, columns, other, used), other)
 
 
 def _asked_and_answered(row: Row, columns: Sequence[str], other: Mapping[str, Any], used: Sequence[str]) -> list[Turn]:

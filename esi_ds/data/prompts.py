@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from esi_ds.config import Eval, Prompts
 from esi_ds.data.benchmarks import (
@@ -38,7 +38,7 @@ from esi_ds.data.columns import (
     unread_names,
 )
 from esi_ds.data.rows import Row, is_text, looks_like_file, read_rows
-from esi_ds.data.turns import Turn, read_turns
+from esi_ds.data.turns import Prompt, asked, prompt_text, read_turns, with_context
 from esi_ds.errors import UserError
 
 # Tried in this order, ignoring case. AdvBench goal, HarmBench Behavior, JailbreakBench Goal, StrongREJECT
@@ -61,32 +61,27 @@ COLUMNS = (
 MAX_SCORE = 3e38  # the largest number that a gradient in fp32 can be multiplied by
 EMPTY = "the prompt is empty"
 HALF = "the prompt holds half of a surrogate pair"
-SYSTEM_APART = "it has a system prompt of its own, and prompts are asked with model.system_prompt"
 # Columns, in lower case, that prompts are made of or rows chosen by, beside the prompt's.
 READ = {*INPUTS, "instances", "vanilla", "contextstring", "data_type", "type", "label", *CATEGORY_COLUMNS}
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts as text, where they come from, and (row, reason) of every row that was skipped.
+    """Prompts, where they come from, and (row, reason) of every row that was skipped.
 
-    unread: columns that no prompt holds. num_shortened: chats of which only the last turn of the user is read.
+    unread: columns that no prompt holds.
     """
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     column: str
     source: str
     skipped: tuple[tuple[int, str], ...]
     unread: tuple[str, ...] = ()
-    num_shortened: int = 0
 
     @property
     def note(self) -> str:
         """What of the rows is not read, for the end of a line of the log; "" if nothing."""
-        note = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
-        if self.num_shortened:
-            note += f"; of {self.num_shortened} chats only the last turn of the user is read"
-        return note
+        return f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
 
     @property
     def sha256(self) -> str:
@@ -116,24 +111,22 @@ def load_prompts(
         column = built_in.column
     else:  # a copy with other column names is read like any file
         column = choose_column(rows, column, f"{field}.column")
-    prompts: list[str] = []
+    prompts: list[Prompt] = []
     skipped: list[tuple[int, str]] = []
-    num_shortened = 0
     for number, row in enumerate(rows):
         if len(prompts) == limit:  # later rows are not read, so they are not listed as skipped
             break
-        text, reason = _read_prompt(row, column, kind)
+        prompt, reason = _read_prompt(row, column, kind)
         if reason:
             skipped.append((number, reason))
         else:
-            prompts.append(text)
-            num_shortened += sum(turn["role"] == "user" for turn in _chat_of(row, column) or ()) > 1
+            prompts.append(prompt)
     if not prompts:
         reasons = "; ".join(sorted({reason for _, reason in skipped}))
         raise UserError(f"{field}.path", path, f"has no prompt ({reasons})", "check its rows")
     source = source if looks_like_file(source) else f"hub:{source}"
     unread = unread_names(rows, {*READ, column.strip().lower()} - set(_contexts_apart(rows[0], column)))
-    return PromptSet(tuple(prompts), column, source, tuple(skipped), unread, num_shortened)
+    return PromptSet(tuple(prompts), column, source, tuple(skipped), unread)
 
 
 def split_of(built_in: BuiltIn) -> str | None:
@@ -141,14 +134,14 @@ def split_of(built_in: BuiltIn) -> str | None:
     return None if looks_like_file(built_in.source) else built_in.split
 
 
-def _read_prompt(row: Row, column: str, kind: Kind | None) -> tuple[str, str | None]:
+def _read_prompt(row: Row, column: str, kind: Kind | None) -> tuple[Prompt, str | None]:
     """A row's prompt, and why the row is skipped (None: it is not)."""
     reason = skip_reason(row, kind)
     try:
-        text = "" if reason else prompt_of(row, column)
+        prompt = "" if reason else prompt_of(row, column)
     except UnreadableRow as error:
         return "", str(error)
-    return text, reason or (None if text else EMPTY) or (None if is_text(text) else HALF)
+    return prompt, reason or (None if prompt else EMPTY) or (None if is_text(prompt_text(prompt)) else HALF)
 
 
 def _kind_of(built_in: BuiltIn, path: str, kind: Kind | None, field: str) -> Kind:
@@ -187,48 +180,34 @@ def choose_column(rows: Sequence[Row], column: str, field: str) -> str:
     )
 
 
-def prompt_of(row: Row, column: str) -> str:
-    """One row's prompt, stripped of surrounding white space; "" if it has none.
+def prompt_of(row: Row, column: str) -> Prompt:
+    """One row's prompt, a text without surrounding white space or a chat; "" if it has none.
 
-    Of a chat: its last user turn. HarmBench's contextual rows put their context before the behaviour; a question is
-    followed by its input and the options to choose from. WildJailbreak's vanilla rows leave ``adversarial`` empty.
-    Raises UnreadableRow where the row holds what a prompt cannot: a system turn of its own, earlier turns, tools.
+    A system prompt and earlier turns in other columns belong to it. HarmBench's contextual rows put their context
+    before the behaviour; a question is followed by its input and the options to choose from. WildJailbreak's vanilla
+    rows leave ``adversarial`` empty. Raises UnreadableRow where the row holds what a prompt cannot: tools, or a chat
+    that does not end with the user's turn.
     """
     name = column.strip().lower()
     value = row.get(column)
     if name == "adversarial" and is_empty(value):
         value = row.get("vanilla")
-    chat = _chat_of(row, column)
-    if chat is not None:
-        value = _last_question(chat)
     if is_empty(value):
         return ""
-    if not isinstance(value, str):
+    if name in CHATS or isinstance(value, list):
+        turns = read_turns(chat_value(value, name))
+    elif isinstance(value, str):
+        turns = [{"role": "user", "content": value.strip()}]
+    else:
         raise UnreadableRow("the prompt is not a text")
     other = lowered(row, without={name, *_contexts_apart(row, column)})
     check_row(other)
-    if system_text(other) is not None:
-        raise UnreadableRow(SYSTEM_APART)
-    if history_value(other) is not None:
-        raise UnreadableRow("it has earlier turns, which a prompt cannot hold")
-    context = context_of(row, column)
-    if context:
-        return f"{context}\n\n---\n\n{value.strip()}"
-    return full_question(value, other)
-
-
-def _chat_of(row: Row, column: str) -> list[Turn] | None:
-    """The turns in a column of chats; None for a column of texts. Raises UnreadableRow."""
-    value, name = row.get(column), column.strip().lower()
-    if is_empty(value) or (name not in CHATS and not isinstance(value, list)):
-        return None
-    return read_turns(chat_value(value, name))
-
-
-def _last_question(chat: Sequence[Turn]) -> str | None:
-    if any(turn["role"] == "system" and turn["content"].strip() for turn in chat):
-        raise UnreadableRow(SYSTEM_APART)
-    return next((turn["content"] for turn in reversed(chat) if turn["role"] == "user"), None)
+    if turns and turns[-1]["role"] == "user" and (question := turns[-1]["content"].strip()):
+        context = context_of(row, column)
+        whole = f"{context}\n\n---\n\n{question}" if context else full_question(question, other)
+        if whole != question:
+            turns[-1]["content"] = whole
+    return asked(with_context(turns, other))
 
 
 def _contexts_apart(row: Row, column: str) -> tuple[str, ...]:
@@ -239,13 +218,18 @@ def _contexts_apart(row: Row, column: str) -> tuple[str, ...]:
 
 
 def load_responses(path: str) -> list[Row]:
-    """Rows {"prompt", "response"} of a JSONL file, both text. Raises UserError naming data.responses."""
+    """Rows {"prompt", "response"} of a JSONL file: a ``Prompt``, whose turns are a list, and a text.
+
+    Raises UserError naming data.responses.
+    """
     rows = read_rows(path, "data.responses") if looks_like_file(path) else []
     if not rows:
         raise UserError("data.responses", path, "there is no such file", 'give a JSONL file of {"prompt", "response"}')
     for number, row in enumerate(rows, 1):
+        if isinstance(row.get("prompt"), list):
+            row["prompt"] = _asked_chat(row["prompt"], number, path)
         for key in ("prompt", "response"):
-            if not is_text(row.get(key)):
+            if not (is_text(row.get(key)) or isinstance(row.get("prompt"), list) and key == "prompt"):
                 raise UserError(
                     "data.responses",
                     path,
@@ -254,6 +238,18 @@ def load_responses(path: str) -> list[Row]:
                 )
         _check_response_row(row, number, path)
     return rows
+
+
+def _asked_chat(turns: list[Any], number: int, path: str) -> Prompt:
+    """The prompt of a row of responses that is a chat. Raises UserError naming data.responses."""
+    try:
+        prompt = asked(read_turns(turns))
+        if not prompt or not is_text(prompt_text(prompt)):
+            raise UnreadableRow(HALF if prompt else EMPTY)
+    except UnreadableRow as error:
+        remedy = 'give "prompt" as a text, or as a list of turns that ends with the user\'s'
+        raise UserError("data.responses", path, f"row {number} cannot be read: {error}", remedy) from error
+    return prompt
 
 
 def _check_response_row(row: Row, number: int, path: str) -> None:
@@ -315,7 +311,7 @@ class QuestionSet:
     prompt_set: PromptSet
 
     @property
-    def prompts(self) -> tuple[str, ...]:
+    def prompts(self) -> tuple[Prompt, ...]:
         return self.prompt_set.prompts
 
     def as_row(self) -> PromptSetRow:

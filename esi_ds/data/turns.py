@@ -1,12 +1,25 @@
-"""Turns of a conversation from a user's row: role, text, and whether a turn of the assistant is learnt."""
+"""Turns of a conversation from a user's row: role, text, and whether a turn of the assistant is learnt.
+
+A prompt is a text, the user's only turn, or a chat of several turns.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from typing_extensions import NotRequired, TypedDict
 
-from esi_ds.data.columns import LEARNT, REFUSED, UnreadableRow, is_learnt, lowered, names_with
+from esi_ds.data.columns import (
+    LEARNT,
+    REFUSED,
+    UnreadableRow,
+    history_value,
+    is_learnt,
+    lowered,
+    names_with,
+    system_text,
+)
 
 ROLES = ("system", "user", "assistant", "tool")
 OTHER_NAMES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
@@ -20,6 +33,50 @@ class Turn(TypedDict):
     role: str
     content: str
     learnt: NotRequired[bool]
+
+
+# What a model is asked: one turn of the user, or a chat of several turns that ends with one.
+Prompt: TypeAlias = str | list[Turn]
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one text, for people and for judges that do not read turns; of a chat, each turn after its role."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def asked(turns: Sequence[Turn]) -> Prompt:
+    """The prompt that a chat is: its text without surrounding white space, if the user's turn is all there is; "" if
+    the last turn has no text.
+
+    A system turn without text is none. Raises UnreadableRow where the last turn is not the user's.
+    """
+    prompt: list[Turn] = [
+        {"role": turn["role"], "content": turn["content"]}
+        for turn in turns
+        if turn["role"] != "system" or turn["content"].strip()
+    ]
+    if not prompt:
+        return ""
+    if prompt[-1]["role"] != "user":
+        raise UnreadableRow(f"its last turn is not the user's, but one of the {prompt[-1]['role']}")
+    text = prompt[-1]["content"].strip()
+    return prompt if text and len(prompt) > 1 else text
+
+
+def with_context(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
+    """The turns after the earlier turns and the system prompt that other columns of a lowered row hold.
+
+    Raises UnreadableRow where there are two system prompts.
+    """
+    whole = [*read_history(history_value(row)), *turns]
+    system = system_text(row)
+    if system is not None and whole[:1] != [{"role": "system", "content": system}]:
+        if any(turn["role"] == "system" for turn in whole):
+            raise UnreadableRow("it has two system prompts")
+        whole.insert(0, {"role": "system", "content": system})
+    return whole
 
 
 def read_turns(value: Any) -> list[Turn]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.core.batch import Rows, right_pad
-from esi_ds.data.chat import break_up, special_strings
+from esi_ds.data.chat import break_up, break_up_prompt, special_strings
+from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.eval.verdicts import Verdict, text_to_judge
 from esi_ds.judge.classifier import (
@@ -44,13 +45,13 @@ class ModelJudge(ABC):
         self.model, self._encoder = model, encoder
         self._specials = special_strings(encoder.tokenizer)
 
-    def encode(self, prompt: str, response: str) -> EncodedPair | Verdict:
+    def encode(self, prompt: Prompt, response: str) -> EncodedPair | Verdict:
         """The prompt and the response's final answer as a pair for ``judge``, or its verdict where nothing was said or
         the pair cannot be judged."""
         answer = text_to_judge(response)
         if isinstance(answer, Verdict):
             return answer
-        encoded = self._encoder.encode(break_up(prompt, self._specials)[0], break_up(answer, self._specials)[0])
+        encoded = self._encoder.encode(break_up_prompt(prompt, self._specials)[0], break_up(answer, self._specials)[0])
         return Verdict.missing(encoded) if isinstance(encoded, str) else encoded
 
     @abstractmethod
@@ -168,7 +169,7 @@ class TokenJudge(ModelJudge):
         return right_pad([pair.text.ids for pair in pairs], self._pad, _device(self.model))
 
 
-def judge_pairs(judge: ModelJudge, pairs: Sequence[tuple[str, str]], batch_size: int = 8) -> list[Verdict]:
+def judge_pairs(judge: ModelJudge, pairs: Sequence[tuple[Prompt, str]], batch_size: int = 8) -> list[Verdict]:
     """Verdicts of (prompt, response) pairs in order, in this process; pairs of like length are judged together."""
     verdicts: dict[int, Verdict] = {}
     waiting: dict[int, EncodedPair] = {}

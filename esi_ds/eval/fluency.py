@@ -10,13 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from esi_ds.core.batch import right_pad
 from esi_ds.data.chat import break_up, encode_data_prompt, special_strings
 from esi_ds.data.thoughts import final_answer
+from esi_ds.data.turns import Prompt
 from esi_ds.models.rows import last_logits
 
 
 def surprises(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[tuple[Prompt, str]],
     *,
     system_prompt: str | None = None,
     batch_size: int = 8,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing_extensions import TypedDict
 
+from esi_ds.data.turns import Prompt
+
 
 class AnswerRow(TypedDict):
     """A line of ``answers.jsonl``: one model's answer to one prompt."""
@@ -14,7 +16,7 @@ class AnswerRow(TypedDict):
     model: str  # the model's name in the tables; in a perturbation, the cell's name
     set: str  # the prompt set's name
     index: int  # the prompt's position in its set
-    prompt: str  # the prompt as text, before the chat template
+    prompt: Prompt  # as it was read, before the chat template
     response: str | None  # the greedy response, thoughts included; None if the prompt left no room for one
     excluded: str | None  # why there is no answer: no room, or it ends within a thought; None if there is one
 

@@ -13,7 +13,8 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from esi_ds.data.chat import TemplateRejection, render
+from esi_ds.data.chat import TemplateRejection, render, turn_mark
+from esi_ds.data.turns import Prompt, prompt_text
 from esi_ds.errors import UserError
 from esi_ds.judge.families import FAMILIES, Family
 
@@ -50,6 +51,7 @@ class TextBuilder:
     def __init__(self, family: Family, tokenizer: PreTrainedTokenizerBase, context: Context, field: str = "judge"):
         self.family, self.tokenizer, self.context = family, tokenizer, context
         self._content_is_list = False
+        self._read: dict[tuple[str, ...], bool] = {}
         self._options = dict(family.options)
         if family.uses_chat_template:
             template = tokenizer.chat_template
@@ -74,33 +76,54 @@ class TextBuilder:
                     f"give a guard whose template shows both turns, or set {field}.context: response_only",
                 )
 
-    def _apply_chat_template(self, prompt: str, response: str) -> str:
+    def _apply_chat_template(self, prompt: Prompt, response: str) -> str:
         # Response only: the response becomes the user's turn, as in the paper's code.
         response_only = self.context == "response_only"
-        turns = [("user", response)] if response_only else [("user", prompt), ("assistant", response)]
+        turns = [("user", response)] if response_only else [*self._asked(prompt), ("assistant", response)]
         if self.family.is_turn:
             turns = [("user", self._fill_template(prompt, response))]
-        if self.family.closing is not None:
-            turns.append(("user", self.family.closing))
+        return self._show(turns)
+
+    def _show(self, turns: Sequence[tuple[str, str]]) -> str:
+        """(role, text) of each turn in the tokenizer's chat template. Raises TemplateRejection."""
+        closing = [("user", self.family.closing)] if self.family.closing is not None else []
         messages = [
             {"role": role, "content": [{"type": "text", "text": text}] if self._content_is_list else text}
-            for role, text in turns
+            for role, text in (*turns, *closing)
         ]
         return render(
             self.tokenizer, messages, add_generation_prompt=self.family.generation_prompt, options=self._options
         )
 
-    def _fill_template(self, prompt: str, response: str) -> str:
+    def _asked(self, prompt: Prompt) -> list[tuple[str, str]]:
+        """The turns that ask: a chat's own, if the judge's template shows them all, else one turn of the user with the
+        chat's text."""
+        if not isinstance(prompt, str) and self._reads(tuple(turn["role"] for turn in prompt)):
+            return [(turn["role"], turn["content"]) for turn in prompt]
+        return [("user", prompt_text(prompt))]
+
+    def _reads(self, roles: tuple[str, ...]) -> bool:
+        """Whether the judge's template shows all turns of a chat of these roles, and the answer; asked once of each."""
+        if roles not in self._read:
+            turns = [(role, turn_mark(number)) for number, role in enumerate((*roles, "assistant"))]
+            try:
+                text = self._show(turns)
+            except TemplateRejection:
+                text = ""
+            self._read[roles] = all(mark in text for _, mark in turns)
+        return self._read[roles]
+
+    def _fill_template(self, prompt: Prompt, response: str) -> str:
         assert self.family.template is not None
         parts = self.family.template.split("{response}")
-        prompt = "" if self.context == "response_only" else prompt
-        return response.join(part.replace("{prompt}", prompt) for part in parts)
+        text = "" if self.context == "response_only" else prompt_text(prompt)
+        return response.join(part.replace("{prompt}", text) for part in parts)
 
-    def _render(self, prompt: str, response: str) -> str:
+    def _render(self, prompt: Prompt, response: str) -> str:
         build = self._apply_chat_template if self.family.uses_chat_template else self._fill_template
         return build(prompt, response)
 
-    def build(self, prompt: str, response: str) -> JudgedText | None:
+    def build(self, prompt: Prompt, response: str) -> JudgedText | None:
         """The text with the forced prefix behind it; None where the template alters the response beyond trimming."""
         marked = self._render(prompt, RESPONSE_MARK)
         start = marked.find(RESPONSE_MARK)
@@ -200,7 +223,7 @@ class PairEncoder:
         self.family, self.tokenizer, self.max_length, self._field = family, tokenizer, min(limits, default=None), field
         self._texts = TextBuilder(family, tokenizer, context, field)
 
-    def encode(self, prompt: str, response: str) -> EncodedPair | str:
+    def encode(self, prompt: Prompt, response: str) -> EncodedPair | str:
         """The pair, or the reason why it cannot be judged. Special tokens in it must be broken up already."""
         try:
             judged = self._texts.build(prompt, response)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from typing_extensions import TypedDict
 
 from esi_ds.data.prompts import PromptSetRow
+from esi_ds.data.turns import Prompt
 from esi_ds.eval.rows import AgreementRow, ChangeRow, MeasureRow, RateRow, TaskSummary, VerdictRow
 
 # A table for people: label → value, in the order shown.
@@ -185,7 +186,7 @@ class TunedAnswerRow(_AnswersBefore):
 
     set: str  # harmful or benign
     index: int  # the prompt's position in its set
-    prompt: str  # the prompt as text, before the chat template
+    prompt: Prompt  # as it was read, before the chat template
     after: str  # the response after tuning
     refused_after: bool | None  # whether its answer holds a refusal's words; None if it ends within a thought
 

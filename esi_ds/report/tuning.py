@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from esi_ds.data.thoughts import final_answer
+from esi_ds.data.turns import prompt_text
 from esi_ds.report.contents import RefusalRow, TunedAnswerRow, TuningReport
 from esi_ds.tracking import Tracker
 
@@ -12,8 +13,9 @@ NUM_SAMPLES = 4  # of each set
 
 
 def samples(answers: Sequence[TunedAnswerRow]) -> list[TunedAnswerRow]:
-    """The first few answers of every set."""
-    return [row for rows in by_set(answers).values() for row in rows[:NUM_SAMPLES]]
+    """The first few answers of every set, with their prompts as texts."""
+    chosen = [row for rows in by_set(answers).values() for row in rows[:NUM_SAMPLES]]
+    return [{**row, "prompt": prompt_text(row["prompt"])} for row in chosen]
 
 
 def by_set(answers: Sequence[TunedAnswerRow]) -> dict[str, list[TunedAnswerRow]]:
@@ -53,7 +55,7 @@ def publish(tracker: Tracker, report: TuningReport) -> None:
     """Sample answers as text, and refusals as two points of a curve over the steps: before and after tuning."""
     for sample in report["samples"]:
         answers = [f"before: {sample['before']}"] if "before" in sample else []
-        text = "\n\n".join([sample["prompt"], *answers, f"after: {sample['after']}"])
+        text = "\n\n".join([prompt_text(sample["prompt"]), *answers, f"after: {sample['after']}"])
         # Indented lines are literal text in Markdown: an answer is shown, not rendered.
         quoted = "\n".join(f"    {line}" for line in text.splitlines())
         tracker.text(f"answers/{sample['set']}/{sample['index']}", quoted)

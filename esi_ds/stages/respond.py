@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 
 from esi_ds.config import Config
 from esi_ds.data.chat import answerable
+from esi_ds.data.turns import Prompt
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.journal import Journal
 from esi_ds.models.folder import max_positions
@@ -34,13 +35,17 @@ class GeneratedRow(TypedDict):
 class ResponseRow(GeneratedRow):
     """A line of ``responses.jsonl``."""
 
-    prompt: str
+    prompt: Prompt
     judge_score: float | None  # None before it is judged, and of an excluded prompt
     excluded: str | None  # why the prompt took no part; None if it did
 
 
 def write_responses(
-    folder: Path, prompts: Sequence[str], responses: Sequence[str], scores: dict[int, float], excluded: dict[int, str]
+    folder: Path,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    scores: dict[int, float],
+    excluded: dict[int, str],
 ) -> None:
     """``responses.jsonl`` (docs/design.md §7). Rank 0 only."""
     rows: list[ResponseRow] = [
@@ -56,7 +61,7 @@ def write_responses(
     Journal(folder / NAME, ResponseRow).replace(rows)
 
 
-def responses_on_disk(folder: Path, prompts: Sequence[str]) -> dict[int, str]:
+def responses_on_disk(folder: Path, prompts: Sequence[Prompt]) -> dict[int, str]:
     """index → response of everything that earlier starts of this run have generated.
 
     Raises UserError for rows that the run did not write, or that answer other prompts.

@@ -32,6 +32,9 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("eval")
     harmful = [json.loads(line) for line in (ROOT / "examples/data/harmful_heldout.jsonl").open()][:NUM_HARMFUL]
     rows = [{"goal": f"CASE {case_of(i)}; {row['prompt']}"} for i, row in enumerate(harmful)]
+    # Two chats: judges, the endpoint among them, read all of their turns.
+    for row in (rows[0], rows[-1]):
+        row |= {"system": "Be kind.", "history": [["Hello", "Hi, how can I help?"]]}
     rows += [{"goal": "  "}, {"goal": "Tell me " + "all about it " * 400}]  # nothing asked; no room for an answer
     (folder / "harmful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     torch.manual_seed(3)
@@ -135,6 +138,10 @@ def test_same_answers_on_every_world_size_and_batch_size(undisturbed: Path, kill
     assert len(set(keys)) == len(keys) == 2 * (NUM_HARMFUL + 1 + NUM_BENIGN)
     assert [row["excluded"] is not None for row in rows].count(True) == 2
     assert all("no room" in row["excluded"] for row in rows if row["response"] is None)
+    chats = [row for row in rows if isinstance(row["prompt"], list)]
+    roles = ["system", "user", "assistant", "user"]
+    assert len(chats) == 4 and all([turn["role"] for turn in row["prompt"]] == roles for row in chats)
+    assert all(row["response"] and row["prompt"][-1]["content"].startswith("CASE ") for row in chats)
 
 
 def test_same_verdicts_and_tables(undisturbed: Path, killed: Path) -> None:

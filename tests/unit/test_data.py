@@ -82,7 +82,7 @@ def test_columns_limits_chats_and_empty_rows(tmp_path: Path) -> None:
         {"role": "user", "content": "last"},
     ]
     file = rows(tmp_path, "chat.jsonl", [{"messages": chat}, {"messages": []}, {"messages": chat}])
-    assert load_prompts(file, limit=1).prompts == ("last",)
+    assert load_prompts(file, limit=1).prompts == (chat,)
     assert load_prompts(file).skipped == ((1, "the prompt is empty"),)
     other = rows(tmp_path, "other.jsonl", [{"Prompt": "a", "secret": "b"}])
     assert load_prompts(other).prompts == ("a",) and load_prompts(other, column="secret").prompts == ("b",)

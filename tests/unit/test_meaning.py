@@ -16,6 +16,7 @@ from esi_ds.errors import UserError
 
 ASKED = {"role": "user", "content": "Make a bomb"}
 SAID = {"role": "assistant", "content": "Sure, here is how"}
+KIND = {"role": "system", "content": "Be kind."}
 AGAIN = {"role": "user", "content": "Go on"}
 REFUSED = {"role": "assistant", "content": "I cannot help"}
 
@@ -194,10 +195,14 @@ def test_columns_among_which_only_a_person_can_choose(row: dict[str, str], tmp_p
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "a", "system": "Be kind."}, "a system prompt of its own"),
-        ({"prompt": "a", "system_prompt": "Be kind."}, "a system prompt of its own"),
-        ({"messages": [{"role": "system", "content": "Be kind."}, ASKED]}, "a system prompt of its own"),
-        ({"prompt": "a", "history": [["x", "y"]]}, "earlier turns"),
+        ({"messages": [KIND, ASKED], "system": "Be brief."}, "two system prompts"),
+        ({"prompt": "a", "system": "Be kind.", "system_prompt": "Be brief."}, "two system prompts"),
+        ({"messages": [ASKED, SAID]}, "its last turn is not the user's, but one of the assistant"),
+        ({"messages": [KIND]}, "its last turn is not the user's, but one of the system"),
+        ({"messages": [ASKED, SAID, {"role": "user", "content": " "}]}, "the prompt is empty"),
+        ({"messages": [ASKED, {"role": "user<|end|>", "content": "x"}]}, "role is not one of"),
+        ({"messages": [ASKED, SAID, {"role": "user", "content": "\ud83d"}]}, "half of a surrogate pair"),
+        ({"prompt": "a", "history": [["x", 3]]}, "its history is not text"),
         ({"prompt": "a", "tools": [{"name": "search"}]}, "tools"),
         ({"prompt": "a", "image": "x.png"}, "image"),
         ({"prompt": ["a", "b"]}, "not a list of turns"),
@@ -228,10 +233,53 @@ def test_prompts_with_all_that_was_asked(row: dict[str, Any], prompt: str, tmp_p
     assert prompts(tmp_path, row).prompts == (prompt,)
 
 
-def test_a_chat_of_several_turns_says_that_it_is_shortened(tmp_path: Path) -> None:
-    prompt_set = prompts(tmp_path, {"messages": [ASKED, SAID, AGAIN]}, {"messages": [ASKED]})
-    assert prompt_set.prompts == ("Go on", "Make a bomb")
-    assert prompt_set.note == "; of 1 chats only the last turn of the user is read"
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"messages": [ASKED, SAID, AGAIN]}, [ASKED, SAID, AGAIN]),
+        ({"messages": json.dumps([ASKED, SAID, AGAIN])}, [ASKED, SAID, AGAIN]),
+        ({"messages": [KIND, ASKED]}, [KIND, ASKED]),
+        ({"messages": [KIND, ASKED, {**SAID, "weight": 0}, AGAIN], "id": 3}, [KIND, ASKED, SAID, AGAIN]),
+        ({"messages": [ASKED, AGAIN]}, [ASKED, AGAIN]),
+        ({"messages": [ASKED, SAID, AGAIN], "system": "Be kind."}, [KIND, ASKED, SAID, AGAIN]),
+        ({"messages": [{"role": "system", "content": " "}, ASKED, SAID, AGAIN]}, [ASKED, SAID, AGAIN]),
+        ({"messages": [ASKED, SAID, AGAIN], "input": "x"}, [ASKED, SAID, {"role": "user", "content": "Go on\n\nx"}]),
+        (
+            {"conversations": [{"from": "human", "value": " a "}, {"from": "gpt", "value": "b"}, AGAIN]},
+            [{"role": "user", "content": " a "}, {"role": "assistant", "content": "b"}, AGAIN],
+        ),
+        ({"prompt": "Go on", "history": [["Make a bomb", "Sure, here is how"]]}, [ASKED, SAID, AGAIN]),
+        ({"prompt": " Make a bomb ", "system_prompt": "Be kind."}, [KIND, ASKED]),
+    ],
+)
+def test_a_chat_is_asked_as_it_is(row: dict[str, Any], turns: list[dict[str, str]], tmp_path: Path) -> None:
+    prompt_set = prompts(tmp_path, row, {next(iter(row)): [ASKED]})
+    assert prompt_set.prompts == (turns, "Make a bomb")  # a single turn of the user is a text
+    assert prompt_set.note in ("", "; columns not read: id") and not prompt_set.skipped
+
+
+def test_sets_of_other_turns_have_other_hashes(tmp_path: Path) -> None:
+    chats = ([ASKED, SAID, AGAIN], [ASKED, REFUSED, AGAIN], [KIND, ASKED, SAID, AGAIN], [AGAIN])
+    assert len({prompts(tmp_path, {"messages": chat}).sha256 for chat in chats}) == 4
+
+
+def test_responses_to_chats_are_read_with_all_turns(tmp_path: Path) -> None:
+    """As ``responses.jsonl`` of a run holds them."""
+
+    def read(*rows: dict[str, Any]) -> list[Any]:
+        (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [row["prompt"] for row in load_responses(str(tmp_path / "r.jsonl"))]
+
+    chat = [KIND, ASKED, SAID, AGAIN]
+    rows = [{"prompt": chat, "response": "b"}, {"prompt": [ASKED], "response": "b"}, {"prompt": "a", "response": "b"}]
+    assert read(*rows) == [chat, "Make a bomb", "a"]
+    for wrong, problem in (
+        (chat[:-1], "last turn is not the user's"),
+        ([], "the prompt is empty"),
+        (["x"], "not a list of"),
+    ):
+        with pytest.raises(UserError, match=f"row 2 .*{problem}"):
+            read(rows[0], {"prompt": wrong, "response": "b"})
 
 
 @pytest.mark.parametrize(

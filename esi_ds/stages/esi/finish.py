@@ -14,6 +14,7 @@ from esi_ds.core.mask_metadata import SCORES_FORMAT, MaskMetadata, mask_texts
 from esi_ds.core.select import key_to_score
 from esi_ds.core.units import Parameter, Unit
 from esi_ds.data.chat import answerable
+from esi_ds.data.turns import prompt_text
 from esi_ds.models.folder import max_positions
 from esi_ds.models.roles import layer_of
 from esi_ds.report.contents import (
@@ -285,7 +286,7 @@ def excluded_prompts(outcome: SafetyOutcome) -> list[ExcludedPrompt]:
     """Prompts that took no part, by index."""
     prompts = outcome.inputs.data.prompts
     return [
-        {"index": index, "prompt": prompts[index], "reason": reason}
+        {"index": index, "prompt": prompt_text(prompts[index]), "reason": reason}
         for index, reason in sorted(outcome.excluded.items())
     ]
 
@@ -295,7 +296,7 @@ def samples(outcome: SafetyOutcome) -> list[SampleResponse]:
     return [
         {
             "index": index,
-            "prompt": outcome.inputs.data.prompts[index],
+            "prompt": prompt_text(outcome.inputs.data.prompts[index]),
             "response": outcome.responses[index],
             "judge_score": outcome.scores[index],
         }

@@ -17,6 +17,7 @@ from esi_ds.data.chat import (
     EncodedResponse,
     answerable,
     break_up,
+    break_up_prompt,
     encode_data_prompt,
     encode_response,
     load_chat_tokenizer,
@@ -26,6 +27,7 @@ from esi_ds.data.chat import (
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import load_prompts, load_responses, recorded_scores
 from esi_ds.data.thoughts import UNFINISHED, Span, answer_spans, mark_strings, opening_mark, spans_in_answer
+from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import (
     SequenceRule,
@@ -61,14 +63,14 @@ class PreparedEsiJudge:
 
 @dataclass(frozen=True)
 class PromptData:
-    """Texts exactly as they were read.
+    """Prompts and responses exactly as they were read.
 
     responses: one per prompt; None where the model has yet to generate them. scores: J of each response, where they
     come with the responses instead of from a judge. source: what was read, with its hash, for the manifest. skipped:
     (row, reason) of every row without a usable prompt. note: what of the rows is not read, for the log.
     """
 
-    prompts: list[str]
+    prompts: list[Prompt]
     responses: list[str] | None
     source: dict[str, str]
     skipped: list[tuple[int, str]]
@@ -91,7 +93,7 @@ class PromptInputs:
     judge: PreparedEsiJudge | None
     data: PromptData
     specials: tuple[str, ...]
-    benign_prompts: tuple[str, ...] = ()
+    benign_prompts: tuple[Prompt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,8 @@ def prepare_prompts(config: Config) -> PromptInputs | None:
     )
 
 
-def _benign_prompts(config: Config) -> tuple[str, ...]:
-    prompts: list[str] = []
+def _benign_prompts(config: Config) -> tuple[Prompt, ...]:
+    prompts: list[Prompt] = []
     for number, section in enumerate(config.eval.benign if config.eval is not None else ()):
         field = f"eval.benign.{number}"
         prompts += load_prompts(
@@ -210,10 +212,10 @@ def _read_data(config: Config) -> PromptData:
     return PromptData(list(prompts.prompts), None, source, list(prompts.skipped), note=prompts.note)
 
 
-def clean(inputs: PromptInputs, texts: Sequence[str]) -> tuple[list[str], int]:
-    """Texts with special-token strings broken up, and how many there were."""
-    pairs = [break_up(text, inputs.specials) for text in texts]
-    return [text for text, _ in pairs], sum(count for _, count in pairs)
+def clean(inputs: PromptInputs, prompts: Sequence[Prompt]) -> tuple[list[Prompt], int]:
+    """Prompts with special-token strings broken up, and how many there were."""
+    pairs = [break_up_prompt(prompt, inputs.specials) for prompt in prompts]
+    return [prompt for prompt, _ in pairs], sum(count for _, count in pairs)
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def _clean_response(response: str, answer: list[Span] | None, specials: Sequence
     return CleanResponse(text, spans[:-1]), total
 
 
-def encode_prompts(inputs: PromptInputs, config: Config, prompts: Sequence[str]) -> list[list[int] | str]:
+def encode_prompts(inputs: PromptInputs, config: Config, prompts: Sequence[Prompt]) -> list[list[int] | str]:
     """Ids of each prompt in the chat template, up to where the response begins, or why it has none."""
     return [encode_data_prompt(inputs.tokenizer, prompt, (), config.model.system_prompt) for prompt in prompts]
 
@@ -266,7 +268,7 @@ def encode_prompts(inputs: PromptInputs, config: Config, prompts: Sequence[str])
 def encode_examples(
     inputs: PromptInputs,
     prompt_ids: Sequence[list[int] | str],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     responses: Sequence[CleanResponse],
     max_new_tokens: int,
 ) -> tuple[list[Example], dict[int, str]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from esi_ds.config import Eval
+from esi_ds.data.turns import prompt_text
 from esi_ds.eval.refusals import REFUSAL_LISTS
 from esi_ds.eval.rows import TaskResultRow, TaskRow, TaskSummary
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
@@ -110,7 +111,8 @@ def samples(inputs: EvalInputs, outcome: Outcome) -> list[SamplePrompt]:
                         "verdicts": {name: verdicts[key] for name, key in keys.items() if key in verdicts},
                     }
                 )
-            prompts.append({"set": question_set.name, "index": index, "prompt": prompt, "answers": shown})
+            text = prompt_text(prompt)
+            prompts.append({"set": question_set.name, "index": index, "prompt": text, "answers": shown})
     return prompts
 
 

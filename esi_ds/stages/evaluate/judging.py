@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from esi_ds.config import ENDPOINT_ROUNDS, Config, require_eval
+from esi_ds.data.turns import prompt_text
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, TokenJudge, length_batches
 from esi_ds.eval.endpoint import Patience, Reply
 from esi_ds.eval.refusals import judge_by_words
@@ -178,7 +179,7 @@ class EndpointRounds:
             self.verdicts.add(new)  # at once: it was paid for
 
         judge_by_rubric(
-            [(question.row["prompt"], question.response) for question in chunk],
+            [(prompt_text(question.row["prompt"]), question.response) for question in chunk],
             self.judge.endpoint,
             template=self.judge.section.template or TEMPLATE,
             threshold=self.judge.section.threshold,

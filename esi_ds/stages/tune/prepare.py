@@ -17,6 +17,7 @@ from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import load_question_sets
 from esi_ds.data.rows import read_rows
+from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
@@ -41,7 +42,7 @@ class TuningInputs:
     trained: Trained  # which weights train
     rows: TuningSet  # the rows to learn
     benign: TuningSet | None  # rows mixed in; None if there are none
-    questions: dict[str, list[str]]  # harmful and benign → prompts to answer before and after tuning
+    questions: dict[str, list[Prompt]]  # harmful and benign → prompts to answer before and after tuning
     question_ids: dict[str, dict[int, list[int]]]  # by index, those that can be answered, as the model reads them
     unanswered: list[tuple[str, int, str]]  # (harmful or benign, index, reason) of the others
     source: dict[str, Any]  # paths, columns and hashes of the rows, for the manifest
@@ -153,7 +154,7 @@ def read_tuning_set(
 
 
 def _encode_questions(
-    config: Config, questions: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, limit: int | None
+    config: Config, questions: dict[str, list[Prompt]], tokenizer: PreTrainedTokenizerBase, limit: int | None
 ) -> tuple[dict[str, dict[int, list[int]]], list[tuple[str, int, str]]]:
     """``question_ids`` and ``unanswered`` of ``TuningInputs``. limit: tokens the model takes."""
     question_ids: dict[str, dict[int, list[int]]] = {}
@@ -170,9 +171,9 @@ def _encode_questions(
     return question_ids, unanswered
 
 
-def _questions(section: Eval | None) -> dict[str, list[str]]:
+def _questions(section: Eval | None) -> dict[str, list[Prompt]]:
     """Prompts of ``eval.prompts`` (harmful) and ``eval.benign`` (benign), if the config has them."""
-    questions: dict[str, list[str]] = {}
+    questions: dict[str, list[Prompt]] = {}
     for question_set in load_question_sets(section) if section is not None else []:
         questions.setdefault(question_set.kind, []).extend(question_set.prompts)
     return questions

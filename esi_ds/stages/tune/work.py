@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from esi_ds import patch
 from esi_ds.artifacts import replace_folder, wait_until_visible
 from esi_ds.data.thoughts import opening_mark
+from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.eval.refusals import is_refusal
 from esi_ds.journal import Journal
@@ -238,7 +239,7 @@ class TuneRun(StageRun[TuningInputs]):
 
 
 def answer_row(
-    set_name: str, index: int, prompt: str, before: str | None, after: str, opening: str | None = None
+    set_name: str, index: int, prompt: Prompt, before: str | None, after: str, opening: str | None = None
 ) -> TunedAnswerRow:
     """A line of ``answers.jsonl``. before: None if nothing was asked before tuning.
 
