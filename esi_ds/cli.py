@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import signal
 import socket
@@ -132,6 +133,8 @@ def _end(reading: int, code: int) -> None:
 @clean_output()
 def main(stage: str, argv: list[str] | None = None) -> int:
     """Run one stage; returns the process's exit code: 0, 2 (user's mistake), 75 (resumable) or 1 (anything else)."""
+    if not faulthandler.is_enabled():  # what C++ aborts, NCCL's watchdog for one, leaves its Python stack on stderr
+        faulthandler.enable(file=2)
     end_at_signals(EXIT_INTERRUPTED)
     parser = make_parser(stage)
     arguments = parser.parse_intermixed_args(argv)

@@ -155,6 +155,14 @@ def read_status(run: Path) -> Status:
     return {**status, "last_checkpoint": last_checkpoint(run)}
 
 
+def progress_of(run: Path) -> str | None:
+    """The phase of a run and how far it is, in words; None before the first. Raises UserError as ``read_status``."""
+    status = read_status(run)
+    if not status.get("phase"):
+        return None
+    return f"{status['phase']}: {status['done']:,} of {status['total']:,} {status['unit']}s"
+
+
 def show(run: Path, now: float) -> str:
     """A few lines for people. now: seconds since the epoch."""
     status = read_status(run)
@@ -166,8 +174,7 @@ def show(run: Path, now: float) -> str:
     if status.get("phase"):
         left = status["seconds_left"]
         remaining = f", {_span(left)} left" if left is not None and status["state"] == "running" else ""
-        numbers = f"{status['done']:,} of {status['total']:,} {status['unit']}s, {status['rate']:.3g} a second"
-        lines.append(f"  {status['phase']}: {numbers}{remaining}")
+        lines.append(f"  {progress_of(run)}, {status['rate']:.3g} a second{remaining}")
     if checkpoint := status.get("last_checkpoint"):
         where = f"at {checkpoint['position']:,}" if "position" in checkpoint else checkpoint["file"]
         lines.append(f"  last checkpoint: {where}, {_span(now - checkpoint['saved'])} ago")

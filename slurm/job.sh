@@ -43,7 +43,7 @@ done
 # If a rank fails while others are still starting, srun ends those, and they exit with 75, as at any signal; srun reports
 # the greatest code. So 75 counts only if no rank reports a failure of its own.
 if [[ $code -eq 75 ]]; then
-    failures=$(grep -shE '^(error: |rank [0-9]+ failed:)' "$logs"/rank-*.log | grep -v 'failed: lost another rank')
+    failures=$(grep -shE '^(error: |rank [0-9]+ (failed:|died of))' "$logs"/rank-*.log | grep -v 'failed: lost another rank')
     case $failures in
     '') ;;
     error:*) code=2 ;;
@@ -61,8 +61,9 @@ case $code in
 *)
     # The rank that failed first wrote first; the messages of the others are consequences.
     echo "$(date -Is) failed with exit code $code; the first message:" >&2
-    first=$(grep -slE '^(error: |rank [0-9]+ failed:)' "$logs"/rank-*.log | xargs -r ls -tr | head -n 1)
-    [[ -n $first ]] && { echo "--- $first" >&2; grep -m 1 -A 40 -E '^(error: |rank [0-9]+ failed:)' "$first" >&2; }
+    says='^(error: |rank [0-9]+ (failed:|died of)|Fatal Python error:)' # the last is of a rank that C++ aborted
+    first=$(grep -slE "$says" "$logs"/rank-*.log | xargs -r ls -tr | head -n 1)
+    [[ -n $first ]] && { echo "--- $first" >&2; grep -m 1 -A 40 -E "$says" "$first" >&2; }
     ;;
 esac
 exit "$code"

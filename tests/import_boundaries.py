@@ -43,6 +43,7 @@ LAYERS = {
     "cli": 5,
     "launch_environment": 1,
     "cores": 1,
+    "peers": 2,
     "journal": 1,
     "lock": 1,
     "status": 1,
@@ -51,6 +52,7 @@ LAYERS = {
 RESERVED = {"deepspeed": {"zero"}, "torch.distributed": {"zero"}}
 WITHOUT_TORCH = {
     "cores",
+    "peers",
     "config",
     "config_checks",
     "config_errors",

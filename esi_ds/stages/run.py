@@ -24,6 +24,7 @@ from esi_ds.journal import unrecorded
 from esi_ds.models.fingerprint import check_mask_weights, fingerprint, tensor_digests
 from esi_ds.models.folder import ModelSource, checkpoint_folder
 from esi_ds.options import Options
+from esi_ds.peers import PeerWatch, own_process
 from esi_ds.stages.interrupt import listen
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
@@ -134,7 +135,8 @@ class StageRun(ABC, Generic[Inputs]):
         )
 
         listen(self.options.launcher)  # from here on a signal is noted, and acted on at the next micro-batch
-        with tracker:
+        ranks = runtime.gather_objects(own_process(runtime.rank()))
+        with tracker, PeerWatch(runtime.rank(), ranks, self.folder.path):
             tracker.log(
                 "rank 0: " + ", ".join(f"{name}: {value}" for name, value in runtime.compute_resources().items())
             )

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from esi_ds import cores, launch_environment
 from esi_ds.errors import UserError
@@ -46,6 +47,7 @@ def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
         # DeepSpeed reads LOCAL_RANK too.
         os.environ["LOCAL_RANK"] = str(_device_index(launch, get_accelerator().device_count()))
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    _set_timeouts(timeout_s)
     # DeepSpeed's shared-memory all-reduce for CPUs is not used here. It would compile at the first start (and a killed
     # compilation leaves a lock on which every later start waits) and keep 66 MiB in /dev/shm per rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -63,6 +65,23 @@ def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
         )
         raise UserError("MASTER_ADDR and MASTER_PORT", where, problem, remedy) from error
     _share_cores()
+
+
+def _set_timeouts(timeout_s: int) -> None:
+    """Have every collective wait for ``timeout_s``, and NCCL end a rank whose collective failed or waited longer.
+
+    DeepSpeed makes groups of its own, the one of all ZeRO-3 collectives among them, without naming a timeout: they get
+    torch's default, which is 10 minutes under NCCL. Variables that the user has set stay.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    for name, value in {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # the watchdog aborts the process; without it the others wait forever
+        "TORCH_NCCL_ENABLE_MONITORING": "1",  # and a second thread does if the watchdog itself hangs,
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(max(480, timeout_s)),  # not sooner than a collective may take
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # the last collectives of each rank, to /tmp/nccl_trace_rank_<rank>
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 def _quieten() -> None:
