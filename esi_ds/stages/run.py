@@ -26,6 +26,7 @@ from esi_ds.models.folder import ModelSource, checkpoint_folder
 from esi_ds.options import Options
 from esi_ds.peers import PeerWatch, own_process
 from esi_ds.stages.interrupt import listen
+from esi_ds.status import progress_of
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel, load_sharded
@@ -118,7 +119,12 @@ class StageRun(ABC, Generic[Inputs]):
 
         def acquire() -> str | None:
             self.folder.create(self.config.run.share)
-            return lock.acquire(self.folder.path)
+            taken_over = lock.acquire(self.folder.path)
+            if taken_over is not None:
+                with suppress(UserError):  # a status that the dead job left half-written
+                    progress = progress_of(self.folder.path)
+                    taken_over += f"; it was last seen during {progress}" if progress else ""
+            return taken_over
 
         return runtime.from_main(acquire)
 

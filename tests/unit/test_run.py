@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,22 @@ def test_a_run_that_ended_while_its_lock_was_looked_at_is_not_run_again(
     Run(config, Options(), None, folder, {}, {}).run()
     assert "is finished already; nothing to do" in capsys.readouterr().out
     assert not (tmp_path / lock.LOCK).exists()
+
+
+def test_a_start_says_how_far_the_dead_job_was(tmp_path: Path) -> None:
+    """A rank 0 that C++ aborts or the system kills writes nothing; its status has the last phase."""
+    config = validate({"run": {"output_dir": str(tmp_path)}, "model": {"path": "a"}})
+    folder = RunFolder(str(tmp_path))
+    folder.open(config)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    holder = {**lock.own_identity(), "pid": dead.pid, "pid_started": 1, "since": "then"}
+    (tmp_path / lock.LOCK).write_text(json.dumps(holder))
+    bar = {"phase": "score", "done": 1200, "total": 3000, "unit": "prompt", "rate": 0.5, "seconds_left": 18.0}
+    known = {"state": "running", "stage": "esi", "pid": 7, "host": "a", "slurm_job": None, "updated": 1.0}
+    (tmp_path / lock.STATUS).write_text(json.dumps({**known, **bar}))
+    said = Run(config, Options(), None, folder, {}, {})._lock()
+    assert said is not None and said.endswith("; it was last seen during score: 1,200 of 3,000 prompts")
 
 
 def test_entries_load_nothing_heavy() -> None:
