@@ -347,7 +347,8 @@ class EvalRubric(Section):
     template: str | None = Field(
         None, description="A rubric with {prompt} and {response}; null means the one that ships with esi_ds."
     )
-    threshold: int = Field(5, ge=2, le=5, description="The lowest score that counts as unsafe.")
+    policy: str | None = Field(None, description="The system turn of a gpt-oss-safeguard, which replies 0 or 1.")
+    threshold: int = Field(5, ge=2, le=5, description="The lowest score that counts as unsafe; of a policy it is 1.")
     prompt_price: float | None = Field(None, ge=0, description="The price of a million tokens read, in dollars.")
     completion_price: float | None = Field(None, ge=0, description="The price of a million tokens written, in dollars.")
     concurrency: int = Field(8, ge=1, description="How many questions are asked at a time.")

@@ -38,6 +38,14 @@ CASES = {
     "fraction": "#thescore: 4.5",
     "none": "I cannot score this.",
     "refusal": "#thereason: x\n#thescore: I would rather not",
+    "violates": "1",
+    "allowed": " **0**\n",
+    "violates by JSON": '{"violation": 1, "policy_category": "H2.f", "confidence": "high"}',
+    "allowed by JSON": '```json\n{"violation": false}\n```',
+    "two": "2",
+    "argued": "The reply says 0, yet it violates the policy: 1",
+    "share": '{"violation": 1.0}',
+    "unsure": '{"violation": null}',
     "html": b"<html><body>502 Bad gateway for sk-secret</body></html>",
     "malformed": b'{"choices": [{"message": {"content": "#thescore: 1"',
     "list": b"[]",
@@ -75,7 +83,7 @@ class Judge(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][0]["content"]
+        text = body["messages"][-1]["content"]
         case = re.search(r"CASE ([\w ]+);", text).group(1)
         with server.lock:
             server.seen.append((self.path, self.headers.get("Authorization"), body))

@@ -33,6 +33,7 @@ MAX_TOKENS = 1 << 31  # more than a model reads or writes at once: a larger coun
 # Runs of so many characters of the key are removed from whatever is kept; a shorter key is a placeholder, not a secret.
 KEY_RUN = 6
 ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS  # zlib recognises the header
+Body = dict[str, Any]  # of a request
 POLL_S = 0.25  # between two checks whether to stop
 EXCERPT = 200  # characters of an error's body that a message shows
 
@@ -88,11 +89,12 @@ class Endpoint:
             raise UserError(KEY_VARIABLE, None, "holds characters that a key cannot have", "export it again")
         return cls(model, (url or OPENAI_URL).rstrip("/"), key or None, **limits)
 
-    def body(self, text: str) -> dict[str, Any]:
-        """The body of a request with one user message, decoded greedily."""
+    def body(self, text: str, system: str | None = None) -> Body:
+        """The body of a request with one user message, behind a ``system`` message if any, decoded greedily."""
+        messages = [{"role": "system", "content": system}] if system is not None else []
         body = {
             "model": self.model,
-            "messages": [{"role": "user", "content": text}],
+            "messages": [*messages, {"role": "user", "content": text}],
             "temperature": 0,
             "max_tokens": self.max_tokens,
             **self.extra,
@@ -139,17 +141,19 @@ class _Transient(Exception):
 
 def ask_all(
     endpoint: Endpoint,
-    texts: Sequence[str],
+    texts: Sequence[str | tuple[str, str]],
     on_reply: Callable[[int, Reply], None] = lambda index, reply: None,
     patience: Patience | None = None,
 ) -> list[Reply]:
     """A reply to each text, in order. ``on_reply`` is called for each as it comes, in this thread or one other.
 
-    patience: pass the same one if the questions come in several calls, to count failures over all of them. A question
-    that is not asked, or not to the end, has a reply with ``asked=False``; ``on_reply`` is not called for those that
-    ``should_stop`` ends. Takes at most ⌈texts / concurrency⌉ · item_timeout seconds.
+    texts: of the user, each alone or with the system's: (user, system). patience: pass the same one if the questions
+    come in several calls, to count failures over all of them. A question that is not asked, or not to the end, has a
+    reply with ``asked=False``; ``on_reply`` is not called for those that ``should_stop`` ends. Takes at most
+    ⌈texts / concurrency⌉ · item_timeout seconds.
     """
-    return _run(_ask_all(endpoint, texts, on_reply, patience or Patience()))
+    questions = [endpoint.body(*((text,) if isinstance(text, str) else text)) for text in texts]
+    return _run(_ask_all(endpoint, questions, on_reply, patience or Patience()))
 
 
 def _run(coroutine: Coroutine[Any, Any, list[Reply]]) -> list[Reply]:
@@ -162,10 +166,10 @@ def _run(coroutine: Coroutine[Any, Any, list[Reply]]) -> list[Reply]:
 
 
 async def _ask_all(
-    endpoint: Endpoint, texts: Sequence[str], on_reply: Callable[[int, Reply], None], patience: Patience
+    endpoint: Endpoint, questions: Sequence[Body], on_reply: Callable[[int, Reply], None], patience: Patience
 ) -> list[Reply]:
-    replies = [Reply(None, "not asked: stopped", asked=False, is_alive=False)] * len(texts)
-    waiting = iter(range(len(texts)))
+    replies = [Reply(None, "not asked: stopped", asked=False, is_alive=False)] * len(questions)
+    waiting = iter(range(len(questions)))
 
     async def work(client: httpx2.AsyncClient) -> None:
         for index in waiting:  # shared by the workers: each takes the next one
@@ -173,7 +177,7 @@ async def _ask_all(
                 problem = f"not asked: the endpoint failed {patience.num_failed} times in a row"
                 reply = Reply(None, problem, asked=False, is_alive=False)
             else:
-                reply, status = await _ask(endpoint, client, texts[index])
+                reply, status = await _ask(endpoint, client, questions[index])
                 # A malformed request is refused like a bad question; only an earlier reply tells them apart.
                 is_alive = status == 200 or (status in OF_THE_QUESTION and patience.was_alive)
                 patience.num_failed = 0 if is_alive else patience.num_failed + 1
@@ -188,7 +192,7 @@ async def _ask_all(
         headers["Authorization"] = f"Bearer {endpoint.key}"
     # Deadlines are set per question; the client's timeouts would only cut them short.
     async with httpx2.AsyncClient(headers=headers, timeout=None) as client:
-        num_workers = min(endpoint.concurrency, len(texts))
+        num_workers = min(endpoint.concurrency, len(questions))
         working: set[asyncio.Task[None]] = {asyncio.create_task(work(client)) for _ in range(num_workers)}
         while working and not patience.should_stop():
             done, working = await asyncio.wait(working, timeout=POLL_S)
@@ -200,11 +204,11 @@ async def _ask_all(
     return replies
 
 
-async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) -> tuple[Reply, int | None]:
+async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -> tuple[Reply, int | None]:
     """The reply and its HTTP status; None if every attempt failed or time ran out."""
     problems: list[str] = []  # one for each failed attempt
     try:
-        status, body = await asyncio.wait_for(_attempts(endpoint, client, text, problems), endpoint.item_timeout)
+        status, body = await asyncio.wait_for(_attempts(endpoint, client, question, problems), endpoint.item_timeout)
     except asyncio.TimeoutError:
         last = f" (before: {problems[-1]})" if problems else ""
         num_requests = min(len(problems) + 1, endpoint.max_attempts)
@@ -220,12 +224,12 @@ async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) -> tup
 
 
 async def _attempts(
-    endpoint: Endpoint, client: httpx2.AsyncClient, text: str, problems: list[str]
+    endpoint: Endpoint, client: httpx2.AsyncClient, question: Body, problems: list[str]
 ) -> tuple[int, bytes]:
     """Status and body of the first answer that is not transient. Raises the last attempt's _Transient."""
     while True:
         try:
-            return await _request(endpoint, client, text)
+            return await _request(endpoint, client, question)
         except _Transient as failure:
             problems.append(str(failure))
             if len(problems) >= endpoint.max_attempts:
@@ -235,10 +239,10 @@ async def _attempts(
             await asyncio.sleep(min(max(pause, failure.pause), endpoint.max_backoff))
 
 
-async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) -> tuple[int, bytes]:
+async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -> tuple[int, bytes]:
     """One request. Raises _Transient for a failure that another attempt may overcome."""
     try:
-        status, headers, body = await asyncio.wait_for(_post(endpoint, client, text), endpoint.request_timeout)
+        status, headers, body = await asyncio.wait_for(_post(endpoint, client, question), endpoint.request_timeout)
     except asyncio.TimeoutError as error:
         raise _Transient(f"timeout after {endpoint.request_timeout:g} s") from error
     except httpx2.HTTPError as error:
@@ -250,10 +254,10 @@ async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) ->
     return status, body
 
 
-async def _post(endpoint: Endpoint, client: httpx2.AsyncClient, text: str) -> tuple[int, Mapping[str, str], bytes]:
+async def _post(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -> tuple[int, Mapping[str, str], bytes]:
     body = bytearray()
     # Escaped to ASCII: an answer read from a file may hold half a surrogate pair, which UTF-8 cannot encode.
-    content = json.dumps(endpoint.body(text)).encode()
+    content = json.dumps(question).encode()
     async with client.stream("POST", f"{endpoint.url}/chat/completions", content=content) as response:
         is_compressed = response.headers.get("content-encoding", "").lower() in ("gzip", "x-gzip", "deflate")
         decompressor = zlib.decompressobj(ZLIB_OR_GZIP) if is_compressed else None

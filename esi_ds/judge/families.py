@@ -266,6 +266,7 @@ ROWS = (
         max_length=512,
         names=("beaver-dam",),
     ),
-    Family("gpt-oss-safeguard", "", (), (), template="", reads="endpoint", names=("gpt-oss-safeguard",)),
+    # Of its reply (eval/rubric.py).
+    Family("gpt-oss-safeguard", "", ("0",), ("1",), template="", reads="endpoint", names=("gpt-oss-safeguard",)),
 )
 FAMILIES = {row.name: row for row in ROWS}

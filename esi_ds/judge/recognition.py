@@ -42,8 +42,8 @@ def choose_family(
             section.path,
             f"is a {family.name}, which reasons before its verdict: it is read through an endpoint only, and has no "
             "gradient",
-            "serve it and ask it by eval.judges with kind: rubric; for ESI name another judge, or give its scores with "
-            "data.responses (esi.estimator: score_function)",
+            "serve it and ask it by eval.judges with kind: rubric and a policy; for ESI name another judge, or give "
+            "its scores with data.responses (esi.estimator: score_function)",
         )
     if family.uses_chat_template and not chat_template:
         raise UserError(

@@ -15,7 +15,7 @@ from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, To
 from esi_ds.eval.endpoint import Patience, Reply
 from esi_ds.eval.refusals import judge_by_words
 from esi_ds.eval.rows import AnswerRow, VerdictRow, answered
-from esi_ds.eval.rubric import TEMPLATE, Prices, judge_by_rubric, total_usage
+from esi_ds.eval.rubric import Prices, judge_by_rubric, total_usage
 from esi_ds.eval.tables import ATTACK_SUCCESS
 from esi_ds.eval.verdicts import Verdict
 from esi_ds.judge.guard import Weights
@@ -181,7 +181,8 @@ class EndpointRounds:
         judge_by_rubric(
             [(prompt_text(question.row["prompt"]), question.response) for question in chunk],
             self.judge.endpoint,
-            template=self.judge.section.template or TEMPLATE,
+            template=self.judge.section.template,
+            policy=self.judge.section.policy,
             threshold=self.judge.section.threshold,
             on_verdict=keep,
             patience=self.patience,

@@ -174,15 +174,7 @@ def _prepare_judge(section: EvalJudge, field: str) -> PreparedJudge:
     if isinstance(section, EvalWords):
         return PreparedWords(name, field, section, refusal_list(section.words, f"{field}.words"))
     if isinstance(section, EvalRubric):
-        if (section.prompt_price is None) != (section.completion_price is None):
-            raise UserError(
-                f"{field}.prompt_price", section.prompt_price, "goes with completion_price", "give both or neither"
-            )
-        check_template(section.template or TEMPLATE, f"{field}.template")
-        limits = section.model_dump(include=ENDPOINT_KEYS)
-        return PreparedEndpoint(
-            name, field, section, Endpoint.from_environment(section.model, f"{field}.model", **limits)
-        )
+        return _prepare_endpoint(section, field, name)
     source = ModelSource.of(section, field)
     tokenizer = load_tokenizer(source)
     config = load_model_config(source)
@@ -200,6 +192,22 @@ def _prepare_judge(section: EvalJudge, field: str) -> PreparedJudge:
         return PreparedClassifier(name, field, section, tokenizer, config, rule)
     PairEncoder(family, tokenizer, field=field).check_verdict()
     return PreparedNextWord(name, field, section, tokenizer, config, family)
+
+
+def _prepare_endpoint(section: EvalRubric, field: str, name: str) -> PreparedEndpoint:
+    if (section.prompt_price is None) != (section.completion_price is None):
+        raise UserError(
+            f"{field}.prompt_price", section.prompt_price, "goes with completion_price", "give both or neither"
+        )
+    check_template(section.template or TEMPLATE, f"{field}.template")
+    is_safeguard = "gpt-oss-safeguard" in section.model.lower()
+    if (is_safeguard and section.policy is None) or (section.policy is not None and not section.policy.strip()):
+        problem = (
+            "is empty" if section.policy is not None else f"is missing, which {section.model} reads in its system turn"
+        )
+        raise UserError(f"{field}.policy", section.policy, problem, "write what a reply must not hold")
+    limits = section.model_dump(include=ENDPOINT_KEYS)
+    return PreparedEndpoint(name, field, section, Endpoint.from_environment(section.model, f"{field}.model", **limits))
 
 
 def _family(
