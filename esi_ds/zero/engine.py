@@ -22,6 +22,7 @@ from esi_ds.core.units import Parameter, Shard
 from esi_ds.deepspeed_config import check_experts
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
+from esi_ds.models.idle_experts import mend_grouped_product
 from esi_ds.models.roles import describe, expert_blocks, routers
 from esi_ds.models.rows import Together
 from esi_ds.zero import expert_parallel, runtime
@@ -62,6 +63,8 @@ class ShardedModel:
             len({u.expert for u in p.units}) for p in self.parameters if p.units and p.units[0].expert is not None
         ]
         check_experts(deepspeed_config, experts)
+        if experts:
+            mend_grouped_product()
         tensors, self._buffers = expert_parallel.remember(module), persistent_buffers(module)
         router_names = tuple(routers(module, roles))
         probe = expert_parallel.Probe(module, router_names) if self.expert_parallel else None
@@ -106,6 +109,11 @@ class ShardedModel:
     def is_everywhere(self, shard: Shard) -> bool:
         """Whether a tensor is partitioned over all ranks; under expert parallelism, experts are not."""
         return torch.distributed.get_world_size(self.group(shard)) == runtime.world_size()
+
+    @property
+    def has_one_group(self) -> bool:
+        """Whether all gathers and reductions are in one group of ranks: not with expert parallelism, nor with hpZ."""
+        return not self.expert_parallel and self.engine.zero_hpz_partition_size() == 1
 
     def partition_numel(self, shard: Shard) -> int:
         """Elements of a rank's partition of a tensor, including padding: the same on every rank of its group."""
@@ -252,6 +260,7 @@ def _initialize(
     if not expert_parallel.is_on(settings):
         return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     expert_parallel.mend_registry()
+    expert_parallel.mend_grouped_experts()
     try:
         return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     except ValueError as error:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.checkpoint.constants import AUTOEP_PARAM_LOCAL_EXPERTS, DS_AUTOEP_UC_META
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe import ep_experts
 from deepspeed.utils import groups
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +25,7 @@ from transformers.utils import output_capturing
 
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.errors import UserError
+from esi_ds.models.idle_experts import zero_idle_gradient
 from esi_ds.zero.partitioned import attributes, whole_shape
 
 ROLES = {"w1": "expert.gate", "w2": "expert.down", "w3": "expert.up"}
@@ -59,6 +62,31 @@ def mend_registry(registry: type[dict[Any, Any]] | None = None) -> bool:
     for name, method in (("get", get), ("__setitem__", set_item)):
         setattr(registry, name, method)
     return True
+
+
+GROUPED = ("_run_experts_grouped_mm", "_run_experts_grouped_mm_fused_gate_up", "_run_experts_triton_grouped_mm")
+
+
+def mend_grouped_experts() -> None:
+    """``models.idle_experts`` for AutoEP's grouped products; again: no effect.
+
+    Where AutoEP itself exchanges tokens, an expert without any has a group of zero rows, which is not empty; with
+    ``comm_backend: deepep`` it may be.
+    """
+    for name in GROUPED:
+        run_experts = getattr(ep_experts, name)
+        if not getattr(run_experts, "zeroes_idle", False):
+            setattr(ep_experts, name, _mended(run_experts))
+
+
+def _mended(run_experts: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(run_experts)
+    def mended(w1: Tensor, w2: Tensor, w3: Tensor, x: Tensor, num_tokens: Tensor, *options: Any) -> Tensor:
+        weights = (zero_idle_gradient(weight, num_tokens) for weight in (w1, w2, w3))
+        return run_experts(*weights, x, num_tokens, *options)
+
+    mended.zeroes_idle = True  # type: ignore[attr-defined]
+    return mended
 
 
 def blocks(module: nn.Module) -> Iterator[tuple[str, AutoEPMoELayer]]:

@@ -3,13 +3,15 @@
 docs/design.md §6, docs/zero3.md §1: an engine without an optimizer, and one hook per parameter. Each weight takes 2
 bytes and 4 bytes of accumulator, divided over the ranks. Small tensors that are partitioned over the same ranks share a
 collective. Every rank must run the same backward passes on the same parameters, because the hooks' collectives come in
-the order of the backward pass.
+the order of the backward pass. The collectives run beside the backward pass (``in_flight``), and their sums are
+received in the order in which they were started.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from esi_ds.core.units import Shard
 from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.in_flight import MOST, InFlight, Reduction
 
 BUCKET_NUMEL = 1 << 21  # smaller gradients share a collective of 8 MiB in fp32
 
@@ -62,6 +65,8 @@ class ReducedGradients:
         self._by_tensor: dict[nn.Parameter, Shard] = {model.by_name[shard.name]: shard for shard in self.collected}
         self._buckets: dict[torch.distributed.ProcessGroup, _Bucket] = {}
         self._blocks = self._find_blocks()
+        # NCCL's process groups may not be used at the same time: their kernels could wait for each other in a circle.
+        self._in_flight = InFlight(MOST if model.has_one_group else 0)
 
     def _find_blocks(self) -> dict[str, _Block]:
         """Tensor's name → its block, for collected tensors in a block with a list of experts."""
@@ -81,18 +86,31 @@ class ReducedGradients:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Hooks are active inside the block, and only the collected tensors get a gradient."""
+        """Hooks are active inside the block, and only the collected tensors get a gradient.
+
+        Raises RuntimeError where the block ends before a ``flush``: gradients would be lost.
+        """
         for tensor in self._model.by_name.values():
             tensor.requires_grad_(tensor in self._by_tensor)
             tensor.grad = None
         handles = [tensor.register_post_accumulate_grad_hook(self._collect) for tensor in self._by_tensor]
         try:
             yield
+            if self._buckets or len(self._in_flight) or any(block.waiting for block in self._blocks.values()):
+                raise RuntimeError("gradients were not flushed: they would be lost")
         finally:
+            self._forget()
             for handle in handles:
                 handle.remove()
             for tensor in self._model.by_name.values():
                 tensor.grad = None
+
+    def _forget(self) -> None:
+        """Drop what an error has left: a later pass must not add it."""
+        self._buckets.clear()
+        self._in_flight.forget()
+        for block in self._blocks.values():
+            block.waiting.clear()
 
     def _collect(self, tensor: nn.Parameter) -> None:
         """Post-accumulate hook. At most one reduce-scatter; none while a bucket has room or a block is incomplete."""
@@ -123,7 +141,9 @@ class ReducedGradients:
             self._reduce(self._buckets.pop(group).waiting, group)
 
     def flush(self) -> None:
-        """Reduce what is left in buckets; call after every backward pass. At most one reduce-scatter per group.
+        """Reduce what is left in buckets, and receive all sums; call after every backward pass.
+
+        Collectives: at most one reduce-scatter per group.
 
         Raises RuntimeError where a gradient of a block with a list of experts is missing: the others would be lost.
         """
@@ -134,20 +154,28 @@ class ReducedGradients:
         buckets, self._buckets = self._buckets, {}
         for group, bucket in buckets.items():
             self._reduce(bucket.waiting, group)
+        self._in_flight.receive_all()
 
     def _reduce(self, gradients: list[tuple[Shard, Tensor]], group: torch.distributed.ProcessGroup) -> None:
-        """One reduce-scatter (sum, fp32) of several padded gradients; each rank keeps its slices' valid parts."""
+        """Start one reduce-scatter (sum, fp32) of several padded gradients; a single rank receives them at once."""
         ranks = torch.distributed.get_world_size(group)
         rows = [gradient.view(ranks, -1) for _, gradient in gradients]
-        send = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-        local = send.view(-1)
-        if ranks > 1:
-            local = torch.empty(send.shape[1], dtype=send.dtype, device=send.device)
-            torch.distributed.reduce_scatter_tensor(local, send.view(-1), group=group)
+        send = (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)).view(-1)
+        receive = partial(self._receive, [(shard, gradient.numel() // ranks) for shard, gradient in gradients])
+        if ranks == 1:
+            receive(send)
+            return
+        self._in_flight.make_room(send.nbytes + send.nbytes // ranks)
+        local = torch.empty(send.numel() // ranks, dtype=send.dtype, device=send.device)
+        work = torch.distributed.reduce_scatter_tensor(local, send, group=group, async_op=True)
+        self._in_flight.add(Reduction(work, send, local, receive))
+
+    def _receive(self, slices: list[tuple[Shard, int]], local: Tensor) -> None:
+        """Pass on the valid parts of this rank's slices. slices: shards, each with the elements of its padded slice."""
         start = 0
-        for shard, gradient in gradients:
+        for shard, size in slices:
             self.receive(shard, local[start : start + shard.numel])
-            start += gradient.numel() // ranks
+            start += size
 
 
 class GradientShards(ReducedGradients):

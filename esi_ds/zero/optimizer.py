@@ -23,6 +23,7 @@ from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter, Shard, whole
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
+from esi_ds.models.idle_experts import mend_grouped_product
 from esi_ds.models.roles import describe, router_names
 from esi_ds.zero.partitioned import partition_bounds, partition_numel, whole_shape
 
@@ -75,6 +76,8 @@ class MaskedAdamW(Optimizer):
         self.trained = Trained(mask, train, unscored, shapes, router_names(parameters), router)
         if self.trained.total == 0:
             raise UserError("mask", str(mask.path), f"nothing would train with train={train}", "is it the right mask?")
+        if any(len(shape) == 3 for shape in shapes.values()):  # fused experts
+            mend_grouped_product()
         self._names: dict[int, str] = {}
         self._coordinates: dict[int, Tensor | None] = {}
         kept_groups = []

@@ -178,8 +178,10 @@ def select_weights(
             bits |= _select_by_unit(model, parameter, scores, ratio, ordering, last)
     local = torch.zeros(len(scored), dtype=torch.int64)
     rows = {parameter.name: row for row, parameter in enumerate(scored)}
-    for shard in model.scored:
-        local[rows[shard.parameter.name]] += int(bits[shard.name].sum())
+    sums = [bits[shard.name].sum() for shard in model.scored]
+    if sums:  # read at once: a GPU is waited for once
+        indices = torch.tensor([rows[shard.parameter.name] for shard in model.scored])
+        local.index_add_(0, indices, torch.stack(sums).cpu())
     counts = runtime.all_reduce_sum(local).tolist()
     return Selection(bits, dict(zip(rows, counts, strict=True)), sum(counts), cut)
 

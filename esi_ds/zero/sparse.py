@@ -50,34 +50,28 @@ class CompactGradients:
     def __init__(self, model: ShardedModel, trained: Trained, shards: Sequence[Shard]):
         device = runtime.device()
         self._by_tensor: dict[nn.Parameter, tuple[Tensor | None, slice]] = {}
-        names = {shard.name for shard in shards}
-        self._others = [tensor for name, tensor in model.by_name.items() if name not in names]
+        shard_of = {shard.name: shard for shard in shards}
+        self._others = [tensor for name, tensor in model.by_name.items() if name not in shard_of]
         self._group_ranges: dict[torch.distributed.ProcessGroup | None, slice] = {}  # None: all ranks
-        layout_ranges: dict[str, slice] = {}
+        ranges: dict[str, slice] = {}
         start = 0
-        layouts = [layout for layout in model.layouts if layout.name in names]
+        layouts = [layout for layout in model.layouts if layout.name in shard_of]
         for layout in sorted(layouts, key=lambda layout: not model.is_everywhere(layout)):
             positions = trained.positions_of(layout)
             count = layout.numel if positions is None else len(positions)
-            layout_range = layout_ranges[layout.name] = slice(start, start + count)
+            layout_range = slice(start, start + count)
             self._by_tensor[model.by_name[layout.name]] = (
                 None if positions is None else positions.to(device),
                 layout_range,
             )
+            bounds = model.bounds(shard_of[layout.name])
+            ranges[layout.name] = _range_within(layout, bounds, positions, layout_range)
             group = None if model.is_everywhere(layout) else model.group(layout)
             first = self._group_ranges.get(group, layout_range).start
             self._group_ranges[group] = slice(first, layout_range.stop)
             start += count
-        self.ranges = {shard.name: self._shard_range(model, shard, layout_ranges[shard.name]) for shard in shards}
+        self.ranges = {shard.name: ranges[shard.name] for shard in shards}  # in the shards' order, as masters lie
         self.sums = torch.zeros(start, dtype=torch.float32, device=device)
-
-    def _shard_range(self, model: ShardedModel, shard: Shard, layout_range: slice) -> slice:
-        """This rank's part of a tensor's range in ``sums``."""
-        index, _ = self._by_tensor[model.by_name[shard.name]]
-        if index is None:
-            return slice(*(min(layout_range.start + bound, layout_range.stop) for bound in model.bounds(shard)))
-        first, last = (int((index < bound).sum()) for bound in model.bounds(shard))
-        return slice(layout_range.start + first, layout_range.start + last)
 
     def positions(self, model: ShardedModel, shard: Shard) -> Tensor | None:
         """Trained positions in one of this rank's shards, int64; None: all of them."""
@@ -133,6 +127,17 @@ class CompactGradients:
 
     def zero(self) -> None:
         self.sums.zero_()
+
+
+def _range_within(layout: Shard, bounds: tuple[int, int], positions: Tensor | None, layout_range: slice) -> slice:
+    """The part of a tensor's range in the sums that lies within ``bounds``, a rank's partition of it.
+
+    positions: the tensor's trained ones, ascending, on the CPU; None: all of them.
+    """
+    first, last = (min(bound, layout.numel) for bound in bounds)
+    if positions is not None:
+        first, last = torch.searchsorted(positions, torch.tensor([first, last], dtype=positions.dtype)).tolist()
+    return slice(layout_range.start + first, layout_range.start + last)
 
 
 def _norm(values: Tensor) -> float:
@@ -198,11 +203,19 @@ class SparseTuner(Tuner):
             self._state_ranges[shard.name] = slice(start, start + count)
             start += count
         self.state = {key: torch.zeros(start, dtype=torch.float32, device=runtime.device()) for key in STATE}
+        self._offloaded_positions: dict[str, Tensor] = {}  # for weights on the CPU beside gradients on a GPU
         for shard in self.shards:
             weight = model.local_weight(shard)
             positions = self.gradients.positions(model, shard)
-            picked = weight if positions is None else weight[positions.to(weight.device)]
+            if positions is not None and positions.device != weight.device:
+                positions = self._offloaded_positions[shard.name] = positions.to(weight.device)
+            picked = weight if positions is None else weight[positions]
             self.state["master"][self._state_ranges[shard.name]] = picked.to(self.state["master"])
+
+    def _positions(self, shard: Shard) -> Tensor | None:
+        """Trained positions in one shard, int64, where its weights are; None: all of them."""
+        offloaded = self._offloaded_positions.get(shard.name)
+        return self.gradients.positions(self.model, shard) if offloaded is None else offloaded
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -246,15 +259,22 @@ class SparseTuner(Tuner):
 
     @torch.no_grad()
     def _write_back(self) -> None:
-        """Write masters into the partitions; frozen weights are not written. The model must be released."""
+        """Write masters into the partitions; frozen weights are not written. The model must be released.
+
+        All masters are rounded, and moved where weights are offloaded, in one piece: a GPU is waited for once.
+        """
+        rounded: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         for shard in self.shards:
             weight = self.model.local_weight(shard)
-            values = self.state["master"][self._state_ranges[shard.name]].to(weight)
-            positions = self.gradients.positions(self.model, shard)
+            kind = (weight.device, weight.dtype)
+            if kind not in rounded:
+                rounded[kind] = self.state["master"].to(weight)
+            values = rounded[kind][self._state_ranges[shard.name]]
+            positions = self._positions(shard)
             if positions is None:
                 weight.copy_(values)
             else:
-                weight.index_copy_(0, positions.to(weight.device), values)
+                weight.index_copy_(0, positions, values)
         self.model.publish()
 
     def saved(self) -> Parts:

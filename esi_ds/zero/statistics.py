@@ -21,12 +21,15 @@ def unit_rows(model: ShardedModel, scores: Scores, selection: Selection, sigma: 
     scored = [(parameter, unit) for parameter in model.parameters for unit in parameter.units]
     sums = torch.zeros(len(scored), 2, dtype=torch.float64)
     largest = torch.zeros(len(scored), dtype=torch.float64)
+    local: dict[int, Tensor] = {}  # row → selected, sum, maximum; read at once, so that a GPU is waited for once
     for row, unit, shard in unit_shards(model):
         values = shard.elements(unit, scores[shard.name])
         if len(values):
             selected = shard.elements(unit, selection.bits[shard.name]).sum()
-            sums[row] = torch.stack([selected.double(), values.sum(dtype=torch.float64)])
-            largest[row] = values.max()
+            local[row] = torch.stack([selected.double(), values.sum(dtype=torch.float64), values.max().double()])
+    if local:
+        numbers = torch.stack(list(local.values())).cpu()
+        sums[list(local)], largest[list(local)] = numbers[:, :2], numbers[:, 2]
     runtime.all_reduce_sum(sums)
     runtime.all_reduce_max(largest)
     return [
@@ -66,11 +69,13 @@ def log_histograms(model: ShardedModel, scores: Scores) -> tuple[ScoreHistogram,
 def _range(scores: Scores) -> tuple[float, float]:
     """log10 of the smallest positive and of the largest score over all ranks, widened if equal. One all-reduce."""
     ends = torch.tensor([-math.inf, -math.inf], dtype=torch.float64)  # maxima of −log10 and of log10
-    for values in scores.values():
-        positive = values[values > 0]
-        if len(positive):
-            ends[0] = max(ends[0], -positive.min().double().log10())
-            ends[1] = max(ends[1], positive.max().double().log10())
+    parts = [values for values in scores.values() if len(values)]
+    if parts:  # all are read at once, so that a GPU is waited for once
+        smallest = torch.stack([torch.where(values > 0, values, math.inf).min() for values in parts]).min()
+        largest = torch.stack([values.max() for values in parts]).max()
+        lowest, highest = torch.stack([smallest, largest]).double().cpu()
+        if highest > 0:
+            ends[0], ends[1] = -lowest.log10(), highest.log10()
     runtime.all_reduce_max(ends)
     if not ends.isfinite().all():
         return -1.0, 1.0  # no positive score at all

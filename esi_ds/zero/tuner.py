@@ -51,7 +51,8 @@ class Tuner(ABC):
         self.model, self.trained = model, trained
         # Decided by the whole parameter, so that ranks with different experts make the same calls.
         self.shards = [shard for shard in model.shards if trained.count(shard.parameter.name)]
-        self._watched = [self._watch(shard) for shard in self.shards]
+        self._watched = [(shard, positions) for shard in self.shards if len(positions := self._watch(shard))]
+        self._before = self._watched_weights()
 
     def running(self) -> AbstractContextManager[None]:
         """Context in which gradients are collected; ``backward`` must be called inside it."""
@@ -77,22 +78,27 @@ class Tuner(ABC):
     def restored(self, step: int) -> None:
         """Continue after ``step`` updates, once the tensors of ``saved()`` have been filled from a checkpoint."""
 
-    def _watch(self, shard: Shard) -> tuple[Shard, Tensor, Tensor]:
-        """(shard, positions, weights): some trained positions of a shard, and a copy of their weights."""
+    def _watch(self, shard: Shard) -> Tensor:
+        """Some trained positions of a shard, int64, where its weights are."""
         total, weight = sum(other.numel for other in self.shards), self.model.local_weight(shard)
         share = max(1, SAMPLE * shard.numel // max(1, total))
         positions = self.trained.bits_of(shard).nonzero().flatten()
-        positions = positions[:: max(1, len(positions) // share)][:share].clone()
-        return shard, positions, weight[positions.to(weight.device)].clone()
+        return positions[:: max(1, len(positions) // share)][:share].to(weight.device, copy=True)
+
+    def _watched_weights(self) -> Tensor:
+        """The weights that are watched, in the model's dtype, as they are now."""
+        parts = [self.model.local_weight(shard).index_select(0, positions) for shard, positions in self._watched]
+        return torch.cat(parts) if parts else torch.zeros(0)
 
     def share_moved(self) -> float:
-        """Share of the watched trained weights whose value in the model's dtype has changed. One all-reduce."""
-        counts = torch.zeros(2, dtype=torch.float64)
-        for shard, positions, before in self._watched:
-            now = self.model.local_weight(shard)[positions.to(before.device)]
-            counts += torch.tensor([int((now != before).sum()), len(before)], dtype=torch.float64)
-        moved, watched = runtime.all_reduce_sum(counts).tolist()
-        return moved / watched if watched else math.nan
+        """Share of the watched trained weights whose value in the model's dtype has changed. One all-reduce.
+
+        The GPU is waited for once, whatever the number of tensors.
+        """
+        moved = (self._watched_weights() != self._before).sum()
+        counts = torch.stack([moved, moved.new_tensor(len(self._before))]).to(runtime.device(), torch.float64)
+        num_moved, num_watched = runtime.all_reduce_sum(counts).tolist()
+        return num_moved / num_watched if num_watched else math.nan
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 argv: a folder with ``cases.json``: {"scores": cases of score_worker, "tuned": cases of tune_worker, "perturbed":
 cases of perturb_worker, "answered": [{"model", "prompts", "deepspeed", "out"}], "refused": [{"model", "deepspeed",
-"error"}]}. An answered case writes every prompt's greedy answer.
+"error"}]}. An answered case writes every prompt's greedy answer. Grouped products leave garbage in the gradients of
+experts without tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import perturb_worker
 import score_worker
 import tune_worker
+from idle_kernels import spoil_kernels
 from transformers import AutoTokenizer
 
 from esi_ds.cli import leave
@@ -59,6 +61,7 @@ def refuse(case: dict) -> None:
 
 def main() -> None:
     runtime.start()
+    spoil_kernels()
     finish.write_report, finish.publish = score_worker.keep_units, lambda *arguments: None
     tune_work.finish_tuning = tune_worker.dump
     cases = json.loads((Path(sys.argv[-1])).read_text())

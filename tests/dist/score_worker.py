@@ -5,7 +5,7 @@ argv: a JSON list of cases {"name", "config" (mapping), "poison" (optional), "er
 without report, and with export <output_dir>/model. poison {"gradient" | "score": index} makes one prompt's gradient
 or judge score not finite, {"tuning" | "benign": row} one row's gradient, {"silence": true} makes every row's gradient
 zero; error is a text that the UserError the case must end in holds. wrong_fisher squares after the reduction, which
-is the mistake that the tests must notice.
+is the mistake that the tests must notice. Grouped products leave garbage in the gradients of experts without tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from cases import run_cases
+from idle_kernels import spoil_kernels
 from transformers import AutoTokenizer
 
 from esi_ds.artifacts import RunFolder
@@ -31,7 +32,7 @@ from esi_ds.stages.esi import work as esi_work
 from esi_ds.stages.esi.objectives import MeanLoss, SquaredRowGradients
 from esi_ds.stages.esi.prepare import encode_examples, prepare
 from esi_ds.stages.esi.work import EsiRun
-from esi_ds.zero import runtime
+from esi_ds.zero import gradients, runtime
 from esi_ds.zero.engine import load_sharded
 from esi_ds.zero.export import export_model
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
@@ -131,6 +132,8 @@ def keep_units(folder: Path, report: dict) -> None:
 
 
 def main() -> None:
+    spoil_kernels()
+    gradients.BUCKET_NUMEL = 2000  # of models this small, so that several reductions are in flight
     finish.write_report = keep_units  # pictures are tested elsewhere
     finish.publish = lambda *arguments: None
     run_cases(run_case)

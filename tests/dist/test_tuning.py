@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PAIRS, build_mask, build_model, byte_bpe_tokenizer, claim_tied
+from builders import NEVER_ROUTED, PAIRS, build_mask, build_model, byte_bpe_tokenizer, claim_tied
 from conftest import ROOT, run_ranks
 from reference_tuning import encode, tune
 from safetensors.torch import load_file
@@ -33,7 +33,8 @@ LONG = {1: 100, 2: 1000, 3: 100}  # ranks → steps over which frozen bits are w
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tuning")
     for kind in KINDS:
-        build_model(kind, folder / kind, byte_bpe_tokenizer(), dtype=torch.bfloat16)
+        leave_out = kind == "mixtral"  # an expert that no token chooses
+        build_model(kind, folder / kind, byte_bpe_tokenizer(), dtype=torch.bfloat16, leave_out=leave_out)
         build_mask(folder / f"{kind}-mask", folder / kind, whole=WHOLE)
     claim_tied(build_model("llama", folder / "twice", byte_bpe_tokenizer(), dtype=torch.bfloat16), "same")
     build_mask(folder / "twice-mask", folder / "twice")
@@ -209,8 +210,8 @@ def state_of(run: Path, ranks: int) -> dict[str, dict[str, torch.Tensor]]:
     return state
 
 
-def weights_of(run: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=dtype)
+def weights_of(run: Path, dtype: torch.dtype = torch.bfloat16, name: str = "model") -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(run / name, dtype=dtype)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -287,6 +288,24 @@ def test_trained_weights_equal_one_process(tuned: tuple[int, Path], kind: str, s
     expected, _, _ = reference(folder, kind, stage, ranks)
     base = AutoModelForCausalLM.from_pretrained(folder / kind, dtype=torch.bfloat16)
     assert any(not torch.equal(p, expected[name]) for name, p in base.named_parameters())  # something did train
+
+
+@pytest.mark.parametrize("stage", ["set", "spa"])
+def test_an_expert_without_tokens_stays_as_it_is(tuned: tuple[int, Path], stage: str) -> None:
+    """Whatever the kernels leave in its gradient: not a bit of its weights moves, and its moments are exactly zero."""
+    ranks, folder = tuned
+    run, trained = folder / f"w{ranks}-mixtral-{stage}", trained_bits(folder, "mixtral", stage)
+    base, now, state = weights_of(run.parent, name="mixtral"), weights_of(run), state_of(run, ranks)
+    experts = [name for name in base if name.endswith(("gate_up_proj", "down_proj"))]
+    assert len(experts) == 4
+    for name in experts:
+        assert trained[name][NEVER_ROUTED].any()
+        assert torch.equal(as_bits(base[name][NEVER_ROUTED]), as_bits(now[name][NEVER_ROUTED]))
+        is_idle = torch.zeros_like(trained[name])
+        is_idle[NEVER_ROUTED] = True
+        where = is_idle.flatten() if stage == "spa" else is_idle[trained[name]]
+        for what in ("exp_avg", "exp_avg_sq"):
+            assert not state[name][what][where].any() and state[name][what][~where].any()
 
 
 VARIANTS = {

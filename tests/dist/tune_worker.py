@@ -3,13 +3,15 @@
 argv: a JSON list of cases {"stage", "config" (mapping), "poison" (optional), "drop" (optional), "error" (optional)};
 each runs the stage, and writes the tuner's state of every rank beside the run's model/. poison: ``frozen`` puts NaN
 and inf into gradients of frozen coordinates, ``trained`` one NaN into a trained one of rank 1, ``loss`` makes rank
-1's loss NaN at step 3. drop: an obligation of docs/zero3.md that is not met, to see that the tests notice.
+1's loss NaN at step 3. drop: an obligation of docs/zero3.md that is not met, to see that the tests notice. Grouped
+products leave garbage in the gradients of experts without tokens.
 """
 
 from __future__ import annotations
 
 import torch
 from cases import run_cases
+from idle_kernels import spoil_kernels
 from safetensors.torch import save_file
 
 from esi_ds.artifacts import RunFolder
@@ -21,8 +23,8 @@ from esi_ds.stages.tune import training
 from esi_ds.stages.tune import work as tune_work
 from esi_ds.stages.tune.prepare import prepare_tuning
 from esi_ds.stages.tune.work import TuneRun
+from esi_ds.zero import gradients, runtime
 from esi_ds.zero import optimizer as zero_optimizer
-from esi_ds.zero import runtime
 from esi_ds.zero.dense import DenseTuner
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.sparse import CompactGradients, SparseTuner
@@ -122,6 +124,8 @@ def run_case(case: dict) -> None:
 
 
 def main() -> None:
+    spoil_kernels()
+    gradients.BUCKET_NUMEL = 2000  # of models this small, so that several reductions are in flight
     tune_work.finish_tuning = dump
     run_cases(run_case)
 
