@@ -17,6 +17,7 @@ from esi_ds.core.units import Parameter
 
 WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 FP32 = 4
+IN_FLIGHT, IN_FLIGHT_LIMIT = 2, 2 << 30  # reductions that run beside the backward pass at once, and their bytes
 COMPACT_LIMIT = 2 << 30  # bytes of unsharded index and sums that a rank of SET may hold where `tune.reduction` is auto
 
 
@@ -186,6 +187,20 @@ def transient(
                 gradient += weight * sum(tensor.numel for tensor in learning)
         transients.append(Transient(module, _gathered(members, weight, recompute) + kept, gradient))
     return max(transients, key=lambda transient: transient.total)
+
+
+def in_flight_bytes(tensors: Sequence[GatheredTensor], trained: Mapping[str, int], stage: str, compact: bool) -> float:
+    """Bytes of the reductions of ESI's and SET's hooks that run beside the backward pass: sent and received, fp32.
+
+    At most those of the ``IN_FLIGHT`` largest gradients, and ``IN_FLIGHT_LIMIT``; a larger one is waited for, and so is
+    each where experts lie on different ranks (``zero/in_flight.py``). Small gradients share one. SET ``compact`` and
+    SPA's engine have none.
+    """
+    if stage == "spa" or compact or any(tensor.copies > 1 for tensor in tensors):
+        return 0.0
+    learning = [tensor for tensor in tensors if trained.get(tensor.parameter.name) and tensor.ranks > 1]
+    sizes = sorted(FP32 * tensor.numel * (1 + 1 / tensor.ranks) for tensor in learning)
+    return min(sum([size for size in sizes if size <= IN_FLIGHT_LIMIT][-IN_FLIGHT:]), IN_FLIGHT_LIMIT)
 
 
 def _gathered(members: Sequence[GatheredTensor], weight: int, recompute: bool) -> float:

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esi_ds.core.footprint import IN_FLIGHT
 from esi_ds.core.units import Shard
 from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.in_flight import MOST, InFlight, Reduction
+from esi_ds.zero.in_flight import InFlight, Reduction
 
 BUCKET_NUMEL = 1 << 21  # smaller gradients share a collective of 8 MiB in fp32
 
@@ -66,7 +67,7 @@ class ReducedGradients:
         self._buckets: dict[torch.distributed.ProcessGroup, _Bucket] = {}
         self._blocks = self._find_blocks()
         # NCCL's process groups may not be used at the same time: their kernels could wait for each other in a circle.
-        self._in_flight = InFlight(MOST if model.has_one_group else 0)
+        self._in_flight = InFlight(IN_FLIGHT if model.has_one_group else 0)
 
     def _find_blocks(self) -> dict[str, _Block]:
         """Tensor's name → its block, for collected tensors in a block with a list of experts."""

@@ -15,8 +15,7 @@ from typing import Protocol
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-MOST = 2  # in flight at once
-MOST_BYTES = 2 << 30  # of all buffers in flight; a larger reduction is waited for at once
+from esi_ds.core.footprint import IN_FLIGHT, IN_FLIGHT_LIMIT
 
 
 class Work(Protocol):
@@ -55,10 +54,11 @@ class Reduction:
 class InFlight:
     """Reductions that have been started, oldest first. Every rank must make the same calls with the same sizes.
 
-    most: how many may be in flight; 0: each is waited for at once. most_bytes: of all their buffers together.
+    most: how many may be in flight; 0: each is waited for at once. most_bytes: of all their buffers together; a larger
+    reduction is waited for at once.
     """
 
-    def __init__(self, most: int = MOST, most_bytes: int = MOST_BYTES):
+    def __init__(self, most: int = IN_FLIGHT, most_bytes: int = IN_FLIGHT_LIMIT):
         self._most, self._most_bytes = most, most_bytes
         self._waiting: deque[Reduction] = deque()
 

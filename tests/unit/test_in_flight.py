@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from esi_ds.core.footprint import IN_FLIGHT
 from esi_ds.core.units import Parameter, Shard, Unit
 from esi_ds.zero import gradients as zero_gradients
 from esi_ds.zero.gradients import GradientShards
-from esi_ds.zero.in_flight import MOST, InFlight, Reduction
+from esi_ds.zero.in_flight import InFlight, Reduction
 
 RANKS = 2
 
@@ -49,7 +50,7 @@ def test_two_are_in_flight_and_the_oldest_is_received_first() -> None:
     queue, events = InFlight(), []
     for number in range(4):
         start(queue, number, events)
-        assert len(queue) == min(number + 1, MOST)
+        assert len(queue) == min(number + 1, IN_FLIGHT)
     queue.receive_all()
     received = [f"{what} {number}" for number in range(4) for what in ("wait", "receive")]
     starts = [f"start {number}" for number in range(4)]
@@ -160,7 +161,7 @@ def test_sums_are_those_of_reductions_that_are_waited_for_at_once(bucket: int, m
     squares = sum(float((values / 4).square().sum()) for values in expected.values())
     assert sums.take_norm_squared() == pytest.approx(10 * squares)  # of both passes: 1² + 3²
     assert group.events == [f"wait {number}" for number in range(len(group.events))]
-    assert group.most == min(MOST, len(group.events) // 2)
+    assert group.most == min(IN_FLIGHT, len(group.events) // 2)
 
 
 def test_an_error_in_a_hook_leaves_nothing_for_the_next_pass(monkeypatch: pytest.MonkeyPatch) -> None:

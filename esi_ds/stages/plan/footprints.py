@@ -24,6 +24,7 @@ from esi_ds.core.footprint import (
     spa_resident,
     takeover_bytes,
     token_traffic,
+    in_flight_bytes,
     transient,
     window_bytes,
 )
@@ -71,8 +72,8 @@ class Work:
 class Footprint:
     """Bytes per rank of one stage under one DeepSpeed configuration.
 
-    judge: weights of ESI's judge. host: bytes kept in the node's memory instead. window: weights kept for reuse and
-    prefetch. start: the most that a GPU holds while AutoEP takes over the experts; 0 without AutoEP, where every step
+    judge: weights of ESI's judge. host: bytes kept in the node's memory instead. in_flight: gradients that are reduced
+    beside the backward pass. window: weights kept for reuse and prefetch. start: the most that a GPU holds while AutoEP takes over the experts; 0 without AutoEP, where every step
     holds more.
     """
 
@@ -80,6 +81,7 @@ class Footprint:
     judge: float
     host: float
     transient: Transient
+    in_flight: float
     window: int
     start: float
     traffic: Traffic
@@ -87,7 +89,8 @@ class Footprint:
     @property
     def together(self) -> float:
         """The most that a rank's GPU holds at any time, without activations."""
-        return max(self.start, self.resident.total + self.judge + self.transient.total + self.window)
+        step = self.resident.total + self.judge + self.transient.total + self.in_flight + self.window
+        return max(self.start, step)
 
 
 def footprint(work: Work, stage: str, cluster: Topology, settings: Mapping[str, Any]) -> Footprint:
@@ -104,6 +107,7 @@ def footprint(work: Work, stage: str, cluster: Topology, settings: Mapping[str, 
         judge,
         host,
         transient(tensors, work.weight, work.trained[stage], stage, work.compact, work.recompute),
+        in_flight_bytes(tensors, work.trained[stage], stage, stage == "set" and work.compact),
         window_bytes(tensors, work.weight, zero),
         0.0 if size is None else judge + _start(work, stage, cluster.ranks, size, zero),
         _traffic(work, stage, tensors, cluster, size),
@@ -232,7 +236,7 @@ def zero3(autoep_size: int | None = None, offload: Iterable[str] = ()) -> dict[s
     zero = {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
-        "overlap_comm": False,
+        "overlap_comm": autoep_size is None,
         "contiguous_gradients": True,
         **{key: {"device": "cpu", "pin_memory": True} for key in offload},
     }

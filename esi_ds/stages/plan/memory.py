@@ -144,6 +144,7 @@ ROWS: tuple[tuple[str, Callable[[Footprint], float]], ...] = (
     ("DeepSpeed's bucket of gradients", lambda stage: stage.resident.buffers),
     ("judge per rank", lambda stage: stage.judge),
     ("largest transient", lambda stage: stage.transient.total),
+    ("gradients in flight", lambda stage: stage.in_flight),
     ("kept for reuse and prefetch", lambda stage: stage.window),
     ("at the start, experts taken over", lambda stage: stage.start),
     ("together, without activations", lambda stage: stage.together),
