@@ -168,8 +168,10 @@ class ShardedModel:
         """Let every rank compute with the weights that were written into ``local_weight``. No collectives.
 
         Drops hpZ's secondary copies, from which gathers would read. Call ``release`` before writing, because gathered
-        parameters would hide the new weights.
+        parameters would hide the new weights. With ``overlap_comm`` DeepSpeed gathers on a stream that does not wait
+        for the one that has written, so this waits.
         """
+        runtime.synchronize()
         for tensor in self.by_name.values():
             attributes(tensor).ds_secondary_tensor = None
 

@@ -25,6 +25,7 @@ from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.idle_experts import mend_grouped_product
 from esi_ds.models.roles import describe, router_names
+from esi_ds.zero import runtime
 from esi_ds.zero.partitioned import partition_bounds, partition_numel, whole_shape
 
 RULE = ("lr", "betas", "eps", "weight_decay")
@@ -257,7 +258,11 @@ class FlatGroups:
                 gradients.mul_(self.gradient_scale)
         for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
             self._mask_gradients(index, flat)
+        # With overlap_comm DeepSpeed looks for overflows (fp16), and gathers weights, on streams of its own, which do
+        # not wait for what this one has written.
+        runtime.synchronize()
         self._step(closure)
+        runtime.synchronize()
         zero.grad_partitions_flat_buffer.zero_()
         if zero.offload_optimizer:
             for flat in zero.fp32_partitioned_groups_flat:

@@ -33,6 +33,7 @@ def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
     ranks now; a rank on another host has no other way to learn that rank 0 died before it listened. Raises UserError
     where no group forms.
     """
+    _avoid_unsafe_attention()
     if torch.distributed.is_initialized():
         return
     launch = launch_environment.join()
@@ -82,6 +83,16 @@ def _set_timeouts(timeout_s: int) -> None:
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # the last collectives of each rank, to /tmp/nccl_trace_rank_<rank>
     }.items():
         os.environ.setdefault(name, value)
+
+
+def _avoid_unsafe_attention() -> None:
+    """Switch cuDNN's attention off, for every model of this process: the judges and lm-eval's, too.
+
+    With a mask, its backward pass on Hopper gives NaN at lengths of 64 modulo 128 where all logits of a row are far
+    below 0 (pytorch#196678: a known head of Qwen2.5 does it), and from torch 2.11 it is the first choice there. Flash
+    and memory-efficient attention remain.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _quieten() -> None:
@@ -196,6 +207,13 @@ def device() -> torch.device:
 
     accelerator = get_accelerator()
     return torch.device("cpu" if accelerator.device_name() == "cpu" else accelerator.current_device_name())
+
+
+def synchronize() -> None:
+    """Wait until this rank's GPU has done all that was asked of it; on CPUs nothing is ever pending."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().synchronize()
 
 
 def seed_everything(seed: int) -> None:

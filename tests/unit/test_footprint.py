@@ -20,9 +20,11 @@ from transformers import Qwen2MoeConfig
 from esi_ds.cli import main
 from esi_ds.config import load_config
 from esi_ds.core.footprint import (
+    GatheredTensor,
     Topology,
     gather_traffic,
     gathered_tensors,
+    in_flight_bytes,
     reduce_traffic,
     set_resident,
     spa_resident,
@@ -30,6 +32,7 @@ from esi_ds.core.footprint import (
     token_traffic,
     transient,
 )
+from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import check_experts, expert_parallel_size, resolve_deepspeed
 from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.models.meta import meta_parameters
@@ -155,7 +158,28 @@ def test_the_start_can_be_the_most(described: dict) -> None:
     """SET of a trillion weights, an expert group over all ranks: a step gathers little, the start a whole block."""
     work = work_of("kimi-k2", described, "set")[1]
     needed = footprint(work, "set", Topology(16, 8), zero3(128))
-    assert needed.together == needed.start > needed.resident.total + needed.transient.total + needed.window
+    assert (
+        needed.together
+        == needed.start
+        > needed.resident.total + needed.transient.total + needed.in_flight + needed.window
+    )
+
+
+def test_gradients_in_flight() -> None:
+    """Two at most, 2 GiB at most, fp32 sent and received; none of frozen weights, or with experts on other ranks."""
+    sizes = {"a": 1 << 20, "b": 1 << 22, "c": 1 << 21, "frozen": 1 << 24, "huge": 1 << 29, "d": 1 << 28, "e": 1 << 28}
+
+    def in_flight(*names: str, ranks: int = 2, stage: str = "esi", compact: bool = False, copies: int = 1) -> float:
+        parameters = [Parameter(name, (sizes[name],), 0, "other", ()) for name in names]
+        tensors = [GatheredTensor(parameter, parameter.numel, ranks, copies) for parameter in parameters]
+        return in_flight_bytes(tensors, {name: 1 for name in names if name != "frozen"}, stage, compact)
+
+    assert in_flight("a", "b", "c", "frozen") == 4 * 1.5 * (sizes["b"] + sizes["c"])
+    assert in_flight("a", "frozen", ranks=4, stage="set") == 4 * 1.25 * sizes["a"]
+    assert in_flight("a", "huge") == 4 * 1.5 * sizes["a"]  # the huge one is waited for
+    assert in_flight("d", "e") == 2 << 30
+    nothing = [in_flight("a", ranks=1), in_flight("a", stage="spa"), in_flight("a", stage="set", compact=True)]
+    assert [*nothing, in_flight("a", copies=2)] == [0, 0, 0, 0]
 
 
 def test_experts_wider_than_the_shared_one_are_not_all_that_is_gathered() -> None:

@@ -58,6 +58,9 @@ ENCODER = SIZES | {"max_position_embeddings": 300, "pad_token_id": 1}
 # edge; positions by the padding token; positions by the padding token and logits_to_keep ignored.
 CONFIGS: dict[str, transformers.PretrainedConfig] = {
     "llama": transformers.LlamaConfig(**SIZES),
+    "opt": transformers.OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=PAD
+    ),
     "rwkv": transformers.RwkvConfig(
         vocab_size=VOCABULARY, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, context_length=300
     ),
@@ -156,6 +159,17 @@ def test_right_padding_gives_what_left_padding_gave() -> None:
         expected = model(**left, position_ids=positions).logits[0, -len(SHORT) :]
         logits = last_logits(model, right_pad([SHORT, LONG], PAD, "cpu"), len(LONG))[0, : len(SHORT)]
     assert (logits - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_positions_of_a_padded_batch_are_those_that_models_count_themselves(kind: str) -> None:
+    """From the left edge, as Llama does, or from the mask, as OPT does: bit for bit what explicit positions give."""
+    model = build(kind)
+    batch = right_pad([SHORT, LONG], PAD, "cpu")
+    positions = torch.arange(len(LONG)).expand(2, -1)
+    with torch.no_grad():
+        counted, explicit = model(**batch).logits, model(**batch, position_ids=positions).logits
+    assert torch.equal(counted[0, : len(SHORT)], explicit[0, : len(SHORT)]) and torch.equal(counted[1], explicit[1])
 
 
 def test_logits_to_keep_that_is_ignored_unknown_or_misread() -> None:

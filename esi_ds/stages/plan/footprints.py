@@ -18,13 +18,13 @@ from esi_ds.core.footprint import (
     esi_resident,
     gather_traffic,
     gathered_tensors,
+    in_flight_bytes,
     num_experts,
     reduce_traffic,
     set_resident,
     spa_resident,
     takeover_bytes,
     token_traffic,
-    in_flight_bytes,
     transient,
     window_bytes,
 )
@@ -73,8 +73,8 @@ class Footprint:
     """Bytes per rank of one stage under one DeepSpeed configuration.
 
     judge: weights of ESI's judge. host: bytes kept in the node's memory instead. in_flight: gradients that are reduced
-    beside the backward pass. window: weights kept for reuse and prefetch. start: the most that a GPU holds while AutoEP takes over the experts; 0 without AutoEP, where every step
-    holds more.
+    beside the backward pass. window: weights kept for reuse and prefetch. start: the most that a GPU holds while AutoEP
+    takes over the experts; 0 without AutoEP, where every step holds more.
     """
 
     resident: Resident
