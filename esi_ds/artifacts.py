@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")
 # NFS clients cache for a minute by default that a file does not exist: how long to wait, and when to print a message.
 VISIBLE_S, MESSAGE_S = 120.0, 5.0
 MANIFEST = "manifest.json"
+IDENTITY = "run.json"  # while a run is not done: its id, which its checkpoints and records of rows name
 MODES = {"private": 0o700, "group": 0o750, "all": 0o755}  # of the run folder, by ``run.share``
 RESULT_FOLDERS = ("mask", "scores", "model", "patch")
 REPORTS = ("report.json", "report.html")
@@ -204,6 +206,12 @@ class Result(TypedDict):
     sha256: str
 
 
+class RunIdentity(TypedDict):
+    """``run.json``."""
+
+    id: str  # random: the same config may be run in several folders
+
+
 class Manifest(TypedDict):
     """What every stage writes to ``manifest.json``; a stage may add keys."""
 
@@ -282,6 +290,11 @@ class RunFolder:
         self.create(config.run.share)
         write_text_atomic(self.path / "config.yaml", resolved_yaml(config))
 
+    def identify(self) -> None:
+        """Give the run an id, unless an earlier start has; what it keeps for a restart names the id."""
+        if not (self.path / IDENTITY).exists():
+            write_json_atomic(self.path / IDENTITY, {"id": uuid.uuid4().hex})
+
     def create(self, share: str) -> None:
         """Create the folder, if it is not there, for the readers of ``run.share``; prompts and answers lie in it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -330,16 +343,56 @@ class RunFolder:
             "commit": commit(),
         }
         results = {"results": describe_results(self.path)} if exit_state == "done" else {}
-        write_json_atomic(self.path / MANIFEST, {**manifest, **(notes or {}), **results})
+        _write_manifest(self.path, {**manifest, **(notes or {}), **results})
 
 
 def read_manifest(run: Path, field: str = "run.output_dir") -> dict[str, Any]:
-    """What a run's ``manifest.json`` holds; nothing where there is none. Raises UserError naming ``field``."""
+    """What a run's ``manifest.json`` holds; nothing where there is none.
+
+    Raises UserError naming ``field``, also for one that is not what the run wrote; those of earlier versions, without a
+    digest of themselves, are taken as they are.
+    """
     file = run / MANIFEST
     if not file.exists():
         return {}
     remedy = "delete it to go on without what it says, or give a new run.output_dir"
-    return read_json(file, dict[str, Any], field, remedy)
+    manifest = read_json(file, dict[str, Any], field, remedy)
+    written = manifest.pop("sha256", None)
+    if written is not None and written != json_sha256(manifest):
+        raise UserError(field, str(file), "was altered since the run wrote it (its sha256 is another)", remedy)
+    return manifest
+
+
+def _write_manifest(run: Path, manifest: dict[str, Any]) -> None:
+    """Write ``manifest.json`` with its own digest."""
+    write_json_atomic(run / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
+
+
+def json_sha256(content: Mapping[str, Any]) -> str:
+    """sha256 of a JSON object, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def run_id(path: Path) -> str | None:
+    """The id of the run whose folder holds ``path``, at most three folders down; None in folders of earlier versions,
+    and where nothing runs.
+
+    Raises UserError for a damaged ``run.json``.
+    """
+    for folder in (path, *path.parents)[:4]:
+        if (folder / IDENTITY).exists():
+            remedy = "delete it and checkpoint/ to begin anew, or give a new run.output_dir"
+            return read_json(folder / IDENTITY, RunIdentity, "run.output_dir", remedy)["id"]
+    return None
+
+
+def check_same_run(path: Path, stated: Any, remedy: str) -> None:
+    """Raise UserError where ``stated``, the id of a run that ``path`` names, is another than that of its folder's run.
+
+    A path that names none is of an earlier version, and is taken as it is.
+    """
+    if stated is not None and run_id(path) not in (None, stated):
+        raise UserError("run.output_dir", str(path), "is of another run", remedy)
 
 
 def _results_in(manifest: Mapping[str, Any], run: Path, field: str, remedy: str) -> dict[str, Result]:
@@ -365,7 +418,7 @@ def renew_result(run: Path, name: str, field: str, remedy: str) -> None:
     manifest = read_manifest(run, field)
     results = _results_in(manifest, run, field, remedy)
     if name in results:
-        write_json_atomic(run / MANIFEST, {**manifest, "results": {**results, **_describe(run, [name])}})
+        _write_manifest(run, {**manifest, "results": {**results, **_describe(run, [name])}})
 
 
 def describe_results(run: Path) -> dict[str, Result]:

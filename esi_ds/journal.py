@@ -2,8 +2,8 @@
 
 Before a file is changed, its record says what the file holds and what it will hold. A kill at any moment leaves one of
 the two, or the old content and a part of the new rows, which is dropped. Whatever else lies there was altered, and is
-refused. Records lie in ``checkpoint/`` beside the file and go with it when the run is done; files of a version that
-wrote none are taken as they are.
+refused. Records lie in ``checkpoint/`` beside the file and go with it when the run is done; they name the run, so that
+a file and a record of another run are refused too. Files of a version that wrote none are taken as they are.
 """
 
 from __future__ import annotations
@@ -14,9 +14,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
-from esi_ds.artifacts import append_jsonl, file_sha256, jsonl, parse_jsonl, write_json_atomic, write_text_atomic
+from esi_ds.artifacts import (
+    append_jsonl,
+    check_same_run,
+    file_sha256,
+    jsonl,
+    parse_jsonl,
+    run_id,
+    write_json_atomic,
+    write_text_atomic,
+)
 from esi_ds.errors import UserError
 from esi_ds.reading import check_regular, check_type, read_json, reading
 
@@ -38,6 +47,7 @@ class Record(TypedDict):
 
     before: Content
     after: Content
+    run: NotRequired[str | None]  # the id of the run that wrote it; absent from records of earlier versions
 
 
 def content_of(data: bytes) -> Content:
@@ -57,15 +67,17 @@ def write_record(file: Path, before: Content, after: Content) -> None:
     """Say what ``file`` holds and will hold; call it before the file is changed."""
     path = record_path(file)
     path.parent.mkdir(exist_ok=True)
-    write_json_atomic(path, {"before": before, "after": after})
+    write_json_atomic(path, {"before": before, "after": after, "run": run_id(file.parent)})
 
 
 def read_record(file: Path) -> Record | None:
-    """The file's record; None if it has none. Raises UserError for one that is damaged."""
-    path = record_path(file)
-    return (
-        read_json(path, Record, FIELD, f"delete it and {file.name}, or give a new {FIELD}") if path.exists() else None
-    )
+    """The file's record; None if it has none. Raises UserError for one that is damaged, or that another run wrote."""
+    path, remedy = record_path(file), f"delete it and {file.name}, or give a new {FIELD}"
+    if not path.exists():
+        return None
+    record = read_json(path, Record, FIELD, remedy)
+    check_same_run(path, record.get("run"), remedy)
+    return record
 
 
 def altered(file: Path) -> UserError:

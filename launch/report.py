@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from esi_ds.artifacts import check_result, renew_result, write_text_atomic  # noqa: E402
+from esi_ds.artifacts import check_result, read_manifest, renew_result, write_text_atomic  # noqa: E402
 from esi_ds.errors import UserError  # noqa: E402
 from esi_ds.reading import read_json, reading  # noqa: E402
 from esi_ds.terminal import clean_output  # noqa: E402
@@ -81,7 +81,7 @@ def write_overview(folders: list[Path], output: Path | None) -> Path:
     output = (output or shared / "overview.html").absolute()
     runs = []
     for folder in folders:
-        manifest = read(folder, "manifest.json") if (folder / "manifest.json").is_file() else {}
+        manifest = read_manifest(folder, "RUN")
         link = Path(os.path.relpath(folder / "report.html", output.parent)).as_posix()
         runs.append(FinishedRun(folder.relative_to(shared).as_posix(), link, read(folder), manifest))
     shared_weights = overlaps({run.name: folder for run, folder in zip(runs, folders, strict=True)})

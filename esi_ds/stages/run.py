@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from esi_ds import lock
-from esi_ds.artifacts import RunFolder
+from esi_ds.artifacts import IDENTITY, RunFolder
 from esi_ds.config import Config
 from esi_ds.core.mask import Mask, metadata_sha256, refuse_problems
 from esi_ds.core.units import Parameter
@@ -131,6 +131,7 @@ class StageRun(ABC, Generic[Inputs]):
     def _run_locked(self, taken_over: str | None) -> None:
         if runtime.is_main():
             self.folder.open(self.config)
+            self.folder.identify()
         runtime.seed_everything(self.config.run.seed)
         tracker = self.tracker = Tracker(
             self.folder.path,
@@ -164,6 +165,7 @@ class StageRun(ABC, Generic[Inputs]):
             self.record("done")
             if runtime.is_main():
                 shutil.rmtree(self.folder.path / CHECKPOINTS, ignore_errors=True)
+                (self.folder.path / IDENTITY).unlink(missing_ok=True)
 
     def load_model(self, make_optimizer: Callable[[PreTrainedModel], Optimizer] | None = None) -> ShardedModel:
         """``model`` of the config, cut over the ranks; see ``load_sharded``."""

@@ -3,13 +3,12 @@
 ``checkpoint/position-<n>/`` holds one safetensors file per rank and ``state.json``. Every tensor is flat and split into
 parts named ``<key>@<first element>``; together they make up the whole, for any number of ranks and any placement of
 experts. A folder gets its name once all of it is on disk, and only then is the previous one removed. ``state.json`` has
-the sha256 of every file, and of itself: a checkpoint that was altered is refused.
+the sha256 of every file, and of itself, and the id of the run: a checkpoint that was altered, or is of another run, is
+refused.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 from collections import defaultdict
@@ -21,7 +20,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from esi_ds.artifacts import file_sha256, replace_folder, wait_until_visible, write_json_atomic
+from esi_ds.artifacts import (
+    check_same_run,
+    file_sha256,
+    json_sha256,
+    replace_folder,
+    run_id,
+    wait_until_visible,
+    write_json_atomic,
+)
 from esi_ds.errors import UserError
 from esi_ds.reading import check_regular, check_type, read_json, reading
 from esi_ds.zero import runtime
@@ -40,10 +47,10 @@ Parts = Mapping[str, Sequence[tuple[int, Tensor]]]  # key → (first flat index,
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None. Rank 0 decides: other hosts may see an older state.
 
-    Raises UserError, on every rank, where it was altered. The ranks share the reading. Collectives: one broadcast and
-    one gather.
+    Raises UserError, on every rank, where it was altered, or is of another run. The ranks share the reading.
+    Collectives: one broadcast and one gather.
     """
-    newest = runtime.from_main(lambda: _newest(folder))
+    newest = runtime.from_main(lambda: _newest_of_run(folder))
     problems: list[str] = []
     if newest is not None:
         wait_until_visible(newest / STATE)
@@ -51,6 +58,14 @@ def latest(folder: Path) -> Path | None:
     problems = [problem for part in runtime.gather_objects(problems) for problem in part]
     if newest is not None and problems:
         raise UserError(FIELD, str(newest), problems[0], REMEDY)
+    return newest
+
+
+def _newest_of_run(folder: Path) -> Path | None:
+    """The newest complete checkpoint. Raises UserError where another run wrote it."""
+    newest = _newest(folder)
+    if newest is not None:
+        check_same_run(newest, read_state(newest).get("run"), REMEDY)
     return newest
 
 
@@ -91,8 +106,9 @@ def save(folder: Path, position: int, state: dict[str, Any], tensors: Parts) -> 
     save_tensors({name: values.detach().cpu().contiguous() for name, values in named.items()}, file)
     files = dict(runtime.gather_objects((file.name, file_sha256(file))))
     if runtime.is_main():
-        whole = {**state, "position": position, "world_size": runtime.world_size(), "files": files}
-        write_json_atomic(temporary / STATE, {**whole, "sha256": _state_digest(whole)})
+        facts = {"position": position, "world_size": runtime.world_size(), "files": files, "run": run_id(folder)}
+        whole = {**state, **facts}
+        write_json_atomic(temporary / STATE, {**whole, "sha256": json_sha256(whole)})
         replace_folder(temporary, target)
         for old in folder.glob(f"{PREFIX}*"):
             if old != target:
@@ -105,18 +121,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     absent from checkpoints of earlier versions. Raises UserError where it was altered."""
     state = read_json(checkpoint / STATE, dict[str, Any], FIELD, REMEDY)
     stored = state.pop("sha256", None)
-    if (stored is not None or "files" in state) and stored != _state_digest(state):
+    if (stored is not None or "files" in state) and stored != json_sha256(state):
         raise UserError(FIELD, str(checkpoint), f"{STATE} was altered since it was written", REMEDY)
     with reading(FIELD, checkpoint, REMEDY):
         if check_type(state.get("position"), int) != int(checkpoint.name.removeprefix(PREFIX)):
             raise ValueError(f"its {STATE} is of another position")
         check_type(state.get("world_size"), int)
     return state
-
-
-def _state_digest(state: Mapping[str, Any]) -> str:
-    """sha256 of a state, however its JSON is laid out."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def restore(checkpoint: Path | None, tensors: Parts) -> None:

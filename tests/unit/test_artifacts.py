@@ -19,6 +19,7 @@ from esi_ds.artifacts import (
     read_jsonl,
     renew_result,
     replace_folder,
+    run_id,
     write_json_atomic,
     write_text_atomic,
 )
@@ -240,3 +241,41 @@ def test_a_torn_or_foreign_manifest(content: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=r"run\.output_dir = .*manifest\.json"):
         RunFolder(str(tmp_path)).is_finished()
+
+
+@pytest.mark.parametrize("key", ["exit_state", "model_fingerprint", "data_hashes", "results", "sha256", "more"])
+def test_an_altered_manifest_is_noticed_where_it_is_used(key: str, tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    (tmp_path / "report.json").write_text("{}")
+    facts = {"world_size": 1, "started": 0.0, "model_fingerprint": "a", "data": {"x": "1"}}
+    folder.write_manifest(exit_state="done", **facts, notes={"note": [1, 0.5]})
+    assert folder.is_finished()
+    folder.check_same("model_fingerprint", "a", "model.path")
+    renew_result(tmp_path, "report.json", "RUN", "")
+    assert folder.is_finished()
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: "b"}))
+    for use in (
+        folder.is_finished,
+        lambda: folder.check_same("model_fingerprint", "b", "model.path"),
+        lambda: check_result(tmp_path, "report.json", "run.output_dir", ""),
+        lambda: renew_result(tmp_path, "report.json", "run.output_dir", ""),
+    ):
+        with pytest.raises(UserError, match=r"run\.output_dir = .*manifest\.json: was altered since the run wrote it"):
+            use()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sha256": None}))  # of an earlier version
+    folder.check_same("world_size", 1, "model.path")
+
+
+def test_a_run_keeps_its_id(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    assert run_id(tmp_path / "checkpoint/safety") is None
+    folder.identify()
+    first = run_id(tmp_path)
+    folder.identify()
+    assert (
+        first and run_id(tmp_path / "checkpoint/safety") == run_id(tmp_path / "checkpoint/safety/position-4") == first
+    )
+    RunFolder(str(tmp_path / "checkpoint")).path.mkdir()
+    RunFolder(str(tmp_path / "checkpoint")).identify()
+    assert run_id(tmp_path / "checkpoint") not in (None, first)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from esi_ds.artifacts import RunFolder
 from esi_ds.errors import UserError
 from esi_ds.stages.esi.score import PassState
 from esi_ds.zero import checkpoint
@@ -121,3 +122,29 @@ def test_names_that_are_no_position_are_passed_over(saved: Path) -> None:
         if len(name) < 255:
             (saved.parent / name).mkdir()
     assert checkpoint.latest(saved.parent) == saved
+
+
+@pytest.mark.parametrize("below", ["checkpoint", "checkpoint/safety"])
+def test_a_checkpoint_of_another_run_is_refused(below: str, tmp_path: Path) -> None:
+    """Copied whole, with its own record, from a run of the same model."""
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        RunFolder(str(tmp_path / name)).identify()
+        checkpoint.save(tmp_path / name / below, 4, STATE, parts(5, 3))
+        restore(tmp_path / name / below)
+    shutil.rmtree(tmp_path / "mine/checkpoint")
+    shutil.copytree(tmp_path / "other/checkpoint", tmp_path / "mine/checkpoint")
+    with pytest.raises(UserError, match=r"run\.output_dir = .*position-4: is of another run; delete this checkpoint"):
+        restore(tmp_path / "mine" / below)
+    restore(tmp_path / "other" / below)
+    newest = tmp_path / "mine" / below / "position-4"
+    (newest / "state.json").write_text(json.dumps(without_digests(newest) | {"run": None}))
+    restore(tmp_path / "mine" / below)  # of an earlier version, which names no run
+
+
+def test_a_run_goes_on_from_its_own_checkpoint_in_a_folder_of_an_earlier_version(saved: Path) -> None:
+    RunFolder(str(saved.parent)).identify()  # this version goes on with it
+    restore(saved.parent)
+    checkpoint.save(saved.parent, 8, STATE, parts(5, 3))
+    RunFolder(str(saved.parent)).identify()  # another start
+    assert restore(saved.parent)[0]["position"] == 8

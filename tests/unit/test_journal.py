@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from typing_extensions import TypedDict
 
 from esi_ds import journal
+from esi_ds.artifacts import RunFolder
 from esi_ds.errors import UserError
 from esi_ds.journal import Journal, check_file, content_of, record_path, unrecorded, write_record
 from esi_ds.stages.ledger import Ledger
@@ -140,3 +142,42 @@ def test_a_file_that_is_written_at_once(tmp_path: Path) -> None:
     file.write_bytes(b"choiceS")
     with pytest.raises(UserError, match="was altered"):
         check_file(file)
+
+
+@pytest.mark.parametrize("below", [".", "checkpoint"])
+def test_rows_of_another_run_are_refused(below: str, tmp_path: Path) -> None:
+    """Copied with their record, from a run of the same model."""
+    files = {name: tmp_path / name / below / "answers.jsonl" for name in ("mine", "other")}
+    for name, file in files.items():
+        file.parent.mkdir(parents=True)
+        RunFolder(str(tmp_path / name)).identify()
+        Journal(file, AnswerRow).append(ROWS[:2] if name == "mine" else ROWS)
+        assert read(file)
+    for path in (files["other"], record_path(files["other"])):
+        shutil.copy(path, tmp_path / "mine" / path.relative_to(tmp_path / "other"))
+    with pytest.raises(
+        UserError, match=r"answers\.jsonl\.sha256\.json: is of another run; delete it and answers\.jsonl"
+    ):
+        read(files["mine"])
+    with pytest.raises(UserError, match="of another run"):
+        check_file(files["mine"])
+    assert read(files["other"]) == ROWS
+
+
+def test_rows_of_an_earlier_version_go_on(file: Path) -> None:
+    """Their record names no run."""
+    assert json.loads(record_path(file).read_text())["run"] is None
+    stored = json.loads(record_path(file).read_text())
+    record_path(file).write_text(json.dumps({key: stored[key] for key in ("before", "after")}))
+    RunFolder(str(file.parent)).identify()
+    rows = Journal(file, AnswerRow)
+    assert rows.read() == ROWS
+    rows.append([{"index": 6, "response": ""}])
+    assert len(read(file)) == 7 and json.loads(record_path(file).read_text())["run"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"id": 3}'])
+def test_a_damaged_identity(content: str, file: Path) -> None:
+    (file.parent / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.json"):
+        Journal(file, AnswerRow).append(ROWS[:1])
