@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -17,18 +16,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.common import print_result, resident_bytes, run
 from benchmarks.measure import machine, median_seconds
-from esi_ds.config import validate
+from benchmarks.scoring import make_examples, make_scoring
 from esi_ds.core.select import Order, ScoreRun, select
-from esi_ds.data.chat import EncodedResponse
-from esi_ds.judge.guard import Guard, WholeWeights
-from esi_ds.judge.pairs import EncodedPair, EncodedText
-from esi_ds.judge.vocabulary import VocabularyMap
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.meta import DTYPES
-from esi_ds.stages.esi.objectives import SafetyObjective
-from esi_ds.stages.esi.prepare import Example
 from esi_ds.stages.esi.score import ScoringPass
-from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel, load_replicated, load_sharded
 from esi_ds.zero.gradients import GradientShards
@@ -60,37 +52,9 @@ def make_pass(
         settings["expert_parallel"] = {"enabled": True, "autoep_size": autoep_size}
     guard = load_replicated(ModelSource(str(folder / "guard"), field="judge.path"), dtype)
     model = load_sharded(ModelSource(str(folder / "model")), dtype, settings)
-    config = validate(
-        {
-            "run": {"output_dir": str(folder / "run")},
-            "model": {"path": "m", "dtype": dtype},
-            "esi": {"batch_size": BATCH, "save_every": 10**6},
-        }
-    )
-    gradients = GradientShards(model, runtime.device())
-    generator = torch.Generator().manual_seed(0)
-    examples = []
-    for index in range(BATCH * runtime.world_size()):
-        prompt, response = torch.randint(5, 4096, (2, PROMPT), generator=generator).tolist()
-        spans = [(i, i + 1) for i in range(RESPONSE)]
-        judge_text = EncodedText(prompt + response, spans, [7], [8])
-        examples.append(
-            Example(
-                index,
-                prompt,
-                EncodedResponse(response, spans),
-                EncodedPair(judge_text, list(range(PROMPT, PROMPT + RESPONSE)), spans, (0, RESPONSE)),
-            )
-        )
-    # One vocabulary for both: the map is the identity.
-
-    vocabulary = VocabularyMap.__new__(VocabularyMap)
-    vocabulary.num_logits, vocabulary.is_identity, vocabulary.has_text = 4096, True, [True] * 4096
-    wrapped = Guard(guard, SimpleNamespace(pad_token_id=0), "margin", WholeWeights())
-    tracker = Tracker(folder, enabled=False, tensorboard=False, stage="esi")
-    objective = SafetyObjective(config, model, wrapped, vocabulary, examples, gradients, 0)
-    scoring = ScoringPass(config, model, objective, folder / "checkpoint", tracker)
-    return scoring, model, gradients
+    examples = make_examples(BATCH * runtime.world_size(), PROMPT, RESPONSE, 4096)
+    scoring = make_scoring(folder, dtype, model, guard, examples, BATCH)
+    return scoring, model, scoring.gradients
 
 
 def time_esi(folder: Path, dtype: str, autoep_size: int | None = None) -> tuple[dict[str, float], list[list[int]]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.common import resident_bytes
 from esi_ds.zero import runtime
 
 VERSIONS = ("torch", "transformers", "deepspeed")
@@ -69,3 +72,49 @@ def machine() -> dict[str, str]:
     device = torch.cuda.get_device_name() if runtime.device().type == "cuda" else f"CPU ({platform.machine()})"
     versions = {name: version(name) for name in VERSIONS}
     return {"date": str(date.today()), "device": device, "python": platform.python_version(), **versions}
+
+
+def allocated_bytes() -> int:
+    """Bytes of the tensors that this process holds now: on its GPU, or on the CPU where it has none."""
+    return torch.cuda.memory_allocated() if runtime.device().type == "cuda" else resident_bytes()
+
+
+class Stopwatch:
+    """Seconds spent in named parts of a step. On a GPU events mark its stream, so that nothing waits between parts."""
+
+    def __init__(self) -> None:
+        self._marks: dict[str, list[tuple[Any, Any]]] = {}
+
+    def _mark(self) -> Any:
+        if runtime.device().type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the block to ``name``. A part within another one is counted to both."""
+        begin = self._mark()
+        yield
+        self._marks.setdefault(name, []).append((begin, self._mark()))
+
+    def watch(self, owner: object, method: str, name: str) -> None:
+        """Count every call of ``owner``'s method to ``name`` from now on."""
+        function = getattr(owner, method)
+
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            with self.part(name):
+                return function(*arguments, **keywords)
+
+        setattr(owner, method, counted)
+
+    def take(self) -> dict[str, float]:
+        """Part → seconds since the last call."""
+        synchronize()
+        marks, self._marks = self._marks, {}
+        return {name: sum(_between(*pair) for pair in pairs) for name, pairs in marks.items()}
+
+
+def _between(begin: Any, end: Any) -> float:
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
