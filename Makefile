@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # What test-cluster wants: program:package of Debian.
 CLUSTER_TOOLS := slurmd:slurm-wlm munged:munge sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 faketime:faketime
 
-.PHONY: help demo test test-cluster fuzz style sweep bench study tiny-models
+.PHONY: help demo test test-cluster fuzz style sweep bench gpu study tiny-models
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,9 @@ bench: $(VENV)/.installed  ## speed and memory, as ratios within one run (benchm
 	$(BIN)/python -m benchmarks.tune
 	$(BIN)/python -m benchmarks.moe
 	$(BIN)/python -m benchmarks.scaling
+
+gpu: $(VENV)/.installed  ## checks and figures on one GPU, in under eight minutes (docs/gpus.md), then the GPU tests
+	$(BIN)/python -m benchmarks.gpu; code=$$?; $(BIN)/python -m pytest -q -rs -n 0 tests/gpu && exit $$code
 
 study: $(VENV)/.installed  ## the comparison in docs/results.md, at most 100 minutes on two cores; goes on where it stopped
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[study]'

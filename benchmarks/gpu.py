@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Step:
 
 
 STEPS = (
-    Step("versions", "benchmarks.gpu_checks:versions", 40),
+    Step("versions", "benchmarks.gpu_checks:versions", 60),
     Step("attention", "benchmarks.gpu_checks:attention", 60),
     Step("experts", "benchmarks.gpu_checks:experts", 60),
     Step("throughput", "benchmarks.gpu_speed:throughput", 120),
@@ -53,11 +54,22 @@ LEAST_SECONDS = 15  # a process needs as much to import what it uses
 
 
 def append(file: Path, line: dict[str, Any]) -> None:
-    """Add one line of JSON, which is on disk when this returns."""
-    with file.open("a") as opened:
-        opened.write(json.dumps(line) + "\n")
+    """Add one line of JSON, which is on disk when this returns. What a stopped step has left half written ends first."""
+    with file.open("a+b") as opened:
+        opened.seek(max(0, opened.seek(0, os.SEEK_END) - 1))
+        torn = opened.read(1) not in (b"", b"\n")
+        opened.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
         opened.flush()
         os.fsync(opened.fileno())
+
+
+def read(file: Path, first: int = 0) -> list[dict[str, Any]]:
+    """The whole lines of JSON after the first ``first`` bytes; a torn one is left out."""
+    lines = []
+    for text in file.read_bytes()[first:].splitlines():
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def work(functions: Sequence[str], output: Path, tiny: bool) -> int:
@@ -86,32 +98,38 @@ def work(functions: Sequence[str], output: Path, tiny: bool) -> int:
 def run_step(step: Step, seconds: float, output: Path, tiny: bool, device: str) -> str:
     """Run one step in a process of its own and add a line on how it ended; returns that: done, failed, timed out."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--worker", step.function, "--output", str(output)]
-    environment = {**os.environ, **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})}
     started = time.monotonic()
-    with tempfile.TemporaryFile("w+") as log:
-        # A group of its own, for a stage that the step has launched must end with it.
-        process = subprocess.Popen(
-            [*command, "--tiny"] if tiny else command,
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=os.setpgrp,
-        )
-        try:
-            process.wait(seconds)
-            end = "done" if process.returncode == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            end = "timed out"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        log.seek(0)
-        text = log.read()
+    # Files of a step that is stopped are removed here; they may take 20 GB.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".gpu-", ignore_cleanup_errors=True) as scratch:
+        environment = {**os.environ, "TMPDIR": scratch, **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})}
+        log = Path(scratch) / "log"
+        with log.open("w") as opened:
+            # A group of its own, for a stage that the step has launched must end with it.
+            process = subprocess.Popen(
+                [*command, "--tiny"] if tiny else command,
+                cwd=ROOT,
+                env=environment,
+                stdout=opened,
+                stderr=subprocess.STDOUT,
+                preexec_fn=os.setpgrp,
+            )
+            end = wait(process, seconds)
+        text = log.read_text(errors="replace")
     line = {"step": step.name, "status": end, "seconds": time.monotonic() - started, "exit_code": process.returncode}
     append(output, line if end == "done" else line | {"output": text[-4000:]})
     return end
+
+
+def wait(process: subprocess.Popen[bytes], seconds: float) -> str:
+    """How a process has ended: done, failed or timed out. Whatever happens, its group has ended afterwards."""
+    try:
+        return "done" if process.wait(seconds) == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        return "timed out"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def describe(line: dict[str, Any]) -> str:
@@ -130,13 +148,13 @@ def run(steps: Sequence[Step], seconds: float, output: Path, tiny: bool, device:
     output.parent.mkdir(parents=True, exist_ok=True)
     deadline, sound = time.monotonic() + seconds, True
     for step in steps:
-        before = len(output.read_text().splitlines()) if output.exists() else 0
+        before = output.stat().st_size if output.exists() else 0
         left = deadline - time.monotonic()
         if left < LEAST_SECONDS:
             append(output, {"step": step.name, "status": "left out", "seconds": 0.0})
         else:
             run_step(step, min(step.limit, left), output, tiny, device)
-        lines = [json.loads(text) for text in output.read_text().splitlines()[before:]]
+        lines = read(output, before)
         sound &= lines[-1]["status"] == "done" and all(line.get("passed") is not False for line in lines)
         for line in [lines[-1], *lines[:-1]]:
             print(describe(line), flush=True)

@@ -34,7 +34,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "CROSS_")  # of this proc
 def end_to_end(tiny: bool, **changes: Any) -> Iterator[Part]:
     """Both tunings of a model of 1 B weights by the mask that ESI has made of it: no frozen bit may differ, and some
     trained ones must. changes: of the model's configuration."""
-    with TemporaryDirectory(dir=Path.cwd(), prefix=".gpu-") as name:
+    with TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, tiny, changes)
         for stage in ("esi", "set", "spa"):

@@ -26,7 +26,7 @@ LEFT = 1 << 20  # bytes that may stay after a model is closed, besides a hundred
 
 def storage(tiny: bool) -> Iterator[Part]:
     """GB/s of export, scores and loading, and the memory that is held after each close of a loaded model."""
-    with TemporaryDirectory(dir=Path.cwd(), prefix=".gpu-") as name:
+    with TemporaryDirectory() as name:
         folder = Path(name)
         model = sharded_model(shape("Llama-3.2-1B", tiny), "bf16")
         yield written(model, folder / "model")
