@@ -54,7 +54,7 @@ LEAST_SECONDS = 15  # a process needs as much to import what it uses
 
 
 def append(file: Path, line: dict[str, Any]) -> None:
-    """Add one line of JSON, which is on disk when this returns. What a stopped step has left half written ends first."""
+    """Add one line of JSON, which is on disk when this returns. A torn line, of a step that was stopped, ends first."""
     with file.open("a+b") as opened:
         opened.seek(max(0, opened.seek(0, os.SEEK_END) - 1))
         torn = opened.read(1) not in (b"", b"\n")
