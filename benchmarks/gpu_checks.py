@@ -199,13 +199,14 @@ def tokens_per_expert(model: ShardedModel, rows: Rows) -> dict[int | None, list[
     return dict(enumerate(counts))
 
 
-def fill_free_memory(share: float = 0.5, most: int = 8 << 30) -> None:
-    """Write NaN into memory that torch may hand out next."""
-    if runtime.device().type == "cuda":
-        size = min(int(share * runtime.free_memory_bytes()), most)
-        blocks = [torch.full((size // 16,), torch.nan, device=runtime.device()) for _ in range(4)]
-        blocks += [torch.full((1 << power,), torch.nan, device=runtime.device()) for power in range(8, 24)]
-        del blocks
+def fill_free_memory() -> None:
+    """Write NaN into memory that torch may hand out next: up to 8 GiB of a GPU's, and blocks of every small size."""
+    device = runtime.device()
+    most = 8 << 30 if device.type == "cuda" else 1 << 20
+    numel = min(runtime.free_memory_bytes() // 2, most) // 4
+    blocks = [torch.full((numel // 4,), torch.nan, device=device) for _ in range(4)]
+    blocks += [torch.full((1 << power,), torch.nan, device=device) for power in range(6, 20)]
+    del blocks
 
 
 def bits(tiny: bool) -> Iterator[Part]:

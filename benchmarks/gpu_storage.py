@@ -21,7 +21,7 @@ from esi_ds.zero.export import export_model
 from esi_ds.zero.files import write_scores
 
 Part = dict[str, Any]
-LEFT = 1 << 20  # bytes that may stay after a model is closed, besides a hundredth of the model
+LEFT = 1 << 14  # bytes that may stay after a model is closed, besides a hundredth of the model
 
 
 def storage(tiny: bool) -> Iterator[Part]:
