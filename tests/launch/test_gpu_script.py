@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +13,10 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from benchmarks import gpu, gpu_checks, gpu_end_to_end, gpu_speed, gpu_storage
+from benchmarks import gpu, gpu_checks, gpu_end_to_end, gpu_speed
 from benchmarks.gpu_models import SHAPES, random_model, shape
 from esi_ds.core.noise import normal
-from esi_ds.core.units import Unit
+from esi_ds.core.units import Parameter, Unit, whole
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.meta import meta_model
 
@@ -62,7 +61,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     functions = ",".join(step.function for step in gpu.STEPS)
     command = [sys.executable, "-m", "benchmarks.gpu", "--worker", functions, "--tiny", "--output", str(file)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, file.read_text()[-3000:] + done.stderr[-3000:]
     return gpu.read(file)
 
@@ -75,7 +74,7 @@ def test_every_step_gives_its_figures_and_every_check_passes(lines: list[dict[st
             line
         )
     checked = {line["step"] for line in lines if line.get("passed")}
-    assert checked == {"attention", "experts", "end_to_end", "bits", "storage"}
+    assert checked == {"attention", "experts", "end_to_end", "bits"}
     split = next(line["split_seconds"] for line in lines if line["part"] == "ESI, checkpointing False")
     assert set(split) == {"judge", "forward", "vocabulary product", "backward", "hook"}
     assert all(value > 0 for value in split.values())
@@ -144,10 +143,8 @@ def test_the_check_of_attention_sees_padding_that_is_read_and_values_that_are_no
 
 
 def test_the_check_of_experts_sees_a_gradient_that_is_not_zero() -> None:
-    units = [Unit(f"expert {i}", "up", 0, i, start=4 * i, length=4) for i in range(3)]
-    shard = SimpleNamespace(
-        name="experts", parameter=SimpleNamespace(units=units), within=lambda unit: unit.within(0, 12)
-    )
+    units = tuple(Unit(f"expert {i}", "up", 0, i, start=4 * i, length=4) for i in range(3))
+    shard = whole(Parameter("experts", (3, 4), 0, "up", units))
     sums = {"experts": torch.tensor([1.0] * 4 + [0.0] * 4 + [1.0] * 4)}
     sound = {"idle": 1, "idle_not_zero": 0, "used_all_zero": 0, "not_finite": 0}
     assert gpu_checks.idle_counts([shard], sums, {0: [3, 0, 2]}) == sound
@@ -160,7 +157,7 @@ def test_the_check_of_experts_sees_a_gradient_that_is_not_zero() -> None:
 
 
 def test_the_checks_of_bits_see_one_other_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(verdicts(gpu_checks.noise(1000)))
+    assert verdicts(gpu_checks.noise(1000)) == [True, True, None]
     calls: list[int] = []
 
     def other(key: int, positions: torch.Tensor) -> torch.Tensor:
@@ -172,7 +169,7 @@ def test_the_checks_of_bits_see_one_other_bit(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(gpu_checks, "normal", other)
     parts = {part["part"]: part for part in gpu_checks.noise(1000)}
-    assert [part["passed"] for part in parts.values()] == [True, False, True]
+    assert [part["passed"] for part in parts.values()] == [True, False, None]
     assert parts["noise, normal"]["different"] == 1
 
     scores = gpu_checks.made_scores(10_000)
@@ -212,26 +209,6 @@ def test_the_check_of_exports_sees_a_frozen_bit_and_a_model_that_nothing_has_cha
     save_file(tensors, tmp_path / "tuned/model.safetensors")
     part = gpu_end_to_end.changed_bits("set", base, tmp_path / "tuned", tmp_path / "mask", "selected")
     assert part["frozen_changed"] == tensors["model.embed_tokens.weight"].shape[1] and not part["passed"]
-
-
-def test_the_check_of_closing_sees_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, size, freed = 7 << 20, 100 << 20, 0
-
-    def change(by: int) -> None:
-        nonlocal held
-        held += by
-
-    def load(*arguments: Any) -> Any:
-        change(size)
-        return SimpleNamespace(close=lambda: change(-freed))
-
-    monkeypatch.setattr(gpu_storage, "load_sharded", load)
-    monkeypatch.setattr(gpu_storage, "allocated_bytes", lambda: held)
-    monkeypatch.setattr(gpu_storage, "rate", lambda name, folder, elapsed: {"part": name})
-    for share, expected in ((1.0, True), (0.98, False), (0.0, False)):
-        freed = int(share * size)
-        *_, part = gpu_storage.loads(tmp_path)
-        assert part["passed"] is expected, part
 
 
 def test_flops_are_those_of_the_models_weights() -> None:
