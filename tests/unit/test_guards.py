@@ -35,7 +35,7 @@ from esi_ds.eval.classifiers import NextWordJudge, SequenceJudge, TokenJudge, ju
 from esi_ds.judge.classifier import ClassifierGuard, family_rule, model_class, read_rule
 from esi_ds.judge.families import FAMILIES, PROMPTS, SHIELDGEMMA_POLICIES, Family
 from esi_ds.judge.guard import Guard, WholeWeights, verdict_score
-from esi_ds.judge.pairs import PairEncoder, TextBuilder
+from esi_ds.judge.pairs import EncodedPair, PairEncoder, TextBuilder
 from esi_ds.judge.recognition import choose_family
 from esi_ds.judge.tokens import TokenGuard, risk_logits, unsafe_logit
 from esi_ds.models.meta import complete_chunks
@@ -233,7 +233,9 @@ def test_the_score_is_the_same_in_evaluation_and_esi(base: Tokenizer, causal: Ll
         (judgement,) = guard.judge([pair], "cpu")
         assert verdict.score == pytest.approx(expected, **CLOSE) and verdict.unsafe == (expected > 0.5)
         assert 1 / (1 + torch.tensor(judgement.score).exp()) == pytest.approx(expected, **CLOSE)
-        assert float(judgement.gradient.norm()) > 0 and len(judgement.gradient) == len(pair.response_tokens) > 0
+        gradient = expected_gradient(causal, pair, shares)
+        torch.testing.assert_close(judgement.gradient, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+        assert float(gradient.norm()) > 0 and len(gradient) == len(pair.response_tokens) > 0
     assert len({round(verdict.score, 4) for verdict in verdicts}) == len(PAIRS)
 
 
@@ -249,6 +251,15 @@ def expected_share(
     logits = model(input_ids=torch.tensor([first[:length]])).logits[0, -1]
     probabilities = logits[list(shares)].double().softmax(0)
     return float((probabilities * torch.tensor(list(shares.values()), dtype=torch.float64)).sum())
+
+
+def expected_gradient(model: LlamaForCausalLM, pair: EncodedPair, shares: dict[int, float]) -> Tensor:
+    """∂/∂e_j of the log odds of safe, by autograd from embeddings that are given instead of ids."""
+    embeddings = model.get_input_embeddings()(torch.tensor([pair.text.ids])).requires_grad_()
+    probabilities = model(inputs_embeds=embeddings).logits[0, -1, list(shares)].double().softmax(0)
+    unsafe = (probabilities * torch.tensor(list(shares.values()), dtype=torch.float64)).sum()
+    ((1 - unsafe).log() - unsafe.log()).backward()
+    return embeddings.grad[0, pair.response_tokens]
 
 
 def test_grades_are_an_expected_score() -> None:
@@ -312,12 +323,21 @@ def test_qwen3guard_stream_calls_unsafe_what_its_evaluation_does(base: Tokenizer
     for (prompt, response), verdict in zip(pairs, verdicts, strict=True):
         pair = encoder.encode(prompt, response)
         before = published_text("qwen3guard-stream", "", prompt, response).rsplit(response, 1)[0]
-        first = len(tokenizer(before, add_special_tokens=False)["input_ids"])  # the header ends with a token of its own
+        first = next(n for n, (_, end) in enumerate(pair.text.offsets) if end > len(before))
         labels = model(torch.tensor([pair.text.ids])).risk_level_logits[0, 0, first:].argmax(1).tolist()
         assert verdict.unsafe == (consecutive(labels, 1) or consecutive(labels, 2)), (labels, verdict)
         (judgement,) = guard.judge([pair], "cpu")
         assert 1 / (1 + torch.tensor(judgement.score).exp()) == pytest.approx(verdict.score, **CLOSE)
-        assert float(judgement.gradient.norm()) > 0
+        embeddings = model.get_input_embeddings()(torch.tensor([pair.text.ids])).requires_grad_()
+        logits = model.head(model.model(inputs_embeds=embeddings).last_hidden_state)[0, first:]
+        margins = [
+            min(logits[n, risk] - max(logits[n, other] for other in range(3) if other != risk) for n in (k, k + 1))
+            for risk in (1, 2)
+            for k in range(len(logits) - 1)
+        ]
+        (-max(margins)).backward()
+        gradient = embeddings.grad[0, pair.response_tokens]
+        torch.testing.assert_close(judgement.gradient, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
     assert {verdict.unsafe for verdict in verdicts} == {True, False}
     assert not judge.depends_on_neighbours()
 
