@@ -64,6 +64,7 @@ bench: $(VENV)/.installed  ## speed and memory, as ratios within one run (benchm
 	$(BIN)/python -m benchmarks.tune
 	$(BIN)/python -m benchmarks.moe
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.storage
 
 gpu: $(VENV)/.installed  ## checks and figures on one GPU, in under eight minutes (docs/gpus.md), then the GPU tests
 	$(BIN)/python -m benchmarks.gpu; code=$$?; $(BIN)/python -m pytest -q -rs -n 0 tests/gpu && exit $$code

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedRandom
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +144,7 @@ class FolderFiles:
             with self._opened(file) as opened:
                 for entry in self._files[file]:
                     for low, data in local_bytes(entry.name):
-                        opened.seek(starts[entry.name] + low)
-                        opened.write(data)
-                opened.flush()
+                        _write_at(opened, starts[entry.name] + low, data)
                 os.fsync(opened.fileno())
 
     def write_tensors(self, file: str, tensors: Mapping[str, Tensor]) -> None:
@@ -154,13 +152,12 @@ class FolderFiles:
         starts = self._headers[file][1]
         with self._opened(file) as opened:
             for name, tensor in tensors.items():
-                opened.seek(starts[name])
-                opened.write(raw_bytes(tensor))
+                _write_at(opened, starts[name], raw_bytes(tensor))
 
     @contextmanager
-    def _opened(self, file: str) -> Iterator[BufferedRandom]:
+    def _opened(self, file: str) -> Iterator[FileIO]:
         path = wait_until_visible(self.folder / file)
-        with writing(path), path.open("r+b") as opened:
+        with writing(path), path.open("r+b", buffering=0) as opened:
             yield opened
 
     def read_digests(self) -> dict[str, str]:
@@ -174,6 +171,13 @@ class FolderFiles:
             for start in [self._headers[file][1][entry.name]]
         ]
         return {tensor.name: tensor_sha256(tensor) for tensor in tensors[runtime.rank() :: runtime.world_size()]}
+
+
+def _write_at(opened: FileIO, position: int, data: Buffer) -> None:
+    left = memoryview(data)
+    while left:
+        count = os.pwrite(opened.fileno(), left, position)
+        position, left = position + count, left[count:]
 
 
 def write_folder(

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from deepspeed.runtime.zero.partition_parameters import Init
+from torch import Tensor, nn
 from transformers import PreTrainedModel, modeling_utils
 from transformers.core_model_loading import (
     Concatenate,
@@ -57,7 +58,8 @@ def every_rank_reads_its_part(source: ModelSource, remedy: str, problem: str) ->
     """Have transformers' ``from_pretrained`` under ZeRO-3 read weights as this module does, inside the block.
 
     It then raises UserError, on every rank, where a file cannot be read (which the error calls ``problem``) or a weight
-    has another shape than the model's. Collectives: one gather in place of transformers' broadcasts.
+    has another shape than the model's. Collectives: one gather, in place of two broadcasts of every weight: DeepSpeed's
+    of the model that has just been made, and transformers' of what rank 0 has read.
     """
 
     def headers(file: str, **_: Any) -> dict[str, StoredTensor]:
@@ -74,7 +76,7 @@ def every_rank_reads_its_part(source: ModelSource, remedy: str, problem: str) ->
         refusal: UserError | None = None
         try:
             with reading(source.field, source.path, remedy, problem), StoredReader() as reader:
-                names = _Parts(model, stored, conversions, reader).fill()
+                names = PartsReader(model, stored, conversions, reader).fill()
         except UserError as error:
             refusal = error
             if isinstance(error.__cause__, WrongShape):
@@ -85,14 +87,20 @@ def every_rank_reads_its_part(source: ModelSource, remedy: str, problem: str) ->
                 raise error_of_a_rank
         return [], set(model.state_dict()) - names
 
+    def partition(init: Init, parameter: nn.Parameter) -> None:
+        """What zero.Init does with a new parameter, without the broadcast of what its memory happens to hold."""
+        init._convert_to_deepspeed_param(parameter)
+        attributes(parameter).partition()
+
     with (
+        patch.object(Init, "_zero_init_param", partition),
         patch.object(modeling_utils, "load_state_dict", headers),
         patch.object(modeling_utils, "_load_state_dict_into_zero3_model", read),
     ):
         yield
 
 
-class _Parts:
+class PartsReader:
     """This rank's parts of a model's weights, and its persistent buffers, as a checkpoint holds them."""
 
     def __init__(

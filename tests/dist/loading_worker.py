@@ -1,8 +1,9 @@
 """Run by test_loading.py under a launcher: each case's model, loaded under ZeRO-3, to <name>-<rank>.safetensors.
 
 argv: a JSON list of cases {"name", "model", "dtype", "class" (optional)}. The file holds logits, the whole parameters
-("parameter.<name>") and the buffers ("buffer.<name>"), and its metadata "num_bytes", what the rank read of the weights;
-of a model that is refused, <name>-<rank>.txt has the message.
+("parameter.<name>") and the buffers ("buffer.<name>"), and its metadata "num_bytes", what the rank read of the weights,
+and "num_broadcasts", how often it took part in a broadcast until they were loaded; of a model that
+is refused, <name>-<rank>.txt has the message.
 """
 
 from __future__ import annotations
@@ -45,16 +46,27 @@ class CountingReader(StoredReader):
         super().fill(values, tensor, low)
 
 
+broadcasts: list[int] = []
+plain_broadcast = torch.distributed.broadcast
+
+
+def counting_broadcast(tensor: torch.Tensor, *arguments, **options):
+    broadcasts.append(tensor.nbytes)
+    return plain_broadcast(tensor, *arguments, **options)
+
+
 def run_case(case: dict) -> None:
     path = Path(case["model"])
     target = path.parent / f"{case['name']}-{runtime.rank()}"
     settings = {**SETTINGS, "bf16": {"enabled": case["dtype"] == "bf16"}}
     auto_class = getattr(transformers, case.get("class", "AutoModelForCausalLM"))
+    broadcasts.clear()
     try:
         model = load_sharded(ModelSource(str(path)), case["dtype"], settings, auto_class=auto_class)
     except UserError as error:
         target.with_suffix(".txt").write_text(str(error))
         return
+    metadata = {"num_bytes": str(CountingReader.last.num_bytes), "num_broadcasts": str(len(broadcasts))}
     with torch.no_grad():
         tensors = {"logits": model.module(IDS).logits}
     model.release()
@@ -64,11 +76,11 @@ def run_case(case: dict) -> None:
             if whole is not None:
                 tensors[f"parameter.{parameter.name}"] = whole
     tensors |= {f"buffer.{name}": buffer.clone() for name, buffer in model.module.named_buffers()}
-    metadata = {"num_bytes": str(CountingReader.last.num_bytes)}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, target.with_suffix(".safetensors"), metadata=metadata)
 
 
 if __name__ == "__main__":
     weights.StoredReader = CountingReader
+    torch.distributed.broadcast = counting_broadcast
     run_cases(run_case)

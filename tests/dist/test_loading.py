@@ -118,9 +118,9 @@ def test_equal_to_plain_loading(folder: Path, kind: str, dtype: str) -> None:
             assert torch.equal(tensors[name], tensor), name
 
 
-def num_read(file: Path) -> int:
+def counted(file: Path, what: str) -> int:
     with safe_open(file, "pt") as opened:
-        return int(opened.metadata()["num_bytes"])
+        return int(opened.metadata()[what])
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("last", "fp32"), ("last", "bf16"), ("qwen3_moe", "fp32")])
@@ -136,7 +136,9 @@ def test_a_rank_reads_its_own_part_and_no_other_byte(folder: Path, kind: str, dt
                 is_read = first < (int(match[1]) + 1) * tensor.numel() and int(match[1]) * tensor.numel() < last
                 low, high = (0, tensor.numel()) if is_read else (0, 0)
             expected += (high - low) * tensor.element_size()
-        assert num_read(folder / f"{kind}-{dtype}-{rank}.safetensors") == expected
+        file = folder / f"{kind}-{dtype}-{rank}.safetensors"
+        assert counted(file, "num_bytes") == expected
+        assert counted(file, "num_broadcasts") == 0
     assert expected < 0.65 * sum(tensor.nbytes for tensor in stored.values())
 
 
