@@ -41,8 +41,10 @@ def check_gradient(model: ShardedModel, ids: Sequence[int]) -> None:
     """Raise UserError, on every rank, unless a backward pass reaches the model's embeddings: some architectures run
     forward only, or backward only in training (Reformer), which would show after hours of generation.
 
-    ids: any text's. No parameter gets a gradient. A model that does not say which module looks up its embeddings is not
-    asked. Collectives: those of a forward and a backward pass, and an all-reduce.
+    For engines without an optimizer: ZeRO-3's own puts zeros into its buckets for the experts of every backward pass,
+    also where no parameter has a gradient, and the next one would find them there. ids: any text's. No parameter gets a
+    gradient. A model that does not say which module looks up its embeddings is not asked. Collectives: those of a
+    forward and a backward pass, and an all-reduce.
     """
     try:
         problem = _backward_problem(model, ids[:PROBE_LENGTH])
