@@ -194,6 +194,20 @@ def launcher_processes(launch: LaunchEnvironment) -> tuple[tuple[int, int], ...]
     return tuple(pairs)
 
 
+def job_on_host(variables: Mapping[str, str] = os.environ) -> str | None:
+    """What the ranks of this job on this host have in common, and no other job has: the step of Slurm, else the
+    launcher's process. None for a process alone, and for ranks that no launcher has started."""
+    launch = read(variables)
+    if launch.world_size == 1:
+        return None
+    if launch.launcher == SLURM.name:
+        return " ".join(variables.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    parent = psutil.Process().parent()
+    if parent is None or not any(name in " ".join(parent.cmdline()) for name in LAUNCHERS):
+        return None
+    return f"{parent.pid} {parent.create_time()}"
+
+
 def join() -> LaunchEnvironment:
     """``read``, then set torch's variables to match: rank, size, local rank, the address and port of rank 0.
 

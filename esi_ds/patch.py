@@ -149,7 +149,8 @@ def _stored_names(source: ModelSource) -> set[str]:
     if (stored := stored_tensors(source)) or Path(source.path).is_dir():
         return {tensor.name for tensor in stored}
     tolerant = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    index = cached_file(source.path, INDEX_NAME, revision=source.revision, **tolerant)
+    with reading(source.field, source.path, ORIGIN):
+        index = cached_file(source.folder(), INDEX_NAME, **tolerant)
     return set(read_index(Path(index), source.field, ORIGIN)) if index is not None else set()
 
 

@@ -39,9 +39,8 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
     if os.path.exists(path) and not os.path.isdir(path):  # transformers would open it, and wait at a pipe
         raise UserError(field, path, "is not a folder", remedy)
     with reading(field, path, remedy, "holds no tokenizer that can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source.folder(), trust_remote_code=source.trust_remote_code)
+    tokenizer.name_or_path = path
     if not tokenizer.is_fast:
         raise UserError(field, path, "has no fast tokenizer", "convert it: character offsets need tokenizer.json")
     if chat_template is not None:

@@ -36,9 +36,8 @@ def _stored_ends(source: ModelSource, name: str) -> set[int]:
     """
     with reading(source.field, source.path, REMEDY):
         file = cached_file(
-            source.path,
+            source.folder(),
             name,
-            revision=source.revision,
             _raise_exceptions_for_missing_entries=False,  # a model need not have a generation_config.json
             _raise_exceptions_for_connection_errors=False,
         )

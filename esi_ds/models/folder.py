@@ -6,15 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PretrainedConfig
 
 from esi_ds.config import JudgeModel, Model
 from esi_ds.errors import UserError
+from esi_ds.models import hub
 from esi_ds.models.weights import StoredTensor, checkpoint_tensors
 from esi_ds.reading import reading
-
-CHECKPOINT_FILES = ["*.safetensors", "*.json"]
 
 # Configurations' names for the longest sequence: MPT's is max_seq_len, that of Whisper's decoder max_target_positions;
 # the others are remote code's.
@@ -47,6 +45,14 @@ class ModelSource:
         """The source that the section at ``key`` of the experiment's config names."""
         return cls(section.path, section.revision, section.trust_remote_code, f"{key}.path")
 
+    def folder(self, only_local: bool = False) -> Path:
+        """Of its files on this machine but for weights, which need not be there.
+
+        A hub model's are downloaded, once on each host of the job, unless ``only_local``. Raises OSError or ValueError.
+        """
+        local = Path(self.path)
+        return local if os.path.isdir(self.path) else hub.files(self.path, self.revision, only_local)
+
 
 def load_model_config(source: ModelSource, only_local: bool = False) -> PretrainedConfig:
     """The model's architecture.
@@ -62,11 +68,9 @@ def load_model_config(source: ModelSource, only_local: bool = False) -> Pretrain
     remedy = "give a Hugging Face folder or the id of a model on the hub that can be reached"
     with reading(field, path, remedy, "has no readable model configuration"):
         config = AutoConfig.from_pretrained(
-            path,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            local_files_only=only_local,
+            source.folder(only_local), trust_remote_code=source.trust_remote_code, local_files_only=only_local
         )
+    config.name_or_path = path  # for messages: not the folder in the hub's cache
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             field, path, "is quantised, so its weights have no gradients of their own", "give the unquantised model"
@@ -91,10 +95,11 @@ def check_weights(source: ModelSource) -> None:
 
 
 def checkpoint_folder(source: ModelSource) -> Path:
-    """The folder of the model's files on this machine. A hub model is downloaded unless it is in the cache."""
-    if Path(source.path).is_dir():
-        return Path(source.path)
-    return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=CHECKPOINT_FILES))
+    """The folder of the model's files with its weights on this machine.
+
+    A hub model is downloaded unless it is in the cache, once on each host of the job. Raises OSError or ValueError.
+    """
+    return Path(source.path) if os.path.isdir(source.path) else hub.weights(source.path, source.revision)
 
 
 def stored_tensors(source: ModelSource) -> list[StoredTensor]:
@@ -106,10 +111,7 @@ def stored_tensors(source: ModelSource) -> list[StoredTensor]:
     if folder.is_dir():
         return checkpoint_tensors(folder, source.field) if any(folder.glob("*.safetensors")) else []
     try:
-        cached = snapshot_download(
-            source.path, revision=source.revision, allow_patterns=CHECKPOINT_FILES, local_files_only=True
-        )
-        return checkpoint_tensors(Path(cached), source.field)
+        return checkpoint_tensors(source.folder(only_local=True), source.field)
     except (OSError, ValueError, UserError):  # not downloaded, or only in part
         return []
 

@@ -21,6 +21,7 @@ from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import monitor_settings, resolve_deepspeed
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.journal import unrecorded
+from esi_ds.models import hub
 from esi_ds.models.fingerprint import check_mask_weights, fingerprint, tensor_digests
 from esi_ds.models.folder import ModelSource, checkpoint_folder
 from esi_ds.options import Options
@@ -46,6 +47,15 @@ def check_mask_bits(mask: Mask, field: str) -> None:
     refuse_problems(mask, [problem for part in parts for problem in part], field)
     if len(set(runtime.gather_objects(metadata_sha256(mask)))) > 1:
         raise UserError(field, str(mask.path), "differs between hosts", "give one shared folder")
+
+
+def check_commits() -> None:
+    """Raise UserError, on every rank, where hosts have found other commits of a model on the hub. One gather."""
+    gathered = runtime.gather_objects(hub.commits())
+    for name, commit in gathered[0].items():
+        if others := {commits.get(name, commit) for commits in gathered} - {commit}:
+            problem = f"is another commit on other hosts ({', '.join(sorted({commit, *others}))})"
+            raise UserError("revision", name, problem, "name one of these commits as its revision")
 
 
 class StageRun(ABC, Generic[Inputs]):
@@ -83,6 +93,7 @@ class StageRun(ABC, Generic[Inputs]):
     ) -> None:
         """Run a prepared stage to its end in the job's process group."""
         with runtime.process_group(config.run.collective_timeout_s, config.run.start_timeout_s):
+            check_commits()
             deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
             check_settings(deepspeed_config)
             cls(config, options, inputs, folder, deepspeed_config, source).run()

@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from esi_ds.errors import UserError
-from esi_ds.models.folder import ModelSource, stored_tensors
+from esi_ds.models.folder import ModelSource, checkpoint_folder, stored_tensors
 from esi_ds.models.meta import DTYPES
 from esi_ds.models.ties import by_loaded_name
 from esi_ds.reading import reading
@@ -47,11 +47,10 @@ def read_module(
     field, path = source.field, source.path
     with reading(field, path, f"{remedy}; docs/architectures.md lists the architectures that load", problem):
         module, info = auto_class.from_pretrained(
-            path,
+            checkpoint_folder(source),
             dtype=DTYPES[dtype],
             use_safetensors=True,
             output_loading_info=True,
-            revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             device_map=None if device is None else {"": device},
         )
@@ -59,6 +58,7 @@ def read_module(
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(field, path, f"holds no weights for {missing[0]} ({len(missing)} are missing)", remedy)
+    module.name_or_path = path
     return module.eval()
 
 
