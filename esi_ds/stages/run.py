@@ -224,7 +224,7 @@ class StageRun(ABC, Generic[Inputs]):
                 started=self.started,
                 model_fingerprint=self._fingerprint,
                 data=self.source,
-                notes={**runtime.compute_resources(), **self.notes, **self.remarks},
+                notes={**runtime.compute_resources(), "hub_commits": hub.commits(), **self.notes, **self.remarks},
             )
 
     @property

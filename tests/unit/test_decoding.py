@@ -10,12 +10,12 @@ import pytest
 import torch
 from builders import PAIRS, build_model, byte_bpe_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import cached_file
 
 from esi_ds.core.batch import left_pad
 from esi_ds.data.chat import encode_data_prompt, encode_prompt, special_strings
 from esi_ds.data.end_tokens import end_tokens, template_end
 from esi_ds.errors import UserError
+from esi_ds.models import hub
 from esi_ds.models.decoding import greedy_ids, without_defaults
 from esi_ds.models.folder import ModelSource
 
@@ -245,8 +245,8 @@ def test_end_tokens_of_a_hub_model_are_those_of_its_revision(folder: Path, tmp_p
         (repository / "snapshots" / commit / "generation_config.json").write_text(json.dumps(content))
         (repository / "snapshots" / commit / "config.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    cached = partial(cached_file, cache_dir=str(tmp_path))
-    monkeypatch.setattr("esi_ds.data.end_tokens.cached_file", cached)
+    monkeypatch.setattr(hub, "snapshot_download", partial(hub.snapshot_download, cache_dir=str(tmp_path)))
+    monkeypatch.setattr(hub, "_resolved", {})
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert end_tokens(ModelSource("some/model"), tokenizer) == {2, 20}
     assert end_tokens(ModelSource("some/model", "other"), tokenizer) == {2, 21}
