@@ -62,6 +62,8 @@ sweep: $(VENV)/.installed  ## every causal architecture, tiny: docs/architecture
 bench: $(VENV)/.installed  ## speed and memory, as ratios within one run (benchmarks/RESULTS.md)
 	$(BIN)/python -m benchmarks.esi
 	$(BIN)/python -m benchmarks.tune
+	$(BIN)/python -m benchmarks.system_time
+	$(BIN)/python -m benchmarks.reference_procedure
 	$(BIN)/python -m benchmarks.moe
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.storage
