@@ -28,6 +28,7 @@ from esi_ds.models.rows import Together
 from esi_ds.zero import expert_parallel, runtime
 from esi_ds.zero.loading import read_partitioned, read_replicated
 from esi_ds.zero.partitioned import attributes, partition_bounds, partition_group, partition_numel, whole_shape
+from esi_ds.zero.settings import with_prefetch
 
 
 class ShardedModel:
@@ -296,8 +297,9 @@ def load_sharded(
     engine; None: an engine without one. auto_class: the transformers class that reads the folder. roles:
     ``model.roles``.
     """
-    module = read_partitioned(source, dtype, deepspeed_config, auto_class)
-    return ShardedModel(module, deepspeed_config, make_optimizer(module) if make_optimizer else None, roles)
+    settings = with_prefetch(deepspeed_config, runtime.device().type)
+    module = read_partitioned(source, dtype, settings, auto_class)
+    return ShardedModel(module, settings, make_optimizer(module) if make_optimizer else None, roles)
 
 
 def load_replicated(
