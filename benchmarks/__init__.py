@@ -1,6 +1,6 @@
 """What scoring, tuning and their formulas cost, measured on ZeRO-3 ranks; RESULTS.md keeps what was printed, and where.
 
-python -m benchmarks.esi (tune, moe, scaling, storage)
+python -m benchmarks.esi (tune, system_time, reference_procedure, moe, scaling, storage)
 """
 
 import sys

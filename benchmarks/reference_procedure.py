@@ -29,11 +29,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import published
 from benchmarks.common import print_result, resident_bytes, result_of
-from benchmarks.esi import make_example, make_pass
 from benchmarks.measure import machine, peak_bytes, seconds
 from benchmarks.published import Row
+from benchmarks.scoring import make_example, make_scoring
+from esi_ds.models.folder import ModelSource
 from esi_ds.models.meta import DTYPES
 from esi_ds.zero import runtime
+from esi_ds.zero.engine import load_replicated, load_sharded
 from esi_ds.zero.score import Accumulated, score, select_weights, unit_sigmas
 
 BATCH, RATIO = 8, 0.01  # BATCH: prompts of a micro-batch here; the paper's procedure takes one at a time
@@ -133,20 +135,29 @@ def run_ours(folder: Path, dtype: str, rows: list[Row], defaults: bool) -> tuple
         make_example(index, row.prompt, row.response, row.before + row.prompt * defaults, row.after, row.safe, UNSAFE)
         for index, row in enumerate(rows)
     ]
-    esi = {"batch_size": BATCH, "estimator": "soft" if defaults else "paper_code"}
-    scoring, model, gradients = make_pass(folder, dtype, None, examples, esi, "margin" if defaults else "logit")
+    guard = load_replicated(ModelSource(str(folder / "guard"), field="judge.path"), dtype)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    settings = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "bf16": {"enabled": dtype == "bf16"},
+        "zero_optimization": zero,
+    }
+    model = load_sharded(ModelSource(str(folder / "model")), dtype, settings)
+    estimator, judge_score = ("soft", "margin") if defaults else ("paper_code", "logit")
+    scoring = make_scoring(folder, dtype, model, guard, examples, BATCH, estimator, judge_score)
+    sums = scoring.gradients.sums
     held = resident_bytes() - before
 
     def all_prompts() -> None:
         scoring.state.position = 0
-        for sums in gradients.sums.values():
-            sums.zero_()
+        for values in sums.values():
+            values.zero_()
         while scoring.state.position < len(examples):
             scoring._step()
 
-    with gradients.collecting():
+    with scoring.gradients.collecting():
         figures = timed(all_prompts, len(rows), held)
-    accumulated = {"safety": Accumulated(gradients.sums, len(examples))}
+    accumulated = {"safety": Accumulated(sums, len(examples))}
     scores = score(model, "esi", accumulated, unit_sigmas(model), 0)
     chosen = select_weights(model, scores, ratio=RATIO, order="top", of="all", scope="model", seed=0)
     shapes = {parameter.name: parameter.shape for parameter in model.parameters}

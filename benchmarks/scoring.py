@@ -28,26 +28,42 @@ def make_examples(count: int, prompt: int, response: int, vocabulary: int) -> li
     examples = []
     for index in range(count):
         ids = torch.randint(5, vocabulary, (prompt + response,), generator=generator).tolist()
-        spans = [(i, i + 1) for i in range(response)]
-        judged = EncodedPair(EncodedText(ids, spans, [7], [8]), list(range(prompt, len(ids))), spans, (0, response))
-        examples.append(Example(index, ids[:prompt], EncodedResponse(ids[prompt:], spans), judged))
+        examples.append(make_example(index, ids[:prompt], ids[prompt:], ids[:prompt], [], 7, 8))
     return examples
 
 
-def make_judge(guard: PreTrainedModel) -> Guard:
+def make_example(
+    index: int, prompt: list[int], response: list[int], before: list[int], after: list[int], safe: int, unsafe: int
+) -> Example:
+    """An example of ids alone. before, after: what the judge reads around the response. safe, unsafe: its verdicts."""
+    spans = [(i, i + 1) for i in range(len(response))]
+    text = EncodedText(before + response + after, spans, [safe], [unsafe])
+    positions = list(range(len(before), len(before) + len(response)))
+    judged = EncodedPair(text, positions, spans, (0, len(response)))
+    return Example(index, prompt, EncodedResponse(response, spans), judged)
+
+
+def make_judge(guard: PreTrainedModel, score: str = "margin") -> Guard:
     """A whole guard that pads with token 0."""
-    return Guard(guard, SimpleNamespace(pad_token_id=0), "margin", WholeWeights())
+    return Guard(guard, SimpleNamespace(pad_token_id=0), score, WholeWeights())
 
 
 def make_scoring(
-    folder: Path, dtype: str, model: ShardedModel, guard: PreTrainedModel, examples: list[Example], batch_size: int
+    folder: Path,
+    dtype: str,
+    model: ShardedModel,
+    guard: PreTrainedModel,
+    examples: list[Example],
+    batch_size: int,
+    estimator: str = "soft",
+    score: str = "margin",
 ) -> ScoringPass:
-    """A pass that saves nothing. guard: whole, with the model's vocabulary."""
+    """A pass that saves nothing. guard: whole, with the model's vocabulary. score: of the judge."""
     config = validate(
         {
             "run": {"output_dir": str(folder / "run")},
             "model": {"path": "m", "dtype": dtype},
-            "esi": {"batch_size": batch_size, "save_every": 10**6},
+            "esi": {"batch_size": batch_size, "save_every": 10**6, "estimator": estimator},
         }
     )
     # One vocabulary for both: the map is the identity.
@@ -55,6 +71,6 @@ def make_scoring(
     vocabulary.num_logits, vocabulary.is_identity = model.num_logits, True
     vocabulary.has_text = [True] * model.num_logits
     gradients = GradientShards(model, runtime.device())
-    objective = SafetyObjective(config, model, make_judge(guard), vocabulary, examples, gradients, 0)
+    objective = SafetyObjective(config, model, make_judge(guard, score), vocabulary, examples, gradients, 0)
     tracker = Tracker(folder, enabled=False, tensorboard=False, stage="esi")
     return ScoringPass(config, model, objective, folder / "checkpoint", tracker)
