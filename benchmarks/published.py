@@ -2,10 +2,10 @@
 
 For comparison with this project's scoring pass, of which it uses nothing. Written from docs/method.md: the guard reads
 the response alone; J is the logit of its safe verdict; J's gradient is taken with respect to pre-softmax logits over
-the guard's whole vocabulary, 0 at the tokens of the response and -17 elsewhere (§1, ``paper_code``); it goes through
-the model as a gradient of the model's logits, so both have one vocabulary; and the gradients of all weights of the
-model are summed in the model's dtype. That code also draws one sample of Gumbel noise, whose place docs/method.md does
-not say: it is left out here, as in ``paper_code``.
+the guard's whole vocabulary, 0 at the tokens of the response and -17 elsewhere (docs/method.md §1, ``paper_code``); it
+goes through the model as a gradient of the model's logits, so both have one vocabulary; and the gradients of all
+weights of the model are summed in the model's dtype. That code also draws one sample of Gumbel noise, whose place
+docs/method.md does not say: it is left out here, as in ``paper_code``.
 
 Shapes: T tokens of the response, V of the vocabulary.
 """
