@@ -212,15 +212,19 @@ def test_a_torn_generation_config_is_refused(folder: Path, tmp_path: Path, text:
             "{% for m in messages %}{{ m.content }}{{ '<|eot_id|>' if loop.last else '<|im_end|>' }}{% endfor %}",
             "<|eot_id|>",
         ),
+        # An earlier part of the answer ends otherwise.
+        ("{% for m in messages %}{{ m.content }}<|im_end|>{{ m.content }}<|eot_id|>{% endfor %}", "<|eot_id|>"),
     ],
 )
-def test_the_template_names_an_end_token(template: str, expected: str | None) -> None:
+def test_the_template_names_an_end_token(folder: Path, template: str, expected: str | None) -> None:
     """Special or not: an <|im_end|> that was added as an ordinary token ends a turn too."""
     tokenizer = byte_bpe_tokenizer()
     tokenizer.add_tokens(["<|im_end|>"])
     tokenizer.add_tokens(["<|eot_id|>"], special_tokens=True)
     tokenizer.chat_template = template
-    assert template_end(tokenizer) == (tokenizer.convert_tokens_to_ids(expected) if expected else None)
+    end = tokenizer.convert_tokens_to_ids(expected) if expected else None
+    assert template_end(tokenizer) == end
+    assert end_tokens(ModelSource(str(folder)), tokenizer) == {2, end} - {None}
 
 
 def test_a_token_that_frames_turns_is_broken_up_in_data_though_it_is_not_special() -> None:
