@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from esi_ds.config import EsiGuard, EvalGuard
+from esi_ds.config import EsiGuard, Eval, EvalGuard
 from esi_ds.config_guards import FamilyName
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import NextWordJudge, SequenceJudge, TokenJudge, judge_pairs
@@ -39,6 +39,8 @@ from esi_ds.judge.pairs import EncodedPair, PairEncoder, TextBuilder
 from esi_ds.judge.recognition import choose_family
 from esi_ds.judge.tokens import TokenGuard, risk_logits, unsafe_logit
 from esi_ds.models.meta import complete_chunks
+from esi_ds.stages.esi.prepare import prepare_judge
+from esi_ds.stages.evaluate.prepare import PreparedClassifier, PreparedNextWord, prepare_judges
 
 LOCAL = [name for name, family in FAMILIES.items() if family.reads != "endpoint"]
 WORDS = [name for name in LOCAL if FAMILIES[name].reads == "words"]
@@ -405,6 +407,27 @@ def test_a_guard_behind_an_endpoint_has_no_gradient(base: Tokenizer, family: str
     ):
         with pytest.raises(UserError, match=rf"{field}\.path.*through an endpoint only.*kind: rubric"):
             choose_family(section, tokenizer_of(base, "qwen3guard-stream"), field=field)
+
+
+def test_both_stages_prepare_a_judge_of_each_kind(base: Tokenizer, tmp_path: Path) -> None:
+    """What they load, how they read it, and the limit of its length."""
+    for name, labels in (("beaver-dam", 14), ("wildguard", 0)):
+        tokenizer, folder = tokenizer_of(base, name), str(tmp_path / HUB[name].split("/")[1])
+        if labels:
+            random_classifier("llama", len(tokenizer), labels, "multi_label_classification").save_pretrained(folder)
+        else:
+            LlamaForCausalLM(small(len(tokenizer))).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        in_esi = prepare_judge(EsiGuard(path=folder), batch_size=2)
+        (in_eval,) = prepare_judges(Eval(judges=[EvalGuard(kind="guard", path=folder)]))
+        assert in_esi.family is FAMILIES[name]
+        if labels:
+            assert in_esi.labels == (list(range(14)), True) and in_esi.encoder.max_length <= 512
+            assert isinstance(in_eval, PreparedClassifier) and in_eval.rule.template == FAMILIES[name].template
+            assert model_class(in_eval.section, in_eval.config) is AutoModelForSequenceClassification
+        else:
+            assert in_esi.labels is None and isinstance(in_eval, PreparedNextWord)
+            assert in_eval.family is FAMILIES[name]
 
 
 def test_transformers_class_of_each_kind() -> None:
