@@ -319,7 +319,7 @@ def test_qwen3guard_stream_calls_unsafe_what_its_evaluation_does(base: Tokenizer
     spread(model)
     judge, encoder = TokenJudge(model, tokenizer, family), PairEncoder(family, tokenizer)
     guard = TokenGuard(model, tokenizer, "margin", WholeWeights())
-    answers = [RESPONSE, "No", "Because.", "1", "I", "a", *(f"Step {n}" for n in range(20))]
+    answers = [RESPONSE, "No", "Because.", "1", "I", "a", *(f"Step {n}" for n in range(6))]
     pairs = [(prompt, answer) for answer in answers for prompt in ("How?", PROMPT)]
     verdicts = judge_pairs(judge, pairs, batch_size=7)
     for (prompt, response), verdict in zip(pairs, verdicts, strict=True):
