@@ -60,7 +60,7 @@ def versions(tiny: bool) -> Iterator[Part]:
         "threads": torch.get_num_threads(),
     }
     attentions = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in SDP_FLAGS}
-    yield {"part": "attention kernels switched on", **attentions}
+    yield {"part": "attention kernels switched on", "passed": not attentions["cudnn"], **attentions}
 
 
 def attention(tiny: bool) -> Iterator[Part]:

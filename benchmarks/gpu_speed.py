@@ -92,10 +92,10 @@ def throughput(tiny: bool) -> Iterator[Part]:
     config = shape("Llama-3.1-8B", tiny)
     module, guard = random_model(config, dtype), random_model(shape("Llama-3.2-1B", tiny), dtype, seed=1)
     guard.requires_grad_(False)
-    examples = make_examples(16, prompt, response, config.vocab_size)
+    examples = make_examples(32, prompt, response, config.vocab_size)
     bare = Bare(module, examples)
     plans = []
-    for checkpointing, most in ((False, 2), (True, 2)) if tiny else ((False, 8), (True, 16)):
+    for checkpointing, most in ((False, 2), (True, 2)) if tiny else ((False, 8), (True, 32)):
         checkpoint(module, checkpointing)
         rows = planned_rows(bare, guard, most)
         plans.append((checkpointing, rows, median_seconds(lambda rows=rows: bare.run(rows), STEPS)))

@@ -74,7 +74,7 @@ def test_every_step_gives_its_figures_and_every_check_passes(lines: list[dict[st
             line
         )
     checked = {line["step"] for line in lines if line.get("passed")}
-    assert checked == {"attention", "experts", "end_to_end", "bits"}
+    assert checked == {"versions", "attention", "experts", "end_to_end", "bits"}
     split = next(line["split_seconds"] for line in lines if line["part"] == "ESI, checkpointing False")
     assert set(split) == {"judge", "forward", "vocabulary product", "backward", "hook"}
     assert all(value > 0 for value in split.values())
