@@ -15,7 +15,6 @@ from esi_ds.config_checks import check_extra, check_numbers, check_unique
 from esi_ds.config_errors import explain
 from esi_ds.config_guards import FamilyName
 from esi_ds.config_yaml import apply_override, dump_yaml, read_yaml
-from esi_ds.core.criteria import objectives
 from esi_ds.errors import UserError
 from esi_ds.reading import reading
 
@@ -52,6 +51,13 @@ class Run(Section):
         gt=0,
         le=MAX_TIMEOUT_S,
         description="How long a rank waits at the start for the others to appear, in seconds.",
+    )
+    save_every_min: float = Field(
+        10.0,
+        ge=0,
+        le=MAX_TIMEOUT_S,
+        description="How many minutes of work lie between saves at least, the first included, where a stage's "
+        "save_every is auto; 0 saves after every micro-batch or step.",
     )
 
 
@@ -197,7 +203,9 @@ class Esi(Section):
         "skip", description="Whether a gradient that is not finite drops its micro-batch or stops the run."
     )
     save_every: Literal["auto"] | int = Field(
-        "auto", description="How many micro-batches lie between saves; auto spends at most 5 % of the time on it."
+        "auto",
+        description="How many micro-batches lie between saves; auto goes by run.save_every_min, and spends at most "
+        "5 % of the time on it.",
     )
     generation: Literal["auto", "gathered", "per_token"] = Field(
         "auto", description="Gather the model once to generate, or anew for every token; auto gathers once if it fits."
@@ -261,7 +269,9 @@ class Tune(Section):
     reduction: Literal["auto", "compact", "scatter"] = Field(
         "auto", description="How SET reduces gradients: once a step (compact), or sharded in the hooks (scatter)."
     )
-    save_every: int = Field(50, ge=1, description="How many steps lie between checkpoints.")
+    save_every: Literal["auto"] | int = Field(
+        "auto", description="How many steps lie between saves; auto goes by the time, as esi.save_every does."
+    )
     export: bool = Field(True, description="Whether to write the tuned model to model/.")
     patch: bool = Field(True, description="Whether to write the difference to the base model to patch/.")
 
@@ -457,10 +467,15 @@ def validate(raw: Any) -> Config:
         _check_guard(config.judge, "judge")
     if config.eval is not None:
         _check_eval(config.eval, config.run.collective_timeout_s)
-    every = config.esi.save_every
-    if every != "auto" and every < 1:
-        raise UserError("esi.save_every", every, "must be at least 1", "give a number of micro-batches, or auto")
+    _check_save_every("esi.save_every", config.esi.save_every, "micro-batches")
+    if config.tune is not None:
+        _check_save_every("tune.save_every", config.tune.save_every, "steps")
     return config
+
+
+def _check_save_every(field: str, every: Literal["auto"] | int, unit: str) -> None:
+    if every != "auto" and every < 1:
+        raise UserError(field, every, "must be at least 1", f"give a number of {unit}, or auto")
 
 
 def _check_guard(guard: GuardModel, field: str) -> None:
@@ -517,68 +532,23 @@ def label(section: EvalModel | EvalJudge) -> str:
     return section.model if isinstance(section, EvalRubric) else section.path
 
 
-def require_esi(config: Config) -> None:
-    """Raise UserError where a section that the criterion needs is missing, or where rows would never be read."""
-    criterion = config.select.criterion
-    needed = objectives(criterion, config.select.contrastive)
-    if "safety" in needed:
-        if config.judge is None and not scores_given(config):
-            remedy = f"criterion {criterion} needs a judge.path"
-            if config.esi.estimator == "score_function":
-                remedy += ', or a number "judge_score" in every row of data.responses'
-            raise UserError("judge", None, "is missing", remedy)
-        if config.data.prompts is None and config.data.responses is None:
-            raise UserError("data.prompts", None, "is missing", "give data.prompts.path, or data.responses")
-    for name, user, remedy in (
-        ("tuning", f"criterion {criterion}", "set select.criterion to tuning_grad, directed or conflict"),
-        ("benign", "select.contrastive", "set select.contrastive: true"),
-    ):
-        rows: LossData | None = getattr(config.data, name)
-        if rows is None and name in needed:
-            raise UserError(f"data.{name}", None, "is missing", f"{user} needs a data.{name}.path")
-        if rows is not None and name not in needed:
-            raise UserError(f"data.{name}.path", rows.path, "would never be read", f"{remedy}, or leave it out")
-
-
-def scores_given(config: Config) -> bool:
-    """Whether the judge's scores come with the responses, so that no judge is loaded."""
-    return config.judge is None and config.esi.estimator == "score_function" and config.data.responses is not None
-
-
-def require_tune(config: Config) -> Tune:
-    """The ``tune`` section, without which SET and SPA cannot run. Raises UserError."""
-    if config.tune is None:
-        raise UserError("tune", None, "is missing", "give tune.mask and tune.data.path")
-    benign = config.tune.data.benign
-    if benign is not None and benign.fraction == 1:
-        problem = "leaves no room for rows of tune.data"
-        raise UserError("tune.data.benign.fraction", 1.0, problem, "give a smaller share")
-    return config.tune
-
-
-def require_eval(config: Config) -> Eval:
-    """The ``eval`` section, without which an evaluation cannot run. Raises UserError where it names no prompts."""
-    section = config.eval
-    if section is None or not (section.prompts or section.benign or section.tasks):
-        raise UserError("eval", None, "asks nothing", "give eval.prompts.path, eval.benign.path or eval.tasks")
-    return section
-
-
-def require_perturb(config: Config) -> Perturb:
-    """The ``perturb`` section, without which a perturbation cannot run. Raises UserError."""
-    if config.perturb is None:
-        raise UserError("perturb", None, "is missing", "give perturb.mask")
-    return config.perturb
-
-
 def resolved_yaml(config: Config) -> str:
     """The whole config as YAML, defaults included; it loads back to an equal config."""
     return dump_yaml(config.model_dump())
 
 
-# Keys that say how a run starts and not what it computes: they may differ from one start to the next. The DeepSpeed
-# config, expert parallelism included, may have to change where the next start has other nodes.
-OF_THIS_START = ("run.resume", "run.share", "run.collective_timeout_s", "run.start_timeout_s", "deepspeed")
+# Keys that say how a run starts and saves and not what it computes: they may differ from one start to the next. The
+# DeepSpeed config, expert parallelism included, may have to change where the next start has other nodes.
+OF_THIS_START = (
+    "run.resume",
+    "run.share",
+    "run.collective_timeout_s",
+    "run.start_timeout_s",
+    "run.save_every_min",
+    "esi.save_every",
+    "tune.save_every",
+    "deepspeed",
+)
 
 
 def differences(first: Config, second: Config) -> list[str]:

@@ -63,6 +63,9 @@ class Weights(Protocol):
     def release(self) -> None:
         """Free what a forward or backward pass has left gathered."""
 
+    def close(self) -> None:
+        """Free the parameters themselves, where dropping the last reference would not."""
+
 
 class WholeWeights:
     """A judge of which every rank holds a whole copy."""
@@ -71,6 +74,9 @@ class WholeWeights:
         return nullcontext()
 
     def release(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -126,6 +132,10 @@ class Guard:
         return verdict_score(self.score, logits, pair.text.safe, pair.text.unsafe, pair.text.between)
 
     @torch.no_grad()
+    def close(self) -> None:
+        """Free its weights; whole ones go with the last reference. It cannot judge afterwards."""
+        self._weights.close()
+
     def depends_on_neighbours(self, device: torch.device | str) -> bool:
         """Whether a pair's score changes with the pair beside it: ``models.rows``. Collectives: twice those of
         ``scores``."""

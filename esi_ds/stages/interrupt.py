@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import psutil
 
@@ -54,7 +55,12 @@ def stop_requested() -> bool:
     return _stop_requested.is_set()
 
 
-def check_stop(done: str) -> None:
-    """Raise Interrupted on every rank if any of them was signalled. done: what is saved, in words. One gather."""
+def check_stop(done: str, save: Callable[[], None] | None = None) -> None:
+    """Raise Interrupted on every rank if any of them was signalled.
+
+    done: what is saved, in words. save: does that first, on every rank. Collectives: one gather, and those of ``save``.
+    """
     if any(runtime.gather_objects(stop_requested())):
+        if save is not None:
+            save()
         raise Interrupted(f"stopped by a signal with {done}; start again to go on")

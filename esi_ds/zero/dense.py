@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esi_ds.core.trained import Trained
 from esi_ds.models.rows import last_logits
-from esi_ds.zero import runtime
+from esi_ds.zero import memory, runtime
 from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.optimizer import MaskedAdamW
@@ -69,6 +69,16 @@ class DenseTuner(Tuner):
                 values = state[key][offset : offset + shard.numel]
                 parts[f"{shard.parameter.name}/{key}"] += [(low, values[where]) for where, low, _ in shard.parts()]
         return parts
+
+    def close(self) -> None:
+        """See ``Tuner``. The engine goes on gathering weights."""
+        zero = self.zero
+        weights = {self.model.local_weight(shard).untyped_storage().data_ptr() for shard in self.model.shards}
+        buffers = [zero.averaged_gradients, zero.grad_partitions_flat_buffer, self.flat.coordinates]
+        memory.free([zero.fp32_partitioned_groups_flat, self.optimizer.state, *buffers], kept=weights)
+        zero.ipg_buckets.clear()
+        self._watched.clear()
+        memory.collect()
 
     def restored(self, step: int) -> None:
         zero = self.zero

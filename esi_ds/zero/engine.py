@@ -25,7 +25,7 @@ from esi_ds.models.folder import ModelSource
 from esi_ds.models.idle_experts import mend_grouped_product
 from esi_ds.models.roles import describe, expert_blocks, routers
 from esi_ds.models.rows import Together
-from esi_ds.zero import expert_parallel, runtime
+from esi_ds.zero import expert_parallel, memory, runtime
 from esi_ds.zero.loading import read_partitioned, read_replicated
 from esi_ds.zero.partitioned import attributes, partition_bounds, partition_group, partition_numel, whole_shape
 from esi_ds.zero.settings import with_prefetch
@@ -47,6 +47,7 @@ class ShardedModel:
     """
 
     together: Together | None = None
+    _is_closed = False
 
     def __init__(
         self,
@@ -209,6 +210,23 @@ class ShardedModel:
     def release(self) -> None:
         """Free every gathered parameter. Call after backward: the embedding's post-backward hook never fires."""
         self._offload.partition_all_parameters()
+
+    def close(self) -> None:
+        """Free the weights, buffers and gradients, and what the engine and its optimizer hold. No collectives.
+
+        The model cannot be used afterwards. Dropping the last reference frees nothing: hooks that DeepSpeed gives to
+        modules and parameters keep them for the life of the process.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.engine.destroy()
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        for parameter in map(attributes, self.module.parameters()):
+            tensors += [parameter.ds_tensor, parameter.ds_secondary_tensor]  # the latter is hpZ's
+        zero = self.engine.optimizer
+        memory.free([tensors, vars(zero), getattr(self.engine.basic_optimizer, "state", None)])
+        memory.collect()
 
     @contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter] | nn.Parameter) -> Iterator[None]:

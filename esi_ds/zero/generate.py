@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +14,7 @@ from esi_ds.models.decoding import greedy_ids
 from esi_ds.models.rows import Together, depends_on_neighbours, generation_logits, probe_ids
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.memory import tightest_free_bytes
 
 FILL = 0.8  # share of the free memory that the whole model may take during generation
 
@@ -25,7 +25,7 @@ def choose_mode(model: ShardedModel, mode: str) -> tuple[str, str]:
     mode: ``esi.generation``.
     """
     size = sum(layout.numel * model.by_name[layout.name].element_size() for layout in model.layouts)
-    free = -runtime.all_reduce_max(torch.tensor([-float(runtime.free_memory_bytes())], dtype=torch.float64)).item()
+    free = tightest_free_bytes()
     fits = size <= FILL * free
     what = "the model without other ranks' experts" if model.expert_parallel else "the whole model"
     reason = f"{what} takes {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on the tightest rank"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
@@ -13,8 +12,8 @@ from esi_ds.judge.classifier import model_class
 from esi_ds.judge.guard import Weights, WholeWeights
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.meta import DTYPES, complete_chunks, meta_model
-from esi_ds.zero import runtime
 from esi_ds.zero.engine import load_replicated, load_sharded
+from esi_ds.zero.memory import tightest_free_bytes
 
 SHARE = 0.25  # of a rank's free memory that a whole judge may take under `auto`
 
@@ -35,7 +34,7 @@ def _choose_placement(size: int, placement: str) -> tuple[str, str]:
 
     One all-reduce: the rank with the least free memory decides.
     """
-    free = -runtime.all_reduce_max(torch.tensor([-float(runtime.free_memory_bytes())], dtype=torch.float64)).item()
+    free = tightest_free_bytes()
     reason = f"it takes {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on the tightest rank"
     if placement == "auto":
         return ("replicated" if size <= SHARE * free else "sharded"), reason

@@ -306,12 +306,3 @@ def memory_bytes() -> int:
     import psutil
 
     return psutil.Process().memory_info().rss
-
-
-def free_memory_bytes() -> int:
-    """Free bytes for this rank: of the GPU, or its share of the host's free memory."""
-    if device().type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    import psutil
-
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))

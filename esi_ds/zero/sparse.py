@@ -24,7 +24,7 @@ from esi_ds.core.footprint import COMPACT_LIMIT
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Shard
 from esi_ds.models.rows import last_logits
-from esi_ds.zero import runtime
+from esi_ds.zero import memory, runtime
 from esi_ds.zero.checkpoint import Parts
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import ReducedGradients, take_gradient
@@ -284,6 +284,12 @@ class SparseTuner(Tuner):
                 segments = self.trained.segments(shard, values[self._state_ranges[shard.name]])
                 parts[f"{shard.parameter.name}/{key}"] += segments
         return parts
+
+    def close(self) -> None:
+        self.state.clear()
+        self._watched.clear()
+        del self.gradients
+        memory.collect()
 
     def restored(self, step: int) -> None:
         self.num_steps = step

@@ -78,6 +78,11 @@ class Tuner(ABC):
     def restored(self, step: int) -> None:
         """Continue after ``step`` updates, once the tensors of ``saved()`` have been filled from a checkpoint."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Free masters, moments, sums and positions; the model keeps its weights. Nothing can be trained or saved
+        afterwards. No collectives."""
+
     def _watch(self, shard: Shard) -> Tensor:
         """Some trained positions of a shard, int64, where its weights are."""
         total, weight = sum(other.numel for other in self.shards), self.model.local_weight(shard)

@@ -113,11 +113,12 @@ def test_killed_while_generating_nothing_is_generated_twice(folder: Path, undist
 
 def test_killed_while_scoring_same_bits_on_two_ranks_same_scores_on_one(folder: Path, undisturbed: Path) -> None:
     expected = tensors(undisturbed / "scores")
-    for name, ranks in (("scoring", 2), ("smaller", 1)):
-        job = Job(folder, name, 2, "metrics.jsonl 3")
+    for name, ranks, save_every in (("scoring", 2, 2), ("smaller", 1, 2), ("never-saved", 2, "auto")):
+        job = Job(folder, name, 2, "metrics.jsonl 3", save_every=save_every)
         job.kill_when(lambda job=job: num_lines(job.run / "metrics.jsonl") >= 3)
         assert not (job.run / "scores").exists()
-        again = Job(folder, name, ranks)
+        assert (job.run / "checkpoint").exists() == (save_every != "auto")
+        again = Job(folder, name, ranks, save_every=save_every)
         output = again.finish()
         assert "generating" not in output
         got = tensors(job.run / "scores")

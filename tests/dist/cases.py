@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,23 @@ import torch
 
 from esi_ds.cli import leave
 from esi_ds.zero import runtime
+
+
+def tensor_bytes() -> int:
+    """Bytes of all live tensors' storages in this process."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and not item.is_meta]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
+    return sum(storages.values())
+
+
+@contextmanager
+def frees_all() -> Iterator[None]:
+    """What the block has loaded is freed at its end: as many bytes of tensors live as before it."""
+    before = tensor_bytes()
+    yield
+    grown = tensor_bytes() - before
+    assert grown <= 0, f"{grown} bytes of tensors stay"
 
 
 def run_cases(run_case: Callable[[dict[str, Any]], None]) -> None:

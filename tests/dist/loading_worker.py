@@ -3,18 +3,20 @@
 argv: a JSON list of cases {"name", "model", "dtype", "class" (optional)}. The file holds logits, the whole parameters
 ("parameter.<name>") and the buffers ("buffer.<name>"), and its metadata "num_bytes", what the rank read of the weights,
 and "num_broadcasts", how often it took part in a broadcast until they were loaded; of a model that
-is refused, <name>-<rank>.txt has the message.
+is refused, <name>-<rank>.txt has the message. <name>-<rank>.json has the bytes of live tensors
+before the model was loaded, while it was there and once it was closed.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import torch
 import transformers
-from cases import run_cases
+from cases import run_cases, tensor_bytes
 from safetensors.torch import save_file
 
 from esi_ds.core.stored import StoredReader
@@ -59,6 +61,7 @@ def run_case(case: dict) -> None:
     path = Path(case["model"])
     target = path.parent / f"{case['name']}-{runtime.rank()}"
     settings = {**SETTINGS, "bf16": {"enabled": case["dtype"] == "bf16"}}
+    sizes = [tensor_bytes()]
     auto_class = getattr(transformers, case.get("class", "AutoModelForCausalLM"))
     broadcasts.clear()
     try:
@@ -78,6 +81,10 @@ def run_case(case: dict) -> None:
     tensors |= {f"buffer.{name}": buffer.clone() for name, buffer in model.module.named_buffers()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, target.with_suffix(".safetensors"), metadata=metadata)
+    del tensors
+    sizes.append(tensor_bytes())
+    model.close()
+    target.with_suffix(".json").write_text(json.dumps([*sizes, tensor_bytes()]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 import torch
-from cases import run_cases
+from cases import frees_all, run_cases
 from idle_kernels import spoil_kernels
 from transformers import AutoTokenizer
 
@@ -114,8 +114,10 @@ def run_case(case: dict) -> None:
     if case.get("wrong_fisher"):
         square_after_the_reduction()
     try:
-        inputs = prepare(config)
-        EsiRun(config, Options(), inputs, folder, settings, inputs.source).run()
+        with frees_all():
+            inputs = prepare(config)
+            EsiRun(config, Options(), inputs, folder, settings, inputs.source).run()
+            del inputs
     except UserError as error:
         assert case.get("error") and case["error"] in str(error), error
         return
@@ -125,6 +127,7 @@ def run_case(case: dict) -> None:
         path = config.model.path
         model = load_sharded(ModelSource(path), config.model.dtype, settings)
         export_model(model, folder.path / "model", AutoTokenizer.from_pretrained(path), "")
+        model.close()
 
 
 def keep_units(folder: Path, report: dict) -> None:

@@ -118,6 +118,14 @@ def test_equal_to_plain_loading(folder: Path, kind: str, dtype: str) -> None:
             assert torch.equal(tensors[name], tensor), name
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [case for case in CASES if "-".join(case) not in REFUSED])
+def test_a_closed_model_leaves_nothing(folder: Path, kind: str, dtype: str) -> None:
+    """Of a process that loads 18 models one after the other."""
+    for rank in range(RANKS):
+        before, loaded, after = json.loads((folder / f"{kind}-{dtype}-{rank}.json").read_text())
+        assert loaded > before >= after
+
+
 def counted(file: Path, what: str) -> int:
     with safe_open(file, "pt") as opened:
         return int(opened.metadata()[what])

@@ -10,7 +10,7 @@ products leave garbage in the gradients of experts without tokens.
 from __future__ import annotations
 
 import torch
-from cases import run_cases
+from cases import frees_all, run_cases
 from idle_kernels import spoil_kernels
 from safetensors.torch import save_file
 
@@ -29,6 +29,7 @@ from esi_ds.zero.dense import DenseTuner
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.sparse import CompactGradients, SparseTuner
 
+plain_run = training.Training.run
 ORIGINALS = {
     (SparseTuner, "__init__"): SparseTuner.__init__,
     (DenseTuner, "__init__"): DenseTuner.__init__,
@@ -45,14 +46,15 @@ def restore_originals() -> None:
         setattr(owner, name, value)
 
 
-def dump(run: TuneRun, loop: training.Training, *_: object) -> None:
-    """Instead of the report: masters and moments as a checkpoint holds them, norms, and the dtype's own bits."""
+def run_and_dump(loop: training.Training) -> None:
+    """Masters and moments as a checkpoint holds them, once all steps are made."""
+    plain_run(loop)
     saved = {
         key: torch.cat([values.detach() for _, values in parts]) for key, parts in loop.tuner.saved().items() if parts
     }
     save_file(
         {key: values for key, values in saved.items() if len(values)},
-        run.folder.path / f"state-{runtime.rank()}.safetensors",
+        loop.folder.parent / f"state-{runtime.rank()}.safetensors",
     )
 
 
@@ -112,9 +114,11 @@ def run_case(case: dict) -> None:
     if "drop" in case:
         drop(case["drop"])
     try:
-        inputs = prepare_tuning(config, case["stage"])
         settings = resolve_deepspeed(config, runtime.world_size(), case["stage"])
-        TuneRun(config, Options(), inputs, folder, settings, inputs.source).run()
+        with frees_all():
+            inputs = prepare_tuning(config, case["stage"])
+            TuneRun(config, Options(), inputs, folder, settings, inputs.source).run()
+            del inputs
     except (UserError, RuntimeError, AssertionError) as error:
         if case.get("error") is None:
             raise
@@ -126,7 +130,8 @@ def run_case(case: dict) -> None:
 def main() -> None:
     spoil_kernels()
     gradients.BUCKET_NUMEL = 2000  # of models this small, so that several reductions are in flight
-    tune_work.finish_tuning = dump
+    training.Training.run = run_and_dump
+    tune_work.finish_tuning = lambda *arguments: None  # pictures are tested elsewhere
     run_cases(run_case)
 
 

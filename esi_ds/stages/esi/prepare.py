@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.artifacts import file_sha256
-from esi_ds.config import Config, EsiClassifier, EsiGuard, scores_given
+from esi_ds.config import Config, EsiClassifier, EsiGuard
+from esi_ds.config_needs import scores_given
 from esi_ds.core.criteria import objectives
 from esi_ds.core.select import check_ratio, share_sizes
 from esi_ds.data.chat import (

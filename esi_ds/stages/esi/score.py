@@ -21,12 +21,12 @@ from esi_ds.config import Config
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.reading import check_type, reading
 from esi_ds.stages.interrupt import stop_requested
+from esi_ds.stages.saving import SaveClock
 from esi_ds.tracking import Tracker
 from esi_ds.zero import checkpoint, runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards
 
-SAVE_SHARE = 0.05  # `save_every: auto` spends at most this share of the time on saving
 Item = TypeVar("Item")  # an example of an objective: a prompt with its response, or a row
 NOT_FINITE = {
     "score": "the judge's score is not finite",
@@ -125,7 +125,8 @@ class ScoringPass:
     In the micro-batch at ``position``, reader r takes examples [position + r·B, position + (r+1)·B). All ranks are
     readers, except for objectives whose gradients must stay apart under expert parallelism. Every rank makes the same
     number of forward and backward passes; one without an example runs a filler whose gradient is zero.
-    first_step: number of examples in the passes before this one, where its metrics continue.
+    saves: the clock of all passes. earlier: the passes before this one, whose ends are saved with its first save.
+    first_step: number of examples in these, where its metrics continue.
     """
 
     def __init__(
@@ -135,13 +136,14 @@ class ScoringPass:
         objective: Objective[Any],
         folder: Path,
         tracker: Tracker,
-        first_step: int = 0,
+        saves: SaveClock,
+        earlier: Sequence[ScoringPass] = (),
     ):
         self.config, self.model, self.objective = config, model, objective
         self.gradients, self.folder, self.tracker = objective.gradients, folder, tracker
-        self.first_step = first_step
+        self.saves, self.earlier = saves, tuple(earlier)
+        self.first_step = sum(len(finished.objective.examples) for finished in self.earlier)
         self.state = PassState()
-        self._last_save, self._save_seconds = time.monotonic(), 0.0
         self._steps_since_save = 0
 
     @property
@@ -152,7 +154,8 @@ class ScoringPass:
     def run(self) -> PassState:
         """Run the pass, or what is left of it: of a finished pass the saved sums are read.
 
-        Collectives: those of every step. Raises Interrupted, and UserError where ``esi.on_nonfinite`` is ``stop``.
+        The end is not saved by itself: ``save`` does. Collectives: those of every step, and one gather of small
+        objects. Raises Interrupted, and UserError where ``esi.on_nonfinite`` is ``stop``.
         """
         self._restore()
         total = len(self.objective.examples)
@@ -168,8 +171,7 @@ class ScoringPass:
                 before = self.state.position
                 self._step()
                 bar.update(min(self.state.position, total) - before)
-        if self._steps_since_save:
-            self._save()
+        self.state.share()
         return self.state
 
     def _step(self) -> None:
@@ -183,7 +185,7 @@ class ScoringPass:
         local = StepTotals(
             norm_squared=self.gradients.take_norm_squared(),
             signals=float(stop_requested()),
-            saves=float(runtime.is_main() and self._save_is_due()),
+            saves=float(runtime.is_main() and self.saves.is_due(self._steps_since_save + 1)),
             scores=math.fsum(scores.values()),
             examples=float(len(scores)),
             values=sum(values),
@@ -197,8 +199,8 @@ class ScoringPass:
         self._steps_since_save += 1
         self._report(totals, time.monotonic() - started)
         interrupted = totals.signals > 0
-        if interrupted or totals.saves > 0:
-            self._save()
+        if interrupted or totals.saves > 0 and self.state.position < len(self.objective.examples):
+            self.save()
         if interrupted:
             progress = f"{self.state.position} {self.objective.unit}s{self.objective.source}"
             raise Interrupted(f"stopped by a signal after {progress}; start again to go on")
@@ -275,19 +277,19 @@ class ScoringPass:
         checkpoint.restore(saved, self.gradients.saved())
         self._steps_since_save = 0
 
-    def _save_is_due(self) -> bool:
-        """Rank 0 decides. This affects when something is written, never what."""
-        every = self.config.esi.save_every
-        if every != "auto":
-            return self._steps_since_save + 1 >= every
-        return time.monotonic() - self._last_save >= self._save_seconds / SAVE_SHARE
+    def save(self) -> None:
+        """Save what of this pass and of those before it is not saved yet. Collectives, for each that is saved: a
+        gather of small objects, and those of ``checkpoint.save``."""
+        with self.saves.saving():
+            for scoring in (*self.earlier, self):
+                scoring._save_rest()
 
-    def _save(self) -> None:
-        started = time.monotonic()
+    def _save_rest(self) -> None:
+        if self._steps_since_save == 0:
+            return
         self.state.share()
         checkpoint.save(self.folder, self.state.position, self.state.to_json(), self.gradients.saved())
-        self._last_save, self._steps_since_save = time.monotonic(), 0
-        self._save_seconds = self._last_save - started
+        self._steps_since_save = 0
 
     def _report(self, totals: StepTotals, seconds: float) -> None:
         count = int(totals.examples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ from esi_ds.stages.esi.score import Objective, PassState, ScoringPass
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.respond import respond, write_responses
 from esi_ds.stages.run import CHECKPOINTS, StageRun
-from esi_ds.zero import runtime
+from esi_ds.stages.saving import SaveClock
+from esi_ds.zero import memory, runtime
 from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
@@ -52,7 +54,11 @@ class EsiRun(StageRun[EsiInputs]):
 
     stage = "esi"
 
-    _first_step = 0  # where metrics.jsonl continues with the next pass
+    _passes: tuple[ScoringPass, ...] = ()  # begun or finished
+
+    @cached_property
+    def _saves(self) -> SaveClock:
+        return SaveClock(self.config.esi.save_every, self.config.run.save_every_min)
 
     def work(self) -> None:
         config, safety = self.config, self.inputs.safety
@@ -66,16 +72,21 @@ class EsiRun(StageRun[EsiInputs]):
             check_gradient(model, ids)
         self.begin(model)
         outcome = self._accumulate_safety(model, guard, safety) if safety else None
+        if guard is not None:
+            guard.close()
+            del guard
+            memory.collect()
         losses = [self._accumulate_loss(model, loss) for loss in self.inputs.losses]
         accumulated = {loss.name: loss.accumulated for loss in losses}
         if outcome is not None:
             accumulated["safety"] = outcome.accumulated
-        check_stop("everything scored")
+        check_stop("everything scored", self._passes[-1].save if self._passes else None)
         sigma = unit_sigmas(model)
         scores = score(model, config.select.criterion, accumulated, sigma, config.run.seed)
         if config.select.contrastive:
             self._contrast(model, scores, accumulated["benign"])
         finish_esi(self, model, scores, sigma, outcome, losses)
+        model.close()
 
     def _any_ids(self) -> list[int]:
         """Ids of some text that the model can read; none for a criterion without gradients."""
@@ -200,7 +211,7 @@ class EsiRun(StageRun[EsiInputs]):
         return LossOutcome(loss, accumulated, len(used), state.scores, state.excluded)
 
     def _run_pass(self, model: ShardedModel, objective: Objective[Any]) -> PassState:
-        """One pass. Its checkpoints stay until the run is done: a later pass may be interrupted too.
+        """One pass. Its checkpoints stay until the run is done, and its sums, which a later pass saves with its own.
 
         Raises UserError where the model is not causal. Collectives: those of the pass, and of ``zero.batching``.
         """
@@ -210,9 +221,9 @@ class EsiRun(StageRun[EsiInputs]):
         if objective.batch_size < batch_size:
             self.tracker.remark(f"one {objective.unit} a forward pass: its logits would depend on those beside it")
         folder = self.folder.path / CHECKPOINTS / objective.name
-        state = ScoringPass(self.config, model, objective, folder, self.tracker, self._first_step).run()
-        self._first_step += len(objective.examples)
-        return state
+        scoring = ScoringPass(self.config, model, objective, folder, self.tracker, self._saves, self._passes)
+        self._passes += (scoring,)
+        return scoring.run()
 
     def _accumulator_device(self) -> torch.device:
         """Where gradient sums are kept."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from esi_ds.config import ENDPOINT_ROUNDS, Config, require_eval
+from esi_ds.config import ENDPOINT_ROUNDS, Config
+from esi_ds.config_needs import require_eval
 from esi_ds.data.turns import prompt_text
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, TokenJudge, length_batches
 from esi_ds.eval.endpoint import Patience, Reply
@@ -31,7 +31,7 @@ from esi_ds.stages.evaluate.prepare import (
 from esi_ds.stages.interrupt import check_stop, stop_requested
 from esi_ds.stages.ledger import Key, Ledger
 from esi_ds.tracking import Bar, Tracker
-from esi_ds.zero import runtime
+from esi_ds.zero import memory, runtime
 from esi_ds.zero.placement import load_judge
 
 VERDICTS, VERDICT_KEY = "verdicts.jsonl", ("judge", "model", "set", "index")
@@ -245,8 +245,9 @@ def _ask_model(
             _running_rates(judge, judged, verdicts, tracker)
             bar.update(len(judged))
             check_stop(f"{len(verdicts.rows)} verdicts given")
+    weights.close()
     del reader, weights
-    gc.collect()
+    memory.collect()
 
 
 def _load(

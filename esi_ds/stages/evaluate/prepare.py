@@ -19,8 +19,8 @@ from esi_ds.config import (
     EvalYesNo,
     Model,
     label,
-    require_eval,
 )
+from esi_ds.config_needs import require_eval
 from esi_ds.data.chat import encode_data_prompt, load_chat_tokenizer, load_tokenizer, special_strings
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import QuestionSet, load_question_sets

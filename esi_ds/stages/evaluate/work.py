@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 
@@ -16,7 +15,7 @@ from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs
 from esi_ds.stages.interrupt import check_stop, stop_requested
 from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.run import StageRun
-from esi_ds.zero import runtime
+from esi_ds.zero import memory, runtime
 from esi_ds.zero.engine import load_replicated, load_sharded
 
 TASKS = "tasks.jsonl"
@@ -69,8 +68,7 @@ class EvalRun(StageRun[EvalInputs]):
         answer_all(model, candidate.name, candidate, sets, answers, self.config, section, self.tracker)
         if is_base:
             surprise_all(model, candidate, answers, surprises, self.config, section, self.tracker)
-        del model
-        gc.collect()
+        model.close()
 
     def _run_tasks(self) -> list[TaskRow]:
         """Results of lm-eval's tasks for every model; those on disk are not run again.
@@ -112,6 +110,6 @@ class EvalRun(StageRun[EvalInputs]):
                 bar.update(1)
                 check_stop(f"{len(ledger.rows)} tasks run")
             del model
-            gc.collect()
+            memory.collect()
         bar.close()
         return ledger.sort(order)

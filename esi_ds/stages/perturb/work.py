@@ -53,7 +53,7 @@ class PerturbRun(StageRun[PerturbInputs]):
         answer_all(model, CLEAN, candidate, sets, ledgers.answers, config, section, tracker)
         restored = self._answer_cells(model, ledgers.answers)
         surprise_all(model, candidate, ledgers.answers, ledgers.surprises, config, section, tracker)
-        del model
+        model.close()
         outcome = ledgers.judge(inputs.names, inputs.eval, config, self.deepspeed_config, tracker)
         finish_perturb(self, outcome, restored)
 

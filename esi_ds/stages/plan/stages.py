@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from esi_ds.config import Config, require_eval, resolved_yaml
+from esi_ds.config import Config, resolved_yaml
+from esi_ds.config_needs import require_eval
 from esi_ds.core.criteria import objectives
 from esi_ds.core.footprint import WEIGHT_BYTES
 from esi_ds.core.mask import num_bytes

@@ -18,6 +18,7 @@ from esi_ds.data.conversations import IGNORED, DataOrder, TokenSequence
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.reading import check_type, reading
 from esi_ds.stages.interrupt import stop_requested
+from esi_ds.stages.saving import SaveClock
 from esi_ds.stages.tune.prepare import TuningInputs
 from esi_ds.tracking import Tracker
 from esi_ds.zero import checkpoint, runtime
@@ -54,10 +55,11 @@ class Training:
     The loss of a step is the mean over all learnt tokens of its rows, whichever rank and micro-batch they are in. In
     every micro-batch each rank takes the next B positions of the data's order, in the order of the ranks.
 
-    inputs: the rows and the config's section. seed: of the rows' order. folder: of the checkpoints.
+    inputs: the rows and the config's section. seed: of the rows' order. folder: of the checkpoints. saves: says when;
+    the last step is not saved by itself, which ``save`` does.
     """
 
-    def __init__(self, inputs: TuningInputs, tuner: Tuner, seed: int, folder: Path, tracker: Tracker):
+    def __init__(self, inputs: TuningInputs, tuner: Tuner, seed: int, folder: Path, tracker: Tracker, saves: SaveClock):
         self.tune, self.tuner, self.folder, self.tracker = inputs.tune, tuner, folder, tracker
         self.pad = inputs.tokenizer.pad_token_id
         self.rows = inputs.rows.sequences
@@ -66,6 +68,7 @@ class Training:
         fraction = mix.fraction if mix is not None and inputs.benign is not None else 0.0
         self.order = DataOrder(len(self.rows), len(self.benign), fraction, seed)
         self.step, self.position = 0, 0  # updates made, rows read
+        self.saves, self._steps_since_save = saves, 0
 
     @property
     def stride(self) -> int:
@@ -116,14 +119,16 @@ class Training:
             self._refuse("gradient", set(error.ranks), [batch.row_names for batch in batches])
         self.step += 1
         self.position += self.stride
+        self._steps_since_save += 1
+        wants_save = runtime.is_main() and self.saves.is_due(self._steps_since_save)
         tokens = sum(len(sequence.ids) for batch in batches for sequence in batch.sequences)
         totals = runtime.all_reduce_sum(
-            torch.tensor([math.fsum(losses), tokens, stop_requested()], dtype=torch.float64)
+            torch.tensor([math.fsum(losses), tokens, stop_requested(), wants_save], dtype=torch.float64)
         ).tolist()
         self._report(totals[0], norm, lr, totals[1] / max(time.monotonic() - started, 1e-9))
         interrupted = totals[2] > 0
-        if interrupted or self.step % self.tune.save_every == 0 or self.step == self.tune.max_steps:
-            self._save()
+        if interrupted or totals[3] > 0 and self.step < self.tune.max_steps:
+            self.save()
         if interrupted:
             raise Interrupted(f"stopped by a signal after {self.step} steps; start again to go on")
 
@@ -178,9 +183,14 @@ class Training:
             },
         )
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Save what is not saved yet. Collectives: those of ``checkpoint.save``."""
+        if self._steps_since_save == 0:
+            return
         state = {"rows_read": self.position, "batch": self.stride}
-        checkpoint.save(self.folder, self.step, state, self.tuner.saved())
+        with self.saves.saving():
+            checkpoint.save(self.folder, self.step, state, self.tuner.saved())
+        self._steps_since_save = 0
 
     def _restore(self) -> None:
         """Continue from the newest checkpoint, if there is one. One broadcast and one barrier."""

@@ -23,6 +23,7 @@ from esi_ds.report.card import model_card
 from esi_ds.report.contents import TunedAnswerRow
 from esi_ds.stages.respond import GeneratedRow, by_index, generate_all, keep_in
 from esi_ds.stages.run import CHECKPOINTS, StageRun, check_mask_bits
+from esi_ds.stages.saving import SaveClock
 from esi_ds.stages.tune.drift import drift_rows, measure_before
 from esi_ds.stages.tune.finish import finish_tuning
 from esi_ds.stages.tune.prepare import TuningInputs
@@ -59,12 +60,17 @@ class TuneRun(StageRun[TuningInputs]):
         self._check_batches(model)
         measure_before(self, model)
         before = self._answers(model, "before") if inputs.eval is not None and inputs.eval.before else None
-        training = Training(inputs, make_tuner(), config.run.seed, self.folder.path / CHECKPOINTS, tracker)
+        saves = SaveClock(inputs.tune.save_every, config.run.save_every_min)
+        training = Training(inputs, make_tuner(), config.run.seed, self.folder.path / CHECKPOINTS, tracker, saves)
         training.run()
+        if inputs.questions:  # answers are kept as they come, and a restart must go on with the model that gave them
+            training.save()
+        training.tuner.close()  # the model's answers need its memory
         after = self._answers(model, "after")
         routing_drift = drift_rows(self, model)
         self._write_answers(before, after)
         patch_summary = self._export(model)
+        model.close()
         finish_tuning(self, training, patch_summary, self._read_answers(), routing_drift)
 
     def _load(self) -> tuple[ShardedModel, Callable[[], Tuner]]:

@@ -1,0 +1,61 @@
+"""What each stage needs of the config: sections that must be there, and data that would never be read."""
+
+from __future__ import annotations
+
+from esi_ds.config import Config, Eval, LossData, Perturb, Tune
+from esi_ds.core.criteria import objectives
+from esi_ds.errors import UserError
+
+
+def require_esi(config: Config) -> None:
+    """Raise UserError where a section that the criterion needs is missing, or where rows would never be read."""
+    criterion = config.select.criterion
+    needed = objectives(criterion, config.select.contrastive)
+    if "safety" in needed:
+        if config.judge is None and not scores_given(config):
+            remedy = f"criterion {criterion} needs a judge.path"
+            if config.esi.estimator == "score_function":
+                remedy += ', or a number "judge_score" in every row of data.responses'
+            raise UserError("judge", None, "is missing", remedy)
+        if config.data.prompts is None and config.data.responses is None:
+            raise UserError("data.prompts", None, "is missing", "give data.prompts.path, or data.responses")
+    for name, user, remedy in (
+        ("tuning", f"criterion {criterion}", "set select.criterion to tuning_grad, directed or conflict"),
+        ("benign", "select.contrastive", "set select.contrastive: true"),
+    ):
+        rows: LossData | None = getattr(config.data, name)
+        if rows is None and name in needed:
+            raise UserError(f"data.{name}", None, "is missing", f"{user} needs a data.{name}.path")
+        if rows is not None and name not in needed:
+            raise UserError(f"data.{name}.path", rows.path, "would never be read", f"{remedy}, or leave it out")
+
+
+def scores_given(config: Config) -> bool:
+    """Whether the judge's scores come with the responses, so that no judge is loaded."""
+    return config.judge is None and config.esi.estimator == "score_function" and config.data.responses is not None
+
+
+def require_tune(config: Config) -> Tune:
+    """The ``tune`` section, without which SET and SPA cannot run. Raises UserError."""
+    if config.tune is None:
+        raise UserError("tune", None, "is missing", "give tune.mask and tune.data.path")
+    benign = config.tune.data.benign
+    if benign is not None and benign.fraction == 1:
+        problem = "leaves no room for rows of tune.data"
+        raise UserError("tune.data.benign.fraction", 1.0, problem, "give a smaller share")
+    return config.tune
+
+
+def require_eval(config: Config) -> Eval:
+    """The ``eval`` section, without which an evaluation cannot run. Raises UserError where it names no prompts."""
+    section = config.eval
+    if section is None or not (section.prompts or section.benign or section.tasks):
+        raise UserError("eval", None, "asks nothing", "give eval.prompts.path, eval.benign.path or eval.tasks")
+    return section
+
+
+def require_perturb(config: Config) -> Perturb:
+    """The ``perturb`` section, without which a perturbation cannot run. Raises UserError."""
+    if config.perturb is None:
+        raise UserError("perturb", None, "is missing", "give perturb.mask")
+    return config.perturb
