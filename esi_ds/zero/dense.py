@@ -33,8 +33,8 @@ class DenseTuner(Tuner):
         # of bf16 gradients where the number of ranks is not a power of two.
         self.flat.gradient_scale = float(runtime.world_size())
         self._not_finite = torch.zeros((), dtype=torch.bool, device=runtime.device())
-        for shard in self.shards:
-            model.by_name[shard.name].register_hook(self._note_not_finite)
+        tensors = [model.by_name[shard.name] for shard in self.shards]
+        self._handles = [tensor.register_hook(self._note_not_finite) for tensor in tensors]
 
     def _note_not_finite(self, gradient: Tensor) -> None:
         """Look at this rank's gradient before it is reduced, because afterwards no rank can be named."""
@@ -74,10 +74,12 @@ class DenseTuner(Tuner):
         """See ``Tuner``. The engine goes on gathering weights."""
         zero = self.zero
         weights = {self.model.local_weight(shard).untyped_storage().data_ptr() for shard in self.model.shards}
-        buffers = [zero.averaged_gradients, zero.grad_partitions_flat_buffer, self.flat.coordinates]
-        memory.free([zero.fp32_partitioned_groups_flat, self.optimizer.state, *buffers], kept=weights)
-        zero.ipg_buckets.clear()
-        self._watched.clear()
+        buffers = [zero.fp32_partitioned_groups_flat, zero.averaged_gradients, zero.grad_partitions_flat_buffer]
+        memory.free([*buffers, self.optimizer.state], kept=weights)
+        for handle in self._handles:
+            handle.remove()
+        for references in (zero.ipg_buckets, self.flat.coordinates, self._watched):
+            references.clear()
         memory.collect()
 
     def restored(self, step: int) -> None:
