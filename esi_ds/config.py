@@ -190,6 +190,13 @@ class Data(Section):
     )
 
 
+BatchNumber = Annotated[int, Field(ge=1)]
+GENERATION_BATCH = (
+    "How many prompts a rank answers at a time; auto takes as many as fit into free memory, 64 at most; null means "
+    "auto on GPUs and batch_size on CPUs."
+)
+
+
 class Esi(Section):
     estimator: Literal["soft", "gumbel", "score_function", "paper_code"] = Field(
         "soft", description="How the gradient passes the sampled text; docs/method.md §1 defines the four."
@@ -197,7 +204,10 @@ class Esi(Section):
     temperature: float = Field(0.3, gt=0, description="The temperature of the softmax over the model's logits.")
     samples: int = Field(1, ge=1, description="How many noise draws estimator gumbel averages for each prompt.")
     max_new_tokens: int = Field(256, ge=1, description="The longest response to generate, in tokens.")
-    batch_size: int = Field(8, ge=1, description="How many prompts a rank scores in a micro-batch.")
+    batch_size: Literal["auto"] | BatchNumber = Field(
+        8, description="How many prompts a rank scores in a micro-batch; auto takes as many as fit into free memory."
+    )
+    generation_batch_size: Literal["auto"] | BatchNumber | None = Field(None, description=GENERATION_BATCH)
     save_scores: bool = Field(True, description="Whether to write scores/, which takes 4 bytes a weight.")
     on_nonfinite: Literal["skip", "stop"] = Field(
         "skip", description="Whether a gradient that is not finite drops its micro-batch or stops the run."
@@ -416,7 +426,8 @@ class Eval(Section):
         [], description="Tasks that lm-eval runs; they need the extra eval of this package."
     )
     max_new_tokens: int = Field(256, ge=1, description="The longest answer, in tokens.")
-    batch_size: int = Field(8, ge=1, description="How many prompts a rank answers at a time.")
+    batch_size: int = Field(8, ge=1, description="How many answers a rank judges or reads at a time.")
+    generation_batch_size: Literal["auto"] | BatchNumber | None = Field(None, description=GENERATION_BATCH)
 
 
 class Config(Section):

@@ -275,8 +275,10 @@ def _owned(config: Config, world_size: int, stage: str) -> list[tuple[str, Any, 
     else:
         name, section = ("esi", config.esi) if stage == "esi" else ("eval", config.eval)
         assert section is not None  # ``require_eval`` has seen it
-        size, accumulation = section.batch_size, 1
-        owners = (f"{name}.batch_size", "fixed in this stage", f"{name}.batch_size times the ranks")
+        # What `auto` will choose is not known yet, and means nothing to an engine without an optimizer.
+        size, accumulation = 1 if section.batch_size == "auto" else section.batch_size, 1
+        owner = f"{name}.batch_size, which is auto" if section.batch_size == "auto" else f"{name}.batch_size"
+        owners = (owner, "fixed in this stage", f"{name}.batch_size times the ranks")
     owned: list[tuple[str, Any, str]] = [
         ("train_micro_batch_size_per_gpu", size, owners[0]),
         ("gradient_accumulation_steps", accumulation, owners[1]),

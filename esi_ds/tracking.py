@@ -1,7 +1,7 @@
 """What a run shows while it runs: progress bar, metrics.jsonl, TensorBoard, DeepSpeed's monitors, log.txt.
 
 Only rank 0 writes. Tags are the same in every stage: ``progress/<phase>`` and ``speed/<phase>`` for every progress bar,
-then the stage's measurements.
+``tokens_per_second/<phase>`` where it counts tokens, then the stage's measurements.
 """
 
 from __future__ import annotations
@@ -40,9 +40,22 @@ class Monitor(Protocol):
 
 
 class Bar(tqdm):
-    """A progress bar with a listener."""
+    """A progress bar with a listener, which may also show how many tokens a second pass."""
 
     on_update: Callable[[Bar], None] | None = None
+    num_tokens = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Since the bar began; 0 where no tokens are counted."""
+        return self.num_tokens / max(self.format_dict["elapsed"] or 0.0, 1e-9)
+
+    def advance(self, n: int, num_tokens: int) -> None:
+        """``update`` by ``n`` units that had ``num_tokens`` tokens together, over all ranks."""
+        self.num_tokens += num_tokens
+        if not self.disable:
+            self.set_postfix_str(f"{self.tokens_per_second:,.0f} tokens/s", refresh=False)
+        self.update(n)
 
     def update(self, n: float | None = 1) -> bool | None:
         was_drawn = super().update(n)
@@ -115,6 +128,8 @@ class Tracker:
         values = {f"progress/{phase}": 100 * bar.n / max(bar.total, 1)}
         if seconds > 0:
             values[f"speed/{phase}"] = (bar.n - bar.initial) / seconds
+            if bar.num_tokens:
+                values[f"tokens_per_second/{phase}"] = bar.tokens_per_second
         self.points(int(bar.n), values)
 
     def log(self, line: str) -> None:

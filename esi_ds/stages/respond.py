@@ -14,6 +14,7 @@ from esi_ds.data.turns import Prompt
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.journal import Journal
 from esi_ds.models.folder import max_positions
+from esi_ds.stages.batch_sizes import GenerationBatch
 from esi_ds.stages.esi.prepare import PromptInputs
 from esi_ds.stages.interrupt import stop_requested
 from esi_ds.tracking import Tracker
@@ -87,6 +88,7 @@ def respond(
     model: ShardedModel,
     prompt_ids: Sequence[list[int] | str],
     folder: Path,
+    batch: GenerationBatch,
     tracker: Tracker,
 ) -> list[str]:
     """One response per prompt, the same list on every rank; "" for a prompt that cannot be answered.
@@ -104,7 +106,7 @@ def respond(
         answerable(dict(enumerate(prompt_ids)), length, limit)[0],
         done,
         max_new_tokens=length,
-        batch_size=config.esi.batch_size,
+        batch=batch,
         generation=config.esi.generation,
         keep=keep_in(Journal(folder / PARTIAL_NAME, GeneratedRow)),
         tracker=tracker,
@@ -135,7 +137,7 @@ def generate_all(
     done: dict[int, str],
     *,
     max_new_tokens: int,
-    batch_size: int,
+    batch: GenerationBatch,
     generation: str,
     keep: Callable[[dict[int, str]], None],
     tracker: Tracker,
@@ -158,6 +160,9 @@ def generate_all(
         total=len(prompt_ids), initial=len(prompt_ids) - len(waiting), unit="prompt", description=description
     )
     with ready_to_generate(model, mode), progress:
+        batch_size = batch.rows(model, mode, max_new_tokens)
+        if batch.size.note:
+            tracker.log(f"generating {batch.size.note}")
         batches, note = choose_batches(model, tokenizer, lengths, batch_size, mode)
         if note:
             tracker.remark(note)
@@ -165,13 +170,14 @@ def generate_all(
             mine = batches[start + rank] if start + rank < len(batches) else []
             # A rank without a prompt left repeats one: all ranks must run in step.
             rows = [prompt_ids[index] for index in mine or waiting[:1]]
-            texts: list[str] = []
+            texts, tokens = list[str](), 0
             if mine or in_step(model, mode):
-                texts = generate(model, tokenizer, rows, max_new_tokens, mode, end_ids)
-            gathered = runtime.gather_objects((dict(zip(mine, texts, strict=False)), stop_requested()))
-            new = {index: text for part, _ in gathered for index, text in part.items()}
+                texts, tokens = generate(model, tokenizer, rows, max_new_tokens, mode, end_ids)
+            local = dict(zip(mine, texts, strict=False)), tokens if mine else 0, stop_requested()
+            gathered = runtime.gather_objects(local)
+            new = {index: text for part, _, _ in gathered for index, text in part.items()}
             done.update(new)
             keep(new)
-            progress.update(len(new))
-            if any(signalled for _, signalled in gathered):
+            progress.advance(len(new), sum(count for _, count, _ in gathered))
+            if any(signalled for _, _, signalled in gathered):
                 raise Interrupted(f"stopped by a signal with {len(done)} responses generated; start again to go on")

@@ -8,14 +8,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from esi_ds import lock
-from esi_ds.artifacts import IDENTITY, RunFolder
-from esi_ds.config import Config
+from esi_ds.artifacts import IDENTITY, MANIFEST, RunFolder, read_manifest
+from esi_ds.config import Config, Esi, Eval
 from esi_ds.core.mask import Mask, metadata_sha256, refuse_problems
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import monitor_settings, resolve_deepspeed
@@ -26,6 +26,8 @@ from esi_ds.models.fingerprint import check_mask_weights, fingerprint, tensor_di
 from esi_ds.models.folder import ModelSource, checkpoint_folder
 from esi_ds.options import Options
 from esi_ds.peers import PeerWatch, own_process
+from esi_ds.reading import check_type, reading
+from esi_ds.stages.batch_sizes import KEY, BatchSize, GenerationBatch, generation_setting
 from esi_ds.stages.interrupt import listen
 from esi_ds.status import progress_of
 from esi_ds.tracking import Tracker
@@ -86,6 +88,7 @@ class StageRun(ABC, Generic[Inputs]):
         self.started = time.time()
         self._fingerprint: str | None = None  # of the model, once it is known
         self.notes: dict[str, Any] = {}  # further facts for the manifest
+        self.batch_sizes: dict[str, int] = {}  # that `auto` has chosen, by purpose
 
     @classmethod
     def start(
@@ -143,6 +146,7 @@ class StageRun(ABC, Generic[Inputs]):
         if runtime.is_main():
             self.folder.open(self.config)
             self.folder.identify()
+        self.batch_sizes = runtime.from_main(self._recorded_batch_sizes)
         runtime.seed_everything(self.config.run.seed)
         tracker = self.tracker = Tracker(
             self.folder.path,
@@ -185,6 +189,22 @@ class StageRun(ABC, Generic[Inputs]):
             ModelSource.of(section), section.dtype, self.deepspeed_config, make_optimizer, roles=section.roles
         )
 
+    def _recorded_batch_sizes(self) -> dict[str, int]:
+        """What the manifest of the interrupted run says. Raises UserError where that is something else."""
+        file = self.folder.path / MANIFEST
+        with reading("run.output_dir", file, "delete it to go on without what it says"):
+            return check_type(read_manifest(self.folder.path).get(KEY, {}), dict[str, int])
+
+    def batch_size(self, setting: int | Literal["auto"], purpose: str) -> BatchSize:
+        """A batch size of the config; what ``auto`` chooses goes into the manifest at once. To be used once the run has
+        begun. purpose: its key there."""
+        return BatchSize(setting, purpose, self.batch_sizes, lambda: self.record("running"))
+
+    def generation_batch(self, section: Esi | Eval, longest: int, purpose: str = "generation") -> GenerationBatch:
+        """``generation_batch_size`` of a section. longest: tokens of the longest prompt."""
+        setting = generation_setting(section.generation_batch_size, section.batch_size)
+        return GenerationBatch(self.batch_size(setting, purpose), longest)
+
     @property
     def fingerprint(self) -> str:
         """Of the model; known once the run has begun."""
@@ -224,7 +244,13 @@ class StageRun(ABC, Generic[Inputs]):
                 started=self.started,
                 model_fingerprint=self._fingerprint,
                 data=self.source,
-                notes={**runtime.compute_resources(), "hub_commits": hub.commits(), **self.notes, **self.remarks},
+                notes={
+                    **runtime.compute_resources(),
+                    "hub_commits": hub.commits(),
+                    **self.notes,
+                    **({KEY: self.batch_sizes} if self.batch_sizes else {}),
+                    **self.remarks,
+                },
             )
 
     @property

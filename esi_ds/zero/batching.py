@@ -1,4 +1,5 @@
-"""How many rows a sharded model reads at once outside generation; the model itself is asked (``models/rows.py``)."""
+"""How many rows a sharded model reads at once: as many as fit, and only rows that do not change each other's results,
+which the model itself is asked (``models/rows.py``)."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from esi_ds.core.batch import Rows, right_pad
+from esi_ds.core.batch_size import rows_that_fit
 from esi_ds.errors import UserError
 from esi_ds.judge.embeddings import embedding_module
 from esi_ds.models.rows import PROBE_LENGTH, depends_on_neighbours, is_causal, last_logits
 from esi_ds.reading import first_line
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.memory import tightest_free_bytes
 
 
 def reads_causally(model: ShardedModel, ids: Sequence[int], pad: int) -> bool:
@@ -96,6 +99,14 @@ def batch_size_for(model: ShardedModel, ids: Sequence[int], pad: int, batch_size
         return 1
     depends = depends_on_neighbours(lambda rows: _logits(model, rows, pad), ids)
     return 1 if runtime.any_rank(depends) else batch_size
+
+
+def fitting_rows(row: float, fixed: float) -> int:
+    """Rows of ``row`` bytes that fit into the memory that is free now on the tightest rank, beside ``fixed`` bytes.
+
+    One all-reduce.
+    """
+    return rows_that_fit(tightest_free_bytes(), row, fixed)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from esi_ds.core.footprint import gathered_tensors, transient, window_bytes
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.deepspeed_config import check_experts
 from esi_ds.errors import UserError
@@ -61,6 +62,7 @@ class ShardedModel:
             _keep_together(block)
         self.parameters = describe(module, full_shapes(module), roles)
         self.expert_parallel = expert_parallel.is_on(deepspeed_config)
+        self._zero_settings = deepspeed_config.get("zero_optimization", {})
         experts = [
             len({u.expert for u in p.units}) for p in self.parameters if p.units and p.units[0].expert is not None
         ]
@@ -176,6 +178,19 @@ class ShardedModel:
         runtime.synchronize()
         for tensor in self.by_name.values():
             attributes(tensor).ds_secondary_tensor = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight, and of what the model computes."""
+        return next(iter(self.by_name.values())).element_size()
+
+    def passing_bytes(self, backward: bool, recompute: bool = False) -> float:
+        """Bytes that a pass takes besides its rows: weights while they are gathered, and gradients in flight."""
+        size = self.engine._config.expert_parallel_config.autoep_size if self.expert_parallel else None
+        tensors = gathered_tensors(self.parameters, runtime.world_size(), size)
+        scored = {parameter.name: parameter.numel for parameter in self.parameters if parameter.scored and backward}
+        largest = transient(tensors, self.weight_bytes, scored, "esi", recompute=recompute or not backward)
+        return largest.total + window_bytes(tensors, self.weight_bytes, self._zero_settings)
 
     @property
     def num_logits(self) -> int:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from esi_ds.core.batch import Rows, left_pad
+from esi_ds.core.batch_size import WHOLE_SHARE
 from esi_ds.data.thoughts import decode_responses
 from esi_ds.models.decoding import greedy_ids
 from esi_ds.models.rows import Together, depends_on_neighbours, generation_logits, probe_ids
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.memory import tightest_free_bytes
-
-FILL = 0.8  # share of the free memory that the whole model may take during generation
 
 
 def choose_mode(model: ShardedModel, mode: str) -> tuple[str, str]:
@@ -26,7 +26,7 @@ def choose_mode(model: ShardedModel, mode: str) -> tuple[str, str]:
     """
     size = sum(layout.numel * model.by_name[layout.name].element_size() for layout in model.layouts)
     free = tightest_free_bytes()
-    fits = size <= FILL * free
+    fits = size <= WHOLE_SHARE * free
     what = "the model without other ranks' experts" if model.expert_parallel else "the whole model"
     reason = f"{what} takes {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on the tightest rank"
     if mode == "auto":
@@ -51,6 +51,13 @@ def ready_to_generate(model: ShardedModel, mode: str) -> Iterator[None]:
             model.release()
 
 
+class Generated(NamedTuple):
+    """Responses to a batch, and how many tokens they have together, end tokens not counted."""
+
+    texts: list[str]
+    num_tokens: int
+
+
 def generate(
     model: ShardedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -58,7 +65,7 @@ def generate(
     max_new_tokens: int,
     mode: str,
     end_ids: Collection[int],
-) -> list[str]:
+) -> Generated:
     """Greedy responses to a batch of prompts, given as token ids; text without special tokens but marks of thoughts.
 
     end_ids: the tokens that end a response. Collectives where ranks go ``in_step``: those of a forward pass per token,
@@ -73,7 +80,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         synced_gpus=in_step(model, mode),
     )
-    return decode_responses(tokenizer, responses)
+    return Generated(decode_responses(tokenizer, responses), sum(map(len, responses)))
 
 
 def choose_batches(

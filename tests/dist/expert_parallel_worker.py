@@ -42,7 +42,7 @@ def answer(case: dict) -> None:
                 texts = []
                 if mine < len(prompts) or in_step(model, mode):
                     rows = [prompts[mine if mine < len(prompts) else 0]]
-                    texts = generate(model, tokenizer, rows, 12, mode, [tokenizer.eos_token_id])
+                    texts = generate(model, tokenizer, rows, 12, mode, [tokenizer.eos_token_id]).texts
                 if mine < len(prompts):
                     assert said.setdefault(mine, texts[0]) == texts[0], "gathered and per token say different things"
     gathered = {index: text for part in runtime.gather_objects(said) for index, text in part.items()}

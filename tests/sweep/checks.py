@@ -132,7 +132,7 @@ def together(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, prompts: R
     texts: dict[int, str] = {}
     for numbers in batches:
         given = generate(model, tokenizer, [list(prompts[n]) for n in numbers], num_tokens, "gathered", end_ids=())
-        texts |= zip(numbers, given, strict=True)
+        texts |= zip(numbers, given.texts, strict=True)
     return [texts[number] for number in lengths]
 
 

@@ -202,8 +202,8 @@ def examples() -> list[Example]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_of_a_batch_of_responses_is_the_sum_of_its_rows(kind: str) -> None:
-    model, config, rows = build(kind), SimpleNamespace(esi=SimpleNamespace(batch_size=3)), examples()
-    objective = ScoreFunctionObjective(config, sharded(model), {0: 1.0, 1: -2.0, 2: 0.5}, rows, None, PAD)
+    model, rows = build(kind), examples()
+    objective = ScoreFunctionObjective(None, sharded(model), {0: 1.0, 1: -2.0, 2: 0.5}, rows, None, PAD, batch_size=3)
     logits, gradient, values = objective.forward(rows)
     logits.backward(gradient)
     together = gradients(model)
@@ -387,8 +387,8 @@ def test_prompts_are_answered_as_if_each_were_alone(kind: str) -> None:
     if expected is Together.EQUAL_LENGTH:
         assert batches == [[0, 2], [4], [3], [1]]
     for numbers in batches:
-        texts = generate(model, tokenizer, [PROMPTS[n] for n in numbers], 5, "gathered", end_ids=())
-        assert texts == [generate(model, tokenizer, [PROMPTS[n]], 5, "gathered", end_ids=())[0] for n in numbers]
+        texts = generate(model, tokenizer, [PROMPTS[n] for n in numbers], 5, "gathered", end_ids=()).texts
+        assert texts == [generate(model, tokenizer, [PROMPTS[n]], 5, "gathered", end_ids=()).texts[0] for n in numbers]
 
 
 def test_a_restart_makes_the_same_batches_of_what_is_left() -> None:

@@ -172,7 +172,7 @@ def test_an_evaluation_lists_what_is_not_asked(tokenizer: PreTrainedTokenizerFas
     )
     section = SimpleNamespace(max_new_tokens=LENGTH, batch_size=2)
     sets = [SimpleNamespace(name="set", prompts=prompts)]
-    answering.answer_all(None, "base", candidate, sets, ledger, CONFIG, section, None)
+    answering.answer_all(None, "base", candidate, sets, ledger, CONFIG, section, None, None)
     assert asked == {0: encoded["set", 0]}
     assert [row["index"] for row in rows] == [1, 2] and all(row["response"] is None for row in rows)
     assert "rejects it" in rows[0]["excluded"] and "no room for an answer" in rows[1]["excluded"]

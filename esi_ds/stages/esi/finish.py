@@ -39,6 +39,7 @@ from esi_ds.zero.routing import MAX_ROWS, frequencies, routing_choices
 from esi_ds.zero.score import Accumulated, Scores, Selection, select_weights, silent_experts
 from esi_ds.zero.statistics import log_histograms, unit_rows, unscored_numel
 
+ROUTED_ROWS = 8  # at a time, where `esi.batch_size` is auto
 NUM_SAMPLES = 8
 
 
@@ -158,7 +159,8 @@ def routing_rows(
     experts = {unit.expert for parameter in model.parameters for unit in parameter.units if unit.expert is not None}
     rows: list[RoutingRow] = []
     for name, (sequences, pad) in sets.items() if experts else ():
-        choices = routing_choices(model, sequences, pad, config.esi.batch_size)
+        at_once = ROUTED_ROWS if config.esi.batch_size == "auto" else config.esi.batch_size
+        choices = routing_choices(model, sequences, pad, at_once)
         for router, counts in frequencies(choices or {}, len(experts)).items():
             rows.append({"set": name, "layer": layer_of(router), "tokens": counts})
     return rows

@@ -32,13 +32,22 @@ class ResponseObjective(Objective[Example]):
     name, unit = "safety", "prompt"
 
     def __init__(
-        self, config: Config, model: ShardedModel, examples: Sequence[Example], gradients: GradientShards, pad: int
+        self,
+        config: Config,
+        model: ShardedModel,
+        examples: Sequence[Example],
+        gradients: GradientShards,
+        pad: int,
+        batch_size: int,
     ):
         self.config, self.model, self.examples, self.gradients, self.pad = config, model, examples, gradients, pad
-        self.batch_size = config.esi.batch_size
+        self.batch_size = batch_size
 
     def index(self, example: Example) -> int:
         return example.index
+
+    def num_tokens(self, example: Example) -> int:
+        return len(example.ids)
 
     def forward(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, list[float]]:
         """Teacher-forced logits [B, K, V], the surrogate's gradient with respect to them, and each row's value.
@@ -88,10 +97,10 @@ class SafetyObjective(ResponseObjective):
         examples: Sequence[Example],
         gradients: GradientShards,
         pad: int,
+        batch_size: int,
     ):
-        super().__init__(config, model, examples, gradients, pad)
+        super().__init__(config, model, examples, gradients, pad, min(batch_size, guard.max_batch or batch_size))
         self.guard, self.vocabulary = guard, vocabulary
-        self.batch_size = min(self.batch_size, guard.max_batch or self.batch_size)
         self._judgements: dict[int, Judgement] = {}
 
     def admit(self, examples: Sequence[Example]) -> dict[int, str]:
@@ -148,8 +157,9 @@ class ScoreFunctionObjective(ResponseObjective):
         examples: Sequence[Example],
         gradients: GradientShards,
         pad: int,
+        batch_size: int,
     ):
-        super().__init__(config, model, examples, gradients, pad)
+        super().__init__(config, model, examples, gradients, pad, batch_size)
         self._scores = scores
         self._advantages = advantages({index: score for index, score in scores.items() if math.isfinite(score)})
 
@@ -185,6 +195,9 @@ class LossObjective(Objective[TokenSequence]):
 
     def index(self, example: TokenSequence) -> int:
         return example.row
+
+    def num_tokens(self, example: TokenSequence) -> int:
+        return len(example.ids)
 
     def forward(self, examples: Sequence[TokenSequence]) -> tuple[Tensor, Tensor | None, list[float]]:
         """A loss, no gradient of its own, and the mean cross entropy of each row's learnt tokens."""

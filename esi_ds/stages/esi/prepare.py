@@ -133,7 +133,7 @@ def prepare_prompts(config: Config) -> PromptInputs | None:
     if "safety" not in objectives(config.select.criterion, config.select.contrastive):
         return None
     tokenizer = load_chat_tokenizer(source, config.model)
-    judge = prepare_judge(config.judge, config.esi.batch_size) if config.judge is not None else None
+    judge = prepare_judge(config.judge, config.esi.batch_size == 1) if config.judge is not None else None
     specials = special_strings(tokenizer, *([judge.tokenizer] if judge else []))
     return PromptInputs(
         model_config,
@@ -156,8 +156,8 @@ def _benign_prompts(config: Config) -> tuple[Prompt, ...]:
     return tuple(prompts)
 
 
-def prepare_judge(section: EsiGuard | EsiClassifier, batch_size: int) -> PreparedEsiJudge:
-    """The judge without its weights. Raises UserError where it cannot be asked, or not ``batch_size`` at a time."""
+def prepare_judge(section: EsiGuard | EsiClassifier, one_by_one: bool) -> PreparedEsiJudge:
+    """The judge without its weights. Raises UserError where it cannot be asked, or only ``one_by_one``."""
     source = ModelSource.of(section, "judge")
     tokenizer = load_tokenizer(source)
     judge_config = load_model_config(source)
@@ -165,11 +165,11 @@ def prepare_judge(section: EsiGuard | EsiClassifier, batch_size: int) -> Prepare
     if isinstance(section, EsiClassifier):
         rule = SequenceRule(section.template, section.unsafe_labels, section.multi_label)
         return _prepare_classifier(
-            section, classifier_family(section.template), rule, tokenizer, judge_config, batch_size
+            section, classifier_family(section.template), rule, tokenizer, judge_config, one_by_one
         )
     family = choose_family(section, tokenizer, judge_config)
     if family.reads == "labels":
-        return _prepare_classifier(section, family, family_rule(family), tokenizer, judge_config, batch_size)
+        return _prepare_classifier(section, family, family_rule(family), tokenizer, judge_config, one_by_one)
     encoder = PairEncoder(family, tokenizer, context=section.context, max_length=max_positions(judge_config))
     encoder.check_verdict()
     return PreparedEsiJudge(section, tokenizer, family, encoder, judge_config)
@@ -181,10 +181,10 @@ def _prepare_classifier(
     rule: SequenceRule,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
-    batch_size: int,
+    one_by_one: bool,
 ) -> PreparedEsiJudge:
     labels = read_rule(config, rule, "judge")
-    if config.get_text_config().pad_token_id is None and batch_size > 1:
+    if config.get_text_config().pad_token_id is None and not one_by_one:
         raise UserError(
             "judge.path",
             section.path,

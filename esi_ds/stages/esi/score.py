@@ -74,6 +74,7 @@ class StepTotals(NamedTuple):
     scores: float
     examples: float  # whose gradients were added
     values: float
+    tokens: float
 
 
 class Objective(ABC, Generic[Item]):
@@ -97,6 +98,10 @@ class Objective(ABC, Generic[Item]):
     @abstractmethod
     def index(self, example: Item) -> int:
         """The number that identifies the example in messages, in the saved state and in the run's files."""
+
+    @abstractmethod
+    def num_tokens(self, example: Item) -> int:
+        """Tokens that the model reads of an example."""
 
     def admit(self, examples: Sequence[Item]) -> dict[int, str]:
         """index → reason of the examples that cannot take part. examples: this rank's; also called without any."""
@@ -169,13 +174,13 @@ class ScoringPass:
         with self.gradients.collecting(), bar:
             while self.state.position < total:
                 before = self.state.position
-                self._step()
-                bar.update(min(self.state.position, total) - before)
+                tokens = self._step()
+                bar.advance(min(self.state.position, total) - before, tokens)
         self.state.share()
         return self.state
 
-    def _step(self) -> None:
-        """One micro-batch.
+    def _step(self) -> int:
+        """One micro-batch; returns the tokens of its examples, over all ranks.
 
         Collectives: the model's, two all-reduces of a few numbers, and those of a save where one is due.
         """
@@ -189,11 +194,12 @@ class ScoringPass:
             scores=math.fsum(scores.values()),
             examples=float(len(scores)),
             values=sum(values),
+            tokens=float(sum(map(self.objective.num_tokens, mine))),
         )
         totals = StepTotals(*runtime.all_reduce_sum(torch.tensor(local, dtype=torch.float64)).tolist())
         if not math.isfinite(totals.norm_squared):
             self._reject(mine)
-            return
+            return 0
         self.state.scores.update(scores)
         self.state.position += self.stride
         self._steps_since_save += 1
@@ -204,6 +210,7 @@ class ScoringPass:
         if interrupted:
             progress = f"{self.state.position} {self.objective.unit}s{self.objective.source}"
             raise Interrupted(f"stopped by a signal after {progress}; start again to go on")
+        return int(totals.tokens)
 
     def _my_examples(self) -> list[Any]:
         size, (_, reader) = self.objective.batch_size, self._readers

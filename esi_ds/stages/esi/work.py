@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
+from esi_ds.core.batch_size import scoring_bytes, surrogate_bytes
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import ClassifierGuard
 from esi_ds.judge.guard import Guard
 from esi_ds.judge.tokens import TokenGuard
 from esi_ds.judge.vocabulary import VocabularyMap
+from esi_ds.models.folder import max_positions
 from esi_ds.models.roles import unknown, warning
 from esi_ds.models.rows import probe_ids
+from esi_ds.models.widths import widths
+from esi_ds.stages.batch_sizes import longest_prompt
 from esi_ds.stages.esi.finish import LossOutcome, SafetyOutcome, finish_esi
 from esi_ds.stages.esi.judge_scores import judge_scores
 from esi_ds.stages.esi.losses import LossRows
@@ -42,7 +46,7 @@ from esi_ds.stages.respond import respond, write_responses
 from esi_ds.stages.run import CHECKPOINTS, StageRun
 from esi_ds.stages.saving import SaveClock
 from esi_ds.zero import memory, runtime
-from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient
+from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient, fitting_rows
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 from esi_ds.zero.placement import load_judge
@@ -106,7 +110,7 @@ class EsiRun(StageRun[EsiInputs]):
         else:
             kind = TokenGuard if judge.family.reads == "tokens" else Guard
             guard = kind(module, judge.tokenizer, section.score, weights)
-        if self.config.esi.batch_size > 1 and runtime.any_rank(guard.depends_on_neighbours(runtime.device())):
+        if self.config.esi.batch_size != 1 and runtime.any_rank(guard.depends_on_neighbours(runtime.device())):
             guard.max_batch = 1
             self.tracker.remark(
                 "the judge reads one response at a time: its score would depend on the responses beside it"
@@ -121,7 +125,9 @@ class EsiRun(StageRun[EsiInputs]):
         )
         prompts, num_broken = clean(inputs, data.prompts)
         prompt_ids = encode_prompts(inputs, config, prompts)
-        responses = respond(config, inputs, model, prompt_ids, self.folder.path, self.tracker)
+        longest = longest_prompt(prompt_ids, max_positions(inputs.model_config))
+        batch = self.generation_batch(config.esi, longest)
+        responses = respond(config, inputs, model, prompt_ids, self.folder.path, batch, self.tracker)
         cleaned, num_broken_responses = clean_responses(inputs, prompt_ids, responses)
         examples, excluded = encode_examples(inputs, prompt_ids, prompts, cleaned, config.esi.max_new_tokens)
         if not examples:
@@ -166,20 +172,22 @@ class EsiRun(StageRun[EsiInputs]):
         """The objective of ``esi.estimator``. ``score_function`` has every response judged first, and only scored."""
         config = self.config
         pad = inputs.tokenizer.pad_token_id
+        learnt = max(len(example.ids) for example in examples) - min(len(example.prompt_ids) for example in examples)
+        batch_size = self._scoring_batch("safety", model, max(len(example.ids) for example in examples), learnt, guard)
         if config.esi.estimator == "score_function":
-            scores = self._response_scores(guard, inputs, examples)
-            return ScoreFunctionObjective(config, model, scores, examples, gradients, pad)
+            scores = self._response_scores(guard, inputs, examples, batch_size)
+            return ScoreFunctionObjective(config, model, scores, examples, gradients, pad, batch_size)
         assert guard is not None  # require_esi: only score_function does without a judge
         vocabulary = VocabularyMap(inputs.tokenizer, guard.tokenizer, model.num_logits)
-        return SafetyObjective(config, model, guard, vocabulary, examples, gradients, pad)
+        return SafetyObjective(config, model, guard, vocabulary, examples, gradients, pad, batch_size)
 
     def _response_scores(
-        self, guard: Guard | None, inputs: PromptInputs, examples: Sequence[Example]
+        self, guard: Guard | None, inputs: PromptInputs, examples: Sequence[Example], batch_size: int
     ) -> dict[int, float]:
         """J by example index: of the guard, or as read with the responses."""
         if guard is not None:
             folder = self.folder.path / CHECKPOINTS
-            return judge_scores(guard, examples, self.config.esi.batch_size, folder, self.tracker)
+            return judge_scores(guard, examples, batch_size, folder, self.tracker)
         scores = inputs.data.scores
         assert scores is not None  # require_esi
         return {example.index: scores[example.index] for example in examples}
@@ -196,8 +204,10 @@ class EsiRun(StageRun[EsiInputs]):
                 loss.name, model, rows.sequences, SquaredGradientShards(model, device), loss.pad
             )
         else:
-            batch_size = self.config.esi.batch_size
-            objective = MeanLoss(loss.name, model, rows.sequences, GradientShards(model, device), loss.pad, batch_size)
+            gradients = GradientShards(model, device)
+            longest = max(len(sequence.ids) for sequence in rows.sequences)
+            batch_size = self._scoring_batch(loss.name, model, longest, longest)
+            objective = MeanLoss(loss.name, model, rows.sequences, gradients, loss.pad, batch_size)
         state = self._run_pass(model, objective)
         used = [sequence for sequence in rows.sequences if sequence.row not in state.excluded]
         if not used:
@@ -209,6 +219,30 @@ class EsiRun(StageRun[EsiInputs]):
             )
         accumulated = Accumulated(objective.gradients.sums, objective.count(used))
         return LossOutcome(loss, accumulated, len(used), state.scores, state.excluded)
+
+    def _scoring_batch(
+        self, purpose: str, model: ShardedModel, longest: int, learnt: int, guard: Guard | None = None
+    ) -> int:
+        """``esi.batch_size``, where it is ``auto`` as many rows as fit beside the sums of gradients, which are there.
+
+        longest: tokens of the longest row. learnt: how many of its last positions have logits. guard: which judges the
+        same rows first; its template is taken to double them. Collectives: at most one all-reduce.
+        """
+        recompute, size = self.config.model.gradient_checkpointing, self.batch_size(self.config.esi.batch_size, purpose)
+
+        def fitting() -> int:
+            sizes = widths(model.module.config)
+            row = scoring_bytes(sizes, model.weight_bytes, longest, learnt, recompute)
+            if guard is not None:
+                weight = guard.model.dtype.itemsize
+                row = max(row, scoring_bytes(widths(guard.model.config), weight, 2 * longest, 1, recompute=False))
+            fixed = model.passing_bytes(backward=True, recompute=recompute) + surrogate_bytes(sizes, learnt)
+            return fitting_rows(row, fixed)
+
+        number = size.resolve(fitting)
+        if size.note:
+            self.tracker.log(f"scoring ({purpose}) {size.note}")
+        return number
 
     def _run_pass(self, model: ShardedModel, objective: Objective[Any]) -> PassState:
         """One pass. Its checkpoints stay until the run is done, and its sums, which a later pass saves with its own.

@@ -12,6 +12,7 @@ from esi_ds.eval.fluency import surprises as measure_surprises
 from esi_ds.eval.rows import AnswerRow, SurpriseRow, answered
 from esi_ds.eval.verdicts import is_empty
 from esi_ds.models.rows import probe_ids
+from esi_ds.stages.batch_sizes import GenerationBatch
 from esi_ds.stages.evaluate.prepare import Candidate
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Key, Ledger
@@ -49,6 +50,7 @@ def answer_all(
     answers: Ledger[AnswerRow],
     config: Config,
     section: Eval,
+    batch: GenerationBatch,
     tracker: Tracker,
 ) -> None:
     """Add a row for every prompt that ``answers`` lacks, under ``name``; excluded are those that cannot be answered
@@ -95,7 +97,7 @@ def answer_all(
         {number: prompt_ids[row["set"], row["index"]] for number, row in enumerate(waiting)},
         {},
         max_new_tokens=length,
-        batch_size=section.batch_size,
+        batch=batch,
         generation=config.esi.generation,
         keep=keep,
         tracker=tracker,

@@ -8,6 +8,7 @@ import json
 from esi_ds.eval.rows import TaskRow
 from esi_ds.eval.tasks import run_tasks
 from esi_ds.models.meta import meta_parameters
+from esi_ds.stages.batch_sizes import longest_prompt
 from esi_ds.stages.evaluate.answering import answer_all, answer_keys, has_text, surprise_all
 from esi_ds.stages.evaluate.finish import finish_eval
 from esi_ds.stages.evaluate.ledgers import EvalLedgers
@@ -65,7 +66,9 @@ class EvalRun(StageRun[EvalInputs]):
         if is_answered and (not is_base or all(key in surprises.rows for key in texts)):
             return
         model = load_sharded(candidate.source, self.config.model.dtype, self.deepspeed_config)
-        answer_all(model, candidate.name, candidate, sets, answers, self.config, section, self.tracker)
+        longest = longest_prompt(candidate.prompt_ids.values(), candidate.max_positions)
+        batch = self.generation_batch(section, longest, f"generation, {candidate.name}")
+        answer_all(model, candidate.name, candidate, sets, answers, self.config, section, batch, self.tracker)
         if is_base:
             surprise_all(model, candidate, answers, surprises, self.config, section, self.tracker)
         model.close()

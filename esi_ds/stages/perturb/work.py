@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 
 from esi_ds.errors import UserError
 from esi_ds.eval.rows import AnswerRow
+from esi_ds.stages.batch_sizes import GenerationBatch, longest_prompt
 from esi_ds.stages.evaluate.answering import answer_all, answer_keys, surprise_all
 from esi_ds.stages.evaluate.ledgers import EvalLedgers
 from esi_ds.stages.ledger import Ledger
@@ -50,8 +51,9 @@ class PerturbRun(StageRun[PerturbInputs]):
         model = self._load()
         ledgers = EvalLedgers.open(self.folder.path)
         # With or without noise, the same prompts in the same batches.
-        answer_all(model, CLEAN, candidate, sets, ledgers.answers, config, section, tracker)
-        restored = self._answer_cells(model, ledgers.answers)
+        batch = self.generation_batch(section, longest_prompt(candidate.prompt_ids.values(), candidate.max_positions))
+        answer_all(model, CLEAN, candidate, sets, ledgers.answers, config, section, batch, tracker)
+        restored = self._answer_cells(model, ledgers.answers, batch)
         surprise_all(model, candidate, ledgers.answers, ledgers.surprises, config, section, tracker)
         model.close()
         outcome = ledgers.judge(inputs.names, inputs.eval, config, self.deepspeed_config, tracker)
@@ -72,7 +74,7 @@ class PerturbRun(StageRun[PerturbInputs]):
         self.tracker.log(f"mask: {mask.k:,} weights by {mask.header.criterion}; {len(self.inputs.cells)} cells")
         return model
 
-    def _answer_cells(self, model: ShardedModel, answers: Ledger[AnswerRow]) -> RestoredCells:
+    def _answer_cells(self, model: ShardedModel, answers: Ledger[AnswerRow], batch: GenerationBatch) -> RestoredCells:
         """Disturb, answer and restore for every cell that lacks answers.
 
         If the run was killed between a cell's last answer and the check of the weights, the cell is disturbed and
@@ -91,7 +93,7 @@ class PerturbRun(StageRun[PerturbInputs]):
                 continue
             tracker.log(f"cell {number} of {len(inputs.cells)}: {cell.name}, {counts[cell.name]:,} weights")
             with perturbed(model, selected, sigma, cell.noise, cell.seed):
-                answer_all(model, cell.name, inputs.candidate, sets, answers, self.config, section, tracker)
+                answer_all(model, cell.name, inputs.candidate, sets, answers, self.config, section, batch, tracker)
             if weights_digest(model) != digest:
                 raise RuntimeError(f"the weights are not what they were before {cell.name}")
             checked.add([{"cell": cell.name, "restored": True}])

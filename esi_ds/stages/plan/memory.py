@@ -100,7 +100,8 @@ def describe_work(
     """
     text, tune = model_config.get_text_config(), config.tune
     if stage == "esi" or tune is None:
-        tokens, accumulation = config.esi.batch_size * 2 * config.esi.max_new_tokens, 1
+        rows = 1 if config.esi.batch_size == "auto" else config.esi.batch_size
+        tokens, accumulation = rows * 2 * config.esi.max_new_tokens, 1
     else:
         tokens, accumulation = tune.batch_size * tune.max_length, tune.gradient_accumulation
     return Work(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from esi_ds.config import Config, resolved_yaml
 from esi_ds.config_needs import require_eval
@@ -21,11 +22,14 @@ from esi_ds.options import Options
 from esi_ds.report.contents import Facts
 from esi_ds.stages.evaluate.prepare import EvalInputs
 from esi_ds.stages.perturb.prepare import PerturbInputs
-from esi_ds.stages.plan.memory import describe_work, expected_trained, print_bytes, readable, topology
+from esi_ds.stages.plan.batches import EsiBatches, Rows, esi_batches, generation_rows
+from esi_ds.stages.plan.memory import GIB, describe_work, expected_trained, print_bytes, readable, topology
 from esi_ds.stages.plan.notes import count_prompts, count_responses, count_rows
 
 
-def plan(config: Config, parameters: tuple[Parameter, ...], world_size: int, notes: list[str]) -> Facts:
+def plan(
+    config: Config, parameters: tuple[Parameter, ...], world_size: int, batches: EsiBatches, notes: list[str]
+) -> Facts:
     """What ESI would do: logical matrices, k, passes, bytes on disk. Adds to ``notes`` what cannot be reached."""
     total = sum(parameter.numel for parameter in parameters)
     scored = [parameter for parameter in parameters if parameter.scored]
@@ -47,8 +51,8 @@ def plan(config: Config, parameters: tuple[Parameter, ...], world_size: int, not
         if len(names) > 1:
             facts["sums of gradients"] = f"{len(names)} sums: {', '.join(names)}"
         if "safety" in names:
-            facts |= _passes(config, world_size, notes)
-        facts |= _loss_passes(config, names, world_size, notes)
+            facts |= _passes(config, world_size, batches, notes)
+        facts |= _loss_passes(config, names, world_size, batches.tuning, notes)
         facts["checkpoint on disk"] = readable(4 * num_scored * len(names))
     if config.esi.save_scores:
         facts["scores on disk"] = readable(4 * num_scored)
@@ -64,7 +68,7 @@ def _k(config: Config, parameters: tuple[Parameter, ...]) -> int:
     return model_k(parameters, config.select.ratio, config.select.of)
 
 
-def _passes(config: Config, world_size: int, notes: list[str]) -> Facts:
+def _passes(config: Config, world_size: int, batches: EsiBatches, notes: list[str]) -> Facts:
     """Prompts, and the forward and backward passes that each rank makes over them."""
     section, path = config.data.prompts, config.data.responses
     if path is not None:
@@ -72,22 +76,25 @@ def _passes(config: Config, world_size: int, notes: list[str]) -> Facts:
     else:
         assert section is not None  # require_esi
         count = count_prompts(section, "data.prompts", notes)
+    answered: Facts = {"answered at a time": str(batches.generation)} if path is None else {}
     if count is None:
-        return {"prompts": "not known"}
-    stride = config.esi.batch_size * world_size
+        return {"prompts": "not known", **answered}
+    size, is_auto = batches.scoring.number, batches.scoring.is_auto
+    stride = size * world_size
     passes = -(-count // stride)
     work = "each one forward and backward of the judge and of the model"
     if config.esi.estimator == "score_function":
         judged = "" if config.judge is None else ", after one forward of the judge"
         work = f"each one forward and backward of the model{judged}"
-    return {
+    facts: Facts = {
         "prompts": count,
-        "passes": f"{passes} of {config.esi.batch_size} prompts per rank ({stride} together), {work}",
-        "batches to generate": 0 if path is not None else passes,
+        "passes": f"{passes} of {size}{' (auto)' * is_auto} prompts per rank ({stride} together), {work}",
+        "batches to generate": 0 if path is not None else -(-count // (batches.generation.number * world_size)),
     }
+    return facts | answered
 
 
-def _loss_passes(config: Config, names: Sequence[str], world_size: int, notes: list[str]) -> Facts:
+def _loss_passes(config: Config, names: Sequence[str], world_size: int, tuning: Rows, notes: list[str]) -> Facts:
     """Rows of each loss, and the passes over them. Rows are counted, not read as conversations."""
     facts: Facts = {}
     for name in names:
@@ -97,7 +104,7 @@ def _loss_passes(config: Config, names: Sequence[str], world_size: int, notes: l
         if count is None:
             facts[f"{name} rows"] = "not known"
             continue
-        size = 1 if name == "benign" else config.esi.batch_size  # F is made of single rows' gradients
+        size = 1 if name == "benign" else tuning.number  # F is made of single rows' gradients
         facts[f"{name} rows"] = count
         facts[f"{name} passes"] = (
             f"{-(-count // (size * world_size))} of {size} rows per rank ({size * world_size} together), each one "
@@ -109,7 +116,7 @@ def _loss_passes(config: Config, names: Sequence[str], world_size: int, notes: l
 def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> None:
     """The resolved config, then which models an evaluation would ask what, and who would judge."""
     section, world_size = require_eval(config), options.world_size or 1
-    resolve_deepspeed(config, world_size, "eval")
+    settings = resolve_deepspeed(config, world_size, "eval")
     print(resolved_yaml(config))
     facts: Facts = {"ranks": world_size}
     for model in inputs.models:
@@ -117,7 +124,17 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
         total = sum(parameter.numel for parameter in parameters)
         against = f", compared with {model.before}" if model.before else ""
         whole = readable(WEIGHT_BYTES[config.model.dtype] * total)
-        facts[f"model {model.name}"] = f"{total:,} weights, {whole} whole{against}"
+        rows = generation_rows(
+            section.generation_batch_size,
+            parameters,
+            model.config,
+            WEIGHT_BYTES[config.model.dtype],
+            world_size,
+            settings,
+            options.gpu_memory_gib * GIB,
+            section.max_new_tokens,
+        )
+        facts[f"model {model.name}"] = f"{total:,} weights, {whole} whole{against}; answers {rows}"
     for prompt_set in inputs.sets:
         row = prompt_set.as_row()
         facts[f"{row['kind']} set {row['set']}"] = f"{row['read']:,} prompts, {sum(row['skipped'].values()):,} skipped"
@@ -131,15 +148,26 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
 
 def print_perturb_plan(config: Config, options: Options, inputs: PerturbInputs) -> None:
     """The resolved config, then how many disturbed models would answer how many prompts."""
-    section = require_eval(config)
-    resolve_deepspeed(config, options.world_size or 1, "perturb")
+    section, world_size, candidate = require_eval(config), options.world_size or 1, inputs.candidate
+    settings = resolve_deepspeed(config, world_size, "perturb")
     print(resolved_yaml(config))
+    rows = generation_rows(
+        section.generation_batch_size,
+        meta_parameters(candidate.config, candidate.source, dtype=config.model.dtype),
+        candidate.config,
+        WEIGHT_BYTES[config.model.dtype],
+        world_size,
+        settings,
+        options.gpu_memory_gib * GIB,
+        section.max_new_tokens,
+    )
     count = sum(len(prompt_set.prompts) for prompt_set in inputs.eval.sets)
     facts: Facts = {
         "mask": f"{inputs.mask.k:,} weights by {inputs.mask.header.criterion}",
         "scores": inputs.scores or "not needed",
         "cells": f"{len(inputs.cells)}, and the model without noise",
         "answers": f"{count * (len(inputs.cells) + 1):,}, at most {section.max_new_tokens} tokens each",
+        "answered at a time": str(rows),
         "judges": ", ".join(judge.name for judge in inputs.eval.judges),
     }
     print_facts(facts)
@@ -147,21 +175,22 @@ def print_perturb_plan(config: Config, options: Options, inputs: PerturbInputs) 
 
 def print_plan(config: Config, options: Options) -> None:
     """The resolved config, then what ESI would do, and the memory and traffic of it."""
-    ranks, source = topology(options).ranks, ModelSource.of(config.model)
-    resolve_deepspeed(config, ranks)
+    cluster, source = topology(options), ModelSource.of(config.model)
+    settings = resolve_deepspeed(config, cluster.ranks)
     model_config = load_model_config(source)
     parameters = meta_parameters(model_config, source, config.model.roles, config.model.dtype)
     check_ratio(config.select.ratio, share_sizes(parameters, config.select.of, config.select.scope), "select.ratio")
     notes: list[str] = []
-    facts = plan(config, parameters, ranks, notes)
+    trained = expected_trained(config, parameters)
+    work = describe_work(config, "esi", model_config, parameters, trained, cluster.ranks)
+    batches = esi_batches(config, work, model_config, cluster, settings, options.gpu_memory_gib * GIB)
+    facts = plan(config, parameters, cluster.ranks, batches, notes)
     print(resolved_yaml(config))
     print_facts(facts)
     for note in notes:
         print(f"NOTE: {note}")
-    trained = expected_trained(config, parameters)
-    print_bytes(
-        config, options, "esi", describe_work(config, "esi", model_config, parameters, trained, ranks), model_config
-    )
+    tokens = 2 * config.esi.max_new_tokens * batches.scoring.number
+    print_bytes(config, options, "esi", replace(work, tokens=tokens), model_config)
 
 
 def print_facts(facts: Facts) -> None:

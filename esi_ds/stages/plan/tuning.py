@@ -15,7 +15,17 @@ from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.report.contents import Facts
-from esi_ds.stages.plan.memory import describe_work, expected_trained, is_compact, known_trained, print_bytes, topology
+from esi_ds.stages.plan.batches import generation_rows
+from esi_ds.stages.plan.footprints import footprint
+from esi_ds.stages.plan.memory import (
+    GIB,
+    describe_work,
+    expected_trained,
+    is_compact,
+    known_trained,
+    print_bytes,
+    topology,
+)
 from esi_ds.stages.plan.notes import count_prompts, count_rows
 from esi_ds.stages.plan.stages import print_facts
 from esi_ds.stages.tune.prepare import check_routers, describe_trained, prepare_tuning
@@ -31,7 +41,7 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
     """
     tune = require_tune(config)
     source, ranks = ModelSource.of(config.model), topology(options).ranks
-    resolve_deepspeed(config, ranks, stage)
+    settings = resolve_deepspeed(config, ranks, stage)
     model_config = load_model_config(source)
     parameters = meta_parameters(model_config, source, config.model.roles, config.model.dtype)
     check_routers(tune, parameters)
@@ -49,12 +59,26 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
     counts = known_trained(trained, parameters) if trained else expected_trained(config, parameters)
     print(resolved_yaml(config))
     facts = _weight_facts(config, stage, parameters, trained, counts) | {"ranks": ranks, "rows": rows}
-    print_facts(facts | {"steps": _steps(tune, ranks, num_rows)})
+    facts |= {"steps": _steps(tune, ranks, num_rows)}
+    work = describe_work(config, stage, model_config, parameters, counts, ranks)
+    if config.eval is not None and (config.eval.prompts or config.eval.benign):
+        held = footprint(work, stage, topology(options), settings).resident
+        answered = generation_rows(
+            config.eval.generation_batch_size,
+            parameters,
+            model_config,
+            work.weight,
+            ranks,
+            settings,
+            options.gpu_memory_gib * GIB,
+            config.eval.max_new_tokens,
+            held.total - held.weights,
+        )
+        facts |= {"answered at a time": str(answered)}
+    print_facts(facts)
     for note in notes:
         print(f"NOTE: {note}")
-    print_bytes(
-        config, options, stage, describe_work(config, stage, model_config, parameters, counts, ranks), model_config
-    )
+    print_bytes(config, options, stage, work, model_config)
 
 
 def _missing_files(config: Config, tune: Tune) -> list[str]:

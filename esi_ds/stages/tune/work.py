@@ -18,9 +18,10 @@ from esi_ds.errors import UserError
 from esi_ds.eval.refusals import is_refusal
 from esi_ds.journal import Journal
 from esi_ds.models.fingerprint import tensor_digests
-from esi_ds.models.folder import ModelSource, checkpoint_folder
+from esi_ds.models.folder import ModelSource, checkpoint_folder, max_positions
 from esi_ds.report.card import model_card
 from esi_ds.report.contents import TunedAnswerRow
+from esi_ds.stages.batch_sizes import longest_prompt
 from esi_ds.stages.respond import GeneratedRow, by_index, generate_all, keep_in
 from esi_ds.stages.run import CHECKPOINTS, StageRun, check_mask_bits
 from esi_ds.stages.saving import SaveClock
@@ -156,6 +157,9 @@ class TuneRun(StageRun[TuningInputs]):
         answers: Answers = {}
         if section is None:
             return answers
+        limit = max_positions(inputs.model_config)
+        longest = max((longest_prompt(ids.values(), limit) for ids in inputs.question_ids.values()), default=1)
+        batch = self.generation_batch(section, longest)  # the same before and after
         for name, prompt_ids in inputs.question_ids.items():
             journal = Journal(self.folder.path / f"answers.{name}.{when}.partial.jsonl", GeneratedRow)
             responses = runtime.from_main(partial(by_index, journal))
@@ -166,7 +170,7 @@ class TuneRun(StageRun[TuningInputs]):
                 prompt_ids,
                 responses,
                 max_new_tokens=section.max_new_tokens,
-                batch_size=section.batch_size,
+                batch=batch,
                 generation="auto",
                 keep=keep_in(journal),
                 tracker=self.tracker,

@@ -1,0 +1,67 @@
+"""How many rows fit into memory, from the widths of an architecture alone: what ``auto`` batch sizes are made of.
+
+The formulas (docs/scaling.md) err on the side of fewer rows. Nothing here allocates a tensor or communicates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esi_ds.core.footprint import FP32
+
+MOST_ROWS = 64
+WHOLE_SHARE = 0.8  # of the free memory that the whole model may take during generation
+USABLE = 0.8  # share of the free memory; the rest is for fragments, workspaces and what the formulas leave out
+# Values that autograd keeps for each token and layer, in units of the width: norms keep their input and its fp32 copy,
+# attention its inputs, queries and output, the residual stream its sums; the MLP gate, up, activation and product.
+KEPT_HIDDEN, KEPT_INNER = 16, 5
+LOGIT_COPIES = 5  # fp32 copies of one row's logits while its surrogate is computed
+
+
+@dataclass(frozen=True)
+class Widths:
+    """layers: number. hidden: width of a token. inner: width of the MLP, or of all experts that a token reaches.
+    cache: keys and values of a token in one layer. vocabulary: number of logits."""
+
+    layers: int
+    hidden: int
+    inner: int
+    cache: int
+    vocabulary: int
+
+
+def generation_bytes(widths: Widths, weight: int, prompt: int, new: int) -> int:
+    """Of one row: the cache of all its tokens, one layer's activations on the prompt, and the logits in fp32 beside.
+
+    weight: bytes of a value in the model's precision. prompt, new: tokens.
+    """
+    tokens = prompt + new
+    cache = weight * widths.layers * widths.cache * tokens
+    grown = weight * widths.cache * tokens  # of the layer whose cache is being copied to a longer one
+    layer = (weight * KEPT_INNER * widths.inner + FP32 * 2 * widths.hidden) * prompt
+    return cache + grown + layer + 2 * (weight + FP32) * widths.vocabulary
+
+
+def scoring_bytes(widths: Widths, weight: int, tokens: int, learnt: int, recompute: bool) -> int:
+    """Of one row in a forward and backward pass: what autograd keeps, and logits with their gradient.
+
+    tokens: of the row. learnt: how many of its last tokens have logits. recompute: whether activations are.
+    """
+    layer = weight * (KEPT_HIDDEN * widths.hidden + KEPT_INNER * widths.inner + widths.cache) * tokens
+    kept = weight * widths.layers * widths.hidden * tokens + layer if recompute else widths.layers * layer
+    return kept + 2 * weight * widths.vocabulary * learnt
+
+
+def surrogate_bytes(widths: Widths, learnt: int) -> int:
+    """Of the whole batch, whose rows take turns: the fp32 copies of one row's logits."""
+    return LOGIT_COPIES * FP32 * widths.vocabulary * learnt
+
+
+def rows_that_fit(free: float, row: float, fixed: float = 0.0) -> int:
+    """The largest power of two, at most ``MOST_ROWS``, of rows that fit into the usable part of ``free`` bytes beside
+    ``fixed``; 1 where not even one fits. A power of two seldom changes with the few bytes by which ranks and starts
+    differ."""
+    room, rows = USABLE * free - fixed, MOST_ROWS
+    while rows > 1 and rows * row > room:
+        rows //= 2
+    return rows

@@ -1,0 +1,110 @@
+"""What ``auto`` batch sizes would be on GPUs of a given size, from shapes alone (``core/batch_size.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PretrainedConfig
+
+from esi_ds.config import Config
+from esi_ds.core.batch_size import (
+    WHOLE_SHARE,
+    generation_bytes,
+    rows_that_fit,
+    scoring_bytes,
+    surrogate_bytes,
+)
+from esi_ds.core.footprint import WEIGHT_BYTES, Topology, gathered_tensors, transient, window_bytes
+from esi_ds.core.units import Parameter
+from esi_ds.deepspeed_config import expert_parallel_size
+from esi_ds.models.widths import widths
+from esi_ds.stages.plan.footprints import Work, footprint
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that a rank takes at a time. is_auto: chosen from the memory of the planned GPU."""
+
+    number: int
+    is_auto: bool
+
+    def __str__(self) -> str:
+        chosen = " (auto, with prompts as long as answers; a run goes by the memory that is free)"
+        return f"{self.number} prompts per rank{chosen if self.is_auto else ''}"
+
+
+def generation_rows(
+    setting: int | Literal["auto"] | None,
+    parameters: Sequence[Parameter],
+    model_config: PretrainedConfig,
+    weight: int,
+    ranks: int,
+    settings: Mapping[str, Any],
+    gpu: float,
+    new_tokens: int,
+    beside: float = 0.0,
+) -> Rows:
+    """Prompts that a rank would answer at a time. Prompts are taken to be as long as answers.
+
+    setting: ``generation_batch_size``. weight: bytes of one. settings: of DeepSpeed. gpu: bytes of its memory. beside:
+    bytes of it that something else than the model takes.
+    """
+    if isinstance(setting, int):
+        return Rows(setting, False)
+    tensors = gathered_tensors(parameters, ranks, expert_parallel_size(settings))
+    whole = weight * sum(tensor.numel for tensor in tensors)
+    free = gpu - beside - weight * sum(tensor.shard for tensor in tensors)
+    fixed = 0.0
+    if whole <= WHOLE_SHARE * free:
+        free -= whole
+    else:
+        fixed = transient(tensors, weight, {}, "esi").total
+        fixed += window_bytes(tensors, weight, settings["zero_optimization"])
+    row = generation_bytes(widths(model_config), weight, new_tokens, new_tokens)
+    return Rows(rows_that_fit(free, row, fixed), True)
+
+
+@dataclass(frozen=True)
+class EsiBatches:
+    """generation, scoring, tuning: prompts that a rank answers and scores at a time, and rows of ``data.tuning``."""
+
+    generation: Rows
+    scoring: Rows
+    tuning: Rows
+
+
+def esi_batches(
+    config: Config,
+    work: Work,
+    model_config: PretrainedConfig,
+    cluster: Topology,
+    settings: Mapping[str, Any],
+    gpu: float,
+) -> EsiBatches:
+    """Of an ESI run. settings: of DeepSpeed, resolved. gpu: bytes of its memory."""
+    section, new_tokens = config.esi, config.esi.max_new_tokens
+    weight = WEIGHT_BYTES[config.model.dtype]
+    generation = generation_rows(
+        section.generation_batch_size,
+        work.parameters,
+        model_config,
+        weight,
+        cluster.ranks,
+        settings,
+        gpu,
+        new_tokens,
+        work.judge,
+    )
+    longest = config.data.tuning.max_length if config.data.tuning is not None else 1
+    sizes, needed = widths(model_config), footprint(work, "esi", cluster, settings)
+
+    def fitting(tokens: int, learnt: int) -> Rows:
+        if section.batch_size != "auto":
+            return Rows(section.batch_size, False)
+        row = scoring_bytes(sizes, weight, tokens, learnt, work.recompute)
+        fixed = needed.transient.total + needed.window + surrogate_bytes(sizes, learnt)
+        return Rows(rows_that_fit(gpu - needed.resident.total - needed.judge, row, fixed), True)
+
+    return EsiBatches(generation, fitting(2 * new_tokens, new_tokens), fitting(longest, longest))
