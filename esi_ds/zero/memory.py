@@ -39,8 +39,12 @@ def free(held: object, kept: Collection[int] = ()) -> None:
             if tensor is None or tensor.is_meta:
                 continue
             storage = tensor.untyped_storage()
-            if storage.resizable() and storage.data_ptr() not in kept:
+            if storage.data_ptr() in kept:
+                continue
+            if storage.resizable():
                 storage.resize_(0)
+            else:  # numpy has seen it: it goes with the last tensor that refers to it
+                tensor.data = tensor.detach().new_empty(0)
     elif isinstance(held, (Mapping, list, tuple, set)):
         for item in held.values() if isinstance(held, Mapping) else held:
             free(item, kept)

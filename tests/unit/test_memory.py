@@ -80,8 +80,9 @@ def test_free_reaches_nested_tensors_and_gradients_but_not_what_is_kept() -> Non
     weight = torch.ones(4, requires_grad=True)
     weight.grad = torch.ones(4)
     nested, kept, view = torch.ones(5), torch.ones(6), torch.ones(7)
-    gradient = weight.grad
-    held = {"a": [weight, (nested,)], "b": {"c": kept, "d": view[2:]}, "e": "text", "f": None}
+    gradient, seen = weight.grad, torch.ones(8)
+    seen.numpy()  # its storage cannot be resized any more
+    held = {"a": [weight, (nested,)], "b": {"c": kept, "d": view[2:]}, "e": "text", "f": None, "g": seen}
     memory.free(held, kept={kept.untyped_storage().data_ptr()})
-    sizes = [tensor.untyped_storage().nbytes() for tensor in (weight, gradient, nested, kept, view)]
-    assert sizes == [0, 0, 0, 24, 0]
+    sizes = [tensor.untyped_storage().nbytes() for tensor in (weight, gradient, nested, kept, view, seen)]
+    assert sizes == [0, 0, 0, 24, 0, 0]
