@@ -81,7 +81,7 @@ def run_case(case: dict) -> None:
     tensors |= {f"buffer.{name}": buffer.clone() for name, buffer in model.module.named_buffers()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, target.with_suffix(".safetensors"), metadata=metadata)
-    del tensors
+    del tensors, whole
     sizes.append(tensor_bytes())
     model.close()
     target.with_suffix(".json").write_text(json.dumps([*sizes, tensor_bytes()]))
