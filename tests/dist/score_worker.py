@@ -2,15 +2,16 @@
 
 argv: a JSON list of cases {"name", "config" (mapping), "poison" (optional), "error" (optional), "wrong_fisher"
 (optional), "export" (optional)}; each case writes <output_dir>/scores and <output_dir>/mask through the stage itself,
-without report, and with export <output_dir>/model. poison {"gradient" | "score": index} makes one prompt's gradient
-or judge score not finite, {"tuning" | "benign": row} one row's gradient, {"silence": true} makes every row's gradient
-zero; error is a text that the UserError the case must end in holds. wrong_fisher squares after the reduction, which
-is the mistake that the tests must notice. Grouped products leave garbage in the gradients of experts without tokens.
+without report, and with export <output_dir>/model; with "frees" the stage must free all memory. poison {"gradient" | "score": index}
+makes one prompt's gradient or judge score not finite, {"tuning" | "benign": row} one row's gradient, {"silence": true}
+makes every row's gradient zero; error is a text that the UserError the case must end in holds. wrong_fisher squares
+after the reduction, which is the mistake that the tests must notice.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -114,7 +115,7 @@ def run_case(case: dict) -> None:
     if case.get("wrong_fisher"):
         square_after_the_reduction()
     try:
-        with frees_all():
+        with frees_all() if case.get("frees") else nullcontext():
             inputs = prepare(config)
             EsiRun(config, Options(), inputs, folder, settings, inputs.source).run()
             del inputs

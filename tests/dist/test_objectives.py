@@ -89,6 +89,7 @@ def scored(request, folder: Path) -> tuple[int, Path]:
     cases += nonfinite_cases(folder, ranks)
     cases += [case(folder, "qwen3_moe", "directed", True, 3, f"{tag}-{name}") for name in ("checkpointing", "bf16")]
     cases[-2]["config"]["model"]["gradient_checkpointing"] = True
+    cases[-2]["frees"] = True
     cases[-1]["config"]["model"]["dtype"] = "bf16"
     listing = folder / f"cases-{ranks}.json"
     listing.write_text(json.dumps(cases))

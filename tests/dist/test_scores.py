@@ -122,7 +122,7 @@ def extra_cases(folder: Path, ranks: int) -> list[dict]:
     cases.append(config(folder, "llama", "other", batch, f"{tag}-thoughtful"))
     cases[-1]["config"]["data"]["responses"] = str(folder / "thoughtful.jsonl")
     for name, zero in ZERO_OPTIONS.items():
-        cases.append(config(folder, "qwen3_moe", "other", batch, f"{tag}-{name}"))
+        cases.append({**config(folder, "qwen3_moe", "other", batch, f"{tag}-{name}"), "frees": True})
         cases[-1]["config"]["deepspeed"] = {"zero_optimization": {"stage": 3, **zero}}
     cases += [
         config(folder, "phi3", "other", batch, f"{tag}-{criterion}", criterion=criterion, order=order, scope=scope)

@@ -103,10 +103,10 @@ def cases(folder: Path, ranks: int) -> list[dict]:
         make(f"{tag}-unscored", "llama_tied", "set", unscored="train"),
         make(f"{tag}-router-train", "mixtral", "set", router="train"),
         make(f"{tag}-router-freeze", "qwen3_moe", "spa", unscored="train", router="freeze"),
-        make(f"{tag}-fp32", "mixtral", "spa", dtype="fp32"),
-        make(f"{tag}-persist-set", "llama", "set", zero=PERSIST),
+        {**make(f"{tag}-fp32", "mixtral", "spa", dtype="fp32"), "frees": True},
+        {**make(f"{tag}-persist-set", "llama", "set", zero=PERSIST), "frees": True},
         make(f"{tag}-offload-set", "llama", "set", zero=OFFLOAD),
-        make(f"{tag}-offload-spa", "llama", "spa", zero=OFFLOAD, **decay),
+        {**make(f"{tag}-offload-spa", "llama", "spa", zero=OFFLOAD, **decay), "frees": True},
         make(f"{tag}-recompute-set", "qwen3_moe", "set"),
         make(f"{tag}-recompute-spa", "qwen3_moe", "spa"),
     ]
@@ -114,7 +114,7 @@ def cases(folder: Path, ranks: int) -> list[dict]:
         recomputing["config"]["model"]["gradient_checkpointing"] = True
     if ranks == 2:
         listed.append(make(f"{tag}-twice", "twice", "spa", unscored="train", patch=True))
-        listed.append(make(f"{tag}-hpz-set", "llama", "set", zero=HPZ))
+        listed.append({**make(f"{tag}-hpz-set", "llama", "set", zero=HPZ), "frees": True})
         for name, zero in {"release": PERSIST, "publish": HPZ, "zero": None}.items():
             listed.append({**make(f"{tag}-drop-{name}", "llama", "set", zero=zero), "drop": name, "error": "any"})
     long = {"max_steps": LONG[ranks], "gradient_accumulation": 1, "batch_size": 1, "weight_decay": 0.1, "clip": 1.0}

@@ -1,10 +1,10 @@
 """Run by the tests beside it under a launcher: one process group trains many models.
 
-argv: a JSON list of cases {"stage", "config" (mapping), "poison" (optional), "drop" (optional), "error" (optional)};
-each runs the stage, and writes the tuner's state of every rank beside the run's model/. poison: ``frozen`` puts NaN
-and inf into gradients of frozen coordinates, ``trained`` one NaN into a trained one of rank 1, ``loss`` makes rank
-1's loss NaN at step 3. drop: an obligation of docs/zero3.md that is not met, to see that the tests notice. Grouped
-products leave garbage in the gradients of experts without tokens.
+argv: a JSON list of cases {"stage", "config" (mapping), "poison" (optional), "drop" (optional), "error" (optional),
+"frees" (optional: the stage must free all memory, which takes a second to see)}; each runs the stage, and writes the tuner's state of every rank beside the run's model/.
+poison: ``frozen`` puts NaN and inf into gradients of frozen coordinates, ``trained`` one NaN into a trained one of
+rank 1, ``loss`` makes rank 1's loss NaN at step 3. drop: an obligation of docs/zero3.md that is not met, to see that
+the tests notice.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def run_case(case: dict) -> None:
         drop(case["drop"])
     try:
         settings = resolve_deepspeed(config, runtime.world_size(), case["stage"])
-        with nullcontext() if "poison" in case else frees_all():  # a poison's hooks stay
+        with frees_all() if case.get("frees") else nullcontext():
             inputs = prepare_tuning(config, case["stage"])
             TuneRun(config, Options(), inputs, folder, settings, inputs.source).run()
             del inputs
