@@ -1,11 +1,11 @@
 """Run by the tests beside it under a launcher: one process group scores many models, guards and batch sizes.
 
 argv: a JSON list of cases {"name", "config" (mapping), "poison" (optional), "error" (optional), "wrong_fisher"
-(optional), "export" (optional)}; each case writes <output_dir>/scores and <output_dir>/mask through the stage itself,
-without report, and with export <output_dir>/model; with "frees" the stage must free all memory. poison {"gradient" | "score": index}
-makes one prompt's gradient or judge score not finite, {"tuning" | "benign": row} one row's gradient, {"silence": true}
-makes every row's gradient zero; error is a text that the UserError the case must end in holds. wrong_fisher squares
-after the reduction, which is the mistake that the tests must notice.
+(optional), "export" (optional), "frees" (optional)}; each case writes <output_dir>/scores and <output_dir>/mask through
+the stage itself, without report, and with export <output_dir>/model; with frees the stage must free all memory. poison
+{"gradient" | "score": index} makes one prompt's gradient or judge score not finite, {"tuning" | "benign": row} one
+row's gradient, {"silence": true} makes every row's gradient zero; error is a text that the UserError the case must end
+in holds. wrong_fisher squares after the reduction, which is the mistake that the tests must notice.
 """
 
 from __future__ import annotations
