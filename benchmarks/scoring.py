@@ -16,6 +16,7 @@ from esi_ds.judge.vocabulary import VocabularyMap
 from esi_ds.stages.esi.objectives import SafetyObjective
 from esi_ds.stages.esi.prepare import Example
 from esi_ds.stages.esi.score import ScoringPass
+from esi_ds.stages.saving import SaveClock
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
@@ -63,7 +64,7 @@ def make_scoring(
         {
             "run": {"output_dir": str(folder / "run")},
             "model": {"path": "m", "dtype": dtype},
-            "esi": {"batch_size": batch_size, "save_every": 10**6, "estimator": estimator},
+            "esi": {"batch_size": batch_size, "estimator": estimator},
         }
     )
     # One vocabulary for both: the map is the identity.
@@ -71,6 +72,6 @@ def make_scoring(
     vocabulary.num_logits, vocabulary.is_identity = model.num_logits, True
     vocabulary.has_text = [True] * model.num_logits
     gradients = GradientShards(model, runtime.device())
-    objective = SafetyObjective(config, model, make_judge(guard, score), vocabulary, examples, gradients, 0)
+    objective = SafetyObjective(config, model, make_judge(guard, score), vocabulary, examples, gradients, 0, batch_size)
     tracker = Tracker(folder, enabled=False, tensorboard=False, stage="esi")
-    return ScoringPass(config, model, objective, folder / "checkpoint", tracker)
+    return ScoringPass(config, model, objective, folder / "checkpoint", tracker, SaveClock(10**6, 0.0))

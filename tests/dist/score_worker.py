@@ -5,7 +5,8 @@ argv: a JSON list of cases {"name", "config" (mapping), "poison" (optional), "er
 the stage itself, without report, and with export <output_dir>/model; with frees the stage must free all memory. poison
 {"gradient" | "score": index} makes one prompt's gradient or judge score not finite, {"tuning" | "benign": row} one
 row's gradient, {"silence": true} makes every row's gradient zero; error is a text that the UserError the case must end
-in holds. wrong_fisher squares after the reduction, which is the mistake that the tests must notice.
+in holds. wrong_fisher squares after the reduction, which is the mistake that the tests must notice. Grouped
+products leave garbage in the gradients of experts without tokens.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ argv: a JSON list of cases {"stage", "config" (mapping), "poison" (optional), "d
 "frees" (optional: the stage must free all memory, which takes a second to see)}; each runs the stage, and writes the
 tuner's state of every rank beside the run's model/. poison: ``frozen`` puts NaN and inf into gradients of frozen
 coordinates, ``trained`` one NaN into a trained one of rank 1, ``loss`` makes rank 1's loss NaN at step 3. drop: an
-obligation of docs/zero3.md that is not met, to see that the tests notice.
+obligation of docs/zero3.md that is not met, to see that the tests notice. Grouped
+products leave garbage in the gradients of experts without tokens.
 """
 
 from __future__ import annotations
