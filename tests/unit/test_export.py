@@ -157,6 +157,28 @@ def test_a_rank_that_cannot_write(base: Path, tmp_path: Path, monkeypatch, on_ra
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["before"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_write_its_scores(tmp_path: Path, monkeypatch, on_ranks, rank: int) -> None:
+    parameter = Parameter("a.weight", (3, 5), 0, "mlp.up", ())
+    layout = whole(parameter)
+    pwrite = os.pwrite
+
+    def fail(descriptor: int, data: bytes, position: int) -> int:
+        if runtime.rank() == rank:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(descriptor, data, position)
+
+    def run(number: int) -> None:
+        shard = layout.cut(*shard_bounds(15, number, 2))
+        files.write_scores(tmp_path / "scores", [parameter], [shard], {"a.weight": torch.ones(shard.numel)}, {})
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    errors = on_ranks(2, run)
+    assert isinstance(errors[rank], OSError) and errors[rank].filename.endswith(FILE)
+    assert isinstance(errors[1 - rank], threading.BrokenBarrierError)
+    assert not (tmp_path / "scores").exists()
+
+
 def test_a_header_is_that_of_safetensors() -> None:
     """Tensors of every dtype, names that are not ASCII."""
     names = ("b.weight", "a.weight", "ü\n☃", "a.bias")
