@@ -28,7 +28,7 @@ from esi_ds.core.select import CHUNK, Cut, Order, ScoreRun, select
 from esi_ds.core.units import Shard
 from esi_ds.models.roles import experts_per_token
 from esi_ds.reading import first_line
-from esi_ds.zero import runtime
+from esi_ds.zero import memory, runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards
 from esi_ds.zero.routing import chosen_experts
@@ -140,8 +140,7 @@ def experts(tiny: bool) -> Iterator[Part]:
         figures = idle_experts(model, random_rows([3] if tiny else [15], config.vocab_size))
         passed = figures["idle"] > 0 and figures["idle_not_zero"] == 0 and figures["used_all_zero"] == 0
         yield {"part": implementation, "passed": passed and figures["not_finite"] == 0, **figures}
-        del model
-        gc.collect()
+        model.close()
 
 
 def idle_experts(model: ShardedModel, rows: Rows) -> dict[str, int]:
@@ -203,7 +202,7 @@ def fill_free_memory() -> None:
     """Write NaN into memory that torch may hand out next: up to 8 GiB of a GPU's, and blocks of every small size."""
     device = runtime.device()
     most = 8 << 30 if device.type == "cuda" else 1 << 20
-    numel = min(runtime.free_memory_bytes() // 2, most) // 4
+    numel = min(memory.free_memory_bytes() // 2, most) // 4
     blocks = [torch.full((numel // 4,), torch.nan, device=device) for _ in range(4)]
     blocks += [torch.full((1 << power,), torch.nan, device=device) for power in range(6, 20)]
     del blocks

@@ -19,7 +19,7 @@ from esi_ds.core.batch import left_pad
 from esi_ds.models.decoding import greedy_ids
 from esi_ds.models.roles import describe
 from esi_ds.stages.esi.prepare import Example
-from esi_ds.zero import runtime
+from esi_ds.zero import memory, runtime
 from esi_ds.zero.engine import ShardedModel, full_shapes
 from esi_ds.zero.generate import ready_to_generate
 
@@ -108,6 +108,7 @@ def throughput(tiny: bool) -> Iterator[Part]:
         figures = score_rows(model, guard, examples, rows)
         part = {"part": f"ESI, checkpointing {checkpointing}", "rows": rows, "bare_seconds": bare_seconds, **figures}
         yield part | goals(part, config, guard.config, prompt + response, response, bare.scored_head)
+    model.close()
 
 
 def planned_rows(bare: Bare, guard: PreTrainedModel, most: int) -> int:
@@ -121,7 +122,7 @@ def planned_rows(bare: Bare, guard: PreTrainedModel, most: int) -> int:
         growth.append(peak_bytes(lambda run=run: run(2)) - peak_bytes(lambda run=run: run(1)))
         gc.collect()
     torch.cuda.empty_cache()
-    free = runtime.free_memory_bytes() - 4 * bare.scored_numel
+    free = memory.free_memory_bytes() - 4 * bare.scored_numel
     fit = int(MARGIN * free / max(growth))
     rows = 1
     while 2 * rows <= min(fit, most):
@@ -219,3 +220,4 @@ def decode(tiny: bool) -> Iterator[Part]:
                 "prompts_seconds": first,
                 "peak_bytes": peak,
             }
+    model.close()

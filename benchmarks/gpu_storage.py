@@ -29,6 +29,7 @@ def storage(tiny: bool) -> Iterator[Part]:
         model = sharded_model(shape("Llama-3.2-1B", tiny), "bf16")
         yield written(model, folder / "model")
         yield written_scores(model, folder / "scores")
+        model.close()
 
 
 def written(model: ShardedModel, folder: Path) -> Part:
