@@ -43,15 +43,15 @@ SIDES = ("paper's procedure", "this project, paper_code", "this project, default
 RATES = ("prompts_per_second", "prompts_per_cpu_second")
 SAFE, UNSAFE = 7, 8
 GUARD_BEFORE, GUARD_AFTER = 48, 16  # ids of the guard's own text
-PROMPT, RESPONSE = (24, 64), {"cpu": (32, 128), "cuda": (64, 256)}  # shortest and longest
-NUM_PROMPTS = {"cpu": 16, "cuda": 64}
+PROMPT, RESPONSE = (24, 64), {"cpu": (32, 64), "cuda": (64, 256)}  # shortest and longest
+NUM_PROMPTS = {"cpu": 8, "cuda": 64}
 # The vocabulary is as large beside the width as in Llama 3; on a GPU model and guard have Llama-3.2-1B's shape.
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {
         "vocab_size": 16384,
         "hidden_size": 512,
         "intermediate_size": 1536,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 4,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
     },

@@ -3,13 +3,16 @@
     python -m benchmarks.system_time [--ranks 2]
 
 A Llama in SmolLM2-135M's shape, random weights, fp32, few tokens: what ZeRO-3 does around the computation shows most.
-Starts itself on ZeRO-3 ranks and prints one JSON object. benchmarks/RESULTS.md holds what it printed, and where.
+Starts itself on ZeRO-3 ranks, anew for every row, and prints one JSON object. benchmarks/RESULTS.md holds what it
+printed, and where.
 """
 
 from __future__ import annotations
 
-import gc
+import argparse
+import json
 import resource
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import torch
 from builders import build_mask
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.common import print_result, run
+from benchmarks.common import BIN, print_result, result_of
 from benchmarks.measure import machine, seconds
 from benchmarks.tune import RULE, STANDARD
 from esi_ds import Mask
@@ -28,14 +31,14 @@ from esi_ds.models.folder import ModelSource
 from esi_ds.models.rows import last_logits
 from esi_ds.zero import runtime
 from esi_ds.zero.dense import DenseTuner
-from esi_ds.zero.engine import ShardedModel, load_sharded
+from esi_ds.zero.engine import load_sharded
 from esi_ds.zero.gradients import GradientShards
 from esi_ds.zero.optimizer import MaskedAdamW
 from esi_ds.zero.settings import PREFETCH
 from esi_ds.zero.sparse import SparseTuner
 from esi_ds.zero.tuner import Rule, Tuner, summed_loss
 
-BATCH, LENGTH, WARM_UP, STEPS, RATIO = 4, 8, 2, 4, 0.01
+BATCH, LENGTH, WARM_UP, STEPS, RATIO = 4, 8, 2, 3, 0.01
 DEEPSPEED_PREFETCH = 50_000_000
 STAGES = ("SET", "SPA", "ESI")
 Step = Callable[[], object]
@@ -106,7 +109,7 @@ def tune(stage: str, folder: Path, mask: Mask, prefetch: int | None) -> dict[str
 
 def accumulate(folder: Path, prefetch: int | None) -> dict[str, float]:
     """Figures of ESI's steps without its judge: forward, backward, reduction into the sums."""
-    model: ShardedModel = load_sharded(ModelSource(str(folder / "model")), "fp32", settings("ESI", prefetch))
+    model = load_sharded(ModelSource(str(folder / "model")), "fp32", settings("ESI", prefetch))
     gradients = GradientShards(model, runtime.device())
     inputs, labels = batch()
 
@@ -121,7 +124,10 @@ def accumulate(folder: Path, prefetch: int | None) -> dict[str, float]:
 
 
 def measure(step: Step) -> dict[str, float]:
-    """Per step: means over ``STEPS`` after some that warm up, and over the ranks. Collective: one all-reduce."""
+    """Per step: means over ``STEPS`` after some that warm up, and over the ranks. peak: of the larger rank so far.
+
+    Collectives: those of the steps, and two all-reduces.
+    """
     for _ in range(WARM_UP):
         step()
     before = resource.getrusage(resource.RUSAGE_SELF)
@@ -130,33 +136,50 @@ def measure(step: Step) -> dict[str, float]:
     user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
     local = torch.tensor([user, system, after.ru_minflt - before.ru_minflt], dtype=torch.float64)
     user, system, faults = (runtime.all_reduce_sum(local) / runtime.world_size() / STEPS).tolist()
+    peak = torch.tensor(after.ru_maxrss / 2**20, dtype=torch.float64)
     return {
         "user s": user,
         "system s": system,
         "system share of CPU time": system / (user + system),
         "page faults": faults,
         "wall s": elapsed / STEPS,
+        "peak resident GiB": float(runtime.all_reduce_max(peak)),
     }
 
 
-def worker(folder: Path) -> None:
+def worker(folder: Path, stage: str, prefetch: int | None) -> None:
     runtime.start()
-    mask = Mask.load(folder / "mask")
-    results: dict[str, Any] = {"ranks": runtime.world_size(), **machine()}
-    for stage in STAGES:
-        for name, prefetch in (("this project's prefetch", None), ("DeepSpeed's prefetch", DEEPSPEED_PREFETCH)):
-            done = accumulate(folder, prefetch) if stage == "ESI" else tune(stage, folder, mask, prefetch)
-            results[f"{stage}, {name}"] = done
-            gc.collect()
+    if stage == "ESI":
+        figures = accumulate(folder, prefetch)
+    else:
+        figures = tune(stage, folder, Mask.load(folder / "mask"), prefetch)
     if runtime.is_main():
-        print_result(results)
+        print_result({**figures, **machine()})
     runtime.stop()
 
 
-def prepare(folder: Path) -> None:
-    make_model(folder / "model")
-    build_mask(folder / "mask", folder / "model", ratio=RATIO)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--prefetch", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        worker(options.worker, options.stage, options.prefetch)
+        return
+    launcher = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={options.ranks}", "-m"]
+    results = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "model")
+        build_mask(folder / "mask", folder / "model", ratio=RATIO)
+        for stage in STAGES:
+            command = [*launcher, "benchmarks.system_time", "--worker", name, "--stage", stage]
+            results[f"{stage}, this project's prefetch"] = result_of(command)
+            results[f"{stage}, DeepSpeed's prefetch"] = result_of([*command, "--prefetch", str(DEEPSPEED_PREFETCH)])
+    print(json.dumps({"ranks": options.ranks, **results}, indent=1))
 
 
 if __name__ == "__main__":
-    run("benchmarks.system_time", __doc__, worker, prepare)
+    main()

@@ -16,15 +16,15 @@ BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train
 REMEDY = "correct it, or take it out; see DeepSpeed's documentation"
 # DeepSpeed's names of the number of weights that it gathers ahead in one collective, default 5·10^7.
 PREFETCH, PREFETCH_NAMES = "stage3_prefetch_bucket_size", ("stage3_prefetch_bucket_size", "prefetch_bucket_size")
-CPU_PREFETCH = 4_000_000  # 16 MB in fp32
+CPU_PREFETCH = 2_000_000  # 8 MB in fp32
 
 
 def with_prefetch(settings: dict[str, Any], device_type: str) -> dict[str, Any]:
     """A resolved mapping whose prefetch bucket suits the device, where the mapping names none. No collectives.
 
     A collective's buffer is a new one every time. glibc takes buffers above 32 MiB from the system and gives them back
-    at once, and the system zeroes every page anew: half of SET's and ESI's system time on CPUs (docs/zero3.md §13).
-    Smaller ones come from the process's own heap. GPUs keep DeepSpeed's default: PyTorch keeps their memory.
+    at once, and the system zeroes every page anew, in every step (docs/zero3.md §13); smaller ones come from the
+    process's own heap. GPUs keep DeepSpeed's default: PyTorch keeps their memory.
     """
     zero = settings["zero_optimization"]
     if device_type != "cpu" or any(name in zero for name in PREFETCH_NAMES):

@@ -10,7 +10,7 @@ from builders import build_guard, build_model, byte_bpe_tokenizer
 from reference import at_the_embeddings, load, num_selected, select, units
 from torch import Tensor
 
-from benchmarks import published
+from benchmarks import published, reference_procedure
 from benchmarks.published import Row
 from esi_ds.core.score import score_shard
 from esi_ds.core.surrogate import estimate
@@ -94,3 +94,16 @@ def test_a_tied_head_is_not_scored(tmp_path: Path) -> None:
     model, _ = load(tmp_path)
     expected = [parameter.name for parameter in describe(model, full_shapes(model)) if parameter.scored]
     assert list(published.scored_weights(model)) == expected
+
+
+def test_a_pass_of_the_benchmark(folder: Path) -> None:
+    """Its mask is the one of these scores, whatever was added up before; a mask overlaps with itself alone in full."""
+    model, _ = load(folder / "model")
+    figures, mask = reference_procedure.run_published(folder, "fp32", ROWS)
+    expected = published.selected(their_scores(folder, ROWS, torch.float32), num_selected(model, 0.01))
+    assert all(bool((mask[name] == bits).all()) for name, bits in expected.items())
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert figures["peak_bytes"] > 2 * weights  # at least the model and a gradient of all its weights
+    assert figures["prompts_per_second"] > 0
+    assert reference_procedure.overlap(mask, mask) == 1
+    assert reference_procedure.overlap(mask, {name: ~bits for name, bits in mask.items()}) == 0
