@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from esi_ds.artifacts import RunFolder
+from esi_ds.cli import main
 from esi_ds.config import validate
 from esi_ds.core.batch_size import Widths, generation_bytes, rows_that_fit, scoring_bytes
 from esi_ds.deepspeed_config import resolve_deepspeed
@@ -182,3 +183,36 @@ def test_auto_leaves_deepspeed_a_batch_of_one() -> None:
     wrong = config.model_copy(update={"deepspeed": {**config.deepspeed, "train_micro_batch_size_per_gpu": 8}})
     with pytest.raises(UserError, match="esi.batch_size, which is auto"):
         resolve_deepspeed(wrong, 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--gpu-memory-gib", "80", "esi.batch_size=auto"], ("1 of 64 (auto)", "64 prompts per rank (auto")),
+        (["--gpu-memory-gib", "0.05", "esi.batch_size=auto"], (" of 1 (auto)", "32 prompts per rank (auto")),
+        (["esi.generation_batch_size=5"], ("8 of 8 prompts", "5 prompts per rank\n")),
+    ],
+)
+def test_a_dry_run_says_what_auto_would_be(
+    overrides: list[str], expected: tuple[str, str], monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main("esi", ["--config", "configs/demo/esi.yaml", "--dry-run", *overrides]) == 0
+    shown = capsys.readouterr().out
+    facts = {line.split("  ")[0]: f"{line}\n" for line in shown.splitlines()}
+    assert expected[0] in facts["passes"] and expected[1] in facts["answered at a time"]
+
+
+def test_bars_show_tokens_a_second(tmp_path: Path, capsys) -> None:
+    curves: dict[str, float] = {}
+    monitor = SimpleNamespace(write=lambda step, values: curves.update(values), close=lambda: None)
+    for enabled in (True, False):
+        with Tracker(tmp_path, enabled=enabled, tensorboard=False, stage="esi", monitor=monitor) as tracker:
+            bar = tracker.progress(total=4, initial=0, unit="prompt", description="generate")
+            with bar:
+                bar.start_t = getattr(bar, "start_t", 0.0) - 10  # ten seconds ago
+                bar.advance(1, 300)
+                bar.advance(3, 700)
+            assert bar.num_tokens == 1000
+    assert curves["tokens_per_second/generate"] == pytest.approx(100, rel=0.1)
+    assert "100 tokens/s" in capsys.readouterr().err
