@@ -1,4 +1,4 @@
-"""How fast one GPU's process reads and writes at 1 B, beside a plain copy of the same bytes."""
+"""How fast one GPU's process reads and writes at 1 B, beside a plain copy of the same bytes, and what closing frees."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.gpu_models import TOKENIZER, shape, sharded_model
-from benchmarks.measure import seconds
+from benchmarks.gpu_models import TOKENIZER, settings, shape, sharded_model
+from benchmarks.measure import allocated_bytes, seconds
+from esi_ds.models.folder import ModelSource
 from esi_ds.zero import runtime
-from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.engine import ShardedModel, load_sharded
 from esi_ds.zero.export import export_model
 from esi_ds.zero.files import write_scores
 
 Part = dict[str, Any]
+LEFT = 1 << 14  # bytes that may stay after a model is closed, besides a hundredth of the model
 
 
 def storage(tiny: bool) -> Iterator[Part]:
-    """GB/s of export and scores."""
+    """GB/s of export, scores and loading, and the memory that is held after each close of a loaded model."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         model = sharded_model(shape("Llama-3.2-1B", tiny), "bf16")
         yield written(model, folder / "model")
         yield written_scores(model, folder / "scores")
         model.close()
+        del model
+        yield from loads(folder / "model")
 
 
 def written(model: ShardedModel, folder: Path) -> Part:
@@ -42,6 +46,24 @@ def written_scores(model: ShardedModel, folder: Path) -> Part:
     scores = {shard.name: torch.rand(shard.numel, device=runtime.device()) for shard in model.scored}
     metadata = {"format": "esi-scores/1"}
     return rate("scores", folder, seconds(lambda: write_scores(folder, scored, model.scored, scores, metadata)))
+
+
+def loads(folder: Path, times: int = 3) -> Iterator[Part]:
+    """Load a model several times, and close each before the next."""
+    before, models, left = allocated_bytes(), list[ShardedModel](), []
+
+    def load() -> None:
+        models.append(load_sharded(ModelSource(str(folder)), "bf16", settings("bf16")))
+
+    elapsed = []
+    for _ in range(times):
+        elapsed.append(seconds(load))
+        size = allocated_bytes() - before
+        models.pop().close()
+        left.append(allocated_bytes() - before)
+    yield rate("load", folder, sorted(elapsed)[times // 2])
+    passed = size > 0 and max(left) <= size // 100 + LEFT
+    yield {"part": "close", "passed": passed, "model_bytes": size, "bytes_left_after_each_close": left}
 
 
 def rate(name: str, folder: Path, elapsed: float) -> Part:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_checks, gpu_end_to_end
+from benchmarks import gpu_checks, gpu_end_to_end, gpu_storage
 from esi_ds.zero import runtime
 
 pytestmark = [
@@ -24,6 +24,7 @@ CHECKS: dict[str, Check] = {
     "no frozen bit changes from ESI to the exported models": (
         lambda: gpu_end_to_end.end_to_end(tiny=True, num_hidden_layers=1)
     ),
+    "a closed model leaves no memory allocated": lambda: gpu_storage.storage(tiny=True),
 }
 
 

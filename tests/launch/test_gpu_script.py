@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from benchmarks import gpu, gpu_checks, gpu_end_to_end, gpu_speed
+from benchmarks import gpu, gpu_checks, gpu_end_to_end, gpu_speed, gpu_storage
 from benchmarks.gpu_models import SHAPES, random_model, shape
 from esi_ds.core.noise import normal
 from esi_ds.core.units import Parameter, Unit, whole
@@ -74,7 +75,7 @@ def test_every_step_gives_its_figures_and_every_check_passes(lines: list[dict[st
             line
         )
     checked = {line["step"] for line in lines if line.get("passed")}
-    assert checked == {"versions", "attention", "experts", "end_to_end", "bits"}
+    assert checked == {"versions", "attention", "experts", "end_to_end", "bits", "storage"}
     split = next(line["split_seconds"] for line in lines if line["part"] == "ESI, checkpointing False")
     assert set(split) == {"judge", "forward", "vocabulary product", "backward", "hook"}
     assert all(value > 0 for value in split.values())
@@ -209,6 +210,26 @@ def test_the_check_of_exports_sees_a_frozen_bit_and_a_model_that_nothing_has_cha
     save_file(tensors, tmp_path / "tuned/model.safetensors")
     part = gpu_end_to_end.changed_bits("set", base, tmp_path / "tuned", tmp_path / "mask", "selected")
     assert part["frozen_changed"] == tensors["model.embed_tokens.weight"].shape[1] and not part["passed"]
+
+
+def test_the_check_of_closing_sees_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, size, freed = 7 << 20, 100 << 20, 0
+
+    def change(by: int) -> None:
+        nonlocal held
+        held += by
+
+    def load(*arguments: Any) -> Any:
+        change(size)
+        return SimpleNamespace(close=lambda: change(-freed))
+
+    monkeypatch.setattr(gpu_storage, "load_sharded", load)
+    monkeypatch.setattr(gpu_storage, "allocated_bytes", lambda: held)
+    monkeypatch.setattr(gpu_storage, "rate", lambda name, folder, elapsed: {"part": name})
+    for share, expected in ((1.0, True), (0.98, False), (0.0, False)):
+        freed = int(share * size)
+        *_, part = gpu_storage.loads(tmp_path)
+        assert part["passed"] is expected, part
 
 
 def test_flops_are_those_of_the_models_weights() -> None:
