@@ -99,7 +99,8 @@ def ratios(folder: Path) -> dict[str, Any]:
     score_bytes = 4 * sum(parameter.numel for parameter in scored)
     measured: dict[str, list[float]] = {}
     for _ in range(REPEATS):  # in turn, so that other work on the machine slows all of them
-        _, whole, reading = load(folder)
+        other, whole, reading = load(folder)
+        other.close()
         now = {
             "copy": write_seconds(folder, lambda target: copy(files, target)),
             "reading the weights": reading,
