@@ -418,7 +418,7 @@ def test_both_stages_prepare_a_judge_of_each_kind(base: Tokenizer, tmp_path: Pat
         else:
             LlamaForCausalLM(small(len(tokenizer))).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        in_esi = prepare_judge(EsiGuard(path=folder), batch_size=2)
+        in_esi = prepare_judge(EsiGuard(path=folder), one_by_one=False)
         (in_eval,) = prepare_judges(Eval(judges=[EvalGuard(kind="guard", path=folder)]))
         assert in_esi.family is FAMILIES[name]
         if labels:
