@@ -236,7 +236,7 @@ class ShardedModel:
             return
         self._is_closed = True
         self.engine.destroy()
-        tensors = [*self.module.parameters(), *self.module.buffers()]
+        tensors: list[object] = [vars(module) for module in self.module.modules()]  # buffers, and what is not one
         for parameter in map(attributes, self.module.parameters()):
             tensors += [parameter.ds_tensor, parameter.ds_secondary_tensor]  # the latter is hpZ's
         zero = self.engine.optimizer
