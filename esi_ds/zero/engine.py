@@ -236,7 +236,10 @@ class ShardedModel:
             return
         self._is_closed = True
         self.engine.destroy()
-        tensors: list[object] = [vars(module) for module in self.module.modules()]  # buffers, and what is not one
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        for module in self.module.modules():  # tensors that are no buffers are let go of: others may share them
+            for name in [name for name, value in vars(module).items() if isinstance(value, Tensor)]:
+                delattr(module, name)
         for parameter in map(attributes, self.module.parameters()):
             tensors += [parameter.ds_tensor, parameter.ds_secondary_tensor]  # the latter is hpZ's
         zero = self.engine.optimizer
