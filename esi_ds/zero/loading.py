@@ -177,7 +177,8 @@ def _mend_persistent_buffers(module: PreTrainedModel, plain: PreTrainedModel, so
     stored = by_loaded_name(plain, stored_tensors(source)) if rounded else {}
     for name in rounded:
         with safe_open(stored[name].file, "pt") as opened:
-            value = opened.get_tensor(stored[name].name).to(buffers[name].device, wanted[name])
+            # A copy: what safetensors gives is a view of the file's bytes, which could not be freed.
+            value = opened.get_tensor(stored[name].name).to(buffers[name].device, wanted[name], copy=True)
         _set_buffer(module, name, value)
 
 

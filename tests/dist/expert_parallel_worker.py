@@ -23,6 +23,7 @@ from esi_ds.data.chat import encode_prompt
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
 from esi_ds.stages.esi import finish
+from esi_ds.stages.tune import training
 from esi_ds.stages.tune import work as tune_work
 from esi_ds.zero import gradients, runtime
 from esi_ds.zero.engine import load_sharded
@@ -64,7 +65,8 @@ def main() -> None:
     spoil_kernels()
     gradients.BUCKET_NUMEL = 2000  # of models this small, so that there are several reductions
     finish.write_report, finish.publish = score_worker.keep_units, lambda *arguments: None
-    tune_work.finish_tuning = tune_worker.dump
+    training.Training.run = tune_worker.run_and_dump
+    tune_work.finish_tuning = lambda *arguments: None
     cases = json.loads((Path(sys.argv[-1])).read_text())
     for case in cases["scores"]:
         score_worker.run_case(case)

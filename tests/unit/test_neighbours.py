@@ -292,6 +292,7 @@ def test_a_model_whose_rows_share_something_reads_one_at_a_time(kind: str) -> No
     model = sharded(build(kind))
     assert batch_size_for(model, SHORT, PAD, 4) == batch_size_for(model, SHORT, PAD, 1) == 1
     inputs = SimpleNamespace(
+        stage="set",
         tune=SimpleNamespace(batch_size=4, gradient_accumulation=2),
         rows=SimpleNamespace(sequences=[TokenSequence(0, SHORT, SHORT)]),
         tokenizer=SimpleNamespace(pad_token_id=PAD),
