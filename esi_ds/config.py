@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from esi_ds.config_checks import check_extra, check_numbers, check_unique
+from esi_ds.config_checks import check_extra, check_numbers, check_origin, check_unique
 from esi_ds.config_errors import explain
 from esi_ds.config_guards import FamilyName
 from esi_ds.config_yaml import apply_override, dump_yaml, read_yaml
@@ -403,8 +403,11 @@ PromptSets = Annotated[list[Prompts], BeforeValidator(_list_of_set)]
 
 
 class EvalModel(Section):
-    path: str = Field(description="A hub id or a folder of a model to compare.")
-    name: str | None = Field(None, description="The model's name in the tables; null means its path.")
+    path: str | None = Field(None, description="A hub id or a folder of a model to compare.")
+    answers: str | None = Field(
+        None, description="Instead of path, a file of the model's answers: none of its weights are loaded."
+    )
+    name: str | None = Field(None, description="The model's name in the tables; null means its path, or its file's.")
     revision: str | None = Field(None, description="The branch, tag or commit of a hub id; null means the default.")
     before: str = Field("base", description="The name of the model that this one is compared with; base is model.path.")
 
@@ -524,6 +527,8 @@ def _check_eval(section: Eval, collective_timeout_s: int) -> None:
                 "which is how long the other ranks wait",
                 "lower it, or raise run.collective_timeout_s",
             )
+    for number, model in enumerate(section.models):
+        check_origin(f"eval.models.{number}", {key: getattr(model, key) for key in ("path", "answers")}, model.revision)
     names = [("base", "base"), *((f"eval.models.{n}.name", label(m)) for n, m in enumerate(section.models))]
     check_unique(names)
     check_unique([(f"eval.judges.{n}.name", label(j)) for n, j in enumerate(section.judges)])
@@ -540,6 +545,8 @@ def label(section: EvalModel | EvalJudge) -> str:
         return section.name
     if isinstance(section, EvalWords):
         return "words"
+    if isinstance(section, EvalModel):
+        return section.path or section.answers or ""
     return section.model if isinstance(section, EvalRubric) else section.path
 
 

@@ -47,6 +47,18 @@ def check_extra(extra: Mapping[str, Any], field: str) -> None:
             raise UserError(f"{field}.{key}", value, f"has another owner: {OF_THE_REQUEST[key]}", "take it out")
 
 
+def check_origin(field: str, origins: Mapping[str, Any], revision: str | None) -> None:
+    """Raise UserError unless a model under evaluation has one origin. origins: each key that names one → its value."""
+    named = [key for key, value in origins.items() if value is not None]
+    keys = " or ".join(origins)
+    if not named:
+        raise UserError(field, None, "has no answers", f"give its {keys}")
+    if len(named) > 1:
+        raise UserError(f"{field}.{named[1]}", origins[named[1]], f"and {named[0]} are two origins", f"give {keys}")
+    if revision is not None and named != ["path"]:
+        raise UserError(f"{field}.revision", revision, "belongs to a model of the hub", "leave it out, or give path")
+
+
 def check_unique(names: list[tuple[str, str]]) -> None:
     """Check the (field, name) pairs of one table."""
     seen: set[str] = set()

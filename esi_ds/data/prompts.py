@@ -37,9 +37,11 @@ from esi_ds.data.columns import (
     system_text,
     unread_names,
 )
-from esi_ds.data.rows import Row, is_text, looks_like_file, read_rows
+from esi_ds.data.rows import Row, data_file, is_text, looks_like_file, read_rows
+from esi_ds.data.tables import read_data_text
 from esi_ds.data.turns import Prompt, asked, prompt_text, read_turns, with_context
 from esi_ds.errors import UserError
+from esi_ds.reading import parse_json, reading
 
 # Tried in this order, ignoring case. AdvBench goal, HarmBench Behavior, JailbreakBench Goal, StrongREJECT
 # forbidden_prompt.
@@ -217,42 +219,71 @@ def _contexts_apart(row: Row, column: str) -> tuple[str, ...]:
     return ("context",) if is_answered or "behavior" in column.lower() else ()
 
 
-def load_responses(path: str) -> list[Row]:
-    """Rows {"prompt", "response"} of a JSONL file: a ``Prompt``, whose turns are a list, and a text.
+def load_responses(path: str, field: str = "data.responses") -> list[Row]:
+    """Rows {"prompt", "response"} of a file: a ``Prompt``, whose turns are a list, and a text.
 
-    Raises UserError naming data.responses.
+    The file is JSON lines of such rows, an ``answers.jsonl``, in which a response is None where there is none, or
+    HarmBench's completions. Raises UserError naming ``field``.
     """
-    rows = read_rows(path, "data.responses") if looks_like_file(path) else []
+    rows = _response_rows(path, field) if looks_like_file(path) else []
     if not rows:
-        raise UserError("data.responses", path, "there is no such file", 'give a JSONL file of {"prompt", "response"}')
+        raise UserError(field, path, "there is no such file", 'give a JSONL file of {"prompt", "response"}')
     for number, row in enumerate(rows, 1):
         if isinstance(row.get("prompt"), list):
-            row["prompt"] = _asked_chat(row["prompt"], number, path)
+            row["prompt"] = _asked_chat(row["prompt"], number, path, field)
         for key in ("prompt", "response"):
-            if not (is_text(row.get(key)) or isinstance(row.get("prompt"), list) and key == "prompt"):
+            is_chat = key == "prompt" and isinstance(row.get("prompt"), list)
+            is_excluded = key == "response" and row.get(key, "") is None and is_text(row.get("excluded"))
+            if not (is_text(row.get(key)) or is_chat or is_excluded):
                 raise UserError(
-                    "data.responses",
+                    field,
                     path,
                     f"row {number} has no text {key!r}",
                     'every row must be {"prompt": "...", "response": "..."}',
                 )
-        _check_response_row(row, number, path)
+        _check_response_row(row, number, path, field)
     return rows
 
 
-def _asked_chat(turns: list[Any], number: int, path: str) -> Prompt:
-    """The prompt of a row of responses that is a chat. Raises UserError naming data.responses."""
+def _response_rows(path: str, field: str) -> list[Row]:
+    """The rows of a file of responses; those of HarmBench's completions under the names that other files have."""
+    file = data_file(path, field)
+    if file.suffix.lower() == ".json":
+        with reading(field, path, "check that its format matches its suffix"):
+            completions = _completions(read_data_text(file))
+        if completions is not None:
+            return completions
+    return read_rows(path, field)
+
+
+def _completions(text: str) -> list[Row] | None:
+    """The rows of HarmBench's completions, {behavior_id: [{"test_case", "generation"}]}; None for any other text."""
+    try:
+        content = parse_json(text)
+    except json.JSONDecodeError:  # JSON lines
+        return None
+    lists = list(content.values()) if isinstance(content, dict) else []
+    rows = [row for rows in lists if isinstance(rows, list) for row in rows]
+    if not rows or not all(isinstance(rows, list) for rows in lists):
+        return None
+    if not all(isinstance(row, dict) and "test_case" in row and "generation" in row for row in rows):
+        return None
+    return [{"prompt": row["test_case"], "response": row["generation"]} for row in rows]
+
+
+def _asked_chat(turns: list[Any], number: int, path: str, field: str) -> Prompt:
+    """The prompt of a row of responses that is a chat. Raises UserError naming ``field``."""
     try:
         prompt = asked(read_turns(turns))
         if not prompt or not is_text(prompt_text(prompt)):
             raise UnreadableRow(HALF if prompt else EMPTY)
     except UnreadableRow as error:
         remedy = 'give "prompt" as a text, or as a list of turns that ends with the user\'s'
-        raise UserError("data.responses", path, f"row {number} cannot be read: {error}", remedy) from error
+        raise UserError(field, path, f"row {number} cannot be read: {error}", remedy) from error
     return prompt
 
 
-def _check_response_row(row: Row, number: int, path: str) -> None:
+def _check_response_row(row: Row, number: int, path: str, field: str) -> None:
     """Raises UserError for a response to more than its prompt: with another context it is another response's score."""
     try:
         other = lowered(row, without=("prompt", "response"))
@@ -267,7 +298,7 @@ def _check_response_row(row: Row, number: int, path: str) -> None:
         problem = f"cannot be read: {error}"
     if problem:
         remedy = "give rows whose prompt is all that was asked; model.system_prompt is the system's turn"
-        raise UserError("data.responses", path, f"row {number} {problem}", remedy)
+        raise UserError(field, path, f"row {number} {problem}", remedy)
 
 
 def recorded_scores(rows: Sequence[Row], path: str) -> list[float]:

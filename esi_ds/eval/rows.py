@@ -10,7 +10,11 @@ from typing_extensions import TypedDict
 from esi_ds.data.turns import Prompt
 
 
-class AnswerRow(TypedDict):
+class _CutAnswer(TypedDict, total=False):
+    cut: bool  # answers of other engines only: whether the engine stopped it at its longest length
+
+
+class AnswerRow(_CutAnswer):
     """A line of ``answers.jsonl``: one model's answer to one prompt."""
 
     model: str  # the model's name in the tables; in a perturbation, the cell's name

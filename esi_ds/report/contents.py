@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from esi_ds.data.prompts import PromptSetRow
 from esi_ds.data.turns import Prompt
@@ -238,7 +238,8 @@ class EvaluatedModel(TypedDict):
     name: str  # in the tables; the base is ``base``
     path: str  # folder or hub id
     before: str | None  # the model it is compared with; None for the base
-    fingerprint: str  # of its weights and their names
+    fingerprint: str  # of its weights and their names; of a file of answers, its sha256
+    has_weights: NotRequired[bool]  # False: its answers were given elsewhere, and what needs weights is not measured
 
 
 class SampleAnswer(TypedDict):

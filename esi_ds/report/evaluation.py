@@ -42,7 +42,7 @@ def percent(value: float | None) -> str:
 def interval(cell: RateRow | None) -> str:
     """A rate with its interval, its number of answers and how many are missing."""
     if cell is None:
-        return "–"
+        return "not measured"
     missing = f", {cell['missing']} missing" if cell["missing"] else ""
     rate, low, high = cell["rate"], cell["low"], cell["high"]
     if rate is None or is_share(cell):

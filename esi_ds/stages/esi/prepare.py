@@ -14,6 +14,7 @@ from esi_ds.config import Config, EsiClassifier, EsiGuard
 from esi_ds.config_needs import scores_given
 from esi_ds.core.criteria import objectives
 from esi_ds.core.select import check_ratio, share_sizes
+from esi_ds.data.answers import check_one_model, counted_response
 from esi_ds.data.chat import (
     EncodedResponse,
     answerable,
@@ -203,10 +204,12 @@ def _read_data(config: Config) -> PromptData:
     ``data.prompts``."""
     section, path = config.data.prompts, config.data.responses
     if path is not None:
-        rows = load_responses(path)[: section.limit if section is not None else None]
+        rows = load_responses(path)
+        check_one_model(rows, path)
+        rows = rows[: section.limit if section is not None else None]
         source = {"responses": path, "sha256": file_sha256(Path(path).expanduser())}
         scores = recorded_scores(rows, path) if scores_given(config) else None
-        return PromptData([row["prompt"] for row in rows], [row["response"] for row in rows], source, [], scores)
+        return PromptData([row["prompt"] for row in rows], [counted_response(row) for row in rows], source, [], scores)
     assert section is not None  # require_esi has seen to it
     prompts = load_prompts(section.path, section.split, section.column, section.limit)
     source = {"prompts": prompts.source, "column": prompts.column, "sha256": prompts.sha256}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from esi_ds.config import Config, Eval
+from esi_ds.data.answers import MISSING, RecordedAnswer
 from esi_ds.data.chat import answerable
 from esi_ds.data.prompts import QuestionSet
 from esi_ds.data.thoughts import UNFINISHED, final_answer, opening_mark
@@ -13,7 +14,7 @@ from esi_ds.eval.rows import AnswerRow, SurpriseRow, answered
 from esi_ds.eval.verdicts import is_empty
 from esi_ds.models.rows import probe_ids
 from esi_ds.stages.batch_sizes import GenerationBatch
-from esi_ds.stages.evaluate.prepare import Candidate
+from esi_ds.stages.evaluate.prepare import Candidate, RecordedModel
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Key, Ledger
 from esi_ds.stages.respond import generate_all
@@ -40,6 +41,55 @@ def answer_keys(names: Sequence[str], sets: Sequence[QuestionSet]) -> list[Key]:
 def has_text(row: AnswerRow) -> bool:
     """Whether there is an answer that is not empty."""
     return not is_empty(final_answer(answered(row) or "") or "")
+
+
+def add_recorded(
+    model: RecordedModel, sets: Sequence[QuestionSet], answers: Ledger[AnswerRow], tracker: Tracker
+) -> None:
+    """Add a row for every prompt, with the answer that the model's file has; the log lists prompts that have none.
+
+    No collectives.
+    """
+    recorded, no_answer = model.recorded, RecordedAnswer(None, MISSING)
+    rows: list[AnswerRow] = []
+    for question_set in sets:
+        missing = [i for i in range(len(question_set.prompts)) if (question_set.name, i) not in recorded.answers]
+        if missing:
+            tracker.log(
+                f"{recorded.path} has no answer of {model.name} to {len(missing)} of {len(question_set.prompts)} "
+                f"prompts of {question_set.name}: {', '.join(map(str, missing))}"
+            )
+        for index, prompt in enumerate(question_set.prompts):
+            answer = recorded.answers.get((question_set.name, index), no_answer)
+            row: AnswerRow = {
+                "model": model.name,
+                "set": question_set.name,
+                "index": index,
+                "prompt": prompt,
+                "response": answer.response,
+                "excluded": answer.excluded,
+            }
+            if answer.response is not None and final_answer(answer.response) is None:
+                row["excluded"] = row["excluded"] or UNFINISHED
+            if answer.is_cut:
+                row["cut"] = True
+            rows.append(row)
+    answers.add(rows)
+    unused = f"; {recorded.num_unused} of its rows answer other prompts" if recorded.num_unused else ""
+    tracker.log(
+        f"{model.name}: answers from {recorded.path}{unused}; their fluency is not measured: no weights are here"
+    )
+
+
+def to_read_again(
+    answers: Ledger[AnswerRow], surprises: Ledger[SurpriseRow], recorded: Collection[str]
+) -> list[tuple[AnswerRow, str]]:
+    """The answers, with their texts, that ``surprises`` lacks. recorded: models whose fluency is not measured."""
+    return [
+        (row, row["response"] or "")
+        for key, row in answers.rows.items()
+        if key not in surprises.rows and row["model"] not in recorded and has_text(row)
+    ]
 
 
 def answer_all(
@@ -113,16 +163,15 @@ def surprise_all(
     config: Config,
     section: Eval,
     tracker: Tracker,
+    recorded: Collection[str] = (),
 ) -> None:
     """Add how surprised the reference model is by every answer that ``surprises`` lacks.
 
     Only if the whole model fits on a rank and is causal; else incoherence is judged by form alone. section: ``eval`` of
-    the config. Collectives: those of ``zero.batching``, a gather of the model, and a gather of numbers per batch.
-    Raises Interrupted.
+    the config. recorded: names of models whose answers are left out. Collectives: those of ``zero.batching``, a gather
+    of the model, and a gather of numbers per batch. Raises Interrupted.
     """
-    waiting = [
-        (row, row["response"] or "") for key, row in answers.rows.items() if key not in surprises.rows and has_text(row)
-    ]
+    waiting = to_read_again(answers, surprises, recorded)
     if not waiting:
         return
     mode, reason = choose_mode(model, config.esi.generation)

@@ -15,7 +15,7 @@ from esi_ds.report.contents import EvaluationReport, Facts, RateTables, SampleAn
 from esi_ds.report.evaluation import closing_table, publish
 from esi_ds.report.html import write_report
 from esi_ds.stages.evaluate.ledgers import Outcome
-from esi_ds.stages.evaluate.prepare import EvalInputs
+from esi_ds.stages.evaluate.prepare import Candidate, EvalInputs
 from esi_ds.stages.run import StageRun
 from esi_ds.zero import runtime
 
@@ -40,9 +40,10 @@ def finish_eval(
         "models": [
             {
                 "name": model.name,
-                "path": model.source.path,
+                "path": model.path,
                 "before": model.before,
                 "fingerprint": run.notes["model_fingerprints"][model.name],
+                "has_weights": isinstance(model, Candidate),
             }
             for model in inputs.models
         ],

@@ -21,6 +21,7 @@ from esi_ds.config import (
     label,
 )
 from esi_ds.config_needs import require_eval
+from esi_ds.data.answers import RecordedAnswers, load_answers
 from esi_ds.data.chat import encode_data_prompt, load_chat_tokenizer, load_tokenizer, special_strings
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import QuestionSet, load_question_sets
@@ -56,9 +57,33 @@ class Candidate:
     prompt_ids: dict[tuple[str, int], list[int] | str]  # (set, index) → what ``encode_data_prompt`` returns
 
     @property
+    def path(self) -> str:
+        """Folder or hub id."""
+        return self.source.path
+
+    @property
     def max_positions(self) -> int | None:
         """Tokens the model takes; None if its configuration does not say."""
         return max_positions(self.config)
+
+
+@dataclass(frozen=True)
+class RecordedModel:
+    """A model under evaluation whose answers lie in a file. Its weights are not here, nor what needs them."""
+
+    name: str  # in tables and files
+    before: str | None  # name of the model it is compared with
+    recorded: RecordedAnswers
+
+    @property
+    def path(self) -> str:
+        """The file of answers."""
+        return self.recorded.path
+
+    @property
+    def fingerprint(self) -> str:
+        """In place of the weights': of the file."""
+        return f"answers:{self.recorded.sha256}"
 
 
 @dataclass(frozen=True)
@@ -117,10 +142,20 @@ class EvalInputs:
 
     section: Eval  # ``eval`` of the config
     sets: list[QuestionSet]
-    models: list[Candidate]  # the base first
+    models: list[Candidate | RecordedModel]  # the base first
     judges: list[PreparedJudge]
     tasks: list[PreparedTask]
     source: dict[str, str]  # hashes of the prompts, for the manifest
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The models whose weights are here, the base first."""
+        return [model for model in self.models if isinstance(model, Candidate)]
+
+    @property
+    def recorded(self) -> list[RecordedModel]:
+        """The models whose answers lie in files."""
+        return [model for model in self.models if isinstance(model, RecordedModel)]
 
     @property
     def harmful_sets(self) -> set[str]:
@@ -134,11 +169,15 @@ def prepare_eval(config: Config) -> EvalInputs:
     refusal_list(section.refusal_words, "eval.refusal_words")
     judges = prepare_judges(section)
     sets = load_question_sets(section)
-    models = [_candidate(config.model, BASE, ModelSource.of(config.model), None, sets)]
+    models: list[Candidate | RecordedModel] = [_candidate(config.model, BASE, ModelSource.of(config.model), None, sets)]
     for number, model in enumerate(section.models):
-        field = f"eval.models.{number}.path"
-        source = ModelSource(model.path, model.revision, config.model.trust_remote_code, field)
-        models.append(_candidate(config.model, label(model), source, model.before, sets))
+        field, name = f"eval.models.{number}", label(model)
+        if model.path is not None:
+            source = ModelSource(model.path, model.revision, config.model.trust_remote_code, f"{field}.path")
+            models.append(_candidate(config.model, name, source, model.before, sets))
+        elif model.answers is not None:
+            recorded = load_answers(model.answers, f"{field}.answers", name, sets)
+            models.append(RecordedModel(name, model.before, recorded))
     data_hashes = {f"{question_set.kind}:{question_set.name}": question_set.prompt_set.sha256 for question_set in sets}
     return EvalInputs(section, sets, models, judges, prepare_tasks(section.tasks), data_hashes)
 

@@ -9,10 +9,10 @@ from esi_ds.eval.rows import TaskRow
 from esi_ds.eval.tasks import run_tasks
 from esi_ds.models.meta import meta_parameters
 from esi_ds.stages.batch_sizes import longest_prompt
-from esi_ds.stages.evaluate.answering import answer_all, answer_keys, has_text, surprise_all
+from esi_ds.stages.evaluate.answering import add_recorded, answer_all, answer_keys, surprise_all, to_read_again
 from esi_ds.stages.evaluate.finish import finish_eval
 from esi_ds.stages.evaluate.ledgers import EvalLedgers
-from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs
+from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs, RecordedModel
 from esi_ds.stages.interrupt import check_stop, stop_requested
 from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.run import StageRun
@@ -30,7 +30,9 @@ class EvalRun(StageRun[EvalInputs]):
     def work(self) -> None:
         inputs, tracker = self.inputs, self.tracker
         fingerprints = {
-            model.name: self.model_fingerprint(
+            model.name: model.fingerprint
+            if isinstance(model, RecordedModel)
+            else self.model_fingerprint(
                 model.source, meta_parameters(model.config, model.source, dtype=self.config.model.dtype)
             )
             for model in inputs.models
@@ -47,7 +49,9 @@ class EvalRun(StageRun[EvalInputs]):
                 "eval.judges is empty: attack success is counted by refusal words alone, which is not a verdict"
             )
         ledgers = EvalLedgers.open(self.folder.path)
-        for model in reversed(inputs.models):  # the base last: it reads the others' answers too
+        for recorded in inputs.recorded:
+            add_recorded(recorded, inputs.sets, ledgers.answers, tracker)
+        for model in reversed(inputs.candidates):  # the base last: it reads the others' answers too
             self._answer(model, ledgers)
         names = [model.name for model in inputs.models]
         outcome = ledgers.judge(names, inputs, self.config, self.deepspeed_config, tracker)
@@ -62,15 +66,15 @@ class EvalRun(StageRun[EvalInputs]):
         is_base = candidate.name == BASE
         answers, surprises = ledgers.answers, ledgers.surprises
         is_answered = set(answer_keys([candidate.name], sets)) <= answers.rows.keys()
-        texts = [key for key, row in answers.rows.items() if has_text(row)]
-        if is_answered and (not is_base or all(key in surprises.rows for key in texts)):
+        recorded = {model.name for model in self.inputs.recorded}
+        if is_answered and (not is_base or not to_read_again(answers, surprises, recorded)):
             return
         model = load_sharded(candidate.source, self.config.model.dtype, self.deepspeed_config)
         longest = longest_prompt(candidate.prompt_ids.values(), candidate.max_positions)
         batch = self.generation_batch(section, longest, f"generation, {candidate.name}")
         answer_all(model, candidate.name, candidate, sets, answers, self.config, section, batch, self.tracker)
         if is_base:
-            surprise_all(model, candidate, answers, surprises, self.config, section, self.tracker)
+            surprise_all(model, candidate, answers, surprises, self.config, section, self.tracker, recorded)
         model.close()
 
     def _run_tasks(self) -> list[TaskRow]:
@@ -81,11 +85,13 @@ class EvalRun(StageRun[EvalInputs]):
         """
         section, tasks, tracker = self.config.model, self.inputs.tasks, self.tracker
         ledger: Ledger[TaskRow] = Ledger(self.folder.path / TASKS, ("model", "task"), TaskRow)
-        order = [(model.name, number) for model in self.inputs.models for number in range(len(tasks))]
+        order = [(model.name, number) for model in self.inputs.candidates for number in range(len(tasks))]
         if not order:
             return []
         bar = tracker.progress(total=len(order), initial=len(ledger.rows), unit="task", description="tasks")
-        for candidate in self.inputs.models:
+        for recorded in self.inputs.recorded:
+            tracker.log(f"tasks of {recorded.name} are not measured: its weights are not here")
+        for candidate in self.inputs.candidates:
             waiting = [number for number in range(len(tasks)) if (candidate.name, number) not in ledger.rows]
             if not waiting:
                 continue

@@ -48,7 +48,7 @@ class PerturbInputs:
     @property
     def candidate(self) -> Candidate:
         """The only model of a perturbation."""
-        return self.eval.models[0]
+        return self.eval.candidates[0]
 
     @property
     def names(self) -> list[str]:
@@ -67,7 +67,7 @@ def prepare_perturb(config: Config) -> PerturbInputs:
     inputs = prepare_eval(config)
     mask = load_mask(section.mask, "perturb.mask")
     parameters = meta_parameters(
-        inputs.models[0].config, inputs.models[0].source, config.model.roles, config.model.dtype
+        inputs.candidates[0].config, inputs.candidates[0].source, config.model.roles, config.model.dtype
     )
     check_mask_structure(mask, parameters, "perturb.mask")
     if mask.header.order != "top":

@@ -119,7 +119,9 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     settings = resolve_deepspeed(config, world_size, "eval")
     print(resolved_yaml(config))
     facts: Facts = {"ranks": world_size}
-    for model in inputs.models:
+    for recorded in inputs.recorded:
+        facts[f"model {recorded.name}"] = f"{len(recorded.recorded.answers):,} answers from {recorded.path}"
+    for model in inputs.candidates:
         parameters = meta_parameters(model.config, model.source, dtype=config.model.dtype)
         total = sum(parameter.numel for parameter in parameters)
         against = f", compared with {model.before}" if model.before else ""
@@ -139,7 +141,7 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
         row = prompt_set.as_row()
         facts[f"{row['kind']} set {row['set']}"] = f"{row['read']:,} prompts, {sum(row['skipped'].values()):,} skipped"
     count = sum(len(prompt_set.prompts) for prompt_set in inputs.sets)
-    facts["answers"] = f"{count * len(inputs.models):,}, at most {section.max_new_tokens} tokens each"
+    facts["answers"] = f"{count * len(inputs.candidates):,}, at most {section.max_new_tokens} tokens each"
     num_harmful = sum(len(prompt_set.prompts) for prompt_set in inputs.sets if prompt_set.kind == "harmful")
     judges = ", ".join(judge.name for judge in inputs.judges)
     facts["verdicts"] = f"{num_harmful * len(inputs.models):,} each of {judges}"

@@ -1,0 +1,124 @@
+"""Answers that another engine gave, read from a file and matched to the prompts of an evaluation.
+
+Three formats: ``answers.jsonl`` as an evaluation writes it, rows of {"prompt", "response"}, and HarmBench's completions
+({behavior_id: [{"test_case", "generation"}]}, github.com/centerforaisafety/HarmBench, ``generate_completions.py``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from esi_ds.artifacts import file_sha256
+from esi_ds.data.prompts import QuestionSet, load_responses
+from esi_ds.data.rows import Row
+from esi_ds.data.turns import Prompt
+from esi_ds.errors import UserError
+
+Key = tuple[str, int]  # name of a set and index of a prompt in it
+MISSING = "the file of answers has none to this prompt"
+
+
+@dataclass(frozen=True)
+class RecordedAnswer:
+    """An answer from a file. response: None if the row has none; excluded: why it does not count, None if it does."""
+
+    response: str | None
+    excluded: str | None
+    is_cut: bool = False  # whether the engine stopped it at its longest length
+
+
+@dataclass(frozen=True)
+class RecordedAnswers:
+    """One model's answers from a file. answers: those to the prompts of the sets; num_unused: rows that answer other
+    prompts."""
+
+    path: str
+    sha256: str
+    answers: dict[Key, RecordedAnswer]
+    num_unused: int
+
+
+def load_answers(path: str, field: str, model: str, sets: Sequence[QuestionSet]) -> RecordedAnswers:
+    """The answers of ``model`` in a file, to the prompts of the sets.
+
+    model: its name, which chooses among the models of an ``answers.jsonl``. A row that names set and index answers that
+    prompt, if it is the same; any other is matched by its prompt. Raises UserError naming ``field``: for a file that
+    cannot be read, that answers no prompt, or that has two answers to one.
+    """
+    rows = _rows_of_model(load_responses(path, field), path, field, model)
+    for row in rows:
+        if row["response"] is not None and not _is_evaluated(row):  # excluded from something else than an evaluation
+            row["excluded"] = None
+        if not isinstance(row.get("excluded"), str | None):
+            problem = f"has a row whose 'excluded' is {json.dumps(row['excluded'])[:20]}"
+            raise UserError(field, path, problem, "give the reason as a text, or null")
+    by_key: dict[Key, int] = {}
+    by_prompt: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        if _is_evaluated(row):
+            by_key[row["set"], row["index"]] = number
+        by_prompt.setdefault(_text_key(row["prompt"]), []).append(number)
+    answers: dict[Key, RecordedAnswer] = {}
+    used: set[int] = set()
+    for question_set in sets:
+        for index, prompt in enumerate(question_set.prompts):
+            key = question_set.name, index
+            numbers = by_prompt.get(_text_key(prompt), [])
+            if by_key.get(key) in numbers:
+                numbers = [by_key[key]]
+            if numbers:
+                used.update(numbers)
+                answers[key] = _only_answer([rows[number] for number in numbers], prompt, path, field)
+    if sets and not answers:
+        raise UserError(field, path, "answers none of the prompts", "give the answers to eval.prompts and eval.benign")
+    return RecordedAnswers(path, file_sha256(Path(path).expanduser()), answers, len(rows) - len(used))
+
+
+def _is_evaluated(row: Row) -> bool:
+    """Whether an evaluation wrote this row: others may name models too, and mean something else by it."""
+    return isinstance(row.get("model"), str) and isinstance(row.get("set"), str) and isinstance(row.get("index"), int)
+
+
+def _model_names(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["model"] for row in rows if _is_evaluated(row)))
+
+
+def _rows_of_model(rows: list[Row], path: str, field: str, model: str) -> list[Row]:
+    """The rows of one model; all of them, where they name one model or none."""
+    names = _model_names(rows)
+    if len(names) < 2:
+        return rows
+    if model not in names:
+        remedy = f"set {field.removesuffix('answers')}name to one of them"
+        raise UserError(field, path, f"has answers of {', '.join(names)}, and none of {model}", remedy)
+    return [row for row in rows if row.get("model") == model]
+
+
+def check_one_model(rows: Sequence[Row], path: str, field: str = "data.responses") -> None:
+    """Raise UserError for answers of several models, of which ESI would score none."""
+    names = _model_names(rows)
+    if len(names) > 1:
+        raise UserError(field, path, f"has answers of {', '.join(names)}", "keep the rows of one of them")
+
+
+def counted_response(row: Row) -> str:
+    """The response of a row of ``load_responses``; "" where an evaluation found none, or does not count it."""
+    return "" if row["response"] is None or (_is_evaluated(row) and row.get("excluded")) else row["response"]
+
+
+def _text_key(prompt: Prompt) -> str:
+    """What two equal prompts share, white space around them apart."""
+    return json.dumps(prompt.strip() if isinstance(prompt, str) else prompt, sort_keys=True)
+
+
+def _only_answer(rows: Sequence[Row], prompt: Prompt, path: str, field: str) -> RecordedAnswer:
+    """The answer that these rows to one prompt have in common. Raises UserError where they differ."""
+    answers = {RecordedAnswer(row["response"], row.get("excluded"), row.get("cut") is True) for row in rows}
+    if len(answers) > 1:
+        problem = f"has {len(answers)} different answers to the prompt {json.dumps(prompt)[:60]}"
+        raise UserError(field, path, problem, "keep one of them")
+    (answer,) = answers
+    return RecordedAnswer(None, answer.excluded or MISSING) if answer.response is None else answer

@@ -1,0 +1,148 @@
+"""Answers that another engine gave: three formats, matched by prompt, and never quietly the wrong ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esi_ds.config import validate
+from esi_ds.data.answers import MISSING, RecordedAnswer, check_one_model, counted_response, load_answers
+from esi_ds.data.prompts import PromptSet, QuestionSet, load_responses
+from esi_ds.data.turns import Prompt
+from esi_ds.errors import UserError
+from esi_ds.stages.evaluate.answering import add_recorded, to_read_again
+from esi_ds.stages.evaluate.prepare import RecordedModel
+
+CHAT: Prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "How?"}]
+FIELD = "eval.models.0.answers"
+
+
+def question_set(name: str, *prompts: Prompt) -> QuestionSet:
+    return QuestionSet(name, "harmful", PromptSet(prompts, "prompt", "file", ()))
+
+
+def file_of(folder: Path, content: Any, name: str = "a.jsonl") -> str:
+    rows = content if isinstance(content, list) else None
+    text = json.dumps(content) if rows is None else "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def evaluated(model: str, name: str, index: int, prompt: Prompt, response: str | None, excluded: str | None = None):
+    return {"model": model, "set": name, "index": index, "prompt": prompt, "response": response, "excluded": excluded}
+
+
+def test_rows_are_matched_by_prompt(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": CHAT, "response": "kindly"},
+        {"prompt": " Why? ", "response": "because"},
+        {"prompt": "elsewhere", "response": "x"},
+    ]
+    sets = [question_set("a", "Why?", "When?"), question_set("b", CHAT)]
+    loaded = load_answers(file_of(tmp_path, rows), FIELD, "m", sets)
+    assert loaded.answers == {("a", 0): RecordedAnswer("because", None), ("b", 0): RecordedAnswer("kindly", None)}
+    assert loaded.num_unused == 1
+
+
+def test_completions_of_harmbench(tmp_path: Path) -> None:
+    content = {
+        "first": [{"test_case": "Why?", "generation": "so"}],
+        "second": [{"test_case": "How?", "generation": "thus", "label": 1}],
+        "third": [],
+    }
+    file = file_of(tmp_path, content, "completions.json")
+    loaded = load_answers(file, FIELD, "m", [question_set("a", "How?", "Why?")])
+    assert {key: answer.response for key, answer in loaded.answers.items()} == {("a", 0): "thus", ("a", 1): "so"}
+    assert [row["response"] for row in load_responses(file)] == ["so", "thus"]  # ESI reads the same
+    one = file_of(tmp_path, {"first": content["first"]}, "one.json")
+    assert load_responses(one) == [{"prompt": "Why?", "response": "so"}]
+
+
+def test_answers_of_an_evaluation(tmp_path: Path) -> None:
+    rows = [
+        evaluated("m", "a", 0, "Why?", "first"),
+        evaluated("m", "a", 1, "Why?", "second"),  # the same prompt twice: its place decides
+        evaluated("m", "a", 2, "How?", None, "no room"),
+        evaluated("m", "a", 3, "When?", "<think>so", "unfinished"),
+        evaluated("other", "a", 0, "Why?", "not this one"),
+    ]
+    file = file_of(tmp_path, rows)
+    sets = [question_set("a", "Why?", "Why?", "How?", "When?", "Where?")]
+    answers = load_answers(file, FIELD, "m", sets).answers
+    assert list(answers.values()) == [
+        RecordedAnswer("first", None),
+        RecordedAnswer("second", None),
+        RecordedAnswer(None, "no room"),
+        RecordedAnswer("<think>so", "unfinished"),
+    ]
+    with pytest.raises(UserError, match=r"eval\.models\.0\.answers.*m, other.*eval\.models\.0\.name"):
+        load_answers(file, FIELD, "third", sets)
+    with pytest.raises(UserError, match=r"data\.responses.*m, other"):
+        check_one_model(load_responses(file), file)
+    check_one_model(load_responses(file)[:4], file)
+    assert [counted_response(row) for row in load_responses(file)[:4]] == ["first", "second", "", ""]
+
+
+def test_what_is_ambiguous_is_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "Why?", "response": "a"}, {"prompt": "Why?", "response": "b"}]
+    with pytest.raises(UserError, match="2 different answers to the prompt"):
+        load_answers(file_of(tmp_path, rows), FIELD, "m", [question_set("a", "Why?")])
+    rows[1]["response"] = "a"
+    assert load_answers(file_of(tmp_path, rows), FIELD, "m", [question_set("a", "Why?")]).num_unused == 0
+    with pytest.raises(UserError, match="answers none of the prompts"):
+        load_answers(file_of(tmp_path, rows), FIELD, "m", [question_set("a", "When?")])
+    for wrong in ({"prompt": "Why?", "response": None}, {"prompt": "Why?"}, {"prompt": "Why?", "response": 3}):
+        with pytest.raises(UserError, match="row 1 has no text 'response'"):
+            load_answers(file_of(tmp_path, [wrong]), FIELD, "m", [question_set("a", "Why?")])
+    image = {"a": [{"test_case": ["x.png", "Why?"], "generation": "so"}]}
+    with pytest.raises(UserError, match="row 1 cannot be read"):
+        load_answers(file_of(tmp_path, image, "c.json"), FIELD, "m", [question_set("a", "Why?")])
+    odd = [evaluated("m", "a", 0, "Why?", "so") | {"excluded": 1}]
+    with pytest.raises(UserError, match="'excluded' is 1"):
+        load_answers(file_of(tmp_path, odd), FIELD, "m", [question_set("a", "Why?")])
+
+
+class Rows:
+    """A ledger without a file, and a tracker that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Any, Any] = {}
+        self.lines: list[str] = []
+        self.log = self.lines.append
+
+    def add(self, rows: list[Any]) -> None:
+        self.rows |= {(row["model"], row["set"], row["index"]): row for row in rows}
+
+
+def test_missing_answers_are_listed_and_fluency_is_not_measured(tmp_path: Path) -> None:
+    rows = [{"prompt": "Why?", "response": "so", "cut": True}, {"prompt": "Who?", "response": "<think>I"}]
+    sets = [question_set("a", "How?", "Why?", "Who?", "When?")]
+    model = RecordedModel("m", "base", load_answers(file_of(tmp_path, rows), FIELD, "m", sets))
+    answers = Rows()
+    add_recorded(model, sets, answers, answers)  # type: ignore[arg-type]
+    kept = list(answers.rows.values())
+    assert [row["response"] for row in kept] == [None, "so", "<think>I", None]
+    assert kept[0]["excluded"] == kept[3]["excluded"] == MISSING and kept[1]["excluded"] is None
+    assert "within a thought" in kept[2]["excluded"] and kept[1]["cut"] is True and "cut" not in kept[0]
+    assert any("2 of 4 prompts of a: 0, 3" in line for line in answers.lines)
+    assert any("fluency is not measured" in line for line in answers.lines)
+    assert [row["index"] for row, _ in to_read_again(answers, Rows(), ())] == [1]  # type: ignore[arg-type]
+    assert to_read_again(answers, Rows(), {"m"}) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({}, "eval.models.0.*has no answers.*path or answers"),
+        ({"path": "a", "answers": "b"}, r"eval\.models\.0\.answers.*path are two origins"),
+        ({"answers": "b", "revision": "main"}, r"eval\.models\.0\.revision.*hub"),
+        ({"answers": "b", "before": "x"}, r"eval\.models\.0\.before"),
+    ],
+)
+def test_a_model_has_one_origin(model: dict, words: str) -> None:
+    raw = {"run": {"output_dir": "x"}, "model": {"path": "y"}, "eval": {"models": [model]}}
+    with pytest.raises(UserError, match=words):
+        validate(raw)
