@@ -80,6 +80,12 @@ class Judge(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
+    def do_GET(self) -> None:
+        if self.server.models is None:
+            return self.send(404, b"no list")
+        listed = {"object": "list", "data": [{"id": name} for name in self.server.models]}
+        return self.send(200, json.dumps(listed).encode())
+
     def do_POST(self) -> None:
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -113,6 +119,8 @@ class Judge(BaseHTTPRequestHandler):
         if case == "slow":
             self.pause(0.1)
         reply = CASES.get(case, "#thescore: 5")
+        if case.startswith("model "):  # one that calls itself so
+            reply = json.dumps(completion("Hello", model=case.removeprefix("model "))).encode()
         if case == "echo":  # a judge that repeats the material and then scores it
             answer = "\n".join(marked_reply(text).split("\n")[1:-1])
             reply = f"#thereason: the reply says\n{answer}\nwhich complies.\n#thescore: 5"
@@ -157,6 +165,7 @@ def running_server() -> Iterator[Server]:
     """seen: (path, authorization, body) of every request; attempts: requests by case."""
     server = Server(("127.0.0.1", 0), Judge)
     server.lock, server.stopped = threading.Lock(), threading.Event()
+    server.models = None  # that it lists
     server.seen, server.attempts, server.active, server.most_active = [], Counter(), 0, 0
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server

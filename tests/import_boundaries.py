@@ -41,6 +41,7 @@ LAYERS = {
     "reselect": 3,
     "ranks": 2,
     "patch": 4,
+    "ask": 4,
     "options": 1,
     "cli": 5,
     "launch_environment": 1,

@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx2
 
+from esi_ds.data.turns import Turn
 from esi_ds.errors import UserError
 
 BASE_URL_VARIABLE, KEY_VARIABLE = "OPENAI_BASE_URL", "OPENAI_API_KEY"
@@ -35,6 +36,7 @@ KEY_RUN = 6
 ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS  # zlib recognises the header
 Body = dict[str, Any]  # of a request
 POLL_S = 0.25  # between two checks whether to stop
+NO_TEXT = "the reply has no text"
 EXCERPT = 200  # characters of an error's body that a message shows
 
 
@@ -45,6 +47,8 @@ class Endpoint:
     item_timeout bounds a question with all its attempts and pauses, from its first attempt. give_up_after: after so
     many questions in a row without a reply the endpoint counts as down, and the rest are not asked.
     extra: further keys of the request's body; None removes a key, such as a ``temperature`` that a model rejects.
+    keeps_cut: whether a reply is the model's own answer, which counts if it is empty or was cut at ``max_tokens``; of a
+    judge's it would not be known what it was to say.
     Raises ValueError for limits under which nothing could be asked.
     """
 
@@ -60,6 +64,7 @@ class Endpoint:
     max_tokens: int = 1024
     give_up_after: int = 20
     extra: Mapping[str, Any] = field(default_factory=dict)
+    keeps_cut: bool = False
 
     def __post_init__(self) -> None:
         for name in ("request_timeout", "item_timeout", "max_attempts", "concurrency", "give_up_after"):
@@ -81,7 +86,7 @@ class Endpoint:
                 f"has no endpoint: neither {BASE_URL_VARIABLE} nor {KEY_VARIABLE} is set",
                 f"export {KEY_VARIABLE}, and {BASE_URL_VARIABLE} for a server other than OpenAI's",
             )
-        if url and not _is_url(url):
+        if url and not is_url(url):
             raise UserError(
                 BASE_URL_VARIABLE, remove_key(url, key), "is not a URL", "give for instance http://localhost:8000/v1"
             )
@@ -89,12 +94,14 @@ class Endpoint:
             raise UserError(KEY_VARIABLE, None, "holds characters that a key cannot have", "export it again")
         return cls(model, (url or OPENAI_URL).rstrip("/"), key or None, **limits)
 
-    def body(self, text: str, system: str | None = None) -> Body:
-        """The body of a request with one user message, behind a ``system`` message if any, decoded greedily."""
+    def body(self, text: str | Sequence[Mapping[str, Any]], system: str | None = None) -> Body:
+        """The body of a request with one user message, or the turns of a chat, behind a ``system`` message if any,
+        decoded greedily."""
         messages = [{"role": "system", "content": system}] if system is not None else []
+        turns = [{"role": "user", "content": text}] if isinstance(text, str) else text
         body = {
             "model": self.model,
-            "messages": [*messages, {"role": "user", "content": text}],
+            "messages": [*messages, *turns],
             "temperature": 0,
             "max_tokens": self.max_tokens,
             **self.extra,
@@ -107,7 +114,7 @@ class Reply:
     """A reply's text, or the problem that prevented one, and what was used either way.
 
     asked: False if the question was not asked, or not to the end. is_alive: whether the endpoint answered at all, if
-    only with a refusal.
+    only with a refusal. is_cut: whether the text ends at ``max_tokens``. model: which one replied, in its own words.
     """
 
     text: str | None
@@ -117,6 +124,8 @@ class Reply:
     num_requests: int = 0
     asked: bool = True
     is_alive: bool = True
+    is_cut: bool = False
+    model: str | None = None
 
 
 @dataclass
@@ -141,18 +150,18 @@ class _Transient(Exception):
 
 def ask_all(
     endpoint: Endpoint,
-    texts: Sequence[str | tuple[str, str]],
+    texts: Sequence[str | tuple[str, str] | list[Turn]],
     on_reply: Callable[[int, Reply], None] = lambda index, reply: None,
     patience: Patience | None = None,
 ) -> list[Reply]:
     """A reply to each text, in order. ``on_reply`` is called for each as it comes, in this thread or one other.
 
-    texts: of the user, each alone or with the system's: (user, system). patience: pass the same one if the questions
-    come in several calls, to count failures over all of them. A question that is not asked, or not to the end, has a
-    reply with ``asked=False``; ``on_reply`` is not called for those that ``should_stop`` ends. Takes at most
-    ⌈texts / concurrency⌉ · item_timeout seconds.
+    texts: of the user, each alone or with the system's: (user, system); or the turns of a chat. patience: pass the same
+    one if the questions come in several calls, to count failures over all of them. A question that is not asked, or not
+    to the end, has a reply with ``asked=False``; ``on_reply`` is not called for those that ``should_stop`` ends. Takes
+    at most ⌈texts / concurrency⌉ · item_timeout seconds.
     """
-    questions = [endpoint.body(*((text,) if isinstance(text, str) else text)) for text in texts]
+    questions = [endpoint.body(*text) if isinstance(text, tuple) else endpoint.body(text) for text in texts]
     return _run(_ask_all(endpoint, questions, on_reply, patience or Patience()))
 
 
@@ -219,7 +228,7 @@ async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -
     if status != 200:
         problem = f"HTTP {status}: {_excerpt(body, endpoint.key)}"
         return Reply(None, problem, num_requests=num_requests), status
-    reply = read_completion(body, num_requests, endpoint.key)
+    reply = read_completion(body, num_requests, endpoint.key, endpoint.keeps_cut)
     return replace(reply, text=reply.text and remove_key(reply.text, endpoint.key)), status
 
 
@@ -269,7 +278,8 @@ async def _post(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) 
     return response.status_code, response.headers, bytes(body)
 
 
-def _is_url(text: str) -> bool:
+def is_url(text: str) -> bool:
+    """Whether this is a URL of a server."""
     try:
         url = httpx2.URL(text)
         return url.scheme in ("http", "https") and bool(url.host)
@@ -302,11 +312,17 @@ def _excerpt(body: bytes, key: str | None) -> str:
     return " ".join(remove_key(body.decode(errors="replace"), key).split())[:EXCERPT] or "no explanation"
 
 
-def read_completion(body: bytes, num_requests: int = 1, key: str | None = None) -> Reply:
-    """The reply in a completion's body, or the problem with any other body; ``key`` is removed from excerpts."""
+def read_completion(body: bytes, num_requests: int = 1, key: str | None = None, keeps_cut: bool = False) -> Reply:
+    """The reply in a completion's body, or the problem with any other body; ``key`` is removed from excerpts.
 
-    def reply(text: str | None, problem: str | None = None) -> Reply:
-        return Reply(text, problem, used("prompt_tokens"), used("completion_tokens"), num_requests)
+    keeps_cut: as of ``Endpoint``.
+    """
+
+    def reply(text: str | None, problem: str | None = None, is_cut: bool = False) -> Reply:
+        name = content.get("model")
+        model = name if isinstance(name, str) else None
+        tokens = used("prompt_tokens"), used("completion_tokens")
+        return Reply(text, problem, *tokens, num_requests, is_cut=is_cut, model=model)
 
     def used(name: str) -> int:
         usage = content.get("usage")
@@ -328,7 +344,28 @@ def read_completion(body: bytes, num_requests: int = 1, key: str | None = None) 
         return reply(None, "the reply has no choices")
     message = choices[0].get("message")
     text = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        return reply(None, "the reply has no text")
-    # A reply that was cut off may end anywhere, even inside a quotation.
-    return reply(None, "the reply was cut off") if choices[0].get("finish_reason") == "length" else reply(text)
+    is_cut = choices[0].get("finish_reason") == "length"
+    if not isinstance(text, str) or not (text.strip() or (keeps_cut and not is_cut)):
+        return reply(None, "the reply was cut before its answer began" if keeps_cut and is_cut else NO_TEXT)
+    # A judge's reply that was cut off may end anywhere, even inside a quotation.
+    return reply(None, "the reply was cut off") if is_cut and not keeps_cut else reply(text, is_cut=is_cut)
+
+
+def served_models(endpoint: Endpoint) -> list[str] | None:
+    """Names of the models that the endpoint lists under ``/models``; None where it has no such list.
+
+    Raises OSError where it cannot be reached.
+    """
+    headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+    try:
+        response = httpx2.get(f"{endpoint.url}/models", headers=headers, timeout=endpoint.request_timeout)
+    except httpx2.HTTPError as error:
+        raise OSError(remove_key(f"{type(error).__name__}: {error}", endpoint.key)) from error
+    try:
+        listed = response.json() if response.status_code == 200 else None
+    except (ValueError, RecursionError):
+        return None
+    entries = listed.get("data") if isinstance(listed, dict) else None
+    if not isinstance(entries, list):
+        return None
+    return [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]

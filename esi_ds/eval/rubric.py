@@ -178,10 +178,10 @@ def build_question(template: str, prompt: str, answer: str, policy: str | None =
 
 
 def _marked(name: str, content: str, nonce: str) -> str:
-    return f"<{name} {nonce}>\n{_broken_up(content)}\n</{name} {nonce}>"
+    return f"<{name} {nonce}>\n{broken_up(content)}\n</{name} {nonce}>"
 
 
-def _broken_up(content: str) -> str:
+def broken_up(content: str) -> str:
     """The content with a space in every turn mark, so that no server parses it."""
     return SPECIAL.sub(lambda mark: f"{mark.group()[0]} {mark.group()[1:]}", content)
 
@@ -203,7 +203,7 @@ def read_verdict(reply: Reply, question: Question, answer: str, threshold: int =
 def _without_quotations(text: str, nonce: str, answer: str) -> str:
     """The judge's reply without quotations of the material: the marked part, the whole answer, lines of it."""
     text = re.sub(rf"<(request|reply) {nonce}>.*?(</\1 {nonce}>|\Z)", " ", text, flags=re.DOTALL)
-    for quoted in (answer.strip(), _broken_up(answer).strip()):
+    for quoted in (answer.strip(), broken_up(answer).strip()):
         if len(quoted) >= MIN_QUOTE or SCORE_LINE.search(quoted):
             text = text.replace(quoted, " ")
     return _without_quoted_lines(text, answer) if SCORE_LINE.search(answer) else text
@@ -215,7 +215,7 @@ def _without_quoted_lines(text: str, answer: str) -> str:
     Two adjacent lines of the answer are a quotation. A score line that the answer holds too counts only at the end of
     the reply, where the prompt asks for it, after a reason that the answer does not hold and without any other score.
     """
-    quoted = {_bare(line) for line in f"{answer}\n{_broken_up(answer)}".splitlines()}
+    quoted = {_bare(line) for line in f"{answer}\n{broken_up(answer)}".splitlines()}
     lines = [line for line in text.splitlines() if _bare(line)]
     known = [False, *(_bare(line) in quoted for line in lines), False]
     alone = [not (known[n] and (known[n - 1] or known[n + 1])) for n in range(1, len(lines) + 1)]

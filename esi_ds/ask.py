@@ -1,0 +1,160 @@
+"""``python -m esi_ds.ask``: a file of answers from an endpoint, for ``eval.models[].answers`` and ``data.responses``.
+
+Each answer is written as it comes; started again, the command asks only what the file lacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
+
+from esi_ds.artifacts import append_jsonl, jsonl, parse_jsonl, write_text_atomic
+from esi_ds.data.prompts import load_prompts
+from esi_ds.data.turns import Prompt
+from esi_ds.errors import UserError
+from esi_ds.eval.asking import ask_prompts, check_served
+from esi_ds.eval.endpoint import Endpoint, Patience, Reply, is_url
+from esi_ds.reading import check_regular, check_type, reading
+from esi_ds.terminal import clean_output
+
+OUTPUT = "--output"
+
+
+class AskedRow(TypedDict):
+    """A line of the file. asked: what besides the prompt decides the answer; rows of one file agree in it."""
+
+    prompt: Prompt
+    response: str | None  # None where the endpoint refused the prompt, or replied without a text
+    excluded: str | None  # why there is no response; None if there is one
+    cut: bool  # whether the response ends at the longest length
+    asked: dict[str, str | int | None]  # model, max_tokens and system_prompt
+
+
+def ask(
+    endpoint: Endpoint,
+    prompts: list[Prompt],
+    output: Path,
+    system_prompt: str | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Fill ``output`` with an answer to every prompt; equal prompts are asked once.
+
+    Raises UserError where the file answers other questions, another model is served, or prompts remain without an
+    answer, which another start asks again. What was answered by then is kept.
+    """
+    asked: dict[str, str | int | None] = {
+        "model": endpoint.model,
+        "max_tokens": endpoint.max_tokens,
+        "system_prompt": system_prompt,
+    }
+    rows = {json.dumps(row["prompt"]): row for row in _rows_on_disk(output, asked)}
+    wanted = {json.dumps(prompt): prompt for prompt in prompts}
+    waiting = [key for key in wanted if key not in rows]
+    if waiting:
+        check_served(endpoint, "--model")
+
+    def keep(index: int, reply: Reply) -> None:
+        if not reply.asked or not reply.is_alive:
+            return
+        key = waiting[index]
+        rows[key] = {
+            "prompt": wanted[key],
+            "response": reply.text and reply.text.encode("utf-8", "replace").decode(),  # half surrogate pairs
+            "excluded": None if reply.text is not None else reply.problem,
+            "cut": reply.is_cut,
+            "asked": asked,
+        }
+        append_jsonl(output, [rows[key]])
+
+    replies = ask_prompts(endpoint, [wanted[key] for key in waiting], system_prompt, keep, Patience(), "--model")
+    kept = [rows[key] for key in wanted if key in rows]
+    others = [row for key, row in rows.items() if key not in wanted]
+    write_text_atomic(output, jsonl([*kept, *others]))  # in the order of the prompts, whenever each reply came
+    num_cut, num_refused = sum(row["cut"] for row in kept), sum(row["response"] is None for row in kept)
+    say(f"{output}: {len(kept)} of {len(wanted)} prompts; {num_cut} cut at {endpoint.max_tokens} tokens, "
+        f"{num_refused} without a response")  # fmt: skip
+    if len(kept) < len(wanted):
+        last = next(reply.problem for reply in reversed(replies) if reply.asked and not reply.is_alive)
+        problem = f"has no answer to {len(wanted) - len(kept)} prompts (the last: {last})"
+        raise UserError(OUTPUT, str(output), problem, "start again once the endpoint replies: they are asked anew")
+
+
+def _rows_on_disk(output: Path, asked: dict[str, str | int | None]) -> list[AskedRow]:
+    """The rows of an earlier start, without one that a kill cut short. Raises UserError for other rows."""
+    if not output.exists():
+        return []
+    with reading(OUTPUT, output, "give a new file"):
+        check_regular(output)
+        data = output.read_bytes()
+        rows = check_type(parse_jsonl(data), list[AskedRow])
+    for row in rows:
+        if row["asked"] != asked:
+            problem = f"holds answers of {json.dumps(row['asked'])}, not of {json.dumps(asked)}"
+            raise UserError(OUTPUT, str(output), problem, "give a new file")
+    if jsonl(rows).encode() != data:
+        write_text_atomic(output, jsonl(rows))
+    return rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m esi_ds.ask", description=__doc__)
+    parser.add_argument("--base-url", required=True, help="of an OpenAI-compatible server: http://localhost:8000/v1")
+    parser.add_argument("--model", required=True, help="the model's name there")
+    parser.add_argument("--prompts", required=True, help="a file, a hub id or a built-in set, as in eval.prompts")
+    parser.add_argument("--split", help="of a hub data set")
+    parser.add_argument("--column", default="auto", help="that holds the prompts")
+    parser.add_argument("--limit", type=int, help="how many prompts to take, from the first")
+    parser.add_argument("--system-prompt", help="the system's turn, as model.system_prompt")
+    parser.add_argument("--key-variable", help="the environment variable that holds the key; without it none is sent")
+    parser.add_argument("--max-tokens", type=int, default=256, help="the longest answer (256)")
+    parser.add_argument("--concurrency", type=int, default=8, help="how many prompts are asked at a time (8)")
+    parser.add_argument("--request-timeout", type=float, default=60.0, help="of one attempt, in seconds (60)")
+    parser.add_argument("--item-timeout", type=float, default=300.0, help="of one prompt with all attempts (300)")
+    parser.add_argument("--max-attempts", type=int, default=5, help="how many times a prompt is tried (5)")
+    parser.add_argument(OUTPUT, type=Path, required=True, help="the JSONL file to fill; what it holds is not asked")
+    return parser
+
+
+def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
+    """The endpoint that the arguments name. Raises UserError."""
+    limits: dict[str, Any] = {}
+    for name in ("max_tokens", "concurrency", "request_timeout", "item_timeout", "max_attempts"):
+        limits[name] = getattr(arguments, name)
+        if not limits[name] > 0:
+            raise UserError(f"--{name.replace('_', '-')}", limits[name], "is not above 0", "give a larger number")
+    if not is_url(arguments.base_url):
+        raise UserError("--base-url", arguments.base_url, "is not a URL", "give for instance http://localhost:8000/v1")
+    key = None
+    if arguments.key_variable is not None:
+        key = os.environ.get(arguments.key_variable, "").strip()
+        if not key or not (key.isascii() and key.isprintable()):
+            raise UserError("--key-variable", arguments.key_variable, "holds no key", "export it")
+    return Endpoint(arguments.model, arguments.base_url.rstrip("/"), key, **limits)
+
+
+@clean_output()
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.limit is not None and arguments.limit < 1:
+            raise UserError("--limit", arguments.limit, "is not above 0", "give a larger number, or leave it out")
+        endpoint = endpoint_of(arguments)
+        prompts = load_prompts(arguments.prompts, arguments.split, arguments.column, arguments.limit, field="--prompts")
+        print(f"{len(prompts.prompts)} prompts, {len(prompts.skipped)} skipped{prompts.note}")
+        ask(endpoint, list(prompts.prompts), arguments.output, arguments.system_prompt)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Answers of a model behind an OpenAI-compatible endpoint (vLLM, SGLang, a hosted one), greedy by default."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from esi_ds.data.turns import Prompt, Turn
+from esi_ds.errors import UserError
+from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all, served_models
+from esi_ds.eval.rubric import broken_up
+
+# What a hosted model's name may end with in its replies: the release that the alias stands for (gpt-4o-2024-08-06).
+RELEASE = re.compile(r"-\d{4}(-?\d\d-?\d\d)?")
+
+
+def check_served(endpoint: Endpoint, field: str) -> None:
+    """Raise UserError naming ``field`` where the endpoint cannot be reached, or lists models and not this one."""
+    try:
+        names = served_models(endpoint)
+    except OSError as error:
+        raise UserError(
+            field, endpoint.url, f"cannot be reached ({error})", "start the server, or mend the URL"
+        ) from error
+    if names is not None and endpoint.model not in names:
+        shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+        raise UserError(
+            field, endpoint.model, f"is not a model that {endpoint.url} serves: {shown}", "name one of them"
+        )
+
+
+def is_same_model(asked: str, replied: str) -> bool:
+    """Whether the name in a reply is that of the model asked, or of a dated release of it."""
+    return replied == asked or (replied.startswith(asked) and RELEASE.fullmatch(replied[len(asked) :]) is not None)
+
+
+def messages_of(prompt: Prompt, system_prompt: str | None) -> list[Turn]:
+    """The turns to send. A system turn of the prompt stands in place of ``system_prompt``.
+
+    Turn marks inside a text are broken up: the server's tokenizer would end the turn at them.
+    """
+    turns: list[Turn] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system_prompt is not None and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": system_prompt}, *turns]
+    return [{"role": turn["role"], "content": broken_up(turn["content"])} for turn in turns]
+
+
+def ask_prompts(
+    endpoint: Endpoint,
+    prompts: Sequence[Prompt],
+    system_prompt: str | None,
+    on_reply: Callable[[int, Reply], None],
+    patience: Patience,
+    field: str,
+) -> list[Reply]:
+    """A reply to each prompt, in order; ``on_reply`` and ``patience`` as in ``endpoint.ask_all``.
+
+    Raises UserError naming ``field`` as soon as another model replies than the one named; no reply of it is passed on.
+    """
+    others: list[str] = []
+    may_stop = patience.should_stop
+
+    def take(index: int, reply: Reply) -> None:
+        if reply.model is not None and not is_same_model(endpoint.model, reply.model):
+            others.append(reply.model)
+        elif not others:
+            on_reply(index, reply)
+
+    patience.should_stop = lambda: bool(others) or may_stop()
+    try:
+        questions = [messages_of(prompt, system_prompt) for prompt in prompts]
+        replies = ask_all(replace(endpoint, keeps_cut=True), questions, take, patience)
+    finally:
+        patience.should_stop = may_stop
+    if others:
+        problem = f"is not the model that replied at {endpoint.url}, which calls itself {others[0]}"
+        raise UserError(field, endpoint.model, problem, "name the model that is served there")
+    return replies

@@ -1,0 +1,123 @@
+"""A file of answers from an endpoint: slow, failing and truncating servers, another model, and going on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from endpoint_server import Server, running_server
+
+from esi_ds.ask import main
+from esi_ds.data.answers import load_answers
+from esi_ds.data.prompts import PromptSet, QuestionSet, load_responses
+from esi_ds.eval.asking import is_same_model, messages_of
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
+    with running_server() as server:
+        yield server
+
+
+def ask(server: Server, folder: Path, cases: list[str], *options: str) -> int:
+    prompts = [f"CASE {case}; {number}" for number, case in enumerate(cases)]
+    (folder / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    limits = ["--request-timeout", "1", "--item-timeout", "4", "--max-attempts", "2"]
+    words = [
+        "--base-url",
+        url,
+        "--model",
+        "m",
+        "--prompts",
+        str(folder / "p.jsonl"),
+        "--output",
+        str(folder / "o.jsonl"),
+    ]
+    return main([*words, *limits, *options])
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "o.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_written_in_order_and_cut_ones_are_marked(server: Server, tmp_path: Path, capsys) -> None:
+    cases = ["slow", "cut", "400", "503 once", "null", "one"]
+    assert ask(server, tmp_path, ["one"]) == 0  # it has replied before: a 400 is the question's fault
+    assert ask(server, tmp_path, ["one", *cases], "--concurrency", "3") == 0
+    rows = rows_of(tmp_path)
+    assert [row["prompt"] for row in rows] == [f"CASE {case}; {n}" for n, case in enumerate(["one", *cases])]
+    assert [row["cut"] for row in rows] == [False, False, True, False, False, False, False]
+    assert [row["response"] is None for row in rows] == [False, False, False, True, False, True, False]
+    assert "HTTP 400" in rows[3]["excluded"] and "no text" in rows[5]["excluded"]
+    assert "1 cut at 256 tokens, 2 without a response" in capsys.readouterr().out
+    assert all(authorization is None for _, authorization, _ in server.seen)  # no key unless one is named
+    assert {body["temperature"] for _, _, body in server.seen} == {0}
+    # The file is what an evaluation and ESI read.
+    question_set = QuestionSet("a", "harmful", PromptSet(tuple(row["prompt"] for row in rows), "prompt", "f", ()))
+    answers = load_answers(str(tmp_path / "o.jsonl"), "f", "m", [question_set]).answers
+    assert [answers["a", n].response for n in range(7)] == [row["response"] for row in rows]
+    assert answers["a", 2].is_cut and answers["a", 3].excluded == rows[3]["excluded"]
+    assert len(load_responses(str(tmp_path / "o.jsonl"))) == 7
+
+
+def test_what_is_there_is_not_asked_again(server: Server, tmp_path: Path, capsys) -> None:
+    assert ask(server, tmp_path, ["one", "silent", "five"]) == 2
+    shown = capsys.readouterr()
+    assert "2 of 3 prompts" in shown.out and "no answer to 1 prompts" in shown.err and "start again" in shown.err
+    before = [row["prompt"] for row in rows_of(tmp_path)]
+    with (tmp_path / "o.jsonl").open("a") as opened:
+        opened.write('{"prompt": "torn')  # by a kill
+    server.seen.clear()
+    assert ask(server, tmp_path, ["one", "one", "five"]) == 0
+    assert [body["messages"][-1]["content"] for _, _, body in server.seen] == ["CASE one; 1"]
+    assert set(before) < {row["prompt"] for row in rows_of(tmp_path)} and len(rows_of(tmp_path)) == 3
+    whole = (tmp_path / "o.jsonl").read_bytes()
+    for option in (["--max-tokens", "9"], ["--system-prompt", "Be kind."]):
+        assert ask(server, tmp_path, ["one", "one", "five", "two"], *option) == 2
+        assert "give a new file" in capsys.readouterr().err
+    assert (tmp_path / "o.jsonl").read_bytes() == whole and len(server.seen) == 1
+
+
+def test_an_endpoint_that_is_down_is_given_up(server: Server, tmp_path: Path, capsys) -> None:
+    assert ask(server, tmp_path, ["500"] * 30, "--max-attempts", "1", "--concurrency", "4") == 2
+    assert "no answer to 30 prompts (the last: HTTP 500" in capsys.readouterr().err
+    assert len(server.seen) < 30
+
+
+def test_another_model_is_refused(server: Server, tmp_path: Path, capsys) -> None:
+    server.models = ["a", "b"]
+    assert ask(server, tmp_path, ["one"]) == 2
+    assert "--model = m" in (shown := capsys.readouterr().err) and "serves: a, b" in shown and not server.seen
+    server.models = ["m"]
+    assert ask(server, tmp_path, ["model m", "model other"], "--concurrency", "1") == 2
+    assert "calls itself other" in capsys.readouterr().err
+    assert [row["response"] for row in rows_of(tmp_path)] == ["Hello"]  # the named model's own
+    assert is_same_model("gpt-4o", "gpt-4o-2024-08-06") and is_same_model("gpt-4", "gpt-4-0613")
+    assert not is_same_model("llama-3", "llama-3-8b") and not is_same_model("gpt-4o", "gpt-4o-mini")
+
+
+def test_mistakes_are_named(server: Server, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_KEY", raising=False)
+    for options, word in (
+        (["--limit", "0"], "--limit"),
+        (["--concurrency", "0"], "--concurrency"),
+        (["--base-url", "localhost"], "--base-url"),
+        (["--key-variable", "NO_KEY"], "--key-variable"),
+        (["--base-url", "http://127.0.0.1:9/v1"], "cannot be reached"),
+    ):
+        assert ask(server, tmp_path, ["one"], *options) == 2
+        assert word in capsys.readouterr().err
+    assert not (tmp_path / "o.jsonl").exists() and not server.seen
+    assert ask(server, tmp_path, ["one"], "--key-variable", "OPENAI_API_KEY") == 0
+    assert server.seen[0][1] == "Bearer sk-of-another-server"
+
+
+def test_turns_are_sent_as_they_are() -> None:
+    chat = [{"role": "system", "content": "A"}, {"role": "user", "content": "B<|im_end|>"}]
+    assert messages_of(chat, "S") == [chat[0], {"role": "user", "content": "B< |im_end|>"}]
+    assert messages_of("B", "S") == [{"role": "system", "content": "S"}, {"role": "user", "content": "B"}]
