@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from esi_ds.data.prompts import load_prompts
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.eval.asking import ask_prompts, check_served
-from esi_ds.eval.endpoint import Endpoint, Patience, Reply, is_url
+from esi_ds.eval.endpoint import Endpoint, Patience, Reply
 from esi_ds.reading import check_regular, check_type, reading
 from esi_ds.terminal import clean_output
 
@@ -129,14 +128,8 @@ def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
         limits[name] = getattr(arguments, name)
         if not limits[name] > 0:
             raise UserError(f"--{name.replace('_', '-')}", limits[name], "is not above 0", "give a larger number")
-    if not is_url(arguments.base_url):
-        raise UserError("--base-url", arguments.base_url, "is not a URL", "give for instance http://localhost:8000/v1")
-    key = None
-    if arguments.key_variable is not None:
-        key = os.environ.get(arguments.key_variable, "").strip()
-        if not key or not (key.isascii() and key.isprintable()):
-            raise UserError("--key-variable", arguments.key_variable, "holds no key", "export it")
-    return Endpoint(arguments.model, arguments.base_url.rstrip("/"), key, **limits)
+    fields = "--base-url", "--key-variable"
+    return Endpoint.at(arguments.model, arguments.base_url, arguments.key_variable, fields, **limits)
 
 
 @clean_output()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from esi_ds.config_checks import check_extra, check_numbers, check_origin, check_unique
+from esi_ds.config_checks import OF_THIS_START, check_extra, check_numbers, check_origin, check_unique
 from esi_ds.config_errors import explain
 from esi_ds.config_guards import FamilyName
 from esi_ds.config_yaml import apply_override, dump_yaml, read_yaml
@@ -358,19 +358,13 @@ class EvalYesNo(JudgeModel, EvalModelJudge):
 
 # How many questions each worker of an endpoint asks before the ranks agree to go on; the other ranks wait meanwhile.
 ENDPOINT_ROUNDS = 2
+ORIGINS = ("path", "answers", "endpoint")  # of a model under evaluation: it has one of them
 
 
-class EvalRubric(Section):
-    kind: Literal["rubric"] = Field(description="The judge is a model behind OPENAI_BASE_URL, with OPENAI_API_KEY.")
-    name: str | None = Field(None, description="The judge's name in the tables; null means the model's name.")
+class EndpointLimits(Section):
+    """How a model behind an endpoint is asked."""
+
     model: str = Field(description="The model's name at the endpoint.")
-    template: str | None = Field(
-        None, description="A rubric with {prompt} and {response}; null means the one that ships with esi_ds."
-    )
-    policy: str | None = Field(None, description="The system turn of a gpt-oss-safeguard, which replies 0 or 1.")
-    threshold: int = Field(5, ge=2, le=5, description="The lowest score that counts as unsafe; of a policy it is 1.")
-    prompt_price: float | None = Field(None, ge=0, description="The price of a million tokens read, in dollars.")
-    completion_price: float | None = Field(None, ge=0, description="The price of a million tokens written, in dollars.")
     concurrency: int = Field(8, ge=1, description="How many questions are asked at a time.")
     request_timeout: float = Field(
         60.0, gt=0, le=MAX_TIMEOUT_S, description="How long one attempt may take, in seconds."
@@ -379,10 +373,22 @@ class EvalRubric(Section):
         300.0, gt=0, le=MAX_TIMEOUT_S, description="How long one question may take with all its attempts, in seconds."
     )
     max_attempts: int = Field(5, ge=1, description="How many times a question is tried.")
-    max_tokens: int = Field(1024, ge=1, description="The longest reply, in tokens.")
     extra: dict[str, Any] = Field(
         {}, description="More keys for the request's body; null removes one, such as temperature or max_tokens."
     )
+
+
+class EvalRubric(EndpointLimits):
+    kind: Literal["rubric"] = Field(description="The judge is a model behind OPENAI_BASE_URL, with OPENAI_API_KEY.")
+    name: str | None = Field(None, description="The judge's name in the tables; null means the model's name.")
+    template: str | None = Field(
+        None, description="A rubric with {prompt} and {response}; null means the one that ships with esi_ds."
+    )
+    policy: str | None = Field(None, description="The system turn of a gpt-oss-safeguard, which replies 0 or 1.")
+    threshold: int = Field(5, ge=2, le=5, description="The lowest score that counts as unsafe; of a policy it is 1.")
+    prompt_price: float | None = Field(None, ge=0, description="The price of a million tokens read, in dollars.")
+    completion_price: float | None = Field(None, ge=0, description="The price of a million tokens written, in dollars.")
+    max_tokens: int = Field(1024, ge=1, description="The longest reply, in tokens.")
 
 
 class EvalWords(Section):
@@ -402,12 +408,24 @@ def _list_of_set(entry: Any) -> Any:
 PromptSets = Annotated[list[Prompts], BeforeValidator(_list_of_set)]
 
 
+class EvalEndpoint(EndpointLimits):
+    base_url: str = Field(description="The URL of an OpenAI-compatible server, such as http://localhost:8000/v1.")
+    key_variable: str | None = Field(
+        None, description="The environment variable that holds the server's key; null means that none is sent."
+    )
+
+
 class EvalModel(Section):
     path: str | None = Field(None, description="A hub id or a folder of a model to compare.")
     answers: str | None = Field(
         None, description="Instead of path, a file of the model's answers: none of its weights are loaded."
     )
-    name: str | None = Field(None, description="The model's name in the tables; null means its path, or its file's.")
+    endpoint: EvalEndpoint | None = Field(
+        None, description="Instead of path, the server that is asked for the answers."
+    )
+    name: str | None = Field(
+        None, description="The model's name in the tables; null means its path, its file's or its name at the endpoint."
+    )
     revision: str | None = Field(None, description="The branch, tag or commit of a hub id; null means the default.")
     before: str = Field("base", description="The name of the model that this one is compared with; base is model.path.")
 
@@ -518,17 +536,11 @@ def _check_eval(section: Eval, collective_timeout_s: int) -> None:
         if isinstance(judge, EvalGuard):
             _check_guard(judge, f"eval.judges.{number}")
         if isinstance(judge, EvalRubric):
-            check_extra(judge.extra, f"eval.judges.{number}.extra")
-        if isinstance(judge, EvalRubric) and ENDPOINT_ROUNDS * judge.item_timeout >= collective_timeout_s:
-            raise UserError(
-                f"eval.judges.{number}.item_timeout",
-                judge.item_timeout,
-                f"times {ENDPOINT_ROUNDS} is not less than run.collective_timeout_s = {collective_timeout_s}, "
-                "which is how long the other ranks wait",
-                "lower it, or raise run.collective_timeout_s",
-            )
+            _check_endpoint(judge, f"eval.judges.{number}", collective_timeout_s)
     for number, model in enumerate(section.models):
-        check_origin(f"eval.models.{number}", {key: getattr(model, key) for key in ("path", "answers")}, model.revision)
+        check_origin(f"eval.models.{number}", {key: getattr(model, key) for key in ORIGINS}, model.revision)
+        if model.endpoint is not None:
+            _check_endpoint(model.endpoint, f"eval.models.{number}.endpoint", collective_timeout_s)
     names = [("base", "base"), *((f"eval.models.{n}.name", label(m)) for n, m in enumerate(section.models))]
     check_unique(names)
     check_unique([(f"eval.judges.{n}.name", label(j)) for n, j in enumerate(section.judges)])
@@ -539,6 +551,18 @@ def _check_eval(section: Eval, collective_timeout_s: int) -> None:
             raise UserError(field, model.before, "is not another model's name", f"name one of {others}")
 
 
+def _check_endpoint(section: EndpointLimits, field: str, collective_timeout_s: int) -> None:
+    check_extra(section.extra, f"{field}.extra")
+    if ENDPOINT_ROUNDS * section.item_timeout >= collective_timeout_s:
+        raise UserError(
+            f"{field}.item_timeout",
+            section.item_timeout,
+            f"times {ENDPOINT_ROUNDS} is not less than run.collective_timeout_s = {collective_timeout_s}, "
+            "which is how long the other ranks wait",
+            "lower it, or raise run.collective_timeout_s",
+        )
+
+
 def label(section: EvalModel | EvalJudge) -> str:
     """What a model or a judge is called in tables and files."""
     if section.name is not None:
@@ -546,27 +570,13 @@ def label(section: EvalModel | EvalJudge) -> str:
     if isinstance(section, EvalWords):
         return "words"
     if isinstance(section, EvalModel):
-        return section.path or section.answers or ""
+        return section.path or section.answers or (section.endpoint.model if section.endpoint else "")
     return section.model if isinstance(section, EvalRubric) else section.path
 
 
 def resolved_yaml(config: Config) -> str:
     """The whole config as YAML, defaults included; it loads back to an equal config."""
     return dump_yaml(config.model_dump())
-
-
-# Keys that say how a run starts and saves and not what it computes: they may differ from one start to the next. The
-# DeepSpeed config, expert parallelism included, may have to change where the next start has other nodes.
-OF_THIS_START = (
-    "run.resume",
-    "run.share",
-    "run.collective_timeout_s",
-    "run.start_timeout_s",
-    "run.save_every_min",
-    "esi.save_every",
-    "tune.save_every",
-    "deepspeed",
-)
 
 
 def differences(first: Config, second: Config) -> list[str]:

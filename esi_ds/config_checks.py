@@ -9,6 +9,18 @@ from typing import Any
 from esi_ds.errors import UserError
 
 MAX_NUMBER = 2**53  # integers up to here are exact wherever they are computed with
+# Keys that say how a run starts and saves and not what it computes: they may differ from one start to the next. The
+# DeepSpeed config, expert parallelism included, may have to change where the next start has other nodes.
+OF_THIS_START = (
+    "run.resume",
+    "run.share",
+    "run.collective_timeout_s",
+    "run.start_timeout_s",
+    "run.save_every_min",
+    "esi.save_every",
+    "tune.save_every",
+    "deepspeed",
+)
 MIN_FLOAT, MAX_FLOAT = 1e-37, 1e37  # where fp32 neither rounds to 0 nor overflows
 
 
@@ -33,10 +45,10 @@ def check_numbers(content: Any, key: str) -> None:
 # Keys of a request's body that ``extra`` may not set, and what does set them. Without max_tokens a server has its own.
 OF_THE_REQUEST = {
     "messages": "the question itself",
-    "model": "the judge's key model",
+    "model": "the key model",
     "stream": "the reply is read whole",
     "n": "one reply is read",
-    "max_tokens": "the judge's key max_tokens",
+    "max_tokens": "the key max_tokens, or eval.max_new_tokens",
 }
 
 

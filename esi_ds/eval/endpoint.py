@@ -94,6 +94,24 @@ class Endpoint:
             raise UserError(KEY_VARIABLE, None, "holds characters that a key cannot have", "export it again")
         return cls(model, (url or OPENAI_URL).rstrip("/"), key or None, **limits)
 
+    @classmethod
+    def at(
+        cls, model: str, url: str, key_variable: str | None, fields: tuple[str, str], max_tokens: int, **limits: Any
+    ) -> Endpoint:
+        """An endpoint with a URL of its own; the key of another one is not sent there.
+
+        key_variable: of the environment; None sends no key. Raises UserError naming one of ``fields``: the URL's, the
+        variable's.
+        """
+        if not is_url(url):
+            raise UserError(fields[0], url, "is not a URL", "give for instance http://localhost:8000/v1")
+        key = None
+        if key_variable is not None:
+            key = os.environ.get(key_variable, "").strip()
+            if not key or not (key.isascii() and key.isprintable()):
+                raise UserError(fields[1], key_variable, "holds no key", "export it")
+        return cls(model, url.rstrip("/"), key, max_tokens=max_tokens, **limits)
+
     def body(self, text: str | Sequence[Mapping[str, Any]], system: str | None = None) -> Body:
         """The body of a request with one user message, or the turns of a chat, behind a ``system`` message if any,
         decoded greedily."""

@@ -12,6 +12,7 @@ from esi_ds.config import (
     Config,
     Eval,
     EvalClassifier,
+    EvalEndpoint,
     EvalGuard,
     EvalJudge,
     EvalRubric,
@@ -87,6 +88,27 @@ class RecordedModel:
 
 
 @dataclass(frozen=True)
+class ServedModel:
+    """A model under evaluation that another engine serves. Its weights are not here, nor what needs them."""
+
+    name: str  # in tables and files
+    before: str | None  # name of the model it is compared with
+    endpoint: Endpoint
+    field: str  # the endpoint's key in the config
+    system_prompt: str | None  # the system's turn of prompts that have none
+
+    @property
+    def path(self) -> str:
+        """Its name at the endpoint."""
+        return self.endpoint.model
+
+    @property
+    def fingerprint(self) -> str:
+        """In place of the weights': what is known of them."""
+        return f"endpoint:{self.endpoint.model}"
+
+
+@dataclass(frozen=True)
 class PreparedJudge:
     """A judge of the config, checked as far as possible without its weights."""
 
@@ -142,7 +164,7 @@ class EvalInputs:
 
     section: Eval  # ``eval`` of the config
     sets: list[QuestionSet]
-    models: list[Candidate | RecordedModel]  # the base first
+    models: list[Candidate | RecordedModel | ServedModel]  # the base first
     judges: list[PreparedJudge]
     tasks: list[PreparedTask]
     source: dict[str, str]  # hashes of the prompts, for the manifest
@@ -153,9 +175,9 @@ class EvalInputs:
         return [model for model in self.models if isinstance(model, Candidate)]
 
     @property
-    def recorded(self) -> list[RecordedModel]:
-        """The models whose answers lie in files."""
-        return [model for model in self.models if isinstance(model, RecordedModel)]
+    def elsewhere(self) -> list[RecordedModel | ServedModel]:
+        """The models whose weights are not here: their answers lie in files or come from endpoints."""
+        return [model for model in self.models if not isinstance(model, Candidate)]
 
     @property
     def harmful_sets(self) -> set[str]:
@@ -169,7 +191,9 @@ def prepare_eval(config: Config) -> EvalInputs:
     refusal_list(section.refusal_words, "eval.refusal_words")
     judges = prepare_judges(section)
     sets = load_question_sets(section)
-    models: list[Candidate | RecordedModel] = [_candidate(config.model, BASE, ModelSource.of(config.model), None, sets)]
+    models: list[Candidate | RecordedModel | ServedModel] = [
+        _candidate(config.model, BASE, ModelSource.of(config.model), None, sets)
+    ]
     for number, model in enumerate(section.models):
         field, name = f"eval.models.{number}", label(model)
         if model.path is not None:
@@ -178,6 +202,10 @@ def prepare_eval(config: Config) -> EvalInputs:
         elif model.answers is not None:
             recorded = load_answers(model.answers, f"{field}.answers", name, sets)
             models.append(RecordedModel(name, model.before, recorded))
+        elif model.endpoint is not None:
+            endpoint = _served(model.endpoint, f"{field}.endpoint", section.max_new_tokens)
+            system_prompt = config.model.system_prompt
+            models.append(ServedModel(name, model.before, endpoint, f"{field}.endpoint", system_prompt))
     data_hashes = {f"{question_set.kind}:{question_set.name}": question_set.prompt_set.sha256 for question_set in sets}
     return EvalInputs(section, sets, models, judges, prepare_tasks(section.tasks), data_hashes)
 
@@ -196,6 +224,12 @@ def _candidate(
         for index, prompt in enumerate(question_set.prompts)
     }
     return Candidate(name, source, before, model_config, tokenizer, end_tokens(source, tokenizer), prompt_ids)
+
+
+def _served(section: EvalEndpoint, field: str, max_tokens: int) -> Endpoint:
+    limits = section.model_dump(include=ENDPOINT_KEYS)
+    variables = section.base_url, section.key_variable
+    return Endpoint.at(section.model, *variables, (f"{field}.base_url", f"{field}.key_variable"), max_tokens, **limits)
 
 
 def prepare_judges(section: Eval) -> list[PreparedJudge]:

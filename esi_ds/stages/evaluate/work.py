@@ -12,7 +12,8 @@ from esi_ds.stages.batch_sizes import longest_prompt
 from esi_ds.stages.evaluate.answering import add_recorded, answer_all, answer_keys, surprise_all, to_read_again
 from esi_ds.stages.evaluate.finish import finish_eval
 from esi_ds.stages.evaluate.ledgers import EvalLedgers
-from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs, RecordedModel
+from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs, ServedModel
+from esi_ds.stages.evaluate.served import AnswerRounds
 from esi_ds.stages.interrupt import check_stop, stop_requested
 from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.run import StageRun
@@ -31,7 +32,7 @@ class EvalRun(StageRun[EvalInputs]):
         inputs, tracker = self.inputs, self.tracker
         fingerprints = {
             model.name: model.fingerprint
-            if isinstance(model, RecordedModel)
+            if not isinstance(model, Candidate)
             else self.model_fingerprint(
                 model.source, meta_parameters(model.config, model.source, dtype=self.config.model.dtype)
             )
@@ -49,8 +50,11 @@ class EvalRun(StageRun[EvalInputs]):
                 "eval.judges is empty: attack success is counted by refusal words alone, which is not a verdict"
             )
         ledgers = EvalLedgers.open(self.folder.path)
-        for recorded in inputs.recorded:
-            add_recorded(recorded, inputs.sets, ledgers.answers, tracker)
+        for other in inputs.elsewhere:
+            if isinstance(other, ServedModel):
+                AnswerRounds(other, ledgers.answers, tracker).ask(inputs.sets)
+            else:
+                add_recorded(other, inputs.sets, ledgers.answers, tracker)
         for model in reversed(inputs.candidates):  # the base last: it reads the others' answers too
             self._answer(model, ledgers)
         names = [model.name for model in inputs.models]
@@ -66,7 +70,7 @@ class EvalRun(StageRun[EvalInputs]):
         is_base = candidate.name == BASE
         answers, surprises = ledgers.answers, ledgers.surprises
         is_answered = set(answer_keys([candidate.name], sets)) <= answers.rows.keys()
-        recorded = {model.name for model in self.inputs.recorded}
+        recorded = {model.name for model in self.inputs.elsewhere}
         if is_answered and (not is_base or not to_read_again(answers, surprises, recorded)):
             return
         model = load_sharded(candidate.source, self.config.model.dtype, self.deepspeed_config)
@@ -89,8 +93,8 @@ class EvalRun(StageRun[EvalInputs]):
         if not order:
             return []
         bar = tracker.progress(total=len(order), initial=len(ledger.rows), unit="task", description="tasks")
-        for recorded in self.inputs.recorded:
-            tracker.log(f"tasks of {recorded.name} are not measured: its weights are not here")
+        for other in self.inputs.elsewhere:
+            tracker.log(f"tasks of {other.name} are not measured: its weights are not here")
         for candidate in self.inputs.candidates:
             waiting = [number for number in range(len(tasks)) if (candidate.name, number) not in ledger.rows]
             if not waiting:

@@ -20,7 +20,7 @@ from esi_ds.models.meta import meta_parameters
 from esi_ds.models.roles import unknown, warning
 from esi_ds.options import Options
 from esi_ds.report.contents import Facts
-from esi_ds.stages.evaluate.prepare import EvalInputs
+from esi_ds.stages.evaluate.prepare import EvalInputs, RecordedModel
 from esi_ds.stages.perturb.prepare import PerturbInputs
 from esi_ds.stages.plan.batches import EsiBatches, Rows, esi_batches, generation_rows
 from esi_ds.stages.plan.memory import GIB, describe_work, expected_trained, print_bytes, readable, topology
@@ -119,8 +119,9 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     settings = resolve_deepspeed(config, world_size, "eval")
     print(resolved_yaml(config))
     facts: Facts = {"ranks": world_size}
-    for recorded in inputs.recorded:
-        facts[f"model {recorded.name}"] = f"{len(recorded.recorded.answers):,} answers from {recorded.path}"
+    for other in inputs.elsewhere:
+        origin = f"{len(other.recorded.answers):,} answers from " if isinstance(other, RecordedModel) else "asked as "
+        facts[f"model {other.name}"] = origin + other.path
     for model in inputs.candidates:
         parameters = meta_parameters(model.config, model.source, dtype=config.model.dtype)
         total = sum(parameter.numel for parameter in parameters)

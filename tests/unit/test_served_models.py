@@ -1,0 +1,94 @@
+"""A model behind an endpoint under evaluation: what is kept, what is missing, and when the run stops instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from endpoint_server import Server, running_server
+
+from esi_ds.config import validate
+from esi_ds.config_needs import require_eval
+from esi_ds.data.prompts import PromptSet, QuestionSet
+from esi_ds.errors import UserError
+from esi_ds.eval.endpoint import Endpoint
+from esi_ds.eval.rows import AnswerRow
+from esi_ds.stages.evaluate.prepare import ServedModel, _served
+from esi_ds.stages.evaluate.served import AnswerRounds
+from esi_ds.stages.ledger import Ledger
+from esi_ds.tracking import Tracker
+
+LIMITS = {"request_timeout": 0.5, "item_timeout": 3.0, "max_attempts": 2, "concurrency": 2, "backoff": 0.01}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with running_server() as server:
+        yield server
+
+
+def model_at(server: Server, **limits: Any) -> ServedModel:
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    return ServedModel("m", "base", Endpoint("m", url, **{**LIMITS, **limits}), "eval.models.0.endpoint", "Be kind.")
+
+
+def ask(model: ServedModel, folder: Path, cases: list[str]) -> list[AnswerRow]:
+    prompts = tuple(f"CASE {case}; {number}" for number, case in enumerate(cases))
+    answers: Ledger[AnswerRow] = Ledger(folder / "answers.jsonl", ("model", "set", "index"), AnswerRow)
+    tracker = Tracker(folder, enabled=False, tensorboard=False, stage="eval", monitor=[])
+    AnswerRounds(model, answers, tracker).ask([QuestionSet("a", "harmful", PromptSet(prompts, "p", "f", ()))])
+    return answers.sort(("m", "a", number) for number in range(len(cases)))
+
+
+def test_every_prompt_has_a_row_and_is_asked_once(server: Server, tmp_path: Path) -> None:
+    rows = ask(model_at(server), tmp_path, ["one", "cut", "silent", "slow", "400", "503 once", "null", "five"])
+    assert [row["response"] is None for row in rows] == [False, False, True, False, True, False, True, False]
+    assert [row.get("cut", False) for row in rows] == [number == 1 for number in range(8)]
+    assert "timeout" in str(rows[2]["excluded"]) and "HTTP 400" in str(rows[4]["excluded"])
+    turns = server.seen[0][2]["messages"]
+    assert turns[0] == {"role": "system", "content": "Be kind."} and len(turns) == 2
+    server.seen.clear()
+    assert ask(model_at(server), tmp_path, ["one", "cut", "silent", "slow", "400", "503 once", "null", "five"]) == rows
+    assert not server.seen  # what is on disk is not asked again
+
+
+def test_an_endpoint_that_stops_leaves_the_rest_to_a_restart(server: Server, tmp_path: Path) -> None:
+    model = model_at(server, give_up_after=3, max_attempts=1, concurrency=1)
+    with pytest.raises(UserError, match=r"eval\.models\.0\.endpoint.*no answer to 4 prompts.*HTTP 500.*start again"):
+        ask(model, tmp_path, ["one", "500", "500", "500", "five"])
+    rows = ask(model, tmp_path, ["one", "one", "one", "one", "five"][:1])
+    assert [row["index"] for row in rows] == [0]  # none of the failures is kept as an answer
+
+
+def test_another_model_stops_the_run(server: Server, tmp_path: Path) -> None:
+    server.models = ["other"]
+    with pytest.raises(UserError, match="is not a model that .* serves: other"):
+        ask(model_at(server), tmp_path, ["one"])
+    server.models = None
+    with pytest.raises(UserError, match=r"eval\.models\.0\.endpoint\.model.*calls itself other"):
+        ask(replace(model_at(server)), tmp_path, ["model other"])
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def config(**endpoint: Any) -> dict:
+    model = {"endpoint": {"base_url": "http://h/v1", "model": "m", **endpoint}}
+    return {"run": {"output_dir": "x"}, "model": {"path": "y"}, "eval": {"prompts": {"path": "z"}, "models": [model]}}
+
+
+def test_the_key_of_another_server_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
+    section = require_eval(validate(config(concurrency=3))).models[0].endpoint
+    assert section is not None
+    endpoint = _served(section, "f", 99)
+    assert (endpoint.key, endpoint.max_tokens, endpoint.concurrency) == (None, 99, 3)
+    assert _served(section.model_copy(update={"key_variable": "OPENAI_API_KEY"}), "f", 9).key == "sk-of-another-server"
+    for update, words in (({"key_variable": "NO_KEY"}, "f.key_variable"), ({"base_url": "h"}, "f.base_url")):
+        with pytest.raises(UserError, match=words):
+            _served(section.model_copy(update=update), "f", 9)
+    for wrong, words in (({"item_timeout": 900.0}, "endpoint.item_timeout"), ({"extra": {"n": 2}}, "endpoint.extra.n")):
+        with pytest.raises(UserError, match=words):
+            validate(config(**wrong))
