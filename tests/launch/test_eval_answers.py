@@ -1,4 +1,4 @@
-"""An evaluation of answers from elsewhere: counted as if the model itself had given them."""
+"""An evaluation of answers from elsewhere, on two ranks: counted as if the model itself had given them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_answers_from_a_file_are_judged_like_the_models(tmp_path: Path) -> None:
     pairs = [{"prompt": row["prompt"], "response": row["response"]} for row in rows]
     file.write_text("".join(json.dumps(row) + "\n" for row in reversed(pairs[1:])))
     models = [{"name": "other", "answers": str(first.run / "answers.jsonl")}, {"name": "less", "answers": str(file)}]
-    second = job(tmp_path, "read", models, 1)
+    second = job(tmp_path, "read", models, 2)
     output = second.finish()
     assert "less to 1 of 6 prompts of harmful_heldout: 0" in output and "fluency is not measured" in output
     assert measures(second.run, "other") == measures(first.run, "other")
