@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, LaunchedJob
+from endpoint_server import running_server
 
 MODELS = ROOT / "examples/models"
 NUM_PROMPTS = 6
@@ -55,3 +57,25 @@ def test_answers_from_a_file_are_judged_like_the_models(tmp_path: Path) -> None:
     report = json.loads((second.run / "report.json").read_text())
     assert [model["has_weights"] for model in report["models"]] == [True, False, False]
     assert "not measured" in (second.run / "report.html").read_text()
+
+
+def test_a_served_model_is_asked_by_one_rank_of_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    prompts = [{"prompt": f"CASE {case}; {n}"} for n, case in enumerate(["one", "cut", "400", "five"])]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    with running_server() as server:
+        endpoint = {"base_url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m"}
+        config = {
+            "model": {"path": str(MODELS / "llama-aligned"), "dtype": "fp32"},
+            "eval": {
+                "models": [{"endpoint": endpoint}],
+                "prompts": {"path": str(tmp_path / "p.jsonl")},
+                "max_new_tokens": 8,
+            },
+        }
+        run = LaunchedJob("launch/eval.py", tmp_path, "served", 3, config)
+        run.finish()
+        assert len(server.seen) == len(prompts)
+    rows = [row for row in rows_of(run.run / "answers.jsonl") if row["model"] == "m"]
+    assert [row["response"] is None for row in rows] == [False, False, True, False]
+    assert [row.get("cut", False) for row in rows] == [False, True, False, False]
