@@ -117,7 +117,8 @@ def test_killed_while_scoring_same_bits_on_two_ranks_same_scores_on_one(folder: 
         job = Job(folder, name, 2, "metrics.jsonl 3", save_every=save_every)
         job.kill_when(lambda job=job: num_lines(job.run / "metrics.jsonl") >= 3)
         assert not (job.run / "scores").exists()
-        assert (job.run / "checkpoint").exists() == (save_every != "auto")
+        # The folder is there in any case: it also holds the digests of rows.
+        assert any((job.run / "checkpoint").glob("*/position-*")) == (save_every != "auto")
         again = Job(folder, name, ranks, save_every=save_every)
         output = again.finish()
         assert "generating" not in output
