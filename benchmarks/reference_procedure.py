@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import published
+from benchmarks import gpu_models, published
 from benchmarks.common import print_result, resident_bytes, result_of
 from benchmarks.measure import machine, peak_bytes, seconds
 from benchmarks.published import Row
@@ -55,16 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
     },
-    "cuda": {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
+    "cuda": gpu_models.SHAPES["Llama-3.2-1B"],
 }
 
 
