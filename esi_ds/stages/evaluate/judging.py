@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from esi_ds.config import ENDPOINT_ROUNDS, Config
+from esi_ds.config import Config
 from esi_ds.config_needs import require_eval
 from esi_ds.data.turns import prompt_text
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, TokenJudge, length_batches
-from esi_ds.eval.endpoint import Patience, Reply
+from esi_ds.eval.endpoint import Reply
 from esi_ds.eval.refusals import judge_by_words
 from esi_ds.eval.rows import AnswerRow, VerdictRow, answered
 from esi_ds.eval.rubric import Prices, judge_by_rubric, total_usage
@@ -28,7 +28,8 @@ from esi_ds.stages.evaluate.prepare import (
     PreparedNextWord,
     PreparedWords,
 )
-from esi_ds.stages.interrupt import check_stop, stop_requested
+from esi_ds.stages.evaluate.rounds import EndpointRounds
+from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Key, Ledger
 from esi_ds.tracking import Bar, Tracker
 from esi_ds.zero import memory, runtime
@@ -73,7 +74,7 @@ def judge_all(
             given = judge_by_words([question.response for question in questions], judge.words)
             verdicts.add(_verdict_row(judge, *pair) for pair in zip(questions, given, strict=True))
         elif isinstance(judge, PreparedEndpoint):
-            EndpointRounds(judge, verdicts, tracker).ask(questions)
+            VerdictRounds(judge, verdicts, tracker).ask(questions)
             tracker.log(f"judge {judge.name} used {_usage(judge, verdicts)}")
         else:
             assert isinstance(judge, PreparedModel)
@@ -130,83 +131,56 @@ def _usage(judge: PreparedEndpoint, verdicts: Ledger[VerdictRow]) -> str:
     return str(total_usage(replies, prices))
 
 
-@dataclass
-class EndpointRounds:
-    """Questions to one endpoint, a few rounds at a time, so that the ranks never wait long for rank 0, which asks.
+class VerdictRounds(EndpointRounds[UnjudgedAnswer, VerdictRow]):
+    """Questions to the endpoint of a rubric judge; failed ones are missing verdicts once it replies again."""
 
-    failed: verdicts that are missing since the endpoint last replied; on rank 0. They are written once it replies
-    again. If it never does, a restart asks these questions anew, as they failed for the same reason.
-    """
-
-    judge: PreparedEndpoint
-    verdicts: Ledger[VerdictRow]
-    tracker: Tracker
-    patience: Patience = field(default_factory=lambda: Patience(should_stop=stop_requested))
-    failed: list[VerdictRow] = field(default_factory=list)
+    def __init__(self, judge: PreparedEndpoint, verdicts: Ledger[VerdictRow], tracker: Tracker):
+        super().__init__(judge.endpoint, verdicts)
+        self._judge, self._tracker = judge, tracker
 
     def ask(self, questions: Sequence[UnjudgedAnswer]) -> None:
         """Add a verdict for every question; if the endpoint is given up, the rest is left to a restart.
 
         Collectives: a broadcast and a gather for each chunk, and two broadcasts at the end. Raises Interrupted.
         """
-        judge, size = self.judge, self.judge.endpoint.concurrency * ENDPOINT_ROUNDS
-        with _progress(judge, len(questions), 0, self.tracker) as bar:
-            for start in range(0, len(questions), size):
-                chunk = questions[start : start + size]
-                rows = self._ask_chunk(chunk) if runtime.is_main() else []
-                self.verdicts.add(runtime.broadcast_object(rows))
-                _running_rates(judge, chunk, self.verdicts, self.tracker)
-                bar.update(len(chunk))
-                check_stop(f"{start + len(chunk)} answers judged by {judge.name}")
-        is_up = self.patience.was_alive and self.patience.num_failed < judge.endpoint.give_up_after
-        self.verdicts.add(runtime.broadcast_object(self.failed if is_up else []))
-        num_left = sum(verdict_key(judge, question.row) not in self.verdicts.rows for question in questions)
+        judge = self._judge
+        bar = _progress(judge, len(questions), 0, self._tracker)
+
+        def on_chunk(chunk: Sequence[UnjudgedAnswer], num_done: int) -> None:
+            _running_rates(judge, chunk, self.rows, self._tracker)
+            bar.update(len(chunk))
+            check_stop(f"{num_done} answers judged by {judge.name}")
+
+        with bar:
+            self.ask_all(questions, on_chunk)
+        num_left = sum(verdict_key(judge, question.row) not in self.rows.rows for question in questions)
         if num_left:
             last = runtime.broadcast_object(self.failed[-1]["reason"] if self.failed else "")
-            self.tracker.log(
+            self._tracker.log(
                 f"judge {judge.name}: {num_left} answers have no verdict because the endpoint failed "
                 f"{self.patience.num_failed} times in a row (the last: {last}); once it works, remove the run's "
                 "manifest.json and start again"
             )
 
-    def _ask_chunk(self, chunk: Sequence[UnjudgedAnswer]) -> list[VerdictRow]:
-        """Rows of the verdicts that count, which are in the ledger already. Rank 0 only."""
-        rows: list[VerdictRow] = []
-
-        def keep(number: int, verdict: Verdict, reply: Reply) -> None:
-            new = self._rows_to_keep(chunk[number], verdict, reply)
-            rows.extend(new)
-            self.verdicts.add(new)  # at once: it was paid for
+    def ask_chunk(self, chunk: Sequence[UnjudgedAnswer], keep: Callable[[VerdictRow, Reply], None]) -> None:
+        def take(number: int, verdict: Verdict, reply: Reply) -> None:
+            row = _verdict_row(self._judge, chunk[number], verdict)
+            row["used"] = {
+                "num_requests": reply.num_requests,
+                "prompt_tokens": reply.prompt_tokens,
+                "completion_tokens": reply.completion_tokens,
+            }
+            keep(row, reply)
 
         judge_by_rubric(
             [(prompt_text(question.row["prompt"]), question.response) for question in chunk],
-            self.judge.endpoint,
-            template=self.judge.section.template,
-            policy=self.judge.section.policy,
-            threshold=self.judge.section.threshold,
-            on_verdict=keep,
+            self.endpoint,
+            template=self._judge.section.template,
+            policy=self._judge.section.policy,
+            threshold=self._judge.section.threshold,
+            on_verdict=take,
             patience=self.patience,
         )
-        return rows
-
-    def _rows_to_keep(self, question: UnjudgedAnswer, verdict: Verdict, reply: Reply) -> list[VerdictRow]:
-        """This verdict's row, and those of the failures before it if the endpoint replies again."""
-        if not reply.asked:
-            return []
-        row = _verdict_row(self.judge, question, verdict)
-        row["used"] = {
-            "num_requests": reply.num_requests,
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-        }
-        if not reply.is_alive:
-            self.failed.append(row)
-            return []
-        rows = [row]
-        if reply.num_requests:
-            rows += self.failed
-            self.failed.clear()
-        return rows
 
 
 def _ask_model(

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Sequence
 
-from esi_ds.config import ENDPOINT_ROUNDS
 from esi_ds.data.prompts import QuestionSet
 from esi_ds.data.thoughts import UNFINISHED, final_answer
 from esi_ds.errors import UserError
 from esi_ds.eval.asking import ask_prompts, check_served
-from esi_ds.eval.endpoint import Patience, Reply
+from esi_ds.eval.endpoint import Reply
 from esi_ds.eval.rows import AnswerRow
 from esi_ds.stages.evaluate.prepare import ServedModel
-from esi_ds.stages.interrupt import check_stop, stop_requested
+from esi_ds.stages.evaluate.rounds import EndpointRounds
+from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 
 
-@dataclass
-class AnswerRounds:
-    """Prompts to one endpoint, a few rounds at a time, so that the ranks never wait long for rank 0, which asks.
+class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
+    """Prompts to the endpoint of a model under evaluation; failed ones count as missing once it replies again."""
 
-    failed: rows of prompts without a reply since the endpoint last replied; on rank 0. They count as missing once it
-    replies again; if it never does, a restart asks them anew.
-    """
-
-    model: ServedModel
-    answers: Ledger[AnswerRow]
-    tracker: Tracker
-    patience: Patience = field(default_factory=lambda: Patience(should_stop=stop_requested))
-    failed: list[AnswerRow] = field(default_factory=list)
+    def __init__(self, model: ServedModel, answers: Ledger[AnswerRow], tracker: Tracker):
+        super().__init__(model.endpoint, answers)
+        self._model, self._tracker = model, tracker
 
     def ask(self, sets: Sequence[QuestionSet]) -> None:
         """Add a row for every prompt that ``answers`` lacks.
@@ -40,22 +31,21 @@ class AnswerRounds:
         Collectives: a broadcast and a gather for each chunk, and three broadcasts. Raises Interrupted, and UserError,
         on every rank, where another model is served, or where the endpoint is given up: what was answered is kept.
         """
-        waiting = [row for row in self._rows(sets) if self.answers.key(row) not in self.answers.rows]
+        waiting = [row for row in self._rows(sets) if self.rows.key(row) not in self.rows.rows]
         if not waiting:
             return
-        model, size = self.model, self.model.endpoint.concurrency * ENDPOINT_ROUNDS
+        model = self._model
         runtime.from_main(lambda: check_served(model.endpoint, model.field))
-        self.tracker.log(f"{model.name}: {len(waiting)} prompts to its endpoint; its fluency is not measured")
-        bar = self.tracker.progress(total=len(waiting), initial=0, unit="prompt", description=f"answer: {model.name}")
+        self._tracker.log(f"{model.name}: {len(waiting)} prompts to its endpoint; its fluency is not measured")
+        bar = self._tracker.progress(total=len(waiting), initial=0, unit="prompt", description=f"answer: {model.name}")
+
+        def on_chunk(chunk: Sequence[AnswerRow], num_done: int) -> None:
+            bar.update(len(chunk))
+            check_stop(f"{num_done} prompts answered by {model.name}")
+
         with bar:
-            for start in range(0, len(waiting), size):
-                chunk = waiting[start : start + size]
-                self.answers.add(runtime.from_main(partial(self._ask_chunk, chunk)))
-                bar.update(len(chunk))
-                check_stop(f"{start + len(chunk)} prompts answered by {model.name}")
-        is_up = self.patience.was_alive and self.patience.num_failed < model.endpoint.give_up_after
-        self.answers.add(runtime.broadcast_object(self.failed if is_up else []))
-        num_left = sum(self.answers.key(row) not in self.answers.rows for row in waiting)
+            self.ask_all(waiting, on_chunk)
+        num_left = sum(self.rows.key(row) not in self.rows.rows for row in waiting)
         last = runtime.broadcast_object(self.failed[-1]["excluded"] if self.failed else "")
         if num_left:
             problem = f"gave no answer to {num_left} prompts (the last: {last})"
@@ -64,7 +54,7 @@ class AnswerRounds:
     def _rows(self, sets: Sequence[QuestionSet]) -> list[AnswerRow]:
         return [
             {
-                "model": self.model.name,
+                "model": self._model.name,
                 "set": question_set.name,
                 "index": index,
                 "prompt": prompt,
@@ -75,31 +65,13 @@ class AnswerRounds:
             for index, prompt in enumerate(question_set.prompts)
         ]
 
-    def _ask_chunk(self, chunk: Sequence[AnswerRow]) -> list[AnswerRow]:
-        """Rows of the answers that count, which are in the ledger already. Rank 0 only."""
-        rows: list[AnswerRow] = []
+    def ask_chunk(self, chunk: Sequence[AnswerRow], keep: Callable[[AnswerRow, Reply], None]) -> None:
+        def take(number: int, reply: Reply) -> None:
+            keep(answer_row(chunk[number], reply), reply)
 
-        def keep(number: int, reply: Reply) -> None:
-            new = self._rows_to_keep(chunk[number], reply)
-            rows.extend(new)
-            self.answers.add(new)  # at once: it was paid for
-
-        model = self.model
+        model = self._model
         prompts = [row["prompt"] for row in chunk]
-        ask_prompts(model.endpoint, prompts, model.system_prompt, keep, self.patience, f"{model.field}.model")
-        return rows
-
-    def _rows_to_keep(self, row: AnswerRow, reply: Reply) -> list[AnswerRow]:
-        """The row with this reply, and those of the failures before it if the endpoint replies again."""
-        if not reply.asked:
-            return []
-        new = answer_row(row, reply)
-        if not reply.is_alive:
-            self.failed.append(new)
-            return []
-        rows = [new, *self.failed]
-        self.failed.clear()
-        return rows
+        ask_prompts(model.endpoint, prompts, model.system_prompt, take, self.patience, f"{model.field}.model")
 
 
 def answer_row(row: AnswerRow, reply: Reply) -> AnswerRow:
