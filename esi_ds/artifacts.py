@@ -23,7 +23,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from esi_ds.config import Config, differences, resolved_yaml, validate
-from esi_ds.config_yaml import read_yaml
+from esi_ds.config.yaml import read_yaml
 from esi_ds.errors import UserError
 from esi_ds.reading import check_regular, check_type, read_json, reading
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from esi_ds.config import Config
-from esi_ds.config_checks import check_numbers
+from esi_ds.config.checks import check_numbers
 from esi_ds.errors import UserError
 from esi_ds.reading import check_type, parse_json, read_text, reading
 

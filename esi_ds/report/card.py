@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from esi_ds.config import Config, Tune
-from esi_ds.config_yaml import dump_yaml
+from esi_ds.config.yaml import dump_yaml
 from esi_ds.core.mask import Mask
 from esi_ds.data.conversations import TuningSet
 from esi_ds.terminal import printable

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from esi_ds.config import Config, load_config, validate
-from esi_ds.config_yaml import apply_override, dump_yaml, parse_yaml
+from esi_ds.config.yaml import apply_override, dump_yaml, parse_yaml
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
 

@@ -10,8 +10,8 @@ from import_boundaries import circles, import_graph, violations
 
 from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
 from esi_ds.config import differences, load_config, resolved_yaml, validate
-from esi_ds.config_needs import require_esi, require_tune
-from esi_ds.config_yaml import parse_yaml
+from esi_ds.config.needs import require_esi, require_tune
+from esi_ds.config.yaml import parse_yaml
 from esi_ds.deepspeed_config import check_experts, expert_parallel_size, resolve_deepspeed
 from esi_ds.errors import UserError
 

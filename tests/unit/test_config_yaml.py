@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from esi_ds.config import load_config, resolved_yaml, validate
-from esi_ds.config_yaml import apply_override, dump_yaml, parse_value, parse_yaml
+from esi_ds.config.yaml import apply_override, dump_yaml, parse_value, parse_yaml
 from esi_ds.errors import UserError
 
 BASE = {"run": {"output_dir": "x"}, "model": {"path": "a"}}

@@ -16,7 +16,7 @@ from reference import load, loss_gradients, row_token_losses
 
 from esi_ds.cli import main
 from esi_ds.config import validate
-from esi_ds.config_needs import require_esi
+from esi_ds.config.needs import require_esi
 from esi_ds.core.criteria import GRADIENTS, objectives
 from esi_ds.core.loss import row_losses
 from esi_ds.core.score import contrast, score_shard

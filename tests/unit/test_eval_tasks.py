@@ -33,7 +33,7 @@ from lm_eval.tasks._index import TaskIndex
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from esi_ds.config import Task, resolved_yaml, validate
-from esi_ds.config_yaml import parse_yaml
+from esi_ds.config.yaml import parse_yaml
 from esi_ds.data.chat import load_tokenizer
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.errors import Interrupted, UserError

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from esi_ds.config import EsiGuard, Eval, EvalGuard
-from esi_ds.config_guards import FamilyName
+from esi_ds.config.guards import FamilyName
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import NextWordJudge, SequenceJudge, TokenJudge, judge_pairs
 from esi_ds.judge.classifier import ClassifierGuard, family_rule, model_class, read_rule

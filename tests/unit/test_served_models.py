@@ -11,7 +11,7 @@ import pytest
 from endpoint_server import Server, running_server
 
 from esi_ds.config import validate
-from esi_ds.config_needs import require_eval
+from esi_ds.config.needs import require_eval
 from esi_ds.data.prompts import PromptSet, QuestionSet
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint

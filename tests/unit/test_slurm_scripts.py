@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from esi_ds.config_yaml import apply_override
+from esi_ds.config.yaml import apply_override
 
 ARRAY = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
 SRUN = """#!/bin/bash

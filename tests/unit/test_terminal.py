@@ -11,7 +11,7 @@ import pytest
 from esi_ds import status
 from esi_ds.artifacts import RunFolder
 from esi_ds.config import validate
-from esi_ds.config_yaml import parse_yaml
+from esi_ds.config.yaml import parse_yaml
 from esi_ds.errors import UserError
 from esi_ds.report.card import model_card
 from esi_ds.terminal import clean_output, printable

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.artifacts import file_sha256
 from esi_ds.config import Config, EsiClassifier, EsiGuard
-from esi_ds.config_needs import scores_given
+from esi_ds.config.needs import scores_given
 from esi_ds.core.criteria import objectives
 from esi_ds.core.select import check_ratio, share_sizes
 from esi_ds.data.answers import check_one_model, counted_response

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esi_ds.config import Config
-from esi_ds.config_needs import require_esi
+from esi_ds.config.needs import require_esi
 from esi_ds.options import Options
 from esi_ds.stages.esi.prepare import prepare
 from esi_ds.stages.folder import open_folder

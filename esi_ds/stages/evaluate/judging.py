@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from esi_ds.config import Config
-from esi_ds.config_needs import require_eval
+from esi_ds.config.needs import require_eval
 from esi_ds.data.turns import prompt_text
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, TokenJudge, length_batches
 from esi_ds.eval.endpoint import Reply

@@ -21,7 +21,7 @@ from esi_ds.config import (
     Model,
     label,
 )
-from esi_ds.config_needs import require_eval
+from esi_ds.config.needs import require_eval
 from esi_ds.data.answers import RecordedAnswers, load_answers
 from esi_ds.data.chat import encode_data_prompt, load_chat_tokenizer, load_tokenizer, special_strings
 from esi_ds.data.end_tokens import end_tokens

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from esi_ds.config import Config
-from esi_ds.config_needs import require_perturb
+from esi_ds.config.needs import require_perturb
 from esi_ds.core.mask import Mask, load_mask
 from esi_ds.core.select import check_ratio, share_sizes
 from esi_ds.errors import UserError

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from esi_ds.config import Config, resolved_yaml
-from esi_ds.config_needs import require_eval
+from esi_ds.config.needs import require_eval
 from esi_ds.core.criteria import objectives
 from esi_ds.core.footprint import WEIGHT_BYTES
 from esi_ds.core.mask import num_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from esi_ds.config import Config, Tune, resolved_yaml
-from esi_ds.config_needs import require_tune
+from esi_ds.config.needs import require_tune
 from esi_ds.core.mask import load_mask
 from esi_ds.core.select import model_k
 from esi_ds.core.trained import Trained

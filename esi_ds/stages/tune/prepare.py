@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.config import BenignMix, Config, Eval, Model, RowSource, Tune
-from esi_ds.config_needs import require_tune
+from esi_ds.config.needs import require_tune
 from esi_ds.core.mask import Mask, load_mask
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter

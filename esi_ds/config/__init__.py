@@ -1,0 +1,59 @@
+"""The YAML of an experiment, strictly typed (docs/design.md §5). Imports no torch: a bad config fails at once.
+
+Every key has one owner and a sentence. An unknown key, a wrong type or a value out of range is a ``UserError`` that
+names the key in full.
+"""
+
+from esi_ds.config.data import LossData, Prompts, RowSource
+from esi_ds.config.evaluation import Eval, EvalEndpoint, EvalModel, Task, label
+from esi_ds.config.judges import (
+    ENDPOINT_ROUNDS,
+    ClassifierModel,
+    EsiClassifier,
+    EsiGuard,
+    EvalClassifier,
+    EvalGuard,
+    EvalJudge,
+    EvalRubric,
+    EvalWords,
+    EvalYesNo,
+    GuardModel,
+    JudgeModel,
+)
+from esi_ds.config.loading import Config, Model, differences, load_config, resolved_yaml, validate
+from esi_ds.config.scoring import Esi, Select
+from esi_ds.config.tuning import BenignMix, Perturb, Tune
+
+__all__ = [
+    "BenignMix",
+    "ClassifierModel",
+    "Config",
+    "ENDPOINT_ROUNDS",
+    "Esi",
+    "EsiClassifier",
+    "EsiGuard",
+    "Eval",
+    "EvalClassifier",
+    "EvalEndpoint",
+    "EvalGuard",
+    "EvalJudge",
+    "EvalModel",
+    "EvalRubric",
+    "EvalWords",
+    "EvalYesNo",
+    "GuardModel",
+    "JudgeModel",
+    "LossData",
+    "Model",
+    "Perturb",
+    "Prompts",
+    "RowSource",
+    "Select",
+    "Task",
+    "Tune",
+    "differences",
+    "label",
+    "load_config",
+    "resolved_yaml",
+    "validate",
+]

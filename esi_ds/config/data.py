@@ -1,0 +1,48 @@
+"""Prompts, rows and the run's data in the config."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from esi_ds.config.section import Section
+
+
+class Prompts(Section):
+    path: str = Field(description="A file, a hub id or the name of a built-in set.")
+    split: str | None = Field(None, description="The split of a hub data set; null means train.")
+    column: str = Field("auto", description="The column that holds the prompts; auto recognises the usual names.")
+    limit: int | None = Field(None, ge=1, description="How many prompts to take, from the first; null means all.")
+
+
+class Rows(Section):
+    """Question and answer rows of a file or a hub data set."""
+
+    path: str = Field(description="A file or a hub id of question and answer rows.")
+    columns: str = Field(
+        "auto", description="Columns: question,answer or question,input,answer or messages; auto recognises them."
+    )
+    name: str | None = Field(None, description="The configuration of a hub data set; null means its default.")
+    split: str | None = Field(None, description="The split of a hub data set; null means train.")
+
+
+class RowSource(Rows):
+    limit: int | None = Field(None, ge=1, description="How many rows to take, from the first; null means all.")
+
+
+class LossData(RowSource):
+    max_length: int = Field(1024, ge=2, description="The longest row in tokens; longer rows lose their end.")
+
+
+class Data(Section):
+    prompts: Prompts | None = Field(None, description="The harmful requests that the model answers.")
+    responses: str | None = Field(
+        None,
+        description='A JSONL of {"prompt", "response"}, used instead of generating. Estimator score_function needs no '
+        'judge where every row also holds a number "judge_score".',
+    )
+    tuning: LossData | None = Field(
+        None, description="The rows of the tuning loss, for criteria tuning_grad, directed and conflict."
+    )
+    benign: LossData | None = Field(
+        None, description="The rows whose skill a mask should spare, for select.contrastive."
+    )

@@ -1,0 +1,127 @@
+"""How models are evaluated, in the config."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from esi_ds.config.checks import check_origin, check_unique
+from esi_ds.config.data import Prompts
+from esi_ds.config.judges import (
+    EndpointLimits,
+    EvalGuard,
+    EvalJudge,
+    EvalRubric,
+    EvalWords,
+    check_endpoint,
+    check_guard,
+)
+from esi_ds.config.section import GENERATION_BATCH, BatchNumber, Section
+from esi_ds.errors import UserError
+
+
+class Task(Section):
+    name: str = Field(
+        description="Which task: gsm8k, ag_news, pubmedqa, medqa, mmlu, examples/benign, a name of lm-eval, or a YAML."
+    )
+    path: str | None = Field(None, description="A local file of the task's rows; null means the hub's data set.")
+    fewshot_path: str | None = Field(None, description="A local file of worked examples; it needs path.")
+    limit: int | None = Field(
+        None, ge=1, description="How many rows to take, from the first of each member of a group; null means all."
+    )
+    num_fewshot: int | None = Field(
+        None, ge=0, description="How many worked examples a prompt holds; null means as the task's definition says."
+    )
+    trust_remote_code: bool = Field(False, description="Whether to run code that the task's YAML names.")
+
+
+def _task_of_name(entry: Any) -> Any:
+    """A task may be written as its name alone."""
+    return {"name": entry} if isinstance(entry, str) else entry
+
+
+ORIGINS = ("path", "answers", "endpoint")  # of a model under evaluation: it has one of them
+
+
+def _list_of_set(entry: Any) -> Any:
+    """A single set may be written without a list around it."""
+    return [entry] if isinstance(entry, dict) else entry or []
+
+
+PromptSets = Annotated[list[Prompts], BeforeValidator(_list_of_set)]
+
+
+class EvalEndpoint(EndpointLimits):
+    base_url: str = Field(description="The URL of an OpenAI-compatible server, such as http://localhost:8000/v1.")
+    key_variable: str | None = Field(
+        None, description="The environment variable that holds the server's key; null means that none is sent."
+    )
+
+
+class EvalModel(Section):
+    path: str | None = Field(None, description="A hub id or a folder of a model to compare.")
+    answers: str | None = Field(
+        None, description="Instead of path, a file of the model's answers: none of its weights are loaded."
+    )
+    endpoint: EvalEndpoint | None = Field(
+        None, description="Instead of path, the server that is asked for the answers."
+    )
+    name: str | None = Field(
+        None, description="The model's name in the tables; null means its path, its file's or its name at the endpoint."
+    )
+    revision: str | None = Field(None, description="The branch, tag or commit of a hub id; null means the default.")
+    before: str = Field("base", description="The name of the model that this one is compared with; base is model.path.")
+
+
+class Eval(Section):
+    models: list[EvalModel] = Field(
+        [], description="Models to evaluate besides model.path, which the tables call base."
+    )
+    judges: list[EvalJudge] = Field(
+        [], description="The judges of attack success; an empty list means refusal words alone."
+    )
+    prompts: PromptSets = Field([], description="The harmful requests: one set, or a list of sets.")
+    benign: PromptSets = Field([], description="The benign requests that measure over-refusal, likewise.")
+    before: bool = Field(
+        True, description="Whether SET and SPA also answer before tuning; a grid, where that is known, turns it off."
+    )
+    refusal_words: str = Field("xstest", description="The list of refusal words applied to benign requests.")
+    tasks: list[Annotated[Task, BeforeValidator(_task_of_name)]] = Field(
+        [], description="Tasks that lm-eval runs; they need the extra eval of this package."
+    )
+    max_new_tokens: int = Field(256, ge=1, description="The longest answer, in tokens.")
+    batch_size: int = Field(8, ge=1, description="How many answers a rank judges or reads at a time.")
+    generation_batch_size: Literal["auto"] | BatchNumber | None = Field(None, description=GENERATION_BATCH)
+
+
+def check_eval(section: Eval, collective_timeout_s: int) -> None:
+    """Check that names in the tables are unique and that no endpoint keeps the other ranks waiting too long."""
+    for number, judge in enumerate(section.judges):
+        if isinstance(judge, EvalGuard):
+            check_guard(judge, f"eval.judges.{number}")
+        if isinstance(judge, EvalRubric):
+            check_endpoint(judge, f"eval.judges.{number}", collective_timeout_s)
+    for number, model in enumerate(section.models):
+        check_origin(f"eval.models.{number}", {key: getattr(model, key) for key in ORIGINS}, model.revision)
+        if model.endpoint is not None:
+            check_endpoint(model.endpoint, f"eval.models.{number}.endpoint", collective_timeout_s)
+    names = [("base", "base"), *((f"eval.models.{n}.name", label(m)) for n, m in enumerate(section.models))]
+    check_unique(names)
+    check_unique([(f"eval.judges.{n}.name", label(j)) for n, j in enumerate(section.judges)])
+    for number, model in enumerate(section.models):
+        others = [name for _, name in names if name != label(model)]
+        if model.before not in others:
+            field = f"eval.models.{number}.before"
+            raise UserError(field, model.before, "is not another model's name", f"name one of {others}")
+
+
+def label(section: EvalModel | EvalJudge) -> str:
+    """What a model or a judge is called in tables and files."""
+    if section.name is not None:
+        return section.name
+    if isinstance(section, EvalWords):
+        return "words"
+    if isinstance(section, EvalModel):
+        return section.path or section.answers or (section.endpoint.model if section.endpoint else "")
+    return section.model if isinstance(section, EvalRubric) else section.path

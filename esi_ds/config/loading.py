@@ -1,0 +1,147 @@
+"""The whole config: read, overridden, validated and written again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from esi_ds.config.checks import OF_THIS_START, check_numbers
+from esi_ds.config.data import Data
+from esi_ds.config.errors import explain
+from esi_ds.config.evaluation import Eval, check_eval
+from esi_ds.config.judges import EsiGuard, EsiJudge, check_guard
+from esi_ds.config.scoring import Esi, Select
+from esi_ds.config.section import MAX_TIMEOUT_S, Section, Seed
+from esi_ds.config.tuning import Perturb, Tune
+from esi_ds.config.yaml import apply_override, dump_yaml, read_yaml
+from esi_ds.errors import UserError
+from esi_ds.reading import reading
+
+
+class Run(Section):
+    output_dir: str = Field(description="The folder that receives everything the run writes.")
+    seed: Seed = Field(0, description="The seed of noise and random orders; nothing else in a run is random.")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="Whether to continue the run that stopped in this folder (auto) or to refuse (never)."
+    )
+    share: Literal["private", "group", "all"] = Field(
+        "private", description="Who but you may read the run folder: nobody, your group or everybody."
+    )
+    tensorboard: bool = Field(True, description="Whether to write TensorBoard files.")
+    collective_timeout_s: int = Field(
+        1800,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="How long a rank waits for the others in a collective before it gives up, in seconds.",
+    )
+    start_timeout_s: int = Field(
+        600,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="How long a rank waits at the start for the others to appear, in seconds.",
+    )
+    save_every_min: float = Field(
+        10.0,
+        ge=0,
+        le=MAX_TIMEOUT_S,
+        description="How many minutes of work lie between saves at least, the first included, where a stage's "
+        "save_every is auto; 0 saves after every micro-batch or step.",
+    )
+
+
+class Model(Section):
+    path: str = Field(description="A hub id or a folder of a causal language model with safetensors weights.")
+    revision: str | None = Field(None, description="The branch, tag or commit of a hub id; null means the default.")
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="The type of the weights while the model computes.")
+    trust_remote_code: bool = Field(False, description="Whether to run code that comes with the model.")
+    chat_template: str | None = Field(
+        None, description="Jinja text, or a file that holds it, used instead of the tokenizer's chat template."
+    )
+    system_prompt: str | None = Field(None, description="The system turn before every prompt; null means none.")
+    gradient_checkpointing: bool = Field(
+        False, description="Whether to recompute activations: less memory for about a third more time."
+    )
+    roles: dict[str, str] = Field(
+        {}, description="Roles of parameters that are not recognised, by their name, in which * stands for any text."
+    )
+
+
+class Config(Section):
+    run: Run = Field(description="Where the run writes, and whether it resumes.")
+    model: Model = Field(description="The model whose weights are scored or tuned.")
+    judge: EsiJudge | None = Field(None, description="The judge whose score ESI differentiates.")
+    data: Data = Field(Data(), description="What the model is asked, and the rows of further criteria.")
+    esi: Esi = Field(Esi(), description="How scores are estimated.")
+    select: Select = Field(Select(), description="Which weights the mask selects.")
+    tune: Tune | None = Field(None, description="How SET and SPA tune the model.")
+    perturb: Perturb | None = Field(None, description="How much noise the weights of a mask get.")
+    eval: Eval | None = Field(None, description="How attack success, over-refusal and skill are measured.")
+    deepspeed: str | dict[str, Any] = Field(
+        "ds_configs/zero3.json", description="The DeepSpeed config, a file or a mapping; see deepspeed_config.py."
+    )
+
+
+def load_config(path: str, overrides: list[str], deepspeed_config: str | None = None) -> Config:
+    """Read a config file, apply ``key.path=value`` overrides and validate the result.
+
+    ``deepspeed_config`` replaces the file's ``deepspeed``. Raises UserError.
+    """
+    file = Path(path)
+    raw = read_yaml(file, "--config", "give a YAML file, such as configs/demo/esi.yaml")
+    if not isinstance(raw, dict):
+        raise UserError("--config", path, "is not a mapping of sections", "see configs/demo/esi.yaml")
+    # A relative path may be meant from the YAML's folder. One in an override is meant from the working directory.
+    deepspeed = raw.get("deepspeed")
+    if isinstance(deepspeed, str):
+        with reading("deepspeed", deepspeed, "give ds_configs/zero3.json or a mapping", "is not the name of a file"):
+            if not Path(deepspeed).is_file() and (file.parent / deepspeed).is_file():
+                raw["deepspeed"] = str((file.parent / deepspeed).resolve())
+    for override in overrides:
+        apply_override(raw, override)
+    if deepspeed_config is not None:
+        raw["deepspeed"] = deepspeed_config
+    return validate(raw)
+
+
+def validate(raw: Any) -> Config:
+    """The Config of a plain mapping. Raises UserError for the first mistake."""
+    check_numbers(raw, "")
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise explain(error, Config) from None
+    if isinstance(config.judge, EsiGuard):
+        check_guard(config.judge, "judge")
+    if config.eval is not None:
+        check_eval(config.eval, config.run.collective_timeout_s)
+    _check_save_every("esi.save_every", config.esi.save_every, "micro-batches")
+    if config.tune is not None:
+        _check_save_every("tune.save_every", config.tune.save_every, "steps")
+    return config
+
+
+def _check_save_every(field: str, every: Literal["auto"] | int, unit: str) -> None:
+    if every != "auto" and every < 1:
+        raise UserError(field, every, "must be at least 1", f"give a number of {unit}, or auto")
+
+
+def resolved_yaml(config: Config) -> str:
+    """The whole config as YAML, defaults included; it loads back to an equal config."""
+    return dump_yaml(config.model_dump())
+
+
+def differences(first: Config, second: Config) -> list[str]:
+    """Dotted keys whose values differ, except ``OF_THIS_START`` and the keys below them."""
+    keys: list[str] = []
+
+    def walk(a: Any, b: Any, path: str) -> None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in {**a, **b}:
+                walk(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+        elif a != b and not path.startswith(OF_THIS_START):
+            keys.append(path)
+
+    walk(first.model_dump(), second.model_dump(), "")
+    return keys

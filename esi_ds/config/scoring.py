@@ -1,0 +1,54 @@
+"""How scores are estimated and weights selected, in the config."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from esi_ds.config.section import GENERATION_BATCH, BatchNumber, Section
+
+
+class Esi(Section):
+    estimator: Literal["soft", "gumbel", "score_function", "paper_code"] = Field(
+        "soft", description="How the gradient passes the sampled text; docs/method.md §1 defines the four."
+    )
+    temperature: float = Field(0.3, gt=0, description="The temperature of the softmax over the model's logits.")
+    samples: int = Field(1, ge=1, description="How many noise draws estimator gumbel averages for each prompt.")
+    max_new_tokens: int = Field(256, ge=1, description="The longest response to generate, in tokens.")
+    batch_size: Literal["auto"] | BatchNumber = Field(
+        8, description="How many prompts a rank scores in a micro-batch; auto takes as many as fit into free memory."
+    )
+    generation_batch_size: Literal["auto"] | BatchNumber | None = Field(None, description=GENERATION_BATCH)
+    save_scores: bool = Field(True, description="Whether to write scores/, which takes 4 bytes a weight.")
+    on_nonfinite: Literal["skip", "stop"] = Field(
+        "skip", description="Whether a gradient that is not finite drops its micro-batch or stops the run."
+    )
+    save_every: Literal["auto"] | int = Field(
+        "auto",
+        description="How many micro-batches lie between saves; auto goes by run.save_every_min, and spends at most "
+        "5 % of the time on it.",
+    )
+    generation: Literal["auto", "gathered", "per_token"] = Field(
+        "auto", description="Gather the model once to generate, or anew for every token; auto gathers once if it fits."
+    )
+    accumulator_device: Literal["auto", "cpu"] = Field(
+        "auto", description="Where the sums of gradients are kept; auto keeps them beside the weights."
+    )
+
+
+class Select(Section):
+    criterion: Literal["esi", "grad", "snip", "tuning_grad", "directed", "conflict", "magnitude", "random"] = Field(
+        "esi", description="The score that ranks the weights; docs/method.md §2 defines each."
+    )
+    contrastive: bool = Field(
+        False, description="Whether to divide scores by how much the rows of data.benign need each weight."
+    )
+    order: Literal["top", "bottom", "random"] = Field("top", description="Which weights of the ranking are selected.")
+    ratio: float = Field(0.01, gt=0, le=1, description="The share of the weights that are selected.")
+    of: Literal["all", "scored"] = Field(
+        "all", description="Whether the ratio is a share of all weights or of the scored weights only."
+    )
+    scope: Literal["model", "matrix"] = Field(
+        "model", description="Whether weights are ranked over the whole model or within each logical matrix."
+    )
