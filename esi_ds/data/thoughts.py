@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import accumulate, dropwhile
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 Span = tuple[int, int]  # characters [start, end)
 
 UNFINISHED = "the response ends within a thought: max_new_tokens may be too few"
-# (opening, closing), in any case, by the models that write them.
-MARKS = (
+Marks = tuple[tuple[str, str], ...]  # (opening, closing) of each kind of thought
+# In any case, by the models that write them.
+MARKS: Marks = (
     ("<think>", "</think>"),  # DeepSeek-R1, Qwen3, GLM-4.5, Phi-4-reasoning, OLMo 3, Hunyuan
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),  # EXAONE Deep
@@ -43,13 +45,41 @@ MESSAGE = re.compile(
     re.DOTALL,
 )
 # The same, decoded by others without its special tokens.
-BARE_HARMONY = re.compile(r"\Aanalysis.*assistantfinal", re.DOTALL)
-MARK = re.compile("|".join(f"({re.escape(mark)})" for pair in MARKS for mark in pair), re.IGNORECASE)
+BARE_HARMONY = re.compile(r"\Aanalysis(?P<trace>.*)assistantfinal", re.DOTALL)
 PROMPT_TAIL = 32  # tokens at a prompt's end that hold any opening mark
 
 
+@lru_cache
+def _mark_pattern(marks: Marks) -> re.Pattern[str]:
+    """A group for each mark."""
+    return re.compile("|".join(f"({re.escape(mark)})" for pair in marks for mark in pair), re.IGNORECASE)
+
+
+def marks_with(pair: Sequence[str] | None) -> Marks:
+    """``MARKS``, behind a pair of the user's (``model.thought_marks``), if there is one."""
+    return MARKS if pair is None else ((pair[0], pair[1]), *MARKS)
+
+
+def whole_response(trace: str | None, answer: str | None) -> str | None:
+    """The one text that a response is, of an engine that gives a thought and the answer apart.
+
+    trace: None or empty if there was no thought. answer: None where the response ends within its thought. Marks that
+    either speaks of are broken up: they would end the thought, or open another. None if there is nothing at all.
+    """
+    if not trace:
+        return answer
+    thought, text = (_without_marks(part) if part is not None else None for part in (trace, answer))
+    return f"<think>\n{thought}" if text is None else f"<think>\n{thought}\n</think>\n\n{text}"
+
+
+def _without_marks(text: str) -> str:
+    for pattern in (_mark_pattern(MARKS), re.compile(re.escape(CHANNEL))):
+        text = pattern.sub(lambda mark: f"{mark.group()[0]} {mark.group()[1:]}", text)
+    return text
+
+
 class Mark(NamedTuple):
-    """A mark in a response. kind: its index in ``MARKS``; [start, end): its characters."""
+    """A mark in a response. kind: its index among the marks; [start, end): its characters."""
 
     kind: int
     opens: bool
@@ -57,52 +87,78 @@ class Mark(NamedTuple):
     end: int
 
 
-def answer_spans(response: str, opening: str | None = None) -> list[Span] | None:
-    """The parts of a response that are its answer, in order; None: it ends within a thought.
+class Parts(NamedTuple):
+    """What a response is made of, in order: the spans of its thoughts and those of its answer, without the marks.
+
+    answer: None where the response ends within a thought.
+    """
+
+    trace: list[Span]
+    answer: list[Span] | None
+
+
+def parts(response: str, opening: str | None = None, marks: Marks = MARKS) -> Parts:
+    """Thoughts and answer of a response.
 
     opening: the mark with which the prompt has opened a thought already, as ``opening_mark`` finds it. A response
     without marks is its answer, to the last character. A closing mark before any opening one ends a thought that the
-    prompt has opened.
+    prompt has opened. marks: ``MARKS`` or more (``marks_with``).
     """
     if CHANNEL in response:
-        return [message.span("text") for message in MESSAGE.finditer(response) if message["channel"] == "final"] or None
+        messages = list(MESSAGE.finditer(response))
+        answer = [message.span("text") for message in messages if message["channel"] == "final"]
+        return Parts([message.span("text") for message in messages if message["channel"] != "final"], answer or None)
     bare = BARE_HARMONY.match(response)
     if bare:
-        return [(bare.end(), len(response))]
-    marks = _marks(response, opening)
-    if not marks:
-        return [(0, len(response))]
-    closings = _closings(marks)
+        return Parts([bare.span("trace")], [(bare.end(), len(response))])
+    seen = _marks(response, opening, marks)
+    if not seen:
+        return Parts([], [(0, len(response))])
+    closings = _closings(seen)
+    thoughts: list[Span] = []
     spans: list[Span] = []
     position = index = 0
-    while index < len(marks):
-        if marks[index].opens:
+    while index < len(seen):
+        if seen[index].opens:
             if index not in closings:
-                return None
-            spans.append((position, marks[index].start))
+                return Parts([*thoughts, (seen[index].end, len(response))], None)
+            spans.append((position, seen[index].start))
+            thoughts.append((seen[index].end, seen[closings[index]].start))
             index = closings[index]
-            position = marks[index].end
+            position = seen[index].end
         index += 1  # a further closing mark is text: the answer may speak of it
-    return _trimmed(response, [*spans, (position, len(response))])
+    return Parts(thoughts, _trimmed(response, [*spans, (position, len(response))]))
 
 
-def final_answer(response: str, opening: str | None = None) -> str | None:
+def answer_spans(response: str, opening: str | None = None, marks: Marks = MARKS) -> list[Span] | None:
+    """The parts of a response that are its answer, in order; None: it ends within a thought. As ``parts`` says."""
+    return parts(response, opening, marks).answer
+
+
+def final_answer(response: str, opening: str | None = None, marks: Marks = MARKS) -> str | None:
     """The text of ``answer_spans``. Not for text that is an answer already: a mark that it speaks of would count."""
-    spans = answer_spans(response, opening)
+    spans = answer_spans(response, opening, marks)
     return None if spans is None else "".join(response[start:end] for start, end in spans)
 
 
-def _marks(response: str, opening: str | None) -> list[Mark]:
+def thought(response: str, opening: str | None = None, marks: Marks = MARKS) -> str:
+    """The text of a response's thoughts, each without white space around it, an empty line between two; "" if it has
+    none."""
+    texts = (response[start:end].strip() for start, end in parts(response, opening, marks).trace)
+    return "\n\n".join(text for text in texts if text)
+
+
+def _marks(response: str, opening: str | None, marks: Marks) -> list[Mark]:
     """The marks in a response, after one at its beginning for a thought that the prompt has opened."""
-    marks = []
-    for match in MARK.finditer(response):
+    seen = []
+    for match in _mark_pattern(marks).finditer(response):
         kind, closes = divmod((match.lastindex or 1) - 1, 2)
-        marks.append(Mark(kind, not closes, *match.span()))
+        seen.append(Mark(kind, not closes, *match.span()))
     if opening is not None:
-        marks.insert(0, Mark([pair[0] for pair in MARKS].index(opening), True, 0, 0))
-    elif marks and not marks[0].opens:
-        marks.insert(0, Mark(marks[0].kind, True, 0, 0))
-    return marks
+        seen.insert(0, Mark([pair[0] for pair in marks].index(opening), True, 0, 0))
+    elif seen and not seen[0].opens:
+        seen.insert(0, Mark(seen[0].kind, True, 0, 0))
+    return seen
 
 
 def _closings(marks: Sequence[Mark]) -> dict[int, int]:
@@ -155,29 +211,31 @@ def spans_in_answer(spans: Iterable[Span], answer: Sequence[Span]) -> list[Span]
     return [(place(start), place(end)) for start, end in spans]
 
 
-def opening_mark(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str | None:
+def opening_mark(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], marks: Marks = MARKS) -> str | None:
     """The mark that a prompt ends with: its template opens a thought, and the response only closes it."""
     text = str(tokenizer.decode(list(prompt_ids[-PROMPT_TAIL:]), clean_up_tokenization_spaces=False)).rstrip().lower()
-    return next((opening for opening, _ in MARKS if text.endswith(opening.lower())), None)
+    return next((opening for opening, _ in marks if text.endswith(opening.lower())), None)
 
 
-def mark_strings(specials: Iterable[str]) -> frozenset[str]:
+def mark_strings(specials: Iterable[str], marks: Marks = MARKS) -> frozenset[str]:
     """Those of the special-token strings of a tokenizer that marks of thoughts are made of."""
     strings = frozenset(specials)
     harmony = HARMONY if CHANNEL in strings else ()
     return frozenset(
-        string for string in strings if string in harmony or any(string in mark for pair in MARKS for mark in pair)
+        string for string in strings if string in harmony or any(string in mark for pair in marks for mark in pair)
     )
 
 
-def decode_responses(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
+def decode_responses(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], marks: Marks = MARKS
+) -> list[str]:
     """The texts of generated ids without special tokens, except those that are marks of thoughts.
 
     Without these, a thought could not be told from the answer. End and padding tokens are never kept.
     """
     special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    marks = mark_strings(special.values()) - {str(tokenizer.eos_token), str(tokenizer.pad_token)}
-    dropped = {index for index, content in special.items() if content not in marks}
+    kept_strings = mark_strings(special.values(), marks) - {str(tokenizer.eos_token), str(tokenizer.pad_token)}
+    dropped = {index for index, content in special.items() if content not in kept_strings}
     kept = special.keys() - dropped
     return [
         str(

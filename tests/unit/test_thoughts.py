@@ -21,8 +21,11 @@ from esi_ds.data.thoughts import (
     answer_spans,
     decode_responses,
     final_answer,
+    marks_with,
     opening_mark,
     spans_in_answer,
+    thought,
+    whole_response,
 )
 from esi_ds.eval.classifiers import SequenceJudge, judge_pairs
 from esi_ds.eval.coherence import EMPTY, incoherence
@@ -74,6 +77,44 @@ def test_the_answer_stands_behind_the_thoughts(form: str, answer: str) -> None:
     assert final_answer(response) == answer
     spans = answer_spans(response)
     assert spans is not None and "".join(response[start:end] for start, end in spans) == answer
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_thought_is_the_rest(form: str) -> None:
+    """All that the form shows but marks and answer: of harmony the commentary too."""
+    shown = thought(FORMS[form].format(PONDERS, COMPLIES))
+    assert PONDERS in shown and COMPLIES not in shown
+    if form == "harmony":
+        assert shown == f"{PONDERS}\n\nwait"
+    if form in OPEN and form in dict(MARKS):
+        assert shown == thought(OPEN[form].format(PONDERS)) == PONDERS
+
+
+@pytest.mark.parametrize("speaks", ["", " </think> ends it.", " <think> opens it.", " <|channel|>final<|message|>x"])
+def test_an_engine_that_gives_thought_and_answer_apart(speaks: str) -> None:
+    """Marks that the thought or the answer speaks of change nothing: what was apart stays apart."""
+    whole = whole_response(PONDERS + speaks, COMPLIES + speaks)
+    assert whole is not None and (final_answer(whole) or "").startswith(COMPLIES)
+    assert PONDERS not in (final_answer(whole) or "") and thought(whole).startswith(PONDERS)
+    assert COMPLIES not in thought(whole)
+    unfinished = whole_response(PONDERS + speaks, None)
+    assert unfinished is not None and final_answer(unfinished) is None
+    assert whole_response(None, COMPLIES + speaks) == whole_response("", COMPLIES + speaks) == COMPLIES + speaks
+    assert whole_response(None, None) is None
+    assert whole_response("a", "b") == "<think>\na\n</think>\n\nb"
+
+
+def test_a_user_s_pair_of_marks() -> None:
+    marks = marks_with(["[[ponder]]", "[[/ponder]]"])
+    response = f"[[Ponder]]{PONDERS}[[/ponder]]\n{COMPLIES}"
+    assert final_answer(response, None, marks) == COMPLIES and final_answer(response) == response
+    assert thought(response, None, marks) == PONDERS
+    assert final_answer(f"[[ponder]]{PONDERS}", None, marks) is None
+    assert final_answer(f"<think>{PONDERS}</think>{COMPLIES}", None, marks) == COMPLIES
+    tokenizer = byte_bpe_tokenizer()
+    tokenizer.chat_template = CHAT.replace("<|assistant|>\n", "<|assistant|>[[ponder]]\n")
+    assert opening_mark(tokenizer, encode_prompt(tokenizer, "Why?", None), marks) == "[[ponder]]"
+    assert final_answer(f"{PONDERS}[[/ponder]]{COMPLIES}", "[[ponder]]", marks) == COMPLIES
 
 
 @pytest.mark.parametrize("text", ["", "  \n", REFUSES, " spaces stay \n", "analysis of a text", "1 < 2 <b>think</b>"])
