@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
 
 from esi_ds.artifacts import append_jsonl, jsonl, parse_jsonl, write_text_atomic
+from esi_ds.config.checks import check_extra, check_numbers
 from esi_ds.data.prompts import load_prompts
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.eval.asking import ask_prompts, check_served
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply
-from esi_ds.reading import check_regular, check_type, reading
+from esi_ds.reading import check_regular, check_type, parse_json, reading
 from esi_ds.terminal import clean_output
 
 OUTPUT = "--output"
@@ -33,7 +37,7 @@ class AskedRow(TypedDict):
     response: str | None  # None where the endpoint refused the prompt, or replied without a text
     excluded: str | None  # why there is no response; None if there is one
     cut: bool  # whether the response ends at the longest length
-    asked: dict[str, str | int | None]  # model, max_tokens and system_prompt
+    asked: dict[str, Any]  # model, max_tokens, system_prompt and, where there are any, the extra keys of the request
 
 
 def ask(
@@ -48,10 +52,35 @@ def ask(
     Raises UserError where the file answers other questions, another model is served, or prompts remain without an
     answer, which another start asks again. What was answered by then is kept.
     """
-    asked: dict[str, str | int | None] = {
+    with _only_one(output):
+        _ask(endpoint, prompts, output, system_prompt, say)
+
+
+@contextmanager
+def _only_one(output: Path) -> Iterator[None]:
+    """Raises UserError where another process fills the file: each would replace the answers of the other."""
+    with reading(OUTPUT, output, "give a file in a folder that you may write to", "cannot be written"):
+        lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                OUTPUT, str(output), "is being filled by another process", "wait for it, or give a new file"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _ask(
+    endpoint: Endpoint, prompts: list[Prompt], output: Path, system_prompt: str | None, say: Callable[[str], None]
+) -> None:
+    asked: dict[str, Any] = {
         "model": endpoint.model,
         "max_tokens": endpoint.max_tokens,
         "system_prompt": system_prompt,
+        **({"extra": dict(endpoint.extra)} if endpoint.extra else {}),
     }
     rows = {json.dumps(row["prompt"]): row for row in _rows_on_disk(output, asked)}
     wanted = {json.dumps(prompt): prompt for prompt in prompts}
@@ -85,7 +114,7 @@ def ask(
         raise UserError(OUTPUT, str(output), problem, "start again once the endpoint replies: they are asked anew")
 
 
-def _rows_on_disk(output: Path, asked: dict[str, str | int | None]) -> list[AskedRow]:
+def _rows_on_disk(output: Path, asked: dict[str, Any]) -> list[AskedRow]:
     """The rows of an earlier start, without one that a kill cut short. Raises UserError for other rows."""
     if not output.exists():
         return []
@@ -113,6 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--system-prompt", help="the system's turn, as model.system_prompt")
     parser.add_argument("--key-variable", help="the environment variable that holds the key; without it none is sent")
     parser.add_argument("--max-tokens", type=int, default=256, help="the longest answer (256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy (0)")
+    parser.add_argument("--extra", default="{}", help="more keys of the request as JSON, such as '{\"top_p\": 0.9}'")
     parser.add_argument("--concurrency", type=int, default=8, help="how many prompts are asked at a time (8)")
     parser.add_argument("--request-timeout", type=float, default=60.0, help="of one attempt, in seconds (60)")
     parser.add_argument("--item-timeout", type=float, default=300.0, help="of one prompt with all attempts (300)")
@@ -123,13 +154,27 @@ def _parser() -> argparse.ArgumentParser:
 
 def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
     """The endpoint that the arguments name. Raises UserError."""
-    limits: dict[str, Any] = {}
+    limits: dict[str, Any] = {"extra": _extra_of(arguments)}
     for name in ("max_tokens", "concurrency", "request_timeout", "item_timeout", "max_attempts"):
         limits[name] = getattr(arguments, name)
         if not limits[name] > 0:
             raise UserError(f"--{name.replace('_', '-')}", limits[name], "is not above 0", "give a larger number")
     fields = "--base-url", "--key-variable"
     return Endpoint.at(arguments.model, arguments.base_url, arguments.key_variable, fields, **limits)
+
+
+def _extra_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keys of the request's body beside those that every request has. Raises UserError."""
+    with reading("--extra", arguments.extra, "give a JSON object, such as '{\"top_p\": 0.9}'", "is not one"):
+        extra: dict[str, Any] = check_type(parse_json(arguments.extra), dict[str, Any])
+    check_numbers(extra, "--extra")
+    check_extra(extra, "--extra")
+    temperature = arguments.temperature
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise UserError("--temperature", temperature, "is not a number of 0 or more", "give one")
+    if temperature and "temperature" in extra:
+        raise UserError("--extra.temperature", extra["temperature"], "is --temperature's to say", "give one of the two")
+    return {**extra, "temperature": temperature} if temperature else extra
 
 
 @clean_output()

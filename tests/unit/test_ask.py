@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, num_lines
 from endpoint_server import Server, running_server
 
 from esi_ds.ask import main
@@ -23,7 +28,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield server
 
 
-def ask(server: Server, folder: Path, cases: list[str], *options: str) -> int:
+def words_for(server: Server, folder: Path, cases: list[str], *options: str) -> list[str]:
     prompts = [f"CASE {case}; {number}" for number, case in enumerate(cases)]
     (folder / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     url = f"http://127.0.0.1:{server.server_port}/v1"
@@ -38,7 +43,11 @@ def ask(server: Server, folder: Path, cases: list[str], *options: str) -> int:
         "--output",
         str(folder / "o.jsonl"),
     ]
-    return main([*words, *limits, *options])
+    return [*words, *limits, *options]
+
+
+def ask(server: Server, folder: Path, cases: list[str], *options: str) -> int:
+    return main(words_for(server, folder, cases, *options))
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -83,6 +92,43 @@ def test_what_is_there_is_not_asked_again(server: Server, tmp_path: Path, capsys
     assert (tmp_path / "o.jsonl").read_bytes() == whole and len(server.seen) == 1
 
 
+def test_a_killed_start_keeps_its_answers_and_a_second_one_is_refused(server: Server, tmp_path: Path, capsys) -> None:
+    words = words_for(server, tmp_path, ["slow"] * 12, "--concurrency", "1")
+    process = subprocess.Popen([sys.executable, "-m", "esi_ds.ask", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while num_lines(tmp_path / "o.jsonl") < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    assert main(words) == 2
+    assert "is being filled by another process" in capsys.readouterr().err
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = rows_of(tmp_path)
+    assert len(kept) < 12
+    server.seen.clear()
+    assert main(words) == 0
+    rows = rows_of(tmp_path)
+    assert [row["prompt"] for row in rows] == [f"CASE slow; {number}" for number in range(12)]
+    assert rows[: len(kept)] == kept
+    asked = [body["messages"][-1]["content"] for _, _, body in server.seen]
+    assert asked == [row["prompt"] for row in rows[len(kept) :]]
+
+
+def test_sampled_answers_and_further_keys_of_the_request(server: Server, tmp_path: Path, capsys) -> None:
+    sampled = ["--temperature", "0.7", "--extra", '{"top_p": 0.9, "seed": 3}']
+    assert ask(server, tmp_path, ["one"], *sampled) == 0
+    (row,) = rows_of(tmp_path)
+    assert row["asked"]["extra"] == {"top_p": 0.9, "seed": 3, "temperature": 0.7}
+    body = server.seen[0][2]
+    assert (body["temperature"], body["top_p"], body["seed"]) == (0.7, 0.9, 3)
+    assert ask(server, tmp_path, ["one", "one"]) == 2  # greedy answers do not go into a file of sampled ones
+    assert "give a new file" in capsys.readouterr().err and rows_of(tmp_path) == [row]
+    assert ask(server, tmp_path, ["one", "five"], *sampled) == 0 and len(server.seen) == 2
+    (tmp_path / "o.jsonl").unlink()
+    assert ask(server, tmp_path, ["one"], "--extra", '{"max_tokens": null, "max_completion_tokens": 9}') == 0
+    assert "max_tokens" not in server.seen[-1][2] and server.seen[-1][2]["max_completion_tokens"] == 9
+
+
 def test_an_endpoint_that_is_down_is_given_up(server: Server, tmp_path: Path, capsys) -> None:
     assert ask(server, tmp_path, ["500"] * 30, "--max-attempts", "1", "--concurrency", "4") == 2
     assert "no answer to 30 prompts (the last: HTTP 500" in capsys.readouterr().err
@@ -108,6 +154,14 @@ def test_mistakes_are_named(server: Server, tmp_path: Path, capsys, monkeypatch:
         (["--concurrency", "0"], "--concurrency"),
         (["--base-url", "localhost"], "--base-url"),
         (["--key-variable", "NO_KEY"], "--key-variable"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--temperature", "1", "--extra", '{"temperature": 0}'], "--extra.temperature"),
+        (["--extra", "top_p=1"], "--extra"),
+        (["--extra", "[1]"], "--extra"),
+        (["--extra", '{"n": 2}'], "--extra.n"),
+        (["--output", str(tmp_path / "p.jsonl" / "o.jsonl")], "--output"),
+        (["--output", str(tmp_path)], "--output"),
         (["--base-url", "http://127.0.0.1:9/v1"], "cannot be reached"),
     ):
         assert ask(server, tmp_path, ["one"], *options) == 2
