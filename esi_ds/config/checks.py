@@ -59,6 +59,19 @@ def check_extra(extra: Mapping[str, Any], field: str) -> None:
             raise UserError(f"{field}.{key}", value, f"has another owner: {OF_THE_REQUEST[key]}", "take it out")
 
 
+# What a chat template is given by whoever renders it.
+OF_THE_TEMPLATE = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template")
+
+
+def check_template_kwargs(values: Mapping[str, Any], field: str) -> None:
+    """Raise UserError for a name that a chat template cannot read as a value of the user's."""
+    for name, value in values.items():
+        if not name.isidentifier() or not name.isascii():
+            raise UserError(f"{field}.{name}", value, "is not a name that a template can read", "write it as a word")
+        if name in OF_THE_TEMPLATE:
+            raise UserError(f"{field}.{name}", value, "has another owner: the conversation", "take it out")
+
+
 def check_origin(field: str, origins: Mapping[str, Any], revision: str | None) -> None:
     """Raise UserError unless a model under evaluation has one origin. origins: each key that names one → its value."""
     named = [key for key, value in origins.items() if value is not None]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from esi_ds.config.checks import OF_THIS_START, check_numbers
+from esi_ds.config.checks import OF_THIS_START, check_numbers, check_template_kwargs
 from esi_ds.config.data import Data
 from esi_ds.config.errors import explain
 from esi_ds.config.evaluation import Eval, check_eval
@@ -58,6 +58,9 @@ class Model(Section):
     trust_remote_code: bool = Field(False, description="Whether to run code that comes with the model.")
     chat_template: str | None = Field(
         None, description="Jinja text, or a file that holds it, used instead of the tokenizer's chat template."
+    )
+    template_kwargs: dict[str, Any] = Field(
+        {}, description="Values that the chat template reads, such as enable_thinking: false or reasoning_effort: high."
     )
     system_prompt: str | None = Field(None, description="The system turn before every prompt; null means none.")
     gradient_checkpointing: bool = Field(
@@ -112,6 +115,7 @@ def validate(raw: Any) -> Config:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise explain(error, Config) from None
+    check_template_kwargs(config.model.template_kwargs, "model.template_kwargs")
     if isinstance(config.judge, EsiGuard):
         check_guard(config.judge, "judge")
     if config.eval is not None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from esi_ds.config import Model
+from esi_ds.data.template_values import check_read, set_values
 from esi_ds.data.turns import Prompt, Turn
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
@@ -67,12 +68,16 @@ def is_jinja(text: str) -> bool:
     return "{{" in text or "{%" in text
 
 
-def load_chat_tokenizer(source: ModelSource, section: Model) -> PreTrainedTokenizerBase:
+def load_chat_tokenizer(source: ModelSource, section: Model, *, is_base: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of a model that answers prompts, with the chat template that ``model`` of the config asks for.
 
-    Raises UserError if the tokenizer cannot be loaded, or its template cannot format a chat.
+    is_base: whether it is the model of ``section``; a model beside it may have a template without its values. Raises
+    UserError if the tokenizer cannot be loaded, or its template cannot format a chat or does not read a value.
     """
     tokenizer = load_tokenizer(source, chat_template=section.chat_template)
+    if is_base:
+        check_read(tokenizer, section.template_kwargs)
+    set_values(tokenizer, section.template_kwargs)
     check_chat_template(tokenizer, section.system_prompt)
     return tokenizer
 

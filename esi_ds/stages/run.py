@@ -247,6 +247,7 @@ class StageRun(ABC, Generic[Inputs]):
                 notes={
                     **runtime.compute_resources(),
                     "hub_commits": hub.commits(),
+                    **({"template_kwargs": values} if (values := self.config.model.template_kwargs) else {}),
                     **self.notes,
                     **({KEY: self.batch_sizes} if self.batch_sizes else {}),
                     **self.remarks,

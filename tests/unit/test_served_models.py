@@ -86,6 +86,10 @@ def test_the_key_of_another_server_is_not_sent(monkeypatch: pytest.MonkeyPatch) 
     endpoint = _served(section, "f", 99)
     assert (endpoint.key, endpoint.max_tokens, endpoint.concurrency) == (None, 99, 3)
     assert _served(section.model_copy(update={"key_variable": "OPENAI_API_KEY"}), "f", 9).key == "sk-of-another-server"
+    assert _served(section, "f", 9).extra == {}
+    for extra, sent in ({}, {"enable_thinking": False}), ({"chat_template_kwargs": None}, None):
+        told = _served(section.model_copy(update={"extra": extra}), "f", 9, {"enable_thinking": False})
+        assert told.extra == {"chat_template_kwargs": sent}
     for update, words in (({"key_variable": "NO_KEY"}, "f.key_variable"), ({"base_url": "h"}, "f.base_url")):
         with pytest.raises(UserError, match=words):
             _served(section.model_copy(update=update), "f", 9)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -26,6 +27,7 @@ from esi_ds.data.answers import RecordedAnswers, load_answers
 from esi_ds.data.chat import encode_data_prompt, load_chat_tokenizer, load_tokenizer, special_strings
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import QuestionSet, load_question_sets
+from esi_ds.data.template_values import unread_values, without_values
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import yes_no_family
 from esi_ds.eval.endpoint import Endpoint
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from esi_ds.eval.harness_tasks import PreparedTask
 
 BASE = "base"
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 ENDPOINT_KEYS = {"concurrency", "request_timeout", "item_timeout", "max_attempts", "max_tokens", "extra"}
 
 
@@ -56,6 +59,7 @@ class Candidate:
     tokenizer: PreTrainedTokenizerBase
     end_ids: frozenset[int]  # tokens that end an answer
     prompt_ids: dict[tuple[str, int], list[int] | str]  # (set, index) → what ``encode_data_prompt`` returns
+    unread: tuple[str, ...] = ()  # names of model.template_kwargs that its chat template does not read
 
     @property
     def path(self) -> str:
@@ -203,7 +207,9 @@ def prepare_eval(config: Config) -> EvalInputs:
             recorded = load_answers(model.answers, f"{field}.answers", name, sets)
             models.append(RecordedModel(name, model.before, recorded))
         elif model.endpoint is not None:
-            endpoint = _served(model.endpoint, f"{field}.endpoint", section.max_new_tokens)
+            endpoint = _served(
+                model.endpoint, f"{field}.endpoint", section.max_new_tokens, config.model.template_kwargs
+            )
             system_prompt = config.model.system_prompt
             models.append(ServedModel(name, model.before, endpoint, f"{field}.endpoint", system_prompt))
     data_hashes = {f"{question_set.kind}:{question_set.name}": question_set.prompt_set.sha256 for question_set in sets}
@@ -216,18 +222,24 @@ def _candidate(
     """section: ``model`` of the config, whose chat template and system prompt every candidate uses."""
     model_config = load_model_config(source)
     check_weights(source)
-    tokenizer = load_chat_tokenizer(source, section)
+    tokenizer = load_chat_tokenizer(source, section, is_base=before is None)
     specials = special_strings(tokenizer)
     prompt_ids = {
         (question_set.name, index): encode_data_prompt(tokenizer, prompt, specials, section.system_prompt)
         for question_set in sets
         for index, prompt in enumerate(question_set.prompts)
     }
-    return Candidate(name, source, before, model_config, tokenizer, end_tokens(source, tokenizer), prompt_ids)
+    unread = tuple(
+        unread_values(without_values(tokenizer, section.template_kwargs).chat_template, section.template_kwargs)
+    )
+    return Candidate(name, source, before, model_config, tokenizer, end_tokens(source, tokenizer), prompt_ids, unread)
 
 
-def _served(section: EvalEndpoint, field: str, max_tokens: int) -> Endpoint:
+def _served(section: EvalEndpoint, field: str, max_tokens: int, template_kwargs: Mapping[str, Any] = EMPTY) -> Endpoint:
+    """template_kwargs: of the config, which vLLM and SGLang give their chat template under this key of the body."""
     limits = section.model_dump(include=ENDPOINT_KEYS)
+    if template_kwargs:
+        limits["extra"] = {"chat_template_kwargs": dict(template_kwargs), **section.extra}
     variables = section.base_url, section.key_variable
     return Endpoint.at(section.model, *variables, (f"{field}.base_url", f"{field}.key_variable"), max_tokens, **limits)
 

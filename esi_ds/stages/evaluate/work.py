@@ -49,6 +49,10 @@ class EvalRun(StageRun[EvalInputs]):
             tracker.log(
                 "eval.judges is empty: attack success is counted by refusal words alone, which is not a verdict"
             )
+        for candidate in inputs.candidates:
+            if candidate.unread:
+                unread = ", ".join(candidate.unread)
+                tracker.remark(f"{unread} of model.template_kwargs: not read by the chat template of {candidate.name}")
         ledgers = EvalLedgers.open(self.folder.path)
         for other in inputs.elsewhere:
             if isinstance(other, ServedModel):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from esi_ds import patch
 from esi_ds.artifacts import replace_folder, wait_until_visible
+from esi_ds.data.template_values import without_values
 from esi_ds.data.thoughts import opening_mark
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
@@ -215,7 +216,7 @@ class TuneRun(StageRun[TuningInputs]):
             rows=inputs.rows,
             benign=inputs.benign,
         )
-        export_model(model, tuned, inputs.tokenizer, card)
+        export_model(model, tuned, without_values(inputs.tokenizer, self.config.model.template_kwargs), card)
         summary = self._patch(tuned) if tune.patch else None
         if not tune.export and runtime.is_main():
             shutil.rmtree(tuned)
