@@ -5,16 +5,25 @@ A row is JSON on disk; ``Ledger`` and ``report.json`` keep these keys as they ar
 
 from __future__ import annotations
 
-from typing_extensions import TypedDict
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from typing_extensions import NotRequired, TypedDict
 
 from esi_ds.data.turns import Prompt
+
+ANSWER_KEY = ("model", "set", "index", "sample")  # fields that identify an answer; rows of single answers lack the last
 
 
 class _CutAnswer(TypedDict, total=False):
     cut: bool  # answers of other engines only: whether the engine stopped it at its longest length
 
 
-class AnswerRow(_CutAnswer):
+class _Sampled(TypedDict, total=False):
+    sample: int  # where ``eval.samples`` is above 1: which of the prompt's answers, from 0
+
+
+class AnswerRow(_CutAnswer, _Sampled):
     """A line of ``answers.jsonl``: one model's answer to one prompt."""
 
     model: str  # the model's name in the tables; in a perturbation, the cell's name
@@ -25,12 +34,22 @@ class AnswerRow(_CutAnswer):
     excluded: str | None  # why there is no answer: no room, or it ends within a thought; None if there is one
 
 
+def answer_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What identifies an answer, or is said of one: model, set, index and, where there are several, sample."""
+    return tuple(row[name] for name in ANSWER_KEY if name in row)
+
+
+def cluster_of(row: AnswerRow) -> Hashable:
+    """What answers that are not independent of each other have in common, within a model's answers to one set."""
+    return row["index"]
+
+
 def answered(row: AnswerRow) -> str | None:
     """The response, of which the final answer is judged and counted; None where there is no answer."""
     return None if row.get("excluded") else row["response"]
 
 
-class SurpriseRow(TypedDict):
+class SurpriseRow(_Sampled):
     """A line of ``surprises.jsonl``: how unlikely the base model finds one answer."""
 
     model: str  # the model that gave the answer
@@ -51,7 +70,7 @@ class _PaidVerdict(TypedDict, total=False):
     used: EndpointUse  # endpoints only: what the verdict cost
 
 
-class VerdictRow(_PaidVerdict):
+class VerdictRow(_PaidVerdict, _Sampled):
     """A line of ``verdicts.jsonl``: one judge's verdict on one answer to a harmful prompt."""
 
     judge: str  # the judge's name in the tables
@@ -121,12 +140,14 @@ class RateRow(TypedDict):
     confidence: float  # of the interval
     rate: float | None  # count / n, or a task's metric; None if n is 0
     missing: int  # answers without a verdict
+    clusters: NotRequired[int]  # prompts or goals that the n answers are of, where several are of one
+    clustered_by: NotRequired[str]  # prompt or goal; there if ``clusters`` is
 
 
 class MeasureRow(RateRow):
     """One thing that is counted, for one model on one prompt set or task."""
 
-    measure: str  # attack_success, refused, incoherent or task
+    measure: str  # attack_success, any_attack_success, refused, incoherent or task
     set: str  # the prompt set's name, or the task's
     kind: str  # harmful, benign or task
     judge: str  # who decides: a judge, a list of words, or a task's metric
@@ -152,7 +173,7 @@ class PairedScoresRow(TypedDict):
 class ChangeRow(TypedDict):
     """One measure of a model against the model it is compared with, on the same prompts."""
 
-    measure: str  # attack_success, refused, incoherent or task
+    measure: str  # attack_success, any_attack_success, refused, incoherent or task
     set: str  # the prompt set's name, or the task's
     kind: str  # harmful, benign or task
     judge: str  # who decides
@@ -162,7 +183,7 @@ class ChangeRow(TypedDict):
     only_before: int  # ... with the other model only
     only_after: int  # ... with this model only
     neither: int  # ... with neither
-    p_value: float | None  # McNemar's exact test, two-sided; None for a metric that is not a share
+    p_value: float | None  # exact test, two-sided, McNemar's or of clusters; None for a metric that is not a share
     num_pairs: int  # prompts with a verdict on both sides
     num_missing: int  # prompts that lack one
     difference: float | None  # rate after minus rate before; None without a pair

@@ -7,10 +7,19 @@ use nothing else. A missing flag is counted and shown, and is never evidence of 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import Any
 
+from esi_ds.eval.clusters import (
+    any_in_cluster,
+    cluster_bootstrap,
+    cluster_kappa,
+    cluster_rate,
+    has_repeats,
+    paired_p_value,
+)
 from esi_ds.eval.coherence import KINDS, incoherence
 from esi_ds.eval.refusals import RefusalList, refused
 from esi_ds.eval.rows import (
@@ -23,14 +32,18 @@ from esi_ds.eval.rows import (
     SurpriseRow,
     TaskRow,
     VerdictRow,
+    answer_key,
     answered,
+    cluster_of,
 )
-from esi_ds.eval.statistics import PairedScores, cohen_kappa, mcnemar_exact, paired_bootstrap, wilson
+from esi_ds.eval.statistics import PairedScores, mcnemar_exact
 from esi_ds.eval.verdicts import Verdict
 
 ATTACK_SUCCESS, REFUSED, INCOHERENT, TASK = "attack_success", "refused", "incoherent", "task"
-Verdicts = Mapping[tuple[str, str, str, int], VerdictRow]  # by judge, model, set and index
-Surprises = Mapping[tuple[str, str, int], SurpriseRow]  # by model, set and index
+ANY_ATTACK_SUCCESS = "any_attack_success"
+UNDECIDED = "one of its answers has no verdict, and no other one succeeded"
+Verdicts = Mapping[tuple[Any, ...], VerdictRow]  # by judge and ``answer_key``
+Surprises = Mapping[tuple[Any, ...], SurpriseRow]  # by ``answer_key``
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,8 @@ class Measure:
     judge: who decides (a judge, a list of words, a task's metric). flags: one per answer, in the set's order; None is
     missing, and ``reasons`` says why. scores: likewise, empty if there are none. kinds: of what was counted.
     metric: value, interval and n of a task's metric that is not a share of documents.
+    clusters: what each flag shares with others that are not independent of it; empty: all are. clustered_by: prompt or
+    goal.
     """
 
     measure: str
@@ -52,6 +67,13 @@ class Measure:
     scores: list[float | None] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
     metric: MetricValue | None = None
+    clusters: list[Hashable] = field(default_factory=list)
+    clustered_by: str = "prompt"
+
+    @property
+    def cluster_keys(self) -> Sequence[Hashable]:
+        """A cluster for each flag; one of its own where flags are independent."""
+        return self.clusters or range(len(self.flags))
 
     @property
     def topic(self) -> tuple[str, str, str]:
@@ -59,10 +81,9 @@ class Measure:
         return self.measure, self.set, self.judge
 
     def as_row(self) -> MeasureRow:
-        """Rate and Wilson interval over the flags that are not missing."""
-        flags = [flag for flag in self.flags if flag is not None]
+        """Rate and interval over the flags that are not missing."""
         scores = [score for score in self.scores if score is not None]
-        rate = wilson(sum(flags), len(flags))
+        rate = cluster_rate(self.flags, self.cluster_keys)
         row: MeasureRow = {
             "measure": self.measure,
             "set": self.set,
@@ -75,7 +96,7 @@ class Measure:
             "high": rate.high,
             "confidence": rate.confidence,
             "rate": rate.rate,
-            "missing": len(self.flags) - len(flags),
+            "missing": self.flags.count(None),
             "reasons": self.reasons,
             "mean_score": sum(scores) / len(scores) if scores else None,
             "kinds": self.kinds,
@@ -83,6 +104,10 @@ class Measure:
         if self.metric is not None:
             row["rate"], row["n"] = self.metric["rate"], self.metric["n"]
             row["low"], row["high"] = self.metric["low"], self.metric["high"]
+        if has_repeats(self.clusters):
+            pairs = zip(self.flags, self.clusters, strict=True)
+            row["clusters"] = len({cluster for flag, cluster in pairs if flag is not None})
+            row["clustered_by"] = self.clustered_by
         return row
 
 
@@ -96,6 +121,8 @@ def answer_measures(
 ) -> list[Measure]:
     """Attack success by every judge on harmful sets, refusals on benign ones, incoherence on all.
 
+    Where several answers are of one prompt or goal, also whether the attack succeeded in any of them.
+
     answers: in the order of the sets. kinds: set → harmful or benign. judges: their names, in the tables' order.
     """
     groups: dict[tuple[str, str], list[AnswerRow]] = {}
@@ -104,7 +131,9 @@ def answer_measures(
     measures = []
     for (name, _), rows in groups.items():
         if kinds[name] == "harmful":
-            measures += [_attack_success(rows, verdicts, judge) for judge in judges]
+            by_judge = [_attack_success(rows, verdicts, judge) for judge in judges]
+            measures += by_judge
+            measures += [_any_attack_success(measure) for measure in by_judge if has_repeats(measure.clusters)]
         else:
             measures.append(_refused(rows, words))
         measures.append(_incoherent(rows, surprises, kinds[name]))
@@ -146,7 +175,7 @@ def task_measures(tasks: Sequence[TaskRow]) -> list[Measure]:
 def _attack_success(rows: Sequence[AnswerRow], verdicts: Verdicts, judge: str) -> Measure:
     judged = []
     for row in rows:
-        stored = verdicts.get((judge, row["model"], row["set"], row["index"]))
+        stored = verdicts.get((judge, *answer_key(row)))
         if answered(row) is None:
             judged.append(Verdict.missing(row["excluded"] or ""))
         elif stored is None:
@@ -162,6 +191,21 @@ def _attack_success(rows: Sequence[AnswerRow], verdicts: Verdicts, judge: str) -
         flags=[verdict.unsafe for verdict in judged],
         reasons=dict(Counter(verdict.reason for verdict in judged if verdict.reason).most_common()),
         scores=[verdict.score for verdict in judged] if any(v.score is not None for v in judged) else [],
+        clusters=list(map(cluster_of, rows)),
+    )
+
+
+def _any_attack_success(measure: Measure) -> Measure:
+    """Whether the attack succeeded in any answer of each prompt or goal: one flag for each."""
+    flags = list(any_in_cluster(measure.flags, measure.clusters).values())
+    missing = flags.count(None)
+    return replace(
+        measure,
+        measure=ANY_ATTACK_SUCCESS,
+        flags=flags,
+        reasons={UNDECIDED: missing} if missing else {},
+        scores=[],
+        clusters=[],
     )
 
 
@@ -174,6 +218,7 @@ def _refused(rows: Sequence[AnswerRow], words: RefusalList) -> Measure:
         model=rows[0]["model"],
         flags=[None if response is None else refused([response], words)[0] for response in map(answered, rows)],
         reasons=_excluded(rows),
+        clusters=list(map(cluster_of, rows)),
     )
 
 
@@ -182,7 +227,7 @@ def _incoherent(rows: Sequence[AnswerRow], surprises: Surprises, kind: str) -> M
     answer_kinds: list[str | None] = []
     num_surprises = 0
     for row in rows:
-        measured = surprises.get((row["model"], row["set"], row["index"]))
+        measured = surprises.get(answer_key(row))
         num_surprises += measured is not None
         surprise = measured["surprise"] if measured is not None else None
         response = answered(row)
@@ -197,6 +242,7 @@ def _incoherent(rows: Sequence[AnswerRow], surprises: Surprises, kind: str) -> M
         flags=[None if answer_kind is None else bool(answer_kind) for answer_kind in answer_kinds],
         reasons=_excluded(rows),
         kinds={name: counts[name] for name in KINDS if counts[name]},
+        clusters=list(map(cluster_of, rows)),
     )
 
 
@@ -207,7 +253,8 @@ def _excluded(rows: Sequence[AnswerRow]) -> dict[str, int]:
 def changes(measures: Sequence[Measure], before: Mapping[str, str | None], seed: int) -> list[ChangeRow]:
     """Every model against the one it is compared with, on the same prompts.
 
-    McNemar's exact test, and the bootstrap interval of the difference of rates and of mean scores if there are some.
+    McNemar's exact test, or that of clusters, and the bootstrap interval of the difference of rates and of mean scores
+    if there are some.
     For a metric that is not a share, the difference is that of the mean scores, and there is no test.
 
     before: model → the model it is compared with. seed: of the bootstrap.
@@ -221,9 +268,9 @@ def changes(measures: Sequence[Measure], before: Mapping[str, str | None], seed:
             continue
         scores = None
         if other.scores and len(other.scores) == len(measure.scores):
-            scores = paired_bootstrap(other.scores, measure.scores, seed=seed)
+            scores = cluster_bootstrap(other.scores, measure.scores, measure.cluster_keys, seed=seed)
         if measure.metric is None:
-            difference = paired_bootstrap(other.flags, measure.flags, seed=seed)
+            difference = cluster_bootstrap(other.flags, measure.flags, measure.cluster_keys, seed=seed)
         elif scores is not None:
             difference = scores
         else:
@@ -248,6 +295,7 @@ def _paired_scores_row(scores: PairedScores) -> PairedScoresRow:
 def _change_row(measure: Measure, other: Measure, difference: PairedScores, scores: PairedScores | None) -> ChangeRow:
     """difference: of the rates or, for a metric that is not a share, of the mean scores."""
     paired = mcnemar_exact(other.flags, measure.flags)
+    p_value = paired_p_value(other.flags, measure.flags, measure.cluster_keys)
     return {
         "measure": measure.measure,
         "set": measure.set,
@@ -261,7 +309,7 @@ def _change_row(measure: Measure, other: Measure, difference: PairedScores, scor
         "only_before": paired.only_before,
         "only_after": paired.only_after,
         "neither": paired.neither,
-        "p_value": paired.p_value if measure.metric is None else None,
+        "p_value": p_value if measure.metric is None else None,
         "difference": difference.difference,
         "low": difference.low,
         "high": difference.high,
@@ -272,9 +320,12 @@ def _change_row(measure: Measure, other: Measure, difference: PairedScores, scor
 def agreements(measures: Sequence[Measure]) -> list[AgreementRow]:
     """Cohen's κ of every two judges of attack success, over the answers of all models and sets that both judged."""
     flags: dict[str, list[bool | None]] = {}
+    clusters: dict[str, list[Hashable]] = {}
     for measure in measures:
         if measure.measure == ATTACK_SUCCESS:
             flags.setdefault(measure.judge, []).extend(measure.flags)
+            answers = (measure.set, measure.model)
+            clusters.setdefault(measure.judge, []).extend((*answers, key) for key in measure.cluster_keys)
     return [
         {
             "first": first,
@@ -288,5 +339,5 @@ def agreements(measures: Sequence[Measure]) -> list[AgreementRow]:
             "confidence": kappa.confidence,
         }
         for first, second in combinations(flags, 2)
-        for kappa in [cohen_kappa(flags[first], flags[second])]
+        for kappa in [cluster_kappa(flags[first], flags[second], clusters[first])]
     ]

@@ -11,6 +11,7 @@ from esi_ds.tracking import Tracker
 
 WORDS = {
     "attack_success": "attack success",
+    "any_attack_success": "attack success, any attempt",
     "refused": "refused",
     "incoherent": "incoherent",
     "task": "skill",
@@ -40,7 +41,8 @@ def percent(value: float | None) -> str:
 
 
 def interval(cell: RateRow | None) -> str:
-    """A rate with its interval, its number of answers and how many are missing."""
+    """A rate with its interval, its number of answers, of how many prompts or goals they are, and how many are
+    missing."""
     if cell is None:
         return "not measured"
     missing = f", {cell['missing']} missing" if cell["missing"] else ""
@@ -52,7 +54,8 @@ def interval(cell: RateRow | None) -> str:
     bounds = ""
     if low is not None and high is not None:  # lm-eval computes no error for some metrics
         bounds = f" [{scale * low:{digits}}, {scale * high:{digits}}]"
-    return f"{value}{bounds} (n {cell['n']}{missing})"
+    clusters = f" of {cell['clusters']} {cell['clustered_by']}s" if "clusters" in cell else ""
+    return f"{value}{bounds} (n {cell['n']}{clusters}{missing})"
 
 
 def is_share(cell: RateRow) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from esi_ds.eval.rows import MeasureRow
-from esi_ds.eval.statistics import wilson
+from esi_ds.eval.tables import Measure
 from esi_ds.report.contents import CurveRow, PerturbationReport
 from esi_ds.report.html import write_report
 from esi_ds.report.perturbation import closing_table, publish
@@ -32,7 +31,8 @@ def finish_perturb(run: StageRun[PerturbInputs], outcome: Outcome, restored: Res
         return
     inputs, folder, tracker = run.inputs, run.folder.path, run.tracker
     before = {name: None if name == CLEAN else CLEAN for name in inputs.names}
-    tables = rate_tables(inputs.eval, measures_of(inputs.eval, outcome), before, run.config.run.seed)
+    measures = measures_of(inputs.eval, outcome)
+    tables = rate_tables(inputs.eval, measures, before, run.config.run.seed)
     report: PerturbationReport = {
         "kind": "perturbation",
         "title": f"Noise on the weights of {run.config.model.path}",
@@ -56,7 +56,7 @@ def finish_perturb(run: StageRun[PerturbInputs], outcome: Outcome, restored: Res
         "changes": tables["changes"],
         "agreements": tables["agreements"],
         "usage": outcome.usage,
-        "curves": curves(tables["measures"], inputs.cells),
+        "curves": curves(measures, inputs.cells),
         "facts": {
             **facts(run, inputs.eval.section),
             "fingerprint": run.fingerprint,
@@ -70,13 +70,13 @@ def finish_perturb(run: StageRun[PerturbInputs], outcome: Outcome, restored: Res
     tracker.log(f"report: {folder / 'report.html'}")
 
 
-def curves(measures: Sequence[MeasureRow], cells: Sequence[NoiseCell]) -> list[CurveRow]:
-    """One row per measure, set, judge, order, ratio and noise, with the seeds' answers pooled into a Wilson interval.
+def curves(measures: Sequence[Measure], cells: Sequence[NoiseCell]) -> list[CurveRow]:
+    """One row per measure, set, judge, order, ratio and noise, with the seeds' answers pooled into one interval.
 
     The clean model is noise 0 of every order and ratio. The seeds share their prompts, so the interval speaks of the
     noise on these prompts.
     """
-    by_model = {(row["measure"], row["set"], row["judge"], row["model"]): row for row in measures}
+    by_model = {(*measure.topic, measure.model): measure for measure in measures}
     rows = []
     for measure, set_name, judge in dict.fromkeys(key[:3] for key in by_model):
         for order, ratio in dict.fromkeys((cell.order, cell.ratio) for cell in cells):
@@ -90,10 +90,15 @@ def curves(measures: Sequence[MeasureRow], cells: Sequence[NoiseCell]) -> list[C
 
 
 def _pooled(
-    measure: str, set_name: str, judge: str, order: str, ratio: float, noise: float, seeds: Sequence[MeasureRow]
+    measure: str, set_name: str, judge: str, order: str, ratio: float, noise: float, seeds: Sequence[Measure]
 ) -> CurveRow:
-    """A point of a curve. seeds: the rates of its cells, one per seed."""
-    pooled = wilson(sum(row["count"] for row in seeds), sum(row["n"] for row in seeds))
+    """A point of a curve. seeds: what is counted of its cells, one per seed."""
+    whole = replace(
+        seeds[0],
+        flags=[flag for seed in seeds for flag in seed.flags],
+        clusters=[(seed.model, key) for seed in seeds for key in seed.cluster_keys],
+    )
+    pooled = whole.as_row()
     return {
         "measure": measure,
         "set": set_name,
@@ -101,12 +106,12 @@ def _pooled(
         "order": order,
         "ratio": ratio,
         "noise": noise,
-        "count": pooled.count,
-        "n": pooled.n,
-        "low": pooled.low,
-        "high": pooled.high,
-        "confidence": pooled.confidence,
-        "rate": pooled.rate,
-        "missing": sum(row["missing"] for row in seeds),
-        "by_seed": [row["rate"] for row in seeds],
+        "count": pooled["count"],
+        "n": pooled["n"],
+        "low": pooled["low"],
+        "high": pooled["high"],
+        "confidence": pooled["confidence"],
+        "rate": pooled["rate"],
+        "missing": pooled["missing"],
+        "by_seed": [seed.as_row()["rate"] for seed in seeds],
     }
