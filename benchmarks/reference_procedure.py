@@ -148,8 +148,8 @@ def run_ours(folder: Path, dtype: str, rows: list[Row], defaults: bool) -> tuple
 
     with scoring.gradients.collecting():
         figures = timed(all_prompts, len(rows), held)
-    accumulated = {"safety": Accumulated(sums, len(examples))}
-    scores = score(model, "esi", accumulated, unit_sigmas(model), 0)
+    means = {"safety": Accumulated(sums, len(examples)).take_means()}
+    scores = score(model, "esi", means, unit_sigmas(model), 0)
     chosen = select_weights(model, scores, ratio=RATIO, order="top", of="all", scope="model", seed=0)
     shapes = {parameter.name: parameter.shape for parameter in model.parameters}
     mask = {name: bits.view(shapes[name]) for name, bits in chosen.bits.items()}  # one rank holds whole parameters

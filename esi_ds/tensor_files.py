@@ -101,6 +101,9 @@ def read_tensor_folder(folder: Path, field: str, remedy: str) -> TensorFolder:
         if not folder.is_dir():
             raise UserError(field, str(folder), "is not a folder", remedy)
         if not index.exists():
+            if several := tensor_folders(folder):
+                problem = f"holds a folder for each of {', '.join(several)}"
+                raise UserError(field, str(folder), problem, f"name one of them, such as {folder / several[0]}")
             raise UserError(field, str(folder), f"holds no {INDEX_NAME}", remedy)
     file_of, index_metadata = read_index_content(index, field, remedy)
     tensors: dict[str, StoredTensor] = {}
@@ -123,6 +126,11 @@ def read_tensor_folder(folder: Path, field: str, remedy: str) -> TensorFolder:
         if name not in tensors:
             raise UserError(field, str(folder / file_name), f"does not hold {name}, as {INDEX_NAME} says", remedy)
     return TensorFolder({name: tensors[name] for name in file_of}, metadata, index_metadata)
+
+
+def tensor_folders(folder: Path) -> list[str]:
+    """Names of the folders of tensors in a folder, sorted: one a criterion, of a run with several."""
+    return sorted(index.parent.name for index in folder.glob(f"[!.]*/{INDEX_NAME}"))
 
 
 def tensor_sha256(tensor: StoredTensor) -> str:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from esi_ds.artifacts import check_result, read_manifest, renew_result, write_text_atomic  # noqa: E402
 from esi_ds.errors import UserError  # noqa: E402
 from esi_ds.reading import read_json, reading  # noqa: E402
+from esi_ds.tensor_files import tensor_folders  # noqa: E402
 from esi_ds.terminal import clean_output  # noqa: E402
 
 if TYPE_CHECKING:
@@ -91,30 +92,33 @@ def write_overview(folders: list[Path], output: Path | None) -> Path:
     return output
 
 
+def mask_folders(name: str, run: Path) -> dict[str, Path]:
+    """A run's masks by their names on the page: the run's name, and the criterion's where it has several."""
+    folder = run / "mask"
+    if not folder.is_dir():
+        return {}
+    if several := tensor_folders(folder):  # as ``report.overview.masks`` names them
+        return {f"{name}: {one}" if len(several) > 1 else name: folder / one for one in several}
+    return {name: folder}
+
+
 def overlaps(folders: dict[str, Path]) -> list[Overlap]:
     """How many weights any two masks have in common, for models of the same shapes. folders: run folders by name."""
     from esi_ds.mask import count_units, load_sound
     from esi_ds.ranks import Ranks
+    from esi_ds.report.tables import overlap
 
     alone = Ranks()
-    masks = {name: load_sound(folder / "mask", alone) for name, folder in folders.items() if (folder / "mask").is_dir()}
+    paths = {label: path for name, folder in folders.items() for label, path in mask_folders(name, folder).items()}
+    masks = {label: load_sound(path, alone) for label, path in paths.items()}
     rows: list[Overlap] = []
     for (first, one), (second, other) in combinations(masks.items(), 2):
         if one.shapes != other.shapes:
             continue
         _, counts = count_units([one, other], alone)
         of_first, of_second, both = counts.sum(0).tolist()
-        row: Overlap = {
-            "first": first,
-            "second": second,
-            "both": both,
-            "chance": of_second / sum(one.numel(name) for name in one.names),
-            "jaccard": both / max(of_first + of_second - both, 1),
-            "same_weights": one.fingerprint == other.fingerprint,
-            "of_first": both / max(of_first, 1),
-            "of_second": both / max(of_second, 1),
-        }
-        rows.append(row)
+        scored, same_weights = one.header.scored_numel, one.fingerprint == other.fingerprint
+        rows.append(overlap((first, second), (of_first, of_second), both, scored, same_weights))
     return rows
 
 

@@ -21,13 +21,14 @@ from esi_ds.config.judges import (
     JudgeModel,
 )
 from esi_ds.config.loading import Config, Model, differences, load_config, resolved_yaml, validate
-from esi_ds.config.scoring import Esi, Select
+from esi_ds.config.scoring import Criterion, Esi, Select
 from esi_ds.config.tuning import BenignMix, Perturb, Tune
 
 __all__ = [
     "BenignMix",
     "ClassifierModel",
     "Config",
+    "Criterion",
     "ENDPOINT_ROUNDS",
     "Esi",
     "EsiClassifier",

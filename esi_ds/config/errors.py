@@ -17,6 +17,11 @@ def explain(error: ValidationError, root: type[BaseModel]) -> UserError:
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
     path, section = _follow(problem["loc"], root)
+    if isinstance(problem["input"], list):  # a value or a list of such values: what is wrong lies within the list
+        for other in problems:
+            if len(inner := _follow(other["loc"], root)[0]) > len(path) and inner[: len(path)] == path:
+                problem, path = other, inner
+                break
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.0)

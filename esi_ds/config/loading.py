@@ -12,7 +12,7 @@ from esi_ds.config.data import Data
 from esi_ds.config.errors import explain
 from esi_ds.config.evaluation import Eval, check_eval
 from esi_ds.config.judges import EsiGuard, EsiJudge, check_guard
-from esi_ds.config.scoring import Esi, Select
+from esi_ds.config.scoring import Esi, Select, check_criteria
 from esi_ds.config.section import MAX_TIMEOUT_S, Section, Seed
 from esi_ds.config.tuning import Perturb, Tune
 from esi_ds.config.yaml import apply_override, dump_yaml, read_yaml
@@ -120,6 +120,7 @@ def validate(raw: Any) -> Config:
         check_guard(config.judge, "judge")
     if config.eval is not None:
         check_eval(config.eval, config.run.collective_timeout_s)
+    check_criteria(config.select)
     _check_save_every("esi.save_every", config.esi.save_every, "micro-batches")
     if config.tune is not None:
         _check_save_every("tune.save_every", config.tune.save_every, "steps")

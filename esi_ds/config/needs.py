@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from esi_ds.config import Config, Eval, LossData, Perturb, Tune
-from esi_ds.core.criteria import objectives
+from esi_ds.core.criteria import GRADIENTS, objectives
 from esi_ds.errors import UserError
 
 
 def require_esi(config: Config) -> None:
     """Raise UserError where a section that the criterion needs is missing, or where rows would never be read."""
-    criterion = config.select.criterion
-    needed = objectives(criterion, config.select.contrastive)
+    criteria = config.select.criteria
+    needed = objectives(criteria, config.select.contrastive)
+    users = {objective: criterion for criterion in reversed(criteria) for objective in GRADIENTS[criterion]}
     if "safety" in needed:
         if config.judge is None and not scores_given(config):
-            remedy = f"criterion {criterion} needs a judge.path"
+            remedy = f"criterion {users['safety']} needs a judge.path"
             if config.esi.estimator == "score_function":
                 remedy += ', or a number "judge_score" in every row of data.responses'
             raise UserError("judge", None, "is missing", remedy)
         if config.data.prompts is None and config.data.responses is None:
             raise UserError("data.prompts", None, "is missing", "give data.prompts.path, or data.responses")
     for name, user, remedy in (
-        ("tuning", f"criterion {criterion}", "set select.criterion to tuning_grad, directed or conflict"),
+        ("tuning", f"criterion {users.get('tuning')}", "set select.criterion to tuning_grad, directed or conflict"),
         ("benign", "select.contrastive", "set select.contrastive: true"),
     ):
         rows: LossData | None = getattr(config.data, name)

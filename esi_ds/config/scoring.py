@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from esi_ds.config.section import GENERATION_BATCH, BatchNumber, Section
+from esi_ds.errors import UserError
 
 
 class Esi(Section):
@@ -37,9 +38,14 @@ class Esi(Section):
     )
 
 
+Criterion = Literal["esi", "grad", "snip", "tuning_grad", "directed", "conflict", "magnitude", "random"]
+
+
 class Select(Section):
-    criterion: Literal["esi", "grad", "snip", "tuning_grad", "directed", "conflict", "magnitude", "random"] = Field(
-        "esi", description="The score that ranks the weights; docs/method.md §2 defines each."
+    criterion: Criterion | list[Criterion] = Field(
+        "esi",
+        description="The score that ranks the weights, as docs/method.md §2 defines it; a list makes a mask of each "
+        "from the same passes.",
     )
     contrastive: bool = Field(
         False, description="Whether to divide scores by how much the rows of data.benign need each weight."
@@ -52,3 +58,22 @@ class Select(Section):
     scope: Literal["model", "matrix"] = Field(
         "model", description="Whether weights are ranked over the whole model or within each logical matrix."
     )
+
+    @property
+    def criteria(self) -> tuple[Criterion, ...]:
+        """All criteria, in the order of the config."""
+        return tuple(self.criterion) if isinstance(self.criterion, list) else (self.criterion,)
+
+    def subfolder(self, criterion: Criterion) -> str:
+        """Where in ``mask/`` and ``scores/`` a criterion's files lie: in a folder of its name if ``criterion`` is a
+        list, else directly."""
+        return criterion if isinstance(self.criterion, list) else ""
+
+
+def check_criteria(section: Select) -> None:
+    """Raise UserError where the list of criteria is empty or names one twice."""
+    field, criteria = "select.criterion", section.criteria
+    if not criteria:
+        raise UserError(field, [], "names no criterion", "name at least one, such as esi")
+    if len(set(criteria)) < len(criteria):
+        raise UserError(field, list(criteria), "names a criterion twice", "name it once: its two masks would be equal")

@@ -1,4 +1,4 @@
-"""The gradients that each criterion needs (docs/method.md §2). Imports no torch, because the config reads it first.
+"""The gradients that criteria need, and share (docs/method.md §2). Imports no torch: the config reads it first.
 
 Each objective is one pass over its data. ``safety`` gives the mean gradient g_S of the judge's score S, ``tuning`` the
 mean gradient g_T of the loss on ``data.tuning``, and ``benign`` the mean squared gradient F of single rows of
@@ -6,6 +6,8 @@ mean gradient g_T of the loss on ``data.tuning``, and ``benign`` the mean square
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 GRADIENTS: dict[str, tuple[str, ...]] = {
     "esi": ("safety",),
@@ -19,6 +21,25 @@ GRADIENTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def objectives(criterion: str, contrastive: bool) -> tuple[str, ...]:
-    """The objectives that a criterion needs, in the order of their passes."""
-    return (*GRADIENTS[criterion], "benign") if contrastive else GRADIENTS[criterion]
+OBJECTIVES = ("safety", "tuning", "benign")  # in the order of their passes
+
+
+def objectives(criteria: Sequence[str], contrastive: bool) -> tuple[str, ...]:
+    """The objectives that any of the criteria needs, each once, in the order of their passes."""
+    needed = {objective for criterion in criteria for objective in GRADIENTS[criterion]}
+    if contrastive:
+        needed.add("benign")
+    return tuple(objective for objective in OBJECTIVES if objective in needed)
+
+
+def overwrites_gradient(criteria: Sequence[str], number: int) -> bool:
+    """Whether the scores of criterion ``number`` may take the place of a gradient: the first that it needs, which no
+    later criterion reads."""
+    gradient = GRADIENTS[criteria[number]][:1]
+    return bool(gradient) and all(gradient[0] not in GRADIENTS[later] for later in criteria[number + 1 :])
+
+
+def num_held(criteria: Sequence[str], contrastive: bool) -> int:
+    """The most fp32 values a scored weight that exist at once: means of gradients, and scores beside them."""
+    beside = any(not overwrites_gradient(criteria, number) for number in range(len(criteria)))
+    return len(objectives(criteria, contrastive)) + beside

@@ -145,23 +145,48 @@ class LossReport(TypedDict):
     skipped: list[SkippedRow]  # rows that took no part
 
 
-class EsiLaterFields(TypedDict, total=False):
-    """Fields of an ESI report that the earliest runs did not write."""
+class Overlap(TypedDict):
+    """How much two masks have in common."""
+
+    first: str  # a mask: its criterion, or on the page of several runs its run's name
+    second: str  # another mask
+    both: int  # weights that both masks select
+    of_first: float  # both / weights of the first mask
+    of_second: float  # both / weights of the second mask
+    chance: float  # share of the first mask that a random mask of the second's size would hold
+    jaccard: float  # both / weights that either mask selects
+    same_weights: bool  # whether both masks were made from the same weights
+
+
+class MaskLaterFields(TypedDict, total=False):
+    """Fields of a mask in an ESI report that the earliest runs did not write."""
 
     experts: ExpertTables | None  # null for a dense model
-    routing: list[RoutingRow]  # empty for a dense model
-    losses: list[LossReport]  # empty for criteria without losses
 
 
-class EsiReport(EsiLaterFields):
-    """``report.json`` of an ESI run; the only one without ``kind``."""
+class MaskReport(MaskLaterFields):
+    """One mask, and the scores it was chosen by."""
 
-    title: str  # heading of the page
-    facts: Facts  # of the run: model, judge, prompts, wall time
     selection: SelectionFacts  # how the mask was chosen
     units: list[UnitRow]  # in the model's order
     score_histogram: ScoreHistogram  # over all scored weights
     score_histograms_by_role: dict[str, list[int]]  # role → weights per bin of ``score_histogram``
+
+
+class EsiLaterFields(TypedDict, total=False):
+    """Fields of an ESI report that the earliest runs did not write."""
+
+    routing: list[RoutingRow]  # empty for a dense model
+    losses: list[LossReport]  # empty for criteria without losses
+    further_masks: list[MaskReport]  # of a list of criteria: all but the first, which the report's own fields describe
+    overlaps: list[Overlap]  # of a list of criteria: every two masks
+
+
+class EsiReport(EsiLaterFields, MaskReport):
+    """``report.json`` of an ESI run; the only one without ``kind``."""
+
+    title: str  # heading of the page
+    facts: Facts  # of the run: model, judge, prompts, wall time
     judge_scores: list[float]  # of the responses used, by index; empty without a judge
     excluded: list[ExcludedPrompt]  # prompts that took no part
     special_tokens_broken_up: int  # special-token strings in prompts and responses, read as plain text
@@ -357,19 +382,6 @@ class PivotRow(TypedDict):
     judge: str  # who decides
     cells: list[MeasureRow | None]  # one per model; None if the model was not asked
     changes: list[ChangeRow | None]  # one per model; None if it was not compared
-
-
-class Overlap(TypedDict):
-    """How much two masks have in common. A row of the page of several runs; no file holds it."""
-
-    first: str  # a run's name
-    second: str  # another run's name
-    both: int  # weights that both masks select
-    of_first: float  # both / weights of the first mask
-    of_second: float  # both / weights of the second mask
-    chance: float  # share of the first mask that a random mask of the second's size would hold
-    jaccard: float  # both / weights that either mask selects
-    same_weights: bool  # whether both masks were made from the same weights
 
 
 Report = EsiReport | TuningReport | EvaluationReport | PerturbationReport

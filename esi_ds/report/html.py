@@ -16,17 +16,33 @@ from esi_ds.report import evaluation, figures, overview, perturbation, tables
 from esi_ds.report.contents import (
     EsiReport,
     EvaluationReport,
+    ExpertTables,
+    MaskReport,
     Overlap,
     PerturbationReport,
     PivotRow,
     Report,
     TuningReport,
+    UnitRow,
 )
 from esi_ds.report.experts import expert_tables
 from esi_ds.report.overview import FinishedRun
 
 MAX_ROWS = 200
 MAX_TENSORS = 20
+
+
+class MaskPieces(TypedDict):
+    """What the templates draw of one mask, and what they call it."""
+
+    report: MaskReport
+    label: str  # behind the headings; empty where there is only one mask
+    role_maps: list[str]  # pictures as data URLs
+    expert_maps: list[str]  # likewise; empty for a dense model
+    experts: ExpertTables | None  # None for a dense model
+    scores: str  # a picture as a data URL
+    roles: list[tuple[str, tables.Cell]]  # each role's part of the mask
+    top: list[UnitRow]  # the matrices with the most selected weights
 
 
 class EvaluationPieces(TypedDict):
@@ -64,44 +80,53 @@ def _esi_page(
     tuned: Sequence[tuple[str, TuningReport]],
     evaluated: Sequence[tuple[str, EvaluationReport]],
 ) -> str:
-    units, k = report["units"], report["selection"]["k"]
+    masks = tables.masks_of(report)
     return _template("esi.html.j2").render(
         report=report,
+        masks=[_mask_pieces(mask, f": {mask['selection']['criterion']}" * (len(masks) > 1)) for mask in masks],
+        overlaps=report.get("overlaps", []),
+        has_subfolders="further_masks" in report,
         tuned=tuned,
         evaluated=[(link, evaluation, _evaluation_pieces(evaluation)) for link, evaluation in evaluated],
-        role_maps=[_picture(figures.heatmap(view)) for view in tables.layer_by_role(units, k)],
-        expert_maps=[_picture(figures.heatmap(view)) for view in tables.layer_by_expert(units, k)],
-        experts=expert_tables(units, k),
         routing_maps=[_picture(figures.heatmap(view)) for view in tables.routing_maps(report.get("routing", []))],
-        scores=_picture(
-            figures.score_histogram(
-                report["score_histogram"], report["score_histograms_by_role"], report["selection"]["threshold"]
-            )
-        ),
         judge=_picture(figures.judge_histogram(report["judge_scores"])) if report["judge_scores"] else None,
         progress=_picture(figures.progress_curves(report["progress"])) if report["progress"] else None,
-        roles=tables.by_role(units),
-        top=tables.top_matrices(units),
         excluded=report["excluded"][:MAX_ROWS],
     )
+
+
+def _mask_pieces(mask: MaskReport, label: str) -> MaskPieces:
+    units, k, histogram = mask["units"], mask["selection"]["k"], mask["score_histogram"]
+    by_role, threshold = mask["score_histograms_by_role"], mask["selection"]["threshold"]
+    return {
+        "report": mask,
+        "label": label,
+        "role_maps": [_picture(figures.heatmap(view)) for view in tables.layer_by_role(units, k)],
+        "expert_maps": [_picture(figures.heatmap(view)) for view in tables.layer_by_expert(units, k)],
+        "experts": expert_tables(units, k),
+        "scores": _picture(figures.score_histogram(histogram, by_role, threshold)),
+        "roles": tables.by_role(units),
+        "top": tables.top_matrices(units),
+    }
 
 
 def render_overview(runs: Sequence[FinishedRun[Report]], overlaps: Sequence[Overlap]) -> str:
     """One page of several runs. overlaps: of every two masks of models with the same shapes."""
     kinds = overview.by_kind(runs)
+    masks = overview.masks(kinds.esi)
     joined = overview.joined(kinds.evaluations) if kinds.evaluations else None
     losses = [(run.name, run.report["progress"]) for run in kinds.tuning if run.report["progress"]]
-    maps = ((run, tables.layer_by_role(run.report["units"], run.report["selection"]["k"])) for run in kinds.esi)
+    maps = ((mask, tables.layer_by_role(mask.report["units"], mask.report["selection"]["k"])) for mask in masks)
     return _template("overview.html.j2").render(
         report={"title": f"{len(runs)} runs"},
         runs=runs,
-        esi=kinds.esi,
+        masks=masks,
         tuning=kinds.tuning,
         evaluations=kinds.evaluations,
         key_fact=overview.key_fact,
         facts_table=overview.facts_table,
-        role_shares=overview.role_shares(kinds.esi),
-        maps=[(run.name, _picture(figures.heatmap(views[0]))) for run, views in maps if views],
+        role_shares=overview.role_shares(masks),
+        maps=[(mask.name, _picture(figures.heatmap(views[0]))) for mask, views in maps if views],
         overlaps=overlaps,
         losses=_picture(figures.loss_curves(losses)) if losses else None,
         joined=joined,

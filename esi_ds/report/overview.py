@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
 from esi_ds.report import tables
@@ -62,6 +62,18 @@ def by_kind(runs: Sequence[FinishedRun[Report]]) -> RunsByKind:
     )
 
 
+def masks(runs: Sequence[FinishedRun[EsiReport]]) -> list[FinishedRun[EsiReport]]:
+    """A row for every mask: a run with several criteria has one for each, with the criterion behind its name."""
+    return [
+        replace(run, name=f"{run.name}: {mask['selection']['criterion']}", report={**run.report, **mask})
+        if len(several) > 1
+        else run
+        for run in runs
+        for several in [tables.masks_of(run.report)]
+        for mask in several
+    ]
+
+
 def key_fact(run: FinishedRun[Report]) -> str:
     """The outcome of a run in one line."""
     if run.kind is None:
@@ -76,7 +88,9 @@ def key_fact(run: FinishedRun[Report]) -> str:
 def _esi_fact(report: EsiReport) -> str:
     selection, scores = report["selection"], report["judge_scores"]
     mean = f", mean judge score {sum(scores) / len(scores):.3g} of {len(scores)} answers" if scores else ""
-    return f"{selection['k']:,} of {selection['total_numel']:,} weights by {selection['criterion']}{mean}"
+    criteria = ", ".join(mask["selection"]["criterion"] for mask in tables.masks_of(report))
+    each = "each " if report.get("further_masks") else ""
+    return f"{selection['k']:,} of {selection['total_numel']:,} weights {each}by {criteria}{mean}"
 
 
 def _tuning_fact(report: TuningReport) -> str:

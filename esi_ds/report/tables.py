@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from esi_ds.models.roles import SCORED
-from esi_ds.report.contents import RoutingRow, UnitRow
+from esi_ds.report.contents import EsiReport, MaskReport, Overlap, RoutingRow, UnitRow
 
 Key = TypeVar("Key")
 Column = TypeVar("Column", str, int)
@@ -45,6 +45,28 @@ class Cell:
     def mean_score(self) -> float:
         """Over all weights of the cell."""
         return self.score / self.numel
+
+
+def masks_of(report: EsiReport) -> list[MaskReport]:
+    """All masks of an ESI run, in the order of its criteria."""
+    return [report, *report.get("further_masks", [])]
+
+
+def overlap(
+    names: tuple[str, str], sizes: tuple[int, int], both: int, scored: int, same_weights: bool = True
+) -> Overlap:
+    """How much two masks have in common. sizes: weights of each. both: weights in both. scored: of the model."""
+    first, second = sizes
+    return {
+        "first": names[0],
+        "second": names[1],
+        "both": both,
+        "chance": second / scored,
+        "jaccard": both / max(first + second - both, 1),
+        "same_weights": same_weights,
+        "of_first": both / max(first, 1),
+        "of_second": both / max(second, 1),
+    }
 
 
 def grouped(units: Iterable[UnitRow], key_of: Callable[[UnitRow], Key | None]) -> dict[Key, Cell]:

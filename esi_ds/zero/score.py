@@ -9,6 +9,7 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
+from esi_ds.core.criteria import GRADIENTS
 from esi_ds.core.moments import merge, moments, standard_deviation
 from esi_ds.core.score import contrast, score_shard
 from esi_ds.core.select import Cut, Order, ScoreRun, first_invalid, median, model_k, select
@@ -51,42 +52,54 @@ class Accumulated:
     sums: Mapping[str, Tensor]
     count: int
 
-    def take_mean(self, name: str) -> Tensor:
-        """The mean of one shard, which overwrites its sums: call once per shard."""
-        return self.sums[name].div_(self.count)
+    def take_means(self) -> dict[str, Tensor]:
+        """The means, which overwrite the sums: call once."""
+        return {name: sums.div_(self.count) for name, sums in self.sums.items()}
 
 
 def score(
-    model: ShardedModel, criterion: str, accumulated: Mapping[str, Accumulated], sigma: Mapping[Unit, float], seed: int
+    model: ShardedModel,
+    criterion: str,
+    means: Mapping[str, Mapping[str, Tensor]],
+    sigma: Mapping[Unit, float],
+    seed: int,
+    overwrite: bool = True,
 ) -> Scores:
     """Every shard's scores, from the mean gradients of ``safety`` and ``tuning`` that the criterion needs.
 
-    The sums in ``accumulated`` are overwritten. No collectives.
+    means: fp32 [shard.numel] by objective and by shard's name. overwrite: whether the scores may take the place of the
+    first of these that the criterion needs. No collectives.
     """
     scores: Scores = {}
     for shard in model.scored:
-        safety, tuning = (
-            accumulated[name].take_mean(shard.name) if name in accumulated else None for name in ("safety", "tuning")
-        )
+        gradients = {name: means[name][shard.name] for name in GRADIENTS[criterion]}
+        if not overwrite:
+            gradients |= {name: gradients[name].clone() for name in GRADIENTS[criterion][:1]}
         weight = model.local_weight(shard)
-        scores[shard.name] = score_shard(criterion, shard, safety, weight, sigma, seed, tuning_gradient=tuning)
+        scores[shard.name] = score_shard(
+            criterion, shard, gradients.get("safety"), weight, sigma, seed, gradients.get("tuning")
+        )
     return scores
 
 
-def contrast_scores(model: ShardedModel, scores: Scores, benign: Accumulated) -> int:
-    """Overwrite ``scores`` with score / (sqrt(F) + median of sqrt(F)), docs/method.md §2.
+def contrast_denominators(model: ShardedModel, roots: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Overwrite ``roots``, which are sqrt(F), with sqrt(F) + median of sqrt(F), docs/method.md §2, and return them.
 
-    Returns the number of undefined scores over all ranks.
-
-    The median is exact, over all scored weights of all ranks. The sums in ``benign`` are overwritten. Collectives:
-    those of ``check_scores``, three all-reduces of 16 KiB and one of a number. Raises UserError for an F that is not
-    finite.
+    roots: fp32 [shard.numel] by shard's name. The median is exact, over all scored weights of all ranks. Collectives:
+    those of ``check_scores``, and three all-reduces of 16 KiB. Raises UserError for an F that is not finite.
     """
-    roots = {name: benign.take_mean(name).sqrt_() for name in scores}
     check_scores(model, roots, "data.benign", "root mean squared gradient")
     num_scored = sum(parameter.numel for parameter in model.parameters if parameter.scored)
     middle = median(list(roots.values()), num_scored, runtime.all_reduce_sum)
-    undefined = sum(contrast(values, roots[name], middle) for name, values in scores.items())
+    return {name: root.add_(middle) for name, root in roots.items()}
+
+
+def contrast_scores(scores: Scores, denominators: Mapping[str, Tensor]) -> int:
+    """Overwrite ``scores`` with score / denominator; returns the number of undefined scores over all ranks.
+
+    denominators: of ``contrast_denominators``. Collectives: one all-reduce of a number.
+    """
+    undefined = sum(contrast(values, denominators[name]) for name, values in scores.items())
     return int(runtime.all_reduce_sum(torch.tensor(undefined)))
 
 

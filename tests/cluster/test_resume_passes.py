@@ -1,4 +1,4 @@
-"""A run of three passes, killed in its second and again in its third: what is done is not done again."""
+"""A run of three passes for two criteria, killed in its second and in its third: what is done is not done again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def build(folder: Path) -> dict:
             "benign": {"path": str(folder / "benign.jsonl")},
         },
         "esi": {"batch_size": 2, "save_every": 2},
-        "select": {"criterion": "directed", "contrastive": True},
+        "select": {"criterion": ["directed", "snip"], "contrastive": True},
     }
 
 
@@ -61,7 +61,7 @@ def test_killed_in_the_second_and_in_the_third_pass_same_bits(tmp_path: Path) ->
     job = LaunchedJob("launch/esi.py", tmp_path, "killed", 2, config)
     job.finish()
 
-    for part in ("scores", "mask"):
+    for part in ("scores/directed", "mask/directed", "scores/snip", "mask/snip"):
         expected, got = tensors(undisturbed.run / part), tensors(job.run / part)
         assert all(torch.equal(got[name], expected[name]) for name in expected)
     after = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]

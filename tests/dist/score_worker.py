@@ -1,8 +1,9 @@
 """Run by the tests beside it under a launcher: one process group scores many models, guards and batch sizes.
 
 argv: a JSON list of cases {"name", "config" (mapping), "poison" (optional), "error" (optional), "wrong_fisher"
-(optional), "export" (optional), "frees" (optional)}; each case writes <output_dir>/scores and <output_dir>/mask through
-the stage itself, without report, and with export <output_dir>/model; with frees the stage must free all memory. poison
+(optional), "export" (optional), "frees" (optional), "killed_at" (optional)}; each case writes <output_dir>/scores and
+<output_dir>/mask through the stage itself, without report, and with export <output_dir>/model; with frees the stage
+must free all memory. killed_at is a criterion whose mask the first attempt dies at; a second one goes on. poison
 {"gradient" | "score": index} makes one prompt's gradient or judge score not finite, {"tuning" | "benign": row} one
 row's gradient, {"silence": true} makes every row's gradient zero; error is a text that the UserError the case must end
 in holds. wrong_fisher squares after the reduction, which is the mistake that the tests must notice. Grouped
@@ -12,6 +13,7 @@ products leave garbage in the gradients of experts without tokens.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -29,14 +31,16 @@ from esi_ds.errors import UserError
 from esi_ds.judge.guard import Guard, Judgement
 from esi_ds.models.folder import ModelSource
 from esi_ds.options import Options
-from esi_ds.stages.esi import finish, objectives
+from esi_ds.stages.esi import finish, masks, objectives
 from esi_ds.stages.esi import work as esi_work
 from esi_ds.stages.esi.objectives import MeanLoss, SquaredRowGradients
 from esi_ds.stages.esi.prepare import encode_examples, prepare
 from esi_ds.stages.esi.work import EsiRun
+from esi_ds.tensor_files import tensor_folders
 from esi_ds.zero import gradients, runtime
 from esi_ds.zero.engine import load_sharded
 from esi_ds.zero.export import export_model
+from esi_ds.zero.files import write_mask
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 
 plain_judge = Guard.judge
@@ -46,12 +50,13 @@ plain_methods = {name: SquaredGradientShards.__dict__[name] for name in ("contri
 
 def check_mask_reading(folder: Path, ranks: int) -> None:
     """Every rank reads its own part of the mask and nothing else; together the parts are the mask."""
-    mask = Mask.load(folder / "mask")
-    for name in mask.names:
-        size = -(-mask.numel(name) // ranks)
-        low = min(runtime.rank() * size, mask.numel(name))
-        high = min(low + size, mask.numel(name))
-        assert torch.equal(mask.bits(name, low, high), mask.bits(name)[low:high])
+    for path in [folder / "mask" / name for name in tensor_folders(folder / "mask")] or [folder / "mask"]:
+        mask = Mask.load(path)
+        for name in mask.names:
+            size = -(-mask.numel(name) // ranks)
+            low = min(runtime.rank() * size, mask.numel(name))
+            high = min(low + size, mask.numel(name))
+            assert torch.equal(mask.bits(name, low, high), mask.bits(name)[low:high])
 
 
 def poisoned(poison: dict[str, int]) -> None:
@@ -106,6 +111,28 @@ def square_after_the_reduction() -> None:
     )
 
 
+class Killed(Exception):
+    """Stands for a kill: nothing of the run catches it."""
+
+
+def kill_at(criterion: str, start: Callable[[], None]) -> None:
+    """A first attempt that dies on all ranks before a criterion's mask is written."""
+
+    def dying(folder: Path, *arguments) -> None:
+        if folder.name == criterion:
+            raise Killed
+        write_mask(folder, *arguments)
+
+    masks.write_mask = dying
+    try:
+        start()
+    except Killed:
+        return
+    finally:
+        masks.write_mask = write_mask
+    raise AssertionError(f"no mask of {criterion} was to be written")
+
+
 def run_case(case: dict) -> None:
     config = validate(case["config"])
     folder = RunFolder(config.run.output_dir)
@@ -118,6 +145,8 @@ def run_case(case: dict) -> None:
     try:
         with frees_all() if case.get("frees") else nullcontext():
             inputs = prepare(config)
+            if "killed_at" in case:
+                kill_at(case["killed_at"], EsiRun(config, Options(), inputs, folder, settings, inputs.source).run)
             EsiRun(config, Options(), inputs, folder, settings, inputs.source).run()
             del inputs
     except UserError as error:
@@ -132,8 +161,11 @@ def run_case(case: dict) -> None:
         model.close()
 
 
+KEPT = ("units", "selection", "further_masks", "overlaps")  # of a report
+
+
 def keep_units(folder: Path, report: dict) -> None:
-    (folder / "report.json").write_text(json.dumps({"units": report["units"]}))
+    (folder / "report.json").write_text(json.dumps({key: report[key] for key in KEPT if key in report}))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,11 @@ CRITERIA = (
     ("magnitude", True),
 )
 NEEDS_TUNING = ("tuning_grad", "directed", "conflict")
+# Several criteria in one run: (list, contrastive). Gradients are read again after other criteria have been scored.
+LISTS = (
+    (["tuning_grad", "random", "directed", "conflict"], False),
+    (["esi", "directed", "magnitude", "snip", "tuning_grad"], True),
+)
 
 
 def write_rows(file: Path, rows: list[tuple[str, str]]) -> None:
@@ -64,12 +70,13 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def case(folder: Path, kind: str, criterion: str, contrastive: bool, batch: int, tag: str, **more) -> dict:
+def case(folder: Path, kind: str, criterion: str | list[str], contrastive: bool, batch: int, tag: str, **more) -> dict:
     """One case of the worker; more: keys of the case itself, and ``esi`` for that section."""
     select_ = {"criterion": criterion, "contrastive": contrastive}
-    name = f"{tag}-{kind}-{criterion}{'-contrastive' if contrastive else ''}-{batch}"
+    criteria = [criterion] if isinstance(criterion, str) else criterion
+    name = f"{tag}-{kind}-{'+'.join(criteria)}{'-contrastive' if contrastive else ''}-{batch}"
     entry = config(folder, kind, "other", batch, name, more.pop("esi", None), **select_)
-    if criterion in NEEDS_TUNING:
+    if any(name in NEEDS_TUNING for name in criteria):
         entry["config"]["data"]["tuning"] = {"path": str(folder / "tuning.jsonl")}
     if contrastive:
         entry["config"]["data"]["benign"] = {"path": str(folder / "benign.jsonl")}
@@ -86,6 +93,8 @@ def scored(request, folder: Path) -> tuple[int, Path]:
     cases = [case(folder, kind, *criterion, batch, tag) for kind in KINDS for criterion in CRITERIA]
     cases += [case(folder, kind, "tuning_grad", True, other, tag) for kind in KINDS for other in {1, 3, 8} - {batch}]
     cases.append(case(folder, "llama", "magnitude", True, batch, f"{tag}-wrong", wrong_fisher=True))
+    cases += [case(folder, kind, *several, batch, tag) for kind in KINDS for several in LISTS]
+    cases.append(case(folder, "llama", *LISTS[1], batch, f"{tag}-killed", killed_at="magnitude", esi={"save_every": 1}))
     cases += nonfinite_cases(folder, ranks)
     cases += [case(folder, "qwen3_moe", "directed", True, 3, f"{tag}-{name}") for name in ("checkpointing", "bf16")]
     cases[-2]["config"]["model"]["gradient_checkpointing"] = True
@@ -221,6 +230,72 @@ def test_masks_say_what_they_are_of_and_are_the_select_of_their_scores(scored: t
         assert all(torch.equal(mask.tensor(name), expected[name]) for name in mask.names)
         source = json.loads((run / "manifest.json").read_text())["data_hashes"]
         assert source["tuning"].endswith("tuning.jsonl") and ("benign_sha256" in source) == contrastive
+
+
+def same_folder(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files, byte for byte."""
+    files = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in (one, other)]
+    return bool(files[0]) and files[0] == files[1]
+
+
+def test_several_criteria_in_one_run_give_the_bits_of_separate_runs(scored: tuple[int, Path]) -> None:
+    """Scores and masks, every byte of every file: digests and metadata too."""
+    ranks, folder = scored
+    batch, compared = {1: 8, 2: 1, 3: 3}[ranks], 0
+    for kind in KINDS:
+        for criteria, contrastive in LISTS:
+            together = folder / case(folder, kind, criteria, contrastive, batch, f"w{ranks}")["name"]
+            for part in ("scores", "mask"):
+                assert sorted(path.name for path in (together / part).iterdir()) == sorted(criteria)
+            for criterion in criteria:
+                alone = folder / case(folder, kind, criterion, contrastive, batch, f"w{ranks}")["name"]
+                if (criterion, contrastive) in CRITERIA:
+                    assert same_folder(together / "scores" / criterion, alone / "scores"), (kind, criterion)
+                    assert same_folder(together / "mask" / criterion, alone / "mask"), (kind, criterion)
+                    compared += 1
+            manifest = json.loads((together / "manifest.json").read_text())
+            assert list(manifest["masks"]) == criteria
+            for criterion in criteria:
+                mask = Mask.load(together / "mask" / criterion)
+                noted = manifest["masks"][criterion]
+                assert (noted["path"], noted["k"]) == (f"mask/{criterion}", mask.k)
+                assert f"mask/{criterion}/digests.json" in manifest["results"]
+                assert mask.metadata["criterion"] == criterion
+    assert compared == 2 * (3 + 5)
+
+
+def test_a_run_that_dies_between_two_masks_goes_on_to_the_same_bits(scored: tuple[int, Path]) -> None:
+    ranks, folder = scored
+    batch, (criteria, contrastive) = {1: 8, 2: 1, 3: 3}[ranks], LISTS[1]
+    whole, killed = (
+        folder / case(folder, "llama", criteria, contrastive, batch, tag)["name"]
+        for tag in (f"w{ranks}", f"w{ranks}-killed")
+    )
+    for criterion in criteria:
+        for part in ("scores", "mask"):
+            assert same_folder(killed / part / criterion, whole / part / criterion), (part, criterion)
+
+
+def test_the_report_counts_what_two_masks_share(scored: tuple[int, Path]) -> None:
+    """Against the masks on disk; the reports of single criteria have no such fields."""
+    ranks, folder = scored
+    batch, (criteria, contrastive) = {1: 8, 2: 1, 3: 3}[ranks], LISTS[0]
+    run = folder / case(folder, "qwen3_moe", criteria, contrastive, batch, f"w{ranks}")["name"]
+    report = json.loads((run / "report.json").read_text())
+    assert [mask["selection"]["criterion"] for mask in (report, *report["further_masks"])] == criteria
+    masks = {name: Mask.load(run / "mask" / name) for name in criteria}
+    assert [(row["first"], row["second"]) for row in report["overlaps"]] == list(combinations(criteria, 2))
+    for row in report["overlaps"]:
+        one, other = masks[row["first"]], masks[row["second"]]
+        both = sum(int((one.bits(name) & other.bits(name)).sum()) for name in one.names)
+        assert row["both"] == both and row["jaccard"] == both / (one.k + other.k - both)
+        assert row["chance"] == other.k / one.header.scored_numel and row["of_first"] == both / one.k
+    for mask in report["further_masks"]:
+        bits = masks[mask["selection"]["criterion"]]
+        assert mask["selection"]["threshold"] == bits.header.threshold
+        assert sum(unit["selected"] for unit in mask["units"]) == bits.k
+    alone = json.loads((folder / f"w{ranks}-qwen3_moe-directed-{batch}" / "report.json").read_text())
+    assert "further_masks" not in alone and "overlaps" not in alone
 
 
 def test_rows_whose_gradient_is_not_finite_are_left_out_of_their_own_pass(scored: tuple[int, Path]) -> None:

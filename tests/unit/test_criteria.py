@@ -17,7 +17,7 @@ from reference import load, loss_gradients, row_token_losses
 from esi_ds.cli import main
 from esi_ds.config import validate
 from esi_ds.config.needs import require_esi
-from esi_ds.core.criteria import GRADIENTS, objectives
+from esi_ds.core.criteria import GRADIENTS, num_held, objectives, overwrites_gradient
 from esi_ds.core.loss import row_losses
 from esi_ds.core.score import contrast, score_shard
 from esi_ds.core.select import median
@@ -57,11 +57,26 @@ def test_products_that_leave_float32_keep_their_root() -> None:
 
 
 def test_what_each_criterion_needs() -> None:
-    assert objectives("directed", True) == ("safety", "tuning", "benign")
-    assert objectives("tuning_grad", False) == ("tuning",) and objectives("random", True) == ("benign",)
-    assert objectives("esi", False) == ("safety",) and objectives("magnitude", False) == ()
+    assert objectives(["directed"], True) == ("safety", "tuning", "benign")
+    assert objectives(["tuning_grad"], False) == ("tuning",) and objectives(["random"], True) == ("benign",)
+    assert objectives(["esi"], False) == ("safety",) and objectives(["magnitude"], False) == ()
     for criterion in GRADIENTS:  # the config knows them all
         assert validate({**BASE, "select": {"criterion": criterion}}).select.criterion == criterion
+
+
+def test_criteria_share_passes_and_the_last_reader_takes_a_gradients_place() -> None:
+    both = ["snip", "tuning_grad", "esi", "random"]
+    assert objectives(both, True) == ("safety", "tuning", "benign") and objectives(both[::-1], False) == (
+        "safety",
+        "tuning",
+    )
+    assert [overwrites_gradient(both, number) for number in range(4)] == [False, True, True, False]
+    assert [overwrites_gradient(["directed", "tuning_grad"], number) for number in (0, 1)] == [True, True]
+    assert [overwrites_gradient(["tuning_grad", "directed"], number) for number in (0, 1)] == [False, True]
+    assert [num_held(["esi"], False), num_held(["directed"], True), num_held(["magnitude"], False)] == [1, 3, 1]
+    assert [num_held(["esi", "snip"], False), num_held(["snip", "magnitude"], True)] == [2, 3]
+    for name in GRADIENTS:  # alone, scores take the place of a gradient wherever there is one
+        assert num_held([name], False) == max(1, len(GRADIENTS[name]))
 
 
 def some_values(case: int, size: int) -> torch.Tensor:
@@ -118,12 +133,13 @@ def test_the_median_over_ranks_needs_counts_only(size: int) -> None:
 
 
 def test_contrast_divides_and_refuses_division_by_zero() -> None:
-    scores, roots = torch.tensor([6.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 3.0])
-    assert contrast(scores, roots, 1.0) == 0
+    scores, denominator = torch.tensor([6.0, 0.0, 2.0]), torch.tensor([2.0, 1.0, 4.0])
+    assert contrast(scores, denominator) == 0
     assert scores.tolist() == [3.0, 0.0, 0.5]
-    scores, roots = torch.tensor([6.0, 0.0, 2.0, 5.0]), torch.tensor([0.0, 0.0, 4.0, 0.0])
-    assert contrast(scores, roots, 0.0) == 2  # 6/0 and 5/0; 0/0 stays 0
-    assert scores[1] == 0.0 and scores[2] == 0.5
+    scores, denominator = torch.tensor([6.0, 0.0, 2.0, 5.0]), torch.tensor([0.0, 0.0, 4.0, 0.0])
+    assert contrast(scores, denominator) == 2  # 6/0 and 5/0; 0/0 stays 0
+    assert scores[1] == 0.0 and scores[2] == 0.5 and not bool(torch.signbit(scores[1]))
+    assert denominator.tolist() == [0.0, 0.0, 4.0, 0.0], "the next criterion divides by the same"
 
 
 def test_row_losses_are_each_rows_own() -> None:
@@ -190,12 +206,45 @@ def test_the_oracles_gradients_are_those_of_its_loss(tmp_path: Path) -> None:
             {"data": {"benign": ROWS}, "select": {"criterion": "random"}},
             "data.benign.path = rows.jsonl: would never be read",
         ),
+        ({"select": {"criterion": ["random", "tuning_grad"]}}, "data.tuning: is missing; criterion tuning_grad needs"),
+        ({"select": {"criterion": ["random", "snip", "esi"]}}, "judge: is missing; criterion snip needs"),
+        (
+            {**JUDGED, "data": {"responses": "r", "tuning": ROWS}, "select": {"criterion": ["esi", "snip"]}},
+            "data.tuning.path = rows.jsonl: would never be read",
+        ),
     ],
 )
 def test_what_is_missing_or_read_by_nothing(sections: dict, words: str) -> None:
     with pytest.raises(UserError) as caught:
         require_esi(validate({**BASE, **sections}))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "words"),
+    [
+        ([], "select.criterion = []: names no criterion"),
+        (["esi", "snip", "esi"], "select.criterion = ['esi', 'snip', 'esi']: names a criterion twice"),
+        (["esi", "spin"], "select.criterion.1 = 'spin'"),
+        ("spin", "select.criterion = 'spin'"),
+        ([["esi"]], "select.criterion"),
+    ],
+)
+def test_lists_of_criteria_that_are_refused(criterion: object, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate({**BASE, "select": {"criterion": criterion}})
+    assert words in str(caught.value)
+
+
+def test_where_the_files_of_a_criterion_lie() -> None:
+    several = validate({**BASE, "select": {"criterion": ["snip", "esi"]}}).select
+    alone = validate({**BASE, "select": {"criterion": "snip"}}).select
+    assert several.criteria == ("snip", "esi") and [several.subfolder(name) for name in several.criteria] == [
+        "snip",
+        "esi",
+    ]
+    assert alone.criteria == ("snip",) and alone.subfolder("snip") == ""
+    assert validate({**BASE, "select": {"criterion": ["esi"]}}).select.subfolder("esi") == "esi"
 
 
 def test_tuning_grad_needs_no_judge() -> None:
@@ -239,6 +288,32 @@ def test_dry_run_shows_the_further_passes(inputs: Path, capsys) -> None:
 
     for what in ("gradient sums per rank", "checkpoint on disk"):
         assert math.isclose(size(both, what), 2 * size(alone, what), rel_tol=2e-3), what
+
+
+def test_dry_run_of_several_criteria(inputs: Path, capsys) -> None:
+    """Passes are those of all criteria together; scores and masks lie on disk for each."""
+    rows = [f"data.tuning.path={inputs / 'rows.jsonl'}"]
+
+    def plan(criterion: str) -> str:
+        assert (
+            main("esi", ["--config", str(inputs / "a.yaml"), "--dry-run", f"select.criterion={criterion}", *rows]) == 0
+        )
+        return capsys.readouterr().out
+
+    def size(shown: str, what: str) -> float:
+        line = next(line for line in shown.splitlines() if line.startswith(what))
+        return float(line.removeprefix(what).split()[0])
+
+    alone, several = plan("tuning_grad"), plan("[tuning_grad,magnitude,random]")
+    assert "masks   " not in alone
+    assert "3, from shared passes: tuning_grad (tuning), magnitude (none), random (none)" in several
+    passes = [[line for line in shown.splitlines() if line.startswith("tuning passes")] for shown in (alone, several)]
+    assert passes[0] == passes[1] and len(passes[0]) == 1
+    for what, times in (("scores on disk", 3), ("mask on disk", 3), ("checkpoint on disk", 1)):
+        assert math.isclose(size(several, what), times * size(alone, what), rel_tol=2e-3), what
+    assert math.isclose(
+        size(several, "gradient sums per rank"), 2 * size(alone, "gradient sums per rank"), rel_tol=2e-3
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,15 @@
-"""From scores to the results of the run: ``scores/``, ``mask/``, ``report.json``, ``report.html``, closing table."""
+"""From gradients to the results of the run: ``scores/``, ``mask/``, ``report.json``, ``report.html``, closing table."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 from esi_ds.artifacts import read_metrics
-from esi_ds.config import Config, EsiGuard, Select
-from esi_ds.core.mask_metadata import SCORES_FORMAT, MaskMetadata, mask_texts
-from esi_ds.core.select import key_to_score
-from esi_ds.core.units import Parameter, Unit
+from esi_ds.config import Config, EsiGuard
 from esi_ds.data.chat import answerable
 from esi_ds.data.turns import prompt_text
 from esi_ds.models.folder import max_positions
@@ -22,22 +19,21 @@ from esi_ds.report.contents import (
     ExcludedPrompt,
     Facts,
     LossReport,
+    MaskReport,
     RoutingRow,
     SampleResponse,
-    SelectionFacts,
 )
-from esi_ds.report.experts import expert_tables
 from esi_ds.report.html import write_report
 from esi_ds.report.publish import closing_table, publish
 from esi_ds.stages.esi.losses import LossRows
+from esi_ds.stages.esi.masks import SharedGradients, make_masks
 from esi_ds.stages.esi.prepare import EsiInputs, PreparedEsiJudge, PromptInputs, clean, encode_prompts
 from esi_ds.stages.run import StageRun
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.files import write_mask, write_scores
 from esi_ds.zero.routing import MAX_ROWS, frequencies, routing_choices
-from esi_ds.zero.score import Accumulated, Scores, Selection, select_weights, silent_experts
-from esi_ds.zero.statistics import log_histograms, unit_rows, unscored_numel
+from esi_ds.zero.score import Accumulated, silent_experts
+from esi_ds.zero.statistics import unscored_numel
 
 ROUTED_ROWS = 8  # at a time, where `esi.batch_size` is auto
 NUM_SAMPLES = 8
@@ -80,51 +76,31 @@ class LossOutcome:
 def finish_esi(
     run: StageRun[EsiInputs],
     model: ShardedModel,
-    scores: Scores,
-    sigma: dict[Unit, float],
+    gradients: SharedGradients,
     outcome: SafetyOutcome | None,
     losses: Sequence[LossOutcome],
 ) -> None:
     """Select, write, report. outcome: None for criteria that need no judge.
 
-    Collectives: those of the selection, of writing both folders, of the statistics and of the routing frequencies.
+    Collectives: those of ``make_masks``, and of the routing frequencies.
     """
     config, folder = run.config, run.folder.path
-    section = config.select
-    selection = select_weights(
-        model,
-        scores,
-        ratio=section.ratio,
-        order=section.order,
-        of=section.of,
-        scope=section.scope,
-        seed=config.run.seed,
-    )
-    scored = [parameter for parameter in model.parameters if parameter.scored]
-    if selection.k == sum(parameter.numel for parameter in scored):
-        run.tracker.log("select.ratio asks for at least as many weights as are scored: the mask holds all of them")
-    metadata = mask_metadata(config, model, selection, run.fingerprint)
-    if config.esi.save_scores:
-        shared = {key: metadata[key] for key in ("criterion", "contrastive", "fingerprint", "total_numel", "seed")}
-        write_scores(folder / "scores", scored, model.scored, scores, {"format": SCORES_FORMAT, **shared})
-    write_mask(folder / "mask", scored, model.scored, selection.bits, metadata, units_json(scored))
-    units = unit_rows(model, scores, selection, sigma)
-    silence = silent_experts(units)
-    if silence:
-        run.tracker.log(silence)
+    (first, *others), overlaps = make_masks(run, model, gradients, loss_facts(losses))
     routing = routing_rows(config, model, outcome, losses)
-    histogram, histograms_by_role = log_histograms(model, scores)
+    is_list = isinstance(config.select.criterion, list)
+    silent = {mask["selection"]["criterion"]: silent_experts(mask["units"]) for mask in (first, *others)}
+    notes = {f"NOTE ({name})" if is_list else "NOTE": note for name, note in silent.items() if note}
+    for label, note in notes.items():
+        run.tracker.log(f"{label}: {note}" if is_list else note)
+    if is_list:
+        run.notes["masks"] = {mask["selection"]["criterion"]: mask_note(config, mask) for mask in (first, *others)}
     if not runtime.is_main():
         return
     report: EsiReport = {
         "title": title(config),
-        "facts": run_facts(run, model, outcome) | run.remarks | ({"NOTE": silence} if silence else {}),
-        "selection": selection_facts(config, model, selection, losses),
-        "units": units,
-        "experts": expert_tables(units, selection.k),
+        "facts": run_facts(run, model, outcome) | run.remarks | notes,
+        **first,
         "routing": routing,
-        "score_histogram": histogram,
-        "score_histograms_by_role": histograms_by_role,
         "judge_scores": [score for _, score in sorted(outcome.scores.items())] if outcome else [],
         "excluded": excluded_prompts(outcome) if outcome else [],
         "special_tokens_broken_up": outcome.special_tokens_broken_up if outcome else 0,
@@ -132,10 +108,32 @@ def finish_esi(
         "losses": [loss_report(loss) for loss in losses],
         "progress": read_metrics(folder),
     }
+    if is_list:
+        report |= {"further_masks": others, "overlaps": overlaps}
     write_report(folder, report)
     publish(run.tracker, report)
     run.tracker.log(closing_table(report))
     run.tracker.log(f"report: {folder / 'report.html'}")
+
+
+def mask_note(config: Config, mask: MaskReport) -> dict[str, Any]:
+    """What the manifest says of one mask of several. Its path is within the run folder."""
+    selection = mask["selection"]
+    folder = f"mask/{selection['criterion']}"
+    scores = f"scores/{selection['criterion']}" if config.esi.save_scores else None
+    return {"path": folder, "scores": scores, "k": selection["k"], "threshold": selection["threshold"]}
+
+
+def loss_facts(losses: Sequence[LossOutcome]) -> dict[str, object]:
+    """Rows of the report's table: where the rows of each loss come from, and how many took part."""
+    facts: dict[str, object] = {}
+    for loss in losses:
+        facts |= {
+            f"{loss.name} rows from": f"{loss.loss.path} ({loss.loss.rows.columns})",
+            f"{loss.name} rows used": loss.num_rows,
+            f"{loss.name} rows skipped": loss.num_skipped,
+        }
+    return facts
 
 
 def routing_rows(
@@ -168,70 +166,9 @@ def routing_rows(
 
 def title(config: Config) -> str:
     """Of the report."""
-    section = config.select
-    scores = "Expected Safety Impact" if section.criterion == "esi" else f"{section.criterion} scores"
-    return f"{scores}{', contrastive,' if section.contrastive else ''} of {config.model.path}"
-
-
-def units_json(scored: Sequence[Parameter]) -> list[dict[str, Any]]:
-    """``mask/units.json``: which flat positions of which parameter are one logical matrix, and its role."""
-    return [{"parameter": parameter.name, **asdict(unit)} for parameter in scored for unit in parameter.units]
-
-
-def threshold_of(selection: Selection, section: Select) -> float | None:
-    """Score of the last weight selected; None where each matrix has a cut of its own (scope ``matrix``)."""
-    return None if selection.cut is None else key_to_score(selection.cut, section.order)
-
-
-def mask_metadata(config: Config, model: ShardedModel, selection: Selection, fingerprint: str) -> dict[str, str]:
-    """The metadata of every file of ``mask/`` (docs/design.md §7); safetensors takes strings only."""
-    section = config.select
-    scored = [parameter for parameter in model.parameters if parameter.scored]
-    return mask_texts(
-        MaskMetadata(
-            k=selection.k,
-            ratio=section.ratio,
-            total_numel=sum(parameter.numel for parameter in model.parameters),
-            threshold=threshold_of(selection, section),
-            criterion=section.criterion,
-            contrastive=section.contrastive,
-            order=section.order,
-            of=section.of,
-            scope=section.scope,
-            seed=config.run.seed,
-            fingerprint=fingerprint,
-            shapes={parameter.name: parameter.shape for parameter in scored},
-            counts=selection.counts,
-            offsets={parameter.name: parameter.offset for parameter in scored},
-        )
-    )
-
-
-def selection_facts(
-    config: Config, model: ShardedModel, selection: Selection, losses: Sequence[LossOutcome] = ()
-) -> SelectionFacts:
-    """How the mask was chosen, and the rows of each loss that took part."""
-    section = config.select
-    facts: SelectionFacts = {
-        "k": selection.k,
-        "total_numel": sum(p.numel for p in model.parameters),
-        "scored_numel": sum(p.numel for p in model.parameters if p.scored),
-        "threshold": threshold_of(selection, section),
-        "criterion": section.criterion,
-        "contrastive": section.contrastive,
-        "order": section.order,
-        "ratio": section.ratio,
-        "of": section.of,
-        "scope": section.scope,
-    }
-    labelled: dict[str, object] = {}
-    for loss in losses:
-        labelled |= {
-            f"{loss.name} rows from": f"{loss.loss.path} ({loss.loss.rows.columns})",
-            f"{loss.name} rows used": loss.num_rows,
-            f"{loss.name} rows skipped": loss.num_skipped,
-        }
-    return cast(SelectionFacts, {**facts, **labelled})  # a TypedDict cannot name labels made at run time
+    names = " and ".join("Expected Safety Impact" if name == "esi" else name for name in config.select.criteria)
+    scores = names if names == "Expected Safety Impact" else f"{names} scores"
+    return f"{scores}{', contrastive,' if config.select.contrastive else ''} of {config.model.path}"
 
 
 def loss_report(outcome: LossOutcome) -> LossReport:

@@ -36,8 +36,8 @@ class LossRows:
 
 
 def prepare_losses(config: Config) -> list[LossRows]:
-    """Rows of every loss that the criterion needs, in the order of its passes. Raises UserError. Reads only."""
-    names = [name for name in objectives(config.select.criterion, config.select.contrastive) if name != "safety"]
+    """Rows of every loss that a criterion needs, in the order of its passes. Raises UserError. Reads only."""
+    names = [name for name in objectives(config.select.criteria, config.select.contrastive) if name != "safety"]
     if not names:
         return []
     model_config = load_model_config(ModelSource.of(config.model))

@@ -131,7 +131,7 @@ def prepare_prompts(config: Config) -> PromptInputs | None:
     # Report an invalid role, or a ratio that selects nothing, now and not once everything is scored.
     parameters = meta_parameters(model_config, source, config.model.roles, config.model.dtype)
     check_ratio(config.select.ratio, share_sizes(parameters, config.select.of, config.select.scope), "select.ratio")
-    if "safety" not in objectives(config.select.criterion, config.select.contrastive):
+    if "safety" not in objectives(config.select.criteria, config.select.contrastive):
         return None
     tokenizer = load_chat_tokenizer(source, config.model)
     judge = prepare_judge(config.judge, config.esi.batch_size == 1) if config.judge is not None else None
@@ -314,7 +314,7 @@ def encode_examples(
 class EsiInputs:
     """What a run of ESI reads.
 
-    safety: None for criteria that need no judge. losses: the rows of the criterion's other objectives, in the order
+    safety: None for criteria that need no judge. losses: the rows of the criteria's other objectives, in the order
     of their passes.
     """
 

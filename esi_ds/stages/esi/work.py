@@ -22,6 +22,7 @@ from esi_ds.stages.batch_sizes import longest_prompt
 from esi_ds.stages.esi.finish import LossOutcome, SafetyOutcome, finish_esi
 from esi_ds.stages.esi.judge_scores import judge_scores
 from esi_ds.stages.esi.losses import LossRows
+from esi_ds.stages.esi.masks import SharedGradients
 from esi_ds.stages.esi.objectives import (
     LossObjective,
     MeanLoss,
@@ -50,7 +51,7 @@ from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient, f
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 from esi_ds.zero.placement import load_judge
-from esi_ds.zero.score import Accumulated, Scores, contrast_scores, score, unit_sigmas
+from esi_ds.zero.score import Accumulated
 
 
 class EsiRun(StageRun[EsiInputs]):
@@ -85,11 +86,7 @@ class EsiRun(StageRun[EsiInputs]):
         if outcome is not None:
             accumulated["safety"] = outcome.accumulated
         check_stop("everything scored", self._passes[-1].save if self._passes else None)
-        sigma = unit_sigmas(model)
-        scores = score(model, config.select.criterion, accumulated, sigma, config.run.seed)
-        if config.select.contrastive:
-            self._contrast(model, scores, accumulated["benign"])
-        finish_esi(self, model, scores, sigma, outcome, losses)
+        finish_esi(self, model, SharedGradients(config, model, accumulated), outcome, losses)
         model.close()
 
     def _any_ids(self) -> list[int]:
@@ -262,19 +259,3 @@ class EsiRun(StageRun[EsiInputs]):
     def _accumulator_device(self) -> torch.device:
         """Where gradient sums are kept."""
         return torch.device("cpu") if self.config.esi.accumulator_device == "cpu" else runtime.device()
-
-    def _contrast(self, model: ShardedModel, scores: Scores, benign: Accumulated) -> None:
-        """Divide scores by how much benign rows need each weight. Raises UserError where that divides by 0.
-
-        Collectives: those of ``contrast_scores``.
-        """
-        undefined, section = contrast_scores(model, scores, benign), self.config.data.benign
-        assert section is not None  # require_esi
-        if undefined:
-            raise UserError(
-                "data.benign.path",
-                section.path,
-                f"leaves more than half of the scored weights without any gradient, and {undefined:,} of these have a "
-                "score to be divided by it",
-                "give more rows, or set select.contrastive: false",
-            )

@@ -93,7 +93,7 @@ def _scores_folder(configured: str | None, mask: Mask, by_scores: list[NoiseCell
 
     Raises UserError if it is needed and missing.
     """
-    folder = Path(configured) if configured is not None else mask.path.parent / "scores"
+    folder = Path(configured) if configured is not None else _scores_beside(mask.path)
     if (folder / INDEX_NAME).is_file():
         return folder
     if configured is None and not by_scores:
@@ -105,3 +105,11 @@ def _scores_folder(configured: str | None, mask: Mask, by_scores: list[NoiseCell
         f"is not there, and {chosen} is chosen by it",
         "score again with esi.save_scores: true, or ask for top and random at the mask's own ratio",
     )
+
+
+def _scores_beside(mask: Path) -> Path:
+    """Where the run that made a mask keeps its scores: ``scores/`` beside ``mask/``, and of a run with several criteria
+    ``scores/<criterion>/`` for ``mask/<criterion>/``."""
+    beside = mask.parent / "scores"
+    several = mask.parent.parent / "scores" / mask.name
+    return several if mask.parent.name == "mask" and not beside.is_dir() else beside

@@ -46,7 +46,10 @@ def plan(
     }
     if unrecognized := unknown(parameters):
         notes.append(warning(unrecognized))
-    names = objectives(config.select.criterion, config.select.contrastive)
+    criteria = config.select.criteria
+    names = objectives(criteria, config.select.contrastive)
+    if len(criteria) > 1:
+        facts["masks"] = f"{len(criteria)}, from shared passes: {', '.join(map(_passes_of, criteria))}"
     if names:
         if len(names) > 1:
             facts["sums of gradients"] = f"{len(names)} sums: {', '.join(names)}"
@@ -55,8 +58,8 @@ def plan(
         facts |= _loss_passes(config, names, world_size, batches.tuning, notes)
         facts["checkpoint on disk"] = readable(4 * num_scored * len(names))
     if config.esi.save_scores:
-        facts["scores on disk"] = readable(4 * num_scored)
-    facts["mask on disk"] = readable(sum(num_bytes(parameter.numel) for parameter in scored))
+        facts["scores on disk"] = readable(len(criteria) * 4 * num_scored)
+    facts["mask on disk"] = readable(len(criteria) * sum(num_bytes(parameter.numel) for parameter in scored))
     return facts
 
 
@@ -66,6 +69,11 @@ def _k(config: Config, parameters: tuple[Parameter, ...]) -> int:
     if section.scope == "matrix":
         return sum(int(section.ratio * numel) for numel in share_sizes(parameters, section.of, section.scope))
     return model_k(parameters, config.select.ratio, config.select.of)
+
+
+def _passes_of(criterion: str) -> str:
+    """A criterion with the passes that its own gradients need."""
+    return f"{criterion} ({' and '.join(objectives([criterion], contrastive=False)) or 'none'})"
 
 
 def _passes(config: Config, world_size: int, batches: EsiBatches, notes: list[str]) -> Facts:

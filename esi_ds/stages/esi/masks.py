@@ -1,0 +1,215 @@
+"""A mask for each criterion, from gradients that they share (docs/method.md §2): to ``scores/`` and ``mask/``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import combinations
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from esi_ds.config import Config, Criterion
+from esi_ds.core.criteria import overwrites_gradient
+from esi_ds.core.mask import pack_bits
+from esi_ds.core.mask_metadata import SCORES_FORMAT, MaskMetadata, mask_texts
+from esi_ds.core.select import key_to_score
+from esi_ds.core.units import Parameter
+from esi_ds.errors import UserError
+from esi_ds.report.contents import MaskReport, Overlap, SelectionFacts
+from esi_ds.report.experts import expert_tables
+from esi_ds.report.tables import overlap
+from esi_ds.stages.esi.prepare import EsiInputs
+from esi_ds.stages.run import StageRun
+from esi_ds.zero import runtime
+from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.files import write_mask, write_scores
+from esi_ds.zero.score import (
+    Accumulated,
+    Scores,
+    Selection,
+    contrast_denominators,
+    contrast_scores,
+    score,
+    select_weights,
+    unit_sigmas,
+)
+from esi_ds.zero.statistics import log_histograms, unit_rows
+
+PackedBits = list[np.ndarray]  # a mask's bits on this rank: uint8 [⌈n/8⌉] of every scored shard
+
+
+class SharedGradients:
+    """The mean gradients of all passes, and the scores that each criterion makes of them.
+
+    accumulated: by objective; the sums are overwritten. Collectives: those of ``unit_sigmas`` and, if contrastive, of
+    ``contrast_denominators``.
+    """
+
+    def __init__(self, config: Config, model: ShardedModel, accumulated: Mapping[str, Accumulated]):
+        self._config, self._model = config, model
+        self.sigma = unit_sigmas(model)
+        self._means = {name: sums.take_means() for name, sums in accumulated.items()}
+        if config.select.contrastive:
+            roots = {name: mean.sqrt_() for name, mean in self._means.pop("benign").items()}
+            self._denominators = contrast_denominators(model, roots)
+
+    def scores(self, criterion: Criterion) -> Scores:
+        """The criterion's scores. To be asked in the order of the criteria, once each: the last that reads a gradient
+        takes its place.
+
+        Collectives, if contrastive: those of ``contrast_scores``; raises UserError where that divides by 0.
+        """
+        criteria = self._config.select.criteria
+        overwrite = overwrites_gradient(criteria, criteria.index(criterion))
+        scores = score(self._model, criterion, self._means, self.sigma, self._config.run.seed, overwrite)
+        if self._config.select.contrastive:
+            self._contrast(criterion, scores)
+        return scores
+
+    def _contrast(self, criterion: Criterion, scores: Scores) -> None:
+        undefined, section = contrast_scores(scores, self._denominators), self._config.data.benign
+        assert section is not None  # require_esi
+        if undefined:
+            raise UserError(
+                "data.benign.path",
+                section.path,
+                f"leaves more than half of the scored weights without any gradient, and {undefined:,} of these have a "
+                f"score ({criterion}) to be divided by it",
+                "give more rows, or set select.contrastive: false",
+            )
+
+
+def make_masks(
+    run: StageRun[EsiInputs], model: ShardedModel, gradients: SharedGradients, loss_facts: Mapping[str, object]
+) -> tuple[list[MaskReport], list[Overlap]]:
+    """Write scores and mask of every criterion, one after the other, so that only one's scores exist at a time.
+
+    loss_facts: rows of the report's table that hold for every mask. Returns what the report says of each mask, and of
+    every two. Collectives: those of ``_make_mask``, and one all-reduce of a number for every two masks.
+    """
+    reports: list[MaskReport] = []
+    packed: list[PackedBits] = []
+    for criterion in run.config.select.criteria:
+        report, bits = _make_mask(run, model, criterion, gradients, loss_facts)
+        reports.append(report)
+        packed.append(bits)
+    pairs = list(combinations(range(len(packed)), 2))
+    local = [
+        sum(int(np.bitwise_count(a & b).sum()) for a, b in zip(packed[one], packed[other], strict=True))
+        for one, other in pairs
+    ]
+    counts = runtime.all_reduce_sum(torch.tensor(local, dtype=torch.int64)).tolist() if pairs else []
+    selections = [report["selection"] for report in reports]
+    return reports, [
+        overlap(
+            (selections[one]["criterion"], selections[other]["criterion"]),
+            (selections[one]["k"], selections[other]["k"]),
+            both,
+            selections[one]["scored_numel"],
+        )
+        for (one, other), both in zip(pairs, counts, strict=True)
+    ]
+
+
+def _make_mask(
+    run: StageRun[EsiInputs],
+    model: ShardedModel,
+    criterion: Criterion,
+    gradients: SharedGradients,
+    loss_facts: Mapping[str, object],
+) -> tuple[MaskReport, PackedBits]:
+    """Write one criterion's scores and mask. Collectives: those of the scores, of the selection, of writing both
+    folders and of the statistics."""
+    config, section, folder = run.config, run.config.select, run.folder.path
+    scores = gradients.scores(criterion)
+    selection = select_weights(
+        model,
+        scores,
+        ratio=section.ratio,
+        order=section.order,
+        of=section.of,
+        scope=section.scope,
+        seed=config.run.seed,
+    )
+    scored = [parameter for parameter in model.parameters if parameter.scored]
+    if selection.k == sum(parameter.numel for parameter in scored) and criterion == section.criteria[0]:
+        run.tracker.log("select.ratio asks for at least as many weights as are scored: the mask holds all of them")
+    metadata = mask_metadata(config, criterion, model, selection, run.fingerprint)
+    subfolder = section.subfolder(criterion)
+    if config.esi.save_scores:
+        shared = {key: metadata[key] for key in ("criterion", "contrastive", "fingerprint", "total_numel", "seed")}
+        write_scores(folder / "scores" / subfolder, scored, model.scored, scores, {"format": SCORES_FORMAT, **shared})
+    write_mask(folder / "mask" / subfolder, scored, model.scored, selection.bits, metadata, units_json(scored))
+    units = unit_rows(model, scores, selection, gradients.sigma)
+    histogram, histograms_by_role = log_histograms(model, scores)
+    report: MaskReport = {
+        "selection": selection_facts(config, criterion, model, selection, loss_facts),
+        "units": units,
+        "experts": expert_tables(units, selection.k),
+        "score_histogram": histogram,
+        "score_histograms_by_role": histograms_by_role,
+    }
+    several = len(section.criteria) > 1
+    return report, [pack_bits(selection.bits[shard.name]).numpy() for shard in model.scored] if several else []
+
+
+def units_json(scored: Sequence[Parameter]) -> list[dict[str, Any]]:
+    """``units.json`` of a mask: which flat positions of which parameter are one logical matrix, and its role."""
+    return [{"parameter": parameter.name, **asdict(unit)} for parameter in scored for unit in parameter.units]
+
+
+def threshold_of(selection: Selection, order: str) -> float | None:
+    """Score of the last weight selected; None where each matrix has a cut of its own (scope ``matrix``)."""
+    return None if selection.cut is None else key_to_score(selection.cut, order)
+
+
+def mask_metadata(
+    config: Config, criterion: Criterion, model: ShardedModel, selection: Selection, fingerprint: str
+) -> dict[str, str]:
+    """The metadata of every file of a mask (docs/design.md §7); safetensors takes strings only."""
+    section = config.select
+    scored = [parameter for parameter in model.parameters if parameter.scored]
+    return mask_texts(
+        MaskMetadata(
+            k=selection.k,
+            ratio=section.ratio,
+            total_numel=sum(parameter.numel for parameter in model.parameters),
+            threshold=threshold_of(selection, section.order),
+            criterion=criterion,
+            contrastive=section.contrastive,
+            order=section.order,
+            of=section.of,
+            scope=section.scope,
+            seed=config.run.seed,
+            fingerprint=fingerprint,
+            shapes={parameter.name: parameter.shape for parameter in scored},
+            counts=selection.counts,
+            offsets={parameter.name: parameter.offset for parameter in scored},
+        )
+    )
+
+
+def selection_facts(
+    config: Config,
+    criterion: Criterion,
+    model: ShardedModel,
+    selection: Selection,
+    loss_facts: Mapping[str, object],
+) -> SelectionFacts:
+    """How the mask was chosen, and the rows of each loss that took part."""
+    section = config.select
+    facts: SelectionFacts = {
+        "k": selection.k,
+        "total_numel": sum(p.numel for p in model.parameters),
+        "scored_numel": sum(p.numel for p in model.parameters if p.scored),
+        "threshold": threshold_of(selection, section.order),
+        "criterion": criterion,
+        "contrastive": section.contrastive,
+        "order": section.order,
+        "ratio": section.ratio,
+        "of": section.of,
+        "scope": section.scope,
+    }
+    return cast(SelectionFacts, {**facts, **loss_facts})  # a TypedDict cannot name labels made at run time
