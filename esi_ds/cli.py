@@ -72,7 +72,9 @@ def make_parser(stage: str) -> argparse.ArgumentParser:
     """The stage's parser. ``--local_rank`` and ``--deepspeed``, which launchers and habit add, have no effect."""
     parser = argparse.ArgumentParser(prog=f"launch/{stage}.py", allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change one key of the config")
-    parser.add_argument("--config", required=True, metavar="FILE", help="experiment YAML")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="experiment YAML, or a recipe's name (esi-ds recipes)"
+    )
     parser.add_argument("--deepspeed_config", metavar="FILE", help="replaces the config's deepspeed")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and what would run")
     parser.add_argument("--world-size", type=positive, metavar="N", help="ranks to plan for in a dry run")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from esi_ds import shipped
 from esi_ds.config import Config
 from esi_ds.config.checks import check_numbers
 from esi_ds.errors import UserError
@@ -35,7 +36,6 @@ _KINDS: dict[Any, str] = {
 }
 KEYS = {key: kind for kind, keys in _KINDS.items() for key in keys.split()}
 WORDS = {dict: "a mapping", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-ROOT = Path(__file__).resolve().parent.parent
 REDUCE_BUCKET = 50_000_000
 REMEDY = "take it out of the DeepSpeed config, or write auto"
 
@@ -44,9 +44,10 @@ def read(config: Config) -> dict[str, Any]:
     """The ``deepspeed`` mapping of the YAML, or of the file that the YAML names."""
     if isinstance(config.deepspeed, dict):
         return json.loads(json.dumps(config.deepspeed))
-    path, remedy = Path(config.deepspeed), "give ds_configs/zero3.json or a mapping"
+    remedy = "give a file, a mapping, or the name of a shipped file: zero3, zero3_offload, ..."
     with reading("deepspeed", config.deepspeed, remedy, "is not the name of a file"):
-        file = next((candidate for candidate in (path, ROOT / path) if candidate.is_file()), None)
+        path = Path(config.deepspeed)
+        file = path if path.is_file() else shipped.deepspeed_file(config.deepspeed)
     if file is None:
         raise UserError("deepspeed", config.deepspeed, "there is no such file", remedy)
     with reading("deepspeed", file, "fix it; see ds_configs/zero3.json", "is not valid JSON"):

@@ -8,11 +8,14 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
     exit 2
 fi
 cd "$SLURM_SUBMIT_DIR" || exit 2
-if [[ ! -f slurm/env.sh || ! -f launch/$stage.py ]]; then
-    echo "$PWD holds no esi_ds: submit from the project's top folder" >&2
+if [[ ! -f slurm/env.sh ]]; then
+    echo "$PWD holds no slurm/env.sh: submit from the project's top folder, or from DIR of esi-ds slurm copy DIR" >&2
     exit 2
 fi
 source slurm/env.sh || exit 2
+# A checkout runs its own code, any other folder the package that is installed.
+program=("launch/$stage.py")
+[[ -f launch/$stage.py ]] || program=(-m "esi_ds.launch.$stage")
 
 # Placeholders written by pipeline.sh: a task of an array fills in its own number or set of prompts.
 read -ra prompts <<<"${ESI_DS_PROMPTS:-}"
@@ -31,7 +34,7 @@ echo "$(date -Is) job $job, start $((restarts + 1)) (restarts: $restarts), nodes
 trap : TERM USR1
 # srun must not bind: without --cpus-per-task it would give each rank one core. The ranks divide the job's cores.
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$ESI_DS_TASKS_PER_NODE" --cpu-bind=none \
-    --kill-on-bad-exit=1 --output="$logs/rank-%t.log" python -u "launch/$stage.py" "${arguments[@]}" &
+    --kill-on-bad-exit=1 --output="$logs/rank-%t.log" python -u "${program[@]}" "${arguments[@]}" &
 steps=$!
 wait "$steps"
 code=$?

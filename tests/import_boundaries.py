@@ -37,6 +37,12 @@ LAYERS = {
     "ranks": 2,
     "patch": 4,
     "ask": 4,
+    "shipped": 1,
+    "recipes": 4,
+    "slurm": 4,
+    "launch": 6,
+    "command": 7,
+    "__main__": 8,
     "options": 1,
     "cli": 5,
     "launch_environment": 1,
@@ -49,6 +55,12 @@ LAYERS = {
 # What may import the heavy or distributed libraries: name → parts that may.
 RESERVED = {"deepspeed": {"zero"}, "torch.distributed": {"zero"}}
 WITHOUT_TORCH = {
+    "command",
+    "launch",
+    "recipes",
+    "shipped",
+    "slurm",
+    "__main__",
     "cores",
     "peers",
     "config",

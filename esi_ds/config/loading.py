@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from esi_ds import shipped
 from esi_ds.config.checks import OF_THIS_START, check_numbers, check_template_kwargs
 from esi_ds.config.data import Data
 from esi_ds.config.errors import explain
@@ -87,11 +88,12 @@ class Config(Section):
 
 
 def load_config(path: str, overrides: list[str], deepspeed_config: str | None = None) -> Config:
-    """Read a config file, apply ``key.path=value`` overrides and validate the result.
+    """Read a config file, or the recipe of that name, apply ``key.path=value`` overrides and validate the result.
 
     ``deepspeed_config`` replaces the file's ``deepspeed``. Raises UserError.
     """
-    file = Path(path)
+    with reading("--config", path, "give a YAML file, or the name of a recipe", "is not the name of a file"):
+        file = Path(path) if Path(path).exists() or path.endswith((".yaml", ".yml")) else shipped.recipe(path)
     raw = read_yaml(file, "--config", "give a YAML file, such as configs/demo/esi.yaml")
     if not isinstance(raw, dict):
         raise UserError("--config", path, "is not a mapping of sections", "see configs/demo/esi.yaml")

@@ -155,7 +155,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_page(folder: Path) -> str:
     """What launch/report.py makes of a run: its page."""
-    from launch.report import write_pages
+    from esi_ds.launch.report import write_pages
 
     write_pages(argparse.Namespace(runs=[folder], tuned=[], evaluated=[], output=folder / "overview.html"))
     return (folder / "report.html").read_text()
@@ -205,7 +205,7 @@ def test_pages_without_a_manifest(
 @fuzz(60)
 @given(data=st.data())
 def test_manifests_on_pages(finished: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    from launch.report import read
+    from esi_ds.launch.report import read
 
     folder = replace(tmp_path_factory.getbasetemp() / "manifest", finished)
     (folder / "manifest.json").write_bytes(

@@ -285,7 +285,7 @@ def test_damaged_bits_are_read_by_nothing(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_reports_refuse_damaged_bits(tmp_path: Path) -> None:
-    from launch.report import overlaps
+    from esi_ds.launch.report import overlaps
 
     good, bad = (write_run(tmp_path / name) for name in ("good", "bad"))
     assert len(overlaps({"good": good, "bad": bad})) == 1

@@ -98,7 +98,7 @@ def test_a_list_of_one_criterion_has_a_folder_too() -> None:
 
 
 def test_several_runs_side_by_side_show_every_mask(tmp_path: Path) -> None:
-    from launch.report import overlaps
+    from esi_ds.launch.report import overlaps
 
     run = run_of_two(tmp_path)
     runs = [FinishedRun("a", "a.html", report(DENSE), {}), FinishedRun("b", "b.html", two_masks(), {})]

@@ -84,7 +84,7 @@ def test_the_front_matter_of_a_model_card_holds_the_path_and_nothing_else(path: 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"kind": "x"}', "[" * 100_000], ids=range(6))
 def test_pages_of_a_torn_or_foreign_report(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from launch.report import main
+    from esi_ds.launch.report import main
 
     (tmp_path / "report.json").write_text(content)
     assert main([str(tmp_path)]) == 2

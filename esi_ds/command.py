@@ -1,0 +1,63 @@
+"""``esi-ds COMMAND ...``: every command of the package under one name, also as ``python -m esi_ds``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from esi_ds import __version__
+from esi_ds.terminal import clean_output
+
+STAGES = {
+    "esi": "score weights by their Expected Safety Impact and write a mask",
+    "set": "tune only the weights of a mask",
+    "spa": "tune everything but the weights of a mask",
+    "perturb": "add noise to the weights of a mask",
+    "eval": "measure attack success, over-refusal and skill",
+}
+TOOLS = {  # command → (module, what it does)
+    "report": ("esi_ds.launch.report", "write the pages of finished runs again, and one of several runs"),
+    "status": ("esi_ds.status", "say how far runs are"),
+    "mask": ("esi_ds.mask", "describe, check, compare or make masks"),
+    "patch": ("esi_ds.patch", "create, apply, revert or describe a patch of a tuned model"),
+    "ask": ("esi_ds.ask", "make a file of answers from an OpenAI-compatible endpoint"),
+    "recipes": ("esi_ds.recipes", "list, show or copy the experiments that come with the package"),
+    "slurm": ("esi_ds.slurm", "copy the batch scripts that come with the package"),
+}
+
+
+def usage() -> str:
+    """What ``esi-ds --help`` prints."""
+    about = {**STAGES, **{command: text for command, (_, text) in TOOLS.items()}}
+    lines = [f"  {command:9}{text}" for command, text in about.items()]
+    return "\n".join(
+        [
+            "usage: esi-ds COMMAND ... (esi-ds COMMAND --help says more)",
+            "",
+            *lines,
+            "",
+            "A stage started so has one rank. Several ranks: deepspeed --module esi_ds.launch.esi --config FILE",
+        ]
+    )
+
+
+@clean_output()
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code, 2 for an unknown one."""
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    command, arguments = words[0], words[1:]
+    if command == "--version":
+        print(__version__)
+        return 0
+    if command in STAGES:
+        from esi_ds.cli import leave, main
+
+        leave(main(command, arguments))
+    if command in TOOLS:
+        return importlib.import_module(TOOLS[command][0]).main(arguments)
+    print(f"error: {command}: is not a command; give one of {', '.join([*STAGES, *TOOLS])}", file=sys.stderr)
+    return 2

@@ -1,0 +1,6 @@
+"""SPA: tune everything but the weights of a mask: ``python -m esi_ds.launch.spa --help``."""
+
+from esi_ds.cli import leave, main
+
+if __name__ == "__main__":
+    leave(main("spa"))

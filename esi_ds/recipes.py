@@ -1,0 +1,60 @@
+"""``esi-ds recipes list|show|copy``: the experiments that come with the package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from esi_ds import shipped
+from esi_ds.errors import UserError
+from esi_ds.terminal import clean_output
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="esi-ds recipes", description="experiments that come with the package")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("list", help="names and what they run (the default)")
+    show = commands.add_parser("show", help="print a recipe")
+    copy = commands.add_parser("copy", help="copy a recipe, or all of them, to change it")
+    show.add_argument("name", metavar="NAME")
+    copy.add_argument("name", metavar="NAME", nargs="?", help="default: all, each in its folder")
+    copy.add_argument("--to", metavar="DIR", type=Path, default=Path("."), help="default: this folder")
+    return parser
+
+
+def first_line(file: Path) -> str:
+    """What a recipe's first comment says."""
+    line = file.read_text().split("\n", 1)[0]
+    return line.removeprefix("#").strip()
+
+
+def run(arguments: argparse.Namespace) -> list[str]:
+    """A command's output. Raises UserError."""
+    if arguments.command == "show":
+        return [shipped.recipe(arguments.name).read_text().rstrip("\n")]
+    if arguments.command == "copy":
+        if arguments.name is None:
+            return [str(file) for file in shipped.copy(shipped.folder("configs"), arguments.to / "configs")]
+        source = shipped.recipe(arguments.name)
+        return [str(file) for file in shipped.copy(source, arguments.to / source.name)]
+    names = shipped.recipes()
+    width = max(map(len, names))
+    return [f"{name:{width}}  {first_line(file)}" for name, file in names.items()]
+
+
+@clean_output()
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        lines = run(arguments)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

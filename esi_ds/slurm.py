@@ -1,0 +1,31 @@
+"""``esi-ds slurm copy DIR``: the batch scripts, into the folder that jobs are submitted from."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from esi_ds import shipped
+from esi_ds.errors import UserError
+from esi_ds.terminal import clean_output
+
+
+@clean_output()
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    parser = argparse.ArgumentParser(prog="esi-ds slurm", description="batch scripts that come with the package")
+    commands = parser.add_subparsers(dest="command", required=True)
+    copy = commands.add_parser("copy", help="copy them to DIR/slurm; then change slurm/env.sh, and submit from DIR")
+    copy.add_argument("to", metavar="DIR", type=Path)
+    arguments = parser.parse_args(argv)
+    try:
+        print(*shipped.copy(shipped.folder("slurm"), arguments.to / "slurm"), sep="\n")
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
