@@ -22,6 +22,7 @@ TOOLS = {  # command → (module, what it does)
     "mask": ("esi_ds.mask", "describe, check, compare or make masks"),
     "patch": ("esi_ds.patch", "create, apply, revert or describe a patch of a tuned model"),
     "ask": ("esi_ds.ask", "make a file of answers from an OpenAI-compatible endpoint"),
+    "doctor": ("esi_ds.doctor", "say what this machine has, what it lacks, and how to mend it"),
     "recipes": ("esi_ds.recipes", "list, show or copy the experiments that come with the package"),
     "slurm": ("esi_ds.slurm", "copy the batch scripts that come with the package"),
 }

@@ -40,6 +40,7 @@ LAYERS = {
     "shipped": 1,
     "recipes": 4,
     "slurm": 4,
+    "doctor": 4,
     "launch": 6,
     "command": 7,
     "__main__": 8,

@@ -1,0 +1,195 @@
+"""``esi-ds doctor``: whether this machine can run what the package does, and how to mend what is wrong.
+
+One line a check, ``ok``, ``note`` or ``wrong``; exit code 1 if anything is wrong. No ranks start, no model is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from packaging.requirements import Requirement
+
+from esi_ds import launch_environment
+from esi_ds.errors import UserError
+from esi_ds.host_memory import available_bytes
+from esi_ds.terminal import clean_output
+
+GB, GIB = 10**9, 2**30
+WRITTEN = 256 * 2**20  # bytes of the write test: more than a disk's own cache hides, seconds on the slowest
+HUB = "https://huggingface.co"
+EXTRAS = {  # extra → (a module of it, what it is for)
+    "eval": ("lm_eval", "eval.tasks"),
+    "mpi": ("mpi4py", "mpirun"),
+    "study": ("peft", "the study's LoRA cells"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check says. remedy: how to mend what is wrong, or what to know about a note."""
+
+    state: Literal["ok", "note", "wrong"]
+    subject: str
+    fact: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state:5}  {self.subject:12}  {self.fact}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+def packages() -> Iterator[Finding]:
+    """Every requirement of the installed package against what is installed."""
+    try:
+        requirements = [Requirement(text) for text in metadata.requires("esi_ds") or []]
+    except metadata.PackageNotFoundError:
+        remedy = "run `pip install .` in the checkout, so that what it needs is installed too"
+        yield Finding("note", "packages", "esi_ds itself is not installed, only on Python's path", remedy)
+        return
+    sound = []
+    for requirement in requirements:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Finding("wrong", "packages", f"{requirement.name} is missing", f"pip install '{requirement}'")
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            sound.append(f"{requirement.name} {version}")
+        else:
+            problem = f"{requirement.name} {version} is not {requirement.specifier}"
+            yield Finding("wrong", "packages", problem, f"pip install '{requirement}'")
+    yield Finding("ok", "packages", f"Python {sys.version.split()[0]}, {', '.join(sound)}")
+
+
+def extras() -> Iterator[Finding]:
+    """Which optional parts are installed."""
+    for extra, (module, user) in EXTRAS.items():
+        if importlib.util.find_spec(module) is None:
+            yield Finding("note", f"extra {extra}", "not installed", f"for {user}: pip install 'esi_ds[{extra}]'")
+        else:
+            yield Finding("ok", f"extra {extra}", "installed")
+
+
+def accelerator() -> Iterator[Finding]:
+    """GPUs as PyTorch sees them, their memory, and NCCL."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi"):
+            reason = "PyTorch is a build for CPUs" if torch.version.cuda is None else "its driver does not answer"
+            remedy = f"PyTorch {torch.__version__} sees none; install a build for its CUDA (pytorch.org), or the driver"
+            yield Finding("wrong", "accelerator", f"there is an NVIDIA GPU, but {reason}", remedy)
+        else:
+            yield Finding("note", "accelerator", "no GPU", "stages run on the CPU with gloo: right, and slow")
+        return
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        name, capability = torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)
+        fact = f"GPU {number}: {name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+        if free < 0.9 * total:
+            yield Finding("note", "accelerator", fact, "something else uses it: see nvidia-smi")
+        elif capability < (8, 0):
+            yield Finding("note", "accelerator", fact, "it does not compute bf16: set model.dtype: fp32")
+        else:
+            yield Finding("ok", "accelerator", fact)
+    try:
+        version = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]  # of PyTorch
+    except AttributeError:
+        yield Finding("wrong", "NCCL", "PyTorch was built without it", "install a build of PyTorch with NCCL")
+    else:
+        yield Finding("ok", "NCCL", ".".join(map(str, version)))
+
+
+def compiler() -> Iterator[Finding]:
+    """What DeepSpeed compiles at the first use: Adam on the host, for offload_optimizer."""
+    missing = [program for program in ("c++", "ninja") if shutil.which(program) is None]
+    if missing:
+        remedy = f"offload_optimizer compiles DeepSpeed's CPU Adam: install {' and '.join(missing)}"
+        yield Finding("note", "compiler", f"no {', no '.join(missing)}", remedy)
+    else:
+        yield Finding("ok", "compiler", "c++ and ninja: offload_optimizer can compile DeepSpeed's CPU Adam")
+
+
+def ranks() -> Iterator[Finding]:
+    """What the launcher says about this process, and the host's cores and memory."""
+    try:
+        launch = launch_environment.read()
+    except UserError as error:
+        yield Finding("wrong", "ranks", str(error))
+    else:
+        place = f"rank {launch.rank} of {launch.world_size}, started by {launch.launcher}"
+        alone = "start it as a job is started to see its ranks" if launch.world_size == 1 else ""
+        yield Finding("ok", "ranks", place, alone)
+    free, total = available_bytes(), psutil.virtual_memory().total
+    cores = len(os.sched_getaffinity(0))
+    yield Finding("ok", "host", f"{cores} cores, {free / GIB:.1f} GiB free of {total / GIB:.1f} GiB")
+
+
+def hub() -> Iterator[Finding]:
+    """Whether models and data sets can be had from the hub, and where they are kept."""
+    import httpx2
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        yield Finding("ok", "hub", f"HF_HUB_OFFLINE is set: only what {constants.HF_HOME} holds already is used")
+        return
+    remedy = "give folders as paths, or download where there is a network and set HF_HUB_OFFLINE=1"
+    try:
+        httpx2.head(constants.ENDPOINT or HUB, timeout=5.0, follow_redirects=True).raise_for_status()
+    except httpx2.HTTPError as error:
+        yield Finding("note", "hub", f"{constants.ENDPOINT} cannot be reached ({type(error).__name__})", remedy)
+    else:
+        yield Finding("ok", "hub", f"{constants.ENDPOINT} answers; files are kept in {constants.HF_HOME}")
+
+
+def storage(folder: Path) -> Iterator[Finding]:
+    """How fast, and how much, can be written where runs go."""
+    block = os.urandom(2**22)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            started = time.perf_counter()
+            for _ in range(WRITTEN // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            seconds = time.perf_counter() - started
+    except OSError as error:
+        yield Finding("wrong", "storage", f"{folder}: {error.strerror}", "name a folder you may write to: --dir DIR")
+        return
+    free = shutil.disk_usage(folder).free
+    fact = f"{folder.resolve()}: {WRITTEN / seconds / GB:.2f} GB/s written, {free / GIB:.0f} GiB free"
+    yield Finding("ok", "storage", fact, "scores take 4 bytes a weight, an exported model 2")
+
+
+@clean_output()
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code: 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(prog="esi-ds doctor", description="what this machine has, and what it lacks")
+    parser.add_argument("--dir", type=Path, default=Path("."), help="where runs will be written; default: here")
+    folder = parser.parse_args(argv).dir
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (packages, accelerator, compiler, ranks, hub, extras)
+    findings: list[Finding] = []
+    for check in (*checks, lambda: storage(folder)):
+        for finding in check():
+            print(finding, flush=True)
+            findings.append(finding)
+    wrong = sum(finding.state == "wrong" for finding in findings)
+    print("nothing is wrong" if not wrong else f"{wrong} to mend")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

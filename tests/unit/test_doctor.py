@@ -1,0 +1,74 @@
+"""``esi-ds doctor``: what is wrong is said with its remedy, and exits with 1."""
+
+from __future__ import annotations
+
+import configparser
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from esi_ds import doctor
+
+
+def test_a_sound_machine(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "hub", lambda: iter(()))  # no network in the tests
+    assert doctor.main(["--dir", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert torch.__version__ in output and "GB/s written" in output and output.endswith("nothing is wrong\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_extras_are_those_of_the_package() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert set(doctor.EXTRAS) == set(setup["options.extras_require"]) - {"test"}
+
+
+def test_missing_and_old_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "requires", lambda name: ["nowhere>=1", "torch>=99", "numpy>=2; extra == 'x'"])
+    missing, old, rest = doctor.packages()
+    assert missing.state == old.state == "wrong" and rest.state == "ok" and "numpy" not in rest.fact
+    assert "nowhere is missing" in missing.fact and missing.remedy == "pip install 'nowhere>=1'"
+    assert "is not >=99" in old.fact
+
+
+def test_a_build_of_pytorch_for_cpus_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda program: f"/usr/bin/{program}")
+    (problem,) = doctor.accelerator()
+    assert problem.state == "wrong" and "build for CPUs" in problem.fact and "CUDA" in problem.remedy
+
+
+def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is free, one that something else uses, one that knows no bf16; and PyTorch without NCCL."""
+    free, capabilities = [79 << 30, 20 << 30, 15 << 30], [(9, 0), (9, 0), (7, 0)]
+    totals = [80 << 30, 80 << 30, 16 << 30]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (free[number], totals[number]))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capabilities[number])
+
+    def no_nccl() -> None:
+        raise AttributeError("_nccl_version")
+
+    monkeypatch.setattr(torch.cuda.nccl, "version", no_nccl)
+    findings = list(doctor.accelerator())
+    assert [finding.state for finding in findings] == ["ok", "note", "note", "wrong"]
+    assert "nvidia-smi" in findings[1].remedy and "fp32" in findings[2].remedy
+
+
+def test_variables_of_a_launcher_that_contradict(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "3", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    problem, host = doctor.ranks()
+    assert problem.state == "wrong" and host.state == "ok"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (problem,) = doctor.storage(tmp_path / "missing")
+    assert problem.state == "wrong" and "--dir" in problem.remedy
