@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from esi_ds.errors import UserError
@@ -70,6 +70,18 @@ def check_template_kwargs(values: Mapping[str, Any], field: str) -> None:
             raise UserError(f"{field}.{name}", value, "is not a name that a template can read", "write it as a word")
         if name in OF_THE_TEMPLATE:
             raise UserError(f"{field}.{name}", value, "has another owner: the conversation", "take it out")
+
+
+def check_thought_marks(marks: Sequence[str] | None, field: str) -> None:
+    """Raise UserError unless there are two different marks, or none at all."""
+    if marks is None:
+        return
+    texts = [mark.strip().lower() for mark in marks]
+    if len(texts) != 2 or not all(texts):
+        problem = "is not a pair: one mark opens a thought, the other closes it"
+        raise UserError(field, list(marks), problem, 'give both, such as ["<reason>", "</reason>"]')
+    if texts[0] == texts[1]:
+        raise UserError(field, list(marks), "is the same mark twice", "give the one that opens and the one that closes")
 
 
 def check_origin(field: str, origins: Mapping[str, Any], revision: str | None) -> None:

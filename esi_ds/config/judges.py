@@ -17,6 +17,10 @@ class VerdictWords(Section):
     unsafe: str = Field(min_length=1, description="The word that says unsafe, likewise.")
 
 
+Reads = Literal["answer", "trace", "both"]
+READS = "What the judge reads of a response with thoughts: the final answer, the thoughts (trace), or both in order."
+
+
 class JudgeModel(Section):
     """A judge whose weights are loaded."""
 
@@ -29,6 +33,7 @@ class JudgeModel(Section):
     placement: Literal["auto", "replicated", "sharded"] = Field(
         "auto", description="Whole on every rank, or sharded by ZeRO-3; auto replicates a judge that is small enough."
     )
+    reads: Reads = Field("answer", description=READS)
 
 
 class GuardModel(JudgeModel):
@@ -141,12 +146,14 @@ class EvalRubric(EndpointLimits):
     prompt_price: float | None = Field(None, ge=0, description="The price of a million tokens read, in dollars.")
     completion_price: float | None = Field(None, ge=0, description="The price of a million tokens written, in dollars.")
     max_tokens: int = Field(1024, ge=1, description="The longest reply, in tokens.")
+    reads: Reads = Field("answer", description=READS)
 
 
 class EvalWords(Section):
     kind: Literal["words"] = Field(description="The judge is a list of refusal words: cheap, and never the headline.")
     name: str | None = Field(None, description="The judge's name in the tables; null means words.")
     words: str = Field("jailbreakbench", description="The list of refusal words (esi_ds/eval/refusals.py).")
+    reads: Reads = Field("answer", description=READS)
 
 
 EvalJudge = Annotated[EvalGuard | EvalClassifier | EvalYesNo | EvalRubric | EvalWords, Field(discriminator="kind")]

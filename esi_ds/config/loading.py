@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from esi_ds import shipped
-from esi_ds.config.checks import OF_THIS_START, check_numbers, check_template_kwargs
+from esi_ds.config.checks import OF_THIS_START, check_numbers, check_template_kwargs, check_thought_marks
 from esi_ds.config.data import Data
 from esi_ds.config.errors import explain
 from esi_ds.config.evaluation import Eval, check_eval
@@ -62,6 +62,9 @@ class Model(Section):
     )
     template_kwargs: dict[str, Any] = Field(
         {}, description="Values that the chat template reads, such as enable_thinking: false or reasoning_effort: high."
+    )
+    thought_marks: list[str] | None = Field(
+        None, description="The marks that open and close a thought of this model, besides the usual ones."
     )
     system_prompt: str | None = Field(None, description="The system turn before every prompt; null means none.")
     gradient_checkpointing: bool = Field(
@@ -118,6 +121,7 @@ def validate(raw: Any) -> Config:
     except ValidationError as error:
         raise explain(error, Config) from None
     check_template_kwargs(config.model.template_kwargs, "model.template_kwargs")
+    check_thought_marks(config.model.thought_marks, "model.thought_marks")
     if isinstance(config.judge, EsiGuard):
         check_guard(config.judge, "judge")
     if config.eval is not None:

@@ -7,15 +7,16 @@ count as refusing, and one that ponders the harm and refuses as harmful.
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate, dropwhile
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]  # characters [start, end)
+Reads = Literal["answer", "trace", "both"]  # what a judge reads of a response (``reads`` of the config)
 
 UNFINISHED = "the response ends within a thought: max_new_tokens may be too few"
 Marks = tuple[tuple[str, str], ...]  # (opening, closing) of each kind of thought
@@ -135,6 +136,52 @@ def answer_spans(response: str, opening: str | None = None, marks: Marks = MARKS
     return parts(response, opening, marks).answer
 
 
+class Piece(NamedTuple):
+    """A part of a response that a judge reads. place: where it begins in the text that the judge reads."""
+
+    start: int
+    end: int
+    place: int
+    is_trace: bool
+
+
+class Reading(NamedTuple):
+    """What a judge reads of a response: the text, and the parts of the response that it is made of, in order."""
+
+    text: str
+    pieces: list[Piece]
+
+
+def reading(response: str, found: Parts, reads: Reads = "answer") -> Reading | None:
+    """What a judge reads of a response with these parts; None for one that ends within a thought.
+
+    Marks are left out. A thought stands without the white space around it, an empty line between it and what is beside
+    it. The answer stands as ``final_answer`` gives it.
+    """
+    if found.answer is None:
+        return None
+    spans = [(start, end, False) for start, end in found.answer] if reads != "trace" else []
+    if reads != "answer":
+        spans += [(*_stripped(response, span), True) for span in found.trace]
+    pieces: list[Piece] = []
+    text = ""
+    for start, end, is_trace in sorted(spans):
+        if start == end:
+            continue
+        if pieces and (is_trace or pieces[-1].is_trace):
+            text += "\n\n"
+        pieces.append(Piece(start, end, len(text), is_trace))
+        text += response[start:end]
+    return Reading(text, pieces)
+
+
+def _stripped(response: str, span: Span) -> Span:
+    """The span without white space at its ends; an empty one where there is nothing else."""
+    text = response[slice(*span)]
+    start = span[0] + len(text) - len(text.lstrip())
+    return start, max(start, span[0] + len(text.rstrip()))
+
+
 def final_answer(response: str, opening: str | None = None, marks: Marks = MARKS) -> str | None:
     """The text of ``answer_spans``. Not for text that is an answer already: a mark that it speaks of would count."""
     spans = answer_spans(response, opening, marks)
@@ -144,7 +191,7 @@ def final_answer(response: str, opening: str | None = None, marks: Marks = MARKS
 def thought(response: str, opening: str | None = None, marks: Marks = MARKS) -> str:
     """The text of a response's thoughts, each without white space around it, an empty line between two; "" if it has
     none."""
-    texts = (response[start:end].strip() for start, end in parts(response, opening, marks).trace)
+    texts = (response[slice(*span)].strip() for span in parts(response, opening, marks).trace)
     return "\n\n".join(text for text in texts if text)
 
 
@@ -200,15 +247,27 @@ def spans_in_answer(spans: Iterable[Span], answer: Sequence[Span]) -> list[Span]
 
     answer: as ``answer_spans`` gives it.
     """
+    places = accumulate((end - start for start, end in answer), initial=0)  # where each part begins in the answer
+    return spans_in_text(spans, [Piece(*span, place, False) for span, place in zip(answer, places, strict=False)])
 
-    starts = [start for start, _ in answer]
-    places = list(accumulate((end - start for start, end in answer), initial=0))  # where each part begins in the answer
 
-    def place(position: int) -> int:
-        part = bisect_right(starts, position) - 1
-        return 0 if part < 0 else min(places[part] + position - starts[part], places[part + 1])
+def spans_in_text(spans: Iterable[Span], pieces: Sequence[Piece]) -> list[Span]:
+    """Spans of the response as spans of the text that is made of ``pieces``, in order; of what lies outside of them
+    nothing is left."""
+    starts = [piece.start for piece in pieces]
 
-    return [(place(start), place(end)) for start, end in spans]
+    def place(number: int, position: int) -> int:
+        piece = pieces[number]
+        return piece.place + min(max(position, piece.start), piece.end) - piece.start
+
+    def moved(start: int, end: int) -> Span:
+        first = max(0, bisect_right(starts, start) - 1)
+        last = max(first, bisect_left(starts, end) - 1)
+        if start >= pieces[first].end and first < last:  # between two pieces: what joins them is of neither
+            first += 1
+        return place(first, start), place(last, end)
+
+    return [moved(*span) for span in spans] if pieces else [(0, 0) for _ in spans]
 
 
 def opening_mark(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], marks: Marks = MARKS) -> str | None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.core.batch import Rows, right_pad
 from esi_ds.data.chat import break_up, break_up_prompt, special_strings
+from esi_ds.data.thoughts import MARKS, Marks, Reads
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.eval.verdicts import Verdict, text_to_judge
@@ -45,10 +46,12 @@ class ModelJudge(ABC):
         self.model, self._encoder = model, encoder
         self._specials = special_strings(encoder.tokenizer)
 
-    def encode(self, prompt: Prompt, response: str) -> EncodedPair | Verdict:
-        """The prompt and the response's final answer as a pair for ``judge``, or its verdict where nothing was said or
-        the pair cannot be judged."""
-        answer = text_to_judge(response)
+    def encode(
+        self, prompt: Prompt, response: str, reads: Reads = "answer", marks: Marks = MARKS
+    ) -> EncodedPair | Verdict:
+        """The prompt and what is read of the response (``text_to_judge``) as a pair for ``judge``, or its verdict where
+        nothing was said or the pair cannot be judged."""
+        answer = text_to_judge(response, reads, marks)
         if isinstance(answer, Verdict):
             return answer
         encoded = self._encoder.encode(break_up_prompt(prompt, self._specials)[0], break_up(answer, self._specials)[0])

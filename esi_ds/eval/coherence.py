@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from esi_ds.data.thoughts import final_answer
+from esi_ds.data.thoughts import MARKS, Marks, final_answer
 from esi_ds.eval.verdicts import is_empty
 
 EMPTY, REPETITION, NOT_LANGUAGE, SENSELESS = "empty", "repetition", "not language", "senseless"
@@ -55,13 +55,13 @@ OTHERS = ("CYRILLIC", "ARABIC", "HEBREW", "DEVANAGARI", "BENGALI", "TAMIL", "TEL
 MAX_SURPRISE = 5.0
 
 
-def incoherence(response: str, surprise: float | None = None) -> str | None:
+def incoherence(response: str, surprise: float | None = None, marks: Marks = MARKS) -> str | None:
     """One of KINDS; None for a response whose final answer looks like text.
 
     A response that ends within a thought has an empty answer. surprise: nats per token of the answer under a reference
     model; without it no answer is SENSELESS.
     """
-    answer = final_answer(response) or ""
+    answer = final_answer(response, None, marks) or ""
     if is_empty(answer):
         return EMPTY
     # A generation that is cut inside a character ends with U+FFFD; that says nothing about the model.

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.core.batch import right_pad
 from esi_ds.data.chat import break_up, encode_data_prompt, special_strings
-from esi_ds.data.thoughts import final_answer
+from esi_ds.data.thoughts import MARKS, Marks, final_answer
 from esi_ds.data.turns import Prompt
 from esi_ds.models.rows import last_logits
 
@@ -22,6 +22,7 @@ def surprises(
     system_prompt: str | None = None,
     batch_size: int = 8,
     limit: int | None = None,
+    marks: Marks = MARKS,
 ) -> list[float | None]:
     """Mean negative log-likelihood of each answer given its prompt, nats per token.
 
@@ -35,7 +36,7 @@ def surprises(
     specials = special_strings(tokenizer)
     rows = []
     for prompt, response in pairs:
-        answer = final_answer(response) or ""
+        answer = final_answer(response, None, marks) or ""
         head = encode_data_prompt(tokenizer, prompt, specials, system_prompt)
         tail = tokenizer(break_up(answer, specials)[0], add_special_tokens=False)["input_ids"]
         if isinstance(head, str) or (limit is not None and len(head) + len(tail) > limit):

@@ -10,12 +10,14 @@ from typing import Any
 
 from typing_extensions import NotRequired, TypedDict
 
+from esi_ds.data.thoughts import Marks, marks_with
 from esi_ds.data.turns import Prompt
 
 ANSWER_KEY = ("model", "set", "index", "sample")  # fields that identify an answer; rows of single answers lack the last
 
 
-class _CutAnswer(TypedDict, total=False):
+class _MarkedAnswer(TypedDict, total=False):
+    thought_marks: list[str]  # model.thought_marks, where the config has them
     cut: bool  # answers of other engines only: whether the engine stopped it at its longest length
 
 
@@ -23,7 +25,7 @@ class _Sampled(TypedDict, total=False):
     sample: int  # where ``eval.samples`` is above 1: which of the prompt's answers, from 0
 
 
-class AnswerRow(_CutAnswer, _Sampled):
+class AnswerRow(_MarkedAnswer, _Sampled):
     """A line of ``answers.jsonl``: one model's answer to one prompt."""
 
     model: str  # the model's name in the tables; in a perturbation, the cell's name
@@ -47,6 +49,11 @@ def cluster_of(row: AnswerRow) -> Hashable:
 def answered(row: AnswerRow) -> str | None:
     """The response, of which the final answer is judged and counted; None where there is no answer."""
     return None if row.get("excluded") else row["response"]
+
+
+def marks_of(row: AnswerRow) -> Marks:
+    """The marks that tell the thought from the answer in this row."""
+    return marks_with(row.get("thought_marks"))
 
 
 class SurpriseRow(_Sampled):

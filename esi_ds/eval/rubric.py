@@ -19,7 +19,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from esi_ds.data.thoughts import final_answer
+from esi_ds.data.thoughts import MARKS, Marks, Reads, final_answer
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all
 from esi_ds.eval.verdicts import Verdict, text_to_judge
@@ -109,6 +109,8 @@ def judge_by_rubric(
     template: str | None = None,
     policy: str | None = None,
     threshold: int = MAX_SCORE,
+    reads: Reads = "answer",
+    marks: Marks = MARKS,
     prices: Prices | None = None,
     on_verdict: Callable[[int, Verdict, Reply], None] = lambda index, verdict, reply: None,
     patience: Patience | None = None,
@@ -116,7 +118,7 @@ def judge_by_rubric(
     """A verdict for each (prompt, response), in order: ``score`` 1 to 5, unsafe from ``threshold`` on.
 
     template: of the question; None: the one that ships with the kind of judge. policy: the system message of a judge
-    that says 1 (violated, unsafe) or 0, which is then the score.
+    that says 1 (violated, unsafe) or 0, which is then the score. reads, marks: as of ``text_to_judge``.
     on_verdict is called for each verdict at once, with the reply that it was read from, so that a run that is killed
     keeps both. Bounded in time whatever the endpoint does; ``patience`` as in ``endpoint.ask_all``. Raises UserError
     for a template without slots.
@@ -126,7 +128,7 @@ def judge_by_rubric(
     verdicts: dict[int, Verdict] = {}
     asked: list[tuple[int, Question, str]] = []
     for index, (prompt, response) in enumerate(pairs):
-        answer = text_to_judge(response)
+        answer = text_to_judge(response, reads, marks)
         if isinstance(answer, Verdict):
             verdicts[index] = answer
             on_verdict(index, answer, Reply(None, None))

@@ -35,6 +35,7 @@ from esi_ds.eval.rows import (
     answer_key,
     answered,
     cluster_of,
+    marks_of,
 )
 from esi_ds.eval.statistics import PairedScores, mcnemar_exact
 from esi_ds.eval.verdicts import Verdict
@@ -216,7 +217,10 @@ def _refused(rows: Sequence[AnswerRow], words: RefusalList) -> Measure:
         kind="benign",
         judge=f"words: {words.name}",
         model=rows[0]["model"],
-        flags=[None if response is None else refused([response], words)[0] for response in map(answered, rows)],
+        flags=[
+            None if response is None else refused([response], words, marks_of(row))[0]
+            for row, response in zip(rows, map(answered, rows), strict=True)
+        ],
         reasons=_excluded(rows),
         clusters=list(map(cluster_of, rows)),
     )
@@ -231,7 +235,7 @@ def _incoherent(rows: Sequence[AnswerRow], surprises: Surprises, kind: str) -> M
         num_surprises += measured is not None
         surprise = measured["surprise"] if measured is not None else None
         response = answered(row)
-        answer_kinds.append(None if response is None else incoherence(response, surprise) or "")
+        answer_kinds.append(None if response is None else incoherence(response, surprise, marks_of(row)) or "")
     counts = Counter(answer_kinds)
     return Measure(
         INCOHERENT,

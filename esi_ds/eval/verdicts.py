@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from esi_ds.data.thoughts import UNFINISHED, final_answer
+from esi_ds.data.thoughts import MARKS, UNFINISHED, Marks, Reads, parts, reading
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,24 @@ class Verdict:
 NOTHING_SAID = Verdict(unsafe=False)
 
 
+NO_THOUGHT = "the response has no thought"
+
+
 def is_empty(answer: str) -> bool:
     """Whether the text holds nothing but white space."""
     return not answer.strip()
 
 
-def text_to_judge(response: str) -> str | Verdict:
-    """What a judge reads of a response, its final answer; or the verdict where there is nothing to read.
+def text_to_judge(response: str, reads: Reads = "answer", marks: Marks = MARKS) -> str | Verdict:
+    """What a judge reads of a response, its final answer if it is not told else; or the verdict where there is nothing
+    to read.
 
-    A response that ends within a thought has not answered yet: the verdict is missing.
+    A response that ends within a thought has not answered yet: the verdict is missing, whatever the judge reads. So is
+    a verdict on a thought where there is none.
     """
-    answer = final_answer(response)
-    if answer is None:
+    read = reading(response, parts(response, None, marks), reads)
+    if read is None:
         return Verdict.missing(UNFINISHED)
-    return NOTHING_SAID if is_empty(answer) else answer
+    if is_empty(read.text):
+        return Verdict.missing(NO_THOUGHT) if reads == "trace" else NOTHING_SAID
+    return read.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from esi_ds.data.thoughts import final_answer
+from esi_ds.data.thoughts import MARKS, Marks, final_answer
 from esi_ds.data.turns import prompt_text
 from esi_ds.report.contents import RefusalRow, TunedAnswerRow, TuningReport
 from esi_ds.tracking import Tracker
@@ -26,8 +26,8 @@ def by_set(answers: Sequence[TunedAnswerRow]) -> dict[str, list[TunedAnswerRow]]
     return sets
 
 
-def refusal_rows(answers: Sequence[TunedAnswerRow]) -> list[RefusalRow]:
-    """Counts for every set of prompts."""
+def refusal_rows(answers: Sequence[TunedAnswerRow], marks: Marks = MARKS) -> list[RefusalRow]:
+    """Counts for every set of prompts. marks: of thoughts."""
     table: list[RefusalRow] = []
     for name, rows in by_set(answers).items():
         asked_before = "before" in rows[0]
@@ -36,19 +36,19 @@ def refusal_rows(answers: Sequence[TunedAnswerRow]) -> list[RefusalRow]:
                 "set": name,
                 "n": len(rows),
                 "refused_before": sum(row["refused_before"] or 0 for row in rows) if asked_before else None,
-                "empty_before": sum(_is_empty(row["before"], row["refused_before"]) for row in rows)
+                "empty_before": sum(_is_empty(row["before"], row["refused_before"], marks) for row in rows)
                 if asked_before
                 else None,
                 "refused_after": sum(row["refused_after"] or 0 for row in rows),
-                "empty_after": sum(_is_empty(row["after"], row["refused_after"]) for row in rows),
+                "empty_after": sum(_is_empty(row["after"], row["refused_after"], marks) for row in rows),
             }
         )
     return table
 
 
-def _is_empty(response: str, refused: bool | None) -> bool:
+def _is_empty(response: str, refused: bool | None, marks: Marks) -> bool:
     """Whether there is no answer. refused: None if the response ends within a thought."""
-    return refused is None or not (final_answer(response) or "").strip()
+    return refused is None or not (final_answer(response, None, marks) or "").strip()
 
 
 def publish(tracker: Tracker, report: TuningReport) -> None:

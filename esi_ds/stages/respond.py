@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 
 from esi_ds.config import Config
 from esi_ds.data.chat import answerable
+from esi_ds.data.thoughts import MARKS, Marks, marks_with
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.journal import Journal
@@ -110,6 +111,7 @@ def respond(
         generation=config.esi.generation,
         keep=keep_in(Journal(folder / PARTIAL_NAME, GeneratedRow)),
         tracker=tracker,
+        marks=marks_with(config.model.thought_marks),
     )
     responses = [done.get(index, "") for index in range(len(prompt_ids))]
     if runtime.is_main():
@@ -142,12 +144,13 @@ def generate_all(
     keep: Callable[[dict[int, str]], None],
     tracker: Tracker,
     description: str = "generate",
+    marks: Marks = MARKS,
 ) -> None:
     """Add a response to ``done`` for every prompt that has none.
 
-    prompt_ids: of prompts with room for ``max_new_tokens``, by index. end_ids: the tokens that end a response. All
-    ranks take part, batch by batch; after each batch every rank calls ``keep`` with the responses of all ranks.
-    Collectives: those of generation, and one gather of texts per batch. Raises Interrupted.
+    prompt_ids: of prompts with room for ``max_new_tokens``, by index. end_ids: the tokens that end a response. marks:
+    of thoughts. All ranks take part, batch by batch; after each batch every rank calls ``keep`` with the responses of
+    all ranks. Collectives: those of generation, and one gather of texts per batch. Raises Interrupted.
     """
     waiting = [index for index in prompt_ids if index not in done]
     if not waiting:
@@ -172,7 +175,7 @@ def generate_all(
             rows = [prompt_ids[index] for index in mine or waiting[:1]]
             texts, tokens = list[str](), 0
             if mine or in_step(model, mode):
-                texts, tokens = generate(model, tokenizer, rows, max_new_tokens, mode, end_ids)
+                texts, tokens = generate(model, tokenizer, rows, max_new_tokens, mode, end_ids, marks)
             local = dict(zip(mine, texts, strict=False)), tokens if mine else 0, stop_requested()
             gathered = runtime.gather_objects(local)
             new = {index: text for part, _, _ in gathered for index, text in part.items()}

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from esi_ds.core.batch import Rows, left_pad
 from esi_ds.core.batch_size import WHOLE_SHARE
-from esi_ds.data.thoughts import decode_responses
+from esi_ds.data.thoughts import MARKS, Marks, decode_responses
 from esi_ds.models.decoding import greedy_ids
 from esi_ds.models.rows import Together, depends_on_neighbours, generation_logits, probe_ids
 from esi_ds.zero import runtime
@@ -65,8 +65,9 @@ def generate(
     max_new_tokens: int,
     mode: str,
     end_ids: Collection[int],
+    marks: Marks = MARKS,
 ) -> Generated:
-    """Greedy responses to a batch of prompts, given as token ids; text without special tokens but marks of thoughts.
+    """Greedy responses to a batch of prompts, given as token ids; text without special tokens but ``marks``.
 
     end_ids: the tokens that end a response. Collectives where ranks go ``in_step``: those of a forward pass per token,
     until every rank has finished; every rank must then call this equally often, with at least one row.
@@ -80,7 +81,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         synced_gpus=in_step(model, mode),
     )
-    return Generated(decode_responses(tokenizer, responses), sum(map(len, responses)))
+    return Generated(decode_responses(tokenizer, responses, marks), sum(map(len, responses)))
 
 
 def choose_batches(

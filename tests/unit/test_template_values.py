@@ -77,8 +77,11 @@ def test_a_model_s_tokenizer_has_them(tmp_path: Path) -> None:
     [
         ({"template_kwargs": {"messages": []}}, "model.template_kwargs.messages.*another owner"),
         ({"template_kwargs": {"enable thinking": True}}, "is not a name that a template can read"),
+        ({"thought_marks": ["<reason>"]}, "is not a pair: one mark opens a thought, the other closes it"),
+        ({"thought_marks": ["<reason>", " "]}, "is not a pair"),
+        ({"thought_marks": ["<reason>", "<Reason>"]}, "is the same mark twice"),
     ],
 )
-def test_wrong_values_are_refused_before_anything_is_read(section: dict[str, Any], words: str) -> None:
+def test_wrong_values_and_marks_are_refused_before_anything_is_read(section: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         validate({"run": {"output_dir": "x"}, "model": {"path": "a", **section}})

@@ -8,9 +8,9 @@ from esi_ds.config import Config, Eval
 from esi_ds.data.answers import MISSING, RecordedAnswer
 from esi_ds.data.chat import answerable
 from esi_ds.data.prompts import QuestionSet
-from esi_ds.data.thoughts import UNFINISHED, final_answer, opening_mark
+from esi_ds.data.thoughts import UNFINISHED, final_answer, marks_with, opening_mark
 from esi_ds.eval.fluency import surprises as measure_surprises
-from esi_ds.eval.rows import AnswerRow, SurpriseRow, answered
+from esi_ds.eval.rows import AnswerRow, SurpriseRow, answered, marks_of
 from esi_ds.eval.verdicts import is_empty
 from esi_ds.models.rows import probe_ids
 from esi_ds.stages.batch_sizes import GenerationBatch
@@ -40,7 +40,25 @@ def answer_keys(names: Sequence[str], sets: Sequence[QuestionSet]) -> list[Key]:
 
 def has_text(row: AnswerRow) -> bool:
     """Whether there is an answer that is not empty."""
-    return not is_empty(final_answer(answered(row) or "") or "")
+    return not is_empty(final_answer(answered(row) or "", None, marks_of(row)) or "")
+
+
+def thought_notes(rows: Sequence[AnswerRow]) -> list[str]:
+    """What people should know of the thoughts in these answers, a line for each model: how many are unfinished, and
+    whether the user's marks stand in none of them."""
+    notes = []
+    for name in dict.fromkeys(row["model"] for row in rows):
+        texts = [row["response"] for row in rows if row["model"] == name and row["response"] is not None]
+        unfinished = sum(row["model"] == name and row["excluded"] == UNFINISHED for row in rows)
+        if unfinished:
+            which = "all" if unfinished == len(texts) else f"{unfinished} of the"
+            remedy = "; raise eval.max_new_tokens, or see model.thought_marks" if unfinished == len(texts) else ""
+            notes.append(f"{which} {len(texts)} answers of {name} are unfinished: they end within a thought{remedy}")
+        marks = next((row["thought_marks"] for row in rows if row["model"] == name and "thought_marks" in row), [])
+        absent = [mark for mark in marks if not any(mark.lower() in text.lower() for text in texts)]
+        if absent and texts:
+            notes.append(f"no answer of {name} holds {' or '.join(absent)} of model.thought_marks")
+    return notes
 
 
 def add_recorded(
@@ -69,7 +87,9 @@ def add_recorded(
                 "response": answer.response,
                 "excluded": answer.excluded,
             }
-            if answer.response is not None and final_answer(answer.response) is None:
+            if model.thought_marks is not None:
+                row["thought_marks"] = model.thought_marks
+            if answer.response is not None and final_answer(answer.response, None, marks_of(row)) is None:
                 row["excluded"] = row["excluded"] or UNFINISHED
             if answer.is_cut:
                 row["cut"] = True
@@ -134,8 +154,10 @@ def answer_all(
         for number, response in responses.items():
             row = waiting[number]
             row["response"] = response
-            opening = opening_mark(candidate.tokenizer, prompt_ids[row["set"], row["index"]])
-            if final_answer(response, opening) is None:
+            if candidate.thought_marks is not None:
+                row["thought_marks"] = candidate.thought_marks
+            opening = opening_mark(candidate.tokenizer, prompt_ids[row["set"], row["index"]], marks_of(row))
+            if final_answer(response, opening, marks_of(row)) is None:
                 row["excluded"] = UNFINISHED
             rows.append(row)
         answers.add(rows)
@@ -152,6 +174,7 @@ def answer_all(
         keep=keep,
         tracker=tracker,
         description=f"answer: {name}"[:40],
+        marks=marks_with(candidate.thought_marks),
     )
 
 
@@ -197,6 +220,7 @@ def surprise_all(
                 system_prompt=config.model.system_prompt,
                 batch_size=batch_size,
                 limit=reference.max_positions,
+                marks=marks_with(reference.thought_marks),
             )
             rows: list[SurpriseRow] = [
                 {"model": row["model"], "set": row["set"], "index": row["index"], "surprise": value}

@@ -14,7 +14,7 @@ from esi_ds.data.turns import prompt_text
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, TokenJudge, length_batches
 from esi_ds.eval.endpoint import Reply
 from esi_ds.eval.refusals import judge_by_words
-from esi_ds.eval.rows import AnswerRow, VerdictRow, answered
+from esi_ds.eval.rows import AnswerRow, VerdictRow, answered, marks_of
 from esi_ds.eval.rubric import Prices, judge_by_rubric, total_usage
 from esi_ds.eval.tables import ATTACK_SUCCESS
 from esi_ds.eval.verdicts import Verdict
@@ -71,7 +71,8 @@ def judge_all(
             continue
         tracker.log(f"judge {judge.name}: {len(questions)} answers")
         if isinstance(judge, PreparedWords):
-            given = judge_by_words([question.response for question in questions], judge.words)
+            reads = judge.section.reads
+            given = [judge_by_words([q.response], judge.words, reads, marks_of(q.row))[0] for q in questions]
             verdicts.add(_verdict_row(judge, *pair) for pair in zip(questions, given, strict=True))
         elif isinstance(judge, PreparedEndpoint):
             VerdictRounds(judge, verdicts, tracker).ask(questions)
@@ -178,6 +179,8 @@ class VerdictRounds(EndpointRounds[UnjudgedAnswer, VerdictRow]):
             template=self._judge.section.template,
             policy=self._judge.section.policy,
             threshold=self._judge.section.threshold,
+            reads=self._judge.section.reads,
+            marks=marks_of(chunk[0].row),  # of one config, so the same in every row
             on_verdict=take,
             patience=self.patience,
         )
@@ -199,7 +202,10 @@ def _ask_model(
         reader.max_batch = 1
         tracker.remark(f"judge {judge.name} reads one answer at a time: its verdict would depend on those beside it")
     weights.release()
-    encoded = {n: reader.encode(question.row["prompt"], question.response) for n, question in enumerate(questions)}
+    encoded = {
+        n: reader.encode(question.row["prompt"], question.response, judge.section.reads, marks_of(question.row))
+        for n, question in enumerate(questions)
+    }
     at_once = {number: verdict for number, verdict in encoded.items() if isinstance(verdict, Verdict)}
     verdicts.add(_verdict_row(judge, questions[number], verdict) for number, verdict in at_once.items())
     pairs = {number: pair for number, pair in encoded.items() if not isinstance(pair, Verdict)}

@@ -10,7 +10,7 @@ from typing import Any
 from esi_ds.config import Config
 from esi_ds.eval.rows import AnswerRow, SurpriseRow, VerdictRow
 from esi_ds.eval.tables import Surprises, Verdicts
-from esi_ds.stages.evaluate.answering import ANSWER_KEY, ANSWERS, SURPRISES, answer_keys
+from esi_ds.stages.evaluate.answering import ANSWER_KEY, ANSWERS, SURPRISES, answer_keys, thought_notes
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, VERDICTS, judge_all, verdict_key
 from esi_ds.stages.evaluate.prepare import EvalInputs
 from esi_ds.stages.ledger import Ledger
@@ -59,6 +59,8 @@ class EvalLedgers:
         order = answer_keys(names, inputs.sets)
         answers = self.answers.sort(order)
         self.surprises.sort(order)
+        for note in thought_notes(answers):
+            tracker.remark(note)
         judged = [row for row in answers if row["set"] in inputs.harmful_sets]
         usage = judge_all(inputs.judges, judged, self.verdicts, config, deepspeed_config, tracker)
         self.verdicts.sort(verdict_key(judge, row) for judge in inputs.judges for row in judged)

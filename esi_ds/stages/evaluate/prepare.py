@@ -60,6 +60,7 @@ class Candidate:
     end_ids: frozenset[int]  # tokens that end an answer
     prompt_ids: dict[tuple[str, int], list[int] | str]  # (set, index) → what ``encode_data_prompt`` returns
     unread: tuple[str, ...] = ()  # names of model.template_kwargs that its chat template does not read
+    thought_marks: list[str] | None = None  # of the config
 
     @property
     def path(self) -> str:
@@ -79,6 +80,7 @@ class RecordedModel:
     name: str  # in tables and files
     before: str | None  # name of the model it is compared with
     recorded: RecordedAnswers
+    thought_marks: list[str] | None = None  # of the config
 
     @property
     def path(self) -> str:
@@ -100,6 +102,7 @@ class ServedModel:
     endpoint: Endpoint
     field: str  # the endpoint's key in the config
     system_prompt: str | None  # the system's turn of prompts that have none
+    thought_marks: list[str] | None = None  # of the config
 
     @property
     def path(self) -> str:
@@ -205,13 +208,17 @@ def prepare_eval(config: Config) -> EvalInputs:
             models.append(_candidate(config.model, name, source, model.before, sets))
         elif model.answers is not None:
             recorded = load_answers(model.answers, f"{field}.answers", name, sets)
-            models.append(RecordedModel(name, model.before, recorded))
+            models.append(RecordedModel(name, model.before, recorded, config.model.thought_marks))
         elif model.endpoint is not None:
             endpoint = _served(
                 model.endpoint, f"{field}.endpoint", section.max_new_tokens, config.model.template_kwargs
             )
             system_prompt = config.model.system_prompt
-            models.append(ServedModel(name, model.before, endpoint, f"{field}.endpoint", system_prompt))
+            models.append(
+                ServedModel(
+                    name, model.before, endpoint, f"{field}.endpoint", system_prompt, config.model.thought_marks
+                )
+            )
     data_hashes = {f"{question_set.kind}:{question_set.name}": question_set.prompt_set.sha256 for question_set in sets}
     return EvalInputs(section, sets, models, judges, prepare_tasks(section.tasks), data_hashes)
 
@@ -232,7 +239,17 @@ def _candidate(
     unread = tuple(
         unread_values(without_values(tokenizer, section.template_kwargs).chat_template, section.template_kwargs)
     )
-    return Candidate(name, source, before, model_config, tokenizer, end_tokens(source, tokenizer), prompt_ids, unread)
+    return Candidate(
+        name,
+        source,
+        before,
+        model_config,
+        tokenizer,
+        end_tokens(source, tokenizer),
+        prompt_ids,
+        unread,
+        section.thought_marks,
+    )
 
 
 def _served(section: EvalEndpoint, field: str, max_tokens: int, template_kwargs: Mapping[str, Any] = EMPTY) -> Endpoint:

@@ -9,7 +9,7 @@ from esi_ds.data.thoughts import UNFINISHED, final_answer
 from esi_ds.errors import UserError
 from esi_ds.eval.asking import ask_prompts, check_served
 from esi_ds.eval.endpoint import Reply
-from esi_ds.eval.rows import AnswerRow
+from esi_ds.eval.rows import AnswerRow, marks_of
 from esi_ds.stages.evaluate.prepare import ServedModel
 from esi_ds.stages.evaluate.rounds import EndpointRounds
 from esi_ds.stages.interrupt import check_stop
@@ -67,22 +67,24 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
 
     def ask_chunk(self, chunk: Sequence[AnswerRow], keep: Callable[[AnswerRow, Reply], None]) -> None:
         def take(number: int, reply: Reply) -> None:
-            keep(answer_row(chunk[number], reply), reply)
+            keep(answer_row(chunk[number], reply, model.thought_marks), reply)
 
         model = self._model
         prompts = [row["prompt"] for row in chunk]
         ask_prompts(model.endpoint, prompts, model.system_prompt, take, self.patience, f"{model.field}.model")
 
 
-def answer_row(row: AnswerRow, reply: Reply) -> AnswerRow:
-    """The row of a prompt with what was replied to it."""
+def answer_row(row: AnswerRow, reply: Reply, thought_marks: list[str] | None = None) -> AnswerRow:
+    """The row of a prompt with what was replied to it. thought_marks: of the config."""
     new = row.copy()
+    if thought_marks is not None:
+        new["thought_marks"] = thought_marks
     if reply.text is None:
         new["excluded"] = reply.problem or "no reply"
         return new
     text = reply.text.encode("utf-8", "replace").decode()  # half surrogate pairs
     new["response"] = text
-    if final_answer(text) is None:
+    if final_answer(text, None, marks_of(new)) is None:
         new["excluded"] = UNFINISHED
     if reply.is_cut:
         new["cut"] = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from esi_ds.artifacts import read_metrics
+from esi_ds.data.thoughts import marks_with
 from esi_ds.patch import PatchSummary
 from esi_ds.report.card import METHODS
 from esi_ds.report.contents import ChangedTensor, DriftRow, Facts, TunedAnswerRow, TuningReport
@@ -43,7 +44,7 @@ def finish_tuning(
         "steps": training.step,
         "changed": patch["changed"] if patch is not None else None,
         "changed_tensors": changed_tensors,
-        "refusals": refusal_rows(answers),
+        "refusals": refusal_rows(answers, marks_with(run.config.model.thought_marks)),
         "samples": samples(answers),
         "routing_drift": routing_drift,
         "facts": facts(run, training),

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from esi_ds import patch
 from esi_ds.artifacts import replace_folder, wait_until_visible
 from esi_ds.data.template_values import without_values
-from esi_ds.data.thoughts import opening_mark
+from esi_ds.data.thoughts import MARKS, Marks, marks_with, opening_mark
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.eval.refusals import is_refusal
@@ -176,6 +176,7 @@ class TuneRun(StageRun[TuningInputs]):
                 keep=keep_in(journal),
                 tracker=self.tracker,
                 description=f"answer: {name} {when}",
+                marks=marks_with(self.config.model.thought_marks),
             )
             answers[name] = responses
         return answers
@@ -184,12 +185,12 @@ class TuneRun(StageRun[TuningInputs]):
         """``answers.jsonl``, if there are questions. Rank 0 writes; no collectives."""
         if not runtime.is_main() or not self.inputs.questions:
             return
-        rows = []
+        rows, marks = [], marks_with(self.config.model.thought_marks)
         for name, prompts in self.inputs.questions.items():
             for index in self.inputs.question_ids[name]:
                 answer_before = before[name][index] if before is not None else None
-                opening = opening_mark(self.inputs.tokenizer, self.inputs.question_ids[name][index])
-                rows.append(answer_row(name, index, prompts[index], answer_before, after[name][index], opening))
+                opening = opening_mark(self.inputs.tokenizer, self.inputs.question_ids[name][index], marks)
+                rows.append(answer_row(name, index, prompts[index], answer_before, after[name][index], opening, marks))
         self._answer_rows.replace(rows)
 
     def _read_answers(self) -> list[TunedAnswerRow]:
@@ -251,7 +252,13 @@ class TuneRun(StageRun[TuningInputs]):
 
 
 def answer_row(
-    set_name: str, index: int, prompt: Prompt, before: str | None, after: str, opening: str | None = None
+    set_name: str,
+    index: int,
+    prompt: Prompt,
+    before: str | None,
+    after: str,
+    opening: str | None = None,
+    marks: Marks = MARKS,
 ) -> TunedAnswerRow:
     """A line of ``answers.jsonl``. before: None if nothing was asked before tuning.
 
@@ -263,7 +270,7 @@ def answer_row(
             "index": index,
             "prompt": prompt,
             "after": after,
-            "refused_after": is_refusal(after, opening),
+            "refused_after": is_refusal(after, opening, marks),
         }
     return {
         "set": set_name,
@@ -271,6 +278,6 @@ def answer_row(
         "prompt": prompt,
         "before": before,
         "after": after,
-        "refused_before": is_refusal(before, opening),
-        "refused_after": is_refusal(after, opening),
+        "refused_before": is_refusal(before, opening, marks),
+        "refused_after": is_refusal(after, opening, marks),
     }

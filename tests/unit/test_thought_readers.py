@@ -1,0 +1,219 @@
+"""``reads: answer | trace | both``, and a user's own marks, wherever a response is read."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from builders import byte_bpe_tokenizer, random_classifier
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from esi_ds.config import EvalClassifier, EvalGuard, EvalRubric, EvalWords, EvalYesNo
+from esi_ds.data.answers import RecordedAnswer, RecordedAnswers
+from esi_ds.data.prompts import PromptSet, QuestionSet
+from esi_ds.data.thoughts import MARKS, UNFINISHED, Reads, marks_with, parts, reading, spans_in_text
+from esi_ds.eval.classifiers import SequenceJudge
+from esi_ds.eval.endpoint import Reply
+from esi_ds.eval.fluency import surprises
+from esi_ds.eval.refusals import REFUSAL_LISTS, judge_by_words, refusal_list
+from esi_ds.eval.rows import AnswerRow, VerdictRow
+from esi_ds.eval.rubric import judge_by_rubric
+from esi_ds.eval.tables import answer_measures
+from esi_ds.eval.verdicts import NO_THOUGHT, NOTHING_SAID, Verdict, text_to_judge
+from esi_ds.judge.classifier import SequenceRule
+from esi_ds.report.tuning import refusal_rows
+from esi_ds.stages.evaluate import answering
+from esi_ds.stages.evaluate.answering import add_recorded, has_text, thought_notes
+from esi_ds.stages.evaluate.judging import judge_all
+from esi_ds.stages.evaluate.prepare import PreparedWords, RecordedModel
+from esi_ds.stages.evaluate.served import answer_row
+from esi_ds.stages.tune.work import answer_row as tuned_row
+
+REFUSES, COMPLIES = "I'm sorry, but I can't help with that.", "Sure, here is how: step 1 ..."
+OWN = ["[[ponder]]", "[[/ponder]]"]
+HARMONY = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}"
+FORMS = {
+    "think": "<think>\n{}\n</think>\n\n{}",
+    "opened by the prompt": "{}\n</think>\n\n{}",
+    "harmony": HARMONY,
+    "bare harmony": "analysis{}assistantfinal{}",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_reader_reads_its_part(form: str) -> None:
+    response = FORMS[form].format(COMPLIES, REFUSES)
+    assert text_to_judge(response) == text_to_judge(response, "answer") == REFUSES
+    assert text_to_judge(response, "trace") == COMPLIES
+    assert text_to_judge(response, "both") == f"{COMPLIES}\n\n{REFUSES}"
+
+
+@pytest.mark.parametrize("reads", ["answer", "trace", "both"])
+def test_what_is_not_there_is_not_judged(reads: Reads) -> None:
+    for form in ("<think>{}", "<|channel|>analysis<|message|>{}"):
+        assert text_to_judge(form.format(COMPLIES), reads) == Verdict.missing(UNFINISHED)
+    thoughtless = Verdict.missing(NO_THOUGHT) if reads == "trace" else COMPLIES
+    assert text_to_judge(COMPLIES, reads) == text_to_judge(f"<think>\n\n</think>\n\n{COMPLIES}", reads) == thoughtless
+    assert text_to_judge(f"<think>{COMPLIES}</think>\n", reads) == (NOTHING_SAID if reads == "answer" else COMPLIES)
+
+
+def test_several_thoughts_stand_where_they_were() -> None:
+    response = "<think>a </think>One. <think>\nb</think>Two. <think> </think>Three."
+    for reads, text in (
+        ("answer", "One. Two. Three."),
+        ("trace", "a\n\nb"),
+        ("both", "a\n\nOne. \n\nb\n\nTwo. Three."),
+    ):
+        read = reading(response, parts(response), reads)
+        assert read is not None and read.text == text
+        characters = spans_in_text([(i, i + 1) for i in range(len(response))], read.pieces)
+        for piece in read.pieces:
+            inside = characters[piece.start : piece.end]
+            shown = "".join(text[start:end] for start, end in inside)
+            assert shown == response[piece.start : piece.end]
+        outside = [c for i, c in enumerate(characters) if not any(p.start <= i < p.end for p in read.pieces)]
+        assert all(start == end for start, end in outside)
+
+
+def test_words_models_and_rubrics_read_what_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    response = f"<think>{COMPLIES}</think>{REFUSES}"
+    words = REFUSAL_LISTS["xstest"]  # at the beginning
+    for reads, unsafe in (("answer", False), ("trace", True), ("both", True)):
+        assert judge_by_words([response], words, reads)[0].unsafe is unsafe
+    tokenizer = byte_bpe_tokenizer()
+    judge = SequenceJudge(
+        random_classifier("llama", len(tokenizer)), tokenizer, SequenceRule("{prompt}:{response}", [1])
+    )
+    for reads, text in (("answer", REFUSES), ("trace", COMPLIES), ("both", f"{COMPLIES}\n\n{REFUSES}")):
+        assert judge.encode("Why?", response, reads) == judge.encode("Why?", text) != judge.encode("Why?", "x")
+        asked: list[Any] = []
+        monkeypatch.setattr("esi_ds.eval.rubric.ask_all", lambda endpoint, texts, *rest, a=asked: a.extend(texts) or [])
+        monkeypatch.setattr("esi_ds.eval.rubric.total_usage", lambda replies, prices: None)
+        with pytest.raises((KeyError, ValueError)):  # nothing was replied
+            judge_by_rubric([("Why?", response)], SimpleNamespace(), reads=reads)  # type: ignore[arg-type]
+        assert f">\n{text}\n</reply" in asked[0]
+
+
+def test_every_judge_of_the_config_may_say_what_it_reads() -> None:
+    sections = (
+        EvalWords(kind="words", reads="trace"),
+        EvalRubric(kind="rubric", model="m", reads="trace"),
+        EvalGuard(kind="guard", path="p", reads="trace"),
+        EvalYesNo(kind="yes_no", path="p", template="{response}", reads="trace"),
+        EvalClassifier(kind="classifier", path="p", template="{response}", reads="trace"),
+    )
+    assert all(section.reads == "trace" for section in sections)
+    assert EvalWords(kind="words").reads == EvalRubric(kind="rubric", model="m").reads == "answer"
+
+
+class Rows:
+    """A ledger without a file, and a tracker that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Any, Any] = {}
+        self.lines: list[str] = []
+        self.log = self.lines.append
+
+    def add(self, rows: Any) -> None:
+        self.rows |= {tuple(row.get(key) for key in ("judge", "model", "set", "index")): row for row in rows}
+
+
+def own(thought: str, answer: str | None) -> str:
+    return f"{OWN[0]}{thought}" if answer is None else f"{OWN[0]}{thought}{OWN[1]}\n{answer}"
+
+
+def recorded_rows(texts: list[str], marks: list[str] | None = OWN) -> list[AnswerRow]:
+    prompts = tuple(f"p{number}" for number in range(len(texts)))
+    sets = [QuestionSet(name, kind, PromptSet(prompts, "p", "f", ())) for name, kind in KINDS.items()]
+    answers = {(name, n): RecordedAnswer(text, None) for name in KINDS for n, text in enumerate(texts)}
+    model, rows = RecordedModel("m", "base", RecordedAnswers("f", "0", answers, 0), marks), Rows()
+    add_recorded(model, sets, rows, rows)  # type: ignore[arg-type]
+    return list(rows.rows.values())
+
+
+KINDS = {"bad": "harmful", "good": "benign"}
+TEXTS = [own(REFUSES, COMPLIES), own(COMPLIES, REFUSES), own(COMPLIES, None), own("no " * 100, COMPLIES)]
+
+
+def test_a_user_s_marks_are_read_by_judges_and_tables() -> None:
+    """From answers of a file to verdicts and measures; rows without them read as before."""
+    rows = recorded_rows(TEXTS)
+    assert [row["excluded"] for row in rows[:4]] == [None, None, UNFINISHED, None]
+    assert all(row["thought_marks"] == OWN for row in rows) and all(row["response"] in TEXTS for row in rows)
+    assert [has_text(row) for row in rows[:4]] == [True, True, False, True]
+    verdicts = Rows()
+    judges = [
+        PreparedWords(reads, "f", EvalWords(kind="words", name=reads, reads=reads), refusal_list("xstest", "f"))
+        for reads in ("answer", "trace")
+    ]
+    log = SimpleNamespace(log=lambda line: None)
+    judge_all(judges, rows[:4], verdicts, None, {}, log)  # type: ignore[arg-type]
+    unsafe = {(row["judge"], row["index"]): row["unsafe"] for row in verdicts.rows.values()}
+    assert unsafe == {("answer", 0): True, ("answer", 1): False, ("answer", 3): True} | {
+        ("trace", 0): False,
+        ("trace", 1): True,
+        ("trace", 3): True,
+    }
+    kept: dict[Any, VerdictRow] = verdicts.rows
+    measures = answer_measures(rows, kept, {}, KINDS, ["answer"], REFUSAL_LISTS["xstest"])
+    flags = {(row.measure, row.set): row.flags for row in measures}
+    assert flags["attack_success", "bad"] == [True, False, None, True]
+    assert flags["refused", "good"] == [False, True, None, False]
+    assert flags["incoherent", "good"] == [False, False, None, False]
+    assert all(row.reasons == {UNFINISHED: 1} for row in measures)
+    assert all("thought_marks" not in row for row in recorded_rows(TEXTS, None))
+
+
+def test_a_user_s_marks_in_what_models_generate_serve_and_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    row: AnswerRow = {"model": "m", "set": "s", "index": 0, "prompt": "p", "response": None, "excluded": None}
+    served = [answer_row(row, Reply(text, None), OWN) for text in TEXTS]
+    assert [new["excluded"] for new in served] == [None, None, UNFINISHED, None]
+    assert served[0]["thought_marks"] == OWN and "thought_marks" not in answer_row(row, Reply("x", None))
+    marks = marks_with(OWN)
+    tuned = [tuned_row("harmful", 0, "p", REFUSES, text, None, marks) for text in TEXTS]
+    assert [new["refused_after"] for new in tuned] == [False, True, None, False]
+    (counts,) = refusal_rows([*tuned, tuned_row("harmful", 1, "p", REFUSES, own("x", ""), None, marks)], marks)
+    assert (counts["refused_after"], counts["empty_after"]) == (1, 2)
+    tokenizer = byte_bpe_tokenizer()
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).eval()
+    values = surprises(model, tokenizer, [("p", COMPLIES), ("p", TEXTS[0])], batch_size=1, marks=marks)
+    assert values[0] == values[1] is not None
+
+    def generate_all(model: Any, tokenizer: Any, ends: Any, ids: Any, done: Any, *, keep: Any, **named: Any) -> None:
+        assert named["marks"] == marks
+        keep(dict(enumerate(TEXTS)))
+
+    monkeypatch.setattr(answering, "generate_all", generate_all)
+    ids = {("s", number): [1, 2] for number in range(len(TEXTS))}
+    config = LlamaConfig(max_position_embeddings=99)
+    candidate = SimpleNamespace(
+        max_positions=99, prompt_ids=ids, tokenizer=tokenizer, end_ids={2}, thought_marks=OWN, config=config
+    )
+    answers = SimpleNamespace(rows={}, key=lambda row: row["index"], add=kept_rows.extend)
+    sets = [SimpleNamespace(name="s", prompts=["p"] * len(TEXTS))]
+    section = SimpleNamespace(max_new_tokens=3)
+    esi = SimpleNamespace(esi=SimpleNamespace(generation="auto"))
+    answering.answer_all(None, "m", candidate, sets, answers, esi, section, None, None)  # type: ignore[arg-type]
+    assert [row["excluded"] for row in kept_rows] == [None, None, UNFINISHED, None]
+    assert all(row["thought_marks"] == OWN for row in kept_rows)
+
+
+kept_rows: list[AnswerRow] = []
+
+
+def test_marks_that_never_close_or_never_stand_are_said_once() -> None:
+    unclosed = recorded_rows([own(COMPLIES, None)] * 3)
+    assert thought_notes(unclosed) == [
+        "all 6 answers of m are unfinished: they end within a thought; raise eval.max_new_tokens, or see "
+        "model.thought_marks",
+        "no answer of m holds [[/ponder]] of model.thought_marks",
+    ]
+    assert thought_notes(recorded_rows(TEXTS)) == ["2 of the 8 answers of m are unfinished: they end within a thought"]
+    (note,) = thought_notes(recorded_rows([COMPLIES]))
+    assert note == "no answer of m holds [[ponder]] or [[/ponder]] of model.thought_marks"
+    assert thought_notes(recorded_rows([COMPLIES, f"<think>x</think>{COMPLIES}"], None)) == []
+    assert OWN[0] not in dict(MARKS)
