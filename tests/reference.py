@@ -13,7 +13,8 @@ Readings of docs/method.md that are ours:
   mean of the mapped rows in A and weight 0 in w. Logits beyond the tokenizer's length get the mean row too.
 - Prompts and responses hold no special-token strings: the caller has broken them up, and we refuse them here.
 - A response of white space alone counts as empty.
-- A thought ends with "</think>" and the white space behind it; what follows is the answer.
+- A thought ends with "</think>" and the white space behind it; what follows is the answer. A guard that reads both
+  reads the thought without its marks and the white space around it, an empty line, and the answer.
 - score_function's b is the mean J of the other prompts whose J is finite, 0 where there is none.
 """
 
@@ -451,11 +452,21 @@ def surrogate(
     return total
 
 
-def score_function(logits: Tensor, sampled: list[int], score: float, all_scores: list[float]) -> Tensor:
-    """(J - b) log p(y|x), b the mean of the other prompts' J; logits [T, V] with a graph."""
+def learnt(tokenizer, response: str, trace_gradient: bool) -> list[int]:
+    """The response's tokens whose probability counts: all of them, or those that overlap its answer."""
+    first = 0 if trace_gradient else answer_start(response)
+    stretches = disjoint(encode(tokenizer, response)[1])
+    return [t for t, parts in enumerate(stretches) if not first or any(end > first for _, end in parts)]
+
+
+def score_function(
+    logits: Tensor, sampled: list[int], score: float, all_scores: list[float], counted: list[int] | None = None
+) -> Tensor:
+    """(J - b) log p(y|x), b the mean of the other prompts' J; logits [T, V] with a graph. counted: of which tokens."""
     others = sum(all_scores) - score
     baseline = others / (len(all_scores) - 1) if len(all_scores) > 1 else 0.0
-    log_probability = torch.stack([logits[t].double().log_softmax(-1)[token] for t, token in enumerate(sampled)]).sum()
+    counted = list(range(len(sampled))) if counted is None else counted
+    log_probability = torch.stack([logits[t].double().log_softmax(-1)[sampled[t]] for t in counted]).sum()
     return (score - baseline) * log_probability
 
 
@@ -475,15 +486,42 @@ def refuse_special_strings(tokenizer, *texts: str) -> None:
             raise ValueError(f"{special!r} in a prompt or response: break it up first (docs/method.md §1, Responses)")
 
 
+def answer_start(response: str) -> int:
+    """Where the answer begins: behind a thought and the white space that follows it."""
+    answer = response.rpartition("</think>")[2]
+    return len(response) - len(answer if answer == response else answer.lstrip())
+
+
+def judged_parts(response: str, reads: str) -> list[tuple[int, int]]:
+    """The parts of a response that the guard reads, characters in it: of a thought those within its marks, without the
+    white space around them."""
+    before = answer_start(response)
+    parts = [(before, len(response))] if reads != "trace" else []
+    if reads != "answer" and before:
+        thought = response[: response.index("</think>")].removeprefix("<think>").strip()
+        parts.insert(0, (response.index(thought), response.index(thought) + len(thought)))
+    return parts
+
+
 def response_contraction(
-    tokenizer, guard, guard_tokenizer, A: Tensor, pair: tuple[str, str], family: Family, kind: str
+    tokenizer,
+    guard,
+    guard_tokenizer,
+    A: Tensor,
+    pair: tuple[str, str],
+    family: Family,
+    kind: str,
+    reads: str = "answer",
+    trace_gradient: bool = False,
 ) -> tuple[float, Tensor]:
-    """J and A u~_t [T, V] in float64 for one (prompt, response), u~_t = sum_j w[t, j] u_j."""
-    answer = pair[1].rpartition("</think>")[2]
-    answer = answer.lstrip() if answer != pair[1] else answer
-    before = len(pair[1]) - len(answer)  # a thought is read by the model, and not by the guard
-    asked = guard_prompt(guard_tokenizer, family, pair[0], answer)
-    shown = (asked.shown[0] + before, asked.shown[1] + before)
+    """J and A u~_t [T, V] in float64 for one (prompt, response), u~_t = sum_j w[t, j] u_j.
+
+    The guard reads the answer, the thought, or both with an empty line between them; a thought's tokens have a weight
+    only with trace_gradient.
+    """
+    parts = judged_parts(pair[1], reads)
+    text = "\n\n".join(pair[1][start:end] for start, end in parts)
+    asked = guard_prompt(guard_tokenizer, family, pair[0], text)
     if family.labels is not None:
         context, whole = encode(guard_tokenizer, asked.text, asked.special)[0], asked.text
         score, gradient = judge_by_labels(guard, context, family, kind)
@@ -491,7 +529,14 @@ def response_contraction(
         context, safe, unsafe = verdict_tokens(guard_tokenizer, family, asked)
         score, gradient = judge(guard, context, safe, unsafe, kind)
         whole = asked.text + family.verdict_prefix + family.safe
-    weights = alignment(pair[1], tokenizer, guard_tokenizer, whole, asked.start, shown, asked.special)
+    place, weights = asked.start - asked.shown[0], torch.zeros(())
+    for start, end in parts:  # each part by itself: their weights add up
+        if trace_gradient or start >= answer_start(pair[1]):
+            low = max(asked.start, place)
+            high = min(asked.start + asked.shown[1] - asked.shown[0], place + end - start)
+            shown = (start + low - place, start + high - place)
+            weights = weights + alignment(pair[1], tokenizer, guard_tokenizer, whole, low, shown, asked.special)
+        place += end - start + len("\n\n")
     mapped = weights[:, : len(context)] @ gradient.double()
     return score, mapped @ A.double().T
 
@@ -515,6 +560,8 @@ def mean_gradient(
     score: str = "margin",
     family: Family = LLAMA_GUARD_3,
     system_prompt: str | None = None,
+    reads: str = "answer",
+    trace_gradient: bool = False,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """The estimate of dS/dtheta in float64 by parameter name, signed, and J of every prompt that counted.
 
@@ -524,7 +571,7 @@ def mean_gradient(
     num_logits = model.get_output_embeddings().weight.shape[0]
 
     def judged_pair(pair: tuple[str, str]) -> tuple[float, Tensor]:
-        return response_contraction(tokenizer, guard, guard_tokenizer, A, pair, family, score)
+        return response_contraction(tokenizer, guard, guard_tokenizer, A, pair, family, score, reads, trace_gradient)
 
     A = vocabulary_map(tokenizer, guard_tokenizer, embedding_of_every_token(guard), num_logits)
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()}
@@ -543,7 +590,7 @@ def mean_gradient(
         draws = noise_of(index) if estimator == "gumbel" else [None]
         logits = model(input_ids=torch.tensor([before + sampled])).logits[0, len(before) - 1 : -1]
         if estimator == "score_function":
-            loss = score_function(logits, sampled, value, all_scores)
+            loss = score_function(logits, sampled, value, all_scores, learnt(tokenizer, response, trace_gradient))
         else:
             losses = [surrogate(estimator, logits, sampled, contraction, temperature, noise) for noise in draws]
             loss = torch.stack(losses).mean()

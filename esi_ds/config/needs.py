@@ -20,6 +20,8 @@ def require_esi(config: Config) -> None:
             raise UserError("judge", None, "is missing", remedy)
         if config.data.prompts is None and config.data.responses is None:
             raise UserError("data.prompts", None, "is missing", "give data.prompts.path, or data.responses")
+    if "safety" in needed:
+        _check_trace(config)
     for name, user, remedy in (
         ("tuning", f"criterion {users.get('tuning')}", "set select.criterion to tuning_grad, directed or conflict"),
         ("benign", "select.contrastive", "set select.contrastive: true"),
@@ -29,6 +31,17 @@ def require_esi(config: Config) -> None:
             raise UserError(f"data.{name}", None, "is missing", f"{user} needs a data.{name}.path")
         if rows is not None and name not in needed:
             raise UserError(f"data.{name}.path", rows.path, "would never be read", f"{remedy}, or leave it out")
+
+
+def _check_trace(config: Config) -> None:
+    """Raise UserError where no gradient would reach what the judge reads, or none that is asked for."""
+    reads = config.judge.reads if config.judge is not None else "answer"
+    if reads == "trace" and not config.esi.trace_gradient:
+        problem = "leaves no token with a gradient: thoughts get one only if esi.trace_gradient says so"
+        raise UserError("judge.reads", reads, problem, "set esi.trace_gradient: true, or read both")
+    if reads == "answer" and config.esi.trace_gradient and config.esi.estimator != "score_function":
+        problem = f"changes nothing: estimator {config.esi.estimator} differentiates what the judge reads, the answer"
+        raise UserError("esi.trace_gradient", True, problem, "set judge.reads: both, or leave it out")
 
 
 def scores_given(config: Config) -> bool:

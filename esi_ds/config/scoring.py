@@ -16,6 +16,10 @@ class Esi(Section):
     )
     temperature: float = Field(0.3, gt=0, description="The temperature of the softmax over the model's logits.")
     samples: int = Field(1, ge=1, description="How many noise draws estimator gumbel averages for each prompt.")
+    trace_gradient: bool = Field(
+        False,
+        description="Whether gradients also flow through the tokens of a response's thoughts, not its answer's alone.",
+    )
     max_new_tokens: int = Field(256, ge=1, description="The longest response to generate, in tokens.")
     batch_size: Literal["auto"] | BatchNumber = Field(
         8, description="How many prompts a rank scores in a micro-batch; auto takes as many as fit into free memory."

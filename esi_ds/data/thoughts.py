@@ -19,6 +19,7 @@ Span = tuple[int, int]  # characters [start, end)
 Reads = Literal["answer", "trace", "both"]  # what a judge reads of a response (``reads`` of the config)
 
 UNFINISHED = "the response ends within a thought: max_new_tokens may be too few"
+NO_THOUGHT = "the response has no thought"
 Marks = tuple[tuple[str, str], ...]  # (opening, closing) of each kind of thought
 # In any case, by the models that write them.
 MARKS: Marks = (

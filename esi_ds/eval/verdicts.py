@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from esi_ds.data.thoughts import MARKS, UNFINISHED, Marks, Reads, parts, reading
+from esi_ds.data.thoughts import MARKS, NO_THOUGHT, UNFINISHED, Marks, Reads, parts, reading
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,6 @@ class Verdict:
 # An answer without text harms nobody, so no judge is asked. It is not a refusal either: coherence.py counts it among
 # the incoherent answers, which are reported beside attack success.
 NOTHING_SAID = Verdict(unsafe=False)
-
-
-NO_THOUGHT = "the response has no thought"
 
 
 def is_empty(answer: str) -> bool:

@@ -46,6 +46,15 @@ CLASSIFIERS = {
 }
 # The same responses behind a thought, which the model reads and the judge does not.
 THOUGHTFUL = [(prompt, f"<think>\nI cannot say.\n</think>\n\n{response}") for prompt, response in PAIRS]
+# What the judge reads of them, whether gradients flow through the thought, and the estimator.
+THOUGHT_READERS = {
+    "reads-both": ("both", False, "soft"),
+    "reads-both-through": ("both", True, "soft"),
+    "reads-trace-through": ("trace", True, "soft"),
+    "score-function-of-answers": ("answer", False, "score_function"),
+    "score-function-of-all": ("answer", True, "score_function"),
+    "score-function-reads-both": ("both", False, "score_function"),
+}
 # fp32 sums over tokens and prompts in another order; unrounded arithmetic would give 0. Measured: at most 1.5e-6.
 TOLERANCE = 1e-5
 
@@ -121,6 +130,11 @@ def extra_cases(folder: Path, ranks: int) -> list[dict]:
     cases += [config(folder, "llama", guard, batch, f"{tag}-{guard}") for guard in SCALED_GUARDS]
     cases.append(config(folder, "llama", "other", batch, f"{tag}-thoughtful"))
     cases[-1]["config"]["data"]["responses"] = str(folder / "thoughtful.jsonl")
+    for name, (reads, trace_gradient, estimator) in THOUGHT_READERS.items():
+        esi = {"estimator": estimator, "trace_gradient": trace_gradient}
+        cases.append(config(folder, "llama", "other", batch, f"{tag}-{name}", esi))
+        cases[-1]["config"]["judge"]["reads"] = reads
+        cases[-1]["config"]["data"]["responses"] = str(folder / "thoughtful.jsonl")
     for name, zero in ZERO_OPTIONS.items():
         cases.append({**config(folder, "qwen3_moe", "other", batch, f"{tag}-{name}"), "frees": True})
         cases[-1]["config"]["deepspeed"] = {"zero_optimization": {"stage": 3, **zero}}
@@ -164,6 +178,7 @@ def relative_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 _oracle: dict[tuple, dict[str, torch.Tensor]] = {}
+_thoughtful_oracle: dict[str, dict[str, torch.Tensor]] = {}
 
 
 def oracle(folder: Path, kind: str, guard: str, **options) -> dict[str, torch.Tensor]:
@@ -255,6 +270,20 @@ def test_the_gradient_flows_through_the_answer_alone(scored: tuple[int, Path]) -
     ranks, folder = scored
     expected = esi_scores(folder / "llama", folder / "other", THOUGHTFUL)[0]
     assert relative_error(read(folder / f"w{ranks}-thoughtful" / "scores"), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", THOUGHT_READERS)
+def test_what_the_judge_reads_and_what_gradients_flow_through(scored: tuple[int, Path], name: str) -> None:
+    ranks, folder = scored
+    reads, trace_gradient, estimator = THOUGHT_READERS[name]
+    options = {"reads": reads, "trace_gradient": trace_gradient, "estimator": estimator}
+    if name not in _thoughtful_oracle:
+        _thoughtful_oracle[name] = esi_scores(folder / "llama", folder / "other", THOUGHTFUL, **options)[0]
+    expected = _thoughtful_oracle[name]
+    got = read(folder / f"w{ranks}-{name}" / "scores")
+    assert relative_error(got, expected) <= TOLERANCE
+    for other in THOUGHT_READERS.keys() - {name}:  # each is another quantity
+        assert relative_error(read(folder / f"w{ranks}-{other}" / "scores"), expected) > 1e-2
 
 
 @pytest.mark.parametrize("name", ZERO_OPTIONS)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from builders import byte_bpe_tokenizer, random_classifier
+from builders import byte_bpe_tokenizer, random_classifier, sentencepiece_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from esi_ds.config import EvalClassifier, EvalGuard, EvalRubric, EvalWords, EvalYesNo
+from esi_ds.config import EvalClassifier, EvalGuard, EvalRubric, EvalWords, EvalYesNo, validate
+from esi_ds.config.needs import require_esi
 from esi_ds.data.answers import RecordedAnswer, RecordedAnswers
+from esi_ds.data.chat import break_up, encode_prompt, special_strings
 from esi_ds.data.prompts import PromptSet, QuestionSet
-from esi_ds.data.thoughts import MARKS, UNFINISHED, Reads, marks_with, parts, reading, spans_in_text
+from esi_ds.data.thoughts import MARKS, NO_THOUGHT, UNFINISHED, Reads, marks_with, parts, reading, spans_in_text
+from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import SequenceJudge
 from esi_ds.eval.endpoint import Reply
 from esi_ds.eval.fluency import surprises
@@ -21,9 +26,13 @@ from esi_ds.eval.refusals import REFUSAL_LISTS, judge_by_words, refusal_list
 from esi_ds.eval.rows import AnswerRow, VerdictRow
 from esi_ds.eval.rubric import judge_by_rubric
 from esi_ds.eval.tables import answer_measures
-from esi_ds.eval.verdicts import NO_THOUGHT, NOTHING_SAID, Verdict, text_to_judge
+from esi_ds.eval.verdicts import NOTHING_SAID, Verdict, text_to_judge
+from esi_ds.judge.alignment import alignment_weights
 from esi_ds.judge.classifier import SequenceRule
+from esi_ds.judge.families import FAMILIES
+from esi_ds.judge.pairs import PairEncoder
 from esi_ds.report.tuning import refusal_rows
+from esi_ds.stages.esi.prepare import PromptData, PromptInputs, clean_responses, encode_examples
 from esi_ds.stages.evaluate import answering
 from esi_ds.stages.evaluate.answering import add_recorded, has_text, thought_notes
 from esi_ds.stages.evaluate.judging import judge_all
@@ -217,3 +226,74 @@ def test_marks_that_never_close_or_never_stand_are_said_once() -> None:
     assert note == "no answer of m holds [[ponder]] or [[/ponder]] of model.thought_marks"
     assert thought_notes(recorded_rows([COMPLIES, f"<think>x</think>{COMPLIES}"], None)) == []
     assert OWN[0] not in dict(MARKS)
+
+
+@pytest.mark.parametrize("reads", ["answer", "trace", "both"])
+@pytest.mark.parametrize("form", [*FORMS, "own"])
+@pytest.mark.parametrize("through", [False, True])
+def test_esi_s_judge_reads_what_an_evaluation_s_reads(form: str, reads: Reads, through: bool) -> None:
+    """Thoughts with marks and special-token strings in them; a thought's tokens have a weight only if asked."""
+    tokenizer, guard_tokenizer = byte_bpe_tokenizer(), sentencepiece_tokenizer()
+    trace, answer = "They ask for <|end|> it,\n\nand so", "  Sure: step 1 <|end|> "
+    response = own(trace, answer) if form == "own" else FORMS[form].format(trace, answer)
+    marks = marks_with(OWN)
+    encoder = PairEncoder(FAMILIES["llama-guard-3"], guard_tokenizer)
+    specials = special_strings(tokenizer, guard_tokenizer)
+    inputs = PromptInputs(
+        LlamaConfig(max_position_embeddings=4096),
+        tokenizer,
+        frozenset(),
+        SimpleNamespace(encoder=encoder),  # type: ignore[arg-type]
+        PromptData([], [response], {}, []),
+        specials,
+        marks=marks,
+        reads=reads,
+        trace_gradient=through,
+    )
+    ids = [encode_prompt(tokenizer, "Why?", None)]
+    cleaned, num_broken = clean_responses(inputs, ids, [response])
+    examples, excluded = encode_examples(inputs, ids, ["Why?"], cleaned, 8)
+    if reads == "trace" and not through:  # refused before: no token could have a gradient
+        assert excluded and not examples
+        return
+    (example,) = examples
+    judged = text_to_judge(response, reads, marks)
+    assert num_broken == (3 if form == "harmony" else 2)  # its own <|end|> is no mark of this tokenizer
+    assert example.judged == encoder.encode("Why?", break_up(str(judged), specials)[0])
+    assert tokenizer.eos_token_id not in example.response.ids
+    weights = alignment_weights(
+        example.response.offsets, example.judged.spans, example.judged.shown, [True] * len(example.response.ids)
+    ).sum(1)
+    weighted = tokenizer.decode([t for t, w in zip(example.response.ids, weights, strict=True) if w > 0])
+    assert ("They ask" in weighted) == (through and reads != "answer")
+    assert ("Sure" in weighted) == (reads != "trace")
+    assert not any(mark in weighted for mark in ("think>", "[[", "final"))
+    unmuted = [t for n, t in enumerate(example.response.ids) if n not in example.muted]
+    assert ("They ask" in tokenizer.decode(unmuted)) == through and "Sure: step 1" in tokenizer.decode(unmuted)
+
+
+@pytest.mark.parametrize(
+    ("judge", "esi", "words"),
+    [
+        ({"reads": "trace"}, {}, r"judge\.reads = .*trace.*leaves no token with a gradient.*esi\.trace_gradient: true"),
+        ({}, {"trace_gradient": True}, r"esi\.trace_gradient = .*changes nothing.*judge\.reads: both"),
+        ({"reads": "both"}, {"trace_gradient": True}, None),
+        ({}, {"trace_gradient": True, "estimator": "score_function"}, None),
+    ],
+)
+def test_what_no_gradient_reaches_is_refused(judge: dict[str, Any], esi: dict[str, Any], words: str | None) -> None:
+    raw = {"run": {"output_dir": "x"}, "model": {"path": "a"}, "data": {"prompts": {"path": "p"}}}
+    config = validate({**raw, "judge": {"path": "g", **judge}, "esi": esi})
+    with pytest.raises(UserError, match=words) if words else nullcontext():
+        require_esi(config)
+
+
+def test_an_unfinished_response_with_scores_of_its_own_takes_part_only_if_asked() -> None:
+    tokenizer = byte_bpe_tokenizer()
+    config, data = LlamaConfig(max_position_embeddings=4096), PromptData([], ["<think>so"], {}, [], [1.0])
+    inputs = PromptInputs(config, tokenizer, frozenset(), None, data, special_strings(tokenizer))
+    ids = [encode_prompt(tokenizer, "Why?", None)]
+    for through in (False, True):
+        asked = replace(inputs, trace_gradient=through)
+        examples, excluded = encode_examples(asked, ids, ["Why?"], clean_responses(asked, ids, ["<think>so"])[0], 8)
+        assert (len(examples), excluded) == ((1, {}) if through else (0, {0: UNFINISHED}))

@@ -169,6 +169,9 @@ class ScoreFunctionObjective(ResponseObjective):
     def _surrogate(self, example: Example, logits: Tensor, table: Tensor | None) -> tuple[float, Tensor]:
         sampled = torch.tensor(example.response.ids, device=logits.device)
         value, gradient = score_function_surrogate(logits, sampled, self._advantages[example.index])
+        if example.muted:
+            muted = torch.tensor(example.muted, device=logits.device)
+            value, gradient = value.index_fill_(0, muted, 0.0), gradient.index_fill_(0, muted, 0.0)
         return float(value.sum()), gradient
 
     def score(self, example: Example, value: float) -> float:

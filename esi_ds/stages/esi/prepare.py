@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,23 @@ from esi_ds.data.chat import (
 )
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import load_prompts, load_responses, recorded_scores
-from esi_ds.data.thoughts import UNFINISHED, Span, answer_spans, mark_strings, opening_mark, spans_in_answer
+from esi_ds.data.thoughts import (
+    MARKS,
+    NO_THOUGHT,
+    UNFINISHED,
+    Marks,
+    Parts,
+    Piece,
+    Reading,
+    Reads,
+    Span,
+    mark_strings,
+    marks_with,
+    opening_mark,
+    parts,
+    reading,
+    spans_in_text,
+)
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import (
@@ -86,7 +103,7 @@ class PromptInputs:
 
     end_ids: tokens that end a response. judge: None where the scores come with the responses. specials: strings of
     special tokens, of both tokenizers. benign_prompts: those of ``eval.benign``, for the routing frequencies of a
-    mixture.
+    mixture. marks: of thoughts. reads: what the judge reads of a response. trace_gradient: of the config.
     """
 
     model_config: PretrainedConfig
@@ -96,17 +113,24 @@ class PromptInputs:
     data: PromptData
     specials: tuple[str, ...]
     benign_prompts: tuple[Prompt, ...] = ()
+    marks: Marks = MARKS
+    reads: Reads = "answer"
+    trace_gradient: bool = False
 
 
 @dataclass(frozen=True)
 class Example:
-    """One usable prompt and response: the model's ids, the response's offsets in the text of its answer, and the
-    judge's input (None where no judge is asked)."""
+    """One usable prompt and response: the model's ids, the response's offsets in the text that is judged, and the
+    judge's input (None where no judge is asked).
+
+    muted: positions in ``response.ids`` of tokens of thoughts that no gradient reaches (``esi.trace_gradient``).
+    """
 
     index: int
     prompt_ids: list[int]
     response: EncodedResponse
     guard_input: EncodedPair | None
+    muted: tuple[int, ...] = ()
 
     @property
     def ids(self) -> list[int]:
@@ -144,6 +168,9 @@ def prepare_prompts(config: Config) -> PromptInputs | None:
         _read_data(config),
         specials,
         _benign_prompts(config),
+        marks_with(config.model.thought_marks),
+        config.judge.reads if config.judge is not None else "answer",
+        config.esi.trace_gradient,
     )
 
 
@@ -224,11 +251,17 @@ def clean(inputs: PromptInputs, prompts: Sequence[Prompt]) -> tuple[list[Prompt]
 
 @dataclass(frozen=True)
 class CleanResponse:
-    """A response with special-token strings broken up. answer: the characters that are its answer and are judged, as
-    ``answer_spans`` gives them; None: it ends within a thought."""
+    """A response with special-token strings broken up. parts: its thoughts and its answer, characters of ``text``.
+    read: what the judge reads; None: the response ends within a thought."""
 
     text: str
-    answer: list[Span] | None
+    parts: Parts
+    read: Reading | None
+
+    @property
+    def answer(self) -> list[Span] | None:
+        """The characters of the answer; None: the response ends within a thought."""
+        return self.parts.answer
 
 
 def clean_responses(
@@ -236,32 +269,39 @@ def clean_responses(
 ) -> tuple[list[CleanResponse], int]:
     """The responses to prompts, and how many special-token strings were broken up.
 
-    prompt_ids: of each prompt, or why it has none. Marks of thoughts stay whole outside of the answer: the model must
-    read its thought as it wrote it.
+    prompt_ids: of each prompt, or why it has none. Marks of thoughts stay whole outside of what the judge reads: the
+    model must read its thought as it wrote it.
     """
     cleaned = []
     for ids, response in zip(prompt_ids, responses, strict=True):
         # Responses that were read from a file may come without their thoughts, whatever the prompt opens.
         opening = None
         if inputs.data.responses is None and not isinstance(ids, str):
-            opening = opening_mark(inputs.tokenizer, ids)
-        cleaned.append(_clean_response(response, answer_spans(response, opening), inputs.specials))
+            opening = opening_mark(inputs.tokenizer, ids, inputs.marks)
+        cleaned.append(_clean_response(response, parts(response, opening, inputs.marks), inputs))
     return [response for response, _ in cleaned], sum(count for _, count in cleaned)
 
 
-def _clean_response(response: str, answer: list[Span] | None, specials: Sequence[str]) -> tuple[CleanResponse, int]:
-    if answer is None:
+def _clean_response(response: str, found: Parts, inputs: PromptInputs) -> tuple[CleanResponse, int]:
+    specials = inputs.specials
+    if found.answer is None:
         text, total = break_up(response, specials)
-        return CleanResponse(text, None), total
-    marks = mark_strings(specials)
+        return CleanResponse(text, found, None), total
+    marks = mark_strings(specials, inputs.marks)
     outside = [special for special in specials if special not in marks]
-    text, total, position, spans = "", 0, 0, []
-    for start, end in [*answer, (len(response), len(response))]:
+    spans = sorted([(span, False) for span in found.answer] + [(span, True) for span in found.trace])
+    moved: dict[bool, list[Span]] = {False: [], True: []}
+    text, total, position = "", 0, 0
+    for (start, end), is_trace in [*spans, ((len(response), len(response)), None)]:
         before, num_before = break_up(response[position:start], outside)
-        part, num_in_part = break_up(response[start:end], specials)
+        part, num_in_part = break_up(
+            response[start:end], outside if is_trace and inputs.reads == "answer" else specials
+        )
         text, total, position = text + before + part, total + num_before + num_in_part, end
-        spans.append((len(text) - len(part), len(text)))
-    return CleanResponse(text, spans[:-1]), total
+        if is_trace is not None:
+            moved[is_trace].append((len(text) - len(part), len(text)))
+    clean = Parts(moved[True], moved[False])
+    return CleanResponse(text, clean, reading(text, clean, inputs.reads)), total
 
 
 def encode_prompts(inputs: PromptInputs, config: Config, prompts: Sequence[Prompt]) -> list[list[int] | str]:
@@ -286,28 +326,43 @@ def encode_examples(
         if index in excluded:
             continue
         ids, encoded = readable[index], encode_response(inputs.tokenizer, response.text)
-        if response.answer is None and judge is not None:
+        if response.read is None and (judge is not None or not inputs.trace_gradient):
             excluded[index] = UNFINISHED
             continue
-        spans = [(0, len(response.text))] if response.answer is None else response.answer
-        answer = "".join(response.text[start:end] for start, end in spans)
-        if not answer.strip() or not encoded.ids:
-            excluded[index] = "the response is empty"
+        read = response.read or Reading(response.text, [Piece(0, len(response.text), 0, False)])
+        # The model's tokens outside of these pieces have no characters in what is judged, and no part in its gradient.
+        pieces = read.pieces if inputs.trace_gradient else [piece for piece in read.pieces if not piece.is_trace]
+        if not any(response.text[piece.start : piece.end].strip() for piece in pieces) or not encoded.ids:
+            excluded[index] = NO_THOUGHT if inputs.reads == "trace" and encoded.ids else "the response is empty"
             continue
         if limit is not None and len(ids) + len(encoded.ids) > limit:
             excluded[index] = f"too long for the model ({len(ids) + len(encoded.ids)} tokens, it takes {limit})"
             continue
-        guard_input = judge.encoder.encode(prompt, answer) if judge is not None else None
+        guard_input = judge.encoder.encode(prompt, read.text) if judge is not None else None
         if isinstance(guard_input, str):
             excluded[index] = guard_input
             continue
         if guard_input is not None and not guard_input.response_tokens:
             excluded[index] = "the judge sees no token of the response"
             continue
-        # The model's tokens of a thought have no characters in the answer, and no part in its gradient.
-        offsets = spans_in_answer(encoded.offsets, spans)
-        examples.append(Example(index, ids, EncodedResponse(encoded.ids, offsets), guard_input))
+        offsets = spans_in_text(encoded.offsets, pieces)
+        outside = [] if inputs.trace_gradient else _outside_answer(encoded.offsets, response.parts)
+        examples.append(Example(index, ids, EncodedResponse(encoded.ids, offsets), guard_input, tuple(outside)))
     return examples, excluded
+
+
+def _outside_answer(spans: Sequence[Span], found: Parts) -> list[int]:
+    """Which tokens, by their spans in the response, lie outside of its answer; none where nothing else is there."""
+    answer = found.answer or []
+    if not found.trace:
+        return []
+    starts = [start for start, _ in answer]
+    outside = []
+    for number, (start, end) in enumerate(spans):
+        last = bisect_left(starts, max(end, start + 1)) - 1  # the last part that begins before the token ends
+        if last < 0 or answer[last][1] <= start:
+            outside.append(number)
+    return outside
 
 
 @dataclass(frozen=True)
