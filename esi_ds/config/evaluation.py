@@ -41,6 +41,8 @@ def _task_of_name(entry: Any) -> Any:
     return {"name": entry} if isinstance(entry, str) else entry
 
 
+MIN_TEMPERATURE = 0.001
+SAMPLING_KEYS = {"temperature", "top_p", "seed"}  # of a request's body
 ORIGINS = ("path", "answers", "endpoint")  # of a model under evaluation: it has one of them
 
 
@@ -91,12 +93,41 @@ class Eval(Section):
         [], description="Tasks that lm-eval runs; they need the extra eval of this package."
     )
     max_new_tokens: int = Field(256, ge=1, description="The longest answer, in tokens.")
+    samples: int = Field(1, ge=1, description="How many answers a model gives to a prompt.")
+    temperature: float = Field(
+        0.0, ge=0, le=100, description="The temperature that answers are sampled at; 0 decodes greedily."
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="The probability of the likeliest tokens that samples are drawn from; 1 means all."
+    )
     batch_size: int = Field(8, ge=1, description="How many answers a rank judges or reads at a time.")
     generation_batch_size: Literal["auto"] | BatchNumber | None = Field(None, description=GENERATION_BATCH)
 
 
+def check_sampling(section: Eval) -> None:
+    """Raise UserError for samples without a temperature, and for one that fp32 would not tell from greedy."""
+    if section.temperature == 0:
+        remedy = "set eval.temperature above 0, or leave it out"
+        if section.samples > 1:
+            raise UserError("eval.samples", section.samples, "would be as many copies of one greedy answer", remedy)
+        if section.top_p < 1:
+            raise UserError("eval.top_p", section.top_p, "chooses among samples, and answers are greedy", remedy)
+    elif section.temperature < MIN_TEMPERATURE:
+        problem = f"is below {MIN_TEMPERATURE}, and all but greedy"
+        raise UserError("eval.temperature", section.temperature, problem, "give 0 for greedy answers, or more")
+    for number, model in enumerate(section.models):
+        for key in SAMPLING_KEYS & set(model.endpoint.extra if model.endpoint and section.temperature else ()):
+            field = f"eval.models.{number}.endpoint.extra.{key}"
+            value = model.endpoint.extra[key] if model.endpoint else None
+            if key == "seed" and value is None:  # a server that takes none
+                continue
+            owner = "run.seed" if key == "seed" else f"eval.{key}"
+            raise UserError(field, value, f"has another owner where answers are sampled: {owner}", "take it out")
+
+
 def check_eval(section: Eval, collective_timeout_s: int) -> None:
-    """Check that names in the tables are unique and that no endpoint keeps the other ranks waiting too long."""
+    """Check sampling, that names in the tables are unique and that no endpoint keeps other ranks waiting too long."""
+    check_sampling(section)
     for number, judge in enumerate(section.judges):
         if isinstance(judge, EvalGuard):
             check_guard(judge, f"eval.judges.{number}")

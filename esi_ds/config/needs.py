@@ -53,6 +53,12 @@ def require_tune(config: Config) -> Tune:
     """The ``tune`` section, without which SET and SPA cannot run. Raises UserError."""
     if config.tune is None:
         raise UserError("tune", None, "is missing", "give tune.mask and tune.data.path")
+    if config.eval is not None and config.eval.temperature > 0:
+        problem = "would sample answers, and those before and after tuning are greedy"
+        remedy = (
+            "set eval.temperature=0 and eval.samples=1 for this stage, and sample in an evaluation of the tuned model"
+        )
+        raise UserError("eval.temperature", config.eval.temperature, problem, remedy)
     benign = config.tune.data.benign
     if benign is not None and benign.fraction == 1:
         problem = "leaves no room for rows of tune.data"

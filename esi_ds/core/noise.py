@@ -43,10 +43,10 @@ def random_bits(key: int, counters: Tensor, bits: int) -> Tensor:
     return _logical_shift(mix((counters + 1) * GOLDEN + key), 64 - bits)
 
 
-def gumbel(key: int, rows: Tensor, num_columns: int) -> Tensor:
+def gumbel(key: int | Tensor, rows: Tensor, num_columns: int) -> Tensor:
     """Gumbel(0, 1) noise, float32 [len(rows), num_columns]; a row's noise depends only on ``key`` and its number.
 
-    rows: int64 row numbers.
+    rows: int64 row numbers. key: of all rows, or int64 [len(rows)].
     """
     columns = torch.arange(num_columns, device=rows.device)
     keys = mix((rows + 1) * GOLDEN + key)

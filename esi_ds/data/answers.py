@@ -7,6 +7,7 @@ Three formats: ``answers.jsonl`` as an evaluation writes it, rows of {"prompt", 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from esi_ds.data.rows import Row
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 
-Key = tuple[str, int]  # name of a set and index of a prompt in it
+Key = tuple[str, int] | tuple[str, int, int]  # name of a set, index of a prompt in it and, of several, which answer
 MISSING = "the file of answers has none to this prompt"
 
 
@@ -41,12 +42,13 @@ class RecordedAnswers:
     num_unused: int
 
 
-def load_answers(path: str, field: str, model: str, sets: Sequence[QuestionSet]) -> RecordedAnswers:
+def load_answers(path: str, field: str, model: str, sets: Sequence[QuestionSet], samples: int = 1) -> RecordedAnswers:
     """The answers of ``model`` in a file, to the prompts of the sets.
 
     model: its name, which chooses among the models of an ``answers.jsonl``. A row that names set and index answers that
-    prompt, if it is the same; any other is matched by its prompt. Raises UserError naming ``field``: for a file that
-    cannot be read, that answers no prompt, or that has two answers to one.
+    prompt, if it is the same; any other is matched by its prompt. samples: answers to a prompt; several are numbered in
+    the file's order. Raises UserError naming ``field``: for a file that cannot be read, that answers no prompt, or that
+    has more answers to one.
     """
     rows = _rows_of_model(load_responses(path, field), path, field, model)
     for row in rows:
@@ -55,23 +57,34 @@ def load_answers(path: str, field: str, model: str, sets: Sequence[QuestionSet])
         if not isinstance(row.get("excluded"), str | None):
             problem = f"has a row whose 'excluded' is {json.dumps(row['excluded'])[:20]}"
             raise UserError(field, path, problem, "give the reason as a text, or null")
-    by_key: dict[Key, int] = {}
+    by_key: dict[tuple[str, int], list[int]] = {}
     by_prompt: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         if _is_evaluated(row):
-            by_key[row["set"], row["index"]] = number
+            by_key.setdefault((row["set"], row["index"]), []).append(number)
         by_prompt.setdefault(_text_key(row["prompt"]), []).append(number)
+    texts = Counter(_text_key(prompt) for question_set in sets for prompt in question_set.prompts)
+    asked: Counter[str] = Counter()  # how often each prompt came before
     answers: dict[Key, RecordedAnswer] = {}
     used: set[int] = set()
     for question_set in sets:
         for index, prompt in enumerate(question_set.prompts):
-            key = question_set.name, index
-            numbers = by_prompt.get(_text_key(prompt), [])
-            if by_key.get(key) in numbers:
-                numbers = [by_key[key]]
-            if numbers:
-                used.update(numbers)
-                answers[key] = _only_answer([rows[number] for number in numbers], prompt, path, field)
+            key, text = (question_set.name, index), _text_key(prompt)
+            numbers = by_prompt.get(text, [])
+            if of_place := [number for number in by_key.get(key, []) if number in numbers]:
+                numbers = sorted(of_place, key=lambda number: rows[number].get("sample", 0))
+            elif samples > 1 and len(numbers) == samples * texts[text]:  # a prompt that is there several times
+                numbers = numbers[samples * asked[text] :][:samples]
+            asked[text] += 1
+            used.update(numbers)
+            matched = [rows[number] for number in numbers]
+            if matched and samples == 1:
+                answers[key] = _only_answer(matched, prompt, path, field)
+            elif len(matched) > samples:
+                problem = f"has {len(matched)} answers to the prompt {json.dumps(prompt)[:60]}, not {samples}"
+                raise UserError(field, path, problem, "set eval.samples to the number of answers, or keep so many")
+            else:
+                answers |= {(*key, sample): _answer_of(row) for sample, row in enumerate(matched)}
     if sets and not answers:
         raise UserError(field, path, "answers none of the prompts", "give the answers to eval.prompts and eval.benign")
     return RecordedAnswers(path, file_sha256(Path(path).expanduser()), answers, len(rows) - len(used))
@@ -114,11 +127,16 @@ def _text_key(prompt: Prompt) -> str:
     return json.dumps(prompt.strip() if isinstance(prompt, str) else prompt, sort_keys=True)
 
 
+def _answer_of(row: Row) -> RecordedAnswer:
+    answer = RecordedAnswer(row["response"], row.get("excluded"), row.get("cut") is True)
+    return RecordedAnswer(None, answer.excluded or MISSING) if answer.response is None else answer
+
+
 def _only_answer(rows: Sequence[Row], prompt: Prompt, path: str, field: str) -> RecordedAnswer:
     """The answer that these rows to one prompt have in common. Raises UserError where they differ."""
-    answers = {RecordedAnswer(row["response"], row.get("excluded"), row.get("cut") is True) for row in rows}
+    answers = {_answer_of(row) for row in rows}
     if len(answers) > 1:
         problem = f"has {len(answers)} different answers to the prompt {json.dumps(prompt)[:60]}"
-        raise UserError(field, path, problem, "keep one of them")
+        raise UserError(field, path, problem, f"keep one of them, or set eval.samples to {len(rows)}")
     (answer,) = answers
-    return RecordedAnswer(None, answer.excluded or MISSING) if answer.response is None else answer
+    return answer

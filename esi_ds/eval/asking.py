@@ -53,8 +53,9 @@ def ask_prompts(
     on_reply: Callable[[int, Reply], None],
     patience: Patience,
     field: str,
+    seeds: Sequence[int] | None = None,
 ) -> list[Reply]:
-    """A reply to each prompt, in order; ``on_reply`` and ``patience`` as in ``endpoint.ask_all``.
+    """A reply to each prompt, in order; ``on_reply``, ``patience`` and ``seeds`` as in ``endpoint.ask_all``.
 
     Raises UserError naming ``field`` as soon as another model replies than the one named; no reply of it is passed on.
     """
@@ -70,7 +71,7 @@ def ask_prompts(
     patience.should_stop = lambda: bool(others) or may_stop()
     try:
         questions = [messages_of(prompt, system_prompt) for prompt in prompts]
-        replies = ask_all(replace(endpoint, keeps_cut=True), questions, take, patience)
+        replies = ask_all(replace(endpoint, keeps_cut=True), questions, take, patience, seeds)
     finally:
         patience.should_stop = may_stop
     if others:

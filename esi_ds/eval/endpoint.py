@@ -114,7 +114,7 @@ class Endpoint:
 
     def body(self, text: str | Sequence[Mapping[str, Any]], system: str | None = None) -> Body:
         """The body of a request with one user message, or the turns of a chat, behind a ``system`` message if any,
-        decoded greedily."""
+        decoded greedily where ``extra`` has no temperature."""
         messages = [{"role": "system", "content": system}] if system is not None else []
         turns = [{"role": "user", "content": text}] if isinstance(text, str) else text
         body = {
@@ -171,15 +171,19 @@ def ask_all(
     texts: Sequence[str | tuple[str, str] | list[Turn]],
     on_reply: Callable[[int, Reply], None] = lambda index, reply: None,
     patience: Patience | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Reply]:
     """A reply to each text, in order. ``on_reply`` is called for each as it comes, in this thread or one other.
 
     texts: of the user, each alone or with the system's: (user, system); or the turns of a chat. patience: pass the same
-    one if the questions come in several calls, to count failures over all of them. A question that is not asked, or not
+    one if the questions come in several calls, to count failures over all of them. seeds: what a server that samples is
+    to begin each reply with; None sends none. A question that is not asked, or not
     to the end, has a reply with ``asked=False``; ``on_reply`` is not called for those that ``should_stop`` ends. Takes
     at most ⌈texts / concurrency⌉ · item_timeout seconds.
     """
     questions = [endpoint.body(*text) if isinstance(text, tuple) else endpoint.body(text) for text in texts]
+    if seeds is not None and "seed" not in endpoint.extra:  # null there: the server takes none
+        questions = [{"seed": seed, **body} for seed, body in zip(seeds, questions, strict=True)]
     return _run(_ask_all(endpoint, questions, on_reply, patience or Patience()))
 
 

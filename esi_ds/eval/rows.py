@@ -32,7 +32,7 @@ class AnswerRow(_MarkedAnswer, _Sampled):
     set: str  # the prompt set's name
     index: int  # the prompt's position in its set
     prompt: Prompt  # as it was read, before the chat template
-    response: str | None  # the greedy response, thoughts included; None if the prompt left no room for one
+    response: str | None  # the response, thoughts included; None if the prompt left no room for one
     excluded: str | None  # why there is no answer: no room, or it ends within a thought; None if there is one
 
 

@@ -1,14 +1,23 @@
-"""Greedy decoding: the most probable token at every step, and nothing that a model's own defaults add to that."""
+"""Greedy and sampled decoding, without anything that a model's own defaults add to them.
+
+Greedy takes the most probable token at every step. A sampled row takes the largest of logits / temperature plus Gumbel
+noise, among the tokens that top-p leaves, which is a draw from their softmax (Gumbel 1954, in Maddison et al.,
+NeurIPS 2014). The noise depends on the row's own key and the step alone, so that a row's tokens do not depend on the
+rows beside it, on ranks or on restarts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, TopPLogitsWarper
+
+from esi_ds.core.noise import GPU_CHUNK, gumbel
 
 
 @contextmanager
@@ -32,6 +41,42 @@ def _settings(end_ids: Collection[int], pad_id: int, **more: Any) -> GenerationC
     return GenerationConfig(eos_token_id=sorted(end_ids) or None, pad_token_id=pad_id, **more)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. temperature: above 0. top_p: the probability that the tokens drawn from hold together."""
+
+    temperature: float
+    top_p: float = 1.0
+
+
+class _Draw(LogitsProcessor):
+    """Scores whose largest is the token drawn. keys: int64 [rows], each row's noise; width: tokens of the prompts."""
+
+    def __init__(self, sampling: Sampling, keys: Tensor, width: int):
+        self._temperature, self._keys, self._width = sampling.temperature, keys, width
+        self._top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float() / self._temperature
+        if self._top_p is not None:
+            scores = self._top_p(input_ids, scores)
+        rows, num_tokens = scores.shape
+        steps = torch.full((rows,), input_ids.shape[1] - self._width, device=scores.device)
+        size = max(1, GPU_CHUNK // num_tokens)  # rows at a time: the noise takes eight bytes a token, several times
+        for part, keys, numbers in zip(scores.split(size), self._keys.split(size), steps.split(size), strict=True):
+            part += gumbel(keys, numbers, num_tokens)
+        return scores
+
+
+def sampled_ids(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], *, sampling: Sampling, keys: Sequence[int], **settings: Any
+) -> list[list[int]]:
+    """``greedy_ids``, with the tokens drawn at random. keys: int64, of each row's noise (``core.noise.stream``)."""
+    ids = batch["input_ids"]
+    draw = _Draw(sampling, torch.tensor(keys, dtype=torch.int64, device=ids.device), ids.shape[1])
+    return greedy_ids(model, batch, processors=[draw], **settings)
+
+
 def greedy_ids(
     model: PreTrainedModel,
     batch: Mapping[str, Tensor],
@@ -40,16 +85,20 @@ def greedy_ids(
     pad_id: int,
     max_new_tokens: int,
     synced_gpus: bool = False,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> list[list[int]]:
     """The new ids of each row, without its end token and what follows it.
 
     batch: ``input_ids`` and ``attention_mask``, both int64 [rows, tokens] and padded on the left. synced_gpus: whether
-    ranks go in step, with a forward pass each until all have finished.
+    ranks go in step, with a forward pass each until all have finished. processors: of the scores, before the largest is
+    taken.
     """
     settings = _settings(end_ids, pad_id, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True)
     generator: Any = model  # typed without the mixin that ``generate`` comes from
     with torch.no_grad(), without_defaults(model, end_ids, pad_id):
-        generated = generator.generate(**batch, generation_config=settings, synced_gpus=synced_gpus)
+        generated = generator.generate(
+            **batch, generation_config=settings, synced_gpus=synced_gpus, logits_processor=list(processors)
+        )
     width = batch["input_ids"].shape[1]
     return [up_to_end(row, end_ids) for row in generated[:, width:].tolist()]
 

@@ -16,8 +16,8 @@ Key = tuple[Any, ...]
 class Ledger(Generic[Row]):
     """Rows by key, the same on every rank; rank 0 appends them to the file as they come.
 
-    fields: the columns that make up the key of a row. kind: the rows' TypedDict. A line torn by a kill is dropped when
-    the file is read.
+    fields: the columns that make up the key of a row, those of them that it has. kind: the rows' TypedDict. A line torn
+    by a kill is dropped when the file is read.
     """
 
     def __init__(self, file: Path, fields: tuple[str, ...], kind: type[Row]):
@@ -31,7 +31,7 @@ class Ledger(Generic[Row]):
 
     def key(self, row: Mapping[str, Any]) -> Key:
         """What identifies a row."""
-        return tuple(row[field] for field in self.fields)
+        return tuple(row[field] for field in self.fields if field in row)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Add rows that are the same on every rank. Rows whose key is known are ignored."""

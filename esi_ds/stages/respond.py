@@ -1,4 +1,4 @@
-"""Responses: read from a file, or generated greedily and written batch by batch, so that none is generated twice."""
+"""Responses: read from a file, or generated and written batch by batch, so that none is generated twice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from esi_ds.stages.interrupt import stop_requested
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.generate import choose_batches, choose_mode, generate, in_step, ready_to_generate
+from esi_ds.zero.generate import Draws, choose_batches, choose_mode, generate, in_step, ready_to_generate
 
 PARTIAL_NAME = "responses.partial.jsonl"
 NAME = "responses.jsonl"
@@ -145,12 +145,14 @@ def generate_all(
     tracker: Tracker,
     description: str = "generate",
     marks: Marks = MARKS,
+    draws: Callable[[Sequence[int]], Draws] | None = None,
 ) -> None:
     """Add a response to ``done`` for every prompt that has none.
 
     prompt_ids: of prompts with room for ``max_new_tokens``, by index. end_ids: the tokens that end a response. marks:
-    of thoughts. All ranks take part, batch by batch; after each batch every rank calls ``keep`` with the responses of
-    all ranks. Collectives: those of generation, and one gather of texts per batch. Raises Interrupted.
+    of thoughts. draws: how those of some indices are sampled; None decodes greedily. All ranks take part, batch by
+    batch; after each batch every rank calls ``keep`` with the responses of all ranks. Collectives: those of generation,
+    and one gather of texts per batch. Raises Interrupted.
     """
     waiting = [index for index in prompt_ids if index not in done]
     if not waiting:
@@ -172,10 +174,11 @@ def generate_all(
         for start in range(0, len(batches), ranks):
             mine = batches[start + rank] if start + rank < len(batches) else []
             # A rank without a prompt left repeats one: all ranks must run in step.
-            rows = [prompt_ids[index] for index in mine or waiting[:1]]
+            indices = mine or waiting[:1]
             texts, tokens = list[str](), 0
             if mine or in_step(model, mode):
-                texts, tokens = generate(model, tokenizer, rows, max_new_tokens, mode, end_ids, marks)
+                rows, drawn = [prompt_ids[index] for index in indices], draws and draws(indices)
+                texts, tokens = generate(model, tokenizer, rows, max_new_tokens, mode, end_ids, marks, drawn)
             local = dict(zip(mine, texts, strict=False)), tokens if mine else 0, stop_requested()
             gathered = runtime.gather_objects(local)
             new = {index: text for part, _, _ in gathered for index, text in part.items()}

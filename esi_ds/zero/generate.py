@@ -1,9 +1,10 @@
-"""Greedy responses from a ZeRO-3 model, which is gathered once where it fits, otherwise again for every token."""
+"""Greedy or sampled responses from a ZeRO-3 model: gathered once where it fits, otherwise again for every token."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from esi_ds.core.batch import Rows, left_pad
 from esi_ds.core.batch_size import WHOLE_SHARE
 from esi_ds.data.thoughts import MARKS, Marks, decode_responses
-from esi_ds.models.decoding import greedy_ids
+from esi_ds.models.decoding import Sampling, greedy_ids, sampled_ids
 from esi_ds.models.rows import Together, depends_on_neighbours, generation_logits, probe_ids
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
@@ -51,6 +52,13 @@ def ready_to_generate(model: ShardedModel, mode: str) -> Iterator[None]:
             model.release()
 
 
+class Draws(NamedTuple):
+    """How the rows of a batch are sampled. keys: of each row's noise (``core.noise.stream``)."""
+
+    sampling: Sampling
+    keys: Sequence[int]
+
+
 class Generated(NamedTuple):
     """Responses to a batch, and how many tokens they have together, end tokens not counted."""
 
@@ -66,14 +74,18 @@ def generate(
     mode: str,
     end_ids: Collection[int],
     marks: Marks = MARKS,
+    draws: Draws | None = None,
 ) -> Generated:
-    """Greedy responses to a batch of prompts, given as token ids; text without special tokens but ``marks``.
+    """Responses to a batch of prompts, given as token ids; text without special tokens but ``marks``.
 
-    end_ids: the tokens that end a response. Collectives where ranks go ``in_step``: those of a forward pass per token,
-    until every rank has finished; every rank must then call this equally often, with at least one row.
+    end_ids: the tokens that end a response. draws: None decodes greedily. Collectives where ranks go ``in_step``: those
+    of a forward pass per token, until every rank has finished; every rank must then call this equally often, with at
+    least one row.
     """
-    batch = left_pad(rows, tokenizer.pad_token_id, runtime.device())
-    responses = greedy_ids(
+    batch, decode = left_pad(rows, tokenizer.pad_token_id, runtime.device()), greedy_ids
+    if draws is not None:
+        decode = partial(sampled_ids, sampling=draws.sampling, keys=draws.keys)
+    responses = decode(
         model.module,
         batch,
         end_ids=end_ids,

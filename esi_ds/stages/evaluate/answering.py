@@ -1,4 +1,4 @@
-"""Answers of the models under evaluation: greedy, kept on disk as they are generated, none generated twice."""
+"""Answers of the models under evaluation, greedy or sampled: kept on disk as they come, none generated twice."""
 
 from __future__ import annotations
 
@@ -10,32 +10,23 @@ from esi_ds.data.chat import answerable
 from esi_ds.data.prompts import QuestionSet
 from esi_ds.data.thoughts import UNFINISHED, final_answer, marks_with, opening_mark
 from esi_ds.eval.fluency import surprises as measure_surprises
-from esi_ds.eval.rows import AnswerRow, SurpriseRow, answered, marks_of
+from esi_ds.eval.rows import AnswerRow, SurpriseRow, answer_key, answered, marks_of
 from esi_ds.eval.verdicts import is_empty
+from esi_ds.models.decoding import Sampling
 from esi_ds.models.rows import probe_ids
 from esi_ds.stages.batch_sizes import GenerationBatch
 from esi_ds.stages.evaluate.prepare import Candidate, RecordedModel
+from esi_ds.stages.evaluate.questions import answer_stream, unanswered_rows
 from esi_ds.stages.interrupt import check_stop
-from esi_ds.stages.ledger import Key, Ledger
+from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.respond import generate_all
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.batching import batch_size_for, reads_causally
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.generate import choose_mode, in_step, ready_to_generate
+from esi_ds.zero.generate import Draws, choose_mode, in_step, ready_to_generate
 
-ANSWERS, ANSWER_KEY = "answers.jsonl", ("model", "set", "index")
-SURPRISES = "surprises.jsonl"
-
-
-def answer_keys(names: Sequence[str], sets: Sequence[QuestionSet]) -> list[Key]:
-    """(model, set, index) of every answer the models are to give, in the order of the tables."""
-    return [
-        (name, question_set.name, index)
-        for name in names
-        for question_set in sets
-        for index in range(len(question_set.prompts))
-    ]
+ANSWERS, SURPRISES = "answers.jsonl", "surprises.jsonl"
 
 
 def has_text(row: AnswerRow) -> bool:
@@ -62,38 +53,39 @@ def thought_notes(rows: Sequence[AnswerRow]) -> list[str]:
 
 
 def add_recorded(
-    model: RecordedModel, sets: Sequence[QuestionSet], answers: Ledger[AnswerRow], tracker: Tracker
+    model: RecordedModel,
+    sets: Sequence[QuestionSet],
+    answers: Ledger[AnswerRow],
+    tracker: Tracker,
+    samples: int = 1,
 ) -> None:
-    """Add a row for every prompt, with the answer that the model's file has; the log lists prompts that have none.
+    """Add the rows of ``unanswered_rows`` with the answers that the model's file has; the log lists prompts that lack
+    some.
 
     No collectives.
     """
     recorded, no_answer = model.recorded, RecordedAnswer(None, MISSING)
-    rows: list[AnswerRow] = []
+    rows = unanswered_rows(model.name, sets, samples)
+    missing: dict[str, dict[int, int]] = {}  # set → index → answers that are missing
+    for row in rows:
+        answer = recorded.answers.get(answer_key(row)[1:], no_answer)
+        if answer is no_answer:
+            of_set = missing.setdefault(row["set"], {})
+            of_set[row["index"]] = of_set.get(row["index"], 0) + 1
+        row["response"], row["excluded"] = answer.response, answer.excluded
+        if model.thought_marks is not None:
+            row["thought_marks"] = model.thought_marks
+        if answer.response is not None and final_answer(answer.response, None, marks_of(row)) is None:
+            row["excluded"] = row["excluded"] or UNFINISHED
+        if answer.is_cut:
+            row["cut"] = True
     for question_set in sets:
-        missing = [i for i in range(len(question_set.prompts)) if (question_set.name, i) not in recorded.answers]
-        if missing:
+        if lacking := missing.get(question_set.name):
+            what = "no answer" if samples == 1 else f"fewer than {samples} answers"
             tracker.log(
-                f"{recorded.path} has no answer of {model.name} to {len(missing)} of {len(question_set.prompts)} "
-                f"prompts of {question_set.name}: {', '.join(map(str, missing))}"
+                f"{recorded.path} has {what} of {model.name} to {len(lacking)} of {len(question_set.prompts)} "
+                f"prompts of {question_set.name}: {', '.join(map(str, lacking))}"
             )
-        for index, prompt in enumerate(question_set.prompts):
-            answer = recorded.answers.get((question_set.name, index), no_answer)
-            row: AnswerRow = {
-                "model": model.name,
-                "set": question_set.name,
-                "index": index,
-                "prompt": prompt,
-                "response": answer.response,
-                "excluded": answer.excluded,
-            }
-            if model.thought_marks is not None:
-                row["thought_marks"] = model.thought_marks
-            if answer.response is not None and final_answer(answer.response, None, marks_of(row)) is None:
-                row["excluded"] = row["excluded"] or UNFINISHED
-            if answer.is_cut:
-                row["cut"] = True
-            rows.append(row)
     answers.add(rows)
     unused = f"; {recorded.num_unused} of its rows answer other prompts" if recorded.num_unused else ""
     tracker.log(
@@ -132,22 +124,14 @@ def answer_all(
     limit, length = candidate.max_positions, section.max_new_tokens
     waiting: list[AnswerRow] = []
     prompt_ids, reasons = answerable(candidate.prompt_ids, length, limit)
-    for question_set in sets:
-        for index, prompt in enumerate(question_set.prompts):
-            row: AnswerRow = {
-                "model": name,
-                "set": question_set.name,
-                "index": index,
-                "prompt": prompt,
-                "response": None,
-                "excluded": reasons.get((question_set.name, index)),
-            }
-            if answers.key(row) in answers.rows:
-                continue
-            if row["excluded"] is not None:
-                answers.add([row])
-            else:
-                waiting.append(row)
+    for row in unanswered_rows(name, sets, section.samples):
+        row["excluded"] = reasons.get((row["set"], row["index"]))
+        if answers.key(row) in answers.rows:
+            continue
+        if row["excluded"] is not None:
+            answers.add([row])
+        else:
+            waiting.append(row)
 
     def keep(responses: dict[int, str]) -> None:
         rows: list[AnswerRow] = []
@@ -162,6 +146,10 @@ def answer_all(
             rows.append(row)
         answers.add(rows)
 
+    def draws(numbers: Sequence[int]) -> Draws:
+        sampling = Sampling(section.temperature, section.top_p)
+        return Draws(sampling, [answer_stream(config.run.seed, waiting[number]) for number in numbers])
+
     generate_all(
         model,
         candidate.tokenizer,
@@ -175,6 +163,7 @@ def answer_all(
         tracker=tracker,
         description=f"answer: {name}"[:40],
         marks=marks_with(candidate.thought_marks),
+        draws=draws if section.temperature > 0 else None,
     )
 
 
@@ -222,10 +211,13 @@ def surprise_all(
                 limit=reference.max_positions,
                 marks=marks_with(reference.thought_marks),
             )
-            rows: list[SurpriseRow] = [
-                {"model": row["model"], "set": row["set"], "index": row["index"], "surprise": value}
-                for (row, _), value in zip(mine, values, strict=True)
-            ]
-            surprises.share(rows)
+            surprises.share(_surprise_row(row, value) for (row, _), value in zip(mine, values, strict=True))
             bar.update(min(size * ranks, len(waiting) - start))
             check_stop(f"{len(surprises.rows)} answers read again")
+
+
+def _surprise_row(row: AnswerRow, surprise: float | None) -> SurpriseRow:
+    new: SurpriseRow = {"model": row["model"], "set": row["set"], "index": row["index"], "surprise": surprise}
+    if "sample" in row:
+        new["sample"] = row["sample"]
+    return new

@@ -9,7 +9,7 @@ from typing import Any
 from esi_ds.config import Eval
 from esi_ds.data.turns import prompt_text
 from esi_ds.eval.refusals import REFUSAL_LISTS
-from esi_ds.eval.rows import TaskResultRow, TaskRow, TaskSummary
+from esi_ds.eval.rows import TaskResultRow, TaskRow, TaskSummary, answer_key
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
 from esi_ds.report.contents import EvaluationReport, Facts, RateTables, SampleAnswer, SamplePrompt
 from esi_ds.report.evaluation import closing_table, publish
@@ -95,15 +95,16 @@ def without_documents(result: TaskResultRow) -> TaskSummary:
 
 
 def samples(inputs: EvalInputs, outcome: Outcome) -> list[SamplePrompt]:
-    """The first prompts of every set, with every model's answer and every judge's verdict on it."""
-    by_key = {(row["model"], row["set"], row["index"]): row for row in outcome.answers}
+    """The first prompts of every set, with every model's (first) answer and every judge's verdict on it."""
+    by_key = {answer_key(row): row for row in outcome.answers}
+    first = (0,) if inputs.section.samples > 1 else ()
     verdicts, prompts = outcome.verdicts, list[SamplePrompt]()
     for question_set in inputs.sets:
         for index, prompt in enumerate(question_set.prompts[:NUM_SAMPLES]):
             shown: list[SampleAnswer] = []
             for model in inputs.models:
-                row = by_key[model.name, question_set.name, index]
-                keys = {judge.name: (judge.name, model.name, question_set.name, index) for judge in inputs.judges}
+                key = (model.name, question_set.name, index, *first)
+                row, keys = by_key[key], {judge.name: (judge.name, *key) for judge in inputs.judges}
                 shown.append(
                     {
                         "model": model.name,
@@ -117,11 +118,18 @@ def samples(inputs: EvalInputs, outcome: Outcome) -> list[SamplePrompt]:
     return prompts
 
 
+def _decoding(section: Eval) -> str:
+    if section.temperature == 0:
+        return "greedy"
+    count = "one" if section.samples == 1 else str(section.samples)
+    return f"{count} to a prompt, sampled at temperature {section.temperature:g} and top_p {section.top_p:g}"
+
+
 def facts(run: StageRun[Any], section: Eval) -> Facts:
     """What the report's last table says of the run."""
     return {
         "dtype": run.config.model.dtype,
-        "answers": f"greedy, at most {section.max_new_tokens} tokens",
+        "answers": f"{_decoding(section)}, at most {section.max_new_tokens} tokens",
         "refusal words on benign prompts": section.refusal_words,
         "ranks": runtime.world_size(),
         "seed": run.config.run.seed,

@@ -14,7 +14,7 @@ from esi_ds.data.turns import prompt_text
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, TokenJudge, length_batches
 from esi_ds.eval.endpoint import Reply
 from esi_ds.eval.refusals import judge_by_words
-from esi_ds.eval.rows import AnswerRow, VerdictRow, answered, marks_of
+from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, VerdictRow, answer_key, answered, marks_of
 from esi_ds.eval.rubric import Prices, judge_by_rubric, total_usage
 from esi_ds.eval.tables import ATTACK_SUCCESS
 from esi_ds.eval.verdicts import Verdict
@@ -35,7 +35,7 @@ from esi_ds.tracking import Bar, Tracker
 from esi_ds.zero import memory, runtime
 from esi_ds.zero.placement import load_judge
 
-VERDICTS, VERDICT_KEY = "verdicts.jsonl", ("judge", "model", "set", "index")
+VERDICTS, VERDICT_KEY = "verdicts.jsonl", ("judge", *ANSWER_KEY)
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ def judge_all(
 
 def verdict_key(judge: PreparedJudge, row: AnswerRow) -> Key:
     """The ledger's key of this judge's verdict on an answer."""
-    return judge.name, row["model"], row["set"], row["index"]
+    return judge.name, *answer_key(row)
 
 
 def _verdict_row(judge: PreparedJudge, question: UnjudgedAnswer, verdict: Verdict) -> VerdictRow:
     row = question.row
-    return {
+    new: VerdictRow = {
         "judge": judge.name,
         "model": row["model"],
         "set": row["set"],
@@ -99,6 +99,9 @@ def _verdict_row(judge: PreparedJudge, question: UnjudgedAnswer, verdict: Verdic
         "score": verdict.score,
         "reason": verdict.reason,
     }
+    if "sample" in row:
+        new["sample"] = row["sample"]
+    return new
 
 
 def _progress(judge: PreparedJudge, total: int, initial: int, tracker: Tracker) -> Bar:

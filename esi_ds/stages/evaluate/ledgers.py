@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from esi_ds.config import Config
-from esi_ds.eval.rows import AnswerRow, SurpriseRow, VerdictRow
+from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, SurpriseRow, VerdictRow
 from esi_ds.eval.tables import Surprises, Verdicts
-from esi_ds.stages.evaluate.answering import ANSWER_KEY, ANSWERS, SURPRISES, answer_keys, thought_notes
+from esi_ds.stages.evaluate.answering import ANSWERS, SURPRISES, thought_notes
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, VERDICTS, judge_all, verdict_key
 from esi_ds.stages.evaluate.prepare import EvalInputs
+from esi_ds.stages.evaluate.questions import answer_keys
 from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
 
@@ -56,7 +57,7 @@ class EvalLedgers:
 
         Collectives: those of ``judge_all``. Raises Interrupted.
         """
-        order = answer_keys(names, inputs.sets)
+        order = answer_keys(names, inputs.sets, inputs.section.samples)
         answers = self.answers.sort(order)
         self.surprises.sort(order)
         for note in thought_notes(answers):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,7 @@ class ServedModel:
     field: str  # the endpoint's key in the config
     system_prompt: str | None  # the system's turn of prompts that have none
     thought_marks: list[str] | None = None  # of the config
+    seed: int | None = None  # of sampled answers; None: answers are greedy
 
     @property
     def path(self) -> str:
@@ -207,18 +208,17 @@ def prepare_eval(config: Config) -> EvalInputs:
             source = ModelSource(model.path, model.revision, config.model.trust_remote_code, f"{field}.path")
             models.append(_candidate(config.model, name, source, model.before, sets))
         elif model.answers is not None:
-            recorded = load_answers(model.answers, f"{field}.answers", name, sets)
+            recorded = load_answers(model.answers, f"{field}.answers", name, sets, section.samples)
             models.append(RecordedModel(name, model.before, recorded, config.model.thought_marks))
         elif model.endpoint is not None:
             endpoint = _served(
                 model.endpoint, f"{field}.endpoint", section.max_new_tokens, config.model.template_kwargs
             )
-            system_prompt = config.model.system_prompt
-            models.append(
-                ServedModel(
-                    name, model.before, endpoint, f"{field}.endpoint", system_prompt, config.model.thought_marks
-                )
-            )
+            seed, of_model = None, (config.model.system_prompt, config.model.thought_marks)
+            if section.temperature > 0:  # top_p even if it is 1: a server may have another default
+                sampling = {"temperature": section.temperature, "top_p": section.top_p}
+                seed, endpoint = config.run.seed, replace(endpoint, extra={**endpoint.extra, **sampling})
+            models.append(ServedModel(name, model.before, endpoint, f"{field}.endpoint", *of_model, seed))
     data_hashes = {f"{question_set.kind}:{question_set.name}": question_set.prompt_set.sha256 for question_set in sets}
     return EvalInputs(section, sets, models, judges, prepare_tasks(section.tasks), data_hashes)
 

@@ -11,6 +11,7 @@ from esi_ds.eval.asking import ask_prompts, check_served
 from esi_ds.eval.endpoint import Reply
 from esi_ds.eval.rows import AnswerRow, marks_of
 from esi_ds.stages.evaluate.prepare import ServedModel
+from esi_ds.stages.evaluate.questions import request_seed, unanswered_rows
 from esi_ds.stages.evaluate.rounds import EndpointRounds
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
@@ -25,13 +26,14 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
         super().__init__(model.endpoint, answers)
         self._model, self._tracker = model, tracker
 
-    def ask(self, sets: Sequence[QuestionSet]) -> None:
-        """Add a row for every prompt that ``answers`` lacks.
+    def ask(self, sets: Sequence[QuestionSet], samples: int = 1) -> None:
+        """Add every row of ``unanswered_rows`` that ``answers`` lacks.
 
         Collectives: a broadcast and a gather for each chunk, and three broadcasts. Raises Interrupted, and UserError,
         on every rank, where another model is served, or where the endpoint is given up: what was answered is kept.
         """
-        waiting = [row for row in self._rows(sets) if self.rows.key(row) not in self.rows.rows]
+        rows = unanswered_rows(self._model.name, sets, samples)
+        waiting = [row for row in rows if self.rows.key(row) not in self.rows.rows]
         if not waiting:
             return
         model = self._model
@@ -51,27 +53,14 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
             problem = f"gave no answer to {num_left} prompts (the last: {last})"
             raise UserError(model.field, model.endpoint.url, problem, "start again once it works: they are asked anew")
 
-    def _rows(self, sets: Sequence[QuestionSet]) -> list[AnswerRow]:
-        return [
-            {
-                "model": self._model.name,
-                "set": question_set.name,
-                "index": index,
-                "prompt": prompt,
-                "response": None,
-                "excluded": None,
-            }
-            for question_set in sets
-            for index, prompt in enumerate(question_set.prompts)
-        ]
-
     def ask_chunk(self, chunk: Sequence[AnswerRow], keep: Callable[[AnswerRow, Reply], None]) -> None:
         def take(number: int, reply: Reply) -> None:
             keep(answer_row(chunk[number], reply, model.thought_marks), reply)
 
         model = self._model
         prompts = [row["prompt"] for row in chunk]
-        ask_prompts(model.endpoint, prompts, model.system_prompt, take, self.patience, f"{model.field}.model")
+        seeds = None if model.seed is None else [request_seed(model.seed, row) for row in chunk]
+        ask_prompts(model.endpoint, prompts, model.system_prompt, take, self.patience, f"{model.field}.model", seeds)
 
 
 def answer_row(row: AnswerRow, reply: Reply, thought_marks: list[str] | None = None) -> AnswerRow:

@@ -9,10 +9,11 @@ from esi_ds.eval.rows import TaskRow
 from esi_ds.eval.tasks import run_tasks
 from esi_ds.models.meta import meta_parameters
 from esi_ds.stages.batch_sizes import longest_prompt
-from esi_ds.stages.evaluate.answering import add_recorded, answer_all, answer_keys, surprise_all, to_read_again
+from esi_ds.stages.evaluate.answering import add_recorded, answer_all, surprise_all, to_read_again
 from esi_ds.stages.evaluate.finish import finish_eval
 from esi_ds.stages.evaluate.ledgers import EvalLedgers
 from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs, ServedModel
+from esi_ds.stages.evaluate.questions import answer_keys
 from esi_ds.stages.evaluate.served import AnswerRounds
 from esi_ds.stages.interrupt import check_stop, stop_requested
 from esi_ds.stages.ledger import Ledger
@@ -56,9 +57,9 @@ class EvalRun(StageRun[EvalInputs]):
         ledgers = EvalLedgers.open(self.folder.path)
         for other in inputs.elsewhere:
             if isinstance(other, ServedModel):
-                AnswerRounds(other, ledgers.answers, tracker).ask(inputs.sets)
+                AnswerRounds(other, ledgers.answers, tracker).ask(inputs.sets, inputs.section.samples)
             else:
-                add_recorded(other, inputs.sets, ledgers.answers, tracker)
+                add_recorded(other, inputs.sets, ledgers.answers, tracker, inputs.section.samples)
         for model in reversed(inputs.candidates):  # the base last: it reads the others' answers too
             self._answer(model, ledgers)
         names = [model.name for model in inputs.models]
@@ -73,7 +74,7 @@ class EvalRun(StageRun[EvalInputs]):
         sets, section = self.inputs.sets, self.inputs.section
         is_base = candidate.name == BASE
         answers, surprises = ledgers.answers, ledgers.surprises
-        is_answered = set(answer_keys([candidate.name], sets)) <= answers.rows.keys()
+        is_answered = set(answer_keys([candidate.name], sets, section.samples)) <= answers.rows.keys()
         recorded = {model.name for model in self.inputs.elsewhere}
         if is_answered and (not is_base or not to_read_again(answers, surprises, recorded)):
             return

@@ -15,8 +15,9 @@ from typing_extensions import TypedDict
 from esi_ds.errors import UserError
 from esi_ds.eval.rows import AnswerRow
 from esi_ds.stages.batch_sizes import GenerationBatch, longest_prompt
-from esi_ds.stages.evaluate.answering import answer_all, answer_keys, surprise_all
+from esi_ds.stages.evaluate.answering import answer_all, surprise_all
 from esi_ds.stages.evaluate.ledgers import EvalLedgers
+from esi_ds.stages.evaluate.questions import answer_keys
 from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.perturb.finish import RestoredCells, finish_perturb
 from esi_ds.stages.perturb.prepare import CLEAN, NoiseCell, PerturbInputs
@@ -88,7 +89,7 @@ class PerturbRun(StageRun[PerturbInputs]):
         for number, cell in enumerate(inputs.cells, 1):
             selected = positions(model, self._bits(model, cell, scores))
             counts[cell.name] = self._count(map(len, selected.values()))
-            is_answered = all(key in answers.rows for key in answer_keys([cell.name], sets))
+            is_answered = all(key in answers.rows for key in answer_keys([cell.name], sets, section.samples))
             if is_answered and (cell.name,) in checked.rows:
                 continue
             tracker.log(f"cell {number} of {len(inputs.cells)}: {cell.name}, {counts[cell.name]:,} weights")

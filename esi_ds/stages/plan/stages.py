@@ -149,9 +149,10 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     for prompt_set in inputs.sets:
         row = prompt_set.as_row()
         facts[f"{row['kind']} set {row['set']}"] = f"{row['read']:,} prompts, {sum(row['skipped'].values()):,} skipped"
-    count = sum(len(prompt_set.prompts) for prompt_set in inputs.sets)
+    count = sum(len(prompt_set.prompts) for prompt_set in inputs.sets) * section.samples
     facts["answers"] = f"{count * len(inputs.candidates):,}, at most {section.max_new_tokens} tokens each"
     num_harmful = sum(len(prompt_set.prompts) for prompt_set in inputs.sets if prompt_set.kind == "harmful")
+    num_harmful *= section.samples
     judges = ", ".join(judge.name for judge in inputs.judges)
     facts["verdicts"] = f"{num_harmful * len(inputs.models):,} each of {judges}"
     print_facts(facts)
@@ -172,7 +173,7 @@ def print_perturb_plan(config: Config, options: Options, inputs: PerturbInputs) 
         options.gpu_memory_gib * GIB,
         section.max_new_tokens,
     )
-    count = sum(len(prompt_set.prompts) for prompt_set in inputs.eval.sets)
+    count = sum(len(prompt_set.prompts) for prompt_set in inputs.eval.sets) * section.samples
     facts: Facts = {
         "mask": f"{inputs.mask.k:,} weights by {inputs.mask.header.criterion}",
         "scores": inputs.scores or "not needed",
