@@ -140,11 +140,12 @@ def render(
     add_generation_prompt: bool,
     options: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of a conversation in the tokenizer's chat template, which is given roles, contents and ``options`` only.
+    """The text of a conversation in the tokenizer's chat template, which is given roles, contents, thoughts and
+    ``options`` only.
 
     Raises TemplateRejection.
     """
-    messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    messages = [{"role": turn["role"], "content": turn["content"], **_trace(turn)} for turn in turns]
     try:
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, **(options or {})
@@ -152,6 +153,12 @@ def render(
     except Exception as error:  # Jinja's errors, or whatever the template raises
         raise TemplateRejection(f"the chat template rejects it ({first_line(error)})") from error
     return str(text)
+
+
+def _trace(turn: Mapping[str, Any]) -> dict[str, str]:
+    """A turn's thought, under the names that templates read: Qwen3's and most others' one, and gpt-oss's."""
+    trace = turn.get("trace")
+    return {"reasoning_content": trace, "thinking": trace} if trace else {}
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system_prompt: str | None) -> list[int]:

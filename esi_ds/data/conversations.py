@@ -31,6 +31,8 @@ from esi_ds.data.columns import (
     unread_names,
 )
 from esi_ds.data.rows import Row, is_text
+from esi_ds.data.thought_rows import ThoughtTemplate
+from esi_ds.data.thoughts import MARKS, Marks
 from esi_ds.data.turns import Turn, read_turns, with_context
 from esi_ds.errors import UserError
 
@@ -70,11 +72,13 @@ class TuningSet:
     num_cut: int
     sha256: str
     unread: tuple[str, ...] = ()
+    thoughts: str = ""
 
     @property
     def note(self) -> str:
-        """Columns that no row is read from, for the end of a line of the log; "" if none."""
-        return f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
+        """Columns that no row is read from, and what became of thoughts, for the end of a line of the log; "" if
+        there is nothing to say."""
+        return (f"; columns not read: {', '.join(self.unread)}" if self.unread else "") + self.thoughts
 
 
 def find_columns(rows: Sequence[Row], columns: str, field: str) -> tuple[str, ...]:
@@ -109,14 +113,16 @@ def find_columns(rows: Sequence[Row], columns: str, field: str) -> tuple[str, ..
     )
 
 
-def conversation(row: Row, columns: Sequence[str]) -> list[Turn] | str:
+def conversation(row: Row, columns: Sequence[str], template: ThoughtTemplate | None = None) -> list[Turn] | str:
     """The turns of one row, or why it has none.
 
     A system prompt, earlier turns, inputs and options in other columns belong to it; the last turn is one that is
-    learnt.
+    learnt. template: of a model that thinks, where a turn's thought is told from its answer.
     """
     try:
-        turns = _turns(row, columns)
+        turns = _turns(row, columns, traces=template is not None)
+        if template is not None:
+            turns = template.separated(turns)
     except UnreadableRow as error:
         return str(error)
     while turns and not is_spoken(turns[-1]):
@@ -129,8 +135,8 @@ def is_spoken(turn: Turn) -> bool:
     return turn["role"] == "assistant" and turn.get("learnt", True)
 
 
-def _turns(row: Row, columns: Sequence[str]) -> list[Turn]:
-    """All turns of one row. Raises UnreadableRow."""
+def _turns(row: Row, columns: Sequence[str], traces: bool) -> list[Turn]:
+    """All turns of one row. traces: as of ``read_turns``. Raises UnreadableRow."""
     used = [column.strip().lower() for column in columns]
     other = lowered(row, without=used)
     check_row(other)
@@ -139,7 +145,7 @@ def _turns(row: Row, columns: Sequence[str]) -> list[Turn]:
     if other.get("label") is False:  # KTO's
         raise UnreadableRow("its label is false: the answer is not to be learnt")
     if len(columns) == 1:
-        return with_context(read_turns(chat_value(row.get(columns[0]), used[0])), other)
+        return with_context(read_turns(chat_value(row.get(columns[0]), used[0]), traces), other)
     return with_context(_asked_and_answered(row, columns, other, used), other)
 
 
@@ -164,18 +170,26 @@ def _text_in(row: Row, column: str, part: str) -> str:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], end_ids: Iterable[int], row: int
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Turn],
+    end_ids: Iterable[int],
+    row: int,
+    template: ThoughtTemplate | None = None,
 ) -> TokenSequence:
     """Ids and labels of a conversation in the model's chat template.
 
     Learnt: every turn of the assistant that is not marked ``learnt: False``, up to its end token, tokenized after its
     prompt as in generation. Only the last turn is learnt if the template rewrites earlier turns, or a turn does not
     continue the text of its prompt. If the template ends a turn without an end token, the tokenizer's is added.
+    template: of a model that thinks.
     """
     ends = frozenset(end_ids)
     spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     pieces = _pieces(tokenizer, turns, spoken)
-    if pieces is None:
+    if template is not None and (len(spoken) == 1 or not _shows_traces(turns, spoken, pieces)):
+        spoken = spoken[-1:]
+        pieces = [template.last_piece(turns)]
+    elif pieces is None:
         spoken = spoken[-1:]
         pieces = [(render(tokenizer, turns[: spoken[0]], add_generation_prompt=True), turns[spoken[0]]["content"])]
     ids: list[int] = []
@@ -211,6 +225,13 @@ def _pieces(
     return pieces
 
 
+def _shows_traces(turns: Sequence[Turn], spoken: Sequence[int], pieces: Sequence[tuple[str, str]] | None) -> bool:
+    """Whether every answer of the pieces stands behind its thought."""
+    if pieces is None:
+        return False
+    return all(turns[index].get("trace", "") in text for index, (_, text) in zip(spoken, pieces, strict=True))
+
+
 def encode_rows(
     rows: Sequence[Row],
     columns: Sequence[str],
@@ -220,8 +241,11 @@ def encode_rows(
     specials: Sequence[str],
     end_ids: Iterable[int],
     max_length: int,
+    marks: Marks = MARKS,
 ) -> TuningSet:
     """Every usable row, in order. Special-token strings inside the rows are broken up: they are data.
+
+    marks: of thoughts, which are told from the answers where the chat template knows of thoughts.
 
     A row that the chat template rejects, or a turn of which it leaves out, is skipped.
     """
@@ -230,9 +254,11 @@ def encode_rows(
     num_cut = 0
     check = TemplateCheck(tokenizer)
     digest = hashlib.sha256()
+    thoughts = ThoughtTemplate(tokenizer, marks)
+    template = thoughts if thoughts.thinks else None
     for number, row in enumerate(rows):
-        turns = conversation(row, columns)
-        if not isinstance(turns, str) and not all(is_text(turn["content"]) for turn in turns):
+        turns = conversation(row, columns, template)
+        if not isinstance(turns, str) and not all(is_text(turn["content"] + turn.get("trace", "")) for turn in turns):
             turns = "it holds half of a surrogate pair"
         if isinstance(turns, str):
             skipped.append((number, turns))
@@ -243,7 +269,7 @@ def encode_rows(
         digest.update(json.dumps(turns).encode())
         try:
             check.check_answered([turn["role"] for turn in turns])
-            sequence = encode(tokenizer, turns, end_ids, number)
+            sequence = encode(tokenizer, turns, end_ids, number, template)
         except TemplateRejection as error:
             skipped.append((number, str(error)))
             continue
@@ -257,13 +283,15 @@ def encode_rows(
     used = {column.strip().lower() for column in columns}
     names = ",".join((*columns, *also_read(rows, used)))
     unread = unread_names(rows, {*INPUTS, *ROW_LEARNT, *used})
-    return TuningSet(tuple(sequences), names, tuple(skipped), num_cut, digest.hexdigest(), unread)
+    return TuningSet(tuple(sequences), names, tuple(skipped), num_cut, digest.hexdigest(), unread, thoughts.counts.note)
 
 
 def _broken_up(turn: Turn, specials: Sequence[str]) -> Turn:
     """The turn with special-token strings in its text broken up."""
     broken = turn.copy()
     broken["content"] = break_up(turn["content"], specials)[0]
+    if "trace" in turn:
+        broken["trace"] = break_up(turn["trace"], specials)[0]
     return broken
 
 

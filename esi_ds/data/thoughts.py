@@ -273,7 +273,12 @@ def spans_in_text(spans: Iterable[Span], pieces: Sequence[Piece]) -> list[Span]:
 
 def opening_mark(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], marks: Marks = MARKS) -> str | None:
     """The mark that a prompt ends with: its template opens a thought, and the response only closes it."""
-    text = str(tokenizer.decode(list(prompt_ids[-PROMPT_TAIL:]), clean_up_tokenization_spaces=False)).rstrip().lower()
+    return opening_in(str(tokenizer.decode(list(prompt_ids[-PROMPT_TAIL:]), clean_up_tokenization_spaces=False)), marks)
+
+
+def opening_in(prompt: str, marks: Marks = MARKS) -> str | None:
+    """The mark that the text of a prompt ends with."""
+    text = prompt.rstrip().lower()
     return next((opening for opening, _ in marks if text.endswith(opening.lower())), None)
 
 

@@ -27,12 +27,17 @@ OTHER_NAMES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
 BESIDE_TEXT = (*REFUSED, "thinking", "thought", "thoughts", "reasoning", "reasoning_content", "refusal", "attachments")
 
 
+TRACE_KEYS = ("reasoning_content", "thinking", "reasoning")  # of BESIDE_TEXT, those that chat templates read
+
+
 class Turn(TypedDict):
-    """One turn. role: of ROLES. learnt: False for a turn of the assistant that is context only."""
+    """One turn. role: of ROLES. learnt: False for a turn of the assistant that is context only. trace: the thought
+    before an answer of the assistant."""
 
     role: str
     content: str
     learnt: NotRequired[bool]
+    trace: NotRequired[str]
 
 
 # What a model is asked: one turn of the user, or a chat of several turns that ends with one.
@@ -79,14 +84,17 @@ def with_context(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
     return whole
 
 
-def read_turns(value: Any) -> list[Turn]:
-    """The turns of a chat: {"role", "content"} or {"from", "value"}. Raises UnreadableRow."""
+def read_turns(value: Any, traces: bool = False) -> list[Turn]:
+    """The turns of a chat: {"role", "content"} or {"from", "value"}. Raises UnreadableRow.
+
+    traces: whether a turn of the assistant may hold its thought beside its text (``TRACE_KEYS``).
+    """
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise UnreadableRow("it is not a list of turns")
-    return [_read_turn(turn) for turn in value]
+    return [_read_turn(turn, traces) for turn in value]
 
 
-def _read_turn(turn: dict[str, Any]) -> Turn:
+def _read_turn(turn: dict[str, Any], traces: bool) -> Turn:
     texts = {str(name).lower(): value for name, value in turn.items() if value is not None}
     role, content = _one_of(texts, "role", "from"), _text(_one_of(texts, "content", "value"))
     if not isinstance(role, str) or content is None:
@@ -95,7 +103,8 @@ def _read_turn(turn: dict[str, Any]) -> Turn:
     if role not in ROLES:  # templates write a role as it is: one with an end of turn inside would forge turns
         raise UnreadableRow(f"a turn's role is not one of {', '.join(ROLES)}")
     marks = lowered(turn)
-    for name in names_with(marks, BESIDE_TEXT):
+    trace = _trace(marks) if traces and role == "assistant" else ""
+    for name in names_with(marks, [name for name in BESIDE_TEXT if not (trace and name in TRACE_KEYS)]):
         raise UnreadableRow(f"a turn has {name}, which the model would not be given")
     try:
         learnt = is_learnt(marks, LEARNT)
@@ -106,7 +115,17 @@ def _read_turn(turn: dict[str, Any]) -> Turn:
     chat_turn: Turn = {"role": role, "content": content}
     if role == "assistant" and learnt is False:
         chat_turn["learnt"] = False
+    if trace:
+        chat_turn["trace"] = trace
     return chat_turn
+
+
+def _trace(marks: Mapping[str, Any]) -> str:
+    """The thought that a turn holds beside its text, "" if none. Raises UnreadableRow where it has two."""
+    texts = {marks[name] for name in TRACE_KEYS if isinstance(marks.get(name), str) and marks[name].strip()}
+    if len(texts) > 1:
+        raise UnreadableRow("a turn has two thoughts")
+    return texts.pop().strip() if texts else ""
 
 
 def _one_of(turn: dict[str, Any], name: str, other: str) -> Any:

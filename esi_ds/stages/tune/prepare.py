@@ -18,6 +18,7 @@ from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import load_question_sets
 from esi_ds.data.rows import read_rows
+from esi_ds.data.thoughts import marks_with
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
@@ -147,6 +148,7 @@ def read_tuning_set(
         specials=special_strings(tokenizer),
         end_ids=end_tokens(ModelSource.of(config.model), tokenizer),
         max_length=min(max_length, positions or max_length),
+        marks=marks_with(config.model.thought_marks),
     )
     if not tuning_set.sequences:
         reasons = "; ".join(sorted({reason for _, reason in tuning_set.skipped}))
