@@ -4,8 +4,8 @@ Every key has one owner and a sentence. An unknown key, a wrong type or a value 
 names the key in full.
 """
 
-from esi_ds.config.data import LossData, Prompts, RowSource
-from esi_ds.config.evaluation import Eval, EvalEndpoint, EvalModel, Task, label
+from esi_ds.config.data import LossData, ModelEndpoint, Prompts, RowSource
+from esi_ds.config.evaluation import Eval, EvalModel, Task, label
 from esi_ds.config.judges import (
     ENDPOINT_ROUNDS,
     ClassifierModel,
@@ -35,7 +35,6 @@ __all__ = [
     "EsiGuard",
     "Eval",
     "EvalClassifier",
-    "EvalEndpoint",
     "EvalGuard",
     "EvalJudge",
     "EvalModel",
@@ -46,6 +45,7 @@ __all__ = [
     "JudgeModel",
     "LossData",
     "Model",
+    "ModelEndpoint",
     "Perturb",
     "Prompts",
     "RowSource",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Any
 
+from pydantic import Discriminator, Field, Tag
+
+from esi_ds.config.judges import EndpointLimits
 from esi_ds.config.section import Section
 
 
@@ -33,12 +36,31 @@ class LossData(RowSource):
     max_length: int = Field(1024, ge=2, description="The longest row in tokens; longer rows lose their end.")
 
 
+class ModelEndpoint(EndpointLimits):
+    """A model that another engine serves."""
+
+    base_url: str = Field(description="The URL of an OpenAI-compatible server, such as http://localhost:8000/v1.")
+    key_variable: str | None = Field(
+        None, description="The environment variable that holds the server's key; null means that none is sent."
+    )
+
+
+def _kind_of_responses(value: Any) -> str:
+    """The member of ``Responses`` that a value is meant as."""
+    return "ModelEndpoint" if isinstance(value, dict | ModelEndpoint) else "str"
+
+
+Responses = Annotated[
+    Annotated[str, Tag("str")] | Annotated[ModelEndpoint, Tag("ModelEndpoint")], Discriminator(_kind_of_responses)
+]
+
+
 class Data(Section):
     prompts: Prompts | None = Field(None, description="The harmful requests that the model answers.")
-    responses: str | None = Field(
+    responses: Responses | None = Field(
         None,
-        description='A JSONL of {"prompt", "response"}, used instead of generating. Estimator score_function needs no '
-        'judge where every row also holds a number "judge_score".',
+        description='A JSONL of {"prompt", "response"}, used instead of generating, or the server to ask for them. '
+        'Estimator score_function needs no judge where every row of the file also holds a number "judge_score".',
     )
     tuning: LossData | None = Field(
         None, description="The rows of the tuning loss, for criteria tuning_grad, directed and conflict."

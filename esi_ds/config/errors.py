@@ -47,7 +47,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> UserError:
 def _follow(location: Sequence[str | int], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
     """The keys of a pydantic location, and the innermost section it lies in.
 
-    pydantic also names the member of a union that it tried (a type, or the ``kind`` of a judge), which is not a key.
+    pydantic also names the member of a union that it tried (a type, a section's class, or the ``kind`` of a judge),
+    which is not a key.
     """
     section = root
     choices: list[type[BaseModel]] = []
@@ -60,7 +61,7 @@ def _follow(location: Sequence[str | int], root: type[BaseModel]) -> tuple[list[
             choices = _sections(section.model_fields[part].annotation)
         elif choices and (kind := [c for c in choices if part in typing.get_args(c.model_fields["kind"].annotation)]):
             choices = kind
-        elif not _is_type_name(part):
+        elif not _is_type_name(part) and part != section.__name__:
             path.append(part)
         if len(choices) == 1:
             section, choices = choices[0], []

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from esi_ds.config.checks import check_origin, check_unique
-from esi_ds.config.data import Prompts
+from esi_ds.config.data import ModelEndpoint, Prompts
 from esi_ds.config.judges import (
-    EndpointLimits,
     EvalGuard,
     EvalJudge,
     EvalRubric,
@@ -54,19 +53,12 @@ def _list_of_set(entry: Any) -> Any:
 PromptSets = Annotated[list[Prompts], BeforeValidator(_list_of_set)]
 
 
-class EvalEndpoint(EndpointLimits):
-    base_url: str = Field(description="The URL of an OpenAI-compatible server, such as http://localhost:8000/v1.")
-    key_variable: str | None = Field(
-        None, description="The environment variable that holds the server's key; null means that none is sent."
-    )
-
-
 class EvalModel(Section):
     path: str | None = Field(None, description="A hub id or a folder of a model to compare.")
     answers: str | None = Field(
         None, description="Instead of path, a file of the model's answers: none of its weights are loaded."
     )
-    endpoint: EvalEndpoint | None = Field(
+    endpoint: ModelEndpoint | None = Field(
         None, description="Instead of path, the server that is asked for the answers."
     )
     name: str | None = Field(

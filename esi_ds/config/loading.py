@@ -9,10 +9,10 @@ from pydantic import Field, ValidationError
 
 from esi_ds import shipped
 from esi_ds.config.checks import OF_THIS_START, check_numbers, check_template_kwargs, check_thought_marks
-from esi_ds.config.data import Data
+from esi_ds.config.data import Data, ModelEndpoint
 from esi_ds.config.errors import explain
 from esi_ds.config.evaluation import Eval, check_eval
-from esi_ds.config.judges import EsiGuard, EsiJudge, check_guard
+from esi_ds.config.judges import EsiGuard, EsiJudge, check_endpoint, check_guard
 from esi_ds.config.scoring import Esi, Select, check_criteria
 from esi_ds.config.section import MAX_TIMEOUT_S, Section, Seed
 from esi_ds.config.tuning import Perturb, Tune
@@ -124,6 +124,8 @@ def validate(raw: Any) -> Config:
     check_thought_marks(config.model.thought_marks, "model.thought_marks")
     if isinstance(config.judge, EsiGuard):
         check_guard(config.judge, "judge")
+    if isinstance(config.data.responses, ModelEndpoint):
+        check_endpoint(config.data.responses, "data.responses", config.run.collective_timeout_s)
     if config.eval is not None:
         check_eval(config.eval, config.run.collective_timeout_s)
     check_criteria(config.select)

@@ -16,10 +16,11 @@ def require_esi(config: Config) -> None:
         if config.judge is None and not scores_given(config):
             remedy = f"criterion {users['safety']} needs a judge.path"
             if config.esi.estimator == "score_function":
-                remedy += ', or a number "judge_score" in every row of data.responses'
+                remedy += ', or a number "judge_score" in every row of the file data.responses'
             raise UserError("judge", None, "is missing", remedy)
-        if config.data.prompts is None and config.data.responses is None:
-            raise UserError("data.prompts", None, "is missing", "give data.prompts.path, or data.responses")
+        if config.data.prompts is None and not isinstance(config.data.responses, str):
+            remedy = "give data.prompts.path, or a file data.responses"
+            raise UserError("data.prompts", None, "is missing", remedy)
     if "safety" in needed:
         _check_trace(config)
     for name, user, remedy in (
@@ -46,7 +47,8 @@ def _check_trace(config: Config) -> None:
 
 def scores_given(config: Config) -> bool:
     """Whether the judge's scores come with the responses, so that no judge is loaded."""
-    return config.judge is None and config.esi.estimator == "score_function" and config.data.responses is not None
+    is_file = isinstance(config.data.responses, str)
+    return config.judge is None and config.esi.estimator == "score_function" and is_file
 
 
 def require_tune(config: Config) -> Tune:

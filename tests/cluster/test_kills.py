@@ -12,8 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import num_lines
+from endpoint_server import running_server
 from fork_server import FAIL, ForkedJob
-from small_stages import STAGES, SmallStages, differing, held, is_done, written
+from small_stages import STAGES, SmallStages, differing, held, is_done, outcome, wait_until, written
 
 NUM_KILLS = 20
 ENDS_WITHIN_S = 60  # what the project promises, not a measurement
@@ -97,3 +99,50 @@ def test_a_rank_that_raises_and_one_that_hangs(stages: SmallStages, tmp_path: Pa
 
     stages.finish(stage, run)
     assert differing(run, stages.undisturbed(stage)) == []
+
+
+@pytest.mark.parametrize("stage", ["esi", "eval"])
+def test_killed_while_a_server_is_asked(stages: SmallStages, tmp_path: Path, stage: str) -> None:
+    """It goes on with the questions that have no answer yet, and ends as if nothing had happened to it."""
+    prompts = [f"CASE {case}; {n}" for n, case in enumerate(["one", "400", "cut", "null", "five"] + ["slow"] * 15)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"goal": prompt}) + "\n" for prompt in prompts))
+    run, section = tmp_path / "run", "data" if stage == "esi" else "eval"
+
+    def rows_of(name: str) -> list[dict]:
+        return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+    with running_server() as server:
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        endpoint = f"{{base_url: '{url}', model: m, concurrency: 1}}"
+        asking = f"data.responses={endpoint}" if stage == "esi" else f"eval.models=[{{endpoint: {endpoint}}}]"
+        overrides = f"{section}.prompts.path={tmp_path / 'p.jsonl'}", asking
+        job = stages.start(stage, run, *overrides, NO_PROXY="127.0.0.1")
+        wait_until(job, lambda: num_lines(run / "answers.jsonl") >= 8)
+        job.kill([*job.launchers, *job.ranks])
+        assert job.has_ended(ENDS_WITHIN_S), job.said()
+        kept = num_lines(run / "answers.jsonl")
+        assert kept < len(prompts)
+        server.seen.clear()
+        stages.finish(stage, run, *overrides, NO_PROXY="127.0.0.1")
+        assert [body["messages"][-1]["content"] for _, _, body in server.seen] == prompts[kept:]
+        undisturbed = tmp_path / "undisturbed"
+        stages.finish(stage, undisturbed, *overrides, NO_PROXY="127.0.0.1")
+    assert differing(run, undisturbed) == []
+    answers = [row for row in rows_of("answers.jsonl") if row["model"] == "m"]
+    assert [row["prompt"] for row in answers] == prompts
+    assert [n for n, row in enumerate(answers) if row.get("cut")] == [2]
+    if stage == "eval":
+        tables = [json.loads((folder / "report.json").read_text())["measures"] for folder in (run, undisturbed)]
+        assert tables[0] == tables[1]
+        counted = {row["n"] for row in tables[0] if (row["model"], row["measure"]) == ("m", "attack_success")}
+        assert counted == {len(prompts) - 2}, tables[0]
+        return
+    excluded = {row["index"]: row["excluded"] for row in rows_of("responses.jsonl") if row["excluded"]}
+    assert excluded.keys() == {1, 3} and "HTTP 400" in excluded[1] and "no text" in excluded[3]
+    # The same responses from a file give the same bits.
+    pairs = [{"prompt": row["prompt"], "response": row["response"]} for row in answers if row["response"] is not None]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    read = tmp_path / "read"
+    stages.finish(stage, read, f"data.responses={tmp_path / 'r.jsonl'}")
+    scores = [{name: data for name, data in outcome(folder).items() if "/" in name} for folder in (run, read)]
+    assert scores[0] and scores[0] == scores[1]

@@ -45,6 +45,7 @@ CUSTOM = {
     "verdict": {"safe": " safe", "unsafe": " unsafe"},
 }
 ZERO3 = {"zero_optimization": {"stage": 3}}
+SERVER = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
 
 CLASSIFIER = {
     "judge.kind": "classifier",
@@ -81,6 +82,32 @@ CASES = {
     ),
     "missing prompts": ({"data.prompts.path": "./nowhere.csv"}, ["data.prompts.path", "nowhere.csv"]),
     "missing responses": ({"data.responses": "./nowhere.jsonl"}, ["data.responses", "nowhere.jsonl"]),
+    "responses of neither kind": ({"data.responses": 3}, ["data.responses = 3"]),
+    "an endpoint without a model": (
+        {"data.responses": {"base_url": "http://h/v1"}},
+        ["data.responses.model", "is missing"],
+    ),
+    "an unknown key of an endpoint": (
+        {"data.responses": {**SERVER, "concurency": 2}},
+        ["data.responses.concurency", "data.responses.concurrency"],
+    ),
+    "an endpoint that is no URL": ({"data.responses": {**SERVER, "base_url": "h"}}, ["data.responses.base_url = h"]),
+    "an endpoint that keeps the ranks waiting": (
+        {"data.responses": {**SERVER, "item_timeout": 900.0}},
+        ["data.responses.item_timeout", "run.collective_timeout_s"],
+    ),
+    "a request's key with another owner": (
+        {"data.responses": {**SERVER, "extra": {"n": 2}}},
+        ["data.responses.extra.n"],
+    ),
+    "an endpoint that is asked nothing": (
+        {"data": {"responses": SERVER}},
+        ["data.prompts: is missing", "data.prompts.path"],
+    ),
+    "an endpoint instead of a judge": (
+        {"data.responses": SERVER, "judge": None, "esi.estimator": "score_function"},
+        ["judge: is missing", "the file data.responses"],
+    ),
     "missing column": ({"data.prompts.column": "promt"}, ["data.prompts.column", "promt", "prompt"]),
     "missing model": ({"model.path": "./nowhere"}, ["model.path", "nowhere"]),
     "a model's name that is too long": ({"model.path": "x" * 5000}, ["model.path = xxx", "..."]),

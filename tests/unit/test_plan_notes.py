@@ -56,6 +56,15 @@ def test_rows_that_are_there_are_counted(capsys: pytest.CaptureFixture[str], tmp
     assert "64, counted only" in shown and "1,000 of 16 rows (250.00 epochs)" in shown
 
 
+def test_a_server_that_gives_the_responses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a"}\n' * 80)
+    server = "data.responses={base_url: 'http://127.0.0.1:9/v1', model: m}"  # which a plan does not ask
+    assert dry_run("esi", f"data.prompts={{path: {prompts}}}", server) == 0
+    shown = capsys.readouterr().out
+    assert "m at http://127.0.0.1:9/v1, 8 at a time" in shown and "answered at a time" not in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

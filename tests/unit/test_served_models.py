@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 from endpoint_server import Server, running_server
 
-from esi_ds.config import validate
+from esi_ds.config import Model, validate
 from esi_ds.config.needs import require_eval
 from esi_ds.data.prompts import PromptSet, QuestionSet
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint
 from esi_ds.eval.rows import AnswerRow
-from esi_ds.stages.evaluate.prepare import ServedModel, _served
+from esi_ds.stages.evaluate.prepare import ServedModel
 from esi_ds.stages.evaluate.served import AnswerRounds
 from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
 
+MODEL = Model(path="y")
 LIMITS = {"request_timeout": 0.5, "item_timeout": 3.0, "max_attempts": 2, "concurrency": 2, "backoff": 0.01}
 
 
@@ -83,16 +84,18 @@ def test_the_key_of_another_server_is_not_sent(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
     section = require_eval(validate(config(concurrency=3))).models[0].endpoint
     assert section is not None
-    endpoint = _served(section, "f", 99)
+    endpoint = ServedModel.of(section, "f", 99, MODEL).endpoint
     assert (endpoint.key, endpoint.max_tokens, endpoint.concurrency) == (None, 99, 3)
-    assert _served(section.model_copy(update={"key_variable": "OPENAI_API_KEY"}), "f", 9).key == "sk-of-another-server"
-    assert _served(section, "f", 9).extra == {}
+    keyed = section.model_copy(update={"key_variable": "OPENAI_API_KEY"})
+    assert ServedModel.of(keyed, "f", 9, MODEL).endpoint.key == "sk-of-another-server"
+    assert ServedModel.of(section, "f", 9, MODEL).endpoint.extra == {}
+    template = MODEL.model_copy(update={"template_kwargs": {"enable_thinking": False}})
     for extra, sent in ({}, {"enable_thinking": False}), ({"chat_template_kwargs": None}, None):
-        told = _served(section.model_copy(update={"extra": extra}), "f", 9, {"enable_thinking": False})
+        told = ServedModel.of(section.model_copy(update={"extra": extra}), "f", 9, template).endpoint
         assert told.extra == {"chat_template_kwargs": sent}
     for update, words in (({"key_variable": "NO_KEY"}, "f.key_variable"), ({"base_url": "h"}, "f.base_url")):
         with pytest.raises(UserError, match=words):
-            _served(section.model_copy(update=update), "f", 9)
+            ServedModel.of(section.model_copy(update=update), "f", 9, MODEL)
     for wrong, words in (({"item_timeout": 900.0}, "endpoint.item_timeout"), ({"extra": {"n": 2}}, "endpoint.extra.n")):
         with pytest.raises(UserError, match=words):
             validate(config(**wrong))

@@ -62,6 +62,7 @@ from esi_ds.judge.recognition import choose_family
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
 from esi_ds.models.meta import meta_model, meta_parameters
 from esi_ds.stages.esi.losses import LossRows, prepare_losses
+from esi_ds.stages.evaluate.prepare import ServedModel
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,10 @@ class PreparedEsiJudge:
 class PromptData:
     """Prompts and responses exactly as they were read.
 
-    responses: one per prompt; None where the model has yet to generate them. scores: J of each response, where they
-    come with the responses instead of from a judge. source: what was read, with its hash, for the manifest. skipped:
-    (row, reason) of every row without a usable prompt. note: what of the rows is not read, for the log.
+    responses: one per prompt; None where they are yet to come, of ``served`` or else of the model itself. scores: J of
+    each response, where they come with the responses instead of from a judge. source: what was read, with its hash, for
+    the manifest. skipped: (row, reason) of every row without a usable prompt. note: what of the rows is not read, for
+    the log.
     """
 
     prompts: list[Prompt]
@@ -95,6 +97,12 @@ class PromptData:
     skipped: list[tuple[int, str]]
     scores: list[float] | None = None
     note: str = ""
+    served: ServedModel | None = None
+
+    @property
+    def are_generated(self) -> bool:
+        """Whether the model itself generates the responses."""
+        return self.responses is None and self.served is None
 
 
 @dataclass(frozen=True)
@@ -227,10 +235,10 @@ def _prepare_classifier(
 
 
 def _read_data(config: Config) -> PromptData:
-    """``data.responses`` with its own prompts, of which ``data.prompts`` then only limits the number; else
-    ``data.prompts``."""
+    """The file ``data.responses`` with its own prompts, of which ``data.prompts`` then only limits the number; else
+    ``data.prompts``, which the model or the endpoint ``data.responses`` answers."""
     section, path = config.data.prompts, config.data.responses
-    if path is not None:
+    if isinstance(path, str):
         rows = load_responses(path)
         check_one_model(rows, path)
         rows = rows[: section.limit if section is not None else None]
@@ -240,7 +248,11 @@ def _read_data(config: Config) -> PromptData:
     assert section is not None  # require_esi has seen to it
     prompts = load_prompts(section.path, section.split, section.column, section.limit)
     source = {"prompts": prompts.source, "column": prompts.column, "sha256": prompts.sha256}
-    return PromptData(list(prompts.prompts), None, source, list(prompts.skipped), note=prompts.note)
+    served = None
+    if path is not None:
+        served = ServedModel.of(path, "data.responses", config.esi.max_new_tokens, config.model)
+        source["responses"] = f"{path.model} at {path.base_url}"
+    return PromptData(list(prompts.prompts), None, source, list(prompts.skipped), None, prompts.note, served)
 
 
 def clean(inputs: PromptInputs, prompts: Sequence[Prompt]) -> tuple[list[Prompt], int]:
@@ -274,9 +286,9 @@ def clean_responses(
     """
     cleaned = []
     for ids, response in zip(prompt_ids, responses, strict=True):
-        # Responses that were read from a file may come without their thoughts, whatever the prompt opens.
+        # Responses from a file or an endpoint may come without their thoughts, whatever the prompt opens.
         opening = None
-        if inputs.data.responses is None and not isinstance(ids, str):
+        if inputs.data.are_generated and not isinstance(ids, str):
             opening = opening_mark(inputs.tokenizer, ids, inputs.marks)
         cleaned.append(_clean_response(response, parts(response, opening, inputs.marks), inputs))
     return [response for response, _ in cleaned], sum(count for _, count in cleaned)
@@ -320,7 +332,7 @@ def encode_examples(
     limit = max_positions(inputs.model_config)
     judge = inputs.judge
     examples: list[Example] = []
-    room = max_new_tokens if inputs.data.responses is None else 0
+    room = max_new_tokens if inputs.data.are_generated else 0
     readable, excluded = answerable(dict(enumerate(prompt_ids)), room, limit)
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         if index in excluded:

@@ -42,6 +42,7 @@ from esi_ds.stages.esi.prepare import (
     encode_prompts,
 )
 from esi_ds.stages.esi.score import Objective, PassState, ScoringPass
+from esi_ds.stages.esi.served import ask_endpoint, check_reachable
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.respond import respond, write_responses
 from esi_ds.stages.run import CHECKPOINTS, StageRun
@@ -67,6 +68,8 @@ class EsiRun(StageRun[EsiInputs]):
 
     def work(self) -> None:
         config, safety = self.config, self.inputs.safety
+        if safety and safety.data.served:
+            check_reachable(safety.data.served, self.folder.path)
         guard = self._load_guard(safety.judge) if safety and safety.judge else None
         model = self.load_model()
         if strangers := unknown(model.parameters):
@@ -122,11 +125,16 @@ class EsiRun(StageRun[EsiInputs]):
         )
         prompts, num_broken = clean(inputs, data.prompts)
         prompt_ids = encode_prompts(inputs, config, prompts)
-        longest = longest_prompt(prompt_ids, max_positions(inputs.model_config))
-        batch = self.generation_batch(config.esi, longest)
-        responses = respond(config, inputs, model, prompt_ids, self.folder.path, batch, self.tracker)
+        unanswered: dict[int, str] = {}
+        if data.served:
+            responses, unanswered = ask_endpoint(data.served, data.prompts, self.folder.path, self.tracker)
+        else:
+            longest = longest_prompt(prompt_ids, max_positions(inputs.model_config))
+            batch = self.generation_batch(config.esi, longest)
+            responses = respond(config, inputs, model, prompt_ids, self.folder.path, batch, self.tracker)
         cleaned, num_broken_responses = clean_responses(inputs, prompt_ids, responses)
         examples, excluded = encode_examples(inputs, prompt_ids, prompts, cleaned, config.esi.max_new_tokens)
+        excluded.update(unanswered)
         if not examples:
             reasons = "; ".join(sorted(set(excluded.values())))
             raise UserError(

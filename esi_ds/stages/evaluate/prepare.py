@@ -13,13 +13,13 @@ from esi_ds.config import (
     Config,
     Eval,
     EvalClassifier,
-    EvalEndpoint,
     EvalGuard,
     EvalJudge,
     EvalRubric,
     EvalWords,
     EvalYesNo,
     Model,
+    ModelEndpoint,
     label,
 )
 from esi_ds.config.needs import require_eval
@@ -95,7 +95,7 @@ class RecordedModel:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model under evaluation that another engine serves. Its weights are not here, nor what needs them."""
+    """A model that another engine serves. Its weights are not here, nor what needs them."""
 
     name: str  # in tables and files
     before: str | None  # name of the model it is compared with
@@ -104,6 +104,28 @@ class ServedModel:
     system_prompt: str | None  # the system's turn of prompts that have none
     thought_marks: list[str] | None = None  # of the config
     seed: int | None = None  # of sampled answers; None: answers are greedy
+
+    @classmethod
+    def of(
+        cls,
+        section: ModelEndpoint,
+        field: str,
+        max_tokens: int,
+        model: Model,
+        name: str | None = None,
+        before: str | None = None,
+    ) -> ServedModel:
+        """The model that a section of the config names, whose answers have at most ``max_tokens``. Raises UserError.
+
+        model: of the config. Its system prompt and marks of thoughts are every model's, and so are its values for chat
+        templates, which vLLM and SGLang read under this key of the body.
+        """
+        limits = section.model_dump(include=ENDPOINT_KEYS)
+        if model.template_kwargs:
+            limits["extra"] = {"chat_template_kwargs": dict(model.template_kwargs), **section.extra}
+        fields = f"{field}.base_url", f"{field}.key_variable"
+        endpoint = Endpoint.at(section.model, section.base_url, section.key_variable, fields, max_tokens, **limits)
+        return cls(name or section.model, before, endpoint, field, model.system_prompt, model.thought_marks)
 
     @property
     def path(self) -> str:
@@ -211,14 +233,13 @@ def prepare_eval(config: Config) -> EvalInputs:
             recorded = load_answers(model.answers, f"{field}.answers", name, sets, section.samples)
             models.append(RecordedModel(name, model.before, recorded, config.model.thought_marks))
         elif model.endpoint is not None:
-            endpoint = _served(
-                model.endpoint, f"{field}.endpoint", section.max_new_tokens, config.model.template_kwargs
-            )
-            seed, of_model = None, (config.model.system_prompt, config.model.thought_marks)
+            limit = section.max_new_tokens
+            served = ServedModel.of(model.endpoint, f"{field}.endpoint", limit, config.model, name, model.before)
             if section.temperature > 0:  # top_p even if it is 1: a server may have another default
                 sampling = {"temperature": section.temperature, "top_p": section.top_p}
-                seed, endpoint = config.run.seed, replace(endpoint, extra={**endpoint.extra, **sampling})
-            models.append(ServedModel(name, model.before, endpoint, f"{field}.endpoint", *of_model, seed))
+                endpoint = replace(served.endpoint, extra={**served.endpoint.extra, **sampling})
+                served = replace(served, endpoint=endpoint, seed=config.run.seed)
+            models.append(served)
     data_hashes = {f"{question_set.kind}:{question_set.name}": question_set.prompt_set.sha256 for question_set in sets}
     return EvalInputs(section, sets, models, judges, prepare_tasks(section.tasks), data_hashes)
 
@@ -250,15 +271,6 @@ def _candidate(
         unread,
         section.thought_marks,
     )
-
-
-def _served(section: EvalEndpoint, field: str, max_tokens: int, template_kwargs: Mapping[str, Any] = EMPTY) -> Endpoint:
-    """template_kwargs: of the config, which vLLM and SGLang give their chat template under this key of the body."""
-    limits = section.model_dump(include=ENDPOINT_KEYS)
-    if template_kwargs:
-        limits["extra"] = {"chat_template_kwargs": dict(template_kwargs), **section.extra}
-    variables = section.base_url, section.key_variable
-    return Endpoint.at(section.model, *variables, (f"{field}.base_url", f"{field}.key_variable"), max_tokens, **limits)
 
 
 def prepare_judges(section: Eval) -> list[PreparedJudge]:

@@ -38,7 +38,7 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
             return
         model = self._model
         runtime.from_main(lambda: check_served(model.endpoint, model.field))
-        self._tracker.log(f"{model.name}: {len(waiting)} prompts to its endpoint; its fluency is not measured")
+        self._tracker.log(f"{model.name}: {len(waiting)} prompts to its endpoint")
         bar = self._tracker.progress(total=len(waiting), initial=0, unit="prompt", description=f"answer: {model.name}")
 
         def on_chunk(chunk: Sequence[AnswerRow], num_done: int) -> None:

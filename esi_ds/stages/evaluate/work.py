@@ -58,6 +58,7 @@ class EvalRun(StageRun[EvalInputs]):
         for other in inputs.elsewhere:
             if isinstance(other, ServedModel):
                 AnswerRounds(other, ledgers.answers, tracker).ask(inputs.sets, inputs.section.samples)
+                tracker.log(f"{other.name}: its fluency is not measured: no weights are here")
             else:
                 add_recorded(other, inputs.sets, ledgers.answers, tracker, inputs.section.samples)
         for model in reversed(inputs.candidates):  # the base last: it reads the others' answers too

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from esi_ds.config import Config, resolved_yaml
+from esi_ds.config import Config, ModelEndpoint, resolved_yaml
 from esi_ds.config.needs import require_eval
 from esi_ds.core.criteria import objectives
 from esi_ds.core.footprint import WEIGHT_BYTES
@@ -79,12 +79,14 @@ def _passes_of(criterion: str) -> str:
 def _passes(config: Config, world_size: int, batches: EsiBatches, notes: list[str]) -> Facts:
     """Prompts, and the forward and backward passes that each rank makes over them."""
     section, path = config.data.prompts, config.data.responses
-    if path is not None:
+    if isinstance(path, str):
         count = count_responses(path, notes)
     else:
         assert section is not None  # require_esi
         count = count_prompts(section, "data.prompts", notes)
     answered: Facts = {"answered at a time": str(batches.generation)} if path is None else {}
+    if isinstance(path, ModelEndpoint):
+        answered = {"answered by": f"{path.model} at {path.base_url}, {path.concurrency} at a time"}
     if count is None:
         return {"prompts": "not known", **answered}
     size, is_auto = batches.scoring.number, batches.scoring.is_auto

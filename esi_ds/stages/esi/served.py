@@ -1,0 +1,44 @@
+"""Responses of a model behind an endpoint, for ESI: asked and kept as an evaluation asks and keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from esi_ds.data.prompts import PromptSet, QuestionSet
+from esi_ds.data.turns import Prompt
+from esi_ds.eval.asking import check_served
+from esi_ds.eval.rows import ANSWER_KEY, AnswerRow
+from esi_ds.stages.evaluate.answering import ANSWERS
+from esi_ds.stages.evaluate.prepare import ServedModel
+from esi_ds.stages.evaluate.served import AnswerRounds
+from esi_ds.stages.ledger import Ledger
+from esi_ds.tracking import Tracker
+from esi_ds.zero import runtime
+
+ASKED_SET = "data.prompts"  # the set's name in the rows
+
+
+def check_reachable(model: ServedModel, folder: Path) -> None:
+    """Raise UserError, on every rank, where the endpoint could not be asked, if nothing was asked yet: before weights
+    are loaded. One broadcast."""
+    runtime.from_main(lambda: None if (folder / ANSWERS).exists() else check_served(model.endpoint, model.field))
+
+
+def ask_endpoint(
+    model: ServedModel, prompts: Sequence[Prompt], folder: Path, tracker: Tracker
+) -> tuple[list[str], dict[int, str]]:
+    """ESI's responses: the text to each prompt, "" where there is none, and index → why the model gave none.
+
+    The rows are kept in ``answers.jsonl``, as an evaluation keeps them.
+
+    Collectives: one broadcast of the rows on disk, and those of ``AnswerRounds.ask``. Raises UserError, Interrupted.
+    """
+    question_set = QuestionSet(ASKED_SET, "harmful", PromptSet(tuple(prompts), "", "", ()))
+    answers: Ledger[AnswerRow] = Ledger(folder / ANSWERS, ANSWER_KEY, AnswerRow)
+    AnswerRounds(model, answers, tracker).ask([question_set])
+    rows = answers.sort((model.name, ASKED_SET, index) for index in range(len(prompts)))
+    num_cut = sum(row.get("cut", False) for row in rows)
+    tracker.log(f"{model.name}: {num_cut} of {len(rows)} responses cut at {model.endpoint.max_tokens} tokens")
+    unanswered = {row["index"]: str(row["excluded"]) for row in rows if row["response"] is None}
+    return [row["response"] or "" for row in rows], unanswered
