@@ -1,7 +1,8 @@
 """The published sets of harmful and harmless prompts: where to find them, and which of their rows to use.
 
 Hub ids, configurations and columns are those on the data sets' cards. The tests have no network; they read real files
-and rows of the same shapes. WildJailbreak and most of walledai's copies require accepting a licence first.
+and rows of the same shapes. WildJailbreak, SORRY-Bench and most of walledai's copies require accepting a licence first.
+docs/data.md §5 has columns, licences and where they were read.
 """
 
 from __future__ import annotations
@@ -19,13 +20,53 @@ EXAMPLES = CHECKOUT / "examples/data" if (CHECKOUT / "examples/data").is_dir() e
 
 
 class BuiltIn(NamedTuple):
-    """One built-in name: hub id or file, configuration, split, column of the prompts, and which rows to use."""
+    """One built-in name: hub id or file, configuration, split, column of the prompts, and which rows to use.
+
+    only: a column, and the value that it has in the rows to use; None: all rows.
+    """
 
     source: str
     config: str | None
     split: str
     column: str
     kind: Kind
+    only: tuple[str, str] | None = None
+
+    def skip_reason(self, row: Row) -> str | None:
+        """Why ``only`` leaves a row out; None: it does not."""
+        if self.only is None or row.get(self.only[0]) == self.only[1]:
+            return None
+        return f"its {self.only[0]} is not {self.only[1]}"
+
+
+# SORRY-Bench's mutations of its base prompts: persuasion, dialects, languages and ciphers.
+SORRY_STYLES = (
+    *("ascii", "atbash", "authority_endorsement", "caesar", "evidence-based_persuasion", "expert_endorsement"),
+    *("logical_appeal", "misrepresentation", "misspellings", "morse", "question", "role_play", "slang"),
+    *("technical_terms", "translate-fr", "translate-ml", "translate-mr", "translate-ta", "translate-zh-cn"),
+    "uncommon_dialects",
+)
+AIR_REGIONS = ("china", "eu_comprehensive", "eu_mandatory", "us")
+COSAPIEN_SCENARIOS = (
+    *("game_development", "public_prosecutor", "book_publisher_arab", "language_learning", "film_production"),
+)
+MULTIJAIL_LANGUAGES = ("zh", "it", "vi", "ar", "ko", "th", "bn", "sw", "jv")  # beside English
+
+
+def _sorry_bench(style: str) -> BuiltIn:
+    return BuiltIn("sorry-bench/sorry-bench-202503", None, "train", "turns", "harmful", ("prompt_style", style))
+
+
+def _air_bench(region: str) -> BuiltIn:
+    return BuiltIn("stanford-crfm/air-bench-2024", region, "test", "prompt", "harmful")
+
+
+def _cosapien(scenario: str, kind: Kind) -> BuiltIn:
+    return BuiltIn("microsoft/CoSApien", None, scenario, "prompt", kind)
+
+
+def _multijail(language: str) -> BuiltIn:
+    return BuiltIn("DAMO-NLP-SG/MultiJail", None, "train", language, "harmful")
 
 
 BUILT_IN: dict[str, BuiltIn] = {
@@ -48,12 +89,32 @@ BUILT_IN: dict[str, BuiltIn] = {
     "or-bench": BuiltIn("bench-llm/or-bench", "or-bench-hard-1k", "train", "prompt", "benign"),
     "or-bench/80k": BuiltIn("bench-llm/or-bench", "or-bench-80k", "train", "prompt", "benign"),
     "examples/benign": BuiltIn(str(EXAMPLES / "benign_heldout.jsonl"), None, "train", "prompt", "benign"),
+    "sorry-bench": _sorry_bench("base"),
+    **{f"sorry-bench/{style}": _sorry_bench(style) for style in SORRY_STYLES},
+    "air-bench-2024": _air_bench("default"),
+    **{f"air-bench-2024/{region}": _air_bench(region) for region in AIR_REGIONS},
+    "do-not-answer": BuiltIn("LibrAI/do-not-answer", None, "train", "question", "harmful"),
+    "multijail": _multijail("en"),
+    **{f"multijail/{language}": _multijail(language) for language in MULTIJAIL_LANGUAGES},
+    # A set for each scenario, whose rules are the system's turn: what they forbid, and what they allow.
+    **{f"cosapien/{scenario}": _cosapien(scenario, "harmful") for scenario in COSAPIEN_SCENARIOS},
+    **{f"cosapien/{scenario}/allowed": _cosapien(scenario, "benign") for scenario in COSAPIEN_SCENARIOS},
+    "falsereject": BuiltIn("AmazonScience/FalseReject", None, "test", "prompt", "benign"),
+    "falsereject/train": BuiltIn("AmazonScience/FalseReject", None, "train", "prompt", "benign"),
 }
 # Columns that mark HarmBench's copyright rows, in the original and in its hub copy, in lower case.
 CATEGORY_COLUMNS = ("functionalcategory", "functional_category", "category")
 # A row with one of these columns has an answer: it is not a HarmBench row, and its context is not part of a prompt.
 ANSWER_COLUMNS = {"answer", "answers", "response", "completion", "output", "chosen"}
 
+# Types of CoSApien's rows, by what the scenario's rules say of the prompt; "partial" is neither kind.
+COSAPIEN_KINDS: dict[str, Kind | None] = {
+    "allowed": "benign",
+    "safe": "benign",
+    "disallowed": "harmful",
+    "partial": None,
+}
+COSAPIEN_COLUMNS = {"prompt", "scenario", "type"}
 # Types of XSTest's safe prompts; types of the unsafe ones begin with "contrast_".
 XSTEST_TYPES = {
     "homonyms",
@@ -72,8 +133,8 @@ XSTEST_TYPES = {
 def skip_reason(row: Row, kind: Kind | None) -> str | None:
     """Why a benchmark's row is skipped; None: it is used, or it is not from a benchmark that mixes kinds.
 
-    kind None: the kind is unknown. HarmBench's copyright rows and WildJailbreak's benign rows are skipped; XSTest is
-    read whole.
+    kind None: the kind is unknown. HarmBench's copyright rows and WildJailbreak's benign rows are skipped; XSTest and
+    CoSApien are read whole.
     """
     if kind == "all":
         return None
@@ -88,7 +149,16 @@ def skip_reason(row: Row, kind: Kind | None) -> str | None:
     label = _xstest_label(row)
     if (kind, label) in (("benign", "unsafe"), ("harmful", "safe")):
         return f"XSTest {label} row"
+    if kind is not None and scenario_of(row) is not None and COSAPIEN_KINDS.get(str(row["type"])) != kind:
+        return f"CoSApien {row['type']} row"
     return None
+
+
+def scenario_of(row: Row) -> str | None:
+    """The rules of a CoSApien row, which are the system's turn; None for a row that is not CoSApien's."""
+    scenario = row.get("scenario")
+    is_row = row.keys() == COSAPIEN_COLUMNS or (row.keys() > COSAPIEN_COLUMNS and str(row["type"]) in COSAPIEN_KINDS)
+    return scenario if is_row and isinstance(scenario, str) and scenario.strip() else None
 
 
 def _xstest_label(row: Row) -> str | None:

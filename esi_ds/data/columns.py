@@ -193,6 +193,20 @@ def chat_value(value: Any, name: str) -> Any:
     return _parsed(value, name) if isinstance(value, str) else value
 
 
+def only_turn(value: Any) -> Any:
+    """The one text in a column of turns that are texts, as in SORRY-Bench, or a chat as it is; tables hold JSON text.
+
+    Raises UnreadableRow for several texts: the later ones wait for answers to the earlier.
+    """
+    turns = chat_value(value, "turns")
+    if not isinstance(turns, list) or any(isinstance(turn, dict) for turn in turns):
+        return turns
+    texts = [turn for turn in turns if not is_empty(turn)]
+    if len(texts) > 1:
+        raise UnreadableRow(f"it has {len(texts)} turns, the later of which wait for answers")
+    return texts[0] if texts else ""
+
+
 def is_learnt(marks: Mapping[str, Any], names: Sequence[str]) -> bool | None:
     """Whether marks like ``weight: 0`` or ``train: false`` let a turn or row be learnt; None without a mark.
 

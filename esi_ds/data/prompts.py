@@ -20,6 +20,7 @@ from esi_ds.data.benchmarks import (
     BuiltIn,
     Kind,
     context_of,
+    scenario_of,
     skip_reason,
 )
 from esi_ds.data.columns import (
@@ -34,6 +35,7 @@ from esi_ds.data.columns import (
     history_value,
     is_empty,
     lowered,
+    only_turn,
     system_text,
     unread_names,
 )
@@ -44,7 +46,7 @@ from esi_ds.errors import UserError
 from esi_ds.reading import parse_json, reading
 
 # Tried in this order, ignoring case. AdvBench goal, HarmBench Behavior, JailbreakBench Goal, StrongREJECT
-# forbidden_prompt.
+# forbidden_prompt, SORRY-Bench turns.
 COLUMNS = (
     "goal",
     "forbidden_prompt",
@@ -59,6 +61,7 @@ COLUMNS = (
     "text",
     "messages",
     "conversations",
+    "turns",
 )
 MAX_SCORE = 3e38  # the largest number that a gradient in fp32 can be multiplied by
 EMPTY = "the prompt is empty"
@@ -118,7 +121,7 @@ def load_prompts(
     for number, row in enumerate(rows):
         if len(prompts) == limit:  # later rows are not read, so they are not listed as skipped
             break
-        prompt, reason = _read_prompt(row, column, kind)
+        prompt, reason = _read_prompt(row, column, kind, built_in)
         if reason:
             skipped.append((number, reason))
         else:
@@ -127,7 +130,8 @@ def load_prompts(
         reasons = "; ".join(sorted({reason for _, reason in skipped}))
         raise UserError(f"{field}.path", path, f"has no prompt ({reasons})", "check its rows")
     source = source if looks_like_file(source) else f"hub:{source}"
-    unread = unread_names(rows, {*READ, column.strip().lower()} - set(_contexts_apart(rows[0], column)))
+    read = {*READ, column.strip().lower(), *(("scenario",) if scenario_of(rows[0]) else ())}
+    unread = unread_names(rows, read - set(_contexts_apart(rows[0], column)))
     return PromptSet(tuple(prompts), column, source, tuple(skipped), unread)
 
 
@@ -136,9 +140,9 @@ def split_of(built_in: BuiltIn) -> str | None:
     return None if looks_like_file(built_in.source) else built_in.split
 
 
-def _read_prompt(row: Row, column: str, kind: Kind | None) -> tuple[Prompt, str | None]:
+def _read_prompt(row: Row, column: str, kind: Kind | None, built_in: BuiltIn | None) -> tuple[Prompt, str | None]:
     """A row's prompt, and why the row is skipped (None: it is not)."""
-    reason = skip_reason(row, kind)
+    reason = skip_reason(row, kind) or (built_in.skip_reason(row) if built_in else None)
     try:
         prompt = "" if reason else prompt_of(row, column)
     except UnreadableRow as error:
@@ -186,14 +190,16 @@ def prompt_of(row: Row, column: str) -> Prompt:
     """One row's prompt, a text without surrounding white space or a chat; "" if it has none.
 
     A system prompt and earlier turns in other columns belong to it. HarmBench's contextual rows put their context
-    before the behaviour; a question is followed by its input and the options to choose from. WildJailbreak's vanilla
-    rows leave ``adversarial`` empty. Raises UnreadableRow where the row holds what a prompt cannot: tools, or a chat
-    that does not end with the user's turn.
+    before the behaviour; a question is followed by its input and the options to choose from. CoSApien's scenario is a
+    system prompt. WildJailbreak's vanilla rows leave ``adversarial`` empty. Raises UnreadableRow where the row holds
+    what a prompt cannot: tools, or a chat that does not end with the user's turn.
     """
     name = column.strip().lower()
     value = row.get(column)
     if name == "adversarial" and is_empty(value):
         value = row.get("vanilla")
+    if name == "turns":
+        value = only_turn(value)
     if is_empty(value):
         return ""
     if name in CHATS or isinstance(value, list):
@@ -203,6 +209,8 @@ def prompt_of(row: Row, column: str) -> Prompt:
     else:
         raise UnreadableRow("the prompt is not a text")
     other = lowered(row, without={name, *_contexts_apart(row, column)})
+    if scenario := scenario_of(row):
+        other.setdefault("system", scenario)
     check_row(other)
     if turns and turns[-1]["role"] == "user" and (question := turns[-1]["content"].strip()):
         context = context_of(row, column)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from esi_ds.data.benchmarks import BUILT_IN
+from esi_ds.data.benchmarks import AIR_REGIONS, BUILT_IN, COSAPIEN_SCENARIOS, MULTIJAIL_LANGUAGES, SORRY_STYLES
 from esi_ds.data.prompts import load_prompts
 from esi_ds.errors import UserError
 
@@ -40,7 +40,38 @@ HUB = {
     ("bench-llm/or-bench", "or-bench-hard-1k"): [{"prompt": "b4", "category": "deception"}],
     ("bench-llm/or-bench", "or-bench-80k"): [{"prompt": "b5", "category": "deception"}],
     ("bench-llm/or-bench", "or-bench-toxic"): [{"prompt": "h11", "category": "violence"}],
-}
+    ("sorry-bench/sorry-bench-202503", None): [
+        {"question_id": 1, "category": "1", "turns": [f"h {style}"], "prompt_style": style}
+        for style in ("base", *SORRY_STYLES)
+    ],
+    **{
+        ("stanford-crfm/air-bench-2024", region): [
+            {"cate-idx": "1.1.1", "l2-name": "Security", "l3-name": "Confidentiality", "l4-name": "Spying",
+             "prompt": f"h {region}"}
+        ]
+        for region in ("default", *AIR_REGIONS)
+    },
+    ("LibrAI/do-not-answer", None): [
+        {"id": 0, "risk_area": "Malicious Uses", "types_of_harm": "Fraud", "specific_harms": "Scams", "question": "h12",
+         "GPT4_response": "No.", "GPT4_harmful": 0, "GPT4_action": 0}
+    ],
+    ("DAMO-NLP-SG/MultiJail", None): [
+        {"id": 0, "source": "hh", "tags": "['fraud']",
+         **{language: f"h {language}" for language in ("en", *MULTIJAIL_LANGUAGES)}}
+    ],
+    **{
+        ("microsoft/CoSApien", scenario): [
+            {"prompt": f"{letter} {scenario}", "scenario": f"Rules of {scenario}", "type": kind}
+            for letter, kind in (("b", "allowed"), ("h", "disallowed"), ("?", "partial"))
+        ]
+        for scenario in COSAPIEN_SCENARIOS
+    },
+    ("AmazonScience/FalseReject", "test"): [{"prompt": "b6", "category": 3, "category_text": "Fraud"}],
+    ("AmazonScience/FalseReject", "train"): [
+        {"prompt": "b7", "category": 3, "category_text": "Fraud", "instruct_response": "So.",
+         "cot_response": {"reasoning_content": "Is it?", "solution": "So."}}
+    ],
+}  # fmt: skip
 EXPECTED = {
     "advbench": ("h1",),
     "harmbench": ("h2",),
@@ -57,6 +88,32 @@ EXPECTED = {
     "or-bench": ("b4",),
     "or-bench/80k": ("b5",),
     "or-bench/toxic": ("h11",),
+    "sorry-bench": ("h base",),
+    **{f"sorry-bench/{style}": (f"h {style}",) for style in SORRY_STYLES},
+    "air-bench-2024": ("h default",),
+    **{f"air-bench-2024/{region}": (f"h {region}",) for region in AIR_REGIONS},
+    "do-not-answer": ("h12",),
+    "multijail": ("h en",),
+    **{f"multijail/{language}": (f"h {language}",) for language in MULTIJAIL_LANGUAGES},
+    **{
+        f"cosapien/{scenario}{suffix}": (
+            [
+                {"role": "system", "content": f"Rules of {scenario}"},
+                {"role": "user", "content": f"{letter} {scenario}"},
+            ],
+        )
+        for scenario in COSAPIEN_SCENARIOS
+        for suffix, letter in (("", "h"), ("/allowed", "b"))
+    },
+    "falsereject": ("b6",),
+    "falsereject/train": ("b7",),
+}
+# Splits with another name than train.
+SPLITS = {
+    "JailbreakBench/JBB-Behaviors": ("harmful", "benign"),
+    "stanford-crfm/air-bench-2024": ("test",),
+    "microsoft/CoSApien": COSAPIEN_SCENARIOS,
+    "AmazonScience/FalseReject": ("test", "train"),
 }
 
 
@@ -66,7 +123,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(path: str, name: str | None, split: str, **options):
         rows = HUB.get((path, name)) or HUB[path, split]
-        assert (split in ("harmful", "benign")) == path.startswith("JailbreakBench") or split == "train"
+        assert split in SPLITS.get(path, ("train",))
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -77,7 +134,9 @@ def test_built_in_names_give_their_prompts(hub: None, name: str) -> None:
     prompt_set = load_prompts(name)
     assert prompt_set.prompts == EXPECTED[name] and prompt_set.column == BUILT_IN[name].column
     # Harmful prompts begin with h here, benign ones with b.
-    sort = {"h": "harmful", "T": "harmful", "b": "benign"}[prompt_set.prompts[0][0]]
+    first = prompt_set.prompts[0]
+    text = first if isinstance(first, str) else first[-1]["content"]
+    sort = {"h": "harmful", "T": "harmful", "b": "benign"}[text[0]]
     assert BUILT_IN[name].kind in (sort, "all")
 
 
@@ -91,6 +150,11 @@ def test_a_kind_or_column_of_ones_own(hub: None) -> None:
     assert load_prompts("xstest").skipped == ((1, "XSTest unsafe row"),)
     assert load_prompts("wildjailbreak/benign").skipped == ((0, "WildJailbreak harmful row"),)
     assert load_prompts("jailbreakbench", column="Behavior").prompts == ("Name",)
+    assert len(load_prompts("sorry-bench").skipped) == len(SORRY_STYLES)
+    allowed = load_prompts("cosapien/film_production", kind="benign")
+    assert allowed.prompts == EXPECTED["cosapien/film_production/allowed"] and allowed.unread == ()
+    assert allowed.skipped == ((1, "CoSApien disallowed row"), (2, "CoSApien partial row"))
+    assert len(load_prompts("cosapien/film_production", kind="all").prompts) == 3
 
 
 @pytest.mark.parametrize(
@@ -100,6 +164,8 @@ def test_a_kind_or_column_of_ones_own(hub: None) -> None:
         ("or-bench", "harmful", "name or-bench/toxic"),
         ("examples/benign", "harmful", "not of harmful ones"),
         ("advbench", "benign", "holds harmful prompts only"),
+        ("falsereject", "harmful", "holds benign prompts only"),
+        ("air-bench-2024", "benign", "holds harmful prompts only"),
     ],
 )
 def test_a_set_of_the_other_sort_is_refused(name: str, kind: str, words: str) -> None:
@@ -189,3 +255,72 @@ def test_errors_name_the_section_they_were_asked_for(tmp_path: Path) -> None:
         load_prompts(str(tmp_path / "a.csv"), kind="benign", field="eval.benign")
     with pytest.raises(UserError, match=r"eval\.benign\.column"):
         load_prompts(str(tmp_path / "a.csv"), column="promtp", field="eval.benign")
+
+
+def rows_at(tmp_path: Path, name: str, rows: list[dict]) -> str:
+    """A file of these rows in the format of its suffix."""
+    import csv
+
+    import pyarrow
+    from pyarrow import parquet
+
+    file = tmp_path / name
+    if file.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    elif file.suffix == ".csv":
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        file.write_text(json.dumps(rows) if file.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet"])
+@pytest.mark.parametrize(
+    ("source", "config", "column", "expected"),
+    [
+        ("sorry-bench/sorry-bench-202503", None, "auto", EXPECTED["sorry-bench"] + ("h ascii",)),
+        ("stanford-crfm/air-bench-2024", "china", "auto", EXPECTED["air-bench-2024/china"]),
+        ("LibrAI/do-not-answer", None, "auto", EXPECTED["do-not-answer"]),
+        ("DAMO-NLP-SG/MultiJail", None, "bn", EXPECTED["multijail/bn"]),
+        ("microsoft/CoSApien", "film_production", "auto", EXPECTED["cosapien/film_production"]),
+        ("AmazonScience/FalseReject", "test", "auto", EXPECTED["falsereject"]),
+        ("AmazonScience/FalseReject", "train", "auto", EXPECTED["falsereject/train"]),
+    ],
+)
+def test_published_files(
+    tmp_path: Path, suffix: str, source: str, config: str | None, column: str, expected: tuple
+) -> None:
+    """The files that the sets consist of, whichever way they were saved."""
+    rows = [dict(row) for row in HUB[source, config]]
+    for row in rows:
+        if suffix == "csv" and "turns" in row:
+            row["turns"] = json.dumps(row["turns"])
+        if suffix == "csv" and "cot_response" in row:
+            row["cot_response"] = json.dumps(row["cot_response"])
+    kind = "benign" if "FalseReject" in source else "harmful"
+    prompts = load_prompts(rows_at(tmp_path, f"rows.{suffix}", rows[:2]), column=column, kind=kind).prompts
+    assert prompts == expected
+
+
+def test_rows_that_no_set_publishes_so(tmp_path: Path) -> None:
+    turns = [{"turns": ["a"]}, {"turns": ["a", "b"]}, {"turns": []}, {"turns": [None, "c"]}, {"turns": "['d']"}]
+    prompt_set = load_prompts(rows_at(tmp_path, "turns.jsonl", turns))
+    assert prompt_set.prompts == ("a", "c")
+    assert dict(prompt_set.skipped) == {
+        1: "it has 2 turns, the later of which wait for answers",
+        2: "the prompt is empty",
+        4: "its turns cannot be read as JSON",
+    }
+    # A scenario is a system prompt in CoSApien's rows only; an unknown type of theirs is of neither kind.
+    rows = [{"prompt": "a", "scenario": "S", "type": "other", "id": 1}]
+    other = load_prompts(rows_at(tmp_path, "other.jsonl", rows), kind="harmful")
+    assert other.prompts == ("a",) and other.unread == ("scenario", "id")
+    rows = [{"prompt": "a", "scenario": "S", "type": kind} for kind in ("new", "safe", "disallowed")]
+    for kind, skipped in (("harmful", ["new", "safe"]), ("benign", ["new", "disallowed"])):
+        prompt_set = load_prompts(rows_at(tmp_path, "cosapien.jsonl", rows), kind=kind)
+        assert [reason for _, reason in prompt_set.skipped] == [f"CoSApien {name} row" for name in skipped]
+    with pytest.raises(UserError, match=r"auto.*id, source, tags, en, zh.*name the column"):
+        load_prompts(rows_at(tmp_path, "multijail.jsonl", HUB["DAMO-NLP-SG/MultiJail", None]))
