@@ -114,8 +114,10 @@ def test_killed_while_a_server_is_asked(stages: SmallStages, tmp_path: Path, sta
     with running_server() as server:
         url = f"http://127.0.0.1:{server.server_port}/v1"
         endpoint = f"{{base_url: '{url}', model: m, concurrency: 1}}"
-        asking = f"data.responses={endpoint}" if stage == "esi" else f"eval.models=[{{endpoint: {endpoint}}}]"
-        overrides = f"{section}.prompts.path={tmp_path / 'p.jsonl'}", asking
+        asking = [f"data.responses={endpoint}"]
+        if stage == "eval":
+            asking = [f"eval.models=[{{endpoint: {endpoint}}}]", "eval.judges=[{kind: words}]"]
+        overrides = f"{section}.prompts.path={tmp_path / 'p.jsonl'}", *asking
         job = stages.start(stage, run, *overrides, NO_PROXY="127.0.0.1")
         wait_until(job, lambda: num_lines(run / "answers.jsonl") >= 8)
         job.kill([*job.launchers, *job.ranks])
@@ -135,7 +137,7 @@ def test_killed_while_a_server_is_asked(stages: SmallStages, tmp_path: Path, sta
         tables = [json.loads((folder / "report.json").read_text())["measures"] for folder in (run, undisturbed)]
         assert tables[0] == tables[1]
         counted = {row["n"] for row in tables[0] if (row["model"], row["measure"]) == ("m", "attack_success")}
-        assert counted == {len(prompts) - 2}, tables[0]
+        assert counted == {len(prompts) - 2}
         return
     excluded = {row["index"]: row["excluded"] for row in rows_of("responses.jsonl") if row["excluded"]}
     assert excluded.keys() == {1, 3} and "HTTP 400" in excluded[1] and "no text" in excluded[3]
