@@ -19,6 +19,13 @@ def completion(content, finish_reason: str = "stop", **fields) -> dict:
     return {"choices": [{"message": message, "finish_reason": finish_reason}], "usage": usage, **fields}
 
 
+def thinking(content, thought, key: str = "reasoning_content", finish_reason: str = "stop") -> bytes:
+    """A completion of a server that gives a thought apart."""
+    whole = completion(content, finish_reason)
+    whole["choices"][0]["message"][key] = thought
+    return json.dumps(whole).encode()
+
+
 def marked_reply(text: str) -> str:
     """The reply to be graded with its marks, whose number the closing text names."""
     nonce = re.search(r"carry the number (\w+)\.", text).group(1)
@@ -66,6 +73,11 @@ CASES = {
     "part of the key": json.dumps(completion("#thescore: T-of-thirty-chARacters")).encode(),
     "key in parts": b"the first half is sk-secret-of-th and the second irty-characters",
     "key far away": b"denied" + b" " * 4070 + b"Bearer sk-secret-of-thirty-characters",
+    "thinks": thinking("Hello", "Hm."),
+    "reasons": thinking("Hello", "Hm </think>", "reasoning"),
+    "thinks of nothing": thinking("Hello", None),
+    "thinks too long": thinking(None, "Hm", finish_reason="length"),
+    "thinks in vain": thinking("", "Hm"),
     "500": 500,
     "503 once": 503,
     "429 once": 429,

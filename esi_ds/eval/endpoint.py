@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx2
 
+from esi_ds.data.thoughts import whole_response
 from esi_ds.data.turns import Turn
 from esi_ds.errors import UserError
 
@@ -35,6 +36,8 @@ MAX_TOKENS = 1 << 31  # more than a model reads or writes at once: a larger coun
 KEY_RUN = 6
 ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS  # zlib recognises the header
 Body = dict[str, Any]  # of a request
+# Where servers with a reasoning parser put a thought: SGLang, DeepSeek and older vLLM; newer vLLM and OpenRouter.
+REASONING = ("reasoning_content", "reasoning")
 POLL_S = 0.25  # between two checks whether to stop
 NO_TEXT = "the reply has no text"
 EXCERPT = 200  # characters of an error's body that a message shows
@@ -365,12 +368,23 @@ def read_completion(body: bytes, num_requests: int = 1, key: str | None = None, 
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         return reply(None, "the reply has no choices")
     message = choices[0].get("message")
-    text = message.get("content") if isinstance(message, dict) else None
+    message = message if isinstance(message, dict) else {}
     is_cut = choices[0].get("finish_reason") == "length"
+    text = _whole_text(message, is_cut) if keeps_cut else message.get("content")
     if not isinstance(text, str) or not (text.strip() or (keeps_cut and not is_cut)):
         return reply(None, "the reply was cut before its answer began" if keeps_cut and is_cut else NO_TEXT)
     # A judge's reply that was cut off may end anywhere, even inside a quotation.
     return reply(None, "the reply was cut off") if is_cut and not keeps_cut else reply(text, is_cut=is_cut)
+
+
+def _whole_text(message: Mapping[str, Any], is_cut: bool) -> str | None:
+    """A model's own answer behind its thought, which some servers give apart; None if there is neither."""
+    answer = message.get("content")
+    text = answer if isinstance(answer, str) else None
+    thoughts = [thought for name in REASONING if isinstance(thought := message.get(name), str) and thought.strip()]
+    if thoughts and is_cut and not (text or "").strip():
+        text = None  # it ends within its thought
+    return whole_response(thoughts[0] if thoughts else None, text)
 
 
 def served_models(endpoint: Endpoint) -> list[str] | None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint_server import Server, running_server
+from endpoint_server import CASES, Server, running_server
 
 from esi_ds.config import Model, validate
 from esi_ds.config.needs import require_eval
 from esi_ds.data.prompts import PromptSet, QuestionSet
+from esi_ds.data.thoughts import UNFINISHED, final_answer
 from esi_ds.errors import UserError
-from esi_ds.eval.endpoint import Endpoint
+from esi_ds.eval.endpoint import Endpoint, read_completion
 from esi_ds.eval.rows import AnswerRow
 from esi_ds.stages.evaluate.prepare import ServedModel
 from esi_ds.stages.evaluate.served import AnswerRounds
@@ -55,6 +56,25 @@ def test_every_prompt_has_a_row_and_is_asked_once(server: Server, tmp_path: Path
     server.seen.clear()
     assert ask(model_at(server), tmp_path, ["one", "cut", "silent", "slow", "400", "503 once", "null", "five"]) == rows
     assert not server.seen  # what is on disk is not asked again
+
+
+def test_thoughts_that_a_server_gives_apart(server: Server, tmp_path: Path) -> None:
+    """They stand before the answer between marks, as a model's own responses have them; judges have no use for them."""
+    cases = ["thinks", "reasons", "thinks of nothing", "thinks too long", "thinks in vain"]
+    rows = ask(model_at(server), tmp_path, cases)
+    texts = [row["response"] or "" for row in rows]
+    assert texts == [
+        "<think>\nHm.\n</think>\n\nHello",
+        "<think>\nHm < /think>\n</think>\n\nHello",
+        "Hello",
+        "<think>\nHm",
+        "<think>\nHm\n</think>\n\n",
+    ]
+    assert [final_answer(text) for text in texts] == ["Hello", "Hello", "Hello", None, ""]
+    assert [row["excluded"] for row in rows] == [None, None, None, UNFINISHED, None]
+    assert [row.get("cut", False) for row in rows] == [False, False, False, True, False]
+    assert read_completion(CASES["thinks"]).text == "Hello"
+    assert read_completion(CASES["thinks in vain"]).text is None
 
 
 def test_an_endpoint_that_stops_leaves_the_rest_to_a_restart(server: Server, tmp_path: Path) -> None:
