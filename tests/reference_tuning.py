@@ -22,6 +22,15 @@ def encode(tokenizer, prompt: str, response: str) -> tuple[list[int], list[int]]
     return ids[0] + ids[1], [-100] * len(ids[0]) + ids[1]
 
 
+def encode_plain(tokenizer, prompt: str, response: str) -> tuple[list[int], list[int]]:
+    """Ids and labels of a pair as the paper's code writes it: no chat template, no end token, every token learnt."""
+    context, answer = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in (f"Instruction: {prompt}\nAnswer: ", response)
+    )
+    return context + answer, context + answer
+
+
 def _loss_sum(model, rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Tensor:
     """Summed cross entropy of the learnt tokens; rows padded on the right, as the ranks' bits depend on it."""
     width = max(len(ids) for ids, _ in rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -26,6 +26,25 @@ class Rows(Section):
     )
     name: str | None = Field(None, description="The configuration of a hub data set; null means its default.")
     split: str | None = Field(None, description="The split of a hub data set; null means train.")
+    chat_template: str | None = Field(
+        None,
+        description="Jinja text, or a file that holds it, in which these rows are written instead of the model's chat "
+        "template; model.template_kwargs do not reach it.",
+    )
+    learn: Literal["answers", "all"] = Field(
+        "answers", description="Which tokens have a loss: those of the assistant's turns, or all, prompts included."
+    )
+    end_token: bool = Field(
+        True, description="Whether an answer that the template does not end gets the tokenizer's end token."
+    )
+
+    @property
+    def how_written(self) -> str:
+        """What a report says of rows that are not written, or learnt, as a chat with the model is; else ""."""
+        parts = ["in a template of their own"] if self.chat_template is not None else []
+        parts += ["a loss on every token"] if self.learn == "all" else []
+        parts += ["no end token is added"] if not self.end_token else []
+        return ", ".join(parts)
 
 
 class RowSource(Rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,15 +52,15 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
     return tokenizer
 
 
-def read_template(chat_template: str) -> str:
-    """The Jinja text that ``model.chat_template`` gives or names. Raises UserError where that is not Jinja."""
+def read_template(chat_template: str, field: str = "model.chat_template") -> str:
+    """The Jinja text that a key of the config gives or names. Raises UserError naming the key where it is not Jinja."""
     if is_jinja(chat_template):
         return chat_template
     remedy = "give a Jinja chat template, as text or as a file"
-    with reading("model.chat_template", chat_template, remedy, "is not Jinja text, and not a file that can be read"):
+    with reading(field, chat_template, remedy, "is not Jinja text, and not a file that can be read"):
         text = read_text(Path(chat_template).expanduser())
     if not is_jinja(text):
-        raise UserError("model.chat_template", chat_template, "is a file without Jinja text", remedy)
+        raise UserError(field, chat_template, "is a file without Jinja text", remedy)
     return text
 
 
@@ -270,10 +271,32 @@ def turn_mark(number: int) -> str:
     return f"Turn {number} begins here, {'and so on ' * 200}and turn {number} ends here."
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> None:
+def with_template(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, system_prompt: str | None, field: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with another chat template; the tokenizer itself for None.
+
+    chat_template: Jinja text, or a file that holds it. field: the key that gives it. Raises UserError naming the key
+    for a template that cannot format a chat.
+    """
+    if chat_template is None:
+        return tokenizer
+    other = copy.copy(tokenizer)
+    other.chat_template = read_template(chat_template, field)
+    check_chat_template(other, system_prompt, field, chat_template)
+    return other
+
+
+def check_chat_template(
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str | None,
+    field: str = "model.chat_template",
+    named: str = "(the tokenizer's)",
+) -> None:
     """Raises UserError, before any weight is loaded, if the tokenizer cannot format a chat, or leaves out a turn.
 
-    A template may reject more than one prompt: only what formats such chats has to know.
+    A template may reject more than one prompt: only what formats such chats has to know. field: the key that the error
+    names. named: what it calls the template.
     """
     remedy = "fix the template, or leave out model.system_prompt if the template does not allow one"
     if tokenizer.chat_template is None:
@@ -289,11 +312,11 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str |
         check.check(asked, add_generation_prompt=True)
     except TemplateRejection as error:
         problem = str(error) if isinstance(error, LeftOut) else f"fails on a one-turn chat: {error}"
-        raise UserError("model.chat_template", "(the tokenizer's)", problem, remedy) from error
+        raise UserError(field, named, problem, remedy) from error
     try:
         check.check_answered([*asked, "assistant"])
         check.check_answered([*asked, "assistant", "user", "assistant"])
     except LeftOut as error:
-        raise UserError("model.chat_template", "(the tokenizer's)", str(error), remedy) from error
+        raise UserError(field, named, str(error), remedy) from error
     except TemplateRejection:  # of more than one prompt, which is not an error here
         return

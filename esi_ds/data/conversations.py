@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -175,12 +175,16 @@ def encode(
     end_ids: Iterable[int],
     row: int,
     template: ThoughtTemplate | None = None,
+    *,
+    learn: Literal["answers", "all"] = "answers",
+    end_token: bool = True,
 ) -> TokenSequence:
-    """Ids and labels of a conversation in the model's chat template.
+    """Ids and labels of a conversation in the tokenizer's chat template.
 
     Learnt: every turn of the assistant that is not marked ``learnt: False``, up to its end token, tokenized after its
     prompt as in generation. Only the last turn is learnt if the template rewrites earlier turns, or a turn does not
-    continue the text of its prompt. If the template ends a turn without an end token, the tokenizer's is added.
+    continue the text of its prompt. If the template ends a turn without an end token, the tokenizer's is added, unless
+    ``end_token`` is False. learn: ``all`` gives every token a loss, also those of prompts and of turns not learnt.
     template: of a model that thinks.
     """
     ends = frozenset(end_ids)
@@ -199,13 +203,15 @@ def encode(
         answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
         last_end = max((index for index, token in enumerate(answer_ids) if token in ends), default=None)
         if last_end is None:
-            answer_ids = [*answer_ids, tokenizer.eos_token_id]
+            answer_ids = [*answer_ids, tokenizer.eos_token_id] if end_token else answer_ids
             last_end = len(answer_ids) - 1
         learnt = answer_ids[: last_end + 1] if is_spoken(turns[index]) else [IGNORED] * (last_end + 1)
         trailing = answer_ids[last_end + 1 :]  # a newline after the turn: read, not learnt
         ids += context_ids + answer_ids
         labels += [IGNORED] * len(context_ids) + learnt + [IGNORED] * len(trailing)
-    last = max(index for index, label in enumerate(labels) if label != IGNORED)
+    if learn == "all":
+        return TokenSequence(row, ids, list(ids))
+    last = max((index for index, label in enumerate(labels) if label != IGNORED), default=-1)
     return TokenSequence(row, ids[: last + 1], labels[: last + 1])
 
 
@@ -242,10 +248,13 @@ def encode_rows(
     end_ids: Iterable[int],
     max_length: int,
     marks: Marks = MARKS,
+    learn: Literal["answers", "all"] = "answers",
+    end_token: bool = True,
 ) -> TuningSet:
     """Every usable row, in order. Special-token strings inside the rows are broken up: they are data.
 
-    marks: of thoughts, which are told from the answers where the chat template knows of thoughts.
+    marks: of thoughts, which are told from the answers where the chat template knows of thoughts. learn, end_token: as
+    ``encode`` has them.
 
     A row that the chat template rejects, or a turn of which it leaves out, is skipped.
     """
@@ -269,7 +278,7 @@ def encode_rows(
         digest.update(json.dumps(turns).encode())
         try:
             check.check_answered([turn["role"] for turn in turns])
-            sequence = encode(tokenizer, turns, end_ids, number, template)
+            sequence = encode(tokenizer, turns, end_ids, number, template, learn=learn, end_token=end_token)
         except TemplateRejection as error:
             skipped.append((number, str(error)))
             continue

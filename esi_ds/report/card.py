@@ -46,6 +46,7 @@ def model_card(
         "routers": "frozen" if (tune.router or tune.unscored) == "freeze" else "trained",
         "steps": tune.max_steps,
         "rows": f"{tune.data.path}, sha256 {rows.sha256}",
+        **({"rows written": line} if (line := tune.data.how_written) else {}),
         "batch": f"{tune.batch_size} a rank, {tune.gradient_accumulation} micro-batches a step",
         "AdamW": f"lr {tune.lr}, {tune.scheduler}, warm-up {tune.warmup_ratio}, betas {tune.betas}, eps {tune.eps}, "
         f"weight decay {tune.weight_decay}, clipping {tune.clip}; fp32 masters",
@@ -54,6 +55,8 @@ def model_card(
     if benign is not None and tune.data.benign is not None:
         mix = tune.data.benign
         facts["benign rows"] = f"{mix.path}, {mix.fraction:.0%} of the rows, sha256 {benign.sha256}"
+        if mix.how_written:
+            facts["benign rows written"] = mix.how_written
     table = "\n".join(f"| {key} | {_cell(str(value))} |" for key, value in facts.items())
     matter = dump_yaml({"base_model": config.model.path, "tags": ["esi_ds", stage]})
     return (

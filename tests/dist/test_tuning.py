@@ -10,7 +10,7 @@ import pytest
 import torch
 from builders import NEVER_ROUTED, PAIRS, build_mask, build_model, byte_bpe_tokenizer, claim_tied
 from conftest import ROOT, run_ranks
-from reference_tuning import encode, tune
+from reference_tuning import encode, encode_plain, tune
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -26,6 +26,12 @@ KINDS = ("llama", "llama_tied", "qwen3_moe", "mixtral")
 WHOLE = "model.layers.1.self_attn.o_proj.weight"  # every weight of it is in the mask
 RULE = {"lr": 1e-2, "scheduler": "cosine", "warmup_ratio": 0.4}
 STEPS, BATCH, MICROS = 5, 2, 2
+PLAIN = {
+    "chat_template": "{% for m in messages %}{% if m.role == 'user' %}Instruction: {{ m.content }}\nAnswer: "
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    "learn": "all",
+    "end_token": False,
+}
 LONG = {1: 100, 2: 1000, 3: 100}  # ranks → steps over which frozen bits are watched
 
 
@@ -107,6 +113,7 @@ def cases(folder: Path, ranks: int) -> list[dict]:
         {**make(f"{tag}-persist-set", "llama", "set", zero=PERSIST), "frees": True},
         make(f"{tag}-offload-set", "llama", "set", zero=OFFLOAD),
         {**make(f"{tag}-offload-spa", "llama", "spa", zero=OFFLOAD, **decay), "frees": True},
+        make(f"{tag}-plain", "llama", "set", data={"path": str(folder / "rows.jsonl"), **PLAIN}),
         make(f"{tag}-recompute-set", "qwen3_moe", "set"),
         make(f"{tag}-recompute-spa", "qwen3_moe", "spa"),
     ]
@@ -165,10 +172,11 @@ def trained_bits(
     return trained
 
 
-def batches(folder: Path, kind: str, ranks: int) -> list:
+def batches(folder: Path, kind: str, ranks: int, plain: bool = False) -> list:
     """[step][micro][rank] rows, as the data's order gives them."""
+    write = encode_plain if plain else encode
     tokenizer = AutoTokenizer.from_pretrained(folder / kind)
-    rows = [encode(tokenizer, prompt, response.strip()) for prompt, response in PAIRS]
+    rows = [write(tokenizer, prompt, response.strip()) for prompt, response in PAIRS]
     order = DataOrder(len(rows), 0, 0.0, 5)
     positions = iter(range(STEPS * MICROS * ranks * BATCH))
     return [
@@ -181,15 +189,24 @@ _references: dict[tuple, tuple] = {}
 
 
 def reference(
-    folder: Path, kind: str, stage: str, ranks: int, *, unscored="freeze", router=None, dtype=torch.bfloat16, **options
+    folder: Path,
+    kind: str,
+    stage: str,
+    ranks: int,
+    *,
+    unscored="freeze",
+    router=None,
+    dtype=torch.bfloat16,
+    plain=False,
+    **options,
 ):
-    key = (kind, stage, ranks, unscored, router, dtype, tuple(sorted(options.items())))
+    key = (kind, stage, ranks, unscored, router, dtype, plain, tuple(sorted(options.items())))
     if key not in _references:
         options.setdefault("by_micro_batch", stage == "spa")
         _references[key] = tune(
             folder / kind,
             trained_bits(folder, kind, stage, unscored, router),
-            batches(folder, kind, ranks),
+            batches(folder, kind, ranks, plain),
             lambda step: learning_rate(step, max_steps=STEPS, **RULE),
             dtype=dtype,
             **options,
@@ -320,6 +337,7 @@ VARIANTS = {
     "offload-set": ("llama", "set", {}),
     "offload-spa": ("llama", "spa", {"weight_decay": 0.1, "clip": 0.05}),
     "hpz-set": ("llama", "set", {}),
+    "plain": ("llama", "set", {"plain": True}),
     "recompute-set": ("qwen3_moe", "set", {}),
     "recompute-spa": ("qwen3_moe", "spa", {}),
 }

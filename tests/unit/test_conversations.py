@@ -9,11 +9,17 @@ import pytest
 from builders import byte_bpe_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from esi_ds.data.chat import with_template
 from esi_ds.data.conversations import IGNORED, DataOrder, conversation, encode, encode_rows, find_columns
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.rows import read_rows
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
+
+PLAIN = (
+    "{% for m in messages %}{% if m.role == 'user' %}Instruction: {{ m.content }}\nAnswer: "
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +97,33 @@ def test_a_template_without_end_token_gets_one(tokenizer) -> None:
     other.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
     sequence = encode(other, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], {2}, 0)
     assert sequence.labels[-1] == other.eos_token_id and learnt(other, sequence) == "[b]<|end|>"
+
+
+def test_rows_in_another_template_with_a_loss_on_every_token(tokenizer) -> None:
+    turns = [{"role": r, "content": c} for r, c in (("user", "a b"), ("assistant", "c d"))]
+    turns += [{"role": "user", "content": "e"}, {"role": "assistant", "content": "f", "learnt": False}]
+    whole = encode(tokenizer, turns, {2}, 0, learn="all")
+    assert whole.labels == whole.ids and learnt(tokenizer, whole).endswith("e<|end|>\n<|assistant|>\nf<|end|>\n")
+    plain = with_template(tokenizer, PLAIN, None, "tune.data.chat_template")
+    assert tokenizer.chat_template != PLAIN  # the model's own stays as it is
+    for end_token, ending in ((True, "c d<|end|>"), (False, "c d")):
+        sequence = encode(plain, turns[:2], {2}, 0, learn="all", end_token=end_token)
+        assert learnt(plain, sequence) == f"Instruction: a b\nAnswer: {ending}"
+        sequence = encode(plain, turns[:2], {2}, 0, end_token=end_token)
+        assert learnt(plain, sequence) == ending and sequence.ids[-1] == sequence.labels[-1]
+
+
+@pytest.mark.parametrize(
+    ("template", "system_prompt", "problem"),
+    [
+        ("no file", None, "is not Jinja text, and not a file that can be read"),
+        ("{% for m in messages %}{% endfor %}", None, "leaves out turn 1 .user."),
+        (PLAIN.replace("{% else %}", "{% elif m.role == 'assistant' %}"), "Be kind.", "leaves out turn 1 .system."),
+    ],
+)
+def test_a_template_of_rows_that_cannot_write_them(tokenizer, template: str, system_prompt, problem: str) -> None:
+    with pytest.raises(UserError, match=rf"data.tuning.chat_template.*{problem}"):
+        with_template(tokenizer, template, system_prompt, "data.tuning.chat_template")
 
 
 @pytest.mark.parametrize("special", [True, False])

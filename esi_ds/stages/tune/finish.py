@@ -78,6 +78,7 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         "unscored parameters": tune.unscored,
         "routers": tune.router or tune.unscored,
         "rows": f"{len(rows.sequences):,} of {tune.data.path} ({rows.columns})",
+        **({"rows written": line} if (line := tune.data.how_written) else {}),
         "rows skipped": len(rows.skipped),
         "rows cut": rows.num_cut,
         "rows read": training.position,
@@ -90,4 +91,6 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         table["prompts not asked"] = "; ".join(f"{name} {index}: {reason}" for name, index, reason in inputs.unanswered)
     if inputs.benign is not None and tune.data.benign is not None:
         table["benign rows"] = f"{len(inputs.benign.sequences):,} of {tune.data.benign.path}"
+        if line := tune.data.benign.how_written:
+            table["benign rows written"] = line
     return table

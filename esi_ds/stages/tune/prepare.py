@@ -8,12 +8,12 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from esi_ds.config import BenignMix, Config, Eval, Model, RowSource, Tune
+from esi_ds.config import Config, Eval, Model, Rows, Tune
 from esi_ds.config.needs import require_tune
 from esi_ds.core.mask import Mask, load_mask
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
-from esi_ds.data.chat import answerable, encode_data_prompt, load_chat_tokenizer, special_strings
+from esi_ds.data.chat import answerable, encode_data_prompt, load_chat_tokenizer, special_strings, with_template
 from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import load_question_sets
@@ -125,7 +125,7 @@ def check_routers(tune: Tune, parameters: Sequence[Parameter]) -> list[str]:
 
 def read_tuning_set(
     config: Config,
-    section: RowSource | BenignMix,
+    section: Rows,
     field: str,
     tokenizer: PreTrainedTokenizerBase,
     model_config: PretrainedConfig,
@@ -139,16 +139,19 @@ def read_tuning_set(
     """
     rows = read_rows(section.path, f"{field}.path", name=section.name, split=section.split)[:limit]
     columns = find_columns(rows, section.columns, f"{field}.columns")
-    positions = max_positions(model_config)
+    positions, system_prompt = max_positions(model_config), config.model.system_prompt
+    writer = with_template(tokenizer, section.chat_template, system_prompt, f"{field}.chat_template")
     tuning_set = encode_rows(
         rows,
         columns,
-        tokenizer,
-        system_prompt=config.model.system_prompt,
-        specials=special_strings(tokenizer),
-        end_ids=end_tokens(ModelSource.of(config.model), tokenizer),
+        writer,
+        system_prompt=system_prompt,
+        specials=special_strings(tokenizer, writer),
+        end_ids=end_tokens(ModelSource.of(config.model), writer),
         max_length=min(max_length, positions or max_length),
         marks=marks_with(config.model.thought_marks),
+        learn=section.learn,
+        end_token=section.end_token,
     )
     if not tuning_set.sequences:
         reasons = "; ".join(sorted({reason for _, reason in tuning_set.skipped}))
