@@ -251,6 +251,7 @@ def build_model(
     nan_token: int | None = None,
     experts: int = 5,
     leave_out: bool = False,
+    layers: int = 2,
 ) -> Path:
     """A random model whose weights are large enough for gradients and routing to be far from zero and from ties.
 
@@ -258,7 +259,9 @@ def build_model(
     leave_out: no token reaches the last expert (always so for FAMILIES).
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(model_config(kind, len(tokenizer) + extra_rows, experts))
+    config = model_config(kind, len(tokenizer) + extra_rows, experts)
+    config.num_hidden_layers = layers
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
