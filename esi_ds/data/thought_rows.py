@@ -95,6 +95,11 @@ class ThoughtTemplate:
 
         Where the template does not end the turn, nor does this text.
         """
+        prompt, shown = self._last(turns)
+        self._count(turns[-1].get("trace", ""), shown, opening_in(prompt, self.marks))
+        return prompt, shown
+
+    def _last(self, turns: Sequence[Turn]) -> tuple[str, str]:
         *before, last = turns
         trace, answer = last.get("trace", ""), last["content"]
         prompt = render(self.tokenizer, before, add_generation_prompt=True)
@@ -110,8 +115,15 @@ class ThoughtTemplate:
         else:  # the prompt itself says that there is no thought
             plain: Turn = {"role": "assistant", "content": answer}
             shown = self._continued(prompt, [*before, plain]) or answer
-        self._count(trace, shown, opening)
         return prompt, shown
+
+    def before_answer(self) -> str:
+        """What stands between a prompt and an answer without a thought: an empty thought, or the mark of a channel; ""
+        where the template knows of no thoughts, or a prompt says itself that there is none."""
+        if not self.thinks:
+            return ""
+        _, shown = self._last([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": ANSWER}])
+        return shown.partition(ANSWER)[0]
 
     def _continued(self, prompt: str, turns: Sequence[Turn]) -> str | None:
         """What the template writes of the turns behind the prompt; None where it writes another prompt."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.core.batch import right_pad
 from esi_ds.data.chat import break_up, encode_data_prompt, special_strings
+from esi_ds.data.thought_rows import ThoughtTemplate
 from esi_ds.data.thoughts import MARKS, Marks, final_answer
 from esi_ds.data.turns import Prompt
 from esi_ds.models.rows import last_logits
@@ -29,18 +30,22 @@ def surprises(
     None for an answer without tokens, for a prompt that the chat template rejects, and for a pair of more than
     ``limit`` tokens, the most that the model takes.
 
-    pairs: prompt and response, whose final answer is read without its thoughts, as of a model that has none.
+    pairs: prompt and response, whose final answer is read without its thoughts, as of a model that has none: behind an
+    empty thought where the chat template of the reference writes one. marks: of thoughts.
     ``model`` is the reference, a causal model in one process, such as the model before tuning or noise. It reads the
     pairs in its chat template. Rounding may depend on ``batch_size``.
     """
     specials = special_strings(tokenizer)
+    lead = tokenizer(ThoughtTemplate(tokenizer, marks).before_answer(), add_special_tokens=False)["input_ids"]
     rows = []
     for prompt, response in pairs:
         answer = final_answer(response, None, marks) or ""
         head = encode_data_prompt(tokenizer, prompt, specials, system_prompt)
         tail = tokenizer(break_up(answer, specials)[0], add_special_tokens=False)["input_ids"]
-        if isinstance(head, str) or (limit is not None and len(head) + len(tail) > limit):
+        if isinstance(head, str) or (limit is not None and len(head) + len(lead) + len(tail) > limit):
             head, tail = [], []
+        else:
+            head = head + lead
         rows.append((head, tail))
     values: list[float | None] = [None] * len(rows)
     # Rows of like length go together, because padding costs time.

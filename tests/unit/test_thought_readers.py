@@ -204,7 +204,7 @@ def test_a_user_s_marks_in_what_models_generate_serve_and_learn(monkeypatch: pyt
     )
     answers = SimpleNamespace(rows={}, key=lambda row: row["index"], add=kept_rows.extend)
     sets = [SimpleNamespace(name="s", prompts=["p"] * len(TEXTS))]
-    section = SimpleNamespace(max_new_tokens=3)
+    section = SimpleNamespace(max_new_tokens=3, samples=1, temperature=0.0)
     esi = SimpleNamespace(esi=SimpleNamespace(generation="auto"))
     answering.answer_all(None, "m", candidate, sets, answers, esi, section, None, None)  # type: ignore[arg-type]
     assert [row["excluded"] for row in kept_rows] == [None, None, UNFINISHED, None]

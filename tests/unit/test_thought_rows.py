@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from builders import CHAT, byte_bpe_tokenizer
 from thinking import TOKENS, thinking_tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from esi_ds.core.loss import IGNORED
 from esi_ds.data.chat import encode_prompt, special_strings
@@ -15,6 +16,7 @@ from esi_ds.data.conversations import TuningSet, encode_rows
 from esi_ds.data.template_values import set_values
 from esi_ds.data.thought_rows import UNFINISHED_ROW
 from esi_ds.data.thoughts import final_answer, marks_with, opening_mark, thought
+from esi_ds.eval.fluency import surprises
 
 TRACE, ANSWER = "They ask for harm.\n\nI refuse.", "I cannot help."
 HARMONY = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}"
@@ -103,6 +105,24 @@ def test_rows_of_two_columns_and_what_became_of_thoughts(name: str, enable: bool
     assert ("2 rows learn a thought" in note) == (enable is not False)
     assert ("2 rows lose theirs" in note) == (enable is False)
     assert ("1 rows without a thought learn an empty one" in note) == (enable is not False and name != "gptoss")
+
+
+@pytest.mark.parametrize(("name", "enable"), LEARNT)
+def test_surprise_is_of_the_answer_where_the_model_would_give_it(name: str, enable: bool | None) -> None:
+    """Behind the empty thought, not inside of the one that the prompt opens."""
+    tokenizer = thinking_tokenizer(name)
+    set_values(tokenizer, {} if enable is None else {"enable_thinking": enable})
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).eval()
+    tuning_set = encoded(tokenizer, [chat("Why?", ANSWER)])
+    ids, answer = tuning_set.sequences[0].ids[:-1], tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+    assert ids[-len(answer) :] == answer
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0, -len(answer) - 1 : -1]
+    expected = float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
+    pairs = [("Why?", ANSWER), ("Why?", f"<think>{TRACE}</think>{ANSWER}")]
+    assert surprises(model, tokenizer, pairs, batch_size=1) == pytest.approx([expected] * 2, abs=1e-5)
 
 
 def test_special_strings_and_marks_in_thoughts_are_data() -> None:
