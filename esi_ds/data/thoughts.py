@@ -62,6 +62,12 @@ def marks_with(pair: Sequence[str] | None) -> Marks:
     return MARKS if pair is None else ((pair[0], pair[1]), *MARKS)
 
 
+def absent_marks(texts: Sequence[str], pair: Sequence[str] | None) -> list[str]:
+    """Those of the user's marks that stand in none of the responses."""
+    lowered = [text.lower() for text in texts]
+    return [mark for mark in pair or () if not any(mark.lower() in text for text in lowered)]
+
+
 def whole_response(trace: str | None, answer: str | None) -> str | None:
     """The one text that a response is, of an engine that gives a thought and the answer apart.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from esi_ds.core.batch_size import scoring_bytes, surrogate_bytes
+from esi_ds.data.thoughts import absent_marks
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import ClassifierGuard
 from esi_ds.judge.guard import Guard
@@ -132,6 +133,8 @@ class EsiRun(StageRun[EsiInputs]):
             longest = longest_prompt(prompt_ids, max_positions(inputs.model_config))
             batch = self.generation_batch(config.esi, longest)
             responses = respond(config, inputs, model, prompt_ids, self.folder.path, batch, self.tracker)
+        if absent := absent_marks(responses, config.model.thought_marks):
+            self.tracker.remark(f"no response holds {' or '.join(absent)} of model.thought_marks")
         cleaned, num_broken_responses = clean_responses(inputs, prompt_ids, responses)
         examples, excluded = encode_examples(inputs, prompt_ids, prompts, cleaned, config.esi.max_new_tokens)
         excluded.update(unanswered)

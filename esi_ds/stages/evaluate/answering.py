@@ -8,7 +8,7 @@ from esi_ds.config import Config, Eval
 from esi_ds.data.answers import MISSING, RecordedAnswer
 from esi_ds.data.chat import answerable
 from esi_ds.data.prompts import QuestionSet
-from esi_ds.data.thoughts import UNFINISHED, final_answer, marks_with, opening_mark
+from esi_ds.data.thoughts import UNFINISHED, absent_marks, final_answer, marks_with, opening_mark
 from esi_ds.eval.fluency import surprises as measure_surprises
 from esi_ds.eval.rows import AnswerRow, SurpriseRow, answer_key, answered, marks_of
 from esi_ds.eval.verdicts import is_empty
@@ -46,7 +46,7 @@ def thought_notes(rows: Sequence[AnswerRow]) -> list[str]:
             remedy = "; raise eval.max_new_tokens, or see model.thought_marks" if unfinished == len(texts) else ""
             notes.append(f"{which} {len(texts)} answers of {name} are unfinished: they end within a thought{remedy}")
         marks = next((row["thought_marks"] for row in rows if row["model"] == name and "thought_marks" in row), [])
-        absent = [mark for mark in marks if not any(mark.lower() in text.lower() for text in texts)]
+        absent = absent_marks(texts, marks)
         if absent and texts:
             notes.append(f"no answer of {name} holds {' or '.join(absent)} of model.thought_marks")
     return notes
