@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Mask", "MaskedAdamW", "__version__"]
+__all__ = ["Mask", "MaskedAdamW", "__version__", "freeze"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from esi_ds.zero.optimizer import MaskedAdamW
 
         return MaskedAdamW
+    if name == "freeze":
+        from esi_ds.zero.freeze import freeze
+
+        return freeze
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

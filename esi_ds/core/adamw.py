@@ -9,6 +9,7 @@ because ``torch.where`` on a CPU branches at every coordinate and would take mos
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,8 +65,7 @@ def masked_adamw(
             exp_avg_sq[part] += ~selected & 1  # on a CPU the square root of 0 takes ten times as long as that of 1
             adamw(weight[part], kept, exp_avg[part], exp_avg_sq[part], **rule)
             as_integers(exp_avg_sq[part]).bitwise_and_(selected)
-            after = as_integers(weight[part])
-            after.bitwise_xor_(before).bitwise_and_(selected).bitwise_xor_(before)  # after where selected, else before
+            _keep_frozen(as_integers(weight[part]), before, selected)
 
 
 def keep_only(values: Tensor, trained: Tensor | None) -> None:
@@ -80,6 +80,38 @@ def keep_only(values: Tensor, trained: Tensor | None) -> None:
     for part in chunks(values):
         bits = as_integers(values[part])
         bits.bitwise_and_(selection(trained, part, bits.dtype))
+
+
+def restore_frozen(weight: Tensor, before: Tensor, trained: Tensor | None) -> None:
+    """Write every frozen coordinate of ``before`` into ``weight``, in place; both flat, of one size and dtype."""
+    if trained is None:
+        return
+    if trained.dtype != torch.uint8:
+        picked = weight[trained]
+        weight.copy_(before)
+        weight[trained] = picked
+        return
+    for part in chunks(weight):
+        after = as_integers(weight[part])
+        _keep_frozen(after, as_integers(before[part]), selection(trained, part, after.dtype))
+
+
+def _keep_frozen(after: Tensor, before: Tensor, selected: Tensor) -> None:
+    """Integers of one width, in place: ``after`` where ``selected`` has all bits set, else ``before``."""
+    after.bitwise_xor_(before).bitwise_and_(selected).bitwise_xor_(before)
+
+
+def frozen_digest(values: Tensor, trained: Tensor | None) -> str:
+    """sha256 of the bits of a flat tensor's frozen coordinates, the trained ones as 0."""
+    bits = as_integers(values.detach().clone())
+    if trained is None:
+        bits.zero_()
+    elif trained.dtype != torch.uint8:
+        bits[trained] = 0
+    else:
+        for part in chunks(bits):
+            bits[part].bitwise_and_(~selection(trained, part, bits.dtype))
+    return hashlib.sha256(bits.cpu().numpy().data).hexdigest()
 
 
 def chunks(flat: Tensor) -> Iterator[slice]:

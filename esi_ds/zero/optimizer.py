@@ -15,6 +15,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from esi_ds.core.adamw import keep_only, masked_adamw
@@ -26,7 +27,7 @@ from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.idle_experts import mend_grouped_product
 from esi_ds.models.roles import describe, router_names
 from esi_ds.zero import runtime
-from esi_ds.zero.partitioned import partition_bounds, partition_numel, whole_shape
+from esi_ds.zero.partitioned import local_range, partition_numel, whole_shape
 
 RULE = ("lr", "betas", "eps", "weight_decay")
 
@@ -60,25 +61,7 @@ class MaskedAdamW(Optimizer):
         router: str | None = None,
         roles: Mapping[str, str] | None = None,
     ):
-        for name, value, known in (
-            ("train", train, ("selected", "complement")),
-            ("unscored", unscored, ("freeze", "train")),
-            ("router", router, (None, "freeze", "train")),
-        ):
-            if value not in known:
-                raise UserError(name, value, "is unknown", f"give one of {', '.join(map(str, known))}")
-        mask = (mask if isinstance(mask, Mask) else Mask.load(mask)).check_bits()
-        groups = named_groups(params_or_model)
-        named = {name: tensor for group in groups for name, tensor in group["params"]}
-        shapes = {name: whole_shape(tensor) for name, tensor in named.items()}
-        parameters = _check(params_or_model, named, shapes, mask, roles)
-        if router is not None and not router_names(parameters):
-            raise UserError("router", router, "is set, but no router is known here", "give a model with routers")
-        self.trained = Trained(mask, train, unscored, shapes, router_names(parameters), router)
-        if self.trained.total == 0:
-            raise UserError("mask", str(mask.path), f"nothing would train with train={train}", "is it the right mask?")
-        if any(len(shape) == 3 for shape in shapes.values()):  # fused experts
-            mend_grouped_product()
+        groups, self.trained = resolve_trained(params_or_model, mask, train, unscored, router, roles)
         self._names: dict[int, str] = {}
         self._coordinates: dict[int, Tensor | None] = {}
         kept_groups = []
@@ -105,9 +88,7 @@ class MaskedAdamW(Optimizer):
         return self._names[id(tensor)]
 
     def _shard_of(self, tensor: Tensor) -> Shard:
-        """This rank's partition of a parameter, without padding."""
-        parameter = Parameter(self.name_of(tensor), whole_shape(tensor), 0, "other", ())
-        return whole(parameter).cut(*partition_bounds(tensor))
+        return partition_of(self.name_of(tensor), tensor)
 
     def _notice_zero(self, tensor: nn.Parameter) -> None:
         """Attach to ZeRO-3 at the first gradient, before the first step. Parameters' hooks survive partitioning."""
@@ -289,6 +270,11 @@ class FlatGroups:
         keep_only(buffer, trained)
 
 
+def partition_of(name: str, tensor: Tensor) -> Shard:
+    """This rank's partition of a parameter under ZeRO-3, without padding; all of one that is not partitioned."""
+    return whole(Parameter(name, whole_shape(tensor), 0, "other", ())).cut(*local_range(tensor))
+
+
 def as_coordinates(trained: Trained, shards: Sequence[Shard], sizes: Sequence[int]) -> Tensor | None:
     """Trained coordinates of consecutive shards, each padded to its size; padding is frozen.
 
@@ -303,6 +289,40 @@ def as_coordinates(trained: Trained, shards: Sequence[Shard], sizes: Sequence[in
     if trained.train == "selected":
         return bits.nonzero().flatten().to(torch.int32 if len(bits) < 1 << 31 else torch.int64)
     return pack_bits(bits)
+
+
+def resolve_trained(
+    params_or_model: nn.Module | Iterable[Any],
+    mask: Mask | str | Path,
+    train: str,
+    unscored: str,
+    router: str | None,
+    roles: Mapping[str, str] | None,
+) -> tuple[list[dict[str, Any]], Trained]:
+    """Parameter groups of (name, parameter) pairs, and which of their weights train; arguments as of ``MaskedAdamW``.
+
+    Raises UserError where the mask is damaged or does not fit, and where nothing would train.
+    """
+    for name, value, known in (
+        ("train", train, ("selected", "complement")),
+        ("unscored", unscored, ("freeze", "train")),
+        ("router", router, (None, "freeze", "train")),
+    ):
+        if value not in known:
+            raise UserError(name, value, "is unknown", f"give one of {', '.join(map(str, known))}")
+    mask = (mask if isinstance(mask, Mask) else Mask.load(mask)).check_bits()
+    groups = named_groups(params_or_model)
+    named = {name: tensor for group in groups for name, tensor in group["params"]}
+    shapes = {name: whole_shape(tensor) for name, tensor in named.items()}
+    parameters = _check(params_or_model, named, shapes, mask, roles)
+    if router is not None and not router_names(parameters):
+        raise UserError("router", router, "is set, but no router is known here", "give a model with routers")
+    trained = Trained(mask, train, unscored, shapes, router_names(parameters), router)
+    if trained.total == 0:
+        raise UserError("mask", str(mask.path), f"nothing would train with train={train}", "is it the right mask?")
+    if any(len(shape) == 3 for shape in shapes.values()):  # fused experts
+        mend_grouped_product()
+    return groups, trained
 
 
 def named_groups(params_or_model: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:
@@ -338,6 +358,9 @@ def _check(
     Raises UserError unless names and shapes are those of the mask (docs/method.md §3: fail closed).
     """
     for name, tensor in named.items():
+        if isinstance(tensor, DTensor):
+            problem = "is a DTensor: FSDP or tensor parallelism holds other parts of it than a mask can be cut into"
+            raise UserError("params_or_model", name, problem, "use ZeRO-3, or plain PyTorch")
         if not tensor.is_floating_point() or "4bit" in type(tensor).__name__ or "8bit" in type(tensor).__name__:
             raise UserError(
                 "params_or_model", name, "is quantised: it cannot be trained in place", "load it unquantised"

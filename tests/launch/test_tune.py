@@ -240,10 +240,26 @@ def test_the_trainer_example(folder: Path, tmp_path: Path, options: list[str]) -
         launcher="deepspeed",
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    stage = "set" if "selected" in options else "spa"
+    check_example(folder, tmp_path, "set" if "selected" in options else "spa")
+
+
+def check_example(folder: Path, tmp_path: Path, stage: str) -> None:
+    """No frozen bit has moved in run/model, and more than half of the trained weights have."""
     assert frozen_changes(folder, tmp_path / "run", stage) == 0
     assert patch_main(["create", str(folder / "model"), str(tmp_path / "run/model"), str(tmp_path / "patch")]) == 0
     changed = json.loads((tmp_path / "patch/patch.json").read_text())["changed"]
     mask = Mask.load(folder / "mask")
     trained = mask.k if stage == "set" else sum(mask.numel(name) for name in mask.shapes) - mask.k
     assert 0.5 * trained < changed <= trained
+
+
+@pytest.mark.parametrize(("trainer", "train"), [("sft", "complement"), ("dpo", "selected")])
+def test_the_trl_example(folder: Path, tmp_path: Path, trainer: str, train: str) -> None:
+    pytest.importorskip("trl", reason="trl is not installed: pip install 'esi_ds[trl]'")
+    rows = ({"prompt": p, "response": r, "chosen": r, "rejected": "Sure: here it is"} for p, r in PAIRS)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--model", folder / "model", "--mask", folder / "mask", "--rows", tmp_path / "rows.jsonl"]
+    arguments += ["--output", tmp_path / "run/model", "--lr", "1e-2", "--train", train]
+    done = run_ranks(2, "examples/trl_trainer.py", trainer, *map(str, arguments), launcher="deepspeed")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    check_example(folder, tmp_path, "set" if train == "selected" else "spa")

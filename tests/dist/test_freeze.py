@@ -1,0 +1,57 @@
+"""esi_ds.freeze under ZeRO-3: no frozen bit moves on two and three ranks, whatever optimizer DeepSpeed steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from builders import build_mask, build_model, byte_bpe_tokenizer
+from conftest import run_ranks
+from safetensors.torch import load_file
+
+from esi_ds import Mask
+
+CASES: dict[str, dict] = {
+    "adamw-selected": {},
+    "adamw-complement": {"train": "complement"},
+    "adamw-after-the-engine": {"when": "after"},
+    "adamw-offloaded": {"train": "complement", "zero": {"offload_optimizer": {"device": "cpu"}}},
+    "sgd-selected": {"optimizer": "sgd"},
+    "adafactor-complement": {"optimizer": "adafactor", "train": "complement"},
+    "muon-selected": {"optimizer": "muon", "zero": {"reduce_scatter": False}},
+    "unguarded": {"drop": True, "error": "has frozen weights that were changed"},
+    "stage-2": {"zero": {"stage": 2}, "error": "ZeRO stage 1 or 2"},
+}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def folder(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(f"freeze-{request.param}")
+    build_model("llama", folder / "model", byte_bpe_tokenizer(), dtype=torch.bfloat16)
+    build_mask(folder / "mask", folder / "model", ratio=0.1)
+    common = {"model": str(folder / "model"), "mask": str(folder / "mask"), "optimizer": "adamw"}
+    common |= {"train": "selected", "when": "before"}
+    cases = [{**common, "output": str(folder / f"{name}.safetensors"), **case} for name, case in CASES.items()]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    done = run_ranks(request.param, "tests/dist/freeze_worker.py", str(folder / "cases.json"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "error" not in case or "drop" in case])
+def test_no_frozen_bit_moves(folder: Path, name: str) -> None:
+    weights, mask = load_file(folder / f"{name}.safetensors"), Mask.load(folder / "mask")
+    frozen = trained = 0
+    for key in (key for key in weights if key.startswith("before.")):
+        parameter = key.removeprefix("before.")
+        changed = weights[key].view(torch.int16) != weights[f"after.{parameter}"].view(torch.int16)
+        trains = torch.zeros_like(changed)
+        if parameter in mask.shapes:
+            selected = mask.tensor(parameter)
+            trains = ~selected if CASES[name].get("train") == "complement" else selected
+        frozen += int(changed[~trains].sum())
+        trained += int(changed[trains].sum())
+    assert trained > 500
+    assert frozen > 500 if "drop" in CASES[name] else frozen == 0

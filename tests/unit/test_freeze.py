@@ -1,0 +1,247 @@
+"""esi_ds.freeze in plain PyTorch: no frozen bit moves under any optimizer, and what it cannot keep is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from builders import build_mask, build_model, byte_bpe_tokenizer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from transformers import AutoModelForCausalLM
+
+from esi_ds import Mask, freeze
+from esi_ds.errors import UserError
+
+Maker = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("freeze")
+    build_model("llama", folder / "model", byte_bpe_tokenizer())
+    build_mask(folder / "mask", folder / "model", ratio=0.2)
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+
+
+def backward(model: nn.Module, seed: int = 0) -> None:
+    ids = torch.randint(5, 200, (2, 12), generator=torch.Generator().manual_seed(seed))
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    for seed in range(steps):
+        backward(model, seed)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def changes(model: nn.Module, base: nn.Module, mask: Mask, train_what: str) -> tuple[int, int]:
+    """Numbers of changed weights, by bits: (frozen, trained)."""
+    frozen = trained = 0
+    for (name, now), before in zip(model.named_parameters(), base.parameters(), strict=True):
+        width = torch.int32 if now.element_size() == 4 else torch.int16
+        changed = now.detach().contiguous().view(width) != before.detach().contiguous().view(width)
+        trains = torch.zeros_like(changed)
+        if name in mask.shapes:
+            trains = mask.tensor(name) if train_what == "selected" else ~mask.tensor(name)
+        frozen += int(changed[~trains].sum())
+        trained += int(changed[trains].sum())
+    return frozen, trained
+
+
+class SignDescent(torch.optim.Optimizer):
+    """A rule of someone's own that decays, jitters and writes through ``.data``, by which autograd counts no change."""
+
+    def __init__(self, params: Iterable[nn.Parameter]):
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                tensor.data.mul_(0.99)
+                tensor.data = tensor.data + 1e-3 * torch.randn_like(tensor)
+
+
+def matrices(model: nn.Module) -> list[nn.Parameter]:
+    return [tensor for tensor in model.parameters() if tensor.requires_grad and tensor.ndim == 2]
+
+
+OPTIMIZERS: dict[str, Maker] = {
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1),
+    "adamw-one-by-one": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, foreach=False),
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "muon": lambda model: torch.optim.Muon(matrices(model), lr=1e-2, weight_decay=0.1),
+    "adafactor": lambda model: torch.optim.Adafactor(model.parameters(), lr=1e-2, weight_decay=0.1),
+    "own": lambda model: SignDescent(model.parameters()),
+}
+
+
+@pytest.mark.parametrize("train_what", ["selected", "complement"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_frozen_bit_moves(folder: Path, name: str, dtype: torch.dtype, train_what: str) -> None:
+    model, base = load(folder, dtype), load(folder, dtype)
+    with freeze(model, folder / "mask", train_what):
+        train(model, OPTIMIZERS[name](model))
+    frozen, trained = changes(model, base, Mask.load(folder / "mask"), train_what)
+    assert frozen == 0 and trained > 1000
+
+
+def test_eight_bit_adamw(folder: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model, base = load(folder), load(folder)
+    with freeze(model, folder / "mask"):
+        train(model, bitsandbytes.optim.AdamW8bit(model.parameters(), lr=1e-2, min_8bit_size=1))
+    frozen, trained = changes(model, base, Mask.load(folder / "mask"), "selected")
+    assert frozen == 0 and trained > 1000
+
+
+def test_an_optimizer_that_was_made_before(folder: Path) -> None:
+    """It holds momentum and gradients of what is then frozen."""
+    model = load(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    train(model, optimizer)
+    backward(model)
+    base = copy.deepcopy(model)
+    with freeze(model, folder / "mask"):
+        optimizer.step()
+        train(model, optimizer)
+    frozen, trained = changes(model, base, Mask.load(folder / "mask"), "selected")
+    assert frozen == 0 and trained > 1000
+
+
+def test_frozen_gradients_reach_no_trained_weight(folder: Path) -> None:
+    """Muon mixes all gradients of a matrix, and clipping all of the model: frozen ones, here NaN, count as 0."""
+    name = "model.layers.0.self_attn.v_proj.weight"
+    mask = Mask.load(folder / "mask")
+    model = load(folder)
+    parameter = model.get_parameter(name)
+    frozen_here = ~mask.tensor(name)
+    parameter.register_hook(lambda gradient: gradient.masked_fill(frozen_here, torch.nan))
+    with freeze(model, mask):
+        optimizer = torch.optim.Muon(matrices(model), lr=1e-2)
+        backward(model)
+        assert nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite()
+        assert not parameter.grad[frozen_here].any()
+        optimizer.step()
+    assert all(bool(tensor.isfinite().all()) for tensor in model.parameters())
+
+
+def test_a_step_that_fails_is_undone_where_frozen(folder: Path) -> None:
+    class Failing(torch.optim.Optimizer):
+        def step(self, closure=None):
+            for tensor in self.param_groups[0]["params"]:
+                tensor.data.mul_(0.99)
+            raise MemoryError
+
+    model, base, mask = load(folder), load(folder), Mask.load(folder / "mask")
+    frozen = freeze(model, mask)
+    optimizer = Failing(model.parameters(), {})
+    backward(model)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert changes(model, base, mask, "selected")[0] > 0
+    frozen.close()
+    assert changes(model, base, mask, "selected")[0] == 0
+
+
+def test_close_removes_all(folder: Path) -> None:
+    model, base, mask = load(folder), load(folder), Mask.load(folder / "mask")
+    model.model.norm.weight.requires_grad_(False)
+    hooks = len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)
+    frozen = freeze(model, mask)
+    assert not model.model.embed_tokens.weight.requires_grad
+    frozen.close()
+    frozen.close()
+    assert (len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)) == hooks
+    assert model.model.embed_tokens.weight.requires_grad and not model.model.norm.weight.requires_grad
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    assert changes(model, base, mask, "selected")[0] > 1000
+
+
+def test_the_model_of_another_optimizer_is_left_alone(folder: Path) -> None:
+    """Two models train, one of them frozen."""
+    model, other, base, mask = load(folder), load(folder), load(folder), Mask.load(folder / "mask")
+    with freeze(model, mask):
+        for _ in range(2):
+            train(other, torch.optim.AdamW(other.parameters(), lr=1e-2), 1)
+            train(model, torch.optim.AdamW(model.parameters(), lr=1e-2), 1)
+    assert changes(model, base, mask, "selected")[0] == 0
+    assert changes(other, base, mask, "selected")[0] > 1000
+
+
+@pytest.mark.parametrize("how", ["in place", "through data"])
+def test_a_change_from_outside_is_noticed(folder: Path, how: str) -> None:
+    model = load(folder)
+    frozen = freeze(model, folder / "mask")
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    with torch.no_grad():
+        (weight if how == "in place" else weight.data).mul_(1.5)
+    with pytest.raises(UserError, match="layers.0.self_attn.v_proj.weight.*other than an optimizer's step"):
+        backward(model) if how == "in place" else frozen.check()
+    with pytest.raises(UserError, match="changed by"):
+        frozen.close()
+
+
+def test_masters_outside_of_the_model_are_refused(folder: Path) -> None:
+    """As DeepSpeed's bf16 optimizer, apex's O2 and others do: they step fp32 copies, and copy these back."""
+    model = load(folder, torch.bfloat16)
+    frozen = freeze(model, folder / "mask")
+    masters = [tensor.detach().float() for tensor in model.parameters()]
+    optimizer = torch.optim.SGD(masters, lr=0.1, weight_decay=0.1)
+    backward(model)
+    for master, tensor in zip(masters, model.parameters(), strict=True):
+        master.grad = None if tensor.grad is None else tensor.grad.float()
+    optimizer.step()
+    for master, tensor in zip(masters, model.parameters(), strict=True):
+        tensor.data.copy_(master)
+    with pytest.raises(UserError, match="changed by a step of SGD"):
+        backward(model)
+    with pytest.raises(UserError):
+        frozen.close()
+
+
+def test_wrong_use(folder: Path, tmp_path: Path) -> None:
+    model = load(folder)
+    with pytest.raises(UserError, match="is unknown"):
+        freeze(model, folder / "mask", "unselected")
+    build_model("qwen3_moe", tmp_path / "other", byte_bpe_tokenizer())
+    build_mask(tmp_path / "mask", tmp_path / "other")
+    with pytest.raises(UserError):
+        freeze(model, tmp_path / "mask")
+    assert all(tensor.requires_grad for tensor in model.parameters())
+
+
+@pytest.mark.parametrize("engine", [SimpleNamespace(zenflow=True), type("SuperOffloadOptimizer_Stage3", (), {})()])
+def test_engines_that_step_elsewhere_are_refused(folder: Path, engine: object) -> None:
+    model = load(folder)
+    frozen = freeze(model, folder / "mask")
+    for tensor in model.parameters():
+        tensor._z3_optimizer = engine
+    with pytest.raises(UserError, match="other processes or threads"):
+        backward(model)
+    frozen.close()
+
+
+def test_dtensors_are_refused(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = load(folder)
+        projection = model.model.layers[0].self_attn.v_proj
+        projection.weight = nn.Parameter(distribute_tensor(projection.weight.detach(), mesh))
+        with pytest.raises(UserError, match="v_proj.weight.*is a DTensor"):
+            freeze(model, folder / "mask")
+    finally:
+        torch.distributed.destroy_process_group()
