@@ -33,6 +33,7 @@ EXTRAS = {  # extra → (a module of it, what it is for)
     "eval": ("lm_eval", "eval.tasks"),
     "mpi": ("mpi4py", "mpirun"),
     "study": ("peft", "the study's LoRA cells"),
+    "trl": ("trl", "examples/trl_trainer.py"),
 }
 
 
