@@ -21,7 +21,7 @@ from esi_ds.artifacts import append_jsonl, jsonl, parse_jsonl, write_text_atomic
 from esi_ds.config.checks import check_extra, check_numbers
 from esi_ds.data.prompts import load_prompts
 from esi_ds.data.turns import Prompt
-from esi_ds.errors import UserError
+from esi_ds.errors import UserError, ends_with_message
 from esi_ds.eval.asking import ask_prompts, check_served
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply
 from esi_ds.reading import check_regular, check_type, parse_json, reading
@@ -178,19 +178,16 @@ def _extra_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 @clean_output()
+@ends_with_message
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        if arguments.limit is not None and arguments.limit < 1:
-            raise UserError("--limit", arguments.limit, "is not above 0", "give a larger number, or leave it out")
-        endpoint = endpoint_of(arguments)
-        prompts = load_prompts(arguments.prompts, arguments.split, arguments.column, arguments.limit, field="--prompts")
-        print(f"{len(prompts.prompts)} prompts, {len(prompts.skipped)} skipped{prompts.note}")
-        ask(endpoint, list(prompts.prompts), arguments.output, arguments.system_prompt)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError("--limit", arguments.limit, "is not above 0", "give a larger number, or leave it out")
+    endpoint = endpoint_of(arguments)
+    prompts = load_prompts(arguments.prompts, arguments.split, arguments.column, arguments.limit, field="--prompts")
+    print(f"{len(prompts.prompts)} prompts, {len(prompts.skipped)} skipped{prompts.note}")
+    ask(endpoint, list(prompts.prompts), arguments.output, arguments.system_prompt)
     return 0
 
 

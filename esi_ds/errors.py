@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec
 
 from esi_ds.terminal import printable
 
+Arguments = ParamSpec("Arguments")
 MAX_PART = 1000  # characters of a part of a message
 
 
@@ -30,3 +34,17 @@ def _shorten(text: str) -> str:
 
 class Interrupted(Exception):
     """Stopped by a signal after saving everything: exit code 75; the same command resumes the run."""
+
+
+def ends_with_message(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    """A command of one process, which returns its exit code: a UserError is a message on stderr, and 2."""
+
+    @wraps(main)
+    def command(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
+        try:
+            return main(*arguments, **options)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return command

@@ -21,7 +21,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from esi_ds.artifacts import whole_folder, write_json_atomic
 from esi_ds.core.mask import INDEX_NAME, pack_bits, unpack_bits
-from esi_ds.errors import UserError
+from esi_ds.errors import UserError, ends_with_message
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.weights import INDEX_SUFFIX, checkpoint_tensors, weights_name
 from esi_ds.reading import check_regular, check_type, is_bare_name, parse_json, read_index, read_text, reading
@@ -475,22 +475,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @clean_output()
+@ends_with_message
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        if arguments.command == "create":
-            create(arguments.base, arguments.tuned, arguments.patch)
-            print("\n".join(info(arguments.patch)))
-        elif arguments.command == "apply":
-            apply(arguments.base, arguments.patch, arguments.out)
-        elif arguments.command == "revert":
-            revert(arguments.tuned, arguments.patch, arguments.out)
-        else:
-            print("\n".join(info(arguments.patch)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if arguments.command == "create":
+        create(arguments.base, arguments.tuned, arguments.patch)
+        print("\n".join(info(arguments.patch)))
+    elif arguments.command == "apply":
+        apply(arguments.base, arguments.patch, arguments.out)
+    elif arguments.command == "revert":
+        revert(arguments.tuned, arguments.patch, arguments.out)
+    else:
+        print("\n".join(info(arguments.patch)))
     return 0
 
 

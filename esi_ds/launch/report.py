@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esi_ds.artifacts import check_result, read_manifest, renew_result, write_text_atomic
-from esi_ds.errors import UserError
+from esi_ds.errors import UserError, ends_with_message
 from esi_ds.reading import read_json, reading
 from esi_ds.tensor_files import tensor_folders
 from esi_ds.terminal import clean_output
@@ -38,6 +38,7 @@ def read(run: Path, name: str = "report.json") -> Any:
 
 
 @clean_output()
+@ends_with_message
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -45,12 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the page of several runs")
     parser.add_argument("--tuned", nargs="*", type=Path, metavar="RUN", default=[], help="SET and SPA runs to show")
     parser.add_argument("--evaluated", nargs="*", type=Path, metavar="RUN", default=[], help="evaluations to show")
-    arguments = parser.parse_args(argv)
-    try:
-        write_pages(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    write_pages(parser.parse_args(argv))
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from esi_ds.artifacts import check_result
-from esi_ds.errors import UserError
+from esi_ds.errors import UserError, ends_with_message
 from esi_ds.reading import read_json, reading
 from esi_ds.report.figures import STYLE, draw_heatmap, figure_png
 from esi_ds.report.tables import layer_by_expert, routing_maps
@@ -48,16 +48,13 @@ def experts_png(run: Path) -> bytes:
 
 
 @clean_output()
+@ends_with_message
 def main() -> int:
     """The command line. Returns the exit code."""
     if len(sys.argv) != 3:
         print("error: give the folder of an ESI run and the picture to write", file=sys.stderr)
         return 2
-    try:
-        Path(sys.argv[2]).write_bytes(experts_png(Path(sys.argv[1])))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    Path(sys.argv[2]).write_bytes(experts_png(Path(sys.argv[1])))
     return 0
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from esi_ds import artifacts, launch_environment
+from esi_ds.errors import UserError, ends_with_message
 from esi_ds.failures import explain
 
 
@@ -94,3 +95,16 @@ def test_the_launcher_is_known_by_its_command_line() -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.stdout.split() == [expected], done.stderr
     assert launch_environment.launcher_processes(launch_environment.ALONE) == ()
+
+
+def test_a_command_ends_with_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    @ends_with_message
+    def command(words: list[str]) -> int:
+        """The command; its exit code."""
+        if words:
+            raise UserError("FILE", words[0], "is not there", "give another")
+        return 7
+
+    assert command([]) == 7 and command(["a\x1b"]) == 2 and command.__name__ == "command"
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "error: FILE = a\\x1b: is not there; give another\n")
