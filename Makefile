@@ -25,18 +25,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed  ## ESI, SET, SPA, noise and evaluation on the shipped tiny models, on two ranks; prints where the report is
-	rm -rf runs/demo
-	rm -rf runs/demo-complying runs/demo-set runs/demo-spa runs/demo-perturb runs/demo-eval
-	$(BIN)/deepspeed --num_accelerators 2 launch/esi.py --config configs/demo/esi.yaml
-	$(BIN)/python -m esi_ds.mask verify runs/demo/mask --scores runs/demo/scores
-	$(BIN)/deepspeed --num_accelerators 2 launch/esi.py --config configs/demo/esi.yaml \
-		run.output_dir=runs/demo-complying model.path=examples/models/llama-complying select.scope=matrix esi.save_scores=false
-	$(BIN)/deepspeed --num_accelerators 2 launch/set.py --config configs/demo/set.yaml
-	$(BIN)/deepspeed --num_accelerators 2 launch/spa.py --config configs/demo/spa.yaml
-	$(BIN)/deepspeed --num_accelerators 2 launch/perturb.py --config configs/demo/perturb.yaml
-	$(BIN)/deepspeed --num_accelerators 2 launch/eval.py --config configs/demo/eval.yaml
-	$(BIN)/python launch/report.py runs/demo --tuned runs/demo-set runs/demo-spa --evaluated runs/demo-eval
-	@echo "report: $(CURDIR)/runs/demo/report.html"
+	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed style  ## style checks and every test that needs no GPU
 	# Two at a time, a file's tests together: they share what a launch has made.
