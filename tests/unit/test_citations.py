@@ -14,6 +14,7 @@ FOLDERS = [
     "tests",
     "examples",
     "tiny_models",
+    "real_models",
     "study",
     "benchmarks",
     "launch",
