@@ -15,6 +15,13 @@ class Prompts(Section):
     split: str | None = Field(None, description="The split of a hub data set; null means train.")
     column: str = Field("auto", description="The column that holds the prompts; auto recognises the usual names.")
     limit: int | None = Field(None, ge=1, description="How many prompts to take, from the first; null means all.")
+    goal: str | None = Field(
+        None,
+        description="The column of what each attack is after, which judges read in its place; null means none.",
+    )
+    behaviors: str | None = Field(
+        None, description="The CSV of HarmBench's behaviours, where path is a JSON of its test cases."
+    )
 
 
 class Rows(Section):

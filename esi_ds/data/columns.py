@@ -86,8 +86,10 @@ def check_question_columns(names: Sequence[str], field: str) -> None:
 
 
 def _refuse_choice(names: Sequence[str], field: str) -> NoReturn:
-    problem = f"could be read from the columns {' or '.join(names)}"
-    raise UserError(field, "auto", problem, "name the column, or columns, to read")
+    problem, remedy = f"could be read from the columns {' or '.join(names)}", "name the column, or columns, to read"
+    if field.endswith(".column") and any(name.strip().lower() == "goal" for name in names):
+        remedy += f"; set {field.removesuffix('column')}goal: goal where they are attacks and what these are after"
+    raise UserError(field, "auto", problem, remedy)
 
 
 def check_row(row: Mapping[str, Any]) -> None:

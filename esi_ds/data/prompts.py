@@ -39,6 +39,7 @@ from esi_ds.data.columns import (
     system_text,
     unread_names,
 )
+from esi_ds.data.goals import GOAL, NO_GOAL, TEST_CASE, check_goal, goal_of, test_case_rows
 from esi_ds.data.rows import Row, data_file, is_text, looks_like_file, read_rows
 from esi_ds.data.tables import read_data_text
 from esi_ds.data.turns import Prompt, asked, prompt_text, read_turns, with_context
@@ -74,7 +75,8 @@ READ = {*INPUTS, "instances", "vanilla", "contextstring", "data_type", "type", "
 class PromptSet:
     """Prompts, where they come from, and (row, reason) of every row that was skipped.
 
-    unread: columns that no prompt holds.
+    unread: columns that no prompt holds. goals: what each prompt is after, where it is an attack and the rows say so;
+    empty otherwise. goal_column: where they were read.
     """
 
     prompts: tuple[Prompt, ...]
@@ -82,15 +84,20 @@ class PromptSet:
     source: str
     skipped: tuple[tuple[int, str], ...]
     unread: tuple[str, ...] = ()
+    goals: tuple[str, ...] = ()
+    goal_column: str | None = None
 
     @property
     def note(self) -> str:
-        """What of the rows is not read, for the end of a line of the log; "" if nothing."""
-        return f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
+        """Of how many goals the prompts are, and what of the rows is not read, for the end of a line of the log."""
+        goals = f"; attempts at {len(set(self.goals))} goals, which judges read" if self.goals else ""
+        return goals + (f"; columns not read: {', '.join(self.unread)}" if self.unread else "")
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
+        """Of the prompts, and of their goals where there are any."""
+        content = [self.prompts, self.goals] if self.goals else self.prompts
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def load_prompts(
@@ -99,10 +106,15 @@ def load_prompts(
     column: str = "auto",
     limit: int | None = None,
     *,
+    goal: str | None = None,
+    behaviors: str | None = None,
     kind: Kind | None = None,
     field: str = "data.prompts",
 ) -> PromptSet:
     """Read prompts; ``path`` is a file, a hub id or a built-in name (benchmarks.py).
+
+    goal: the column of what attacks are after; None: of none. behaviors: the CSV of HarmBench's behaviours, for a file
+    of its test cases.
 
     kind: which rows to take from a data set that holds both kinds (XSTest, WildJailbreak); None: those of the built-in
     name. Raises UserError naming ``field`` and its key.
@@ -111,28 +123,54 @@ def load_prompts(
     source, config = (built_in.source, built_in.config) if built_in else (path, None)
     if built_in:
         split, kind = split or split_of(built_in), _kind_of(built_in, path, kind, field)
-    rows = read_rows(source, f"{field}.path", name=config, split=split)
+    rows = test_case_rows(source, behaviors, field)
+    if rows is not None:
+        column, goal = TEST_CASE, goal or GOAL
+    else:
+        rows = read_rows(source, f"{field}.path", name=config, split=split)
+    if goal is not None:
+        check_goal(rows, goal, f"{field}.goal")
     if built_in and column == "auto" and any(built_in.column in row for row in rows):
         column = built_in.column
     else:  # a copy with other column names is read like any file
-        column = choose_column(rows, column, f"{field}.column")
+        column = choose_column(rows, column, f"{field}.column", goal)
+    if goal == column:
+        raise UserError(f"{field}.goal", goal, "is the column of the prompts", "name that of the goals")
     prompts: list[Prompt] = []
+    goals: list[str] = []
     skipped: list[tuple[int, str]] = []
     for number, row in enumerate(rows):
         if len(prompts) == limit:  # later rows are not read, so they are not listed as skipped
             break
         prompt, reason = _read_prompt(row, column, kind, built_in)
-        if reason:
-            skipped.append((number, reason))
-        else:
-            prompts.append(prompt)
+        aim = None if goal is None else goal_of(row, goal)
+        if reason or (goal is not None and aim is None):
+            skipped.append((number, reason or NO_GOAL))
+            continue
+        prompts.append(prompt)
+        goals += [] if aim is None else [aim]
     if not prompts:
         reasons = "; ".join(sorted({reason for _, reason in skipped}))
         raise UserError(f"{field}.path", path, f"has no prompt ({reasons})", "check its rows")
     source = source if looks_like_file(source) else f"hub:{source}"
     read = {*READ, column.strip().lower(), *(("scenario",) if scenario_of(rows[0]) else ())}
+    read.add((goal or "").strip().lower())
     unread = unread_names(rows, read - set(_contexts_apart(rows[0], column)))
-    return PromptSet(tuple(prompts), column, source, tuple(skipped), unread)
+    return PromptSet(tuple(prompts), column, source, tuple(skipped), unread, tuple(goals), goal)
+
+
+def load_section(section: Prompts, field: str = "data.prompts", kind: Kind | None = None) -> PromptSet:
+    """The prompts that a section of the config names; ``kind`` and ``field`` as of ``load_prompts``."""
+    return load_prompts(
+        section.path,
+        section.split,
+        section.column,
+        section.limit,
+        goal=section.goal,
+        behaviors=section.behaviors,
+        kind=kind,
+        field=field,
+    )
 
 
 def split_of(built_in: BuiltIn) -> str | None:
@@ -162,8 +200,9 @@ def _kind_of(built_in: BuiltIn, path: str, kind: Kind | None, field: str) -> Kin
     raise UserError(f"{field}.path", path, f"is a set of {built_in.kind} prompts, not of {kind} ones", remedy)
 
 
-def choose_column(rows: Sequence[Row], column: str, field: str) -> str:
-    """The column that holds the prompts; ``auto`` takes the first usual one. Raises UserError listing the columns."""
+def choose_column(rows: Sequence[Row], column: str, field: str, goal: str | None = None) -> str:
+    """The column that holds the prompts; ``auto`` takes the first usual one but ``goal``. Raises UserError listing the
+    columns."""
     names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
     if column != "auto":
         if column in names:
@@ -175,6 +214,7 @@ def choose_column(rows: Sequence[Row], column: str, field: str) -> str:
             f"is not among the columns {', '.join(names)}",
             f"the nearest is {near[0]}" if near else "the rows have no columns",
         )
+    names = [name for name in names if name != goal]
     check_distinct(names, COLUMNS, field)
     check_question_columns(names, field)
     lower = {name.strip().lower(): name for name in names}
@@ -329,7 +369,12 @@ def recorded_scores(rows: Sequence[Row], path: str) -> list[float]:
     return scores
 
 
-class PromptSetRow(TypedDict):
+class _Goals(TypedDict, total=False):
+    goal_column: str  # the column of what attacks are after; there if it was read
+    goals: int  # how many there are
+
+
+class PromptSetRow(_Goals):
     """A question set in the report."""
 
     set: str  # its name in tables and files
@@ -353,9 +398,13 @@ class QuestionSet:
     def prompts(self) -> tuple[Prompt, ...]:
         return self.prompt_set.prompts
 
+    def goal(self, index: int) -> str | None:
+        """What a prompt is after; None where the set has no goals."""
+        return self.prompt_set.goals[index] if self.prompt_set.goals else None
+
     def as_row(self) -> PromptSetRow:
         """What was read, what was skipped and why: a row of the report."""
-        return {
+        row: PromptSetRow = {
             "set": self.name,
             "kind": self.kind,
             "source": self.prompt_set.source,
@@ -364,6 +413,9 @@ class QuestionSet:
             "skipped": dict(Counter(reason for _, reason in self.prompt_set.skipped).most_common()),
             "sha256": self.prompt_set.sha256,
         }
+        if self.prompt_set.goal_column is not None:
+            row["goal_column"], row["goals"] = self.prompt_set.goal_column, len(set(self.prompt_set.goals))
+        return row
 
 
 def load_question_sets(section: Eval) -> list[QuestionSet]:
@@ -385,7 +437,7 @@ def _load_kind(
     question_sets = []
     for number, section in enumerate(sections):
         field = f"{key}.{number}" if len(sections) > 1 else key
-        prompt_set = load_prompts(section.path, section.split, section.column, section.limit, kind=kind, field=field)
+        prompt_set = load_section(section, field, kind)
         question_sets.append(QuestionSet(next(names), kind, prompt_set))
     return question_sets
 

@@ -47,14 +47,21 @@ class ModelJudge(ABC):
         self._specials = special_strings(encoder.tokenizer)
 
     def encode(
-        self, prompt: Prompt, response: str, reads: Reads = "answer", marks: Marks = MARKS
+        self,
+        prompt: Prompt,
+        response: str,
+        reads: Reads = "answer",
+        marks: Marks = MARKS,
+        attack: Prompt | None = None,
     ) -> EncodedPair | Verdict:
         """The prompt and what is read of the response (``text_to_judge``) as a pair for ``judge``, or its verdict where
-        nothing was said or the pair cannot be judged."""
+        nothing was said or the pair cannot be judged. attack: what was asked, where ``prompt`` is its goal."""
         answer = text_to_judge(response, reads, marks)
         if isinstance(answer, Verdict):
             return answer
-        encoded = self._encoder.encode(break_up_prompt(prompt, self._specials)[0], break_up(answer, self._specials)[0])
+        asked = None if attack is None else break_up_prompt(attack, self._specials)[0]
+        text, shown = break_up_prompt(prompt, self._specials)[0], break_up(answer, self._specials)[0]
+        encoded = self._encoder.encode(text, shown, asked)
         return Verdict.missing(encoded) if isinstance(encoded, str) else encoded
 
     @abstractmethod

@@ -25,7 +25,11 @@ class _Sampled(TypedDict, total=False):
     sample: int  # where ``eval.samples`` is above 1: which of the prompt's answers, from 0
 
 
-class AnswerRow(_MarkedAnswer, _Sampled):
+class _Attack(TypedDict, total=False):
+    goal: str  # what the prompt is after, where the rows of an attack say so: judges read it instead
+
+
+class AnswerRow(_MarkedAnswer, _Sampled, _Attack):
     """A line of ``answers.jsonl``: one model's answer to one prompt."""
 
     model: str  # the model's name in the tables; in a perturbation, the cell's name
@@ -43,7 +47,7 @@ def answer_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def cluster_of(row: AnswerRow) -> Hashable:
     """What answers that are not independent of each other have in common, within a model's answers to one set."""
-    return row["index"]
+    return row.get("goal", row["index"])
 
 
 def answered(row: AnswerRow) -> str | None:

@@ -114,11 +114,13 @@ def judge_by_rubric(
     prices: Prices | None = None,
     on_verdict: Callable[[int, Verdict, Reply], None] = lambda index, verdict, reply: None,
     patience: Patience | None = None,
+    attacks: Sequence[str] | None = None,
 ) -> tuple[list[Verdict], Usage]:
     """A verdict for each (prompt, response), in order: ``score`` 1 to 5, unsafe from ``threshold`` on.
 
     template: of the question; None: the one that ships with the kind of judge. policy: the system message of a judge
-    that says 1 (violated, unsafe) or 0, which is then the score. reads, marks: as of ``text_to_judge``.
+    that says 1 (violated, unsafe) or 0, which is then the score. reads, marks: as of ``text_to_judge``. attacks: what
+    was asked, for a template with {attack}, where prompts are the goals; None: the prompts.
     on_verdict is called for each verdict at once, with the reply that it was read from, so that a run that is killed
     keeps both. Bounded in time whatever the endpoint does; ``patience`` as in ``endpoint.ask_all``. Raises UserError
     for a template without slots.
@@ -133,7 +135,8 @@ def judge_by_rubric(
             verdicts[index] = answer
             on_verdict(index, answer, Reply(None, None))
         else:
-            asked.append((index, build_question(template, prompt, answer, policy), answer))
+            attack = prompt if attacks is None else attacks[index]
+            asked.append((index, build_question(template, prompt, answer, policy, attack), answer))
 
     def take(position: int, reply: Reply) -> None:
         index, question, answer = asked[position]
@@ -168,12 +171,15 @@ class Question:
         return self.text if self.system is None else (self.text, self.system)
 
 
-def build_question(template: str, prompt: str, answer: str, policy: str | None = None) -> Question:
+def build_question(
+    template: str, prompt: str, answer: str, policy: str | None = None, attack: str | None = None
+) -> Question:
     """The template with prompt and answer between marks that neither of them can predict."""
     nonce = secrets.token_hex(8)
     slots = {"{prompt}": _marked("request", prompt, nonce), "{response}": _marked("reply", answer, nonce)}
+    slots["{attack}"] = slots["{prompt}"] if attack is None else _marked("request", attack, nonce)
     # In one pass, so that a slot's name inside the answer is not replaced.
-    text = re.sub(r"\{prompt\}|\{response\}", lambda slot: slots[slot.group()], template)
+    text = re.sub(r"\{prompt\}|\{response\}|\{attack\}", lambda slot: slots[slot.group()], template)
     if policy is not None:
         return Question(text, nonce, policy.rstrip() + "\n" + POLICY_CLOSING.replace("{nonce}", nonce))
     return Question(text.rstrip() + "\n" + CLOSING.replace("{nonce}", nonce), nonce)

@@ -193,6 +193,7 @@ def _attack_success(rows: Sequence[AnswerRow], verdicts: Verdicts, judge: str) -
         reasons=dict(Counter(verdict.reason for verdict in judged if verdict.reason).most_common()),
         scores=[verdict.score for verdict in judged] if any(v.score is not None for v in judged) else [],
         clusters=list(map(cluster_of, rows)),
+        clustered_by="goal" if "goal" in rows[0] else "prompt",
     )
 
 
@@ -223,6 +224,7 @@ def _refused(rows: Sequence[AnswerRow], words: RefusalList) -> Measure:
         ],
         reasons=_excluded(rows),
         clusters=list(map(cluster_of, rows)),
+        clustered_by="goal" if "goal" in rows[0] else "prompt",
     )
 
 
@@ -247,6 +249,7 @@ def _incoherent(rows: Sequence[AnswerRow], surprises: Surprises, kind: str) -> M
         reasons=_excluded(rows),
         kinds={name: counts[name] for name in KINDS if counts[name]},
         clusters=list(map(cluster_of, rows)),
+        clustered_by="goal" if "goal" in rows[0] else "prompt",
     )
 
 

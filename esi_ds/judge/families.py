@@ -22,7 +22,8 @@ class Family:
 
     prefix: forced after the text, where the family writes something before its verdict.
     safe, unsafe: the verdict's words as they follow the prefix, each with all its spellings. A safe word may be "No".
-    template: text with {prompt} and {response}; None: the guard tokenizer's chat template builds the text.
+    template: text with {prompt}, {response} and, if it shows an attack beside its goal, {attack}; None: the guard
+    tokenizer's chat template builds the text.
     between: words that are partly unsafe, with the share of it, as StrongREJECT's grades 2 to 4.
     is_turn: whether the template is one user's turn of the tokenizer's chat template.
     options: what the chat template is given besides the turns. closing: a user's turn after the response.

@@ -6,6 +6,7 @@ character offsets say which of them overlap it (docs/method.md §1).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,6 +19,7 @@ from esi_ds.data.turns import Prompt, prompt_text
 from esi_ds.errors import UserError
 from esi_ds.judge.families import FAMILIES, Family
 
+SLOT = re.compile(r"\{prompt\}|\{attack\}")
 PROMPT_MARK, RESPONSE_MARK = "⟦prompt⟧", "⟦response⟧"
 # Chat templates of Granite and Llama 3 write today's date into the system turn; a score must not change with it. Set
 # before a template, this macro takes the place of the clock that transformers gives it; + keeps the line break after.
@@ -76,12 +78,12 @@ class TextBuilder:
                     f"give a guard whose template shows both turns, or set {field}.context: response_only",
                 )
 
-    def _apply_chat_template(self, prompt: Prompt, response: str) -> str:
+    def _apply_chat_template(self, prompt: Prompt, response: str, attack: Prompt | None = None) -> str:
         # Response only: the response becomes the user's turn, as in the paper's code.
         response_only = self.context == "response_only"
         turns = [("user", response)] if response_only else [*self._asked(prompt), ("assistant", response)]
         if self.family.is_turn:
-            turns = [("user", self._fill_template(prompt, response))]
+            turns = [("user", self._fill_template(prompt, response, attack))]
         return self._show(turns)
 
     def _show(self, turns: Sequence[tuple[str, str]]) -> str:
@@ -113,21 +115,26 @@ class TextBuilder:
             self._read[roles] = all(mark in text for _, mark in turns)
         return self._read[roles]
 
-    def _fill_template(self, prompt: Prompt, response: str) -> str:
+    def _fill_template(self, prompt: Prompt, response: str, attack: Prompt | None = None) -> str:
         assert self.family.template is not None
         parts = self.family.template.split("{response}")
-        text = "" if self.context == "response_only" else prompt_text(prompt)
-        return response.join(part.replace("{prompt}", text) for part in parts)
+        texts = {"{prompt}": prompt_text(prompt), "{attack}": prompt_text(prompt if attack is None else attack)}
+        if self.context == "response_only":
+            texts = dict.fromkeys(texts, "")
+        return response.join(SLOT.sub(lambda slot: texts[slot.group()], part) for part in parts)
 
-    def _render(self, prompt: Prompt, response: str) -> str:
+    def _render(self, prompt: Prompt, response: str, attack: Prompt | None) -> str:
         build = self._apply_chat_template if self.family.uses_chat_template else self._fill_template
-        return build(prompt, response)
+        return build(prompt, response, attack)
 
-    def build(self, prompt: Prompt, response: str) -> JudgedText | None:
-        """The text with the forced prefix behind it; None where the template alters the response beyond trimming."""
-        marked = self._render(prompt, RESPONSE_MARK)
+    def build(self, prompt: Prompt, response: str, attack: Prompt | None = None) -> JudgedText | None:
+        """The text with the forced prefix behind it; None where the template alters the response beyond trimming.
+
+        attack: what was asked, where ``prompt`` is its goal; a template shows it where it has {attack}.
+        """
+        marked = self._render(prompt, RESPONSE_MARK, attack)
         start = marked.find(RESPONSE_MARK)
-        text = self._render(prompt, response)
+        text = self._render(prompt, response, attack)
         num_after = len(marked) - start - len(RESPONSE_MARK)
         end = len(text) - num_after
         shown = text[start:end]
@@ -223,10 +230,11 @@ class PairEncoder:
         self.family, self.tokenizer, self.max_length, self._field = family, tokenizer, min(limits, default=None), field
         self._texts = TextBuilder(family, tokenizer, context, field)
 
-    def encode(self, prompt: Prompt, response: str) -> EncodedPair | str:
-        """The pair, or the reason why it cannot be judged. Special tokens in it must be broken up already."""
+    def encode(self, prompt: Prompt, response: str, attack: Prompt | None = None) -> EncodedPair | str:
+        """The pair, or the reason why it cannot be judged; ``attack`` as of ``TextBuilder.build``. Special tokens in it
+        must be broken up already."""
         try:
-            judged = self._texts.build(prompt, response)
+            judged = self._texts.build(prompt, response, attack)
         except TemplateRejection as error:
             return f"the judge: {error}"
         if judged is None:

@@ -34,7 +34,11 @@ class GeneratedRow(TypedDict):
     response: str
 
 
-class ResponseRow(GeneratedRow):
+class _Attack(TypedDict, total=False):
+    goal: str  # what the prompt is after, where the rows of an attack say so: the judge has read it instead
+
+
+class ResponseRow(GeneratedRow, _Attack):
     """A line of ``responses.jsonl``."""
 
     prompt: Prompt
@@ -48,8 +52,9 @@ def write_responses(
     responses: Sequence[str],
     scores: dict[int, float],
     excluded: dict[int, str],
+    goals: Sequence[str | None] | None = None,
 ) -> None:
-    """``responses.jsonl`` (docs/design.md §7). Rank 0 only."""
+    """``responses.jsonl`` (docs/design.md §7). goals: one per prompt, if any. Rank 0 only."""
     rows: list[ResponseRow] = [
         {
             "index": index,
@@ -60,6 +65,8 @@ def write_responses(
         }
         for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
+    if goals is not None:
+        rows = [row if goal is None else {**row, "goal": goal} for row, goal in zip(rows, goals, strict=True)]
     Journal(folder / NAME, ResponseRow).replace(rows)
 
 
@@ -116,7 +123,7 @@ def respond(
     responses = [done.get(index, "") for index in range(len(prompt_ids))]
     if runtime.is_main():
         if not (folder / NAME).is_file():
-            write_responses(folder, inputs.data.prompts, responses, {}, {})
+            write_responses(folder, inputs.data.prompts, responses, {}, {}, inputs.data.goals)
         (folder / PARTIAL_NAME).unlink(missing_ok=True)
     return responses
 

@@ -171,7 +171,7 @@ def test_an_evaluation_lists_what_is_not_asked(tokenizer: PreTrainedTokenizerFas
         answering, "generate_all", lambda model, tokenizer, ends, ids, *rest, **named: asked.update(ids)
     )
     section = SimpleNamespace(max_new_tokens=LENGTH, batch_size=2, samples=1, temperature=0.0)
-    sets = [SimpleNamespace(name="set", prompts=prompts)]
+    sets = [SimpleNamespace(name="set", prompts=prompts, goal=lambda index: None)]
     answering.answer_all(None, "base", candidate, sets, ledger, CONFIG, section, None, None)
     assert asked == {0: encoded["set", 0]}
     assert [row["index"] for row in rows] == [1, 2] and all(row["response"] is None for row in rows)

@@ -28,7 +28,8 @@ from esi_ds.data.chat import (
     special_strings,
 )
 from esi_ds.data.end_tokens import end_tokens
-from esi_ds.data.prompts import load_prompts, load_responses, recorded_scores
+from esi_ds.data.goals import recorded_goals
+from esi_ds.data.prompts import load_responses, load_section, recorded_scores
 from esi_ds.data.thoughts import (
     MARKS,
     NO_THOUGHT,
@@ -88,7 +89,8 @@ class PromptData:
     responses: one per prompt; None where they are yet to come, of ``served`` or else of the model itself. scores: J of
     each response, where they come with the responses instead of from a judge. source: what was read, with its hash, for
     the manifest. skipped: (row, reason) of every row without a usable prompt. note: what of the rows is not read, for
-    the log.
+    the log. goals: what each prompt is after, which the judge reads instead of it; None where a row, or all of them,
+    has none.
     """
 
     prompts: list[Prompt]
@@ -98,6 +100,7 @@ class PromptData:
     scores: list[float] | None = None
     note: str = ""
     served: ServedModel | None = None
+    goals: Sequence[str | None] | None = None
 
     @property
     def are_generated(self) -> bool:
@@ -186,9 +189,7 @@ def _benign_prompts(config: Config) -> tuple[Prompt, ...]:
     prompts: list[Prompt] = []
     for number, section in enumerate(config.eval.benign if config.eval is not None else ()):
         field = f"eval.benign.{number}"
-        prompts += load_prompts(
-            section.path, section.split, section.column, section.limit, kind="benign", field=field
-        ).prompts
+        prompts += load_section(section, field, "benign").prompts
     return tuple(prompts)
 
 
@@ -244,15 +245,18 @@ def _read_data(config: Config) -> PromptData:
         rows = rows[: section.limit if section is not None else None]
         source = {"responses": path, "sha256": file_sha256(Path(path).expanduser())}
         scores = recorded_scores(rows, path) if scores_given(config) else None
-        return PromptData([row["prompt"] for row in rows], [counted_response(row) for row in rows], source, [], scores)
+        goals = recorded_goals(rows, path, section.goal if section is not None else None)
+        prompts, responses = [row["prompt"] for row in rows], [counted_response(row) for row in rows]
+        return PromptData(prompts, responses, source, [], scores, goals=goals)
     assert section is not None  # require_esi has seen to it
-    prompts = load_prompts(section.path, section.split, section.column, section.limit)
-    source = {"prompts": prompts.source, "column": prompts.column, "sha256": prompts.sha256}
+    read = load_section(section)
+    source = {"prompts": read.source, "column": read.column, "sha256": read.sha256}
     served = None
     if path is not None:
         served = ServedModel.of(path, "data.responses", config.esi.max_new_tokens, config.model)
         source["responses"] = f"{path.model} at {path.base_url}"
-    return PromptData(list(prompts.prompts), None, source, list(prompts.skipped), None, prompts.note, served)
+    goals = list[str | None](read.goals) or None
+    return PromptData(list(read.prompts), None, source, list(read.skipped), None, read.note, served, goals)
 
 
 def clean(inputs: PromptInputs, prompts: Sequence[Prompt]) -> tuple[list[Prompt], int]:
@@ -327,8 +331,9 @@ def encode_examples(
     prompts: Sequence[Prompt],
     responses: Sequence[CleanResponse],
     max_new_tokens: int,
+    goals: Sequence[str | None] | None = None,
 ) -> tuple[list[Example], dict[int, str]]:
-    """Usable pairs in order, and index → reason of every pair that cannot be used."""
+    """Usable pairs in order, and index → reason of every pair that cannot be used. goals: as of ``PromptData``."""
     limit = max_positions(inputs.model_config)
     judge = inputs.judge
     examples: list[Example] = []
@@ -350,7 +355,9 @@ def encode_examples(
         if limit is not None and len(ids) + len(encoded.ids) > limit:
             excluded[index] = f"too long for the model ({len(ids) + len(encoded.ids)} tokens, it takes {limit})"
             continue
-        guard_input = judge.encoder.encode(prompt, read.text) if judge is not None else None
+        goal = goals[index] if goals is not None else None
+        asked = prompt if goal is None else break_up(goal, inputs.specials)[0]
+        guard_input = judge.encoder.encode(asked, read.text, attack=prompt) if judge is not None else None
         if isinstance(guard_input, str):
             excluded[index] = guard_input
             continue

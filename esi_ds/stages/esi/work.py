@@ -136,7 +136,8 @@ class EsiRun(StageRun[EsiInputs]):
         if absent := absent_marks(responses, config.model.thought_marks):
             self.tracker.remark(f"no response holds {' or '.join(absent)} of model.thought_marks")
         cleaned, num_broken_responses = clean_responses(inputs, prompt_ids, responses)
-        examples, excluded = encode_examples(inputs, prompt_ids, prompts, cleaned, config.esi.max_new_tokens)
+        length = config.esi.max_new_tokens
+        examples, excluded = encode_examples(inputs, prompt_ids, prompts, cleaned, length, data.goals)
         excluded.update(unanswered)
         if not examples:
             reasons = "; ".join(sorted(set(excluded.values())))
@@ -150,7 +151,7 @@ class EsiRun(StageRun[EsiInputs]):
         state = self._run_pass(model, self._objective(model, guard, inputs, examples, gradients))
         excluded.update(state.excluded)
         if runtime.is_main():
-            write_responses(self.folder.path, data.prompts, responses, state.scores, excluded)
+            write_responses(self.folder.path, data.prompts, responses, state.scores, excluded, data.goals)
         num_prompts = len(prompts) - len(excluded)
         if num_prompts == 0:
             raise UserError(

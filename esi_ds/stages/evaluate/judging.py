@@ -10,7 +10,7 @@ import torch
 
 from esi_ds.config import Config
 from esi_ds.config.needs import require_eval
-from esi_ds.data.turns import prompt_text
+from esi_ds.data.turns import Prompt, prompt_text
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, TokenJudge, length_batches
 from esi_ds.eval.endpoint import Reply
 from esi_ds.eval.refusals import judge_by_words
@@ -44,6 +44,11 @@ class UnjudgedAnswer:
 
     row: AnswerRow
     response: str
+
+    @property
+    def asked(self) -> Prompt:
+        """What the judge holds the answer against: the goal of an attack, else the prompt."""
+        return self.row.get("goal", self.row["prompt"])
 
 
 def judge_all(
@@ -177,7 +182,7 @@ class VerdictRounds(EndpointRounds[UnjudgedAnswer, VerdictRow]):
             keep(row, reply)
 
         judge_by_rubric(
-            [(prompt_text(question.row["prompt"]), question.response) for question in chunk],
+            [(prompt_text(question.asked), question.response) for question in chunk],
             self.endpoint,
             template=self._judge.section.template,
             policy=self._judge.section.policy,
@@ -186,6 +191,7 @@ class VerdictRounds(EndpointRounds[UnjudgedAnswer, VerdictRow]):
             marks=marks_of(chunk[0].row),  # of one config, so the same in every row
             on_verdict=take,
             patience=self.patience,
+            attacks=[prompt_text(question.row["prompt"]) for question in chunk],
         )
 
 
@@ -206,8 +212,8 @@ def _ask_model(
         tracker.remark(f"judge {judge.name} reads one answer at a time: its verdict would depend on those beside it")
     weights.release()
     encoded = {
-        n: reader.encode(question.row["prompt"], question.response, judge.section.reads, marks_of(question.row))
-        for n, question in enumerate(questions)
+        n: reader.encode(q.asked, q.response, judge.section.reads, marks_of(q.row), q.row["prompt"])
+        for n, q in enumerate(questions)
     }
     at_once = {number: verdict for number, verdict in encoded.items() if isinstance(verdict, Verdict)}
     verdicts.add(_verdict_row(judge, questions[number], verdict) for number, verdict in at_once.items())

@@ -30,6 +30,8 @@ def unanswered_rows(model: str, sets: Sequence[QuestionSet], samples: int) -> li
                 "response": None,
                 "excluded": None,
             }
+            if (goal := question_set.goal(index)) is not None:
+                row["goal"] = goal
             rows += [row] if samples == 1 else [{**row, "sample": sample} for sample in range(samples)]
     return rows
 

@@ -12,7 +12,7 @@ from huggingface_hub import constants, get_session
 from esi_ds.config import BenignMix, Prompts, RowSource
 from esi_ds.data.benchmarks import BUILT_IN, Kind
 from esi_ds.data.conversations import find_columns
-from esi_ds.data.prompts import load_prompts, load_responses, split_of
+from esi_ds.data.prompts import load_responses, load_section, split_of
 from esi_ds.data.rows import exists, looks_like_file, read_rows
 from esi_ds.errors import UserError
 
@@ -28,8 +28,7 @@ def count_prompts(section: Prompts, field: str, notes: list[str], kind: Kind | N
     key = f"{field}.path"
     if _read_if_reachable(source, key, lambda: read_rows(source, key, name=name, split=split), notes) is None:
         return None
-    prompt_set = load_prompts(section.path, section.split, section.column, section.limit, kind=kind, field=field)
-    return len(prompt_set.prompts)
+    return len(load_section(section, field, kind).prompts)
 
 
 def count_responses(path: str, notes: list[str]) -> int | None:

@@ -1,0 +1,112 @@
+"""What attacks are after: the goal beside a prompt, which judges read in place of the attack's text.
+
+Formats: any rows with the goal in a column (JailbreakBench's artifacts have ``goal`` and ``prompt``, WildJailbreak's
+training rows ``vanilla`` and ``adversarial``), and HarmBench's test cases, {behavior_id: [test case, ...]}, whose goals
+are in the CSV of its behaviours under BehaviorID, Behavior and ContextString.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from esi_ds.data.benchmarks import CATEGORY_COLUMNS, context_of
+from esi_ds.data.columns import is_empty, strip
+from esi_ds.data.rows import Row, data_file, is_text, looks_like_file, read_rows
+from esi_ds.data.tables import read_data_text
+from esi_ds.errors import UserError
+from esi_ds.reading import parse_json, reading
+
+GOAL = "goal"
+NO_GOAL = "the goal is empty, or not a text"
+TEST_CASE, BEHAVIOR_ID, BEHAVIOR = "test_case", "BehaviorID", "Behavior"
+
+
+def check_goal(rows: Sequence[Row], goal: str, field: str) -> None:
+    """Raise UserError naming ``field`` where no row has the column ``goal``."""
+    names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
+    if goal not in names:
+        near = difflib.get_close_matches(goal, names, n=1, cutoff=0.0)
+        remedy = f"the nearest is {near[0]}" if near else "the rows have no columns"
+        raise UserError(field, goal, f"is not among the columns {', '.join(names)}", remedy)
+
+
+def goal_of(row: Row, column: str) -> str | None:
+    """A row's goal without white space around it; None where it is empty or not a text."""
+    value = row.get(column)
+    return None if is_empty(value) or not is_text(value) else str(strip(value))
+
+
+def recorded_goals(rows: Sequence[Row], path: str, goal: str | None) -> list[str | None] | None:
+    """What the prompt of each row of a file of responses is after, None where it has no goal; None if none has one.
+
+    goal: ``data.prompts.goal``, which every row must then have. Without it goals are read from rows as this package
+    writes them: others may mean something else by the name. Raises UserError naming data.prompts.goal.
+    """
+    if goal is None:
+        goals = [goal_of(row, GOAL) if "excluded" in row else None for row in rows]
+        return goals if any(goals) else None
+    goals = [goal_of(row, goal) for row in rows]
+    if None in goals:
+        problem = f"names no text in row {goals.index(None) + 1} of {path}"
+        raise UserError("data.prompts.goal", goal, problem, "name the column that holds the goals, or leave it out")
+    return goals
+
+
+def test_case_rows(path: str, behaviors: str | None, field: str) -> list[Row] | None:
+    """The rows of HarmBench's test cases, with their goals; None for any other file.
+
+    behaviors: path of the CSV of behaviours. Raises UserError naming ``field`` and its key.
+    """
+    cases = _test_cases(path, f"{field}.path") if looks_like_file(path) else None
+    key = f"{field}.behaviors"
+    if cases is None:
+        if behaviors is not None:
+            raise UserError(key, behaviors, f"belongs to HarmBench's test cases, and {path} has none", "leave it out")
+        return None
+    if behaviors is None:
+        remedy = "name the CSV of its behaviours (harmbench_behaviors_text_all.csv)"
+        raise UserError(key, None, f"is missing: {path} has test cases by behaviour, whose goals are there", remedy)
+    goals = _behaviors(behaviors, key)
+    unknown = [name for name in cases if name not in goals]
+    if unknown:
+        problem = f"has no behaviour {unknown[0]!r}, nor {len(unknown) - 1} others" if unknown[1:] else (
+            f"has no behaviour {unknown[0]!r}"
+        )  # fmt: skip
+        raise UserError(
+            key, behaviors, f"{problem}, of which {path} has test cases", "name the CSV they were made from"
+        )
+    return [{TEST_CASE: case, **goals[name]} for name, listed in cases.items() for case in listed]
+
+
+def _test_cases(path: str, field: str) -> dict[str, list[str]] | None:
+    """The content of HarmBench's test cases, lists of texts by behaviour; None for another file."""
+    file = data_file(path, field)
+    if file.suffix.lower() != ".json":
+        return None
+    with reading(field, path, "check that its format matches its suffix"):
+        try:
+            content: Any = parse_json(read_data_text(file))
+        except json.JSONDecodeError:  # JSON lines
+            return None
+    if not isinstance(content, dict) or not all(isinstance(cases, list) for cases in content.values()):
+        return None
+    cases = [case for listed in content.values() for case in listed]
+    return content if cases and all(isinstance(case, str) for case in cases) else None
+
+
+def _behaviors(path: str, field: str) -> dict[str, Row]:
+    """BehaviorID → goal, and what marks a behaviour as one of copyright."""
+    rows = read_rows(path, field)
+    for name in (BEHAVIOR_ID, BEHAVIOR):
+        if name not in rows[0]:
+            raise UserError(field, path, f"has no column {name}", "name the CSV of HarmBench's behaviours")
+    goals: dict[str, Row] = {}
+    for row in rows:
+        context, goal = context_of(row, BEHAVIOR), str(row[BEHAVIOR]).strip()
+        marks = {name: value for name, value in row.items() if name.lower() in CATEGORY_COLUMNS}
+        # A behaviour with a context is asked, and judged, as HarmBench's own direct requests are written.
+        goals[str(row[BEHAVIOR_ID])] = {GOAL: f"{context}\n\n---\n\n{goal}" if context else goal, **marks}
+    return goals
