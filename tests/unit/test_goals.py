@@ -11,20 +11,36 @@ from typing import Any
 import pytest
 from builders import byte_bpe_tokenizer
 from endpoint_server import Server, running_server
+from transformers import LlamaConfig
 
-from esi_ds.data.chat import special_strings
+from esi_ds.config import EvalRubric, validate
+from esi_ds.data.chat import break_up, special_strings
 from esi_ds.data.goals import NO_GOAL, recorded_goals
-from esi_ds.data.prompts import QuestionSet, load_prompts
+from esi_ds.data.prompts import QuestionSet, load_prompts, load_responses
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import yes_no_family
 from esi_ds.eval.clusters import cluster_rate
+from esi_ds.eval.endpoint import Endpoint
 from esi_ds.eval.refusals import REFUSAL_LISTS
+from esi_ds.eval.rows import VerdictRow
 from esi_ds.eval.rubric import build_question
 from esi_ds.eval.tables import answer_measures
 from esi_ds.judge.families import FAMILIES
 from esi_ds.judge.pairs import PairEncoder, TextBuilder
-from esi_ds.stages.evaluate.judging import UnjudgedAnswer
+from esi_ds.stages.esi.prepare import (
+    PreparedEsiJudge,
+    PromptData,
+    PromptInputs,
+    clean_responses,
+    encode_examples,
+    encode_prompts,
+)
+from esi_ds.stages.evaluate.judging import UnjudgedAnswer, VerdictRounds
+from esi_ds.stages.evaluate.prepare import PreparedEndpoint
 from esi_ds.stages.evaluate.questions import unanswered_rows
+from esi_ds.stages.ledger import Ledger
+from esi_ds.stages.respond import write_responses
+from esi_ds.tracking import Tracker
 
 # As JailbreakBench/artifacts has it: an object of parameters and jailbreaks; no prompt where an attack failed.
 ARTIFACT = {
@@ -218,6 +234,52 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield server
 
 
-def test_special_tokens_in_goals_are_plain_text() -> None:
+def test_a_rubric_judge_is_asked_about_the_goal(server: Server, tmp_path: Path) -> None:
+    """The server answers as the request's text says: the goal asks for a 5, the attack for a 1."""
+    rows = [{"goal": "CASE five; g", "prompt": "CASE one; a"}]
+    question_set = QuestionSet("bad", "harmful", load_prompts(written(tmp_path, "q.jsonl", rows), goal="goal"))
+    (row,) = unanswered_rows("m", [question_set], 1)
+    verdicts: Ledger[VerdictRow] = Ledger(tmp_path / "v.jsonl", ("judge", "model", "set", "index"), VerdictRow)
+    tracker = Tracker(tmp_path, enabled=False, tensorboard=False, stage="eval", monitor=[])
+    endpoint = Endpoint("j", f"http://127.0.0.1:{server.server_port}/v1", max_attempts=1)
+    section = EvalRubric(kind="rubric", model="j", template="{prompt} and {response}")
+    VerdictRounds(PreparedEndpoint("j", "eval.judges.0", section, endpoint), verdicts, tracker).ask(
+        [UnjudgedAnswer(row, "so")]
+    )
+    assert [verdict["score"] for verdict in verdicts.rows.values()] == [5.0]
+    text = server.seen[0][2]["messages"][0]["content"]
+    assert "CASE five; g" in text and "CASE one; a" not in text
+
+
+def esi_inputs(goals: list[str | None] | None, template: str) -> tuple[PromptInputs, PairEncoder]:
     tokenizer = byte_bpe_tokenizer()
-    assert special_strings(tokenizer)
+    encoder = PairEncoder(yes_no_family(template), tokenizer)
+    judge = PreparedEsiJudge(None, tokenizer, encoder.family, encoder, LlamaConfig())  # type: ignore[arg-type]
+    data = PromptData(["attack", "plain"], ["Yes", "No"], {}, [], goals=goals)
+    specials = special_strings(tokenizer)
+    return PromptInputs(LlamaConfig(), tokenizer, frozenset({2}), judge, data, specials), encoder
+
+
+@pytest.mark.parametrize("template", ["{prompt}: {response}", "{prompt} {attack}: {response}"])
+def test_esi_judges_by_the_goal_and_answers_the_attack(template: str) -> None:
+    special = special_strings(byte_bpe_tokenizer())[0]
+    inputs, encoder = esi_inputs([f"g {special}", None], template)
+    config = validate({"run": {"output_dir": "x"}, "model": {"path": "y"}})
+    prompt_ids = encode_prompts(inputs, config, inputs.data.prompts)
+    cleaned, _ = clean_responses(inputs, prompt_ids, inputs.data.responses or [])
+    arguments = inputs, prompt_ids, inputs.data.prompts, cleaned, 8
+    examples, excluded = encode_examples(*arguments, inputs.data.goals)
+    assert not excluded and [example.prompt_ids for example in examples] == prompt_ids
+    goal = break_up(f"g {special}", inputs.specials)[0]
+    assert special not in goal
+    expected = [encoder.encode(goal, "Yes", "attack"), encoder.encode("plain", "No", "plain")]
+    assert [example.guard_input for example in examples] == expected
+    plain, _ = encode_examples(*arguments)
+    assert plain[0].guard_input == encoder.encode("attack", "Yes") != examples[0].guard_input
+
+
+def test_responses_of_attacks_keep_their_goals(tmp_path: Path) -> None:
+    write_responses(tmp_path, ["a", "b"], ["x", "y"], {0: 1.0}, {}, ["g", None])
+    rows = load_responses(str(tmp_path / "responses.jsonl"))
+    assert [row.get("goal") for row in rows] == ["g", None]
+    assert recorded_goals(rows, "f", None) == ["g", None]
