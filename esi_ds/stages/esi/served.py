@@ -26,15 +26,20 @@ def check_reachable(model: ServedModel, folder: Path) -> None:
 
 
 def ask_endpoint(
-    model: ServedModel, prompts: Sequence[Prompt], folder: Path, tracker: Tracker
+    model: ServedModel,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    tracker: Tracker,
+    goals: Sequence[str | None] | None = None,
 ) -> tuple[list[str], dict[int, str]]:
     """ESI's responses: the text to each prompt, "" where there is none, and index → why the model gave none.
 
-    The rows are kept in ``answers.jsonl``, as an evaluation keeps them.
+    The rows are kept in ``answers.jsonl``, as an evaluation keeps them. goals: what each prompt is after, if any says.
 
     Collectives: one broadcast of the rows on disk, and those of ``AnswerRounds.ask``. Raises UserError, Interrupted.
     """
-    question_set = QuestionSet(ASKED_SET, "harmful", PromptSet(tuple(prompts), "", "", ()))
+    aims = tuple(goal for goal in goals or () if goal is not None)  # all prompts of a set have one, or none has
+    question_set = QuestionSet(ASKED_SET, "harmful", PromptSet(tuple(prompts), "", "", (), goals=aims))
     answers: Ledger[AnswerRow] = Ledger(folder / ANSWERS, ANSWER_KEY, AnswerRow)
     AnswerRounds(model, answers, tracker).ask([question_set])
     rows = answers.sort((model.name, ASKED_SET, index) for index in range(len(prompts)))

@@ -128,7 +128,7 @@ class EsiRun(StageRun[EsiInputs]):
         prompt_ids = encode_prompts(inputs, config, prompts)
         unanswered: dict[int, str] = {}
         if data.served:
-            responses, unanswered = ask_endpoint(data.served, data.prompts, self.folder.path, self.tracker)
+            responses, unanswered = ask_endpoint(data.served, data.prompts, self.folder.path, self.tracker, data.goals)
         else:
             longest = longest_prompt(prompt_ids, max_positions(inputs.model_config))
             batch = self.generation_batch(config.esi, longest)
