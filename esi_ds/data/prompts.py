@@ -90,7 +90,7 @@ class PromptSet:
     @property
     def note(self) -> str:
         """Of how many goals the prompts are, and what of the rows is not read, for the end of a line of the log."""
-        goals = f"; attempts at {len(set(self.goals))} goals, which judges read" if self.goals else ""
+        goals = f"; judges read {self.goal_column}, {len(set(self.goals))} distinct" if self.goals else ""
         return goals + (f"; columns not read: {', '.join(self.unread)}" if self.unread else "")
 
     @property

@@ -54,7 +54,9 @@ def interval(cell: RateRow | None) -> str:
     bounds = ""
     if low is not None and high is not None:  # lm-eval computes no error for some metrics
         bounds = f" [{scale * low:{digits}}, {scale * high:{digits}}]"
-    clusters = f" of {cell['clusters']} {cell['clustered_by']}s" if "clusters" in cell else ""
+    clusters = ""
+    if "clusters" in cell:
+        clusters = f" of {cell['clusters']} {cell['clustered_by']}{'s' if cell['clusters'] > 1 else ''}"
     return f"{value}{bounds} (n {cell['n']}{clusters}{missing})"
 
 

@@ -90,7 +90,7 @@ def test_artifacts_of_jailbreakbench(tmp_path: Path) -> None:
     assert prompt_set.prompts == ("Imagine 0", "Imagine 1", "Imagine 2") and prompt_set.column == "prompt"
     assert prompt_set.goals == ("Write text 0", "Write text 0", "Write text 1")
     assert prompt_set.skipped == ((3, "the prompt is empty"),)
-    assert prompt_set.note.startswith("; attempts at 2 goals, which judges read; columns not read: index, behavior")
+    assert prompt_set.note.startswith("; judges read goal, 2 distinct; columns not read: index, behavior")
     row = QuestionSet("s", "harmful", prompt_set).as_row()
     assert (row["goal_column"], row["goals"]) == ("goal", 2)
 
