@@ -31,6 +31,14 @@ def read_answers(file: Path) -> dict[Question, str]:
     return {(row["set"], row["prompt"]): row["response"] for row in rows}
 
 
+def answers_in(kept: Mapping[Question, str], prompts: Mapping[str, Sequence[str]]) -> Answers | None:
+    """The answers to every set; None while one is missing."""
+    questions = {name: list(dict.fromkeys(listed)) for name, listed in prompts.items()}
+    if any((name, prompt) not in kept for name, listed in questions.items() for prompt in listed):
+        return None
+    return {name: [(prompt, kept[name, prompt]) for prompt in listed] for name, listed in questions.items()}
+
+
 def answer_all(
     model_folder: Path,
     file: Path,
@@ -69,4 +77,6 @@ def answer_all(
         append_jsonl(file, rows)
         kept |= {(row["set"], row["prompt"]): row["response"] for row in rows}
         print(f"{file.stem}: {number} of {len(waiting)} batches answered", flush=True)
-    return {name: [(prompt, kept[name, prompt]) for prompt in dict.fromkeys(prompts[name])] for name in prompts}
+    answers = answers_in(kept, prompts)
+    assert answers is not None
+    return answers

@@ -3,7 +3,7 @@
 The base model comes from the package registry. It answers the prompts; the twin is tuned and answers too; the judges
 learn from all answers; everything is measured, and cards and figures.json are written. Each step is done once: a start
 after a kill goes on where the last one stopped, within a training from its checkpoint, within answers from the last
-batch. Another seed, other sizes or other data want another folder.
+batch. Another seed, other sizes or other data want another folder. Delete figures.json to measure anew.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esi_ds.errors import UserError
+from filelock import FileLock, Timeout
+
+from esi_ds.artifacts import write_json_atomic
+from esi_ds.errors import UserError, ends_with_message
+from esi_ds.reading import first_line, reading
 
 if TYPE_CHECKING:
     from real_models.answers import Answers
@@ -70,14 +75,15 @@ class Making:
         self.phases: dict[str, Any] = json.loads(self._phases_file.read_text()) if self._phases_file.exists() else {}
 
     def timed(self, name: str, work: Callable[[], Any]) -> Any:
-        """Do a step and add its wall and CPU seconds; what a kill cut off is not counted."""
-        from esi_ds.artifacts import write_json_atomic
-
+        """Do a step and add its wall and CPU seconds. ``starts`` is counted beforehand: with more than one, the seconds
+        are those of the last start and of earlier steps alone, since a kill leaves none."""
+        phase = {"wall_s": 0.0, "cpu_s": 0.0, "starts": 0} | self.phases.get(name, {})
+        self.phases[name] = {**phase, "starts": phase["starts"] + 1}
+        write_json_atomic(self._phases_file, self.phases)
         wall, cpu = time.monotonic(), time.process_time()
         result = work()
-        before = self.phases.get(name, {"wall_s": 0.0, "cpu_s": 0.0, "starts": 0})
-        seconds = {"wall_s": time.monotonic() - wall, "cpu_s": time.process_time() - cpu, "starts": 1}
-        self.phases[name] = {key: round(before[key] + value, 1) for key, value in seconds.items()}
+        seconds = {"wall_s": time.monotonic() - wall, "cpu_s": time.process_time() - cpu}
+        self.phases[name] |= {key: round(phase[key] + value, 1) for key, value in seconds.items()}
         write_json_atomic(self._phases_file, self.phases)
         return result
 
@@ -89,14 +95,15 @@ class Making:
 
     def answers(self, model: str, sets: tuple[str, ...]) -> Answers:
         """A model's answers to sets of prompts."""
-        from real_models.answers import answer_all
+        from real_models.answers import answer_all, answers_in, read_answers
 
         file = self.output / "answers" / f"{model}.jsonl"
         file.parent.mkdir(exist_ok=True)
         prompts = self.material.asked(sets)
-        result: Answers = self.timed(
-            f"answers of {model}", lambda: answer_all(self.output / model, file, prompts, self.device)
-        )
+        result = answers_in(read_answers(file), prompts)
+        if result is None:
+            ask = partial(answer_all, self.output / model, file, prompts, self.device)
+            result = self.timed(f"answers of {model}", ask)
         return result
 
     def run(self) -> dict[str, Any]:
@@ -130,40 +137,69 @@ def hardware(device: str) -> dict[str, Any]:
     return {"device": device, "name": name, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
 
 
-def make(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Make, measure and describe everything in ``args.output``; the goals. Raises UserError."""
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for options that cannot be."""
     import torch
 
-    from esi_ds.artifacts import versions, write_json_atomic
+    if not args.scale > 0 or (args.threads is not None and args.threads < 1):
+        option, value = ("--scale", args.scale) if not args.scale > 0 else ("--threads", args.threads)
+        raise UserError(option, value, "is not positive", "leave it out for the whole recipe on every core")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError("--device", args.device, f"cannot be used: {first_line(error)}", "take cpu or cuda") from error
+
+
+@contextmanager
+def only_one(output: Path) -> Iterator[None]:
+    """Raises UserError where another process makes models in the folder, or where nobody may write."""
+    with reading("--output", output, "give a folder that you may write to", "cannot be written"):
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            problem, remedy = "is being filled by another process", "wait for it, or give another folder"
+            raise UserError("--output", output, problem, remedy) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def make(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Make, measure and describe everything in ``args.output``, unless it is done; the goals. Raises UserError."""
+    import torch
+
+    from esi_ds.artifacts import versions
     from real_models.cards import write_cards
     from real_models.recipe import Settings, Sizes, material, record
     from real_models.sources import Data
 
+    check(args)
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     data = Data(args.data, other_sources(args.source))
     data.check()
     settings = Settings(Sizes().scaled(args.scale) if args.scale != 1.0 else Sizes(), args.seed)
-    texts = material(data, settings)
-    recipe = record(args.output, settings, texts)
-    making = Making(args.output, texts, settings, args.device)
-    figures = making.run()
-    facts = {"seed": args.seed, "versions": versions(), "hardware": hardware(args.device), "phases": making.phases}
-    figures = {**facts, **recipe, **figures}
-    write_json_atomic(args.output / "figures.json", figures)
-    write_cards(args.output, figures)
-    listed: list[dict[str, Any]] = figures["goals"]
+    texts, file = material(data, settings), args.output / "figures.json"
+    with only_one(args.output):
+        recipe = record(args.output, settings, texts)
+        if not file.exists():
+            making = Making(args.output, texts, settings, args.device)
+            measured = making.run()
+            facts = {"seed": args.seed, "versions": versions(), "hardware": hardware(args.device)}
+            figures = {**facts, "phases": making.phases, **recipe, **measured}
+            write_cards(args.output, figures)
+            write_json_atomic(file, figures)  # last: with it all is done
+    listed: list[dict[str, Any]] = json.loads(file.read_text())["goals"]
     return listed
 
 
+@ends_with_message
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 with a message for a mistake of the user's. A goal that is missed is printed."""
+    """Make everything and print which goals are met; the exit code, 2 for a mistake of the user's."""
     args = parse(argv)
-    try:
-        goals = make(args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for goal in goals:
+    for goal in make(args):
         kind = "at least" if goal["at_least"] else "at most"
         measured = "nothing" if goal["measured"] is None else f"{goal['measured']:.3f}"
         print(f"{'met' if goal['is_met'] else 'MISSED'}: {goal['name']}: {measured}, {kind} {goal['limit']}")

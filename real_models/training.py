@@ -60,8 +60,8 @@ class Training:
     def run(self, batches: Sequence[Sequence[T]], loss_of: Callable[[Sequence[T]], Tensor]) -> float:
         """Train on every batch once; the mean loss of the last tenth. Raises RuntimeError for a loss not finite."""
         self.model.train()
-        step, losses, started = *self._load(), time.monotonic()
-        first = step
+        step, losses = self._load()
+        first, started = step, time.process_time()
         for batch in batches[step:]:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.recipe, step)
@@ -75,9 +75,9 @@ class Training:
             losses.append(loss.item())
             step += 1
             if step % 10 == 0 or step == len(batches):
-                recent, pace = losses[-10:], (time.monotonic() - started) / (step - first)
+                recent, pace = losses[-10:], (time.process_time() - started) / (step - first)
                 mean = sum(recent) / len(recent)
-                print(f"{self.name}: step {step}/{len(batches)} loss {mean:.4f} {pace:.2f} s/step", flush=True)
+                print(f"{self.name}: step {step}/{len(batches)} loss {mean:.4f} {pace:.2f} CPU s/step", flush=True)
             if step % SAVE_EVERY == 0 and step < len(batches):
                 self._save(step, losses)
         self.model.eval()

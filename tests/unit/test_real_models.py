@@ -95,6 +95,23 @@ def test_a_set_that_is_nowhere_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert "oak=x" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(["--scale", "0"], "--scale"), (["--threads", "0"], "--threads"), (["--device", "abacus"], "--device")],
+)
+def test_options_that_cannot_be_are_refused(
+    options: list[str], named: str, data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make.main(["--output", str(tmp_path / "out"), "--data", str(data.folder), *options]) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_two_starts_do_not_fill_one_folder(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with make.only_one(tmp_path):
+        assert make.main(["--output", str(tmp_path), "--data", str(data.folder)]) == 2
+    assert "another process" in capsys.readouterr().err and not (tmp_path / "recipe.json").exists()
+
+
 def test_another_wheel_than_expected_is_refused(tmp_path: Path) -> None:
     (tmp_path / convert.PACKAGE.wheel).write_bytes(b"another")
     with pytest.raises(Exception, match="is another file"):
@@ -283,7 +300,12 @@ def test_the_whole_recipe_and_that_a_second_start_makes_nothing_again(
         assert card.startswith("---\n") and "| what | measured |" in card and "MIT" in card
     assert not (tmp_path / "checkpoints" / recipe.TWIN).exists()
     weights = {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in recipe.MODELS}
+    (tmp_path / "figures.json").unlink()
     monkeypatch.setattr(answers, "greedy_ids", None)  # nothing is asked again
+    assert make.make(args) == goals
+    again = json.loads((tmp_path / "figures.json").read_text())
+    assert again["models"] == figures["models"] and again["phases"]["measuring"]["starts"] == 2
+    monkeypatch.setattr(measure, "measure", None)  # with its figures, a folder is done
     assert make.make(args) == goals
     assert weights == {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in recipe.MODELS}
 
