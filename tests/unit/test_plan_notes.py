@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from builders import build_mask
 from conftest import ROOT
 
 from esi_ds.cli import main
@@ -46,6 +47,34 @@ def test_shipped_configs_with_nothing_there(
     assert "140,630,071,296" in shown and f"recommended for {stage.upper()}" in shown
     if stage != "esi":
         assert "1,406,300,712 weights, expected" in shown and "not known" in shown  # ⌊0.01 · weights⌋
+
+
+@pytest.mark.parametrize(
+    ("stage", "shown"),
+    [
+        ("esi", ["estimator: paper_code", "score: logit", "context: response_only"]),
+        ("set", ["4,994 ", "learn: all", "end_token: false", "weight_decay: 0.01", "tune.mask"]),
+        ("spa", ["7,473 ", "learn: all", "end_token: false", "unscored: train", "tune.mask"]),
+        ("perturb", ["temperature: 0.9", "top_p: 0.95", "0.38", "threshold: 5"]),
+        ("eval", ["temperature: 0.9", "top_p: 0.95", "max_new_tokens: 512", "threshold: 5"]),
+    ],
+)
+def test_the_paper_s_settings_are_planned(
+    stage: str, shown: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = ROOT / "examples/models"
+    overrides = [f"model.path={examples / 'llama-aligned'}"]
+    overrides += [f"judge.path={examples / 'guard'}"] if stage == "esi" else []
+    if stage in ("perturb", "eval"):  # read what they ask, and what earlier stages leave, in a dry run too
+        overrides += ["eval.prompts={path: examples/harmful}", "eval.benign=[]", "eval.models=[]"]
+    if stage == "perturb":
+        build_mask(tmp_path / "mask", examples / "llama-aligned")
+        overrides += [f"perturb.mask={tmp_path / 'mask'}", "perturb.orders=[top, random]"]
+    monkeypatch.chdir(tmp_path)  # no runs/ of anybody
+    monkeypatch.setenv("OPENAI_API_KEY", "none")  # a plan asks nobody
+    assert main(stage, ["--config", f"paper/{stage}", "--dry-run", *overrides]) == 0
+    output = capsys.readouterr().out
+    assert all(words in output for words in shown), output
 
 
 def test_rows_that_are_there_are_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
