@@ -88,13 +88,18 @@ def accelerator() -> Iterator[Finding]:
     """GPUs as PyTorch sees them, their memory, and NCCL."""
     import torch
 
+    from esi_ds.models.native import computes_bf16
+
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
             reason = "PyTorch is a build for CPUs" if torch.version.cuda is None else "its driver does not answer"
             remedy = f"PyTorch {torch.__version__} sees none; install a build for its CUDA (pytorch.org), or the driver"
             yield Finding("wrong", "accelerator", f"there is an NVIDIA GPU, but {reason}", remedy)
         else:
-            yield Finding("note", "accelerator", "no GPU", "stages run on the CPU with gloo: right, and slow")
+            emulated = "" if computes_bf16() else "; it emulates bf16: set model.dtype: auto or fp32"
+            yield Finding(
+                "note", "accelerator", "no GPU", f"stages run on the CPU with gloo: right, and slow{emulated}"
+            )
         return
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)

@@ -55,7 +55,11 @@ class Run(Section):
 class Model(Section):
     path: str = Field(description="A hub id or a folder of a causal language model with safetensors weights.")
     revision: str | None = Field(None, description="The branch, tag or commit of a hub id; null means the default.")
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="The type of the weights while the model computes.")
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "bf16",
+        description="The type of the weights while the model computes; auto takes bf16 where the machine computes it "
+        "natively, else fp32.",
+    )
     trust_remote_code: bool = Field(False, description="Whether to run code that comes with the model.")
     chat_template: str | None = Field(
         None, description="Jinja text, or a file that holds it, used instead of the tokenizer's chat template."

@@ -21,4 +21,11 @@ ENTRIES = {
 def entry(stage: str) -> Callable[[Config, Options], None]:
     """The function that runs a stage. It raises UserError for whatever can be checked beforehand, and Interrupted."""
     module, function = ENTRIES[stage]
-    return getattr(importlib.import_module(module), function)
+    run: Callable[[Config, Options], None] = getattr(importlib.import_module(module), function)
+
+    def run_in_one_dtype(config: Config, options: Options) -> None:
+        from esi_ds.stages.dtype import with_dtype
+
+        run(with_dtype(config, options.dry_run), options)
+
+    return run_in_one_dtype
