@@ -277,8 +277,13 @@ class RunFolder:
             )
 
     def check_same(self, key: str, now: Any, field: str) -> None:
-        """Raise UserError if ``now`` differs from the value of ``key`` in the interrupted run's manifest."""
+        """Raise UserError if ``now`` differs from the value of ``key`` in the interrupted run's manifest.
+
+        Of a mapping, what the manifest does not name is of an earlier version and taken as it is.
+        """
         before = read_manifest(self.path).get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            now = {name: value for name, value in now.items() if name in before}
         if before and before != now:
             raise UserError(
                 field, None, f"is not what the run in {self.path} started with", "give a new run.output_dir"

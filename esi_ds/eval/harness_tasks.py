@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task as LmTask
 from lm_eval.tasks import TaskManager
 
+from esi_ds.artifacts import file_sha256
 from esi_ds.config import Task
 from esi_ds.data.benchmarks import EXAMPLES
 from esi_ds.data.rows import Row, read_rows
@@ -53,12 +56,14 @@ class PreparedTask:
     """One entry of ``eval.tasks``, read and checked.
 
     field: its key in the config. task: lm-eval's object. rows: the file of its rows; None: the hub's data set.
+    sha256: of what local files gave to the entry; None: nothing.
     """
 
     config: Task
     field: str
     task: LmTask | Group
     rows: str | None
+    sha256: str | None = None
 
     @property
     def is_yaml(self) -> bool:
@@ -68,10 +73,20 @@ class PreparedTask:
 def prepare(tasks: Sequence[Task], field: str) -> list[PreparedTask]:
     """See ``tasks.prepare_tasks``."""
     prepared: list[PreparedTask] = []
-    with quiet(), sandboxed(), read_afresh():
+    with quiet(), sandboxed(), read_afresh() as digests:
         for number, task in enumerate(tasks):
-            prepared.extend(_prepare_one(task, f"{field}.{number}"))
+            before = len(digests)
+            for one in _prepare_one(task, f"{field}.{number}"):
+                prepared.append(replace(one, sha256=_sha256(one, digests[before:])))
     return prepared
+
+
+def _sha256(task: PreparedTask, rows: Sequence[str]) -> str | None:
+    """``PreparedTask.sha256``. rows: digests of what lm-eval has read from local files."""
+    section = task.config
+    names = [task.rows, section.fewshot_path, section.name if task.is_yaml else None]
+    files = [file_sha256(Path(name).expanduser()) for name in names if name is not None]
+    return hashlib.sha256(json.dumps([*files, *rows]).encode()).hexdigest() if files or rows else None
 
 
 def _prepare_one(task: Task, field: str) -> list[PreparedTask]:

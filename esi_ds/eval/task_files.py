@@ -6,23 +6,28 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import os
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import datasets
+import pyarrow
 
 LOCAL = ("file://", "local://")
 
 
 @contextlib.contextmanager
-def read_afresh() -> Iterator[None]:
+def read_afresh() -> Iterator[list[str]]:
     """Inside the block, ``datasets.load_dataset`` reads local files into memory, past its cache; the hub's as usual.
 
-    Every process reads them itself, through a folder of its own that is deleted at once.
+    Every process reads them itself, through a folder of its own that is deleted at once. Gives a list that grows by the
+    sha256 of the rows of each such reading.
     """
     usual = datasets.load_dataset
+    digests: list[str] = []
 
     def load(path: str, *arguments: Any, **options: Any) -> Any:
         if options.get("streaming") or not _is_local(path, options.get("data_files"), options.get("data_dir")):
@@ -30,11 +35,14 @@ def read_afresh() -> Iterator[None]:
         path = os.path.abspath(path) if os.path.exists(path) else path  # ".." would be a name within the cache
         with tempfile.TemporaryDirectory() as folder:
             # In memory: what a task makes of its rows is kept beside their file otherwise.
-            return usual(path, *arguments, **{**options, "cache_dir": folder, "keep_in_memory": True})
+            loaded = usual(path, *arguments, **{**options, "cache_dir": folder, "keep_in_memory": True})
+        if isinstance(loaded, datasets.Dataset | datasets.DatasetDict):
+            digests.append(_sha256(loaded))
+        return loaded
 
     datasets.load_dataset = load
     try:
-        yield
+        yield digests
     finally:
         datasets.load_dataset = usual
 
@@ -62,3 +70,29 @@ def _texts(content: Any) -> Iterator[str]:
             yield from _texts(part)
     elif content is not None:
         yield str(content)
+
+
+class _Hash(io.RawIOBase):
+    """A file that keeps nothing of what is written but its sha256."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return len(data)
+
+
+def _sha256(loaded: datasets.Dataset | datasets.DatasetDict) -> str:
+    """Of the rows of a data set or of its splits by name."""
+    splits = {"": loaded} if isinstance(loaded, datasets.Dataset) else loaded
+    hashed = _Hash()
+    for name in sorted(splits):
+        hashed.write(f"{name}\n".encode())
+        table = splits[name].data.table
+        with pyarrow.ipc.new_stream(pyarrow.PythonFile(hashed, mode="w"), table.schema) as stream:
+            stream.write_table(table)
+    return hashed.digest.hexdigest()

@@ -32,6 +32,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from esi_ds.artifacts import RunFolder
 from esi_ds.config import Task, resolved_yaml, validate
 from esi_ds.config.yaml import parse_yaml
 from esi_ds.data.chat import load_tokenizer
@@ -46,6 +47,7 @@ from esi_ds.eval.task_rows import NEWS, read_task_rows
 from esi_ds.eval.tasks import prepare_tasks, run_tasks
 from esi_ds.models.folder import ModelSource
 from esi_ds.ranks import Ranks
+from esi_ds.stages.evaluate.prepare import prepare_eval
 from tiny_models.measure import ask, is_correct, load
 
 SYSTEM = "Be brief."
@@ -654,8 +656,8 @@ def test_a_changed_file_of_a_users_task_is_read_anew(
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (tmp_path / "data").mkdir()
     (tmp_path / "code.py").write_text("def run(rows): return rows.map(lambda row: {'text': row['text'].upper()})\n")
-    statuses = []
-    for texts in (["boat", "gold"], ["girl", "list"]):
+    statuses, digests = [], []
+    for texts in (["boat", "gold"], ["girl", "list"], ["girl", "list"]):
         file = as_table(tmp_path / "data", suffix, texts)
         os.utime(file, (1e9, 1e9))
         statuses.append((file.stat().st_size, file.stat().st_mtime_ns))
@@ -667,9 +669,36 @@ def test_a_changed_file_of_a_users_task_is_read_anew(
         (prepared,) = prepare_tasks([Task(name=str(tmp_path / "own.yaml"), trust_remote_code=processed)])
         expected = [text.upper() if processed else text for text in texts]
         assert [row["text"] for row in prepared.task.test_docs()] == expected
+        digests.append(prepared.sha256)
     assert statuses[0] == statuses[1]
+    assert None not in digests and digests[0] != digests[1] == digests[2]
     assert not any(cache.rglob("*.arrow"))
     assert datasets.load_dataset.__module__ == "datasets.load"
+
+
+def test_a_run_does_not_go_on_with_other_files_of_its_tasks(folder, tmp_path) -> None:
+    rows = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "2 + 2?", "answer": "#### 4"}]
+    names = {"path": write(tmp_path / "rows.jsonl", rows), "fewshot_path": write(tmp_path / "shots.jsonl", rows)}
+    raw = {
+        "run": {"output_dir": str(tmp_path / "run")},
+        "model": {"path": str(folder)},
+        "eval": {"tasks": [{"name": "gsm8k", "num_fewshot": 1, **{key: str(name) for key, name in names.items()}}]},
+    }
+    before = prepare_eval(validate(raw)).source
+    assert list(before) == ["eval.tasks.0"] and prepare_eval(validate(raw)).source == before
+    run = RunFolder(str(tmp_path / "run"))
+    run.path.mkdir()
+    manifest = {"exit_state": "interrupted", "world_size": 1, "started": 0.0, "model_fingerprint": "a:b"}
+    run.write_manifest(**manifest, data=before)
+    for file in names.values():
+        write(Path(file), rows[::-1])
+        now = prepare_eval(validate(raw)).source
+        with pytest.raises(UserError, match="eval: is not what the run in .* started with"):
+            run.check_same("data_hashes", now, "eval")
+        write(Path(file), rows)
+    run.check_same("data_hashes", prepare_eval(validate(raw)).source, "eval")
+    run.write_manifest(**manifest, data={"harmful:p": "1"})  # as a version did that hashed no tasks
+    run.check_same("data_hashes", {"harmful:p": "1", **before}, "eval")
 
 
 def test_only_local_files_pass_by_the_cache(monkeypatch) -> None:

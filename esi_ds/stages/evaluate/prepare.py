@@ -197,7 +197,7 @@ class EvalInputs:
     models: list[Candidate | RecordedModel | ServedModel]  # the base first
     judges: list[PreparedJudge]
     tasks: list[PreparedTask]
-    source: dict[str, str]  # hashes of the prompts, for the manifest
+    source: dict[str, str]  # hashes of the prompts and of local files of tasks, for the manifest
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -241,7 +241,9 @@ def prepare_eval(config: Config) -> EvalInputs:
                 served = replace(served, endpoint=endpoint, seed=config.run.seed)
             models.append(served)
     data_hashes = {f"{question_set.kind}:{question_set.name}": question_set.prompt_set.sha256 for question_set in sets}
-    return EvalInputs(section, sets, models, judges, prepare_tasks(section.tasks), data_hashes)
+    tasks = prepare_tasks(section.tasks)
+    data_hashes |= {task.field: task.sha256 for task in tasks if task.sha256 is not None}
+    return EvalInputs(section, sets, models, judges, tasks, data_hashes)
 
 
 def _candidate(
