@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from esi_ds.data.thoughts import UNFINISHED
 from esi_ds.eval.rows import AgreementRow, ChangeRow, MeasureRow, RateRow
 from esi_ds.report import figures
 from esi_ds.report.contents import EvaluationReport, PivotRow
@@ -42,10 +43,13 @@ def percent(value: float | None) -> str:
 
 def interval(cell: RateRow | None) -> str:
     """A rate with its interval, its number of answers, of how many prompts or goals they are, and how many are
-    missing."""
+    missing or, among these, unfinished: they end within a thought."""
     if cell is None:
         return "not measured"
     missing = f", {cell['missing']} missing" if cell["missing"] else ""
+    reasons = dict(cell).get("reasons")  # of measures; other rates have none
+    if unfinished := reasons.get(UNFINISHED) if isinstance(reasons, dict) else None:
+        missing += f", {unfinished} of them unfinished"
     rate, low, high = cell["rate"], cell["low"], cell["high"]
     if rate is None or is_share(cell):
         value, scale, digits = percent(rate), 100, ".1f"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PAIRS, build_mask, build_model, byte_bpe_tokenizer, make_remote
+from builders import CHAT, PAIRS, build_mask, build_model, byte_bpe_tokenizer, make_remote
 from conftest import RUN_FILES, LaunchedJob, num_lines, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,10 +40,19 @@ MESSAGES = [
 ]
 
 
+# The model's own, with a value that changes nothing here.
+TEMPLATE = CHAT + "{% if shout is not defined or shout %}!{% endif %}"
+
+
 class Job(LaunchedJob):
     def __init__(self, folder: Path, name: str, stage: str, ranks: int, **tune):
         config = {
-            "model": {"path": str(folder / "model"), "dtype": "bf16"},
+            "model": {
+                "path": str(folder / "model"),
+                "dtype": "bf16",
+                "chat_template": TEMPLATE,
+                "template_kwargs": {"shout": False},
+            },
             "tune": {
                 "mask": str(folder / "mask"),
                 "data": {
@@ -109,6 +118,8 @@ def test_the_run_folder_is_complete(undisturbed: tuple[str, Path], folder: Path)
     assert {path.name for path in run.iterdir()} == RUN_FILES | of_stage
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["exit_state"] == "done" and manifest["mask_made_from_these_weights"]
+    assert manifest["template_kwargs"] == {"shout": False}
+    assert AutoTokenizer.from_pretrained(run / "model").chat_template == TEMPLATE  # the value is this run's alone
     # canonical names, experts one by one
     assert set(weights(run)) == set(load_file(folder / "model/model.safetensors"))
     assert frozen_changes(folder, run, stage) == 0

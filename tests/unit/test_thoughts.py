@@ -38,6 +38,7 @@ from esi_ds.judge.alignment import alignment_weights
 from esi_ds.judge.classifier import SequenceRule
 from esi_ds.judge.families import FAMILIES
 from esi_ds.judge.pairs import PairEncoder
+from esi_ds.report.evaluation import interval
 from esi_ds.report.tuning import refusal_rows
 from esi_ds.stages.esi.prepare import PromptData, PromptInputs, clean_responses, encode_examples
 from esi_ds.stages.tune.work import answer_row
@@ -202,6 +203,9 @@ def test_tables_count_unfinished_thoughts_as_missing() -> None:
     assert flags["refused", "good"] == [False, None, True, None]
     assert flags["incoherent", "good"] == [False, True, False, None]
     assert all(row.reasons[UNFINISHED] >= 1 for row in rows if row.measure != "refused")
+    cells = {(row.measure, row.set): interval(row.as_row()) for row in rows}
+    assert cells["attack_success", "bad"].endswith("(n 2, 2 missing, 2 of them unfinished)")
+    assert cells["refused", "good"].endswith("(n 2, 2 missing, 1 of them unfinished)")
 
 
 def test_tuning_counts_answers() -> None:
