@@ -42,6 +42,7 @@ from esi_ds.data.columns import (
 from esi_ds.data.goals import GOAL, NO_GOAL, TEST_CASE, check_goal, goal_of, test_case_rows
 from esi_ds.data.rows import Row, data_file, is_text, looks_like_file, read_rows
 from esi_ds.data.tables import read_data_text
+from esi_ds.data.thoughts import REASONING_KEYS, parts, whole_response
 from esi_ds.data.turns import Prompt, asked, prompt_text, read_turns, with_context
 from esi_ds.errors import UserError
 from esi_ds.reading import parse_json, reading
@@ -271,7 +272,8 @@ def load_responses(path: str, field: str = "data.responses") -> list[Row]:
     """Rows {"prompt", "response"} of a file: a ``Prompt``, whose turns are a list, and a text.
 
     The file is JSON lines of such rows, an ``answers.jsonl``, in which a response is None where there is none, or
-    HarmBench's completions. Raises UserError naming ``field``.
+    HarmBench's completions. A thought beside the response, as engines give it, is joined to it. Raises UserError naming
+    ``field``.
     """
     rows = _response_rows(path, field) if looks_like_file(path) else []
     if not rows:
@@ -290,7 +292,18 @@ def load_responses(path: str, field: str = "data.responses") -> list[Row]:
                     'every row must be {"prompt": "...", "response": "..."}',
                 )
         _check_response_row(row, number, path, field)
+        row["response"] = _with_thought(row)
     return rows
+
+
+def _with_thought(row: Row) -> str | None:
+    """The response behind the thought that an engine gave beside it, unless it holds one itself."""
+    response = row["response"]
+    thoughts = [text for name in REASONING_KEYS if isinstance(text := row.get(name), str) and text.strip()]
+    if response is None or not thoughts or parts(response).trace:
+        return response
+    is_cut = row.get("cut") is True and not response.strip()  # within its thought
+    return whole_response(thoughts[0], None if is_cut else response)
 
 
 def _response_rows(path: str, field: str) -> list[Row]:

@@ -19,6 +19,8 @@ Span = tuple[int, int]  # characters [start, end)
 Reads = Literal["answer", "trace", "both"]  # what a judge reads of a response (``reads`` of the config)
 
 UNFINISHED = "the response ends within a thought: max_new_tokens may be too few"
+# Where engines with a reasoning parser put a thought: SGLang, DeepSeek and older vLLM; newer vLLM and OpenRouter.
+REASONING_KEYS = ("reasoning_content", "reasoning")
 NO_THOUGHT = "the response has no thought"
 Marks = tuple[tuple[str, str], ...]  # (opening, closing) of each kind of thought
 # In any case, by the models that write them.

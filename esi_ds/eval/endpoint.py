@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx2
 
-from esi_ds.data.thoughts import whole_response
+from esi_ds.data.thoughts import REASONING_KEYS, whole_response
 from esi_ds.data.turns import Turn
 from esi_ds.errors import UserError
 
@@ -36,8 +36,6 @@ MAX_TOKENS = 1 << 31  # more than a model reads or writes at once: a larger coun
 KEY_RUN = 6
 ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS  # zlib recognises the header
 Body = dict[str, Any]  # of a request
-# Where servers with a reasoning parser put a thought: SGLang, DeepSeek and older vLLM; newer vLLM and OpenRouter.
-REASONING = ("reasoning_content", "reasoning")
 POLL_S = 0.25  # between two checks whether to stop
 NO_TEXT = "the reply has no text"
 EXCERPT = 200  # characters of an error's body that a message shows
@@ -381,7 +379,7 @@ def _whole_text(message: Mapping[str, Any], is_cut: bool) -> str | None:
     """A model's own answer behind its thought, which some servers give apart; None if there is neither."""
     answer = message.get("content")
     text = answer if isinstance(answer, str) else None
-    thoughts = [thought for name in REASONING if isinstance(thought := message.get(name), str) and thought.strip()]
+    thoughts = [thought for name in REASONING_KEYS if isinstance(thought := message.get(name), str) and thought.strip()]
     if thoughts and is_cut and not (text or "").strip():
         text = None  # it ends within its thought
     return whole_response(thoughts[0] if thoughts else None, text)

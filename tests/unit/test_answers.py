@@ -105,6 +105,22 @@ def test_what_is_ambiguous_is_refused(tmp_path: Path) -> None:
         load_answers(file_of(tmp_path, odd), FIELD, "m", [question_set("a", "Why?")])
 
 
+def test_a_thought_beside_an_answer_is_joined_to_it(tmp_path: Path) -> None:
+    """As engines give it; one that the response holds already, or that is empty, changes nothing."""
+    whole = "<think>Hm.</think>so"
+    rows = [
+        {"prompt": "a", "response": "so", "reasoning_content": "Hm."},
+        {"prompt": "b", "response": "so", "reasoning": "Hm."},
+        {"prompt": "c", "response": "", "reasoning": "Hm.", "cut": True},
+        {"prompt": "d", "response": "so", "reasoning": " ", "reasoning_content": None},
+        {"prompt": "e", "response": whole, "reasoning": "Hm."},
+    ]
+    loaded = load_answers(file_of(tmp_path, rows), FIELD, "m", [question_set("a", *"abcde")])
+    texts = [loaded.answers["a", number].response for number in range(5)]
+    joined = "<think>\nHm.\n</think>\n\nso"
+    assert texts == [joined, joined, "<think>\nHm.", "so", whole]
+
+
 class Rows:
     """A ledger without a file, and a tracker that keeps its lines."""
 
