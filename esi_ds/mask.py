@@ -25,6 +25,8 @@ from esi_ds.ranks import Ranks, find_ranks
 from esi_ds.reselect import Reselection, check_cover, read_units, spans, write_selection
 from esi_ds.terminal import clean_output
 
+MAX_CELLS = 40  # lines of ``compare`` by layer and role that are shown unasked
+
 
 def count_units(masks: Sequence[Mask], ranks: Ranks) -> tuple[list[Unit], Tensor]:
     """The logical matrices of one model's masks, and int64 [matrices, masks + 1]: how many weights of each matrix every
@@ -62,17 +64,21 @@ def info(mask: Mask, ranks: Ranks) -> list[str]:
         for row in tables:
             row[0] += count
             row[1] += unit.numel
-    lines += ["", f"{'role':14}{'selected':>14}{'share of mask':>15}{'of the role':>13}"]
-    lines += [
-        _share_line(role, row[0], row[1], mask.k) for role, row in sorted(by_role.items(), key=lambda item: -item[1][0])
-    ]
-    lines += ["", f"{'layer':14}{'selected':>14}{'share of mask':>15}{'of the layer':>13}"]
-    lines += [_share_line(str(layer), row[0], row[1], mask.k) for layer, row in sorted(by_layer.items())]
+    chance = mask.k / max(sum(unit.numel for unit in units), 1)
+    lines += ["", f"{'role':14}{'selected':>14}{'share of mask':>15}{'of the role':>13}{'times chance':>14}"]
+    roles = sorted(by_role.items(), key=lambda item: -item[1][0])
+    lines += [_share_line(role, count, numel, mask.k, chance) for role, (count, numel) in roles]
+    lines += ["", f"{'layer':14}{'selected':>14}{'share of mask':>15}{'of the layer':>13}{'times chance':>14}"]
+    layers = sorted(by_layer.items())
+    lines += [_share_line(str(layer), count, numel, mask.k, chance) for layer, (count, numel) in layers]
     return lines
 
 
-def _share_line(label: str, count: int, numel: int, k: int) -> str:
-    return f"{label:14}{count:>14,}{count / max(k, 1):>15.2%}{count / max(numel, 1):>13.3%}"
+def _share_line(label: str, count: int, numel: int, k: int, chance: float) -> str:
+    """chance: the share of all scored weights that is selected, and would be of these if the mask were a random one."""
+    of_part = count / max(numel, 1)
+    times = of_part / chance if chance else 0.0
+    return f"{label:14}{count:>14,}{count / max(k, 1):>15.2%}{of_part:>13.3%}{times:>14.2f}"
 
 
 def bit_problems(mask: Mask, ranks: Ranks) -> list[str]:
@@ -136,8 +142,9 @@ def compare_with_scores(mask: Mask, folder: Path, ranks: Ranks) -> list[str]:
     return problems
 
 
-def compare(first: Mask, second: Mask, ranks: Ranks) -> list[str]:
-    """Overlap of two masks of one model: in total, by role, by layer, and by cell (layer and role)."""
+def compare(first: Mask, second: Mask, ranks: Ranks, with_cells: bool = False) -> list[str]:
+    """Overlap of two masks of one model: in total, by role, by layer, and by cell (layer and role) where those are
+    at most ``MAX_CELLS`` or ``with_cells`` asks for them."""
     if first.shapes != second.shapes:
         raise UserError(
             "mask",
@@ -154,16 +161,16 @@ def compare(first: Mask, second: Mask, ranks: Ranks) -> list[str]:
             for index, count in enumerate(counts_of_unit):
                 row[index] += count
     lines = [f"{'':22}{'first':>12}{'second':>12}{'both':>12}{'of first':>10}{'of second':>10}{'Jaccard':>9}"]
-    kinds = ("all", "role", "layer", "cell")
-    for (kind, label), (a, b, both) in sorted(
-        rows.items(), key=lambda row: (kinds.index(row[0][0]), _natural(row[0][1]))
-    ):
+    num_cells = sum(kind == "cell" for kind, _ in rows)
+    kinds = ("all", "role", "layer", "cell") if with_cells or num_cells <= MAX_CELLS else ("all", "role", "layer")
+    shown = [row for row in rows.items() if row[0][0] in kinds]
+    for (kind, label), (a, b, both) in sorted(shown, key=lambda row: (kinds.index(row[0][0]), _natural(row[0][1]))):
         union = a + b - both
         lines.append(
             f"{f'{kind} {label}':22}{a:>12,}{b:>12,}{both:>12,}{both / max(a, 1):>10.2%}"
             f"{both / max(b, 1):>10.2%}{both / max(union, 1):>9.4f}"
         )
-    return lines
+    return lines if "cell" in kinds else [*lines, f"--cells also shows the {num_cells} cells (layer and role)"]
 
 
 def _natural(label: str) -> tuple[int, str]:
@@ -186,7 +193,12 @@ def _parser() -> argparse.ArgumentParser:
     checker = commands.add_parser("verify", help="check a mask by itself and against its scores")
     checker.add_argument("mask")
     checker.add_argument("--scores", type=Path, help="scores/ of the run: select again and compare bit for bit")
-    overlap = commands.add_parser("compare", help="overlap of two masks, by role and layer")
+    overlap = commands.add_parser("compare", help="overlap of two masks, by role and by layer")
+    overlap.add_argument(
+        "--cells",
+        action="store_true",
+        help=f"also by layer and role together, where that takes more than {MAX_CELLS} lines",
+    )
     overlap.add_argument("first")
     overlap.add_argument("second")
     maker = commands.add_parser("select", help="make a mask of another ratio or order from the same scores")
@@ -225,7 +237,8 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[list[str], int]:
     if arguments.command == "info":
         return info(load_sound(arguments.mask, ranks), ranks), 0
     if arguments.command == "compare":
-        return compare(load_sound(arguments.first, ranks), load_sound(arguments.second, ranks), ranks), 0
+        masks = load_sound(arguments.first, ranks), load_sound(arguments.second, ranks)
+        return compare(*masks, ranks, arguments.cells), 0
     if arguments.command == "select":
         mask = Mask.load(arguments.mask)
         options = (arguments.ratio, arguments.order, arguments.seed)

@@ -88,7 +88,7 @@ def draw_heatmap(axes: Axes, data: Heatmap) -> None:
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.figure.colorbar(image, ax=axes, label=data.unit, fraction=0.05, pad=0.02)
+    axes.figure.colorbar(image, ax=axes, label=data.unit, fraction=0.05, pad=0.02, format="%.3g")
     if values.size <= 120:
         _write_values(axes, values)
 
@@ -198,8 +198,14 @@ def loss_curves(runs: Sequence[tuple[str, Sequence[MetricsRow]]]) -> Figure:
     return figure
 
 
-def rate_bars(title: str, rows: Sequence[PivotRow], models: Sequence[str]) -> Figure:
-    """Rates of several models with their intervals, one group of bars a set and judge (``evaluation.pivot``)."""
+def rate_bars(
+    title: str, rows: Sequence[PivotRow], models: Sequence[str], in_line_with: Sequence[PivotRow] = ()
+) -> Figure:
+    """Rates of several models with their intervals, one group of bars a set and judge (``evaluation.pivot``).
+
+    in_line_with: rows of the charts above and below, which leave as much room for their labels, so that all axes begin
+    at one place.
+    """
     height = 1.0 + 0.26 * max(3, len(rows) * len(models))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8.5, min(height, 20.0)))
@@ -216,13 +222,19 @@ def rate_bars(title: str, rows: Sequence[PivotRow], models: Sequence[str]) -> Fi
             )
         axes.set_yticks(
             [group * step + (len(models) - 1) / 2 for group in range(len(rows))],
-            [f"{as_label(row['set'])}\n{as_label(row['judge'])}" for row in rows],
+            list(map(_group_label, rows)),
             fontsize=8,
         )
+        for label in dict.fromkeys(map(_group_label, in_line_with)):  # unseen, but counted as part of the picture
+            axes.annotate(label, (0, 0.5), (-7, 0), "axes fraction", "offset points", ha="right", fontsize=8, alpha=0)
         axes.invert_yaxis()
         axes.set(title=f"{as_label(title)}, with 95 % intervals", xlabel="%", xlim=(0, 104))
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _group_label(row: PivotRow) -> str:
+    return f"{as_label(row['set'])}\n{as_label(row['judge'])}"
 
 
 def _bars(cells: Sequence[MeasureRow | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

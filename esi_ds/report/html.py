@@ -173,10 +173,11 @@ def _noise_charts(report: PerturbationReport) -> list[str]:
 
 
 def _evaluation_pieces(report: EvaluationReport) -> EvaluationPieces:
-    names = [model["name"] for model in report["models"]]
+    names, charts = [model["name"] for model in report["models"]], evaluation.charts(report)
+    drawn = [row for _, rows in charts for row in rows]
     return {
         "rows": evaluation.pivot(report),
-        "charts": [_picture(figures.rate_bars(title, rows, names)) for title, rows in evaluation.charts(report)],
+        "charts": [_picture(figures.rate_bars(title, rows, names, drawn)) for title, rows in charts],
         "missing": [row for row in report["measures"] if row["reasons"]],
     }
 

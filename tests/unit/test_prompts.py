@@ -9,6 +9,7 @@ import pytest
 
 from esi_ds.data.prompts import load_prompts, load_responses
 from esi_ds.errors import UserError
+from esi_ds.stages.esi.prepare import PromptData
 
 
 def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
@@ -78,3 +79,19 @@ def test_responses_that_are_not_there(tmp_path: Path) -> None:
     for path in (str(tmp_path), str(tmp_path / "a.jsonl"), "nowhere"):
         with pytest.raises(UserError, match=r"data\.responses"):
             load_responses(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ({"prompts": "a.csv", "column": "goal", "sha256": "0"}, "a.csv (column goal)"),
+        (
+            {"prompts": "hub:a/b", "column": "prompt", "sha256": "0", "responses": "m at http://x/v1"},
+            "hub:a/b (column prompt), answered by m at http://x/v1",
+        ),
+        ({"responses": "r.jsonl", "sha256": "0"}, "r.jsonl"),
+    ],
+)
+def test_the_origin_of_prompts_is_said_in_words(source: dict, shown: str) -> None:
+    """Log and report printed the manifest's dict."""
+    assert PromptData([], None, source, []).origin == shown

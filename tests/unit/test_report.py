@@ -120,6 +120,37 @@ def test_names_are_drawn_as_they_are_written() -> None:
     assert shown == (NAMES[1], False)
 
 
+def rates(set_name: str, judge: str) -> dict:
+    cell = {"rate": 0.5, "low": 0.4, "high": 0.6}
+    return {"measure": "m", "set": set_name, "judge": judge, "cells": [cell], "changes": [None]}
+
+
+def test_charts_of_one_page_begin_in_line() -> None:
+    """The pictures are cut at their labels, which are of other lengths in each."""
+    rows = [rates("harmbench", "a judge with a long name"), rates("xstest", "words")]
+    begins = []
+    for one in rows:
+        for beside in ([], rows):
+            figure = figures.rate_bars("title", [one], ["model"], beside)
+            figure.canvas.draw()
+            left = figure.get_tightbbox().x0 * figure.dpi
+            begins.append(figure.axes[0].get_window_extent().x0 - left)
+            figures.figure_png(figure)
+    alone, in_line = begins[::2], begins[1::2]
+    assert alone[0] > alone[1] + 50 and in_line[0] == pytest.approx(in_line[1], abs=1)
+
+
+def test_small_scores_are_written_out_beside_the_heatmap() -> None:
+    """Not as a factor of its own over the bar, as 1e−5 was."""
+    data = tables.Heatmap("scores", ["0", "1"], ["q", "k"], [[1e-5, 2e-5], [3e-5, 4e-5]], "mean score", "layer", "role")
+    figure = figures.heatmap(data)
+    figure.canvas.draw()
+    bar = figure.axes[1]
+    assert not bar.yaxis.get_offset_text().get_text()
+    assert "4e-05" in [label.get_text() for label in bar.get_yticklabels()]
+    figures.figure_png(figure)
+
+
 def test_a_large_mixture_and_a_run_without_prompts(tmp_path: Path) -> None:
     units = [
         unit(f"{layer}.{expert}", "expert.up", layer, expert, 10, 1, 1e-6)
@@ -211,4 +242,32 @@ def test_overlap_of_two_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     assert re.search(r"all +4 +4 +2 +50.00% +50.00% +0.3333", shown) and "cell 3 attention.v" in shown
     assert main(["info", str(tmp_path / "one")]) == 0
-    assert re.search(r"attention.v +4 +100.00% +20.000%", capsys.readouterr().out)
+    assert re.search(r"attention.v +4 +100.00% +20.000% +1.00\n", capsys.readouterr().out)
+
+
+def test_a_mask_of_many_layers_is_described_in_few_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also how often more than chance a part is selected: 12 of 1,200 weights are, 10 of them in the 600 of q."""
+    from esi_ds.mask import main
+
+    bits, units = {}, []
+    for layer in range(30):
+        for role in ("q", "k"):
+            name = f"model.layers.{layer}.self_attn.{role}_proj.weight"
+            bits[name] = torch.arange(20).view(4, 5) < ({"q": 5, "k": 1}[role] if layer < 2 else 0)
+            place = {"start": 0, "length": 20, "count": 1, "stride": 0, "layer": layer, "expert": None}
+            units.append({"parameter": name, "name": name, "role": f"attention.{role}", **place})
+    write_mask(tmp_path, bits, threshold="0")
+    (tmp_path / "units.json").write_text(json.dumps(units))
+    compare = ["compare", str(tmp_path), str(tmp_path)]
+    assert main(compare) == 0
+    output = capsys.readouterr().out
+    assert len(output.splitlines()) == 35 and "cell 3 " not in output
+    assert output.endswith("--cells also shows the 60 cells (layer and role)\n")
+    assert main([*compare, "--cells"]) == 0
+    output = capsys.readouterr().out
+    assert len(output.splitlines()) == 94 and "cell 3 attention.q" in output
+    assert main(["info", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"attention.q +10 +83.33% +1.667% +1.67\n", output)
+    assert re.search(r"attention.k +2 +16.67% +0.333% +0.33\n", output)
+    assert re.search(r"\n1 +6 +50.00% +15.000% +15.00\n", output) and re.search(r"\n2 +0 .* +0.00\n", output)

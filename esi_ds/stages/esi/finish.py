@@ -207,7 +207,7 @@ def run_facts(run: StageRun[EsiInputs], model: ShardedModel, outcome: SafetyOutc
             "estimator": config.esi.estimator,
             "prompts": len(data.prompts),
             "prompts used": outcome.accumulated.count,
-            "prompts from": str(data.source),
+            "prompts from": data.origin,
             "rows skipped in the file": len(data.skipped),
         }
     return facts

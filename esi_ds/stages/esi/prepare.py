@@ -107,6 +107,14 @@ class PromptData:
         """Whether the model itself generates the responses."""
         return self.responses is None and self.served is None
 
+    @property
+    def origin(self) -> str:
+        """Where prompts and responses come from, for people."""
+        if "prompts" not in self.source:
+            return self.source["responses"]
+        answered = f", answered by {self.source['responses']}" if "responses" in self.source else ""
+        return f"{self.source['prompts']} (column {self.source['column']}){answered}"
+
 
 @dataclass(frozen=True)
 class PromptInputs:

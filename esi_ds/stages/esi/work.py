@@ -122,7 +122,7 @@ class EsiRun(StageRun[EsiInputs]):
         """Responses, then the scoring pass. Raises UserError where no prompt can be used."""
         config, data = self.config, inputs.data
         self.tracker.log(
-            f"prompts: {len(data.prompts)} from {data.source}, {len(data.skipped)} rows skipped{data.note}"
+            f"prompts: {len(data.prompts)} from {data.origin}, {len(data.skipped)} rows skipped{data.note}"
         )
         prompts, num_broken = clean(inputs, data.prompts)
         prompt_ids = encode_prompts(inputs, config, prompts)
