@@ -6,6 +6,7 @@ Each answer is written as it comes; started again, the command asks only what th
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from esi_ds.artifacts import append_jsonl, jsonl, parse_jsonl, write_text_atomic
 from esi_ds.config.checks import check_extra, check_numbers
-from esi_ds.data.prompts import load_prompts
+from esi_ds.data.prompts import PromptSet, load_prompts
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError, ends_with_message
 from esi_ds.eval.asking import ask_prompts, check_served
@@ -30,30 +31,62 @@ from esi_ds.terminal import clean_output
 OUTPUT = "--output"
 
 
-class AskedRow(TypedDict):
-    """A line of the file. asked: what besides the prompt decides the answer; rows of one file agree in it."""
+class Question(TypedDict):
+    """What identifies a row: the rows of equal questions would be the same."""
 
     prompt: Prompt
+    goal: NotRequired[str]  # what an attack is after; with --goal or --behaviors
+    sample: NotRequired[int]  # which of the prompt's answers, from 0; with --samples above 1
+
+
+class AskedRow(Question):
+    """A line of the file. asked: what besides the prompt decides the answer; rows of one file agree in it."""
+
     response: str | None  # None where the endpoint refused the prompt, or replied without a text
     excluded: str | None  # why there is no response; None if there is one
     cut: bool  # whether the response ends at the longest length
-    asked: dict[str, Any]  # model, max_tokens, system_prompt and, where there are any, the extra keys of the request
+    asked: dict[str, Any]  # model, max_tokens, system_prompt and, if there are any, seed and extra keys of the request
+
+
+def questions_of(prompts: PromptSet, samples: int = 1) -> list[Question]:
+    """The questions of a set: each prompt as often as it is to be answered, equal ones once."""
+    questions: dict[str, Question] = {}
+    for index, prompt in enumerate(prompts.prompts):
+        for sample in range(samples):
+            question: Question = {"prompt": prompt}
+            if prompts.goals:
+                question["goal"] = prompts.goals[index]
+            if samples > 1:
+                question["sample"] = sample
+            questions.setdefault(_key(question), question)
+    return list(questions.values())
+
+
+def _key(question: Question) -> str:
+    return json.dumps([question["prompt"], question.get("goal"), question.get("sample", 0)])
+
+
+def _seed_of(seed: int, question: Question) -> int:
+    """The seed that the server is sent with a question: 31 bits, so that samples differ and orders do not matter."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {_key(question)}".encode()).digest()[:4], "big") >> 1
 
 
 def ask(
     endpoint: Endpoint,
-    prompts: list[Prompt],
+    questions: list[Question],
     output: Path,
     system_prompt: str | None = None,
+    seed: int | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Fill ``output`` with an answer to every prompt; equal prompts are asked once.
+    """Fill ``output`` with an answer to every question.
 
-    Raises UserError where the file answers other questions, another model is served, or prompts remain without an
-    answer, which another start asks again. What was answered by then is kept.
+    seed: of sampled answers; None: the server's own. Raises UserError where the file answers other questions, another
+    model is served, or questions remain without an answer, which another start asks again. What was answered by then is
+    kept.
     """
     with _only_one(output):
-        _ask(endpoint, prompts, output, system_prompt, say)
+        _ask(endpoint, questions, output, system_prompt, seed, say)
 
 
 @contextmanager
@@ -74,16 +107,22 @@ def _only_one(output: Path) -> Iterator[None]:
 
 
 def _ask(
-    endpoint: Endpoint, prompts: list[Prompt], output: Path, system_prompt: str | None, say: Callable[[str], None]
+    endpoint: Endpoint,
+    questions: list[Question],
+    output: Path,
+    system_prompt: str | None,
+    seed: int | None,
+    say: Callable[[str], None],
 ) -> None:
     asked: dict[str, Any] = {
         "model": endpoint.model,
         "max_tokens": endpoint.max_tokens,
         "system_prompt": system_prompt,
+        **({"seed": seed} if seed is not None else {}),
         **({"extra": dict(endpoint.extra)} if endpoint.extra else {}),
     }
-    rows = {json.dumps(row["prompt"]): row for row in _rows_on_disk(output, asked)}
-    wanted = {json.dumps(prompt): prompt for prompt in prompts}
+    rows = {_key(row): row for row in _rows_on_disk(output, asked)}
+    wanted = {_key(question): question for question in questions}
     waiting = [key for key in wanted if key not in rows]
     if waiting:
         check_served(endpoint, "--model")
@@ -93,7 +132,7 @@ def _ask(
             return
         key = waiting[index]
         rows[key] = {
-            "prompt": wanted[key],
+            **wanted[key],
             "response": reply.text and reply.text.encode("utf-8", "replace").decode(),  # half surrogate pairs
             "excluded": None if reply.text is not None else reply.problem,
             "cut": reply.is_cut,
@@ -101,16 +140,18 @@ def _ask(
         }
         append_jsonl(output, [rows[key]])
 
-    replies = ask_prompts(endpoint, [wanted[key] for key in waiting], system_prompt, keep, Patience(), "--model")
+    prompts = [wanted[key]["prompt"] for key in waiting]
+    seeds = None if seed is None else [_seed_of(seed, wanted[key]) for key in waiting]
+    replies = ask_prompts(endpoint, prompts, system_prompt, keep, Patience(), "--model", seeds)
     kept = [rows[key] for key in wanted if key in rows]
     others = [row for key, row in rows.items() if key not in wanted]
     write_text_atomic(output, jsonl([*kept, *others]))  # in the order of the prompts, whenever each reply came
     num_cut, num_refused = sum(row["cut"] for row in kept), sum(row["response"] is None for row in kept)
-    say(f"{output}: {len(kept)} of {len(wanted)} prompts; {num_cut} cut at {endpoint.max_tokens} tokens, "
+    say(f"{output}: {len(kept)} of {len(wanted)} answers; {num_cut} cut at {endpoint.max_tokens} tokens, "
         f"{num_refused} without a response")  # fmt: skip
     if len(kept) < len(wanted):
         last = next(reply.problem for reply in reversed(replies) if reply.asked and not reply.is_alive)
-        problem = f"has no answer to {len(wanted) - len(kept)} prompts (the last: {last})"
+        problem = f"has no answer to {len(wanted) - len(kept)} questions (the last: {last})"
         raise UserError(OUTPUT, str(output), problem, "start again once the endpoint replies: they are asked anew")
 
 
@@ -138,11 +179,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", required=True, help="a file, a hub id or a built-in set, as in eval.prompts")
     parser.add_argument("--split", help="of a hub data set")
     parser.add_argument("--column", default="auto", help="that holds the prompts")
+    parser.add_argument("--goal", help="the column of what attacks are after, as eval.prompts.goal; rows keep it")
+    parser.add_argument("--behaviors", help="the CSV of HarmBench's behaviours, for a JSON of its test cases")
     parser.add_argument("--limit", type=int, help="how many prompts to take, from the first")
     parser.add_argument("--system-prompt", help="the system's turn, as model.system_prompt")
     parser.add_argument("--key-variable", help="the environment variable that holds the key; without it none is sent")
     parser.add_argument("--max-tokens", type=int, default=256, help="the longest answer (256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy (0)")
+    parser.add_argument("--samples", type=int, default=1, help="how many answers to a prompt, as eval.samples (1)")
+    parser.add_argument("--seed", type=int, help="of sampled answers; each is sent one of its own; without it none is")
     parser.add_argument("--extra", default="{}", help="more keys of the request as JSON, such as '{\"top_p\": 0.9}'")
     parser.add_argument("--concurrency", type=int, default=8, help="how many prompts are asked at a time (8)")
     parser.add_argument("--request-timeout", type=float, default=60.0, help="of one attempt, in seconds (60)")
@@ -157,8 +202,9 @@ def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
     limits: dict[str, Any] = {"extra": _extra_of(arguments)}
     for name in ("max_tokens", "concurrency", "request_timeout", "item_timeout", "max_attempts"):
         limits[name] = getattr(arguments, name)
-        if not limits[name] > 0:
-            raise UserError(f"--{name.replace('_', '-')}", limits[name], "is not above 0", "give a larger number")
+    for name, value in {**limits, "samples": arguments.samples}.items():
+        if name != "extra" and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')}", value, "is not above 0", "give a larger number")
     fields = "--base-url", "--key-variable"
     return Endpoint.at(arguments.model, arguments.base_url, arguments.key_variable, fields, **limits)
 
@@ -174,6 +220,11 @@ def _extra_of(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--temperature", temperature, "is not a number of 0 or more", "give one")
     if temperature and "temperature" in extra:
         raise UserError("--extra.temperature", extra["temperature"], "is --temperature's to say", "give one of the two")
+    if arguments.samples > 1 and not temperature and extra.get("temperature", 0) == 0:
+        problem = "of greedy answers would all be the same"
+        raise UserError("--samples", arguments.samples, problem, "give a --temperature above 0")
+    if "seed" in extra and (arguments.seed is not None or (arguments.samples > 1 and extra["seed"] is not None)):
+        raise UserError("--extra.seed", extra["seed"], "would be the seed of every answer", "give --seed instead")
     return {**extra, "temperature": temperature} if temperature else extra
 
 
@@ -185,9 +236,18 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError("--limit", arguments.limit, "is not above 0", "give a larger number, or leave it out")
     endpoint = endpoint_of(arguments)
-    prompts = load_prompts(arguments.prompts, arguments.split, arguments.column, arguments.limit, field="--prompts")
+    prompts = load_prompts(
+        arguments.prompts,
+        arguments.split,
+        arguments.column,
+        arguments.limit,
+        goal=arguments.goal,
+        behaviors=arguments.behaviors,
+        field="--prompts",
+    )
     print(f"{len(prompts.prompts)} prompts, {len(prompts.skipped)} skipped{prompts.note}")
-    ask(endpoint, list(prompts.prompts), arguments.output, arguments.system_prompt)
+    questions = questions_of(prompts, arguments.samples)
+    ask(endpoint, questions, arguments.output, arguments.system_prompt, arguments.seed)
     return 0
 
 

@@ -16,6 +16,7 @@ from endpoint_server import Server, running_server
 
 from esi_ds.ask import main
 from esi_ds.data.answers import load_answers
+from esi_ds.data.goals import recorded_goals
 from esi_ds.data.prompts import PromptSet, QuestionSet, load_responses
 from esi_ds.eval.asking import is_same_model, messages_of
 
@@ -77,7 +78,7 @@ def test_answers_are_written_in_order_and_cut_ones_are_marked(server: Server, tm
 def test_what_is_there_is_not_asked_again(server: Server, tmp_path: Path, capsys) -> None:
     assert ask(server, tmp_path, ["one", "silent", "five"]) == 2
     shown = capsys.readouterr()
-    assert "2 of 3 prompts" in shown.out and "no answer to 1 prompts" in shown.err and "start again" in shown.err
+    assert "2 of 3 answers" in shown.out and "no answer to 1 questions" in shown.err and "start again" in shown.err
     before = [row["prompt"] for row in rows_of(tmp_path)]
     with (tmp_path / "o.jsonl").open("a") as opened:
         opened.write('{"prompt": "torn')  # by a kill
@@ -129,9 +130,40 @@ def test_sampled_answers_and_further_keys_of_the_request(server: Server, tmp_pat
     assert "max_tokens" not in server.seen[-1][2] and server.seen[-1][2]["max_completion_tokens"] == 9
 
 
+def test_several_answers_to_a_prompt(server: Server, tmp_path: Path) -> None:
+    sampled = ["--temperature", "0.7", "--seed", "5"]
+    assert ask(server, tmp_path, ["one", "five"], *sampled, "--samples", "2", "--concurrency", "1") == 0
+    seeds = [body["seed"] for _, _, body in server.seen]
+    assert len(set(seeds)) == 4 and all(0 <= seed < 2**31 for seed in seeds)
+    rows = rows_of(tmp_path)
+    assert [(row["prompt"], row["sample"]) for row in rows] == [
+        (f"CASE {case}; {number}", sample) for number, case in enumerate(["one", "five"]) for sample in range(2)
+    ]
+    # An evaluation of as many samples reads them.
+    question_set = QuestionSet("a", "harmful", PromptSet(tuple(row["prompt"] for row in rows[::2]), "prompt", "f", ()))
+    answers = load_answers(str(tmp_path / "o.jsonl"), "f", "m", [question_set], 2).answers
+    assert [answers["a", n, sample].response for n in range(2) for sample in range(2)] == [r["response"] for r in rows]
+    # More samples later: the others stay, and a prompt's seed is not that of its place.
+    server.seen.clear()
+    assert ask(server, tmp_path, ["one", "five"], *sampled, "--samples", "3", "--limit", "1") == 0
+    assert [row for row in rows_of(tmp_path) if row["sample"] < 2] == rows and len(server.seen) == 1
+    (tmp_path / "o.jsonl").unlink()
+    assert ask(server, tmp_path, ["one"], *sampled) == 0
+    assert [body["seed"] for _, _, body in server.seen][1:] == seeds[:1] and "sample" not in rows_of(tmp_path)[0]
+
+
+def test_goals_of_attacks_are_kept(server: Server, tmp_path: Path) -> None:
+    rows = [{"prompt": "CASE one; a", "aim": "A"}, {"prompt": "CASE one; a", "aim": "B"}]
+    (tmp_path / "attacks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ask(server, tmp_path, [], "--prompts", str(tmp_path / "attacks.jsonl"), "--goal", "aim") == 0
+    assert [row["goal"] for row in rows_of(tmp_path)] == ["A", "B"]
+    file = str(tmp_path / "o.jsonl")
+    assert recorded_goals(load_responses(file), file, None) == ["A", "B"]  # as ESI reads them
+
+
 def test_an_endpoint_that_is_down_is_given_up(server: Server, tmp_path: Path, capsys) -> None:
     assert ask(server, tmp_path, ["500"] * 30, "--max-attempts", "1", "--concurrency", "4") == 2
-    assert "no answer to 30 prompts (the last: HTTP 500" in capsys.readouterr().err
+    assert "no answer to 30 questions (the last: HTTP 500" in capsys.readouterr().err
     assert len(server.seen) < 30
 
 
@@ -157,6 +189,11 @@ def test_mistakes_are_named(server: Server, tmp_path: Path, capsys, monkeypatch:
         (["--temperature", "-1"], "--temperature"),
         (["--temperature", "nan"], "--temperature"),
         (["--temperature", "1", "--extra", '{"temperature": 0}'], "--extra.temperature"),
+        (["--samples", "0"], "--samples"),
+        (["--samples", "2"], "--samples"),
+        (["--temperature", "1", "--samples", "2", "--extra", '{"seed": 1}'], "--extra.seed"),
+        (["--seed", "1", "--extra", '{"seed": null}'], "--extra.seed"),
+        (["--goal", "gaol"], "goal"),
         (["--extra", "top_p=1"], "--extra"),
         (["--extra", "[1]"], "--extra"),
         (["--extra", '{"n": 2}'], "--extra.n"),
