@@ -14,12 +14,14 @@ CHUNK = 1 << 22  # elements converted to float64 at a time: 32 MiB
 
 
 def moments(values: Tensor) -> Tensor:
-    """(n, mean, M2), float64 [3], of a 1-D tensor of any dtype; zeros where it is empty."""
-    total = torch.zeros(3, dtype=torch.float64)
+    """(n, mean, M2), float64 [3] on the device of ``values``, a 1-D tensor of any dtype; zeros where it is empty.
+
+    A GPU is not waited for.
+    """
+    total = torch.zeros(3, dtype=torch.float64, device=values.device)
     for chunk in values.split(CHUNK) if values.numel() else ():
         variance, mean = torch.var_mean(chunk.double(), correction=0)
-        part = torch.stack([torch.tensor(float(chunk.numel()), dtype=torch.float64), mean.cpu(), variance.cpu()])
-        part[2] *= chunk.numel()
+        part = torch.stack([torch.full_like(mean, chunk.numel()), mean, variance * chunk.numel()])
         total = merge(torch.stack([total, part]).unsqueeze(1), lambda local: local.sum(0))[0]
     return total
 

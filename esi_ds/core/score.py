@@ -74,8 +74,8 @@ def _agreement(gradient: Tensor, other: Tensor, opposite: bool) -> None:
     gradient.abs_().sqrt_().mul_(other.abs().sqrt_()).masked_fill_(~is_kept, 0.0)
 
 
-def contrast(scores: Tensor, denominator: Tensor) -> int:
-    """Overwrite ``scores`` with scores / denominator, docs/method.md §2; returns the number of undefined ones.
+def contrast(scores: Tensor, denominator: Tensor) -> Tensor:
+    """Overwrite ``scores`` with scores / denominator, docs/method.md §2; returns how many are undefined, int64 [].
 
     scores, denominator: float32 [n]; the denominator is sqrt(F) + median, and stays as it is. Where it is 0, because
     both the median and this weight's F are, a score of 0 stays 0 and a score above 0 is undefined: the caller must
@@ -83,6 +83,6 @@ def contrast(scores: Tensor, denominator: Tensor) -> int:
     """
     denominator = denominator.to(scores.device)
     is_zero = denominator == 0
-    undefined = int((is_zero & (scores > 0)).sum())
+    undefined = (is_zero & (scores > 0)).sum()
     scores.div_(denominator).masked_fill_(is_zero, 0.0)
     return undefined

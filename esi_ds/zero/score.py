@@ -12,7 +12,7 @@ from torch import Tensor
 from esi_ds.core.criteria import GRADIENTS
 from esi_ds.core.moments import merge, moments, standard_deviation
 from esi_ds.core.score import contrast, score_shard
-from esi_ds.core.select import Cut, Order, ScoreRun, first_invalid, median, model_k, select
+from esi_ds.core.select import Cut, Order, ScoreRun, all_valid, first_invalid, median, model_k, select
 from esi_ds.core.units import Parameter, Shard, Unit, assign
 from esi_ds.errors import UserError
 from esi_ds.report.contents import UnitRow
@@ -25,9 +25,10 @@ Scores = dict[str, Tensor]  # shard's name → this rank's flat float32 scores
 def unit_sigmas(model: ShardedModel) -> dict[Unit, float]:
     """σ of every logical matrix. Collectives: two all-reduces, of float64 [units, 2] and [units]."""
     units = [unit for parameter in model.parameters for unit in parameter.units]
-    local = torch.stack([moments(torch.zeros(0))] * len(units))
-    for row, unit, shard in unit_shards(model):
-        local[row] = moments(shard.elements(unit, model.local_weight(shard)))
+    local = torch.zeros(len(units), 3, dtype=torch.float64)
+    parts = {row: moments(shard.elements(unit, model.local_weight(shard))) for row, unit, shard in unit_shards(model)}
+    if parts:  # read at once, so that a GPU is waited for once
+        local[list(parts)] = torch.stack(list(parts.values())).cpu()
     merged = merge(local, runtime.all_reduce_sum)
     return dict(zip(units, standard_deviation(merged).tolist(), strict=True))
 
@@ -99,8 +100,9 @@ def contrast_scores(scores: Scores, denominators: Mapping[str, Tensor]) -> int:
 
     denominators: of ``contrast_denominators``. Collectives: one all-reduce of a number.
     """
-    undefined = sum(contrast(values, denominators[name]) for name, values in scores.items())
-    return int(runtime.all_reduce_sum(torch.tensor(undefined)))
+    undefined = [contrast(values, denominators[name]) for name, values in scores.items()]
+    local = int(torch.stack(undefined).sum()) if undefined else 0
+    return int(runtime.all_reduce_sum(torch.tensor(local)))
 
 
 def silent_experts(rows: Iterable[UnitRow]) -> str | None:
@@ -144,7 +146,8 @@ def check_scores(model: ShardedModel, scores: Mapping[str, Tensor], field: str, 
     UserError naming parameter and flat index, on every rank. Collectives: one gather.
     """
     problems = []
-    for shard in model.scored:
+    shards = () if all_valid(scores[shard.name] for shard in model.scored) else model.scored
+    for shard in shards:
         index = first_invalid(scores[shard.name])
         if index is not None:
             flat, value = int(shard.flat(torch.tensor([index]))[0]), float(scores[shard.name][index])

@@ -58,8 +58,12 @@ def log_histograms(model: ShardedModel, scores: Scores) -> tuple[ScoreHistogram,
     edges = torch.linspace(low, high, NUM_BINS + 1, dtype=torch.float64)
     roles = sorted({unit.role for parameter in model.parameters for unit in parameter.units})
     counts = torch.zeros(len(roles), NUM_BINS + 1, dtype=torch.int64)
+    local: dict[str, Tensor] = {}  # on the scores' device; read at once, so that a GPU is waited for once
     for _, unit, shard in unit_shards(model):
-        counts[roles.index(unit.role)] += _counts(shard.elements(unit, scores[shard.name]), low, high)
+        part = _counts(shard.elements(unit, scores[shard.name]), low, high)
+        local[unit.role] = local[unit.role] + part if unit.role in local else part
+    if local:
+        counts[[roles.index(role) for role in local]] = torch.stack(list(local.values())).cpu()
     runtime.all_reduce_sum(counts)
     total = counts.sum(0).tolist()
     overall: ScoreHistogram = {"log10_edges": edges.tolist(), "counts": total[:NUM_BINS], "zeros": total[NUM_BINS]}
@@ -85,11 +89,9 @@ def _range(scores: Scores) -> tuple[float, float]:
 
 def _counts(values: Tensor, low: float, high: float) -> Tensor:
     """int64 [NUM_BINS + 1]: the counts of the bins, then that of zeros."""
-    positive = values[values > 0].double().log10()
-    bins = ((positive - low) / (high - low) * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-    counts = torch.bincount(bins, minlength=NUM_BINS + 1).cpu()
-    counts[NUM_BINS] = len(values) - len(positive)
-    return counts
+    logarithms = torch.where(values > 0, values, 1.0).double().log10()
+    bins = ((logarithms - low) / (high - low) * NUM_BINS).long().clamp_(0, NUM_BINS - 1)
+    return torch.bincount(bins.masked_fill_(values <= 0, NUM_BINS), minlength=NUM_BINS + 1)
 
 
 def unscored_numel(parameters: tuple[Parameter, ...]) -> dict[str, int]:

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from esi_ds.core.moments import moments, standard_deviation
+from esi_ds.core.select import all_valid
 from esi_ds.core.units import Parameter, Shard, Unit
+from esi_ds.zero.score import check_scores, contrast_scores, unit_sigmas
 from esi_ds.zero.sparse import ScatteredGradients, SparseTuner
 from esi_ds.zero.statistics import log_histograms, unit_rows
 from esi_ds.zero.tuner import Rule, Tuner
@@ -33,10 +36,20 @@ class Reads(TorchDispatchMode):
 
 
 @contextmanager
-def at_most(number: int) -> Iterator[None]:
-    with Reads() as reads:
+def at_most(number: int, copies: int | None = None) -> Iterator[None]:
+    """copies: how often tensors may be copied to the CPU at most; None: not counted."""
+    calls, plain = 0, Tensor.cpu
+
+    def counted(self: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return plain(self)
+
+    with Reads() as reads, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "cpu", counted)
         yield
     assert reads.count <= number, reads.count
+    assert copies is None or calls <= copies, calls
 
 
 class Plain(Tuner):
@@ -131,10 +144,42 @@ def test_rows_and_ranges_of_the_report(count: int) -> None:
     scores["m0"].zero_()
     selection = SimpleNamespace(bits={shard.name: trained.bits_of(shard) for shard in model.scored})
     rows = unit_rows(model, scores, selection, {})
-    with at_most(8):
+    with at_most(8, copies=2):
         _, by_role = log_histograms(model, scores)
     for number, row in enumerate(rows):
         values = scores[f"m{number}"]
         assert row["selected"] == int(selection.bits[f"m{number}"].sum())
         assert (row["max_score"], row["mean_score"]) == (float(values.max()), float(values.double().sum()) / 12)
     assert sum(by_role["expert.up"]) == 12 * (count - 1)
+
+
+@pytest.mark.parametrize("count", [3, 30])
+def test_deviations_checks_and_contrasts_are_read_once(count: int) -> None:
+    """Once a run each, over all tensors together; the numbers are those of one tensor after the other."""
+    model, _, weights = model_of([12] * count)
+    with at_most(0, copies=1):
+        sigma = unit_sigmas(model)
+    for name, weight in weights.items():
+        (deviation,) = (value for unit, value in sigma.items() if unit.name == name)
+        assert deviation == float(standard_deviation(moments(weight)))
+        assert deviation == pytest.approx(float(weight.double().std()), rel=1e-12)
+    generator = torch.Generator().manual_seed(2)
+    scores = {shard.name: torch.rand(12, generator=generator) for shard in model.scored}
+    scores["m1"] = torch.zeros(0)
+    with at_most(1):
+        check_scores(model, scores, "select.criterion")
+    with at_most(1):
+        assert all_valid(scores.values()) and all_valid([])
+    expected = {name: values / 2 for name, values in scores.items()}
+    denominators = {name: torch.full_like(values, 2.0) for name, values in scores.items()}
+    denominators["m0"][3:5], expected["m0"][3:5] = 0.0, 0.0
+    scores["m0"][4] = 0.0
+    with at_most(2):  # the sum here, and that over the ranks
+        assert contrast_scores(scores, denominators) == 1
+    assert all(torch.equal(scores[name], expected[name]) for name in scores)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, -0.0])
+def test_what_cannot_be_ranked_is_noticed_in_any_tensor(bad: float) -> None:
+    tensors = [torch.rand(5), torch.zeros(0), torch.tensor([1.0, bad, 2.0])]
+    assert all_valid(tensors[:2]) and not all_valid(tensors) and not all_valid(tensors[::-1])
