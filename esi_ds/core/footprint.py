@@ -18,6 +18,9 @@ from esi_ds.core.units import Parameter
 WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 FP32 = 4
 IN_FLIGHT, IN_FLIGHT_LIMIT = 2, 2 << 30  # reductions that run beside the backward pass at once, and their bytes
+# Weights that ZeRO-3 gathers ahead in one collective where the DeepSpeed config names no number: DeepSpeed's default on
+# GPUs, and what a run on CPUs takes (``zero/settings.py: with_prefetch``).
+GPU_PREFETCH, CPU_PREFETCH = 50_000_000, 2_000_000
 COMPACT_LIMIT = 2 << 30  # bytes of unsharded index and sums that a rank of SET may hold where `tune.reduction` is auto
 
 
@@ -244,20 +247,22 @@ def takeover_bytes(parameters: Sequence[Parameter], weight: int, world_size: int
     return weight * max(probed, *replaced, 0)
 
 
-def window_bytes(tensors: Sequence[GatheredTensor], weight: int, zero: Mapping[str, Any]) -> int:
+def window_bytes(
+    tensors: Sequence[GatheredTensor], weight: int, zero: Mapping[str, Any], prefetch: int = GPU_PREFETCH
+) -> int:
     """Bytes of weights that DeepSpeed keeps gathered beyond those in use.
 
     These are weights used again within ``stage3_max_reuse_distance`` elements, and the prefetch bucket. zero: the
-    ``zero_optimization`` section.
+    ``zero_optimization`` section, whose keys DeepSpeed takes with and without ``stage3_``. prefetch: weights in the
+    bucket where the section names no number.
     """
 
     def setting(key: str, default: int) -> int:
-        value = zero.get(key, "auto")
+        value = zero.get(f"stage3_{key}", zero.get(key, "auto"))
         return default if value == "auto" else int(value)
 
-    kept = min(
-        setting("stage3_max_reuse_distance", 1_000_000_000), setting("stage3_max_live_parameters", 1_000_000_000)
-    ) + setting("stage3_prefetch_bucket_size", 50_000_000)
+    kept = min(setting("max_reuse_distance", 1_000_000_000), setting("max_live_parameters", 1_000_000_000))
+    kept += setting("prefetch_bucket_size", prefetch)
     return weight * min(kept, sum(tensor.numel for tensor in tensors))
 
 

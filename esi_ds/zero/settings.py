@@ -9,14 +9,14 @@ from typing import Any
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 
+from esi_ds.core.footprint import CPU_PREFETCH
 from esi_ds.errors import UserError
 from esi_ds.reading import first_line
 
 BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
 REMEDY = "correct it, or take it out; see DeepSpeed's documentation"
-# DeepSpeed's names of the number of weights that it gathers ahead in one collective, default 5·10^7.
+# DeepSpeed's names of the number of weights that it gathers ahead in one collective.
 PREFETCH, PREFETCH_NAMES = "stage3_prefetch_bucket_size", ("stage3_prefetch_bucket_size", "prefetch_bucket_size")
-CPU_PREFETCH = 2_000_000  # 8 MB in fp32
 
 
 def with_prefetch(settings: dict[str, Any], device_type: str) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def with_prefetch(settings: dict[str, Any], device_type: str) -> dict[str, Any]:
 
     A collective's buffer is a new one every time. glibc takes buffers above 32 MiB from the system and gives them back
     at once, and the system zeroes every page anew, in every step (docs/zero3.md §13); smaller ones come from the
-    process's own heap. GPUs keep DeepSpeed's default: PyTorch keeps their memory.
+    process's own heap: ``CPU_PREFETCH`` takes 8 MB in fp32. GPUs keep DeepSpeed's default: PyTorch keeps their memory.
     """
     zero = settings["zero_optimization"]
     if device_type != "cpu" or any(name in zero for name in PREFETCH_NAMES):

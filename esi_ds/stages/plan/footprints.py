@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from esi_ds.core.footprint import (
+    CPU_PREFETCH,
     GatheredTensor,
     Resident,
     Topology,
@@ -29,7 +30,7 @@ from esi_ds.core.footprint import (
     window_bytes,
 )
 from esi_ds.core.units import Parameter
-from esi_ds.deepspeed_config import REDUCE_BUCKET
+from esi_ds.deepspeed_config import REDUCE_BUCKET, expert_parallel_size
 
 STAGES = ("esi", "set", "spa")
 USABLE = 0.8  # of a GPU; the rest is for activations, the CUDA context and the allocator's cache
@@ -112,6 +113,12 @@ def footprint(work: Work, stage: str, cluster: Topology, settings: Mapping[str, 
         0.0 if size is None else judge + _start(work, stage, cluster.ranks, size, zero),
         _traffic(work, stage, tensors, cluster, size),
     )
+
+
+def window_on_cpus(work: Work, cluster: Topology, settings: Mapping[str, Any]) -> int:
+    """``Footprint.window`` on CPUs, where a run gathers fewer weights ahead if the configuration names no number."""
+    tensors = gathered_tensors(work.parameters, cluster.ranks, expert_parallel_size(settings))
+    return window_bytes(tensors, work.weight, settings["zero_optimization"], CPU_PREFETCH)
 
 
 def _start(work: Work, stage: str, ranks: int, size: int, zero: Mapping[str, Any]) -> float:

@@ -31,6 +31,7 @@ from esi_ds.stages.plan.footprints import (
     nodes_needed,
     recommend,
     sizes,
+    window_on_cpus,
     with_experts,
 )
 
@@ -204,6 +205,9 @@ def _print_table(title: str, work: Work, stage: str, cluster: Topology, settings
             lines.append((label, [readable(size) if size else "-" for size in values]))
     width = max(len(label) for label, _ in lines)
     print("\n" + "\n".join(f"{label:{width}}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in lines))
+    on_cpus = window_on_cpus(work, cluster, settings)
+    if on_cpus != stages[stage].window:
+        print(f"on CPUs, kept for reuse and prefetch: {readable(on_cpus)}")
     largest = stages[stage].transient
     print(
         f"largest transient of {stage.upper()}: {largest.module}, gathered weights {readable(largest.weights)}, "
