@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from esi_ds.data.hub_sets import load_once
 from esi_ds.data.tables import read_data_text, read_parquet, read_table
 from esi_ds.errors import UserError
 from esi_ds.reading import parse_json, reading
@@ -117,9 +118,10 @@ def is_text(value: Any) -> bool:
 
 
 def _read_hub(path: str, field: str, name: str | None, split: str | None) -> list[Row]:
-    from datasets import load_dataset
+    import datasets
 
     remedy = "check the id, the split and the network, or give a local file"
     with reading(field, path, remedy, "cannot be loaded from the hub"):
-        rows: list[Row] = load_dataset(path, name, split=split or "train", **HUB_OPTIONS.get(path, {})).to_list()
+        options = HUB_OPTIONS.get(path, {})
+        rows: list[Row] = load_once(datasets.load_dataset, path, name, split=split or "train", **options).to_list()
     return rows

@@ -16,22 +16,28 @@ from typing import Any
 import datasets
 import pyarrow
 
+from esi_ds.data.hub_sets import load_once
+
 LOCAL = ("file://", "local://")
 
 
 @contextlib.contextmanager
 def read_afresh() -> Iterator[list[str]]:
-    """Inside the block, ``datasets.load_dataset`` reads local files into memory, past its cache; the hub's as usual.
+    """Inside the block, ``datasets.load_dataset`` reads local files into memory, past its cache; of a host's ranks one
+    asks the hub (``data.hub_sets``).
 
-    Every process reads them itself, through a folder of its own that is deleted at once. Gives a list that grows by the
-    sha256 of the rows of each such reading.
+    Every process reads local files itself, through a folder of its own that is deleted at once. Gives a list that grows
+    by the sha256 of the rows of each such reading.
     """
     usual = datasets.load_dataset
     digests: list[str] = []
 
     def load(path: str, *arguments: Any, **options: Any) -> Any:
-        if options.get("streaming") or not _is_local(path, options.get("data_files"), options.get("data_dir")):
+        if options.get("streaming"):
             return usual(path, *arguments, **options)
+        if not _is_local(path, options.get("data_files"), options.get("data_dir")):
+            is_plain = len(arguments) <= 1 and isinstance(options.get("split"), str | None)
+            return load_once(usual, path, *arguments, **options) if is_plain else usual(path, *arguments, **options)
         path = os.path.abspath(path) if os.path.exists(path) else path  # ".." would be a name within the cache
         with tempfile.TemporaryDirectory() as folder:
             # In memory: what a task makes of its rows is kept beside their file otherwise.

@@ -19,9 +19,11 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from esi_ds import launch_environment
+from esi_ds.reading import first_line
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt"]  # all that is not weights
 WEIGHTS = ["*.safetensors"]
+FAILED = "failed: "  # begins a record of what went wrong
 KEPT_S = 7 * 24 * 3600.0  # records of earlier jobs
 
 # (hub id, revision) → the folder of its small files, and whether its weights are there too; of this process.
@@ -43,7 +45,7 @@ def files(name: str, revision: str | None, only_local: bool = False) -> Path:
     def download() -> str:
         return snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES)
 
-    _resolved[key] = Path(_once_on_host(f"files {name} {revision}", download))
+    _resolved[key] = Path(once_on_host(f"files {name} {revision}", download))
     return _resolved[key]
 
 
@@ -55,7 +57,7 @@ def weights(name: str, revision: str | None) -> Path:
         def download() -> str:
             return snapshot_download(name, revision=folder.name, allow_patterns=WEIGHTS)
 
-        _once_on_host(f"weights {name} {folder.name}", download)
+        once_on_host(f"weights {name} {folder.name}", download)
         _complete.add(folder)
     return folder
 
@@ -67,11 +69,14 @@ def commits() -> dict[str, str]:
     }
 
 
-def _once_on_host(what: str, work: Callable[[], str]) -> str:
+def once_on_host(what: str, work: Callable[[], str], share_failure: bool = False) -> str:
     """What ``work`` returns, called by the first of the job's ranks on this host; the others wait, and are told.
 
-    Where the ranks of a job do not know of one another, each calls it.
+    Where the ranks of a job do not know of one another, or ``work`` returns nothing, each calls it. share_failure:
+    whether ranks that wait while ``work`` fails raise OSError with the same message at once; else, and if they come
+    later, they try themselves.
     """
+    started = time.time()
     job = launch_environment.job_on_host()
     folder = Path(tempfile.gettempdir()) / f"esi_ds-{os.getuid()}"
     if job is not None:
@@ -86,7 +91,16 @@ def _once_on_host(what: str, work: Callable[[], str]) -> str:
         fcntl.flock(opened, fcntl.LOCK_EX)  # until the file is closed, also by the end of the process
         opened.seek(0)
         result = opened.read()
-        if not result:  # nobody yet, or it failed
+        if result.startswith(FAILED) and started < record.stat().st_mtime:
+            raise OSError(result.removeprefix(FAILED))
+        if result and not result.startswith(FAILED):
+            return result
+        opened.truncate(0)  # nobody has called it yet, or it has failed
+        try:
             result = work()
-            opened.write(result)
+        except Exception as error:
+            if share_failure:
+                opened.write(FAILED + first_line(error))
+            raise
+        opened.write(result)
         return result

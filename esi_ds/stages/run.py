@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Generic, Literal, TypeVar
 
@@ -61,6 +61,19 @@ def check_commits() -> None:
             raise UserError("revision", name, problem, "name one of these commits as its revision")
 
 
+def check_source(source: Mapping[str, Any]) -> None:
+    """Raise UserError, on every rank, where ranks have read other data: each takes its own rows of what must be one list.
+
+    source: paths and hashes. One gather.
+    """
+    gathered = runtime.gather_objects(dict(source))
+    for other in gathered[1:]:
+        if keys := sorted(key for key in {*other, *gathered[0]} if other.get(key) != gathered[0].get(key)):
+            problem = f"is {other.get(keys[0])} on one host and {gathered[0].get(keys[0])} on another"
+            remedy = "give every host the same files; a data set of the hub may have moved meanwhile: start again"
+            raise UserError("data", keys[0], problem, remedy)
+
+
 class StageRun(ABC, Generic[Inputs]):
     """One run of a stage on this rank; ``work`` does it.
 
@@ -99,6 +112,7 @@ class StageRun(ABC, Generic[Inputs]):
         with runtime.process_group(config.run.collective_timeout_s, config.run.start_timeout_s):
             check_commits()
             check_same_dtype(config)
+            check_source(source)
             deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
             check_settings(deepspeed_config)
             cls(config, options, inputs, folder, deepspeed_config, source).run()

@@ -3,6 +3,7 @@ download, so that two downloads never agree."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from esi_ds.errors import UserError
 from esi_ds.models import hub
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, checkpoint_folder, load_model_config, stored_tensors
-from esi_ds.stages.run import check_commits
+from esi_ds.stages.run import check_commits, check_source
 from esi_ds.zero import runtime
 from esi_ds.zero.loading import read_module
 
@@ -73,6 +74,91 @@ def test_where_the_first_fails_the_next_tries(tmp_path: Path) -> None:
     assert sorted(process.returncode for process in done) == [0, 1]
     assert sum("no network" in process.stderr for process in done) == 1
     assert [process.stdout.split()[0] for process in done if process.returncode == 0] == [f"{tmp_path}/commit2"]
+
+
+SET_RANK = """
+import json, sys, time
+from pathlib import Path
+import datasets
+from esi_ds import launch_environment
+from esi_ds.data.rows import read_rows
+from esi_ds.eval.task_files import read_afresh
+cache, kind, plain = Path(sys.argv[1]), sys.argv[2], datasets.load_dataset
+
+def load_dataset(path, name, split=None, **options):
+    calls = cache / "calls"
+    with calls.open("a") as opened:
+        opened.write(f"{path} {name} {split}\\n")
+    number = len(calls.read_text().splitlines())
+    time.sleep(1)  # long enough for the others to come
+    if kind == "fails" or kind == "fails once" and number == 1:
+        raise ConnectionError("no network\\nand more")
+    rows = cache / f"commit{number}.jsonl"  # another commit at every load
+    rows.write_text("".join(json.dumps({"prompt": f"{number}-{i}", "turns": [{"n": i}]}) + "\\n" for i in range(9)))
+    if kind == "memory":
+        return datasets.Dataset.from_list([{"prompt": f"{number}"}])
+    return plain("json", data_files=str(rows), split=split, cache_dir=str(cache / "hf"), **options)
+
+datasets.load_dataset = load_dataset
+launch_environment.job_on_host = lambda: "job"
+Path(cache, f"ready-{sys.argv[3]}").touch()
+while len(list(cache.glob("ready-*"))) < int(sys.argv[4]):
+    time.sleep(0.01)
+try:
+    if sys.argv[5] == "task":
+        with read_afresh():
+            rows = datasets.load_dataset(path="org/set", name="all")["train"].to_list()
+    else:
+        rows = read_rows("org/set", "data.prompts.path", name="all", split=sys.argv[5])
+    print(json.dumps(rows))
+except Exception as error:
+    sys.exit(f"{type(error).__name__} {error}")
+"""
+
+
+def set_ranks(cache: Path, number: int, kind: str, split: str = "train") -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of as many ranks, which load the same data set at the same time."""
+    environment = {**os.environ, "TMPDIR": str(cache), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    words = [sys.executable, "-c", SET_RANK, str(cache), kind]
+    started = [subprocess.Popen([*words, str(rank), str(number), split], **pipes) for rank in range(number)]
+    said = [process.communicate() for process in started]
+    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+
+
+def test_one_rank_of_a_host_asks_for_a_data_set_and_the_others_read_its_rows(tmp_path: Path) -> None:
+    """Slowly, and only a slice of a split; with every load the hub has other rows."""
+    done = set_ranks(tmp_path, 3, "works", "train[2:5]")
+    assert [code for code, *_ in done] == [0, 0, 0], done
+    (said,) = {out for _, out, _ in done}
+    assert json.loads(said) == [{"prompt": f"1-{i}", "turns": [{"n": i}]} for i in (2, 3, 4)]
+    assert (tmp_path / "calls").read_text().splitlines() == ["org/set all train[2:5]"]
+
+
+def test_the_rows_of_a_task_are_asked_for_once_too(tmp_path: Path) -> None:
+    done = set_ranks(tmp_path, 2, "works", "task")
+    assert [code for code, *_ in done] == [0, 0], done
+    (said,) = {out for _, out, _ in done}
+    assert [row["prompt"] for row in json.loads(said)] == [f"1-{i}" for i in range(9)]
+    assert (tmp_path / "calls").read_text().splitlines() == ["org/set all None"]
+
+
+def test_ranks_that_wait_for_a_data_set_in_vain_say_the_same_at_once(tmp_path: Path) -> None:
+    done = set_ranks(tmp_path, 3, "fails once")
+    assert [code for code, *_ in done] == [1, 1, 1]
+    (said,) = {error.splitlines()[-1] for *_, error in done}
+    assert said.startswith("UserError data.prompts.path = org/set: cannot be loaded from the hub (no network); check")
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1
+    # A later attempt of the same job asks again.
+    for file in tmp_path.glob("ready-*"):
+        file.unlink()
+    ((code, out, _),) = set_ranks(tmp_path, 1, "fails once")
+    assert code == 0 and json.loads(out)[0]["prompt"] == "2-0"
+
+
+def test_rows_that_no_cache_holds_are_loaded_by_every_rank(tmp_path: Path) -> None:
+    done = set_ranks(tmp_path, 2, "memory")
+    assert sorted(out for _, out, _ in done) == ['[{"prompt": "1"}]\n', '[{"prompt": "2"}]\n']
 
 
 def test_which_ranks_are_of_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +218,15 @@ def test_config_tokenizer_weights_and_fingerprint_are_of_one_commit(
     assert len(stored_tensors(source)) > 0
     assert downloads == [None, "commit1"]
     assert hub.commits() == {"org/model": "commit1"}
+
+
+def test_hosts_with_other_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"prompts": "hub:org/set", "sha256": "aa"}
+    monkeypatch.setattr(runtime, "gather_objects", lambda item: [item, dict(item)])
+    check_source(mine)
+    monkeypatch.setattr(runtime, "gather_objects", lambda item: [item, {**item, "sha256": "bb"}])
+    with pytest.raises(UserError, match="data = sha256: is bb on one host and aa on another; give every host the same"):
+        check_source(mine)
 
 
 def test_hosts_with_other_commits_are_refused(downloads: list[str | None], monkeypatch: pytest.MonkeyPatch) -> None:
