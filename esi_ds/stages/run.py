@@ -62,7 +62,7 @@ def check_commits() -> None:
 
 
 def check_source(source: Mapping[str, Any]) -> None:
-    """Raise UserError, on every rank, where ranks have read other data: each takes its own rows of what must be one list.
+    """Raise UserError, on every rank, where ranks have read other data: each takes its own rows of one list.
 
     source: paths and hashes. One gather.
     """

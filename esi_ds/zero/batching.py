@@ -3,10 +3,13 @@ which the model itself is asked (``models/rows.py``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
 from esi_ds.core.batch import Rows, right_pad
@@ -44,10 +47,8 @@ def check_gradient(model: ShardedModel, ids: Sequence[int]) -> None:
     """Raise UserError, on every rank, unless a backward pass reaches the model's embeddings: some architectures run
     forward only, or backward only in training (Reformer), which would show after hours of generation.
 
-    For engines without an optimizer: ZeRO-3's own puts zeros into its buckets for the experts of every backward pass,
-    also where no parameter has a gradient, and the next one would find them there. ids: any text's. No parameter gets a
-    gradient. A model that does not say which module looks up its embeddings is not asked. Collectives: those of a
-    forward and a backward pass, and an all-reduce.
+    ids: any text's. No parameter gets a gradient. A model that does not say which module looks up its embeddings is not
+    asked. Collectives: those of a forward and a backward pass, and an all-reduce.
     """
     try:
         problem = _backward_problem(model, ids[:PROBE_LENGTH])
@@ -78,16 +79,33 @@ def _backward_problem(model: ShardedModel, ids: Sequence[int]) -> str | None:
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        batch = right_pad([list(ids)], 0, runtime.device())
-        logits = last_logits(model.module, batch, len(ids))
-        if logits.requires_grad:
-            logits.float().square().sum().backward()
+        with _without_expert_hooks(model.module):
+            logits = last_logits(model.module, right_pad([list(ids)], 0, runtime.device()), len(ids))
+            if logits.requires_grad:
+                logits.float().square().sum().backward()
     finally:
         hook.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
     is_reached = any(leaf.grad is not None for leaf in leaves)
     return None if is_reached or not leaves else "has no gradient: none reaches its embeddings"
+
+
+@contextmanager
+def _without_expert_hooks(module: nn.Module) -> Iterator[None]:
+    """Inside the block blocks of experts (DeepSpeed's leaf modules) have no backward hooks, from the forward pass on.
+
+    With an optimizer ZeRO-3's own put zeros into its buckets for the experts of every backward pass, also where no
+    parameter has a gradient, and the next one would find them there.
+    """
+    hooks = {block: block._backward_hooks for block in module.modules() if z3_leaf_module(block)}
+    for block in hooks:
+        block._backward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for block, kept in hooks.items():
+            block._backward_hooks = kept
 
 
 def batch_size_for(model: ShardedModel, ids: Sequence[int], pad: int, batch_size: int) -> int:

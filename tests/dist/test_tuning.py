@@ -144,6 +144,8 @@ def cases(folder: Path, ranks: int) -> list[dict]:
         listed.append(
             {**make(f"{tag}-drop-mask", "llama", "spa", clip=0.05), "drop": "mask", "poison": "frozen", "error": "any"}
         )
+        no_gradient = {"detached": True, "error": "has no gradient: none reaches its embeddings"}
+        listed += [{**make(f"{tag}-detached-{stage}", "llama", stage), **no_gradient} for stage in ("set", "spa")]
     return listed
 
 
@@ -397,6 +399,17 @@ def test_not_finite_stops_before_the_update(tuned: tuple[int, Path]) -> None:
         assert json.loads((run / "manifest.json").read_text())["exit_state"] == "failed"
         assert not (run / "model").exists()
     assert (folder / "w2-loss/checkpoint/position-2/state.json").is_file()  # the last one stands
+
+
+@pytest.mark.parametrize("stage", ["set", "spa"])
+def test_a_model_without_a_gradient_is_refused_before_the_first_step(tuned: tuple[int, Path], stage: str) -> None:
+    """With SPA's engine too, whose experts have hooks of their own; elsewhere these find their buckets as they were."""
+    ranks, folder = tuned
+    if ranks != 2:
+        pytest.skip("run on two ranks")
+    run = folder / f"w2-detached-{stage}"
+    assert (run / "config.yaml").is_file()
+    assert not any((run / name).exists() for name in ("model", "metrics.jsonl", "checkpoint"))
 
 
 @pytest.mark.parametrize("obligation", ["release", "publish", "zero", "mask"])

@@ -1,7 +1,8 @@
 """Run by the tests beside it under a launcher: one process group trains many models.
 
 argv: a JSON list of cases {"stage", "config" (mapping), "poison" (optional), "drop" (optional), "error" (optional),
-"frees" (optional: the stage must free all memory, which takes a second to see)}; each runs the stage, and writes the
+"detached" (optional: the model's norms let no gradient through), "frees" (optional: the stage must free all memory,
+which takes a second to see)}; each runs the stage, and writes the
 tuner's state of every rank beside the run's model/. poison: ``frozen`` puts NaN and inf into gradients of frozen
 coordinates, ``trained`` one NaN into a trained one of rank 1, ``loss`` makes rank 1's loss NaN at step 3. drop: an
 obligation of docs/zero3.md that is not met, to see that the tests notice. Grouped
@@ -16,6 +17,7 @@ import torch
 from cases import frees_all, run_cases
 from idle_kernels import spoil_kernels
 from safetensors.torch import save_file
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from esi_ds.artifacts import RunFolder
 from esi_ds.config import validate
@@ -32,7 +34,7 @@ from esi_ds.zero.dense import DenseTuner
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.sparse import CompactGradients, SparseTuner
 
-plain_run = training.Training.run
+plain_run, plain_norm = training.Training.run, LlamaRMSNorm.forward
 ORIGINALS = {
     (SparseTuner, "__init__"): SparseTuner.__init__,
     (DenseTuner, "__init__"): DenseTuner.__init__,
@@ -40,6 +42,7 @@ ORIGINALS = {
     (ShardedModel, "publish"): ShardedModel.publish,
     (CompactGradients, "zero"): CompactGradients.zero,
     (training.Training, "_forward_backward"): training.Training._forward_backward,
+    (LlamaRMSNorm, "forward"): LlamaRMSNorm.forward,
     (zero_optimizer.FlatGroups, "_mask_gradients"): zero_optimizer.FlatGroups._mask_gradients,
 }
 
@@ -112,6 +115,8 @@ def run_case(case: dict) -> None:
     config = validate(case["config"])
     folder = RunFolder(config.run.output_dir)
     restore_originals()
+    if case.get("detached"):
+        LlamaRMSNorm.forward = lambda self, hidden: plain_norm(self, hidden).detach()
     if "poison" in case:
         poison(case["poison"])
     if "drop" in case:

@@ -115,8 +115,7 @@ class TuneRun(StageRun[TuningInputs]):
         Collectives: those of ``check_gradient``, ``check_causal`` and ``batch_size_for``.
         """
         tune, ids, pad = self.inputs.tune, self.inputs.rows.sequences[0].ids, self.inputs.tokenizer.pad_token_id
-        if self.inputs.stage == "set":  # see there; of SPA the first step tells
-            check_gradient(model, ids)
+        check_gradient(model, ids)
         check_causal(model, ids, pad)
         if batch_size_for(model, ids, pad, tune.batch_size) < tune.batch_size:
             accumulation = tune.batch_size * tune.gradient_accumulation
