@@ -43,8 +43,9 @@ def closing_table(report: EsiReport) -> str:
     for mask in masks:
         lines += ["", f"mask by {mask['selection']['criterion']}"] if len(masks) > 1 else []
         lines += _mask_lines(mask)
-    for row in report.get("overlaps", []):
-        lines += ["", f"{row['first']} and {row['second']} share {row['both']:,} weights, Jaccard {row['jaccard']:.4f}"]
+    for number, row in enumerate(report.get("overlaps", [])):
+        shared = f"{row['first']} and {row['second']} share {row['both']:,} weights, Jaccard {row['jaccard']:.4f}"
+        lines += ["", shared] if number == 0 else [shared]
     scores = report["judge_scores"]
     if scores:
         lines += [
