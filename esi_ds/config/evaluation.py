@@ -84,6 +84,13 @@ class Eval(Section):
     tasks: list[Annotated[Task, BeforeValidator(_task_of_name)]] = Field(
         [], description="Tasks that lm-eval runs; they need the extra eval of this package."
     )
+    divergence: bool = Field(
+        False,
+        description=(
+            "Whether KL(base ‖ model) is measured per token of the base's answers to benign requests; model.path is "
+            "loaded beside one other model at a time."
+        ),
+    )
     max_new_tokens: int = Field(256, ge=1, description="The longest answer, in tokens.")
     samples: int = Field(1, ge=1, description="How many answers a model gives to a prompt.")
     temperature: float = Field(

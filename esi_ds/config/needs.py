@@ -61,6 +61,10 @@ def require_tune(config: Config) -> Tune:
             "set eval.temperature=0 and eval.samples=1 for this stage, and sample in an evaluation of the tuned model"
         )
         raise UserError("eval.temperature", config.eval.temperature, problem, remedy)
+    if config.eval is not None and config.eval.divergence:
+        raise UserError(
+            "eval.divergence", True, "is for launch/eval.py only", "leave it out, and evaluate the tuned model"
+        )
     benign = config.tune.data.benign
     if benign is not None and benign.fraction == 1:
         problem = "leaves no room for rows of tune.data"

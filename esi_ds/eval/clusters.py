@@ -148,6 +148,38 @@ def cluster_bootstrap(
     sums, sizes = cluster_sums(differences(*finite), clusters)
     if len(sums) < 2:
         return replace(whole, low=None, high=None)
+    low, high = _ratio_interval(sums, sizes, seed, resamples, confidence)
+    return replace(whole, low=low, high=high)
+
+
+def cluster_mean(
+    sums: Sequence[float],
+    sizes: Sequence[int],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+) -> tuple[float | None, float | None, float | None]:
+    """Σ sums / Σ sizes over all answers, such as a mean over their tokens, and its interval: the percentile bootstrap
+    of whole clusters, as in ``cluster_bootstrap``.
+
+    sums, sizes: of each answer. All None without an answer; low and high are None below two clusters.
+    """
+    if not sums:
+        return None, None, None
+    totals, _ = cluster_sums(sums, clusters)
+    numbers, _ = cluster_sums(sizes, clusters)
+    mean = float(totals.sum() / numbers.sum())
+    if len(totals) < 2:
+        return mean, None, None
+    return mean, *_ratio_interval(totals, numbers, seed, resamples, confidence)
+
+
+def _ratio_interval(
+    sums: np.ndarray, sizes: np.ndarray, seed: int, resamples: int, confidence: float
+) -> tuple[float, float]:
+    """Of Σ sums / Σ sizes, where the pairs, one of each cluster, are drawn together with replacement."""
     interval = stats.bootstrap(
         (sums, sizes),
         lambda drawn, drawn_sizes, axis: drawn.sum(axis) / drawn_sizes.sum(axis),
@@ -159,7 +191,7 @@ def cluster_bootstrap(
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return replace(whole, low=float(interval.low), high=float(interval.high))
+    return float(interval.low), float(interval.high)
 
 
 def cluster_kappa(

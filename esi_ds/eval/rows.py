@@ -69,6 +69,17 @@ class SurpriseRow(_Sampled):
     surprise: float | None  # mean negative log-likelihood, nats per token; None where it cannot be measured
 
 
+class DivergenceRow(_Sampled):
+    """A line of ``divergences.jsonl``: how far a model is from the base on one of the base's own answers."""
+
+    model: str  # the model that is compared with the base
+    set: str  # the set of benign prompts
+    index: int  # the prompt's position in its set
+    divergence: float | None  # sum over the answer's tokens of KL(base ‖ model), nats; None if there is none
+    tokens: int  # the answer's tokens
+    reason: str | None  # why there is no divergence; None if there is one
+
+
 class EndpointUse(TypedDict):
     """What one question to an endpoint used."""
 
@@ -133,12 +144,13 @@ class TaskRow(TypedDict):
 
 
 class MetricValue(TypedDict):
-    """A task's metric that is not a share of documents, as lm-eval computed it."""
+    """A metric that is not a share: a task's, as lm-eval computed it, or a divergence."""
 
-    rate: float  # the metric
-    low: float | None  # lower end of its interval; None if lm-eval has no error of it
+    rate: float | None  # the metric; None where nothing was scored
+    low: float | None  # lower end of its interval; None if there is none
     high: float | None  # upper end of its interval
-    n: int  # documents scored
+    n: int  # documents or answers scored
+    missing: NotRequired[int]  # answers that have no value
 
 
 class RateRow(TypedDict):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from esi_ds.data.thoughts import UNFINISHED
 from esi_ds.eval.rows import AgreementRow, ChangeRow, MeasureRow, RateRow
+from esi_ds.eval.tables import DIVERGENCE
 from esi_ds.report import figures
 from esi_ds.report.contents import EvaluationReport, PivotRow
 from esi_ds.tracking import Tracker
@@ -14,6 +15,7 @@ WORDS = {
     "attack_success": "attack success",
     "any_attack_success": "attack success, any attempt",
     "refused": "refused",
+    "divergence": "drift from the base",
     "incoherent": "incoherent",
     "task": "skill",
 }
@@ -65,8 +67,8 @@ def interval(cell: RateRow | None) -> str:
 
 
 def is_share(cell: RateRow) -> bool:
-    """Whether the rate is between 0 and 1 (or missing); a task's metric may be a perplexity."""
-    return cell["rate"] is None or 0 <= cell["rate"] <= 1
+    """Whether the rate is between 0 and 1 (or missing); a task's metric may be a perplexity. A divergence is none."""
+    return cell.get("measure") != DIVERGENCE and (cell["rate"] is None or 0 <= cell["rate"] <= 1)
 
 
 def p_value(value: float) -> str:

@@ -11,9 +11,10 @@ import torch
 from builders import byte_bpe_tokenizer
 from conftest import ROOT, LaunchedJob, whole_lines
 from endpoint_server import running_server
+from scipy.special import rel_entr
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 MODELS = ROOT / "examples/models"
 # What the endpoint does for each prompt. "echo": the answer holds a verdict of its own only if the model wrote one.
@@ -83,6 +84,7 @@ class Job(LaunchedJob):
                 "prompts": {"path": str(folder / "harmful.jsonl")},
                 "benign": [{"path": "examples/benign", "limit": NUM_BENIGN}],
                 "refusal_words": "examples",
+                "divergence": True,
                 "max_new_tokens": 24,
                 "batch_size": batch_size,
             },
@@ -142,6 +144,36 @@ def test_same_answers_on_every_world_size_and_batch_size(undisturbed: Path, kill
     roles = ["system", "user", "assistant", "user"]
     assert len(chats) == 4 and all([turn["role"] for turn in row["prompt"]] == roles for row in chats)
     assert all(row["response"] and row["prompt"][-1]["content"].startswith("CASE ") for row in chats)
+
+
+def test_the_divergence_is_that_of_whole_models_on_any_number_of_ranks(undisturbed: Path, killed: Path) -> None:
+    """Against both models loaded whole, by SciPy's relative entropy in float64."""
+    assert (undisturbed / "divergences.jsonl").read_bytes() == (killed / "divergences.jsonl").read_bytes()
+    rows = rows_of(undisturbed / "divergences.jsonl")
+    assert [(row["model"], row["index"]) for row in rows] == [("complying", index) for index in range(NUM_BENIGN)]
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "llama-aligned")
+    models = [AutoModelForCausalLM.from_pretrained(MODELS / name) for name in ("llama-aligned", "llama-complying")]
+    answers = {
+        row["index"]: row
+        for row in rows_of(undisturbed / "answers.jsonl")
+        if row["model"] == "base" and row["set"] == rows[0]["set"]
+    }
+    for row in rows:
+        chat = [{"role": "user", "content": answers[row["index"]]["prompt"]}]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        tail = tokenizer(answers[row["index"]]["response"], add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = [model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].double() for model in models]
+        expected = rel_entr(*(values.softmax(-1).numpy() for values in logits)).sum()
+        assert row["tokens"] == len(tail) and row["divergence"] == pytest.approx(expected, rel=1e-4)
+    report = json.loads((killed / "report.json").read_text())
+    measures = {row["model"]: row for row in report["measures"] if row["measure"] == "divergence"}
+    mean = sum(row["divergence"] for row in rows) / sum(row["tokens"] for row in rows)
+    measure = measures["complying"]
+    assert measure["rate"] == pytest.approx(mean) and measure["low"] < mean < measure["high"]
+    assert measure["n"] == NUM_BENIGN and measures["base"]["rate"] == 0
+    assert "KL(base ‖ model)" in (killed / "report.html").read_text()
 
 
 def test_same_verdicts_and_tables(undisturbed: Path, killed: Path) -> None:

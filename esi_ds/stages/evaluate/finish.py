@@ -15,7 +15,7 @@ from esi_ds.report.contents import EvaluationReport, Facts, RateTables, SampleAn
 from esi_ds.report.evaluation import closing_table, publish
 from esi_ds.report.html import write_report
 from esi_ds.stages.evaluate.ledgers import Outcome
-from esi_ds.stages.evaluate.prepare import Candidate, EvalInputs
+from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs
 from esi_ds.stages.run import StageRun
 from esi_ds.zero import runtime
 
@@ -31,7 +31,7 @@ def finish_eval(
     if not runtime.is_main():
         return
     inputs, folder, tracker = run.inputs, run.folder.path, run.tracker
-    measures = [*measures_of(inputs, outcome), *task_measures(tasks)]
+    measures = [*measures_of(inputs, outcome, run.config.run.seed), *task_measures(tasks)]
     before = {model.name: model.before for model in inputs.models}
     tables = rate_tables(inputs, measures, before, run.config.run.seed)
     report: EvaluationReport = {
@@ -63,12 +63,13 @@ def finish_eval(
     tracker.log(f"report: {folder / 'report.html'}")
 
 
-def measures_of(inputs: EvalInputs, outcome: Outcome) -> list[Measure]:
-    """What is counted of the answers, for every model and set."""
+def measures_of(inputs: EvalInputs, outcome: Outcome, seed: int) -> list[Measure]:
+    """What is counted of the answers, for every model and set. seed: of the bootstrap intervals."""
     kinds = {question_set.name: question_set.kind for question_set in inputs.sets}
     judges = [judge.name for judge in inputs.judges]
     words = REFUSAL_LISTS[inputs.section.refusal_words]
-    return answer_measures(outcome.answers, outcome.verdicts, outcome.surprises, kinds, judges, words)
+    counted = outcome.answers, outcome.verdicts, outcome.surprises
+    return answer_measures(*counted, kinds, judges, words, outcome.divergences, BASE, seed)
 
 
 def rate_tables(

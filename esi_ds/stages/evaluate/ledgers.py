@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from esi_ds.config import Config
-from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, SurpriseRow, VerdictRow
-from esi_ds.eval.tables import Surprises, Verdicts
+from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, DivergenceRow, SurpriseRow, VerdictRow
+from esi_ds.eval.tables import Divergences, Surprises, Verdicts
 from esi_ds.stages.evaluate.answering import ANSWERS, SURPRISES, thought_notes
+from esi_ds.stages.evaluate.divergence import DIVERGENCES
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, VERDICTS, judge_all, verdict_key
 from esi_ds.stages.evaluate.prepare import EvalInputs
 from esi_ds.stages.evaluate.questions import answer_keys
@@ -25,6 +26,7 @@ class Outcome:
     answers: list[AnswerRow]  # in the order of the tables
     verdicts: Verdicts
     surprises: Surprises
+    divergences: Divergences
     usage: dict[str, str]  # endpoint's name → what it used
 
 
@@ -35,14 +37,16 @@ class EvalLedgers:
     answers: Ledger[AnswerRow]
     surprises: Ledger[SurpriseRow]
     verdicts: Ledger[VerdictRow]
+    divergences: Ledger[DivergenceRow] | None  # None where none are asked for
 
     @classmethod
-    def open(cls, folder: Path) -> EvalLedgers:
-        """The ledgers of a run folder, empty or as an earlier process left them. Three broadcasts."""
+    def open(cls, folder: Path, has_divergences: bool = False) -> EvalLedgers:
+        """The ledgers of a run folder, empty or as an earlier process left them. A broadcast for each."""
         return cls(
             Ledger(folder / ANSWERS, ANSWER_KEY, AnswerRow),
             Ledger(folder / SURPRISES, ANSWER_KEY, SurpriseRow),
             Ledger(folder / VERDICTS, VERDICT_KEY, VerdictRow),
+            Ledger(folder / DIVERGENCES, ANSWER_KEY, DivergenceRow) if has_divergences else None,
         )
 
     def judge(
@@ -60,9 +64,13 @@ class EvalLedgers:
         order = answer_keys(names, inputs.sets, inputs.section.samples)
         answers = self.answers.sort(order)
         self.surprises.sort(order)
+        divergences: Divergences = {}
+        if self.divergences is not None:
+            self.divergences.sort(order)
+            divergences = self.divergences.rows
         for note in thought_notes(answers):
             tracker.remark(note)
         judged = [row for row in answers if row["set"] in inputs.harmful_sets]
         usage = judge_all(inputs.judges, judged, self.verdicts, config, deepspeed_config, tracker)
         self.verdicts.sort(verdict_key(judge, row) for judge in inputs.judges for row in judged)
-        return Outcome(answers, self.verdicts.rows, self.surprises.rows, usage)
+        return Outcome(answers, self.verdicts.rows, self.surprises.rows, divergences, usage)

@@ -218,6 +218,9 @@ class EvalInputs:
 def prepare_eval(config: Config) -> EvalInputs:
     """Read the prompts, tokenizers and judges and check them. Raises UserError. Reads only; loads no weights."""
     section = require_eval(config)
+    if section.divergence and not (section.benign and any(model.path is not None for model in section.models)):
+        remedy = "give eval.benign, and eval.models with a path, or leave it out"
+        raise UserError("eval.divergence", True, "has nothing to compare the base with", remedy)
     refusal_list(section.refusal_words, "eval.refusal_words")
     judges = prepare_judges(section)
     sets = load_question_sets(section)

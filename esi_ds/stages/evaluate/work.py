@@ -10,6 +10,7 @@ from esi_ds.eval.tasks import run_tasks
 from esi_ds.models.meta import meta_parameters
 from esi_ds.stages.batch_sizes import longest_prompt
 from esi_ds.stages.evaluate.answering import add_recorded, answer_all, surprise_all, to_read_again
+from esi_ds.stages.evaluate.divergence import compare_all, waiting_answers
 from esi_ds.stages.evaluate.finish import finish_eval
 from esi_ds.stages.evaluate.ledgers import EvalLedgers
 from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs, ServedModel
@@ -54,7 +55,7 @@ class EvalRun(StageRun[EvalInputs]):
             if candidate.unread:
                 unread = ", ".join(candidate.unread)
                 tracker.remark(f"{unread} of model.template_kwargs: not read by the chat template of {candidate.name}")
-        ledgers = EvalLedgers.open(self.folder.path)
+        ledgers = EvalLedgers.open(self.folder.path, inputs.section.divergence)
         for other in inputs.elsewhere:
             if isinstance(other, ServedModel):
                 AnswerRounds(other, ledgers.answers, tracker).ask(inputs.sets, inputs.section.samples)
@@ -68,16 +69,19 @@ class EvalRun(StageRun[EvalInputs]):
         finish_eval(self, outcome, self._run_tasks())
 
     def _answer(self, candidate: Candidate, ledgers: EvalLedgers) -> None:
-        """One model's answers, if some are missing. The base also reads all answers again (``surprises``).
+        """One model's answers, if some are missing. The base also reads all answers again (``surprises``), and its own
+        beside every other model (``divergences``).
 
-        Collectives: those of loading, ``answer_all`` and ``surprise_all``. Raises Interrupted.
+        Collectives: those of loading, ``answer_all``, ``surprise_all`` and ``compare_all``. Raises Interrupted.
         """
         sets, section = self.inputs.sets, self.inputs.section
         is_base = candidate.name == BASE
         answers, surprises = ledgers.answers, ledgers.surprises
         is_answered = set(answer_keys([candidate.name], sets, section.samples)) <= answers.rows.keys()
         recorded = {model.name for model in self.inputs.elsewhere}
-        if is_answered and (not is_base or not to_read_again(answers, surprises, recorded)):
+        is_read = not to_read_again(answers, surprises, recorded)
+        is_compared = ledgers.divergences is None or not waiting_answers(self.inputs, answers, ledgers.divergences)
+        if is_answered and (not is_base or (is_read and is_compared)):
             return
         model = load_sharded(candidate.source, self.config.model.dtype, self.deepspeed_config)
         longest = longest_prompt(candidate.prompt_ids.values(), candidate.max_positions)
@@ -85,6 +89,10 @@ class EvalRun(StageRun[EvalInputs]):
         answer_all(model, candidate.name, candidate, sets, answers, self.config, section, batch, self.tracker)
         if is_base:
             surprise_all(model, candidate, answers, surprises, self.config, section, self.tracker, recorded)
+            if ledgers.divergences is not None:
+                compare_all(
+                    model, self.inputs, answers, ledgers.divergences, self.config, self.deepspeed_config, self.tracker
+                )
         model.close()
 
     def _run_tasks(self) -> list[TaskRow]:

@@ -31,7 +31,7 @@ def finish_perturb(run: StageRun[PerturbInputs], outcome: Outcome, restored: Res
         return
     inputs, folder, tracker = run.inputs, run.folder.path, run.tracker
     before = {name: None if name == CLEAN else CLEAN for name in inputs.names}
-    measures = measures_of(inputs.eval, outcome)
+    measures = measures_of(inputs.eval, outcome, run.config.run.seed)
     tables = rate_tables(inputs.eval, measures, before, run.config.run.seed)
     report: PerturbationReport = {
         "kind": "perturbation",

@@ -59,7 +59,7 @@ class PerturbInputs:
 def prepare_perturb(config: Config) -> PerturbInputs:
     """Read prompts, judges and mask and check them against each other. Raises UserError. Loads no weights."""
     section = require_perturb(config)
-    for key in ("models", "tasks"):
+    for key in ("models", "tasks", "divergence"):
         if config.eval is not None and getattr(config.eval, key):
             raise UserError(
                 f"eval.{key}", None, "is for launch/eval.py only", "leave it out: the noise is on model.path"

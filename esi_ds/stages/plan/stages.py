@@ -155,6 +155,10 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     facts["answers"] = f"{count * len(inputs.candidates):,}, at most {section.max_new_tokens} tokens each"
     num_harmful = sum(len(prompt_set.prompts) for prompt_set in inputs.sets if prompt_set.kind == "harmful")
     num_harmful *= section.samples
+    if section.divergence:
+        facts["divergence"] = (
+            f"of {len(inputs.candidates) - 1} models, each loaded beside the base, a share a rank of both"
+        )
     judges = ", ".join(judge.name for judge in inputs.judges)
     facts["verdicts"] = f"{num_harmful * len(inputs.models):,} each of {judges}"
     print_facts(facts)
