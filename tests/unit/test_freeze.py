@@ -102,7 +102,9 @@ def test_eight_bit_adamw(folder: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model, base = load(folder), load(folder)
     with freeze(model, folder / "mask"):
-        train(model, bitsandbytes.optim.AdamW8bit(model.parameters(), lr=1e-2, min_8bit_size=1))
+        optimizer = bitsandbytes.optim.AdamW8bit(model.parameters(), lr=1e-2, weight_decay=0.1, min_8bit_size=1)
+        train(model, optimizer)
+    assert any(state["state1"].dtype == torch.uint8 for state in optimizer.state.values())
     frozen, trained = changes(model, base, Mask.load(folder / "mask"), "selected")
     assert frozen == 0 and trained > 1000
 
