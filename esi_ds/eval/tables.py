@@ -239,10 +239,10 @@ def _refused(rows: Sequence[AnswerRow], words: RefusalList) -> Measure:
 
 
 def _diverged(rows: Sequence[AnswerRow], divergences: Divergences, base: str, seed: int) -> list[Measure]:
-    """KL(base ‖ model) per token of the base's answers to a set, clustered by prompt; [] where it was not measured.
+    """KL(base ‖ model) per token of the base's answers to a set, clustered by prompt or goal; [] where it was not measured.
     The base's own is 0.
 
-    rows: the model's own answers, of which only set and model count.
+    rows: the model's own answers, of which set, model and goals count.
     """
     name, model = rows[0]["set"], rows[0]["model"]
     compared = [row for row in divergences.values() if row["model"] == model and row["set"] == name]
@@ -257,10 +257,11 @@ def _diverged(rows: Sequence[AnswerRow], divergences: Divergences, base: str, se
     if not compared:
         return []
     pairs = [(row, row["divergence"]) for row in compared if row["divergence"] is not None]
+    clusters = {row["index"]: cluster_of(row) for row in rows}
     mean, low, high = cluster_mean(
         [divergence for _, divergence in pairs],
         [row["tokens"] for row, _ in pairs],
-        [row["index"] for row, _ in pairs],
+        [clusters[row["index"]] for row, _ in pairs],
         seed=seed,
     )
     missing = len(compared) - len(pairs)

@@ -126,6 +126,14 @@ def test_the_table_counts_what_is_missing() -> None:
     assert measured([]) == {}
 
 
+def test_prompts_of_one_goal_are_one_cluster() -> None:
+    rows = {("tuned", "good", index): divergence(index, 0.1 * index, 1) for index in range(3)}
+    given = [{**row, "goal": "the same"} for row in answers("base", "tuned")]
+    measures = answer_measures(given, {}, {}, {"good": "benign"}, [], REFUSAL_LISTS["xstest"], rows)
+    (measure,) = (m.as_row() for m in measures if m.measure == DIVERGENCE and m.model == "tuned")
+    assert measure["rate"] == pytest.approx(0.1) and measure["low"] is None
+
+
 def evaluation(tmp_path: Path, **changes) -> dict:
     models = ROOT / "examples/models"
     return {
