@@ -239,7 +239,7 @@ def _refused(rows: Sequence[AnswerRow], words: RefusalList) -> Measure:
 
 
 def _diverged(rows: Sequence[AnswerRow], divergences: Divergences, base: str, seed: int) -> list[Measure]:
-    """KL(base ‖ model) per token of the base's answers to a set, clustered by prompt or goal; [] where it was not measured.
+    """KL(base ‖ model) per token of the base's answers to a set, by prompts or goals; [] where it was not measured.
     The base's own is 0.
 
     rows: the model's own answers, of which set, model and goals count.
