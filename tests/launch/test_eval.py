@@ -152,7 +152,10 @@ def test_the_divergence_is_that_of_whole_models_on_any_number_of_ranks(undisturb
     rows = rows_of(undisturbed / "divergences.jsonl")
     assert [(row["model"], row["index"]) for row in rows] == [("complying", index) for index in range(NUM_BENIGN)]
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "llama-aligned")
-    models = [AutoModelForCausalLM.from_pretrained(MODELS / name) for name in ("llama-aligned", "llama-complying")]
+    models = [
+        AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32)
+        for name in ("llama-aligned", "llama-complying")
+    ]
     answers = {
         row["index"]: row
         for row in rows_of(undisturbed / "answers.jsonl")
