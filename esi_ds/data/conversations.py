@@ -189,8 +189,8 @@ def encode(
     """
     ends = frozenset(end_ids)
     spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-    pieces = _pieces(tokenizer, turns, spoken)
-    if template is not None and (len(spoken) == 1 or not _shows_traces(turns, spoken, pieces)):
+    pieces = _pieces(tokenizer, turns, spoken) if template is None or len(spoken) > 1 else None
+    if template is not None and not _shows_traces(turns, spoken, pieces):
         spoken = spoken[-1:]
         pieces = [template.last_piece(turns)]
     elif pieces is None:

@@ -11,12 +11,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate, dropwhile
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from esi_ds.config.judges import Reads
+
 Span = tuple[int, int]  # characters [start, end)
-Reads = Literal["answer", "trace", "both"]  # what a judge reads of a response (``reads`` of the config)
 
 UNFINISHED = "the response ends within a thought: max_new_tokens may be too few"
 # Where engines with a reasoning parser put a thought: SGLang, DeepSeek and older vLLM; newer vLLM and OpenRouter.

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from esi_ds.config.judges import Reads
 from esi_ds.core.batch import Rows, right_pad
 from esi_ds.data.chat import break_up, break_up_prompt, special_strings
-from esi_ds.data.thoughts import MARKS, Marks, Reads
+from esi_ds.data.thoughts import MARKS, Marks
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.eval.verdicts import Verdict, text_to_judge

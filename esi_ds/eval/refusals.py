@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from esi_ds.data.thoughts import MARKS, Marks, Reads, final_answer
+from esi_ds.config.judges import Reads
+from esi_ds.data.thoughts import MARKS, Marks, final_answer
 from esi_ds.errors import UserError
 from esi_ds.eval.verdicts import Verdict, text_to_judge
 

@@ -19,7 +19,8 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from esi_ds.data.thoughts import MARKS, Marks, Reads, final_answer
+from esi_ds.config.judges import Reads
+from esi_ds.data.thoughts import MARKS, Marks, final_answer
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all
 from esi_ds.eval.verdicts import Verdict, text_to_judge

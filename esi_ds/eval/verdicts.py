@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from esi_ds.data.thoughts import MARKS, NO_THOUGHT, UNFINISHED, Marks, Reads, parts, reading
+from esi_ds.config.judges import Reads
+from esi_ds.data.thoughts import MARKS, NO_THOUGHT, UNFINISHED, Marks, parts, reading
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from builders import byte_bpe_tokenizer, random_classifier, sentencepiece_tokeni
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from esi_ds.config import EvalClassifier, EvalGuard, EvalRubric, EvalWords, EvalYesNo, validate
+from esi_ds.config.judges import Reads
 from esi_ds.config.needs import require_esi
 from esi_ds.data.answers import RecordedAnswer, RecordedAnswers
 from esi_ds.data.chat import break_up, encode_prompt, special_strings
 from esi_ds.data.prompts import PromptSet, QuestionSet
-from esi_ds.data.thoughts import MARKS, NO_THOUGHT, UNFINISHED, Reads, marks_with, parts, reading, spans_in_text
+from esi_ds.data.thoughts import MARKS, NO_THOUGHT, UNFINISHED, marks_with, parts, reading, spans_in_text
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import SequenceJudge
 from esi_ds.eval.endpoint import Reply

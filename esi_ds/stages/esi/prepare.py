@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.artifacts import file_sha256
 from esi_ds.config import Config, EsiClassifier, EsiGuard
+from esi_ds.config.judges import Reads
 from esi_ds.config.needs import scores_given
 from esi_ds.core.criteria import objectives
 from esi_ds.core.select import check_ratio, share_sizes
@@ -38,7 +39,6 @@ from esi_ds.data.thoughts import (
     Parts,
     Piece,
     Reading,
-    Reads,
     Span,
     mark_strings,
     marks_with,
