@@ -204,7 +204,7 @@ def test_a_user_s_marks_in_what_models_generate_serve_and_learn(monkeypatch: pyt
         max_positions=99, prompt_ids=ids, tokenizer=tokenizer, end_ids={2}, thought_marks=OWN, config=config
     )
     answers = SimpleNamespace(rows={}, key=lambda row: row["index"], add=kept_rows.extend)
-    sets = [SimpleNamespace(name="s", prompts=["p"] * len(TEXTS))]
+    sets = [QuestionSet("s", "harmful", PromptSet(("p",) * len(TEXTS), "p", "f", ()))]
     section = SimpleNamespace(max_new_tokens=3, samples=1, temperature=0.0)
     esi = SimpleNamespace(esi=SimpleNamespace(generation="auto"))
     answering.answer_all(None, "m", candidate, sets, answers, esi, section, None, None)  # type: ignore[arg-type]
