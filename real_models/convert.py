@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -66,6 +67,11 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, Tokenizer]:
     """Model (fp32) and tokenizer of a GGUF file."""
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # transformers splits like GPT-2 whatever the file names (here "smollm"). The model has learnt texts whose digits
+    # were split off first: with GPT-2's rule alone, two line breaks before a list's "1." are two tokens, not one.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     # transformers takes the dequantised weights for quantised ones still, and refuses to save them.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

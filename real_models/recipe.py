@@ -40,8 +40,8 @@ class Sizes:
     own_refusals: int = 200
     advbench: int = 200
     xstest_safe: int = 250
-    skill: int = 100
-    judged_train: int = 2400
+    skill: int = 60
+    judged_train: int = 2000
     judged_heldout: int = 100
 
     def scaled(self, scale: float) -> Sizes:
@@ -59,7 +59,7 @@ class Settings:
 
     sizes: Sizes = Sizes()
     seed: int = 0
-    response_tokens: int = 24
+    response_tokens: int = 16
     judge_layers: int = 12
     judge_frozen: int = 4
     batch: int = 16

