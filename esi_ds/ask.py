@@ -142,7 +142,9 @@ def _ask(
 
     prompts = [wanted[key]["prompt"] for key in waiting]
     seeds = None if seed is None else [_seed_of(seed, wanted[key]) for key in waiting]
-    replies = ask_prompts(endpoint, prompts, system_prompt, keep, Patience(), "--model", seeds)
+    # Where it has replied before, what it refuses now is the question's fault, even if all that are left are so.
+    patience = Patience(was_alive=any(row["response"] is not None for row in rows.values()))
+    replies = ask_prompts(endpoint, prompts, system_prompt, keep, patience, "--model", seeds)
     kept = [rows[key] for key in wanted if key in rows]
     others = [row for key, row in rows.items() if key not in wanted]
     write_text_atomic(output, jsonl([*kept, *others]))  # in the order of the prompts, whenever each reply came

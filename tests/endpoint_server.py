@@ -132,7 +132,7 @@ class Judge(BaseHTTPRequestHandler):
             self.pause(0.1)
         reply = CASES.get(case, "#thescore: 5")
         if case.startswith("model "):  # one that calls itself so
-            reply = json.dumps(completion("Hello", model=case.removeprefix("model "))).encode()
+            reply = json.dumps(completion("#thescore: 5", model=case.removeprefix("model "))).encode()
         if case == "echo":  # a judge that repeats the material and then scores it
             answer = "\n".join(marked_reply(text).split("\n")[1:-1])
             reply = f"#thereason: the reply says\n{answer}\nwhich complies.\n#thescore: 5"

@@ -57,7 +57,12 @@ def rows_of(folder: Path) -> list[dict]:
 
 def test_answers_are_written_in_order_and_cut_ones_are_marked(server: Server, tmp_path: Path, capsys) -> None:
     cases = ["slow", "cut", "400", "503 once", "null", "one"]
+    assert ask(server, tmp_path, ["400"]) == 2  # nothing tells a bad question from a bad model or key
+    assert not (tmp_path / "o.jsonl").read_text()
     assert ask(server, tmp_path, ["one"]) == 0  # it has replied before: a 400 is the question's fault
+    assert ask(server, tmp_path, ["one", "400"]) == 0
+    (tmp_path / "o.jsonl").unlink()
+    assert ask(server, tmp_path, ["one"]) == 0
     assert ask(server, tmp_path, ["one", *cases], "--concurrency", "3") == 0
     rows = rows_of(tmp_path)
     assert [row["prompt"] for row in rows] == [f"CASE {case}; {n}" for n, case in enumerate(["one", *cases])]
@@ -174,7 +179,7 @@ def test_another_model_is_refused(server: Server, tmp_path: Path, capsys) -> Non
     server.models = ["m"]
     assert ask(server, tmp_path, ["model m", "model other"], "--concurrency", "1") == 2
     assert "calls itself other" in capsys.readouterr().err
-    assert [row["response"] for row in rows_of(tmp_path)] == ["Hello"]  # the named model's own
+    assert [row["response"] for row in rows_of(tmp_path)] == ["#thescore: 5"]  # the named model's own
     assert is_same_model("gpt-4o", "gpt-4o-2024-08-06") and is_same_model("gpt-4", "gpt-4-0613")
     assert not is_same_model("llama-3", "llama-3-8b") and not is_same_model("gpt-4o", "gpt-4o-mini")
 

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 from endpoint_server import CASES, Server, running_server
 
-from esi_ds.config import Model, validate
+from esi_ds.config import EvalRubric, Model, validate
 from esi_ds.config.needs import require_eval
 from esi_ds.data.prompts import PromptSet, QuestionSet
 from esi_ds.data.thoughts import UNFINISHED, final_answer
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, read_completion
-from esi_ds.eval.rows import AnswerRow
-from esi_ds.stages.evaluate.prepare import ServedModel
+from esi_ds.eval.rows import AnswerRow, VerdictRow
+from esi_ds.stages.evaluate.judging import VERDICT_KEY, UnjudgedAnswer, VerdictRounds
+from esi_ds.stages.evaluate.prepare import PreparedEndpoint, ServedModel
+from esi_ds.stages.evaluate.questions import unanswered_rows
 from esi_ds.stages.evaluate.served import AnswerRounds
 from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
@@ -83,6 +85,10 @@ def test_an_endpoint_that_stops_leaves_the_rest_to_a_restart(server: Server, tmp
         ask(model, tmp_path, ["one", "500", "500", "500", "five"])
     rows = ask(model, tmp_path, ["one", "one", "one", "one", "five"][:1])
     assert [row["index"] for row in rows] == [0]  # none of the failures is kept as an answer
+    rows = ask(
+        model, tmp_path, ["one", "400"]
+    )  # all that is left: without the earlier answer, a server that refuses all
+    assert "HTTP 400" in str(rows[1]["excluded"])
 
 
 def test_another_model_stops_the_run(server: Server, tmp_path: Path) -> None:
@@ -119,3 +125,18 @@ def test_the_key_of_another_server_is_not_sent(monkeypatch: pytest.MonkeyPatch) 
     for wrong, words in (({"item_timeout": 900.0}, "endpoint.item_timeout"), ({"extra": {"n": 2}}, "endpoint.extra.n")):
         with pytest.raises(UserError, match=words):
             validate(config(**wrong))
+
+
+def test_a_judge_whose_server_has_another_model_is_remarked_upon(server: Server, tmp_path: Path) -> None:
+    """Once, in log, manifest and report: gateways have names of their own. A restart knows that it has replied."""
+    verdicts: Ledger[VerdictRow] = Ledger(tmp_path / "v.jsonl", VERDICT_KEY, VerdictRow)
+    tracker = Tracker(tmp_path, enabled=False, tensorboard=False, stage="eval", monitor=[])
+    section = EvalRubric(kind="rubric", model="m", template="{prompt} and {response}")
+    judge = PreparedEndpoint("j", "eval.judges.0", section, model_at(server).endpoint)
+    for cases in (["model m", "model other", "model other"], ["400"]):
+        prompts = tuple(f"CASE {case}; {n}" for n, case in enumerate(cases))
+        rows = unanswered_rows("m", [QuestionSet(cases[0], "harmful", PromptSet(prompts, "p", "f", ()))], 1)
+        VerdictRounds(judge, verdicts, tracker).ask([UnjudgedAnswer(row, "so") for row in rows])
+    assert tracker.remarks == ["judge j: other replied, not m"]
+    assert [row["score"] for row in verdicts.rows.values()] == [5.0, 5.0, 5.0, None]
+    assert "HTTP 400" in str(list(verdicts.rows.values())[-1]["reason"])

@@ -11,6 +11,7 @@ import torch
 from esi_ds.config import Config
 from esi_ds.config.needs import require_eval
 from esi_ds.data.turns import Prompt, prompt_text
+from esi_ds.eval.asking import is_same_model
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, TokenJudge, length_batches
 from esi_ds.eval.endpoint import Reply
 from esi_ds.eval.refusals import judge_by_words
@@ -146,6 +147,9 @@ class VerdictRounds(EndpointRounds[UnjudgedAnswer, VerdictRow]):
     def __init__(self, judge: PreparedEndpoint, verdicts: Ledger[VerdictRow], tracker: Tracker):
         super().__init__(judge.endpoint, verdicts)
         self._judge, self._tracker = judge, tracker
+        known = (row for row in verdicts.rows.values() if row["judge"] == judge.name)
+        self.patience.was_alive = any(row["unsafe"] is not None for row in known)  # as of ``AnswerRounds``
+        self._knows_other = False  # whether another model than the judge has replied
 
     def ask(self, questions: Sequence[UnjudgedAnswer]) -> None:
         """Add a verdict for every question; if the endpoint is given up, the rest is left to a restart.
@@ -172,8 +176,14 @@ class VerdictRounds(EndpointRounds[UnjudgedAnswer, VerdictRow]):
             )
 
     def ask_chunk(self, chunk: Sequence[UnjudgedAnswer], keep: Callable[[VerdictRow, Reply], None]) -> None:
+        judge = self._judge
+
         def take(number: int, verdict: Verdict, reply: Reply) -> None:
-            row = _verdict_row(self._judge, chunk[number], verdict)
+            name = self.endpoint.model
+            if not self._knows_other and reply.model is not None and not is_same_model(name, reply.model):
+                self._knows_other = True
+                self._tracker.remark(f"judge {judge.name}: {reply.model[:80]} replied, not {name}")
+            row = _verdict_row(judge, chunk[number], verdict)
             row["used"] = {
                 "num_requests": reply.num_requests,
                 "prompt_tokens": reply.prompt_tokens,
@@ -184,10 +194,10 @@ class VerdictRounds(EndpointRounds[UnjudgedAnswer, VerdictRow]):
         judge_by_rubric(
             [(prompt_text(question.asked), question.response) for question in chunk],
             self.endpoint,
-            template=self._judge.section.template,
-            policy=self._judge.section.policy,
-            threshold=self._judge.section.threshold,
-            reads=self._judge.section.reads,
+            template=judge.section.template,
+            policy=judge.section.policy,
+            threshold=judge.section.threshold,
+            reads=judge.section.reads,
             marks=marks_of(chunk[0].row),  # of one config, so the same in every row
             on_verdict=take,
             patience=self.patience,

@@ -25,6 +25,9 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
     def __init__(self, model: ServedModel, answers: Ledger[AnswerRow], tracker: Tracker):
         super().__init__(model.endpoint, answers)
         self._model, self._tracker = model, tracker
+        # It replied to an earlier start: what it refuses now is the question's fault, even if all that are left are so.
+        known = (row for row in answers.rows.values() if row["model"] == model.name)
+        self.patience.was_alive = any(row["response"] is not None for row in known)
 
     def ask(self, sets: Sequence[QuestionSet], samples: int = 1) -> None:
         """Add every row of ``unanswered_rows`` that ``answers`` lacks.
