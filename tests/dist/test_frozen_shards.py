@@ -18,6 +18,7 @@ CASES: dict[str, dict] = {
     "adamw-complement": {"train": "complement"},
     "adamw-after-the-engine": {"when": "after"},
     "adamw-offloaded": {"train": "complement", "zero": {"offload_optimizer": {"device": "cpu"}}},
+    "adamw-mixture": {"kind": "qwen3_moe"},
     "sgd-selected": {"optimizer": "sgd"},
     "adafactor-complement": {"optimizer": "adafactor", "train": "complement"},
     "muon-selected": {"optimizer": "muon", "zero": {"reduce_scatter": False}},
@@ -29,11 +30,15 @@ CASES: dict[str, dict] = {
 @pytest.fixture(scope="module", params=[2, 3])
 def folder(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp(f"freeze-{request.param}")
-    build_model("llama", folder / "model", byte_bpe_tokenizer(), dtype=torch.bfloat16)
-    build_mask(folder / "mask", folder / "model", ratio=0.1)
-    common = {"model": str(folder / "model"), "mask": str(folder / "mask"), "optimizer": "adamw"}
-    common |= {"train": "selected", "when": "before"}
-    cases = [{**common, "output": str(folder / f"{name}.safetensors"), **case} for name, case in CASES.items()]
+    for kind in ("llama", "qwen3_moe"):
+        build_model(kind, folder / kind / "model", byte_bpe_tokenizer(), dtype=torch.bfloat16)
+        build_mask(folder / kind / "mask", folder / kind / "model", ratio=0.1)
+    cases = []
+    for name, case in CASES.items():
+        kind = folder / case.get("kind", "llama")
+        common = {"model": str(kind / "model"), "mask": str(kind / "mask"), "optimizer": "adamw"}
+        common |= {"train": "selected", "when": "before", "output": str(folder / f"{name}.safetensors")}
+        cases.append({**common, **case})
     (folder / "cases.json").write_text(json.dumps(cases))
     done = run_ranks(request.param, "tests/dist/freeze_worker.py", str(folder / "cases.json"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -42,7 +47,8 @@ def folder(request, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "error" not in case or "drop" in case])
 def test_no_frozen_bit_moves(folder: Path, name: str) -> None:
-    weights, mask = load_file(folder / f"{name}.safetensors"), Mask.load(folder / "mask")
+    weights = load_file(folder / f"{name}.safetensors")
+    mask = Mask.load(folder / CASES[name].get("kind", "llama") / "mask")
     frozen = trained = 0
     for key in (key for key in weights if key.startswith("before.")):
         parameter = key.removeprefix("before.")
