@@ -7,11 +7,12 @@ With one answer in every cluster, everything here is what ``statistics`` compute
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy import stats
+from scipy import signal, stats
 
 from esi_ds.eval.statistics import (
     BOOTSTRAP_CHUNK,
@@ -108,13 +109,14 @@ def paired_p_value(before: Sequence[bool | None], after: Sequence[bool | None], 
     if not has_repeats(clusters):
         return mcnemar_exact(before, after).p_value
     sums, _ = cluster_sums(differences(before, after), clusters)
-    sizes = [round(abs(difference)) for difference in sums if difference]
-    total, observed = sum(sizes), abs(round(float(sums.sum())))
-    chances = np.zeros(2 * total + 1)  # of each sum of signed differences, from −total
-    chances[total] = 1.0
-    for size in sizes:
-        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2  # what is rolled over an end is 0
-    return min(1.0, float(chances[np.abs(np.arange(-total, total + 1)) >= observed].sum()))
+    sizes = Counter(round(abs(difference)) for difference in sums if difference)
+    chances, total = np.ones(1), 0  # of each sum of signed differences, from −total to total
+    for size, count in sizes.items():
+        of_size = np.zeros(2 * size * count + 1)
+        of_size[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        chances, total = signal.convolve(chances, of_size), total + size * count
+    is_as_far = np.abs(np.arange(-total, total + 1)) >= abs(round(float(sums.sum())))
+    return min(1.0, max(0.0, float(chances[is_as_far].sum())))  # rounding may leave ±1e-17
 
 
 def differences(before: Sequence[float | None], after: Sequence[float | None]) -> list[float | None]:

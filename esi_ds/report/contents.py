@@ -283,6 +283,7 @@ class SamplePrompt(TypedDict):
     index: int  # the prompt's position in its set
     prompt: str  # the prompt as text
     answers: list[SampleAnswer]  # one per model
+    goal: NotRequired[str]  # what an attack is after, which the judges read
 
 
 class RateTables(TypedDict):

@@ -116,6 +116,8 @@ def samples(inputs: EvalInputs, outcome: Outcome) -> list[SamplePrompt]:
                 )
             text = prompt_text(prompt)
             prompts.append({"set": question_set.name, "index": index, "prompt": text, "answers": shown})
+            if (goal := question_set.goal(index)) is not None:
+                prompts[-1]["goal"] = goal
     return prompts
 
 
