@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,11 @@ OF_THIS_START = (
     "esi.save_every",
     "tune.save_every",
     "deepspeed",
+)
+# Likewise of a server: it may have moved, or bear less. Its answers are those of the model that it is asked for.
+OF_THIS_SERVER = re.compile(
+    r"(?:eval\.models\.\d+\.endpoint|eval\.judges\.\d+|data\.responses)"
+    r"\.(?:base_url|key_variable|concurrency|request_timeout|item_timeout|max_attempts)"
 )
 MIN_FLOAT, MAX_FLOAT = 1e-37, 1e37  # where fp32 neither rounds to 0 nor overflows
 

@@ -8,7 +8,13 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from esi_ds import shipped
-from esi_ds.config.checks import OF_THIS_START, check_numbers, check_template_kwargs, check_thought_marks
+from esi_ds.config.checks import (
+    OF_THIS_SERVER,
+    OF_THIS_START,
+    check_numbers,
+    check_template_kwargs,
+    check_thought_marks,
+)
 from esi_ds.config.data import Data, ModelEndpoint
 from esi_ds.config.errors import explain
 from esi_ds.config.evaluation import Eval, check_eval
@@ -150,14 +156,17 @@ def resolved_yaml(config: Config) -> str:
 
 
 def differences(first: Config, second: Config) -> list[str]:
-    """Dotted keys whose values differ, except ``OF_THIS_START`` and the keys below them."""
+    """Dotted keys whose values differ, except ``OF_THIS_START``, the keys below them, and ``OF_THIS_SERVER``."""
     keys: list[str] = []
 
     def walk(a: Any, b: Any, path: str) -> None:
         if isinstance(a, dict) and isinstance(b, dict):
             for key in {**a, **b}:
                 walk(a.get(key), b.get(key), f"{path}.{key}" if path else key)
-        elif a != b and not path.startswith(OF_THIS_START):
+        elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            for number, pair in enumerate(zip(a, b, strict=True)):
+                walk(*pair, f"{path}.{number}")
+        elif a != b and not path.startswith(OF_THIS_START) and not OF_THIS_SERVER.fullmatch(path):
             keys.append(path)
 
     walk(first.model_dump(), second.model_dump(), "")

@@ -9,7 +9,7 @@ from conftest import ROOT
 from import_boundaries import circles, import_graph, violations
 
 from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
-from esi_ds.config import differences, load_config, resolved_yaml, validate
+from esi_ds.config import Config, differences, load_config, resolved_yaml, validate
 from esi_ds.config.needs import require_esi, require_tune
 from esi_ds.config.yaml import parse_yaml
 from esi_ds.deepspeed_config import check_experts, expert_parallel_size, resolve_deepspeed
@@ -128,6 +128,24 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path: Path) -> None:
     folder.check_same("data_hashes", {"sha256": "1"}, "data")
     with pytest.raises(UserError, match="data"):
         folder.check_same("data_hashes", {"sha256": "2"}, "data")
+
+
+def test_a_run_goes_on_with_a_server_that_has_moved() -> None:
+    server = {"base_url": "http://a/v1", "model": "m"}
+    judge = {"kind": "rubric", "model": "j"}
+
+    def config(server: dict, judge: dict = judge) -> Config:
+        section = {"models": [{"endpoint": server}], "judges": [judge], "prompts": {"path": "p"}}
+        return validate({**BASE, "data": {"responses": server, "prompts": {"path": "p"}}, "eval": section})
+
+    moved = {"base_url": "http://b/v1", "concurrency": 2, "request_timeout": 5.0, "max_attempts": 9}
+    assert differences(config(server), config({**server, **moved})) == []
+    assert differences(config(server), config(server, {**judge, "concurrency": 1, "item_timeout": 9.0})) == []
+    other = ["data.responses.model", "eval.models.0.endpoint.model"]
+    assert differences(config(server), config({**server, "model": "n"})) == other
+    assert differences(config(server), config(server, {**judge, "max_tokens": 9})) == ["eval.judges.0.max_tokens"]
+    longer = config(server).model_copy(update={"eval": None})
+    assert differences(config(server), longer) == ["eval"]
 
 
 CUSTOM = {"path": "b", "family": "custom", "template": "{prompt} {response}", "verdict": {"safe": "a", "unsafe": "b"}}

@@ -262,7 +262,7 @@ def _read_data(config: Config) -> PromptData:
     served = None
     if path is not None:
         served = ServedModel.of(path, "data.responses", config.esi.max_new_tokens, config.model)
-        source["responses"] = f"{path.model} at {path.base_url}"
+        source["responses"] = f"endpoint:{path.model}"
     goals = list[str | None](read.goals) or None
     return PromptData(list(read.prompts), None, source, list(read.skipped), None, read.note, served, goals)
 
