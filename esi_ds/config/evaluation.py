@@ -91,6 +91,11 @@ class Eval(Section):
             "loaded beside one other model at a time."
         ),
     )
+    coherence: bool = Field(
+        True,
+        description="Whether incoherent answers are counted, for which the base model reads all answers again; without "
+        "it a broken model would look safe.",
+    )
     max_new_tokens: int = Field(256, ge=1, description="The longest answer, in tokens.")
     samples: int = Field(1, ge=1, description="How many answers a model gives to a prompt.")
     temperature: float = Field(

@@ -127,8 +127,10 @@ def answer_measures(
     divergences: Divergences | None = None,
     base: str = "base",
     seed: int = 0,
+    coherence: bool = True,
 ) -> list[Measure]:
-    """Attack success by every judge on harmful sets, refusals and divergence on benign ones, incoherence on all.
+    """Attack success by every judge on harmful sets, refusals and divergence on benign ones, incoherence on all unless
+    it is not asked for.
 
     Where several answers are of one prompt or goal, also whether the attack succeeded in any of them.
 
@@ -147,7 +149,8 @@ def answer_measures(
         else:
             measures.append(_refused(rows, words))
             measures += _diverged(rows, divergences or {}, base, seed)
-        measures.append(_incoherent(rows, surprises, kinds[name]))
+        if coherence:
+            measures.append(_incoherent(rows, surprises, kinds[name]))
     order = list(kinds)
     return sorted(measures, key=lambda measure: order.index(measure.set))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from statsmodels.stats.contingency_tables import mcnemar
@@ -12,10 +13,12 @@ from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.proportion import proportion_confint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from esi_ds.config import Eval
 from esi_ds.eval.refusals import REFUSAL_LISTS
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
 from esi_ds.report.evaluation import change, closing_table, markdown, publish
 from esi_ds.report.html import render
+from esi_ds.stages.evaluate.answering import surprise_all, to_read_again
 from esi_ds.tracking import Tracker
 
 EVIL = "<script>alert(1)</script>"
@@ -78,6 +81,20 @@ def test_refusals_and_incoherence_of_benign_answers() -> None:
     assert refused.flags == [True, False, False, False, False, None]
     assert incoherent.flags == [False, False, True, True, True, None]
     assert incoherent.kinds == {"empty": 1, "repetition": 1, "senseless": 1}
+
+
+def test_incoherence_is_not_measured_where_it_is_switched_off() -> None:
+    """The rest stays as it is, and the base model reads nothing again: none is there to be asked."""
+    answers = [answer("m", "good", i, text) for i, text in enumerate(["Paris.", ""])]
+    with_it = answer_measures(answers, {}, {}, KINDS, ["j"], REFUSAL_LISTS["xstest"])
+    without = answer_measures(answers, {}, {}, KINDS, ["j"], REFUSAL_LISTS["xstest"], coherence=False)
+    assert [measure.measure for measure in with_it] == ["refused", "incoherent"] and without == with_it[:1]
+    rows = {(row["model"], row["set"], row["index"]): row for row in answers}
+    ledgers = (SimpleNamespace(rows=rows), SimpleNamespace(rows={}))
+    assert [row["index"] for row, _ in to_read_again(*ledgers, ())] == [0]
+    surprise_all(None, None, *ledgers, None, Eval(coherence=False), None)  # type: ignore[arg-type]
+    with pytest.raises(AttributeError):
+        surprise_all(None, None, *ledgers, None, Eval(), None)  # type: ignore[arg-type]
 
 
 def test_nothing_to_compare_says_so() -> None:

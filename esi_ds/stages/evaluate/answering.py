@@ -180,10 +180,11 @@ def surprise_all(
     """Add how surprised the reference model is by every answer that ``surprises`` lacks.
 
     Only if the whole model fits on a rank and is causal; else incoherence is judged by form alone. section: ``eval`` of
-    the config. recorded: names of models whose answers are left out. Collectives: those of ``zero.batching``, a gather
-    of the model, and a gather of numbers per batch. Raises Interrupted.
+    the config; without its ``coherence`` nothing is done. recorded: names of models whose answers are left out.
+    Collectives: those of ``zero.batching``, a gather of the model, and a gather of numbers per batch. Raises
+    Interrupted.
     """
-    waiting = to_read_again(answers, surprises, recorded)
+    waiting = to_read_again(answers, surprises, recorded) if section.coherence else []
     if not waiting:
         return
     mode, reason = choose_mode(model, config.esi.generation)

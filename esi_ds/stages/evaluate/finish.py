@@ -67,9 +67,9 @@ def measures_of(inputs: EvalInputs, outcome: Outcome, seed: int) -> list[Measure
     """What is counted of the answers, for every model and set. seed: of the bootstrap intervals."""
     kinds = {question_set.name: question_set.kind for question_set in inputs.sets}
     judges = [judge.name for judge in inputs.judges]
-    words = REFUSAL_LISTS[inputs.section.refusal_words]
+    words, coherence = REFUSAL_LISTS[inputs.section.refusal_words], inputs.section.coherence
     counted = outcome.answers, outcome.verdicts, outcome.surprises
-    return answer_measures(*counted, kinds, judges, words, outcome.divergences, BASE, seed)
+    return answer_measures(*counted, kinds, judges, words, outcome.divergences, BASE, seed, coherence)
 
 
 def rate_tables(
@@ -134,6 +134,7 @@ def facts(run: StageRun[Any], section: Eval) -> Facts:
         "dtype": run.config.model.dtype,
         "answers": f"{_decoding(section)}, at most {section.max_new_tokens} tokens",
         "refusal words on benign prompts": section.refusal_words,
+        **({} if section.coherence else {"incoherence": "not measured"}),
         "ranks": runtime.world_size(),
         "seed": run.config.run.seed,
         "wall time (s)": round(time.time() - run.started, 1),

@@ -79,7 +79,7 @@ class EvalRun(StageRun[EvalInputs]):
         answers, surprises = ledgers.answers, ledgers.surprises
         is_answered = set(answer_keys([candidate.name], sets, section.samples)) <= answers.rows.keys()
         recorded = {model.name for model in self.inputs.elsewhere}
-        is_read = not to_read_again(answers, surprises, recorded)
+        is_read = not section.coherence or not to_read_again(answers, surprises, recorded)
         is_compared = ledgers.divergences is None or not waiting_answers(self.inputs, answers, ledgers.divergences)
         if is_answered and (not is_base or (is_read and is_compared)):
             return
