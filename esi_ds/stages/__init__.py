@@ -21,11 +21,15 @@ ENTRIES = {
 def entry(stage: str) -> Callable[[Config, Options], None]:
     """The function that runs a stage. It raises UserError for whatever can be checked beforehand, and Interrupted."""
     module, function = ENTRIES[stage]
-    run: Callable[[Config, Options], None] = getattr(importlib.import_module(module), function)
 
-    def run_in_one_dtype(config: Config, options: Options) -> None:
-        from esi_ds.stages.dtype import with_dtype
+    def run(config: Config, options: Options) -> None:
+        if not options.dry_run:  # which makes notes of what is not there yet
+            from esi_ds.stages.paths import check_paths
 
-        run(with_dtype(config, options.dry_run), options)
+            check_paths(config, stage)
+        from esi_ds.stages.dtype import with_dtype  # imports torch
 
-    return run_in_one_dtype
+        work: Callable[[Config, Options], None] = getattr(importlib.import_module(module), function)
+        work(with_dtype(config, options.dry_run), options)
+
+    return run

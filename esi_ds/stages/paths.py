@@ -1,0 +1,77 @@
+"""Paths of the config that lead nowhere: refused at once, before torch is imported and the hub is asked for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from esi_ds.config import Config, JudgeModel, Prompts, Rows
+from esi_ds.core.criteria import objectives
+from esi_ds.data.benchmarks import BUILT_IN
+from esi_ds.data.rows import exists, looks_like_file
+from esi_ds.errors import UserError
+
+
+def check_paths(config: Config, stage: str) -> None:
+    """Raise UserError for the first path that the stage reads and that is neither there nor can be a hub id.
+
+    A path that could be one is left to whoever reads it.
+    """
+    for field, path in _models(config, stage):
+        if not exists(path) and not is_hub_id(path):
+            problem = "there is no such folder, and it is not the form of a hub id"
+            raise UserError(field, path, problem, "give a folder of a model, or namespace/name of the hub")
+    for field, path in _data(config, stage):
+        if path not in BUILT_IN and not exists(path) and (looks_like_file(path) or not is_hub_id(path)):
+            raise UserError(field, path, "there is no such file", "give a file, a hub id or a built-in name")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether the hub could have a model or data set of this name."""
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return not path.startswith(("~", ".", os.sep))
+
+
+def _models(config: Config, stage: str) -> Iterator[tuple[str, str]]:
+    """(key, path) of every model and judge that the stage loads."""
+    yield "model.path", config.model.path
+    if stage == "esi" and config.judge is not None and _needs_safety(config):
+        yield "judge.path", config.judge.path
+    if config.eval is None or stage not in ("eval", "perturb"):
+        return
+    for number, model in enumerate(config.eval.models if stage == "eval" else ()):
+        if model.path is not None:
+            yield f"eval.models.{number}.path", model.path
+    for number, judge in enumerate(config.eval.judges):
+        if isinstance(judge, JudgeModel):
+            yield f"eval.judges.{number}.path", judge.path
+
+
+def _data(config: Config, stage: str) -> Iterator[tuple[str, str]]:
+    """(key, path) of every file or data set that the stage reads."""
+    if stage == "esi":
+        if config.data.prompts is not None and _needs_safety(config) and not isinstance(config.data.responses, str):
+            yield "data.prompts.path", config.data.prompts.path
+        rows: tuple[tuple[str, Rows | None], ...] = (("tuning", config.data.tuning), ("benign", config.data.benign))
+        yield from ((f"data.{name}.path", section.path) for name, section in rows if section is not None)
+        return
+    if stage in ("set", "spa") and config.tune is not None:
+        yield "tune.data.path", config.tune.data.path
+        benign = config.tune.data.benign
+        if benign is not None and benign.fraction > 0:
+            yield "tune.data.benign.path", benign.path
+    if config.eval is not None:
+        sets: tuple[tuple[str, list[Prompts]], ...] = (("prompts", config.eval.prompts), ("benign", config.eval.benign))
+        for name, sections in sets:
+            for number, section in enumerate(sections):
+                yield f"eval.{name}.{number}.path" if len(sections) > 1 else f"eval.{name}.path", section.path
+
+
+def _needs_safety(config: Config) -> bool:
+    return "safety" in objectives(config.select.criteria, config.select.contrastive)
