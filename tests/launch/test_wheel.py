@@ -68,6 +68,25 @@ for command in [*STAGES, *TOOLS]:
 """
 
 
+def test_an_editable_installation_is_found_from_the_checkout_s_parent_folder(site: Path, tmp_path: Path) -> None:
+    """There the checkout itself, a folder without __init__.py, is named esi_ds too."""
+    sources, hooks = tmp_path / "esi_ds", tmp_path / "hooks"
+    shutil.copytree(site.parent / "sources", sources)
+    build = "import sys; from setuptools.build_meta import build_editable; build_editable(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=sources, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("esi_ds-*.whl")
+    shutil.unpack_archive(wheel, hooks, "zip")
+    code = (
+        "import site, sys; site.addsitedir(sys.argv[1]); from esi_ds import Mask; import esi_ds; print(esi_ds.__file__)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", code, str(hooks)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip() == str(sources / "esi_ds/__init__.py"), done.stderr
+
+
 def test_every_command_says_how_it_is_used(site: Path, tmp_path: Path) -> None:
     lines = run(site, tmp_path, sys.executable, "-c", HELP).splitlines()
     assert lines[0].startswith(str(site))
