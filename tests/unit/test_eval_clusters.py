@@ -21,6 +21,8 @@ from esi_ds.eval.refusals import REFUSAL_LISTS
 from esi_ds.eval.statistics import cohen_kappa, mcnemar_exact, paired_bootstrap, wilson
 from esi_ds.eval.tables import UNDECIDED, Measure, agreements, answer_measures, changes
 from esi_ds.report.evaluation import interval
+from esi_ds.stages.perturb.finish import curves
+from esi_ds.stages.perturb.prepare import NoiseCell
 
 # Both sides are closed formulas in float64.
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
@@ -220,3 +222,21 @@ def test_agreement_of_judges_goes_by_clusters() -> None:
     (row,) = agreements(measures)
     plain = cohen_kappa(copies, other)
     assert row["high"] - row["low"] > 1.8 * (plain.high - plain.low)
+
+
+def test_curves_of_noise_pool_seeds_by_clusters() -> None:
+    """Two samples to a prompt: a prompt under one seed is a cluster. Single answers have Wilson's interval."""
+    cells = [NoiseCell("top", 0.01, 0.5, seed) for seed in (0, 1)]
+    flags = {"clean": [False] * 6, cells[0].name: [True, True, False, False, True, None], cells[1].name: [True] * 6}
+    keys = [0, 0, 1, 1, 2, 2]
+    for clusters in (keys, []):
+        measures = [
+            Measure("attack_success", "s", "harmful", "j", model, list(given), clusters=list(clusters))
+            for model, given in flags.items()
+        ]
+        _, noisy = curves(measures, cells)
+        pooled = flags[cells[0].name] + flags[cells[1].name]
+        expected = cluster_rate(pooled, [(seed, key) for seed in (0, 1) for key in keys]) if clusters else wilson(9, 11)
+        assert (noisy["count"], noisy["n"], noisy["missing"]) == (9, 11, 1)
+        assert (noisy["low"], noisy["high"]) == (expected.low, expected.high)
+        assert noisy["by_seed"] == [0.6, 1.0]
