@@ -3,11 +3,16 @@
 A patch folder holds ``patch.json`` and, for every changed tensor of the checkpoint, one bit per weight (whether it
 differs) and the new and the original values of those that differ. Applying it to the base gives the tuned model,
 reverting it the base, bit for bit; both are checked by sha256. One process; one file in memory at a time.
+
+Of a quantised base (FP8 with block scales, MXFP4) the patch is against the dequantised weights in the tuned model's
+dtype. It is applied to the quantised folder or to the dequantised one; reverting gives the dequantised base.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -21,10 +26,14 @@ from typing_extensions import NotRequired, TypedDict
 
 from esi_ds.artifacts import whole_folder, write_json_atomic
 from esi_ds.core.mask import INDEX_NAME, pack_bits, unpack_bits
+from esi_ds.core.quantised import Weight, file_of, fill_weights, whole_weight
+from esi_ds.core.stored import DTYPES, StoredReader
 from esi_ds.errors import UserError, ends_with_message
 from esi_ds.models.fingerprint import tensor_digests
-from esi_ds.models.weights import INDEX_SUFFIX, checkpoint_tensors, weights_name
+from esi_ds.models.quantised import model_weights, plain_configuration, read_quantisation
+from esi_ds.models.weights import CONFIG_NAME, INDEX_SUFFIX, checkpoint_tensors, weights_name
 from esi_ds.reading import check_regular, check_type, is_bare_name, parse_json, read_index, read_text, reading
+from esi_ds.tensor_files import StoredTensor
 from esi_ds.terminal import clean_output
 from esi_ds.zero.files import save_tensors
 
@@ -78,6 +87,7 @@ class PatchSummary(TypedDict):
     changed: int  # number of weights that differ
     tensors: dict[str, PatchedTensor]  # by name; all that the tuned model stores
     left_out: NotRequired[dict[str, LeftOut]]  # by name; all else that the base stores
+    dequantised_from: NotRequired[str]  # format of the base's files, whose values here are the dequantised ones
 
 
 # (tensor, its entry, the patch's file or None if nothing changed, its name) → the changed tensor.
@@ -89,15 +99,18 @@ def bits_of(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(INTEGERS[tensor.element_size()])
 
 
-def files_of(folder: Path, field: str) -> dict[str, Path]:
-    """Tensor name → the safetensors file that holds it. Raises UserError, naming ``field``, if there is none."""
-    return {tensor.name: tensor.file for tensor in checkpoint_tensors(folder, field)}
+def weights_of(folder: Path, field: str) -> dict[str, Weight]:
+    """The weights of a model's folder by name. Raises UserError, naming ``field``, if there are none."""
+    return {weight.name: weight for weight in model_weights(folder, field)}
 
 
-def read(file: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file."""
-    with safe_open(file, "pt") as opened:
-        return opened.get_tensor(name)
+def read(weight: Weight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """One whole weight as it is stored; a quantised one in ``dtype``."""
+    if isinstance(weight, StoredTensor):
+        with safe_open(weight.file, "pt") as opened:
+            return opened.get_tensor(weight.name)
+    with StoredReader() as reader:
+        return whole_weight(reader, weight, dtype)
 
 
 def check_names(source: ModelSource, config: PretrainedConfig, names: Iterable[str]) -> None:
@@ -144,10 +157,10 @@ def _stored_names(source: ModelSource) -> set[str]:
     """Names of a checkpoint's tensors. Of a hub model only the index is fetched; without an index none are known."""
     from transformers.utils import cached_file
 
-    from esi_ds.models.folder import stored_tensors
+    from esi_ds.models.folder import stored_weights
 
-    if (stored := stored_tensors(source)) or Path(source.path).is_dir():
-        return {tensor.name for tensor in stored}
+    if (stored := stored_weights(source)) or Path(source.path).is_dir():
+        return {weight.name for weight in stored}
     tolerant = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     with reading(source.field, source.path, ORIGIN):
         index = cached_file(source.folder(), INDEX_NAME, **tolerant)
@@ -172,15 +185,17 @@ def create_part(base: Path, tuned: Path, folder: Path, part: int = 0, num_parts:
 
     The base is compared in the tuned model's dtype. ``folder`` must exist.
     """
-    base_files, tuned_files = files_of(base, "BASE"), files_of(tuned, "TUNED")
-    unknown = sorted(set(tuned_files) - set(base_files))
+    base_weights, tuned_weights = weights_of(base, "BASE"), weights_of(tuned, "TUNED")
+    tuned_files = {name: file_of(weight) for name, weight in tuned_weights.items()}
+    unknown = sorted(set(tuned_files) - set(base_weights))
     if unknown:
         raise UserError("TUNED", str(tuned), f"holds {unknown[0]}, which the base does not", ORIGIN)
     changes: dict[str, TensorChange] = {}
     for file in sorted(set(tuned_files.values()))[part::num_parts]:
         content: dict[str, Tensor] = {}
         for name in (name for name, holder in tuned_files.items() if holder == file):
-            new, old = read(file, name), read(base_files[name], name)
+            new = read(tuned_weights[name])
+            old = read(base_weights[name], new.dtype)
             if new.shape != old.shape:
                 raise UserError("TUNED", name, f"has shape {list(new.shape)}, the base {list(old.shape)}", ORIGIN)
             base_dtype = old.dtype
@@ -209,7 +224,8 @@ def finish(
     tuned_digests: Mapping[str, str],
     facts: Mapping[str, Any],
 ) -> None:
-    """Write ``patch.json``. base_digests, tuned_digests: sha256 of every tensor. facts: what the stage adds."""
+    """Write ``patch.json``. base_digests: of ``weight_digests``. tuned_digests: sha256 of every tensor. facts: what the
+    stage adds."""
     tensors: dict[str, PatchedTensor] = {
         name: {**changes[name], "base_sha256": base_digests[name], "tuned_sha256": tuned_digests[name]}
         for name in sorted(changes)
@@ -222,6 +238,8 @@ def finish(
         **facts,
         "tensors": tensors,
     }
+    if (quantisation := read_quantisation(base, "BASE")) is not None:
+        content["dequantised_from"] = str(quantisation)
     if left_out := _left_out(base, tensors, base_digests):
         content["left_out"] = left_out
     write_json_atomic(folder / SUMMARY, content)
@@ -237,37 +255,68 @@ def _left_out(base: Path, rows: Mapping[str, PatchedTensor], base_digests: Mappi
     }
     if not left_out:
         return left_out
-    files = files_of(base, "BASE")
+    weights = weights_of(base, "BASE")
     dtypes = {name: dtype_of(row["dtype"]) for name, row in rows.items()}
     starts: dict[tuple[torch.dtype, tuple[int, ...], bytes], list[str]] = {}
     for name, dtype in dtypes.items():
-        starts.setdefault((dtype, *_start(files[name], name, dtype)), []).append(name)
+        starts.setdefault((dtype, *_start(weights[name], dtype)), []).append(name)
     for name, entry in left_out.items():
         for dtype in set(dtypes.values()):
-            candidates = starts.get((dtype, *_start(files[name], name, dtype)), [])
+            candidates = starts.get((dtype, *_start(weights[name], dtype)), [])
             for twin in candidates:
-                if torch.equal(read(files[name], name).to(dtype), read(files[twin], twin).to(dtype)):
+                if torch.equal(read(weights[name], dtype).to(dtype), read(weights[twin], dtype).to(dtype)):
                     entry["twin"] = twin
     return left_out
 
 
-def _start(file: Path, name: str, dtype: torch.dtype) -> tuple[tuple[int, ...], bytes]:
-    """A tensor's shape and first values, by which most pairs are told apart without reading them whole."""
-    with safe_open(file, "pt") as opened:
-        part = opened.get_slice(name)
-        shape = tuple(part.get_shape())
-        first = part[:1] if shape else opened.get_tensor(name)
-    first = first.to(dtype).flatten()[:START].clone()
+def _start(weight: Weight, dtype: torch.dtype) -> tuple[tuple[int, ...], bytes]:
+    """A weight's shape and first values, by which most pairs are told apart without reading them whole."""
+    if isinstance(weight, StoredTensor):
+        with safe_open(weight.file, "pt") as opened:
+            values = opened.get_slice(weight.name)[:1] if weight.shape else opened.get_tensor(weight.name)
+        first = values.to(dtype).flatten()[:START].clone()
+    else:
+        first = torch.empty(min(START, math.prod(weight.shape[1:])), dtype=dtype)
+        with StoredReader() as reader:
+            fill_weights(reader, first, weight)
     first[first == 0] = 0  # −0.0 equals 0.0, as it does for transformers
-    return shape, bytes(bits_of(first).numpy())
+    return weight.shape, bytes(bits_of(first).numpy())
+
+
+def weight_digests(
+    folder: Path, dtypes: Mapping[str, torch.dtype], part: int = 0, num_parts: int = 1, field: str = "MODEL"
+) -> dict[str, str]:
+    """``tensor_digests`` of a model's weights; of quantised ones those that they have in a plain safetensors file.
+
+    dtypes: by name, in which quantised weights are dequantised; those without one in bf16. Raises UserError.
+    """
+    if read_quantisation(folder, field) is None:
+        return tensor_digests(folder, part, num_parts, field)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    digests = {}
+    for name, weight in list(weights_of(folder, field).items())[part::num_parts]:
+        values = read(weight, dtypes.get(name, torch.bfloat16))
+        digest = hashlib.sha256(f"{names[values.dtype]} {list(values.shape)}".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def base_digests(base: Path, tuned: Path, part: int = 0, num_parts: int = 1) -> dict[str, str]:
+    """``weight_digests`` of a base in the dtypes of the model that was tuned from it."""
+    stored = checkpoint_tensors(tuned, "TUNED")
+    dtypes = {tensor.name: DTYPES[tensor.dtype] for tensor in stored if tensor.dtype in DTYPES}
+    return weight_digests(base, dtypes, part, num_parts, "BASE")
 
 
 def create(base: Path, tuned: Path, folder: Path) -> PatchSummary:
     """The patch of a tuned model, made in one process; its summary."""
     _refuse_existing(folder)
+    if (quantisation := read_quantisation(tuned, "TUNED")) is not None:
+        raise UserError("TUNED", str(tuned), f"is {quantisation}: its weights are rounded", "give model/ of a run")
     with whole_folder(folder) as temporary:
         changes = create_part(base, tuned, temporary)
-        finish(base, temporary, changes, tensor_digests(base, field="BASE"), tensor_digests(tuned, field="TUNED"), {})
+        finish(base, temporary, changes, base_digests(base, tuned), tensor_digests(tuned, field="TUNED"), {})
     return summary(folder)
 
 
@@ -356,15 +405,17 @@ def _transform(source: Path, patch: Path, out: Path, before: Digest, after: Dige
     content = summary(patch)
     entries, twins = content["tensors"], _twins(content)
     _refuse_existing(out)
-    files = files_of(source, "MODEL")
-    _check_source(source, content, before)
+    weights = weights_of(source, "MODEL")
+    files = {name: file_of(weight) for name, weight in weights.items()}
+    dtypes = {name: dtype_of(entry["base_dtype"]) for name, entry in entries.items()}
+    _check_source(source, content, before, dtypes)
     with whole_folder(out) as temporary:
         _copy_beside_weights(source, temporary)
         written: dict[str, str] = {}  # tensor → file
         for file in sorted(set(files.values())):
             tensors: dict[str, Tensor] = {}
             for name in (name for name, holder in files.items() if holder == file and name not in twins):
-                tensors[name] = read(file, name)
+                tensors[name] = read(weights[name], dtypes.get(name, torch.bfloat16))
                 if name in entries:
                     tensors[name] = _changed(tensors[name], entries[name], patch, name, change)
             if after == "base_sha256":
@@ -382,9 +433,12 @@ def _twins(content: PatchSummary) -> dict[str, str]:
     return {name: entry["twin"] for name, entry in left_out.items() if entry["twin"] is not None}
 
 
-def _check_source(source: Path, content: PatchSummary, before: Digest) -> None:
-    """Raise UserError unless every tensor of the model is known to the patch and has the bits that it is for."""
-    digests = tensor_digests(source, field="MODEL")
+def _check_source(source: Path, content: PatchSummary, before: Digest, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise UserError unless every tensor of the model is known to the patch and has the bits that it is for.
+
+    dtypes: in which quantised ones are dequantised.
+    """
+    digests = weight_digests(source, dtypes)
     expected = {name: entry[before] for name, entry in content["tensors"].items()}
     left_out = {name: entry["sha256"] for name, entry in content.get("left_out", {}).items()}
     if before == "base_sha256":
@@ -407,7 +461,10 @@ def _check_source(source: Path, content: PatchSummary, before: Digest) -> None:
 
 
 def _copy_beside_weights(source: Path, target: Path) -> None:
-    """Copy configuration, tokenizer and the rest of a model's folder; no weights and no index of weights."""
+    """Copy configuration, tokenizer and the rest of a model's folder; no weights and no index of weights.
+
+    The configuration of a quantised model becomes that of the dequantised one.
+    """
     ignored = shutil.ignore_patterns("*.safetensors", f"*{INDEX_SUFFIX}")
     try:
         shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True)
@@ -416,6 +473,8 @@ def _copy_beside_weights(source: Path, target: Path) -> None:
         raise UserError(
             "MODEL", str(first[0]), f"cannot be copied ({first[2]})", "remove it or make it readable"
         ) from error
+    if read_quantisation(source, "MODEL") is not None:
+        write_json_atomic(target / CONFIG_NAME, plain_configuration(source, "MODEL"))
 
 
 def _check_result(folder: Path, patch: Path, content: PatchSummary, after: Digest) -> None:

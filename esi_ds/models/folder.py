@@ -9,9 +9,10 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from esi_ds.config import JudgeModel, Model
+from esi_ds.core.quantised import Weight
 from esi_ds.errors import UserError
 from esi_ds.models import hub
-from esi_ds.models.weights import StoredTensor, checkpoint_tensors
+from esi_ds.models.quantised import WAY_OUT, Quantisation, model_weights, read_quantisation, without_quantisation
 from esi_ds.reading import reading
 
 # Configurations' names for the longest sequence: MPT's is max_seq_len, that of Whisper's decoder max_target_positions;
@@ -57,24 +58,26 @@ class ModelSource:
 def load_model_config(source: ModelSource, only_local: bool = False) -> PretrainedConfig:
     """The model's architecture.
 
-    only_local: do not contact the hub; read folders and the hub's cache only.
-    Raises UserError where there is no readable configuration, or where the weights are quantised.
+    Of a quantised model that is read, it is that of the plain model. only_local: do not contact the hub; read folders
+    and the hub's cache only. Raises UserError where there is no readable configuration, or where the weights are
+    quantised in a way that is not read.
     """
     path, field = source.path, source.field
     # os.path, unlike pathlib, takes a name that is too long for a file for one that is not there.
     looks_local = path.startswith((".", "/", "~")) or os.path.exists(path)
+    if looks_local and path.endswith(".gguf"):
+        raise UserError(field, path, "is a GGUF file, which is not read", WAY_OUT)
     if looks_local and not os.path.isfile(os.path.join(path, "config.json")):
         raise UserError(field, path, "is not a model folder: it has no config.json", "give a Hugging Face folder")
     remedy = "give a Hugging Face folder or the id of a model on the hub that can be reached"
     with reading(field, path, remedy, "has no readable model configuration"):
+        folder = source.folder(only_local)
         config = AutoConfig.from_pretrained(
-            source.folder(only_local), trust_remote_code=source.trust_remote_code, local_files_only=only_local
+            folder, trust_remote_code=source.trust_remote_code, local_files_only=only_local
         )
     config.name_or_path = path  # for messages: not the folder in the hub's cache
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(
-            field, path, "is quantised, so its weights have no gradients of their own", "give the unquantised model"
-        )
+    read_quantisation(folder, field, path)
+    without_quantisation(config)
     if extra_files := getattr(type(config), "extra_files", ()):  # transformers would load them beside the weights
         problem = f"is a {config.model_type}, which keeps weights in a file of their own ({extra_files[0]})"
         raise UserError(field, path, problem, "give a model whose weights are all in its safetensors files")
@@ -91,7 +94,7 @@ def check_weights(source: ModelSource) -> None:
         return
     if (folder / "adapter_config.json").is_file():  # with peft installed, transformers would add it to the weights
         raise UserError(source.field, source.path, "holds an adapter (LoRA)", "merge it into its base model first")
-    checkpoint_tensors(folder, source.field)
+    model_weights(folder, source.field)
 
 
 def checkpoint_folder(source: ModelSource) -> Path:
@@ -102,16 +105,21 @@ def checkpoint_folder(source: ModelSource) -> Path:
     return Path(source.path) if os.path.isdir(source.path) else hub.weights(source.path, source.revision)
 
 
-def stored_tensors(source: ModelSource) -> list[StoredTensor]:
+def quantisation_of(source: ModelSource) -> Quantisation | None:
+    """How the model's weights are quantised; None if they are not. Raises UserError, OSError or ValueError."""
+    return read_quantisation(source.folder(), source.field, source.path)
+
+
+def stored_weights(source: ModelSource) -> list[Weight]:
     """What the model's checkpoint holds; nothing where its weights are not, or not yet, on this machine.
 
     Raises UserError where a local folder's weights are damaged.
     """
     folder = Path(source.path)
     if folder.is_dir():
-        return checkpoint_tensors(folder, source.field) if any(folder.glob("*.safetensors")) else []
+        return model_weights(folder, source.field) if any(folder.glob("*.safetensors")) else []
     try:
-        return checkpoint_tensors(source.folder(only_local=True), source.field)
+        return model_weights(source.folder(only_local=True), source.field)
     except (OSError, ValueError, UserError):  # not downloaded, or only in part
         return []
 

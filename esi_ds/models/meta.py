@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from esi_ds.core.units import Parameter
-from esi_ds.models.folder import ModelSource, stored_tensors
+from esi_ds.models.folder import ModelSource, stored_weights
 from esi_ds.models.roles import describe
 from esi_ds.models.ties import untie
 from esi_ds.reading import reading
@@ -37,7 +37,7 @@ def meta_model(
         model = auto_class.from_config(config, trust_remote_code=source.trust_remote_code)
     model.tie_weights()
     if model.all_tied_weights_keys:
-        untie(model, stored_tensors(source), DTYPES[dtype] if dtype is not None else None)
+        untie(model, stored_weights(source), DTYPES[dtype] if dtype is not None else None)
     return model
 
 

@@ -7,21 +7,22 @@ checkpoint's are compared here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from esi_ds.models.weights import StoredTensor
+from esi_ds.core.quantised import Weight, fill_weights, stored_dtype
+from esi_ds.core.stored import StoredReader
 
-ROWS = 4096  # of an embedding that are compared at a time
+CHUNK = 1 << 22  # elements that are compared at a time
 
 
-def untie(model: PreTrainedModel, stored: Sequence[StoredTensor], dtype: torch.dtype | None) -> None:
+def untie(model: PreTrainedModel, stored: Sequence[Weight], dtype: torch.dtype | None) -> None:
     """Give each weight of a tied meta model that the checkpoint stores with other values a parameter of its own.
 
     stored: what the checkpoint holds. dtype: in which the model is loaded, since weights are compared after rounding;
@@ -38,7 +39,7 @@ def untie(model: PreTrainedModel, stored: Sequence[StoredTensor], dtype: torch.d
             del model.all_tied_weights_keys[target]
 
 
-def by_loaded_name(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> dict[str, StoredTensor]:
+def by_loaded_name(model: PreTrainedModel, stored: Sequence[Weight]) -> dict[str, Weight]:
     """The checkpoint's tensors by the names that transformers gives them in the model."""
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -48,14 +49,18 @@ def by_loaded_name(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> di
     return dict(zip(names, stored, strict=True))
 
 
-def _are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype | None) -> bool:
-    with safe_open(first.file, "pt") as opened, safe_open(second.file, "pt") as other:
-        one, two = opened.get_slice(first.name), other.get_slice(second.name)
-        if one.get_shape() != two.get_shape():
-            return False
-        blocks = ((one[low : low + ROWS], two[low : low + ROWS]) for low in range(0, one.get_shape()[0], ROWS))
-        return all(_same_values(a, b, dtype or torch.promote_types(a.dtype, b.dtype)) for a, b in blocks)
-
-
-def _same_values(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(a.to(dtype), b.to(dtype))
+def _are_equal(first: Weight, second: Weight, dtype: torch.dtype | None) -> bool:
+    if first.shape != second.shape:
+        return False
+    if dtype is None:
+        dtypes = stored_dtype(first), stored_dtype(second)
+        dtype = torch.promote_types(dtypes[0] or torch.float32, dtypes[1] or torch.float32)
+    numel = math.prod(first.shape)
+    with StoredReader() as reader:
+        for low in range(0, numel, CHUNK):
+            one, two = (torch.empty(min(CHUNK, numel - low), dtype=dtype) for _ in range(2))
+            fill_weights(reader, one, first, low)
+            fill_weights(reader, two, second, low)
+            if not torch.equal(one, two):
+                return False
+    return True

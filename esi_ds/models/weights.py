@@ -42,6 +42,9 @@ def weights_name(folder: Path, field: str = "model.path") -> str:
     if name is None:
         problem = f"holds neither {SINGLE_NAME} nor {INDEX_NAME}: transformers loads no other weights from a folder"
         remedy = "save the model with save_pretrained(safe_serialization=True)"
+        if any(folder.glob("*.gguf")):
+            problem = f"holds GGUF files, which are not read, and neither {SINGLE_NAME} nor {INDEX_NAME}"
+            remedy = "give the unquantised model as safetensors"
         raise UserError(field, str(folder), problem, remedy)
     return name
 

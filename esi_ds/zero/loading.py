@@ -8,12 +8,12 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import EllipsisType
 from typing import Any
 from unittest.mock import patch
 
 import deepspeed
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation
@@ -21,9 +21,12 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from esi_ds.core.quantised import Weight, whole_weight
+from esi_ds.core.stored import StoredReader
 from esi_ds.errors import UserError
-from esi_ds.models.folder import ModelSource, checkpoint_folder, stored_tensors
+from esi_ds.models.folder import ModelSource, checkpoint_folder, load_model_config, quantisation_of, stored_weights
 from esi_ds.models.meta import DTYPES
+from esi_ds.models.quantised import model_weights
 from esi_ds.models.ties import by_loaded_name
 from esi_ds.reading import reading
 from esi_ds.zero import runtime
@@ -45,7 +48,8 @@ def read_module(
     """
     remedy = _remedy(auto_class)
     field, path = source.field, source.path
-    with reading(field, path, f"{remedy}; docs/architectures.md lists the architectures that load", problem):
+    reads = reading(field, path, f"{remedy}; docs/architectures.md lists the architectures that load", problem)
+    with reads, _dequantising(source, in_parts=device is None) as options:
         module, info = auto_class.from_pretrained(
             checkpoint_folder(source),
             dtype=DTYPES[dtype],
@@ -53,6 +57,7 @@ def read_module(
             output_loading_info=True,
             trust_remote_code=source.trust_remote_code,
             device_map=None if device is None else {"": device},
+            **options,
         )
     # transformers would initialise them at random, for instance where a causal model is read as a classifier.
     missing = sorted(info["missing_keys"])
@@ -60,6 +65,42 @@ def read_module(
         raise UserError(field, path, f"holds no weights for {missing[0]} ({len(missing)} are missing)", remedy)
     module.name_or_path = path
     return module.eval()
+
+
+class UnreadWeight:
+    """A weight as transformers' loader wants it: a slice of a file, which is read when it is moved to its device."""
+
+    def __init__(self, weight: Weight):
+        self._weight = weight
+
+    def __getitem__(self, _: EllipsisType) -> UnreadWeight:
+        return self
+
+    def to(self, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+        """The values; quantised ones are computed in ``dtype``, a model's default where there is none."""
+        with StoredReader() as reader:  # of its own: transformers reads several weights at a time
+            return whole_weight(reader, self._weight, dtype or torch.get_default_dtype()).to(device, dtype)
+
+
+@contextmanager
+def _dequantising(source: ModelSource, in_parts: bool) -> Iterator[dict[str, Any]]:
+    """Options with which ``from_pretrained`` reads a quantised model as a plain one inside the block; none, and nothing
+    changed, where it is not quantised.
+
+    in_parts: for ``every_rank_reads_its_part``, which takes the weights as they are. Raises UserError.
+    """
+    if quantisation_of(source) is None:
+        yield {}
+        return
+    weights = {weight.name: weight for weight in model_weights(checkpoint_folder(source), source.field)}
+    state_dict = weights if in_parts else {name: UnreadWeight(weight) for name, weight in weights.items()}
+    load = PreTrainedModel._load_pretrained_model
+
+    def load_weights(model: PreTrainedModel, _: None, *arguments: Any, **options: Any) -> Any:
+        return load(model, state_dict, *arguments, **options)
+
+    with patch.object(PreTrainedModel, "_load_pretrained_model", staticmethod(load_weights)):
+        yield {"config": load_model_config(source)}
 
 
 def read_replicated(
@@ -141,7 +182,7 @@ def _warn_of_unread_weights(plain: PreTrainedModel, source: ModelSource) -> None
     if not runtime.is_main():
         return
     known = [*(plain._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
-    names, state = by_loaded_name(plain, stored_tensors(source)), plain.state_dict()
+    names, state = by_loaded_name(plain, stored_weights(source)), plain.state_dict()
     unread = [name for name in names if name not in state and not re.search("|".join(known), name)]
     if unread:
         left = f"holds {len(unread)} weights that its configuration has no place for, {unread[0]} the first"
@@ -174,12 +215,11 @@ def _mend_persistent_buffers(module: PreTrainedModel, plain: PreTrainedModel, so
     buffers, computed = dict(module.named_buffers()), {name for name, _ in plain.named_non_persistent_buffers()}
     wanted = {name: buffer.dtype for name, buffer in plain.named_buffers() if name not in computed}
     rounded = [name for name, dtype in wanted.items() if name in buffers and buffers[name].dtype != dtype]
-    stored = by_loaded_name(plain, stored_tensors(source)) if rounded else {}
-    for name in rounded:
-        with safe_open(stored[name].file, "pt") as opened:
-            # A copy: what safetensors gives is a view of the file's bytes, which could not be freed.
-            value = opened.get_tensor(stored[name].name).to(buffers[name].device, wanted[name], copy=True)
-        _set_buffer(module, name, value)
+    stored = by_loaded_name(plain, stored_weights(source)) if rounded else {}
+    with StoredReader() as reader:
+        for name in rounded:
+            value = whole_weight(reader, stored[name], wanted[name])
+            _set_buffer(module, name, value.to(buffers[name].device, wanted[name]))
 
 
 def _mend_computed_buffers(module: PreTrainedModel, plain: PreTrainedModel) -> None:

@@ -3,7 +3,8 @@
 transformers reads the files on rank 0, gathers every weight and broadcasts it. Here its renamings and conversions are
 kept, and only the reading is replaced. A weight that is stored as the model has it is read by its flat range. One that
 is converted from other tensors is converted on every rank, from whole tensors; of experts that are stored one by one
-and stacked, a rank reads those of which it holds a part.
+and stacked, a rank reads those of which it holds a part. Quantised weights are dequantised range by range as they are
+read; of MXFP4's experts a rank reads those of which it holds a part.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from esi_ds.core.quantised import Weight, fill_weights, whole_weight
 from esi_ds.core.stored import StoredReader
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
@@ -66,7 +68,7 @@ def every_rank_reads_its_part(source: ModelSource, remedy: str, problem: str) ->
         return {tensor.name: tensor for tensor in read_header(Path(file), source.field, REMEDY)[0]}
 
     def read(
-        model: PreTrainedModel, stored: dict[str, StoredTensor], load_config: modeling_utils.LoadStateDictConfig
+        model: PreTrainedModel, stored: dict[str, Weight], load_config: modeling_utils.LoadStateDictConfig
     ) -> tuple[list[str], set[str]]:
         conversions = load_config.weight_mapping or []
         if conversions:
@@ -106,7 +108,7 @@ class PartsReader:
     def __init__(
         self,
         model: PreTrainedModel,
-        stored: Mapping[str, StoredTensor],
+        stored: Mapping[str, Weight],
         conversions: Sequence[WeightTransform],
         reader: StoredReader,
     ):
@@ -126,7 +128,7 @@ class PartsReader:
                 names.add(name)
         return names
 
-    def _values(self) -> Iterator[tuple[str, StoredTensor | Converted]]:
+    def _values(self) -> Iterator[tuple[str, Weight | Converted]]:
         """What the checkpoint holds, by its name in the model; one conversion is in memory at a time."""
         converter_of = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
         groups: dict[str, WeightConverter] = {}  # by the first name that a conversion has in the model
@@ -136,14 +138,14 @@ class PartsReader:
             )
             if name not in self._targets:
                 continue
-            tensor = self._stored[stored_name]
+            weight = self._stored[stored_name]
             if pattern is None:
-                yield name, tensor
+                yield name, weight
                 continue
             entry = converter_of[pattern]
             if name not in groups:
                 groups[name] = WeightConverter(entry.source_patterns, entry.target_patterns, entry.operations)
-            read = partial(self._reader.whole, tensor)
+            read = partial(whole_weight, self._reader, weight, self._targets[name].dtype)
             groups[name].add_tensor(name, stored_name, pattern, read)  # type: ignore[arg-type]  # callables too
         for name, group in groups.items():
             yield from self._converted(name, group)
@@ -169,17 +171,19 @@ class PartsReader:
             whole = tuple(values.shape) if num_rows is None else (num_rows, *values.shape[1:])
             yield f"{prefix}.{made}" if f"{prefix}.{made}" in self._targets else made, Converted(values, low, whole)
 
-    def _fill(self, name: str, target: Tensor, value: StoredTensor | Converted) -> None:
+    def _fill(self, name: str, target: Tensor, value: Weight | Converted) -> None:
         if value.shape != (shape := whole_shape(target)):
             raise WrongShape(f"{name} has shape {list(value.shape)}, the model's is {list(shape)}")
         if not is_partitioned(target):
-            whole = self._reader.whole(value) if isinstance(value, StoredTensor) else value.values
-            target.detach().copy_(whole.view(shape))
+            if isinstance(value, Converted):
+                target.detach().copy_(value.values.view(shape))
+            else:
+                target.detach().copy_(whole_weight(self._reader, value, target.dtype).view(shape))
             return
         low, high = local_range(target)
         part = attributes(target).ds_tensor.detach().view(-1)[: high - low]
-        if isinstance(value, StoredTensor):
-            self._reader.fill(part, value, low)
+        if not isinstance(value, Converted):
+            fill_weights(self._reader, part, value, low)
         elif len(part):
             part.copy_(value.values.flatten()[low - value.low : high - value.low])
         attributes(target).ds_secondary_tensor = None  # hpZ's copy, from which gathers would read

@@ -22,7 +22,7 @@ from esi_ds.data.chat import load_tokenizer
 from esi_ds.errors import UserError
 from esi_ds.models import hub
 from esi_ds.models.fingerprint import tensor_digests
-from esi_ds.models.folder import ModelSource, checkpoint_folder, load_model_config, stored_tensors
+from esi_ds.models.folder import ModelSource, checkpoint_folder, load_model_config, stored_weights
 from esi_ds.stages.run import check_commits, check_source
 from esi_ds.zero import runtime
 from esi_ds.zero.loading import read_module
@@ -207,15 +207,15 @@ def test_config_tokenizer_weights_and_fingerprint_are_of_one_commit(
     source = ModelSource("org/model")
     with pytest.raises(UserError, match="no readable model configuration"):
         load_model_config(source, only_local=True)
-    assert stored_tensors(source) == [] and downloads == []
+    assert stored_weights(source) == [] and downloads == []
     config, tokenizer = load_model_config(source), load_tokenizer(source)
     assert config.name_or_path == tokenizer.name_or_path == "org/model"
-    assert downloads == [None] and stored_tensors(source) == []
+    assert downloads == [None] and stored_weights(source) == []
     module = read_module(source, "fp32", AutoModelForCausalLM)
     folder = checkpoint_folder(source)
     assert folder == source.folder() == tmp_path / "cache/commit1" and module.name_or_path == "org/model"
     assert tensor_digests(folder, 0, 1) == tensor_digests(tmp_path / "model", 0, 1)
-    assert len(stored_tensors(source)) > 0
+    assert len(stored_weights(source)) > 0
     assert downloads == [None, "commit1"]
     assert hub.commits() == {"org/model": "commit1"}
 

@@ -236,7 +236,7 @@ class TuneRun(StageRun[TuningInputs]):
         runtime.barrier()
         rank, ranks = runtime.rank(), runtime.world_size()
         rank_rows = patch.create_part(base, wait_until_visible(tuned), wait_until_visible(temporary), rank, ranks)
-        rank_digests = tensor_digests(base, rank, ranks), tensor_digests(tuned, rank, ranks)
+        rank_digests = patch.base_digests(base, tuned, rank, ranks), tensor_digests(tuned, rank, ranks)
         rows, base_digests, tuned_digests = dict[str, patch.TensorChange](), dict[str, str](), dict[str, str]()
         for part_rows, (part_base, part_tuned) in runtime.gather_objects((rank_rows, rank_digests)):
             rows |= part_rows
