@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import transformers
 from builders import build_model, byte_bpe_tokenizer, claim_tied
 from conftest import ROOT, run_ranks
 from loading_worker import IDS
+from quantised_models import build_gpt_oss, write_dequantised, write_fp8, write_mxfp4
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
@@ -30,6 +32,8 @@ HEADS = ("own", "same", "only", "rounded")
 # A buffer that asks for bf16 in its constructor, buffers of the checkpoint that ask for fp32 there, and positions.
 BUFFERS = (("recurrent_gemma", "fp32"), ("recurrent_gemma", "bf16"), ("lfm2_moe", "bf16"), ("zaya", "bf16"))
 KEPT = ("ernie4_5_moe", "zamba")  # keep routers, and decay rates, in fp32
+# FP8 experts that are stored one by one, FP8 blocks that end with the matrix and scales in another file, and MXFP4.
+QUANTISED = ("fp8", "fp8_edges", "mxfp4")
 CASES = [
     *((head, dtype) for head in HEADS for dtype in ("fp32", "bf16")),
     *BUFFERS,
@@ -41,6 +45,8 @@ CASES = [
     ("marian", "fp32"),
     ("unreadable", "fp32"),
     ("qwen3_moe", "fp32"),  # five experts a layer, stored one by one
+    *((kind, dtype) for kind in QUANTISED for dtype in ("fp32", "bf16")),
+    ("nan", "bf16"),
     ("last", "bf16"),
     ("last", "fp32"),  # the process group has survived the refusals
 ]
@@ -49,6 +55,7 @@ REFUSED = {
     "no_head-fp32": "holds no weights for lm_head.weight",
     "marian-fp32": "cannot be loaded in parts, as ZeRO-3 does",
     "unreadable-fp32": r"cannot be loaded in parts, as ZeRO-3 does \(\[Errno 5\] Input/output error",  # by rank 1 only
+    "nan-bf16": r"gate_up_proj_scales holds a scale that is not a number \(expert 4\)",  # read by rank 1 only
     "ernie4_5_moe-bf16": r"keeps model.layers.1.mlp.gate.weight in float32 \(2 such weights\)",
     "zamba-bf16": "in float32 .* load it in fp32",
 }
@@ -69,6 +76,15 @@ def prepare(folder: Path) -> None:
         elif kind == "deeper":  # than its configuration says
             tensors["model.layers.2.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].clone()
         save_file(tensors, file, metadata={"format": "pt"})
+    write_fp8(folder / "qwen3_moe", folder / "fp8", (4, 8))
+    write_fp8(build_model("llama", folder / "unquantised", tokenizer), folder / "fp8_edges", (16, 16), split=True)
+    write_mxfp4(build_gpt_oss(folder / "gpt_oss", tokenizer), folder / "mxfp4")
+    for kind in QUANTISED:
+        for dtype in ("fp32", "bf16"):
+            write_dequantised(folder / kind, folder / f"{kind}-{dtype}-plain", DTYPES[dtype])
+    tensors = load_file(shutil.copytree(folder / "mxfp4", folder / "nan") / "model.safetensors")
+    tensors["model.layers.0.mlp.experts.gate_up_proj_scales"][4, -1, -1] = 255
+    save_file(tensors, folder / "nan/model.safetensors", metadata={"format": "pt"})
     for kind in {*(kind for kind, _ in BUFFERS), *KEPT, "marian"}:
         tiny.build(kind, folder / kind, tokenizer)
     # A classifier from a checkpoint with a head, whose config says that it is tied.
@@ -102,7 +118,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("kind", "dtype"), [case for case in CASES if "-".join(case) not in REFUSED])
 def test_equal_to_plain_loading(folder: Path, kind: str, dtype: str) -> None:
-    model = getattr(transformers, class_of(kind)).from_pretrained(folder / kind, dtype=DTYPES[dtype]).eval()
+    plain = folder / (f"{kind}-{dtype}-plain" if kind in QUANTISED else kind)
+    model = getattr(transformers, class_of(kind)).from_pretrained(plain, dtype=DTYPES[dtype]).eval()
     with torch.no_grad():
         logits = model(IDS).logits
     expected = {f"buffer.{name}": buffer for name, buffer in model.named_buffers()}
@@ -148,6 +165,33 @@ def test_a_rank_reads_its_own_part_and_no_other_byte(folder: Path, kind: str, dt
         assert counted(file, "num_bytes") == expected
         assert counted(file, "num_broadcasts") == 0
     assert expected < 0.65 * sum(tensor.nbytes for tensor in stored.values())
+
+
+def test_a_rank_reads_its_own_codes_and_the_scales(folder: Path) -> None:
+    """Of MXFP4, every rank that holds a part of an expert's matrix reads all of it."""
+    stored = {
+        name: tensor
+        for file in (folder / "fp8_edges").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    experts = load_file(folder / "mxfp4/model.safetensors")
+    for rank in range(RANKS):
+        expected = 0
+        for name, tensor in stored.items():
+            low, high = (
+                (0, tensor.numel()) if name.endswith("_scale_inv") else shard_bounds(tensor.numel(), rank, RANKS)
+            )
+            expected += (high - low) * tensor.element_size()
+        assert counted(folder / f"fp8_edges-bf16-{rank}.safetensors", "num_bytes") == expected
+        expected = 0
+        for name, tensor in experts.items():
+            low, high = shard_bounds(tensor.numel(), rank, RANKS)
+            if name.endswith(("_blocks", "_scales")):
+                size = tensor[0].numel()
+                low, high = low // size * size, -(-high // size) * size
+            expected += (high - low) * tensor.element_size()
+        assert counted(folder / f"mxfp4-bf16-{rank}.safetensors", "num_bytes") == expected
+    assert expected < 0.75 * sum(tensor.nbytes for tensor in experts.values())
 
 
 def test_weights_that_are_not_loaded_are_named_once(folder: Path) -> None:
