@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +109,12 @@ def checkpoint_folder(source: ModelSource) -> Path:
 def quantisation_of(source: ModelSource) -> Quantisation | None:
     """How the model's weights are quantised; None if they are not. Raises UserError, OSError or ValueError."""
     return read_quantisation(source.folder(), source.field, source.path)
+
+
+def dequantised(sources: Iterable[ModelSource]) -> list[str]:
+    """A sentence on each model whose weights are dequantised while read. Raises as ``quantisation_of``."""
+    formats = ((source, quantisation_of(source)) for source in sources)
+    return [f"{s.field} = {s.path}: weights dequantised from {form}" for s, form in formats if form is not None]
 
 
 def stored_weights(source: ModelSource) -> list[Weight]:

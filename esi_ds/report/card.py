@@ -29,14 +29,17 @@ def model_card(
     num_trained: int,
     rows: TuningSet,
     benign: TuningSet | None,
+    dequantised_from: str | None = None,
 ) -> str:
     """Markdown with the hub's front matter.
 
-    stage: set or spa. fingerprint: the base model's. num_trained: weights that were trained. benign: rows mixed in.
+    stage: set or spa. fingerprint: the base model's. dequantised_from: the format of its files; None where they are not
+    quantised. num_trained: weights that were trained. benign: rows mixed in.
     """
     name, sentence = METHODS[stage]
     facts = {
         "base model": config.model.path + (f" ({config.model.revision})" if config.model.revision else ""),
+        **({"base weights": f"dequantised from {dequantised_from}"} if dequantised_from is not None else {}),
         "base fingerprint": fingerprint,
         "mask fingerprint": mask.fingerprint,
         "mask": f"{mask.k:,} of {mask.total_numel:,} weights by {mask.header.criterion}, order "

@@ -23,7 +23,7 @@ from esi_ds.errors import Interrupted, UserError
 from esi_ds.journal import unrecorded
 from esi_ds.models import hub
 from esi_ds.models.fingerprint import check_mask_weights, fingerprint, tensor_digests
-from esi_ds.models.folder import ModelSource, checkpoint_folder
+from esi_ds.models.folder import ModelSource, checkpoint_folder, dequantised
 from esi_ds.options import Options
 from esi_ds.peers import PeerWatch, own_process
 from esi_ds.reading import check_type, reading
@@ -117,6 +117,11 @@ class StageRun(ABC, Generic[Inputs]):
             check_settings(deepspeed_config)
             cls(config, options, inputs, folder, deepspeed_config, source).run()
 
+    @property
+    def sources(self) -> list[ModelSource]:
+        """Where the weights that the run reads come from."""
+        return [ModelSource.of(self.config.model)]
+
     @abstractmethod
     def work(self) -> None:
         """Everything from the open folder to the written report; must call ``begin`` once the model is loaded."""
@@ -184,6 +189,8 @@ class StageRun(ABC, Generic[Inputs]):
                 tracker.log(f"Slurm has started this job again, {restarts} times by now")
             for name in unrecorded(self.folder.path) if runtime.is_main() else ():
                 tracker.log(f"{name}: without a record of its digest, as earlier versions wrote it: taken as it is")
+            for line in dequantised(self.sources):
+                tracker.remark(line)
             try:
                 self.work()
             except BaseException as error:

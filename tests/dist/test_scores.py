@@ -16,6 +16,7 @@ from builders import (
     sentencepiece_tokenizer,
 )
 from conftest import ROOT, run_ranks
+from quantised_models import build_gpt_oss, write_dequantised, write_fp8, write_mxfp4
 from reference import Family, esi_scores, select
 from safetensors.torch import load_file
 from transformers.utils import logging
@@ -71,6 +72,10 @@ def folder(tmp_path_factory) -> Path:
         build_guard(folder / kind, sentencepiece_tokenizer(), kind=kind)
     for name, (kind, problem, *_) in CLASSIFIERS.items():
         build_classifier(folder / name, sentencepiece_tokenizer(), kind, problem)
+    write_mxfp4(build_gpt_oss(folder / "gpt_oss", byte_bpe_tokenizer()), folder / "mxfp4")
+    write_fp8(folder / "other", folder / "fp8", (16, 16), split=True)
+    for kind in ("mxfp4", "fp8"):
+        write_dequantised(folder / kind, folder / f"{kind}-plain", torch.float32)
     rows = ({"prompt": prompt, "response": response} for prompt, response in PAIRS)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = ({"prompt": prompt, "response": response} for prompt, response in THOUGHTFUL)
@@ -135,6 +140,8 @@ def extra_cases(folder: Path, ranks: int) -> list[dict]:
         cases.append(config(folder, "llama", "other", batch, f"{tag}-{name}", esi))
         cases[-1]["config"]["judge"]["reads"] = reads
         cases[-1]["config"]["data"]["responses"] = str(folder / "thoughtful.jsonl")
+    cases.append(config(folder, "mxfp4", "fp8", batch, f"{tag}-quantised"))
+    cases.append(config(folder, "mxfp4-plain", "fp8-plain", batch, f"{tag}-dequantised"))
     for name, zero in ZERO_OPTIONS.items():
         cases.append({**config(folder, "qwen3_moe", "other", batch, f"{tag}-{name}"), "frees": True})
         cases[-1]["config"]["deepspeed"] = {"zero_optimization": {"stage": 3, **zero}}
@@ -210,6 +217,23 @@ def test_masks_are_the_select_of_their_scores(scored: tuple[int, Path]) -> None:
         assert mask.k == min(int(0.03 * mask.total_numel), sum(v.numel() for v in scores.values()))
         expected = select({name: scores[name] for name in mask.names}, mask.k)
         assert all(torch.equal(mask.tensor(name), expected[name]) for name in mask.names), kind
+
+
+def test_a_quantised_model_and_judge_give_the_scores_of_the_dequantised_ones(scored: tuple[int, Path]) -> None:
+    """To the bit, the judge replicated on one and two ranks and sharded on three; only the fingerprints differ."""
+    ranks, folder = scored
+    runs = [folder / f"w{ranks}-{name}" for name in ("quantised", "dequantised")]
+    one, two = (read(run / "scores") for run in runs)
+    assert any(bool(values.any()) for values in one.values()) and set(one) == set(two)
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    masks = [Mask.load(run / "mask") for run in runs]
+    assert "model.layers.0.mlp.experts.gate_up_proj" in masks[0].names
+    assert all(torch.equal(masks[0].tensor(name), masks[1].tensor(name)) for name in masks[1].names)
+    structures, weights = zip(*(mask.fingerprint.split(":") for mask in masks), strict=True)
+    assert len(set(structures)) == 1 and len(set(weights)) == 2
+    remarks = [json.loads((run / "manifest.json").read_text()).get("remarks") for run in runs]
+    assert "mxfp4: weights dequantised from MXFP4" in remarks[0] and remarks[1] is None
+    assert "fp8: weights dequantised from FP8 with a scale for each block of 16 × 16" in remarks[0]
 
 
 def test_a_rank_may_hold_nothing_of_a_matrix(scored: tuple[int, Path]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import NEVER_ROUTED, PAIRS, build_mask, build_model, byte_bpe_tokenizer, claim_tied
 from conftest import ROOT, run_ranks
+from quantised_models import write_dequantised, write_fp8
 from reference_tuning import encode, encode_plain, tune
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,6 +49,10 @@ def folder(tmp_path_factory) -> Path:
     build_model("needle", folder / "needle", byte_bpe_tokenizer(), dtype=torch.bfloat16, layers=1)
     spoil_zeros(folder / "needle")
     build_mask(folder / "needle-mask", folder / "needle", ratio=0.3)
+    write_fp8(folder / "qwen3_moe", folder / "fp8", (4, 8))
+    write_dequantised(folder / "fp8", folder / "fp8-plain", torch.bfloat16)
+    for kind in ("fp8", "fp8-plain"):
+        build_mask(folder / f"{kind}-mask", folder / kind, whole=WHOLE)
     rows = ({"prompt": prompt, "response": response.strip()} for prompt, response in PAIRS)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -120,6 +125,8 @@ def cases(folder: Path, ranks: int) -> list[dict]:
     ]
     for recomputing in listed[-2:]:
         recomputing["config"]["model"]["gradient_checkpointing"] = True
+    for stage in ("set", "spa"):
+        listed += [make(f"{tag}-{kind}-{stage}", kind, stage, patch=True) for kind in ("fp8", "fp8-plain")]
     if ranks == 2:
         listed.append(make(f"{tag}-twice", "twice", "spa", unscored="train", patch=True))
         listed.append({**make(f"{tag}-hpz-set", "llama", "set", zero=HPZ), "frees": True})
@@ -370,6 +377,23 @@ def test_the_patch_of_a_tied_head_that_the_base_stores_twice(tuned: tuple[int, P
     assert tensor_digests(run / "again") == tensor_digests(run / "model") != tensor_digests(base)
     revert(run / "model", run / "patch", run / "back")
     assert tensor_digests(run / "back") == tensor_digests(base)
+
+
+@pytest.mark.parametrize("stage", ["set", "spa"])
+def test_a_quantised_base_is_tuned_and_exported_as_its_dequantised_weights(tuned: tuple[int, Path], stage: str) -> None:
+    """To the bit; the patch belongs to the quantised base and to the dequantised one."""
+    ranks, folder = tuned
+    run, plain = folder / f"w{ranks}-fp8-{stage}", folder / f"w{ranks}-fp8-plain-{stage}"
+    assert tensor_digests(run / "model") == tensor_digests(plain / "model")
+    assert "quantization_config" not in json.loads((run / "model/config.json").read_text())
+    for file in (run / "model/README.md", run / "manifest.json"):
+        assert "dequantised from FP8 with a scale for each block of 4" in file.read_text()
+    assert "dequantised" not in (plain / "model/README.md").read_text()
+    for number, base in enumerate((folder / "fp8", folder / "fp8-plain")):
+        apply(base, run / "patch", run / f"again{number}")
+        assert tensor_digests(run / f"again{number}") == tensor_digests(run / "model")
+    revert(run / "model", run / "patch", run / "back")
+    assert tensor_digests(run / "back") == tensor_digests(folder / "fp8-plain")
 
 
 @pytest.mark.parametrize("stage", ["set", "spa"])

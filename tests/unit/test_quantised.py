@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from quantised_models import (
     write_mxfp4,
 )
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -294,3 +297,56 @@ def test_patches_of_other_quantised_models_are_refused(models: Path, tmp_path: P
     assert f"{QUERY} has other weights" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert patch_main(["create", str(tuned), str(models / "even"), str(tmp_path / "turned")]) == 2
     assert "its weights are rounded" in capsys.readouterr().err and not (tmp_path / "turned").exists()
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors that were made inside the block and lived at one time. others: made before it."""
+
+    def __init__(self, *others: torch.Tensor) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in others}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self._known and storage.nbytes():
+                    self._known.add(storage.data_ptr())
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._free, storage.data_ptr(), storage.nbytes())
+        return result
+
+    def _free(self, address: int, num_bytes: int) -> None:
+        self._known.discard(address)
+        self.live -= num_bytes
+
+
+def test_a_weight_is_dequantised_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside its values: of FP8 the scales and a chunk, of MXFP4 one of the 64 experts."""
+    monkeypatch.setattr(quantised, "CHUNK", 1 << 14)
+    codes = torch.ones(1024, 1024).to(torch.float8_e4m3fn)
+    blocks, scales = torch.zeros(64, 64, 8, 16, dtype=torch.uint8), torch.full((64, 64, 8), 127, dtype=torch.uint8)
+    content = {"w": codes, "w_scale_inv": torch.ones(8, 8), "m_blocks": blocks, "m_scales": scales}
+    tensors = stored(tmp_path, content)
+    for weight in (
+        BlockScaled("w", tensors["w"], tensors["w_scale_inv"], (128, 128)),
+        Microscaled("m", tensors["m_blocks"], tensors["m_scales"]),
+    ):
+        values = torch.empty(1 << 20, dtype=torch.bfloat16)
+        with LiveBytes(values) as memory, StoredReader() as reader:
+            fill_weights(reader, values, weight)
+        assert 1 << 14 < memory.peak < 24 << 14, weight.name  # 64 KiB of float32 at a time, and what they are made of
+
+
+@pytest.mark.parametrize("kind", ["uneven", "mxfp4"])
+def test_a_replicated_model_is_never_there_twice(models: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(quantised, "CHUNK", 256)
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a mode sees its own thread alone
+    with LiveBytes() as memory:
+        module = load_replicated(ModelSource(str(models / kind)), "bf16")
+    held = sum(parameter.nbytes for parameter in module.parameters())
+    largest = max(parameter.nbytes for parameter in module.parameters())
+    assert held <= memory.peak < held + 2 * largest + 8192 < 2 * held

@@ -15,7 +15,7 @@ from esi_ds.judge.classifier import ClassifierGuard
 from esi_ds.judge.guard import Guard
 from esi_ds.judge.tokens import TokenGuard
 from esi_ds.judge.vocabulary import VocabularyMap
-from esi_ds.models.folder import max_positions
+from esi_ds.models.folder import ModelSource, max_positions
 from esi_ds.models.roles import unknown, warning
 from esi_ds.models.rows import probe_ids
 from esi_ds.models.widths import widths
@@ -60,6 +60,12 @@ class EsiRun(StageRun[EsiInputs]):
     """One run of the stage on this rank: one pass per objective, each with its own gradient sums."""
 
     stage = "esi"
+
+    @property
+    def sources(self) -> list[ModelSource]:
+        safety = self.inputs.safety
+        judge = safety.judge if safety else None
+        return super().sources + ([ModelSource.of(judge.section, "judge")] if judge else [])
 
     _passes: tuple[ScoringPass, ...] = ()  # begun or finished
 

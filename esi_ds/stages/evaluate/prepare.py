@@ -205,6 +205,12 @@ class EvalInputs:
         return [model for model in self.models if isinstance(model, Candidate)]
 
     @property
+    def sources(self) -> list[ModelSource]:
+        """Where the weights of models and judges come from."""
+        judges = [judge for judge in self.judges if isinstance(judge, PreparedModel)]
+        return [*(model.source for model in self.candidates), *(ModelSource.of(j.section, j.field) for j in judges)]
+
+    @property
     def elsewhere(self) -> list[RecordedModel | ServedModel]:
         """The models whose weights are not here: their answers lie in files or come from endpoints."""
         return [model for model in self.models if not isinstance(model, Candidate)]

@@ -7,6 +7,7 @@ import json
 
 from esi_ds.eval.rows import TaskRow
 from esi_ds.eval.tasks import run_tasks
+from esi_ds.models.folder import ModelSource
 from esi_ds.models.meta import meta_parameters
 from esi_ds.stages.batch_sizes import longest_prompt
 from esi_ds.stages.evaluate.answering import add_recorded, answer_all, surprise_all, to_read_again
@@ -29,6 +30,10 @@ class EvalRun(StageRun[EvalInputs]):
     """One evaluation on this rank."""
 
     stage = "eval"
+
+    @property
+    def sources(self) -> list[ModelSource]:
+        return self.inputs.sources
 
     def work(self) -> None:
         inputs, tracker = self.inputs, self.tracker

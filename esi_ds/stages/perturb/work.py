@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 
 from esi_ds.errors import UserError
 from esi_ds.eval.rows import AnswerRow
+from esi_ds.models.folder import ModelSource
 from esi_ds.stages.batch_sizes import GenerationBatch, longest_prompt
 from esi_ds.stages.evaluate.answering import answer_all, surprise_all
 from esi_ds.stages.evaluate.ledgers import EvalLedgers
@@ -45,6 +46,10 @@ class PerturbRun(StageRun[PerturbInputs]):
     """One run of the stage on this rank."""
 
     stage = "perturb"
+
+    @property
+    def sources(self) -> list[ModelSource]:
+        return self.inputs.eval.sources
 
     def work(self) -> None:
         inputs, config, tracker = self.inputs, self.config, self.tracker

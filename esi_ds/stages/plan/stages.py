@@ -15,7 +15,7 @@ from esi_ds.core.mask import num_bytes
 from esi_ds.core.select import check_ratio, model_k, share_sizes
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import resolve_deepspeed
-from esi_ds.models.folder import ModelSource, load_model_config
+from esi_ds.models.folder import ModelSource, dequantised, load_model_config
 from esi_ds.models.meta import meta_parameters
 from esi_ds.models.roles import unknown, warning
 from esi_ds.options import Options
@@ -162,6 +162,7 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     judges = ", ".join(judge.name for judge in inputs.judges)
     facts["verdicts"] = f"{num_harmful * len(inputs.models):,} each of {judges}"
     print_facts(facts)
+    print_notes(dequantised(inputs.sources))
 
 
 def print_perturb_plan(config: Config, options: Options, inputs: PerturbInputs) -> None:
@@ -189,6 +190,7 @@ def print_perturb_plan(config: Config, options: Options, inputs: PerturbInputs) 
         "judges": ", ".join(judge.name for judge in inputs.eval.judges),
     }
     print_facts(facts)
+    print_notes(dequantised(inputs.eval.sources))
 
 
 def print_plan(config: Config, options: Options) -> None:
@@ -205,10 +207,15 @@ def print_plan(config: Config, options: Options) -> None:
     facts = plan(config, parameters, cluster.ranks, batches, notes)
     print(resolved_yaml(config))
     print_facts(facts)
-    for note in notes:
-        print(f"NOTE: {note}")
+    print_notes([*notes, *dequantised([source])])
     tokens = 2 * config.esi.max_new_tokens * batches.scoring.number
     print_bytes(config, options, "esi", replace(work, tokens=tokens), model_config)
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """One line each."""
+    for note in notes:
+        print(f"NOTE: {note}")
 
 
 def print_facts(facts: Facts) -> None:

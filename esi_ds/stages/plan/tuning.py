@@ -11,7 +11,7 @@ from esi_ds.core.select import model_k
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import resolve_deepspeed
-from esi_ds.models.folder import ModelSource, load_model_config
+from esi_ds.models.folder import ModelSource, dequantised, load_model_config
 from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.report.contents import Facts
@@ -27,7 +27,7 @@ from esi_ds.stages.plan.memory import (
     topology,
 )
 from esi_ds.stages.plan.notes import count_prompts, count_rows
-from esi_ds.stages.plan.stages import print_facts
+from esi_ds.stages.plan.stages import print_facts, print_notes
 from esi_ds.stages.tune.prepare import check_routers, describe_trained, prepare_tuning
 
 Counts = dict[str, dict[str, int]]  # stage → parameter → weights that get a gradient
@@ -76,8 +76,7 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
         )
         facts |= {"answered at a time": str(answered)}
     print_facts(facts)
-    for note in notes:
-        print(f"NOTE: {note}")
+    print_notes([*notes, *dequantised([source])])
     print_bytes(config, options, stage, work, model_config)
 
 

@@ -19,7 +19,7 @@ from esi_ds.errors import UserError
 from esi_ds.eval.refusals import is_refusal
 from esi_ds.journal import Journal
 from esi_ds.models.fingerprint import tensor_digests
-from esi_ds.models.folder import ModelSource, checkpoint_folder, max_positions
+from esi_ds.models.folder import ModelSource, checkpoint_folder, max_positions, quantisation_of
 from esi_ds.report.card import model_card
 from esi_ds.report.contents import TunedAnswerRow
 from esi_ds.stages.batch_sizes import longest_prompt
@@ -206,6 +206,7 @@ class TuneRun(StageRun[TuningInputs]):
         if not tune.export and not tune.patch:
             return None
         tuned = folder / ("model" if tune.export else ".model-for-patch")
+        quantisation = quantisation_of(ModelSource.of(self.config.model))
         card = model_card(
             self.config,
             tune,
@@ -215,6 +216,7 @@ class TuneRun(StageRun[TuningInputs]):
             num_trained=inputs.trained.total,
             rows=inputs.rows,
             benign=inputs.benign,
+            dequantised_from=None if quantisation is None else str(quantisation),
         )
         export_model(model, tuned, without_values(inputs.tokenizer, self.config.model.template_kwargs), card)
         summary = self._patch(tuned) if tune.patch else None
