@@ -2,7 +2,7 @@
 
 Two formats, each a tensor of codes beside a tensor of scales:
 
-- FP8 with block scales (DeepSeek-V3, arXiv 2412.19437 §3.3): ``float8_e4m3fn`` codes, and a scale for each block of
+- FP8 with block scales (DeepSeek-V3, arXiv 2412.19437, its section on FP8): ``float8_e4m3fn`` codes, and a scale for each block of
   rows and columns; the last blocks of a matrix may be smaller.
 - MXFP4 (OCP Microscaling Formats v1.0, as gpt-oss stores it): two 4-bit E2M1 codes a byte, and for every 32 codes of a
   row a power of two, whose exponent is a byte with bias 127.
@@ -24,10 +24,10 @@ from esi_ds.core.stored import DTYPES, StoredReader
 from esi_ds.tensor_files import StoredTensor
 
 CHUNK = 1 << 22  # elements that are dequantised at a time, but never less than a row
-# Values of the E2M1 codes, the sign in the highest bit (OCP Microscaling Formats v1.0, table 5).
+# Values of the E2M1 codes, the sign in the highest bit (OCP Microscaling Formats v1.0).
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 EXPONENT_BIAS = 127
-NAN_EXPONENT = 255  # E8M0's only code that is not a number (OCP Microscaling Formats v1.0, §5.4.1)
+NAN_EXPONENT = 255  # E8M0's only code that is not a number (OCP Microscaling Formats v1.0)
 CODES_PER_SCALE = 32
 
 
