@@ -2,8 +2,8 @@
 
 Two formats, each a tensor of codes beside a tensor of scales:
 
-- FP8 with block scales (DeepSeek-V3, arXiv 2412.19437, its section on FP8): ``float8_e4m3fn`` codes, and a scale for each block of
-  rows and columns; the last blocks of a matrix may be smaller.
+- FP8 with block scales (DeepSeek-V3, arXiv 2412.19437): ``float8_e4m3fn`` codes, and a scale for each block of rows and
+  columns; the last blocks of a matrix may be smaller.
 - MXFP4 (OCP Microscaling Formats v1.0, as gpt-oss stores it): two 4-bit E2M1 codes a byte, and for every 32 codes of a
   row a power of two, whose exponent is a byte with bias 127.
 
