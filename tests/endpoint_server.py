@@ -74,6 +74,7 @@ CASES = {
     "key in parts": b"the first half is sk-secret-of-th and the second irty-characters",
     "key far away": b"denied" + b" " * 4070 + b"Bearer sk-secret-of-thirty-characters",
     "thinks": thinking("Hello", "Hm."),
+    "closes a thought": "Hm.</think>Hello",
     "reasons": thinking("Hello", "Hm </think>", "reasoning"),
     "thinks of nothing": thinking("Hello", None),
     "thinks too long": thinking(None, "Hm", finish_reason="length"),

@@ -71,6 +71,17 @@ def absent_marks(texts: Sequence[str], pair: Sequence[str] | None) -> list[str]:
     return [mark for mark in pair or () if not any(mark.lower() in text for text in lowered)]
 
 
+def closes_unopened(response: str, marks: Marks = MARKS) -> bool:
+    """Whether a response ends a thought that it does not open: its prompt did."""
+    first = _mark_pattern(marks).search(response)
+    return first is not None and (first.lastindex or 0) % 2 == 0
+
+
+def has_marks(response: str, marks: Marks = MARKS) -> bool:
+    """Whether a response holds any mark of a thought."""
+    return CHANNEL in response or _mark_pattern(marks).search(response) is not None
+
+
 def whole_response(trace: str | None, answer: str | None) -> str | None:
     """The one text that a response is, of an engine that gives a thought and the answer apart.
 

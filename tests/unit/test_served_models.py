@@ -17,6 +17,7 @@ from esi_ds.data.thoughts import UNFINISHED, final_answer
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, read_completion
 from esi_ds.eval.rows import AnswerRow, VerdictRow
+from esi_ds.stages.esi.served import ask_endpoint
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, UnjudgedAnswer, VerdictRounds
 from esi_ds.stages.evaluate.prepare import PreparedEndpoint, ServedModel
 from esi_ds.stages.evaluate.questions import unanswered_rows
@@ -77,6 +78,15 @@ def test_thoughts_that_a_server_gives_apart(server: Server, tmp_path: Path) -> N
     assert [row.get("cut", False) for row in rows] == [False, False, False, True, False]
     assert read_completion(CASES["thinks"]).text == "Hello"
     assert read_completion(CASES["thinks in vain"]).text is None
+
+
+def test_esi_leaves_out_what_was_cut_within_a_thought_that_the_prompt_opened(server: Server, tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, enabled=False, tensorboard=False, stage="esi", monitor=[])
+    prompts = [f"CASE {case};" for case in ("cut", "closes a thought", "null")]
+    texts, unanswered = ask_endpoint(model_at(server), prompts, tmp_path, tracker)
+    assert texts == ["", "Hm.</think>Hello", ""] and unanswered[0] == UNFINISHED and sorted(unanswered) == [0, 2]
+    texts, unanswered = ask_endpoint(model_at(server), prompts, tmp_path, tracker)  # from the file, as a restart
+    assert texts == ["", "Hm.</think>Hello", ""] and unanswered[0] == UNFINISHED
 
 
 def test_an_endpoint_that_stops_leaves_the_rest_to_a_restart(server: Server, tmp_path: Path) -> None:

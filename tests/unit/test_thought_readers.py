@@ -35,7 +35,7 @@ from esi_ds.judge.pairs import PairEncoder
 from esi_ds.report.tuning import refusal_rows
 from esi_ds.stages.esi.prepare import PromptData, PromptInputs, clean_responses, encode_examples
 from esi_ds.stages.evaluate import answering
-from esi_ds.stages.evaluate.answering import add_recorded, has_text, thought_notes
+from esi_ds.stages.evaluate.answering import add_recorded, has_text, mark_unfinished, thought_notes
 from esi_ds.stages.evaluate.judging import judge_all
 from esi_ds.stages.evaluate.prepare import PreparedWords, RecordedModel
 from esi_ds.stages.evaluate.served import answer_row
@@ -213,6 +213,24 @@ def test_a_user_s_marks_in_what_models_generate_serve_and_learn(monkeypatch: pyt
 
 
 kept_rows: list[AnswerRow] = []
+
+
+def test_an_answer_cut_within_a_thought_that_its_prompt_opened_is_unfinished() -> None:
+    """As of a server without a reasoning parser: the other answers tell that the prompt opens a thought."""
+    closes, cut = f"{COMPLIES}</think>{REFUSES}", "They ask me to"
+    for others, unfinished in (([closes], True), ([COMPLIES], False), ([f"<think>x</think>{COMPLIES}"], False)):
+        rows = recorded_rows([cut, *others, cut], None)
+        for row in rows:
+            if row["index"] == 0:
+                row["cut"] = True
+        mark_unfinished(rows)
+        excluded = {row["index"]: row["excluded"] for row in rows}
+        assert excluded == {0: UNFINISHED if unfinished else None, 1: None, 2: None}
+    rows = recorded_rows([cut, f"{COMPLIES}{OWN[1]}{REFUSES}"])
+    rows[0]["cut"] = True
+    rows.append({**rows[0], "model": "another", "excluded": None})
+    mark_unfinished(rows)
+    assert rows[0]["excluded"] == UNFINISHED and rows[-1]["excluded"] is None
 
 
 def test_marks_that_never_close_or_never_stand_are_said_once() -> None:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from esi_ds.data.prompts import PromptSet, QuestionSet
+from esi_ds.data.thoughts import has_marks
 from esi_ds.data.turns import Prompt
 from esi_ds.eval.asking import check_served
-from esi_ds.eval.rows import ANSWER_KEY, AnswerRow
-from esi_ds.stages.evaluate.answering import ANSWERS
+from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, answered, marks_of
+from esi_ds.stages.evaluate.answering import ANSWERS, mark_unfinished
 from esi_ds.stages.evaluate.prepare import ServedModel
 from esi_ds.stages.evaluate.served import AnswerRounds
 from esi_ds.stages.ledger import Ledger
@@ -42,8 +43,14 @@ def ask_endpoint(
     question_set = QuestionSet(ASKED_SET, "harmful", PromptSet(tuple(prompts), "", "", (), goals=aims))
     answers: Ledger[AnswerRow] = Ledger(folder / ANSWERS, ANSWER_KEY, AnswerRow)
     AnswerRounds(model, answers, tracker).ask([question_set])
+    mark_unfinished(answers.rows.values())
     rows = answers.sort((model.name, ASKED_SET, index) for index in range(len(prompts)))
     num_cut = sum(row.get("cut", False) for row in rows)
     tracker.log(f"{model.name}: {num_cut} of {len(rows)} responses cut at {model.endpoint.max_tokens} tokens")
-    unanswered = {row["index"]: str(row["excluded"]) for row in rows if row["response"] is None}
-    return [row["response"] or "" for row in rows], unanswered
+    unanswered = {row["index"]: str(row["excluded"]) for row in rows if answered(row) is None}
+    # An unfinished text without a mark would be taken for an answer.
+    texts = [row["response"] or "" for row in rows]
+    return [
+        text if row["index"] not in unanswered or has_marks(text, marks_of(row)) else ""
+        for row, text in zip(rows, texts, strict=True)
+    ], unanswered

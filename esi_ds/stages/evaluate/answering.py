@@ -8,7 +8,15 @@ from esi_ds.config import Config, Eval
 from esi_ds.data.answers import MISSING, RecordedAnswer
 from esi_ds.data.chat import answerable
 from esi_ds.data.prompts import QuestionSet
-from esi_ds.data.thoughts import UNFINISHED, absent_marks, final_answer, marks_with, opening_mark
+from esi_ds.data.thoughts import (
+    UNFINISHED,
+    absent_marks,
+    closes_unopened,
+    final_answer,
+    has_marks,
+    marks_with,
+    opening_mark,
+)
 from esi_ds.eval.fluency import surprises as measure_surprises
 from esi_ds.eval.rows import AnswerRow, SurpriseRow, answer_key, answered, marks_of
 from esi_ds.eval.verdicts import is_empty
@@ -32,6 +40,20 @@ ANSWERS, SURPRISES = "answers.jsonl", "surprises.jsonl"
 def has_text(row: AnswerRow) -> bool:
     """Whether there is an answer that is not empty."""
     return not is_empty(final_answer(answered(row) or "", None, marks_of(row)) or "")
+
+
+def mark_unfinished(rows: Collection[AnswerRow]) -> None:
+    """Exclude answers that another engine cut within a thought that its prompt had opened.
+
+    They hold no mark of it. Other answers of the same model tell: they close a thought that they do not open.
+    """
+    opened = {
+        row["model"] for row in rows if row["response"] is not None and closes_unopened(row["response"], marks_of(row))
+    }
+    for row in rows:
+        text = answered(row)
+        if row.get("cut") and row["model"] in opened and text is not None and not has_marks(text, marks_of(row)):
+            row["excluded"] = UNFINISHED
 
 
 def thought_notes(rows: Sequence[AnswerRow]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from esi_ds.config import Config
 from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, DivergenceRow, SurpriseRow, VerdictRow
 from esi_ds.eval.tables import Divergences, Surprises, Verdicts
-from esi_ds.stages.evaluate.answering import ANSWERS, SURPRISES, thought_notes
+from esi_ds.stages.evaluate.answering import ANSWERS, SURPRISES, mark_unfinished, thought_notes
 from esi_ds.stages.evaluate.divergence import DIVERGENCES
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, VERDICTS, judge_all, verdict_key
 from esi_ds.stages.evaluate.prepare import EvalInputs
@@ -62,6 +62,7 @@ class EvalLedgers:
         Collectives: those of ``judge_all``. Raises Interrupted.
         """
         order = answer_keys(names, inputs.sets, inputs.section.samples)
+        mark_unfinished(self.answers.rows.values())
         answers = self.answers.sort(order)
         self.surprises.sort(order)
         divergences: Divergences = {}
