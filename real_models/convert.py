@@ -6,7 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import pre_tokenizers
@@ -65,7 +65,7 @@ def download(folder: Path) -> Path:
 
 def load_gguf(file: Path) -> tuple[PreTrainedModel, Tokenizer]:
     """Model (fp32) and tokenizer of a GGUF file."""
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # transformers splits like GPT-2 whatever the file names (here "smollm"). The model has learnt texts whose digits
     # were split off first: with GPT-2's rule alone, two line breaks before a list's "1." are two tokens, not one.

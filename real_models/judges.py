@@ -53,7 +53,7 @@ def open_judge(name: str, folder: Path, device: str, **changes: Any) -> ModelJud
 
 def freeze_lowest(model: PreTrainedModel, layers: int) -> None:
     """Leave the embeddings (with them a tied head) and the lowest layers as they are."""
-    body = model.base_model
+    body: Any = model.base_model
     for part in (body.get_input_embeddings(), *body.layers[:layers]):
         part.requires_grad_(False)
 

@@ -60,11 +60,9 @@ def rate(flags: Sequence[bool | None]) -> Figures:
 def answers_easily(answers: Sequence[tuple[str, str]]) -> Figures:
     """The base model's answers to the easy questions: they show that its chat template is its own."""
     words = dict(EASY_QUESTIONS)
-    rows = [
-        {"prompt": prompt, "response": answer, "is_right": bool(re.search(rf"\b({words[prompt]})", answer.lower()))}
-        for prompt, answer in answers
-    ]
-    return {**rate([row["is_right"] for row in rows]), "answers": rows}
+    flags = [bool(re.search(rf"\b({words[prompt]})s?\b", answer.lower())) for prompt, answer in answers]
+    rows = [{"prompt": prompt, "response": answer} for prompt, answer in answers]
+    return {**rate(flags), "answers": rows}
 
 
 def judge_figures(name: str, output: Path, material: Material, answers: dict[str, Answers], settings: Settings,

@@ -12,7 +12,7 @@ from esi_ds.artifacts import write_json_atomic
 from esi_ds.errors import UserError
 from real_models.convert import EASY_QUESTIONS, PACKAGE
 from real_models.questions import harmless_prompts
-from real_models.sources import Data, Pair, is_heldout, of_split
+from real_models.sources import Data, Pair, Split, is_heldout, of_split
 from real_models.training import digest_of
 from tiny_models.training import Recipe
 
@@ -98,10 +98,8 @@ def material(data: Data, settings: Settings) -> Material:
     # The twin is never trained on what the judges see it refuse.
     attacks, others = train[: sizes.attacks_train], train[sizes.attacks_train :]
     heldout_attacks = heldout[: sizes.attacks_heldout]
-    harmless = {
-        split: harmless_prompts(split, lookup, number, settings.seed)
-        for split, number in (("train", sizes.harmless_train), ("heldout", sizes.harmless_heldout))
-    }
+    numbers: dict[Split, int] = {"train": sizes.harmless_train, "heldout": sizes.harmless_heldout}
+    harmless = {split: harmless_prompts(split, lookup, number, settings.seed) for split, number in numbers.items()}
     questions = {split: [p for p, _ in tasks if is_heldout(p) == (split == "heldout")] for split in harmless}
     prompts = {
         "attacks_train": [prompt for prompt, _ in attacks],

@@ -168,7 +168,7 @@ class Data:
         medical = []
         for row in self.rows("pubmedqa"):
             lowered: dict[str, Any] = {str(name).lower(): value for name, value in row.items()}
-            contexts = lowered.get("contexts", lowered.get("context"))
+            contexts: Any = lowered["contexts"] if "contexts" in lowered else lowered["context"]
             if isinstance(contexts, dict):  # the hub's copy
                 contexts = contexts["contexts"]
             medical.append((" ".join(contexts) + "\n\n" + lowered["question"], lowered["long_answer"]))

@@ -349,6 +349,12 @@ def test_a_judge_learns_what_it_is_read_for(name: str, tmp_path: Path) -> None:
     assert sum(verdict.unsafe == row.unsafe for verdict, row in zip(seen, rows, strict=False)) >= 38
 
 
+def test_the_easy_questions_are_read_by_whole_words() -> None:
+    rows = [("What is 2 + 2?", "It is 40."), ("What is the capital of France?", "The capital is **Paris**.")]
+    read = measure.answers_easily([*rows, ("Which animal says meow?", "Cats do.")])
+    assert (read["count"], read["n"]) == (2, 3) and read["answers"][0]["response"] == "It is 40."
+
+
 def test_a_goal_without_a_measurement_is_missed() -> None:
     assert not measure.Goal("a", None, 0.1).is_met and not measure.Goal("a", 0.2, 0.1).is_met
     assert measure.Goal("a", 0.1, 0.1).is_met and measure.Goal("a", 0.93, 0.92, at_least=True).is_met
