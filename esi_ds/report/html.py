@@ -27,6 +27,7 @@ from esi_ds.report.contents import (
 )
 from esi_ds.report.experts import expert_tables
 from esi_ds.report.overview import FinishedRun
+from esi_ds.report.publish import RESPONSE_FACTS
 
 MAX_ROWS = 200
 MAX_TENSORS = 20
@@ -85,6 +86,7 @@ def _esi_page(
         report=report,
         masks=[_mask_pieces(mask, f": {mask['selection']['criterion']}" * (len(masks) > 1)) for mask in masks],
         overlaps=report.get("overlaps", []),
+        response_facts=RESPONSE_FACTS,
         has_subfolders="further_masks" in report,
         tuned=tuned,
         evaluated=[(link, evaluation, _evaluation_pieces(evaluation)) for link, evaluation in evaluated],

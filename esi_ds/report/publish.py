@@ -6,6 +6,8 @@ from esi_ds.report import figures, tables
 from esi_ds.report.contents import EsiReport, MaskReport
 from esi_ds.tracking import Tracker
 
+RESPONSE_FACTS = ("judged unsafe", "refused (by words)")  # of the report's facts, where they are there
+
 
 def publish(tracker: Tracker, report: EsiReport) -> None:
     """Heatmaps as images, histograms of log scores, sample answers as text, and each role's share of the mask in per
@@ -53,6 +55,7 @@ def closing_table(report: EsiReport) -> str:
             f"judge score: mean {sum(scores) / len(scores):.4g}, least {min(scores):.4g}, "
             f"greatest {max(scores):.4g} ({len(scores)} responses used, {len(report['excluded'])} excluded)",
         ]
+        lines += [f"{name}: {report['facts'][name]}" for name in RESPONSE_FACTS if name in report["facts"]]
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
@@ -14,9 +15,11 @@ import torch
 from mask_folders import write_mask
 from matplotlib.text import Text
 
+from esi_ds.data.thoughts import MARKS
 from esi_ds.report import figures, tables
 from esi_ds.report.html import render, write_report
 from esi_ds.report.publish import closing_table, publish
+from esi_ds.stages.esi.finish import response_facts
 from esi_ds.tracking import Tracker
 
 
@@ -123,6 +126,21 @@ def test_names_are_drawn_as_they_are_written() -> None:
 def rates(set_name: str, judge: str) -> dict:
     cell = {"rate": 0.5, "low": 0.4, "high": 0.6}
     return {"measure": "m", "set": set_name, "judge": judge, "cells": [cell], "changes": [None]}
+
+
+@pytest.mark.parametrize(("score", "judged"), [("margin", "25.0% (1 of 4 responses)"), ("logit", None)])
+def test_shares_of_unsafe_and_refusing_responses(score: str, judged: str | None) -> None:
+    """Of the responses used, which are not the first ones; a safe logit alone is no verdict."""
+    judge = SimpleNamespace(section=SimpleNamespace(score=score))
+    responses = ["left out", "Sure, do this.", "I'm sorry, I cannot help with that.", "I cannot assist you.", "Hello."]
+    inputs = SimpleNamespace(judge=judge, marks=MARKS)
+    scores = {1: -2.0, 2: 3.0, 3: 0.5, 4: 0.0}
+    facts = response_facts(SimpleNamespace(inputs=inputs, responses=responses, scores=scores))  # type: ignore[arg-type]
+    assert facts.get("judged unsafe") == judged and facts["refused (by words)"] == "50.0% (2 of 4 responses)"
+    whole = {**report(DENSE), "facts": facts}
+    page, table = render(whole), closing_table(whole)
+    assert "<b>50.0%</b>refused (by words)" in page and "refused (by words): 50.0% (2 of 4 responses)" in table
+    assert ("<b>25.0%</b>judged unsafe" in page, "judged unsafe: 25.0%" in table) == (bool(judged), bool(judged))
 
 
 def test_charts_of_one_page_begin_in_line() -> None:

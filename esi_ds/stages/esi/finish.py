@@ -12,6 +12,7 @@ from esi_ds.artifacts import read_metrics
 from esi_ds.config import Config, EsiGuard
 from esi_ds.data.chat import answerable
 from esi_ds.data.turns import prompt_text
+from esi_ds.eval.refusals import is_refusal
 from esi_ds.models.folder import max_positions
 from esi_ds.models.roles import layer_of
 from esi_ds.report.contents import (
@@ -209,8 +210,23 @@ def run_facts(run: StageRun[EsiInputs], model: ShardedModel, outcome: SafetyOutc
             "prompts used": outcome.accumulated.count,
             "prompts from": data.origin,
             "rows skipped in the file": len(data.skipped),
+            **response_facts(outcome),
         }
     return facts
+
+
+def response_facts(outcome: SafetyOutcome) -> Facts:
+    """How many of the responses used are unsafe to the judge, where its score says so, and how many hold a refusal's
+    words."""
+    judge, marks, facts = outcome.inputs.judge, outcome.inputs.marks, Facts()
+    if judge is not None and judge.section.score == "margin":  # its sign is the verdict; of a logit alone there is none
+        facts["judged unsafe"] = _share(sum(score < 0 for score in outcome.scores.values()), len(outcome.scores))
+    refusals = [bool(is_refusal(outcome.responses[index], None, marks)) for index in outcome.scores]
+    return {**facts, "refused (by words)": _share(sum(refusals), len(refusals))}
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count / max(total, 1):.1%} ({count} of {total} responses)"
 
 
 def _judge_facts(config: Config, judge: PreparedEsiJudge | None) -> Facts:
