@@ -6,8 +6,8 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, Literal, TypeVar
 
 from torch.optim import Optimizer
@@ -103,6 +103,7 @@ class StageRun(ABC, Generic[Inputs]):
         self._fingerprint: str | None = None  # of the model, once it is known
         self.notes: dict[str, Any] = {}  # further facts for the manifest
         self.batch_sizes: dict[str, int] = {}  # that `auto` has chosen, by purpose
+        self.phases: dict[str, float] = {}  # what this start's time went into → seconds
 
     @classmethod
     def start(
@@ -212,6 +213,15 @@ class StageRun(ABC, Generic[Inputs]):
             ModelSource.of(section), section.dtype, self.deepspeed_config, make_optimizer, roles=section.roles
         )
 
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the block's wall time on this rank under ``name``, for the manifest; several blocks add up."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - began
+
     def _recorded_batch_sizes(self) -> dict[str, int]:
         """What the manifest of the interrupted run says. Raises UserError where that is something else."""
         file = self.folder.path / MANIFEST
@@ -273,6 +283,7 @@ class StageRun(ABC, Generic[Inputs]):
                     **({"template_kwargs": values} if (values := self.config.model.template_kwargs) else {}),
                     **self.notes,
                     **({KEY: self.batch_sizes} if self.batch_sizes else {}),
+                    "phases_s": {name: round(seconds, 3) for name, seconds in self.phases.items()},
                     **self.remarks,
                 },
             )

@@ -6,14 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from esi_ds import lock
 from esi_ds.artifacts import RunFolder
 from esi_ds.config import validate
+from esi_ds.errors import UserError
 from esi_ds.options import Options
 from esi_ds.stages import ENTRIES
+from esi_ds.stages import run as stage_run
 from esi_ds.stages.run import StageRun
 
 
@@ -67,3 +70,32 @@ def test_entries_load_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_the_manifest_says_what_the_time_went_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one name add up, a block that fails is counted too, and earlier records have what was known then."""
+
+    class Working(Run):
+        def work(self) -> None:
+            self._fingerprint = "f"
+            for name, seconds in (("loading", 3.0), ("scoring", 5.0), ("loading", 0.25)):
+                with self.phase(name):
+                    clock[0] += seconds
+            self.record("running")
+            running.update(json.loads((tmp_path / "manifest.json").read_text())["phases_s"])
+            with self.phase("exporting"):
+                clock[0] += 7.0
+                raise UserError("a", "b", "c", "d")
+
+    clock, running = [100.0], dict[str, float]()
+    monkeypatch.setattr(stage_run.time, "monotonic", lambda: clock[0])
+    config = validate({"run": {"output_dir": str(tmp_path), "tensorboard": False}, "model": {"path": "a"}})
+    run = Working(config, Options(), None, RunFolder(str(tmp_path)), {}, {})
+    run.tracker = SimpleNamespace(remarks=[])  # type: ignore[assignment]
+    run.folder.open(config)
+    with pytest.raises(UserError):
+        run.work()
+    run.record("failed")
+    assert running == {"loading": 3.25, "scoring": 5.0}
+    after = json.loads((tmp_path / "manifest.json").read_text())["phases_s"]
+    assert after == {**running, "exporting": 7.0}

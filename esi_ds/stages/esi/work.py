@@ -77,8 +77,9 @@ class EsiRun(StageRun[EsiInputs]):
         config, safety = self.config, self.inputs.safety
         if safety and safety.data.served:
             check_reachable(safety.data.served, self.folder.path)
-        guard = self._load_guard(safety.judge) if safety and safety.judge else None
-        model = self.load_model()
+        with self.phase("loading"):
+            guard = self._load_guard(safety.judge) if safety and safety.judge else None
+            model = self.load_model()
         if strangers := unknown(model.parameters):
             self.tracker.log(warning(strangers))
         if config.model.gradient_checkpointing:
@@ -91,12 +92,14 @@ class EsiRun(StageRun[EsiInputs]):
             guard.close()
             del guard
             memory.collect()
-        losses = [self._accumulate_loss(model, loss) for loss in self.inputs.losses]
+        with self.phase("scoring"):
+            losses = [self._accumulate_loss(model, loss) for loss in self.inputs.losses]
         accumulated = {loss.name: loss.accumulated for loss in losses}
         if outcome is not None:
             accumulated["safety"] = outcome.accumulated
         check_stop("everything scored", self._passes[-1].save if self._passes else None)
-        finish_esi(self, model, SharedGradients(config, model, accumulated), outcome, losses)
+        with self.phase("selecting and writing"):
+            finish_esi(self, model, SharedGradients(config, model, accumulated), outcome, losses)
         model.close()
 
     def _any_ids(self) -> list[int]:
@@ -133,12 +136,14 @@ class EsiRun(StageRun[EsiInputs]):
         prompts, num_broken = clean(inputs, data.prompts)
         prompt_ids = encode_prompts(inputs, config, prompts)
         unanswered: dict[int, str] = {}
-        if data.served:
-            responses, unanswered = ask_endpoint(data.served, data.prompts, self.folder.path, self.tracker, data.goals)
-        else:
-            longest = longest_prompt(prompt_ids, max_positions(inputs.model_config))
-            batch = self.generation_batch(config.esi, longest)
-            responses = respond(config, inputs, model, prompt_ids, self.folder.path, batch, self.tracker)
+        with self.phase("responding"):
+            if data.served:
+                asked = data.served, data.prompts, self.folder.path, self.tracker, data.goals
+                responses, unanswered = ask_endpoint(*asked)
+            else:
+                longest = longest_prompt(prompt_ids, max_positions(inputs.model_config))
+                batch = self.generation_batch(config.esi, longest)
+                responses = respond(config, inputs, model, prompt_ids, self.folder.path, batch, self.tracker)
         if absent := absent_marks(responses, config.model.thought_marks):
             self.tracker.remark(f"no response holds {' or '.join(absent)} of model.thought_marks")
         cleaned, num_broken_responses = clean_responses(inputs, prompt_ids, responses)
@@ -154,7 +159,8 @@ class EsiRun(StageRun[EsiInputs]):
                 "look at responses.jsonl in the run folder",
             )
         gradients = GradientShards(model, self._accumulator_device())
-        state = self._run_pass(model, self._objective(model, guard, inputs, examples, gradients))
+        with self.phase("scoring"):
+            state = self._run_pass(model, self._objective(model, guard, inputs, examples, gradients))
         excluded.update(state.excluded)
         if runtime.is_main():
             write_responses(self.folder.path, data.prompts, responses, state.scores, excluded, data.goals)

@@ -70,8 +70,11 @@ class EvalRun(StageRun[EvalInputs]):
         for model in reversed(inputs.candidates):  # the base last: it reads the others' answers too
             self._answer(model, ledgers)
         names = [model.name for model in inputs.models]
-        outcome = ledgers.judge(names, inputs, self.config, self.deepspeed_config, tracker)
-        finish_eval(self, outcome, self._run_tasks())
+        with self.phase("judging"):
+            outcome = ledgers.judge(names, inputs, self.config, self.deepspeed_config, tracker)
+        with self.phase("tasks"):
+            tasks = self._run_tasks()
+        finish_eval(self, outcome, tasks)
 
     def _answer(self, candidate: Candidate, ledgers: EvalLedgers) -> None:
         """One model's answers, if some are missing. The base also reads all answers again (``surprises``), and its own
@@ -88,12 +91,15 @@ class EvalRun(StageRun[EvalInputs]):
         is_compared = ledgers.divergences is None or not waiting_answers(self.inputs, answers, ledgers.divergences)
         if is_answered and (not is_base or (is_read and is_compared)):
             return
-        model = load_sharded(candidate.source, self.config.model.dtype, self.deepspeed_config)
+        with self.phase("loading"):
+            model = load_sharded(candidate.source, self.config.model.dtype, self.deepspeed_config)
         longest = longest_prompt(candidate.prompt_ids.values(), candidate.max_positions)
         batch = self.generation_batch(section, longest, f"generation, {candidate.name}")
-        answer_all(model, candidate.name, candidate, sets, answers, self.config, section, batch, self.tracker)
+        with self.phase("answering"):
+            answer_all(model, candidate.name, candidate, sets, answers, self.config, section, batch, self.tracker)
         if is_base:
-            surprise_all(model, candidate, answers, surprises, self.config, section, self.tracker, recorded)
+            with self.phase("reading answers again"):
+                surprise_all(model, candidate, answers, surprises, self.config, section, self.tracker, recorded)
             if ledgers.divergences is not None:
                 compare_all(
                     model, self.inputs, answers, ledgers.divergences, self.config, self.deepspeed_config, self.tracker

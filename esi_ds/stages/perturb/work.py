@@ -54,15 +54,19 @@ class PerturbRun(StageRun[PerturbInputs]):
     def work(self) -> None:
         inputs, config, tracker = self.inputs, self.config, self.tracker
         candidate, sets, section = inputs.candidate, inputs.eval.sets, inputs.eval.section
-        model = self._load()
+        with self.phase("loading"):
+            model = self._load()
         ledgers = EvalLedgers.open(self.folder.path)
         # With or without noise, the same prompts in the same batches.
         batch = self.generation_batch(section, longest_prompt(candidate.prompt_ids.values(), candidate.max_positions))
-        answer_all(model, CLEAN, candidate, sets, ledgers.answers, config, section, batch, tracker)
-        restored = self._answer_cells(model, ledgers.answers, batch)
-        surprise_all(model, candidate, ledgers.answers, ledgers.surprises, config, section, tracker)
+        with self.phase("answering"):
+            answer_all(model, CLEAN, candidate, sets, ledgers.answers, config, section, batch, tracker)
+            restored = self._answer_cells(model, ledgers.answers, batch)
+        with self.phase("reading answers again"):
+            surprise_all(model, candidate, ledgers.answers, ledgers.surprises, config, section, tracker)
         model.close()
-        outcome = ledgers.judge(inputs.names, inputs.eval, config, self.deepspeed_config, tracker)
+        with self.phase("judging"):
+            outcome = ledgers.judge(inputs.names, inputs.eval, config, self.deepspeed_config, tracker)
         finish_perturb(self, outcome, restored)
 
     def _load(self) -> ShardedModel:

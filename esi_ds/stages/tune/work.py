@@ -53,7 +53,8 @@ class TuneRun(StageRun[TuningInputs]):
     def work(self) -> None:
         config, inputs, tracker = self.config, self.inputs, self.tracker
         check_mask_bits(inputs.mask, "tune.mask")
-        model, make_tuner = self._load()
+        with self.phase("loading"):
+            model, make_tuner = self._load()
         self.begin(model)
         same_weights = self.accept_mask(inputs.mask, "tune.mask")
         self._log_inputs(same_weights)
@@ -61,17 +62,21 @@ class TuneRun(StageRun[TuningInputs]):
             model.enable_gradient_checkpointing()
         self._check_batches(model)
         measure_before(self, model)
-        before = self._answers(model, "before") if inputs.eval is not None and inputs.eval.before else None
+        with self.phase("answering"):
+            before = self._answers(model, "before") if inputs.eval is not None and inputs.eval.before else None
         saves = SaveClock(inputs.tune.save_every, config.run.save_every_min)
         training = Training(inputs, make_tuner(), config.run.seed, self.folder.path / CHECKPOINTS, tracker, saves)
-        training.run()
+        with self.phase("training"):
+            training.run()
         if inputs.questions:  # answers are kept as they come, and a restart must go on with the model that gave them
             training.save()
         training.tuner.close()  # the model's answers need its memory
-        after = self._answers(model, "after")
+        with self.phase("answering"):
+            after = self._answers(model, "after")
         routing_drift = drift_rows(self, model)
         self._write_answers(before, after)
-        patch_summary = self._export(model)
+        with self.phase("exporting"):
+            patch_summary = self._export(model)
         model.close()
         finish_tuning(self, training, patch_summary, self._read_answers(), routing_drift)
 
