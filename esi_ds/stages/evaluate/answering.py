@@ -137,8 +137,7 @@ def answer_all(
     batch: GenerationBatch,
     tracker: Tracker,
 ) -> None:
-    """Add a row for every prompt that ``answers`` lacks, under ``name``; excluded are those that cannot be answered
-    and responses that end within a thought.
+    """Add a row for every prompt that ``answers`` lacks, under ``name``; excluded are the unanswerable and unfinished.
 
     section: ``eval`` of the config. Data-parallel over ranks. Collectives: those of generation, and one gather of texts
     per batch. Raises Interrupted.
