@@ -19,7 +19,9 @@ class TuneData(RowSource):
 
 
 class Tune(Section):
-    mask: str = Field(description="The folder of the mask.")
+    mask: str = Field(
+        description="The folder of the mask; for SPA, none means that no scored weight is frozen: the baseline."
+    )
     data: TuneData = Field(description="The rows that the model learns.")
     max_steps: int = Field(100, ge=1, description="How many optimizer steps to take.")
     lr: float = Field(1e-4, gt=0, description="The peak learning rate.")

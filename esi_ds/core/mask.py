@@ -17,13 +17,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from esi_ds.core.mask_metadata import FORMAT, MaskMetadata
-from esi_ds.core.units import Shard
+from esi_ds.core.units import Parameter, Shard
 from esi_ds.errors import UserError
 from esi_ds.reading import reading
 from esi_ds.tensor_files import DIGESTS_NAME, INDEX_NAME, TensorFolder, numel, read_digests, read_tensor_folder
 
 FIELD, REMEDY = "mask", "give the mask/ folder of a finished run, or make the mask again"
 UNITS_NAME = "units.json"
+NO_MASK = "none"  # as ``tune.mask``: SPA that freezes no scored weight
 # Keys of the index's metadata: sha256 of what the shards' bytes do not cover; optional likewise.
 METADATA_DIGEST, UNITS_DIGEST = "metadata_sha256", "units_sha256"
 
@@ -192,6 +193,45 @@ class Mask:
     def mark_sound(self) -> None:
         """Have ``check_bits`` read nothing: the ranks have shared the reading and met no problem."""
         self._is_sound = True
+
+
+class EmptyMask(Mask):
+    """A mask that selects no weight of a model, and lies in no file: nothing is frozen by it, whatever the weights are.
+
+    parameters: of the model, in its order.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter]):
+        shapes = {parameter.name: parameter.shape for parameter in parameters if parameter.scored}
+        total = sum(parameter.numel for parameter in parameters)
+        header = MaskMetadata(
+            k=0,
+            ratio=0.0,
+            total_numel=total,
+            threshold=None,
+            criterion=NO_MASK,
+            contrastive=False,
+            order="top",
+            of="all",
+            scope="model",
+            seed=0,
+            fingerprint=NO_MASK,
+            shapes=shapes,
+            counts=dict.fromkeys(shapes, 0),
+            offsets=None,
+        )
+        metadata = {"format": FORMAT, "criterion": NO_MASK, "k": "0", "total_numel": str(total)}
+        super().__init__(Path(NO_MASK), TensorFolder({}, metadata, {}), header)
+        self.mark_sound()
+
+    def data(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """uint8: zeros for bytes [first, last) of one parameter's bits."""
+        end = num_bytes(self.numel(name)) if last is None else last
+        return torch.zeros(max(0, end - first), dtype=torch.uint8)
+
+    def problems(self, part: int = 0, num_parts: int = 1) -> list[str]:
+        """None: there is nothing that could be damaged."""
+        return []
 
 
 def refuse_problems(mask: Mask, problems: Sequence[str], field: str = FIELD) -> None:

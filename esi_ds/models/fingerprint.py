@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from esi_ds.core.mask import Mask
+from esi_ds.core.mask import EmptyMask, Mask
 from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
 from esi_ds.models.weights import checkpoint_tensors
@@ -83,7 +83,7 @@ def check_mask_structure(mask: Mask, parameters: Sequence[Parameter], field: str
 
 def check_mask_weights(mask: Mask, fingerprint: str, allow_mismatch: bool, field: str) -> bool:
     """Whether the mask belongs to exactly these weights. Raises UserError if not, unless a mismatch is allowed."""
-    if mask.fingerprint == fingerprint:
+    if mask.fingerprint == fingerprint or isinstance(mask, EmptyMask):
         return True
     if not allow_mismatch:
         raise UserError(

@@ -37,6 +37,8 @@ def model_card(
     quantised. num_trained: weights that were trained. benign: rows mixed in.
     """
     name, sentence = METHODS[stage]
+    if not mask.k and stage == "spa":
+        sentence = "no scored weight was frozen, as a baseline of SPA; what is frozen all the same is the base"
     facts = {
         "base model": config.model.path + (f" ({config.model.revision})" if config.model.revision else ""),
         **({"base weights": f"dequantised from {dequantised_from}"} if dequantised_from is not None else {}),

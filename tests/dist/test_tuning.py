@@ -119,6 +119,7 @@ def cases(folder: Path, ranks: int) -> list[dict]:
         {**make(f"{tag}-persist-set", "llama", "set", zero=PERSIST), "frees": True},
         make(f"{tag}-offload-set", "llama", "set", zero=OFFLOAD),
         {**make(f"{tag}-offload-spa", "llama", "spa", zero=OFFLOAD, **decay), "frees": True},
+        make(f"{tag}-nothing-frozen", "llama", "spa", mask="none"),
         make(f"{tag}-plain", "llama", "set", data={"path": str(folder / "rows.jsonl"), **PLAIN}),
         make(f"{tag}-recompute-set", "qwen3_moe", "set"),
         make(f"{tag}-recompute-spa", "qwen3_moe", "spa"),
@@ -168,13 +169,20 @@ def tuned(request, folder: Path) -> tuple[int, Path]:
 
 
 def trained_bits(
-    folder: Path, kind: str, stage: str, unscored: str = "freeze", router: str | None = None
+    folder: Path,
+    kind: str,
+    stage: str,
+    unscored: str = "freeze",
+    router: str | None = None,
+    nothing_frozen: bool = False,
 ) -> dict[str, torch.Tensor]:
     mask = Mask.load(folder / f"{kind}-mask")
     model = AutoModelForCausalLM.from_pretrained(folder / kind)
     trained = {}
     for name, parameter in model.named_parameters():
-        if name in mask.shapes:
+        if name in mask.shapes and nothing_frozen:
+            trained[name] = torch.ones(parameter.shape, dtype=torch.bool)
+        elif name in mask.shapes:
             trained[name] = mask.tensor(name) if stage == "set" else ~mask.tensor(name)
         else:
             is_router = name.endswith("mlp.gate.weight")
@@ -208,14 +216,15 @@ def reference(
     router=None,
     dtype=torch.bfloat16,
     plain=False,
+    nothing_frozen=False,
     **options,
 ):
-    key = (kind, stage, ranks, unscored, router, dtype, plain, tuple(sorted(options.items())))
+    key = (kind, stage, ranks, unscored, router, dtype, plain, nothing_frozen, tuple(sorted(options.items())))
     if key not in _references:
         options.setdefault("by_micro_batch", stage == "spa")
         _references[key] = tune(
             folder / kind,
-            trained_bits(folder, kind, stage, unscored, router),
+            trained_bits(folder, kind, stage, unscored, router, nothing_frozen),
             batches(folder, kind, ranks, plain),
             lambda step: learning_rate(step, max_steps=STEPS, **RULE),
             dtype=dtype,
@@ -247,11 +256,18 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def frozen_changes(
-    folder: Path, kind: str, stage: str, run: Path, unscored="freeze", router=None, dtype=torch.bfloat16
+    folder: Path,
+    kind: str,
+    stage: str,
+    run: Path,
+    unscored="freeze",
+    router=None,
+    dtype=torch.bfloat16,
+    nothing_frozen=False,
 ) -> int:
     """Frozen weights of the exported model that are not the base's bits."""
     base = AutoModelForCausalLM.from_pretrained(folder / kind, dtype=dtype)
-    trained, now = trained_bits(folder, kind, stage, unscored, router), weights_of(run, dtype)
+    trained, now = trained_bits(folder, kind, stage, unscored, router, nothing_frozen), weights_of(run, dtype)
     return sum(
         int((as_bits(p.detach()) != as_bits(now[name]))[~trained[name]].sum()) for name, p in base.named_parameters()
     )
@@ -266,7 +282,8 @@ def trained_differences(
     differ = sum(int((as_bits(expected[name]) != as_bits(now[name])).sum()) for name in expected)
     got = state_of(run, ranks)
     assert set(got) == set(state)
-    trained = trained_bits(folder, kind, stage, options.get("unscored", "freeze"), options.get("router"))
+    kept = {key: options[key] for key in ("unscored", "router", "nothing_frozen") if key in options}
+    trained = trained_bits(folder, kind, stage, **kept)
     worst = {True: 0.0, False: 0.0}
     for name, tensors in state.items():
         for what in ("master", "exp_avg", "exp_avg_sq"):
@@ -348,6 +365,7 @@ VARIANTS = {
     "offload-spa": ("llama", "spa", {"weight_decay": 0.1, "clip": 0.05}),
     "hpz-set": ("llama", "set", {}),
     "plain": ("llama", "set", {"plain": True}),
+    "nothing-frozen": ("llama", "spa", {"nothing_frozen": True}),
     "recompute-set": ("qwen3_moe", "set", {}),
     "recompute-spa": ("qwen3_moe", "spa", {}),
 }
@@ -361,7 +379,7 @@ def test_variants_equal_one_process(tuned: tuple[int, Path], name: str) -> None:
     if name.startswith("hpz") and ranks != 2:
         pytest.skip("secondary partitions of two ranks need two ranks")
     check(folder, run, ranks, kind, stage, **options)
-    frozen = {key: options[key] for key in ("unscored", "router", "dtype") if key in options}
+    frozen = {key: options[key] for key in ("unscored", "router", "dtype", "nothing_frozen") if key in options}
     assert frozen_changes(folder, kind, stage, run, **frozen) == 0
 
 

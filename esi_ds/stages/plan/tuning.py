@@ -6,7 +6,7 @@ from pathlib import Path
 
 from esi_ds.config import Config, Tune, resolved_yaml
 from esi_ds.config.needs import require_tune
-from esi_ds.core.mask import load_mask
+from esi_ds.core.mask import NO_MASK
 from esi_ds.core.select import model_k
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
@@ -28,7 +28,7 @@ from esi_ds.stages.plan.memory import (
 )
 from esi_ds.stages.plan.notes import count_prompts, count_rows
 from esi_ds.stages.plan.stages import print_facts, print_notes
-from esi_ds.stages.tune.prepare import check_routers, describe_trained, prepare_tuning
+from esi_ds.stages.tune.prepare import check_routers, describe_trained, open_mask, prepare_tuning
 
 Counts = dict[str, dict[str, int]]  # stage → parameter → weights that get a gradient
 
@@ -54,8 +54,9 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
         inputs = prepare_tuning(config, stage)
         trained, num_rows = inputs.trained, len(inputs.rows.sequences)
         rows = f"{num_rows:,} ({inputs.rows.columns}), {len(inputs.rows.skipped)} skipped"
-    elif Path(tune.mask).exists():
-        trained = describe_trained(config.model, tune, stage, load_mask(tune.mask), model_config)
+    elif tune.mask == NO_MASK or Path(tune.mask).exists():
+        mask = open_mask(config.model, tune, stage, model_config)
+        trained = describe_trained(config.model, tune, stage, mask, model_config)
     counts = known_trained(trained, parameters) if trained else expected_trained(config, parameters)
     print(resolved_yaml(config))
     facts = _weight_facts(config, stage, parameters, trained, counts) | {"ranks": ranks, "rows": rows}
@@ -87,7 +88,7 @@ def _missing_files(config: Config, tune: Tune) -> list[str]:
         for kind, pattern in (("weights", "*.safetensors"), ("tokenizer", "tokenizer*")):
             if not any(folder.glob(pattern)):
                 notes.append(f"model.path = {folder}: holds no {kind} ({pattern})")
-    if not Path(tune.mask).exists():
+    if tune.mask != NO_MASK and not Path(tune.mask).exists():
         assumed = f"select.ratio = {config.select.ratio:g} of the weights is assumed, spread evenly"
         notes.append(f"tune.mask = {tune.mask}: does not exist; {assumed}")
     return notes

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.config import Config, Eval, Model, Rows, Tune
 from esi_ds.config.needs import require_tune
-from esi_ds.core.mask import Mask, load_mask
+from esi_ds.core.mask import NO_MASK, EmptyMask, Mask, load_mask
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
 from esi_ds.data.chat import answerable, encode_data_prompt, load_chat_tokenizer, special_strings, with_template
@@ -56,7 +56,7 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
     source = ModelSource.of(model)
     model_config = load_model_config(source)
     check_weights(source)
-    mask = load_mask(tune.mask)
+    mask = open_mask(config.model, tune, stage, model_config)
     trained = describe_trained(config.model, tune, stage, mask, model_config)
     if tune.patch:
         check_names(source, model_config, trained.numels)
@@ -98,6 +98,16 @@ def load_training_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError("model.path", model.path, "has a tokenizer without an end token", "set its eos_token")
     return tokenizer
+
+
+def open_mask(model: Model, tune: Tune, stage: str, model_config: PretrainedConfig) -> Mask:
+    """The mask that ``tune.mask`` names, or for SPA that of no weight. Raises UserError."""
+    if tune.mask != NO_MASK:
+        return load_mask(tune.mask)
+    if stage == "set":
+        problem = "selects nothing, and SET trains what a mask selects"
+        raise UserError("tune.mask", tune.mask, problem, "give a mask; the baseline without one is SPA's")
+    return EmptyMask(meta_parameters(model_config, ModelSource.of(model), model.roles, model.dtype))
 
 
 def describe_trained(model: Model, tune: Tune, stage: str, mask: Mask, model_config: PretrainedConfig) -> Trained:

@@ -1,0 +1,67 @@
+"""``tune.mask: none``: SPA that freezes no scored weight, and SET that is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from esi_ds.cli import main
+from esi_ds.config import validate
+from esi_ds.config.needs import require_tune
+from esi_ds.core.mask import EmptyMask
+from esi_ds.errors import UserError
+from esi_ds.models.fingerprint import check_mask_weights
+from esi_ds.models.folder import ModelSource, load_model_config
+from esi_ds.models.meta import meta_parameters
+from esi_ds.report.card import model_card
+from esi_ds.stages.tune.prepare import describe_trained, open_mask
+
+MODEL = str(ROOT / "examples/models/llama-aligned")
+
+
+def config(**tune):
+    settings = {"mask": "none", "data": {"path": str(ROOT / "examples/data/benign_train.jsonl")}, **tune}
+    return validate({"run": {"output_dir": "x"}, "model": {"path": MODEL, "dtype": "fp32"}, "tune": settings})
+
+
+@pytest.mark.parametrize("unscored", ["freeze", "train"])
+def test_every_scored_weight_trains(unscored: str) -> None:
+    section = config(unscored=unscored)
+    tune, model_config = require_tune(section), load_model_config(ModelSource.of(section.model))
+    mask = open_mask(section.model, tune, "spa", model_config)
+    parameters = meta_parameters(model_config, ModelSource.of(section.model), dtype="fp32")
+    trained = describe_trained(section.model, tune, "spa", mask, model_config)
+    assert isinstance(mask, EmptyMask) and mask.k == 0 and mask.problems() == []
+    assert trained.total == sum(p.numel for p in parameters if p.scored or unscored == "train") > 10**6
+    scored = next(p for p in parameters if p.scored)
+    assert not mask.bits(scored.name).any() and trained.bits(scored.name, 3, 70).all()
+    assert torch.equal(mask.data(scored.name, 1, 3), torch.zeros(2, dtype=torch.uint8))
+    assert check_mask_weights(mask, "any weights", False, "tune.mask")  # it is every model's
+
+
+def test_a_card_does_not_say_that_a_mask_was_frozen() -> None:
+    section = config()
+    tune, model_config = require_tune(section), load_model_config(ModelSource.of(section.model))
+    mask = open_mask(section.model, tune, "spa", model_config)
+    rows = type("Rows", (), {"sha256": "0"})
+    card = model_card(section, tune, stage="spa", fingerprint="f", mask=mask, num_trained=5, rows=rows, benign=None)
+    assert "no scored weight was frozen" in card and "weights of the mask were frozen" not in card
+
+
+def test_set_without_a_mask_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    section = config()
+    with pytest.raises(UserError, match=r"tune.mask = none: selects nothing, and SET trains what a mask selects"):
+        open_mask(section.model, require_tune(section), "set", None)  # type: ignore[arg-type]
+    overrides = [f"model.path={MODEL}", "model.dtype=fp32", "tune.mask=none", f"run.output_dir={tmp_path / 'run'}"]
+    assert main("set", ["--config", str(ROOT / "configs/demo/set.yaml"), *overrides]) == 2
+    assert "tune.mask = none: selects nothing" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_the_baseline_is_planned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main("spa", ["--config", "demo/spa", "--dry-run", "tune.mask=none"]) == 0
+    output = capsys.readouterr().out
+    assert "0 weights by none" in output and "NOTE" not in output
