@@ -19,7 +19,7 @@ ARCHITECTURE = f"model.path={ROOT / 'configs/moe/architectures/mixtral-8x22b'}"
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_notes, "_hub_answers", lambda: False)
+    monkeypatch.setattr(plan_notes, "hub_answers", lambda: False)
 
 
 def dry_run(stage: str, *arguments: str) -> int:
@@ -127,7 +127,7 @@ def test_a_router_that_a_dense_model_has_not(capsys: pytest.CaptureFixture[str],
 
 def test_what_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
     """A set that the hub refuses is a note; one that it gives, with a column that is not there, an error."""
-    monkeypatch.setattr(plan_notes, "_hub_answers", lambda: True)
+    monkeypatch.setattr(plan_notes, "hub_answers", lambda: True)
 
     def refuse(*_, **__):
         raise UserError("data.x.path", "some/set", "cannot be loaded from the hub (gated)", "ask for it")

@@ -6,15 +6,15 @@ from esi_ds.config import Config
 from esi_ds.options import Options
 from esi_ds.stages.evaluate.prepare import prepare_eval
 from esi_ds.stages.folder import open_folder
-from esi_ds.stages.plan.stages import print_eval_plan
+from esi_ds.stages.plan.evaluation import plan_eval
 
 
 def run(config: Config, options: Options) -> None:
     """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
-    inputs = prepare_eval(config)
     if options.dry_run:
-        print_eval_plan(config, options, inputs)
+        plan_eval(config, options)
         return
+    inputs = prepare_eval(config)
     folder = open_folder(config, "eval", inputs.source, "eval")
     from esi_ds.stages.evaluate.work import EvalRun  # loads deepspeed
 

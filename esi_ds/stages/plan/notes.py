@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import constants, get_session
@@ -56,7 +57,7 @@ def _read_if_reachable(path: str, field: str, read: Callable[[], Content], notes
             return read()
         notes.append(f"{field} = {path}: there is no such file")
         return None
-    if not _hub_answers():
+    if not hub_answers():
         notes.append(f"{field} = {path}: the hub does not answer; HF_HUB_OFFLINE=1 would look for a local copy")
         return None
     try:
@@ -66,8 +67,15 @@ def _read_if_reachable(path: str, field: str, read: Callable[[], Content], notes
         return None
 
 
+def missing_files(field: str, path: str) -> list[str]:
+    """Notes on what the folder of a model lacks, where an earlier run or a download has yet to write it."""
+    kinds = (("weights", "*.safetensors"), ("tokenizer", "tokenizer*"))
+    missing = [(kind, pattern) for kind, pattern in kinds if not any(Path(path).glob(pattern))]
+    return [f"{field} = {path}: holds no {kind} ({pattern})" for kind, pattern in missing]
+
+
 @cache
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """One request, for reading a data set would retry for half a minute. True where the hub must not be asked."""
     if constants.HF_HUB_OFFLINE:
         return True

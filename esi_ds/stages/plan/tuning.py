@@ -26,7 +26,7 @@ from esi_ds.stages.plan.memory import (
     print_bytes,
     topology,
 )
-from esi_ds.stages.plan.notes import count_prompts, count_rows
+from esi_ds.stages.plan.notes import count_prompts, count_rows, missing_files
 from esi_ds.stages.plan.stages import print_facts, print_notes
 from esi_ds.stages.tune.prepare import check_routers, describe_trained, open_mask, prepare_tuning
 
@@ -83,11 +83,8 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
 
 def _missing_files(config: Config, tune: Tune) -> list[str]:
     """Notes on files of the model and on the mask, where an earlier run or a download has yet to produce them."""
-    notes, folder = [], Path(config.model.path)
-    if folder.is_dir():
-        for kind, pattern in (("weights", "*.safetensors"), ("tokenizer", "tokenizer*")):
-            if not any(folder.glob(pattern)):
-                notes.append(f"model.path = {folder}: holds no {kind} ({pattern})")
+    path = config.model.path
+    notes = missing_files("model.path", path) if Path(path).is_dir() else []
     if tune.mask != NO_MASK and not Path(tune.mask).exists():
         assumed = f"select.ratio = {config.select.ratio:g} of the weights is assumed, spread evenly"
         notes.append(f"tune.mask = {tune.mask}: does not exist; {assumed}")
