@@ -8,6 +8,7 @@ import pytest
 from builders import build_mask
 from conftest import ROOT
 
+from esi_ds import shipped
 from esi_ds.cli import main
 from esi_ds.config import Prompts, RowSource
 from esi_ds.errors import UserError
@@ -142,3 +143,48 @@ def test_what_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count_rows(RowSource(path="some/set", limit=2), "data.x", notes) == 2
     with pytest.raises(UserError, match=r"data\.x\.columns"):
         count_rows(RowSource(path="some/set", columns="ask,answer"), "data.x", notes)
+
+
+RECIPES = [name for name in shipped.recipes() if name.startswith(("dense/", "moe/"))]
+# Weights as the hub counts them in each model's safetensors: architectures/ were written down, not downloaded.
+PUBLISHED = {
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3.2-1b": 1_235_814_400,
+    "smollm2-135m": 134_515_008,
+    "mistral-7b": 7_248_023_552,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "gemma3-1b": 999_885_952,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
+    "olmoe-1b-7b": 6_919_161_856,
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_planned_before_anything_is_there(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the model's architecture alone, in an empty folder, and the architecture is the published one."""
+    model, stage = name.split("/")[-1], "esi"
+    for suffix in ("set", "spa", "eval"):
+        if model.endswith(f"-{suffix}"):
+            model, stage = model.removesuffix(f"-{suffix}"), suffix
+    monkeypatch.chdir(tmp_path)
+    architecture = ROOT / "configs" / name.split("/")[0] / "architectures" / model
+    assert main(stage, ["--config", name, "--dry-run", "--nodes", "2", f"model.path={architecture}"]) == 0
+    shown = capsys.readouterr().out
+    assert "NOTE: " in shown and f"output_dir: runs/{model}" in shown
+    if model in PUBLISHED:
+        assert f"{PUBLISHED[model]:,}" in shown
+
+
+def test_every_model_has_a_recipe_of_each_stage() -> None:
+    models = {path.parent.name for path in ROOT.glob("configs/*/architectures/*/config.json")}
+    names = {name.split("/")[-1] for name in RECIPES}
+    assert names == {f"{model}{suffix}" for model in models for suffix in ("", "-set", "-spa", "-eval")}
+    assert len(models) == 18

@@ -18,7 +18,7 @@ from esi_ds.stages.evaluate.prepare import BASE, prepare_eval
 from esi_ds.stages.plan.batches import generation_rows
 from esi_ds.stages.plan.memory import GIB, readable
 from esi_ds.stages.plan.notes import count_prompts, hub_answers, missing_files
-from esi_ds.stages.plan.stages import print_eval_plan, print_facts
+from esi_ds.stages.plan.stages import print_eval_plan, print_facts, print_notes
 
 
 def plan_eval(config: Config, options: Options) -> None:
@@ -46,8 +46,7 @@ def plan_eval(config: Config, options: Options) -> None:
     facts["tasks"] = ", ".join(task.name for task in section.tasks) or "none"
     print(resolved_yaml(config))
     print_facts(facts)
-    for note in notes:
-        print(f"NOTE: {note}")
+    print_notes(notes)
 
 
 def _models_and_judges(config: Config) -> Iterator[tuple[str, str]]:
