@@ -56,6 +56,7 @@ bench: $(VENV)/.installed  ## speed and memory, as ratios within one run (benchm
 	$(BIN)/python -m benchmarks.moe
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.storage
+	$(BIN)/python -m benchmarks.several_masks
 
 gpu: $(VENV)/.installed  ## checks and figures on one GPU, in under eight minutes (docs/gpus.md), then the GPU tests
 	$(BIN)/python -m benchmarks.gpu; code=$$?; $(BIN)/python -m pytest -q -rs -n 0 tests/gpu && exit $$code

@@ -2,7 +2,7 @@
 
     python -m esi_ds.report.experts_picture RUN picture.png
 
-reads the ``report.json`` of an ESI run.
+reads the ``report.json`` of an ESI run; of several criteria it draws the first.
 """
 
 from __future__ import annotations
