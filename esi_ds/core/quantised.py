@@ -8,7 +8,8 @@ Two formats, each a tensor of codes beside a tensor of scales:
   row a power of two, whose exponent is a byte with bias 127.
 
 Values are computed in float32 and rounded once, which gives the bits of transformers' ``Fp8Dequantize`` and
-``convert_moe_packed_tensors`` (5.23). Temporary memory is a few megabytes, of MXFP4 one expert's matrix.
+``convert_moe_packed_tensors`` (5.23). Temporary memory is some twenty megabytes, of MXFP4 a few copies of one expert's
+matrix in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from esi_ds.core.stored import DTYPES, StoredReader
 from esi_ds.tensor_files import StoredTensor
 
-CHUNK = 1 << 22  # elements that are dequantised at a time, but never less than a row
+CHUNK = 1 << 20  # elements that are dequantised at a time, but never less than a row
 # Values of the E2M1 codes, the sign in the highest bit (OCP Microscaling Formats v1.0).
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 EXPONENT_BIAS = 127
@@ -57,16 +58,19 @@ class BlockScaled(NamedTuple):
         rows, columns = self.shape[-2:]
         scale_rows, scale_columns = self.scales_shape[-2:]
         scales = reader.whole(self.scales).float().view(-1, scale_columns)
+        # Five times as fast on CPUs as torch's own conversion of every code.
+        table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
         step = max(1, CHUNK // columns)
         for row in range(low // columns, math.ceil((low + len(values)) / columns), step):
             last_row = min(row + step, math.ceil((low + len(values)) / columns))
             first, last = max(low, row * columns), min(low + len(values), last_row * columns)
-            codes = torch.zeros((last_row - row) * columns, dtype=torch.uint8).view(torch.float8_e4m3fn)
-            reader.fill(codes[first - row * columns : last - row * columns], self.codes, first)
+            codes = torch.zeros((last_row - row) * columns, dtype=torch.uint8)
+            read = codes[first - row * columns : last - row * columns]
+            reader.fill(read.view(torch.float8_e4m3fn), self.codes, first)
             numbers = torch.arange(row, last_row)
             numbers = numbers // rows * scale_rows + numbers % rows // self.block[0]
             factors = scales[numbers].repeat_interleave(self.block[1], dim=1)[:, :columns]
-            products = codes.float().view(-1, columns).mul_(factors).flatten()
+            products = table.index_select(0, codes.int()).view(-1, columns).mul_(factors).flatten()
             values[first - low : last - low].copy_(products[first - row * columns : last - row * columns])
 
 
@@ -107,10 +111,10 @@ class Microscaled(NamedTuple):
         reader.fill(exponents, self.scales, expert * len(exponents))
         if bool((exponents == NAN_EXPONENT).any()):
             raise ValueError(f"{self.scales.name} holds a scale that is not a number (expert {expert})")
-        table = torch.tensor(E2M1)
-        values = torch.stack((table[(codes & 15).int()], table[(codes >> 4).int()]), dim=1)  # the low bits come first
-        scaled = torch.ldexp(values.view(-1, CODES_PER_SCALE), exponents.int().unsqueeze(1) - EXPONENT_BIAS)
-        return scaled.view(rows, columns).T
+        table = torch.tensor([(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)])  # the low bits come first
+        powers = torch.ldexp(torch.ones(NAN_EXPONENT), torch.arange(NAN_EXPONENT) - EXPONENT_BIAS)
+        values = table.index_select(0, codes.int()).view(-1, CODES_PER_SCALE)
+        return values.mul_(powers.index_select(0, exponents.int()).unsqueeze(1)).view(rows, columns).T
 
 
 Weight: TypeAlias = StoredTensor | BlockScaled | Microscaled

@@ -218,8 +218,9 @@ def _mend_persistent_buffers(module: PreTrainedModel, plain: PreTrainedModel, so
     stored = by_loaded_name(plain, stored_weights(source)) if rounded else {}
     with StoredReader() as reader:
         for name in rounded:
+            # A copy, which a closed model frees; what is read itself stays [measured: tests/dist/test_loading.py].
             value = whole_weight(reader, stored[name], wanted[name])
-            _set_buffer(module, name, value.to(buffers[name].device, wanted[name]))
+            _set_buffer(module, name, value.to(buffers[name].device, wanted[name], copy=True))
 
 
 def _mend_computed_buffers(module: PreTrainedModel, plain: PreTrainedModel) -> None:
