@@ -27,17 +27,20 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from esi_ds.config import validate
 from esi_ds.core import quantised
 from esi_ds.core.quantised import BlockScaled, Microscaled, fill_weights, whole_weight
 from esi_ds.core.stored import StoredReader
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import tensor_digests
-from esi_ds.models.folder import ModelSource, check_weights, load_model_config
+from esi_ds.models.folder import ModelSource, check_weights, dequantised, load_model_config
 from esi_ds.models.meta import DTYPES, meta_parameters
 from esi_ds.models.quantised import model_weights
 from esi_ds.models.roles import describe
+from esi_ds.options import Options
 from esi_ds.patch import main as patch_main
 from esi_ds.patch import summary
+from esi_ds.stages.plan.stages import print_plan
 from esi_ds.tensor_files import StoredTensor, read_header
 from esi_ds.zero.engine import load_replicated
 
@@ -207,6 +210,27 @@ def test_gguf(models: Path, tmp_path: Path) -> None:
         check_weights(ModelSource(str(folder)))
     with pytest.raises(UserError, match="is a GGUF file, which is not read"):
         load_model_config(ModelSource(str(folder / "model-Q4_K_M.gguf")))
+
+
+def test_plans_and_runs_say_what_is_dequantised(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And count the bytes of plain weights."""
+    sources = [ModelSource(str(models / kind), field=f"{kind}.path") for kind in ("gpt_oss", "mxfp4", "even")]
+    assert dequantised(sources) == [
+        f"mxfp4.path = {models / 'mxfp4'}: weights dequantised from MXFP4",
+        f"even.path = {models / 'even'}: weights dequantised from FP8 with a scale for each block of 4 × 8",
+    ]
+    plans = {}
+    for kind in ("gpt_oss", "mxfp4"):
+        content = {
+            "run": {"output_dir": "unused"},
+            "model": {"path": str(models / kind)},
+            "data": {"prompts": {"path": "unused.jsonl"}},
+            "select": {"criterion": "magnitude", "ratio": 0.01},
+        }
+        print_plan(validate(content), Options())
+        plans[kind] = capsys.readouterr().out.replace(str(models / kind), "model").splitlines()
+    notes = [line for line in plans["mxfp4"] if line not in plans["gpt_oss"]]
+    assert notes == ["NOTE: model.path = model: weights dequantised from MXFP4"]
 
 
 def changed(source: Path, folder: Path, change: dict[str, torch.Tensor | None]) -> Path:
