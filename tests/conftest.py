@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from fork_server import ForkServer, exit_code_file, rank_environments
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,11 +49,9 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory):
     """``SmallStages`` of tests/cluster, whose modules share the runs that nothing happens to."""
-    from fork_server import ForkServer
     from small_stages import SmallStages
 
-    with ForkServer() as server:
-        yield SmallStages(tmp_path_factory.mktemp("stages"), server)
+    return SmallStages(tmp_path_factory.mktemp("stages"), fork_server())
 
 
 def free_port() -> int:
@@ -59,13 +61,24 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@cache
+def fork_server() -> ForkServer:
+    """The server of this pytest process, which ends with it."""
+    server = ForkServer().__enter__()
+    atexit.register(server.__exit__)
+    return server
+
+
 def run_ranks(
-    ranks: int, script: str, *arguments: str, timeout: int = 600, launcher: str = "torchrun"
+    ranks: int, script: str, *arguments: str, timeout: int = 600, launcher: str = "fork"
 ) -> subprocess.CompletedProcess[str]:
     """Run a script on many ranks; returns its output and exit code. A hang becomes a failure.
 
-    With ``deepspeed``, the launcher that users take, two processes import DeepSpeed before any rank does.
+    launcher: ``fork`` spares every rank the import of torch and DeepSpeed, which take longer than most tests, and puts
+    what is said to stdout and stderr into both. ``torchrun`` and ``deepspeed`` are the launchers that users take.
     """
+    if launcher == "fork":
+        return _fork_ranks(ranks, script, *arguments, timeout=timeout)
     commands = {
         "torchrun": (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"),
         "deepspeed": (str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators"),
@@ -73,6 +86,18 @@ def run_ranks(
     command = [*commands[launcher], str(ranks), "--master_port", str(free_port()), script, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def _fork_ranks(ranks: int, script: str, *arguments: str, timeout: int) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        (by_launcher,) = rank_environments(ranks, free_port())
+        variables = [{**os.environ, **of_rank} for of_rank in by_launcher]
+        job = fork_server().start(script, list(arguments), variables, log)
+        if not job.has_ended(timeout):
+            job.kill(job.alive())
+            raise subprocess.TimeoutExpired(script, timeout, job.said())
+        return subprocess.CompletedProcess(script, int(exit_code_file(log).read_text()), job.said(), job.said())
 
 
 def write_config(folder: Path, base: dict, changes: dict) -> Path:

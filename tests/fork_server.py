@@ -1,8 +1,8 @@
 """Jobs at the price of a fork: one process that has imported everything forks the ranks of job after job.
 
 Started as a script it reads a job a line from stdin and answers with its processes. A job is a launcher, which does
-what ``deepspeed.launcher.launch`` does (``watch``), and its ranks, each of which does what ``launch/STAGE.py`` does.
-The import is the only thing they share: nothing here begins a thread or a process group before the fork.
+what ``deepspeed.launcher.launch`` does (``watch``), and its ranks, each of which does what ``launch/STAGE.py`` does, or
+runs a script. The import is the only thing they share: nothing here begins a thread or a process group before the fork.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import ctypes
 import faulthandler
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))  # the server runs as a script
 
 import hold  # noqa: E402
@@ -67,9 +69,12 @@ def serve() -> None:
 
 
 def launch(
-    answer: int, stage: str, arguments: list[str], rank_environments: list[dict[str, str]], log: str, patience: float
+    answer: int, program: str, arguments: list[str], rank_environments: list[dict[str, str]], log: str, patience: float
 ) -> int:
-    """The launcher: fork a rank for each of ``rank_environments``, which are environment variables; its exit code."""
+    """The launcher: fork a rank for each of ``rank_environments``, which are environment variables; its exit code.
+
+    The code is also written beside the log (``exit_code_file``): nobody waits for this process.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -80,14 +85,22 @@ def launch(
     for variables in rank_environments:
         if (process := os.fork()) == 0:
             os.close(answer)
-            be_rank(stage, arguments, variables)
+            be_rank(program, arguments, variables)
         ranks.append(process)
     os.write(answer, (json.dumps({"launcher": os.getpid(), "ranks": ranks}) + "\n").encode())
     os.close(answer)
-    return watch(set(ranks), patience)
+    code = watch(set(ranks), patience)
+    exit_code_file(Path(log)).write_text(str(code))
+    return code
 
 
-def be_rank(stage: str, arguments: list[str], variables: dict[str, str]) -> None:
+def exit_code_file(log: Path) -> Path:
+    """Where a job's exit code is, once it has ended by itself."""
+    return log.with_name(f"{log.name}.exit-code")
+
+
+def be_rank(program: str, arguments: list[str], variables: dict[str, str]) -> None:
+    """program: a stage, or a script's path."""
     from esi_ds.cli import leave, main
 
     def fail(*_: object) -> None:
@@ -99,7 +112,22 @@ def be_rank(stage: str, arguments: list[str], variables: dict[str, str]) -> None
     if moments := variables.get(hold.VARIABLE):
         hold.install(moments)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    leave(main(stage, arguments))
+    if program.endswith(".py"):
+        leave(run_script(program, arguments))
+    leave(main(program, arguments))
+
+
+def run_script(script: str, arguments: list[str]) -> int:
+    """What ``python SCRIPT ARGUMENTS`` does; its exit code."""
+    sys.argv, sys.path[0] = [script, *arguments], str(Path(script).resolve().parent)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def watch(ranks: set[int], patience: float) -> int:
@@ -213,14 +241,15 @@ class ForkServer:
 
     def start(
         self,
-        stage: str,
+        program: str,
         arguments: list[str],
         rank_environments: list[dict[str, str]],
         log: Path,
         patience: float = PATIENCE_S,
     ) -> ForkedJob:
+        """program: a stage, or a script's path."""
         job = {
-            "stage": stage,
+            "program": program,
             "arguments": arguments,
             "rank_environments": rank_environments,
             "log": str(log),

@@ -26,6 +26,6 @@ def test_a_rank_that_aborts_is_named_though_no_other_gets_an_error(tmp_path: Pat
 def test_a_hang_in_deepspeeds_own_group_ends_after_our_timeout(tmp_path: Path) -> None:
     """torch gives a group that is made without a timeout its default: half an hour, ten minutes under NCCL."""
     started = time.monotonic()
-    done = run_ranks(2, "tests/dist/dying_worker.py", "hang", str(tmp_path), timeout=300)
+    done = run_ranks(2, "tests/dist/dying_worker.py", "hang", str(tmp_path), timeout=300, launcher="torchrun")
     assert done.returncode != 0 and time.monotonic() - started < 240
     assert "rank 0 failed: waited in vain for another rank for run.collective_timeout_s" in done.stderr
