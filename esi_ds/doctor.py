@@ -32,6 +32,7 @@ HUB = "https://huggingface.co"
 EXTRAS = {  # extra → (a module of it, what it is for)
     "eval": ("lm_eval", "eval.tasks"),
     "mpi": ("mpi4py", "mpirun"),
+    "real": ("gguf", "make real-models"),
     "study": ("peft", "the study's LoRA cells"),
     "trl": ("trl", "examples/trl_trainer.py"),
 }

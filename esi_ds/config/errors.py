@@ -41,7 +41,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> UserError:
     # A union complains once for each of its members.
     same_key = [other for other in problems if other["loc"][: len(path)] == problem["loc"][: len(path)]]
     message = " or ".join(dict.fromkeys(other["msg"][0].lower() + other["msg"][1:] for other in same_key))
-    return UserError(key, repr(value) if isinstance(value, str) else value, message, "see the keys in the README")
+    return UserError(key, repr(value) if isinstance(value, str) else value, message, "see docs/configuration.md")
 
 
 def _follow(location: Sequence[str | int], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
