@@ -15,35 +15,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import Dataset
+from trainer import ZERO3  # the script beside this one
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from esi_ds import MaskedAdamW
 from esi_ds.cli import leave
 
-# On CPUs DeepSpeed would compile an all-reduce that nothing here calls, and leave 66 MiB of shared memory per rank.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-ZERO3 = {
-    "zero_optimization": {
-        "stage": 3,
-        "stage3_param_persistence_threshold": 0,
-        "stage3_gather_16bit_weights_on_model_save": True,
-    },
-    "bf16": {"enabled": "auto"},
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    # Gradients are reduced and summed in fp32; in bf16 a thousandth of them would be lost.
-    "communication_data_type": "fp32",
-    "data_types": {"grad_accum_dtype": "fp32"},
-}
 TRAINERS = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
 
 
