@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -59,6 +61,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
         leave(main(command, arguments))
     if command in TOOLS:
-        return importlib.import_module(TOOLS[command][0]).main(arguments)
+        try:
+            return importlib.import_module(TOOLS[command][0]).main(arguments)
+        except BrokenPipeError:  # `| head`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
     print(f"error: {command}: is not a command; give one of {', '.join([*STAGES, *TOOLS])}", file=sys.stderr)
     return 2

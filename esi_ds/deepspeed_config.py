@@ -47,7 +47,8 @@ def read(config: Config) -> dict[str, Any]:
     remedy = "give a file, a mapping, or the name of a shipped file: zero3, zero3_offload, ..."
     with reading("deepspeed", config.deepspeed, remedy, "is not the name of a file"):
         path = Path(config.deepspeed)
-        file = path if path.is_file() else shipped.deepspeed_file(config.deepspeed)
+        own = next((file for file in (path, Path(f"{path}.json")) if file.is_file()), None)
+        file = own or shipped.deepspeed_file(config.deepspeed)
     if file is None:
         raise UserError("deepspeed", config.deepspeed, "there is no such file", remedy)
     with reading("deepspeed", file, "fix it; see ds_configs/zero3.json", "is not valid JSON"):

@@ -1,7 +1,8 @@
 #!/bin/bash
 # The chain ESI -> SET and SPA -> evaluation, as jobs that wait for each other. From the project's top folder:
 #   slurm/pipeline.sh --runs FOLDER --esi FILE [--set FILE] [--spa FILE] [--eval FILE] [--seeds 0-4 | --prompts "A B"]
-#                     [-- options of sbatch]
+#                     [--criterion NAME] [-- options of sbatch]
+# FILE: a config, or the name of a recipe. --criterion: whose mask SET and SPA use, where ESI's config lists several.
 # --seeds: an array of chains, one per seed. --prompts: one chain for each set of prompts that ESI scores with.
 # Each chain writes FOLDER/<seed or number>/{esi,set,spa,eval}, a single one FOLDER/{esi,set,spa,eval}; one TensorBoard on
 # FOLDER shows all. SET and SPA use the chain's mask: name the same model in the configs of ESI, SET and SPA. The
@@ -9,21 +10,21 @@
 
 set -e
 usage() {
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
-runs='' array='' prompts=()
+runs='' array='' prompts=() criterion=''
 declare -A config=()
 while (($#)); do
     case $1 in
     --) shift && break ;;
-    --runs | --esi | --set | --spa | --eval | --seeds | --prompts) [[ $# -ge 2 ]] || usage ;;&
+    --runs | --esi | --set | --spa | --eval | --seeds | --prompts | --criterion) [[ $# -ge 2 ]] || usage ;;&
     --runs) runs=$2 ;;
     --esi | --set | --spa | --eval)
-        [[ -f $2 ]] || { echo "error: $1 = $2: is no file; give a config" >&2 && exit 2; }
         config[${1#--}]=$2
         ;;
     --seeds) array=$2 ;;
+    --criterion) criterion=/$2 ;;
     --prompts) read -ra prompts <<<"$2" ;;
     *) usage ;;
     esac
@@ -33,6 +34,9 @@ done
 [[ -z $array || ${#prompts[@]} -eq 0 ]] || { echo "error: --seeds and --prompts: give one of them" >&2 && exit 2; }
 [[ ${#prompts[@]} -eq 0 ]] || array=0-$((${#prompts[@]} - 1))
 source slurm/env.sh
+for file in "${config[@]}"; do # a file, or the name of a recipe
+    [[ -f $file ]] || python -m esi_ds recipes show "$file" >/dev/null || exit 2
+done
 
 # Overrides are YAML: within quotation marks a folder may hold anything, also commas, colons and a #.
 chain=${runs//\\/\\\\}
@@ -62,7 +66,7 @@ seed=()
 tuned='' models=''
 for stage in set spa; do
     [[ -n ${config[$stage]:-} ]] || continue
-    job=$(submit "$stage" "$esi" "tune.mask=\"$chain/esi/mask\"" "${seed[@]}")
+    job=$(submit "$stage" "$esi" "tune.mask=\"$chain/esi/mask$criterion\"" "${seed[@]}")
     echo "$stage: job $job after $esi"
     tuned+=${tuned:+:}$job
     models+=${models:+, }"{name: ${stage^^}, path: \"$chain/$stage/model\"}"

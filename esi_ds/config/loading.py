@@ -106,7 +106,8 @@ def load_config(path: str, overrides: list[str], deepspeed_config: str | None = 
     ``deepspeed_config`` replaces the file's ``deepspeed``. Raises UserError.
     """
     with reading("--config", path, "give a YAML file, or the name of a recipe", "is not the name of a file"):
-        file = Path(path) if Path(path).exists() or path.endswith((".yaml", ".yml")) else shipped.recipe(path)
+        is_file = Path(path).exists() and not Path(path).is_dir()  # a model or a run may have a recipe's name
+        file = Path(path) if is_file or path.endswith((".yaml", ".yml")) else shipped.own_recipe(path)
     raw = read_yaml(file, "--config", "give a YAML file, such as configs/demo/esi.yaml")
     if not isinstance(raw, dict):
         raise UserError("--config", path, "is not a mapping of sections", "see configs/demo/esi.yaml")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from esi_ds.artifacts import check_result, read_manifest, renew_result, write_text_atomic
 from esi_ds.errors import UserError, ends_with_message
 from esi_ds.reading import read_json, reading
-from esi_ds.tensor_files import tensor_folders
+from esi_ds.tensor_files import INDEX_NAME, tensor_folders
 from esi_ds.terminal import clean_output
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def mask_folders(name: str, run: Path) -> dict[str, Path]:
     folder = run / "mask"
     if not folder.is_dir():
         return {}
-    if several := tensor_folders(folder):  # as ``report.overview.masks`` names them
+    several = [] if (folder / INDEX_NAME).is_file() else tensor_folders(folder)
+    if several:  # as ``report.overview.masks`` names them
         return {f"{name}: {one}" if len(several) > 1 else name: folder / one for one in several}
     return {name: folder}
 

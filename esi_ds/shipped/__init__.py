@@ -44,6 +44,16 @@ def recipe(name: str) -> Path:
     raise UserError("--config", name, problem, f"give a YAML file, or a name that `esi-ds recipes` lists{nearest}")
 
 
+def own_recipe(name: str) -> Path:
+    """``recipe``, for a run. Raises UserError also where the working directory holds a changed copy of the recipe."""
+    file = recipe(name)
+    for copied in (Path(file.name), Path("configs", file.relative_to(folder("configs")))):
+        if copied.is_file() and copied.read_bytes() != file.read_bytes():
+            problem = f"is the name of a recipe, and {copied} here is a changed copy of it"
+            raise UserError("--config", name, problem, f"give --config {copied}, or start elsewhere")
+    return file
+
+
 def deepspeed_file(name: str) -> Path | None:
     """A DeepSpeed config of a name: ``zero3_offload``, ``zero3_offload.json`` or ``ds_configs/zero3_offload.json``."""
     wanted = name.removeprefix("ds_configs/").removesuffix(".json")

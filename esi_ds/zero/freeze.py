@@ -62,6 +62,7 @@ class FrozenWeights:
         router: str | None,
         roles: Mapping[str, str] | None,
     ):
+        self._model = model
         groups, self.trained = resolve_trained(model, mask, train, unscored, router, roles)
         self.parameters: dict[str, nn.Parameter] = dict(groups[0]["params"])
         self._names = {id(tensor): name for name, tensor in self.parameters.items()}
@@ -118,8 +119,19 @@ class FrozenWeights:
         """
         for optimizer in list(self._before):  # whose step raised an error
             self._restore(optimizer)
+        self._check_present()
         for name in self._digests:
             self._verify(name, OUTSIDE)
+
+    def _check_present(self) -> None:
+        """Raise UserError where the model no longer holds a parameter that was frozen."""
+        held = {id(tensor) for tensor in self._model.parameters()}
+        for name, tensor in self.parameters.items():
+            if id(tensor) not in held:
+                problem = (
+                    "was replaced by another tensor since it was frozen, as FSDP and load_state_dict(assign=True) do"
+                )
+                raise UserError(FIELD, name, problem, "freeze after that, and use ZeRO-3 instead of FSDP")
 
     def _remove(self) -> None:
         for handle in self._handles:
@@ -197,6 +209,8 @@ class FrozenWeights:
             raise UserError(
                 FIELD, "SuperOffload or ZenFlow", problem, "use plain ZeRO-3, with or without offload to cpu"
             )
+        if isinstance(getattr(zero_optimizer._optimizer_step, "__self__", None), FrozenFlatGroups):
+            raise UserError(FIELD, "this engine", "is frozen by another mask already", "close that one first")
         self._coordinates.clear()
         self._flat_groups = FrozenFlatGroups(
             zero_optimizer, self.trained, lambda tensor: partition_of(self._names[id(tensor)], tensor)
@@ -208,8 +222,10 @@ class FrozenWeights:
         if self._flat_groups is not None:
             return
         self._restore(optimizer)  # of a step that raised an error
-        tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-        tensors = [tensor for tensor in tensors if id(tensor) in self._names]
+        stepped = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+        tensors = [tensor for tensor in stepped if id(tensor) in self._names]
+        if len(tensors) < len(stepped) and optimizer not in self._strangers:
+            self._check_present()
         self._before[optimizer] = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:

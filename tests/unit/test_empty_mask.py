@@ -17,6 +17,7 @@ from esi_ds.models.fingerprint import check_mask_weights
 from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.models.meta import meta_parameters
 from esi_ds.report.card import model_card
+from esi_ds.report.html import render
 from esi_ds.stages.tune.prepare import describe_trained, open_mask
 
 MODEL = str(ROOT / "examples/models/llama-aligned")
@@ -49,6 +50,28 @@ def test_a_card_does_not_say_that_a_mask_was_frozen() -> None:
     rows = type("Rows", (), {"sha256": "0"})
     card = model_card(section, tune, stage="spa", fingerprint="f", mask=mask, num_trained=5, rows=rows, benign=None)
     assert "no scored weight was frozen" in card and "weights of the mask were frozen" not in card
+
+
+@pytest.mark.parametrize("criterion", ["none", "esi"])
+def test_nor_does_the_page(criterion: str) -> None:
+    report = {
+        "kind": "tuning",
+        "method": "spa",
+        "title": "SPA",
+        "trained": 5,
+        "total_numel": 10,
+        "steps": 1,
+        "changed": None,
+        "changed_tensors": {},
+        "refusals": [],
+        "samples": [],
+        "routing_drift": [],
+        "facts": {"mask criterion": criterion},
+        "progress": [],
+    }
+    page = render(report)
+    assert ("No scored weight was frozen" in page) == (criterion == "none")
+    assert ("mask's weights were frozen" in page) == (criterion == "esi")
 
 
 def test_set_without_a_mask_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from esi_ds import Mask, freeze
 from esi_ds.errors import UserError
+from esi_ds.zero.freeze import FrozenFlatGroups
 
 Maker = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -194,6 +195,34 @@ def test_a_change_from_outside_is_noticed(folder: Path, how: str) -> None:
         backward(model) if how == "in place" else frozen.check()
     with pytest.raises(UserError, match="changed by"):
         frozen.close()
+
+
+def test_parameters_that_are_replaced_afterwards_are_noticed_before_they_train(folder: Path) -> None:
+    """As ``load_state_dict(assign=True)`` and FSDP2 do: nothing watches the new tensors."""
+    model, base = load(folder), load(folder)
+    frozen = freeze(model, folder / "mask")
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    for tensor in model.parameters():
+        tensor.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    backward(model)
+    with pytest.raises(UserError, match="was replaced by another tensor"):
+        optimizer.step()
+    assert changes(model, base, Mask.load(folder / "mask"), "selected") == (0, 0)
+    with pytest.raises(UserError, match="was replaced by another tensor"):
+        frozen.close()
+
+
+def test_a_second_mask_on_one_engine_is_refused(folder: Path) -> None:
+    """Closing the first would take the second's guard off."""
+    model = load(folder)
+    frozen = freeze(model, folder / "mask")
+    guard = FrozenFlatGroups.__new__(FrozenFlatGroups)
+    for tensor in model.parameters():
+        tensor._z3_optimizer = SimpleNamespace(_optimizer_step=guard._guarded_step)
+    with pytest.raises(UserError, match="frozen by another mask already"):
+        backward(model)
+    frozen.close()
 
 
 def test_masters_outside_of_the_model_are_refused(folder: Path) -> None:

@@ -188,3 +188,12 @@ def test_every_model_has_a_recipe_of_each_stage() -> None:
     names = {name.split("/")[-1] for name in RECIPES}
     assert names == {f"{model}{suffix}" for model in models for suffix in ("", "-set", "-spa", "-eval")}
     assert len(models) == 18
+
+
+def test_a_hub_id_without_a_namespace_is_one_for_an_evaluation_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main("eval", ["--config", "llama3-8b-eval", "--dry-run", "model.path=gpt2"]) == 0
+    shown = capsys.readouterr().out
+    assert "model.path = gpt2: the hub does not answer" in shown and "no such folder" in shown  # runs/llama3-8b-spa

@@ -113,6 +113,16 @@ def test_several_runs_side_by_side_show_every_mask(tmp_path: Path) -> None:
     assert "b: snip" in page and page.count("data:image/png;base64,") == 3
 
 
+def test_a_mask_within_the_mask_of_one_criterion_does_not_stand_for_it(tmp_path: Path) -> None:
+    """``mask select RUN/mask RUN/mask/top5`` puts another one there."""
+    from esi_ds.launch.report import mask_folders
+
+    write_pair(tmp_path, [(7, 9), (6, 8)], 0.2, "model", "top", 3)
+    shutil.copytree(tmp_path / "mask", tmp_path / "top5")
+    shutil.move(tmp_path / "top5", tmp_path / "mask/top5")
+    assert mask_folders("a", tmp_path) == {"a": tmp_path / "mask"}
+
+
 def test_a_mixture_of_two_masks_is_drawn_with_one_map_of_its_routers() -> None:
     units = [unit(f"e{e}", "expert.up", 3, e, 10, e + 1, float(e)) for e in range(2)]
     page = {**two_masks(), "units": units, "routing": [{"set": "harmful", "layer": 3, "tokens": [2, 3]}]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,19 @@ def test_a_pipeline_tells_where_its_runs_are(site: Path, more: tuple[str, ...], 
     (site / "e.yaml").touch()
     done = call(site, "slurm/pipeline.sh", "--runs", "runs", "--esi", "e.yaml", *more)
     assert done.stdout.splitlines()[-1] == f"watch: tensorboard --logdir runs; python -m esi_ds.status {folders}"
+
+
+def test_a_pipeline_takes_recipes_by_name_and_the_mask_of_one_criterion(site: Path) -> None:
+    (site / "bin/sbatch").write_text('#!/bin/sh\necho "$@" >>submitted\necho 7\n')
+    (site / "bin/python").symlink_to(sys.executable)
+    words = ["slurm/pipeline.sh", "--runs", "runs", "--spa", "llama3-8b-spa", "--criterion", "snip"]
+    done = call(site, *words, "--esi", "llama3-8b", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    esi, spa = (site / "submitted").read_text().splitlines()
+    assert "--config llama3-8b " in esi and 'tune.mask="runs/esi/mask/snip"' in spa
+    (site / "submitted").unlink()
+    done = call(site, *words, "--esi", "nowhere", PYTHONPATH=str(ROOT))
+    assert done.returncode == 2 and "nowhere" in done.stderr and not (site / "submitted").exists()
 
 
 def test_a_pipeline_that_is_called_wrongly_says_how(site: Path) -> None:

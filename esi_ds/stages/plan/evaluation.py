@@ -15,6 +15,7 @@ from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.report.contents import Facts
 from esi_ds.stages.evaluate.prepare import BASE, prepare_eval
+from esi_ds.stages.paths import is_hub_id
 from esi_ds.stages.plan.batches import generation_rows
 from esi_ds.stages.plan.memory import GIB, readable
 from esi_ds.stages.plan.notes import count_prompts, hub_answers, missing_files
@@ -28,8 +29,8 @@ def plan_eval(config: Config, options: Options) -> None:
     without it: answers and verdicts are counted only where everything is there.
     """
     section, notes = require_eval(config), []
-    for field, path in _models_and_judges(config):
-        notes += _missing(field, path)
+    for source in _models_and_judges(config):
+        notes += _missing(source)
     counts: Facts = {}
     for kind, sets in (("harmful", section.prompts), ("benign", section.benign)):
         for number, prompts in enumerate(sets):
@@ -49,27 +50,29 @@ def plan_eval(config: Config, options: Options) -> None:
     print_notes(notes)
 
 
-def _models_and_judges(config: Config) -> Iterator[tuple[str, str]]:
-    """(key, path) of everything whose files an evaluation loads."""
+def _models_and_judges(config: Config) -> Iterator[ModelSource]:
+    """Everything whose files an evaluation loads."""
     section = require_eval(config)
-    yield "model.path", config.model.path
+    yield ModelSource.of(config.model)
     for number, model in enumerate(section.models):
         if model.path is not None:
-            yield f"eval.models.{number}.path", model.path
+            key = f"eval.models.{number}.path"
+            yield ModelSource(model.path, model.revision, config.model.trust_remote_code, key)
     for number, judge in enumerate(section.judges):
         if not isinstance(judge, EvalRubric | EvalWords):
-            yield f"eval.judges.{number}.path", judge.path
+            yield ModelSource.of(judge, f"eval.judges.{number}")
 
 
-def _missing(field: str, path: str) -> list[str]:
+def _missing(source: ModelSource) -> list[str]:
     """Notes on a model that is not there, or not whole."""
+    field, path = source.field, source.path
     if Path(path).is_dir():
         return missing_files(field, path)
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not is_hub_id(path):
         return [f"{field} = {path}: there is no such folder"]
     try:
         if hub_answers():
-            load_model_config(ModelSource(path, None, trust_remote_code=False, field=field))
+            load_model_config(source)
             return []
     except UserError as error:
         return [str(error)]
