@@ -159,11 +159,12 @@ def resolved_yaml(config: Config) -> str:
 def differences(first: Config, second: Config) -> list[str]:
     """Dotted keys whose values differ, except ``OF_THIS_START``, the keys below them, and ``OF_THIS_SERVER``."""
     keys: list[str] = []
+    missing = object()  # null is not the same as no key: in ``extra`` it removes one, and templates ask what is defined
 
     def walk(a: Any, b: Any, path: str) -> None:
         if isinstance(a, dict) and isinstance(b, dict):
             for key in {**a, **b}:
-                walk(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+                walk(a.get(key, missing), b.get(key, missing), f"{path}.{key}" if path else key)
         elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
             for number, pair in enumerate(zip(a, b, strict=True)):
                 walk(*pair, f"{path}.{number}")

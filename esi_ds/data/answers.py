@@ -15,6 +15,7 @@ from pathlib import Path
 from esi_ds.artifacts import file_sha256
 from esi_ds.data.prompts import QuestionSet, load_responses
 from esi_ds.data.rows import Row
+from esi_ds.data.thoughts import MARKS, Marks, closes_unopened, has_marks
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 
@@ -115,6 +116,18 @@ def check_one_model(rows: Sequence[Row], path: str, field: str = "data.responses
     names = _model_names(rows)
     if len(names) > 1:
         raise UserError(field, path, f"has answers of {', '.join(names)}", "keep the rows of one of them")
+
+
+def counted_responses(rows: Sequence[Row], marks: Marks = MARKS) -> list[str]:
+    """``counted_response`` of each row, and "" where the engine cut it within a thought that its prompt had opened.
+
+    Other responses tell, as in an evaluation: they close a thought that they do not open.
+    """
+    texts = [counted_response(row) for row in rows]
+    if not any(closes_unopened(text, marks) for text in texts):
+        return texts
+    unfinished = [row.get("cut") is True and not has_marks(text, marks) for row, text in zip(rows, texts, strict=True)]
+    return ["" if is_unfinished else text for is_unfinished, text in zip(unfinished, texts, strict=True)]
 
 
 def counted_response(row: Row) -> str:

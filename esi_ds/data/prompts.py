@@ -302,8 +302,8 @@ def _with_thought(row: Row) -> str | None:
     thoughts = [text for name in REASONING_KEYS if isinstance(text := row.get(name), str) and text.strip()]
     if response is None or not thoughts or parts(response).trace:
         return response
-    is_cut = row.get("cut") is True and not response.strip()  # within its thought
-    return whole_response(thoughts[0], None if is_cut else response)
+    is_unfinished = row.get("cut") is not False and not response.strip()
+    return whole_response(thoughts[0], None if is_unfinished else response)
 
 
 def _response_rows(path: str, field: str) -> list[Row]:

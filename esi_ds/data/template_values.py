@@ -25,23 +25,32 @@ FIELD = "model.template_kwargs"
 def set_values(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
     """Set the values at the head of the tokenizer's chat template."""
     head = _head(values)
-    if head and isinstance(tokenizer.chat_template, str):
-        tokenizer.chat_template = head + tokenizer.chat_template
+    template: Any = tokenizer.chat_template
+    if head and isinstance(template, Mapping):  # by name, of which "default" is rendered
+        tokenizer.chat_template = {name: head + text for name, text in template.items()}
+    elif head and isinstance(template, str):
+        tokenizer.chat_template = head + template
 
 
 def without_values(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer with its chat template as it was before ``set_values``: an exported model takes other values."""
-    if not values or not isinstance(tokenizer.chat_template, str):
+    template: Any = tokenizer.chat_template
+    if not values or template is None:
         return tokenizer
-    plain = copy.copy(tokenizer)
-    plain.chat_template = tokenizer.chat_template.removeprefix(_head(values))
+    plain, head = copy.copy(tokenizer), _head(values)
+    if isinstance(template, Mapping):
+        plain.chat_template = {name: text.removeprefix(head) for name, text in template.items()}
+    else:
+        plain.chat_template = template.removeprefix(head)
     return plain
 
 
-def unread_values(template: str | None, values: Mapping[str, Any]) -> list[str]:
+def unread_values(template: str | Mapping[str, str] | None, values: Mapping[str, Any]) -> list[str]:
     """The names that the template does not read. Raises UserError for a template that is not Jinja."""
     if not values:
         return []
+    if isinstance(template, Mapping):
+        template = template.get("default")
     try:
         parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", str(template or "")))
     except TemplateError as error:

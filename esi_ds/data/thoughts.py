@@ -51,6 +51,7 @@ MESSAGE = re.compile(
 )
 # The same, decoded by others without its special tokens.
 BARE_HARMONY = re.compile(r"\Aanalysis(?P<trace>.*)assistantfinal", re.DOTALL)
+BARE_UNFINISHED = re.compile(r"\Aanalysis(?=[A-Z])")  # no text begins so
 PROMPT_TAIL = 32  # tokens at a prompt's end that hold any opening mark
 
 
@@ -133,6 +134,8 @@ def parts(response: str, opening: str | None = None, marks: Marks = MARKS) -> Pa
     bare = BARE_HARMONY.match(response)
     if bare:
         return Parts([bare.span("trace")], [(bare.end(), len(response))])
+    if begun := BARE_UNFINISHED.match(response):
+        return Parts([(begun.end(), len(response))], None)
     seen = _marks(response, opening, marks)
     if not seen:
         return Parts([], [(0, len(response))])

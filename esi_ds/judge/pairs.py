@@ -7,7 +7,7 @@ character offsets say which of them overlap it (docs/method.md §1).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
@@ -57,6 +57,8 @@ class TextBuilder:
         self._options = dict(family.options)
         if family.uses_chat_template:
             template = tokenizer.chat_template
+            if isinstance(template, Mapping):  # several by name, of which "default" is rendered
+                template = template.get("default")
             if isinstance(template, str) and "strftime_now" in template:
                 self._options["chat_template"] = FIXED_DATE + template
             try:

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from esi_ds.config import validate
-from esi_ds.data.answers import MISSING, RecordedAnswer, check_one_model, counted_response, load_answers
+from esi_ds.data.answers import (
+    MISSING,
+    RecordedAnswer,
+    check_one_model,
+    counted_response,
+    counted_responses,
+    load_answers,
+)
 from esi_ds.data.prompts import PromptSet, QuestionSet, load_responses
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
@@ -162,3 +169,12 @@ def test_a_model_has_one_origin(model: dict, words: str) -> None:
     raw = {"run": {"output_dir": "x"}, "model": {"path": "y"}, "eval": {"models": [model]}}
     with pytest.raises(UserError, match=words):
         validate(raw)
+
+
+def test_esi_leaves_out_a_response_that_was_cut_within_a_thought_that_its_prompt_opened() -> None:
+    """As of a server's rows; another response of the file tells that thoughts are opened before it."""
+    finished = {"prompt": "a", "response": "I plan.</think>\n\nNo.", "cut": False}
+    cut = {"prompt": "b", "response": "I plan to explain how to build", "cut": True}
+    assert counted_responses([finished, cut]) == [finished["response"], ""]
+    assert counted_responses([cut]) == [cut["response"]]
+    assert counted_responses([finished, {**cut, "cut": False}])[1] == cut["response"]

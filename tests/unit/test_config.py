@@ -215,6 +215,13 @@ def test_differences_leave_out_how_to_resume() -> None:
     assert differences(validate(BASE), validate(other)) == ["judge", "esi.samples"]
 
 
+def test_a_null_key_is_not_the_same_as_none() -> None:
+    """In ``template_kwargs`` and ``extra``: a template may ask what is defined, and null removes a key of a request."""
+    base = {"run": {"output_dir": "x"}, "model": {"path": "a"}}
+    other = {**base, "model": {"path": "a", "template_kwargs": {"date": None}}}
+    assert differences(validate(base), validate(other)) == ["model.template_kwargs.date"]
+
+
 def test_a_deepspeed_file_beside_the_yaml_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("run: {output_dir: x}\nmodel: {path: a}\ndeepspeed: my.json\n")

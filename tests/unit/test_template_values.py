@@ -85,3 +85,20 @@ def test_a_model_s_tokenizer_has_them(tmp_path: Path) -> None:
 def test_wrong_values_and_marks_are_refused_before_anything_is_read(section: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         validate({"run": {"output_dir": "x"}, "model": {"path": "a", **section}})
+
+
+def test_values_reach_templates_that_a_tokenizer_holds_by_name() -> None:
+    """Of several in ``additional_chat_templates`` transformers renders "default"."""
+    values = {"enable_thinking": False}
+    one, several = thinking_tokenizer("qwen3"), thinking_tokenizer("qwen3")
+    plain = {"default": template("qwen3"), "tool_use": template("qwen3")}
+    several.chat_template = dict(plain)
+    for tokenizer in (one, several):
+        set_values(tokenizer, values)
+    shown = [
+        tokenizer.apply_chat_template(CHATS[0], tokenize=False, add_generation_prompt=True)
+        for tokenizer in (one, several)
+    ]
+    assert shown[0] == shown[1] and "</think>" in shown[0]
+    assert without_values(several, values).chat_template == plain
+    assert unread_values(plain, {**values, "nowhere": 1}) == ["nowhere"]

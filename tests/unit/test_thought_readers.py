@@ -233,6 +233,14 @@ def test_an_answer_cut_within_a_thought_that_its_prompt_opened_is_unfinished() -
     assert rows[0]["excluded"] == UNFINISHED and rows[-1]["excluded"] is None
 
 
+def test_answers_that_were_all_cut_without_marks_are_told_of() -> None:
+    """A server that opens thoughts in the prompt and cuts every one leaves no sign of it."""
+    rows = [{"model": "served", "response": "I plan", "cut": True, "excluded": None} for _ in range(2)]
+    (note,) = thought_notes(rows)
+    assert "all 2 answers of served were cut" in note and "eval.max_new_tokens" in note
+    assert not thought_notes([rows[0], {**rows[1], "cut": False}])
+
+
 def test_marks_that_never_close_or_never_stand_are_said_once() -> None:
     unclosed = recorded_rows([own(COMPLIES, None)] * 3)
     assert thought_notes(unclosed) == [

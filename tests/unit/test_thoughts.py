@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from esi_ds.data.chat import encode_prompt, special_strings
+from esi_ds.data.prompts import load_responses
 from esi_ds.data.thoughts import (
     MARKS,
     UNFINISHED,
@@ -353,3 +356,16 @@ def test_generated_responses_to_prompts_that_open_a_thought() -> None:
     # Others may have taken the thought out of what they give.
     given = replace(inputs, data=PromptData([], texts, {}, []))
     assert clean_responses(given, [ids] * 2, texts)[0][0].answer == [(0, len(PONDERS))]
+
+
+def test_harmony_without_its_special_tokens_that_is_cut_within_its_analysis() -> None:
+    assert final_answer("analysisWe need to refuse. Steps: mix A and B", None) is None
+    assert final_answer("analysisWe refuse.assistantfinalNo.", None) == "No."
+    assert final_answer("analysis of data is fun", None) == "analysis of data is fun"
+
+
+@pytest.mark.parametrize("more", [{}, {"cut": True}])
+def test_a_row_with_a_thought_and_no_answer_is_unfinished(more: dict, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "response": "", "reasoning": "I plan.", **more}))
+    (row,) = load_responses(str(tmp_path / "rows.jsonl"))
+    assert final_answer(row["response"], None) is None

@@ -16,7 +16,7 @@ from esi_ds.config.judges import Reads
 from esi_ds.config.needs import scores_given
 from esi_ds.core.criteria import objectives
 from esi_ds.core.select import check_ratio, share_sizes
-from esi_ds.data.answers import check_one_model, counted_response
+from esi_ds.data.answers import check_one_model, counted_responses
 from esi_ds.data.chat import (
     EncodedResponse,
     answerable,
@@ -254,7 +254,8 @@ def _read_data(config: Config) -> PromptData:
         source = {"responses": path, "sha256": file_sha256(Path(path).expanduser())}
         scores = recorded_scores(rows, path) if scores_given(config) else None
         goals = recorded_goals(rows, path, section.goal if section is not None else None)
-        prompts, responses = [row["prompt"] for row in rows], [counted_response(row) for row in rows]
+        prompts = [row["prompt"] for row in rows]
+        responses = counted_responses(rows, marks_with(config.model.thought_marks))
         return PromptData(prompts, responses, source, [], scores, goals=goals)
     assert section is not None  # require_esi has seen to it
     read = load_section(section)

@@ -67,6 +67,12 @@ def thought_notes(rows: Sequence[AnswerRow]) -> list[str]:
             which = "all" if unfinished == len(texts) else f"{unfinished} of the"
             remedy = "; raise eval.max_new_tokens, or see model.thought_marks" if unfinished == len(texts) else ""
             notes.append(f"{which} {len(texts)} answers of {name} are unfinished: they end within a thought{remedy}")
+        cut = [row for row in rows if row["model"] == name and row.get("cut")]
+        if cut and len(cut) == len(texts) and not any(has_marks(row["response"] or "", marks_of(row)) for row in cut):
+            notes.append(
+                f"all {len(texts)} answers of {name} were cut at their longest length: if it thinks, they may be "
+                "unfinished thoughts that count as answers; raise eval.max_new_tokens"
+            )
         marks = next((row["thought_marks"] for row in rows if row["model"] == name and "thought_marks" in row), [])
         absent = absent_marks(texts, marks)
         if absent and texts:
@@ -162,8 +168,11 @@ def answer_all(
             if candidate.thought_marks is not None:
                 row["thought_marks"] = candidate.thought_marks
             opening = opening_mark(candidate.tokenizer, prompt_ids[row["set"], row["index"]], marks_of(row))
-            if final_answer(response, opening, marks_of(row)) is None:
+            answer = final_answer(response, opening, marks_of(row))
+            if answer is None:
                 row["excluded"] = UNFINISHED
+            elif answer != final_answer(response, None, marks_of(row)):
+                row["response"] = f"{opening}{response}"  # it speaks of marks itself
             rows.append(row)
         answers.add(rows)
 
