@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import json
 import os
 import runpy
@@ -54,6 +55,8 @@ def serve() -> None:
     import esi_ds.stages.tune.work  # noqa: F401
     import esi_ds.zero.score  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # a full collection, which every model that is closed asks for, would go through all that is imported
     assert len(os.listdir("/proc/self/task")) == 1  # a thread would be lost in the fork
     ctypes.CDLL(None).prctl(SUBREAPER, 1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -122,7 +122,7 @@ def test_real_weights_and_real_prompts(shared: Path, tmp_path: Path) -> None:
         },
         tmp_path,
     )
-    assert "'column': 'goal'" in output
+    assert "advbench_harmful_behaviors.csv (column goal)" in output
     rows = [json.loads(line) for line in (tmp_path / "run/responses.jsonl").read_text().splitlines()]
     assert len(rows) == 48 and sum(row["judge_score"] is not None for row in rows) >= 40
     assert mask_main(["verify", str(tmp_path / "run/mask"), "--scores", str(tmp_path / "run/scores")]) == 0

@@ -76,8 +76,12 @@ def test_an_editable_installation_is_found_from_the_checkout_s_parent_folder(sit
     subprocess.run([sys.executable, "-c", build, tmp_path], cwd=sources, check=True, capture_output=True, timeout=120)
     (wheel,) = tmp_path.glob("esi_ds-*.whl")
     shutil.unpack_archive(wheel, hooks, "zip")
+    # This environment's own installation, which may be editable too, is put aside.
     code = (
-        "import site, sys; site.addsitedir(sys.argv[1]); from esi_ds import Mask; import esi_ds; print(esi_ds.__file__)"
+        "import os, site, sys; "
+        "sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, '__module__', '').startswith('__editable__')]; "
+        "sys.path[:] = [p for p in sys.path if not os.path.isfile(os.path.join(p, 'esi_ds/__init__.py'))]; "
+        "site.addsitedir(sys.argv[1]); from esi_ds import Mask; import esi_ds; print(esi_ds.__file__)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", code, str(hooks)]
