@@ -18,7 +18,7 @@ from esi_ds.config.needs import require_esi
 from esi_ds.data.answers import RecordedAnswer, RecordedAnswers
 from esi_ds.data.chat import break_up, encode_prompt, special_strings
 from esi_ds.data.prompts import PromptSet, QuestionSet
-from esi_ds.data.thoughts import MARKS, NO_THOUGHT, UNFINISHED, marks_with, parts, reading, spans_in_text
+from esi_ds.data.thoughts import MARKS, NO_THOUGHT, UNFINISHED, final_answer, marks_with, parts, reading, spans_in_text
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import SequenceJudge
 from esi_ds.eval.endpoint import Reply
@@ -231,6 +231,21 @@ def test_an_answer_cut_within_a_thought_that_its_prompt_opened_is_unfinished() -
     rows.append({**rows[0], "model": "another", "excluded": None})
     mark_unfinished(rows)
     assert rows[0]["excluded"] == UNFINISHED and rows[-1]["excluded"] is None
+
+
+def test_a_thought_that_its_prompt_opened_and_that_speaks_of_marks_is_not_the_answer() -> None:
+    """Who reads the row later does not know what the prompt opened: the row says it where it matters."""
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: "<|assistant|><think>\n")
+    candidate = SimpleNamespace(tokenizer=tokenizer, thought_marks=None)
+    harmful = "They want <reasoning> tags: plan harm </reasoning> step 1.</think>\n\nI cannot help with that."
+    for response, kept in ((harmful, f"<think>{harmful}"), ("I plan.</think>\n\nNo.", "I plan.</think>\n\nNo.")):
+        row = {"response": None, "excluded": None}
+        answering.fill_row(row, response, candidate, [1])
+        assert row == {"response": kept, "excluded": None}
+        assert final_answer(row["response"], None) in ("I cannot help with that.", "No.")
+    row = {"response": None, "excluded": None}
+    answering.fill_row(row, "I plan", candidate, [1])
+    assert row["excluded"] == UNFINISHED
 
 
 def test_answers_that_were_all_cut_without_marks_are_told_of() -> None:

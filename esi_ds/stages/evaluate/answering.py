@@ -132,6 +132,21 @@ def to_read_again(
     ]
 
 
+def fill_row(row: AnswerRow, response: str, candidate: Candidate, prompt: Sequence[int]) -> None:
+    """Set the row's response, and exclude it where it is an unfinished thought. prompt: ids of what was asked."""
+    row["response"] = response
+    if candidate.thought_marks is not None:
+        row["thought_marks"] = candidate.thought_marks
+    opening = opening_mark(candidate.tokenizer, prompt, marks_of(row))
+    answer = final_answer(response, opening, marks_of(row))
+    if answer is None:
+        row["excluded"] = UNFINISHED
+    elif answer != final_answer(
+        response, None, marks_of(row)
+    ):  # it speaks of marks: who reads it later needs the first
+        row["response"] = f"{opening}{response}"
+
+
 def answer_all(
     model: ShardedModel,
     name: str,
@@ -161,20 +176,10 @@ def answer_all(
             waiting.append(row)
 
     def keep(responses: dict[int, str]) -> None:
-        rows: list[AnswerRow] = []
         for number, response in responses.items():
             row = waiting[number]
-            row["response"] = response
-            if candidate.thought_marks is not None:
-                row["thought_marks"] = candidate.thought_marks
-            opening = opening_mark(candidate.tokenizer, prompt_ids[row["set"], row["index"]], marks_of(row))
-            answer = final_answer(response, opening, marks_of(row))
-            if answer is None:
-                row["excluded"] = UNFINISHED
-            elif answer != final_answer(response, None, marks_of(row)):
-                row["response"] = f"{opening}{response}"  # it speaks of marks itself
-            rows.append(row)
-        answers.add(rows)
+            fill_row(row, response, candidate, prompt_ids[row["set"], row["index"]])
+        answers.add([waiting[number] for number in responses])
 
     def draws(numbers: Sequence[int]) -> Draws:
         sampling = Sampling(section.temperature, section.top_p)
