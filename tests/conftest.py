@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache
@@ -35,6 +35,34 @@ RUN_FILES = {
     "log.txt",
     "status.json",
 }
+
+
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+AT_START = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
+
+
+@pytest.fixture(autouse=True)
+def launcher_variables() -> Iterator[None]:
+    """Some libraries leave a launcher's variables behind, by which the next test of this process would be a rank."""
+    _restore_launcher_variables()
+    yield
+    _restore_launcher_variables()
+
+
+def _restore_launcher_variables() -> None:
+    for name, value in AT_START.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")
