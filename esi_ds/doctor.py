@@ -28,7 +28,6 @@ from esi_ds.terminal import clean_output
 
 GB, GIB = 10**9, 2**30
 WRITTEN = 256 * 2**20  # bytes of the write test: more than a disk's own cache hides, seconds on the slowest
-HUB = "https://huggingface.co"
 EXTRAS = {  # extra → (a module of it, what it is for)
     "eval": ("lm_eval", "eval.tasks"),
     "mpi": ("mpi4py", "mpirun"),
@@ -147,19 +146,17 @@ def ranks() -> Iterator[Finding]:
 
 def hub() -> Iterator[Finding]:
     """Whether models and data sets can be had from the hub, and where they are kept."""
-    import httpx2
     from huggingface_hub import constants
+
+    from esi_ds.stages.plan.notes import hub_answers
 
     if constants.HF_HUB_OFFLINE:
         yield Finding("ok", "hub", f"HF_HUB_OFFLINE is set: only what {constants.HF_HOME} holds already is used")
-        return
-    remedy = "give folders as paths, or download where there is a network and set HF_HUB_OFFLINE=1"
-    try:
-        httpx2.head(constants.ENDPOINT or HUB, timeout=5.0, follow_redirects=True).raise_for_status()
-    except httpx2.HTTPError as error:
-        yield Finding("note", "hub", f"{constants.ENDPOINT} cannot be reached ({type(error).__name__})", remedy)
-    else:
+    elif hub_answers():
         yield Finding("ok", "hub", f"{constants.ENDPOINT} answers; files are kept in {constants.HF_HOME}")
+    else:
+        remedy = "give folders as paths, or download where there is a network and set HF_HUB_OFFLINE=1"
+        yield Finding("note", "hub", f"{constants.ENDPOINT} cannot be reached", remedy)
 
 
 def storage(folder: Path) -> Iterator[Finding]:

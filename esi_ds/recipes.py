@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from esi_ds import shipped
-from esi_ds.errors import UserError
+from esi_ds.errors import ends_with_message
 from esi_ds.terminal import clean_output
 
 
@@ -44,15 +44,10 @@ def run(arguments: argparse.Namespace) -> list[str]:
 
 
 @clean_output()
+@ends_with_message
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    arguments = _parser().parse_args(argv)
-    try:
-        lines = run(arguments)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(lines))
+    print("\n".join(run(_parser().parse_args(argv))))
     return 0
 
 

@@ -7,23 +7,19 @@ import sys
 from pathlib import Path
 
 from esi_ds import shipped
-from esi_ds.errors import UserError
+from esi_ds.errors import ends_with_message
 from esi_ds.terminal import clean_output
 
 
 @clean_output()
+@ends_with_message
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(prog="esi-ds slurm", description="batch scripts that come with the package")
     commands = parser.add_subparsers(dest="command", required=True)
     copy = commands.add_parser("copy", help="copy them to DIR/slurm; then change slurm/env.sh, and submit from DIR")
     copy.add_argument("to", metavar="DIR", type=Path)
-    arguments = parser.parse_args(argv)
-    try:
-        print(*shipped.copy(shipped.folder("slurm"), arguments.to / "slurm"), sep="\n")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(*shipped.copy(shipped.folder("slurm"), parser.parse_args(argv).to / "slurm"), sep="\n")
     return 0
 
 

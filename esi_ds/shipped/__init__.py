@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from esi_ds.errors import UserError
+from esi_ds.reading import reading
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 NAMES = ("configs", "ds_configs", "slurm")
@@ -71,10 +72,11 @@ def copy(source: Path, target: Path) -> list[Path]:
     for file, copied in pairs:
         if copied.exists() and (not copied.is_file() or copied.read_bytes() != file.read_bytes()):
             raise UserError("DIR", str(copied), "exists and differs", "move it away, or name another folder")
-    for file, copied in pairs:
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        copied.write_bytes(file.read_bytes())
-        copied.chmod(file.stat().st_mode & 0o777)
+    with reading("DIR", target, "name a folder that you may write to", "cannot be written"):
+        for file, copied in pairs:
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            copied.write_bytes(file.read_bytes())
+            copied.chmod(file.stat().st_mode & 0o777)
     return [copied for _, copied in pairs]
 
 

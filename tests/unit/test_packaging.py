@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import pytest
 import yaml
 from conftest import ROOT
 
 import esi_ds
+from esi_ds import recipes, slurm
 
 
 def test_the_citation_is_of_this_version() -> None:
@@ -28,3 +31,10 @@ def test_containers_copy_what_the_package_is_built_from() -> None:
     assert copied == {line.split()[0] for line in files.splitlines()}
     assert all((ROOT / name).exists() for name in copied)
     assert copied >= {"esi_ds", "configs", "ds_configs", "slurm", "setup.py", "setup.cfg"}
+
+
+def test_shipped_files_that_cannot_be_copied_are_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert recipes.main(["copy", "llama3-8b", "--to", str(tmp_path / "file")]) == 2
+    assert slurm.main(["copy", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.count("error: DIR = ") == 2

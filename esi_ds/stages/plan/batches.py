@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import PretrainedConfig
 
 from esi_ds.config import Config
+from esi_ds.config.needs import require_eval
 from esi_ds.core.batch_size import (
     WHOLE_SHARE,
     generation_bytes,
@@ -64,6 +65,21 @@ def generation_rows(
         fixed += window_bytes(tensors, weight, settings["zero_optimization"])
     row = generation_bytes(widths(model_config), weight, new_tokens, new_tokens)
     return Rows(rows_that_fit(free, row, fixed), True)
+
+
+def answer_rows(
+    config: Config,
+    parameters: Sequence[Parameter],
+    model_config: PretrainedConfig,
+    ranks: int,
+    settings: Mapping[str, Any],
+    gpu: float,
+    beside: float = 0.0,
+) -> Rows:
+    """Prompts of ``eval`` that a rank would answer at a time; arguments as those of ``generation_rows``."""
+    section, weight = require_eval(config), WEIGHT_BYTES[config.model.dtype]
+    setting, new_tokens = section.generation_batch_size, section.max_new_tokens
+    return generation_rows(setting, parameters, model_config, weight, ranks, settings, gpu, new_tokens, beside)
 
 
 @dataclass(frozen=True)

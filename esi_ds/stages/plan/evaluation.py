@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from esi_ds.config import Config, Eval, EvalRubric, EvalWords, label, resolved_yaml
+from transformers import PretrainedConfig
+
+from esi_ds.config import Config, Eval, EvalRubric, EvalWords, Prompts, label, resolved_yaml
 from esi_ds.config.needs import require_eval
 from esi_ds.core.footprint import WEIGHT_BYTES
+from esi_ds.data.benchmarks import Kind
 from esi_ds.deepspeed_config import resolve_deepspeed
-from esi_ds.errors import UserError
-from esi_ds.models.folder import ModelSource, load_model_config
+from esi_ds.models.folder import ModelSource, dequantised, load_model_config
 from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.report.contents import Facts
-from esi_ds.stages.evaluate.prepare import BASE, prepare_eval
+from esi_ds.stages.evaluate.prepare import BASE, EvalInputs, RecordedModel, prepare_eval
 from esi_ds.stages.paths import is_hub_id
-from esi_ds.stages.plan.batches import generation_rows
+from esi_ds.stages.plan.batches import answer_rows
 from esi_ds.stages.plan.memory import GIB, readable
-from esi_ds.stages.plan.notes import count_prompts, hub_answers, missing_files
-from esi_ds.stages.plan.stages import print_eval_plan, print_facts, print_notes
+from esi_ds.stages.plan.notes import count_prompts, missing_files, read_if_reachable
+from esi_ds.stages.plan.stages import print_facts, print_notes
 
 
 def plan_eval(config: Config, options: Options) -> None:
@@ -28,85 +30,110 @@ def plan_eval(config: Config, options: Options) -> None:
     Raises UserError for whatever is wrong. What does not exist yet, or cannot be reached, is noted, and the plan does
     without it: answers and verdicts are counted only where everything is there.
     """
-    section, notes = require_eval(config), []
-    for source in _models_and_judges(config):
-        notes += _missing(source)
-    counts: Facts = {}
-    for kind, sets in (("harmful", section.prompts), ("benign", section.benign)):
-        for number, prompts in enumerate(sets):
-            field = f"eval.{'prompts' if kind == 'harmful' else 'benign'}.{number}"
-            count = count_prompts(prompts, field, notes, "harmful" if kind == "harmful" else "benign")
-            counts[f"{kind} set {prompts.path}"] = "not known" if count is None else f"{count:,} prompts"
+    section = require_eval(config)
+    notes: list[str] = []
+    sources = {source.field: source for source in _models_and_judges(config)}
+    configs = {field: _configuration(source, notes) for field, source in sources.items()}
+    counts = _prompt_counts(section, notes)
     if not notes:
         print_eval_plan(config, options, prepare_eval(config))
         return
     facts: Facts = {"ranks": options.world_size or 1}
-    facts |= _model_facts(config, section, options)
+    for name, field in _fields(section).items():
+        model_config = configs.get(field)
+        if field not in sources:
+            facts[f"model {name}"] = "answers from elsewhere"
+        elif model_config is None:
+            facts[f"model {name}"] = "not known"
+        else:
+            facts[f"model {name}"] = _describe(config, options, model_config, sources[field], None)
     facts |= counts
     facts["judges"] = ", ".join(map(label, section.judges)) or "words"
     facts["tasks"] = ", ".join(task.name for task in section.tasks) or "none"
     print(resolved_yaml(config))
     print_facts(facts)
-    print_notes(notes)
+    print_notes([*notes, *dequantised(source for field, source in sources.items() if configs[field] is not None)])
+
+
+def _fields(section: Eval) -> dict[str, str]:
+    """Names of the models → the keys of their paths."""
+    others = {label(model): f"eval.models.{number}.path" for number, model in enumerate(section.models)}
+    return {BASE: "model.path", **others}
 
 
 def _models_and_judges(config: Config) -> Iterator[ModelSource]:
     """Everything whose files an evaluation loads."""
     section = require_eval(config)
     yield ModelSource.of(config.model)
-    for number, model in enumerate(section.models):
+    for model, field in zip(section.models, list(_fields(section).values())[1:], strict=True):
         if model.path is not None:
-            key = f"eval.models.{number}.path"
-            yield ModelSource(model.path, model.revision, config.model.trust_remote_code, key)
+            yield ModelSource(model.path, model.revision, config.model.trust_remote_code, field)
     for number, judge in enumerate(section.judges):
         if not isinstance(judge, EvalRubric | EvalWords):
             yield ModelSource.of(judge, f"eval.judges.{number}")
 
 
-def _missing(source: ModelSource) -> list[str]:
-    """Notes on a model that is not there, or not whole."""
+def _configuration(source: ModelSource, notes: list[str]) -> PretrainedConfig | None:
+    """Of a model, which may lack weights and tokenizer; None, and a note, where it is not there."""
     field, path = source.field, source.path
     if Path(path).is_dir():
-        return missing_files(field, path)
+        notes += missing_files(field, path)
+        return load_model_config(source)
     if not is_hub_id(path):
-        return [f"{field} = {path}: there is no such folder"]
-    try:
-        if hub_answers():
-            load_model_config(source)
-            return []
-    except UserError as error:
-        return [str(error)]
-    return [f"{field} = {path}: the hub does not answer; HF_HUB_OFFLINE=1 would look for a local copy"]
+        notes.append(f"{field} = {path}: there is no such folder")
+        return None
+    return read_if_reachable(path, field, lambda: load_model_config(source), notes)
 
 
-def _model_facts(config: Config, section: Eval, options: Options) -> Facts:
-    """Weights and answers at a time of every model whose configuration is there."""
-    facts: Facts = {}
-    settings, size = resolve_deepspeed(config, options.world_size or 1, "eval"), WEIGHT_BYTES[config.model.dtype]
-    for name, path, revision in [
-        (BASE, config.model.path, config.model.revision),
-        *((label(model), model.path, model.revision) for model in section.models),
-    ]:
-        if path is None:
-            facts[f"model {name}"] = "answers from elsewhere"
-            continue
-        source = ModelSource(path, revision, config.model.trust_remote_code, "model.path")
-        try:
-            model_config = load_model_config(source)
-        except UserError:
-            facts[f"model {name}"] = "not known"
-            continue
-        parameters = meta_parameters(model_config, source, dtype=config.model.dtype)
-        total = sum(parameter.numel for parameter in parameters)
-        rows = generation_rows(
-            section.generation_batch_size,
-            parameters,
-            model_config,
-            size,
-            options.world_size or 1,
-            settings,
-            options.gpu_memory_gib * GIB,
-            section.max_new_tokens,
+def _prompt_counts(section: Eval, notes: list[str]) -> Facts:
+    """How many prompts each set has."""
+    counts: Facts = {}
+    kinds: tuple[tuple[str, Kind, list[Prompts]], ...] = (
+        ("eval.prompts", "harmful", section.prompts),
+        ("eval.benign", "benign", section.benign),
+    )
+    for key, kind, sets in kinds:
+        for number, prompts in enumerate(sets):
+            count = count_prompts(prompts, f"{key}.{number}", notes, kind)
+            counts[f"{kind} set {prompts.path}"] = "not known" if count is None else f"{count:,} prompts"
+    return counts
+
+
+def _describe(
+    config: Config, options: Options, model_config: PretrainedConfig, source: ModelSource, before: str | None
+) -> str:
+    """A model's weights, and how many prompts it answers at a time. before: the model that it is compared with."""
+    ranks, gpu = options.world_size or 1, options.gpu_memory_gib * GIB
+    parameters = meta_parameters(model_config, source, dtype=config.model.dtype)
+    total = sum(parameter.numel for parameter in parameters)
+    whole = readable(WEIGHT_BYTES[config.model.dtype] * total)
+    rows = answer_rows(config, parameters, model_config, ranks, resolve_deepspeed(config, ranks, "eval"), gpu)
+    against = f", compared with {before}" if before else ""
+    return f"{total:,} weights, {whole} whole{against}; answers {rows}"
+
+
+def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> None:
+    """The resolved config, then which models an evaluation would ask what, and who would judge."""
+    section = require_eval(config)
+    print(resolved_yaml(config))
+    facts: Facts = {"ranks": options.world_size or 1}
+    for other in inputs.elsewhere:
+        origin = f"{len(other.recorded.answers):,} answers from " if isinstance(other, RecordedModel) else "asked as "
+        facts[f"model {other.name}"] = origin + other.path
+    for model in inputs.candidates:
+        facts[f"model {model.name}"] = _describe(config, options, model.config, model.source, model.before)
+    for prompt_set in inputs.sets:
+        row = prompt_set.as_row()
+        facts[f"{row['kind']} set {row['set']}"] = f"{row['read']:,} prompts, {sum(row['skipped'].values()):,} skipped"
+    count = sum(len(prompt_set.prompts) for prompt_set in inputs.sets) * section.samples
+    facts["answers"] = f"{count * len(inputs.candidates):,}, at most {section.max_new_tokens} tokens each"
+    num_harmful = sum(len(prompt_set.prompts) for prompt_set in inputs.sets if prompt_set.kind == "harmful")
+    num_harmful *= section.samples
+    if section.divergence:
+        facts["divergence"] = (
+            f"of {len(inputs.candidates) - 1} models, each loaded beside the base, a share a rank of both"
         )
-        facts[f"model {name}"] = f"{total:,} weights, {readable(size * total)} whole; answers {rows}"
-    return facts
+    judges = ", ".join(judge.name for judge in inputs.judges)
+    facts["verdicts"] = f"{num_harmful * len(inputs.models):,} each of {judges}"
+    print_facts(facts)
+    print_notes(dequantised(inputs.sources))

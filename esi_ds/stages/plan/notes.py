@@ -27,21 +27,21 @@ def count_prompts(section: Prompts, field: str, notes: list[str], kind: Kind | N
     source, name = (built_in.source, built_in.config) if built_in else (section.path, None)
     split = section.split or (split_of(built_in) if built_in else None)
     key = f"{field}.path"
-    if _read_if_reachable(source, key, lambda: read_rows(source, key, name=name, split=split), notes) is None:
+    if read_if_reachable(source, key, lambda: read_rows(source, key, name=name, split=split), notes) is None:
         return None
     return len(load_section(section, field, kind).prompts)
 
 
 def count_responses(path: str, notes: list[str]) -> int | None:
     """Number of rows in ``data.responses``, likewise."""
-    rows = _read_if_reachable(path, "data.responses", lambda: load_responses(path), notes)
+    rows = read_if_reachable(path, "data.responses", lambda: load_responses(path), notes)
     return None if rows is None else len(rows)
 
 
 def count_rows(section: RowSource | BenignMix, field: str, notes: list[str]) -> int | None:
     """Number of rows to learn from, likewise. Their columns are checked, but they are not read as conversations."""
     key = f"{field}.path"
-    rows = _read_if_reachable(
+    rows = read_if_reachable(
         section.path, key, lambda: read_rows(section.path, key, name=section.name, split=section.split), notes
     )
     if rows is None:
@@ -50,7 +50,7 @@ def count_rows(section: RowSource | BenignMix, field: str, notes: list[str]) -> 
     return len(rows[: getattr(section, "limit", None)])
 
 
-def _read_if_reachable(path: str, field: str, read: Callable[[], Content], notes: list[str]) -> Content | None:
+def read_if_reachable(path: str, field: str, read: Callable[[], Content], notes: list[str]) -> Content | None:
     """What ``read`` returns; None, and a note, where the file does not exist or the hub does not provide it."""
     if looks_like_file(path):
         if exists(path):

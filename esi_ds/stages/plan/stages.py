@@ -1,4 +1,4 @@
-"""``--dry-run`` of every stage except SET and SPA: what it would do, from configurations alone. Loads no weights and
+"""``--dry-run`` of ESI and perturbation: what they would do, from configurations alone. Loads no weights and
 starts no process group."""
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import replace
 from esi_ds.config import Config, ModelEndpoint, resolved_yaml
 from esi_ds.config.needs import require_eval
 from esi_ds.core.criteria import objectives
-from esi_ds.core.footprint import WEIGHT_BYTES
 from esi_ds.core.mask import num_bytes
 from esi_ds.core.select import check_ratio, model_k, share_sizes
 from esi_ds.core.units import Parameter
@@ -20,9 +19,8 @@ from esi_ds.models.meta import meta_parameters
 from esi_ds.models.roles import unknown, warning
 from esi_ds.options import Options
 from esi_ds.report.contents import Facts
-from esi_ds.stages.evaluate.prepare import EvalInputs, RecordedModel
 from esi_ds.stages.perturb.prepare import PerturbInputs
-from esi_ds.stages.plan.batches import EsiBatches, Rows, esi_batches, generation_rows
+from esi_ds.stages.plan.batches import EsiBatches, Rows, answer_rows, esi_batches
 from esi_ds.stages.plan.memory import GIB, describe_work, expected_trained, print_bytes, readable, topology
 from esi_ds.stages.plan.notes import count_prompts, count_responses, count_rows
 
@@ -123,63 +121,14 @@ def _loss_passes(config: Config, names: Sequence[str], world_size: int, tuning: 
     return facts
 
 
-def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> None:
-    """The resolved config, then which models an evaluation would ask what, and who would judge."""
-    section, world_size = require_eval(config), options.world_size or 1
-    settings = resolve_deepspeed(config, world_size, "eval")
-    print(resolved_yaml(config))
-    facts: Facts = {"ranks": world_size}
-    for other in inputs.elsewhere:
-        origin = f"{len(other.recorded.answers):,} answers from " if isinstance(other, RecordedModel) else "asked as "
-        facts[f"model {other.name}"] = origin + other.path
-    for model in inputs.candidates:
-        parameters = meta_parameters(model.config, model.source, dtype=config.model.dtype)
-        total = sum(parameter.numel for parameter in parameters)
-        against = f", compared with {model.before}" if model.before else ""
-        whole = readable(WEIGHT_BYTES[config.model.dtype] * total)
-        rows = generation_rows(
-            section.generation_batch_size,
-            parameters,
-            model.config,
-            WEIGHT_BYTES[config.model.dtype],
-            world_size,
-            settings,
-            options.gpu_memory_gib * GIB,
-            section.max_new_tokens,
-        )
-        facts[f"model {model.name}"] = f"{total:,} weights, {whole} whole{against}; answers {rows}"
-    for prompt_set in inputs.sets:
-        row = prompt_set.as_row()
-        facts[f"{row['kind']} set {row['set']}"] = f"{row['read']:,} prompts, {sum(row['skipped'].values()):,} skipped"
-    count = sum(len(prompt_set.prompts) for prompt_set in inputs.sets) * section.samples
-    facts["answers"] = f"{count * len(inputs.candidates):,}, at most {section.max_new_tokens} tokens each"
-    num_harmful = sum(len(prompt_set.prompts) for prompt_set in inputs.sets if prompt_set.kind == "harmful")
-    num_harmful *= section.samples
-    if section.divergence:
-        facts["divergence"] = (
-            f"of {len(inputs.candidates) - 1} models, each loaded beside the base, a share a rank of both"
-        )
-    judges = ", ".join(judge.name for judge in inputs.judges)
-    facts["verdicts"] = f"{num_harmful * len(inputs.models):,} each of {judges}"
-    print_facts(facts)
-    print_notes(dequantised(inputs.sources))
-
-
 def print_perturb_plan(config: Config, options: Options, inputs: PerturbInputs) -> None:
     """The resolved config, then how many disturbed models would answer how many prompts."""
     section, world_size, candidate = require_eval(config), options.world_size or 1, inputs.candidate
     settings = resolve_deepspeed(config, world_size, "perturb")
     print(resolved_yaml(config))
-    rows = generation_rows(
-        section.generation_batch_size,
-        meta_parameters(candidate.config, candidate.source, dtype=config.model.dtype),
-        candidate.config,
-        WEIGHT_BYTES[config.model.dtype],
-        world_size,
-        settings,
-        options.gpu_memory_gib * GIB,
-        section.max_new_tokens,
-    )
+    parameters = meta_parameters(candidate.config, candidate.source, dtype=config.model.dtype)
+    gpu = options.gpu_memory_gib * GIB
+    rows = answer_rows(config, parameters, candidate.config, world_size, settings, gpu)
     count = sum(len(prompt_set.prompts) for prompt_set in inputs.eval.sets) * section.samples
     facts: Facts = {
         "mask": f"{inputs.mask.k:,} weights by {inputs.mask.header.criterion}",

@@ -15,7 +15,7 @@ from esi_ds.models.folder import ModelSource, dequantised, load_model_config
 from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.report.contents import Facts
-from esi_ds.stages.plan.batches import generation_rows
+from esi_ds.stages.plan.batches import answer_rows
 from esi_ds.stages.plan.footprints import footprint
 from esi_ds.stages.plan.memory import (
     GIB,
@@ -64,17 +64,8 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
     work = describe_work(config, stage, model_config, parameters, counts, ranks)
     if config.eval is not None and (config.eval.prompts or config.eval.benign):
         held = footprint(work, stage, topology(options), settings).resident
-        answered = generation_rows(
-            config.eval.generation_batch_size,
-            parameters,
-            model_config,
-            work.weight,
-            ranks,
-            settings,
-            options.gpu_memory_gib * GIB,
-            config.eval.max_new_tokens,
-            held.total - held.weights,
-        )
+        gpu, beside = options.gpu_memory_gib * GIB, held.total - held.weights
+        answered = answer_rows(config, parameters, model_config, ranks, settings, gpu, beside)
         facts |= {"answered at a time": str(answered)}
     print_facts(facts)
     print_notes([*notes, *dequantised([source])])
