@@ -15,7 +15,7 @@ from pathlib import Path
 from esi_ds.artifacts import file_sha256
 from esi_ds.data.prompts import QuestionSet, load_responses
 from esi_ds.data.rows import Row
-from esi_ds.data.thoughts import MARKS, Marks, closes_unopened, has_marks
+from esi_ds.data.thoughts import MARKS, Marks, cut_within
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 
@@ -119,14 +119,9 @@ def check_one_model(rows: Sequence[Row], path: str, field: str = "data.responses
 
 
 def counted_responses(rows: Sequence[Row], marks: Marks = MARKS) -> list[str]:
-    """``counted_response`` of each row, and "" where the engine cut it within a thought that its prompt had opened.
-
-    Other responses tell, as in an evaluation: they close a thought that they do not open.
-    """
+    """``counted_response`` of each row, and "" where the engine cut it within a thought that its prompt had opened."""
     texts = [counted_response(row) for row in rows]
-    if not any(closes_unopened(text, marks) for text in texts):
-        return texts
-    unfinished = [row.get("cut") is True and not has_marks(text, marks) for row, text in zip(rows, texts, strict=True)]
+    unfinished = cut_within(texts, [row.get("cut") is True for row in rows], marks)
     return ["" if is_unfinished else text for is_unfinished, text in zip(unfinished, texts, strict=True)]
 
 

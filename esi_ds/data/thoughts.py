@@ -83,6 +83,17 @@ def has_marks(response: str, marks: Marks = MARKS) -> bool:
     return CHANNEL in response or _mark_pattern(marks).search(response) is not None
 
 
+def cut_within(responses: Sequence[str | None], are_cut: Sequence[bool], marks: Marks = MARKS) -> list[bool]:
+    """Which of a model's responses an engine cut within a thought that the prompt had opened. They hold no mark of it;
+    others of the same model tell: they close a thought that they do not open."""
+    if not any(response is not None and closes_unopened(response, marks) for response in responses):
+        return [False] * len(responses)
+    return [
+        is_cut and response is not None and not has_marks(response, marks)
+        for response, is_cut in zip(responses, are_cut, strict=True)
+    ]
+
+
 def whole_response(trace: str | None, answer: str | None) -> str | None:
     """The one text that a response is, of an engine that gives a thought and the answer apart.
 

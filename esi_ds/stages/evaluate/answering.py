@@ -11,7 +11,7 @@ from esi_ds.data.prompts import QuestionSet
 from esi_ds.data.thoughts import (
     UNFINISHED,
     absent_marks,
-    closes_unopened,
+    cut_within,
     final_answer,
     has_marks,
     marks_with,
@@ -43,17 +43,17 @@ def has_text(row: AnswerRow) -> bool:
 
 
 def mark_unfinished(rows: Collection[AnswerRow]) -> None:
-    """Exclude answers that another engine cut within a thought that its prompt had opened.
-
-    They hold no mark of it. Other answers of the same model tell: they close a thought that they do not open.
-    """
-    opened = {
-        row["model"] for row in rows if row["response"] is not None and closes_unopened(row["response"], marks_of(row))
-    }
+    """Exclude answers that another engine cut within a thought that its prompt had opened (``cut_within``)."""
+    by_model: dict[str, list[AnswerRow]] = {}
     for row in rows:
-        text = answered(row)
-        if row.get("cut") and row["model"] in opened and text is not None and not has_marks(text, marks_of(row)):
-            row["excluded"] = UNFINISHED
+        by_model.setdefault(row["model"], []).append(row)
+    for of_model in by_model.values():
+        are_cut = [row.get("cut") is True for row in of_model]
+        marks = marks_of(next((row for row in of_model if "thought_marks" in row), of_model[0]))
+        unfinished = cut_within([row["response"] for row in of_model], are_cut, marks)
+        for row, is_unfinished in zip(of_model, unfinished, strict=True):
+            if is_unfinished and answered(row) is not None:
+                row["excluded"] = UNFINISHED
 
 
 def thought_notes(rows: Sequence[AnswerRow]) -> list[str]:
