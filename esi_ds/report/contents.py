@@ -17,7 +17,14 @@ Facts = dict[str, Any]
 MetricsRow = dict[str, Any]
 
 
-class UnitRow(TypedDict):
+class UnitControl(TypedDict, total=False):
+    """What a matrix has in common with any objective; absent from runs without ``control``."""
+
+    control_mean_score: float  # mean over its weights of the control's score |g_C|·σ
+    control_selected: int  # weights that the control's own score selects, with the mask's k, order, scope and ties
+
+
+class UnitRow(UnitControl):
     """One logical matrix: its place in the model, its share of the mask, and its scores."""
 
     name: str  # unique; an expert's matrices have names of their own
@@ -94,7 +101,8 @@ class ScoreHistogram(TypedDict):
 
 class SelectionFacts(TypedDict):
     """How the mask was chosen. Criteria with losses add "<name> rows from", "<name> rows used" and "<name> rows
-    skipped" for each of them: labels of the report's table."""
+    skipped" for each of them: labels of the report's table. So does a control of rows, as ``control``; one of prompts
+    adds "control prompts from" and "control prompts used"."""
 
     k: int  # weights in the mask
     total_numel: int  # weights of the model
