@@ -20,11 +20,14 @@ from typing_extensions import NotRequired, TypedDict
 
 from esi_ds.artifacts import append_jsonl, jsonl, parse_jsonl, write_text_atomic
 from esi_ds.config.checks import check_extra, check_numbers
+from esi_ds.data.benchmarks import BUILT_IN
 from esi_ds.data.prompts import PromptSet, load_prompts
+from esi_ds.data.rows import looks_like_file
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError, ends_with_message
 from esi_ds.eval.asking import ask_prompts, check_served
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply
+from esi_ds.models import hub
 from esi_ds.reading import check_regular, check_type, parse_json, reading
 from esi_ds.terminal import clean_output
 
@@ -238,6 +241,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError("--limit", arguments.limit, "is not above 0", "give a larger number, or leave it out")
     endpoint = endpoint_of(arguments)
+    if arguments.prompts not in BUILT_IN and not looks_like_file(arguments.prompts):
+        hub.check_exists(arguments.prompts, "dataset", "--prompts")
     prompts = load_prompts(
         arguments.prompts,
         arguments.split,

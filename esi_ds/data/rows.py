@@ -121,7 +121,7 @@ def _read_hub(path: str, field: str, name: str | None, split: str | None) -> lis
     import datasets
 
     remedy = "check the id, the split and the network, or give a local file"
-    with reading(field, path, remedy, "cannot be loaded from the hub"):
+    with reading(field, path, remedy, "there is no such file here, and it cannot be loaded from the hub"):
         options = HUB_OPTIONS.get(path, {})
         rows: list[Row] = load_once(datasets.load_dataset, path, name, split=split or "train", **options).to_list()
     return rows

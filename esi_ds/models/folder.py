@@ -50,10 +50,17 @@ class ModelSource:
     def folder(self, only_local: bool = False) -> Path:
         """Of its files on this machine but for weights, which need not be there.
 
-        A hub model's are downloaded, once on each host of the job, unless ``only_local``. Raises OSError or ValueError.
+        A hub model's are downloaded, once on each host of the job, unless ``only_local``. Raises OSError or ValueError,
+        and UserError where the path is no folder and the hub has no such id or cannot be reached.
         """
-        local = Path(self.path)
-        return local if os.path.isdir(self.path) else hub.files(self.path, self.revision, only_local)
+        if os.path.isdir(self.path):
+            return Path(self.path)
+        try:
+            return hub.files(self.path, self.revision, only_local)
+        except (OSError, ValueError) as error:
+            if reason := hub.absence(error):
+                raise hub.absent(self.field, self.path, "model", reason) from error
+            raise
 
 
 def load_model_config(source: ModelSource, only_local: bool = False) -> PretrainedConfig:
@@ -101,9 +108,10 @@ def check_weights(source: ModelSource) -> None:
 def checkpoint_folder(source: ModelSource) -> Path:
     """The folder of the model's files with its weights on this machine.
 
-    A hub model is downloaded unless it is in the cache, once on each host of the job. Raises OSError or ValueError.
+    A hub model is downloaded unless it is in the cache, once on each host of the job. Raises as ``ModelSource.folder``.
     """
-    return Path(source.path) if os.path.isdir(source.path) else hub.weights(source.path, source.revision)
+    folder = source.folder()
+    return folder if os.path.isdir(source.path) else hub.weights(source.path, source.revision)
 
 
 def quantisation_of(source: ModelSource) -> Quantisation | None:

@@ -15,16 +15,25 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 
 from esi_ds import launch_environment
+from esi_ds.errors import UserError
 from esi_ds.reading import first_line
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt"]  # all that is not weights
 WEIGHTS = ["*.safetensors"]
 FAILED = "failed: "  # begins a record of what went wrong
 KEPT_S = 7 * 24 * 3600.0  # records of earlier jobs
+REQUEST_S = 10.0  # of the one request that asks whether a repository exists
+Kind = Literal["model", "dataset"]
+LOCAL_KIND = {"model": "folder", "dataset": "file"}
+# Errors of a request that did not reach the hub, by name: huggingface_hub has changed the library that raises them.
+UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError", "ConnectionError"}
 
 # (hub id, revision) → the folder of its small files, and whether its weights are there too; of this process.
 _resolved: dict[tuple[str, str | None], Path] = {}
@@ -60,6 +69,56 @@ def weights(name: str, revision: str | None) -> Path:
         once_on_host(f"weights {name} {folder.name}", download)
         _complete.add(folder)
     return folder
+
+
+def check_exists(name: str, kind: Kind, field: str) -> None:
+    """Raise UserError for what is no file or folder here, if the hub has no such repository or cannot be reached.
+
+    name: in the form of a hub id. A repository in the hub's cache costs no request, another one costs a small one, once
+    on each host of the job. Whatever else the hub may answer (busy, gated, slow) is left to the download.
+    """
+    if _is_cached(name, kind):
+        return
+
+    def ask() -> str:
+        try:
+            HfApi().repo_info(name, repo_type=kind, timeout=REQUEST_S)
+        except Exception as error:  # whatever the HTTP library raises
+            if reason := absence(error):
+                raise OSError(reason) from error
+        return "nothing against it"
+
+    try:
+        once_on_host(f"{kind} {name}", ask, share_failure=True)
+    except OSError as error:
+        raise absent(field, name, kind, str(error)) from error
+
+
+def absent(field: str, name: str, kind: Kind, reason: str) -> UserError:
+    """The error of a path that leads nowhere but could be a hub id. reason: why the hub does not give it."""
+    local = LOCAL_KIND[kind]
+    remedy = f"give the path of a {local} that exists, or the id of a {kind.replace('dataset', 'data set')} on the hub"
+    return UserError(field, name, f"there is no such {local} here, and {reason}", remedy)
+
+
+def absence(error: BaseException) -> str | None:
+    """Why the hub does not give a repository, in words; None where the error says nothing of the kind."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the hub's cache does not hold all of it (HF_HUB_OFFLINE is set, so the hub is not asked)"
+    if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+        return "the hub has no such id (or it is private, and this login may not read it)"
+    if any(kind.__name__ in UNREACHABLE for kind in type(error).__mro__):
+        return f"the hub cannot be reached ({first_line(error)})"
+    return absence(error.__cause__) if error.__cause__ is not None else None
+
+
+def _is_cached(name: str, kind: Kind) -> bool:
+    """Whether the hub's cache, or for a data set that of ``datasets``, holds some version of a repository."""
+    folders = [Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "snapshots"]
+    if kind == "dataset":
+        prepared = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets"
+        folders.append(Path(prepared) / name.replace("/", "___"))  # as ``datasets`` names it
+    return any(folder.is_dir() for folder in folders)
 
 
 def commits() -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Paths of the config that lead nowhere: refused at once, before torch is imported and the hub is asked for them."""
+"""Paths of the config that lead nowhere: refused at once, before torch is imported and downloads are tried.
+
+A missing folder may have the form of a hub id (``judges/guard``), so that only the hub can tell the two apart.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,27 @@ from esi_ds.core.criteria import objectives
 from esi_ds.data.benchmarks import BUILT_IN
 from esi_ds.data.rows import exists, looks_like_file
 from esi_ds.errors import UserError
+from esi_ds.models import hub
 
 
 def check_paths(config: Config, stage: str) -> None:
-    """Raise UserError for the first path that the stage reads and that is neither there nor can be a hub id.
+    """Raise UserError for the first path that the stage reads and that is neither there nor on the hub.
 
-    A path that could be one is left to whoever reads it.
+    Paths that cannot be hub ids come first: they need no request.
     """
-    for field, path in _models(config, stage):
-        if not exists(path) and not is_hub_id(path):
+    models = {field: path for field, path in _models(config, stage) if not exists(path)}
+    data = {field: path for field, path in _data(config, stage) if path not in BUILT_IN and not exists(path)}
+    for field, path in models.items():
+        if not is_hub_id(path):
             problem = "there is no such folder, and it is not the form of a hub id"
             raise UserError(field, path, problem, "give a folder of a model, or namespace/name of the hub")
-    for field, path in _data(config, stage):
-        if path not in BUILT_IN and not exists(path) and (looks_like_file(path) or not is_hub_id(path)):
+    for field, path in data.items():
+        if looks_like_file(path) or not is_hub_id(path):
             raise UserError(field, path, "there is no such file", "give a file, a hub id or a built-in name")
+    for field, path in models.items():
+        hub.check_exists(path, "model", field)
+    for field, path in data.items():
+        hub.check_exists(path, "dataset", field)
 
 
 def is_hub_id(path: str) -> bool:

@@ -147,7 +147,8 @@ def test_ranks_that_wait_for_a_data_set_in_vain_say_the_same_at_once(tmp_path: P
     done = set_ranks(tmp_path, 3, "fails once")
     assert [code for code, *_ in done] == [1, 1, 1]
     (said,) = {error.splitlines()[-1] for *_, error in done}
-    assert said.startswith("UserError data.prompts.path = org/set: cannot be loaded from the hub (no network); check")
+    problem = "there is no such file here, and it cannot be loaded from the hub (no network)"
+    assert said.startswith(f"UserError data.prompts.path = org/set: {problem}; check")
     assert len((tmp_path / "calls").read_text().splitlines()) == 1
     # A later attempt of the same job asks again.
     for file in tmp_path.glob("ready-*"):

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx2
 import pytest
 from conftest import ROOT
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+from esi_ds import ask
 from esi_ds.config import validate
+from esi_ds.data.chat import load_tokenizer
 from esi_ds.errors import UserError
+from esi_ds.models import hub
+from esi_ds.models.folder import ModelSource, checkpoint_folder, load_model_config
 from esi_ds.stages.paths import check_paths, is_hub_id
 
 EXAMPLES = ROOT / "examples"
@@ -63,6 +71,104 @@ DATA = {
 }
 
 
+class Hub:
+    """Instead of the hub: it holds every id unless it has an error to raise, and counts requests."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.asked: list[tuple[str, str]] = []
+
+    def repo_info(self, name: str, *, repo_type: str, timeout: float) -> None:
+        assert 0 < timeout <= 10
+        self.asked.append((repo_type, name))
+        if self.error is not None:
+            raise self.error
+
+    def snapshot_download(self, name: str, **options: object) -> str:
+        assert self.error is not None
+        raise FileNotFoundError("An error happened while trying to locate the files on the Hub") from self.error
+
+
+@pytest.fixture(autouse=True)
+def fabricated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    fabricated = Hub()
+    monkeypatch.setattr(hub, "HfApi", lambda: fabricated)
+    monkeypatch.setattr(hub, "snapshot_download", fabricated.snapshot_download)
+    monkeypatch.setattr(hub, "_resolved", {})
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    return fabricated
+
+
+def answer(kind: type[Exception], status: int) -> Exception:
+    """An error of the hub as its library raises it."""
+    return kind("the hub's words", response=httpx2.Response(status, request=httpx2.Request("GET", "https://hub")))
+
+
+ABSENT = {
+    "the hub cannot be reached (no such name)": httpx2.ConnectError("no such name"),
+    "the hub cannot be reached (late)": httpx2.ConnectTimeout("late"),
+    "the hub cannot be reached (proxy)": httpx2.ProxyError("proxy"),
+    "the hub has no such id (or it is private": answer(RepositoryNotFoundError, 401),
+    "the hub's cache does not hold all of it (HF_HUB_OFFLINE is set": OfflineModeIsEnabled("offline"),
+}
+
+
+@pytest.mark.parametrize("reason", ABSENT)
+@pytest.mark.parametrize("key", [*MODELS, *DATA])
+def test_what_may_be_a_folder_or_a_hub_id_is_told_as_both(key: str, reason: str, fabricated: Hub) -> None:
+    """``judges/guard``: it came as the hub's error alone, and for data after half a minute of tries."""
+    fabricated.error = ABSENT[reason]
+    local = "folder" if key in MODELS else "file"
+    with pytest.raises(UserError) as caught:
+        check_paths(changed(key, "judges/guard"), {**MODELS, **DATA}[key][0])
+    assert str(caught.value).startswith(f"{key} = judges/guard: there is no such {local} here, and {reason}")
+    assert f"give the path of a {local} that exists, or the id of a" in caught.value.remedy
+    assert fabricated.asked == [("model" if key in MODELS else "dataset", "judges/guard")]
+
+
+@pytest.mark.parametrize("error", [answer(GatedRepoError, 403), httpx2.ReadTimeout("busy"), ValueError("odd")])
+def test_other_answers_of_the_hub_are_left_to_the_download(error: Exception, fabricated: Hub) -> None:
+    fabricated.error = error
+    for key, (stage, *_) in {**MODELS, **DATA}.items():
+        check_paths(changed(key, "judges/guard"), stage)
+
+
+def test_what_a_cache_holds_costs_no_request(fabricated: Hub, tmp_path: Path) -> None:
+    fabricated.error = ABSENT["the hub cannot be reached (late)"]
+    (tmp_path / "hub/models--org--kept/snapshots").mkdir(parents=True)
+    (tmp_path / "hub/datasets--org--kept/snapshots").mkdir(parents=True)
+    (tmp_path / "datasets/org___prepared").mkdir(parents=True)
+    (tmp_path / "hub/models--org--failed/refs").mkdir(parents=True)
+    for key, (stage, *_) in {**MODELS, **DATA}.items():
+        check_paths(changed(key, "org/kept"), stage)
+        check_paths(changed(key, ROWS if key in DATA else MODEL), stage)
+    check_paths(changed("data.prompts.path", "org/prepared"), "esi")
+    assert not fabricated.asked
+    for key, path in (("model.path", "org/prepared"), ("model.path", "org/failed"), ("judge.path", "org/failed")):
+        with pytest.raises(UserError, match="there is no such folder here"):
+            check_paths(changed(key, path), "esi")
+
+
+def test_readers_of_a_folder_say_the_same(fabricated: Hub, tmp_path: Path) -> None:
+    """Tools that check no config: patches, the library. The rest of what a download may raise keeps its words."""
+    source = ModelSource("runs/model", field="base")
+    for read in (load_model_config, load_tokenizer, checkpoint_folder, ModelSource.folder):
+        fabricated.error = ABSENT["the hub cannot be reached (no such name)"]
+        with pytest.raises(UserError, match=r"base = runs/model: there is no such folder here, and the hub cannot be"):
+            read(source)
+        fabricated.error = answer(GatedRepoError, 403)
+        with pytest.raises((UserError, FileNotFoundError), match="An error happened while trying to locate"):
+            read(source)
+
+
+def test_prompts_to_ask_are_checked_first(fabricated: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fabricated.error = ABSENT["the hub cannot be reached (no such name)"]
+    words = ["--base-url", "http://localhost:1/v1", "--model", "m", "--output", str(tmp_path / "a.jsonl")]
+    assert ask.main([*words, "--prompts", "data/prompts"]) == 2
+    assert "--prompts = data/prompts: there is no such file here, and the hub cannot be" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("key", [*MODELS, *DATA])
 def test_a_path_that_leads_nowhere_is_refused_by_the_stages_that_read_it(key: str) -> None:
     readers = {**MODELS, **DATA}[key]
@@ -108,3 +214,11 @@ def test_the_command_says_it_before_torch_is_imported(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert done.stderr.startswith("error: judge.path = runs/nobody/judge: there is no such folder, and it is not")
+    # What has the form of a hub id too; here the hub's library is told not to ask.
+    config["judge"]["path"] = "judges/guard"
+    file.write_text(json.dumps(config))
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env=offline)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert done.stderr.startswith("error: judge.path = judges/guard: there is no such folder here, and the hub's cache")
+    assert len(done.stderr.splitlines()) == 1

@@ -58,7 +58,8 @@ def read_if_reachable(path: str, field: str, read: Callable[[], Content], notes:
         notes.append(f"{field} = {path}: there is no such file")
         return None
     if not hub_answers():
-        notes.append(f"{field} = {path}: the hub does not answer; HF_HUB_OFFLINE=1 would look for a local copy")
+        problem = "there is no such path here, and the hub does not answer"
+        notes.append(f"{field} = {path}: {problem}; HF_HUB_OFFLINE=1 would look for a local copy")
         return None
     try:
         return read()
