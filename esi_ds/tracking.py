@@ -1,12 +1,14 @@
 """What a run shows while it runs: progress bar, metrics.jsonl, TensorBoard, DeepSpeed's monitors, log.txt.
 
 Only rank 0 writes. Tags are the same in every stage: ``progress/<phase>`` and ``speed/<phase>`` for every progress bar,
-``tokens_per_second/<phase>`` where it counts tokens, then the stage's measurements.
+``tokens_per_second/<phase>`` where it counts tokens, then the stage's measurements. What tells a stage's story comes
+first, under ``Overview/`` (``Tracker.overview``).
 """
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 import threading
 import time
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 POINT_S = 1.0  # seconds between two points of a progress curve
+# TensorBoard opens with its charts in the order of their groups' names, capitals first, and unfolds the first two.
+OVERVIEW = "Overview"
+MAX_LINE_NAME = 60  # characters of a line's folder
 FLUSH_S = 10  # seconds until TensorBoard shows a point, at most
 
 
@@ -68,12 +73,13 @@ class Tracker:
     """A context manager; if not ``enabled`` it writes and shows nothing. It closes ``monitor`` at its end."""
 
     def __init__(self, folder: Path, enabled: bool, tensorboard: bool, stage: str, monitor: Monitor | None = None):
-        self.folder, self.enabled = folder, enabled
+        self.folder, self.enabled, self.stage = folder, enabled, stage
         self.remarks: list[str] = []
         self._monitor = monitor if enabled else None
         self._last_point = -math.inf
         self._status = StatusWriter(folder, stage) if enabled else None
         self._writer: SummaryWriter | None = None
+        self._line_writers: dict[str, SummaryWriter] = {}
         self._tensorboard = tensorboard and enabled
 
     def __enter__(self) -> Tracker:
@@ -90,7 +96,7 @@ class Tracker:
         if self._status is not None:
             self._status.__exit__(*error)
         with suppress(OSError) if error[0] else nullcontext():  # report the error that ended the run, no later one
-            self._draw(lambda writer: writer.close())
+            self._draw(lambda writer: [each.close() for each in (writer, *self._line_writers.values())])
         if self._monitor is not None:
             self._monitor.close()
 
@@ -114,7 +120,8 @@ class Tracker:
             bar.on_update, self._last_point = self._progress_points, -math.inf
         if self._status is not None:
             self._status.watch(bar)
-        self._draw(lambda writer: writer.flush())  # completes the previous phase
+        # Completes the previous phase.
+        self._draw(lambda writer: [each.flush() for each in (writer, *self._line_writers.values())])
         return bar
 
     def _progress_points(self, bar: Bar) -> None:
@@ -174,6 +181,30 @@ class Tracker:
         self._draw(draw)
         if self._monitor is not None:
             self._monitor.write(step, values)
+
+    def overview(self, step: int, values: Mapping[str, float], line: str | None = None) -> None:
+        """A point in each of TensorBoard's first charts; nothing in metrics.jsonl or DeepSpeed's monitors.
+
+        values: by the chart's title. line: its name in charts of several lines (models, sets of prompts), which
+        TensorBoard shows as runs within this one; None: the run's own line.
+        """
+
+        def draw(writer: SummaryWriter) -> None:
+            writer = writer if line is None else self._writer_of(line)
+            for title, value in values.items():
+                if math.isfinite(value):
+                    writer.add_scalar(f"{OVERVIEW}/{title}", value, step)
+
+        self._draw(draw)
+
+    def _writer_of(self, line: str) -> SummaryWriter:
+        """The writer of a line's folder below TensorBoard's."""
+        if line not in self._line_writers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            name = re.sub(r"[^\w ,.+=-]", "_", line).strip(". ")[:MAX_LINE_NAME] or "_"  # a model may be called a/b
+            self._line_writers[line] = SummaryWriter(str(self.folder / "tensorboard" / name), flush_secs=FLUSH_S)
+        return self._line_writers[line]
 
     def histogram(self, tag: str, edges: Sequence[float], counts: Sequence[int]) -> None:
         """A TensorBoard histogram from bins: the values themselves are spread over the ranks.

@@ -132,7 +132,12 @@ def kappa(row: AgreementRow) -> str:
 
 
 def publish(tracker: Tracker, report: EvaluationReport) -> None:
-    """Rates as scalars, the tables as text, the figures as images."""
+    """Rates as scalars, the tables as text, the figures as images; first a chart of each measure, set and judge with a
+    line for each model."""
+    for row in report["measures"]:
+        if row["rate"] is not None:
+            title = chart_title(row["measure"], row["set"], row["judge"])
+            tracker.overview(row["n"] + row["missing"], {title: row["rate"]}, row["model"])
     publish_rates(tracker, report["measures"])
     tracker.text("rates", markdown(report))
     tracker.text("changes", changes_markdown(report))
@@ -144,6 +149,11 @@ def publish(tracker: Tracker, report: EvaluationReport) -> None:
 def curve_name(measure: str, set_name: str, judge: str, model: str) -> str:
     """The TensorBoard curve of one measure of one model."""
     return f"{measure}/{set_name}/{judge}/{model}"
+
+
+def chart_title(measure: str, set_name: str, judge: str) -> str:
+    """Of the chart that shows one measure of all models."""
+    return f"{WORDS[measure]}, {set_name}, {judge}"
 
 
 def publish_rates(tracker: Tracker, measures: Sequence[MeasureRow]) -> None:

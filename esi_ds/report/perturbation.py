@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from esi_ds.report import figures
 from esi_ds.report.contents import CurveRow, PerturbationReport
-from esi_ds.report.evaluation import WORDS, interval, publish_rates
+from esi_ds.report.evaluation import chart_title, interval, publish_rates
 from esi_ds.tracking import Tracker
 
 
@@ -13,7 +13,7 @@ def panels(report: PerturbationReport) -> list[tuple[str, list[CurveRow]]]:
     points: dict[tuple[str, str, str], list[CurveRow]] = {}
     for row in report["curves"]:
         points.setdefault((row["measure"], row["set"], row["judge"]), []).append(row)
-    return [(f"{WORDS[measure]}, {set_name}, {judge}", rows) for (measure, set_name, judge), rows in points.items()]
+    return [(chart_title(*key), rows) for key, rows in points.items()]
 
 
 def closing_table(report: PerturbationReport) -> str:
@@ -31,11 +31,14 @@ def closing_table(report: PerturbationReport) -> str:
 
 
 def publish(tracker: Tracker, report: PerturbationReport) -> None:
-    """Rates as scalars; the curves over the noise, in hundredths of σ, as scalars and as images."""
+    """Rates as scalars; the curves over the noise, in hundredths of σ, as scalars and as images, and first as charts
+    with a line for each part of the ranking."""
     publish_rates(tracker, report["measures"])
     for row in report["curves"]:
         if row["rate"] is not None:
-            name = f"noise/{row['measure']}/{row['set']}/{row['judge']}/{row['order']} {row['ratio']:g}"
-            tracker.points(round(100 * row["noise"]), {name: row["rate"]})
+            part = f"{row['order']} {row['ratio']:g}"
+            step, title = round(100 * row["noise"]), chart_title(row["measure"], row["set"], row["judge"])
+            tracker.points(step, {f"noise/{row['measure']}/{row['set']}/{row['judge']}/{part}": row["rate"]})
+            tracker.overview(step, {f"{title}, by noise in hundredths of σ": row["rate"]}, part)
     for title, points in panels(report):
         figures.log_figure(tracker, f"noise/{title}", figures.noise_curves(title, points))

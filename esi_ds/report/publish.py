@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from esi_ds.report import figures, tables
 from esi_ds.report.contents import EsiReport, MaskReport
-from esi_ds.tracking import Tracker
+from esi_ds.tracking import OVERVIEW, Tracker
 
 RESPONSE_FACTS = ("judged unsafe", "refused (by words)")  # of the report's facts, where they are there
 
 
 def publish(tracker: Tracker, report: EsiReport) -> None:
-    """Heatmaps as images, histograms of log scores, sample answers as text, and each role's share of the mask in per
-    cent."""
+    """Heatmaps as images (in the overview: where the mask is), histograms of log scores, sample answers as text, and
+    each role's share of the mask in per cent."""
     masks = tables.masks_of(report)
     for mask in masks:
         prefix = f"{mask['selection']['criterion']}/" if len(masks) > 1 else ""
@@ -30,6 +30,8 @@ def _publish_mask(tracker: Tracker, mask: MaskReport, prefix: str, step: int) ->
     shares = {f"{prefix}mask_share/{role}": 100 * cell.selected / max(k, 1) for role, cell in tables.by_role(units)}
     tracker.points(step, shares)
     for group, maps in (("roles", tables.layer_by_role(units, k)), ("experts", tables.layer_by_expert(units, k))):
+        for data in maps[:1]:  # where the mask is
+            figures.log_figure(tracker, f"{OVERVIEW}/{prefix}{data.title}", figures.heatmap(data))
         for view, data in zip(("share_of_mask", "density", "mean_score"), maps, strict=False):
             figures.log_figure(tracker, f"{prefix}{group}/{view}", figures.heatmap(data))
     edges = mask["score_histogram"]["log10_edges"]

@@ -63,6 +63,7 @@ def publish(tracker: Tracker, report: TuningReport) -> None:
         for count, step in ((row["refused_before"], 0), (row["refused_after"], report["steps"])):
             if count is not None:
                 tracker.points(step, {f"refused/{row['set']}/words": count / row["n"]})
+                tracker.overview(step, {"refused, before and after, by words": count / row["n"]}, row["set"])
 
 
 def closing_table(report: TuningReport) -> str:

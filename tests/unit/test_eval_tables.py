@@ -188,5 +188,9 @@ def test_tables_for_console_and_tensorboard(report: dict, tmp_path: Path) -> Non
     shown = b"".join(events.Tensors("changes/text_summary")[0].tensor_proto.string_val).decode()
     (row,) = (row for row in report["changes"] if row["measure"] == "attack_success")
     assert f"| {row['num_pairs']} | {change(row)} |" in shown
+    for row, folder in zip(report["measures"], ("base", "_script_alert_1___script_"), strict=False):
+        line = EventAccumulator(str(tmp_path / "tensorboard" / folder)).Reload()
+        (point,) = line.Scalars("Overview/attack success, s, j")
+        assert (point.step, point.value) == (4, pytest.approx(row["rate"]))
     (agreed,) = report["agreements"]
     assert f"| j | k | {agreed['num_pairs']} | {agreed['kappa']:.2f} |" in shown

@@ -208,6 +208,54 @@ def test_tensorboard_and_metrics(tmp_path: Path) -> None:
     histogram = events.Histograms("log10_score/all")[0].histogram_value
     assert histogram.num == 8 and histogram.bucket[-2:] == [5.0, 3.0]
     assert len(events.Images("roles/share_of_mask")) == 1
+    assert "Overview/Where the mask is: layer by role" in events.Tags()["images"]
+
+
+def test_tensorboard_opens_with_one_chart_a_measure_and_a_line_a_model(tmp_path: Path) -> None:
+    """It was a card for each measure, set, judge and model: 22 of attack success. A line is a run within the run."""
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    names = ["base", "SET", "a/b", "../up", "."]
+    with Tracker(tmp_path / "eval", enabled=True, tensorboard=True, stage="eval") as tracker:
+        for number, name in enumerate(names):
+            for step in (4, 8):
+                tracker.overview(step, {"attack success, s, j": number / 10, "skill": math.nan}, name)
+        tracker.overview(1, {"loss": 2.0})
+        tracker.scalars(8, {"attack_success/s/j/base": 0.0})
+    runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload().Runs()
+    lines = [f"eval/tensorboard/{name}" for name in ("base", "SET", "a_b", "_up", "_")]
+    assert set(runs) == {"eval/tensorboard", *lines}  # nothing outside the run's folder
+    assert all(runs[line]["scalars"] == ["Overview/attack success, s, j"] for line in lines)
+    first = sorted(tag for run in runs.values() for tag in run["scalars"])[0]
+    assert first.startswith("Overview/") and "Overview/loss" in runs["eval/tensorboard"]["scalars"]
+    assert "attack_success/s/j/base" in runs["eval/tensorboard"]["scalars"]
+
+
+def test_lines_of_the_overview_are_on_the_disk_when_the_next_phase_begins(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Tracker(tmp_path, enabled=True, tensorboard=True, stage="eval") as tracker:
+        tracker.overview(4, {"attack success": 0.5}, "base")
+        tracker.progress(total=4, initial=0, unit="answer", description="judge: guard")
+        events = EventAccumulator(str(tmp_path / "tensorboard/base")).Reload()
+        assert [event.value for event in events.Scalars("Overview/attack success")] == [0.5]
+
+
+def test_tuning_opens_with_refusals_before_and_after(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from esi_ds.report.tuning import publish as publish_tuning
+
+    rows = [
+        {"set": "harmful", "n": 4, "refused_before": 1, "refused_after": 4},
+        {"set": "benign", "n": 4, "refused_before": None, "refused_after": 2},
+    ]
+    with Tracker(tmp_path, enabled=True, tensorboard=True, stage="set") as tracker:
+        publish_tuning(tracker, {"samples": [], "refusals": rows, "steps": 30})
+    for name, points in (("harmful", [(0, 0.25), (30, 1.0)]), ("benign", [(30, 0.5)])):
+        events = EventAccumulator(str(tmp_path / "tensorboard" / name)).Reload()
+        shown = events.Scalars("Overview/refused, before and after, by words")
+        assert [(event.step, event.value) for event in shown] == points
 
 
 def test_tensorboard_shows_a_phase_while_the_run_goes_on(tmp_path: Path) -> None:
@@ -230,6 +278,7 @@ def test_a_silent_tracker_writes_nothing(tmp_path: Path) -> None:
     with Tracker(tmp_path, enabled=False, tensorboard=True, stage="esi") as tracker:
         tracker.scalars(1, {"a": 1.0})
         tracker.log("x")
+        tracker.overview(1, {"a": 1.0}, "base")
         publish(tracker, report(DENSE))
     assert list(tmp_path.iterdir()) == []
 

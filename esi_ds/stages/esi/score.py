@@ -302,7 +302,7 @@ class ScoringPass:
         count = int(totals.examples)
         score, value = (total / count if count else math.nan for total in (totals.scores, totals.values))
         scalars = self.objective.scalars(score, value, math.sqrt(totals.norm_squared), count / max(seconds, 1e-9))
-        self.tracker.scalars(
-            self.first_step + min(self.state.position, len(self.objective.examples)),
-            {**scalars, "memory_gib": runtime.memory_bytes() / 2**30},
-        )
+        step = self.first_step + min(self.state.position, len(self.objective.examples))
+        first = {name: of for name, of in scalars.items() if name == "judge_score" or name.endswith("_loss")}
+        self.tracker.overview(step, {f"{name.replace('_', ' ')}, mean": of for name, of in first.items()})
+        self.tracker.scalars(step, {**scalars, "memory_gib": runtime.memory_bytes() / 2**30})

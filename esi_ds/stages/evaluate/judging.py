@@ -20,7 +20,7 @@ from esi_ds.eval.rubric import Prices, judge_by_rubric, total_usage
 from esi_ds.eval.tables import ATTACK_SUCCESS
 from esi_ds.eval.verdicts import Verdict
 from esi_ds.judge.guard import Weights
-from esi_ds.report.evaluation import curve_name
+from esi_ds.report.evaluation import chart_title, curve_name
 from esi_ds.stages.evaluate.prepare import (
     PreparedClassifier,
     PreparedEndpoint,
@@ -128,8 +128,10 @@ def _running_rates(
             flags[row["set"], row["model"]].append(row["unsafe"])
     for (set_name, model), set_flags in flags.items():
         if known := [flag for flag in set_flags if flag is not None]:
-            name = curve_name(ATTACK_SUCCESS, set_name, judge.name, model)
-            tracker.points(len(set_flags), {name: sum(known) / len(known)})
+            rate = sum(known) / len(known)
+            tracker.points(len(set_flags), {curve_name(ATTACK_SUCCESS, set_name, judge.name, model): rate})
+            if tracker.stage == "eval":  # a perturbation has too many models, and curves over the noise to show
+                tracker.overview(len(set_flags), {chart_title(ATTACK_SUCCESS, set_name, judge.name): rate}, model)
 
 
 def _usage(judge: PreparedEndpoint, verdicts: Ledger[VerdictRow]) -> str:

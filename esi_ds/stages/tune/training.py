@@ -171,6 +171,7 @@ class Training:
     def _report(self, loss: float, norm: float, lr: float, rate: float) -> None:
         """Scalars of one step. rate: tokens per second. Collectives: one all-reduce."""
         moved = self.tuner.share_moved()
+        self.tracker.overview(self.step, {"loss": loss})
         self.tracker.scalars(
             self.step,
             {
