@@ -12,6 +12,7 @@ import matplotlib.image
 import pytest
 
 from esi_ds.errors import UserError
+from esi_ds.report import experts_picture
 from esi_ds.report.experts import expert_tables, gini, hold_half
 from esi_ds.report.experts_picture import experts_png
 
@@ -91,3 +92,27 @@ def test_the_picture_of_a_mixture(tmp_path: Path) -> None:
         experts_png(tmp_path)
     with pytest.raises(UserError, match="holds no report.json"):
         experts_png(tmp_path / "nowhere")
+
+
+def test_the_picture_shows_every_mask_of_a_run_with_several_criteria(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It drew the first criterion's alone."""
+    masks = [
+        {
+            "units": [row("expert.up", layer, e, 10, layer + e + number) for layer in range(2) for e in range(3)],
+            "selection": {"k": 9 + 6 * number, "criterion": criterion},
+        }
+        for number, criterion in enumerate(("esi", "snip", "grad"))
+    ]
+    routing = [{"set": "harmful", "layer": layer, "tokens": [1, 2, 3]} for layer in range(2)]
+    (tmp_path / "report.json").write_text(json.dumps({**masks[0], "further_masks": masks[1:], "routing": routing}))
+    drawn = []
+    monkeypatch.setattr(experts_picture, "draw_heatmap", lambda axes, data: drawn.append(data))
+    assert experts_png(tmp_path).startswith(b"\x89PNG")
+    titles = [data.title for data in drawn]
+    assert [title.split(": ")[0] for title in titles[:-1]] == ["esi", "esi", "snip", "snip", "grad", "grad"]
+    assert titles[-1] == "Where routers send harmful prompts"
+    for number, data in enumerate(drawn[:-1:2]):
+        shares = [[100 * (layer + e + number) / (9 + 6 * number) for e in range(3)] for layer in range(2)]
+        assert [pytest.approx(cells) for cells in data.values] == shares
