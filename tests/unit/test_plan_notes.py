@@ -32,7 +32,7 @@ def dry_run(stage: str, *arguments: str) -> int:
 @pytest.mark.parametrize(
     ("stage", "noted"),
     [
-        ("esi", ["data.prompts.path = walledai/AdvBench: the hub does not answer"]),
+        ("esi", ["data.prompts.path = walledai/AdvBench: there is no such path here, and the hub does not answer"]),
         ("set", ["holds no weights", "holds no tokenizer", "tune.mask", "circuit_breakers", "tune.data.benign.path"]),
         ("spa", ["holds no weights", "holds no tokenizer", "tune.mask", "tune.data.path = openai/gsm8k"]),
     ],
@@ -190,10 +190,60 @@ def test_every_model_has_a_recipe_of_each_stage() -> None:
     assert len(models) == 18
 
 
+def perturbation(folder: Path, *more: str) -> list[str]:
+    """Arguments that plan noise on the tiny model, whose prompts, judge and mask are those of ``folder``."""
+    words = [f"model.path={ROOT / 'examples/models/llama-aligned'}", f"perturb.mask={folder / 'mask'}"]
+    words += [f"eval.prompts=[{{path: {folder / 'harmful.jsonl'}}}, {{path: examples/harmful, limit: 6}}]"]
+    words += [f"eval.judges=[{{kind: guard, path: {folder / 'guard'}, name: guard}}, {{kind: words}}]"]
+    words += ["eval.benign=[]", "perturb.orders=[top, random]", "perturb.noise=[0.5, 1.0]", "perturb.seeds=[0, 1, 2]"]
+    return ["--config", "demo/perturb", "--dry-run", "perturb.ratios=null", *words, *more]
+
+
+def test_a_perturbation_is_planned_before_anything_is_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """It stopped at the first set or mask that did not exist."""
+    assert main("perturb", perturbation(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    notes = [line.removeprefix("NOTE: ") for line in shown.splitlines() if line.startswith("NOTE: ")]
+    assert [note.split(" = ")[0] for note in notes] == ["eval.judges.0.path", "eval.prompts.0.path", "perturb.mask"]
+    assert all("there is no such" in note or "does not exist" in note for note in notes)
+    lines = {" ".join(line.split()) for line in shown.splitlines()}
+    assert "cells 12, and the model without noise" in lines and "answers not known" in lines
+    assert {"mask not known", "scores not known", "harmful set examples/harmful 6 prompts"} <= lines
+    # With the prompts and the mask there, all is counted; the judge is still to come.
+    (tmp_path / "harmful.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    build_mask(tmp_path / "mask", ROOT / "examples/models/llama-aligned")
+    assert main("perturb", perturbation(tmp_path)) == 0
+    lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert "answers 104, at most 48 tokens each" in lines and "scores not needed" in lines
+    assert any(line.startswith("mask ") and " weights by " in line for line in lines)
+    # Scores that the config names and that are still to come are a note, too.
+    scores = f"perturb.scores={tmp_path / 'scores'}"
+    assert main("perturb", perturbation(tmp_path, scores)) == 0
+    assert f"NOTE: perturb.scores = {tmp_path / 'scores'}: does not exist" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("perturb.seeds=[0, 0]", "perturb.seeds"),
+        ("eval.tasks=[gsm8k]", "eval.tasks"),
+        ("eval.prompts={path: examples/harmful, column: nothing}", "eval.prompts.0.column"),
+    ],
+)
+def test_what_is_wrong_stops_the_plan_of_a_perturbation_all_the_same(
+    wrong: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main("perturb", perturbation(tmp_path, wrong)) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_hub_id_without_a_namespace_is_one_for_an_evaluation_too(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main("eval", ["--config", "llama3-8b-eval", "--dry-run", "model.path=gpt2"]) == 0
     shown = capsys.readouterr().out
-    assert "model.path = gpt2: the hub does not answer" in shown and "no such folder" in shown  # runs/llama3-8b-spa
+    assert (
+        "model.path = gpt2: there is no such path here, and the hub does not answer" in shown
+        and "no such folder" in shown
+    )  # runs/llama3-8b-spa

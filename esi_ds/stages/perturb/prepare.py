@@ -7,10 +7,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from esi_ds.config import Config
+from esi_ds.config import Config, Perturb
 from esi_ds.config.needs import require_perturb
 from esi_ds.core.mask import Mask, load_mask
 from esi_ds.core.select import check_ratio, share_sizes
+from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.meta import meta_parameters
@@ -58,34 +59,54 @@ class PerturbInputs:
 
 def prepare_perturb(config: Config) -> PerturbInputs:
     """Read prompts, judges and mask and check them against each other. Raises UserError. Loads no weights."""
+    section = check_sections(config)
+    inputs = prepare_eval(config)
+    parameters = meta_parameters(
+        inputs.candidates[0].config, inputs.candidates[0].source, config.model.roles, config.model.dtype
+    )
+    mask = open_mask(section, parameters)
+    cells = noise_cells(section, mask.header.ratio)
+    scores = _scores_folder(section.scores, mask, chosen_by_scores(cells, mask.header.ratio))
+    source = {**inputs.source, "mask": mask.fingerprint, "mask_k": mask.k}
+    return PerturbInputs(mask, scores, inputs, cells, source)
+
+
+def check_sections(config: Config) -> Perturb:
+    """The ``perturb`` section. Raises UserError for what is wrong whatever the model and the mask are."""
     section = require_perturb(config)
     for key in ("models", "tasks", "divergence"):
         if config.eval is not None and getattr(config.eval, key):
             raise UserError(
                 f"eval.{key}", None, "is for launch/eval.py only", "leave it out: the noise is on model.path"
             )
-    inputs = prepare_eval(config)
-    mask = load_mask(section.mask, "perturb.mask")
-    parameters = meta_parameters(
-        inputs.candidates[0].config, inputs.candidates[0].source, config.model.roles, config.model.dtype
-    )
-    check_mask_structure(mask, parameters, "perturb.mask")
-    if mask.header.order != "top":
-        raise UserError("perturb.mask", section.mask, f"holds the {mask.header.order} of its scores", "give a top mask")
-    mask_ratio = mask.header.ratio
-    sizes = share_sizes(parameters, mask.header.of, mask.header.scope)
-    for ratio in section.ratios or ():
-        check_ratio(ratio, sizes, "perturb.ratios")
-    ratios = section.ratios or [mask_ratio]
-    cells = [NoiseCell(*key) for key in product(section.orders, ratios, section.noise, section.seeds)]
     for key in ("orders", "ratios", "noise", "seeds"):
         values = getattr(section, key)
         if values is not None and len(set(values)) < len(values):
             raise UserError(f"perturb.{key}", values, "names a value twice", "name it once")
-    by_scores = [cell for cell in cells if cell.order == "bottom" or (cell.order == "top" and cell.ratio != mask_ratio)]
-    scores = _scores_folder(section.scores, mask, by_scores)
-    source = {**inputs.source, "mask": mask.fingerprint, "mask_k": mask.k}
-    return PerturbInputs(mask, scores, inputs, cells, source)
+    return section
+
+
+def open_mask(section: Perturb, parameters: tuple[Parameter, ...]) -> Mask:
+    """The mask, checked against the model's parameters and the ratios asked for. Raises UserError."""
+    mask = load_mask(section.mask, "perturb.mask")
+    check_mask_structure(mask, parameters, "perturb.mask")
+    if mask.header.order != "top":
+        raise UserError("perturb.mask", section.mask, f"holds the {mask.header.order} of its scores", "give a top mask")
+    sizes = share_sizes(parameters, mask.header.of, mask.header.scope)
+    for ratio in section.ratios or ():
+        check_ratio(ratio, sizes, "perturb.ratios")
+    return mask
+
+
+def noise_cells(section: Perturb, mask_ratio: float) -> list[NoiseCell]:
+    """Every way to disturb the model. mask_ratio: of the mask, taken where ``perturb.ratios`` names none."""
+    ratios = section.ratios or [mask_ratio]
+    return [NoiseCell(*key) for key in product(section.orders, ratios, section.noise, section.seeds)]
+
+
+def chosen_by_scores(cells: list[NoiseCell], mask_ratio: float) -> list[NoiseCell]:
+    """The cells whose weights the mask does not name."""
+    return [cell for cell in cells if cell.order == "bottom" or (cell.order == "top" and cell.ratio != mask_ratio)]
 
 
 def _scores_folder(configured: str | None, mask: Mask, by_scores: list[NoiseCell]) -> Path | None:

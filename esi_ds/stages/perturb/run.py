@@ -7,15 +7,15 @@ from esi_ds.core.mask import metadata_sha256
 from esi_ds.options import Options
 from esi_ds.stages.folder import open_folder
 from esi_ds.stages.perturb.prepare import prepare_perturb
-from esi_ds.stages.plan.stages import print_perturb_plan
+from esi_ds.stages.plan.perturbation import plan_perturb
 
 
 def run(config: Config, options: Options) -> None:
     """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
-    inputs = prepare_perturb(config)
     if options.dry_run:
-        print_perturb_plan(config, options, inputs)
+        plan_perturb(config, options)
         return
+    inputs = prepare_perturb(config)
     source = {**inputs.source, "mask_sha256": metadata_sha256(inputs.mask)}
     folder = open_folder(config, "perturb", source, "perturb")
     from esi_ds.stages.perturb.work import PerturbRun  # loads deepspeed

@@ -32,9 +32,9 @@ def plan_eval(config: Config, options: Options) -> None:
     """
     section = require_eval(config)
     notes: list[str] = []
-    sources = {source.field: source for source in _models_and_judges(config)}
-    configs = {field: _configuration(source, notes) for field, source in sources.items()}
-    counts = _prompt_counts(section, notes)
+    sources = {source.field: source for source in models_and_judges(config)}
+    configs = {field: configuration(source, notes) for field, source in sources.items()}
+    counts = count_sets(section, notes)
     if not notes:
         print_eval_plan(config, options, prepare_eval(config))
         return
@@ -46,8 +46,8 @@ def plan_eval(config: Config, options: Options) -> None:
         elif model_config is None:
             facts[f"model {name}"] = "not known"
         else:
-            facts[f"model {name}"] = _describe(config, options, model_config, sources[field], None)
-    facts |= counts
+            facts[f"model {name}"] = describe_model(config, options, model_config, sources[field], None)
+    facts |= describe_sets(counts)
     facts["judges"] = ", ".join(map(label, section.judges)) or "words"
     facts["tasks"] = ", ".join(task.name for task in section.tasks) or "none"
     print(resolved_yaml(config))
@@ -61,7 +61,7 @@ def _fields(section: Eval) -> dict[str, str]:
     return {BASE: "model.path", **others}
 
 
-def _models_and_judges(config: Config) -> Iterator[ModelSource]:
+def models_and_judges(config: Config) -> Iterator[ModelSource]:
     """Everything whose files an evaluation loads."""
     section = require_eval(config)
     yield ModelSource.of(config.model)
@@ -73,7 +73,7 @@ def _models_and_judges(config: Config) -> Iterator[ModelSource]:
             yield ModelSource.of(judge, f"eval.judges.{number}")
 
 
-def _configuration(source: ModelSource, notes: list[str]) -> PretrainedConfig | None:
+def configuration(source: ModelSource, notes: list[str]) -> PretrainedConfig | None:
     """Of a model, which may lack weights and tokenizer; None, and a note, where it is not there."""
     field, path = source.field, source.path
     if Path(path).is_dir():
@@ -85,21 +85,25 @@ def _configuration(source: ModelSource, notes: list[str]) -> PretrainedConfig | 
     return read_if_reachable(path, field, lambda: load_model_config(source), notes)
 
 
-def _prompt_counts(section: Eval, notes: list[str]) -> Facts:
-    """How many prompts each set has."""
-    counts: Facts = {}
+def count_sets(section: Eval, notes: list[str]) -> dict[str, int | None]:
+    """How many prompts each set has; None, and a note, where it is not there."""
+    counts: dict[str, int | None] = {}
     kinds: tuple[tuple[str, Kind, list[Prompts]], ...] = (
         ("eval.prompts", "harmful", section.prompts),
         ("eval.benign", "benign", section.benign),
     )
     for key, kind, sets in kinds:
         for number, prompts in enumerate(sets):
-            count = count_prompts(prompts, f"{key}.{number}", notes, kind)
-            counts[f"{kind} set {prompts.path}"] = "not known" if count is None else f"{count:,} prompts"
+            counts[f"{kind} set {prompts.path}"] = count_prompts(prompts, f"{key}.{number}", notes, kind)
     return counts
 
 
-def _describe(
+def describe_sets(counts: dict[str, int | None]) -> Facts:
+    """``count_sets`` in words."""
+    return {name: "not known" if count is None else f"{count:,} prompts" for name, count in counts.items()}
+
+
+def describe_model(
     config: Config, options: Options, model_config: PretrainedConfig, source: ModelSource, before: str | None
 ) -> str:
     """A model's weights, and how many prompts it answers at a time. before: the model that it is compared with."""
@@ -121,7 +125,7 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
         origin = f"{len(other.recorded.answers):,} answers from " if isinstance(other, RecordedModel) else "asked as "
         facts[f"model {other.name}"] = origin + other.path
     for model in inputs.candidates:
-        facts[f"model {model.name}"] = _describe(config, options, model.config, model.source, model.before)
+        facts[f"model {model.name}"] = describe_model(config, options, model.config, model.source, model.before)
     for prompt_set in inputs.sets:
         row = prompt_set.as_row()
         facts[f"{row['kind']} set {row['set']}"] = f"{row['read']:,} prompts, {sum(row['skipped'].values()):,} skipped"

@@ -1,5 +1,4 @@
-"""``--dry-run`` of ESI and perturbation: what they would do, from configurations alone. Loads no weights and
-starts no process group."""
+"""``--dry-run`` of ESI: what it would do, from configurations alone. Loads no weights and starts no process group."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from esi_ds.config import Config, ModelEndpoint, resolved_yaml
-from esi_ds.config.needs import require_eval
 from esi_ds.core.criteria import objectives
 from esi_ds.core.mask import num_bytes
 from esi_ds.core.select import check_ratio, model_k, share_sizes
@@ -19,8 +17,7 @@ from esi_ds.models.meta import meta_parameters
 from esi_ds.models.roles import unknown, warning
 from esi_ds.options import Options
 from esi_ds.report.contents import Facts
-from esi_ds.stages.perturb.prepare import PerturbInputs
-from esi_ds.stages.plan.batches import EsiBatches, Rows, answer_rows, esi_batches
+from esi_ds.stages.plan.batches import EsiBatches, Rows, esi_batches
 from esi_ds.stages.plan.memory import GIB, describe_work, expected_trained, print_bytes, readable, topology
 from esi_ds.stages.plan.notes import count_prompts, count_responses, count_rows
 
@@ -119,27 +116,6 @@ def _loss_passes(config: Config, names: Sequence[str], world_size: int, tuning: 
             "forward and backward of the model"
         )
     return facts
-
-
-def print_perturb_plan(config: Config, options: Options, inputs: PerturbInputs) -> None:
-    """The resolved config, then how many disturbed models would answer how many prompts."""
-    section, world_size, candidate = require_eval(config), options.world_size or 1, inputs.candidate
-    settings = resolve_deepspeed(config, world_size, "perturb")
-    print(resolved_yaml(config))
-    parameters = meta_parameters(candidate.config, candidate.source, dtype=config.model.dtype)
-    gpu = options.gpu_memory_gib * GIB
-    rows = answer_rows(config, parameters, candidate.config, world_size, settings, gpu)
-    count = sum(len(prompt_set.prompts) for prompt_set in inputs.eval.sets) * section.samples
-    facts: Facts = {
-        "mask": f"{inputs.mask.k:,} weights by {inputs.mask.header.criterion}",
-        "scores": inputs.scores or "not needed",
-        "cells": f"{len(inputs.cells)}, and the model without noise",
-        "answers": f"{count * (len(inputs.cells) + 1):,}, at most {section.max_new_tokens} tokens each",
-        "answered at a time": str(rows),
-        "judges": ", ".join(judge.name for judge in inputs.eval.judges),
-    }
-    print_facts(facts)
-    print_notes(dequantised(inputs.eval.sources))
 
 
 def print_plan(config: Config, options: Options) -> None:
