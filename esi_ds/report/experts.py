@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from esi_ds.report.contents import ExpertTables, Share, UnitRow
+from esi_ds.report.location import part_of
 from esi_ds.report.tables import Cell, expert_of, grouped
-
-PARTS = {"expert": "routed experts", "shared": "shared experts", "attention": "attention", "mlp": "dense MLPs"}
 
 
 def expert_tables(units: Sequence[UnitRow], k: int) -> ExpertTables | None:
@@ -18,7 +17,7 @@ def expert_tables(units: Sequence[UnitRow], k: int) -> ExpertTables | None:
         return None
     whole = sum(unit["numel"] for unit in units)
     selected = [cell.selected for cell in cells.values()]
-    parts = grouped(units, lambda unit: PARTS.get(unit["role"].split(".")[0], "head and others"))
+    parts = grouped(units, part_of)
     by_layer: dict[int, list[int]] = {}
     for (layer, _), cell in cells.items():
         by_layer.setdefault(layer, []).append(cell.selected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,19 @@ def figure_png(figure: Figure) -> bytes:
     figure.savefig(buffer, format="png", bbox_inches="tight")
     plt.close(figure)
     return buffer.getvalue()
+
+
+def figure_svg(figure: Figure) -> str:
+    """An ``<svg>`` element for a page; the figure is closed. Black is the page's own colour for text, the background
+    is the page's, and texts are texts. The same figure has the same characters."""
+    buffer = io.StringIO()
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "esi_ds"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], count=1, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every picture of a page has the same ones
+    return re.sub(r"<[^>]*>", lambda tag: tag[0].replace("#000000", "currentColor"), svg)
 
 
 def log_figure(tracker: Tracker, tag: str, figure: Figure) -> None:
@@ -157,7 +171,12 @@ def progress_curves(rows: Sequence[MetricsRow]) -> Figure:
             panels, ("judge_score", "gradient_norm"), ("mean judge score", "norm of the gradient"), strict=True
         ):
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            axes.plot([step for step, _ in points], [value for _, value in points], color=COLOURS[0], marker=".")
+            axes.plot(
+                [step for step, _ in points],
+                [value for _, value in points],
+                color=COLOURS[0],
+                marker="." * (len(points) < 200),
+            )
             axes.set(title=label, xlabel="prompts")
         figure.tight_layout()
     return figure

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import base64
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from jinja2 import Environment, PackageLoader, Template
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from esi_ds.artifacts import write_json_atomic, write_text_atomic
 from esi_ds.eval.rows import MeasureRow
-from esi_ds.report import evaluation, figures, overview, perturbation, tables
+from esi_ds.report import evaluation, figures, location, overview, perturbation, tables
 from esi_ds.report.contents import (
     EsiReport,
     EvaluationReport,
@@ -26,6 +27,7 @@ from esi_ds.report.contents import (
     UnitRow,
 )
 from esi_ds.report.experts import expert_tables
+from esi_ds.report.heat_tables import HeatTable, heat_table
 from esi_ds.report.overview import FinishedRun
 from esi_ds.report.publish import RESPONSE_FACTS
 
@@ -38,11 +40,15 @@ class MaskPieces(TypedDict):
 
     report: MaskReport
     label: str  # behind the headings; empty where there is only one mask
-    role_maps: list[str]  # pictures as data URLs
-    expert_maps: list[str]  # likewise; empty for a dense model
+    role_maps: list[HeatTable]  # by role and layer
+    expert_maps: list[HeatTable]  # by layer and expert; empty for a dense model
     experts: ExpertTables | None  # None for a dense model
-    scores: str  # a picture as a data URL
-    roles: list[tuple[str, tables.Cell]]  # each role's part of the mask
+    scores: Markup  # a picture
+    roles: list[tuple[str, location.Location]]  # where each role stands
+    parts: list[tuple[str, location.Location]]  # where routed experts, attention and others stand
+    largest_experts: list[tuple[str, location.Location]]  # likewise; empty for a dense model
+    statistic: str  # what the sum of mean scores is called
+    control: bool  # whether there is one to compare with
     top: list[UnitRow]  # the matrices with the most selected weights
 
 
@@ -50,7 +56,7 @@ class EvaluationPieces(TypedDict):
     """What the templates draw of an evaluation besides its report."""
 
     rows: list[PivotRow]  # the table of rates
-    charts: list[str]  # pictures as data URLs
+    charts: list[Markup]  # pictures
     missing: list[MeasureRow]  # measures of which some answers have no verdict
 
 
@@ -81,7 +87,7 @@ def _esi_page(
     tuned: Sequence[tuple[str, TuningReport]],
     evaluated: Sequence[tuple[str, EvaluationReport]],
 ) -> str:
-    masks = tables.masks_of(report)
+    masks, scores, progress = tables.masks_of(report), report["judge_scores"], report["progress"]
     return _template("esi.html.j2").render(
         report=report,
         masks=[_mask_pieces(mask, f": {mask['selection']['criterion']}" * (len(masks) > 1)) for mask in masks],
@@ -90,9 +96,9 @@ def _esi_page(
         has_subfolders="further_masks" in report,
         tuned=tuned,
         evaluated=[(link, evaluation, _evaluation_pieces(evaluation)) for link, evaluation in evaluated],
-        routing_maps=[_picture(figures.heatmap(view)) for view in tables.routing_maps(report.get("routing", []))],
-        judge=_picture(figures.judge_histogram(report["judge_scores"])) if report["judge_scores"] else None,
-        progress=_picture(figures.progress_curves(report["progress"])) if report["progress"] else None,
+        routing_maps=[heat_table(view, with_numbers=False) for view in tables.routing_maps(report.get("routing", []))],
+        judge=_picture(figures.judge_histogram(scores), "distribution of judge scores") if scores else None,
+        progress=_picture(figures.progress_curves(progress), "judge score and gradient norm") if progress else None,
         excluded=report["excluded"][:MAX_ROWS],
     )
 
@@ -103,11 +109,17 @@ def _mask_pieces(mask: MaskReport, label: str) -> MaskPieces:
     return {
         "report": mask,
         "label": label,
-        "role_maps": [_picture(figures.heatmap(view)) for view in tables.layer_by_role(units, k)],
-        "expert_maps": [_picture(figures.heatmap(view)) for view in tables.layer_by_expert(units, k)],
+        "role_maps": [heat_table(view) for view in location.role_maps(units, mask["selection"])],
+        "expert_maps": [
+            heat_table(view, with_numbers=False) for view in location.expert_maps(units, mask["selection"])
+        ],
         "experts": expert_tables(units, k),
-        "scores": _picture(figures.score_histogram(histogram, by_role, threshold)),
-        "roles": tables.by_role(units),
+        "scores": _picture(figures.score_histogram(histogram, by_role, threshold), "distribution of scores"),
+        "roles": location.by_role(units),
+        "parts": location.by_part(units),
+        "largest_experts": location.largest_experts(units),
+        "statistic": location.statistic_name(mask["selection"]),
+        "control": location.has_control(units),
         "top": tables.top_matrices(units),
     }
 
@@ -118,7 +130,7 @@ def render_overview(runs: Sequence[FinishedRun[Report]], overlaps: Sequence[Over
     masks = overview.masks(kinds.esi)
     joined = overview.joined(kinds.evaluations) if kinds.evaluations else None
     losses = [(run.name, run.report["progress"]) for run in kinds.tuning if run.report["progress"]]
-    maps = ((mask, tables.layer_by_role(mask.report["units"], mask.report["selection"]["k"])) for mask in masks)
+    maps = ((mask, location.role_maps(mask.report["units"], mask.report["selection"])) for mask in masks)
     return _template("overview.html.j2").render(
         report={"title": f"{len(runs)} runs"},
         runs=runs,
@@ -128,9 +140,9 @@ def render_overview(runs: Sequence[FinishedRun[Report]], overlaps: Sequence[Over
         key_fact=overview.key_fact,
         facts_table=overview.facts_table,
         role_shares=overview.role_shares(masks),
-        maps=[(mask.name, _picture(figures.heatmap(views[0]))) for mask, views in maps if views],
+        maps=[(mask.name, heat_table(views[1], with_numbers=False)) for mask, views in maps if views],
         overlaps=overlaps,
-        losses=_picture(figures.loss_curves(losses)) if losses else None,
+        losses=_picture(figures.loss_curves(losses), "loss of every run by step") if losses else None,
         joined=joined,
         pieces=_evaluation_pieces(joined) if joined else None,
         perturbations=[(run, _noise_charts(run.report)) for run in kinds.perturbations],
@@ -147,15 +159,18 @@ def _template(name: str) -> Template:
         "interval": evaluation.interval,
         "change": evaluation.change,
         "percent": evaluation.percent,
+        "share": _share,
+        "times": _times,
     }
     return environment.get_template(name)
 
 
 def _tuning_page(report: TuningReport) -> str:
     changed = sorted(report["changed_tensors"].items(), key=lambda item: -item[1]["changed"])
+    progress, alternative = report["progress"], "loss, gradient norm and learning rate by step"
     return _template("tuning.html.j2").render(
         report=report,
-        curves=_picture(figures.training_curves(report["progress"])) if report["progress"] else None,
+        curves=_picture(figures.training_curves(progress), alternative) if progress else None,
         changed_rows=[{"name": name, **row} for name, row in changed[:MAX_TENSORS] if row["changed"]],
     )
 
@@ -170,8 +185,11 @@ def _perturbation_page(report: PerturbationReport) -> str:
     return _template("perturbation.html.j2").render(report=report, words=evaluation.WORDS, charts=_noise_charts(report))
 
 
-def _noise_charts(report: PerturbationReport) -> list[str]:
-    return [_picture(figures.noise_curves(title, points)) for title, points in perturbation.panels(report)]
+def _noise_charts(report: PerturbationReport) -> list[Markup]:
+    return [
+        _picture(figures.noise_curves(title, points), f"{title}: rate against noise")
+        for title, points in perturbation.panels(report)
+    ]
 
 
 def _evaluation_pieces(report: EvaluationReport) -> EvaluationPieces:
@@ -179,14 +197,28 @@ def _evaluation_pieces(report: EvaluationReport) -> EvaluationPieces:
     drawn = [row for _, rows in charts for row in rows]
     return {
         "rows": evaluation.pivot(report),
-        "charts": [_picture(figures.rate_bars(title, rows, names, drawn)) for title, rows in charts],
+        "charts": [
+            _picture(figures.rate_bars(title, rows, names, drawn), f"{title}: rates with intervals")
+            for title, rows in charts
+        ],
         "missing": [row for row in report["measures"] if row["reasons"]],
     }
 
 
-def _picture(figure: Figure) -> str:
-    """The figure as a data URL."""
-    return "data:image/png;base64," + base64.b64encode(figures.figure_png(figure)).decode()
+def _picture(figure: Figure, alternative: str) -> Markup:
+    """The figure within the page. alternative: what it shows, for readers who cannot see it."""
+    svg = figures.figure_svg(figure).replace("<svg", f'<svg role="img" aria-label="{escape(alternative)}"', 1)
+    return Markup(f'<div class="scroll">{svg}</div>')  # its texts are escaped by matplotlib
+
+
+def _share(value: float) -> str:
+    """A share of 1 in per cent; a dash where there is none."""
+    return f"{100 * value:.2f} %" if math.isfinite(value) else "–"
+
+
+def _times(value: float) -> str:
+    """A ratio; a dash where both are zero."""
+    return "–" if math.isnan(value) else "∞" if math.isinf(value) else f"{value:.2f}"
 
 
 def _number(value: Any) -> str:

@@ -26,6 +26,7 @@ class Heatmap:
     unit: str
     row_axis: str
     column_axis: str
+    is_ratio: bool = False  # 1 is the middle, and half is as far from it as double
 
 
 @dataclass
@@ -35,11 +36,17 @@ class Cell:
     selected: int = 0
     numel: int = 0
     score: float = 0.0
+    statistic: float = 0.0  # the matrices' mean scores, added up; for ESI the paper's statistic (docs/method.md §6)
+    control_selected: int = 0
+    control_statistic: float = 0.0
 
     def add(self, unit: UnitRow) -> None:
         self.selected += unit["selected"]
         self.numel += unit["numel"]
         self.score += unit["mean_score"] * unit["numel"]
+        self.statistic += unit["mean_score"]
+        self.control_selected += unit.get("control_selected", 0)
+        self.control_statistic += unit.get("control_mean_score", 0.0)
 
     @property
     def mean_score(self) -> float:
@@ -84,12 +91,13 @@ def expert_of(unit: UnitRow) -> tuple[int, int] | None:
     return None if layer is None or expert is None else (layer, expert)
 
 
-def _role_of(unit: UnitRow) -> tuple[int, str] | None:
+def role_of(unit: UnitRow) -> tuple[int, str] | None:
     """(layer, role); None outside the layers."""
     return None if unit["layer"] is None else (unit["layer"], unit["role"])
 
 
-def _role_order(role: str) -> tuple[int, str]:
+def role_order(role: str) -> tuple[int, str]:
+    """A key that sorts roles as ``SCORED`` has them, unknown ones last."""
     return (SCORED.index(role) if role in SCORED else len(SCORED), role)
 
 
@@ -119,8 +127,8 @@ def _heatmaps(
 
 def layer_by_role(units: Sequence[UnitRow], k: int) -> list[Heatmap]:
     """Share of the mask of ``k`` weights, density and mean score by layer and role."""
-    cells = grouped(units, _role_of)
-    columns = sorted({role for _, role in cells}, key=_role_order)
+    cells = grouped(units, role_of)
+    columns = sorted({role for _, role in cells}, key=role_order)
     return _heatmaps(cells, columns, k, "layer by role", "role") if cells else []
 
 
@@ -146,7 +154,7 @@ def routing_maps(rows: Sequence[RoutingRow]) -> list[Heatmap]:
 
 def by_role(units: Sequence[UnitRow]) -> list[tuple[str, Cell]]:
     """(role, its matrices together), in the order of ``SCORED``."""
-    return sorted(grouped(units, lambda unit: unit["role"]).items(), key=lambda item: _role_order(item[0]))
+    return sorted(grouped(units, lambda unit: unit["role"]).items(), key=lambda item: role_order(item[0]))
 
 
 def top_matrices(units: Sequence[UnitRow], count: int = 20) -> list[UnitRow]:

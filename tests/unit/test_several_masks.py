@@ -73,7 +73,7 @@ def test_page_and_closing_table_show_each_mask(tmp_path: Path) -> None:
     page = render(two_masks())
     for words in ("Where the mask is: esi", "Where the mask is: snip", "Scores: snip", "Do the masks agree?", "0.2500"):
         assert words in page, words
-    assert page.count("data:image/png;base64,") == 2 * 4 + 2
+    assert page.count("<svg ") == 2 + 2 and page.count("<figure") == 2 * 3
     for criterion in ("esi", "snip"):
         assert f"RUN/mask/{criterion} --scores RUN/scores/{criterion}</pre>" in page
     assert "0.125" in page and page.count("mean judge score of") == 1
@@ -110,7 +110,7 @@ def test_several_runs_side_by_side_show_every_mask(tmp_path: Path) -> None:
     rows = overlaps({"a": tmp_path / "one", "b": run})
     assert [(row["first"], row["second"]) for row in rows] == [("a", names[1]), ("a", names[2]), (names[1], names[2])]
     page = render_overview(runs, rows)
-    assert "b: snip" in page and page.count("data:image/png;base64,") == 3
+    assert "b: snip" in page and page.count("<figure") == 3
 
 
 def test_a_mask_within_the_mask_of_one_criterion_does_not_stand_for_it(tmp_path: Path) -> None:
@@ -127,4 +127,4 @@ def test_a_mixture_of_two_masks_is_drawn_with_one_map_of_its_routers() -> None:
     units = [unit(f"e{e}", "expert.up", 3, e, 10, e + 1, float(e)) for e in range(2)]
     page = {**two_masks(), "units": units, "routing": [{"set": "harmful", "layer": 3, "tokens": [2, 3]}]}
     page["further_masks"][0]["units"] = units
-    assert render(page).count("how often routers choose each expert") == 1
+    assert render(page).count("Where routers send harmful prompts") == 1
