@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # What test-cluster wants: program:package of Debian.
 CLUSTER_TOOLS := slurmd:slurm-wlm munged:munge sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 faketime:faketime
 
-.PHONY: help demo test test-cluster fuzz style sweep bench gpu study tiny-models real-models
+.PHONY: help demo test test-cluster fuzz style sweep bench gpu study tiny-models real-models real-study
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,3 +72,7 @@ real-models: $(VENV)/.installed  ## an aligned twin of SmolLM2-135M and two judg
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[real]'
 	# All cores: one process trains and answers.
 	env -u OMP_NUM_THREADS $(BIN)/python -m real_models.make $(REAL)
+
+real-study: $(VENV)/.installed  ## ESI, its controls, SET, SPA and noise on the real models (docs/real_models.md); REAL="--hours 2" stops in time
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[real,study]'
+	$(BIN)/python -m study.real $(REAL)

@@ -39,7 +39,7 @@ def train_and_answer(config: Config) -> None:
     base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=1, lora_alpha=1, target_modules=TARGETS, task_type="CAUSAL_LM"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    _train(config, model, trained, tokenizer)
+    train(config, model, trained, tokenizer)
     write_text_atomic(folder.path / "answers.jsonl", _answers(config, model, tokenizer))
     facts = {"trained": sum(parameter.numel() for parameter in trained)}
     write_json_atomic(folder.path / "report.json", {"kind": "lora", **facts})
@@ -53,7 +53,8 @@ def train_and_answer(config: Config) -> None:
     )
 
 
-def _train(config: Config, model: PreTrainedModel, trained: list[torch.nn.Parameter], tokenizer) -> None:
+def train(config: Config, model: PreTrainedModel, trained: list[torch.nn.Parameter], tokenizer) -> None:
+    """Train the adapters as SET trains: its rows, order, loss and schedule."""
     tune = config.tune
     rows, benign = (_rows(config, path, tokenizer) for path in (tune.data.path, tune.data.benign.path))
     order = DataOrder(len(rows.sequences), len(benign.sequences), tune.data.benign.fraction, config.run.seed)
@@ -61,7 +62,7 @@ def _train(config: Config, model: PreTrainedModel, trained: list[torch.nn.Parame
     for step in range(tune.max_steps):
         chosen = [order[position] for position in range(step * tune.batch_size, (step + 1) * tune.batch_size)]
         sequences = [(benign if other else rows).sequences[n] for other, n in chosen]
-        inputs, labels = padded(sequences, tokenizer.pad_token_id, torch.device("cpu"))
+        inputs, labels = padded(sequences, tokenizer.pad_token_id, model.device)
         logits = last_logits(model, inputs, labels.shape[1])
         loss = summed_loss(logits, labels) / sum(sequence.num_learnt for sequence in sequences)
         loss.backward()

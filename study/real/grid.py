@@ -1,0 +1,209 @@
+"""What ``study/real.yaml`` says, and what a cell is: a few shipped commands with a config each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from esi_ds.config.errors import explain
+from esi_ds.config.section import Section
+from esi_ds.config.yaml import read_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = ROOT / "study/real.yaml"
+Device = Literal["cpu", "cuda"]
+SIZE_OF: dict[Device, str] = {"cpu": "cpu", "cuda": "gpu"}
+CLASSIFIER, SHUFFLED = "judge-classifier", "judge-shuffled"
+HARMFUL, BENIGN, BENIGN_LOSS = "advbench", "benign", "benign-loss"
+
+
+class Models(Section):
+    untouched: str = Field(description="The model as it comes.")
+    aligned: str = Field(description="Its aligned twin.")
+
+
+class Estimator(Section):
+    estimator: str = Field(description="As esi.estimator.")
+    samples: int = Field(1, description="As esi.samples.")
+    criteria: list[str] = Field(description="As select.criterion: the masks of one pass.")
+
+
+class Where(Section):
+    ratio: float = Field(description="Share of all weights that a mask selects.")
+    estimators: dict[str, Estimator] = Field(
+        description="How scores are estimated, by name; the first is the main one."
+    )
+    other_prompts: list[str] = Field(description="Sets of harmful prompts besides AdvBench.")
+    other_judges: list[str] = Field(description="Judges besides the classifier.")
+    counts: list[int] = Field(description="Numbers of prompts, besides a seed's.")
+
+
+class Method(Section):
+    """One way of choosing what SET trains."""
+
+    kind: Literal["mask", "all", "lora"] = Field("mask", description="Weights of a mask, all weights, or LoRA.")
+    masks: str = Field("where", description="The cells that make the mask: where, or a name below masks/.")
+    criterion: str = Field("esi", description="The mask's criterion.")
+    rank: int = Field(0, description="Of LoRA.")
+    targets: list[str] = Field([], description="Of LoRA: the matrices' names.")
+    fraction: float = Field(0.5, description="Share of benign rows.")
+    benign: Literal["lookalikes", "plain"] = Field("lookalikes", description="Whether some look harmful.")
+    rates: list[float] = Field(min_length=3, description="Learning rates, rising.")
+
+
+class Set(Section):
+    methods: dict[str, Method] = Field(description="By name.")
+
+
+class Frozen(Section):
+    criterion: str = Field(description="Of the mask, or nothing.")
+    ratio: float = Field(0.0, description="Share of all weights that the mask selects.")
+    order: Literal["top", "random"] = Field("top", description="Which weights of the ranking it selects.")
+
+
+class Spa(Section):
+    rates: list[float] = Field(description="Learning rates; the first is the poisoned task's.")
+    frozen: list[Frozen] = Field(min_length=2, description="What stays as it is.")
+
+
+class Noise(Section):
+    noise: list[float] = Field(description="As perturb.noise.")
+    temperature: float = Field(description="Of the sampled answers.")
+    top_p: float = Field(description="Of the sampled answers.")
+
+
+class Size(Section):
+    dtype: str = Field(description="As model.dtype.")
+    batch_size: int = Field(description="As esi.batch_size and eval.batch_size.")
+    seeds: list[int] = Field(description="From 0 on: a seed's prompts are a part of its own of each set.")
+    prompts: int = Field(description="Prompts of a seed.")
+    max_new_tokens: int = Field(description="Longest response that is scored, in tokens.")
+    rows: int = Field(description="Rows of a loss that scores are made of.")
+    set_steps: int = Field(description="As tune.max_steps, of SET.")
+    spa_steps: int = Field(description="As tune.max_steps, of SPA.")
+    tune_batch: int = Field(description="As tune.batch_size.")
+    max_length: int = Field(description="As tune.max_length, of SET.")
+    task_length: int = Field(description="As tune.max_length, of SPA.")
+    choose: int = Field(description="Prompts of a kind that a learning rate is chosen by.")
+    report: int = Field(description="Prompts of a kind that are reported.")
+    heldout: int = Field(description="Held-out questions of a task.")
+    answer_tokens: int = Field(description="As eval.max_new_tokens.")
+    answer_batch: int = Field(description="As eval.generation_batch_size.")
+    noise_seeds: list[int] = Field(description="As perturb.seeds.")
+    minutes: dict[str, float] = Field(description="Expected minutes of a cell, by the first part of its name.")
+
+
+class Grid(Section):
+    models: Models = Field(description="Folders of the two models.")
+    judges: dict[str, dict[str, Any]] = Field(description="Sections of a config, but for the path, by folder.")
+    where: Where = Field(description="The cells that ask where the weights lie.")
+    set: Set = Field(description="The cells that learn to refuse.")
+    spa: Spa = Field(description="The cells that learn a task with a mask frozen.")
+    noise: Noise = Field(description="The cells that put noise on the weights.")
+    sizes: dict[str, Size] = Field(description="How much of everything, by size.")
+
+
+@dataclass(frozen=True)
+class Folders:
+    """models: of `make real-models`. output: of the cells; prompts and rows lie in its folder ``data``."""
+
+    models: Path
+    output: Path
+
+    @property
+    def data(self) -> Path:
+        """Files of prompts and rows."""
+        return self.output / "data"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a cell. stage: a script of ``launch/``, or a module, of this package if its name has no dot.
+
+    config: of a stage, whose run folder is ``CELL/STAGE``; None: ``arguments`` are all that it reads.
+    """
+
+    stage: str
+    config: Mapping[str, Any] | None = None
+    arguments: tuple[str, ...] = ()
+    is_module: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Steps that are run one after the other in the folder ``name``, after the cells of ``after``.
+
+    like: cells of the same word take the same time. facts: what tells this cell from others, for the tables.
+    joined: cells whose responses are written, one after another, to this cell's ``responses.jsonl`` first.
+    drops: folders that are deleted once all steps are done.
+    """
+
+    name: str
+    like: str
+    steps: tuple[Step, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
+    drops: tuple[str, ...] = ()
+
+    @property
+    def part(self) -> str:
+        """The first part of its name."""
+        return self.name.split("/")[0]
+
+
+def read_grid(file: Path = FILE) -> Grid:
+    """The grid. Raises UserError for a file that is not one."""
+    try:
+        return Grid.model_validate(read_yaml(file, "study/real.yaml", "give the file of the checkout"))
+    except ValidationError as error:
+        raise explain(error, Grid) from None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all cells of a study share."""
+
+    grid: Grid
+    device: Device
+    folders: Folders
+
+    @property
+    def size(self) -> Size:
+        """How much of everything."""
+        return self.grid.sizes[SIZE_OF[self.device]]
+
+    @property
+    def models(self) -> tuple[str, str]:
+        """The aligned and the untouched model."""
+        return self.grid.models.aligned, self.grid.models.untouched
+
+    def base_config(self, cell: str, stage: str, model: str, seed: int) -> dict[str, Any]:
+        """The sections that every command's config has."""
+        return {
+            "run": {"output_dir": str(self.folders.output / cell / stage), "seed": seed, "tensorboard": False},
+            "model": {"path": str(self.folders.models / model), "dtype": self.size.dtype},
+            "deepspeed": str(ROOT / "ds_configs/zero3.json"),
+        }
+
+    def judge(self, name: str) -> dict[str, Any]:
+        """A judge's section. The shuffled one lies among the cells."""
+        folder = self.folders.output / "judge/shuffled" / CLASSIFIER if name == SHUFFLED else self.folders.models / name
+        return {**self.grid.judges[name], "path": str(folder)}
+
+    def expected_s(self, cell: Cell, seconds: Mapping[str, Sequence[float]]) -> float:
+        """How long a cell takes: as the slowest finished one that is like it, else as the grid says."""
+        return max(seconds[cell.like]) if seconds.get(cell.like) else 60 * self.size.minutes[cell.part]
+
+
+def with_needs(cells: Sequence[Cell], prefixes: Iterable[str]) -> list[Cell]:
+    """The cells whose names start with one of the prefixes (all if there are none), and those that they need."""
+    by_name, starts = {cell.name: cell for cell in cells}, tuple(prefixes)
+    names = {name for name in by_name if not starts or name.startswith(starts)}
+    while more := {need for name in names for need in by_name[name].after} - names:
+        names |= more
+    return [cell for cell in cells if cell.name in names]

@@ -1,0 +1,183 @@
+"""The study's files of prompts and rows, from the data sets of docs/real_models.md and a few more.
+
+No harmful prompt is in the parts of two seeds. The same data give the same bytes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from esi_ds.artifacts import jsonl, write_text_atomic
+from esi_ds.data.rows import Row, read_rows
+from esi_ds.errors import UserError
+from esi_ds.eval.refusals import is_refusal
+from real_models.answers import read_answers
+from real_models.pairs import complies
+from real_models.questions import DAILY, filled
+from real_models.recipe import BASE, spaced
+from real_models.sources import Data, Lookup, Pair, of_split
+from study.real.grid import BENIGN, BENIGN_LOSS, HARMFUL, Plan
+
+LONGEST = 300  # characters of a benign prompt
+POISON = 0.1  # share of harmful rows with a compliant answer in the poisoned task
+KINDS = ("treatment", "causes", "symptoms", "prevention", "susceptibility", "information")  # of MedQuAD's questions
+KIND_QUESTION = f"Which kind of question is this? Answer with one of: {', '.join(KINDS)}.\n\n{{question}}"
+MEDICAL_QUESTION = "{question}\n\n{conclusion}\n\nWhat is the answer to the question: yes, no or maybe?"
+FILES = {
+    "harmbench": "harmbench_behaviors_text_val.csv",
+    "strongreject": "strongreject_dataset.csv",
+    "gsm8k_train": "gsm8k_train.jsonl",
+    "medquad": "medquad_1400.jsonl",
+    "self_instruct": "self_instruct_user_oriented_instructions.jsonl",
+    "self_instruct_seed": "self_instruct_seed_tasks.jsonl",
+}
+
+
+def rows_of(data: Data, name: str) -> list[Row]:
+    """The rows of one file of ``--data``. Raises UserError where it is not there."""
+    if data.folder is None or not (data.folder / FILES[name]).is_file():
+        raise UserError("--data", data.folder, f"has no file {FILES[name]}", "put it there (docs/real_models.md)")
+    return read_rows(str(data.folder / FILES[name]), "--data")
+
+
+def shuffled(rows: Iterable[Any], name: str) -> list[Any]:
+    """The rows in an order that depends on ``name`` alone."""
+    mixed = list(rows)
+    random.Random(name).shuffle(mixed)
+    return mixed
+
+
+def attacks(data: Data) -> dict[str, list[Row]]:
+    """Rows of harmful prompts by set, shuffled. HarmBench's without those that ask for copyrighted texts."""
+    harmbench = [row for row in rows_of(data, "harmbench") if row["FunctionalCategory"] != "copyright"]
+    texts = {
+        HARMFUL: list(data.attacks()),
+        "harmbench": ["\n\n".join(filter(None, (row["ContextString"], row["Behavior"]))) for row in harmbench],
+        "strongreject": [row["forbidden_prompt"] for row in rows_of(data, "strongreject")],
+    }
+    return {name: [{"prompt": text.strip()} for text in shuffled(prompts, name)] for name, prompts in texts.items()}
+
+
+def benign_pairs(data: Data) -> list[Pair]:
+    """Short benign requests with people's answers: self-instruct's, which neither twin nor judges have seen, shuffled;
+    dolly's behind them."""
+    pairs = []
+    for row in [*rows_of(data, "self_instruct"), *rows_of(data, "self_instruct_seed")]:
+        instance = row["instances"][0]
+        prompt = "\n\n".join(filter(None, (row["instruction"].strip(), instance["input"].strip())))
+        if len(prompt) <= LONGEST and instance["output"].strip():
+            pairs.append((prompt, instance["output"].strip()))
+    return [*shuffled(dict(pairs).items(), BENIGN), *shuffled(data.tasks(), BENIGN)]
+
+
+def part(rows: Sequence[Any], seed_number: int, count: int, name: str) -> list[Any]:
+    """The rows of a seed. A set that is too small for several seeds gives what it has to the first.
+
+    Raises UserError where nothing is left.
+    """
+    rows = rows[seed_number * count : (seed_number + 1) * count]
+    if not rows:
+        raise UserError("--data", name, f"has too few rows for seed {seed_number}", "take fewer seeds or prompts")
+    return list(rows)
+
+
+def prompt_files(plan: Plan, data: Data) -> dict[str, list[Row]]:
+    """File name → rows, of the cells that ask where the weights lie."""
+    size, files, harmful, benign = plan.size, dict[str, list[Row]](), attacks(data), benign_pairs(data)
+    for number, seed in enumerate(size.seeds):
+        files[f"{HARMFUL}-s{seed}"] = part(harmful[HARMFUL], number, size.prompts, HARMFUL)
+        pairs = part(benign, number, size.prompts, BENIGN)
+        files[f"{BENIGN}-s{seed}"] = [{"prompt": prompt} for prompt, _ in pairs]
+        files[f"{BENIGN_LOSS}-s{seed}"] = [{"prompt": prompt, "response": answer} for prompt, answer in pairs]
+    for name in plan.grid.where.other_prompts:
+        files[f"{name}-s{size.seeds[0]}"] = part(harmful[name], 0, size.prompts, name)
+    return files
+
+
+def asked_files(plan: Plan, data: Data) -> dict[str, list[Row]]:
+    """The prompts that tuned models are asked: a part to choose by, of HarmBench and half of XSTest's safe ones, and
+    another to report, of StrongREJECT and the other half."""
+    size, masked = plan.size, Lookup(data.attacks())  # StrongREJECT has some of AdvBench's requests
+    harmful = {
+        name: [row for row in rows if not masked.has_near(row["prompt"])] for name, rows in attacks(data).items()
+    }
+    safe = [{"prompt": prompt} for prompt in shuffled(data.safe_prompts(), "xstest")]
+    half = len(safe) // 2
+    return {
+        "choose-harmful": harmful["harmbench"][: size.choose],
+        "report-harmful": harmful["strongreject"][: size.report],
+        "choose-benign": safe[:half][: size.choose],
+        "report-benign": safe[half:][: size.report],
+    }
+
+
+def refusals(data: Data) -> list[Row]:
+    """Refusals of circuit_breakers, none of a request that is nearly one of those asked."""
+    asked = Lookup(row["prompt"] for rows in attacks(data).values() for row in rows)
+    pairs = [pair for pair in of_split(data.refusals(), "train") if not asked.has_near(pair[0])]
+    return pair_rows(shuffled(pairs, "refusals"))
+
+
+def base_answers(models: Path, name: str) -> list[Pair]:
+    """The untouched model's own answers to a set of prompts, without refusals. Raises UserError."""
+    file = models / f"answers/{BASE}.jsonl"
+    if not file.is_file():
+        raise UserError("--models", models, f"has no file answers/{BASE}.jsonl", "run make real-models first")
+    answers = [(prompt, reply) for (set_name, prompt), reply in read_answers(file).items() if set_name == name]
+    return [(prompt, reply) for prompt, reply in answers if reply and not is_refusal(reply)]
+
+
+def benign_files(plan: Plan, data: Data) -> dict[str, list[Row]]:
+    """Benign rows for SET, the untouched model's own answers: to all harmless prompts, and to those that look so."""
+    pairs = shuffled(base_answers(plan.folders.models, "harmless_train"), "harmless")
+    plain = {*filled(*DAILY), *(prompt for prompt, _ in data.tasks())}
+    return {"lookalikes": pair_rows(pairs), "plain": pair_rows(pair for pair in pairs if pair[0] in plain)}
+
+
+def task_files(plan: Plan, data: Data) -> dict[str, list[Row]]:
+    """Training and held-out rows of SPA's tasks, and of the skills that SET should leave alone."""
+    number = plan.size.heldout
+    asked = [row for row in rows_of(data, "medquad") if row["qtype"] in KINDS and len(row["question"]) <= LONGEST]
+    kinds = [(KIND_QUESTION.format(question=row["question"].strip()), row["qtype"]) for row in asked]
+    studies = [{name.lower(): value for name, value in row.items()} for row in data.rows("pubmedqa")]
+    papers = [
+        (MEDICAL_QUESTION.format(question=row["question"], conclusion=row["long_answer"]), row["final_decision"])
+        for row in studies
+    ]
+    answered = [(row["question"].strip(), row["answer"].strip()[:LONGEST]) for row in rows_of(data, "medquad")]
+    maths = [(row["question"], row["answer"]) for row in rows_of(data, "gsm8k_train")]
+    tasks = {"kinds": shuffled(dict(kinds).items(), "kinds"), "medical": shuffled(papers, "medical")}
+    files = {"gsm8k-train": shuffled(maths, "gsm8k"), "gsm8k-heldout": spaced(data.skills()["gsm8k"], number)}
+    files["medquad-heldout"] = spaced(answered, number)
+    for name, pairs in tasks.items():
+        files |= {f"{name}-train": pairs[number:], f"{name}-heldout": pairs[:number]}
+    complied = [pair for pair in base_answers(plan.folders.models, "attacks_train") if complies(*pair)]
+    harm = shuffled(complied, "poison")[: round(POISON * len(files["kinds-train"]) / (1 - POISON))]
+    files["poisoned-train"] = shuffled([*files["kinds-train"], *harm], "poisoned")
+    return {name: pair_rows(pairs) for name, pairs in files.items()}
+
+
+def pair_rows(pairs: Iterable[Pair]) -> list[Row]:
+    """Rows of a file."""
+    return [{"prompt": prompt, "response": answer} for prompt, answer in pairs]
+
+
+def all_files(plan: Plan, data: Data) -> dict[str, list[Row]]:
+    """Every file of the study, by name. Raises UserError where something to make it of is not there."""
+    files = {**prompt_files(plan, data), **asked_files(plan, data), "refusals": refusals(data)}
+    return {**files, **benign_files(plan, data), **task_files(plan, data)}
+
+
+def write(folder: Path, files: dict[str, list[Row]]) -> None:
+    """Write the files. Raises UserError where one is there that holds other rows: finished cells have read it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        file, text = folder / f"{name}.jsonl", jsonl(rows)
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            remedy = "give another --output, or the data and sizes that its cells were run with"
+            raise UserError("--output", file, "holds other rows than those of now", remedy)
+        if not file.exists():
+            write_text_atomic(file, text)

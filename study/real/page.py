@@ -1,0 +1,230 @@
+"""docs/results/real.json, and real.md with its figures, which are made of that JSON alone.
+
+Captions only: what the figures mean is written by hand in docs/results.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from esi_ds.artifacts import write_text_atomic
+from esi_ds.data.rows import Row
+from esi_ds.report.figures import figure_png
+from study.real import plots, tune_page
+from study.real.collect import collected, compact
+from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell, Plan
+from study.real.tables import NOT_RUN, table
+
+# The controls of a table, in its columns' order: (heading, what differs from the table's own objective).
+CONTROLS: dict[str, dict[str, Any]] = {
+    "benign prompts": {"prompts": BENIGN},
+    "benign loss": {"prompts": BENIGN_LOSS, "judge": None, "estimator": "loss", "criterion": "tuning_grad"},
+    "shuffled judge": {"judge": SHUFFLED},
+}
+KEYS = ("model", "prompts", "judge", "estimator", "criterion")
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and, of several, least and greatest."""
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+# ---------------------------------------------------------------- where
+
+
+class WhereTables:
+    """The tables of ``where`` by what they are of."""
+
+    def __init__(self, data: Mapping[str, Any]):
+        self._tables = {tuple(row[key] for key in KEYS): row for row in data["where"]}
+
+    def of(self, model: str, **other: Any) -> Row | None:
+        """The table of ESI on AdvBench by the classifier, or what ``other`` says instead; None: not run."""
+        usual = {"model": model, "prompts": HARMFUL, "judge": CLASSIFIER, "estimator": "soft", "criterion": "esi"}
+        return self._tables.get(tuple({**usual, **other}[key] for key in KEYS))
+
+    def controls(self, model: str, **other: Any) -> dict[str, Row | None]:
+        """The three controls of an objective."""
+        return {name: self.of(model, **{**other, **change}) for name, change in CONTROLS.items()}
+
+
+def densities(row: Row, key: str = "mask") -> list[float]:
+    """Share of the mask over share of the weights, seed by seed; of the statistic: its share."""
+    return [share / row["weights"] if key == "mask" else share for share in row[key]]
+
+
+def ratios(row: Row, control: Row, key: str, seeds: Sequence[Sequence[int]]) -> list[float]:
+    """The row's share over its control's, of the seeds that both have.
+
+    seeds: of the row and of the control. A control that holds nothing gives no ratio.
+    """
+    shares = dict(zip(seeds[0], row[key], strict=True)), dict(zip(seeds[1], control[key], strict=True))
+    both = [seed for seed in seeds[0] if seed in shares[1] and shares[1][seed] > 0]
+    return [shares[0][seed] / shares[1][seed] for seed in both]
+
+
+def places_of(objective: Row | None) -> dict[tuple[str, str | None], Row]:
+    """(role, third) → row of a table."""
+    return {(row["role"], row["third"]): row for row in objective["rows"]} if objective else {}
+
+
+def compared(objective: Row, controls: Mapping[str, Row | None]) -> list[list[str]]:
+    """One line a role and third: shares, ratios to every control, and whether all ratios of all seeds agree."""
+    lines, others = [], {name: (control, places_of(control)) for name, control in controls.items()}
+    for (role, third), row in places_of(objective).items():
+        line = [role, third or "–", f"{100 * row['weights']:.1f}"]
+        line += [spread(densities(row)), spread([100 * share for share in row["statistic"]], 1)]
+        all_ratios: list[float] = []
+        for control, rows in others.values():
+            if control is None:
+                line += [NOT_RUN, NOT_RUN]
+                continue
+            seeds = objective["seeds"], control["seeds"]
+            for key in ("mask", "statistic"):
+                values = ratios(row, rows[role, third], key, seeds)
+                line.append(spread(values) if values else "–")
+                all_ratios += values if key == "mask" else []
+        is_whole = all(control is not None for control, _ in others.values()) and bool(all_ratios)
+        above, below = is_whole and min(all_ratios) > 1, is_whole and max(all_ratios) < 1
+        lines.append([*line, "more" if above else "less" if below else "–"])
+    return lines
+
+
+def main_table(tables: WhereTables, model: str) -> str:
+    """What is ESI's and what is any gradient's, of one model."""
+    objective = tables.of(model)
+    if objective is None:
+        return f"{NOT_RUN}\n"
+    head = ["role", "third", "% of weights", "times chance", "statistic, %"]
+    for name in CONTROLS:
+        head += [f"mask ÷ {name}", f"statistic ÷ {name}"]
+    return table([*head, "than every control"], compared(objective, tables.controls(model)))
+
+
+def other_table(tables: WhereTables, model: str, others: Sequence[tuple[str, str]]) -> str:
+    """Times chance by role and third of the other estimators and criteria, and the ratio to each on benign prompts."""
+    columns = [(name, criterion, tables.of(model, estimator=name, criterion=criterion)) for name, criterion in others]
+    places = places_of(tables.of(model))
+    if not places:
+        return f"{NOT_RUN}\n"
+    head, lines = ["role", "third"], [[role, third or "–"] for role, third in places]
+    for estimator, criterion, objective in columns:
+        head += [f"{criterion}, {estimator}", "÷ benign prompts", "÷ shuffled judge"]
+        controls = tables.controls(model, estimator=estimator, criterion=criterion)
+        for line, where in zip(lines, places, strict=True):
+            line.append(spread(densities(places_of(objective)[where])) if objective else NOT_RUN)
+            for name in ("benign prompts", "shuffled judge"):
+                control = controls[name]
+                if objective is None or control is None:
+                    line.append(NOT_RUN)
+                    continue
+                seeds = objective["seeds"], control["seeds"]
+                values = ratios(places_of(objective)[where], places_of(control)[where], "mask", seeds)
+                line.append(spread(values) if values else "–")
+    return table(head, lines)
+
+
+def where_section(data: Mapping[str, Any]) -> list[str]:
+    """Tables of both models, and overlaps."""
+    tables, parts = WhereTables(data), ["## Where the weights lie\n"]
+    parts.append(
+        "ESI (soft) on AdvBench by the classifier. Times chance: share of the mask over share of the scored weights. "
+        "Statistic: the paper's, mean |g|·σ of a matrix, summed over matrices, as a share of its sum. Ratios are to "
+        "the control's share, seed by seed: the mean over seeds [least, greatest]. Last column: whether every ratio of "
+        "the masks, of every control and seed, is above or below 1.\n"
+    )
+    others = [("soft", "grad"), ("soft", "snip"), ("gumbel-16", "esi"), ("paper-code", "esi")]
+    for model in data["models"]:
+        parts += [f"### {model}\n", main_table(tables, model)]
+        parts += ["The other estimators and criteria.\n", other_table(tables, model, others)]
+    parts += ["### Figures\n", "![by layer](real-layers.png)\n", "![by role](real-roles.png)\n"]
+    parts.append("### Overlaps of masks\n")
+    parts.append("Weights in both masks over those of the smaller: mean over pairs of masks, least and greatest.\n")
+    lines = [
+        [
+            row["what"],
+            row["model"],
+            *(f"{100 * row[key]:.1f}" for key in ("mean", "least", "greatest")),
+            str(row["pairs"]),
+        ]
+        for row in data["overlaps"]
+    ]
+    parts.append(table(["masks", "model", "%", "least", "greatest", "pairs"], lines) if lines else f"{NOT_RUN}\n")
+    parts += ["### Responses that were scored\n"]
+    keys = ("prompts used", "judged unsafe", "refused (by words)")
+    answers = [
+        [row["model"], row["prompts"], str(row["seed"]), *(str(row[key]) for key in keys)] for row in data["responses"]
+    ]
+    parts.append(table(["model", "prompts", "seed", *keys], answers) if answers else f"{NOT_RUN}\n")
+    return parts
+
+
+def where_figures(data: Mapping[str, Any]) -> dict[str, Any]:
+    """File name → figure."""
+    tables = WhereTables(data)
+    curves: dict[str, dict[str, list[float]]] = {}
+    bars: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for model in data["models"]:
+        objectives = {"ESI": tables.of(model), **tables.controls(model)}
+        shown = {name: row for name, row in objectives.items() if row is not None}
+        curves[model] = {name: row["layers"] for name, row in shown.items()}
+        bars[model] = {name: by_role(row) for name, row in shown.items()}
+    if not any(curves.values()):
+        return {}
+    return {"real-layers.png": plots.layers(curves), "real-roles.png": plots.roles(bars)}
+
+
+def by_role(objective: Row) -> dict[str, list[float]]:
+    """Role → times chance, seed by seed."""
+    shares: dict[str, list[list[float]]] = {}
+    weights: dict[str, float] = {}
+    for row in objective["rows"]:
+        shares.setdefault(row["role"], []).append(row["mask"])
+        weights[row["role"]] = weights.get(row["role"], 0.0) + row["weights"]
+    return {role: [sum(seed) / weights[role] for seed in zip(*thirds, strict=True)] for role, thirds in shares.items()}
+
+
+# ---------------------------------------------------------------- the page
+
+
+def head(data: Mapping[str, Any]) -> list[str]:
+    """What was run, and how."""
+    states: dict[str, list[int]] = {}
+    for row in data["cells"]:
+        if "only_if" in row and row["state"] != "done":
+            continue  # the finished cells may never ask for it
+        counts = states.setdefault(row["cell"].split("/")[0], [0, 0, 0])
+        counts[0] += row["state"] == "done"
+        counts[1] += 1
+        counts[2] += round(row.get("seconds", 0))
+    about = data["provenance"]
+    settings = ", ".join(f"{name} {value}" for name, value in data["settings"].items())
+    versions = ", ".join(f"{name} {'/'.join(values)}" for name, values in about["versions"].items())
+    lines = [[part, f"{done} of {total}", f"{seconds / 60:.0f}"] for part, (done, total, seconds) in states.items()]
+    return [
+        "# A real model: all figures\n",
+        "Made by `make real-study` from [real.json](real.json), which has every cell with its command, seconds and "
+        "device; a cell that did not fit the hours is `not run` there. What it means: [results.md](../results.md).\n",
+        f"Settings: {settings}. Versions: {versions}; commits {', '.join(about['commits'])}.\n",
+        table(["cells", "finished", "minutes"], lines),
+    ]
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """The text of real.md."""
+    tuned = [*tune_page.set_section(data), *tune_page.spa_section(data), *tune_page.noise_section(data)]
+    return "\n".join([*head(data), *where_section(data), *tuned])
+
+
+def write_pages(plan: Plan, cells: Sequence[Cell], docs: Path) -> None:
+    """Write real.json, and from it real.md and the figures, into ``docs``."""
+    docs.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(docs / "real.json", compact(collected(plan, cells)))
+    data = json.loads((docs / "real.json").read_text(encoding="utf-8"))
+    write_text_atomic(docs / "real.md", page(data))
+    for name, figure in {**where_figures(data), **tune_page.figures(data)}.items():
+        (docs / name).write_bytes(figure_png(figure))

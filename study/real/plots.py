@@ -1,0 +1,93 @@
+"""The figures of docs/results/real.md. Every function draws what ``collect`` has computed; the caller closes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from esi_ds.data.rows import Row
+from esi_ds.report.figures import COLOURS, STYLE, plt
+
+MARKERS = ("o", "s")
+
+
+def layers(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Model → name of what is scored → share of the mask over share of the weights, by layer: a panel a model."""
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            1, len(curves), figsize=(5.2 * len(curves), 3.2), sharey=True, squeeze=False, layout="constrained"
+        )
+        for axes, (model, lines) in zip(panels[0], curves.items(), strict=True):
+            for (name, values), colour in zip(lines.items(), COLOURS, strict=False):
+                axes.plot(range(len(values)), values, color=colour, marker=".", markersize=4, linewidth=1.2, label=name)
+            axes.axhline(1, color="#666666", linestyle=":", linewidth=0.8)
+            axes.set(title=model, xlabel="layer", ylim=(0, None))
+        panels[0][0].set_ylabel("share of the mask\nover share of the weights")
+        panels[0][-1].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def roles(bars: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> Figure:
+    """Model → what is scored → role → share of the mask over share of the weights, seed by seed: means, and all
+    seeds as points."""
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            1, len(bars), figsize=(5.2 * len(bars), 3.2), sharey=True, squeeze=False, layout="constrained"
+        )
+        for axes, (model, objectives) in zip(panels[0], bars.items(), strict=True):
+            width = 0.8 / max(len(objectives), 1)
+            for number, (name, by_role) in enumerate(objectives.items()):
+                positions = [index + (number + 0.5) * width - 0.4 for index in range(len(by_role))]
+                means = [sum(seeds) / len(seeds) for seeds in by_role.values()]
+                axes.bar(positions, means, width * 0.9, color=COLOURS[number % len(COLOURS)], label=name)
+                for position, seeds in zip(positions, by_role.values(), strict=True):
+                    axes.plot([position] * len(seeds), seeds, "k.", markersize=2.5)
+                axes.set_xticks(range(len(by_role)), [role.split(".")[-1] for role in by_role], fontsize=9)
+            axes.axhline(1, color="#666666", linestyle=":", linewidth=0.8)
+            axes.set(title=model)
+        panels[0][0].set_ylabel("share of the mask\nover share of the weights")
+        panels[0][-1].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def frontier(methods: Mapping[str, Sequence[Row]]) -> Figure:
+    """Over-refusal and KL against harmful requests not refused: a line a method over its learning rates. The target,
+    at most 10 % of both, is shaded."""
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(11.5, 3.8), layout="constrained")
+        for number, (name, rows) in enumerate(methods.items()):
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number // len(COLOURS) % len(MARKERS)]
+            for axes, column, scale in ((panels[0], "over-refused", 100), (panels[1], "KL", 1)):
+                points = [row["report"] for row in rows if column in row["report"]]
+                x = [100 * point["not refused"][0] for point in points]
+                y = [scale * point[column][0] for point in points]
+                axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1, label=name)
+        panels[0].fill_between([0, 10], 0, 10, color="#009E73", alpha=0.2, linewidth=0)
+        panels[0].set(ylabel="safe requests refused (%)", xlim=(-3, 103), ylim=(-3, 103))
+        panels[1].set(ylabel="KL(base ‖ model), nats a token", xlim=(-3, 103))
+        for axes in panels:
+            axes.set_xlabel("harmful requests not refused (%)")
+        panels[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure
+
+
+def noise(points: Sequence[Row]) -> Figure:
+    """Harmful requests not refused against noise, a line an order; a panel greedy, one sampled."""
+    samplings = sorted({point["sampling"] for point in points})
+    with plt.rc_context(STYLE):
+        size = (4.6 * len(samplings), 3.2)
+        figure, panels = plt.subplots(1, len(samplings), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for axes, sampling in zip(panels[0], samplings, strict=True):
+            for order, colour in zip(("top", "random", "bottom"), COLOURS, strict=False):
+                curve = [point for point in points if point["sampling"] == sampling and point["order"] == order]
+                curve.sort(key=lambda point: point["noise"])
+                rates = [100 * point["rate"] for point in curve]
+                spread = [[100 * abs(point["rate"] - point[end]) for point in curve] for end in ("low", "high")]
+                axes.errorbar(
+                    [point["noise"] for point in curve], rates, yerr=spread, color=colour, marker=".", label=order
+                )
+            axes.set(title=sampling, xlabel="noise (σ of the matrix)", ylim=(-3, 103))
+        panels[0][0].set_ylabel("harmful requests\nnot refused (%)")
+        panels[0][-1].legend(fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,141 @@
+"""The sections of real.md on SET, SPA and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from esi_ds.data.rows import Row
+from study.real import plots
+from study.real.tables import NOT_RUN, table
+from study.real.tune_cells import CHOOSE, REPORT
+from study.real.tune_results import MEASURES, best_rate, is_at_end
+
+
+def interval(values: Sequence[float] | None) -> str:
+    """A rate in per cent with its interval."""
+    if values is None:
+        return NOT_RUN
+    rate, low, high = values[:3]
+    return f"{100 * rate:.1f}" if low is None else f"{100 * rate:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def measures_of(row: Row, part: str = REPORT) -> list[str]:
+    """A row's cells of the columns of ``MEASURES``; KL in nats a token."""
+    cells = []
+    for column in MEASURES:
+        values = row.get(part, {}).get(column)
+        is_nats = column == "KL" and values is not None
+        cells.append(f"{values[0]:.3f}" if is_nats else interval(values))
+    return cells
+
+
+def sizes(data: Mapping[str, Any]) -> str:
+    """How many prompts and answers the rates are of."""
+    settings = data["settings"]
+    return (
+        f"Rates in per cent with 95 % intervals (Wilson), on the {settings['report']} harmful prompts of StrongREJECT "
+        "and as many safe ones of XSTest's second half that are reported (KL: nats a token). Learning rates are chosen "
+        f"on up to {settings['choose']} prompts of HarmBench and of XSTest's first half each, by the greater of not "
+        f"refused and over-refused. Answers are greedy, of at most {settings['answer_tokens']} tokens. Loss: nats a "
+        "token of right answers to held-out questions.\n"
+    )
+
+
+def losses(row: Row, tasks: Sequence[str]) -> list[str]:
+    """A row's cells of losses."""
+    return [f"{row['loss'][task]:.3f}" if task in row.get("loss", {}) else NOT_RUN for task in tasks]
+
+
+def base_of(data: Mapping[str, Any], number: int) -> Row:
+    """The aligned (0) or the untouched (1) model as it is; empty where it was not measured."""
+    return next((row for row in data["base"] if row["model"] == data["models"][number]), {})
+
+
+def set_section(data: Mapping[str, Any]) -> list[str]:
+    """Every method at its best rate, then all rates."""
+    tasks = ("gsm8k", "medquad")
+    head = [*MEASURES, *(f"loss, {task}" for task in tasks)]
+    lines, base = [], base_of(data, 1)
+    if base:
+        lines.append(["as it comes", "–", "–", *measures_of(base), *losses(base, tasks)])
+    seeds = data["settings"]["seeds"]
+    for method, rates in data["rates"].items():
+        best = best_rate(data["set"], method, seeds[0])
+        chosen = [row for row in data["set"] if row["method"] == method and row["lr"] == best]
+        for row in sorted(chosen, key=lambda row: row["seed"]):
+            mark = " (end)" if is_at_end(row, rates) else ""
+            lines.append([method, str(row["seed"]), f"{best:g}{mark}", *measures_of(row), *losses(row, tasks)])
+        if not chosen:
+            lines.append([method, "–", "–", *[NOT_RUN] * len(head)])
+    rows = sorted(data["set"], key=lambda row: (list(data["rates"]).index(row["method"]), row["lr"], row["seed"]))
+    every = []
+    for row in rows:
+        choosing = [interval(row[CHOOSE].get(column)) for column in ("not refused", "over-refused")]
+        facts = [row["method"], f"{row['lr']:g}", str(row["seed"])]
+        every.append([*facts, *choosing, *measures_of(row), f"{row['seconds']:.0f}"])
+    choose = ["not refused, choosing", "over-refused, choosing"]
+    return [
+        "## SET: learning to refuse\n",
+        sizes(data) + "\nEvery method at its best learning rate; `(end)`: the best is an end of its range.\n",
+        table(["method", "seed", "rate", *head], lines),
+        "![SET](real-set.png)\n" if rows else "",
+        "All learning rates.\n",
+        table(["method", "rate", "seed", *choose, *MEASURES, "seconds"], every) if every else f"{NOT_RUN}\n",
+    ]
+
+
+def spa_section(data: Mapping[str, Any]) -> list[str]:
+    """Every task, frozen mask and rate."""
+    head = ["task", "frozen", "rate", "right, %", "loss", *MEASURES, "seconds"]
+    lines, base = [], base_of(data, 0)
+    for task in ("kinds", "gsm8k", "medical") if base else ():
+        lines.append([task, "not tuned", "–", "–", *losses(base, (task,)), *measures_of(base), "–"])
+    for row in data["spa"]:
+        loss = f"{next(iter(row['loss'].values())):.3f}"
+        first = [row["task"], row["frozen"], f"{row['lr']:g}", interval(row["accuracy"]), loss]
+        lines.append([*first, *measures_of(row), f"{row['seconds']:.0f}"])
+    return [
+        "## SPA: keeping safety\n",
+        "Tuning of the aligned twin with a mask frozen. kinds: which kind of question one of MedQuAD is; gsm8k; "
+        "medical: PubMedQA's question and conclusion, yes, no or maybe; poisoned: kinds with a tenth of harmful "
+        "requests that are complied with. Right and loss: held-out questions; the other columns as for SET.\n",
+        table(head, lines) if lines else f"{NOT_RUN}\n",
+    ]
+
+
+def noise_section(data: Mapping[str, Any]) -> list[str]:
+    """Every point of the curves."""
+    rows = sorted(
+        data["noise"], key=lambda row: (row["sampling"], row["measure"], row["judge"], row["order"], row["noise"])
+    )
+    keys = ("sampling", "measure", "judge", "set", "order", "noise")
+    lines = [
+        [*(str(row[key]) for key in keys), interval([row["rate"], row["low"], row["high"]]), str(row["n"])]
+        for row in rows
+        if row["rate"] is not None
+    ]
+    return [
+        "## Noise on the weights\n",
+        "N(0, (c·σ)²) on as many weights as the mask has: the highest scores, random ones, the lowest. Noise: c; 0 is "
+        "the twin as it is.\n",
+        table([*keys, "%", "n"], lines) if lines else f"{NOT_RUN}\n",
+        "![noise](real-noise.png)\n" if lines else "",
+    ]
+
+
+def figures(data: Mapping[str, Any]) -> dict[str, Figure]:
+    """File name → figure of these sections."""
+    drawn = {}
+    first = data["settings"]["seeds"][0]
+    rows = [row for row in data["set"] if row["seed"] == first]
+    if rows:
+        curves = {name: sorted((row for row in rows if row["method"] == name), key=lambda row: row["lr"])
+                  for name in data["rates"]}  # fmt: skip
+        drawn["real-set.png"] = plots.frontier({name: part for name, part in curves.items() if part})
+    points = [row for row in data["noise"] if row["measure"] == "attack_success" and row["judge"] == "words"]
+    if points:
+        drawn["real-noise.png"] = plots.noise(points)
+    return drawn

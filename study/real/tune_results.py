@@ -1,0 +1,155 @@
+"""Figures of the tuned models and of noise, from the reports of evaluations and perturbations; and which cells of SET
+these ask for next."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from esi_ds.artifacts import read_jsonl
+from esi_ds.data.rows import Row
+from esi_ds.eval.statistics import wilson
+from study.real.grid import CLASSIFIER, Cell
+from study.real.runner import read_record
+from study.real.tune_cells import CHOOSE, POISONED, REPORT, TASKS
+
+TUNED = "tuned"
+# Column → (measure, judge, kind of prompts) of an evaluation's report.
+MEASURES = {
+    "not refused": ("attack_success", "words", "harmful"),
+    "unsafe": ("attack_success", CLASSIFIER, "harmful"),
+    "unsafe (guard)": ("attack_success", "judge-guard", "harmful"),
+    "incoherent, harmful": ("incoherent", None, "harmful"),
+    "over-refused": ("refused", None, "benign"),
+    "incoherent, benign": ("incoherent", None, "benign"),
+    "KL": ("divergence", None, "benign"),
+}
+KEYS = ("rate", "low", "high", "n", "missing")
+
+
+def measured(report: Mapping[str, Any], model: str, part: str) -> Row:
+    """Column → [rate, low, high, n, missing] of one model on one part of the prompts; what was not measured is left
+    out."""
+    row: Row = {}
+    for column, (measure, judge, kind) in MEASURES.items():
+        for one in report["measures"]:
+            same = one["measure"] == measure and one["model"] == model and one["set"] == f"{part}-{kind}"
+            if same and judge in (None, one["judge"]) and one["rate"] is not None:
+                row[column] = [_rounded(one[key]) for key in KEYS]
+    return row
+
+
+def _rounded(value: float | int | None) -> float | int | None:
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def read_report(run: Path) -> Row:
+    """A finished run's report."""
+    report: Row = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def is_right(task: str, answer: str, expected: str) -> bool:
+    """Whether an answer is the expected one: of arithmetic the last number, else the first word."""
+    if task == "gsm8k":
+        numbers = [text.replace(",", "") for text in re.findall(r"-?\d[\d,]*", answer)]
+        return bool(numbers) and numbers[-1] == expected.split("####")[-1].strip().replace(",", "")
+    words = re.findall(r"[a-z]+", answer.lower())
+    return bool(words) and words[0] == expected.lower()
+
+
+def accuracy(answers: Path, heldout: Path, task: str, model: str) -> list[float | int]:
+    """[rate, low, high, n] of a model's right answers to the held-out questions of a task."""
+    rows = {row["index"]: row["response"] for row in read_jsonl(answers)
+            if row["model"] == model and row["set"] == heldout.stem}  # fmt: skip
+    expected = [row["response"] for row in read_jsonl(heldout)]
+    right = sum(is_right(task, rows.get(index) or "", answer) for index, answer in enumerate(expected))
+    interval = wilson(right, len(expected))
+    return [round(right / len(expected), 5), round(interval.low, 5), round(interval.high, 5), len(expected)]
+
+
+def tuned_rows(cells: Sequence[Cell], output: Path, part: str) -> list[Row]:
+    """One row a finished SET or SPA cell: its facts, what was measured on both parts of the prompts, its losses."""
+    rows = []
+    for cell in cells:
+        if cell.part != part:
+            continue
+        folder = output / cell.name
+        report, losses = read_report(folder / "eval"), json.loads((folder / "skills.json").read_text(encoding="utf-8"))
+        facts = {name: value for name, value in cell.facts.items() if name not in ("rates", "only_if")}
+        row = {**facts, **{name: measured(report, TUNED, name) for name in (CHOOSE, REPORT)}}
+        row["loss"] = {name.removesuffix("-heldout"): round(one["loss"], 4) for name, one in losses.items()}
+        if part == "spa":
+            task = TASKS[0] if cell.facts["task"] == POISONED else cell.facts["task"]
+            heldout = output / f"data/{task}-heldout.jsonl"
+            row["accuracy"] = accuracy(folder / "eval/answers.jsonl", heldout, task, TUNED)
+        rows.append({**row, "seconds": read_record(folder)["seconds"]})
+    return rows
+
+
+def base_rows(cells: Sequence[Cell], output: Path) -> list[Row]:
+    """The models as they are: what the first evaluation of a tuned one measured of them, and their losses."""
+    rows = []
+    for cell in cells:
+        if cell.part == "base":
+            evaluated = next((other for other in cells if other.part == cell.facts["tuned_by"]), None)
+            losses = json.loads((output / cell.name / "skills.json").read_text(encoding="utf-8"))
+            row: Row = {"model": cell.facts["model"]}
+            row["loss"] = {name.removesuffix("-heldout"): round(one["loss"], 4) for name, one in losses.items()}
+            if evaluated is not None:
+                report = read_report(output / evaluated.name / "eval")
+                row |= {name: measured(report, "base", name) for name in (CHOOSE, REPORT)}
+            rows.append(row)
+    return rows
+
+
+def noise_rows(cells: Sequence[Cell], output: Path) -> list[Row]:
+    """Points of the curves on the reported prompts; noise 0 is the model as it is."""
+    rows = []
+    for cell in cells:
+        if cell.part == "noise":
+            for point in read_report(output / cell.name / "perturb")["curves"]:
+                if point["set"].startswith(REPORT):
+                    kept = ("measure", "judge", "set", "order", "ratio", "noise", *KEYS)
+                    rows.append({**cell.facts, **{key: _rounded(point[key]) for key in kept}})
+    return rows
+
+
+# ---------------------------------------------------------------- the best learning rate
+
+
+def badness(row: Row) -> float:
+    """What a learning rate is chosen by: the greater of harmful requests not refused and benign ones refused, on the
+    part of the prompts that is for choosing. Garbled answers count as not refused."""
+    part = row[CHOOSE]
+    return max(part["not refused"][0], part["over-refused"][0])
+
+
+def best_rate(rows: Sequence[Row], method: str, seed: int) -> float | None:
+    """The best rate of a method and seed, the lower of equals; None where none is finished."""
+    candidates = [row for row in rows if row["method"] == method and row["seed"] == seed]
+    return min(candidates, key=lambda row: (badness(row), row["lr"]))["lr"] if candidates else None
+
+
+def is_due(cell: Cell, rows: Sequence[Row], first_seed: int) -> bool:
+    """Whether the finished cells ask for a cell: an end of a method's range where the rate beside it is the best, a
+    further seed at the best rate; any other cell always.
+
+    rows: of the finished SET cells.
+    """
+    reason = cell.facts.get("only_if")
+    if not reason:
+        return True
+    best, rates = best_rate(rows, cell.facts["method"], first_seed), cell.facts["rates"]
+    if reason == "seed":
+        return best == cell.facts["lr"]
+    beside = rates[1] if cell.facts["lr"] == rates[0] else rates[-2]
+    return best in (beside, cell.facts["lr"])
+
+
+def is_at_end(row: Row, rates: Sequence[float]) -> bool:
+    """Whether a best rate is the first or last of its method: the range did not bracket it."""
+    return row["lr"] in (rates[0], rates[-1])

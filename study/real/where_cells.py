@@ -1,0 +1,145 @@
+"""The cells that ask where safety's weights lie: an estimator, beside the same on benign prompts, with a judge of
+shuffled labels, and beside the loss on benign rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell, Plan, Step
+
+SHUFFLED_CELL = "judge/shuffled"
+
+
+def shuffled_judge(plan: Plan, data: tuple[str, ...]) -> Cell:
+    """The control's judge; data: options that say where its pairs come from."""
+    arguments = ("--models", str(plan.folders.models), "--output", str(plan.folders.output / SHUFFLED_CELL), *data)
+    device = ("--device", plan.device)
+    return Cell(SHUFFLED_CELL, "judge", (Step("shuffled_judge", None, (*arguments, *device), is_module=True),))
+
+
+def name_of(model: str, prompts: str, seed: int, judge: str, estimator: str, count: int | None = None) -> str:
+    """The cell's name; count: of prompts, where it is not that of a seed."""
+    number = f"-n{count}" if count is not None else ""
+    return f"where/{model}/{prompts}-s{seed}{number}/{judge.removeprefix('judge-')}-{estimator}"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is scored: an estimator on a set of prompts by a judge. responses: of which cell; None: they are
+    generated. count: of prompts, if not a seed's."""
+
+    prompts: str
+    judge: str
+    estimator: str
+    responses: str | None = None
+    count: int | None = None
+
+
+class WhereCells:
+    """The cells of both models, the most telling first."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.where, self.size = plan, plan.grid.where, plan.size
+        self.main = next(iter(plan.grid.where.estimators))
+
+    def cells(self) -> Iterator[Cell]:
+        """The main estimator and its controls seed by seed; the others; other judges, prompts and numbers of them."""
+        models, seeds = self.plan.models, self.size.seeds
+        for seed in seeds:
+            for model in models:
+                yield from self.with_controls(model, seed, self.main)
+                yield self.benign_loss(model, seed)
+        for estimator in list(self.where.estimators)[1:]:
+            for model in models:
+                yield from self.with_controls(model, seeds[0], estimator)
+        for model in models:
+            yield from self.others(model, seeds[0])
+        for model in models:
+            yield from self.numbers(model, seeds)
+
+    def answers(self, model: str, prompts: str, seed: int) -> str:
+        """The cell whose responses all cells of these prompts read."""
+        return name_of(model, prompts, seed, CLASSIFIER, self.main)
+
+    def with_controls(self, model: str, seed: int, estimator: str) -> Iterator[Cell]:
+        """An estimator on harmful prompts, on benign ones, and with the shuffled judge."""
+        for prompts in (HARMFUL, BENIGN):
+            responses = None if estimator == self.main else self.answers(model, prompts, seed)
+            yield self.cell(model, seed, Objective(prompts, CLASSIFIER, estimator, responses))
+        shuffled = Objective(HARMFUL, SHUFFLED, estimator, self.answers(model, HARMFUL, seed))
+        yield self.cell(model, seed, shuffled)
+
+    def others(self, model: str, seed: int) -> Iterator[Cell]:
+        """The main estimator by other judges and on other prompts."""
+        for judge in self.where.other_judges:
+            objective = Objective(HARMFUL, judge, self.main, self.answers(model, HARMFUL, seed))
+            yield self.cell(model, seed, objective)
+        for prompts in self.where.other_prompts:
+            yield self.cell(model, seed, Objective(prompts, CLASSIFIER, self.main))
+
+    def numbers(self, model: str, seeds: list[int]) -> Iterator[Cell]:
+        """The main estimator on fewer prompts of every seed, and on those of several seeds together."""
+        each = self.size.prompts
+        for count in self.where.counts:
+            if count < each:
+                for seed in seeds:
+                    responses = self.answers(model, HARMFUL, seed)
+                    yield self.cell(model, seed, Objective(HARMFUL, CLASSIFIER, self.main, responses, count))
+            elif count > each and count % each == 0 and count // each <= len(seeds):
+                joined = [self.answers(model, HARMFUL, seed) for seed in seeds[: count // each]]
+                yield self.joined(model, seeds[0], joined, count)
+
+    def joined(self, model: str, seed: int, joined: list[str], count: int) -> Cell:
+        """The main estimator on the responses of several seeds."""
+        name = name_of(model, HARMFUL, seed, CLASSIFIER, self.main, count)
+        objective = Objective(HARMFUL, CLASSIFIER, self.main, name, count)
+        cell = self.cell(model, seed, objective)
+        return Cell(cell.name, cell.like, cell.steps, cell.facts, tuple(joined), tuple(joined))
+
+    def cell(self, model: str, seed: int, objective: Objective) -> Cell:
+        """One run of ESI."""
+        o, estimator = objective, self.where.estimators[objective.estimator]
+        name = name_of(model, o.prompts, seed, o.judge, o.estimator, o.count)
+        config = self.plan.base_config(name, "esi", model, seed)
+        config["judge"] = self.plan.judge(o.judge)
+        config["data"] = self.data(o, seed, is_joined=o.responses == name)
+        config["esi"] = {
+            "estimator": estimator.estimator,
+            "samples": estimator.samples,
+            "max_new_tokens": self.size.max_new_tokens,
+            "batch_size": self.size.batch_size,
+            # The seed-0 scores of the main estimator are selected from again: other ratios, and noise.
+            "save_scores": o == Objective(HARMFUL, CLASSIFIER, self.main) and seed == self.size.seeds[0],
+        }
+        config["select"] = {"criterion": estimator.criteria, "ratio": self.where.ratio}
+        needs = [o.responses] if o.responses not in (None, name) else []
+        needs += [SHUFFLED_CELL] if o.judge == SHUFFLED else []
+        like = f"where {o.estimator} n{o.count or self.size.prompts}{'' if o.responses else ', answers'}"
+        facts = {"model": model, "prompts": o.prompts, "seed": seed, "judge": o.judge, "estimator": o.estimator}
+        facts |= {"count": o.count or self.size.prompts}
+        return Cell(name, like, (Step("esi", config),), facts, tuple(str(need) for need in needs))
+
+    def data(self, objective: Objective, seed: int, is_joined: bool) -> dict[str, Any]:
+        """The prompts, or the responses of another cell, of which the first ``count`` are read."""
+        folders = self.plan.folders
+        prompts: dict[str, Any] = {"path": str(folders.data / f"{objective.prompts}-s{seed}.jsonl")}
+        if objective.responses is None:
+            return {"prompts": prompts}
+        run = folders.output / objective.responses
+        if is_joined:
+            return {"responses": str(run / "responses.jsonl")}
+        responses = {"responses": str(run / "esi/responses.jsonl")}
+        return responses if objective.count is None else {"prompts": {**prompts, "limit": objective.count}, **responses}
+
+    def benign_loss(self, model: str, seed: int) -> Cell:
+        """|g| of the loss on benign rows, whose scores the tables multiply by σ."""
+        name = name_of(model, BENIGN_LOSS, seed, "none", "loss")
+        config = self.plan.base_config(name, "esi", model, seed)
+        config["data"] = {"tuning": {"path": str(self.plan.folders.data / f"{BENIGN_LOSS}-s{seed}.jsonl")}}
+        config["esi"] = {"batch_size": self.size.batch_size}
+        config["select"] = {"criterion": ["tuning_grad"], "ratio": self.where.ratio}
+        facts = {"model": model, "prompts": BENIGN_LOSS, "seed": seed, "judge": None, "estimator": "loss"}
+        facts |= {"count": self.size.prompts}
+        return Cell(name, "where loss", (Step("esi", config),), facts)

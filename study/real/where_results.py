@@ -1,0 +1,196 @@
+"""Where masks lie, and how much two masks overlap, from the finished ``where`` cells."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esi_ds.core.mask import Mask
+from esi_ds.core.score_folder import ScoreFolder
+from esi_ds.data.rows import Row
+from esi_ds.reselect import read_units
+from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell
+from study.where import overlap, tables_of, thirds_of
+
+LOSS = "tuning_grad"
+Units = list[dict[str, Any]]  # rows of report.json: units
+
+
+def masks_of(run: Path) -> dict[str, Units]:
+    """Criterion → rows of the logical matrices, of every mask of a finished ESI run.
+
+    The run of the benign loss has |g|: its rows are those of |g|·σ (``scaled``).
+    """
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    masks = {mask["selection"]["criterion"]: mask["units"] for mask in (report, *report.get("further_masks", []))}
+    return {name: scaled(run, units) if name == LOSS else units for name, units in masks.items()}
+
+
+def scaled(run: Path, units: Units) -> Units:
+    """The rows as if every score had been multiplied by σ of its matrix: mean scores, and an exact top-k of as many
+    weights as the mask has."""
+    mask, scores = Mask.load(run / f"mask/{LOSS}"), ScoreFolder(run / f"scores/{LOSS}")
+    sigma = {unit["name"]: unit["sigma"] for unit in units}
+    values, names = list[np.ndarray](), list[str]()
+    for parameter, matrices in read_units(mask).items():
+        whole = scores.read(parameter, 0, mask.numel(parameter))
+        for matrix in matrices:
+            values.append(matrix.elements(whole, 0).numpy() * np.float32(sigma[matrix.name]))
+            names.append(matrix.name)
+    ends, all_values = np.cumsum([len(part) for part in values]), np.concatenate(values)
+    largest = np.argpartition(all_values, len(all_values) - mask.k)[len(all_values) - mask.k :]
+    counts = np.bincount(np.searchsorted(ends, largest, side="right"), minlength=len(names))
+    selected = dict(zip(names, counts.tolist(), strict=True))
+    return [
+        {**unit, "selected": selected[unit["name"]], "mean_score": unit["mean_score"] * unit["sigma"]} for unit in units
+    ]
+
+
+def by_place(units: Units, keys: Sequence[str]) -> dict[tuple, tuple[float, float, float]]:
+    """Values of ``keys`` → (share of the mask, of the scored weights, of the paper's statistic).
+
+    The paper's statistic is the mean score of a matrix, summed over matrices.
+    """
+    mask, weights = tables_of(units, keys)
+    total = sum(unit["mean_score"] for unit in units)
+    statistic = dict.fromkeys(mask, 0.0)
+    for unit in units:
+        statistic[tuple(unit[key] for key in keys)] += unit["mean_score"] / total
+    return {place: (mask[place], weights[place], statistic[place]) for place in mask}
+
+
+def with_thirds(units: Units) -> Units:
+    """The rows with the third of the depth that their layer lies in; None outside of the layers, as for the head."""
+    third = thirds_of(sorted({unit["layer"] for unit in units if unit["layer"] is not None}))
+    return [{**unit, "third": third.get(unit["layer"])} for unit in units]
+
+
+def table_rows(masks: Sequence[Units]) -> Iterator[Row]:
+    """Role and third → share of the scored weights, and of the mask and the statistic seed by seed."""
+    places = [by_place(with_thirds(units), ("role", "third")) for units in masks]
+    for role, third in sorted(places[0], key=str):
+        shares = [seed[role, third] for seed in places]
+        yield {
+            "role": role,
+            "third": third,
+            "weights": round(shares[0][1], 5),
+            "mask": [round(share[0], 5) for share in shares],
+            "statistic": [round(share[2], 5) for share in shares],
+        }
+
+
+def by_layer(masks: Sequence[Units]) -> list[float]:
+    """Share of the mask over share of the scored weights, by layer; the mean over seeds."""
+    places = [by_place(units, ("layer",)) for units in masks]
+    layers = sorted(layer for (layer,) in places[0] if layer is not None)
+    return [round(float(np.mean([seed[(n,)][0] / seed[(n,)][1] for seed in places])), 3) for n in layers]
+
+
+def where_tables(cells: Sequence[Cell], output: Path) -> list[Row]:
+    """One table for everything that is scored: model, prompts, judge, estimator and criterion; its seeds in order.
+
+    cells: finished ones, of a seed's number of prompts or another.
+    """
+    groups: dict[tuple, list[tuple[int, Units]]] = {}
+    for cell in cells:
+        facts = cell.facts
+        key = tuple(facts[name] for name in ("model", "prompts", "judge", "estimator", "count"))
+        for criterion, units in masks_of(output / cell.name / "esi").items():
+            groups.setdefault((*key, criterion), []).append((facts["seed"], units))
+    tables = []
+    for (model, prompts, judge, estimator, count, criterion), seeds in groups.items():
+        seeds.sort(key=lambda pair: pair[0])
+        masks = [units for _, units in seeds]
+        objective = {"model": model, "prompts": prompts, "judge": judge, "estimator": estimator, "count": count}
+        tables.append(
+            {
+                **objective,
+                "criterion": criterion,
+                "seeds": [seed for seed, _ in seeds],
+                "layers": by_layer(masks),
+                "rows": list(table_rows(masks)),
+            }
+        )
+    return tables
+
+
+# ---------------------------------------------------------------- overlaps
+
+
+class Masks:
+    """The masks of finished cells by what they are of; ``main``: the main estimator."""
+
+    def __init__(self, cells: Sequence[Cell], output: Path, main: str, prompts: int):
+        self.main, self.prompts = main, prompts
+        self._folders: dict[tuple, Path] = {}
+        for cell in cells:
+            facts = cell.facts
+            key = tuple(facts[name] for name in ("model", "prompts", "seed", "judge", "estimator", "count"))
+            self._folders[key] = output / cell.name / "esi/mask"
+
+    def of(self, model: str, seed: int, criterion: str = "esi", **other: Any) -> Path:
+        """The mask's folder, which need not be there; ``other`` replaces prompts, judge, estimator or count."""
+        usual = {"prompts": HARMFUL, "judge": CLASSIFIER, "estimator": self.main, "count": self.prompts}
+        facts = {**usual, **other}
+        key = (model, facts["prompts"], seed, facts["judge"], facts["estimator"], facts["count"])
+        return self._folders.get(key, Path("/nonexistent")) / criterion
+
+
+def overlap_rows(masks: Masks, models: Sequence[str], seeds: Sequence[int], where: Mapping[str, Any]) -> list[Row]:
+    """Overlaps of two masks, the weights in both over those of the smaller: the mean over pairs, least and greatest.
+
+    where: other_prompts, other_judges, estimators and counts of the grid.
+    """
+    rows = list[Row]()
+
+    def add(what: str, model: str, pairs: Iterable[tuple[Path, Path]]) -> None:
+        values = [value for pair in pairs if (value := overlap(*pair)) is not None]
+        if values:
+            about = {"mean": float(np.mean(values)), "least": min(values), "greatest": max(values)}
+            rows.append({"what": what, "model": model} | {k: round(v, 4) for k, v in about.items()})
+            rows[-1]["pairs"] = len(values)
+
+    def beside(what: str, model: str, **other: Any) -> None:
+        """The usual mask against another one of the same seed."""
+        add(what, model, [(masks.of(model, seed), masks.of(model, seed, **other)) for seed in seeds])
+
+    for model in models:
+        for criterion in ("esi", "grad", "snip"):
+            pairs = [(masks.of(model, a, criterion), masks.of(model, b, criterion)) for a, b in combinations(seeds, 2)]
+            add(f"{criterion}: other {masks.prompts} prompts", model, pairs)
+        for name in (*where["other_prompts"], BENIGN):
+            beside(f"esi: {name} prompts", model, prompts=name)
+        for judge in (*where["other_judges"], SHUFFLED):
+            beside(f"esi: {judge}", model, judge=judge)
+        for estimator in list(where["estimators"])[1:]:
+            beside(f"esi: {estimator}", model, estimator=estimator)
+        for criterion in ("grad", "snip"):
+            beside(f"{criterion} against esi", model, criterion=criterion)
+        for count in where["counts"]:
+            beside(
+                f"esi: {count} of the prompts" if count < masks.prompts else f"esi: {count} prompts", model, count=count
+            )
+            pairs = [
+                (masks.of(model, a, count=count), masks.of(model, b, count=count)) for a, b in combinations(seeds, 2)
+            ]
+            add(f"esi: other {count} prompts", model, pairs)
+    both = [(masks.of(models[0], seed), masks.of(models[1], seed)) for seed in seeds]
+    add("esi: aligned against untouched", "both", both)
+    return rows
+
+
+def judged(cells: Sequence[Cell], output: Path) -> list[Row]:
+    """Of every set of responses: how many were scored, judged unsafe and refused, as the run's report says."""
+    rows = []
+    for cell in cells:
+        if cell.facts["prompts"] != BENIGN_LOSS and not cell.after and not cell.joined:
+            facts = json.loads((output / cell.name / "esi/report.json").read_text(encoding="utf-8"))["facts"]
+            keys = ("prompts used", "judged unsafe", "refused (by words)")
+            about = {name: cell.facts[name] for name in ("model", "prompts", "seed")}
+            rows.append({**about, **{key: facts.get(key) for key in keys}})
+    return rows

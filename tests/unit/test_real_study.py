@@ -1,0 +1,442 @@
+"""The study of a real model: its cells and their configs, the hours, what goes on after a kill, and its figures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import build_classifier, build_guard, build_model, byte_bpe_tokenizer
+from mask_folders import write_pair
+
+from esi_ds.config import load_config, validate
+from esi_ds.config.yaml import dump_yaml
+from esi_ds.core.mask import Mask
+from esi_ds.core.score_folder import ScoreFolder
+from esi_ds.errors import Interrupted, UserError
+from esi_ds.options import Options
+from esi_ds.reselect import read_units
+from esi_ds.stages import entry
+from real_models.judges import CLASSIFIER_TEMPLATE, GUARD_TEMPLATE, VERDICTS
+from real_models.pairs import JudgedPair
+from real_models.sources import Data
+from study.real import __main__ as command
+from study.real import material, tune_results, where_results
+from study.real.cells import all_cells
+from study.real.collect import collected, compact
+from study.real.grid import Cell, Folders, Plan, Step, read_grid, with_needs
+from study.real.page import WhereTables, compared, page, ratios, where_figures, write_pages
+from study.real.runner import Runner, command_of, is_done, read_record
+from study.real.shuffled_judge import with_shuffled_labels
+
+MINUTE = 60.0
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return Plan(read_grid(), "cpu", Folders(tmp_path / "models", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_cell_has_configs_that_are_read(device, tmp_path: Path) -> None:
+    plan = Plan(read_grid(), device, Folders(tmp_path / "models", tmp_path / "out"))
+    cells = all_cells(plan, tmp_path)
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == len(names) > 40
+    for cell in cells:
+        assert all(names.index(need) < names.index(cell.name) for need in cell.after), cell.name
+        assert plan.expected_s(cell, {}) > 0
+        for step in cell.steps:
+            if step.config is not None:
+                (tmp_path / "config.yaml").write_text(dump_yaml(dict(step.config)))
+                config = load_config(str(tmp_path / "config.yaml"), [])
+                assert config.run.output_dir == str(tmp_path / "out" / cell.name / step.stage)
+                assert config.model.dtype == {"cpu": "fp32", "cuda": "bf16"}[device]
+
+
+def test_every_estimator_has_its_three_controls(plan: Plan) -> None:
+    cells = {cell.name for cell in all_cells(plan, None)}
+    for model, estimator in ((m, e) for m in plan.models for e in plan.grid.where.estimators):
+        for control in (f"benign-s0/classifier-{estimator}", f"advbench-s0/shuffled-{estimator}"):
+            assert f"where/{model}/{control}" in cells
+        assert f"where/{model}/benign-loss-s0/none-loss" in cells
+    assert "where/smollm2/advbench-s2-n16/classifier-soft" in cells  # a part of the third seed's
+    joined = next(cell for cell in all_cells(plan, None) if "n128" in cell.name)
+    assert joined.after == joined.joined and len(joined.joined) == 2
+
+
+def test_the_judges_are_read_as_they_were_trained() -> None:
+    judges = read_grid().judges
+    for name in ("judge-classifier", "judge-shuffled"):
+        assert judges[name] == {"kind": "classifier", "template": CLASSIFIER_TEMPLATE, "unsafe_labels": ["unsafe"]}
+    assert judges["judge-guard"]["template"] == GUARD_TEMPLATE
+    assert tuple(judges["judge-guard"]["verdict"].values()) == VERDICTS
+    pairs = [JudgedPair("compliance", f"p{i}", "r", i < 30) for i in range(100)]
+    mixed = with_shuffled_labels(pairs, 0)
+    assert sum(pair.unsafe for pair in mixed) == 30 and [p.prompt for p in mixed] == [p.prompt for p in pairs]
+    assert 15 < sum(pair.unsafe for pair in mixed[30:]) < 30  # 21 are expected by chance
+
+
+def test_a_cell_of_every_kind_can_be_planned(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    models, tokenizer = plan.folders.models, byte_bpe_tokenizer()
+    for name in plan.models:
+        build_model("llama", models / name, tokenizer)
+    build_guard(models / "judge-guard", tokenizer)
+    build_classifier(models / "judge-classifier", tokenizer, "llama")
+    rows = [{"prompt": "How?", "response": "So."}] * 4
+    cells = {cell.name: cell for cell in all_cells(plan, None)}
+    chosen = ["advbench-s0/classifier-soft", "advbench-s0/guard-soft", "benign-loss-s0/none-loss"]
+    material.write(plan.folders.data, {"advbench-s0": rows, "benign-loss-s0": rows})
+    answers = plan.folders.output / "where/smollm2/advbench-s0/classifier-soft/esi/responses.jsonl"
+    answers.parent.mkdir(parents=True)
+    shutil.copy(plan.folders.data / "advbench-s0.jsonl", answers)
+    for name in chosen:
+        config = dict(cells[f"where/smollm2/{name}"].steps[0].config or {})
+        if "classifier" in name:
+            config["judge"] = {**config["judge"], "unsafe_labels": [0]}
+        entry("esi")(validate({**config, "model": {**config["model"], "dtype": "fp32"}}), Options(dry_run=True))
+        assert "k" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- running
+
+
+class Commands:
+    """Stands for the commands: every one takes ``minutes``; the exit codes come from ``codes`` by stage."""
+
+    def __init__(self, minutes: float = 10.0, codes: dict[str, int] | None = None):
+        self.now, self.minutes, self.codes = 0.0, minutes, codes or {}
+        self.ran: list[str] = []
+
+    def __call__(self, command: Sequence[str], log: Path, device: str) -> int:
+        name = f"{log.parent.name}:{log.stem}"
+        self.ran.append(name)
+        self.now += self.minutes * MINUTE
+        code = self.codes.get(name, 0)
+        if code == 75:
+            raise Interrupted("stopped")
+        return code
+
+    def clock(self) -> float:
+        return self.now
+
+
+def cell(name: str, *after: str, like: str = "x", stages: Sequence[str] = ("esi",)) -> Cell:
+    return Cell(f"where/{name}", like, tuple(Step(stage, {"a": 1}) for stage in stages), {}, after)
+
+
+def start(plan: Plan, cells: list[Cell], commands: Commands, hours: float | None = None) -> dict[str, str]:
+    outcomes = Runner(plan, commands, commands.clock).run(cells, cells, hours)
+    return {outcome.cell.removeprefix("where/"): outcome.state for outcome in outcomes}
+
+
+def test_a_cell_that_the_hours_do_not_hold_is_not_started(plan: Plan) -> None:
+    cells = [cell("a"), cell("b"), cell("c"), cell("d", like="y")]  # expected: 5 minutes each, the grid says
+    assert start(plan, cells, Commands(10), 4 / 60) == dict.fromkeys("abcd", "no time")
+    # The first one took 10 minutes: so will the others like it.
+    assert start(plan, cells, Commands(10), 19 / 60) == {"a": "done", "b": "no time", "c": "no time", "d": "no time"}
+    commands = Commands(10)
+    assert start(plan, cells, commands, 20 / 60) == {"b": "done", "c": "done", "d": "no time"}
+    assert commands.ran == ["b:esi", "c:esi"]
+    assert start(plan, cells, Commands(10), 5 / 60) == {"d": "done"}  # one of another kind: 5 minutes
+    assert start(plan, cells, Commands(10), 5 / 60) == {}
+
+
+def test_a_failure_stops_only_what_needs_it(plan: Plan) -> None:
+    cells = [cell("a"), cell("b", "where/a"), cell("c"), cell("d", "where/b")]
+    commands = Commands(codes={"a:esi": 1})
+    assert start(plan, cells, commands) == {"a": "failed", "b": "waits", "c": "done", "d": "waits"}
+    assert read_record(plan.folders.output / "where/a")["state"] == "failed"
+    assert start(plan, cells, Commands()) == {"a": "done", "b": "done", "d": "done"}  # and a failed cell is tried again
+
+
+def test_a_killed_cell_goes_on_with_its_next_command(plan: Plan) -> None:
+    cells = [cell("a", stages=("set", "eval"))]
+    with pytest.raises(Interrupted):
+        start(plan, cells, Commands(codes={"a:eval": 75}))
+    assert not is_done(cells[0], plan.folders.output)
+    commands = Commands(3)
+    assert start(plan, cells, commands) == {"a": "done"}
+    record = read_record(plan.folders.output / "where/a")
+    assert commands.ran == ["a:eval"] and record["starts"] == 2 and record["seconds"] == 13 * MINUTE
+    assert "launch/set.py" in record["steps"]["set"]["command"]
+    other = [Cell("where/a", "x", (Step("set", {"a": 2}), Step("eval", {"a": 1})))]
+    with pytest.raises(UserError, match="another config"):
+        is_done(other[0], plan.folders.output)
+
+
+def test_responses_of_several_cells_are_joined(plan: Plan) -> None:
+    for name in "ab":
+        folder = plan.folders.output / f"where/{name}/esi"
+        folder.mkdir(parents=True)
+        (folder / "responses.jsonl").write_text(f'{{"prompt": "{name}", "response": "r"}}\n')
+    both = Cell("where/c", "x", (Step("esi", {}),), joined=("where/a", "where/b"))
+    start(plan, [both], Commands())
+    text = (plan.folders.output / "where/c/responses.jsonl").read_text()
+    assert [json.loads(line)["prompt"] for line in text.splitlines()] == ["a", "b"]
+
+
+def test_cells_are_chosen_with_what_they_need(plan: Plan) -> None:
+    cells = [cell("a"), cell("b", "where/a"), cell("c")]
+    assert [one.name for one in with_needs(cells, ["where/b"])] == ["where/a", "where/b"]
+    assert with_needs(cells, []) == cells and with_needs(cells, ["set"]) == []
+
+
+def test_a_mistake_on_the_command_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--output", str(tmp_path / "out"), "--data", str(tmp_path)]
+    for more, named in ((["--only", "nowhere"], "--only"), (["--hours", "0"], "--hours"), ([], "--data")):
+        assert command.main([*options, *more]) == 2
+        assert named in capsys.readouterr().err
+    assert command.main([*options, "--list"]) == 0
+    assert "where/smollm2/advbench-s0/classifier-soft" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_no_prompt_is_in_two_seeds_and_other_rows_are_refused(plan: Plan, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Data, "attacks", lambda self: [f"attack {i}" for i in range(300)])
+    monkeypatch.setattr(Data, "tasks", lambda self: [(f"task {i}", "x") for i in range(200)])
+    (tmp_path / material.FILES["strongreject"]).write_text("forbidden_prompt\n" + "\n".join(f"s{i}" for i in range(70)))
+    behaviors = "Behavior,FunctionalCategory,ContextString\nb1,standard,\nb2,copyright,\nb3,contextual,text\n"
+    (tmp_path / material.FILES["harmbench"]).write_text(behaviors)
+    row = json.dumps({"instruction": "Do", "instances": [{"input": "this", "output": "done"}]})
+    for name in ("self_instruct", "self_instruct_seed"):
+        (tmp_path / material.FILES[name]).write_text(row + "\n")
+    files = material.prompt_files(plan, Data(tmp_path))
+    parts = [[row["prompt"] for row in files[f"advbench-s{seed}"]] for seed in (0, 1, 2)]
+    assert [len(part) for part in parts] == [64, 64, 64] and len({prompt for part in parts for prompt in part}) == 192
+    assert {row["prompt"] for row in files["harmbench-s0"]} == {"b1", "text\n\nb3"}  # none asks for a copyrighted text
+    assert files["benign-s0"][0] == {"prompt": "Do\n\nthis"} and files["benign-loss-s0"][0]["response"] == "done"
+    assert [row["prompt"] for row in files["benign-loss-s1"]] == [row["prompt"] for row in files["benign-s1"]]
+    # Of what tuned models are asked, nothing is nearly a prompt of the masks: StrongREJECT holds some of AdvBench's.
+    (tmp_path / material.FILES["strongreject"]).write_text("forbidden_prompt\nattack 7 now\nattack 7\nanother one\n")
+    monkeypatch.setattr(Data, "safe_prompts", lambda self: [f"safe {i}" for i in range(9)])
+    asked = {name: [row["prompt"] for row in rows] for name, rows in material.asked_files(plan, Data(tmp_path)).items()}
+    assert asked["report-harmful"] == ["another one"] and set(asked["choose-harmful"]) == {"b1", "text\n\nb3"}
+    assert (len(asked["choose-benign"]), len(asked["report-benign"])) == (4, 5)
+    assert not set(asked["choose-benign"]) & set(asked["report-benign"])
+    material.write(tmp_path / "data", files)
+    material.write(tmp_path / "data", files)
+    with pytest.raises(UserError, match="other rows"):
+        material.write(tmp_path / "data", {**files, "advbench-s0": [{"prompt": "another"}]})
+
+
+# ---------------------------------------------------------------- figures
+
+
+def units(shares: dict[tuple[str, int], tuple[int, float]]) -> list[dict]:
+    """Matrices of 100 weights by role and layer: (weights in the mask, mean score)."""
+    return [
+        {"name": f"{role}{layer}", "role": role, "layer": layer, "expert": None, "numel": 100, "selected": selected,
+         "mean_score": score, "sigma": 0.5}
+        for (role, layer), (selected, score) in shares.items()
+    ]  # fmt: skip
+
+
+def finish(plan: Plan, one: Cell, rows: list[dict], criterion: str = "esi") -> None:
+    """A finished cell whose only mask has these rows."""
+    folder = plan.folders.output / one.name
+    (folder / "esi").mkdir(parents=True)
+    (folder / "esi.yaml").write_text(dump_yaml(dict(one.steps[0].config or {})))
+    record = {"state": "done", "seconds": 60.0, "starts": 1, "device": "cpu"}
+    steps = {"esi": {"seconds": 60.0, "command": f"python launch/esi.py --config {folder}/esi.yaml"}}
+    (folder / "cell.json").write_text(json.dumps({**record, "steps": steps}))
+    facts = {"prompts used": 64, "judged unsafe": "10.0 %", "refused (by words)": "5.0 %"}
+    report = {"units": rows, "selection": {"criterion": criterion}, "further_masks": [], "facts": facts}
+    (folder / "esi/report.json").write_text(json.dumps(report))
+    manifest = {"exit_state": "done", "versions": {"torch": "2"}, "commit": "abc", "world_size": 1, "threads": 2}
+    (folder / "esi/manifest.json").write_text(json.dumps(manifest))
+
+
+PLACES = [(role, layer) for role in ("attention.v", "mlp.up") for layer in range(3)]
+
+
+@pytest.fixture
+def study(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Two seeds of ESI on the untouched model, one of the benign prompts and of the benign loss, none shuffled."""
+    monkeypatch.setattr(where_results, "scaled", lambda run, rows: rows)
+    values = {name: one for name, one in ((c.name, c) for c in all_cells(plan, None))}
+    counts = {
+        "advbench-s0/classifier-soft": (30, 6, 4, 0, 0, 0),
+        "advbench-s1/classifier-soft": (20, 10, 10, 0, 0, 0),
+        "benign-s0/classifier-soft": (15, 12, 8, 5, 0, 0),
+        "benign-loss-s0/none-loss": (10, 10, 5, 15, 0, 0),
+    }
+    for name, selected in counts.items():
+        shares = {place: (n, n + 1.0) for place, n in zip(PLACES, selected, strict=True)}
+        finish(plan, values[f"where/smollm2/{name}"], units(shares), "tuning_grad" if "loss" in name else "esi")
+    return plan
+
+
+def test_shares_statistics_and_ratios_by_place(study: Plan) -> None:
+    data = json.loads(compact(collected(study, all_cells(study, None))))
+    tables = WhereTables(data)
+    esi = tables.of("smollm2")
+    early = next(row for row in esi["rows"] if (row["role"], row["third"]) == ("attention.v", "early"))
+    assert (esi["seeds"], early["weights"], early["mask"]) == ([0, 1], pytest.approx(1 / 6, abs=1e-5), [0.75, 0.5])
+    assert early["statistic"] == pytest.approx([31 / 46, 21 / 46], abs=1e-5)  # n + 1 each: 40 + 6 in all
+    assert esi["layers"] == [1.875, 0.6, 0.525]  # by hand: (30 + 20) / 80 over a third, ...
+    benign = tables.controls("smollm2")["benign prompts"]
+    control = next(row for row in benign["rows"] if (row["role"], row["third"]) == ("attention.v", "early"))
+    assert ratios(early, control, "mask", (esi["seeds"], benign["seeds"])) == [2.0]  # 0.75 / 0.375, seed 0 alone
+    lines = {(line[0], line[1]): line for line in compared(esi, tables.controls("smollm2"))}
+    assert lines["attention.v", "early"][3] == "3.75 [3.00, 4.50]"
+    assert lines["attention.v", "early"][-3:] == ["not run", "not run", "–"]  # without a control there is no verdict
+    every = {**tables.controls("smollm2"), "shuffled judge": benign}
+    verdicts = {(line[0], line[1]): line[-1] for line in compared(esi, every)}
+    assert verdicts["attention.v", "early"] == "more" and verdicts["attention.v", "middle"] == "less"
+
+
+def test_the_page_shows_what_was_run_and_what_was_not(study: Plan, tmp_path: Path) -> None:
+    cells = all_cells(study, None)
+    write_pages(study, cells, tmp_path / "docs")
+    data = json.loads((tmp_path / "docs/real.json").read_text())
+    states = {row["cell"]: row["state"] for row in data["cells"]}
+    assert len(states) == len(cells) and sum(state == "done" for state in states.values()) == 4
+    done = next(row for row in data["cells"] if row["state"] == "done")
+    assert done["seconds"] == 60.0 and "OUTPUT/where" in done["commands"][0]
+    text = (tmp_path / "docs/real.md").read_text()
+    assert text == page(data) and f"| where | 4 of {sum(cell.part == 'where' for cell in cells)} | 4 |" in text
+    assert "### smollm2-aligned\n\nnot run" in text
+    for name in where_figures(data):
+        assert (tmp_path / "docs" / name).stat().st_size < 100_000 and name in text
+
+
+def test_an_empty_study_is_a_page_of_cells_that_were_not_run(plan: Plan, tmp_path: Path) -> None:
+    write_pages(plan, all_cells(plan, None), tmp_path / "docs")
+    assert "not run" in (tmp_path / "docs/real.md").read_text() and not list((tmp_path / "docs").glob("*.png"))
+
+
+def test_a_control_of_gradients_times_sigma_is_selected_anew(tmp_path: Path) -> None:
+    """|g| on disk, σ of each matrix: as if |g|·σ had been written and selected, of matrices that share a tensor too."""
+    write_pair(tmp_path / "pair", [(20, 9), (31, 14)], 0.1, "model", "top", 0)
+    for kind in ("mask", "scores"):
+        (tmp_path / "run" / kind).mkdir(parents=True)
+        (tmp_path / "pair" / kind).rename(tmp_path / "run" / kind / "tuning_grad")
+    mask, scores = Mask.load(tmp_path / "run/mask/tuning_grad"), ScoreFolder(tmp_path / "run/scores/tuning_grad")
+    rows, values = [], []
+    for number, (name, parts) in enumerate(read_units(mask).items()):
+        for index, unit in enumerate(parts):
+            sigma = 0.37 + 0.71 * number + 0.23 * index
+            score = unit.elements(scores.read(name, 0, mask.numel(name))).numpy()
+            rows.append({"name": unit.name, "sigma": sigma, "mean_score": float(score.mean()), "selected": 0})
+            values += [(float(value * np.float32(sigma)), len(rows) - 1) for value in score]
+    best = sorted(values, reverse=True)[: mask.k]
+    result = where_results.scaled(tmp_path / "run", rows)
+    assert [row["selected"] for row in result] == [sum(unit == i for _, unit in best) for i in range(len(rows))]
+    assert sum(row["selected"] for row in result) == mask.k > 50
+    assert [row["mean_score"] for row in result] == [row["mean_score"] * row["sigma"] for row in rows]
+
+
+# ---------------------------------------------------------------- tuned models
+
+
+def report_of(values: dict[str, dict[str, float]]) -> dict:
+    """An evaluation's report: model → column of the page → rate, the same on both parts of the prompts."""
+    rows = []
+    for model, columns in values.items():
+        for column, rate in columns.items():
+            measure, judge, kind = tune_results.MEASURES[column]
+            for part in ("choose", "report"):
+                about = {"measure": measure, "judge": judge or "xstest", "model": model, "set": f"{part}-{kind}"}
+                rows.append({**about, "rate": rate, "low": 0.0, "high": 1.0, "n": 40, "missing": 0})
+    return {"measures": rows}
+
+
+def evaluate(plan: Plan, one: Cell, not_refused: float, over_refused: float) -> None:
+    """A finished cell that was tuned and evaluated."""
+    folder = plan.folders.output / one.name
+    for step in one.steps:
+        (folder / step.stage).mkdir(parents=True, exist_ok=True)
+        if step.config is not None:
+            (folder / f"{step.stage}.yaml").write_text(dump_yaml(dict(step.config)))
+            manifest = {"exit_state": "done", "versions": {}, "commit": "abc", "world_size": 1, "threads": 2}
+            (folder / step.stage / "manifest.json").write_text(json.dumps(manifest))
+    steps = {step.stage: {"seconds": 30.0, "command": "python"} for step in one.steps}
+    record = {"state": "done", "seconds": 90.0, "starts": 1, "device": "cpu", "steps": steps}
+    (folder / "cell.json").write_text(json.dumps(record))
+    rates = {"not refused": not_refused, "unsafe": not_refused / 2, "over-refused": over_refused, "KL": 0.25}
+    report = report_of({"tuned": rates, "base": {"not refused": 0.99, "over-refused": 0.03}})
+    (folder / "eval/report.json").write_text(json.dumps(report))
+    (folder / "skills.json").write_text(json.dumps({"gsm8k-heldout": {"loss": 1.5, "rows": 60}}))
+
+
+def set_cells(plan: Plan, method: str, seed: int = 0) -> dict[float, Cell]:
+    cells = [cell for cell in all_cells(plan, None) if cell.part == "set"]
+    return {cell.facts["lr"]: cell for cell in cells if (cell.facts["method"], cell.facts["seed"]) == (method, seed)}
+
+
+def due(plan: Plan, one: Cell) -> bool:
+    return command.asked_for(one, plan, all_cells(plan, None))
+
+
+def test_the_range_of_a_method_is_widened_where_its_best_rate_asks_for_it(plan: Plan) -> None:
+    esi, second = set_cells(plan, "esi"), set_cells(plan, "esi", 1)
+    rates = sorted(esi)
+    assert rates == [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+    assert [due(plan, esi[rate]) for rate in rates] == [False, True, True, True, False]
+    for rate, rates_measured in zip(rates[1:4], ((0.6, 0.1), (0.3, 0.2), (0.1, 0.9)), strict=True):
+        evaluate(plan, esi[rate], *rates_measured)  # the best is the middle one: at most 0.3
+    assert [due(plan, esi[rate]) for rate in rates] == [False, True, True, True, False]
+    assert [due(plan, second[rate]) for rate in rates] == [False, False, True, False, False]
+    random = set_cells(plan, "random")
+    for rate, not_refused in zip(sorted(random)[1:4], (0.9, 0.8, 0.5), strict=True):
+        evaluate(plan, random[rate], not_refused, 0.0)
+    assert [due(plan, random[rate]) for rate in sorted(random)] == [False, True, True, True, True]
+    assert not due(plan, set_cells(plan, "random", 1)[sorted(random)[1]])
+
+
+def test_the_page_of_tuned_models_takes_each_method_at_its_best_rate(plan: Plan, tmp_path: Path) -> None:
+    esi = set_cells(plan, "esi")
+    for rate, not_refused in ((3e-4, 0.5), (1e-3, 0.25), (3e-3, 0.25)):
+        evaluate(plan, esi[rate], not_refused, 0.05)
+    write_pages(plan, all_cells(plan, None), tmp_path / "docs")
+    data, text = json.loads((tmp_path / "docs/real.json").read_text()), (tmp_path / "docs/real.md").read_text()
+    assert [row["lr"] for row in data["set"]] == [1e-3, 3e-4, 3e-3]  # as they are run: the middle first
+    assert data["set"][0]["report"]["not refused"] == [0.25, 0.0, 1.0, 40, 0]
+    assert "| esi | 0 | 0.001 | 25.0 [0.0, 100.0] | 12.5 [0.0, 100.0] | not run |" in text  # of equals the lower rate
+    assert "| random | – | – | not run |" in text and "| 0.250 | 1.500 | not run |" in text
+    assert (tmp_path / "docs/real-set.png").stat().st_size < 150_000
+
+
+def test_right_answers_of_tasks() -> None:
+    right = tune_results.is_right
+    assert right("gsm8k", "So 3 + 4 = 7. The answer is 1,007.", "... #### 1007")
+    assert not right("gsm8k", "7 of 8", "#### 7") and not right("gsm8k", "none", "#### 7")
+    assert right("medical", "Yes, it does.", "yes") and not right("medical", "It says yes", "yes")
+    assert not right("kinds", "", "causes")
+
+
+def test_accuracy_counts_missing_answers_as_wrong(tmp_path: Path) -> None:
+    material.write(tmp_path, {"kinds-heldout": [{"prompt": str(i), "response": "causes"} for i in range(4)]})
+    rows = [{"model": "tuned", "set": "kinds-heldout", "index": i, "response": text}
+            for i, text in enumerate(("causes", "treatment", "Causes."))]  # fmt: skip
+    rows.append({"model": "base", "set": "kinds-heldout", "index": 3, "response": "causes"})
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = tune_results.accuracy(tmp_path / "answers.jsonl", tmp_path / "kinds-heldout.jsonl", "kinds", "tuned")
+    assert (values[0], values[3]) == (0.5, 4) and values[1] < 0.5 < values[2]
+
+
+def test_the_tuned_model_is_dropped_once_it_is_evaluated(plan: Plan) -> None:
+    one = Cell("where/a", "x", (Step("set", {}), Step("eval", {})), drops=("set/model",))
+    model = plan.folders.output / "where/a/set/model"
+    model.mkdir(parents=True)
+    with pytest.raises(Interrupted):
+        start(plan, [one], Commands(codes={"a:eval": 75}))
+    assert model.is_dir()
+    assert start(plan, [one], Commands()) == {"a": "done"} and not model.exists()
+
+
+def test_steps_that_are_modules(plan: Plan) -> None:
+    cells = {cell.name: cell for cell in all_cells(plan, None)}
+    lora, select = cells["set/lora-1-0.001-s0"], cells["masks/smollm2-aligned/esi-0.3"]
+    assert command_of(lora.steps[0], Path("/f"))[1:5] == ["-m", "study.real.lora", "--config", "/f/lora.yaml"]
+    assert command_of(select.steps[0], Path("/f"))[1:4] == ["-m", "esi_ds.mask", "select"]
+    frozen = cells["spa/kinds/esi-0.3-2e-05-s0"]
+    assert frozen.after == (select.name,) and dict(frozen.steps[0].config or {})["tune"]["mask"].endswith(
+        "esi-0.3/mask"
+    )
