@@ -96,7 +96,7 @@ class Tracker:
         if self._status is not None:
             self._status.__exit__(*error)
         with suppress(OSError) if error[0] else nullcontext():  # report the error that ended the run, no later one
-            self._draw(lambda writer: [each.close() for each in (writer, *self._line_writers.values())])
+            self._draw_all(lambda writer: writer.close())
         if self._monitor is not None:
             self._monitor.close()
 
@@ -120,8 +120,7 @@ class Tracker:
             bar.on_update, self._last_point = self._progress_points, -math.inf
         if self._status is not None:
             self._status.watch(bar)
-        # Completes the previous phase.
-        self._draw(lambda writer: [each.flush() for each in (writer, *self._line_writers.values())])
+        self._draw_all(lambda writer: writer.flush())  # completes the previous phase
         return bar
 
     def _progress_points(self, bar: Bar) -> None:
@@ -241,6 +240,13 @@ class Tracker:
         if self._writer is not None:
             with writing(self.folder / "tensorboard"):
                 draw(self._writer)
+
+    def _draw_all(self, draw: Callable[[SummaryWriter], object]) -> None:
+        """``_draw`` with the writer of the run, then with that of each line."""
+        self._draw(draw)
+        for line_writer in self._line_writers.values():
+            with writing(self.folder / "tensorboard"):
+                draw(line_writer)
 
 
 def _ignore_writer_thread(failure: threading.ExceptHookArgs) -> None:
