@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 from esi_ds.errors import UserError
@@ -76,6 +77,16 @@ def check_template_kwargs(values: Mapping[str, Any], field: str) -> None:
             raise UserError(f"{field}.{name}", value, "is not a name that a template can read", "write it as a word")
         if name in OF_THE_TEMPLATE:
             raise UserError(f"{field}.{name}", value, "has another owner: the conversation", "take it out")
+
+
+def check_date(text: str, field: str) -> None:
+    """Raise UserError unless the text is ``auto`` or a day as ISO 8601 writes it (2026-11-28)."""
+    try:
+        is_day = text == "auto" or date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        is_day = False
+    if not is_day:
+        raise UserError(field, text, "is not a day", "write it as 2026-11-28, or auto")
 
 
 def check_thought_marks(marks: Sequence[str] | None, field: str) -> None:

@@ -11,6 +11,7 @@ from esi_ds import shipped
 from esi_ds.config.checks import (
     OF_THIS_SERVER,
     OF_THIS_START,
+    check_date,
     check_numbers,
     check_template_kwargs,
     check_thought_marks,
@@ -73,6 +74,11 @@ class Model(Section):
     template_kwargs: dict[str, Any] = Field(
         {}, description="Values that the chat template reads, such as enable_thinking: false or reasoning_effort: high."
     )
+    date: str = Field(
+        "auto",
+        description="The day (2026-11-28) that a chat template which writes today's date is given; auto is the day on "
+        "which the run began.",
+    )
     thought_marks: list[str] | None = Field(
         None, description="The marks that open and close a thought of this model, besides the usual ones."
     )
@@ -131,6 +137,7 @@ def validate(raw: Any) -> Config:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise explain(error, Config) from None
+    check_date(config.model.date, "model.date")
     check_template_kwargs(config.model.template_kwargs, "model.template_kwargs")
     check_thought_marks(config.model.thought_marks, "model.thought_marks")
     if isinstance(config.judge, EsiGuard):

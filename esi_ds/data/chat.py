@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,9 +79,14 @@ def load_chat_tokenizer(source: ModelSource, section: Model, *, is_base: bool = 
     tokenizer = load_tokenizer(source, chat_template=section.chat_template)
     if is_base:
         check_read(tokenizer, section.template_kwargs)
-    set_values(tokenizer, section.template_kwargs)
+    set_values(tokenizer, section.template_kwargs, day_of(section))
     check_chat_template(tokenizer, section.system_prompt)
     return tokenizer
+
+
+def day_of(section: Model) -> date | None:
+    """The day that the model's chat template is given; None: the machine's clock, where no run has named the day."""
+    return None if section.date == "auto" else date.fromisoformat(section.date)
 
 
 def special_strings(*tokenizers: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -272,18 +278,19 @@ def turn_mark(number: int) -> str:
 
 
 def with_template(
-    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, system_prompt: str | None, field: str
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, section: Model, field: str
 ) -> PreTrainedTokenizerBase:
     """The tokenizer with another chat template; the tokenizer itself for None.
 
-    chat_template: Jinja text, or a file that holds it. field: the key that gives it. Raises UserError naming the key
-    for a template that cannot format a chat.
+    chat_template: Jinja text, or a file that holds it. section: ``model`` of the config, whose date and system prompt
+    it is given. field: the key that gives it. Raises UserError naming the key for a template that cannot format a chat.
     """
     if chat_template is None:
         return tokenizer
     other = copy.copy(tokenizer)
     other.chat_template = read_template(chat_template, field)
-    check_chat_template(other, system_prompt, field, chat_template)
+    set_values(other, {}, day_of(section))
+    check_chat_template(other, section.system_prompt, field, chat_template)
     return other
 
 

@@ -1,4 +1,4 @@
-"""Values that the user gives the chat template (``model.template_kwargs``), such as ``enable_thinking``.
+"""Values that the user gives the chat template (``model.template_kwargs``), such as ``enable_thinking``, and the date.
 
 They are set at the head of the template itself, so that whoever renders it renders with them: scoring, tuning,
 evaluation and lm-eval alike.
@@ -10,6 +10,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 from jinja2 import Environment, TemplateError, meta
@@ -20,28 +21,44 @@ from esi_ds.reading import first_line
 
 GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # of transformers; other parsers do not know it
 FIELD = "model.template_kwargs"
+CLOCK = "strftime_now"  # the function by which templates ask transformers for today's date
+DIRECTIVES = "aAbBcCdDeFgGhHIjklmMpPrRSTuUVwWxXyYzZ"  # of strftime
 
 
-def set_values(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
-    """Set the values at the head of the tokenizer's chat template."""
-    head = _head(values)
+def fixed_clock(day: date, end: str = "%}\n") -> str:
+    """A Jinja macro that, at the head of a template, takes the place of ``strftime_now``: it is 00:00 of ``day``.
+
+    end: of its last tag. "%}\n" takes the line break along, so that the template begins a line as before.
+    """
+    formats = [f"%{flag}{letter}" for letter in DIRECTIVES for flag in ("-", "")]
+    replacements = "".join(f".replace('{text}', '{day.strftime(text)}')" for text in formats)
+    return f"{{% macro {CLOCK}(format) %}}{{{{ format{replacements} }}}}{{% endmacro {end}"
+
+
+def set_values(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any], day: date | None = None) -> None:
+    """Set the values at the head of the tokenizer's chat template, and the day where it asks for the date.
+
+    day: None leaves it the machine's clock.
+    """
     template: Any = tokenizer.chat_template
-    if head and isinstance(template, Mapping):  # by name, of which "default" is rendered
-        tokenizer.chat_template = {name: head + text for name, text in template.items()}
-    elif head and isinstance(template, str):
-        tokenizer.chat_template = head + template
+    if isinstance(template, Mapping):  # by name, of which "default" is rendered
+        tokenizer.chat_template = {name: _head(text, values, day) + text for name, text in template.items()}
+    elif isinstance(template, str):
+        tokenizer.chat_template = _head(template, values, day) + template
 
 
-def without_values(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def without_values(
+    tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any], day: date | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer with its chat template as it was before ``set_values``: an exported model takes other values."""
     template: Any = tokenizer.chat_template
-    if not values or template is None:
+    if template is None or (not values and day is None):
         return tokenizer
-    plain, head = copy.copy(tokenizer), _head(values)
+    plain = copy.copy(tokenizer)
     if isinstance(template, Mapping):
-        plain.chat_template = {name: text.removeprefix(head) for name, text in template.items()}
+        plain.chat_template = {name: text.removeprefix(_head(text, values, day)) for name, text in template.items()}
     else:
-        plain.chat_template = template.removeprefix(head)
+        plain.chat_template = template.removeprefix(_head(template, values, day))
     return plain
 
 
@@ -71,9 +88,10 @@ def check_read(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) ->
         )
 
 
-def _head(values: Mapping[str, Any]) -> str:
+def _head(template: str, values: Mapping[str, Any], day: date | None) -> str:
     """Jinja statements; each takes the line break behind it along, so that the template begins a line as before."""
-    return "".join(f"{{% set {name} = {_literal(value)} %}}\n" for name, value in values.items())
+    clock = fixed_clock(day) if day is not None and CLOCK in template else ""
+    return clock + "".join(f"{{% set {name} = {_literal(value)} %}}\n" for name, value in values.items())
 
 
 def _literal(value: Any) -> str:

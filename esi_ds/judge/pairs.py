@@ -9,23 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from esi_ds.data.chat import TemplateRejection, render, turn_mark
+from esi_ds.data.template_values import CLOCK, fixed_clock
 from esi_ds.data.turns import Prompt, prompt_text
 from esi_ds.errors import UserError
 from esi_ds.judge.families import FAMILIES, Family
 
 SLOT = re.compile(r"\{prompt\}|\{attack\}")
 PROMPT_MARK, RESPONSE_MARK = "⟦prompt⟧", "⟦response⟧"
-# Chat templates of Granite and Llama 3 write today's date into the system turn; a score must not change with it. Set
-# before a template, this macro takes the place of the clock that transformers gives it; + keeps the line break after.
-TODAY = datetime(2025, 1, 1)
-_REPLACEMENTS = "".join(f".replace('%{letter}', '{TODAY.strftime(f'%{letter}')}')" for letter in "aAbBdejmyYHIMpS")
-FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACEMENTS} }}}}{{% endmacro +%}}"
+# Chat templates of Granite and Llama 3 write today's date into the system turn; a score must not change with it.
+FIXED_DATE = fixed_clock(date(2025, 1, 1), "+%}")  # + keeps the line break behind it
 Context = Literal["prompt_and_response", "response_only"]
 Span = tuple[int, int]  # characters [start, end)
 
@@ -59,7 +57,7 @@ class TextBuilder:
             template = tokenizer.chat_template
             if isinstance(template, Mapping):  # several by name, of which "default" is rendered
                 template = template.get("default")
-            if isinstance(template, str) and "strftime_now" in template:
+            if isinstance(template, str) and CLOCK in template:
                 self._options["chat_template"] = FIXED_DATE + template
             try:
                 shown = self._apply_chat_template("x", RESPONSE_MARK)

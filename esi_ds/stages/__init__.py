@@ -27,9 +27,11 @@ def entry(stage: str) -> Callable[[Config, Options], None]:
             from esi_ds.stages.paths import check_paths
 
             check_paths(config, stage)
+        from esi_ds.stages.date import with_date
         from esi_ds.stages.dtype import with_dtype  # imports torch
 
         work: Callable[[Config, Options], None] = getattr(importlib.import_module(module), function)
-        work(with_dtype(config, options.dry_run), options)
+        resolved = with_dtype(config, options.dry_run)
+        work(resolved if options.dry_run else with_date(resolved), options)
 
     return run

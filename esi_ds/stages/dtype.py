@@ -6,7 +6,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from esi_ds.config import Config, validate
+from esi_ds.config import Config, Model, validate
 from esi_ds.config.yaml import read_yaml
 from esi_ds.errors import UserError
 from esi_ds.models.native import computes_bf16
@@ -26,9 +26,9 @@ def with_dtype(config: Config, dry_run: bool = False) -> Config:
                 flush=True,
             )
         return config
-    begun = begun_dtype(config)
+    begun = begun_model(config)
     if begun is not None:
-        dtype, reason = begun, f"as the run in {config.run.output_dir} began"
+        dtype, reason = begun.dtype, f"as the run in {config.run.output_dir} began"
     else:
         dtype = "bf16" if computes_bf16() else "fp32"
         reason = f"this machine {'computes' if dtype == 'bf16' else 'does not compute'} bf16 natively"
@@ -38,13 +38,13 @@ def with_dtype(config: Config, dry_run: bool = False) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
 
 
-def begun_dtype(config: Config) -> str | None:
-    """``model.dtype`` of the run that began in the config's folder; None where there is none, or none that can be read:
+def begun_model(config: Config) -> Model | None:
+    """``model`` of the run that began in the config's folder; None where there is none, or none that can be read:
     whoever opens the folder says so."""
     stored = Path(config.run.output_dir) / "config.yaml"
     with suppress(UserError, OSError):
         if stored.is_file():
-            return validate(read_yaml(stored, "run.output_dir", "give a new folder")).model.dtype
+            return validate(read_yaml(stored, "run.output_dir", "give a new folder")).model
     return None
 
 

@@ -28,6 +28,7 @@ from esi_ds.options import Options
 from esi_ds.peers import PeerWatch, own_process
 from esi_ds.reading import check_type, reading
 from esi_ds.stages.batch_sizes import KEY, BatchSize, GenerationBatch, generation_setting
+from esi_ds.stages.date import check_same_date
 from esi_ds.stages.dtype import check_same_dtype
 from esi_ds.stages.interrupt import listen
 from esi_ds.status import progress_of
@@ -113,6 +114,7 @@ class StageRun(ABC, Generic[Inputs]):
         with runtime.process_group(config.run.collective_timeout_s, config.run.start_timeout_s):
             check_commits()
             check_same_dtype(config)
+            check_same_date(config)
             check_source(source)
             deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
             check_settings(deepspeed_config)

@@ -24,7 +24,7 @@ from esi_ds.config import (
 )
 from esi_ds.config.needs import require_eval
 from esi_ds.data.answers import RecordedAnswers, load_answers
-from esi_ds.data.chat import encode_data_prompt, load_chat_tokenizer, load_tokenizer, special_strings
+from esi_ds.data.chat import day_of, encode_data_prompt, load_chat_tokenizer, load_tokenizer, special_strings
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import QuestionSet, load_question_sets
 from esi_ds.data.template_values import unread_values, without_values
@@ -268,9 +268,8 @@ def _candidate(
         for question_set in sets
         for index, prompt in enumerate(question_set.prompts)
     }
-    unread = tuple(
-        unread_values(without_values(tokenizer, section.template_kwargs).chat_template, section.template_kwargs)
-    )
+    plain = without_values(tokenizer, section.template_kwargs, day_of(section))
+    unread = tuple(unread_values(plain.chat_template, section.template_kwargs))
     return Candidate(
         name,
         source,

@@ -150,7 +150,7 @@ def read_tuning_set(
     rows = read_rows(section.path, f"{field}.path", name=section.name, split=section.split)[:limit]
     columns = find_columns(rows, section.columns, f"{field}.columns")
     positions, system_prompt = max_positions(model_config), config.model.system_prompt
-    writer = with_template(tokenizer, section.chat_template, system_prompt, f"{field}.chat_template")
+    writer = with_template(tokenizer, section.chat_template, config.model, f"{field}.chat_template")
     tuning_set = encode_rows(
         rows,
         columns,
