@@ -666,6 +666,74 @@ def contrasted(scores: dict[str, Tensor], fisher: dict[str, Tensor]) -> dict[str
     return {name: (values.double() / (roots[name] + middle)).float() for name, values in scores.items()}
 
 
+def beside_control(
+    criterion: str,
+    model: nn.Module,
+    safety: dict[str, Tensor],
+    control: dict[str, Tensor],
+    tuning: dict[str, Tensor] | None,
+    is_loss: bool,
+) -> dict[str, Tensor]:
+    """Scores of the criteria with a control, from mean gradients by parameter name (docs/method.md §2).
+
+    control: g_C; is_loss: of a loss, which is descended, else of the judge's score, which is climbed.
+    """
+    scored = [unit for unit in units(model) if unit.scored]
+    s = [unit.sigma * safety[unit.parameter_name][unit.index].double().abs() for unit in scored]
+    c = [unit.sigma * control[unit.parameter_name][unit.index].double().abs() for unit in scored]
+    numel = sum(values.numel() for values in s)
+    mean_s, mean_c = (float(sum(values.sum() for values in part)) / numel for part in (s, c))
+    scores: dict[str, Tensor] = {}
+    for unit, of_safety, of_control in zip(scored, s, c, strict=True):
+        if criterion == "specific":
+            floor = float(of_control.mean()) or mean_c
+            values = (of_safety / mean_s) / (of_control.clamp(min=floor) / mean_c)
+        elif criterion == "excess":
+            values = (of_safety / mean_s - of_control / mean_c).clamp(min=0)
+        else:
+            g_s, g_t, g_c = (part[unit.parameter_name][unit.index].double() for part in (safety, tuning, control))
+            improves = -g_c if is_loss else g_c  # the direction in which the control improves
+            kept = (g_s * g_t < 0) & ~(g_s * improves > 0)
+            values = torch.where(kept, unit.sigma * (g_s * g_t).abs().sqrt(), 0.0)
+        scores.setdefault(unit.parameter_name, torch.full(unit.parameter.shape, math.nan))[unit.index] = values.float()
+    return scores
+
+
+def normalised_by_matrix(model: nn.Module, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores divided by the mean score of their logical matrix, where that is not 0."""
+    scores = {name: values.double() for name, values in scores.items()}
+    for unit in units(model):
+        if unit.scored:
+            values = scores[unit.parameter_name]
+            values[unit.index] = values[unit.index] / (float(values[unit.index].mean()) or 1.0)
+    return {name: values.float() for name, values in scores.items()}
+
+
+def control_scores(
+    model_folder: Path,
+    guard_folder: Path,
+    pairs: list[tuple[str, str]],
+    control: list[tuple[str, str]],
+    criterion: str,
+    is_loss: bool,
+    tuning: list[tuple[str, str]] | None = None,
+) -> dict[str, Tensor]:
+    """Of a criterion with a control, fp32 by parameter name.
+
+    control: rows of a loss (is_loss), or prompts with their responses.
+    """
+    model, tokenizer = load(model_folder)
+    guard, guard_tokenizer = load(guard_folder)
+    guard.requires_grad_(False)
+    safety = mean_gradient(model, tokenizer, guard, guard_tokenizer, pairs)[0]
+    if is_loss:
+        other = loss_gradients(model, tokenizer, control)[0]
+    else:
+        other = mean_gradient(model, tokenizer, guard, guard_tokenizer, control)[0]
+    second = loss_gradients(model, tokenizer, tuning)[0] if tuning is not None else None
+    return beside_control(criterion, model, safety, other, second, is_loss)
+
+
 def esi_scores(
     model_folder: Path,
     guard_folder: Path,

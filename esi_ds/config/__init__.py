@@ -4,7 +4,7 @@ Every key has one owner and a sentence. An unknown key, a wrong type or a value 
 names the key in full.
 """
 
-from esi_ds.config.data import LossData, ModelEndpoint, Prompts, Rows, RowSource
+from esi_ds.config.data import Control, LossData, ModelEndpoint, Prompts, Rows, RowSource
 from esi_ds.config.evaluation import Eval, EvalModel, Task, label
 from esi_ds.config.judges import (
     ENDPOINT_ROUNDS,
@@ -28,6 +28,7 @@ __all__ = [
     "BenignMix",
     "ClassifierModel",
     "Config",
+    "Control",
     "Criterion",
     "ENDPOINT_ROUNDS",
     "Esi",

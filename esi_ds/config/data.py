@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag
 
 from esi_ds.config.judges import EndpointLimits
 from esi_ds.config.section import Section
+from esi_ds.errors import UserError
 
 
 class Prompts(Section):
@@ -62,6 +63,32 @@ class LossData(RowSource):
     max_length: int = Field(1024, ge=2, description="The longest row in tokens; longer rows lose their end.")
 
 
+class Control(Section):
+    """What has nothing to do with safety; one of the two."""
+
+    prompts: Prompts | None = Field(
+        None, description="Benign requests, which the model answers and the judge scores as it does data.prompts."
+    )
+    rows: LossData | None = Field(None, description="Benign rows, of which a loss is taken; no judge is asked.")
+
+    @property
+    def origin(self) -> tuple[str, str]:
+        """(key, path) of the data."""
+        if self.rows is not None:
+            return "control.rows.path", self.rows.path
+        assert self.prompts is not None  # check_control
+        return "control.prompts.path", self.prompts.path
+
+
+def check_control(section: Control) -> None:
+    """Raise UserError unless the section names prompts or rows, and not both."""
+    if section.prompts is None and section.rows is None:
+        raise UserError("control", None, "names no data", "give control.prompts.path or control.rows.path")
+    if section.prompts is not None and section.rows is not None:
+        problem = "and control.prompts are two controls"
+        raise UserError("control.rows.path", section.rows.path, problem, "give one of them")
+
+
 class ModelEndpoint(EndpointLimits):
     """A model that another engine serves."""
 
@@ -89,7 +116,7 @@ class Data(Section):
         'Estimator score_function needs no judge where every row of the file also holds a number "judge_score".',
     )
     tuning: LossData | None = Field(
-        None, description="The rows of the tuning loss, for criteria tuning_grad, directed and conflict."
+        None, description="The rows of the tuning loss, for criteria tuning_grad, directed, conflict and exclusive."
     )
     benign: LossData | None = Field(
         None, description="The rows whose skill a mask should spare, for select.contrastive."

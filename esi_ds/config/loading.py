@@ -16,7 +16,7 @@ from esi_ds.config.checks import (
     check_template_kwargs,
     check_thought_marks,
 )
-from esi_ds.config.data import Data, ModelEndpoint
+from esi_ds.config.data import Control, Data, ModelEndpoint, check_control
 from esi_ds.config.errors import explain
 from esi_ds.config.evaluation import Eval, check_eval
 from esi_ds.config.judges import EsiGuard, EsiJudge, check_endpoint, check_guard
@@ -24,6 +24,7 @@ from esi_ds.config.scoring import Esi, Select, check_criteria
 from esi_ds.config.section import MAX_TIMEOUT_S, Section, Seed
 from esi_ds.config.tuning import Perturb, Tune
 from esi_ds.config.yaml import apply_override, dump_yaml, read_yaml
+from esi_ds.core.criteria import objectives
 from esi_ds.errors import UserError
 from esi_ds.reading import reading
 
@@ -96,6 +97,10 @@ class Config(Section):
     model: Model = Field(description="The model whose weights are scored or tuned.")
     judge: EsiJudge | None = Field(None, description="The judge whose score ESI differentiates.")
     data: Data = Field(Data(), description="What the model is asked, and the rows of further criteria.")
+    control: Control | None = Field(
+        None,
+        description="A benign objective to compare with: for the report, and for criteria specific, excess, exclusive.",
+    )
     esi: Esi = Field(Esi(), description="How scores are estimated.")
     select: Select = Field(Select(), description="Which weights the mask selects.")
     tune: Tune | None = Field(None, description="How SET and SPA tune the model.")
@@ -104,6 +109,16 @@ class Config(Section):
     deepspeed: str | dict[str, Any] = Field(
         "ds_configs/zero3.json", description="The DeepSpeed config, a file or a mapping; see deepspeed_config.py."
     )
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The passes of ESI, in their order."""
+        return objectives(self.select.criteria, self.select.contrastive, self.control is not None)
+
+    @property
+    def scores_responses(self) -> bool:
+        """Whether any pass of ESI reads the judge's scores of responses."""
+        return "safety" in self.objectives or (self.control is not None and self.control.prompts is not None)
 
 
 def load_config(path: str, overrides: list[str], deepspeed_config: str | None = None) -> Config:
@@ -147,6 +162,8 @@ def validate(raw: Any) -> Config:
     if config.eval is not None:
         check_eval(config.eval, config.run.collective_timeout_s)
     check_criteria(config.select)
+    if config.control is not None:
+        check_control(config.control)
     _check_save_every("esi.save_every", config.esi.save_every, "micro-batches")
     if config.tune is not None:
         _check_save_every("tune.save_every", config.tune.save_every, "steps")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from esi_ds.config import Config, Eval, LossData, Perturb, Tune
-from esi_ds.core.criteria import GRADIENTS, objectives
+from esi_ds.core.criteria import GRADIENTS
 from esi_ds.errors import UserError
 
 
 def require_esi(config: Config) -> None:
     """Raise UserError where a section that the criterion needs is missing, or where rows would never be read."""
     criteria = config.select.criteria
-    needed = objectives(criteria, config.select.contrastive)
+    needed = config.objectives
     users = {objective: criterion for criterion in reversed(criteria) for objective in GRADIENTS[criterion]}
     if "safety" in needed:
         if config.judge is None and not scores_given(config):
@@ -21,10 +21,16 @@ def require_esi(config: Config) -> None:
         if config.data.prompts is None and not isinstance(config.data.responses, str):
             remedy = "give data.prompts.path, or a file data.responses"
             raise UserError("data.prompts", None, "is missing", remedy)
-    if "safety" in needed:
+    if "control" in needed:
+        _check_control(config, users.get("control"))
+    if config.scores_responses:
         _check_trace(config)
     for name, user, remedy in (
-        ("tuning", f"criterion {users.get('tuning')}", "set select.criterion to tuning_grad, directed or conflict"),
+        (
+            "tuning",
+            f"criterion {users.get('tuning')}",
+            "set select.criterion to tuning_grad, directed, conflict or exclusive",
+        ),
         ("benign", "select.contrastive", "set select.contrastive: true"),
     ):
         rows: LossData | None = getattr(config.data, name)
@@ -32,6 +38,15 @@ def require_esi(config: Config) -> None:
             raise UserError(f"data.{name}", None, "is missing", f"{user} needs a data.{name}.path")
         if rows is not None and name not in needed:
             raise UserError(f"data.{name}.path", rows.path, "would never be read", f"{remedy}, or leave it out")
+
+
+def _check_control(config: Config, user: str | None) -> None:
+    """Raise UserError where a control is missing, or the judge that its prompts need. user: a criterion with one."""
+    if config.control is None:
+        remedy = f"criterion {user} needs a control.prompts.path or control.rows.path"
+        raise UserError("control", None, "is missing", remedy)
+    if config.control.prompts is not None and config.judge is None:
+        raise UserError("judge", None, "is missing", "control.prompts needs a judge.path; control.rows needs none")
 
 
 def _check_trace(config: Config) -> None:

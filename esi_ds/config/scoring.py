@@ -42,7 +42,19 @@ class Esi(Section):
     )
 
 
-Criterion = Literal["esi", "grad", "snip", "tuning_grad", "directed", "conflict", "magnitude", "random"]
+Criterion = Literal[
+    "esi",
+    "grad",
+    "snip",
+    "tuning_grad",
+    "directed",
+    "conflict",
+    "specific",
+    "excess",
+    "exclusive",
+    "magnitude",
+    "random",
+]
 
 
 class Select(Section):
@@ -53,6 +65,9 @@ class Select(Section):
     )
     contrastive: bool = Field(
         False, description="Whether to divide scores by how much the rows of data.benign need each weight."
+    )
+    normalise: Literal["none", "matrix"] = Field(
+        "none", description="Whether to divide scores by the mean score of their logical matrix before they are ranked."
     )
     order: Literal["top", "bottom", "random"] = Field("top", description="Which weights of the ranking are selected.")
     ratio: float = Field(0.01, gt=0, le=1, description="The share of the weights that are selected.")

@@ -2,7 +2,8 @@
 
 Each objective is one pass over its data. ``safety`` gives the mean gradient g_S of the judge's score S, ``tuning`` the
 mean gradient g_T of the loss on ``data.tuning``, and ``benign`` the mean squared gradient F of single rows of
-``data.benign`` (diagonal Fisher).
+``data.benign`` (diagonal Fisher). ``control`` gives the mean gradient g_C of what has nothing to do with safety: of the
+same score S on benign prompts, or of a loss on benign rows.
 """
 
 from __future__ import annotations
@@ -16,19 +17,27 @@ GRADIENTS: dict[str, tuple[str, ...]] = {
     "tuning_grad": ("tuning",),
     "directed": ("safety", "tuning"),
     "conflict": ("safety", "tuning"),
+    "specific": ("safety", "control"),
+    "excess": ("safety", "control"),
+    "exclusive": ("safety", "tuning", "control"),
     "magnitude": (),
     "random": (),
 }
 
+# Criteria that set the scores of another criterion against the control.
+AGAINST_CONTROL = {"specific": "esi", "excess": "esi", "exclusive": "directed"}
 
-OBJECTIVES = ("safety", "tuning", "benign")  # in the order of their passes
+OBJECTIVES = ("safety", "control", "tuning", "benign")  # in the order of their passes
 
 
-def objectives(criteria: Sequence[str], contrastive: bool) -> tuple[str, ...]:
-    """The objectives that any of the criteria needs, each once, in the order of their passes."""
+def objectives(criteria: Sequence[str], contrastive: bool, control: bool = False) -> tuple[str, ...]:
+    """The objectives that any of the criteria needs, each once, in the order of their passes. control: whether the
+    config has one, whose pass is made for the report in any case."""
     needed = {objective for criterion in criteria for objective in GRADIENTS[criterion]}
     if contrastive:
         needed.add("benign")
+    if control:
+        needed.add("control")
     return tuple(objective for objective in OBJECTIVES if objective in needed)
 
 
@@ -39,7 +48,7 @@ def overwrites_gradient(criteria: Sequence[str], number: int) -> bool:
     return bool(gradient) and all(gradient[0] not in GRADIENTS[later] for later in criteria[number + 1 :])
 
 
-def num_held(criteria: Sequence[str], contrastive: bool) -> int:
+def num_held(criteria: Sequence[str], contrastive: bool, control: bool = False) -> int:
     """The most fp32 values a scored weight that exist at once: means of gradients, and scores beside them."""
     beside = any(not overwrites_gradient(criteria, number) for number in range(len(criteria)))
-    return len(objectives(criteria, contrastive)) + beside
+    return len(objectives(criteria, contrastive, control)) + beside

@@ -21,6 +21,7 @@ SCORES_FORMAT = "esi-scores/1"
 ORDERS = ("top", "bottom", "random")
 BASES = ("all", "scored")
 SCOPES = ("model", "matrix")
+NORMALISATIONS = ("none", "matrix")
 LARGEST = (1 << 62) - 1  # positions and counts are int64
 INTEGER = re.compile(r"0|[1-9][0-9]{0,18}")
 
@@ -29,7 +30,8 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class MaskMetadata:
-    """The metadata of a mask's files. of, scope, seed and offsets may be absent in masks from other tools.
+    """The metadata of a mask's files. of, scope, seed and offsets may be absent in masks from other tools, normalise
+    wherever scores are as their criterion defines them.
 
     shapes, counts: by parameter, in the model's order: shape, and number of selected weights. offsets: number of
     weights of the model before each parameter; None if the files do not say. threshold: the score of the last selected
@@ -50,6 +52,7 @@ class MaskMetadata:
     shapes: dict[str, tuple[int, ...]]
     counts: dict[str, int]
     offsets: dict[str, int] | None
+    normalise: str = "none"
 
     @classmethod
     def parse(cls, texts: Mapping[str, str]) -> MaskMetadata:
@@ -69,6 +72,7 @@ class MaskMetadata:
             shapes=_value(texts, "shapes", _shapes),
             counts=_value(texts, "counts", _counts),
             offsets=_value(texts, "offsets", _counts) if "offsets" in texts else None,
+            normalise=_value(texts, "normalise", _choice(NORMALISATIONS), "none"),
         )
 
     @property
@@ -129,6 +133,7 @@ class ScoresMetadata:
     total_numel: int
     fingerprint: str
     seed: int | None
+    normalise: str = "none"
 
     @classmethod
     def parse(cls, texts: Mapping[str, str]) -> ScoresMetadata:
@@ -140,6 +145,7 @@ class ScoresMetadata:
             total_numel=_value(texts, "total_numel", _integer),
             fingerprint=_value(texts, "fingerprint", _text),
             seed=_value(texts, "seed", _integer) if "seed" in texts else None,
+            normalise=_value(texts, "normalise", _choice(NORMALISATIONS), "none"),
         )
 
     def differences(self, mask: MaskMetadata) -> list[str]:
@@ -149,6 +155,7 @@ class ScoresMetadata:
             ("total_numel", self.total_numel, mask.total_numel),
             ("criterion", self.criterion, mask.criterion),
             ("contrastive", self.contrastive, mask.contrastive),
+            ("normalise", self.normalise, mask.normalise),
         ]
         if self.seed is not None and mask.order != "random":  # a random order may have a seed of its own
             pairs = [*pairs, ("seed", self.seed, mask.seed)]
@@ -241,6 +248,7 @@ def mask_texts(metadata: MaskMetadata) -> dict[str, str]:
         "threshold": "null" if metadata.threshold is None else repr(metadata.threshold),
         "criterion": metadata.criterion,
         "contrastive": str(metadata.contrastive).lower(),
+        **({"normalise": metadata.normalise} if metadata.normalise != "none" else {}),
         "order": metadata.order,
         "of": metadata.of,
         "scope": metadata.scope,

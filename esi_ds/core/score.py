@@ -45,10 +45,15 @@ def score_shard(
         assert tuning_gradient is not None
         _agreement(gradient, tuning_gradient, opposite=criterion == "directed")
     if criterion in ("esi", "directed", "conflict"):
-        for unit in shard.parameter.units:
-            for view in shard.views(unit, gradient):
-                view.mul_(sigma[unit])
+        scale_by_unit(shard, gradient, sigma)
     return gradient.abs_()
+
+
+def scale_by_unit(shard: Shard, values: Tensor, factors: Mapping[Unit, float]) -> None:
+    """Multiply ``values`` [shard.numel] by the factor of the logical matrix that each lies in, in place."""
+    for unit in shard.parameter.units:
+        for view in shard.views(unit, values):
+            view.mul_(factors[unit])
 
 
 def _random(shard: Shard, seed: int, device: torch.device) -> Tensor:

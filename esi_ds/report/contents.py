@@ -102,7 +102,7 @@ class ScoreHistogram(TypedDict):
 class SelectionFacts(TypedDict):
     """How the mask was chosen. Criteria with losses add "<name> rows from", "<name> rows used" and "<name> rows
     skipped" for each of them: labels of the report's table. So does a control of rows, as ``control``; one of prompts
-    adds "control prompts from" and "control prompts used"."""
+    adds "control prompts from", "control prompts used" and "control prompts skipped"."""
 
     k: int  # weights in the mask
     total_numel: int  # weights of the model
@@ -111,6 +111,7 @@ class SelectionFacts(TypedDict):
     criterion: str  # what was scored; this and the rest are keys of the config's ``select``
     contrastive: bool  # whether scores were divided by how much benign rows need the weight
     order: str  # top, bottom or random
+    normalise: NotRequired[str]  # matrix: scores were divided by the mean score of their logical matrix
     ratio: float  # share of the weights
     of: str  # all or scored: which weights the ratio refers to
     scope: str  # model or matrix: one ranking, or one per logical matrix
@@ -141,9 +142,9 @@ class SkippedRow(TypedDict):
 
 
 class LossReport(TypedDict):
-    """The rows of one objective that is a loss (``data.tuning``, ``data.benign``)."""
+    """The rows of one objective that is a loss (``data.tuning``, ``data.benign``, ``control.rows``)."""
 
-    name: str  # tuning or benign
+    name: str  # tuning, benign or control
     path: str  # file or hub id of the rows
     columns: str  # the columns they were read from
     sha256: str  # of the rows read

@@ -12,7 +12,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from esi_ds.config import Config, JudgeModel, Prompts, Rows
-from esi_ds.core.criteria import objectives
 from esi_ds.data.benchmarks import BUILT_IN
 from esi_ds.data.rows import exists, looks_like_file
 from esi_ds.errors import UserError
@@ -51,7 +50,7 @@ def is_hub_id(path: str) -> bool:
 def _models(config: Config, stage: str) -> Iterator[tuple[str, str]]:
     """(key, path) of every model and judge that the stage loads."""
     yield "model.path", config.model.path
-    if stage == "esi" and config.judge is not None and _needs_safety(config):
+    if stage == "esi" and config.judge is not None and config.scores_responses:
         yield "judge.path", config.judge.path
     if config.eval is None or stage not in ("eval", "perturb"):
         return
@@ -66,10 +65,16 @@ def _models(config: Config, stage: str) -> Iterator[tuple[str, str]]:
 def _data(config: Config, stage: str) -> Iterator[tuple[str, str]]:
     """(key, path) of every file or data set that the stage reads."""
     if stage == "esi":
-        if config.data.prompts is not None and _needs_safety(config) and not isinstance(config.data.responses, str):
-            yield "data.prompts.path", config.data.prompts.path
-        rows: tuple[tuple[str, Rows | None], ...] = (("tuning", config.data.tuning), ("benign", config.data.benign))
-        yield from ((f"data.{name}.path", section.path) for name, section in rows if section is not None)
+        prompts = config.data.prompts
+        if prompts is not None and "safety" in config.objectives and not isinstance(config.data.responses, str):
+            yield "data.prompts.path", prompts.path
+        sources: list[tuple[str, Prompts | Rows | None]] = [
+            ("data.tuning.path", config.data.tuning),
+            ("data.benign.path", config.data.benign),
+        ]
+        if config.control is not None:
+            sources += [("control.prompts.path", config.control.prompts), ("control.rows.path", config.control.rows)]
+        yield from ((field, section.path) for field, section in sources if section is not None)
         return
     if stage in ("set", "spa") and config.tune is not None:
         yield "tune.data.path", config.tune.data.path
@@ -81,7 +86,3 @@ def _data(config: Config, stage: str) -> Iterator[tuple[str, str]]:
         for name, sections in sets:
             for number, section in enumerate(sections):
                 yield f"eval.{name}.{number}.path" if len(sections) > 1 else f"eval.{name}.path", section.path
-
-
-def _needs_safety(config: Config) -> bool:
-    return "safety" in objectives(config.select.criteria, config.select.contrastive)

@@ -24,7 +24,7 @@ from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.generate import Draws, choose_batches, choose_mode, generate, in_step, ready_to_generate
 
 PARTIAL_NAME = "responses.partial.jsonl"
-NAME = "responses.jsonl"
+NAME = "responses.jsonl"  # both with the prefix of the objective (``PromptInputs.prefix``)
 
 
 class GeneratedRow(TypedDict):
@@ -53,8 +53,9 @@ def write_responses(
     scores: dict[int, float],
     excluded: dict[int, str],
     goals: Sequence[str | None] | None = None,
+    prefix: str = "",
 ) -> None:
-    """``responses.jsonl`` (docs/design.md §7). goals: one per prompt, if any. Rank 0 only."""
+    """``responses.jsonl`` (docs/design.md §7). goals: one per prompt, if any. prefix: of its name. Rank 0 only."""
     rows: list[ResponseRow] = [
         {
             "index": index,
@@ -67,20 +68,21 @@ def write_responses(
     ]
     if goals is not None:
         rows = [row if goal is None else {**row, "goal": goal} for row, goal in zip(rows, goals, strict=True)]
-    Journal(folder / NAME, ResponseRow).replace(rows)
+    Journal(folder / f"{prefix}{NAME}", ResponseRow).replace(rows)
 
 
-def responses_on_disk(folder: Path, prompts: Sequence[Prompt]) -> dict[int, str]:
+def responses_on_disk(folder: Path, prompts: Sequence[Prompt], prefix: str = "") -> dict[int, str]:
     """index → response of everything that earlier starts of this run have generated.
 
     Raises UserError for rows that the run did not write, or that answer other prompts.
     """
-    if not (folder / NAME).is_file():
-        return by_index(Journal(folder / PARTIAL_NAME, GeneratedRow))
-    rows = Journal(folder / NAME, ResponseRow).read()
+    file = folder / f"{prefix}{NAME}"
+    if not file.is_file():
+        return by_index(Journal(folder / f"{prefix}{PARTIAL_NAME}", GeneratedRow))
+    rows = Journal(file, ResponseRow).read()
     if [(row["index"], row["prompt"]) for row in rows] != list(enumerate(prompts)):
         raise UserError(
-            "run.output_dir", str(folder / NAME), "does not answer the prompts of this run", "give a new run.output_dir"
+            "run.output_dir", str(file), "does not answer the prompts of this run", "give a new run.output_dir"
         )
     return {row["index"]: row["response"] for row in rows}
 
@@ -105,7 +107,8 @@ def respond(
     """
     if inputs.data.responses is not None:
         return inputs.data.responses
-    done = runtime.from_main(lambda: responses_on_disk(folder, inputs.data.prompts))
+    prompts, prefix, partial = inputs.data.prompts, inputs.prefix, folder / f"{inputs.prefix}{PARTIAL_NAME}"
+    done = runtime.from_main(lambda: responses_on_disk(folder, prompts, prefix))
     limit, length = max_positions(inputs.model_config), config.esi.max_new_tokens
     generate_all(
         model,
@@ -116,15 +119,15 @@ def respond(
         max_new_tokens=length,
         batch=batch,
         generation=config.esi.generation,
-        keep=keep_in(Journal(folder / PARTIAL_NAME, GeneratedRow)),
+        keep=keep_in(Journal(partial, GeneratedRow)),
         tracker=tracker,
         marks=marks_with(config.model.thought_marks),
     )
     responses = [done.get(index, "") for index in range(len(prompt_ids))]
     if runtime.is_main():
-        if not (folder / NAME).is_file():
-            write_responses(folder, inputs.data.prompts, responses, {}, {}, inputs.data.goals)
-        (folder / PARTIAL_NAME).unlink(missing_ok=True)
+        if not (folder / f"{prefix}{NAME}").is_file():
+            write_responses(folder, prompts, responses, {}, {}, inputs.data.goals, prefix)
+        partial.unlink(missing_ok=True)
     return responses
 
 

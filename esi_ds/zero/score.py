@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from esi_ds.core.criteria import GRADIENTS
 from esi_ds.core.moments import merge, moments, standard_deviation
-from esi_ds.core.score import contrast, score_shard
+from esi_ds.core.score import contrast, scale_by_unit, score_shard
 from esi_ds.core.select import Cut, Order, ScoreRun, all_valid, first_invalid, median, model_k, select
 from esi_ds.core.units import Parameter, Shard, Unit, assign
 from esi_ds.errors import UserError
@@ -81,6 +82,38 @@ def score(
             criterion, shard, gradients.get("safety"), weight, sigma, seed, gradients.get("tuning")
         )
     return scores
+
+
+def unit_means(model: ShardedModel, values: Mapping[str, Tensor]) -> dict[Unit, float]:
+    """The mean absolute value over every logical matrix, in the model's order.
+
+    values: fp32 [shard.numel] by shard's name. Sums are in float64. Collectives: one all-reduce of float64 [units].
+    """
+    units = [unit for parameter in model.parameters for unit in parameter.units]
+    sums = torch.zeros(len(units), dtype=torch.float64)
+    parts = {
+        row: shard.elements(unit, values[shard.name]).abs().sum(dtype=torch.float64)
+        for row, unit, shard in unit_shards(model)
+    }
+    if parts:  # read at once, so that a GPU is waited for once
+        sums[list(parts)] = torch.stack(list(parts.values())).cpu()
+    totals = runtime.all_reduce_sum(sums).tolist()
+    return {unit: total / unit.numel for unit, total in zip(units, totals, strict=True)}
+
+
+def model_mean(means: Mapping[Unit, float]) -> float:
+    """The mean over all scored weights, from those of ``unit_means``."""
+    return math.fsum(mean * unit.numel for unit, mean in means.items()) / sum(unit.numel for unit in means)
+
+
+def normalise_by_matrix(model: ShardedModel, scores: Scores) -> None:
+    """Divide every score by the mean score of its logical matrix, in place; where that is 0 all of them are, and stay.
+
+    Collectives: one all-reduce of float64 [units].
+    """
+    factors = {unit: 1 / mean if mean else 1.0 for unit, mean in unit_means(model, scores).items()}
+    for shard in model.scored:
+        scale_by_unit(shard, scores[shard.name], factors)
 
 
 def contrast_denominators(model: ShardedModel, roots: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -1,9 +1,10 @@
 """Run by the tests beside it under a launcher: one process group scores many models, guards and batch sizes.
 
 argv: a JSON list of cases {"name", "config" (mapping), "poison" (optional), "error" (optional), "wrong_fisher"
-(optional), "export" (optional), "frees" (optional), "killed_at" (optional)}; each case writes <output_dir>/scores and
-<output_dir>/mask through the stage itself, without report, and with export <output_dir>/model; with frees the stage
-must free all memory. killed_at is a criterion whose mask the first attempt dies at; a second one goes on. poison
+(optional), "export" (optional), "frees" (optional), "killed_at" (optional), "killed_in" (optional)}; each case writes
+<output_dir>/scores and <output_dir>/mask through the stage itself, without report, and with export <output_dir>/model;
+with frees the stage must free all memory. killed_at is a criterion whose mask the first attempt dies at, killed_in an
+objective in whose pass it dies, after a micro-batch; a second one goes on. poison
 {"gradient" | "score": index} makes one prompt's gradient or judge score not finite, {"tuning" | "benign": row} one
 row's gradient, {"silence": true} makes every row's gradient zero; error is a text that the UserError the case must end
 in holds. wrong_fisher squares after the reduction, which is the mistake that the tests must notice. Grouped
@@ -35,6 +36,7 @@ from esi_ds.stages.esi import finish, masks, objectives
 from esi_ds.stages.esi import work as esi_work
 from esi_ds.stages.esi.objectives import MeanLoss, SquaredRowGradients
 from esi_ds.stages.esi.prepare import encode_examples, prepare
+from esi_ds.stages.esi.score import ScoringPass
 from esi_ds.stages.esi.work import EsiRun
 from esi_ds.tensor_files import tensor_folders
 from esi_ds.zero import gradients, runtime
@@ -133,6 +135,25 @@ def kill_at(criterion: str, start: Callable[[], None]) -> None:
     raise AssertionError(f"no mask of {criterion} was to be written")
 
 
+def kill_in(name: str, start: Callable[[], None]) -> None:
+    """A first attempt that dies on all ranks in the second micro-batch of an objective's pass."""
+    plain_step = ScoringPass._step
+
+    def dying(self: ScoringPass) -> int:
+        if self.objective.name == name and self.state.position > 0:
+            raise Killed
+        return plain_step(self)
+
+    ScoringPass._step = dying
+    try:
+        start()
+    except Killed:
+        return
+    finally:
+        ScoringPass._step = plain_step
+    raise AssertionError(f"the pass of {name} had no second micro-batch")
+
+
 def run_case(case: dict) -> None:
     config = validate(case["config"])
     folder = RunFolder(config.run.output_dir)
@@ -147,6 +168,8 @@ def run_case(case: dict) -> None:
             inputs = prepare(config)
             if "killed_at" in case:
                 kill_at(case["killed_at"], EsiRun(config, Options(), inputs, folder, settings, inputs.source).run)
+            if "killed_in" in case:
+                kill_in(case["killed_in"], EsiRun(config, Options(), inputs, folder, settings, inputs.source).run)
             EsiRun(config, Options(), inputs, folder, settings, inputs.source).run()
             del inputs
     except UserError as error:

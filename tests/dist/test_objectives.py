@@ -10,7 +10,7 @@ import pytest
 import torch
 from builders import PAIRS, build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
 from conftest import ROOT, run_ranks
-from reference import esi_scores, select
+from reference import control_scores, esi_scores, load, loss_gradients, normalised_by_matrix, select, units
 from test_scores import TOLERANCE, config, read, relative_error
 
 from esi_ds import Mask
@@ -45,12 +45,16 @@ CRITERIA = (
     ("tuning_grad", True),
     ("magnitude", True),
 )
-NEEDS_TUNING = ("tuning_grad", "directed", "conflict")
+NEEDS_TUNING = ("tuning_grad", "directed", "conflict", "exclusive")
 # Several criteria in one run: (list, contrastive). Gradients are read again after other criteria have been scored.
 LISTS = (
     (["tuning_grad", "random", "directed", "conflict"], False),
     (["esi", "directed", "magnitude", "snip", "tuning_grad"], True),
 )
+
+
+CONTROL = ["esi", "specific", "excess", "exclusive"]  # in one run with a control of rows
+ASKED = ["Tell me a story about a car", "How to bake bread?", "Write a list", "Explain", "What is a café?"]
 
 
 def write_rows(file: Path, rows: list[tuple[str, str]]) -> None:
@@ -67,6 +71,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_rows(folder / "tuning.jsonl", TUNING)
     write_rows(folder / "benign.jsonl", BENIGN)
+    (folder / "asked.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ASKED))
     return folder
 
 
@@ -95,7 +100,7 @@ def scored(request, folder: Path) -> tuple[int, Path]:
     cases.append(case(folder, "llama", "magnitude", True, batch, f"{tag}-wrong", wrong_fisher=True))
     cases += [case(folder, kind, *several, batch, tag) for kind in KINDS for several in LISTS]
     cases.append(case(folder, "llama", *LISTS[1], batch, f"{tag}-killed", killed_at="magnitude", esi={"save_every": 1}))
-    cases += nonfinite_cases(folder, ranks)
+    cases += nonfinite_cases(folder, ranks) + control_cases(folder, ranks)
     cases += [case(folder, "qwen3_moe", "directed", True, 3, f"{tag}-{name}") for name in ("checkpointing", "bf16")]
     cases[-2]["config"]["model"]["gradient_checkpointing"] = True
     cases[-2]["frees"] = True
@@ -330,3 +335,135 @@ def test_recomputed_activations_and_bf16(scored: tuple[int, Path]) -> None:
     rough = read(folder / f"w{ranks}-bf16-qwen3_moe-directed-contrastive-3" / "scores")
     # bf16 keeps 8 bits, and some signs turn over where a gradient is near zero. Measured: 0.07.
     assert relative_error(rough, expected) < 0.2
+
+
+# --------------------------------------------------------------------------- controls
+
+
+def control_cases(folder: Path, ranks: int) -> list[dict]:
+    """A control of rows with the criteria that need one; a control of prompts that are those of safety, whole and
+    killed; one of other prompts than safety's; and scores normalised by matrix."""
+    tag, batch = f"w{ranks}", {1: 8, 2: 1, 3: 3}[ranks]
+    rows = [case(folder, kind, CONTROL, False, batch, f"{tag}-rows") for kind in KINDS]
+    for entry in rows:
+        entry["config"]["control"] = {"rows": {"path": str(folder / "benign.jsonl")}}
+    step = {"save_every": 1, "max_new_tokens": 6}
+    same = [case(folder, "llama", "esi", False, 1, f"{tag}-{name}", esi=step) for name in ("same", "same-killed")]
+    for entry in same:
+        entry["config"]["data"] = {"prompts": {"path": str(folder / "asked.jsonl")}}
+    same[1]["killed_in"] = "control"
+    other = case(folder, "llama", ["excess", "exclusive"], False, batch, f"{tag}-prompts", esi=step)
+    for entry in (*same, other):
+        entry["config"]["control"] = {"prompts": {"path": str(folder / "asked.jsonl")}}
+    normalised = case(folder, "qwen3_moe", "esi", False, batch, f"{tag}-normalised")
+    normalised["config"]["select"]["normalise"] = "matrix"
+    return [*rows, *same, other, normalised, case(folder, "llama", "esi", False, batch, tag)]
+
+
+def units_of(run: Path) -> list[dict]:
+    return json.loads((run / "report.json").read_text())["units"]
+
+
+def test_criteria_with_a_control_of_rows_equal_the_oracle(scored: tuple[int, Path]) -> None:
+    ranks, folder = scored
+    batch, worst = {1: 8, 2: 1, 3: 3}[ranks], {}
+    for kind in KINDS:
+        run = folder / case(folder, kind, CONTROL, False, batch, f"w{ranks}-rows")["name"]
+        for criterion in CONTROL[1:]:
+            expected = control_scores(folder / kind, folder / "other", PAIRS, BENIGN, criterion, True, TUNING)
+            got = read(run / "scores" / criterion)
+            worst[kind, criterion] = relative_error(got, expected)
+            mask = Mask.load(run / "mask" / criterion)
+            assert mask.metadata["criterion"] == criterion
+            chosen = select({name: got[name] for name in mask.names}, mask.k)
+            assert all(torch.equal(mask.tensor(name), chosen[name]) for name in mask.names)
+    alone, beside = (folder / f"w{ranks}{name}-{batch}" for name in ("-llama-esi", f"-rows-llama-{'+'.join(CONTROL)}"))
+    for part in ("scores", "mask"):
+        assert same_folder(beside / part / "esi", alone / part), "a control changes nothing of what needs none"
+    assert max(worst.values()) <= TOLERANCE, worst
+
+
+def test_a_control_on_the_prompts_of_safety_has_its_bits(scored: tuple[int, Path]) -> None:
+    """The same path in every step: generation, judge, surrogate, sums, σ and selection."""
+    ranks, folder = scored
+    run = folder / case(folder, "llama", "esi", False, 1, f"w{ranks}-same")["name"]
+    rows = units_of(run)
+    assert [row["control_mean_score"] for row in rows] == [row["mean_score"] for row in rows]
+    assert [row["control_selected"] for row in rows] == [row["selected"] for row in rows]
+    assert sum(row["selected"] for row in rows) > 0 and max(row["mean_score"] for row in rows) > 0
+    safety, control = ((run / f"{name}responses.jsonl").read_text() for name in ("", "control_"))
+    assert safety == control and len(safety.splitlines()) == len(ASKED)
+    facts = json.loads((run / "report.json").read_text())["selection"]
+    assert "asked.jsonl" in facts["control prompts from"] and facts["control prompts used"] > 0
+    assert facts["control prompts used"] + facts["control prompts skipped"] == len(ASKED)
+
+
+def test_a_run_that_dies_in_the_controls_pass_goes_on_to_the_same_bits(scored: tuple[int, Path]) -> None:
+    ranks, folder = scored
+    whole, killed = (
+        folder / case(folder, "llama", "esi", False, 1, f"w{ranks}-{name}")["name"] for name in ("same", "same-killed")
+    )
+    assert units_of(killed) == units_of(whole)
+    for part in ("scores", "mask"):
+        assert same_folder(killed / part, whole / part)
+    assert (killed / "control_responses.jsonl").read_bytes() == (whole / "control_responses.jsonl").read_bytes()
+
+
+def test_criteria_with_a_control_of_prompts_equal_the_oracle(scored: tuple[int, Path]) -> None:
+    """The model's own answers to the control's prompts are read from the run's file."""
+    ranks, folder = scored
+    batch = {1: 8, 2: 1, 3: 3}[ranks]
+    run = folder / case(folder, "llama", ["excess", "exclusive"], False, batch, f"w{ranks}-prompts")["name"]
+    answers = [json.loads(line) for line in (run / "control_responses.jsonl").read_text().splitlines()]
+    pairs = [(row["prompt"], row["response"]) for row in answers if row["excluded"] is None]
+    assert pairs and (run / "responses.jsonl").read_text() != (run / "control_responses.jsonl").read_text()
+    for criterion in ("excess", "exclusive"):
+        expected = control_scores(folder / "llama", folder / "other", PAIRS, pairs, criterion, False, TUNING)
+        assert relative_error(read(run / "scores" / criterion), expected) <= TOLERANCE, criterion
+
+
+def test_the_report_says_what_every_matrix_has_under_the_control(scored: tuple[int, Path]) -> None:
+    """Against the oracle's |σ·g_C|; runs without a control have no such fields, and as many steps as before."""
+    ranks, folder = scored
+    batch = {1: 8, 2: 1, 3: 3}[ranks]
+    run = folder / case(folder, "llama", CONTROL, False, batch, f"w{ranks}-rows")["name"]
+    report = json.loads((run / "report.json").read_text())
+    gradient = load_control(folder / "llama")
+    k = report["selection"]["k"]
+    chosen = select(gradient, k)
+    for mask in (report, *report["further_masks"]):
+        assert sum(row["control_selected"] for row in mask["units"]) == k
+        for row in mask["units"]:  # every matrix of this model is a parameter of its own
+            expected = gradient[row["parameter"]].double().mean()
+            assert row["control_mean_score"] == pytest.approx(float(expected), rel=TOLERANCE)
+            assert abs(row["control_selected"] - int(chosen[row["parameter"]].sum())) <= 2  # fp32 sums round otherwise
+        assert mask["selection"]["control rows used"] == len(BENIGN)
+    alone = folder / case(folder, "llama", "esi", False, batch, f"w{ranks}")["name"]
+    assert not any("control" in key for row in units_of(alone) for key in row)
+    assert not any("control" in row for row in (alone / "metrics.jsonl").read_text().splitlines())
+
+
+def load_control(model_folder: Path) -> dict[str, torch.Tensor]:
+    """|σ·g_C| of the rows, by parameter, in one process."""
+    model, tokenizer = load(model_folder)
+    gradient = loss_gradients(model, tokenizer, BENIGN)[0]
+    return {
+        unit.parameter_name: (unit.sigma * gradient[unit.parameter_name].abs()).float()
+        for unit in units(model)
+        if unit.scored
+    }
+
+
+def test_scores_normalised_by_matrix_equal_the_oracle(scored: tuple[int, Path]) -> None:
+    """Experts are matrices of their own. One ranking over the model, so that matrices differ in what they hold, as
+    they do not with scope ``matrix``."""
+    ranks, folder = scored
+    batch = {1: 8, 2: 1, 3: 3}[ranks]
+    run = folder / case(folder, "qwen3_moe", "esi", False, batch, f"w{ranks}-normalised")["name"]
+    model, _ = load(folder / "qwen3_moe")
+    expected = normalised_by_matrix(model, oracle(folder, "qwen3_moe", "esi", False))
+    assert relative_error(read(run / "scores"), expected) <= TOLERANCE
+    mask = Mask.load(run / "mask")
+    assert mask.header.normalise == "matrix"
+    shares = {row["selected"] / row["numel"] for row in units_of(run)}
+    assert len(shares) > 5 and all(row["mean_score"] == pytest.approx(1, rel=1e-5) for row in units_of(run))

@@ -17,7 +17,8 @@ from reference import load, loss_gradients, row_token_losses
 from esi_ds.cli import main
 from esi_ds.config import validate
 from esi_ds.config.needs import require_esi
-from esi_ds.core.criteria import GRADIENTS, num_held, objectives, overwrites_gradient
+from esi_ds.core.control import MeanScores, excess, exclusive, specific
+from esi_ds.core.criteria import AGAINST_CONTROL, GRADIENTS, num_held, objectives, overwrites_gradient
 from esi_ds.core.loss import row_losses
 from esi_ds.core.score import contrast, score_shard
 from esi_ds.core.select import median
@@ -50,6 +51,51 @@ def test_signs_of_directed_and_conflict() -> None:
     assert shard_scores("tuning_grad", safety, tuning) == [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
 
 
+def against_control(criterion: str, safety: list[float], control: list[float]) -> list[float]:
+    """Two units of one parameter, of which the second begins at 4. Means over all 8 weights: 2 for s, 4 for |c|."""
+    units = (Unit("a", "x", None, None, 0, 4), Unit("b", "x", None, None, 4, 4))
+    shard = whole(Parameter("p", (8,), 0, "x", units))
+    by_unit = {unit: sum(map(abs, control[unit.start : unit.end])) / 4 for unit in units}
+    means = MeanScores(sum(safety) / 8, sum(by_unit.values()) / 2, by_unit)
+    scores, others = torch.tensor(safety), torch.tensor(control)
+    if criterion == "specific":
+        specific(shard, scores, others, means)
+    else:
+        excess(scores, others, means)
+    assert others.tolist() == control, "the next criterion reads it again"
+    assert bool((scores >= 0).all()) and not bool(torch.signbit(scores).any())
+    return scores.tolist()
+
+
+def test_what_specific_and_excess_are_by_hand() -> None:
+    """Mean s 2 and mean c 4. The mean c of the first matrix is 8, of the second 0: the control reaches none of it."""
+    safety, control = [4.0, 4.0, 2.0, 0.0, 2.0, 4.0, 0.0, 0.0], [-16.0, 8.0, -0.5, 7.5, 0.0, 0.0, 0.0, -0.0]
+    # The third weight's c is below its matrix's mean and counts as 8; where there is none it counts as 4.
+    assert against_control("specific", safety, control) == [0.5, 1.0, 0.5, 0.0, 1.0, 2.0, 0.0, 0.0]
+    assert against_control("excess", safety, control) == [0.0, 0.0, 0.875, 0.0, 1.0, 2.0, 0.0, 0.0]
+    nothing = [0.0] * 8
+    assert against_control("specific", nothing, control) == against_control("excess", nothing, control) == nothing
+
+
+def test_the_scale_of_judge_and_loss_does_not_matter() -> None:
+    """Not even where float32 holds neither product nor quotient of the two."""
+    safety, control = [3.0, 1.0, 2.0, 5.0, 1.0, 4.0, 0.5, 7.0], [1.0, -2.0, 0.25, 3.0, -1.0, 2.0, 5.0, 0.125]
+    for criterion in ("specific", "excess"):
+        expected = against_control(criterion, safety, control)
+        tiny = torch.tensor([value * 1e-30 for value in safety]).tolist()
+        scaled = against_control(criterion, tiny, torch.tensor([value * 1e30 for value in control]).tolist())
+        assert scaled == pytest.approx(expected, rel=1e-5, abs=1e-6), criterion
+
+
+def test_exclusive_keeps_what_the_control_does_not_gain_from() -> None:
+    """The step goes against g_T. A control that is 0 gains nothing; g_T of either zero has a score of 0 already."""
+    scores = torch.tensor([4.0, 4.0, 4.0, 4.0, 4.0, 0.0, 0.0])
+    control = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, 1.0, -1.0])
+    tuning = torch.tensor([-1.0, -1.0, 1.0, 1.0, -1.0, 0.0, -0.0])
+    exclusive(scores, control, tuning)
+    assert scores.tolist() == [0.0, 4.0, 4.0, 0.0, 4.0, 0.0, 0.0]
+
+
 def test_products_that_leave_float32_keep_their_root() -> None:
     """1e-25 · 1e-25 would be 0 and 1e25 · 1e25 infinite; their roots are ordinary numbers."""
     scores = shard_scores("directed", [1e-25, 1e25, -1e-30], [-1e-25, -1e25, 1e-20])
@@ -75,6 +121,11 @@ def test_criteria_share_passes_and_the_last_reader_takes_a_gradients_place() -> 
     assert [overwrites_gradient(["tuning_grad", "directed"], number) for number in (0, 1)] == [False, True]
     assert [num_held(["esi"], False), num_held(["directed"], True), num_held(["magnitude"], False)] == [1, 3, 1]
     assert [num_held(["esi", "snip"], False), num_held(["snip", "magnitude"], True)] == [2, 3]
+    assert objectives(["magnitude"], False, control=True) == ("control",)
+    assert objectives(["exclusive"], True) == ("safety", "control", "tuning", "benign")
+    assert [num_held(["esi"], False, control=True), num_held(["magnitude"], False, control=True)] == [2, 2]
+    for name, base in AGAINST_CONTROL.items():  # the base's scores take the place of the same gradient
+        assert GRADIENTS[name][:1] == GRADIENTS[base][:1] and {*GRADIENTS[base], "control"} == {*GRADIENTS[name]}
     for name in GRADIENTS:  # alone, scores take the place of a gradient wherever there is one
         assert num_held([name], False) == max(1, len(GRADIENTS[name]))
 
@@ -212,6 +263,23 @@ def test_the_oracles_gradients_are_those_of_its_loss(tmp_path: Path) -> None:
             {**JUDGED, "data": {"responses": "r", "tuning": ROWS}, "select": {"criterion": ["esi", "snip"]}},
             "data.tuning.path = rows.jsonl: would never be read",
         ),
+        (
+            {**JUDGED, "select": {"criterion": ["esi", "excess"]}},
+            "control: is missing; criterion excess needs a control.prompts.path or control.rows.path",
+        ),
+        (
+            {"select": {"criterion": "magnitude"}, "control": {"prompts": {"path": "alpaca.jsonl"}}},
+            "judge: is missing; control.prompts needs a judge.path; control.rows needs none",
+        ),
+        (
+            {**JUDGED, "select": {"criterion": "exclusive"}, "control": {"rows": ROWS}},
+            "data.tuning: is missing; criterion exclusive needs",
+        ),
+        ({**JUDGED, "control": {}}, "control: names no data; give control.prompts.path or control.rows.path"),
+        (
+            {**JUDGED, "control": {"prompts": ROWS, "rows": ROWS}},
+            "control.rows.path = rows.jsonl: and control.prompts are two controls; give one of them",
+        ),
     ],
 )
 def test_what_is_missing_or_read_by_nothing(sections: dict, words: str) -> None:
@@ -288,6 +356,36 @@ def test_dry_run_shows_the_further_passes(inputs: Path, capsys) -> None:
 
     for what in ("gradient sums per rank", "checkpoint on disk"):
         assert math.isclose(size(both, what), 2 * size(alone, what), rel_tol=2e-3), what
+
+
+def test_dry_run_of_a_control(inputs: Path, capsys) -> None:
+    """One more pass and one more sum; a control of prompts is answered and judged as well."""
+    (inputs / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(20)))
+    start = ["--config", str(inputs / "a.yaml"), "--dry-run", "--world-size", "2", "esi.batch_size=4"]
+    tuning = [f"data.tuning.path={inputs / 'rows.jsonl'}", "select.criterion=tuning_grad"]
+    judged = [f"judge.path={inputs / 'model'}", f"data.prompts.path={inputs / 'prompts.jsonl'}"]
+    shown = {}
+    for name, options in (
+        ("alone", tuning),
+        ("rows", [*tuning, f"control.rows.path={inputs / 'rows.jsonl'}", "control.rows.limit=10"]),
+        ("prompts", [*judged, f"control.prompts.path={inputs / 'prompts.jsonl'}", "control.prompts.limit=9"]),
+    ):
+        assert main("esi", [*start, *options]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        shown[name] = {key: value for key, _, value in (line.partition("  ") for line in lines)}
+    assert not any("control " in key for key in shown["alone"])
+    assert shown["rows"]["control rows"].strip() == "10"
+    assert "2 of 4 rows per rank (8 together)" in shown["rows"]["control passes"]
+    assert "2 sums: control, tuning" in shown["rows"]["sums of gradients"]
+    assert shown["prompts"]["prompts"].strip() == "20" and shown["prompts"]["control prompts"].strip() == "9"
+    assert "2 of 4 prompts per rank (8 together)" in shown["prompts"]["control passes"]
+    assert "2 sums: safety, control" in shown["prompts"]["sums of gradients"]
+
+    def mebibytes(name: str, label: str) -> float:
+        return float(shown[name][label].split()[0])
+
+    for label in ("checkpoint on disk", "gradient sums per rank"):
+        assert math.isclose(mebibytes("rows", label), 2 * mebibytes("alone", label), rel_tol=2e-3), label
 
 
 def test_dry_run_of_several_criteria(inputs: Path, capsys) -> None:

@@ -91,7 +91,7 @@ def test_roles_of_an_untied_head_can_be_configured(tmp_path: Path) -> None:
             "select": {"criterion": "random"},
         }
     )
-    assert prepare_prompts(config) is None  # no judge is needed; the pattern matches
+    assert prepare_prompts(config) == []  # no judge is needed; the pattern matches
     claim_tied(folder, "same")
     with pytest.raises(UserError, match="matches no parameter"):
         prepare_prompts(config)

@@ -28,7 +28,7 @@ from esi_ds.report.html import write_report
 from esi_ds.report.publish import closing_table, publish
 from esi_ds.stages.esi.losses import LossRows
 from esi_ds.stages.esi.masks import SharedGradients, make_masks
-from esi_ds.stages.esi.prepare import EsiInputs, PreparedEsiJudge, PromptInputs, clean, encode_prompts
+from esi_ds.stages.esi.prepare import EsiInputs, Example, PreparedEsiJudge, PromptInputs, clean, encode_prompts
 from esi_ds.stages.run import StageRun
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
@@ -41,7 +41,18 @@ NUM_SAMPLES = 8
 
 
 @dataclass(frozen=True)
-class SafetyOutcome:
+class AnsweredPrompts:
+    """The prompts of an objective with their responses, before its pass. excluded: prompt index → reason."""
+
+    inputs: PromptInputs
+    responses: list[str]
+    examples: list[Example]
+    excluded: dict[int, str]
+    special_tokens_broken_up: int
+
+
+@dataclass(frozen=True)
+class PromptOutcome:
     """What the pass over prompts and responses leaves behind. scores, excluded: by prompt index."""
 
     accumulated: Accumulated
@@ -51,6 +62,11 @@ class SafetyOutcome:
     excluded: dict[int, str]
     special_tokens_broken_up: int
     sequences: list[list[int]]  # prompts with their responses, as the model reads them
+
+    @property
+    def name(self) -> str:
+        """Of the objective: safety or control."""
+        return self.inputs.name
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,7 @@ class LossOutcome:
 
     @property
     def name(self) -> str:
-        """As in ``data.<name>``."""
+        """Of the objective."""
         return self.loss.name
 
     @property
@@ -78,15 +94,18 @@ def finish_esi(
     run: StageRun[EsiInputs],
     model: ShardedModel,
     gradients: SharedGradients,
-    outcome: SafetyOutcome | None,
+    scored: Sequence[PromptOutcome],
     losses: Sequence[LossOutcome],
 ) -> None:
-    """Select, write, report. outcome: None for criteria that need no judge.
+    """Select, write, report. scored: of the objectives that are a judge's score.
 
     Collectives: those of ``make_masks``, and of the routing frequencies.
     """
     config, folder = run.config, run.folder.path
-    (first, *others), overlaps = make_masks(run, model, gradients, loss_facts(losses))
+    by_name = {outcome.name: outcome for outcome in scored}
+    outcome, control = by_name.get("safety"), by_name.get("control")
+    facts = loss_facts(losses) | (control_facts(control) if control is not None else {})
+    (first, *others), overlaps = make_masks(run, model, gradients, facts)
     routing = routing_rows(config, model, outcome, losses)
     is_list = isinstance(config.select.criterion, list)
     silent = {mask["selection"]["criterion"]: silent_experts(mask["units"]) for mask in (first, *others)}
@@ -137,8 +156,18 @@ def loss_facts(losses: Sequence[LossOutcome]) -> dict[str, object]:
     return facts
 
 
+def control_facts(control: PromptOutcome) -> dict[str, object]:
+    """The same of a control of prompts."""
+    data = control.inputs.data
+    return {
+        "control prompts from": data.origin,
+        "control prompts used": control.accumulated.count,
+        "control prompts skipped": len(data.skipped) + len(control.excluded),
+    }
+
+
 def routing_rows(
-    config: Config, model: ShardedModel, outcome: SafetyOutcome | None, losses: Sequence[LossOutcome]
+    config: Config, model: ShardedModel, outcome: PromptOutcome | None, losses: Sequence[LossOutcome]
 ) -> list[RoutingRow]:
     """How often harmful prompts with their responses, and benign texts, reach each expert; on rank 0.
 
@@ -188,7 +217,7 @@ def loss_report(outcome: LossOutcome) -> LossReport:
     }
 
 
-def run_facts(run: StageRun[EsiInputs], model: ShardedModel, outcome: SafetyOutcome | None) -> Facts:
+def run_facts(run: StageRun[EsiInputs], model: ShardedModel, outcome: PromptOutcome | None) -> Facts:
     """What the report's first table says of the run."""
     config = run.config
     facts: Facts = {
@@ -215,7 +244,7 @@ def run_facts(run: StageRun[EsiInputs], model: ShardedModel, outcome: SafetyOutc
     return facts
 
 
-def response_facts(outcome: SafetyOutcome) -> Facts:
+def response_facts(outcome: PromptOutcome) -> Facts:
     """How many of the responses used are unsafe to the judge, where its score says so, and how many hold a refusal's
     words."""
     judge, marks, facts = outcome.inputs.judge, outcome.inputs.marks, Facts()
@@ -237,7 +266,7 @@ def _judge_facts(config: Config, judge: PreparedEsiJudge | None) -> Facts:
     return {"judge": section.path, "judge family": judge.family.name, "judge score": f"{section.score} ({context})"}
 
 
-def excluded_prompts(outcome: SafetyOutcome) -> list[ExcludedPrompt]:
+def excluded_prompts(outcome: PromptOutcome) -> list[ExcludedPrompt]:
     """Prompts that took no part, by index."""
     prompts = outcome.inputs.data.prompts
     return [
@@ -246,7 +275,7 @@ def excluded_prompts(outcome: SafetyOutcome) -> list[ExcludedPrompt]:
     ]
 
 
-def samples(outcome: SafetyOutcome) -> list[SampleResponse]:
+def samples(outcome: PromptOutcome) -> list[SampleResponse]:
     """The first judged responses."""
     return [
         {

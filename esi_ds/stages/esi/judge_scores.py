@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from typing_extensions import TypedDict
@@ -23,15 +23,21 @@ class JudgeScoreRow(TypedDict):
 
 
 def judge_scores(
-    guard: Guard, examples: Sequence[Example], batch_size: int, folder: Path, tracker: Tracker
+    guard: Guard,
+    examples: Sequence[Example],
+    batch_size: int,
+    file: Path,
+    tracker: Tracker,
+    save: Callable[[], None] | None = None,
 ) -> dict[int, float]:
-    """J by example index, the same on every rank. Written to ``folder`` batch by batch: no response is judged twice.
+    """J by example index, the same on every rank. Written to ``file`` batch by batch: no response is judged twice.
 
-    Collectives: one broadcast, those of a sharded guard, and two gathers per batch. Raises Interrupted.
+    save: what earlier passes have still to save where a signal stops this. Collectives: one broadcast, those of a
+    sharded guard, and two gathers per batch; those of ``save`` then. Raises Interrupted.
     """
     if runtime.is_main():
-        folder.mkdir(exist_ok=True)
-    ledger: Ledger[JudgeScoreRow] = Ledger(folder / "judge_scores.jsonl", ("index",), JudgeScoreRow)
+        file.parent.mkdir(exist_ok=True)
+    ledger: Ledger[JudgeScoreRow] = Ledger(file, ("index",), JudgeScoreRow)
     waiting = [example for example in examples if (example.index,) not in ledger.rows]
     batch_size = min(batch_size, guard.max_batch or batch_size)
     stride, first = batch_size * runtime.world_size(), batch_size * runtime.rank()
@@ -48,5 +54,5 @@ def judge_scores(
                 for example, score in zip(mine, scores, strict=False)
             )
             bar.update(len(waiting[start : start + stride]))
-            check_stop(f"{len(ledger.rows)} responses judged")
+            check_stop(f"{len(ledger.rows)} responses judged", save)
     return {example.index: ledger.rows[(example.index,)]["judge_score"] for example in examples}

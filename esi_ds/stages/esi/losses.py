@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from esi_ds.config import Config
-from esi_ds.core.criteria import objectives
+from esi_ds.config import Config, LossData
 from esi_ds.data.conversations import TuningSet
 from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.stages.tune.prepare import load_training_tokenizer, read_tuning_set
@@ -14,16 +13,17 @@ from esi_ds.stages.tune.prepare import load_training_tokenizer, read_tuning_set
 
 @dataclass(frozen=True)
 class LossRows:
-    """The rows of ``data.<name>``, as the model reads them. pad: id of the padding token."""
+    """The rows of an objective, as the model reads them. field: of the config. pad: id of the padding token."""
 
     name: str
+    field: str
     path: str
     rows: TuningSet
     pad: int
 
     def describe(self) -> str:
         """One line for the log."""
-        return f"data.{self.name}: {len(self.rows.sequences)} rows of columns {self.rows.columns} from {self.path}"
+        return f"{self.field}: {len(self.rows.sequences)} rows of columns {self.rows.columns} from {self.path}"
 
     @property
     def source(self) -> dict[str, Any]:
@@ -36,17 +36,29 @@ class LossRows:
 
 
 def prepare_losses(config: Config) -> list[LossRows]:
-    """Rows of every loss that a criterion needs, in the order of its passes. Raises UserError. Reads only."""
-    names = [name for name in objectives(config.select.criteria, config.select.contrastive) if name != "safety"]
-    if not names:
+    """Rows of every loss that a pass is made over, in the order of the passes. Raises UserError. Reads only."""
+    sections = loss_sections(config)
+    if not sections:
         return []
     model_config = load_model_config(ModelSource.of(config.model))
     tokenizer = load_training_tokenizer(config.model)
     losses = []
-    for name in names:
-        section = getattr(config.data, name)
-        rows = read_tuning_set(
-            config, section, f"data.{name}", tokenizer, model_config, section.max_length, section.limit
-        )
-        losses.append(LossRows(name, section.path, rows, tokenizer.pad_token_id))
+    for name, (field, section) in sections.items():
+        rows = read_tuning_set(config, section, field, tokenizer, model_config, section.max_length, section.limit)
+        losses.append(LossRows(name, field, section.path, rows, tokenizer.pad_token_id))
     return losses
+
+
+def loss_sections(config: Config) -> dict[str, tuple[str, LossData]]:
+    """objective → (key, section) of the config, for every objective that is a loss, in the order of their passes."""
+    control = config.control.rows if config.control is not None else None
+    sections = {
+        "control": ("control.rows", control),
+        "tuning": ("data.tuning", config.data.tuning),
+        "benign": ("data.benign", config.data.benign),
+    }
+    return {
+        name: (sections[name][0], section)
+        for name in config.objectives
+        if name in sections and (section := sections[name][1]) is not None
+    }

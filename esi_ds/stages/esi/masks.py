@@ -11,18 +11,19 @@ import numpy as np
 import torch
 
 from esi_ds.config import Config, Criterion
-from esi_ds.core.criteria import overwrites_gradient
+from esi_ds.core.criteria import AGAINST_CONTROL, overwrites_gradient
 from esi_ds.core.mask import pack_bits
 from esi_ds.core.mask_metadata import SCORES_FORMAT, MaskMetadata, mask_texts
 from esi_ds.core.select import key_to_score
 from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
-from esi_ds.report.contents import MaskReport, Overlap, SelectionFacts
+from esi_ds.report.contents import MaskReport, Overlap, SelectionFacts, UnitControl
 from esi_ds.report.experts import expert_tables
 from esi_ds.report.tables import overlap
 from esi_ds.stages.esi.prepare import EsiInputs
 from esi_ds.stages.run import StageRun
 from esi_ds.zero import runtime
+from esi_ds.zero.control import Control
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.files import write_mask, write_scores
 from esi_ds.zero.score import (
@@ -31,8 +32,10 @@ from esi_ds.zero.score import (
     Selection,
     contrast_denominators,
     contrast_scores,
+    normalise_by_matrix,
     score,
     select_weights,
+    unit_means,
     unit_sigmas,
 )
 from esi_ds.zero.statistics import log_histograms, unit_rows
@@ -54,19 +57,51 @@ class SharedGradients:
         if config.select.contrastive:
             roots = {name: mean.sqrt_() for name, mean in self._means.pop("benign").items()}
             self._denominators = contrast_denominators(model, roots)
+        self._control: Control | None = None
+        if config.control is not None:
+            means, is_loss = self._means.pop("control"), config.control.rows is not None
+            self._control = Control(model, means, self.sigma, is_loss, *config.control.origin)
 
     def scores(self, criterion: Criterion) -> Scores:
         """The criterion's scores. To be asked in the order of the criteria, once each: the last that reads a gradient
         takes its place.
 
-        Collectives, if contrastive: those of ``contrast_scores``; raises UserError where that divides by 0.
+        Collectives: those of ``Control.relate`` for a criterion with a control, if contrastive those of
+        ``contrast_scores``, and of ``normalise_by_matrix`` where the config says so. Raises UserError where one of them
+        divides by 0.
         """
-        criteria = self._config.select.criteria
+        section = self._config.select
+        criteria = section.criteria
         overwrite = overwrites_gradient(criteria, criteria.index(criterion))
-        scores = score(self._model, criterion, self._means, self.sigma, self._config.run.seed, overwrite)
-        if self._config.select.contrastive:
+        base = AGAINST_CONTROL.get(criterion, criterion)
+        scores = score(self._model, base, self._means, self.sigma, self._config.run.seed, overwrite)
+        if criterion in AGAINST_CONTROL:
+            assert self._control is not None  # require_esi
+            self._control.relate(criterion, scores, self._means.get("tuning"))
+        if section.contrastive:
             self._contrast(criterion, scores)
+        if section.normalise == "matrix":
+            normalise_by_matrix(self._model, scores)
         return scores
+
+    def control_units(self) -> list[UnitControl] | None:
+        """What each matrix has under the control, in the model's order; None without one. To be asked last, once.
+
+        Collectives: those of the control's means, of a selection and of ``unit_rows``.
+        """
+        if self._control is None:
+            return None
+        scores = self._control.take_scores()
+        means = unit_means(self._model, scores)
+        section = self._config.select
+        if section.normalise == "matrix":
+            normalise_by_matrix(self._model, scores)
+        selection = select_as_configured(self._config, self._model, scores, "control")
+        rows = unit_rows(self._model, scores, selection, self.sigma)
+        return [
+            {"control_mean_score": mean, "control_selected": row["selected"]}
+            for row, mean in zip(rows, means.values(), strict=True)
+        ]
 
     def _contrast(self, criterion: Criterion, scores: Scores) -> None:
         undefined, section = contrast_scores(scores, self._denominators), self._config.data.benign
@@ -84,10 +119,12 @@ class SharedGradients:
 def make_masks(
     run: StageRun[EsiInputs], model: ShardedModel, gradients: SharedGradients, loss_facts: Mapping[str, object]
 ) -> tuple[list[MaskReport], list[Overlap]]:
-    """Write scores and mask of every criterion, one after the other, so that only one's scores exist at a time.
+    """Write scores and mask of every criterion, one after the other, so that only one's scores exist at a time. Then
+    every matrix of every mask gets what it has under the control.
 
     loss_facts: rows of the report's table that hold for every mask. Returns what the report says of each mask, and of
-    every two. Collectives: those of ``_make_mask``, and one all-reduce of a number for every two masks.
+    every two. Collectives: those of ``_make_mask`` and ``SharedGradients.control_units``, and one all-reduce of a
+    number for every two masks.
     """
     reports: list[MaskReport] = []
     packed: list[PackedBits] = []
@@ -95,6 +132,10 @@ def make_masks(
         report, bits = _make_mask(run, model, criterion, gradients, loss_facts)
         reports.append(report)
         packed.append(bits)
+    if (controls := gradients.control_units()) is not None:
+        for report in reports:
+            for unit, control in zip(report["units"], controls, strict=True):
+                unit.update(control)
     pairs = list(combinations(range(len(packed)), 2))
     local = [
         sum(int(np.bitwise_count(a & b).sum()) for a, b in zip(packed[one], packed[other], strict=True))
@@ -124,22 +165,15 @@ def _make_mask(
     folders and of the statistics."""
     config, section, folder = run.config, run.config.select, run.folder.path
     scores = gradients.scores(criterion)
-    selection = select_weights(
-        model,
-        scores,
-        ratio=section.ratio,
-        order=section.order,
-        of=section.of,
-        scope=section.scope,
-        seed=config.run.seed,
-    )
+    selection = select_as_configured(config, model, scores, "select.criterion")
     scored = [parameter for parameter in model.parameters if parameter.scored]
     if selection.k == sum(parameter.numel for parameter in scored) and criterion == section.criteria[0]:
         run.tracker.log("select.ratio asks for at least as many weights as are scored: the mask holds all of them")
     metadata = mask_metadata(config, criterion, model, selection, run.fingerprint)
     subfolder = section.subfolder(criterion)
     if config.esi.save_scores:
-        shared = {key: metadata[key] for key in ("criterion", "contrastive", "fingerprint", "total_numel", "seed")}
+        keys = ("criterion", "contrastive", "normalise", "fingerprint", "total_numel", "seed")
+        shared = {key: metadata[key] for key in keys if key in metadata}
         write_scores(folder / "scores" / subfolder, scored, model.scored, scores, {"format": SCORES_FORMAT, **shared})
     write_mask(folder / "mask" / subfolder, scored, model.scored, selection.bits, metadata, units_json(scored))
     units = unit_rows(model, scores, selection, gradients.sigma)
@@ -153,6 +187,21 @@ def _make_mask(
     }
     several = len(section.criteria) > 1
     return report, [pack_bits(selection.bits[shard.name]).numpy() for shard in model.scored] if several else []
+
+
+def select_as_configured(config: Config, model: ShardedModel, scores: Scores, field: str) -> Selection:
+    """The selection that ``select`` of the config asks for; field and collectives: see ``select_weights``."""
+    section = config.select
+    return select_weights(
+        model,
+        scores,
+        ratio=section.ratio,
+        order=section.order,
+        of=section.of,
+        scope=section.scope,
+        seed=config.run.seed,
+        field=field,
+    )
 
 
 def units_json(scored: Sequence[Parameter]) -> list[dict[str, Any]]:
@@ -179,6 +228,7 @@ def mask_metadata(
             threshold=threshold_of(selection, section.order),
             criterion=criterion,
             contrastive=section.contrastive,
+            normalise=section.normalise,
             order=section.order,
             of=section.of,
             scope=section.scope,
@@ -212,4 +262,6 @@ def selection_facts(
         "of": section.of,
         "scope": section.scope,
     }
+    if section.normalise != "none":
+        facts["normalise"] = section.normalise
     return cast(SelectionFacts, {**facts, **loss_facts})  # a TypedDict cannot name labels made at run time

@@ -29,7 +29,7 @@ from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 class ResponseObjective(Objective[Example]):
     """Σ over prompts of an estimate of ∇S: a surrogate's gradient sent through the model (docs/method.md §1)."""
 
-    name, unit = "safety", "prompt"
+    unit = "prompt"
 
     def __init__(
         self,
@@ -39,9 +39,11 @@ class ResponseObjective(Objective[Example]):
         gradients: GradientShards,
         pad: int,
         batch_size: int,
+        name: str = "safety",
     ):
         self.config, self.model, self.examples, self.gradients, self.pad = config, model, examples, gradients, pad
-        self.batch_size = batch_size
+        self.batch_size, self.name = batch_size, name
+        self.source = "" if name == "safety" else f" of {name}.prompts"
 
     def index(self, example: Example) -> int:
         return example.index
@@ -82,7 +84,8 @@ class ResponseObjective(Objective[Example]):
         raise NotImplementedError
 
     def scalars(self, score: float, value: float, norm: float, rate: float) -> dict[str, float]:
-        return {"judge_score": score, "gradient_norm": norm, "surrogate": value, "prompts_per_second": rate}
+        scalars = {"judge_score": score, "gradient_norm": norm, "surrogate": value, "prompts_per_second": rate}
+        return scalars if self.name == "safety" else {f"{self.name}_{key}": number for key, number in scalars.items()}
 
 
 class SafetyObjective(ResponseObjective):
@@ -98,8 +101,9 @@ class SafetyObjective(ResponseObjective):
         gradients: GradientShards,
         pad: int,
         batch_size: int,
+        name: str = "safety",
     ):
-        super().__init__(config, model, examples, gradients, pad, min(batch_size, guard.max_batch or batch_size))
+        super().__init__(config, model, examples, gradients, pad, min(batch_size, guard.max_batch or batch_size), name)
         self.guard, self.vocabulary = guard, vocabulary
         self._judgements: dict[int, Judgement] = {}
 
@@ -158,8 +162,9 @@ class ScoreFunctionObjective(ResponseObjective):
         gradients: GradientShards,
         pad: int,
         batch_size: int,
+        name: str = "safety",
     ):
-        super().__init__(config, model, examples, gradients, pad, batch_size)
+        super().__init__(config, model, examples, gradients, pad, batch_size, name)
         self._scores = scores
         self._advantages = advantages({index: score for index, score in scores.items() if math.isfinite(score)})
 
@@ -192,7 +197,7 @@ class LossObjective(Objective[TokenSequence]):
         pad: int,
         batch_size: int,
     ):
-        self.name, self.source = name, f" of data.{name}"
+        self.name, self.source = name, " of control.rows" if name == "control" else f" of data.{name}"
         self.model, self.examples, self.gradients, self.pad = model, examples, gradients, pad
         self.batch_size = batch_size
 
@@ -227,7 +232,7 @@ class LossObjective(Objective[TokenSequence]):
 
 
 class MeanLoss(LossObjective):
-    """g_T: the gradient of the mean loss over all learnt tokens of all rows, however they are batched."""
+    """g_T or g_C: the gradient of the mean loss over all learnt tokens of all rows, however they are batched."""
 
     def total(self, losses: Tensor, examples: Sequence[TokenSequence]) -> Tensor:
         return losses.sum()

@@ -6,17 +6,17 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.artifacts import file_sha256
-from esi_ds.config import Config, EsiClassifier, EsiGuard
+from esi_ds.config import Config, EsiClassifier, EsiGuard, ModelEndpoint, Prompts
 from esi_ds.config.judges import Reads
 from esi_ds.config.needs import scores_given
-from esi_ds.core.criteria import objectives
 from esi_ds.core.select import check_ratio, share_sizes
 from esi_ds.data.answers import check_one_model, counted_responses
+from esi_ds.data.benchmarks import Kind
 from esi_ds.data.chat import (
     EncodedResponse,
     answerable,
@@ -122,7 +122,8 @@ class PromptInputs:
 
     end_ids: tokens that end a response. judge: None where the scores come with the responses. specials: strings of
     special tokens, of both tokenizers. benign_prompts: those of ``eval.benign``, for the routing frequencies of a
-    mixture. marks: of thoughts. reads: what the judge reads of a response. trace_gradient: of the config.
+    mixture. marks: of thoughts. reads: what the judge reads of a response. trace_gradient: of the config. name: of the
+    objective.
     """
 
     model_config: PretrainedConfig
@@ -135,6 +136,17 @@ class PromptInputs:
     marks: Marks = MARKS
     reads: Reads = "answer"
     trace_gradient: bool = False
+    name: Literal["safety", "control"] = "safety"
+
+    @property
+    def prefix(self) -> str:
+        """Of files, metrics and batch sizes that both objectives have."""
+        return "" if self.name == "safety" else f"{self.name}_"
+
+    @property
+    def field(self) -> str:
+        """The key of the config that the prompts hang on."""
+        return "data" if self.name == "safety" else "control.prompts"
 
 
 @dataclass(frozen=True)
@@ -163,8 +175,8 @@ class Example:
         return self.guard_input
 
 
-def prepare_prompts(config: Config) -> PromptInputs | None:
-    """Read prompts and tokenizers and check them against each other. None for criteria that need no judge.
+def prepare_prompts(config: Config) -> list[PromptInputs]:
+    """Read prompts and tokenizers and check them against each other: of every objective that is a judge's score.
 
     Raises UserError. Reads only; loads no weights.
     """
@@ -174,23 +186,32 @@ def prepare_prompts(config: Config) -> PromptInputs | None:
     # Report an invalid role, or a ratio that selects nothing, now and not once everything is scored.
     parameters = meta_parameters(model_config, source, config.model.roles, config.model.dtype)
     check_ratio(config.select.ratio, share_sizes(parameters, config.select.of, config.select.scope), "select.ratio")
-    if "safety" not in objectives(config.select.criteria, config.select.contrastive):
-        return None
+    if not config.scores_responses:
+        return []
     tokenizer = load_chat_tokenizer(source, config.model)
     judge = prepare_judge(config.judge, config.esi.batch_size == 1) if config.judge is not None else None
     specials = special_strings(tokenizer, *([judge.tokenizer] if judge else []))
-    return PromptInputs(
-        model_config,
-        tokenizer,
-        end_tokens(source, tokenizer),
-        judge,
-        _read_data(config),
-        specials,
-        _benign_prompts(config),
-        marks_with(config.model.thought_marks),
-        config.judge.reads if config.judge is not None else "answer",
-        config.esi.trace_gradient,
-    )
+
+    def inputs(name: Literal["safety", "control"], data: PromptData) -> PromptInputs:
+        return PromptInputs(
+            model_config,
+            tokenizer,
+            end_tokens(source, tokenizer),
+            judge,
+            data,
+            specials,
+            _benign_prompts(config) if name == "safety" else (),
+            marks_with(config.model.thought_marks),
+            config.judge.reads if config.judge is not None else "answer",
+            config.esi.trace_gradient,
+            name,
+        )
+
+    all_inputs = [inputs("safety", _read_data(config))] if "safety" in config.objectives else []
+    if config.control is not None and config.control.prompts is not None:
+        data = _asked_data(config, config.control.prompts, "control.prompts", "benign")
+        all_inputs.append(inputs("control", data))
+    return all_inputs
 
 
 def _benign_prompts(config: Config) -> tuple[Prompt, ...]:
@@ -258,10 +279,15 @@ def _read_data(config: Config) -> PromptData:
         responses = counted_responses(rows, marks_with(config.model.thought_marks))
         return PromptData(prompts, responses, source, [], scores, goals=goals)
     assert section is not None  # require_esi has seen to it
-    read = load_section(section)
+    return _asked_data(config, section, "data.prompts")
+
+
+def _asked_data(config: Config, section: Prompts, field: str, kind: Kind | None = None) -> PromptData:
+    """Prompts that the model answers, or the endpoint ``data.responses``. kind: of the rows that are taken."""
+    read, path = load_section(section, field, kind), config.data.responses
     source = {"prompts": read.source, "column": read.column, "sha256": read.sha256}
     served = None
-    if path is not None:
+    if isinstance(path, ModelEndpoint):
         served = ServedModel.of(path, "data.responses", config.esi.max_new_tokens, config.model)
         source["responses"] = f"endpoint:{path.model}"
     goals = list[str | None](read.goals) or None
@@ -397,17 +423,29 @@ def _outside_answer(spans: Sequence[Span], found: Parts) -> list[int]:
 class EsiInputs:
     """What a run of ESI reads.
 
-    safety: None for criteria that need no judge. losses: the rows of the criteria's other objectives, in the order
-    of their passes.
+    prompts: those of the objectives that are a judge's score, none for criteria that need no judge. losses: the rows of
+    the other objectives. Both in the order of their passes.
     """
 
-    safety: PromptInputs | None
+    prompts: list[PromptInputs]
     losses: list[LossRows]
+
+    @property
+    def judge(self) -> PreparedEsiJudge | None:
+        """The judge of all responses; None where none is asked."""
+        return self.prompts[0].judge if self.prompts else None
+
+    @property
+    def served(self) -> ServedModel | None:
+        """The server that answers prompts, if one does."""
+        return next((inputs.data.served for inputs in self.prompts if inputs.data.served is not None), None)
 
     @property
     def source(self) -> dict[str, Any]:
         """Paths and hashes, for the manifest."""
-        source: dict[str, Any] = dict(self.safety.data.source) if self.safety else {}
+        source: dict[str, Any] = {}
+        for inputs in self.prompts:
+            source |= {f"{inputs.prefix}{key}": value for key, value in inputs.data.source.items()}
         for loss in self.losses:
             source |= loss.source
         return source

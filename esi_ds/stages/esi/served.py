@@ -32,16 +32,18 @@ def ask_endpoint(
     folder: Path,
     tracker: Tracker,
     goals: Sequence[str | None] | None = None,
+    prefix: str = "",
 ) -> tuple[list[str], dict[int, str]]:
     """ESI's responses: the text to each prompt, "" where there is none, and index → why the model gave none.
 
     The rows are kept in ``answers.jsonl``, as an evaluation keeps them. goals: what each prompt is after, if any says.
+    prefix: of the file's name.
 
     Collectives: one broadcast of the rows on disk, and those of ``AnswerRounds.ask``. Raises UserError, Interrupted.
     """
     aims = tuple(goal for goal in goals or () if goal is not None)  # all prompts of a set have one, or none has
     question_set = QuestionSet(ASKED_SET, "harmful", PromptSet(tuple(prompts), "", "", (), goals=aims))
-    answers: Ledger[AnswerRow] = Ledger(folder / ANSWERS, ANSWER_KEY, AnswerRow)
+    answers: Ledger[AnswerRow] = Ledger(folder / f"{prefix}{ANSWERS}", ANSWER_KEY, AnswerRow)
     AnswerRounds(model, answers, tracker).ask([question_set])
     mark_unfinished(answers.rows.values())
     rows = answers.sort((model.name, ASKED_SET, index) for index in range(len(prompts)))

@@ -20,7 +20,7 @@ from esi_ds.models.roles import unknown, warning
 from esi_ds.models.rows import probe_ids
 from esi_ds.models.widths import widths
 from esi_ds.stages.batch_sizes import longest_prompt
-from esi_ds.stages.esi.finish import LossOutcome, SafetyOutcome, finish_esi
+from esi_ds.stages.esi.finish import AnsweredPrompts, LossOutcome, PromptOutcome, finish_esi
 from esi_ds.stages.esi.judge_scores import judge_scores
 from esi_ds.stages.esi.losses import LossRows
 from esi_ds.stages.esi.masks import SharedGradients
@@ -63,8 +63,7 @@ class EsiRun(StageRun[EsiInputs]):
 
     @property
     def sources(self) -> list[ModelSource]:
-        safety = self.inputs.safety
-        judge = safety.judge if safety else None
+        judge = self.inputs.judge
         return super().sources + ([ModelSource.of(judge.section, "judge")] if judge else [])
 
     _passes: tuple[ScoringPass, ...] = ()  # begun or finished
@@ -74,11 +73,11 @@ class EsiRun(StageRun[EsiInputs]):
         return SaveClock(self.config.esi.save_every, self.config.run.save_every_min)
 
     def work(self) -> None:
-        config, safety = self.config, self.inputs.safety
-        if safety and safety.data.served:
-            check_reachable(safety.data.served, self.folder.path)
+        config, judge = self.config, self.inputs.judge
+        if self.inputs.served is not None:
+            check_reachable(self.inputs.served, self.folder.path)
         with self.phase("loading"):
-            guard = self._load_guard(safety.judge) if safety and safety.judge else None
+            guard = self._load_guard(judge) if judge is not None else None
             model = self.load_model()
         if strangers := unknown(model.parameters):
             self.tracker.log(warning(strangers))
@@ -87,25 +86,26 @@ class EsiRun(StageRun[EsiInputs]):
         if ids := self._any_ids():
             check_gradient(model, ids)
         self.begin(model)
-        outcome = self._accumulate_safety(model, guard, safety) if safety else None
+        # All are answered before any is scored: a stop during the answers finds no sums that are not saved.
+        answered = [self._answer(model, inputs) for inputs in self.inputs.prompts]
+        scored = [self._accumulate_scores(model, guard, answers) for answers in answered]
         if guard is not None:
             guard.close()
             del guard
             memory.collect()
         with self.phase("scoring"):
             losses = [self._accumulate_loss(model, loss) for loss in self.inputs.losses]
-        accumulated = {loss.name: loss.accumulated for loss in losses}
-        if outcome is not None:
-            accumulated["safety"] = outcome.accumulated
+        outcomes: list[PromptOutcome | LossOutcome] = [*scored, *losses]
+        accumulated = {outcome.name: outcome.accumulated for outcome in outcomes}
         check_stop("everything scored", self._passes[-1].save if self._passes else None)
         with self.phase("selecting and writing"):
-            finish_esi(self, model, SharedGradients(config, model, accumulated), outcome, losses)
+            finish_esi(self, model, SharedGradients(config, model, accumulated), scored, losses)
         model.close()
 
     def _any_ids(self) -> list[int]:
         """Ids of some text that the model can read; none for a criterion without gradients."""
-        if self.inputs.safety is not None:
-            return probe_ids(self.inputs.safety.tokenizer)
+        if self.inputs.prompts:
+            return probe_ids(self.inputs.prompts[0].tokenizer)
         return next((loss.rows.sequences[0].ids for loss in self.inputs.losses), [])
 
     def _load_guard(self, judge: PreparedEsiJudge) -> Guard:
@@ -127,22 +127,21 @@ class EsiRun(StageRun[EsiInputs]):
             )
         return guard
 
-    def _accumulate_safety(self, model: ShardedModel, guard: Guard | None, inputs: PromptInputs) -> SafetyOutcome:
-        """Responses, then the scoring pass. Raises UserError where no prompt can be used."""
+    def _answer(self, model: ShardedModel, inputs: PromptInputs) -> AnsweredPrompts:
+        """The responses of one objective. Raises UserError where no prompt can be used, and Interrupted."""
         config, data = self.config, inputs.data
-        self.tracker.log(
-            f"prompts: {len(data.prompts)} from {data.origin}, {len(data.skipped)} rows skipped{data.note}"
-        )
+        name = f"{inputs.prefix}prompts".replace("_", " ")
+        self.tracker.log(f"{name}: {len(data.prompts)} from {data.origin}, {len(data.skipped)} rows skipped{data.note}")
         prompts, num_broken = clean(inputs, data.prompts)
         prompt_ids = encode_prompts(inputs, config, prompts)
         unanswered: dict[int, str] = {}
         with self.phase("responding"):
             if data.served:
-                asked = data.served, data.prompts, self.folder.path, self.tracker, data.goals
+                asked = data.served, data.prompts, self.folder.path, self.tracker, data.goals, inputs.prefix
                 responses, unanswered = ask_endpoint(*asked)
             else:
                 longest = longest_prompt(prompt_ids, max_positions(inputs.model_config))
-                batch = self.generation_batch(config.esi, longest)
+                batch = self.generation_batch(config.esi, longest, f"{inputs.prefix}generation")
                 responses = respond(config, inputs, model, prompt_ids, self.folder.path, batch, self.tracker)
         if absent := absent_marks(responses, config.model.thought_marks):
             self.tracker.remark(f"no response holds {' or '.join(absent)} of model.thought_marks")
@@ -153,32 +152,39 @@ class EsiRun(StageRun[EsiInputs]):
         if not examples:
             reasons = "; ".join(sorted(set(excluded.values())))
             raise UserError(
-                "data",
+                inputs.field,
                 f"{len(prompts)} prompts",
                 f"none can be used ({reasons})",
-                "look at responses.jsonl in the run folder",
+                f"look at {inputs.prefix}responses.jsonl in the run folder",
             )
+        return AnsweredPrompts(inputs, responses, examples, excluded, num_broken + num_broken_responses)
+
+    def _accumulate_scores(self, model: ShardedModel, guard: Guard | None, answered: AnsweredPrompts) -> PromptOutcome:
+        """The scoring pass over answered prompts. Raises UserError where none gives a gradient."""
+        inputs, examples = answered.inputs, answered.examples
+        data, excluded = inputs.data, dict(answered.excluded)
         gradients = GradientShards(model, self._accumulator_device())
         with self.phase("scoring"):
             state = self._run_pass(model, self._objective(model, guard, inputs, examples, gradients))
         excluded.update(state.excluded)
         if runtime.is_main():
-            write_responses(self.folder.path, data.prompts, responses, state.scores, excluded, data.goals)
-        num_prompts = len(prompts) - len(excluded)
+            scored = answered.responses, state.scores, excluded, data.goals, inputs.prefix
+            write_responses(self.folder.path, data.prompts, *scored)
+        num_prompts = len(data.prompts) - len(excluded)
         if num_prompts == 0:
             raise UserError(
-                "data",
-                f"{len(prompts)} prompts",
+                inputs.field,
+                f"{len(data.prompts)} prompts",
                 "none gave a finite gradient",
-                "look at responses.jsonl in the run folder; is the model sound?",
+                f"look at {inputs.prefix}responses.jsonl in the run folder; is the model sound?",
             )
-        return SafetyOutcome(
+        return PromptOutcome(
             Accumulated(gradients.sums, num_prompts),
             inputs,
-            responses,
+            answered.responses,
             state.scores,
             excluded,
-            num_broken + num_broken_responses,
+            answered.special_tokens_broken_up,
             [example.ids for example in examples],
         )
 
@@ -194,21 +200,23 @@ class EsiRun(StageRun[EsiInputs]):
         config = self.config
         pad = inputs.tokenizer.pad_token_id
         learnt = max(len(example.ids) for example in examples) - min(len(example.prompt_ids) for example in examples)
-        batch_size = self._scoring_batch("safety", model, max(len(example.ids) for example in examples), learnt, guard)
+        longest, name = max(len(example.ids) for example in examples), inputs.name
+        batch_size = self._scoring_batch(name, model, longest, learnt, guard)
         if config.esi.estimator == "score_function":
             scores = self._response_scores(guard, inputs, examples, batch_size)
-            return ScoreFunctionObjective(config, model, scores, examples, gradients, pad, batch_size)
+            return ScoreFunctionObjective(config, model, scores, examples, gradients, pad, batch_size, name)
         assert guard is not None  # require_esi: only score_function does without a judge
         vocabulary = VocabularyMap(inputs.tokenizer, guard.tokenizer, model.num_logits)
-        return SafetyObjective(config, model, guard, vocabulary, examples, gradients, pad, batch_size)
+        return SafetyObjective(config, model, guard, vocabulary, examples, gradients, pad, batch_size, name)
 
     def _response_scores(
         self, guard: Guard | None, inputs: PromptInputs, examples: Sequence[Example], batch_size: int
     ) -> dict[int, float]:
         """J by example index: of the guard, or as read with the responses."""
         if guard is not None:
-            folder = self.folder.path / CHECKPOINTS
-            return judge_scores(guard, examples, batch_size, folder, self.tracker)
+            file = self.folder.path / CHECKPOINTS / f"{inputs.prefix}judge_scores.jsonl"
+            save = self._passes[-1].save if self._passes else None
+            return judge_scores(guard, examples, batch_size, file, self.tracker, save)
         scores = inputs.data.scores
         assert scores is not None  # require_esi
         return {example.index: scores[example.index] for example in examples}
@@ -218,7 +226,7 @@ class EsiRun(StageRun[EsiInputs]):
         rows, device = loss.rows, self._accumulator_device()
         self.tracker.log(f"{loss.describe()}; {len(rows.skipped)} skipped, {rows.num_cut} cut{rows.note}")
         for number, reason in rows.skipped[:5]:
-            self.tracker.log(f"skipped row {number} of data.{loss.name}: {reason}")
+            self.tracker.log(f"skipped row {number} of {loss.field}: {reason}")
         objective: LossObjective
         if loss.name == "benign":
             objective = SquaredRowGradients(
@@ -233,7 +241,7 @@ class EsiRun(StageRun[EsiInputs]):
         used = [sequence for sequence in rows.sequences if sequence.row not in state.excluded]
         if not used:
             raise UserError(
-                f"data.{loss.name}.path",
+                f"{loss.field}.path",
                 loss.path,
                 f"none of its {len(rows.sequences)} rows gave a finite gradient",
                 "look at its rows; is the model sound?",

@@ -21,6 +21,7 @@ from esi_ds.core.footprint import WEIGHT_BYTES, Topology, gathered_tensors, tran
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import expert_parallel_size
 from esi_ds.models.widths import widths
+from esi_ds.stages.esi.losses import loss_sections
 from esi_ds.stages.plan.footprints import Work, footprint
 
 
@@ -84,11 +85,12 @@ def answer_rows(
 
 @dataclass(frozen=True)
 class EsiBatches:
-    """generation, scoring, tuning: prompts that a rank answers and scores at a time, and rows of ``data.tuning``."""
+    """generation, scoring: prompts that a rank answers and scores at a time. losses: rows at a time, by objective, of
+    those that are the mean loss of rows."""
 
     generation: Rows
     scoring: Rows
-    tuning: Rows
+    losses: Mapping[str, Rows]
 
 
 def esi_batches(
@@ -113,7 +115,6 @@ def esi_batches(
         new_tokens,
         work.judge,
     )
-    longest = config.data.tuning.max_length if config.data.tuning is not None else 1
     sizes, needed = widths(model_config), footprint(work, "esi", cluster, settings)
 
     def fitting(tokens: int, learnt: int) -> Rows:
@@ -123,4 +124,6 @@ def esi_batches(
         fixed = needed.transient.total + needed.window + surrogate_bytes(sizes, learnt)
         return Rows(rows_that_fit(gpu - needed.resident.total - needed.judge, row, fixed), True)
 
-    return EsiBatches(generation, fitting(2 * new_tokens, new_tokens), fitting(longest, longest))
+    lengths = {name: section.max_length for name, (_, section) in loss_sections(config).items() if name != "benign"}
+    losses = {name: fitting(longest, longest) for name, longest in lengths.items()}
+    return EsiBatches(generation, fitting(2 * new_tokens, new_tokens), losses)

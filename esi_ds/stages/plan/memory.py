@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from esi_ds.config import Config
-from esi_ds.core.criteria import num_held, objectives
+from esi_ds.core.criteria import num_held
 from esi_ds.core.footprint import COMPACT_LIMIT, WEIGHT_BYTES, Topology
 from esi_ds.core.select import model_k
 from esi_ds.core.trained import Trained
@@ -113,7 +113,7 @@ def describe_work(
         experts_per_token(text),
         text.hidden_size,
         is_compact(config, sum(trained["set"].values())),
-        num_held(config.select.criteria, config.select.contrastive),
+        num_held(config.select.criteria, config.select.contrastive, config.control is not None),
         accumulation,
         config.model.gradient_checkpointing,
         config.esi.accumulator_device == "cpu",
@@ -125,7 +125,7 @@ def _judge_bytes(config: Config, ranks: int) -> float:
     """Bytes of the judge on one rank: a slice where it is sharded, else all of it. 0 where its configuration is not on
     this machine, for a plan does not wait for the hub."""
     judge = config.judge
-    if judge is None or "safety" not in objectives(config.select.criteria, config.select.contrastive):
+    if judge is None or not config.scores_responses:
         return 0.0
     source = ModelSource.of(judge, "judge")
     try:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from esi_ds.config import Config, ModelEndpoint, resolved_yaml
+from esi_ds.config import Config, ModelEndpoint, Prompts, resolved_yaml
 from esi_ds.core.criteria import objectives
 from esi_ds.core.mask import num_bytes
 from esi_ds.core.select import check_ratio, model_k, share_sizes
 from esi_ds.core.units import Parameter
+from esi_ds.data.benchmarks import Kind
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.models.folder import ModelSource, dequantised, load_model_config
 from esi_ds.models.meta import meta_parameters
 from esi_ds.models.roles import unknown, warning
 from esi_ds.options import Options
 from esi_ds.report.contents import Facts
+from esi_ds.stages.esi.losses import loss_sections
 from esi_ds.stages.plan.batches import EsiBatches, Rows, esi_batches
 from esi_ds.stages.plan.memory import GIB, describe_work, expected_trained, print_bytes, readable, topology
 from esi_ds.stages.plan.notes import count_prompts, count_responses, count_rows
@@ -42,15 +44,18 @@ def plan(
     if unrecognized := unknown(parameters):
         notes.append(warning(unrecognized))
     criteria = config.select.criteria
-    names = objectives(criteria, config.select.contrastive)
+    names = config.objectives
     if len(criteria) > 1:
         facts["masks"] = f"{len(criteria)}, from shared passes: {', '.join(map(_passes_of, criteria))}"
     if names:
         if len(names) > 1:
             facts["sums of gradients"] = f"{len(names)} sums: {', '.join(names)}"
         if "safety" in names:
-            facts |= _passes(config, world_size, batches, notes)
-        facts |= _loss_passes(config, names, world_size, batches.tuning, notes)
+            facts |= _passes(config, config.data.prompts, "data.prompts", world_size, batches, notes)
+        if config.control is not None and config.control.prompts is not None:
+            control = _passes(config, config.control.prompts, "control.prompts", world_size, batches, notes)
+            facts |= {f"control {label}": fact for label, fact in control.items()}
+        facts |= _loss_passes(config, world_size, batches.losses, notes)
         facts["checkpoint on disk"] = readable(4 * num_scored * len(names))
     if config.esi.save_scores:
         facts["scores on disk"] = readable(len(criteria) * 4 * num_scored)
@@ -71,14 +76,19 @@ def _passes_of(criterion: str) -> str:
     return f"{criterion} ({' and '.join(objectives([criterion], contrastive=False)) or 'none'})"
 
 
-def _passes(config: Config, world_size: int, batches: EsiBatches, notes: list[str]) -> Facts:
-    """Prompts, and the forward and backward passes that each rank makes over them."""
-    section, path = config.data.prompts, config.data.responses
+def _passes(
+    config: Config, section: Prompts | None, field: str, world_size: int, batches: EsiBatches, notes: list[str]
+) -> Facts:
+    """Prompts of a section, and the forward and backward passes that each rank makes over them."""
+    path = config.data.responses
+    if isinstance(path, str) and field == "control.prompts":
+        path = None  # the file answers data.prompts only
     if isinstance(path, str):
         count = count_responses(path, notes)
     else:
         assert section is not None  # require_esi
-        count = count_prompts(section, "data.prompts", notes)
+        kind: Kind | None = "benign" if field == "control.prompts" else None
+        count = count_prompts(section, field, notes, kind)
     answered: Facts = {"answered at a time": str(batches.generation)} if path is None else {}
     if isinstance(path, ModelEndpoint):
         answered = {"answered by": f"{path.model} at {path.base_url}, {path.concurrency} at a time"}
@@ -99,17 +109,15 @@ def _passes(config: Config, world_size: int, batches: EsiBatches, notes: list[st
     return facts | answered
 
 
-def _loss_passes(config: Config, names: Sequence[str], world_size: int, tuning: Rows, notes: list[str]) -> Facts:
+def _loss_passes(config: Config, world_size: int, rows: Mapping[str, Rows], notes: list[str]) -> Facts:
     """Rows of each loss, and the passes over them. Rows are counted, not read as conversations."""
     facts: Facts = {}
-    for name in names:
-        if name == "safety":
-            continue
-        count = count_rows(getattr(config.data, name), f"data.{name}", notes)
+    for name, (field, section) in loss_sections(config).items():
+        count = count_rows(section, field, notes)
         if count is None:
             facts[f"{name} rows"] = "not known"
             continue
-        size = 1 if name == "benign" else tuning.number  # F is made of single rows' gradients
+        size = rows[name].number if name in rows else 1  # F is made of single rows' gradients
         facts[f"{name} rows"] = count
         facts[f"{name} passes"] = (
             f"{-(-count // (size * world_size))} of {size} rows per rank ({size * world_size} together), each one "
