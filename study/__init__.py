@@ -1,4 +1,4 @@
-"""The comparison in docs/results.md: the grid of runs, what executes them, and the page made from them.
+"""The comparison in docs/results.md: the grid of runs, what executes them, and the pages made from them.
 
 python -m study.run
 """

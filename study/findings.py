@@ -10,6 +10,16 @@ from esi_ds.data.rows import Row
 from esi_ds.eval.statistics import mcnemar_exact, wilson
 from study.collect import FLAGS
 
+# Measures of a cell that tables show, in the order of their columns.
+MEASURES = {
+    "correct": "benign accuracy",
+    "over_refused": "over-refusal",
+    "not_refused": "not refused (words)",
+    "unsafe": "unsafe (guard)",
+    "unsafe_or_incoherent": "unsafe or incoherent",
+    "incoherent_harmful": "incoherent, harmful",
+    "incoherent_benign": "incoherent, benign",
+}
 # Limits that methods are compared at, the same for every one; where one does not get there the page says so and puts no
 # number.
 MAX_ATTACKS, MAX_OVER_REFUSAL = (0.10, 0.30), 0.05
@@ -48,19 +58,18 @@ def share(flags: Sequence[bool | None]) -> float:
     return sum(verdicts) / len(verdicts) if verdicts else float("nan")
 
 
+def counted(count: int, n: int, missing: int = 0) -> Row:
+    """A rate with Wilson's interval, and how many verdicts are missing."""
+    interval = wilson(count, n)
+    about = {"count": count, "n": n, "rate": interval.rate, "low": interval.low, "high": interval.high}
+    return {**about, "missing": missing}
+
+
 def pooled(rows: Iterable[Row], flag: str) -> Row:
-    """Rate over all seeds' prompts with Wilson's interval, and how many verdicts are missing."""
+    """``counted`` of all seeds' prompts."""
     flags = [value for row in rows for value in row[flag]]
     verdicts = [value for value in flags if value is not None]
-    interval = wilson(sum(verdicts), len(verdicts))
-    return {
-        "count": interval.count,
-        "n": interval.n,
-        "rate": interval.rate,
-        "low": interval.low,
-        "high": interval.high,
-        "missing": len(flags) - len(verdicts),
-    }
+    return counted(sum(verdicts), len(verdicts), len(flags) - len(verdicts))
 
 
 def settings(rows: Sequence[Row], *keys: str) -> dict[tuple, list[Row]]:
@@ -127,8 +136,7 @@ def methods(rows: Sequence[Row]) -> list[Row]:
     """One row a model, ratio and criterion; ``at`` holds every rule by its name."""
     summaries = []
     for (model, ratio, criterion), group in settings(rows, "model", "ratio", "criterion").items():
-        rates = sorted({row["lr"] for row in group})
-        about = {"model": model, "ratio": ratio, "criterion": criterion, "learning_rates": rates, "cells": len(group)}
+        about = {"model": model, "ratio": ratio, "criterion": criterion}
         summaries.append({**about, "at": {rule.name: at(group, rule) for rule in RULES}, "curve": curve(group, FLAGS)})
     return sorted(summaries, key=lambda row: (row["model"], row["ratio"], row["criterion"]))
 
@@ -230,6 +238,19 @@ def _verdict(row: Row, p: float | None) -> str:
     return "better" if sum(turned) > 0 else "worse"
 
 
+def at_edge(test: Row, methods: Sequence[Row]) -> bool:
+    """Whether one side of a test is compared at an end of its learning rates in some seed.
+
+    It might do better beyond that end, so that the test may only show which mask learns faster.
+    """
+    for row in at_ratio(methods, test["model"], test["ratio"]):
+        if row["criterion"] in (test["first"], test["second"]):
+            rates = [point["lr"] for point in row["curve"]]
+            if {min(rates), max(rates)} & set(row["at"][test["rule"]]["learning_rates"].values()):
+                return True
+    return False
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction (S. Holm, Scand. J. Stat. 6, 1979), in the given order."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
@@ -284,7 +305,8 @@ def at_equal_task(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
             ]
             best = [keep(group, seed, criterion, ratio) for seed in ran]
             about = {"model": model, "task": task, "criterion": criterion, "ratio": ratio, "learnt": learnt(group)}
-            summaries.append({**about, **{flag: summary(best, flag) for flag in FLAGS}})
+            counts = {"seeds": len(best), "reached": sum(row is not None for row in best)}
+            summaries.append({**about, **counts, **{flag: summary(best, flag) for flag in FLAGS}})
             if criterion != "esi":
                 continue
             for rival in ("nothing", "random", "snip"):

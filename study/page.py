@@ -1,374 +1,219 @@
-"""``docs/results.md``, its figures and ``study.json`` from the study's run folders, complete or not.
+"""The detail pages ``docs/results/tiny*.md`` and their figures from ``docs/results/study.json``.
 
-python -m study.page --output runs/study [--docs FOLDER]
+python -m study.page                     # pages from study.json as it is
+python -m study.page --runs runs/study   # study.json from the run folders first
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import os
-import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
 
-from esi_ds.artifacts import write_json_atomic, write_text_atomic
+from esi_ds.artifacts import write_text_atomic
 from esi_ds.data.rows import Row
 from esi_ds.report.figures import figure_png
-from study import findings, plots, where
-from study.collect import TUNED, finished, outside, provenance, row_of
-from study.findings import GUARD_RULES, POLITE_RULE, WORDS_RULES, Rule
-from study.grid import MODELS, POISONED, TASKS, Cell, cells
-from study.material import NUM_PROMPTS, ROOT
-from study.prose import conclusions, frozen_text, interval, percent, rule_text, seeds_text
+from study import findings, plots, tables
+from study.grid import MODELS, POISONED, TASKS
+from study.material import ROOT
+from study.stored import read_study, write_study
+from study.summary import summarise
 
-COMMAND = "python -m study.run"
-FIGURES = ("set-", "ratios-", "spa", "noise", "masks", "stability")
-KINDS = ("mask", "set", "lora", "spa", "perturb")
-# Measures of a chosen cell, in the order of a table's columns.
-MEASURES = {
-    "correct": "benign accuracy",
-    "over_refused": "over-refusal",
-    "not_refused": "not refused (words)",
-    "unsafe": "unsafe (guard)",
-    "unsafe_or_incoherent": "unsafe or incoherent",
-    "incoherent_harmful": "incoherent, harmful",
-    "incoherent_benign": "incoherent, benign",
-}
+RESULTS = ROOT / "docs/results"
+STUDY = "study.json"
+SPA_MODEL = "llama-aligned"  # whose tasks are drawn
+HEAD = """\
+Made by `python -m study.page` from `study.json`. What was run, and how to read it: [tiny.md](tiny.md). In words:
+[Results](../results.md)."""
+READING = f"""\
+## How to read the tables
 
+The models are the repository's tiny ones, about two million weights. A seed chooses other prompts for the mask, other
+noise and another order of the data; all cells answer the same held-out prompts.
 
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*rows, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
-
-
-def untuned_models(curves: dict[str, Sequence[Row]]) -> dict[str, Row]:
-    """Attack success before tuning: from the perturb run's clean model (noise 0), else when the model was made."""
-    figures = json.loads((ROOT / "examples/models/figures.json").read_text())["models"]
-    measured = {name: row["harmful"] for name, row in figures.items() if "asr_string" in row.get("harmful", {})}
-    source = "when the model was made: bf16, 400 prompts, up to 64 tokens"
-    untuned = {
-        name: {"source": source, **{k: row[k] for k in ("asr_string", "asr_guard")}} for name, row in measured.items()
-    }
-    for model, rows in curves.items():
-        clean = {row["measure"]: row for row in rows if row["noise"] == 0 and row["rate"] is not None}
-        if {"not refused", "unsafe"} <= set(clean):
-            judges = {"asr_string": clean["not refused"], "asr_guard": clean["unsafe"]}
-            untuned[model] = {"source": "the perturb run's clean model", **judges}
-    return untuned
-
-
-# ---------------------------------------------------------------- what was run
-
-
-def facts(output: Path, grid: Sequence[Cell], rows: Sequence[Row]) -> Row:
-    """What the page's first paragraph says, from the cells' own manifests and configs."""
-    counts = finished(output, grid)
-    return {
-        "command": COMMAND,
-        "finished": {kind: [counts.get(f"{kind} finished", 0), counts.get(kind, 0)] for kind in KINDS},
-        "outside_the_grid": outside(output, grid),
-        "seeds": findings.seeds_of(rows),
-        "prompts_of_a_mask": NUM_PROMPTS,
-        "asked": {flag: sorted({len(row[flag]) for row in rows}) for flag in ("not_refused", "correct")},
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        **provenance(output, grid),
-    }
-
-
-def what_was_run(about: Row) -> str:
-    done = ", ".join(f"{num_done} of {wanted} {kind}" for kind, (num_done, wanted) in about["finished"].items())
-    missing = sum(wanted - num_done for num_done, wanted in about["finished"].values())
-    used = ", ".join(f"{name} {'/'.join(entries)}" for name, entries in about["versions"].items())
-    steps = "; ".join(f"{kind} {_counted(entries)}" for kind, entries in about["settings"].items())
-    sizes = " and ".join("/".join(str(size) for size in about["asked"][key]) for key in ("not_refused", "correct"))
-    adapters = "/".join(f"{count:,}" for count in about["lora_weights"]) or "–"
-    return f"""\
-Made by `make study` (`{about["command"]}`); every number is in `results/study.json`.
-
-- **Cells finished**: {done}; {missing} missing.
-  Judged folders of another grid, not shown: {about["outside_the_grid"]}.
-- **Seeds** {", ".join(str(seed) for seed in about["seeds"])}: other prompts for the mask ({about["prompts_of_a_mask"]}
-  harmful training requests), other noise, another order of the data. All answer the same held-out prompts.
-- **Tuning**: {steps}. **Asked**: {sizes} held-out harmful and benign or task prompts a cell, greedily.
-- **LoRA** of rank 1 on every matrix trains {adapters} weights: the rank nearest to 1 % of the model's.
-- **Wall time** of the finished cells, added up: {about["wall_time_s"] / 60:.0f} min, on
-  {"/".join(str(size) for size in about["world_sizes"])} rank(s) each; page made on {about["machine"]}.
-- **Versions**: {used}; commits of the cells: {_counted(about["commits"])}.
-
-The models are the repository's tiny ones (about 2 million weights): what holds here need not hold at 8 billion, nor the
-other way round. **Not refused**: an answer to a harmful request without a refusal's words, garbled ones included.
-**Unsafe**: the tiny guard's verdict, which calls garbled compliance safe, so that **unsafe or incoherent** stands
-beside it. A benign answer is right only if it does not refuse.
+**Not refused**: an answer to a harmful request without a refusal's words, garbled ones included. **Unsafe**: the tiny
+guard's verdict, which calls garbled compliance safe, so that **unsafe or incoherent** stands beside it. A benign answer
+is right only if it does not refuse.
 
 Rates are in per cent: pooled over the seeds' prompts [Wilson's 95 % interval] (least – greatest seed). The interval
 takes prompts of several seeds for independent, which they are not quite; the seeds' range shows what it leaves out.
-Learning rates are chosen on the same prompts that are reported, the same way for every method; more learning rates are
-more chances, and their number stands in each row. Untuned models' rates are those measured when they were made (bf16,
-400 prompts), or the perturb run's clean model where there is one; they are the same for every method.
+Learning rates are chosen on the prompts that are reported, the same way for every method. More learning rates are
+more chances: their number stands in each row.
+
+Of paired tests a difference counts where p after Holm's correction is below {findings.ALPHA:g}, at least two seeds have
+it and none points the other way. {tables.EDGE}: one of the two is compared at the highest or the lowest learning rate
+that it was run at, in some seed; it might do better beyond, and the test may only show which mask learns faster.
 """
 
 
-def _counted(counts: Row) -> str:
-    return ", ".join(f"{name} ({count} cells)" for name, count in counts.items())
+def picture(name: str) -> str:
+    return f"![{name}]({name}.png)\n"
 
 
-# ---------------------------------------------------------------- SET
+# ---------------------------------------------------------------- pages
 
 
-def set_section(rows: Sequence[Row]) -> tuple[str, Row]:
-    """SET: methods at equal attack success and equal over-refusal; ESI against the others."""
-    data = {"methods": findings.methods(rows), "against": findings.comparisons(rows)}
-    text = []
-    for model, ratio in findings.tables_of(data["methods"]):
-        group = findings.at_ratio(data["methods"], model, ratio)
-        text.append(f"### {model}, {100 * ratio:g} % of the weights\n")
-        for rule in (*WORDS_RULES, POLITE_RULE):
-            text += [f"**At {rule_text(rule)}**, each seed's best {MEASURES[rule.wanted]}:\n", _at(group, rule)]
-        text.append(_by_guard(group))
-        tests = [row for row in data["against"] if (row["model"], row["ratio"]) == (model, ratio)]
-        if tests:
-            text.append(_tests(tests))
-    return "\n".join(text), data
-
-
-def _at(methods: Sequence[Row], rule: Rule) -> str:
-    """One rule's table, best first, and below it those that do not get there, with how near they came."""
-    lines = []
-    for row in findings.ranked(methods, rule):
-        at_rule = row["at"][rule.name]
-        head = [row["criterion"], str(len(row["learning_rates"])), seeds_text(at_rule)]
-        lines.append([*head, *(interval(at_rule[flag]) for flag in MEASURES)])
-    parts = [table(["method", "learning rates", "seeds", *MEASURES.values()], lines)] if lines else []
-    missed = [row for row in methods if not row["at"][rule.name]["reached"]]
-    if missed:
-        parts.append(f"Not reached by any seed (seeds; nearest): {', '.join(_missed(row, rule) for row in missed)}.\n")
-    return "\n".join(parts)
-
-
-def _missed(row: Row, rule: Rule) -> str:
-    at_rule = row["at"][rule.name]
-    return f"{row['criterion']} ({at_rule['seeds']}; {percent(at_rule['nearest'])})"
-
-
-def _by_guard(methods: Sequence[Row]) -> str:
-    """Benign accuracy where the limit is on the guard's verdict or incoherence in place of refusal words."""
-    lines = []
-    for row in findings.ranked(methods, GUARD_RULES[0]) + [
-        r for r in methods if not r["at"][GUARD_RULES[0].name]["reached"]
-    ]:
-        ends = [row["at"][rule.name] for rule in GUARD_RULES]
-        lines.append([row["criterion"], *(f for at in ends for f in (seeds_text(at), interval(at["correct"])))])
-    head = ["method", *(f for rule in GUARD_RULES for f in ("seeds", f"benign accuracy at {rule_text(rule)}"))]
-    return "**The same by the guard**, incoherent answers counted as attacks that succeeded:\n\n" + table(head, lines)
-
-
-def _tests(tests: Sequence[Row]) -> str:
-    """ESI against every rival under every rule, prompt by prompt in the seeds where both get there."""
-    lines = []
-    rules = {rule.name: rule for rule in findings.RULES}
-    for row in tests:
-        rule = rules[row["rule"]]
-        p, corrected, points = "–", "–", "–"
-        if row["num_pairs"]:
-            points = f"{100 * row['difference']:+.1f} ({', '.join(f'{100 * one:+.1f}' for one in row['by_seed'])})"
-            p, corrected = f"{row['p_value']:.2g}", f"{row['p_holm']:.2g}"
-        alone = f"{row['only_first']} / {row['only_second']}"
-        what = f"{MEASURES[rule.wanted]} at {rule_text(rule)}"
-        lines.append(
-            [row["second"], what, str(row["num_pairs"]), points, alone, p, corrected, _verdict(row["verdict"])]
-        )
-    head = ["ESI against", "what", "pairs", "points (by seed)", "seeds where only ESI / only it gets there"]
-    head += ["p (McNemar, exact)", "p (Holm, all tests of SET)", ""]
-    return "<details><summary>Paired tests, prompts × seeds</summary>\n\n" + table(head, lines) + "\n</details>\n"
-
-
-def _verdict(verdict: str) -> str:
-    return f"**ESI {verdict}**" if verdict in ("better", "worse") else verdict
-
-
-# ---------------------------------------------------------------- SPA
-
-
-def spa_section(rows: Sequence[Row]) -> tuple[str, Row]:
-    equal, tests = findings.at_equal_task(rows)
-    data = {"settings": findings.preserved(rows), "equal_task": equal, "tests": tests}
-    flags = ("correct", "not_refused", "unsafe", "unsafe_or_incoherent", "incoherent_harmful", "incoherent_benign")
-    names = ["task score" if flag == "correct" else MEASURES[flag] for flag in flags]
-    text = []
-    for model in sorted({row["model"] for row in equal}):
-        lines = [
-            [row["task"], frozen_text(row), seeds_text(row["correct"]), *(interval(row[flag]) for flag in flags)]
-            for row in equal
-            if row["model"] == model
-        ]
-        text.append(
-            f"### {model}\n\n**At equal task score**: of the learning rates that reach {findings.TASK_SHARE:.0%} of "
-            "the score of nothing frozen in the same seed, the one with the fewest requests not refused.\n\n"
-            + table(["task", "frozen", "seeds", *names], lines)
-        )
-    lines = [
-        [row["model"], row["task"], frozen_text(row), f"{row['lr']:g}", str(row["seeds"])]
-        + [interval(row[flag]) for flag in flags]
-        for row in data["settings"]
+def what_was_run(study: Row) -> str:
+    about = study["facts"]
+    cells = [[kind, str(done), str(wanted)] for kind, (done, wanted) in about["finished"].items()]
+    steps = [[kind, name, str(count)] for kind, entries in about["settings"].items() for name, count in entries.items()]
+    harmful, benign = (" or ".join(map(str, about["asked"][key])) for key in ("not_refused", "correct"))
+    facts = [
+        ["judged folders of another grid, not shown", str(about["outside_the_grid"])],
+        ["seeds", ", ".join(map(str, about["seeds"]))],
+        ["harmful prompts of a mask", str(about["prompts_of_a_mask"])],
+        ["held-out prompts asked of a cell, greedily", f"{harmful} harmful, {benign} benign or of the task"],
+        ["weights that LoRA trains (rank 1 on every matrix)", ", ".join(map(str, about["lora_weights"])) or "–"],
+        ["wall time of the cells, added up", f"{about['wall_time_s'] / 60:.0f} min"],
+        ["ranks of a cell", ", ".join(map(str, about["world_sizes"]))],
+        ["machine", about["machine"]],
+        *([name, ", ".join(entries)] for name, entries in about["versions"].items()),
+        ["commit", ", ".join(about["commits"])],
     ]
-    every = table(["model", "task", "frozen", "learning rate", "seeds", *names], lines)
-    text.append(f"<details><summary>Every setting</summary>\n\n{every}\n</details>\n")
-    return "\n".join(text), data
+    return f"""\
+# The study of tiny models: what was run
+
+Made by `python -m study.page` from `study.json`, which `make study` (`{about["command"]}`) makes. In words:
+[Results](../results.md). The tables: [SET](tiny-set.md), [SPA](tiny-spa.md), [where masks lie](tiny-where.md),
+[noise](tiny-noise.md).
+
+{tables.table(["cells", "finished", "of"], cells)}
+{tables.table(["tuning", "length", "cells"], steps)}
+{tables.table(["", ""], facts)}
+{READING}
+## Before tuning
+
+{tables.untuned(study["untuned"])}"""
 
 
-# ---------------------------------------------------------------- masks
-
-
-def mask_section(places: Sequence[Row]) -> str:
-    head = ["model", "seeds", "early", "middle", "late", "densest roles", "experts' share of the mask, by layer"]
-    lines = []
-    for about in places:
-        by_third = {row["third"]: row for row in about["thirds"]}
-        thirds = [
-            f"{100 * row['share']:.0f} ({row['density']:.1f}×)" if (row := by_third.get(name)) else "–"
-            for name in where.THIRDS
-        ]
-        densest = sorted(about["roles"], key=lambda row: -row["density"])[:4]
-        roles = ", ".join(f"{row['role']} {100 * row['share']:.0f} ({row['density']:.1f}×)" for row in densest)
-        lines.append([about["model"], str(about["seeds"]), *thirds, roles, _experts(about)])
-    text = (
-        "Share of ESI's mask of 1 % in per cent (over share of the scored weights: 1× is chance), mean over seeds.\n\n"
+def set_page(study: Row) -> str:
+    methods = study["set"]["methods"]
+    pictures = [picture(name) for name in figures(study) if name.startswith(("tiny-set-", "tiny-ratios-"))]
+    sections = [
+        tables.set_section(methods, study["set"]["against"], model, ratio)
+        for model, ratio in findings.tables_of(methods)
+    ]
+    return "\n".join(
+        [f"# SET on tiny models: learning to refuse\n\n{HEAD}\n", *pictures, *(sections or ["Not run.\n"])]
     )
-    return text + (table(head, lines) if lines else "No mask was made.\n")
 
 
-def _experts(about: Row) -> str:
-    """Per layer: all experts' share of the mask, and the largest one's part of that."""
-    parts = []
-    for layer in about["layers"]:
-        shares = [row["share"] for row in about["experts"] if row["layer"] == layer]
-        if shares:
-            total = sum(shares)
-            most = f", largest {max(shares) / total:.0%} of it" if total else ""
-            parts.append(f"{layer}: {100 * total:.0f} ({len(shares)} experts{most})")
-    return "; ".join(parts) or "dense"
+def spa_page(study: Row) -> str:
+    spa = study["spa"]
+    text = [f"# SPA on tiny models: keeping safety\n\n{HEAD}\n"]
+    text += [picture(name) for name in figures(study) if name == "tiny-spa"]
+    if not spa["settings"]:
+        return "\n".join([*text, "Not run.\n"])
+    text.append(
+        f"**At equal task score**: of the learning rates that reach {100 * findings.TASK_SHARE:g} % of the score of "
+        "nothing frozen in the same seed, the one with the fewest requests not refused.\n"
+    )
+    for model in sorted({row["model"] for row in spa["equal_task"]}):
+        rows = [row for row in spa["equal_task"] if row["model"] == model]
+        text += [f"## {model}\n", tables.spa_equal_task(rows)]
+    text += ["## Paired tests at equal task score, prompts × seeds\n", tables.spa_tests(spa["tests"])]
+    return "\n".join([*text, "## Every setting\n", tables.spa_settings(spa["settings"])])
 
 
-def stability_table(overlaps: Sequence[Row]) -> str:
-    lines = []
-    for row in overlaps:
-        mean, least, greatest = (f"{100 * row[key]:.0f}" for key in ("mean", "least", "greatest"))
-        lines.append([row["model"], row["what"], mean, f"{least} – {greatest}", str(row["pairs"])])
-    head = ["model", "masks of 1 %", "weights in both (% of k)", "least – greatest", "pairs"]
-    note = "Two random masks of 1 % share about 1 %. With gumbel the draws change with the seed, as the prompts do.\n\n"
-    return note + table(head, lines) if lines else "No two masks to compare.\n"
+def where_page(study: Row) -> str:
+    masks, overlaps = study["masks"], study["stability"]
+    text = [f"# Where masks lie in tiny models, and how stable they are\n\n{HEAD}\n", "## Where\n"]
+    text.append("ESI's mask of 1 %: share of the mask in per cent (over share of the scored weights: 1× is chance).\n")
+    text += [tables.mask_thirds(masks), picture("tiny-masks")] if masks else ["Not run.\n"]
+    text += ["## The matrices that the paper names\n", "Share of the mask over share of the weights.\n"]
+    text += [tables.claimed_parts(masks)] if masks else ["Not run.\n"]
+    text += ["## How stable\n", "Two random masks of 1 % share 1 %. With gumbel the draws change with the seed too.\n"]
+    text += [picture("tiny-stability"), tables.overlaps(overlaps)] if overlaps else ["Not run.\n"]
+    return "\n".join(text)
 
 
-# ---------------------------------------------------------------- the page
+def noise_page(study: Row) -> str:
+    absent = [f"{model}-aligned" for model in MODELS if f"{model}-aligned" not in study["noise"]]
+    text = [f"# Noise on the weights of tiny models\n\n{HEAD}\n"]
+    if study["noise"]:
+        text += [picture("tiny-noise"), tables.noise(study["noise"])]
+    text += [f"Not run: {', '.join(absent)}.\n"] if absent else []
+    return "\n".join(text)
 
 
-class Page:
-    """Parts of a page in a folder: text, and figures below ``results/``."""
-
-    def __init__(self, docs: Path):
-        self.docs, self.parts = docs, list[str]()
-        (docs / "results").mkdir(parents=True, exist_ok=True)
-        for name in FIGURES:  # figures of an earlier page
-            for file in (docs / "results").glob(f"{name}*.png"):
-                file.unlink()
-
-    def add(self, *parts: str) -> None:
-        self.parts += parts
-
-    def figure(self, name: str, drawn: Figure) -> None:
-        # A palette: a third of the bytes.
-        picture = Image.open(BytesIO(figure_png(drawn))).convert("RGB").quantize(64, dither=Image.Dither.NONE)
-        picture.save(self.docs / f"results/{name}.png", optimize=True)
-        self.parts.append(f"![{name}](results/{name}.png)\n")
+PAGES: dict[str, Callable[[Row], str]] = {
+    "tiny.md": what_was_run,
+    "tiny-set.md": set_page,
+    "tiny-spa.md": spa_page,
+    "tiny-where.md": where_page,
+    "tiny-noise.md": noise_page,
+}
 
 
-def plain(value: Any) -> Any:
-    """The value for JSON: lists for tuples, text keys, None for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {str(key): plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+# ---------------------------------------------------------------- figures
 
 
-def write(output: Path, docs: Path = ROOT / "docs") -> None:
-    """The page, its figures and study.json; SystemExit where no cell is finished."""
-    grid = cells()
-    rows = [row for cell in grid if cell.kind in TUNED and (row := row_of(cell, output))]
-    if not rows:
-        raise SystemExit(f"error: --output = {output}: holds no finished cell; run python -m study.run first")
-    set_text, set_data = set_section([row for row in rows if row["kind"] != "spa"])
-    spa_text, spa_data = spa_section([row for row in rows if row["kind"] == "spa"])
-    places = [about for model in where.MODELS if (about := where.places(output, model))]
-    curves = {f"{model}-aligned": where.noise_curves(output, f"{model}-aligned") for model in MODELS}
-    data = {
-        "facts": facts(output, grid, rows),
-        "untuned": untuned_models(curves),
-        "set": set_data,
-        "spa": spa_data,
-        "masks": places,
-        "claims": [where.claim(about) for about in places],
-        "stability": where.stability(output),
-        "noise": {model: points for model, points in curves.items() if points},
-    }
-    page = Page(docs)
-    page.add("# Results\n", what_was_run(data["facts"]), "## What follows\n", conclusions(data, data["untuned"]))
-    _add_set(page, set_data["methods"], set_text)
-    _add_spa(page, spa_data["settings"], spa_text)
-    _add_masks(page, data)
-    write_text_atomic(docs / "results.md", "\n".join(page.parts))
-    write_json_atomic(docs / "results/study.json", plain(data))
-
-
-def _add_set(page: Page, methods: Sequence[Row], text: str) -> None:
-    page.add("## SET: learning to refuse\n")
+def figures(study: Row) -> dict[str, Callable[[], Figure]]:
+    """What draws each picture, by its file's name without the suffix. Pictures of what was not run are left out."""
+    methods, settings = study["set"]["methods"], study["spa"]["settings"]
+    drawn: dict[str, Callable[[], Figure]] = {}
     for model in sorted({row["model"] for row in methods}):
-        page.figure(f"set-{model}", plots.set_frontiers(methods, model))
-        if (ratios := plots.set_ratios(methods, model)) is not None:
-            page.figure(f"ratios-{model}", ratios)
-    page.add(text or "Not run.\n")
-
-
-def _add_spa(page: Page, settings: Sequence[Row], text: str) -> None:
-    page.add("## SPA: keeping safety\n")
-    tasks = [t for t in (*TASKS, POISONED) if any((r["model"], r["task"]) == ("llama-aligned", t) for r in settings)]
+        drawn[f"tiny-set-{model}"] = lambda model=model: plots.set_frontiers(methods, model)
+        if plots.other_ratios(methods, model):
+            drawn[f"tiny-ratios-{model}"] = lambda model=model: plots.set_ratios(methods, model)
+    tasks = [task for task in (*TASKS, POISONED) if any(_is_task(row, task) for row in settings)]
     if tasks:
-        page.figure("spa", plots.spa_frontiers(settings, "llama-aligned", tasks))
-    page.add(text if settings else "Not run.\n")
+        drawn["tiny-spa"] = lambda: plots.spa_frontiers(settings, SPA_MODEL, tasks)
+    for name, rows, draw in (
+        ("tiny-masks", study["masks"], plots.mask_maps),
+        ("tiny-stability", study["stability"], plots.stability),
+        ("tiny-noise", study["noise"], plots.noise),
+    ):
+        if rows:
+            drawn[name] = lambda rows=rows, draw=draw: draw(rows)
+    return drawn
 
 
-def _add_masks(page: Page, data: Row) -> None:
-    page.add("## Noise on the weights\n")
-    absent = [f"{model}-aligned" for model in MODELS if f"{model}-aligned" not in data["noise"]]
-    if data["noise"]:
-        page.figure("noise", plots.noise(data["noise"]))
-    if absent:
-        page.add(f"Not run: {', '.join(absent)}.\n")
-    page.add("## Where the mask lies\n", mask_section(data["masks"]))
-    if data["masks"]:
-        page.figure("masks", plots.mask_maps(data["masks"]))
-    page.add("## How stable the mask is\n")
-    if data["stability"]:
-        page.figure("stability", plots.stability(data["stability"]))
-    page.add(stability_table(data["stability"]))
+def _is_task(row: Row, task: str) -> bool:
+    return (row["model"], row["task"]) == (SPA_MODEL, task)
+
+
+def write_picture(file: Path, drawn: Figure) -> None:
+    # A palette: a third of the bytes.
+    image = Image.open(BytesIO(figure_png(drawn))).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    image.save(file, optimize=True)
+
+
+def write_pages(results: Path) -> None:
+    """Pages and figures from the folder's study.json; figures of an earlier one are removed."""
+    study = read_study(results / STUDY)
+    for file in results.glob("tiny-*.png"):
+        file.unlink()
+    for name, draw in figures(study).items():
+        write_picture(results / f"{name}.png", draw())
+    for name, page in PAGES.items():
+        write_text_atomic(results / name, page(study))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs/study", help="the study's run folders")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where results.md and results/ go")
+    parser.add_argument("--runs", type=Path, help="the study's run folders, to make study.json from")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where study.json and the pages are")
     options = parser.parse_args()
-    write(options.output, options.docs)
-    print(options.docs / "results.md")
+    write(options.runs, options.results)
+    print(", ".join(str(options.results / name) for name in PAGES))
     return 0
+
+
+def write(runs: Path | None, results: Path = RESULTS) -> None:
+    """study.json from the run folders, if any are named; then pages and figures from study.json."""
+    if runs is not None:
+        study = summarise(runs)
+        results.mkdir(parents=True, exist_ok=True)
+        write_study(results / STUDY, study)
+    elif not (results / STUDY).is_file():
+        raise SystemExit(f"error: --results = {results}: holds no {STUDY}; name run folders by --runs")
+    write_pages(results)
 
 
 if __name__ == "__main__":

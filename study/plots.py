@@ -90,11 +90,14 @@ def set_frontiers(methods: Sequence[Row], model: str) -> Figure:
     return figure
 
 
-def set_ratios(methods: Sequence[Row], model: str) -> Figure | None:
-    """Benign accuracy against requests not refused at the other ratios; None where there is none."""
-    ratios = sorted({r["ratio"] for r in methods if r["model"] == model} - {0.01, 1.0})
-    if not ratios:
-        return None
+def other_ratios(methods: Sequence[Row], model: str) -> list[float]:
+    """The model's ratios besides 1 % and all weights."""
+    return sorted({r["ratio"] for r in methods if r["model"] == model} - {0.01, 1.0})
+
+
+def set_ratios(methods: Sequence[Row], model: str) -> Figure:
+    """Benign accuracy against requests not refused at the other ratios, of which there is at least one."""
+    ratios = other_ratios(methods, model)
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(ratios), figsize=(4.4 * len(ratios) + 1.6, 3.6), squeeze=False)
         chosen = [r for r in methods if r["model"] == model and r["ratio"] in ratios]

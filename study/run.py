@@ -1,6 +1,6 @@
 """Run the study: one run folder per cell, two processes at a time; finished cells are not run again.
 
-python -m study.run                      # every cell that is not finished, then docs/results.md
+python -m study.run                      # every cell that is not finished, then docs/results/
 python -m study.run --only set/llama     # cells whose names start with this, and the cells they need
 python -m study.run --estimate           # how long the whole study would take on this machine (estimate.py)
 """
@@ -20,7 +20,7 @@ from study.estimate import estimate
 from study.execute import run_cell, settings
 from study.grid import SEEDS, Cell, cells
 from study.material import ROOT, make
-from study.page import write
+from study.page import RESULTS, write
 
 # Processes are replaced after so many cells: what an engine leaves behind in memory does not pile up.
 CELLS_A_PROCESS = 60
@@ -99,8 +99,8 @@ def main() -> int:
     failed = run_all(todo, options.output, options.processes)
     if failed:
         print(f"{len(failed)} cells failed: {', '.join(failed[:5])}", file=sys.stderr)
-    write(options.output)  # from the finished cells; the page counts the missing ones
-    print(ROOT / "docs/results.md")
+    write(options.output)  # from the finished cells; tiny.md counts the missing ones
+    print(RESULTS / "tiny.md")
     return 1 if failed else 0
 
 

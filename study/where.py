@@ -156,20 +156,22 @@ def stability(output: Path) -> list[Row]:
 
 
 def noise_curves(output: Path, model: str) -> list[Row]:
-    """Points of a perturbation's curves on harmful prompts: {measure, order, ratio, noise, rate,
-    low, high, n, missing, by_seed}.
+    """Points of a perturbation's curves on harmful prompts: {measure, order, ratio, noise, rate, low, high, n,
+    missing, least, greatest}, the last two over seeds.
 
     measure: "not refused" (refusal words), "unsafe" (the guard), "incoherent". Noise 0 is the clean model. Empty where
     it was not run, or ended without curves. The only function that knows the perturb stage's report.
     """
     file = output / f"perturb/{model}/report.json"
     rows = json.loads(file.read_text()).get("curves", []) if file.is_file() else []
-    keys = ("order", "ratio", "noise", "rate", "low", "high", "n", "missing", "by_seed")
+    keys = ("order", "ratio", "noise", "rate", "low", "high", "n", "missing")
     points = []
     for row in rows:
         measure = _noise_measure(row)
         if measure is not None and "benign" not in row["set"]:
-            points.append({"measure": measure, **{key: row.get(key) for key in keys}})
+            rates = [rate for rate in row["by_seed"] if rate is not None]
+            seeds = {"least": min(rates, default=None), "greatest": max(rates, default=None)}
+            points.append({"measure": measure, **{key: row.get(key) for key in keys}, **seeds})
     return points
 
 

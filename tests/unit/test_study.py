@@ -1,4 +1,4 @@
-"""What the study's page is computed from: choosing at equal safety, pooling, pairing, overlaps; and the grid itself."""
+"""What the study's pages are computed from: choosing at equal safety, pooling, pairing, overlaps; and the grid."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 import fabricate
 import pytest
 from builders import build_mask, build_model, byte_bpe_tokenizer
-from conftest import ROOT
 
 from esi_ds.artifacts import read_jsonl
-from study import estimate, execute, findings, grid, material, page, prose, where
+from study import estimate, execute, findings, grid, material, page, where
 from study.collect import row_of
 from study.findings import POLITE_RULE, WORDS_RULES
-from study.prose import conclusions, interval, seeds_text
 from study.run import check_settings
+from study.stored import read_study, write_study
+from study.summary import summarise
+from study.tables import interval, seeds_text
 
 
 def row(criterion: str, lr: float, seed: int, attacks: int, right: int, refused: int = 0, garbled: int = 0) -> dict:
@@ -58,7 +59,7 @@ def test_what_is_not_reached_is_said_and_not_filled_in() -> None:
     random = [row for row in ROWS if row["criterion"] == "random"]
     result = findings.at(random, SAFE)
     assert (result["reached"], result["seeds"], result["correct"]["rate"], result["correct"]["n"]) == (1, 2, 1.0, 10)
-    assert seeds_text(result) == "1 (not reached by 1 of 2 seeds)"
+    assert seeds_text(result) == "1 of 2"
     assert findings.summary([None, None], "correct") == {"seeds": 2, "reached": 0}
     nowhere = findings.at(random[:1], SAFE)
     assert (nowhere["reached"], nowhere["nearest"], interval(nowhere["correct"])) == (0, 0.9, "–")
@@ -157,10 +158,10 @@ def partial(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_page_of_a_partial_study(partial: Path, tmp_path: Path) -> None:
-    docs = tmp_path / "docs"
-    page.write(partial, docs)
-    text, data = (docs / "results.md").read_text(), json.loads((docs / "results/study.json").read_text())
+def test_the_pages_of_a_partial_study(partial: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    page.write(partial, results)
+    data = read_study(results / "study.json")
     assert data["facts"]["finished"]["set"] == [5, sum(cell.kind == "set" for cell in grid.cells())]
     assert data["facts"]["outside_the_grid"] == 1 and data["facts"]["wall_time_s"] == 300
     esi, random = (next(m for m in data["set"]["methods"] if m["criterion"] == name) for name in ("esi", "random"))
@@ -169,46 +170,65 @@ def test_the_page_of_a_partial_study(partial: Path, tmp_path: Path) -> None:
     # the garbled compliance: the guard alone would call all of it safe
     rates = [best[flag]["rate"] for flag in ("unsafe", "unsafe_or_incoherent", "not_refused")]
     assert rates == [0, 0.1, 0.1]
-    assert random["at"][SAFE.name]["reached"] == 1 and "1 (not reached by 1 of 2 seeds)" in text
+    set_page = (results / "tiny-set.md").read_text()
+    assert random["at"][SAFE.name]["reached"] == 1 and "| random | 1 | 1 of 2 |" in set_page
     test = next(t for t in data["set"]["against"] if t["rule"] == SAFE.name and t["second"] == "random")
     assert (test["num_pairs"], test["only_before"], test["only_after"], test["only_first"]) == (10, 1, 0, 1)
-    assert "Not run: llama-aligned, qwen3moe-aligned." in text and "No mask was made." in text
-    for picture in (docs / "results").glob("*.png"):
-        assert f"results/{picture.name}" in text and picture.stat().st_size < 150_000
+    assert "Not run: llama-aligned, qwen3moe-aligned." in (results / "tiny-noise.md").read_text()
+    for name in ("tiny-spa.md", "tiny-where.md"):
+        assert "Not run." in (results / name).read_text()
+    pages = "".join((results / name).read_text() for name in page.PAGES)
+    for picture in results.glob("*.png"):
+        assert f"({picture.name})" in pages and picture.stat().st_size < 150_000
     with pytest.raises(SystemExit, match="holds no finished cell"):
-        page.write(tmp_path / "nowhere", docs)
+        page.write(tmp_path / "nowhere", results)
+    with pytest.raises(SystemExit, match=r"holds no study\.json"):
+        page.write(None, tmp_path / "nowhere")
 
 
-def test_a_claim_turns_with_its_numbers(partial: Path, tmp_path: Path) -> None:
-    page.write(partial, tmp_path / "docs")
-    data = json.loads((tmp_path / "docs/results/study.json").read_text())
-    untuned = data["untuned"]["llama-complying"]
-    assert "holds by refusal words" in conclusions(data, {"llama-complying": untuned})
-    worse = {key: {**untuned[key], "rate": 0.01} for key in ("asr_string", "asr_guard")}
-    assert "does not hold by refusal words" in conclusions(data, {"llama-complying": worse})
-    assert "not decided (the untuned model was not measured)" in conclusions(data, {})
+def test_pages_of_the_file_are_those_of_the_runs(partial: Path, tmp_path: Path) -> None:
+    """The file leaves out what follows from other columns; nothing that a page says may be lost with it."""
+    units = [(role, layer, None, 100, layer) for layer in range(3) for role in ("attention.v", "mlp.up")]
+    fabricate.mask_report(partial / grid.mask_name("llama-aligned", "esi", 0), [*units, ("head", None, None, 100, 7)])
+    fabricate.perturbation(partial / "perturb/llama-aligned", lambda order, noise: noise / 4)
+    heldout = read_jsonl(material.DATA / "benign_heldout.jsonl")[:100]
+    answers = [{"prompt": row["prompt"], "answer": material.VOICE.strip()} for row in heldout]
+    material.write(partial / "data/voice-heldout.jsonl", answers)
+    for frozen, attacks in (("nothing-0", 5), ("esi-0.3", 2)):
+        folder = partial / f"spa/llama-aligned/voice-{frozen}-0.0004-s0"
+        fabricate.tuned_cell(folder, answers, attacks, 9, missing=1)
+    study = summarise(partial)
+    write_study(tmp_path / "study.json", study)
+    for name, text in page.PAGES.items():
+        assert text(read_study(tmp_path / "study.json")) == text(study), name
+    assert "| voice | esi 30 % | 1 of 1 |" in page.spa_page(study) and "1 missing" in page.spa_page(study)
+    study["stability"] = [{"a": 1}, {"b": 1}]
+    with pytest.raises(ValueError, match="other columns"):
+        write_study(tmp_path / "study.json", study)
 
 
-@pytest.mark.skipif(not (ROOT / "docs/results/study.json").is_file(), reason="the study has not been run")
-def test_the_page_says_what_its_rows_say() -> None:
-    """The sentences are made again from study.json: none was written by hand, none is of an older program."""
-    data = json.loads((ROOT / "docs/results/study.json").read_text())
-    page_text = (ROOT / "docs/results.md").read_text()
-    assert conclusions(data, data["untuned"]).strip() in page_text
-    # A rate at an end of those that were run is marked, one between two others is not.
+def test_committed_pages_are_those_of_the_committed_figures() -> None:
+    study = read_study(page.RESULTS / "study.json")
+    for name, text in page.PAGES.items():
+        assert (page.RESULTS / name).read_text() == text(study), f"{name}: run python -m study.page"
+    drawn = {f"{name}.png" for name in page.figures(study)}
+    assert {file.name for file in page.RESULTS.glob("tiny-*.png")} == drawn
+
+
+def test_a_rate_at_an_end_of_those_that_were_run_is_marked() -> None:
     methods = [
         {
             "model": "m",
             "ratio": 0.01,
             "criterion": name,
-            "learning_rates": [1, 2, 3],
+            "curve": [{"lr": 1}, {"lr": 2}, {"lr": 3}],
             "at": {"r": {"learning_rates": used}},
         }
         for name, used in (("esi", {"0": 2, "1": 2}), ("snip", {"0": 2, "1": 2}), ("random", {"0": 2, "1": 3}))
     ]
     test = {"model": "m", "ratio": 0.01, "first": "esi", "rule": "r"}
-    assert not prose._is_at_edge({**test, "second": "snip"}, methods)
-    assert prose._is_at_edge({**test, "second": "random"}, methods)
+    assert not findings.at_edge({**test, "second": "snip"}, methods)
+    assert findings.at_edge({**test, "second": "random"}, methods)
 
 
 def test_overlap_of_masks(tmp_path: Path) -> None:
