@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +34,7 @@ from study.real.cells import all_cells
 from study.real.collect import collected, compact
 from study.real.grid import Cell, Folders, Plan, Step, read_grid, with_needs
 from study.real.page import WhereTables, compared, page, ratios, where_figures, write_pages
-from study.real.runner import Runner, command_of, is_done, read_record
+from study.real.runner import Runner, command_of, is_done, read_record, run_command
 from study.real.shuffled_judge import with_shuffled_labels
 
 MINUTE = 60.0
@@ -166,6 +171,28 @@ def test_a_killed_cell_goes_on_with_its_next_command(plan: Plan) -> None:
     other = [Cell("where/a", "x", (Step("set", {"a": 2}), Step("eval", {"a": 1})))]
     with pytest.raises(UserError, match="another config"):
         is_done(other[0], plan.folders.output)
+
+
+def test_a_signal_is_handed_to_the_command_which_saves_and_ends(tmp_path: Path) -> None:
+    """A stage exits with 75 once it has saved; the runner waits for that, and gives its handlers back."""
+    save = f"import pathlib, sys; pathlib.Path({str(tmp_path / 'saved')!r}).touch(); sys.exit(75)"
+    wait = (
+        f"import signal, time\nsignal.signal(15, lambda *_: exec({save!r}))\nprint('ready', flush=True)\ntime.sleep(60)"
+    )
+    log, before = tmp_path / "esi.log", signal.getsignal(signal.SIGTERM)
+
+    def stop() -> None:
+        while "\nready" not in (log.read_text() if log.exists() else ""):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    with pytest.raises(Interrupted, match="start again"):
+        run_command([sys.executable, "-c", wait], log, "cpu")
+    stopping.join()
+    assert (tmp_path / "saved").exists() and signal.getsignal(signal.SIGTERM) is before
+    assert run_command([sys.executable, "-c", "raise SystemExit(3)"], log, "cpu") == 3
 
 
 def test_responses_of_several_cells_are_joined(plan: Plan) -> None:
