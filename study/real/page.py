@@ -142,6 +142,7 @@ def where_section(data: Mapping[str, Any]) -> list[str]:
         parts += [f"### {model}\n", main_table(tables, model)]
         parts += ["The other estimators and criteria.\n", other_table(tables, model, others)]
     parts += ["### Figures\n", "![by layer](real-layers.png)\n", "![by role](real-roles.png)\n"]
+    parts += ["Share of ESI's mask over the control's, mean over seeds.\n", "![controls](real-controls.png)\n"]
     parts.append("### Overlaps of masks\n")
     parts.append("Weights in both masks over those of the smaller: mean over pairs of masks, least and greatest.\n")
     lines = [
@@ -175,7 +176,20 @@ def where_figures(data: Mapping[str, Any]) -> dict[str, Any]:
         bars[model] = {name: by_role(row) for name, row in shown.items()}
     if not any(curves.values()):
         return {}
-    return {"real-layers.png": plots.layers(curves), "real-roles.png": plots.roles(bars)}
+    drawn = {"real-layers.png": plots.layers(curves), "real-roles.png": plots.roles(bars)}
+    ratios_by_layer = {}
+    for model in data["models"]:
+        objective = tables.of(model)
+        for name, control in tables.controls(model).items():
+            if objective is not None and control is not None:
+                ratios_by_layer[model, name] = {
+                    role: [
+                        share / other if other else float("nan") for share, other in zip(shares, others, strict=True)
+                    ]
+                    for role, shares in objective["roles"].items()
+                    if (others := control["roles"].get(role)) is not None
+                }
+    return {**drawn, "real-controls.png": plots.ratio_to_controls(ratios_by_layer)} if ratios_by_layer else drawn
 
 
 def by_role(objective: Row) -> dict[str, list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from esi_ds.data.rows import Row
@@ -48,6 +49,34 @@ def roles(bars: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> Fi
             axes.set(title=model)
         panels[0][0].set_ylabel("share of the mask\nover share of the weights")
         panels[0][-1].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def ratio_to_controls(ratios: Mapping[tuple[str, str], Mapping[str, Sequence[float]]]) -> Figure:
+    """(model, control) → role → share of the mask over the control's, by layer: a panel each, in powers of two; what
+    the control or the mask has nothing of is grey."""
+    models = list(dict.fromkeys(model for model, _ in ratios))
+    controls = list(dict.fromkeys(control for _, control in ratios))
+    size = (3.6 * len(controls) + 1, 2.4 * len(models))
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(len(models), len(controls), figsize=size, squeeze=False, layout="constrained")
+        colours = plt.get_cmap("RdBu_r").with_extremes(bad="#d9d9d9")
+        for axes in panels.flat:
+            axes.axis("off")
+        image = None
+        for (model, control), by_role in ratios.items():
+            axes = panels[models.index(model)][controls.index(control)]
+            axes.axis("on")
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values = np.log2(np.array(list(by_role.values()), dtype=float))
+            shown = np.ma.masked_invalid(values)
+            image = axes.imshow(shown, aspect="auto", cmap=colours, vmin=-2, vmax=2, interpolation="nearest")
+            axes.set_yticks(range(len(by_role)), [role.split(".")[-1] for role in by_role], fontsize=8)
+            axes.set_title(f"{model} ÷ {control}", fontsize=9)
+            axes.set_xlabel("layer", fontsize=8)
+        if image is not None:
+            bar = figure.colorbar(image, ax=panels, shrink=0.8, ticks=range(-2, 3))
+            bar.ax.set_yticklabels(["≤ ¼", "½", "1", "2", "≥ 4"])
     return figure
 
 

@@ -88,7 +88,21 @@ def by_layer(masks: Sequence[Units]) -> list[float]:
     """Share of the mask over share of the scored weights, by layer; the mean over seeds."""
     places = [by_place(units, ("layer",)) for units in masks]
     layers = sorted(layer for (layer,) in places[0] if layer is not None)
-    return [round(float(np.mean([seed[(n,)][0] / seed[(n,)][1] for seed in places])), 3) for n in layers]
+    return [density(places, (layer,)) for layer in layers]
+
+
+def by_role_and_layer(masks: Sequence[Units]) -> dict[str, list[float]]:
+    """Role → share of the mask over share of the scored weights, by layer; roles that every layer has."""
+    places = [by_place(units, ("role", "layer")) for units in masks]
+    layers = sorted({layer for _, layer in places[0] if layer is not None})
+    roles = sorted({role for role, layer in places[0] if layer is not None})
+    everywhere = [role for role in roles if all((role, layer) in places[0] for layer in layers)]
+    return {role: [density(places, (role, layer)) for layer in layers] for role in everywhere}
+
+
+def density(places: Sequence[Mapping[tuple, tuple[float, float, float]]], place: tuple) -> float:
+    """Share of the mask over share of the scored weights, the mean over seeds."""
+    return round(float(np.mean([seed[place][0] / seed[place][1] for seed in places])), 3)
 
 
 def where_tables(cells: Sequence[Cell], output: Path) -> list[Row]:
@@ -113,6 +127,7 @@ def where_tables(cells: Sequence[Cell], output: Path) -> list[Row]:
                 "criterion": criterion,
                 "seeds": [seed for seed, _ in seeds],
                 "layers": by_layer(masks),
+                "roles": by_role_and_layer(masks),
                 "rows": list(table_rows(masks)),
             }
         )
