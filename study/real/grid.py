@@ -37,6 +37,7 @@ class Where(Section):
     estimators: dict[str, Estimator] = Field(
         description="How scores are estimated, by name; the first is the main one."
     )
+    against_control: list[str] = Field(description="Criteria besides, of the main estimator: they need the control.")
     other_prompts: list[str] = Field(description="Sets of harmful prompts besides AdvBench.")
     other_judges: list[str] = Field(description="Judges besides the classifier.")
     counts: list[int] = Field(description="Numbers of prompts, besides a seed's.")

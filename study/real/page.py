@@ -21,7 +21,7 @@ from study.real.tables import NOT_RUN, table
 # The controls of a table, in its columns' order: (heading, what differs from the table's own objective).
 CONTROLS: dict[str, dict[str, Any]] = {
     "benign prompts": {"prompts": BENIGN},
-    "benign loss": {"prompts": BENIGN_LOSS, "judge": None, "estimator": "loss", "criterion": "tuning_grad"},
+    "benign loss": {"prompts": BENIGN_LOSS, "judge": None, "estimator": "loss", "criterion": "loss"},
     "shuffled judge": {"judge": SHUFFLED},
 }
 KEYS = ("model", "prompts", "judge", "estimator", "criterion")
@@ -137,11 +137,18 @@ def where_section(data: Mapping[str, Any]) -> list[str]:
         "the control's share, seed by seed: the mean over seeds [least, greatest]. Last column: whether every ratio of "
         "the masks, of every control and seed, is above or below 1.\n"
     )
-    others = [("soft", "grad"), ("soft", "snip"), ("gumbel-16", "esi"), ("paper-code", "esi")]
+    others = [
+        ("soft", "grad"),
+        ("soft", "snip"),
+        ("soft", "specific"),
+        ("soft", "excess"),
+        ("gumbel-16", "esi"),
+        ("paper-code", "esi"),
+    ]
     for model in data["models"]:
         parts += [f"### {model}\n", main_table(tables, model)]
         parts += ["The other estimators and criteria.\n", other_table(tables, model, others)]
-    parts += ["### Figures\n", "![by layer](real-layers.png)\n", "![by role](real-roles.png)\n"]
+    parts += ["### Figures\n", "![by layer](real-layers.png)\n"]
     parts += ["Share of ESI's mask over the control's, mean over seeds.\n", "![controls](real-controls.png)\n"]
     parts.append("### Overlaps of masks\n")
     parts.append("Weights in both masks over those of the smaller: mean over pairs of masks, least and greatest.\n")
@@ -168,15 +175,13 @@ def where_figures(data: Mapping[str, Any]) -> dict[str, Any]:
     """File name → figure."""
     tables = WhereTables(data)
     curves: dict[str, dict[str, list[float]]] = {}
-    bars: dict[str, dict[str, dict[str, list[float]]]] = {}
     for model in data["models"]:
         objectives = {"ESI": tables.of(model), **tables.controls(model)}
         shown = {name: row for name, row in objectives.items() if row is not None}
         curves[model] = {name: row["layers"] for name, row in shown.items()}
-        bars[model] = {name: by_role(row) for name, row in shown.items()}
     if not any(curves.values()):
         return {}
-    drawn = {"real-layers.png": plots.layers(curves), "real-roles.png": plots.roles(bars)}
+    drawn = {"real-layers.png": plots.layers(curves)}
     ratios_by_layer = {}
     for model in data["models"]:
         objective = tables.of(model)
@@ -190,16 +195,6 @@ def where_figures(data: Mapping[str, Any]) -> dict[str, Any]:
                     if (others := control["roles"].get(role)) is not None
                 }
     return {**drawn, "real-controls.png": plots.ratio_to_controls(ratios_by_layer)} if ratios_by_layer else drawn
-
-
-def by_role(objective: Row) -> dict[str, list[float]]:
-    """Role → times chance, seed by seed."""
-    shares: dict[str, list[list[float]]] = {}
-    weights: dict[str, float] = {}
-    for row in objective["rows"]:
-        shares.setdefault(row["role"], []).append(row["mask"])
-        weights[row["role"]] = weights.get(row["role"], 0.0) + row["weights"]
-    return {role: [sum(seed) / weights[role] for seed in zip(*thirds, strict=True)] for role, thirds in shares.items()}
 
 
 # ---------------------------------------------------------------- the page

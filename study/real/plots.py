@@ -29,29 +29,6 @@ def layers(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     return figure
 
 
-def roles(bars: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> Figure:
-    """Model → what is scored → role → share of the mask over share of the weights, seed by seed: means, and all
-    seeds as points."""
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            1, len(bars), figsize=(5.2 * len(bars), 3.2), sharey=True, squeeze=False, layout="constrained"
-        )
-        for axes, (model, objectives) in zip(panels[0], bars.items(), strict=True):
-            width = 0.8 / max(len(objectives), 1)
-            for number, (name, by_role) in enumerate(objectives.items()):
-                positions = [index + (number + 0.5) * width - 0.4 for index in range(len(by_role))]
-                means = [sum(seeds) / len(seeds) for seeds in by_role.values()]
-                axes.bar(positions, means, width * 0.9, color=COLOURS[number % len(COLOURS)], label=name)
-                for position, seeds in zip(positions, by_role.values(), strict=True):
-                    axes.plot([position] * len(seeds), seeds, "k.", markersize=2.5)
-                axes.set_xticks(range(len(by_role)), [role.split(".")[-1] for role in by_role], fontsize=9)
-            axes.axhline(1, color="#666666", linestyle=":", linewidth=0.8)
-            axes.set(title=model)
-        panels[0][0].set_ylabel("share of the mask\nover share of the weights")
-        panels[0][-1].legend(fontsize=8, frameon=False)
-    return figure
-
-
 def ratio_to_controls(ratios: Mapping[tuple[str, str], Mapping[str, Sequence[float]]]) -> Figure:
     """(model, control) → role → share of the mask over the control's, by layer: a panel each, in powers of two; what
     the control or the mask has nothing of is grey."""

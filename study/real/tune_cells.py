@@ -40,7 +40,8 @@ class TuneCells:
     # ------------------------------------------------------------ masks
 
     def masks(self, seed: int) -> Iterator[Cell]:
-        """Masks of criteria with losses, of no gradient, divided by the benign Fisher, and of the lowest scores."""
+        """Masks of criteria with losses or no gradient, divided by the benign Fisher, against the control, and of the
+        lowest scores."""
         model, data = self.untouched, self.plan.folders.data
         tuning = {"path": str(data / "refusals.jsonl"), "limit": self.size.rows}
         benign = {"path": str(data / f"{BENIGN_LOSS}-s{seed}.jsonl"), "limit": self.size.rows}
@@ -50,17 +51,22 @@ class TuneCells:
         contrastive = {"criterion": ["esi", "tuning_grad"], "contrastive": True}
         data_section = {"responses": responses, "tuning": tuning, "benign": benign}
         yield self.mask_cell("contrastive", seed, data_section, contrastive)
+        exclusive = {"criterion": ["directed", "exclusive"]}
+        control = {"rows": {"path": str(data / f"{BENIGN_LOSS}-s{seed}.jsonl")}}
+        yield self.mask_cell("exclusive", seed, {"responses": responses, "tuning": tuning}, exclusive, control)
         lowest = {"criterion": ["esi"], "order": "bottom"}
         yield self.mask_cell("bottom", seed, {"responses": responses}, lowest)
 
-    def mask_cell(self, kind: str, seed: int, data: dict[str, Any], select: dict[str, Any]) -> Cell:
+    def mask_cell(
+        self, kind: str, seed: int, data: dict[str, Any], select: dict[str, Any], control: dict[str, Any] | None = None
+    ) -> Cell:
         """One run of ESI on the untouched model; it needs the responses of the ``where`` cell if it reads them."""
         name, model = mask_cell_name(self.untouched, kind, seed), self.untouched
         config = self.plan.base_config(name, "esi", model, seed)
         after: tuple[str, ...] = ()
         if "responses" in data:
             config["judge"], after = self.plan.judge(CLASSIFIER), (self.where_cell(model, seed),)
-        config |= {"data": data, "select": {"ratio": self.plan.grid.where.ratio, **select}}
+        config |= {"data": data, "control": control, "select": {"ratio": self.plan.grid.where.ratio, **select}}
         config["esi"] = {"batch_size": self.size.batch_size, "save_scores": False}
         return Cell(name, f"masks {kind}", (Step("esi", config),), {"model": model, "seed": seed}, after)
 

@@ -1,5 +1,5 @@
 """The cells that ask where safety's weights lie: an estimator, beside the same on benign prompts, with a judge of
-shuffled labels, and beside the loss on benign rows."""
+shuffled labels, and beside the loss on benign rows, which the main estimator's runs take as their ``control``."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ class WhereCells:
         for seed in seeds:
             for model in models:
                 yield from self.with_controls(model, seed, self.main)
-                yield self.benign_loss(model, seed)
         for estimator in list(self.where.estimators)[1:]:
             for model in models:
                 yield from self.with_controls(model, seeds[0], estimator)
@@ -113,7 +112,11 @@ class WhereCells:
             # The seed-0 scores of the main estimator are selected from again: other ratios, and noise.
             "save_scores": o == Objective(HARMFUL, CLASSIFIER, self.main) and seed == self.size.seeds[0],
         }
-        config["select"] = {"criterion": estimator.criteria, "ratio": self.where.ratio}
+        criteria = estimator.criteria
+        if o == Objective(HARMFUL, CLASSIFIER, self.main):
+            criteria = [*criteria, *self.where.against_control]
+            config["control"] = {"rows": {"path": str(self.plan.folders.data / f"{BENIGN_LOSS}-s{seed}.jsonl")}}
+        config["select"] = {"criterion": criteria, "ratio": self.where.ratio}
         needs = [o.responses] if o.responses not in (None, name) else []
         needs += [SHUFFLED_CELL] if o.judge == SHUFFLED else []
         like = f"where {o.estimator} n{o.count or self.size.prompts}{'' if o.responses else ', answers'}"
@@ -132,14 +135,3 @@ class WhereCells:
             return {"responses": str(run / "responses.jsonl")}
         responses = {"responses": str(run / "esi/responses.jsonl")}
         return responses if objective.count is None else {"prompts": {**prompts, "limit": objective.count}, **responses}
-
-    def benign_loss(self, model: str, seed: int) -> Cell:
-        """|g| of the loss on benign rows, whose scores the tables multiply by σ."""
-        name = name_of(model, BENIGN_LOSS, seed, "none", "loss")
-        config = self.plan.base_config(name, "esi", model, seed)
-        config["data"] = {"tuning": {"path": str(self.plan.folders.data / f"{BENIGN_LOSS}-s{seed}.jsonl")}}
-        config["esi"] = {"batch_size": self.size.batch_size}
-        config["select"] = {"criterion": ["tuning_grad"], "ratio": self.where.ratio}
-        facts = {"model": model, "prompts": BENIGN_LOSS, "seed": seed, "judge": None, "estimator": "loss"}
-        facts |= {"count": self.size.prompts}
-        return Cell(name, "where loss", (Step("esi", config),), facts)

@@ -10,45 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from esi_ds.core.mask import Mask
-from esi_ds.core.score_folder import ScoreFolder
 from esi_ds.data.rows import Row
-from esi_ds.reselect import read_units
 from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell
 from study.where import overlap, tables_of, thirds_of
 
-LOSS = "tuning_grad"
+LOSS = "loss"
 Units = list[dict[str, Any]]  # rows of report.json: units
 
 
 def masks_of(run: Path) -> dict[str, Units]:
-    """Criterion → rows of the logical matrices, of every mask of a finished ESI run.
-
-    The run of the benign loss has |g|: its rows are those of |g|·σ (``scaled``).
-    """
+    """Criterion → rows of the logical matrices, of every mask of a finished ESI run; ``LOSS``: of its control of benign
+    rows, with what the control's own score |g|·σ selects and its mean."""
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     masks = {mask["selection"]["criterion"]: mask["units"] for mask in (report, *report.get("further_masks", []))}
-    return {name: scaled(run, units) if name == LOSS else units for name, units in masks.items()}
-
-
-def scaled(run: Path, units: Units) -> Units:
-    """The rows as if every score had been multiplied by σ of its matrix: mean scores, and an exact top-k of as many
-    weights as the mask has."""
-    mask, scores = Mask.load(run / f"mask/{LOSS}"), ScoreFolder(run / f"scores/{LOSS}")
-    sigma = {unit["name"]: unit["sigma"] for unit in units}
-    values, names = list[np.ndarray](), list[str]()
-    for parameter, matrices in read_units(mask).items():
-        whole = scores.read(parameter, 0, mask.numel(parameter))
-        for matrix in matrices:
-            values.append(matrix.elements(whole, 0).numpy() * np.float32(sigma[matrix.name]))
-            names.append(matrix.name)
-    ends, all_values = np.cumsum([len(part) for part in values]), np.concatenate(values)
-    largest = np.argpartition(all_values, len(all_values) - mask.k)[len(all_values) - mask.k :]
-    counts = np.bincount(np.searchsorted(ends, largest, side="right"), minlength=len(names))
-    selected = dict(zip(names, counts.tolist(), strict=True))
-    return [
-        {**unit, "selected": selected[unit["name"]], "mean_score": unit["mean_score"] * unit["sigma"]} for unit in units
-    ]
+    if "control_selected" in report["units"][0]:
+        masks[LOSS] = [
+            {**unit, "selected": unit["control_selected"], "mean_score": unit["control_mean_score"]}
+            for unit in report["units"]
+        ]
+    return masks
 
 
 def by_place(units: Units, keys: Sequence[str]) -> dict[tuple, tuple[float, float, float]]:
@@ -115,7 +95,9 @@ def where_tables(cells: Sequence[Cell], output: Path) -> list[Row]:
         facts = cell.facts
         key = tuple(facts[name] for name in ("model", "prompts", "judge", "estimator", "count"))
         for criterion, units in masks_of(output / cell.name / "esi").items():
-            groups.setdefault((*key, criterion), []).append((facts["seed"], units))
+            loss = (facts["model"], BENIGN_LOSS, None, LOSS, facts["count"], LOSS)
+            group = loss if criterion == LOSS else (*key, criterion)
+            groups.setdefault(group, []).append((facts["seed"], units))
     tables = []
     for (model, prompts, judge, estimator, count, criterion), seeds in groups.items():
         seeds.sort(key=lambda pair: pair[0])
@@ -184,7 +166,7 @@ def overlap_rows(masks: Masks, models: Sequence[str], seeds: Sequence[int], wher
             beside(f"esi: {judge}", model, judge=judge)
         for estimator in list(where["estimators"])[1:]:
             beside(f"esi: {estimator}", model, estimator=estimator)
-        for criterion in ("grad", "snip"):
+        for criterion in ("grad", "snip", *where["against_control"]):
             beside(f"{criterion} against esi", model, criterion=criterion)
         for count in where["counts"]:
             beside(
@@ -203,7 +185,7 @@ def judged(cells: Sequence[Cell], output: Path) -> list[Row]:
     """Of every set of responses: how many were scored, judged unsafe and refused, as the run's report says."""
     rows = []
     for cell in cells:
-        if cell.facts["prompts"] != BENIGN_LOSS and not cell.after and not cell.joined:
+        if not cell.after:  # it has answered itself
             facts = json.loads((output / cell.name / "esi/report.json").read_text(encoding="utf-8"))["facts"]
             keys = ("prompts used", "judged unsafe", "refused (by words)")
             about = {name: cell.facts[name] for name in ("model", "prompts", "seed")}

@@ -12,24 +12,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 from builders import build_classifier, build_guard, build_model, byte_bpe_tokenizer
-from mask_folders import write_pair
 
 from esi_ds.config import load_config, validate
 from esi_ds.config.yaml import dump_yaml
-from esi_ds.core.mask import Mask
-from esi_ds.core.score_folder import ScoreFolder
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.options import Options
-from esi_ds.reselect import read_units
 from esi_ds.stages import entry
 from real_models.judges import CLASSIFIER_TEMPLATE, GUARD_TEMPLATE, VERDICTS
 from real_models.pairs import JudgedPair
 from real_models.sources import Data
 from study.real import __main__ as command
-from study.real import material, tune_results, where_results
+from study.real import material, tune_results
 from study.real.cells import all_cells
 from study.real.collect import collected, compact
 from study.real.grid import Cell, Folders, Plan, Step, read_grid, with_needs
@@ -63,11 +58,14 @@ def test_every_cell_has_configs_that_are_read(device, tmp_path: Path) -> None:
 
 
 def test_every_estimator_has_its_three_controls(plan: Plan) -> None:
-    cells = {cell.name for cell in all_cells(plan, None)}
+    by_name = {cell.name: cell for cell in all_cells(plan, None)}
+    cells = set(by_name)
     for model, estimator in ((m, e) for m in plan.models for e in plan.grid.where.estimators):
         for control in (f"benign-s0/classifier-{estimator}", f"advbench-s0/shuffled-{estimator}"):
             assert f"where/{model}/{control}" in cells
-        assert f"where/{model}/benign-loss-s0/none-loss" in cells
+    for model, seed in ((m, s) for m in plan.models for s in plan.size.seeds):
+        config = dict(by_name[f"where/{model}/advbench-s{seed}/classifier-soft"].steps[0].config or {})
+        assert config["control"]["rows"]["path"].endswith(f"benign-loss-s{seed}.jsonl")
     assert "where/smollm2/advbench-s2-n16/classifier-soft" in cells  # a part of the third seed's
     joined = next(cell for cell in all_cells(plan, None) if "n128" in cell.name)
     assert joined.after == joined.joined and len(joined.joined) == 2
@@ -93,7 +91,7 @@ def test_a_cell_of_every_kind_can_be_planned(plan: Plan, capsys: pytest.CaptureF
     build_classifier(models / "judge-classifier", tokenizer, "llama")
     rows = [{"prompt": "How?", "response": "So."}] * 4
     cells = {cell.name: cell for cell in all_cells(plan, None)}
-    chosen = ["advbench-s0/classifier-soft", "advbench-s0/guard-soft", "benign-loss-s0/none-loss"]
+    chosen = ["advbench-s0/classifier-soft", "advbench-s0/guard-soft"]
     material.write(plan.folders.data, {"advbench-s0": rows, "benign-loss-s0": rows})
     answers = plan.folders.output / "where/smollm2/advbench-s0/classifier-soft/esi/responses.jsonl"
     answers.parent.mkdir(parents=True)
@@ -283,19 +281,20 @@ PLACES = [(role, layer) for role in ("attention.v", "mlp.up") for layer in range
 
 
 @pytest.fixture
-def study(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """Two seeds of ESI on the untouched model, one of the benign prompts and of the benign loss, none shuffled."""
-    monkeypatch.setattr(where_results, "scaled", lambda run, rows: rows)
-    values = {name: one for name, one in ((c.name, c) for c in all_cells(plan, None))}
+def study(plan: Plan) -> Plan:
+    """Two seeds of ESI on the untouched model, one of the benign prompts, one control of benign rows, none shuffled."""
+    cells = {cell.name: cell for cell in all_cells(plan, None)}
     counts = {
         "advbench-s0/classifier-soft": (30, 6, 4, 0, 0, 0),
         "advbench-s1/classifier-soft": (20, 10, 10, 0, 0, 0),
         "benign-s0/classifier-soft": (15, 12, 8, 5, 0, 0),
-        "benign-loss-s0/none-loss": (10, 10, 5, 15, 0, 0),
     }
     for name, selected in counts.items():
-        shares = {place: (n, n + 1.0) for place, n in zip(PLACES, selected, strict=True)}
-        finish(plan, values[f"where/smollm2/{name}"], units(shares), "tuning_grad" if "loss" in name else "esi")
+        rows = units({where: (n, n + 1.0) for where, n in zip(PLACES, selected, strict=True)})
+        if name.startswith("advbench-s0"):
+            for row, n in zip(rows, (10, 10, 5, 15, 0, 0), strict=True):
+                row |= {"control_selected": n, "control_mean_score": 2.0 * n}
+        finish(plan, cells[f"where/smollm2/{name}"], rows)
     return plan
 
 
@@ -313,6 +312,8 @@ def test_shares_statistics_and_ratios_by_place(study: Plan) -> None:
     lines = {(line[0], line[1]): line for line in compared(esi, tables.controls("smollm2"))}
     assert lines["attention.v", "early"][3] == "3.75 [3.00, 4.50]"
     assert lines["attention.v", "early"][-3:] == ["not run", "not run", "–"]  # without a control there is no verdict
+    loss = tables.controls("smollm2")["benign loss"]
+    assert (loss["seeds"], loss["rows"][0]["mask"], loss["rows"][0]["statistic"]) == ([0], [0.25], [0.25])  # 20 of 80
     every = {**tables.controls("smollm2"), "shuffled judge": benign}
     verdicts = {(line[0], line[1]): line[-1] for line in compared(esi, every)}
     assert verdicts["attention.v", "early"] == "more" and verdicts["attention.v", "middle"] == "less"
@@ -323,11 +324,11 @@ def test_the_page_shows_what_was_run_and_what_was_not(study: Plan, tmp_path: Pat
     write_pages(study, cells, tmp_path / "docs")
     data = json.loads((tmp_path / "docs/real.json").read_text())
     states = {row["cell"]: row["state"] for row in data["cells"]}
-    assert len(states) == len(cells) and sum(state == "done" for state in states.values()) == 4
+    assert len(states) == len(cells) and sum(state == "done" for state in states.values()) == 3
     done = next(row for row in data["cells"] if row["state"] == "done")
     assert done["seconds"] == 60.0 and "OUTPUT/where" in done["commands"][0]
     text = (tmp_path / "docs/real.md").read_text()
-    assert text == page(data) and f"| where | 4 of {sum(cell.part == 'where' for cell in cells)} | 4 |" in text
+    assert text == page(data) and f"| where | 3 of {sum(cell.part == 'where' for cell in cells)} | 3 |" in text
     assert "### smollm2-aligned\n\nnot run" in text
     for name in where_figures(data):
         assert (tmp_path / "docs" / name).stat().st_size < 100_000 and name in text
@@ -336,27 +337,6 @@ def test_the_page_shows_what_was_run_and_what_was_not(study: Plan, tmp_path: Pat
 def test_an_empty_study_is_a_page_of_cells_that_were_not_run(plan: Plan, tmp_path: Path) -> None:
     write_pages(plan, all_cells(plan, None), tmp_path / "docs")
     assert "not run" in (tmp_path / "docs/real.md").read_text() and not list((tmp_path / "docs").glob("*.png"))
-
-
-def test_a_control_of_gradients_times_sigma_is_selected_anew(tmp_path: Path) -> None:
-    """|g| on disk, σ of each matrix: as if |g|·σ had been written and selected, of matrices that share a tensor too."""
-    write_pair(tmp_path / "pair", [(20, 9), (31, 14)], 0.1, "model", "top", 0)
-    for kind in ("mask", "scores"):
-        (tmp_path / "run" / kind).mkdir(parents=True)
-        (tmp_path / "pair" / kind).rename(tmp_path / "run" / kind / "tuning_grad")
-    mask, scores = Mask.load(tmp_path / "run/mask/tuning_grad"), ScoreFolder(tmp_path / "run/scores/tuning_grad")
-    rows, values = [], []
-    for number, (name, parts) in enumerate(read_units(mask).items()):
-        for index, unit in enumerate(parts):
-            sigma = 0.37 + 0.71 * number + 0.23 * index
-            score = unit.elements(scores.read(name, 0, mask.numel(name))).numpy()
-            rows.append({"name": unit.name, "sigma": sigma, "mean_score": float(score.mean()), "selected": 0})
-            values += [(float(value * np.float32(sigma)), len(rows) - 1) for value in score]
-    best = sorted(values, reverse=True)[: mask.k]
-    result = where_results.scaled(tmp_path / "run", rows)
-    assert [row["selected"] for row in result] == [sum(unit == i for _, unit in best) for i in range(len(rows))]
-    assert sum(row["selected"] for row in result) == mask.k > 50
-    assert [row["mean_score"] for row in result] == [row["mean_score"] * row["sigma"] for row in rows]
 
 
 # ---------------------------------------------------------------- tuned models
