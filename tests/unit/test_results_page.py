@@ -1,11 +1,12 @@
-"""docs/results.md is written by hand: its figures of the tiny models stand in the generated pages beside it, which
-tests/unit/test_study.py compares with study.json."""
+"""docs/results.md and docs/guide.md are written by hand: their figures of the tiny models stand in the generated pages
+of docs/results, which tests/unit/test_study.py compares with study.json."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
+import pytest
 from conftest import ROOT
 
 RESULTS = ROOT / "docs/results"
@@ -63,9 +64,10 @@ def test_tables_are_parts_of_the_generated_ones() -> None:
         assert unknown_rows(text.replace(old, new), detail), new
 
 
-def test_intervals_in_sentences_stand_in_the_generated_pages() -> None:
+@pytest.mark.parametrize(("page", "number"), [("results.md", 100), ("guide.md", 10)])
+def test_intervals_in_sentences_stand_in_the_generated_pages(page: str, number: int) -> None:
     generated = "".join(file.read_text() for file in sorted(RESULTS.glob("*.md")))
-    quoted = INTERVAL.findall((ROOT / "docs/results.md").read_text())
-    assert len(quoted) > 100
+    quoted = INTERVAL.findall((ROOT / "docs" / page).read_text())
+    assert len(quoted) > number
     assert not [one for one in quoted if one not in generated]
     assert "13.3 [10.7, 16.1]" not in generated
