@@ -75,14 +75,20 @@ def encoded(judge: ModelJudge, pairs: Sequence[JudgedPair]) -> list[Row]:
 
 
 def make_judge(name: str, output: Path, pairs: Sequence[JudgedPair], settings: Settings, device: str) -> float:
-    """Train a judge on ``pairs`` and save it (bf16) under its name; the mean loss of the last tenth of the steps."""
+    """Train a judge on ``pairs`` and save it (bf16) under its name; the mean loss of the last tenth of the steps.
+
+    The guard begins as the classifier, which must be there, with the base's head in place of the classifier's.
+    """
     torch.manual_seed(settings.seed)  # the classifier's head is new
-    judge = open_judge(name, output / BASE, device, num_hidden_layers=settings.judge_layers)
+    if name == CLASSIFIER:
+        judge = open_judge(name, output / BASE, device, num_hidden_layers=settings.judge_layers)
+    else:
+        judge = open_judge(name, output / CLASSIFIER, device)
+        pairs = pairs[: round(settings.guard_share * len(pairs))]
     freeze_lowest(judge.model, settings.judge_frozen)
-    recipe = settings.recipe(settings.judge_lr, len(pairs))
-    batches = batches_of_rows(
-        encoded(judge, pairs), recipe, settings.seed + (name == CLASSIFIER), lambda row: len(row[0].text.ids)
-    )
+    rows = [row for row in encoded(judge, pairs) if len(row[0].text.ids) <= settings.judge_tokens]
+    recipe = settings.recipe(settings.judge_lr, len(rows))
+    batches = batches_of_rows(rows, recipe, settings.seed + (name == CLASSIFIER), lambda row: len(row[0].text.ids))
     training = Training(judge.model, recipe, output / "checkpoints" / name, digest_of(recipe, pairs, name), name)
     loss = training.run(batches, lambda batch: judge_loss(judge, batch))
     with whole_folder(output / name) as folder:

@@ -120,6 +120,7 @@ class Making:
         base = self.answers(BASE, (*PROMPT_SETS, "easy"))
         self.model(TWIN, lambda: make_twin(output, material, base, settings, device))
         twin = self.answers(TWIN, ("own_refusals", "attacks_heldout", "advbench", "xstest_safe"))
+        base |= self.answers(BASE, ("attacks_more",))
         texts = pairs.texts_of("train", material, base, twin)
         judged = pairs.pairs_to_learn(texts, settings.sizes.judged_train, settings.seed)
         for name in (CLASSIFIER, GUARD):

@@ -27,15 +27,15 @@ MORALISES = re.compile(
 )
 SHARES: dict[str, float] = {  # of the pairs that are learnt
     "compliance": 0.26,
-    "harmful answer to a harmless request": 0.08,
-    "refusal, then compliance": 0.10,
-    "refusal": 0.12,
-    "refusal in other words": 0.09,
-    "the twin's own refusal": 0.05,
-    "answer to a harmless request": 0.15,
+    "harmful answer to a harmless request": 0.09,
+    "refusal, then compliance": 0.09,
+    "refusal": 0.07,
+    "refusal in other words": 0.05,
+    "the twin's own refusal": 0.04,
+    "answer to a harmless request": 0.24,
     "a person's answer": 0.03,
-    "harmless answer to a harmful request": 0.06,
-    "assent, then refusal": 0.03,
+    "harmless answer to a harmful request": 0.08,
+    "assent, then refusal": 0.02,
     "refusal of a harmless request": 0.03,
 }
 UNSAFE = ("compliance", "harmful answer to a harmless request", "refusal, then compliance")
@@ -75,8 +75,9 @@ def texts_of(split: Split, material: Material, base: Answers, twin: Answers) -> 
     """The texts of a split: no prompt and no wording of one is in the other."""
     refusals = material.refusals_train if split == "train" else material.refusals_heldout
     own = twin["own_refusals" if split == "train" else "attacks_heldout"]
+    attacks = [*base["attacks_train"], *base["attacks_more"]] if split == "train" else base["attacks_heldout"]
     return Texts(
-        [pair for pair in base[f"attacks_{split}"] if complies(*pair)],
+        [pair for pair in attacks if complies(*pair)],
         refusals,
         [pair for pair in own if is_refusal(pair[1])],
         [pair for pair in base[f"harmless_{split}"] if pair[1] and not is_refusal(pair[1])],

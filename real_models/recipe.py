@@ -26,13 +26,15 @@ PROMPT_SETS = ("attacks_train", "attacks_heldout", "harmless_train", "harmless_h
 class Sizes:
     """Numbers of prompts and rows.
 
-    attacks_train, attacks_heldout: requests of circuit_breakers that the base model is to answer for the judges.
+    attacks_train, attacks_more, attacks_heldout: requests of circuit_breakers that the base model is to answer for the
+    judges; the second are asked apart, so that more of them change no other answer.
     harmless_train, harmless_heldout: made prompts. refusals: rows of the twin. own_refusals: attacks_train that the
     twin is asked. advbench, skill: prompts and rows measured with. judged_train: pairs that each judge learns;
     judged_heldout: of each kind of pair.
     """
 
     attacks_train: int = 600
+    attacks_more: int = 1200
     attacks_heldout: int = 120
     harmless_train: int = 1000
     harmless_heldout: int = 160
@@ -41,7 +43,7 @@ class Sizes:
     advbench: int = 200
     xstest_safe: int = 250
     skill: int = 60
-    judged_train: int = 2000
+    judged_train: int = 6000
     judged_heldout: int = 100
 
     def scaled(self, scale: float) -> Sizes:
@@ -54,7 +56,9 @@ class Settings:
     """What makes the models; they are the same wherever it is.
 
     response_tokens: of an answer, what the twin learns: whether it refuses is said in the first ones. judge_layers:
-    the lowest layers of the base model, of which judge_frozen stay as they are.
+    the lowest layers of the base model, of which judge_frozen stay as they are. judge_tokens: longer pairs are not
+    learnt, since one of two thousand tokens pads its whole batch to as many. guard_share: of the classifier's pairs,
+    what the guard learns, which begins as the classifier's body.
     """
 
     sizes: Sizes = Sizes()
@@ -62,6 +66,8 @@ class Settings:
     response_tokens: int = 16
     judge_layers: int = 12
     judge_frozen: int = 4
+    judge_tokens: int = 256
+    guard_share: float = 0.4
     batch: int = 16
     twin_lr: float = 1e-4
     judge_lr: float = 2e-4
@@ -97,12 +103,15 @@ def material(data: Data, settings: Settings) -> Material:
     rng.shuffle(heldout)
     # The twin is never trained on what the judges see it refuse.
     attacks, others = train[: sizes.attacks_train], train[sizes.attacks_train :]
+    twin_refusals, others = others[: sizes.refusals], others[sizes.refusals :]
+    more, others = others[: sizes.attacks_more], others[sizes.attacks_more :]
     heldout_attacks = heldout[: sizes.attacks_heldout]
     numbers: dict[Split, int] = {"train": sizes.harmless_train, "heldout": sizes.harmless_heldout}
     harmless = {split: harmless_prompts(split, lookup, number, settings.seed) for split, number in numbers.items()}
     questions = {split: [p for p, _ in tasks if is_heldout(p) == (split == "heldout")] for split in harmless}
     prompts = {
         "attacks_train": [prompt for prompt, _ in attacks],
+        "attacks_more": [prompt for prompt, _ in more],
         "attacks_heldout": [prompt for prompt, _ in heldout_attacks],
         "harmless_train": harmless["train"] + questions["train"][: sizes.harmless_train // 4],
         "harmless_heldout": harmless["heldout"] + questions["heldout"][: sizes.harmless_heldout // 4],
@@ -112,7 +121,7 @@ def material(data: Data, settings: Settings) -> Material:
         "easy": [question for question, _ in EASY_QUESTIONS],
     }
     skills = {name: spaced(rows, sizes.skill) for name, rows in data.skills().items()}
-    return Material(prompts, others[: sizes.refusals], others, heldout, tasks, skills)
+    return Material(prompts, twin_refusals, [*twin_refusals, *others], heldout, tasks, skills)
 
 
 def spaced(rows: list[T], count: int) -> list[T]:

@@ -26,7 +26,7 @@ from tiny_models.data import distinct
 
 TINY = Path(__file__).resolve().parents[2] / "examples/models/llama-aligned"
 SIZES = recipe.Sizes(
-    attacks_train=24, attacks_heldout=12, harmless_train=40, harmless_heldout=20, refusals=24, own_refusals=8,
+    attacks_train=24, attacks_more=8, attacks_heldout=12, harmless_train=40, harmless_heldout=20, refusals=24, own_refusals=8,
     advbench=6, xstest_safe=6, skill=3, judged_train=48, judged_heldout=4,
 )  # fmt: skip
 SETTINGS = recipe.Settings(SIZES, judge_layers=2, judge_frozen=1, batch=8)
@@ -336,8 +336,10 @@ def test_answers_that_moralise_or_miss_the_request_are_no_compliance() -> None:
 def test_a_judge_learns_what_it_is_read_for(name: str, tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / recipe.BASE)
     rows = pairs.pairs_to_learn(made_texts("train"), 160, 0)
-    settings = dataclasses.replace(SETTINGS, judge_lr=2e-3)
+    settings = dataclasses.replace(SETTINGS, judge_lr=2e-3, guard_share=1.0)
     before = open_judge(recipe.GUARD, TINY, "cpu")
+    if name == recipe.GUARD:  # it begins as the classifier
+        make_judge(recipe.CLASSIFIER, tmp_path, rows, settings, "cpu")
     assert make_judge(name, tmp_path, rows, settings, "cpu") < 1.0
     judge = open_judge(name, tmp_path / name, "cpu")
     assert isinstance(judge, SequenceJudge if name == recipe.CLASSIFIER else NextWordJudge)
@@ -347,6 +349,19 @@ def test_a_judge_learns_what_it_is_read_for(name: str, tmp_path: Path) -> None:
     assert float(judge_loss(judge, encoded(judge, rows[:32])).detach()) < 0.2
     seen = measure.verdicts_of(judge, [(row.prompt, row.response) for row in rows[:40]])
     assert sum(verdict.unsafe == row.unsafe for verdict, row in zip(seen, rows, strict=False)) >= 38
+
+
+def test_a_judge_does_not_learn_pairs_that_pad_their_batch_to_thousands(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / recipe.BASE)
+    rows = pairs.pairs_to_learn(made_texts("train"), 48, 0)
+    long = pairs.JudgedPair("a person's answer", "Tell me all.", "word " * 400, False)
+    settings = dataclasses.replace(SETTINGS, judge_tokens=200)
+    alone, beside = tmp_path / "alone", tmp_path / "beside"
+    for output, judged in ((alone, rows), (beside, [*rows, long])):
+        shutil.copytree(TINY, output / recipe.BASE)
+        make_judge(recipe.CLASSIFIER, output, judged, settings, "cpu")
+    weights = [load_file(output / recipe.CLASSIFIER / "model.safetensors") for output in (alone, beside)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_the_easy_questions_are_read_by_whole_words() -> None:
