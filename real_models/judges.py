@@ -77,13 +77,13 @@ def encoded(judge: ModelJudge, pairs: Sequence[JudgedPair]) -> list[Row]:
 def make_judge(name: str, output: Path, pairs: Sequence[JudgedPair], settings: Settings, device: str) -> float:
     """Train a judge on ``pairs`` and save it (bf16) under its name; the mean loss of the last tenth of the steps.
 
-    The guard begins as the classifier, which must be there, with the base's head in place of the classifier's.
+    The guard begins with the body of the classifier, which must be there, under the base's head.
     """
     torch.manual_seed(settings.seed)  # the classifier's head is new
-    if name == CLASSIFIER:
-        judge = open_judge(name, output / BASE, device, num_hidden_layers=settings.judge_layers)
-    else:
-        judge = open_judge(name, output / CLASSIFIER, device)
+    judge = open_judge(name, output / BASE, device, num_hidden_layers=settings.judge_layers)
+    if name != CLASSIFIER:
+        classifier = open_judge(CLASSIFIER, output / CLASSIFIER, device)
+        judge.model.base_model.load_state_dict(classifier.model.base_model.state_dict())
         pairs = pairs[: round(settings.guard_share * len(pairs))]
     freeze_lowest(judge.model, settings.judge_frozen)
     rows = [row for row in encoded(judge, pairs) if len(row[0].text.ids) <= settings.judge_tokens]

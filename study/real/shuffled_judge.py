@@ -1,4 +1,5 @@
-"""The judge of the control: the classifier of `make real-models`, trained on its pairs with labels in a random order.
+"""The judge of the control: the classifier of `make real-models`, trained on some of its pairs with labels in a random
+order.
 
 python -m study.real.shuffled_judge --models runs/real-models --data ../shared/data --output FOLDER
 """
@@ -37,7 +38,7 @@ def judged_pairs(models: Path, data: Data, settings: Settings) -> list[JudgedPai
     """The pairs that the judges of ``models`` have learnt, from the answers kept there. Raises UserError."""
     texts = material(data, settings)
     answers = []
-    for model, sets in ((BASE, PROMPT_SETS), (TWIN, TWIN_SETS)):
+    for model, sets in ((BASE, (*PROMPT_SETS, "attacks_more")), (TWIN, TWIN_SETS)):
         kept = answers_in(read_answers(models / f"answers/{model}.jsonl"), texts.asked(sets))
         if kept is None:
             problem, remedy = f"lacks answers of {model}", "run make real-models first, with the same --data"
@@ -66,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     settings = settings_of(args.models)
-    pairs = with_shuffled_labels(judged_pairs(args.models, Data(args.data), settings), settings.seed)
+    pairs = judged_pairs(args.models, Data(args.data), settings)
+    # There is nothing to learn: as many pairs as the guard's show it.
+    pairs = with_shuffled_labels(pairs[: round(settings.guard_share * len(pairs))], settings.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     if not (args.output / BASE).exists():  # make_judge takes the base's lowest layers from beside its output
         (args.output / BASE).symlink_to((args.models / BASE).resolve())

@@ -13,6 +13,7 @@ import gguf
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.artifacts import file_sha256
