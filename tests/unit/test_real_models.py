@@ -27,8 +27,8 @@ from tiny_models.data import distinct
 
 TINY = Path(__file__).resolve().parents[2] / "examples/models/llama-aligned"
 SIZES = recipe.Sizes(
-    attacks_train=24, attacks_more=8, attacks_heldout=12, harmless_train=40, harmless_heldout=20, refusals=24, own_refusals=8,
-    advbench=6, xstest_safe=6, skill=3, judged_train=48, judged_heldout=4,
+    attacks_train=24, attacks_more=8, attacks_heldout=12, harmless_train=40, harmless_heldout=20, refusals=24,
+    own_refusals=8, advbench=6, xstest_safe=6, skill=3, judged_train=48, judged_heldout=4,
 )  # fmt: skip
 SETTINGS = recipe.Settings(SIZES, judge_layers=2, judge_frozen=1, batch=8)
 
