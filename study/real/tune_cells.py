@@ -13,6 +13,7 @@ CHOOSE, REPORT = "choose", "report"  # parts of the prompts asked: to choose by,
 SKILLS = ("gsm8k", "medquad")  # that SET should leave alone
 TASKS = ("kinds", "gsm8k", "medical")
 POISONED = "poisoned"
+LONG_ANSWER = 128  # tokens within which GSM8K's answers come to their number
 NOTHING = "nothing"
 
 
@@ -221,9 +222,10 @@ class TuneCells:
         }
         model = self.run_folder(name, "spa") / "model"
         heldout = TASKS[0] if task == POISONED else task
+        is_asked = heldout != "gsm8k" or self.size.answer_tokens >= LONG_ANSWER
         steps = (
             Step("spa", config),
-            self.evaluation(name, self.aligned, model, seed, heldout),
+            self.evaluation(name, self.aligned, model, seed, heldout if is_asked else None),
             self.skills(name, model, (heldout,)),
         )
         facts = {"task": task, "frozen": label, "lr": rate, "seed": seed}

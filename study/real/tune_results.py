@@ -85,7 +85,10 @@ def tuned_rows(cells: Sequence[Cell], output: Path, part: str) -> list[Row]:
         if part == "spa":
             task = TASKS[0] if cell.facts["task"] == POISONED else cell.facts["task"]
             heldout = output / f"data/{task}-heldout.jsonl"
-            row["accuracy"] = accuracy(folder / "eval/answers.jsonl", heldout, task, TUNED)
+            asked = {entry["path"] for entry in dict(cell.steps[1].config or {})["eval"]["benign"]}
+            is_asked = str(heldout) in asked
+            answers = folder / "eval/answers.jsonl"
+            row["accuracy"] = accuracy(answers, heldout, task, TUNED) if is_asked else None
         rows.append({**row, "seconds": read_record(folder)["seconds"]})
     return rows
 

@@ -109,6 +109,7 @@ class WhereCells:
             "samples": estimator.samples,
             "max_new_tokens": self.size.max_new_tokens,
             "batch_size": self.size.batch_size,
+            "generation_batch_size": self.size.answer_batch,
             # The seed-0 scores of the main estimator are selected from again: other ratios, and noise.
             "save_scores": o == Objective(HARMFUL, CLASSIFIER, self.main) and seed == self.size.seeds[0],
         }

@@ -443,6 +443,12 @@ def test_steps_that_are_modules(plan: Plan) -> None:
     lora, select = cells["set/lora-1-0.001-s0"], cells["masks/smollm2-aligned/esi-0.3"]
     assert command_of(lora.steps[0], Path("/f"))[1:5] == ["-m", "study.real.lora", "--config", "/f/lora.yaml"]
     assert command_of(select.steps[0], Path("/f"))[1:4] == ["-m", "esi_ds.mask", "select"]
+    maths = dict(cells["spa/gsm8k/nothing-2e-05-s0"].steps[1].config or {})["eval"]["benign"]
+    kinds = dict(cells["spa/kinds/nothing-2e-05-s0"].steps[1].config or {})["eval"]["benign"]
+    assert (len(maths), len(kinds)) == (
+        2,
+        3,
+    )  # 32 tokens are too few for an answer to GSM8K: its loss alone is measured
     frozen = cells["spa/kinds/esi-0.3-2e-05-s0"]
     assert frozen.after == (select.name,) and dict(frozen.steps[0].config or {})["tune"]["mask"].endswith(
         "esi-0.3/mask"
