@@ -61,8 +61,10 @@ def environment(device: Device) -> dict[str, str]:
 def run_command(command: Sequence[str], log: Path, device: Device) -> int:
     """Run a command, its output behind that of earlier starts; the exit code. A SIGTERM or Ctrl-C is handed on.
 
-    Raises Interrupted once the command has saved and ended.
+    Raises Interrupted after a signal, once the command has saved and ended, however that was: a finished stage has
+    nothing to do at the next start.
     """
+    signals: list[int] = []
     with log.open("a") as output:
         output.write(f"$ {shlex.join(command)}\n")
         output.flush()
@@ -71,6 +73,7 @@ def run_command(command: Sequence[str], log: Path, device: Device) -> int:
         )
 
         def hand_on(number: int, _: object) -> None:
+            signals.append(number)
             process.send_signal(signal.SIGTERM)
 
         before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -79,7 +82,7 @@ def run_command(command: Sequence[str], log: Path, device: Device) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-    if code in (EXIT_INTERRUPTED, -signal.SIGTERM):
+    if signals or code in (EXIT_INTERRUPTED, -signal.SIGTERM):
         raise Interrupted(f"{log.with_suffix('')} was stopped by a signal; start again")
     return code
 

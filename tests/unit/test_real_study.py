@@ -171,9 +171,11 @@ def test_a_killed_cell_goes_on_with_its_next_command(plan: Plan) -> None:
         is_done(other[0], plan.folders.output)
 
 
-def test_a_signal_is_handed_to_the_command_which_saves_and_ends(tmp_path: Path) -> None:
-    """A stage exits with 75 once it has saved; the runner waits for that, and gives its handlers back."""
-    save = f"import pathlib, sys; pathlib.Path({str(tmp_path / 'saved')!r}).touch(); sys.exit(75)"
+@pytest.mark.parametrize("code", [75, 0, 1])
+def test_a_signal_is_handed_to_the_command_which_saves_and_ends(code: int, tmp_path: Path) -> None:
+    """A stage exits with 75 once it has saved; the runner waits for that, and gives its handlers back. It stops, too,
+    where the command was at its end or failed."""
+    save = f"import pathlib, sys; pathlib.Path({str(tmp_path / 'saved')!r}).touch(); sys.exit({code})"
     wait = (
         f"import signal, time\nsignal.signal(15, lambda *_: exec({save!r}))\nprint('ready', flush=True)\ntime.sleep(60)"
     )
