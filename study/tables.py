@@ -1,8 +1,8 @@
-"""The detail pages' tables, as Markdown."""
+"""Tables of the detail pages, as Markdown: those of the tiny study, and what both studies write tables with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from esi_ds.data.rows import Row
 from study import findings, where
@@ -14,10 +14,12 @@ RULE_TEXT = {
     "over_refused": "over-refusal",
 }
 EDGE = "†"
+NOT_RUN = "not run"
 NOISE_MEASURES = ("not refused", "unsafe", "incoherent")
 
 
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A head and lines of as many cells."""
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*rows, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
 

@@ -16,7 +16,7 @@ from esi_ds.report.figures import figure_png
 from study.real import plots, tune_page
 from study.real.collect import collected, compact
 from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell, Plan
-from study.real.tables import NOT_RUN, table
+from study.tables import NOT_RUN, table
 
 # The controls of a table, in its columns' order: (heading, what differs from the table's own objective).
 CONTROLS: dict[str, dict[str, Any]] = {

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from esi_ds.data.rows import Row
 from study.real import plots
-from study.real.tables import NOT_RUN, table
 from study.real.tune_cells import CHOOSE, REPORT
 from study.real.tune_results import MEASURES, best_rate, is_at_end
+from study.tables import NOT_RUN, table
 
 
 def interval(values: Sequence[float] | None) -> str:
