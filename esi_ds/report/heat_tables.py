@@ -6,6 +6,7 @@ A table needs no picture of its own for dark mode or paper, and its cells can be
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from esi_ds.report.tables import Heatmap
@@ -16,6 +17,7 @@ MAX_LABELS = 16  # of columns, so that they stay apart
 MAX_WITH_TEXT = 16  # columns whose cells have room for their values
 STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 CHARACTER = 6.6  # pixels of a label's character, about
+MAX_LABEL = 30  # characters of a label; the rest of a longer one is not shown
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def heat_table(data: Heatmap, with_numbers: bool = True) -> HeatTable:
     columns, rows = len(data.columns), len(data.rows)
     step = _step(columns)
     write = columns <= MAX_WITH_TEXT
-    cell = max(5.0, 24 / step, 28 if write else 0, CHARACTER * max(map(len, data.columns)) / step)
-    label = round(14 + CHARACTER * max(map(len, [*data.rows, data.row_axis])))
+    cell = max(5.0, 24 / step, 28 if write else 0, _text_width(data.columns) / step)
+    label = round(14 + _text_width([*data.rows, data.row_axis]))
     height = 20 if rows <= MAX_LABELS else 14 if rows <= 2 * MAX_LABELS else 9
     row_step = 1 if height > 9 else _step(rows)
     return HeatTable(
@@ -80,9 +82,14 @@ def heat_table(data: Heatmap, with_numbers: bool = True) -> HeatTable:
     )
 
 
+def _text_width(labels: Sequence[str]) -> float:
+    """Pixels of the longest label."""
+    return CHARACTER * min(MAX_LABEL, max(map(len, labels)))
+
+
 def _header_cell(label: str, span: int, width: float) -> tuple[str, int]:
     """The last columns may be too few for a label."""
-    return (label if span * width >= CHARACTER * len(label) else "", span)
+    return (label if span * width >= _text_width([label]) else "", span)
 
 
 def _step(count: int) -> int:
@@ -102,7 +109,9 @@ def _numbers(data: Heatmap) -> HeatTable:
     cells = _cells(turned, write=True)
     rows = [HeatRow(name, 1, row) for name, row in zip(turned.rows, cells, strict=True)]
     header = [(name, 1) for name in turned.columns]
-    width = round(table.label_width + CHARACTER * sum(max(len(name), 6) + 1 for name in turned.columns))
+    width = round(
+        table.label_width + sum(max(_text_width([name]), 6 * CHARACTER) + CHARACTER for name in turned.columns)
+    )
     return replace(table, rows=rows, header=header, least_width=width, row_height=18)
 
 

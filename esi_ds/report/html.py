@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from esi_ds.artifacts import write_json_atomic, write_text_atomic
 from esi_ds.eval.rows import MeasureRow
-from esi_ds.report import evaluation, figures, location, overview, perturbation, tables
+from esi_ds.report import evaluation, figures, location, overview, perturbation, sentences, tables
 from esi_ds.report.contents import (
     EsiReport,
     EvaluationReport,
@@ -90,6 +90,7 @@ def _esi_page(
     masks, scores, progress = tables.masks_of(report), report["judge_scores"], report["progress"]
     return _template("esi.html.j2").render(
         report=report,
+        lead=sentences.esi(report, masks),
         masks=[_mask_pieces(mask, f": {mask['selection']['criterion']}" * (len(masks) > 1)) for mask in masks],
         overlaps=report.get("overlaps", []),
         response_facts=RESPONSE_FACTS,
@@ -133,6 +134,7 @@ def render_overview(runs: Sequence[FinishedRun[Report]], overlaps: Sequence[Over
     maps = ((mask, location.role_maps(mask.report["units"], mask.report["selection"])) for mask in masks)
     return _template("overview.html.j2").render(
         report={"title": f"{len(runs)} runs"},
+        lead=sentences.several(runs, masks, joined),
         runs=runs,
         masks=masks,
         tuning=kinds.tuning,
@@ -170,6 +172,7 @@ def _tuning_page(report: TuningReport) -> str:
     progress, alternative = report["progress"], "loss, gradient norm and learning rate by step"
     return _template("tuning.html.j2").render(
         report=report,
+        lead=sentences.tuning(report),
         curves=_picture(figures.training_curves(progress), alternative) if progress else None,
         changed_rows=[{"name": name, **row} for name, row in changed[:MAX_TENSORS] if row["changed"]],
     )
@@ -177,12 +180,17 @@ def _tuning_page(report: TuningReport) -> str:
 
 def _evaluation_page(report: EvaluationReport) -> str:
     return _template("evaluation.html.j2").render(
-        report=report, words=evaluation.WORDS, page=_evaluation_pieces(report)
+        report=report,
+        lead=sentences.evaluation(report),
+        words=evaluation.WORDS,
+        page=_evaluation_pieces(report),
     )
 
 
 def _perturbation_page(report: PerturbationReport) -> str:
-    return _template("perturbation.html.j2").render(report=report, words=evaluation.WORDS, charts=_noise_charts(report))
+    return _template("perturbation.html.j2").render(
+        report=report, lead=sentences.perturbation(report), words=evaluation.WORDS, charts=_noise_charts(report)
+    )
 
 
 def _noise_charts(report: PerturbationReport) -> list[Markup]:

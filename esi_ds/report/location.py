@@ -81,10 +81,14 @@ def has_control(units: Sequence[UnitRow]) -> bool:
     return any("control_mean_score" in unit for unit in units)
 
 
+def is_papers(selection: SelectionFacts) -> bool:
+    """Whether the scores are the paper's, |g|·σ of the safety score, and nothing else."""
+    return selection["criterion"] == "esi" and not selection.get("contrastive")
+
+
 def statistic_name(selection: SelectionFacts) -> str:
-    """What the sum of mean scores is called: the paper's statistic is that of ESI's own score alone."""
-    is_papers = selection["criterion"] == "esi" and not selection.get("contrastive")
-    return "the paper’s statistic" if is_papers else "summed mean scores"
+    """What the sum of mean scores is called: the paper's statistic is that of its own score alone."""
+    return "the paper’s statistic" if is_papers(selection) else "summed mean scores"
 
 
 def whole_of(units: Sequence[UnitRow]) -> Cell:
@@ -206,10 +210,13 @@ def regions(units: Sequence[UnitRow]) -> list[Region]:
     """Every role in every third of the depth, in the model's order."""
     layers = sorted({layer for unit in units if (layer := unit["layer"]) is not None})
     depth_of = {layer: DEPTHS * index // len(layers) for index, layer in enumerate(layers)}
-    ends = {depth: [layer for layer in layers if depth_of[layer] == depth] for depth in set(depth_of.values())}
-    cells = grouped(units, lambda unit: (unit["role"], -1 if unit["layer"] is None else depth_of[unit["layer"]]))
-    whole = whole_of(units)
-    return [
-        Region(role, (ends[depth][0], ends[depth][-1]) if depth >= 0 else None, Location(cell, whole))
-        for (role, depth), cell in cells.items()
-    ]
+    rows: dict[tuple[str, int | None], list[UnitRow]] = {}
+    for unit in units:
+        layer = unit["layer"]
+        rows.setdefault((unit["role"], None if layer is None else depth_of[layer]), []).append(unit)
+    whole, all_regions = whole_of(units), []
+    for (role, _), part in rows.items():
+        within = [layer for unit in part if (layer := unit["layer"]) is not None]
+        ends = (min(within), max(within)) if within else None
+        all_regions.append(Region(role, ends, Location(whole_of(part), whole)))
+    return all_regions

@@ -97,6 +97,13 @@ def test_labels_stay_apart_at_all_sizes(rows: int, columns: int) -> None:
     assert table.numbers.rows[1].cells[1].text == "2"
 
 
+def test_a_long_name_does_not_push_the_cells_out_of_sight() -> None:
+    data = Heatmap("t", ["r" * 1000], ["c" * 1000, "d"], [[1.0, 2.0]], "%", "role", "layer")
+    table = heat_table(data)
+    assert table.label_width < 250 and table.least_width < 1000 and table.numbers is not None
+    assert table.numbers.least_width < 1000
+
+
 def test_shades_of_ratios_and_of_nothing() -> None:
     values = [[1.0, 4.0, 0.25, 0.0, math.inf, math.nan, 2.0]]
     table = heat_table(Heatmap("t", ["a"], list("bcdefgh"), values, "× chance", "role", "layer", True))

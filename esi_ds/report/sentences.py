@@ -1,0 +1,261 @@
+"""The first lines of every page: its numbers in the words of somebody who has read it. Pure functions of reports."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from esi_ds.eval.rows import MeasureRow
+from esi_ds.report import location
+from esi_ds.report.contents import (
+    CurveRow,
+    EsiReport,
+    EvaluationReport,
+    MaskReport,
+    PerturbationReport,
+    RefusalRow,
+    Report,
+    TuningReport,
+)
+from esi_ds.report.evaluation import p_value, percent
+from esi_ds.report.location import Region
+from esi_ds.report.overview import FinishedRun
+from esi_ds.report.publish import RESPONSE_FACTS
+
+LEAST_SHARE = 0.01  # of a mask: parts that hold less are too small to be spoken of
+ALIKE = 1.25  # a share less than this times the control's, or the other way round, is called alike
+MANY_INCOHERENT = 0.05  # of the answers: worth a word beside attack success
+CHANCE = 0.05  # p-values above it
+MAX_MODELS = 4
+MAX_MASKS = 3
+
+
+def esi(report: EsiReport, masks: Sequence[MaskReport]) -> list[str]:
+    """Where each mask lies, what of it is this objective's own, and how the responses were."""
+    lines = []
+    for mask in masks:
+        name = "The mask" if len(masks) == 1 else f"The mask by {mask['selection']['criterion']}"
+        lines.append(" ".join(where(mask, name)))
+    unsafe, refused = (report["facts"].get(name) for name in RESPONSE_FACTS)
+    if report["judge_scores"]:
+        words = [f"the judge calls {unsafe.split(' ')[0]} unsafe"] if unsafe else []
+        words += [f"{refused.split(' ')[0]} hold a refusal’s words"] if refused else []
+        if words:
+            lines.append(f"Of the {len(report['judge_scores']):,} responses {' and '.join(words)}.")
+    return lines
+
+
+def where(mask: MaskReport, name: str) -> list[str]:
+    """Sentences about where one mask lies. name: of the mask, as a sentence begins."""
+    selection, units = mask["selection"], mask["units"]
+    if not location.whole_of(units).selected:
+        return [f"{name} is empty."]
+    share = f"{100 * selection['k'] / selection['total_numel']:.2g} %"
+    parts = [(part, at) for part, at in location.by_part(units) if at.share >= LEAST_SHARE]
+    parts.sort(key=lambda item: -item[1].share)
+    held = [
+        f"{part}, with {_whole(at.weights)}{'' if index else ' of the weights'}, "
+        f"{'holds' if part == 'attention' else 'hold'} {_whole(at.share)}{'' if index else ' of it'}"
+        for index, (part, at) in enumerate(parts)
+    ]
+    lines = [f"{name} is {share} of the weights.", f"{_begin('; '.join(held))}."]
+    regions = location.regions(units)
+    densest = _densest(regions)
+    times, controls = densest.at.times_chance, densest.at.control_times_chance
+    if not location.has_control(units) or selection["order"] != "top":
+        return [*lines, f"It is densest in {densest}: {times:.1f} times chance."]
+    # The control is |g|·σ: beside another score its masks differ by the criterion too, not by the objective alone.
+    whose = "objective’s" if location.is_papers(selection) else "criterion’s"
+    return [
+        *lines,
+        f"It holds {times:.1f} times as much in {densest} as chance; the control’s holds {controls:.1f} times: "
+        f"{_verdict(densest, whose)}.",
+        _most_of_its_own(regions, whose),
+    ]
+
+
+def _densest(regions: Sequence[Region]) -> Region:
+    spoken = [region for region in regions if region.at.share >= LEAST_SHARE] or regions
+    return max(spoken, key=lambda region: region.at.times_chance)
+
+
+def _verdict(region: Region, whose: str) -> str:
+    """Whether the objective or any gradient puts weights there."""
+    ratio = region.at.share_to_control
+    if ratio > ALIKE:
+        return f"more than any gradient’s, so in part this {whose} own"
+    return f"any gradient’s, not this {whose} own" if ratio >= 1 / ALIKE else "the control has even more there"
+
+
+def _most_of_its_own(regions: Sequence[Region], whose: str) -> str:
+    most = max(
+        (region for region in regions if max(region.at.share, region.at.control_share) >= LEAST_SHARE),
+        key=lambda region: region.at.share_to_control,
+    )
+    ratio = most.at.share_to_control
+    if ratio <= ALIKE:
+        return f"No part has much more of this mask than of the control’s; {most} has most, {ratio:.2f} times as much."
+    much = "where the control’s holds nothing" if math.isinf(ratio) else f"{ratio:.1f} times the control’s share"
+    return f"This {whose} own is above all {most}, with {_whole(most.at.share)} of the mask, {much}."
+
+
+def tuning(report: TuningReport) -> list[str]:
+    """What was trained, how the loss went, and refusals before and after."""
+    method, share = report["method"].upper(), 100 * report["trained"] / max(report["total_numel"], 1)
+    trained = f"{method} trained {share:.3g} % of the weights for {report['steps']:,} steps"
+    losses = [row["loss"] for row in report["progress"] if row.get("loss") is not None]
+    if len(losses) > 1:
+        verb = "fell" if losses[-1] < losses[0] else "rose"
+        trained += f"; the loss of a batch {verb} from {losses[0]:.3g} to {losses[-1]:.3g}"
+    refusals = [line for row in report["refusals"] if (line := _refusals(row))]
+    return [f"{trained}.", *([f"The tuned model refuses {_listed(refusals)}."] if refusals else [])]
+
+
+def _refusals(row: RefusalRow) -> str:
+    before, after = row["refused_before"], row["refused_after"]
+    if after is None:
+        return ""
+    earlier = "" if before is None else f" ({before} before tuning)"
+    return f"{after} of {row['n']} {row['set']} prompts{earlier}"
+
+
+def evaluation(report: EvaluationReport) -> list[str]:
+    """Attack success and over-refusal of every model, against the one it is compared with."""
+    attack, refusal = (_first(report, name) for name in ("attack_success", "refused"))
+    lines = []
+    for model in report["models"]:
+        parts = [
+            words
+            for first, say in ((attack, _attack_success), (refusal, _over_refusal))
+            if first is not None and (words := say(report, first, model["name"], model["before"]))
+        ]
+        if parts and (model["before"] or len(report["models"]) == 1):
+            lines.append(f"{model['name']}: {'; '.join(parts)}.")
+    more = len(lines) - MAX_MODELS
+    others = f"{more} more model{'s are' if more > 1 else ' is'} in the tables."
+    return [*lines[:MAX_MODELS], *([others] if more > 0 else [])]
+
+
+def _first(report: EvaluationReport, measure: str) -> MeasureRow | None:
+    """The first row of a measure, whose set and judge all models are compared by."""
+    return next((row for row in report["measures"] if row["measure"] == measure), None)
+
+
+def _rate(report: EvaluationReport, like: MeasureRow, model: str | None, measure: str | None = None) -> float | None:
+    """The rate of another model, or of another measure whoever judges, on the same set."""
+    for row in report["measures"]:
+        same_judge = measure is not None or row["judge"] == like["judge"]
+        if (row["measure"], row["set"], row["model"]) == (
+            measure or like["measure"],
+            like["set"],
+            model,
+        ) and same_judge:
+            return row["rate"]
+    return None
+
+
+def _attack_success(report: EvaluationReport, like: MeasureRow, model: str, before: str | None) -> str:
+    words = _change(report, like, model, before, "attack success")
+    incoherent = _rate(report, like, model, "incoherent")
+    if words and incoherent is not None and incoherent >= MANY_INCOHERENT:
+        words += f", where {percent(incoherent)} of its answers are incoherent"
+    return words
+
+
+def _over_refusal(report: EvaluationReport, like: MeasureRow, model: str, before: str | None) -> str:
+    return _change(report, like, model, before, "refusal of benign prompts")
+
+
+def _change(report: EvaluationReport, like: MeasureRow, model: str, before: str | None, name: str) -> str:
+    """One rate in words, with the one before and the test where there are such; empty where it was not measured."""
+    rate, earlier = _rate(report, like, model), _rate(report, like, before)
+    if rate is None:
+        return ""
+    judged = f" ({like['judge']})"
+    if earlier is None:
+        return f"{name} is {percent(rate)} on {like['set']}{judged}"
+    verb = "stays at" if rate == earlier else "falls" if rate < earlier else "rises"
+    values = percent(rate) if rate == earlier else f"from {percent(earlier)} to {percent(rate)}"
+    tests = [
+        row["p_value"]
+        for row in report["changes"]
+        if (row["measure"], row["set"], row["judge"], row["model"], row["before"])
+        == (like["measure"], like["set"], like["judge"], model, before)
+    ]
+    test = ""
+    if tests and tests[0] is not None and rate != earlier:
+        by_chance = ", which may be chance" if tests[0] > CHANCE else ""
+        test = f", p {p_value(tests[0])}{by_chance}"
+    return f"{name} {verb} {values} on {like['set']}{judged}{test}"
+
+
+def perturbation(report: PerturbationReport) -> list[str]:
+    """What the strongest noise does to each part of the ranking, beside the model without noise."""
+    first = next((row for row in report["curves"] if row["measure"] == "attack_success"), None)
+    if first is None:
+        return []
+    rows = [row for row in report["curves"] if (row["set"], row["judge"]) == (first["set"], first["judge"])]
+    attack = [row for row in rows if row["measure"] == "attack_success" and row["rate"] is not None]
+    noise = max((row["noise"] for row in attack), default=0.0)
+    strongest = [row for row in attack if row["noise"] == noise]
+    ratio = max((row["ratio"] for row in strongest), default=0.0)
+    points = [row for row in strongest if row["ratio"] == ratio]
+    clean = next((percent(row["rate"]) for row in attack if row["noise"] == 0), None)
+    if not noise or not points:
+        return []
+    rates = _listed([f"{percent(row['rate'])} where they are {_order(row)}" for row in points])
+    without = f"; without noise it is {clean}" if clean else ""
+    name = f"attack success on {first['set']} ({first['judge']})"
+    return [f"With noise of {noise:g} σ on {100 * ratio:g} % of the weights, {name} is {rates}{without}."]
+
+
+def _order(row: CurveRow) -> str:
+    return "random ones" if row["order"] == "random" else f"the {row['order']} ones"
+
+
+def several(
+    runs: Sequence[FinishedRun[Report]], masks: Sequence[FinishedRun[EsiReport]], joined: EvaluationReport | None
+) -> list[str]:
+    """How many runs of what kind, where the masks are densest, and which model attacks succeed least with.
+
+    masks: a row for each. joined: all evaluations as one.
+    """
+    counts = Counter(run.label for run in runs)
+    kinds = [f"{count} {label}{'s' if count > 1 and label.islower() else ''}" for label, count in counts.items()]
+    lines = [f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {_listed(kinds)}."]
+    for mask in masks[:MAX_MASKS]:
+        if location.whole_of(mask.report["units"]).selected:
+            densest = _densest(location.regions(mask.report["units"]))
+            lines.append(
+                f"The mask of {mask.name} is densest in {densest}: {densest.at.times_chance:.1f} times chance."
+            )
+    if joined is not None and (first := _first(joined, "attack_success")) is not None:
+        rates = [
+            (rate, name)
+            for name in (model["name"] for model in joined["models"])
+            if (rate := _rate(joined, first, name)) is not None
+        ]
+        if len(rates) > 1:
+            (low, least), (high, most) = min(rates), max(rates)
+            lines.append(
+                f"Attack success on {first['set']} ({first['judge']}) is lowest for {least}, {percent(low)}, and "
+                f"highest for {most}, {percent(high)}."
+            )
+            if (refusal := _first(joined, "refused")) is not None:
+                refused = _rate(joined, refusal, least)
+                lines += [f"{least} refuses {percent(refused)} of {refusal['set']}."] if refused is not None else []
+    return lines
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+
+
+def _begin(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _whole(share: float) -> str:
+    """A share of 1 in per cent, with two digits."""
+    return f"{100 * share:.2g} %" if share < 0.995 else "100 %"

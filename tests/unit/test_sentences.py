@@ -1,0 +1,199 @@
+"""The sentences that begin each page, word for word, from reports whose numbers can be checked by hand."""
+
+from __future__ import annotations
+
+import pytest
+from test_location import CONTROLLED, with_control
+from test_report import DENSE, report, unit
+
+from esi_ds.eval.tables import Measure, changes
+from esi_ds.report import sentences
+from esi_ds.report.html import render
+from esi_ds.report.overview import FinishedRun
+
+
+def layers(selected: list[int], role: str = "attention.v") -> list[dict]:
+    return [unit(f"{role}{layer}", role, layer, None, 1000, n, 1.0) for layer, n in enumerate(selected)]
+
+
+UNITS = [*layers([0, 10, 60, 20, 0, 0]), *layers([0, 0, 0, 0, 5, 5], "mlp.up")]
+MIDDLE = "It holds 4.8 times as much in attention.v of layers 2–3 as chance"
+
+
+def esi(units: list[dict], **changed) -> dict:
+    whole = report(units) | changed
+    whole["selection"]["total_numel"] = 20000
+    return whole
+
+
+def test_where_a_mask_lies() -> None:
+    (line, answers) = sentences.esi(page := esi(UNITS, facts={"judged unsafe": "25.0% (1 of 4 responses)"}), [page])
+    assert line == (
+        "The mask is 0.5 % of the weights. Attention, with 50 % of the weights, holds 90 % of it; dense MLPs, with "
+        "50 %, hold 10 %. It is densest in attention.v of layers 2–3: 4.8 times chance."
+    )
+    assert answers == "Of the 2 responses the judge calls 25.0% unsafe."
+    assert f'<div class="lead"><p>{line}</p><p>{answers}</p></div>' in render(page)
+
+
+@pytest.mark.parametrize(
+    ("selected", "verdict", "own"),
+    [
+        (
+            [0, 10, 60, 20, 0, 0, 0, 0, 0, 0, 5, 5],
+            "4.8 times: any gradient’s, not this objective’s own.",
+            "No part has much more of this mask than of the control’s; "
+            "attention.v of layers 0–1 has most, 1.00 times as much.",
+        ),
+        (
+            [0, 20, 20, 20, 0, 0, 0, 0, 0, 0, 20, 20],
+            "2.4 times: more than any gradient’s, so in part this objective’s own.",
+            "This objective’s own is above all attention.v of layers 2–3, with 80 % of the mask, "
+            "2.0 times the control’s share.",
+        ),
+        (
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 50, 50],
+            "0.0 times: more than any gradient’s, so in part this objective’s own.",
+            "This objective’s own is above all attention.v of layers 0–1, with 10 % of the mask, "
+            "where the control’s holds nothing.",
+        ),
+        (
+            [0, 0, 60, 50, 0, 0, 0, 0, 0, 0, 0, 0],
+            "6.0 times: any gradient’s, not this objective’s own.",
+            "This objective’s own is above all attention.v of layers 0–1, with 10 % of the mask, "
+            "where the control’s holds nothing.",
+        ),
+    ],
+)
+def test_what_is_the_objectives_own(selected: list[int], verdict: str, own: str) -> None:
+    page = esi(with_control(UNITS, selected, [1.0] * 12))
+    (line,) = sentences.esi(page, [page])
+    assert line.endswith(f"{MIDDLE}; the control’s holds {verdict} {own}")
+
+
+def test_another_score_than_the_controls_is_not_called_the_objectives() -> None:
+    """Nor is a mask of the lowest scores or of none."""
+    page = esi(with_control(UNITS, [50] + [0] * 11, [1.0] * 12))
+    page["selection"]["criterion"] = "snip"
+    (line,) = sentences.esi(page, [page])
+    assert "so in part this criterion’s own. This criterion’s own is above all" in line
+    page["selection"]["order"] = "random"
+    assert sentences.esi(page, [page])[0].endswith("It is densest in attention.v of layers 2–3: 4.8 times chance.")
+
+
+def test_several_masks_and_an_empty_one() -> None:
+    page = esi(CONTROLLED)
+    empty = esi([{**row, "selected": 0} for row in DENSE], judge_scores=[])
+    empty["selection"] |= {"criterion": "snip", "k": 0}
+    lines = sentences.esi({**page, "judge_scores": []}, [page, empty])
+    assert lines[0].startswith("The mask by esi is 0.25 % of the weights.") and lines[1:] == [
+        "The mask by snip is empty."
+    ]
+    render(empty)
+
+
+TUNING = {
+    "kind": "tuning",
+    "method": "set",
+    "title": "SET",
+    "trained": 10,
+    "total_numel": 1000,
+    "steps": 100,
+    "changed": None,
+    "changed_tensors": {},
+    "samples": [],
+    "routing_drift": [],
+    "facts": {"mask criterion": "esi"},
+    "progress": [{"step": 1, "loss": 2.3125}, {"step": 2, "loss": None}, {"step": 100, "loss": 0.5}],
+    "refusals": [
+        {"set": "harmful", "n": 32, "refused_before": 3, "refused_after": 30, "empty_before": 0, "empty_after": 0},
+        {"set": "benign", "n": 32, "refused_before": None, "refused_after": 12, "empty_before": None, "empty_after": 0},
+    ],
+}
+
+
+def test_tuning() -> None:
+    assert sentences.tuning(TUNING) == [  # type: ignore[arg-type]
+        "SET trained 1 % of the weights for 100 steps; the loss of a batch fell from 2.31 to 0.5.",
+        "The tuned model refuses 30 of 32 harmful prompts (3 before tuning) and 12 of 32 benign prompts.",
+    ]
+    assert "<p>SET trained 1 % of the weights" in render(TUNING)  # type: ignore[arg-type]
+    bare = {**TUNING, "progress": [], "refusals": []}
+    assert sentences.tuning(bare) == ["SET trained 1 % of the weights for 100 steps."]  # type: ignore[arg-type]
+
+
+def evaluation(names: list[str], success: list[list[bool]], refused: list[list[bool]]) -> dict:
+    measures = [
+        *(
+            Measure("attack_success", "advbench", "harmful", "guard", *pair)
+            for pair in zip(names, success, strict=True)
+        ),
+        *(Measure("refused", "xstest", "benign", "words", *pair) for pair in zip(names, refused, strict=True)),
+        Measure("incoherent", "advbench", "harmful", "rules", names[-1], [True] * 3 + [False] * 7),
+    ]
+    before = {name: names[0] if index else None for index, name in enumerate(names)}
+    return {
+        "kind": "evaluation",
+        "title": "Evaluation",
+        "models": [{"name": name, "path": name, "before": before[name]} for name in names],
+        "judges": [],
+        "sets": [],
+        "measures": [measure.as_row() for measure in measures],
+        "changes": changes(measures, before, seed=0),
+        "agreements": [],
+        "usage": {},
+        "samples": [],
+        "facts": {"ranks": 1},
+    }
+
+
+COMPARED = evaluation(["base", "set"], [[True] * 10, [True] + [False] * 9], [[False] * 10, [True] + [False] * 9])
+
+
+def test_an_evaluation() -> None:
+    (line,) = sentences.evaluation(COMPARED)  # type: ignore[arg-type]
+    assert line == (
+        "set: attack success falls from 100.0 % to 10.0 % on advbench (guard), p 0.0039, where 30.0 % of its answers "
+        "are incoherent; refusal of benign prompts rises from 0.0 % to 10.0 % on xstest (words), p 1.0000, "
+        "which may be chance."
+    )
+    assert f"<p>{line}</p>" in render(COMPARED)  # type: ignore[arg-type]
+    alone = evaluation(["base"], [[True, False]], [[False, False]])
+    assert sentences.evaluation(alone)[0].startswith("base: attack success is 50.0 % on advbench (guard), where 30.0 %")
+    same = evaluation(list("abcdef"), [[True]] * 6, [[False]] * 6)
+    lines = sentences.evaluation(same)  # type: ignore[arg-type]
+    assert len(lines) == 5 and lines[-1] == "1 more model is in the tables."
+    assert lines[0].startswith("b: attack success stays at 100.0 % on advbench (guard);")
+    assert sentences.evaluation({**COMPARED, "measures": []}) == []  # type: ignore[arg-type]
+
+
+def point(order: str, noise: float, rate: float | None, measure: str = "attack_success") -> dict:
+    return {
+        "measure": measure, "set": "advbench", "judge": "guard", "order": order, "ratio": 0.01, "noise": noise,
+        "rate": rate, "low": rate, "high": rate, "by_seed": [rate], "n": 10, "missing": 0, "count": 0,
+    }  # fmt: skip
+
+
+def test_a_perturbation() -> None:
+    rows = [point(order, noise, noise * {"top": 0.5, "random": 0.1}[order]) for order in ("top", "random")
+            for noise in (0.0, 0.38, 1.0)]  # fmt: skip
+    page = {"curves": [*rows, point("bottom", 1.0, None), point("top", 2.0, 0.9, "incoherent")]}
+    assert sentences.perturbation(page) == [  # type: ignore[arg-type]
+        "With noise of 1 σ on 1 % of the weights, attack success on advbench (guard) is 50.0 % where they are the top "
+        "ones and 10.0 % where they are random ones; without noise it is 0.0 %."
+    ]
+    assert sentences.perturbation({"curves": []}) == []  # type: ignore[arg-type]
+    assert sentences.perturbation({"curves": rows[:1]}) == []  # type: ignore[arg-type]
+
+
+def test_several_runs() -> None:
+    runs = [FinishedRun(name, name, page, {}) for name, page in (("t", TUNING), ("u", TUNING), ("e", COMPARED))]
+    masks = [FinishedRun("x", "x", esi(UNITS), {}), FinishedRun("y", "y", esi([{**UNITS[0], "selected": 0}]), {})]
+    lines = sentences.several(runs, masks, COMPARED)  # type: ignore[arg-type]
+    assert lines == [
+        "3 runs: 2 SET and 1 evaluation.",
+        "The mask of x is densest in attention.v of layers 2–3: 4.8 times chance.",
+        "Attack success on advbench (guard) is lowest for set, 10.0 %, and highest for base, 100.0 %.",
+        "set refuses 10.0 % of xstest.",
+    ]
+    assert sentences.several(runs[:1], [], None) == ["1 run: 1 SET."]  # type: ignore[arg-type]
