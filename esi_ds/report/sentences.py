@@ -71,13 +71,13 @@ def where(mask: MaskReport, name: str) -> list[str]:
         *lines,
         f"It holds {times:.1f} times as much in {densest} as chance; the control’s holds {controls:.1f} times: "
         f"{_verdict(densest, whose)}.",
-        _most_of_its_own(regions, whose),
+        _most_above_control(regions, whose),
     ]
 
 
 def _densest(regions: Sequence[Region]) -> Region:
-    spoken = [region for region in regions if region.at.share >= LEAST_SHARE] or regions
-    return max(spoken, key=lambda region: region.at.times_chance)
+    large = [region for region in regions if region.at.share >= LEAST_SHARE] or regions
+    return max(large, key=lambda region: region.at.times_chance)
 
 
 def _verdict(region: Region, whose: str) -> str:
@@ -88,7 +88,7 @@ def _verdict(region: Region, whose: str) -> str:
     return f"any gradient’s, not this {whose} own" if ratio >= 1 / ALIKE else "the control has even more there"
 
 
-def _most_of_its_own(regions: Sequence[Region], whose: str) -> str:
+def _most_above_control(regions: Sequence[Region], whose: str) -> str:
     most = max(
         (region for region in regions if max(region.at.share, region.at.control_share) >= LEAST_SHARE),
         key=lambda region: region.at.share_to_control,

@@ -37,7 +37,7 @@ def test_where_a_mask_lies() -> None:
 
 
 @pytest.mark.parametrize(
-    ("selected", "verdict", "own"),
+    ("selected", "verdict", "conclusion"),
     [
         (
             [0, 10, 60, 20, 0, 0, 0, 0, 0, 0, 5, 5],
@@ -65,10 +65,10 @@ def test_where_a_mask_lies() -> None:
         ),
     ],
 )
-def test_what_is_the_objectives_own(selected: list[int], verdict: str, own: str) -> None:
+def test_what_is_the_objectives_own(selected: list[int], verdict: str, conclusion: str) -> None:
     page = esi(with_control(UNITS, selected, [1.0] * 12))
     (line,) = sentences.esi(page, [page])
-    assert line.endswith(f"{MIDDLE}; the control’s holds {verdict} {own}")
+    assert line.endswith(f"{MIDDLE}; the control’s holds {verdict} {conclusion}")
 
 
 def test_another_score_than_the_controls_is_not_called_the_objectives() -> None:
