@@ -83,7 +83,8 @@ def has_control(units: Sequence[UnitRow]) -> bool:
 
 def is_papers(selection: SelectionFacts) -> bool:
     """Whether the scores are the paper's, |g|·σ of the safety score, and nothing else."""
-    return selection["criterion"] == "esi" and not selection.get("contrastive")
+    is_changed = selection.get("contrastive") or "normalise" in selection
+    return selection["criterion"] == "esi" and not is_changed
 
 
 def statistic_name(selection: SelectionFacts) -> str:

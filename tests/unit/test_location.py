@@ -64,7 +64,12 @@ def test_a_run_without_a_control_speaks_of_none() -> None:
 
 @pytest.mark.parametrize(
     ("changed", "name"),
-    [({}, "the paper’s statistic"), ({"criterion": "snip"}, "summed mean scores"), ({"contrastive": True}, "summed")],
+    [
+        ({}, "the paper’s statistic"),
+        ({"criterion": "snip"}, "summed mean scores"),
+        ({"contrastive": True}, "summed"),
+        ({"normalise": "matrix"}, "summed"),
+    ],
 )
 def test_only_the_sum_of_esis_own_scores_is_called_the_papers(changed: dict, name: str) -> None:
     selection = {**report(DENSE)["selection"], **changed}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,22 @@ def test_esi_leaves_out_what_was_cut_within_a_thought_that_the_prompt_opened(ser
     assert texts == ["", "Hm.</think>Hello", ""] and unanswered[0] == UNFINISHED and sorted(unanswered) == [0, 2]
     texts, unanswered = ask_endpoint(model_at(server), prompts, tmp_path, tracker)  # from the file, as a restart
     assert texts == ["", "Hm.</think>Hello", ""] and unanswered[0] == UNFINISHED
+
+
+def test_the_prompts_of_a_control_are_asked_beside_those_of_safety(server: Server, tmp_path: Path) -> None:
+    """Each in a file and a set of its own: a restart of one must not take the answers of the other."""
+    tracker = Tracker(tmp_path, enabled=False, tensorboard=False, stage="esi", monitor=[])
+    for _ in range(2):  # the second time from the files
+        assert ask_endpoint(model_at(server), ["CASE null;", "CASE one;"], tmp_path, tracker)[0][0] == ""
+        texts, unanswered = ask_endpoint(model_at(server), ["CASE one;"], tmp_path, tracker, control=True)
+        assert texts[0] and not unanswered
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("answers.jsonl", "control_answers.jsonl")
+    }
+    sets = {name: {row["set"] for row in lines} for name, lines in rows.items()}
+    assert sets == {"answers.jsonl": {"data.prompts"}, "control_answers.jsonl": {"control.prompts"}}
+    assert [len(lines) for lines in rows.values()] == [2, 1]
 
 
 def test_an_endpoint_that_stops_leaves_the_rest_to_a_restart(server: Server, tmp_path: Path) -> None:

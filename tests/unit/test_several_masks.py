@@ -11,14 +11,17 @@ from test_report import DENSE, report, unit
 
 from esi_ds.core.mask import Mask, load_mask
 from esi_ds.core.score_folder import ScoreFolder
+from esi_ds.core.select import Cut
 from esi_ds.errors import UserError
 from esi_ds.report import overview
 from esi_ds.report.html import render, render_overview
 from esi_ds.report.overview import FinishedRun
 from esi_ds.report.publish import closing_table, publish
 from esi_ds.report.tables import overlap
+from esi_ds.stages.esi.masks import selected_without_score
 from esi_ds.stages.perturb.prepare import _scores_folder
 from esi_ds.tracking import Tracker
+from esi_ds.zero.score import Selection
 
 OTHERS = [{**row, "selected": 5 * (index + 1)} for index, row in enumerate(DENSE)]
 
@@ -128,3 +131,13 @@ def test_a_mixture_of_two_masks_is_drawn_with_one_map_of_its_routers() -> None:
     page = {**two_masks(), "units": units, "routing": [{"set": "harmful", "layer": 3, "tokens": [2, 3]}]}
     page["further_masks"][0]["units"] = units
     assert render(page).count("Where routers send harmful prompts") == 1
+
+
+def test_a_mask_with_weights_that_have_no_score_says_so() -> None:
+    """Criteria that look at signs leave many weights at 0; a ratio may ask for more than are left."""
+    selection = Selection({}, {}, 100, Cut(0, 40, 100))
+    note = selected_without_score("exclusive", 60, selection, "top")
+    assert note is not None and note.startswith("exclusive: only 60 weights have a score above 0; the other 40 of")
+    assert selected_without_score("exclusive", 100, selection, "top") is None
+    assert selected_without_score("exclusive", 60, selection, "bottom") is None
+    assert selected_without_score("exclusive", 60, Selection({}, {}, 100, None), "top") is None

@@ -178,6 +178,8 @@ def _make_mask(
     write_mask(folder / "mask" / subfolder, scored, model.scored, selection.bits, metadata, units_json(scored))
     units = unit_rows(model, scores, selection, gradients.sigma)
     histogram, histograms_by_role = log_histograms(model, scores)
+    if note := selected_without_score(criterion, sum(histogram["counts"]), selection, section.order):
+        run.tracker.remark(note)
     report: MaskReport = {
         "selection": selection_facts(config, criterion, model, selection, loss_facts),
         "units": units,
@@ -187,6 +189,19 @@ def _make_mask(
     }
     several = len(section.criteria) > 1
     return report, [pack_bits(selection.bits[shard.name]).numpy() for shard in model.scored] if several else []
+
+
+def selected_without_score(criterion: str, num_positive: int, selection: Selection, order: str) -> str | None:
+    """A remark where weights are selected whose score is 0, so that their position decides; None where there are none.
+
+    num_positive: scored weights whose score is above 0.
+    """
+    if order != "top" or selection.cut is None or num_positive >= selection.k:
+        return None
+    return (
+        f"{criterion}: only {num_positive:,} weights have a score above 0; the other {selection.k - num_positive:,} of "
+        "the mask are the first ones in the model's order"
+    )
 
 
 def select_as_configured(config: Config, model: ShardedModel, scores: Scores, field: str) -> Selection:

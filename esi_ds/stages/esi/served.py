@@ -17,8 +17,6 @@ from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 
-ASKED_SET = "data.prompts"  # the set's name in the rows
-
 
 def check_reachable(model: ServedModel, folder: Path) -> None:
     """Raise UserError, on every rank, where the endpoint could not be asked, if nothing was asked yet: before weights
@@ -32,21 +30,24 @@ def ask_endpoint(
     folder: Path,
     tracker: Tracker,
     goals: Sequence[str | None] | None = None,
-    prefix: str = "",
+    control: bool = False,
 ) -> tuple[list[str], dict[int, str]]:
     """ESI's responses: the text to each prompt, "" where there is none, and index → why the model gave none.
 
     The rows are kept in ``answers.jsonl``, as an evaluation keeps them. goals: what each prompt is after, if any says.
-    prefix: of the file's name.
+    control: these are the prompts of ``control``, whose rows have a file of their own.
 
     Collectives: one broadcast of the rows on disk, and those of ``AnswerRounds.ask``. Raises UserError, Interrupted.
     """
     aims = tuple(goal for goal in goals or () if goal is not None)  # all prompts of a set have one, or none has
-    question_set = QuestionSet(ASKED_SET, "harmful", PromptSet(tuple(prompts), "", "", (), goals=aims))
-    answers: Ledger[AnswerRow] = Ledger(folder / f"{prefix}{ANSWERS}", ANSWER_KEY, AnswerRow)
+    prompt_set = PromptSet(tuple(prompts), "", "", (), goals=aims)
+    question_set, file = QuestionSet("data.prompts", "harmful", prompt_set), folder / ANSWERS
+    if control:
+        question_set, file = QuestionSet("control.prompts", "benign", prompt_set), folder / f"control_{ANSWERS}"
+    answers: Ledger[AnswerRow] = Ledger(file, ANSWER_KEY, AnswerRow)
     AnswerRounds(model, answers, tracker).ask([question_set])
     mark_unfinished(answers.rows.values())
-    rows = answers.sort((model.name, ASKED_SET, index) for index in range(len(prompts)))
+    rows = answers.sort((model.name, question_set.name, index) for index in range(len(prompts)))
     num_cut = sum(row.get("cut", False) for row in rows)
     tracker.log(f"{model.name}: {num_cut} of {len(rows)} responses cut at {model.endpoint.max_tokens} tokens")
     unanswered = {row["index"]: str(row["excluded"]) for row in rows if answered(row) is None}

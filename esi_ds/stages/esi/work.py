@@ -137,8 +137,8 @@ class EsiRun(StageRun[EsiInputs]):
         unanswered: dict[int, str] = {}
         with self.phase("responding"):
             if data.served:
-                asked = data.served, data.prompts, self.folder.path, self.tracker, data.goals, inputs.prefix
-                responses, unanswered = ask_endpoint(*asked)
+                asked = data.served, data.prompts, self.folder.path, self.tracker, data.goals
+                responses, unanswered = ask_endpoint(*asked, control=inputs.name == "control")
             else:
                 longest = longest_prompt(prompt_ids, max_positions(inputs.model_config))
                 batch = self.generation_batch(config.esi, longest, f"{inputs.prefix}generation")
