@@ -33,6 +33,7 @@ from esi_ds.report.publish import RESPONSE_FACTS
 
 MAX_ROWS = 200
 MAX_TENSORS = 20
+LEAST_PIXELS = 62  # an inch of a picture; on a narrower screen it is scrolled, as its words would be too small
 
 
 class MaskPieces(TypedDict):
@@ -215,7 +216,9 @@ def _evaluation_pieces(report: EvaluationReport) -> EvaluationPieces:
 
 def _picture(figure: Figure, alternative: str) -> Markup:
     """The figure within the page. alternative: what it shows, for readers who cannot see it."""
-    svg = figures.figure_svg(figure).replace("<svg", f'<svg role="img" aria-label="{escape(alternative)}"', 1)
+    least = round(LEAST_PIXELS * figure.get_figwidth())
+    attributes = f'role="img" aria-label="{escape(alternative)}" style="min-width:{least}px"'
+    svg = figures.figure_svg(figure).replace("<svg", f"<svg {attributes}", 1)
     return Markup(f'<div class="scroll">{svg}</div>')  # its texts are escaped by matplotlib
 
 

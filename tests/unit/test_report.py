@@ -100,6 +100,7 @@ def test_the_page_is_self_contained_and_shows_data_as_data() -> None:
     assert "<script" not in page and "&lt;script&gt;" in page and "<b>No</b>" not in page
     assert not re.search(r'(src|href)="(?!#)|url\((?!#)|@import', page)
     assert page.count("<svg ") == 3 and page.count('<table class="heat') == 6  # three maps, and their numbers
+    assert re.findall(r'<svg role="img" aria-label="[^"<]+" style="min-width:(\d+)px"', page) == ["589", "403", "589"]
 
 
 NAMES = [r"$\frac{$", "a$b$c^_{", "_hidden", "new\nline\0 and \ud800", "wide " * 2000, "x$", "\\$1$"]
