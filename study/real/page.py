@@ -12,7 +12,7 @@ from typing import Any
 
 from esi_ds.artifacts import write_text_atomic
 from esi_ds.data.rows import Row
-from esi_ds.report.figures import figure_png
+from study.page import write_picture
 from study.real import plots, tune_page
 from study.real.collect import collected, compact
 from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell, Plan
@@ -236,4 +236,4 @@ def write_pages(plan: Plan, cells: Sequence[Cell], docs: Path) -> None:
     data = json.loads((docs / "real.json").read_text(encoding="utf-8"))
     write_text_atomic(docs / "real.md", page(data))
     for name, figure in {**where_figures(data), **tune_page.figures(data)}.items():
-        (docs / name).write_bytes(figure_png(figure))
+        write_picture(docs / name, figure)
