@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from esi_ds.artifacts import read_manifest
 from esi_ds.data.rows import Row
-from study.real.grid import Cell, Plan
+from study.real.grid import Cell, Folders, Plan
 from study.real.runner import is_done, read_record
 from study.real.tune_results import base_rows, noise_rows, tuned_rows
 from study.real.where_results import Masks, judged, overlap_rows, where_tables
@@ -17,15 +18,27 @@ from study.real.where_results import Masks, judged, overlap_rows, where_tables
 LIBRARIES = ("python", "torch", "deepspeed", "transformers")
 
 
-def cell_row(cell: Cell, output: Path) -> Row:
-    """A cell's state, seconds and commands; paths are shown from the study's folder on."""
+def shown_command(command: str, folders: Folders) -> str:
+    """A command as a reader would give it: from the checkout, with names for the folders of data, models and cells."""
+    words = shlex.split(command)
+    words[0] = "python"
+    words[1] = "/".join(Path(words[1]).parts[-2:]) if words[1].endswith(".py") else words[1]
+    if "--data" in words:
+        words[words.index("--data") + 1] = "DATA"
+    text = shlex.join(words)
+    return text.replace(str(folders.output), "OUTPUT").replace(str(folders.models), "MODELS")
+
+
+def cell_row(cell: Cell, folders: Folders) -> Row:
+    """A cell's state, seconds and commands."""
+    output = folders.output
     record = read_record(output / cell.name)
     row: Row = {"cell": cell.name, "state": record.get("state", "not run")}
     if reason := cell.facts.get("only_if"):
         row["only_if"] = reason
     if row["state"] != "done":
         return row
-    commands = [step["command"].replace(str(output), "OUTPUT") for step in record["steps"].values()]
+    commands = [shown_command(step["command"], folders) for step in record["steps"].values()]
     return {**row, **{key: record[key] for key in ("seconds", "starts", "device")}, "commands": commands}
 
 
@@ -56,7 +69,7 @@ def collected(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
         "settings": settings,
         "models": list(plan.models),
         "provenance": provenance(done, output),
-        "cells": [cell_row(cell, output) for cell in cells],
+        "cells": [cell_row(cell, plan.folders) for cell in cells],
         "responses": judged(where, output),
         "where": where_tables([cell for cell in where if cell.facts["count"] == size.prompts], output),
         "overlaps": overlap_rows(masks, plan.models, size.seeds, plan.grid.where.model_dump()),

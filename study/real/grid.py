@@ -188,7 +188,7 @@ class Plan:
         return {
             "run": {"output_dir": str(self.folders.output / cell / stage), "seed": seed, "tensorboard": False},
             "model": {"path": str(self.folders.models / model), "dtype": self.size.dtype},
-            "deepspeed": str(ROOT / "ds_configs/zero3.json"),
+            "deepspeed": "zero3",
         }
 
     def judge(self, name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from esi_ds.artifacts import write_json_atomic, write_text_atomic
-from esi_ds.config.yaml import dump_yaml
+from esi_ds.config.yaml import dump_yaml, parse_yaml
 from esi_ds.errors import Interrupted, UserError
 from study.real.grid import ROOT, Cell, Device, Plan, Step
 
@@ -95,16 +95,22 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def is_done(cell: Cell, output: Path) -> bool:
-    """Whether the cell has been run. Raises UserError where that was with other settings."""
+    """Whether the cell has been run. Raises UserError where that was with other settings, but for ``deepspeed``, whose
+    file lies elsewhere in another checkout."""
     folder = output / cell.name
     if read_record(folder).get("state") != "done":
         return False
     for step in cell.steps:
         file = folder / f"{step.stage}.yaml"
-        if step.config is not None and file.read_text(encoding="utf-8") != dump_yaml(dict(step.config)):
+        if step.config is not None and _settings(file.read_text(encoding="utf-8")) != _settings(dump_yaml(step.config)):
             remedy = "give another --output, or delete the cell's folder"
             raise UserError("--output", folder, "was run with another config than the grid has now", remedy)
     return True
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """The sections of a config, but for ``deepspeed``."""
+    return {name: section for name, section in parse_yaml(text).items() if name != "deepspeed"}
 
 
 def seconds_by_kind(cells: Sequence[Cell], output: Path) -> dict[str, list[float]]:

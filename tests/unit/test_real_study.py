@@ -26,7 +26,7 @@ from real_models.sources import Data
 from study.real import __main__ as command
 from study.real import material, tune_results
 from study.real.cells import all_cells
-from study.real.collect import collected, compact
+from study.real.collect import collected, compact, shown_command
 from study.real.grid import Cell, Folders, Plan, Step, read_grid, with_needs
 from study.real.page import WhereTables, compared, page, ratios, where_figures, write_pages
 from study.real.runner import Runner, command_of, is_done, read_record, run_command
@@ -169,6 +169,8 @@ def test_a_killed_cell_goes_on_with_its_next_command(plan: Plan) -> None:
     other = [Cell("where/a", "x", (Step("set", {"a": 2}), Step("eval", {"a": 1})))]
     with pytest.raises(UserError, match="another config"):
         is_done(other[0], plan.folders.output)
+    elsewhere = [Step(stage, {"a": 1, "deepspeed": "/other/zero3.json"}) for stage in ("set", "eval")]
+    assert is_done(Cell("where/a", "x", tuple(elsewhere)), plan.folders.output)
 
 
 @pytest.mark.parametrize("code", [75, 0, 1])
@@ -270,7 +272,7 @@ def finish(plan: Plan, one: Cell, rows: list[dict], criterion: str = "esi") -> N
     (folder / "esi").mkdir(parents=True)
     (folder / "esi.yaml").write_text(dump_yaml(dict(one.steps[0].config or {})))
     record = {"state": "done", "seconds": 60.0, "starts": 1, "device": "cpu"}
-    steps = {"esi": {"seconds": 60.0, "command": f"python launch/esi.py --config {folder}/esi.yaml"}}
+    steps = {"esi": {"seconds": 60.0, "command": f"/x/bin/python3 /x/launch/esi.py --config {folder}/esi.yaml"}}
     (folder / "cell.json").write_text(json.dumps({**record, "steps": steps}))
     facts = {"prompts used": 64, "judged unsafe": "10.0 %", "refused (by words)": "5.0 %"}
     report = {"units": rows, "selection": {"criterion": criterion}, "further_masks": [], "facts": facts}
@@ -328,7 +330,11 @@ def test_the_page_shows_what_was_run_and_what_was_not(study: Plan, tmp_path: Pat
     states = {row["cell"]: row["state"] for row in data["cells"]}
     assert len(states) == len(cells) and sum(state == "done" for state in states.values()) == 3
     done = next(row for row in data["cells"] if row["state"] == "done")
-    assert done["seconds"] == 60.0 and "OUTPUT/where" in done["commands"][0]
+    assert done["seconds"] == 60.0  # and the command is one that a reader could give
+    assert done["commands"] == [f"python launch/esi.py --config OUTPUT/{done['cell']}/esi.yaml"]
+    judge = f"/x/bin/python3 -m study.real.shuffled_judge --models {study.folders.models} --data /my/data"
+    shown = shown_command(judge, study.folders)
+    assert shown == "python -m study.real.shuffled_judge --models MODELS --data DATA"
     text = (tmp_path / "docs/real.md").read_text()
     assert text == page(data) and f"| where | 3 of {sum(cell.part == 'where' for cell in cells)} | 3 |" in text
     assert "### smollm2-aligned\n\nnot run" in text
