@@ -152,16 +152,11 @@ def where_section(data: Mapping[str, Any]) -> list[str]:
     parts += ["Share of ESI's mask over the control's, mean over seeds.\n", "![controls](real-controls.png)\n"]
     parts.append("### Overlaps of masks\n")
     parts.append("Weights in both masks over those of the smaller: mean over pairs of masks, least and greatest.\n")
-    lines = [
-        [
-            row["what"],
-            row["model"],
-            *(f"{100 * row[key]:.1f}" for key in ("mean", "least", "greatest")),
-            str(row["pairs"]),
-        ]
-        for row in data["overlaps"]
-    ]
-    parts.append(table(["masks", "model", "%", "least", "greatest", "pairs"], lines) if lines else f"{NOT_RUN}\n")
+    lines = []
+    for row in data["overlaps"]:
+        shares = [f"{100 * row[key]:.1f}" if key in row else NOT_RUN for key in ("mean", "least", "greatest")]
+        lines.append([row["what"], row["model"], *shares, str(row["pairs"])])
+    parts.append(table(["masks", "model", "%", "least", "greatest", "pairs"], lines))
     parts += ["### Responses that were scored\n"]
     keys = ("prompts used", "judged unsafe", "refused (by words)")
     answers = [

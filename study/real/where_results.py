@@ -139,7 +139,8 @@ class Masks:
 
 
 def overlap_rows(masks: Masks, models: Sequence[str], seeds: Sequence[int], where: Mapping[str, Any]) -> list[Row]:
-    """Overlaps of two masks, the weights in both over those of the smaller: the mean over pairs, least and greatest.
+    """Overlaps of two masks, the weights in both over those of the smaller: the mean over pairs, least and greatest;
+    without them where no pair of masks was made.
 
     where: other_prompts, other_judges, estimators and counts of the grid.
     """
@@ -147,10 +148,11 @@ def overlap_rows(masks: Masks, models: Sequence[str], seeds: Sequence[int], wher
 
     def add(what: str, model: str, pairs: Iterable[tuple[Path, Path]]) -> None:
         values = [value for pair in pairs if (value := overlap(*pair)) is not None]
+        row: Row = {"what": what, "model": model, "pairs": len(values)}
         if values:
-            about = {"mean": float(np.mean(values)), "least": min(values), "greatest": max(values)}
-            rows.append({"what": what, "model": model} | {k: round(v, 4) for k, v in about.items()})
-            rows[-1]["pairs"] = len(values)
+            shares = {"mean": float(np.mean(values)), "least": min(values), "greatest": max(values)}
+            row |= {name: round(value, 4) for name, value in shares.items()}
+        rows.append(row)
 
     def beside(what: str, model: str, **other: Any) -> None:
         """The usual mask against another one of the same seed."""
@@ -168,7 +170,7 @@ def overlap_rows(masks: Masks, models: Sequence[str], seeds: Sequence[int], wher
             beside(f"esi: {estimator}", model, estimator=estimator)
         for criterion in ("grad", "snip", *where["against_control"]):
             beside(f"{criterion} against esi", model, criterion=criterion)
-        for count in where["counts"]:
+        for count in (number for number in where["counts"] if number != masks.prompts):
             beside(
                 f"esi: {count} of the prompts" if count < masks.prompts else f"esi: {count} prompts", model, count=count
             )

@@ -338,6 +338,7 @@ def test_the_page_shows_what_was_run_and_what_was_not(study: Plan, tmp_path: Pat
     text = (tmp_path / "docs/real.md").read_text()
     assert text == page(data) and f"| where | 3 of {sum(cell.part == 'where' for cell in cells)} | 3 |" in text
     assert "### smollm2-aligned\n\nnot run" in text
+    assert "| esi: judge-guard | smollm2 | not run | not run | not run | 0 |" in text
     for name in where_figures(data):
         assert (tmp_path / "docs" / name).stat().st_size < 100_000 and name in text
 
