@@ -372,7 +372,7 @@ def evaluate(plan: Plan, one: Cell, not_refused: float, over_refused: float) -> 
             (folder / f"{step.stage}.yaml").write_text(dump_yaml(dict(step.config)))
             manifest = {"exit_state": "done", "versions": {}, "commit": "abc", "world_size": 1, "threads": 2}
             (folder / step.stage / "manifest.json").write_text(json.dumps(manifest))
-    steps = {step.stage: {"seconds": 30.0, "command": "python"} for step in one.steps}
+    steps = {step.stage: {"seconds": 30.0, "command": "/x/bin/python3 /x/launch/set.py"} for step in one.steps}
     record = {"state": "done", "seconds": 90.0, "starts": 1, "device": "cpu", "steps": steps}
     (folder / "cell.json").write_text(json.dumps(record))
     rates = {"not refused": not_refused, "unsafe": not_refused / 2, "over-refused": over_refused, "KL": 0.25}
