@@ -146,9 +146,9 @@ def _ratio_shade(value: float, strongest: float) -> str:
 
 def _scale(data: Heatmap) -> tuple[str, str]:
     strongest = _text(_strongest(data), 3)
-    return (
-        (f"1/{strongest} or less", f"{strongest} {data.unit}") if data.is_ratio else ("0", f"{strongest} {data.unit}")
-    )
+    if data.is_ratio:
+        return f"1/{strongest} or less", f"{strongest} {data.unit} or more"
+    return "0", f"{strongest} {data.unit}"
 
 
 def _text(value: float, digits: int) -> str:

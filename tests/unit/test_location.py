@@ -114,7 +114,7 @@ def test_shades_of_ratios_and_of_nothing() -> None:
     table = heat_table(Heatmap("t", ["a"], list("bcdefgh"), values, "× chance", "role", "layer", True))
     assert [cell.shade for cell in table.rows[0].cells] == ["r10", "r20", "r0", "r0", "r20", "", "r15"]
     assert [cell.text for cell in table.rows[0].cells] == ["1", "4", "0.25", "0", "∞", "", "2"]
-    assert table.scale == ("1/4 or less", "4 × chance")
+    assert table.scale == ("1/4 or less", "4 × chance or more")
 
 
 def test_pictures_take_the_pages_colours_and_are_the_same_each_time() -> None:
