@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from esi_ds.data.rows import Row
+from esi_ds.report.tables import role_order
 from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell
-from study.where import overlap, tables_of, thirds_of
+from study.where import THIRDS, overlap, tables_of, thirds_of
 
 LOSS = "loss"
 Units = list[dict[str, Any]]  # rows of report.json: units
@@ -50,10 +51,16 @@ def with_thirds(units: Units) -> Units:
     return [{**unit, "third": third.get(unit["layer"])} for unit in units]
 
 
+def in_order_of_the_model(place: tuple[str, str | None]) -> tuple:
+    """The key that sorts roles and thirds as a model has them; what is outside of the layers stands behind them."""
+    role, third = place
+    return role_order(role), THIRDS.index(third) if third in THIRDS else len(THIRDS)
+
+
 def table_rows(masks: Sequence[Units]) -> Iterator[Row]:
     """Role and third → share of the scored weights, and of the mask and the statistic seed by seed."""
     places = [by_place(with_thirds(units), ("role", "third")) for units in masks]
-    for role, third in sorted(places[0], key=str):
+    for role, third in sorted(places[0], key=in_order_of_the_model):
         shares = [seed[role, third] for seed in places]
         yield {
             "role": role,
@@ -75,7 +82,7 @@ def by_role_and_layer(masks: Sequence[Units]) -> dict[str, list[float]]:
     """Role → share of the mask over share of the scored weights, by layer; roles that every layer has."""
     places = [by_place(units, ("role", "layer")) for units in masks]
     layers = sorted({layer for _, layer in places[0] if layer is not None})
-    roles = sorted({role for role, layer in places[0] if layer is not None})
+    roles = sorted({role for role, layer in places[0] if layer is not None}, key=role_order)
     everywhere = [role for role in roles if all((role, layer) in places[0] for layer in layers)]
     return {role: [density(places, (role, layer)) for layer in layers] for role in everywhere}
 
