@@ -16,6 +16,7 @@ from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, 
 from study.where import THIRDS, overlap, tables_of, thirds_of
 
 LOSS = "loss"
+ALL_ROLES = "all roles"
 Units = list[dict[str, Any]]  # rows of report.json: units
 
 
@@ -54,12 +55,17 @@ def with_thirds(units: Units) -> Units:
 def in_order_of_the_model(place: tuple[str, str | None]) -> tuple:
     """The key that sorts roles and thirds as a model has them; what is outside of the layers stands behind them."""
     role, third = place
-    return role_order(role), THIRDS.index(third) if third in THIRDS else len(THIRDS)
+    return role == ALL_ROLES, role_order(role), THIRDS.index(third) if third in THIRDS else len(THIRDS)
 
 
 def table_rows(masks: Sequence[Units]) -> Iterator[Row]:
-    """Role and third → share of the scored weights, and of the mask and the statistic seed by seed."""
-    places = [by_place(with_thirds(units), ("role", "third")) for units in masks]
+    """Role and third → share of the scored weights, and of the mask and the statistic seed by seed; the last rows are
+    of all roles together."""
+    places = []
+    for units in masks:
+        units = with_thirds(units)
+        whole = {(ALL_ROLES, third): shares for (third,), shares in by_place(units, ("third",)).items()}
+        places.append(by_place(units, ("role", "third")) | whole)
     for role, third in sorted(places[0], key=in_order_of_the_model):
         shares = [seed[role, third] for seed in places]
         yield {
