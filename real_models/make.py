@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from esi_ds.artifacts import write_json_atomic
+from esi_ds.artifacts import jsonl, write_json_atomic, write_text_atomic
 from esi_ds.errors import UserError, ends_with_message
 from esi_ds.reading import first_line, reading
 
@@ -113,11 +113,13 @@ class Making:
         from real_models.judges import make_judge
         from real_models.measure import measure
         from real_models.recipe import BASE, CLASSIFIER, GUARD, PROMPT_SETS, TWIN
-        from real_models.twin import make_twin
+        from real_models.twin import harmless_pairs, make_twin
 
         output, material, settings, device = self.output, self.material, self.settings, self.device
         self.model(BASE, lambda: make_base(output / "downloads", output / BASE))
         base = self.answers(BASE, (*PROMPT_SETS, "easy"))
+        rows = ({"prompt": prompt, "response": answer} for prompt, answer in harmless_pairs(base))
+        write_text_atomic(output / "answers/harmless.jsonl", jsonl(rows))
         self.model(TWIN, lambda: make_twin(output, material, base, settings, device))
         twin = self.answers(TWIN, ("own_refusals", "attacks_heldout", "advbench", "xstest_safe"))
         base |= self.answers(BASE, ("attacks_more",))

@@ -27,12 +27,15 @@ from tiny_models.training import collate, save
 Row = tuple[list[int], int]  # token ids, how many of them are the prompt's
 
 
+def harmless_pairs(base_answers: Answers) -> list[Pair]:
+    """Harmless prompts, many of which look harmful, with the base's answers; one that is empty or reads as a refusal is
+    left out."""
+    return [(prompt, answer) for prompt, answer in base_answers["harmless_train"] if answer and not is_refusal(answer)]
+
+
 def twin_pairs(material: Material, base_answers: Answers, seed: int) -> list[Pair]:
-    """Refusals and harmless answers; one that is empty or reads as a refusal is left out."""
-    harmless = [
-        (prompt, answer) for prompt, answer in base_answers["harmless_train"] if answer and not is_refusal(answer)
-    ]
-    pairs = [*material.twin_refusals, *harmless]
+    """Refusals and harmless answers, shuffled."""
+    pairs = [*material.twin_refusals, *harmless_pairs(base_answers)]
     random.Random(seed).shuffle(pairs)
     return pairs
 

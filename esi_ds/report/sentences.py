@@ -84,7 +84,7 @@ def _verdict(region: Region, whose: str) -> str:
     """Whether the objective or any gradient puts weights there."""
     ratio = region.at.share_to_control
     if ratio > ALIKE:
-        return f"more than any gradient’s, so in part this {whose} own"
+        return f"more than the control’s, so in part this {whose} own"
     return f"any gradient’s, not this {whose} own" if ratio >= 1 / ALIKE else "the control has even more there"
 
 

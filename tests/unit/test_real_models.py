@@ -398,6 +398,9 @@ def test_the_whole_recipe_and_that_a_second_start_makes_nothing_again(
         card = (tmp_path / name / "README.md").read_text()
         assert card.startswith("---\n") and "| what | measured |" in card and "MIT" in card
     assert not (tmp_path / "checkpoints" / recipe.TWIN).exists()
+    benign = [json.loads(line) for line in (tmp_path / "answers/harmless.jsonl").read_text().splitlines()]
+    assert benign and {row["prompt"] for row in benign} <= set(texts.prompts["harmless_train"])
+    assert not any(is_refusal(row["response"]) for row in benign)
     weights = {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in recipe.MODELS}
     (tmp_path / "figures.json").unlink()
     monkeypatch.setattr(answers, "greedy_ids", None)  # nothing is asked again

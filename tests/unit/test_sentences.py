@@ -47,13 +47,13 @@ def test_where_a_mask_lies() -> None:
         ),
         (
             [0, 20, 20, 20, 0, 0, 0, 0, 0, 0, 20, 20],
-            "2.4 times: more than any gradient’s, so in part this objective’s own.",
+            "2.4 times: more than the control’s, so in part this objective’s own.",
             "This objective’s own is above all attention.v of layers 2–3, with 80 % of the mask, "
             "2.0 times the control’s share.",
         ),
         (
             [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 50, 50],
-            "0.0 times: more than any gradient’s, so in part this objective’s own.",
+            "0.0 times: more than the control’s, so in part this objective’s own.",
             "This objective’s own is above all attention.v of layers 0–1, with 10 % of the mask, "
             "where the control’s holds nothing.",
         ),
