@@ -155,4 +155,4 @@ def _text(value: float, digits: int) -> str:
     """At least ``digits`` significant digits, never as a power of ten above 1."""
     if math.isinf(value):
         return "∞"
-    return f"{value:.0f}" if value >= 10**digits else f"{value:.{digits}g}"
+    return f"{value:.0f}" if value >= 10**digits - 0.5 else f"{value:.{digits}g}"

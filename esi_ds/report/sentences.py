@@ -16,6 +16,7 @@ from esi_ds.report.contents import (
     PerturbationReport,
     RefusalRow,
     Report,
+    SelectionFacts,
     TuningReport,
 )
 from esi_ds.report.evaluation import p_value, percent
@@ -51,15 +52,17 @@ def where(mask: MaskReport, name: str) -> list[str]:
     selection, units = mask["selection"], mask["units"]
     if not location.whole_of(units).selected:
         return [f"{name} is empty."]
-    share = f"{100 * selection['k'] / selection['total_numel']:.2g} %"
+    share = _whole(selection["k"] / selection["total_numel"])
     parts = [(part, at) for part, at in location.by_part(units) if at.share >= LEAST_SHARE]
     parts.sort(key=lambda item: -item[1].share)
     held = [
-        f"{part}, with {_whole(at.weights)}{'' if index else ' of the weights'}, "
+        f"{part}, with {_whole(at.weights)}{'' if index else ' of the scored weights'}, "
         f"{'holds' if part == 'attention' else 'hold'} {_whole(at.share)}{'' if index else ' of it'}"
         for index, (part, at) in enumerate(parts)
     ]
     lines = [f"{name} is {share} of the weights.", f"{_begin('; '.join(held))}."]
+    if not _follows_scores(selection):
+        return [*lines, "How much lies where follows from the selection, not from the scores."]
     regions = location.regions(units)
     densest = _densest(regions)
     times, controls = densest.at.times_chance, densest.at.control_times_chance
@@ -75,17 +78,22 @@ def where(mask: MaskReport, name: str) -> list[str]:
     ]
 
 
+def _follows_scores(selection: SelectionFacts) -> bool:
+    """Whether the scores decide how much of the mask lies where."""
+    return selection["scope"] == "model" and selection["order"] != "random"
+
+
 def _densest(regions: Sequence[Region]) -> Region:
     large = [region for region in regions if region.at.share >= LEAST_SHARE] or regions
     return max(large, key=lambda region: region.at.times_chance)
 
 
 def _verdict(region: Region, whose: str) -> str:
-    """Whether the objective or any gradient puts weights there."""
+    """Whether the objective puts more weights there than its control."""
     ratio = region.at.share_to_control
     if ratio > ALIKE:
         return f"more than the control’s, so in part this {whose} own"
-    return f"any gradient’s, not this {whose} own" if ratio >= 1 / ALIKE else "the control has even more there"
+    return f"as much, so not this {whose} own" if ratio >= 1 / ALIKE else "the control has even more there"
 
 
 def _most_above_control(regions: Sequence[Region], whose: str) -> str:
@@ -103,11 +111,13 @@ def _most_above_control(regions: Sequence[Region], whose: str) -> str:
 def tuning(report: TuningReport) -> list[str]:
     """What was trained, how the loss went, and refusals before and after."""
     method, share = report["method"].upper(), 100 * report["trained"] / max(report["total_numel"], 1)
-    trained = f"{method} trained {share:.3g} % of the weights for {report['steps']:,} steps"
+    trained = f"{method} trained {share:.3g} % of the weights for {report['steps']:,} step{'' if report['steps'] == 1 else 's'}"
     losses = [row["loss"] for row in report["progress"] if row.get("loss") is not None]
     if len(losses) > 1:
+        first, last = f"{losses[0]:.3g}", f"{losses[-1]:.3g}"
         verb = "fell" if losses[-1] < losses[0] else "rose"
-        trained += f"; the loss of a batch {verb} from {losses[0]:.3g} to {losses[-1]:.3g}"
+        change = f"stayed at {first}" if first == last else f"{verb} from {first} to {last}"
+        trained += f"; the loss of a batch {change}"
     refusals = [line for row in report["refusals"] if (line := _refusals(row))]
     return [f"{trained}.", *([f"The tuned model refuses {_listed(refusals)}."] if refusals else [])]
 
@@ -225,7 +235,7 @@ def several(
     kinds = [f"{count} {label}{'s' if count > 1 and label.islower() else ''}" for label, count in counts.items()]
     lines = [f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {_listed(kinds)}."]
     for mask in masks[:MAX_MASKS]:
-        if location.whole_of(mask.report["units"]).selected:
+        if location.whole_of(mask.report["units"]).selected and _follows_scores(mask.report["selection"]):
             densest = _densest(location.regions(mask.report["units"]))
             lines.append(
                 f"The mask of {mask.name} is densest in {densest}: {densest.at.times_chance:.1f} times chance."
@@ -238,10 +248,12 @@ def several(
         ]
         if len(rates) > 1:
             (low, least), (high, most) = min(rates), max(rates)
-            lines.append(
-                f"Attack success on {first['set']} ({first['judge']}) is lowest for {least}, {percent(low)}, and "
-                f"highest for {most}, {percent(high)}."
-            )
+            measured = f"Attack success on {first['set']} ({first['judge']}) is"
+            if low == high:
+                return [*lines, f"{measured} {percent(low)} for all models."]
+            lowest = _listed([name for rate, name in rates if rate == low])
+            highest = _listed([name for rate, name in rates if rate == high])
+            lines.append(f"{measured} lowest for {lowest}, {percent(low)}, and highest for {highest}, {percent(high)}.")
             if (refusal := _first(joined, "refused")) is not None:
                 refused = _rate(joined, refusal, least)
                 lines += [f"{least} refuses {percent(refused)} of {refusal['set']}."] if refused is not None else []

@@ -1,7 +1,7 @@
 """Run the study of a real model: python -m study.real --hours 2
 
 Cells that are finished are not run again, killed ones go on. Then docs/results/real.json and real.md are written.
---only where/smollm2 runs the cells whose names start so, and those that they need; --list shows what is left;
+--only where/smollm2/ runs the cells whose names start so, and those that they need; --list shows what is left;
 --collect writes the pages alone.
 """
 

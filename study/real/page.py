@@ -6,9 +6,12 @@ Captions only: what the figures mean is written by hand in docs/results.md.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from esi_ds.artifacts import write_text_atomic
 from esi_ds.data.rows import Row
@@ -29,8 +32,10 @@ KEYS = ("model", "prompts", "judge", "estimator", "criterion")
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean and, of several, least and greatest."""
-    mean = f"{sum(values) / len(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+    mean, *ends = (
+        f"{value:.{digits}f}".replace("inf", "∞") for value in (sum(values) / len(values), min(values), max(values))
+    )
+    return mean if len(values) == 1 else f"{mean} [{', '.join(ends)}]"
 
 
 # ---------------------------------------------------------------- where
@@ -60,11 +65,12 @@ def densities(row: Row, key: str = "mask") -> list[float]:
 def ratios(row: Row, control: Row, key: str, seeds: Sequence[Sequence[int]]) -> list[float]:
     """The row's share over its control's, of the seeds that both have.
 
-    seeds: of the row and of the control. A control that holds nothing gives no ratio.
+    seeds: of the row and of the control. Over a control that holds nothing the ratio is infinite; where both hold
+    nothing there is none.
     """
     shares = dict(zip(seeds[0], row[key], strict=True)), dict(zip(seeds[1], control[key], strict=True))
-    both = [seed for seed in seeds[0] if seed in shares[1] and shares[1][seed] > 0]
-    return [shares[0][seed] / shares[1][seed] for seed in both]
+    pairs = [(shares[0][seed], shares[1][seed]) for seed in seeds[0] if seed in shares[1]]
+    return [share / other if other else math.inf for share, other in pairs if share or other]
 
 
 def places_of(objective: Row | None) -> dict[tuple[str, str | None], Row]:
@@ -149,7 +155,8 @@ def where_section(data: Mapping[str, Any]) -> list[str]:
         parts += [f"### {model}\n", main_table(tables, model)]
         parts += ["The other estimators and criteria.\n", other_table(tables, model, others)]
     parts += ["### Figures\n", "![by layer](real-layers.png)\n"]
-    parts += ["Share of ESI's mask over the control's, mean over seeds.\n", "![controls](real-controls.png)\n"]
+    parts += ["Share of ESI's mask over the control's, the mean over the seeds that both have.\n"]
+    parts += ["![controls](real-controls.png)\n"]
     parts.append("### Overlaps of masks\n")
     parts.append("Weights in both masks over those of the smaller: mean over pairs of masks, least and greatest.\n")
     lines = []
@@ -166,6 +173,25 @@ def where_section(data: Mapping[str, Any]) -> list[str]:
     return parts
 
 
+def mean_of(seeds: Sequence[Sequence[float]]) -> list[float]:
+    """The mean over seeds, layer by layer."""
+    return [float(value) for value in np.mean(seeds, axis=0)]
+
+
+def ratios_of_roles(objective: Row, control: Row) -> dict[str, list[float]]:
+    """Role → share of the mask over the control's, by layer: the mean over the seeds that both have. NaN where the
+    control holds nothing for one of them."""
+    both = [seed for seed in objective["seeds"] if seed in control["seeds"]]
+    ratio = {}
+    for role in set(objective["roles"]) & set(control["roles"]):
+        shares, others = (
+            np.array([row["roles"][role][row["seeds"].index(seed)] for seed in both]) for row in (objective, control)
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio[role] = mean_of(np.where(others > 0, shares / others, np.nan))
+    return {role: ratio[role] for role in objective["roles"] if role in ratio}
+
+
 def where_figures(data: Mapping[str, Any]) -> dict[str, Any]:
     """File name → figure."""
     tables = WhereTables(data)
@@ -173,7 +199,7 @@ def where_figures(data: Mapping[str, Any]) -> dict[str, Any]:
     for model in data["models"]:
         objectives = {"ESI": tables.of(model), **tables.controls(model)}
         shown = {name: row for name, row in objectives.items() if row is not None}
-        curves[model] = {name: row["layers"] for name, row in shown.items()}
+        curves[model] = {name: mean_of(row["layers"]) for name, row in shown.items()}
     if not any(curves.values()):
         return {}
     drawn = {"real-layers.png": plots.layers(curves)}
@@ -182,13 +208,7 @@ def where_figures(data: Mapping[str, Any]) -> dict[str, Any]:
         objective = tables.of(model)
         for name, control in tables.controls(model).items():
             if objective is not None and control is not None:
-                ratios_by_layer[model, name] = {
-                    role: [
-                        share / other if other else float("nan") for share, other in zip(shares, others, strict=True)
-                    ]
-                    for role, shares in objective["roles"].items()
-                    if (others := control["roles"].get(role)) is not None
-                }
+                ratios_by_layer[model, name] = ratios_of_roles(objective, control)
     return {**drawn, "real-controls.png": plots.ratio_to_controls(ratios_by_layer)} if ratios_by_layer else drawn
 
 

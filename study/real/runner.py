@@ -59,7 +59,8 @@ def environment(device: Device) -> dict[str, str]:
 
 
 def run_command(command: Sequence[str], log: Path, device: Device) -> int:
-    """Run a command, its output behind that of earlier starts; the exit code. A SIGTERM or Ctrl-C is handed on.
+    """Run a command, its output behind that of earlier starts; the exit code. It gets a SIGTERM for one, for Ctrl-C and
+    for a closed terminal.
 
     Raises Interrupted after a signal, once the command has saved and ended, however that was: a finished stage has
     nothing to do at the next start.
@@ -76,7 +77,7 @@ def run_command(command: Sequence[str], log: Path, device: Device) -> int:
             signals.append(number)
             process.send_signal(signal.SIGTERM)
 
-        before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         try:
             code = process.wait()
         finally:
@@ -98,10 +99,15 @@ def is_done(cell: Cell, output: Path) -> bool:
     """Whether the cell has been run. Raises UserError where that was with other settings, but for ``deepspeed``, whose
     file lies elsewhere in another checkout."""
     folder = output / cell.name
-    if read_record(folder).get("state") != "done":
+    record = read_record(folder)
+    if record.get("state") != "done":
         return False
     for step in cell.steps:
         file = folder / f"{step.stage}.yaml"
+        command = shlex.split(record["steps"][step.stage]["command"])
+        if step.arguments and command[-len(step.arguments) :] != list(step.arguments):
+            remedy = "give another --output, or delete the cell's folder"
+            raise UserError("--output", folder, "was run with other arguments than the grid has now", remedy)
         if step.config is not None and _settings(file.read_text(encoding="utf-8")) != _settings(dump_yaml(step.config)):
             remedy = "give another --output, or delete the cell's folder"
             raise UserError("--output", folder, "was run with another config than the grid has now", remedy)
@@ -118,7 +124,7 @@ def seconds_by_kind(cells: Sequence[Cell], output: Path) -> dict[str, list[float
     seconds: dict[str, list[float]] = {}
     for cell in cells:
         record = read_record(output / cell.name)
-        if record.get("state") == "done":
+        if record.get("state") == "done" and record.get("starts", 1) == 1:
             seconds.setdefault(cell.like, []).append(record["seconds"])
     return seconds
 

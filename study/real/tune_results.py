@@ -55,8 +55,8 @@ def read_report(run: Path) -> Row:
 def is_right(task: str, answer: str, expected: str) -> bool:
     """Whether an answer is the expected one: of arithmetic the last number, else the first word."""
     if task == "gsm8k":
-        numbers = [text.replace(",", "") for text in re.findall(r"-?\d[\d,]*", answer)]
-        return bool(numbers) and numbers[-1] == expected.split("####")[-1].strip().replace(",", "")
+        numbers = [float(text.replace(",", "")) for text in re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer)]
+        return bool(numbers) and numbers[-1] == float(expected.split("####")[-1].strip().replace(",", ""))
     words = re.findall(r"[a-z]+", answer.lower())
     return bool(words) and words[0] == expected.lower()
 

@@ -77,25 +77,26 @@ def table_rows(masks: Sequence[Units]) -> Iterator[Row]:
         }
 
 
-def by_layer(masks: Sequence[Units]) -> list[float]:
-    """Share of the mask over share of the scored weights, by layer; the mean over seeds."""
+def by_layer(masks: Sequence[Units]) -> list[list[float]]:
+    """Share of the mask over share of the scored weights, by seed and layer."""
     places = [by_place(units, ("layer",)) for units in masks]
     layers = sorted(layer for (layer,) in places[0] if layer is not None)
-    return [density(places, (layer,)) for layer in layers]
+    return [[density(seed, (layer,)) for layer in layers] for seed in places]
 
 
-def by_role_and_layer(masks: Sequence[Units]) -> dict[str, list[float]]:
-    """Role → share of the mask over share of the scored weights, by layer; roles that every layer has."""
+def by_role_and_layer(masks: Sequence[Units]) -> dict[str, list[list[float]]]:
+    """Role → share of the mask over share of the scored weights, by seed and layer; roles that every layer has."""
     places = [by_place(units, ("role", "layer")) for units in masks]
     layers = sorted({layer for _, layer in places[0] if layer is not None})
     roles = sorted({role for role, layer in places[0] if layer is not None}, key=role_order)
     everywhere = [role for role in roles if all((role, layer) in places[0] for layer in layers)]
-    return {role: [density(places, (role, layer)) for layer in layers] for role in everywhere}
+    return {role: [[density(seed, (role, layer)) for layer in layers] for seed in places] for role in everywhere}
 
 
-def density(places: Sequence[Mapping[tuple, tuple[float, float, float]]], place: tuple) -> float:
-    """Share of the mask over share of the scored weights, the mean over seeds."""
-    return round(float(np.mean([seed[place][0] / seed[place][1] for seed in places])), 3)
+def density(places: Mapping[tuple, tuple[float, float, float]], place: tuple) -> float:
+    """Share of the mask over share of the scored weights."""
+    mask, weights, _ = places[place]
+    return round(mask / weights, 3)
 
 
 def where_tables(cells: Sequence[Cell], output: Path) -> list[Row]:
@@ -183,14 +184,14 @@ def overlap_rows(masks: Masks, models: Sequence[str], seeds: Sequence[int], wher
             beside(f"esi: {estimator}", model, estimator=estimator)
         for criterion in ("grad", "snip", *where["against_control"]):
             beside(f"{criterion} against esi", model, criterion=criterion)
-        for count in (number for number in where["counts"] if number != masks.prompts):
-            beside(
-                f"esi: {count} of the prompts" if count < masks.prompts else f"esi: {count} prompts", model, count=count
-            )
+        for count in (number for number in where["counts"] if number < masks.prompts):
+            beside(f"esi: {count} of the prompts", model, count=count)
             pairs = [
                 (masks.of(model, a, count=count), masks.of(model, b, count=count)) for a, b in combinations(seeds, 2)
             ]
             add(f"esi: other {count} prompts", model, pairs)
+        for count in (number for number in where["counts"] if masks.prompts < number <= masks.prompts * len(seeds)):
+            beside(f"esi: {count} prompts", model, count=count)
     both = [(masks.of(models[0], seed), masks.of(models[1], seed)) for seed in seeds]
     add("esi: aligned against untouched", "both", both)
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -28,7 +29,16 @@ from study.real import material, tune_results
 from study.real.cells import all_cells
 from study.real.collect import collected, compact, shown_command
 from study.real.grid import Cell, Folders, Plan, Step, read_grid, with_needs
-from study.real.page import WhereTables, compared, page, ratios, where_figures, write_pages
+from study.real.page import (
+    WhereTables,
+    compared,
+    mean_of,
+    page,
+    ratios,
+    ratios_of_roles,
+    where_figures,
+    write_pages,
+)
 from study.real.runner import Runner, command_of, is_done, read_record, run_command
 from study.real.shuffled_judge import with_shuffled_labels
 
@@ -169,6 +179,8 @@ def test_a_killed_cell_goes_on_with_its_next_command(plan: Plan) -> None:
     other = [Cell("where/a", "x", (Step("set", {"a": 2}), Step("eval", {"a": 1})))]
     with pytest.raises(UserError, match="another config"):
         is_done(other[0], plan.folders.output)
+    with pytest.raises(UserError, match="other arguments"):
+        is_done(Cell("where/a", "x", (Step("set", {"a": 1}, ("--rank", "64")),)), plan.folders.output)
     elsewhere = [Step(stage, {"a": 1, "deepspeed": "/other/zero3.json"}) for stage in ("set", "eval")]
     assert is_done(Cell("where/a", "x", tuple(elsewhere)), plan.folders.output)
 
@@ -309,10 +321,13 @@ def test_shares_statistics_and_ratios_by_place(study: Plan) -> None:
     early = next(row for row in esi["rows"] if (row["role"], row["third"]) == ("attention.v", "early"))
     assert (esi["seeds"], early["weights"], early["mask"]) == ([0, 1], pytest.approx(1 / 6, abs=1e-5), [0.75, 0.5])
     assert early["statistic"] == pytest.approx([31 / 46, 21 / 46], abs=1e-5)  # n + 1 each: 40 + 6 in all
-    assert esi["layers"] == [1.875, 0.6, 0.525]  # by hand: (30 + 20) / 80 over a third, ...
+    # By hand: (30 + 20) / 80 over a third is the mean of both seeds ...
+    assert mean_of(esi["layers"]) == pytest.approx([1.875, 0.6, 0.525])
     benign = tables.controls("smollm2")["benign prompts"]
     control = next(row for row in benign["rows"] if (row["role"], row["third"]) == ("attention.v", "early"))
     assert ratios(early, control, "mask", (esi["seeds"], benign["seeds"])) == [2.0]  # 0.75 / 0.375, seed 0 alone
+    paired = [esi["roles"]["attention.v"][0][layer] / benign["roles"]["attention.v"][0][layer] for layer in range(3)]
+    assert ratios_of_roles(esi, benign)["attention.v"] == pytest.approx(paired)  # of seed 0 alone, too
     lines = {(line[0], line[1]): line for line in compared(esi, tables.controls("smollm2"))}
     assert lines["attention.v", "early"][3] == "3.75 [3.00, 4.50]"
     assert lines["attention.v", "early"][-3:] == ["not run", "not run", "–"]  # without a control there is no verdict
@@ -372,7 +387,10 @@ def evaluate(plan: Plan, one: Cell, not_refused: float, over_refused: float) -> 
             (folder / f"{step.stage}.yaml").write_text(dump_yaml(dict(step.config)))
             manifest = {"exit_state": "done", "versions": {}, "commit": "abc", "world_size": 1, "threads": 2}
             (folder / step.stage / "manifest.json").write_text(json.dumps(manifest))
-    steps = {step.stage: {"seconds": 30.0, "command": "/x/bin/python3 /x/launch/set.py"} for step in one.steps}
+    steps = {
+        step.stage: {"seconds": 30.0, "command": shlex.join(["/x/bin/python3", "/x/launch/set.py", *step.arguments])}
+        for step in one.steps
+    }
     record = {"state": "done", "seconds": 90.0, "starts": 1, "device": "cpu", "steps": steps}
     (folder / "cell.json").write_text(json.dumps(record))
     rates = {"not refused": not_refused, "unsafe": not_refused / 2, "over-refused": over_refused, "KL": 0.25}

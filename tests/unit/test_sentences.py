@@ -29,7 +29,7 @@ def esi(units: list[dict], **changed) -> dict:
 def test_where_a_mask_lies() -> None:
     (line, answers) = sentences.esi(page := esi(UNITS, facts={"judged unsafe": "25.0% (1 of 4 responses)"}), [page])
     assert line == (
-        "The mask is 0.5 % of the weights. Attention, with 50 % of the weights, holds 90 % of it; dense MLPs, with "
+        "The mask is 0.5 % of the weights. Attention, with 50 % of the scored weights, holds 90 % of it; dense MLPs, with "
         "50 %, hold 10 %. It is densest in attention.v of layers 2–3: 4.8 times chance."
     )
     assert answers == "Of the 2 responses the judge calls 25.0% unsafe."
@@ -41,7 +41,7 @@ def test_where_a_mask_lies() -> None:
     [
         (
             [0, 10, 60, 20, 0, 0, 0, 0, 0, 0, 5, 5],
-            "4.8 times: any gradient’s, not this objective’s own.",
+            "4.8 times: as much, so not this objective’s own.",
             "No part has much more of this mask than of the control’s; "
             "attention.v of layers 0–1 has most, 1.00 times as much.",
         ),
@@ -59,7 +59,7 @@ def test_where_a_mask_lies() -> None:
         ),
         (
             [0, 0, 60, 50, 0, 0, 0, 0, 0, 0, 0, 0],
-            "6.0 times: any gradient’s, not this objective’s own.",
+            "6.0 times: as much, so not this objective’s own.",
             "This objective’s own is above all attention.v of layers 0–1, with 10 % of the mask, "
             "where the control’s holds nothing.",
         ),
@@ -77,8 +77,16 @@ def test_another_score_than_the_controls_is_not_called_the_objectives() -> None:
     page["selection"]["criterion"] = "snip"
     (line,) = sentences.esi(page, [page])
     assert "so in part this criterion’s own. This criterion’s own is above all" in line
-    page["selection"]["order"] = "random"
+    page["selection"]["order"] = "bottom"
     assert sentences.esi(page, [page])[0].endswith("It is densest in attention.v of layers 2–3: 4.8 times chance.")
+
+
+@pytest.mark.parametrize("key, value", [("order", "random"), ("scope", "matrix")])
+def test_where_a_mask_lies_is_no_finding_unless_scores_decide_it(key: str, value: str) -> None:
+    page = esi(CONTROLLED)
+    page["selection"][key] = value
+    (line,) = sentences.esi({**page, "judge_scores": []}, [page])
+    assert "densest" not in line and line.endswith("follows from the selection, not from the scores.")
 
 
 def test_several_masks_and_an_empty_one() -> None:
