@@ -201,8 +201,11 @@ class Tracker:
         if line not in self._line_writers:
             from torch.utils.tensorboard import SummaryWriter
 
-            name = re.sub(r"[^\w ,.+=-]", "_", line).strip(". ")[:MAX_LINE_NAME] or "_"  # a model may be called a/b
-            self._line_writers[line] = SummaryWriter(str(self.folder / "tensorboard" / name), flush_secs=FLUSH_S)
+            # A model may be called a/b; the end of a path tells more than its beginning.
+            name = re.sub(r"[^\w ,.+=-]", "_", line)[-MAX_LINE_NAME:].strip(". ") or "_"
+            taken = sum(Path(writer.log_dir).name.partition(" #")[0] == name for writer in self._line_writers.values())
+            folder = self.folder / "tensorboard" / (f"{name} #{taken + 1}" if taken else name)
+            self._line_writers[line] = SummaryWriter(str(folder), flush_secs=FLUSH_S)
         return self._line_writers[line]
 
     def histogram(self, tag: str, edges: Sequence[float], counts: Sequence[int]) -> None:

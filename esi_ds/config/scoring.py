@@ -96,3 +96,7 @@ def check_criteria(section: Select) -> None:
         raise UserError(field, [], "names no criterion", "name at least one, such as esi")
     if len(set(criteria)) < len(criteria):
         raise UserError(field, list(criteria), "names a criterion twice", "name it once: its two masks would be equal")
+    for name, value in (("scope", section.scope), ("order", section.order)):
+        if section.normalise == "matrix" and value in ("matrix", "random"):
+            problem, remedy = f"changes nothing with select.{name} = {value}", "leave it out"
+            raise UserError("select.normalise", section.normalise, problem, remedy)

@@ -436,7 +436,7 @@ def load_question_sets(section: Eval) -> list[QuestionSet]:
 
     Each takes only its kind of rows from a data set that holds both (XSTest).
     """
-    names = iter(_names([*section.prompts, *section.benign]))
+    names = iter(distinct_names([*section.prompts, *section.benign]))
     return [
         *_load_kind("harmful", "eval.prompts", section.prompts, names),
         *_load_kind("benign", "eval.benign", section.benign, names),
@@ -455,7 +455,7 @@ def _load_kind(
     return question_sets
 
 
-def _names(sections: list[Prompts]) -> list[str]:
+def distinct_names(sections: list[Prompts]) -> list[str]:
     """Short distinct names: a file's stem if that is enough, else path and split, else also a number."""
     stems = [Path(s.path).stem if Path(s.path).suffix else s.path for s in sections]
     longer = [s.path + (f":{s.split}" if s.split else "") for s in sections]

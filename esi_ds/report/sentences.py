@@ -111,7 +111,8 @@ def _most_above_control(regions: Sequence[Region], whose: str) -> str:
 def tuning(report: TuningReport) -> list[str]:
     """What was trained, how the loss went, and refusals before and after."""
     method, share = report["method"].upper(), 100 * report["trained"] / max(report["total_numel"], 1)
-    trained = f"{method} trained {share:.3g} % of the weights for {report['steps']:,} step{'' if report['steps'] == 1 else 's'}"
+    steps = f"{report['steps']:,} step{'' if report['steps'] == 1 else 's'}"
+    trained = f"{method} trained {share:.3g} % of the weights for {steps}"
     losses = [row["loss"] for row in report["progress"] if row.get("loss") is not None]
     if len(losses) > 1:
         first, last = f"{losses[0]:.3g}", f"{losses[-1]:.3g}"
@@ -247,7 +248,7 @@ def several(
             if (rate := _rate(joined, first, name)) is not None
         ]
         if len(rates) > 1:
-            (low, least), (high, most) = min(rates), max(rates)
+            (low, least), (high, _) = min(rates), max(rates)
             measured = f"Attack success on {first['set']} ({first['judge']}) is"
             if low == high:
                 return [*lines, f"{measured} {percent(low)} for all models."]

@@ -122,6 +122,7 @@ def respond(
         keep=keep_in(Journal(partial, GeneratedRow)),
         tracker=tracker,
         marks=marks_with(config.model.thought_marks),
+        description=f"{prefix}generate",
     )
     responses = [done.get(index, "") for index in range(len(prompt_ids))]
     if runtime.is_main():

@@ -18,7 +18,8 @@ class Control:
     """σ·g_C of every shard, with the sign of the direction in which the control's objective improves.
 
     gradients: its mean gradient g_C, fp32 [shard.numel] by shard's name; overwritten. is_loss: it is descended, not
-    climbed. field, path: of the config, for messages. No collectives.
+    climbed. field, path: of the config, for messages. Raises UserError, on every rank, where the control gives no
+    weight any gradient. Collectives: one all-reduce of float64 [units].
     """
 
     def __init__(
@@ -30,41 +31,35 @@ class Control:
         field: str,
         path: str,
     ):
-        self._model, self._field, self._path = model, field, path
+        self._model = model
         self._signed = dict(gradients)
         factors = {unit: -deviation if is_loss else deviation for unit, deviation in sigma.items()}
         for shard in model.scored:
             scale_by_unit(shard, self._signed[shard.name], factors)
-        self._means: dict[Unit, float] | None = None  # of |σ·g_C|, once a criterion has asked for them
+        self._means = unit_means(model, self._signed)
+        if model_mean(self._means) == 0:
+            problem = "gives no weight any gradient, so that nothing can be set against it"
+            raise UserError(field, path, problem, "give other data, or leave the control out")
 
     def relate(self, criterion: str, scores: Scores, tuning: Mapping[str, Tensor] | None) -> None:
         """Overwrite the scores that ``criteria.AGAINST_CONTROL`` names with the criterion's own.
 
-        tuning: g_T by shard's name, for ``exclusive``. Raises UserError, on every rank, where the control gives no
-        weight any gradient. Collectives: for ``specific`` and ``excess`` an all-reduce of float64 [units], and one more
-        the first time.
+        tuning: g_T by shard's name, for ``exclusive``. Collectives: for ``specific`` and ``excess`` an all-reduce of
+        float64 [units].
         """
         if criterion == "exclusive":
             assert tuning is not None
             for name, values in scores.items():
                 exclusive(values, self._signed[name], tuning[name])
             return
-        means = self._mean_scores(scores)
+        safety = model_mean(unit_means(self._model, scores))
+        means = MeanScores(safety, model_mean(self._means), self._means)
         for shard in self._model.scored:
             values, control = scores[shard.name], self._signed[shard.name]
             if criterion == "specific":
                 specific(shard, values, control, means)
             else:
                 excess(values, control, means)
-
-    def _mean_scores(self, scores: Scores) -> MeanScores:
-        if self._means is None:
-            self._means = unit_means(self._model, self._signed)
-        control = model_mean(self._means)
-        if control == 0:
-            problem = "gives no weight any gradient, so that nothing can be set against it"
-            raise UserError(self._field, self._path, problem, "give other data, or a criterion without a control")
-        return MeanScores(model_mean(unit_means(self._model, scores)), control, self._means)
 
     def take_scores(self) -> Scores:
         """The control's own scores |σ·g_C|, in the place of what has a sign: to be called last."""

@@ -107,11 +107,13 @@ def model_mean(means: Mapping[Unit, float]) -> float:
 
 
 def normalise_by_matrix(model: ShardedModel, scores: Scores) -> None:
-    """Divide every score by the mean score of its logical matrix, in place; where that is 0 all of them are, and stay.
+    """Divide every score by the mean score of its logical matrix, in place. A matrix whose scores are 0, or whose mean
+    is below what float32 can be divided by, keeps them.
 
     Collectives: one all-reduce of float64 [units].
     """
-    factors = {unit: 1 / mean if mean else 1.0 for unit, mean in unit_means(model, scores).items()}
+    smallest = torch.finfo(torch.float32).tiny
+    factors = {unit: 1 / mean if mean > smallest else 1.0 for unit, mean in unit_means(model, scores).items()}
     for shard in model.scored:
         scale_by_unit(shard, scores[shard.name], factors)
 

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from esi_ds.core.score import contrast, score_shard
 from esi_ds.core.select import median
 from esi_ds.core.units import Parameter, Unit, whole
 from esi_ds.errors import UserError
+from esi_ds.zero import control
 
 BASE = {"run": {"output_dir": "x"}, "model": {"path": "a"}}
 JUDGED = {"judge": {"path": "b"}, "data": {"responses": "r.jsonl"}}
@@ -183,6 +185,15 @@ def test_the_median_over_ranks_needs_counts_only(size: int) -> None:
     assert medians == [float(values.median())] * ranks
 
 
+def test_a_control_without_any_gradient_is_refused_whatever_the_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mask would be the model's first weights, and everything else safety's own."""
+    means = {Unit("model.a.weight", "attention.q", 0, None, 0, 4): 0.0}
+    monkeypatch.setattr(control, "unit_means", lambda *_: means)
+    model = SimpleNamespace(scored=[])
+    with pytest.raises(UserError, match="control.rows.path = rows.jsonl: gives no weight any gradient"):
+        control.Control(model, {}, {}, True, "control.rows.path", "rows.jsonl")  # type: ignore[arg-type]
+
+
 def test_contrast_divides_and_refuses_division_by_zero() -> None:
     scores, denominator = torch.tensor([6.0, 0.0, 2.0]), torch.tensor([2.0, 1.0, 4.0])
     assert contrast(scores, denominator) == 0
@@ -276,6 +287,14 @@ def test_the_oracles_gradients_are_those_of_its_loss(tmp_path: Path) -> None:
             "data.tuning: is missing; criterion exclusive needs",
         ),
         ({**JUDGED, "control": {}}, "control: names no data; give control.prompts.path or control.rows.path"),
+        (
+            {**JUDGED, "select": {"normalise": "matrix", "scope": "matrix"}},
+            "select.normalise = matrix: changes nothing with select.scope = matrix",
+        ),
+        (
+            {**JUDGED, "select": {"normalise": "matrix", "order": "random"}},
+            "select.normalise = matrix: changes nothing with select.order = random",
+        ),
         (
             {**JUDGED, "control": {"prompts": ROWS, "rows": ROWS}},
             "control.rows.path = rows.jsonl: and control.prompts are two controls; give one of them",

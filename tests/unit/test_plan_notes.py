@@ -216,6 +216,10 @@ def test_a_perturbation_is_planned_before_anything_is_there(capsys: pytest.Captu
     lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
     assert "answers 104, at most 48 tokens each" in lines and "scores not needed" in lines
     assert any(line.startswith("mask ") and " weights by " in line for line in lines)
+    # Two sets of one file are two sets.
+    twice = f"eval.prompts=[{{path: {tmp_path / 'harmful.jsonl'}}}, {{path: {tmp_path / 'harmful.jsonl'}, limit: 1}}]"
+    assert main("perturb", perturbation(tmp_path, twice)) == 0
+    assert "answers 39, at most" in " ".join(capsys.readouterr().out.split())
     # Scores that the config names and that are still to come are a note, too.
     scores = f"perturb.scores={tmp_path / 'scores'}"
     assert main("perturb", perturbation(tmp_path, scores)) == 0

@@ -216,7 +216,8 @@ def test_tensorboard_opens_with_one_chart_a_measure_and_a_line_a_model(tmp_path:
     """It was a card for each measure, set, judge and model: 22 of attack success. A line is a run within the run."""
     from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-    names = ["base", "SET", "a/b", "../up", "."]
+    path = f"/scratch/{'a-long-path/' * 6}"
+    names = ["base", "SET", "a/b", "a_b", "../up", ".", f"{path}seed0/model", f"{path}seed1/model"]
     with Tracker(tmp_path / "eval", enabled=True, tensorboard=True, stage="eval") as tracker:
         for number, name in enumerate(names):
             for step in (4, 8):
@@ -224,8 +225,11 @@ def test_tensorboard_opens_with_one_chart_a_measure_and_a_line_a_model(tmp_path:
         tracker.overview(1, {"loss": 2.0})
         tracker.scalars(8, {"attack_success/s/j/base": 0.0})
     runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload().Runs()
-    lines = [f"eval/tensorboard/{name}" for name in ("base", "SET", "a_b", "_up", "_")]
-    assert set(runs) == {"eval/tensorboard", *lines}  # nothing outside the run's folder
+    assert len(runs) == 1 + len(names), "models share a line"
+    lines = [f"eval/tensorboard/{name}" for name in ("base", "SET", "a_b", "a_b #2", "_up", "_")]
+    assert set(runs) > {"eval/tensorboard", *lines}  # nothing outside the run's folder
+    lines += [run for run in runs if run.endswith(("seed0_model", "seed1_model"))]
+    assert len(lines) == len(names)
     assert all(runs[line]["scalars"] == ["Overview/attack success, s, j"] for line in lines)
     first = sorted(tag for run in runs.values() for tag in run["scalars"])[0]
     assert first.startswith("Overview/") and "Overview/loss" in runs["eval/tensorboard"]["scalars"]

@@ -29,11 +29,12 @@ def judge_scores(
     file: Path,
     tracker: Tracker,
     save: Callable[[], None] | None = None,
+    description: str = "judge",
 ) -> dict[int, float]:
     """J by example index, the same on every rank. Written to ``file`` batch by batch: no response is judged twice.
 
-    save: what earlier passes have still to save where a signal stops this. Collectives: one broadcast, those of a
-    sharded guard, and two gathers per batch; those of ``save`` then. Raises Interrupted.
+    save: what earlier passes have still to save where a signal stops this. description: of the progress. Collectives:
+    one broadcast, those of a sharded guard, and two gathers per batch; those of ``save`` then. Raises Interrupted.
     """
     if runtime.is_main():
         file.parent.mkdir(exist_ok=True)
@@ -42,7 +43,7 @@ def judge_scores(
     batch_size = min(batch_size, guard.max_batch or batch_size)
     stride, first = batch_size * runtime.world_size(), batch_size * runtime.rank()
     bar = tracker.progress(
-        total=len(examples), initial=len(examples) - len(waiting), unit="prompt", description="judge"
+        total=len(examples), initial=len(examples) - len(waiting), unit="prompt", description=description
     )
     with bar:
         for start in range(0, len(waiting), stride):

@@ -35,7 +35,6 @@ from esi_ds.zero.score import (
     normalise_by_matrix,
     score,
     select_weights,
-    unit_means,
     unit_sigmas,
 )
 from esi_ds.zero.statistics import log_histograms, unit_rows
@@ -46,8 +45,8 @@ PackedBits = list[np.ndarray]  # a mask's bits on this rank: uint8 [⌈n/8⌉] o
 class SharedGradients:
     """The mean gradients of all passes, and the scores that each criterion makes of them.
 
-    accumulated: by objective; the sums are overwritten. Collectives: those of ``unit_sigmas`` and, if contrastive, of
-    ``contrast_denominators``.
+    accumulated: by objective; the sums are overwritten. Collectives: those of ``unit_sigmas``, with a control of
+    ``Control`` and, if contrastive, of ``contrast_denominators``. Raises UserError where a control gives no gradient.
     """
 
     def __init__(self, config: Config, model: ShardedModel, accumulated: Mapping[str, Accumulated]):
@@ -87,20 +86,18 @@ class SharedGradients:
     def control_units(self) -> list[UnitControl] | None:
         """What each matrix has under the control, in the model's order; None without one. To be asked last, once.
 
-        Collectives: those of the control's means, of a selection and of ``unit_rows``.
+        The scores are normalised as those of a mask are. Collectives: those of a selection and of ``unit_rows``, and of
+        ``normalise_by_matrix`` where the config says so.
         """
         if self._control is None:
             return None
         scores = self._control.take_scores()
-        means = unit_means(self._model, scores)
-        section = self._config.select
-        if section.normalise == "matrix":
+        if self._config.select.normalise == "matrix":
             normalise_by_matrix(self._model, scores)
         selection = select_as_configured(self._config, self._model, scores, "control")
-        rows = unit_rows(self._model, scores, selection, self.sigma)
         return [
-            {"control_mean_score": mean, "control_selected": row["selected"]}
-            for row, mean in zip(rows, means.values(), strict=True)
+            {"control_mean_score": row["mean_score"], "control_selected": row["selected"]}
+            for row in unit_rows(self._model, scores, selection, self.sigma)
         ]
 
     def _contrast(self, criterion: Criterion, scores: Scores) -> None:

@@ -17,11 +17,18 @@ from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 
+CONTROL_ANSWERS = f"control_{ANSWERS}"
+
 
 def check_reachable(model: ServedModel, folder: Path) -> None:
     """Raise UserError, on every rank, where the endpoint could not be asked, if nothing was asked yet: before weights
     are loaded. One broadcast."""
-    runtime.from_main(lambda: None if (folder / ANSWERS).exists() else check_served(model.endpoint, model.field))
+
+    def check() -> None:
+        if not any((folder / name).exists() for name in (ANSWERS, CONTROL_ANSWERS)):
+            check_served(model.endpoint, model.field)
+
+    runtime.from_main(check)
 
 
 def ask_endpoint(
@@ -43,7 +50,7 @@ def ask_endpoint(
     prompt_set = PromptSet(tuple(prompts), "", "", (), goals=aims)
     question_set, file = QuestionSet("data.prompts", "harmful", prompt_set), folder / ANSWERS
     if control:
-        question_set, file = QuestionSet("control.prompts", "benign", prompt_set), folder / f"control_{ANSWERS}"
+        question_set, file = QuestionSet("control.prompts", "benign", prompt_set), folder / CONTROL_ANSWERS
     answers: Ledger[AnswerRow] = Ledger(file, ANSWER_KEY, AnswerRow)
     AnswerRounds(model, answers, tracker).ask([question_set])
     mark_unfinished(answers.rows.values())

@@ -216,7 +216,8 @@ class EsiRun(StageRun[EsiInputs]):
         if guard is not None:
             file = self.folder.path / CHECKPOINTS / f"{inputs.prefix}judge_scores.jsonl"
             save = self._passes[-1].save if self._passes else None
-            return judge_scores(guard, examples, batch_size, file, self.tracker, save)
+            name = f"{inputs.prefix}judge"
+            return judge_scores(guard, examples, batch_size, file, self.tracker, save, name)
         scores = inputs.data.scores
         assert scores is not None  # require_esi
         return {example.index: scores[example.index] for example in examples}

@@ -11,6 +11,7 @@ from esi_ds.config import Config, Eval, EvalRubric, EvalWords, Prompts, label, r
 from esi_ds.config.needs import require_eval
 from esi_ds.core.footprint import WEIGHT_BYTES
 from esi_ds.data.benchmarks import Kind
+from esi_ds.data.prompts import distinct_names
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.models.folder import ModelSource, dequantised, load_model_config
 from esi_ds.models.meta import meta_parameters
@@ -93,8 +94,8 @@ def count_sets(section: Eval, notes: list[str]) -> dict[str, int | None]:
         ("eval.benign", "benign", section.benign),
     )
     for key, kind, sets in kinds:
-        for number, prompts in enumerate(sets):
-            counts[f"{kind} set {prompts.path}"] = count_prompts(prompts, f"{key}.{number}", notes, kind)
+        for number, (name, prompts) in enumerate(zip(distinct_names(sets), sets, strict=True)):
+            counts[f"{kind} set {name}"] = count_prompts(prompts, f"{key}.{number}", notes, kind)
     return counts
 
 
