@@ -89,7 +89,7 @@ def test_the_moe_demo_on_two_ranks(tmp_path: Path) -> None:
     mask = Mask.load(run / "mask")
     assert mask.k == int(0.01 * mask.total_numel)
     assert not any("mlp.gate.weight" in name or "embed" in name or "norm" in name for name in mask.names)
-    assert "share of the mask by layer and expert" in (run / "report.html").read_text()
+    assert 'Share of the mask</b> <span class="quiet">by layer and expert' in (run / "report.html").read_text()
     report = json.loads((run / "report.json").read_text())
     routed = {(row["set"], row["layer"]): sum(row["tokens"]) for row in report["routing"]}
     assert set(routed) == {(name, layer) for name in ("harmful", "benign") for layer in range(4)}

@@ -21,7 +21,8 @@ from esi_ds.options import Options
 @pytest.fixture
 def config(tmp_path: Path) -> str:
     file = tmp_path / "a.yaml"
-    file.write_text("run: {output_dir: x}\nmodel: {path: a}\n")
+    (tmp_path / "model").mkdir()
+    file.write_text(f"run: {{output_dir: x}}\nmodel: {{path: {tmp_path / 'model'}}}\n")
     return str(file)
 
 

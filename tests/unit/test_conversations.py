@@ -9,6 +9,7 @@ import pytest
 from builders import byte_bpe_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from esi_ds.config import Model
 from esi_ds.data.chat import with_template
 from esi_ds.data.conversations import IGNORED, DataOrder, conversation, encode, encode_rows, find_columns
 from esi_ds.data.end_tokens import end_tokens
@@ -104,7 +105,7 @@ def test_rows_in_another_template_with_a_loss_on_every_token(tokenizer) -> None:
     turns += [{"role": "user", "content": "e"}, {"role": "assistant", "content": "f", "learnt": False}]
     whole = encode(tokenizer, turns, {2}, 0, learn="all")
     assert whole.labels == whole.ids and learnt(tokenizer, whole).endswith("e<|end|>\n<|assistant|>\nf<|end|>\n")
-    plain = with_template(tokenizer, PLAIN, None, "tune.data.chat_template")
+    plain = with_template(tokenizer, PLAIN, Model(path="a"), "tune.data.chat_template")
     assert tokenizer.chat_template != PLAIN  # the model's own stays as it is
     for end_token, ending in ((True, "c d<|end|>"), (False, "c d")):
         sequence = encode(plain, turns[:2], {2}, 0, learn="all", end_token=end_token)
@@ -123,7 +124,7 @@ def test_rows_in_another_template_with_a_loss_on_every_token(tokenizer) -> None:
 )
 def test_a_template_of_rows_that_cannot_write_them(tokenizer, template: str, system_prompt, problem: str) -> None:
     with pytest.raises(UserError, match=rf"data.tuning.chat_template.*{problem}"):
-        with_template(tokenizer, template, system_prompt, "data.tuning.chat_template")
+        with_template(tokenizer, template, Model(path="a", system_prompt=system_prompt), "data.tuning.chat_template")
 
 
 @pytest.mark.parametrize("special", [True, False])
