@@ -63,6 +63,7 @@ def figure_svg(figure: Figure) -> str:
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], count=1, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every picture of a page has the same ones
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # a page's parser knows them; nothing in it looks like an address
     return re.sub(r"<[^>]*>", lambda tag: tag[0].replace("#000000", "currentColor"), svg)
 
 
