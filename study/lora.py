@@ -6,7 +6,7 @@ import json
 import time
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.artifacts import RunFolder, write_json_atomic, write_text_atomic
@@ -37,11 +37,24 @@ def train_and_answer(config: Config) -> None:
     tokenizer = load_tokenizer(ModelSource.of(config.model))
     torch.manual_seed(config.run.seed)
     base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(r=1, lora_alpha=1, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    model, num_trained = train_adapters(config, base, tokenizer, 1, TARGETS)
+    write_text_atomic(folder.path / "answers.jsonl", _answers(config, model, tokenizer))
+    finish(folder, num_trained, started)
+
+
+def train_adapters(
+    config: Config, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rank: int, targets: list[str]
+) -> tuple[PeftModel, int]:
+    """The base model with trained adapters on ``targets``, and how many weights they have."""
+    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     train(config, model, trained, tokenizer)
-    write_text_atomic(folder.path / "answers.jsonl", _answers(config, model, tokenizer))
-    facts = {"trained": sum(parameter.numel() for parameter in trained)}
+    return model, sum(parameter.numel() for parameter in trained)
+
+
+def finish(folder: RunFolder, num_trained: int, started: float) -> None:
+    """Write a LoRA run's report and manifest. started: seconds since the epoch."""
+    facts = {"trained": num_trained}
     write_json_atomic(folder.path / "report.json", {"kind": "lora", **facts})
     folder.write_manifest(
         exit_state="done",

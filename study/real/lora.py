@@ -13,15 +13,15 @@ import sys
 import time
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from esi_ds.artifacts import RunFolder, whole_folder, write_json_atomic
+from esi_ds.artifacts import RunFolder, whole_folder
 from esi_ds.config import load_config
 from esi_ds.data.chat import load_tokenizer
 from esi_ds.errors import ends_with_message
 from esi_ds.models.folder import ModelSource
-from study.lora import train
+from esi_ds.models.meta import DTYPES
+from study.lora import finish, train_adapters
 
 
 @ends_with_message
@@ -38,27 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     folder = RunFolder(config.run.output_dir)
     folder.open(config)
     tokenizer = load_tokenizer(ModelSource.of(config.model))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.dtype]
     # The adapters are fp32 whatever the model is (PEFT's default).
-    base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=DTYPES[config.model.dtype])
     base.to("cuda" if torch.cuda.is_available() else "cpu")
-    settings = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=args.targets, task_type="CAUSAL_LM")
-    model = get_peft_model(base, settings)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    train(config, model, trained, tokenizer)
+    model, num_trained = train_adapters(config, base, tokenizer, args.rank, args.targets)
     with whole_folder(folder.path / "model") as output:
         model.merge_and_unload().save_pretrained(output)
         tokenizer.save_pretrained(output)
-    facts = {"trained": sum(parameter.numel() for parameter in trained)}
-    write_json_atomic(folder.path / "report.json", {"kind": "lora", **facts})
-    folder.write_manifest(
-        exit_state="done",
-        world_size=1,
-        started=started,
-        model_fingerprint=None,
-        data={},
-        notes={"method": "lora", **facts},
-    )
+    finish(folder, num_trained, started)
     return 0
 
 
