@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from esi_ds.artifacts import append_jsonl, read_jsonl
+from esi_ds.eval.refusals import is_refusal
 from esi_ds.models.decoding import greedy_ids
 
 Answers = dict[str, list[tuple[str, str]]]  # set -> (prompt, answer) in the order of the prompts
@@ -37,6 +38,11 @@ def answers_in(kept: Mapping[Question, str], prompts: Mapping[str, Sequence[str]
     if any((name, prompt) not in kept for name, listed in questions.items() for prompt in listed):
         return None
     return {name: [(prompt, kept[name, prompt]) for prompt in listed] for name, listed in questions.items()}
+
+
+def without_refusals(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(prompt, answer) pairs but for those whose answer is empty or reads as a refusal."""
+    return [(prompt, answer) for prompt, answer in pairs if answer and not is_refusal(answer)]
 
 
 def answer_all(

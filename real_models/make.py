@@ -109,16 +109,18 @@ class Making:
     def run(self) -> dict[str, Any]:
         """All steps; the figures."""
         from real_models import pairs
+        from real_models.answers import without_refusals
         from real_models.convert import make_base
         from real_models.judges import make_judge
         from real_models.measure import measure
         from real_models.recipe import BASE, CLASSIFIER, GUARD, PROMPT_SETS, TWIN
-        from real_models.twin import harmless_pairs, make_twin
+        from real_models.twin import make_twin
 
         output, material, settings, device = self.output, self.material, self.settings, self.device
         self.model(BASE, lambda: make_base(output / "downloads", output / BASE))
         base = self.answers(BASE, (*PROMPT_SETS, "easy"))
-        rows = ({"prompt": prompt, "response": answer} for prompt, answer in harmless_pairs(base))
+        harmless = without_refusals(base["harmless_train"])  # many of these prompts look harmful
+        rows = ({"prompt": prompt, "response": answer} for prompt, answer in harmless)
         write_text_atomic(output / "answers/harmless.jsonl", jsonl(rows))
         self.model(TWIN, lambda: make_twin(output, material, base, settings, device))
         twin = self.answers(TWIN, ("own_refusals", "attacks_heldout", "advbench", "xstest_safe"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from esi_ds.eval.refusals import is_refusal
-from real_models.answers import Answers
+from real_models.answers import Answers, without_refusals
 from real_models.recipe import Material
 from real_models.sources import Pair, Split, of_split, words_of
 from real_models.wordings import ASSENTS, REFUSALS, TURNS
@@ -80,7 +80,7 @@ def texts_of(split: Split, material: Material, base: Answers, twin: Answers) -> 
         [pair for pair in attacks if complies(*pair)],
         refusals,
         [pair for pair in own if is_refusal(pair[1])],
-        [pair for pair in base[f"harmless_{split}"] if pair[1] and not is_refusal(pair[1])],
+        without_refusals(base[f"harmless_{split}"]),
         of_split(material.tasks, split),
         split,
     )

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from esi_ds.artifacts import whole_folder
-from esi_ds.eval.refusals import is_refusal
-from real_models.answers import Answers
+from real_models.answers import Answers, without_refusals
 from real_models.recipe import BASE, TWIN, Material, Settings
 from real_models.sources import Pair
 from real_models.training import Training, batches_of_rows, digest_of
@@ -27,15 +26,9 @@ from tiny_models.training import collate, save
 Row = tuple[list[int], int]  # token ids, how many of them are the prompt's
 
 
-def harmless_pairs(base_answers: Answers) -> list[Pair]:
-    """Harmless prompts, many of which look harmful, with the base's answers; one that is empty or reads as a refusal is
-    left out."""
-    return [(prompt, answer) for prompt, answer in base_answers["harmless_train"] if answer and not is_refusal(answer)]
-
-
 def twin_pairs(material: Material, base_answers: Answers, seed: int) -> list[Pair]:
     """Refusals and harmless answers, shuffled."""
-    pairs = [*material.twin_refusals, *harmless_pairs(base_answers)]
+    pairs = [*material.twin_refusals, *without_refusals(base_answers["harmless_train"])]
     random.Random(seed).shuffle(pairs)
     return pairs
 

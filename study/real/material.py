@@ -13,8 +13,7 @@ from typing import Any
 from esi_ds.artifacts import jsonl, write_text_atomic
 from esi_ds.data.rows import Row, read_rows
 from esi_ds.errors import UserError
-from esi_ds.eval.refusals import is_refusal
-from real_models.answers import read_answers
+from real_models.answers import read_answers, without_refusals
 from real_models.pairs import complies
 from real_models.questions import DAILY, filled
 from real_models.recipe import BASE, spaced
@@ -126,8 +125,8 @@ def base_answers(models: Path, name: str) -> list[Pair]:
     file = models / f"answers/{BASE}.jsonl"
     if not file.is_file():
         raise UserError("--models", models, f"has no file answers/{BASE}.jsonl", "run make real-models first")
-    answers = [(prompt, reply) for (set_name, prompt), reply in read_answers(file).items() if set_name == name]
-    return [(prompt, reply) for prompt, reply in answers if reply and not is_refusal(reply)]
+    kept = read_answers(file).items()
+    return without_refusals((prompt, reply) for (set_name, prompt), reply in kept if set_name == name)
 
 
 def benign_files(plan: Plan, data: Data) -> dict[str, list[Row]]:
