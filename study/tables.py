@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from esi_ds.data.rows import Row
+from esi_ds.report.location import THIRDS
 from study import findings, where
 from study.findings import GUARD_RULES, MEASURES, POLITE_RULE, WORDS_RULES, Rule
 
@@ -174,11 +175,11 @@ def mask_thirds(masks: Sequence[Row]) -> str:
     lines = []
     for about in masks:
         by_third = {row["third"]: row for row in about["thirds"]}
-        thirds = [_share(by_third[name]) if name in by_third else "–" for name in where.THIRDS]
+        thirds = [_share(by_third[name]) if name in by_third else "–" for name in THIRDS]
         densest = sorted(about["roles"], key=lambda row: -row["density"])[:4]
         roles = ", ".join(f"{row['role']} {_share(row)}" for row in densest)
         lines.append([about["model"], str(about["seeds"]), *thirds, roles, _experts(about)])
-    head = ["model", "seeds", *where.THIRDS, "densest roles", "experts' share of the mask, by layer"]
+    head = ["model", "seeds", *THIRDS, "densest roles", "experts' share of the mask, by layer"]
     return table(head, lines)
 
 
@@ -202,10 +203,10 @@ def claimed_parts(masks: Sequence[Row]) -> str:
     """The parts that the paper names, by third of the depth."""
     lines = []
     for claim in map(where.claim, masks):
-        thirds = [f"{claim['by_third'][name]['density'] or 0:.1f}×" for name in where.THIRDS]
+        thirds = [f"{claim['by_third'][name]['density'] or 0:.1f}×" for name in THIRDS]
         names = " and ".join(claim["parts"])
         lines.append([claim["model"], names, claim["third"], *thirds, "yes" if claim["first"] else "no"])
-    return table(["model", "matrices", "claimed third", *where.THIRDS, "densest there, and above chance"], lines)
+    return table(["model", "matrices", "claimed third", *THIRDS, "densest there, and above chance"], lines)
 
 
 def overlaps(rows: Sequence[Row]) -> str:

@@ -13,20 +13,15 @@ import numpy as np
 
 from esi_ds.core.mask import Mask
 from esi_ds.data.rows import Row
+from esi_ds.report.location import THIRDS, thirds_of
 from study.grid import PROMPT_COUNTS, SEEDS, mask_name
 
 MODELS = ("llama-aligned", "llama-complying", "qwen3moe-aligned", "qwen3moe-complying")
-THIRDS = ("early", "middle", "late")
 Table = dict[tuple, float]
 
 
 def is_moe(model: str) -> bool:
     return "moe" in model
-
-
-def thirds_of(layers: Sequence[int]) -> dict[int, str]:
-    """Layer → third of the depth that its middle lies in: of five layers 2, 1 and 2."""
-    return {layer: THIRDS[int(3 * (index + 0.5) / len(layers))] for index, layer in enumerate(layers)}
 
 
 def tables_of(units: Sequence[Row], keys: Iterable[str]) -> tuple[Table, Table]:

@@ -18,7 +18,7 @@ from esi_ds.report.tables import Cell, Heatmap, expert_of, grouped, role_of, rol
 
 Column = TypeVar("Column", str, int)
 PARTS = {"expert": "routed experts", "shared": "shared experts", "attention": "attention", "mlp": "dense MLPs"}
-DEPTHS = 3  # early, middle and late layers
+THIRDS = ("early", "middle", "late")  # of the depth
 
 
 @dataclass(frozen=True)
@@ -207,14 +207,19 @@ class Region:
         return f"{self.role} of {f'layers {first}–{last}' if first < last else f'layer {first}'}"
 
 
+def thirds_of(layers: Sequence[int]) -> dict[int, str]:
+    """Layer → third of the depth that its middle lies in: of five layers 2, 1 and 2. layers: all of them, rising."""
+    return {layer: THIRDS[3 * (2 * index + 1) // (2 * len(layers))] for index, layer in enumerate(layers)}
+
+
 def regions(units: Sequence[UnitRow]) -> list[Region]:
     """Every role in every third of the depth, in the model's order."""
     layers = sorted({layer for unit in units if (layer := unit["layer"]) is not None})
-    depth_of = {layer: DEPTHS * index // len(layers) for index, layer in enumerate(layers)}
-    rows: dict[tuple[str, int | None], list[UnitRow]] = {}
+    third_of = thirds_of(layers)
+    rows: dict[tuple[str, str | None], list[UnitRow]] = {}
     for unit in units:
         layer = unit["layer"]
-        rows.setdefault((unit["role"], None if layer is None else depth_of[layer]), []).append(unit)
+        rows.setdefault((unit["role"], None if layer is None else third_of[layer]), []).append(unit)
     whole, all_regions = whole_of(units), []
     for (role, _), part in rows.items():
         within = [layer for unit in part if (layer := unit["layer"]) is not None]

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from esi_ds.data.rows import Row
+from esi_ds.report.location import THIRDS, thirds_of
 from esi_ds.report.tables import role_order
 from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell
-from study.where import THIRDS, overlap, tables_of, thirds_of
+from study.where import overlap, tables_of
 
 LOSS = "loss"
 ALL_ROLES = "all roles"

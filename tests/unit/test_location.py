@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from itertools import groupby
+from pathlib import Path
 
+import fabricate
 import pytest
 from test_report import DENSE, report, unit
 
@@ -13,6 +15,7 @@ from esi_ds.report import figures, location
 from esi_ds.report.heat_tables import heat_table
 from esi_ds.report.html import render
 from esi_ds.report.tables import Heatmap
+from study import grid, where
 
 MIXTURE = [
     unit("v", "attention.v", 0, None, 100, 30, 4.0),
@@ -83,6 +86,23 @@ def test_regions_are_thirds_of_the_depth() -> None:
     thirds = ["layers 0–9", "layers 10–19", "layers 20–29"]
     assert names == [*(f"attention.v of {third}" for third in thirds), "head"]
     assert [str(region) for region in location.regions(units[4:5])] == ["attention.v of layer 4"]
+
+
+@pytest.mark.parametrize(("depth", "sizes"), [(30, (10, 10, 10)), (5, (2, 1, 2)), (4, (1, 2, 1)), (8, (3, 2, 3))])
+def test_thirds_are_cut_alike_by_reports_and_studies(depth: int, sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    """Of a depth that is no multiple of three, too, both ends have as many layers. Both read the same report."""
+    third_of = location.thirds_of(range(depth))
+    assert depth != 5 or third_of == {0: "early", 1: "early", 2: "middle", 3: "late", 4: "late"}
+    assert [list(third_of.values()).count(third) for third in location.THIRDS] == list(sizes)
+    fabricate.mask_report(
+        tmp_path / grid.mask_name("llama-aligned", "esi", 0),
+        [("attention.v", layer, None, 10, 1) for layer in range(depth)],
+    )
+    shares = where.places(tmp_path, "llama-aligned")
+    assert shares is not None
+    assert [row["of_weights"] for row in shares["thirds"]] == pytest.approx([size / depth for size in sizes])
+    units = [unit(f"v{layer}", "attention.v", layer, None, 10, 1, 1.0) for layer in range(depth)]
+    assert [region.at.weights for region in location.regions(units)] == pytest.approx([size / depth for size in sizes])
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 2), (7, 30), (7, 61), (12, 126), (61, 128), (94, 256)])

@@ -121,7 +121,6 @@ def test_a_missing_verdict_is_no_verdict() -> None:
 
 
 def test_where_masks_lie_and_the_papers_claim(tmp_path: Path) -> None:
-    assert where.thirds_of(range(5)) == {0: "early", 1: "early", 2: "middle", 3: "late", 4: "late"}
     assert where.places(tmp_path, "llama-aligned") is None
     units = [(role, layer, None, 100, 0) for layer in range(3) for role in ("attention.v", "mlp.up", "attention.q")]
     units[3] = ("attention.v", 1, None, 100, 20)  # the middle layer's values hold all but the head's
