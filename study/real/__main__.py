@@ -15,7 +15,7 @@ from esi_ds.errors import Interrupted, UserError, ends_with_message
 from real_models.make import DEFAULT_DATA
 from study.real.cells import all_cells
 from study.real.grid import ROOT, Cell, Folders, Plan, read_grid, with_needs
-from study.real.runner import EXIT_INTERRUPTED, Runner, counts, is_done, read_record, seconds_by_kind
+from study.real.runner import EXIT_INTERRUPTED, Runner, check_models, counts, is_done, read_record, seconds_by_kind
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     cells = with_needs(everything, args.only)
     if not cells:
         raise UserError("--only", args.only, "is the beginning of no cell's name", "see --list")
+    check_models(plan, everything)
     if args.list:
         show(plan, cells)
         return 0

@@ -23,6 +23,7 @@ from esi_ds.artifacts import write_json_atomic, write_text_atomic
 from esi_ds.config.yaml import dump_yaml, parse_yaml
 from esi_ds.errors import Interrupted, UserError
 from study.real.grid import ROOT, Cell, Device, Plan, Step
+from study.real.model_digests import model_digests
 
 RECORD = "cell.json"
 EXIT_INTERRUPTED = 75
@@ -119,6 +120,23 @@ def _settings(text: str) -> dict[str, Any]:
     return {name: section for name, section in parse_yaml(text).items() if name != "deepspeed"}
 
 
+def check_models(plan: Plan, cells: Sequence[Cell]) -> None:
+    """Raise UserError for a cell that was begun with other models or judges than are in ``--models`` now, or that does
+    not say with which.
+
+    Every cell is bound to all of them: it may read the masks and answers that another cell made with a judge.
+    """
+    for cell in cells:
+        record = read_record(plan.folders.output / cell.name)
+        if not record:
+            continue
+        of_cell, now = record.get("models", {}), model_digests(plan)
+        if others := [name for name in now if of_cell.get(name) != now[name]]:
+            problem = f"was run with another {others[0]}" if of_cell else "does not say with which models it was run"
+            remedy = f"give another --output, or the --models of then: {plan.folders.models} has others now"
+            raise UserError("--output", plan.folders.output / cell.name, problem, remedy)
+
+
 def seconds_by_kind(cells: Sequence[Cell], output: Path) -> dict[str, list[float]]:
     """``like`` → seconds of the finished cells, of starts that were not killed."""
     seconds: dict[str, list[float]] = {}
@@ -151,6 +169,7 @@ class Runner:
         done = {cell.name for cell in everything if is_done(cell, output)}
         remaining_cells = [cell for cell in cells if cell.name not in done]
         for index, cell in enumerate(remaining_cells):
+            check_models(self.plan, everything)
             if not self.due(cell):
                 outcomes.append(Outcome(cell.name, "not needed"))
                 continue
@@ -171,12 +190,13 @@ class Runner:
         return outcomes
 
     def cell(self, cell: Cell) -> Outcome:
-        """Run a cell's commands. Raises Interrupted."""
+        """Run a cell's commands. Raises Interrupted, and UserError where models were made anew meanwhile."""
         folder = self.plan.folders.output / cell.name
         folder.mkdir(parents=True, exist_ok=True)
         record = read_record(folder)
         # Seconds of a start that was killed are not known: ``starts`` says that there was one.
         record = {**record, "state": "started", "starts": record.get("starts", 0) + 1, "device": self.plan.device}
+        record["models"] = model_digests(self.plan)
         steps: dict[str, Any] = record.setdefault("steps", {})
         write_json_atomic(folder / RECORD, record)
         self.join(cell, folder)
@@ -194,6 +214,7 @@ class Runner:
                 return Outcome(cell.name, "failed", seconds, reason)
             steps[step.stage] = {"seconds": round(seconds, 1), "command": shlex.join(command)}
             write_json_atomic(folder / RECORD, record)
+        check_models(self.plan, [cell])  # a step reads them when it starts
         for dropped in cell.drops:
             shutil.rmtree(folder / dropped, ignore_errors=True)
         total = sum(step["seconds"] for step in steps.values())

@@ -47,7 +47,12 @@ MINUTE = 60.0
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    return Plan(read_grid(), "cpu", Folders(tmp_path / "models", tmp_path / "out"))
+    """Its models are small files, different ones."""
+    plan = Plan(read_grid(), "cpu", Folders(tmp_path / "models", tmp_path / "out"))
+    for name in (*plan.models, "judge-classifier", "judge-guard"):
+        (plan.folders.models / name).mkdir(parents=True)
+        (plan.folders.models / name / "config.json").write_text(json.dumps({"name": name}))
+    return plan
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -183,6 +188,44 @@ def test_a_killed_cell_goes_on_with_its_next_command(plan: Plan) -> None:
         is_done(Cell("where/a", "x", (Step("set", {"a": 1}, ("--rank", "64")),)), plan.folders.output)
     elsewhere = [Step(stage, {"a": 1, "deepspeed": "/other/zero3.json"}) for stage in ("set", "eval")]
     assert is_done(Cell("where/a", "x", tuple(elsewhere)), plan.folders.output)
+
+
+def test_models_made_anew_are_not_mixed_with_those_of_finished_cells(plan: Plan, tmp_path: Path, capsys) -> None:
+    """Neither a copy nor a new card is another model; other weights of the same names and sizes are."""
+    one, models, copy = all_cells(plan, tmp_path)[0], plan.folders.models, tmp_path / "copy"
+    options = ["--output", str(plan.folders.output), "--data", str(tmp_path), "--docs", str(tmp_path / "docs")]
+    Runner(plan, commands := Commands(), commands.clock).run([one], [one])
+    shutil.copytree(models, copy)
+    shutil.rmtree(models)
+    copy.rename(models)
+    (models / "judge-guard/README.md").write_text("measured again")
+    assert command.main([*options, "--models", str(models), "--list"]) == 0
+    judge = models / "judge-guard/config.json"
+    text = judge.read_text()
+    judge.write_text(text.replace("g", "h"))
+    for folder, problem in ((models, "was run with another judge-guard"), (tmp_path, "holds no smollm2")):
+        for what in ("--list", "--collect"):
+            assert command.main([*options, "--models", str(folder), what]) == 2
+            assert problem in capsys.readouterr().err and not (tmp_path / "docs").exists()
+    with pytest.raises(UserError, match="another judge-guard"):
+        Runner(plan, commands, commands.clock).run([cell("b")], [one, cell("b")])
+    judge.write_text(text)
+    (plan.folders.output / one.name / "cell.json").write_text(json.dumps({"state": "done"}))
+    assert command.main([*options, "--models", str(models), "--list"]) == 2
+    assert "does not say with which models it was run" in capsys.readouterr().err
+
+
+def test_models_made_anew_while_a_cell_runs_leave_it_unfinished(plan: Plan) -> None:
+    class MakingAnew(Commands):
+        def __call__(self, command: Sequence[str], log: Path, device: str) -> int:
+            (plan.folders.models / "smollm2/config.json").write_text("another")
+            return super().__call__(command, log, device)
+
+    cells = [cell("a"), cell("b")]
+    for _ in range(2):  # and the next start does not go on
+        with pytest.raises(UserError, match="another smollm2"):
+            start(plan, cells, MakingAnew())
+        assert not is_done(cells[0], plan.folders.output) and not read_record(plan.folders.output / "where/b")
 
 
 @pytest.mark.parametrize("code", [75, 0, 1])
