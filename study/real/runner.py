@@ -6,6 +6,7 @@ itself: the stages keep their state in their run folders.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ from study.real.model_digests import model_digests
 
 RECORD = "cell.json"
 EXIT_INTERRUPTED = 75
+PARENT_DEATH_SIGNAL = 1  # prctl's number, PR_SET_PDEATHSIG
 State = Literal["done", "failed", "waits", "no time", "not needed"]
 Due = Callable[[Cell], bool]
 RunCommand = Callable[[Sequence[str], Path, Device], int]
@@ -59,9 +62,16 @@ def environment(device: Device) -> dict[str, str]:
     return {**os.environ, **more}
 
 
+def end_with(parent: int, prctl: Callable[[int, int], int]) -> None:
+    """Have this process, a new one, get a SIGTERM once its parent has ended, however that was (prctl(2), Linux)."""
+    prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != parent:  # it has ended already
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def run_command(command: Sequence[str], log: Path, device: Device) -> int:
-    """Run a command, its output behind that of earlier starts; the exit code. It gets a SIGTERM for one, for Ctrl-C and
-    for a closed terminal.
+    """Run a command, its output behind that of earlier starts; the exit code. It gets a SIGTERM for one, for Ctrl-C,
+    for a closed terminal, and on Linux where this process is killed for good: it would write on beside the next start.
 
     Raises Interrupted after a signal, once the command has saved and ended, however that was: a finished stage has
     nothing to do at the next start.
@@ -71,7 +81,13 @@ def run_command(command: Sequence[str], log: Path, device: Device) -> int:
         output.write(f"$ {shlex.join(command)}\n")
         output.flush()
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment(device), start_new_session=True, cwd=ROOT
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(device),
+            start_new_session=True,
+            cwd=ROOT,
+            preexec_fn=partial(end_with, os.getpid(), ctypes.CDLL(None).prctl) if sys.platform == "linux" else None,
         )
 
         def hand_on(number: int, _: object) -> None:

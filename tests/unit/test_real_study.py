@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import select
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -28,7 +31,7 @@ from study.real import __main__ as command
 from study.real import material, tune_results
 from study.real.cells import all_cells
 from study.real.collect import collected, compact, shown_command
-from study.real.grid import Cell, Folders, Plan, Step, read_grid, with_needs
+from study.real.grid import ROOT, Cell, Folders, Plan, Step, read_grid, with_needs
 from study.real.page import (
     WhereTables,
     compared,
@@ -250,6 +253,25 @@ def test_a_signal_is_handed_to_the_command_which_saves_and_ends(code: int, tmp_p
     stopping.join()
     assert (tmp_path / "saved").exists() and signal.getsignal(signal.SIGTERM) is before
     assert run_command([sys.executable, "-c", "raise SystemExit(3)"], log, "cpu") == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's death is Linux's")
+def test_a_runner_that_is_killed_for_good_takes_its_command_with_it(tmp_path: Path) -> None:
+    """The command saves and ends, as after any SIGTERM: else it would write on beside the next start's."""
+    log = tmp_path / "esi.log"
+    save = "signal.signal(15, lambda *_: (print('saved', flush=True), sys.exit(75)))"
+    wait = f"import os, signal, sys, time\n{save}\nprint('ready', os.getpid(), flush=True)\ntime.sleep(60)"
+    command = [sys.executable, "-c", wait]
+    program = f"import pathlib, study.real.runner as r\nr.run_command({command!r}, pathlib.Path({str(log)!r}), 'cpu')"
+    with subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}) as runner:
+        while not (ready := re.search(r"^ready (\d+)$", log.read_text() if log.exists() else "", re.MULTILINE)):
+            assert runner.poll() is None
+            time.sleep(0.01)
+        running = os.pidfd_open(int(ready[1]))  # it can be read once the process has ended
+        runner.kill()
+    assert select.select([running], [], [], 20)[0], "the command runs on"
+    os.close(running)
+    assert log.read_text().endswith("saved\n")
 
 
 def test_responses_of_several_cells_are_joined(plan: Plan) -> None:
