@@ -16,10 +16,11 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
+import hold
 import psutil
 import pytest
 import yaml
-from fork_server import ForkServer, exit_code_file, rank_environments
+from fork_server import ForkedProcess, ForkServer, exit_code_file, rank_environments
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -159,29 +160,55 @@ def num_rows(run: Path, files: str) -> int:
     return max(map(num_lines, run.glob(files)), default=0)
 
 
+def _start(script: str, arguments: list[str], ranks: int, hold_at: str) -> subprocess.Popen[str]:
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
+    port = ["--master_port", str(free_port())]
+    command = [*launcher, *port] if ranks > 1 else [sys.executable]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    words = ["tests/hold.py", Path(script).stem, hold_at] if hold_at else [script]
+    return subprocess.Popen(
+        [*command, *words, *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
 class LaunchedJob:
     """One launched command in its own process group, which can be killed at any moment."""
 
-    def __init__(self, script: str, folder: Path, name: str, ranks: int, config: dict, hold_at: str = ""):
-        """hold_at: moments of ``hold.install``; the job is held there until it is killed or interrupted."""
+    def __init__(
+        self,
+        script: str,
+        folder: Path,
+        name: str,
+        ranks: int,
+        config: dict,
+        hold_at: str = "",
+        launcher: str = "deepspeed",
+    ):
+        """hold_at: moments of ``hold.install``; the job is held there until it is killed or interrupted.
+
+        launcher: ``deepspeed``, for one rank plain python, with the script; ``fork`` as for ``run_ranks``.
+        """
         self.run, self.hold_at = folder / name, hold_at
         self.old_lock = whole_lines(self.run / "lock.json")  # of a killed job
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump({"run": {"output_dir": str(self.run), "tensorboard": True}, **config}))
-        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-        port = ["--master_port", str(free_port())]
-        command = [*launcher, *port] if ranks > 1 else [sys.executable]
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        words = ["tests/hold.py", Path(script).stem, hold_at] if hold_at else [script]
-        self.process = subprocess.Popen(
-            [*command, *words, "--config", str(file)],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        arguments = ["--config", str(file)]
+        if launcher == "fork":
+            variables = rank_environments(ranks, free_port(), hold_at=hold_at)[0]
+            if ranks == 1:  # as without a launcher
+                variables = [{hold.VARIABLE: hold_at}]
+            log = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder)) / "log"
+            environments = [{**os.environ, **of_rank} for of_rank in variables]
+            job = fork_server().start(Path(script).stem, arguments, environments, log)
+            self.process: subprocess.Popen[str] | ForkedProcess = ForkedProcess(job)
+        else:
+            self.process = _start(script, arguments, ranks, hold_at)
 
     def finish(self) -> str:
         output, _ = self.process.communicate(timeout=300)
@@ -231,6 +258,8 @@ class LaunchedJob:
             with suppress(psutil.NoSuchProcess):
                 if "launch/" in " ".join(process.cmdline()[2:4]):
                     ranks.append(process)
+        if isinstance(self.process, ForkedProcess):
+            ranks = [psutil.Process(rank) for rank in self.process.job.ranks]
         self.wait_until(condition)
         started = time.monotonic()
         ranks[-2 if len(ranks) > 1 and ranks[-1].pid == self.process.pid else -1].send_signal(signal.SIGKILL)

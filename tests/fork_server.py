@@ -209,6 +209,34 @@ class ForkedJob:
         return self.log.read_text(errors="replace")
 
 
+class ForkedProcess:
+    """What tests use of ``subprocess.Popen``, of a forked job: its one rank, or the launcher of several."""
+
+    def __init__(self, job: ForkedJob):
+        self.job = job
+        (self.pid,) = job.ranks if len(job.ranks) == 1 else job.launchers
+
+    @property
+    def returncode(self) -> int | None:
+        """The launcher's; −9 if it was killed before it could write one, None while anything of the job lives."""
+        if self.job.alive():
+            return None
+        file = exit_code_file(self.job.log)
+        return int(file.read_text()) if file.is_file() else -signal.SIGKILL
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        self.job.kill([self.pid], number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Wait for the end; (stdout with stderr, None)."""
+        if not self.job.has_ended(float("inf") if timeout is None else timeout):
+            raise subprocess.TimeoutExpired("a forked job", timeout or 0.0, self.job.said())
+        return self.job.said(), None
+
+
 def is_alive(process: int) -> bool:
     return state(process) not in "ZX"
 

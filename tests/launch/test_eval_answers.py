@@ -25,7 +25,7 @@ def job(folder: Path, name: str, models: list[dict], ranks: int) -> LaunchedJob:
             "max_new_tokens": 16,
         },
     }
-    return LaunchedJob("launch/eval.py", folder, name, ranks, config)
+    return LaunchedJob("launch/eval.py", folder, name, ranks, config, launcher="fork")
 
 
 def rows_of(file: Path) -> list[dict]:
@@ -73,7 +73,7 @@ def test_a_served_model_is_asked_by_one_rank_of_three(tmp_path: Path, monkeypatc
                 "max_new_tokens": 8,
             },
         }
-        run = LaunchedJob("launch/eval.py", tmp_path, "served", 3, config)
+        run = LaunchedJob("launch/eval.py", tmp_path, "served", 3, config, launcher="fork")
         run.finish()
         assert len(server.seen) == len(prompts)
     rows = [row for row in rows_of(run.run / "answers.jsonl") if row["model"] == "m"]

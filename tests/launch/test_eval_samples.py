@@ -43,7 +43,7 @@ def job(folder: Path, name: str, ranks: int, **section: Any) -> LaunchedJob:
             **section,
         },
     }
-    return LaunchedJob("launch/eval.py", folder, name, ranks, config)
+    return LaunchedJob("launch/eval.py", folder, name, ranks, config, launcher="fork")
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
     """A mask and its scores: by magnitude, which needs no judge."""
     folder = tmp_path_factory.mktemp("perturb")
     sections = {"model": {"path": MODEL, "dtype": "fp32"}, "select": {"criterion": "magnitude", "ratio": 0.05}}
-    LaunchedJob("launch/esi.py", folder, "scored", 1, sections).finish()
+    LaunchedJob("launch/esi.py", folder, "scored", 1, sections, launcher="fork").finish()
     return folder
 
 
@@ -49,7 +49,7 @@ def undisturbed(folder: Path) -> Path:
 
 
 def test_killed_and_on_two_ranks_the_same(folder: Path, undisturbed: Path) -> None:
-    job = LaunchedJob("launch/perturb.py", folder, "killed", 2, config(folder))
+    job = LaunchedJob("launch/perturb.py", folder, "killed", 2, config(folder), launcher="fork")
     job.kill_when(lambda: num_lines(job.run / "answers.jsonl") >= 60)
     kept = whole_lines(job.run / "answers.jsonl")
     assert 60 <= len(kept) < (NUM_CELLS + 1) * NUM_PROMPTS
@@ -57,7 +57,7 @@ def test_killed_and_on_two_ranks_the_same(folder: Path, undisturbed: Path) -> No
     restored, first = job.run / "restored.jsonl", whole_lines(job.run / "restored.jsonl")[0]
     restored.write_text(first)
     write_record(restored, NOTHING, content_of(first.encode()))
-    LaunchedJob("launch/perturb.py", folder, "killed", 2, config(folder)).finish()
+    LaunchedJob("launch/perturb.py", folder, "killed", 2, config(folder), launcher="fork").finish()
     text = (job.run / "answers.jsonl").read_text()
     assert text == (undisturbed / "answers.jsonl").read_text()
     assert set(kept) <= set(text.splitlines(keepends=True))
@@ -139,7 +139,7 @@ def test_scores_must_be_the_masks_own(folder: Path) -> None:
         ("other", bad_scores(folder), "select other weights than the mask holds"),
         ("none", str(folder / "scored/mask"), "holds no scores"),
     ):
-        job = LaunchedJob("launch/perturb.py", folder, name, 1, config(folder, scores=scores))
+        job = LaunchedJob("launch/perturb.py", folder, name, 1, config(folder, scores=scores), launcher="fork")
         output, _ = job.process.communicate(timeout=200)
         assert job.process.returncode == 2 and "perturb.scores" in output and words in output, output[-2000:]
 

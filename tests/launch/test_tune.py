@@ -45,7 +45,7 @@ TEMPLATE = CHAT + "{% if shout is not defined or shout %}!{% endif %}"
 
 
 class Job(LaunchedJob):
-    def __init__(self, folder: Path, name: str, stage: str, ranks: int, **tune):
+    def __init__(self, folder: Path, name: str, stage: str, ranks: int, launcher: str = "fork", **tune):
         config = {
             "model": {
                 "path": str(folder / "model"),
@@ -74,7 +74,7 @@ class Job(LaunchedJob):
             # DeepSpeed's own persistence threshold: small parameters stay gathered
             "deepspeed": {"zero_optimization": {"stage": 3}},
         }
-        super().__init__(SCRIPTS[stage], folder, name, ranks, config)
+        super().__init__(SCRIPTS[stage], folder, name, ranks, config, launcher=launcher)
 
     def steps(self) -> int:
         return num_lines(self.run / "metrics.jsonl")
@@ -180,10 +180,11 @@ def test_killed_and_resumed(undisturbed: tuple[str, Path], folder: Path) -> None
     """In a step, by one rank's death; in a save; and at a random moment, to go on with one rank instead of two."""
     stage, expected = undisturbed
     name = f"{stage}-killed"
-    job = Job(folder, name, stage, 2)
+    launcher = "deepspeed" if stage == "set" else "fork"  # the launcher is the same for both
+    job = Job(folder, name, stage, 2, launcher)
     assert job.kill_one_rank_when(lambda: job.steps() >= 6) < 60
     assert not (job.run / "model").exists()
-    job = Job(folder, name, stage, 2)
+    job = Job(folder, name, stage, 2, launcher)
     first = job.steps()
     checkpoints = job.run / "checkpoint"
     job.kill_when(
@@ -193,7 +194,7 @@ def test_killed_and_resumed(undisturbed: tuple[str, Path], folder: Path) -> None
     torn = next(checkpoints.glob(".position-*.tmp"), checkpoints / f".position-{STEPS}.tmp")
     torn.mkdir(exist_ok=True)
     (torn / "rank-0.safetensors").write_bytes(b"torn")
-    output = Job(folder, name, stage, 2).finish()
+    output = Job(folder, name, stage, 2, launcher).finish()
     assert "going on after step" in output
     assert same_bits(weights(job.run), weights(expected))
     assert routing_drift(job.run) == routing_drift(expected)  # against the weights before the first step
@@ -216,7 +217,7 @@ def test_resumed_on_one_rank(undisturbed: tuple[str, Path], folder: Path) -> Non
 
 def test_a_signal_saves_and_exits_75(folder: Path, undisturbed: tuple[str, Path]) -> None:
     stage, _ = undisturbed
-    job = Job(folder, f"{stage}-signalled", stage, 1)
+    job = Job(folder, f"{stage}-signalled", stage, 1, "deepspeed" if stage == "spa" else "fork")
     job.interrupt_when(lambda: job.steps() >= 3, signal.SIGUSR1)
     assert json.loads((job.run / "manifest.json").read_text())["exit_state"] == "interrupted"
     assert "finished already" not in Job(folder, f"{stage}-signalled", stage, 1).finish()
@@ -229,7 +230,7 @@ def test_a_model_with_code_of_its_own_is_exported_with_it(tmp_path: Path) -> Non
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Tell me", "response": "No"}) + "\n")
     tune = {"mask": str(tmp_path / "mask"), "data": {"path": str(tmp_path / "rows.jsonl")}, "max_steps": 1}
     model = {"path": str(tmp_path / "model"), "dtype": "fp32", "trust_remote_code": True}
-    LaunchedJob("launch/set.py", tmp_path, "run", 1, {"model": model, "tune": tune}).finish()
+    LaunchedJob("launch/set.py", tmp_path, "run", 1, {"model": model, "tune": tune}, launcher="fork").finish()
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", trust_remote_code=True)
     assert type(exported).__name__ == "ToyForCausalLM" and (tmp_path / "run/model/modeling_toy.py").is_file()
 
