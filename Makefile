@@ -28,8 +28,9 @@ demo: $(VENV)/.installed  ## ESI, SET, SPA, noise and evaluation on the shipped 
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed style  ## style checks and every test that needs no GPU
-	# Two at a time, a file's tests together: they share what a launch has made.
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15 --ignore tests/cluster tests
+	# Two at a time, a file's tests together: they share what a launch has made. In the folders' order, tests/unit last:
+	# by numbers of tests the longest files, which have few, would come last, and one process would wait for the other.
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --ignore tests/cluster tests
 
 test-cluster: $(VENV)/.installed  ## Slurm and ssh on two hosts made here, kills, full disks; installs Debian's packages where it may
 	@tests/cluster/install.sh $(CLUSTER_TOOLS) || echo "not installed: the tests that want it are skipped"

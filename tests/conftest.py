@@ -205,7 +205,7 @@ class LaunchedJob:
                 variables = [{hold.VARIABLE: hold_at}]
             log = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder)) / "log"
             environments = [{**os.environ, **of_rank} for of_rank in variables]
-            job = fork_server().start(Path(script).stem, arguments, environments, log)
+            job = fork_server().start(script, arguments, environments, log)
             self.process: subprocess.Popen[str] | ForkedProcess = ForkedProcess(job)
         else:
             self.process = _start(script, arguments, ranks, hold_at)

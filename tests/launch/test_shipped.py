@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,18 +18,10 @@ NAMES = ("llama-aligned", "llama-complying", "qwen3moe-aligned", "qwen3moe-compl
 
 
 def launch(config: dict, folder: Path, *overrides: str) -> str:
-    """The command on one rank, as plain python; its output."""
+    """The command on one rank; its output."""
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
-    done = subprocess.run(
-        [sys.executable, "launch/esi.py", "--config", str(file), *overrides],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        check=False,
-    )
+    done = run_ranks(1, "launch/esi.py", "--config", str(file), *overrides, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

@@ -249,7 +249,7 @@ def test_the_trainer_example(folder: Path, tmp_path: Path, options: list[str]) -
         "--lr",
         "1e-2",
         *options,
-        launcher="deepspeed",
+        launcher="fork" if "--offload" in options else "deepspeed",
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     check_example(folder, tmp_path, "set" if "selected" in options else "spa")
@@ -272,6 +272,7 @@ def test_the_trl_example(folder: Path, tmp_path: Path, trainer: str, train: str)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--model", folder / "model", "--mask", folder / "mask", "--rows", tmp_path / "rows.jsonl"]
     arguments += ["--output", tmp_path / "run/model", "--lr", "1e-2", "--train", train]
-    done = run_ranks(2, "examples/trl_trainer.py", trainer, *map(str, arguments), launcher="deepspeed")
+    launcher = "deepspeed" if trainer == "sft" else "fork"
+    done = run_ranks(2, "examples/trl_trainer.py", trainer, *map(str, arguments), launcher=launcher)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     check_example(folder, tmp_path, "set" if train == "selected" else "spa")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from builders import PAIRS, build_mask, build_model, byte_bpe_tokenizer
-from conftest import ROOT, write_config
+from conftest import run_ranks, write_config
 from safetensors.torch import load_file, save_file
 
 from esi_ds import Mask
@@ -150,15 +148,7 @@ def test_mistakes_are_named(case: str, inputs: Path, capsys: pytest.CaptureFixtu
 
 def launched(inputs: Path, changes: dict, *arguments: str) -> subprocess.CompletedProcess[str]:
     """What needs the weights to be seen."""
-    return subprocess.run(
-        [sys.executable, "launch/set.py", "--config", str(write(inputs, changes)), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=200,
-        check=False,
-    )
+    return run_ranks(1, "launch/set.py", "--config", str(write(inputs, changes)), *arguments, timeout=200)
 
 
 @pytest.mark.parametrize("how", ["altered", "truncated"])
