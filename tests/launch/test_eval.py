@@ -73,7 +73,7 @@ class Job(LaunchedJob):
             {**guard, "name": "sharded guard", "placement": "sharded"},
             {"kind": "classifier", "name": "labels", "path": str(folder / "classifier"), "template": text},
             {"kind": "yes_no", "name": "yes or no", "path": str(MODELS / "guard"), "template": text},
-            {"kind": "rubric", "model": "judge-1", "request_timeout": 5.0, "max_attempts": 2, "concurrency": 4,
+            {"kind": "rubric", "model": "judge-1", "request_timeout": 3.0, "max_attempts": 2, "concurrency": 4,
              "prompt_price": 2.0, "completion_price": 8.0},
         ]  # fmt: skip
         config = {
