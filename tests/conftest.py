@@ -253,16 +253,22 @@ class LaunchedJob:
 
     def kill_one_rank_when(self, condition: Callable[[], bool]) -> float:
         """SIGKILL of the last rank only; seconds until the whole job has ended, by itself."""
-        ranks = []
-        for process in self.processes():
-            with suppress(psutil.NoSuchProcess):
-                if "launch/" in " ".join(process.cmdline()[2:4]):
-                    ranks.append(process)
-        if isinstance(self.process, ForkedProcess):
-            ranks = [psutil.Process(rank) for rank in self.process.job.ranks]
+        ranks = self._ranks()
         self.wait_until(condition)
         started = time.monotonic()
-        ranks[-2 if len(ranks) > 1 and ranks[-1].pid == self.process.pid else -1].send_signal(signal.SIGKILL)
+        ranks[-1].send_signal(signal.SIGKILL)
         self.process.communicate(timeout=120)
         assert self.process.returncode != 0
         return time.monotonic() - started
+
+    def _ranks(self) -> list[psutil.Process]:
+        """The processes of several ranks, without their launcher."""
+        processes = self.processes()[:-1]
+        if isinstance(self.process, ForkedProcess):
+            return [process for process in processes if process.pid in self.process.job.ranks]
+        ranks = []
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                if "launch/" in " ".join(process.cmdline()[2:4]):
+                    ranks.append(process)
+        return ranks
