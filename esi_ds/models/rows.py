@@ -55,26 +55,53 @@ def last_logits(
     these logits nor those of all positions come back. Collectives: those of a forward pass.
     """
     width = batch["input_ids"].shape[1]
-    options = accepted(model, {**batch, "use_cache": False, "logits_to_keep": count})
-    logits: Tensor = (forward or model)(**options).logits
-    if logits.shape[1] == count:
-        return logits
-    if logits.shape[1] != width:
-        raise UserError(
-            "path",
-            getattr(model, "name_or_path", type(model).__name__),
-            f"gives logits of {logits.shape[1]} positions where those of the last {count} of {width} were asked for",
-            "use a causal language model that gives one row of logits for each token",
-        )
-    return logits[:, width - count :]
+    logits = _kept_logits(model, batch, count, count, f"the last {count}", forward)
+    return logits[:, width - count :] if logits.shape[1] > count else logits
 
 
 def end_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits [B, V] of each row's last token, in the model's dtype. batch: of ``right_pad``. As ``last_logits``."""
-    lengths = batch["attention_mask"].sum(1)
-    width, shortest = batch["input_ids"].shape[1], int(lengths.min())
-    logits = last_logits(model, batch, width - shortest + 1)
-    return logits[torch.arange(len(logits), device=logits.device), lengths - shortest]
+    """Logits [B, V] of each row's last token, in the model's dtype. batch: of ``right_pad``. As ``last_logits``.
+
+    Those of every position where some row ends are computed, B at most, and of as many positions as rows differ in
+    length where the architecture takes no list of positions.
+    """
+    ends = batch["attention_mask"].sum(1) - 1
+    width, rows = batch["input_ids"].shape[1], torch.arange(len(ends), device=ends.device)
+    kept, of_row = ends.unique(return_inverse=True)
+    if len(kept) == 1 or not takes_positions(model):
+        first = int(kept[0])
+        return last_logits(model, batch, width - first)[rows, ends - first]
+    logits = _kept_logits(model, batch, kept, len(kept), f"{len(kept)} positions")
+    return logits[rows, of_row if logits.shape[1] == len(kept) else ends]
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether ``logits_to_keep`` may be a tensor of positions, as the architecture's signature says. It decides for all
+    ranks alike; code of a model's own often takes a number alone."""
+    parameter = inspect.signature(model.forward).parameters.get("logits_to_keep")
+    return parameter is not None and "Tensor" in str(parameter.annotation)
+
+
+def _kept_logits(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    kept: int | Tensor,
+    count: int,
+    what: str,
+    forward: Callable[..., Any] | None = None,
+) -> Tensor:
+    """Logits of the ``count`` positions that ``kept`` says, or of all."""
+    width = batch["input_ids"].shape[1]
+    options = accepted(model, {**batch, "use_cache": False, "logits_to_keep": kept})
+    logits: Tensor = (forward or model)(**options).logits
+    if logits.shape[1] not in (count, width):
+        raise UserError(
+            "path",
+            getattr(model, "name_or_path", type(model).__name__),
+            f"gives logits of {logits.shape[1]} positions where those of {what} of {width} were asked for",
+            "use a causal language model that gives one row of logits for each token",
+        )
+    return logits
 
 
 def depends_on_neighbours(read: Read, ids: Sequence[int], equal_length: bool = False) -> bool:

@@ -23,7 +23,7 @@ from esi_ds.eval.fluency import surprises
 from esi_ds.judge.classifier import SequenceRule
 from esi_ds.judge.guard import Guard, WholeWeights
 from esi_ds.judge.pairs import PairEncoder
-from esi_ds.models.rows import Together, depends_on_neighbours, is_causal, last_logits
+from esi_ds.models.rows import Together, depends_on_neighbours, end_logits, is_causal, last_logits
 from esi_ds.stages.esi.objectives import MeanLoss, ScoreFunctionObjective
 from esi_ds.stages.esi.prepare import Example
 from esi_ds.stages.tune.training import padded
@@ -190,6 +190,35 @@ def test_logits_to_keep_that_is_ignored_unknown_or_misread() -> None:
 
     with pytest.raises(UserError, match="gives logits of 1 positions where those of the last 4 of 24"):
         last_logits(OneAtATime(), batch, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_rows_of_unlike_length_the_head_reads_only_their_ends(dtype: torch.dtype) -> None:
+    """The bits, and those of the gradient, of all positions from the shortest row's end on, which were 23 × 4 here."""
+    model = build("llama").to(dtype)
+    rows = [LONG, SHORT[:2], SHORT, SHORT]
+    batch, read, results = right_pad(rows, PAD, "cpu"), list[int](), list[tuple[Tensor, Tensor]]()
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: read.append(output.shape[1]))
+    ends = torch.tensor([len(row) for row in rows]) - 1
+    for logits in (end_logits(model, batch), last_logits(model, batch, 23)[torch.arange(4), ends - 1]):
+        logits[:, 7].sum().backward()
+        results.append((logits, gradients(model)))
+    assert read == [3, 23] and all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_ends_of_rows_where_the_architecture_takes_no_positions() -> None:
+    """It ignores them, or takes a number of last ones alone, as code of a model's own does."""
+    batch, ends = right_pad([LONG, SHORT], PAD, "cpu"), torch.tensor([len(LONG), len(SHORT)]) - 1
+
+    class TakesANumber(transformers.LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> SimpleNamespace:
+            hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            return SimpleNamespace(logits=self.lm_head(hidden[:, -logits_to_keep:]))
+
+    for model in (build("trocr"), TakesANumber(CONFIGS["llama"]).eval()):
+        with torch.no_grad():
+            whole = model(**batch, logits_to_keep=len(LONG)).logits
+            assert torch.equal(end_logits(model, batch), whole[torch.arange(2), ends])
 
 
 def examples() -> list[Example]:
