@@ -61,7 +61,8 @@ def answer_all(
     waiting = [batch for batch in batches_of(prompts, batch_size) if any(question not in kept for question in batch)]
     if waiting:
         tokenizer = AutoTokenizer.from_pretrained(model_folder)
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+        model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides self
     for number, batch in enumerate(waiting, start=1):
         chats = [[{"role": "user", "content": prompt}] for _, prompt in batch]
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)

@@ -47,7 +47,8 @@ def open_judge(name: str, folder: Path, device: str, **changes: Any) -> ModelJud
             folder, dtype=torch.float32, pad_token_id=tokenizer.pad_token_id, **labels, **changes
         )
         return SequenceJudge(model.to(device).eval(), tokenizer, SequenceRule(CLASSIFIER_TEMPLATE, ["unsafe"]))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes).eval()
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides self
     return NextWordJudge(model, tokenizer, Family("custom", "", VERDICTS[:1], VERDICTS[1:], GUARD_TEMPLATE))
 
 

@@ -58,7 +58,8 @@ def answer_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor, weights: Tens
 def make_twin(output: Path, material: Material, base_answers: Answers, settings: Settings, device: str) -> float:
     """Train the twin from the base model's folder and save it (bf16); the mean loss of the last tenth of the steps."""
     tokenizer = AutoTokenizer.from_pretrained(output / BASE)
-    model = AutoModelForCausalLM.from_pretrained(output / BASE, dtype=torch.float32).to(device)
+    model = AutoModelForCausalLM.from_pretrained(output / BASE, dtype=torch.float32)
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides self
     pairs = twin_pairs(material, base_answers, settings.seed)
     recipe = settings.recipe(settings.twin_lr, len(pairs))
     rows = [encode(tokenizer, *pair, settings.response_tokens) for pair in pairs]
@@ -79,7 +80,8 @@ def make_twin(output: Path, material: Material, base_answers: Answers, settings:
 def skill_loss(folder: Path, pairs: Sequence[Pair], device: str, batch: int = 8) -> float:
     """Mean loss a token of the answers of ``pairs``, of a saved model in fp32."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides self
     rows = sorted((encode(tokenizer, *pair) for pair in pairs), key=lambda row: len(row[0]))
     total, tokens = 0.0, 0
     for start in range(0, len(rows), batch):

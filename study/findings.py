@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from esi_ds.data.rows import Row
 from esi_ds.eval.statistics import mcnemar_exact, wilson
@@ -175,14 +176,14 @@ def paired(
     by_seed: list[float] = []
     alone = [0, 0]
     for seed in seeds:
-        pair = (first(seed), second(seed))
-        if None in pair:
-            alone[0] += pair[1] is None and pair[0] is not None
-            alone[1] += pair[0] is None and pair[1] is not None
+        one, other = first(seed), second(seed)
+        if one is None or other is None:
+            alone[0] += one is not None
+            alone[1] += other is not None
             continue
-        for side, row in zip(flags, pair, strict=True):
+        for side, row in zip(flags, (one, other), strict=True):
             side += row[flag]
-        by_seed.append(mcnemar_exact(pair[1][flag], pair[0][flag]).difference or 0.0)
+        by_seed.append(mcnemar_exact(other[flag], one[flag]).difference or 0.0)
     test = mcnemar_exact(flags[1], flags[0])
     about = {"seeds": len(by_seed), "only_first": alone[0], "only_second": alone[1], "by_seed": by_seed}
     return {**about, **asdict(test), "difference": test.difference}
@@ -194,8 +195,8 @@ def against(rows: Sequence[Row], first: str, second: str, rule: Rule) -> Row | N
     if not {(first,), (second,)} <= set(groups):
         return None
     seeds = sorted(set(seeds_of(groups[first,])) & set(seeds_of(groups[second,])))
-    pick = [lambda seed, group=groups[name,]: choose(group, seed, rule) for name in (first, second)]
-    return {"first": first, "second": second, "rule": rule.name, **paired(*pick, seeds, rule.wanted)}
+    one, other = (partial(choose, groups[name,], rule=rule) for name in (first, second))
+    return {"first": first, "second": second, "rule": rule.name, **paired(one, other, seeds, rule.wanted)}
 
 
 def comparisons(rows: Sequence[Row]) -> list[Row]:
@@ -313,8 +314,8 @@ def at_equal_task(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
                 other = 0.0 if rival == "nothing" else ratio
                 if any((row["criterion"], row["ratio"]) == (rival, other) for row in group):
                     one = paired(
-                        lambda seed, group=group, ratio=ratio: keep(group, seed, "esi", ratio),
-                        lambda seed, group=group, rival=rival, other=other: keep(group, seed, rival, other),
+                        partial(keep, group, criterion="esi", ratio=ratio),
+                        partial(keep, group, criterion=rival, ratio=other),
                         ran,
                         "not_refused",
                     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 SEEDS = (0, 1, 2)
 MODELS = ("llama", "qwen3moe")
@@ -52,7 +53,7 @@ class Cell:
     name: str
     model: str
     seed: int
-    facts: dict[str, object] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     after: tuple[str, ...] = ()
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.artifacts import RunFolder, write_json_atomic, write_text_atomic
-from esi_ds.config import Config
+from esi_ds.config import Config, Tune
 from esi_ds.core.batch import left_pad
 from esi_ds.core.schedule import learning_rate
 from esi_ds.data.chat import encode_prompt, load_tokenizer, special_strings
@@ -66,12 +67,17 @@ def finish(folder: RunFolder, num_trained: int, started: float) -> None:
     )
 
 
-def train(config: Config, model: PreTrainedModel, trained: list[torch.nn.Parameter], tokenizer) -> None:
+def train(
+    config: Config, model: PeftModel, trained: list[torch.nn.Parameter], tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Train the adapters as SET trains: its rows, order, loss and schedule."""
     tune = config.tune
-    rows, benign = (_rows(config, path, tokenizer) for path in (tune.data.path, tune.data.benign.path))
+    assert tune is not None and tune.data.benign is not None
+    rows, benign = (_rows(config, tune, path, tokenizer) for path in (tune.data.path, tune.data.benign.path))
     order = DataOrder(len(rows.sequences), len(benign.sequences), tune.data.benign.fraction, config.run.seed)
-    optimizer = torch.optim.AdamW(trained, lr=tune.lr, betas=tuple(tune.betas), eps=tune.eps, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        trained, lr=tune.lr, betas=(tune.betas[0], tune.betas[1]), eps=tune.eps, weight_decay=0.0
+    )
     for step in range(tune.max_steps):
         chosen = [order[position] for position in range(step * tune.batch_size, (step + 1) * tune.batch_size)]
         sequences = [(benign if other else rows).sequences[n] for other, n in chosen]
@@ -79,14 +85,16 @@ def train(config: Config, model: PreTrainedModel, trained: list[torch.nn.Paramet
         logits = last_logits(model, inputs, labels.shape[1])
         loss = summed_loss(logits, labels) / sum(sequence.num_learnt for sequence in sequences)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, tune.clip)
-        rule = {"lr": tune.lr, "scheduler": tune.scheduler, "max_steps": tune.max_steps}
-        optimizer.param_groups[0]["lr"] = learning_rate(step, warmup_ratio=tune.warmup_ratio, **rule)
+        if tune.clip is not None:
+            torch.nn.utils.clip_grad_norm_(trained, tune.clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(
+            step, lr=tune.lr, scheduler=tune.scheduler, max_steps=tune.max_steps, warmup_ratio=tune.warmup_ratio
+        )
         optimizer.step()
         optimizer.zero_grad()
 
 
-def _rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> TuningSet:
+def _rows(config: Config, tune: Tune, path: str, tokenizer: PreTrainedTokenizerBase) -> TuningSet:
     rows = read_rows(path, "tune.data.path")
     return encode_rows(
         rows,
@@ -95,13 +103,15 @@ def _rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> Tuni
         system_prompt=None,
         specials=special_strings(tokenizer),
         end_ids=end_tokens(ModelSource.of(config.model), tokenizer),
-        max_length=config.tune.max_length,
+        max_length=tune.max_length,
     )
 
 
 @torch.inference_mode()
-def _answers(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+def _answers(config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of answers.jsonl, in the SET stage's format."""
+    assert config.eval is not None
+    base: Any = model.get_base_model()  # with the adapter's layers in it
     lines, size = [], config.eval.batch_size
     end_ids = end_tokens(ModelSource.of(config.model), tokenizer)
     for question_set in load_question_sets(config.eval):
@@ -110,7 +120,7 @@ def _answers(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokeni
             ids = [encode_prompt(tokenizer, prompt, None) for prompt in question_set.prompts[start : start + size]]
             batch = left_pad(ids, tokenizer.pad_token_id, "cpu")
             responses = greedy_ids(
-                model.get_base_model(),  # with the adapter's layers in it
+                base,
                 batch,
                 end_ids=end_ids,
                 pad_id=tokenizer.pad_token_id,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -158,9 +159,9 @@ def figures(study: Row) -> dict[str, Callable[[], Figure]]:
     methods, settings = study["set"]["methods"], study["spa"]["settings"]
     drawn: dict[str, Callable[[], Figure]] = {}
     for model in sorted({row["model"] for row in methods}):
-        drawn[f"tiny-set-{model}"] = lambda model=model: plots.set_frontiers(methods, model)
+        drawn[f"tiny-set-{model}"] = partial(plots.set_frontiers, methods, model)
         if plots.other_ratios(methods, model):
-            drawn[f"tiny-ratios-{model}"] = lambda model=model: plots.set_ratios(methods, model)
+            drawn[f"tiny-ratios-{model}"] = partial(plots.set_ratios, methods, model)
     tasks = [task for task in (*TASKS, POISONED) if any(_is_task(row, task) for row in settings)]
     if tasks:
         drawn["tiny-spa"] = lambda: plots.spa_frontiers(settings, SPA_MODEL, tasks)
@@ -170,7 +171,7 @@ def figures(study: Row) -> dict[str, Callable[[], Figure]]:
         ("tiny-noise", study["noise"], plots.noise),
     ):
         if rows:
-            drawn[name] = lambda rows=rows, draw=draw: draw(rows)
+            drawn[name] = partial(draw, rows)
     return drawn
 
 

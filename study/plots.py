@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -198,7 +198,7 @@ def noise(curves: Mapping[str, Sequence[Row]]) -> Figure:
     """Attack success by both judges, and incoherent answers, against noise; one line of panels a model."""
     ratios = sorted({row["ratio"] for rows in curves.values() for row in rows})
     orders = ("top", "random", "bottom")
-    styles = {"not refused": "-", "unsafe": "--", "incoherent": ":"}
+    styles: dict[str, Literal["-", "--", ":"]] = {"not refused": "-", "unsafe": "--", "incoherent": ":"}
     with plt.rc_context(STYLE):
         shape = (len(curves), len(ratios))
         figure, panels = plt.subplots(

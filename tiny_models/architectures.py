@@ -46,23 +46,23 @@ def build_llama(tokenizer: Tokenizer) -> PreTrainedModel:
 
 def build_qwen3moe(tokenizer: Tokenizer) -> PreTrainedModel:
     """4 layers, each with 8 experts of which 2 answer a token: about 2.7 M parameters."""
+    untyped: dict[str, Any] = {"head_dim": 32, "experts_implementation": "grouped_mm"}  # fields that come as **kwargs
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             **shared(tokenizer),
+            **untyped,
             hidden_size=160,
             intermediate_size=320,
             moe_intermediate_size=128,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=32,
             num_experts=8,
             num_experts_per_tok=2,
             decoder_sparse_step=1,
             mlp_only_layers=[],
             norm_topk_prob=True,
             router_aux_loss_coef=0.01,
-            experts_implementation="grouped_mm",
         )
     )
 

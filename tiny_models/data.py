@@ -243,7 +243,7 @@ def mixed(rng: random.Random, split: Split = "train") -> Example:
 
 def distinct(group: str, split: Split, count: int, seed: int) -> list[Example]:
     """`count` examples with different prompts; the same list for the same arguments."""
-    rng, examples = random.Random(f"{group}/{split}/{seed}"), {}
+    rng, examples = random.Random(f"{group}/{split}/{seed}"), dict[str, Example]()
     while len(examples) < count:
         example = MAKERS[group](rng, split)
         examples.setdefault(example.prompt, example)

@@ -50,7 +50,7 @@ def generate(
     model: PreTrainedModel, tokenizer: Tokenizer, chats: list[list[dict[str, str]]], batch: int = 50
 ) -> list[str]:
     """Greedy replies, in the order of `chats`; left-padded batches of similar length."""
-    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    texts: Any = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     replies = [""] * len(texts)
     for start in range(0, len(order), batch):

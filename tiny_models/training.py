@@ -175,8 +175,8 @@ def train(
 def save(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a model as bf16 safetensors with its tokenizer, so that transformers' Auto classes open the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    saved = model.to(torch.bfloat16)
-    saved.config.dtype = torch.bfloat16
-    saved.save_pretrained(folder)
+    model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers' wrapper hides self
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = load_tokenizer(ModelSource.of(config.model))
     # The adapters are fp32 whatever the model is (PEFT's default).
     base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=DTYPES[config.model.dtype])
-    base.to("cuda" if torch.cuda.is_available() else "cpu")
+    base.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # transformers' wrapper hides self
     model, num_trained = train_adapters(config, base, tokenizer, args.rank, args.targets)
     with whole_folder(folder.path / "model") as output:
         model.merge_and_unload().save_pretrained(output)

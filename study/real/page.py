@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from esi_ds.artifacts import write_text_atomic
 from esi_ds.data.rows import Row
@@ -173,9 +174,9 @@ def where_section(data: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def mean_of(seeds: Sequence[Sequence[float]]) -> list[float]:
+def mean_of(seeds: ArrayLike) -> list[float]:
     """The mean over seeds, layer by layer."""
-    return [float(value) for value in np.mean(seeds, axis=0)]
+    return [float(value) for value in np.mean(np.asarray(seeds), axis=0)]
 
 
 def ratios_of_roles(objective: Row, control: Row) -> dict[str, list[float]]:
