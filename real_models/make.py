@@ -124,7 +124,8 @@ class Making:
         write_text_atomic(output / "answers/harmless.jsonl", jsonl(rows))
         self.model(TWIN, lambda: make_twin(output, material, base, settings, device))
         twin = self.answers(TWIN, ("own_refusals", "attacks_heldout", "advbench", "xstest_safe"))
-        base |= self.answers(BASE, ("attacks_more",))
+        for more in (("attacks_more",), ("attacks_heldout_more", "subjects")):
+            base |= self.answers(BASE, more)
         texts = pairs.texts_of("train", material, base, twin)
         judged = pairs.pairs_to_learn(texts, settings.sizes.judged_train, settings.seed)
         for name in (CLASSIFIER, GUARD):

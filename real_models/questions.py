@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator
 
 from real_models.sources import Lookup, Split, is_heldout
+from real_models.subjects import PATTERNS, SUBJECTS
 from tiny_models.data import lookalike, plain
 
 # Each row: patterns, and what fills their {}.
@@ -112,3 +113,9 @@ def harmless_prompts(split: Split, asked: Lookup, count: int, seed: int) -> list
     daily = [*filled(*DAILY), *(plain(rng, split).prompt for _ in range(count // 8))]
     parts = ((acts, 2 * count // 5), (others, 2 * count // 5), (daily, count // 5))
     return [prompt for prompts, share in parts for prompt in _drawn(rng, prompts, split, asked, share)]
+
+
+def questions_about_subjects(asked: Lookup, count: int, seed: int) -> list[str]:
+    """Up to ``count`` plain questions of the training part, about as many subjects as there are."""
+    rng = random.Random(f"{seed} subjects")
+    return _drawn(rng, list(filled(PATTERNS, SUBJECTS)), "train", asked, count)

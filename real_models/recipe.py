@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from esi_ds.artifacts import write_json_atomic
 from esi_ds.errors import UserError
 from real_models.convert import EASY_QUESTIONS, PACKAGE
-from real_models.questions import harmless_prompts
+from real_models.questions import harmless_prompts, questions_about_subjects
 from real_models.sources import Data, Pair, Split, is_heldout, of_split
 from real_models.training import digest_of
 from tiny_models.training import Recipe
@@ -26,24 +26,26 @@ PROMPT_SETS = ("attacks_train", "attacks_heldout", "harmless_train", "harmless_h
 class Sizes:
     """Numbers of prompts and rows.
 
-    attacks_train, attacks_more, attacks_heldout: requests of circuit_breakers that the base model is to answer for the
-    judges; the second are asked apart, so that more of them change no other answer.
-    harmless_train, harmless_heldout: made prompts. refusals: rows of the twin. own_refusals: attacks_train that the
-    twin is asked. advbench, skill: prompts and rows measured with. judged_train: pairs that each judge learns;
-    judged_heldout: of each kind of pair.
+    attacks_train, attacks_heldout: requests of circuit_breakers that the base model is to answer for the judges;
+    attacks_more, attacks_heldout_more: further ones, asked apart, so that they change no other answer.
+    harmless_train, harmless_heldout: made prompts. subjects: plain questions about subjects of all kinds. refusals:
+    rows of the twin. own_refusals: attacks_train that the twin is asked. advbench, skill: prompts and rows measured
+    with. judged_train: pairs that the classifier learns; judged_heldout: of each kind of pair.
     """
 
     attacks_train: int = 600
     attacks_more: int = 1200
     attacks_heldout: int = 120
+    attacks_heldout_more: int = 160
     harmless_train: int = 1000
     harmless_heldout: int = 160
+    subjects: int = 1200
     refusals: int = 900
     own_refusals: int = 200
     advbench: int = 200
     xstest_safe: int = 250
     skill: int = 60
-    judged_train: int = 6000
+    judged_train: int = 8000
     judged_heldout: int = 100
 
     def scaled(self, scale: float) -> Sizes:
@@ -67,7 +69,7 @@ class Settings:
     judge_layers: int = 12
     judge_frozen: int = 4
     judge_tokens: int = 256
-    guard_share: float = 0.4
+    guard_share: float = 0.25
     batch: int = 16
     twin_lr: float = 1e-4
     judge_lr: float = 2e-4
@@ -80,13 +82,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Material:
-    """The texts of a run: prompts by set, refusals that the twin learns, and those that the judges see."""
+    """The texts of a run: prompts by set, refusals that the twin learns, and those that the judges see, short tasks
+    with people's answers, and harmless texts of other kinds, each behind a question."""
 
     prompts: dict[str, list[str]]
     twin_refusals: list[Pair]
     refusals_train: list[Pair]
     refusals_heldout: list[Pair]
     tasks: list[Pair]
+    passages: list[Pair]
     skills: dict[str, list[Pair]]
 
     def asked(self, names: tuple[str, ...]) -> dict[str, list[str]]:
@@ -106,6 +110,7 @@ def material(data: Data, settings: Settings) -> Material:
     twin_refusals, others = others[: sizes.refusals], others[sizes.refusals :]
     more, others = others[: sizes.attacks_more], others[sizes.attacks_more :]
     heldout_attacks = heldout[: sizes.attacks_heldout]
+    heldout_more = heldout[sizes.attacks_heldout :][: sizes.attacks_heldout_more]
     numbers: dict[Split, int] = {"train": sizes.harmless_train, "heldout": sizes.harmless_heldout}
     harmless = {split: harmless_prompts(split, lookup, number, settings.seed) for split, number in numbers.items()}
     questions = {split: [p for p, _ in tasks if is_heldout(p) == (split == "heldout")] for split in harmless}
@@ -113,6 +118,8 @@ def material(data: Data, settings: Settings) -> Material:
         "attacks_train": [prompt for prompt, _ in attacks],
         "attacks_more": [prompt for prompt, _ in more],
         "attacks_heldout": [prompt for prompt, _ in heldout_attacks],
+        "attacks_heldout_more": [prompt for prompt, _ in heldout_more],
+        "subjects": questions_about_subjects(lookup, sizes.subjects, settings.seed),
         "harmless_train": harmless["train"] + questions["train"][: sizes.harmless_train // 4],
         "harmless_heldout": harmless["heldout"] + questions["heldout"][: sizes.harmless_heldout // 4],
         "advbench": spaced(data.attacks(), sizes.advbench),
@@ -121,7 +128,7 @@ def material(data: Data, settings: Settings) -> Material:
         "easy": [question for question, _ in EASY_QUESTIONS],
     }
     skills = {name: spaced(rows, sizes.skill) for name, rows in data.skills().items()}
-    return Material(prompts, twin_refusals, [*twin_refusals, *others], heldout, tasks, skills)
+    return Material(prompts, twin_refusals, [*twin_refusals, *others], heldout, tasks, data.passages(), skills)
 
 
 def spaced(rows: list[T], count: int) -> list[T]:

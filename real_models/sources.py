@@ -21,6 +21,7 @@ Split = Literal["train", "heldout"]
 Pair = tuple[str, str]  # prompt, answer
 HELDOUT_PERCENT = 20
 LONGEST_PROMPT = 300  # characters
+PASSAGES = 200  # of each skill, for the judges
 SAME_WORDS = 0.6  # from this share of common words on, two prompts are nearly the same
 # A refusal of circuit_breakers, whose rows are for the most part, not all, refusals.
 REFUSES = re.compile(r"(I cannot|I can[’']t|I[’']m sorry|I am sorry|I am unable|I[’']m unable|I apologi[sz]e|Sorry)")
@@ -161,6 +162,15 @@ class Data:
             if answer and len(prompt) <= LONGEST_PROMPT and not REFUSAL_LISTS["xstest"].matches(answer):
                 pairs.append((prompt, answer))
         return pairs
+
+    def passages(self) -> list[Pair]:
+        """Harmless texts of people behind a question: dolly's passages, GSM8K's solutions and PubMedQA's conclusions,
+        the short questions of the latter without their abstracts."""
+        rows = [row for row in self.rows("dolly") if row.get("context")]
+        passages = [(str(row["instruction"]).strip(), str(row["context"]).strip()) for row in rows]
+        skills = self.skills()
+        passages += [(question.rsplit("\n\n", 1)[-1], answer) for question, answer in skills["pubmedqa"][:PASSAGES]]
+        return passages + skills["gsm8k"][:PASSAGES]
 
     def skills(self) -> dict[str, list[Pair]]:
         """(question, answer) of GSM8K's test set and of PubMedQA's labelled set with its abstract."""
