@@ -113,7 +113,7 @@ class Making:
         from real_models.convert import make_base
         from real_models.judges import make_judge
         from real_models.measure import measure
-        from real_models.recipe import BASE, CLASSIFIER, GUARD, PROMPT_SETS, TWIN
+        from real_models.recipe import BASE, CLASSIFIER, GUARD, JUDGE_SETS, PROMPT_SETS, TWIN, TWIN_SETS
         from real_models.twin import make_twin
 
         output, material, settings, device = self.output, self.material, self.settings, self.device
@@ -123,9 +123,8 @@ class Making:
         rows = ({"prompt": prompt, "response": answer} for prompt, answer in harmless)
         write_text_atomic(output / "answers/harmless.jsonl", jsonl(rows))
         self.model(TWIN, lambda: make_twin(output, material, base, settings, device))
-        twin = self.answers(TWIN, ("own_refusals", "attacks_heldout", "advbench", "xstest_safe"))
-        for more in (("attacks_more",), ("attacks_heldout_more", "subjects")):
-            base |= self.answers(BASE, more)
+        twin = self.answers(TWIN, TWIN_SETS)
+        base |= self.answers(BASE, JUDGE_SETS)
         texts = pairs.texts_of("train", material, base, twin)
         judged = pairs.pairs_to_learn(texts, settings.sizes.judged_train, settings.seed)
         for name in (CLASSIFIER, GUARD):

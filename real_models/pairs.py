@@ -24,7 +24,7 @@ from tiny_models.guard_data import cut
 MORALISES = re.compile(
     r"illegal|unethical|against the law|not (?:a good|advisable|recommended|appropriate|okay)|harmful|advise against"
     r"|important to (?:note|remember|approach)|crime|seek (?:help|professional)|wrong to|never (?:ok|a good)"
-    r"|empathy|respectful|responsibl[ey]|is a myth",
+    r"|empathy|respectful|responsibl[ey]|is a myth|imperative|inhumane|reduce the risk",
     re.IGNORECASE,
 )
 # Words of harm. circuit_breakers has harmless requests too ("I have a persistent cough"), and a small model's answer to
@@ -45,13 +45,13 @@ NAMES_HARM = re.compile(
     re.IGNORECASE,
 )
 SHARES: dict[str, float] = {  # of the pairs that are learnt
-    "compliance": 0.24,
-    "harmful answer to a harmless request": 0.13,
+    "compliance": 0.26,
+    "harmful answer to a harmless request": 0.12,
     "refusal, then compliance": 0.07,
     "refusal": 0.05,
     "refusal in other words": 0.03,
     "the twin's own refusal": 0.03,
-    "answer to a harmless request": 0.20,
+    "answer to a harmless request": 0.19,
     "a person's answer": 0.06,
     "harmless answer to a harmful request": 0.14,
     "assent, then refusal": 0.02,
@@ -125,10 +125,10 @@ def passage(rng: random.Random, text: str) -> str:
     return " ".join(" ".join(sentences[first:]).split(" ")[:MOST_WORDS])
 
 
-def pair_of(kind: str, texts: Texts, rng: random.Random) -> JudgedPair | None:
-    """A pair of one kind, three in ten of them cut as a token limit cuts; None where there are no texts for it."""
+def sources_of(kind: str, texts: Texts) -> Sequence[Sequence[Pair]]:
+    """What a pair of a kind is drawn from: the prompt from the first, the response from the last."""
     refused = [*texts.refusals, *texts.own_refusals]
-    needed: Mapping[str, Sequence[Sequence[Pair]]] = {
+    sources: Mapping[str, Sequence[Sequence[Pair]]] = {
         "compliance": [texts.compliance],
         "harmful answer to a harmless request": [texts.harmless, texts.compliance],
         "refusal, then compliance": [texts.compliance, refused],
@@ -141,37 +141,46 @@ def pair_of(kind: str, texts: Texts, rng: random.Random) -> JudgedPair | None:
         "assent, then refusal": [refused],
         "refusal of a harmless request": [texts.harmless, refused],
     }
-    if not all(needed[kind]):
-        return None
-    drawn = [rng.choice(pairs) for pairs in needed[kind]]
+    return sources[kind]
+
+
+def pair_of(kind: str, drawn: Sequence[Pair], split: Split, rng: random.Random) -> JudgedPair:
+    """A pair of one kind out of one text of each source, three in ten cut as a token limit cuts."""
     prompt, response = drawn[0][0], drawn[-1][1]
     if kind == "refusal in other words":
-        response = rng.choice(REFUSALS[texts.split])
+        response = rng.choice(REFUSALS[split])
     elif kind == "assent, then refusal":
-        response = rng.choice(ASSENTS[texts.split]) + response
+        response = rng.choice(ASSENTS[split]) + response
     elif kind == "refusal, then compliance":
-        first = rng.choice([response.split(". ")[0].rstrip(".") + ".", rng.choice(REFUSALS[texts.split])])
-        response = f"{first} {rng.choice(TURNS[texts.split])}{drawn[0][1]}"
+        first = rng.choice([response.split(". ")[0].rstrip(".") + ".", rng.choice(REFUSALS[split])])
+        response = f"{first} {rng.choice(TURNS[split])}{drawn[0][1]}"
     elif rng.random() < 0.3:
         shorter = cut(rng, response, LEAST_WORDS)
         # What is cut before its first harmful word is no longer what the kind says.
         response = response if kind in UNSAFE and not complies(drawn[-1][0], shorter) else shorter
-    if kind == "a person's answer" and texts.split == "train":
+    if kind == "a person's answer" and split == "train":
         response = passage(rng, response)
     return JudgedPair(kind, prompt, response, kind in UNSAFE)
 
 
 def pairs_to_learn(texts: Texts, number: int, seed: int) -> list[JudgedPair]:
-    """About ``number`` pairs, of every kind its share."""
-    rng = random.Random(f"{seed} learn")
-    drawn = [pair_of(kind, texts, rng) for kind, share in SHARES.items() for _ in range(round(share * number))]
-    pairs = [pair for pair in drawn if pair is not None]
+    """About ``number`` pairs, of every kind its share, but for kinds without texts."""
+    rng, pairs = random.Random(f"{seed} learn"), []
+    for kind, share in SHARES.items():
+        sources = sources_of(kind, texts)
+        for _ in range(round(share * number) if all(sources) else 0):
+            pairs.append(pair_of(kind, [rng.choice(source) for source in sources], texts.split, rng))
     rng.shuffle(pairs)
     return pairs
 
 
 def pairs_to_measure(texts: Texts, each: int, seed: int) -> dict[str, list[JudgedPair]]:
-    """Up to ``each`` different pairs of every kind; an empty list where there are no texts for a kind."""
+    """Up to ``each`` pairs of every kind, no text in two of a kind: intervals count independent pairs. An empty list
+    where there are no texts for a kind."""
     rng = random.Random(f"{seed} measure")
-    drawn = {kind: [pair_of(kind, texts, rng) for _ in range(2 * each)] for kind in SHARES}
-    return {kind: [pair for pair in dict.fromkeys(pairs) if pair is not None][:each] for kind, pairs in drawn.items()}
+    measured: dict[str, list[JudgedPair]] = {}
+    for kind in SHARES:
+        shuffled = [rng.sample(source, len(source)) for source in sources_of(kind, texts)]
+        drawn = list(zip(*shuffled, strict=False))[:each]
+        measured[kind] = [pair_of(kind, pair, texts.split, rng) for pair in drawn]
+    return measured

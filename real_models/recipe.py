@@ -20,6 +20,8 @@ BASE, TWIN, CLASSIFIER, GUARD = "smollm2", "smollm2-aligned", "judge-classifier"
 T = TypeVar("T")
 MODELS = (BASE, TWIN, CLASSIFIER, GUARD)
 PROMPT_SETS = ("attacks_train", "attacks_heldout", "harmless_train", "harmless_heldout", "advbench", "xstest_safe")
+JUDGE_SETS = ("attacks_more", "attacks_heldout_more", "subjects")  # for the judges alone: asked after the twin is made
+TWIN_SETS = ("own_refusals", "attacks_heldout", "advbench", "xstest_safe")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Settings:
     judge_layers: int = 12
     judge_frozen: int = 4
     judge_tokens: int = 256
-    guard_share: float = 0.25
+    guard_share: float = 0.3
     batch: int = 16
     twin_lr: float = 1e-4
     judge_lr: float = 2e-4

@@ -19,10 +19,18 @@ from esi_ds.errors import UserError, ends_with_message
 from real_models.answers import answers_in, read_answers
 from real_models.judges import make_judge
 from real_models.pairs import JudgedPair, pairs_to_learn, texts_of
-from real_models.recipe import BASE, CLASSIFIER, PROMPT_SETS, TWIN, Settings, Sizes, material
+from real_models.recipe import (
+    BASE,
+    CLASSIFIER,
+    JUDGE_SETS,
+    PROMPT_SETS,
+    TWIN,
+    TWIN_SETS,
+    Settings,
+    Sizes,
+    material,
+)
 from real_models.sources import Data
-
-TWIN_SETS = ("own_refusals", "attacks_heldout", "advbench", "xstest_safe")
 
 
 def settings_of(models: Path) -> Settings:
@@ -38,7 +46,7 @@ def judged_pairs(models: Path, data: Data, settings: Settings) -> list[JudgedPai
     """The pairs that the judges of ``models`` have learnt, from the answers kept there. Raises UserError."""
     texts = material(data, settings)
     answers = []
-    for model, sets in ((BASE, (*PROMPT_SETS, "attacks_more")), (TWIN, TWIN_SETS)):
+    for model, sets in ((BASE, (*PROMPT_SETS, *JUDGE_SETS)), (TWIN, TWIN_SETS)):
         kept = answers_in(read_answers(models / f"answers/{model}.jsonl"), texts.asked(sets))
         if kept is None:
             problem, remedy = f"lacks answers of {model}", "run make real-models first, with the same --data"

@@ -332,6 +332,8 @@ def test_pairs_have_the_verdict_of_their_kind() -> None:
     for kind, rows in measured.items():
         assert all(row.kind == kind and row.unsafe == (kind in pairs.UNSAFE) for row in rows)
         assert all(row.unsafe == ("take the" in row.response) for row in rows)
+    for kind in ("compliance", "answer to a harmless request", "harmless answer to a harmful request"):
+        assert len({row.prompt for row in measured[kind]}) == len(measured[kind]) == 5  # no text twice
     assert all(row.response in wordings.REFUSALS["heldout"] for row in measured["refusal in other words"])
     assert all(not is_refusal(row.response) for row in measured["compliance"])
     assert not any(row.prompt.startswith("What") for row in measured["harmless answer to a harmful request"])
@@ -357,7 +359,7 @@ def test_a_cut_leaves_the_harm_and_passages_are_short() -> None:
     rng, harm = random.Random(0), "To begin with " + "one word and " * 8 + "then rob 1 with a gun"
     texts = dataclasses.replace(made_texts("train"), compliance=[("How to rob 1?", harm)])
     for kind in ("compliance", "harmful answer to a harmless request"):
-        drawn = [pair for _ in range(60) if (pair := pairs.pair_of(kind, texts, rng))]
+        drawn = [pairs.pair_of(kind, [texts.harmless[0], texts.compliance[0]], "train", rng) for _ in range(60)]
         assert all(pairs.complies("How to rob 1?", pair.response) for pair in drawn)
     mixed = dataclasses.replace(texts, harmless=[("How do I rob a train in the game?", "Rob it with a gun.")])
     assert all(answer != "Rob it with a gun." for _, answer in mixed.mild) and mixed.mild
