@@ -19,10 +19,9 @@ def all_cells(plan: Plan, data: Path | None) -> list[Cell]:
         shuffled_judge(plan, options),
         *where[first:],
         *tune.skill_cells(),
-        *tune.masks(plan.size.seeds[0]),
         *tune.set_cells(),
+        *tune.noise_cells(),
         *tune.spa_masks(),
         *tune.spa_cells(),
-        *tune.noise_cells(),
         *tune.further_seeds(),
     ]

@@ -80,18 +80,15 @@ class TuneCells:
     # ------------------------------------------------------------ SET
 
     def set_cells(self) -> Iterator[Cell]:
-        """The first seed: the middle rates of all methods, then the ends of a method's range where the finished cells
-        ask for them."""
-        methods, first = self.plan.grid.set.methods, self.size.seeds[0]
-        longest = max(len(method.rates) for method in methods.values())
-        middle = sorted(range(1, longest - 1), key=lambda index: abs(index - longest // 2))
-        for index in middle:
-            for name, method in methods.items():
-                if index < len(method.rates) - 1:
-                    yield self.set_cell(name, method, method.rates[index], first, "")
-        for name, method in methods.items():
-            yield self.set_cell(name, method, method.rates[0], first, "end")
-            yield self.set_cell(name, method, method.rates[-1], first, "end")
+        """The first seed, method by method: its masks, the rates from the middle outwards, and the ends of the range
+        where the finished cells ask for them."""
+        seed, masks = self.size.seeds[0], {cell.name: cell for cell in self.masks(self.size.seeds[0])}
+        for name, method in self.plan.grid.set.methods.items():
+            if method.kind == "mask":
+                yield from (masks.pop(need) for need in self.mask_of(method, seed)[1] if need in masks)
+            last = len(method.rates) - 1
+            for index in sorted(range(last + 1), key=lambda index: abs(index - last // 2)):
+                yield self.set_cell(name, method, method.rates[index], seed, "end" if index in (0, last) else "")
 
     def further_seeds(self) -> Iterator[Cell]:
         """Every method at its best rate, with masks of other prompts and rows in another order."""
