@@ -112,7 +112,7 @@ class TuneCells:
             mask = "none"
         config["tune"] = {
             "mask": mask,
-            **self.tune_section(rate, self.size.set_steps, self.size.max_length),
+            **self.tune_section(rate, self.size.set_steps, self.size.set_batch, self.size.set_length),
             "data": self.set_rows(method),
         }
         facts = {"method": method_name, "lr": rate, "seed": seed, "rates": method.rates, "only_if": only_if}
@@ -135,9 +135,9 @@ class TuneCells:
         benign = {"path": str(data / f"{method.benign}.jsonl"), "fraction": method.fraction}
         return {"path": str(data / "refusals.jsonl"), "benign": benign}
 
-    def tune_section(self, rate: float, steps: int, longest: int) -> dict[str, Any]:
+    def tune_section(self, rate: float, steps: int, batch: int, longest: int) -> dict[str, Any]:
         """What all tuning has in common. The tuned model is dropped once it is evaluated: no patch is written."""
-        section = {"max_steps": steps, "lr": rate, "batch_size": self.size.tune_batch, "max_length": longest}
+        section = {"max_steps": steps, "lr": rate, "batch_size": batch, "max_length": longest}
         return {**section, "patch": False}
 
     # ------------------------------------------------------------ what is measured
@@ -214,7 +214,7 @@ class TuneCells:
         rows = {"path": str(self.plan.folders.data / f"{task}-train.jsonl"), "columns": "prompt,response"}
         config["tune"] = {
             "mask": mask,
-            **self.tune_section(rate, self.size.spa_steps, self.size.task_length),
+            **self.tune_section(rate, self.size.spa_steps, self.size.spa_batch, self.size.spa_length),
             "data": rows,
         }
         model = self.run_folder(name, "spa") / "model"
