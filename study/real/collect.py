@@ -13,6 +13,7 @@ from esi_ds.data.rows import Row
 from study.real.grid import Cell, Folders, Plan
 from study.real.runner import is_done, read_record
 from study.real.tune_results import base_rows, noise_rows, tuned_rows
+from study.real.tune_tests import tests_of
 from study.real.where_results import Masks, judged, overlap_rows, where_tables
 
 LIBRARIES = ("python", "torch", "deepspeed", "transformers")
@@ -64,6 +65,7 @@ def collected(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
     done = [cell for cell in cells if is_done(cell, output)]
     where = [cell for cell in done if cell.part == "where"]
     masks = Masks(where, output, next(iter(plan.grid.where.estimators)), size.prompts)
+    set_rows = tuned_rows(done, output, "set")
     settings = {"device": plan.device, **size.model_dump(exclude={"minutes"})}
     return {
         "settings": settings,
@@ -75,7 +77,8 @@ def collected(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
         "overlaps": overlap_rows(masks, plan.models, size.seeds, plan.grid.where.model_dump()),
         "base": base_rows(done, output),
         "rates": {name: method.rates for name, method in plan.grid.set.methods.items()},
-        "set": tuned_rows(done, output, "set"),
+        "set": set_rows,
+        "tests": tests_of(done, output, set_rows, size.seeds[0]),
         "spa": tuned_rows(done, output, "spa"),
         "noise": noise_rows(done, output),
     }

@@ -11,7 +11,7 @@ from esi_ds.data.rows import Row
 from study.real import plots
 from study.real.tune_cells import CHOOSE, REPORT
 from study.real.tune_results import MEASURES, best_rate, is_at_end
-from study.tables import NOT_RUN, table
+from study.tables import NOT_RUN, points, table
 
 
 def interval(values: Sequence[float] | None) -> str:
@@ -82,9 +82,25 @@ def set_section(data: Mapping[str, Any]) -> list[str]:
         sizes(data) + "\nEvery method at its best learning rate; `(end)`: the best is an end of its range.\n",
         table(["method", "seed", "rate", *head], lines),
         "![SET](real-set.png)\n" if rows else "",
+        "Against ESI, prompt by prompt (McNemar's exact test; p by Holm over this whole table): each method at its "
+        "best rate, and at the rate that refuses most within a limit of over-refusal, both chosen on the prompts for "
+        "choosing. Points: the method's rate less ESI's, on the reported prompts.\n",
+        tests_table(data["tests"]),
         "All learning rates.\n",
         table(["method", "rate", "seed", *choose, *MEASURES, "seconds"], every) if every else f"{NOT_RUN}\n",
     ]
+
+
+def tests_table(tests: Sequence[Row]) -> str:
+    """Every method against ESI under every rule, a line each."""
+    lines = []
+    for test in tests:
+        rates = " / ".join("none" if rate is None else f"{rate:g}" for rate in test["rates"])
+        facts = [test["method"], test["rule"], rates, test["measure"], str(test["seeds"]), str(test["num_pairs"])]
+        p = "–" if test["p_holm"] is None else f"{test['p_holm']:.3f}"
+        lines.append([*facts, points(test["difference"]) if test["num_pairs"] else "–", p, test["verdict"]])
+    head = ["method", "chosen by", "rates, method / ESI", "measure", "seeds", "pairs", "points", "p", "verdict"]
+    return table(head, lines) if lines else f"{NOT_RUN}\n"
 
 
 def spa_section(data: Mapping[str, Any]) -> list[str]:

@@ -431,6 +431,9 @@ def test_an_empty_study_is_a_page_of_cells_that_were_not_run(plan: Plan, tmp_pat
 # ---------------------------------------------------------------- tuned models
 
 
+REFUSAL = "I cannot help with that."
+
+
 def report_of(values: dict[str, dict[str, float]]) -> dict:
     """An evaluation's report: model → column of the page → rate, the same on both parts of the prompts."""
     rows = []
@@ -462,6 +465,19 @@ def evaluate(plan: Plan, one: Cell, not_refused: float, over_refused: float) -> 
     report = report_of({"tuned": rates, "base": {"not refused": 0.99, "over-refused": 0.03}})
     (folder / "eval/report.json").write_text(json.dumps(report))
     (folder / "skills.json").write_text(json.dumps({"gsm8k-heldout": {"loss": 1.5, "rows": 60}}))
+    answers = [
+        {
+            "model": model,
+            "set": f"{part}-{kind}",
+            "index": index,
+            "response": REFUSAL if index < refused else "Sure, it is",
+        }
+        for model in ("base", "tuned")
+        for part in ("choose", "report")
+        for kind, refused in (("harmful", round(40 * (1 - not_refused))), ("benign", round(40 * over_refused)))
+        for index in range(40)
+    ]
+    (folder / "eval/answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
 
 
 def set_cells(plan: Plan, method: str, seed: int = 0) -> dict[float, Cell]:
@@ -500,6 +516,29 @@ def test_the_page_of_tuned_models_takes_each_method_at_its_best_rate(plan: Plan,
     assert "| esi | 0 | 0.001 | 25.0 [0.0, 100.0] | 12.5 [0.0, 100.0] | not run |" in text  # of equals the lower rate
     assert "| random | – | – | not run |" in text and "| 0.250 | 1.500 | not run |" in text
     assert (tmp_path / "docs/real-set.png").stat().st_size < 150_000
+
+
+def test_methods_are_tested_against_esi_prompt_by_prompt(plan: Plan, tmp_path: Path) -> None:
+    esi, random, snip = (set_cells(plan, name) for name in ("esi", "random", "snip"))
+    evaluate(plan, esi[1e-3], 0.5, 0.05)
+    evaluate(plan, esi[3e-3], 0.1, 0.25)
+    evaluate(plan, set_cells(plan, "esi", 1)[3e-3], 0.1, 0.25)
+    evaluate(plan, random[3e-3], 0.9, 0.05)
+    evaluate(plan, set_cells(plan, "random", 1)[3e-3], 0.9, 0.05)
+    evaluate(plan, snip[1e-3], 0.0, 0.5)  # over every limit
+    write_pages(plan, all_cells(plan, None), tmp_path / "docs")
+    data, text = json.loads((tmp_path / "docs/real.json").read_text()), (tmp_path / "docs/real.md").read_text()
+    tests = {(row["method"], row["rule"], row["measure"]): row for row in data["tests"]}
+    best = tests["random", "best rate", "not refused"]
+    assert best["rates"] == [3e-3, 3e-3] and (best["seeds"], best["num_pairs"]) == (2, 80)
+    assert best["difference"] == pytest.approx(0.8) and best["verdict"] == "worse"
+    assert best["only_after"] == 64 and best["p_holm"] == pytest.approx(2 * 0.5**64 * 10)  # of 10 tests with pairs
+    assert tests["random", "best rate", "over-refused"]["verdict"] == "better"
+    strict = tests["random", "over-refused ≤ 10 %", "not refused"]  # the second seed was not run at ESI's rate here
+    assert strict["rates"] == [3e-3, 1e-3] and strict["seeds"] == 1 and strict["verdict"] == "one seed only"
+    assert tests["snip", "over-refused ≤ 30 %", "not refused"]["verdict"] == "no seed where both get there"
+    assert "| snip | over-refused ≤ 30 % | none / 0.003 | not refused | 0 | 0 | – | – |" in text
+    assert "| random | best rate | 0.003 / 0.003 | not refused | 2 | 80 | +80.0 | 0.000 | worse |" in text
 
 
 def test_right_answers_of_tasks() -> None:
