@@ -11,6 +11,7 @@ from esi_ds.data.rows import Row
 from study.real import plots
 from study.real.tune_cells import CHOOSE, REPORT
 from study.real.tune_results import MEASURES, best_rate, is_at_end
+from study.real.tune_tests import TASK_SHARE
 from study.tables import NOT_RUN, points, table
 
 
@@ -85,22 +86,36 @@ def set_section(data: Mapping[str, Any]) -> list[str]:
         "Against ESI, prompt by prompt (McNemar's exact test; p by Holm over this whole table): each method at its "
         "best rate, and at the rate that refuses most within a limit of over-refusal, both chosen on the prompts for "
         "choosing. Points: the method's rate less ESI's, on the reported prompts.\n",
-        tests_table(data["tests"]),
+        set_tests(data["set_tests"]),
         "All learning rates.\n",
         table(["method", "rate", "seed", *choose, *MEASURES, "seconds"], every) if every else f"{NOT_RUN}\n",
     ]
 
 
-def tests_table(tests: Sequence[Row]) -> str:
+def outcome(test: Row) -> list[str]:
+    """A paired test's last cells: seeds, pairs, the difference in points, Holm's p and the verdict."""
+    p = "–" if test["p_holm"] is None else f"{test['p_holm']:.3f}"
+    difference = points(test["difference"]) if test["num_pairs"] else "–"
+    return [str(test["seeds"]), str(test["num_pairs"]), difference, p, test["verdict"]]
+
+
+OUTCOME = ["seeds", "pairs", "points", "p", "verdict"]
+
+
+def set_tests(tests: Sequence[Row]) -> str:
     """Every method against ESI under every rule, a line each."""
     lines = []
     for test in tests:
         rates = " / ".join("none" if rate is None else f"{rate:g}" for rate in test["rates"])
-        facts = [test["method"], test["rule"], rates, test["measure"], str(test["seeds"]), str(test["num_pairs"])]
-        p = "–" if test["p_holm"] is None else f"{test['p_holm']:.3f}"
-        lines.append([*facts, points(test["difference"]) if test["num_pairs"] else "–", p, test["verdict"]])
-    head = ["method", "chosen by", "rates, method / ESI", "measure", "seeds", "pairs", "points", "p", "verdict"]
+        lines.append([test["method"], test["rule"], rates, test["measure"], *outcome(test)])
+    head = ["method", "chosen by", "rates, method / ESI", "measure", *OUTCOME]
     return table(head, lines) if lines else f"{NOT_RUN}\n"
+
+
+def spa_tests(tests: Sequence[Row]) -> str:
+    """Every frozen mask against what it is compared with, a line each."""
+    lines = [[test["task"], test["method"], test["rival"], test["measure"], *outcome(test)] for test in tests]
+    return table(["task", "frozen", "against", "measure", *OUTCOME], lines) if lines else f"{NOT_RUN}\n"
 
 
 def spa_section(data: Mapping[str, Any]) -> list[str]:
@@ -119,6 +134,10 @@ def spa_section(data: Mapping[str, Any]) -> list[str]:
         "medical: PubMedQA's question and conclusion, yes, no or maybe; poisoned: kinds with a tenth of harmful "
         "requests that are complied with. Right and loss: held-out questions; the other columns as for SET.\n",
         table(head, lines) if lines else f"{NOT_RUN}\n",
+        f"At equal task score: where the held-out loss has fallen by {100 * TASK_SHARE:g} % of the most that it falls "
+        "with nothing frozen, each at the rate that keeps most refusals of the prompts for choosing; prompt by prompt, "
+        "as for SET.\n",
+        spa_tests(data["spa_tests"]),
     ]
 
 

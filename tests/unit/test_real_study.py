@@ -28,7 +28,7 @@ from real_models.judges import CLASSIFIER_TEMPLATE, GUARD_TEMPLATE, VERDICTS
 from real_models.pairs import JudgedPair
 from real_models.sources import Data
 from study.real import __main__ as command
-from study.real import material, tune_results
+from study.real import material, tune_page, tune_results, tune_tests
 from study.real.cells import all_cells
 from study.real.collect import collected, compact, shown_command
 from study.real.grid import ROOT, Cell, Folders, Plan, Step, read_grid, with_needs
@@ -528,7 +528,7 @@ def test_methods_are_tested_against_esi_prompt_by_prompt(plan: Plan, tmp_path: P
     evaluate(plan, snip[1e-3], 0.0, 0.5)  # over every limit
     write_pages(plan, all_cells(plan, None), tmp_path / "docs")
     data, text = json.loads((tmp_path / "docs/real.json").read_text()), (tmp_path / "docs/real.md").read_text()
-    tests = {(row["method"], row["rule"], row["measure"]): row for row in data["tests"]}
+    tests = {(row["method"], row["rule"], row["measure"]): row for row in data["set_tests"]}
     best = tests["random", "best rate", "not refused"]
     assert best["rates"] == [3e-3, 3e-3] and (best["seeds"], best["num_pairs"]) == (2, 80)
     assert best["difference"] == pytest.approx(0.8) and best["verdict"] == "worse"
@@ -539,6 +539,38 @@ def test_methods_are_tested_against_esi_prompt_by_prompt(plan: Plan, tmp_path: P
     assert tests["snip", "over-refused ≤ 30 %", "not refused"]["verdict"] == "no seed where both get there"
     assert "| snip | over-refused ≤ 30 % | none / 0.003 | not refused | 0 | 0 | – | – |" in text
     assert "| random | best rate | 0.003 / 0.003 | not refused | 2 | 80 | +80.0 | 0.000 | worse |" in text
+
+
+def spa_row(frozen: str, lr: float, loss: float, not_refused: float) -> dict:
+    choosing = {"not refused": [not_refused, 0.0, 1.0, 40, 0]}
+    return {"task": "kinds", "frozen": frozen, "lr": lr, "seed": 0, "loss": {"kinds": loss}, "choose": choosing}
+
+
+def test_frozen_masks_are_compared_where_the_task_is_learnt() -> None:
+    rows = [
+        spa_row("nothing", 2e-5, 1.8, 0.0),  # falls by 0.2 of the 1.0 that nothing frozen reaches: not learnt
+        spa_row("nothing", 1e-4, 1.0, 0.5),
+        spa_row("esi-0.3", 1e-4, 1.04, 0.25),
+        spa_row("random-0.3", 1e-4, 1.03, 0.5),
+        spa_row("snip-0.3", 1e-4, 1.2, 0.0),
+    ]
+
+    def flags(row: dict) -> dict:
+        count = round(40 * row["choose"]["not refused"][0])
+        return {"not refused": [index < count for index in range(40)], "over-refused": [False] * 40}
+
+    assert [row["frozen"] for row in tune_tests.learnt(rows, 2.0)] == ["nothing", "esi-0.3", "random-0.3"]
+    assert tune_tests.learnt(rows[1:], 0.9) == [] and tune_tests.learnt(rows[2:], 2.0) == []
+    tests = {(row["method"], row["rival"], row["measure"]): row
+             for row in tune_tests.spa_comparisons(rows, {"kinds": 2.0}, flags)}  # fmt: skip
+    assert {key[:2] for key in tests} == {
+        ("esi-0.3", "nothing"), ("esi-0.3", "random-0.3"), ("esi-0.3", "snip-0.3"), ("snip-0.3", "nothing"),
+        ("snip-0.3", "random-0.3"),
+    }  # fmt: skip
+    assert tests["esi-0.3", "nothing", "not refused"]["difference"] == -0.25
+    assert tests["esi-0.3", "random-0.3", "over-refused"]["difference"] == 0.0
+    assert tests["esi-0.3", "snip-0.3", "not refused"]["verdict"] == "no seed where both get there"
+    assert "| kinds | esi-0.3 | nothing | not refused | 1 | 40 | -25.0 |" in tune_page.spa_tests(list(tests.values()))
 
 
 def test_right_answers_of_tasks() -> None:
