@@ -9,17 +9,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from esi_ds.artifacts import write_text_atomic
-from esi_ds.data.rows import Row
 from study.page import write_picture
 from study.real import plots, tune_page
 from study.real.collect import collected, compact
 from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell, Plan
+from study.real.where_results import TableRow, WhereTable
 from study.tables import NOT_RUN, table
 
 # The controls of a table, in its columns' order: (heading, what differs from the table's own objective).
@@ -29,6 +29,8 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "shuffled judge": {"judge": SHUFFLED},
 }
 KEYS = ("model", "prompts", "judge", "estimator", "criterion")
+Measure = Literal["mask", "statistic"]
+MEASURES: tuple[Measure, ...] = ("mask", "statistic")
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -48,22 +50,22 @@ class WhereTables:
     def __init__(self, data: Mapping[str, Any]):
         self._tables = {tuple(row[key] for key in KEYS): row for row in data["where"]}
 
-    def of(self, model: str, **other: Any) -> Row | None:
+    def of(self, model: str, **other: Any) -> WhereTable | None:
         """The table of ESI on AdvBench by the classifier, or what ``other`` says instead; None: not run."""
         usual = {"model": model, "prompts": HARMFUL, "judge": CLASSIFIER, "estimator": "soft", "criterion": "esi"}
         return self._tables.get(tuple({**usual, **other}[key] for key in KEYS))
 
-    def controls(self, model: str, **other: Any) -> dict[str, Row | None]:
+    def controls(self, model: str, **other: Any) -> dict[str, WhereTable | None]:
         """The three controls of an objective."""
         return {name: self.of(model, **{**other, **change}) for name, change in CONTROLS.items()}
 
 
-def densities(row: Row, key: str = "mask") -> list[float]:
-    """Share of the mask over share of the weights, seed by seed; of the statistic: its share."""
-    return [share / row["weights"] if key == "mask" else share for share in row[key]]
+def densities(row: TableRow) -> list[float]:
+    """Share of the mask over share of the weights, seed by seed."""
+    return [share / row["weights"] for share in row["mask"]]
 
 
-def ratios(row: Row, control: Row, key: str, seeds: Sequence[Sequence[int]]) -> list[float]:
+def ratios(row: TableRow, control: TableRow, key: Measure, seeds: Sequence[Sequence[int]]) -> list[float]:
     """The row's share over its control's, of the seeds that both have.
 
     seeds: of the row and of the control. Over a control that holds nothing the ratio is infinite; where both hold
@@ -74,12 +76,12 @@ def ratios(row: Row, control: Row, key: str, seeds: Sequence[Sequence[int]]) -> 
     return [share / other if other else math.inf for share, other in pairs if share or other]
 
 
-def places_of(objective: Row | None) -> dict[tuple[str, str | None], Row]:
+def places_of(objective: WhereTable | None) -> dict[tuple[str, str | None], TableRow]:
     """(role, third) → row of a table."""
     return {(row["role"], row["third"]): row for row in objective["rows"]} if objective else {}
 
 
-def compared(objective: Row, controls: Mapping[str, Row | None]) -> list[list[str]]:
+def compared(objective: WhereTable, controls: Mapping[str, WhereTable | None]) -> list[list[str]]:
     """One line a role and third: shares, ratios to every control, and whether all ratios of all seeds agree."""
     lines, others = [], {name: (control, places_of(control)) for name, control in controls.items()}
     for (role, third), row in places_of(objective).items():
@@ -91,7 +93,7 @@ def compared(objective: Row, controls: Mapping[str, Row | None]) -> list[list[st
                 line += [NOT_RUN, NOT_RUN]
                 continue
             seeds = objective["seeds"], control["seeds"]
-            for key in ("mask", "statistic"):
+            for key in MEASURES:
                 values = ratios(row, rows[role, third], key, seeds)
                 line.append(spread(values) if values else "–")
                 all_ratios += values if key == "mask" else []
@@ -179,7 +181,7 @@ def mean_of(seeds: ArrayLike) -> list[float]:
     return [float(value) for value in np.mean(np.asarray(seeds), axis=0)]
 
 
-def ratios_of_roles(objective: Row, control: Row) -> dict[str, list[float]]:
+def ratios_of_roles(objective: WhereTable, control: WhereTable) -> dict[str, list[float]]:
     """Role → share of the mask over the control's, by layer: the mean over the seeds that both have. NaN where the
     control holds nothing for one of them."""
     both = [seed for seed in objective["seeds"] if seed in control["seeds"]]

@@ -28,12 +28,12 @@ MEASURES = {
     "KL": ("divergence", None, "benign"),
 }
 KEYS = ("rate", "low", "high", "n", "missing")
+Measured = dict[str, list[float | int | None]]  # column of MEASURES → the values of KEYS
 
 
-def measured(report: Mapping[str, Any], model: str, part: str) -> Row:
-    """Column → [rate, low, high, n, missing] of one model on one part of the prompts; what was not measured is left
-    out."""
-    row: Row = {}
+def measured(report: Mapping[str, Any], model: str, part: str) -> Measured:
+    """One model on one part of the prompts; what was not measured is left out."""
+    row: Measured = {}
     for column, (measure, judge, kind) in MEASURES.items():
         for one in report["measures"]:
             same = one["measure"] == measure and one["model"] == model and one["set"] == f"{part}-{kind}"

@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from esi_ds.data.rows import Row
 from esi_ds.report.location import THIRDS, thirds_of
@@ -19,6 +20,40 @@ from study.where import overlap, tables_of
 LOSS = "loss"
 ALL_ROLES = "all roles"
 Units = list[dict[str, Any]]  # rows of report.json: units
+
+
+class Shares(NamedTuple):
+    """What a part of the model has of the whole. statistic: the paper's, the mean score of a matrix, summed over
+    matrices."""
+
+    mask: float
+    weights: float
+    statistic: float
+
+
+class TableRow(TypedDict):
+    """A role in a third of the depth; mask and statistic seed by seed."""
+
+    role: str
+    third: str | None  # None outside of the layers
+    weights: float  # share of the scored weights
+    mask: list[float]
+    statistic: list[float]
+
+
+class WhereTable(TypedDict):
+    """Where the masks of one objective lie, in every seed."""
+
+    model: str
+    prompts: str
+    judge: str | None  # None for a loss
+    estimator: str
+    count: int  # of prompts
+    criterion: str
+    seeds: list[int]
+    layers: list[list[float]]  # times chance, by seed and layer
+    roles: dict[str, list[list[float]]]  # the same of every role that all layers have
+    rows: list[TableRow]
 
 
 def masks_of(run: Path) -> dict[str, Units]:
@@ -34,17 +69,14 @@ def masks_of(run: Path) -> dict[str, Units]:
     return masks
 
 
-def by_place(units: Units, keys: Sequence[str]) -> dict[tuple, tuple[float, float, float]]:
-    """Values of ``keys`` → (share of the mask, of the scored weights, of the paper's statistic).
-
-    The paper's statistic is the mean score of a matrix, summed over matrices.
-    """
+def by_place(units: Units, keys: Sequence[str]) -> dict[tuple, Shares]:
+    """Values of ``keys`` → what the matrices that have them hold."""
     mask, weights = tables_of(units, keys)
     total = sum(unit["mean_score"] for unit in units)
     statistic = dict.fromkeys(mask, 0.0)
     for unit in units:
         statistic[tuple(unit[key] for key in keys)] += unit["mean_score"] / total
-    return {place: (mask[place], weights[place], statistic[place]) for place in mask}
+    return {place: Shares(mask[place], weights[place], statistic[place]) for place in mask}
 
 
 def with_thirds(units: Units) -> Units:
@@ -59,9 +91,8 @@ def in_order_of_the_model(place: tuple[str, str | None]) -> tuple:
     return role == ALL_ROLES, role_order(role), THIRDS.index(third) if third in THIRDS else len(THIRDS)
 
 
-def table_rows(masks: Sequence[Units]) -> Iterator[Row]:
-    """Role and third → share of the scored weights, and of the mask and the statistic seed by seed; the last rows are
-    of all roles together."""
+def table_rows(masks: Sequence[Units]) -> Iterator[TableRow]:
+    """Every role in every third; the last rows are of all roles together."""
     places = []
     for units in masks:
         units = with_thirds(units)
@@ -72,9 +103,9 @@ def table_rows(masks: Sequence[Units]) -> Iterator[Row]:
         yield {
             "role": role,
             "third": third,
-            "weights": round(shares[0][1], 5),
-            "mask": [round(share[0], 5) for share in shares],
-            "statistic": [round(share[2], 5) for share in shares],
+            "weights": round(shares[0].weights, 5),
+            "mask": [round(share.mask, 5) for share in shares],
+            "statistic": [round(share.statistic, 5) for share in shares],
         }
 
 
@@ -94,13 +125,12 @@ def by_role_and_layer(masks: Sequence[Units]) -> dict[str, list[list[float]]]:
     return {role: [[density(seed, (role, layer)) for layer in layers] for seed in places] for role in everywhere}
 
 
-def density(places: Mapping[tuple, tuple[float, float, float]], place: tuple) -> float:
+def density(places: Mapping[tuple, Shares], place: tuple) -> float:
     """Share of the mask over share of the scored weights."""
-    mask, weights, _ = places[place]
-    return round(mask / weights, 3)
+    return round(places[place].mask / places[place].weights, 3)
 
 
-def where_tables(cells: Sequence[Cell], output: Path) -> list[Row]:
+def where_tables(cells: Sequence[Cell], output: Path) -> list[WhereTable]:
     """One table for everything that is scored: model, prompts, judge, estimator and criterion; its seeds in order.
 
     cells: finished ones, of a seed's number of prompts or another.
@@ -113,14 +143,17 @@ def where_tables(cells: Sequence[Cell], output: Path) -> list[Row]:
             loss = (facts["model"], BENIGN_LOSS, None, LOSS, facts["count"], LOSS)
             group = loss if criterion == LOSS else (*key, criterion)
             groups.setdefault(group, []).append((facts["seed"], units))
-    tables = []
+    tables = list[WhereTable]()
     for (model, prompts, judge, estimator, count, criterion), seeds in groups.items():
         seeds.sort(key=lambda pair: pair[0])
         masks = [units for _, units in seeds]
-        objective = {"model": model, "prompts": prompts, "judge": judge, "estimator": estimator, "count": count}
         tables.append(
             {
-                **objective,
+                "model": model,
+                "prompts": prompts,
+                "judge": judge,
+                "estimator": estimator,
+                "count": count,
                 "criterion": criterion,
                 "seeds": [seed for seed, _ in seeds],
                 "layers": by_layer(masks),
