@@ -1,10 +1,12 @@
 """Run by the tests beside it under a launcher: one process group scores many models, guards and batch sizes.
 
 argv: a JSON list of cases {"name", "config" (mapping), "poison" (optional), "error" (optional), "wrong_fisher"
-(optional), "export" (optional), "frees" (optional), "killed_at" (optional), "killed_in" (optional)}; each case writes
+(optional), "export" (optional), "frees" (optional), "killed_at" (optional), "killed_in" (optional), "stopped_in"
+(optional)}; each case writes
 <output_dir>/scores and <output_dir>/mask through the stage itself, without report, and with export <output_dir>/model;
 with frees the stage must free all memory. killed_at is a criterion whose mask the first attempt dies at, killed_in an
-objective in whose pass it dies, after a micro-batch; a second one goes on. poison
+objective in whose pass it dies, after a micro-batch, stopped_in one in whose pass the last rank gets a SIGTERM; a
+second one goes on. poison
 {"gradient" | "score": index} makes one prompt's gradient or judge score not finite, {"tuning" | "benign": row} one
 row's gradient, {"silence": true} makes every row's gradient zero; error is a text that the UserError the case must end
 in holds. wrong_fisher squares after the reduction, which is the mistake that the tests must notice. Grouped
@@ -14,10 +16,13 @@ products leave garbage in the gradients of experts without tokens.
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 from cases import frees_all, run_cases
 from idle_kernels import spoil_kernels
@@ -28,10 +33,11 @@ from esi_ds.config import validate
 from esi_ds.core.mask import Mask
 from esi_ds.core.surrogate import estimate
 from esi_ds.deepspeed_config import resolve_deepspeed
-from esi_ds.errors import UserError
+from esi_ds.errors import Interrupted, UserError
 from esi_ds.judge.guard import Guard, Judgement
 from esi_ds.models.folder import ModelSource
 from esi_ds.options import Options
+from esi_ds.stages import interrupt
 from esi_ds.stages.esi import finish, masks, objectives
 from esi_ds.stages.esi import work as esi_work
 from esi_ds.stages.esi.objectives import MeanLoss, SquaredRowGradients
@@ -154,6 +160,30 @@ def kill_in(name: str, start: Callable[[], None]) -> None:
     raise AssertionError(f"the pass of {name} had no second micro-batch")
 
 
+def stop_in(name: str, first: EsiRun, second: EsiRun) -> None:
+    """A SIGTERM on the last rank in the first micro-batch of an objective's pass: all ranks stop behind it, and a
+    second attempt goes on there."""
+    plain_step, positions = ScoringPass._step, list[int]()
+
+    def signalled(self: ScoringPass) -> int:
+        if self.objective.name == name:
+            positions.append(self.state.position)
+            if positions == [0] and runtime.rank() == runtime.world_size() - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return plain_step(self)
+
+    ScoringPass._step = signalled
+    try:
+        with pytest.raises(Interrupted):
+            first.run()
+        assert positions == [0], positions
+        interrupt._stop_requested.clear()  # the second attempt is another process
+        second.run()
+    finally:
+        ScoringPass._step = plain_step
+    assert len(positions) > 1 and positions == sorted(set(positions)), positions
+
+
 def run_case(case: dict) -> None:
     config = validate(case["config"])
     folder = RunFolder(config.run.output_dir)
@@ -170,8 +200,12 @@ def run_case(case: dict) -> None:
                 kill_at(case["killed_at"], EsiRun(config, Options(), inputs, folder, settings, inputs.source).run)
             if "killed_in" in case:
                 kill_in(case["killed_in"], EsiRun(config, Options(), inputs, folder, settings, inputs.source).run)
-            EsiRun(config, Options(), inputs, folder, settings, inputs.source).run()
-            del inputs
+            attempt = EsiRun(config, Options(), inputs, folder, settings, inputs.source)
+            if "stopped_in" in case:
+                stop_in(case["stopped_in"], EsiRun(config, Options(), inputs, folder, settings, inputs.source), attempt)
+            else:
+                attempt.run()
+            del attempt, inputs
     except UserError as error:
         assert case.get("error") and case["error"] in str(error), error
         return

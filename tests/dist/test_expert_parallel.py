@@ -14,7 +14,7 @@ import pytest
 import torch
 from builders import PAIRS, build_guard, build_mask, build_model, byte_bpe_tokenizer
 from conftest import ROOT, run_ranks
-from reference import esi_scores, num_selected, units
+from reference import control_scores, esi_scores, num_selected, units
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -25,6 +25,7 @@ from esi_ds.zero.expert_parallel import mend_registry
 logging.set_verbosity_error()
 KINDS = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe")
 PRESETS = {"olmoe": "qwen3_moe", "glm4_moe": "deepseek_v3"}  # families that AutoEP has no preset of their own for
+BENIGN = [("Tell me a story.", "Once upon a time there was a girl."), ("Write a list", "1. First"), ("What?", "Yes")]
 EXPERTS = 8
 LAYOUTS = {2: (0, 2), 4: (4, 2)}  # ranks → sizes of expert parallelism tried there; 0: without it
 STEPS = 4
@@ -51,6 +52,7 @@ def folder(tmp_path_factory) -> Path:
     build_guard(folder / "guard", byte_bpe_tokenizer())
     rows = [{"prompt": prompt, "response": response.strip()} for prompt, response in PAIRS]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "benign.jsonl").write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in BENIGN))
     return folder
 
 
@@ -70,6 +72,14 @@ def score_case(folder: Path, tag: str, size: int, kind: str, name: str = "esi", 
             "deepspeed": settings(size, PRESETS.get(kind)),
         },
     }
+
+
+def control_case(folder: Path, tag: str, size: int) -> dict:
+    """The criteria with a control, of rows here, and their report of every matrix."""
+    case = score_case(folder, tag, size, "qwen3_moe", "control", criterion=list(CONTROLLED))
+    case["config"]["control"] = {"rows": {"path": str(folder / "benign.jsonl")}}
+    case["config"]["data"]["tuning"] = {"path": str(folder / "rows.jsonl")}
+    return case
 
 
 def tune_case(folder: Path, tag: str, size: int, stage: str, name: str, kind: str = "qwen3_moe", **tune) -> dict:
@@ -123,6 +133,7 @@ SELECTED = {
     "contrastive": {"contrastive": True},
     "noise": {"criterion": "random"},
 }
+CONTROLLED = ("specific", "excess", "exclusive")
 
 
 def kinds_of(ranks: int) -> tuple[str, ...]:
@@ -158,6 +169,7 @@ def cases(folder: Path, ranks: int) -> dict[str, list]:
             listed["scores"] += [
                 score_case(folder, tag, size, "qwen3_moe", name, **how) for name, how in SELECTED.items()
             ]
+            listed["scores"].append(control_case(folder, tag, size))
         for name in tuned_on(ranks):
             stage, kind, more = TUNED[name]
             more = {**more, "mask": str(mask_of(folder, name))}
@@ -260,6 +272,33 @@ def test_other_selections_equal(done: tuple[int, Path], name: str) -> None:
     assert differ <= (2 if name in ("matrix", "contrastive") else 0)
     scores = [scores_of(folder / f"w2-{size}-{name}-qwen3_moe") for size in (2, 0)]
     assert distance(*scores) <= TOLERANCE
+
+
+def test_criteria_with_a_control_equal_the_oracle(done: tuple[int, Path]) -> None:
+    """Routed experts' gradients of both passes lie on the rank that has the expert; so does what is between them."""
+    ranks, folder = done
+    skip_unless(ranks == 2)
+    shared, alone = (folder / f"w2-{size}-control-qwen3_moe" for size in (2, 0))
+    pairs = [(prompt, response.strip()) for prompt, response in PAIRS]
+    worst = {}
+    for criterion in CONTROLLED:
+        model, guard = folder / "qwen3_moe", folder / "guard"
+        expected = control_scores(model, guard, pairs, BENIGN, criterion, True, pairs)
+        file = f"scores/{criterion}/model-00001-of-00001.safetensors"
+        worst[criterion] = (
+            distance(load_file(shared / file), expected),
+            distance(*(load_file(run / file) for run in (shared, alone))),
+        )
+        one, other = (Mask.load(run / "mask" / criterion) for run in (shared, alone))
+        assert one.k == other.k and sum(int((one.bits(name) != other.bits(name)).sum()) for name in one.names) <= 2
+    assert max(max(pair) for pair in worst.values()) <= TOLERANCE, worst
+    rows, plain = (
+        {row["name"]: row for row in json.loads((run / "report.json").read_text())["units"]} for run in (shared, alone)
+    )
+    assert rows.keys() == plain.keys() and sum(row["control_selected"] for row in rows.values()) > 0
+    for name, row in rows.items():
+        assert row["control_mean_score"] == pytest.approx(plain[name]["control_mean_score"], rel=TOLERANCE), name
+        assert abs(row["control_selected"] - plain[name]["control_selected"]) <= 2, name
 
 
 @pytest.mark.parametrize("kind", KINDS)

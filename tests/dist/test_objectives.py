@@ -54,6 +54,7 @@ LISTS = (
 
 
 CONTROL = ["esi", "specific", "excess", "exclusive"]  # in one run with a control of rows
+BROKEN_OFF = ("same-killed", "same-stopped")  # in the pass of the control
 ASKED = ["Tell me a story about a car", "How to bake bread?", "Write a list", "Explain", "What is a café?"]
 
 
@@ -341,17 +342,18 @@ def test_recomputed_activations_and_bf16(scored: tuple[int, Path]) -> None:
 
 
 def control_cases(folder: Path, ranks: int) -> list[dict]:
-    """A control of rows with the criteria that need one; a control of prompts that are those of safety, whole and
-    killed; one of other prompts than safety's; and scores normalised by matrix."""
+    """A control of rows with the criteria that need one; a control of prompts that are those of safety, whole, killed
+    and stopped; one of other prompts than safety's; and scores normalised by matrix."""
     tag, batch = f"w{ranks}", {1: 8, 2: 1, 3: 3}[ranks]
     rows = [case(folder, kind, CONTROL, False, batch, f"{tag}-rows") for kind in KINDS]
     for entry in rows:
         entry["config"]["control"] = {"rows": {"path": str(folder / "benign.jsonl")}}
     step = {"save_every": 1, "max_new_tokens": 6}
-    same = [case(folder, "llama", "esi", False, 1, f"{tag}-{name}", esi=step) for name in ("same", "same-killed")]
+    same = [case(folder, "llama", "esi", False, 1, f"{tag}-{name}", esi=step) for name in ("same", *BROKEN_OFF)]
+    same[2]["config"]["esi"]["save_every"] = 100  # only the signal makes it save
     for entry in same:
         entry["config"]["data"] = {"prompts": {"path": str(folder / "asked.jsonl")}}
-    same[1]["killed_in"] = "control"
+    same[1]["killed_in"] = same[2]["stopped_in"] = "control"
     other = case(folder, "llama", ["excess", "exclusive"], False, batch, f"{tag}-prompts", esi=step)
     for entry in (*same, other):
         entry["config"]["control"] = {"prompts": {"path": str(folder / "asked.jsonl")}}
@@ -398,10 +400,12 @@ def test_a_control_on_the_prompts_of_safety_has_its_bits(scored: tuple[int, Path
     assert facts["control prompts used"] + facts["control prompts skipped"] == len(ASKED)
 
 
-def test_a_run_that_dies_in_the_controls_pass_goes_on_to_the_same_bits(scored: tuple[int, Path]) -> None:
+@pytest.mark.parametrize("name", BROKEN_OFF)
+def test_a_run_that_ends_in_the_controls_pass_goes_on_to_the_same_bits(scored: tuple[int, Path], name: str) -> None:
+    """Killed after a save, and stopped by a SIGTERM on one rank (the worker sees where the second attempt begins)."""
     ranks, folder = scored
     whole, killed = (
-        folder / case(folder, "llama", "esi", False, 1, f"w{ranks}-{name}")["name"] for name in ("same", "same-killed")
+        folder / case(folder, "llama", "esi", False, 1, f"w{ranks}-{tag}")["name"] for tag in ("same", name)
     )
     assert units_of(killed) == units_of(whole)
     for part in ("scores", "mask"):
