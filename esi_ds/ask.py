@@ -1,4 +1,4 @@
-"""``python -m esi_ds.ask``: a file of answers from an endpoint, for ``eval.models[].answers`` and ``data.responses``.
+"""``esi-ds ask``: a file of answers from an endpoint, for ``eval.models[].answers`` and ``data.responses``.
 
 Each answer is written as it comes; started again, the command asks only what the file lacks.
 """
@@ -29,7 +29,7 @@ from esi_ds.eval.asking import ask_prompts, check_served
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply
 from esi_ds.models import hub
 from esi_ds.reading import check_regular, check_type, parse_json, reading
-from esi_ds.terminal import clean_output
+from esi_ds.terminal import clean_output, help_text
 
 OUTPUT = "--output"
 
@@ -178,7 +178,7 @@ def _rows_on_disk(output: Path, asked: dict[str, Any]) -> list[AskedRow]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m esi_ds.ask", description=__doc__)
+    parser = argparse.ArgumentParser(prog="esi-ds ask", description=help_text(__doc__))
     parser.add_argument("--base-url", required=True, help="of an OpenAI-compatible server: http://localhost:8000/v1")
     parser.add_argument("--model", required=True, help="the model's name there")
     parser.add_argument("--prompts", required=True, help="a file, a hub id or a built-in set, as in eval.prompts")

@@ -70,7 +70,7 @@ def planned_ranks(parser: argparse.ArgumentParser, arguments: argparse.Namespace
 
 def make_parser(stage: str) -> argparse.ArgumentParser:
     """The stage's parser. ``--local_rank`` and ``--deepspeed``, which launchers and habit add, have no effect."""
-    parser = argparse.ArgumentParser(prog=f"launch/{stage}.py", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=f"esi-ds {stage}", allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change one key of the config")
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="experiment YAML, or a recipe's name (esi-ds recipes)"

@@ -66,5 +66,5 @@ def main(words: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # `| head`: nobody reads on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
-    print(f"error: {command}: is not a command; give one of {', '.join([*STAGES, *TOOLS])}", file=sys.stderr)
+    print(f"error: {command} is not a command; give one of {', '.join([*STAGES, *TOOLS])}", file=sys.stderr)
     return 2

@@ -1,4 +1,4 @@
-"""``python -m esi_ds.mask info|verify|compare|select``: describe a mask, check it, compare it with another, or make
+"""``esi-ds mask info|verify|compare|select``: describe a mask, check it, compare it with another, or make
 another one from the same scores.
 
 A few million weights are in memory at a time, whatever the mask's size. ``mpirun -n 64 python -m esi_ds.mask ...``
@@ -23,7 +23,7 @@ from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
 from esi_ds.ranks import Ranks, find_ranks
 from esi_ds.reselect import Reselection, check_cover, read_units, spans, write_selection
-from esi_ds.terminal import clean_output
+from esi_ds.terminal import clean_output, help_text
 
 MAX_CELLS = 40  # lines of ``compare`` by layer and role that are shown unasked
 
@@ -187,7 +187,7 @@ def share(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m esi_ds.mask", description=__doc__)
+    parser = argparse.ArgumentParser(prog="esi-ds mask", description=help_text(__doc__))
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="describe a mask and where its weights are").add_argument("mask")
     checker = commands.add_parser("verify", help="check a mask by itself and against its scores")

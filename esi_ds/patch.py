@@ -1,4 +1,4 @@
-"""``python -m esi_ds.patch create|apply|revert|info``: a tuned model as a sparse difference (docs/design.md §7).
+"""``esi-ds patch create|apply|revert|info``: a tuned model as a sparse difference (docs/design.md §7).
 
 A patch folder holds ``patch.json`` and, for every changed tensor of the checkpoint, one bit per weight (whether it
 differs) and the new and the original values of those that differ. Applying it to the base gives the tuned model,
@@ -34,7 +34,7 @@ from esi_ds.models.quantised import model_weights, plain_configuration, read_qua
 from esi_ds.models.weights import CONFIG_NAME, INDEX_SUFFIX, checkpoint_tensors, weights_name
 from esi_ds.reading import check_regular, check_type, is_bare_name, parse_json, read_index, read_text, reading
 from esi_ds.tensor_files import StoredTensor
-from esi_ds.terminal import clean_output
+from esi_ds.terminal import clean_output, help_text
 from esi_ds.zero.files import save_tensors
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and is needed for check_names only
@@ -519,15 +519,15 @@ def info(patch: Path) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m esi_ds.patch", description=__doc__)
+    parser = argparse.ArgumentParser(prog="esi-ds patch", description=help_text(__doc__))
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, folders, help_text in (
+    for command, folders, purpose in (
         ("create", ("base", "tuned", "patch"), "the difference of two model folders"),
         ("apply", ("base", "patch", "out"), "from base and patch to the tuned model"),
         ("revert", ("tuned", "patch", "out"), "from tuned model and patch back to the base"),
         ("info", ("patch",), "what a patch changes"),
     ):
-        command_parser = commands.add_parser(command, help=help_text)
+        command_parser = commands.add_parser(command, help=purpose)
         for folder in folders:
             command_parser.add_argument(folder, type=Path)
     return parser

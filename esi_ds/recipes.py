@@ -32,11 +32,11 @@ def first_line(file: Path) -> str:
 def run(arguments: argparse.Namespace) -> list[str]:
     """A command's output. Raises UserError."""
     if arguments.command == "show":
-        return [shipped.recipe(arguments.name).read_text().rstrip("\n")]
+        return [shipped.recipe(arguments.name, "NAME").read_text().rstrip("\n")]
     if arguments.command == "copy":
         if arguments.name is None:
             return [str(file) for file in shipped.copy(shipped.folder("configs"), arguments.to / "configs")]
-        source = shipped.recipe(arguments.name)
+        source = shipped.recipe(arguments.name, "NAME")
         return [str(file) for file in shipped.copy(source, arguments.to / source.name)]
     names = shipped.recipes()
     width = max(map(len, names))

@@ -1,4 +1,4 @@
-"""``status.json``: how far a run is, for people and for jobs that meet its lock. ``python -m esi_ds.status RUN...``
+"""``status.json``: how far a run is, for people and for jobs that meet its lock. ``esi-ds status RUN...``
 
 A thread of rank 0 writes it every few seconds, whatever the run is doing; reading it does not need torch.
 """
@@ -194,7 +194,7 @@ def _span(seconds: float) -> str:
 @clean_output()
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m esi_ds.status", description="show how far runs are")
+    parser = argparse.ArgumentParser(prog="esi-ds status", description="show how far runs are")
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders")
     parser.add_argument("--json", action="store_true", help="one line of JSON per run instead of text")
     arguments, code = parser.parse_args(argv), 0

@@ -19,6 +19,11 @@ def printable(text: str) -> str:
     return CONTROL.sub(_written_out, text)
 
 
+def help_text(docstring: str | None) -> str:
+    """A module's docstring as a command's help: without the double backticks of reStructuredText."""
+    return (docstring or "").replace("``", "").strip()
+
+
 def _written_out(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 

@@ -34,8 +34,10 @@ done
 [[ -z $array || ${#prompts[@]} -eq 0 ]] || { echo "error: --seeds and --prompts: give one of them" >&2 && exit 2; }
 [[ ${#prompts[@]} -eq 0 ]] || array=0-$((${#prompts[@]} - 1))
 source slurm/env.sh
-for file in "${config[@]}"; do # a file, or the name of a recipe
-    [[ -f $file ]] || python -m esi_ds recipes show "$file" >/dev/null || exit 2
+for stage in "${!config[@]}"; do # a file, or the name of a recipe
+    file=${config[$stage]}
+    [[ -f $file ]] || python -m esi_ds recipes show "$file" >/dev/null ||
+        { echo "error: --$stage = $file: is not a file either" >&2 && exit 2; }
 done
 
 # Overrides are YAML: within quotation marks a folder may hold anything, also commas, colons and a #.
@@ -75,4 +77,4 @@ if [[ -n ${config[eval]:-} ]]; then
     job=$(submit eval "${tuned:-$esi}" ${models:+"eval.models=[$models]"})
     echo "eval: job $job after ${tuned:-$esi}"
 fi
-echo "watch: tensorboard --logdir $runs; python -m esi_ds.status $runs/*${array:+/*}"
+echo "watch: tensorboard --logdir $runs; esi-ds status $runs/*${array:+/*}"

@@ -1,5 +1,4 @@
-"""Pages of finished runs from their ``report.json``: ``esi-ds report RUN...``, in a checkout
-``python launch/report.py RUN...``
+"""Pages of finished runs from their ``report.json``: ``esi-ds report RUN...``.
 
 Writes each run's ``report.html`` again and, for two or more runs, a page that shows them side by side:
 ``overview.html`` in the folder they share. ``--tuned RUN...`` and ``--evaluated RUN...`` show these runs on the pages
@@ -19,7 +18,7 @@ from esi_ds.artifacts import check_result, read_manifest, renew_result, write_te
 from esi_ds.errors import UserError, ends_with_message
 from esi_ds.reading import read_json, reading
 from esi_ds.tensor_files import INDEX_NAME, tensor_folders
-from esi_ds.terminal import clean_output
+from esi_ds.terminal import clean_output, help_text
 
 if TYPE_CHECKING:
     from esi_ds.report.contents import Overlap
@@ -41,7 +40,11 @@ def read(run: Path, name: str = "report.json") -> Any:
 @ends_with_message
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="esi-ds report",
+        description=help_text(__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the page of several runs")
     parser.add_argument("--tuned", nargs="*", type=Path, metavar="RUN", default=[], help="SET and SPA runs to show")

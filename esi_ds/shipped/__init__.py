@@ -29,20 +29,22 @@ def recipes() -> dict[str, Path]:
     return {file.relative_to(top).with_suffix("").as_posix(): file for file in sorted(top.rglob("*.yaml"))}
 
 
-def recipe(name: str) -> Path:
+def recipe(name: str, field: str = "--config") -> Path:
     """The recipe of a name, whose folder may be left out where no other recipe has the same last part: ``llama3-8b``,
-    ``dense/llama3-8b``, ``configs/dense/llama3-8b.yaml``. Raises UserError."""
+    ``dense/llama3-8b``, ``configs/dense/llama3-8b.yaml``. field: what the user gave it as. Raises UserError."""
     wanted = name.removeprefix("configs/").removesuffix(".yaml")
     known = recipes()
     matches = [wanted] if wanted in known else [other for other in known if other.rsplit("/", 1)[-1] == wanted]
     if len(matches) == 1:
         return known[matches[0]]
     if matches:
-        raise UserError("--config", name, "is the name of several recipes", f"give one of {', '.join(matches)}")
+        raise UserError(field, name, "is the name of several recipes", f"give one of {', '.join(matches)}")
     near = difflib.get_close_matches(wanted, [*known, *(other.rsplit("/", 1)[-1] for other in known)], n=3)
     nearest = f" (near: {', '.join(near)})" if near else ""
-    problem = "is neither a file nor the name of a recipe"
-    raise UserError("--config", name, problem, f"give a YAML file, or a name that `esi-ds recipes` lists{nearest}")
+    remedy = f"a name that `esi-ds recipes` lists{nearest}"
+    if field == "--config":
+        raise UserError(field, name, "is neither a file nor the name of a recipe", f"give a YAML file, or {remedy}")
+    raise UserError(field, name, "is not the name of a recipe", f"give {remedy}")
 
 
 def own_recipe(name: str) -> Path:

@@ -10,7 +10,9 @@ import yaml
 from conftest import ROOT
 
 import esi_ds
-from esi_ds import recipes, slurm
+from esi_ds import command, recipes, slurm
+from esi_ds.cli import make_parser
+from esi_ds.command import STAGES, TOOLS
 
 
 def test_the_citation_is_of_this_version() -> None:
@@ -38,3 +40,18 @@ def test_shipped_files_that_cannot_be_copied_are_a_message(tmp_path: Path, capsy
     assert recipes.main(["copy", "llama3-8b", "--to", str(tmp_path / "file")]) == 2
     assert slurm.main(["copy", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.count("error: DIR = ") == 2
+
+
+def test_a_recipe_that_is_not_known_is_named_as_it_was_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert recipes.main(["copy", "llama3-8"]) == 2
+    message = "error: NAME = llama3-8: is not the name of a recipe; give a name that `esi-ds recipes` lists (near: "
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize("name", [*STAGES, *TOOLS])
+def test_every_command_says_its_own_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not that of a file of the checkout, which somebody who installed the package does not have."""
+    with pytest.raises(SystemExit) as end:
+        make_parser(name).parse_args(["--help"]) if name in STAGES else command.main([name, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and text.startswith(f"usage: esi-ds {name} ") and "``" not in text

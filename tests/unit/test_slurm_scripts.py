@@ -84,7 +84,7 @@ def test_other_ends_are_passed_on(site: Path, code: int) -> None:
 def test_a_pipeline_tells_where_its_runs_are(site: Path, more: tuple[str, ...], folders: str) -> None:
     (site / "e.yaml").touch()
     done = call(site, "slurm/pipeline.sh", "--runs", "runs", "--esi", "e.yaml", *more)
-    assert done.stdout.splitlines()[-1] == f"watch: tensorboard --logdir runs; python -m esi_ds.status {folders}"
+    assert done.stdout.splitlines()[-1] == f"watch: tensorboard --logdir runs; esi-ds status {folders}"
 
 
 def test_a_pipeline_takes_recipes_by_name_and_the_mask_of_one_criterion(site: Path) -> None:
@@ -97,7 +97,8 @@ def test_a_pipeline_takes_recipes_by_name_and_the_mask_of_one_criterion(site: Pa
     assert "--config llama3-8b " in esi and 'tune.mask="runs/esi/mask/snip"' in spa
     (site / "submitted").unlink()
     done = call(site, *words, "--esi", "nowhere", PYTHONPATH=str(ROOT))
-    assert done.returncode == 2 and "nowhere" in done.stderr and not (site / "submitted").exists()
+    assert done.returncode == 2 and not (site / "submitted").exists()
+    assert "NAME = nowhere: is not" in done.stderr and "error: --esi = nowhere: is not a file either" in done.stderr
 
 
 def test_a_pipeline_that_is_called_wrongly_says_how(site: Path) -> None:
