@@ -272,7 +272,6 @@ def test_the_trl_example(folder: Path, tmp_path: Path, trainer: str, train: str)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--model", folder / "model", "--mask", folder / "mask", "--rows", tmp_path / "rows.jsonl"]
     arguments += ["--output", tmp_path / "run/model", "--lr", "1e-2", "--train", train]
-    launcher = "deepspeed" if trainer == "sft" else "fork"
-    done = run_ranks(2, "examples/trl_trainer.py", trainer, *map(str, arguments), launcher=launcher)
+    done = run_ranks(2, "examples/trl_trainer.py", trainer, *map(str, arguments), launcher="deepspeed")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     check_example(folder, tmp_path, "set" if train == "selected" else "spa")
