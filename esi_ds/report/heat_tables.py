@@ -15,6 +15,7 @@ LEVELS = 20  # of shade; the page's style has a class for each, a0 to a20 and r0
 STRONGEST = (2.0, 4.0, 8.0, 16.0)  # a map of ratios has the full shade at the first of them that all stay below
 MAX_LABELS = 16  # of columns, so that they stay apart
 MAX_WITH_TEXT = 16  # columns whose cells have room for their values
+MAX_SHADED = 2000  # numbers written out with shades; more have none, which takes some of their bytes off the page
 STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 CHARACTER = 6.6  # pixels of a label's character, about
 MAX_LABEL = 30  # characters of a label; the rest of a longer one is not shown
@@ -107,6 +108,8 @@ def _numbers(data: Heatmap) -> HeatTable:
     )
     table = heat_table(turned, with_numbers=False)
     cells = _cells(turned, write=True)
+    if len(turned.rows) * len(turned.columns) > MAX_SHADED:
+        cells = [[replace(cell, shade="") for cell in row] for row in cells]
     rows = [HeatRow(name, 1, row) for name, row in zip(turned.rows, cells, strict=True)]
     header = [(name, 1) for name in turned.columns]
     width = round(

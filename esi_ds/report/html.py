@@ -98,7 +98,7 @@ def _esi_page(
         has_subfolders="further_masks" in report,
         tuned=tuned,
         evaluated=[(link, evaluation, _evaluation_pieces(evaluation)) for link, evaluation in evaluated],
-        routing_maps=[heat_table(view, with_numbers=False) for view in tables.routing_maps(report.get("routing", []))],
+        routing_maps=[heat_table(view) for view in tables.routing_maps(report.get("routing", []))],
         judge=_picture(figures.judge_histogram(scores), "distribution of judge scores") if scores else None,
         progress=_picture(figures.progress_curves(progress), "judge score and gradient norm") if progress else None,
         excluded=report["excluded"][:MAX_ROWS],
@@ -112,9 +112,7 @@ def _mask_pieces(mask: MaskReport, label: str) -> MaskPieces:
         "report": mask,
         "label": label,
         "role_maps": [heat_table(view) for view in location.role_maps(units, mask["selection"])],
-        "expert_maps": [
-            heat_table(view, with_numbers=False) for view in location.expert_maps(units, mask["selection"])
-        ],
+        "expert_maps": [heat_table(view) for view in location.expert_maps(units, mask["selection"])],
         "experts": expert_tables(units, k),
         "scores": _picture(figures.score_histogram(histogram, by_role, threshold), "distribution of scores"),
         "roles": location.by_role(units),

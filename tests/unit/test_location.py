@@ -122,6 +122,20 @@ def test_labels_stay_apart_at_all_sizes(rows: int, columns: int) -> None:
     assert table.numbers.rows[1].cells[1].text == "2"
 
 
+def test_maps_of_experts_can_be_read_as_numbers_and_stay_light() -> None:
+    """A cell and its number take less than 80 bytes: six maps of 94 layers, with a control, under 6 MB. Here are 24."""
+    layers, experts = range(24), range(128)
+    units = [unit(f"{layer}.{e}", "expert.up", layer, e, 1000, e + 1, 1.0 + layer) for layer in layers for e in experts]
+    routing = [{"set": "harmful", "layer": layer, "tokens": [3, *[1] * 127]} for layer in layers]
+    page = render({**report(units), "routing": routing})
+    grids = re.findall(r'<table class="heat numbers.*?</table>', page.partition("<h2>Experts")[2], re.S)
+    assert len(grids) == 3  # the mask, the statistic, the routing
+    first = re.search(r"<tr><th>0</th>(.*)</tr>", grids[2])
+    assert first is not None and re.findall(r">([^<]*)</td>", first[1]) == ["2.3"] * 24
+    assert all(f'title="layer 0, expert 0: {value}"' in page for value in ("0.000505", "0.0026", "2.31"))
+    assert len(page) - len(render(report(units[:1]))) < 80 * 3 * 24 * 128
+
+
 def test_a_long_name_does_not_push_the_cells_out_of_sight() -> None:
     data = Heatmap("t", ["r" * 1000], ["c" * 1000, "d"], [[1.0, 2.0]], "%", "role", "layer")
     table = heat_table(data)
