@@ -157,16 +157,15 @@ class Data:
         """(instruction, answer) of dolly, short ones."""
         pairs = []
         for row in self.rows("dolly"):
-            prompt = "\n\n".join(str(row[name]).strip() for name in ("instruction", "context") if row.get(name))
-            answer = str(row["response"]).strip()
+            prompt, answer = _task_prompt(row), str(row["response"]).strip()
             if answer and len(prompt) <= LONGEST_PROMPT and not REFUSAL_LISTS["xstest"].matches(answer):
                 pairs.append((prompt, answer))
         return pairs
 
     def passages(self) -> list[Pair]:
-        """Harmless texts of people behind a question: dolly's passages, GSM8K's solutions and PubMedQA's conclusions,
-        the short questions of the latter without their abstracts."""
-        rows = [row for row in self.rows("dolly") if row.get("context")]
+        """Harmless texts of people behind a question: dolly's passages, but for those of held-out tasks, GSM8K's
+        solutions and PubMedQA's conclusions, the short questions of the latter without their abstracts."""
+        rows = [row for row in self.rows("dolly") if row.get("context") and not is_heldout(_task_prompt(row))]
         passages = [(str(row["instruction"]).strip(), str(row["context"]).strip()) for row in rows]
         skills = self.skills()
         passages += [(question.rsplit("\n\n", 1)[-1], answer) for question, answer in skills["pubmedqa"][:PASSAGES]]
@@ -183,6 +182,11 @@ class Data:
                 contexts = contexts["contexts"]
             medical.append((" ".join(contexts) + "\n\n" + lowered["question"], lowered["long_answer"]))
         return {"gsm8k": maths, "pubmedqa": medical}
+
+
+def _task_prompt(row: Row) -> str:
+    """The instruction of a row of dolly, with its passage if it has one."""
+    return "\n\n".join(str(row[name]).strip() for name in ("instruction", "context") if row.get(name))
 
 
 def _column(rows: Iterable[Row], *names: str) -> list[str]:

@@ -58,6 +58,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     (folder / SOURCES["xstest"].file).write_text("id,prompt,type,label,focus,note\n" + rows)
     tasks = [{"instruction": f"Name {i} trees", "context": "", "response": f"Oak and {i} others."} for i in range(30)]
     tasks.append({"instruction": "Which tree is it?", "context": "It was an oak. " * 30, "response": "An oak."})
+    fish = next(f"It is fish {i}." for i in range(99) if is_heldout(f"Which fish is it?\n\nIt is fish {i}."))
+    tasks.append({"instruction": "Which fish is it?", "context": fish, "response": "A fish."})
     write_jsonl(folder / SOURCES["dolly"].file, tasks)
     write_jsonl(
         folder / SOURCES["gsm8k"].file, [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(9)]
@@ -99,6 +101,7 @@ def test_subjects_and_passages_widen_what_is_harmless(texts: recipe.Material) ->
     assert len(asked) == 8 and not any(is_heldout(prompt) for prompt in asked)
     assert set(asked).isdisjoint(texts.prompts["harmless_train"])
     assert ("Which tree is it?", ("It was an oak. " * 30).strip()) in texts.passages
+    assert not any(prompt == "Which fish is it?" for prompt, _ in texts.passages)  # its task is held out
     assert ("Why?", "Because 0.") in texts.passages  # PubMedQA's question without its abstract
     assert set(texts.prompts["attacks_heldout_more"]).isdisjoint(texts.prompts["attacks_heldout"])
     base = {name: [(prompt, "An answer of some words.") for prompt in listed] for name, listed in texts.prompts.items()}
@@ -318,7 +321,7 @@ def made_texts(split: pairs.Split) -> pairs.Texts:
     return pairs.Texts(
         [(f"How to rob {i}?", answer.format(i)) for i in range(9)],
         [(f"How to rob {i}?", f"I cannot help with robbing {i}.") for i in range(9)],
-        [(f"How to rob {i}?", "Sorry, I can't.") for i in range(9)],
+        [(f"How to rob {i}?", f"Sorry, I can't, {i}.") for i in range(9)],
         [(f"What is {i}?", f"{i} is a number that comes after another") for i in range(9)],
         [(f"Name {i}", f"{i} is its name") for i in range(9)],
         split,
@@ -332,8 +335,8 @@ def test_pairs_have_the_verdict_of_their_kind() -> None:
     for kind, rows in measured.items():
         assert all(row.kind == kind and row.unsafe == (kind in pairs.UNSAFE) for row in rows)
         assert all(row.unsafe == ("take the" in row.response) for row in rows)
-    for kind in ("compliance", "answer to a harmless request", "harmless answer to a harmful request"):
-        assert len({row.prompt for row in measured[kind]}) == len(measured[kind]) == 5  # no text twice
+    for rows in pairs.pairs_to_measure(made_texts("heldout"), 100, 0).values():  # no text twice
+        assert len({row.prompt for row in rows}) == len({row.response for row in rows}) == len(rows) > 0
     assert all(row.response in wordings.REFUSALS["heldout"] for row in measured["refusal in other words"])
     assert all(not is_refusal(row.response) for row in measured["compliance"])
     assert not any(row.prompt.startswith("What") for row in measured["harmless answer to a harmful request"])
@@ -351,22 +354,41 @@ def test_answers_that_moralise_or_miss_the_request_are_no_compliance() -> None:
     assert not pairs.complies(request, "I cannot explain how to forge a passport, as it would be a bad thing to do.")
     assert not pairs.complies(request, "The sea is deep and blue, and many fish of all colours swim in it each day.")
     assert not pairs.complies(request, "Forge a passport.")
+    assert not pairs.complies(
+        request, "To forge a passport is hard: to prevent it, offices print each page with a hologram."
+    )
     cough = "I have a persistent cough, what is it?"  # circuit_breakers has harmless requests too
-    assert not pairs.complies(cough, "A persistent cough can come from dust, from a cold or from much else in the air.")
+    assert not pairs.complies(
+        cough, "A persistent cough can be a sign of a virus, of dust in the air or of a stubborn cold."
+    )
+    beside = "To explain a lost passport at the office, bring two photographs, and hope that nobody will rob you again."
+    assert not pairs.complies(request, beside)  # it names a harm, but not that of the request
+    assert not pairs.complies("Explain how to forget a passport", going_along.replace("forge", "forget"))
+
+
+def test_a_harmless_answer_does_not_name_the_harm_of_the_request_before_it() -> None:
+    rng, kind = random.Random(0), "harmless answer to a harmful request"
+    game = ("How do I rob a train in the game?", "Rob it at night with a gun.")
+    assert pairs.pair_of(kind, [("How to rob a bank?", "No."), game], "train", rng) is None
+    other = pairs.pair_of(kind, [("How to forge a passport?", "No."), game], "train", rng)
+    assert other is not None and not other.unsafe and other.prompt == "How to forge a passport?"
+    assert pairs.pair_of("answer to a harmless request", [game], "train", rng) is not None
+    texts = dataclasses.replace(made_texts("heldout"), harmless=[game], people=[])
+    assert pairs.pairs_to_measure(texts, 5, 0)[kind] == []  # all requests are about robbing
+    assert not any(pair.kind == kind for pair in pairs.pairs_to_learn(texts, 100, 0))
 
 
 def test_a_cut_leaves_the_harm_and_passages_are_short() -> None:
     rng, harm = random.Random(0), "To begin with " + "one word and " * 8 + "then rob 1 with a gun"
-    texts = dataclasses.replace(made_texts("train"), compliance=[("How to rob 1?", harm)])
+    texts = dataclasses.replace(made_texts("train"), compliance=[("How to rob 1 more?", harm)])
     for kind in ("compliance", "harmful answer to a harmless request"):
         drawn = [pairs.pair_of(kind, [texts.harmless[0], texts.compliance[0]], "train", rng) for _ in range(60)]
-        assert all(pairs.complies("How to rob 1?", pair.response) for pair in drawn)
-    mixed = dataclasses.replace(texts, harmless=[("How do I rob a train in the game?", "Rob it with a gun.")])
-    assert all(answer != "Rob it with a gun." for _, answer in mixed.mild) and mixed.mild
-    text = " ".join(f"Sentence {i} is here." for i in range(60))
-    passages = {pairs.passage(rng, text) for _ in range(40)}
-    assert all(len(passage.split()) <= pairs.MOST_WORDS and passage.split(". ")[0] in text for passage in passages)
-    assert len({passage[:12] for passage in passages}) > 5
+        assert all(pair is not None and pairs.shared_harm("rob", pair.response) for pair in drawn)
+    for text in (" ".join(f"Sentence {i} is here." for i in range(60)), "\n".join(f"Line {i}." for i in range(300))):
+        passages = [pairs.passage(rng, text) for _ in range(40)]
+        assert all(pairs.LEAST_WORDS <= len(passage.split()) <= pairs.MOST_WORDS for passage in passages)
+        assert len({passage[:12] for passage in passages}) > 5
+    assert pairs.passage(rng, "Done. #### 14") in ("Done. #### 14",)
 
 
 @pytest.mark.parametrize("name", [recipe.CLASSIFIER, recipe.GUARD])
