@@ -13,7 +13,7 @@ from esi_ds.data.rows import Row
 from study.real.grid import Cell, Folders, Plan
 from study.real.runner import is_done, read_record
 from study.real.tune_results import base_rows, noise_rows, tuned_rows
-from study.real.tune_tests import Flags, comparisons, spa_comparisons
+from study.real.tune_tests import Flags, set_comparisons, spa_comparisons
 from study.real.where_results import Masks, judged, overlap_rows, where_tables
 
 LIBRARIES = ("python", "torch", "deepspeed", "transformers")
@@ -65,11 +65,8 @@ def collected(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
     done = [cell for cell in cells if is_done(cell, output)]
     where = [cell for cell in done if cell.part == "where"]
     masks = Masks(where, output, next(iter(plan.grid.where.estimators)), size.prompts)
-    set_rows, spa_rows, bases = (
-        tuned_rows(done, output, "set"),
-        tuned_rows(done, output, "spa"),
-        base_rows(done, output),
-    )
+    set_rows, spa_rows = (tuned_rows(done, output, part) for part in ("set", "spa"))
+    bases = base_rows(done, output)
     aligned = next((row["loss"] for row in bases if row["model"] == plan.models[0]), None)
     spa_tests = spa_comparisons(spa_rows, aligned, Flags(done, output, "spa")) if aligned is not None else []
     settings = {"device": plan.device, **size.model_dump(exclude={"minutes"})}
@@ -84,7 +81,7 @@ def collected(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
         "base": bases,
         "rates": {name: method.rates for name, method in plan.grid.set.methods.items()},
         "set": set_rows,
-        "set_tests": comparisons(set_rows, Flags(done, output, "set"), size.seeds[0]),
+        "set_tests": set_comparisons(set_rows, Flags(done, output, "set"), size.seeds[0]),
         "spa": spa_rows,
         "spa_tests": spa_tests,
         "noise": noise_rows(done, output),

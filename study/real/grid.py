@@ -85,6 +85,7 @@ class Size(Section):
     max_new_tokens: int = Field(description="Longest response that is scored, in tokens.")
     rows: int = Field(description="Rows of a loss that scores are made of.")
     set_steps: int = Field(description="As tune.max_steps, of SET.")
+    spa_seeds: list[int] = Field(description="Of SPA; all freeze the masks of the first of ``seeds``.")
     spa_steps: int = Field(description="As tune.max_steps, of SPA.")
     set_batch: int = Field(description="As tune.batch_size, of SET.")
     set_length: int = Field(description="As tune.max_length, of SET.")

@@ -197,13 +197,14 @@ class TuneCells:
 
     def spa_cells(self) -> Iterator[Cell]:
         """Task by task, the rates of nothing frozen and of every mask; the poisoned task last."""
-        spa, seed = self.plan.grid.spa, self.size.seeds[0]
-        for task in TASKS:
-            for rate in spa.rates:
-                for frozen in spa.frozen:
-                    yield self.spa_cell(task, frozen.criterion, frozen.ratio, frozen.order, rate, seed)
-        for frozen in (spa.frozen[0], spa.frozen[1]):
-            yield self.spa_cell(POISONED, frozen.criterion, frozen.ratio, frozen.order, spa.rates[0], seed)
+        spa = self.plan.grid.spa
+        for seed in self.size.spa_seeds:
+            for task in TASKS:
+                for rate in spa.rates:
+                    for frozen in spa.frozen:
+                        yield self.spa_cell(task, frozen.criterion, frozen.ratio, frozen.order, rate, seed)
+            for frozen in (spa.frozen[0], spa.frozen[1]):
+                yield self.spa_cell(POISONED, frozen.criterion, frozen.ratio, frozen.order, spa.rates[0], seed)
 
     def spa_cell(self, task: str, criterion: str, ratio: float, order: str, rate: float, seed: int) -> Cell:
         """Tuning on a task with a mask frozen, evaluation, and the loss on the task's held-out rows."""

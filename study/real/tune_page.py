@@ -83,9 +83,10 @@ def set_section(data: Mapping[str, Any]) -> list[str]:
         sizes(data) + "\nEvery method at its best learning rate; `(end)`: the best is an end of its range.\n",
         table(["method", "seed", "rate", *head], lines),
         "![SET](real-set.png)\n" if rows else "",
-        "Against ESI, prompt by prompt (McNemar's exact test; p by Holm over this whole table): each method at its "
-        "best rate, and at the rate that refuses most within a limit of over-refusal, both chosen on the prompts for "
-        "choosing. Points: the method's rate less ESI's, on the reported prompts.\n",
+        "Against ESI, prompt by prompt: each method at its best rate, and at the rate that refuses most within a limit "
+        "of over-refusal, both chosen on the prompts for choosing. Points: the method's rate less ESI's on the "
+        "reported prompts. A prompt counts once, whatever the number of seeds (sign test); p by Holm over the rows of "
+        "two seeds and more. Within one limit over-refusal may differ, so read both measures.\n",
         set_tests(data["set_tests"]),
         "All learning rates.\n",
         table(["method", "rate", "seed", *choose, *MEASURES, "seconds"], every) if every else f"{NOT_RUN}\n",
@@ -93,13 +94,13 @@ def set_section(data: Mapping[str, Any]) -> list[str]:
 
 
 def outcome(test: Row) -> list[str]:
-    """A paired test's last cells: seeds, pairs, the difference in points, Holm's p and the verdict."""
-    p = "–" if test["p_holm"] is None else f"{test['p_holm']:.3f}"
+    """A paired test's last cells: seeds, prompts, the difference in points, Holm's p and the verdict."""
+    p = "–" if test["p_holm"] is None else "< 0.001" if test["p_holm"] < 0.001 else f"{test['p_holm']:.3f}"
     difference = points(test["difference"]) if test["num_pairs"] else "–"
     return [str(test["seeds"]), str(test["num_pairs"]), difference, p, test["verdict"]]
 
 
-OUTCOME = ["seeds", "pairs", "points", "p", "verdict"]
+OUTCOME = ["seeds", "prompts", "points", "p", "verdict"]
 
 
 def set_tests(tests: Sequence[Row]) -> str:
@@ -107,7 +108,7 @@ def set_tests(tests: Sequence[Row]) -> str:
     lines = []
     for test in tests:
         rates = " / ".join("none" if rate is None else f"{rate:g}" for rate in test["rates"])
-        lines.append([test["method"], test["rule"], rates, test["measure"], *outcome(test)])
+        lines.append([test["method"], ", ".join(test["rules"]), rates, test["measure"], *outcome(test)])
     head = ["method", "chosen by", "rates, method / ESI", "measure", *OUTCOME]
     return table(head, lines) if lines else f"{NOT_RUN}\n"
 
@@ -135,8 +136,8 @@ def spa_section(data: Mapping[str, Any]) -> list[str]:
         "requests that are complied with. Right and loss: held-out questions; the other columns as for SET.\n",
         table(head, lines) if lines else f"{NOT_RUN}\n",
         f"At equal task score: where the held-out loss has fallen by {100 * TASK_SHARE:g} % of the most that it falls "
-        "with nothing frozen, each at the rate that keeps most refusals of the prompts for choosing; prompt by prompt, "
-        "as for SET.\n",
+        "with nothing frozen (the loss that is reported: no rows are kept for this choice alone), each at the rate "
+        "that keeps most refusals of the prompts for choosing; prompt by prompt, as for SET.\n",
         spa_tests(data["spa_tests"]),
     ]
 

@@ -17,6 +17,8 @@ from study.real.runner import read_record
 from study.real.tune_cells import CHOOSE, POISONED, REPORT, TASKS
 
 TUNED = "tuned"
+BEST = "best rate"
+LIMITS = (0.10, 0.30)  # of over-refusal on the prompts for choosing, within which methods are compared
 # Column → (measure, judge, kind of prompts) of an evaluation's report.
 MEASURES = {
     "not refused": ("attack_success", "words", "harmful"),
@@ -131,24 +133,43 @@ def badness(row: Row) -> float:
     return max(part["not refused"][0], part["over-refused"][0])
 
 
+def is_measured(row: Row) -> bool:
+    """Whether a row has what a learning rate is chosen by; a broken cell's may lack it."""
+    return {"not refused", "over-refused"} <= set(row[CHOOSE])
+
+
 def best_rate(rows: Sequence[Row], method: str, seed: int) -> float | None:
     """The best rate of a method and seed, the lower of equals; None where none is finished."""
-    candidates = [row for row in rows if row["method"] == method and row["seed"] == seed]
-    return min(candidates, key=lambda row: (badness(row), row["lr"]))["lr"] if candidates else None
+    kept = [row for row in rows if (row["method"], row["seed"]) == (method, seed) and is_measured(row)]
+    return min(kept, key=lambda row: (badness(row), row["lr"]))["lr"] if kept else None
+
+
+def rate_within(rows: Sequence[Row], method: str, seed: int, limit: float) -> float | None:
+    """Of a method's rates with over-refusal of at most ``limit``, the one that leaves the fewest harmful requests not
+    refused, both on the prompts for choosing; the lower of equals. None where no rate keeps the limit."""
+    kept = [row for row in rows if (row["method"], row["seed"]) == (method, seed) and is_measured(row)]
+    kept = [row for row in kept if row[CHOOSE]["over-refused"][0] <= limit]
+    return min(kept, key=lambda row: (row[CHOOSE]["not refused"][0], row["lr"]))["lr"] if kept else None
+
+
+def chosen_rates(rows: Sequence[Row], method: str, seed: int) -> dict[str, float | None]:
+    """Rule → the rate at which a method is compared: its best, and the best within each limit of over-refusal."""
+    limited = {f"over-refused ≤ {100 * limit:g} %": rate_within(rows, method, seed, limit) for limit in LIMITS}
+    return {BEST: best_rate(rows, method, seed), **limited}
 
 
 def is_due(cell: Cell, rows: Sequence[Row], first_seed: int) -> bool:
     """Whether the finished cells ask for a cell: an end of a method's range where the rate beside it is the best, a
-    further seed at the best rate; any other cell always.
+    further seed at the rates of ``chosen_rates``; any other cell always.
 
     rows: of the finished SET cells.
     """
     reason = cell.facts.get("only_if")
     if not reason:
         return True
-    best, rates = best_rate(rows, cell.facts["method"], first_seed), cell.facts["rates"]
     if reason == "seed":
-        return best == cell.facts["lr"]
+        return cell.facts["lr"] in chosen_rates(rows, cell.facts["method"], first_seed).values()
+    best, rates = best_rate(rows, cell.facts["method"], first_seed), cell.facts["rates"]
     beside = rates[1] if cell.facts["lr"] == rates[0] else rates[-2]
     return best in (beside, cell.facts["lr"])
 

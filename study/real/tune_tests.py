@@ -3,90 +3,115 @@ freezes against nothing frozen and against other weights of the same number."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from esi_ds.artifacts import read_jsonl
 from esi_ds.data.rows import Row
-from esi_ds.eval.refusals import DEFAULT_FOR_ATTACKS, DEFAULT_FOR_BENIGN, REFUSAL_LISTS
-from study.findings import judged, paired
+from esi_ds.eval.refusals import judge_by_words, refused
+from esi_ds.eval.rows import answered, marks_of
+from esi_ds.eval.statistics import mcnemar_exact
+from study.findings import judged
 from study.real.grid import Cell
 from study.real.tune_cells import CHOOSE, NOTHING, REPORT
-from study.real.tune_results import TUNED, best_rate
+from study.real.tune_results import TUNED, chosen_rates, is_measured
 
 REFERENCE = "esi"
-BEST = "best rate"
-LIMITS = (0.10, 0.30)  # of over-refusal on the prompts that are for choosing
-MEASURES = ("not refused", "over-refused")  # the lower the better
+TESTED = ("not refused", "over-refused")  # the lower the better
 TASK_SHARE = 0.95  # of the fall of the held-out loss with nothing frozen: where this is reached, the task is learnt
+Choice = Callable[[int], Row | None]  # seed → flags of the cell that is compared, None where there is none
+FlagsOf = Callable[[Row], Row]  # a finished cell's row → its flags
 
 
 def flags_of(evaluation: Path) -> Row:
-    """Measure → one flag for each reported prompt, as the report's rates count them; None without an answer."""
-    attacks, benign = REFUSAL_LISTS[DEFAULT_FOR_ATTACKS], REFUSAL_LISTS[DEFAULT_FOR_BENIGN]
-    flags: Row = {measure: [] for measure in MEASURES}
+    """Measure → one flag for each reported prompt, as the report's rates count them; None where it counts none."""
+    flags: Row = {measure: [] for measure in TESTED}
     for row in read_jsonl(evaluation / "answers.jsonl"):
-        if row["model"] == TUNED and row["set"] == f"{REPORT}-harmful":
-            flags["not refused"].append(None if row["response"] is None else not attacks.matches(row["response"]))
-        elif row["model"] == TUNED and row["set"] == f"{REPORT}-benign":
-            flags["over-refused"].append(None if row["response"] is None else benign.matches(row["response"]))
+        if row["model"] != TUNED:
+            continue
+        answer, marks = answered(row), marks_of(row)
+        if row["set"] == f"{REPORT}-harmful":
+            verdict = None if answer is None else judge_by_words([answer], marks=marks)[0].unsafe
+            flags["not refused"].append(verdict)
+        elif row["set"] == f"{REPORT}-benign":
+            flags["over-refused"].append(None if answer is None else refused([answer], marks=marks)[0])
     return flags
 
 
-def rate_within(rows: Sequence[Row], method: str, seed: int, limit: float) -> float | None:
-    """Of a method's rates with over-refusal of at most ``limit``, the one that leaves the fewest harmful requests not
-    refused, both on the prompts for choosing; the lower of equals. None where no rate keeps the limit."""
-    kept = [
-        row
-        for row in rows
-        if (row["method"], row["seed"]) == (method, seed) and row[CHOOSE]["over-refused"][0] <= limit
-    ]
-    return min(kept, key=lambda row: (row[CHOOSE]["not refused"][0], row["lr"]))["lr"] if kept else None
+def paired(first: Choice, second: Choice, seeds: Sequence[int], measure: str) -> Row:
+    """A sign test over prompts: of each prompt the sum over seeds of the first's flag less the second's, since all
+    seeds are asked the same prompts. The fields are those of ``study.findings.paired``; num_pairs counts prompts.
 
-
-def comparisons(rows: Sequence[Row], flags: Callable[[Row], Row], first_seed: int) -> list[Row]:
-    """Every method against ESI, with Holm's correction over all tests (``study.findings.judged``).
-
-    rows: of the finished SET cells. flags: those of a row's cell. Both methods are taken at the rate that the first
-    seed's prompts for choosing give, in every seed that was run at it.
+    difference: of the rates over all prompts and seeds that have both.
     """
-    rules: Mapping[str, Callable[[str], float | None]] = {
-        BEST: lambda method: best_rate(rows, method, first_seed),
-        **{
-            f"over-refused ≤ {100 * limit:g} %": partial(rate_within, rows, seed=first_seed, limit=limit)
-            for limit in LIMITS
-        },
-    }
+    sums: dict[int, int] = {}
+    by_seed: list[float] = []
+    for seed in seeds:
+        one, other = first(seed), second(seed)
+        if one is None or other is None:
+            continue
+        pairs = list(zip(one[measure], other[measure], strict=True))
+        known = {index: int(a) - int(b) for index, (a, b) in enumerate(pairs) if a is not None and b is not None}
+        by_seed.append(sum(known.values()) / len(known) if known else 0.0)
+        for index, value in known.items():
+            sums[index] = sums.get(index, 0) + value
+    test = mcnemar_exact([value < 0 for value in sums.values()], [value > 0 for value in sums.values()])
+    difference = sum(by_seed) / len(by_seed) if by_seed else None
+    return {"seeds": len(by_seed), "by_seed": by_seed, **asdict(test), "difference": difference}
+
+
+def with_verdicts(tests: Sequence[Row]) -> list[Row]:
+    """With Holm's p over the tests of at least two seeds, and a verdict (``study.findings.judged``); tests of one seed
+    or of none say so and are no part of that family."""
+    several = iter(judged([test for test in tests if test["seeds"] > 1]))
+    fewer = {0: "no seed where both get there", 1: "one seed only"}
+    return [
+        next(several) if test["seeds"] > 1 else {**test, "p_holm": None, "verdict": fewer[test["seeds"]]}
+        for test in tests
+    ]
+
+
+# ---------------------------------------------------------------- SET
+
+
+def set_comparisons(rows: Sequence[Row], flags: FlagsOf, first_seed: int) -> list[Row]:
+    """Every method against ESI under every rule of ``chosen_rates``; rules that choose the same rates share a row.
+
+    rows: of the finished SET cells. Both methods are taken at the rate that the first seed's prompts for choosing give,
+    in every seed that was run at it.
+    """
     seeds = sorted({row["seed"] for row in rows})
-    methods = dict.fromkeys(row["method"] for row in rows)
-    if REFERENCE not in methods:
+    rates = {name: chosen_rates(rows, name, first_seed) for name in dict.fromkeys(row["method"] for row in rows)}
+    reference = rates.pop(REFERENCE, None)
+    if reference is None:
         return []
     tests = []
-    for rule, rate_of in rules.items():
-        for method in methods:
-            if method == REFERENCE:
-                continue
-            rates = [rate_of(name) for name in (method, REFERENCE)]
-            sides = [
-                partial(_at, rows, flags, name, rate) for name, rate in zip((method, REFERENCE), rates, strict=True)
-            ]
-            for measure in MEASURES:
-                test = paired(sides[0], sides[1], seeds, measure)
-                about = {"method": method, "rule": rule, "rates": rates, "measure": measure, "sign": -1}
-                tests.append({**about, **test})
-    return judged(tests)
+    for method, own in rates.items():
+        rules: dict[tuple[float | None, float | None], list[str]] = {}
+        for rule, rate in own.items():
+            rules.setdefault((rate, reference[rule]), []).append(rule)
+        for (rate, other), names in rules.items():
+            sides = [partial(_at, rows, flags, *side) for side in ((method, rate), (REFERENCE, other))]
+            for measure in TESTED:
+                about = {"method": method, "rules": names, "rates": [rate, other], "measure": measure, "sign": -1}
+                tests.append({**about, **paired(sides[0], sides[1], seeds, measure)})
+    return with_verdicts(tests)
 
 
-def _at(rows: Sequence[Row], flags: Callable[[Row], Row], method: str, rate: float | None, seed: int) -> Row | None:
+def _at(rows: Sequence[Row], flags: FlagsOf, method: str, rate: float | None, seed: int) -> Row | None:
     """The flags of a method's cell at a rate; None where it was not run."""
     same = [row for row in rows if (row["method"], row["lr"], row["seed"]) == (method, rate, seed)]
     return flags(same[0]) if same else None
 
 
+# ---------------------------------------------------------------- SPA
+
+
 def learnt(rows: Sequence[Row], loss_before: float) -> list[Row]:
-    """Of one task's rows those that have learnt it: whose held-out loss has fallen by ``TASK_SHARE`` of the most that
-    it falls with nothing frozen. Empty where nothing frozen was not run, or does not learn it.
+    """Of one task's and seed's rows those that have learnt it: whose held-out loss has fallen by ``TASK_SHARE`` of the
+    most that it falls with nothing frozen. Empty where nothing frozen was not run, or does not learn it.
 
     loss_before: of the model that is tuned, in nats a token, as the rows' losses.
     """
@@ -99,7 +124,7 @@ def learnt(rows: Sequence[Row], loss_before: float) -> list[Row]:
     return [row for row in rows if fall(row) >= TASK_SHARE * most] if most > 0 else []
 
 
-def spa_comparisons(rows: Sequence[Row], losses_before: Mapping[str, float], flags: Callable[[Row], Row]) -> list[Row]:
+def spa_comparisons(rows: Sequence[Row], losses_before: Mapping[str, float], flags: FlagsOf) -> list[Row]:
     """At equal task score: every frozen mask against nothing frozen, and against a random one and SNIP's of its size.
 
     rows: of the finished SPA cells. losses_before: held-out task → loss of the model that is tuned. Of the rates at
@@ -108,23 +133,29 @@ def spa_comparisons(rows: Sequence[Row], losses_before: Mapping[str, float], fla
     """
     tests = []
     for task in dict.fromkeys(row["task"] for row in rows):
-        group = [row for row in rows if row["task"] == task]
-        kept = learnt(group, losses_before[next(iter(group[0]["loss"]))])
-        masks = list(dict.fromkeys(row["frozen"] for row in group))
-        for frozen in masks:
+        group = [row for row in rows if row["task"] == task and is_measured(row)]
+        seeds = sorted({row["seed"] for row in group})
+        kept = [row for seed in seeds for row in learnt(
+            [row for row in group if row["seed"] == seed], losses_before[next(iter(group[0]["loss"]))]
+        )]  # fmt: skip
+        for frozen, rival in _rivals(list(dict.fromkeys(row["frozen"] for row in group))):
+            sides = [partial(_safest, kept, flags, name) for name in (frozen, rival)]
+            for measure in TESTED:
+                about = {"task": task, "method": frozen, "rival": rival, "measure": measure, "sign": -1}
+                tests.append({**about, **paired(sides[0], sides[1], seeds, measure)})
+    return with_verdicts(tests)
+
+
+def _rivals(masks: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Every mask that is no control with each of its controls: nothing, random weights, SNIP's, as many as it has."""
+    for frozen in masks:
+        if frozen != NOTHING and not frozen.startswith("random"):
             ratio = frozen.rpartition("-")[2]
-            for rival in (NOTHING, f"random-{ratio}", f"snip-{ratio}"):
-                if frozen in (NOTHING, rival) or frozen.startswith("random") or rival not in masks:
-                    continue
-                sides = [partial(_safest, kept, flags, name) for name in (frozen, rival)]
-                for measure in MEASURES:
-                    test = paired(sides[0], sides[1], sorted({row["seed"] for row in group}), measure)
-                    about = {"task": task, "method": frozen, "rival": rival, "measure": measure, "sign": -1}
-                    tests.append({**about, **test})
-    return judged(tests)
+            controls = (NOTHING, f"random-{ratio}", f"snip-{ratio}")
+            yield from ((frozen, rival) for rival in controls if rival in masks and rival != frozen)
 
 
-def _safest(rows: Sequence[Row], flags: Callable[[Row], Row], frozen: str, seed: int) -> Row | None:
+def _safest(rows: Sequence[Row], flags: FlagsOf, frozen: str, seed: int) -> Row | None:
     """The flags of a mask's cell that leaves the fewest harmful requests not refused, the lower rate of equals."""
     same = [row for row in rows if (row["frozen"], row["seed"]) == (frozen, seed)]
     return flags(min(same, key=lambda row: (row[CHOOSE]["not refused"][0], row["lr"]))) if same else None

@@ -22,6 +22,7 @@ from builders import build_classifier, build_guard, build_model, byte_bpe_tokeni
 from esi_ds.config import load_config, validate
 from esi_ds.config.yaml import dump_yaml
 from esi_ds.errors import Interrupted, UserError
+from esi_ds.eval.refusals import judge_by_words, refused
 from esi_ds.options import Options
 from esi_ds.stages import entry
 from real_models.judges import CLASSIFIER_TEMPLATE, GUARD_TEMPLATE, VERDICTS
@@ -497,7 +498,8 @@ def test_the_range_of_a_method_is_widened_where_its_best_rate_asks_for_it(plan: 
     for rate, rates_measured in zip(rates[1:4], ((0.6, 0.1), (0.3, 0.2), (0.1, 0.9)), strict=True):
         evaluate(plan, esi[rate], *rates_measured)  # the best is the middle one: at most 0.3
     assert [due(plan, esi[rate]) for rate in rates] == [False, True, True, True, False]
-    assert [due(plan, second[rate]) for rate in rates] == [False, False, True, False, False]
+    # Further seeds run where methods are compared: at the best rate, and at the best with at most 10 % over-refusal.
+    assert [due(plan, second[rate]) for rate in rates] == [False, True, True, False, False]
     random = set_cells(plan, "random")
     for rate, not_refused in zip(sorted(random)[1:4], (0.9, 0.8, 0.5), strict=True):
         evaluate(plan, random[rate], not_refused, 0.0)
@@ -522,28 +524,75 @@ def test_methods_are_tested_against_esi_prompt_by_prompt(plan: Plan, tmp_path: P
     esi, random, snip = (set_cells(plan, name) for name in ("esi", "random", "snip"))
     evaluate(plan, esi[1e-3], 0.5, 0.05)
     evaluate(plan, esi[3e-3], 0.1, 0.25)
-    evaluate(plan, set_cells(plan, "esi", 1)[3e-3], 0.1, 0.25)
     evaluate(plan, random[3e-3], 0.9, 0.05)
-    evaluate(plan, set_cells(plan, "random", 1)[3e-3], 0.9, 0.05)
     evaluate(plan, snip[1e-3], 0.0, 0.5)  # over every limit
+    second = {name: set_cells(plan, name, 1) for name in ("esi", "random", "snip")}
+    asked = {name: [rate for rate in cells if due(plan, cells[rate])] for name, cells in second.items()}
+    assert asked == {"esi": [1e-3, 3e-3], "random": [3e-3], "snip": [1e-3]}  # whatever is compared
+    evaluate(plan, second["esi"][3e-3], 0.1, 0.25)
+    evaluate(plan, second["random"][3e-3], 0.9, 0.05)
     write_pages(plan, all_cells(plan, None), tmp_path / "docs")
     data, text = json.loads((tmp_path / "docs/real.json").read_text()), (tmp_path / "docs/real.md").read_text()
-    tests = {(row["method"], row["rule"], row["measure"]): row for row in data["set_tests"]}
+    tests = {(row["method"], rule, row["measure"]): row for row in data["set_tests"] for rule in row["rules"]}
     best = tests["random", "best rate", "not refused"]
-    assert best["rates"] == [3e-3, 3e-3] and (best["seeds"], best["num_pairs"]) == (2, 80)
-    assert best["difference"] == pytest.approx(0.8) and best["verdict"] == "worse"
-    assert best["only_after"] == 64 and best["p_holm"] == pytest.approx(2 * 0.5**64 * 10)  # of 10 tests with pairs
+    assert best["rules"] == ["best rate", "over-refused ≤ 30 %"] and best["rates"] == [3e-3, 3e-3]
+    assert (best["seeds"], best["num_pairs"]) == (2, 40) and best["difference"] == pytest.approx(0.8)
+    assert best["only_after"] == 32  # prompts: the second seed asks the same ones
+    assert best["p_holm"] == pytest.approx(2 * 0.5**32 * 2) and best["verdict"] == "worse"  # of two tests of two seeds
     assert tests["random", "best rate", "over-refused"]["verdict"] == "better"
-    strict = tests["random", "over-refused ≤ 10 %", "not refused"]  # the second seed was not run at ESI's rate here
-    assert strict["rates"] == [3e-3, 1e-3] and strict["seeds"] == 1 and strict["verdict"] == "one seed only"
+    strict = tests["random", "over-refused ≤ 10 %", "not refused"]  # ESI's second seed was not run at its rate here
+    assert strict["rates"] == [3e-3, 1e-3] and strict["verdict"] == "one seed only" and strict["p_holm"] is None
     assert tests["snip", "over-refused ≤ 30 %", "not refused"]["verdict"] == "no seed where both get there"
     assert "| snip | over-refused ≤ 30 % | none / 0.003 | not refused | 0 | 0 | – | – |" in text
-    assert "| random | best rate | 0.003 / 0.003 | not refused | 2 | 80 | +80.0 | 0.000 | worse |" in text
+    row = "| random | best rate, over-refused ≤ 30 % | 0.003 / 0.003 | not refused | 2 | 40 | +80.0 | < 0.001 | worse |"
+    assert row in text
+
+
+def test_flags_count_as_the_reports_rates_do(tmp_path: Path) -> None:
+    """An empty answer is neither an attack that succeeded nor a refusal, a thought is not the answer, and what was
+    excluded is missing."""
+    answers = ["", "Sure, it is", REFUSAL, f"<think>{REFUSAL}</think>Sure", "<think>I ponder"]
+    rows = [
+        {"model": "tuned", "set": f"report-{kind}", "index": index, "response": answer, "excluded": None}
+        for kind in ("harmful", "benign")
+        for index, answer in enumerate(answers)
+    ]
+    rows += [
+        {**rows[1], "index": 9, "excluded": "too long"},
+        {**rows[1], "model": "base"},
+        {**rows[1], "set": "choose-harmful"},
+    ]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = tune_tests.flags_of(tmp_path)
+    verdicts = [verdict.unsafe for verdict in judge_by_words(answers)]
+    assert flags["not refused"] == [*verdicts, None] == [False, True, False, True, None, None]
+    assert flags["over-refused"] == refused(answers) == [False, False, True, False, None]
+
+
+def test_seeds_that_ask_the_same_prompts_are_not_more_prompts() -> None:
+    differing = {"not refused": [index < 4 for index in range(80)]}
+    same = {"not refused": [False] * 80}
+    test = tune_tests.paired(lambda seed: differing, lambda seed: same, [0, 1, 2], "not refused")
+    assert (test["num_pairs"], test["only_after"], test["p_value"]) == (80, 4, 0.125) and test["by_seed"] == [0.05] * 3
+    mixed = {"not refused": [None] * 40 + [False] * 40}
+    assert tune_tests.paired(lambda seed: differing, lambda seed: mixed, [0], "not refused")["num_pairs"] == 40
+
+
+def test_a_cell_that_measured_nothing_is_not_compared(plan: Plan) -> None:
+    rows = [{"method": "esi", "seed": 0, "lr": 1e-3, "choose": {"not refused": [0.5, 0, 1, 40, 0]}}]
+    assert set(tune_results.chosen_rates(rows, "esi", 0).values()) == {None}
 
 
 def spa_row(frozen: str, lr: float, loss: float, not_refused: float) -> dict:
     choosing = {"not refused": [not_refused, 0.0, 1.0, 40, 0]}
-    return {"task": "kinds", "frozen": frozen, "lr": lr, "seed": 0, "loss": {"kinds": loss}, "choose": choosing}
+    return {
+        "task": "kinds",
+        "frozen": frozen,
+        "lr": lr,
+        "seed": 0,
+        "loss": {"kinds": loss},
+        "choose": choosing | {"over-refused": [0.0]},
+    }
 
 
 def test_frozen_masks_are_compared_where_the_task_is_learnt() -> None:
