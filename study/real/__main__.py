@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     cells = with_needs(everything, args.only)
     if not cells:
         raise UserError("--only", args.only, "is the beginning of no cell's name", "see --list")
-    check_models(plan, everything)
+    check_models(plan, everything, models_needed=not (args.list or args.collect))
     if args.list:
         show(plan, cells)
         return 0

@@ -18,15 +18,22 @@ def _file_sha256(file: Path, size: int, modified_ns: int) -> str:
     return file_sha256(file)
 
 
-def model_digests(plan: Plan) -> dict[str, str]:
+def model_names(plan: Plan) -> tuple[str, ...]:
+    """The models and judges that ``--models`` holds: all but the judge that the study itself trains."""
+    return (*plan.models, *(judge for judge in plan.grid.judges if judge != SHUFFLED))
+
+
+def model_digests(plan: Plan, models_needed: bool = True) -> dict[str, str]:
     """Name of every model and judge of ``--models`` → sha256 of the names and contents of its files, but for the card.
 
-    Raises UserError where one is not there.
+    models_needed: raise UserError where one is not there; else it is left out.
     """
     digests = {}
-    for name in (*plan.models, *(judge for judge in plan.grid.judges if judge != SHUFFLED)):
+    for name in model_names(plan):
         folder = plan.folders.models / name
         if not folder.is_dir():
+            if not models_needed:
+                continue
             remedy = "run make real-models, or give the folder of the models that the cells were run with"
             raise UserError("--models", plan.folders.models, f"holds no {name}", remedy)
         files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != CARD)

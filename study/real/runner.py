@@ -25,7 +25,7 @@ from esi_ds.artifacts import write_json_atomic, write_text_atomic
 from esi_ds.config.yaml import dump_yaml, parse_yaml
 from esi_ds.errors import Interrupted, UserError
 from study.real.grid import ROOT, Cell, Device, Plan, Step
-from study.real.model_digests import model_digests
+from study.real.model_digests import model_digests, model_names
 
 RECORD = "cell.json"
 EXIT_INTERRUPTED = 75
@@ -71,7 +71,8 @@ def end_with(parent: int, prctl: Callable[[int, int], int]) -> None:
 
 def run_command(command: Sequence[str], log: Path, device: Device) -> int:
     """Run a command, its output behind that of earlier starts; the exit code. It gets a SIGTERM for one, for Ctrl-C,
-    for a closed terminal, and on Linux where this process is killed for good: it would write on beside the next start.
+    for a closed terminal, and on Linux for a SIGKILL of this process, after which it would write on beside the next
+    start.
 
     Raises Interrupted after a signal, once the command has saved and ended, however that was: a finished stage has
     nothing to do at the next start.
@@ -136,21 +137,29 @@ def _settings(text: str) -> dict[str, Any]:
     return {name: section for name, section in parse_yaml(text).items() if name != "deepspeed"}
 
 
-def check_models(plan: Plan, cells: Sequence[Cell]) -> None:
-    """Raise UserError for a cell that was begun with other models or judges than are in ``--models`` now, or that does
-    not say with which.
+def check_models(plan: Plan, cells: Sequence[Cell], models_needed: bool = True) -> None:
+    """Raise UserError for a cell that was begun with other models or judges than are in ``--models`` now or than
+    another cell was, or that does not say with which.
 
     Every cell is bound to all of them: it may read the masks and answers that another cell made with a judge.
+    models_needed: raise UserError, too, where ``--models`` lacks one; else it is compared between cells alone.
     """
-    for cell in cells:
-        record = read_record(plan.folders.output / cell.name)
-        if not record:
-            continue
-        of_cell, now = record.get("models", {}), model_digests(plan)
-        if others := [name for name in now if of_cell.get(name) != now[name]]:
-            problem = f"was run with another {others[0]}" if of_cell else "does not say with which models it was run"
+    records = {cell.name: read_record(plan.folders.output / cell.name) for cell in cells}
+    of_cells = {name: record.get("models", {}) for name, record in records.items() if record}
+    if not of_cells:
+        return
+    now, (first, of_first) = model_digests(plan, models_needed), next(iter(of_cells.items()))
+    for name, of_cell in of_cells.items():
+        folder = plan.folders.output / name
+        if not of_cell:
+            remedy = "give another --output, or delete this cell's folder"
+            raise UserError("--output", folder, "does not say with which models it was run", remedy)
+        if others := [model for model in now if of_cell.get(model) != now[model]]:
             remedy = f"give another --output, or the --models of then: {plan.folders.models} has others now"
-            raise UserError("--output", plan.folders.output / cell.name, problem, remedy)
+            raise UserError("--output", folder, f"was run with another {others[0]}", remedy)
+        if others := [model for model in model_names(plan) if of_cell.get(model) != of_first.get(model)]:
+            remedy = "give another --output, or delete the folders of the cells that were run with other models"
+            raise UserError("--output", folder, f"was run with another {others[0]} than {first}", remedy)
 
 
 def seconds_by_kind(cells: Sequence[Cell], output: Path) -> dict[str, list[float]]:

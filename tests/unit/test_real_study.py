@@ -33,6 +33,7 @@ from study.real import material, tune_page, tune_results, tune_tests
 from study.real.cells import all_cells
 from study.real.collect import collected, compact, shown_command
 from study.real.grid import ROOT, Cell, Folders, Plan, Step, read_grid, with_needs
+from study.real.model_digests import model_digests
 from study.real.page import (
     WhereTables,
     compared,
@@ -208,15 +209,38 @@ def test_models_made_anew_are_not_mixed_with_those_of_finished_cells(plan: Plan,
     text = judge.read_text()
     judge.write_text(text.replace("g", "h"))
     for folder, problem in ((models, "was run with another judge-guard"), (tmp_path, "holds no smollm2")):
-        for what in ("--list", "--collect"):
-            assert command.main([*options, "--models", str(folder), what]) == 2
+        for more in (["--list"], ["--collect"], []) if folder == models else ([],):
+            assert command.main([*options, "--models", str(folder), *more]) == 2
             assert problem in capsys.readouterr().err and not (tmp_path / "docs").exists()
     with pytest.raises(UserError, match="another judge-guard"):
         Runner(plan, commands, commands.clock).run([cell("b")], [one, cell("b")])
     judge.write_text(text)
     (plan.folders.output / one.name / "cell.json").write_text(json.dumps({"state": "done"}))
     assert command.main([*options, "--models", str(models), "--list"]) == 2
-    assert "does not say with which models it was run" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "does not say with which models it was run; give another --output, or delete this cell's folder" in shown
+
+
+def test_a_study_becomes_pages_where_its_models_are_not(study: Plan, tmp_path: Path, capsys) -> None:
+    """Cells of different models are refused all the same, and so are others than the models that are there."""
+    models, digests = study.folders.models, model_digests(study)
+    records = sorted(study.folders.output.rglob("cell.json"))
+    for file in records:
+        file.write_text(json.dumps({**json.loads(file.read_text()), "models": digests}))
+    options = ["--output", str(study.folders.output), "--data", str(tmp_path), "--models", str(models)]
+    shutil.rmtree(models / "smollm2")
+    for absent in ("smollm2", ""):
+        shutil.rmtree(models / absent, ignore_errors=True)
+        assert command.main([*options, "--list"]) == 0
+        assert command.main([*options, "--docs", str(tmp_path / absent), "--collect"]) == 0
+        assert "| where | 3 of " in (tmp_path / absent / "real.md").read_text()
+        assert command.main(options) == 2 and "holds no smollm2" in capsys.readouterr().err
+    record = json.loads(records[-1].read_text())
+    records[-1].write_text(json.dumps({**record, "models": {**digests, "judge-guard": "another"}}))
+    for more in (["--list"], ["--collect", "--docs", str(tmp_path / "mixed")]):
+        assert command.main([*options, *more]) == 2
+        assert "was run with another judge-guard than where/smollm2/" in capsys.readouterr().err
+    assert not (tmp_path / "mixed").exists()
 
 
 def test_models_made_anew_while_a_cell_runs_leave_it_unfinished(plan: Plan) -> None:
@@ -257,7 +281,7 @@ def test_a_signal_is_handed_to_the_command_which_saves_and_ends(code: int, tmp_p
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's death is Linux's")
-def test_a_runner_that_is_killed_for_good_takes_its_command_with_it(tmp_path: Path) -> None:
+def test_a_runner_that_gets_a_sigkill_takes_its_command_with_it(tmp_path: Path) -> None:
     """The command saves and ends, as after any SIGTERM: else it would write on beside the next start's."""
     log = tmp_path / "esi.log"
     save = "signal.signal(15, lambda *_: (print('saved', flush=True), sys.exit(75)))"
