@@ -18,6 +18,7 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print a recipe")
     copy = commands.add_parser("copy", help="copy a recipe, or all of them, to change it")
     show.add_argument("name", metavar="NAME")
+    show.add_argument("--field", default="NAME", help="what a message calls NAME, for scripts (default: NAME)")
     copy.add_argument("name", metavar="NAME", nargs="?", help="default: all, each in its folder")
     copy.add_argument("--to", metavar="DIR", type=Path, default=Path("."), help="default: this folder")
     return parser
@@ -32,7 +33,7 @@ def first_line(file: Path) -> str:
 def run(arguments: argparse.Namespace) -> list[str]:
     """A command's output. Raises UserError."""
     if arguments.command == "show":
-        return [shipped.recipe(arguments.name, "NAME").read_text().rstrip("\n")]
+        return [shipped.recipe(arguments.name, arguments.field).read_text().rstrip("\n")]
     if arguments.command == "copy":
         if arguments.name is None:
             return [str(file) for file in shipped.copy(shipped.folder("configs"), arguments.to / "configs")]

@@ -36,8 +36,7 @@ done
 source slurm/env.sh
 for stage in "${!config[@]}"; do # a file, or the name of a recipe
     file=${config[$stage]}
-    [[ -f $file ]] || python -m esi_ds recipes show "$file" >/dev/null ||
-        { echo "error: --$stage = $file: is not a file either" >&2 && exit 2; }
+    [[ -f $file ]] || python -m esi_ds recipes show --field="--$stage" -- "$file" >/dev/null || exit 2
 done
 
 # Overrides are YAML: within quotation marks a folder may hold anything, also commas, colons and a #.

@@ -62,8 +62,8 @@ def last_logits(
 def end_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Logits [B, V] of each row's last token, in the model's dtype. batch: of ``right_pad``. As ``last_logits``.
 
-    Those of every position where some row ends are computed, B at most, and of as many positions as rows differ in
-    length where the architecture takes no list of positions.
+    Those of every position where some row ends are computed, B at most. If the architecture takes no list of positions,
+    all positions from the shortest row's end on are computed.
     """
     ends = batch["attention_mask"].sum(1) - 1
     width, rows = batch["input_ids"].shape[1], torch.arange(len(ends), device=ends.device)

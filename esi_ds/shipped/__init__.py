@@ -31,7 +31,8 @@ def recipes() -> dict[str, Path]:
 
 def recipe(name: str, field: str = "--config") -> Path:
     """The recipe of a name, whose folder may be left out where no other recipe has the same last part: ``llama3-8b``,
-    ``dense/llama3-8b``, ``configs/dense/llama3-8b.yaml``. field: what the user gave it as. Raises UserError."""
+    ``dense/llama3-8b``, ``configs/dense/llama3-8b.yaml``. field: what the user gave it as; ``NAME`` where
+    a file would not do. Raises UserError."""
     wanted = name.removeprefix("configs/").removesuffix(".yaml")
     known = recipes()
     matches = [wanted] if wanted in known else [other for other in known if other.rsplit("/", 1)[-1] == wanted]
@@ -42,9 +43,9 @@ def recipe(name: str, field: str = "--config") -> Path:
     near = difflib.get_close_matches(wanted, [*known, *(other.rsplit("/", 1)[-1] for other in known)], n=3)
     nearest = f" (near: {', '.join(near)})" if near else ""
     remedy = f"a name that `esi-ds recipes` lists{nearest}"
-    if field == "--config":
-        raise UserError(field, name, "is neither a file nor the name of a recipe", f"give a YAML file, or {remedy}")
-    raise UserError(field, name, "is not the name of a recipe", f"give {remedy}")
+    if field == "NAME":
+        raise UserError(field, name, "is not the name of a recipe", f"give {remedy}")
+    raise UserError(field, name, "is neither a file nor the name of a recipe", f"give a YAML file, or {remedy}")
 
 
 def own_recipe(name: str) -> Path:
