@@ -103,8 +103,8 @@ def run_ranks(
 ) -> subprocess.CompletedProcess[str]:
     """Run a script on many ranks; returns its output and exit code. A hang becomes a failure.
 
-    launcher: ``fork`` spares every rank the import of torch and DeepSpeed, which take longer than most tests, and puts
-    what is said to stdout and stderr into both. ``torchrun`` and ``deepspeed`` are the launchers that users take.
+    launcher: ``fork`` spares every rank the import of torch and DeepSpeed, which take longer than most tests; one rank
+    starts as without a launcher. ``torchrun`` and ``deepspeed`` are the launchers that users take.
     """
     if launcher == "fork":
         return _fork_ranks(ranks, script, *arguments, timeout=timeout)
@@ -119,14 +119,21 @@ def run_ranks(
 
 def _fork_ranks(ranks: int, script: str, *arguments: str, timeout: int) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        (by_launcher,) = rank_environments(ranks, free_port())
-        variables = [{**os.environ, **of_rank} for of_rank in by_launcher]
-        job = fork_server().start(script, list(arguments), variables, log)
+        log, errors = Path(folder) / "log", Path(folder) / "errors"
+        job = fork_server().start(script, list(arguments), _fork_environments(ranks), log, errors=errors)
         if not job.has_ended(timeout):
             job.kill(job.alive())
-            raise subprocess.TimeoutExpired(script, timeout, job.said())
-        return subprocess.CompletedProcess(script, int(exit_code_file(log).read_text()), job.said(), job.said())
+            raise subprocess.TimeoutExpired(script, timeout, job.said(), errors.read_text(errors="replace"))
+        code, stderr = int(exit_code_file(log).read_text()), errors.read_text(errors="replace")
+        return subprocess.CompletedProcess(script, code, job.said(), stderr)
+
+
+def _fork_environments(ranks: int, hold_at: str = "") -> list[dict[str, str]]:
+    """The environments of a forked job's ranks. One rank has none of a launcher's variables, as without a launcher."""
+    variables = rank_environments(ranks, free_port(), hold_at=hold_at)[0]
+    if ranks == 1:
+        variables = [{hold.VARIABLE: hold_at}]
+    return [{**os.environ, **of_rank} for of_rank in variables]
 
 
 def write_config(folder: Path, base: dict, changes: dict) -> Path:
@@ -200,12 +207,8 @@ class LaunchedJob:
         file.write_text(yaml.safe_dump({"run": {"output_dir": str(self.run), "tensorboard": True}, **config}))
         arguments = ["--config", str(file)]
         if launcher == "fork":
-            variables = rank_environments(ranks, free_port(), hold_at=hold_at)[0]
-            if ranks == 1:  # as without a launcher
-                variables = [{hold.VARIABLE: hold_at}]
             log = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder)) / "log"
-            environments = [{**os.environ, **of_rank} for of_rank in variables]
-            job = fork_server().start(script, arguments, environments, log)
+            job = fork_server().start(script, arguments, _fork_environments(ranks, hold_at), log)
             self.process: subprocess.Popen[str] | ForkedProcess = ForkedProcess(job)
         else:
             self.process = _start(script, arguments, ranks, hold_at)

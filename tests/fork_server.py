@@ -72,17 +72,24 @@ def serve() -> None:
 
 
 def launch(
-    answer: int, program: str, arguments: list[str], rank_environments: list[dict[str, str]], log: str, patience: float
+    answer: int,
+    program: str,
+    arguments: list[str],
+    rank_environments: list[dict[str, str]],
+    log: str,
+    errors: str,
+    patience: float,
 ) -> int:
     """The launcher: fork a rank for each of ``rank_environments``, which are environment variables; its exit code.
 
-    The code is also written beside the log (``exit_code_file``): nobody waits for this process.
+    log, errors: files for stdout and stderr. The code is also written beside the log (``exit_code_file``): nobody waits
+    for this process.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    output, error_output = (os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for file in (log, errors))
     nothing = os.open(os.devnull, os.O_RDONLY)
-    for number, opened in enumerate((nothing, output, output)):
+    for number, opened in enumerate((nothing, output, error_output)):
         os.dup2(opened, number)
     ranks = []
     for variables in rank_environments:
@@ -107,7 +114,7 @@ def be_rank(program: str, arguments: list[str], variables: dict[str, str]) -> No
     from esi_ds.cli import leave, main
 
     def fail(*_: object) -> None:
-        raise RuntimeError(f"rank {variables['RANK']} was told to fail")
+        raise RuntimeError(f"rank {variables.get('RANK', 0)} was told to fail")
 
     signal.signal(FAIL, fail)
     faulthandler.register(signal.SIGQUIT)  # says where a rank hangs
@@ -277,13 +284,15 @@ class ForkServer:
         rank_environments: list[dict[str, str]],
         log: Path,
         patience: float = PATIENCE_S,
+        errors: Path | None = None,
     ) -> ForkedJob:
-        """program: a stage, or a script's path."""
+        """program: a stage, or a script's path. errors: what is said to stderr, which else is in the log, too."""
         job = {
             "program": program,
             "arguments": arguments,
             "rank_environments": rank_environments,
             "log": str(log),
+            "errors": str(errors or log),
             "patience": patience,
         }
         self.process.stdin.write(json.dumps(job) + "\n")

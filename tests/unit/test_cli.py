@@ -224,4 +224,5 @@ def test_the_launcher_runs_from_a_checkout_that_is_not_installed(tmp_path: Path)
         f"runpy.run_path({str(ROOT / 'launch/esi.py')!r}, run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "error: --config = nowhere.yaml" in done.stderr, done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: --config = nowhere.yaml"), done.stderr
+    assert not done.stdout  # mistakes are on stderr alone
