@@ -106,7 +106,7 @@ def undisturbed(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(folder: Path, server) -> Path:
-    """On two ranks, killed while it generates, again while it judges, and then left alone."""
+    """On two ranks, killed while it generates, again while it judges, then left alone, under DeepSpeed's launcher."""
     first = Job(folder, "killed", 2, batch_size=3)
     first.kill_when(lambda: len(rows_of(first.run / "answers.jsonl")) >= 30)
     kept = rows_of(first.run / "answers.jsonl")
@@ -118,7 +118,7 @@ def killed(folder: Path, server) -> Path:
     again = rows_of(second.run / "answers.jsonl")
     assert all(row in again for row in kept)  # what was made before the kill is what is used
     verdicts = rows_of(judged)
-    third = Job(folder, "killed", 2, batch_size=3)
+    third = Job(folder, "killed", 2, batch_size=3, launcher="deepspeed")
     output = third.finish()
     assert "generating" not in output and "judge guard" not in output and "judge labels" not in output
     assert [row for row in rows_of(judged) if row in verdicts] == sorted_like(verdicts, rows_of(judged))

@@ -57,7 +57,7 @@ def test_killed_and_on_two_ranks_the_same(folder: Path, undisturbed: Path) -> No
     restored, first = job.run / "restored.jsonl", whole_lines(job.run / "restored.jsonl")[0]
     restored.write_text(first)
     write_record(restored, NOTHING, content_of(first.encode()))
-    LaunchedJob("launch/perturb.py", folder, "killed", 2, config(folder), launcher="fork").finish()
+    LaunchedJob("launch/perturb.py", folder, "killed", 2, config(folder), launcher="deepspeed").finish()
     text = (job.run / "answers.jsonl").read_text()
     assert text == (undisturbed / "answers.jsonl").read_text()
     assert set(kept) <= set(text.splitlines(keepends=True))
