@@ -129,8 +129,10 @@ def material(data: Data, settings: Settings) -> Material:
         "own_refusals": [prompt for prompt, _ in attacks[: sizes.own_refusals]],
         "easy": [question for question, _ in EASY_QUESTIONS],
     }
-    skills = {name: spaced(rows, sizes.skill) for name, rows in data.skills().items()}
-    return Material(prompts, twin_refusals, [*twin_refusals, *others], heldout, tasks, data.passages(), skills)
+    skills = data.skills()
+    measured = {name: spaced(rows, sizes.skill) for name, rows in skills.items()}
+    passages = data.passages(skills)
+    return Material(prompts, twin_refusals, [*twin_refusals, *others], heldout, tasks, passages, measured)
 
 
 def spaced(rows: list[T], count: int) -> list[T]:

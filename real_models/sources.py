@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -162,14 +162,16 @@ class Data:
                 pairs.append((prompt, answer))
         return pairs
 
-    def passages(self) -> list[Pair]:
+    def passages(self, skills: Mapping[str, Sequence[Pair]]) -> list[Pair]:
         """Harmless texts of people behind a question: dolly's passages, but for those of held-out tasks, GSM8K's
-        solutions and PubMedQA's conclusions, the short questions of the latter without their abstracts."""
+        solutions and PubMedQA's conclusions, the short questions of the latter without their abstracts.
+
+        skills: of ``skills``.
+        """
         rows = [row for row in self.rows("dolly") if row.get("context") and not is_heldout(_task_prompt(row))]
         passages = [(str(row["instruction"]).strip(), str(row["context"]).strip()) for row in rows]
-        skills = self.skills()
         passages += [(question.rsplit("\n\n", 1)[-1], answer) for question, answer in skills["pubmedqa"][:PASSAGES]]
-        return passages + skills["gsm8k"][:PASSAGES]
+        return [*passages, *skills["gsm8k"][:PASSAGES]]
 
     def skills(self) -> dict[str, list[Pair]]:
         """(question, answer) of GSM8K's test set and of PubMedQA's labelled set with its abstract."""

@@ -173,8 +173,13 @@ def _start(script: str, arguments: list[str], ranks: int, hold_at: str) -> subpr
     command = [*launcher, *port] if ranks > 1 else [sys.executable]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     words = ["tests/hold.py", Path(script).stem, hold_at] if hold_at else [script]
+    return start_in_session([*command, *words, *arguments], environment)
+
+
+def start_in_session(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    """A command from the checkout in a session of its own, what it says to stdout and stderr in one pipe."""
     return subprocess.Popen(
-        [*command, *words, *arguments],
+        command,
         cwd=ROOT,
         env=environment,
         text=True,

@@ -91,7 +91,7 @@ class TuneCells:
                 yield self.set_cell(name, method, method.rates[index], seed, "end" if index in (0, last) else "")
 
     def further_seeds(self) -> Iterator[Cell]:
-        """Every method at its best rate, with masks of other prompts and rows in another order."""
+        """Every method at the rates at which it is compared, with masks of other prompts and rows in another order."""
         for seed in self.size.seeds[1:]:
             yield from self.masks(seed)
             for name, method in self.plan.grid.set.methods.items():

@@ -138,17 +138,21 @@ def is_measured(row: Row) -> bool:
     return {"not refused", "over-refused"} <= set(row[CHOOSE])
 
 
+def candidates(rows: Sequence[Row], method: str, seed: int) -> list[Row]:
+    """A method's and seed's rows that a learning rate can be chosen from."""
+    return [row for row in rows if (row["method"], row["seed"]) == (method, seed) and is_measured(row)]
+
+
 def best_rate(rows: Sequence[Row], method: str, seed: int) -> float | None:
     """The best rate of a method and seed, the lower of equals; None where none is finished."""
-    kept = [row for row in rows if (row["method"], row["seed"]) == (method, seed) and is_measured(row)]
+    kept = candidates(rows, method, seed)
     return min(kept, key=lambda row: (badness(row), row["lr"]))["lr"] if kept else None
 
 
 def rate_within(rows: Sequence[Row], method: str, seed: int, limit: float) -> float | None:
     """Of a method's rates with over-refusal of at most ``limit``, the one that leaves the fewest harmful requests not
     refused, both on the prompts for choosing; the lower of equals. None where no rate keeps the limit."""
-    kept = [row for row in rows if (row["method"], row["seed"]) == (method, seed) and is_measured(row)]
-    kept = [row for row in kept if row[CHOOSE]["over-refused"][0] <= limit]
+    kept = [row for row in candidates(rows, method, seed) if row[CHOOSE]["over-refused"][0] <= limit]
     return min(kept, key=lambda row: (row[CHOOSE]["not refused"][0], row["lr"]))["lr"] if kept else None
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import start_in_session
 
 BIN = Path(sys.executable).parent
 # Of this process: another checkout's tests may run, and what a killed run left is nobody's.
@@ -89,15 +89,7 @@ class Hosts:
         command = [*self.on(next(iter(ADDRESSES))), str(BIN / "deepspeed")]
         hosts = ["--hostfile", str(self.folder / "hosts"), "--master_addr", next(iter(ADDRESSES.values()))]
         environment = {**os.environ, "PATH": f"{self.folder}/bin:{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [*command, *hosts, script, *arguments],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        return start_in_session([*command, *hosts, script, *arguments], environment)
 
     def stop(self) -> None:
         for daemon in self.daemons:

@@ -20,6 +20,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -196,15 +197,15 @@ def run_case(case: dict) -> None:
     try:
         with frees_all() if case.get("frees") else nullcontext():
             inputs = prepare(config)
+            attempt = partial(EsiRun, config, Options(), inputs, folder, settings, inputs.source)
             if "killed_at" in case:
-                kill_at(case["killed_at"], EsiRun(config, Options(), inputs, folder, settings, inputs.source).run)
+                kill_at(case["killed_at"], attempt().run)
             if "killed_in" in case:
-                kill_in(case["killed_in"], EsiRun(config, Options(), inputs, folder, settings, inputs.source).run)
-            attempt = EsiRun(config, Options(), inputs, folder, settings, inputs.source)
+                kill_in(case["killed_in"], attempt().run)
             if "stopped_in" in case:
-                stop_in(case["stopped_in"], EsiRun(config, Options(), inputs, folder, settings, inputs.source), attempt)
+                stop_in(case["stopped_in"], attempt(), attempt())
             else:
-                attempt.run()
+                attempt().run()
             del attempt, inputs
     except UserError as error:
         assert case.get("error") and case["error"] in str(error), error
