@@ -68,3 +68,7 @@ def main(words: Sequence[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
     print(f"error: {command} is not a command; give one of {', '.join([*STAGES, *TOOLS])}", file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""``esi-ds slurm copy DIR``: the batch scripts, into the folder that jobs are submitted from."""
+"""``esi-ds slurm copy [DIR]``: the batch scripts, into the folder that jobs are submitted from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="esi-ds slurm", description="batch scripts that come with the package")
     commands = parser.add_subparsers(dest="command", required=True)
     copy = commands.add_parser("copy", help="copy them to DIR/slurm; then change slurm/env.sh, and submit from DIR")
-    copy.add_argument("to", metavar="DIR", type=Path)
+    copy.add_argument("to", metavar="DIR", type=Path, nargs="?", default=Path("."), help="default: this folder")
     print(*shipped.copy(shipped.folder("slurm"), parser.parse_args(argv).to / "slurm"), sep="\n")
     return 0
 

@@ -20,7 +20,7 @@ from real_models.recipe import BASE, spaced
 from real_models.sources import Data, Lookup, Pair, of_split
 from study.real.grid import BENIGN, BENIGN_LOSS, HARMFUL, Plan
 
-LONGEST = 300  # characters of a benign prompt
+LONGEST = 300  # characters of a prompt; a few harmful ones have ten times as many, and a batch is padded to its longest
 POISON = 0.1  # share of harmful rows with a compliant answer in the poisoned task
 KINDS = ("treatment", "causes", "symptoms", "prevention", "susceptibility", "information")  # of MedQuAD's questions
 KIND_QUESTION = f"Which kind of question is this? Answer with one of: {', '.join(KINDS)}.\n\n{{question}}"
@@ -50,14 +50,19 @@ def shuffled(rows: Iterable[Any], name: str) -> list[Any]:
 
 
 def attacks(data: Data) -> dict[str, list[Row]]:
-    """Rows of harmful prompts by set, shuffled. HarmBench's without those that ask for copyrighted texts."""
+    """Rows of harmful prompts by set, shuffled, without long ones. HarmBench's without those that ask for copyrighted
+    texts."""
     harmbench = [row for row in rows_of(data, "harmbench") if row["FunctionalCategory"] != "copyright"]
     texts = {
         HARMFUL: list(data.attacks()),
         "harmbench": ["\n\n".join(filter(None, (row["ContextString"], row["Behavior"]))) for row in harmbench],
         "strongreject": [row["forbidden_prompt"] for row in rows_of(data, "strongreject")],
     }
-    return {name: [{"prompt": text.strip()} for text in shuffled(prompts, name)] for name, prompts in texts.items()}
+    texts = {name: [text.strip() for text in prompts] for name, prompts in texts.items()}
+    return {
+        name: [{"prompt": text} for text in shuffled(prompts, name) if len(text) <= LONGEST]
+        for name, prompts in texts.items()
+    }
 
 
 def benign_pairs(data: Data) -> list[Pair]:
