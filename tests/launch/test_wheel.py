@@ -103,7 +103,7 @@ def test_recipes_deepspeed_configs_and_batch_scripts_come_with_it(site: Path, tm
     assert len(listed) == len(list((ROOT / "configs").rglob("*.yaml")))
     run(site, tmp_path, *esi_ds, "recipes", "copy", "llama3-8b")
     assert (tmp_path / "llama3-8b.yaml").read_bytes() == (ROOT / "configs/dense/llama3-8b.yaml").read_bytes()
-    run(site, tmp_path, *esi_ds, "slurm", "copy", ".")
+    run(site, tmp_path, *esi_ds, "slurm", "copy")
     job = (tmp_path / "slurm/job.sh").read_text()
     assert job == (ROOT / "slurm/job.sh").read_text() and os.access(tmp_path / "slurm/pipeline.sh", os.X_OK)
     plan = run(
