@@ -276,17 +276,19 @@ class RunFolder:
                 "give a new folder, or continue with the config stored there",
             )
 
-    def check_same(self, key: str, now: Any, field: str) -> None:
+    def check_same(self, key: str, now: Any, field: str | None = None) -> None:
         """Raise UserError if ``now`` differs from the value of ``key`` in the interrupted run's manifest.
 
-        Of a mapping, what the manifest does not name is of an earlier version and taken as it is.
+        Of a mapping, what the manifest does not name is of an earlier version and taken as it is. field: to name;
+        None where the mapping's keys are fields.
         """
         before = read_manifest(self.path).get(key)
         if isinstance(before, dict) and isinstance(now, dict):
             now = {name: value for name, value in now.items() if name in before}
+            field = field or next((name for name in before if before[name] != now.get(name)), None)
         if before and before != now:
             raise UserError(
-                field, None, f"is not what the run in {self.path} started with", "give a new run.output_dir"
+                field or key, None, f"is not what the run in {self.path} started with", "give a new run.output_dir"
             )
 
     def open(self, config: Config) -> None:

@@ -41,10 +41,14 @@ def tensor_digests(folder: Path, part: int = 0, num_parts: int = 1, field: str =
     return digests
 
 
+def weights_digest(digests: Mapping[str, str]) -> str:
+    """sha256 of the names and digests of all tensors."""
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
 def fingerprint(parameters: Iterable[Parameter], digests: Mapping[str, str]) -> str:
     """``structure:weights``, two sha256 in hexadecimal, so that other shapes and other weights are distinguishable."""
-    weights = hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
-    return f"{structure_digest(parameters)}:{weights}"
+    return f"{structure_digest(parameters)}:{weights_digest(digests)}"
 
 
 def check_mask_structure(mask: Mask, parameters: Sequence[Parameter], field: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -112,6 +114,13 @@ def checkpoint_folder(source: ModelSource) -> Path:
     """
     folder = source.folder()
     return folder if os.path.isdir(source.path) else hub.weights(source.path, source.revision)
+
+
+def files_digest(folder: Path) -> str:
+    """sha256 of the names and bytes of a model's files but for weights: configuration, tokenizer, template, code."""
+    names = sorted({file.name for pattern in hub.SMALL_FILES for file in folder.glob(pattern) if file.is_file()})
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def quantisation_of(source: ModelSource) -> Quantisation | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -18,12 +19,13 @@ from esi_ds.artifacts import IDENTITY, MANIFEST, RunFolder, read_manifest
 from esi_ds.config import Config, Esi, Eval
 from esi_ds.core.mask import Mask, metadata_sha256, refuse_problems
 from esi_ds.core.units import Parameter
+from esi_ds.data.chat import read_template
 from esi_ds.deepspeed_config import monitor_settings, resolve_deepspeed
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.journal import unrecorded
 from esi_ds.models import hub
-from esi_ds.models.fingerprint import check_mask_weights, fingerprint, tensor_digests
-from esi_ds.models.folder import ModelSource, checkpoint_folder, dequantised
+from esi_ds.models.fingerprint import check_mask_weights, fingerprint, tensor_digests, weights_digest
+from esi_ds.models.folder import ModelSource, checkpoint_folder, dequantised, files_digest
 from esi_ds.options import Options
 from esi_ds.peers import PeerWatch, own_process
 from esi_ds.reading import check_type, reading
@@ -39,6 +41,7 @@ from esi_ds.zero.monitor import open_monitors
 from esi_ds.zero.settings import check_settings
 
 CHECKPOINTS = "checkpoint"
+SOURCES = "source_digests"  # in the manifest
 Inputs = TypeVar("Inputs")
 
 
@@ -51,6 +54,15 @@ def check_mask_bits(mask: Mask, field: str) -> None:
     refuse_problems(mask, [problem for part in parts for problem in part], field)
     if len(set(runtime.gather_objects(metadata_sha256(mask)))) > 1:
         raise UserError(field, str(mask.path), "differs between hosts", "give one shared folder")
+
+
+def chat_templates(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every ``chat_template`` of a config that is set, text or file, with its field."""
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from chat_templates(value, f"{prefix}{key}.")
+        elif key == "chat_template" and value is not None:
+            yield f"{prefix}{key}", value
 
 
 def check_commits() -> None:
@@ -104,6 +116,7 @@ class StageRun(ABC, Generic[Inputs]):
         self._fingerprint: str | None = None  # of the model, once it is known
         self.notes: dict[str, Any] = {}  # further facts for the manifest
         self.batch_sizes: dict[str, int] = {}  # that `auto` has chosen, by purpose
+        self.source_digests: dict[str, str] = {}  # field of a model or judge → digest of its files
         self.phases: dict[str, float] = {}  # what this start's time went into → seconds
 
     @classmethod
@@ -121,9 +134,14 @@ class StageRun(ABC, Generic[Inputs]):
             cls(config, options, inputs, folder, deepspeed_config, source).run()
 
     @property
+    def judge_sources(self) -> list[ModelSource]:
+        """Where the judges come from whose weights the run reads."""
+        return []
+
+    @property
     def sources(self) -> list[ModelSource]:
         """Where the weights that the run reads come from."""
-        return [ModelSource.of(self.config.model)]
+        return [ModelSource.of(self.config.model), *self.judge_sources]
 
     @abstractmethod
     def work(self) -> None:
@@ -194,6 +212,7 @@ class StageRun(ABC, Generic[Inputs]):
                 tracker.log(f"{name}: without a record of its digest, as earlier versions wrote it: taken as it is")
             for line in dequantised(self.sources):
                 tracker.remark(line)
+            self._check_sources()
             try:
                 self.work()
             except BaseException as error:
@@ -283,6 +302,7 @@ class StageRun(ABC, Generic[Inputs]):
                     **runtime.compute_resources(),
                     "hub_commits": hub.commits(),
                     **({"template_kwargs": values} if (values := self.config.model.template_kwargs) else {}),
+                    SOURCES: self.source_digests,
                     **self.notes,
                     **({KEY: self.batch_sizes} if self.batch_sizes else {}),
                     "phases_s": {name: round(seconds, 3) for name, seconds in self.phases.items()},
@@ -295,13 +315,34 @@ class StageRun(ABC, Generic[Inputs]):
         """What the manifest and the report say besides; empty where nothing was unusual."""
         return {"remarks": "; ".join(self.tracker.remarks)} if self.tracker.remarks else {}
 
-    def model_fingerprint(self, source: ModelSource, parameters: Sequence[Parameter]) -> str:
-        """Fingerprint of a model's files and the shapes of its parameters; the ranks share the reading.
+    def _check_sources(self) -> None:
+        """Refuse files of models and judges other than those that this folder's run began with: its results would be
+        partly those of another judge or chat template. Weights of the models have fingerprints of their own.
 
-        Collectives: one gather of names and digests.
+        Raises UserError. Collectives: a broadcast, and for each judge those of ``_tensor_digests``.
         """
+        digests = runtime.from_main(self._files_digests)
+        for judge in self.judge_sources:
+            digests[judge.field] += ":" + weights_digest(self._tensor_digests(judge))
+        self.folder.check_same(SOURCES, digests)
+        self.source_digests = digests
+
+    def _files_digests(self) -> dict[str, str]:
+        """Field → digest of what it names, but for weights. Raises UserError."""
+        templates = {
+            field: hashlib.sha256(read_template(template, field).encode()).hexdigest()
+            for field, template in chat_templates(self.config.model_dump())
+        }
+        return {**templates, **{source.field: files_digest(source.folder()) for source in self.sources}}
+
+    def _tensor_digests(self, source: ModelSource) -> dict[str, str]:
+        """Digest of every tensor of a checkpoint; the ranks share the reading. One gather."""
         folder = checkpoint_folder(source)
         digests: dict[str, str] = {}
-        for part in runtime.gather_objects(tensor_digests(folder, runtime.rank(), runtime.world_size())):
+        for part in runtime.gather_objects(tensor_digests(folder, runtime.rank(), runtime.world_size(), source.field)):
             digests.update(part)
-        return fingerprint(parameters, digests)
+        return digests
+
+    def model_fingerprint(self, source: ModelSource, parameters: Sequence[Parameter]) -> str:
+        """Fingerprint of a model's weights and the shapes of its parameters. One gather."""
+        return fingerprint(parameters, self._tensor_digests(source))

@@ -118,6 +118,7 @@ def killed(folder: Path, server) -> Path:
     again = rows_of(second.run / "answers.jsonl")
     assert all(row in again for row in kept)  # what was made before the kill is what is used
     verdicts = rows_of(judged)
+    refused_with_another_judge(folder, second.run)
     third = Job(folder, "killed", 2, batch_size=3, launcher="deepspeed")
     output = third.finish()
     assert "generating" not in output and "judge guard" not in output and "judge labels" not in output
@@ -127,6 +128,18 @@ def killed(folder: Path, server) -> Path:
     retried = 2 * 2 * NUM_HARMFUL // len(CASES)
     assert asked + retried <= len(server.seen) <= asked + retried + 2 * 4
     return third.run
+
+
+def refused_with_another_judge(folder: Path, run: Path) -> None:
+    """A judge whose last byte, a weight's, is another: some verdicts would be of either."""
+    weights, before = folder / "classifier/model.safetensors", (run / "verdicts.jsonl").read_bytes()
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    job = Job(folder, "killed", 2, batch_size=3)
+    output, _ = job.process.communicate(timeout=300)
+    assert job.process.returncode == 2 and f"eval.judges.3.path: is not what the run in {run} started with" in output
+    assert (run / "verdicts.jsonl").read_bytes() == before
+    weights.write_bytes(kept)
 
 
 def sorted_like(rows: list[dict], order: list[dict]) -> list[dict]:
@@ -177,6 +190,7 @@ def test_the_divergence_is_that_of_whole_models_on_any_number_of_ranks(undisturb
     assert measure["rate"] == pytest.approx(mean) and measure["low"] < mean < measure["high"]
     assert measure["n"] == NUM_BENIGN and measures["base"]["rate"] == 0
     assert "KL(base ‖ model)" in (killed / "report.html").read_text()
+    assert json.loads((undisturbed / "manifest.json").read_text())["phases_s"]["comparing with the base"] > 0
 
 
 def test_same_verdicts_and_tables(undisturbed: Path, killed: Path) -> None:

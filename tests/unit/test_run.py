@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from esi_ds import lock
 from esi_ds.artifacts import RunFolder
 from esi_ds.config import validate
 from esi_ds.errors import UserError
+from esi_ds.models.folder import ModelSource
 from esi_ds.options import Options
 from esi_ds.stages import ENTRIES
 from esi_ds.stages import run as stage_run
@@ -59,6 +63,57 @@ def test_a_start_says_how_far_the_dead_job_was(tmp_path: Path) -> None:
     (tmp_path / lock.STATUS).write_text(json.dumps({**known, **bar}))
     said = Run(config, Options(), None, folder, {}, {})._lock()
     assert said is not None and said.endswith("; it was last seen during score: 1,200 of 3,000 prompts")
+
+
+def tiny_model(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+    save_file({"a": torch.arange(3.0)}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda path: save_file({"a": torch.ones(3)}, path / "judge/model.safetensors"), "judge.path"),
+        (lambda path: save_file({"b": torch.arange(3.0)}, path / "judge/model.safetensors"), "judge.path"),
+        (lambda path: (path / "judge/tokenizer.json").write_text("{ }"), "judge.path"),
+        (lambda path: (path / "model/config.json").write_text("{ }"), "model.path"),
+        (lambda path: (path / "model/chat_template.jinja").write_text("{{ a }}"), "model.path"),
+        (lambda path: (path / "template.jinja").write_text("{{ b }}"), "model.chat_template"),
+        (lambda path: (path / "model/README.md").write_text("more"), None),
+        (lambda path: save_file({"a": torch.ones(3)}, path / "model/model.safetensors"), None),  # ``begin`` refuses it
+    ],
+)
+def test_a_run_goes_on_only_with_the_judge_and_the_files_it_began_with(
+    change: Callable[[Path], object], field: str | None, tmp_path: Path
+) -> None:
+    class Judged(Run):
+        @property
+        def judge_sources(self) -> list[ModelSource]:
+            return [ModelSource(str(tmp_path / "judge"), field="judge.path")]
+
+    def start() -> Judged:
+        run = Judged(config, Options(), None, RunFolder(config.run.output_dir), {}, {})
+        run.tracker = SimpleNamespace(remarks=[])  # type: ignore[assignment]
+        run.folder.open(config)
+        run._check_sources()
+        run._fingerprint = "f"
+        run.record("interrupted")
+        return run
+
+    for name in ("model", "judge"):
+        tiny_model(tmp_path / name)
+    (tmp_path / "template.jinja").write_text("{{ a }}")
+    section = {"path": str(tmp_path / "model"), "chat_template": str(tmp_path / "template.jinja")}
+    config = validate({"run": {"output_dir": str(tmp_path / "run")}, "model": section})
+    assert start().source_digests == start().source_digests
+    change(tmp_path)
+    if field is None:
+        start()
+        return
+    with pytest.raises(UserError, match=f"{field}: is not what the run in .* started with"):
+        start()
 
 
 def test_entries_load_nothing_heavy() -> None:

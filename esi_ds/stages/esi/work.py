@@ -62,9 +62,9 @@ class EsiRun(StageRun[EsiInputs]):
     stage = "esi"
 
     @property
-    def sources(self) -> list[ModelSource]:
+    def judge_sources(self) -> list[ModelSource]:
         judge = self.inputs.judge
-        return super().sources + ([ModelSource.of(judge.section, "judge")] if judge else [])
+        return [ModelSource.of(judge.section, "judge")] if judge else []
 
     _passes: tuple[ScoringPass, ...] = ()  # begun or finished
 

@@ -205,10 +205,14 @@ class EvalInputs:
         return [model for model in self.models if isinstance(model, Candidate)]
 
     @property
+    def judge_sources(self) -> list[ModelSource]:
+        """Where the weights of judges come from."""
+        return [ModelSource.of(judge.section, judge.field) for judge in self.judges if isinstance(judge, PreparedModel)]
+
+    @property
     def sources(self) -> list[ModelSource]:
         """Where the weights of models and judges come from."""
-        judges = [judge for judge in self.judges if isinstance(judge, PreparedModel)]
-        return [*(model.source for model in self.candidates), *(ModelSource.of(j.section, j.field) for j in judges)]
+        return [*(model.source for model in self.candidates), *self.judge_sources]
 
     @property
     def elsewhere(self) -> list[RecordedModel | ServedModel]:

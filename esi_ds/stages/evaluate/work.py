@@ -32,6 +32,10 @@ class EvalRun(StageRun[EvalInputs]):
     stage = "eval"
 
     @property
+    def judge_sources(self) -> list[ModelSource]:
+        return self.inputs.judge_sources
+
+    @property
     def sources(self) -> list[ModelSource]:
         return self.inputs.sources
 
@@ -100,10 +104,11 @@ class EvalRun(StageRun[EvalInputs]):
         if is_base:
             with self.phase("reading answers again"):
                 surprise_all(model, candidate, answers, surprises, self.config, section, self.tracker, recorded)
-            if ledgers.divergences is not None:
-                compare_all(
-                    model, self.inputs, answers, ledgers.divergences, self.config, self.deepspeed_config, self.tracker
-                )
+            if (divergences := ledgers.divergences) is not None:
+                with self.phase("comparing with the base"):
+                    compare_all(
+                        model, self.inputs, answers, divergences, self.config, self.deepspeed_config, self.tracker
+                    )
         model.close()
 
     def _run_tasks(self) -> list[TaskRow]:

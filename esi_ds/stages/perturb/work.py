@@ -48,6 +48,10 @@ class PerturbRun(StageRun[PerturbInputs]):
     stage = "perturb"
 
     @property
+    def judge_sources(self) -> list[ModelSource]:
+        return self.inputs.eval.judge_sources
+
+    @property
     def sources(self) -> list[ModelSource]:
         return self.inputs.eval.sources
 
