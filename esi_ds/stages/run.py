@@ -337,10 +337,11 @@ class StageRun(ABC, Generic[Inputs]):
 
     def _tensor_digests(self, source: ModelSource) -> dict[str, str]:
         """Digest of every tensor of a checkpoint; the ranks share the reading. One gather."""
-        folder = checkpoint_folder(source)
         digests: dict[str, str] = {}
-        for part in runtime.gather_objects(tensor_digests(folder, runtime.rank(), runtime.world_size(), source.field)):
-            digests.update(part)
+        with self.phase("hashing weights"):
+            own = tensor_digests(checkpoint_folder(source), runtime.rank(), runtime.world_size(), source.field)
+            for part in runtime.gather_objects(own):
+                digests.update(part)
         return digests
 
     def model_fingerprint(self, source: ModelSource, parameters: Sequence[Parameter]) -> str:
