@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
+from esi_ds.artifacts import file_sha256
 from esi_ds.config import JudgeModel, Model
 from esi_ds.core.quantised import Weight
 from esi_ds.errors import UserError
@@ -119,7 +120,7 @@ def checkpoint_folder(source: ModelSource) -> Path:
 def files_digest(folder: Path) -> str:
     """sha256 of the names and bytes of a model's files but for weights: configuration, tokenizer, template, code."""
     names = sorted({file.name for pattern in hub.SMALL_FILES for file in folder.glob(pattern) if file.is_file()})
-    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    digests = {name: file_sha256(folder / name) for name in names}
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 

@@ -319,11 +319,13 @@ class StageRun(ABC, Generic[Inputs]):
         """Refuse files of models and judges other than those that this folder's run began with: its results would be
         partly those of another judge or chat template. Weights of the models have fingerprints of their own.
 
-        Raises UserError. Collectives: a broadcast, and for each judge those of ``_tensor_digests``.
+        Raises UserError. Collectives: a broadcast, and for each checkpoint of a judge those of ``_tensor_digests``.
         """
         digests = runtime.from_main(self._files_digests)
+        checkpoints = {(judge.path, judge.revision): judge for judge in self.judge_sources}  # two may share one
+        weights = {key: weights_digest(self._tensor_digests(judge)) for key, judge in checkpoints.items()}
         for judge in self.judge_sources:
-            digests[judge.field] += ":" + weights_digest(self._tensor_digests(judge))
+            digests[judge.field] += ":" + weights[judge.path, judge.revision]
         self.folder.check_same(SOURCES, digests)
         self.source_digests = digests
 

@@ -58,9 +58,8 @@ def attacks(data: Data) -> dict[str, list[Row]]:
         "harmbench": ["\n\n".join(filter(None, (row["ContextString"], row["Behavior"]))) for row in harmbench],
         "strongreject": [row["forbidden_prompt"] for row in rows_of(data, "strongreject")],
     }
-    texts = {name: [text.strip() for text in prompts] for name, prompts in texts.items()}
     return {
-        name: [{"prompt": text} for text in shuffled(prompts, name) if len(text) <= LONGEST]
+        name: [{"prompt": text} for text in map(str.strip, shuffled(prompts, name)) if len(text) <= LONGEST]
         for name, prompts in texts.items()
     }
 

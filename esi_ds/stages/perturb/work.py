@@ -51,10 +51,6 @@ class PerturbRun(StageRun[PerturbInputs]):
     def judge_sources(self) -> list[ModelSource]:
         return self.inputs.eval.judge_sources
 
-    @property
-    def sources(self) -> list[ModelSource]:
-        return self.inputs.eval.sources
-
     def work(self) -> None:
         inputs, config, tracker = self.inputs, self.config, self.tracker
         candidate, sets, section = inputs.candidate, inputs.eval.sets, inputs.eval.section
