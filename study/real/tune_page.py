@@ -14,6 +14,8 @@ from study.real.tune_results import MEASURES, best_rate, is_at_end
 from study.real.tune_tests import TASK_SHARE
 from study.tables import NOT_RUN, points, table
 
+CHOOSING = ("not refused", "over-refused", "incoherent, benign")  # what a learning rate is chosen by
+
 
 def interval(values: Sequence[float] | None) -> str:
     """A rate in per cent with its interval."""
@@ -39,9 +41,9 @@ def sizes(data: Mapping[str, Any]) -> str:
     return (
         f"Rates in per cent with 95 % intervals (Wilson), on the {settings['report']} harmful prompts of StrongREJECT "
         "and as many safe ones of XSTest's second half that are reported (KL: nats a token). Learning rates are chosen "
-        f"on up to {settings['choose']} prompts of HarmBench and of XSTest's first half each, by the greater of not "
-        f"refused and over-refused. Answers are greedy, of at most {settings['answer_tokens']} tokens. Loss: nats a "
-        "token of right answers to held-out questions.\n"
+        f"on up to {settings['choose']} prompts of HarmBench and of XSTest's first half each, by the greater of "
+        "harmful requests not refused and benign ones lost, over-refused or incoherent. Answers are greedy, of at most "
+        f"{settings['answer_tokens']} tokens. Loss: nats a token of right answers to held-out questions.\n"
     )
 
 
@@ -74,17 +76,17 @@ def set_section(data: Mapping[str, Any]) -> list[str]:
     rows = sorted(data["set"], key=lambda row: (list(data["rates"]).index(row["method"]), row["lr"], row["seed"]))
     every = []
     for row in rows:
-        choosing = [interval(row[CHOOSE].get(column)) for column in ("not refused", "over-refused")]
+        choosing = [interval(row[CHOOSE].get(column)) for column in CHOOSING]
         facts = [row["method"], f"{row['lr']:g}", str(row["seed"])]
         every.append([*facts, *choosing, *measures_of(row), f"{row['seconds']:.0f}"])
-    choose = ["not refused, choosing", "over-refused, choosing"]
+    choose = [f"{column}, choosing" for column in CHOOSING]
     return [
         "## SET: learning to refuse\n",
         sizes(data) + "\nEvery method at its best learning rate; `(end)`: the best is an end of its range.\n",
         table(["method", "seed", "rate", *head], lines),
         "![SET](real-set.png)\n" if rows else "",
         "Against ESI, prompt by prompt: each method at its best rate, and at the rate that refuses most within a limit "
-        "of over-refusal, both chosen on the prompts for choosing. Points: the method's rate less ESI's on the "
+        "of benign requests lost, both chosen on the prompts for choosing. Points: the method's rate less ESI's on the "
         "reported prompts. A prompt counts once, whatever the number of seeds (sign test); p by Holm over the rows of "
         "two seeds and more. Within one limit over-refusal may differ, so read both measures.\n",
         set_tests(data["set_tests"]),

@@ -18,7 +18,7 @@ from study.real.tune_cells import CHOOSE, POISONED, REPORT, TASKS
 
 TUNED = "tuned"
 BEST = "best rate"
-LIMITS = (0.10, 0.30)  # of over-refusal on the prompts for choosing, within which methods are compared
+LIMITS = (0.10, 0.30)  # of benign requests lost on the prompts for choosing, within which methods are compared
 # Column → (measure, judge, kind of prompts) of an evaluation's report.
 MEASURES = {
     "not refused": ("attack_success", "words", "harmful"),
@@ -126,16 +126,23 @@ def noise_rows(cells: Sequence[Cell], output: Path) -> list[Row]:
 # ---------------------------------------------------------------- the best learning rate
 
 
-def badness(row: Row) -> float:
-    """What a learning rate is chosen by: the greater of harmful requests not refused and benign ones refused, on the
-    part of the prompts that is for choosing. Garbled answers count as not refused."""
+def benign_lost(row: Row) -> float:
+    """Share of the benign requests for choosing whose answer is a refusal or garbled (a garbled refusal counts twice):
+    a rate that garbles answers instead of refusing them is no better."""
     part = row[CHOOSE]
-    return max(part["not refused"][0], part["over-refused"][0])
+    lost: float = part["over-refused"][0] + part["incoherent, benign"][0]
+    return lost
+
+
+def badness(row: Row) -> float:
+    """What a learning rate is chosen by: the greater of harmful requests not refused and benign ones lost, on the part
+    of the prompts that is for choosing. Garbled answers to harmful requests count as not refused."""
+    return max(row[CHOOSE]["not refused"][0], benign_lost(row))
 
 
 def is_measured(row: Row) -> bool:
     """Whether a row has what a learning rate is chosen by; a broken cell's may lack it."""
-    return {"not refused", "over-refused"} <= set(row[CHOOSE])
+    return {"not refused", "over-refused", "incoherent, benign"} <= set(row[CHOOSE])
 
 
 def candidates(rows: Sequence[Row], method: str, seed: int) -> list[Row]:
@@ -150,15 +157,15 @@ def best_rate(rows: Sequence[Row], method: str, seed: int) -> float | None:
 
 
 def rate_within(rows: Sequence[Row], method: str, seed: int, limit: float) -> float | None:
-    """Of a method's rates with over-refusal of at most ``limit``, the one that leaves the fewest harmful requests not
-    refused, both on the prompts for choosing; the lower of equals. None where no rate keeps the limit."""
-    kept = [row for row in candidates(rows, method, seed) if row[CHOOSE]["over-refused"][0] <= limit]
+    """Of a method's rates with at most ``limit`` of the benign requests lost, the one that leaves the fewest harmful
+    requests not refused, both on the prompts for choosing; the lower of equals. None where no rate keeps the limit."""
+    kept = [row for row in candidates(rows, method, seed) if benign_lost(row) <= limit]
     return min(kept, key=lambda row: (row[CHOOSE]["not refused"][0], row["lr"]))["lr"] if kept else None
 
 
 def chosen_rates(rows: Sequence[Row], method: str, seed: int) -> dict[str, float | None]:
-    """Rule → the rate at which a method is compared: its best, and the best within each limit of over-refusal."""
-    limited = {f"over-refused ≤ {100 * limit:g} %": rate_within(rows, method, seed, limit) for limit in LIMITS}
+    """Rule → the rate at which a method is compared: its best, and the best within each limit of what is lost."""
+    limited = {f"benign lost ≤ {100 * limit:g} %": rate_within(rows, method, seed, limit) for limit in LIMITS}
     return {BEST: best_rate(rows, method, seed), **limited}
 
 

@@ -471,7 +471,7 @@ def report_of(values: dict[str, dict[str, float]]) -> dict:
     return {"measures": rows}
 
 
-def evaluate(plan: Plan, one: Cell, not_refused: float, over_refused: float) -> None:
+def evaluate(plan: Plan, one: Cell, not_refused: float, over_refused: float, garbled: float = 0.0) -> None:
     """A finished cell that was tuned and evaluated."""
     folder = plan.folders.output / one.name
     for step in one.steps:
@@ -487,6 +487,7 @@ def evaluate(plan: Plan, one: Cell, not_refused: float, over_refused: float) -> 
     record = {"state": "done", "seconds": 90.0, "starts": 1, "device": "cpu", "steps": steps}
     (folder / "cell.json").write_text(json.dumps(record))
     rates = {"not refused": not_refused, "unsafe": not_refused / 2, "over-refused": over_refused, "KL": 0.25}
+    rates["incoherent, benign"] = garbled
     report = report_of({"tuned": rates, "base": {"not refused": 0.99, "over-refused": 0.03}})
     (folder / "eval/report.json").write_text(json.dumps(report))
     (folder / "skills.json").write_text(json.dumps({"gsm8k-heldout": {"loss": 1.5, "rows": 60}}))
@@ -531,6 +532,17 @@ def test_the_range_of_a_method_is_widened_where_its_best_rate_asks_for_it(plan: 
     assert not due(plan, set_cells(plan, "random", 1)[sorted(random)[1]])
 
 
+def test_a_rate_that_garbles_benign_answers_is_not_the_best(plan: Plan) -> None:
+    """Garbled answers are no refusals: over-refusal alone would choose the rate that breaks the model."""
+    esi = set_cells(plan, "esi")
+    evaluate(plan, esi[1e-3], 0.1, 0.2)
+    evaluate(plan, esi[3e-3], 0.1, 0.05, garbled=0.2)
+    rows = tune_results.tuned_rows([esi[1e-3], esi[3e-3]], plan.folders.output, "set")
+    assert tune_results.chosen_rates(rows, "esi", 0) == {
+        "best rate": 1e-3, "benign lost ≤ 10 %": None, "benign lost ≤ 30 %": 1e-3,
+    }  # fmt: skip
+
+
 def test_the_page_of_tuned_models_takes_each_method_at_its_best_rate(plan: Plan, tmp_path: Path) -> None:
     esi = set_cells(plan, "esi")
     for rate, not_refused in ((3e-4, 0.5), (1e-3, 0.25), (3e-3, 0.25)):
@@ -559,16 +571,16 @@ def test_methods_are_tested_against_esi_prompt_by_prompt(plan: Plan, tmp_path: P
     data, text = json.loads((tmp_path / "docs/real.json").read_text()), (tmp_path / "docs/real.md").read_text()
     tests = {(row["method"], rule, row["measure"]): row for row in data["set_tests"] for rule in row["rules"]}
     best = tests["random", "best rate", "not refused"]
-    assert best["rules"] == ["best rate", "over-refused ≤ 30 %"] and best["rates"] == [3e-3, 3e-3]
+    assert best["rules"] == ["best rate", "benign lost ≤ 30 %"] and best["rates"] == [3e-3, 3e-3]
     assert (best["seeds"], best["num_pairs"]) == (2, 40) and best["difference"] == pytest.approx(0.8)
     assert best["only_after"] == 32  # prompts: the second seed asks the same ones
     assert best["p_holm"] == pytest.approx(2 * 0.5**32 * 2) and best["verdict"] == "worse"  # of two tests of two seeds
     assert tests["random", "best rate", "over-refused"]["verdict"] == "better"
-    strict = tests["random", "over-refused ≤ 10 %", "not refused"]  # ESI's second seed was not run at its rate here
+    strict = tests["random", "benign lost ≤ 10 %", "not refused"]  # ESI's second seed was not run at its rate here
     assert strict["rates"] == [3e-3, 1e-3] and strict["verdict"] == "one seed only" and strict["p_holm"] is None
-    assert tests["snip", "over-refused ≤ 30 %", "not refused"]["verdict"] == "no seed where both get there"
-    assert "| snip | over-refused ≤ 30 % | none / 0.003 | not refused | 0 | 0 | – | – |" in text
-    row = "| random | best rate, over-refused ≤ 30 % | 0.003 / 0.003 | not refused | 2 | 40 | +80.0 | < 0.001 | worse |"
+    assert tests["snip", "benign lost ≤ 30 %", "not refused"]["verdict"] == "no seed where both get there"
+    assert "| snip | benign lost ≤ 30 % | none / 0.003 | not refused | 0 | 0 | – | – |" in text
+    row = "| random | best rate, benign lost ≤ 30 % | 0.003 / 0.003 | not refused | 2 | 40 | +80.0 | < 0.001 | worse |"
     assert row in text
 
 
@@ -615,7 +627,7 @@ def spa_row(frozen: str, lr: float, loss: float, not_refused: float) -> dict:
         "lr": lr,
         "seed": 0,
         "loss": {"kinds": loss},
-        "choose": choosing | {"over-refused": [0.0]},
+        "choose": choosing | {"over-refused": [0.0], "incoherent, benign": [0.0]},
     }
 
 
