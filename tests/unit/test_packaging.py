@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT
 
 import esi_ds
-from esi_ds import command, recipes, slurm
+from esi_ds import command, recipes, shipped, slurm
 from esi_ds.cli import make_parser
 from esi_ds.command import STAGES, TOOLS
 
@@ -55,3 +55,14 @@ def test_every_command_says_its_own_name(name: str, capsys: pytest.CaptureFixtur
         make_parser(name).parse_args(["--help"]) if name in STAGES else command.main([name, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and text.startswith(f"usage: esi-ds {name} ") and "``" not in text
+
+
+def test_a_recipe_begins_with_a_sentence_and_reads_files_that_a_page_names() -> None:
+    """``esi-ds recipes`` lists the first line; a file is the user's own, made by a run, or described in the docs."""
+    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    for name, file in shipped.recipes().items():
+        assert recipes.first_line(file).endswith("."), name
+        settings = re.sub(r"(^| )#.*", "", file.read_text(), flags=re.MULTILINE)
+        for path in re.findall(r"(\w+): ([\w./-]+\.(?:jsonl?|csv))", settings):
+            is_known = (ROOT / path[1]).is_file() or Path(path[1]).name in pages
+            assert is_known or path[0] == "responses", (name, path)
