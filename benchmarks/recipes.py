@@ -43,15 +43,15 @@ PROMPTS, TOKENS = 520, 300  # AdvBench's, with the longest answers; a row of GSM
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 HEAD = f"""# Recipes
 
-The recipes of `configs/dense` and `configs/moe`. `NAME` runs ESI, and `NAME-set`, `NAME-spa` and `NAME-eval` run the other stages;
-`esi-ds recipes` lists them all. The figures are **planned, not measured**: nothing here has run on a GPU.
+The recipes of `configs/dense` and `configs/moe`. `NAME` runs ESI, and `NAME-set`, `NAME-spa` and `NAME-eval` run the
+other stages; `esi-ds recipes` lists them all. The figures are **planned, not measured**: nothing here has run on a GPU.
 
-Bytes are what `--dry-run` counts for each GPU of 80 GB, without activations, with the DeepSpeed config that the recipe names. For your
-own nodes and settings, ask `--dry-run`. Times are calculated without generation and judging: a pass at {MFU:.0%} of an H100's bf16 peak, or
-the traffic of ZeRO-3 at 300 GB/s per GPU within a node and 50 GB/s between nodes, whichever takes longer. This page is made by
-`python -m benchmarks.recipes docs/recipes.md`.
+Bytes are what `--dry-run` counts for each GPU of 80 GB, without activations, with the DeepSpeed config that the recipe
+names. For your own nodes and settings, ask `--dry-run`. Times are calculated without generation and judging: a pass at
+{MFU:.0%} of an H100's bf16 peak, or the traffic of ZeRO-3 at 300 GB/s per GPU within a node and 50 GB/s between nodes,
+whichever takes longer. This page is made by `python -m benchmarks.recipes docs/recipes.md`.
 
-| recipe | weights | active per token | GPUs | ESI, GiB | SET, GiB | SPA, GiB | ESI of 520 prompts | SPA of 1,000 steps |
+| recipe | weights | active weights | GPUs | ESI, GiB | SET, GiB | SPA, GiB | ESI of 520 prompts | SPA of 1,000 steps |
 |---|---|---|---|---|---|---|---|---|
 """
 
