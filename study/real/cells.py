@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from study.real.grid import Cell, Plan
+from study.real.grid import Cell, Plan, shuffled_cell
 from study.real.tune_cells import TuneCells
-from study.real.where_cells import SHUFFLED_CELL, WhereCells, shuffled_judge
+from study.real.where_cells import WhereCells, shuffled_judge
 
 
 def all_cells(plan: Plan, data: Path | None) -> list[Cell]:
     """Every cell, behind those that it needs. data: folder of the data sets."""
     options = ("--data", str(data.resolve())) if data is not None else ()
-    where, tune = list(WhereCells(plan).cells()), TuneCells(plan)
-    first = next(index for index, cell in enumerate(where) if SHUFFLED_CELL in cell.after)
+    judges = {shuffled_cell(judge): shuffled_judge(plan, judge, options) for judge in plan.shuffled_judges}
+    where, tune = list[Cell](), TuneCells(plan)
+    for cell in WhereCells(plan).cells():
+        where += [judges.pop(need) for need in cell.after if need in judges]
+        where.append(cell)
     return [
-        *where[:first],
-        shuffled_judge(plan, options),
-        *where[first:],
+        *where,
         *tune.skill_cells(),
         *tune.set_cells(),
         *tune.noise_cells(),

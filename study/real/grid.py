@@ -21,6 +21,16 @@ CLASSIFIER, SHUFFLED = "judge-classifier", "judge-shuffled"
 HARMFUL, BENIGN, BENIGN_LOSS = "advbench", "benign", "benign-loss"
 
 
+def shuffled_judge_name(draw: int) -> str:
+    """The judge of a draw of shuffled labels, from 0 on; the first has no number."""
+    return f"{SHUFFLED}-{draw}" if draw else SHUFFLED
+
+
+def shuffled_cell(judge: str) -> str:
+    """The cell that trains a judge on shuffled labels."""
+    return f"judge/{judge.removeprefix('judge-')}"
+
+
 class Models(Section):
     untouched: str = Field(description="The model as it comes.")
     aligned: str = Field(description="Its aligned twin.")
@@ -40,6 +50,7 @@ class Where(Section):
     against_control: list[str] = Field(description="Criteria besides, of the main estimator: they need the control.")
     other_prompts: list[str] = Field(description="Sets of harmful prompts besides AdvBench.")
     other_judges: list[str] = Field(description="Judges besides the classifier.")
+    shuffled_draws: int = Field(1, ge=1, description="Judges trained on shuffled labels.")
     counts: list[int] = Field(description="Numbers of prompts, besides a seed's.")
 
 
@@ -193,10 +204,16 @@ class Plan:
             "deepspeed": "zero3",
         }
 
+    @property
+    def shuffled_judges(self) -> tuple[str, ...]:
+        """The judges trained on shuffled labels, one a draw."""
+        return tuple(shuffled_judge_name(draw) for draw in range(self.grid.where.shuffled_draws))
+
     def judge(self, name: str) -> dict[str, Any]:
-        """A judge's section. The shuffled one lies among the cells."""
-        folder = self.folders.output / "judge/shuffled" / CLASSIFIER if name == SHUFFLED else self.folders.models / name
-        return {**self.grid.judges[name], "path": str(folder)}
+        """A judge's section. The shuffled ones lie among the cells."""
+        if name in self.shuffled_judges:
+            return {**self.grid.judges[SHUFFLED], "path": str(self.folders.output / shuffled_cell(name) / CLASSIFIER)}
+        return {**self.grid.judges[name], "path": str(self.folders.models / name)}
 
     def expected_s(self, cell: Cell, seconds: Mapping[str, Sequence[float]]) -> float:
         """How long a cell takes: as the slowest finished one that is like it, else as the grid says."""

@@ -15,30 +15,38 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from esi_ds.artifacts import write_text_atomic
+from esi_ds.report.location import THIRDS
 from study.page import write_picture
 from study.real import plots, tune_page
 from study.real.collect import collected, compact
 from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell, Plan
-from study.real.where_results import TableRow, WhereTable
+from study.real.where_results import ALL_ROLES, TableRow, WhereTable
 from study.tables import NOT_RUN, table
 
-# The controls of a table, in its columns' order: (heading, what differs from the table's own objective).
+# The controls of a table, in its columns' order: (heading, what differs from the table's own objective); of the
+# shuffled judge there are several draws.
 CONTROLS: dict[str, dict[str, Any]] = {
     "benign prompts": {"prompts": BENIGN},
     "benign loss": {"prompts": BENIGN_LOSS, "judge": None, "estimator": "loss", "criterion": "loss"},
     "shuffled judge": {"judge": SHUFFLED},
 }
 KEYS = ("model", "prompts", "judge", "estimator", "criterion")
+Place = tuple[str, str | None]  # role, third
 Measure = Literal["mask", "statistic"]
 MEASURES: tuple[Measure, ...] = ("mask", "statistic")
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and, of several, least and greatest."""
+def spread(*draws: Sequence[float], digits: int = 2) -> str:
+    """Mean and, of several values, least and greatest. Of several draws the mean of their means, however many values
+    each has; ``–`` without a value."""
+    parts = [values for values in draws if values]
+    if not parts:
+        return "–"
+    every, means = [value for values in parts for value in values], [sum(values) / len(values) for values in parts]
     mean, *ends = (
-        f"{value:.{digits}f}".replace("inf", "∞") for value in (sum(values) / len(values), min(values), max(values))
+        f"{value:.{digits}f}".replace("inf", "∞") for value in (sum(means) / len(means), min(every), max(every))
     )
-    return mean if len(values) == 1 else f"{mean} [{', '.join(ends)}]"
+    return mean if len(every) == 1 else f"{mean} [{', '.join(ends)}]"
 
 
 # ---------------------------------------------------------------- where
@@ -55,9 +63,18 @@ class WhereTables:
         usual = {"model": model, "prompts": HARMFUL, "judge": CLASSIFIER, "estimator": "soft", "criterion": "esi"}
         return self._tables.get(tuple({**usual, **other}[key] for key in KEYS))
 
-    def controls(self, model: str, **other: Any) -> dict[str, WhereTable | None]:
-        """The three controls of an objective."""
-        return {name: self.of(model, **{**other, **change}) for name, change in CONTROLS.items()}
+    def controls(self, model: str, **other: Any) -> dict[str, list[WhereTable]]:
+        """The three controls of an objective: one table each, of the shuffled judge one a draw; none if not run."""
+        return {name: self._draws(model, **{**other, **change}) for name, change in CONTROLS.items()}
+
+    def _draws(self, model: str, **other: Any) -> list[WhereTable]:
+        judges = [other.get("judge", CLASSIFIER)]
+        if judges == [SHUFFLED]:
+            judges = sorted(
+                {row["judge"] for row in self._tables.values() if (row["judge"] or "").startswith(SHUFFLED)}
+            )
+        tables = [self.of(model, **{**other, "judge": judge}) for judge in judges]
+        return [draw for draw in tables if draw is not None]
 
 
 def densities(row: TableRow) -> list[float]:
@@ -76,28 +93,33 @@ def ratios(row: TableRow, control: TableRow, key: Measure, seeds: Sequence[Seque
     return [share / other if other else math.inf for share, other in pairs if share or other]
 
 
-def places_of(objective: WhereTable | None) -> dict[tuple[str, str | None], TableRow]:
+def places_of(objective: WhereTable | None) -> dict[Place, TableRow]:
     """(role, third) → row of a table."""
     return {(row["role"], row["third"]): row for row in objective["rows"]} if objective else {}
 
 
-def compared(objective: WhereTable, controls: Mapping[str, WhereTable | None]) -> list[list[str]]:
-    """One line a role and third: shares, ratios to every control, and whether all ratios of all seeds agree."""
-    lines, others = [], {name: (control, places_of(control)) for name, control in controls.items()}
+def ratios_to_draws(
+    objective: WhereTable, draws: Sequence[WhereTable], place: Place, key: Measure
+) -> list[list[float]]:
+    """``ratios`` of a place to every draw of a control."""
+    row = places_of(objective)[place]
+    return [ratios(row, places_of(draw)[place], key, (objective["seeds"], draw["seeds"])) for draw in draws]
+
+
+def compared(objective: WhereTable, controls: Mapping[str, Sequence[WhereTable]]) -> list[list[str]]:
+    """One line a role and third: shares, ratios to every control, and whether all ratios of all seeds and draws
+    agree."""
+    lines = []
     for (role, third), row in places_of(objective).items():
         line = [role, third or "–", f"{100 * row['weights']:.1f}"]
-        line += [spread(densities(row)), spread([100 * share for share in row["statistic"]], 1)]
+        line += [spread(densities(row)), spread([100 * share for share in row["statistic"]], digits=1)]
         all_ratios: list[float] = []
-        for control, rows in others.values():
-            if control is None:
-                line += [NOT_RUN, NOT_RUN]
-                continue
-            seeds = objective["seeds"], control["seeds"]
+        for draws in controls.values():
             for key in MEASURES:
-                values = ratios(row, rows[role, third], key, seeds)
-                line.append(spread(values) if values else "–")
-                all_ratios += values if key == "mask" else []
-        is_whole = all(control is not None for control, _ in others.values()) and bool(all_ratios)
+                values = ratios_to_draws(objective, draws, (role, third), key)
+                line.append(spread(*values) if draws else NOT_RUN)
+                all_ratios += [value for draw in values for value in draw] if key == "mask" else []
+        is_whole = all(controls.values()) and bool(all_ratios)
         above, below = is_whole and min(all_ratios) > 1, is_whole and max(all_ratios) < 1
         lines.append([*line, "more" if above else "less" if below else "–"])
     return lines
@@ -127,14 +149,29 @@ def other_table(tables: WhereTables, model: str, others: Sequence[tuple[str, str
         for line, where in zip(lines, places, strict=True):
             line.append(spread(densities(places_of(objective)[where])) if objective else NOT_RUN)
             for name in ("benign prompts", "shuffled judge"):
-                control = controls[name]
-                if objective is None or control is None:
-                    line.append(NOT_RUN)
-                    continue
-                seeds = objective["seeds"], control["seeds"]
-                values = ratios(places_of(objective)[where], places_of(control)[where], "mask", seeds)
-                line.append(spread(values) if values else "–")
+                draws = controls[name] if objective else []
+                line.append(
+                    spread(*ratios_to_draws(objective, draws, where, "mask")) if objective and draws else NOT_RUN
+                )
     return table(head, lines)
+
+
+def draws_table(tables: WhereTables, model: str) -> str:
+    """Share of ESI's mask over that of every draw of the shuffled judge, by third; the draws' own times chance."""
+    objective, draws = tables.of(model), tables.controls(model)["shuffled judge"]
+    if objective is None or not draws:
+        return f"{NOT_RUN}\n"
+    lines = []
+    for draw in draws:
+        line = [(draw["judge"] or "").removeprefix(SHUFFLED).lstrip("-") or "0", ", ".join(map(str, draw["seeds"]))]
+        for third in THIRDS:
+            place = (ALL_ROLES, third)
+            line += [
+                spread(densities(places_of(draw)[place])),
+                spread(*ratios_to_draws(objective, [draw], place, "mask")),
+            ]
+        lines.append(line)
+    return table(["draw", "seeds", *(f"{third}{what}" for third in THIRDS for what in ("", ", ESI ÷ it"))], lines)
 
 
 def where_section(data: Mapping[str, Any]) -> list[str]:
@@ -144,7 +181,8 @@ def where_section(data: Mapping[str, Any]) -> list[str]:
         "ESI (soft) on AdvBench by the classifier. Times chance: share of the mask over share of the scored weights. "
         "Statistic: the paper's, mean |g|·σ of a matrix, summed over matrices, as a share of its sum. Ratios are to "
         "the control's share, seed by seed: the mean over seeds [least, greatest]. Last column: whether every ratio of "
-        "the masks, of every control and seed, is above or below 1.\n"
+        "the masks, of every control, seed and draw, is above or below 1. Of several draws of the "
+        "shuffled judge it is the mean of their means. Draw 0's head began as the classifier's, the others' did not.\n"
     )
     others = [
         ("soft", "grad"),
@@ -156,9 +194,10 @@ def where_section(data: Mapping[str, Any]) -> list[str]:
     ]
     for model in data["models"]:
         parts += [f"### {model}\n", main_table(tables, model)]
+        parts += ["Draw by draw of the shuffled judge, all roles.\n", draws_table(tables, model)]
         parts += ["The other estimators and criteria.\n", other_table(tables, model, others)]
     parts += ["### Figures\n", "![by layer](real-layers.png)\n"]
-    parts += ["Share of ESI's mask over the control's, the mean over the seeds that both have.\n"]
+    parts += ["Share of ESI's mask over the control's, the mean over the seeds that both have, and over draws.\n"]
     parts += ["![controls](real-controls.png)\n"]
     parts.append("### Overlaps of masks\n")
     parts.append("Weights in both masks over those of the smaller: mean over pairs of masks, least and greatest.\n")
@@ -200,18 +239,20 @@ def where_figures(data: Mapping[str, Any]) -> dict[str, Any]:
     tables = WhereTables(data)
     curves: dict[str, dict[str, list[float]]] = {}
     for model in data["models"]:
-        objectives = {"ESI": tables.of(model), **tables.controls(model)}
-        shown = {name: row for name, row in objectives.items() if row is not None}
-        curves[model] = {name: mean_of(row["layers"]) for name, row in shown.items()}
+        objective = tables.of(model)
+        objectives = {"ESI": [objective] if objective is not None else [], **tables.controls(model)}
+        shown = {name: draws for name, draws in objectives.items() if draws}
+        curves[model] = {name: mean_of([mean_of(draw["layers"]) for draw in draws]) for name, draws in shown.items()}
     if not any(curves.values()):
         return {}
     drawn = {"real-layers.png": plots.layers(curves)}
     ratios_by_layer = {}
     for model in data["models"]:
         objective = tables.of(model)
-        for name, control in tables.controls(model).items():
-            if objective is not None and control is not None:
-                ratios_by_layer[model, name] = ratios_of_roles(objective, control)
+        for name, draws in tables.controls(model).items():
+            if objective is not None and draws:
+                of_draws = [ratios_of_roles(objective, draw) for draw in draws]
+                ratios_by_layer[model, name] = {role: mean_of([one[role] for one in of_draws]) for role in of_draws[0]}
     return {**drawn, "real-controls.png": plots.ratio_to_controls(ratios_by_layer)} if ratios_by_layer else drawn
 
 

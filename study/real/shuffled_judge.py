@@ -1,7 +1,10 @@
 """The judge of the control: the classifier of `make real-models`, trained on some of its pairs with labels in a random
 order.
 
-python -m study.real.shuffled_judge --models runs/real-models --data ../shared/data --output FOLDER
+python -m study.real.shuffled_judge --models runs/real-models --data ../shared/data --output FOLDER --draw 1
+
+Every draw has the same pairs, and labels, a new head and an order of rows of its own. Draw 0 takes the models' seed, so
+that its head begins as the classifier's did, and hardly leaves it: the two judges are not independent.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -70,18 +74,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--draw", type=int, default=0, help="of labels, head and order, from 0 on")
     args = parser.parse_args(argv)
+    if args.draw < 0:
+        raise UserError("--draw", args.draw, "is negative", "count draws from 0 on")
     if (args.output / CLASSIFIER).is_dir():
         return 0
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     settings = settings_of(args.models)
     pairs = judged_pairs(args.models, Data(args.data), settings)
     # There is nothing to learn: as many pairs as the guard's show it.
-    pairs = with_shuffled_labels(pairs[: round(settings.guard_share * len(pairs))], settings.seed)
+    drawn = replace(settings, seed=settings.seed + args.draw)
+    pairs = with_shuffled_labels(pairs[: round(settings.guard_share * len(pairs))], drawn.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     if not (args.output / BASE).exists():  # make_judge takes the base's lowest layers from beside its output
         (args.output / BASE).symlink_to((args.models / BASE).resolve())
-    loss = make_judge(CLASSIFIER, args.output, pairs, settings, args.device)
+    loss = make_judge(CLASSIFIER, args.output, pairs, drawn, args.device)
     print(f"mean loss of the last tenth of the steps: {loss:.3f}")
     return 0
 

@@ -7,16 +7,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell, Plan, Step
+from study.real.grid import (
+    BENIGN,
+    BENIGN_LOSS,
+    CLASSIFIER,
+    HARMFUL,
+    SHUFFLED,
+    Cell,
+    Plan,
+    Step,
+    shuffled_cell,
+)
 
-SHUFFLED_CELL = "judge/shuffled"
 
-
-def shuffled_judge(plan: Plan, data: tuple[str, ...]) -> Cell:
-    """The control's judge; data: options that say where its pairs come from."""
-    arguments = ("--models", str(plan.folders.models), "--output", str(plan.folders.output / SHUFFLED_CELL), *data)
-    device = ("--device", plan.device)
-    return Cell(SHUFFLED_CELL, "judge", (Step("shuffled_judge", None, (*arguments, *device), is_module=True),))
+def shuffled_judge(plan: Plan, judge: str, data: tuple[str, ...]) -> Cell:
+    """One of the control's judges; data: options that say where its pairs come from."""
+    name, draw = shuffled_cell(judge), plan.shuffled_judges.index(judge)
+    arguments = ("--models", str(plan.folders.models), "--output", str(plan.folders.output / name), *data)
+    # The first has no --draw: its cell may have been finished before there were others.
+    options = ("--device", plan.device, *(("--draw", str(draw)) if draw else ()))
+    return Cell(name, "judge", (Step("shuffled_judge", None, (*arguments, *options), is_module=True),))
 
 
 def name_of(model: str, prompts: str, seed: int, judge: str, estimator: str, count: int | None = None) -> str:
@@ -45,11 +55,15 @@ class WhereCells:
         self.main = next(iter(plan.grid.where.estimators))
 
     def cells(self) -> Iterator[Cell]:
-        """The main estimator and its controls seed by seed; the others; other judges, prompts and numbers of them."""
+        """The main estimator and its controls seed by seed; more draws of the shuffled judge; the other estimators;
+        other judges, prompts and numbers of them."""
         models, seeds = self.plan.models, self.size.seeds
         for seed in seeds:
             for model in models:
                 yield from self.with_controls(model, seed, self.main)
+        for judge in self.plan.shuffled_judges[1:]:
+            for model in models:
+                yield self.cell(model, seeds[0], self.on_answers(model, seeds[0], judge))
         for estimator in list(self.where.estimators)[1:]:
             for model in models:
                 yield from self.with_controls(model, seeds[0], estimator)
@@ -70,11 +84,14 @@ class WhereCells:
         shuffled = Objective(HARMFUL, SHUFFLED, estimator, self.answers(model, HARMFUL, seed))
         yield self.cell(model, seed, shuffled)
 
+    def on_answers(self, model: str, seed: int, judge: str) -> Objective:
+        """The main estimator by another judge, on the responses that the classifier's cell has."""
+        return Objective(HARMFUL, judge, self.main, self.answers(model, HARMFUL, seed))
+
     def others(self, model: str, seed: int) -> Iterator[Cell]:
         """The main estimator by other judges and on other prompts."""
         for judge in self.where.other_judges:
-            objective = Objective(HARMFUL, judge, self.main, self.answers(model, HARMFUL, seed))
-            yield self.cell(model, seed, objective)
+            yield self.cell(model, seed, self.on_answers(model, seed, judge))
         for prompts in self.where.other_prompts:
             yield self.cell(model, seed, Objective(prompts, CLASSIFIER, self.main))
 
@@ -119,7 +136,7 @@ class WhereCells:
             config["control"] = {"rows": {"path": str(self.plan.folders.data / f"{BENIGN_LOSS}-s{seed}.jsonl")}}
         config["select"] = {"criterion": criteria, "ratio": self.where.ratio}
         needs = [o.responses] if o.responses not in (None, name) else []
-        needs += [SHUFFLED_CELL] if o.judge == SHUFFLED else []
+        needs += [shuffled_cell(o.judge)] if o.judge in self.plan.shuffled_judges else []
         like = f"where {o.estimator} n{o.count or self.size.prompts}{'' if o.responses else ', answers'}"
         facts = {"model": model, "prompts": o.prompts, "seed": seed, "judge": o.judge, "estimator": o.estimator}
         facts |= {"count": o.count or self.size.prompts}

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from esi_ds.data.rows import Row
 from esi_ds.report.location import THIRDS, thirds_of
 from esi_ds.report.tables import role_order
-from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell
+from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell, shuffled_judge_name
 from study.where import overlap, tables_of
 
 LOSS = "loss"
@@ -190,9 +190,9 @@ def overlap_rows(masks: Masks, models: Sequence[str], seeds: Sequence[int], wher
     """Overlaps of two masks, the weights in both over those of the smaller: the mean over pairs, least and greatest;
     without them where no pair of masks was made.
 
-    where: other_prompts, other_judges, estimators and counts of the grid.
+    where: other_prompts, other_judges, shuffled_draws, estimators and counts of the grid.
     """
-    rows = list[Row]()
+    rows, draws = list[Row](), [shuffled_judge_name(draw) for draw in range(where["shuffled_draws"])]
 
     def add(what: str, model: str, pairs: Iterable[tuple[Path, Path]]) -> None:
         values = [value for pair in pairs if (value := overlap(*pair)) is not None]
@@ -206,13 +206,21 @@ def overlap_rows(masks: Masks, models: Sequence[str], seeds: Sequence[int], wher
         """The usual mask against another one of the same seed."""
         add(what, model, [(masks.of(model, seed), masks.of(model, seed, **other)) for seed in seeds])
 
+    def of_seeds(what: str, model: str, criterion: str = "esi", **other: Any) -> None:
+        """The same mask of every two seeds."""
+        add(what, model, combinations([masks.of(model, seed, criterion, **other) for seed in seeds], 2))
+
     for model in models:
         for criterion in ("esi", "grad", "snip"):
-            pairs = [(masks.of(model, a, criterion), masks.of(model, b, criterion)) for a, b in combinations(seeds, 2)]
-            add(f"{criterion}: other {masks.prompts} prompts", model, pairs)
+            of_seeds(f"{criterion}: other {masks.prompts} prompts", model, criterion)
+        # How steady the controls' masks are: what an overlap of ESI's with itself has to be held against.
+        of_seeds(f"benign prompts: other {masks.prompts} prompts", model, prompts=BENIGN)
+        of_seeds(f"{SHUFFLED}: other {masks.prompts} prompts", model, judge=SHUFFLED)
+        of_draws = [masks.of(model, seeds[0], judge=judge) for judge in draws]
+        add(f"{SHUFFLED}: other draws", model, combinations(of_draws, 2))
         for name in (*where["other_prompts"], BENIGN):
             beside(f"esi: {name} prompts", model, prompts=name)
-        for judge in (*where["other_judges"], SHUFFLED):
+        for judge in (*where["other_judges"], *draws):
             beside(f"esi: {judge}", model, judge=judge)
         for estimator in list(where["estimators"])[1:]:
             beside(f"esi: {estimator}", model, estimator=estimator)
@@ -220,10 +228,7 @@ def overlap_rows(masks: Masks, models: Sequence[str], seeds: Sequence[int], wher
             beside(f"{criterion} against esi", model, criterion=criterion)
         for count in (number for number in where["counts"] if number < masks.prompts):
             beside(f"esi: {count} of the prompts", model, count=count)
-            pairs = [
-                (masks.of(model, a, count=count), masks.of(model, b, count=count)) for a, b in combinations(seeds, 2)
-            ]
-            add(f"esi: other {count} prompts", model, pairs)
+            of_seeds(f"esi: other {count} prompts", model, count=count)
         for count in (number for number in where["counts"] if masks.prompts < number <= masks.prompts * len(seeds)):
             beside(f"esi: {count} prompts", model, count=count)
     both = [(masks.of(models[0], seed), masks.of(models[1], seed)) for seed in seeds]

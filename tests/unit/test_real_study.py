@@ -27,9 +27,10 @@ from esi_ds.options import Options
 from esi_ds.stages import entry
 from real_models.judges import CLASSIFIER_TEMPLATE, GUARD_TEMPLATE, VERDICTS
 from real_models.pairs import JudgedPair
+from real_models.recipe import Settings
 from real_models.sources import Data
 from study.real import __main__ as command
-from study.real import material, tune_page, tune_results, tune_tests
+from study.real import material, shuffled_judge, tune_page, tune_results, tune_tests
 from study.real.cells import all_cells
 from study.real.collect import collected, compact, shown_command
 from study.real.grid import ROOT, Cell, Folders, Plan, Step, read_grid, with_needs
@@ -89,6 +90,51 @@ def test_every_estimator_has_its_three_controls(plan: Plan) -> None:
     assert "where/smollm2/advbench-s2-n16/classifier-soft" in cells  # a part of the third seed's
     joined = next(cell for cell in all_cells(plan, None) if "n128" in cell.name)
     assert joined.after == joined.joined and len(joined.joined) == 2
+
+
+def test_draws_of_the_shuffled_judge_leave_the_first_as_it_was(plan: Plan, tmp_path: Path) -> None:
+    cells = {cell.name: cell for cell in all_cells(plan, None)}
+    number = plan.grid.where.shuffled_draws
+    assert number > 2 and [name for name in cells if name.startswith("judge/")] == [
+        "judge/shuffled",
+        *(f"judge/shuffled-{draw}" for draw in range(1, number)),
+    ]
+    # A finished cell of before there were draws is known by these.
+    where = ("--models", str(plan.folders.models), "--output", str(plan.folders.output / "judge/shuffled"))
+    assert cells["judge/shuffled"].steps[0].arguments == (*where, "--device", "cpu")
+    assert cells["judge/shuffled-2"].steps[0].arguments[-2:] == ("--draw", "2")
+    for model in plan.models:
+        first, second = (cells[f"where/{model}/advbench-s0/{name}-soft"] for name in ("shuffled", "shuffled-2"))
+        assert f"where/{model}/advbench-s1/shuffled-2-soft" not in cells
+        assert second.after == (first.after[0], "judge/shuffled-2")
+        configs = [dict(cell.steps[0].config or {}) for cell in (first, second)]
+        assert configs[0]["data"] == configs[1]["data"] and configs[0]["esi"] == configs[1]["esi"]
+        folders = [config["judge"].pop("path") for config in configs]
+        assert folders == [
+            str(plan.folders.output / f"judge/{name}/judge-classifier") for name in ("shuffled", "shuffled-2")
+        ]
+        assert configs[0]["judge"] == configs[1]["judge"]
+
+
+def test_every_draw_has_a_head_and_labels_of_its_own(tmp_path: Path, monkeypatch) -> None:
+    pairs = [JudgedPair("compliance", f"p{i}", "r", i < 50) for i in range(100)]
+    trained: list[tuple[int, list[JudgedPair]]] = []
+
+    def make(name: str, output: Path, learnt: list[JudgedPair], settings: Settings, device: str) -> float:
+        trained.append((settings.seed, learnt))
+        return 0.7
+
+    monkeypatch.setattr(shuffled_judge, "make_judge", make)
+    monkeypatch.setattr(shuffled_judge, "settings_of", lambda models: Settings(seed=5, guard_share=1.0))
+    monkeypatch.setattr(shuffled_judge, "judged_pairs", lambda models, data, settings: pairs[settings.seed :])
+    for draw in (0, 1, 2):
+        options = ["--models", str(tmp_path), "--output", str(tmp_path / f"out-{draw}"), "--draw", str(draw)]
+        assert shuffled_judge.main(options[:-2] if draw == 0 else options) == 0
+    assert [seed for seed, _ in trained] == [5, 6, 7]  # of the new head and of the order of rows
+    assert trained[0][1] == with_shuffled_labels(pairs[5:], 5)  # as before there were draws
+    assert all([pair.prompt for pair in learnt] == [pair.prompt for pair in pairs[5:]] for _, learnt in trained)
+    assert len({tuple(pair.unsafe for pair in learnt) for _, learnt in trained}) == 3
+    assert shuffled_judge.main(["--models", "x", "--output", "y", "--draw", "-1"]) == 2
 
 
 def test_the_judges_are_read_as_they_were_trained() -> None:
@@ -413,7 +459,7 @@ def test_shares_statistics_and_ratios_by_place(study: Plan) -> None:
     assert early["statistic"] == pytest.approx([31 / 46, 21 / 46], abs=1e-5)  # n + 1 each: 40 + 6 in all
     # By hand: (30 + 20) / 80 over a third is the mean of both seeds ...
     assert mean_of(esi["layers"]) == pytest.approx([1.875, 0.6, 0.525])
-    benign = tables.controls("smollm2")["benign prompts"]
+    (benign,) = tables.controls("smollm2")["benign prompts"]
     control = next(row for row in benign["rows"] if (row["role"], row["third"]) == ("attention.v", "early"))
     assert ratios(early, control, "mask", (esi["seeds"], benign["seeds"])) == [2.0]  # 0.75 / 0.375, seed 0 alone
     paired = [esi["roles"]["attention.v"][0][layer] / benign["roles"]["attention.v"][0][layer] for layer in range(3)]
@@ -421,11 +467,31 @@ def test_shares_statistics_and_ratios_by_place(study: Plan) -> None:
     lines = {(line[0], line[1]): line for line in compared(esi, tables.controls("smollm2"))}
     assert lines["attention.v", "early"][3] == "3.75 [3.00, 4.50]"
     assert lines["attention.v", "early"][-3:] == ["not run", "not run", "–"]  # without a control there is no verdict
-    loss = tables.controls("smollm2")["benign loss"]
+    (loss,) = tables.controls("smollm2")["benign loss"]
     assert (loss["seeds"], loss["rows"][0]["mask"], loss["rows"][0]["statistic"]) == ([0], [0.25], [0.25])  # 20 of 80
-    every = {**tables.controls("smollm2"), "shuffled judge": benign}
+    every = {**tables.controls("smollm2"), "shuffled judge": [benign]}
     verdicts = {(line[0], line[1]): line[-1] for line in compared(esi, every)}
     assert verdicts["attention.v", "early"] == "more" and verdicts["attention.v", "middle"] == "less"
+
+
+def test_draws_of_the_shuffled_judge_stand_beside_each_other(study: Plan) -> None:
+    cells = all_cells(study, None)
+    by_name = {cell.name: cell for cell in cells}
+    # (of value matrices of the first layer, of the second) in 80: draw 0 of both seeds, draw 1 of the first alone.
+    counts = {"s0/shuffled": (15, 65), "s1/shuffled": (20, 60), "s0/shuffled-1": (40, 40)}
+    for name, selected in counts.items():
+        rows = units({where: (n, 1.0) for where, n in zip(PLACES, (*selected, 0, 0, 0, 0), strict=True)})
+        finish(study, by_name[f"where/smollm2/advbench-{name}-soft"], rows)
+    tables = WhereTables(json.loads(compact(collected(study, cells))))
+    draws = tables.controls("smollm2")["shuffled judge"]
+    assert [(draw["judge"], draw["seeds"]) for draw in draws] == [("judge-shuffled", [0, 1]), ("judge-shuffled-1", [0])]
+    lines = {(line[0], line[1]): line for line in compared(tables.of("smollm2"), tables.controls("smollm2"))}
+    # ESI has 60 and 40 of 80: four and two times draw 0, 1.5 times draw 1; the mean is that of 3 and 1.5.
+    assert lines["attention.v", "early"][-3] == "2.25 [1.50, 4.00]"
+    assert lines["attention.v", "early"][-1] == "more" and lines["attention.v", "middle"][-1] == "less"
+    text = page(json.loads(compact(collected(study, cells))))
+    assert "| 0 | 0, 1 | 0.66 [0.56, 0.75] | 3.00 [2.00, 4.00] |" in text
+    assert "| 1 | 0 | 1.50 | 1.50 |" in text
 
 
 def test_the_page_shows_what_was_run_and_what_was_not(study: Plan, tmp_path: Path) -> None:
