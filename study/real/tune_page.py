@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from esi_ds.data.rows import Row
 from study.real import plots
 from study.real.tune_cells import CHOOSE, REPORT
-from study.real.tune_results import MEASURES, best_rate, is_at_end
-from study.real.tune_tests import TASK_SHARE
+from study.real.tune_results import MEASURES, best_rate, is_at_end, is_open
+from study.real.tune_tests import REFERENCE, TASK_SHARE
 from study.tables import NOT_RUN, points, table
 
 CHOOSING = ("not refused", "over-refused", "incoherent, benign")  # what a learning rate is chosen by
@@ -57,6 +57,29 @@ def base_of(data: Mapping[str, Any], number: int) -> Row:
     return next((row for row in data["base"] if row["model"] == data["models"][number]), {})
 
 
+def mark_of(data: Mapping[str, Any], method: str, rate: float) -> str:
+    """What is to be said of a rate at which a method is shown: that its range does not bracket it, or not yet."""
+    rates = data["rates"][method]
+    if is_at_end(rate, rates):
+        return " (end)"
+    return " (open)" if is_open(data["set"], method, data["settings"]["seeds"][0], rate, rates) else ""
+
+
+def open_rates(data: Mapping[str, Any]) -> str:
+    """Which of the compared rates are no bracketed ones; empty where all are."""
+    tests = data["set_tests"]
+    compared = {(test["method"], test["rates"][0]) for test in tests} | {
+        (REFERENCE, test["rates"][1]) for test in tests
+    }
+    marked = [
+        f"{method} {rate:g}{mark}"
+        for method in data["rates"]
+        for rate in data["rates"][method]
+        if (method, rate) in compared and (mark := mark_of(data, method, rate))
+    ]
+    return f"Compared at rates that their range does not bracket: {', '.join(marked)}.\n" if marked else ""
+
+
 def set_section(data: Mapping[str, Any]) -> list[str]:
     """Every method at its best rate, then all rates."""
     tasks = ("gsm8k", "medquad")
@@ -65,12 +88,12 @@ def set_section(data: Mapping[str, Any]) -> list[str]:
     if base:
         lines.append(["as it comes", "–", "–", *measures_of(base), *losses(base, tasks)])
     seeds = data["settings"]["seeds"]
-    for method, rates in data["rates"].items():
+    for method in data["rates"]:
         best = best_rate(data["set"], method, seeds[0])
         chosen = [row for row in data["set"] if row["method"] == method and row["lr"] == best]
         for row in sorted(chosen, key=lambda row: row["seed"]):
-            mark = " (end)" if is_at_end(row, rates) else ""
-            lines.append([method, str(row["seed"]), f"{best:g}{mark}", *measures_of(row), *losses(row, tasks)])
+            rate = f"{row['lr']:g}{mark_of(data, method, row['lr'])}"
+            lines.append([method, str(row["seed"]), rate, *measures_of(row), *losses(row, tasks)])
         if not chosen:
             lines.append([method, "–", "–", *[NOT_RUN] * len(head)])
     rows = sorted(data["set"], key=lambda row: (list(data["rates"]).index(row["method"]), row["lr"], row["seed"]))
@@ -82,7 +105,8 @@ def set_section(data: Mapping[str, Any]) -> list[str]:
     choose = [f"{column}, choosing" for column in CHOOSING]
     return [
         "## SET: learning to refuse\n",
-        sizes(data) + "\nEvery method at its best learning rate; `(end)`: the best is an end of its range.\n",
+        sizes(data) + "\nEvery method at its best learning rate; `(end)`: the best is an end of its range; "
+        "`(open)`: a rate beside it has not been run, and may be better.\n",
         table(["method", "seed", "rate", *head], lines),
         "![SET](real-set.png)\n" if rows else "",
         "Against ESI, prompt by prompt: each method at its best rate, and at the rate that refuses most within a limit "
@@ -90,6 +114,7 @@ def set_section(data: Mapping[str, Any]) -> list[str]:
         "reported prompts. A prompt counts once, whatever the number of seeds (sign test); p by Holm over the rows of "
         "two seeds and more. Within one limit over-refusal may differ, so read both measures.\n",
         set_tests(data["set_tests"]),
+        open_rates(data),
         "All learning rates.\n",
         table(["method", "rate", "seed", *choose, *MEASURES, "seconds"], every) if every else f"{NOT_RUN}\n",
     ]

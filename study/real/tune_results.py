@@ -130,7 +130,8 @@ def benign_lost(row: Row) -> float:
     """Share of the benign requests for choosing whose answer is a refusal or garbled (a garbled refusal counts twice):
     a rate that garbles answers instead of refusing them is no better."""
     part = row[CHOOSE]
-    lost: float = part["over-refused"][0] + part["incoherent, benign"][0]
+    # As many digits as the rates have: 20 and 10 % are within a limit of 30 %, which their binary sum is not.
+    lost: float = round(part["over-refused"][0] + part["incoherent, benign"][0], 5)
     return lost
 
 
@@ -151,16 +152,25 @@ def candidates(rows: Sequence[Row], method: str, seed: int) -> list[Row]:
 
 
 def best_rate(rows: Sequence[Row], method: str, seed: int) -> float | None:
-    """The best rate of a method and seed, the lower of equals; None where none is finished."""
+    """The best rate of a method and seed; None where none is finished. Of rates whose worse share is the same the one
+    whose other share is lower, else the lower rate."""
+
+    def rank(row: Row) -> tuple[float, float, float]:
+        shares = row[CHOOSE]["not refused"][0], benign_lost(row)
+        return badness(row), min(shares), row["lr"]
+
     kept = candidates(rows, method, seed)
-    return min(kept, key=lambda row: (badness(row), row["lr"]))["lr"] if kept else None
+    return min(kept, key=rank)["lr"] if kept else None
 
 
 def rate_within(rows: Sequence[Row], method: str, seed: int, limit: float) -> float | None:
     """Of a method's rates with at most ``limit`` of the benign requests lost, the one that leaves the fewest harmful
-    requests not refused, both on the prompts for choosing; the lower of equals. None where no rate keeps the limit."""
+    requests not refused, both on the prompts for choosing; of equals the one that loses fewer benign ones, else the
+    lower rate. None where no rate keeps the limit."""
     kept = [row for row in candidates(rows, method, seed) if benign_lost(row) <= limit]
-    return min(kept, key=lambda row: (row[CHOOSE]["not refused"][0], row["lr"]))["lr"] if kept else None
+    return (
+        min(kept, key=lambda row: (row[CHOOSE]["not refused"][0], benign_lost(row), row["lr"]))["lr"] if kept else None
+    )
 
 
 def chosen_rates(rows: Sequence[Row], method: str, seed: int) -> dict[str, float | None]:
@@ -170,7 +180,8 @@ def chosen_rates(rows: Sequence[Row], method: str, seed: int) -> dict[str, float
 
 
 def is_due(cell: Cell, rows: Sequence[Row], first_seed: int) -> bool:
-    """Whether the finished cells ask for a cell: an end of a method's range where the rate beside it is the best, a
+    """Whether the finished cells ask for a cell: an end of a method's range where the rate beside it is the best, the
+    upper end also where that is the best within a limit (a lower rate refuses fewer harmful requests, not more), a
     further seed at the rates of ``chosen_rates``; any other cell always.
 
     rows: of the finished SET cells.
@@ -180,11 +191,20 @@ def is_due(cell: Cell, rows: Sequence[Row], first_seed: int) -> bool:
         return True
     if reason == "seed":
         return cell.facts["lr"] in chosen_rates(rows, cell.facts["method"], first_seed).values()
-    best, rates = best_rate(rows, cell.facts["method"], first_seed), cell.facts["rates"]
-    beside = rates[1] if cell.facts["lr"] == rates[0] else rates[-2]
-    return best in (beside, cell.facts["lr"])
+    chosen, rates = chosen_rates(rows, cell.facts["method"], first_seed), cell.facts["rates"]
+    if cell.facts["lr"] == rates[0]:
+        return chosen[BEST] in rates[:2]
+    return not set(chosen.values()).isdisjoint(rates[-2:])
 
 
-def is_at_end(row: Row, rates: Sequence[float]) -> bool:
-    """Whether a best rate is the first or last of its method: the range did not bracket it."""
-    return row["lr"] in (rates[0], rates[-1])
+def is_at_end(rate: float, rates: Sequence[float]) -> bool:
+    """Whether a chosen rate is the first or last of its method: the range did not bracket it."""
+    return rate in (rates[0], rates[-1])
+
+
+def is_open(rows: Sequence[Row], method: str, seed: int, rate: float, rates: Sequence[float]) -> bool:
+    """Whether a rate beside a chosen one, in its method's range, was not run or measured nothing: it may be the better
+    one."""
+    run = {row["lr"] for row in candidates(rows, method, seed)}
+    index = rates.index(rate)
+    return not run.issuperset(rates[max(0, index - 1) : index + 2])

@@ -609,6 +609,45 @@ def test_a_rate_that_garbles_benign_answers_is_not_the_best(plan: Plan) -> None:
     }  # fmt: skip
 
 
+def chosen_on(method: str, rate: float, not_refused: float, over_refused: float, garbled: float = 0.0) -> dict:
+    """What a finished cell's row says of the prompts for choosing."""
+    measured = {"not refused": [not_refused], "over-refused": [over_refused], "incoherent, benign": [garbled]}
+    return {"method": method, "seed": 0, "lr": rate, "choose": measured}
+
+
+def test_of_rates_that_tie_none_is_chosen_that_the_other_beats() -> None:
+    """The lower rate is taken only where both shares are equal."""
+    rows = [chosen_on("random", 3e-3, 0.175, 0.35), chosen_on("random", 1e-2, 0.075, 0.3, garbled=0.05)]
+    assert tune_results.best_rate(rows, "random", 0) == 1e-2  # as good in the worse share, and better in the other
+    rows = [chosen_on("esi", 1e-3, 0.2, 0.28), chosen_on("esi", 3e-3, 0.2, 0.2, garbled=0.05)]
+    assert tune_results.rate_within(rows, "esi", 0, 0.3) == 3e-3
+    equal = [chosen_on("esi", rate, 0.2, 0.1) for rate in (3e-3, 1e-3)]
+    assert tune_results.best_rate(equal, "esi", 0) == tune_results.rate_within(equal, "esi", 0, 0.3) == 1e-3
+
+
+def test_a_limit_is_kept_by_shares_that_add_up_to_it() -> None:
+    assert 0.2 + 0.1 > 0.3
+    assert tune_results.rate_within([chosen_on("esi", 1e-3, 0.1, 0.2, garbled=0.1)], "esi", 0, 0.3) == 1e-3
+
+
+def test_rates_that_are_not_bracketed_are_asked_for_and_marked(plan: Plan, tmp_path: Path) -> None:
+    esi, random = set_cells(plan, "esi"), set_cells(plan, "random")
+    evaluate(plan, esi[3e-4], 0.5, 0.6)
+    evaluate(plan, esi[1e-3], 0.1, 0.2)  # the best
+    evaluate(
+        plan, esi[3e-3], 0.4, 0.1
+    )  # the best within 10 % of benign requests lost: the next one may be better there
+    evaluate(plan, random[1e-3], 0.2, 0.2)
+    assert [due(plan, esi[rate]) for rate in sorted(esi)] == [False, True, True, True, True]
+    write_pages(plan, all_cells(plan, None), tmp_path)
+    text = (tmp_path / "real.md").read_text()
+    assert "| esi | 0 | 0.001 | 10.0" in text and "| random | 0 | 0.001 (open) | 20.0" in text
+    assert "does not bracket: esi 0.003 (open), random 0.001 (open)." in text
+    evaluate(plan, esi[1e-2], 0.0, 0.1)
+    write_pages(plan, all_cells(plan, None), tmp_path)
+    assert "| esi | 0 | 0.01 (end) |" in (tmp_path / "real.md").read_text()
+
+
 def test_the_page_of_tuned_models_takes_each_method_at_its_best_rate(plan: Plan, tmp_path: Path) -> None:
     esi = set_cells(plan, "esi")
     for rate, not_refused in ((3e-4, 0.5), (1e-3, 0.25), (3e-3, 0.25)):
