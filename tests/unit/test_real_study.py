@@ -591,11 +591,11 @@ def test_the_range_of_a_method_is_widened_where_its_best_rate_asks_for_it(plan: 
     assert [due(plan, esi[rate]) for rate in rates] == [False, True, True, True, False]
     # Further seeds run where methods are compared: at the best rate, and at the best with at most 10 % over-refusal.
     assert [due(plan, second[rate]) for rate in rates] == [False, True, True, False, False]
-    random = set_cells(plan, "random")
-    for rate, not_refused in zip(sorted(random)[1:4], (0.9, 0.8, 0.5), strict=True):
-        evaluate(plan, random[rate], not_refused, 0.0)
-    assert [due(plan, random[rate]) for rate in sorted(random)] == [False, True, True, True, True]
-    assert not due(plan, set_cells(plan, "random", 1)[sorted(random)[1]])
+    magnitude = set_cells(plan, "magnitude")
+    for rate, not_refused in zip(sorted(magnitude)[1:4], (0.9, 0.8, 0.5), strict=True):
+        evaluate(plan, magnitude[rate], not_refused, 0.0)
+    assert [due(plan, magnitude[rate]) for rate in sorted(magnitude)] == [False, True, True, True, True]
+    assert not due(plan, set_cells(plan, "magnitude", 1)[sorted(magnitude)[1]])
 
 
 def test_a_rate_that_garbles_benign_answers_is_not_the_best(plan: Plan) -> None:
