@@ -64,6 +64,7 @@ class Method(Section):
     targets: list[str] = Field([], description="Of LoRA: the matrices' names.")
     fraction: float = Field(0.5, description="Share of benign rows.")
     benign: Literal["lookalikes", "plain"] = Field("lookalikes", description="Whether some look harmful.")
+    batch_factor: int = Field(1, ge=1, description="Rows of a step, in batches of the size.")
     rates: list[float] = Field(min_length=3, description="Learning rates, rising.")
 
 

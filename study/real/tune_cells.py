@@ -112,7 +112,9 @@ class TuneCells:
             mask = "none"
         config["tune"] = {
             "mask": mask,
-            **self.tune_section(rate, self.size.set_steps, self.size.set_batch, self.size.set_length),
+            **self.tune_section(
+                rate, self.size.set_steps, method.batch_factor * self.size.set_batch, self.size.set_length
+            ),
             "data": self.set_rows(method),
         }
         facts = {"method": method_name, "lr": rate, "seed": seed, "rates": method.rates, "only_if": only_if}
@@ -127,7 +129,8 @@ class TuneCells:
             steps = [Step("lora", config, options, is_module=True)]
         model = self.run_folder(name, steps[0].stage) / "model"
         steps += [self.evaluation(name, self.untouched, model, seed), self.skills(name, model, SKILLS)]
-        return Cell(name, f"set {method.kind}", tuple(steps), facts, needs, drops=(f"{steps[0].stage}/model",))
+        like = f"set {method.kind}" + (f", {method.batch_factor} batches" if method.batch_factor > 1 else "")
+        return Cell(name, like, tuple(steps), facts, needs, drops=(f"{steps[0].stage}/model",))
 
     def set_rows(self, method: Method) -> dict[str, Any]:
         """Refusals, and benign answers of the model's own."""

@@ -598,6 +598,13 @@ def test_the_range_of_a_method_is_widened_where_its_best_rate_asks_for_it(plan: 
     assert not due(plan, set_cells(plan, "magnitude", 1)[sorted(magnitude)[1]])
 
 
+def test_a_method_may_take_more_rows_a_step(plan: Plan) -> None:
+    """Its cells take longer, and do not say how long others take."""
+    single, double = set_cells(plan, "esi")[3e-3], set_cells(plan, "esi-double-batch")[3e-3]
+    batches = [dict(one.steps[0].config or {})["tune"]["batch_size"] for one in (single, double)]
+    assert batches == [plan.size.set_batch, 2 * plan.size.set_batch] and single.like != double.like
+
+
 def test_a_rate_that_garbles_benign_answers_is_not_the_best(plan: Plan) -> None:
     """Garbled answers are no refusals: over-refusal alone would choose the rate that breaks the model."""
     esi = set_cells(plan, "esi")
