@@ -1,6 +1,6 @@
-"""``esi-ds ask``: a file of answers from an endpoint, for ``eval.models[].answers`` and ``data.responses``.
+"""Ask an OpenAI-compatible server and write a file of its answers: ``eval.models[].answers``, ``data.responses``.
 
-Each answer is written as it comes; started again, the command asks only what the file lacks.
+Each answer is written as it arrives. Started again, the command asks only what the file lacks.
 """
 
 from __future__ import annotations
@@ -179,26 +179,28 @@ def _rows_on_disk(output: Path, asked: dict[str, Any]) -> list[AskedRow]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="esi-ds ask", description=help_text(__doc__))
-    parser.add_argument("--base-url", required=True, help="of an OpenAI-compatible server: http://localhost:8000/v1")
-    parser.add_argument("--model", required=True, help="the model's name there")
+    parser.add_argument(
+        "--base-url", required=True, help="an OpenAI-compatible server, such as http://localhost:8000/v1"
+    )
+    parser.add_argument("--model", required=True, help="the model's name on the server")
     parser.add_argument("--prompts", required=True, help="a file, a hub id or a built-in set, as in eval.prompts")
-    parser.add_argument("--split", help="of a hub data set")
-    parser.add_argument("--column", default="auto", help="that holds the prompts")
-    parser.add_argument("--goal", help="the column of what attacks are after, as eval.prompts.goal; rows keep it")
+    parser.add_argument("--split", help="split of a hub data set (train)")
+    parser.add_argument("--column", default="auto", help="column that holds the prompts (auto)")
+    parser.add_argument("--goal", help="column that holds the goals of attacks, as eval.prompts.goal")
     parser.add_argument("--behaviors", help="the CSV of HarmBench's behaviours, for a JSON of its test cases")
-    parser.add_argument("--limit", type=int, help="how many prompts to take, from the first")
-    parser.add_argument("--system-prompt", help="the system's turn, as model.system_prompt")
-    parser.add_argument("--key-variable", help="the environment variable that holds the key; without it none is sent")
-    parser.add_argument("--max-tokens", type=int, default=256, help="the longest answer (256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy (0)")
-    parser.add_argument("--samples", type=int, default=1, help="how many answers to a prompt, as eval.samples (1)")
-    parser.add_argument("--seed", type=int, help="of sampled answers; each is sent one of its own; without it none is")
-    parser.add_argument("--extra", default="{}", help="more keys of the request as JSON, such as '{\"top_p\": 0.9}'")
-    parser.add_argument("--concurrency", type=int, default=8, help="how many prompts are asked at a time (8)")
-    parser.add_argument("--request-timeout", type=float, default=60.0, help="of one attempt, in seconds (60)")
-    parser.add_argument("--item-timeout", type=float, default=300.0, help="of one prompt with all attempts (300)")
-    parser.add_argument("--max-attempts", type=int, default=5, help="how many times a prompt is tried (5)")
-    parser.add_argument(OUTPUT, type=Path, required=True, help="the JSONL file to fill; what it holds is not asked")
+    parser.add_argument("--limit", type=int, help="how many prompts to take, from the start (all)")
+    parser.add_argument("--system-prompt", help="system turn before every prompt, as model.system_prompt")
+    parser.add_argument("--key-variable", help="environment variable that holds the key (no key is sent)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="longest answer, in tokens (256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy (0)")
+    parser.add_argument("--samples", type=int, default=1, help="answers per prompt, as eval.samples (1)")
+    parser.add_argument("--seed", type=int, help="gives each sampled answer a seed of its own (none is sent)")
+    parser.add_argument("--extra", default="{}", help="more keys of the request, as JSON: '{\"top_p\": 0.9}'")
+    parser.add_argument("--concurrency", type=int, default=8, help="prompts asked at a time (8)")
+    parser.add_argument("--request-timeout", type=float, default=60.0, help="seconds for one attempt (60)")
+    parser.add_argument("--item-timeout", type=float, default=300.0, help="seconds for one prompt (300)")
+    parser.add_argument("--max-attempts", type=int, default=5, help="attempts per prompt (5)")
+    parser.add_argument(OUTPUT, type=Path, required=True, help="JSONL file to write; what it answers is not asked")
     return parser
 
 

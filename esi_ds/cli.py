@@ -18,7 +18,7 @@ from esi_ds import launch_environment
 from esi_ds.config import load_config
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.failures import explain, is_full
-from esi_ds.options import Options
+from esi_ds.options import STAGES, Options
 from esi_ds.terminal import clean_output
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_FAILURE = 2, 75, 1
@@ -70,25 +70,38 @@ def planned_ranks(parser: argparse.ArgumentParser, arguments: argparse.Namespace
 
 def make_parser(stage: str) -> argparse.ArgumentParser:
     """The stage's parser. ``--local_rank`` and ``--deepspeed``, which launchers and habit add, have no effect."""
-    parser = argparse.ArgumentParser(prog=f"esi-ds {stage}", allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change one key of the config")
+    purpose = STAGES.get(stage, f"run {stage}")  # tests have stages of their own
+    launcher = f"deepspeed --module esi_ds.launch.{stage} --config FILE"
+    parser = argparse.ArgumentParser(
+        prog=f"esi-ds {stage}",
+        description=f"{purpose[0].upper()}{purpose[1:]}. If a run was stopped, the same command continues it.",
+        epilog=f"For several ranks: {launcher}, or torchrun, srun or mpirun (docs/cluster.md).",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="change one key of the config (docs/configuration.md)"
+    )
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="experiment YAML, or a recipe's name (esi-ds recipes)"
     )
-    parser.add_argument("--deepspeed_config", metavar="FILE", help="replaces the config's deepspeed")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and what would run")
-    parser.add_argument("--world-size", type=positive, metavar="N", help="ranks to plan for in a dry run")
-    parser.add_argument("--nodes", type=positive, metavar="N", help="nodes to plan for in a dry run")
-    parser.add_argument("--gpus-per-node", type=positive, metavar="N", help="GPUs of each node; default 8")
-    parser.add_argument("--gpu-memory-gib", type=positive_size, metavar="G", help="memory of each GPU; default 80")
     parser.add_argument(
-        "--node-memory-gib", type=positive_size, metavar="G", help="host memory of each node; default 2048"
+        "--deepspeed_config", metavar="FILE", help="DeepSpeed config to use instead of the key deepspeed"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config, what would run and the bytes per rank; run nothing",
+    )
+    parser.add_argument("--world-size", type=positive, metavar="N", help="ranks that a dry run plans for")
+    parser.add_argument("--nodes", type=positive, metavar="N", help="nodes that a dry run plans for")
+    parser.add_argument("--gpus-per-node", type=positive, metavar="N", help="GPUs per node (8)")
+    parser.add_argument("--gpu-memory-gib", type=positive_size, metavar="G", help="memory per GPU (80)")
+    parser.add_argument("--node-memory-gib", type=positive_size, metavar="G", help="host memory per node (2048)")
     parser.add_argument("--verbose", action="store_true", help="print the output of every rank")
     parser.add_argument(
         "--allow-fingerprint-mismatch",
         action="store_true",
-        help="accept a mask of other weights of the same shapes",
+        help="accept a mask that was made from other weights of the same shapes",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)

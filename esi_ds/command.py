@@ -9,23 +9,17 @@ import sys
 from collections.abc import Sequence
 
 from esi_ds import __version__
+from esi_ds.options import STAGES
 from esi_ds.terminal import clean_output
 
-STAGES = {
-    "esi": "score weights by their Expected Safety Impact and write a mask",
-    "set": "tune only the weights of a mask",
-    "spa": "tune everything but the weights of a mask",
-    "perturb": "add noise to the weights of a mask",
-    "eval": "measure attack success, over-refusal and skill",
-}
 TOOLS = {  # command → (module, what it does)
-    "report": ("esi_ds.launch.report", "write the pages of finished runs again, and one of several runs"),
-    "status": ("esi_ds.status", "say how far runs are"),
-    "mask": ("esi_ds.mask", "describe, check, compare or make masks"),
+    "report": ("esi_ds.launch.report", "rewrite the pages of finished runs, and compare several on one page"),
+    "status": ("esi_ds.status", "show how far runs have come"),
+    "mask": ("esi_ds.mask", "describe, check or compare masks, or make one from the same scores"),
     "patch": ("esi_ds.patch", "create, apply, revert or describe a patch of a tuned model"),
-    "ask": ("esi_ds.ask", "make a file of answers from an OpenAI-compatible endpoint"),
-    "doctor": ("esi_ds.doctor", "say what this machine has, what it lacks, and how to mend it"),
-    "recipes": ("esi_ds.recipes", "list, show or copy the experiments that come with the package"),
+    "ask": ("esi_ds.ask", "ask an OpenAI-compatible server and write a file of its answers"),
+    "doctor": ("esi_ds.doctor", "show what this machine has, what it lacks, and how to fix it"),
+    "recipes": ("esi_ds.recipes", "list, show or copy the recipes (configs) that come with the package"),
     "slurm": ("esi_ds.slurm", "copy the batch scripts that come with the package"),
 }
 
@@ -36,11 +30,12 @@ def usage() -> str:
     lines = [f"  {command:9}{text}" for command, text in about.items()]
     return "\n".join(
         [
-            "usage: esi-ds COMMAND ... (esi-ds COMMAND --help says more)",
+            "usage: esi-ds COMMAND ...   (esi-ds COMMAND --help says more; esi-ds --version)",
             "",
             *lines,
             "",
-            "A stage started so has one rank. Several ranks: deepspeed --module esi_ds.launch.esi --config FILE",
+            "The first five are stages, which this starts with one rank. For several ranks:",
+            "  deepspeed --module esi_ds.launch.esi --config FILE",
         ]
     )
 

@@ -26,6 +26,7 @@ from esi_ds.errors import UserError
 from esi_ds.host_memory import available_bytes
 from esi_ds.terminal import clean_output
 
+DESCRIPTION = "Show what this machine has, what it lacks, and how to fix it. Exit code 1 if anything is wrong."
 GB, GIB = 10**9, 2**30
 WRITTEN = 256 * 2**20  # bytes of the write test: more than a disk's own cache hides, seconds on the slowest
 EXTRAS = {  # extra → (a module of it, what it is for)
@@ -98,7 +99,7 @@ def accelerator() -> Iterator[Finding]:
         else:
             emulated = "" if computes_bf16() else "; it emulates bf16: set model.dtype: auto or fp32"
             yield Finding(
-                "note", "accelerator", "no GPU", f"stages run on the CPU with gloo: right, and slow{emulated}"
+                "note", "accelerator", "no GPU", f"stages run on the CPU with gloo: correct, but slow{emulated}"
             )
         return
     for number in range(torch.cuda.device_count()):
@@ -106,7 +107,7 @@ def accelerator() -> Iterator[Finding]:
         name, capability = torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)
         fact = f"GPU {number}: {name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         if free < 0.9 * total:
-            yield Finding("note", "accelerator", fact, "something else uses it: see nvidia-smi")
+            yield Finding("note", "accelerator", fact, "another process uses it: see nvidia-smi")
         elif capability < (8, 0):
             yield Finding("note", "accelerator", fact, "it does not compute bf16: set model.dtype: fp32")
         else:
@@ -137,7 +138,7 @@ def ranks() -> Iterator[Finding]:
         yield Finding("wrong", "ranks", str(error))
     else:
         place = f"rank {launch.rank} of {launch.world_size}, started by {launch.launcher}"
-        alone = "start it as a job is started to see its ranks" if launch.world_size == 1 else ""
+        alone = "start this command as you start a job, to see the job's ranks" if launch.world_size == 1 else ""
         yield Finding("ok", "ranks", place, alone)
     free, total = available_bytes(), psutil.virtual_memory().total
     cores = len(os.sched_getaffinity(0))
@@ -155,7 +156,7 @@ def hub() -> Iterator[Finding]:
     elif hub_answers():
         yield Finding("ok", "hub", f"{constants.ENDPOINT} answers; files are kept in {constants.HF_HOME}")
     else:
-        remedy = "give folders as paths, or download where there is a network and set HF_HUB_OFFLINE=1"
+        remedy = "give folders as paths, or download on a machine with a network and set HF_HUB_OFFLINE=1"
         yield Finding("note", "hub", f"{constants.ENDPOINT} cannot be reached", remedy)
 
 
@@ -181,8 +182,8 @@ def storage(folder: Path) -> Iterator[Finding]:
 @clean_output()
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code: 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(prog="esi-ds doctor", description="what this machine has, and what it lacks")
-    parser.add_argument("--dir", type=Path, default=Path("."), help="where runs will be written; default: here")
+    parser = argparse.ArgumentParser(prog="esi-ds doctor", description=DESCRIPTION)
+    parser.add_argument("--dir", type=Path, default=Path("."), help="where runs will be written (here)")
     folder = parser.parse_args(argv).dir
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (packages, accelerator, compiler, ranks, hub, extras)
     findings: list[Finding] = []
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
             print(finding, flush=True)
             findings.append(finding)
     wrong = sum(finding.state == "wrong" for finding in findings)
-    print("nothing is wrong" if not wrong else f"{wrong} to mend")
+    print("nothing is wrong" if not wrong else f"{wrong} to fix")
     return 1 if wrong else 0
 
 

@@ -189,25 +189,26 @@ def share(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="esi-ds mask", description=help_text(__doc__))
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="describe a mask and where its weights are").add_argument("mask")
+    describer = commands.add_parser("info", help="describe a mask and where its weights are")
+    describer.add_argument("mask", help="folder of the mask")
     checker = commands.add_parser("verify", help="check a mask by itself and against its scores")
-    checker.add_argument("mask")
-    checker.add_argument("--scores", type=Path, help="scores/ of the run: select again and compare bit for bit")
+    checker.add_argument("mask", help="folder of the mask")
+    checker.add_argument("--scores", type=Path, help="folder of the scores: select again and compare every bit")
     overlap = commands.add_parser("compare", help="overlap of two masks, by role and by layer")
     overlap.add_argument(
         "--cells",
         action="store_true",
-        help=f"also by layer and role together, where that takes more than {MAX_CELLS} lines",
+        help=f"also by layer and role together, even if that takes more than {MAX_CELLS} lines",
     )
-    overlap.add_argument("first")
-    overlap.add_argument("second")
+    overlap.add_argument("first", help="folder of a mask")
+    overlap.add_argument("second", help="folder of the other mask")
     maker = commands.add_parser("select", help="make a mask of another ratio or order from the same scores")
-    maker.add_argument("mask", help="any mask selected from the scores")
+    maker.add_argument("mask", help="folder of any mask selected from the scores")
     maker.add_argument("output", type=Path, metavar="OUTPUT", help="folder of the new mask")
-    maker.add_argument("--scores", type=Path, required=True, help="scores/ of the run")
-    maker.add_argument("--ratio", type=share, required=True, help="share of the weights")
-    maker.add_argument("--order", choices=("top", "bottom", "random"), default="top")
-    maker.add_argument("--seed", type=int, default=0, help="of --order random")
+    maker.add_argument("--scores", type=Path, required=True, help="folder of the scores")
+    maker.add_argument("--ratio", type=share, required=True, help="share of the weights to select")
+    maker.add_argument("--order", choices=("top", "bottom", "random"), default="top", help="which weights (top)")
+    maker.add_argument("--seed", type=int, default=0, help="seed of --order random (0)")
     return parser
 
 

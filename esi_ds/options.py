@@ -1,8 +1,16 @@
-"""The command line's options besides the config."""
+"""What the command line offers besides the config: the stages and their options."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+STAGES = {  # stage → what it does
+    "esi": "score weights by their Expected Safety Impact and write a mask",
+    "set": "tune only the weights of a mask",
+    "spa": "tune everything but the weights of a mask",
+    "perturb": "add noise to the weights of a mask and see what breaks",
+    "eval": "measure attack success, over-refusal and skill",
+}
 
 
 @dataclass(frozen=True)

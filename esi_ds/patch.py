@@ -46,6 +46,12 @@ FORMAT = "esi-patch/1"
 SUMMARY = "patch.json"
 ORIGIN = "give the model it was tuned from"
 START = 64  # first values of a tensor by which most pairs are told apart
+FOLDERS = {  # argument of the command → what it names
+    "base": "folder of the base model",
+    "tuned": "folder of the tuned model",
+    "patch": "folder of the patch",
+    "out": "new folder to write",
+}
 # Keys of a tensor's two digests, and names of its values in the patch.
 Digest = Literal["base_sha256", "tuned_sha256"]
 Values = Literal["old", "new"]
@@ -522,14 +528,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="esi-ds patch", description=help_text(__doc__))
     commands = parser.add_subparsers(dest="command", required=True)
     for command, folders, purpose in (
-        ("create", ("base", "tuned", "patch"), "the difference of two model folders"),
-        ("apply", ("base", "patch", "out"), "from base and patch to the tuned model"),
-        ("revert", ("tuned", "patch", "out"), "from tuned model and patch back to the base"),
-        ("info", ("patch",), "what a patch changes"),
+        ("create", ("base", "tuned", "patch"), "write the difference of two model folders"),
+        ("apply", ("base", "patch", "out"), "make the tuned model from base and patch"),
+        ("revert", ("tuned", "patch", "out"), "make the base model from tuned model and patch"),
+        ("info", ("patch",), "show what a patch changes"),
     ):
         command_parser = commands.add_parser(command, help=purpose)
         for folder in folders:
-            command_parser.add_argument(folder, type=Path)
+            command_parser.add_argument(folder, type=Path, metavar=folder.upper(), help=FOLDERS[folder])
     return parser
 
 

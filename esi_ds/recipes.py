@@ -10,17 +10,19 @@ from esi_ds import shipped
 from esi_ds.errors import ends_with_message
 from esi_ds.terminal import clean_output
 
+DESCRIPTION = "Recipes are configs that come with the package. --config takes their names."
+
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="esi-ds recipes", description="experiments that come with the package")
+    parser = argparse.ArgumentParser(prog="esi-ds recipes", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("list", help="names and what they run (the default)")
+    commands.add_parser("list", help="list the names and what each runs (the default)")
     show = commands.add_parser("show", help="print a recipe")
-    copy = commands.add_parser("copy", help="copy a recipe, or all of them, to change it")
+    copy = commands.add_parser("copy", help="copy a recipe, or all of them, for you to change")
     show.add_argument("name", metavar="NAME")
     show.add_argument("--field", default="NAME", help="what a message calls NAME, for scripts (default: NAME)")
-    copy.add_argument("name", metavar="NAME", nargs="?", help="default: all, each in its folder")
-    copy.add_argument("--to", metavar="DIR", type=Path, default=Path("."), help="default: this folder")
+    copy.add_argument("name", metavar="NAME", nargs="?", help="a recipe's name (all, each in its folder)")
+    copy.add_argument("--to", metavar="DIR", type=Path, default=Path("."), help="where to (this folder)")
     return parser
 
 

@@ -15,10 +15,10 @@ from esi_ds.terminal import clean_output
 @ends_with_message
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(prog="esi-ds slurm", description="batch scripts that come with the package")
+    parser = argparse.ArgumentParser(prog="esi-ds slurm", description="Batch scripts that come with the package.")
     commands = parser.add_subparsers(dest="command", required=True)
-    copy = commands.add_parser("copy", help="copy them to DIR/slurm; then change slurm/env.sh, and submit from DIR")
-    copy.add_argument("to", metavar="DIR", type=Path, nargs="?", default=Path("."), help="default: this folder")
+    copy = commands.add_parser("copy", help="copy them to DIR/slurm; then edit slurm/env.sh and submit from DIR")
+    copy.add_argument("to", metavar="DIR", type=Path, nargs="?", default=Path("."), help="where to (this folder)")
     print(*shipped.copy(shipped.folder("slurm"), parser.parse_args(argv).to / "slurm"), sep="\n")
     return 0
 

@@ -194,7 +194,10 @@ def _span(seconds: float) -> str:
 @clean_output()
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(prog="esi-ds status", description="show how far runs are")
+    parser = argparse.ArgumentParser(
+        prog="esi-ds status",
+        description="Show how far runs have come.",
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders")
     parser.add_argument("--json", action="store_true", help="one line of JSON per run instead of text")
     arguments, code = parser.parse_args(argv), 0

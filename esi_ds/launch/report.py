@@ -1,8 +1,7 @@
-"""Pages of finished runs from their ``report.json``: ``esi-ds report RUN...``.
+"""Rewrite the ``report.html`` of finished runs from their ``report.json``.
 
-Writes each run's ``report.html`` again and, for two or more runs, a page that shows them side by side:
-``overview.html`` in the folder they share. ``--tuned RUN...`` and ``--evaluated RUN...`` show these runs on the pages
-of ESI runs instead.
+For two or more runs this also writes a page that shows them side by side: ``overview.html`` in the folder they share.
+With ``--tuned RUN...`` or ``--evaluated RUN...``, these runs are shown on the pages of the ESI runs instead.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         description=help_text(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the page of several runs")
     parser.add_argument("--tuned", nargs="*", type=Path, metavar="RUN", default=[], help="SET and SPA runs to show")
     parser.add_argument("--evaluated", nargs="*", type=Path, metavar="RUN", default=[], help="evaluations to show")
