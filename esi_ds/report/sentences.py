@@ -120,7 +120,7 @@ def tuning(report: TuningReport) -> list[str]:
         change = f"stayed at {first}" if first == last else f"{verb} from {first} to {last}"
         trained += f"; the loss of a batch {change}"
     refusals = [line for row in report["refusals"] if (line := _refusals(row))]
-    return [f"{trained}.", *([f"The tuned model refuses {_listed(refusals)}."] if refusals else [])]
+    return [f"{trained}.", *([f"The tuned model refuses {listed(refusals)}."] if refusals else [])]
 
 
 def _refusals(row: RefusalRow) -> str:
@@ -215,7 +215,7 @@ def perturbation(report: PerturbationReport) -> list[str]:
     clean = next((percent(row["rate"]) for row in attack if row["noise"] == 0), None)
     if not noise or not points:
         return []
-    rates = _listed([f"{percent(row['rate'])} where they are {_order(row)}" for row in points])
+    rates = listed([f"{percent(row['rate'])} where they are {_order(row)}" for row in points])
     without = f"; without noise it is {clean}" if clean else ""
     name = f"attack success on {first['set']} ({first['judge']})"
     return [f"With noise of {noise:g} σ on {100 * ratio:g} % of the weights, {name} is {rates}{without}."]
@@ -234,7 +234,7 @@ def several(
     """
     counts = Counter(run.label for run in runs)
     kinds = [f"{count} {label}{'s' if count > 1 and label.islower() else ''}" for label, count in counts.items()]
-    lines = [f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {_listed(kinds)}."]
+    lines = [f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {listed(kinds)}."]
     for mask in masks[:MAX_MASKS]:
         if location.whole_of(mask.report["units"]).selected and _follows_scores(mask.report["selection"]):
             densest = _densest(location.regions(mask.report["units"]))
@@ -252,8 +252,8 @@ def several(
             measured = f"Attack success on {first['set']} ({first['judge']}) is"
             if low == high:
                 return [*lines, f"{measured} {percent(low)} for all models."]
-            lowest = _listed([name for rate, name in rates if rate == low])
-            highest = _listed([name for rate, name in rates if rate == high])
+            lowest = listed([name for rate, name in rates if rate == low])
+            highest = listed([name for rate, name in rates if rate == high])
             lines.append(f"{measured} lowest for {lowest}, {percent(low)}, and highest for {highest}, {percent(high)}.")
             if (refusal := _first(joined, "refused")) is not None:
                 refused = _rate(joined, refusal, least)
@@ -261,7 +261,8 @@ def several(
     return lines
 
 
-def _listed(parts: Sequence[str]) -> str:
+def listed(parts: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 

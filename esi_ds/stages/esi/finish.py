@@ -26,6 +26,7 @@ from esi_ds.report.contents import (
 )
 from esi_ds.report.html import write_report
 from esi_ds.report.publish import closing_table, publish
+from esi_ds.report.sentences import listed
 from esi_ds.stages.esi.losses import LossRows
 from esi_ds.stages.esi.masks import SharedGradients, make_masks
 from esi_ds.stages.esi.prepare import EsiInputs, Example, PreparedEsiJudge, PromptInputs, clean, encode_prompts
@@ -196,7 +197,7 @@ def routing_rows(
 
 def title(config: Config) -> str:
     """Of the report."""
-    names = " and ".join("Expected Safety Impact" if name == "esi" else name for name in config.select.criteria)
+    names = listed(["Expected Safety Impact" if name == "esi" else name for name in config.select.criteria])
     scores = names if names == "Expected Safety Impact" else f"{names} scores"
     return f"{scores}{', contrastive,' if config.select.contrastive else ''} of {config.model.path}"
 
