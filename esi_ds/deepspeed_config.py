@@ -37,7 +37,7 @@ _KINDS: dict[Any, str] = {
 KEYS = {key: kind for kind, keys in _KINDS.items() for key in keys.split()}
 WORDS = {dict: "a mapping", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 REDUCE_BUCKET = 50_000_000
-REMEDY = "take it out of the DeepSpeed config, or write auto"
+REMEDY = "remove it from the DeepSpeed config, or set it to auto"
 
 
 def read(config: Config) -> dict[str, Any]:
@@ -127,11 +127,11 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
                 "does not belong here: this stage takes no optimizer steps"
                 if stage not in TUNING
                 else "does not belong here: the tune section configures the masked AdamW and its schedule",
-                "take it out; learning rates belong to the YAML's tune section",
+                "remove it; learning rates belong in the YAML's tune section",
             )
     for section in ("amp", "elasticity", "tensor_parallel", "pipeline"):
         if settings.get(section):
-            raise UserError(f"deepspeed.{section}", None, "is not supported by this stage", "take it out")
+            raise UserError(f"deepspeed.{section}", None, "is not supported by this stage", "remove it")
     _check_expert_parallel(settings, world_size)
     for key, ours, owner in _owned(config, world_size, stage):
         value = settings.get(key, "auto")
@@ -168,7 +168,7 @@ def _check_zero(settings: dict[str, Any]) -> None:
             f"deepspeed.zero_optimization.{mics[0]}",
             zero[mics[0]],
             "is MiCS, which DeepSpeed no longer has",
-            "take it out",
+            "remove it",
         )
     for key in ("offload_param", "offload_optimizer"):
         section = _mapping(zero, key, f"deepspeed.zero_optimization.{key}")
@@ -208,7 +208,7 @@ def check_experts(settings: Mapping[str, Any], num_experts: Iterable[int]) -> No
         return
     counts = sorted(set(num_experts))
     if not counts:
-        raise UserError(AUTOEP_SIZE, size, "the model has no routed experts", f"take {EXPERT_PARALLEL} out")
+        raise UserError(AUTOEP_SIZE, size, "the model has no routed experts", f"remove {EXPERT_PARALLEL}")
     for count in counts:
         if count % size:
             fitting = ", ".join(map(str, _divisors(count)))

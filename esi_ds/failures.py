@@ -34,13 +34,13 @@ def explain(error: BaseException, output_dir: str) -> str | None:
         if any(words in message.lower() for words in GONE):
             return (
                 f"lost another rank ({message}): it failed, was killed, or its host is down; if it could, it printed "
-                "why before this line. Start the same command again to go on"
+                "why before this line. Start the same command again to continue"
             )
         if any(words in message.lower() for words in LATE):
             return (
-                "waited in vain for another rank for run.collective_timeout_s, or run.start_timeout_s at the start "
-                f"({message}): it hangs, or its host cannot be reached. Start the same command again to go on; raise "
-                "the timeout if ranks may really be that far apart"
+                "gave up waiting for another rank after run.collective_timeout_s, or run.start_timeout_s at the start "
+                f"({message}): it hangs, or its host cannot be reached. Start the same command again to continue; "
+                "raise the timeout if ranks may really be that far apart"
             )
     return None
 
@@ -76,5 +76,5 @@ def _full(problem: str, file: str | None, output_dir: str) -> str:
         free = f"{shutil.disk_usage(output_dir).free:,}"
     return (
         f"{where}{problem} (run.output_dir = {output_dir}: {free} bytes free); everything saved before is intact. Make "
-        "room and start the same command again to go on"
+        "room and start the same command again to continue"
     )

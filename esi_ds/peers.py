@@ -116,5 +116,5 @@ def told(process: RankProcess, number: signal.Signals, run: Path) -> str:
     where = f" during {progress}" if progress else ""
     return (
         f"rank {process.rank} died of {number.name}{where} (process {process.pid} on {process.table[0]}): "
-        f"{CAUSES.get(number, FAULT)}. Start the same command again to go on"
+        f"{CAUSES.get(number, FAULT)}. Start the same command again to continue"
     )

@@ -180,7 +180,7 @@ def show(run: Path, now: float) -> str:
         lines.append(f"  last checkpoint: {where}, {_span(now - checkpoint['saved'])} ago")
     if status["state"] == "running" and now - status["updated"] > SILENT_S:
         silent = _span(now - status["updated"])
-        lines.append(f"  silent for {silent}: it was probably killed; start it again to go on")
+        lines.append(f"  silent for {silent}: it was probably killed; start it again to continue")
     return "\n".join(lines)
 
 

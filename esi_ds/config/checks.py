@@ -42,7 +42,7 @@ def check_numbers(content: Any, key: str) -> None:
     elif isinstance(content, float) and not math.isfinite(content):
         raise UserError(key, content, "is not a finite number", "give a number")
     elif isinstance(content, float) and content and not MIN_FLOAT <= abs(content) <= MAX_FLOAT:
-        raise UserError(key, content, f"lies outside of {MIN_FLOAT:g} to {MAX_FLOAT:g}", "give another number")
+        raise UserError(key, content, f"is not between {MIN_FLOAT:g} and {MAX_FLOAT:g}", "give another number")
     elif isinstance(content, int) and abs(content) > MAX_NUMBER:
         raise UserError(
             key, f"a number of {content.bit_length()} bits", f"is above {MAX_NUMBER:,}", "give another number"
@@ -51,11 +51,11 @@ def check_numbers(content: Any, key: str) -> None:
 
 # Keys of a request's body that ``extra`` may not set, and what does set them. Without max_tokens a server has its own.
 OF_THE_REQUEST = {
-    "messages": "the question itself",
-    "model": "the key model",
+    "messages": "they hold the question",
+    "model": "the key model sets it",
     "stream": "the reply is read whole",
     "n": "one reply is read",
-    "max_tokens": "the key max_tokens, or eval.max_new_tokens",
+    "max_tokens": "the key max_tokens, or eval.max_new_tokens, sets it",
 }
 
 
@@ -63,7 +63,7 @@ def check_extra(extra: Mapping[str, Any], field: str) -> None:
     """Raise UserError where ``extra`` would replace a part of the request that has another owner."""
     for key, value in extra.items():
         if key in OF_THE_REQUEST and not (key == "max_tokens" and value is None):
-            raise UserError(f"{field}.{key}", value, f"has another owner: {OF_THE_REQUEST[key]}", "take it out")
+            raise UserError(f"{field}.{key}", value, f"cannot be set here: {OF_THE_REQUEST[key]}", "remove it")
 
 
 # What a chat template is given by whoever renders it.
@@ -76,7 +76,7 @@ def check_template_kwargs(values: Mapping[str, Any], field: str) -> None:
         if not name.isidentifier() or not name.isascii():
             raise UserError(f"{field}.{name}", value, "is not a name that a template can read", "write it as a word")
         if name in OF_THE_TEMPLATE:
-            raise UserError(f"{field}.{name}", value, "has another owner: the conversation", "take it out")
+            raise UserError(f"{field}.{name}", value, "cannot be set here: the conversation sets it", "remove it")
 
 
 def check_date(text: str, field: str) -> None:
@@ -108,7 +108,9 @@ def check_origin(field: str, origins: Mapping[str, Any], revision: str | None) -
     if not named:
         raise UserError(field, None, "has no answers", f"give its {keys}")
     if len(named) > 1:
-        raise UserError(f"{field}.{named[1]}", origins[named[1]], f"and {named[0]} are two origins", f"give {keys}")
+        raise UserError(
+            f"{field}.{named[1]}", origins[named[1]], f"is given together with {named[0]}", f"give only one: {keys}"
+        )
     if revision is not None and named != ["path"]:
         raise UserError(f"{field}.revision", revision, "belongs to a model of the hub", "leave it out, or give path")
 

@@ -85,8 +85,8 @@ def check_control(section: Control) -> None:
     if section.prompts is None and section.rows is None:
         raise UserError("control", None, "names no data", "give control.prompts.path or control.rows.path")
     if section.prompts is not None and section.rows is not None:
-        problem = "and control.prompts are two controls"
-        raise UserError("control.rows.path", section.rows.path, problem, "give one of them")
+        problem = "is given together with control.prompts"
+        raise UserError("control.rows.path", section.rows.path, problem, "give only one of them")
 
 
 class ModelEndpoint(EndpointLimits):

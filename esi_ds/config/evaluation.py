@@ -126,7 +126,7 @@ def check_sampling(section: Eval) -> None:
             if key == "seed" and value is None:  # a server that takes none
                 continue
             owner = "run.seed" if key == "seed" else f"eval.{key}"
-            raise UserError(field, value, f"has another owner where answers are sampled: {owner}", "take it out")
+            raise UserError(field, value, f"cannot be set here where answers are sampled: {owner} sets it", "remove it")
 
 
 def check_eval(section: Eval, collective_timeout_s: int) -> None:

@@ -84,7 +84,7 @@ def check_read(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) ->
             f"{FIELD}.{name}",
             values[name],
             f"is not read by the chat template of {tokenizer.name_or_path}",
-            "take it out, or give a model.chat_template that reads it",
+            "remove it, or give a model.chat_template that reads it",
         )
 
 

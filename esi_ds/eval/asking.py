@@ -21,7 +21,7 @@ def check_served(endpoint: Endpoint, field: str) -> None:
         names = served_models(endpoint)
     except OSError as error:
         raise UserError(
-            field, endpoint.url, f"cannot be reached ({error})", "start the server, or mend the URL"
+            field, endpoint.url, f"cannot be reached ({error})", "start the server, or correct the URL"
         ) from error
     if names is not None and endpoint.model not in names:
         shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

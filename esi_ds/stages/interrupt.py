@@ -63,4 +63,4 @@ def check_stop(done: str, save: Callable[[], None] | None = None) -> None:
     if any(runtime.gather_objects(stop_requested())):
         if save is not None:
             save()
-        raise Interrupted(f"stopped by a signal with {done}; start again to go on")
+        raise Interrupted(f"stopped by a signal with {done}; start again to continue")

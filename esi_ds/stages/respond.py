@@ -197,4 +197,4 @@ def generate_all(
             keep(new)
             progress.advance(len(new), sum(count for _, count, _ in gathered))
             if any(signalled for _, _, signalled in gathered):
-                raise Interrupted(f"stopped by a signal with {len(done)} responses generated; start again to go on")
+                raise Interrupted(f"stopped by a signal with {len(done)} responses generated; start again to continue")

@@ -14,7 +14,7 @@ from esi_ds.errors import UserError
 from esi_ds.reading import first_line
 
 BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-REMEDY = "correct it, or take it out; see DeepSpeed's documentation"
+REMEDY = "correct it, or remove it; see DeepSpeed's documentation"
 # DeepSpeed's names of the number of weights that it gathers ahead in one collective.
 PREFETCH, PREFETCH_NAMES = "stage3_prefetch_bucket_size", ("stage3_prefetch_bucket_size", "prefetch_bucket_size")
 

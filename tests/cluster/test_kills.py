@@ -95,7 +95,9 @@ def test_a_rank_that_raises_and_one_that_hangs(stages: SmallStages, tmp_path: Pa
     job = stages.start(stage, run, "run.collective_timeout_s=8", patience=1, hold_at=f"{files} {second}")
     assert job.has_ended(ENDS_WITHIN_S), job.said()
     [(rank, said)] = FAILED.findall(job.said())
-    assert rank == "1" and said.startswith("waited in vain for another rank for run.collective_timeout_s"), job.said()
+    assert rank == "1" and said.startswith("gave up waiting for another rank after run.collective_timeout_s"), (
+        job.said()
+    )
 
     stages.finish(stage, run)
     assert differing(run, stages.undisturbed(stage)) == []

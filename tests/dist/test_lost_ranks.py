@@ -19,7 +19,7 @@ def test_a_rank_that_aborts_is_named_though_no_other_gets_an_error(tmp_path: Pat
     done = run_ranks(2, "tests/dist/dying_worker.py", "abort", str(tmp_path), launcher="deepspeed", timeout=300)
     assert done.returncode != 0
     (line,) = re.findall(r"^rank 1 died of SIGABRT during tune: 1 of 2 steps .*$", done.stderr, re.MULTILINE)
-    assert "run.collective_timeout_s" in line and line.endswith("Start the same command again to go on")
+    assert "run.collective_timeout_s" in line and line.endswith("Start the same command again to continue")
     assert "failed:" not in done.stderr
 
 
@@ -28,4 +28,4 @@ def test_a_hang_in_deepspeeds_own_group_ends_after_our_timeout(tmp_path: Path) -
     started = time.monotonic()
     done = run_ranks(2, "tests/dist/dying_worker.py", "hang", str(tmp_path), timeout=300, launcher="torchrun")
     assert done.returncode != 0 and time.monotonic() - started < 240
-    assert "rank 0 failed: waited in vain for another rank for run.collective_timeout_s" in done.stderr
+    assert "rank 0 failed: gave up waiting for another rank after run.collective_timeout_s" in done.stderr

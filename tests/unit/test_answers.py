@@ -160,7 +160,7 @@ def test_missing_answers_are_listed_and_fluency_is_not_measured(tmp_path: Path) 
     ("model", "words"),
     [
         ({}, "eval.models.0.*has no answers.*path or answers or endpoint"),
-        ({"path": "a", "answers": "b"}, r"eval\.models\.0\.answers.*path are two origins"),
+        ({"path": "a", "answers": "b"}, r"eval\.models\.0\.answers.*together with path"),
         ({"answers": "b", "revision": "main"}, r"eval\.models\.0\.revision.*hub"),
         ({"answers": "b", "before": "x"}, r"eval\.models\.0\.before"),
     ],

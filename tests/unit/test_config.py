@@ -301,7 +301,7 @@ def test_expert_parallel_section() -> None:
     check_experts(on, [8, 128])
     with pytest.raises(UserError, match="autoep_size = 4: does not divide 6 experts a layer; use one of 1, 2, 3, 6"):
         check_experts(on, [8, 6])
-    with pytest.raises(UserError, match="autoep_size = 4: the model has no routed experts; take .*out"):
+    with pytest.raises(UserError, match="autoep_size = 4: the model has no routed experts; remove deepspeed"):
         check_experts(on, [])
 
 

@@ -297,7 +297,7 @@ def test_the_oracles_gradients_are_those_of_its_loss(tmp_path: Path) -> None:
         ),
         (
             {**JUDGED, "control": {"prompts": ROWS, "rows": ROWS}},
-            "control.rows.path = rows.jsonl: and control.prompts are two controls; give one of them",
+            "control.rows.path = rows.jsonl: is given together with control.prompts; give only one of them",
         ),
     ],
 )

@@ -78,7 +78,7 @@ def test_the_lowest_that_lives_tells(how: str, rank: int, run: Path, capfd: pyte
         name = "SIGABRT" if how == "abort" else "SIGKILL"
         process_name = f"process {processes[1].pid} on {own.table[0]}"
         assert said.startswith(f"\nrank 1 died of {name} during score: 3 of 12 prompts ({process_name}): "), said
-        assert said.count("\n") == 2 and said.endswith("Start the same command again to go on\n")
+        assert said.count("\n") == 2 and said.endswith("Start the same command again to continue\n")
         assert ("run.collective_timeout_s" in said) == (how == "abort")
     else:
         assert said == ""

@@ -138,7 +138,7 @@ def test_a_request_has_one_owner_of_its_temperature() -> None:
         return config(models=[{"endpoint": endpoint}], **section)
 
     for key in ("temperature", "top_p", "seed"):
-        with pytest.raises(UserError, match=rf"endpoint\.extra\.{key}.*another owner"):
+        with pytest.raises(UserError, match=rf"endpoint\.extra\.{key}.*cannot be set here"):
             validate(served({key: 1}, temperature=0.5))
     validate(served({"seed": None}, temperature=0.5))
     validate(served({"temperature": 1}))

@@ -81,7 +81,7 @@ def test_a_model_s_tokenizer_has_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"template_kwargs": {"messages": []}}, "model.template_kwargs.messages.*another owner"),
+        ({"template_kwargs": {"messages": []}}, "model.template_kwargs.messages.*cannot be set here"),
         ({"template_kwargs": {"enable thinking": True}}, "is not a name that a template can read"),
         ({"thought_marks": ["<reason>"]}, "is not a pair: one mark opens a thought, the other closes it"),
         ({"thought_marks": ["<reason>", " "]}, "is not a pair"),

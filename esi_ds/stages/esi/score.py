@@ -209,7 +209,7 @@ class ScoringPass:
             self.save()
         if interrupted:
             progress = f"{self.state.position} {self.objective.unit}s{self.objective.source}"
-            raise Interrupted(f"stopped by a signal after {progress}; start again to go on")
+            raise Interrupted(f"stopped by a signal after {progress}; start again to continue")
         return int(totals.tokens)
 
     def _my_examples(self) -> list[Any]:

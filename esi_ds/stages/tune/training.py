@@ -130,7 +130,7 @@ class Training:
         if interrupted or totals[3] > 0 and self.step < self.tune.max_steps:
             self.save()
         if interrupted:
-            raise Interrupted(f"stopped by a signal after {self.step} steps; start again to go on")
+            raise Interrupted(f"stopped by a signal after {self.step} steps; start again to continue")
 
     def _forward_backward(self, batch: MicroBatch, learnt: int) -> float:
         """One micro-batch's share of the step's loss. learnt: learnt tokens of the whole step."""
