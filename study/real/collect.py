@@ -69,6 +69,7 @@ def collected(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
     bases = base_rows(done, output)
     aligned = next((row["loss"] for row in bases if row["model"] == plan.models[0]), None)
     spa_tests = spa_comparisons(spa_rows, aligned, Flags(done, output, "spa")) if aligned is not None else []
+    against = {name: method.against for name, method in plan.grid.set.methods.items()}
     settings = {"device": plan.device, **size.model_dump(exclude={"minutes"})}
     return {
         "settings": settings,
@@ -81,7 +82,7 @@ def collected(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
         "base": bases,
         "rates": {name: method.rates for name, method in plan.grid.set.methods.items()},
         "set": set_rows,
-        "set_tests": set_comparisons(set_rows, Flags(done, output, "set"), size.seeds[0]),
+        "set_tests": set_comparisons(set_rows, Flags(done, output, "set"), size.seeds[0], against),
         "spa": spa_rows,
         "spa_tests": spa_tests,
         "noise": noise_rows(done, output),

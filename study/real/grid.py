@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from esi_ds.config.errors import explain
 from esi_ds.config.section import Section
@@ -19,6 +19,7 @@ Device = Literal["cpu", "cuda"]
 SIZE_OF: dict[Device, str] = {"cpu": "cpu", "cuda": "gpu"}
 CLASSIFIER, SHUFFLED = "judge-classifier", "judge-shuffled"
 HARMFUL, BENIGN, BENIGN_LOSS = "advbench", "benign", "benign-loss"
+REFERENCE = "esi"  # the method of SET that others are tested against, unless the grid names another
 
 
 def shuffled_judge_name(draw: int) -> str:
@@ -65,11 +66,20 @@ class Method(Section):
     fraction: float = Field(0.5, description="Share of benign rows.")
     benign: Literal["lookalikes", "plain"] = Field("lookalikes", description="Whether some look harmful.")
     batch_factor: int = Field(1, ge=1, description="Rows of a step, in batches of the size.")
+    against: str = Field(REFERENCE, description="The method that it is tested against.")
     rates: list[float] = Field(min_length=3, description="Learning rates, rising.")
 
 
 class Set(Section):
     methods: dict[str, Method] = Field(description="By name.")
+
+    @field_validator("methods")
+    @classmethod
+    def _are_tested_against_methods(cls, methods: dict[str, Method]) -> dict[str, Method]:
+        for name, method in methods.items():
+            if method.against not in methods:
+                raise ValueError(f"{name} is tested against {method.against!r}, which is not a method")
+        return methods
 
 
 class Frozen(Section):

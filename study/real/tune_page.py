@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 from esi_ds.data.rows import Row
 from study.real import plots
+from study.real.grid import REFERENCE
 from study.real.tune_cells import CHOOSE, REPORT
 from study.real.tune_results import MEASURES, best_rate, is_at_end, is_open
-from study.real.tune_tests import REFERENCE, TASK_SHARE
+from study.real.tune_tests import TASK_SHARE
 from study.tables import NOT_RUN, points, table
 
 CHOOSING = ("not refused", "over-refused", "incoherent, benign")  # what a learning rate is chosen by
@@ -69,7 +70,7 @@ def open_rates(data: Mapping[str, Any]) -> str:
     """Which of the compared rates are no bracketed ones; empty where all are."""
     tests = data["set_tests"]
     compared = {(test["method"], test["rates"][0]) for test in tests} | {
-        (REFERENCE, test["rates"][1]) for test in tests
+        (test["against"], test["rates"][1]) for test in tests
     }
     marked = [
         f"{method} {rate:g}{mark}"
@@ -109,10 +110,11 @@ def set_section(data: Mapping[str, Any]) -> list[str]:
         "`(open)`: a rate beside it has not been run, and may be better.\n",
         table(["method", "seed", "rate", *head], lines),
         "![SET](real-set.png)\n" if rows else "",
-        "Against ESI, prompt by prompt: each method at its best rate, and at the rate that refuses most within a limit "
-        "of benign requests lost, both chosen on the prompts for choosing. Points: the method's rate less ESI's on the "
-        "reported prompts. A prompt counts once, whatever the number of seeds (sign test); p by Holm over the rows of "
-        "two seeds and more. Within one limit over-refusal may differ, so read both measures.\n",
+        "Against ESI, or the method that is named, prompt by prompt: each at its best rate, and at the rate that "
+        "refuses most within a limit of benign requests lost, both chosen on the prompts for choosing. Points: the "
+        "method's rate less the other's on the reported prompts. A prompt counts once, whatever the number of seeds "
+        "(sign test); p by Holm over the rows of two seeds and more. Within one limit over-refusal may "
+        "differ, so read both measures.\n",
         set_tests(data["set_tests"]),
         open_rates(data),
         "All learning rates.\n",
@@ -131,12 +133,13 @@ OUTCOME = ["seeds", "prompts", "points", "p", "verdict"]
 
 
 def set_tests(tests: Sequence[Row]) -> str:
-    """Every method against ESI under every rule, a line each."""
+    """Every method against ESI, or the one that is named, under every rule, a line each."""
     lines = []
     for test in tests:
         rates = " / ".join("none" if rate is None else f"{rate:g}" for rate in test["rates"])
-        lines.append([test["method"], ", ".join(test["rules"]), rates, test["measure"], *outcome(test)])
-    head = ["method", "chosen by", "rates, method / ESI", "measure", *OUTCOME]
+        other = "" if test["against"] == REFERENCE else f" against {test['against']}"
+        lines.append([f"{test['method']}{other}", ", ".join(test["rules"]), rates, test["measure"], *outcome(test)])
+    head = ["method", "chosen by", "rates, method / other", "measure", *OUTCOME]
     return table(head, lines) if lines else f"{NOT_RUN}\n"
 
 

@@ -18,7 +18,6 @@ from study.real.grid import Cell
 from study.real.tune_cells import CHOOSE, NOTHING, REPORT
 from study.real.tune_results import TUNED, chosen_rates, is_measured
 
-REFERENCE = "esi"
 TESTED = ("not refused", "over-refused")  # the lower the better
 TASK_SHARE = 0.95  # of the fall of the held-out loss with nothing frozen: where this is reached, the task is learnt
 Choice = Callable[[int], Row | None]  # seed → flags of the cell that is compared, None where there is none
@@ -76,26 +75,28 @@ def with_verdicts(tests: Sequence[Row]) -> list[Row]:
 # ---------------------------------------------------------------- SET
 
 
-def set_comparisons(rows: Sequence[Row], flags: FlagsOf, first_seed: int) -> list[Row]:
-    """Every method against ESI under every rule of ``chosen_rates``; rules that choose the same rates share a row.
+def set_comparisons(rows: Sequence[Row], flags: FlagsOf, first_seed: int, against: Mapping[str, str]) -> list[Row]:
+    """Every method against another under every rule of ``chosen_rates``; rules that choose the same rates share a row.
 
-    rows: of the finished SET cells. Both methods are taken at the rate that the first seed's prompts for choosing give,
-    in every seed that was run at it.
+    rows: of the finished SET cells. against: method → the one that it is tested against; none for itself, or where that
+    one was not run. Both methods are taken at the rate that the first seed's prompts for choosing give, in every seed
+    that was run at it.
     """
     seeds = sorted({row["seed"] for row in rows})
     rates = {name: chosen_rates(rows, name, first_seed) for name in dict.fromkeys(row["method"] for row in rows)}
-    reference = rates.pop(REFERENCE, None)
-    if reference is None:
-        return []
     tests = []
-    for method, own in rates.items():
+    for method, rates_of_method in rates.items():
+        reference = against[method]
+        if reference == method or reference not in rates:
+            continue
         rules: dict[tuple[float | None, float | None], list[str]] = {}
-        for rule, rate in own.items():
-            rules.setdefault((rate, reference[rule]), []).append(rule)
+        for rule, rate in rates_of_method.items():
+            rules.setdefault((rate, rates[reference][rule]), []).append(rule)
         for (rate, other), names in rules.items():
-            sides = [partial(_at, rows, flags, *side) for side in ((method, rate), (REFERENCE, other))]
+            sides = [partial(_at, rows, flags, *side) for side in ((method, rate), (reference, other))]
             for measure in TESTED:
-                about = {"method": method, "rules": names, "rates": [rate, other], "measure": measure, "sign": -1}
+                about = {"method": method, "against": reference, "rules": names, "rates": [rate, other]}
+                about |= {"measure": measure, "sign": -1}
                 tests.append({**about, **paired(sides[0], sides[1], seeds, measure)})
     return with_verdicts(tests)
 

@@ -34,6 +34,7 @@ from study.real import material, shuffled_judge, tune_page, tune_results, tune_t
 from study.real.cells import all_cells
 from study.real.collect import collected, compact, shown_command
 from study.real.grid import ROOT, Cell, Folders, Plan, Step, read_grid, with_needs
+from study.real.grid import Set as MethodsOfSet
 from study.real.model_digests import model_digests
 from study.real.page import (
     WhereTables,
@@ -694,6 +695,26 @@ def test_methods_are_tested_against_esi_prompt_by_prompt(plan: Plan, tmp_path: P
     assert "| snip | benign lost ≤ 30 % | none / 0.003 | not refused | 0 | 0 | – | – |" in text
     row = "| random | best rate, benign lost ≤ 30 % | 0.003 / 0.003 | not refused | 2 | 40 | +80.0 | < 0.001 | worse |"
     assert row in text
+
+
+def test_a_method_of_more_rows_is_tested_against_one_of_as_many(plan: Plan, tmp_path: Path) -> None:
+    methods = plan.grid.set.methods
+    assert methods["esi-double-batch"].batch_factor == methods["random-double-batch"].batch_factor == 2
+    for name, not_refused in (("esi", 0.5), ("esi-double-batch", 0.1), ("random-double-batch", 0.3)):
+        evaluate(plan, set_cells(plan, name)[1e-2], not_refused, 0.1)
+    write_pages(plan, all_cells(plan, None), tmp_path / "docs")
+    data, text = json.loads((tmp_path / "docs/real.json").read_text()), (tmp_path / "docs/real.md").read_text()
+    best = [row for row in data["set_tests"] if "best rate" in row["rules"] and row["measure"] == "not refused"]
+    assert {(row["method"], row["against"]): row["difference"] for row in best} == pytest.approx(
+        {("esi-double-batch", "esi"): -0.4, ("random-double-batch", "esi-double-batch"): 0.2}
+    )
+    assert "| random-double-batch against esi-double-batch | best rate" in text
+
+
+def test_a_grid_that_tests_against_no_method_is_refused() -> None:
+    methods = {"random": {"rates": [0.1, 0.2, 0.3], "against": "esi-of-old"}}
+    with pytest.raises(ValueError, match="random is tested against 'esi-of-old', which is not a method"):
+        MethodsOfSet.model_validate({"methods": methods})
 
 
 def test_flags_count_as_the_reports_rates_do(tmp_path: Path) -> None:
