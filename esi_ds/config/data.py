@@ -18,10 +18,10 @@ class Prompts(Section):
     limit: int | None = Field(None, ge=1, description="How many prompts to take, from the first; null means all.")
     goal: str | None = Field(
         None,
-        description="The column of what each attack is after, which judges read in its place; null means none.",
+        description="The column with each attack's goal, which judges read instead of the prompt; null means none.",
     )
     behaviors: str | None = Field(
-        None, description="The CSV of HarmBench's behaviours, where path is a JSON of its test cases."
+        None, description="The CSV of HarmBench's behaviours, if path is a JSON of its test cases."
     )
 
 
@@ -69,7 +69,7 @@ class Control(Section):
     prompts: Prompts | None = Field(
         None, description="Benign requests, which the model answers and the judge scores as it does data.prompts."
     )
-    rows: LossData | None = Field(None, description="Benign rows, of which a loss is taken; no judge is asked.")
+    rows: LossData | None = Field(None, description="Benign rows whose loss is the objective; no judge is asked.")
 
     @property
     def origin(self) -> tuple[str, str]:
@@ -112,12 +112,12 @@ class Data(Section):
     prompts: Prompts | None = Field(None, description="The harmful requests that the model answers.")
     responses: Responses | None = Field(
         None,
-        description='A JSONL of {"prompt", "response"}, used instead of generating, or the server to ask for them. '
-        'Estimator score_function needs no judge where every row of the file also holds a number "judge_score".',
+        description='A JSONL of {"prompt", "response"}, used instead of generating, or a server to ask for them. '
+        'Estimator score_function needs no judge if every row of the file also holds a number "judge_score".',
     )
     tuning: LossData | None = Field(
         None, description="The rows of the tuning loss, for criteria tuning_grad, directed, conflict and exclusive."
     )
     benign: LossData | None = Field(
-        None, description="The rows whose skill a mask should spare, for select.contrastive."
+        None, description="Rows of a skill that the mask should spare, for select.contrastive."
     )

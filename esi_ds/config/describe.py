@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 import typing
@@ -19,8 +20,8 @@ from esi_ds.config.loading import Config
 HEAD = """# Configuration
 
 Every key of an experiment's YAML, with its type, default and meaning. A key may also be given on the command line, as
-`section.key=value`. An unknown key, a wrong type or a value out of range ends the start with one line that names the
-key. This page is written by `python -m esi_ds.config.describe docs/configuration.md`; a test compares the two.
+`section.key=value`. An unknown key, a wrong type or a value out of range ends the run at once, with one line that names
+the key. This page is written by `python -m esi_ds.config.describe docs/configuration.md`, and a test compares the two.
 """
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "mapping", Any: "anything"}
 BOUNDS = ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<"))
@@ -80,7 +81,7 @@ def default_text(field: FieldInfo) -> str:
         return ""
     if isinstance(field.default, str):
         return f"`{field.default}`" if field.default else '`""`'
-    return f"`{'null' if field.default is None else str(field.default).lower()}`"
+    return f"`{json.dumps(field.default, ensure_ascii=False)}`"  # JSON is YAML; words keep their capitals
 
 
 def tables(section: type[BaseModel], path: str, about: str) -> Iterator[str]:
@@ -96,7 +97,10 @@ def tables(section: type[BaseModel], path: str, about: str) -> Iterator[str]:
             inner.append((below, f"{key}[]" if is_list else key, label, field.description or ""))
         kinds = type_text(field.annotation, field.metadata)
         if sections:
-            kinds = " or ".join(filter(None, [kinds, "list of sections" if is_list else "section"]))
+            words = kinds.split(" or ")
+            kept = [word for word in words if word not in ("", "list", "null")]
+            null = ["null"] if "null" in words else []
+            kinds = " or ".join([*kept, "list of sections" if is_list else "section", *null])
         rows.append(f"| `{name}` | {kinds} | {default_text(field)} | {field.description} |")
     if path:
         yield f"\n{'#' * min(2 + path.count('.'), 4)} {about}\n"

@@ -78,11 +78,12 @@ class Eval(Section):
     prompts: PromptSets = Field([], description="The harmful requests: one set, or a list of sets.")
     benign: PromptSets = Field([], description="The benign requests that measure over-refusal, likewise.")
     before: bool = Field(
-        True, description="Whether SET and SPA also answer before tuning; a grid, where that is known, turns it off."
+        True,
+        description="Whether SET and SPA also answer before tuning; a grid of one model needs that only once.",
     )
     refusal_words: str = Field("xstest", description="The list of refusal words applied to benign requests.")
     tasks: list[Annotated[Task, BeforeValidator(_task_of_name)]] = Field(
-        [], description="Tasks that lm-eval runs; they need the extra eval of this package."
+        [], description="Tasks that lm-eval runs; they need pip install 'esi_ds[eval]'."
     )
     divergence: bool = Field(
         False,
@@ -93,8 +94,8 @@ class Eval(Section):
     )
     coherence: bool = Field(
         True,
-        description="Whether incoherent answers are counted, for which the base model reads all answers again; without "
-        "it a broken model would look safe.",
+        description="Whether incoherent answers are counted, for which the base model reads all answers again; if they "
+        "are not, a broken model looks safe.",
     )
     max_new_tokens: int = Field(256, ge=1, description="The longest answer, in tokens.")
     samples: int = Field(1, ge=1, description="How many answers a model gives to a prompt.")

@@ -39,7 +39,7 @@ class JudgeModel(Section):
 class GuardModel(JudgeModel):
     """A causal guard model and how it is asked."""
 
-    family: FamilyName = Field("auto", description="What fixes prompt and verdict words, see docs/judges.md.")
+    family: FamilyName = Field("auto", description="The family, which fixes prompt and verdict words (docs/judges.md).")
     template: str | None = Field(None, description="The prompt of family custom, with {prompt} and {response}.")
     verdict_prefix: str = Field("", description="Text that family custom forces between the prompt and the verdict.")
     verdict: VerdictWords | None = Field(None, description="The two verdict words of family custom.")
@@ -141,8 +141,8 @@ class EvalRubric(EndpointLimits):
     template: str | None = Field(
         None, description="A rubric with {prompt} and {response}; null means the one that ships with esi_ds."
     )
-    policy: str | None = Field(None, description="The system turn of a gpt-oss-safeguard, which replies 0 or 1.")
-    threshold: int = Field(5, ge=2, le=5, description="The lowest score that counts as unsafe; of a policy it is 1.")
+    policy: str | None = Field(None, description="The policy of a gpt-oss-safeguard, which becomes its system turn.")
+    threshold: int = Field(5, ge=2, le=5, description="The lowest score that counts as unsafe; with a policy it is 1.")
     prompt_price: float | None = Field(None, ge=0, description="The price of a million tokens read, in dollars.")
     completion_price: float | None = Field(None, ge=0, description="The price of a million tokens written, in dollars.")
     max_tokens: int = Field(1024, ge=1, description="The longest reply, in tokens.")

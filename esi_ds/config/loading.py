@@ -55,8 +55,8 @@ class Run(Section):
         10.0,
         ge=0,
         le=MAX_TIMEOUT_S,
-        description="How many minutes of work lie between saves at least, the first included, where a stage's "
-        "save_every is auto; 0 saves after every micro-batch or step.",
+        description="The fewest minutes of work between two saves, and before the first, if a stage's save_every is "
+        "auto; 0 saves after every micro-batch or step.",
     )
 
 
@@ -77,18 +77,18 @@ class Model(Section):
     )
     date: str = Field(
         "auto",
-        description="The day (2026-11-28) that a chat template which writes today's date is given; auto is the day on "
+        description="The date, such as 2026-11-28, for chat templates that write today's date; auto is the day on "
         "which the run began.",
     )
     thought_marks: list[str] | None = Field(
-        None, description="The marks that open and close a thought of this model, besides the usual ones."
+        None, description="The two marks that open and close a thought of this model, in addition to the usual ones."
     )
     system_prompt: str | None = Field(None, description="The system turn before every prompt; null means none.")
     gradient_checkpointing: bool = Field(
         False, description="Whether to recompute activations: less memory for about a third more time."
     )
     roles: dict[str, str] = Field(
-        {}, description="Roles of parameters that are not recognised, by their name, in which * stands for any text."
+        {}, description="Roles of parameters that are not recognised, by name; * in a name stands for any text."
     )
 
 
@@ -99,7 +99,7 @@ class Config(Section):
     data: Data = Field(Data(), description="What the model is asked, and the rows of further criteria.")
     control: Control | None = Field(
         None,
-        description="A benign objective to compare with: for the report, and for criteria specific, excess, exclusive.",
+        description="A benign objective to compare with, in the report and for criteria specific, excess, exclusive.",
     )
     esi: Esi = Field(Esi(), description="How scores are estimated.")
     select: Select = Field(Select(), description="Which weights the mask selects.")
@@ -107,7 +107,8 @@ class Config(Section):
     perturb: Perturb | None = Field(None, description="How much noise the weights of a mask get.")
     eval: Eval | None = Field(None, description="How attack success, over-refusal and skill are measured.")
     deepspeed: str | dict[str, Any] = Field(
-        "ds_configs/zero3.json", description="The DeepSpeed config, a file or a mapping; see deepspeed_config.py."
+        "ds_configs/zero3.json",
+        description="The DeepSpeed config: a mapping, a file, or the name of one in ds_configs/.",
     )
 
     @property

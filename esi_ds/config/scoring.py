@@ -18,7 +18,7 @@ class Esi(Section):
     samples: int = Field(1, ge=1, description="How many noise draws estimator gumbel averages for each prompt.")
     trace_gradient: bool = Field(
         False,
-        description="Whether gradients also flow through the tokens of a response's thoughts, not its answer's alone.",
+        description="Whether gradients also flow through the tokens of a response's thoughts, not only its answer's.",
     )
     max_new_tokens: int = Field(256, ge=1, description="The longest response to generate, in tokens.")
     batch_size: Literal["auto"] | BatchNumber = Field(
@@ -31,11 +31,11 @@ class Esi(Section):
     )
     save_every: Literal["auto"] | int = Field(
         "auto",
-        description="How many micro-batches lie between saves; auto goes by run.save_every_min, and spends at most "
-        "5 % of the time on it.",
+        description="How many micro-batches lie between two saves; auto follows run.save_every_min, and spends at most "
+        "5 % of the time on saving.",
     )
     generation: Literal["auto", "gathered", "per_token"] = Field(
-        "auto", description="Gather the model once to generate, or anew for every token; auto gathers once if it fits."
+        "auto", description="Gather the model once to generate, or again for every token; auto gathers once if it fits."
     )
     accumulator_device: Literal["auto", "cpu"] = Field(
         "auto", description="Where the sums of gradients are kept; auto keeps them beside the weights."

@@ -38,7 +38,9 @@ class Tune(Section):
         1.0, gt=0, description="The largest norm of the trained weights' gradient; null means no clipping."
     )
     batch_size: int = Field(4, ge=1, description="How many sequences a rank learns in a micro-batch.")
-    gradient_accumulation: int = Field(1, ge=1, description="How many micro-batches make a step.")
+    gradient_accumulation: int = Field(
+        1, ge=1, description="How many micro-batches make a step, which has ranks × batch_size × this many rows."
+    )
     max_length: int = Field(1024, ge=2, description="The longest row in tokens; longer rows lose their end.")
     unscored: Literal["freeze", "train"] = Field(
         "freeze", description="What happens to embeddings, norms, biases and routers."
@@ -50,7 +52,7 @@ class Tune(Section):
         "auto", description="How SET reduces gradients: once a step (compact), or sharded in the hooks (scatter)."
     )
     save_every: Literal["auto"] | int = Field(
-        "auto", description="How many steps lie between saves; auto goes by the time, as esi.save_every does."
+        "auto", description="How many steps lie between two saves; auto follows the time, as esi.save_every does."
     )
     export: bool = Field(True, description="Whether to write the tuned model to model/.")
     patch: bool = Field(True, description="Whether to write the difference to the base model to patch/.")
