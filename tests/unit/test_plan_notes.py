@@ -251,3 +251,21 @@ def test_a_hub_id_without_a_namespace_is_one_for_an_evaluation_too(
         "model.path = gpt2: there is no such path here, and the hub does not answer" in shown
         and "no such folder" in shown
     )  # runs/llama3-8b-spa
+
+
+def test_a_judge_that_cannot_be_asked_is_noted_long_before_the_evaluation(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variable in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    command = ["--config", "llama3-8b-eval", "--dry-run", "model.path=./not-made-yet"]
+    assert main("eval", command) == 0
+    note = "NOTE: eval.judges.1.model = gpt-4o: has no endpoint: neither OPENAI_BASE_URL nor OPENAI_API_KEY is set"
+    assert note in capsys.readouterr().out
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    assert main("eval", command) == 0
+    assert "has no endpoint" not in capsys.readouterr().out
+    monkeypatch.setenv("OPENAI_BASE_URL", "h")  # wrong, not missing
+    assert main("eval", command) == 2
+    assert "OPENAI_BASE_URL" in capsys.readouterr().err

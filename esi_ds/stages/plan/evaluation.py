@@ -13,6 +13,9 @@ from esi_ds.core.footprint import WEIGHT_BYTES
 from esi_ds.data.benchmarks import Kind
 from esi_ds.data.prompts import distinct_names
 from esi_ds.deepspeed_config import resolve_deepspeed
+from esi_ds.errors import UserError
+from esi_ds.eval.endpoint import Endpoint
+from esi_ds.eval.tasks import check_installed
 from esi_ds.models.folder import ModelSource, dequantised, load_model_config
 from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
@@ -36,6 +39,7 @@ def plan_eval(config: Config, options: Options) -> None:
     sources = {source.field: source for source in models_and_judges(config)}
     configs = {field: configuration(source, notes) for field, source in sources.items()}
     counts = count_sets(section, notes)
+    notes += missing_tools(section)
     if not notes:
         print_eval_plan(config, options, prepare_eval(config))
         return
@@ -84,6 +88,28 @@ def configuration(source: ModelSource, notes: list[str]) -> PretrainedConfig | N
         notes.append(f"{field} = {path}: there is no such folder")
         return None
     return read_if_reachable(path, field, lambda: load_model_config(source), notes)
+
+
+def missing_tools(section: Eval) -> Iterator[str]:
+    """What this machine lacks of what the section needs: a server that a rubric judge is asked at, lm-eval for tasks.
+
+    A pipeline's evaluation comes last, hours after a dry run could have said so. Raises UserError for a server's URL
+    or key that is wrong.
+    """
+    for number, judge in enumerate(section.judges):
+        if isinstance(judge, EvalRubric):
+            field = f"eval.judges.{number}.model"
+            try:
+                Endpoint.from_environment(judge.model, field)
+            except UserError as error:
+                if error.field != field:
+                    raise
+                yield str(error)
+    if section.tasks:
+        try:
+            check_installed(section.tasks)
+        except UserError as error:
+            yield str(error)
 
 
 def count_sets(section: Eval, notes: list[str]) -> dict[str, int | None]:

@@ -21,7 +21,14 @@ from esi_ds.stages.perturb.prepare import (
     open_mask,
     prepare_perturb,
 )
-from esi_ds.stages.plan.evaluation import configuration, count_sets, describe_model, describe_sets, models_and_judges
+from esi_ds.stages.plan.evaluation import (
+    configuration,
+    count_sets,
+    describe_model,
+    describe_sets,
+    missing_tools,
+    models_and_judges,
+)
 from esi_ds.stages.plan.stages import print_facts, print_notes
 
 
@@ -36,6 +43,7 @@ def plan_perturb(config: Config, options: Options) -> None:
     sources = {source.field: source for source in models_and_judges(config)}
     configs = {field: configuration(source, notes) for field, source in sources.items()}
     counts = count_sets(asked, notes)
+    notes += missing_tools(asked)
     for key, path in (("mask", section.mask), ("scores", section.scores)):
         if path is not None and not Path(path).exists():
             notes.append(f"perturb.{key} = {path}: does not exist")
