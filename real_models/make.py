@@ -1,9 +1,9 @@
 """Make the real models: python -m real_models.make --output runs/real-models --data ../shared/data
 
-The base model comes from the package registry. It answers the prompts; the twin is tuned and answers too; the judges
-learn from all answers; everything is measured, and cards and figures.json are written. Each step is done once: a start
-after a kill goes on where the last one stopped, within a training from its checkpoint, within answers from the last
-batch. Another seed, other sizes or other data want another folder. Delete figures.json to measure anew.
+The base model comes from the package registry and answers the prompts. The twin is tuned and answers too, and the
+judges learn from all answers. Then everything is measured, and cards and figures.json are written. If the command is
+killed, give it again: it continues from the last batch of answers or the last checkpoint. Another seed, other sizes or
+other data need another folder. Delete figures.json to measure again.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--source", action="append", default=[], metavar="NAME=PATH", help="another file or hub id for one set"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda ...")
-    parser.add_argument("--threads", type=int, default=None, help="of the CPU (default: every core)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=None, help="threads of the CPU (every core)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn (0)")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on all numbers of rows, for quick trials")
     return parser.parse_args(argv)
 

@@ -108,7 +108,8 @@ def tables(section: type[BaseModel], path: str, about: str) -> Iterator[str]:
         yield "\n## Sections\n"
     yield "| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
     for below, key, label, description in inner:
-        yield from tables(below, key, f"`{key}`{label}: {description[0].lower()}{description[1:].rstrip('.')}")
+        first = description.partition(". ")[0].rstrip(".")
+        yield from tables(below, key, f"`{key}`{label}: {first[0].lower()}{first[1:]}")
 
 
 def markdown() -> str:

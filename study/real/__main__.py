@@ -1,8 +1,8 @@
 """Run the study of a real model: python -m study.real --hours 2
 
-Cells that are finished are not run again, killed ones go on. Then docs/results/real.json and real.md are written.
---only where/smollm2/ runs the cells whose names start so, and those that they need; --list shows what is left;
---collect writes the pages alone.
+Finished cells are not run again, and killed ones continue. Then docs/results/real.json and real.md are written.
+--only where/smollm2/ runs the cells whose names start with this, and those that they need. --list shows what is left.
+--collect only writes the pages.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from study.real.runner import EXIT_INTERRUPTED, Runner, check_models, counts, is
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; parsed before torch is imported."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hours", type=float, help="start no cell that would not end within so many hours")
+    parser.add_argument("--hours", type=float, help="start no cell that would not finish within so many hours")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PREFIX", help="of the names of cells")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="PREFIX", help="run only cells whose names start with one of these"
+    )
     parser.add_argument("--list", action="store_true", help="show cells, their state and expected minutes")
     parser.add_argument("--collect", action="store_true", help="write the pages from what is finished, run nothing")
     parser.add_argument("--models", type=Path, default=ROOT / "runs/real-models", help="folder of make real-models")
