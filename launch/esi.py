@@ -1,4 +1,4 @@
-"""Score a model's weights by their Expected Safety Impact, select, and report: see ``--help`` and the README."""
+"""Score a model's weights by their Expected Safety Impact, select, and report: see ``--help`` and docs/running.md."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Noise on the weights of a mask and on others, and how the model answers then. See ``--help`` and the README."""
+"""Noise on the weights of a mask and on others, and how the model answers then. See ``--help`` and docs/running.md."""
 
 import sys
 from pathlib import Path

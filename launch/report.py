@@ -1,4 +1,4 @@
-"""Pages of finished runs from their ``report.json``: see ``--help`` and the README."""
+"""Pages of finished runs from their ``report.json``: see ``--help`` and docs/outputs.md."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Safety Enhancement Tuning: train only the weights of a mask. See ``--help`` and the README."""
+"""Safety Enhancement Tuning: train only the weights of a mask. See ``--help`` and docs/running.md."""
 
 import sys
 from pathlib import Path

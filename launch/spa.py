@@ -1,4 +1,4 @@
-"""Safety Preserving Adaptation: train everything but the weights of a mask. See ``--help`` and the README."""
+"""Safety Preserving Adaptation: train everything but the weights of a mask. See ``--help`` and docs/running.md."""
 
 import sys
 from pathlib import Path

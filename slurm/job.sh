@@ -59,7 +59,7 @@ case $code in
 75)
     echo "$(date -Is) stopped by a signal, everything saved: requeueing, unless it was cancelled"
     # Incomplete: excludes a job that scancel is ending, which also saves on SIGTERM.
-    scontrol requeue Incomplete "$job" || echo "not requeued: start the same command again to go on" >&2
+    scontrol requeue Incomplete "$job" || echo "not requeued: start the same command again to continue" >&2
     ;;
 *)
     # The rank that failed first wrote first; the messages of the others are consequences.

@@ -1,12 +1,12 @@
 #!/bin/bash
-# The chain ESI -> SET and SPA -> evaluation, as jobs that wait for each other. From the project's top folder:
+# Submit ESI -> SET and SPA -> evaluation as jobs that wait for each other. From the project's top folder:
 #   slurm/pipeline.sh --runs FOLDER --esi FILE [--set FILE] [--spa FILE] [--eval FILE] [--seeds 0-4 | --prompts "A B"]
 #                     [--criterion NAME] [-- options of sbatch]
-# FILE: a config, or the name of a recipe. --criterion: whose mask SET and SPA use, where ESI's config lists several.
+# FILE: a config, or the name of a recipe. --criterion: the mask that SET and SPA use, if ESI's config lists several.
 # --seeds: an array of chains, one per seed. --prompts: one chain for each set of prompts that ESI scores with.
 # Each chain writes FOLDER/<seed or number>/{esi,set,spa,eval}, a single one FOLDER/{esi,set,spa,eval}; one TensorBoard on
-# FOLDER shows all. SET and SPA use the chain's mask: name the same model in the configs of ESI, SET and SPA. The
-# evaluation compares their models with that of its config.
+# FOLDER shows all. SET and SPA use the chain's mask, and the evaluation compares their models with that of its config:
+# name the same model in all configs.
 
 set -e
 usage() {
