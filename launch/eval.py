@@ -1,4 +1,4 @@
-"""Answers of models, judged, with over-refusal and tasks, before and after tuning. See ``--help`` and docs/running.md."""
+"""Answers of models, judged, with over-refusal and tasks, before and after tuning: ``--help`` and docs/running.md."""
 
 import sys
 from pathlib import Path

@@ -105,7 +105,7 @@ def test_a_pipeline_takes_recipes_by_name_and_the_mask_of_one_criterion(site: Pa
 def test_a_pipeline_that_is_called_wrongly_says_how(site: Path) -> None:
     done = call(site, "slurm/pipeline.sh")
     assert done.returncode == 2
-    assert done.stderr.startswith("The chain ESI") and done.stderr.endswith("with that of its config.\n")
+    assert done.stderr.startswith("Submit ESI") and done.stderr.endswith("name the same model in all configs.\n")
 
 
 @pytest.mark.parametrize("runs", ["runs", "a, b: c #d", 'it\'s "x" [1]', "back\\slash"])
