@@ -53,7 +53,9 @@ def paired(first: Choice, second: Choice, seeds: Sequence[int], measure: str) ->
             continue
         pairs = list(zip(one[measure], other[measure], strict=True))
         known = {index: int(a) - int(b) for index, (a, b) in enumerate(pairs) if a is not None and b is not None}
-        by_seed.append(sum(known.values()) / len(known) if known else 0.0)
+        if not known:  # a seed in which no prompt has both flags says nothing of a difference
+            continue
+        by_seed.append(sum(known.values()) / len(known))
         for index, value in known.items():
             sums[index] = sums.get(index, 0) + value
     test = mcnemar_exact([value < 0 for value in sums.values()], [value > 0 for value in sums.values()])
