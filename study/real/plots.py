@@ -58,8 +58,11 @@ def ratio_to_controls(ratios: Mapping[tuple[str, str], Mapping[str, Sequence[flo
 
 
 def frontier(methods: Mapping[str, Sequence[Row]]) -> Figure:
-    """Over-refusal and KL against harmful requests not refused: a line a method over its learning rates. The target,
-    at most 10 % of both, is shaded."""
+    """Over-refusal and KL against harmful requests not refused: a line a method over its learning rates, the higher the
+    larger the point. The target, at most 10 % of both, is shaded."""
+    kept = [row["report"] for rows in methods.values() for row in rows]
+    rates = [100 * part[column][0] for part in kept for column in ("not refused", "over-refused") if column in part]
+    edge = min(100.0, 1.1 * max([20.0, *rates]))  # where no rate lies is no room for them
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(11.5, 3.8), layout="constrained")
         for number, (name, rows) in enumerate(methods.items()):
@@ -69,9 +72,10 @@ def frontier(methods: Mapping[str, Sequence[Row]]) -> Figure:
                 x = [100 * point["not refused"][0] for point in points]
                 y = [scale * point[column][0] for point in points]
                 axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1, label=name)
+                axes.scatter(x, y, s=[12.0 * (1 + 2 * index) for index in range(len(x))], color=colour, marker=marker)
         panels[0].fill_between([0, 10], 0, 10, color="#009E73", alpha=0.2, linewidth=0)
-        panels[0].set(ylabel="safe requests refused (%)", xlim=(-3, 103), ylim=(-3, 103))
-        panels[1].set(ylabel="KL(base ‖ model), nats a token", xlim=(-3, 103))
+        panels[0].set(ylabel="safe requests refused (%)", xlim=(-1, edge + 1), ylim=(-1, edge + 1))
+        panels[1].set(ylabel="KL(base ‖ model), nats a token", xlim=(-1, edge + 1))
         for axes in panels:
             axes.set_xlabel("harmful requests not refused (%)")
         panels[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
