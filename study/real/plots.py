@@ -83,14 +83,18 @@ def frontier(methods: Mapping[str, Sequence[Row]]) -> Figure:
 
 
 def noise(points: Sequence[Row]) -> Figure:
-    """Harmful requests not refused against noise, a line an order; a panel greedy, one sampled."""
+    """Harmful requests not refused against noise, a line an order of ESI's ranking or a control's mask; a panel greedy,
+    one sampled."""
     samplings = sorted({point["sampling"] for point in points})
     with plt.rc_context(STYLE):
         size = (4.6 * len(samplings), 3.2)
         figure, panels = plt.subplots(1, len(samplings), figsize=size, sharey=True, squeeze=False, layout="constrained")
         for axes, sampling in zip(panels[0], samplings, strict=True):
-            for order, colour in zip(("top", "random", "bottom"), COLOURS, strict=False):
-                curve = [point for point in points if point["sampling"] == sampling and point["order"] == order]
+            lines: dict[str, list[Row]] = {"top": [], "random": [], "bottom": []}
+            for point in points:
+                if point["sampling"] == sampling:
+                    lines.setdefault(point["order"] if point["mask"] == "esi" else point["mask"], []).append(point)
+            for (order, curve), colour in zip(lines.items(), COLOURS, strict=False):
                 curve.sort(key=lambda point: point["noise"])
                 rates = [100 * point["rate"] for point in curve]
                 spread = [[100 * abs(point["rate"] - point[end]) for point in curve] for end in ("low", "high")]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from study.real.grid import BENIGN_LOSS, CLASSIFIER, HARMFUL, Cell, Method, Plan, Step
+from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell, Method, Plan, Step
 from study.real.where_cells import name_of
 
 CHOOSE, REPORT = "choose", "report"  # parts of the prompts asked: to choose by, and to report
@@ -242,13 +242,32 @@ class TuneCells:
     # ------------------------------------------------------------ noise
 
     def noise_cells(self) -> Iterator[Cell]:
-        """Top, random and bottom weights of the aligned model; greedy answers, and sampled as the paper does."""
-        source, noise = self.where_cell(self.aligned, self.size.seeds[0]), self.plan.grid.noise
+        """Top, random and bottom weights of the aligned model, greedy answers and sampled as the paper does; then the
+        masks of controls, which have nothing to do with safety, with the least noise."""
+        seed, noise = self.size.seeds[0], self.plan.grid.noise
+        source = self.where_cell(self.aligned, seed)
         run = self.run_folder(source)
-        for label, sampling in (("greedy", {}), ("sampled", {"temperature": noise.temperature, "top_p": noise.top_p})):
-            name = f"noise/{label}"
-            config = self.plan.base_config(name, "perturb", self.aligned, self.size.seeds[0])
-            masks = {"mask": str(run / "mask/esi"), "scores": str(run / "scores/esi")}
-            config["perturb"] = {**masks, "noise": noise.noise, "seeds": self.size.noise_seeds}
-            config["eval"] = {**self.questions(), **sampling}
-            yield Cell(name, "noise", (Step("perturb", config),), {"sampling": label}, (source,))
+        masks = {"mask": str(run / "mask/esi"), "scores": str(run / "scores/esi")}
+        for sampling, keys in (("greedy", {}), ("sampled", {"temperature": noise.temperature, "top_p": noise.top_p})):
+            perturb = {**masks, "noise": noise.noise}
+            yield self.noise_cell(f"noise/{sampling}", perturb, keys, {"sampling": sampling, "mask": "esi"}, source)
+        controls = {
+            "benign prompts": (name_of(self.aligned, BENIGN, seed, CLASSIFIER, self.main), "esi"),
+            "shuffled judge": (name_of(self.aligned, HARMFUL, seed, SHUFFLED, self.main), "esi"),
+            "specific": (source, "specific"),
+        }
+        for label, (cell, criterion) in controls.items():
+            mask = str(self.run_folder(cell) / "mask" / criterion)
+            perturb = {"mask": mask, "orders": ["top"], "noise": noise.noise[:1]}
+            facts = {"sampling": "greedy", "mask": label}
+            yield self.noise_cell(f"noise/greedy-{label.replace(' ', '-')}", perturb, {}, facts, cell)
+
+    def noise_cell(
+        self, name: str, perturb: dict[str, Any], sampling: dict[str, Any], facts: dict[str, Any], needs: str
+    ) -> Cell:
+        """One perturbation of the aligned model."""
+        config = self.plan.base_config(name, "perturb", self.aligned, self.size.seeds[0])
+        config["perturb"] = {**perturb, "seeds": self.size.noise_seeds}
+        config["eval"] = {**self.questions(), **sampling}
+        like = "noise" if "orders" not in perturb else "noise, one point"
+        return Cell(name, like, (Step("perturb", config),), facts, (needs,))

@@ -174,10 +174,8 @@ def spa_section(data: Mapping[str, Any]) -> list[str]:
 
 def noise_section(data: Mapping[str, Any]) -> list[str]:
     """Every point of the curves."""
-    rows = sorted(
-        data["noise"], key=lambda row: (row["sampling"], row["measure"], row["judge"], row["order"], row["noise"])
-    )
-    keys = ("sampling", "measure", "judge", "set", "order", "noise")
+    keys = ("sampling", "mask", "measure", "judge", "set", "order", "noise")
+    rows = sorted(data["noise"], key=lambda row: [row[key] for key in keys])
     lines = [
         [*(str(row[key]) for key in keys), interval([row["rate"], row["low"], row["high"]]), str(row["n"])]
         for row in rows
@@ -185,8 +183,8 @@ def noise_section(data: Mapping[str, Any]) -> list[str]:
     ]
     return [
         "## Noise on the weights\n",
-        "N(0, (c·σ)²) on as many weights as the mask has: the highest scores, random ones, the lowest. Noise: c; 0 is "
-        "the twin as it is.\n",
+        "N(0, (c·σ)²) on as many weights as the mask has: the highest scores, random ones, the lowest; or those of a "
+        "control's mask. Noise: c; 0 is the twin as it is.\n",
         table([*keys, "%", "n"], lines) if lines else f"{NOT_RUN}\n",
         "![noise](real-noise.png)\n" if lines else "",
     ]

@@ -30,7 +30,7 @@ from real_models.pairs import JudgedPair
 from real_models.recipe import Settings
 from real_models.sources import Data
 from study.real import __main__ as command
-from study.real import material, shuffled_judge, tune_page, tune_results, tune_tests
+from study.real import material, plots, shuffled_judge, tune_page, tune_results, tune_tests
 from study.real.cells import all_cells
 from study.real.collect import collected, compact, shown_command
 from study.real.grid import ROOT, Cell, Folders, Plan, Step, read_grid, with_needs
@@ -795,6 +795,32 @@ def test_frozen_masks_are_compared_where_the_task_is_learnt() -> None:
     assert tests["esi-0.3", "random-0.3", "over-refused"]["difference"] == 0.0
     assert tests["esi-0.3", "snip-0.3", "not refused"]["verdict"] == "no seed where both get there"
     assert "| kinds | esi-0.3 | nothing | not refused | 1 | 40 | -25.0 |" in tune_page.spa_tests(list(tests.values()))
+
+
+def test_noise_on_the_masks_of_controls(plan: Plan) -> None:
+    """Their highest scores alone, with the least noise; the page and the picture tell them from ESI's."""
+    cells = {cell.name: cell for cell in all_cells(plan, None) if cell.part == "noise"}
+    assert list(cells)[2:] == ["noise/greedy-benign-prompts", "noise/greedy-shuffled-judge", "noise/greedy-specific"]
+    for name, cell in cells.items():
+        perturb = dict(cell.steps[0].config or {})["perturb"]
+        folder = Path(perturb["mask"]).relative_to(plan.folders.output)
+        assert str(folder).startswith(cell.after[0]), name  # the mask is of the cell that it waits for
+        assert (perturb["noise"], perturb.get("orders")) == (
+            (plan.grid.noise.noise, None) if cell.facts["mask"] == "esi" else (plan.grid.noise.noise[:1], ["top"])
+        )
+    rows = [
+        {**cell.facts, "measure": "attack_success", "judge": "words", "set": "report-harmful", "order": "top",
+         "ratio": 0.01, "noise": noise, "rate": noise / 2, "low": 0.0, "high": 1.0, "n": 40, "missing": 0}
+        for cell in cells.values() for noise in (0.0, 0.38)
+    ]  # fmt: skip
+    text = "".join(tune_page.noise_section({"noise": rows}))
+    row = "| greedy | benign prompts | attack_success | words | report-harmful | top | 0.38 | 19.0 [0.0, 100.0] | 40 |"
+    assert row in text and text.count("| 0.38 |") == 5
+    greedy, sampled = plots.noise(rows).axes
+    assert [line.get_label() for line in greedy.get_legend_handles_labels()[0]] == [
+        "top", "random", "bottom", "benign prompts", "shuffled judge", "specific",
+    ]  # fmt: skip
+    assert len(sampled.get_legend_handles_labels()[0]) == 3
 
 
 def test_right_answers_of_tasks() -> None:
