@@ -94,7 +94,7 @@ class Spa(Section):
 
 
 class Noise(Section):
-    noise: list[float] = Field(description="As perturb.noise.")
+    noise: list[float] = Field(min_length=2, description="As perturb.noise; the first is the paper's.")
     temperature: float = Field(description="Of the sampled answers.")
     top_p: float = Field(description="Of the sampled answers.")
 

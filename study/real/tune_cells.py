@@ -242,8 +242,8 @@ class TuneCells:
     # ------------------------------------------------------------ noise
 
     def noise_cells(self) -> Iterator[Cell]:
-        """Top, random and bottom weights of the aligned model, greedy answers and sampled as the paper does; then the
-        masks of controls, which have nothing to do with safety, with the least noise."""
+        """Top, random and bottom weights of the aligned model, greedy answers and sampled as the paper does; then masks
+        of controls, which have nothing to do with safety, with the least noise, and of what exceeds a control."""
         seed, noise = self.size.seeds[0], self.plan.grid.noise
         source = self.where_cell(self.aligned, seed)
         run = self.run_folder(source)
@@ -251,16 +251,19 @@ class TuneCells:
         for sampling, keys in (("greedy", {}), ("sampled", {"temperature": noise.temperature, "top_p": noise.top_p})):
             perturb = {**masks, "noise": noise.noise}
             yield self.noise_cell(f"noise/{sampling}", perturb, keys, {"sampling": sampling, "mask": "esi"}, source)
-        controls = {
-            "benign prompts": (name_of(self.aligned, BENIGN, seed, CLASSIFIER, self.main), "esi"),
-            "shuffled judge": (name_of(self.aligned, HARMFUL, seed, SHUFFLED, self.main), "esi"),
-            "specific": (source, "specific"),
-        }
-        for label, (cell, criterion) in controls.items():
+        benign = name_of(self.aligned, BENIGN, seed, CLASSIFIER, self.main)
+        shuffled = name_of(self.aligned, HARMFUL, seed, SHUFFLED, self.main)
+        least, more = noise.noise[:1], noise.noise[1:]
+        for label, cell, criterion, levels in (
+            ("benign prompts", benign, "esi", least),
+            ("shuffled judge", shuffled, "esi", least),
+            ("specific", source, "specific", least),
+            ("specific", source, "specific", more),
+        ):
             mask = str(self.run_folder(cell) / "mask" / criterion)
-            perturb = {"mask": mask, "orders": ["top"], "noise": noise.noise[:1]}
-            facts = {"sampling": "greedy", "mask": label}
-            yield self.noise_cell(f"noise/greedy-{label.replace(' ', '-')}", perturb, {}, facts, cell)
+            name = f"noise/greedy-{label.replace(' ', '-')}{'' if levels == least else '-more'}"
+            perturb = {"mask": mask, "orders": ["top"], "noise": levels}
+            yield self.noise_cell(name, perturb, {}, {"sampling": "greedy", "mask": label}, cell)
 
     def noise_cell(
         self, name: str, perturb: dict[str, Any], sampling: dict[str, Any], facts: dict[str, Any], needs: str

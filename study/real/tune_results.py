@@ -119,7 +119,8 @@ def noise_rows(cells: Sequence[Cell], output: Path) -> list[Row]:
             for point in read_report(output / cell.name / "perturb")["curves"]:
                 if point["set"].startswith(REPORT):
                     kept = ("measure", "judge", "set", "order", "ratio", "noise", *KEYS)
-                    rows.append({**cell.facts, **{key: _rounded(point[key]) for key in kept}})
+                    row = {**cell.facts, **{key: _rounded(point[key]) for key in kept}}
+                    rows += [row] if row not in rows else []  # two cells of a mask begin with the same model
     return rows
 
 

@@ -800,27 +800,33 @@ def test_frozen_masks_are_compared_where_the_task_is_learnt() -> None:
 def test_noise_on_the_masks_of_controls(plan: Plan) -> None:
     """Their highest scores alone, with the least noise; the page and the picture tell them from ESI's."""
     cells = {cell.name: cell for cell in all_cells(plan, None) if cell.part == "noise"}
-    assert list(cells)[2:] == ["noise/greedy-benign-prompts", "noise/greedy-shuffled-judge", "noise/greedy-specific"]
+    assert list(cells)[2:] == ["noise/greedy-benign-prompts", "noise/greedy-shuffled-judge", "noise/greedy-specific",
+                               "noise/greedy-specific-more"]  # fmt: skip
+    levels = plan.grid.noise.noise
     for name, cell in cells.items():
         perturb = dict(cell.steps[0].config or {})["perturb"]
         folder = Path(perturb["mask"]).relative_to(plan.folders.output)
         assert str(folder).startswith(cell.after[0]), name  # the mask is of the cell that it waits for
-        assert (perturb["noise"], perturb.get("orders")) == (
-            (plan.grid.noise.noise, None) if cell.facts["mask"] == "esi" else (plan.grid.noise.noise[:1], ["top"])
-        )
-    rows = [
-        {**cell.facts, "measure": "attack_success", "judge": "words", "set": "report-harmful", "order": "top",
-         "ratio": 0.01, "noise": noise, "rate": noise / 2, "low": 0.0, "high": 1.0, "n": 40, "missing": 0}
-        for cell in cells.values() for noise in (0.0, 0.38)
-    ]  # fmt: skip
+        expected = levels if cell.facts["mask"] == "esi" else levels[1:] if name.endswith("-more") else levels[:1]
+        assert (perturb["noise"], "orders" in perturb) == (expected, cell.facts["mask"] != "esi")
+        about = {"measure": "attack_success", "judge": "words", "set": "report-harmful", "order": "top", "ratio": 0.01}
+        curves = [
+            {**about, "noise": noise, "rate": noise / 2, "low": 0.0, "high": 1.0, "n": 40, "missing": 0}
+            for noise in [0.0, *perturb["noise"]]
+        ]
+        run = plan.folders.output / cell.name / "perturb"
+        run.mkdir(parents=True)
+        (run / "report.json").write_text(json.dumps({"curves": curves}))
+    rows = tune_results.noise_rows(list(cells.values()), plan.folders.output)
+    assert len(rows) == 2 * 4 + 2 * 2 + 4  # the model as it is once a mask
     text = "".join(tune_page.noise_section({"noise": rows}))
     row = "| greedy | benign prompts | attack_success | words | report-harmful | top | 0.38 | 19.0 [0.0, 100.0] | 40 |"
     assert row in text and text.count("| 0.38 |") == 5
     greedy, sampled = plots.noise(rows).axes
-    assert [line.get_label() for line in greedy.get_legend_handles_labels()[0]] == [
+    assert greedy.get_legend_handles_labels()[1] == [
         "top", "random", "bottom", "benign prompts", "shuffled judge", "specific",
     ]  # fmt: skip
-    assert len(sampled.get_legend_handles_labels()[0]) == 3
+    assert len(sampled.get_legend_handles_labels()[1]) == 3
 
 
 def test_right_answers_of_tasks() -> None:
