@@ -25,7 +25,7 @@ def layers(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
             axes.axhline(1, color="#666666", linestyle=":", linewidth=0.8)
             axes.set(title=model, xlabel="layer", ylim=(0, None))
         panels[0][0].set_ylabel("share of the mask\nover share of the weights")
-        panels[0][-1].legend(fontsize=8, frameon=False)
+        panels[0][-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 
 
@@ -87,7 +87,7 @@ def noise(points: Sequence[Row]) -> Figure:
     one sampled."""
     samplings = sorted({point["sampling"] for point in points})
     with plt.rc_context(STYLE):
-        size = (4.6 * len(samplings), 3.2)
+        size = (4.6 * len(samplings) + 1.2, 3.2)
         figure, panels = plt.subplots(1, len(samplings), figsize=size, sharey=True, squeeze=False, layout="constrained")
         for axes, sampling in zip(panels[0], samplings, strict=True):
             lines: dict[str, list[Row]] = {"top": [], "random": [], "bottom": []}
@@ -103,5 +103,5 @@ def noise(points: Sequence[Row]) -> Figure:
                 )
             axes.set(title=sampling, xlabel="noise (σ of the matrix)", ylim=(-3, 103))
         panels[0][0].set_ylabel("harmful requests\nnot refused (%)")
-        panels[0][-1].legend(fontsize=8, frameon=False)
+        panels[0][-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
