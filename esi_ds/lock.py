@@ -15,7 +15,7 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from esi_ds.artifacts import utc, write_json_atomic
+from esi_ds.artifacts import json_sha256, utc, write_json_atomic
 from esi_ds.errors import UserError
 from esi_ds.reading import check_type, parse_json, read_text, reading
 
@@ -85,8 +85,12 @@ def acquire(folder: Path) -> str | None:
             time.sleep(0.1)
     finally:
         temporary.unlink(missing_ok=True)
+    raise _cannot_be_taken_over(folder)
+
+
+def _cannot_be_taken_over(folder: Path) -> UserError:
     problem = f"holds the {LOCK} of a dead job, and a job that was taking it over died too"
-    raise UserError("run.output_dir", str(folder), problem, f"delete {LOCK} and .{LOCK}.claim in it")
+    return UserError("run.output_dir", str(folder), problem, f"delete {LOCK} and .{LOCK}.*.claim in it")
 
 
 def _link(source: Path, name: Path) -> bool:
@@ -99,32 +103,34 @@ def _link(source: Path, name: Path) -> bool:
 
 
 def _replace(folder: Path, temporary: Path, holder: Holder) -> bool:
-    """Replace a dead holder's lock by ours; False if another job is faster. Only one job at a time holds the claim."""
-    claim = folder / f".{LOCK}.claim"
-    if not _link(temporary, claim):
-        _drop_dead_claim(folder, claim, temporary.with_suffix(".claim"))
-        return False
+    """Replace a dead holder's lock by ours; False if another job is faster.
+
+    The right to do so is a file named after the holder, which only one job can link and nobody else removes. If that
+    job dies with it, its right goes to the job that links the file named after it, and so on. Raises UserError.
+    """
+    claims = [_claim(folder, holder)]
+    while not _link(temporary, claims[-1]):
+        claimant = _read(claims[-1])
+        if claimant is None or why_dead(folder, claimant) is None:
+            return False
+        claims.append(_claim(folder, claimant))
+        if claims[-1] in claims[:-1]:  # unreadable ones
+            raise _cannot_be_taken_over(folder)
     try:
         if read(folder) != holder:  # another job replaced it first
             return False
         os.replace(temporary, folder / LOCK)
+        left = [file for file in folder.glob(f".{LOCK}.*.claim") if _read(file) == holder]  # by the dead job itself
+        for claim in [*claims[:-1], *left]:
+            claim.unlink(missing_ok=True)
     finally:
-        claim.unlink()
+        claims[-1].unlink(missing_ok=True)
     return True
 
 
-def _drop_dead_claim(folder: Path, claim: Path, aside: Path) -> None:
-    """Remove the claim of a job that was killed while taking over. ``aside``: a name that no other process uses."""
-    holder = _read(claim)
-    if holder is None or why_dead(folder, holder) is None:
-        return
-    try:
-        os.rename(claim, aside)
-    except FileNotFoundError:  # another job removed it
-        return
-    if _read(aside) != holder:  # another job removed it and claimed anew, and we moved that claim: put it back
-        _link(aside, claim)
-    aside.unlink()
+def _claim(folder: Path, holder: Holder) -> Path:
+    """The file whose first link is the right to succeed a dead job."""
+    return folder / f".{LOCK}.{json_sha256(holder)[:16]}.claim"
 
 
 def release(folder: Path) -> None:

@@ -137,14 +137,17 @@ def test_no_clock_keeps_a_lock_alive_or_dead(tmp_path: Path, since: str) -> None
     assert "no such process here" in lock.acquire(tmp_path)
 
 
-@pytest.mark.parametrize("dead_claim", [False, True])
-def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path: Path, dead_claim: bool) -> None:
+@pytest.mark.parametrize("claims", [0, 1, 2])
+def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path: Path, claims: int) -> None:
     """Ten processes at once: a file tells all that are ready to start, and another, when all have said what they got,
-    to end; also where an earlier one was killed while it took over."""
-    (tmp_path / "run").mkdir()
-    dead = json.dumps({**lock.own_identity(), "pid": 1, "pid_started": -1})
-    for name in (lock.LOCK, *([f".{lock.LOCK}.claim"] if dead_claim else [])):
-        (tmp_path / "run" / name).write_text(dead)
+    to end. Also where earlier ones were killed while they took over: one from the holder, a second one from the first;
+    and the holder itself had been killed before it gave up its own claim."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    dead = [{**lock.own_identity(), "pid": 1, "pid_started": -1 - number} for number in range(4)]
+    (folder / lock.LOCK).write_text(json.dumps(dead[1]))
+    for number in range(claims + 1 if claims else 0):
+        lock._claim(folder, dead[number]).write_text(json.dumps(dead[number + 1]))
     script = (
         "import os, sys, time, pathlib; from esi_ds import lock, errors\n"
         "folder = pathlib.Path(sys.argv[1])\n"
