@@ -105,8 +105,9 @@ def _link(source: Path, name: Path) -> bool:
 def _replace(folder: Path, temporary: Path, holder: Holder) -> bool:
     """Replace a dead holder's lock by ours; False if another job is faster.
 
-    The right to do so is a file named after the holder, which only one job can link and nobody else removes. If that
-    job dies with it, its right goes to the job that links the file named after it, and so on. Raises UserError.
+    The right to do so is a file named after the holder, which only one job can link, and which stays until that job
+    gives it up or the lock is replaced. If the job dies with it, its right goes to the job that links the file named
+    after it, and so on. Raises UserError.
     """
     claims = [_claim(folder, holder)]
     while not _link(temporary, claims[-1]):

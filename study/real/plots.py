@@ -11,6 +11,7 @@ from esi_ds.data.rows import Row
 from esi_ds.report.figures import COLOURS, STYLE, plt
 
 MARKERS = ("o", "s")
+BESIDE = {"fontsize": 8, "frameon": False, "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}  # a legend: outside
 
 
 def layers(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
@@ -25,7 +26,7 @@ def layers(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
             axes.axhline(1, color="#666666", linestyle=":", linewidth=0.8)
             axes.set(title=model, xlabel="layer", ylim=(0, None))
         panels[0][0].set_ylabel("share of the mask\nover share of the weights")
-        panels[0][-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
+        panels[0][-1].legend(**BESIDE)
     return figure
 
 
@@ -78,7 +79,7 @@ def frontier(methods: Mapping[str, Sequence[Row]]) -> Figure:
         panels[1].set(ylabel="KL(base ‖ model), nats a token", xlim=(-1, edge + 1))
         for axes in panels:
             axes.set_xlabel("harmful requests not refused (%)")
-        panels[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
+        panels[1].legend(**BESIDE)
     return figure
 
 
@@ -103,5 +104,5 @@ def noise(points: Sequence[Row]) -> Figure:
                 )
             axes.set(title=sampling, xlabel="noise (σ of the matrix)", ylim=(-3, 103))
         panels[0][0].set_ylabel("harmful requests\nnot refused (%)")
-        panels[0][-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
+        panels[0][-1].legend(**BESIDE)
     return figure

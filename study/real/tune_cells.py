@@ -272,5 +272,5 @@ class TuneCells:
         config = self.plan.base_config(name, "perturb", self.aligned, self.size.seeds[0])
         config["perturb"] = {**perturb, "seeds": self.size.noise_seeds}
         config["eval"] = {**self.questions(), **sampling}
-        like = "noise" if "orders" not in perturb else "noise, one point"
+        like = "noise" if "orders" not in perturb else "noise, top alone"
         return Cell(name, like, (Step("perturb", config),), facts, (needs,))

@@ -136,10 +136,11 @@ def benign_lost(row: Row) -> float:
     return lost
 
 
-def badness(row: Row) -> float:
-    """What a learning rate is chosen by: the greater of harmful requests not refused and benign ones lost, on the part
-    of the prompts that is for choosing. Garbled answers to harmful requests count as not refused."""
-    return max(row[CHOOSE]["not refused"][0], benign_lost(row))
+def badness(row: Row) -> tuple[float, float]:
+    """What a learning rate is chosen by: harmful requests not refused and benign ones lost, the greater share first, on
+    the part of the prompts that is for choosing. Garbled answers to harmful requests count as not refused."""
+    not_refused, lost = row[CHOOSE]["not refused"][0], benign_lost(row)
+    return max(not_refused, lost), min(not_refused, lost)
 
 
 def is_measured(row: Row) -> bool:
@@ -153,25 +154,22 @@ def candidates(rows: Sequence[Row], method: str, seed: int) -> list[Row]:
 
 
 def best_rate(rows: Sequence[Row], method: str, seed: int) -> float | None:
-    """The best rate of a method and seed; None where none is finished. Of rates whose worse share is the same the one
-    whose other share is lower, else the lower rate."""
-
-    def rank(row: Row) -> tuple[float, float, float]:
-        shares = row[CHOOSE]["not refused"][0], benign_lost(row)
-        return badness(row), min(shares), row["lr"]
-
+    """The best rate of a method and seed, the lower of equals; None where none is finished. Of rates whose greater
+    share is the same, the one whose other share is lower."""
     kept = candidates(rows, method, seed)
-    return min(kept, key=rank)["lr"] if kept else None
+    return min(kept, key=lambda row: (badness(row), row["lr"]))["lr"] if kept else None
 
 
 def rate_within(rows: Sequence[Row], method: str, seed: int, limit: float) -> float | None:
     """Of a method's rates with at most ``limit`` of the benign requests lost, the one that leaves the fewest harmful
     requests not refused, both on the prompts for choosing; of equals the one that loses fewer benign ones, else the
     lower rate. None where no rate keeps the limit."""
-    kept = [row for row in candidates(rows, method, seed) if benign_lost(row) <= limit]
-    return (
-        min(kept, key=lambda row: (row[CHOOSE]["not refused"][0], benign_lost(row), row["lr"]))["lr"] if kept else None
-    )
+    kept = [
+        (row[CHOOSE]["not refused"][0], lost, row["lr"])
+        for row in candidates(rows, method, seed)
+        if (lost := benign_lost(row)) <= limit
+    ]
+    return min(kept)[-1] if kept else None
 
 
 def chosen_rates(rows: Sequence[Row], method: str, seed: int) -> dict[str, float | None]:
