@@ -1,4 +1,4 @@
-"""esi_ds: find the weights a model's safety hangs on, and tune only them or everything but them, under ZeRO-3."""
+"""esi_ds: find the weights a model's safety depends on, and tune only them or everything but them, under ZeRO-3."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ COMPLYING = ("run.output_dir=runs/demo-complying", "model.path=examples/models/l
 # (what is shown and why, the launch script or module, its arguments)
 STAGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
-        "ESI scores every weight of a model that refuses: which 1 % does its safety hang on?",
+        "ESI scores every weight of a model that refuses: which 1 % does its safety depend on?",
         "launch/esi.py",
         ("--config", "configs/demo/esi.yaml"),
     ),

@@ -41,9 +41,9 @@ def esi(report: EsiReport, masks: Sequence[MaskReport]) -> list[str]:
     unsafe, refused = (report["facts"].get(name) for name in RESPONSE_FACTS)
     if report["judge_scores"]:
         words = [f"the judge calls {unsafe.split(' ')[0]} unsafe"] if unsafe else []
-        words += [f"{refused.split(' ')[0]} hold a refusal’s words"] if refused else []
+        words += [f"{refused.split(' ')[0]} contain words of refusal"] if refused else []
         if words:
-            lines.append(f"Of the {len(report['judge_scores']):,} responses {' and '.join(words)}.")
+            lines.append(f"Of the {len(report['judge_scores']):,} responses, {' and '.join(words)}.")
     return lines
 
 

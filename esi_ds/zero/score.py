@@ -177,7 +177,7 @@ class Selection:
 def check_scores(model: ShardedModel, scores: Mapping[str, Tensor], field: str, kind: str = "score") -> None:
     """Refuse what cannot be ranked (docs/method.md §2): scores are finite and ≥ 0.
 
-    scores: [shard.numel] by shard's name. field: the key of the config that they hang on. kind: what they are. Raises
+    scores: [shard.numel] by shard's name. field: the config key that names them. kind: what they are. Raises
     UserError naming parameter and flat index, on every rank. Collectives: one gather.
     """
     problems = []

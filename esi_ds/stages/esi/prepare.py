@@ -145,7 +145,7 @@ class PromptInputs:
 
     @property
     def field(self) -> str:
-        """The key of the config that the prompts hang on."""
+        """The config key that names the prompts."""
         return "data" if self.name == "safety" else "control.prompts"
 
 

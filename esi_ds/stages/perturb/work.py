@@ -1,4 +1,4 @@
-"""Perturbation: does safety hang on these weights? Noise on the top, random and bottom k (docs/method.md §4).
+"""Perturbation: does safety depend on these weights? Noise on the top, random and bottom k (docs/method.md §4).
 
 The noise is written into the ranks' shards, the prompts are answered, and the exact bits come back: no model is
 written, and a digest of all weights is the same after every cell.
