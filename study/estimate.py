@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from study.execute import run_cell
-from study.grid import CONTRASTIVE, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, Cell
+from study.grid import CONTRASTIVE, NEEDS_CONTROL, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, Cell
 from study.material import make
 
 SAMPLES = {"mask": 1, "set": 3, "lora": 1, "spa": 2, "perturb": 1}  # of each sort
@@ -42,7 +42,7 @@ def sort_of(cell: Cell) -> str:
         passes.append("responses read" if cell.after else generated)
     passes += ["16 draws"] if plain == "esi-gumbel-16" else []
     passes += ["tuning rows"] if plain in NEEDS_TUNING_ROWS else []
-    passes += ["benign rows"] if criterion != plain else []
+    passes += ["benign rows"] if criterion != plain or plain in NEEDS_CONTROL else []
     return f"mask {family} {', '.join(passes) or 'weights only'}"
 
 

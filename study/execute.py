@@ -14,7 +14,16 @@ from esi_ds.options import Options
 from esi_ds.reselect import write_selection
 from esi_ds.stages import entry
 from esi_ds.zero import runtime
-from study.grid import CONTRASTIVE, CRITERIA, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, SPA_BATCH, SPA_STEPS, Cell
+from study.grid import (
+    CONTRASTIVE,
+    CRITERIA,
+    NEEDS_CONTROL,
+    NEEDS_RESPONSES,
+    NEEDS_TUNING_ROWS,
+    SPA_BATCH,
+    SPA_STEPS,
+    Cell,
+)
 from study.judges import judge
 from study.material import DATA, ROOT
 
@@ -86,6 +95,8 @@ def execute_mask(cell: Cell, output: Path) -> None:
     if plain != name:
         sections["select"]["contrastive"] = True
         sections["data"]["benign"] = {"path": str(DATA / "benign_train.jsonl"), "limit": NUM_ROWS}
+    if plain in NEEDS_CONTROL:
+        sections["control"] = {"rows": {"path": str(DATA / "benign_train.jsonl"), "limit": NUM_ROWS}}
     if plain in NEEDS_TUNING_ROWS:
         sections["data"]["tuning"] = {"path": str(DATA / "refusals_train.jsonl"), "limit": NUM_ROWS}
     if plain in NEEDS_RESPONSES:

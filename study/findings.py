@@ -30,7 +30,8 @@ LEARNT = 0.5  # below this score with nothing frozen, a task counts as not learn
 ALPHA = 0.05
 RIVALS = (
     "random", "magnitude", "bottom", "grad", "snip", "tuning-grad", "directed", "esi-contrastive",
-    "snip-contrastive", "directed-contrastive", "tuning-grad-contrastive", "lora", "all",
+    "snip-contrastive", "directed-contrastive", "tuning-grad-contrastive", "specific", "excess", "exclusive", "lora",
+    "all",
 )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from typing import Any
 SEEDS = (0, 1, 2)
 MODELS = ("llama", "qwen3moe")
 
-# Criteria of masks: overrides of the ESI stage. Every one is also divided by the benign Fisher (docs/method.md §2).
+# Criteria of masks: overrides of the ESI stage. Every one is also divided by the benign Fisher (docs/method.md §2), but
+# for random ones and those that compare with a benign loss themselves.
 CRITERIA: dict[str, dict[str, object]] = {
     "esi": {},
     "esi-gumbel-1": {"esi.estimator": "gumbel", "esi.samples": 1},
@@ -22,15 +23,19 @@ CRITERIA: dict[str, dict[str, object]] = {
     "random": {"select.criterion": "random"},
     "tuning-grad": {"select.criterion": "tuning_grad"},
     "directed": {"select.criterion": "directed"},
+    "specific": {"select.criterion": "specific"},
+    "excess": {"select.criterion": "excess"},
+    "exclusive": {"select.criterion": "exclusive"},
 }
-NEEDS_RESPONSES = {"esi", "esi-gumbel-1", "esi-gumbel-16", "esi-paper-code", "grad", "snip", "directed"}
-NEEDS_TUNING_ROWS = {"tuning-grad", "directed"}
+NEEDS_CONTROL = {"specific", "excess", "exclusive"}
+NEEDS_RESPONSES = {*NEEDS_CONTROL, "esi", "esi-gumbel-1", "esi-gumbel-16", "esi-paper-code", "grad", "snip", "directed"}
+NEEDS_TUNING_ROWS = {"tuning-grad", "directed", "exclusive"}
 CONTRASTIVE = "-contrastive"
 
 # Learning rates: the frontier is drawn over all of them, the same for every mask of a size.
 LR = {0.001: (1e-2, 2e-2, 5e-2), 0.01: (2e-3, 5e-3, 1e-2, 2e-2), 0.05: (1e-3, 2e-3, 5e-3)}
 AT_OTHER_RATIOS = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive", "directed-contrastive")
-ON_MOE = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive")
+ON_MOE = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive", *sorted(NEEDS_CONTROL))
 HARDLY_CHANGE = ("bottom", "magnitude", f"magnitude{CONTRASTIVE}")  # any answer at any rate: the two highest show it
 ALL_WEIGHTS, LORA = (1e-4, 3e-4, 1e-3), (3e-3, 1e-2, 3e-2)
 
@@ -62,7 +67,7 @@ def mask_name(model: str, criterion: str, seed: int) -> str:
 
 
 def all_criteria() -> list[str]:
-    return [*CRITERIA, *(f"{name}{CONTRASTIVE}" for name in CRITERIA if name != "random")]
+    return [*CRITERIA, *(f"{name}{CONTRASTIVE}" for name in CRITERIA if name != "random" and name not in NEEDS_CONTROL)]
 
 
 def masks(seeds: tuple[int, ...]) -> Iterator[Cell]:
