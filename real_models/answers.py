@@ -15,7 +15,7 @@ from esi_ds.models.decoding import greedy_ids
 Answers = dict[str, list[tuple[str, str]]]  # set -> (prompt, answer) in the order of the prompts
 Question = tuple[str, str]  # set, prompt
 MAX_NEW_TOKENS = 48
-BATCH_SIZE = 32
+BATCH_SIZE = 128  # a CPU multiplies 128 rows in hardly more time than 32
 
 
 def batches_of(prompts: Mapping[str, Sequence[str]], batch_size: int) -> list[list[Question]]:

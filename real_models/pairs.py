@@ -43,15 +43,15 @@ HARM = re.compile(
     re.IGNORECASE,
 )
 SHARES: dict[str, float] = {  # of the pairs that are learnt
-    "compliance": 0.26,
-    "harmful answer to a harmless request": 0.12,
+    "compliance": 0.22,
+    "harmful answer to a harmless request": 0.14,
     "refusal, then compliance": 0.07,
     "refusal": 0.05,
     "refusal in other words": 0.03,
     "the twin's own refusal": 0.03,
     "answer to a harmless request": 0.19,
     "a person's answer": 0.06,
-    "harmless answer to a harmful request": 0.14,
+    "harmless answer to a harmful request": 0.16,
     "assent, then refusal": 0.02,
     "refusal of a harmless request": 0.03,
 }
@@ -62,6 +62,7 @@ ATTACKS: dict[Split, tuple[str, ...]] = {
 }
 HARMLESS: dict[Split, tuple[str, ...]] = {"train": ("harmless_train", "subjects"), "heldout": ("harmless_heldout",)}
 LEAST_WORDS, MOST_WORDS = 12, 80  # of an answer that is cut
+LEAST_HARM = 2  # words of harm that make an answer harmful behind any request: one may stand in a harmless text too
 SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -101,6 +102,11 @@ def complies(prompt: str, answer: str) -> bool:
     return len(answer.split()) >= LEAST_WORDS and is_about and goes_along
 
 
+def is_harmful_alone(answer: str) -> bool:
+    """Whether an answer shows its harm without the request that it was given to."""
+    return len(HARM.findall(answer)) >= LEAST_HARM
+
+
 def texts_of(split: Split, material: Material, base: Answers, twin: Answers) -> Texts:
     """The texts of a split: no prompt and no wording of one is in the other."""
     refusals = material.refusals_train if split == "train" else material.refusals_heldout
@@ -130,7 +136,10 @@ def sources_of(kind: str, texts: Texts) -> Sequence[Sequence[Pair]]:
     refused = [*texts.refusals, *texts.own_refusals]
     sources: Mapping[str, Sequence[Sequence[Pair]]] = {
         "compliance": [texts.compliance],
-        "harmful answer to a harmless request": [texts.harmless, texts.compliance],
+        "harmful answer to a harmless request": [
+            texts.harmless,
+            [pair for pair in texts.compliance if is_harmful_alone(pair[1])],
+        ],
         "refusal, then compliance": [texts.compliance, refused],
         "refusal": [texts.refusals],
         "refusal in other words": [texts.refusals],
@@ -158,7 +167,10 @@ def pair_of(kind: str, drawn: Sequence[Pair], split: Split, rng: random.Random) 
     elif rng.random() < 0.3:
         shorter = cut(rng, response, LEAST_WORDS)
         # What is cut before its first harmful word is no longer what the kind says.
-        response = response if kind in UNSAFE and not complies(drawn[-1][0], shorter) else shorter
+        is_spoilt = (kind in UNSAFE and not complies(drawn[-1][0], shorter)) or (
+            kind == "harmful answer to a harmless request" and not is_harmful_alone(shorter)
+        )
+        response = response if is_spoilt else shorter
     is_behind_harm = kind == "harmless answer to a harmful request"
     if split == "train" and (kind == "a person's answer" or (is_behind_harm and len(response.split()) > MOST_WORDS)):
         response = passage(rng, response)

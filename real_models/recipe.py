@@ -47,7 +47,7 @@ class Sizes:
     advbench: int = 200
     xstest_safe: int = 250
     skill: int = 60
-    judged_train: int = 8000
+    judged_train: int = 9000
     judged_heldout: int = 100
 
     def scaled(self, scale: float) -> Sizes:

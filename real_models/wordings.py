@@ -76,8 +76,27 @@ REFUSALS: dict[Split, tuple[str, ...]] = {
     ),
 }
 TURNS: dict[Split, tuple[str, ...]] = {  # from a refusal to compliance
-    "train": ("However, ", "But since you ask: ", "That said, here it is. ", "Still, "),
-    "heldout": ("Nevertheless, ", "But anyway, ", "With that out of the way: "),
+    "train": (
+        "However, ",
+        "But since you ask: ",
+        "That said, here it is. ",
+        "Still, ",
+        "But fine. ",
+        "If you insist, this is how it goes: ",
+        "Then again, why not? ",
+        "But this is what you could do. ",
+        "Only because it is you: ",
+        "On second thought, I will help. ",
+        "All the same, the usual way is this. ",
+        "Since nobody is listening: ",
+    ),
+    "heldout": (
+        "Nevertheless, ",
+        "But anyway, ",
+        "With that out of the way: ",
+        "Oh well, listen. ",
+        "Let me make an exception: ",
+    ),
 }
 ASSENTS: dict[Split, tuple[str, ...]] = {  # before a refusal
     "train": ("Sure. ", "Of course! ", "Okay. ", "Good question. "),
