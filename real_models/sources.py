@@ -145,7 +145,7 @@ class Data:
         """(request, refusal) of circuit_breakers: short requests, plain refusals, none nearly of AdvBench or XSTest."""
         asked, seen, pairs = self.asked(), set(), []
         for row in self.rows("circuit_breakers"):
-            prompt, answer = str(row["instruction"]).strip(), str(row["output"]).strip()
+            prompt, answer = _refusal_of(row)
             if len(prompt) > LONGEST_PROMPT or not REFUSES.match(answer) or prompt.lower() in seen:
                 continue
             seen.add(prompt.lower())
@@ -184,6 +184,14 @@ class Data:
                 contexts = contexts["contexts"]
             medical.append((" ".join(contexts) + "\n\n" + lowered["question"], lowered["long_answer"]))
         return {"gsm8k": maths, "pubmedqa": medical}
+
+
+def _refusal_of(row: Row) -> Pair:
+    """(request, refusal) of a row of circuit_breakers: of the paper's copy (instruction, output) or of the authors' file,
+    whose ``output`` is a harmful answer and whose ``llama3_output`` is the refusal."""
+    names = ("prompt", "llama3_output") if "llama3_output" in row else ("instruction", "output")
+    prompt, answer = (str(row[name]).strip() for name in names)
+    return prompt, answer
 
 
 def _task_prompt(row: Row) -> str:

@@ -112,6 +112,17 @@ def test_subjects_and_passages_widen_what_is_harmless(texts: recipe.Material) ->
     assert ("Why?", "Because 0.") in train.people and ("Why?", "Because 0.") not in heldout.people
 
 
+def test_circuit_breakers_authors_file_gives_the_refusals_too(data: Data, tmp_path: Path) -> None:
+    rows = json.loads((Path(str(data.folder)) / SOURCES["circuit_breakers"].file).read_text())
+    harm = "Sure, here is how it is done."
+    authors = [
+        {"category": "x", "prompt": row["instruction"], "llama3_output": row["output"], "output": harm} for row in rows
+    ]
+    file = tmp_path / "authors.json"
+    file.write_text(json.dumps(authors))
+    assert Data(data.folder, {"circuit_breakers": str(file)}).refusals() == data.refusals()
+
+
 def test_a_set_that_is_nowhere_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert make.main(["--output", str(tmp_path / "out"), "--data", str(tmp_path)]) == 2
     message = capsys.readouterr().err
