@@ -113,18 +113,18 @@ class Making:
         from real_models.convert import make_base
         from real_models.judges import make_judge
         from real_models.measure import measure
-        from real_models.recipe import BASE, CLASSIFIER, GUARD, JUDGE_SETS, PROMPT_SETS, TWIN, TWIN_SETS
+        from real_models.recipe import BASE, CLASSIFIER, GUARD, JUDGE_SETS, PROMPT_SETS, SET_SETS, TWIN, TWIN_SETS
         from real_models.twin import make_twin
 
         output, material, settings, device = self.output, self.material, self.settings, self.device
         self.model(BASE, lambda: make_base(output / "downloads", output / BASE))
         base = self.answers(BASE, (*PROMPT_SETS, "easy"))
-        harmless = without_refusals(base["harmless_train"])  # many of these prompts look harmful
-        rows = ({"prompt": prompt, "response": answer} for prompt, answer in harmless)
-        write_text_atomic(output / "answers/harmless.jsonl", jsonl(rows))
         self.model(TWIN, lambda: make_twin(output, material, base, settings, device))
         twin = self.answers(TWIN, TWIN_SETS)
         base |= self.answers(BASE, JUDGE_SETS)
+        harmless = [*base["harmless_train"], *self.answers(BASE, SET_SETS)["lookalikes_more"]]  # many look harmful
+        rows = ({"prompt": prompt, "response": answer} for prompt, answer in without_refusals(harmless))
+        write_text_atomic(output / "answers/harmless.jsonl", jsonl(rows))
         texts = pairs.texts_of("train", material, base, twin)
         judged = pairs.pairs_to_learn(texts, settings.sizes.judged_train, settings.seed)
         for name in (CLASSIFIER, GUARD):

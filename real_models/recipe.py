@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from esi_ds.artifacts import write_json_atomic
 from esi_ds.errors import UserError
 from real_models.convert import EASY_QUESTIONS, PACKAGE
-from real_models.questions import harmless_prompts, questions_about_subjects
+from real_models.questions import further_lookalikes, harmless_prompts, questions_about_subjects
 from real_models.sources import Data, Pair, Split, is_heldout, of_split
 from real_models.training import digest_of
 from tiny_models.training import Recipe
@@ -21,6 +21,7 @@ T = TypeVar("T")
 MODELS = (BASE, TWIN, CLASSIFIER, GUARD)
 PROMPT_SETS = ("attacks_train", "attacks_heldout", "harmless_train", "harmless_heldout", "advbench", "xstest_safe")
 JUDGE_SETS = ("attacks_more", "attacks_heldout_more", "subjects")  # for the judges alone: asked after the twin is made
+SET_SETS = ("lookalikes_more",)  # for SET alone
 TWIN_SETS = ("own_refusals", "attacks_heldout", "advbench", "xstest_safe")
 
 
@@ -30,7 +31,8 @@ class Sizes:
 
     attacks_train, attacks_heldout: requests of circuit_breakers that the base model is to answer for the judges;
     attacks_more, attacks_heldout_more: further ones, asked apart, so that they change no other answer.
-    harmless_train, harmless_heldout: made prompts. subjects: plain questions about subjects of all kinds. refusals:
+    harmless_train, harmless_heldout: made prompts. subjects: plain questions about subjects of all kinds.
+    lookalikes_more: harmless prompts that look harmful, which neither twin nor judges see. refusals:
     rows of the twin. own_refusals: attacks_train that the twin is asked. advbench, skill: prompts and rows measured
     with. judged_train: pairs that the classifier learns; judged_heldout: of each kind of pair.
     """
@@ -42,6 +44,7 @@ class Sizes:
     harmless_train: int = 1000
     harmless_heldout: int = 160
     subjects: int = 1200
+    lookalikes_more: int = 320
     refusals: int = 900
     own_refusals: int = 200
     advbench: int = 200
@@ -122,6 +125,7 @@ def material(data: Data, settings: Settings) -> Material:
         "attacks_heldout": [prompt for prompt, _ in heldout_attacks],
         "attacks_heldout_more": [prompt for prompt, _ in heldout_more],
         "subjects": questions_about_subjects(lookup, sizes.subjects, settings.seed),
+        "lookalikes_more": further_lookalikes(lookup, sizes.lookalikes_more, settings.seed),
         "harmless_train": harmless["train"] + questions["train"][: sizes.harmless_train // 4],
         "harmless_heldout": harmless["heldout"] + questions["heldout"][: sizes.harmless_heldout // 4],
         "advbench": spaced(data.attacks(), sizes.advbench),

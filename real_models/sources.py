@@ -187,8 +187,8 @@ class Data:
 
 
 def _refusal_of(row: Row) -> Pair:
-    """(request, refusal) of a row of circuit_breakers: of the paper's copy (instruction, output) or of the authors' file,
-    whose ``output`` is a harmful answer and whose ``llama3_output`` is the refusal."""
+    """(request, refusal) of a row of circuit_breakers: of the paper's copy (instruction, output), or of the authors'
+    file, whose ``output`` is a harmful answer and whose ``llama3_output`` is the refusal."""
     names = ("prompt", "llama3_output") if "llama3_output" in row else ("instruction", "output")
     prompt, answer = (str(row[name]).strip() for name in names)
     return prompt, answer

@@ -64,7 +64,9 @@ class Method(Section):
     rank: int = Field(0, description="Of LoRA.")
     targets: list[str] = Field([], description="Of LoRA: the matrices' names.")
     fraction: float = Field(0.5, description="Share of benign rows.")
-    benign: Literal["lookalikes", "plain"] = Field("lookalikes", description="Whether some look harmful.")
+    benign: Literal["lookalikes", "plain", "more-lookalikes"] = Field(
+        "lookalikes", description="How many look harmful."
+    )
     batch_factor: int = Field(1, ge=1, description="Rows of a step, in batches of the size.")
     against: str = Field(REFERENCE, description="The method that it is tested against.")
     rates: list[float] = Field(min_length=3, description="Learning rates, rising.")

@@ -134,10 +134,17 @@ def base_answers(models: Path, name: str) -> list[Pair]:
 
 
 def benign_files(plan: Plan, data: Data) -> dict[str, list[Row]]:
-    """Benign rows for SET, the untouched model's own answers: to all harmless prompts, and to those that look so."""
+    """Benign rows for SET, the untouched model's own answers: to all harmless prompts, to those that do not look
+    harmful, and to all with further ones that look harmful, which are a third."""
     pairs = shuffled(base_answers(plan.folders.models, "harmless_train"), "harmless")
     plain = {*filled(*DAILY), *(prompt for prompt, _ in data.tasks())}
-    return {"lookalikes": pair_rows(pairs), "plain": pair_rows(pair for pair in pairs if pair[0] in plain)}
+    further = base_answers(plan.folders.models, "lookalikes_more")
+    rows = {
+        "lookalikes": pairs,
+        "plain": [pair for pair in pairs if pair[0] in plain],
+        "more-lookalikes": shuffled([*pairs[: 2 * len(further)], *further], "more"),
+    }
+    return {name: pair_rows(some) for name, some in rows.items()}
 
 
 def task_files(plan: Plan, data: Data) -> dict[str, list[Row]]:

@@ -29,7 +29,7 @@ from tiny_models.data import distinct
 TINY = Path(__file__).resolve().parents[2] / "examples/models/llama-aligned"
 SIZES = recipe.Sizes(
     attacks_train=24, attacks_more=8, attacks_heldout=12, attacks_heldout_more=4, harmless_train=40,
-    harmless_heldout=20, subjects=8, refusals=24, own_refusals=8, advbench=6, xstest_safe=6, skill=3,
+    harmless_heldout=20, subjects=8, lookalikes_more=8, refusals=24, own_refusals=8, advbench=6, xstest_safe=6, skill=3,
     judged_train=48, judged_heldout=4,
 )  # fmt: skip
 SETTINGS = recipe.Settings(SIZES, judge_layers=2, judge_frozen=1, batch=8)
@@ -109,6 +109,9 @@ def test_subjects_and_passages_widen_what_is_harmless(texts: recipe.Material) ->
     train, heldout = (pairs.texts_of(split, texts, base, twin_answers) for split in ("train", "heldout"))
     assert {prompt for prompt, _ in train.harmless} == {*texts.prompts["harmless_train"], *asked}
     assert {prompt for prompt, _ in heldout.harmless} == set(texts.prompts["harmless_heldout"])
+    further = set(texts.prompts["lookalikes_more"])  # neither the twin nor a judge learns these
+    assert len(further) == 8 and not any(is_heldout(prompt) for prompt in further)
+    assert further.isdisjoint(prompt for prompt, _ in (*train.harmless, *heldout.harmless))
     assert ("Why?", "Because 0.") in train.people and ("Why?", "Because 0.") not in heldout.people
 
 
@@ -480,7 +483,10 @@ def test_the_whole_recipe_and_that_a_second_start_makes_nothing_again(
         assert card.startswith("---\n") and "| what | measured |" in card and "MIT" in card
     assert not (tmp_path / "checkpoints" / recipe.TWIN).exists()
     benign = [json.loads(line) for line in (tmp_path / "answers/harmless.jsonl").read_text().splitlines()]
-    assert benign and {row["prompt"] for row in benign} <= set(texts.prompts["harmless_train"])
+    assert benign and {row["prompt"] for row in benign} <= {
+        *texts.prompts["harmless_train"],
+        *texts.prompts["lookalikes_more"],
+    }
     assert not any(is_refusal(row["response"]) for row in benign)
     weights = {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in recipe.MODELS}
     (tmp_path / "figures.json").unlink()
