@@ -175,6 +175,7 @@ def only_one(output: Path) -> Iterator[None]:
 def make(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Make, measure and describe everything in ``args.output``, unless it is done; the goals. Raises UserError."""
     import torch
+    from transformers import logging
 
     from esi_ds.artifacts import versions
     from real_models.cards import write_cards
@@ -182,6 +183,8 @@ def make(args: argparse.Namespace) -> list[dict[str, Any]]:
     from real_models.sources import Data
 
     check(args)
+    logging.set_verbosity_error()  # a judge is a part of the base: a table of the layers left out says nothing new
+    logging.disable_progress_bar()
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     data = Data(args.data, other_sources(args.source))
     data.check()
