@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from esi_ds import shipped
+from esi_ds import ask, mask, shipped
 from esi_ds.cli import make_parser
 from esi_ds.command import STAGES, TOOLS
 from esi_ds.config import Config, validate
@@ -109,6 +109,29 @@ def test_configs_are_valid(page: str, text: str) -> None:
     if "tune" in raw:
         raw["tune"] = {"mask": "x", "data": {"path": "x"}, **raw["tune"]}
     validate({**SECTIONS, **raw})
+
+
+def comment_commands(text: str) -> list[list[str]]:
+    """The words of every ``esi-ds`` command in a recipe's comments, continued lines joined."""
+    joined = re.sub(r"\\\n *# +", "", text)
+    return [shlex.split(command) for command in re.findall(r"^ *# (esi-ds .+)$", joined, re.MULTILINE)]
+
+
+def test_commands_in_the_comments_of_recipes_make_what_the_recipes_read() -> None:
+    """``esi-ds mask select`` starts from the mask that SPA freezes, ``esi-ds ask`` writes the responses of ESI."""
+    found = {"mask": 0, "ask": 0}
+    for name, file in shipped.recipes().items():
+        config = parse_yaml(file.read_text())
+        for _, command, *arguments in comment_commands(file.read_text()):
+            found[command] += 1
+            if command == "mask":
+                options = mask._parser().parse_args(arguments)
+                run = Path(options.mask).parent
+                assert options.mask == config["tune"]["mask"] and options.scores == run / "scores", name
+                assert options.ratio == 0.1 and options.output.parent == run, name
+            else:
+                assert str(ask._parser().parse_args(arguments).output) == config["data"]["responses"], name
+    assert found == {"mask": 18, "ask": 2}
 
 
 def test_the_checks_can_fail() -> None:

@@ -66,3 +66,12 @@ def test_a_recipe_begins_with_a_sentence_and_reads_files_that_a_page_names() -> 
         for path in re.findall(r"(\w+): ([\w./-]+\.(?:jsonl?|csv))", settings):
             is_known = (ROOT / path[1]).is_file() or Path(path[1]).name in pages
             assert is_known or path[0] == "responses", (name, path)
+
+
+def test_a_recipe_s_first_line_ends_with_the_hardware() -> None:
+    hardware = (
+        r"\. (One 80 GB GPU|One GPU, or two CPU cores with model.dtype: auto|[A-Z1-9]\w* nodes? of eight 80 GB GPUs)\.$"
+    )
+    for name, file in shipped.recipes().items():
+        if name.startswith(("dense/", "moe/")):
+            assert re.search(hardware, recipes.first_line(file)), name
