@@ -1,8 +1,11 @@
-"""``docs/configuration.md`` is what the config says."""
+"""``docs/configuration.md`` and the table of defaults in ``docs/guide.md`` are what the config says."""
 
 from __future__ import annotations
 
+import re
+
 from conftest import ROOT
+from pydantic import BaseModel
 
 from esi_ds.config import Config, Eval, Perturb, Tune
 from esi_ds.config.describe import default_text, markdown, sections_of
@@ -38,3 +41,23 @@ def test_a_default_is_written_as_yaml_that_gives_it() -> None:
             text = default_text(field)
             if text not in ("required", "") and not sections_of(field.annotation):
                 assert parse_yaml(f"key: {text.strip('`')}")["key"] == field.default, name
+
+
+def defaults(sections: list[type[BaseModel]], path: str) -> list[object]:
+    """The defaults of a key, one of every kind of section that has it: a judge is a guard or a classifier."""
+    name, _, rest = path.partition(".")
+    fields = [section.model_fields[name] for section in sections if name in section.model_fields]
+    if not rest:
+        return [field.default for field in fields]
+    return defaults([below for field in fields for below in sections_of(field.annotation)], rest)
+
+
+def test_the_guide_s_defaults_are_the_config_s() -> None:
+    table = (ROOT / "docs/guide.md").read_text().split("## The config's defaults\n\n")[1].split("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert len(rows) >= 14
+    for keys, values, _ in rows:
+        for key, value in zip(re.findall("`(.+?)`", keys), re.findall("`(.+?)`", values), strict=True):
+            of_every_kind = defaults([Config], key)
+            written = parse_yaml(f"key: {value}")["key"]
+            assert of_every_kind and all(default == written for default in of_every_kind), key
