@@ -39,7 +39,8 @@ GPUS = {  # of 80 GB each, in nodes of eight where there are more than one
     "deepseek-v3": 128,
     "kimi-k2": 256,
 }
-PROMPTS, TOKENS = 520, 300  # AdvBench's, with the longest answers; a row of GSM8K is about as long
+PROMPTS, TOKENS = 520, 300  # AdvBench's, with the longest answers; a row of GSM8K is about as long, SET's are shorter
+STEPS = {"set": 100, "spa": 1000}  # as the recipes have them
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 HEAD = f"""# Recipes
 
@@ -47,12 +48,17 @@ The recipes of `configs/dense` and `configs/moe`. `NAME` runs ESI, and `NAME-set
 other stages; `esi-ds recipes` lists them all. The figures are **planned, not measured**: nothing here has run on a GPU.
 
 Bytes are what `--dry-run` counts for each GPU of 80 GB, without activations, with the DeepSpeed config that the recipe
-names. For your own nodes and settings, ask `--dry-run`. Times are calculated without generation and judging: a pass at
-{MFU:.0%} of an H100's bf16 peak, or the traffic of ZeRO-3 at 300 GB/s per GPU within a node and 50 GB/s between nodes,
-whichever takes longer. This page is made by `python -m benchmarks.recipes docs/recipes.md`.
+names. For your own nodes and settings, ask `--dry-run`. Before any download, give it the model's configuration:
+`model.path=configs/dense/architectures/NAME` or `model.path=configs/moe/architectures/NAME`. These folders are in a
+checkout; elsewhere `esi-ds recipes copy`, without a name, makes them.
 
-| recipe | weights | active weights | GPUs | ESI, GiB | SET, GiB | SPA, GiB | ESI of 520 prompts | SPA of 1,000 steps |
-|---|---|---|---|---|---|---|---|---|
+Times are calculated without generation and judging, for prompts (with their answers) and rows of {TOKENS} tokens: a
+pass at {MFU:.0%} of an H100's bf16 peak, or the traffic of ZeRO-3 at 300 GB/s per GPU within a node and 50 GB/s between
+nodes, whichever takes longer. This page is made by `python -m benchmarks.recipes docs/recipes.md`.
+
+| recipe | weights | active weights | nodes × GPUs | ESI, GiB per GPU | SET, GiB per GPU | SPA, GiB per GPU | \
+ESI: scoring {PROMPTS} prompts | SET: training {STEPS["set"]:,} steps | SPA: training {STEPS["spa"]:,} steps |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -96,6 +102,15 @@ def duration(operations: float, received: float, gpus: int) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def training(stage: str, recipe: str, met: float, received: float, gpus: int) -> str:
+    """How long SET or SPA trains. received: bytes, by a GPU in one micro-batch."""
+    tune = load_config(recipe, []).tune
+    assert tune is not None and tune.max_steps == STEPS[stage]
+    micro_batches = tune.max_steps * tune.gradient_accumulation
+    rows = micro_batches * tune.batch_size * gpus
+    return duration(8 * met * rows * TOKENS, micro_batches * received, gpus)
+
+
 def row(name: str) -> str:
     """One model's line of the table. name: of its ESI recipe, with its folder."""
     kind, model = name.split("/")
@@ -106,18 +121,17 @@ def row(name: str) -> str:
     met, total = active(parameters, config), sum(parameter.numel for parameter in parameters)
     stages = {"esi": name, "set": f"{name}-set", "spa": f"{name}-spa"}
     plans = {stage: planned(recipe, stage, architecture, gpus) for stage, recipe in stages.items()}
-    esi, tune = load_config(name, []).esi, load_config(stages["spa"], []).tune
-    assert tune is not None and isinstance(esi.batch_size, int)
+    esi = load_config(name, []).esi
+    assert isinstance(esi.batch_size, int)
     passes = math.ceil(PROMPTS / (esi.batch_size * gpus))
-    rows = tune.max_steps * tune.batch_size * gpus
     cells = [
         f"`{model}`",
         f"{total / 1e9:,.0f} B" if total >= 1e12 else f"{total / 1e9:.3g} B",
         f"{met / 1e9:.3g} B",
-        str(gpus),
+        f"{max(gpus // 8, 1)} × {min(gpus, 8)}",
         *(f"{held / UNITS['GiB']:.3g}" for held, _ in plans.values()),
         duration(8 * met * PROMPTS * TOKENS, passes * plans["esi"][1], gpus),
-        duration(8 * met * rows * TOKENS, tune.max_steps * plans["spa"][1], gpus),
+        *(training(stage, stages[stage], met, plans[stage][1], gpus) for stage in STEPS),
     ]
     return f"| {' | '.join(cells)} |\n"
 
