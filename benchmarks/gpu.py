@@ -172,19 +172,23 @@ def refusal(tiny: bool, device: str) -> str | None:
     return None if torch.cuda.is_available() else f"torch {torch.__version__} sees no GPU here; {remedy}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    names = [step.name for step in STEPS]
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "runs/gpu.jsonl", help="JSON lines are added to it")
-    parser.add_argument("--steps", default=",".join(names), help="default: %(default)s")
+    parser.add_argument("--steps", default=",".join(step.name for step in STEPS), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=460, help="for all steps together; default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="small models and few numbers")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if options.worker is not None:
         return work(options.worker.split(","), options.output, options.tiny)
-    asked = options.steps.split(",")
+    names, asked = [step.name for step in STEPS], options.steps.split(",")
     if unknown := [name for name in asked if name not in names]:
         parser.error(f"--steps = {unknown[0]}: is not a step; the steps are {', '.join(names)}")
     if problem := refusal(options.tiny, options.device):

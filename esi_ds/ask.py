@@ -177,7 +177,8 @@ def _rows_on_disk(output: Path, asked: dict[str, Any]) -> list[AskedRow]:
     return rows
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
     parser = argparse.ArgumentParser(prog="esi-ds ask", description=help_text(__doc__))
     parser.add_argument(
         "--base-url", required=True, help="an OpenAI-compatible server, such as http://localhost:8000/v1"
@@ -239,7 +240,7 @@ def _extra_of(arguments: argparse.Namespace) -> dict[str, Any]:
 @ends_with_message
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError("--limit", arguments.limit, "is not above 0", "give a larger number, or leave it out")
     endpoint = endpoint_of(arguments)

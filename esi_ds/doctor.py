@@ -179,12 +179,17 @@ def storage(folder: Path) -> Iterator[Finding]:
     yield Finding("ok", "storage", fact, "scores take 4 bytes a weight, an exported model 2")
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = argparse.ArgumentParser(prog="esi-ds doctor", description=DESCRIPTION)
+    parser.add_argument("--dir", type=Path, default=Path("."), help="where runs will be written (here)")
+    return parser
+
+
 @clean_output()
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code: 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(prog="esi-ds doctor", description=DESCRIPTION)
-    parser.add_argument("--dir", type=Path, default=Path("."), help="where runs will be written (here)")
-    folder = parser.parse_args(argv).dir
+    folder = make_parser().parse_args(argv).dir
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (packages, accelerator, compiler, ranks, hub, extras)
     findings: list[Finding] = []
     for check in (*checks, lambda: storage(folder)):

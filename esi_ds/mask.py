@@ -186,7 +186,8 @@ def share(text: str) -> float:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
     parser = argparse.ArgumentParser(prog="esi-ds mask", description=help_text(__doc__))
     commands = parser.add_subparsers(dest="command", required=True)
     describer = commands.add_parser("info", help="describe a mask and where its weights are")
@@ -215,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
 @clean_output()
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     ranks = Ranks()
     try:
         ranks = find_ranks()

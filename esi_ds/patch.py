@@ -524,7 +524,8 @@ def info(patch: Path) -> list[str]:
     return lines
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
     parser = argparse.ArgumentParser(prog="esi-ds patch", description=help_text(__doc__))
     commands = parser.add_subparsers(dest="command", required=True)
     for command, folders, purpose in (
@@ -543,7 +544,7 @@ def _parser() -> argparse.ArgumentParser:
 @ends_with_message
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     if arguments.command == "create":
         create(arguments.base, arguments.tuned, arguments.patch)
         print("\n".join(info(arguments.patch)))

@@ -13,7 +13,8 @@ from esi_ds.terminal import clean_output
 DESCRIPTION = "Recipes are configs that come with the package. --config takes their names."
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
     parser = argparse.ArgumentParser(prog="esi-ds recipes", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("list", help="list the names and what each runs (the default)")
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
 @ends_with_message
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    print("\n".join(run(_parser().parse_args(argv))))
+    print("\n".join(run(make_parser().parse_args(argv))))
     return 0
 
 

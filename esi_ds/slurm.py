@@ -11,15 +11,20 @@ from esi_ds.errors import ends_with_message
 from esi_ds.terminal import clean_output
 
 
-@clean_output()
-@ends_with_message
-def main(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
     parser = argparse.ArgumentParser(prog="esi-ds slurm", description="Batch scripts that come with the package.")
     commands = parser.add_subparsers(dest="command", required=True)
     copy = commands.add_parser("copy", help="copy them to DIR/slurm; then edit slurm/env.sh and submit from DIR")
     copy.add_argument("to", metavar="DIR", type=Path, nargs="?", default=Path("."), help="where to (this folder)")
-    print(*shipped.copy(shipped.folder("slurm"), parser.parse_args(argv).to / "slurm"), sep="\n")
+    return parser
+
+
+@clean_output()
+@ends_with_message
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    print(*shipped.copy(shipped.folder("slurm"), make_parser().parse_args(argv).to / "slurm"), sep="\n")
     return 0
 
 

@@ -191,16 +191,21 @@ def _span(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
-@clean_output()
-def main(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
     parser = argparse.ArgumentParser(
         prog="esi-ds status",
         description="Show how far runs have come.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders")
     parser.add_argument("--json", action="store_true", help="one line of JSON per run instead of text")
-    arguments, code = parser.parse_args(argv), 0
+    return parser
+
+
+@clean_output()
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    arguments, code = make_parser().parse_args(argv), 0
     for run in arguments.runs:
         try:
             print(json.dumps({"run": str(run), **read_status(run)}) if arguments.json else show(run, time.time()))

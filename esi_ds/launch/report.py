@@ -35,10 +35,8 @@ def read(run: Path, name: str = "report.json") -> Any:
     return read_json(run / name, dict[str, Any], "RUN", REMEDY)
 
 
-@clean_output()
-@ends_with_message
-def main(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
     parser = argparse.ArgumentParser(
         prog="esi-ds report",
         description=help_text(__doc__),
@@ -48,7 +46,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the page of several runs")
     parser.add_argument("--tuned", nargs="*", type=Path, metavar="RUN", default=[], help="SET and SPA runs to show")
     parser.add_argument("--evaluated", nargs="*", type=Path, metavar="RUN", default=[], help="evaluations to show")
-    write_pages(parser.parse_args(argv))
+    return parser
+
+
+@clean_output()
+@ends_with_message
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    write_pages(make_parser().parse_args(argv))
     return 0
 
 
