@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
+from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
+from import_boundaries import imports
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import esi_ds
 from esi_ds import command, recipes, shipped, slurm
@@ -33,6 +39,62 @@ def test_containers_copy_what_the_package_is_built_from() -> None:
     assert copied == {line.split()[0] for line in files.splitlines()}
     assert all((ROOT / name).exists() for name in copied)
     assert copied >= {"esi_ds", "configs", "ds_configs", "slurm", "setup.py", "setup.cfg"}
+
+
+LM_EVAL = ("esi_ds.eval.harness", "esi_ds.eval.task_code")  # modules that need it; others import them in functions only
+USERS_OWN = {"wandb"}  # there where a user's DeepSpeed config enables it
+
+
+def declared() -> tuple[set[str], set[str]]:
+    """Distributions that setup.cfg requires, and those of its extras but ``test``."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = "".join(text for extra, text in setup["options.extras_require"].items() if extra != "test")
+    required, optional = (
+        {canonicalize_name(Requirement(line).name) for line in text.split("\n") if line}
+        for text in (setup["options"]["install_requires"], extras)
+    )
+    return required, optional
+
+
+def undeclared(folder: Path) -> list[str]:
+    """Imports of packages that setup.cfg does not require. One of an extra may stand in a function, and in LM_EVAL."""
+    required, optional = declared()
+    distributions = packages_distributions()
+    found = []
+    for file in sorted(folder.rglob("*.py")):
+        needs_lm_eval = ".".join(file.relative_to(folder.parent).with_suffix("").parts).startswith(LM_EVAL)
+        for line, module, is_top in imports(file):
+            package = module.partition(".")[0]
+            if package in sys.stdlib_module_names or package in USERS_OWN and not is_top:
+                continue
+            if package == "esi_ds":
+                is_allowed = not module.startswith(LM_EVAL) or needs_lm_eval or not is_top
+            else:  # a package of an extra that is not installed has its distribution's name
+                names = {canonicalize_name(name) for name in distributions.get(package, [package])}
+                is_allowed = bool(names & required or (names & optional and (needs_lm_eval or not is_top)))
+            if not is_allowed:
+                found.append(f"{file.name}:{line}: {module}")
+    return found
+
+
+def test_every_package_that_is_imported_is_required() -> None:
+    assert not undeclared(ROOT / "esi_ds")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "import pytest",
+        "def f():\n    import ruff",
+        "import lm_eval",
+        "import wandb",
+        "import esi_ds.eval.harness_tasks",
+    ],
+)
+def test_a_package_that_is_not_required_is_noticed(wrong: str, tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text(f"import torch\nfrom huggingface_hub import errors\n{wrong}\n")
+    assert undeclared(tmp_path) == [f"module.py:{2 + len(wrong.splitlines())}: {wrong.split()[-1]}"]
 
 
 def test_shipped_files_that_cannot_be_copied_are_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
