@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from configparser import ConfigParser
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import dropwhile, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ PAGES = sorted(
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OPTIONAL = re.compile(r"(?<= )\[([^\]\n]*)\](?=\s)")  # of a command: [--seeds 0-4], [launcher options]
+VARIABLE = re.compile(r"[A-Z_]+=")
 EXTRAS = re.compile(r"(?:\besi_ds|[\s'\"]\.)\[([\w,]+)\]")  # pip install 'esi_ds[mpi]', pip install '.[eval]'
 PLACEHOLDER = re.compile(r"^([A-Z_]+(\.yaml)?|[a-z]\.yaml|my\.yaml|(esi|set|spa|eval)\.yaml)$")  # files of the reader's
 SECTIONS = {"run": {"output_dir": "x"}, "model": {"path": "x"}}
@@ -69,12 +70,12 @@ def prose(page: Path) -> str:
 
 
 def commands_of(text: str) -> Iterator[str]:
-    """The commands of a bash block: continued lines joined, without comments and without the brackets that mark
-    what may be left out."""
+    """The commands of a bash block: continued lines joined, without comments, without variables set before a command,
+    and without the brackets that mark what may be left out."""
     text = OPTIONAL.sub(lambda match: match[1] if match[1].startswith("-") else "", text.replace("\\\n", " "))
     for line in text.splitlines():
         for part in line.split(" && "):
-            words = shlex.split(part, comments=True)
+            words = list(dropwhile(VARIABLE.match, shlex.split(part, comments=True)))
             if words:
                 yield shlex.join(words)
 
@@ -116,7 +117,7 @@ def make_targets() -> dict[str, str]:
 
 def check_names(words: list[str]) -> None:
     """Raise for a program, file, command, module or make target that does not exist."""
-    program = next(word for word in words if not re.match(r"[A-Z_]+=", word))
+    program = words[0]
     assert program in PROGRAMS, program
     for word in words:
         value = word.rpartition("=")[2]
@@ -269,8 +270,8 @@ def test_commands_stand_in_code_blocks() -> None:
     """An indented line is read by no other check."""
     for page in PAGES:
         for line in re.findall(r"^ {4,}(\S.*)", prose(page), re.MULTILINE):
-            words = [word for word in line.split() if not re.match(r"[A-Z_]+=", word)]
-            assert not words or words[0] not in PROGRAMS, f"{page.relative_to(ROOT)}: {line}"
+            words = dropwhile(VARIABLE.match, line.split())
+            assert next(words, "") not in PROGRAMS, f"{page.relative_to(ROOT)}: {line}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -422,6 +423,7 @@ def test_a_config_that_a_page_shows_is_the_recipe_of_that_run() -> None:
         'make real-models REAL="--nope"',
         'make real-models REAL="--hours 2"',
         'make test REAL="--hours 2"',
+        'FUZZ_SCALE=9 make fuzz REAL="--hours 2"',
         "pip install -c frobnicate.txt torch",
         "pip install '.[evla]'",
         "pip install 'esi_ds[mpi,evla]'",
