@@ -1,4 +1,4 @@
-"""The wheel, away from any checkout: what it holds, and ESI → SET → evaluation from an empty folder."""
+"""The wheel, away from any checkout: what it holds, and every stage from an empty folder, each launched differently."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_recipes_deepspeed_configs_and_batch_scripts_come_with_it(site: Path, tm
     assert "4 nodes of 8 GPUs" in plan, plan
 
 
-def test_esi_set_and_evaluation_from_an_empty_folder(site: Path, tmp_path: Path) -> None:
+def test_every_stage_from_an_empty_folder(site: Path, tmp_path: Path) -> None:
     few = f"path: {EXAMPLES}/data/harmful_heldout.jsonl, limit: 4"
     run(
         site, tmp_path, sys.executable, "-m", "esi_ds.launch.esi", "--config", "demo/esi", "run.output_dir=esi",
@@ -127,11 +127,23 @@ def test_esi_set_and_evaluation_from_an_empty_folder(site: Path, tmp_path: Path)
         f"tune.data={{path: {EXAMPLES}/data/refusals_train.jsonl}}", "deepspeed=ds_configs/zero3.json",
     )  # fmt: skip
     run(
+        site, tmp_path, "torchrun", "--standalone", "--nproc_per_node", 1, "-m", "esi_ds.launch.spa",
+        "--config", "demo/spa", "run.output_dir=spa", "tune.mask=esi/mask", "tune.max_steps=2",
+        f"model.path={EXAMPLES}/models/llama-complying", "eval=null",
+        f"tune.data={{path: {EXAMPLES}/data/benign_train.jsonl}}", "deepspeed=zero3",
+    )  # fmt: skip
+    run(
+        site, tmp_path, site / "bin/esi-ds", "perturb", "--config", "demo/perturb", "run.output_dir=perturb",
+        f"model.path={EXAMPLES}/models/llama-complying", "perturb.mask=esi/mask", "perturb.ratios=null",
+        "perturb.orders=[top]", "perturb.noise=1", "eval.judges=[]", "eval.benign=null",
+        f"eval.prompts={{{few}}}", "eval.max_new_tokens=4", "deepspeed=zero3",
+    )  # fmt: skip
+    run(
         site, tmp_path, sys.executable, "-m", "esi_ds", "eval", "--config", "demo/eval", "run.output_dir=eval",
         f"model.path={EXAMPLES}/models/llama-complying", "eval.models=[{name: SET, path: set/model}]",
         f"eval.prompts={{{few}}}", f"eval.benign={{path: {EXAMPLES}/data/benign_heldout.jsonl, limit: 4}}",
         "eval.judges=[]", "eval.tasks=[]", "eval.max_new_tokens=4",
     )  # fmt: skip
     assert Mask.load(tmp_path / "esi/mask").k > 0
-    assert {path.name for path in tmp_path.iterdir()} == {"esi", "set", "eval"}
-    assert (tmp_path / "eval/report.html").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"esi", "set", "spa", "perturb", "eval"}
+    assert all((folder / "report.html").is_file() for folder in tmp_path.iterdir())
