@@ -22,7 +22,8 @@ from esi_ds.options import Options
 def config(tmp_path: Path) -> str:
     file = tmp_path / "a.yaml"
     (tmp_path / "model").mkdir()
-    file.write_text(f"run: {{output_dir: x}}\nmodel: {{path: {tmp_path / 'model'}}}\n")
+    # fp32: of bf16 the command line warns where the machine emulates it.
+    file.write_text(f"run: {{output_dir: x}}\nmodel: {{path: {tmp_path / 'model'}, dtype: fp32}}\n")
     return str(file)
 
 
@@ -152,9 +153,12 @@ def signalled(number: int, script: str, *arguments: str, rank: int = 0) -> tuple
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        assert process.stdout.readline() == "waits\n"
-        process.send_signal(number)
-        return process.wait(timeout=20), process.stderr.read()
+        try:
+            assert process.stdout.readline() == "waits\n"
+            process.send_signal(number)
+            return process.wait(timeout=20), process.stderr.read()
+        finally:
+            process.kill()  # else leaving the block waits for it for ever
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

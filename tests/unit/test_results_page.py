@@ -66,7 +66,7 @@ def test_tables_are_parts_of_the_generated_ones() -> None:
 
 @pytest.mark.parametrize(("page", "number"), [("results.md", 100), ("guide.md", 10)])
 def test_intervals_in_sentences_stand_in_the_generated_pages(page: str, number: int) -> None:
-    generated = "".join(file.read_text() for file in sorted(RESULTS.glob("*.md")))
+    generated = "".join(file.read_text() for file in sorted(RESULTS.rglob("*.md")))
     quoted = INTERVAL.findall((ROOT / "docs" / page).read_text())
     assert len(quoted) > number
     assert not [one for one in quoted if one not in generated]
