@@ -541,10 +541,8 @@ def response_contraction(
     return score, mapped @ A.double().T
 
 
-def load(folder: Path, auto_class: type = AutoModelForCausalLM):
-    model = auto_class.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
+def load(folder: Path, auto_class: type = AutoModelForCausalLM, dtype: torch.dtype = torch.float32):
+    model = auto_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager")
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -741,17 +739,19 @@ def esi_scores(
     criterion: str = "esi",
     tuning: list[tuple[str, str]] | None = None,
     benign: list[tuple[str, str]] | None = None,
+    dtype: torch.dtype = torch.float32,
     **options,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """{scored parameter: fp32 score in its own shape}, in the model's order, and the judge's scores.
+    """{scored parameter: fp32 score in its own shape}, in the model's order, and the judge's scores. dtype: of both
+    models' arithmetic.
 
     ESI_i = |sigma(theta_i) * mean over prompts of dS/dtheta_i|; options as mean_gradient's. tuning: rows of g_T for the
     criteria that have it; benign: rows of F, which makes the score contrastive.
     """
-    model, tokenizer = load(model_folder)
+    model, tokenizer = load(model_folder, dtype=dtype)
     is_classifier = options.get("family", LLAMA_GUARD_3).labels is not None
     auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    guard, guard_tokenizer = load(guard_folder, auto_class)
+    guard, guard_tokenizer = load(guard_folder, auto_class, dtype)
     guard.requires_grad_(False)
     gradients, judged = mean_gradient(model, tokenizer, guard, guard_tokenizer, pairs, **options)
     second = loss_gradients(model, tokenizer, tuning)[0] if tuning is not None else None

@@ -56,8 +56,10 @@ THOUGHT_READERS = {
     "score-function-of-all": ("answer", True, "score_function"),
     "score-function-reads-both": ("both", False, "score_function"),
 }
-# fp32 sums over tokens and prompts in another order; unrounded arithmetic would give 0. Measured: at most 1.5e-6.
+# fp32 sums over tokens and prompts in another order; unrounded arithmetic would give 0. Measured: at most 1.5e-6 on an
+# AMD EPYC, 1.5e-5 on an Intel Xeon, where the oracle in fp32 is 7.2e-6 away from the oracle in fp64.
 TOLERANCE = 1e-5
+ROUNDINGS = 3  # ours may be as far from fp64 as this many of the fp32 oracle's errors, where fp32 costs more than that
 
 
 @pytest.fixture(scope="module")
@@ -195,16 +197,34 @@ def oracle(folder: Path, kind: str, guard: str, **options) -> dict[str, torch.Te
     return _oracle[key]
 
 
+def excess(got: dict[str, torch.Tensor], folder: Path, kind: str, guard: str) -> float:
+    """The error over what rounding explains: over ``TOLERANCE``, or, where that is exceeded, over what fp32 costs the
+    oracle on this CPU."""
+    expected = oracle(folder, kind, guard)
+    error = relative_error(got, expected)
+    if error <= TOLERANCE:
+        return error / TOLERANCE
+    exact = oracle(folder, kind, guard, dtype=torch.float64)
+    return relative_error(got, exact) / (ROUNDINGS * relative_error(expected, exact))
+
+
 def test_soft_scores_equal_the_oracle(scored: tuple[int, Path]) -> None:
     ranks, folder = scored
     worst = {}
     for kind in KINDS:
         for guard in GUARDS:
-            expected = oracle(folder, kind, guard)
             for batch in BATCHES:
                 got = read(folder / f"w{ranks}-{kind}-{guard}-{batch}" / "scores")
-                worst[kind, guard, batch] = relative_error(got, expected)
-    assert max(worst.values()) <= TOLERANCE, worst
+                worst[kind, guard, batch] = excess(got, folder, kind, guard)
+    assert max(worst.values()) <= 1, worst
+
+
+def test_more_than_rounding_is_an_error(scored: tuple[int, Path]) -> None:
+    ranks, folder = scored
+    got = read(folder / f"w{ranks}-llama_tied-other-1" / "scores")
+    assert excess(got, folder, "llama_tied", "other") <= 1
+    got = {name: values * (1 + 1e-4) for name, values in got.items()}
+    assert excess(got, folder, "llama_tied", "other") > 1
 
 
 def test_masks_are_the_select_of_their_scores(scored: tuple[int, Path]) -> None:
