@@ -32,7 +32,7 @@ def test_where_a_mask_lies() -> None:
         "The mask is 0.5 % of the weights. Attention, with 50 % of the scored weights, holds 90 % of it; dense MLPs, "
         "with 50 %, hold 10 %. It is densest in attention.v of layers 2–3: 4.8 times chance."
     )
-    assert answers == "Of the 2 responses the judge calls 25.0% unsafe."
+    assert answers == "Of the 2 responses, the judge calls 25.0% unsafe."
     assert f'<div class="lead"><p>{line}</p><p>{answers}</p></div>' in render(page)
 
 
