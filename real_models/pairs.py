@@ -107,6 +107,12 @@ def is_harmful_alone(answer: str) -> bool:
     return len(HARM.findall(answer)) >= LEAST_HARM
 
 
+def keeps_harm(kind: str, request: str, shorter: str) -> bool:
+    """Whether an answer of an unsafe kind is still what the kind says, and not cut before its harmful words."""
+    is_shown = kind != "harmful answer to a harmless request" or is_harmful_alone(shorter)
+    return is_shown and complies(request, shorter)
+
+
 def texts_of(split: Split, material: Material, base: Answers, twin: Answers) -> Texts:
     """The texts of a split: no prompt and no wording of one is in the other."""
     refusals = material.refusals_train if split == "train" else material.refusals_heldout
@@ -166,11 +172,7 @@ def pair_of(kind: str, drawn: Sequence[Pair], split: Split, rng: random.Random) 
         response = f"{first} {rng.choice(TURNS[split])}{drawn[0][1]}"
     elif rng.random() < 0.3:
         shorter = cut(rng, response, LEAST_WORDS)
-        # What is cut before its first harmful word is no longer what the kind says.
-        is_spoilt = (kind in UNSAFE and not complies(drawn[-1][0], shorter)) or (
-            kind == "harmful answer to a harmless request" and not is_harmful_alone(shorter)
-        )
-        response = response if is_spoilt else shorter
+        response = response if kind in UNSAFE and not keeps_harm(kind, drawn[-1][0], shorter) else shorter
     is_behind_harm = kind == "harmless answer to a harmful request"
     if split == "train" and (kind == "a person's answer" or (is_behind_harm and len(response.split()) > MOST_WORDS)):
         response = passage(rng, response)

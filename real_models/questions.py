@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from real_models.sources import Lookup, Split, is_heldout
 from real_models.subjects import PATTERNS, SUBJECTS
@@ -136,6 +136,11 @@ def _drawn(rng: random.Random, prompts: list[str], split: Split, asked: Lookup, 
     return list(itertools.islice((prompt for prompt in fitting if not asked.has_near(prompt)), count))
 
 
+def _drawn_from(rng: random.Random, parts: Sequence[tuple[list[str], int]], split: Split, asked: Lookup) -> list[str]:
+    """``_drawn`` of several lists, each with its number."""
+    return [prompt for prompts, count in parts for prompt in _drawn(rng, prompts, split, asked, count)]
+
+
 def harmless_prompts(split: Split, asked: Lookup, count: int, seed: int) -> list[str]:
     """About ``count`` harmless prompts: two fifths acts of the tiny models' generator that look harmful, two fifths
     the questions above, a fifth plain requests in the same phrasings as harmful ones."""
@@ -144,15 +149,15 @@ def harmless_prompts(split: Split, asked: Lookup, count: int, seed: int) -> list
     others = [prompt for kind in KINDS for prompt in filled(*kind)]
     daily = [*filled(*DAILY), *(plain(rng, split).prompt for _ in range(count // 8))]
     parts = ((acts, 2 * count // 5), (others, 2 * count // 5), (daily, count // 5))
-    return [prompt for prompts, share in parts for prompt in _drawn(rng, prompts, split, asked, share)]
+    return _drawn_from(rng, parts, split, asked)
 
 
 def further_lookalikes(asked: Lookup, count: int, seed: int) -> list[str]:
     """Up to ``count`` more prompts of the training part that look harmful: three quarters figures of speech and words
     with another sense, a quarter secrets of characters in fiction."""
     rng = random.Random(f"{seed} further")
-    parts = ((FURTHER_FIGURES, 3 * count // 4), (FURTHER_FACTS, count // 4))
-    return [prompt for kind, share in parts for prompt in _drawn(rng, list(filled(*kind)), "train", asked, share)]
+    figures, facts = (list(filled(*kind)) for kind in (FURTHER_FIGURES, FURTHER_FACTS))
+    return _drawn_from(rng, ((figures, 3 * count // 4), (facts, count // 4)), "train", asked)
 
 
 def questions_about_subjects(asked: Lookup, count: int, seed: int) -> list[str]:

@@ -83,6 +83,7 @@ def config_of(cell: Cell, output: Path, **sections: dict) -> Config:
 def execute_mask(cell: Cell, output: Path) -> None:
     name = str(cell.facts["criterion"])
     plain = name.removesuffix(CONTRASTIVE)
+    benign = {"path": str(DATA / "benign_train.jsonl"), "limit": NUM_ROWS}
     sections: dict[str, dict] = {
         "judge": {"family": "llama-guard-3", "path": str(MODELS / "guard")},
         "esi": {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 16},
@@ -94,9 +95,9 @@ def execute_mask(cell: Cell, output: Path) -> None:
         sections[section][field] = value
     if plain != name:
         sections["select"]["contrastive"] = True
-        sections["data"]["benign"] = {"path": str(DATA / "benign_train.jsonl"), "limit": NUM_ROWS}
+        sections["data"]["benign"] = benign
     if plain in NEEDS_CONTROL:
-        sections["control"] = {"rows": {"path": str(DATA / "benign_train.jsonl"), "limit": NUM_ROWS}}
+        sections["control"] = {"rows": benign}
     if plain in NEEDS_TUNING_ROWS:
         sections["data"]["tuning"] = {"path": str(DATA / "refusals_train.jsonl"), "limit": NUM_ROWS}
     if plain in NEEDS_RESPONSES:

@@ -10,6 +10,7 @@ from functools import partial
 from esi_ds.data.rows import Row
 from esi_ds.eval.statistics import mcnemar_exact, wilson
 from study.collect import FLAGS
+from study.grid import NEEDS_CONTROL
 
 # Measures of a cell that tables show, in the order of their columns.
 MEASURES = {
@@ -30,8 +31,7 @@ LEARNT = 0.5  # below this score with nothing frozen, a task counts as not learn
 ALPHA = 0.05
 RIVALS = (
     "random", "magnitude", "bottom", "grad", "snip", "tuning-grad", "directed", "esi-contrastive",
-    "snip-contrastive", "directed-contrastive", "tuning-grad-contrastive", "specific", "excess", "exclusive", "lora",
-    "all",
+    "snip-contrastive", "directed-contrastive", "tuning-grad-contrastive", *NEEDS_CONTROL, "lora", "all",
 )  # fmt: skip
 
 

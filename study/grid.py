@@ -27,7 +27,7 @@ CRITERIA: dict[str, dict[str, object]] = {
     "excess": {"select.criterion": "excess"},
     "exclusive": {"select.criterion": "exclusive"},
 }
-NEEDS_CONTROL = {"specific", "excess", "exclusive"}
+NEEDS_CONTROL = ("specific", "excess", "exclusive")
 NEEDS_RESPONSES = {*NEEDS_CONTROL, "esi", "esi-gumbel-1", "esi-gumbel-16", "esi-paper-code", "grad", "snip", "directed"}
 NEEDS_TUNING_ROWS = {"tuning-grad", "directed", "exclusive"}
 CONTRASTIVE = "-contrastive"
@@ -35,7 +35,7 @@ CONTRASTIVE = "-contrastive"
 # Learning rates: the frontier is drawn over all of them, the same for every mask of a size.
 LR = {0.001: (1e-2, 2e-2, 5e-2), 0.01: (2e-3, 5e-3, 1e-2, 2e-2), 0.05: (1e-3, 2e-3, 5e-3)}
 AT_OTHER_RATIOS = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive", "directed-contrastive")
-ON_MOE = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive", *sorted(NEEDS_CONTROL))
+ON_MOE = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive", *NEEDS_CONTROL)
 HARDLY_CHANGE = ("bottom", "magnitude", f"magnitude{CONTRASTIVE}")  # any answer at any rate: the two highest show it
 ALL_WEIGHTS, LORA = (1e-4, 3e-4, 1e-3), (3e-3, 1e-2, 3e-2)
 
@@ -67,7 +67,7 @@ def mask_name(model: str, criterion: str, seed: int) -> str:
 
 
 def all_criteria() -> list[str]:
-    return [*CRITERIA, *(f"{name}{CONTRASTIVE}" for name in CRITERIA if name != "random" and name not in NEEDS_CONTROL)]
+    return [*CRITERIA, *(f"{name}{CONTRASTIVE}" for name in CRITERIA if name not in ("random", *NEEDS_CONTROL))]
 
 
 def masks(seeds: tuple[int, ...]) -> Iterator[Cell]:

@@ -14,7 +14,7 @@ import numpy as np
 from esi_ds.core.mask import Mask
 from esi_ds.data.rows import Row
 from esi_ds.report.location import THIRDS, thirds_of
-from study.grid import PROMPT_COUNTS, SEEDS, mask_name
+from study.grid import NEEDS_CONTROL, PROMPT_COUNTS, SEEDS, mask_name
 
 MODELS = ("llama-aligned", "llama-complying", "qwen3moe-aligned", "qwen3moe-complying")
 Table = dict[tuple, float]
@@ -141,10 +141,7 @@ def stability(output: Path) -> list[Row]:
     for criterion in others:
         pairs = [(path(model, criterion, a), path(model, criterion, b)) for a, b in combinations(SEEDS, 2)]
         add(f"{criterion}, other prompts and draws", model, pairs)
-    more = (
-        "grad", "snip", "magnitude", "random", "tuning-grad", "directed", "esi-contrastive", "specific", "excess",
-        "exclusive",
-    )  # fmt: skip
+    more = ("grad", "snip", "magnitude", "random", "tuning-grad", "directed", "esi-contrastive", *NEEDS_CONTROL)
     for criterion in (*others, *more):
         add(f"{criterion} against esi", model, [(path(model, "esi", s), path(model, criterion, s)) for s in SEEDS])
     return overlaps

@@ -15,6 +15,7 @@ from esi_ds.errors import UserError
 from esi_ds.stages.plan import notes as plan_notes
 from esi_ds.stages.plan.notes import count_prompts, count_rows
 
+ABSENT = ("holds no weights", "holds no tokenizer")
 ASKED = ("eval.prompts.0.path = walledai/AdvBench", "eval.benign.0.path = Paul/XSTest")
 ARCHITECTURE = f"model.path={ROOT / 'configs/moe/architectures/mixtral-8x22b'}"
 
@@ -34,8 +35,8 @@ def dry_run(stage: str, *arguments: str) -> int:
     ("stage", "noted"),
     [
         ("esi", ["data.prompts.path = walledai/AdvBench: there is no such path here, and the hub does not answer"]),
-        ("set", ["no weights", "no tokenizer", "tune.mask", "circuit_breakers", "tune.data.benign", *ASKED]),
-        ("spa", ["no weights", "no tokenizer", "tune.mask", "tune.data.path = openai/gsm8k", *ASKED]),
+        ("set", [*ABSENT, "tune.mask", "circuit_breakers", "tune.data.benign.path", *ASKED]),
+        ("spa", [*ABSENT, "tune.mask", "tune.data.path = openai/gsm8k", *ASKED]),
     ],
 )
 def test_shipped_configs_with_nothing_there(
