@@ -1,6 +1,7 @@
 """Run the study of a real model: python -m study.real --hours 2
 
-Finished cells are not run again, and killed ones continue. Then docs/results/real.json and real.md are written.
+On a CPU a start takes at most six hours, and the next one goes on. Finished cells are not run again, and killed ones
+continue. Then docs/results/real.json and real.md are written.
 --only where/smollm2/ runs the cells whose names start with this, and those that they need. --list shows what is left.
 --collect only writes the pages.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from esi_ds.errors import Interrupted, UserError, ends_with_message
 from real_models.make import DEFAULT_DATA
-from study.real.cells import all_cells
+from study.real.cells import all_cells, in_running_order
 from study.real.grid import ROOT, Cell, Folders, Plan, read_grid, with_needs
 from study.real.runner import EXIT_INTERRUPTED, Runner, check_models, counts, is_done, read_record, seconds_by_kind
 
@@ -21,7 +22,11 @@ from study.real.runner import EXIT_INTERRUPTED, Runner, check_models, counts, is
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; parsed before torch is imported."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hours", type=float, help="start no cell that would not finish within so many hours")
+    parser.add_argument(
+        "--hours",
+        type=float,
+        help="start no cell that would not finish within so many hours (on a CPU 6, else everything is run)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="PREFIX", help="run only cells whose names start with one of these"
@@ -67,11 +72,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run, then collect; the exit code: 0, 1 if a cell failed, 2 for a mistake of the user's, 75 after a signal."""
     args = parse(argv)
     if args.hours is not None and not args.hours > 0:
-        raise UserError("--hours", args.hours, "is not positive", "leave it out to run everything")
+        raise UserError("--hours", args.hours, "is not positive", "give hours, such as 2")
     folders = Folders(args.models.resolve(), args.output.resolve())
     plan = Plan(read_grid(), args.device, folders)
     everything = all_cells(plan, args.data)
-    cells = with_needs(everything, args.only)
+    cells = in_running_order(with_needs(everything, args.only), plan.grid.first)
     if not cells:
         raise UserError("--only", args.only, "is the beginning of no cell's name", "see --list")
     check_models(plan, everything, models_needed=not (args.list or args.collect))
@@ -86,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         write(folders.data, all_files(plan, Data(args.data)))
         try:
             outcomes = Runner(plan, due=lambda cell: asked_for(cell, plan, everything)).run(
-                cells, everything, args.hours
+                cells, everything, args.hours or plan.size.hours
             )
         except Interrupted as error:
             print(f"interrupted: {error}", file=sys.stderr)

@@ -121,6 +121,7 @@ class Size(Section):
     answer_tokens: int = Field(description="As eval.max_new_tokens.")
     answer_batch: int = Field(description="As eval.generation_batch_size.")
     noise_seeds: list[int] = Field(description="As perturb.seeds.")
+    hours: float | None = Field(None, gt=0, description="As --hours, where that is not given; null: no end.")
     minutes: dict[str, float] = Field(description="Expected minutes of a cell, by the first part of its name.")
 
 
@@ -131,6 +132,7 @@ class Grid(Section):
     set: Set = Field(description="The cells that learn to refuse.")
     spa: Spa = Field(description="The cells that learn a task with a mask frozen.")
     noise: Noise = Field(description="The cells that put noise on the weights.")
+    first: list[str] = Field(description="Beginnings of the names of the cells that are run before all others.")
     sizes: dict[str, Size] = Field(description="How much of everything, by size.")
 
 

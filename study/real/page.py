@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from esi_ds.report.location import THIRDS
 from study.page import write_picture
 from study.real import plots, tune_page
 from study.real.collect import collected, compact
-from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell, Plan
+from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, ROOT, SHUFFLED, Cell, Plan
 from study.real.where_results import ALL_ROLES, TableRow, WhereTable
 from study.tables import NOT_RUN, table
 
@@ -259,8 +260,8 @@ def where_figures(data: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- the page
 
 
-def head(data: Mapping[str, Any]) -> list[str]:
-    """What was run, and how."""
+def head(data: Mapping[str, Any], meaning: str) -> list[str]:
+    """What was run, and how. meaning: path of the page that says what it means."""
     states: dict[str, list[int]] = {}
     for row in data["cells"]:
         if "only_if" in row and row["state"] != "done":
@@ -276,16 +277,16 @@ def head(data: Mapping[str, Any]) -> list[str]:
     return [
         "# A real model: all figures\n",
         "Made by `make real-study` from [real.json](real.json), which has every cell with its command, seconds and "
-        "device; a cell that did not fit the hours is `not run` there. What it means: [results.md](../results.md).\n",
+        f"device; a cell that did not fit the hours is `not run` there. What it means: [results.md]({meaning}).\n",
         f"Settings: {settings}. Versions: {versions}; commits {', '.join(about['commits'])}.\n",
         table(["cells", "finished", "minutes"], lines),
     ]
 
 
-def page(data: Mapping[str, Any]) -> str:
+def page(data: Mapping[str, Any], meaning: str = "../results.md") -> str:
     """The text of real.md."""
     tuned = [*tune_page.set_section(data), *tune_page.spa_section(data), *tune_page.noise_section(data)]
-    return "\n".join([*head(data), *where_section(data), *tuned])
+    return "\n".join([*head(data, meaning), *where_section(data), *tuned])
 
 
 def write_pages(plan: Plan, cells: Sequence[Cell], docs: Path) -> None:
@@ -293,6 +294,7 @@ def write_pages(plan: Plan, cells: Sequence[Cell], docs: Path) -> None:
     docs.mkdir(parents=True, exist_ok=True)
     write_text_atomic(docs / "real.json", compact(collected(plan, cells)))
     data = json.loads((docs / "real.json").read_text(encoding="utf-8"))
-    write_text_atomic(docs / "real.md", page(data))
+    meaning = os.path.relpath(ROOT / "docs/results.md", docs)
+    write_text_atomic(docs / "real.md", page(data, meaning))
     for name, figure in {**where_figures(data), **tune_page.figures(data)}.items():
         write_picture(docs / name, figure)

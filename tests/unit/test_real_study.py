@@ -31,7 +31,7 @@ from real_models.recipe import Settings
 from real_models.sources import Data
 from study.real import __main__ as command
 from study.real import material, plots, shuffled_judge, tune_page, tune_results, tune_tests
-from study.real.cells import all_cells
+from study.real.cells import all_cells, in_running_order
 from study.real.collect import collected, compact, shown_command
 from study.real.grid import ROOT, Cell, Folders, Plan, Step, read_grid, with_needs
 from study.real.grid import Set as MethodsOfSet
@@ -213,6 +213,21 @@ def test_a_cell_that_the_hours_do_not_hold_is_not_started(plan: Plan) -> None:
     assert commands.ran == ["b:esi", "c:esi"]
     assert start(plan, cells, Commands(10), 5 / 60) == {"d": "done"}  # one of another kind: 5 minutes
     assert start(plan, cells, Commands(10), 5 / 60) == {}
+
+
+def test_the_first_cells_answer_every_question_within_the_hours_of_a_start(plan: Plan) -> None:
+    everything, first = all_cells(plan, None), plan.grid.first
+    cells = in_running_order(everything, first)
+    names = [one.name for one in cells]
+    assert sorted(names) == sorted(one.name for one in everything)
+    assert [prefix for prefix in first if not any(name.startswith(prefix) for name in names)] == []
+    assert all(names.index(need) < names.index(one.name) for one in cells for need in one.after)
+    ahead = cells[: len(with_needs(everything, first))]
+    assert all(one in ahead for prefix in first for one in everything if one.name.startswith(prefix))
+    assert {one.part for one in ahead} == {one.part for one in cells}
+    expected_s = sum(plan.expected_s(one, {}) for one in ahead)
+    assert plan.size.hours is not None and expected_s < 3600 * plan.size.hours
+    assert plan.grid.sizes["gpu"].hours is None  # a GPU runs all of it
 
 
 def test_a_failure_stops_only_what_needs_it(plan: Plan) -> None:
@@ -508,7 +523,9 @@ def test_the_page_shows_what_was_run_and_what_was_not(study: Plan, tmp_path: Pat
     shown = shown_command(judge, study.folders)
     assert shown == "python -m study.real.shuffled_judge --models MODELS --data DATA"
     text = (tmp_path / "docs/real.md").read_text()
-    assert text == page(data) and f"| where | 3 of {sum(cell.part == 'where' for cell in cells)} | 3 |" in text
+    assert (tmp_path / "docs" / re.search(r"\[results.md\]\((.*?)\)", text)[1]).resolve() == ROOT / "docs/results.md"
+    assert text.replace(os.path.relpath(ROOT / "docs", tmp_path / "docs"), "..") == page(data)
+    assert f"| where | 3 of {sum(cell.part == 'where' for cell in cells)} | 3 |" in text
     assert "### smollm2-aligned\n\nnot run" in text
     assert "| esi: judge-guard | smollm2 | not run | not run | not run | 0 |" in text
     for name in where_figures(data):
