@@ -1,4 +1,5 @@
 # Site settings: the only file here to change. Source it before sbatch, which reads SBATCH_*; jobs source it again.
+# shellcheck shell=bash
 
 # What sbatch requests. Node counts and time limits go on its command line: sbatch --nodes=2 --time=12:00:00 ...
 #export SBATCH_ACCOUNT=my-account

@@ -1,5 +1,6 @@
 # What all jobs share: source it with the stage and its arguments. srun itself starts one task per device, because the
 # deepspeed launcher dies of Slurm's warning signal and reports success.
+# shellcheck shell=bash
 
 stage=$1
 shift

@@ -70,9 +70,11 @@ for stage in set spa; do
     job=$(submit "$stage" "$esi" "tune.mask=\"$chain/esi/mask$criterion\"" "${seed[@]}")
     echo "$stage: job $job after $esi"
     tuned+=${tuned:+:}$job
+    # shellcheck disable=SC2089  # the quotes are YAML's
     models+=${models:+, }"{name: ${stage^^}, path: \"$chain/$stage/model\"}"
 done
 if [[ -n ${config[eval]:-} ]]; then
+    # shellcheck disable=SC2090
     job=$(submit eval "${tuned:-$esi}" ${models:+"eval.models=[$models]"})
     echo "eval: job $job after ${tuned:-$esi}"
 fi
