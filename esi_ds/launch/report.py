@@ -1,6 +1,7 @@
 """Rewrite the ``report.html`` of finished runs from their ``report.json``.
 
 For two or more runs this also writes a page that shows them side by side: ``overview.html`` in the folder they share.
+Of several runs, those that have not finished are left out, and named.
 With ``--tuned RUN...`` or ``--evaluated RUN...``, these runs are shown on the pages of the ESI runs instead.
 """
 
@@ -9,11 +10,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esi_ds.artifacts import check_result, read_manifest, renew_result, write_text_atomic
+from esi_ds.artifacts import MANIFEST, check_result, read_manifest, renew_result, write_text_atomic
 from esi_ds.errors import UserError, ends_with_message
 from esi_ds.reading import read_json, reading
 from esi_ds.tensor_files import INDEX_NAME, tensor_folders
@@ -59,12 +61,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def write_pages(arguments: argparse.Namespace) -> None:
     """Write every run's page, and the page of several runs. Raises UserError."""
-    for run in [*arguments.runs, *arguments.tuned, *arguments.evaluated]:
+    runs, left_out = split_finished(arguments.runs)
+    for run in [*runs, *arguments.tuned, *arguments.evaluated]:
         if not (run / "report.json").is_file():
             raise UserError("RUN", str(run), "holds no report.json", "give the folder of a finished run")
+    for run in left_out:
+        print(f"left out: {run} has not finished", file=sys.stderr)
     from esi_ds.report.html import render
 
-    for run in arguments.runs:
+    for run in runs:
         tuned, evaluated = (
             [(os.path.relpath(other / "report.html", run), read(other)) for other in others]
             for others in (arguments.tuned, arguments.evaluated)
@@ -74,12 +79,26 @@ def write_pages(arguments: argparse.Namespace) -> None:
         write_text_atomic(run / "report.html", page)
         renew_result(run, "report.html", "RUN", REMEDY)
         print(run / "report.html")
-    if arguments.output or (len(arguments.runs) > 1 and not (arguments.tuned or arguments.evaluated)):
-        print(write_overview(list(dict.fromkeys(run.absolute() for run in arguments.runs)), arguments.output))
+    if arguments.output or (len(runs) > 1 and not (arguments.tuned or arguments.evaluated)):
+        folders = list(dict.fromkeys(run.absolute() for run in runs))
+        print(write_overview(folders, arguments.output, [str(run) for run in left_out]))
 
 
-def write_overview(folders: list[Path], output: Path | None) -> Path:
-    """Write the page of several runs, with links to the page of each."""
+def split_finished(runs: list[Path]) -> tuple[list[Path], list[Path]]:
+    """(runs to show, runs that were begun and have not finished); all are to be shown where none has finished.
+
+    What is no run, or has finished and lost its report, is to be shown: it is an error there.
+    """
+    left_out = [
+        run
+        for run in runs
+        if (run / "config.yaml").is_file() and not any((run / name).is_file() for name in ("report.json", MANIFEST))
+    ]
+    return ([run for run in runs if run not in left_out], left_out) if len(left_out) < len(runs) else (runs, [])
+
+
+def write_overview(folders: list[Path], output: Path | None, left_out: Sequence[str] = ()) -> Path:
+    """Write the page of several runs, with links to the page of each. left_out: runs that have not finished."""
     from esi_ds.report.html import render_overview
     from esi_ds.report.overview import FinishedRun
 
@@ -92,7 +111,7 @@ def write_overview(folders: list[Path], output: Path | None) -> Path:
         runs.append(FinishedRun(folder.relative_to(shared).as_posix(), link, read(folder), manifest))
     shared_weights = overlaps({run.name: folder for run, folder in zip(runs, folders, strict=True)})
     with reading("RUN", shared, REMEDY, "holds a report that is not of this version"):
-        page = render_overview(runs, shared_weights)
+        page = render_overview(runs, shared_weights, left_out)
     write_text_atomic(output, page)
     return output
 

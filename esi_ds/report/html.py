@@ -124,8 +124,11 @@ def _mask_pieces(mask: MaskReport, label: str) -> MaskPieces:
     }
 
 
-def render_overview(runs: Sequence[FinishedRun[Report]], overlaps: Sequence[Overlap]) -> str:
-    """One page of several runs. overlaps: of every two masks of models with the same shapes."""
+def render_overview(
+    runs: Sequence[FinishedRun[Report]], overlaps: Sequence[Overlap], left_out: Sequence[str] = ()
+) -> str:
+    """One page of several runs. overlaps: of every two masks of models with the same shapes. left_out: folders of runs
+    that had not finished."""
     kinds = overview.by_kind(runs)
     masks = overview.masks(kinds.esi)
     joined = overview.joined(kinds.evaluations) if kinds.evaluations else None
@@ -135,6 +138,7 @@ def render_overview(runs: Sequence[FinishedRun[Report]], overlaps: Sequence[Over
         report={"title": f"{len(runs)} runs"},
         lead=sentences.several(runs, masks, joined),
         runs=runs,
+        left_out=left_out,
         masks=masks,
         tuning=kinds.tuning,
         evaluations=kinds.evaluations,

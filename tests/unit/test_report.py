@@ -16,6 +16,7 @@ from mask_folders import write_mask
 from matplotlib.text import Text
 
 from esi_ds.data.thoughts import MARKS
+from esi_ds.launch.report import main as command
 from esi_ds.report import figures, tables
 from esi_ds.report.html import render, write_report
 from esi_ds.report.publish import closing_table, publish
@@ -104,6 +105,33 @@ def test_the_page_is_self_contained_and_shows_data_as_data() -> None:
 
 
 NAMES = [r"$\frac{$", "a$b$c^_{", "_hidden", "new\nline\0 and \ud800", "wide " * 2000, "x$", "\\$1$"]
+
+
+def test_runs_that_have_not_finished_are_left_out_of_the_page_of_several(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def begin(name: str, finish: bool) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("{}")
+        if finish:
+            (tmp_path / name / "report.json").write_text(json.dumps(report(DENSE)))
+        return str(tmp_path / name)
+
+    one, two, begun = begin("one", True), begin("two", True), begin("begun", False)
+    (tmp_path / "elsewhere").mkdir()
+    assert command([one, two, begun]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"left out: {begun} has not finished\n" and said.out.count("report.html\n") == 2
+    page = (tmp_path / "overview.html").read_text()
+    assert f"had not finished: {begun}" in page and "2 runs" in page
+    assert not list((tmp_path / "begun").glob("*.html"))
+    (tmp_path / "begun/manifest.json").write_text("{}")  # it has finished, and its report was lost
+    assert command([one, two, begun]) == 2 and "holds no report.json" in capsys.readouterr().err
+    (tmp_path / "begun/manifest.json").unlink()
+    # One alone is what was asked for, and another folder is a mistake.
+    for runs in ([begun], [one, two, str(tmp_path / "elsewhere")], [one, str(tmp_path / "nowhere")]):
+        assert command(runs) == 2
+        assert "holds no report.json" in capsys.readouterr().err
 
 
 def test_names_are_drawn_as_they_are_written() -> None:
