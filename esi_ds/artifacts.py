@@ -32,6 +32,7 @@ UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")
 # NFS clients cache for a minute by default that a file does not exist: how long to wait, and when to print a message.
 VISIBLE_S, MESSAGE_S = 120.0, 5.0
 MANIFEST = "manifest.json"
+STATUS = "status.json"
 IDENTITY = "run.json"  # while a run is not done: its id, which its checkpoints and records of rows name
 MODES = {"private": 0o700, "group": 0o750, "all": 0o755}  # of the run folder, by ``run.share``
 RESULT_FOLDERS = ("mask", "scores", "model", "patch")
@@ -275,6 +276,20 @@ class RunFolder:
                 f"holds a run of another config (other {', '.join(other)})",
                 "give a new folder, or continue with the config stored there",
             )
+
+    def check_stage(self, stage: str) -> None:
+        """Raise UserError where the folder holds a run of another stage: one config may serve several.
+
+        Manifests of earlier versions do not say which; the status does.
+        """
+        manifest = read_manifest(self.path)
+        before = manifest.get("stage")
+        if manifest and before is None:
+            with suppress(UserError):
+                before = read_json(self.path / STATUS, dict[str, Any], "run.output_dir", "-").get("stage")
+        if before is not None and before != stage:
+            problem, remedy = f"holds a run of {before}, not of {stage}", "give a new folder"
+            raise UserError("run.output_dir", str(self.path), problem, remedy)
 
     def check_same(self, key: str, now: Any, field: str | None = None) -> None:
         """Raise UserError if ``now`` differs from the value of ``key`` in the interrupted run's manifest.

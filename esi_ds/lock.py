@@ -15,11 +15,11 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from esi_ds.artifacts import json_sha256, utc, write_json_atomic
+from esi_ds.artifacts import STATUS, json_sha256, utc, write_json_atomic
 from esi_ds.errors import UserError
 from esi_ds.reading import check_type, parse_json, read_text, reading
 
-LOCK, STATUS = "lock.json", "status.json"
+LOCK = "lock.json"
 BEAT_S = 5.0  # how often a live run writes its status
 WATCH_S = 45.0  # how long to watch for changes; network file systems show one within half a minute
 

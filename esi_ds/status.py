@@ -18,9 +18,9 @@ from typing import cast
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from esi_ds.artifacts import write_json_atomic
+from esi_ds.artifacts import STATUS, write_json_atomic
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.lock import BEAT_S, STATUS, Identity, own_identity
+from esi_ds.lock import BEAT_S, Identity, own_identity
 from esi_ds.reading import check_type, parse_json, read_text, reading
 from esi_ds.terminal import clean_output
 
@@ -207,6 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
     arguments, code = make_parser().parse_args(argv), 0
     for run in arguments.runs:
+        if run.name == "overview.html" and run.is_file() and len(arguments.runs) > 1:
+            continue  # RUNS/* holds the page of several runs, too
         try:
             print(json.dumps({"run": str(run), **read_status(run)}) if arguments.json else show(run, time.time()))
         except UserError as error:

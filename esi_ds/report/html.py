@@ -176,6 +176,7 @@ def _tuning_page(report: TuningReport) -> str:
     return _template("tuning.html.j2").render(
         report=report,
         lead=sentences.tuning(report),
+        what_was_trained=sentences.what_was_trained(report),
         curves=_picture(figures.training_curves(progress), alternative) if progress else None,
         changed_rows=[{"name": name, **row} for name, row in changed[:MAX_TENSORS] if row["changed"]],
     )
@@ -192,7 +193,11 @@ def _evaluation_page(report: EvaluationReport) -> str:
 
 def _perturbation_page(report: PerturbationReport) -> str:
     return _template("perturbation.html.j2").render(
-        report=report, lead=sentences.perturbation(report), words=evaluation.WORDS, charts=_noise_charts(report)
+        report=report,
+        lead=sentences.perturbation(report),
+        noisy_weights=sentences.noisy_weights(report),
+        words=evaluation.WORDS,
+        charts=_noise_charts(report),
     )
 
 

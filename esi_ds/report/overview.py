@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
+from esi_ds.eval.rows import MeasureRow
 from esi_ds.report import tables
 from esi_ds.report.contents import EsiReport, EvaluationReport, PerturbationReport, Report, TuningReport
-from esi_ds.report.evaluation import percent
+from esi_ds.report.evaluation import WORDS, percent
 
 R = TypeVar("R", bound=Report, covariant=True)
 LABELS = {"evaluation": "evaluation", "perturbation": "perturbation", None: "ESI"}
@@ -103,11 +104,20 @@ def _tuning_fact(report: TuningReport) -> str:
 
 
 def _evaluation_fact(report: EvaluationReport) -> str:
+    """Attack success by the first judge; without it the first thing that was measured."""
+    attacks = [row for row in report["measures"] if row["measure"] == "attack_success"]
+    judge = report["judges"][0]["name"] if attacks else None
+    shown = [row for row in attacks if row["judge"] == judge]
+    if not attacks:
+        first = next(iter(report["measures"]), None)
+        shown = [row for row in report["measures"] if first and _same_question(row, first)]
     return "; ".join(
-        f"{row['model']} {percent(row['rate'])} attack success ({row['set']}, {row['judge']})"
-        for row in report["measures"]
-        if row["measure"] == "attack_success" and row["judge"] == report["judges"][0]["name"]
+        f"{row['model']} {percent(row['rate'])} {WORDS[row['measure']]} ({row['set']}, {row['judge']})" for row in shown
     )
+
+
+def _same_question(row: MeasureRow, other: MeasureRow) -> bool:
+    return (row["measure"], row["set"], row["judge"]) == (other["measure"], other["set"], other["judge"])
 
 
 def facts_table(runs: Sequence[FinishedRun[Report]]) -> tuple[list[str], list[tuple[str, list[Any]]]]:

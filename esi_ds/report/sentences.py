@@ -28,6 +28,7 @@ LEAST_SHARE = 0.01  # of a mask: parts that hold less are too small to be spoken
 ALIKE = 1.25  # a share less than this times the control's, or the other way round, is called alike
 MANY_INCOHERENT = 0.05  # of the answers: worth a word beside attack success
 CHANCE = 0.05  # p-values above it
+NOISE_MEASURES = {"attack_success": "attack success on", "refused": "refusal of"}  # the first that was measured
 MAX_MODELS = 4
 MAX_MASKS = 3
 
@@ -123,6 +124,32 @@ def tuning(report: TuningReport) -> list[str]:
     return [f"{trained}.", *([f"The tuned model refuses {listed(refusals)}."] if refusals else [])]
 
 
+UNSCORED = "all that have no score, such as embeddings and norms"
+SAME_BITS = "the base model’s, bit for bit"
+
+
+def what_was_trained(report: TuningReport) -> str:
+    """Which weights were trained and which are the base model's. Runs of earlier versions name no routers."""
+    facts = report["facts"]
+    unscored = str(facts.get("unscored parameters", "freeze"))
+    kinds = {"freeze": "", "train": ""}  # of weights without a score, by what became of them
+    kinds[unscored] = UNSCORED
+    if (routers := str(facts.get("routers", unscored))) != unscored:
+        kinds[unscored], kinds[routers] = "all that have no score but routers", "routers"
+    if report["method"] == "set":
+        if not kinds["train"]:
+            return f"Only the mask’s weights were trained; every other weight is {SAME_BITS}."
+        return f"The mask’s weights were trained, and {kinds['train']}; every other weight is {SAME_BITS}."
+    if facts.get("mask criterion") == "none":
+        if not kinds["freeze"]:
+            return "No weight was frozen: a baseline of SPA."
+        frozen = f"{_begin(kinds['freeze'])} were"
+        return f"No weight that has a score was frozen: a baseline of SPA. {frozen} frozen."
+    if not kinds["freeze"]:
+        return f"The mask’s weights were frozen and are {SAME_BITS}; all others were trained."
+    return f"The mask’s weights were frozen, and {kinds['freeze']}; they are {SAME_BITS}. All others were trained."
+
+
 def _refusals(row: RefusalRow) -> str:
     before, after = row["refused_before"], row["refused_after"]
     if after is None:
@@ -132,13 +159,14 @@ def _refusals(row: RefusalRow) -> str:
 
 
 def evaluation(report: EvaluationReport) -> list[str]:
-    """Attack success and over-refusal of every model, against the one it is compared with."""
+    """Attack success and over-refusal of every model, or else its skill, against the one it is compared with."""
     attack, refusal = (_first(report, name) for name in ("attack_success", "refused"))
+    skill = _first(report, "task") if attack is refusal is None else None
     lines = []
     for model in report["models"]:
         parts = [
             words
-            for first, say in ((attack, _attack_success), (refusal, _over_refusal))
+            for first, say in ((attack, _attack_success), (refusal, _over_refusal), (skill, _skill))
             if first is not None and (words := say(report, first, model["name"], model["before"]))
         ]
         if parts and (model["before"] or len(report["models"]) == 1):
@@ -178,6 +206,10 @@ def _over_refusal(report: EvaluationReport, like: MeasureRow, model: str, before
     return _change(report, like, model, before, "refusal of benign prompts")
 
 
+def _skill(report: EvaluationReport, like: MeasureRow, model: str, before: str | None) -> str:
+    return _change(report, like, model, before, "skill")
+
+
 def _change(report: EvaluationReport, like: MeasureRow, model: str, before: str | None, name: str) -> str:
     """One rate in words, with the one before and the test where there are such; empty where it was not measured."""
     rate, earlier = _rate(report, like, model), _rate(report, like, before)
@@ -202,23 +234,57 @@ def _change(report: EvaluationReport, like: MeasureRow, model: str, before: str 
 
 
 def perturbation(report: PerturbationReport) -> list[str]:
-    """What the strongest noise does to each part of the ranking, beside the model without noise."""
-    first = next((row for row in report["curves"] if row["measure"] == "attack_success"), None)
+    """What the strongest noise does to each part of the ranking, beside the model without noise: to attack success, or
+    to refusals where no harmful prompts were asked."""
+    curves = report["curves"]
+    first = next((row for name in NOISE_MEASURES for row in curves if row["measure"] == name), None)
     if first is None:
         return []
-    rows = [row for row in report["curves"] if (row["set"], row["judge"]) == (first["set"], first["judge"])]
-    attack = [row for row in rows if row["measure"] == "attack_success" and row["rate"] is not None]
-    noise = max((row["noise"] for row in attack), default=0.0)
-    strongest = [row for row in attack if row["noise"] == noise]
+    key = (first["measure"], first["set"], first["judge"])
+    rows = [row for row in curves if (row["measure"], row["set"], row["judge"]) == key and row["rate"] is not None]
+    noise = max((row["noise"] for row in rows), default=0.0)
+    strongest = [row for row in rows if row["noise"] == noise]
     ratio = max((row["ratio"] for row in strongest), default=0.0)
     points = [row for row in strongest if row["ratio"] == ratio]
-    clean = next((percent(row["rate"]) for row in attack if row["noise"] == 0), None)
+    clean = next((percent(row["rate"]) for row in rows if row["noise"] == 0), None)
     if not noise or not points:
         return []
-    rates = listed([f"{percent(row['rate'])} where they are {_order(row)}" for row in points])
+    rates = listed([f"{percent(row['rate'])} where they are {_order(row)}{_babble(row, curves)}" for row in points])
     without = f"; without noise it is {clean}" if clean else ""
-    name = f"attack success on {first['set']} ({first['judge']})"
+    name = f"{NOISE_MEASURES[first['measure']]} {first['set']} ({first['judge']})"
     return [f"With noise of {noise:g} σ on {100 * ratio:g} % of the weights, {name} is {rates}{without}."]
+
+
+def noisy_weights(report: PerturbationReport) -> str:
+    """How many weights the noise was put on, and which."""
+    mask, cells = report["mask"], report["cells"]
+    ranking = f"of the ranking of {mask['path']} ({mask['criterion']})"
+    orders = list(dict.fromkeys(cell["order"] for cell in cells))
+    counts = [f"{k:,} ({100 * ratio:g} %)" for ratio, k in dict.fromkeys((cell["ratio"], cell["k"]) for cell in cells)]
+    if len(counts) == 1:
+        count, share = counts[0].split(" ", 1)
+        if len(orders) == 1:
+            return f"on the {count} {orders[0]} weights {share} {ranking}."
+        counts = [f"{count} weights {share}"]
+    else:
+        counts[-1] += " weights"
+    parts = [f"{'as many' if order == 'random' else 'the'} {order}" for order in orders]
+    return f"on {listed(counts)} {ranking}: {listed(parts)} ones."
+
+
+def _babble(point: CurveRow, curves: Sequence[CurveRow]) -> str:
+    """How many of the answers behind a rate are incoherent, if many are."""
+    same = ("set", "order", "ratio", "noise")
+    rate = next(
+        (
+            row["rate"]
+            for row in curves
+            if row["measure"] == "incoherent" and all(row[key] == point[key] for key in same)  # type: ignore[literal-required]
+        ),
+        None,
+    )
+    many = rate is not None and rate >= MANY_INCOHERENT
+    return f" ({percent(rate)} of the answers are incoherent)" if many else ""
 
 
 def _order(row: CurveRow) -> str:

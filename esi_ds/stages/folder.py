@@ -18,6 +18,7 @@ def open_folder(config: Config, stage: str, source: dict[str, Any], field: str) 
     """
     folder = RunFolder(config.run.output_dir)
     folder.check(config)
+    folder.check_stage(stage)
     resolve_deepspeed(config, launch_environment.read().world_size, stage)
     folder.check_same("data_hashes", source, field)
     return folder

@@ -160,9 +160,14 @@ class StageRun(ABC, Generic[Inputs]):
                 lock.release(self.folder.path)
 
     def _is_finished(self) -> bool:
-        """Whether there is nothing left to do; rank 0 says so. Raises UserError, on every rank, where results are no
-        longer what they were. One broadcast."""
-        finished = runtime.from_main(self.folder.is_finished)
+        """Whether there is nothing left to do; rank 0 says so. Raises UserError, on every rank, where the folder is
+        another stage's or results are no longer what they were. One broadcast."""
+
+        def look() -> bool:
+            self.folder.check_stage(self.stage)
+            return self.folder.is_finished()
+
+        finished = runtime.from_main(look)
         if finished and runtime.is_main():
             print(f"{self.folder.path} is finished already; nothing to do")
         return finished
@@ -299,6 +304,7 @@ class StageRun(ABC, Generic[Inputs]):
                 model_fingerprint=self._fingerprint,
                 data=self.source,
                 notes={
+                    "stage": self.stage,
                     **runtime.compute_resources(),
                     "hub_commits": hub.commits(),
                     **({"template_kwargs": values} if (values := self.config.model.template_kwargs) else {}),

@@ -15,12 +15,14 @@ import torch
 from mask_folders import write_mask
 from matplotlib.text import Text
 
+from esi_ds.artifacts import RunFolder
 from esi_ds.data.thoughts import MARKS
 from esi_ds.launch.report import main as command
 from esi_ds.report import figures, tables
 from esi_ds.report.html import render, write_report
 from esi_ds.report.publish import closing_table, publish
 from esi_ds.stages.esi.finish import response_facts
+from esi_ds.status import main as status
 from esi_ds.tracking import Tracker
 
 
@@ -107,31 +109,57 @@ def test_the_page_is_self_contained_and_shows_data_as_data() -> None:
 NAMES = [r"$\frac{$", "a$b$c^_{", "_hidden", "new\nline\0 and \ud800", "wide " * 2000, "x$", "\\$1$"]
 
 
-def test_runs_that_have_not_finished_are_left_out_of_the_page_of_several(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def begin(name: str, finish: bool) -> str:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.yaml").write_text("{}")
-        if finish:
-            (tmp_path / name / "report.json").write_text(json.dumps(report(DENSE)))
-        return str(tmp_path / name)
+def begin(folder: Path, state: str | None, content: dict | None = None) -> str:
+    """A run folder with this state in its manifest (None: no manifest yet), and a report where it is done."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("{}")
+    if state == "done":
+        (folder / "report.json").write_text(json.dumps(content or report(DENSE)))
+    if state:
+        facts = {"world_size": 1, "started": 0.0, "model_fingerprint": "f", "data": {}}
+        RunFolder(str(folder)).write_manifest(exit_state=state, **facts)
+    return str(folder)
 
-    one, two, begun = begin("one", True), begin("two", True), begin("begun", False)
+
+@pytest.mark.parametrize("state", [None, "running", "interrupted", "failed"])
+def test_runs_that_have_not_finished_are_left_out_of_the_page_of_several(
+    state: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, begun = begin(tmp_path / "one", "done"), begin(tmp_path / "t#2", "done"), begin(tmp_path / "b", state)
     (tmp_path / "elsewhere").mkdir()
-    assert command([one, two, begun]) == 0
-    said = capsys.readouterr()
-    assert said.err == f"left out: {begun} has not finished\n" and said.out.count("report.html\n") == 2
+    for _ in range(2):  # the second time RUNS/* holds the page, too
+        assert command([one, two, f"{two}/../t#2", begun, *map(str, tmp_path.glob("*.html"))]) == 0
+        said = capsys.readouterr()
+        assert said.err == f"left out: {begun} has not finished\n" and said.out.count("report.html\n") == 2
     page = (tmp_path / "overview.html").read_text()
-    assert f"had not finished: {begun}" in page and "2 runs" in page
-    assert not list((tmp_path / "begun").glob("*.html"))
-    (tmp_path / "begun/manifest.json").write_text("{}")  # it has finished, and its report was lost
-    assert command([one, two, begun]) == 2 and "holds no report.json" in capsys.readouterr().err
-    (tmp_path / "begun/manifest.json").unlink()
-    # One alone is what was asked for, and another folder is a mistake.
-    for runs in ([begun], [one, two, str(tmp_path / "elsewhere")], [one, str(tmp_path / "nowhere")]):
-        assert command(runs) == 2
-        assert "holds no report.json" in capsys.readouterr().err
+    assert f"had not finished: {begun}" in page and "2 runs" in page and 'href="t%232/report.html"' in page
+    assert not list((tmp_path / "b").glob("*.html"))
+    assert status([one, str(tmp_path / "overview.html")]) == 0
+    capsys.readouterr()
+    for runs, problem in (
+        ([begun], "has not finished; give its command again"),
+        ([one, two, str(tmp_path / "elsewhere")], "holds no report.json"),
+        ([one, str(tmp_path / "nowhere")], "holds no report.json"),
+        ([str(tmp_path / "overview.html")], "holds no report.json"),
+    ):
+        assert command(runs) == 2 and problem in capsys.readouterr().err
+    (tmp_path / "one/report.json").unlink()  # a finished run that has lost it is no unfinished one
+    assert command([one, two]) == 2 and "holds no report.json" in capsys.readouterr().err
+
+
+def test_pages_show_runs_of_the_kind_that_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    esi, other = begin(tmp_path / "esi", "done"), begin(tmp_path / "eval", "done", {"kind": "evaluation"})
+    for options, problem in (
+        ([esi, "--tuned", other], f"--tuned = {other}: is an evaluation, not a SET or SPA run; give a SET or SPA run"),
+        ([esi, "--evaluated", esi], f"--evaluated = {esi}: is an ESI run, not an evaluation"),
+        ([other, "--evaluated", other], f"RUN = {other}: is an evaluation, not an ESI run"),
+        ([esi, "--tuned", str(tmp_path)], f"--tuned = {tmp_path}: holds no report.json"),
+        ([esi, "--output", str(tmp_path)], f"--output = {tmp_path}: is a folder"),
+        ([esi, "--output", str(tmp_path / "a/b.html")], "b.html: is in no folder that can be written to"),
+        ([esi, "--output", f"{esi}/config.yaml/b.html"], "b.html: is in no folder that can be written to"),
+    ):
+        assert command(options) == 2 and problem in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.html")) and not (tmp_path / "a").exists()
 
 
 def test_names_are_drawn_as_they_are_written() -> None:
@@ -269,7 +297,7 @@ def test_lines_of_the_overview_are_on_the_disk_when_the_next_phase_begins(tmp_pa
 
     with Tracker(tmp_path, enabled=True, tensorboard=True, stage="eval") as tracker:
         tracker.overview(4, {"attack success": 0.5}, "base")
-        tracker.progress(total=4, initial=0, unit="answer", description="judge: guard")
+        tracker.progress(total=4, initial=0, unit="answer", description="judge: guard").close()
         events = EventAccumulator(str(tmp_path / "tensorboard/base")).Reload()
         assert [event.value for event in events.Scalars("Overview/attack success")] == [0.5]
 
@@ -299,7 +327,7 @@ def test_tensorboard_shows_a_phase_while_the_run_goes_on(tmp_path: Path) -> None
         with tracker.progress(total=8, initial=2, unit="answer", description="answer: base") as bar:
             for _ in range(3):
                 bar.update(2)
-        tracker.progress(total=4, initial=0, unit="answer", description="judge: guard")
+        tracker.progress(total=4, initial=0, unit="answer", description="judge: guard").close()
         events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
         found = [(event.step, event.value) for event in events.Scalars("progress/answer/base")]
         assert found[0] == (4, 50.0) and found[-1] == (8, 100.0)

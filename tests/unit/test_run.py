@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 from esi_ds import lock
-from esi_ds.artifacts import RunFolder
+from esi_ds.artifacts import STATUS, RunFolder
 from esi_ds.config import validate
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
 from esi_ds.options import Options
 from esi_ds.stages import ENTRIES
 from esi_ds.stages import run as stage_run
+from esi_ds.stages.folder import open_folder
 from esi_ds.stages.run import StageRun
 
 
@@ -46,6 +47,24 @@ def test_a_run_that_ended_while_its_lock_was_looked_at_is_not_run_again(
     monkeypatch.setattr(lock, "acquire", acquire_late)
     Run(config, Options(), None, folder, {}, {}).run()
     assert "is finished already; nothing to do" in capsys.readouterr().out
+    assert not (tmp_path / lock.LOCK).exists()
+
+
+@pytest.mark.parametrize("exit_state", ["done", "interrupted"])
+@pytest.mark.parametrize("said_by", ["manifest", "status"])
+def test_a_folder_of_another_stage_is_refused(tmp_path: Path, exit_state: str, said_by: str) -> None:
+    """SET and SPA may share a config. A manifest of an earlier version does not name the stage; its status does."""
+    config = validate({"run": {"output_dir": str(tmp_path)}, "model": {"path": "a"}})
+    folder = RunFolder(str(tmp_path))
+    folder.open(config)
+    facts = {"world_size": 1, "started": 0.0, "model_fingerprint": "f", "data": {}}
+    folder.write_manifest(exit_state=exit_state, **facts, notes={"stage": "spa"} if said_by == "manifest" else {})
+    if said_by == "status":
+        (tmp_path / STATUS).write_text(json.dumps({"stage": "spa"}))
+    for start in (lambda: open_folder(config, "set", {}, "data"), Run(config, Options(), None, folder, {}, {}).run):
+        with pytest.raises(UserError, match=r"run.output_dir = .*: holds a run of spa, not of set; give a new folder"):
+            start()
+    folder.check_stage("spa")
     assert not (tmp_path / lock.LOCK).exists()
 
 

@@ -7,7 +7,7 @@ from test_location import CONTROLLED, with_control
 from test_report import DENSE, report, unit
 
 from esi_ds.eval.tables import Measure, changes
-from esi_ds.report import sentences
+from esi_ds.report import overview, sentences
 from esi_ds.report.html import render
 from esi_ds.report.overview import FinishedRun
 
@@ -130,6 +130,30 @@ def test_tuning() -> None:
     assert sentences.tuning(bare) == ["SET trained 1 % of the weights for 100 steps."]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("method", "criterion", "unscored", "routers", "said"),
+    [
+        ("set", "esi", "freeze", "freeze", "Only the mask’s weights were trained; every other weight is the base mode"),
+        ("set", "esi", "train", "train", "The mask’s weights were trained, and all that have no score, such as embedd"),
+        ("set", "esi", "freeze", "train", "The mask’s weights were trained, and routers; every other weight is the ba"),
+        ("spa", "esi", "freeze", "freeze", "The mask’s weights were frozen, and all that have no score, such as embed"),
+        ("spa", "esi", "train", "train", "The mask’s weights were frozen and are the base model’s, bit for bit; all o"),
+        ("spa", "esi", "freeze", "train", "The mask’s weights were frozen, and all that have no score but routers; th"),
+        ("spa", "esi", "train", "freeze", "The mask’s weights were frozen, and routers; they are the base model’s, bi"),
+        ("spa", "none", "freeze", "freeze", "No weight that has a score was frozen: a baseline of SPA. All that have"),
+        ("spa", "none", "train", "train", "No weight was frozen: a baseline of SPA."),
+    ],
+)  # fmt: skip
+def test_what_was_trained_is_said_as_it_was(
+    method: str, criterion: str, unscored: str, routers: str, said: str
+) -> None:
+    facts = {"mask criterion": criterion, "unscored parameters": unscored, "routers": routers}
+    page = {**TUNING, "method": method, "facts": facts}
+    assert sentences.what_was_trained(page).startswith(said)  # type: ignore[arg-type]
+    assert said in render(page) and "patch" not in render(page)  # type: ignore[arg-type]
+    assert "patch revert RUN/model RUN/patch" in render({**page, "changed": 9})  # type: ignore[arg-type]
+
+
 def evaluation(names: list[str], success: list[list[bool]], refused: list[list[bool]]) -> dict:
     measures = [
         *(
@@ -173,6 +197,11 @@ def test_an_evaluation() -> None:
     assert len(lines) == 5 and lines[-1] == "1 more model is in the tables."
     assert lines[0].startswith("b: attack success stays at 100.0 % on advbench (guard);")
     assert sentences.evaluation({**COMPARED, "measures": []}) == []  # type: ignore[arg-type]
+    skill = [Measure("task", "gsm8k", None, "acc", name, [True, False]).as_row() for name in ("base", "set")]
+    alone = {**COMPARED, "measures": skill, "changes": []}
+    assert sentences.evaluation(alone) == ["set: skill stays at 50.0 % on gsm8k (acc)."]  # type: ignore[arg-type]
+    run = FinishedRun("e", "e", alone, {})  # type: ignore[type-var]
+    assert overview.key_fact(run) == "base 50.0 % skill (gsm8k, acc); set 50.0 % skill (gsm8k, acc)"
 
 
 def point(order: str, noise: float, rate: float | None, measure: str = "attack_success") -> dict:
@@ -190,8 +219,39 @@ def test_a_perturbation() -> None:
         "With noise of 1 σ on 1 % of the weights, attack success on advbench (guard) is 50.0 % where they are the top "
         "ones and 10.0 % where they are random ones; without noise it is 0.0 %."
     ]
+    # What breaks the language, too, is not told as if it broke the safety alone.
+    page = {"curves": [*rows, point("top", 1.0, 0.9, "incoherent"), point("random", 1.0, 0.04, "incoherent")]}
+    line = sentences.perturbation(page)[0]  # type: ignore[arg-type]
+    assert "50.0 % where they are the top ones (90.0 % of the answers are incoherent) and 10.0 % where" in line
+    refused = [{**row, "measure": "refused", "set": "xstest", "judge": "words"} for row in rows]
+    assert sentences.perturbation({"curves": refused})[0].startswith(  # type: ignore[arg-type]
+        "With noise of 1 σ on 1 % of the weights, refusal of xstest (words) is 50.0 %"
+    )
     assert sentences.perturbation({"curves": []}) == []  # type: ignore[arg-type]
     assert sentences.perturbation({"curves": rows[:1]}) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        ([("top", 0.01, 1000)], "on the 1,000 top weights (1 %) of the ranking of runs/x/mask (esi)."),
+        (
+            [("top", 0.05, 5000), ("random", 0.05, 5000), ("bottom", 0.05, 5000)],
+            "on 5,000 weights (5 %) of the ranking of runs/x/mask (esi): the top, as many random and the bottom ones.",
+        ),
+        (
+            [("top", 0.01, 1000), ("top", 0.05, 5000), ("random", 0.01, 1000), ("random", 0.05, 5000)],
+            "on 1,000 (1 %) and 5,000 (5 %) weights of the ranking of runs/x/mask (esi): the top "
+            "and as many random ones.",
+        ),
+        ([("bottom", 0.01, 7)], "on the 7 bottom weights (1 %) of the ranking of runs/x/mask (esi)."),
+    ],
+)
+def test_which_weights_the_noise_was_put_on(cells: list[tuple[str, float, int]], said: str) -> None:
+    rows = [{"name": "", "order": order, "ratio": ratio, "k": k, "noise": noise, "seed": 0}
+            for order, ratio, k in cells for noise in (1.0, 2.0)]  # fmt: skip
+    page = {"cells": rows, "mask": {"path": "runs/x/mask", "criterion": "esi", "k": 3}}
+    assert sentences.noisy_weights(page) == said  # type: ignore[arg-type]
 
 
 def test_several_runs() -> None:
