@@ -377,7 +377,9 @@ def read_manifest(run: Path, field: str = "run.output_dir") -> dict[str, Any]:
     file = run / MANIFEST
     if not file.exists():
         return {}
-    remedy = "delete it to go on without what it says, or give a new run.output_dir"
+    remedy = "delete it to go on without what it says"
+    if field == "run.output_dir":
+        remedy += ", or give a new run.output_dir"
     manifest = read_json(file, dict[str, Any], field, remedy)
     written = manifest.pop("sha256", None)
     if written is not None and written != json_sha256(manifest):

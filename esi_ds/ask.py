@@ -20,6 +20,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from esi_ds.artifacts import append_jsonl, jsonl, parse_jsonl, write_text_atomic
 from esi_ds.config.checks import check_extra, check_numbers
+from esi_ds.config.section import MAX_TIMEOUT_S
 from esi_ds.data.benchmarks import BUILT_IN
 from esi_ds.data.prompts import PromptSet, load_prompts
 from esi_ds.data.rows import looks_like_file
@@ -128,7 +129,7 @@ def _ask(
     wanted = {_key(question): question for question in questions}
     waiting = [key for key in wanted if key not in rows]
     if waiting:
-        check_served(endpoint, "--model")
+        check_served(endpoint, "--model", "--base-url")
 
     def keep(index: int, reply: Reply) -> None:
         if not reply.asked or not reply.is_alive:
@@ -213,6 +214,9 @@ def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
     for name, value in {**limits, "samples": arguments.samples}.items():
         if name != "extra" and not value > 0:
             raise UserError(f"--{name.replace('_', '-')}", value, "is not above 0", "give a larger number")
+        if name.endswith("timeout") and not value <= MAX_TIMEOUT_S:
+            remedy = f"give at most {MAX_TIMEOUT_S:g} seconds"
+            raise UserError(f"--{name.replace('_', '-')}", value, "is too long", remedy)
     fields = "--base-url", "--key-variable"
     return Endpoint.at(arguments.model, arguments.base_url, arguments.key_variable, fields, **limits)
 
@@ -236,6 +240,23 @@ def _extra_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**extra, "temperature": temperature} if temperature else extra
 
 
+def _prompts_of(arguments: argparse.Namespace) -> PromptSet:
+    """The prompts that the arguments name. Raises UserError, which names an option, not a key of a config."""
+    try:
+        return load_prompts(
+            arguments.prompts,
+            arguments.split,
+            arguments.column,
+            arguments.limit,
+            goal=arguments.goal,
+            behaviors=arguments.behaviors,
+            field="--prompts",
+        )
+    except UserError as error:
+        option = error.field.replace("--prompts.", "--").replace("--path", "--prompts")
+        raise UserError(option, error.value, error.problem, error.remedy) from error
+
+
 @clean_output()
 @ends_with_message
 def main(argv: list[str] | None = None) -> int:
@@ -246,15 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     endpoint = endpoint_of(arguments)
     if arguments.prompts not in BUILT_IN and not looks_like_file(arguments.prompts):
         hub.check_exists(arguments.prompts, "dataset", "--prompts")
-    prompts = load_prompts(
-        arguments.prompts,
-        arguments.split,
-        arguments.column,
-        arguments.limit,
-        goal=arguments.goal,
-        behaviors=arguments.behaviors,
-        field="--prompts",
-    )
+    prompts = _prompts_of(arguments)
     print(f"{len(prompts.prompts)} prompts, {len(prompts.skipped)} skipped{prompts.note}")
     questions = questions_of(prompts, arguments.samples)
     ask(endpoint, questions, arguments.output, arguments.system_prompt, arguments.seed)

@@ -186,6 +186,14 @@ def share(text: str) -> float:
     return value
 
 
+def seed(text: str) -> int:
+    """Parse an argument in the range of ``run.seed``."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**32 - 1}")
+    return value
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command's parser."""
     parser = argparse.ArgumentParser(prog="esi-ds mask", description=help_text(__doc__))
@@ -209,7 +217,7 @@ def make_parser() -> argparse.ArgumentParser:
     maker.add_argument("--scores", type=Path, required=True, help="folder of the scores")
     maker.add_argument("--ratio", type=share, required=True, help="share of the weights to select")
     maker.add_argument("--order", choices=("top", "bottom", "random"), default="top", help="which weights (top)")
-    maker.add_argument("--seed", type=int, default=0, help="seed of --order random (0)")
+    maker.add_argument("--seed", type=seed, default=0, help="seed of --order random (0)")
     return parser
 
 

@@ -9,8 +9,9 @@
 # name the same model in all configs.
 
 set -e
-usage() {
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+refuse() { # field, problem and remedy
+    echo "error: $1: $2" >&2
     exit 2
 }
 runs='' array='' prompts=() criterion=''
@@ -18,7 +19,10 @@ declare -A config=()
 while (($#)); do
     case $1 in
     --) shift && break ;;
-    --runs | --esi | --set | --spa | --eval | --seeds | --prompts | --criterion) [[ $# -ge 2 ]] || usage ;;&
+    -h | --help) usage && exit ;;
+    --runs | --esi | --set | --spa | --eval | --seeds | --prompts | --criterion)
+        [[ -n ${2:-} ]] || refuse "$1" "has no value; give one, or leave $1 out"
+        ;;&
     --runs) runs=$2 ;;
     --esi | --set | --spa | --eval)
         config[${1#--}]=$2
@@ -26,17 +30,27 @@ while (($#)); do
     --seeds) array=$2 ;;
     --criterion) criterion=/$2 ;;
     --prompts) read -ra prompts <<<"$2" ;;
-    *) usage ;;
+    *) refuse "$1" "is no option of this script; see --help, and give options of sbatch after --" ;;
     esac
     shift 2
 done
-[[ -n $runs && -n ${config[esi]:-} ]] || usage
-[[ -z $array || ${#prompts[@]} -eq 0 ]] || { echo "error: --seeds and --prompts: give one of them" >&2 && exit 2; }
+[[ -n $runs && -n ${config[esi]:-} ]] || { usage >&2 && exit 2; }
+[[ -z $array || ${#prompts[@]} -eq 0 ]] || refuse "--seeds and --prompts" "give one of them"
 [[ ${#prompts[@]} -eq 0 ]] || array=0-$((${#prompts[@]} - 1))
+[[ -f slurm/env.sh ]] ||
+    refuse "$PWD" "holds no slurm/env.sh; start from the project's top folder, or from DIR of esi-ds slurm copy DIR"
 source slurm/env.sh
 for stage in "${!config[@]}"; do # a file, or the name of a recipe
     file=${config[$stage]}
-    [[ -f $file ]] || python -m esi_ds recipes show --field="--$stage" -- "$file" >/dev/null || exit 2
+    if [[ -f $file ]]; then
+        text=$(<"$file")
+    else
+        text=$(python -m esi_ds recipes show --field="--$stage" -- "$file") || exit 2
+    fi
+    section=$stage
+    [[ $stage != s?? ]] || section=tune
+    [[ $stage = esi ]] || grep -qw "$section" <<<"$text" ||
+        refuse "--$stage = $file" "has no section $section; give a config of this stage"
 done
 
 # Overrides are YAML: within quotation marks a folder may hold anything, also commas, colons and a #.
@@ -49,8 +63,10 @@ submit() { # stage, dependency, arguments of the stage
     shift 2
     local kind=afterok
     [[ -z $array ]] || kind=aftercorr
-    sbatch --parsable ${array:+--array="$array"} ${after:+--dependency="$kind:$after" --kill-on-invalid-dep=yes} \
-        "${options[@]}" "slurm/$stage.sbatch" --config "${config[$stage]}" "run.output_dir=\"$chain/$stage\"" "$@"
+    local id
+    id=$(sbatch --parsable ${array:+--array="$array"} ${after:+--dependency="$kind:$after" --kill-on-invalid-dep=yes} \
+        "${options[@]}" "slurm/$stage.sbatch" --config "${config[$stage]}" "run.output_dir=\"$chain/$stage\"" "$@") || return
+    echo "${id%%;*}" # with several clusters "id;cluster"
 }
 options=("$@")
 overrides=()
@@ -78,4 +94,4 @@ if [[ -n ${config[eval]:-} ]]; then
     job=$(submit eval "${tuned:-$esi}" ${models:+"eval.models=[$models]"})
     echo "eval: job $job after ${tuned:-$esi}"
 fi
-echo "watch: tensorboard --logdir $runs; esi-ds status $runs/*${array:+/*}"
+printf 'watch: tensorboard --logdir %q; esi-ds status %q/*%s\n' "$runs" "$runs" "${array:+/*}"

@@ -15,13 +15,16 @@ from esi_ds.eval.rubric import broken_up
 RELEASE = re.compile(r"-\d{4}(-?\d\d-?\d\d)?")
 
 
-def check_served(endpoint: Endpoint, field: str) -> None:
-    """Raise UserError naming ``field`` where the endpoint cannot be reached, or lists models and not this one."""
+def check_served(endpoint: Endpoint, field: str, url_field: str | None = None) -> None:
+    """Raise UserError where the endpoint cannot be reached, or lists models and not this one.
+
+    It names ``field``; for an endpoint that cannot be reached ``url_field``, if that is another one.
+    """
     try:
         names = served_models(endpoint)
     except OSError as error:
         raise UserError(
-            field, endpoint.url, f"cannot be reached ({error})", "start the server, or correct the URL"
+            url_field or field, endpoint.url, f"cannot be reached ({error})", "start the server, or correct the URL"
         ) from error
     if names is not None and endpoint.model not in names:
         shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

@@ -80,6 +80,8 @@ def load_model_config(source: ModelSource, only_local: bool = False) -> Pretrain
         raise UserError(field, path, "is a GGUF file, which is not read", WAY_OUT)
     if looks_local and not os.path.isfile(os.path.join(path, "config.json")):
         raise UserError(field, path, "is not a model folder: it has no config.json", "give a Hugging Face folder")
+    if not looks_local and not hub.is_hub_id(path):
+        raise hub.no_model(field, path)
     remedy = "give a Hugging Face folder or the id of a model on the hub that can be reached"
     with reading(field, path, remedy, "has no readable model configuration"):
         folder = source.folder(only_local)

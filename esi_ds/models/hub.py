@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 
 from esi_ds import launch_environment
 from esi_ds.errors import UserError
@@ -38,6 +39,21 @@ UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError", "ConnectionError"
 # (hub id, revision) → the folder of its small files, and whether its weights are there too; of this process.
 _resolved: dict[tuple[str, str | None], Path] = {}
 _complete: set[Path] = set()
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether the hub could have a model or data set of this name."""
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return not path.startswith(("~", ".", os.sep))
+
+
+def no_model(field: str, path: str) -> UserError:
+    """For a path that is no folder and cannot be a hub id."""
+    problem = "there is no such folder, and it is not the form of a hub id"
+    return UserError(field, path, problem, "give a folder of a model, or namespace/name of the hub")
 
 
 def files(name: str, revision: str | None, only_local: bool = False) -> Path:

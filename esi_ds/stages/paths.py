@@ -5,11 +5,7 @@ A missing folder may have the form of a hub id (``judges/guard``), so that only 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from esi_ds.config import Config, JudgeModel, Prompts, Rows
 from esi_ds.data.benchmarks import BUILT_IN
@@ -26,25 +22,15 @@ def check_paths(config: Config, stage: str) -> None:
     models = {field: path for field, path in _models(config, stage) if not exists(path)}
     data = {field: path for field, path in _data(config, stage) if path not in BUILT_IN and not exists(path)}
     for field, path in models.items():
-        if not is_hub_id(path):
-            problem = "there is no such folder, and it is not the form of a hub id"
-            raise UserError(field, path, problem, "give a folder of a model, or namespace/name of the hub")
+        if not hub.is_hub_id(path):
+            raise hub.no_model(field, path)
     for field, path in data.items():
-        if looks_like_file(path) or not is_hub_id(path):
+        if looks_like_file(path) or not hub.is_hub_id(path):
             raise UserError(field, path, "there is no such file", "give a file, a hub id or a built-in name")
     for field, path in models.items():
         hub.check_exists(path, "model", field)
     for field, path in data.items():
         hub.check_exists(path, "dataset", field)
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether the hub could have a model or data set of this name."""
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return False
-    return not path.startswith(("~", ".", os.sep))
 
 
 def _models(config: Config, stage: str) -> Iterator[tuple[str, str]]:

@@ -39,7 +39,7 @@ def run_cases(run_case: Callable[[dict[str, Any]], None]) -> None:
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # see runtime: NaN where a row is masked whole
     for case in json.loads(Path(sys.argv[-1]).read_text()):
         gc.collect()
-        gc.freeze()  # DeepSpeed never lets go of an engine's modules: without tensors, but each collection goes through all
+        gc.freeze()  # DeepSpeed keeps the modules of every engine, without tensors: collections would go through all
         run_case(case)
     runtime.stop()
     leave(0)

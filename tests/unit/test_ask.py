@@ -198,13 +198,17 @@ def test_mistakes_are_named(server: Server, tmp_path: Path, capsys, monkeypatch:
         (["--samples", "2"], "--samples"),
         (["--temperature", "1", "--samples", "2", "--extra", '{"seed": 1}'], "--extra.seed"),
         (["--seed", "1", "--extra", '{"seed": null}'], "--extra.seed"),
-        (["--goal", "gaol"], "goal"),
+        (["--goal", "gaol"], "error: --goal = gaol"),
+        (["--column", "none"], "error: --column = none"),
+        (["--prompts", str(tmp_path / "no.jsonl")], "error: --prompts = "),
+        (["--request-timeout", "inf"], "--request-timeout = inf: is too long; give at most 1e+08 seconds"),
+        (["--item-timeout", "nan"], "--item-timeout"),
         (["--extra", "top_p=1"], "--extra"),
         (["--extra", "[1]"], "--extra"),
         (["--extra", '{"n": 2}'], "--extra.n"),
         (["--output", str(tmp_path / "p.jsonl" / "o.jsonl")], "--output"),
         (["--output", str(tmp_path)], "--output"),
-        (["--base-url", "http://127.0.0.1:9/v1"], "cannot be reached"),
+        (["--base-url", "http://127.0.0.1:9/v1"], "error: --base-url = http://127.0.0.1:9/v1: cannot be reached"),
     ):
         assert ask(server, tmp_path, ["one"], *options) == 2
         assert word in capsys.readouterr().err

@@ -80,6 +80,12 @@ def test_what_cannot_be_read_or_made_is_told(tmp_path: Path, capsys) -> None:
     (tmp_path / "file").touch()
     assert main(["select", str(tmp_path / "mask"), str(tmp_path / "file/new"), *options]) == 2
     assert f"error: OUTPUT = {tmp_path}/file/new: cannot be created" in capsys.readouterr().err
+    for seed in ("-1", str(2**32), "one"):
+        with pytest.raises(SystemExit):
+            main(
+                ["select", str(tmp_path / "mask"), str(tmp_path / "new"), *options, "--order", "random", "--seed", seed]
+            )
+        assert "argument --seed: " in capsys.readouterr().err and not (tmp_path / "new").exists()
     for content in ('[{"parameter": "x"', '[{"parameter": "of another model"}]', "[3]"):
         (tmp_path / "mask/units.json").write_text(content)
         assert main(["select", str(tmp_path / "mask"), str(tmp_path / "new"), *options]) == 2

@@ -95,6 +95,22 @@ def test_refusals_leave_nothing_behind(folder: Path, capsys, what: str) -> None:
     assert not any(path.name.startswith(".out") for path in folder.iterdir())
 
 
+def test_a_folder_that_cannot_be_made_is_told(folder: Path, capsys) -> None:
+    assert run("create", folder / "base", folder / "tuned", folder / "patch") == 0
+    (folder / "file").touch()
+    (folder / "link").symlink_to(folder / "nowhere")
+    capsys.readouterr()
+    for out, problem in (("file/x", "cannot be created"), ("link", "exists already"), ("file", "exists already")):
+        for name, words in (
+            ("OUT", ("apply", folder / "base", folder / "patch", folder / out)),
+            ("OUT", ("revert", folder / "tuned", folder / "patch", folder / out)),
+            ("PATCH", ("create", folder / "base", folder / "tuned", folder / out)),
+        ):
+            assert run(*words) == 2
+            assert f"error: {name} = {folder / out}: {problem}" in capsys.readouterr().err
+    assert not (folder / "nowhere").exists()
+
+
 def test_models_of_other_shapes_have_no_patch(folder: Path) -> None:
     build_model("llama", folder / "llama", byte_bpe_tokenizer())
     assert run("create", folder / "base", folder / "llama", folder / "patch") == 2

@@ -20,7 +20,8 @@ from esi_ds.data.chat import load_tokenizer
 from esi_ds.errors import UserError
 from esi_ds.models import hub
 from esi_ds.models.folder import ModelSource, checkpoint_folder, load_model_config
-from esi_ds.stages.paths import check_paths, is_hub_id
+from esi_ds.models.hub import is_hub_id
+from esi_ds.stages.paths import check_paths
 
 EXAMPLES = ROOT / "examples"
 MODEL, GUARD, ROWS = (

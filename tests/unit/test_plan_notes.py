@@ -34,7 +34,13 @@ def dry_run(stage: str, *arguments: str) -> int:
 @pytest.mark.parametrize(
     ("stage", "noted"),
     [
-        ("esi", ["data.prompts.path = walledai/AdvBench: there is no such path here, and the hub does not answer"]),
+        (
+            "esi",
+            [
+                "data.prompts.path = walledai/AdvBench: there is no such path here, and the hub does not answer",
+                "judge.path = meta-llama/Llama-Guard-3-8B: is not on this machine, so the judge is not counted",
+            ],
+        ),
         ("set", [*ABSENT, "tune.mask", "circuit_breakers", "tune.data.benign.path", *ASKED]),
         ("spa", [*ABSENT, "tune.mask", "tune.data.path = openai/gsm8k", *ASKED]),
     ],
@@ -50,6 +56,29 @@ def test_shipped_configs_with_nothing_there(
     assert "140,630,071,296" in shown and f"recommended for {stage.upper()}" in shown
     if stage != "esi":
         assert "1,406,300,712 weights, expected" in shown and "not known" in shown  # ⌊0.01 · weights⌋
+
+
+def test_a_judge_that_is_not_there_is_noted_and_a_model_is_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("runs/no/judge", "runs/judge", "/nowhere"):
+        assert dry_run("esi", f"judge.path={path}") == 0
+        assert (
+            f"NOTE: judge.path = {path}: is not on this machine, so the judge is not counted" in capsys.readouterr().out
+        )
+    (tmp_path / "empty").mkdir()
+    for argument, problem in (
+        ("judge.path=empty", "judge.path = empty: is not a model folder: it has no config.json"),
+        ("judge.path=./empty", "judge.path = ./empty: is not a model folder"),
+        (
+            "model.path=runs/x/model",
+            "model.path = runs/x/model: there is no such folder, and it is not the form of a hub id",
+        ),
+    ):
+        for stage in ("esi",) if argument.startswith("judge") else ("esi", "set", "spa"):
+            assert dry_run(stage, argument) == 2
+            assert f"error: {problem}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,38 @@ def test_a_pipeline_that_is_called_wrongly_says_how(site: Path) -> None:
     done = call(site, "slurm/pipeline.sh")
     assert done.returncode == 2
     assert done.stderr.startswith("Submit ESI") and done.stderr.endswith("name the same model in all configs.\n")
+    assert call(site, "slurm/pipeline.sh", "--help").stdout == done.stderr
+    (site / "bin/sbatch").write_text("#!/bin/sh\ntouch submitted\necho 7\n")
+    (site / "e.yaml").write_text("model: {path: a}\n")
+    usual = ["--runs", "runs", "--esi", "e.yaml"]
+    for more, said in (
+        (["--bogus", "1"], "--bogus: is no option of this script"),
+        (["--nodes=2"], "--nodes=2: is no option of this script; see --help, and give options of sbatch after --"),
+        (["--set"], "--set: has no value"),
+        (["--seeds", ""], "--seeds: has no value; give one, or leave --seeds out"),
+        (["--prompts", ""], "--prompts: has no value"),
+        (["--set", "e.yaml"], "--set = e.yaml: has no section tune; give a config of this stage"),
+        (["--eval", "e.yaml"], "--eval = e.yaml: has no section eval"),
+        (["--seeds", "0-1", "--prompts", "a b"], "--seeds and --prompts: give one of them"),
+    ):
+        done = call(site, "slurm/pipeline.sh", *usual, *more)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
+    (site / "slurm/env.sh").unlink()
+    done = call(site, "slurm/pipeline.sh", *usual)
+    assert done.returncode == 2 and "holds no slurm/env.sh; start from" in done.stderr
+    assert not (site / "submitted").exists()
+
+
+def test_a_site_of_several_clusters_names_them_behind_the_job(site: Path) -> None:
+    (site / "bin/sbatch").write_text('#!/bin/sh\necho "$@" >>submitted\necho "7;cluster"\n')
+    for stage in ("esi", "set"):
+        (site / f"{stage}.yaml").write_text("tune: {}\n")
+    done = call(site, "slurm/pipeline.sh", "--runs", "r x", "--esi", "esi.yaml", "--set", "set.yaml")
+    assert done.stdout.splitlines()[:2] == ["esi: job 7", "set: job 7 after 7"]
+    assert done.stdout.splitlines()[-1] == r"watch: tensorboard --logdir r\ x; esi-ds status r\ x/*"
+    assert "--dependency=afterok:7 " in (site / "submitted").read_text()
+    (site / "bin/sbatch").write_text("#!/bin/sh\nexit 3\n")
+    assert call(site, "slurm/pipeline.sh", "--runs", "r", "--esi", "esi.yaml").returncode != 0
 
 
 @pytest.mark.parametrize("runs", ["runs", "a, b: c #d", 'it\'s "x" [1]', "back\\slash"])
@@ -113,7 +145,7 @@ def test_a_folder_reaches_the_stages_whatever_its_name_holds(site: Path, runs: s
     (site / "bin/sbatch").write_text("#!/bin/sh\nfor word; do printf '%s\\0' \"$word\"; done >>submitted\necho 7\n")
     files = []
     for stage in ("esi", "set", "spa", "eval"):
-        (site / f"{stage}.yaml").touch()
+        (site / f"{stage}.yaml").write_text("tune: {}\neval: {}\n")
         files += [f"--{stage}", f"{stage}.yaml"]
     assert call(site, "slurm/pipeline.sh", "--runs", runs, *files).returncode == 0
     raw: dict = {}

@@ -230,6 +230,7 @@ def run_facts(run: StageRun[EsiInputs], model: ShardedModel, outcome: PromptOutc
         "seed": config.run.seed,
         "fingerprint": run.fingerprint,
         "unscored weights": ", ".join(f"{role} {n:,}" for role, n in unscored_numel(model.parameters).items()),
+        "scores kept": config.esi.save_scores,
     }
     if outcome is not None:
         data = outcome.inputs.data

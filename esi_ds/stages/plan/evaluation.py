@@ -17,11 +17,11 @@ from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint
 from esi_ds.eval.tasks import check_installed
 from esi_ds.models.folder import ModelSource, dequantised, load_model_config
+from esi_ds.models.hub import is_hub_id
 from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.report.contents import Facts
 from esi_ds.stages.evaluate.prepare import BASE, EvalInputs, RecordedModel, prepare_eval
-from esi_ds.stages.paths import is_hub_id
 from esi_ds.stages.plan.batches import answer_rows
 from esi_ds.stages.plan.memory import GIB, readable
 from esi_ds.stages.plan.notes import count_prompts, missing_files, read_if_reachable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -123,7 +124,7 @@ def describe_work(
 
 def _judge_bytes(config: Config, ranks: int) -> float:
     """Bytes of the judge on one rank: a slice where it is sharded, else all of it. 0 where its configuration is not on
-    this machine, for a plan does not wait for the hub."""
+    this machine, for a plan does not wait for the hub. Raises UserError for a folder that holds no model."""
     judge = config.judge
     if judge is None or not config.scores_responses:
         return 0.0
@@ -131,6 +132,8 @@ def _judge_bytes(config: Config, ranks: int) -> float:
     try:
         judge_config = load_model_config(source, only_local=True)
     except UserError:
+        if os.path.exists(judge.path):  # a folder that is there is what the run will load
+            raise
         return 0.0
     dtype = config.model.dtype if judge.dtype == "auto" else judge.dtype
     model = meta_model(judge_config, source, model_class(judge, judge_config))
@@ -172,7 +175,7 @@ def print_bytes(config: Config, options: Options, stage: str, work: Work, model_
         or next(iter(_near(sizes(work, cluster, model_type), cluster)), None)
     )
     if stage == "esi" and config.judge is not None and not work.judge:
-        print("\nnot counted: the judge, whose configuration is not on this machine")
+        print(f"\nNOTE: judge.path = {config.judge.path}: is not on this machine, so the judge is not counted")
     print(f"\n{cluster.nodes} nodes of {cluster.per_node} GPUs; a step has {work.tokens:,} tokens a rank at most")
     _print_table("without expert parallelism", work, stage, cluster, with_experts(settings, None))
     if chosen is not None:
