@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +33,7 @@ UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")
 VISIBLE_S, MESSAGE_S = 120.0, 5.0
 MANIFEST = "manifest.json"
 STATUS = "status.json"
+MAX_NAME = 255  # bytes of a file's name
 IDENTITY = "run.json"  # while a run is not done: its id, which its checkpoints and records of rows name
 MODES = {"private": 0o700, "group": 0o750, "all": 0o755}  # of the run folder, by ``run.share``
 RESULT_FOLDERS = ("mask", "scores", "model", "patch")
@@ -110,8 +111,23 @@ def write_json_atomic(path: Path, content: Any) -> None:
 
 def may_write(folder: Path) -> bool:
     """Whether this process may write into a folder, or create it if it does not exist."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
+    is_name = len(os.fsencode(folder.name)) <= MAX_NAME
+    return is_name and existing.is_dir() and os.access(existing, os.W_OK)
+
+
+def check_new_folder(field: str, folder: Path) -> None:
+    """Raise UserError naming ``field`` unless the folder is new and can be created."""
+    if os.path.lexists(folder):
+        raise UserError(field, str(folder), "exists already", "give a new folder")
+    if not may_write(folder):
+        raise UserError(field, str(folder), "cannot be created", "give a writable folder")
+
+
+def without_pages(paths: Sequence[Path]) -> list[Path]:
+    """The paths but for pages: RUNS/* holds the one of several runs, too. All of them if there are no others."""
+    others = [path for path in paths if not (path.suffix == ".html" and path.is_file())]
+    return others or list(paths)
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
@@ -280,7 +296,8 @@ class RunFolder:
     def check_stage(self, stage: str) -> None:
         """Raise UserError where the folder holds a run of another stage: one config may serve several.
 
-        Manifests of earlier versions do not say which; the status does.
+        Manifests of earlier versions do not say which; the status does. A run that died before it had a manifest has
+        left nothing that another could take for its own.
         """
         manifest = read_manifest(self.path)
         before = manifest.get("stage")

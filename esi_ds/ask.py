@@ -215,7 +215,7 @@ def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
         if name != "extra" and not value > 0:
             raise UserError(f"--{name.replace('_', '-')}", value, "is not above 0", "give a larger number")
         if name.endswith("timeout") and not value <= MAX_TIMEOUT_S:
-            remedy = f"give at most {MAX_TIMEOUT_S:g} seconds"
+            remedy = f"give at most {MAX_TIMEOUT_S:,} seconds"
             raise UserError(f"--{name.replace('_', '-')}", value, "is too long", remedy)
     fields = "--base-url", "--key-variable"
     return Endpoint.at(arguments.model, arguments.base_url, arguments.key_variable, fields, **limits)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from esi_ds.config.section import MAX_SEED
 from esi_ds.core.mask import Mask, refuse_problems
 from esi_ds.core.mask_metadata import follows
 from esi_ds.core.score_folder import ScoreFolder
@@ -189,8 +190,8 @@ def share(text: str) -> float:
 def seed(text: str) -> int:
     """Parse an argument in the range of ``run.seed``."""
     value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**32 - 1}")
+    if not 0 <= value <= MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {MAX_SEED}")
     return value
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from esi_ds.artifacts import may_write, whole_folder, write_json_atomic
+from esi_ds.artifacts import check_new_folder, whole_folder, write_json_atomic
 from esi_ds.core.mask import INDEX_NAME, pack_bits, unpack_bits
 from esi_ds.core.quantised import Weight, file_of, fill_weights, whole_weight
 from esi_ds.core.stored import DTYPES, StoredReader
@@ -318,7 +317,7 @@ def base_digests(base: Path, tuned: Path, part: int = 0, num_parts: int = 1) -> 
 
 def create(base: Path, tuned: Path, folder: Path) -> PatchSummary:
     """The patch of a tuned model, made in one process; its summary."""
-    _check_output("PATCH", folder)
+    check_new_folder("PATCH", folder)
     if (quantisation := read_quantisation(tuned, "TUNED")) is not None:
         raise UserError("TUNED", str(tuned), f"is {quantisation}: its weights are rounded", "give model/ of a run")
     with whole_folder(folder) as temporary:
@@ -411,7 +410,7 @@ def _transform(source: Path, patch: Path, out: Path, before: Digest, after: Dige
     """Write ``source`` with its tensors changed to ``out``, completely or not at all; check it before and after."""
     content = summary(patch)
     entries, twins = content["tensors"], _twins(content)
-    _check_output("OUT", out)
+    check_new_folder("OUT", out)
     weights = weights_of(source, "MODEL")
     files = {name: file_of(weight) for name, weight in weights.items()}
     dtypes = {name: dtype_of(entry["base_dtype"]) for name, entry in entries.items()}
@@ -505,14 +504,6 @@ def _changed(tensor: Tensor, entry: PatchedTensor, patch: Path, name: str, chang
         check_regular(file)
         with safe_open(file, "pt") as stored:
             return change(tensor, entry, stored, name)
-
-
-def _check_output(field: str, folder: Path) -> None:
-    """Raise UserError naming ``field`` unless the folder can be created."""
-    if os.path.lexists(folder):
-        raise UserError(field, str(folder), "exists already", "give a new folder")
-    if not may_write(folder):
-        raise UserError(field, str(folder), "cannot be created", "give a writable folder")
 
 
 def info(patch: Path) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from esi_ds.artifacts import may_write, replace_folder, wait_until_visible, write_json_atomic, write_text_atomic
+from esi_ds.artifacts import check_new_folder, replace_folder, wait_until_visible, write_json_atomic, write_text_atomic
 from esi_ds.core.mask import UNITS_DIGEST, UNITS_NAME, Mask, digest, index_digests, num_bytes, pack_bits
 from esi_ds.core.mask_metadata import MaskMetadata, mask_texts
 from esi_ds.core.score_folder import ScoreFolder
@@ -243,10 +243,7 @@ def write_selection(
     not at all. Raises UserError. Collectives: those of ``Reselection``, two of counts and digests and two barriers.
     """
     ranks = ranks or Ranks()
-    if os.path.lexists(output):
-        raise UserError("OUTPUT", str(output), "exists already", "give a new folder")
-    if not may_write(output):
-        raise UserError("OUTPUT", str(output), "cannot be created", "give a writable folder")
+    check_new_folder("OUTPUT", output)
     scores = ScoreFolder(folder, "--scores")
     scores.check(mask.header)
     units = read_units(mask)

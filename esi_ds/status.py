@@ -18,7 +18,7 @@ from typing import cast
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from esi_ds.artifacts import STATUS, write_json_atomic
+from esi_ds.artifacts import STATUS, without_pages, write_json_atomic
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.lock import BEAT_S, Identity, own_identity
 from esi_ds.reading import check_type, parse_json, read_text, reading
@@ -206,9 +206,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
     arguments, code = make_parser().parse_args(argv), 0
-    for run in arguments.runs:
-        if run.name == "overview.html" and run.is_file() and len(arguments.runs) > 1:
-            continue  # RUNS/* holds the page of several runs, too
+    for run in without_pages(arguments.runs):
         try:
             print(json.dumps({"run": str(run), **read_status(run)}) if arguments.json else show(run, time.time()))
         except UserError as error:

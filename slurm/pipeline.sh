@@ -29,7 +29,10 @@ while (($#)); do
         ;;
     --seeds) array=$2 ;;
     --criterion) criterion=/$2 ;;
-    --prompts) read -ra prompts <<<"$2" ;;
+    --prompts)
+        read -r -d '' -a prompts <<<"$2" || : # at the end of the text it reports a failure
+        ((${#prompts[@]})) || refuse --prompts "has no value; give files or names, separated by spaces"
+        ;;
     *) refuse "$1" "is no option of this script; see --help, and give options of sbatch after --" ;;
     esac
     shift 2
@@ -47,9 +50,12 @@ for stage in "${!config[@]}"; do # a file, or the name of a recipe
     else
         text=$(python -m esi_ds recipes show --field="--$stage" -- "$file") || exit 2
     fi
-    section=$stage
-    [[ $stage != s?? ]] || section=tune
-    [[ $stage = esi ]] || grep -qw "$section" <<<"$text" ||
+    case $stage in
+    esi) continue ;;
+    set | spa) section=tune ;;
+    *) section=$stage ;;
+    esac
+    sed 's/#.*//' <<<"$text" | grep -qE "(^|[{, ])[\"']?$section[\"']? *:" ||
         refuse "--$stage = $file" "has no section $section; give a config of this stage"
 done
 

@@ -15,7 +15,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range of numpy's seeds, which lm-eval sets
+MAX_SEED = 2**32 - 1  # of numpy, which lm-eval seeds
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 BatchNumber = Annotated[int, Field(ge=1)]

@@ -10,16 +10,26 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-from esi_ds.artifacts import MANIFEST, check_result, may_write, read_manifest, renew_result, write_text_atomic
+from esi_ds.artifacts import (
+    MANIFEST,
+    MAX_NAME,
+    check_result,
+    may_write,
+    read_manifest,
+    renew_result,
+    without_pages,
+    write_text_atomic,
+)
 from esi_ds.errors import UserError, ends_with_message
 from esi_ds.reading import read_json, reading
 from esi_ds.tensor_files import INDEX_NAME, tensor_folders
-from esi_ds.terminal import clean_output, help_text
+from esi_ds.terminal import clean_output, help_text, printable
 
 if TYPE_CHECKING:
     from esi_ds.report.contents import Overlap
@@ -29,13 +39,15 @@ OVERVIEW = "overview.html"
 REMEDY = "give the folder of a finished run, or finish it again"
 
 
-def read(run: Path, name: str = "report.json") -> Any:
+def read(run: Path, field: str = "RUN", name: str = "report.json") -> Any:
     """A JSON file of a run: what its stage's report holds (``report/contents.py``).
 
-    Raises UserError for one that is torn, was altered or holds something else.
+    Raises UserError naming ``field`` for one that is missing, torn, was altered or holds something else.
     """
-    check_result(run, name, "RUN", REMEDY)
-    return read_json(run / name, dict[str, Any], "RUN", REMEDY)
+    if not os.path.isfile(run / name):
+        raise UserError(field, str(run), f"holds no {name}", "give the folder of a finished run")
+    check_result(run, name, field, REMEDY)
+    return read_json(run / name, dict[str, Any], field, REMEDY)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -61,42 +73,50 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_pages(arguments: argparse.Namespace) -> None:
-    """Write every run's page, and the page of several runs. Raises UserError before anything is written."""
-    runs, left_out = split_finished(without_pages(arguments.runs))
-    reports = {run: check_run("RUN", run) for run in runs}
-    shown = [("--tuned", arguments.tuned, "tuning"), ("--evaluated", arguments.evaluated, "evaluation")]
-    for option, others, kind in shown:
-        for other in others:
-            check_kind(option, other, check_run(option, other), kind)
-    if arguments.tuned or arguments.evaluated:
+    """Write every run's page, and the page of several runs. Raises UserError; then nothing is written."""
+    paths = list({os.path.realpath(path): path for path in without_pages(arguments.runs)}.values())
+    runs, left_out = split_finished(paths)
+    reports = {run: read(run) for run in runs}
+    others: dict[str, list[tuple[Path, Any]]] = {}
+    for option, folders, kind in (
+        ("--tuned", arguments.tuned, "tuning"),
+        ("--evaluated", arguments.evaluated, "evaluation"),
+    ):
+        others[option] = [(folder, read(folder, option)) for folder in folders]
+        for folder, report in others[option]:
+            check_kind(option, folder, report, kind)
+    shows_others = bool(arguments.tuned or arguments.evaluated)
+    if shows_others:
         for run, report in reports.items():
             check_kind("RUN", run, report, None)
-    is_several = len(reports) > 1 and not (arguments.tuned or arguments.evaluated)
-    overview = overview_file(list(reports), arguments.output) if arguments.output or is_several else None
+    pages = {run / "report.html": page_of(run, report, others) for run, report in reports.items()}
+    if arguments.output or (len(reports) > 1 and not shows_others):
+        overview = overview_file(runs, arguments.output)
+        pages[overview] = overview_of(reports, overview, left_out)
     for run in left_out:
         print(f"left out: {run} has not finished", file=sys.stderr)
+    for file, page in pages.items():
+        write_text_atomic(file, page)
+        if file.parent in reports:
+            renew_result(file.parent, file.name, "RUN", REMEDY)
+        print(file)
+
+
+def page_of(run: Path, report: Any, others: Mapping[str, Sequence[tuple[Path, Any]]]) -> str:
+    """A run's page. others: runs that it shows, too, by the option that names them. Raises UserError."""
     from esi_ds.report.html import render
 
-    for run, report in reports.items():
-        tuned, evaluated = (
-            [(os.path.relpath(other / "report.html", run), read(other)) for other in others] for _, others, _ in shown
-        )
-        with reading("RUN", run / "report.json", REMEDY, "is not a report of this version"):
-            page = render(report, tuned, evaluated)
-        write_text_atomic(run / "report.html", page)
-        renew_result(run, "report.html", "RUN", REMEDY)
-        print(run / "report.html")
-    if overview is not None:
-        write_overview(list(reports), overview, [str(run) for run in left_out])
-        print(overview)
+    linked = {
+        option: [(link(folder / "report.html", run), shown) for folder, shown in rows]
+        for option, rows in others.items()
+    }
+    with reading("RUN", run / "report.json", REMEDY, "is not a report of this version"):
+        return render(report, linked["--tuned"], linked["--evaluated"])
 
 
-def without_pages(paths: list[Path]) -> list[Path]:
-    """The folders, each once; RUNS/* also holds the page of several runs that an earlier call has written."""
-    pages = [path for path in paths if path.name == OVERVIEW and path.is_file()]
-    if len(pages) == len(paths):
-        return paths
-    return list({path.resolve(): path for path in reversed(paths) if path not in pages}.values())[::-1]
+def link(file: Path, folder: Path) -> str:
+    """The address of a file on a page in ``folder``."""
+    return quote(os.fsencode(Path(os.path.relpath(file, folder)).as_posix()))
 
 
 def split_finished(runs: list[Path]) -> tuple[list[Path], list[Path]]:
@@ -112,54 +132,54 @@ def split_finished(runs: list[Path]) -> tuple[list[Path], list[Path]]:
 
 def is_unfinished(run: Path) -> bool:
     """Whether the folder holds a run that was begun and has not finished, by its manifest."""
-    if not (run / "config.yaml").is_file():
+    if not os.path.isfile(run / "config.yaml"):
         return False
     if (run / MANIFEST).is_file():
         return bool(read_manifest(run, "RUN").get("exit_state") != "done")
     return not (run / "report.json").is_file()  # a run that lost its manifest has a report all the same
 
 
-def check_run(field: str, run: Path) -> Any:
-    """The report of a finished run. Raises UserError naming ``field``."""
-    if not (run / "report.json").is_file():
-        raise UserError(field, str(run), "holds no report.json", "give the folder of a finished run")
-    return read(run)
-
-
 def check_kind(field: str, run: Path, report: Any, kind: str | None) -> None:
     """Raise UserError naming ``field`` for a run of another kind; None: of ESI."""
-    names = {None: "an ESI run", "tuning": "a SET or SPA run", "evaluation": "an evaluation"}
-    if report.get("kind") != kind:
-        problem = f"is {names.get(report.get('kind'), 'a perturbation')}, not {names[kind]}"
-        raise UserError(field, str(run), problem, f"give {names[kind]}")
+    names = {"None": "an ESI run", "tuning": "a SET or SPA run", "evaluation": "an evaluation"}
+    asked_for, actual = names[str(kind)], names.get(str(report.get("kind")), "a perturbation")
+    if actual != asked_for:
+        raise UserError(field, str(run), f"is {actual}, not {asked_for}", f"give {asked_for}")
 
 
-def overview_file(runs: list[Path], output: Path | None) -> Path:
-    """Where the page of several runs goes. Raises UserError where no file can be written."""
-    file = (output or Path(os.path.commonpath([run.absolute().parent for run in runs])) / OVERVIEW).absolute()
-    if file.is_dir():
-        raise UserError("--output", str(output or file), "is a folder", "give the name of a file")
-    if not file.parent.is_dir() or not may_write(file.parent):
-        raise UserError("--output", str(output or file), "is in no folder that can be written to", "give another file")
+def overview_file(runs: Sequence[Path], output: Path | None) -> Path:
+    """Where the page of several runs goes. Raises UserError where no file can be written, or a run's own would be."""
+    file = (output or shared_folder(runs) / OVERVIEW).absolute()
+    field, value, remedy = "--output", str(output or file), "give the name of a new file"
+    if os.path.isdir(file):
+        raise UserError(field, value, "is a folder", remedy)
+    is_of_a_run = os.path.realpath(file.parent) in {os.path.realpath(run) for run in runs}
+    if is_of_a_run and os.path.lexists(file) and file.name != OVERVIEW:
+        raise UserError(field, value, "is a file of a run", remedy)
+    if not os.path.isdir(file.parent) or not may_write(file.parent) or len(os.fsencode(file.name)) > MAX_NAME:
+        raise UserError(field, value, "is in no folder that can be written to", remedy)
     return file
 
 
-def write_overview(folders: list[Path], output: Path, left_out: Sequence[str] = ()) -> None:
-    """Write the page of several runs, with links to the page of each. left_out: runs that have not finished."""
+def shared_folder(runs: Sequence[Path]) -> Path:
+    """The folder that all runs lie in."""
+    return Path(os.path.commonpath([run.absolute().parent for run in runs]))
+
+
+def overview_of(reports: Mapping[Path, Any], output: Path, left_out: Sequence[Path]) -> str:
+    """The page of several runs, with links to the page of each. left_out: runs that have not finished."""
     from esi_ds.report.html import render_overview
     from esi_ds.report.overview import FinishedRun
 
-    folders = [folder.absolute() for folder in folders]
-    shared = Path(os.path.commonpath([folder.parent for folder in folders]))
-    runs = []
-    for folder in folders:
-        manifest = read_manifest(folder, "RUN")
-        link = Path(os.path.relpath(folder / "report.html", output.parent)).as_posix()
-        runs.append(FinishedRun(folder.relative_to(shared).as_posix(), link, read(folder), manifest))
-    shared_weights = overlaps({run.name: folder for run, folder in zip(runs, folders, strict=True)})
+    shared = shared_folder(list(reports))
+    names = {folder: printable(Path(os.path.relpath(folder, shared)).as_posix()) for folder in (*reports, *left_out)}
+    runs = [
+        FinishedRun(names[folder], link(folder / "report.html", output.parent), report, read_manifest(folder, "RUN"))
+        for folder, report in reports.items()
+    ]
+    shared_weights = overlaps({names[folder]: folder for folder in reports})
     with reading("RUN", shared, REMEDY, "holds a report that is not of this version"):
-        page = render_overview(runs, shared_weights, left_out)
-    write_text_atomic(output, page)
+        return render_overview(runs, shared_weights, [names[folder] for folder in left_out])
 
 
 def mask_folders(name: str, run: Path) -> dict[str, Path]:

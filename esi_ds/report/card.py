@@ -8,15 +8,10 @@ from esi_ds.config import Config, Tune
 from esi_ds.config.yaml import dump_yaml
 from esi_ds.core.mask import Mask
 from esi_ds.data.conversations import TuningSet
+from esi_ds.report.sentences import what_was_trained
 from esi_ds.terminal import printable
 
-METHODS = {
-    "set": (
-        "Safety Enhancement Tuning (SET)",
-        "only the weights of the mask were trained; every other weight is the base",
-    ),
-    "spa": ("Safety Preserving Adaptation (SPA)", "the weights of the mask were frozen; they are the base"),
-}
+METHODS = {"set": "Safety Enhancement Tuning (SET)", "spa": "Safety Preserving Adaptation (SPA)"}
 
 
 def model_card(
@@ -36,9 +31,8 @@ def model_card(
     stage: set or spa. fingerprint: the base model's. dequantised_from: the format of its files; None where they are not
     quantised. num_trained: weights that were trained. benign: rows mixed in.
     """
-    name, sentence = METHODS[stage]
-    if not mask.k and stage == "spa":
-        sentence = "no scored weight was frozen, as a baseline of SPA; what is frozen all the same is the base"
+    routers = tune.router or tune.unscored
+    sentence = what_was_trained(stage, stage == "spa" and not mask.k, tune.unscored, routers)
     facts = {
         "base model": config.model.path + (f" ({config.model.revision})" if config.model.revision else ""),
         **({"base weights": f"dequantised from {dequantised_from}"} if dequantised_from is not None else {}),
@@ -48,7 +42,7 @@ def model_card(
         f"{mask.header.order}, ratio {mask.header.ratio}",
         "trained weights": f"{num_trained:,}",
         "unscored parameters": "frozen" if tune.unscored == "freeze" else "trained",
-        "routers": "frozen" if (tune.router or tune.unscored) == "freeze" else "trained",
+        "routers": "frozen" if routers == "freeze" else "trained",
         "steps": tune.max_steps,
         "rows": f"{tune.data.path}, sha256 {rows.sha256}",
         **({"rows written": line} if (line := tune.data.how_written) else {}),
@@ -66,8 +60,8 @@ def model_card(
     matter = dump_yaml({"base_model": config.model.path, "tags": ["esi_ds", stage]})
     return (
         f"---\n{matter}---\n\n"
-        f"# {_cell(config.model.path)} after {name}\n\n"
-        f"In this model {sentence} model's, bit for bit. Made by esi_ds "
+        f"# {_cell(config.model.path)} after {METHODS[stage]}\n\n"
+        f"{sentence} Made by esi_ds "
         "(method: Qi et al., arXiv 2604.08297).\n\n| | |\n|---|---|\n" + table + "\n"
     )
 

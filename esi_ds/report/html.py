@@ -176,10 +176,18 @@ def _tuning_page(report: TuningReport) -> str:
     return _template("tuning.html.j2").render(
         report=report,
         lead=sentences.tuning(report),
-        what_was_trained=sentences.what_was_trained(report),
+        what_was_trained=_what_was_trained(report),
         curves=_picture(figures.training_curves(progress), alternative) if progress else None,
         changed_rows=[{"name": name, **row} for name, row in changed[:MAX_TENSORS] if row["changed"]],
     )
+
+
+def _what_was_trained(report: TuningReport) -> str:
+    facts = report["facts"]
+    unscored = str(facts.get("unscored parameters", "freeze"))
+    routers = str(facts.get("routers", unscored))  # the earliest runs name none
+    is_baseline = facts.get("mask criterion") == "none"
+    return sentences.what_was_trained(report["method"], is_baseline, unscored, routers)
 
 
 def _evaluation_page(report: EvaluationReport) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar, cast
 from esi_ds.eval.rows import MeasureRow
 from esi_ds.report import tables
 from esi_ds.report.contents import EsiReport, EvaluationReport, PerturbationReport, Report, TuningReport
-from esi_ds.report.evaluation import WORDS, percent
+from esi_ds.report.evaluation import WORDS, is_share, percent
 
 R = TypeVar("R", bound=Report, covariant=True)
 LABELS = {"evaluation": "evaluation", "perturbation": "perturbation", None: "ESI"}
@@ -112,8 +112,12 @@ def _evaluation_fact(report: EvaluationReport) -> str:
         first = next(iter(report["measures"]), None)
         shown = [row for row in report["measures"] if first and _same_question(row, first)]
     return "; ".join(
-        f"{row['model']} {percent(row['rate'])} {WORDS[row['measure']]} ({row['set']}, {row['judge']})" for row in shown
+        f"{row['model']} {_value(row)} {WORDS[row['measure']]} ({row['set']}, {row['judge']})" for row in shown
     )
+
+
+def _value(row: MeasureRow) -> str:
+    return percent(row["rate"]) if is_share(row) else f"{row['rate']:.4g}"
 
 
 def _same_question(row: MeasureRow, other: MeasureRow) -> bool:

@@ -19,7 +19,7 @@ from esi_ds.report.contents import (
     SelectionFacts,
     TuningReport,
 )
-from esi_ds.report.evaluation import p_value, percent
+from esi_ds.report.evaluation import is_share, p_value, percent
 from esi_ds.report.location import Region
 from esi_ds.report.overview import FinishedRun
 from esi_ds.report.publish import RESPONSE_FACTS
@@ -128,23 +128,24 @@ UNSCORED = "all that have no score, such as embeddings and norms"
 SAME_BITS = "the base model’s, bit for bit"
 
 
-def what_was_trained(report: TuningReport) -> str:
-    """Which weights were trained and which are the base model's. Runs of earlier versions name no routers."""
-    facts = report["facts"]
-    unscored = str(facts.get("unscored parameters", "freeze"))
+def what_was_trained(method: str, is_baseline: bool, unscored: str, routers: str) -> str:
+    """Which weights were trained and which are the base model's.
+
+    method: set or spa. is_baseline: SPA without a mask. unscored, routers: freeze or train.
+    """
     kinds = {"freeze": "", "train": ""}  # of weights without a score, by what became of them
     kinds[unscored] = UNSCORED
-    if (routers := str(facts.get("routers", unscored))) != unscored:
-        kinds[unscored], kinds[routers] = "all that have no score but routers", "routers"
-    if report["method"] == "set":
+    if routers != unscored:
+        kinds[unscored], kinds[routers] = "all that have no score, except routers", "routers"
+    if method == "set":
         if not kinds["train"]:
             return f"Only the mask’s weights were trained; every other weight is {SAME_BITS}."
         return f"The mask’s weights were trained, and {kinds['train']}; every other weight is {SAME_BITS}."
-    if facts.get("mask criterion") == "none":
+    if is_baseline:
         if not kinds["freeze"]:
             return "No weight was frozen: a baseline of SPA."
-        frozen = f"{_begin(kinds['freeze'])} were"
-        return f"No weight that has a score was frozen: a baseline of SPA. {frozen} frozen."
+        frozen = f"{_begin(kinds['freeze'])}{',' * (',' in kinds['freeze'])} were frozen and are {SAME_BITS}."
+        return f"No weight that has a score was frozen: a baseline of SPA. {frozen}"
     if not kinds["freeze"]:
         return f"The mask’s weights were frozen and are {SAME_BITS}; all others were trained."
     return f"The mask’s weights were frozen, and {kinds['freeze']}; they are {SAME_BITS}. All others were trained."
@@ -161,7 +162,7 @@ def _refusals(row: RefusalRow) -> str:
 def evaluation(report: EvaluationReport) -> list[str]:
     """Attack success and over-refusal of every model, or else its skill, against the one it is compared with."""
     attack, refusal = (_first(report, name) for name in ("attack_success", "refused"))
-    skill = _first(report, "task") if attack is refusal is None else None
+    skill = _first(report, "task", only_shares=True) if attack is refusal is None else None
     lines = []
     for model in report["models"]:
         parts = [
@@ -176,9 +177,12 @@ def evaluation(report: EvaluationReport) -> list[str]:
     return [*lines[:MAX_MODELS], *([others] if more > 0 else [])]
 
 
-def _first(report: EvaluationReport, measure: str) -> MeasureRow | None:
-    """The first row of a measure, whose set and judge all models are compared by."""
-    return next((row for row in report["measures"] if row["measure"] == measure), None)
+def _first(report: EvaluationReport, measure: str, only_shares: bool = False) -> MeasureRow | None:
+    """The first row of a measure, whose set and judge all models are compared by. only_shares: whose rates all are
+    between 0 and 1, as a perplexity is not."""
+    rows = [row for row in report["measures"] if row["measure"] == measure]
+    others = {(row["set"], row["judge"]) for row in rows if only_shares and not is_share(row)}
+    return next((row for row in rows if (row["set"], row["judge"]) not in others), None)
 
 
 def _rate(report: EvaluationReport, like: MeasureRow, model: str | None, measure: str | None = None) -> float | None:

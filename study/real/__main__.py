@@ -1,7 +1,7 @@
 """Run the study of a real model: python -m study.real --hours 2
 
-On a CPU a start takes at most six hours, and the next one goes on. Finished cells are not run again, and killed ones
-continue. Then docs/results/real.json and real.md are written.
+On a CPU no cell is started that is not expected to end within six hours; the next start goes on. Finished cells are
+not run again, and killed ones continue. Then docs/results/real.json and real.md are written.
 --only where/smollm2/ runs the cells whose names start with this, and those that they need. --list shows what is left.
 --collect only writes the pages.
 """

@@ -201,7 +201,7 @@ def test_mistakes_are_named(server: Server, tmp_path: Path, capsys, monkeypatch:
         (["--goal", "gaol"], "error: --goal = gaol"),
         (["--column", "none"], "error: --column = none"),
         (["--prompts", str(tmp_path / "no.jsonl")], "error: --prompts = "),
-        (["--request-timeout", "inf"], "--request-timeout = inf: is too long; give at most 1e+08 seconds"),
+        (["--request-timeout", "inf"], "--request-timeout = inf: is too long; give at most 100,000,000 seconds"),
         (["--item-timeout", "nan"], "--item-timeout"),
         (["--extra", "top_p=1"], "--extra"),
         (["--extra", "[1]"], "--extra"),

@@ -49,7 +49,11 @@ def test_a_card_does_not_say_that_a_mask_was_frozen() -> None:
     mask = open_mask(section.model, tune, "spa", model_config)
     rows = type("Rows", (), {"sha256": "0"})
     card = model_card(section, tune, stage="spa", fingerprint="f", mask=mask, num_trained=5, rows=rows, benign=None)
-    assert "no scored weight was frozen" in card and "weights of the mask were frozen" not in card
+    assert "No weight that has a score was frozen: a baseline of SPA. All that have no score, such as embed" in card
+    assert "mask’s weights were frozen" not in card
+    trained = require_tune(config(unscored="train"))
+    card = model_card(section, trained, stage="set", fingerprint="f", mask=mask, num_trained=5, rows=rows, benign=None)
+    assert "The mask’s weights were trained, and all that have no score, such as embeddings and norms; every" in card
 
 
 @pytest.mark.parametrize("criterion", ["none", "esi"])
@@ -70,8 +74,8 @@ def test_nor_does_the_page(criterion: str) -> None:
         "progress": [],
     }
     page = render(report)
-    assert ("No scored weight was frozen" in page) == (criterion == "none")
-    assert ("mask's weights were frozen" in page) == (criterion == "esi")
+    assert ("No weight that has a score was frozen" in page) == (criterion == "none")
+    assert ("mask’s weights were frozen" in page) == (criterion == "esi")
 
 
 def test_set_without_a_mask_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

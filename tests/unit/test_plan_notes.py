@@ -38,7 +38,7 @@ def dry_run(stage: str, *arguments: str) -> int:
             "esi",
             [
                 "data.prompts.path = walledai/AdvBench: there is no such path here, and the hub does not answer",
-                "judge.path = meta-llama/Llama-Guard-3-8B: is not on this machine, so the judge is not counted",
+                "judge.path = meta-llama/Llama-Guard-3-8B: has no readable configuration on this machine: not counted",
             ],
         ),
         ("set", [*ABSENT, "tune.mask", "circuit_breakers", "tune.data.benign.path", *ASKED]),
@@ -65,8 +65,11 @@ def test_a_judge_that_is_not_there_is_noted_and_a_model_is_asked_for(
     for path in ("runs/no/judge", "runs/judge", "/nowhere"):
         assert dry_run("esi", f"judge.path={path}") == 0
         assert (
-            f"NOTE: judge.path = {path}: is not on this machine, so the judge is not counted" in capsys.readouterr().out
+            f"NOTE: judge.path = {path}: has no readable configuration on this machine: not counted"
+            in capsys.readouterr().out
         )
+    assert dry_run("esi", "judge.path=nowhere", "select.criterion=magnitude", "data.prompts=null") == 0
+    assert "judge.path = nowhere" not in capsys.readouterr().out  # no judge is needed
     (tmp_path / "empty").mkdir()
     for argument, problem in (
         ("judge.path=empty", "judge.path = empty: is not a model folder: it has no config.json"),

@@ -126,13 +126,14 @@ def test_runs_that_have_not_finished_are_left_out_of_the_page_of_several(
     state: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, two, begun = begin(tmp_path / "one", "done"), begin(tmp_path / "t#2", "done"), begin(tmp_path / "b", state)
+    (tmp_path / "page.html").touch()
     (tmp_path / "elsewhere").mkdir()
     for _ in range(2):  # the second time RUNS/* holds the page, too
         assert command([one, two, f"{two}/../t#2", begun, *map(str, tmp_path.glob("*.html"))]) == 0
         said = capsys.readouterr()
         assert said.err == f"left out: {begun} has not finished\n" and said.out.count("report.html\n") == 2
     page = (tmp_path / "overview.html").read_text()
-    assert f"had not finished: {begun}" in page and "2 runs" in page and 'href="t%232/report.html"' in page
+    assert "had not finished: b<" in page and "2 runs" in page and 'href="t%232/report.html"' in page
     assert not list((tmp_path / "b").glob("*.html"))
     assert status([one, str(tmp_path / "overview.html")]) == 0
     capsys.readouterr()
@@ -149,12 +150,23 @@ def test_runs_that_have_not_finished_are_left_out_of_the_page_of_several(
 
 def test_pages_show_runs_of_the_kind_that_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     esi, other = begin(tmp_path / "esi", "done"), begin(tmp_path / "eval", "done", {"kind": "evaluation"})
+    strange, foreign = begin(tmp_path / "s", "done", {"kind": ["x"]}), begin(tmp_path / "f", "done", {"kind": "tuning"})
+    torn = begin(tmp_path / "torn", None)
+    (tmp_path / "torn/report.json").write_text("{")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for options, problem in (
         ([esi, "--tuned", other], f"--tuned = {other}: is an evaluation, not a SET or SPA run; give a SET or SPA run"),
         ([esi, "--evaluated", esi], f"--evaluated = {esi}: is an ESI run, not an evaluation"),
         ([other, "--evaluated", other], f"RUN = {other}: is an evaluation, not an ESI run"),
         ([esi, "--tuned", str(tmp_path)], f"--tuned = {tmp_path}: holds no report.json"),
         ([esi, "--output", str(tmp_path)], f"--output = {tmp_path}: is a folder"),
+        ([esi, "--output", f"{esi}/config.yaml"], "config.yaml: is a file of a run"),
+        ([esi, "--output", f"{tmp_path}/{'x' * 256}"], "is in no folder that can be written to"),
+        ([esi, "--tuned", strange], f"--tuned = {strange}: is a perturbation, not a SET or SPA run"),
+        ([esi, "--tuned", torn], f"--tuned = {torn}/report.json"),
+        ([esi, torn], f"RUN = {torn}/report.json"),
+        ([esi, foreign], f"RUN = {foreign}/report.json: is not a report of this version"),
+        ([str(tmp_path / "loop")], f"RUN = {tmp_path}/loop: holds no report.json"),
         ([esi, "--output", str(tmp_path / "a/b.html")], "b.html: is in no folder that can be written to"),
         ([esi, "--output", f"{esi}/config.yaml/b.html"], "b.html: is in no folder that can be written to"),
     ):

@@ -138,7 +138,7 @@ def test_tuning() -> None:
         ("set", "esi", "freeze", "train", "The mask’s weights were trained, and routers; every other weight is the ba"),
         ("spa", "esi", "freeze", "freeze", "The mask’s weights were frozen, and all that have no score, such as embed"),
         ("spa", "esi", "train", "train", "The mask’s weights were frozen and are the base model’s, bit for bit; all o"),
-        ("spa", "esi", "freeze", "train", "The mask’s weights were frozen, and all that have no score but routers; th"),
+        ("spa", "esi", "freeze", "train", "The mask’s weights were frozen, and all that have no score, except routers"),
         ("spa", "esi", "train", "freeze", "The mask’s weights were frozen, and routers; they are the base model’s, bi"),
         ("spa", "none", "freeze", "freeze", "No weight that has a score was frozen: a baseline of SPA. All that have"),
         ("spa", "none", "train", "train", "No weight was frozen: a baseline of SPA."),
@@ -149,7 +149,7 @@ def test_what_was_trained_is_said_as_it_was(
 ) -> None:
     facts = {"mask criterion": criterion, "unscored parameters": unscored, "routers": routers}
     page = {**TUNING, "method": method, "facts": facts}
-    assert sentences.what_was_trained(page).startswith(said)  # type: ignore[arg-type]
+    assert sentences.what_was_trained(method, criterion == "none", unscored, routers).startswith(said)
     assert said in render(page) and "patch" not in render(page)  # type: ignore[arg-type]
     assert "patch revert RUN/model RUN/patch" in render({**page, "changed": 9})  # type: ignore[arg-type]
 
@@ -202,6 +202,13 @@ def test_an_evaluation() -> None:
     assert sentences.evaluation(alone) == ["set: skill stays at 50.0 % on gsm8k (acc)."]  # type: ignore[arg-type]
     run = FinishedRun("e", "e", alone, {})  # type: ignore[type-var]
     assert overview.key_fact(run) == "base 50.0 % skill (gsm8k, acc); set 50.0 % skill (gsm8k, acc)"
+    surprise = [{**row, "judge": "word_perplexity", "rate": 23.4} for row in skill]
+    alone = {**COMPARED, "measures": surprise, "changes": []}
+    assert sentences.evaluation(alone) == []  # type: ignore[arg-type]
+    run = FinishedRun("e", "e", alone, {})  # type: ignore[type-var]
+    assert overview.key_fact(run).startswith("base 23.4 skill (gsm8k, word_perplexity); set 23.4 ")
+    both = {**COMPARED, "measures": [*surprise, *skill], "changes": []}
+    assert sentences.evaluation(both) == ["set: skill stays at 50.0 % on gsm8k (acc)."]  # type: ignore[arg-type]
 
 
 def point(order: str, noise: float, rate: float | None, measure: str = "attack_success") -> dict:

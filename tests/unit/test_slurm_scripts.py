@@ -108,7 +108,7 @@ def test_a_pipeline_that_is_called_wrongly_says_how(site: Path) -> None:
     assert done.stderr.startswith("Submit ESI") and done.stderr.endswith("name the same model in all configs.\n")
     assert call(site, "slurm/pipeline.sh", "--help").stdout == done.stderr
     (site / "bin/sbatch").write_text("#!/bin/sh\ntouch submitted\necho 7\n")
-    (site / "e.yaml").write_text("model: {path: a}\n")
+    (site / "e.yaml").write_text("model: {path: tune}  # eval: none, tune: none\n")
     usual = ["--runs", "runs", "--esi", "e.yaml"]
     for more, said in (
         (["--bogus", "1"], "--bogus: is no option of this script"),
@@ -116,6 +116,7 @@ def test_a_pipeline_that_is_called_wrongly_says_how(site: Path) -> None:
         (["--set"], "--set: has no value"),
         (["--seeds", ""], "--seeds: has no value; give one, or leave --seeds out"),
         (["--prompts", ""], "--prompts: has no value"),
+        (["--prompts", " \n"], "--prompts: has no value; give files or names"),
         (["--set", "e.yaml"], "--set = e.yaml: has no section tune; give a config of this stage"),
         (["--eval", "e.yaml"], "--eval = e.yaml: has no section eval"),
         (["--seeds", "0-1", "--prompts", "a b"], "--seeds and --prompts: give one of them"),

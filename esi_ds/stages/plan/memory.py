@@ -174,8 +174,8 @@ def print_bytes(config: Config, options: Options, stage: str, work: Work, model_
         or expert_parallel_size(best.settings)
         or next(iter(_near(sizes(work, cluster, model_type), cluster)), None)
     )
-    if stage == "esi" and config.judge is not None and not work.judge:
-        print(f"\nNOTE: judge.path = {config.judge.path}: is not on this machine, so the judge is not counted")
+    if stage == "esi" and config.judge is not None and config.scores_responses and not work.judge:
+        print(f"\nNOTE: judge.path = {config.judge.path}: has no readable configuration on this machine: not counted")
     print(f"\n{cluster.nodes} nodes of {cluster.per_node} GPUs; a step has {work.tokens:,} tokens a rank at most")
     _print_table("without expert parallelism", work, stage, cluster, with_experts(settings, None))
     if chosen is not None:
