@@ -33,6 +33,8 @@ UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")
 VISIBLE_S, MESSAGE_S = 120.0, 5.0
 MANIFEST = "manifest.json"
 STATUS = "status.json"
+INPUTS = "inputs.json"  # what identifies the run's inputs, also where its manifest was deleted to have it done again
+IDENTIFYING = ("stage", "model_fingerprint", "data_hashes", "source_digests")  # keys of the manifest
 MAX_NAME = 255  # bytes of a file's name
 IDENTITY = "run.json"  # while a run is not done: its id, which its checkpoints and records of rows name
 MODES = {"private": 0o700, "group": 0o750, "all": 0o755}  # of the run folder, by ``run.share``
@@ -299,9 +301,9 @@ class RunFolder:
         Manifests of earlier versions do not say which; the status does. A run that died before it had a manifest has
         left nothing that another could take for its own.
         """
-        manifest = read_manifest(self.path)
-        before = manifest.get("stage")
-        if manifest and before is None:
+        inputs = read_inputs(self.path)
+        before = inputs.get("stage")
+        if inputs and before is None:
             with suppress(UserError):
                 before = read_json(self.path / STATUS, dict[str, Any], "run.output_dir", "-").get("stage")
         if before is not None and before != stage:
@@ -314,7 +316,7 @@ class RunFolder:
         Of a mapping, what the manifest does not name is of an earlier version and taken as it is. field: to name;
         None where the mapping's keys are fields.
         """
-        before = read_manifest(self.path).get(key)
+        before = read_inputs(self.path).get(key)
         if isinstance(before, dict) and isinstance(now, dict):
             now = {name: value for name, value in now.items() if name in before}
             field = field or next((name for name in before if before[name] != now.get(name)), None)
@@ -382,7 +384,23 @@ class RunFolder:
             "commit": commit(),
         }
         results = {"results": describe_results(self.path)} if exit_state == "done" else {}
-        _write_manifest(self.path, {**manifest, **(notes or {}), **results})
+        content = {**manifest, **(notes or {})}
+        inputs = {key: content[key] for key in IDENTIFYING if content.get(key) is not None}
+        if inputs != read_inputs(self.path):
+            write_json_atomic(self.path / INPUTS, inputs)
+        _write_manifest(self.path, {**content, **results})
+
+
+def read_inputs(run: Path) -> dict[str, Any]:
+    """What identifies a run's inputs: what its manifest says, and what that does not, as far as ``inputs.json`` does.
+
+    Raises UserError for either that cannot be read.
+    """
+    file, kept = run / INPUTS, dict[str, Any]()
+    if file.is_file():
+        kept = read_json(file, dict[str, Any], "run.output_dir", "delete it to go on without what it says")
+    manifest = read_manifest(run)
+    return {**kept, **{key: manifest[key] for key in IDENTIFYING if manifest.get(key) is not None}}
 
 
 def read_manifest(run: Path, field: str = "run.output_dir") -> dict[str, Any]:

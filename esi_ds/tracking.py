@@ -150,7 +150,7 @@ class Tracker:
 
     def remark(self, line: str) -> None:
         """A message that the manifest and the report repeat, once however often it is given."""
-        if line not in self.remarks:
+        if not any(line in earlier for earlier in self.remarks):  # of an earlier start they are one text
             self.remarks.append(line)
             self.log(line)
 

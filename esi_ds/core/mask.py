@@ -157,7 +157,8 @@ class Mask:
         return self.bits(name).reshape(self.shapes[name])
 
     @cached_property
-    def _digests(self) -> dict[str, str]:
+    def digests(self) -> dict[str, str]:
+        """Parameter → sha256 of its bits; empty for a mask of an earlier version. Raises UserError."""
         return read_digests(self.path, self.shapes, FIELD, REMEDY)
 
     def problems(self, part: int = 0, num_parts: int = 1) -> list[str]:
@@ -167,7 +168,7 @@ class Mask:
         UserError where the digests cannot be read.
         """
         problems: list[str] = []
-        digests = self._digests
+        digests = self.digests
         for name in self.names[part::num_parts]:
             try:
                 data = self.data(name)
@@ -224,6 +225,11 @@ class EmptyMask(Mask):
         super().__init__(Path(NO_MASK), TensorFolder({}, metadata, {}), header)
         self.mark_sound()
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """None: it has no files."""
+        return {}
+
     def data(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """uint8: zeros for bytes [first, last) of one parameter's bits."""
         end = num_bytes(self.numel(name)) if last is None else last
@@ -251,8 +257,16 @@ def load_mask(path: str, field: str = "tune.mask") -> Mask:
 
 
 def metadata_sha256(mask: Mask) -> str:
-    """sha256 of the metadata, which differs between two masks of one model: criterion, threshold, k, counts."""
+    """sha256 of the metadata: criterion, threshold, k, counts. Two masks of one model may share it, with a scope of
+    ``matrix`` for one."""
     return texts_sha256(mask.metadata)
+
+
+def identity(mask: Mask) -> dict[str, str]:
+    """What tells a mask from all others of its model, for manifests: sha256 of its metadata and of all its bits. Masks
+    of earlier versions have no digests of their bits."""
+    bits = {"mask_bits_sha256": texts_sha256(mask.digests)} if mask.digests else {}
+    return {"mask_sha256": metadata_sha256(mask), **bits}
 
 
 def texts_sha256(metadata: Mapping[str, str]) -> str:

@@ -27,7 +27,7 @@ from esi_ds.data.benchmarks import EXAMPLES
 from esi_ds.data.rows import Row, read_rows
 from esi_ds.errors import UserError
 from esi_ds.eval.harness_quiet import quiet
-from esi_ds.eval.task_code import check_definition, sandboxed
+from esi_ds.eval.task_code import check_definition, further_files, sandboxed
 from esi_ds.eval.task_files import read_afresh
 from esi_ds.eval.task_names import names_in
 from esi_ds.eval.task_rows import NEEDED, read_task_rows
@@ -85,7 +85,8 @@ def _sha256(task: PreparedTask, rows: Sequence[str]) -> str | None:
     """``PreparedTask.sha256``. rows: digests of what lm-eval has read from local files."""
     section = task.config
     names = [task.rows, section.fewshot_path, section.name if task.is_yaml else None]
-    files = [file_sha256(Path(name).expanduser()) for name in names if name is not None]
+    further = further_files(section.name, task.field) if task.is_yaml else []
+    files = [file_sha256(Path(name).expanduser()) for name in (*names, *further) if name is not None]
     return hashlib.sha256(json.dumps([*files, *rows]).encode()).hexdigest() if files or rows else None
 
 

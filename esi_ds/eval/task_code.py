@@ -47,9 +47,30 @@ def check_definition(name: str, field: str) -> None:
 
     name: path of the YAML. field: the task's key in the config. Nothing is imported.
     """
+    for path, definition, tag in _definitions(name, field):
+        code = f"the tag {tag}" if tag else _code(definition)
+        if code:
+            problem = f"runs code: {path.name} has {code}"
+            raise UserError(f"{field}.name", name, problem, REMEDY.format(field=field))
+
+
+def further_files(name: str, field: str) -> list[Path]:
+    """What a YAML's task depends on besides it: the YAMLs that it includes, and where one names code the Python files
+    beside it. Raises UserError."""
+    definitions = list(_definitions(name, field))
+    included = [path for path, *_ in definitions[1:]]
+    beside = {file for path, _, tag in definitions if tag for file in path.parent.glob("*.py")}
+    return sorted({*included, *beside})
+
+
+def _definitions(name: str, field: str) -> Iterator[tuple[Path, dict[str, Any], str | None]]:
+    """The YAML and those that it includes, but for lm-eval's own: path, keys, and the first tag that is not YAML's.
+
+    Raises UserError.
+    """
     waiting, seen = [Path(name)], set[Path]()
-    with reading(f"{field}.name", name, "check the YAML and what it includes"):
-        while waiting:
+    while waiting:
+        with reading(f"{field}.name", name, "check the YAML and what it includes"):
             path = waiting.pop().expanduser().resolve()
             if path in seen or path.is_relative_to(INSTALLED):
                 continue
@@ -57,13 +78,10 @@ def check_definition(name: str, field: str) -> None:
             if len(seen) > MAX_FILES:
                 raise ValueError(f"it includes more than {MAX_FILES} files")
             definition, tag = _read(path)
-            code = f"the tag {tag}" if tag else _code(definition)
-            if code:
-                problem = f"runs code: {path.name} has {code}"
-                raise UserError(f"{field}.name", name, problem, REMEDY.format(field=field))
             included = definition.get("include", [])
             included = included if isinstance(included, list) else [included]
             waiting += [path.parent / check_type(entry, str) for entry in included]
+        yield path, definition, tag
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str | None]:

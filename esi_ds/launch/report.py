@@ -82,6 +82,7 @@ def write_pages(arguments: argparse.Namespace) -> None:
         ("--tuned", arguments.tuned, "tuning"),
         ("--evaluated", arguments.evaluated, "evaluation"),
     ):
+        split_finished(folders, option, every=True)
         others[option] = [(folder, read(folder, option)) for folder in folders]
         for folder, report in others[option]:
             check_kind(option, folder, report, kind)
@@ -119,14 +120,14 @@ def link(file: Path, folder: Path) -> str:
     return quote(os.fsencode(Path(os.path.relpath(file, folder)).as_posix()))
 
 
-def split_finished(runs: list[Path]) -> tuple[list[Path], list[Path]]:
+def split_finished(runs: Sequence[Path], field: str = "RUN", every: bool = False) -> tuple[list[Path], list[Path]]:
     """(runs to show, runs that were begun and have not finished). What is no run is to be shown: it is an error there.
 
-    Raises UserError where none has finished.
+    Raises UserError naming ``field`` where none has finished, or with ``every`` one has not.
     """
     left_out = [run for run in runs if is_unfinished(run)]
-    if left_out and len(left_out) == len(runs):
-        raise UserError("RUN", str(runs[0]), "has not finished", "give its command again; it continues")
+    if left_out and (every or len(left_out) == len(runs)):
+        raise UserError(field, str(left_out[0]), "has not finished", "give its command again; it continues")
     return [run for run in runs if run not in left_out], left_out
 
 

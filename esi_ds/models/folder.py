@@ -17,6 +17,7 @@ from esi_ds.core.quantised import Weight
 from esi_ds.errors import UserError
 from esi_ds.models import hub
 from esi_ds.models.quantised import WAY_OUT, Quantisation, model_weights, read_quantisation, without_quantisation
+from esi_ds.models.weights import checkpoint_tensors
 from esi_ds.reading import reading
 
 # Configurations' names for the longest sequence: MPT's is max_seq_len, that of Whisper's decoder max_target_positions;
@@ -30,6 +31,9 @@ POSITIONS = (
     "seq_length",
     "max_sequence_length",
 )
+
+FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names
+EXACT_IN = {"bf16": {"BF16"}, "fp16": {"F16"}, "fp32": {"F32", "F16", "BF16"}}  # model.dtype → what it holds exactly
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,18 @@ def load_model_config(source: ModelSource, only_local: bool = False) -> Pretrain
         problem = f"is a {config.model_type}, which keeps weights in a file of their own ({extra_files[0]})"
         raise UserError(field, path, problem, "give a model whose weights are all in its safetensors files")
     return config
+
+
+def rounded_from(section: Model) -> str | None:
+    """The dtypes of a checkpoint that ``model.dtype`` does not hold exactly, such as "F32"; None where none is lost.
+
+    Of a quantised checkpoint the plain weights' dtype counts, which is what the model is read in.
+    """
+    source, kept = ModelSource.of(section), EXACT_IN[section.dtype]
+    if quantisation_of(source) is not None:
+        return None
+    stored = {tensor.dtype for tensor in checkpoint_tensors(checkpoint_folder(source), source.field)}
+    return ", ".join(sorted((stored & FLOATS) - kept)) or None
 
 
 def check_weights(source: ModelSource) -> None:

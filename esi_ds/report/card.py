@@ -25,17 +25,21 @@ def model_card(
     rows: TuningSet,
     benign: TuningSet | None,
     dequantised_from: str | None = None,
+    rounded_from: str | None = None,
 ) -> str:
     """Markdown with the hub's front matter.
 
     stage: set or spa. fingerprint: the base model's. dequantised_from: the format of its files; None where they are not
-    quantised. num_trained: weights that were trained. benign: rows mixed in.
+    quantised. rounded_from: their dtypes, where ``model.dtype`` holds them only rounded. num_trained: weights that were
+    trained. benign: rows mixed in.
     """
     routers = tune.router or tune.unscored
-    sentence = what_was_trained(stage, stage == "spa" and not mask.k, tune.unscored, routers)
+    rounded_to = config.model.dtype if rounded_from is not None else None
+    sentence = what_was_trained(stage, stage == "spa" and not mask.k, tune.unscored, routers, rounded_to)
     facts = {
         "base model": config.model.path + (f" ({config.model.revision})" if config.model.revision else ""),
         **({"base weights": f"dequantised from {dequantised_from}"} if dequantised_from is not None else {}),
+        **({"base weights": f"rounded from {rounded_from}"} if rounded_from is not None else {}),
         "base fingerprint": fingerprint,
         "mask fingerprint": mask.fingerprint,
         "mask": f"{mask.k:,} of {mask.total_numel:,} weights by {mask.header.criterion}, order "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
@@ -146,14 +147,30 @@ def role_shares(runs: Sequence[FinishedRun[EsiReport]]) -> list[tuple[str, list[
 
 
 def joined(runs: Sequence[FinishedRun[EvaluationReport]]) -> EvaluationReport:
-    """Several evaluations as one, each model under its run's name. Only the parts that tables of rates read."""
+    """Several evaluations as one, each model under its run's name, and under it also sets and judges that share their
+    name with other prompts and judges. Only the parts that tables of rates read."""
     if len(runs) == 1:
         return runs[0].report
-    return cast(
-        EvaluationReport,
+    sets = _ambiguous([{row["set"]: row.get("sha256") for row in run.report["sets"]} for run in runs])
+    judges = _ambiguous([{row["name"]: row for row in run.report["judges"]} for run in runs])
+    measures = [
         {
-            "models": [{**m, "name": f"{run.name}: {m['name']}"} for run in runs for m in run.report["models"]],
-            "measures": [{**m, "model": f"{run.name}: {m['model']}"} for run in runs for m in run.report["measures"]],
-            "changes": [],
-        },
-    )
+            **row,
+            "model": f"{run.name}: {row['model']}",
+            "set": f"{row['set']} of {run.name}" if row["set"] in sets else row["set"],
+            "judge": f"{row['judge']} of {run.name}" if row["judge"] in judges else row["judge"],
+        }
+        for run in runs
+        for row in run.report["measures"]
+    ]
+    models = [{**model, "name": f"{run.name}: {model['name']}"} for run in runs for model in run.report["models"]]
+    return cast(EvaluationReport, {"models": models, "measures": measures, "changes": []})
+
+
+def _ambiguous(named: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names that mean different things in different runs. named: of each run, name → what it stands for."""
+    meanings: dict[str, set[str]] = {}
+    for of_run in named:
+        for name, meaning in of_run.items():
+            meanings.setdefault(name, set()).add(json.dumps(meaning, sort_keys=True))
+    return {name for name, different in meanings.items() if len(different) > 1}

@@ -128,27 +128,29 @@ UNSCORED = "all that have no score, such as embeddings and norms"
 SAME_BITS = "the base model’s, bit for bit"
 
 
-def what_was_trained(method: str, is_baseline: bool, unscored: str, routers: str) -> str:
+def what_was_trained(method: str, is_baseline: bool, unscored: str, routers: str, rounded_to: str | None = None) -> str:
     """Which weights were trained and which are the base model's.
 
-    method: set or spa. is_baseline: SPA without a mask. unscored, routers: freeze or train.
+    method: set or spa. is_baseline: SPA without a mask. unscored, routers: freeze or train. rounded_to: ``model.dtype``
+    where the base is stored in a finer one.
     """
+    same = SAME_BITS if rounded_to is None else f"the base model’s, rounded to {rounded_to}"
     kinds = {"freeze": "", "train": ""}  # of weights without a score, by what became of them
     kinds[unscored] = UNSCORED
     if routers != unscored:
         kinds[unscored], kinds[routers] = "all that have no score, except routers", "routers"
     if method == "set":
         if not kinds["train"]:
-            return f"Only the mask’s weights were trained; every other weight is {SAME_BITS}."
-        return f"The mask’s weights were trained, and {kinds['train']}; every other weight is {SAME_BITS}."
+            return f"Only the mask’s weights were trained; every other weight is {same}."
+        return f"The mask’s weights were trained, and {kinds['train']}; every other weight is {same}."
     if is_baseline:
         if not kinds["freeze"]:
             return "No weight was frozen: a baseline of SPA."
-        frozen = f"{_begin(kinds['freeze'])}{',' * (',' in kinds['freeze'])} were frozen and are {SAME_BITS}."
+        frozen = f"{_begin(kinds['freeze'])}{',' * (',' in kinds['freeze'])} were frozen and are {same}."
         return f"No weight that has a score was frozen: a baseline of SPA. {frozen}"
     if not kinds["freeze"]:
-        return f"The mask’s weights were frozen and are {SAME_BITS}; all others were trained."
-    return f"The mask’s weights were frozen, and {kinds['freeze']}; they are {SAME_BITS}. All others were trained."
+        return f"The mask’s weights were frozen and are {same}; all others were trained."
+    return f"The mask’s weights were frozen, and {kinds['freeze']}; they are {same}. All others were trained."
 
 
 def _refusals(row: RefusalRow) -> str:

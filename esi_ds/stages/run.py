@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from esi_ds import lock
 from esi_ds.artifacts import IDENTITY, MANIFEST, RunFolder, read_manifest
 from esi_ds.config import Config, Esi, Eval
-from esi_ds.core.mask import Mask, metadata_sha256, refuse_problems
+from esi_ds.core.mask import Mask, identity, refuse_problems
 from esi_ds.core.units import Parameter
 from esi_ds.data.chat import read_template
 from esi_ds.deepspeed_config import monitor_settings, resolve_deepspeed
@@ -25,7 +25,8 @@ from esi_ds.errors import Interrupted, UserError
 from esi_ds.journal import unrecorded
 from esi_ds.models import hub
 from esi_ds.models.fingerprint import check_mask_weights, fingerprint, tensor_digests, weights_digest
-from esi_ds.models.folder import ModelSource, checkpoint_folder, dequantised, files_digest
+from esi_ds.models.folder import ModelSource, checkpoint_folder, dequantised, files_digest, load_model_config
+from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.peers import PeerWatch, own_process
 from esi_ds.reading import check_type, reading
@@ -52,7 +53,7 @@ def check_mask_bits(mask: Mask, field: str) -> None:
     """
     parts = runtime.gather_objects(mask.problems(runtime.rank(), runtime.world_size()))
     refuse_problems(mask, [problem for part in parts for problem in part], field)
-    if len(set(runtime.gather_objects(metadata_sha256(mask)))) > 1:
+    if len({tuple(other.items()) for other in runtime.gather_objects(identity(mask))}) > 1:
         raise UserError(field, str(mask.path), "differs between hosts", "give one shared folder")
 
 
@@ -161,13 +162,20 @@ class StageRun(ABC, Generic[Inputs]):
 
     def _is_finished(self) -> bool:
         """Whether there is nothing left to do; rank 0 says so. Raises UserError, on every rank, where the folder is
-        another stage's or results are no longer what they were. One broadcast."""
+        another stage's, results are no longer what they were, or models, judges or templates are others by now: the
+        results would be taken for theirs.
+
+        Collectives: a broadcast; of a finished run also those of ``_check_sources`` and ``known_fingerprint``.
+        """
 
         def look() -> bool:
             self.folder.check_stage(self.stage)
             return self.folder.is_finished()
 
         finished = runtime.from_main(look)
+        if finished:
+            self._check_sources()
+            self.folder.check_same("model_fingerprint", self.known_fingerprint(), "model.path")
         if finished and runtime.is_main():
             print(f"{self.folder.path} is finished already; nothing to do")
         return finished
@@ -211,6 +219,8 @@ class StageRun(ABC, Generic[Inputs]):
             )
             if taken_over:
                 tracker.log(taken_over)
+            if earlier := read_manifest(self.folder.path).get("remarks"):  # what they are about is not done again
+                tracker.remarks.append(str(earlier))
             if restarts := int(os.environ.get("SLURM_RESTART_COUNT", "0")):
                 tracker.log(f"Slurm has started this job again, {restarts} times by now")
             for name in unrecorded(self.folder.path) if runtime.is_main() else ():
@@ -276,6 +286,13 @@ class StageRun(ABC, Generic[Inputs]):
         Raises UserError. Collectives: one gather and one barrier.
         """
         self.begin_with(self.model_fingerprint(ModelSource.of(self.config.model), model.parameters))
+
+    def known_fingerprint(self) -> str:
+        """Of the model, from its files alone. One gather."""
+        source = ModelSource.of(self.config.model)
+        section = self.config.model
+        parameters = meta_parameters(load_model_config(source), source, section.roles, section.dtype)
+        return self.model_fingerprint(source, parameters)
 
     def begin_with(self, fingerprint: str) -> None:
         """``begin`` with a known fingerprint. Raises UserError. One barrier."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from builders import build_model, byte_bpe_tokenizer
 from conftest import ROOT
 
 from esi_ds.cli import main
@@ -14,11 +16,11 @@ from esi_ds.config.needs import require_tune
 from esi_ds.core.mask import EmptyMask
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_weights
-from esi_ds.models.folder import ModelSource, load_model_config
+from esi_ds.models.folder import ModelSource, load_model_config, rounded_from
 from esi_ds.models.meta import meta_parameters
 from esi_ds.report.card import model_card
 from esi_ds.report.html import render
-from esi_ds.stages.tune.prepare import describe_trained, open_mask
+from esi_ds.stages.tune.prepare import describe_trained, open_mask, prepare_tuning
 
 MODEL = str(ROOT / "examples/models/llama-aligned")
 
@@ -41,6 +43,36 @@ def test_every_scored_weight_trains(unscored: str) -> None:
     assert not mask.bits(scored.name).any() and trained.bits(scored.name, 3, 70).all()
     assert torch.equal(mask.data(scored.name, 1, 3), torch.zeros(2, dtype=torch.uint8))
     assert check_mask_weights(mask, "any weights", False, "tune.mask")  # it is every model's
+
+
+def test_what_is_asked_before_and_after_is_among_a_runs_inputs(tmp_path: Path) -> None:
+    """Answers before tuning stay, and would be compared with those to other prompts."""
+    asked = {}
+    for name in ("one", "other"):
+        (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": f"How does {name} do it?"}) + "\n")
+        evaluated = {"eval": {"prompts": {"path": str(tmp_path / "asked.jsonl")}}}
+        asked[name] = prepare_tuning(validate({**config().model_dump(), **evaluated}), "spa").source
+    assert asked["one"].keys() == asked["other"].keys()
+    assert [key for key in asked["one"] if asked["one"][key] != asked["other"][key]] == ["harmful:asked"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "lost"),
+    [("bf16", "bf16", None), ("fp32", "bf16", "F32"), ("fp16", "bf16", "F16"), ("bf16", "fp32", None)],
+)
+def test_what_is_rounded_is_not_called_the_bases_bits(
+    stored: str, dtype: str, lost: str | None, tmp_path: Path
+) -> None:
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    folder = build_model("llama", tmp_path / "model", byte_bpe_tokenizer(), dtype=kinds[stored])
+    section = validate({**config().model_dump(), "model": {"path": str(folder), "dtype": dtype}})
+    assert rounded_from(section.model) == lost
+    tune, model_config = require_tune(section), load_model_config(ModelSource.of(section.model))
+    mask = open_mask(section.model, tune, "spa", model_config)
+    rows = type("Rows", (), {"sha256": "0"})
+    about = {"fingerprint": "f", "mask": mask, "num_trained": 5, "rows": rows, "benign": None}
+    card = model_card(section, tune, stage="set", **about, rounded_from=lost)
+    assert ("the base model’s, rounded to bf16." in card) == (lost is not None) == ("bit for bit" not in card)
 
 
 def test_a_card_does_not_say_that_a_mask_was_frozen() -> None:

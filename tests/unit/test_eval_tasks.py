@@ -701,6 +701,25 @@ def test_a_run_does_not_go_on_with_other_files_of_its_tasks(folder, tmp_path) ->
     run.check_same("data_hashes", {"harmful:p": "1", **before}, "eval")
 
 
+def test_nor_with_other_files_that_its_yaml_names(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    rows = str(write(tmp_path / "rows.jsonl", [{"text": "a"}]))
+    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {rows}}}\ntest_split: train\n"
+    (tmp_path / "own.yaml").write_text(f"include: base.yaml\ntask: own\n{data}")
+    (tmp_path / "base.yaml").write_text(f"{OUTPUT}process_docs: !function code.run\n")
+    (tmp_path / "code.py").write_text("def run(docs):\n    return docs\n")
+
+    def digest() -> str | None:
+        return prepare_tasks([Task(name=str(tmp_path / "own.yaml"), trust_remote_code=True)])[0].sha256
+
+    digests = [digest(), digest()]
+    for name, more in (("base.yaml", "num_fewshot: 0\n"), ("code.py", "\n"), ("rows.jsonl", '{"text": "b"}\n')):
+        with (tmp_path / name).open("a") as file:
+            file.write(more)
+        digests.append(digest())
+    assert digests[0] == digests[1] and len(set(digests)) == 4
+
+
 def test_only_local_files_pass_by_the_cache(monkeypatch) -> None:
     """What is fetched stays in the cache; a stream has none."""
     calls: list[dict] = []

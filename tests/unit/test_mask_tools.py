@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from mask_folders import write_pair
+from mask_folders import write_mask, write_pair
 from safetensors import SafetensorError
 from torch import Tensor
 
 from esi_ds import reselect
-from esi_ds.core.mask import Mask
+from esi_ds.core.mask import Mask, digest, identity, metadata_sha256, pack_bits
 from esi_ds.mask import compare_with_scores, main
 from esi_ds.models.weights import checkpoint_tensors
 from esi_ds.ranks import Ranks
@@ -72,6 +72,21 @@ def test_what_another_host_has_made_is_waited_for(tmp_path: Path, monkeypatch: p
     mask = Mask.load(tmp_path / "mask")
     reselect.write_selection(mask, tmp_path / "scores", tmp_path / "again", 0.1, "top", 3)
     assert waited == [tmp_path / ".again.tmp"] * len(mask.files) + [tmp_path / "again/model.safetensors.index.json"]
+
+
+def test_masks_of_one_metadata_are_told_apart_by_their_bits(tmp_path: Path) -> None:
+    """With a scope of matrix two runs of one criterion have the same counts, and no threshold."""
+    masks = []
+    for number, bits in enumerate(([True, False, False, True], [False, True, True, False])):
+        folder = write_mask(tmp_path / str(number), {"a": torch.tensor(bits)})
+        digests = {"a": digest(pack_bits(torch.tensor(bits)))}
+        (folder / "digests.json").write_text(json.dumps(digests))
+        masks.append(Mask.load(folder))
+    one, other = map(identity, masks)
+    assert metadata_sha256(masks[0]) == metadata_sha256(masks[1])
+    assert one["mask_sha256"] == other["mask_sha256"] and one["mask_bits_sha256"] != other["mask_bits_sha256"]
+    (tmp_path / "0/digests.json").unlink()
+    assert identity(Mask.load(tmp_path / "0")) == {"mask_sha256": one["mask_sha256"]}  # of an earlier version
 
 
 def test_what_cannot_be_read_or_made_is_told(tmp_path: Path, capsys) -> None:

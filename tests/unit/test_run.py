@@ -11,18 +11,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders import build_model, byte_bpe_tokenizer
 from safetensors.torch import save_file
 
 from esi_ds import lock
 from esi_ds.artifacts import STATUS, RunFolder
 from esi_ds.config import validate
-from esi_ds.errors import UserError
+from esi_ds.errors import Interrupted, UserError
 from esi_ds.models.folder import ModelSource
 from esi_ds.options import Options
 from esi_ds.stages import ENTRIES
 from esi_ds.stages import run as stage_run
 from esi_ds.stages.folder import open_folder
 from esi_ds.stages.run import StageRun
+from esi_ds.zero import runtime
 
 
 class Run(StageRun):
@@ -45,7 +47,10 @@ def test_a_run_that_ended_while_its_lock_was_looked_at_is_not_run_again(
         return acquire(path)
 
     monkeypatch.setattr(lock, "acquire", acquire_late)
-    Run(config, Options(), None, folder, {}, {}).run()
+    run = Run(config, Options(), None, folder, {}, {})
+    monkeypatch.setattr(run, "_check_sources", lambda: None)
+    monkeypatch.setattr(run, "known_fingerprint", lambda: "f")
+    run.run()
     assert "is finished already; nothing to do" in capsys.readouterr().out
     assert not (tmp_path / lock.LOCK).exists()
 
@@ -133,6 +138,85 @@ def test_a_run_goes_on_only_with_the_judge_and_the_files_it_began_with(
         return
     with pytest.raises(UserError, match=f"{field}: is not what the run in .* started with"):
         start()
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda path: None, None),
+        (lambda path: build_model("llama", path / "model", byte_bpe_tokenizer(), seed=8), "model.path"),
+        (lambda path: (path / "model/tokenizer.json").write_text("{ }"), "model.path"),
+        (lambda path: save_file({"a": torch.ones(3)}, path / "judge/model.safetensors"), "judge.path"),
+        (lambda path: (path / "run/manifest.json").unlink(), None),
+    ],
+)
+def test_results_of_other_models_are_not_called_finished(
+    change: Callable[[Path], object], field: str | None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Somebody tunes again into the same folder, and evaluates with the same config. Deleting the manifest, to have the
+    run done again, does not make its rows those of another model."""
+
+    class Judged(Run):
+        ran = False
+
+        @property
+        def judge_sources(self) -> list[ModelSource]:
+            return [ModelSource(str(tmp_path / "judge"), field="judge.path")]
+
+        def _run_locked(self, taken_over: str | None) -> None:
+            self.folder.open(self.config)
+            self._check_sources()
+            self._fingerprint = self.known_fingerprint()
+            self.folder.check_same("model_fingerprint", self._fingerprint, "model.path")
+            self.tracker = SimpleNamespace(remarks=[])  # type: ignore[assignment]
+            self.record("done")
+            self.ran = True
+
+    def start() -> Judged:
+        run = Judged(config, Options(), None, RunFolder(config.run.output_dir), {"sha256": "s"}, {})
+        run.run()
+        return run
+
+    build_model("llama", tmp_path / "model", byte_bpe_tokenizer(), seed=7)
+    tiny_model(tmp_path / "judge")
+    run = {"output_dir": str(tmp_path / "run")}
+    config = validate({"run": run, "model": {"path": str(tmp_path / "model"), "dtype": "fp32"}})
+    assert start().ran and not start().ran
+    for without_manifest in (False, True):
+        change(tmp_path)
+        if without_manifest:
+            (tmp_path / "run/manifest.json").unlink(missing_ok=True)
+        if field is None:
+            start()
+            continue
+        with pytest.raises(UserError, match=f"{field}: is not what the run in .* started with"):
+            start()
+    assert ("nothing to do" in capsys.readouterr().out) and (tmp_path / "run/inputs.json").is_file()
+
+
+def test_remarks_of_an_earlier_start_stay(tmp_path: Path) -> None:
+    class Remarking(Run):
+        def work(self) -> None:
+            self._fingerprint = "f"
+            for line in lines:
+                self.tracker.remark(line)
+            if "stop" in lines:
+                raise Interrupted("stopped")
+
+        def _check_sources(self) -> None:
+            pass
+
+    model = build_model("llama", tmp_path / "model", byte_bpe_tokenizer(), seed=7)
+    run = {"output_dir": str(tmp_path / "run"), "tensorboard": False}
+    config = validate({"run": run, "model": {"path": str(model)}})
+    lines = ["another model replied", "stop"]
+    with runtime.process_group(60, 60):
+        with pytest.raises(Interrupted):
+            Remarking(config, Options(), None, RunFolder(config.run.output_dir), {}, {}).run()
+        lines = ["another model replied", "one at a time"]
+        Remarking(config, Options(), None, RunFolder(config.run.output_dir), {}, {}).run()
+    said = json.loads((tmp_path / "run/manifest.json").read_text())["remarks"]
+    assert said == "another model replied; stop; one at a time"
 
 
 def test_entries_load_nothing_heavy() -> None:

@@ -149,8 +149,11 @@ def test_what_was_trained_is_said_as_it_was(
 ) -> None:
     facts = {"mask criterion": criterion, "unscored parameters": unscored, "routers": routers}
     page = {**TUNING, "method": method, "facts": facts}
-    assert sentences.what_was_trained(method, criterion == "none", unscored, routers).startswith(said)
+    sentence = sentences.what_was_trained(method, criterion == "none", unscored, routers)
+    assert sentence.startswith(said)
     assert said in render(page) and "patch" not in render(page)  # type: ignore[arg-type]
+    rounded = render({**page, "facts": {**facts, "base weights": "rounded from F32", "dtype": "bf16"}})  # type: ignore[arg-type]
+    assert sentence.replace("bit for bit", "rounded to bf16") in rounded
     assert "patch revert RUN/model RUN/patch" in render({**page, "changed": 9})  # type: ignore[arg-type]
 
 
@@ -259,6 +262,29 @@ def test_which_weights_the_noise_was_put_on(cells: list[tuple[str, float, int]],
             for order, ratio, k in cells for noise in (1.0, 2.0)]  # fmt: skip
     page = {"cells": rows, "mask": {"path": "runs/x/mask", "criterion": "esi", "k": 3}}
     assert sentences.noisy_weights(page) == said  # type: ignore[arg-type]
+
+
+def test_other_prompts_and_judges_of_the_same_name_are_kept_apart() -> None:
+    def run(name: str, sha256: str, path: str) -> FinishedRun:
+        sets = [{"set": "advbench", "sha256": sha256}, {"set": "xstest", "sha256": "x"}]
+        judges = [{"name": "guard", "path": path}]
+        return FinishedRun(name, name, {**COMPARED, "sets": sets, "judges": judges}, {})
+
+    def named(*runs: FinishedRun) -> set[tuple[str, str]]:
+        return {
+            (row["set"], row["judge"]) for row in overview.joined(runs)["measures"] if row["measure"] != "incoherent"
+        }
+
+    assert named(run("a", "1", "g"), run("b", "1", "g")) == {("advbench", "guard"), ("xstest", "words")}
+    other_set = named(run("a", "1", "g"), run("b", "2", "g"))
+    assert other_set == {("advbench of a", "guard"), ("advbench of b", "guard"), ("xstest", "words")}
+    other_judge = named(run("a", "1", "g"), run("b", "1", "h"))
+    assert other_judge == {("advbench", "guard of a"), ("advbench", "guard of b"), ("xstest", "words")}
+    runs = [run("a", "1", "g"), run("b", "2", "g")]
+    lines = sentences.several(runs, [], overview.joined(runs))
+    assert lines[1].startswith(
+        "Attack success on advbench of a (guard) is lowest for a: set, 10.0 %, and highest for a:"
+    )
 
 
 def test_several_runs() -> None:

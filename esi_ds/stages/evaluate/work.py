@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 from esi_ds.eval.rows import TaskRow
 from esi_ds.eval.tasks import run_tasks
@@ -26,6 +27,11 @@ from esi_ds.zero.engine import load_replicated, load_sharded
 TASKS = "tasks.jsonl"
 
 
+def joined(fingerprints: Mapping[str, str]) -> str:
+    """One fingerprint for several models, by name."""
+    return hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
+
+
 class EvalRun(StageRun[EvalInputs]):
     """One evaluation on this rank."""
 
@@ -39,18 +45,26 @@ class EvalRun(StageRun[EvalInputs]):
     def sources(self) -> list[ModelSource]:
         return self.inputs.sources
 
-    def work(self) -> None:
-        inputs, tracker = self.inputs, self.tracker
-        fingerprints = {
+    def _fingerprints(self) -> dict[str, str]:
+        """Of every model by name. A gather a model."""
+        return {
             model.name: model.fingerprint
             if not isinstance(model, Candidate)
             else self.model_fingerprint(
                 model.source, meta_parameters(model.config, model.source, dtype=self.config.model.dtype)
             )
-            for model in inputs.models
+            for model in self.inputs.models
         }
+
+    def known_fingerprint(self) -> str:
+        """Of all models together. A gather a model."""
+        return joined(self._fingerprints())
+
+    def work(self) -> None:
+        inputs, tracker = self.inputs, self.tracker
+        fingerprints = self._fingerprints()
         self.notes = {"model_fingerprints": fingerprints}
-        self.begin_with(hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest())
+        self.begin_with(joined(fingerprints))
         for question_set in inputs.sets:
             row = question_set.as_row()
             num_skipped = sum(row["skipped"].values())

@@ -81,8 +81,10 @@ def check_sections(config: Config) -> Perturb:
             )
     for key in ("orders", "ratios", "noise", "seeds"):
         values = getattr(section, key)
-        if values is not None and len(set(values)) < len(values):
-            raise UserError(f"perturb.{key}", values, "names a value twice", "name it once")
+        names = {f"{value:g}" if isinstance(value, float) else value for value in values or ()}  # as in a cell's name
+        if values is not None and len(names) < len(values):
+            problem = "names a value twice, or two that differ in the seventh digit"
+            raise UserError(f"perturb.{key}", values, problem, "name it once")
     return section
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esi_ds.config import Config
-from esi_ds.core.mask import metadata_sha256
+from esi_ds.core.mask import identity
 from esi_ds.options import Options
 from esi_ds.stages.folder import open_folder
 from esi_ds.stages.perturb.prepare import prepare_perturb
@@ -16,7 +16,7 @@ def run(config: Config, options: Options) -> None:
         plan_perturb(config, options)
         return
     inputs = prepare_perturb(config)
-    source = {**inputs.source, "mask_sha256": metadata_sha256(inputs.mask)}
+    source = {**inputs.source, **identity(inputs.mask)}
     folder = open_folder(config, "perturb", source, "perturb")
     from esi_ds.stages.perturb.work import PerturbRun  # loads deepspeed
 

@@ -6,6 +6,7 @@ import time
 
 from esi_ds.artifacts import read_metrics
 from esi_ds.data.thoughts import marks_with
+from esi_ds.models.folder import rounded_from
 from esi_ds.patch import PatchSummary
 from esi_ds.report.card import METHODS
 from esi_ds.report.contents import ChangedTensor, DriftRow, Facts, TunedAnswerRow, TuningReport
@@ -38,7 +39,7 @@ def finish_tuning(
     report: TuningReport = {
         "kind": "tuning",
         "method": inputs.stage,
-        "title": f"{METHODS[inputs.stage][0]} of {run.config.model.path}",
+        "title": f"{METHODS[inputs.stage]} of {run.config.model.path}",
         "trained": inputs.trained.total,
         "total_numel": inputs.mask.total_numel,
         "steps": training.step,
@@ -75,6 +76,7 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         "mask fingerprint": inputs.mask.fingerprint,
         "mask made from these weights": run.notes["mask_made_from_these_weights"],
         "mask criterion": inputs.mask.header.criterion,
+        **({"base weights": f"rounded from {line}"} if (line := rounded_from(config.model)) else {}),
         "unscored parameters": tune.unscored,
         "routers": tune.router or tune.unscored,
         "rows": f"{len(rows.sequences):,} of {tune.data.path} ({rows.columns})",

@@ -16,7 +16,7 @@ from esi_ds.core.units import Parameter
 from esi_ds.data.chat import answerable, encode_data_prompt, load_chat_tokenizer, special_strings, with_template
 from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
 from esi_ds.data.end_tokens import end_tokens
-from esi_ds.data.prompts import load_question_sets
+from esi_ds.data.prompts import QuestionSet, load_question_sets
 from esi_ds.data.rows import read_rows
 from esi_ds.data.thoughts import marks_with
 from esi_ds.data.turns import Prompt
@@ -72,7 +72,9 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
             "benign_sha256": benign.sha256,
             "benign_columns": benign.columns,
         }
-    questions = _questions(config.eval)
+    sets = load_question_sets(config.eval) if config.eval is not None else []
+    data_facts |= {f"{one.kind}:{one.name}": one.prompt_set.sha256 for one in sets}
+    questions = _questions(sets)
     question_ids, unanswered = _encode_questions(config, questions, tokenizer, max_positions(model_config))
     return TuningInputs(
         stage,
@@ -187,9 +189,9 @@ def _encode_questions(
     return question_ids, unanswered
 
 
-def _questions(section: Eval | None) -> dict[str, list[Prompt]]:
-    """Prompts of ``eval.prompts`` (harmful) and ``eval.benign`` (benign), if the config has them."""
+def _questions(sets: Sequence[QuestionSet]) -> dict[str, list[Prompt]]:
+    """Prompts of ``eval.prompts`` (harmful) and ``eval.benign`` (benign), all sets of a kind as one."""
     questions: dict[str, list[Prompt]] = {}
-    for question_set in load_question_sets(section) if section is not None else []:
+    for question_set in sets:
         questions.setdefault(question_set.kind, []).extend(question_set.prompts)
     return questions

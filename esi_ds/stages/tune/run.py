@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esi_ds.config import Config
-from esi_ds.core.mask import metadata_sha256
+from esi_ds.core.mask import identity
 from esi_ds.options import Options
 from esi_ds.stages.folder import open_folder
 from esi_ds.stages.plan.tuning import print_tuning_plan
@@ -26,7 +26,7 @@ def _run(config: Config, options: Options, stage: str) -> None:
         print_tuning_plan(config, options, stage)
         return
     inputs = prepare_tuning(config, stage)
-    source = {**inputs.source, "mask_sha256": metadata_sha256(inputs.mask)}
+    source = {**inputs.source, **identity(inputs.mask)}
     folder = open_folder(config, stage, source, "tune")
     from esi_ds.stages.tune.work import TuneRun  # loads deepspeed
 
