@@ -33,13 +33,17 @@ def frees_all() -> Iterator[None]:
     assert grown <= 0, f"{grown} bytes of tensors stay"
 
 
-def run_cases(run_case: Callable[[dict[str, Any]], None]) -> None:
-    """Run each case of the JSON file named last on the command line, on all ranks; then end the process."""
+def run_cases(run_case: Callable[[dict[str, Any]], None], freeze: bool = True) -> None:
+    """Run each case of the JSON file named last on the command line, on all ranks; then end the process.
+
+    freeze: collections leave alone what earlier cases have left, which ``tensor_bytes`` does not count then.
+    """
     runtime.start()
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # see runtime: NaN where a row is masked whole
     for case in json.loads(Path(sys.argv[-1]).read_text()):
-        gc.collect()
-        gc.freeze()  # DeepSpeed keeps the modules of every engine, without tensors: collections would go through all
+        if freeze:
+            gc.collect()
+            gc.freeze()  # DeepSpeed keeps the modules of every engine, without tensors: collections would go through all
         run_case(case)
     runtime.stop()
     leave(0)
