@@ -43,7 +43,7 @@ def run_cases(run_case: Callable[[dict[str, Any]], None], freeze: bool = True) -
     for case in json.loads(Path(sys.argv[-1]).read_text()):
         if freeze:
             gc.collect()
-            gc.freeze()  # DeepSpeed keeps the modules of every engine, without tensors: collections would go through all
+            gc.freeze()  # DeepSpeed keeps every engine's modules, without tensors: collections would go through all
         run_case(case)
     runtime.stop()
     leave(0)
