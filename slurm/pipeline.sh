@@ -55,7 +55,7 @@ for stage in "${!config[@]}"; do # a file, or the name of a recipe
     set | spa) section=tune ;;
     *) section=$stage ;;
     esac
-    sed 's/#.*//' <<<"$text" | grep -qE "(^|[{, ])[\"']?$section[\"']? *:" ||
+    grep -qE "^([^#]*[{, ])?[\"']?${section}[\"']? *:" <<<"$text" ||
         refuse "--$stage = $file" "has no section $section; give a config of this stage"
 done
 

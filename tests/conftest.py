@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What every finished run folder holds, whatever its stage.
 RUN_FILES = {
+    "inputs.json",
     "config.yaml",
     "manifest.json",
     "metrics.jsonl",
