@@ -311,9 +311,9 @@ class RunFolder:
             raise UserError("run.output_dir", str(self.path), problem, remedy)
 
     def check_same(self, key: str, now: Any, field: str | None = None) -> None:
-        """Raise UserError if ``now`` differs from the value of ``key`` in the interrupted run's manifest.
+        """Raise UserError if ``now`` differs from the value of ``key`` among the inputs of the run in this folder.
 
-        Of a mapping, what the manifest does not name is of an earlier version and taken as it is. field: to name;
+        Of a mapping, what these do not name is of an earlier version and taken as it is. field: to name;
         None where the mapping's keys are fields.
         """
         before = read_inputs(self.path).get(key)
@@ -385,9 +385,7 @@ class RunFolder:
         }
         results = {"results": describe_results(self.path)} if exit_state == "done" else {}
         content = {**manifest, **(notes or {})}
-        inputs = {key: content[key] for key in IDENTIFYING if content.get(key) is not None}
-        if inputs != read_inputs(self.path):
-            write_json_atomic(self.path / INPUTS, inputs)
+        write_json_atomic(self.path / INPUTS, _inputs_in(content))
         _write_manifest(self.path, {**content, **results})
 
 
@@ -399,8 +397,11 @@ def read_inputs(run: Path) -> dict[str, Any]:
     file, kept = run / INPUTS, dict[str, Any]()
     if file.is_file():
         kept = read_json(file, dict[str, Any], "run.output_dir", "delete it to go on without what it says")
-    manifest = read_manifest(run)
-    return {**kept, **{key: manifest[key] for key in IDENTIFYING if manifest.get(key) is not None}}
+    return {**kept, **_inputs_in(read_manifest(run))}
+
+
+def _inputs_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: manifest[key] for key in IDENTIFYING if manifest.get(key) is not None}
 
 
 def read_manifest(run: Path, field: str = "run.output_dir") -> dict[str, Any]:

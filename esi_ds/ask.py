@@ -19,10 +19,11 @@ from filelock import FileLock, Timeout
 from typing_extensions import NotRequired, TypedDict
 
 from esi_ds.artifacts import append_jsonl, jsonl, parse_jsonl, write_text_atomic
+from esi_ds.config import Prompts
 from esi_ds.config.checks import check_extra, check_numbers
 from esi_ds.config.section import MAX_TIMEOUT_S
 from esi_ds.data.benchmarks import BUILT_IN
-from esi_ds.data.prompts import PromptSet, load_prompts
+from esi_ds.data.prompts import PromptSet, load_section
 from esi_ds.data.rows import looks_like_file
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError, ends_with_message
@@ -243,15 +244,9 @@ def _extra_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def _prompts_of(arguments: argparse.Namespace) -> PromptSet:
     """The prompts that the arguments name. Raises UserError, which names an option, not a key of a config."""
     try:
-        return load_prompts(
-            arguments.prompts,
-            arguments.split,
-            arguments.column,
-            arguments.limit,
-            goal=arguments.goal,
-            behaviors=arguments.behaviors,
-            field="--prompts",
-        )
+        keys = ("split", "column", "limit", "goal", "behaviors")
+        section = Prompts(path=arguments.prompts, **{key: getattr(arguments, key) for key in keys})
+        return load_section(section, "--prompts")
     except UserError as error:
         option = error.field.replace("--prompts.", "--").replace("--path", "--prompts")
         raise UserError(option, error.value, error.problem, error.remedy) from error

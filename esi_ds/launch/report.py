@@ -35,19 +35,19 @@ if TYPE_CHECKING:
     from esi_ds.report.contents import Overlap
 
 
-OVERVIEW = "overview.html"
+REPORT, OVERVIEW = "report.json", "overview.html"
 REMEDY = "give the folder of a finished run, or finish it again"
 
 
-def read(run: Path, field: str = "RUN", name: str = "report.json") -> Any:
-    """A JSON file of a run: what its stage's report holds (``report/contents.py``).
+def read(run: Path, field: str = "RUN") -> Any:
+    """A run's report (``report/contents.py``).
 
     Raises UserError naming ``field`` for one that is missing, torn, was altered or holds something else.
     """
-    if not os.path.isfile(run / name):
-        raise UserError(field, str(run), f"holds no {name}", "give the folder of a finished run")
-    check_result(run, name, field, REMEDY)
-    return read_json(run / name, dict[str, Any], field, REMEDY)
+    if not os.path.isfile(run / REPORT):
+        raise UserError(field, str(run), f"holds no {REPORT}", "give the folder of a finished run")
+    check_result(run, REPORT, field, REMEDY)
+    return read_json(run / REPORT, dict[str, Any], field, REMEDY)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -77,21 +77,13 @@ def write_pages(arguments: argparse.Namespace) -> None:
     paths = list({os.path.realpath(path): path for path in without_pages(arguments.runs)}.values())
     runs, left_out = split_finished(paths)
     reports = {run: read(run) for run in runs}
-    others: dict[str, list[tuple[Path, Any]]] = {}
-    for option, folders, kind in (
-        ("--tuned", arguments.tuned, "tuning"),
-        ("--evaluated", arguments.evaluated, "evaluation"),
-    ):
-        split_finished(folders, option, every=True)
-        others[option] = [(folder, read(folder, option)) for folder in folders]
-        for folder, report in others[option]:
-            check_kind(option, folder, report, kind)
-    shows_others = bool(arguments.tuned or arguments.evaluated)
-    if shows_others:
+    tuned = reports_of("--tuned", arguments.tuned, "tuning")
+    evaluated = reports_of("--evaluated", arguments.evaluated, "evaluation")
+    if tuned or evaluated:
         for run, report in reports.items():
             check_kind("RUN", run, report, None)
-    pages = {run / "report.html": page_of(run, report, others) for run, report in reports.items()}
-    if arguments.output or (len(reports) > 1 and not shows_others):
+    pages = {run / "report.html": page_of(run, report, tuned, evaluated) for run, report in reports.items()}
+    if arguments.output or (len(reports) > 1 and not (tuned or evaluated)):
         overview = overview_file(runs, arguments.output)
         pages[overview] = overview_of(reports, overview, left_out)
     for run in left_out:
@@ -103,16 +95,28 @@ def write_pages(arguments: argparse.Namespace) -> None:
         print(file)
 
 
-def page_of(run: Path, report: Any, others: Mapping[str, Sequence[tuple[Path, Any]]]) -> str:
-    """A run's page. others: runs that it shows, too, by the option that names them. Raises UserError."""
+Linked = Sequence[tuple[Path, Any]]  # folders of runs, with their reports
+
+
+def reports_of(option: str, folders: Sequence[Path], kind: str) -> Linked:
+    """The runs that an option names. Raises UserError naming it for one that has not finished or is of another kind."""
+    linked = []
+    for folder in folders:
+        if is_unfinished(folder):
+            raise unfinished(option, folder)
+        report = read(folder, option)
+        check_kind(option, folder, report, kind)
+        linked.append((folder, report))
+    return linked
+
+
+def page_of(run: Path, report: Any, tuned: Linked, evaluated: Linked) -> str:
+    """A run's page, which shows the other runs, too. Raises UserError."""
     from esi_ds.report.html import render
 
-    linked = {
-        option: [(link(folder / "report.html", run), shown) for folder, shown in rows]
-        for option, rows in others.items()
-    }
-    with reading("RUN", run / "report.json", REMEDY, "is not a report of this version"):
-        return render(report, linked["--tuned"], linked["--evaluated"])
+    others = ([(link(folder / "report.html", run), shown) for folder, shown in linked] for linked in (tuned, evaluated))
+    with reading("RUN", run / REPORT, REMEDY, "is not a report of this version"):
+        return render(report, *others)
 
 
 def link(file: Path, folder: Path) -> str:
@@ -120,15 +124,20 @@ def link(file: Path, folder: Path) -> str:
     return quote(os.fsencode(Path(os.path.relpath(file, folder)).as_posix()))
 
 
-def split_finished(runs: Sequence[Path], field: str = "RUN", every: bool = False) -> tuple[list[Path], list[Path]]:
+def split_finished(runs: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """(runs to show, runs that were begun and have not finished). What is no run is to be shown: it is an error there.
 
-    Raises UserError naming ``field`` where none has finished, or with ``every`` one has not.
+    Raises UserError where none has finished.
     """
     left_out = [run for run in runs if is_unfinished(run)]
-    if left_out and (every or len(left_out) == len(runs)):
-        raise UserError(field, str(left_out[0]), "has not finished", "give its command again; it continues")
+    if left_out and len(left_out) == len(runs):
+        raise unfinished("RUN", left_out[0])
     return [run for run in runs if run not in left_out], left_out
+
+
+def unfinished(field: str, run: Path) -> UserError:
+    """For a run that was to be shown."""
+    return UserError(field, str(run), "has not finished", "give its command again; it continues")
 
 
 def is_unfinished(run: Path) -> bool:
@@ -137,7 +146,7 @@ def is_unfinished(run: Path) -> bool:
         return False
     if (run / MANIFEST).is_file():
         return bool(read_manifest(run, "RUN").get("exit_state") != "done")
-    return not (run / "report.json").is_file()  # a run that lost its manifest has a report all the same
+    return not (run / REPORT).is_file()  # a run that lost its manifest has a report all the same
 
 
 def check_kind(field: str, run: Path, report: Any, kind: str | None) -> None:

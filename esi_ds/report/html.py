@@ -187,7 +187,7 @@ def _what_was_trained(report: TuningReport) -> str:
     unscored = str(facts.get("unscored parameters", "freeze"))
     routers = str(facts.get("routers", unscored))  # the earliest runs name none
     is_baseline = facts.get("mask criterion") == "none"
-    rounded_to = str(facts["dtype"]) if str(facts.get("base weights", "")).startswith("rounded") else None
+    rounded_to = str(facts["dtype"]) if "base weights" in facts else None
     return sentences.what_was_trained(report["method"], is_baseline, unscored, routers, rounded_to)
 
 

@@ -29,6 +29,8 @@ ALIKE = 1.25  # a share less than this times the control's, or the other way rou
 MANY_INCOHERENT = 0.05  # of the answers: worth a word beside attack success
 CHANCE = 0.05  # p-values above it
 NOISE_MEASURES = {"attack_success": "attack success on", "refused": "refusal of"}  # the first that was measured
+UNSCORED = "all that have no score, such as embeddings and norms"
+SAME_BITS = "the base model’s, bit for bit"
 MAX_MODELS = 4
 MAX_MASKS = 3
 
@@ -122,10 +124,6 @@ def tuning(report: TuningReport) -> list[str]:
         trained += f"; the loss of a batch {change}"
     refusals = [line for row in report["refusals"] if (line := _refusals(row))]
     return [f"{trained}.", *([f"The tuned model refuses {listed(refusals)}."] if refusals else [])]
-
-
-UNSCORED = "all that have no score, such as embeddings and norms"
-SAME_BITS = "the base model’s, bit for bit"
 
 
 def what_was_trained(method: str, is_baseline: bool, unscored: str, routers: str, rounded_to: str | None = None) -> str:
@@ -266,16 +264,13 @@ def noisy_weights(report: PerturbationReport) -> str:
     mask, cells = report["mask"], report["cells"]
     ranking = f"of the ranking of {mask['path']} ({mask['criterion']})"
     orders = list(dict.fromkeys(cell["order"] for cell in cells))
-    counts = [f"{k:,} ({100 * ratio:g} %)" for ratio, k in dict.fromkeys((cell["ratio"], cell["k"]) for cell in cells)]
-    if len(counts) == 1:
-        count, share = counts[0].split(" ", 1)
-        if len(orders) == 1:
-            return f"on the {count} {orders[0]} weights {share} {ranking}."
-        counts = [f"{count} weights {share}"]
-    else:
-        counts[-1] += " weights"
+    sizes = dict.fromkeys((f"{cell['k']:,}", f"({100 * cell['ratio']:g} %)") for cell in cells)
+    (count, share), *more = sizes
+    if not more and len(orders) == 1:
+        return f"on the {count} {orders[0]} weights {share} {ranking}."
+    amount = f"{listed([' '.join(size) for size in sizes])} weights" if more else f"{count} weights {share}"
     parts = [f"{'as many' if order == 'random' else 'the'} {order}" for order in orders]
-    return f"on {listed(counts)} {ranking}: {listed(parts)} ones."
+    return f"on {amount} {ranking}: {listed(parts)} ones."
 
 
 def _babble(point: CurveRow, curves: Sequence[CurveRow]) -> str:

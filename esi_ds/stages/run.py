@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
 from torch.optim import Optimizer
@@ -25,7 +26,14 @@ from esi_ds.errors import Interrupted, UserError
 from esi_ds.journal import unrecorded
 from esi_ds.models import hub
 from esi_ds.models.fingerprint import check_mask_weights, fingerprint, tensor_digests, weights_digest
-from esi_ds.models.folder import ModelSource, checkpoint_folder, dequantised, files_digest, load_model_config
+from esi_ds.models.folder import (
+    ModelSource,
+    checkpoint_folder,
+    dequantised,
+    files_digest,
+    load_model_config,
+    rounded_from,
+)
 from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.peers import PeerWatch, own_process
@@ -133,6 +141,11 @@ class StageRun(ABC, Generic[Inputs]):
             deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
             check_settings(deepspeed_config)
             cls(config, options, inputs, folder, deepspeed_config, source).run()
+
+    @cached_property
+    def rounded_from(self) -> str | None:
+        """As ``models.folder.rounded_from``, of ``model``: page and card say it."""
+        return rounded_from(self.config.model)
 
     @property
     def judge_sources(self) -> list[ModelSource]:

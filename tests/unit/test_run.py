@@ -34,6 +34,14 @@ class Run(StageRun):
         raise AssertionError("it is done already")
 
 
+class Judged(Run):
+    """Its judge lies beside its folder."""
+
+    @property
+    def judge_sources(self) -> list[ModelSource]:
+        return [ModelSource(str(self.folder.path.parent / "judge"), field="judge.path")]
+
+
 def test_a_run_that_ended_while_its_lock_was_looked_at_is_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -112,11 +120,6 @@ def tiny_model(folder: Path) -> None:
 def test_a_run_goes_on_only_with_the_judge_and_the_files_it_began_with(
     change: Callable[[Path], object], field: str | None, tmp_path: Path
 ) -> None:
-    class Judged(Run):
-        @property
-        def judge_sources(self) -> list[ModelSource]:
-            return [ModelSource(str(tmp_path / "judge"), field="judge.path")]
-
     def start() -> Judged:
         run = Judged(config, Options(), None, RunFolder(config.run.output_dir), {}, {})
         run.tracker = SimpleNamespace(remarks=[])  # type: ignore[assignment]
@@ -156,12 +159,8 @@ def test_results_of_other_models_are_not_called_finished(
     """Somebody tunes again into the same folder, and evaluates with the same config. Deleting the manifest, to have the
     run done again, does not make its rows those of another model."""
 
-    class Judged(Run):
+    class Finishing(Judged):
         ran = False
-
-        @property
-        def judge_sources(self) -> list[ModelSource]:
-            return [ModelSource(str(tmp_path / "judge"), field="judge.path")]
 
         def _run_locked(self, taken_over: str | None) -> None:
             self.folder.open(self.config)
@@ -172,8 +171,8 @@ def test_results_of_other_models_are_not_called_finished(
             self.record("done")
             self.ran = True
 
-    def start() -> Judged:
-        run = Judged(config, Options(), None, RunFolder(config.run.output_dir), {"sha256": "s"}, {})
+    def start() -> Finishing:
+        run = Finishing(config, Options(), None, RunFolder(config.run.output_dir), {"sha256": "s"}, {})
         run.run()
         return run
 

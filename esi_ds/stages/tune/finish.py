@@ -6,7 +6,6 @@ import time
 
 from esi_ds.artifacts import read_metrics
 from esi_ds.data.thoughts import marks_with
-from esi_ds.models.folder import rounded_from
 from esi_ds.patch import PatchSummary
 from esi_ds.report.card import METHODS
 from esi_ds.report.contents import ChangedTensor, DriftRow, Facts, TunedAnswerRow, TuningReport
@@ -76,7 +75,7 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         "mask fingerprint": inputs.mask.fingerprint,
         "mask made from these weights": run.notes["mask_made_from_these_weights"],
         "mask criterion": inputs.mask.header.criterion,
-        **({"base weights": f"rounded from {line}"} if (line := rounded_from(config.model)) else {}),
+        **({"base weights": f"rounded from {line}"} if (line := run.rounded_from) else {}),
         "unscored parameters": tune.unscored,
         "routers": tune.router or tune.unscored,
         "rows": f"{len(rows.sequences):,} of {tune.data.path} ({rows.columns})",

@@ -20,7 +20,7 @@ from esi_ds.errors import UserError
 from esi_ds.eval.refusals import is_refusal
 from esi_ds.journal import Journal
 from esi_ds.models.fingerprint import tensor_digests
-from esi_ds.models.folder import ModelSource, checkpoint_folder, max_positions, quantisation_of, rounded_from
+from esi_ds.models.folder import ModelSource, checkpoint_folder, max_positions, quantisation_of
 from esi_ds.report.card import model_card
 from esi_ds.report.contents import TunedAnswerRow
 from esi_ds.stages.batch_sizes import longest_prompt
@@ -223,7 +223,7 @@ class TuneRun(StageRun[TuningInputs]):
             rows=inputs.rows,
             benign=inputs.benign,
             dequantised_from=None if quantisation is None else str(quantisation),
-            rounded_from=rounded_from(self.config.model),
+            rounded_from=self.rounded_from,
         )
         section = self.config.model
         plain = without_values(inputs.tokenizer, section.template_kwargs, day_of(section))
