@@ -30,6 +30,12 @@ ROW_LEARNT = ("weight", "loss_weight", "sample_weight", "train")
 NOT_LEARNT = ("mask", "masked", "ignore", "ignore_loss", "mask_history", "train_detail")
 BELONGING = {*SYSTEM, *HISTORY, *INPUTS, *OPTIONS, *REFUSED, *LEARNT, *ROW_LEARNT, *NOT_LEARNT}
 QUESTIONS = ("goal", "forbidden_prompt", "prompt", "instruction", "question", "query", "request")
+ATTACKS = ("adversarial", "vanilla")  # WildJailbreak's: a row has one of them, so that both are one column
+WHOLES = (
+    "text",
+    *CHATS,
+    "turns",
+)  # a prompt where there is no question; a text may be a chat as its template writes it
 NOTHING = ("[]", "{}", "null")  # how tables write an empty list or object
 YES_OR_NO = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
@@ -83,6 +89,17 @@ def check_question_columns(names: Sequence[str], field: str) -> None:
     questions = [name for name in names if name.strip().lower() in QUESTIONS]
     if len(questions) > 1:
         _refuse_choice(questions, field)
+
+
+def check_prompt_columns(names: Sequence[str], field: str) -> None:
+    """Raises UserError where several columns, which nobody has chosen from, may hold the prompt."""
+    lower = [name.strip().lower() for name in names]
+    attack = next((name for name in ATTACKS if name in lower), None)
+    questions = [name for name in names if name.strip().lower() in {*QUESTIONS, attack}]
+    wholes = [name for name in names if name.strip().lower() in WHOLES]
+    for choice in (questions, [] if questions or "behavior" in lower else wholes):
+        if len(choice) > 1:
+            _refuse_choice(choice, field)
 
 
 def _refuse_choice(names: Sequence[str], field: str) -> NoReturn:

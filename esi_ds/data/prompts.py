@@ -29,7 +29,7 @@ from esi_ds.data.columns import (
     UnreadableRow,
     chat_value,
     check_distinct,
-    check_question_columns,
+    check_prompt_columns,
     check_row,
     full_question,
     history_value,
@@ -217,7 +217,7 @@ def choose_column(rows: Sequence[Row], column: str, field: str, goal: str | None
         )
     names = [name for name in names if name != goal]
     check_distinct(names, COLUMNS, field)
-    check_question_columns(names, field)
+    check_prompt_columns(names, field)
     lower = {name.strip().lower(): name for name in names}
     for candidate in COLUMNS:
         if candidate in lower:

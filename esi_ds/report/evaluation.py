@@ -19,6 +19,11 @@ WORDS = {
     "incoherent": "incoherent",
     "task": "skill",
 }
+# lm-eval's metrics whose values may lie between 0 and 1 without being shares.
+OTHER_UNITS = (
+    *("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "likelihood", "brier_score"),
+    *("mcc", "bleu", "chrf", "chrf++", "ter", "bypass"),
+)
 
 
 def pivot(report: EvaluationReport) -> list[PivotRow]:
@@ -67,8 +72,11 @@ def interval(cell: RateRow | None) -> str:
 
 
 def is_share(cell: RateRow) -> bool:
-    """Whether the rate is between 0 and 1 (or missing); a task's metric may be a perplexity. A divergence is none."""
-    return cell.get("measure") != DIVERGENCE and (cell["rate"] is None or 0 <= cell["rate"] <= 1)
+    """Whether the rate is a share of something: between 0 and 1 or missing, and no metric that has another unit."""
+    measured = dict(cell)  # rates of other tables have neither measure nor judge
+    if measured.get("measure") == DIVERGENCE or str(measured.get("judge")).split(",")[0] in OTHER_UNITS:
+        return False
+    return cell["rate"] is None or 0 <= cell["rate"] <= 1
 
 
 def p_value(value: float) -> str:

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from esi_ds.config import Eval
 from esi_ds.eval.refusals import REFUSAL_LISTS
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
-from esi_ds.report.evaluation import change, closing_table, markdown, publish
+from esi_ds.report.evaluation import change, charts, closing_table, markdown, publish
 from esi_ds.report.html import render
 from esi_ds.stages.evaluate.answering import surprise_all, to_read_again
 from esi_ds.tracking import Tracker
@@ -134,6 +134,15 @@ def test_a_metric_without_an_error_or_that_is_no_share() -> None:
     assert report["changes"] == []
     for shown in (closing_table(report), markdown(report), render(report)):
         assert "12.25 (n 3)" in shown and "50.0 % (n 3)" in shown
+
+
+def test_a_metric_with_a_unit_of_its_own_is_no_share_below_one_either() -> None:
+    report = task_report([task_row("a", 0, "t", value=1.25), task_row("b", 0, "t", value=0.5)])
+    for row in report["measures"]:
+        row["judge"] = "bits_per_byte, none"
+    for shown in (closing_table(report), markdown(report), render(report)):
+        assert "0.5 (n 3)" in shown and "50.0 %" not in shown
+    assert charts(report) == []
 
 
 def test_two_tasks_of_one_name_are_told_apart() -> None:

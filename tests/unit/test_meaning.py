@@ -192,6 +192,35 @@ def test_columns_among_which_only_a_person_can_choose(row: dict[str, str], tmp_p
         find_columns([{"messages": [], "conversations": []}], "auto", "f")
 
 
+CHAT = [{"role": "user", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"vanilla": "a", "prompt": "b"},
+        {"adversarial": True, "prompt": "b"},
+        {"goal": "a", "adversarial": "b"},
+        {"text": "<|user|>b", "messages": CHAT},
+        {"messages": [], "conversations": CHAT},
+    ],
+)
+def test_columns_of_prompts_among_which_only_a_person_can_choose(row: dict, tmp_path: Path) -> None:
+    names = " or ".join(row)
+    with pytest.raises(UserError, match=f"data.prompts.column = auto: could be read from the columns {names}"):
+        prompts(tmp_path, row)
+    last = list(row)[-1]
+    assert prompts(tmp_path, row, column=last).column == last
+
+
+def test_columns_beside_a_question_that_are_no_other_one(tmp_path: Path) -> None:
+    """WildJailbreak's pair, JailbreakBench's names of behaviours, Alpaca's rendered text, UltraChat's whole chat."""
+    assert prompts(tmp_path, {"vanilla": "a", "adversarial": ""}).prompts == ("a",)
+    assert prompts(tmp_path, {"Goal": "a", "Behavior": "name"}).prompts == ("a",)
+    assert prompts(tmp_path, {"instruction": "a", "text": "below is ... a"}).prompts == ("a",)
+    assert prompts(tmp_path, {"prompt": "a", "messages": CHAT}).prompts == ("a",)
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
