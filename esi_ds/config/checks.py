@@ -32,13 +32,16 @@ MIN_FLOAT, MAX_FLOAT = 1e-37, 1e37  # where fp32 neither rounds to 0 nor overflo
 
 
 def check_numbers(content: Any, key: str) -> None:
-    """Raise UserError for a number that would be rounded, or overflow, where it is computed with.
+    """Raise UserError for a number that would be rounded, or overflow, where it is computed with, and for half of a
+    surrogate pair, which is no text.
 
     content: of the config's ``key`` and all that is below it; no deeper than a parser has let it be.
     """
     if isinstance(content, dict | list):
         for part, value in content.items() if isinstance(content, dict) else enumerate(content):
             check_numbers(value, f"{key}.{part}" if key else str(part))
+    elif isinstance(content, str) and any("\ud800" <= character <= "\udfff" for character in content):
+        raise UserError(key, ascii(content)[:60], "holds half of a surrogate pair", "write the character itself")
     elif isinstance(content, float) and not math.isfinite(content):
         raise UserError(key, content, "is not a finite number", "give a number")
     elif isinstance(content, float) and content and not MIN_FLOAT <= abs(content) <= MAX_FLOAT:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esi_ds.artifacts import file_sha256
+from esi_ds.data.columns import is_marked
 from esi_ds.data.prompts import QuestionSet, load_responses
 from esi_ds.data.rows import Row
 from esi_ds.data.thoughts import MARKS, Marks, cut_within
@@ -58,6 +59,9 @@ def load_answers(path: str, field: str, model: str, sets: Sequence[QuestionSet],
         if not isinstance(row.get("excluded"), str | None):
             problem = f"has a row whose 'excluded' is {json.dumps(row['excluded'])[:20]}"
             raise UserError(field, path, problem, "give the reason as a text, or null")
+        if not isinstance(row.get("sample", 0), int):
+            problem = f"has a row whose 'sample' is {json.dumps(row['sample'])[:20]}"
+            raise UserError(field, path, problem, "give a number")
     by_key: dict[tuple[str, int], list[int]] = {}
     by_prompt: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
@@ -121,7 +125,7 @@ def check_one_model(rows: Sequence[Row], path: str, field: str = "data.responses
 def counted_responses(rows: Sequence[Row], marks: Marks = MARKS) -> list[str]:
     """``counted_response`` of each row, and "" where the engine cut it within a thought that its prompt had opened."""
     texts = [counted_response(row) for row in rows]
-    unfinished = cut_within(texts, [row.get("cut") is True for row in rows], marks)
+    unfinished = cut_within(texts, [is_marked(row, "cut") for row in rows], marks)
     return ["" if is_unfinished else text for is_unfinished, text in zip(unfinished, texts, strict=True)]
 
 
@@ -136,7 +140,7 @@ def _text_key(prompt: Prompt) -> str:
 
 
 def _answer_of(row: Row) -> RecordedAnswer:
-    answer = RecordedAnswer(row["response"], row.get("excluded"), row.get("cut") is True)
+    answer = RecordedAnswer(row["response"], row.get("excluded"), is_marked(row, "cut"))
     return RecordedAnswer(None, answer.excluded or MISSING) if answer.response is None else answer
 
 

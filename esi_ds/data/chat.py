@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.config import Model
 from esi_ds.data.template_values import check_read, set_values
@@ -84,6 +85,26 @@ def load_chat_tokenizer(source: ModelSource, section: Model, *, is_base: bool = 
     return tokenizer
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, source: ModelSource) -> None:
+    """Raise UserError where padding, or what a chat template writes, has no row in the model's embedding.
+
+    A tokenizer may have more tokens than the model, which texts need not hold: Gemma 3's has one of images.
+    """
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    ids = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
+    if tokenizer.chat_template is not None:
+        with suppress(TemplateRejection):  # its own check says so
+            ids += encode_prompt(tokenizer, "Hello", None)
+    if size is not None and max(ids, default=0) >= size:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise UserError(
+            source.field,
+            source.path,
+            f"has a tokenizer whose {token!r} has the id {max(ids)}, and an embedding of {size} rows",
+            "resize the model's embedding, or mend the tokenizer's pad_token or chat template",
+        )
+
+
 def day_of(section: Model) -> date | None:
     """The day that the model's chat template is given; None: the machine's clock, where no run has named the day."""
     return None if section.date == "auto" else date.fromisoformat(section.date)
@@ -99,17 +120,19 @@ def special_strings(*tokenizers: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 
 def _turn_strings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Added tokens that the chat template writes around a user's turn.
+    """Added tokens that the chat template writes around turns.
 
     Some models add <|im_end|> as an ordinary token; in a prompt it would end the turn all the same. White space, words
     and punctuation that are tokens of their own frame no turn.
     """
     if tokenizer.chat_template is None:
         return set()
-    try:
-        frame = render(tokenizer, [{"role": "user", "content": TURN_MARK}], add_generation_prompt=False)
-    except TemplateRejection:  # of a judge that takes other turns; its own check says so
-        return set()
+    user, assistant, system = ({"role": role, "content": TURN_MARK} for role in ("user", "assistant", "system"))
+    frame = ""
+    for turns in ([user], [user, assistant], [system, user], [user, assistant, user]):
+        for add_generation_prompt in (False, True):
+            with suppress(TemplateRejection):  # of a template that takes other turns; its own check says so
+                frame += render(tokenizer, turns, add_generation_prompt=add_generation_prompt)
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     return {text for text in added if text in frame and len(text.strip()) > 2 and not text.strip().isalnum()}
 

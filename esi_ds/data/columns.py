@@ -17,8 +17,9 @@ SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 HISTORY = ("history", "chat_history", "conversation_history")
 INPUTS = ("input", "context", "contexts", "passage")
 OPTIONS = ("options", "choices")
-OPTION = re.compile(r"(?:option|choice|ending|opt|op)[ _-]?([a-e0-4])")  # columns of one option each
-LETTERS = ("a", "b", "c", "d")  # MMLU's columns of one option each
+# Columns of one option each: option_a, option 1, optionA; without a mark between them "options" would be one, too.
+OPTION = re.compile(r"(?:option|choice|ending|opt|op)(?:[ _-]([a-z]|[0-9]{1,2})|([a-j]|[0-9]{1,2}))")
+LETTERS = tuple("abcdefghij")  # MMLU's columns of one option each, of which a, b and c must have one
 # What the model would be given beside text, and is not.
 REFUSED = (
     *("tools", "functions", "tool_calls", "function_call", "documents"),
@@ -146,15 +147,32 @@ def _first_instance(row: Mapping[str, Any]) -> list[str]:
 
 def _options(row: Mapping[str, Any]) -> dict[str, str]:
     """Letter → text of the options to choose from. Raises UnreadableRow where they are of no known shape."""
-    listed = names_with(row, OPTIONS)
+    listed = [_listed_options(row[name], name) for name in names_with(row, OPTIONS)]
     if listed:
-        return _listed_options(row[listed[0]], listed[0])
-    columns = {match[1]: value for name, value in row.items() if (match := OPTION.fullmatch(name))}
+        if any(options != listed[0] for options in listed):
+            raise UnreadableRow(f"its {' and '.join(OPTIONS)} differ")
+        return listed[0]
+    columns = {match[1] or match[2]: value for name, value in row.items() if (match := OPTION.fullmatch(name))}
     if len(columns) < 2:
-        columns = {letter: row[letter] for letter in LETTERS if letter in row}
-        if "c" not in columns or "d" not in columns:
-            return {}
-    return _lettered([columns[key] for key in sorted(columns)], "options")
+        columns = {letter: row[letter] for letter in LETTERS if letter in row} if _has_letters(row) else {}
+    return _in_columns(columns)
+
+
+def _has_letters(names: Collection[str]) -> bool:
+    return all(letter in names for letter in LETTERS[:3])
+
+
+def _in_columns(columns: Mapping[str, Any]) -> dict[str, str]:
+    """Options that have a column each, by the letter or number in its name: a letter stays an option's own where
+    another option is empty. Raises UnreadableRow."""
+    if not all(isinstance(text, str) for text in columns.values()):
+        raise UnreadableRow("its options are not texts")
+    numbers = {int(key): text for key, text in columns.items() if key.isdigit()}
+    if numbers and len(numbers) < len(columns):
+        raise UnreadableRow("its options have letters and numbers")
+    first = 0 if 0 in numbers else 1
+    lettered = {chr(ord("a") + number - first): text for number, text in numbers.items()} or columns
+    return {letter.upper(): text.strip() for letter, text in sorted(lettered.items())}
 
 
 def _listed_options(value: Any, name: str) -> dict[str, str]:
@@ -168,6 +186,7 @@ def _listed_options(value: Any, name: str) -> dict[str, str]:
     if isinstance(value, list) and all(isinstance(part, dict) and {"key", "value"} <= part.keys() for part in value):
         value = {str(part["key"]): part["value"] for part in value}
     if isinstance(value, dict):
+        value = {letter: text for letter, text in value.items() if text is not None}  # tables give each row all keys
         if not all(isinstance(text, str) for text in value.values()):
             raise UnreadableRow(f"its {name} are not texts")
         return {str(letter): text.strip() for letter, text in value.items()}
@@ -226,6 +245,11 @@ def only_turn(value: Any) -> Any:
     return texts[0] if texts else ""
 
 
+def is_marked(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a row says yes under a name; tables hold it as a text."""
+    return YES_OR_NO.get(str(row.get(name)).strip().lower()) is True
+
+
 def is_learnt(marks: Mapping[str, Any], names: Sequence[str]) -> bool | None:
     """Whether marks like ``weight: 0`` or ``train: false`` let a turn or row be learnt; None without a mark.
 
@@ -255,4 +279,6 @@ def unread_names(rows: Sequence[Mapping[Any, Any]], read: Collection[str]) -> tu
     """Columns, as the rows spell them, that no row is read from. read: lower-case names that are."""
     known = {*read, *SYSTEM, *HISTORY, *OPTIONS}
     names = dict.fromkeys(str(name) for row in rows for name in row)
+    if _has_letters({name.strip().lower() for name in names}):
+        known |= set(LETTERS)
     return tuple(name for name in names if (key := name.strip().lower()) not in known and not OPTION.fullmatch(key))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from esi_ds.core.loss import IGNORED
-from esi_ds.data.chat import TemplateCheck, TemplateRejection, break_up, render
+from esi_ds.data.chat import TURN_MARK, TemplateCheck, TemplateRejection, break_up, render
 from esi_ds.data.columns import (
     CHATS,
     INPUTS,
     ROW_LEARNT,
+    YES_OR_NO,
     UnreadableRow,
     also_read,
     chat_value,
@@ -36,6 +37,7 @@ from esi_ds.data.thoughts import MARKS, Marks
 from esi_ds.data.turns import Turn, read_turns, with_context
 from esi_ds.errors import UserError
 
+KTO = ["prompt", "completion"]  # the columns of rows whose label says whether the answer is a good one
 # Columns of a row that hold (question, further input, answer); tried in this order, ignoring case.
 SHAPES: tuple[tuple[str, str | None, str], ...] = (
     ("prompt", None, "response"),
@@ -131,8 +133,10 @@ def conversation(row: Row, columns: Sequence[str], template: ThoughtTemplate | N
 
 
 def is_spoken(turn: Turn) -> bool:
-    """Whether this is a turn of the assistant that is learnt."""
-    return turn["role"] == "assistant" and turn.get("learnt", True)
+    """Whether this is a turn of the assistant that is learnt: not one without a text, which would teach to say
+    nothing."""
+    has_text = bool(turn["content"].strip() or turn.get("trace"))
+    return turn["role"] == "assistant" and has_text and turn.get("learnt", True)
 
 
 def _turns(row: Row, columns: Sequence[str], traces: bool) -> list[Turn]:
@@ -142,11 +146,35 @@ def _turns(row: Row, columns: Sequence[str], traces: bool) -> list[Turn]:
     check_row(other)
     if is_learnt(other, ROW_LEARNT) is False:
         raise UnreadableRow("its weight is 0")
-    if other.get("label") is False:  # KTO's
+    if _is_rejected(other.get("label"), used):
         raise UnreadableRow("its label is false: the answer is not to be learnt")
     if len(columns) == 1:
-        return with_context(read_turns(chat_value(row.get(columns[0]), used[0]), traces), other)
-    return with_context(_asked_and_answered(row, columns, other, used), other)
+        turns = _with_inputs(read_turns(chat_value(row.get(columns[0]), used[0]), traces), other)
+    else:
+        turns = _asked_and_answered(row, columns, other, used)
+    return with_context(turns, other)
+
+
+def _is_rejected(label: Any, used: Sequence[str]) -> bool:
+    """Whether a label marks an answer that KTO unlearns. Tables hold it as a text; a number is a class, but in KTO's
+    columns."""
+    if isinstance(label, str | bool):
+        return str(label).strip().lower() == "false" or (used == KTO and YES_OR_NO.get(str(label).strip()) is False)
+    return used == KTO and label == 0
+
+
+def _with_inputs(turns: list[Turn], other: Mapping[str, Any]) -> list[Turn]:
+    """The chat with the inputs and options of other columns behind its question. Raises UnreadableRow where it has
+    several, of which these could belong to any."""
+    questions = [turn for turn in turns if turn["role"] == "user"]
+    for turn in questions[-1:]:
+        question = turn["content"].strip()
+        whole = full_question(question, other)
+        if whole != question:
+            if len(questions) > 1:
+                raise UnreadableRow("it has inputs or options beside a chat of several questions")
+            turn["content"] = whole
+    return turns
 
 
 def _asked_and_answered(row: Row, columns: Sequence[str], other: Mapping[str, Any], used: Sequence[str]) -> list[Turn]:
@@ -181,61 +209,121 @@ def encode(
 ) -> TokenSequence:
     """Ids and labels of a conversation in the tokenizer's chat template.
 
-    Learnt: every turn of the assistant that is not marked ``learnt: False``, up to its end token, tokenized after its
-    prompt as in generation. Only the last turn is learnt if the template rewrites earlier turns, or a turn does not
-    continue the text of its prompt. If the template ends a turn without an end token, the tokenizer's is added, unless
-    ``end_token`` is False. learn: ``all`` gives every token a loss, also those of prompts and of turns not learnt.
-    template: of a model that thinks.
+    Learnt: every turn of the assistant that is not marked ``learnt: False``, up to the first end token behind its text,
+    tokenized as what follows its prompt. Only the last turn is learnt if the template rewrites earlier turns, or a turn
+    does not continue the text of its prompt. If the template ends a turn without an end token, the tokenizer's is
+    added, unless ``end_token`` is False. learn: ``all`` gives every token a loss, also those of prompts and of turns
+    not learnt. template: of a model that thinks.
     """
     ends = frozenset(end_ids)
     spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-    pieces = _pieces(tokenizer, turns, spoken) if template is None or len(spoken) > 1 else None
+    pieces = _pieces(tokenizer, turns, spoken, ends) if template is None or len(spoken) > 1 else None
     if template is not None and not _shows_traces(turns, spoken, pieces):
         spoken = spoken[-1:]
-        pieces = [template.last_piece(turns)]
+        pieces = [_piece(tokenizer, turns, *template.last_piece(turns), ends)]
     elif pieces is None:
         spoken = spoken[-1:]
-        pieces = [(render(tokenizer, turns[: spoken[0]], add_generation_prompt=True), turns[spoken[0]]["content"])]
+        pieces = [_piece(tokenizer, turns, *_last_piece(tokenizer, turns), ends)]
+    segments = iter(_behind_each_other(tokenizer, [text for piece in pieces for text in piece.texts]))
     ids: list[int] = []
     labels: list[int] = []
-    for index, (context, answer) in zip(spoken, pieces, strict=True):
-        context_ids = tokenizer(context, add_special_tokens=False)["input_ids"]
-        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        last_end = max((index for index, token in enumerate(answer_ids) if token in ends), default=None)
-        if last_end is None:
-            answer_ids = [*answer_ids, tokenizer.eos_token_id] if end_token else answer_ids
-            last_end = len(answer_ids) - 1
-        learnt = answer_ids[: last_end + 1] if is_spoken(turns[index]) else [IGNORED] * (last_end + 1)
-        trailing = answer_ids[last_end + 1 :]  # a newline after the turn: read, not learnt
-        ids += context_ids + answer_ids
-        labels += [IGNORED] * len(context_ids) + learnt + [IGNORED] * len(trailing)
+    for index, piece in zip(spoken, pieces, strict=True):
+        context_ids, answer_ids, trailing_ids = (next(segments) for _ in piece.texts)
+        if not piece.ends and end_token:
+            answer_ids = [*answer_ids, tokenizer.eos_token_id]
+        learnt = answer_ids if is_spoken(turns[index]) else [IGNORED] * len(answer_ids)
+        ids += context_ids + answer_ids + trailing_ids
+        labels += [IGNORED] * len(context_ids) + learnt + [IGNORED] * len(trailing_ids)
     if learn == "all":
         return TokenSequence(row, ids, list(ids))
     last = max((index for index, label in enumerate(labels) if label != IGNORED), default=-1)
     return TokenSequence(row, ids[: last + 1], labels[: last + 1])
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A turn of the assistant in the text of its conversation. context: what stands before it, behind the piece before;
+    answer: the turn, with its end token if it ``ends``; trailing: read, not learnt, such as a newline behind it."""
+
+    context: str
+    answer: str
+    trailing: str
+    ends: bool
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        return self.context, self.answer, self.trailing
+
+
 def _pieces(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], spoken: Sequence[int]
-) -> list[tuple[str, str]] | None:
-    """(context, answer) texts that make up the conversation, or None if the template rewrites earlier text."""
-    pieces: list[tuple[str, str]] = []
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], spoken: Sequence[int], ends: Collection[int]
+) -> list[_Piece] | None:
+    """The pieces that make up the conversation, or None if the template rewrites earlier text.
+
+    Phi-3's template writes an end-of-text token behind every text that does not ask for an answer: what is behind the
+    end of a turn need not be there in the next prompt.
+    """
+    pieces: list[_Piece] = []
     before = ""
-    for index in spoken:
-        prompt = render(tokenizer, turns[:index], add_generation_prompt=True)
+    prompts = [render(tokenizer, turns[:index], add_generation_prompt=True) for index in spoken]
+    for index, prompt, later in zip(spoken, prompts, [*prompts[1:], None], strict=True):
         through = render(tokenizer, turns[: index + 1], add_generation_prompt=False)
         if not prompt.startswith(before) or not through.startswith(prompt):
             return None
-        pieces.append((prompt[len(before) :], through[len(prompt) :]))
-        before = through
+        piece = _piece(tokenizer, turns[: index + 1], prompt[len(before) :], through[len(prompt) :], ends)
+        if later is not None and not later.startswith(through):
+            piece = replace(piece, trailing="")
+        pieces.append(piece)
+        before = prompt + piece.answer + piece.trailing
     return pieces
 
 
-def _shows_traces(turns: Sequence[Turn], spoken: Sequence[int], pieces: Sequence[tuple[str, str]] | None) -> bool:
+def _piece(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], context: str, shown: str, ends: Collection[int]
+) -> _Piece:
+    """The piece of the last turn. shown: what stands behind its prompt; a thought in it may have an end of its own."""
+    trace, content = turns[-1].get("trace", ""), turns[-1]["content"].strip()
+    behind_trace = max(shown.find(trace), 0) + len(trace)
+    start = shown.find(content, behind_trace)
+    content_end = start + len(content) if start >= 0 else 0
+    encoded = tokenizer(shown, add_special_tokens=False, return_offsets_mapping=True)
+    for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if token in ends and begin >= content_end:
+            return _Piece(context, shown[:end], shown[end:], ends=True)
+    return _Piece(context, shown, "", ends=False)
+
+
+def _last_piece(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> tuple[str, str]:
+    """(prompt, what the template writes of the last turn behind it); where the text does not continue the prompt, the
+    turn's own text and what the template writes behind that."""
+    prompt = render(tokenizer, turns[:-1], add_generation_prompt=True)
+    through = render(tokenizer, turns, add_generation_prompt=False)
+    if through.startswith(prompt):
+        return prompt, through[len(prompt) :]
+    marked = [*turns[:-1], {"role": "assistant", "content": TURN_MARK}]
+    _, _, tail = render(tokenizer, marked, add_generation_prompt=False).rpartition(TURN_MARK)
+    return prompt, turns[-1]["content"] + tail
+
+
+def _behind_each_other(tokenizer: PreTrainedTokenizerBase, segments: Iterable[str]) -> Iterator[list[int]]:
+    """Ids of each segment of a text, tokenized behind those before it: SentencePiece marks the beginning of a text.
+
+    A segment that would change the tokens before it is tokenized by itself, for these are what the model is given.
+    """
+    text, ids = "", list[int]()
+    for segment in segments:
+        whole = tokenizer(text + segment, add_special_tokens=False)["input_ids"]
+        if whole[: len(ids)] != ids:
+            text, ids, whole = "", [], tokenizer(segment, add_special_tokens=False)["input_ids"]
+        yield whole[len(ids) :]
+        text, ids = text + segment, whole
+
+
+def _shows_traces(turns: Sequence[Turn], spoken: Sequence[int], pieces: Sequence[_Piece] | None) -> bool:
     """Whether every answer of the pieces stands behind its thought."""
     if pieces is None:
         return False
-    return all(turns[index].get("trace", "") in text for index, (_, text) in zip(spoken, pieces, strict=True))
+    return all(turns[index].get("trace", "") in piece.answer for index, piece in zip(spoken, pieces, strict=True))
 
 
 def encode_rows(

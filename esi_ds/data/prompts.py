@@ -34,6 +34,7 @@ from esi_ds.data.columns import (
     full_question,
     history_value,
     is_empty,
+    is_marked,
     lowered,
     only_turn,
     system_text,
@@ -90,9 +91,12 @@ class PromptSet:
 
     @property
     def note(self) -> str:
-        """Of how many goals the prompts are, and what of the rows is not read, for the end of a line of the log."""
+        """Of how many goals the prompts are, how many are there again, and what of the rows is not read, for the end of
+        a line of the log."""
         goals = f"; judges read {self.goal_column}, {len(set(self.goals))} distinct" if self.goals else ""
-        return goals + (f"; columns not read: {', '.join(self.unread)}" if self.unread else "")
+        num_repeated = len(self.prompts) - len({json.dumps(prompt) for prompt in self.prompts})
+        repeated = f"; {num_repeated} the same as an earlier one, which all count" if num_repeated else ""
+        return goals + repeated + (f"; columns not read: {', '.join(self.unread)}" if self.unread else "")
 
     @property
     def sha256(self) -> str:
@@ -302,7 +306,7 @@ def _with_thought(row: Row) -> str | None:
     thoughts = [text for name in REASONING_KEYS if isinstance(text := row.get(name), str) and text.strip()]
     if response is None or not thoughts or parts(response).trace:
         return response
-    is_unfinished = row.get("cut") is not False and not response.strip()
+    is_unfinished = ("cut" not in row or is_marked(row, "cut")) and not response.strip()
     return whole_response(thoughts[0], None if is_unfinished else response)
 
 

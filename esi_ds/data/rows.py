@@ -7,12 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from esi_ds.data.columns import ATTACKS, CHATS, QUESTIONS
 from esi_ds.data.hub_sets import load_once
 from esi_ds.data.tables import read_data_text, read_parquet, read_table
 from esi_ds.errors import UserError
 from esi_ds.reading import parse_json, reading
 
 TABLES = {".csv", ".tsv"}
+OF_A_ROW = {*QUESTIONS, *ATTACKS, *CHATS, "behavior", "turns"}  # an object with one of these keys is no list of rows
 SUFFIXES = {*TABLES, ".json", ".jsonl", ".parquet", ".txt"}
 # Options for reading a hub data set's files: WildJailbreak's are tab-separated, and "NA" in them is text.
 HUB_OPTIONS: dict[str, dict[str, Any]] = {"allenai/wildjailbreak": {"delimiter": "\t", "keep_default_na": False}}
@@ -101,6 +103,8 @@ def _json_rows(text: str) -> list[Row]:
 
 def _wrapped_rows(content: dict[str, Any]) -> Any:
     """The rows of an object that is more than a list. Raises ValueError where it has two lists of them."""
+    if any(str(key).strip().lower() in OF_A_ROW for key in content):
+        return [content]
     lists = [value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
     named = [content[key] for key in ("data", "rows") if isinstance(content.get(key), list)]
     if len(named) > 1:

@@ -134,8 +134,15 @@ def read_rule(config: PretrainedConfig, rule: SequenceRule, field: str) -> tuple
 
     Raises UserError naming a key below ``field`` for a rule that does not fit the model's ``config``.
     """
-    names = label_names(config)
+    names = label_names(config, field)
     is_multi = rule.multi_label
+    if is_multi is None and config.problem_type == "regression":
+        raise UserError(
+            f"{field}.multi_label",
+            None,
+            "is not set, and the model's outputs are no logits of labels (problem_type: regression)",
+            "set it to true if the sigmoid of an output is a probability of unsafe, or take another judge",
+        )
     if is_multi is None or len(names) == 1:  # a softmax over one label is always 1
         is_multi = len(names) == 1 or config.problem_type == "multi_label_classification"
     if rule.template.count("{response}") != 1:
@@ -143,7 +150,8 @@ def read_rule(config: PretrainedConfig, rule: SequenceRule, field: str) -> tuple
     if not 0 < rule.threshold < 1:
         raise UserError(f"{field}.threshold", rule.threshold, "is not a probability between 0 and 1", "try 0.5")
     labels = range(len(names)) if rule.unsafe_labels is None else rule.unsafe_labels
-    indices = list(dict.fromkeys(_label_index(label, names, f"{field}.unsafe_labels") for label in labels))
+    chosen = (index for label in labels for index in _label_indices(label, names, f"{field}.unsafe_labels"))
+    indices = list(dict.fromkeys(chosen))
     if not indices or (not is_multi and len(indices) == len(names)):
         raise UserError(
             f"{field}.unsafe_labels",
@@ -154,17 +162,22 @@ def read_rule(config: PretrainedConfig, rule: SequenceRule, field: str) -> tuple
     return indices, is_multi
 
 
-def label_names(config: PretrainedConfig) -> list[str]:
-    """Names of a classifier's labels in the order of its logits."""
-    names = {int(index): name for index, name in (config.id2label or {}).items()}
-    return [names[index] for index in range(config.num_labels or 0)]
+def label_names(config: PretrainedConfig, field: str) -> list[str]:
+    """Names of a classifier's labels in the order of its logits. Raises UserError where one has none."""
+    names = {int(index): str(name) for index, name in (config.id2label or {}).items()}
+    num_labels = config.num_labels or 0
+    if sorted(names) != list(range(num_labels)):
+        problem = f"numbers its labels {', '.join(map(str, sorted(names)))} in id2label of config.json, not from 0 on"
+        raise UserError(f"{field}.path", config.name_or_path, problem, "number them as the head's outputs are")
+    return [names[index] for index in range(num_labels)]
 
 
-def _label_index(label: str | int, names: Sequence[str], field: str) -> int:
+def _label_indices(label: str | int, names: Sequence[str], field: str) -> list[int]:
+    """The label's outputs: several may have one name."""
     if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
-        return label
-    if label in names:
-        return names.index(str(label))
+        return [label]
+    if str(label) in names and isinstance(label, str | bool):
+        return [index for index, name in enumerate(names) if name == str(label)]
     near = difflib.get_close_matches(str(label), names, n=1, cutoff=0.0)
     raise UserError(field, label, f"is not a label of {', '.join(names)}", f"the nearest is {near[0]}")
 

@@ -79,12 +79,15 @@ class TextBuilder:
                 )
 
     def _apply_chat_template(self, prompt: Prompt, response: str, attack: Prompt | None = None) -> str:
-        # Response only: the response becomes the user's turn, as in the paper's code.
-        response_only = self.context == "response_only"
-        turns = [("user", response)] if response_only else [*self._asked(prompt), ("assistant", response)]
+        return self._show(self._turns(prompt, response, attack))
+
+    def _turns(self, prompt: Prompt, response: str, attack: Prompt | None) -> list[tuple[str, str]]:
+        """(role, text) of what the chat template is given."""
         if self.family.is_turn:
-            turns = [("user", self._fill_template(prompt, response, attack))]
-        return self._show(turns)
+            return [("user", self._fill_template(prompt, response, attack))]
+        if self.context == "response_only":  # the response becomes the user's turn, as in the paper's code
+            return [("user", response)]
+        return [*self._asked(prompt), ("assistant", response)]
 
     def _show(self, turns: Sequence[tuple[str, str]]) -> str:
         """(role, text) of each turn in the tokenizer's chat template. Raises TemplateRejection."""
@@ -128,7 +131,8 @@ class TextBuilder:
         return build(prompt, response, attack)
 
     def build(self, prompt: Prompt, response: str, attack: Prompt | None = None) -> JudgedText | None:
-        """The text with the forced prefix behind it; None where the template alters the response beyond trimming.
+        """The text with the forced prefix behind it; None where the template alters or cuts prompt or response beyond
+        trimming.
 
         attack: what was asked, where ``prompt`` is its goal; a template shows it where it has {attack}.
         """
@@ -139,8 +143,12 @@ class TextBuilder:
         end = len(text) - num_after
         shown = text[start:end]
         offset = response.find(shown) if start >= 0 and shown else -1
-        if offset < 0:
+        if offset < 0 or shown.strip() != response.strip():
             return None
+        if self.family.uses_chat_template:
+            turns = self._turns(prompt, response, attack)
+            if not all(content.strip() in text for _, content in turns):
+                return None
         return JudgedText(text + self.family.prefix, start, end, offset)
 
 
@@ -238,7 +246,7 @@ class PairEncoder:
         except TemplateRejection as error:
             return f"the judge: {error}"
         if judged is None:
-            return "the judge's template does not show the response"
+            return "the judge's template does not show the whole prompt and response"
         try:
             text = encode_text(self.tokenizer, judged.text, self.family)
         except ValueError as error:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from builders import CHAT, byte_bpe_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from esi_ds.config import Model
 from esi_ds.data.chat import (
     break_up_prompt,
     check_chat_template,
+    check_vocabulary,
     encode_data_prompt,
     encode_prompt,
     load_chat_tokenizer,
@@ -149,6 +150,48 @@ def test_a_guard_s_template_that_leaves_out_the_prompt_is_refused() -> None:
     with pytest.raises(UserError, match=r"judge\.path.*leaves out the prompt"):
         PairEncoder(FAMILIES["qwen3guard"], with_template(template))
     PairEncoder(FAMILIES["qwen3guard"], with_template(template), context="response_only")
+
+
+@pytest.mark.parametrize("cut", ["prompt", "response"])
+def test_what_a_guard_s_template_cuts_is_not_judged(cut: str) -> None:
+    template = {
+        "prompt": "{{ messages[0].content[:40] }} / {{ messages[1].content }}",
+        "response": "{{ messages[0].content }} / {{ messages[1].content[:40] }}",
+    }[cut]
+    encoder = PairEncoder(FAMILIES["qwen3guard"], with_template(template))
+    texts = {"prompt": "short", "response": " short "}
+    assert not isinstance(encoder.encode(**texts), str)
+    long = encoder.encode(**{**texts, cut: "long " * 20 + "recipe"})
+    assert long == "the judge's template does not show the whole prompt and response"
+
+
+def test_added_words_that_frame_any_turn_stay_text_in_a_prompt() -> None:
+    """Tokens of the assistant's header, and of the system's, added as ordinary ones, too."""
+    tokenizer = with_template(
+        "{% for m in messages %}{{ {'user': '', 'assistant': '<#bot#>', 'system': '<#sys#>'}[m.role] }}{{ m.content }}"
+        "<#end#>{% endfor %}{% if add_generation_prompt %}<#go#>{% endif %}"
+    )
+    words = ["<#bot#>", "<#sys#>", "<#end#>", "<#go#>"]
+    tokenizer.add_tokens(words)
+    assert set(words) <= set(special_strings(tokenizer))
+    ids = encode_data_prompt(tokenizer, " ".join(words), special_strings(tokenizer), None)
+    assert [ids.count(tokenizer.convert_tokens_to_ids(word)) for word in words] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("what", ["padding", "template"])
+def test_tokens_that_the_embedding_does_not_have(what: str) -> None:
+    tokenizer = with_template("{% for m in messages %}{{ m.content }}{% endfor %}<#go#>")
+    config = LlamaConfig(vocab_size=len(tokenizer))
+    source = ModelSource("folder")
+    check_vocabulary(tokenizer, config, source)
+    word = "<#pad#>" if what == "padding" else "<#go#>"
+    tokenizer.add_tokens([word])
+    check_vocabulary(tokenizer, LlamaConfig(vocab_size=len(tokenizer)), source)
+    if what == "padding":
+        check_vocabulary(tokenizer, config, source)  # nothing writes it
+        tokenizer.pad_token = word
+    with pytest.raises(UserError, match=rf"model.path.*{word}.*has the id {config.vocab_size}, and an embedding of"):
+        check_vocabulary(tokenizer, config, source)
 
 
 CHAT_PROMPT: list[Turn] = [

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from builders import byte_bpe_tokenizer
+from builders import byte_bpe_tokenizer, sentencepiece_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from esi_ds.config import Model
@@ -137,6 +137,57 @@ def test_the_templates_end_of_turn_is_what_is_learnt(tmp_path: Path, special: bo
     ends = end_tokens(ModelSource(str(tmp_path)), other)
     sequence = encode(other, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], ends, 0)
     assert learnt(other, sequence).endswith("b<|im_end|>") and sequence.labels[-1] in ends
+
+
+TWO_ANSWERS = [
+    {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "Hello"), ("user", "d"), ("assistant", "See"))
+]
+
+
+@pytest.mark.parametrize("continues", [True, False])
+def test_an_end_of_text_behind_the_end_of_turn_is_not_learnt(continues: bool) -> None:
+    """Phi-3's template writes one behind every text that asks for no answer, so that no text begins the next one. Where
+    a turn does not continue its prompt either, the template's end of turn is learnt and not the tokenizer's."""
+    other = byte_bpe_tokenizer()
+    other.add_special_tokens({"eos_token": "<|endoftext|>"})
+    header = "<|assistant|>\n" if continues else "<|assistant|>\n[no thought]"
+    other.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}" + header + "{% else %}{{ eos_token }}{% endif %}"
+    )
+    ends = {other.eos_token_id, other.convert_tokens_to_ids("<|end|>")}
+    one, two = (encode(other, TWO_ANSWERS[:number], ends, 0) for number in (2, 4))
+    assert learnt(other, one) == "Hello<|end|>" and "<|endoftext|>" not in other.decode(two.ids)
+    assert learnt(other, two) == ("Hello<|end|>See<|end|>" if continues else "See<|end|>")
+    if continues:
+        whole = other.apply_chat_template(TWO_ANSWERS, tokenize=False)
+        assert whole == other.decode(two.ids) + "\n<|endoftext|>"
+
+
+@pytest.mark.parametrize("space", ["", " "])
+def test_what_is_learnt_is_what_the_whole_text_has(space: str) -> None:
+    """SentencePiece marks the beginning of a text: tokenized by itself, every answer would begin with a space."""
+    pieces = sentencepiece_tokenizer()
+    pieces.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n" + space + "{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n" + space + "{% endif %}"
+    )
+    turns = [{**turn, "content": f"{turn['content']} it"} for turn in TWO_ANSWERS]
+    sequence = encode(pieces, turns, {pieces.eos_token_id}, 0)
+    whole = pieces.apply_chat_template(turns, tokenize=False).removesuffix("\n")
+    assert sequence.ids == pieces(whole, add_special_tokens=False)["input_ids"]
+    prompt = pieces.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    prompt_ids = pieces(prompt, add_special_tokens=False)["input_ids"]
+    assert sequence.ids[: len(prompt_ids)] == prompt_ids
+    assert [token for token in sequence.labels if token != IGNORED][-3:] == sequence.ids[-3:]
+
+
+def test_a_turn_without_text_is_not_learnt(tokenizer) -> None:
+    empty = {"role": "assistant", "content": " "}
+    sequence = encode(tokenizer, [TWO_ANSWERS[0], empty, *TWO_ANSWERS[2:]], {2}, 0)
+    assert learnt(tokenizer, sequence) == "See<|end|>"
+    turns = conversation({"messages": [*TWO_ANSWERS, TWO_ANSWERS[0], empty]}, ("messages",))
+    assert turns == TWO_ANSWERS
 
 
 def test_rows_that_cannot_be_used_are_counted(tokenizer) -> None:

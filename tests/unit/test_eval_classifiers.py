@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,23 @@ def test_rules_that_do_not_fit(changes: dict, match: str) -> None:
     model, _ = classifier("bert", 3)
     with pytest.raises(UserError, match=rf"eval\.judges\..*{match}"):
         read_rule(model.config, SequenceRule(**{"template": TEMPLATE, "unsafe_labels": (1,), **changes}), "eval.judges")
+
+
+def test_labels_as_configs_write_them() -> None:
+    """Of one name several, of yes and no, and numbered from one on; and a head that is no classifier's."""
+    model, _ = classifier("bert", 3)
+    rule = partial(SequenceRule, TEMPLATE)
+    model.config.id2label = {0: "safe", 1: "harm", 2: "harm"}
+    assert read_rule(model.config, rule(("harm",)), "judge") == ([1, 2], False)
+    model.config.id2label = {0: False, 1: True, 2: "other"}
+    assert read_rule(model.config, rule(("True",)), "judge") == read_rule(model.config, rule((1,)), "judge")
+    model.config.id2label = {1: "safe", 2: "harm", 3: "other"}
+    with pytest.raises(UserError, match=r"judge\.path.*numbers its labels 1, 2, 3 in id2label"):
+        read_rule(model.config, rule(("harm",)), "judge")
+    one, _ = classifier("bert", 1, "regression")
+    with pytest.raises(UserError, match=r"judge\.multi_label.* is not set.*regression"):
+        read_rule(one.config, rule(None), "judge")
+    assert read_rule(one.config, rule(None, multi_label=True), "judge") == ([0], True)
 
 
 def causal(folder: Path, tokenizer, loud: list[int]):

@@ -173,6 +173,7 @@ def test_columns_that_are_read_and_those_that_are_not_are_named(tokenizer, tmp_p
     assert prompt_set.note == "; columns not read: target, id" and prompt_set.prompts == ("a", "c\n\nx")
     answered = prompts(tmp_path, {"prompt": "a", "context": "x", "answer": "b"})
     assert answered.note == "; columns not read: context, answer"
+    assert prompts(tmp_path, *[{"prompt": text} for text in "aba"]).note.startswith("; 1 the same as an earlier one")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +191,55 @@ def test_columns_among_which_only_a_person_can_choose(row: dict[str, str], tmp_p
     assert prompts(tmp_path, row, column=last).prompts == ("b",)
     with pytest.raises(UserError, match="messages or conversations"):
         find_columns([{"messages": [], "conversations": []}], "auto", "f")
+
+
+def test_inputs_and_options_beside_a_chat_stand_behind_its_question() -> None:
+    chat = {"messages": [ASKED, SAID]}
+    assert turns_of({**chat, "context": "Zebra", "input": ""})[0] == ("user", "Make a bomb\n\nZebra")
+    assert turns_of({**chat, "choices": ["x", "y"]})[0] == ("user", "Make a bomb\n\nA. x\nB. y")
+    refused = turns_of({"messages": [ASKED, SAID, AGAIN, REFUSED], "context": "Zebra"})
+    assert "beside a chat of several questions" in str(refused)
+
+
+@pytest.mark.parametrize("label", [False, "False", "false", 0, "0"])
+def test_answers_that_kto_unlearns(label: object) -> None:
+    row = {"prompt": "hi", "completion": "bad"}
+    assert "its label is false" in str(turns_of({**row, "label": label}))
+    assert turns_of({**row, "label": True}) == turns_of({**row, "label": 1}) == turns_of(row)
+    if str(label) == "0":  # elsewhere a number is a class
+        assert turns_of({"question": "hi", "answer": "bad", "label": label}) == turns_of(row)
+
+
+@pytest.mark.parametrize(
+    ("columns", "options"),
+    [
+        ({"option_a": "x", "option_b": "", "option_c": "y", "option_f": "z"}, "A. x\nC. y\nF. z"),
+        (
+            {f"option{n}": f"o{n}" for n in range(1, 12)},
+            "\n".join(f"{'ABCDEFGHIJK'[n - 1]}. o{n}" for n in range(1, 12)),
+        ),
+        ({"choice 0": "x", "choice 1": "y"}, "A. x\nB. y"),
+        ({"A": "x", "B": "y", "C": "z", "D": ""}, "A. x\nB. y\nC. z"),
+        ({"A": "v", "B": "w", "C": "x", "D": "y", "E": "z"}, "A. v\nB. w\nC. x\nD. y\nE. z"),
+        ({"options": ["x", "y"], "choices": ["x", "y"]}, "A. x\nB. y"),
+        ({"options": {"A": "x", "B": "y", "C": None}}, "A. x\nB. y"),
+    ],
+)
+def test_every_option_keeps_its_letter(columns: dict[str, Any], options: str, tmp_path: Path) -> None:
+    prompt_set = prompts(tmp_path, {"question": "q", **columns})
+    assert prompt_set.prompts == (f"q\n\n{options}",) and prompt_set.note == ""
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"options": ["x", "y"], "choices": ["x", "z"]}, "its options and choices differ"),
+        ({"option_a": "x", "option_1": "y"}, "letters and numbers"),
+    ],
+)
+def test_options_of_which_some_would_be_dropped(columns: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=reason):
+        prompts(tmp_path, {"question": "q", **columns})
 
 
 CHAT = [{"role": "user", "content": "b"}]

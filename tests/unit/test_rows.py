@@ -150,6 +150,22 @@ def test_torn_lists_and_two_lists_of_rows(tmp_path: Path) -> None:
             load_prompts(write(tmp_path, "rows.json", text))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "How?", "history": [{"prompt": "earlier", "response": "x"}]},
+        {"instruction": "How?", "source": [{"text": "from here"}], "output": "So."},
+        {"messages": [{"role": "user", "content": "How?"}]},
+        {"Prompt": [{"role": "user", "content": "How?"}], "response": "So."},
+    ],
+)
+def test_an_object_that_is_a_row(row: dict, tmp_path: Path) -> None:
+    for suffix in (".json", ".jsonl"):
+        file = tmp_path / f"one{suffix}"
+        file.write_text(json.dumps(row))
+        assert read_rows(str(file), "f") == [row]
+
+
 def test_json_lines_as_programs_write_them(tmp_path: Path) -> None:
     text = '\ufeff{"prompt": "a"}\r\n\r\n{"prompt": "a", "n": 1e300}\r\n  \r\n{"prompt": "b"}'
     assert load_prompts(write(tmp_path, "rows.jsonl", text)).prompts == ("a", "a", "b")  # no prompt is merged

@@ -41,7 +41,7 @@ def prepare_losses(config: Config) -> list[LossRows]:
     if not sections:
         return []
     model_config = load_model_config(ModelSource.of(config.model))
-    tokenizer = load_training_tokenizer(config.model)
+    tokenizer = load_training_tokenizer(config.model, model_config)
     losses = []
     for name, (field, section) in sections.items():
         rows = read_tuning_set(config, section, field, tokenizer, model_config, section.max_length, section.limit)

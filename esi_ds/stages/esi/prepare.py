@@ -22,6 +22,7 @@ from esi_ds.data.chat import (
     answerable,
     break_up,
     break_up_prompt,
+    check_vocabulary,
     encode_data_prompt,
     encode_response,
     load_chat_tokenizer,
@@ -189,6 +190,7 @@ def prepare_prompts(config: Config) -> list[PromptInputs]:
     if not config.scores_responses:
         return []
     tokenizer = load_chat_tokenizer(source, config.model)
+    check_vocabulary(tokenizer, model_config, source)
     judge = prepare_judge(config.judge, config.esi.batch_size == 1) if config.judge is not None else None
     specials = special_strings(tokenizer, *([judge.tokenizer] if judge else []))
 
@@ -227,6 +229,7 @@ def prepare_judge(section: EsiGuard | EsiClassifier, one_by_one: bool) -> Prepar
     source = ModelSource.of(section, "judge")
     tokenizer = load_tokenizer(source)
     judge_config = load_model_config(source)
+    check_vocabulary(tokenizer, judge_config, source)
     check_weights(source)
     if isinstance(section, EsiClassifier):
         rule = SequenceRule(section.template, section.unsafe_labels, section.multi_label)

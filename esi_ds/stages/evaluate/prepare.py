@@ -24,7 +24,14 @@ from esi_ds.config import (
 )
 from esi_ds.config.needs import require_eval
 from esi_ds.data.answers import RecordedAnswers, load_answers
-from esi_ds.data.chat import day_of, encode_data_prompt, load_chat_tokenizer, load_tokenizer, special_strings
+from esi_ds.data.chat import (
+    check_vocabulary,
+    day_of,
+    encode_data_prompt,
+    load_chat_tokenizer,
+    load_tokenizer,
+    special_strings,
+)
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import QuestionSet, load_question_sets
 from esi_ds.data.template_values import unread_values, without_values
@@ -266,6 +273,7 @@ def _candidate(
     model_config = load_model_config(source)
     check_weights(source)
     tokenizer = load_chat_tokenizer(source, section, is_base=before is None)
+    check_vocabulary(tokenizer, model_config, source)
     specials = special_strings(tokenizer)
     prompt_ids = {
         (question_set.name, index): encode_data_prompt(tokenizer, prompt, specials, section.system_prompt)
@@ -306,6 +314,7 @@ def _prepare_judge(section: EvalJudge, field: str) -> PreparedJudge:
     source = ModelSource.of(section, field)
     tokenizer = load_tokenizer(source)
     config = load_model_config(source)
+    check_vocabulary(tokenizer, config, source)
     check_weights(source)
     if isinstance(section, EvalClassifier):
         rule = SequenceRule(

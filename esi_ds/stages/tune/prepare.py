@@ -13,7 +13,14 @@ from esi_ds.config.needs import require_tune
 from esi_ds.core.mask import NO_MASK, EmptyMask, Mask, load_mask
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
-from esi_ds.data.chat import answerable, encode_data_prompt, load_chat_tokenizer, special_strings, with_template
+from esi_ds.data.chat import (
+    answerable,
+    check_vocabulary,
+    encode_data_prompt,
+    load_chat_tokenizer,
+    special_strings,
+    with_template,
+)
 from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import QuestionSet, load_question_sets
@@ -60,7 +67,7 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
     trained = describe_trained(config.model, tune, stage, mask, model_config)
     if tune.patch:
         check_names(source, model_config, trained.numels)
-    tokenizer = load_training_tokenizer(model)
+    tokenizer = load_training_tokenizer(model, model_config)
     longest = tune.max_length
     rows = read_tuning_set(config, tune.data, "tune.data", tokenizer, model_config, longest, tune.data.limit)
     data_facts = {"rows": tune.data.path, "sha256": rows.sha256, "columns": rows.columns}
@@ -94,9 +101,12 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
     )
 
 
-def load_training_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model that learns rows. Raises UserError if it has no chat template or no end token."""
-    tokenizer = load_chat_tokenizer(ModelSource.of(model), model)
+def load_training_tokenizer(model: Model, model_config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that learns rows. Raises UserError if it has no chat template, no end token, or tokens
+    that the model does not have."""
+    source = ModelSource.of(model)
+    tokenizer = load_chat_tokenizer(source, model)
+    check_vocabulary(tokenizer, model_config, source)
     if tokenizer.eos_token_id is None:
         raise UserError("model.path", model.path, "has a tokenizer without an end token", "set its eos_token")
     return tokenizer
