@@ -25,10 +25,14 @@ from typing_extensions import TypedDict
 from esi_ds.config import Config, differences, resolved_yaml, validate
 from esi_ds.config.yaml import read_yaml
 from esi_ds.errors import UserError
-from esi_ds.reading import check_regular, check_type, read_json, reading
+from esi_ds.reading import check_regular, check_type, check_written_out, read_json, reading
 
 # Files of a folder whose run was killed before it wrote config.yaml.
 UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")
+# What every start writes before it does any work.
+OF_EVERY_START = re.compile(
+    rf"{UNBEGUN.pattern}|(config\.yaml|(inputs|manifest|run|status)\.json|log\.txt|tensorboard)"
+)
 # NFS clients cache for a minute by default that a file does not exist: how long to wait, and when to print a message.
 VISIBLE_S, MESSAGE_S = 120.0, 5.0
 MANIFEST = "manifest.json"
@@ -266,8 +270,9 @@ class RunFolder:
             pass  # reported by ``may_write`` below
         except (OSError, ValueError) as error:
             raise UserError(key, path, f"is not the name of a folder ({error})", "give another folder") from error
-        if path.startswith("~"):
-            raise UserError(key, path, "begins with ~, which only a shell replaces by a home", "write the path out")
+        check_written_out(key, path)
+        if not path.isprintable():
+            raise UserError(key, ascii(path), "holds a character that cannot be seen", "give another name")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(key, path, "is a file", "give a folder")
         if not may_write(self.path):
@@ -287,7 +292,7 @@ class RunFolder:
                 key, path, f"holds a config.yaml that this version cannot read ({error})", "give a new folder"
             ) from error
         other = differences(before, config)
-        if other:
+        if other and not self._was_refused():
             raise UserError(
                 key,
                 path,
@@ -317,18 +322,30 @@ class RunFolder:
         None where the mapping's keys are fields.
         """
         before = read_inputs(self.path).get(key)
+        what = ""
         if isinstance(before, dict) and isinstance(now, dict):
             now = {name: value for name, value in now.items() if name in before}
-            field = field or next((name for name in before if before[name] != now.get(name)), None)
+            others = [name for name in before if before[name] != now.get(name)]
+            what = f" (other {', '.join(others)})" if field else ""
+            field = field or next(iter(others), None)
         if before and before != now:
-            raise UserError(
-                field or key, None, f"is not what the run in {self.path} started with", "give a new run.output_dir"
-            )
+            problem = f"is not what the run in {self.path} started with{what}"
+            raise UserError(field or key, None, problem, "give a new run.output_dir")
+
+    def _was_refused(self) -> bool:
+        """Whether the run in the folder failed before it had anything that a restart could use, as over a mask of
+        another model: with what was wrong mended it begins anew."""
+        if read_manifest(self.path).get("exit_state") != "failed":
+            return False
+        return all(OF_EVERY_START.fullmatch(file.name) for file in self.path.iterdir())
 
     def open(self, config: Config) -> None:
         """Create the folder and write the resolved config. Raises UserError as ``check`` does."""
         self.check(config)
         self.create(config.run.share)
+        if self._was_refused():
+            for name in (INPUTS, MANIFEST, IDENTITY, STATUS):
+                (self.path / name).unlink(missing_ok=True)
         write_text_atomic(self.path / "config.yaml", resolved_yaml(config))
 
     def identify(self) -> None:

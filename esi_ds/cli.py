@@ -22,6 +22,7 @@ from esi_ds.options import STAGES, Options
 from esi_ds.terminal import clean_output
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_FAILURE = 2, 75, 1
+ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # signals that end a process which has nothing to save
 # How long a rank waits before it reports an error that others may have too: per local rank, and at most.
 TURN_S, LONGEST_S = 5.0, 40.0
 
@@ -82,7 +83,7 @@ def make_parser(stage: str) -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key.path=value", help="change one key of the config (docs/configuration.md)"
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="experiment YAML, or a recipe's name (esi-ds recipes)"
+        "--config", metavar="FILE", help="experiment YAML, or a recipe's name (esi-ds recipes); required"
     )
     parser.add_argument(
         "--deepspeed_config", metavar="FILE", help="DeepSpeed config to use instead of the key deepspeed"
@@ -117,7 +118,7 @@ def leave(code: int) -> NoReturn:
 
 
 def end_at_signals(code: int) -> None:
-    """While there is nothing to save: let SIGTERM and SIGUSR1 end the process with ``code`` at once.
+    """While there is nothing to save: let SIGTERM, SIGUSR1 and Ctrl-C end the process with ``code`` at once.
 
     This holds until they get other handlers (``stages.interrupt.listen``).
 
@@ -128,7 +129,7 @@ def end_at_signals(code: int) -> None:
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_end, args=(reading, code), name="signals", daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # last: until then the default handlers end the process
+    for number in ENDING:  # last: until then the default handlers end the process
         signal.signal(number, _ignore)
 
 
@@ -153,6 +154,9 @@ def main(stage: str, argv: list[str] | None = None) -> int:
     end_at_signals(EXIT_INTERRUPTED)
     parser = make_parser(stage)
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.config is None:  # not argparse's own check, which would hide a misspelt --config
+        file = next((word for word in arguments.overrides if "=" not in word), None)
+        parser.error("--config is missing" + (f"; write --config {file}" if file else ""))
     world_size, nodes = planned_ranks(parser, arguments)
     rank, local_rank, config = 0, 0, None
     try:
@@ -186,7 +190,13 @@ def main(stage: str, argv: list[str] | None = None) -> int:
         if rank == 0:
             print(f"interrupted: {error}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except KeyboardInterrupt:  # a second Ctrl-C
+        if rank == 0:
+            print("\ninterrupted: what was saved is kept; start again to continue", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     except Exception as error:
+        if arguments.dry_run and isinstance(error, BrokenPipeError):  # `| head`
+            raise
         if rank > 0 and is_full(error):
             _let_others_report(local_rank, EXIT_FAILURE)
         problem = explain(error, config.run.output_dir) if config is not None else None

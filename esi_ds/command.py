@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -56,11 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
         leave(main(command, arguments))
     if command in TOOLS:
-        try:
-            return importlib.import_module(TOOLS[command][0]).main(arguments)
-        except BrokenPipeError:  # `| head`: nobody reads on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
+        return importlib.import_module(TOOLS[command][0]).main(arguments)
     print(f"error: {command} is not a command; give one of {', '.join([*STAGES, *TOOLS])}", file=sys.stderr)
     return 2
 

@@ -129,8 +129,8 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
                 else "does not belong here: the tune section configures the masked AdamW and its schedule",
                 "remove it; learning rates belong in the YAML's tune section",
             )
-    for section in ("amp", "elasticity", "tensor_parallel", "pipeline"):
-        if settings.get(section):
+    for section in ("amp", "elasticity", "tensor_parallel", "pipeline", "hybrid_engine"):
+        if _is_on(settings.get(section)):
             raise UserError(f"deepspeed.{section}", None, "is not supported by this stage", "remove it")
     _check_expert_parallel(settings, world_size)
     for key, ours, owner in _owned(config, world_size, stage):
@@ -138,6 +138,9 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
         if value not in ("auto", ours):
             raise UserError(f"deepspeed.{key}", value, f"contradicts {ours} ({owner})", REMEDY)
         settings[key] = ours
+    if _is_on(settings.get("torch_autocast")):
+        raise UserError("deepspeed.torch_autocast", None, f"contradicts model.dtype = {config.model.dtype}", REMEDY)
+    _check_quantised(settings, config.model.dtype)
     _fill_precision(settings, config.model.dtype)
     if stage != "spa":
         settings["zero_optimization"].pop(
@@ -146,6 +149,19 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
     else:
         _fill_optimizer(settings)
     return _without_auto(settings)  # the rest is for training only, or DeepSpeed has a default
+
+
+def _check_quantised(settings: Mapping[str, Any], dtype: str) -> None:
+    """Raise UserError where weights would be gathered rounded, so that the model computes with others than it has."""
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        value = settings["zero_optimization"].get(key, "auto")
+        if value not in ("auto", False, None):
+            raise UserError(f"deepspeed.zero_optimization.{key}", value, f"contradicts model.dtype = {dtype}", REMEDY)
+
+
+def _is_on(section: Any) -> bool:
+    """Whether a section asks for something: one that says ``enabled: false`` does not."""
+    return bool(section) and not (isinstance(section, dict) and section.get("enabled") is False)
 
 
 def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
@@ -303,11 +319,20 @@ def _fill_optimizer(settings: dict[str, Any]) -> None:
     if types.get("grad_accum_dtype", "auto") not in ("auto", "fp32", None):
         dtype = types["grad_accum_dtype"]
         raise UserError("deepspeed.data_types.grad_accum_dtype", dtype, "contradicts fp32, which SPA needs", REMEDY)
+    zero = settings["zero_optimization"]
+    offload = _mapping(zero, "offload_optimizer", "deepspeed.zero_optimization.offload_optimizer")
+    for key, value, ours, owner in (
+        ("zero_quantized_gradients", zero.get("zero_quantized_gradients", False), False, "fp32, which SPA needs"),
+        ("zenflow", zero.get("zenflow"), None, "SPA's own optimizer"),
+        ("offload_optimizer.ratio", offload.get("ratio", 1.0), 1.0, "SPA's own optimizer"),
+        ("offload_optimizer.super_offload", offload.get("super_offload", False), False, "SPA's own optimizer"),
+    ):
+        if value not in ("auto", ours):
+            raise UserError(f"deepspeed.zero_optimization.{key}", value, f"contradicts {owner}", REMEDY)
     settings["communication_data_type"] = "fp32"
     settings["data_types"] = {**types, "grad_accum_dtype": "fp32"}
     settings["zero_allow_untested_optimizer"] = True
     settings["zero_force_ds_cpu_optimizer"] = False
-    zero = settings["zero_optimization"]
     if zero.get("reduce_bucket_size", "auto") == "auto":
         zero["reduce_bucket_size"] = REDUCE_BUCKET  # fp32: DeepSpeed's default of 5e8 elements would take 2 GB
 

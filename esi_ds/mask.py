@@ -233,6 +233,8 @@ def main(argv: list[str] | None = None) -> int:
         if ranks.rank == 0:
             print("\n".join(lines))
         return code
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if ranks.reports_error():
             if isinstance(error, UserError):

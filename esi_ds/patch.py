@@ -15,6 +15,7 @@ import hashlib
 import math
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -32,7 +33,16 @@ from esi_ds.errors import UserError, ends_with_message
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.quantised import model_weights, plain_configuration, read_quantisation
 from esi_ds.models.weights import CONFIG_NAME, INDEX_SUFFIX, checkpoint_tensors, weights_name
-from esi_ds.reading import check_regular, check_type, is_bare_name, parse_json, read_index, read_text, reading
+from esi_ds.reading import (
+    check_regular,
+    check_type,
+    is_bare_name,
+    parse_json,
+    read_index,
+    read_json,
+    read_text,
+    reading,
+)
 from esi_ds.tensor_files import StoredTensor
 from esi_ds.terminal import clean_output, help_text
 from esi_ds.zero.files import save_tensors
@@ -411,6 +421,8 @@ def _transform(source: Path, patch: Path, out: Path, before: Digest, after: Dige
     content = summary(patch)
     entries, twins = content["tensors"], _twins(content)
     check_new_folder("OUT", out)
+    if source.resolve() in out.resolve().parents:
+        raise UserError("OUT", str(out), "lies in the model's folder, which is copied", "give a folder beside it")
     weights = weights_of(source, "MODEL")
     files = {name: file_of(weight) for name, weight in weights.items()}
     dtypes = {name: dtype_of(entry["base_dtype"]) for name, entry in entries.items()}
@@ -418,6 +430,7 @@ def _transform(source: Path, patch: Path, out: Path, before: Digest, after: Dige
     with whole_folder(out) as temporary:
         _copy_beside_weights(source, temporary)
         written: dict[str, str] = {}  # tensor → file
+        sizes = Counter[torch.dtype]()  # weights of each dtype
         for file in sorted(set(files.values())):
             tensors: dict[str, Tensor] = {}
             for name in (name for name, holder in files.items() if holder == file and name not in twins):
@@ -428,8 +441,11 @@ def _transform(source: Path, patch: Path, out: Path, before: Digest, after: Dige
                 tensors |= {name: tensors[twin].clone() for name, twin in twins.items() if twin in tensors}
             save_tensors(tensors, temporary / file.name, metadata={"format": "pt"})
             written |= dict.fromkeys(tensors, file.name)
+            for tensor in tensors.values():
+                sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
         if (name := weights_name(source, "MODEL")).endswith(INDEX_SUFFIX):
             write_json_atomic(temporary / name, {"metadata": {}, "weight_map": dict(sorted(written.items()))})
+        _name_dtype(temporary, sizes.most_common(1)[0][0])
         _check_result(temporary, patch, content, after)
 
 
@@ -481,6 +497,19 @@ def _copy_beside_weights(source: Path, target: Path) -> None:
         ) from error
     if read_quantisation(source, "MODEL") is not None:
         write_json_atomic(target / CONFIG_NAME, plain_configuration(source, "MODEL"))
+
+
+def _name_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Have the configuration name the dtype of most weights: transformers would round them to another one."""
+    file = folder / CONFIG_NAME
+    content = read_json(file, dict[str, Any], "MODEL", "mend it") if file.is_file() else {}
+    sections = [content, *(value for value in content.values() if isinstance(value, dict))]
+    keys = [(section, key) for section in sections for key in ("dtype", "torch_dtype") if key in section]
+    name = str(dtype).removeprefix("torch.")
+    if any(section[key] != name for section, key in keys):
+        for section, key in keys:
+            section[key] = name
+        write_json_atomic(file, content)
 
 
 def _check_result(folder: Path, patch: Path, content: PatchSummary, after: Digest) -> None:

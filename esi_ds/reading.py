@@ -23,6 +23,7 @@ Content = TypeVar("Content")
 
 MAX_JSON_BYTES = 1 << 28  # 256 MiB: the index of a model with a million tensors takes less than half of it
 MAX_NAME = 255  # bytes of a file's name on every file system in use
+SHELLS = re.compile(r"^~|\$\{?[A-Za-z_]")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -45,6 +46,12 @@ def reading(field: str, value: object, remedy: str, problem: str = "cannot be re
     except Exception as error:
         shown = str(value) if isinstance(value, Path) else value
         raise UserError(field, shown, f"{problem} ({first_line(error)})", remedy) from error
+
+
+def check_written_out(field: str, path: str) -> None:
+    """Raise UserError for ~ and variables, which only a shell replaces: YAML has neither."""
+    if shells := SHELLS.search(path):
+        raise UserError(field, path, f"holds {shells[0]}, which only a shell replaces", "write the path out")
 
 
 def check_regular(path: Path) -> int:

@@ -103,7 +103,8 @@ def read_tensor_folder(folder: Path, field: str, remedy: str) -> TensorFolder:
         if not index.exists():
             if several := tensor_folders(folder):
                 problem = f"holds a folder for each of {', '.join(several)}"
-                raise UserError(field, str(folder), problem, f"name one of them, such as {folder / several[0]}")
+                likely = min(several, key=lambda name: name != field.strip("-"))
+                raise UserError(field, str(folder), problem, f"name one of them, such as {folder / likely}")
             raise UserError(field, str(folder), f"holds no {INDEX_NAME}", remedy)
     file_of, index_metadata = read_index_content(index, field, remedy)
     tensors: dict[str, StoredTensor] = {}

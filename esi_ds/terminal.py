@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,5 +54,9 @@ def clean_output() -> Iterator[None]:
     sys.stdout, sys.stderr = (cast(TextIO, _CleanStream(stream)) for stream in before)
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), before[0].fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     finally:
         sys.stdout, sys.stderr = before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -24,12 +24,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> UserError:
                 break
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.0)
         # A letter of another alphabet may look like the right one.
         spelling = "" if path[-1].isascii() else f", spelt {ascii(path[-1])[1:-1]}"
-        return UserError(
-            key, None, f"is an unknown key{spelling}", f"the nearest known one is {'.'.join([*path[:-1], near[0]])}"
-        )
+        return UserError(key, None, f"is an unknown key{spelling}", _known(path, section, root))
     if problem["type"] == "missing":
         return UserError(key, None, "is missing", "set it in the config or as key.path=value")
     if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -38,10 +35,32 @@ def explain(error: ValidationError, root: type[BaseModel]) -> UserError:
     value = problem["input"]
     if problem["type"] in ("model_type", "model_attributes_type"):
         return UserError(key, repr(value), "must be a section of keys", "write its keys, or leave it out")
+    empty = "has no value: " if value is None else ""
     # A union complains once for each of its members.
     same_key = [other for other in problems if other["loc"][: len(path)] == problem["loc"][: len(path)]]
     message = " or ".join(dict.fromkeys(other["msg"][0].lower() + other["msg"][1:] for other in same_key))
-    return UserError(key, repr(value) if isinstance(value, str) else value, message, "see docs/configuration.md")
+    return UserError(
+        key, repr(value) if isinstance(value, str) else value, empty + message, "see docs/configuration.md"
+    )
+
+
+def _known(path: Sequence[str], section: type[BaseModel], root: type[BaseModel]) -> str:
+    """What an unknown key may stand for: the key of that name in other sections, else one that is spelt alike."""
+    *parents, name = path
+    elsewhere = [key for key in dict.fromkeys(_keys(root)) if key.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"{name} is a key of other sections: {', '.join(elsewhere[:4])}"
+    if near := difflib.get_close_matches(name, section.model_fields, n=1):
+        return f"the nearest known one is {'.'.join([*parents, near[0]])}"
+    return f"the known ones are {', '.join('.'.join([*parents, field]) for field in section.model_fields)}"
+
+
+def _keys(section: type[BaseModel], parents: Sequence[str] = ()) -> Iterator[str]:
+    """All keys below a section, dotted; those of lists without a number."""
+    for name, field in section.model_fields.items():
+        yield ".".join([*parents, name])
+        for below in _sections(field.annotation):
+            yield from _keys(below, [*parents, name])
 
 
 def _follow(location: Sequence[str | int], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:

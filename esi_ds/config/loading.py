@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,9 +131,11 @@ def load_config(path: str, overrides: list[str], deepspeed_config: str | None = 
     with reading("--config", path, "give a YAML file, or the name of a recipe", "is not the name of a file"):
         is_file = Path(path).exists() and not Path(path).is_dir()  # a model or a run may have a recipe's name
         file = Path(path) if is_file or path.endswith((".yaml", ".yml")) else shipped.own_recipe(path)
-    raw = read_yaml(file, "--config", "give a YAML file, such as configs/demo/esi.yaml")
+    if not os.path.lexists(file):
+        raise UserError("--config", path, "there is no such file", "give a YAML file, or the name of a recipe")
+    raw = read_yaml(file, "--config", "give a YAML file, such as the recipe demo/esi")
     if not isinstance(raw, dict):
-        raise UserError("--config", path, "is not a mapping of sections", "see configs/demo/esi.yaml")
+        raise UserError("--config", path, "is not a mapping of sections", "see the recipe demo/esi")
     # A relative path may be meant from the YAML's folder. One in an override is meant from the working directory.
     deepspeed = raw.get("deepspeed")
     if isinstance(deepspeed, str):

@@ -78,6 +78,10 @@ def parse_yaml(text: str) -> Any:
         if _size(node, {}) > MAX_NODES:
             raise ValueError(f"its aliases stand for more than {MAX_NODES:,} values")
         return loader.construct_document(node)
+    except yaml.scanner.ScannerError as error:
+        if "'\\t'" in str(error.problem) and error.problem_mark is not None:
+            raise ValueError(f"line {error.problem_mark.line + 1} has a tab: indent with spaces") from error
+        raise ValueError(" ".join(str(error).split())) from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     finally:

@@ -51,7 +51,17 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
         tokenizer.chat_template = read_template(chat_template)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.padding_is_ours = True
     return tokenizer
+
+
+def without_our_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer of an exported model: without the padding token that ``load_tokenizer`` has chosen."""
+    if not getattr(tokenizer, "padding_is_ours", False):
+        return tokenizer
+    plain = copy.deepcopy(tokenizer)
+    plain.pad_token = None
+    return plain
 
 
 def read_template(chat_template: str, field: str = "model.chat_template") -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from esi_ds.core import noise
 from esi_ds.core.loss import IGNORED
 from esi_ds.data.chat import TURN_MARK, TemplateCheck, TemplateRejection, break_up, render
 from esi_ds.data.columns import (
@@ -93,7 +94,9 @@ def find_columns(rows: Sequence[Row], columns: str, field: str) -> tuple[str, ..
         chosen = tuple(part.strip() for part in columns.split(","))
         unknown = [name for name in chosen if name not in names]
         if unknown or len(chosen) > 3:
-            raise UserError(field, columns, f"is not among the columns {', '.join(names)}", "give question,answer")
+            raise UserError(
+                field, columns, f"is not among the columns {', '.join(names)}", "name those of question and answer"
+            )
         return chosen
     check_distinct(names, {*CHATS, *(name for shape in SHAPES for name in shape if name)}, field)
     lower = {name.strip().lower(): name for name in names}
@@ -392,6 +395,13 @@ def _broken_up(turn: Turn, specials: Sequence[str]) -> Turn:
     return broken
 
 
+def _order_seed(seed: int, epoch: int, number: int) -> int:
+    """The seed of one epoch's order. torch's generator on CPUs reads 32 bits of it, which hold seeds below 4,096 beside
+    the rest."""
+    plain = (seed << 20) + (epoch << 1) + number
+    return plain if plain < 1 << 32 else noise.stream(seed, epoch, number) & 0xFFFFFFFF
+
+
 class DataOrder:
     """Which sequence is at which position of the endless stream that training reads.
 
@@ -414,6 +424,6 @@ class DataOrder:
         epoch, index = divmod(count, size)
         if (stream, epoch) not in self._epochs:
             self._epochs = {key: order for key, order in self._epochs.items() if key[0] != stream}
-            generator = torch.Generator().manual_seed((self.seed << 20) + (epoch << 1) + stream)
+            generator = torch.Generator().manual_seed(_order_seed(self.seed, epoch, stream))
             self._epochs[stream, epoch] = torch.randperm(size, generator=generator).tolist()
         return self._epochs[stream, epoch][index]

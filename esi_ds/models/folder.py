@@ -18,7 +18,7 @@ from esi_ds.errors import UserError
 from esi_ds.models import hub
 from esi_ds.models.quantised import WAY_OUT, Quantisation, model_weights, read_quantisation, without_quantisation
 from esi_ds.models.weights import checkpoint_tensors
-from esi_ds.reading import reading
+from esi_ds.reading import check_written_out, reading
 
 # Configurations' names for the longest sequence: MPT's is max_seq_len, that of Whisper's decoder max_target_positions;
 # the others are remote code's.
@@ -80,6 +80,9 @@ def load_model_config(source: ModelSource, only_local: bool = False) -> Pretrain
     path, field = source.path, source.field
     # os.path, unlike pathlib, takes a name that is too long for a file for one that is not there.
     looks_local = path.startswith((".", "/", "~")) or os.path.exists(path)
+    check_written_out(field, path)
+    if looks_local and not os.path.lexists(path):
+        raise UserError(field, path, "there is no such folder", "give a Hugging Face folder")
     if looks_local and path.endswith(".gguf"):
         raise UserError(field, path, "is a GGUF file, which is not read", WAY_OUT)
     if looks_local and not os.path.isfile(os.path.join(path, "config.json")):

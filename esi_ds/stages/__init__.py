@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
+from esi_ds.artifacts import RunFolder
 from esi_ds.config import Config
+from esi_ds.errors import UserError
 from esi_ds.options import Options
 
 # Name as in ``launch/<stage>.py`` → module and function of its entry. Imported on demand: each loads other libraries.
@@ -33,5 +35,17 @@ def entry(stage: str) -> Callable[[Config, Options], None]:
         work: Callable[[Config, Options], None] = getattr(importlib.import_module(module), function)
         resolved = with_dtype(config, options.dry_run)
         work(resolved if options.dry_run else with_date(resolved), options)
+        if options.dry_run:
+            _note_folder(with_date(resolved), stage)
 
     return run
+
+
+def _note_folder(config: Config, stage: str) -> None:
+    """Say, after a plan, why a run would be refused by its folder."""
+    folder = RunFolder(config.run.output_dir)
+    try:
+        folder.check(config)
+        folder.check_stage(stage)
+    except UserError as error:
+        print(f"\nNOTE: a run would be refused: {error}")

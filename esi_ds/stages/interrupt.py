@@ -1,4 +1,4 @@
-"""Preemption: SIGTERM and SIGUSR1 set a flag that stages check between micro-batches (docs/design.md §8).
+"""Preemption: SIGTERM, SIGUSR1 and Ctrl-C set a flag that stages check between micro-batches (docs/design.md §8).
 
 The end of the launcher sets it too: its ranks would go on unseen, holding devices and the run folder. The flag belongs
 to the process, not to a loop, so that a signal between two parts of a run is not lost. Nothing is ever saved inside the
@@ -7,6 +7,7 @@ handler. Before a stage listens there is nothing to save, and signals end the pr
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -31,8 +32,18 @@ def listen(launcher: tuple[tuple[int, int], ...] = ()) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: _stop_requested.set())
+    signal.signal(signal.SIGINT, _stop_or_end)
     if launcher:
         threading.Thread(target=_watch, args=(launcher,), name="launcher", daemon=True).start()
+
+
+def _stop_or_end(*_: object) -> None:
+    """Ctrl-C: the first sets the flag, a second ends the process without saving."""
+    if _stop_requested.is_set():
+        raise KeyboardInterrupt
+    _stop_requested.set()
+    if runtime.rank() == 0:
+        os.write(2, b"\nstopping and saving after what is being computed; Ctrl-C again ends at once\n")
 
 
 def _watch(launcher: tuple[tuple[int, int], ...]) -> None:

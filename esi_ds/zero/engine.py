@@ -26,10 +26,11 @@ from esi_ds.models.folder import ModelSource
 from esi_ds.models.idle_experts import mend_grouped_product
 from esi_ds.models.roles import describe, expert_blocks, routers
 from esi_ds.models.rows import Together
+from esi_ds.reading import first_line
 from esi_ds.zero import expert_parallel, memory, runtime
 from esi_ds.zero.loading import read_partitioned, read_replicated
 from esi_ds.zero.partitioned import attributes, partition_bounds, partition_group, partition_numel, whole_shape
-from esi_ds.zero.settings import with_prefetch
+from esi_ds.zero.settings import REMEDY, with_prefetch
 
 
 class ShardedModel:
@@ -198,13 +199,11 @@ class ShardedModel:
         return whole_shape(self.module.get_output_embeddings().weight)[0]
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass. Only layers get ``training = True``: dropout stays off."""
-        self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for layer in self._checkpointed_layers():
-            layer.training = True
+        """Recompute activations in the backward pass, without dropout."""
+        recompute_activations(self.module)
 
     def _checkpointed_layers(self) -> list[nn.Module]:
-        return [layer for layer in self.module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        return checkpointed_layers(self.module)
 
     @contextmanager
     def with_cache(self) -> Iterator[None]:
@@ -291,13 +290,48 @@ def _keep_together(block: nn.Module) -> None:
     block.register_forward_hook(touch)  # before ZeRO's hook, which releases the weights
 
 
+def checkpointed_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers whose activations can be recomputed."""
+    return [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
+def recompute_activations(module: PreTrainedModel) -> None:
+    """Gradient checkpointing of a model in evaluation mode. Only layers get ``training = True``, and only where
+    transformers asks for it: dropout stays off, also where a layer applies it itself, as OPT's does."""
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers: list[Any] = checkpointed_layers(module)
+    for layer in layers:
+        layer._gradient_checkpointing_func = _in_evaluation(layer, layer._gradient_checkpointing_func)
+        layer.training = True
+
+
+def _in_evaluation(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's checkpointing function that computes the layer, the first time and again, in evaluation mode."""
+
+    def checkpointed(compute: Callable[..., Any], *arguments: Any) -> Any:
+        def evaluate(*inputs: Any) -> Any:
+            layer.training = False
+            try:
+                return compute(*inputs)
+            finally:
+                layer.training = True
+
+        return checkpoint(evaluate, *arguments)
+
+    return checkpointed
+
+
 def _initialize(
     module: PreTrainedModel, optimizer: Optimizer | None, deepspeed_config: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """``deepspeed.initialize``. Raises UserError where AutoEP does not know the model."""
+    """``deepspeed.initialize``. Raises UserError where AutoEP does not know the model, or DeepSpeed asserts that it
+    cannot do what the config asks for."""
     settings = copy.deepcopy(deepspeed_config)
     if not expert_parallel.is_on(settings):
-        return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        try:
+            return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        except AssertionError as error:
+            raise UserError("deepspeed", None, f"is refused by DeepSpeed ({first_line(error)})", REMEDY) from error
     expert_parallel.mend_registry()
     expert_parallel.mend_grouped_experts()
     try:

@@ -50,7 +50,10 @@ class Entry:
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors that are on the CPU to a safetensors file, and sync it to disk. Raises OSError naming the file."""
     with writing(file):
+        file.touch()
+        mode = file.stat().st_mode  # a new file's, by the user's umask; safetensors makes one that nobody else may read
         save_file(dict(tensors), file, metadata=metadata)
+        file.chmod(mode)
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
 

@@ -164,6 +164,44 @@ RESULTS = [
 ]
 
 
+def failed_run(folder: Path, name: str = "log.txt") -> RunFolder:
+    """A run that failed with ``name`` beside what every start writes."""
+    run = RunFolder(str(folder))
+    run.open(make_config())
+    run.identify()
+    run.write_manifest(exit_state="failed", world_size=1, started=0.0, model_fingerprint="a", data={"rows": "b"})
+    (folder / name).write_text("x")
+    (folder / "tensorboard").mkdir()
+    return run
+
+
+def test_a_run_that_was_refused_begins_anew(tmp_path: Path) -> None:
+    """A mask of another model is found once the folder is there: with another mask the same command goes through."""
+    other = make_config(ratio=0.02)
+    run = failed_run(tmp_path / "refused")
+    before = json.loads((run.path / "run.json").read_text())
+    run.check(other)
+    run.open(other)
+    assert not (run.path / "manifest.json").exists() and not (run.path / "inputs.json").exists()
+    run.check_same("data_hashes", {"rows": "c"}, "data.path")
+    run.identify()
+    assert json.loads((run.path / "run.json").read_text()) != before
+    with pytest.raises(UserError, match="holds a run of another config"):
+        failed_run(tmp_path / "begun", "responses.jsonl").check(other)
+    run = failed_run(tmp_path / "killed")
+    run.write_manifest(exit_state="running", world_size=1, started=0.0, model_fingerprint="a", data={})
+    with pytest.raises(UserError, match="holds a run of another config"):
+        run.check(other)
+
+
+@pytest.mark.parametrize("name", ["~/runs", "$HOME/runs", "a/${SCRATCH}/b", "a\nb"])
+def test_names_that_only_a_shell_would_replace(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"run.output_dir = .*(which only a shell replaces|cannot be seen)"):
+        RunFolder(name).open(make_config())
+    assert list(tmp_path.iterdir()) == []
+
+
 def finished_run(tmp_path: Path) -> RunFolder:
     for name in (*RESULTS, "metrics.jsonl", "log.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

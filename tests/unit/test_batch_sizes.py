@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,15 @@ import torch
 from builders import FAMILIES, model_config
 from conftest import ROOT
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 from esi_ds.artifacts import RunFolder
 from esi_ds.cli import main
@@ -25,6 +34,7 @@ from esi_ds.stages.batch_sizes import GenerationBatch, generation_setting, longe
 from esi_ds.stages.esi.work import EsiRun
 from esi_ds.tracking import Tracker
 from esi_ds.zero import batching, memory, runtime
+from esi_ds.zero.engine import checkpointed_layers, recompute_activations
 
 GIB, FP32 = 2**30, 4
 CONFIG = {"run": {"output_dir": "runs/x"}, "model": {"path": "m"}}
@@ -216,3 +226,27 @@ def test_bars_show_tokens_a_second(tmp_path: Path, capsys) -> None:
             assert bar.num_tokens == 1000
     assert curves["tokens_per_second/generate"] == pytest.approx(100, rel=0.1)
     assert "100 tokens/s" in capsys.readouterr().err
+
+
+def test_recomputed_activations_have_no_dropout() -> None:
+    """OPT's layer itself applies dropout where it is in training mode, which transformers' checkpointing asks for."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=50, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16,
+        max_position_embeddings=32, dropout=0.5,
+    )  # fmt: skip
+    model, ids = OPTForCausalLM(config).eval(), torch.arange(12).view(2, 6)
+
+    def gradients(model: PreTrainedModel) -> list[Tensor]:
+        model.zero_grad()
+        model(ids).logits.square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected, plain = gradients(model), copy.deepcopy(model)
+    recompute_activations(model)
+    assert all(layer.training for layer in checkpointed_layers(model)) and len(checkpointed_layers(model)) == 2
+    assert all(torch.equal(one, other) for one, other in zip(gradients(model), expected, strict=True))
+    plain.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in checkpointed_layers(plain):
+        layer.training = True
+    assert not all(torch.equal(one, other) for one, other in zip(gradients(plain), expected, strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from builders import CHAT, byte_bpe_tokenizer
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from esi_ds.config import Model
 from esi_ds.data.chat import (
@@ -20,6 +20,7 @@ from esi_ds.data.chat import (
     load_chat_tokenizer,
     load_tokenizer,
     special_strings,
+    without_our_padding,
 )
 from esi_ds.data.conversations import encode_rows
 from esi_ds.data.turns import Turn
@@ -192,6 +193,19 @@ def test_tokens_that_the_embedding_does_not_have(what: str) -> None:
         tokenizer.pad_token = word
     with pytest.raises(UserError, match=rf"model.path.*{word}.*has the id {config.vocab_size}, and an embedding of"):
         check_vocabulary(tokenizer, config, source)
+
+
+def test_padding_that_was_chosen_here_is_not_exported(tmp_path: Path) -> None:
+    published = byte_bpe_tokenizer()
+    published.pad_token = None
+    published.save_pretrained(tmp_path / "model")
+    tokenizer = load_tokenizer(ModelSource(str(tmp_path / "model")))
+    assert tokenizer.pad_token == tokenizer.eos_token
+    without_our_padding(tokenizer).save_pretrained(tmp_path / "exported")
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported").pad_token is None
+    assert tokenizer.pad_token_id is not None  # the run goes on with it
+    published.pad_token = "<|end|>"
+    assert without_our_padding(published) is published
 
 
 CHAT_PROMPT: list[Turn] = [

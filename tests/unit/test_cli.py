@@ -161,7 +161,7 @@ def signalled(number: int, script: str, *arguments: str, rank: int = 0) -> tuple
             process.kill()  # else leaving the block waits for it for ever
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_before_anything_is_done_is_an_interruption(config: str, number: int, rank: int) -> None:
     code, message = signalled(number, WAITING, "--config", config, rank=rank)
@@ -199,6 +199,31 @@ def test_a_stage_that_listens_is_not_ended(config: str) -> None:
     )
     command = [sys.executable, "-c", script, "--config", config]
     assert subprocess.run(command, cwd=ROOT, timeout=20).returncode == 9
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--confg", "a.yaml"], "unrecognized arguments: --confg"),
+        (["a.yaml"], "--config is missing; write --config a.yaml"),
+        (["select.ratio=0.1"], "--config is missing"),
+    ],
+)
+def test_a_config_that_is_not_named(words: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main("esi", words)
+    assert left.value.code == 2 and problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["recipes"], ["recipes", "show", "demo/esi"]])
+def test_nobody_reads_on(words: list[str]) -> None:
+    """`| head`: no traceback, and the code that a shell gives to a broken pipe."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "esi_ds", *words]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["--config", "nowhere.yaml"], 2)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from esi_ds import shipped
 from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
 from esi_ds.config import Config, differences, load_config, resolved_yaml, validate
 from esi_ds.config.needs import require_esi, require_tune
-from esi_ds.config.yaml import parse_yaml
+from esi_ds.config.yaml import apply_override, parse_yaml
 from esi_ds.deepspeed_config import check_experts, expert_parallel_size, resolve_deepspeed
 from esi_ds.errors import UserError
 
@@ -243,11 +244,60 @@ def test_a_deepspeed_file_beside_the_yaml_is_found(tmp_path: Path, monkeypatch: 
         ({"train_batch_size": 8}, "deepspeed.train_batch_size = 8.*16"),
         ({"scheduler": {"type": "WarmupLR"}}, "deepspeed.scheduler"),
         ({"elasticity": {"enabled": True}}, "deepspeed.elasticity"),
+        ({"hybrid_engine": {"enabled": True}}, "deepspeed.hybrid_engine"),
+        ({"torch_autocast": {"enabled": True, "dtype": "fp16"}}, "deepspeed.torch_autocast.*model.dtype = bf16"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights = True.*bf16"),
     ],
 )
 def test_deepspeed_settings_that_contradict(changes: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         resolve_deepspeed(validate({**BASE, "deepspeed": {"zero_optimization": {"stage": 3}, **changes}}), 2)
+
+
+@pytest.mark.parametrize(
+    ("zero", "words"),
+    [
+        ({"zero_quantized_gradients": True}, "zero_quantized_gradients = True: contradicts fp32"),
+        ({"zenflow": {"topk_ratio": 0.1}}, "zenflow.*SPA's own optimizer"),
+        ({"offload_optimizer": {"device": "cpu", "ratio": 0.3}}, "offload_optimizer.ratio = 0.3"),
+        ({"offload_optimizer": {"device": "cpu", "super_offload": True}}, "offload_optimizer.super_offload = True"),
+    ],
+)
+def test_what_spa_cannot_have_of_deepspeed(zero: dict, words: str) -> None:
+    tune = {"mask": "m", "data": {"path": "rows"}, "max_steps": 1, "lr": 1e-3, "batch_size": 1}
+    config = validate({**BASE, "tune": tune, "deepspeed": {"zero_optimization": {"stage": 3, **zero}}})
+    with pytest.raises(UserError, match=words):
+        resolve_deepspeed(config, 2, "spa")
+    resolve_deepspeed(config, 2, "esi")
+
+
+@pytest.mark.parametrize("enabled", [False, None])
+def test_sections_of_deepspeed_that_ask_for_nothing(enabled: bool | None) -> None:
+    nothing = {name: {"enabled": False} if enabled is False else None for name in ("torch_autocast", "hybrid_engine")}
+    resolve_deepspeed(validate({**BASE, "deepspeed": {"zero_optimization": {"stage": 3}, **nothing}}), 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("esi.ratio", "ratio is a key of other sections: select.ratio"),
+        ("ratio", "ratio is a key of other sections: select.ratio"),
+        ("esi.estimatr", "the nearest known one is esi.estimator"),
+        ("a.b", "the known ones are run, model, judge, data"),
+    ],
+)
+def test_an_unknown_key_and_what_it_may_stand_for(key: str, words: str) -> None:
+    raw = copy.deepcopy(BASE)
+    apply_override(raw, f"{key}=0.1")
+    with pytest.raises(UserError, match=f"is an unknown key; {words}"):
+        validate(raw)
+
+
+def test_a_key_without_a_value() -> None:
+    raw = copy.deepcopy(BASE)
+    apply_override(raw, "select.ratio=")
+    with pytest.raises(UserError, match="select.ratio: has no value: "):
+        validate(raw)
 
 
 @pytest.mark.parametrize(

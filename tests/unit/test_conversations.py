@@ -250,6 +250,16 @@ def test_the_text_of_every_role_is_broken_up(tokenizer, role: str) -> None:
     assert sequence.ids.count(tokenizer.convert_tokens_to_ids("<|end|>")) == 3  # one per turn
 
 
+def test_seeds_have_orders_of_their_own() -> None:
+    """torch's generator reads 32 bits of a seed, of which the first 20 are the epoch's."""
+    orders = {
+        seed: tuple(DataOrder(50, 50, 0.5, seed)[position] for position in range(100))
+        for seed in (0, 1, 4095, 4096, 4097, 1 << 20, (1 << 32) - 1)
+    }
+    assert len(set(orders.values())) == len(orders)
+    assert orders[1] == tuple(DataOrder(50, 50, 0.5, 1)[position] for position in range(100))
+
+
 def test_the_order_reads_every_row_once_an_epoch_and_mixes_evenly() -> None:
     order = DataOrder(10, 3, 0.25, seed=1)
     stream = [order[position] for position in range(80)]

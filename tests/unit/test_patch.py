@@ -48,6 +48,48 @@ def test_both_ways(folder: Path, capsys) -> None:
     assert AutoModelForCausalLM.from_pretrained(folder / "again", dtype=torch.bfloat16) is not None
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_configuration_names_the_dtype_that_is_written(folder: Path, key: str) -> None:
+    """Plain transformers loads in it: bf16 would round the tuning of fp32 away."""
+    fine = AutoModelForCausalLM.from_pretrained(folder / "tuned", dtype=torch.float32)
+    with torch.no_grad():
+        fine.model.layers[0].self_attn.k_proj.weight.mul_(1 + 1e-4)
+    fine.save_pretrained(folder / "fine")
+    for name in ("base", "fine"):
+        file = folder / name / "config.json"
+        content = json.loads(file.read_text())
+        content[key] = content.pop("dtype")
+        file.write_text(json.dumps(content))
+    assert run("create", folder / "base", folder / "fine", folder / "patch") == 0
+    assert run("apply", folder / "base", folder / "patch", folder / "again") == 0
+    assert run("revert", folder / "fine", folder / "patch", folder / "back") == 0
+    for name, origin in (("again", "fine"), ("back", "base")):
+        one, other = (AutoModelForCausalLM.from_pretrained(folder / which) for which in (name, origin))
+        assert one.dtype == other.dtype == {"again": torch.float32, "back": torch.bfloat16}[name]
+        differs = [n for n, values in one.state_dict().items() if not torch.equal(values, other.state_dict()[n])]
+        assert differs == (["model.layers.0.self_attn.q_proj.weight"] if name == "again" else [])  # the tuned NaN
+        assert json.loads((folder / name / "config.json").read_text())[key] == str(other.dtype)[6:]
+
+
+def test_files_are_for_whom_the_users_mask_says(folder: Path) -> None:
+    """safetensors itself writes files that only their owner may read."""
+    before = os.umask(0o027)
+    try:
+        assert run("create", folder / "base", folder / "tuned", folder / "patch") == 0
+        assert run("apply", folder / "base", folder / "patch", folder / "again") == 0
+    finally:
+        os.umask(before)
+    files = [*(folder / "patch").rglob("*.safetensors"), *(folder / "again").rglob("*.safetensors")]
+    assert len(files) == 2 and {file.stat().st_mode & 0o777 for file in files} == {0o640}
+
+
+def test_a_model_is_not_written_into_itself(folder: Path, capsys) -> None:
+    assert run("create", folder / "base", folder / "tuned", folder / "patch") == 0
+    before = sorted(folder.rglob("*"))
+    assert run("apply", folder / "base", folder / "patch", folder / "base/sub") == 2
+    assert "lies in the model's folder" in capsys.readouterr().err and sorted(folder.rglob("*")) == before
+
+
 def test_a_finer_base_can_be_patched_but_not_brought_back(folder: Path, capsys) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     with torch.no_grad():

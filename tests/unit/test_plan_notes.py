@@ -37,6 +37,7 @@ def dry_run(stage: str, *arguments: str) -> int:
         (
             "esi",
             [
+                *ABSENT,
                 "data.prompts.path = walledai/AdvBench: there is no such path here, and the hub does not answer",
                 "judge.path = meta-llama/Llama-Guard-3-8B: has no readable configuration on this machine: not counted",
             ],

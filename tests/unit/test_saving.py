@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal as signals
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,6 +38,24 @@ class Watch:
 
 class Killed(Exception):
     pass
+
+
+def test_ctrl_c_saves_and_a_second_one_ends(capfd: pytest.CaptureFixture[str]) -> None:
+    handlers = {number: signals.getsignal(number) for number in (signals.SIGTERM, signals.SIGUSR1, signals.SIGINT)}
+    try:
+        interrupt.listen()
+        saved: list[str] = []
+        check_stop("nothing yet", lambda: saved.append("no"))
+        signals.raise_signal(signals.SIGINT)
+        with pytest.raises(Interrupted, match="stopped by a signal with 3 steps; start again to continue"):
+            check_stop("3 steps", lambda: saved.append("yes"))
+        assert saved == ["yes"] and "Ctrl-C again ends at once" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signals.raise_signal(signals.SIGINT)
+    finally:
+        interrupt._stop_requested.clear()
+        for number, handler in handlers.items():
+            signals.signal(number, handler)
 
 
 @pytest.fixture

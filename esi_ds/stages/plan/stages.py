@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from esi_ds.report.contents import Facts
 from esi_ds.stages.esi.losses import loss_sections
 from esi_ds.stages.plan.batches import EsiBatches, Rows, esi_batches
 from esi_ds.stages.plan.memory import GIB, describe_work, expected_trained, print_bytes, readable, topology
-from esi_ds.stages.plan.notes import count_prompts, count_responses, count_rows
+from esi_ds.stages.plan.notes import count_prompts, count_responses, count_rows, missing_files
 
 
 def plan(
@@ -133,7 +134,7 @@ def print_plan(config: Config, options: Options) -> None:
     model_config = load_model_config(source)
     parameters = meta_parameters(model_config, source, config.model.roles, config.model.dtype)
     check_ratio(config.select.ratio, share_sizes(parameters, config.select.of, config.select.scope), "select.ratio")
-    notes: list[str] = []
+    notes = missing_files("model.path", source.path) if os.path.isdir(source.path) else []
     trained = expected_trained(config, parameters)
     work = describe_work(config, "esi", model_config, parameters, trained, cluster.ranks)
     batches = esi_batches(config, work, model_config, cluster, settings, options.gpu_memory_gib * GIB)

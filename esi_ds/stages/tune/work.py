@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from esi_ds import patch
 from esi_ds.artifacts import replace_folder, wait_until_visible
-from esi_ds.data.chat import day_of
+from esi_ds.data.chat import day_of, without_our_padding
 from esi_ds.data.template_values import without_values
 from esi_ds.data.thoughts import MARKS, Marks, marks_with, opening_mark
 from esi_ds.data.turns import Prompt
@@ -226,7 +226,7 @@ class TuneRun(StageRun[TuningInputs]):
             rounded_from=self.rounded_from,
         )
         section = self.config.model
-        plain = without_values(inputs.tokenizer, section.template_kwargs, day_of(section))
+        plain = without_values(without_our_padding(inputs.tokenizer), section.template_kwargs, day_of(section))
         export_model(model, tuned, plain, card)
         summary = self._patch(tuned) if tune.patch else None
         if not tune.export and runtime.is_main():
