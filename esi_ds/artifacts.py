@@ -306,6 +306,8 @@ class RunFolder:
         Manifests of earlier versions do not say which; the status does. A run that died before it had a manifest has
         left nothing that another could take for its own.
         """
+        if self._was_refused():
+            return
         inputs = read_inputs(self.path)
         before = inputs.get("stage")
         if inputs and before is None:
@@ -321,7 +323,7 @@ class RunFolder:
         Of a mapping, what these do not name is of an earlier version and taken as it is. field: to name;
         None where the mapping's keys are fields.
         """
-        before = read_inputs(self.path).get(key)
+        before = None if self._was_refused() else read_inputs(self.path).get(key)
         what = ""
         if isinstance(before, dict) and isinstance(now, dict):
             now = {name: value for name, value in now.items() if name in before}

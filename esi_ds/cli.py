@@ -19,7 +19,7 @@ from esi_ds.config import load_config
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.failures import explain, is_full
 from esi_ds.options import STAGES, Options
-from esi_ds.terminal import clean_output
+from esi_ds.terminal import ReaderGone, clean_output, let_go_of_closed_output
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_FAILURE = 2, 75, 1
 ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # signals that end a process which has nothing to save
@@ -130,7 +130,8 @@ def end_at_signals(code: int) -> None:
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_end, args=(reading, code), name="signals", daemon=True).start()
     for number in ENDING:  # last: until then the default handlers end the process
-        signal.signal(number, _ignore)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background has no Ctrl-C
+            signal.signal(number, _ignore)
 
 
 def _ignore(*_: object) -> None:
@@ -195,7 +196,7 @@ def main(stage: str, argv: list[str] | None = None) -> int:
             print("\ninterrupted: what was saved is kept; start again to continue", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     except Exception as error:
-        if arguments.dry_run and isinstance(error, BrokenPipeError):  # `| head`
+        if arguments.dry_run and isinstance(error, ReaderGone):  # `| head`
             raise
         if rank > 0 and is_full(error):
             _let_others_report(local_rank, EXIT_FAILURE)
@@ -204,6 +205,7 @@ def main(stage: str, argv: list[str] | None = None) -> int:
         # On a new line, even if rank 0's progress bar is in the middle of one.
         print(f"\nrank {rank} failed: {problem or ''}{text}", file=sys.stderr, flush=True)
         return EXIT_FAILURE
+    let_go_of_closed_output()
     return 0
 
 

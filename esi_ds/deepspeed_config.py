@@ -130,7 +130,7 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
                 "remove it; learning rates belong in the YAML's tune section",
             )
     for section in ("amp", "elasticity", "tensor_parallel", "pipeline", "hybrid_engine"):
-        if _is_on(settings.get(section)):
+        if _is_on(settings.get(section), default=section != "hybrid_engine"):
             raise UserError(f"deepspeed.{section}", None, "is not supported by this stage", "remove it")
     _check_expert_parallel(settings, world_size)
     for key, ours, owner in _owned(config, world_size, stage):
@@ -138,7 +138,7 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
         if value not in ("auto", ours):
             raise UserError(f"deepspeed.{key}", value, f"contradicts {ours} ({owner})", REMEDY)
         settings[key] = ours
-    if _is_on(settings.get("torch_autocast")):
+    if _is_on(settings.get("torch_autocast"), default=False):
         raise UserError("deepspeed.torch_autocast", None, f"contradicts model.dtype = {config.model.dtype}", REMEDY)
     _check_quantised(settings, config.model.dtype)
     _fill_precision(settings, config.model.dtype)
@@ -159,9 +159,11 @@ def _check_quantised(settings: Mapping[str, Any], dtype: str) -> None:
             raise UserError(f"deepspeed.zero_optimization.{key}", value, f"contradicts model.dtype = {dtype}", REMEDY)
 
 
-def _is_on(section: Any) -> bool:
-    """Whether a section asks for something: one that says ``enabled: false`` does not."""
-    return bool(section) and not (isinstance(section, dict) and section.get("enabled") is False)
+def _is_on(section: Any, default: bool) -> bool:
+    """Whether a section asks for something. default: where it does not say whether it is ``enabled``."""
+    if isinstance(section, dict):
+        return bool(section) and section.get("enabled", default) not in (False, None, "auto")
+    return bool(section) and section != "auto"
 
 
 def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
@@ -327,7 +329,7 @@ def _fill_optimizer(settings: dict[str, Any]) -> None:
         ("offload_optimizer.ratio", offload.get("ratio", 1.0), 1.0, "SPA's own optimizer"),
         ("offload_optimizer.super_offload", offload.get("super_offload", False), False, "SPA's own optimizer"),
     ):
-        if value not in ("auto", ours):
+        if value not in ("auto", ours, None):
             raise UserError(f"deepspeed.zero_optimization.{key}", value, f"contradicts {owner}", REMEDY)
     settings["communication_data_type"] = "fp32"
     settings["data_types"] = {**types, "grad_accum_dtype": "fp32"}

@@ -24,7 +24,7 @@ from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
 from esi_ds.ranks import Ranks, find_ranks
 from esi_ds.reselect import Reselection, check_cover, read_units, spans, write_selection
-from esi_ds.terminal import clean_output, help_text
+from esi_ds.terminal import ReaderGone, clean_output, help_text
 
 MAX_CELLS = 40  # lines of ``compare`` by layer and role that are shown unasked
 
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         if ranks.rank == 0:
             print("\n".join(lines))
         return code
-    except BrokenPipeError:
+    except ReaderGone:
         raise
     except Exception as error:
         if ranks.reports_error():

@@ -503,7 +503,9 @@ def _name_dtype(folder: Path, dtype: torch.dtype) -> None:
     """Have the configuration name the dtype of most weights: transformers would round them to another one."""
     file = folder / CONFIG_NAME
     content = read_json(file, dict[str, Any], "MODEL", "mend it") if file.is_file() else {}
-    sections = [content, *(value for value in content.values() if isinstance(value, dict))]
+    sections = [content]
+    while isinstance(text := sections[-1].get("text_config") or sections[-1].get("thinker_config"), dict):
+        sections.append(text)
     keys = [(section, key) for section in sections for key in ("dtype", "torch_dtype") if key in section]
     name = str(dtype).removeprefix("torch.")
     if any(section[key] != name for section, key in keys):

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 # Control characters of ASCII and Latin-1 but for tab and line feed, marks that reverse the direction of writing, and
@@ -30,6 +30,34 @@ def _written_out(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 
 
+class ReaderGone(BrokenPipeError):
+    """Nobody reads what is printed any more, as behind `| head`."""
+
+
+@contextmanager
+def _naming_its_reader() -> Iterator[None]:
+    try:
+        yield
+    except ReaderGone:
+        raise
+    except BrokenPipeError as error:
+        raise ReaderGone(*error.args) from error
+
+
+def _let_go(stream: TextIO) -> None:
+    """Have what is still buffered go nowhere: flushing it would fail again, when the process ends at the latest."""
+    with suppress(OSError, ValueError):  # a stream without a descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def let_go_of_closed_output() -> None:
+    """Flush stdout; where nobody reads it, that is no failure of what has been done."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _let_go(sys.stdout)
+
+
 class _CleanStream:
     """A text stream that writes control characters out; carriage returns stay, as progress bars are made of them."""
 
@@ -37,7 +65,12 @@ class _CleanStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        return self._stream.write(CONTROL_BUT_RETURN.sub(_written_out, text))
+        with _naming_its_reader():
+            return self._stream.write(CONTROL_BUT_RETURN.sub(_written_out, text))
+
+    def flush(self) -> None:
+        with _naming_its_reader():
+            self._stream.flush()
 
     def writelines(self, lines: list[str]) -> None:
         for line in lines:
@@ -55,8 +88,8 @@ def clean_output() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), before[0].fileno())
+    except ReaderGone:
+        _let_go(before[0])
         raise SystemExit(128 + signal.SIGPIPE) from None
     finally:
         sys.stdout, sys.stderr = before

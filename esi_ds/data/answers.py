@@ -59,7 +59,7 @@ def load_answers(path: str, field: str, model: str, sets: Sequence[QuestionSet],
         if not isinstance(row.get("excluded"), str | None):
             problem = f"has a row whose 'excluded' is {json.dumps(row['excluded'])[:20]}"
             raise UserError(field, path, problem, "give the reason as a text, or null")
-        if not isinstance(row.get("sample", 0), int):
+        if _is_evaluated(row) and not isinstance(row.get("sample", 0), int):
             problem = f"has a row whose 'sample' is {json.dumps(row['sample'])[:20]}"
             raise UserError(field, path, problem, "give a number")
     by_key: dict[tuple[str, int], list[int]] = {}

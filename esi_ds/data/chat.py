@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from esi_ds.config import Model
 from esi_ds.data.template_values import check_read, set_values
+from esi_ds.data.thoughts import mark_strings
 from esi_ds.data.turns import Prompt, Turn
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
@@ -95,14 +96,17 @@ def load_chat_tokenizer(source: ModelSource, section: Model, *, is_base: bool = 
     return tokenizer
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, source: ModelSource) -> None:
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, source: ModelSource, *, asks: bool = True
+) -> None:
     """Raise UserError where padding, or what a chat template writes, has no row in the model's embedding.
 
-    A tokenizer may have more tokens than the model, which texts need not hold: Gemma 3's has one of images.
+    A tokenizer may have more tokens than the model, which texts need not hold: Gemma 3's has one of images. asks:
+    whether the model is given the template's text; a judge may have a text of its own.
     """
     size = getattr(config.get_text_config(), "vocab_size", None)
     ids = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
-    if tokenizer.chat_template is not None:
+    if asks and tokenizer.chat_template is not None:
         with suppress(TemplateRejection):  # its own check says so
             ids += encode_prompt(tokenizer, "Hello", None)
     if size is not None and max(ids, default=0) >= size:
@@ -133,7 +137,8 @@ def _turn_strings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Added tokens that the chat template writes around turns.
 
     Some models add <|im_end|> as an ordinary token; in a prompt it would end the turn all the same. White space, words
-    and punctuation that are tokens of their own frame no turn.
+    and punctuation that are tokens of their own frame no turn, nor do the marks of a thought, which rows and earlier
+    turns hold.
     """
     if tokenizer.chat_template is None:
         return set()
@@ -144,7 +149,8 @@ def _turn_strings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
             with suppress(TemplateRejection):  # of a template that takes other turns; its own check says so
                 frame += render(tokenizer, turns, add_generation_prompt=add_generation_prompt)
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    return {text for text in added if text in frame and len(text.strip()) > 2 and not text.strip().isalnum()}
+    framing = {text for text in added if text in frame and len(text.strip()) > 2 and not text.strip().isalnum()}
+    return framing - mark_strings(framing)
 
 
 def break_up(text: str, specials: Iterable[str]) -> tuple[str, int]:

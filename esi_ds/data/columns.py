@@ -32,11 +32,8 @@ NOT_LEARNT = ("mask", "masked", "ignore", "ignore_loss", "mask_history", "train_
 BELONGING = {*SYSTEM, *HISTORY, *INPUTS, *OPTIONS, *REFUSED, *LEARNT, *ROW_LEARNT, *NOT_LEARNT}
 QUESTIONS = ("goal", "forbidden_prompt", "prompt", "instruction", "question", "query", "request")
 ATTACKS = ("adversarial", "vanilla")  # WildJailbreak's: a row has one of them, so that both are one column
-WHOLES = (
-    "text",
-    *CHATS,
-    "turns",
-)  # a prompt where there is no question; a text may be a chat as its template writes it
+# A prompt where there is no question; a text may be a chat as its template writes it.
+WHOLES = ("text", *CHATS, "turns")
 NOTHING = ("[]", "{}", "null")  # how tables write an empty list or object
 YES_OR_NO = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
@@ -158,8 +155,10 @@ def _options(row: Mapping[str, Any]) -> dict[str, str]:
     return _in_columns(columns)
 
 
-def _has_letters(names: Collection[str]) -> bool:
-    return all(letter in names for letter in LETTERS[:3])
+def _has_letters(row: Mapping[str, Any]) -> bool:
+    """Whether a lowered row has options in columns of their own: texts, and not numbers that are called a, b and c."""
+    letters = [row[letter] for letter in LETTERS if letter in row]
+    return all(letter in row for letter in LETTERS[:3]) and all(isinstance(text, str) for text in letters)
 
 
 def _in_columns(columns: Mapping[str, Any]) -> dict[str, str]:
@@ -168,9 +167,11 @@ def _in_columns(columns: Mapping[str, Any]) -> dict[str, str]:
     if not all(isinstance(text, str) for text in columns.values()):
         raise UnreadableRow("its options are not texts")
     numbers = {int(key): text for key, text in columns.items() if key.isdigit()}
+    first = 0 if 0 in numbers else 1
     if numbers and len(numbers) < len(columns):
         raise UnreadableRow("its options have letters and numbers")
-    first = 0 if 0 in numbers else 1
+    if numbers and max(numbers) - first >= 26:
+        raise UnreadableRow("its options are more than 26")
     lettered = {chr(ord("a") + number - first): text for number, text in numbers.items()} or columns
     return {letter.upper(): text.strip() for letter, text in sorted(lettered.items())}
 
@@ -275,10 +276,14 @@ def also_read(rows: Sequence[Mapping[Any, Any]], read: Collection[str]) -> tuple
     )
 
 
+def _lower_names(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(name).strip().lower(): value for name, value in row.items() if not is_empty(value)}
+
+
 def unread_names(rows: Sequence[Mapping[Any, Any]], read: Collection[str]) -> tuple[str, ...]:
     """Columns, as the rows spell them, that no row is read from. read: lower-case names that are."""
     known = {*read, *SYSTEM, *HISTORY, *OPTIONS}
     names = dict.fromkeys(str(name) for row in rows for name in row)
-    if _has_letters({name.strip().lower() for name in names}):
+    if any(_has_letters(row) for row in map(_lower_names, rows)):
         known |= set(LETTERS)
     return tuple(name for name in names if (key := name.strip().lower()) not in known and not OPTION.fullmatch(key))

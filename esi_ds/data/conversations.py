@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -170,13 +171,12 @@ def _with_inputs(turns: list[Turn], other: Mapping[str, Any]) -> list[Turn]:
     """The chat with the inputs and options of other columns behind its question. Raises UnreadableRow where it has
     several, of which these could belong to any."""
     questions = [turn for turn in turns if turn["role"] == "user"]
-    for turn in questions[-1:]:
-        question = turn["content"].strip()
-        whole = full_question(question, other)
-        if whole != question:
-            if len(questions) > 1:
-                raise UnreadableRow("it has inputs or options beside a chat of several questions")
-            turn["content"] = whole
+    beside = full_question("", other)
+    if not questions or any(beside in turn["content"] for turn in questions):
+        return turns
+    if len(questions) > 1:
+        raise UnreadableRow("it has inputs or options beside a chat of several questions")
+    questions[0]["content"] = f"{questions[0]['content'].strip()}\n\n{beside}"
     return turns
 
 
@@ -226,8 +226,8 @@ def encode(
         pieces = [_piece(tokenizer, turns, *template.last_piece(turns), ends)]
     elif pieces is None:
         spoken = spoken[-1:]
-        pieces = [_piece(tokenizer, turns, *_last_piece(tokenizer, turns), ends)]
-    segments = iter(_behind_each_other(tokenizer, [text for piece in pieces for text in piece.texts]))
+        pieces = [replace(_piece(tokenizer, turns, *_last_piece(tokenizer, turns), ends), trailing="")]
+    segments = iter(_segment_ids(tokenizer, [text for piece in pieces for text in piece.texts]))
     ids: list[int] = []
     labels: list[int] = []
     for index, piece in zip(spoken, pieces, strict=True):
@@ -308,13 +308,35 @@ def _last_piece(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> tu
     return prompt, turns[-1]["content"] + tail
 
 
+def _segment_ids(tokenizer: PreTrainedTokenizerBase, segments: Sequence[str]) -> list[list[int]]:
+    """Ids of each segment of a text, tokenized as a whole: SentencePiece marks the beginning of a text.
+
+    Where a token of the whole crosses from one segment into the next, see ``_behind_each_other``.
+    """
+    encoded = tokenizer("".join(segments), add_special_tokens=False, return_offsets_mapping=True)
+    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    borders = list(accumulate(map(len, segments)))
+    position, ends = 0, list[int]()
+    for border in borders:
+        while position < len(ids) and spans[position][0] < border:
+            position += 1
+        ends.append(position)
+        # A space that no token spans belongs to the next one (byte-level tokenizers trim it off).
+        if (position and spans[position - 1][1] != border) or (position < len(ids) and spans[position][0] != border):
+            return list(_behind_each_other(tokenizer, segments))
+    return [ids[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
 def _behind_each_other(tokenizer: PreTrainedTokenizerBase, segments: Iterable[str]) -> Iterator[list[int]]:
-    """Ids of each segment of a text, tokenized behind those before it: SentencePiece marks the beginning of a text.
+    """Ids of each segment of a text, tokenized behind those before it.
 
     A segment that would change the tokens before it is tokenized by itself, for these are what the model is given.
     """
     text, ids = "", list[int]()
     for segment in segments:
+        if not segment:
+            yield []
+            continue
         whole = tokenizer(text + segment, add_special_tokens=False)["input_ids"]
         if whole[: len(ids)] != ids:
             text, ids, whole = "", [], tokenizer(segment, add_special_tokens=False)["input_ids"]

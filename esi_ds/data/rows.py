@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from esi_ds.data.columns import ATTACKS, CHATS, QUESTIONS
+from esi_ds.data.columns import ATTACKS, CHATS, HISTORY, QUESTIONS
 from esi_ds.data.hub_sets import load_once
 from esi_ds.data.tables import read_data_text, read_parquet, read_table
 from esi_ds.errors import UserError
 from esi_ds.reading import parse_json, reading
 
 TABLES = {".csv", ".tsv"}
-OF_A_ROW = {*QUESTIONS, *ATTACKS, *CHATS, "behavior", "turns"}  # an object with one of these keys is no list of rows
+OF_A_ROW = {*QUESTIONS, *ATTACKS, *CHATS, "behavior", "turns"}  # columns of a question
 SUFFIXES = {*TABLES, ".json", ".jsonl", ".parquet", ".txt"}
 # Options for reading a hub data set's files: WildJailbreak's are tab-separated, and "NA" in them is text.
 HUB_OPTIONS: dict[str, dict[str, Any]] = {"allenai/wildjailbreak": {"delimiter": "\t", "keep_default_na": False}}
@@ -103,7 +103,7 @@ def _json_rows(text: str) -> list[Row]:
 
 def _wrapped_rows(content: dict[str, Any]) -> Any:
     """The rows of an object that is more than a list. Raises ValueError where it has two lists of them."""
-    if any(str(key).strip().lower() in OF_A_ROW for key in content):
+    if _is_row(content):
         return [content]
     lists = [value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
     named = [content[key] for key in ("data", "rows") if isinstance(content.get(key), list)]
@@ -114,6 +114,25 @@ def _wrapped_rows(content: dict[str, Any]) -> Any:
     if content and all(isinstance(value, dict) for value in content.values()):
         return [{"id": key, **value} for key, value in content.items()]
     return [content]
+
+
+def _is_row(content: dict[str, Any]) -> bool:
+    """Whether an object is one row, and no list in it is one of rows: it has a question that is a text or a chat, and
+    only earlier turns, and lists whose objects hold no question of their own, beside it."""
+    values = {str(key).strip().lower(): value for key, value in content.items()}
+    if any(isinstance(values.get(key), list) for key in ("data", "rows")):
+        return False
+    others = [value for key, value in values.items() if key not in {*OF_A_ROW, *HISTORY} and isinstance(value, list)]
+    firsts = [value[0] for value in others if value and isinstance(value[0], dict)]
+    if any(OF_A_ROW & {str(key).lower() for key in first} for first in firsts):
+        return False
+    return any(isinstance(values.get(key), str) or _is_chat(values.get(key)) for key in OF_A_ROW)
+
+
+def _is_chat(value: Any) -> bool:
+    """Whether a value is a list of turns."""
+    turns = value if isinstance(value, list) else []
+    return bool(turns) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
 
 
 def is_text(value: Any) -> bool:

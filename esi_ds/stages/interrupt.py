@@ -21,7 +21,7 @@ from esi_ds.zero import runtime
 
 LOOK_S = 0.25  # between two looks at the launcher
 
-_stop_requested = threading.Event()
+_stop_requested, _ctrl_c = threading.Event(), threading.Event()
 
 
 def listen(launcher: tuple[tuple[int, int], ...] = ()) -> None:
@@ -32,15 +32,17 @@ def listen(launcher: tuple[tuple[int, int], ...] = ()) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: _stop_requested.set())
-    signal.signal(signal.SIGINT, _stop_or_end)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as for a job in a shell's background
+        signal.signal(signal.SIGINT, _stop_or_end)
     if launcher:
         threading.Thread(target=_watch, args=(launcher,), name="launcher", daemon=True).start()
 
 
 def _stop_or_end(*_: object) -> None:
     """Ctrl-C: the first sets the flag, a second ends the process without saving."""
-    if _stop_requested.is_set():
+    if _ctrl_c.is_set():
         raise KeyboardInterrupt
+    _ctrl_c.set()
     _stop_requested.set()
     if runtime.rank() == 0:
         os.write(2, b"\nstopping and saving after what is being computed; Ctrl-C again ends at once\n")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -331,6 +333,8 @@ def _initialize(
         try:
             return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         except AssertionError as error:
+            if "deepspeed" not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts:
+                raise
             raise UserError("deepspeed", None, f"is refused by DeepSpeed ({first_line(error)})", REMEDY) from error
     expert_parallel.mend_registry()
     expert_parallel.mend_grouped_experts()

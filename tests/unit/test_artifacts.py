@@ -164,6 +164,12 @@ RESULTS = [
 ]
 
 
+def test_a_run_that_goes_on_says_which_data_are_others(tmp_path: Path) -> None:
+    run = failed_run(tmp_path / "begun", "responses.jsonl")
+    with pytest.raises(UserError, match=r"tune: is not what the run in .* started with \(other rows\)"):
+        run.check_same("data_hashes", {"rows": "c"}, "tune")
+
+
 def failed_run(folder: Path, name: str = "log.txt") -> RunFolder:
     """A run that failed with ``name`` beside what every start writes."""
     run = RunFolder(str(folder))
@@ -180,10 +186,11 @@ def test_a_run_that_was_refused_begins_anew(tmp_path: Path) -> None:
     other = make_config(ratio=0.02)
     run = failed_run(tmp_path / "refused")
     before = json.loads((run.path / "run.json").read_text())
-    run.check(other)
+    run.check(other)  # in the order of a start: stages/folder.py, then stages/run.py
+    run.check_stage("spa")
+    run.check_same("data_hashes", {"rows": "c"}, "data.path")
     run.open(other)
     assert not (run.path / "manifest.json").exists() and not (run.path / "inputs.json").exists()
-    run.check_same("data_hashes", {"rows": "c"}, "data.path")
     run.identify()
     assert json.loads((run.path / "run.json").read_text()) != before
     with pytest.raises(UserError, match="holds a run of another config"):

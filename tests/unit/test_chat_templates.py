@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from builders import CHAT, byte_bpe_tokenizer
+from thinking import thinking_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from esi_ds.config import Model
@@ -179,6 +180,16 @@ def test_added_words_that_frame_any_turn_stay_text_in_a_prompt() -> None:
     assert [ids.count(tokenizer.convert_tokens_to_ids(word)) for word in words] == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_r1_distill"])
+def test_marks_of_thoughts_are_no_frame_of_a_turn(name: str) -> None:
+    """A template takes the thought out of an earlier turn by them, and a prompt may speak of them."""
+    tokenizer = thinking_tokenizer(name)
+    specials = special_strings(tokenizer)
+    assert not {"<think>", "</think>"} & set(specials)
+    text = "Think between <think> and </think>"
+    assert text in tokenizer.decode(encode_data_prompt(tokenizer, text, specials, None))
+
+
 @pytest.mark.parametrize("what", ["padding", "template"])
 def test_tokens_that_the_embedding_does_not_have(what: str) -> None:
     tokenizer = with_template("{% for m in messages %}{{ m.content }}{% endfor %}<#go#>")
@@ -193,6 +204,8 @@ def test_tokens_that_the_embedding_does_not_have(what: str) -> None:
         tokenizer.pad_token = word
     with pytest.raises(UserError, match=rf"model.path.*{word}.*has the id {config.vocab_size}, and an embedding of"):
         check_vocabulary(tokenizer, config, source)
+    if what == "template":
+        check_vocabulary(tokenizer, config, source, asks=False)  # a judge that has a text of its own
 
 
 def test_padding_that_was_chosen_here_is_not_exported(tmp_path: Path) -> None:

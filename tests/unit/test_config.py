@@ -271,10 +271,11 @@ def test_what_spa_cannot_have_of_deepspeed(zero: dict, words: str) -> None:
     resolve_deepspeed(config, 2, "esi")
 
 
-@pytest.mark.parametrize("enabled", [False, None])
-def test_sections_of_deepspeed_that_ask_for_nothing(enabled: bool | None) -> None:
-    nothing = {name: {"enabled": False} if enabled is False else None for name in ("torch_autocast", "hybrid_engine")}
-    resolve_deepspeed(validate({**BASE, "deepspeed": {"zero_optimization": {"stage": 3}, **nothing}}), 2)
+@pytest.mark.parametrize("nothing", [{"enabled": False}, {"enabled": "auto"}, {"dtype": "fp16"}, {}, None, "auto"])
+def test_sections_of_deepspeed_that_ask_for_nothing(nothing: object) -> None:
+    zero = {"stage": 3, "zero_quantized_weights": None, "zero_quantized_gradients": None}
+    settings = {"zero_optimization": zero, "torch_autocast": nothing, "hybrid_engine": nothing}
+    resolve_deepspeed(validate({**BASE, "deepspeed": settings}), 2)
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,28 @@ def test_what_is_learnt_is_what_the_whole_text_has(space: str) -> None:
     assert [token for token in sequence.labels if token != IGNORED][-3:] == sequence.ids[-3:]
 
 
+@pytest.mark.parametrize("border", ["\n", ""])
+def test_long_chats_are_tokenized_once(border: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a token would cross from a prompt into its answer, as two line feeds may be one token."""
+    other = byte_bpe_tokenizer()
+    other.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ '" + border + "' if m.role == 'assistant' }}{{ m.content }}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    calls: list[int] = []
+    tokenize = type(other).__call__
+
+    def counted(self, text, **options):
+        calls.append(len(text))
+        return tokenize(self, text, **options)
+
+    monkeypatch.setattr(type(other), "__call__", counted)
+    sequence = encode(other, TWO_ANSWERS * 20, {2}, 0)
+    assert learnt(other, sequence) == "".join(f"{border}{text}<|end|>" for text in ("Hello", "See")) * 20
+    longest = max(calls)
+    assert sum(calls) <= 3 * longest or border  # the pieces, and the whole
+
+
 def test_a_turn_without_text_is_not_learnt(tokenizer) -> None:
     empty = {"role": "assistant", "content": " "}
     sequence = encode(tokenizer, [TWO_ANSWERS[0], empty, *TWO_ANSWERS[2:]], {2}, 0)

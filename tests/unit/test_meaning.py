@@ -197,6 +197,9 @@ def test_inputs_and_options_beside_a_chat_stand_behind_its_question() -> None:
     chat = {"messages": [ASKED, SAID]}
     assert turns_of({**chat, "context": "Zebra", "input": ""})[0] == ("user", "Make a bomb\n\nZebra")
     assert turns_of({**chat, "choices": ["x", "y"]})[0] == ("user", "Make a bomb\n\nA. x\nB. y")
+    for beside in ("Make a bomb", "bomb"):  # the chat has it already
+        assert turns_of({**chat, "input": beside}) == turns_of(chat)
+    assert len(turns_of({"messages": [ASKED, SAID, AGAIN, REFUSED], "context": "bomb"})) == 4
     refused = turns_of({"messages": [ASKED, SAID, AGAIN, REFUSED], "context": "Zebra"})
     assert "beside a chat of several questions" in str(refused)
 
@@ -235,11 +238,18 @@ def test_every_option_keeps_its_letter(columns: dict[str, Any], options: str, tm
     [
         ({"options": ["x", "y"], "choices": ["x", "z"]}, "its options and choices differ"),
         ({"option_a": "x", "option_1": "y"}, "letters and numbers"),
+        ({"option_1": "x", "option_27": "y"}, "more than 26"),
     ],
 )
 def test_options_of_which_some_would_be_dropped(columns: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=reason):
         prompts(tmp_path, {"question": "q", **columns})
+
+
+def test_columns_called_a_b_and_c_that_are_no_options(tmp_path: Path) -> None:
+    prompt_set = prompts(tmp_path, {"question": "q", "a": 3, "b": 4, "c": 5})
+    assert prompt_set.prompts == ("q",) and prompt_set.note == "; columns not read: a, b, c"
+    assert prompts(tmp_path, {"question": "q", "a": "x", "b": "y", "c": ""}).note == "; columns not read: a, b, c"
 
 
 CHAT = [{"role": "user", "content": "b"}]

@@ -166,6 +166,23 @@ def test_an_object_that_is_a_row(row: dict, tmp_path: Path) -> None:
         assert read_rows(str(file), "f") == [row]
 
 
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        {"prompt": "template", "data": "ROWS"},
+        {"query": "q", "rows": "ROWS"},
+        {"goal": "x", "jailbreaks": "ROWS"},
+        {"conversations": "ROWS"},
+        {"version": 1, "questions": "ROWS"},
+    ],
+)
+def test_an_object_around_rows(wrapped: dict, tmp_path: Path) -> None:
+    rows = [{"id": 1, "messages": [{"role": "user", "content": "How?"}]}, {"id": 2, "messages": []}]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({key: rows if value == "ROWS" else value for key, value in wrapped.items()}))
+    assert read_rows(str(file), "f") == rows
+
+
 def test_json_lines_as_programs_write_them(tmp_path: Path) -> None:
     text = '\ufeff{"prompt": "a"}\r\n\r\n{"prompt": "a", "n": 1e300}\r\n  \r\n{"prompt": "b"}'
     assert load_prompts(write(tmp_path, "rows.jsonl", text)).prompts == ("a", "a", "b")  # no prompt is merged

@@ -43,6 +43,10 @@ class Killed(Exception):
 def test_ctrl_c_saves_and_a_second_one_ends(capfd: pytest.CaptureFixture[str]) -> None:
     handlers = {number: signals.getsignal(number) for number in (signals.SIGTERM, signals.SIGUSR1, signals.SIGINT)}
     try:
+        signals.signal(signals.SIGINT, signals.SIG_IGN)
+        interrupt.listen()  # in a shell's background nobody presses Ctrl-C
+        assert signals.getsignal(signals.SIGINT) is signals.SIG_IGN
+        signals.signal(signals.SIGINT, signals.default_int_handler)
         interrupt.listen()
         saved: list[str] = []
         check_stop("nothing yet", lambda: saved.append("no"))
@@ -54,6 +58,7 @@ def test_ctrl_c_saves_and_a_second_one_ends(capfd: pytest.CaptureFixture[str]) -
             signals.raise_signal(signals.SIGINT)
     finally:
         interrupt._stop_requested.clear()
+        interrupt._ctrl_c.clear()
         for number, handler in handlers.items():
             signals.signal(number, handler)
 

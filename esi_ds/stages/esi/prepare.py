@@ -229,7 +229,7 @@ def prepare_judge(section: EsiGuard | EsiClassifier, one_by_one: bool) -> Prepar
     source = ModelSource.of(section, "judge")
     tokenizer = load_tokenizer(source)
     judge_config = load_model_config(source)
-    check_vocabulary(tokenizer, judge_config, source)
+    check_vocabulary(tokenizer, judge_config, source, asks=False)
     check_weights(source)
     if isinstance(section, EsiClassifier):
         rule = SequenceRule(section.template, section.unsafe_labels, section.multi_label)

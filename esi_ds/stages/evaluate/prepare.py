@@ -314,7 +314,7 @@ def _prepare_judge(section: EvalJudge, field: str) -> PreparedJudge:
     source = ModelSource.of(section, field)
     tokenizer = load_tokenizer(source)
     config = load_model_config(source)
-    check_vocabulary(tokenizer, config, source)
+    check_vocabulary(tokenizer, config, source, asks=False)
     check_weights(source)
     if isinstance(section, EvalClassifier):
         rule = SequenceRule(

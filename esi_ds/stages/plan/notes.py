@@ -70,9 +70,11 @@ def read_if_reachable(path: str, field: str, read: Callable[[], Content], notes:
 
 def missing_files(field: str, path: str) -> list[str]:
     """Notes on what the folder of a model lacks, where an earlier run or a download has yet to write it."""
-    kinds = (("weights", "*.safetensors"), ("tokenizer", "tokenizer*"))
-    missing = [(kind, pattern) for kind, pattern in kinds if not any(Path(path).glob(pattern))]
-    return [f"{field} = {path}: holds no {kind} ({pattern})" for kind, pattern in missing]
+    kinds = (("weights", ("*.safetensors",)), ("tokenizer", ("tokenizer*", "vocab*", "*.model")))
+    missing = [
+        (kind, patterns) for kind, patterns in kinds if not any(file for p in patterns for file in Path(path).glob(p))
+    ]
+    return [f"{field} = {path}: holds no {kind} ({patterns[0]})" for kind, patterns in missing]
 
 
 @cache
