@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import faulthandler
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -69,11 +71,24 @@ def planned_ranks(parser: argparse.ArgumentParser, arguments: argparse.Namespace
     return nodes * per_node, nodes
 
 
-def make_parser(stage: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Says, where --config is missing, what may have been meant by it. words: the command line."""
+
+    words: Sequence[str] = ()
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("required: --config"):
+            flags = difflib.get_close_matches("--config", [word for word in self.words if word.startswith("-")], n=1)
+            files = [word for word in self.words if word.endswith((".yaml", ".yml")) and "=" not in word]
+            message += f"; {flags[0]} is none" if flags else f"; write --config {files[0]}" if files else ""
+        super().error(message)
+
+
+def make_parser(stage: str) -> Parser:
     """The stage's parser. ``--local_rank`` and ``--deepspeed``, which launchers and habit add, have no effect."""
     purpose = STAGES.get(stage, f"run {stage}")  # tests have stages of their own
     launcher = f"deepspeed --module esi_ds.launch.{stage} --config FILE"
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"esi-ds {stage}",
         description=f"{purpose[0].upper()}{purpose[1:]}. If a run was stopped, the same command continues it.",
         epilog=f"For several ranks: {launcher}, or torchrun, srun or mpirun (docs/cluster.md).",
@@ -83,7 +98,7 @@ def make_parser(stage: str) -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key.path=value", help="change one key of the config (docs/configuration.md)"
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="experiment YAML, or a recipe's name (esi-ds recipes); required"
+        "--config", required=True, metavar="FILE", help="experiment YAML, or a recipe's name (esi-ds recipes)"
     )
     parser.add_argument(
         "--deepspeed_config", metavar="FILE", help="DeepSpeed config to use instead of the key deepspeed"
@@ -154,10 +169,8 @@ def main(stage: str, argv: list[str] | None = None) -> int:
         faulthandler.enable(file=2)
     end_at_signals(EXIT_INTERRUPTED)
     parser = make_parser(stage)
+    parser.words = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.config is None:  # not argparse's own check, which would hide a misspelt --config
-        file = next((word for word in arguments.overrides if "=" not in word), None)
-        parser.error("--config is missing" + (f"; write --config {file}" if file else ""))
     world_size, nodes = planned_ranks(parser, arguments)
     rank, local_rank, config = 0, 0, None
     try:

@@ -48,4 +48,4 @@ def _note_folder(config: Config, stage: str) -> None:
         folder.check(config)
         folder.check_stage(stage)
     except UserError as error:
-        print(f"\nNOTE: a run would be refused: {error}")
+        print(f"\nA run would be refused: {error}")

@@ -204,9 +204,10 @@ def test_a_stage_that_listens_is_not_ended(config: str) -> None:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--confg", "a.yaml"], "unrecognized arguments: --confg"),
-        (["a.yaml"], "--config is missing; write --config a.yaml"),
-        (["select.ratio=0.1"], "--config is missing"),
+        (["--confg", "a.yaml"], "required: --config; --confg is none"),
+        (["-config", "a.yaml"], "required: --config; -config is none"),
+        (["a.yaml"], "required: --config; write --config a.yaml"),
+        (["select.ratio=0.1"], "required: --config\n"),
     ],
 )
 def test_a_config_that_is_not_named(words: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:

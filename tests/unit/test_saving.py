@@ -42,6 +42,7 @@ class Killed(Exception):
 
 def test_ctrl_c_saves_and_a_second_one_ends(capfd: pytest.CaptureFixture[str]) -> None:
     handlers = {number: signals.getsignal(number) for number in (signals.SIGTERM, signals.SIGUSR1, signals.SIGINT)}
+    awake = signals.set_wakeup_fd(-1)  # a command line of an earlier test ends this process at a signal (cli.py)
     try:
         signals.signal(signals.SIGINT, signals.SIG_IGN)
         interrupt.listen()  # in a shell's background nobody presses Ctrl-C
@@ -59,6 +60,7 @@ def test_ctrl_c_saves_and_a_second_one_ends(capfd: pytest.CaptureFixture[str]) -
     finally:
         interrupt._stop_requested.clear()
         interrupt._ctrl_c.clear()
+        signals.set_wakeup_fd(awake)
         for number, handler in handlers.items():
             signals.signal(number, handler)
 
