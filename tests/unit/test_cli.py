@@ -142,6 +142,7 @@ def run(config, options):
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
 sys.modules["esi_ds.stages.fake"] = types.SimpleNamespace(run=run)
 stages.ENTRIES["fake"] = ("esi_ds.stages.fake", "run")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which the tests' own shell may have had ignored
 cli.leave(cli.main("fake", sys.argv[1:]))
 """
 
