@@ -306,9 +306,7 @@ class RunFolder:
         Manifests of earlier versions do not say which; the status does. A run that died before it had a manifest has
         left nothing that another could take for its own.
         """
-        if self._was_refused():
-            return
-        inputs = read_inputs(self.path)
+        inputs = self._inputs()
         before = inputs.get("stage")
         if inputs and before is None:
             with suppress(UserError):
@@ -323,7 +321,7 @@ class RunFolder:
         Of a mapping, what these do not name is of an earlier version and taken as it is. field: to name;
         None where the mapping's keys are fields.
         """
-        before = None if self._was_refused() else read_inputs(self.path).get(key)
+        before = self._inputs().get(key)
         what = ""
         if isinstance(before, dict) and isinstance(now, dict):
             now = {name: value for name, value in now.items() if name in before}
@@ -333,6 +331,10 @@ class RunFolder:
         if before and before != now:
             problem = f"is not what the run in {self.path} started with{what}"
             raise UserError(field or key, None, problem, "give a new run.output_dir")
+
+    def _inputs(self) -> dict[str, Any]:
+        """What identifies the inputs of the run in the folder; nothing where it begins anew."""
+        return {} if self._was_refused() else read_inputs(self.path)
 
     def _was_refused(self) -> bool:
         """Whether the run in the folder failed before it had anything that a restart could use, as over a mask of

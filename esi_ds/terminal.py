@@ -38,8 +38,6 @@ class ReaderGone(BrokenPipeError):
 def _naming_its_reader() -> Iterator[None]:
     try:
         yield
-    except ReaderGone:
-        raise
     except BrokenPipeError as error:
         raise ReaderGone(*error.args) from error
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esi_ds.artifacts import file_sha256
-from esi_ds.data.columns import is_marked
+from esi_ds.data.columns import yes_or_no
 from esi_ds.data.prompts import QuestionSet, load_responses
 from esi_ds.data.rows import Row
 from esi_ds.data.thoughts import MARKS, Marks, cut_within
@@ -125,7 +125,7 @@ def check_one_model(rows: Sequence[Row], path: str, field: str = "data.responses
 def counted_responses(rows: Sequence[Row], marks: Marks = MARKS) -> list[str]:
     """``counted_response`` of each row, and "" where the engine cut it within a thought that its prompt had opened."""
     texts = [counted_response(row) for row in rows]
-    unfinished = cut_within(texts, [is_marked(row, "cut") for row in rows], marks)
+    unfinished = cut_within(texts, [yes_or_no(row.get("cut")) is True for row in rows], marks)
     return ["" if is_unfinished else text for is_unfinished, text in zip(unfinished, texts, strict=True)]
 
 
@@ -140,7 +140,7 @@ def _text_key(prompt: Prompt) -> str:
 
 
 def _answer_of(row: Row) -> RecordedAnswer:
-    answer = RecordedAnswer(row["response"], row.get("excluded"), is_marked(row, "cut"))
+    answer = RecordedAnswer(row["response"], row.get("excluded"), yes_or_no(row.get("cut")) is True)
     return RecordedAnswer(None, answer.excluded or MISSING) if answer.response is None else answer
 
 

@@ -246,9 +246,9 @@ def only_turn(value: Any) -> Any:
     return texts[0] if texts else ""
 
 
-def is_marked(row: Mapping[str, Any], name: str) -> bool:
-    """Whether a row says yes under a name; tables hold it as a text."""
-    return YES_OR_NO.get(str(row.get(name)).strip().lower()) is True
+def yes_or_no(value: Any) -> bool | None:
+    """What a value says, which tables hold as a text; None for any other value."""
+    return YES_OR_NO.get(str(value).strip().lower())
 
 
 def is_learnt(marks: Mapping[str, Any], names: Sequence[str]) -> bool | None:
@@ -257,12 +257,12 @@ def is_learnt(marks: Mapping[str, Any], names: Sequence[str]) -> bool | None:
     marks: a lowered turn or row. Raises UnreadableRow for other weights, marks that disagree, and marks of another
     form.
     """
-    values = {YES_OR_NO.get(str(marks[name]).strip().lower()) for name in names if name in marks}
+    values = {yes_or_no(marks[name]) for name in names if name in marks}
     if None in values or len(values) > 1:
         shown = ", ".join(f"{name} {marks[name]!r:.20}" for name in names if name in marks)
         raise UnreadableRow(f"it has {shown}; only 0 and 1 are read")
     for name in NOT_LEARNT:
-        if YES_OR_NO.get(str(marks.get(name, False)).strip().lower()) is not False:
+        if yes_or_no(marks.get(name, False)) is not False:
             raise UnreadableRow(f"it has {name}, which is not read")
     return values.pop() if values else None
 
@@ -276,14 +276,10 @@ def also_read(rows: Sequence[Mapping[Any, Any]], read: Collection[str]) -> tuple
     )
 
 
-def _lower_names(row: Mapping[Any, Any]) -> dict[str, Any]:
-    return {str(name).strip().lower(): value for name, value in row.items() if not is_empty(value)}
-
-
 def unread_names(rows: Sequence[Mapping[Any, Any]], read: Collection[str]) -> tuple[str, ...]:
     """Columns, as the rows spell them, that no row is read from. read: lower-case names that are."""
     known = {*read, *SYSTEM, *HISTORY, *OPTIONS}
     names = dict.fromkeys(str(name) for row in rows for name in row)
-    if any(_has_letters(row) for row in map(_lower_names, rows)):
+    if any(_has_letters(lowered(row, without=BELONGING)) for row in rows):
         known |= set(LETTERS)
     return tuple(name for name in names if (key := name.strip().lower()) not in known and not OPTION.fullmatch(key))

@@ -19,7 +19,6 @@ from esi_ds.data.columns import (
     CHATS,
     INPUTS,
     ROW_LEARNT,
-    YES_OR_NO,
     UnreadableRow,
     also_read,
     chat_value,
@@ -32,6 +31,7 @@ from esi_ds.data.columns import (
     lowered,
     text_of,
     unread_names,
+    yes_or_no,
 )
 from esi_ds.data.rows import Row, is_text
 from esi_ds.data.thought_rows import ThoughtTemplate
@@ -162,9 +162,7 @@ def _turns(row: Row, columns: Sequence[str], traces: bool) -> list[Turn]:
 def _is_rejected(label: Any, used: Sequence[str]) -> bool:
     """Whether a label marks an answer that KTO unlearns. Tables hold it as a text; a number is a class, but in KTO's
     columns."""
-    if isinstance(label, str | bool):
-        return str(label).strip().lower() == "false" or (used == KTO and YES_OR_NO.get(str(label).strip()) is False)
-    return used == KTO and label == 0
+    return yes_or_no(label) is False and (used == KTO or str(label).strip().lower() == "false")
 
 
 def _with_inputs(turns: list[Turn], other: Mapping[str, Any]) -> list[Turn]:

@@ -34,11 +34,11 @@ from esi_ds.data.columns import (
     full_question,
     history_value,
     is_empty,
-    is_marked,
     lowered,
     only_turn,
     system_text,
     unread_names,
+    yes_or_no,
 )
 from esi_ds.data.goals import GOAL, NO_GOAL, TEST_CASE, check_goal, goal_of, test_case_rows
 from esi_ds.data.rows import Row, data_file, is_text, looks_like_file, read_rows
@@ -306,7 +306,7 @@ def _with_thought(row: Row) -> str | None:
     thoughts = [text for name in REASONING_KEYS if isinstance(text := row.get(name), str) and text.strip()]
     if response is None or not thoughts or parts(response).trace:
         return response
-    is_unfinished = ("cut" not in row or is_marked(row, "cut")) and not response.strip()
+    is_unfinished = ("cut" not in row or yes_or_no(row["cut"]) is True) and not response.strip()
     return whole_response(thoughts[0], None if is_unfinished else response)
 
 
