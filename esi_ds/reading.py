@@ -48,6 +48,11 @@ def reading(field: str, value: object, remedy: str, problem: str = "cannot be re
         raise UserError(field, shown, f"{problem} ({first_line(error)})", remedy) from error
 
 
+def is_text(value: Any) -> bool:
+    """Whether this is a string that tokenizers accept: JSON can escape half of a surrogate pair, which they do not."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def check_written_out(field: str, path: str) -> None:
     """Raise UserError for ~ and variables, which only a shell replaces: YAML has neither."""
     if shells := SHELLS.search(path):

@@ -9,6 +9,7 @@ from datetime import date
 from typing import Any
 
 from esi_ds.errors import UserError
+from esi_ds.reading import is_text
 
 MAX_NUMBER = 2**53  # integers up to here are exact wherever they are computed with
 # Keys that say how a run starts and saves and not what it computes: they may differ from one start to the next. The
@@ -40,7 +41,7 @@ def check_numbers(content: Any, key: str) -> None:
     if isinstance(content, dict | list):
         for part, value in content.items() if isinstance(content, dict) else enumerate(content):
             check_numbers(value, f"{key}.{part}" if key else str(part))
-    elif isinstance(content, str) and any("\ud800" <= character <= "\udfff" for character in content):
+    elif isinstance(content, str) and not is_text(content):
         raise UserError(key, ascii(content)[:60], "holds half of a surrogate pair", "write the character itself")
     elif isinstance(content, float) and not math.isfinite(content):
         raise UserError(key, content, "is not a finite number", "give a number")

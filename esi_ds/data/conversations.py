@@ -33,11 +33,12 @@ from esi_ds.data.columns import (
     unread_names,
     yes_or_no,
 )
-from esi_ds.data.rows import Row, is_text
+from esi_ds.data.rows import Row
 from esi_ds.data.thought_rows import ThoughtTemplate
 from esi_ds.data.thoughts import MARKS, Marks
 from esi_ds.data.turns import Turn, read_turns, with_context
 from esi_ds.errors import UserError
+from esi_ds.reading import is_text
 
 KTO = ["prompt", "completion"]  # the columns of rows whose label says whether the answer is a good one
 # Columns of a row that hold (question, further input, answer); tried in this order, ignoring case.

@@ -14,10 +14,10 @@ from typing import Any
 
 from esi_ds.data.benchmarks import CATEGORY_COLUMNS, context_of
 from esi_ds.data.columns import is_empty, strip
-from esi_ds.data.rows import Row, data_file, is_text, looks_like_file, read_rows
+from esi_ds.data.rows import Row, data_file, looks_like_file, read_rows
 from esi_ds.data.tables import read_data_text
 from esi_ds.errors import UserError
-from esi_ds.reading import parse_json, reading
+from esi_ds.reading import is_text, parse_json, reading
 
 GOAL = "goal"
 NO_GOAL = "the goal is empty, or not a text"

@@ -41,12 +41,12 @@ from esi_ds.data.columns import (
     yes_or_no,
 )
 from esi_ds.data.goals import GOAL, NO_GOAL, TEST_CASE, check_goal, goal_of, test_case_rows
-from esi_ds.data.rows import Row, data_file, is_text, looks_like_file, read_rows
+from esi_ds.data.rows import Row, data_file, looks_like_file, read_rows
 from esi_ds.data.tables import read_data_text
 from esi_ds.data.thoughts import REASONING_KEYS, parts, whole_response
 from esi_ds.data.turns import Prompt, asked, prompt_text, read_turns, with_context
 from esi_ds.errors import UserError
-from esi_ds.reading import parse_json, reading
+from esi_ds.reading import is_text, parse_json, reading
 
 # Tried in this order, ignoring case. AdvBench goal, HarmBench Behavior, JailbreakBench Goal, StrongREJECT
 # forbidden_prompt, SORRY-Bench turns.

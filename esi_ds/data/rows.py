@@ -135,11 +135,6 @@ def _is_chat(value: Any) -> bool:
     return bool(turns) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
 
 
-def is_text(value: Any) -> bool:
-    """Whether this is a string that tokenizers accept: JSON can escape half of a surrogate pair, which they do not."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
 def _read_hub(path: str, field: str, name: str | None, split: str | None) -> list[Row]:
     import datasets
 
