@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from esi_ds.cli import leave
 from esi_ds.zero import runtime
+from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient
+from esi_ds.zero.engine import ShardedModel
 
 
 def tensor_bytes() -> int:
@@ -31,6 +34,28 @@ def frees_all() -> Iterator[None]:
     yield
     grown = tensor_bytes() - before
     assert grown <= 0, f"{grown} bytes of tensors stay"
+
+
+def ask_each_model_once(*stages: ModuleType) -> None:
+    """What ``stages`` ask a model before they use it, up to seven passes, is asked once of each in this process: the
+    cases that follow would hear the same."""
+    answers: dict[tuple[Any, ...], Any] = {}
+
+    def once(ask: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(model: ShardedModel, ids: list[int], *rest: int) -> Any:
+            module = model.module
+            code = tuple(type(part).forward for part in module.modules())
+            key = (ask, module.name_or_path, module.dtype, module.is_gradient_checkpointing, str(module), code, *rest)
+            if key not in answers:
+                answers[key] = ask(model, ids, *rest)
+            return answers[key]
+
+        return asked
+
+    for stage in stages:
+        for ask in (check_causal, check_gradient, batch_size_for):
+            if hasattr(stage, ask.__name__):
+                setattr(stage, ask.__name__, once(ask))
 
 
 def run_cases(run_case: Callable[[dict[str, Any]], None], freeze: bool = True) -> None:

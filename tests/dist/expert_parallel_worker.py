@@ -15,6 +15,7 @@ from pathlib import Path
 import perturb_worker
 import score_worker
 import tune_worker
+from cases import ask_each_model_once
 from idle_kernels import spoil_kernels
 from transformers import AutoTokenizer
 
@@ -23,9 +24,10 @@ from esi_ds.data.chat import encode_prompt
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
 from esi_ds.stages.esi import finish
+from esi_ds.stages.esi import work as esi_work
 from esi_ds.stages.tune import training
 from esi_ds.stages.tune import work as tune_work
-from esi_ds.zero import gradients, runtime
+from esi_ds.zero import gradients, routing, runtime
 from esi_ds.zero.engine import load_sharded
 from esi_ds.zero.generate import generate, in_step, ready_to_generate
 
@@ -67,6 +69,7 @@ def main() -> None:
     finish.write_report, finish.publish = score_worker.keep_units, lambda *arguments: None
     training.Training.run = tune_worker.run_and_dump
     tune_work.finish_tuning = lambda *arguments: None
+    ask_each_model_once(esi_work, routing, tune_work)
     cases = json.loads((Path(sys.argv[-1])).read_text())
     for case in cases["scores"]:
         score_worker.run_case(case)

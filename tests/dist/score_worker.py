@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import frees_all, run_cases
+from cases import ask_each_model_once, frees_all, run_cases
 from idle_kernels import spoil_kernels
 from transformers import AutoTokenizer
 
@@ -46,7 +46,7 @@ from esi_ds.stages.esi.prepare import encode_examples, prepare
 from esi_ds.stages.esi.score import ScoringPass
 from esi_ds.stages.esi.work import EsiRun
 from esi_ds.tensor_files import tensor_folders
-from esi_ds.zero import gradients, runtime
+from esi_ds.zero import gradients, routing, runtime
 from esi_ds.zero.engine import load_sharded
 from esi_ds.zero.export import export_model
 from esi_ds.zero.files import write_mask
@@ -231,6 +231,7 @@ def main() -> None:
     gradients.BUCKET_NUMEL = 2000  # of models this small, so that several reductions are in flight
     finish.write_report = keep_units  # pictures are tested elsewhere
     finish.publish = lambda *arguments: None
+    ask_each_model_once(esi_work, routing)
     run_cases(run_case)
 
 

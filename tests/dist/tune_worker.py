@@ -14,7 +14,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from cases import frees_all, run_cases
+from cases import ask_each_model_once, frees_all, run_cases
 from idle_kernels import spoil_kernels
 from safetensors.torch import save_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -140,6 +140,7 @@ def main() -> None:
     gradients.BUCKET_NUMEL = 2000  # of models this small, so that several reductions are in flight
     training.Training.run = run_and_dump
     tune_work.finish_tuning = lambda *arguments: None  # pictures are tested elsewhere
+    ask_each_model_once(tune_work)
     run_cases(run_case)
 
 
