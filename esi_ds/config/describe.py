@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from esi_ds.config.loading import Config
+from esi_ds.config.section import sections_of
 
 HEAD = """# Configuration
 
@@ -25,13 +26,6 @@ the key. This page is written by `python -m esi_ds.config.describe docs/configur
 """
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "mapping", Any: "anything"}
 BOUNDS = ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<"))
-
-
-def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """The section types that an annotation holds, in lists and unions too."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in typing.get_args(annotation) for section in sections_of(argument)]
 
 
 def type_text(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
+from esi_ds.config.section import sections_of
 from esi_ds.errors import UserError
 
 
@@ -16,11 +17,12 @@ def explain(error: ValidationError, root: type[BaseModel]) -> UserError:
     """The first problem; unknown keys come first, because a misspelt key is often why another one is missing."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
-    path, section = _follow(problem["loc"], root)
+    path, section, field = _follow(problem["loc"], root)
     if isinstance(problem["input"], list):  # a value or a list of such values: what is wrong lies within the list
         for other in problems:
-            if len(inner := _follow(other["loc"], root)[0]) > len(path) and inner[: len(path)] == path:
-                problem, path = other, inner
+            inner, _, inner_field = _follow(other["loc"], root)
+            if len(inner) > len(path) and inner[: len(path)] == path:
+                problem, path, field = other, inner, inner_field
                 break
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
@@ -39,9 +41,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> UserError:
     # A union complains once for each of its members.
     same_key = [other for other in problems if other["loc"][: len(path)] == problem["loc"][: len(path)]]
     message = " or ".join(dict.fromkeys(other["msg"][0].lower() + other["msg"][1:] for other in same_key))
-    return UserError(
-        key, repr(value) if isinstance(value, str) else value, empty + message, "see docs/configuration.md"
-    )
+    meaning = (field.description or "").rstrip(".") if field else ""
+    remedy = f"meaning: {meaning[0].lower()}{meaning[1:]}" if meaning else "see docs/configuration.md"
+    return UserError(key, repr(value) if isinstance(value, str) else value, empty + message, remedy)
 
 
 def _known(path: Sequence[str], section: type[BaseModel], root: type[BaseModel]) -> str:
@@ -59,17 +61,19 @@ def _keys(section: type[BaseModel], parents: Sequence[str] = ()) -> Iterator[str
     """All keys below a section, dotted; those of lists without a number."""
     for name, field in section.model_fields.items():
         yield ".".join([*parents, name])
-        for below in _sections(field.annotation):
+        for below in sections_of(field.annotation):
             yield from _keys(below, [*parents, name])
 
 
-def _follow(location: Sequence[str | int], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
-    """The keys of a pydantic location, and the innermost section it lies in.
+def _follow(
+    location: Sequence[str | int], root: type[BaseModel]
+) -> tuple[list[str], type[BaseModel], FieldInfo | None]:
+    """The keys of a pydantic location, the innermost section it lies in, and the innermost key that a section has.
 
     pydantic also names the member of a union that it tried (a type, a section's class, or the ``kind`` of a judge),
     which is not a key.
     """
-    section = root
+    section, field = root, None
     choices: list[type[BaseModel]] = []
     path: list[str] = []
     for part in location:
@@ -77,22 +81,16 @@ def _follow(location: Sequence[str | int], root: type[BaseModel]) -> tuple[list[
             path.append(str(part))
         elif part in section.model_fields and not choices:
             path.append(part)
-            choices = _sections(section.model_fields[part].annotation)
+            field = section.model_fields[part]
+            choices = sections_of(field.annotation)
         elif choices and (kind := [c for c in choices if part in typing.get_args(c.model_fields["kind"].annotation)]):
             choices = kind
         elif not _is_type_name(part) and part != section.__name__:
             path.append(part)
         if len(choices) == 1:
             section, choices = choices[0], []
-    return path, section
+    return path, section, field
 
 
 def _is_type_name(part: str) -> bool:
     return part in ("str", "int", "float", "bool") or part.startswith(("literal[", "dict[", "list["))
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """Sections that a key may hold: its own type, members of a union, elements of a list."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in typing.get_args(annotation) for section in _sections(argument)]

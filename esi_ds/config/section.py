@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import typing
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +14,13 @@ class Section(BaseModel):
     """Rejects unknown keys and converts no type silently."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The section types that an annotation holds, in lists and unions too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in typing.get_args(annotation) for section in sections_of(argument)]
 
 
 MAX_SEED = 2**32 - 1  # of numpy, which lm-eval seeds

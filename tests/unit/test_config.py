@@ -176,6 +176,8 @@ BASE = {"run": {"output_dir": "x"}, "model": {"path": "a"}}
         ("esi", {"save_scores": 1}, "esi.save_scores = 1.*boolean"),
         ("esi", {"save_every": "x"}, "esi.save_every = 'x'.*auto.*integer"),
         ("esi", {"save_every": 0}, "esi.save_every = 0"),
+        ("select", {"criterion": ["esi", "x"]}, "select.criterion.1 = 'x'.*meaning: the score that ranks the weights"),
+        ("judge", {**CUSTOM, "score": 3}, "judge.score = 3.*meaning: "),
         ("esi", None, "esi = None: must be a section"),
         ("esi", {"batch_siez": 1}, "esi.batch_siez.*nearest.*esi.batch_size"),
         ("deepspeed", 3, "deepspeed = 3.*string.*dictionary"),

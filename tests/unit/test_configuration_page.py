@@ -8,9 +8,10 @@ from conftest import ROOT
 from pydantic import BaseModel
 
 from esi_ds.config import Config, Eval, Perturb, Tune
-from esi_ds.config.describe import default_text, markdown, sections_of
+from esi_ds.config.describe import default_text, markdown
 from esi_ds.config.judges import EvalYesNo
 from esi_ds.config.scoring import Esi, Select
+from esi_ds.config.section import sections_of
 from esi_ds.config.yaml import parse_yaml
 
 
