@@ -161,6 +161,26 @@ def _has_letters(row: Mapping[str, Any]) -> bool:
     return all(letter in row for letter in LETTERS[:3]) and all(isinstance(text, str) for text in letters)
 
 
+def with_all_options(rows: Sequence[dict[str, Any]], read: Collection[str]) -> list[dict[str, Any]]:
+    """The rows of a file, each question's options readable by itself: where some have options in columns called a, b
+    and c, a and b alone are those of a question with two, which alone might be anything.
+
+    read: lower-case names that are read otherwise.
+    """
+    apart = {*BELONGING, *read}
+    if not any(_has_letters(lowered(row, without=apart)) for row in rows):
+        return list(rows)
+    return [_with_two_options(row, read) for row in rows]
+
+
+def _with_two_options(row: dict[str, Any], read: Collection[str]) -> dict[str, Any]:
+    letters = {key: text for key, text in lowered(row, without=(*BELONGING, *read)).items() if key in LETTERS}
+    if set(letters) != {"a", "b"} or not all(isinstance(text, str) for text in letters.values()):
+        return row
+    rest = {name: value for name, value in row.items() if str(name).strip().lower() not in letters}
+    return {"options": {letter.upper(): text for letter, text in sorted(letters.items())}, **rest}
+
+
 def _in_columns(columns: Mapping[str, Any]) -> dict[str, str]:
     """Options that have a column each, by the letter or number in its name: a letter stays an option's own where
     another option is empty. Raises UnreadableRow."""

@@ -31,6 +31,7 @@ from esi_ds.data.columns import (
     lowered,
     text_of,
     unread_names,
+    with_all_options,
     yes_or_no,
 )
 from esi_ds.data.rows import Row
@@ -377,7 +378,7 @@ def encode_rows(
     digest = hashlib.sha256()
     thoughts = ThoughtTemplate(tokenizer, marks)
     template = thoughts if thoughts.thinks else None
-    for number, row in enumerate(rows):
+    for number, row in enumerate(with_all_options(rows, {name.strip().lower() for name in columns})):
         turns = conversation(row, columns, template)
         if not isinstance(turns, str) and not all(is_text(turn["content"] + turn.get("trace", "")) for turn in turns):
             turns = "it holds half of a surrogate pair"

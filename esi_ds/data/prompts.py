@@ -38,6 +38,7 @@ from esi_ds.data.columns import (
     only_turn,
     system_text,
     unread_names,
+    with_all_options,
     yes_or_no,
 )
 from esi_ds.data.goals import GOAL, NO_GOAL, TEST_CASE, check_goal, goal_of, test_case_rows
@@ -141,6 +142,7 @@ def load_prompts(
         column = choose_column(rows, column, f"{field}.column", goal)
     if goal == column:
         raise UserError(f"{field}.goal", goal, "is the column of the prompts", "name that of the goals")
+    rows = with_all_options(rows, {column.strip().lower()})
     prompts: list[Prompt] = []
     goals: list[str] = []
     skipped: list[tuple[int, str]] = []

@@ -233,6 +233,26 @@ def test_every_option_keeps_its_letter(columns: dict[str, Any], options: str, tm
     assert prompt_set.prompts == (f"q\n\n{options}",) and prompt_set.note == ""
 
 
+FOUR = {"question": "p", "A": "w", "B": "x", "C": "y", "D": "z"}
+
+
+@pytest.mark.parametrize("two", [{"A": "yes", "B": "no", "C": "", "D": None}, {"B": "no", "a": "yes"}])
+def test_two_options_among_questions_with_more(two: dict[str, Any], tmp_path: Path, tokenizer) -> None:
+    two = {"question": "q", **two}
+    prompt_set = prompts(tmp_path, two, FOUR)
+    assert prompt_set.prompts == ("q\n\nA. yes\nB. no", "p\n\nA. w\nB. x\nC. y\nD. z") and prompt_set.note == ""
+    tuning_set = encoded(tokenizer, *({**row, "answer": "I cannot help"} for row in (two, FOUR)))
+    assert "A. yes\nB. no" in tokenizer.decode(tuning_set.sequences[0].ids)
+
+
+def test_a_and_b_alone_may_be_anything(tmp_path: Path) -> None:
+    """Two answers that were compared, or numbers; and what is read by name is no option."""
+    compared = {"question": "q", "A": "one answer", "B": "another"}
+    assert prompts(tmp_path, compared).prompts == ("q",)
+    assert prompts(tmp_path, {**compared, "A": 1, "B": 2}, FOUR).prompts[0] == "q"
+    assert prompts(tmp_path, compared, FOUR, column="A").prompts[0] == "one answer"
+
+
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
