@@ -38,7 +38,8 @@ VISIBLE_S, MESSAGE_S = 120.0, 5.0
 MANIFEST = "manifest.json"
 STATUS = "status.json"
 INPUTS = "inputs.json"  # what identifies the run's inputs, also where its manifest was deleted to have it done again
-IDENTIFYING = ("stage", "model_fingerprint", "data_hashes", "source_digests")  # keys of the manifest
+# Keys of the manifest.
+IDENTIFYING = ("stage", "model_fingerprint", "model_fingerprints", "data_hashes", "source_digests")
 MAX_NAME = 255  # bytes of a file's name
 IDENTITY = "run.json"  # while a run is not done: its id, which its checkpoints and records of rows name
 MODES = {"private": 0o700, "group": 0o750, "all": 0o755}  # of the run folder, by ``run.share``
@@ -315,11 +316,11 @@ class RunFolder:
             problem, remedy = f"holds a run of {before}, not of {stage}", "give a new folder"
             raise UserError("run.output_dir", str(self.path), problem, remedy)
 
-    def check_same(self, key: str, now: Any, field: str | None = None) -> None:
+    def check_same(self, key: str, now: Any, field: str | Mapping[str, str] | None = None) -> None:
         """Raise UserError if ``now`` differs from the value of ``key`` among the inputs of the run in this folder.
 
-        Of a mapping, what these do not name is of an earlier version and taken as it is. field: to name;
-        None where the mapping's keys are fields.
+        Of a mapping, what these do not name is of an earlier version and taken as it is. field: to name, or those of
+        the mapping's keys; None where these are fields.
         """
         before = self._inputs().get(key)
         what = ""
@@ -327,10 +328,13 @@ class RunFolder:
             now = {name: value for name, value in now.items() if name in before}
             others = [name for name in before if before[name] != now.get(name)]
             what = f" (other {', '.join(others)})" if field else ""
-            field = field or next(iter(others), None)
+            first = next(iter(others), None)
+            if isinstance(field, Mapping):
+                field = field.get(first or "")
+            field = field or first
         if before and before != now:
             problem = f"is not what the run in {self.path} started with{what}"
-            raise UserError(field or key, None, problem, "give a new run.output_dir")
+            raise UserError(str(field or key), None, problem, "give a new run.output_dir")
 
     def _inputs(self) -> dict[str, Any]:
         """What identifies the inputs of the run in the folder; nothing where it begins anew."""

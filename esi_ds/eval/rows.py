@@ -10,8 +10,9 @@ from typing import Any
 
 from typing_extensions import NotRequired, TypedDict
 
-from esi_ds.data.thoughts import Marks, marks_with
+from esi_ds.data.thoughts import Marks, final_answer, marks_with
 from esi_ds.data.turns import Prompt
+from esi_ds.eval.verdicts import is_empty
 
 ANSWER_KEY = ("model", "set", "index", "sample")  # fields that identify an answer; rows of single answers lack the last
 
@@ -58,6 +59,11 @@ def answered(row: AnswerRow) -> str | None:
 def marks_of(row: AnswerRow) -> Marks:
     """The marks that tell the thought from the answer in this row."""
     return marks_with(row.get("thought_marks"))
+
+
+def has_text(row: AnswerRow) -> bool:
+    """Whether there is an answer that is not empty."""
+    return not is_empty(final_answer(answered(row) or "", None, marks_of(row)) or "")
 
 
 class SurpriseRow(_Sampled):
@@ -178,6 +184,7 @@ class MeasureRow(RateRow):
     reasons: dict[str, int]  # why verdicts are missing → number of answers
     mean_score: float | None  # mean of the judge's scores; None if it gives none
     kinds: dict[str, int]  # of incoherent answers: kind of incoherence → number of answers
+    is_share: bool  # whether the rate is a share of 1, which is shown in per cent; a metric may have another unit
 
 
 class PairedScoresRow(TypedDict):

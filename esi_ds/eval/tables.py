@@ -37,6 +37,7 @@ from esi_ds.eval.rows import (
     answer_key,
     answered,
     cluster_of,
+    has_text,
     marks_of,
 )
 from esi_ds.eval.statistics import PairedScores, mcnemar_exact
@@ -44,6 +45,9 @@ from esi_ds.eval.verdicts import Verdict
 
 ATTACK_SUCCESS, REFUSED, INCOHERENT, TASK = "attack_success", "refused", "incoherent", "task"
 ANY_ATTACK_SUCCESS = "any_attack_success"
+# Metrics that are shares of 1 also where lm-eval gives no score of 0 or 1 for each document, as of a group's mean.
+# Others have units of their own (perplexity, bits), or are of 1 in one task and of 100 in another (f1, ROUGE).
+SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
 DIVERGENCE, DIVERGENCE_UNIT = "divergence", "KL(base ‖ model), nats a token"
 UNDECIDED = "one of its answers has no verdict, and no other one succeeded"
 Verdicts = Mapping[tuple[Any, ...], VerdictRow]  # by judge and ``answer_key``
@@ -81,6 +85,11 @@ class Measure:
         return self.clusters or range(len(self.flags))
 
     @property
+    def is_share(self) -> bool:
+        """Whether the rate is a share of 1."""
+        return self.metric is None or (self.measure == TASK and self.judge.split(",")[0] in SHARES)
+
+    @property
     def topic(self) -> tuple[str, str, str]:
         """What models are compared on: (measure, set, judge)."""
         return self.measure, self.set, self.judge
@@ -105,6 +114,7 @@ class Measure:
             "reasons": self.reasons,
             "mean_score": sum(scores) / len(scores) if scores else None,
             "kinds": self.kinds,
+            "is_share": self.is_share,
         }
         if self.metric is not None:
             row["rate"], row["n"] = self.metric["rate"], self.metric["n"]
@@ -140,8 +150,8 @@ def answer_measures(
     groups: dict[tuple[str, str], list[AnswerRow]] = {}
     for row in answers:
         groups.setdefault((row["set"], row["model"]), []).append(row)
-    measures = []
-    for (name, _), rows in groups.items():
+    measures, unread = [], _unread(answers, surprises)
+    for (name, model), rows in groups.items():
         if kinds[name] == "harmful":
             by_judge = [_attack_success(rows, verdicts, judge) for judge in judges]
             measures += by_judge
@@ -150,7 +160,8 @@ def answer_measures(
             measures.append(_refused(rows, words))
             measures += _diverged(rows, divergences or {}, base, seed)
         if coherence:
-            measures.append(_incoherent(rows, surprises, kinds[name]))
+            by = "form" if model in unread else "form and surprise"
+            measures.append(_incoherent(rows, surprises, kinds[name], by))
     order = list(kinds)
     return sorted(measures, key=lambda measure: order.index(measure.set))
 
@@ -167,9 +178,12 @@ def task_measures(tasks: Sequence[TaskRow]) -> list[Measure]:
     measures = []
     for row in tasks:
         for result in row["results"]:
-            metric: MetricValue | None = None
-            if result["correct"] is None:
-                metric = {"rate": result["value"], "low": result["low"], "high": result["high"], "n": result["n"]}
+            value: MetricValue = {
+                "rate": result["value"],
+                "low": result["low"],
+                "high": result["high"],
+                "n": result["n"],
+            }
             measures.append(
                 Measure(
                     TASK,
@@ -180,10 +194,21 @@ def task_measures(tasks: Sequence[TaskRow]) -> list[Measure]:
                     flags=list(result["correct"] or []),
                     reasons={"prompt cut at its beginning": result["num_cut"]} if result["num_cut"] else {},
                     scores=list(result["scores"] or []),
-                    metric=metric,
+                    metric=value if result["correct"] is None else None,
                 )
             )
-    return measures
+    graded = {measure.topic for measure in measures if measure.metric is not None}
+    return [_graded(measure) if measure.topic in graded else measure for measure in measures]
+
+
+def _graded(measure: Measure) -> Measure:
+    """A metric that another model's documents have between 0 and 1, here 0 or 1 in each: scores as theirs, so that the
+    two are compared, without the interval of a share."""
+    if measure.metric is not None:
+        return measure
+    scores = [float(flag) for flag in measure.flags if flag is not None]
+    value: MetricValue = {"rate": sum(scores) / len(scores), "low": None, "high": None, "n": len(scores)}
+    return replace(measure, flags=[], scores=list(scores), metric=value)
 
 
 def _attack_success(rows: Sequence[AnswerRow], verdicts: Verdicts, judge: str) -> Measure:
@@ -273,13 +298,18 @@ def _diverged(rows: Sequence[AnswerRow], divergences: Divergences, base: str, se
     return [Measure(DIVERGENCE, name, "benign", DIVERGENCE_UNIT, model, flags=[], reasons=reasons, metric=metric)]
 
 
-def _incoherent(rows: Sequence[AnswerRow], surprises: Surprises, kind: str) -> Measure:
+def _unread(answers: Sequence[AnswerRow], surprises: Surprises) -> set[str]:
+    """Models whose answers the base model has not read again. One without any text to read is not among them, so that
+    it is compared with others."""
+    read = {key[0] for key in surprises}
+    return {row["model"] for row in answers if not read or (row["model"] not in read and has_text(row))}
+
+
+def _incoherent(rows: Sequence[AnswerRow], surprises: Surprises, kind: str, by: str) -> Measure:
     """An answer's kind of incoherence is "" if it is coherent and None if there is no answer."""
     answer_kinds: list[str | None] = []
-    num_surprises = 0
     for row in rows:
         measured = surprises.get(answer_key(row))
-        num_surprises += measured is not None
         surprise = measured["surprise"] if measured is not None else None
         response = answered(row)
         answer_kinds.append(None if response is None else incoherence(response, surprise, marks_of(row)) or "")
@@ -288,7 +318,7 @@ def _incoherent(rows: Sequence[AnswerRow], surprises: Surprises, kind: str) -> M
         INCOHERENT,
         set=rows[0]["set"],
         kind=kind,
-        judge="form and surprise" if num_surprises else "form",
+        judge=by,
         model=rows[0]["model"],
         flags=[None if answer_kind is None else bool(answer_kind) for answer_kind in answer_kinds],
         reasons=_excluded(rows),
@@ -370,14 +400,14 @@ def _change_row(measure: Measure, other: Measure, difference: PairedScores, scor
 
 
 def agreements(measures: Sequence[Measure]) -> list[AgreementRow]:
-    """Cohen's κ of every two judges of attack success, over the answers of all models and sets that both judged."""
+    """Cohen's κ of every two judges of attack success, over the answers of all models and sets that both judged. Its
+    interval takes all models' answers to a prompt for one cluster."""
     flags: dict[str, list[bool | None]] = {}
     clusters: dict[str, list[Hashable]] = {}
     for measure in measures:
         if measure.measure == ATTACK_SUCCESS:
             flags.setdefault(measure.judge, []).extend(measure.flags)
-            answers = (measure.set, measure.model)
-            clusters.setdefault(measure.judge, []).extend((*answers, key) for key in measure.cluster_keys)
+            clusters.setdefault(measure.judge, []).extend((measure.set, key) for key in measure.cluster_keys)
     return [
         {
             "first": first,

@@ -19,11 +19,6 @@ WORDS = {
     "incoherent": "incoherent",
     "task": "skill",
 }
-# lm-eval's metrics whose values may lie between 0 and 1 without being shares.
-OTHER_UNITS = (
-    *("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "likelihood", "brier_score"),
-    *("mcc", "bleu", "chrf", "chrf++", "ter", "bypass"),
-)
 
 
 def pivot(report: EvaluationReport) -> list[PivotRow]:
@@ -72,11 +67,10 @@ def interval(cell: RateRow | None) -> str:
 
 
 def is_share(cell: RateRow) -> bool:
-    """Whether the rate is a share of something: between 0 and 1 or missing, and no metric that has another unit."""
-    measured = dict(cell)  # rates of other tables have neither measure nor judge
-    if measured.get("measure") == DIVERGENCE or str(measured.get("judge")).split(",")[0] in OTHER_UNITS:
-        return False
-    return cell["rate"] is None or 0 <= cell["rate"] <= 1
+    """Whether the rate is a share of 1. Measures say so; those of earlier versions do not, and other tables' are."""
+    measured = dict(cell)
+    likely = measured.get("measure") != DIVERGENCE and (cell["rate"] is None or 0 <= cell["rate"] <= 1)
+    return bool(measured.get("is_share", likely))
 
 
 def p_value(value: float) -> str:

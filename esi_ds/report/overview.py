@@ -152,6 +152,7 @@ def joined(runs: Sequence[FinishedRun[EvaluationReport]]) -> EvaluationReport:
     if len(runs) == 1:
         return runs[0].report
     sets = _ambiguous([{row["set"]: row.get("sha256") for row in run.report["sets"]} for run in runs])
+    sets |= _ambiguous([_documents(run.report) for run in runs])
     judges = _ambiguous([{row["name"]: row for row in run.report["judges"]} for run in runs])
     measures = [
         {
@@ -165,6 +166,23 @@ def joined(runs: Sequence[FinishedRun[EvaluationReport]]) -> EvaluationReport:
     ]
     models = [{**model, "name": f"{run.name}: {model['name']}"} for run in runs for model in run.report["models"]]
     return cast(EvaluationReport, {"models": models, "measures": measures, "changes": []})
+
+
+def _documents(report: EvaluationReport) -> dict[str, list[str]]:
+    """Task, as the measures name it → what tells its documents and prompts from others."""
+    hashes: dict[str, list[str]] = {}
+    for measure in report["measures"]:
+        if measure["kind"] == "task":
+            name, _, number = measure["set"].partition("#")
+            hashes[measure["set"]] = sorted(
+                {
+                    result["prompts_hash"]
+                    for row in report["tasks"]
+                    for result in row["results"]
+                    if result["task"] == name and number in ("", str(row["task"] + 1))
+                }
+            )
+    return hashes
 
 
 def _ambiguous(named: Sequence[Mapping[str, Any]]) -> set[str]:

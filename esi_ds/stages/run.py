@@ -188,7 +188,7 @@ class StageRun(ABC, Generic[Inputs]):
         finished = runtime.from_main(look)
         if finished:
             self._check_sources()
-            self.folder.check_same("model_fingerprint", self.known_fingerprint(), "model.path")
+            self.check_models(self.known_fingerprint())
         if finished and runtime.is_main():
             print(f"{self.folder.path} is finished already; nothing to do")
         return finished
@@ -307,9 +307,13 @@ class StageRun(ABC, Generic[Inputs]):
         parameters = meta_parameters(load_model_config(source), source, section.roles, section.dtype)
         return self.model_fingerprint(source, parameters)
 
+    def check_models(self, fingerprint: str) -> None:
+        """Raise UserError where the run in this folder began with other weights than those of ``fingerprint``."""
+        self.folder.check_same("model_fingerprint", fingerprint, "model.path")
+
     def begin_with(self, fingerprint: str) -> None:
         """``begin`` with a known fingerprint. Raises UserError. One barrier."""
-        self.folder.check_same("model_fingerprint", fingerprint, "model.path")
+        self.check_models(fingerprint)
         self._fingerprint = fingerprint
         runtime.barrier()  # rank 0 must not write the manifest before every rank has read the old one
         self.record("running")

@@ -143,7 +143,7 @@ class Rows:
 def test_missing_answers_are_listed_and_fluency_is_not_measured(tmp_path: Path) -> None:
     rows = [{"prompt": "Why?", "response": "so", "cut": True}, {"prompt": "Who?", "response": "<think>I"}]
     sets = [question_set("a", "How?", "Why?", "Who?", "When?")]
-    model = RecordedModel("m", "base", load_answers(file_of(tmp_path, rows), FIELD, "m", sets))
+    model = RecordedModel("m", "base", load_answers(file_of(tmp_path, rows), FIELD, "m", sets), FIELD)
     answers = Rows()
     add_recorded(model, sets, answers, answers)  # type: ignore[arg-type]
     kept = list(answers.rows.values())

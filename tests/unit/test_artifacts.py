@@ -170,6 +170,18 @@ def test_a_run_that_goes_on_says_which_data_are_others(tmp_path: Path) -> None:
         run.check_same("data_hashes", {"rows": "c"}, "tune")
 
 
+def test_an_evaluation_that_goes_on_says_which_model_is_another(tmp_path: Path) -> None:
+    weights = {"base": "a", "SPA": "b"}
+    fields = {"base": "model.path", "SPA": "eval.models.0.path"}
+    run = RunFolder(str(tmp_path))
+    facts = {"exit_state": "done", "world_size": 1, "started": 0.0, "model_fingerprint": "ab", "data": {}}
+    run.write_manifest(**facts, notes={"model_fingerprints": weights})
+    run.check_same("model_fingerprints", weights, fields)
+    for name, field in fields.items():
+        with pytest.raises(UserError, match=rf"{field}: is not what the run in .* started with \(other {name}\)"):
+            run.check_same("model_fingerprints", {**weights, name: "c"}, fields)
+
+
 def failed_run(folder: Path, name: str = "log.txt") -> RunFolder:
     """A run that failed with ``name`` beside what every start writes."""
     run = RunFolder(str(folder))

@@ -18,6 +18,7 @@ from esi_ds.eval.refusals import REFUSAL_LISTS
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
 from esi_ds.report.evaluation import change, charts, closing_table, markdown, publish
 from esi_ds.report.html import render
+from esi_ds.report.overview import FinishedRun, joined
 from esi_ds.stages.evaluate.answering import surprise_all, to_read_again
 from esi_ds.tracking import Tracker
 
@@ -83,6 +84,35 @@ def test_refusals_and_incoherence_of_benign_answers() -> None:
     assert incoherent.kinds == {"empty": 1, "repetition": 1, "senseless": 1}
 
 
+@pytest.mark.parametrize("silent", ["a", "b"])
+def test_a_model_that_says_nothing_is_compared_by_the_same_measure(silent: str) -> None:
+    """The base has no text of it to read again; of the recorded model's texts it has read none."""
+    said = {"a": "Paris.", "b": "Rome.", silent: " \n", "recorded": "Oslo."}
+    answers = [answer(model, "good", i, text) for model, text in said.items() for i in range(2)]
+    surprises = {(row["model"], "good", row["index"]): {"surprise": 0.5} for row in answers if row["model"] in "ab"}
+    surprises = {key: row for key, row in surprises.items() if key[0] != silent}
+    measures = answer_measures(answers, {}, surprises, KINDS, [], REFUSAL_LISTS["xstest"])
+    by_model = {entry.model: entry for entry in measures if entry.measure == "incoherent"}
+    assert [by_model[name].judge for name in said] == ["form and surprise", "form and surprise", "form"]
+    (change,) = changes([by_model["a"], by_model["b"]], {"a": None, "b": "a"}, seed=0)
+    assert change["difference"] == {"a": -1.0, "b": 1.0}[silent]
+    for entry in answer_measures(answers, {}, {}, KINDS, [], REFUSAL_LISTS["xstest"]):
+        assert entry.measure != "incoherent" or entry.judge == "form"
+
+
+def test_the_same_answers_of_more_models_make_judges_agree_no_surer() -> None:
+    first, second = [True, False] * 10, [True, True, False, False] * 5
+    one, two, ten = (
+        agreements(
+            [measure(f"{n}", flags, judge) for judge, flags in (("j", first), ("k", second)) for n in range(number)]
+        )
+        for number in (1, 2, 10)
+    )
+    assert [rows[0]["num_pairs"] for rows in (one, two, ten)] == [20, 40, 200]
+    assert [rows[0]["kappa"] for rows in (one, two, ten)] == pytest.approx([0, 0, 0], abs=1e-9)
+    assert ten[0]["high"] == pytest.approx(two[0]["high"]) and ten[0]["high"] >= one[0]["high"]
+
+
 def test_incoherence_is_not_measured_where_it_is_switched_off() -> None:
     """The rest stays as it is, and the base model reads nothing again: none is there to be asked."""
     answers = [answer("m", "good", i, text) for i, text in enumerate(["Paris.", ""])]
@@ -128,21 +158,40 @@ def test_a_graded_metric_is_compared_by_its_scores() -> None:
     assert change(row).startswith("+0.4667 [") and "+0.4667 [" in render(report)
 
 
-def test_a_metric_without_an_error_or_that_is_no_share() -> None:
-    """lm-eval writes N/A for the error of a perplexity: no interval, no bar, and no end of the run."""
-    report = task_report([task_row("a", 0, "t", value=12.25), task_row("b", 0, "t", value=0.5)])
-    assert report["changes"] == []
-    for shown in (closing_table(report), markdown(report), render(report)):
-        assert "12.25 (n 3)" in shown and "50.0 % (n 3)" in shown
+def test_a_graded_metric_is_compared_where_all_documents_score_0_or_1() -> None:
+    """A broken model's F1 is 0 in every document: flags, beside another model's scores."""
+    graded = task_row("a", 0, "t", value=0.25, scores=[0.5, 0.25, 0.0], low=0.0, high=0.5)
+    report = task_report([graded, task_row("b", 0, "t", value=0.0, correct=(False,) * 3, low=0.0, high=0.56)])
+    (row,) = report["changes"]
+    assert row["difference"] == pytest.approx(-0.25) and row["p_value"] is None and row["num_pairs"] == 3
+    broken = report["measures"][1]
+    assert (broken["rate"], broken["n"], broken["low"], broken["high"]) == (0.0, 3, None, None)
+    assert "0 (n 3)" in closing_table(report) and "%" not in closing_table(report)
 
 
-def test_a_metric_with_a_unit_of_its_own_is_no_share_below_one_either() -> None:
-    report = task_report([task_row("a", 0, "t", value=1.25), task_row("b", 0, "t", value=0.5)])
-    for row in report["measures"]:
-        row["judge"] = "bits_per_byte, none"
+@pytest.mark.parametrize("metric", ["perplexity", "bits_per_byte", "rouge1_max", "bleu_max", "f1", "exact"])
+def test_a_metric_without_an_error_or_that_may_be_no_share(metric: str) -> None:
+    """lm-eval writes N/A for the error of a perplexity: no interval, no bar, and no end of the run. A ROUGE of 0.5 may
+    be one of 100."""
+    report = task_report([task_row(m, 0, "t", metric=metric, value=v) for m, v in (("a", 12.25), ("b", 0.5))])
+    assert report["changes"] == [] and charts(report) == []
     for shown in (closing_table(report), markdown(report), render(report)):
-        assert "0.5 (n 3)" in shown and "50.0 %" not in shown
-    assert charts(report) == []
+        assert "12.25 (n 3)" in shown and "0.5 (n 3)" in shown and "50.0 %" not in shown
+
+
+@pytest.mark.parametrize(("metric", "filter_name"), [("acc", "none"), ("exact_match", "strict-match")])
+def test_the_mean_accuracy_of_a_group_is_a_share(metric: str, filter_name: str) -> None:
+    row = task_row("a", 0, "t", metric=metric, filter=filter_name, value=0.5)
+    assert "50.0 % (n 3)" in closing_table(task_report([row, task_row("b", 0, "t", value=1.0)]))
+
+
+def test_the_same_task_on_other_documents_is_told_apart() -> None:
+    def run(name: str, limit: int) -> FinishedRun:
+        rows = [task_row("a", 0, "t", value=0.5, prompts_hash=f"first {limit}", n=limit)]
+        return FinishedRun(name, name, {**task_report(rows), "tasks": rows}, {})
+
+    assert {row["set"] for row in joined([run("x", 50), run("y", 50)])["measures"]} == {"t"}
+    assert [row["set"] for row in joined([run("x", 50), run("y", 1319)])["measures"]] == ["t of x", "t of y"]
 
 
 def test_two_tasks_of_one_name_are_told_apart() -> None:

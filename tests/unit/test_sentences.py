@@ -205,7 +205,10 @@ def test_an_evaluation() -> None:
     assert sentences.evaluation(alone) == ["set: skill stays at 50.0 % on gsm8k (acc)."]  # type: ignore[arg-type]
     run = FinishedRun("e", "e", alone, {})  # type: ignore[type-var]
     assert overview.key_fact(run) == "base 50.0 % skill (gsm8k, acc); set 50.0 % skill (gsm8k, acc)"
-    surprise = [{**row, "judge": "word_perplexity", "rate": 23.4} for row in skill]
+    value = {"rate": 23.4, "low": None, "high": None, "n": 2}
+    surprise = [
+        Measure("task", "gsm8k", "task", "word_perplexity", name, [], metric=value).as_row() for name in ("base", "set")
+    ]
     alone = {**COMPARED, "measures": surprise, "changes": []}
     assert sentences.evaluation(alone) == []  # type: ignore[arg-type]
     run = FinishedRun("e", "e", alone, {})  # type: ignore[type-var]

@@ -138,7 +138,10 @@ def recorded_rows(texts: list[str], marks: list[str] | None = OWN) -> list[Answe
     prompts = tuple(f"p{number}" for number in range(len(texts)))
     sets = [QuestionSet(name, kind, PromptSet(prompts, "p", "f", ())) for name, kind in KINDS.items()]
     answers = {(name, n): RecordedAnswer(text, None) for name in KINDS for n, text in enumerate(texts)}
-    model, rows = RecordedModel("m", "base", RecordedAnswers("f", "0", answers, 0), marks), Rows()
+    model, rows = (
+        RecordedModel("m", "base", RecordedAnswers("f", "0", answers, 0), "eval.models.0.answers", marks),
+        Rows(),
+    )
     add_recorded(model, sets, rows, rows)  # type: ignore[arg-type]
     return list(rows.rows.values())
 

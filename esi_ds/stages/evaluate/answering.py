@@ -18,8 +18,7 @@ from esi_ds.data.thoughts import (
     opening_mark,
 )
 from esi_ds.eval.fluency import surprises as measure_surprises
-from esi_ds.eval.rows import AnswerRow, SurpriseRow, answer_key, answered, marks_of
-from esi_ds.eval.verdicts import is_empty
+from esi_ds.eval.rows import AnswerRow, SurpriseRow, answer_key, answered, has_text, marks_of
 from esi_ds.models.decoding import Sampling
 from esi_ds.models.rows import probe_ids
 from esi_ds.stages.batch_sizes import GenerationBatch
@@ -35,11 +34,6 @@ from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.generate import Draws, choose_mode, in_step, ready_to_generate
 
 ANSWERS, SURPRISES = "answers.jsonl", "surprises.jsonl"
-
-
-def has_text(row: AnswerRow) -> bool:
-    """Whether there is an answer that is not empty."""
-    return not is_empty(final_answer(answered(row) or "", None, marks_of(row)) or "")
 
 
 def mark_unfinished(rows: Collection[AnswerRow]) -> None:

@@ -75,6 +75,11 @@ class Candidate:
         return self.source.path
 
     @property
+    def field(self) -> str:
+        """The path's key in the config."""
+        return self.source.field
+
+    @property
     def max_positions(self) -> int | None:
         """Tokens the model takes; None if its configuration does not say."""
         return max_positions(self.config)
@@ -87,6 +92,7 @@ class RecordedModel:
     name: str  # in tables and files
     before: str | None  # name of the model it is compared with
     recorded: RecordedAnswers
+    field: str  # the file's key in the config
     thought_marks: list[str] | None = None  # of the config
 
     @property
@@ -250,8 +256,9 @@ def prepare_eval(config: Config) -> EvalInputs:
             source = ModelSource(model.path, model.revision, config.model.trust_remote_code, f"{field}.path")
             models.append(_candidate(config.model, name, source, model.before, sets))
         elif model.answers is not None:
-            recorded = load_answers(model.answers, f"{field}.answers", name, sets, section.samples)
-            models.append(RecordedModel(name, model.before, recorded, config.model.thought_marks))
+            file_field = f"{field}.answers"
+            recorded = load_answers(model.answers, file_field, name, sets, section.samples)
+            models.append(RecordedModel(name, model.before, recorded, file_field, config.model.thought_marks))
         elif model.endpoint is not None:
             limit = section.max_new_tokens
             served = ServedModel.of(model.endpoint, f"{field}.endpoint", limit, config.model, name, model.before)

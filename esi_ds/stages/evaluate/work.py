@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cached_property
 
 from esi_ds.eval.rows import TaskRow
 from esi_ds.eval.tasks import run_tasks
@@ -45,6 +46,7 @@ class EvalRun(StageRun[EvalInputs]):
     def sources(self) -> list[ModelSource]:
         return self.inputs.sources
 
+    @cached_property
     def _fingerprints(self) -> dict[str, str]:
         """Of every model by name. A gather a model."""
         return {
@@ -58,13 +60,18 @@ class EvalRun(StageRun[EvalInputs]):
 
     def known_fingerprint(self) -> str:
         """Of all models together. A gather a model."""
-        return joined(self._fingerprints())
+        return joined(self._fingerprints)
+
+    def check_models(self, fingerprint: str) -> None:
+        self.folder.check_same(
+            "model_fingerprints", self._fingerprints, {model.name: model.field for model in self.inputs.models}
+        )
+        super().check_models(fingerprint)
 
     def work(self) -> None:
         inputs, tracker = self.inputs, self.tracker
-        fingerprints = self._fingerprints()
-        self.notes = {"model_fingerprints": fingerprints}
-        self.begin_with(joined(fingerprints))
+        self.notes = {"model_fingerprints": self._fingerprints}
+        self.begin_with(joined(self._fingerprints))
         for question_set in inputs.sets:
             row = question_set.as_row()
             num_skipped = sum(row["skipped"].values())
