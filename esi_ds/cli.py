@@ -193,7 +193,10 @@ def main(stage: str, argv: list[str] | None = None) -> int:
             return 0
         from esi_ds.stages import entry
 
-        entry(stage)(config, options)
+        try:
+            entry(stage)(config, options)
+        except SystemExit as ended:  # of a library or a model's own code: the run is not done
+            raise RuntimeError(f"something ended the process with exit code {ended.code}") from ended
     except UserError as error:
         if rank > 0:
             _let_others_report(local_rank, EXIT_USER)

@@ -129,9 +129,20 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
                 else "does not belong here: the tune section configures the masked AdamW and its schedule",
                 "remove it; learning rates belong in the YAML's tune section",
             )
-    for section in ("amp", "elasticity", "tensor_parallel", "pipeline", "hybrid_engine"):
-        if _is_on(settings.get(section), default=section != "hybrid_engine"):
+    # DeepSpeed's autotuner ends the process after a few steps.
+    for section in (
+        "amp",
+        "autotuning",
+        "datastates_ckpt",
+        "elasticity",
+        "tensor_parallel",
+        "pipeline",
+        "hybrid_engine",
+    ):
+        if _is_on(settings.get(section), default=section not in ("autotuning", "hybrid_engine")):
             raise UserError(f"deepspeed.{section}", None, "is not supported by this stage", "remove it")
+    if settings.get("managed_gradient_accumulation") is False:
+        raise UserError("deepspeed.managed_gradient_accumulation", False, "is not supported by this stage", "remove it")
     _check_expert_parallel(settings, world_size)
     for key, ours, owner in _owned(config, world_size, stage):
         value = settings.get(key, "auto")
@@ -347,6 +358,13 @@ def _mapping(parent: dict[str, Any], key: str, field: str) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise UserError(field, section, "must be a mapping", "see ds_configs/zero3_offload.json")
     return section
+
+
+def with_precision(settings: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The settings of a model whose weights are of another ``dtype`` than ``model.dtype``, as a judge's may be."""
+    others = {name: value for name, value in settings.items() if name not in ("bf16", "fp16")}
+    _fill_precision(others, dtype)
+    return others
 
 
 def _fill_precision(settings: dict[str, Any], dtype: str) -> None:

@@ -99,13 +99,15 @@ def load_chat_tokenizer(source: ModelSource, section: Model, *, is_base: bool = 
 def check_vocabulary(
     tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, source: ModelSource, *, asks: bool = True
 ) -> None:
-    """Raise UserError where padding, or what a chat template writes, has no row in the model's embedding.
+    """Raise UserError where padding, a word added to the tokenizer, or what a chat template writes, has no row in the
+    model's embedding.
 
-    A tokenizer may have more tokens than the model, which texts need not hold: Gemma 3's has one of images. asks:
-    whether the model is given the template's text; a judge may have a text of its own.
+    Special tokens may have none, as Gemma 3's of images: texts never hold them (``break_up``). asks: whether the model
+    is given the template's text; a judge may have a text of its own.
     """
     size = getattr(config.get_text_config(), "vocab_size", None)
-    ids = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
+    ids = [number for number, token in tokenizer.added_tokens_decoder.items() if not token.special]
+    ids += [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
     if asks and tokenizer.chat_template is not None:
         with suppress(TemplateRejection):  # its own check says so
             ids += encode_prompt(tokenizer, "Hello", None)
@@ -115,7 +117,7 @@ def check_vocabulary(
             source.field,
             source.path,
             f"has a tokenizer whose {token!r} has the id {max(ids)}, and an embedding of {size} rows",
-            "resize the model's embedding, or mend the tokenizer's pad_token or chat template",
+            "resize the model's embedding, or mend the tokenizer's added tokens, pad_token or chat template",
         )
 
 

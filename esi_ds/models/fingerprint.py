@@ -55,6 +55,9 @@ def check_mask_structure(mask: Mask, parameters: Sequence[Parameter], field: str
     """Raise UserError if the mask omits a scored parameter of this model, or names one that the model does not have or
     has in another shape (docs/method.md §3: fail closed). The mask may name unscored parameters too."""
     shapes = {parameter.name: parameter.shape for parameter in parameters}
+    if inside := next((name for name in shapes if name.startswith(("_orig_mod.", "module."))), None):
+        problem = f"the model is wrapped by torch.compile or for data parallelism ({inside})"
+        raise UserError(field, str(mask.path), problem, "give the model itself, before it is wrapped")
     wrapped = [name for name in shapes if name.startswith("base_model.model.") or ".lora_" in name]
     if wrapped:
         raise UserError(

@@ -117,16 +117,21 @@ def rounded_from(section: Model) -> str | None:
 
 
 def check_weights(source: ModelSource) -> None:
-    """Raise UserError for a local folder whose weights transformers would not load, or would load others than its own.
+    """Raise UserError for a model whose weights transformers would not load, or would load others than its own.
 
-    Pickled weights are never read. A hub id is checked by the download.
+    Pickled weights are never read. A hub model's are checked once they are here (``checked_folder``).
     """
-    folder = Path(source.path)
-    if not os.path.isdir(folder):
-        return
+    if os.path.isdir(source.path):
+        checked_folder(source)
+
+
+def checked_folder(source: ModelSource) -> Path:
+    """``checkpoint_folder``, with the weights checked as ``check_weights`` does it."""
+    folder = checkpoint_folder(source)
     if (folder / "adapter_config.json").is_file():  # with peft installed, transformers would add it to the weights
         raise UserError(source.field, source.path, "holds an adapter (LoRA)", "merge it into its base model first")
     model_weights(folder, source.field)
+    return folder
 
 
 def checkpoint_folder(source: ModelSource) -> Path:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from esi_ds.core.units import Parameter
+from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource, stored_weights
 from esi_ds.models.roles import describe
 from esi_ds.models.ties import untie
@@ -57,6 +58,10 @@ def meta_parameters(
     """Names, shapes, roles and logical matrices of a model that is never allocated.
 
     roles: ``model.roles``. dtype: as for ``meta_model``. Raises UserError for an architecture that is not a causal
-    language model's.
+    language model's, and for a parameter without elements, which ZeRO-3 cannot gather.
     """
-    return describe(meta_model(config, source, dtype=dtype), roles=roles)
+    parameters = describe(meta_model(config, source, dtype=dtype), roles=roles)
+    if empty := [parameter.name for parameter in parameters if parameter.numel == 0]:
+        problem, remedy = f"has a parameter without elements ({empty[0]})", "make it a buffer in the model's code"
+        raise UserError(source.field, source.path, problem, remedy)
+    return parameters

@@ -299,7 +299,13 @@ def checkpointed_layers(module: nn.Module) -> list[nn.Module]:
 
 def recompute_activations(module: PreTrainedModel) -> None:
     """Gradient checkpointing of a model in evaluation mode. Only layers get ``training = True``, and only where
-    transformers asks for it: dropout stays off, also where a layer applies it itself, as OPT's does."""
+    transformers asks for it: dropout stays off, also where a layer applies it itself, as OPT's does.
+
+    Raises UserError where the architecture has none.
+    """
+    if not module.supports_gradient_checkpointing:
+        problem = f"is not supported by {type(module).__name__}"
+        raise UserError("model.gradient_checkpointing", True, problem, "set it to false")
     module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     layers: list[Any] = checkpointed_layers(module)
     for layer in layers:
@@ -326,13 +332,13 @@ def _in_evaluation(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable
 def _initialize(
     module: PreTrainedModel, optimizer: Optimizer | None, deepspeed_config: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """``deepspeed.initialize``. Raises UserError where AutoEP does not know the model, or DeepSpeed asserts that it
-    cannot do what the config asks for."""
+    """``deepspeed.initialize``. Raises UserError where AutoEP does not know the model, or DeepSpeed says that it cannot
+    do what the config asks for."""
     settings = copy.deepcopy(deepspeed_config)
     if not expert_parallel.is_on(settings):
         try:
             return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        except AssertionError as error:
+        except (AssertionError, ValueError) as error:
             if "deepspeed" not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts:
                 raise
             raise UserError("deepspeed", None, f"is refused by DeepSpeed ({first_line(error)})", REMEDY) from error

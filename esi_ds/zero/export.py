@@ -131,6 +131,8 @@ def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokeniz
             if model.module._auto_class is not None:  # remote code: the weights cannot be loaded without its files
                 config = model.module.config
                 custom_object_save(model.module, temporary, config=config)  # type: ignore[arg-type]  # takes configs too
+            # As transformers does; the text part of a composite model's configuration names none, and servers go by it.
+            model.module.config.architectures = [type(model.module).__name__]
             model.module.config.save_pretrained(temporary)
             if model.module.generation_config is not None:
                 model.module.generation_config.save_pretrained(temporary)

@@ -24,7 +24,14 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from esi_ds.core.quantised import Weight, whole_weight
 from esi_ds.core.stored import StoredReader
 from esi_ds.errors import UserError
-from esi_ds.models.folder import ModelSource, checkpoint_folder, load_model_config, quantisation_of, stored_weights
+from esi_ds.models.folder import (
+    ModelSource,
+    checked_folder,
+    checkpoint_folder,
+    load_model_config,
+    quantisation_of,
+    stored_weights,
+)
 from esi_ds.models.meta import DTYPES
 from esi_ds.models.quantised import model_weights
 from esi_ds.models.ties import by_loaded_name
@@ -51,7 +58,7 @@ def read_module(
     reads = reading(field, path, f"{remedy}; docs/architectures.md lists the architectures that load", problem)
     with reads, _dequantising(source, in_parts=device is None) as options:
         module, info = auto_class.from_pretrained(
-            checkpoint_folder(source),
+            checked_folder(source),
             dtype=DTYPES[dtype],
             use_safetensors=True,
             output_loading_info=True,

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from esi_ds.config import JudgeModel
+from esi_ds.deepspeed_config import with_precision
 from esi_ds.judge.classifier import model_class
 from esi_ds.judge.guard import Weights, WholeWeights
 from esi_ds.models.folder import ModelSource
@@ -58,7 +59,7 @@ def load_judge(
         whole = load_replicated(source, dtype, auto_class)
         complete_chunks(whole)
         return whole, WholeWeights(), note
-    settings = {name: value for name, value in deepspeed_config.items() if name != "expert_parallel"}
+    settings = with_precision({k: v for k, v in deepspeed_config.items() if k != "expert_parallel"}, dtype)
     sharded = load_sharded(source, dtype, settings, auto_class=auto_class)
     sharded.module.requires_grad_(False)
     complete_chunks(sharded.module)

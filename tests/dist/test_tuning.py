@@ -43,6 +43,9 @@ def folder(tmp_path_factory) -> Path:
         leave_out = kind == "mixtral"  # an expert that no token chooses
         build_model(kind, folder / kind, byte_bpe_tokenizer(), dtype=torch.bfloat16, leave_out=leave_out)
         build_mask(folder / f"{kind}-mask", folder / kind, whole=WHOLE)
+    file = folder / "llama_tied/config.json"  # names no class, as the text part of a composite model's
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in config.items() if key != "architectures"}))
     claim_tied(build_model("llama", folder / "twice", byte_bpe_tokenizer(), dtype=torch.bfloat16), "same")
     build_mask(folder / "twice-mask", folder / "twice")
     # One layer: a thousand steps of it cost little, and it has every kind of parameter.
@@ -332,6 +335,7 @@ def test_trained_weights_equal_one_process(tuned: tuple[int, Path], kind: str, s
     expected, _, _ = reference(folder, kind, stage, ranks)
     base = AutoModelForCausalLM.from_pretrained(folder / kind, dtype=torch.bfloat16)
     assert any(not torch.equal(p, expected[name]) for name, p in base.named_parameters())  # something did train
+    assert json.loads((run / "model/config.json").read_text())["architectures"] == [type(base).__name__]
 
 
 @pytest.mark.parametrize("stage", ["set", "spa"])

@@ -164,6 +164,14 @@ def wrapped(model: nn.Module, folder: Path) -> nn.Module:
     return outer
 
 
+def compiled(model: nn.Module, folder: Path) -> nn.Module:
+    return torch.compile(model)
+
+
+def parallel(model: nn.Module, folder: Path) -> nn.Module:
+    return nn.DataParallel(model)
+
+
 def reshaped(model: nn.Module, folder: Path) -> nn.Module:
     model.model.layers[0].mlp.up_proj = nn.Linear(24, 14, bias=False)
     return model
@@ -177,6 +185,8 @@ def reshaped(model: nn.Module, folder: Path) -> nn.Module:
         (renamed, "does not name"),
         (without, "names .*, which the model does not have"),
         (wrapped, "wrapped"),
+        (compiled, "wrapped by torch.compile or for data parallelism"),
+        (parallel, "wrapped by torch.compile or for data parallelism"),
         (reshaped, "has shape"),
         (lambda model, folder: list(model.named_parameters())[:-2], "not among the parameters"),
     ],

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    CTRLConfig,
+    CTRLLMHeadModel,
     DynamicCache,
     LlamaConfig,
     OPTConfig,
@@ -242,6 +244,8 @@ def test_recomputed_activations_have_no_dropout() -> None:
         model(ids).logits.square().sum().backward()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
+    with pytest.raises(UserError, match=r"model\.gradient_checkpointing = True: is not supported by CTRLLMHeadModel"):
+        recompute_activations(CTRLLMHeadModel(CTRLConfig(vocab_size=9, n_embd=4, dff=4, n_layer=1, n_head=1)))
     expected, plain = gradients(model), copy.deepcopy(model)
     recompute_activations(model)
     assert all(layer.training for layer in checkpointed_layers(model)) and len(checkpointed_layers(model)) == 2

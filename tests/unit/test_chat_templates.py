@@ -190,14 +190,14 @@ def test_marks_of_thoughts_are_no_frame_of_a_turn(name: str) -> None:
     assert text in tokenizer.decode(encode_data_prompt(tokenizer, text, specials, None))
 
 
-@pytest.mark.parametrize("what", ["padding", "template"])
+@pytest.mark.parametrize("what", ["padding", "template", "word"])
 def test_tokens_that_the_embedding_does_not_have(what: str) -> None:
     tokenizer = with_template("{% for m in messages %}{{ m.content }}{% endfor %}<#go#>")
     config = LlamaConfig(vocab_size=len(tokenizer))
     source = ModelSource("folder")
     check_vocabulary(tokenizer, config, source)
-    word = "<#pad#>" if what == "padding" else "<#go#>"
-    tokenizer.add_tokens([word])
+    word = {"padding": "<#pad#>", "template": "<#go#>", "word": "boat"}[what]
+    tokenizer.add_tokens([word], special_tokens=what != "word")
     check_vocabulary(tokenizer, LlamaConfig(vocab_size=len(tokenizer)), source)
     if what == "padding":
         check_vocabulary(tokenizer, config, source)  # nothing writes it
@@ -206,6 +206,9 @@ def test_tokens_that_the_embedding_does_not_have(what: str) -> None:
         check_vocabulary(tokenizer, config, source)
     if what == "template":
         check_vocabulary(tokenizer, config, source, asks=False)  # a judge that has a text of its own
+    if what == "word":  # somebody's text may hold it, a judge's too
+        with pytest.raises(UserError, match="boat"):
+            check_vocabulary(tokenizer, config, source, asks=False)
 
 
 def test_padding_that_was_chosen_here_is_not_exported(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_wrong_flags_exit_2(stage: types.ModuleType, config: str, arguments: lis
         (UserError("a.b", 3, "must be less", "write 2"), 2, "error: a.b = 3: must be less; write 2\n"),
         (Interrupted("start again"), 75, "start again"),
         (RuntimeError("broken"), 1, "rank 0 failed"),
+        (SystemExit(0), 1, "something ended the process with exit code 0"),  # DeepSpeed's autotuner does it
     ],
 )
 def test_exit_codes(stage: types.ModuleType, config: str, error, code: int, shown: str, capsys) -> None:

@@ -14,7 +14,7 @@ from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
 from esi_ds.config import Config, differences, load_config, resolved_yaml, validate
 from esi_ds.config.needs import require_esi, require_tune
 from esi_ds.config.yaml import apply_override, parse_yaml
-from esi_ds.deepspeed_config import check_experts, expert_parallel_size, resolve_deepspeed
+from esi_ds.deepspeed_config import check_experts, expert_parallel_size, resolve_deepspeed, with_precision
 from esi_ds.errors import UserError
 
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -247,6 +247,9 @@ def test_a_deepspeed_file_beside_the_yaml_is_found(tmp_path: Path, monkeypatch: 
         ({"scheduler": {"type": "WarmupLR"}}, "deepspeed.scheduler"),
         ({"elasticity": {"enabled": True}}, "deepspeed.elasticity"),
         ({"hybrid_engine": {"enabled": True}}, "deepspeed.hybrid_engine"),
+        ({"autotuning": {"enabled": True, "start_profile_step": 1}}, "deepspeed.autotuning"),
+        ({"datastates_ckpt": {"host_cache_size": 1}}, "deepspeed.datastates_ckpt"),
+        ({"managed_gradient_accumulation": False}, "deepspeed.managed_gradient_accumulation = False"),
         ({"torch_autocast": {"enabled": True, "dtype": "fp16"}}, "deepspeed.torch_autocast.*model.dtype = bf16"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights = True.*bf16"),
     ],
@@ -276,7 +279,8 @@ def test_what_spa_cannot_have_of_deepspeed(zero: dict, words: str) -> None:
 @pytest.mark.parametrize("nothing", [{"enabled": False}, {"enabled": "auto"}, {"dtype": "fp16"}, {}, None, "auto"])
 def test_sections_of_deepspeed_that_ask_for_nothing(nothing: object) -> None:
     zero = {"stage": 3, "zero_quantized_weights": None, "zero_quantized_gradients": None}
-    settings = {"zero_optimization": zero, "torch_autocast": nothing, "hybrid_engine": nothing}
+    off = dict.fromkeys(("torch_autocast", "hybrid_engine", "autotuning"), nothing)
+    settings = {"zero_optimization": zero, **off}
     resolve_deepspeed(validate({**BASE, "deepspeed": settings}), 2)
 
 
@@ -394,3 +398,13 @@ def test_auto_is_filled_or_left_to_deepspeed() -> None:
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}},
     }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "fp16"), [("fp32", False, None), ("bf16", True, None), ("fp16", False, True)]
+)
+def test_a_sharded_judge_is_read_in_its_own_dtype(dtype: str, bf16: bool, fp16: bool | None) -> None:
+    for model_dtype in ("bf16", "fp32"):
+        raw = {**BASE, "model": {"path": "a", "dtype": model_dtype}, "deepspeed": {"zero_optimization": {"stage": 3}}}
+        settings = with_precision(resolve_deepspeed(validate(raw), 2), dtype)
+        assert settings["bf16"] == {"enabled": bf16} and settings.get("fp16", {}).get("enabled") == fp16

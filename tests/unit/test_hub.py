@@ -14,7 +14,9 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from builders import build_model, byte_bpe_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from esi_ds import launch_environment
@@ -219,6 +221,21 @@ def test_config_tokenizer_weights_and_fingerprint_are_of_one_commit(
     assert len(stored_weights(source)) > 0
     assert downloads == [None, "commit1"]
     assert hub.commits() == {"org/model": "commit1"}
+
+
+def test_weights_of_the_hub_are_checked_like_a_folder_s(downloads: list[str | None], tmp_path: Path) -> None:
+    (tmp_path / "model/adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model\.path = org/model: holds an adapter"):
+        read_module(ModelSource("org/model"), "fp32", AutoModelForCausalLM)
+    (tmp_path / "model/adapter_config.json").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    hub._resolved.clear()
+    hub._complete.clear()
+    file = tmp_path / "model/model.safetensors"
+    name, weights = "model.layers.0.mlp.up_proj.weight", load_file(file)
+    save_file({**weights, f"{name}_scale_inv": torch.ones(1, 1)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="_scale_inv, a part of quantised weights"):
+        read_module(ModelSource("org/model"), "fp32", AutoModelForCausalLM)
 
 
 def test_hosts_with_other_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

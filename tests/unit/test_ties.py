@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from builders import HEADS, build_model, byte_bpe_tokenizer, claim_tied
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +17,7 @@ from transformers import (
     CamembertConfig,
     Gemma2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     PretrainedConfig,
     RobertaConfig,
     T5Config,
@@ -25,6 +27,7 @@ from transformers import (
 
 from esi_ds.config import validate
 from esi_ds.errors import UserError
+from esi_ds.models import meta
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
 from esi_ds.models.meta import DTYPES, meta_model, meta_parameters
 from esi_ds.models.roles import describe
@@ -143,3 +146,14 @@ def test_a_torn_file_is_refused_before_the_ties_are_read(tmp_path: Path) -> None
     for read in (lambda: check_weights(source), lambda: meta_parameters(load_model_config(source), source)):
         with pytest.raises(UserError, match="^judge.path = .* is not a complete safetensors file"):
             read()
+
+
+def test_a_parameter_without_elements_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 would fail on it once the model is loaded, and name another one."""
+    sizes = {"vocab_size": 9, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+    monkeypatch.setattr(meta, "meta_model", lambda *arguments, **options: model)
+    assert meta_parameters(model.config, ModelSource("m"))
+    model.marker = torch.nn.Parameter(torch.empty(0))
+    with pytest.raises(UserError, match=r"model\.path = m: has a parameter without elements \(marker\)"):
+        meta_parameters(model.config, ModelSource("m"))
