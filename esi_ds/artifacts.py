@@ -297,7 +297,7 @@ class RunFolder:
             raise UserError(
                 key,
                 path,
-                f"holds a run of another config (other {', '.join(other)})",
+                f"holds a run whose config differs in {', '.join(other)}",
                 "give a new folder, or continue with the config stored there",
             )
 

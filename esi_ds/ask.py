@@ -186,14 +186,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--base-url", required=True, help="an OpenAI-compatible server, such as http://localhost:8000/v1"
     )
     parser.add_argument("--model", required=True, help="the model's name on the server")
-    parser.add_argument("--prompts", required=True, help="a file, a hub id or a built-in set, as in eval.prompts")
+    parser.add_argument("--prompts", required=True, help="a file, a hub id or a built-in set, as in data.prompts")
     parser.add_argument("--split", help="split of a hub data set (train)")
     parser.add_argument("--column", default="auto", help="column that holds the prompts (auto)")
     parser.add_argument("--goal", help="column that holds the goals of attacks, as eval.prompts.goal")
     parser.add_argument("--behaviors", help="the CSV of HarmBench's behaviours, for a JSON of its test cases")
     parser.add_argument("--limit", type=int, help="how many prompts to take, from the start (all)")
     parser.add_argument("--system-prompt", help="system turn before every prompt, as model.system_prompt")
-    parser.add_argument("--key-variable", help="environment variable that holds the key (no key is sent)")
+    parser.add_argument("--key-variable", help="environment variable with the key (default: none sent)")
     parser.add_argument("--max-tokens", type=int, default=256, help="longest answer, in tokens (256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy (0)")
     parser.add_argument("--samples", type=int, default=1, help="answers per prompt, as eval.samples (1)")
@@ -203,7 +203,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--request-timeout", type=float, default=60.0, help="seconds for one attempt (60)")
     parser.add_argument("--item-timeout", type=float, default=300.0, help="seconds for one prompt (300)")
     parser.add_argument("--max-attempts", type=int, default=5, help="attempts per prompt (5)")
-    parser.add_argument(OUTPUT, type=Path, required=True, help="JSONL file to write; what it answers is not asked")
+    parser.add_argument(OUTPUT, type=Path, required=True, help="JSONL to write; prompts it answers are skipped")
     return parser
 
 
@@ -232,7 +232,7 @@ def _extra_of(arguments: argparse.Namespace) -> dict[str, Any]:
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UserError("--temperature", temperature, "is not a number of 0 or more", "give one")
     if temperature and "temperature" in extra:
-        raise UserError("--extra.temperature", extra["temperature"], "is --temperature's to say", "give one of the two")
+        raise UserError("--extra.temperature", extra["temperature"], "is set by --temperature", "give one of the two")
     if arguments.samples > 1 and not temperature and extra.get("temperature", 0) == 0:
         problem = "of greedy answers would all be the same"
         raise UserError("--samples", arguments.samples, problem, "give a --temperature above 0")

@@ -32,7 +32,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "The first five are stages, which this starts with one rank. For several ranks:",
+            "The first five are stages; esi-ds runs them on one rank. For several ranks:",
             "  deepspeed --module esi_ds.launch.esi --config FILE",
         ]
     )

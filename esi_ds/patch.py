@@ -2,7 +2,8 @@
 
 A patch folder holds ``patch.json`` and, for every changed tensor of the checkpoint, one bit per weight (whether it
 differs) and the new and the original values of those that differ. Applying it to the base gives the tuned model,
-reverting it the base, bit for bit; both are checked by sha256. One process; one file in memory at a time.
+reverting it the base, bit for bit, unless that is stored in a finer dtype; both are checked by sha256. One process;
+one file in memory at a time.
 
 Of a quantised base (FP8 with block scales, MXFP4) the patch is against the dequantised weights in the tuned model's
 dtype. It is applied to the quantised folder or to the dequantised one; reverting gives the dequantised base.

@@ -1,4 +1,4 @@
-"""Safety Preserving Adaptation: train everything but the weights of a mask. See ``--help`` and docs/running.md."""
+"""Safety Preserving Adaptation: train all scored weights but those of a mask. See ``--help`` and docs/running.md."""
 
 import sys
 from pathlib import Path

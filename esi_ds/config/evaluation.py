@@ -114,11 +114,11 @@ def check_sampling(section: Eval) -> None:
     if section.temperature == 0:
         remedy = "set eval.temperature above 0, or leave it out"
         if section.samples > 1:
-            raise UserError("eval.samples", section.samples, "would be as many copies of one greedy answer", remedy)
+            raise UserError("eval.samples", section.samples, "would be copies of one greedy answer", remedy)
         if section.top_p < 1:
             raise UserError("eval.top_p", section.top_p, "chooses among samples, and answers are greedy", remedy)
     elif section.temperature < MIN_TEMPERATURE:
-        problem = f"is below {MIN_TEMPERATURE}, and all but greedy"
+        problem = f"is below {MIN_TEMPERATURE}, which is nearly greedy"
         raise UserError("eval.temperature", section.temperature, problem, "give 0 for greedy answers, or more")
     for number, model in enumerate(section.models):
         for key in SAMPLING_KEYS & set(model.endpoint.extra if model.endpoint and section.temperature else ()):

@@ -87,7 +87,7 @@ def load_answers(path: str, field: str, model: str, sets: Sequence[QuestionSet],
                 answers[key] = _only_answer(matched, prompt, path, field)
             elif len(matched) > samples:
                 problem = f"has {len(matched)} answers to the prompt {json.dumps(prompt)[:60]}, not {samples}"
-                raise UserError(field, path, problem, "set eval.samples to the number of answers, or keep so many")
+                raise UserError(field, path, problem, "set eval.samples to the number of answers, or keep as many")
             else:
                 answers |= {(*key, sample): _answer_of(row) for sample, row in enumerate(matched)}
     if sets and not answers:

@@ -96,7 +96,7 @@ class PromptSet:
         a line of the log."""
         goals = f"; judges read {self.goal_column}, {len(set(self.goals))} distinct" if self.goals else ""
         num_repeated = len(self.prompts) - len({json.dumps(prompt) for prompt in self.prompts})
-        repeated = f"; {num_repeated} the same as an earlier one, which all count" if num_repeated else ""
+        repeated = f"; {num_repeated} duplicates, which all count" if num_repeated else ""
         return goals + repeated + (f"; columns not read: {', '.join(self.unread)}" if self.unread else "")
 
     @property

@@ -59,7 +59,7 @@ def table_rows(names: Sequence[str], lines: Sequence[Line]) -> list[dict[str, An
     for line in lines:
         if len(line.cells) != len(names):
             problem = f"line {line.number} has {len(line.cells)} cells, and there are {len(names)} columns"
-            raise ValueError(f"{problem}: a cell with a delimiter or a line end in it stands in quotes")
+            raise ValueError(f"{problem}: quote cells that contain a delimiter or a line end")
     return [dict(zip(names, line.cells, strict=True)) for line in lines]
 
 

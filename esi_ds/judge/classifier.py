@@ -156,7 +156,7 @@ def read_rule(config: PretrainedConfig, rule: SequenceRule, field: str) -> tuple
         raise UserError(
             f"{field}.unsafe_labels",
             rule.unsafe_labels,
-            "leaves the judge only one thing to say",
+            "leaves the judge only one verdict",
             f"name the ones that mean unsafe among {', '.join(names)}",
         )
     return indices, is_multi

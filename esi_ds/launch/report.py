@@ -1,7 +1,7 @@
 """Rewrite the ``report.html`` of finished runs from their ``report.json``.
 
 For two or more runs this also writes a page that shows them side by side: ``overview.html`` in the folder they share.
-Of several runs, those that have not finished are left out, and named.
+Among several runs, unfinished ones are left out and named.
 With ``--tuned RUN...`` or ``--evaluated RUN...``, these runs are shown on the pages of the ESI runs instead.
 """
 
@@ -167,7 +167,7 @@ def overview_file(runs: Sequence[Path], output: Path | None) -> Path:
     if is_of_a_run and os.path.lexists(file) and file.name != OVERVIEW:
         raise UserError(field, value, "is a file of a run", remedy)
     if not os.path.isdir(file.parent) or not may_write(file.parent) or len(os.fsencode(file.name)) > MAX_NAME:
-        raise UserError(field, value, "is in no folder that can be written to", remedy)
+        raise UserError(field, value, "is not in a writable folder", remedy)
     return file
 
 

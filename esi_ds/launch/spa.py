@@ -1,4 +1,4 @@
-"""SPA: tune everything but the weights of a mask: ``python -m esi_ds.launch.spa --help``."""
+"""SPA: tune all scored weights but those of a mask: ``python -m esi_ds.launch.spa --help``."""
 
 from esi_ds.cli import leave, main
 

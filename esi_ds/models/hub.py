@@ -52,7 +52,7 @@ def is_hub_id(path: str) -> bool:
 
 def no_model(field: str, path: str) -> UserError:
     """For a path that is no folder and cannot be a hub id."""
-    problem = "there is no such folder, and it is not the form of a hub id"
+    problem = "there is no such folder, and it is not a hub id"
     return UserError(field, path, problem, "give a folder of a model, or namespace/name of the hub")
 
 

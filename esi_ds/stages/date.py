@@ -32,4 +32,4 @@ def check_same_date(config: Config) -> None:
     days = sorted(set(runtime.gather_objects(config.model.date)))
     if len(days) > 1:
         problem = f"is {days[0]} on one rank and {days[1]} on another"
-        raise UserError(FIELD, "auto", problem, "name the day that chat templates shall write")
+        raise UserError(FIELD, "auto", problem, "name the day for chat templates to write")

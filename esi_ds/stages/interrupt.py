@@ -45,7 +45,7 @@ def _stop_or_end(*_: object) -> None:
     _ctrl_c.set()
     _stop_requested.set()
     if runtime.rank() == 0:
-        os.write(2, b"\nstopping and saving after what is being computed; Ctrl-C again ends at once\n")
+        os.write(2, b"\nsaving after the current step, then stopping; Ctrl-C again ends at once\n")
 
 
 def _watch(launcher: tuple[tuple[int, int], ...]) -> None:

@@ -38,7 +38,7 @@ class Control:
             scale_by_unit(shard, self._signed[shard.name], factors)
         self._means = unit_means(model, self._signed)
         if model_mean(self._means) == 0:
-            problem = "gives no weight any gradient, so that nothing can be set against it"
+            problem = "gives no weight a gradient, so nothing can be compared with it"
             raise UserError(field, path, problem, "give other data, or leave the control out")
 
     def relate(self, criterion: str, scores: Scores, tuning: Mapping[str, Tensor] | None) -> None:

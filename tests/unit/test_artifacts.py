@@ -205,11 +205,11 @@ def test_a_run_that_was_refused_begins_anew(tmp_path: Path) -> None:
     assert not (run.path / "manifest.json").exists() and not (run.path / "inputs.json").exists()
     run.identify()
     assert json.loads((run.path / "run.json").read_text()) != before
-    with pytest.raises(UserError, match="holds a run of another config"):
+    with pytest.raises(UserError, match="holds a run whose config differs"):
         failed_run(tmp_path / "begun", "responses.jsonl").check(other)
     run = failed_run(tmp_path / "killed")
     run.write_manifest(exit_state="running", world_size=1, started=0.0, model_fingerprint="a", data={})
-    with pytest.raises(UserError, match="holds a run of another config"):
+    with pytest.raises(UserError, match="holds a run whose config differs"):
         run.check(other)
 
 

@@ -173,9 +173,7 @@ def test_prompts_to_ask_are_checked_first(fabricated: Hub, tmp_path: Path, capsy
 @pytest.mark.parametrize("key", [*MODELS, *DATA])
 def test_a_path_that_leads_nowhere_is_refused_by_the_stages_that_read_it(key: str) -> None:
     readers = {**MODELS, **DATA}[key]
-    problem = (
-        "there is no such folder, and it is not the form of a hub id" if key in MODELS else "there is no such file"
-    )
+    problem = "there is no such folder, and it is not a hub id" if key in MODELS else "there is no such file"
     for stage in ("esi", "set", "spa", "eval", "perturb"):
         check_paths(changed(key, "some-one/on-the-hub"), stage)
         for path in ("runs/old/judge", "./judge", "/nowhere/judge", "~/nowhere/judge"):

@@ -77,7 +77,7 @@ def test_a_judge_that_is_not_there_is_noted_and_a_model_is_asked_for(
         ("judge.path=./empty", "judge.path = ./empty: is not a model folder"),
         (
             "model.path=runs/x/model",
-            "model.path = runs/x/model: there is no such folder, and it is not the form of a hub id",
+            "model.path = runs/x/model: there is no such folder, and it is not a hub id",
         ),
     ):
         for stage in ("esi",) if argument.startswith("judge") else ("esi", "set", "spa"):

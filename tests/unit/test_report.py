@@ -161,14 +161,14 @@ def test_pages_show_runs_of_the_kind_that_was_asked_for(tmp_path: Path, capsys: 
         ([esi, "--tuned", str(tmp_path)], f"--tuned = {tmp_path}: holds no report.json"),
         ([esi, "--output", str(tmp_path)], f"--output = {tmp_path}: is a folder"),
         ([esi, "--output", f"{esi}/config.yaml"], "config.yaml: is a file of a run"),
-        ([esi, "--output", f"{tmp_path}/{'x' * 256}"], "is in no folder that can be written to"),
+        ([esi, "--output", f"{tmp_path}/{'x' * 256}"], "is not in a writable folder"),
         ([esi, "--tuned", strange], f"--tuned = {strange}: is a perturbation, not a SET or SPA run"),
         ([esi, "--tuned", torn], f"--tuned = {torn}/report.json"),
         ([esi, torn], f"RUN = {torn}/report.json"),
         ([esi, foreign], f"RUN = {foreign}/report.json: is not a report of this version"),
         ([str(tmp_path / "loop")], f"RUN = {tmp_path}/loop: holds no report.json"),
-        ([esi, "--output", str(tmp_path / "a/b.html")], "b.html: is in no folder that can be written to"),
-        ([esi, "--output", f"{esi}/config.yaml/b.html"], "b.html: is in no folder that can be written to"),
+        ([esi, "--output", str(tmp_path / "a/b.html")], "b.html: is not in a writable folder"),
+        ([esi, "--output", f"{esi}/config.yaml/b.html"], "b.html: is not in a writable folder"),
     ):
         assert command(options) == 2 and problem in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.html")) and not (tmp_path / "a").exists()

@@ -121,7 +121,7 @@ def config(**section: Any) -> dict[str, Any]:
     [
         ({"samples": 3}, r"eval\.samples.*copies of one greedy answer.*eval\.temperature"),
         ({"top_p": 0.9}, r"eval\.top_p.*greedy.*eval\.temperature"),
-        ({"temperature": 1e-4}, r"eval\.temperature.*all but greedy"),
+        ({"temperature": 1e-4}, r"eval\.temperature.*nearly greedy"),
         ({"temperature": -1.0}, r"eval\.temperature"),
         ({"temperature": 1.0, "top_p": 0.0}, r"eval\.top_p"),
         ({"temperature": 1.0, "samples": 0}, r"eval\.samples"),

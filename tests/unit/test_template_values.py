@@ -196,7 +196,7 @@ def test_a_run_that_goes_on_on_another_day_asks_what_it_began_with(
     new = config.model_copy(update={"run": config.run.model_copy(update={"output_dir": str(tmp_path / "new")})})
     assert with_date(new).model.date == "2026-12-01"
     named = config.model_copy(update={"model": config.model.model_copy(update={"date": "2026-12-01"})})
-    with pytest.raises(UserError, match=r"holds a run of another config \(other model.date\)"):
+    with pytest.raises(UserError, match=r"holds a run whose config differs in model.date"):
         RunFolder(config.run.output_dir).check(with_date(named))
     # A run of an earlier version named no day: it goes on with the clock, as it began.
     stored = tmp_path / "run/config.yaml"

@@ -16,7 +16,7 @@ def run_set(config: Config, options: Options) -> None:
 
 
 def run_spa(config: Config, options: Options) -> None:
-    """SPA: train everything but the mask's weights."""
+    """SPA: train all scored weights but the mask's."""
     _run(config, options, "spa")
 
 
