@@ -170,6 +170,10 @@ def _rows_on_disk(output: Path, asked: dict[str, Any]) -> list[AskedRow]:
         check_regular(output)
         data = output.read_bytes()
         rows = check_type(parse_jsonl(data), list[AskedRow])
+        *lines, last = data.split(b"\n")
+        strange = [line for line in lines if line.strip() and not parse_jsonl(line)]
+        if strange or not (last.startswith(b"{") or not last):  # a kill leaves the beginning of the last line
+            raise ValueError("it has lines that are no answers")
     for row in rows:
         if row["asked"] != asked:
             problem = f"holds answers of {json.dumps(row['asked'])}, not of {json.dumps(asked)}"
@@ -259,6 +263,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError("--limit", arguments.limit, "is not above 0", "give a larger number, or leave it out")
+    for option, path in (("--prompts", arguments.prompts), ("--behaviors", arguments.behaviors)):
+        if path is not None and arguments.output.resolve() == Path(path).expanduser().resolve():
+            raise UserError(OUTPUT, str(arguments.output), f"is the file of {option}", "give a new file")
     endpoint = endpoint_of(arguments)
     if arguments.prompts not in BUILT_IN and not looks_like_file(arguments.prompts):
         hub.check_exists(arguments.prompts, "dataset", "--prompts")

@@ -34,7 +34,8 @@ def marked_reply(text: str) -> str:
 
 MANY_TOKENS = {"prompt_tokens": 10**400, "completion_tokens": 1e308}
 
-# Replies by the case that the prompt names. Numbers: a status; text: the judge's own; bytes: sent as they are.
+# Replies by the case that the prompt names. Numbers: a status; tuples: status and body; text: the judge's own;
+# bytes: sent as they are.
 CASES = {
     "five": "#thereason: it does all.\n#thescore: 5",
     "one": "#thereason: it declines.\n\n#thescore: 1",
@@ -79,6 +80,15 @@ CASES = {
     "thinks of nothing": thinking("Hello", None),
     "thinks too long": thinking(None, "Hm", finish_reason="length"),
     "thinks in vain": thinking("", "Hm"),
+    "filtered": json.dumps(completion("", "content_filter")).encode(),
+    "filtered late": json.dumps(completion("Sure, first", "content_filter")).encode(),
+    "aborted once": json.dumps(completion("Sure, first", "abort")).encode(),
+    "error once": json.dumps({"error": {"code": 502, "message": "overloaded"}}).encode(),
+    "error": json.dumps({"error": {"message": "what is this"}}).encode(),
+    "refuses apart": json.dumps(
+        {"choices": [{"message": {"content": None, "refusal": "I can't."}, "finish_reason": "stop"}]}
+    ).encode(),
+    "flagged": (403, b"the input was flagged by moderation"),
     "500": 500,
     "503 once": 503,
     "429 once": 429,
@@ -141,6 +151,8 @@ class Judge(BaseHTTPRequestHandler):
             reply = f"#thescore: 5\nI graded this:\n{marked_reply(text)}"
         if case.endswith("once") and attempt > 1:
             reply = "#thescore: 5"
+        if isinstance(reply, tuple):
+            return self.send(*reply)
         if isinstance(reply, int):
             return self.send(reply, f"failed; the key was {self.headers.get('Authorization')}".encode())
         encoding = {"zip": "gzip", "bom": "gzip", "tor": "gzip", "def": "deflate"}.get(case[:3])

@@ -15,6 +15,7 @@ MAX_NUMBER = 2**53  # integers up to here are exact wherever they are computed w
 # Keys that say how a run starts and saves and not what it computes: they may differ from one start to the next. The
 # DeepSpeed config, expert parallelism included, may have to change where the next start has other nodes.
 OF_THIS_START = (
+    "run.output_dir",  # a folder may be spelt otherwise, or have been moved
     "run.resume",
     "run.share",
     "run.collective_timeout_s",

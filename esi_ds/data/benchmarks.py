@@ -7,6 +7,8 @@ docs/data.md §5 has columns, licences and where they were read.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -138,8 +140,7 @@ def skip_reason(row: Row, kind: Kind | None) -> str | None:
     """
     if kind == "all":
         return None
-    lowered = {str(name).lower(): value for name, value in row.items()}
-    if any(str(lowered.get(name)).lower() == "copyright" for name in CATEGORY_COLUMNS):
+    if kind != "benign" and _is_copyright(row):  # HarmBench has no benign rows
         return "HarmBench copyright row"
     data_type = str(row.get("data_type", ""))
     if "benign" in data_type and kind != "benign":
@@ -152,6 +153,23 @@ def skip_reason(row: Row, kind: Kind | None) -> str | None:
     if kind is not None and scenario_of(row) is not None and COSAPIEN_KINDS.get(str(row["type"])) != kind:
         return f"CoSApien {row['type']} row"
     return None
+
+
+def choosing_columns(rows: Sequence[Row]) -> set[str]:
+    """Columns, in lower case, that say of these rows whether they are taken: a benchmark's own. Elsewhere columns of
+    these names say nothing that is read."""
+    names = {"functionalcategory"}
+    for row in rows:
+        names |= set(CATEGORY_COLUMNS) if _is_copyright(row) else set()
+        names |= {"data_type"} if re.search("benign|harmful", str(row.get("data_type", ""))) else set()
+        names |= {"type", "label"} if _xstest_label(row) is not None else set()
+        names |= {"type", "scenario"} if scenario_of(row) is not None else set()
+    return names
+
+
+def _is_copyright(row: Row) -> bool:
+    lowered = {str(name).lower(): value for name, value in row.items()}
+    return any(str(lowered.get(name)).lower() == "copyright" for name in CATEGORY_COLUMNS)
 
 
 def scenario_of(row: Row) -> str | None:

@@ -16,9 +16,9 @@ from esi_ds.config import Eval, Prompts
 from esi_ds.data.benchmarks import (
     ANSWER_COLUMNS,
     BUILT_IN,
-    CATEGORY_COLUMNS,
     BuiltIn,
     Kind,
+    choosing_columns,
     context_of,
     scenario_of,
     skip_reason,
@@ -70,8 +70,8 @@ COLUMNS = (
 MAX_SCORE = 3e38  # the largest number that a gradient in fp32 can be multiplied by
 EMPTY = "the prompt is empty"
 HALF = "the prompt holds half of a surrogate pair"
-# Columns, in lower case, that prompts are made of or rows chosen by, beside the prompt's.
-READ = {*INPUTS, "instances", "vanilla", "contextstring", "data_type", "type", "label", *CATEGORY_COLUMNS}
+# Columns, in lower case, that prompts are made of, beside the prompt's.
+READ = {*INPUTS, "instances", "vanilla", "contextstring"}
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def load_prompts(
         reasons = "; ".join(sorted({reason for _, reason in skipped}))
         raise UserError(f"{field}.path", path, f"has no prompt ({reasons})", "check its rows")
     source = source if looks_like_file(source) else f"hub:{source}"
-    read = {*READ, column.strip().lower(), *(("scenario",) if scenario_of(rows[0]) else ())}
+    read = {*READ, column.strip().lower(), *choosing_columns(rows)}
     read.add((goal or "").strip().lower())
     unread = unread_names(rows, read - set(_contexts_apart(rows[0], column)))
     return PromptSet(tuple(prompts), column, source, tuple(skipped), unread, tuple(goals), goal)

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import random
+import re
 import zlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,12 @@ MAX_REPLY_BYTES = 1 << 20
 MAX_TOKENS = 1 << 31  # more than a model reads or writes at once: a larger count is no count
 # Runs of so many characters of the key are removed from whatever is kept; a shorter key is a placeholder, not a secret.
 KEY_RUN = 6
+MIN_KEY = 16  # characters of a key that is looked for in answers: shorter ones are words
+# How servers say in a reply that they, and not the model, ended it: by a filter, or because something went wrong.
+FILTERED = {"content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii"}
+BROKEN_OFF = {"abort", "error", "cancelled"}
+# What a refusal with HTTP 403 or 451 says where it is of the question and not of the key.
+MODERATED = re.compile(rb"moderat|flagged|content.?policy|content.?filter|safety|violat", re.IGNORECASE)
 ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS  # zlib recognises the header
 Body = dict[str, Any]  # of a request
 POLL_S = 0.25  # between two checks whether to stop
@@ -252,7 +259,13 @@ async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -
         problem = f"HTTP {status}: {_excerpt(body, endpoint.key)}"
         return Reply(None, problem, num_requests=num_requests), status
     reply = read_completion(body, num_requests, endpoint.key, endpoint.keeps_cut)
-    return replace(reply, text=reply.text and remove_key(reply.text, endpoint.key)), status
+    if not reply.text or not endpoint.key:
+        return reply, status
+    if not endpoint.keeps_cut:
+        return replace(reply, text=remove_key(reply.text, endpoint.key)), status
+    # An answer that is evaluated may share letters with the key: it is changed for the whole key alone.
+    hidden = reply.text.replace(endpoint.key, "***") if len(endpoint.key) >= MIN_KEY else reply.text
+    return replace(reply, text=hidden), status
 
 
 async def _attempts(
@@ -281,9 +294,37 @@ async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, question: Bod
         raise _Transient(remove_key(f"{type(error).__name__}: {error}", endpoint.key)) from error
     except zlib.error as error:
         raise _Transient(f"the reply cannot be decompressed: {error}") from error
-    if status in TRANSIENT or status >= 500:
-        raise _Transient(f"HTTP {status}", _seconds(headers.get("retry-after", "")))
-    return status, body
+    told = _told_status(body) if status == 200 else None
+    if told is not None and not 400 <= told < 500:
+        told = 500
+    if (told or status) in TRANSIENT or (told or status) >= 500:
+        words = f" with the error: {_excerpt(body, endpoint.key)}" if told else ""
+        raise _Transient(f"HTTP {status}{words}", _seconds(headers.get("retry-after", "")))
+    if (told or status) in (403, 451) and MODERATED.search(body):
+        return 400, body
+    return told or status, body
+
+
+def _told_status(body: bytes) -> int | None:
+    """What a reply with HTTP 200 says of itself, as routers pass on errors of the server behind them; None where it is
+    a completion, or says nothing that is known."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    error, choices = content.get("error"), content.get("choices")
+    if error and not choices:
+        code = error.get("code") if isinstance(error, dict) else None
+        return code if isinstance(code, int) and not isinstance(code, bool) else 400
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        return 500 if _reason(choices[0]) in BROKEN_OFF else None
+    return None
+
+
+def _reason(choice: Mapping[str, Any]) -> str:
+    return str(choice.get("finish_reason")).lower()
 
 
 async def _post(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -> tuple[int, Mapping[str, str], bytes]:
@@ -367,6 +408,8 @@ def read_completion(body: bytes, num_requests: int = 1, key: str | None = None, 
         return reply(None, "the reply has no choices")
     message = choices[0].get("message")
     message = message if isinstance(message, dict) else {}
+    if _reason(choices[0]) in FILTERED:
+        return reply(None, f"the server's filter ended the reply ({_reason(choices[0])})")
     is_cut = choices[0].get("finish_reason") == "length"
     text = _whole_text(message, is_cut) if keeps_cut else message.get("content")
     if not isinstance(text, str) or not (text.strip() or (keeps_cut and not is_cut)):
@@ -378,7 +421,8 @@ def read_completion(body: bytes, num_requests: int = 1, key: str | None = None, 
 def _whole_text(message: Mapping[str, Any], is_cut: bool) -> str | None:
     """A model's own answer behind its thought, which some servers give apart; None if there is neither."""
     answer = message.get("content")
-    text = answer if isinstance(answer, str) else None
+    text = answer if isinstance(answer, str) else message.get("refusal")  # OpenAI's models refuse apart
+    text = text if isinstance(text, str) else None
     thoughts = [thought for name in REASONING_KEYS if isinstance(thought := message.get(name), str) and thought.strip()]
     if thoughts and is_cut and not (text or "").strip():
         text = None  # it ends within its thought

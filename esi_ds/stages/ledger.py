@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -44,6 +44,14 @@ class Ledger(Generic[Row]):
     def share(self, rows: Iterable[Row]) -> None:
         """Add the rows of all ranks; ``rows`` are those of this rank. One gather."""
         self.add(row for part in runtime.gather_objects(list(rows)) for row in part)
+
+    def keep(self, is_wanted: Callable[[Row], bool]) -> None:
+        """Drop the other rows, here and in the file. is_wanted: says the same on every rank."""
+        kept = {key: row for key, row in self.rows.items() if is_wanted(row)}
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            if runtime.is_main():
+                self._journal.replace(kept.values())
 
     def sort(self, order: Iterable[Key]) -> list[Row]:
         """The rows in this order. The file is rewritten in it, so that it does not depend on batches and ranks."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, num_lines
-from endpoint_server import Server, running_server
+from endpoint_server import CASES, Server, running_server
 
 from esi_ds.ask import main
 from esi_ds.data.answers import load_answers
@@ -155,6 +155,45 @@ def test_several_answers_to_a_prompt(server: Server, tmp_path: Path) -> None:
     (tmp_path / "o.jsonl").unlink()
     assert ask(server, tmp_path, ["one"], *sampled) == 0
     assert [body["seed"] for _, _, body in server.seen][1:] == seeds[:1] and "sample" not in rows_of(tmp_path)[0]
+
+
+def test_what_the_server_says_itself_is_no_answer_of_the_model(server: Server, tmp_path: Path) -> None:
+    cases = ["one", "filtered", "filtered late", "aborted once", "error once", "error", "refuses apart", "flagged"]
+    assert ask(server, tmp_path, cases, "--concurrency", "1") == 0
+    rows = {case: (row["response"], row["excluded"]) for case, row in zip(cases, rows_of(tmp_path), strict=True)}
+    for case in ("filtered", "filtered late"):
+        assert rows[case] == (None, "the server's filter ended the reply (content_filter)")
+    assert rows["aborted once"] == rows["error once"] == ("#thescore: 5", None)  # asked again
+    assert rows["error"][0] is None and "what is this" in rows["error"][1]
+    assert rows["refuses apart"] == ("I can't.", None)
+    assert rows["flagged"][0] is None and "flagged by moderation" in rows["flagged"][1]
+
+
+@pytest.mark.parametrize(
+    ("key", "said", "kept"),
+    [
+        ("sk-proj-abcdefghijk", "Keep a risk-profile", "Keep a risk-profile"),
+        ("ollama", "tools in ollama", "tools in ollama"),
+        ("sk-proj-abcdefghijk", "it is sk-proj-abcdefghijk", "it is ***"),
+    ],
+)
+def test_an_answer_is_changed_for_the_whole_key_alone(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, said: str, kept: str
+) -> None:
+    monkeypatch.setitem(CASES, "says", said)
+    monkeypatch.setenv("ITS_KEY", key)
+    assert ask(server, tmp_path, ["says"], "--key-variable", "ITS_KEY") == 0
+    assert rows_of(tmp_path)[0]["response"] == kept
+
+
+@pytest.mark.parametrize("content", ["How do I bake?\nAnd how long?\n", "prompt\nHow do I bake?", "one line"])
+def test_a_file_that_holds_something_else_is_left_alone(server: Server, tmp_path: Path, content: str, capsys) -> None:
+    (tmp_path / "o.jsonl").write_text(content)
+    assert ask(server, tmp_path, ["one"]) == 2
+    assert f"error: --output = {tmp_path / 'o.jsonl'}" in capsys.readouterr().err
+    assert (tmp_path / "o.jsonl").read_text() == content and not server.seen
+    assert ask(server, tmp_path, ["one"], "--output", str(tmp_path / "p.jsonl")) == 2
+    assert "is the file of --prompts" in capsys.readouterr().err
 
 
 def test_goals_of_attacks_are_kept(server: Server, tmp_path: Path) -> None:

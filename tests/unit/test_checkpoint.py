@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from esi_ds.artifacts import RunFolder
 from esi_ds.errors import UserError
-from esi_ds.stages.esi.score import PassState
+from esi_ds.stages.esi.score import PassState, ScoringPass
 from esi_ds.zero import checkpoint
 
 STATE = {"scores": [[0, 0.5], [3, -1.25]], "excluded": [[1, "the response is empty"]]}
@@ -148,3 +149,24 @@ def test_a_run_goes_on_from_its_own_checkpoint_in_a_folder_of_an_earlier_version
     checkpoint.save(saved.parent, 8, STATE, parts(5, 3))
     RunFolder(str(saved.parent)).identify()  # another start
     assert restore(saved.parent)[0]["position"] == 8
+
+
+def test_sums_of_other_responses_are_not_gone_on_with(tmp_path: Path) -> None:
+    """Who deletes the responses of ESI has others generated, whose gradients are not in the saved sums."""
+
+    def scoring(ids: list[int]) -> ScoringPass:
+        gradients = SimpleNamespace(saved=lambda: {"sums": [(0, torch.ones(3))]})
+        examples = [SimpleNamespace(index=4, ids=ids)]
+        objective = SimpleNamespace(
+            name="safety", unit="prompt", examples=examples, gradients=gradients, index=lambda example: example.index
+        )
+        return ScoringPass(None, None, objective, tmp_path / "checkpoint/safety", None, None)  # type: ignore[arg-type]
+
+    first = scoring([1, 2])
+    first.state.position, first._steps_since_save = 1, 1
+    first._save_rest()
+    again = scoring([1, 2])
+    again._restore()
+    assert again.state.position == 1
+    with pytest.raises(UserError, match="sums of other prompts or responses.*delete checkpoint/"):
+        scoring([1, 3])._restore()

@@ -408,3 +408,9 @@ def test_a_sharded_judge_is_read_in_its_own_dtype(dtype: str, bf16: bool, fp16: 
         raw = {**BASE, "model": {"path": "a", "dtype": model_dtype}, "deepspeed": {"zero_optimization": {"stage": 3}}}
         settings = with_precision(resolve_deepspeed(validate(raw), 2), dtype)
         assert settings["bf16"] == {"enabled": bf16} and settings.get("fp16", {}).get("enabled") == fp16
+
+
+def test_a_run_folder_may_be_spelt_otherwise_or_have_moved() -> None:
+    before = validate(BASE)
+    for path in ("x/", "./x", "/moved/x"):
+        assert differences(before, validate({**BASE, "run": {"output_dir": path}})) == []

@@ -13,6 +13,7 @@ from esi_ds import journal
 from esi_ds.artifacts import RunFolder
 from esi_ds.errors import UserError
 from esi_ds.journal import Journal, check_file, content_of, record_path, unrecorded, write_record
+from esi_ds.stages.evaluate.ledgers import EvalLedgers
 from esi_ds.stages.ledger import Ledger
 
 
@@ -181,3 +182,25 @@ def test_a_damaged_identity(content: str, file: Path) -> None:
     (file.parent / "run.json").write_text(content)
     with pytest.raises(UserError, match=r"run\.json"):
         Journal(file, AnswerRow).append(ROWS[:1])
+
+
+def test_what_was_said_of_answers_goes_with_them(tmp_path: Path) -> None:
+    """Who deletes the answers of an evaluation has them given again, and they may be others."""
+    key = {"set": "bad", "index": 0}
+    ledgers = EvalLedgers.open(tmp_path, has_divergences=True)
+    answer = {"prompt": "p", "response": "r", "excluded": None}
+    ledgers.answers.add([{"model": model, **key, **answer} for model in ("base", "m")])  # type: ignore[typeddict-item]
+    ledgers.surprises.add([{"model": "m", **key, "surprise": 1.0}])  # type: ignore[typeddict-item]
+    verdict = {"judge": "j", "model": "m", **key, "unsafe": True, "score": None, "reason": None}
+    ledgers.verdicts.add([verdict])  # type: ignore[list-item]
+    divergence = {"model": "m", **key, "divergence": 0.5, "tokens": 3, "reason": None}
+    ledgers.divergences.add([divergence])  # type: ignore[union-attr,list-item]
+
+    def counts() -> list[int]:
+        opened = EvalLedgers.open(tmp_path, has_divergences=True)
+        return [len(opened.surprises.rows), len(opened.verdicts.rows), len(opened.divergences.rows)]  # type: ignore[union-attr]
+
+    assert counts() == [1, 1, 1]
+    (tmp_path / "answers.jsonl").unlink()
+    assert counts() == [0, 0, 0] and (tmp_path / "verdicts.jsonl").read_text() == ""
+    assert counts() == [0, 0, 0]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
+from esi_ds.artifacts import json_sha256
 from esi_ds.judge.guard import Guard
 from esi_ds.stages.esi.prepare import Example
 from esi_ds.stages.interrupt import check_stop
@@ -20,6 +21,7 @@ class JudgeScoreRow(TypedDict):
 
     index: int  # of the example
     judge_score: float  # J
+    tokens: NotRequired[str]  # sha256 of what was judged; absent from rows of earlier versions
 
 
 def judge_scores(
@@ -39,6 +41,8 @@ def judge_scores(
     if runtime.is_main():
         file.parent.mkdir(exist_ok=True)
     ledger: Ledger[JudgeScoreRow] = Ledger(file, ("index",), JudgeScoreRow)
+    tokens = {example.index: json_sha256({"ids": list(example.ids)}) for example in examples}
+    ledger.keep(lambda row: row.get("tokens") in (None, tokens.get(row["index"])))
     waiting = [example for example in examples if (example.index,) not in ledger.rows]
     batch_size = min(batch_size, guard.max_batch or batch_size)
     stride, first = batch_size * runtime.world_size(), batch_size * runtime.rank()
@@ -51,7 +55,7 @@ def judge_scores(
             # A rank without an example of its own judges another one and drops the score: the guard may be sharded.
             scores = guard.scores([example.judged for example in mine or waiting[:1]], runtime.device())
             ledger.share(
-                JudgeScoreRow(index=example.index, judge_score=score)
+                JudgeScoreRow(index=example.index, judge_score=score, tokens=tokens[example.index])
                 for example, score in zip(mine, scores, strict=False)
             )
             bar.update(len(waiting[start : start + stride]))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from esi_ds.artifacts import file_sha256
+from esi_ds.artifacts import file_sha256, json_sha256
 from esi_ds.config import Config, EsiClassifier, EsiGuard, ModelEndpoint, Prompts
 from esi_ds.config.judges import Reads
 from esi_ds.config.needs import scores_given
@@ -449,6 +449,8 @@ class EsiInputs:
         source: dict[str, Any] = {}
         for inputs in self.prompts:
             source |= {f"{inputs.prefix}{key}": value for key, value in inputs.data.source.items()}
+            if inputs.benign_prompts:
+                source["benign_prompts_sha256"] = json_sha256({"prompts": list(inputs.benign_prompts)})
         for loss in self.losses:
             source |= loss.source
         return source

@@ -11,12 +11,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from esi_ds.artifacts import json_sha256
 from esi_ds.config import Config
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.reading import check_type, reading
@@ -151,6 +153,12 @@ class ScoringPass:
         self.state = PassState()
         self._steps_since_save = 0
 
+    @cached_property
+    def _digest(self) -> str:
+        """Of the numbers and tokens of the examples, in their order."""
+        ids = [(self.objective.index(example), list(example.ids)) for example in self.objective.examples]
+        return json_sha256({"ids": ids})
+
     @property
     def stride(self) -> int:
         """Examples that all ranks take together in one micro-batch."""
@@ -277,6 +285,12 @@ class ScoringPass:
         self.state = PassState()
         if saved is not None:
             state = checkpoint.read_state(saved)
+            if state.get("examples", self._digest) != self._digest:
+                problem = f"has the sums of other {self.objective.unit}s or responses than are to be scored now"
+                remedy = (
+                    f"delete {self.folder.parent.name}/, to score all of them again, or give a new {checkpoint.FIELD}"
+                )
+                raise UserError(checkpoint.FIELD, str(saved), problem, remedy)
             with reading(checkpoint.FIELD, saved, checkpoint.REMEDY):
                 self.state = PassState.from_json(state)
             if "files" not in state:
@@ -295,7 +309,8 @@ class ScoringPass:
         if self._steps_since_save == 0:
             return
         self.state.share()
-        checkpoint.save(self.folder, self.state.position, self.state.to_json(), self.gradients.saved())
+        state = {**self.state.to_json(), "examples": self._digest}
+        checkpoint.save(self.folder, self.state.position, state, self.gradients.saved())
         self._steps_since_save = 0
 
     def _report(self, totals: StepTotals, seconds: float) -> None:

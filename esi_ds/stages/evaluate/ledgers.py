@@ -13,7 +13,7 @@ from esi_ds.eval.tables import Divergences, Surprises, Verdicts
 from esi_ds.stages.evaluate.answering import ANSWERS, SURPRISES, mark_unfinished, thought_notes
 from esi_ds.stages.evaluate.divergence import DIVERGENCES
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, VERDICTS, judge_all, verdict_key
-from esi_ds.stages.evaluate.prepare import EvalInputs
+from esi_ds.stages.evaluate.prepare import BASE, EvalInputs
 from esi_ds.stages.evaluate.questions import answer_keys
 from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
@@ -41,13 +41,19 @@ class EvalLedgers:
 
     @classmethod
     def open(cls, folder: Path, has_divergences: bool = False) -> EvalLedgers:
-        """The ledgers of a run folder, empty or as an earlier process left them. A broadcast for each."""
-        return cls(
-            Ledger(folder / ANSWERS, ANSWER_KEY, AnswerRow),
-            Ledger(folder / SURPRISES, ANSWER_KEY, SurpriseRow),
-            Ledger(folder / VERDICTS, VERDICT_KEY, VerdictRow),
-            Ledger(folder / DIVERGENCES, ANSWER_KEY, DivergenceRow) if has_divergences else None,
-        )
+        """The ledgers of a run folder, empty or as an earlier process left them. A broadcast for each.
+
+        Who deletes answers, to have them given again, deletes what was said of them: that goes, too.
+        """
+        answers = Ledger(folder / ANSWERS, ANSWER_KEY, AnswerRow)
+        surprises = Ledger(folder / SURPRISES, ANSWER_KEY, SurpriseRow)
+        verdicts = Ledger(folder / VERDICTS, VERDICT_KEY, VerdictRow)
+        divergences = Ledger(folder / DIVERGENCES, ANSWER_KEY, DivergenceRow) if has_divergences else None
+        surprises.keep(lambda row: answers.key(row) in answers.rows)
+        verdicts.keep(lambda row: answers.key(row) in answers.rows)
+        if divergences is not None:
+            divergences.keep(lambda row: answers.key({**row, "model": BASE}) in answers.rows)
+        return cls(answers, surprises, verdicts, divergences)
 
     def judge(
         self,

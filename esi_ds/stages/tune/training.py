@@ -68,6 +68,7 @@ class Training:
         fraction = mix.fraction if mix is not None and inputs.benign is not None else 0.0
         self.order = DataOrder(len(self.rows), len(self.benign), fraction, seed)
         self.step, self.position = 0, 0  # updates made, rows read
+        self.first_step = 0  # of this start
         self.saves, self._steps_since_save = saves, 0
 
     @property
@@ -78,7 +79,7 @@ class Training:
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the last step. Raises Interrupted."""
         self._restore()
-        total = self.tune.max_steps
+        self.first_step, total = self.step, self.tune.max_steps
         bar = self.tracker.progress(total=total, initial=self.step, unit="step", description="tune")
         with self.tuner.running(), bar:
             while self.step < total:

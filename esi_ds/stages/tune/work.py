@@ -69,6 +69,8 @@ class TuneRun(StageRun[TuningInputs]):
         training = Training(inputs, make_tuner(), config.run.seed, self.folder.path / CHECKPOINTS, tracker, saves)
         with self.phase("training"):
             training.run()
+        if training.first_step < inputs.tune.max_steps:
+            self._forget_answers("after")
         if inputs.questions:  # answers are kept as they come, and a restart must go on with the model that gave them
             training.save()
         training.tuner.close()  # the model's answers need its memory
@@ -167,7 +169,7 @@ class TuneRun(StageRun[TuningInputs]):
         longest = max((longest_prompt(ids.values(), limit) for ids in inputs.question_ids.values()), default=1)
         batch = self.generation_batch(section, longest)  # the same before and after
         for name, prompt_ids in inputs.question_ids.items():
-            journal = Journal(self.folder.path / f"answers.{name}.{when}.partial.jsonl", GeneratedRow)
+            journal = Journal(self._kept_answers(name, when), GeneratedRow)
             responses = runtime.from_main(partial(by_index, journal))
             generate_all(
                 model,
@@ -185,6 +187,16 @@ class TuneRun(StageRun[TuningInputs]):
             )
             answers[name] = responses
         return answers
+
+    def _forget_answers(self, when: str) -> None:
+        """Drop kept answers, which were those of weights that have been trained again since. No collectives."""
+        if runtime.is_main():
+            for name in self.inputs.question_ids:
+                if (file := self._kept_answers(name, when)).exists():
+                    Journal(file, GeneratedRow).replace([])
+
+    def _kept_answers(self, name: str, when: str) -> Path:
+        return self.folder.path / f"answers.{name}.{when}.partial.jsonl"
 
     def _write_answers(self, before: Answers | None, after: Answers) -> None:
         """``answers.jsonl``, if there are questions. Rank 0 writes; no collectives."""
