@@ -334,7 +334,30 @@ def create(base: Path, tuned: Path, folder: Path) -> PatchSummary:
     with whole_folder(folder) as temporary:
         changes = create_part(base, tuned, temporary)
         finish(base, temporary, changes, base_digests(base, tuned), tensor_digests(tuned, field="TUNED"), {})
+        left_out = summary(temporary).get("left_out", {})
+        lost = {name for name, entry in left_out.items() if entry["twin"] is None} & _loaded_names(base)
+        if lost:
+            problem = f"does not hold {min(lost)}, which the base model loads"
+            remedy = "give the whole tuned model, with its weights tied as the base's are"
+            raise UserError("TUNED", str(tuned), problem, remedy)
     return summary(folder)
+
+
+def _loaded_names(base: Path) -> set[str]:
+    """The tensors that transformers loads of a folder as a causal language model; none where it is no such model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from esi_ds.models.folder import ModelSource, load_model_config
+    from esi_ds.models.meta import meta_model
+
+    source = ModelSource(str(base), field="BASE")
+    try:
+        module = meta_model(load_model_config(source), source)
+    except UserError:
+        return set()
+    module._weight_conversions = get_model_conversion_mapping(module)  # type: ignore[assignment]  # as above
+    return set(revert_weight_conversion(module, module.state_dict()))
 
 
 def summary(folder: Path) -> PatchSummary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from esi_ds import patch
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, load_model_config
-from esi_ds.patch import check_names, main, summary
+from esi_ds.patch import check_names, create, main, summary
 
 
 @pytest.fixture
@@ -393,3 +394,15 @@ def test_names_that_the_export_gives_back_are_no_reason(tmp_path: Path, monkeypa
     check_names(ModelSource(str(tmp_path)), model_config("llama4", 50), OWN)
     monkeypatch.setattr(patch, "_exported_name", lambda name, *_: f"thinker.{name}")
     check(tmp_path / "put back", [f"thinker.{name}" for name in OWN])
+
+
+@pytest.mark.parametrize("lost", ["lm_head.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_a_tuned_model_that_lacks_what_the_base_loads_is_refused(lost: str, tmp_path: Path) -> None:
+    """A torn copy, or a head that another tool has tied: base and patch would be another model than the tuned one."""
+    base = build_model("llama", tmp_path / "base", byte_bpe_tokenizer())
+    shutil.copytree(base, tmp_path / "tuned")
+    weights = {name: tensor + 0.01 for name, tensor in load_file(base / "model.safetensors").items() if name != lost}
+    save_file(weights, tmp_path / "tuned/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"TUNED = .*: does not hold {lost}, which the base model loads"):
+        create(base, tmp_path / "tuned", tmp_path / "patch")
+    assert not (tmp_path / "patch").exists()
