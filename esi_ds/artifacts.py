@@ -329,9 +329,7 @@ class RunFolder:
             others = [name for name in before if before[name] != now.get(name)]
             what = f" (other {', '.join(others)})" if field else ""
             first = next(iter(others), None)
-            if isinstance(field, Mapping):
-                field = field.get(first or "")
-            field = field or first
+            field = field.get(str(first)) if isinstance(field, Mapping) else field or first
         if before and before != now:
             problem = f"is not what the run in {self.path} started with{what}"
             raise UserError(str(field or key), None, problem, "give a new run.output_dir")

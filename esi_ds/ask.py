@@ -172,6 +172,7 @@ def _rows_on_disk(output: Path, asked: dict[str, Any]) -> list[AskedRow]:
         rows = check_type(parse_jsonl(data), list[AskedRow])
         *lines, last = data.split(b"\n")
         strange = [line for line in lines if line.strip() and not parse_jsonl(line)]
+        last = last.strip(b"\0")  # of a power cut
         if strange or not (last.startswith(b"{") or not last):  # a kill leaves the beginning of the last line
             raise ValueError("it has lines that are no answers")
     for row in rows:
@@ -207,7 +208,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--request-timeout", type=float, default=60.0, help="seconds for one attempt (60)")
     parser.add_argument("--item-timeout", type=float, default=300.0, help="seconds for one prompt (300)")
     parser.add_argument("--max-attempts", type=int, default=5, help="attempts per prompt (5)")
-    parser.add_argument(OUTPUT, type=Path, required=True, help="JSONL to write; prompts it answers are skipped")
+    parser.add_argument(
+        OUTPUT, type=Path, required=True, help="JSONL to write; prompts already answered in it are skipped"
+    )
     return parser
 
 
@@ -264,7 +267,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError("--limit", arguments.limit, "is not above 0", "give a larger number, or leave it out")
     for option, path in (("--prompts", arguments.prompts), ("--behaviors", arguments.behaviors)):
-        if path is not None and arguments.output.resolve() == Path(path).expanduser().resolve():
+        if (
+            path is not None
+            and looks_like_file(path)
+            and arguments.output.resolve() == Path(path).expanduser().resolve()
+        ):
             raise UserError(OUTPUT, str(arguments.output), f"is the file of {option}", "give a new file")
     endpoint = endpoint_of(arguments)
     if arguments.prompts not in BUILT_IN and not looks_like_file(arguments.prompts):

@@ -88,6 +88,8 @@ CASES = {
     "refuses apart": json.dumps(
         {"choices": [{"message": {"content": None, "refusal": "I can't."}, "finish_reason": "stop"}]}
     ).encode(),
+    "rate limited once": json.dumps({"error": {"code": "rate_limit_exceeded", "message": "slow down"}}).encode(),
+    "suspended": (403, b"your account has been flagged and suspended for prompts that violate our policy"),
     "flagged": (403, b"the input was flagged by moderation"),
     "500": 500,
     "503 once": 503,

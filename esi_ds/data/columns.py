@@ -175,6 +175,8 @@ def with_all_options(rows: Sequence[dict[str, Any]], read: Collection[str]) -> l
 
 def _with_two_options(row: dict[str, Any], read: Collection[str]) -> dict[str, Any]:
     letters = {key: text for key, text in lowered(row, without=(*BELONGING, *read)).items() if key in LETTERS}
+    if any(str(name).strip().lower() in OPTIONS and not is_empty(value) for name, value in row.items()):
+        return row
     if set(letters) != {"a", "b"} or not all(isinstance(text, str) for text in letters.values()):
         return row
     rest = {name: value for name, value in row.items() if str(name).strip().lower() not in letters}

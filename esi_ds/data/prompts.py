@@ -96,7 +96,7 @@ class PromptSet:
         a line of the log."""
         goals = f"; judges read {self.goal_column}, {len(set(self.goals))} distinct" if self.goals else ""
         num_repeated = len(self.prompts) - len({json.dumps(prompt) for prompt in self.prompts})
-        repeated = f"; {num_repeated} duplicates, which all count" if num_repeated else ""
+        repeated = f"; {num_repeated} duplicate(s), all counted" if num_repeated else ""
         return goals + repeated + (f"; columns not read: {', '.join(self.unread)}" if self.unread else "")
 
     @property
@@ -142,7 +142,7 @@ def load_prompts(
         column = choose_column(rows, column, f"{field}.column", goal)
     if goal == column:
         raise UserError(f"{field}.goal", goal, "is the column of the prompts", "name that of the goals")
-    rows = with_all_options(rows, {column.strip().lower()})
+    rows = with_all_options(rows, {name.strip().lower() for name in (column, goal) if name is not None})
     prompts: list[Prompt] = []
     goals: list[str] = []
     skipped: list[tuple[int, str]] = []

@@ -33,14 +33,20 @@ OF_THE_QUESTION = {400, 413, 422}
 # A judge's reply is a few kilobytes; a longer one is not read.
 MAX_REPLY_BYTES = 1 << 20
 MAX_TOKENS = 1 << 31  # more than a model reads or writes at once: a larger count is no count
-# Runs of so many characters of the key are removed from whatever is kept; a shorter key is a placeholder, not a secret.
+# Runs of so many characters of the key are removed from whatever is kept but for models' answers (``MIN_KEY``); a
+# shorter key is a placeholder, not a secret.
 KEY_RUN = 6
 MIN_KEY = 16  # characters of a key that is looked for in answers: shorter ones are words
 # How servers say in a reply that they, and not the model, ended it: by a filter, or because something went wrong.
 FILTERED = {"content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii"}
 BROKEN_OFF = {"abort", "error", "cancelled"}
-# What a refusal with HTTP 403 or 451 says where it is of the question and not of the key.
-MODERATED = re.compile(rb"moderat|flagged|content.?policy|content.?filter|safety|violat", re.IGNORECASE)
+# What a refusal with HTTP 403 or 451 says where it is of the question, and what it says where it is of the asker.
+MODERATED = re.compile(
+    rb"(input|prompt|content|message|request).{0,80}(flagged|moderat|violat|filter|polic)", re.I | re.S
+)
+OF_THE_ASKER = re.compile(rb"account|organi[sz]ation|api.?key|suspend|deactivat|terminat|permission|billing", re.I)
+# What an error that is sent as HTTP 200 says, without a number, where it may pass.
+PASSING = re.compile(rb"rate.?limit|overload|timeout|timed out|unavailable|try again|internal", re.I)
 ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS  # zlib recognises the header
 Body = dict[str, Any]  # of a request
 POLL_S = 0.25  # between two checks whether to stop
@@ -295,19 +301,18 @@ async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, question: Bod
     except zlib.error as error:
         raise _Transient(f"the reply cannot be decompressed: {error}") from error
     told = _told_status(body) if status == 200 else None
-    if told is not None and not 400 <= told < 500:
-        told = 500
-    if (told or status) in TRANSIENT or (told or status) >= 500:
-        words = f" with the error: {_excerpt(body, endpoint.key)}" if told else ""
+    meant = told or status
+    if meant in TRANSIENT or meant >= 500:
+        words = f", which says: {_excerpt(body, endpoint.key)}" if told else ""
         raise _Transient(f"HTTP {status}{words}", _seconds(headers.get("retry-after", "")))
-    if (told or status) in (403, 451) and MODERATED.search(body):
+    if meant in (403, 451) and MODERATED.search(body) and not OF_THE_ASKER.search(body):
         return 400, body
-    return told or status, body
+    return meant, body
 
 
 def _told_status(body: bytes) -> int | None:
-    """What a reply with HTTP 200 says of itself, as routers pass on errors of the server behind them; None where it is
-    a completion, or says nothing that is known."""
+    """The status that a reply with HTTP 200 had better had, as routers pass on errors of the server behind them, and
+    engines that give a request up; None where it is a completion, or nothing that is known. 500: it may pass."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -316,8 +321,10 @@ def _told_status(body: bytes) -> int | None:
         return None
     error, choices = content.get("error"), content.get("choices")
     if error and not choices:
-        code = error.get("code") if isinstance(error, dict) else None
-        return code if isinstance(code, int) and not isinstance(code, bool) else 400
+        code = str(error.get("code")) if isinstance(error, dict) else ""
+        if code.isdecimal():
+            return int(code) if 400 <= int(code) < 500 else 500
+        return 500 if PASSING.search(body) else 400
     if isinstance(choices, list) and choices and isinstance(choices[0], dict):
         return 500 if _reason(choices[0]) in BROKEN_OFF else None
     return None

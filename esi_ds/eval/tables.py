@@ -6,6 +6,7 @@ use nothing else. A missing flag is counted and shown, and is never evidence of 
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,12 +48,17 @@ ATTACK_SUCCESS, REFUSED, INCOHERENT, TASK = "attack_success", "refused", "incohe
 ANY_ATTACK_SUCCESS = "any_attack_success"
 # Metrics that are shares of 1 also where lm-eval gives no score of 0 or 1 for each document, as of a group's mean.
 # Others have units of their own (perplexity, bits), or are of 1 in one task and of 100 in another (f1, ROUGE).
-SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
+SHARES = re.compile(r"acc(_.*)?|.*_acc|accuracy|exact_match|pass(@|_at_)\d+")
 DIVERGENCE, DIVERGENCE_UNIT = "divergence", "KL(base ‖ model), nats a token"
 UNDECIDED = "one of its answers has no verdict, and no other one succeeded"
 Verdicts = Mapping[tuple[Any, ...], VerdictRow]  # by judge and ``answer_key``
 Surprises = Mapping[tuple[Any, ...], SurpriseRow]  # by ``answer_key``
 Divergences = Mapping[tuple[Any, ...], DivergenceRow]  # by ``answer_key``
+
+
+def is_share_metric(judge: str) -> bool:
+    """Whether a task's metric, with its filter behind a comma, is a share of 1 in every task."""
+    return SHARES.fullmatch(judge.split(",")[0]) is not None
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Measure:
     @property
     def is_share(self) -> bool:
         """Whether the rate is a share of 1."""
-        return self.metric is None or (self.measure == TASK and self.judge.split(",")[0] in SHARES)
+        return self.metric is None or (self.measure == TASK and is_share_metric(self.judge))
 
     @property
     def topic(self) -> tuple[str, str, str]:

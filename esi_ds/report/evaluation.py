@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from esi_ds.data.thoughts import UNFINISHED
 from esi_ds.eval.rows import AgreementRow, ChangeRow, MeasureRow, RateRow
-from esi_ds.eval.tables import DIVERGENCE
+from esi_ds.eval.tables import DIVERGENCE, TASK, is_share_metric
 from esi_ds.report import figures
 from esi_ds.report.contents import EvaluationReport, PivotRow
 from esi_ds.tracking import Tracker
@@ -69,8 +69,12 @@ def interval(cell: RateRow | None) -> str:
 def is_share(cell: RateRow) -> bool:
     """Whether the rate is a share of 1. Measures say so; those of earlier versions do not, and other tables' are."""
     measured = dict(cell)
-    likely = measured.get("measure") != DIVERGENCE and (cell["rate"] is None or 0 <= cell["rate"] <= 1)
-    return bool(measured.get("is_share", likely))
+    if "is_share" in measured:
+        return bool(measured["is_share"])
+    if measured.get("measure") != TASK:
+        return measured.get("measure") != DIVERGENCE
+    has_flags = bool(cell["n"]) and cell["rate"] is not None and abs(cell["count"] / cell["n"] - cell["rate"]) < 1e-9
+    return has_flags or is_share_metric(str(measured["judge"]))
 
 
 def p_value(value: float) -> str:

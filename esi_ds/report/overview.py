@@ -168,21 +168,23 @@ def joined(runs: Sequence[FinishedRun[EvaluationReport]]) -> EvaluationReport:
     return cast(EvaluationReport, {"models": models, "measures": measures, "changes": []})
 
 
-def _documents(report: EvaluationReport) -> dict[str, list[str]]:
-    """Task, as the measures name it → what tells its documents and prompts from others."""
-    hashes: dict[str, list[str]] = {}
+DOCUMENTS = ("limit", "num_documents", "num_fewshot", "rows", "version")  # of a task; its prompts are a template's, too
+
+
+def _documents(report: EvaluationReport) -> dict[str, list[Any]]:
+    """Task, as the measures name it → what tells its documents from others."""
+    documents: dict[str, list[Any]] = {}
     for measure in report["measures"]:
         if measure["kind"] == "task":
             name, _, number = measure["set"].partition("#")
-            hashes[measure["set"]] = sorted(
-                {
-                    result["prompts_hash"]
-                    for row in report["tasks"]
-                    for result in row["results"]
-                    if result["task"] == name and number in ("", str(row["task"] + 1))
-                }
-            )
-    return hashes
+            of_models = [
+                [dict(result).get(key) for key in DOCUMENTS]
+                for row in report["tasks"]
+                for result in row["results"]
+                if result["task"] == name and number in ("", str(row["task"] + 1))
+            ]
+            documents[measure["set"]] = of_models[0]  # all models of a run have the same
+    return documents
 
 
 def _ambiguous(named: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -159,14 +159,19 @@ def test_several_answers_to_a_prompt(server: Server, tmp_path: Path) -> None:
 
 def test_what_the_server_says_itself_is_no_answer_of_the_model(server: Server, tmp_path: Path) -> None:
     cases = ["one", "filtered", "filtered late", "aborted once", "error once", "error", "refuses apart", "flagged"]
+    cases.append("rate limited once")
     assert ask(server, tmp_path, cases, "--concurrency", "1") == 0
     rows = {case: (row["response"], row["excluded"]) for case, row in zip(cases, rows_of(tmp_path), strict=True)}
     for case in ("filtered", "filtered late"):
         assert rows[case] == (None, "the server's filter ended the reply (content_filter)")
-    assert rows["aborted once"] == rows["error once"] == ("#thescore: 5", None)  # asked again
+    for case in ("aborted once", "error once", "rate limited once"):  # asked again
+        assert rows[case] == ("#thescore: 5", None)
     assert rows["error"][0] is None and "what is this" in rows["error"][1]
     assert rows["refuses apart"] == ("I can't.", None)
     assert rows["flagged"][0] is None and "flagged by moderation" in rows["flagged"][1]
+    (tmp_path / "o.jsonl").unlink()
+    assert ask(server, tmp_path, ["one", "suspended"], "--concurrency", "1") == 2  # the asker: to be asked anew
+    assert len(rows_of(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(

@@ -179,15 +179,31 @@ def test_a_metric_without_an_error_or_that_may_be_no_share(metric: str) -> None:
         assert "12.25 (n 3)" in shown and "0.5 (n 3)" in shown and "50.0 %" not in shown
 
 
-@pytest.mark.parametrize(("metric", "filter_name"), [("acc", "none"), ("exact_match", "strict-match")])
+@pytest.mark.parametrize(
+    ("metric", "filter_name"),
+    [("acc", "none"), ("exact_match", "strict-match"), ("inst_level_strict_acc", "none"), ("pass@1", "none")],
+)
 def test_the_mean_accuracy_of_a_group_is_a_share(metric: str, filter_name: str) -> None:
     row = task_row("a", 0, "t", metric=metric, filter=filter_name, value=0.5)
     assert "50.0 % (n 3)" in closing_table(task_report([row, task_row("b", 0, "t", value=1.0)]))
 
 
+def test_reports_of_earlier_versions_keep_their_units() -> None:
+    """Their rows do not say whether a rate is a share."""
+    rows = [
+        task_row("a", 0, "flags", value=0.5, correct=(True, False)),
+        task_row("a", 0, "bits", metric="bits_per_byte", value=0.73),
+    ]
+    report = task_report(rows)
+    for row in report["measures"]:
+        del row["is_share"]
+    shown = closing_table(report)
+    assert "50.0 %" in shown and "0.73 (n 3)" in shown
+
+
 def test_the_same_task_on_other_documents_is_told_apart() -> None:
     def run(name: str, limit: int) -> FinishedRun:
-        rows = [task_row("a", 0, "t", value=0.5, prompts_hash=f"first {limit}", n=limit)]
+        rows = [task_row("a", 0, "t", value=0.5, prompts_hash=f"the template of {name}", num_documents=limit)]
         return FinishedRun(name, name, {**task_report(rows), "tasks": rows}, {})
 
     assert {row["set"] for row in joined([run("x", 50), run("y", 50)])["measures"]} == {"t"}

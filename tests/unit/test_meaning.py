@@ -173,7 +173,7 @@ def test_columns_that_are_read_and_those_that_are_not_are_named(tokenizer, tmp_p
     assert prompt_set.note == "; columns not read: target, id" and prompt_set.prompts == ("a", "c\n\nx")
     answered = prompts(tmp_path, {"prompt": "a", "context": "x", "answer": "b"})
     assert answered.note == "; columns not read: context, answer"
-    assert prompts(tmp_path, *[{"prompt": text} for text in "aba"]).note.startswith("; 1 duplicates, which all count")
+    assert prompts(tmp_path, *[{"prompt": text} for text in "aba"]).note.startswith("; 1 duplicate(s), all counted")
 
 
 @pytest.mark.parametrize(

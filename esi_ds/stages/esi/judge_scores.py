@@ -21,7 +21,7 @@ class JudgeScoreRow(TypedDict):
 
     index: int  # of the example
     judge_score: float  # J
-    tokens: NotRequired[str]  # sha256 of what was judged; absent from rows of earlier versions
+    tokens: NotRequired[str]  # sha256 of the example's tokens; absent from rows of earlier versions
 
 
 def judge_scores(

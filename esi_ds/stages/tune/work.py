@@ -18,7 +18,7 @@ from esi_ds.data.thoughts import MARKS, Marks, marks_with, opening_mark
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.eval.refusals import is_refusal
-from esi_ds.journal import Journal
+from esi_ds.journal import Journal, record_path
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, checkpoint_folder, max_positions, quantisation_of
 from esi_ds.report.card import model_card
@@ -189,11 +189,15 @@ class TuneRun(StageRun[TuningInputs]):
         return answers
 
     def _forget_answers(self, when: str) -> None:
-        """Drop kept answers, which were those of weights that have been trained again since. No collectives."""
-        if runtime.is_main():
+        """Drop kept answers, which were those of weights that have been trained again since. One broadcast."""
+
+        def forget() -> None:
             for name in self.inputs.question_ids:
-                if (file := self._kept_answers(name, when)).exists():
-                    Journal(file, GeneratedRow).replace([])
+                file = self._kept_answers(name, when)
+                file.unlink(missing_ok=True)
+                record_path(file).unlink(missing_ok=True)
+
+        runtime.from_main(forget)
 
     def _kept_answers(self, name: str, when: str) -> Path:
         return self.folder.path / f"answers.{name}.{when}.partial.jsonl"
