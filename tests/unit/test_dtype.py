@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 
 from esi_ds.cli import main
-from esi_ds.config import resolved_yaml, validate
+from esi_ds.config import EsiGuard, resolved_yaml, validate
 from esi_ds.errors import UserError
 from esi_ds.models.native import computes_bf16
 from esi_ds.stages import dtype as stage_dtype
 from esi_ds.stages.dtype import check_same_dtype, with_dtype
-from esi_ds.zero import runtime
+from esi_ds.zero import placement, runtime
 
 
 def config(folder: Path, dtype: str = "auto"):
@@ -103,3 +104,26 @@ def test_plan_and_config_have_the_type_that_was_chosen(
     assert main("esi", ["--config", "demo/esi", "--dry-run", *overrides]) == 0
     output = capsys.readouterr().out
     assert f"dtype: {'bf16' if native else 'fp32'}\n" in output and "for other machines, name the type" in output
+
+
+@pytest.mark.parametrize(("own", "expected"), [("auto", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")])
+def test_a_judge_that_is_cut_over_the_ranks_has_its_own_dtype(
+    own: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def load_sharded(source: object, dtype: str, settings: dict, **options: object) -> SimpleNamespace:
+        loaded.append((dtype, settings["bf16"]["enabled"]))
+        return SimpleNamespace(module=torch.nn.Linear(1, 1))
+
+    for name, replaced in (
+        ("load_sharded", load_sharded),
+        ("model_class", lambda *arguments: None),
+        ("model_bytes", lambda *arguments: 1),
+        ("_choose_placement", lambda *arguments: ("sharded", "so many bytes")),
+        ("complete_chunks", lambda module: None),
+    ):
+        monkeypatch.setattr(placement, name, replaced)
+    section = EsiGuard(kind="guard", path="j", family="llama-guard-3", dtype=own)  # type: ignore[arg-type]
+    placement.load_judge(section, "judge", None, "bf16", {"bf16": {"enabled": True}})  # type: ignore[arg-type]
+    assert loaded == [(expected, expected == "bf16")]

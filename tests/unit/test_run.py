@@ -22,6 +22,8 @@ from esi_ds.models.folder import ModelSource
 from esi_ds.options import Options
 from esi_ds.stages import ENTRIES
 from esi_ds.stages import run as stage_run
+from esi_ds.stages.esi.prepare import EsiInputs
+from esi_ds.stages.evaluate.work import EvalRun
 from esi_ds.stages.folder import open_folder
 from esi_ds.stages.run import StageRun
 from esi_ds.zero import runtime
@@ -256,3 +258,27 @@ def test_the_manifest_says_what_the_time_went_into(tmp_path: Path, monkeypatch: 
     assert running == {"loading": 3.25, "scoring": 5.0}
     after = json.loads((tmp_path / "manifest.json").read_text())["phases_s"]
     assert after == {**running, "exporting": 7.0}
+
+
+def test_an_evaluation_names_the_model_that_has_changed(tmp_path: Path) -> None:
+    facts = {"exit_state": "running", "world_size": 1, "started": 0.0, "model_fingerprint": "ab", "data": {}}
+    folder = RunFolder(str(tmp_path))
+    folder.write_manifest(**facts, notes={"model_fingerprints": {"base": "a", "SPA": "b"}})
+    models = [SimpleNamespace(name="base", field="model.path"), SimpleNamespace(name="SPA", field="eval.models.0.path")]
+    run = EvalRun.__new__(EvalRun)
+    run.__dict__ |= {"folder": folder, "inputs": SimpleNamespace(models=models)}
+    for fingerprints, field in (({"base": "a", "SPA": "c"}, "eval.models.0.path"), ({"base": "c"}, "model.path")):
+        run.__dict__["_fingerprints"] = fingerprints
+        with pytest.raises(UserError, match=rf"{field}: is not what the run in .* started with"):
+            run.check_models("other")
+    run.__dict__["_fingerprints"] = {"base": "a", "SPA": "b"}
+    run.check_models("ab")
+
+
+def test_the_prompts_of_routing_frequencies_are_inputs() -> None:
+    def source(*prompts: str) -> dict[str, object]:
+        inputs = SimpleNamespace(prefix="", data=SimpleNamespace(source={"sha256": "a"}), benign_prompts=prompts)
+        return EsiInputs([inputs], []).source  # type: ignore[list-item]
+
+    assert source("a") == source("a") != source("b")
+    assert source() == {"sha256": "a"}
