@@ -190,7 +190,7 @@ def test_a_control_without_any_gradient_is_refused_whatever_the_criterion(monkey
     means = {Unit("model.a.weight", "attention.q", 0, None, 0, 4): 0.0}
     monkeypatch.setattr(control, "unit_means", lambda *_: means)
     model = SimpleNamespace(scored=[])
-    with pytest.raises(UserError, match="control.rows.path = rows.jsonl: gives no weight any gradient"):
+    with pytest.raises(UserError, match="control.rows.path = rows.jsonl: gives no weight a gradient"):
         control.Control(model, {}, {}, True, "control.rows.path", "rows.jsonl")  # type: ignore[arg-type]
 
 

@@ -317,7 +317,7 @@ def test_rows_that_no_set_publishes_so(tmp_path: Path) -> None:
     # A scenario is a system prompt in CoSApien's rows only; an unknown type of theirs is of neither kind.
     rows = [{"prompt": "a", "scenario": "S", "type": "other", "id": 1}]
     other = load_prompts(rows_at(tmp_path, "other.jsonl", rows), kind="harmful")
-    assert other.prompts == ("a",) and other.unread == ("scenario", "id")
+    assert other.prompts == ("a",) and other.unread == ("scenario", "type", "id")
     rows = [{"prompt": "a", "scenario": "S", "type": kind} for kind in ("new", "safe", "disallowed")]
     for kind, skipped in (("harmful", ["new", "safe"]), ("benign", ["new", "disallowed"])):
         prompt_set = load_prompts(rows_at(tmp_path, "cosapien.jsonl", rows), kind=kind)
