@@ -158,7 +158,12 @@ def test_sums_of_other_responses_are_not_gone_on_with(tmp_path: Path) -> None:
         gradients = SimpleNamespace(saved=lambda: {"sums": [(0, torch.ones(3))]})
         examples = [SimpleNamespace(index=4, ids=ids)]
         objective = SimpleNamespace(
-            name="safety", unit="prompt", examples=examples, gradients=gradients, index=lambda example: example.index
+            name="safety",
+            unit="prompt",
+            examples=examples,
+            gradients=gradients,
+            index=lambda example: example.index,
+            tokens=lambda example: example.ids,
         )
         return ScoringPass(None, None, objective, tmp_path / "checkpoint/safety", None, None)  # type: ignore[arg-type]
 

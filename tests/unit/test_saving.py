@@ -158,8 +158,8 @@ class Sums(Objective[int]):
     def index(self, example: int) -> int:
         return example
 
-    def num_tokens(self, example: int) -> int:
-        return 10 + example
+    def tokens(self, example: int) -> Sequence[int]:
+        return range(10 + example)
 
     def forward(self, examples: Sequence[int]) -> tuple[Tensor, Tensor | None, list[float]]:
         self.before(examples)

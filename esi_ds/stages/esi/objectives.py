@@ -48,8 +48,8 @@ class ResponseObjective(Objective[Example]):
     def index(self, example: Example) -> int:
         return example.index
 
-    def num_tokens(self, example: Example) -> int:
-        return len(example.ids)
+    def tokens(self, example: Example) -> Sequence[int]:
+        return example.ids
 
     def forward(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, list[float]]:
         """Teacher-forced logits [B, K, V], the surrogate's gradient with respect to them, and each row's value.
@@ -204,8 +204,8 @@ class LossObjective(Objective[TokenSequence]):
     def index(self, example: TokenSequence) -> int:
         return example.row
 
-    def num_tokens(self, example: TokenSequence) -> int:
-        return len(example.ids)
+    def tokens(self, example: TokenSequence) -> Sequence[int]:
+        return example.ids
 
     def forward(self, examples: Sequence[TokenSequence]) -> tuple[Tensor, Tensor | None, list[float]]:
         """A loss, no gradient of its own, and the mean cross entropy of each row's learnt tokens."""

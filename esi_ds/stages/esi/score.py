@@ -103,8 +103,8 @@ class Objective(ABC, Generic[Item]):
         """The number that identifies the example in messages, in the saved state and in the run's files."""
 
     @abstractmethod
-    def num_tokens(self, example: Item) -> int:
-        """Tokens that the model reads of an example."""
+    def tokens(self, example: Item) -> Sequence[int]:
+        """Ids that the model reads of an example."""
 
     def admit(self, examples: Sequence[Item]) -> dict[int, str]:
         """index → reason of the examples that cannot take part. examples: this rank's; also called without any."""
@@ -159,7 +159,7 @@ class ScoringPass:
         """Of the numbers and tokens of the examples, in their order."""
         digest = hashlib.sha256()
         for example in self.objective.examples:
-            digest.update(json.dumps([self.objective.index(example), *example.ids]).encode())
+            digest.update(json.dumps([self.objective.index(example), *self.objective.tokens(example)]).encode())
         return digest.hexdigest()
 
     @property
@@ -205,7 +205,7 @@ class ScoringPass:
             scores=math.fsum(scores.values()),
             examples=float(len(scores)),
             values=sum(values),
-            tokens=float(sum(map(self.objective.num_tokens, mine))),
+            tokens=float(sum(len(self.objective.tokens(example)) for example in mine)),
         )
         totals = StepTotals(*runtime.all_reduce_sum(torch.tensor(local, dtype=torch.float64)).tolist())
         if not math.isfinite(totals.norm_squared):
