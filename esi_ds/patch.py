@@ -48,8 +48,8 @@ from esi_ds.tensor_files import StoredTensor
 from esi_ds.terminal import clean_output, help_text
 from esi_ds.zero.files import save_tensors
 
-if TYPE_CHECKING:  # transformers takes seconds to import, and is needed for check_names only
-    from transformers import PretrainedConfig
+if TYPE_CHECKING:  # transformers takes seconds to import, and little here needs it
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from esi_ds.models.folder import ModelSource
 
@@ -186,15 +186,21 @@ def _stored_names(source: ModelSource) -> set[str]:
 
 def _exported_name(name: str, config: PretrainedConfig, source: ModelSource) -> str:
     """A parameter's name in ``model/``: the export undoes all renaming that loading under ZeRO-3 may do."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import revert_weight_conversion
-
     from esi_ds.models.meta import meta_model
 
     module = meta_model(config, source)
+    return next(iter(_stored_as(module, {name: module.get_parameter(name)})))
+
+
+def _stored_as(module: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors under the names, and in the shapes, that its checkpoint has."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
     # nn.Module declares every attribute a tensor or a module; this one is neither, hence the ignore.
     module._weight_conversions = get_model_conversion_mapping(module)  # type: ignore[assignment]
-    return next(iter(revert_weight_conversion(module, {name: module.get_parameter(name)})))
+    stored: dict[str, Tensor] = revert_weight_conversion(module, tensors)
+    return stored
 
 
 def create_part(base: Path, tuned: Path, folder: Path, part: int = 0, num_parts: int = 1) -> dict[str, TensorChange]:
@@ -345,9 +351,6 @@ def create(base: Path, tuned: Path, folder: Path) -> PatchSummary:
 
 def _loaded_names(base: Path) -> set[str]:
     """The tensors that transformers loads of a folder as a causal language model; none where it is no such model."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import revert_weight_conversion
-
     from esi_ds.models.folder import ModelSource, load_model_config
     from esi_ds.models.meta import meta_model
 
@@ -356,8 +359,7 @@ def _loaded_names(base: Path) -> set[str]:
         module = meta_model(load_model_config(source), source)
     except UserError:
         return set()
-    module._weight_conversions = get_model_conversion_mapping(module)  # type: ignore[assignment]  # as above
-    return set(revert_weight_conversion(module, module.state_dict()))
+    return set(_stored_as(module, module.state_dict()))
 
 
 def summary(folder: Path) -> PatchSummary:
