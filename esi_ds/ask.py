@@ -169,12 +169,12 @@ def _rows_on_disk(output: Path, asked: dict[str, Any]) -> list[AskedRow]:
     with reading(OUTPUT, output, "give a new file"):
         check_regular(output)
         data = output.read_bytes()
-        rows = check_type(parse_jsonl(data), list[AskedRow])
-        *lines, last = data.split(b"\n")
-        strange = [line for line in lines if line.strip() and not parse_jsonl(line)]
-        last = last.strip(b"\0")  # of a power cut
-        if strange or not (last.startswith(b"{") or not last):  # a kill leaves the beginning of the last line
+        whole, _, last = data.rpartition(b"\n")
+        answers = parse_jsonl(whole)
+        begun = last.strip(b"\0")  # by a kill; zeros are of a power cut
+        if len(answers) < sum(bool(line.strip()) for line in whole.split(b"\n")) or begun[:1] not in (b"", b"{"):
             raise ValueError("it has lines that are no answers")
+        rows = check_type([*answers, *parse_jsonl(last)], list[AskedRow])
     for row in rows:
         if row["asked"] != asked:
             problem = f"holds answers of {json.dumps(row['asked'])}, not of {json.dumps(asked)}"

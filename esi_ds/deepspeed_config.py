@@ -35,6 +35,12 @@ _KINDS: dict[Any, str] = {
     Any: "graph_harvesting sparse_attention zero_allow_comm_data_type_fp32",
 }
 KEYS = {key: kind for kind, keys in _KINDS.items() for key in keys.split()}
+# Sections that no stage supports, and whether one that does not say ``enabled`` is on. DeepSpeed's autotuner ends the
+# process after a few steps.
+UNSUPPORTED = {
+    **dict.fromkeys(("amp", "datastates_ckpt", "elasticity", "tensor_parallel", "pipeline"), True),
+    **dict.fromkeys(("autotuning", "hybrid_engine"), False),
+}
 WORDS = {dict: "a mapping", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 REDUCE_BUCKET = 50_000_000
 REMEDY = "remove it from the DeepSpeed config, or set it to auto"
@@ -129,17 +135,8 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
                 else "does not belong here: the tune section configures the masked AdamW and its schedule",
                 "remove it; learning rates belong in the YAML's tune section",
             )
-    # DeepSpeed's autotuner ends the process after a few steps.
-    for section in (
-        "amp",
-        "autotuning",
-        "datastates_ckpt",
-        "elasticity",
-        "tensor_parallel",
-        "pipeline",
-        "hybrid_engine",
-    ):
-        if _is_on(settings.get(section), default=section not in ("autotuning", "hybrid_engine")):
+    for section, default in UNSUPPORTED.items():
+        if _is_on(settings.get(section), default):
             raise UserError(f"deepspeed.{section}", None, "is not supported by this stage", "remove it")
     if settings.get("managed_gradient_accumulation") is False:
         raise UserError("deepspeed.managed_gradient_accumulation", False, "is not supported by this stage", "remove it")

@@ -319,15 +319,18 @@ def _told_status(body: bytes) -> int | None:
         return None
     if not isinstance(content, dict):
         return None
-    error, choices = content.get("error"), content.get("choices")
-    if error and not choices:
+    if (error := content.get("error")) and not content.get("choices"):
         code = str(error.get("code")) if isinstance(error, dict) else ""
         if code.isdecimal():
             return int(code) if 400 <= int(code) < 500 else 500
         return 500 if PASSING.search(body) else 400
-    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-        return 500 if _reason(choices[0]) in BROKEN_OFF else None
-    return None
+    choice = _first_choice(content)
+    return 500 if choice is not None and _reason(choice) in BROKEN_OFF else None
+
+
+def _first_choice(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    choices = content.get("choices")
+    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
 
 
 def _reason(choice: Mapping[str, Any]) -> str:
@@ -410,14 +413,14 @@ def read_completion(body: bytes, num_requests: int = 1, key: str | None = None, 
     if not isinstance(parsed, dict):
         return reply(None, "the reply is not a JSON object")
     content = parsed
-    choices = content.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+    choice = _first_choice(content)
+    if choice is None:
         return reply(None, "the reply has no choices")
-    message = choices[0].get("message")
+    message = choice.get("message")
     message = message if isinstance(message, dict) else {}
-    if _reason(choices[0]) in FILTERED:
-        return reply(None, f"the server's filter ended the reply ({_reason(choices[0])})")
-    is_cut = choices[0].get("finish_reason") == "length"
+    if (reason := _reason(choice)) in FILTERED:
+        return reply(None, f"the server's filter ended the reply ({reason})")
+    is_cut = choice.get("finish_reason") == "length"
     text = _whole_text(message, is_cut) if keeps_cut else message.get("content")
     if not isinstance(text, str) or not (text.strip() or (keeps_cut and not is_cut)):
         return reply(None, "the reply was cut before its answer began" if keeps_cut and is_cut else NO_TEXT)

@@ -7,8 +7,8 @@ use nothing else. A missing flag is counted and shown, and is never evidence of 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
@@ -172,35 +172,34 @@ def answer_measures(
     return sorted(measures, key=lambda measure: order.index(measure.set))
 
 
-def task_measures(tasks: Sequence[TaskRow]) -> list[Measure]:
-    """Skill by lm-eval. Documents are in one order for every model.
+def task_names(measured: Iterable[tuple[int, str]]) -> dict[tuple[int, str], str]:
+    """(number of its entry, task) → the name of its measures: with that number where several entries of ``eval.tasks``
+    have the task. measured: such pairs, any number of times."""
+    pairs = dict.fromkeys(measured)
+    entries = Counter(task for _, task in pairs)
+    return {(number, task): f"{task}#{number + 1}" if entries[task] > 1 else task for number, task in pairs}
 
-    If several entries of ``eval.tasks`` have one name, each name gets its entry's number.
-    """
-    entries: dict[str, set[int]] = defaultdict(set)
-    for row in tasks:
-        for result in row["results"]:
-            entries[result["task"]].add(row["task"])
+
+def task_measures(tasks: Sequence[TaskRow]) -> list[Measure]:
+    """Skill by lm-eval. Documents are in one order for every model."""
+    names = task_names((row["task"], result["task"]) for row in tasks for result in row["results"])
     measures = []
     for row in tasks:
         for result in row["results"]:
-            value: MetricValue = {
-                "rate": result["value"],
-                "low": result["low"],
-                "high": result["high"],
-                "n": result["n"],
-            }
+            metric: MetricValue | None = None
+            if result["correct"] is None:
+                metric = {"rate": result["value"], "low": result["low"], "high": result["high"], "n": result["n"]}
             measures.append(
                 Measure(
                     TASK,
-                    set=result["task"] + (f"#{row['task'] + 1}" if len(entries[result["task"]]) > 1 else ""),
+                    set=names[row["task"], result["task"]],
                     kind="task",
                     judge=result["metric"] + ("" if result["filter"] in ("none", None) else f", {result['filter']}"),
                     model=row["model"],
                     flags=list(result["correct"] or []),
                     reasons={"prompt cut at its beginning": result["num_cut"]} if result["num_cut"] else {},
                     scores=list(result["scores"] or []),
-                    metric=value if result["correct"] is None else None,
+                    metric=metric,
                 )
             )
     graded = {measure.topic for measure in measures if measure.metric is not None}

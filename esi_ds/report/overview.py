@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
 from esi_ds.eval.rows import MeasureRow
+from esi_ds.eval.tables import task_names
 from esi_ds.report import tables
 from esi_ds.report.contents import EsiReport, EvaluationReport, PerturbationReport, Report, TuningReport
 from esi_ds.report.evaluation import WORDS, is_share, percent
 
 R = TypeVar("R", bound=Report, covariant=True)
+DOCUMENTS = ("limit", "num_documents", "num_fewshot", "rows", "version")  # of a task; its prompts are a template's, too
 LABELS = {"evaluation": "evaluation", "perturbation": "perturbation", None: "ESI"}
 
 
@@ -168,23 +170,11 @@ def joined(runs: Sequence[FinishedRun[EvaluationReport]]) -> EvaluationReport:
     return cast(EvaluationReport, {"models": models, "measures": measures, "changes": []})
 
 
-DOCUMENTS = ("limit", "num_documents", "num_fewshot", "rows", "version")  # of a task; its prompts are a template's, too
-
-
 def _documents(report: EvaluationReport) -> dict[str, list[Any]]:
-    """Task, as the measures name it → what tells its documents from others."""
-    documents: dict[str, list[Any]] = {}
-    for measure in report["measures"]:
-        if measure["kind"] == "task":
-            name, _, number = measure["set"].partition("#")
-            of_models = [
-                [dict(result).get(key) for key in DOCUMENTS]
-                for row in report["tasks"]
-                for result in row["results"]
-                if result["task"] == name and number in ("", str(row["task"] + 1))
-            ]
-            documents[measure["set"]] = of_models[0]  # all models of a run have the same
-    return documents
+    """Task, as the measures name it → what tells its documents from others; the same for all models of a run."""
+    results = [(row["task"], result) for row in report.get("tasks", []) for result in row["results"]]
+    names = task_names((number, result["task"]) for number, result in results)
+    return {names[number, result["task"]]: [dict(result).get(key) for key in DOCUMENTS] for number, result in results}
 
 
 def _ambiguous(named: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -59,8 +59,8 @@ def load_judge(
         whole = load_replicated(source, dtype, auto_class)
         complete_chunks(whole)
         return whole, WholeWeights(), note
-    settings = with_precision({k: v for k, v in deepspeed_config.items() if k != "expert_parallel"}, dtype)
-    sharded = load_sharded(source, dtype, settings, auto_class=auto_class)
+    settings = {name: value for name, value in deepspeed_config.items() if name != "expert_parallel"}
+    sharded = load_sharded(source, dtype, with_precision(settings, dtype), auto_class=auto_class)
     sharded.module.requires_grad_(False)
     complete_chunks(sharded.module)
     return sharded.module, sharded, note

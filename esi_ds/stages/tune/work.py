@@ -18,7 +18,7 @@ from esi_ds.data.thoughts import MARKS, Marks, marks_with, opening_mark
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.eval.refusals import is_refusal
-from esi_ds.journal import Journal, record_path
+from esi_ds.journal import Journal
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, checkpoint_folder, max_positions, quantisation_of
 from esi_ds.report.card import model_card
@@ -70,7 +70,7 @@ class TuneRun(StageRun[TuningInputs]):
         with self.phase("training"):
             training.run()
         if training.first_step < inputs.tune.max_steps:
-            self._forget_answers("after")
+            self._forget_answers()
         if inputs.questions:  # answers are kept as they come, and a restart must go on with the model that gave them
             training.save()
         training.tuner.close()  # the model's answers need its memory
@@ -169,7 +169,7 @@ class TuneRun(StageRun[TuningInputs]):
         longest = max((longest_prompt(ids.values(), limit) for ids in inputs.question_ids.values()), default=1)
         batch = self.generation_batch(section, longest)  # the same before and after
         for name, prompt_ids in inputs.question_ids.items():
-            journal = Journal(self._kept_answers(name, when), GeneratedRow)
+            journal = Journal(self.folder.path / f"answers.{name}.{when}.partial.jsonl", GeneratedRow)
             responses = runtime.from_main(partial(by_index, journal))
             generate_all(
                 model,
@@ -188,19 +188,14 @@ class TuneRun(StageRun[TuningInputs]):
             answers[name] = responses
         return answers
 
-    def _forget_answers(self, when: str) -> None:
-        """Drop kept answers, which were those of weights that have been trained again since. One broadcast."""
+    def _forget_answers(self) -> None:
+        """Drop what was answered after tuning: the weights have been trained again since. One broadcast."""
 
         def forget() -> None:
-            for name in self.inputs.question_ids:
-                file = self._kept_answers(name, when)
-                file.unlink(missing_ok=True)
-                record_path(file).unlink(missing_ok=True)
+            for kept in self.folder.path.glob("answers.*.after.partial.jsonl"):
+                kept.unlink()
 
         runtime.from_main(forget)
-
-    def _kept_answers(self, name: str, when: str) -> Path:
-        return self.folder.path / f"answers.{name}.{when}.partial.jsonl"
 
     def _write_answers(self, before: Answers | None, after: Answers) -> None:
         """``answers.jsonl``, if there are questions. Rank 0 writes; no collectives."""
