@@ -25,6 +25,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,10 +143,7 @@ def gate_and_up(model: nn.Module, parameter: Tensor) -> tuple[tuple, tuple]:
 
 def encode(tokenizer, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids and character spans. White space belongs to its token: a post-processor that trims offsets is told not to."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    _never_trim(state["post_processor"])
-    state["truncation"] = state["padding"] = None
-    encoding = _backend(json.dumps(state)).encode(text, add_special_tokens=special)
+    encoding = _untrimmed(tokenizer.backend_tokenizer.to_str()).encode(text, add_special_tokens=special)
     spans = [
         (0, 0) if is_special else span
         for span, is_special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
@@ -153,13 +151,12 @@ def encode(tokenizer, text: str, special: bool = False) -> tuple[list[int], list
     return encoding.ids, spans
 
 
-_backends: dict[str, Tokenizer] = {}
-
-
-def _backend(state: str) -> Tokenizer:
-    if state not in _backends:
-        _backends[state] = Tokenizer.from_str(state)
-    return _backends[state]
+@cache
+def _untrimmed(serialised: str) -> Tokenizer:
+    state = json.loads(serialised)
+    _never_trim(state["post_processor"])
+    state["truncation"] = state["padding"] = None
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def _never_trim(processor: dict | None) -> None:
@@ -248,7 +245,7 @@ def alignment(
     low, high = shown or (0, len(response))
     ids, spans = encode(model_tokenizer, response)
     model_stretches, guard_stretches = disjoint(spans), disjoint(encode(guard_tokenizer, guard_text, special)[1])
-    weights = torch.zeros(len(model_stretches), len(guard_stretches), dtype=torch.float64)
+    weights = [[0.0] * len(guard_stretches) for _ in model_stretches]
     for t, token in enumerate(ids):
         if token_text(model_tokenizer, token) is None:
             continue
@@ -257,8 +254,8 @@ def alignment(
             for start, end in model_stretches[t]:  # clipped to what is shown, then moved into the guard's text
                 start, end = (min(max(edge, low), high) - low + response_start for edge in (start, end))
                 for their_start, their_end in theirs:
-                    weights[t, j] += max(0.0, min(end, their_end) - max(start, their_start)) / length
-    return weights
+                    weights[t][j] += max(0.0, min(end, their_end) - max(start, their_start)) / length
+    return torch.tensor(weights, dtype=torch.float64).view(len(model_stretches), len(guard_stretches))
 
 
 # --------------------------------------------------------------------------- the judge (docs/method.md §1, "The judge")
@@ -720,6 +717,16 @@ def control_scores(
 
     control: rows of a loss (is_loss), or prompts with their responses.
     """
+    rows = [None if part is None else tuple(part) for part in (pairs, control, tuning)]
+    model, safety, other, second = _control_gradients(model_folder, guard_folder, *rows, is_loss)
+    return beside_control(criterion, model, safety, other, second, is_loss)
+
+
+@cache  # every criterion has the same
+def _control_gradients(
+    model_folder: Path, guard_folder: Path, pairs: tuple, control: tuple, tuning: tuple | None, is_loss: bool
+) -> tuple:
+    """(the model, the mean gradients by parameter name of safety, the control, and the tuning rows or None)."""
     model, tokenizer = load(model_folder)
     guard, guard_tokenizer = load(guard_folder)
     guard.requires_grad_(False)
@@ -729,7 +736,7 @@ def control_scores(
     else:
         other = mean_gradient(model, tokenizer, guard, guard_tokenizer, control)[0]
     second = loss_gradients(model, tokenizer, tuning)[0] if tuning is not None else None
-    return beside_control(criterion, model, safety, other, second, is_loss)
+    return model, safety, other, second
 
 
 def esi_scores(

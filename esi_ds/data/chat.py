@@ -256,6 +256,23 @@ def answerable(
     return prompt_ids, reasons
 
 
+def check_some_answerable(
+    encoded: Mapping[Key, list[int] | str], max_new_tokens: int, limit: int | None, field: str, name: str, model: str
+) -> None:
+    """Raises UserError if the model can answer none of the prompts of the set ``name``, which ``field`` names.
+
+    encoded, max_new_tokens, limit: as of ``answerable``.
+    """
+    prompt_ids, reasons = answerable(encoded, max_new_tokens, limit)
+    if reasons and not prompt_ids:
+        raise UserError(
+            field,
+            name,
+            f"{model} can answer none of its prompts: {next(iter(reasons.values()))}",
+            "give prompts that it takes, or lower eval.max_new_tokens",
+        )
+
+
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> EncodedResponse:
     """Ids and disjoint spans.
 

@@ -72,6 +72,8 @@ EMPTY = "the prompt is empty"
 HALF = "the prompt holds half of a surrogate pair"
 # Columns, in lower case, that prompts are made of, beside the prompt's.
 READ = {*INPUTS, "instances", "vanilla", "contextstring"}
+# Kind of a question set → the config's key.
+KEYS = {"harmful": "eval.prompts", "benign": "eval.benign"}
 
 
 @dataclass(frozen=True)
@@ -444,18 +446,18 @@ def load_question_sets(section: Eval) -> list[QuestionSet]:
     """
     names = iter(distinct_names([*section.prompts, *section.benign]))
     return [
-        *_load_kind("harmful", "eval.prompts", section.prompts, names),
-        *_load_kind("benign", "eval.benign", section.benign, names),
+        *_load_kind("harmful", section.prompts, names),
+        *_load_kind("benign", section.benign, names),
     ]
 
 
 def _load_kind(
-    kind: Literal["harmful", "benign"], key: str, sections: Sequence[Prompts], names: Iterator[str]
+    kind: Literal["harmful", "benign"], sections: Sequence[Prompts], names: Iterator[str]
 ) -> list[QuestionSet]:
-    """The sets of one config key; takes their names off ``names``."""
+    """The sets of one kind; takes their names off ``names``."""
     question_sets = []
     for number, section in enumerate(sections):
-        field = f"{key}.{number}" if len(sections) > 1 else key
+        field = f"{KEYS[kind]}.{number}" if len(sections) > 1 else KEYS[kind]
         prompt_set = load_section(section, field, kind)
         question_sets.append(QuestionSet(next(names), kind, prompt_set))
     return question_sets

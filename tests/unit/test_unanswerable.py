@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from esi_ds.config import validate
-from esi_ds.data.chat import answerable, encode_data_prompt, encode_response, special_strings
+from esi_ds.data.chat import answerable, check_some_answerable, encode_data_prompt, encode_response, special_strings
 from esi_ds.data.conversations import encode_rows
+from esi_ds.errors import UserError
 from esi_ds.eval.fluency import surprises
 from esi_ds.judge.families import Family
 from esi_ds.judge.pairs import PairEncoder
@@ -157,6 +158,19 @@ def test_questions_before_and_after_tuning(tokenizer: PreTrainedTokenizerFast) -
     question_ids, unanswered = _encode_questions(config, questions, tokenizer, LIMIT)
     assert {name: list(ids) for name, ids in question_ids.items()} == {"harmful": [1], "benign": [1]}
     assert [(name, index) for name, index, _ in unanswered] == [("harmful", 0), ("benign", 0)]
+
+
+def test_a_set_of_which_no_prompt_can_be_answered_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Its rates would be of nothing, as with a limit of new tokens above what the model takes."""
+    config = validate({"run": {"output_dir": "x"}, "model": {"path": "a"}, "eval": {"max_new_tokens": LIMIT}})
+    with pytest.raises(
+        UserError, match=r"^eval.prompts = all sets: the model can answer none .* no room for an answer"
+    ):
+        _encode_questions(config, {"harmful": ["Kill a process"]}, tokenizer, LIMIT)
+    encoded = {("set", 0): encode_data_prompt(tokenizer, "boom", (), None)}
+    with pytest.raises(UserError, match=r"^eval.benign = set: base can answer none of its prompts: .*rejects it"):
+        check_some_answerable(encoded, 1, LIMIT, "eval.benign", "set", "base")
+    check_some_answerable({**encoded, ("set", 1): [3]}, 1, LIMIT, "eval.benign", "set", "base")
 
 
 def test_an_evaluation_lists_what_is_not_asked(tokenizer: PreTrainedTokenizerFast, monkeypatch) -> None:

@@ -25,6 +25,7 @@ from esi_ds.config import (
 from esi_ds.config.needs import require_eval
 from esi_ds.data.answers import RecordedAnswers, load_answers
 from esi_ds.data.chat import (
+    check_some_answerable,
     check_vocabulary,
     day_of,
     encode_data_prompt,
@@ -33,7 +34,7 @@ from esi_ds.data.chat import (
     special_strings,
 )
 from esi_ds.data.end_tokens import end_tokens
-from esi_ds.data.prompts import QuestionSet, load_question_sets
+from esi_ds.data.prompts import KEYS, QuestionSet, load_question_sets
 from esi_ds.data.template_values import unread_values, without_values
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import yes_no_family
@@ -267,10 +268,21 @@ def prepare_eval(config: Config) -> EvalInputs:
                 endpoint = replace(served.endpoint, extra={**served.endpoint.extra, **sampling})
                 served = replace(served, endpoint=endpoint, seed=config.run.seed)
             models.append(served)
+    for candidate in models:
+        if isinstance(candidate, Candidate):
+            _check_room(candidate, sets, section.max_new_tokens)
     data_hashes = {f"{question_set.kind}:{question_set.name}": question_set.prompt_set.sha256 for question_set in sets}
     tasks = prepare_tasks(section.tasks)
     data_hashes |= {task.field: task.sha256 for task in tasks if task.sha256 is not None}
     return EvalInputs(section, sets, models, judges, tasks, data_hashes)
+
+
+def _check_room(candidate: Candidate, sets: Sequence[QuestionSet], max_new_tokens: int) -> None:
+    """Raises UserError if a model can answer no prompt of a set: its rates would be of nothing."""
+    for question_set in sets:
+        encoded = {key: ids for key, ids in candidate.prompt_ids.items() if key[0] == question_set.name}
+        field, limit = KEYS[question_set.kind], candidate.max_positions
+        check_some_answerable(encoded, max_new_tokens, limit, field, question_set.name, candidate.name)
 
 
 def _candidate(

@@ -15,6 +15,7 @@ from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
 from esi_ds.data.chat import (
     answerable,
+    check_some_answerable,
     check_vocabulary,
     encode_data_prompt,
     load_chat_tokenizer,
@@ -23,7 +24,7 @@ from esi_ds.data.chat import (
 )
 from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
 from esi_ds.data.end_tokens import end_tokens
-from esi_ds.data.prompts import QuestionSet, load_question_sets
+from esi_ds.data.prompts import KEYS, QuestionSet, load_question_sets
 from esi_ds.data.rows import read_rows
 from esi_ds.data.thoughts import marks_with
 from esi_ds.data.turns import Prompt
@@ -194,6 +195,7 @@ def _encode_questions(
             index: encode_data_prompt(tokenizer, prompt, specials, system_prompt)
             for index, prompt in enumerate(prompts)
         }
+        check_some_answerable(encoded, length, limit, KEYS[kind], "all sets", "the model")
         question_ids[kind], reasons = answerable(encoded, length, limit)
         unanswered += [(kind, index, reason) for index, reason in reasons.items()]
     return question_ids, unanswered
