@@ -65,7 +65,7 @@ class Model(Section):
     path: str = Field(description="A hub id or a folder of a causal language model with safetensors weights.")
     revision: str | None = Field(None, description="The branch, tag or commit of a hub id; null means the default.")
     dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "bf16",
+        "auto",
         description="The type of the weights while the model computes; auto takes bf16 where the machine computes it "
         "natively, else fp32.",
     )

@@ -70,7 +70,7 @@ def test_the_whole_contract_parses() -> None:
     """docs/design.md §5 as written, numbers in exponent notation included."""
     text = """
 run: {output_dir: runs/x, seed: 0, resume: auto, tensorboard: true}
-model: {path: a, revision: null, dtype: bf16, trust_remote_code: false, chat_template: null, system_prompt: null}
+model: {path: a, revision: null, dtype: auto, trust_remote_code: false, chat_template: null, system_prompt: null}
 judge: {kind: guard, family: custom, path: b, score: margin, context: prompt_and_response,
         template: "{prompt} {response}", verdict_prefix: "", verdict: {safe: " safe", unsafe: " unsafe"}}
 data: {prompts: {path: advbench, split: null, column: auto, limit: null}, responses: null}
@@ -165,7 +165,7 @@ def test_a_run_goes_on_with_a_server_that_has_moved() -> None:
 
 
 CUSTOM = {"path": "b", "family": "custom", "template": "{prompt} {response}", "verdict": {"safe": "a", "unsafe": "b"}}
-BASE = {"run": {"output_dir": "x"}, "model": {"path": "a"}}
+BASE = {"run": {"output_dir": "x"}, "model": {"path": "a", "dtype": "bf16"}}
 
 
 @pytest.mark.parametrize(

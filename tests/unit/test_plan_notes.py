@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,13 +100,16 @@ def test_a_judge_that_is_not_there_is_noted_and_a_model_is_asked_for(
 def test_the_paper_s_settings_are_planned(
     stage: str, shown: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    examples = ROOT / "examples/models"
-    overrides = [f"model.path={examples / 'llama-aligned'}"]
+    examples, model = ROOT / "examples/models", tmp_path / "model"
+    shutil.copytree(examples / "llama-aligned", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))  # 512 new ones fit
+    overrides = [f"model.path={model}"]
     overrides += [f"judge.path={examples / 'guard'}"] if stage == "esi" else []
     if stage in ("perturb", "eval"):  # read what they ask, and what earlier stages leave, in a dry run too
         overrides += ["eval.prompts={path: examples/harmful}", "eval.benign=[]", "eval.models=[]"]
     if stage == "perturb":
-        build_mask(tmp_path / "mask", examples / "llama-aligned")
+        build_mask(tmp_path / "mask", model)
         overrides += [f"perturb.mask={tmp_path / 'mask'}", "perturb.orders=[top, random]"]
     monkeypatch.chdir(tmp_path)  # no runs/ of anybody
     monkeypatch.setenv("OPENAI_API_KEY", "none")  # a plan asks nobody
