@@ -23,7 +23,7 @@ from esi_ds.core.score_folder import ScoreFolder
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
 from esi_ds.ranks import Ranks, find_ranks
-from esi_ds.reselect import Reselection, check_cover, read_units, spans, write_selection
+from esi_ds.reselect import Reselection, check_cover, read_units, remark_on, spans, write_selection
 from esi_ds.terminal import ReaderGone, clean_output, help_text
 
 MAX_CELLS = 40  # lines of ``compare`` by layer and role that are shown unasked
@@ -256,7 +256,8 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[list[str], int]:
         mask = Mask.load(arguments.mask)
         options = (arguments.ratio, arguments.order, arguments.seed)
         new = write_selection(mask, arguments.scores, arguments.output, *options, ranks)
-        return [f"{new.k:,} of {new.total_numel:,} weights in {new.path}"], 0
+        lines = [f"{new.k:,} of {new.total_numel:,} weights in {new.path}", remark_on(new, arguments.scores, ranks)]
+        return [line for line in lines if line is not None], 0
     defects = verify(Mask.load(arguments.mask), arguments.scores, ranks)
     sound = "sound" + (": exactly the selection by its scores" if arguments.scores else "")
     return defects or [sound], 2 if defects else 0

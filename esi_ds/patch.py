@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -31,16 +30,16 @@ from esi_ds.core.mask import INDEX_NAME, pack_bits, unpack_bits
 from esi_ds.core.quantised import Weight, file_of, fill_weights, whole_weight
 from esi_ds.core.stored import DTYPES, StoredReader
 from esi_ds.errors import UserError, ends_with_message
+from esi_ds.models.beside_weights import copy_beside_weights, name_dtype
 from esi_ds.models.fingerprint import tensor_digests
-from esi_ds.models.quantised import model_weights, plain_configuration, read_quantisation
-from esi_ds.models.weights import CONFIG_NAME, INDEX_SUFFIX, checkpoint_tensors, weights_name
+from esi_ds.models.quantised import model_weights, read_quantisation
+from esi_ds.models.weights import INDEX_SUFFIX, checkpoint_tensors, weights_name
 from esi_ds.reading import (
     check_regular,
     check_type,
     is_bare_name,
     parse_json,
     read_index,
-    read_json,
     read_text,
     reading,
 )
@@ -454,7 +453,7 @@ def _transform(source: Path, patch: Path, out: Path, before: Digest, after: Dige
     dtypes = {name: dtype_of(entry["base_dtype"]) for name, entry in entries.items()}
     _check_source(source, content, before, dtypes)
     with whole_folder(out) as temporary:
-        _copy_beside_weights(source, temporary)
+        copy_beside_weights(source, temporary, "MODEL")
         written: dict[str, str] = {}  # tensor → file
         sizes = Counter[torch.dtype]()  # weights of each dtype
         for file in sorted(set(files.values())):
@@ -471,7 +470,7 @@ def _transform(source: Path, patch: Path, out: Path, before: Digest, after: Dige
                 sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
         if (name := weights_name(source, "MODEL")).endswith(INDEX_SUFFIX):
             write_json_atomic(temporary / name, {"metadata": {}, "weight_map": dict(sorted(written.items()))})
-        _name_dtype(temporary, sizes.most_common(1)[0][0])
+        name_dtype(temporary, sizes.most_common(1)[0][0], "MODEL")
         _check_result(temporary, patch, content, after)
 
 
@@ -506,38 +505,6 @@ def _check_source(source: Path, content: PatchSummary, before: Digest, dtypes: M
                 else "has other weights than those the patch is for"
             )
             raise UserError("MODEL", str(source), f"{name} {problem}", "give the model that the patch belongs to")
-
-
-def _copy_beside_weights(source: Path, target: Path) -> None:
-    """Copy configuration, tokenizer and the rest of a model's folder; no weights and no index of weights.
-
-    The configuration of a quantised model becomes that of the dequantised one.
-    """
-    ignored = shutil.ignore_patterns("*.safetensors", f"*{INDEX_SUFFIX}")
-    try:
-        shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True)
-    except shutil.Error as error:
-        first = error.args[0][0]
-        raise UserError(
-            "MODEL", str(first[0]), f"cannot be copied ({first[2]})", "remove it or make it readable"
-        ) from error
-    if read_quantisation(source, "MODEL") is not None:
-        write_json_atomic(target / CONFIG_NAME, plain_configuration(source, "MODEL"))
-
-
-def _name_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """Have the configuration name the dtype of most weights: transformers would round them to another one."""
-    file = folder / CONFIG_NAME
-    content = read_json(file, dict[str, Any], "MODEL", "mend it") if file.is_file() else {}
-    sections = [content]
-    while isinstance(text := sections[-1].get("text_config") or sections[-1].get("thinker_config"), dict):
-        sections.append(text)
-    keys = [(section, key) for section in sections for key in ("dtype", "torch_dtype") if key in section]
-    name = str(dtype).removeprefix("torch.")
-    if any(section[key] != name for section, key in keys):
-        for section, key in keys:
-            section[key] = name
-        write_json_atomic(file, content)
 
 
 def _check_result(folder: Path, patch: Path, content: PatchSummary, after: Digest) -> None:

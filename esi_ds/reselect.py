@@ -21,7 +21,7 @@ from esi_ds.artifacts import check_new_folder, replace_folder, wait_until_visibl
 from esi_ds.core.mask import UNITS_DIGEST, UNITS_NAME, Mask, digest, index_digests, num_bytes, pack_bits
 from esi_ds.core.mask_metadata import MaskMetadata, mask_texts
 from esi_ds.core.score_folder import ScoreFolder
-from esi_ds.core.select import Cut, Order, ScoreRun, check_ratio, first_invalid, key_to_score, select
+from esi_ds.core.select import Cut, Order, ScoreRun, check_ratio, first_invalid, key_to_score, select, without_score
 from esi_ds.core.units import Unit, assign
 from esi_ds.errors import UserError
 from esi_ds.models.roles import SCORED, layer_of
@@ -248,8 +248,10 @@ def write_selection(
     scores.check(mask.header)
     units = read_units(mask)
     check_cover(mask, units, ranks)
-    # With another order the seed is still that of the run, whose noise and random scores it made.
-    settings = replace(mask.header, ratio=ratio, order=order, seed=seed if order == "random" else mask.header.seed)
+    # With another order the seed is that of the run, whose noise and random scores it made; a random mask has its own.
+    if order != "random":
+        seed = mask.header.seed if scores.metadata.seed is None else scores.metadata.seed
+    settings = replace(mask.header, ratio=ratio, order=order, seed=seed)
     base = settings.scored_numel if settings.of == "scored" else settings.total_numel
     by_matrix = [unit.numel for units_of_parameter in units.values() for unit in units_of_parameter]
     check_ratio(ratio, [base] if settings.scope == "model" else by_matrix, "--ratio")
@@ -264,6 +266,15 @@ def write_selection(
     _write(mask, selection, metadata, output, ranks)
     wait_until_visible(output / INDEX_NAME)
     return Mask.load(output)
+
+
+def remark_on(mask: Mask, folder: Path, ranks: Ranks | None = None) -> str | None:
+    """What ``without_score`` says of a mask that was selected from the scores in ``folder``. Collectives: one sum."""
+    if mask.header.order != "top" or mask.header.threshold != 0:
+        return None
+    ranks, scores = ranks or Ranks(), ScoreFolder(folder, "--scores")
+    positive = sum(int((scores.read(*span) > 0).sum()) for span in spans(mask)[ranks.rank :: ranks.size])
+    return without_score(mask.header.criterion, int(ranks.add(torch.tensor([positive]))), mask.k)
 
 
 def _write(mask: Mask, selection: Reselection, metadata: dict[str, str], output: Path, ranks: Ranks) -> None:

@@ -141,9 +141,15 @@ class Mask:
             return self._opened[1].get_slice(name)[first : num_bytes(self.numel(name)) if last is None else last]
 
     def bits(self, name: str, low: int = 0, high: int | None = None) -> Tensor:
-        """bool [high − low]: whether each weight of the flat range [low, high) is selected. Reads only their bytes."""
-        high = self.numel(name) if high is None else high
-        if high <= low:
+        """bool [high − low]: whether each weight of the flat range [low, high) is selected. Reads only their bytes.
+
+        Raises ValueError unless 0 ≤ low ≤ high ≤ the parameter's number of weights.
+        """
+        numel = self.numel(name)
+        high = numel if high is None else high
+        if not 0 <= low <= high <= numel:
+            raise ValueError(f"[{low}, {high}) is no range of the {numel:,} weights of {name}")
+        if high == low:
             return torch.zeros(0, dtype=torch.bool)
         return unpack_bits(self.data(name, low // 8, num_bytes(high)), high - low, skip=low % 8)
 

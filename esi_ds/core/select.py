@@ -199,6 +199,19 @@ def key_to_score(cut: Cut, order: str) -> float | None:
     return float(torch.tensor(key, dtype=torch.int32).view(torch.float32))
 
 
+def without_score(criterion: str, num_positive: int, k: int) -> str | None:
+    """A remark where ``top`` selects weights whose score is 0, so that their position decides; None where it does not.
+
+    num_positive: scored weights whose score is above 0.
+    """
+    if num_positive >= k:
+        return None
+    return (
+        f"{criterion}: only {num_positive:,} weights have a score above 0; the other {k - num_positive:,} of the mask "
+        "are the first ones in the model's order"
+    )
+
+
 def model_k(parameters: tuple[Parameter, ...], ratio: float, of: str) -> int:
     """k = ⌊ratio · n⌋, n the number of all weights or of the scored ones; at most the number of scored weights."""
     scored = sum(parameter.numel for parameter in parameters if parameter.scored)

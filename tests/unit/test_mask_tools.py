@@ -160,3 +160,33 @@ def test_a_ratio_that_selects_nothing_is_refused(
     least = said.split()[-1]
     assert main(["select", *arguments, least]) == 0
     assert Mask.load(tmp_path / "new").k >= 1
+
+
+def test_a_top_mask_selected_from_a_random_one_has_the_seed_of_the_run(tmp_path: Path, capsys) -> None:
+    """Or the next command would find it made by another run."""
+    write_pair(tmp_path, SHAPES, 0.2, "model", "top", seed=3)
+    scores = ["--scores", str(tmp_path / "scores")]
+    random = [str(tmp_path / "mask"), str(tmp_path / "random"), "--ratio", "0.2", "--order", "random", "--seed", "7"]
+    assert main(["select", *random, *scores]) == 0
+    assert main(["select", str(tmp_path / "random"), str(tmp_path / "top"), "--ratio", "0.1", *scores]) == 0
+    assert [Mask.load(tmp_path / name).header.seed for name in ("random", "top")] == [7, 3]
+    assert main(["verify", str(tmp_path / "top"), *scores]) == 0
+
+
+def test_a_selection_says_how_many_weights_have_no_score(tmp_path: Path, capsys) -> None:
+    write_pair(tmp_path, SHAPES, 0.2, "model", "top", seed=3)
+    mask = Mask.load(tmp_path / "mask")
+    for ratio, says in ((0.999, True), (0.05, False)):  # one score in forty is 0
+        output = tmp_path / f"at-{ratio}"
+        scores = ["--scores", str(tmp_path / "scores"), "--ratio", str(ratio)]
+        assert main(["select", str(mask.path), str(output), *scores]) == 0
+        said = capsys.readouterr().out
+        assert ("weights have a score above 0; the other" in said) == says, said
+
+
+@pytest.mark.parametrize(("low", "high"), [(-8, -1), (-100, None), (0, 10_000), (9, 8)])
+def test_bits_of_what_is_no_range_are_refused(tmp_path: Path, low: int, high: int | None) -> None:
+    write_pair(tmp_path, SHAPES, 0.2, "model", "top", seed=3)
+    mask = Mask.load(tmp_path / "mask")
+    with pytest.raises(ValueError, match="is no range of the"):
+        mask.bits(mask.names[0], low, high)

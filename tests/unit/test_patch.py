@@ -237,6 +237,19 @@ def test_the_weights_that_are_loaded_are_patched(folder: Path) -> None:
     assert [file.name for file in (folder / "again").glob("*.safetensors*")] == ["model.safetensors"]
 
 
+def test_the_other_models_card_and_weights_of_other_formats_are_left_out(folder: Path) -> None:
+    """transformers with use_safetensors=False, llama.cpp and others would read the base's weights as the tuned ones."""
+    others = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model-q4.gguf", "README.md")
+    for name in (*others, "original/consolidated.00.pth", "original/params.json", "LICENSE"):
+        (folder / "base" / name).parent.mkdir(exist_ok=True)
+        (folder / "base" / name).write_text("{}")
+    assert run("create", folder / "base", folder / "tuned", folder / "patch") == 0
+    assert run("apply", folder / "base", folder / "patch", folder / "again") == 0
+    assert not [name for name in others if (folder / "again" / name).exists()]
+    assert [file.name for file in (folder / "again/original").iterdir()] == ["params.json"]
+    assert (folder / "again/LICENSE").is_file()
+
+
 def without_row(content: dict) -> None:
     del content["tensors"][CHANGED]
 

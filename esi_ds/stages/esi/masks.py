@@ -14,7 +14,7 @@ from esi_ds.config import Config, Criterion
 from esi_ds.core.criteria import AGAINST_CONTROL, overwrites_gradient
 from esi_ds.core.mask import pack_bits
 from esi_ds.core.mask_metadata import SCORES_FORMAT, MaskMetadata, mask_texts
-from esi_ds.core.select import key_to_score
+from esi_ds.core.select import key_to_score, without_score
 from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
 from esi_ds.report.contents import MaskReport, Overlap, SelectionFacts, UnitControl
@@ -189,16 +189,10 @@ def _make_mask(
 
 
 def selected_without_score(criterion: str, num_positive: int, selection: Selection, order: str) -> str | None:
-    """A remark where weights are selected whose score is 0, so that their position decides; None where there are none.
-
-    num_positive: scored weights whose score is above 0.
-    """
-    if order != "top" or selection.cut is None or num_positive >= selection.k:
-        return None
-    return (
-        f"{criterion}: only {num_positive:,} weights have a score above 0; the other {selection.k - num_positive:,} of "
-        "the mask are the first ones in the model's order"
-    )
+    """As ``without_score``, which also says what ``num_positive`` is; None too where another order than ``top``, or
+    each matrix's own cut, selects."""
+    has_one_cut = order == "top" and selection.cut is not None
+    return without_score(criterion, num_positive, selection.k) if has_one_cut else None
 
 
 def select_as_configured(config: Config, model: ShardedModel, scores: Scores, field: str) -> Selection:
