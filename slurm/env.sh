@@ -14,7 +14,10 @@ export ESI_DS_TASKS_PER_NODE=8
 
 # Software on the nodes.
 #module load cuda/12.8
-source "${ESI_DS_VENV:-.venv}/bin/activate"
+# The environment that has esi_ds: ESI_DS_VENV, or .venv in this folder, or what is active already.
+if [[ -n ${ESI_DS_VENV:-} || -f .venv/bin/activate ]]; then
+    source "${ESI_DS_VENV:-.venv}/bin/activate"
+fi
 
 # A folder that all nodes see, for models and data sets; compute nodes without a network need the last line.
 #export HF_HOME=$SCRATCH/huggingface

@@ -14,6 +14,10 @@ if [[ ! -f slurm/env.sh ]]; then
     exit 2
 fi
 source slurm/env.sh || exit 2
+if ! python -c 'import importlib.util as u; raise SystemExit(u.find_spec("esi_ds") is None)'; then
+    echo "python = $(command -v python) has no esi_ds: name the environment that has it in slurm/env.sh" >&2
+    exit 2
+fi
 # A checkout runs its own code, any other folder the package that is installed.
 program=("launch/$stage.py")
 [[ -f launch/$stage.py ]] || program=(-m "esi_ds.launch.$stage")

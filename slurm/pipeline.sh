@@ -43,6 +43,8 @@ done
 [[ -f slurm/env.sh ]] ||
     refuse "$PWD" "holds no slurm/env.sh; start from the project's top folder, or from DIR of esi-ds slurm copy DIR"
 source slurm/env.sh
+python -c 'import importlib.util as u; raise SystemExit(u.find_spec("esi_ds") is None)' ||
+    refuse "python = $(command -v python)" "has no esi_ds; name the environment that has it in slurm/env.sh"
 for stage in "${!config[@]}"; do # a file, or the name of a recipe
     file=${config[$stage]}
     if [[ -f $file ]]; then

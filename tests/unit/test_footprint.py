@@ -329,3 +329,11 @@ def test_sizes_that_do_not_divide(
 ) -> None:
     assert plan(tmp_path, "mixtral-8x22b", *arguments)[0] == 2
     assert words in capsys.readouterr().err
+
+
+def test_no_recipe_is_planned_beyond_the_share_of_a_gpu_that_is_usable() -> None:
+    """docs/recipes.md has what ``--dry-run`` counts for every recipe that is shipped."""
+    rows = [line.split("|") for line in (ROOT / "docs/recipes.md").read_text().splitlines() if line.startswith("| `")]
+    assert len(rows) > 10
+    for row in rows:
+        assert max(float(cell) for cell in row[5:8]) <= USABLE * MEMORY.gpu / 2**30, row[1]

@@ -104,3 +104,16 @@ def test_intervals_stand_in_the_generated_pages(page: Path) -> None:
     assert len(quoted) > 10
     assert not [one for one in quoted if one not in generated]
     assert "13.3 [10.7, 16.1]" not in generated
+
+
+def test_figures_that_are_the_tutorials_are_in_it() -> None:
+    """Its commands are run again now and then, and then have other figures."""
+    tutorial = (ROOT / "docs/tutorial.md").read_text()
+    compared = 0
+    for page in (ROOT / "docs/results.md", *(ROOT / "docs/results").glob("*.md")):
+        for sentence in re.split(r"(?<=\.)\s", page.read_text()):
+            if "tutorial.md" in sentence:
+                for share in (part for pair in re.findall(r"from ([\d.]+) to ([\d.]+) %", sentence) for part in pair):
+                    assert re.search(rf"\b{float(share):g}(\.0)? %", tutorial), f"{page.name}: {share} %"
+                    compared += 1
+    assert compared

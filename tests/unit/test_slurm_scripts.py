@@ -38,7 +38,7 @@ def site(tmp_path: Path) -> Path:
 
 def call(site: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "ESI_DS_"))}
-    whole = {**inherited, "PATH": f"{site}/bin:{os.environ['PATH']}", **environment}
+    whole = {**inherited, "PATH": f"{site}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}", **environment}
     return subprocess.run(command, cwd=site, env=whole, capture_output=True, text=True, timeout=60)
 
 
@@ -123,6 +123,10 @@ def test_a_pipeline_that_is_called_wrongly_says_how(site: Path) -> None:
     ):
         done = call(site, "slurm/pipeline.sh", *usual, *more)
         assert done.returncode == 2 and done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
+    (site / "bin/python").write_text("#!/bin/sh\nexit 1\n")
+    (site / "bin/python").chmod(0o755)
+    done = call(site, "slurm/pipeline.sh", *usual)
+    assert done.returncode == 2 and f"python = {site}/bin/python: has no esi_ds; name the environment" in done.stderr
     (site / "slurm/env.sh").unlink()
     done = call(site, "slurm/pipeline.sh", *usual)
     assert done.returncode == 2 and "holds no slurm/env.sh; start from" in done.stderr
@@ -155,3 +159,12 @@ def test_a_folder_reaches_the_stages_whatever_its_name_holds(site: Path, runs: s
             apply_override(raw, word)
     assert raw["run"]["output_dir"] == f"{runs}/eval" and raw["tune"]["mask"] == f"{runs}/esi/mask"
     assert raw["eval"]["models"] == [{"name": name.upper(), "path": f"{runs}/{name}/model"} for name in ("set", "spa")]
+
+
+def test_the_environment_that_is_active_serves_where_no_other_is_named(site: Path) -> None:
+    """A wheel's user has the scripts of ``esi-ds slurm copy`` and no .venv beside them."""
+    shutil.copy(ROOT / "slurm/env.sh", site / "slurm/env.sh")
+    (site / "e.yaml").write_text("model: {path: a}\n")
+    assert call(site, "slurm/pipeline.sh", "--runs", "runs", "--esi", "e.yaml").stdout.startswith("esi: job 7")
+    named = call(site, "slurm/pipeline.sh", "--runs", "runs", "--esi", "e.yaml", ESI_DS_VENV="nowhere")
+    assert named.returncode != 0 and "nowhere/bin/activate" in named.stderr
