@@ -30,7 +30,7 @@ TASK_SHARE = 0.95
 LEARNT = 0.5  # below this score with nothing frozen, a task counts as not learnt
 ALPHA = 0.05
 RIVALS = (
-    "random", "magnitude", "bottom", "grad", "snip", "tuning-grad", "directed", "esi-contrastive",
+    "random", "magnitude", "bottom", "esi-by-matrix", "grad", "snip", "tuning-grad", "directed", "esi-contrastive",
     "snip-contrastive", "directed-contrastive", "tuning-grad-contrastive", *NEEDS_CONTROL, "lora", "all",
 )  # fmt: skip
 

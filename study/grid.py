@@ -11,9 +11,10 @@ SEEDS = (0, 1, 2)
 MODELS = ("llama", "qwen3moe")
 
 # Criteria of masks: overrides of the ESI stage. Every one is also divided by the benign Fisher (docs/method.md §2), but
-# for random ones and those that compare with a benign loss themselves.
+# for random ones, those that compare with a benign loss themselves, and ESI over the mean of its matrix.
 CRITERIA: dict[str, dict[str, object]] = {
     "esi": {},
+    "esi-by-matrix": {"select.normalise": "matrix"},
     "esi-gumbel-1": {"esi.estimator": "gumbel", "esi.samples": 1},
     "esi-gumbel-16": {"esi.estimator": "gumbel", "esi.samples": 16},
     "esi-paper-code": {"esi.estimator": "paper_code"},
@@ -28,14 +29,15 @@ CRITERIA: dict[str, dict[str, object]] = {
     "exclusive": {"select.criterion": "exclusive"},
 }
 NEEDS_CONTROL = ("specific", "excess", "exclusive")
-NEEDS_RESPONSES = {*NEEDS_CONTROL, "esi", "esi-gumbel-1", "esi-gumbel-16", "esi-paper-code", "grad", "snip", "directed"}
+NOT_CONTRASTED = ("random", "esi-by-matrix", *NEEDS_CONTROL)
+NEEDS_RESPONSES = {name for name in CRITERIA if name not in ("magnitude", "random", "tuning-grad")}
 NEEDS_TUNING_ROWS = {"tuning-grad", "directed", "exclusive"}
 CONTRASTIVE = "-contrastive"
 
 # Learning rates: the frontier is drawn over all of them, the same for every mask of a size.
 LR = {0.001: (1e-2, 2e-2, 5e-2), 0.01: (2e-3, 5e-3, 1e-2, 2e-2), 0.05: (1e-3, 2e-3, 5e-3)}
 AT_OTHER_RATIOS = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive", "directed-contrastive")
-ON_MOE = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive", *NEEDS_CONTROL)
+ON_MOE = ("esi", "snip", "random", "directed", "tuning-grad", "esi-contrastive", "esi-by-matrix", *NEEDS_CONTROL)
 HARDLY_CHANGE = ("bottom", "magnitude", f"magnitude{CONTRASTIVE}")  # any answer at any rate: the two highest show it
 ALL_WEIGHTS, LORA = (1e-4, 3e-4, 1e-3), (3e-3, 1e-2, 3e-2)
 
@@ -67,7 +69,7 @@ def mask_name(model: str, criterion: str, seed: int) -> str:
 
 
 def all_criteria() -> list[str]:
-    return [*CRITERIA, *(f"{name}{CONTRASTIVE}" for name in CRITERIA if name not in ("random", *NEEDS_CONTROL))]
+    return [*CRITERIA, *(f"{name}{CONTRASTIVE}" for name in CRITERIA if name not in NOT_CONTRASTED)]
 
 
 def masks(seeds: tuple[int, ...]) -> Iterator[Cell]:

@@ -141,7 +141,17 @@ def stability(output: Path) -> list[Row]:
     for criterion in others:
         pairs = [(path(model, criterion, a), path(model, criterion, b)) for a, b in combinations(SEEDS, 2)]
         add(f"{criterion}, other prompts and draws", model, pairs)
-    more = ("grad", "snip", "magnitude", "random", "tuning-grad", "directed", "esi-contrastive", *NEEDS_CONTROL)
+    more = (
+        "grad",
+        "snip",
+        "magnitude",
+        "random",
+        "tuning-grad",
+        "directed",
+        "esi-contrastive",
+        "esi-by-matrix",
+        *NEEDS_CONTROL,
+    )
     for criterion in (*others, *more):
         add(f"{criterion} against esi", model, [(path(model, "esi", s), path(model, criterion, s)) for s in SEEDS])
     return overlaps

@@ -258,7 +258,7 @@ def test_the_grid_is_whole_and_every_need_is_met() -> None:
         "directed",
     }
     with_control = {"specific", "excess", "exclusive"}
-    others = {"random", "bottom", "all", "lora", *with_control}
+    others = {"random", "bottom", "all", "lora", "esi-by-matrix", *with_control}
     assert criteria == plain | {f"{name}-contrastive" for name in plain} | others
     assert with_control <= {cell.facts["criterion"] for cell in cells if cell.model == "qwen3moe-complying"}
     assert {cell.seed for cell in cells if cell.kind == "set"} == {0, 1, 2}
