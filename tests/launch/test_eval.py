@@ -98,7 +98,7 @@ def rows_of(file: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> Path:
-    job = Job(folder, "undisturbed", 1, batch_size=7, launcher="deepspeed")
+    job = Job(folder, "undisturbed", 1, batch_size=7)
     output = job.finish()
     assert "judge-1 used" in output and "$" in output and "Cohen's kappa" in output
     return job.run

@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> Path:
-    job = LaunchedJob("launch/perturb.py", folder, "undisturbed", 1, config(folder))
+    job = LaunchedJob("launch/perturb.py", folder, "undisturbed", 1, config(folder), launcher="fork")
     assert f"all weights restored after {NUM_CELLS} cells" in job.finish()
     return job.run
 

@@ -180,11 +180,10 @@ def test_killed_and_resumed(undisturbed: tuple[str, Path], folder: Path) -> None
     """In a step, by one rank's death; in a save; and at a random moment, to go on with one rank instead of two."""
     stage, expected = undisturbed
     name = f"{stage}-killed"
-    launcher = "deepspeed" if stage == "set" else "fork"  # the launcher is the same for both
-    job = Job(folder, name, stage, 2, launcher)
+    job = Job(folder, name, stage, 2, "deepspeed" if stage == "set" else "fork")  # the launcher is the same for both
     assert job.kill_one_rank_when(lambda: job.steps() >= 6) < 60
     assert not (job.run / "model").exists()
-    job = Job(folder, name, stage, 2, launcher)
+    job = Job(folder, name, stage, 2)
     first = job.steps()
     checkpoints = job.run / "checkpoint"
     job.kill_when(
@@ -194,7 +193,7 @@ def test_killed_and_resumed(undisturbed: tuple[str, Path], folder: Path) -> None
     torn = next(checkpoints.glob(".position-*.tmp"), checkpoints / f".position-{STEPS}.tmp")
     torn.mkdir(exist_ok=True)
     (torn / "rank-0.safetensors").write_bytes(b"torn")
-    output = Job(folder, name, stage, 2, launcher).finish()
+    output = Job(folder, name, stage, 2).finish()
     assert "going on after step" in output
     assert same_bits(weights(job.run), weights(expected))
     assert routing_drift(job.run) == routing_drift(expected)  # against the weights before the first step
@@ -272,6 +271,7 @@ def test_the_trl_example(folder: Path, tmp_path: Path, trainer: str, train: str)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--model", folder / "model", "--mask", folder / "mask", "--rows", tmp_path / "rows.jsonl"]
     arguments += ["--output", tmp_path / "run/model", "--lr", "1e-2", "--train", train]
-    done = run_ranks(2, "examples/trl_trainer.py", trainer, *map(str, arguments), launcher="deepspeed")
+    launcher = "deepspeed" if trainer == "sft" else "fork"
+    done = run_ranks(2, "examples/trl_trainer.py", trainer, *map(str, arguments), launcher=launcher)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     check_example(folder, tmp_path, "set" if train == "selected" else "spa")
