@@ -380,7 +380,8 @@ def encode_examples(
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         if index in excluded:
             continue
-        ids, encoded = readable[index], encode_response(inputs.tokenizer, response.text)
+        ids = readable[index]
+        encoded = encode_response(inputs.tokenizer, ids, response.text)
         if response.read is None and (judge is not None or not inputs.trace_gradient):
             excluded[index] = UNFINISHED
             continue
