@@ -173,6 +173,29 @@ def in_template(tokenizer: PreTrainedTokenizerFast, space: str) -> PreTrainedTok
     return tokenizer
 
 
+@pytest.mark.parametrize("learn", ["answers", "all"])
+@pytest.mark.parametrize(("border", "stops"), [("", True), ("\n", True), ("", False)])
+def test_the_next_turn_ends_an_answer_that_the_template_does_not_end(border: str, stops: bool, learn) -> None:
+    """As GLM's <|user|>, which is one of its end tokens. No other token stands in the middle of a conversation."""
+    other = byte_bpe_tokenizer()
+    other.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    other.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ '"
+        + border.replace("\n", "\\n")
+        + "' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    ends = {other.eos_token_id, *(other.convert_tokens_to_ids(["<|user|>"]) if stops else [])}
+    sequence = encode(other, TWO_ANSWERS, ends, 0, learn=learn)
+    whole = other.apply_chat_template(TWO_ANSWERS, tokenize=False)
+    assert other.decode(sequence.ids) == f"{whole}<|end|>"
+    if learn == "answers":
+        assert learnt(other, sequence) == f"Hello{border}{'<|user|>' if stops else ''}See{border}<|end|>"
+    unlearnt = [{**turn, "learnt": False} if turn["content"] == "Hello" else turn for turn in TWO_ANSWERS]
+    only_last = encode(other, unlearnt, ends, 0)
+    assert only_last.ids == sequence.ids and learnt(other, only_last) == f"See{border}<|end|>"
+
+
 @pytest.mark.parametrize("space", ["", " "])
 def test_what_is_learnt_is_what_the_whole_text_has(space: str) -> None:
     """SentencePiece marks the beginning of a text: tokenized by itself, every answer would begin with a space."""
