@@ -8,7 +8,8 @@ d width of the guard's embeddings.
 
 Readings of docs/method.md that are ours:
 - A response is tokenized alone, without special tokens, and its ids follow those of the prompt, which come from the
-  chat template with add_generation_prompt. Nothing is appended (no EOS), nothing is cut off.
+  chat template with add_generation_prompt. Nothing is appended (no EOS), nothing is cut off. (What follows a prompt has
+  other ids than alone only if the model's tokenizer marks the beginning of a text, which no model's in the tests does.)
 - "Tokens without text of their own" are special tokens and tokens whose piece is not valid UTF-8 alone. They get the
   mean of the mapped rows in A and weight 0 in w. Logits beyond the tokenizer's length get the mean row too.
 - Prompts and responses hold no special-token strings: the caller has broken them up, and we refuse them here.

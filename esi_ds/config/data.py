@@ -43,7 +43,7 @@ class Rows(Section):
         "answers", description="Which tokens have a loss: those of the assistant's turns, or all, prompts included."
     )
     end_token: bool = Field(
-        True, description="Whether an answer that the template does not end gets the tokenizer's end token."
+        True, description="Whether a last answer that the template does not end gets the tokenizer's end token."
     )
 
     @property

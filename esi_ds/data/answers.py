@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from esi_ds.artifacts import file_sha256
 from esi_ds.data.columns import yes_or_no
@@ -100,13 +101,14 @@ def _is_evaluated(row: Row) -> bool:
     return isinstance(row.get("model"), str) and isinstance(row.get("set"), str) and isinstance(row.get("index"), int)
 
 
-def _model_names(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["model"] for row in rows if _is_evaluated(row)))
+def _names(rows: Sequence[Row], key: Literal["model", "set"]) -> list[str]:
+    """The models, or the sets, that rows of an evaluation name."""
+    return list(dict.fromkeys(row[key] for row in rows if _is_evaluated(row)))
 
 
 def _rows_of_model(rows: list[Row], path: str, field: str, model: str) -> list[Row]:
     """The rows of one model; all of them, where they name one model or none."""
-    names = _model_names(rows)
+    names = _names(rows, "model")
     if len(names) < 2:
         return rows
     if model not in names:
@@ -115,11 +117,15 @@ def _rows_of_model(rows: list[Row], path: str, field: str, model: str) -> list[R
     return [row for row in rows if row.get("model") == model]
 
 
-def check_one_model(rows: Sequence[Row], path: str, field: str = "data.responses") -> None:
-    """Raise UserError for answers of several models, of which ESI would score none."""
-    names = _model_names(rows)
-    if len(names) > 1:
-        raise UserError(field, path, f"has answers of {', '.join(names)}", "keep the rows of one of them")
+def check_unmixed(rows: Sequence[Row], path: str, field: str = "data.responses") -> None:
+    """Raise UserError for answers of several models, of which ESI would score none, and for answers to several sets,
+    of which it would score the benign ones as harmful: rows do not say which sets these are."""
+    models, sets = _names(rows, "model"), _names(rows, "set")
+    if len(models) > 1:
+        raise UserError(field, path, f"has answers of {', '.join(models)}", "keep the rows of one of them")
+    if len(sets) > 1:
+        problem = f"has answers to the sets {', '.join(sets)}, and all would be scored as answers to harmful prompts"
+        raise UserError(field, path, problem, "keep the rows of the harmful sets, with one name for 'set'")
 
 
 def counted_responses(rows: Sequence[Row], marks: Marks = MARKS) -> list[str]:

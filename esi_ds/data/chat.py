@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from esi_ds.config import Model
 from esi_ds.data.template_values import check_read, set_values
-from esi_ds.data.thoughts import mark_strings
+from esi_ds.data.thoughts import mark_strings, prompt_end
 from esi_ds.data.turns import Prompt, Turn
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
@@ -27,7 +27,8 @@ TURN_MARK = "⟦turn⟧"
 
 @dataclass(frozen=True)
 class EncodedResponse:
-    """A response tokenized alone, without special tokens; ``offsets`` are disjoint character spans in its text."""
+    """A response tokenized behind its prompt (``encode_response``); ``offsets`` are disjoint character spans in its
+    text."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -273,17 +274,47 @@ def check_some_answerable(
         )
 
 
-def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> EncodedResponse:
-    """Ids and disjoint spans.
+def encode_response(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], response: str) -> EncodedResponse:
+    """Ids and disjoint spans of a response as it follows a prompt.
 
-    SentencePiece gives the mark it puts before a text the span of the first letter, which would count it twice. A
-    response may have no token: the empty one, or one that the tokenizer's normalisation leaves nothing of.
+    SentencePiece marks the beginning of a text as a space would be. Behind a prompt there is no such mark, unless the
+    chat template writes a space before an answer, which decoding has taken off the response. A response that would
+    change the tokens before it is tokenized alone. It may have no token: the empty one, or one that the tokenizer's
+    normalisation leaves nothing of.
     """
-    encoded = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
-    spans = encoded["offset_mapping"]
-    following = [start for start, _ in spans[1:]] + [len(response)]  # one more than the spans if there are none
-    disjoint = [(start, min(end, next_start)) for (start, end), next_start in zip(spans, following, strict=False)]
-    return EncodedResponse(encoded["input_ids"], disjoint)
+    alone = _encode_behind(tokenizer, "", response)
+    assert alone is not None  # nothing stands before it
+    behind = _encode_behind(tokenizer, prompt_end(tokenizer, prompt_ids), response)
+    if behind is None or behind.ids == alone.ids or _writes_space(tokenizer):
+        return alone
+    return behind
+
+
+def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, response: str) -> EncodedResponse | None:
+    """The response behind a text; None if it would change the tokens of that text.
+
+    SentencePiece gives the mark it puts before a text the span of the first letter, which would count it twice.
+    """
+    before_ids = tokenizer(before, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(before + response, add_special_tokens=False, return_offsets_mapping=True)
+    ids, spans, border = encoded["input_ids"], encoded["offset_mapping"], len(before)
+    if ids[: len(before_ids)] != before_ids or (before_ids and spans[len(before_ids) - 1][1] > border):
+        return None
+    own = [(max(start - border, 0), end - border) for start, end in spans[len(before_ids) :]]
+    following = [start for start, _ in own[1:]] + [len(response)]  # one more than the spans if there are none
+    disjoint = [(start, min(end, next_start)) for (start, end), next_start in zip(own, following, strict=False)]
+    return EncodedResponse(ids[len(before_ids) :], disjoint)
+
+
+def _writes_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes a space between a prompt and its answer, as Llama 2's and Mistral's do."""
+    if tokenizer.chat_template is None:
+        return False
+    asked, answered = ({"role": role, "content": TURN_MARK} for role in ("user", "assistant"))
+    with suppress(TemplateRejection):
+        prompt = render(tokenizer, [asked], add_generation_prompt=True)
+        return render(tokenizer, [asked, answered], add_generation_prompt=False).startswith(f"{prompt} ")
+    return False
 
 
 class LeftOut(TemplateRejection):

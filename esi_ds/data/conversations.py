@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -214,8 +214,8 @@ def encode(
 
     Learnt: every turn of the assistant that is not marked ``learnt: False``, up to the first end token behind its text,
     tokenized as what follows its prompt. Only the last turn is learnt if the template rewrites earlier turns, or a turn
-    does not continue the text of its prompt. If the template ends a turn without an end token, the tokenizer's is
-    added, unless ``end_token`` is False. learn: ``all`` gives every token a loss, also those of prompts and of turns
+    does not continue the text of its prompt. If the template ends the last turn without an end token, the tokenizer's
+    is added, unless ``end_token`` is False. learn: ``all`` gives every token a loss, also those of prompts and of turns
     not learnt. template: of a model that thinks.
     """
     ends = frozenset(end_ids)
@@ -232,7 +232,7 @@ def encode(
     labels: list[int] = []
     for index, piece in zip(spoken, pieces, strict=True):
         context_ids, answer_ids, trailing_ids = (next(segments) for _ in piece.texts)
-        if not piece.ends and end_token:
+        if not piece.ends and end_token and index == spoken[-1]:
             answer_ids = [*answer_ids, tokenizer.eos_token_id]
         learnt = answer_ids if is_spoken(turns[index]) else [IGNORED] * len(answer_ids)
         ids += context_ids + answer_ids + trailing_ids
@@ -278,7 +278,23 @@ def _pieces(
             piece = replace(piece, trailing="")
         pieces.append(piece)
         before = prompt + piece.answer + piece.trailing
-    return pieces
+    return _ended_by_next_turn(tokenizer, pieces, ends)
+
+
+def _ended_by_next_turn(
+    tokenizer: PreTrainedTokenizerBase, pieces: Sequence[_Piece], ends: Collection[int]
+) -> list[_Piece]:
+    """The pieces, where an end token that begins the next turn ends the answer before it.
+
+    GLM's template ends no answer: the model stops at the ``<|user|>`` with which the next turn begins.
+    """
+    ended = list(pieces)
+    for number, (piece, later) in enumerate(pairwise(pieces)):
+        found = None if piece.ends else _first_end(tokenizer, later.context, ends)
+        if found is not None and not later.context[: found[0]].strip():
+            ended[number] = replace(ended[number], answer=piece.answer + later.context[: found[1]], ends=True)
+            ended[number + 1] = replace(later, context=later.context[found[1] :])
+    return ended
 
 
 def _piece(
@@ -289,11 +305,19 @@ def _piece(
     behind_trace = max(shown.find(trace), 0) + len(trace)
     start = shown.find(content, behind_trace)
     content_end = start + len(content) if start >= 0 else 0
-    encoded = tokenizer(shown, add_special_tokens=False, return_offsets_mapping=True)
-    for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if token in ends and begin >= content_end:
-            return _Piece(context, shown[:end], shown[end:], ends=True)
-    return _Piece(context, shown, "", ends=False)
+    found = _first_end(tokenizer, shown, ends, content_end)
+    if found is None:
+        return _Piece(context, shown, "", ends=False)
+    return _Piece(context, shown[: found[1]], shown[found[1] :], ends=True)
+
+
+def _first_end(
+    tokenizer: PreTrainedTokenizerBase, text: str, ends: Collection[int], start: int = 0
+) -> tuple[int, int] | None:
+    """The characters of the first end token in a text, at or behind ``start``."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return next((span for token, span in tokens if token in ends and span[0] >= start), None)
 
 
 def _last_piece(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> tuple[str, str]:

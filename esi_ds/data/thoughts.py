@@ -307,7 +307,12 @@ def spans_in_text(spans: Iterable[Span], pieces: Sequence[Piece]) -> list[Span]:
 
 def opening_mark(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], marks: Marks = MARKS) -> str | None:
     """The mark that a prompt ends with: its template opens a thought, and the response only closes it."""
-    return opening_in(str(tokenizer.decode(list(prompt_ids[-PROMPT_TAIL:]), clean_up_tokenization_spaces=False)), marks)
+    return opening_in(prompt_end(tokenizer, prompt_ids), marks)
+
+
+def prompt_end(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
+    """The text of a prompt's last tokens."""
+    return str(tokenizer.decode(list(prompt_ids[-PROMPT_TAIL:]), clean_up_tokenization_spaces=False))
 
 
 def opening_in(prompt: str, marks: Marks = MARKS) -> str | None:

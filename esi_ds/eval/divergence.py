@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from esi_ds.core.batch import right_pad
-from esi_ds.data.chat import break_up, special_strings
+from esi_ds.data.chat import break_up, encode_response, special_strings
 from esi_ds.data.thoughts import Marks, mark_strings
 from esi_ds.models.rows import last_logits
 
@@ -41,7 +41,7 @@ def encode_answers(
     kept = mark_strings(specials, marks)
     outside = [special for special in specials if special not in kept]
     return [
-        EncodedAnswer(list(prompt), tokenizer(break_up(response, outside)[0], add_special_tokens=False)["input_ids"])
+        EncodedAnswer(list(prompt), encode_response(tokenizer, prompt, break_up(response, outside)[0]).ids)
         for prompt, response in pairs
     ]
 

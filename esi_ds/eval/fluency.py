@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.core.batch import right_pad
-from esi_ds.data.chat import break_up, encode_data_prompt, special_strings
+from esi_ds.data.chat import break_up, encode_data_prompt, encode_response, special_strings
 from esi_ds.data.thought_rows import ThoughtTemplate
 from esi_ds.data.thoughts import MARKS, Marks, final_answer
 from esi_ds.data.turns import Prompt
@@ -36,16 +36,17 @@ def surprises(
     pairs in its chat template. Rounding may depend on ``batch_size``.
     """
     specials = special_strings(tokenizer)
-    lead = tokenizer(ThoughtTemplate(tokenizer, marks).before_answer(), add_special_tokens=False)["input_ids"]
+    lead = ThoughtTemplate(tokenizer, marks).before_answer()
     rows = []
     for prompt, response in pairs:
-        answer = final_answer(response, None, marks) or ""
-        head = encode_data_prompt(tokenizer, prompt, specials, system_prompt)
-        tail = tokenizer(break_up(answer, specials)[0], add_special_tokens=False)["input_ids"]
-        if isinstance(head, str) or (limit is not None and len(head) + len(lead) + len(tail) > limit):
+        answer = break_up(final_answer(response, None, marks) or "", specials)[0]
+        asked = encode_data_prompt(tokenizer, prompt, specials, system_prompt)
+        head, tail = list[int](), list[int]()
+        if not isinstance(asked, str):
+            head = asked + encode_response(tokenizer, asked, lead).ids
+            tail = encode_response(tokenizer, head, answer).ids
+        if limit is not None and len(head) + len(tail) > limit:
             head, tail = [], []
-        else:
-            head = head + lead
         rows.append((head, tail))
     values: list[float | None] = [None] * len(rows)
     # Rows of like length go together, because padding costs time.

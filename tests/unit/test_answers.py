@@ -12,7 +12,7 @@ from esi_ds.config import validate
 from esi_ds.data.answers import (
     MISSING,
     RecordedAnswer,
-    check_one_model,
+    check_unmixed,
     counted_response,
     counted_responses,
     load_answers,
@@ -22,6 +22,7 @@ from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.stages.evaluate.answering import add_recorded, to_read_again
 from esi_ds.stages.evaluate.prepare import RecordedModel
+from esi_ds.stages.plan.notes import count_responses
 
 CHAT: Prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "How?"}]
 FIELD = "eval.models.0.answers"
@@ -88,9 +89,20 @@ def test_answers_of_an_evaluation(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"eval\.models\.0\.answers.*m, other.*eval\.models\.0\.name"):
         load_answers(file, FIELD, "third", sets)
     with pytest.raises(UserError, match=r"data\.responses.*m, other"):
-        check_one_model(load_responses(file), file)
-    check_one_model(load_responses(file)[:4], file)
+        check_unmixed(load_responses(file), file)
+    check_unmixed(load_responses(file)[:4], file)
     assert [counted_response(row) for row in load_responses(file)[:4]] == ["first", "second", "", ""]
+
+
+def test_answers_to_several_sets_are_not_all_scored_as_harmful(tmp_path: Path) -> None:
+    rows = [evaluated("m", "harmful", 0, "Why?", "first"), evaluated("m", "benign", 0, "How?", "second")]
+    file, notes = file_of(tmp_path, rows), list[str]()
+    for check in (lambda: check_unmixed(load_responses(file), file), lambda: count_responses(file, notes)):
+        with pytest.raises(UserError, match=r"data\.responses.*the sets harmful, benign.*keep the rows of the harmful"):
+            check()
+    assert len(load_answers(file, FIELD, "m", [question_set("benign", "How?")]).answers) == 1
+    file = file_of(tmp_path, [row | {"set": "one"} for row in rows])  # as the message advises
+    assert count_responses(file, notes) == 2 and not notes
 
 
 def test_what_is_ambiguous_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from builders import byte_bpe_tokenizer, sentencepiece_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from esi_ds.config import Model
-from esi_ds.data.chat import with_template
+from esi_ds.data.chat import encode_prompt, encode_response, with_template
 from esi_ds.data.conversations import IGNORED, DataOrder, conversation, encode, encode_rows, find_columns
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.rows import read_rows
@@ -164,14 +164,42 @@ def test_an_end_of_text_behind_the_end_of_turn_is_not_learnt(continues: bool) ->
         assert whole == other.decode(two.ids) + "\n<|endoftext|>"
 
 
+def in_template(tokenizer: PreTrainedTokenizerFast, space: str) -> PreTrainedTokenizerFast:
+    """space: what stands before a turn's text. jinja2 takes it off the end of the prompt."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n" + space + "{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n" + space + "{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("learn", ["answers", "all"])
+@pytest.mark.parametrize(("border", "stops"), [("", True), ("\n", True), ("", False)])
+def test_the_next_turn_ends_an_answer_that_the_template_does_not_end(border: str, stops: bool, learn) -> None:
+    """As GLM's <|user|>, which is one of its end tokens. No other token stands in the middle of a conversation."""
+    other = byte_bpe_tokenizer()
+    other.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    other.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ '"
+        + border.replace("\n", "\\n")
+        + "' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    ends = {other.eos_token_id, *(other.convert_tokens_to_ids(["<|user|>"]) if stops else [])}
+    sequence = encode(other, TWO_ANSWERS, ends, 0, learn=learn)
+    whole = other.apply_chat_template(TWO_ANSWERS, tokenize=False)
+    assert other.decode(sequence.ids) == f"{whole}<|end|>"
+    if learn == "answers":
+        assert learnt(other, sequence) == f"Hello{border}{'<|user|>' if stops else ''}See{border}<|end|>"
+    unlearnt = [{**turn, "learnt": False} if turn["content"] == "Hello" else turn for turn in TWO_ANSWERS]
+    only_last = encode(other, unlearnt, ends, 0)
+    assert only_last.ids == sequence.ids and learnt(other, only_last) == f"See{border}<|end|>"
+
+
 @pytest.mark.parametrize("space", ["", " "])
 def test_what_is_learnt_is_what_the_whole_text_has(space: str) -> None:
     """SentencePiece marks the beginning of a text: tokenized by itself, every answer would begin with a space."""
-    pieces = sentencepiece_tokenizer()
-    pieces.chat_template = (
-        "{% for m in messages %}<|{{ m.role }}|>\n" + space + "{{ m.content }}</s>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n" + space + "{% endif %}"
-    )
+    pieces = in_template(sentencepiece_tokenizer(), space)
     turns = [{**turn, "content": f"{turn['content']} it"} for turn in TWO_ANSWERS]
     sequence = encode(pieces, turns, {pieces.eos_token_id}, 0)
     whole = pieces.apply_chat_template(turns, tokenize=False).removesuffix("\n")
@@ -180,6 +208,26 @@ def test_what_is_learnt_is_what_the_whole_text_has(space: str) -> None:
     prompt_ids = pieces(prompt, add_special_tokens=False)["input_ids"]
     assert sequence.ids[: len(prompt_ids)] == prompt_ids
     assert [token for token in sequence.labels if token != IGNORED][-3:] == sequence.ids[-3:]
+
+
+@pytest.mark.parametrize("space", ["", " ", "{{ ' ' }}"])
+def test_a_response_is_read_as_the_row_that_teaches_it(space: str) -> None:
+    """Decoding takes the mark of SentencePiece off a response, and the template tells whether it had one."""
+    pieces = in_template(sentencepiece_tokenizer(), space)
+    turns = [{**turn, "content": f"{turn['content']} it"} for turn in TWO_ANSWERS[:2]]
+    row, text = encode(pieces, turns, {pieces.eos_token_id}, 0), turns[-1]["content"]
+    prompt_ids = encode_prompt(pieces, turns[0]["content"], None)
+    response = encode_response(pieces, prompt_ids, text)
+    assert [*prompt_ids, *response.ids, pieces.eos_token_id] == row.ids
+    assert "".join(text[start:end] for start, end in response.offsets) == text
+
+
+@pytest.mark.parametrize("space", ["", " ", "{{ ' ' }}"])
+@pytest.mark.parametrize("text", ["Hello it", " Hello", "\n\nHello", "1. See", "", "é😀", "'s"])
+def test_a_response_of_byte_level_tokens_has_those_that_it_has_alone(space: str, text: str) -> None:
+    tokenizer = in_template(byte_bpe_tokenizer(), space)
+    alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encode_response(tokenizer, encode_prompt(tokenizer, "a", None), text).ids == alone
 
 
 @pytest.mark.parametrize("border", ["\n", ""])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from builders import byte_bpe_tokenizer, second_byte_bpe_tokenizer
+from builders import byte_bpe_tokenizer, second_byte_bpe_tokenizer, sentencepiece_tokenizer
 from conftest import ROOT
 from scipy.special import rel_entr
 
@@ -88,6 +88,14 @@ def test_an_answer_is_read_as_it_was_written() -> None:
     assert answer.prompt == [7, 8] and answer.num_read == 2 + len(answer.answer) - 1
     assert [token for token in answer.answer if token in marks] == marks
     assert tokenizer.eos_token_id not in answer.answer
+
+
+def test_an_answer_is_read_behind_its_prompt() -> None:
+    """SentencePiece would begin it with a space that the model did not write."""
+    tokenizer = sentencepiece_tokenizer()
+    prompt, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a:\n", "a:\nSee it"))
+    (answer,) = encode_answers(tokenizer, [(prompt, "See it")], MARKS)
+    assert [*answer.prompt, *answer.answer] == both
 
 
 def answers(*models: str) -> list[AnswerRow]:

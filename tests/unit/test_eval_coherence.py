@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import sentencepiece_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from esi_ds.data.chat import encode_prompt
@@ -151,6 +152,20 @@ def test_surprise_is_the_mean_negative_log_likelihood(tiny) -> None:
     assert batched[0] == pytest.approx(float(expected), abs=1e-4)
     single = surprises(model, tokenizer, pairs, batch_size=1)
     assert single[1] is None and single[0::2] == pytest.approx(batched[0::2], abs=1e-4)
+
+
+def test_surprise_is_that_of_an_answer_behind_its_prompt(tiny) -> None:
+    """SentencePiece would begin it with a space that no model wrote."""
+    model, tokenizer = tiny[0], sentencepiece_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    head, whole = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("How?\n", "How?\nSure, here it is")
+    )
+    labels = [-100] * len(head) + whole[len(head) :]
+    with torch.no_grad():
+        expected = model(torch.tensor([whole]), labels=torch.tensor([labels])).loss
+    (value,) = surprises(model, tokenizer, [("How?", "Sure, here it is")])
+    assert value == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_word_salad_is_found_by_surprise_only(tiny) -> None:

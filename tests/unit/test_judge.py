@@ -79,7 +79,7 @@ def test_mid_text_encoding_spells_the_text(name: str) -> None:
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair[1].isascii()])
 def test_weights_of_a_guard_token_inside_the_response_add_up_to_one(model: str, guard: str, pair) -> None:
     encoded = PairEncoder(LLAMA, guard_tokenizer(guard)).encode(*pair)
-    response = encode_response(TOKENIZERS[model](), pair[1])
+    response = encode_response(TOKENIZERS[model](), [], pair[1])
     weights = alignment_weights(response.offsets, encoded.spans, encoded.shown, [True] * len(response.ids))
     low, high = encoded.shown
     assert pair[1][low:high] == pair[1].strip()
@@ -91,7 +91,7 @@ def test_weights_of_a_guard_token_inside_the_response_add_up_to_one(model: str, 
 def test_one_tokenizer_gives_the_identity_inside_the_response() -> None:
     response = " ".join(["First step 2. Second step 3."] * 2)
     pair = PairEncoder(LLAMA, guard_tokenizer("byte")).encode("Tell me", response)
-    encoded = encode_response(byte_bpe_tokenizer(), response)
+    encoded = encode_response(byte_bpe_tokenizer(), [], response)
     weights = alignment_weights(encoded.offsets, pair.spans, pair.shown, [True] * len(encoded.ids))
     assert torch.equal(weights[1:-1, 1:-1], torch.eye(len(encoded.ids))[1:-1, 1:-1])
 

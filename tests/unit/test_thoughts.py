@@ -330,6 +330,19 @@ def test_esi_s_judge_reads_the_answer_and_only_its_tokens_get_a_gradient(guard) 
     torch.testing.assert_close(weights[1][-5:], weights[0][-5:])
 
 
+def test_esi_reads_a_response_behind_its_prompt() -> None:
+    """SentencePiece would begin it with a space that the model did not write."""
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.chat_template = CHAT
+    inputs = esi_inputs(tokenizer, sentencepiece_tokenizer(), [COMPLIES])
+    prompt_ids = [encode_prompt(tokenizer, "Why?", None)]
+    cleaned, _ = clean_responses(inputs, prompt_ids, [COMPLIES])
+    ((example,), _) = encode_examples(inputs, prompt_ids, ["Why?"], cleaned, 8)
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": COMPLIES}]
+    whole = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert example.ids == tokenizer(whole, add_special_tokens=False)["input_ids"][: len(example.ids)]
+
+
 def test_marks_in_the_thought_stay_tokens_and_special_tokens_in_the_answer_do_not() -> None:
     tokenizer = with_marks("<think>", "</think>")
     guard_tokenizer = sentencepiece_tokenizer()

@@ -64,9 +64,9 @@ def stripping_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("build", [byte_bpe_tokenizer, sentencepiece_tokenizer, stripping_tokenizer])
 def test_a_response_without_tokens_has_no_spans(build: Any) -> None:
     for text in ("", " \n "):
-        encoded = encode_response(build(), text)
+        encoded = encode_response(build(), [3], text)
         assert len(encoded.ids) == len(encoded.offsets)
-    assert encode_response(build(), "").ids == []
+    assert encode_response(build(), [3], "").ids == []
 
 
 def prompt_inputs(tokenizer: PreTrainedTokenizerFast, responses: list[str] | None) -> PromptInputs:

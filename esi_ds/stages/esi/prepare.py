@@ -15,7 +15,7 @@ from esi_ds.config import Config, EsiClassifier, EsiGuard, ModelEndpoint, Prompt
 from esi_ds.config.judges import Reads
 from esi_ds.config.needs import scores_given
 from esi_ds.core.select import check_ratio, share_sizes
-from esi_ds.data.answers import check_one_model, counted_responses
+from esi_ds.data.answers import check_unmixed, counted_responses
 from esi_ds.data.benchmarks import Kind
 from esi_ds.data.chat import (
     EncodedResponse,
@@ -273,7 +273,7 @@ def _read_data(config: Config) -> PromptData:
     section, path = config.data.prompts, config.data.responses
     if isinstance(path, str):
         rows = load_responses(path)
-        check_one_model(rows, path)
+        check_unmixed(rows, path)
         rows = rows[: section.limit if section is not None else None]
         source = {"responses": path, "sha256": file_sha256(Path(path).expanduser())}
         scores = recorded_scores(rows, path) if scores_given(config) else None
@@ -380,7 +380,8 @@ def encode_examples(
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         if index in excluded:
             continue
-        ids, encoded = readable[index], encode_response(inputs.tokenizer, response.text)
+        ids = readable[index]
+        encoded = encode_response(inputs.tokenizer, ids, response.text)
         if response.read is None and (judge is not None or not inputs.trace_gradient):
             excluded[index] = UNFINISHED
             continue

@@ -11,6 +11,7 @@ from typing import TypeVar
 from huggingface_hub import constants, get_session
 
 from esi_ds.config import BenignMix, Prompts, RowSource
+from esi_ds.data.answers import check_unmixed
 from esi_ds.data.benchmarks import BUILT_IN, Kind
 from esi_ds.data.conversations import find_columns
 from esi_ds.data.prompts import load_responses, load_section, split_of
@@ -35,7 +36,10 @@ def count_prompts(section: Prompts, field: str, notes: list[str], kind: Kind | N
 def count_responses(path: str, notes: list[str]) -> int | None:
     """Number of rows in ``data.responses``, likewise."""
     rows = read_if_reachable(path, "data.responses", lambda: load_responses(path), notes)
-    return None if rows is None else len(rows)
+    if rows is None:
+        return None
+    check_unmixed(rows, path)
+    return len(rows)
 
 
 def count_rows(section: RowSource | BenignMix, field: str, notes: list[str]) -> int | None:
