@@ -277,17 +277,19 @@ def check_some_answerable(
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], response: str) -> EncodedResponse:
     """Ids and disjoint spans of a response as it follows a prompt.
 
-    SentencePiece marks the beginning of a text as a space would be. Behind a prompt there is no such mark, unless the
-    chat template writes a space before an answer, which decoding has taken off the response. A response that would
-    change the tokens before it is tokenized alone. It may have no token: the empty one, or one that the tokenizer's
-    normalisation leaves nothing of.
+    SentencePiece marks the beginning of a text as a space would be. Behind a line feed or a special token there is no
+    such mark; behind a word there is, as a space is what a model writes there and decoding takes off a response, and
+    where the chat template writes a space before an answer. A response that would change the tokens before it is
+    tokenized alone. It may have no token: the empty one, or one that the tokenizer's normalisation leaves nothing of.
     """
     alone = _encode_behind(tokenizer, "", response)
     assert alone is not None  # nothing stands before it
-    behind = _encode_behind(tokenizer, prompt_end(tokenizer, prompt_ids), response)
-    if behind is None or behind.ids == alone.ids or _writes_space(tokenizer):
+    before = prompt_end(tokenizer, prompt_ids)
+    behind = _encode_behind(tokenizer, before, response)
+    if behind is None or behind.ids == alone.ids:
         return alone
-    return behind
+    is_behind_word = not before[-1:].isspace() and prompt_ids[-1] not in tokenizer.added_tokens_decoder
+    return alone if is_behind_word or _writes_space(tokenizer) else behind
 
 
 def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, response: str) -> EncodedResponse | None:

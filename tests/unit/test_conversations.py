@@ -222,6 +222,16 @@ def test_a_response_is_read_as_the_row_that_teaches_it(space: str) -> None:
     assert "".join(text[start:end] for start, end in response.offsets) == text
 
 
+def test_a_response_behind_a_word_begins_with_the_space_that_decoding_took() -> None:
+    """Mistral 7B v0.1's template has no space there, and the model writes one."""
+    pieces = sentencepiece_tokenizer()
+    pieces.chat_template = (
+        "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content }}{% endfor %}"
+    )
+    prompt_ids = encode_prompt(pieces, "Hello", None)
+    assert encode_response(pieces, prompt_ids, "See it").ids == pieces("See it", add_special_tokens=False)["input_ids"]
+
+
 @pytest.mark.parametrize("space", ["", " ", "{{ ' ' }}"])
 @pytest.mark.parametrize("text", ["Hello it", " Hello", "\n\nHello", "1. See", "", "é😀", "'s"])
 def test_a_response_of_byte_level_tokens_has_those_that_it_has_alone(space: str, text: str) -> None:
