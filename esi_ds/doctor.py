@@ -1,6 +1,7 @@
 """``esi-ds doctor``: whether this machine can run what the package does, and how to mend what is wrong.
 
 One line a check, ``ok``, ``note`` or ``wrong``; exit code 1 if anything is wrong. No ranks start, no model is loaded.
+Each check imports for itself what need not be there or may be broken: the others still run.
 """
 
 from __future__ import annotations
@@ -18,12 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-import psutil
-from packaging.requirements import Requirement
-
-from esi_ds import launch_environment
 from esi_ds.errors import UserError
-from esi_ds.host_memory import available_bytes
 from esi_ds.terminal import clean_output
 
 DESCRIPTION = "Show what this machine has, what it lacks, and how to fix it. Exit code 1 if anything is wrong."
@@ -35,6 +31,10 @@ EXTRAS = {  # extra → (a module of it, what it is for)
     "real": ("gguf", "make real-models"),
     "study": ("peft", "the study's LoRA cells"),
     "trl": ("trl", "examples/trl_trainer.py"),
+}
+REINSTALL = {  # check → what to do where a library that it needs is missing or broken
+    "accelerator": "install PyTorch again, as pytorch.org says for this machine",
+    "else": "install the package that fails again: pip install --force-reinstall NAME",
 }
 
 
@@ -53,6 +53,8 @@ class Finding:
 
 def packages() -> Iterator[Finding]:
     """Every requirement of the installed package against what is installed."""
+    from packaging.requirements import Requirement
+
     try:
         requirements = [Requirement(text) for text in metadata.requires("esi_ds") or []]
     except metadata.PackageNotFoundError:
@@ -89,19 +91,29 @@ def accelerator() -> Iterator[Finding]:
     """GPUs as PyTorch sees them, their memory, and NCCL."""
     import torch
 
+    if torch.cuda.is_available():
+        yield from _gpus()
+    else:
+        yield _without_gpu()
+    yield _nccl()
+
+
+def _without_gpu() -> Finding:
+    import torch
+
     from esi_ds.models.native import computes_bf16
 
-    if not torch.cuda.is_available():
-        if shutil.which("nvidia-smi"):
-            reason = "PyTorch is a build for CPUs" if torch.version.cuda is None else "its driver does not answer"
-            remedy = f"PyTorch {torch.__version__} sees none; install a build for its CUDA (pytorch.org), or the driver"
-            yield Finding("wrong", "accelerator", f"there is an NVIDIA GPU, but {reason}", remedy)
-        else:
-            emulated = "" if computes_bf16() else "; it emulates bf16: set model.dtype: auto or fp32"
-            yield Finding(
-                "note", "accelerator", "no GPU", f"stages run on the CPU with gloo: correct, but slow{emulated}"
-            )
-        return
+    if shutil.which("nvidia-smi"):
+        reason = "PyTorch is a build for CPUs" if torch.version.cuda is None else "its driver does not answer"
+        remedy = f"PyTorch {torch.__version__} sees none; install a build for its CUDA (pytorch.org), or the driver"
+        return Finding("wrong", "accelerator", f"there is an NVIDIA GPU, but {reason}", remedy)
+    emulated = "" if computes_bf16() else "; it emulates bf16: set model.dtype: auto or fp32"
+    return Finding("note", "accelerator", "no GPU", f"stages run on the CPU with gloo: correct, but slow{emulated}")
+
+
+def _gpus() -> Iterator[Finding]:
+    import torch
+
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         name, capability = torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)
@@ -112,12 +124,20 @@ def accelerator() -> Iterator[Finding]:
             yield Finding("note", "accelerator", fact, "it does not compute bf16: set model.dtype: fp32")
         else:
             yield Finding("ok", "accelerator", fact)
+
+
+def _nccl() -> Finding:
+    """What ranks on GPUs talk through."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
     try:
-        version = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]  # of PyTorch
+        version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # of PyTorch
     except AttributeError:
-        yield Finding("wrong", "NCCL", "PyTorch was built without it", "install a build of PyTorch with NCCL")
-    else:
-        yield Finding("ok", "NCCL", ".".join(map(str, version)))
+        if has_gpu:
+            return Finding("wrong", "NCCL", "PyTorch was built without it", "install a build of PyTorch with NCCL")
+        return Finding("note", "NCCL", "not in this build of PyTorch", "gloo is used")
+    return Finding("ok", "NCCL", version) if has_gpu else Finding("note", "NCCL", version, "unused without a GPU")
 
 
 def compiler() -> Iterator[Finding]:
@@ -132,6 +152,11 @@ def compiler() -> Iterator[Finding]:
 
 def ranks() -> Iterator[Finding]:
     """What the launcher says about this process, and the host's cores and memory."""
+    import psutil
+
+    from esi_ds import launch_environment
+    from esi_ds.host_memory import available_bytes
+
     try:
         launch = launch_environment.read()
     except UserError as error:
@@ -179,6 +204,15 @@ def storage(folder: Path) -> Iterator[Finding]:
     yield Finding("ok", "storage", fact, "scores take 4 bytes a weight, an exported model 2")
 
 
+def careful(subject: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What a check says, up to where a library that it needs is missing or broken, which is wrong."""
+    try:
+        yield from check()
+    except Exception as error:  # a broken library raises anything
+        problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        yield Finding("wrong", subject, problem, REINSTALL.get(subject, REINSTALL["else"]))
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command's parser."""
     parser = argparse.ArgumentParser(prog="esi-ds doctor", description=DESCRIPTION)
@@ -190,10 +224,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code: 1 if anything is wrong."""
     folder = make_parser().parse_args(argv).dir
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (packages, accelerator, compiler, ranks, hub, extras)
+    checks = {check.__name__: check for check in (packages, accelerator, compiler, ranks, hub, extras)}
     findings: list[Finding] = []
-    for check in (*checks, lambda: storage(folder)):
-        for finding in check():
+    for subject, check in {**checks, "storage": lambda: storage(folder)}.items():
+        for finding in careful(subject, check):
             print(finding, flush=True)
             findings.append(finding)
     wrong = sum(finding.state == "wrong" for finding in findings)

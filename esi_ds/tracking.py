@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tqdm import tqdm
 
 from esi_ds.artifacts import append_jsonl, jsonl, read_metrics, write_text_atomic, writing
+from esi_ds.event_files import withdraw
 from esi_ds.status import StatusWriter
 from esi_ds.terminal import printable
 
@@ -39,6 +40,9 @@ class Monitor(Protocol):
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One point per curve."""
+
+    def resume_at(self, step: int, names: Collection[str]) -> None:
+        """Drop the points of these curves after ``step``."""
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -150,17 +154,25 @@ class Tracker:
 
     def remark(self, line: str) -> None:
         """A message that the manifest and the report repeat, once however often it is given."""
-        if not any(line in earlier for earlier in self.remarks):  # of an earlier start they are one text
+        # Those of an earlier start are one text.
+        if not any(f"; {line};" in f"; {earlier};" for earlier in self.remarks):
             self.remarks.append(line)
             self.log(line)
 
     def resume_at(self, step: int) -> None:
-        """Drop what an earlier process measured after ``step``: these steps are repeated."""
+        """Drop what was measured after ``step``, by an earlier process or this one: these steps are repeated."""
         file = self.folder / "metrics.jsonl"
-        if self.enabled:
-            kept = [row for row in read_metrics(self.folder) if row["step"] <= step]
-            if file.exists():
-                write_text_atomic(file, jsonl(kept))
+        if not self.enabled or not file.exists():
+            return
+        rows = read_metrics(self.folder)
+        write_text_atomic(file, jsonl([row for row in rows if row["step"] <= step]))
+        measured = {name for row in rows if row["step"] > step for name in row}
+        if measured:
+            self._draw(
+                lambda writer: withdraw(writer, step, lambda tag: tag in measured or tag.startswith(f"{OVERVIEW}/"))
+            )
+            if self._monitor is not None:
+                self._monitor.resume_at(step, measured)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and a point in each curve. A value that is not finite becomes null."""

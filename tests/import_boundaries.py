@@ -30,6 +30,7 @@ LAYERS = {
     "eval": 2,
     "report": 2,
     "tracking": 2,
+    "event_files": 1,
     "zero": 3,
     "stages": 4,
     "mask": 4,

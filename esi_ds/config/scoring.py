@@ -14,7 +14,9 @@ class Esi(Section):
     estimator: Literal["soft", "gumbel", "score_function", "paper_code"] = Field(
         "soft", description="How the gradient passes the sampled text; docs/method.md §1 defines the four."
     )
-    temperature: float = Field(0.3, gt=0, description="The temperature of the softmax over the model's logits.")
+    temperature: float = Field(
+        0.3, gt=0, description="The temperature of the softmax over the model's logits, of estimators soft and gumbel."
+    )
     samples: int = Field(1, ge=1, description="How many noise draws estimator gumbel averages for each prompt.")
     trace_gradient: bool = Field(
         False,
@@ -40,6 +42,17 @@ class Esi(Section):
     accumulator_device: Literal["auto", "cpu"] = Field(
         "auto", description="Where the sums of gradients are kept; auto keeps them beside the weights."
     )
+
+
+def check_estimator(section: Esi) -> None:
+    """Raise UserError for a value that the estimator does not read."""
+    estimator = section.estimator
+    if section.samples > 1 and estimator != "gumbel":
+        problem = f"changes nothing with esi.estimator = {estimator}, which draws no noise"
+        raise UserError("esi.samples", section.samples, problem, "set esi.estimator: gumbel, or leave it out")
+    if section.temperature != Esi.model_fields["temperature"].default and estimator not in ("soft", "gumbel"):
+        problem = f"changes nothing with esi.estimator = {estimator}"
+        raise UserError("esi.temperature", section.temperature, problem, "leave it out")
 
 
 Criterion = Literal[

@@ -6,7 +6,7 @@ of the run, and the engine gets no monitor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from esi_ds.artifacts import write_text_atomic
 from esi_ds.errors import UserError
+from esi_ds.event_files import withdraw
 from esi_ds.zero import runtime
 
 
@@ -25,7 +26,7 @@ class Monitors:
     def __init__(self, master: MonitorMaster):
         self._master = master
         self._last_step = 0
-        self._continued: set[str] = set()  # curves whose CSV file this process has checked
+        self._continued: set[str] = set()  # curves whose CSV file goes on where this process does
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each curve. values: by name of the curve."""
@@ -41,8 +42,16 @@ class Monitors:
             self._last_step = max(self._last_step, step)
             master.wandb_monitor.write_events([(name, value, self._last_step) for name, value in values.items()])
 
+    def resume_at(self, step: int, names: Collection[str]) -> None:
+        """Drop the points of these curves after ``step``; those of a CSV file when its next point is written. Services
+        keep what they have been sent."""
+        self._continued.difference_update(names)
+        monitor = self._master.tb_monitor
+        if monitor is not None and monitor.enabled:
+            withdraw(monitor.summary_writer, step, lambda tag: tag in names)
+
     def _continue_csv(self, name: str, step: int) -> None:
-        """Drop the points of an earlier process from ``step`` on, which will be written again, and keep the header."""
+        """Drop the points from ``step`` on, which will be written again, and keep the header."""
         self._continued.add(name)
         monitor, filename = self._master.csv_monitor, name.replace("/", "_").replace(" ", "_")  # as DeepSpeed names it
         file = Path(monitor.log_dir) / f"{filename}.csv"

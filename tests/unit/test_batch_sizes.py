@@ -201,6 +201,8 @@ def test_auto_leaves_deepspeed_a_batch_of_one() -> None:
     ("overrides", "expected"),
     [
         (["--gpu-memory-gib", "80", "esi.batch_size=auto"], ("1 of 64 (auto)", "64 prompts per rank (auto")),
+        (["--gpu-memory-gib", "80"], ("of 8 prompts", "is free); without GPUs 8\n")),
+        (["esi.generation_batch_size=auto"], ("of 8 prompts", "is free)\n")),
         (["--gpu-memory-gib", "0.05", "esi.batch_size=auto"], (" of 1 (auto)", "32 prompts per rank (auto")),
         (["esi.generation_batch_size=5"], ("8 of 8 prompts", "5 prompts per rank\n")),
     ],
@@ -213,6 +215,7 @@ def test_a_dry_run_says_what_auto_would_be(
     shown = capsys.readouterr().out
     facts = {line.split("  ")[0]: f"{line}\n" for line in shown.splitlines()}
     assert expected[0] in facts["passes"] and expected[1] in facts["answered at a time"]
+    assert ("; without GPUs " in facts["batches to generate"]) == ("; without GPUs " in expected[1])
 
 
 def test_bars_show_tokens_a_second(tmp_path: Path, capsys) -> None:

@@ -176,6 +176,10 @@ BASE = {"run": {"output_dir": "x"}, "model": {"path": "a", "dtype": "bf16"}}
         ("esi", {"save_scores": 1}, "esi.save_scores = 1.*boolean"),
         ("esi", {"save_every": "x"}, "esi.save_every = 'x'.*auto.*integer"),
         ("esi", {"save_every": 0}, "esi.save_every = 0"),
+        ("esi", {"samples": 2}, "esi.samples = 2: changes nothing with esi.estimator = soft"),
+        ("esi", {"estimator": "score_function", "samples": 2}, "esi.samples = 2: changes nothing"),
+        ("esi", {"estimator": "paper_code", "temperature": 1.0}, "esi.temperature = 1.0: changes nothing"),
+        ("esi", {"estimator": "score_function", "temperature": 1.0}, "esi.temperature = 1.0: changes nothing"),
         ("select", {"criterion": ["esi", "x"]}, "select.criterion.1 = 'x'.*meaning: the score that ranks the weights"),
         ("judge", {**CUSTOM, "score": 3}, "judge.score = 3.*meaning: "),
         ("esi", None, "esi = None: must be a section"),
@@ -191,6 +195,15 @@ def test_wrong_values_are_named(section: str, value: object, words: str) -> None
     with pytest.raises(UserError, match=words) as raised:
         validate({**BASE, section: value})
     assert "\n" not in str(raised.value)
+
+
+def test_estimators_take_what_they_read() -> None:
+    for esi in (
+        {"temperature": 1.0},
+        {"estimator": "gumbel", "samples": 2, "temperature": 1.0},
+        {"estimator": "paper_code", "samples": 1, "temperature": 0.3},  # given, as the defaults are
+    ):
+        assert validate({**BASE, "esi": esi}).esi.samples == esi.get("samples", 1)
 
 
 def test_a_template_without_prompt_serves_the_response_alone() -> None:
@@ -214,8 +227,10 @@ def test_what_a_stage_needs() -> None:
 
 
 def test_differences_leave_out_how_to_resume() -> None:
-    other = {**BASE, "run": {"output_dir": "x", "resume": "never"}, "esi": {"samples": 2}, "judge": {"path": "b"}}
-    assert differences(validate(BASE), validate(other)) == ["judge", "esi.samples"]
+    base = {**BASE, "esi": {"estimator": "gumbel"}}
+    esi = {"estimator": "gumbel", "samples": 2}
+    other = {**BASE, "run": {"output_dir": "x", "resume": "never"}, "esi": esi, "judge": {"path": "b"}}
+    assert differences(validate(base), validate(other)) == ["judge", "esi.samples"]
 
 
 def test_a_null_key_is_not_the_same_as_none() -> None:

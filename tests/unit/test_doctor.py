@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import configparser
+import importlib
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -39,7 +42,7 @@ def test_a_build_of_pytorch_for_cpus_beside_a_gpu(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(doctor.shutil, "which", lambda program: f"/usr/bin/{program}")
-    (problem,) = doctor.accelerator()
+    problem, _ = doctor.accelerator()
     assert problem.state == "wrong" and "build for CPUs" in problem.fact and "CUDA" in problem.remedy
 
 
@@ -60,6 +63,47 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = list(doctor.accelerator())
     assert [finding.state for finding in findings] == ["ok", "note", "note", "wrong"]
     assert "nvidia-smi" in findings[1].remedy and "fp32" in findings[2].remedy
+
+
+@pytest.mark.parametrize(("version", "words"), [((2, 28, 9), "2.28.9; unused"), (None, "not in this build")])
+def test_nccl_without_a_gpu(version: tuple[int, ...] | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda program: None)
+    monkeypatch.delattr(torch._C, "_nccl_version", raising=False)
+    if version is not None:
+        monkeypatch.setattr(torch.cuda.nccl, "version", lambda: version)
+    gpu, nccl = map(str, doctor.accelerator())
+    assert "no GPU" in gpu and nccl.startswith("note   NCCL") and words in nccl
+
+
+def test_a_broken_pytorch_stops_no_other_check(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An import that fails halfway may raise anything. Nor does the command itself need what it checks."""
+    plain = builtins.__import__
+
+    def broken(name: str, *arguments, **keywords):
+        if name == "torch":
+            raise OSError("libcudart.so.12: cannot open shared object file\nand more")
+        if name in ("psutil", "packaging.requirements"):
+            raise ModuleNotFoundError(f"No module named '{name}'")
+        return plain(name, *arguments, **keywords)
+
+    for module in [module for module in sys.modules if module.startswith("esi_ds")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(builtins, "__import__", broken)
+    command = importlib.import_module("esi_ds.doctor")
+    monkeypatch.setattr(command, "hub", lambda: iter(()))  # no network in the tests
+    assert command.main(["--dir", str(tmp_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    wrong = [line.split()[1:3] for line in lines if line.startswith("wrong")]
+    assert wrong == [
+        ["packages", "ModuleNotFoundError:"],
+        ["accelerator", "OSError:"],
+        ["ranks", "ModuleNotFoundError:"],
+    ]
+    assert "libcudart.so.12: cannot open shared object file; install PyTorch again" in lines[1]
+    assert "GB/s written" in lines[-2] and lines[-1] == "3 to fix"
 
 
 def test_variables_of_a_launcher_that_contradict(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import deepspeed.comm
 import pytest
-from deepspeed.monitor.config import CSVConfig
+from deepspeed.monitor.config import CSVConfig, TensorBoardConfig
 from deepspeed.monitor.csv_monitor import csvMonitor
+from deepspeed.monitor.tensorboard import TensorBoardMonitor
 
 from esi_ds.zero.monitor import Monitors
 
@@ -32,3 +33,26 @@ def test_csv_curves_hold_each_step_once_after_a_restart(tmp_path: Path, monkeypa
         head, *rows = (tmp_path / f"job/{name}.csv").read_text().splitlines()
         assert head == f"step,{name.rpartition('_')[2]}"
         assert rows == [f"{step},{float(step)}" for step in range(first, 7)]
+
+
+def test_a_run_that_goes_back_draws_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within one process: of what was measured; other curves in the same folder stay."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(deepspeed.comm, "get_rank", lambda: 0)
+    csv_monitor = csvMonitor(CSVConfig(enabled=True, output_path=str(tmp_path), job_name="csv"))
+    tensorboard = TensorBoardMonitor(TensorBoardConfig(enabled=True, output_path=str(tmp_path), job_name="tb"))
+    monitors = Monitors(
+        SimpleNamespace(tb_monitor=tensorboard, csv_monitor=csv_monitor, comet_monitor=None, wandb_monitor=None)
+    )
+    for start, number in ((1, 10.0), (3, 20.0)):
+        monitors.resume_at(start - 1, ["loss"])
+        for step in range(start, 5):
+            monitors.write(step, {"loss": number + step, f"speed/{number:g}": 1.0})
+    monitors.close()
+    expected = [(1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0)]
+    rows = (tmp_path / "csv/loss.csv").read_text().splitlines()
+    assert rows == ["step,loss", *(f"{step},{value}" for step, value in expected)]
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+    assert [event.step for event in events.Scalars("speed/10")] == [1, 2, 3, 4]

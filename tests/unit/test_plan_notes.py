@@ -124,6 +124,39 @@ def test_rows_that_are_there_are_counted(capsys: pytest.CaptureFixture[str], tmp
     assert dry_run("spa", f"tune.data={{path: {rows}, limit: 64}}", f"tune.mask={tmp_path}/mask") == 0
     shown = capsys.readouterr().out
     assert "64, counted only" in shown and "1,000 of 16 rows (250.00 epochs)" in shown
+    # A quarter of the rows that are taken are benign: 12,000 are of the 64, and 4,000 of the 80.
+    mixed = f"tune.data={{path: {rows}, limit: 64, benign: {{path: {rows}, fraction: 0.25}}}}"
+    assert dry_run("spa", mixed, f"tune.mask={tmp_path}/mask") == 0
+    assert "1,000 of 16 rows (187.50 epochs, 50.00 epochs of the benign rows)" in capsys.readouterr().out
+    # None is mixed in, and none counted.
+    assert dry_run("spa", mixed.replace("0.25", "0"), f"tune.mask={tmp_path}/mask") == 0
+    assert "1,000 of 16 rows (250.00 epochs)" in capsys.readouterr().out
+
+
+def test_responses_are_counted_up_to_the_limit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "response": "b"}\n' * 80)
+    for prompts, count in (("{path: nowhere, limit: 40}", 40), ("null", 80)):
+        assert dry_run("esi", f"data.responses={rows}", f"data.prompts={prompts}") == 0
+        facts = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert ["prompts", str(count)] in facts
+
+
+@pytest.mark.parametrize(
+    ("groups", "passes"),
+    [
+        ("{enabled: true, autoep_size: 8}", "40 of 1 rows per rank (2 together, read by one rank of each"),
+        ("{enabled: false}", "5 of 1 rows per rank (16 together), each one"),
+    ],
+)
+def test_benign_rows_are_read_by_one_rank_of_each_group(
+    groups: str, passes: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "response": "b"}\n' * 80)
+    settings = f"deepspeed={{zero_optimization: {{stage: 3}}, expert_parallel: {groups}}}"
+    assert dry_run("esi", "select.contrastive=true", f"data.benign.path={rows}", settings) == 0
+    assert passes in capsys.readouterr().out
 
 
 def test_a_server_that_gives_the_responses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

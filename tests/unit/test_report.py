@@ -265,7 +265,7 @@ def test_tensorboard_and_metrics(tmp_path: Path) -> None:
     with Tracker(tmp_path, enabled=True, tensorboard=True, stage="esi") as tracker:
         tracker.scalars(1, {"judge_score": 1.0, "bad": float("nan")})
         tracker.scalars(2, {"judge_score": 2.0})
-        tracker.resume_at(1)
+        tracker.resume_at(1)  # within one process: after a gradient that is not finite
         tracker.scalars(3, {"judge_score": 3.0})
         publish(tracker, report(DENSE))
         tracker.log("a line")
@@ -273,11 +273,38 @@ def test_tensorboard_and_metrics(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 3] and rows[0]["bad"] is None
     assert "a line" in (tmp_path / "log.txt").read_text()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.value for event in events.Scalars("judge_score")] == [1.0, 2.0, 3.0]
+    assert [event.value for event in events.Scalars("judge_score")] == [1.0, 3.0]
     histogram = events.Histograms("log10_score/all")[0].histogram_value
     assert histogram.num == 8 and histogram.bucket[-2:] == [5.0, 3.0]
     assert len(events.Images("roles/share_of_mask")) == 1
     assert "Overview/Where the mask is: layer by role" in events.Tags()["images"]
+
+
+def test_tensorboard_shows_what_a_resumed_run_has_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three restarts, also in the overview; curves of progress, which count other things than steps, stay."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
+
+    starts = [(1, 5), (3, 6), (2, 4), (5, 5)]  # first and last step of each
+    for number, (first, last) in enumerate(starts):
+        # TensorBoard reads files in the order of the seconds in their names.
+        monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda now=1e9 + number: now))
+        with Tracker(tmp_path, enabled=True, tensorboard=True, stage="set") as tracker:
+            tracker.points(30, {f"progress/{number}": 50.0})
+            tracker.resume_at(first - 1)
+            for step in range(first, last + 1):
+                tracker.overview(step, {"loss": 10.0 * number + step})
+                tracker.scalars(step, {"loss": 10.0 * number + step})
+            tracker.points(40, {f"progress/{number}": 100.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    measured = [(row["step"], row["loss"]) for row in rows]
+    assert measured == [(1, 1.0), (2, 22.0), (3, 23.0), (4, 24.0), (5, 35.0)]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for tag in ("loss", "Overview/loss"):
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == measured
+    for number in range(len(starts)):
+        points = [(event.step, event.value) for event in events.Scalars(f"progress/{number}")]
+        assert points == [(30, 50.0), (40, 100.0)]
 
 
 def test_tensorboard_opens_with_one_chart_a_measure_and_a_line_a_model(tmp_path: Path) -> None:

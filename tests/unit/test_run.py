@@ -214,10 +214,10 @@ def test_remarks_of_an_earlier_start_stay(tmp_path: Path) -> None:
     with runtime.process_group(60, 60):
         with pytest.raises(Interrupted):
             Remarking(config, Options(), None, RunFolder(config.run.output_dir), {}, {}).run()
-        lines = ["another model replied", "one at a time"]
+        lines = ["another model replied", "one at a time", "one at a time beside it", "one at"]
         Remarking(config, Options(), None, RunFolder(config.run.output_dir), {}, {}).run()
     said = json.loads((tmp_path / "run/manifest.json").read_text())["remarks"]
-    assert said == "another model replied; stop; one at a time"
+    assert said == "another model replied; stop; one at a time; one at a time beside it; one at"
 
 
 def test_entries_load_nothing_heavy() -> None:

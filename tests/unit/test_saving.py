@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal as signals
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from esi_ds.artifacts import read_metrics
 from esi_ds.config import validate
 from esi_ds.data.conversations import TokenSequence
 from esi_ds.errors import Interrupted
@@ -198,6 +200,23 @@ def test_the_end_is_not_saved(tmp_path: Path, saved: list[str], every, minutes: 
     scoring(tmp_path, Sums("safety"), SaveClock(every, minutes)).run()
     step = 2 if count == 5 else 4
     assert saved == [f"safety/{step * number}" for number in range(1, count + 1)]
+
+
+def test_a_pass_that_goes_back_measures_each_step_once(tmp_path: Path) -> None:
+    """A gradient that is not finite in the second pass takes it back to its last save, not to the first pass."""
+
+    def before(examples: Sequence[int]) -> None:
+        second.gradients.norm = math.inf if 6 in examples else 0.0
+
+    saves, second = SaveClock(2, 10.0), Sums("tuning", before)
+    first = scoring(tmp_path, Sums("safety"), saves)
+    going_back = scoring(tmp_path, second, saves, [first])
+    with Tracker(tmp_path, enabled=True, tensorboard=False, stage="esi") as tracker:
+        first.tracker = going_back.tracker = tracker
+        first.run()
+        assert set(going_back.run().excluded) == {6, 7}
+    steps = [row["step"] for row in read_metrics(tmp_path)]
+    assert steps == [*range(2, 11, 2), 11, *range(13, 22, 2), 22]
 
 
 @pytest.mark.parametrize("minutes", [0.0, 3.0, 10.0])

@@ -282,6 +282,7 @@ class ScoringPass:
         excluded = {**self.state.excluded, **dict.fromkeys(indices, NOT_FINITE["gradient"])}
         self._restore()
         self.state.excluded.update(excluded)
+        self.tracker.resume_at(self.first_step + self.state.position)
 
     def _restore(self) -> None:
         saved = checkpoint.latest(self.folder)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PretrainedConfig
 
-from esi_ds.config import Config
+from esi_ds.config import Config, Esi, Eval
 from esi_ds.config.needs import require_eval
 from esi_ds.core.batch_size import (
     WHOLE_SHARE,
@@ -27,34 +27,41 @@ from esi_ds.stages.plan.footprints import Work, footprint
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows that a rank takes at a time. is_auto: chosen from the memory of the planned GPU."""
+    """Rows that a rank takes at a time. is_auto: chosen from the memory of the planned GPU. on_cpus: what a run without
+    GPUs would take, where that is something else."""
 
     number: int
     is_auto: bool
+    on_cpus: int | None = None
 
     def __str__(self) -> str:
         chosen = " (auto, with prompts as long as answers; a run goes by the memory that is free)"
-        return f"{self.number} prompts per rank{chosen if self.is_auto else ''}"
+        elsewhere = "" if self.on_cpus is None else f"; without GPUs {self.on_cpus}"
+        return f"{self.number} prompts per rank{chosen if self.is_auto else ''}{elsewhere}"
+
+    def batches(self, count: int, ranks: int) -> str:
+        """How many the ranks together make of ``count`` rows."""
+        elsewhere = "" if self.on_cpus is None else f"; without GPUs {-(-count // (self.on_cpus * ranks)):,}"
+        return f"{-(-count // (self.number * ranks)):,}{elsewhere}"
 
 
 def generation_rows(
-    setting: int | Literal["auto"] | None,
+    section: Esi | Eval,
     parameters: Sequence[Parameter],
     model_config: PretrainedConfig,
     weight: int,
     ranks: int,
     settings: Mapping[str, Any],
     gpu: float,
-    new_tokens: int,
     beside: float = 0.0,
 ) -> Rows:
     """Prompts that a rank would answer at a time. Prompts are taken to be as long as answers.
 
-    setting: ``generation_batch_size``. weight: bytes of one. settings: of DeepSpeed. gpu: bytes of its memory. beside:
-    bytes of it that something else than the model takes.
+    section: says how many, and how long answers are. weight: bytes of one. settings: of DeepSpeed. gpu: bytes of its
+    memory. beside: bytes of it that something else than the model takes.
     """
-    if isinstance(setting, int):
-        return Rows(setting, False)
+    if isinstance(section.generation_batch_size, int):
+        return Rows(section.generation_batch_size, False)
     tensors = gathered_tensors(parameters, ranks, expert_parallel_size(settings))
     whole = weight * sum(tensor.numel for tensor in tensors)
     free = gpu - beside - weight * sum(tensor.shard for tensor in tensors)
@@ -64,8 +71,10 @@ def generation_rows(
     else:
         fixed = transient(tensors, weight, {}, "esi").total
         fixed += window_bytes(tensors, weight, settings["zero_optimization"])
-    row = generation_bytes(widths(model_config), weight, new_tokens, new_tokens)
-    return Rows(rows_that_fit(free, row, fixed), True)
+    row = generation_bytes(widths(model_config), weight, section.max_new_tokens, section.max_new_tokens)
+    # As ``generation_setting`` of a run says.
+    on_cpus = section.batch_size if section.generation_batch_size is None and section.batch_size != "auto" else None
+    return Rows(rows_that_fit(free, row, fixed), True, on_cpus)
 
 
 def answer_rows(
@@ -79,18 +88,18 @@ def answer_rows(
 ) -> Rows:
     """Prompts of ``eval`` that a rank would answer at a time; arguments as those of ``generation_rows``."""
     section, weight = require_eval(config), WEIGHT_BYTES[config.model.dtype]
-    setting, new_tokens = section.generation_batch_size, section.max_new_tokens
-    return generation_rows(setting, parameters, model_config, weight, ranks, settings, gpu, new_tokens, beside)
+    return generation_rows(section, parameters, model_config, weight, ranks, settings, gpu, beside)
 
 
 @dataclass(frozen=True)
 class EsiBatches:
     """generation, scoring: prompts that a rank answers and scores at a time. losses: rows at a time, by objective, of
-    those that are the mean loss of rows."""
+    those that are the mean loss of rows. readers: ranks that read the rows of ``data.benign``, one each at a time."""
 
     generation: Rows
     scoring: Rows
     losses: Mapping[str, Rows]
+    readers: int
 
 
 def esi_batches(
@@ -105,15 +114,7 @@ def esi_batches(
     section, new_tokens = config.esi, config.esi.max_new_tokens
     weight = WEIGHT_BYTES[config.model.dtype]
     generation = generation_rows(
-        section.generation_batch_size,
-        work.parameters,
-        model_config,
-        weight,
-        cluster.ranks,
-        settings,
-        gpu,
-        new_tokens,
-        work.judge,
+        section, work.parameters, model_config, weight, cluster.ranks, settings, gpu, work.judge
     )
     sizes, needed = widths(model_config), footprint(work, "esi", cluster, settings)
 
@@ -126,4 +127,5 @@ def esi_batches(
 
     lengths = {name: section.max_length for name, (_, section) in loss_sections(config).items() if name != "benign"}
     losses = {name: fitting(longest, longest) for name, longest in lengths.items()}
-    return EsiBatches(generation, fitting(2 * new_tokens, new_tokens), losses)
+    readers = cluster.ranks // (expert_parallel_size(settings) or 1)  # as ``ShardedModel.readers``
+    return EsiBatches(generation, fitting(2 * new_tokens, new_tokens), losses, readers)

@@ -33,13 +33,13 @@ def count_prompts(section: Prompts, field: str, notes: list[str], kind: Kind | N
     return len(load_section(section, field, kind).prompts)
 
 
-def count_responses(path: str, notes: list[str]) -> int | None:
-    """Number of rows in ``data.responses``, likewise."""
+def count_responses(path: str, limit: int | None, notes: list[str]) -> int | None:
+    """Number of rows that are taken of ``data.responses``, likewise. limit: of ``data.prompts``; None: all."""
     rows = read_if_reachable(path, "data.responses", lambda: load_responses(path), notes)
     if rows is None:
         return None
     check_unmixed(rows, path)
-    return len(rows)
+    return len(rows[:limit])
 
 
 def count_rows(section: RowSource | BenignMix, field: str, notes: list[str]) -> int | None:

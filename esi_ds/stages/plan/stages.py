@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from esi_ds.config import Config, ModelEndpoint, Prompts, resolved_yaml
@@ -20,7 +20,7 @@ from esi_ds.models.roles import unknown, warning
 from esi_ds.options import Options
 from esi_ds.report.contents import Facts
 from esi_ds.stages.esi.losses import loss_sections
-from esi_ds.stages.plan.batches import EsiBatches, Rows, esi_batches
+from esi_ds.stages.plan.batches import EsiBatches, esi_batches
 from esi_ds.stages.plan.memory import GIB, describe_work, expected_trained, print_bytes, readable, topology
 from esi_ds.stages.plan.notes import count_prompts, count_responses, count_rows, missing_files
 
@@ -56,7 +56,7 @@ def plan(
         if config.control is not None and config.control.prompts is not None:
             control = _passes(config, config.control.prompts, "control.prompts", world_size, batches, notes)
             facts |= {f"control {label}": fact for label, fact in control.items()}
-        facts |= _loss_passes(config, world_size, batches.losses, notes)
+        facts |= _loss_passes(config, world_size, batches, notes)
         facts["checkpoint on disk"] = readable(4 * num_scored * len(names))
     if config.esi.save_scores:
         facts["scores on disk"] = readable(len(criteria) * 4 * num_scored)
@@ -85,7 +85,7 @@ def _passes(
     if isinstance(path, str) and field == "control.prompts":
         path = None  # the file answers data.prompts only
     if isinstance(path, str):
-        count = count_responses(path, notes)
+        count = count_responses(path, section.limit if section is not None else None, notes)
     else:
         assert section is not None  # require_esi
         kind: Kind | None = "benign" if field == "control.prompts" else None
@@ -105,12 +105,12 @@ def _passes(
     facts: Facts = {
         "prompts": count,
         "passes": f"{passes} of {size}{' (auto)' * is_auto} prompts per rank ({stride} together), {work}",
-        "batches to generate": 0 if path is not None else -(-count // (batches.generation.number * world_size)),
+        "batches to generate": "0" if path is not None else batches.generation.batches(count, world_size),
     }
     return facts | answered
 
 
-def _loss_passes(config: Config, world_size: int, rows: Mapping[str, Rows], notes: list[str]) -> Facts:
+def _loss_passes(config: Config, world_size: int, batches: EsiBatches, notes: list[str]) -> Facts:
     """Rows of each loss, and the passes over them. Rows are counted, not read as conversations."""
     facts: Facts = {}
     for name, (field, section) in loss_sections(config).items():
@@ -118,10 +118,13 @@ def _loss_passes(config: Config, world_size: int, rows: Mapping[str, Rows], note
         if count is None:
             facts[f"{name} rows"] = "not known"
             continue
-        size = rows[name].number if name in rows else 1  # F is made of single rows' gradients
+        is_mean = name in batches.losses
+        # F is made of single rows' gradients, which must not meet in a group of ranks.
+        size, readers = (batches.losses[name].number, world_size) if is_mean else (1, batches.readers)
+        who = "" if readers == world_size else ", read by one rank of each expert-parallel group"
         facts[f"{name} rows"] = count
         facts[f"{name} passes"] = (
-            f"{-(-count // (size * world_size))} of {size} rows per rank ({size * world_size} together), each one "
+            f"{-(-count // (size * readers))} of {size} rows per rank ({size * readers} together{who}), each one "
             "forward and backward of the model"
         )
     return facts

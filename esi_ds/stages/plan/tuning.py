@@ -47,12 +47,14 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
     check_routers(tune, parameters)
     notes = _missing_files(config, tune)
     num_rows = count_rows(tune.data, "tune.data", notes)
-    _note_unreachable(config, tune, notes)
+    num_benign = _count_benign(tune, notes)
+    _note_unreachable(config, notes)
     rows = "not known" if num_rows is None else f"{num_rows:,}, counted only"
     trained: Trained | None = None
     if not notes:
         inputs = prepare_tuning(config, stage)
         trained, num_rows = inputs.trained, len(inputs.rows.sequences)
+        num_benign = len(inputs.benign.sequences) if inputs.benign is not None else None
         rows = f"{num_rows:,} ({inputs.rows.columns}), {len(inputs.rows.skipped)} skipped"
     elif tune.mask == NO_MASK or Path(tune.mask).exists():
         mask = open_mask(config.model, tune, stage, model_config)
@@ -60,7 +62,7 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
     counts = known_trained(trained, parameters) if trained else expected_trained(config, parameters)
     print(resolved_yaml(config))
     facts = _weight_facts(config, stage, parameters, trained, counts) | {"ranks": ranks, "rows": rows}
-    facts |= {"steps": _steps(tune, ranks, num_rows)}
+    facts |= {"steps": _steps(tune, ranks, num_rows, num_benign)}
     work = describe_work(config, stage, model_config, parameters, counts, ranks)
     if config.eval is not None and (config.eval.prompts or config.eval.benign):
         held = footprint(work, stage, topology(options), settings).resident
@@ -82,11 +84,14 @@ def _missing_files(config: Config, tune: Tune) -> list[str]:
     return notes
 
 
-def _note_unreachable(config: Config, tune: Tune, notes: list[str]) -> None:
-    """Check benign rows, and the prompts to answer before and after; note those that cannot be reached."""
+def _count_benign(tune: Tune, notes: list[str]) -> int | None:
+    """Rows to mix in, likewise counted only; None where there are none, or a note says that they cannot be reached."""
     benign = tune.data.benign
-    if benign is not None and benign.fraction > 0:
-        count_rows(benign, "tune.data.benign", notes)
+    return None if benign is None or benign.fraction == 0 else count_rows(benign, "tune.data.benign", notes)
+
+
+def _note_unreachable(config: Config, notes: list[str]) -> None:
+    """Check the prompts to answer before and after; note those that cannot be reached."""
     if config.eval is not None:
         for number, section in enumerate(config.eval.prompts):
             count_prompts(section, f"eval.prompts.{number}", notes, "harmful")
@@ -115,8 +120,14 @@ def _weight_facts(
     return facts
 
 
-def _steps(tune: Tune, ranks: int, num_rows: int | None) -> str:
-    """Steps, rows per step, and epochs where the number of rows is known."""
+def _steps(tune: Tune, ranks: int, num_rows: int | None, num_benign: int | None) -> str:
+    """Steps, rows per step, and epochs of the rows and of those mixed in, where their number is known."""
     stride = tune.batch_size * tune.gradient_accumulation * ranks
-    epochs = "" if num_rows is None else f" ({tune.max_steps * stride / num_rows:.2f} epochs)"
-    return f"{tune.max_steps:,} of {stride} rows{epochs}"
+    taken, mix = tune.max_steps * stride, tune.data.benign
+    benign = int(taken * mix.fraction) if mix is not None else 0  # as DataOrder spreads them
+    epochs = []
+    if num_rows is not None:
+        epochs.append(f"{(taken - benign) / num_rows:.2f} epochs")
+    if num_benign is not None:
+        epochs.append(f"{benign / num_benign:.2f} epochs of the benign rows")
+    return f"{tune.max_steps:,} of {stride} rows" + (f" ({', '.join(epochs)})" if epochs else "")

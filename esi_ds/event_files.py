@@ -1,0 +1,30 @@
+"""TensorBoard's event files: points that a run has drawn, and takes back where it goes on from an earlier step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+def withdraw(writer: SummaryWriter, step: int, is_withdrawn: Callable[[str], bool]) -> None:
+    """Drop the points after ``step`` of those curves in the writer's folder whose tag ``is_withdrawn``.
+
+    Event files only grow. TensorBoard's mark of a restart hides all that was drawn from a step on, of every curve: the
+    points of the others are drawn again.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    writer.flush()
+    # With what earlier marks hide, about which TensorBoard would print a warning: it was drawn again, at the same time.
+    drawn = EventAccumulator(writer.log_dir, size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
+    mark = Event(session_log=SessionLog(status=SessionLog.START))
+    writer._get_file_writer().add_event(mark, step + 1)
+    for tag in drawn.Tags()["scalars"]:
+        if not is_withdrawn(tag):
+            points = {(point.step, point.wall_time): point.value for point in drawn.Scalars(tag) if point.step > step}
+            for (number, when), value in points.items():
+                writer.add_scalar(tag, value, number, when)
