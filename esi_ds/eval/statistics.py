@@ -85,9 +85,10 @@ def mcnemar_exact(before: Sequence[bool | None], after: Sequence[bool | None]) -
 
 @dataclass(frozen=True)
 class PairedScores:
-    """Mean of after − before over the complete pairs and its bootstrap interval.
+    """Mean of after − before over the complete pairs, which is the difference of rates where these are flags, and its
+    interval.
 
-    difference is None without a pair, low and high are None below two pairs.
+    difference is None without a pair. low and high are None where the pairs say nothing about the error.
     """
 
     num_pairs: int
@@ -100,6 +101,52 @@ class PairedScores:
     confidence: float
 
 
+def paired_rates(
+    before: Sequence[bool | None], after: Sequence[bool | None], confidence: float = CONFIDENCE
+) -> PairedScores:
+    """Difference of the rates of paired flags and Newcombe's score interval: Wilson's limits of both rates, joined by
+    the correlation of the flags (R. G. Newcombe, Improved confidence intervals for the difference between binomial
+    proportions based on paired data, Statistics in Medicine 17, 1998, method 10).
+
+    It has a width also where no pair or every pair has changed. It is a little narrow where both rates are near ½ and
+    hardly a pair changes: with 100 pairs, 88 % of the intervals cover a true change of 2 %. Raises ValueError if the
+    sequences differ in length.
+    """
+    table = mcnemar_exact(before, after)
+    earlier = wilson(table.both + table.only_before, table.num_pairs, confidence)
+    later = wilson(table.both + table.only_after, table.num_pairs, confidence)
+    if earlier.rate is None or later.rate is None:
+        return PairedScores(0, table.num_missing, None, None, None, None, None, confidence)
+    difference, phi = later.rate - earlier.rate, _corrected_phi(table)
+    below = _joined(later.rate - later.low, earlier.high - earlier.rate, phi)
+    above = _joined(later.high - later.rate, earlier.rate - earlier.low, phi)
+    return PairedScores(
+        table.num_pairs,
+        table.num_missing,
+        earlier.rate,
+        later.rate,
+        difference,
+        difference - below,
+        difference + above,
+        confidence,
+    )
+
+
+def _corrected_phi(table: PairedFlags) -> float:
+    """The correlation φ of the paired flags, a positive one corrected for continuity; 0 where one side never varies."""
+    product = float(table.both * table.neither - table.only_before * table.only_after)
+    if product > 0:
+        product = max(product - table.num_pairs / 2, 0.0)
+    earlier, later = table.both + table.only_before, table.both + table.only_after
+    margins = earlier * (table.num_pairs - earlier) * later * (table.num_pairs - later)
+    return product / math.sqrt(margins) if margins else 0.0
+
+
+def _joined(of_one: float, of_other: float, correlation: float) -> float:
+    """The distance of a difference's limit from the distances of the limits of its two sides."""
+    return math.sqrt(of_one**2 - 2 * correlation * of_one * of_other + of_other**2)
+
+
 def paired_bootstrap(
     before: Sequence[float | None],
     after: Sequence[float | None],
@@ -110,8 +157,9 @@ def paired_bootstrap(
 ) -> PairedScores:
     """Percentile bootstrap of the mean difference: whole pairs are drawn, with replacement (Efron, 1979).
 
-    Percentile and not BCa: BCa is undefined if all differences are equal, as with a mask that changes nothing. Scores
-    that are not finite count as missing. Raises ValueError if the sequences differ in length.
+    low and high are None below two pairs, and where all differences are equal, as with a mask that changes nothing:
+    drawing them again then says nothing about the error. Flags have ``paired_rates``. Scores that are not finite count
+    as missing. Raises ValueError if the sequences differ in length.
     """
     _check_confidence(confidence)
     pairs, num_missing = _complete_pairs(
@@ -123,7 +171,7 @@ def paired_bootstrap(
     table = np.array(pairs)  # [pairs, 2] float64
     differences = table[:, 1] - table[:, 0]
     low = high = None
-    if len(pairs) > 1:
+    if not all_alike(differences):
         interval = stats.bootstrap(
             (differences,),
             np.mean,
@@ -138,6 +186,11 @@ def paired_bootstrap(
     return PairedScores(
         len(pairs), num_missing, mean_before, mean_after, float(differences.mean()), low, high, confidence
     )
+
+
+def all_alike(values: np.ndarray) -> bool:
+    """Whether the values [n] are equal up to rounding, so that a bootstrap of them would have no width."""
+    return bool(np.allclose(values, values[0], rtol=1e-12, atol=1e-15))
 
 
 @dataclass(frozen=True)
