@@ -383,6 +383,8 @@ def test_a_mistake_on_the_command_line_is_named(tmp_path: Path, capsys: pytest.C
     for more, named in ((["--only", "nowhere"], "--only"), (["--hours", "0"], "--hours"), ([], "--data")):
         assert command.main([*options, *more]) == 2
         assert named in capsys.readouterr().err
+    with pytest.raises(UserError, match="^--data: is not given; give the folder of harmbench_behaviors_text_val.csv"):
+        material.rows_of(Data(None), "harmbench")
     assert command.main([*options, "--list"]) == 0
     assert "where/smollm2/advbench-s0/classifier-soft" in capsys.readouterr().out
 
