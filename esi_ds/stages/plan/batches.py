@@ -23,6 +23,7 @@ from esi_ds.deepspeed_config import expert_parallel_size
 from esi_ds.models.widths import widths
 from esi_ds.stages.esi.losses import loss_sections
 from esi_ds.stages.plan.footprints import Work, footprint
+from esi_ds.words import counted
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Rows:
 
     def __str__(self) -> str:
         chosen = " (auto, with prompts as long as answers; a run goes by the memory that is free)"
-        return f"{self.number} prompts per rank{chosen if self.is_auto else ''}"
+        return f"{counted(self.number, 'prompt')} per rank{chosen if self.is_auto else ''}"
 
 
 def generation_rows(
