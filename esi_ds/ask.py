@@ -32,6 +32,7 @@ from esi_ds.eval.endpoint import Endpoint, Patience, Reply
 from esi_ds.models import hub
 from esi_ds.reading import check_regular, check_type, parse_json, reading
 from esi_ds.terminal import clean_output, help_text
+from esi_ds.words import counted
 
 OUTPUT = "--output"
 
@@ -154,11 +155,11 @@ def _ask(
     others = [row for key, row in rows.items() if key not in wanted]
     write_text_atomic(output, jsonl([*kept, *others]))  # in the order of the prompts, whenever each reply came
     num_cut, num_refused = sum(row["cut"] for row in kept), sum(row["response"] is None for row in kept)
-    say(f"{output}: {len(kept)} of {len(wanted)} answers; {num_cut} cut at {endpoint.max_tokens} tokens, "
+    say(f"{output}: {len(kept)} of {counted(len(wanted), 'answer')}; {num_cut} cut at {endpoint.max_tokens} tokens, "
         f"{num_refused} without a response")  # fmt: skip
     if len(kept) < len(wanted):
         last = next(reply.problem for reply in reversed(replies) if reply.asked and not reply.is_alive)
-        problem = f"has no answer to {len(wanted) - len(kept)} questions (the last: {last})"
+        problem = f"has no answer to {counted(len(wanted) - len(kept), 'question')} (the last: {last})"
         raise UserError(OUTPUT, str(output), problem, "start again once the endpoint replies: they are asked anew")
 
 
@@ -277,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.prompts not in BUILT_IN and not looks_like_file(arguments.prompts):
         hub.check_exists(arguments.prompts, "dataset", "--prompts")
     prompts = _prompts_of(arguments)
-    print(f"{len(prompts.prompts)} prompts, {len(prompts.skipped)} skipped{prompts.note}")
+    print(f"{counted(len(prompts.prompts), 'prompt')}, {len(prompts.skipped)} skipped{prompts.note}")
     questions = questions_of(prompts, arguments.samples)
     ask(endpoint, questions, arguments.output, arguments.system_prompt, arguments.seed)
     return 0

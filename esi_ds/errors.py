@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import PurePath
 from typing import Any, ParamSpec
 
 from esi_ds.terminal import printable
@@ -21,10 +22,19 @@ class UserError(Exception):
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
 
     def __str__(self) -> str:
-        value = "" if self.value is None else f" = {self.value if isinstance(self.value, str) else repr(self.value)}"
+        value = "" if self.value is None else f" = {_as_text(self.value)}"
         # One line, even if the value or a library's message has several.
         parts = f"{_shorten(self.field)}{_shorten(value)}: {_shorten(self.problem)}; {self.remedy}"
         return printable(" ".join(parts.split("\n")))
+
+
+def _as_text(value: Any) -> str:
+    """A value as a user writes it: texts and paths as they are, several of them with commas between."""
+    if isinstance(value, str | PurePath):
+        return str(value)
+    parts = value if isinstance(value, list | tuple) else ()
+    are_texts = all(isinstance(part, str | PurePath) and str(part) for part in parts)
+    return ", ".join(map(str, parts)) if parts and are_texts else repr(value)
 
 
 def _shorten(text: str) -> str:

@@ -152,7 +152,8 @@ def check(args: argparse.Namespace) -> None:
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError("--device", args.device, f"cannot be used: {first_line(error)}", "take cpu or cuda") from error
+        others = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        raise UserError("--device", args.device, f"cannot be used: {first_line(error)}", f"take {others}") from error
 
 
 @contextmanager

@@ -64,8 +64,9 @@ def what_was_run(study: Row) -> str:
     cells = [[kind, str(done), str(wanted)] for kind, (done, wanted) in about["finished"].items()]
     steps = [[kind, name, str(count)] for kind, entries in about["settings"].items() for name, count in entries.items()]
     harmful, benign = (" or ".join(map(str, about["asked"][key])) for key in ("not_refused", "correct"))
+    outside = about["outside_the_grid"]
     facts = [
-        ["judged folders of another grid, not shown", str(about["outside_the_grid"])],
+        *([["judged folders of another grid, not shown", str(outside)]] if outside else []),
         ["seeds", ", ".join(map(str, about["seeds"]))],
         ["harmful prompts of a mask", str(about["prompts_of_a_mask"])],
         ["held-out prompts asked of a cell, greedily", f"{harmful} harmful, {benign} benign or of the task"],
@@ -85,7 +86,7 @@ Made by `python -m study.page` from `study.json`, which `make study` (`{about["c
 
 {tables.table(["cells", "finished", "of"], cells)}
 {tables.table(["tuning", "length", "cells"], steps)}
-{tables.table(["", ""], facts)}
+{tables.table(["fact", "value"], facts)}
 {READING}
 ## Before tuning
 

@@ -16,6 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing import get_context
 from pathlib import Path
 
+from esi_ds.words import counted
 from study.estimate import estimate
 from study.execute import run_cell, settings
 from study.grid import SEEDS, Cell, cells
@@ -98,7 +99,7 @@ def main() -> int:
     todo = wanted(cells(tuple(options.seeds)), options.only)
     failed = run_all(todo, options.output, options.processes)
     if failed:
-        print(f"{len(failed)} cells failed: {', '.join(failed[:5])}", file=sys.stderr)
+        print(f"{counted(len(failed), 'cell')} failed: {', '.join(failed[:5])}", file=sys.stderr)
     write(options.output)  # from the finished cells; tiny.md counts the missing ones
     print(RESULTS / "tiny.md")
     return 1 if failed else 0

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "errors": 0,
     "terminal": 0,
+    "words": 0,
     "reading": 0,
     "tensor_files": 0,
     "failures": 0,
@@ -80,6 +81,7 @@ WITHOUT_TORCH = {
     "lock",
     "status",
     "terminal",
+    "words",
 }
 
 

@@ -43,7 +43,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> UserError:
     message = " or ".join(dict.fromkeys(other["msg"][0].lower() + other["msg"][1:] for other in same_key))
     meaning = (field.description or "").rstrip(".") if field else ""
     remedy = f"meaning: {meaning[0].lower()}{meaning[1:]}" if meaning else "see docs/configuration.md"
-    return UserError(key, repr(value) if isinstance(value, str) else value, empty + message, remedy)
+    return UserError(key, None if value is None else repr(value), empty + message, remedy)
 
 
 def _known(path: Sequence[str], section: type[BaseModel], root: type[BaseModel]) -> str:

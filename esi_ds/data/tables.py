@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from esi_ds.reading import check_regular, read_text
+from esi_ds.words import counted
 
 MAX_DATA_BYTES = 1 << 32  # 4 GiB: rows are held in memory
 
@@ -58,7 +59,7 @@ def table_rows(names: Sequence[str], lines: Sequence[Line]) -> list[dict[str, An
     """Rows by column name. Raises ValueError, naming the line, where a row has more or fewer cells than columns."""
     for line in lines:
         if len(line.cells) != len(names):
-            problem = f"line {line.number} has {len(line.cells)} cells, and there are {len(names)} columns"
+            problem = f"line {line.number} has {counted(len(line.cells), 'cell')}, and there are {len(names)} columns"
             raise ValueError(f"{problem}: quote cells that contain a delimiter or a line end")
     return [dict(zip(names, line.cells, strict=True)) for line in lines]
 

@@ -21,9 +21,11 @@ from esi_ds.eval.statistics import (
     Agreement,
     PairedScores,
     Rate,
+    all_alike,
     cohen_kappa,
     mcnemar_exact,
     paired_bootstrap,
+    paired_rates,
     wilson,
 )
 
@@ -127,6 +129,21 @@ def differences(before: Sequence[float | None], after: Sequence[float | None]) -
     ]
 
 
+def cluster_paired_rates(
+    before: Sequence[bool | None],
+    after: Sequence[bool | None],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+) -> PairedScores:
+    """``paired_rates`` where every pair is alone in its cluster, otherwise ``cluster_bootstrap``."""
+    if has_repeats(clusters) and (cluster_sums(differences(before, after), clusters)[1] > 1).any():
+        return cluster_bootstrap(before, after, clusters, seed=seed, resamples=resamples, confidence=confidence)
+    return paired_rates(before, after, confidence)
+
+
 def cluster_bootstrap(
     before: Sequence[float | None],
     after: Sequence[float | None],
@@ -139,7 +156,8 @@ def cluster_bootstrap(
     """``paired_bootstrap`` of whole clusters: all pairs of a cluster are drawn together (Davison and Hinkley, Bootstrap
     Methods and their Application, 1997, section 3.8).
 
-    low and high are None below two clusters. Raises ValueError if the sequences differ in length.
+    low and high are None below two clusters, and where all clusters have the same mean difference. Raises ValueError if
+    the sequences differ in length.
     """
     if not has_repeats(clusters):
         return paired_bootstrap(before, after, seed=seed, resamples=resamples, confidence=confidence)
@@ -148,8 +166,6 @@ def cluster_bootstrap(
         [value if value is not None and math.isfinite(value) else None for value in side] for side in (before, after)
     ]
     sums, sizes = cluster_sums(differences(*finite), clusters)
-    if len(sums) < 2:
-        return replace(whole, low=None, high=None)
     low, high = _ratio_interval(sums, sizes, seed, resamples, confidence)
     return replace(whole, low=low, high=high)
 
@@ -166,22 +182,24 @@ def cluster_mean(
     """Σ sums / Σ sizes over all answers, such as a mean over their tokens, and its interval: the percentile bootstrap
     of whole clusters, as in ``cluster_bootstrap``.
 
-    sums, sizes: of each answer. All None without an answer; low and high are None below two clusters.
+    sums, sizes: of each answer. All None without an answer; low and high are None below two clusters, and where
+    all clusters have the same mean.
     """
     if not sums:
         return None, None, None
     totals, _ = cluster_sums(sums, clusters)
     numbers, _ = cluster_sums(sizes, clusters)
     mean = float(totals.sum() / numbers.sum())
-    if len(totals) < 2:
-        return mean, None, None
     return mean, *_ratio_interval(totals, numbers, seed, resamples, confidence)
 
 
 def _ratio_interval(
     sums: np.ndarray, sizes: np.ndarray, seed: int, resamples: int, confidence: float
-) -> tuple[float, float]:
-    """Of Σ sums / Σ sizes, where the pairs, one of each cluster, are drawn together with replacement."""
+) -> tuple[float, float] | tuple[None, None]:
+    """Of Σ sums / Σ sizes, where the pairs, one of each cluster, are drawn together with replacement; (None, None)
+    where every cluster's own ratio is the same, or there is none."""
+    if not len(sums) or all_alike(sums / sizes):
+        return None, None
     interval = stats.bootstrap(
         (sums, sizes),
         lambda drawn, drawn_sizes, axis: drawn.sum(axis) / drawn_sizes.sum(axis),

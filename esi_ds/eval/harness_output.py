@@ -103,7 +103,7 @@ def _interval(correct: tuple[bool, ...] | None, value: float, error: Any) -> tup
     if correct is not None:
         rate = wilson(sum(correct), len(correct))
         return rate.low, rate.high
-    if not isinstance(error, float):  # lm-eval writes "N/A"
+    if not isinstance(error, float) or not error > 0:  # "N/A", or 0 where all documents are alike
         return None, None
     margin = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * error
     return value - margin, value + margin

@@ -195,7 +195,7 @@ class PairedScoresRow(TypedDict):
     mean_before: float | None  # None without a pair
     mean_after: float | None  # None without a pair
     difference: float | None  # mean_after − mean_before; None without a pair
-    low: float | None  # lower end of the bootstrap interval; None below two pairs
+    low: float | None  # lower end of the bootstrap interval; None below two pairs or if all differences are equal
     high: float | None  # upper end of the bootstrap interval
     confidence: float  # of the interval
 
@@ -217,7 +217,7 @@ class ChangeRow(TypedDict):
     num_pairs: int  # prompts with a verdict on both sides
     num_missing: int  # prompts that lack one
     difference: float | None  # rate after minus rate before; None without a pair
-    low: float | None  # lower end of the bootstrap interval of the difference; None below two pairs
+    low: float | None  # lower end of Tango's interval, or the bootstrap's: ``PairedScoresRow``; or None
     high: float | None  # upper end of the interval
     scores: PairedScoresRow | None  # the same for the judge's mean score; None if there are no scores
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -85,9 +85,10 @@ def mcnemar_exact(before: Sequence[bool | None], after: Sequence[bool | None]) -
 
 @dataclass(frozen=True)
 class PairedScores:
-    """Mean of after − before over the complete pairs and its bootstrap interval.
+    """Mean of after − before over the complete pairs, which is the difference of rates where these are flags, and its
+    interval.
 
-    difference is None without a pair, low and high are None below two pairs.
+    difference is None without a pair. low and high are None where the pairs say nothing about the error.
     """
 
     num_pairs: int
@@ -100,6 +101,45 @@ class PairedScores:
     confidence: float
 
 
+def paired_rates(
+    before: Sequence[bool | None], after: Sequence[bool | None], confidence: float = CONFIDENCE
+) -> PairedScores:
+    """Difference of the rates of paired flags and its score interval: the differences that are not further from the
+    observed one than z standard errors, estimated under each (T. Tango, Equivalence test and confidence interval for
+    the difference in proportions for the paired-sample design, Statistics in Medicine 17, 1998).
+
+    It has a width also where no pair or every pair has changed. Raises ValueError if the sequences differ in length.
+    """
+    _check_confidence(confidence)
+    table = mcnemar_exact(before, after)
+    n, num_missing, difference = table.num_pairs, table.num_missing, table.difference
+    if difference is None:
+        return PairedScores(0, num_missing, None, None, None, None, None, confidence)
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+
+    def excess(hypothesis: float) -> float:
+        """Above 0 where the observed difference is further than z standard errors from this one."""
+        return n * (difference - hypothesis) ** 2 - z**2 * _variance(table, hypothesis)
+
+    low, high = (
+        # At the observed difference itself the excess may be 0, too.
+        end if difference == end else float(optimize.brentq(excess, difference + 1e-9 * (end - difference), end))
+        for end in (-1.0, 1.0)
+    )
+    earlier, later = ((table.both + only) / n for only in (table.only_before, table.only_after))
+    return PairedScores(n, num_missing, earlier, later, difference, low, high, confidence)
+
+
+def _variance(table: PairedFlags, difference: float) -> float:
+    """Of after − before for one pair, if the rates differ by ``difference``: at the likeliest share of ``only_before``,
+    the root of a quadratic equation."""
+    n, changed, net = table.num_pairs, table.only_before + table.only_after, table.only_after - table.only_before
+    linear = (2 * n - net) * difference - changed
+    constant = -table.only_before * difference * (1 - difference)
+    only_before = (math.sqrt(max(linear**2 - 8 * n * constant, 0.0)) - linear) / (4 * n)
+    return max(2 * only_before + difference * (1 - difference), 0.0)
+
+
 def paired_bootstrap(
     before: Sequence[float | None],
     after: Sequence[float | None],
@@ -110,8 +150,9 @@ def paired_bootstrap(
 ) -> PairedScores:
     """Percentile bootstrap of the mean difference: whole pairs are drawn, with replacement (Efron, 1979).
 
-    Percentile and not BCa: BCa is undefined if all differences are equal, as with a mask that changes nothing. Scores
-    that are not finite count as missing. Raises ValueError if the sequences differ in length.
+    low and high are None below two pairs, and where all differences are equal, as with a mask that changes nothing:
+    drawing them again then says nothing about the error. Flags have ``paired_rates``. Scores that are not finite count
+    as missing. Raises ValueError if the sequences differ in length.
     """
     _check_confidence(confidence)
     pairs, num_missing = _complete_pairs(
@@ -123,7 +164,7 @@ def paired_bootstrap(
     table = np.array(pairs)  # [pairs, 2] float64
     differences = table[:, 1] - table[:, 0]
     low = high = None
-    if len(pairs) > 1:
+    if not all_alike(differences):
         interval = stats.bootstrap(
             (differences,),
             np.mean,
@@ -138,6 +179,11 @@ def paired_bootstrap(
     return PairedScores(
         len(pairs), num_missing, mean_before, mean_after, float(differences.mean()), low, high, confidence
     )
+
+
+def all_alike(values: np.ndarray) -> bool:
+    """Whether the values [n] are equal up to rounding, so that a bootstrap of them would have no width."""
+    return bool(np.allclose(values, values[0], rtol=1e-12, atol=1e-15))
 
 
 @dataclass(frozen=True)

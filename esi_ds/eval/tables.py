@@ -1,7 +1,7 @@
 """Answers and verdicts → rates with intervals, paired comparisons and agreement: the numbers of an evaluation's report.
 
-Every measure is one flag an answer (None: missing) and, for some, one score; rates, McNemar's test and the bootstrap
-use nothing else. A missing flag is counted and shown, and is never evidence of safety.
+Every measure is one flag an answer (None: missing) and, for some, one score; rates, paired tests and intervals use
+nothing else. A missing flag is counted and shown, and is never evidence of safety.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from esi_ds.eval.clusters import (
     cluster_bootstrap,
     cluster_kappa,
     cluster_mean,
+    cluster_paired_rates,
     cluster_rate,
     has_repeats,
     paired_p_value,
@@ -340,9 +341,9 @@ def _excluded(rows: Sequence[AnswerRow]) -> dict[str, int]:
 def changes(measures: Sequence[Measure], before: Mapping[str, str | None], seed: int) -> list[ChangeRow]:
     """Every model against the one it is compared with, on the same prompts.
 
-    McNemar's exact test, or that of clusters, and the bootstrap interval of the difference of rates and of mean scores
-    if there are some.
-    For a metric that is not a share, the difference is that of the mean scores, and there is no test.
+    McNemar's exact test, or that of clusters; Tango's interval of the difference of rates, or the bootstrap's of
+    clusters; and the bootstrap interval of the difference of mean scores if there are some.
+    For a metric without flags, the difference is that of the mean scores, and there is no test.
 
     before: model → the model it is compared with. seed: of the bootstrap.
     """
@@ -356,14 +357,24 @@ def changes(measures: Sequence[Measure], before: Mapping[str, str | None], seed:
         scores = None
         if other.scores and len(other.scores) == len(measure.scores):
             scores = cluster_bootstrap(other.scores, measure.scores, measure.cluster_keys, seed=seed)
-        if measure.metric is None:
-            difference = cluster_bootstrap(other.flags, measure.flags, measure.cluster_keys, seed=seed)
+        earlier, later = _outcomes(other), _outcomes(measure)
+        if earlier is not None and later is not None:
+            difference = cluster_paired_rates(earlier, later, measure.cluster_keys, seed=seed)
         elif scores is not None:
             difference = scores
         else:
             continue
         rows.append(_change_row(measure, other, difference, scores))
     return rows
+
+
+def _outcomes(measure: Measure) -> list[bool | None] | None:
+    """The flags, or the scores of a share that are all 0 or 1, as of a group's accuracy; None if there are neither."""
+    if measure.metric is None:
+        return measure.flags
+    if not measure.is_share or not measure.scores or any(score not in (0, 1, None) for score in measure.scores):
+        return None
+    return [None if score is None else score == 1 for score in measure.scores]
 
 
 def _paired_scores_row(scores: PairedScores) -> PairedScoresRow:

@@ -19,7 +19,8 @@ class TaskResult:
     scores: if ``correct`` is None, one number per document (None for a document without one); None if documents have
     no numbers (F1).
     Documents are in the file's order; those of a group are its members', in the order of ``members``.
-    low, high: Wilson's interval if ``correct`` is present, else normal by lm-eval's standard error, else None.
+    low, high: Wilson's interval if ``correct`` is present, else normal by lm-eval's standard error; None without
+    one, or where it is 0.
     num_cut: how many documents' prompts lost their beginning because they were too long for the model.
     limit: the most documents per task. num_documents: how many there are without it.
     version: of the task's definition. prompts_hash: lm-eval's hash of documents, prompts and targets; results with

@@ -21,6 +21,7 @@ from torch import nn
 from esi_ds.core.units import Parameter, Unit
 from esi_ds.errors import UserError
 from esi_ds.models.fused import attention_layout, has_gate_up, is_known_code, units_of
+from esi_ds.words import counted
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PretrainedConfig
@@ -222,8 +223,8 @@ def unknown(parameters: Sequence[Parameter]) -> list[str]:
 def warning(names: Sequence[str]) -> str:
     """The message about ``unknown`` parameters."""
     return (
-        f"{len(names)} parameters are of an unknown kind, or packed in an unknown way, {names[0]} the first: each is "
-        "scored as one matrix; name their roles under model.roles in the config"
+        f"{counted(len(names), 'parameter')} of an unknown kind, or packed in an unknown way, {names[0]} the first: "
+        "each is scored as one matrix; name their roles under model.roles in the config"
     )
 
 

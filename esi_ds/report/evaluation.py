@@ -10,6 +10,7 @@ from esi_ds.eval.tables import DIVERGENCE, TASK, is_share_metric
 from esi_ds.report import figures
 from esi_ds.report.contents import EvaluationReport, PivotRow
 from esi_ds.tracking import Tracker
+from esi_ds.words import counted
 
 WORDS = {
     "attack_success": "attack success",
@@ -62,7 +63,7 @@ def interval(cell: RateRow | None) -> str:
         bounds = f" [{scale * low:{digits}}, {scale * high:{digits}}]"
     clusters = ""
     if "clusters" in cell:
-        clusters = f" of {cell['clusters']} {cell['clustered_by']}{'s' if cell['clusters'] > 1 else ''}"
+        clusters = f" of {counted(cell['clusters'], cell['clustered_by'])}"
     return f"{value}{bounds} (n {cell['n']}{clusters}{missing})"
 
 
@@ -104,7 +105,7 @@ def closing_table(report: EvaluationReport) -> str:
             lines.append(f"  {model['name'][:24]:24} {interval(cell)}{against}")
     for agreement in report["agreements"]:
         judges = f"{agreement['first']} and {agreement['second']}"
-        lines += ["", f"{judges}: Cohen's kappa {kappa(agreement)} over {agreement['num_pairs']} answers"]
+        lines += ["", f"{judges}: Cohen's kappa {kappa(agreement)} over {counted(agreement['num_pairs'], 'answer')}"]
     lines += [f"{name} used {usage}" for name, usage in report["usage"].items()]
     return "\n".join(lines)
 

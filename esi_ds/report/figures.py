@@ -15,7 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
 import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.axis import Axis  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from esi_ds.eval.rows import MeasureRow  # noqa: E402
 from esi_ds.report.contents import CurveRow, MetricsRow, PivotRow, ScoreHistogram  # noqa: E402
@@ -160,8 +162,14 @@ def judge_histogram(scores: Sequence[float]) -> Figure:
         axes.hist(scores, bins=min(40, max(5, len(scores) // 3)), color=COLOURS[0])
         axes.axvline(float(np.mean(scores)), color="black", linestyle=":", label=f"mean {np.mean(scores):.3g}")
         axes.set(title="Judge scores of the responses", xlabel="judge score (higher is safer)", ylabel="responses")
+        _count_in_whole_numbers(axes.yaxis)
         axes.legend(frameon=False)
     return figure
+
+
+def _count_in_whole_numbers(axis: Axis) -> None:
+    """No ticks between, also where the axis is short."""
+    axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
 def progress_curves(rows: Sequence[MetricsRow]) -> Figure:
@@ -179,6 +187,7 @@ def progress_curves(rows: Sequence[MetricsRow]) -> Figure:
                 marker="." * (len(points) < 200),
             )
             axes.set(title=label, xlabel="prompts")
+            _count_in_whole_numbers(axes.xaxis)
         figure.tight_layout()
     return figure
 
@@ -198,6 +207,7 @@ def training_curves(rows: Sequence[MetricsRow]) -> Figure:
             axes.plot([step for step, _ in points], [value for _, value in points], color=COLOURS[0], linewidth=1.2)
             axes.set_title(label, fontsize=9)
             axes.set_xlabel("step")
+            _count_in_whole_numbers(axes.xaxis)
             axes.set_ylim(bottom=0)
         figure.tight_layout()
     return figure
@@ -213,6 +223,7 @@ def loss_curves(runs: Sequence[tuple[str, Sequence[MetricsRow]]]) -> Figure:
             x, y = [step for step, _ in points], [loss for _, loss in points]
             axes.plot(x, y, line, color=COLOURS[index % len(COLOURS)], linewidth=1.2, label=as_label(name))
         axes.set(title="loss per learnt token", xlabel="step")
+        _count_in_whole_numbers(axes.xaxis)
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -6,7 +6,7 @@ A table needs no picture of its own for dark mode or paper, and its cells can be
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from esi_ds.report.tables import Heatmap
@@ -17,6 +17,7 @@ MAX_LABELS = 16  # of columns, so that they stay apart
 MAX_WITH_TEXT = 16  # columns whose cells have room for their values
 MAX_SHADED = 2000  # numbers written out with shades; more have none, which takes some of their bytes off the page
 STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+MORE_THAN = 1000  # what is written of greater ratios, as those to a control that holds next to nothing
 CHARACTER = 6.6  # pixels of a label's character, about
 MAX_LABEL = 30  # characters of a label; the rest of a longer one is not shown
 
@@ -60,10 +61,11 @@ def heat_table(data: Heatmap, with_numbers: bool = True) -> HeatTable:
     """The table of a map. with_numbers: also the one that has the columns as rows and every value written out."""
     columns, rows = len(data.columns), len(data.rows)
     step = _step(columns)
-    write = columns <= MAX_WITH_TEXT
-    cell = max(5.0, 24 / step, 28 if write else 0, _text_width(data.columns) / step)
-    label = round(14 + _text_width([*data.rows, data.row_axis]))
     height = 20 if rows <= MAX_LABELS else 14 if rows <= 2 * MAX_LABELS else 9
+    cells = _cells(data, shortened if columns <= MAX_WITH_TEXT and height > 9 else _unwritten)
+    widest = _text_width([cell.text for row in cells for cell in row])
+    cell = max(5.0, 24 / step, 28 if columns <= MAX_WITH_TEXT else 0, widest, _text_width(data.columns) / step)
+    label = round(14 + _text_width([*data.rows, data.row_axis]))
     row_step = 1 if height > 9 else _step(rows)
     return HeatTable(
         data.title,
@@ -72,8 +74,8 @@ def heat_table(data: Heatmap, with_numbers: bool = True) -> HeatTable:
         (data.row_axis, data.column_axis),
         [_header_cell(data.columns[first], min(step, columns - first), cell) for first in range(0, columns, step)],
         [
-            HeatRow(name, 0 if index % row_step else min(row_step, rows - index), cells)
-            for index, (name, cells) in enumerate(zip(data.rows, _cells(data, write and height > 9), strict=True))
+            HeatRow(name, 0 if index % row_step else min(row_step, rows - index), row)
+            for index, (name, row) in enumerate(zip(data.rows, cells, strict=True))
         ],
         label,
         round(label + columns * cell),
@@ -107,7 +109,7 @@ def _numbers(data: Heatmap) -> HeatTable:
         column_axis=data.row_axis,
     )
     table = heat_table(turned, with_numbers=False)
-    cells = _cells(turned, write=True)
+    cells = _cells(turned, _whole)
     if len(turned.rows) * len(turned.columns) > MAX_SHADED:
         cells = [[replace(cell, shade="") for cell in row] for row in cells]
     rows = [HeatRow(name, 1, row) for name, row in zip(turned.rows, cells, strict=True)]
@@ -118,7 +120,7 @@ def _numbers(data: Heatmap) -> HeatTable:
     return replace(table, rows=rows, header=header, least_width=width, row_height=18)
 
 
-def _cells(data: Heatmap, write: bool) -> list[list[HeatCell]]:
+def _cells(data: Heatmap, text_of: Callable[[float], str]) -> list[list[HeatCell]]:
     strongest = _strongest(data)
     return [
         [
@@ -127,7 +129,7 @@ def _cells(data: Heatmap, write: bool) -> list[list[HeatCell]]:
             else HeatCell(
                 _ratio_shade(value, strongest) if data.is_ratio else f"a{round(LEVELS * value / strongest)}",
                 f"{data.row_axis} {row}, {data.column_axis} {column}: {_text(value, 3)}",
-                _text(value, 2) if write else "",
+                text_of(value),
             )
             for column, value in zip(data.columns, values, strict=True)
         ]
@@ -154,8 +156,21 @@ def _scale(data: Heatmap) -> tuple[str, str]:
     return "0", f"{strongest} {data.unit}"
 
 
+def shortened(value: float) -> str:
+    """As ``_whole``, for a cell of a fixed width: that a value is greater than ``MORE_THAN`` says enough."""
+    return f"> {MORE_THAN:,}" if MORE_THAN < value < math.inf else _whole(value)
+
+
+def _whole(value: float) -> str:
+    return _text(value, 2)
+
+
+def _unwritten(value: float) -> str:
+    return ""
+
+
 def _text(value: float, digits: int) -> str:
     """At least ``digits`` significant digits, never as a power of ten above 1."""
     if math.isinf(value):
         return "∞"
-    return f"{value:.0f}" if value >= 10**digits - 0.5 else f"{value:.{digits}g}"
+    return f"{value:,.0f}" if value >= 10**digits - 0.5 else f"{value:.{digits}g}"

@@ -27,9 +27,10 @@ from esi_ds.report.contents import (
     UnitRow,
 )
 from esi_ds.report.experts import expert_tables
-from esi_ds.report.heat_tables import HeatTable, heat_table
+from esi_ds.report.heat_tables import MORE_THAN, HeatTable, heat_table, shortened
 from esi_ds.report.overview import FinishedRun
 from esi_ds.report.publish import RESPONSE_FACTS
+from esi_ds.words import counted
 
 MAX_ROWS = 200
 MAX_TENSORS = 20
@@ -135,7 +136,7 @@ def render_overview(
     losses = [(run.name, run.report["progress"]) for run in kinds.tuning if run.report["progress"]]
     maps = ((mask, location.role_maps(mask.report["units"], mask.report["selection"])) for mask in masks)
     return _template("overview.html.j2").render(
-        report={"title": f"{len(runs)} runs"},
+        report={"title": counted(len(runs), "run")},
         lead=sentences.several(runs, masks, joined),
         runs=runs,
         left_out=left_out,
@@ -166,6 +167,7 @@ def _template(name: str) -> Template:
         "percent": evaluation.percent,
         "share": _share,
         "times": _times,
+        "counted": counted,
     }
     return environment.get_template(name)
 
@@ -244,7 +246,9 @@ def _share(value: float) -> str:
 
 
 def _times(value: float) -> str:
-    """A ratio; a dash where both are zero."""
+    """A ratio; a dash where both are zero. A very great one is shown on hover."""
+    if MORE_THAN < value < math.inf:
+        return Markup(f'<span title="{value:,.0f}">{escape(shortened(value))}</span>')
     return "–" if math.isnan(value) else "∞" if math.isinf(value) else f"{value:.2f}"
 
 

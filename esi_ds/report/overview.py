@@ -12,6 +12,7 @@ from esi_ds.eval.tables import task_names
 from esi_ds.report import tables
 from esi_ds.report.contents import EsiReport, EvaluationReport, PerturbationReport, Report, TuningReport
 from esi_ds.report.evaluation import WORDS, is_share, percent
+from esi_ds.words import counted
 
 R = TypeVar("R", bound=Report, covariant=True)
 DOCUMENTS = ("limit", "num_documents", "num_fewshot", "rows", "version")  # of a task; its prompts are a template's, too
@@ -86,19 +87,19 @@ def key_fact(run: FinishedRun[Report]) -> str:
         return _tuning_fact(cast(TuningReport, run.report))
     if run.kind == "evaluation":
         return _evaluation_fact(cast(EvaluationReport, run.report))
-    return f"{len(cast(PerturbationReport, run.report)['cells'])} cells of noise, all weights restored"
+    return f"{counted(len(cast(PerturbationReport, run.report)['cells']), 'cell')} of noise, all weights restored"
 
 
 def _esi_fact(report: EsiReport) -> str:
     selection, scores = report["selection"], report["judge_scores"]
-    mean = f", mean judge score {sum(scores) / len(scores):.3g} of {len(scores)} answers" if scores else ""
+    mean = f", mean judge score {sum(scores) / len(scores):.3g} of {counted(len(scores), 'answer')}" if scores else ""
     criteria = ", ".join(mask["selection"]["criterion"] for mask in tables.masks_of(report))
     each = "each " if report.get("further_masks") else ""
     return f"{selection['k']:,} of {selection['total_numel']:,} weights {each}by {criteria}{mean}"
 
 
 def _tuning_fact(report: TuningReport) -> str:
-    parts = [f"{report['trained']:,} weights trained in {report['steps']:,} steps"]
+    parts = [f"{counted(report['trained'], 'weight')} trained in {counted(report['steps'], 'step')}"]
     for row in report["refusals"]:
         counts = (row["refused_before"], row["refused_after"])
         rates = " → ".join(percent(None if count is None else count / row["n"]) for count in counts)

@@ -6,6 +6,7 @@ from esi_ds.report import figures
 from esi_ds.report.contents import CurveRow, PerturbationReport
 from esi_ds.report.evaluation import chart_title, interval, publish_rates
 from esi_ds.tracking import Tracker
+from esi_ds.words import counted
 
 
 def panels(report: PerturbationReport) -> list[tuple[str, list[CurveRow]]]:
@@ -26,7 +27,10 @@ def closing_table(report: PerturbationReport) -> str:
             lines.append(f"  {name:32} {interval(row)}")
     lines += [f"{name} used {usage}" for name, usage in report["usage"].items()]
     restored = report["restored"]
-    lines += ["", f"all weights restored after {restored['checked']} cells: sha256 {restored['digest'][:16]}…"]
+    lines += [
+        "",
+        f"all weights restored after {counted(restored['checked'], 'cell')}: sha256 {restored['digest'][:16]}…",
+    ]
     return "\n".join(lines)
 
 

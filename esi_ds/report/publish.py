@@ -5,6 +5,7 @@ from __future__ import annotations
 from esi_ds.report import figures, tables
 from esi_ds.report.contents import EsiReport, MaskReport
 from esi_ds.tracking import OVERVIEW, Tracker
+from esi_ds.words import counted
 
 RESPONSE_FACTS = ("judged unsafe", "refused (by words)")  # of the report's facts, where they are there
 
@@ -55,7 +56,7 @@ def closing_table(report: EsiReport) -> str:
         lines += [
             "",
             f"judge score: mean {sum(scores) / len(scores):.4g}, least {min(scores):.4g}, "
-            f"greatest {max(scores):.4g} ({len(scores)} responses used, {len(report['excluded'])} excluded)",
+            f"greatest {max(scores):.4g} ({counted(len(scores), 'response')} used, {len(report['excluded'])} excluded)",
         ]
         lines += [f"{name}: {report['facts'][name]}" for name in RESPONSE_FACTS if name in report["facts"]]
     return "\n".join(lines)

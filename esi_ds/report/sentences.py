@@ -20,9 +20,11 @@ from esi_ds.report.contents import (
     TuningReport,
 )
 from esi_ds.report.evaluation import is_share, p_value, percent
+from esi_ds.report.heat_tables import MORE_THAN
 from esi_ds.report.location import Region
 from esi_ds.report.overview import FinishedRun
 from esi_ds.report.publish import RESPONSE_FACTS
+from esi_ds.words import counted
 
 LEAST_SHARE = 0.01  # of a mask: parts that hold less are too small to be spoken of
 ALIKE = 1.25  # a share less than this times the control's, or the other way round, is called alike
@@ -46,7 +48,7 @@ def esi(report: EsiReport, masks: Sequence[MaskReport]) -> list[str]:
         words = [f"the judge calls {unsafe.split(' ')[0]} unsafe"] if unsafe else []
         words += [f"{refused.split(' ')[0]} contain words of refusal"] if refused else []
         if words:
-            lines.append(f"Of the {len(report['judge_scores']):,} responses, {' and '.join(words)}.")
+            lines.append(f"Of the {counted(len(report['judge_scores']), 'response')}, {' and '.join(words)}.")
     return lines
 
 
@@ -107,15 +109,15 @@ def _most_above_control(regions: Sequence[Region], whose: str) -> str:
     ratio = most.at.share_to_control
     if ratio <= ALIKE:
         return f"No part has much more of this mask than of the control’s; {most} has most, {ratio:.2f} times as much."
-    much = "where the control’s holds nothing" if math.isinf(ratio) else f"{ratio:.1f} times the control’s share"
+    times = f"{ratio:.1f}" if ratio <= MORE_THAN else f"more than {MORE_THAN:,}"
+    much = "where the control’s holds nothing" if math.isinf(ratio) else f"{times} times the control’s share"
     return f"This {whose} own is above all {most}, with {_whole(most.at.share)} of the mask, {much}."
 
 
 def tuning(report: TuningReport) -> list[str]:
     """What was trained, how the loss went, and refusals before and after."""
     method, share = report["method"].upper(), 100 * report["trained"] / max(report["total_numel"], 1)
-    steps = f"{report['steps']:,} step{'' if report['steps'] == 1 else 's'}"
-    trained = f"{method} trained {share:.3g} % of the weights for {steps}"
+    trained = f"{method} trained {share:.3g} % of the weights for {counted(report['steps'], 'step')}"
     losses = [row["loss"] for row in report["progress"] if row.get("loss") is not None]
     if len(losses) > 1:
         first, last = f"{losses[0]:.3g}", f"{losses[-1]:.3g}"
@@ -300,8 +302,8 @@ def several(
     masks: a row for each. joined: all evaluations as one.
     """
     counts = Counter(run.label for run in runs)
-    kinds = [f"{count} {label}{'s' if count > 1 and label.islower() else ''}" for label, count in counts.items()]
-    lines = [f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {listed(kinds)}."]
+    kinds = [counted(count, label) if label.islower() else f"{count} {label}" for label, count in counts.items()]
+    lines = [f"{counted(len(runs), 'run')}: {listed(kinds)}."]
     for mask in masks[:MAX_MASKS]:
         if location.whole_of(mask.report["units"]).selected and _follows_scores(mask.report["selection"]):
             densest = _densest(location.regions(mask.report["units"]))
@@ -315,17 +317,24 @@ def several(
             if (rate := _rate(joined, first, name)) is not None
         ]
         if len(rates) > 1:
-            (low, least), (high, _) = min(rates), max(rates)
+            low, high = min(rates)[0], max(rates)[0]
             measured = f"Attack success on {first['set']} ({first['judge']}) is"
             if low == high:
                 return [*lines, f"{measured} {percent(low)} for all models."]
-            lowest = listed([name for rate, name in rates if rate == low])
+            lowest = [name for rate, name in rates if rate == low]
             highest = listed([name for rate, name in rates if rate == high])
-            lines.append(f"{measured} lowest for {lowest}, {percent(low)}, and highest for {highest}, {percent(high)}.")
-            if (refusal := _first(joined, "refused")) is not None:
-                refused = _rate(joined, refusal, least)
-                lines += [f"{least} refuses {percent(refused)} of {refusal['set']}."] if refused is not None else []
+            ends = f"lowest for {listed(lowest)}, {percent(low)}, and highest for {highest}, {percent(high)}"
+            lines += [f"{measured} {ends}.", *_refusals_of(joined, lowest)]
     return lines
+
+
+def _refusals_of(report: EvaluationReport, models: Sequence[str]) -> list[str]:
+    """A sentence about how many benign prompts each of some models refuses; none where that was not measured."""
+    if (refusal := _first(report, "refused")) is None:
+        return []
+    rates = [(name, rate) for name in models if (rate := _rate(report, refusal, name)) is not None]
+    refuses = listed([f"{name} refuses {percent(rate)}" for name, rate in rates])
+    return [f"Of {refusal['set']}, {refuses}."] if refuses else []
 
 
 def listed(parts: Sequence[str]) -> str:

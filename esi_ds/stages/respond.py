@@ -19,6 +19,7 @@ from esi_ds.stages.batch_sizes import GenerationBatch
 from esi_ds.stages.esi.prepare import PromptInputs
 from esi_ds.stages.interrupt import stop_requested
 from esi_ds.tracking import Tracker
+from esi_ds.words import counted
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.generate import Draws, choose_batches, choose_mode, generate, in_step, ready_to_generate
@@ -169,7 +170,7 @@ def generate_all(
     if not waiting:
         return
     mode, reason = choose_mode(model, generation)
-    tracker.log(f"generating {len(waiting)} responses, model {mode.replace('_', ' ')}: {reason}")
+    tracker.log(f"generating {counted(len(waiting), 'response')}, model {mode.replace('_', ' ')}: {reason}")
     lengths = {index: len(prompt_ids[index]) for index in waiting}
     ranks, rank = runtime.world_size(), runtime.rank()
     progress = tracker.progress(
@@ -197,4 +198,6 @@ def generate_all(
             keep(new)
             progress.advance(len(new), sum(count for _, count, _ in gathered))
             if any(signalled for _, _, signalled in gathered):
-                raise Interrupted(f"stopped by a signal with {len(done)} responses generated; start again to continue")
+                raise Interrupted(
+                    f"stopped by a signal with {counted(len(done), 'response')} generated; start again to continue"
+                )

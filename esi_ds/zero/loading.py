@@ -36,6 +36,7 @@ from esi_ds.models.meta import DTYPES
 from esi_ds.models.quantised import model_weights
 from esi_ds.models.ties import by_loaded_name
 from esi_ds.reading import reading
+from esi_ds.words import counted
 from esi_ds.zero import runtime
 from esi_ds.zero.weights import every_rank_reads_its_part
 
@@ -192,7 +193,7 @@ def _warn_of_unread_weights(plain: PreTrainedModel, source: ModelSource) -> None
     names, state = by_loaded_name(plain, stored_weights(source)), plain.state_dict()
     unread = [name for name in names if name not in state and not re.search("|".join(known), name)]
     if unread:
-        left = f"holds {len(unread)} weights that its configuration has no place for, {unread[0]} the first"
+        left = f"holds {counted(len(unread), 'weight')} that its configuration has no place for, {unread[0]} the first"
         print(f"WARNING: {source.field} = {source.path}: {left}; they are not loaded", file=sys.stderr, flush=True)
 
 

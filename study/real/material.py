@@ -37,7 +37,10 @@ FILES = {
 
 def rows_of(data: Data, name: str) -> list[Row]:
     """The rows of one file of ``--data``. Raises UserError where it is not there."""
-    if data.folder is None or not (data.folder / FILES[name]).is_file():
+    if data.folder is None:
+        remedy = f"give the folder of {FILES[name]} and the other files (docs/real_models.md)"
+        raise UserError("--data", None, "is not given", remedy)
+    if not (data.folder / FILES[name]).is_file():
         raise UserError("--data", data.folder, f"has no file {FILES[name]}", "put it there (docs/real_models.md)")
     return read_rows(str(data.folder / FILES[name]), "--data")
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from esi_ds.data.rows import Row
 from esi_ds.report.figures import COLOURS, STYLE, plt
+from study.plots import MARKS
 
 MARKERS = ("o", "s")
+GREY = "#666666"
 BESIDE = {"fontsize": 8, "frameon": False, "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}  # a legend: outside
 
 
@@ -23,7 +26,7 @@ def layers(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         for axes, (model, lines) in zip(panels[0], curves.items(), strict=True):
             for (name, values), colour in zip(lines.items(), COLOURS, strict=False):
                 axes.plot(range(len(values)), values, color=colour, marker=".", markersize=4, linewidth=1.2, label=name)
-            axes.axhline(1, color="#666666", linestyle=":", linewidth=0.8)
+            axes.axhline(1, color=GREY, linestyle=":", linewidth=0.8)
             axes.set(title=model, xlabel="layer", ylim=(0, None))
         panels[0][0].set_ylabel("share of the mask\nover share of the weights")
         panels[0][-1].legend(**BESIDE)
@@ -81,6 +84,50 @@ def frontier(methods: Mapping[str, Sequence[Row]]) -> Figure:
             axes.set_xlabel("harmful requests not refused (%)")
         panels[1].legend(**BESIDE)
     return figure
+
+
+def spa(points: Sequence[Row], not_tuned: Sequence[float] | None) -> Figure:
+    """Harmful requests not refused against the score of the task that was learnt, with 95 % intervals: a panel a task,
+    a colour what was frozen, a mark a learning rate. Equal scores stand beside each other.
+
+    not_tuned: rate and interval of the model before, a line without a score; None: not measured.
+    """
+    tasks, frozen, rates = (list(dict.fromkeys(row[key] for row in points)) for key in ("task", "frozen", "lr"))
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(frozen)}
+    marks = {rate: MARKS[index % len(MARKS)] for index, rate in enumerate(rates)}
+    with plt.rc_context(STYLE):
+        size = (4.2 * len(tasks) + 1.6, 3.4)
+        figure, panels = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for axes, task in zip(panels[0], tasks, strict=True):
+            rows = [row for row in points if row["task"] == task]
+            step = 4 * (1.02 - min(row["accuracy"][1] for row in rows))
+            for row in rows:
+                equal = [other for other in rows if other["accuracy"] == row["accuracy"]]
+                beside = step * (equal.index(row) - (len(equal) - 1) / 2)
+                _spa_point(axes, row, beside, colours[row["frozen"]], marks[row["lr"]])
+            if not_tuned is not None:
+                rate, low, high = (100 * value for value in not_tuned[:3])
+                axes.axhline(rate, color=GREY, linestyle="--", linewidth=1)
+                axes.axhspan(low, high, color=GREY, alpha=0.12, linewidth=0)
+            axes.set(title=task, xlabel="right answers to held-out questions (%)", ylim=(0, None))
+        panels[0][0].set_ylabel("harmful requests\nnot refused (%)")
+        lines = [plt.Line2D([], [], color=GREY, linestyle="--", label="not tuned")] if not_tuned is not None else []
+        about_marks = [(f"{name} frozen", colour, "o") for name, colour in colours.items()]
+        about_marks += [(f"rate {rate:g}", GREY, mark) for rate, mark in marks.items()]
+        lines += [
+            plt.Line2D([], [], color=colour, marker=mark, linestyle="", label=label)
+            for label, colour, mark in about_marks
+        ]
+        panels[0][-1].legend(handles=lines, **BESIDE)
+    return figure
+
+
+def _spa_point(axes: Axes, row: Row, beside: float, colour: str, mark: str) -> None:
+    """beside: how far from its score, in per cent, a point is drawn."""
+    x, x_low, x_high = (100 * value for value in row["accuracy"][:3])
+    y, y_low, y_high = (100 * value for value in row["report"]["not refused"][:3])
+    across, along = [[x - x_low], [x_high - x]], [[y - y_low], [y_high - y]]
+    axes.errorbar(x + beside, y, along, across, color=colour, marker=mark, markersize=5, elinewidth=0.8)
 
 
 def noise(points: Sequence[Row]) -> Figure:

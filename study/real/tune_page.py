@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ from matplotlib.figure import Figure
 from esi_ds.data.rows import Row
 from study.real import plots
 from study.real.grid import REFERENCE
-from study.real.tune_cells import CHOOSE, REPORT
+from study.real.tune_cells import CHOOSE, REPORT, TASKS
 from study.real.tune_results import MEASURES, best_rate, is_at_end, is_open
 from study.real.tune_tests import TASK_SHARE
 from study.tables import NOT_RUN, points, table
 
+CELL = re.compile(r"(.+?)-([\d.]+(?:e[-+]?\d+)?)-s(\d+)")  # of a tuned model: what is tuned how, rate, seed
 CHOOSING = ("not refused", "over-refused", "incoherent, benign")  # what a learning rate is chosen by
 
 
@@ -46,6 +48,28 @@ def sizes(data: Mapping[str, Any]) -> str:
         "harmful requests not refused and benign ones lost, over-refused or incoherent. Answers are greedy, of at most "
         f"{settings['answer_tokens']} tokens. Loss: nats a token of right answers to held-out questions.\n"
     )
+
+
+def unfinished(data: Mapping[str, Any], part: str) -> list[str]:
+    """Names, without the part, of its cells that have not finished; not of those that finished ones may never ask
+    for."""
+    return [
+        row["cell"].removeprefix(f"{part}/")
+        for row in data["cells"]
+        if row["cell"].startswith(f"{part}/") and row["state"] != "done" and "only_if" not in row
+    ]
+
+
+def rates_not_run(data: Mapping[str, Any], part: str) -> dict[str, str]:
+    """What is tuned how → the learning rates of ``unfinished`` cells, rising, with seeds besides the first."""
+    rates: dict[str, list[tuple[float, str]]] = {}
+    for cell in unfinished(data, part):
+        match = CELL.fullmatch(cell)
+        assert match is not None, cell
+        name, rate, seed = match.groups()
+        further = "" if int(seed) == data["settings"]["seeds"][0] else f" (seed {seed})"
+        rates.setdefault(name, []).append((float(rate), rate + further))
+    return {name: ", ".join(text for _, text in sorted(several)) for name, several in rates.items()}
 
 
 def losses(row: Row, tasks: Sequence[str]) -> list[str]:
@@ -85,9 +109,8 @@ def set_section(data: Mapping[str, Any]) -> list[str]:
     """Every method at its best rate, then all rates."""
     tasks = ("gsm8k", "medquad")
     head = [*MEASURES, *(f"loss, {task}" for task in tasks)]
-    lines, base = [], base_of(data, 1)
-    if base:
-        lines.append(["as it comes", "–", "–", *measures_of(base), *losses(base, tasks)])
+    base = base_of(data, 1)
+    lines = [["as it comes", "–", "–", *measures_of(base), *losses(base, tasks)]]
     seeds = data["settings"]["seeds"]
     for method in data["rates"]:
         best = best_rate(data["set"], method, seeds[0])
@@ -103,6 +126,8 @@ def set_section(data: Mapping[str, Any]) -> list[str]:
         choosing = [interval(row[CHOOSE].get(column)) for column in CHOOSING]
         facts = [row["method"], f"{row['lr']:g}", str(row["seed"])]
         every.append([*facts, *choosing, *measures_of(row), f"{row['seconds']:.0f}"])
+    missing = [NOT_RUN] * (len(CHOOSING) + len(MEASURES))
+    every += [[method, rates, str(seeds[0]), *missing, "–"] for method, rates in rates_not_run(data, "set").items()]
     choose = [f"{column}, choosing" for column in CHOOSING]
     return [
         "## SET: learning to refuse\n",
@@ -152,19 +177,21 @@ def spa_tests(tests: Sequence[Row]) -> str:
 def spa_section(data: Mapping[str, Any]) -> list[str]:
     """Every task, frozen mask and rate."""
     head = ["task", "frozen", "rate", "right, %", "loss", *MEASURES, "seconds"]
-    lines, base = [], base_of(data, 0)
-    for task in ("kinds", "gsm8k", "medical") if base else ():
-        lines.append([task, "not tuned", "–", "–", *losses(base, (task,)), *measures_of(base), "–"])
+    base = base_of(data, 0)
+    lines = [[task, "not tuned", "–", "–", *losses(base, (task,)), *measures_of(base), "–"] for task in TASKS]
     for row in data["spa"]:
         loss = f"{next(iter(row['loss'].values())):.3f}"
         first = [row["task"], row["frozen"], f"{row['lr']:g}", interval(row["accuracy"]), loss]
         lines.append([*first, *measures_of(row), f"{row['seconds']:.0f}"])
+    missing = [NOT_RUN] * (2 + len(MEASURES))
+    lines += [[*name.split("/"), rates, *missing, "–"] for name, rates in rates_not_run(data, "spa").items()]
     return [
         "## SPA: keeping safety\n",
         "Tuning of the aligned twin with a mask frozen. kinds: which kind of question one of MedQuAD is; gsm8k; "
         "medical: PubMedQA's question and conclusion, yes, no or maybe; poisoned: kinds with a tenth of harmful "
         "requests that are complied with. Right and loss: held-out questions; the other columns as for SET.\n",
-        table(head, lines) if lines else f"{NOT_RUN}\n",
+        table(head, lines),
+        "![SPA](real-spa.png)\n" if spa_points(data) else "",
         f"At equal task score: where the held-out loss has fallen by {100 * TASK_SHARE:g} % of the most that it falls "
         "with nothing frozen (the loss that is reported: no rows are kept for this choice alone), each at the rate "
         "that keeps most refusals of the prompts for choosing; prompt by prompt, as for SET.\n",
@@ -181,13 +208,23 @@ def noise_section(data: Mapping[str, Any]) -> list[str]:
         for row in rows
         if row["rate"] is not None
     ]
+    drawn = bool(lines)
+    for cell in unfinished(data, "noise"):
+        sampling, _, mask = cell.partition("-")
+        mask = mask.replace("-", " ").replace(" more", ", more noise") or "esi"
+        lines.append([sampling, mask, *["–"] * (len(keys) - 2), NOT_RUN, "–"])
     return [
         "## Noise on the weights\n",
         "N(0, (c·σ)²) on as many weights as the mask has: the highest scores, random ones, the lowest; or those of a "
         "control's mask. Noise: c; 0 is the twin as it is.\n",
         table([*keys, "%", "n"], lines) if lines else f"{NOT_RUN}\n",
-        "![noise](real-noise.png)\n" if lines else "",
+        "![noise](real-noise.png)\n" if drawn else "",
     ]
+
+
+def spa_points(data: Mapping[str, Any]) -> list[Row]:
+    """Rows of SPA with a task score; tasks whose answers were not asked for have a loss alone."""
+    return [row for row in data["spa"] if row["accuracy"] is not None and "not refused" in row[REPORT]]
 
 
 def figures(data: Mapping[str, Any]) -> dict[str, Figure]:
@@ -199,6 +236,8 @@ def figures(data: Mapping[str, Any]) -> dict[str, Figure]:
         curves = {name: sorted((row for row in rows if row["method"] == name), key=lambda row: row["lr"])
                   for name in data["rates"]}  # fmt: skip
         drawn["real-set.png"] = plots.frontier({name: part for name, part in curves.items() if part})
+    if kept := spa_points(data):
+        drawn["real-spa.png"] = plots.spa(kept, base_of(data, 0).get(REPORT, {}).get("not refused"))
     points = [row for row in data["noise"] if row["measure"] == "attack_success" and row["judge"] == "words"]
     if points:
         drawn["real-noise.png"] = plots.noise(points)

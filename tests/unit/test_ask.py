@@ -83,7 +83,7 @@ def test_answers_are_written_in_order_and_cut_ones_are_marked(server: Server, tm
 def test_what_is_there_is_not_asked_again(server: Server, tmp_path: Path, capsys) -> None:
     assert ask(server, tmp_path, ["one", "silent", "five"]) == 2
     shown = capsys.readouterr()
-    assert "2 of 3 answers" in shown.out and "no answer to 1 questions" in shown.err and "start again" in shown.err
+    assert "2 of 3 answers" in shown.out and "no answer to 1 question " in shown.err and "start again" in shown.err
     before = [row["prompt"] for row in rows_of(tmp_path)]
     with (tmp_path / "o.jsonl").open("a") as opened:
         opened.write('{"prompt": "torn')  # by a kill

@@ -311,7 +311,7 @@ def test_what_is_missing_or_read_by_nothing(sections: dict, words: str) -> None:
     ("criterion", "words"),
     [
         ([], "select.criterion = []: names no criterion"),
-        (["esi", "snip", "esi"], "select.criterion = ['esi', 'snip', 'esi']: names a criterion twice"),
+        (["esi", "snip", "esi"], "select.criterion = esi, snip, esi: names a criterion twice"),
         (["esi", "spin"], "select.criterion.1 = 'spin'"),
         ("spin", "select.criterion = 'spin'"),
         ([["esi"]], "select.criterion"),

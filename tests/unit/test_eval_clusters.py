@@ -14,11 +14,13 @@ from esi_ds.eval.clusters import (
     any_in_cluster,
     cluster_bootstrap,
     cluster_kappa,
+    cluster_mean,
+    cluster_paired_rates,
     cluster_rate,
     paired_p_value,
 )
 from esi_ds.eval.refusals import REFUSAL_LISTS
-from esi_ds.eval.statistics import cohen_kappa, mcnemar_exact, paired_bootstrap, wilson
+from esi_ds.eval.statistics import PairedScores, cohen_kappa, mcnemar_exact, paired_bootstrap, paired_rates, wilson
 from esi_ds.eval.tables import UNDECIDED, Measure, agreements, answer_measures, changes
 from esi_ds.report.evaluation import interval
 from esi_ds.stages.perturb.finish import curves
@@ -60,7 +62,7 @@ def test_variance_is_that_of_statsmodels_cluster_robust_mean() -> None:
         np.testing.assert_allclose((rate.low, rate.high), (centre - half, centre + half), rtol=1e-6)
 
 
-def test_one_answer_a_cluster_is_wilson_mcnemar_and_the_paired_bootstrap_to_the_bit() -> None:
+def test_one_answer_a_cluster_is_what_independent_answers_have_to_the_bit() -> None:
     generator = np.random.default_rng(1)
     before, after = ([[True, False, None][n] for n in generator.integers(3, size=40)] for _ in range(2))
     alone = list(range(40))
@@ -68,6 +70,7 @@ def test_one_answer_a_cluster_is_wilson_mcnemar_and_the_paired_bootstrap_to_the_
     assert cluster_rate(after, alone) == wilson(sum(flags), len(flags))
     assert paired_p_value(before, after, alone) == mcnemar_exact(before, after).p_value
     assert cluster_bootstrap(before, after, alone, seed=3) == paired_bootstrap(before, after, seed=3)
+    assert cluster_paired_rates(before, after, alone, seed=3) == paired_rates(before, after)
     assert cluster_kappa(before, after, alone) == cohen_kappa(before, after)
 
 
@@ -80,6 +83,23 @@ def test_clusters_of_one_pair_beside_a_missing_one_are_mcnemar() -> None:
     p_value = paired_p_value([*before, *nothing], [*after, *nothing], keys)
     np.testing.assert_allclose(p_value, mcnemar_exact(before, after).p_value, **CLOSE)
     assert cluster_rate([*after, *nothing], keys) == wilson(sum(after), 30)
+    paired = cluster_paired_rates([*before, *nothing], [*after, *nothing], keys, seed=0)
+    assert (paired.low, paired.high, paired.num_missing) == (*bounds(paired_rates(before, after)), 30)
+
+
+def bounds(scores: PairedScores) -> tuple[float | None, float | None]:
+    return scores.low, scores.high
+
+
+def test_clusters_that_all_change_alike_have_no_interval() -> None:
+    """Drawn again they are the same: an interval without width would say that there is no error."""
+    keys = [n // 3 for n in range(12)]
+    for before, after in (([True, False, False] * 4, [True, True, False] * 4), ([False] * 12, [False] * 12)):
+        assert bounds(cluster_paired_rates(before, after, keys, seed=0)) == (None, None)
+        assert None not in bounds(cluster_paired_rates(before, [*after[:-1], True], keys, seed=0))
+    assert cluster_mean([0.0, 0.2, 0.1], [3, 4, 1], [0, 0, 1], seed=0)[1] is not None
+    assert cluster_mean([0.3, 0.4, 0.1], [3, 4, 1], [0, 1, 1], seed=0)[1:] == (None, None)  # 0.1 in both
+    assert cluster_mean([0.0, 0.0], [3, 4], [0, 1], seed=0) == (0, None, None)
 
 
 def test_edges_of_the_rate() -> None:

@@ -7,12 +7,12 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.proportion import proportion_confint
 
-from esi_ds.eval.statistics import cohen_kappa, mcnemar_exact, paired_bootstrap, wilson
+from esi_ds.eval.statistics import cohen_kappa, mcnemar_exact, paired_bootstrap, paired_rates, wilson
 from esi_ds.eval.verdicts import NOTHING_SAID, Verdict, is_empty
 
 # Both sides are closed formulas in float64.
@@ -88,6 +88,79 @@ def test_numpy_flags_are_flags() -> None:
     assert mcnemar_exact(np.array([True, False]), np.array([False, False])).only_before == 1
 
 
+def standard_errors(counts: tuple[int, int, int], hypothesis: float) -> float:
+    """How many lie between the observed difference and another, where the shares are the likeliest under that one."""
+    only_before, only_after, same = counts
+    least, most = max(0.0, -hypothesis), (1 - hypothesis) / 2  # shares of only_before that leave none below 0
+
+    def unlikelihood(share: float) -> float:
+        shares = (share, share + hypothesis, max(1 - 2 * share - hypothesis, 0.0))
+        return -sum(count * math.log(max(part, 1e-300)) for count, part in zip(counts, shares, strict=True) if count)
+
+    best = optimize.minimize_scalar(unlikelihood, bounds=(least, most), method="bounded", options={"xatol": 1e-12})
+    share = min((least, most, best.x), key=unlikelihood)
+    variance = (2 * share + hypothesis - hypothesis**2) / sum(counts)
+    return abs((only_after - only_before) / sum(counts) - hypothesis) / math.sqrt(variance)
+
+
+def test_paired_rates_have_the_score_interval_of_their_difference() -> None:
+    generator = np.random.default_rng(6)
+    for size in [2, 3, 7, 30, 200] * 8:
+        before = generator.random(size) < generator.choice([0.05, 0.5, 1.0])
+        after = np.where(generator.random(size) < 0.7, before, generator.random(size) < 0.3)
+        result = paired_rates([*before.tolist(), None], [*after.tolist(), True])
+        counts = int((before & ~after).sum()), int((~before & after).sum()), int((before == after).sum())
+        assert (result.mean_before, result.mean_after) == (before.mean(), after.mean())
+        assert result.difference == pytest.approx(after.mean() - before.mean())
+        assert (result.num_pairs, result.num_missing) == (size, 1)
+        for limit in (result.low, result.high):
+            if abs(limit) < 1:
+                assert standard_errors(counts, limit) == pytest.approx(stats.norm.ppf(0.975), rel=1e-4)
+
+
+def test_paired_rates_have_a_width_where_all_pairs_agree() -> None:
+    for before, after, difference in ((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, -1)):
+        result = paired_rates([bool(before)] * 12, [bool(after)] * 12)
+        assert result.difference == difference and result.high - result.low > 0.2
+        assert -1 - 1e-12 <= result.low <= difference <= result.high <= 1 + 1e-12
+    half = paired_rates([True, False] * 50, [True, False] * 50)
+    z = stats.norm.ppf(0.975)  # where no pair changes, n · d / (1 − d) = z² at the limit d
+    assert half.low == pytest.approx(-half.high) and half.high == pytest.approx(z**2 / (100 + z**2))
+    single, empty = paired_rates([True, None], [False, True]), paired_rates([None], [True])
+    assert single.low == single.difference == -1 and single.high > 0.5  # one pair says little
+    assert (empty.num_missing, empty.difference, empty.low, empty.high) == (1, None, None, None)
+    with pytest.raises(ValueError):
+        paired_rates([True], [])
+
+
+def test_paired_rates_are_symmetric() -> None:
+    """Turned round in time, or counting the failures, the interval is mirrored."""
+    generator = np.random.default_rng(7)
+    before, after = ((generator.random(60) < share).tolist() for share in (0.1, 0.4))
+    one = paired_rates(before, after)
+    for other in (
+        paired_rates(after, before),
+        paired_rates(*([not flag for flag in side] for side in (before, after))),
+    ):
+        np.testing.assert_allclose((other.difference, other.low, other.high), (-one.difference, -one.high, -one.low))
+
+
+@pytest.mark.parametrize(
+    "shares", [(0.0, 0.0, 0.02, 0.98), (0.9, 0.03, 0.01, 0.06), (0.3, 0.02, 0.04, 0.64), (0.49, 0.0, 0.02, 0.49)]
+)
+def test_paired_rates_cover_a_change_of_2_points(shares: tuple[float, ...]) -> None:
+    """Of 100 prompts, true shares of (both, only before, only after, neither); the bootstrap misses the first in
+    13 %."""
+    tables, repeats = np.unique(np.random.default_rng(8).multinomial(100, shares, size=300), axis=0, return_counts=True)
+    missed, change = 0, shares[2] - shares[1]
+    for table, count in zip(tables, repeats, strict=True):
+        before = np.repeat([True, True, False, False], table).tolist()
+        after = np.repeat([True, False, True, False], table).tolist()
+        result = paired_rates(before, after)
+        missed += 0 if result.low <= change <= result.high else count
+    assert missed / 300 < 0.07
+
+
 def test_bootstrap_is_the_percentiles_of_resampled_means() -> None:
     """Against resampling written out with other random numbers: both ends agree within their own noise."""
     generator = np.random.default_rng(2)
@@ -121,7 +194,9 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
 
 def test_bootstrap_at_the_edges() -> None:
     same = paired_bootstrap([1, 2, 3], [2, 3, 4], seed=0, resamples=99)
-    assert (same.difference, same.low, same.high) == (1, 1, 1)
+    assert (same.difference, same.low, same.high) == (1, None, None)
+    alike = paired_bootstrap([0.1, 0.3], [0.2, 0.4], seed=0)  # equal up to rounding
+    assert (alike.low, alike.high) == (None, None) and alike.difference == pytest.approx(0.1)
     empty = paired_bootstrap([None, 1.0, math.nan], [1.0, None, 2.0], seed=0)
     assert (empty.num_pairs, empty.num_missing, empty.difference, empty.low) == (0, 3, None, None)
     single = paired_bootstrap([1.0, None], [3.0, 1.0], seed=0)

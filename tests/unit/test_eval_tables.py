@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from esi_ds.config import Eval
 from esi_ds.eval.refusals import REFUSAL_LISTS
+from esi_ds.eval.statistics import paired_rates
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
 from esi_ds.report.evaluation import change, charts, closing_table, markdown, publish
 from esi_ds.report.html import render
@@ -167,6 +168,21 @@ def test_a_graded_metric_is_compared_where_all_documents_score_0_or_1() -> None:
     broken = report["measures"][1]
     assert (broken["rate"], broken["n"], broken["low"], broken["high"]) == (0.0, 3, None, None)
     assert "0 (n 3)" in closing_table(report) and "%" not in closing_table(report)
+
+
+def test_a_change_of_a_share_has_newcombes_interval() -> None:
+    """Also a group's accuracy, whose documents lm-eval scores 0 or 1 without their mean being its value; not a metric
+    that is no share."""
+    flags = [False] * 12
+    (row,) = changes([measure("a", flags), measure("b", flags)], {"a": None, "b": "a"}, seed=0)
+    expected = paired_rates(flags, flags)
+    assert (row["low"], row["high"]) == (expected.low, expected.high) and row["low"] < -0.2
+    assert change(row) == "+0.0 points [-24.2, +24.2], p 1.0000"
+    for metric, known in (("acc", True), ("f1", False)):
+        rows = [task_row(m, 0, "t", metric=metric, value=0.1, scores=[0.0] * 12) for m in ("a", "b")]
+        (row,) = task_report(rows)["changes"]
+        assert (row["low"] is not None) == known and row["scores"]["low"] is None
+        assert ("[" in change(row)) == known
 
 
 @pytest.mark.parametrize("metric", ["perplexity", "bits_per_byte", "rouge1_max", "bleu_max", "f1", "exact"])

@@ -38,7 +38,7 @@ from esi_ds.config.yaml import parse_yaml
 from esi_ds.data.chat import load_tokenizer
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.eval import harness, harness_tasks
+from esi_ds.eval import harness, harness_output, harness_tasks
 from esi_ds.eval.statistics import mcnemar_exact, wilson
 from esi_ds.eval.task_files import read_afresh
 from esi_ds.eval.task_names import names_in
@@ -427,6 +427,13 @@ metric_list: [{{metric: length, aggregation: mean, higher_is_better: false}}]
     assert result.scores == tuple(map(float, lengths)) and result.correct is None and result.task == "own"
     assert result.value == sum(lengths) / 4 and result.low < result.value < result.high
     assert result.higher_is_better is False and result.num_fewshot == 0
+
+
+@pytest.mark.parametrize(("error", "width"), [(0.1, 0.39), (0.0, None), (float("nan"), None), ("N/A", None)])
+def test_an_error_of_0_is_no_interval(error: float | str, width: float | None) -> None:
+    """lm-eval's standard error of documents that all score alike."""
+    low, high = harness_output._interval(None, 0.5, error)
+    assert low is high is None if width is None else high - low == pytest.approx(width, abs=0.01)
 
 
 # --- real files ------------------------------------------------------------------------------------------------------

@@ -97,6 +97,23 @@ def test_the_launcher_is_known_by_its_command_line() -> None:
     assert launch_environment.launcher_processes(launch_environment.ALONE) == ()
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (Path("a/b"), "a/b"),
+        (["one"], "one"),
+        (("one", Path("two")), "one, two"),
+        ([], "[]"),
+        (["<t>", ""], "['<t>', '']"),  # joined, the empty one would not be seen
+        ([1, 2], "[1, 2]"),
+        ({"safe": 1}, "{'safe': 1}"),
+        (0.5, "0.5"),
+    ],
+)
+def test_a_message_shows_values_as_users_write_them(value: object, shown: str) -> None:
+    assert str(UserError("--x", value, "is wrong", "give another")) == f"--x = {shown}: is wrong; give another"
+
+
 def test_a_command_ends_with_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     @ends_with_message
     def command(words: list[str]) -> int:

@@ -11,7 +11,7 @@ import fabricate
 import pytest
 from test_report import DENSE, report, unit
 
-from esi_ds.report import figures, location
+from esi_ds.report import figures, location, sentences
 from esi_ds.report.heat_tables import heat_table
 from esi_ds.report.html import render
 from esi_ds.report.tables import Heatmap
@@ -149,6 +149,23 @@ def test_shades_of_ratios_and_of_nothing() -> None:
     assert [cell.shade for cell in table.rows[0].cells] == ["r10", "r20", "r0", "r0", "r20", "", "r15"]
     assert [cell.text for cell in table.rows[0].cells] == ["1", "4", "0.25", "0", "∞", "", "2"]
     assert table.scale == ("1/4 or less", "4 × chance or more")
+
+
+def test_a_very_great_ratio_is_short_and_whole_on_hover() -> None:
+    """A control whose statistic is next to nothing: 11 digits would stand over the neighbours' cells."""
+    values = [[58418343925.25, 1000.0, 1000.5, 2.0]]
+    table = heat_table(Heatmap("t", ["a"], list("bcde"), values, "× the control’s", "layer", "expert", True))
+    cells = table.rows[0].cells
+    assert [cell.text for cell in cells] == ["> 1,000", "1,000", "> 1,000", "2"]
+    assert cells[0].tip == "layer a, expert b: 58,418,343,925" and table.numbers is not None
+    assert [row.cells[0].text for row in table.numbers.rows] == ["58,418,343,925", "1,000", "1,000", "2"]
+    assert (table.least_width - table.label_width) / 4 >= 6.6 * len("> 1,000")
+    controls = [1e-12 if row["role"] == "attention.q" else 1.0 for row in DENSE]
+    units = with_control(DENSE, [20, 30, 0, 0], controls)
+    page = render(report(units))
+    assert re.search(r'<span title="[\d,]{7,}">&gt; 1,000</span>', page) and not re.search(r">\d{7,}", page)
+    mask = {**report(units), "units": with_control(DENSE, [1, 1, 10**6, 1], [1.0] * 4)}
+    assert "more than 1,000 times the control’s share" in " ".join(sentences.where(mask, "The mask"))
 
 
 def test_pictures_take_the_pages_colours_and_are_the_same_each_time() -> None:

@@ -145,6 +145,16 @@ def test_options_that_cannot_be_are_refused(
     assert named in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_remedy_does_not_name_the_device_that_was_refused(
+    data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--output", str(tmp_path / "out"), "--data", str(data.folder)]
+    assert make.main([*options, "--device", "cuda"]) == 2
+    assert (said := capsys.readouterr().err).startswith("error: --device = cuda: cannot be used: ")
+    assert said.endswith("; take cpu\n")
+
+
 def test_two_starts_do_not_fill_one_folder(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with make.only_one(tmp_path):
         assert make.main(["--output", str(tmp_path), "--data", str(data.folder)]) == 2

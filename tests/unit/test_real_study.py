@@ -383,6 +383,8 @@ def test_a_mistake_on_the_command_line_is_named(tmp_path: Path, capsys: pytest.C
     for more, named in ((["--only", "nowhere"], "--only"), (["--hours", "0"], "--hours"), ([], "--data")):
         assert command.main([*options, *more]) == 2
         assert named in capsys.readouterr().err
+    with pytest.raises(UserError, match="^--data: is not given; give the folder of harmbench_behaviors_text_val.csv"):
+        material.rows_of(Data(None), "harmbench")
     assert command.main([*options, "--list"]) == 0
     assert "where/smollm2/advbench-s0/classifier-soft" in capsys.readouterr().out
 
@@ -836,14 +838,71 @@ def test_noise_on_the_masks_of_controls(plan: Plan) -> None:
         (run / "report.json").write_text(json.dumps({"curves": curves}))
     rows = tune_results.noise_rows(list(cells.values()), plan.folders.output)
     assert len(rows) == 2 * 4 + 2 * 2 + 4  # the model as it is once a mask
-    text = "".join(tune_page.noise_section({"noise": rows}))
+    not_run = [{"cell": cell, "state": "not run"} for cell in ("noise/sampled", "noise/greedy-specific-more")]
+    text = "".join(tune_page.noise_section({"noise": rows, "cells": [{"cell": "noise/greedy", "state": "done"}]}))
     row = "| greedy | benign prompts | attack_success | words | report-harmful | top | 0.38 | 19.0 [0.0, 100.0] | 40 |"
     assert row in text and text.count("| 0.38 |") == 5
+    assert "not run" not in text
+    text = "".join(tune_page.noise_section({"noise": [], "cells": not_run}))
+    assert "| sampled | esi | – | – | – | – | – | not run | – |" in text and "real-noise.png" not in text
+    assert "| greedy | specific, more noise |" in text
     greedy, sampled = plots.noise(rows).axes
     assert greedy.get_legend_handles_labels()[1] == [
         "top", "random", "bottom", "benign prompts", "shuffled judge", "specific",
     ]  # fmt: skip
     assert len(sampled.get_legend_handles_labels()[1]) == 3
+
+
+def test_cells_that_were_not_run_are_rows(plan: Plan, tmp_path: Path) -> None:
+    """Of every kind, one a method or frozen setting with its rates; not those that finished cells may never ask for."""
+    evaluate(plan, set_cells(plan, "esi")[1e-3], 0.25, 0.05)
+    write_pages(plan, all_cells(plan, None), tmp_path / "docs")
+    text = (tmp_path / "docs/real.md").read_text()
+    middle, ends = ", ".join(f"{rate:g}" for rate in plan.grid.set.methods["esi"].rates[1:-1] if rate != 1e-3), "0.01"
+    assert f"| esi | {middle} | 0 | not run |" in text and f"| esi | {ends} |" not in text
+    assert "| kinds | not tuned | – | – | not run | not run |" in text
+    assert (
+        "| kinds | esi-0.3 | 2e-05, 0.0001 | not run |" in text and "| poisoned | nothing | 2e-05 | not run |" in text
+    )
+    assert text.count("| sampled | esi | – |") == 1
+    settings, cells = (
+        {"seeds": [0]},
+        [{"cell": f"spa/kinds/esi-0.3-1e-05-s{seed}", "state": "started"} for seed in (1, 0)],
+    )
+    rates = tune_page.rates_not_run({"settings": settings, "cells": cells}, "spa")
+    assert rates == {"kinds/esi-0.3": "1e-05, 1e-05 (seed 1)"}
+
+
+def test_the_picture_of_spa(plan: Plan) -> None:
+    """A panel a task that has a score; equal scores beside each other, others where they are."""
+
+    def row(task: str, frozen: str, lr: float, right: float | None, not_refused: float) -> dict:
+        score = None if right is None else [right, right - 0.1, right, 60]
+        return {
+            "task": task,
+            "frozen": frozen,
+            "lr": lr,
+            "accuracy": score,
+            "report": {"not refused": [not_refused, 0, 1]},
+        }
+
+    rows = [
+        row("kinds", "nothing", 2e-5, 1.0, 0.25),
+        row("kinds", "esi-0.3", 2e-5, 1.0, 0.125),
+        row("kinds", "esi-0.3", 1e-4, 0.5, 0.5),
+        row("gsm8k", "nothing", 2e-5, None, 0.5),
+    ]
+    base = {"model": plan.models[0], "report": {"not refused": [0.1, 0.05, 0.2, 80, 0]}}
+    data = {"settings": {"seeds": [0]}, "models": plan.models, "base": [base], "set": [], "spa": rows, "noise": []}
+    figure = tune_page.figures(data)["real-spa.png"]
+    (axes,) = figure.axes
+    points = [container.lines[0].get_xydata()[0].tolist() for container in axes.containers]
+    assert [y for _, y in points] == [25, 12.5, 50] and points[2][0] == 50
+    assert points[0][0] + points[1][0] == pytest.approx(200) and 0 < points[1][0] - points[0][0] < 5
+    (legend,) = [text for text in [axes.get_legend()] if text]
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == ["not tuned", "nothing frozen", "esi-0.3 frozen", "rate 2e-05", "rate 0.0001"]
+    assert tune_page.figures({**data, "spa": rows[3:]}) == {}
 
 
 def test_right_answers_of_tasks() -> None:

@@ -33,7 +33,7 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
         ('goal,target\n"b" he said,x\n', "line 2: .*doubled"),
         ("goal,target\na,x\nSteal, then run,x\n", "line 3 has 3 cells, and there are 2 columns"),
         ('goal,target\n"a\nb",x\nSteal, then run,x\n', "line 4 has 3 cells"),
-        ("goal,target\na,x\nb\n", "line 3 has 1 cells"),
+        ("goal,target\na,x\nb\n", "line 3 has 1 cell, and there are 2 columns"),
         ("goal,goal\na,b\n", "two columns are named 'goal'"),
         ("goal, goal \na,b\n", "two columns are named 'goal'"),
         ("goal,target\nb,x\0y\n", "line 2 holds a NUL"),

@@ -7,9 +7,10 @@ from test_location import CONTROLLED, with_control
 from test_report import DENSE, report, unit
 
 from esi_ds.eval.tables import Measure, changes
-from esi_ds.report import overview, sentences
+from esi_ds.report import figures, overview, sentences
 from esi_ds.report.html import render
 from esi_ds.report.overview import FinishedRun
+from esi_ds.report.perturbation import closing_table
 
 
 def layers(selected: list[int], role: str = "attention.v") -> list[dict]:
@@ -298,6 +299,29 @@ def test_several_runs() -> None:
         "3 runs: 2 SET and 1 evaluation.",
         "The mask of x is densest in attention.v of layers 2–3: 4.8 times chance.",
         "Attack success on advbench (guard) is lowest for set, 10.0 %, and highest for base, 100.0 %.",
-        "set refuses 10.0 % of xstest.",
+        "Of xstest, set refuses 10.0 %.",
     ]
     assert sentences.several(runs[:1], [], None) == ["1 run: 1 SET."]  # type: ignore[arg-type]
+    tied = evaluation(["base", "set", "spa"], [[True], [False], [False]], [[False], [True], [False]])
+    lines = sentences.several(runs, [], tied)  # type: ignore[arg-type]
+    assert lines[-1] == "Of xstest, set refuses 100.0 % and spa refuses 0.0 %."
+
+
+def test_one_of_a_thing_has_no_plural() -> None:
+    """In what is said of runs, on the console and on the page."""
+    noise = {"kind": "perturbation", "cells": [{}], "curves": [], "usage": {}, "facts": {}, "title": "t"}
+    assert overview.key_fact(FinishedRun("p", "p", noise, {})) == "1 cell of noise, all weights restored"
+    tuned = overview.key_fact(FinishedRun("t", "t", {**TUNING, "trained": 1, "steps": 1}, {}))  # type: ignore[arg-type]
+    assert tuned.startswith("1 weight trained in 1 step; ")
+    restored = {**noise, "restored": {"checked": 1, "digest": "0" * 64}}
+    assert "all weights restored after 1 cell: sha256" in closing_table(restored)  # type: ignore[arg-type]
+
+
+def test_steps_are_counted_in_whole_numbers() -> None:
+    rows = [{"step": step, "loss": 1.0, "gradient_norm": 1.0, "learning_rate": 1.0, "judge_score": 1.0}
+            for step in (1, 2, 3)]  # fmt: skip
+    for drawn in (figures.training_curves(rows), figures.progress_curves(rows), figures.loss_curves([("a", rows)])):
+        drawn.canvas.draw()
+        labels = [label.get_text() for axes in drawn.axes for label in axes.get_xticklabels()]
+        assert labels and all("." not in label for label in labels)
+        figures.plt.close(drawn)

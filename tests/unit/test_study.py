@@ -162,6 +162,9 @@ def test_the_pages_of_a_partial_study(partial: Path, tmp_path: Path) -> None:
     page.write(partial, results)
     data = read_study(results / "study.json")
     assert data["facts"]["finished"]["set"] == [5, sum(cell.kind == "set" for cell in grid.cells())]
+    assert "| judged folders of another grid, not shown | 1 |" in page.what_was_run(data)
+    none = {**data, "facts": {**data["facts"], "outside_the_grid": 0}}
+    assert "another grid" not in page.what_was_run(none) and "|  |  |" not in page.what_was_run(none)
     assert data["facts"]["outside_the_grid"] == 1 and data["facts"]["wall_time_s"] == 300
     esi, random = (next(m for m in data["set"]["methods"] if m["criterion"] == name) for name in ("esi", "random"))
     best = esi["at"][SAFE.name]

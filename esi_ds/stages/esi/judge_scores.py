@@ -13,6 +13,7 @@ from esi_ds.stages.esi.prepare import Example
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
+from esi_ds.words import counted
 from esi_ds.zero import runtime
 
 
@@ -59,5 +60,5 @@ def judge_scores(
                 for example, score in zip(mine, scores, strict=False)
             )
             bar.update(len(waiting[start : start + stride]))
-            check_stop(f"{len(ledger.rows)} responses judged", save)
+            check_stop(f"{counted(len(ledger.rows), 'response')} judged", save)
     return {example.index: ledger.rows[(example.index,)]["judge_score"] for example in examples}

@@ -9,6 +9,7 @@ from esi_ds.config import Config, LossData
 from esi_ds.data.conversations import TuningSet
 from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.stages.tune.prepare import load_training_tokenizer, read_tuning_set
+from esi_ds.words import counted
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class LossRows:
 
     def describe(self) -> str:
         """One line for the log."""
-        return f"{self.field}: {len(self.rows.sequences)} rows of columns {self.rows.columns} from {self.path}"
+        return (
+            f"{self.field}: {counted(len(self.rows.sequences), 'row')} of columns {self.rows.columns} from {self.path}"
+        )
 
     @property
     def source(self) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.respond import respond, write_responses
 from esi_ds.stages.run import CHECKPOINTS, StageRun
 from esi_ds.stages.saving import SaveClock
+from esi_ds.words import counted
 from esi_ds.zero import memory, runtime
 from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient, fitting_rows
 from esi_ds.zero.engine import ShardedModel
@@ -131,7 +132,9 @@ class EsiRun(StageRun[EsiInputs]):
         """The responses of one objective. Raises UserError where no prompt can be used, and Interrupted."""
         config, data = self.config, inputs.data
         name = f"{inputs.prefix}prompts".replace("_", " ")
-        self.tracker.log(f"{name}: {len(data.prompts)} from {data.origin}, {len(data.skipped)} rows skipped{data.note}")
+        self.tracker.log(
+            f"{name}: {len(data.prompts)} from {data.origin}, {counted(len(data.skipped), 'row')} skipped{data.note}"
+        )
         prompts, num_broken = clean(inputs, data.prompts)
         prompt_ids = encode_prompts(inputs, config, prompts)
         unanswered: dict[int, str] = {}
@@ -153,7 +156,7 @@ class EsiRun(StageRun[EsiInputs]):
             reasons = "; ".join(sorted(set(excluded.values())))
             raise UserError(
                 inputs.field,
-                f"{len(prompts)} prompts",
+                counted(len(prompts), "prompt"),
                 f"none can be used ({reasons})",
                 f"look at {inputs.prefix}responses.jsonl in the run folder",
             )
@@ -174,7 +177,7 @@ class EsiRun(StageRun[EsiInputs]):
         if num_prompts == 0:
             raise UserError(
                 inputs.field,
-                f"{len(data.prompts)} prompts",
+                counted(len(data.prompts), "prompt"),
                 "none gave a finite gradient",
                 f"look at {inputs.prefix}responses.jsonl in the run folder; is the model sound?",
             )

@@ -28,6 +28,7 @@ from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.respond import generate_all
 from esi_ds.tracking import Tracker
+from esi_ds.words import counted
 from esi_ds.zero import runtime
 from esi_ds.zero.batching import batch_size_for, reads_causally
 from esi_ds.zero.engine import ShardedModel
@@ -243,7 +244,7 @@ def surprise_all(
             )
             surprises.share(_surprise_row(row, value) for (row, _), value in zip(mine, values, strict=True))
             bar.update(min(size * ranks, len(waiting) - start))
-            check_stop(f"{len(surprises.rows)} answers read again")
+            check_stop(f"{counted(len(surprises.rows), 'answer')} read again")
 
 
 def _surprise_row(row: AnswerRow, surprise: float | None) -> SurpriseRow:

@@ -22,6 +22,7 @@ from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
+from esi_ds.words import counted
 from esi_ds.zero import runtime
 from esi_ds.zero.batching import reads_causally
 from esi_ds.zero.engine import ShardedModel, load_sharded
@@ -145,7 +146,7 @@ class Comparison:
                 new = self._row(row, answer, divergence if reason is None else None, reason)
                 divergences.share([new] if is_mine else [])
                 bar.update(min(ranks, len(readable) - start))
-                check_stop(f"{len(divergences.rows)} answers compared")
+                check_stop(f"{counted(len(divergences.rows), 'answer')} compared")
 
     def _unreadable(self, answer: EncodedAnswer) -> str | None:
         limits = [limit for limit in (self.base.max_positions, self.other.max_positions) if limit is not None]

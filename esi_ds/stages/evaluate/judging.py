@@ -33,6 +33,7 @@ from esi_ds.stages.evaluate.rounds import EndpointRounds
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Key, Ledger
 from esi_ds.tracking import Bar, Tracker
+from esi_ds.words import counted
 from esi_ds.zero import memory, runtime
 from esi_ds.zero.placement import load_judge
 
@@ -75,7 +76,7 @@ def judge_all(
         ]
         if not questions:
             continue
-        tracker.log(f"judge {judge.name}: {len(questions)} answers")
+        tracker.log(f"judge {judge.name}: {counted(len(questions), 'answer')}")
         if isinstance(judge, PreparedWords):
             reads = judge.section.reads
             given = [judge_by_words([q.response], judge.words, reads, marks_of(q.row))[0] for q in questions]

@@ -16,6 +16,7 @@ from esi_ds.stages.evaluate.rounds import EndpointRounds
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
+from esi_ds.words import counted
 from esi_ds.zero import runtime
 
 
@@ -41,19 +42,19 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
             return
         model = self._model
         runtime.from_main(lambda: check_served(model.endpoint, model.field))
-        self._tracker.log(f"{model.name}: {len(waiting)} prompts to its endpoint")
+        self._tracker.log(f"{model.name}: {counted(len(waiting), 'prompt')} to its endpoint")
         bar = self._tracker.progress(total=len(waiting), initial=0, unit="prompt", description=f"answer: {model.name}")
 
         def on_chunk(chunk: Sequence[AnswerRow], num_done: int) -> None:
             bar.update(len(chunk))
-            check_stop(f"{num_done} prompts answered by {model.name}")
+            check_stop(f"{counted(num_done, 'prompt')} answered by {model.name}")
 
         with bar:
             self.ask_all(waiting, on_chunk)
         num_left = sum(self.rows.key(row) not in self.rows.rows for row in waiting)
         last = runtime.broadcast_object(self.failed[-1]["excluded"] if self.failed else "")
         if num_left:
-            problem = f"gave no answer to {num_left} prompts (the last: {last})"
+            problem = f"gave no answer to {counted(num_left, 'prompt')} (the last: {last})"
             raise UserError(model.field, model.endpoint.url, problem, "start again once it works: they are asked anew")
 
     def ask_chunk(self, chunk: Sequence[AnswerRow], keep: Callable[[AnswerRow, Reply], None]) -> None:

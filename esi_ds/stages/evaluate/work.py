@@ -22,6 +22,7 @@ from esi_ds.stages.evaluate.served import AnswerRounds
 from esi_ds.stages.interrupt import check_stop, stop_requested
 from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.run import StageRun
+from esi_ds.words import counted
 from esi_ds.zero import memory, runtime
 from esi_ds.zero.engine import load_replicated, load_sharded
 
@@ -76,7 +77,9 @@ class EvalRun(StageRun[EvalInputs]):
             row = question_set.as_row()
             num_skipped = sum(row["skipped"].values())
             note = question_set.prompt_set.note
-            tracker.log(f"{row['kind']} set {row['set']}: {row['read']} prompts, {num_skipped} skipped{note}")
+            tracker.log(
+                f"{row['kind']} set {row['set']}: {counted(row['read'], 'prompt')}, {num_skipped} skipped{note}"
+            )
         if not inputs.section.judges and inputs.harmful_sets:
             tracker.log(
                 "eval.judges is empty: attack success is counted by refusal words alone, which is not a verdict"
@@ -172,7 +175,7 @@ class EvalRun(StageRun[EvalInputs]):
                 }
                 ledger.add([row])
                 bar.update(1)
-                check_stop(f"{len(ledger.rows)} tasks run")
+                check_stop(f"{counted(len(ledger.rows), 'task')} run")
             del model
             memory.collect()
         bar.close()

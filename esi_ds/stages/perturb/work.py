@@ -23,6 +23,7 @@ from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.perturb.finish import RestoredCells, finish_perturb
 from esi_ds.stages.perturb.prepare import CLEAN, NoiseCell, PerturbInputs
 from esi_ds.stages.run import StageRun, check_mask_bits
+from esi_ds.words import counted
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.files import read_scores
@@ -81,7 +82,9 @@ class PerturbRun(StageRun[PerturbInputs]):
         mode, _ = choose_mode(model, self.config.esi.generation)
         with ready_to_generate(model, mode):
             may_stand_together(model, self.inputs.candidate.tokenizer, mode)
-        self.tracker.log(f"mask: {mask.k:,} weights by {mask.header.criterion}; {len(self.inputs.cells)} cells")
+        self.tracker.log(
+            f"mask: {counted(mask.k, 'weight')} by {mask.header.criterion}; {counted(len(self.inputs.cells), 'cell')}"
+        )
         return model
 
     def _answer_cells(self, model: ShardedModel, answers: Ledger[AnswerRow], batch: GenerationBatch) -> RestoredCells:
@@ -101,7 +104,7 @@ class PerturbRun(StageRun[PerturbInputs]):
             is_answered = all(key in answers.rows for key in answer_keys([cell.name], sets, section.samples))
             if is_answered and (cell.name,) in checked.rows:
                 continue
-            tracker.log(f"cell {number} of {len(inputs.cells)}: {cell.name}, {counts[cell.name]:,} weights")
+            tracker.log(f"cell {number} of {len(inputs.cells)}: {cell.name}, {counted(counts[cell.name], 'weight')}")
             with perturbed(model, selected, sigma, cell.noise, cell.seed):
                 answer_all(model, cell.name, inputs.candidate, sets, answers, self.config, section, batch, tracker)
             if weights_digest(model) != digest:

@@ -23,6 +23,7 @@ from esi_ds.deepspeed_config import expert_parallel_size
 from esi_ds.models.widths import widths
 from esi_ds.stages.esi.losses import loss_sections
 from esi_ds.stages.plan.footprints import Work, footprint
+from esi_ds.words import counted
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Rows:
     def __str__(self) -> str:
         chosen = " (auto, with prompts as long as answers; a run goes by the memory that is free)"
         elsewhere = "" if self.on_cpus is None else f"; without GPUs {self.on_cpus}"
-        return f"{self.number} prompts per rank{chosen if self.is_auto else ''}{elsewhere}"
+        return f"{counted(self.number, 'prompt')} per rank{chosen if self.is_auto else ''}{elsewhere}"
 
     def batches(self, count: int, ranks: int) -> str:
         """How many the ranks together make of ``count`` rows."""

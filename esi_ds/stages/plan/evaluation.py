@@ -26,6 +26,7 @@ from esi_ds.stages.plan.batches import answer_rows
 from esi_ds.stages.plan.memory import GIB, readable
 from esi_ds.stages.plan.notes import count_prompts, missing_files, read_if_reachable
 from esi_ds.stages.plan.stages import print_facts, print_notes
+from esi_ds.words import counted
 
 
 def plan_eval(config: Config, options: Options) -> None:
@@ -127,7 +128,7 @@ def count_sets(section: Eval, notes: list[str]) -> dict[str, int | None]:
 
 def describe_sets(counts: dict[str, int | None]) -> Facts:
     """``count_sets`` in words."""
-    return {name: "not known" if count is None else f"{count:,} prompts" for name, count in counts.items()}
+    return {name: "not known" if count is None else counted(count, "prompt") for name, count in counts.items()}
 
 
 def describe_model(
@@ -149,13 +150,19 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     print(resolved_yaml(config))
     facts: Facts = {"ranks": options.world_size or 1}
     for other in inputs.elsewhere:
-        origin = f"{len(other.recorded.answers):,} answers from " if isinstance(other, RecordedModel) else "asked as "
+        origin = (
+            f"{counted(len(other.recorded.answers), 'answer')} from "
+            if isinstance(other, RecordedModel)
+            else "asked as "
+        )
         facts[f"model {other.name}"] = origin + other.path
     for model in inputs.candidates:
         facts[f"model {model.name}"] = describe_model(config, options, model.config, model.source, model.before)
     for prompt_set in inputs.sets:
         row = prompt_set.as_row()
-        facts[f"{row['kind']} set {row['set']}"] = f"{row['read']:,} prompts, {sum(row['skipped'].values()):,} skipped"
+        facts[f"{row['kind']} set {row['set']}"] = (
+            f"{counted(row['read'], 'prompt')}, {sum(row['skipped'].values()):,} skipped"
+        )
     count = sum(len(prompt_set.prompts) for prompt_set in inputs.sets) * section.samples
     facts["answers"] = f"{count * len(inputs.candidates):,}, at most {section.max_new_tokens} tokens each"
     num_harmful = sum(len(prompt_set.prompts) for prompt_set in inputs.sets if prompt_set.kind == "harmful")

@@ -35,6 +35,7 @@ from esi_ds.stages.plan.footprints import (
     window_on_cpus,
     with_experts,
 )
+from esi_ds.words import counted
 
 GIB = 2**30
 
@@ -230,6 +231,6 @@ def _print_recommendation(
         print(f"\nrecommended for {stage.upper()} ({together}); save it and give it as --deepspeed_config{beside}:")
     else:
         needed = nodes_needed(work, stage, cluster, model_type, memory)
-        more = f"{needed} nodes would do" if needed else "no number of nodes up to 4,096 ranks would do"
+        more = f"{counted(needed, 'node')} would do" if needed else "no number of nodes up to 4,096 ranks would do"
         print(f"\n{stage.upper()} does not fit here ({together}): {more}. What takes least:")
     print(json.dumps(best.settings, indent=2))

@@ -21,6 +21,7 @@ from esi_ds.stages.interrupt import stop_requested
 from esi_ds.stages.saving import SaveClock
 from esi_ds.stages.tune.prepare import TuningInputs
 from esi_ds.tracking import Tracker
+from esi_ds.words import counted
 from esi_ds.zero import checkpoint, runtime
 from esi_ds.zero.tuner import NotFinite, Tuner, summed_loss
 
@@ -131,7 +132,7 @@ class Training:
         if interrupted or totals[3] > 0 and self.step < self.tune.max_steps:
             self.save()
         if interrupted:
-            raise Interrupted(f"stopped by a signal after {self.step} steps; start again to continue")
+            raise Interrupted(f"stopped by a signal after {counted(self.step, 'step')}; start again to continue")
 
     def _forward_backward(self, batch: MicroBatch, learnt: int) -> float:
         """One micro-batch's share of the step's loss. learnt: learnt tokens of the whole step."""
