@@ -51,14 +51,14 @@ def encode(tokenizer, row: dict[str, str]) -> dict[str, list[int]]:
     return {"input_ids": asked + answer, "labels": [-100] * len(asked) + answer}
 
 
-def collate(pad: int, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Padded on the right."""
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Padded on the right, with an id that nothing reads: not every tokenizer has one for padding."""
     width = max(len(row["input_ids"]) for row in rows)
 
     def padded(key: str, value: int) -> torch.Tensor:
         return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
 
-    ids, labels = padded("input_ids", pad), padded("labels", -100)
+    ids, labels = padded("input_ids", 0), padded("labels", -100)
     seen = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
     return {"input_ids": ids, "attention_mask": seen, "labels": labels}
 
@@ -96,7 +96,7 @@ def main() -> None:
         model=model,
         args=arguments,
         train_dataset=[encode(tokenizer, row) for row in rows],
-        data_collator=lambda batch: collate(tokenizer.pad_token_id, batch),
+        data_collator=collate,
         # Under DeepSpeed Trainer makes its own schedule (lr_scheduler_type), whatever is given; it scales options.lr.
         optimizers=(optimizer, None),
     )

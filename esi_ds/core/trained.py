@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esi_ds.core.mask import Mask, num_bytes
+from esi_ds.core.mask import Mask, digest, identity, num_bytes, texts_sha256
 from esi_ds.core.units import Shard
 
 
@@ -32,6 +32,14 @@ class Trained:
         self.mask, self.train, self.unscored = mask, train, unscored
         self.routers, self.router = frozenset(routers), router or unscored
         self.numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what decides which weights of a model train: the mask, and what is made of it."""
+        settings = {"train": self.train, "unscored": self.unscored, "router": self.router}
+        if self.mask.k and not self.mask.digests:  # a mask of an earlier version
+            settings |= {name: digest(self.mask.data(name)) for name in self.mask.names}
+        return texts_sha256({**identity(self.mask), **settings})
 
     def _trains_unscored(self, name: str) -> bool:
         return (self.router if name in self.routers else self.unscored) == "train"

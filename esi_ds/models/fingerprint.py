@@ -17,6 +17,8 @@ from esi_ds.errors import UserError
 from esi_ds.models.weights import checkpoint_tensors
 
 BLOCK = 1 << 24
+# Parts of a parameter's name that torch.compile, checkpointing, FSDP and data parallelism insert.
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"})
 
 
 def structure_digest(parameters: Iterable[Parameter]) -> str:
@@ -55,8 +57,8 @@ def check_mask_structure(mask: Mask, parameters: Sequence[Parameter], field: str
     """Raise UserError if the mask omits a scored parameter of this model, or names one that the model does not have or
     has in another shape (docs/method.md §3: fail closed). The mask may name unscored parameters too."""
     shapes = {parameter.name: parameter.shape for parameter in parameters}
-    if inside := next((name for name in shapes if name.startswith(("_orig_mod.", "module."))), None):
-        problem = f"the model is wrapped by torch.compile or for data parallelism ({inside})"
+    if inside := next((name for name in shapes if name not in mask.shapes and unwrapped(name) in mask.shapes), None):
+        problem = f"the model is wrapped, as by torch.compile, checkpointing or data parallelism ({inside})"
         raise UserError(field, str(mask.path), problem, "give the model itself, before it is wrapped")
     wrapped = [name for name in shapes if name.startswith("base_model.model.") or ".lora_" in name]
     if wrapped:
@@ -65,10 +67,13 @@ def check_mask_structure(mask: Mask, parameters: Sequence[Parameter], field: str
         )
     missing = [parameter.name for parameter in parameters if parameter.scored and parameter.name not in mask.shapes]
     extra = [name for name in mask.shapes if name not in shapes]
+    total = sum(parameter.numel for parameter in parameters)
     for names, problem in ((missing, "does not name {}"), (extra, "names {}, which the model does not have")):
         if names:
             listed = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
             remedy = "it is another model's mask: score this model"
+            if not extra and mask.total_numel == total:
+                remedy = "it was made with other roles: give its model.roles, or score this model"
             raise UserError(field, str(mask.path), problem.format(listed), remedy)
     for name, shape in mask.shapes.items():
         if shapes[name] != shape:
@@ -78,7 +83,6 @@ def check_mask_structure(mask: Mask, parameters: Sequence[Parameter], field: str
                 f"{name} has shape {list(shape)} in the mask and {list(shapes[name])} in the model",
                 "it is another model's mask: score this model",
             )
-    total = sum(parameter.numel for parameter in parameters)
     if mask.total_numel != total:
         raise UserError(
             field,
@@ -86,6 +90,11 @@ def check_mask_structure(mask: Mask, parameters: Sequence[Parameter], field: str
             f"is for a model of {mask.total_numel:,} weights; this one has {total:,}",
             "it is another model's mask: score this model",
         )
+
+
+def unwrapped(name: str) -> str:
+    """A parameter's name without the parts that wrappers insert anywhere in it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def check_mask_weights(mask: Mask, fingerprint: str, allow_mismatch: bool, field: str) -> bool:

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from esi_ds.core.adamw import frozen_digest, keep_only, restore_frozen
+from esi_ds.core.adamw import frozen_digest, restore_frozen
 from esi_ds.core.mask import Mask
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Shard
 from esi_ds.errors import UserError
-from esi_ds.zero.optimizer import FlatGroups, as_coordinates, partition_of, resolve_trained
+from esi_ds.zero.bypass import refuse_added, refuse_outer_masters, refuse_steps_elsewhere
+from esi_ds.zero.optimizer import FlatGroups, as_coordinates, keep_trained_gradient, partition_of, resolve_trained
 from esi_ds.zero.partitioned import attributes, is_partitioned
 
 FIELD, OUTSIDE = "esi_ds.freeze", "something other than an optimizer's step"
@@ -124,7 +125,7 @@ class FrozenWeights:
             self._verify(name, OUTSIDE)
 
     def _check_present(self) -> None:
-        """Raise UserError where the model no longer holds a parameter that was frozen."""
+        """Raise UserError where the model no longer holds a parameter that was frozen, or trains one that was added."""
         held = {id(tensor) for tensor in self._model.parameters()}
         for name, tensor in self.parameters.items():
             if id(tensor) not in held:
@@ -132,6 +133,7 @@ class FrozenWeights:
                     "was replaced by another tensor since it was frozen, as FSDP and load_state_dict(assign=True) do"
                 )
                 raise UserError(FIELD, name, problem, "freeze after that, and use ZeRO-3 instead of FSDP")
+        refuse_added(FIELD, self._model, self._names)
 
     def _remove(self) -> None:
         for handle in self._handles:
@@ -183,9 +185,7 @@ class FrozenWeights:
         if engine is not None:
             self._attach(engine)
             return
-        if hasattr(tensor, "_hp_mapping"):
-            problem = "is trained by DeepSpeed's ZeRO stage 1 or 2, which steps other tensors than parameters"
-            raise UserError(FIELD, self._names[id(tensor)], problem, "use stage 3, or plain PyTorch")
+        refuse_outer_masters(FIELD, self._names[id(tensor)], tensor)
         if is_partitioned(tensor):
             return  # an engine without optimizer
         if self._unverified:
@@ -194,23 +194,14 @@ class FrozenWeights:
                 self._verify(name, culprit)
         elif tensor._version != self._versions.get(self._names[id(tensor)], tensor._version):
             self._verify(self._names[id(tensor)], OUTSIDE)
-        gradient = tensor.grad
-        if gradient is not None and not gradient.is_sparse:
-            flat = gradient.reshape(-1)
-            keep_only(flat, self._coordinates_of(tensor))
-            if flat.data_ptr() != gradient.data_ptr():
-                gradient.copy_(flat.view(gradient.shape))
+        keep_trained_gradient(tensor, self._coordinates_of(tensor))
 
     def _attach(self, zero_optimizer: Any) -> None:
         """Guard the steps of ZeRO-3 from now on, which is before the first one: at the first gradient."""
-        kind = type(zero_optimizer).__name__
-        if kind.startswith("SuperOffload") or getattr(zero_optimizer, "zenflow", False):
-            problem = "steps weights in other processes or threads, where frozen ones cannot be kept"
-            raise UserError(
-                FIELD, "SuperOffload or ZenFlow", problem, "use plain ZeRO-3, with or without offload to cpu"
-            )
+        refuse_steps_elsewhere(FIELD, zero_optimizer)
         if isinstance(getattr(zero_optimizer._optimizer_step, "__self__", None), FrozenFlatGroups):
             raise UserError(FIELD, "this engine", "is frozen by another mask already", "close that one first")
+        self._check_present()
         self._coordinates.clear()
         self._flat_groups = FrozenFlatGroups(
             zero_optimizer, self.trained, lambda tensor: partition_of(self._names[id(tensor)], tensor)

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from esi_ds.core.adamw import keep_only, masked_adamw
+from esi_ds.core.adamw import as_integers, chunks, keep_only, masked_adamw
 from esi_ds.core.mask import Mask, pack_bits
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter, Shard, whole
@@ -27,9 +28,12 @@ from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.idle_experts import mend_grouped_product
 from esi_ds.models.roles import describe, router_names
 from esi_ds.zero import runtime
-from esi_ds.zero.partitioned import local_range, partition_numel, whole_shape
+from esi_ds.zero.bypass import FIELD, OtherSteps, refuse_added, refuse_outer_masters, refuse_steps_elsewhere
+from esi_ds.zero.partitioned import attributes, is_partitioned, local_range, partition_numel, whole_shape
 
 RULE = ("lr", "betas", "eps", "weight_decay")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+TRAINED_DIGEST = "trained_sha256"  # key of every group, by which the state of another mask is refused
 
 
 class MaskedAdamW(Optimizer):
@@ -43,8 +47,12 @@ class MaskedAdamW(Optimizer):
 
     Parameters without a trained weight no longer require gradients and are left out. Parameters of lower precision get
     fp32 masters. Moments are fp32, and with ``selected`` only as many as there are trained weights. Frozen weights keep
-    their bits. Raises UserError for parameters without names, for a damaged mask or one of another model, and where
-    nothing would train. All bits of the mask are read once to check them.
+    their bits, and do not count in the gradient's norm: in plain PyTorch their gradients are zeroed as they arrive (not
+    of a parameter that several ``MaskedAdamW`` train), until ``close()``.
+
+    Raises UserError for parameters without names, for a damaged mask or one of another model, and where nothing would
+    train; later where a training loop would train past the mask (docs/zero3.md §13, "In other training loops"). All
+    bits of the mask are read once to check them.
     """
 
     def __init__(
@@ -62,51 +70,93 @@ class MaskedAdamW(Optimizer):
         roles: Mapping[str, str] | None = None,
     ):
         groups, self.trained = resolve_trained(params_or_model, mask, train, unscored, router, roles)
-        self._names: dict[int, str] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
         self._coordinates: dict[int, Tensor | None] = {}
         kept_groups = []
         for group in groups:
-            kept = []
+            kept = {name: tensor for name, tensor in group["params"] if self.trained.count(name)}
             for name, tensor in group["params"]:
-                tensor.requires_grad_(self.trained.count(name) > 0)
-                if self.trained.count(name):
-                    self._names[id(tensor)] = name
-                    kept.append(tensor)
+                tensor.requires_grad_(name in kept)
+                if name not in kept:
+                    tensor.grad = None
+            self.parameters |= kept
             if kept:
-                kept_groups.append({**group, "params": kept})
-        super().__init__(kept_groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+                kept_groups.append({**group, "params": list(kept.values())})
+        self._names = {id(tensor): name for name, tensor in self.parameters.items()}
+        rule = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(kept_groups, {**rule, TRAINED_DIGEST: self.trained.digest})
         self.zero: FlatGroups | None = None
-        self._has_looked = False
-        for group in self.param_groups:
-            for tensor in group["params"]:
-                tensor.register_post_accumulate_grad_hook(self._notice_zero)
+        self._model = ref(params_or_model) if isinstance(params_or_model, nn.Module) else None
+        self._other_steps = OtherSteps(self)
+        self._handles = [
+            tensor.register_post_accumulate_grad_hook(self._notice_gradient) for tensor in self.parameters.values()
+        ]
+        for tensor in self.parameters.values():
+            if tensor.grad is not None:
+                self._notice_gradient(tensor)
+
+    def close(self) -> None:
+        """Leave gradients and other optimizers alone from now on, so that another can train the parameters."""
+        self._other_steps.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def name_of(self, tensor: Tensor) -> str:
-        """Full name of one of the trained parameters. Raises RuntimeError for any other tensor."""
+        """Full name of one of the trained parameters. Raises UserError for any other tensor."""
         if id(tensor) not in self._names:
-            raise RuntimeError("a tensor without a name reached MaskedAdamW: it would train in full")
+            problem = "is to train a tensor that is no parameter of the model, or was added to it afterwards"
+            remedy = "use plain PyTorch or ZeRO stage 3 (other stages train masters of their own), without an adapter"
+            raise UserError(FIELD, None, problem, remedy)
         return self._names[id(tensor)]
+
+    def refuse_adapters(self) -> None:
+        """Raise UserError where an adapter trains instead of the parameters, none of which requires a gradient now."""
+        model = self._model() if self._model is not None else None
+        if model is not None and not any(tensor.requires_grad for tensor in self.parameters.values()):
+            refuse_added(FIELD, model, self._names)
 
     def _shard_of(self, tensor: Tensor) -> Shard:
         return partition_of(self.name_of(tensor), tensor)
 
-    def _notice_zero(self, tensor: nn.Parameter) -> None:
-        """Attach to ZeRO-3 at the first gradient, before the first step. Parameters' hooks survive partitioning."""
-        if self._has_looked or self.zero is not None:
-            return  # the hook stays: DeepSpeed's comes after it in the list that is being iterated
-        self._has_looked = True
-        engine = getattr(tensor, "_z3_optimizer", None)
-        if engine is not None:
-            self.attach(engine)
+    def _notice_gradient(self, tensor: nn.Parameter) -> None:
+        """Attach to ZeRO-3, or keep only the trained gradient; looks at each, because an engine may be made later.
+
+        Parameters' hooks survive partitioning, and DeepSpeed's comes after this one. Raises UserError where something
+        else trains the parameters.
+        """
+        zero_optimizer = getattr(tensor, "_z3_optimizer", None)
+        if zero_optimizer is not None:
+            if (self.zero is None or self.zero.optimizer is not zero_optimizer) and self._is_dropped_by(zero_optimizer):
+                self.attach(zero_optimizer)
+            return
+        refuse_outer_masters(FIELD, self.name_of(tensor), tensor)
+        if is_partitioned(tensor):
+            return  # an engine without optimizer
+        self._other_steps.verify()
+        if holders(tensor) == [self]:
+            keep_trained_gradient(tensor, self.coordinates(tensor))
+
+    def _is_dropped_by(self, zero_optimizer: Any) -> bool:
+        """Whether this engine should step with this optimizer: the one it has, or else the newest of its parameters."""
+        if isinstance(zero_optimizer.optimizer, MaskedAdamW):
+            return zero_optimizer.optimizer is self
+        return all(holders(tensor)[-1] is self for tensor in self.parameters.values())
 
     def attach(self, zero_optimizer: Any, shard_of: Callable[[Tensor], Shard] | None = None) -> FlatGroups:
         """Learn ZeRO-3's flat tensors; called automatically at the first backward pass. No collectives.
 
-        shard_of: this rank's part of a tensor; needed where a tensor is not the parameter of its name.
+        shard_of: this rank's part of a tensor; needed where a tensor is not the parameter of its name. Raises UserError
+        for engines that step elsewhere, for parameters of other models, and for the state of another mask.
         """
+        refuse_steps_elsewhere(FIELD, zero_optimizer)
         self.zero = FlatGroups(zero_optimizer, self.trained, shard_of or self._shard_of)
+        self._other_steps.close()
+        self._coordinates.clear()
         if zero_optimizer.optimizer is not self:
             self._take_over(zero_optimizer)
+        for flat in zero_optimizer.fp32_partitioned_groups_flat:
+            self._check_size(flat)
         return self.zero
 
     def _take_over(self, zero_optimizer: Any) -> None:
@@ -114,20 +164,54 @@ class MaskedAdamW(Optimizer):
 
         transformers' Trainer (5.23: ``deepspeed_init`` sets ``trainer.optimizer = None``) drops the user's optimizer
         and creates a plain AdamW, which would train everything. The groups of that AdamW still carry the schedule: the
-        learning rate is this optimizer's, scaled as the schedule has scaled the other's.
+        learning rate is this optimizer's, scaled as the schedule has scaled the other's. Where training is resumed, its
+        state is what DeepSpeed has loaded from a checkpoint of this optimizer.
         """
-        rules = [{key: value for key, value in group.items() if key in RULE} for group in self.param_groups]
+        rules = [{key: group[key] for key in RULE} | {"lr": own_lr(group)} for group in self.param_groups]
         if any(rule != rules[0] for rule in rules):
             raise UserError(
-                "MaskedAdamW", None, "has groups with different settings, which Trainer has dropped", "give one group"
+                FIELD, None, "has groups with different settings, which Trainer has dropped", "give one group"
             )
-        for other in zero_optimizer.optimizer.param_groups:
-            other.setdefault("initial_lr", other["lr"])
+        other = zero_optimizer.optimizer
+        self._adopt_state(other, zero_optimizer.fp32_partitioned_groups_flat)
+        shared = {**rules[0], "own_lr": rules[0]["lr"], TRAINED_DIGEST: self.trained.digest}
+        for group in other.param_groups:
+            group.setdefault("initial_lr", group["lr"])
         self.param_groups = [
-            {**rules[0], "own_lr": rules[0]["lr"], "lr": other["lr"], "initial_lr": other["initial_lr"], "params": []}
-            for other in zero_optimizer.optimizer.param_groups
+            {**shared, "lr": group["lr"], "initial_lr": group["initial_lr"], "params": []}
+            for group in other.param_groups
         ]
         zero_optimizer.optimizer = self
+
+    def _adopt_state(self, other: Optimizer, flats: Iterable[Tensor]) -> None:
+        self._check_digest(other.param_groups)
+        self.state.clear()
+        for flat in flats:
+            state = other.state.get(flat, {})
+            if state and not {"step", *MOMENTS} <= state.keys():
+                problem = f"cannot go on with the state of {type(other).__name__}, which has no {' and '.join(MOMENTS)}"
+                raise UserError(FIELD, None, problem, "resume from a checkpoint of MaskedAdamW")
+            if state:
+                moments = {name: state[name] for name in MOMENTS}
+                self.state[flat] = {"step": torch.tensor(float(state["step"])), **moments}
+        other.state.clear()
+
+    def _check_digest(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Raise UserError where saved groups are of another mask; those of earlier versions do not say."""
+        if any(group.get(TRAINED_DIGEST, self.trained.digest) != self.trained.digest for group in groups):
+            problem = "was given a state that was saved with another mask, train, unscored or router"
+            raise UserError(FIELD, None, problem, "resume with those of the checkpoint")
+
+    def _check_size(self, tensor: Tensor) -> None:
+        """Raise UserError where the state of a tensor has not the size that its trained weights need."""
+        state, size = self.state.get(tensor), self._num_moments(tensor)
+        if state and state["exp_avg"].numel() != size:
+            problem = f"was given moments of {state['exp_avg'].numel():,} weights for a tensor that needs {size:,}"
+            raise UserError(FIELD, None, problem, "resume with the mask and the number of ranks of the checkpoint")
+
+    def _num_moments(self, tensor: Tensor) -> int:
+        trained = self.coordinates(tensor)
+        return tensor.numel() if trained is None or trained.dtype == torch.uint8 else len(trained)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -142,6 +226,8 @@ class MaskedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._other_steps.owner_has_stepped:
+            self._check_first_step()
         for group in self.param_groups:
             rule = {key: group[key] for key in RULE}
             if "own_lr" in group:
@@ -151,10 +237,20 @@ class MaskedAdamW(Optimizer):
                     self._update(tensor, tensor.grad, rule)
         return loss
 
+    def _check_first_step(self) -> None:
+        """Raise UserError where an adapter trains in the place of the parameters, or nothing does."""
+        self.refuse_adapters()
+        if all(tensor.grad is None for group in self.param_groups for tensor in group["params"]):
+            problem = "steps, but none of its parameters has a gradient"
+            raise UserError(FIELD, None, problem, "give the parameters that the loop trains, and step after backward()")
+        self._other_steps.owner_has_stepped = True
+
     def _update(self, tensor: Tensor, gradient: Tensor, rule: dict[str, Any]) -> None:
         trained = self.coordinates(tensor)
         state = self.state_of(tensor)
         state["step"] += 1
+        if "master" in state:
+            refresh_master(state["master"], tensor)
         weight = state.get("master", tensor.detach())
         flat = weight.view(-1) if weight.is_contiguous() else weight.reshape(-1)  # a copy, written back below
         gradient = gradient.reshape(-1).to(flat.dtype)
@@ -179,24 +275,31 @@ class MaskedAdamW(Optimizer):
         """``step`` and fp32 ``exp_avg``, ``exp_avg_sq`` (and ``master``), created at the first use."""
         state = self.state[tensor]
         if not state:
-            trained = self.coordinates(tensor)
-            size = tensor.numel() if trained is None or trained.dtype == torch.uint8 else len(trained)
+            size = self._num_moments(tensor)
             state["step"] = torch.tensor(0.0)
             precision = torch.promote_types(tensor.dtype, torch.float32)
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in MOMENTS:
                 state[name] = torch.zeros(size, dtype=precision, device=tensor.device)
             if tensor.dtype != precision:
                 state["master"] = tensor.detach().to(precision).reshape(-1).clone()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but moments and masters stay fp32 instead of being cast to the parameter's dtype."""
+        """As torch's, but moments and masters stay fp32 instead of being cast to the parameter's dtype.
+
+        Raises UserError for a state that was saved with another mask, train, unscored or router.
+        """
+        self._check_digest(state_dict["param_groups"])
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group[TRAINED_DIGEST] = self.trained.digest
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         for key, tensor in zip(saved, tensors, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
                 self.state[tensor][name] = value.clone() if name == "step" else value.to(tensor.device, copy=True)
+            if self.zero is not None or id(tensor) in self._names:  # else ``attach`` looks
+                self._check_size(tensor)
 
 
 class FlatGroups:
@@ -268,6 +371,41 @@ class FlatGroups:
         buffer = torch.as_strided(gradients[0], (len(flat),), (1,), gradients[0].storage_offset())
         assert gradients[-1].data_ptr() + gradients[-1].nbytes == buffer.data_ptr() + buffer.nbytes
         keep_only(buffer, trained)
+
+
+def holders(tensor: Tensor) -> list[MaskedAdamW]:
+    """Every optimizer of this class that trains a parameter, oldest first, as long as the parameter lives."""
+    hooks = (attributes(tensor)._post_accumulate_grad_hooks or {}).values()
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, MaskedAdamW)]
+
+
+def own_lr(group: Mapping[str, Any]) -> float:
+    """The learning rate of a group before any other optimizer's schedule scales it."""
+    return group.get("own_lr", group["lr"])
+
+
+def keep_trained_gradient(tensor: Tensor, trained: Tensor | None) -> None:
+    """Zero the gradient of a whole parameter at its frozen weights, in place; a sparse one is left as it is."""
+    gradient = tensor.grad
+    if gradient is not None and not gradient.is_sparse:
+        flat = gradient.reshape(-1)
+        keep_only(flat, trained)
+        if flat.data_ptr() != gradient.data_ptr():
+            gradient.copy_(flat.view(gradient.shape))
+
+
+def refresh_master(master: Tensor, tensor: Tensor) -> None:
+    """Give a flat master the weights that something else has written into its parameter since the last update.
+
+    They are those whose bits it does not round to. ``Tensor._version`` would not show a write through ``.data``.
+    """
+    flat = tensor.detach().reshape(-1)
+    for part in chunks(flat):
+        rounded, written = as_integers(master[part].to(flat.dtype)), as_integers(flat[part])
+        if not torch.equal(rounded, written):
+            differs = rounded != written
+            master[part][differs] = flat[part][differs].to(master.dtype)
 
 
 def partition_of(name: str, tensor: Tensor) -> Shard:

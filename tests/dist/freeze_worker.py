@@ -1,8 +1,10 @@
 """Run by the test beside it under a launcher: one process group trains a frozen model with several optimizers.
 
+``masked`` is ``MaskedAdamW`` as transformers' Trainer treats it: the engine gets a plain AdamW instead.
+
 argv: a JSON list of cases {"model", "mask", "train", "optimizer", "zero" (of the DeepSpeed config), "when" (``before``,
-``after`` the engine), "output" (file of the weights before and after), "drop" (optional: no guard), "error" (optional:
-what a refusal says)}.
+``after`` the engine), "output" (file of the weights before and after), "checkpoint" (optional: a folder; another engine
+goes on from one within the training), "drop" (optional: no guard), "error" (optional: what a refusal says)}.
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ from cases import run_cases
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from esi_ds import freeze
+from esi_ds import MaskedAdamW, freeze
 from esi_ds.errors import UserError
 from esi_ds.zero import runtime
-from esi_ds.zero.freeze import FrozenFlatGroups
+from esi_ds.zero.freeze import FrozenFlatGroups, FrozenWeights
 
 OPTIMIZERS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1),
     "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2, weight_decay=0.1),
 }
+OPTIMIZERS["masked"] = OPTIMIZERS["adamw"]
 guarded_step = FrozenFlatGroups._guarded_step
 
 
@@ -51,9 +54,16 @@ def weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().cpu().clone() for name, tensor in engine.module.named_parameters()}
 
 
-def train(case: dict) -> None:
+def make_engine(case: dict) -> tuple[deepspeed.DeepSpeedEngine, MaskedAdamW | FrozenWeights]:
     model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.bfloat16)
-    frozen = freeze(model, case["mask"], case["train"]) if case["when"] == "before" else None
+    guard = None
+    if case["optimizer"] == "masked":
+        guard = MaskedAdamW(model, case["mask"], case["train"], lr=1e-2, weight_decay=0.1)
+        ids = torch.arange(5, 17)[None]
+        model(input_ids=ids, labels=ids).loss.backward()  # as a script may that looks at gradients before it trains
+        model.zero_grad()
+    elif case["when"] == "before":
+        guard = freeze(model, case["mask"], case["train"])
     if case["optimizer"] == "muon":
         for tensor in model.parameters():
             tensor.use_muon = tensor.ndim == 2
@@ -62,14 +72,31 @@ def train(case: dict) -> None:
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, model_parameters=parameters, config=settings(case)
     )
-    frozen = frozen or freeze(model, case["mask"], case["train"])
+    return engine, guard or freeze(model, case["mask"], case["train"])
+
+
+def step(engine: deepspeed.DeepSpeedEngine, number: int) -> None:
+    generator = torch.Generator().manual_seed(10 * runtime.rank() + number)
+    ids = torch.randint(5, 200, (2, 12), generator=generator)
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step()
+
+
+def train(case: dict) -> None:
+    engine, guard = make_engine(case)
     before = weights(engine)
-    generator = torch.Generator().manual_seed(runtime.rank())
-    for _ in range(3):
-        ids = torch.randint(5, 200, (2, 12), generator=generator)
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
-        engine.step()
+    for number in range(3):
+        step(engine, number)
+        if "checkpoint" in case and number == 0:
+            engine.save_checkpoint(case["checkpoint"])
     after = weights(engine)
+    if "checkpoint" in case:
+        engine.destroy()
+        engine, guard = make_engine(case)
+        engine.load_checkpoint(case["checkpoint"])
+        for number in (1, 2):
+            step(engine, number)
+        assert all(torch.equal(after[name], tensor) for name, tensor in weights(engine).items())
     if runtime.rank() == 0:
         save_file(
             {
@@ -80,7 +107,7 @@ def train(case: dict) -> None:
             case["output"],
         )
     try:
-        frozen.close()
+        guard.close()
     finally:
         engine.destroy()
 

@@ -1,4 +1,7 @@
-"""esi_ds.freeze under ZeRO-3: no frozen bit moves on two and three ranks, whatever optimizer DeepSpeed steps."""
+"""esi_ds.freeze under ZeRO-3: no frozen bit moves on two and three ranks, whatever optimizer DeepSpeed steps.
+
+So with ``MaskedAdamW`` in the place of an optimizer that the engine was given instead, resumed or not.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,11 @@ CASES: dict[str, dict] = {
     "sgd-selected": {"optimizer": "sgd"},
     "adafactor-complement": {"optimizer": "adafactor", "train": "complement"},
     "muon-selected": {"optimizer": "muon", "zero": {"reduce_scatter": False}},
+    "masked-selected": {"optimizer": "masked", "checkpoint": True},
+    "masked-complement": {"optimizer": "masked", "train": "complement", "checkpoint": True},
     "unguarded": {"drop": True, "error": "has frozen weights that were changed"},
     "stage-2": {"zero": {"stage": 2}, "error": "ZeRO stage 1 or 2"},
+    "masked-stage-2": {"optimizer": "masked", "zero": {"stage": 2}, "error": "ZeRO stage 1 or 2"},
 }
 
 
@@ -39,6 +45,8 @@ def folder(request, tmp_path_factory) -> Path:
         common = {"model": str(kind / "model"), "mask": str(kind / "mask"), "optimizer": "adamw"}
         common |= {"train": "selected", "when": "before", "output": str(folder / f"{name}.safetensors")}
         cases.append({**common, **case})
+        if "checkpoint" in case:
+            cases[-1]["checkpoint"] = str(folder / f"{name}-checkpoint")
     (folder / "cases.json").write_text(json.dumps(cases))
     done = run_ranks(request.param, "tests/dist/freeze_worker.py", str(folder / "cases.json"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -236,9 +237,17 @@ def test_a_model_with_code_of_its_own_is_exported_with_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("options", [["--train", "selected"], ["--train", "complement", "--offload"]])
 def test_the_trainer_example(folder: Path, tmp_path: Path, options: list[str]) -> None:
-    """transformers' Trainer drops the optimizer it is given under DeepSpeed; the mask holds all the same."""
+    """transformers' Trainer drops the optimizer it is given under DeepSpeed; the mask holds all the same.
+
+    As with some models, the tokenizer has no token for padding.
+    """
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in PAIRS))
-    arguments = ["--model", folder / "model", "--mask", folder / "mask", "--rows", tmp_path / "rows.jsonl"]
+    shutil.copytree(folder / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").pad_token_id is None
+    arguments = ["--model", tmp_path / "model", "--mask", folder / "mask", "--rows", tmp_path / "rows.jsonl"]
     done = run_ranks(
         2,
         "examples/trainer.py",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from builders import build_mask, build_model, byte_bpe_tokenizer
 from mask_folders import write_mask
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
 import esi_ds
@@ -20,6 +22,7 @@ from esi_ds.core.schedule import learning_rate
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter, whole
 from esi_ds.errors import UserError
+from esi_ds.models.roles import describe
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -36,11 +39,15 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
 
+def backward(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    ids = torch.randint(5, 200, (2, 12), generator=generator or torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        ids = torch.randint(5, 200, (2, 12), generator=generator)
-        model(input_ids=ids, labels=ids).loss.backward()
+        backward(model, generator)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -138,6 +145,263 @@ def test_state_dict_goes_on_with_the_same_bits(folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+def test_the_state_of_another_mask_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Of the same counts too. A state of before this was saved is accepted."""
+    model, mask = load(folder), Mask.load(folder / "mask")
+    optimizer = esi_ds.MaskedAdamW(model, mask)
+    train(model, optimizer, 1)
+    state = optimizer.state_dict()
+    flipped = {name: mask.tensor(name).flip(0, 1) for name in mask.shapes}
+    other = write_mask(tmp_path, flipped, **mask.metadata)
+    for arguments in ({"mask": other}, {"mask": mask, "train": "complement"}, {"mask": mask, "unscored": "train"}):
+        again = esi_ds.MaskedAdamW(model, **arguments)
+        with pytest.raises(UserError, match="saved with another mask, train, unscored or router"):
+            again.load_state_dict(state)
+    for group in state["param_groups"]:
+        del group["trained_sha256"]
+    again = esi_ds.MaskedAdamW(model, mask)
+    again.load_state_dict(state)
+    assert again.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+def test_a_state_of_another_size_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = load(folder)
+    optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
+    train(model, optimizer, 1)
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["trained_sha256"]
+    build_mask(tmp_path / "mask", folder / "model", ratio=0.3)
+    with pytest.raises(UserError, match="was given moments of"):
+        esi_ds.MaskedAdamW(load(folder), tmp_path / "mask").load_state_dict(state)
+
+
+def test_frozen_gradients_do_not_count(folder: Path) -> None:
+    """In a norm that a training loop clips by: neither those that arrive, here NaN, nor those that were there."""
+    name, mask, model = "model.layers.0.self_attn.v_proj.weight", Mask.load(folder / "mask"), load(folder)
+    backward(model)
+    parameter, frozen_here = model.get_parameter(name), ~mask.tensor(name)
+    optimizer = esi_ds.MaskedAdamW(model, mask)
+    trained = [p.grad[mask.tensor(n)] for n, p in model.named_parameters() if p.grad is not None]
+    expected = torch.cat(trained).norm()
+    assert torch.allclose(nn.utils.clip_grad_norm_(model.parameters(), 1e9), expected)
+    optimizer.zero_grad()
+    parameter.register_hook(lambda gradient: gradient.masked_fill(frozen_here, torch.nan))
+    backward(model)
+    assert torch.allclose(nn.utils.clip_grad_norm_(model.parameters(), 1e9), expected)
+    assert not parameter.grad[frozen_here].any()
+
+
+def test_two_masks_share_a_model(folder: Path) -> None:
+    """One rate for the mask's weights and another for the rest: neither takes the other's gradients."""
+    model, base, mask = load(folder), load(folder), Mask.load(folder / "mask")
+    optimizers = [esi_ds.MaskedAdamW(model, mask, what, lr=1e-2) for what in ("selected", "complement")]
+    for tensor in model.parameters():
+        tensor.requires_grad_(True)
+    backward(model)
+    for optimizer in optimizers:
+        optimizer.step()
+    for name in list(mask.shapes)[1:]:
+        assert float((model.get_parameter(name) != base.get_parameter(name)).double().mean()) > 0.9
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "through data"])
+def test_weights_written_between_steps_stay(folder: Path, how: str) -> None:
+    """Masters follow: averaged or earlier weights are put back so."""
+    model = load(folder, torch.bfloat16)
+    optimizer = esi_ds.MaskedAdamW(model, folder / "mask", lr=1e-2)
+    train(model, optimizer, 2)
+    written = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    if how == "load_state_dict":
+        model.load_state_dict(written)
+    else:
+        for name, tensor in model.named_parameters():
+            tensor.data.copy_(written[name])
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(model, optimizer, 1)
+    assert all(torch.equal(as_bits(now), as_bits(written[name])) for name, now in model.state_dict().items())
+
+
+def test_masters_keep_what_bf16_cannot_hold(folder: Path) -> None:
+    """Nothing was written: many small steps add up."""
+    model = load(folder, torch.bfloat16)
+    optimizer = esi_ds.MaskedAdamW(model, folder / "mask", lr=1e-6)
+    train(model, optimizer, 2)
+    for tensor, state in optimizer.state.items():
+        trained = optimizer.coordinates(tensor)
+        assert bool((state["master"][trained] != tensor.detach().view(-1)[trained]).any())
+
+
+def add_adapter(model: nn.Module) -> nn.Parameter:
+    """As peft's ``get_peft_model`` does: the base no longer trains."""
+    model.requires_grad_(False)
+    adapter = model.model.layers[0].self_attn.lora_A = nn.Parameter(torch.zeros(3))
+    adapter.grad = torch.ones(3)
+    return adapter
+
+
+def test_an_adapter_that_is_added_afterwards_is_refused(folder: Path) -> None:
+    """Whether the loop steps this optimizer, or, as Trainer under DeepSpeed, another one."""
+    model = load(folder)
+    optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
+    other = torch.optim.SGD([add_adapter(model)], lr=0.1)
+    for stepped in (optimizer, other):
+        with pytest.raises(UserError, match=r"layers\.0\.self_attn\.lora_A.*was added to the model"):
+            stepped.step()
+    assert not other.param_groups[0]["params"][0].any()
+    optimizer.close()
+
+
+def test_a_step_without_any_gradient_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="none of its parameters has a gradient"):
+        esi_ds.MaskedAdamW(load(folder), folder / "mask").step()
+
+
+def test_another_optimizer_of_its_parameters_is_refused_until_it_is_closed(folder: Path) -> None:
+    """As at DeepSpeed's stage 0 in fp32: Trainer steps a plain AdamW."""
+    model, base = load(folder), load(folder)
+    optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
+    plain = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for steps in (0, 1):
+        train(model, optimizer, steps)
+        backward(model)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(UserError, match="is about to be stepped by AdamW"):
+            plain.step()
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+        plain.zero_grad()
+    optimizer.close()
+    train(model, plain, 1)
+    name = "model.layers.0.self_attn.v_proj.weight"
+    assert float((model.get_parameter(name) != base.get_parameter(name)).double().mean()) > 0.9
+
+
+def test_a_wrapper_of_it_may_step(folder: Path) -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer):
+            super().__init__(inner.param_groups, {})
+            self.inner = inner
+
+        def step(self, closure=None):
+            self.inner.step()
+
+    model = load(folder)
+    optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
+    train(model, Wrapper(optimizer), 2)
+    assert all(int(state["step"]) == 2 for state in optimizer.state.values())
+
+
+def test_masters_that_another_optimizer_steps_are_refused(folder: Path) -> None:
+    """As at DeepSpeed's stage 0 in bf16. Another model's optimizer may step meanwhile."""
+    model, elsewhere = load(folder, torch.bfloat16), nn.Parameter(torch.ones(3))
+    optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
+    masters = [tensor.detach().float() for tensor in optimizer.parameters.values()]
+    backward(model)
+    elsewhere.grad = torch.ones(3)
+    torch.optim.SGD([elsewhere], lr=0.1).step()
+    backward(model)
+    other = torch.optim.SGD(masters, lr=0.1)
+    for master, tensor in zip(masters, optimizer.parameters.values(), strict=True):
+        master.grad = tensor.grad.float()
+    other.step()
+    for master, tensor in zip(masters, optimizer.parameters.values(), strict=True):
+        tensor.data.copy_(master)
+    with pytest.raises(UserError, match="was changed by a step of SGD, not of MaskedAdamW"):
+        backward(model)
+
+
+def test_other_stages_of_zero_are_refused(folder: Path) -> None:
+    """By what they leave on parameters, and where they give the optimizer masters of their own."""
+    model = load(folder)
+    optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
+    backward(model)
+    for tensor in model.parameters():
+        tensor._hp_mapping = None
+    with pytest.raises(UserError, match="ZeRO stage 1 or 2.*use stage 3"):
+        backward(model)
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(3))]
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    with pytest.raises(UserError, match="no parameter of the model.*stage 3"):
+        optimizer.step()
+
+
+class Engine:
+    """What ``MaskedAdamW`` uses of DeepSpeed's stage-3 optimizer: each parameter has a flat tensor of its own."""
+
+    def __init__(self, own: esi_ds.MaskedAdamW):
+        self.fp16_groups = [[tensor] for tensor in own.parameters.values()]
+        self.fp32_partitioned_groups_flat = [
+            tensor.detach().float().view(-1).clone() for tensor in own.parameters.values()
+        ]
+        self.optimizer = torch.optim.AdamW(self.fp32_partitioned_groups_flat, lr=0.5)
+        for tensor in own.parameters.values():
+            tensor._z3_optimizer = self
+            tensor.ds_tensor = SimpleNamespace(ds_numel=tensor.numel())
+
+    def step(self) -> None: ...
+
+
+@pytest.fixture
+def on_one_rank(monkeypatch) -> None:
+    monkeypatch.setattr("esi_ds.zero.optimizer.local_range", lambda tensor: (0, tensor.numel()))
+
+
+@pytest.mark.usefixtures("on_one_rank")
+def test_an_engine_that_is_made_after_a_gradient_is_taken_over(folder: Path) -> None:
+    """By the newest of a model's optimizers, and so is the next engine."""
+    model = load(folder)
+    old = esi_ds.MaskedAdamW(model, folder / "mask", train="complement")
+    optimizer = esi_ds.MaskedAdamW(model, folder / "mask", lr=1e-2)
+    backward(model)
+    for _ in range(2):
+        engine = Engine(optimizer)
+        backward(model)
+        assert engine.optimizer is optimizer and optimizer.zero.optimizer is engine and old.zero is None
+        assert [(group["own_lr"], group["lr"]) for group in optimizer.param_groups] == [(1e-2, 0.5)]
+
+
+@pytest.mark.usefixtures("on_one_rank")
+def test_a_resumed_engine_keeps_its_moments(folder: Path, tmp_path: Path) -> None:
+    """DeepSpeed loads them into the optimizer that it has, before the first gradient."""
+    model = load(folder)
+    optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
+    engine = Engine(optimizer)
+    backward(model)
+    for flat in engine.fp32_partitioned_groups_flat:
+        optimizer.state_of(flat)["step"].fill_(3)
+        optimizer.state_of(flat)["exp_avg"].fill_(2.0)
+    optimizer.param_groups[0]["params"] = engine.fp32_partitioned_groups_flat
+    state = optimizer.state_dict()
+
+    def resumed(mask: Path, **options) -> esi_ds.MaskedAdamW:
+        model = load(folder)
+        again = esi_ds.MaskedAdamW(model, mask, **options)
+        Engine(again).optimizer.load_state_dict(state)
+        backward(model)
+        return again
+
+    again = resumed(folder / "mask")
+    assert len(again.state) == len(optimizer.state) > 3
+    assert all(int(s["step"]) == 3 and bool((s["exp_avg"] == 2).all()) for s in again.state.values())
+    with pytest.raises(UserError, match="saved with another mask"):
+        resumed(build_mask(tmp_path / "other", folder / "model", ratio=0.2, seed=1))
+    del state["param_groups"][0]["trained_sha256"]
+    with pytest.raises(UserError, match="was given moments of"):
+        resumed(build_mask(tmp_path / "larger", folder / "model", ratio=0.3))
+    for values in state["state"].values():
+        del values["exp_avg_sq"]
+    with pytest.raises(UserError, match="cannot go on with the state of AdamW"):
+        resumed(folder / "mask")
+
+
+def test_engines_that_step_elsewhere_are_refused(folder: Path) -> None:
+    model = load(folder)
+    esi_ds.MaskedAdamW(model, folder / "mask")
+    for tensor in model.parameters():
+        tensor._z3_optimizer = SimpleNamespace(zenflow=True, optimizer=None)
+    with pytest.raises(UserError, match="other processes or threads"):
+        backward(model)
+
+
 def test_groups_with_names(folder: Path) -> None:
     model = load(folder)
     named = list(model.named_parameters())
@@ -168,6 +432,16 @@ def compiled(model: nn.Module, folder: Path) -> nn.Module:
     return torch.compile(model)
 
 
+def compiled_inside(model: nn.Module, folder: Path) -> nn.Module:
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    return model
+
+
+def checkpointed(model: nn.Module, folder: Path) -> nn.Module:
+    model.model.layers[1] = checkpoint_wrapper(model.model.layers[1])
+    return model
+
+
 def parallel(model: nn.Module, folder: Path) -> nn.Module:
     return nn.DataParallel(model)
 
@@ -185,8 +459,10 @@ def reshaped(model: nn.Module, folder: Path) -> nn.Module:
         (renamed, "does not name"),
         (without, "names .*, which the model does not have"),
         (wrapped, "wrapped"),
-        (compiled, "wrapped by torch.compile or for data parallelism"),
-        (parallel, "wrapped by torch.compile or for data parallelism"),
+        (compiled, "wrapped, as by torch.compile"),
+        (compiled_inside, "wrapped, as by torch.compile"),
+        (checkpointed, "wrapped, as by torch.compile, checkpointing"),
+        (parallel, "wrapped, as by torch.compile, checkpointing or data parallelism"),
         (reshaped, "has shape"),
         (lambda model, folder: list(model.named_parameters())[:-2], "not among the parameters"),
     ],
@@ -194,6 +470,16 @@ def reshaped(model: nn.Module, folder: Path) -> nn.Module:
 def test_refusals(folder: Path, change, message: str) -> None:
     with pytest.raises(UserError, match=message):
         esi_ds.MaskedAdamW(change(load(folder), folder), folder / "mask")
+
+
+def test_a_mask_of_other_roles_says_so(folder: Path, tmp_path: Path) -> None:
+    model, roles = load(folder), {"lm_head.weight": "embedding"}
+    parameters = describe(model, None, roles)
+    bits = {p.name: torch.arange(p.numel).view(p.shape) % 3 == 0 for p in parameters if p.scored}
+    mask = write_mask(tmp_path, bits, total_numel=str(sum(p.numel for p in parameters)))
+    with pytest.raises(UserError, match=r"does not name lm_head.weight; .* other roles: give its model\.roles"):
+        esi_ds.MaskedAdamW(model, mask)
+    assert esi_ds.MaskedAdamW(model, mask, roles=roles).trained.total == Mask.load(mask).k
 
 
 def test_a_mask_may_name_unscored_parameters_too(folder: Path, tmp_path: Path) -> None:

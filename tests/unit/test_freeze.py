@@ -213,6 +213,20 @@ def test_parameters_that_are_replaced_afterwards_are_noticed_before_they_train(f
         frozen.close()
 
 
+def test_an_adapter_that_is_added_afterwards_is_noticed_before_it_trains(folder: Path) -> None:
+    """As peft's ``get_peft_model`` and TRL's ``peft_config`` add one: merged, it would change frozen weights."""
+    model = load(folder)
+    frozen = freeze(model, folder / "mask")
+    model.requires_grad_(False)
+    adapter = model.model.layers[0].self_attn.lora_A = nn.Parameter(torch.zeros(3))
+    adapter.grad = torch.ones(3)
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.lora_A.*was added to the model"):
+        torch.optim.SGD([adapter], lr=0.1).step()
+    assert not adapter.any()
+    with pytest.raises(UserError, match="was added to the model"):
+        frozen.close()
+
+
 def test_a_second_mask_on_one_engine_is_refused(folder: Path) -> None:
     """Closing the first would take the second's guard off."""
     model = load(folder)
