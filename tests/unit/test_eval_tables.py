@@ -170,7 +170,7 @@ def test_a_graded_metric_is_compared_where_all_documents_score_0_or_1() -> None:
     assert "0 (n 3)" in closing_table(report) and "%" not in closing_table(report)
 
 
-def test_a_change_of_a_share_has_newcombes_interval() -> None:
+def test_a_change_of_a_share_has_its_score_interval() -> None:
     """Also a group's accuracy, whose documents lm-eval scores 0 or 1 without their mean being its value; not a metric
     that is no share."""
     flags = [False] * 12
