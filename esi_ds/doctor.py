@@ -32,10 +32,9 @@ EXTRAS = {  # extra → (a module of it, what it is for)
     "study": ("peft", "the study's LoRA cells"),
     "trl": ("trl", "examples/trl_trainer.py"),
 }
-REINSTALL = {  # check → what to do where a library that it needs is missing or broken
-    "accelerator": "install PyTorch again, as pytorch.org says for this machine",
-    "else": "install the package that fails again: pip install --force-reinstall NAME",
-}
+# What to do where a library that a check needs is missing or broken.
+REINSTALL = "install the package that fails again: pip install --force-reinstall NAME"
+REINSTALL_TORCH = "install PyTorch again, as pytorch.org says for this machine"
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _without_gpu() -> Finding:
         reason = "PyTorch is a build for CPUs" if torch.version.cuda is None else "its driver does not answer"
         remedy = f"PyTorch {torch.__version__} sees none; install a build for its CUDA (pytorch.org), or the driver"
         return Finding("wrong", "accelerator", f"there is an NVIDIA GPU, but {reason}", remedy)
-    emulated = "" if computes_bf16() else "; it emulates bf16: set model.dtype: auto or fp32"
+    emulated = "" if computes_bf16() else "; it emulates bf16: model.dtype: auto takes fp32"
     return Finding("note", "accelerator", "no GPU", f"stages run on the CPU with gloo: correct, but slow{emulated}")
 
 
@@ -121,7 +120,7 @@ def _gpus() -> Iterator[Finding]:
         if free < 0.9 * total:
             yield Finding("note", "accelerator", fact, "another process uses it: see nvidia-smi")
         elif capability < (8, 0):
-            yield Finding("note", "accelerator", fact, "it does not compute bf16: set model.dtype: fp32")
+            yield Finding("note", "accelerator", fact, "it does not compute bf16: model.dtype: auto takes fp32")
         else:
             yield Finding("ok", "accelerator", fact)
 
@@ -205,12 +204,13 @@ def storage(folder: Path) -> Iterator[Finding]:
 
 
 def careful(subject: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """What a check says, up to where a library that it needs is missing or broken, which is wrong."""
+    """What a check says, up to where it fails: most likely a library that it needs is missing or broken."""
     try:
         yield from check()
     except Exception as error:  # a broken library raises anything
+        remedy = REINSTALL_TORCH if subject == "accelerator" else REINSTALL
         problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        yield Finding("wrong", subject, problem, REINSTALL.get(subject, REINSTALL["else"]))
+        yield Finding("wrong", subject, problem, remedy)
 
 
 def make_parser() -> argparse.ArgumentParser:

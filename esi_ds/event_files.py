@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,11 @@ def withdraw(writer: SummaryWriter, step: int, is_withdrawn: Callable[[str], boo
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     writer.flush()
-    # With what earlier marks hide, about which TensorBoard would print a warning: it was drawn again, at the same time.
-    drawn = EventAccumulator(writer.log_dir, size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
+    logger = logging.getLogger("tensorboard")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of what earlier marks hide, which is not to come back
+    drawn = EventAccumulator(writer.log_dir, size_guidance={"scalars": 0}).Reload()
+    logger.setLevel(level)
     mark = Event(session_log=SessionLog(status=SessionLog.START))
     writer._get_file_writer().add_event(mark, step + 1)
     for tag in drawn.Tags()["scalars"]:

@@ -21,7 +21,7 @@ from esi_ds.config.data import Control, Data, ModelEndpoint, check_control
 from esi_ds.config.errors import explain
 from esi_ds.config.evaluation import Eval, check_eval
 from esi_ds.config.judges import EsiGuard, EsiJudge, check_endpoint, check_guard
-from esi_ds.config.scoring import Esi, Select, check_criteria, check_estimator
+from esi_ds.config.scoring import Esi, Select, check_criteria
 from esi_ds.config.section import MAX_TIMEOUT_S, Section, Seed
 from esi_ds.config.tuning import Perturb, Tune
 from esi_ds.config.yaml import apply_override, dump_yaml, read_yaml
@@ -165,7 +165,6 @@ def validate(raw: Any) -> Config:
         check_endpoint(config.data.responses, "data.responses", config.run.collective_timeout_s)
     if config.eval is not None:
         check_eval(config.eval, config.run.collective_timeout_s)
-    check_estimator(config.esi)
     check_criteria(config.select)
     if config.control is not None:
         check_control(config.control)

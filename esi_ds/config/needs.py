@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from esi_ds.config import Config, Eval, LossData, Perturb, Tune
+from esi_ds.config.scoring import Esi
 from esi_ds.core.criteria import GRADIENTS
 from esi_ds.errors import UserError
 
@@ -11,6 +12,7 @@ def require_esi(config: Config) -> None:
     """Raise UserError where a section that the criterion needs is missing, or where rows would never be read."""
     criteria = config.select.criteria
     needed = config.objectives
+    _check_estimator(config.esi)
     users = {objective: criterion for criterion in reversed(criteria) for objective in GRADIENTS[criterion]}
     if "safety" in needed:
         if config.judge is None and not scores_given(config):
@@ -38,6 +40,17 @@ def require_esi(config: Config) -> None:
             raise UserError(f"data.{name}", None, "is missing", f"{user} needs a data.{name}.path")
         if rows is not None and name not in needed:
             raise UserError(f"data.{name}.path", rows.path, "would never be read", f"{remedy}, or leave it out")
+
+
+def _check_estimator(section: Esi) -> None:
+    """Raise UserError for a value that the estimator does not read. Stored configs of earlier versions may have one."""
+    estimator = section.estimator
+    if section.samples > 1 and estimator != "gumbel":
+        problem = f"changes nothing with esi.estimator = {estimator}, which draws no noise"
+        raise UserError("esi.samples", section.samples, problem, "set esi.estimator: gumbel, or leave it out")
+    if section.temperature != Esi.model_fields["temperature"].default and estimator not in ("soft", "gumbel"):
+        problem = f"changes nothing with esi.estimator = {estimator}"
+        raise UserError("esi.temperature", section.temperature, problem, "leave it out")
 
 
 def _check_control(config: Config, user: str | None) -> None:

@@ -44,17 +44,6 @@ class Esi(Section):
     )
 
 
-def check_estimator(section: Esi) -> None:
-    """Raise UserError for a value that the estimator does not read."""
-    estimator = section.estimator
-    if section.samples > 1 and estimator != "gumbel":
-        problem = f"changes nothing with esi.estimator = {estimator}, which draws no noise"
-        raise UserError("esi.samples", section.samples, problem, "set esi.estimator: gumbel, or leave it out")
-    if section.temperature != Esi.model_fields["temperature"].default and estimator not in ("soft", "gumbel"):
-        problem = f"changes nothing with esi.estimator = {estimator}"
-        raise UserError("esi.temperature", section.temperature, problem, "leave it out")
-
-
 Criterion = Literal[
     "esi",
     "grad",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class Trained:
         self.routers, self.router = frozenset(routers), router or unscored
         self.numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 of what decides which weights of a model train: the mask, and what is made of it."""
         settings = {"train": self.train, "unscored": self.unscored, "router": self.router}
@@ -59,7 +60,7 @@ class Trained:
     def bits(self, name: str, low: int, high: int) -> Tensor:
         """bool [high − low]: whether each weight of [low, high), flat, trains. Reads only their bytes of the mask."""
         if name not in self.mask.shapes:
-            return torch.full((max(0, high - low),), self._trains_unscored(name))
+            return torch.full((high - low,), self._trains_unscored(name))
         bits = self.mask.bits(name, low, high)
         return bits if self.train == "selected" else ~bits
 

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from esi_ds.reading import first_line, read_text, reading
 
 Key = TypeVar("Key", bound=Hashable)
 TURN_MARK = "⟦turn⟧"
+NO_ROOM = "no room for an answer"
 
 
 @dataclass(frozen=True)
@@ -251,26 +253,32 @@ def answerable(
         if isinstance(ids, str):
             reasons[key] = ids
         elif limit is not None and len(ids) + max_new_tokens > limit:
-            reasons[key] = f"no room for an answer ({len(ids)} + {max_new_tokens} tokens, the model takes {limit})"
+            reasons[key] = f"{NO_ROOM} ({len(ids)} + {max_new_tokens} tokens, the model takes {limit})"
         else:
             prompt_ids[key] = ids
     return prompt_ids, reasons
 
 
 def check_some_answerable(
-    encoded: Mapping[Key, list[int] | str], max_new_tokens: int, limit: int | None, field: str, name: str, model: str
+    encoded: Mapping[Key, list[int] | str],
+    max_new_tokens: int,
+    limit: int | None,
+    field: str,
+    name: str | None,
+    model: str,
 ) -> None:
-    """Raises UserError if the model can answer none of the prompts of the set ``name``, which ``field`` names.
+    """Raises UserError if the model can answer no prompt of ``field``: of its set ``name``, or of all.
 
     encoded, max_new_tokens, limit: as of ``answerable``.
     """
     prompt_ids, reasons = answerable(encoded, max_new_tokens, limit)
     if reasons and not prompt_ids:
+        reason = next(iter(reasons.values()))
         raise UserError(
             field,
             name,
-            f"{model} can answer none of its prompts: {next(iter(reasons.values()))}",
-            "give prompts that it takes, or lower eval.max_new_tokens",
+            f"{model} can answer none of the prompts: {reason}",
+            "lower eval.max_new_tokens" if reason.startswith(NO_ROOM) else "give prompts that its chat template takes",
         )
 
 
@@ -289,7 +297,7 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int
     if behind is None or behind.ids == alone.ids:
         return alone
     is_behind_word = not before[-1:].isspace() and prompt_ids[-1] not in tokenizer.added_tokens_decoder
-    return alone if is_behind_word or _writes_space(tokenizer) else behind
+    return alone if is_behind_word or _writes_space(tokenizer, tokenizer.chat_template) else behind
 
 
 def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, response: str) -> EncodedResponse | None:
@@ -308,9 +316,11 @@ def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, response: st
     return EncodedResponse(ids[len(before_ids) :], disjoint)
 
 
-def _writes_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template writes a space between a prompt and its answer, as Llama 2's and Mistral's do."""
-    if tokenizer.chat_template is None:
+@lru_cache(maxsize=8)
+def _writes_space(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> bool:
+    """Whether the chat template, the tokenizer's own, writes a space between a prompt and its answer, as Llama 2's and
+    Mistral's do."""
+    if chat_template is None:
         return False
     asked, answered = ({"role": role, "content": TURN_MARK} for role in ("user", "assistant"))
     with suppress(TemplateRejection):

@@ -43,7 +43,7 @@ def surprises(
         asked = encode_data_prompt(tokenizer, prompt, specials, system_prompt)
         head, tail = list[int](), list[int]()
         if not isinstance(asked, str):
-            head = asked + encode_response(tokenizer, asked, lead).ids
+            head = asked + (encode_response(tokenizer, asked, lead).ids if lead else [])
             tail = encode_response(tokenizer, head, answer).ids
         if limit is not None and len(head) + len(tail) > limit:
             head, tail = [], []

@@ -358,7 +358,7 @@ def changes(measures: Sequence[Measure], before: Mapping[str, str | None], seed:
         if other.scores and len(other.scores) == len(measure.scores):
             scores = cluster_bootstrap(other.scores, measure.scores, measure.cluster_keys, seed=seed)
         earlier, later = _outcomes(other), _outcomes(measure)
-        if earlier is not None and later is not None:
+        if earlier is not None and later is not None and len(earlier) == len(later):
             difference = cluster_paired_rates(earlier, later, measure.cluster_keys, seed=seed)
         elif scores is not None:
             difference = scores

@@ -29,12 +29,11 @@ def copy_beside_weights(source: Path, target: Path, field: str) -> None:
     The configuration of a quantised model becomes that of the dequantised one. Raises UserError naming ``field``.
     """
 
+    def is_left_out(file: Path) -> bool:
+        return file == source / CARD or (not file.is_dir() and any(fnmatch(file.name, one) for one in WEIGHTS))
+
     def left_out(folder: str, names: list[str]) -> set[str]:
-        return {
-            name
-            for name in names
-            if any(fnmatch(name, pattern) for pattern in WEIGHTS) and not Path(folder, name).is_dir()
-        } | ({CARD} if Path(folder) == source else set())
+        return {name for name in names if is_left_out(Path(folder, name))}
 
     try:
         shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)

@@ -88,12 +88,11 @@ class MaskedAdamW(Optimizer):
         self.zero: FlatGroups | None = None
         self._model = ref(params_or_model) if isinstance(params_or_model, nn.Module) else None
         self._other_steps = OtherSteps(self)
-        self._handles = [
-            tensor.register_post_accumulate_grad_hook(self._notice_gradient) for tensor in self.parameters.values()
-        ]
+        self._hook = GradientHook(self)
+        self._handles = [tensor.register_post_accumulate_grad_hook(self._hook) for tensor in self.parameters.values()]
         for tensor in self.parameters.values():
             if tensor.grad is not None:
-                self._notice_gradient(tensor)
+                self.notice_gradient(tensor)
 
     def close(self) -> None:
         """Leave gradients and other optimizers alone from now on, so that another can train the parameters."""
@@ -119,7 +118,7 @@ class MaskedAdamW(Optimizer):
     def _shard_of(self, tensor: Tensor) -> Shard:
         return partition_of(self.name_of(tensor), tensor)
 
-    def _notice_gradient(self, tensor: nn.Parameter) -> None:
+    def notice_gradient(self, tensor: nn.Parameter) -> None:
         """Attach to ZeRO-3, or keep only the trained gradient; looks at each, because an engine may be made later.
 
         Parameters' hooks survive partitioning, and DeepSpeed's comes after this one. Raises UserError where something
@@ -152,6 +151,7 @@ class MaskedAdamW(Optimizer):
         refuse_steps_elsewhere(FIELD, zero_optimizer)
         self.zero = FlatGroups(zero_optimizer, self.trained, shard_of or self._shard_of)
         self._other_steps.close()
+        self._hook.let_go()
         self._coordinates.clear()
         if zero_optimizer.optimizer is not self:
             self._take_over(zero_optimizer)
@@ -198,7 +198,8 @@ class MaskedAdamW(Optimizer):
 
     def _check_digest(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Raise UserError where saved groups are of another mask; those of earlier versions do not say."""
-        if any(group.get(TRAINED_DIGEST, self.trained.digest) != self.trained.digest for group in groups):
+        own = self.trained.digest
+        if any(group.get(TRAINED_DIGEST, own) != own for group in groups):
             problem = "was given a state that was saved with another mask, train, unscored or router"
             raise UserError(FIELD, None, problem, "resume with those of the checkpoint")
 
@@ -244,6 +245,7 @@ class MaskedAdamW(Optimizer):
             problem = "steps, but none of its parameters has a gradient"
             raise UserError(FIELD, None, problem, "give the parameters that the loop trains, and step after backward()")
         self._other_steps.owner_has_stepped = True
+        self._hook.let_go()
 
     def _update(self, tensor: Tensor, gradient: Tensor, rule: dict[str, Any]) -> None:
         trained = self.coordinates(tensor)
@@ -300,6 +302,29 @@ class MaskedAdamW(Optimizer):
                 self.state[tensor][name] = value.clone() if name == "step" else value.to(tensor.device, copy=True)
             if self.zero is not None or id(tensor) in self._names:  # else ``attach`` looks
                 self._check_size(tensor)
+
+
+class GradientHook:
+    """Has a ``MaskedAdamW`` look at each gradient of its parameters.
+
+    It keeps the optimizer alive until something else does: transformers' Trainer drops the optimizer that it is given
+    under DeepSpeed. Once it steps, whoever lets it step holds it; one that is dropped then is gone.
+    """
+
+    def __init__(self, owner: MaskedAdamW):
+        self._owner, self._held = ref(owner), [owner]
+
+    @property
+    def owner(self) -> MaskedAdamW | None:
+        return self._owner()
+
+    def let_go(self) -> None:
+        """Keep the optimizer alive no longer."""
+        self._held.clear()
+
+    def __call__(self, tensor: nn.Parameter) -> None:
+        if (owner := self.owner) is not None:
+            owner.notice_gradient(tensor)
 
 
 class FlatGroups:
@@ -374,10 +399,10 @@ class FlatGroups:
 
 
 def holders(tensor: Tensor) -> list[MaskedAdamW]:
-    """Every optimizer of this class that trains a parameter, oldest first, as long as the parameter lives."""
+    """Every optimizer of this class that trains a parameter, oldest first."""
     hooks = (attributes(tensor)._post_accumulate_grad_hooks or {}).values()
-    owners = [getattr(hook, "__self__", None) for hook in hooks]
-    return [owner for owner in owners if isinstance(owner, MaskedAdamW)]
+    owners = [hook.owner for hook in hooks if isinstance(hook, GradientHook)]
+    return [owner for owner in owners if owner is not None]
 
 
 def own_lr(group: Mapping[str, Any]) -> float:
@@ -403,9 +428,8 @@ def refresh_master(master: Tensor, tensor: Tensor) -> None:
     flat = tensor.detach().reshape(-1)
     for part in chunks(flat):
         rounded, written = as_integers(master[part].to(flat.dtype)), as_integers(flat[part])
-        if not torch.equal(rounded, written):
-            differs = rounded != written
-            master[part][differs] = flat[part][differs].to(master.dtype)
+        kept = torch.where(rounded == written, master[part], flat[part].to(master.dtype))
+        master[part].copy_(kept)  # whether or not it is needed: to look would have a GPU waited for
 
 
 def partition_of(name: str, tensor: Tensor) -> Shard:

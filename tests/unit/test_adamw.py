@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import ref
 
 import pytest
 import torch
@@ -189,6 +191,25 @@ def test_frozen_gradients_do_not_count(folder: Path) -> None:
     backward(model)
     assert torch.allclose(nn.utils.clip_grad_norm_(model.parameters(), 1e9), expected)
     assert not parameter.grad[frozen_here].any()
+
+
+def test_one_that_has_stepped_and_is_dropped_is_gone(folder: Path) -> None:
+    """As in a notebook's second run. One that has not stepped lives on: Trainer drops what it lets step."""
+    model, counts = load(folder), []
+    for _ in range(2):
+        optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
+        backward(model)
+        counts.append(sum(int((p.grad != 0).sum()) for p in model.parameters() if p.grad is not None))
+        optimizer.step()
+        optimizer.zero_grad()
+        dropped = ref(optimizer)
+        del optimizer
+        gc.collect()
+        assert dropped() is None
+    assert 0 < counts[0] == counts[1] <= Mask.load(folder / "mask").k
+    waiting = ref(esi_ds.MaskedAdamW(model, folder / "mask"))
+    gc.collect()
+    assert waiting() is not None
 
 
 def test_two_masks_share_a_model(folder: Path) -> None:

@@ -176,10 +176,6 @@ BASE = {"run": {"output_dir": "x"}, "model": {"path": "a", "dtype": "bf16"}}
         ("esi", {"save_scores": 1}, "esi.save_scores = 1.*boolean"),
         ("esi", {"save_every": "x"}, "esi.save_every = 'x'.*auto.*integer"),
         ("esi", {"save_every": 0}, "esi.save_every = 0"),
-        ("esi", {"samples": 2}, "esi.samples = 2: changes nothing with esi.estimator = soft"),
-        ("esi", {"estimator": "score_function", "samples": 2}, "esi.samples = 2: changes nothing"),
-        ("esi", {"estimator": "paper_code", "temperature": 1.0}, "esi.temperature = 1.0: changes nothing"),
-        ("esi", {"estimator": "score_function", "temperature": 1.0}, "esi.temperature = 1.0: changes nothing"),
         ("select", {"criterion": ["esi", "x"]}, "select.criterion.1 = 'x'.*meaning: the score that ranks the weights"),
         ("judge", {**CUSTOM, "score": 3}, "judge.score = 3.*meaning: "),
         ("esi", None, "esi = None: must be a section"),
@@ -197,13 +193,29 @@ def test_wrong_values_are_named(section: str, value: object, words: str) -> None
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("esi", "words"),
+    [
+        ({"samples": 2}, "esi.samples = 2: changes nothing with esi.estimator = soft"),
+        ({"estimator": "score_function", "samples": 2}, "esi.samples = 2: changes nothing"),
+        ({"estimator": "paper_code", "temperature": 1.0}, "esi.temperature = 1.0: changes nothing"),
+        ({"estimator": "score_function", "temperature": 1.0}, "esi.temperature = 1.0: changes nothing"),
+    ],
+)
+def test_values_that_an_estimator_does_not_read_are_refused(esi: dict, words: str) -> None:
+    config = validate({**BASE, "esi": esi})  # as earlier versions stored it
+    with pytest.raises(UserError, match=words):
+        require_esi(config)
+
+
 def test_estimators_take_what_they_read() -> None:
     for esi in (
         {"temperature": 1.0},
         {"estimator": "gumbel", "samples": 2, "temperature": 1.0},
         {"estimator": "paper_code", "samples": 1, "temperature": 0.3},  # given, as the defaults are
     ):
-        assert validate({**BASE, "esi": esi}).esi.samples == esi.get("samples", 1)
+        with pytest.raises(UserError, match="judge: is missing"):
+            require_esi(validate({**BASE, "esi": esi}))
 
 
 def test_a_template_without_prompt_serves_the_response_alone() -> None:

@@ -307,6 +307,20 @@ def test_tensorboard_shows_what_a_resumed_run_has_kept(tmp_path: Path, monkeypat
         assert points == [(30, 50.0), (40, 100.0)]
 
 
+def test_what_one_restart_has_withdrawn_does_not_come_back_at_the_next(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    starts = [(0, [(5, "first"), (10, "first"), (20, "first"), (41, "second")]), (10, [(20, "first")])]
+    for resumed_at, points in [*starts, (15, [(20, "first"), (41, "second")])]:
+        with Tracker(tmp_path, enabled=True, tensorboard=True, stage="esi") as tracker:
+            tracker.resume_at(resumed_at)
+            for step, name in points:
+                tracker.scalars(step, {name: 0.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("first")] == [5, 10, 20]
+    assert [event.step for event in events.Scalars("second")] == [41]
+
+
 def test_tensorboard_opens_with_one_chart_a_measure_and_a_line_a_model(tmp_path: Path) -> None:
     """It was a card for each measure, set, judge and model: 22 of attack success. A line is a run within the run."""
     from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer

@@ -163,12 +163,10 @@ def test_questions_before_and_after_tuning(tokenizer: PreTrainedTokenizerFast) -
 def test_a_set_of_which_no_prompt_can_be_answered_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     """Its rates would be of nothing, as with a limit of new tokens above what the model takes."""
     config = validate({"run": {"output_dir": "x"}, "model": {"path": "a"}, "eval": {"max_new_tokens": LIMIT}})
-    with pytest.raises(
-        UserError, match=r"^eval.prompts = all sets: the model can answer none .* no room for an answer"
-    ):
+    with pytest.raises(UserError, match=r"^eval.prompts: the model can answer none .* no room for an answer"):
         _encode_questions(config, {"harmful": ["Kill a process"]}, tokenizer, LIMIT)
     encoded = {("set", 0): encode_data_prompt(tokenizer, "boom", (), None)}
-    with pytest.raises(UserError, match=r"^eval.benign = set: base can answer none of its prompts: .*rejects it"):
+    with pytest.raises(UserError, match=r"^eval.benign = set: base can answer none of the prompts: .*rejects it"):
         check_some_answerable(encoded, 1, LIMIT, "eval.benign", "set", "base")
     check_some_answerable({**encoded, ("set", 1): [3]}, 1, LIMIT, "eval.benign", "set", "base")
 

@@ -189,8 +189,7 @@ def _make_mask(
 
 
 def selected_without_score(criterion: str, num_positive: int, selection: Selection, order: str) -> str | None:
-    """As ``without_score``, which also says what ``num_positive`` is; None too where another order than ``top``, or
-    each matrix's own cut, selects."""
+    """``without_score`` of a selection by order ``top`` from the whole model; None for every other selection."""
     has_one_cut = order == "top" and selection.cut is not None
     return without_score(criterion, num_positive, selection.k) if has_one_cut else None
 

@@ -195,7 +195,7 @@ def _encode_questions(
             index: encode_data_prompt(tokenizer, prompt, specials, system_prompt)
             for index, prompt in enumerate(prompts)
         }
-        check_some_answerable(encoded, length, limit, KEYS[kind], "all sets", "the model")
+        check_some_answerable(encoded, length, limit, KEYS[kind], None, "the model")
         question_ids[kind], reasons = answerable(encoded, length, limit)
         unanswered += [(kind, index, reason) for index, reason in reasons.items()]
     return question_ids, unanswered
