@@ -58,16 +58,17 @@ def ask_each_model_once(*stages: ModuleType) -> None:
                 setattr(stage, ask.__name__, once(ask))
 
 
-def run_cases(run_case: Callable[[dict[str, Any]], None]) -> None:
+def run_cases(run_case: Callable[[dict[str, Any]], None], freeze: bool = True) -> None:
     """Run each case of the JSON file named last on the command line, on all ranks; then end the process.
 
-    Collections leave alone what earlier cases have left, and ``tensor_bytes`` does not count it.
+    freeze: collections leave alone what earlier cases have left, which ``tensor_bytes`` does not count then.
     """
     runtime.start()
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # see runtime: NaN where a row is masked whole
     for case in json.loads(Path(sys.argv[-1]).read_text()):
-        gc.collect()
-        gc.freeze()  # DeepSpeed keeps every engine's modules, without tensors: collections would go through all
+        if freeze:
+            gc.collect()
+            gc.freeze()  # DeepSpeed keeps every engine's modules, without tensors: collections would go through all
         run_case(case)
     runtime.stop()
     leave(0)

@@ -90,4 +90,4 @@ def run_case(case: dict) -> None:
 if __name__ == "__main__":
     weights.StoredReader = CountingReader
     torch.distributed.broadcast = counting_broadcast
-    run_cases(run_case)
+    run_cases(run_case, freeze=False)
