@@ -97,12 +97,12 @@ def test_answers_of_an_evaluation(tmp_path: Path) -> None:
 def test_answers_to_several_sets_are_not_all_scored_as_harmful(tmp_path: Path) -> None:
     rows = [evaluated("m", "harmful", 0, "Why?", "first"), evaluated("m", "benign", 0, "How?", "second")]
     file, notes = file_of(tmp_path, rows), list[str]()
-    for check in (lambda: check_unmixed(load_responses(file), file), lambda: count_responses(file, notes)):
+    for check in (lambda: check_unmixed(load_responses(file), file), lambda: count_responses(file, None, notes)):
         with pytest.raises(UserError, match=r"data\.responses.*the sets harmful, benign.*keep the rows of the harmful"):
             check()
     assert len(load_answers(file, FIELD, "m", [question_set("benign", "How?")]).answers) == 1
     file = file_of(tmp_path, [row | {"set": "one"} for row in rows])  # as the message advises
-    assert count_responses(file, notes) == 2 and not notes
+    assert count_responses(file, None, notes) == 2 and not notes
 
 
 def test_what_is_ambiguous_is_refused(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_plans_and_runs_say_what_is_dequantised(models: Path, capsys: pytest.Cap
     for kind in ("gpt_oss", "mxfp4"):
         content = {
             "run": {"output_dir": "unused"},
-            "model": {"path": str(models / kind)},
+            "model": {"path": str(models / kind), "dtype": "bf16"},
             "data": {"prompts": {"path": "unused.jsonl"}},
             "select": {"criterion": "magnitude", "ratio": 0.01},
         }

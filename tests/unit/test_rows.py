@@ -198,7 +198,7 @@ def test_paths_that_name_no_file(name: str) -> None:
     with pytest.raises(UserError, match=r"data\.responses"):
         load_responses(name)
     notes: list[str] = []
-    assert count_responses(name, notes) is None and "no such file" in notes[0]
+    assert count_responses(name, None, notes) is None and "no such file" in notes[0]
 
 
 @pytest.mark.parametrize("name", [*NO_FILES, ""], ids=range(len(NO_FILES) + 1))

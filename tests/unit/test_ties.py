@@ -90,7 +90,7 @@ def test_roles_of_an_untied_head_can_be_configured(tmp_path: Path) -> None:
     config = validate(
         {
             "run": {"output_dir": str(tmp_path / "run")},
-            "model": {"path": str(folder), "roles": {"lm_head.weight": "embedding"}},
+            "model": {"path": str(folder), "dtype": "bf16", "roles": {"lm_head.weight": "embedding"}},
             "select": {"criterion": "random"},
         }
     )
