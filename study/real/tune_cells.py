@@ -41,8 +41,8 @@ class TuneCells:
     # ------------------------------------------------------------ masks
 
     def masks(self, seed: int) -> Iterator[Cell]:
-        """Masks of criteria with losses or no gradient, divided by the benign Fisher, against the control, and of the
-        lowest scores."""
+        """Masks of criteria with losses or no gradient, divided by the benign Fisher, against the control, over each
+        matrix's mean, and of the lowest scores."""
         model, data = self.untouched, self.plan.folders.data
         tuning = {"path": str(data / "refusals.jsonl"), "limit": self.size.rows}
         benign = {"path": str(data / f"{BENIGN_LOSS}-s{seed}.jsonl"), "limit": self.size.rows}
@@ -55,6 +55,8 @@ class TuneCells:
         exclusive = {"criterion": ["directed", "exclusive"]}
         control = {"rows": {"path": str(data / f"{BENIGN_LOSS}-s{seed}.jsonl")}}
         yield self.mask_cell("exclusive", seed, {"responses": responses, "tuning": tuning}, exclusive, control)
+        by_matrix = {"criterion": ["esi", "grad"], "normalise": "matrix"}
+        yield self.mask_cell("by-matrix", seed, {"responses": responses}, by_matrix)
         lowest = {"criterion": ["esi"], "order": "bottom"}
         yield self.mask_cell("bottom", seed, {"responses": responses}, lowest)
 
