@@ -260,18 +260,12 @@ def answerable(
 
 
 def check_some_answerable(
-    encoded: Mapping[Key, list[int] | str],
-    max_new_tokens: int,
-    limit: int | None,
-    field: str,
-    name: str | None,
-    model: str,
+    prompt_ids: Mapping[Key, list[int]], reasons: Mapping[Key, str], field: str, name: str | None, model: str
 ) -> None:
     """Raises UserError if the model can answer no prompt of ``field``: of its set ``name``, or of all.
 
-    encoded, max_new_tokens, limit: as of ``answerable``.
+    prompt_ids, reasons: what ``answerable`` returns.
     """
-    prompt_ids, reasons = answerable(encoded, max_new_tokens, limit)
     if reasons and not prompt_ids:
         reason = next(iter(reasons.values()))
         raise UserError(

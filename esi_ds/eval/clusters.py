@@ -135,13 +135,11 @@ def cluster_paired_rates(
     clusters: Sequence[Hashable],
     *,
     seed: int,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
 ) -> PairedScores:
     """``paired_rates`` where every pair is alone in its cluster, otherwise ``cluster_bootstrap``."""
     if has_repeats(clusters) and (cluster_sums(differences(before, after), clusters)[1] > 1).any():
-        return cluster_bootstrap(before, after, clusters, seed=seed, resamples=resamples, confidence=confidence)
-    return paired_rates(before, after, confidence)
+        return cluster_bootstrap(before, after, clusters, seed=seed)
+    return paired_rates(before, after)
 
 
 def cluster_bootstrap(

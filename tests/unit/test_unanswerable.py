@@ -167,8 +167,9 @@ def test_a_set_of_which_no_prompt_can_be_answered_is_refused(tokenizer: PreTrain
         _encode_questions(config, {"harmful": ["Kill a process"]}, tokenizer, LIMIT)
     encoded = {("set", 0): encode_data_prompt(tokenizer, "boom", (), None)}
     with pytest.raises(UserError, match=r"^eval.benign = set: base can answer none of the prompts: .*rejects it"):
-        check_some_answerable(encoded, 1, LIMIT, "eval.benign", "set", "base")
-    check_some_answerable({**encoded, ("set", 1): [3]}, 1, LIMIT, "eval.benign", "set", "base")
+        check_some_answerable(*answerable(encoded, 1, LIMIT), "eval.benign", "set", "base")
+    some = answerable({**encoded, ("set", 1): [3]}, 1, LIMIT)
+    check_some_answerable(*some, "eval.benign", "set", "base")
 
 
 def test_an_evaluation_lists_what_is_not_asked(tokenizer: PreTrainedTokenizerFast, monkeypatch) -> None:

@@ -25,6 +25,7 @@ from esi_ds.config import (
 from esi_ds.config.needs import require_eval
 from esi_ds.data.answers import RecordedAnswers, load_answers
 from esi_ds.data.chat import (
+    answerable,
     check_some_answerable,
     check_vocabulary,
     day_of,
@@ -281,8 +282,8 @@ def _check_room(candidate: Candidate, sets: Sequence[QuestionSet], max_new_token
     """Raises UserError if a model can answer no prompt of a set: its rates would be of nothing."""
     for question_set in sets:
         encoded = {key: ids for key, ids in candidate.prompt_ids.items() if key[0] == question_set.name}
-        field, limit = KEYS[question_set.kind], candidate.max_positions
-        check_some_answerable(encoded, max_new_tokens, limit, field, question_set.name, candidate.name)
+        results = answerable(encoded, max_new_tokens, candidate.max_positions)
+        check_some_answerable(*results, KEYS[question_set.kind], question_set.name, candidate.name)
 
 
 def _candidate(

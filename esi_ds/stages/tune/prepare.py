@@ -195,8 +195,8 @@ def _encode_questions(
             index: encode_data_prompt(tokenizer, prompt, specials, system_prompt)
             for index, prompt in enumerate(prompts)
         }
-        check_some_answerable(encoded, length, limit, KEYS[kind], None, "the model")
         question_ids[kind], reasons = answerable(encoded, length, limit)
+        check_some_answerable(question_ids[kind], reasons, KEYS[kind], None, "the model")
         unanswered += [(kind, index, reason) for index, reason in reasons.items()]
     return question_ids, unanswered
 
