@@ -27,7 +27,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## ESI, SET, SPA, noise and evaluation on the shipped tiny models, on two ranks; prints where the report is
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed style  ## style checks and every test but those of test-cluster and a GPU's
+test: $(VENV)/.installed  ## style checks and every test but those of test-cluster and a GPU's
 	# Two at a time, a file's tests together: they share what a launch has made. In the folders' order, tests/unit last:
 	# by numbers of tests the longest files, which have few, would come last, and one process would wait for the other.
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --ignore tests/cluster tests
