@@ -17,9 +17,10 @@ from esi_ds.artifacts import file_sha256
 from esi_ds.data.columns import yes_or_no
 from esi_ds.data.prompts import QuestionSet, load_responses
 from esi_ds.data.rows import Row
-from esi_ds.data.thoughts import MARKS, Marks, cut_within
+from esi_ds.data.thoughts import UNFINISHED, cut_within, final_answer, marks_with
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
+from esi_ds.reading import is_text
 
 Key = tuple[str, int] | tuple[str, int, int]  # name of a set, index of a prompt in it and, of several, which answer
 MISSING = "the file of answers has none to this prompt"
@@ -45,17 +46,25 @@ class RecordedAnswers:
     num_unused: int
 
 
-def load_answers(path: str, field: str, model: str, sets: Sequence[QuestionSet], samples: int = 1) -> RecordedAnswers:
+def load_answers(
+    path: str,
+    field: str,
+    model: str,
+    sets: Sequence[QuestionSet],
+    samples: int = 1,
+    thought_marks: Sequence[str] | None = None,
+) -> RecordedAnswers:
     """The answers of ``model`` in a file, to the prompts of the sets.
 
     model: its name, which chooses among the models of an ``answers.jsonl``. A row that names set and index answers that
     prompt, if it is the same; any other is matched by its prompt. samples: answers to a prompt; several are numbered in
-    the file's order. Raises UserError naming ``field``: for a file that cannot be read, that answers no prompt, or that
-    has more answers to one.
+    the file's order. thought_marks: of the config. Raises UserError naming ``field``: for a file that cannot be read,
+    that answers no prompt, or that has more answers to one; and naming model.thought_marks, as ``_check_marks`` does.
     """
     rows = _rows_of_model(load_responses(path, field), path, field, model)
+    _check_marks(rows, path, thought_marks)
     for row in rows:
-        if row["response"] is not None and not _is_evaluated(row):  # excluded from something else than an evaluation
+        if row["response"] is not None and not _is_excluded(row):
             row["excluded"] = None
         if not isinstance(row.get("excluded"), str | None):
             problem = f"has a row whose 'excluded' is {json.dumps(row['excluded'])[:20]}"
@@ -128,16 +137,40 @@ def check_unmixed(rows: Sequence[Row], path: str, field: str = "data.responses")
         raise UserError(field, path, problem, "keep the rows of the harmful sets, with one name for 'set'")
 
 
-def counted_responses(rows: Sequence[Row], marks: Marks = MARKS) -> list[str]:
-    """``counted_response`` of each row, and "" where the engine cut it within a thought that its prompt had opened."""
+def counted_responses(rows: Sequence[Row], path: str, thought_marks: Sequence[str] | None = None) -> list[str]:
+    """``counted_response`` of each row, and "" where the engine cut it within a thought that its prompt had opened.
+
+    path: of the file. thought_marks: of the config. Raises UserError as ``_check_marks`` does.
+    """
+    _check_marks(rows, path, thought_marks)
     texts = [counted_response(row) for row in rows]
-    unfinished = cut_within(texts, [yes_or_no(row.get("cut")) is True for row in rows], marks)
+    are_cut = [yes_or_no(row.get("cut")) is True for row in rows]
+    unfinished = cut_within(texts, are_cut, marks_with(thought_marks))
     return ["" if is_unfinished else text for is_unfinished, text in zip(unfinished, texts, strict=True)]
 
 
 def counted_response(row: Row) -> str:
-    """The response of a row of ``load_responses``; "" where an evaluation found none, or does not count it."""
-    return "" if row["response"] is None or (_is_evaluated(row) and row.get("excluded")) else row["response"]
+    """The response of a row of ``load_responses``; "" where it has none, or is excluded."""
+    return "" if row["response"] is None or _is_excluded(row) else row["response"]
+
+
+def _is_excluded(row: Row) -> bool:
+    """Whether the row's reason for being excluded holds for every reader: an evaluation gave it, or the response is
+    unfinished, whoever wrote the row. What else excludes one, such as a judge's limit, is of that run alone."""
+    return row.get("excluded") == UNFINISHED or (_is_evaluated(row) and bool(row.get("excluded")))
+
+
+def _check_marks(rows: Sequence[Row], path: str, thought_marks: Sequence[str] | None) -> None:
+    """Raise UserError for a row that was written with other ``model.thought_marks``, if its answer would be another
+    one with those of the config."""
+    for number, row in enumerate(rows, 1):
+        written, response = row.get("thought_marks"), counted_response(row)
+        if not (isinstance(written, list) and len(written) == 2 and all(map(is_text, written))):
+            continue
+        if final_answer(response, None, marks_with(written)) != final_answer(response, None, marks_with(thought_marks)):
+            given = None if thought_marks is None else list(thought_marks)
+            problem = f"would read row {number} of {path} otherwise than the run that wrote it with {written}"
+            raise UserError("model.thought_marks", given, problem, "set it to those marks")
 
 
 def _text_key(prompt: Prompt) -> str:

@@ -18,11 +18,13 @@ from esi_ds.data.answers import (
     load_answers,
 )
 from esi_ds.data.prompts import PromptSet, QuestionSet, load_responses
+from esi_ds.data.thoughts import UNFINISHED
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.stages.evaluate.answering import add_recorded, to_read_again
 from esi_ds.stages.evaluate.prepare import RecordedModel
 from esi_ds.stages.plan.notes import count_responses
+from esi_ds.stages.respond import write_responses
 
 CHAT: Prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "How?"}]
 FIELD = "eval.models.0.answers"
@@ -187,6 +189,32 @@ def test_esi_leaves_out_a_response_that_was_cut_within_a_thought_that_its_prompt
     """As of a server's rows; another response of the file tells that thoughts are opened before it."""
     finished = {"prompt": "a", "response": "I plan.</think>\n\nNo.", "cut": False}
     cut = {"prompt": "b", "response": "I plan to explain how to build", "cut": True}
-    assert counted_responses([finished, cut]) == [finished["response"], ""]
-    assert counted_responses([cut]) == [cut["response"]]
-    assert counted_responses([finished, {**cut, "cut": False}])[1] == cut["response"]
+    assert counted_responses([finished, cut], FIELD) == [finished["response"], ""]
+    assert counted_responses([cut], FIELD) == [cut["response"]]
+    assert counted_responses([finished, {**cut, "cut": False}], FIELD)[1] == cut["response"]
+
+
+def test_unfinished_thoughts_of_esi_stay_excluded(tmp_path: Path) -> None:
+    """They hold no mark where the template opened the thought. What else excluded a row was that run's own limit."""
+    responses = ["I plan.</think>\n\nNo.", "I plan to explain how", "Long."]
+    excluded = {1: UNFINISHED, 2: "too long for the judge (9 tokens, it takes 8)"}
+    write_responses(tmp_path, ["a", "b", "c"], responses, {0: 1.0}, excluded)
+    file = str(tmp_path / "responses.jsonl")
+    assert counted_responses(load_responses(file), file) == [responses[0], "", responses[2]]
+    loaded = load_answers(file, FIELD, "m", [question_set("a", *"abc")])
+    assert [answer.excluded for answer in loaded.answers.values()] == [None, UNFINISHED, None]
+
+
+def test_rows_written_with_other_marks_of_thoughts_are_not_read_otherwise(tmp_path: Path) -> None:
+    marks = ["<r>", "</r>"]
+    row = evaluated("m", "a", 0, "Why?", "<r>I could refuse.</r>Sure") | {"thought_marks": marks}
+    file, sets = file_of(tmp_path, [row]), [question_set("a", "Why?")]
+    for read in (
+        lambda given: counted_responses(load_responses(file), file, given),
+        lambda given: load_answers(file, FIELD, "m", sets, thought_marks=given),
+    ):
+        with pytest.raises(UserError, match=r"model\.thought_marks: would read row 1 of .* otherwise"):
+            read(None)
+        read(marks)
+    plain = evaluated("m", "a", 0, "Why?", "Sure") | {"thought_marks": marks}  # the marks make no difference
+    assert counted_responses([plain], file) == ["Sure"]

@@ -279,7 +279,7 @@ def _read_data(config: Config) -> PromptData:
         scores = recorded_scores(rows, path) if scores_given(config) else None
         goals = recorded_goals(rows, path, section.goal if section is not None else None)
         prompts = [row["prompt"] for row in rows]
-        responses = counted_responses(rows, marks_with(config.model.thought_marks))
+        responses = counted_responses(rows, path, config.model.thought_marks)
         return PromptData(prompts, responses, source, [], scores, goals=goals)
     assert section is not None  # require_esi has seen to it
     return _asked_data(config, section, "data.prompts")

@@ -259,8 +259,9 @@ def prepare_eval(config: Config) -> EvalInputs:
             models.append(_candidate(config.model, name, source, model.before, sets))
         elif model.answers is not None:
             file_field = f"{field}.answers"
-            recorded = load_answers(model.answers, file_field, name, sets, section.samples)
-            models.append(RecordedModel(name, model.before, recorded, file_field, config.model.thought_marks))
+            marks = config.model.thought_marks
+            recorded = load_answers(model.answers, file_field, name, sets, section.samples, marks)
+            models.append(RecordedModel(name, model.before, recorded, file_field, marks))
         elif model.endpoint is not None:
             limit = section.max_new_tokens
             served = ServedModel.of(model.endpoint, f"{field}.endpoint", limit, config.model, name, model.before)
