@@ -91,6 +91,7 @@ CASES = {
     "rate limited once": json.dumps({"error": {"code": "rate_limit_exceeded", "message": "slow down"}}).encode(),
     "suspended": (403, b"your account has been flagged and suspended for prompts that violate our policy"),
     "flagged": (403, b"the input was flagged by moderation"),
+    "content filter": (400, b'{"error": {"message": "Please modify it and retry.", "code": "content_filter"}}'),
     "500": 500,
     "503 once": 503,
     "429 once": 429,

@@ -28,7 +28,7 @@ BASE_URL_VARIABLE, KEY_VARIABLE = "OPENAI_BASE_URL", "OPENAI_API_KEY"
 OPENAI_URL = "https://api.openai.com/v1"
 # Transient failures: request timeout, conflict, too early, too many requests. Every 5xx is tried again too.
 TRANSIENT = {408, 409, 425, 429}
-# Refusals of one question (too long, filtered) while others get replies; a wrong key or model refuses them all.
+# Refusals of one question (too long) while others get replies; a wrong key or model refuses them all.
 OF_THE_QUESTION = {400, 413, 422}
 # A judge's reply is a few kilobytes; a longer one is not read.
 MAX_REPLY_BYTES = 1 << 20
@@ -40,7 +40,9 @@ MIN_KEY = 16  # characters of a key that is looked for in answers: shorter ones 
 # How servers say in a reply that they, and not the model, ended it: by a filter, or because something went wrong.
 FILTERED = {"content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii"}
 BROKEN_OFF = {"abort", "error", "cancelled"}
-# What a refusal with HTTP 403 or 451 says where it is of the question, and what it says where it is of the asker.
+# How a refusal of the question's content is sent, what it says, and what a refusal of the asker says.
+OF_THE_CONTENT = {400, 403, 422, 451}
+FILTER_CODE = re.compile(rb'"code"\s*:\s*"(content_filter|content_policy_violation)"', re.I)
 MODERATED = re.compile(
     rb"(input|prompt|content|message|request).{0,80}(flagged|moderat|violat|filter|polic)", re.I | re.S
 )
@@ -164,7 +166,8 @@ class Reply:
 class Patience:
     """What ends the asking early, over several calls of ``ask_all``.
 
-    num_failed: failures in a row. was_alive: whether the endpoint ever gave a reply. should_stop: ends it at once.
+    num_failed: failures in a row. was_alive: whether the endpoint ever gave a reply, or refused what a question holds.
+    should_stop: ends it at once.
     """
 
     num_failed: int = 0
@@ -214,43 +217,66 @@ async def _ask_all(
     endpoint: Endpoint, questions: Sequence[Body], on_reply: Callable[[int, Reply], None], patience: Patience
 ) -> list[Reply]:
     replies = [Reply(None, "not asked: stopped", asked=False, is_alive=False)] * len(questions)
-    waiting = iter(range(len(questions)))
 
-    async def work(client: httpx2.AsyncClient) -> None:
-        for index in waiting:  # shared by the workers: each takes the next one
-            if patience.num_failed >= endpoint.give_up_after:
-                problem = f"not asked: the endpoint failed {patience.num_failed} times in a row"
-                reply = Reply(None, problem, asked=False, is_alive=False)
-            else:
-                reply, status = await _ask(endpoint, client, questions[index])
-                # A malformed request is refused like a bad question; only an earlier reply tells them apart.
-                is_alive = status == 200 or (status in OF_THE_QUESTION and patience.was_alive)
-                patience.num_failed = 0 if is_alive else patience.num_failed + 1
-                patience.was_alive |= status == 200
-                reply = replace(reply, is_alive=is_alive)
-            replies[index] = reply
-            on_reply(index, reply)
+    def take(index: int, reply: Reply) -> None:
+        replies[index] = reply
+        on_reply(index, reply)
 
     # A small compressed reply may unfold to gigabytes. Servers that compress all the same: see ``_post``.
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     if endpoint.key:
         headers["Authorization"] = f"Bearer {endpoint.key}"
+    waiting = list(range(len(questions)))
     # Deadlines are set per question; the client's timeouts would only cut them short.
     async with httpx2.AsyncClient(headers=headers, timeout=None) as client:
-        num_workers = min(endpoint.concurrency, len(questions))
-        working: set[asyncio.Task[None]] = {asyncio.create_task(work(client)) for _ in range(num_workers)}
-        while working and not patience.should_stop():
-            done, working = await asyncio.wait(working, timeout=POLL_S)
-            for task in done:
-                task.result()  # raises what the worker raised
-        for task in working:
-            task.cancel()
-        await asyncio.gather(*working, return_exceptions=True)
+        # Again where a request that was under way shows that the endpoint replies after all.
+        while waiting and patience.num_failed < endpoint.give_up_after and not patience.should_stop():
+            waiting = await _ask_some(endpoint, client, questions, waiting, take, patience)
+    if not patience.should_stop():
+        problem = f"not asked: the endpoint failed {patience.num_failed} times in a row"
+        for index in waiting:
+            take(index, Reply(None, problem, asked=False, is_alive=False))
     return replies
 
 
+async def _ask_some(
+    endpoint: Endpoint,
+    client: httpx2.AsyncClient,
+    questions: Sequence[Body],
+    indices: Sequence[int],
+    take: Callable[[int, Reply], None],
+    patience: Patience,
+) -> list[int]:
+    """Ask the questions of these indices; those that are not asked, because the endpoint was down by then."""
+    waiting, skipped = iter(indices), list[int]()
+
+    async def work() -> None:
+        for index in waiting:  # shared by the workers: each takes the next one
+            if patience.num_failed >= endpoint.give_up_after:
+                skipped.append(index)
+                continue
+            reply, status = await _ask(endpoint, client, questions[index])
+            # A malformed request is refused like a bad question; only an earlier reply tells them apart.
+            is_alive = status == 200 or (status in OF_THE_QUESTION and patience.was_alive)
+            patience.num_failed = 0 if is_alive else patience.num_failed + 1
+            patience.was_alive |= status == 200
+            take(index, replace(reply, is_alive=is_alive))
+
+    num_workers = min(endpoint.concurrency, len(indices))
+    working: set[asyncio.Task[None]] = {asyncio.create_task(work()) for _ in range(num_workers)}
+    while working and not patience.should_stop():
+        done, working = await asyncio.wait(working, timeout=POLL_S)
+        for task in done:
+            task.result()  # raises what the worker raised
+    for task in working:
+        task.cancel()
+    await asyncio.gather(*working, return_exceptions=True)
+    return skipped
+
+
 async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -> tuple[Reply, int | None]:
-    """The reply and its HTTP status; None if every attempt failed or time ran out."""
+    """The reply and its HTTP status; None if every attempt failed or time ran out. A refusal of what the question holds
+    has 200: the endpoint works."""
     problems: list[str] = []  # one for each failed attempt
     try:
         status, body = await asyncio.wait_for(_attempts(endpoint, client, question, problems), endpoint.item_timeout)
@@ -263,7 +289,7 @@ async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -
     num_requests = len(problems) + 1
     if status != 200:
         problem = f"HTTP {status}: {_excerpt(body, endpoint.key)}"
-        return Reply(None, problem, num_requests=num_requests), status
+        return Reply(None, problem, num_requests=num_requests), 200 if _is_moderated(status, body) else status
     reply = read_completion(body, num_requests, endpoint.key, endpoint.keeps_cut)
     if not reply.text or not endpoint.key:
         return reply, status
@@ -305,9 +331,15 @@ async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, question: Bod
     if meant in TRANSIENT or meant >= 500:
         words = f", which says: {_excerpt(body, endpoint.key)}" if told else ""
         raise _Transient(f"HTTP {status}{words}", _seconds(headers.get("retry-after", "")))
-    if meant in (403, 451) and MODERATED.search(body) and not OF_THE_ASKER.search(body):
-        return 400, body
     return meant, body
+
+
+def _is_moderated(status: int, body: bytes) -> bool:
+    """Whether a refusal is of what the question holds: a filter's, as servers have before their models."""
+    if status not in OF_THE_CONTENT:
+        return False
+    says_so = MODERATED.search(body) is not None and OF_THE_ASKER.search(body) is None
+    return says_so or FILTER_CODE.search(body) is not None
 
 
 def _told_status(body: bytes) -> int | None:

@@ -16,7 +16,7 @@ from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all, remove_key
 from esi_ds.eval.rows import VerdictRow
 from esi_ds.eval.rubric import TEMPLATE, Prices, build_question, judge_by_rubric, read_score, read_verdict
-from esi_ds.stages.evaluate.judging import VERDICT_KEY, judge_all
+from esi_ds.stages.evaluate.judging import VERDICT_KEY, UnjudgedAnswer, VerdictRounds, judge_all
 from esi_ds.stages.evaluate.prepare import PreparedEndpoint, prepare_judges
 from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
@@ -247,6 +247,18 @@ def test_what_an_endpoint_that_was_given_up_never_heard_is_asked_at_the_next_sta
     assert [(row["index"], row["unsafe"]) for row in rows] == [(1, True), (0, None), (2, None), (3, True)]
     rows = judged("401", "five", "400", "five", "401", "five", **down).rows.values()
     assert [(row["index"], row["unsafe"]) for row in rows][4:] == [(5, True), (4, None)]
+
+
+def test_a_verdict_without_a_request_is_no_sign_of_life(server, tmp_path: Path) -> None:
+    """The verdict on an empty answer is given without the judge."""
+    ledger = Ledger(tmp_path / "verdicts.jsonl", VERDICT_KEY, VerdictRow)
+    rows = [{"model": "m", "set": "s", "index": index, "prompt": "CASE 400;"} for index in range(3)]
+    questions = [UnjudgedAnswer(row, "Sure." if row["index"] else "") for row in rows]
+    judge = PreparedEndpoint("j", "eval.judges", EvalRubric(kind="rubric", model="judge-1"), endpoint())
+    with Tracker(tmp_path, enabled=True, tensorboard=False, stage="eval") as tracker:
+        for waiting in (questions, questions[1:]):
+            VerdictRounds(judge, ledger, tracker).ask(waiting)
+    assert [row["index"] for row in ledger.rows.values()] == [0]
 
 
 def test_an_evaluation_asks_by_the_policy(server, tmp_path: Path) -> None:

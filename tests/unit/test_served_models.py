@@ -118,6 +118,18 @@ def test_an_endpoint_that_stops_leaves_the_rest_to_a_restart(server: Server, tmp
     assert "HTTP 400" in str(rows[1]["excluded"])
 
 
+@pytest.mark.parametrize("case", ["content filter", "flagged"])
+def test_a_server_that_filters_what_it_is_asked_is_alive(server: Server, tmp_path: Path, case: str) -> None:
+    rows = ask(model_at(server, give_up_after=3, concurrency=1), tmp_path, [*[case] * 5, "400", "one"])
+    assert [row["response"] is None for row in rows] == [True] * 6 + [False]
+
+
+def test_a_late_reply_shows_that_the_others_can_be_asked_after_all(server: Server, tmp_path: Path) -> None:
+    """What was passed over while a reply was under way is not left without a reason."""
+    rows = ask(model_at(server, give_up_after=2, max_attempts=1), tmp_path, ["slow", "500", "500", *["one"] * 9])
+    assert [row["response"] is None for row in rows] == [False, True, True] + [False] * 9
+
+
 def test_another_model_stops_the_run(server: Server, tmp_path: Path) -> None:
     server.models = ["other"]
     with pytest.raises(UserError, match="is not a model that .* serves: other"):

@@ -150,7 +150,7 @@ class VerdictRounds(EndpointRounds[UnjudgedAnswer, VerdictRow]):
     def __init__(self, judge: PreparedEndpoint, verdicts: Ledger[VerdictRow], tracker: Tracker):
         super().__init__(judge.endpoint, verdicts)
         self._judge, self._tracker = judge, tracker
-        known = (row for row in verdicts.rows.values() if row["judge"] == judge.name)
+        known = (row for row in verdicts.rows.values() if row["judge"] == judge.name and row["used"]["num_requests"])
         self.patience.was_alive = any(row["unsafe"] is not None for row in known)  # as of ``AnswerRounds``
         self._knows_other = False  # whether another model than the judge has replied
 
