@@ -84,7 +84,11 @@ class Model(Section):
     thought_marks: list[str] | None = Field(
         None, description="The two marks that open and close a thought of this model, in addition to the usual ones."
     )
-    system_prompt: str | None = Field(None, description="The system turn before every prompt; null means none.")
+    system_prompt: str | None = Field(
+        None,
+        description="The system turn before every prompt; null means none, and then a template may write a default of "
+        "its own. An empty text is a turn without text, which most templates write in place of their default.",
+    )
     gradient_checkpointing: bool = Field(
         False, description="Whether to recompute activations: less memory for about a third more time."
     )

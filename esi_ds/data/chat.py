@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from esi_ds.config import Model
 from esi_ds.data.template_values import check_read, set_values
 from esi_ds.data.thoughts import mark_strings, prompt_end
-from esi_ds.data.turns import Prompt, Turn
+from esi_ds.data.turns import Prompt, with_system
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
 from esi_ds.reading import first_line, read_text, reading
@@ -218,9 +218,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system_pro
     A chat's own system turn takes the place of ``system_prompt``. Raises TemplateRejection; LeftOut for a chat of which
     the template leaves out a turn, which ``check_chat_template`` has not asked about.
     """
-    turns: list[Turn] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if system_prompt and turns[0]["role"] != "system":
-        turns.insert(0, {"role": "system", "content": system_prompt})
+    turns = with_system(prompt, system_prompt)
     if not isinstance(prompt, str):
         TemplateCheck(tokenizer).check([turn["role"] for turn in turns], add_generation_prompt=True)
     text = render(tokenizer, turns, add_generation_prompt=True)
@@ -409,7 +407,7 @@ def check_chat_template(
             "give a Jinja chat template, as text or as a file",
         )
     check = TemplateCheck(tokenizer)
-    asked = ["system", "user"] if system_prompt else ["user"]
+    asked = ["user"] if system_prompt is None else ["system", "user"]
     try:
         check.check(asked, add_generation_prompt=True)
     except TemplateRejection as error:

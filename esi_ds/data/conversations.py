@@ -37,7 +37,7 @@ from esi_ds.data.columns import (
 from esi_ds.data.rows import Row
 from esi_ds.data.thought_rows import ThoughtTemplate
 from esi_ds.data.thoughts import MARKS, Marks
-from esi_ds.data.turns import Turn, read_turns, with_context
+from esi_ds.data.turns import Turn, read_turns, with_context, with_system
 from esi_ds.errors import UserError
 from esi_ds.reading import is_text
 
@@ -409,9 +409,7 @@ def encode_rows(
         if isinstance(turns, str):
             skipped.append((number, turns))
             continue
-        turns = [_broken_up(turn, specials) for turn in turns]
-        if system_prompt and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": system_prompt})
+        turns = with_system([_broken_up(turn, specials) for turn in turns], system_prompt)
         digest.update(json.dumps(turns).encode())
         try:
             check.check_answered([turn["role"] for turn in turns])

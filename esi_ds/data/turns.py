@@ -70,6 +70,17 @@ def asked(turns: Sequence[Turn]) -> Prompt:
     return prompt if text and len(prompt) > 1 else text
 
 
+def with_system(prompt: Prompt, system_prompt: str | None) -> list[Turn]:
+    """The turns of a prompt behind a system turn with this text, which may be empty.
+
+    None adds no turn, nor does any text to a chat that begins with a system turn of its own.
+    """
+    turns: list[Turn] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system_prompt is None or turns[0]["role"] == "system":
+        return turns
+    return [{"role": "system", "content": system_prompt}, *turns]
+
+
 def with_context(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
     """The turns after the earlier turns and the system prompt that other columns of a lowered row hold.
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from esi_ds.data.turns import Prompt, Turn
+from esi_ds.data.turns import Prompt, Turn, with_system
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all, served_models
 from esi_ds.eval.rubric import broken_up
@@ -43,9 +43,7 @@ def messages_of(prompt: Prompt, system_prompt: str | None) -> list[Turn]:
 
     Turn marks inside a text are broken up: the server's tokenizer would end the turn at them.
     """
-    turns: list[Turn] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if system_prompt is not None and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": system_prompt}, *turns]
+    turns = with_system(prompt, system_prompt)
     return [{"role": turn["role"], "content": broken_up(turn["content"])} for turn in turns]
 
 

@@ -121,7 +121,7 @@ class SharedLM(HFLM):
         )
         self.end_ids = end_ids
         self.ranks, self.should_stop = ranks, should_stop
-        self.is_chat, self.system_prompt, self.specials = is_chat, system_prompt or "", special_strings(tokenizer)
+        self.is_chat, self.system_prompt, self.specials = is_chat, system_prompt, special_strings(tokenizer)
         self.template_check = TemplateCheck(tokenizer)
         self.cut: dict[str, set[int]] = {}
 
@@ -134,6 +134,8 @@ class SharedLM(HFLM):
 
         Raises UserError for a template that rejects or leaves out a turn.
         """
+        if self.system_prompt == "" and chat_history[0]["role"] != "system":  # lm-eval writes no empty turn
+            chat_history = [{"role": "system", "content": ""}, *chat_history]
         roles = [turn["role"] for turn in chat_history]
         try:
             self.template_check.check(roles, add_generation_prompt=add_generation_prompt)
@@ -145,7 +147,8 @@ class SharedLM(HFLM):
 
     def _broken_up(self, text: str) -> str:
         """The text as data, but for the config's system prompt at its beginning."""
-        start = len(self.system_prompt) if text.startswith(self.system_prompt) else 0
+        given = self.system_prompt or ""
+        start = len(given) if text.startswith(given) else 0
         return text[:start] + break_up(text[start:], self.specials)[0]
 
     def _as_data(self, request: Instance) -> Instance:

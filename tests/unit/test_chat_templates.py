@@ -20,12 +20,14 @@ from esi_ds.data.chat import (
     encode_prompt,
     load_chat_tokenizer,
     load_tokenizer,
+    render,
     special_strings,
     without_our_padding,
 )
 from esi_ds.data.conversations import encode_rows
 from esi_ds.data.turns import Turn
 from esi_ds.errors import UserError
+from esi_ds.eval.asking import messages_of
 from esi_ds.judge.families import FAMILIES, Family
 from esi_ds.judge.pairs import PairEncoder, TextBuilder
 from esi_ds.models.folder import ModelSource
@@ -99,6 +101,22 @@ def test_a_system_prompt_that_moves_to_the_last_turn_is_shown() -> None:
     options: dict[str, Any] = {"system_prompt": None, "specials": (), "end_ids": {2}, "max_length": 500}
     (sequence,) = encode_rows(rows, ("prompt", "response"), tokenizer, **options).sequences
     assert tokenizer.decode(sequence.ids) == "[INST] Be kind. a[/INST]b<|end|>"
+
+
+def test_an_empty_system_prompt_is_a_turn_without_text_here_as_on_a_server() -> None:
+    """Qwen2.5's rule: a default stands where the chat brings no system turn, and an empty one is one."""
+    tokenizer = with_template("{% if messages[0].role != 'system' %}system: You are Qwen.\n{% endif %}" + WHOLE)
+    check_chat_template(tokenizer, "")
+    shown = tokenizer.decode(encode_prompt(tokenizer, "How?", ""))
+    assert shown == render(tokenizer, messages_of("How?", ""), add_generation_prompt=True)
+    assert "system:" in shown and "Qwen" not in shown
+    assert "Qwen" in tokenizer.decode(encode_prompt(tokenizer, "How?", None))
+    options: dict[str, Any] = {"system_prompt": "", "specials": (), "end_ids": {2}, "max_length": 500}
+    rows = [{"prompt": "a", "response": "b"}]
+    (sequence,) = encode_rows(rows, ("prompt", "response"), tokenizer, **options).sequences
+    assert "Qwen" not in tokenizer.decode(sequence.ids)
+    with pytest.raises(UserError, match=r"leave out model\.system_prompt"):
+        check_chat_template(with_template(RAISES_ON_SYSTEM), "")
 
 
 @pytest.mark.parametrize(

@@ -790,6 +790,15 @@ def test_rows_are_data(folder, tmp_path, monkeypatch, name: str, row: dict, chat
         assert not any(special in text for text in recorder.texts for special in specials)
 
 
+def test_an_empty_system_prompt_is_a_turn_in_tasks_too(folder) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    user = turn("user", "How?")
+    for given, turns in (("", [turn("system", ""), user]), (None, [user])):
+        lm = harness.SharedLM(model, tokenizer, [tokenizer.eos_token_id], 1, True, given, Ranks(), bool)
+        expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert lm.apply_chat_template([user]) == expected
+
+
 def test_no_special_token_forms_across_a_border(folder, monkeypatch) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     lm = harness.SharedLM(model, tokenizer, [tokenizer.eos_token_id], 1, False, None, Ranks(), bool)
