@@ -110,7 +110,8 @@ class Eval(Section):
 
 
 def check_sampling(section: Eval) -> None:
-    """Raise UserError for samples without a temperature, and for one that fp32 would not tell from greedy."""
+    """Raise UserError for samples without a temperature, for one that fp32 would not tell from greedy, and for one
+    that an endpoint alone would be given."""
     if section.temperature == 0:
         remedy = "set eval.temperature above 0, or leave it out"
         if section.samples > 1:
@@ -121,9 +122,12 @@ def check_sampling(section: Eval) -> None:
         problem = f"is below {MIN_TEMPERATURE}, which is nearly greedy"
         raise UserError("eval.temperature", section.temperature, problem, "give 0 for greedy answers, or more")
     for number, model in enumerate(section.models):
-        for key in SAMPLING_KEYS & set(model.endpoint.extra if model.endpoint and section.temperature else ()):
-            field = f"eval.models.{number}.endpoint.extra.{key}"
-            value = model.endpoint.extra[key] if model.endpoint else None
+        extra = model.endpoint.extra if model.endpoint else {}
+        if section.temperature == 0 and extra.get("temperature"):  # null: the server takes none
+            field, value = f"eval.models.{number}.endpoint.extra.temperature", extra["temperature"]
+            raise UserError(field, value, "would sample this model's answers alone", "set eval.temperature instead")
+        for key in SAMPLING_KEYS & set(extra if section.temperature else ()):
+            field, value = f"eval.models.{number}.endpoint.extra.{key}", extra[key]
             if key == "seed" and value is None:  # a server that takes none
                 continue
             owner = "run.seed" if key == "seed" else f"eval.{key}"

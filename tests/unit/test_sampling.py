@@ -23,7 +23,7 @@ from esi_ds.data.answers import RecordedAnswer, load_answers
 from esi_ds.data.prompts import PromptSet, QuestionSet
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint
-from esi_ds.eval.rows import AnswerRow, answer_key
+from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, answer_key
 from esi_ds.models.decoding import Sampling, greedy_ids, sampled_ids
 from esi_ds.stages.evaluate.prepare import ServedModel
 from esi_ds.stages.evaluate.questions import answer_stream, request_seed, unanswered_rows
@@ -141,7 +141,10 @@ def test_a_request_has_one_owner_of_its_temperature() -> None:
         with pytest.raises(UserError, match=rf"endpoint\.extra\.{key}.*cannot be set here"):
             validate(served({key: 1}, temperature=0.5))
     validate(served({"seed": None}, temperature=0.5))
-    validate(served({"temperature": 1}))
+    with pytest.raises(UserError, match=r"endpoint\.extra\.temperature = 1: .*set eval\.temperature instead"):
+        validate(served({"temperature": 1}))
+    for greedy in (0, None):  # null: for a server that takes none
+        validate(served({"temperature": greedy}))
 
 
 def test_tuning_answers_greedily_and_says_so() -> None:
@@ -177,6 +180,21 @@ def test_a_served_model_is_asked_for_every_sample_with_its_seed(server: Server, 
     assert len(ask({})) == 6  # what is on disk is not asked again
     answers.rows.clear()
     assert all("seed" not in body for body in ask({"seed": None})[6:])
+
+
+def test_a_server_that_samples_answers_of_its_own_accord_is_named(server: Server, tmp_path: Path) -> None:
+    def remarks(temperature: float | None) -> str:
+        tracker = Tracker(tmp_path, enabled=False, tensorboard=False, stage="eval", monitor=[])
+        answers: Ledger[AnswerRow] = Ledger(tmp_path / "a.jsonl", ANSWER_KEY, AnswerRow)
+        endpoint = Endpoint("m", f"http://127.0.0.1:{server.server_port}/v1", extra={"temperature": temperature})
+        AnswerRounds(ServedModel("theirs", "base", endpoint, "f", None), answers, tracker).ask(
+            [question_set("a", "CASE one;")]
+        )
+        return "; ".join(tracker.remarks)
+
+    assert remarks(0) == ""
+    assert "answers of theirs are sampled as its server does" in remarks(None)
+    assert "answers of theirs are sampled at temperature 0.9" in remarks(0.9)  # of ESI's
 
 
 def file_of(folder: Path, rows: list[dict[str, Any]]) -> str:

@@ -36,6 +36,7 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
         Collectives: a broadcast and a gather for each chunk, and three broadcasts. Raises Interrupted, and UserError,
         on every rank, where another model is served, or where the endpoint is given up: what was answered is kept.
         """
+        self._remark_sampling()
         rows = unanswered_rows(self._model.name, sets, samples)
         waiting = [row for row in rows if self.rows.key(row) not in self.rows.rows]
         if not waiting:
@@ -56,6 +57,13 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
         if num_left:
             problem = f"gave no answer to {counted(num_left, 'prompt')} (the last: {last})"
             raise UserError(model.field, model.endpoint.url, problem, "start again once it works: they are asked anew")
+
+    def _remark_sampling(self) -> None:
+        """Say so where ``extra`` makes the server sample answers that the config would have greedy."""
+        name, temperature = self._model.name, self.endpoint.extra.get("temperature", 0)
+        if self._model.seed is None and temperature != 0:
+            how = "as its server does" if temperature is None else f"at temperature {temperature}"
+            self._tracker.remark(f"answers of {name} are sampled {how}: extra.temperature is set")
 
     def ask_chunk(self, chunk: Sequence[AnswerRow], keep: Callable[[AnswerRow, Reply], None]) -> None:
         def take(number: int, reply: Reply) -> None:
