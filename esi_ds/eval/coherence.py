@@ -39,9 +39,13 @@ REPEATED_RUN, MAX_REPEATED_SHARE = 4, 0.65
 MIN_WORDS_FOR_SHARE = 40
 # Letters, marks and digits among the visible characters. Real answers (formulas, regular expressions): 0.27 at least.
 MIN_LETTER_SHARE, MIN_VISIBLE_FOR_SHARE = 0.25, 16
-# Characters that nobody writes: control, private, unassigned; also U+FFFD, which stands for bytes that are not a
-# character. One is enough: real answers hold none.
-BROKEN_CATEGORIES = ("Cc", "Co", "Cn", "Cs")
+# Characters that nobody writes: control characters, halves of surrogate pairs, noncharacters, and U+FFFD, which stands
+# for bytes that are not a character. One is enough: real answers hold none.
+BROKEN = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\ufdd0-\\ufdef\\ufffd]")
+# Private and unassigned characters: a few may be a logo, or newer than Python's tables. Real answers: 0.
+UNKNOWN_CATEGORIES, MAX_UNKNOWN_SHARE, MIN_UNKNOWN = ("Co", "Cn"), 0.03, 2
+# Unicode keeps these for pictures (emoji), also those that are not assigned yet.
+PICTURES = range(0x1F000, 0x1FB00)
 # The longest word, and the largest share of the answer in longer ones. German words have up to about 40 letters.
 MAX_WORD_LETTERS, MAX_LONG_WORD_SHARE = 40, 0.5
 # Words whose letters come from two writing systems, as in random samples of a multilingual vocabulary. Real answers: 0.
@@ -105,8 +109,11 @@ def _repeated_share(words: Sequence[str]) -> float:
 def _is_not_language(text: str, visible: Sequence[str]) -> bool:
     if not visible:  # only U+FFFD
         return True
-    categories = [unicodedata.category(character) for character in visible]
-    if "\ufffd" in text or any(category in BROKEN_CATEGORIES for category in categories):
+    if any(_is_broken(character) for character in visible):
+        return True
+    categories = [unicodedata.category(character) for character in visible if ord(character) not in PICTURES]
+    num_unknown = sum(category in UNKNOWN_CATEGORIES for category in categories)
+    if num_unknown >= MIN_UNKNOWN and num_unknown / len(visible) > MAX_UNKNOWN_SHARE:
         return True
     num_letters = sum(category[0] in "LMN" for category in categories)
     if len(visible) >= MIN_VISIBLE_FOR_SHARE and num_letters / len(visible) < MIN_LETTER_SHARE:
@@ -115,6 +122,11 @@ def _is_not_language(text: str, visible: Sequence[str]) -> bool:
     runs = re.findall(rf"[^\W\d_]{{{MAX_WORD_LETTERS + 1},}}", text)
     num_in_long = sum(len(run) for run in runs if run.lower() != run.upper())
     return num_in_long / len(visible) > MAX_LONG_WORD_SHARE or _mixes_scripts(text)
+
+
+def _is_broken(character: str) -> bool:
+    # The last two of each plane are noncharacters.
+    return BROKEN.match(character) is not None or ord(character) & 0xFFFE == 0xFFFE
 
 
 def _mixes_scripts(text: str) -> bool:
