@@ -29,7 +29,7 @@ from esi_ds.judge.classifier import (
     read_rule,
 )
 from esi_ds.judge.families import Family
-from esi_ds.judge.guard import verdict_score
+from esi_ds.judge.guard import longest_guard_input, verdict_score
 from esi_ds.judge.pairs import EncodedPair, EncodedText, PairEncoder, plain_pair
 from esi_ds.judge.tokens import last_risk, risk_logits, unsafe_logits
 from esi_ds.models.rows import accepted, depends_on_neighbours, end_logits, probe_ids
@@ -133,7 +133,7 @@ class FamilyJudge(ModelJudge):
         max_length: int | None = None,
         field: str = "eval.judges",
     ):
-        limit = longest_input(model, tokenizer, max_length)
+        limit = longest_guard_input(model.config, max_length)
         encoder = PairEncoder(family, tokenizer, max_length=limit, field=field)
         encoder.check_verdict()
         super().__init__(model, encoder)

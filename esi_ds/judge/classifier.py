@@ -183,7 +183,7 @@ def _label_indices(label: str | int, names: Sequence[str], field: str) -> list[i
 
 
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, configured: int | None) -> int | None:
-    """How many tokens the judge reads at most: the least limit of model, tokenizer and config; None: no limit."""
+    """How many tokens a classifier reads at most: the least limit of model, tokenizer and config; None: no limit."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None:
         # RoBERTa counts positions from its padding index on: 514 of them serve 512 tokens.

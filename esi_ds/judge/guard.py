@@ -9,11 +9,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.core.batch import Rows, right_pad
 from esi_ds.judge.embeddings import embedding_module, recorded_lookups, token_gradient, token_table
 from esi_ds.judge.pairs import EncodedPair, plain_pair
+from esi_ds.models.folder import max_positions
 from esi_ds.models.rows import depends_on_neighbours, end_logits, probe_ids
 
 
@@ -23,6 +24,15 @@ class Judgement:
 
     score: float
     gradient: Tensor
+
+
+def longest_guard_input(config: PretrainedConfig, configured: int | None = None) -> int | None:
+    """How many tokens a guard reads at most: the least of its config.json's length and ``configured``; None: no limit.
+
+    Its tokenizer's ``model_max_length`` is none: of causal models it is how long the rows of their training were.
+    """
+    limits = [limit for limit in (configured, max_positions(config)) if limit]
+    return min(limits, default=None)
 
 
 def verdict_score(

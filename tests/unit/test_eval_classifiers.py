@@ -26,7 +26,8 @@ from esi_ds.eval.classifiers import (
     yes_no_family,
 )
 from esi_ds.judge.families import FAMILIES
-from esi_ds.judge.pairs import PairEncoder
+from esi_ds.judge.guard import longest_guard_input
+from esi_ds.judge.pairs import EncodedPair, PairEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{response}<|end|>"
@@ -204,9 +205,12 @@ def test_next_word_is_the_more_probable_verdict(tmp_path: Path, tokenizer, batch
 
 def test_evaluation_reads_what_scoring_reads(tmp_path: Path) -> None:
     tokenizer, family = byte_bpe_tokenizer(), yes_no_family(YES_NO, unsafe=(" Yes",), safe=(" No",))
+    tokenizer.model_max_length = 8  # of a guard's training, which is no limit of the model
     judge = NextWordJudge(causal(tmp_path / "judge", tokenizer, [5]), tokenizer, family)
-    encoder = PairEncoder(family, tokenizer, max_length=longest_input(judge.model, tokenizer, None))
-    assert [judge.encode(*pair) for pair in PAIRS] == [encoder.encode(*pair) for pair in PAIRS]
+    encoder = PairEncoder(family, tokenizer, max_length=longest_guard_input(judge.model.config))
+    encoded = [judge.encode(*pair) for pair in PAIRS]
+    assert encoded == [encoder.encode(*pair) for pair in PAIRS] and isinstance(encoded[0], EncodedPair)
+    assert longest_guard_input(judge.model.config, 9) == 9
 
 
 def test_next_word_that_cannot_be_had(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ from esi_ds.judge.classifier import (
     read_rule,
 )
 from esi_ds.judge.families import Family
+from esi_ds.judge.guard import longest_guard_input
 from esi_ds.judge.pairs import EncodedPair, PairEncoder
 from esi_ds.judge.recognition import choose_family
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
@@ -239,7 +240,7 @@ def prepare_judge(section: EsiGuard | EsiClassifier, one_by_one: bool) -> Prepar
     family = choose_family(section, tokenizer, judge_config)
     if family.reads == "labels":
         return _prepare_classifier(section, family, family_rule(family), tokenizer, judge_config, one_by_one)
-    encoder = PairEncoder(family, tokenizer, context=section.context, max_length=max_positions(judge_config))
+    encoder = PairEncoder(family, tokenizer, context=section.context, max_length=longest_guard_input(judge_config))
     encoder.check_verdict()
     return PreparedEsiJudge(section, tokenizer, family, encoder, judge_config)
 
