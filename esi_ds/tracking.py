@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,6 +33,7 @@ POINT_S = 1.0  # seconds between two points of a progress curve
 # TensorBoard opens with its charts in the order of their groups' names, capitals first, and unfolds the first two.
 OVERVIEW = "Overview"
 MAX_LINE_NAME = 60  # characters of a line's folder
+MAX_BAR_NAME = 32  # characters of a model's or a judge's name in a bar
 FLUSH_S = 10  # seconds until TensorBoard shows a point, at most
 
 
@@ -107,34 +109,37 @@ class Tracker:
     def progress(self, *, total: int, initial: int, unit: str, description: str) -> Bar:
         """A bar with rate and time left; if stderr is not a terminal, a line every half minute at most.
 
-        description: the phase, or "<phase>: <which>" if a stage has several phases of a kind.
+        description: the phase, or "<phase>: <which>" if a stage has several phases of a kind; the bar shows the end of
+        <which>, its curves all of it.
         """
+        description = printable(description)
+        phase, colon, which = description.partition(": ")
         interval = 0.5 if sys.stderr.isatty() else 30.0
         bar = Bar(
             total=total,
             initial=initial,
             unit=unit,
-            desc=printable(description),
+            desc=f"{phase}{colon}{which[-MAX_BAR_NAME:]}",
             disable=not self.enabled,
             mininterval=interval,
             maxinterval=interval,
             dynamic_ncols=True,
         )
         if self.enabled:
-            bar.on_update, self._last_point = self._progress_points, -math.inf
+            bar.on_update = partial(self._progress_points, description.replace(": ", "/"))
+            self._last_point = -math.inf
         if self._status is not None:
             self._status.watch(bar)
         self._draw_all(lambda writer: writer.flush())  # completes the previous phase
         return bar
 
-    def _progress_points(self, bar: Bar) -> None:
+    def _progress_points(self, phase: str, bar: Bar) -> None:
         """Points for the share done in per cent and for the speed, at the number done."""
         now = time.monotonic()
         if bar.n < bar.total and now - self._last_point < POINT_S:
             return
         self._last_point = now
-        numbers = bar.format_dict
-        phase, seconds = numbers["prefix"].removesuffix(": ").replace(": ", "/"), numbers["elapsed"]
+        seconds = bar.format_dict["elapsed"]
         values = {f"progress/{phase}": 100 * bar.n / max(bar.total, 1)}
         if seconds > 0:
             values[f"speed/{phase}"] = (bar.n - bar.initial) / seconds

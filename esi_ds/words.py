@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def counted(number: int, noun: str) -> str:
     """ "1 cell", "2 cells", "1,000 cells": a number with its noun, of which the plural only adds an s."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def ends_of(names: Sequence[str], length: int) -> list[str]:
+    """The last ``length`` characters of each name, or as many more as tell different names apart.
+
+    The end of a path tells more than its beginning.
+    """
+    while len({name[-length:] for name in names}) < len(set(names)):
+        length += 1
+    return [name[-length:] for name in names]

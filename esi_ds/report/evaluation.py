@@ -10,8 +10,9 @@ from esi_ds.eval.tables import DIVERGENCE, TASK, is_share_metric
 from esi_ds.report import figures
 from esi_ds.report.contents import EvaluationReport, PivotRow
 from esi_ds.tracking import Tracker
-from esi_ds.words import counted
+from esi_ds.words import counted, ends_of
 
+NAME_WIDTH = 24  # characters of a model's name on the console
 WORDS = {
     "attack_success": "attack success",
     "any_attack_success": "attack success, any attempt",
@@ -98,11 +99,13 @@ def change(row: ChangeRow) -> str:
 def closing_table(report: EvaluationReport) -> str:
     """What the console shows at the end: rates with 95 % intervals, then paired changes."""
     lines = []
+    names = ends_of([model["name"] for model in report["models"]], NAME_WIDTH)
+    width = max(NAME_WIDTH, *map(len, names))
     for row in pivot(report):
         lines += ["", f"{row['measure']} · {row['set']} · {row['judge']}"]
-        for model, cell, changed in zip(report["models"], row["cells"], row["changes"], strict=True):
+        for name, cell, changed in zip(names, row["cells"], row["changes"], strict=True):
             against = f"   {change(changed)} (against {changed['before']})" if changed else ""
-            lines.append(f"  {model['name'][:24]:24} {interval(cell)}{against}")
+            lines.append(f"  {name:{width}} {interval(cell)}{against}")
     for agreement in report["agreements"]:
         judges = f"{agreement['first']} and {agreement['second']}"
         lines += ["", f"{judges}: Cohen's kappa {kappa(agreement)} over {counted(agreement['num_pairs'], 'answer')}"]

@@ -224,8 +224,9 @@ def _change(report: EvaluationReport, like: MeasureRow, model: str, before: str 
     judged = f" ({like['judge']})"
     if earlier is None:
         return f"{name} is {percent(rate)} on {like['set']}{judged}"
-    verb = "stays at" if rate == earlier else "falls" if rate < earlier else "rises"
-    values = percent(rate) if rate == earlier else f"from {percent(earlier)} to {percent(rate)}"
+    is_same = percent(rate) == percent(earlier)
+    verb = "stays at" if is_same else "falls" if rate < earlier else "rises"
+    values = percent(rate) if is_same else f"from {percent(earlier)} to {percent(rate)}"
     tests = [
         row["p_value"]
         for row in report["changes"]
@@ -233,7 +234,7 @@ def _change(report: EvaluationReport, like: MeasureRow, model: str, before: str 
         == (like["measure"], like["set"], like["judge"], model, before)
     ]
     test = ""
-    if tests and tests[0] is not None and rate != earlier:
+    if tests and tests[0] is not None and not is_same:
         by_chance = ", which may be chance" if tests[0] > CHANCE else ""
         test = f", p {p_value(tests[0])}{by_chance}"
     return f"{name} {verb} {values} on {like['set']}{judged}{test}"

@@ -159,6 +159,21 @@ def test_a_graded_metric_is_compared_by_its_scores() -> None:
     assert change(row).startswith("+0.4667 [") and "+0.4667 [" in render(report)
 
 
+def test_the_closing_table_tells_models_apart() -> None:
+    """By the end of their paths, and by more than a path's last characters where these are the same."""
+    result = task_report([task_row(name, 0, "t", value=0.5, scores=[0.5]) for name in "ab"])
+    for paths in (
+        ["/scratch/ann/llama3-8b-set/model", "/scratch/ann/llama3-8b-spa/model"],
+        ["/runs/set/llama-3.1-8b-instruct/model", "/runs/spa/llama-3.1-8b-instruct/model"],
+    ):
+        models = [{**model, "name": path} for model, path in zip(result["models"], paths, strict=True)]
+        measures = [{**row, "model": path} for row, path in zip(result["measures"], paths, strict=True)]
+        rows = closing_table({**result, "models": models, "measures": measures, "changes": []}).splitlines()[-2:]
+        names = [row.split()[0] for row in rows]
+        assert len(set(names)) == 2 and all(map(str.endswith, paths, names))
+        assert len({row.index("0.5") for row in rows}) == 1
+
+
 def test_a_graded_metric_is_compared_where_all_documents_score_0_or_1() -> None:
     """A broken model's F1 is 0 in every document: flags, beside another model's scores."""
     graded = task_row("a", 0, "t", value=0.25, scores=[0.5, 0.25, 0.0], low=0.0, high=0.5)

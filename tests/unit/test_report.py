@@ -376,7 +376,12 @@ def test_tensorboard_shows_a_phase_while_the_run_goes_on(tmp_path: Path) -> None
     """Read from the disk before the tracker is closed, as TensorBoard does."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    paths = [f"/scratch/ann/models/llama-3.1-8b-{name}/model" for name in ("set", "spa")]
     with Tracker(tmp_path, enabled=True, tensorboard=True, stage="eval") as tracker:
+        for path in paths:
+            with tracker.progress(total=1, initial=0, unit="answer", description=f"answer: {path}") as bar:
+                bar.update(1)
+            assert bar.format_dict["prefix"] == f"answer: {path[-32:]}"
         with tracker.progress(total=8, initial=2, unit="answer", description="answer: base") as bar:
             for _ in range(3):
                 bar.update(2)
@@ -385,6 +390,7 @@ def test_tensorboard_shows_a_phase_while_the_run_goes_on(tmp_path: Path) -> None
         found = [(event.step, event.value) for event in events.Scalars("progress/answer/base")]
         assert found[0] == (4, 50.0) and found[-1] == (8, 100.0)
         assert all(event.value > 0 for event in events.Scalars("speed/answer/base"))
+        assert all(events.Scalars(f"progress/answer/{path}") for path in paths)
     assert not (tmp_path / "metrics.jsonl").exists()  # what was measured stands there, not how far it is
 
 

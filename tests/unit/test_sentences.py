@@ -204,6 +204,10 @@ def test_an_evaluation() -> None:
     skill = [Measure("task", "gsm8k", None, "acc", name, [True, False]).as_row() for name in ("base", "set")]
     alone = {**COMPARED, "measures": skill, "changes": []}
     assert sentences.evaluation(alone) == ["set: skill stays at 50.0 % on gsm8k (acc)."]  # type: ignore[arg-type]
+    near = [Measure("task", "gsm8k", None, "acc", name, [True] * n + [False] * 3000).as_row()
+            for name, n in (("base", 3000), ("set", 3001))]  # fmt: skip
+    (line,) = sentences.evaluation({**COMPARED, "measures": near, "changes": []})  # type: ignore[arg-type]
+    assert line == "set: skill stays at 50.0 % on gsm8k (acc)."
     run = FinishedRun("e", "e", alone, {})  # type: ignore[type-var]
     assert overview.key_fact(run) == "base 50.0 % skill (gsm8k, acc); set 50.0 % skill (gsm8k, acc)"
     value = {"rate": 23.4, "low": None, "high": None, "n": 2}

@@ -191,7 +191,7 @@ def answer_all(
         generation=config.esi.generation,
         keep=keep,
         tracker=tracker,
-        description=f"answer: {name}"[:40],
+        description=f"answer: {name}",
         marks=marks_with(candidate.thought_marks),
         draws=draws if section.temperature > 0 else None,
     )

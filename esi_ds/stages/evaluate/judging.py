@@ -112,7 +112,7 @@ def _verdict_row(judge: PreparedJudge, question: UnjudgedAnswer, verdict: Verdic
 
 
 def _progress(judge: PreparedJudge, total: int, initial: int, tracker: Tracker) -> Bar:
-    return tracker.progress(total=total, initial=initial, unit="answer", description=f"judge: {judge.name}"[:40])
+    return tracker.progress(total=total, initial=initial, unit="answer", description=f"judge: {judge.name}")
 
 
 def _running_rates(
