@@ -63,6 +63,15 @@ CASES = {
     "null choices": json.dumps({"choices": None, "usage": "much"}).encode(),
     "null": json.dumps(completion(None)).encode(),
     "parts": json.dumps(completion([{"text": "#thescore: 1"}])).encode(),
+    "parts of Mistral": json.dumps(
+        completion(
+            [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+                {"type": "text", "text": "#thescore: "},
+                {"type": "text", "text": "5"},
+            ]
+        )
+    ).encode(),
     "cut": json.dumps(completion("#thereason: it says #thescore: 1\n#thescore: 1", "length")).encode(),
     "huge": b" " * (1 << 21),
     "bomb": gzip.compress(b" " * (1 << 28)),

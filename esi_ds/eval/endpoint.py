@@ -453,7 +453,7 @@ def read_completion(body: bytes, num_requests: int = 1, key: str | None = None, 
     if (reason := _reason(choice)) in FILTERED:
         return reply(None, f"the server's filter ended the reply ({reason})")
     is_cut = choice.get("finish_reason") == "length"
-    text = _whole_text(message, is_cut) if keeps_cut else message.get("content")
+    text = _whole_text(message, is_cut) if keeps_cut else _parts(message.get("content"))[1]
     if not isinstance(text, str) or not (text.strip() or (keeps_cut and not is_cut)):
         return reply(None, "the reply was cut before its answer began" if keeps_cut and is_cut else NO_TEXT)
     # A judge's reply that was cut off may end anywhere, even inside a quotation.
@@ -462,13 +462,35 @@ def read_completion(body: bytes, num_requests: int = 1, key: str | None = None, 
 
 def _whole_text(message: Mapping[str, Any], is_cut: bool) -> str | None:
     """A model's own answer behind its thought, which some servers give apart; None if there is neither."""
-    answer = message.get("content")
-    text = answer if isinstance(answer, str) else message.get("refusal")  # OpenAI's models refuse apart
-    text = text if isinstance(text, str) else None
-    thoughts = [thought for name in REASONING_KEYS if isinstance(thought := message.get(name), str) and thought.strip()]
+    thought, text = _parts(message.get("content"))
+    if text is None and isinstance(refusal := message.get("refusal"), str):  # OpenAI's models refuse apart
+        text = refusal
+    apart = [thought, *(message.get(name) for name in REASONING_KEYS)]
+    thoughts = [thought for thought in apart if isinstance(thought, str) and thought.strip()]
     if thoughts and is_cut and not (text or "").strip():
         text = None  # it ends within its thought
     return whole_response(thoughts[0] if thoughts else None, text)
+
+
+def _parts(content: Any) -> tuple[str | None, str | None]:
+    """Thought and text of a message's content: a text, or a list of parts of these kinds, as Mistral's API gives it.
+
+    None for one that there is not, and for both where a part is of another kind.
+    """
+    if isinstance(content, str):
+        return None, content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return None, None
+    found: dict[str, list[str]] = {"thinking": [], "text": []}
+    for part in content:
+        kind = part.get("type")
+        inner = part.get(kind) if kind in found else None
+        text = _parts(inner)[1] if kind == "thinking" else inner  # a thought is a text or a list of parts of text
+        if not isinstance(text, str):
+            return None, None
+        found[str(kind)].append(text)
+    thought, answer = ("".join(texts) if texts else None for texts in found.values())
+    return thought, answer
 
 
 def served_models(endpoint: Endpoint) -> list[str] | None:

@@ -118,6 +118,12 @@ def test_an_endpoint_that_stops_leaves_the_rest_to_a_restart(server: Server, tmp
     assert "HTTP 400" in str(rows[1]["excluded"])
 
 
+def test_the_parts_of_a_content_are_thought_and_answer(server: Server, tmp_path: Path) -> None:
+    whole, unknown = ask(model_at(server), tmp_path, ["parts of Mistral", "parts"])
+    assert whole["response"] == "<think>\nHm.\n</think>\n\n#thescore: 5"
+    assert unknown["response"] is None and unknown["excluded"] == "the reply has no text"
+
+
 @pytest.mark.parametrize("case", ["content filter", "flagged"])
 def test_a_server_that_filters_what_it_is_asked_is_alive(server: Server, tmp_path: Path, case: str) -> None:
     rows = ask(model_at(server, give_up_after=3, concurrency=1), tmp_path, [*[case] * 5, "400", "one"])
