@@ -59,17 +59,7 @@ class TextBuilder:
                 template = template.get("default")
             if isinstance(template, str) and CLOCK in template:
                 self._options["chat_template"] = FIXED_DATE + template
-            try:
-                shown = self._apply_chat_template("x", RESPONSE_MARK)
-            except TemplateRejection as error:
-                raise UserError(
-                    f"{field}.path",
-                    tokenizer.name_or_path,
-                    f"cannot be asked: {error}",
-                    "give a guard whose template takes user and assistant turns",
-                ) from error
-            # Templates of multimodal guards (Llama-Guard-3-1B) read a turn's content as a list of parts.
-            self._content_is_list = RESPONSE_MARK not in shown
+            self._choose_content(field)
             if context == "prompt_and_response" and PROMPT_MARK not in self._apply_chat_template(PROMPT_MARK, "x"):
                 raise UserError(
                     f"{field}.path",
@@ -77,6 +67,24 @@ class TextBuilder:
                     "has a chat template that leaves out the prompt",
                     f"give a guard whose template shows both turns, or set {field}.context: response_only",
                 )
+
+    def _choose_content(self, field: str) -> None:
+        """Give turns to the chat template as texts or, where it rejects these or does not show them, as lists of parts:
+        templates of multimodal guards (Llama-Guard-3-1B) read them so."""
+        rejection: TemplateRejection | None = None
+        for self._content_is_list in (False, True):
+            try:
+                if RESPONSE_MARK in self._apply_chat_template("x", RESPONSE_MARK):
+                    return
+            except TemplateRejection as error:
+                rejection = rejection or error
+        if rejection is not None:
+            raise UserError(
+                f"{field}.path",
+                self.tokenizer.name_or_path,
+                f"cannot be asked: {rejection}",
+                "give a guard whose template takes user and assistant turns",
+            ) from rejection
 
     def _apply_chat_template(self, prompt: Prompt, response: str, attack: Prompt | None = None) -> str:
         return self._show(self._turns(prompt, response, attack))

@@ -172,6 +172,14 @@ def test_a_guard_s_template_that_leaves_out_the_prompt_is_refused() -> None:
     PairEncoder(FAMILIES["qwen3guard"], with_template(template), context="response_only")
 
 
+def test_a_guard_s_template_that_rejects_texts_is_given_lists_of_parts() -> None:
+    rejects = "{% if messages[0].content is string %}{{ raise_exception('no text') }}{% endif %}"
+    encoder = PairEncoder(FAMILIES["qwen3guard"], with_template(rejects + LEAVE_OUT["parts only"]))
+    assert not isinstance(encoder.encode("How?", "So."), str)
+    with pytest.raises(UserError, match=r"judge\.path.*cannot be asked: .*no text"):
+        PairEncoder(FAMILIES["qwen3guard"], with_template(rejects + "{{ raise_exception('no parts') }}"))
+
+
 @pytest.mark.parametrize("cut", ["prompt", "response"])
 def test_what_a_guard_s_template_cuts_is_not_judged(cut: str) -> None:
     template = {
