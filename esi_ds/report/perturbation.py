@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from esi_ds.report import figures
 from esi_ds.report.contents import CurveRow, PerturbationReport
 from esi_ds.report.evaluation import chart_title, interval, publish_rates
 from esi_ds.tracking import Tracker
 from esi_ds.words import counted
+
+MAX_STEPS_PER_SIGMA = 10**9
 
 
 def panels(report: PerturbationReport) -> list[tuple[str, list[CurveRow]]]:
@@ -35,14 +39,23 @@ def closing_table(report: PerturbationReport) -> str:
 
 
 def publish(tracker: Tracker, report: PerturbationReport) -> None:
-    """Rates as scalars; the curves over the noise, in hundredths of σ, as scalars and as images, and first as charts
-    with a line for each part of the ranking."""
+    """Rates as scalars; the curves over the noise, in hundredths of σ or finer, as scalars and as images, and first as
+    charts with a line for each part of the ranking."""
     publish_rates(tracker, report["measures"])
+    per_sigma = steps_per_sigma([row["noise"] for row in report["curves"]])
     for row in report["curves"]:
         if row["rate"] is not None:
             part = f"{row['order']} {row['ratio']:g}"
-            step, title = round(100 * row["noise"]), chart_title(row["measure"], row["set"], row["judge"])
+            step, title = round(per_sigma * row["noise"]), chart_title(row["measure"], row["set"], row["judge"])
             tracker.points(step, {f"noise/{row['measure']}/{row['set']}/{row['judge']}/{part}": row["rate"]})
-            tracker.overview(step, {f"{title}, by noise in hundredths of σ": row["rate"]}, part)
+            tracker.overview(step, {f"{title}, by noise in units of {1 / per_sigma:g} σ": row["rate"]}, part)
     for title, points in panels(report):
         figures.log_figure(tracker, f"noise/{title}", figures.noise_curves(title, points))
+
+
+def steps_per_sigma(noises: Sequence[float]) -> int:
+    """How many of TensorBoard's steps, which are whole numbers, one σ is: 100, or more where the noises need it."""
+    num_steps = 100
+    while num_steps < MAX_STEPS_PER_SIGMA and len({round(num_steps * noise) for noise in noises}) < len(set(noises)):
+        num_steps *= 10
+    return num_steps

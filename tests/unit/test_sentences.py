@@ -10,7 +10,7 @@ from esi_ds.eval.tables import Measure, changes
 from esi_ds.report import figures, overview, sentences
 from esi_ds.report.html import render
 from esi_ds.report.overview import FinishedRun
-from esi_ds.report.perturbation import closing_table
+from esi_ds.report.perturbation import closing_table, steps_per_sigma
 
 
 def layers(selected: list[int], role: str = "attention.v") -> list[dict]:
@@ -329,3 +329,8 @@ def test_steps_are_counted_in_whole_numbers() -> None:
         labels = [label.get_text() for axes in drawn.axes for label in axes.get_xticklabels()]
         assert labels and all("." not in label for label in labels)
         figures.plt.close(drawn)
+
+
+def test_small_noises_have_steps_of_their_own_in_tensorboard() -> None:
+    assert steps_per_sigma([0.0, 0.38, 1.0, 0.38]) == 100 and steps_per_sigma([0.0, 0.001, 0.002]) == 1000
+    assert steps_per_sigma([0.0, 1e-30]) == 10**9  # as fine as it gets
