@@ -43,10 +43,14 @@ class Tune(Section):
     )
     max_length: int = Field(1024, ge=2, description="The longest row in tokens; longer rows lose their end.")
     unscored: Literal["freeze", "train"] = Field(
-        "freeze", description="What happens to embeddings, norms, biases and routers."
+        "freeze",
+        description="What happens to embeddings, norms, biases and routers; what only images or sound go through is "
+        "always frozen.",
     )
     router: Literal["freeze", "train"] | None = Field(
-        None, description="What happens to routers; null means as tune.unscored says."
+        None,
+        description="What happens to routers, even where the mask names them; null means as the mask or tune.unscored "
+        "says.",
     )
     reduction: Literal["auto", "compact", "scatter"] = Field(
         "auto", description="How SET reduces gradients: once a step (compact), or sharded in the hooks (scatter)."

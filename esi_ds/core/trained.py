@@ -18,7 +18,8 @@ class Trained:
 
     train: ``selected`` | ``complement``. unscored: ``freeze`` | ``train``, for parameters that the mask does not name.
     shapes: of every parameter, in the model's order. routers: names of the routers' parameters. router: ``freeze`` |
-    ``train`` for these; None: as ``unscored``.
+    ``train`` for these, whether or not the mask names them; None: as the mask or ``unscored`` says. towers: names of
+    parameters that no text gives a gradient: they are always frozen, since weight decay would shrink them.
     """
 
     def __init__(
@@ -29,26 +30,44 @@ class Trained:
         shapes: Mapping[str, tuple[int, ...]],
         routers: Collection[str] = (),
         router: str | None = None,
+        towers: Collection[str] = (),
     ):
         self.mask, self.train, self.unscored = mask, train, unscored
-        self.routers, self.router = frozenset(routers), router or unscored
+        self.routers, self.router, self.towers = frozenset(routers), router, frozenset(towers)
         self.numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
 
     @cached_property
     def digest(self) -> str:
         """sha256 of what decides which weights of a model train: the mask, and what is made of it."""
-        settings = {"train": self.train, "unscored": self.unscored, "router": self.router}
+        settings = {"train": self.train, "unscored": self.unscored, "router": self.router or self.unscored}
+        if self.router and self.masked_routers:
+            settings["masked_routers"] = self.router
+        if self.towers and self.unscored == "train":
+            settings["towers"] = "freeze"
         if self.mask.k and not self.mask.digests:  # a mask of an earlier version
             settings |= {name: digest(self.mask.data(name)) for name in self.mask.names}
         return texts_sha256({**identity(self.mask), **settings})
 
-    def _trains_unscored(self, name: str) -> bool:
-        return (self.router if name in self.routers else self.unscored) == "train"
+    @property
+    def masked_routers(self) -> frozenset[str]:
+        """Names of the routers' parameters that the mask names, as one made with other roles may."""
+        return self.routers & self.mask.shapes.keys()
+
+    def is_masked(self, name: str) -> bool:
+        """Whether the mask decides which of a parameter's weights train; else all of them do, or none."""
+        is_overruled = name in self.towers or (name in self.routers and self.router is not None)
+        return name in self.mask.shapes and not is_overruled
+
+    def _trains_whole(self, name: str) -> bool:
+        """Whether a parameter that is not masked trains."""
+        if name in self.towers:
+            return False
+        return ((name in self.routers and self.router) or self.unscored) == "train"
 
     def count(self, name: str) -> int:
         """Number of trained weights of a parameter."""
-        if name not in self.mask.shapes:
-            return self.numels[name] if self._trains_unscored(name) else 0
+        if not self.is_masked(name):
+            return self.numels[name] if self._trains_whole(name) else 0
         selected = self.mask.counts[name]
         return selected if self.train == "selected" else self.numels[name] - selected
 
@@ -59,8 +78,8 @@ class Trained:
 
     def bits(self, name: str, low: int, high: int) -> Tensor:
         """bool [high − low]: whether each weight of [low, high), flat, trains. Reads only their bytes of the mask."""
-        if name not in self.mask.shapes:
-            return torch.full((high - low,), self._trains_unscored(name))
+        if not self.is_masked(name):
+            return torch.full((high - low,), self._trains_whole(name))
         bits = self.mask.bits(name, low, high)
         return bits if self.train == "selected" else ~bits
 
@@ -93,7 +112,7 @@ class Trained:
         """Number of a parameter's trained weights before flat index ``low``."""
         if self.count(name) == self.numels[name]:
             return low
-        if name not in self.mask.shapes or low == 0:
+        if not self.is_masked(name) or low == 0:
             return 0
         selected = int(popcount(self.mask.data(name, 0, num_bytes(low))))
         if low % 8:  # bits of the last byte at or after ``low``

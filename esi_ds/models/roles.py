@@ -197,6 +197,11 @@ def router_names(parameters: Sequence[Parameter]) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.role == "router"]
 
 
+def tower_names(parameters: Sequence[Parameter]) -> list[str]:
+    """Names of the parameters that only images or sound go through."""
+    return [parameter.name for parameter in parameters if parameter.role == "tower"]
+
+
 def layer_of(name: str) -> int | None:
     """The number of the layer that a parameter or module belongs to."""
     return int(match.group(1)) if (match := LAYER.search(f"{name}.")) else None

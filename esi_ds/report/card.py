@@ -26,16 +26,19 @@ def model_card(
     benign: TuningSet | None,
     dequantised_from: str | None = None,
     rounded_from: str | None = None,
+    routers: str | None = None,
+    has_towers: bool = False,
 ) -> str:
     """Markdown with the hub's front matter.
 
     stage: set or spa. fingerprint: the base model's. dequantised_from: the format of its files; None where they are not
     quantised. rounded_from: their dtypes, where ``model.dtype`` holds them only rounded. num_trained: weights that were
-    trained. benign: rows mixed in.
+    trained. benign: rows mixed in. routers: of ``sentences.routers_fate``; None: as the config says. has_towers:
+    whether the model has encoders of images or sound.
     """
-    routers = tune.router or tune.unscored
+    routers = routers or tune.router or tune.unscored
     rounded_to = config.model.dtype if rounded_from is not None else None
-    sentence = what_was_trained(stage, stage == "spa" and not mask.k, tune.unscored, routers, rounded_to)
+    sentence = what_was_trained(stage, stage == "spa" and not mask.k, tune.unscored, routers, rounded_to, has_towers)
     facts = {
         "base model": config.model.path + (f" ({config.model.revision})" if config.model.revision else ""),
         **({"base weights": f"dequantised from {dequantised_from}"} if dequantised_from is not None else {}),
@@ -46,7 +49,8 @@ def model_card(
         f"{mask.header.order}, ratio {mask.header.ratio}",
         "trained weights": f"{num_trained:,}",
         "unscored parameters": "frozen" if tune.unscored == "freeze" else "trained",
-        "routers": "frozen" if routers == "freeze" else "trained",
+        "routers": routers.replace("freeze", "frozen").replace("train", "trained"),
+        **({"towers": "frozen"} if has_towers else {}),
         "steps": tune.max_steps,
         "rows": f"{tune.data.path}, sha256 {rows.sha256}",
         **({"rows written": line} if (line := tune.data.how_written) else {}),

@@ -190,7 +190,8 @@ def _what_was_trained(report: TuningReport) -> str:
     routers = str(facts.get("routers", unscored))  # the earliest runs name none
     is_baseline = facts.get("mask criterion") == "none"
     rounded_to = str(facts["dtype"]) if "base weights" in facts else None
-    return sentences.what_was_trained(report["method"], is_baseline, unscored, routers, rounded_to)
+    has_towers = "towers" in facts
+    return sentences.what_was_trained(report["method"], is_baseline, unscored, routers, rounded_to, has_towers)
 
 
 def _evaluation_page(report: EvaluationReport) -> str:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from esi_ds.core.trained import Trained
 from esi_ds.eval.rows import MeasureRow
 from esi_ds.report import location
 from esi_ds.report.contents import (
@@ -32,6 +33,7 @@ MANY_INCOHERENT = 0.05  # of the answers: worth a word beside attack success
 CHANCE = 0.05  # p-values above it
 NOISE_MEASURES = {"attack_success": "attack success on", "refused": "refusal of"}  # the first that was measured
 UNSCORED = "all that have no score, such as embeddings and norms"
+AS_MASKED, OVERRULED = "as the mask says", ", also where the mask names them"
 SAME_BITS = "the base model’s, bit for bit"
 MAX_MODELS = 4
 MAX_MASKS = 3
@@ -128,17 +130,47 @@ def tuning(report: TuningReport) -> list[str]:
     return [f"{trained}.", *([f"The tuned model refuses {listed(refusals)}."] if refusals else [])]
 
 
-def what_was_trained(method: str, is_baseline: bool, unscored: str, routers: str, rounded_to: str | None = None) -> str:
+def routers_fate(trained: Trained) -> str:
+    """What became of routers: freeze or train, which may overrule the mask, or what the mask says of those it names."""
+    fate = trained.router or trained.unscored
+    if not trained.masked_routers:
+        return fate
+    return AS_MASKED if trained.router is None else f"{fate}{OVERRULED}"
+
+
+def what_was_trained(
+    method: str,
+    is_baseline: bool,
+    unscored: str,
+    routers: str,
+    rounded_to: str | None = None,
+    has_towers: bool = False,
+) -> str:
     """Which weights were trained and which are the base model's.
 
-    method: set or spa. is_baseline: SPA without a mask. unscored, routers: freeze or train. rounded_to: ``model.dtype``
-    where the base is stored in a finer one.
+    method: set or spa. is_baseline: SPA without a mask. unscored: freeze or train. routers: of ``routers_fate``.
+    rounded_to: ``model.dtype`` where the base is stored in a finer one. has_towers: whether the model has encoders of
+    images or sound, which are always frozen.
     """
     same = SAME_BITS if rounded_to is None else f"the base model’s, rounded to {rounded_to}"
+    fate = unscored if routers == AS_MASKED else routers.removesuffix(OVERRULED)
+    exceptions = ["routers"] if fate != unscored else []
+    if has_towers and unscored == "train":
+        exceptions.append("encoders of images and sound")
     kinds = {"freeze": "", "train": ""}  # of weights without a score, by what became of them
     kinds[unscored] = UNSCORED
-    if routers != unscored:
-        kinds[unscored], kinds[routers] = "all that have no score, except routers", "routers"
+    if exceptions:
+        others = "train" if unscored == "freeze" else "freeze"
+        kinds[others] = " and ".join(exceptions)
+        kinds[unscored] = f"all that have no score, except {kinds[others]}"
+    sentence = _trained_kinds(method, is_baseline, kinds, same)
+    if routers.endswith(OVERRULED):
+        sentence += f" Routers were {'frozen' if fate == 'freeze' else 'trained'}, those that the mask names too."
+    return sentence
+
+
+def _trained_kinds(method: str, is_baseline: bool, kinds: dict[str, str], same: str) -> str:
+    """The sentence. kinds: weights without a score, by what became of them. same: what frozen weights are."""
     if method == "set":
         if not kinds["train"]:
             return f"Only the mask’s weights were trained; every other weight is {same}."

@@ -521,6 +521,71 @@ def test_a_mask_may_name_unscored_parameters_too(folder: Path, tmp_path: Path) -
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
+class ToyRouter(nn.Linear):
+    """A router by its class's name."""
+
+
+class ToyTower(nn.Linear):
+    input_modalities = "image"
+
+
+class ToyMixture(nn.Module):
+    """A matrix, a router and an encoder of images that no text goes through."""
+
+    input_modalities = ("image", "text")
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.router, self.vision = nn.Linear(5, 7), ToyRouter(7, 3), ToyTower(4, 4)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.router(self.up(inputs))
+
+
+def moved_by(mask: Path, train_what: str, **options: str | None) -> dict[str, int]:
+    """Changed weights of each parameter of a ``ToyMixture`` after three steps; a gradient of 0 where text gives none.
+
+    So has every parameter one under ZeRO-3, whose flat tensors decay whatever trains in them.
+    """
+    model, base = ToyMixture(), dict(ToyMixture().named_parameters())
+    optimizer = esi_ds.MaskedAdamW(model, mask, train=train_what, lr=1e-2, weight_decay=0.5, **options)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        for tensor in model.vision.parameters():
+            tensor.grad = torch.zeros_like(tensor) if tensor.requires_grad else None
+        optimizer.step()
+    return {name: int((tensor != base[name]).sum()) for name, tensor in model.named_parameters()}
+
+
+@pytest.mark.parametrize("train_what", ["selected", "complement"])
+def test_an_explicit_router_overrules_a_mask_that_names_it(train_what: str, tmp_path: Path) -> None:
+    bits = {name: torch.arange(p.numel()).view(p.shape) % 2 == 0 for name, p in ToyMixture().named_parameters()}
+    named = ("up.weight", "router.weight")
+    total = str(sum(values.numel() for values in bits.values()))
+    mask = write_mask(tmp_path, {name: bits[name] for name in named}, total_numel=total)
+    half, whole_router = sum(divmod(21, 2)) if train_what == "selected" else 21 // 2, 21
+    moved = moved_by(mask, train_what)  # as the mask says
+    assert moved["router.weight"] == half and moved["router.bias"] == 0
+    moved = moved_by(mask, train_what, router="freeze")
+    assert moved["router.weight"] == moved["router.bias"] == 0 < moved["up.weight"]
+    moved = moved_by(mask, train_what, router="train")
+    assert moved["router.weight"] == whole_router and moved["router.bias"] == 3 and moved["up.bias"] == 0
+    digests = {esi_ds.MaskedAdamW(ToyMixture(), mask, train_what, router=r).trained.digest for r in (None, "freeze")}
+    assert len(digests) == 2  # the state of one is not the other's
+
+
+@pytest.mark.parametrize("train_what", ["selected", "complement"])
+def test_no_decay_reaches_what_no_text_trains(train_what: str, tmp_path: Path) -> None:
+    shapes = {name: tuple(p.shape) for name, p in ToyMixture().named_parameters()}
+    total = sum(torch.Size(shape).numel() for shape in shapes.values())
+    mask = write_mask(tmp_path, {"up.weight": torch.arange(35).view(7, 5) % 2 == 0}, total_numel=str(total))
+    moved = moved_by(mask, train_what, unscored="train")
+    assert moved["vision.weight"] == moved["vision.bias"] == 0
+    assert moved["router.weight"] == 21 and moved["up.bias"] == 7
+
+
 def test_nothing_to_train_is_refused(folder: Path, tmp_path: Path) -> None:
     build_mask(tmp_path / "mask", folder / "model", ratio=0.0)
     with pytest.raises(UserError, match="nothing would train"):

@@ -143,6 +143,7 @@ def test_tuning() -> None:
         ("spa", "esi", "train", "freeze", "The mask’s weights were frozen, and routers; they are the base model’s, bi"),
         ("spa", "none", "freeze", "freeze", "No weight that has a score was frozen: a baseline of SPA. All that have"),
         ("spa", "none", "train", "train", "No weight was frozen: a baseline of SPA."),
+        ("spa", "esi", "freeze", "as the mask says", "The mask’s weights were frozen, and all that have no score, su"),
     ],
 )  # fmt: skip
 def test_what_was_trained_is_said_as_it_was(
@@ -156,6 +157,16 @@ def test_what_was_trained_is_said_as_it_was(
     rounded = render({**page, "facts": {**facts, "base weights": "rounded from F32", "dtype": "bf16"}})  # type: ignore[arg-type]
     assert sentence.replace("bit for bit", "rounded to bf16") in rounded
     assert "patch revert RUN/model RUN/patch" in render({**page, "changed": 9})  # type: ignore[arg-type]
+
+
+def test_overruled_routers_and_frozen_towers_are_said() -> None:
+    freeze = "freeze, also where the mask names them"
+    said = sentences.what_was_trained("set", False, "freeze", freeze)
+    assert said.endswith("Routers were frozen, those that the mask names too.")
+    page = {**TUNING, "method": "spa", "facts": {"unscored parameters": "train", "routers": freeze, "towers": "freeze"}}
+    assert "The mask’s weights were frozen, and routers and encoders of images and sound; they" in render(page)  # type: ignore[arg-type]
+    baseline = sentences.what_was_trained("spa", True, "train", "train", has_towers=True)
+    assert "No weight that has a score was frozen: a baseline of SPA. Encoders of images and sound were" in baseline
 
 
 def evaluation(names: list[str], success: list[list[bool]], refused: list[list[bool]]) -> dict:

@@ -70,9 +70,9 @@ def expected_trained(config: Config, parameters: Sequence[Parameter]) -> dict[st
     selected = {parameter.name: round(density * parameter.numel) for parameter in scored}
     others, tune = {}, config.tune
     if tune is not None:
-        kinds = {True: tune.router or tune.unscored, False: tune.unscored}  # whether it is a router's
+        fates = {"router": tune.router or tune.unscored, "tower": "freeze"}
         unscored = [parameter for parameter in parameters if not parameter.scored]
-        others = {p.name: p.numel for p in unscored if kinds[p.role == "router"] == "train"}
+        others = {p.name: p.numel for p in unscored if fates.get(p.role, tune.unscored) == "train"}
     return {
         "esi": {parameter.name: parameter.numel for parameter in scored},
         "set": selected | others,
@@ -83,8 +83,8 @@ def expected_trained(config: Config, parameters: Sequence[Parameter]) -> dict[st
 def known_trained(trained: Trained, parameters: Sequence[Parameter]) -> dict[str, dict[str, int]]:
     """The same for an existing mask."""
     scored = {parameter.name: parameter.numel for parameter in parameters if parameter.scored}
-    others = {name: trained.count(name) for name in trained.numels if name not in trained.mask.shapes}
-    selected = trained.mask.counts
+    others = {name: trained.count(name) for name in trained.numels if not trained.is_masked(name)}
+    selected = {name: count for name, count in trained.mask.counts.items() if trained.is_masked(name)}
     spa = {name: trained.numels[name] - count for name, count in selected.items()}
     return {"esi": scored, "set": selected | others, "spa": spa | others}
 

@@ -10,6 +10,7 @@ from esi_ds.patch import PatchSummary
 from esi_ds.report.card import METHODS
 from esi_ds.report.contents import ChangedTensor, DriftRow, Facts, TunedAnswerRow, TuningReport
 from esi_ds.report.html import write_report
+from esi_ds.report.sentences import routers_fate
 from esi_ds.report.tuning import closing_table, publish, refusal_rows, samples
 from esi_ds.stages.run import StageRun
 from esi_ds.stages.tune.prepare import TuningInputs
@@ -77,7 +78,8 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         "mask criterion": inputs.mask.header.criterion,
         **({"base weights": f"rounded from {line}"} if (line := run.rounded_from) else {}),
         "unscored parameters": tune.unscored,
-        "routers": tune.router or tune.unscored,
+        "routers": routers_fate(inputs.trained),
+        **({"towers": "freeze"} if inputs.trained.towers else {}),
         "rows": f"{len(rows.sequences):,} of {tune.data.path} ({rows.columns})",
         **({"rows written": line} if (line := tune.data.how_written) else {}),
         "rows skipped": len(rows.skipped),

@@ -32,7 +32,7 @@ from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
 from esi_ds.models.meta import meta_parameters
-from esi_ds.models.roles import router_names
+from esi_ds.models.roles import router_names, tower_names
 from esi_ds.patch import check_names
 
 TRAIN = {"set": "selected", "spa": "complement"}
@@ -131,7 +131,8 @@ def describe_trained(model: Model, tune: Tune, stage: str, mask: Mask, model_con
     parameters = meta_parameters(model_config, ModelSource.of(model), model.roles, model.dtype)
     check_mask_structure(mask, parameters, "tune.mask")
     shapes = {parameter.name: parameter.shape for parameter in parameters}
-    trained = Trained(mask, TRAIN[stage], tune.unscored, shapes, check_routers(tune, parameters), tune.router)
+    routers, towers = check_routers(tune, parameters), tower_names(parameters)
+    trained = Trained(mask, TRAIN[stage], tune.unscored, shapes, routers, tune.router, towers)
     if trained.total == 0:
         problem = "selects nothing" if stage == "set" else "selects every scored weight"
         raise UserError("tune.mask", str(mask.path), f"{problem}: nothing would train", "give another mask")

@@ -23,6 +23,7 @@ from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, checkpoint_folder, max_positions, quantisation_of
 from esi_ds.report.card import model_card
 from esi_ds.report.contents import TunedAnswerRow
+from esi_ds.report.sentences import routers_fate
 from esi_ds.stages.batch_sizes import longest_prompt
 from esi_ds.stages.respond import GeneratedRow, by_index, generate_all, keep_in
 from esi_ds.stages.run import CHECKPOINTS, StageRun, check_mask_bits
@@ -235,6 +236,8 @@ class TuneRun(StageRun[TuningInputs]):
             benign=inputs.benign,
             dequantised_from=None if quantisation is None else str(quantisation),
             rounded_from=self.rounded_from,
+            routers=routers_fate(inputs.trained),
+            has_towers=bool(inputs.trained.towers),
         )
         section = self.config.model
         plain = without_values(without_our_padding(inputs.tokenizer), section.template_kwargs, day_of(section))
