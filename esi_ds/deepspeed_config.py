@@ -36,11 +36,15 @@ _KINDS: dict[Any, str] = {
 }
 KEYS = {key: kind for kind, keys in _KINDS.items() for key in keys.split()}
 # Sections that no stage supports, and whether one that does not say ``enabled`` is on. DeepSpeed's autotuner ends the
-# process after a few steps.
+# process after a few steps. Quantisation, curricula and dropped tokens or layers would train something else, and are
+# read by DeepSpeed's own loaders and wrappers only.
 UNSUPPORTED = {
     **dict.fromkeys(("amp", "datastates_ckpt", "elasticity", "tensor_parallel", "pipeline"), True),
+    **dict.fromkeys(("compression_training", "weight_quantization_config"), True),
     **dict.fromkeys(("autotuning", "hybrid_engine"), False),
+    **dict.fromkeys(("curriculum_learning", "data_efficiency", "progressive_layer_drop"), False),
 }
+FP32_NAMES = ("fp32", "float32", "float", "torch.float32")  # as DeepSpeed spells it under data_types
 WORDS = {dict: "a mapping", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 REDUCE_BUCKET = 50_000_000
 REMEDY = "remove it from the DeepSpeed config, or set it to auto"
@@ -106,6 +110,7 @@ def monitor_settings(config: Config) -> dict[str, dict[str, Any]]:
                 f"needs the package {package}, which is not installed",
                 f"pip install {package}, or set it to false",
             )
+        section = {key: value for key, value in section.items() if value != "auto"}
         if name in ("csv_monitor", "tensorboard"):
             section = {"output_path": config.run.output_dir, "job_name": f"deepspeed_{name}", **section}
         monitors[name] = section
@@ -120,7 +125,9 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
     settings = read(config)
     _check_keys(settings)
     if "bfloat16" in settings:  # DeepSpeed's older name
-        settings.setdefault("bf16", settings.pop("bfloat16"))
+        if "bf16" in settings:
+            raise UserError("deepspeed.bfloat16", None, "stands beside bf16, its other name", "keep bf16 alone")
+        settings["bf16"] = settings.pop("bfloat16")
     _check_zero(settings)
     monitor_settings(config)
     for name in MONITORS:
@@ -196,11 +203,9 @@ def _check_zero(settings: dict[str, Any]) -> None:
             "is MiCS, which DeepSpeed no longer has",
             "remove it",
         )
-    for key in ("offload_param", "offload_optimizer"):
-        section = _mapping(zero, key, f"deepspeed.zero_optimization.{key}")
-        if section.get("device") == "nvme":
-            field = f"deepspeed.zero_optimization.{key}.device"
-            raise UserError(field, "nvme", "is not supported: weights on NVMe cannot be scored", "use cpu")
+    if _mapping(zero, "offload_param", "deepspeed.zero_optimization.offload_param").get("device") == "nvme":
+        field = "deepspeed.zero_optimization.offload_param.device"
+        raise UserError(field, "nvme", "is not supported: weights on NVMe cannot be scored", "use cpu")
 
 
 EXPERT_PARALLEL = "deepspeed.expert_parallel"
@@ -320,17 +325,28 @@ def _owned(config: Config, world_size: int, stage: str) -> list[tuple[str, Any, 
 def _fill_optimizer(settings: dict[str, Any]) -> None:
     """Add what an engine with a foreign optimizer needs, and fp32 reduction and accumulation of gradients.
 
+    Raises UserError for what would reduce, scale or step otherwise.
+
     In bf16 the reduction loses three digits, which makes runs differ between world sizes (docs/zero3.md §1).
     """
     dtype = settings.get("communication_data_type", "auto")
     if dtype not in ("auto", "fp32"):
         raise UserError("deepspeed.communication_data_type", dtype, "contradicts fp32, which SPA needs", REMEDY)
     types = _mapping(settings, "data_types", "deepspeed.data_types")
-    if types.get("grad_accum_dtype", "auto") not in ("auto", "fp32", None):
+    if types.get("grad_accum_dtype", "auto") not in ("auto", *FP32_NAMES, None):
         dtype = types["grad_accum_dtype"]
         raise UserError("deepspeed.data_types.grad_accum_dtype", dtype, "contradicts fp32, which SPA needs", REMEDY)
+    for key, value, ours in (
+        ("gradient_predivide_factor", settings.get("gradient_predivide_factor", 1.0), 1.0),
+        ("prescale_gradients", settings.get("prescale_gradients", False), False),
+    ):
+        if value not in ("auto", ours, None):
+            raise UserError(f"deepspeed.{key}", value, "contradicts the mean over ranks, which SPA needs", REMEDY)
     zero = settings["zero_optimization"]
     offload = _mapping(zero, "offload_optimizer", "deepspeed.zero_optimization.offload_optimizer")
+    if offload.get("device") == "nvme":
+        field = "deepspeed.zero_optimization.offload_optimizer.device"
+        raise UserError(field, "nvme", "is not supported: the mask cannot reach weights on NVMe", "use cpu")
     for key, value, ours, owner in (
         ("zero_quantized_gradients", zero.get("zero_quantized_gradients", False), False, "fp32, which SPA needs"),
         ("zenflow", zero.get("zenflow"), None, "SPA's own optimizer"),

@@ -14,7 +14,13 @@ from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
 from esi_ds.config import Config, differences, load_config, resolved_yaml, validate
 from esi_ds.config.needs import require_esi, require_tune
 from esi_ds.config.yaml import apply_override, parse_yaml
-from esi_ds.deepspeed_config import check_experts, expert_parallel_size, resolve_deepspeed, with_precision
+from esi_ds.deepspeed_config import (
+    check_experts,
+    expert_parallel_size,
+    monitor_settings,
+    resolve_deepspeed,
+    with_precision,
+)
 from esi_ds.errors import UserError
 
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -276,6 +282,13 @@ def test_a_deepspeed_file_beside_the_yaml_is_found(tmp_path: Path, monkeypatch: 
         ({"hybrid_engine": {"enabled": True}}, "deepspeed.hybrid_engine"),
         ({"autotuning": {"enabled": True, "start_profile_step": 1}}, "deepspeed.autotuning"),
         ({"datastates_ckpt": {"host_cache_size": 1}}, "deepspeed.datastates_ckpt"),
+        ({"data_efficiency": {"enabled": True, "data_sampling": {"enabled": True}}}, "deepspeed.data_efficiency"),
+        ({"curriculum_learning": {"enabled": True}}, "deepspeed.curriculum_learning"),
+        ({"progressive_layer_drop": {"enabled": True}}, "deepspeed.progressive_layer_drop"),
+        ({"compression_training": {"layer_reduction": {"enabled": True}}}, "deepspeed.compression_training"),
+        ({"weight_quantization_config": {"quantized_initialization": {"num_bits": 8}}}, "weight_quantization_config"),
+        ({"bf16": {"enabled": False}, "bfloat16": {"enabled": True}}, "deepspeed.bfloat16: stands beside bf16"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "NVMe cannot be scored"),
         ({"managed_gradient_accumulation": False}, "deepspeed.managed_gradient_accumulation = False"),
         ({"torch_autocast": {"enabled": True, "dtype": "fp16"}}, "deepspeed.torch_autocast.*model.dtype = bf16"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights = True.*bf16"),
@@ -293,14 +306,39 @@ def test_deepspeed_settings_that_contradict(changes: dict, words: str) -> None:
         ({"zenflow": {"topk_ratio": 0.1}}, "zenflow.*SPA's own optimizer"),
         ({"offload_optimizer": {"device": "cpu", "ratio": 0.3}}, "offload_optimizer.ratio = 0.3"),
         ({"offload_optimizer": {"device": "cpu", "super_offload": True}}, "offload_optimizer.super_offload = True"),
+        ({"offload_optimizer": {"device": "nvme"}}, "offload_optimizer.device = nvme: .* the mask cannot reach"),
     ],
 )
 def test_what_spa_cannot_have_of_deepspeed(zero: dict, words: str) -> None:
-    tune = {"mask": "m", "data": {"path": "rows"}, "max_steps": 1, "lr": 1e-3, "batch_size": 1}
-    config = validate({**BASE, "tune": tune, "deepspeed": {"zero_optimization": {"stage": 3, **zero}}})
+    config = tuning_config({"zero_optimization": {"stage": 3, **zero}})
     with pytest.raises(UserError, match=words):
         resolve_deepspeed(config, 2, "spa")
-    resolve_deepspeed(config, 2, "esi")
+    for stage in ("esi", "set"):
+        resolve_deepspeed(config, 2, stage)
+
+
+def tuning_config(deepspeed: dict) -> Config:
+    tune = {"mask": "m", "data": {"path": "rows"}, "max_steps": 1, "lr": 1e-3, "batch_size": 1}
+    return validate({**BASE, "tune": tune, "deepspeed": {"zero_optimization": {"stage": 3}, **deepspeed}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor = 2.0: contradicts the mean over ranks"),
+        ({"prescale_gradients": True}, "prescale_gradients = True: contradicts the mean over ranks"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype = bf16: contradicts fp32"),
+        ({"gradient_predivide_factor": 1, "prescale_gradients": False}, None),
+        ({"gradient_predivide_factor": "auto", "prescale_gradients": None}, None),
+        ({"data_types": {"grad_accum_dtype": "float32"}}, None),
+    ],
+)
+def test_how_spas_gradients_are_reduced(settings: dict, words: str | None) -> None:
+    if words is None:
+        assert resolve_deepspeed(tuning_config(settings), 2, "spa")["data_types"] == {"grad_accum_dtype": "fp32"}
+        return
+    with pytest.raises(UserError, match=words):
+        resolve_deepspeed(tuning_config(settings), 2, "spa")
 
 
 @pytest.mark.parametrize("nothing", [{"enabled": False}, {"enabled": "auto"}, {"dtype": "fp16"}, {}, None, "auto"])
@@ -425,6 +463,12 @@ def test_auto_is_filled_or_left_to_deepspeed() -> None:
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}},
     }
+
+
+def test_auto_paths_of_monitors_are_the_runs() -> None:
+    settings = {"zero_optimization": {"stage": 3}, "csv_monitor": {"enabled": True, "output_path": "auto"}}
+    config = validate({**BASE, "deepspeed": settings})
+    assert monitor_settings(config)["csv_monitor"]["output_path"] == config.run.output_dir
 
 
 @pytest.mark.parametrize(
