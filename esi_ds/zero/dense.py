@@ -40,6 +40,12 @@ class DenseTuner(Tuner):
         """Look at this rank's gradient before it is reduced, because afterwards no rank can be named."""
         self._not_finite |= ~gradient.sum(dtype=torch.float32).isfinite()
 
+    @property
+    def may_get_no_gradient(self) -> bool:
+        """See ``Tuner``: only where nothing but routed experts trains."""
+        trained = [parameter for parameter in self.model.parameters if self.trained.count(parameter.name)]
+        return all(any(unit.expert is not None for unit in parameter.units) for parameter in trained)
+
     def forward(self, batch: Mapping[str, Tensor], num_logits: int) -> Tensor:
         """See ``Tuner``. Through the engine, whose forward counts micro-batches."""
         return last_logits(self.model.module, batch, num_logits, forward=self.model.engine)

@@ -13,7 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
-from deepspeed.utils import set_z3_leaf_module
+from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -24,6 +24,7 @@ from esi_ds.core.footprint import gathered_tensors, transient, window_bytes
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.deepspeed_config import check_experts
 from esi_ds.errors import UserError
+from esi_ds.judge.embeddings import embedding_module
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.idle_experts import mend_grouped_product
 from esi_ds.models.roles import describe, expert_blocks, routers
@@ -76,6 +77,8 @@ class ShardedModel:
         router_names = tuple(routers(module, roles))
         probe = expert_parallel.Probe(module, router_names) if self.expert_parallel else None
         self.engine, zero, _, _ = _initialize(module, optimizer, deepspeed_config)
+        if optimizer is not None:
+            check_leaves(self.engine.module)
         self._offload = zero if optimizer is None else zero.parameter_offload
         self.module: PreTrainedModel = self.engine.module
         if probe is not None:
@@ -290,6 +293,27 @@ def _keep_together(block: nn.Module) -> None:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     block.register_forward_hook(touch)  # before ZeRO's hook, which releases the weights
+
+
+def check_leaves(module: nn.Module) -> None:
+    """Raise UserError where one of ZeRO's leaf modules looks up embeddings.
+
+    With an optimizer ZeRO reduces a leaf's gradients in its full backward hook. That of a module which is given token
+    ids, of which none has a gradient, runs before the leaf's own gradients exist: zeros would be reduced.
+    """
+    try:
+        embedding = embedding_module(module)
+    except UserError:
+        embedding = None
+    for name, leaf in module.named_modules():
+        if z3_leaf_module(leaf) and (isinstance(leaf, nn.Embedding) or any(m is embedding for m in leaf.modules())):
+            raise UserError(
+                "deepspeed.zero_optimization",
+                None,
+                f"has leaf_module or stage3_module_granularity_threshold make a leaf of {name or 'the whole model'} "
+                f"({type(leaf).__name__}), which looks up embeddings: its gradients would be lost",
+                "name modules within layers, or lower the threshold",
+            )
 
 
 def checkpointed_layers(module: nn.Module) -> list[nn.Module]:

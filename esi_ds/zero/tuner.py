@@ -83,6 +83,11 @@ class Tuner(ABC):
         """Free masters, moments, sums and positions; the model keeps its weights. Nothing can be trained or saved
         afterwards. No collectives."""
 
+    @property
+    def may_get_no_gradient(self) -> bool:
+        """Whether a step's gradient may be exactly 0: rows need not reach what a mask selects, such as experts."""
+        return True
+
     def _watch(self, shard: Shard) -> Tensor:
         """Some trained positions of a shard, int64, where its weights are."""
         total, weight = sum(other.numel for other in self.shards), self.model.local_weight(shard)

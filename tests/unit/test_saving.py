@@ -16,7 +16,7 @@ from torch import Tensor
 from esi_ds.artifacts import read_metrics
 from esi_ds.config import validate
 from esi_ds.data.conversations import TokenSequence
-from esi_ds.errors import Interrupted
+from esi_ds.errors import Interrupted, UserError
 from esi_ds.stages import interrupt
 from esi_ds.stages.esi.score import Objective, ScoringPass
 from esi_ds.stages.interrupt import check_stop
@@ -332,6 +332,23 @@ def training(folder: Path, tuner: CountingTuner, saves: SaveClock) -> Training:
     )
     tracker = Tracker(folder, enabled=False, tensorboard=False, stage="set")
     return Training(inputs, tuner, 0, folder / "checkpoint", tracker, saves)
+
+
+@pytest.mark.parametrize("may_get_no_gradient", [True, False])
+def test_a_first_step_without_a_gradient_is_told(tmp_path: Path, may_get_no_gradient: bool) -> None:
+    tuner = CountingTuner()
+    tuner.step, tuner.may_get_no_gradient = lambda lr: 0.0, may_get_no_gradient
+    loop = training(tmp_path, tuner, SaveClock("auto", 10.0))
+    if may_get_no_gradient:
+        loop.run()
+        assert loop.tracker.remarks == [
+            "tune.mask leaves every trained weight without a gradient in the first step: its rows do not reach what "
+            "trains"
+        ]
+        return
+    with pytest.raises(UserError, match="tune.mask = k: leaves every trained weight without a gradient"):
+        loop.run()
+    assert loop.step == 0
 
 
 def test_a_short_tuning_saves_nothing_until_asked(tmp_path: Path, saved: list[str]) -> None:

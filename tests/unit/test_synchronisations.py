@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from deepspeed.utils import set_z3_leaf_module
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from esi_ds.core.moments import moments, standard_deviation
 from esi_ds.core.select import all_valid
 from esi_ds.core.units import Parameter, Shard, Unit
+from esi_ds.errors import UserError
+from esi_ds.zero.dense import DenseTuner
+from esi_ds.zero.engine import check_leaves
 from esi_ds.zero.score import check_scores, contrast_scores, unit_sigmas
 from esi_ds.zero.sparse import ScatteredGradients, SparseTuner
 from esi_ds.zero.statistics import log_histograms, unit_rows
@@ -183,3 +187,39 @@ def test_deviations_checks_and_contrasts_are_read_once(count: int) -> None:
 def test_what_cannot_be_ranked_is_noticed_in_any_tensor(bad: float) -> None:
     tensors = [torch.rand(5), torch.zeros(0), torch.tensor([1.0, bad, 2.0])]
     assert all_valid(tensors[:2]) and not all_valid(tensors) and not all_valid(tensors[::-1])
+
+
+class Layered(nn.Module):
+    """Embeddings of tokens, of positions, and a layer, within a trunk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.ModuleDict(
+            {"tokens": nn.Linear(3, 3), "positions": nn.Embedding(4, 3), "layer": nn.Linear(3, 3)}
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.trunk["tokens"]
+
+
+@pytest.mark.parametrize("leaf", ["", "trunk", "trunk.tokens", "trunk.positions", "trunk.layer"])
+def test_no_leaf_of_zero_looks_up_embeddings(leaf: str) -> None:
+    """Its hook, of a module that is given integers, would run before its gradients exist."""
+    model = Layered()
+    check_leaves(model)
+    set_z3_leaf_module(model.get_submodule(leaf), True)
+    if leaf == "trunk.layer":
+        check_leaves(model)
+        return
+    named = "leaf_module or stage3_module_granularity_threshold"
+    with pytest.raises(UserError, match=f"{named} make a leaf of {leaf or 'the whole model'} .*lower the threshold"):
+        check_leaves(model)
+
+
+def test_only_routed_experts_may_get_no_gradient_with_an_engine() -> None:
+    expert = Parameter("up", (2,), 0, "expert", (Unit("up[0]", "expert.up", 0, 0, 0, 2),))
+    matrix = Parameter("down", (2,), 2, "mlp.down", (Unit("down", "mlp.down", 0, None, 0, 2),))
+    for counts, may in (({"up": 1, "down": 0}, True), ({"up": 1, "down": 1}, False)):
+        model, trained = SimpleNamespace(parameters=(expert, matrix)), SimpleNamespace(count=counts.get)
+        tuner = SimpleNamespace(model=model, trained=trained)
+        assert DenseTuner.may_get_no_gradient.fget(tuner) is may  # type: ignore[attr-defined]

@@ -119,6 +119,8 @@ class Training:
             norm = self.tuner.step(lr)
         except NotFinite as error:
             self._refuse("gradient", set(error.ranks), [batch.row_names for batch in batches])
+        if norm == 0 and self.step == 0:
+            self._notice_no_gradient()
         self.step += 1
         self.position += self.stride
         self._steps_since_save += 1
@@ -167,8 +169,20 @@ class Training:
             "tune.data.path",
             self.tune.data.path,
             f"the {quantity} of step {self.step + 1} is not finite ({where})",
-            "nothing was updated and the last checkpoint stands; look at these rows, or lower tune.lr",
+            "nothing was updated and the last checkpoint stands; look at these rows, or lower tune.lr in a new "
+            "run.output_dir",
         )
+
+    def _notice_no_gradient(self) -> None:
+        """Refuse a first step that gives no trained weight a gradient, or remark on it where that may be so.
+
+        The norm is the same on every rank: no collectives.
+        """
+        problem = "leaves every trained weight without a gradient in the first step"
+        if not self.tuner.may_get_no_gradient:
+            remedy = "look at the rows that are learnt, and at zero_optimization of the DeepSpeed config"
+            raise UserError("tune.mask", self.tune.mask, problem, remedy)
+        self.tracker.remark(f"tune.mask {problem}: its rows do not reach what trains")
 
     def _report(self, loss: float, norm: float, lr: float, rate: float) -> None:
         """Scalars of one step. rate: tokens per second. Collectives: one all-reduce."""
