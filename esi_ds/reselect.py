@@ -21,7 +21,17 @@ from esi_ds.artifacts import check_new_folder, replace_folder, wait_until_visibl
 from esi_ds.core.mask import UNITS_DIGEST, UNITS_NAME, Mask, digest, index_digests, num_bytes, pack_bits
 from esi_ds.core.mask_metadata import MaskMetadata, mask_texts
 from esi_ds.core.score_folder import ScoreFolder
-from esi_ds.core.select import Cut, Order, ScoreRun, check_ratio, first_invalid, key_to_score, select, without_score
+from esi_ds.core.select import (
+    Cut,
+    Order,
+    ScoreRun,
+    check_ratio,
+    first_invalid,
+    key_to_score,
+    may_lack_scores,
+    select,
+    without_score,
+)
 from esi_ds.core.units import Unit, assign
 from esi_ds.errors import UserError
 from esi_ds.models.roles import SCORED, layer_of
@@ -270,11 +280,13 @@ def write_selection(
 
 def remark_on(mask: Mask, folder: Path, ranks: Ranks | None = None) -> str | None:
     """What ``without_score`` says of a mask that was selected from the scores in ``folder``. Collectives: one sum."""
-    if mask.header.order != "top" or mask.header.threshold != 0:
+    header = mask.header
+    if not may_lack_scores(header.order, header.scope, header.threshold):
         return None
     ranks, scores = ranks or Ranks(), ScoreFolder(folder, "--scores")
-    positive = sum(int((scores.read(*span) > 0).sum()) for span in spans(mask)[ranks.rank :: ranks.size])
-    return without_score(mask.header.criterion, int(ranks.add(torch.tensor([positive]))), mask.k)
+    local_spans = spans(mask)[ranks.rank :: ranks.size]
+    num_zero = sum(int((mask.bits(*span) & (scores.read(*span) == 0)).sum()) for span in local_spans)
+    return without_score(header.criterion, int(ranks.add(torch.tensor([num_zero]))), mask.k, header.scope)
 
 
 def _write(mask: Mask, selection: Reselection, metadata: dict[str, str], output: Path, ranks: Ranks) -> None:

@@ -199,15 +199,28 @@ def key_to_score(cut: Cut, order: str) -> float | None:
     return float(torch.tensor(key, dtype=torch.int32).view(torch.float32))
 
 
-def without_score(criterion: str, num_positive: int, k: int) -> str | None:
-    """A remark where ``top`` selects weights whose score is 0, so that their position decides; None where it does not.
+def may_lack_scores(order: str, scope: str, threshold: float | None) -> bool:
+    """Whether a selection may hold weights whose score is 0, so that their position decides.
 
-    num_positive: scored weights whose score is above 0.
+    threshold: score of the last weight selected, which scope ``matrix`` does not have.
     """
-    if num_positive >= k:
+    return order == "top" and (scope == "matrix" or threshold == 0)
+
+
+def without_score(criterion: str, num_zero: int, k: int, scope: str) -> str | None:
+    """A remark where ``top`` selects weights whose score is 0; None where it does not.
+
+    num_zero: of the ``k`` selected weights, those with a score of 0.
+    """
+    if num_zero == 0:
         return None
+    if scope == "matrix":
+        return (
+            f"{criterion}: {num_zero:,} of the mask's {k:,} weights have a score of 0; they are the first ones of "
+            "matrices with fewer scores above 0 than the ratio asks for"
+        )
     return (
-        f"{criterion}: only {num_positive:,} weights have a score above 0; the other {k - num_positive:,} of the mask "
+        f"{criterion}: only {k - num_zero:,} weights have a score above 0; the other {num_zero:,} of the mask "
         "are the first ones in the model's order"
     )
 

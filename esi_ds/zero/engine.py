@@ -310,9 +310,9 @@ def check_leaves(module: nn.Module) -> None:
             raise UserError(
                 "deepspeed.zero_optimization",
                 None,
-                f"has leaf_module or stage3_module_granularity_threshold make a leaf of {name or 'the whole model'} "
+                f"lets leaf_module or stage3_module_granularity_threshold make a leaf of {name or 'the whole model'} "
                 f"({type(leaf).__name__}), which looks up embeddings: its gradients would be lost",
-                "name modules within layers, or lower the threshold",
+                "name layers or what is within them, or lower the threshold",
             )
 
 

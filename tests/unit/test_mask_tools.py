@@ -173,15 +173,19 @@ def test_a_top_mask_selected_from_a_random_one_has_the_seed_of_the_run(tmp_path:
     assert main(["verify", str(tmp_path / "top"), *scores]) == 0
 
 
-def test_a_selection_says_how_many_weights_have_no_score(tmp_path: Path, capsys) -> None:
-    write_pair(tmp_path, SHAPES, 0.2, "model", "top", seed=3)
+@pytest.mark.parametrize(
+    ("scope", "words"),
+    [("model", "weights have a score above 0; the other"), ("matrix", "weights have a score of 0; they are the first")],
+)
+def test_a_selection_says_how_many_weights_have_no_score(tmp_path: Path, capsys, scope: str, words: str) -> None:
+    write_pair(tmp_path, SHAPES, 0.2, scope, "top", seed=3)
     mask = Mask.load(tmp_path / "mask")
     for ratio, says in ((0.999, True), (0.05, False)):  # one score in forty is 0
         output = tmp_path / f"at-{ratio}"
         scores = ["--scores", str(tmp_path / "scores"), "--ratio", str(ratio)]
         assert main(["select", str(mask.path), str(output), *scores]) == 0
         said = capsys.readouterr().out
-        assert ("weights have a score above 0; the other" in said) == says, said
+        assert (words in said) == says, said
 
 
 @pytest.mark.parametrize(("low", "high"), [(-8, -1), (-100, None), (0, 10_000), (9, 8)])

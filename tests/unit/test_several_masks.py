@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from mask_folders import write_pair
 from test_report import DENSE, report, unit
 
@@ -135,9 +136,14 @@ def test_a_mixture_of_two_masks_is_drawn_with_one_map_of_its_routers() -> None:
 
 def test_a_mask_with_weights_that_have_no_score_says_so() -> None:
     """Criteria that look at signs leave many weights at 0; a ratio may ask for more than are left."""
-    selection = Selection({}, {}, 100, Cut(0, 40, 100))
-    note = selected_without_score("exclusive", 60, selection, "top")
+    bits, scores = {"w": torch.arange(120) < 100}, {"w": (torch.arange(120) < 60).float()}
+    selection = Selection(bits, {}, 100, Cut(0, 40, 100))
+    note = selected_without_score("exclusive", scores, selection, "top", "model")
     assert note is not None and note.startswith("exclusive: only 60 weights have a score above 0; the other 40 of")
-    assert selected_without_score("exclusive", 100, selection, "top") is None
-    assert selected_without_score("exclusive", 60, selection, "bottom") is None
-    assert selected_without_score("exclusive", 60, Selection({}, {}, 100, None), "top") is None
+    ones = {"w": torch.ones(120)}
+    assert selected_without_score("exclusive", ones, selection, "top", "model") is None
+    assert selected_without_score("exclusive", scores, selection, "bottom", "model") is None
+    by_matrix = Selection(bits, {}, 100, None)
+    note = selected_without_score("exclusive", scores, by_matrix, "top", "matrix")
+    assert note is not None and note.startswith("exclusive: 40 of the mask's 100 weights have a score of 0; they are")
+    assert selected_without_score("exclusive", ones, by_matrix, "top", "matrix") is None

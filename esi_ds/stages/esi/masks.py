@@ -14,7 +14,7 @@ from esi_ds.config import Config, Criterion
 from esi_ds.core.criteria import AGAINST_CONTROL, overwrites_gradient
 from esi_ds.core.mask import pack_bits
 from esi_ds.core.mask_metadata import SCORES_FORMAT, MaskMetadata, mask_texts
-from esi_ds.core.select import key_to_score, without_score
+from esi_ds.core.select import key_to_score, may_lack_scores, without_score
 from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
 from esi_ds.report.contents import MaskReport, Overlap, SelectionFacts, UnitControl
@@ -175,7 +175,7 @@ def _make_mask(
     write_mask(folder / "mask" / subfolder, scored, model.scored, selection.bits, metadata, units_json(scored))
     units = unit_rows(model, scores, selection, gradients.sigma)
     histogram, histograms_by_role = log_histograms(model, scores)
-    if note := selected_without_score(criterion, sum(histogram["counts"]), selection, section.order):
+    if note := selected_without_score(criterion, scores, selection, section.order, section.scope):
         run.tracker.remark(note)
     report: MaskReport = {
         "selection": selection_facts(config, criterion, model, selection, loss_facts),
@@ -188,10 +188,13 @@ def _make_mask(
     return report, [pack_bits(selection.bits[shard.name]).numpy() for shard in model.scored] if several else []
 
 
-def selected_without_score(criterion: str, num_positive: int, selection: Selection, order: str) -> str | None:
-    """``without_score`` of a selection by order ``top`` from the whole model; None for every other selection."""
-    has_one_cut = order == "top" and selection.cut is not None
-    return without_score(criterion, num_positive, selection.k) if has_one_cut else None
+def selected_without_score(criterion: str, scores: Scores, selection: Selection, order: str, scope: str) -> str | None:
+    """``without_score`` of a selection. Collectives: one all-reduce of a number, where there may be such weights."""
+    if not may_lack_scores(order, scope, threshold_of(selection, order)):
+        return None
+    counts = [(selection.bits[name] & (values == 0)).sum() for name, values in scores.items()]
+    local = torch.stack(counts).sum().cpu() if counts else torch.tensor(0)  # a GPU is waited for once
+    return without_score(criterion, int(runtime.all_reduce_sum(local)), selection.k, scope)
 
 
 def select_as_configured(config: Config, model: ShardedModel, scores: Scores, field: str) -> Selection:
