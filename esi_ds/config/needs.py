@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from esi_ds.config import Config, Eval, LossData, Perturb, Tune
 from esi_ds.config.scoring import Esi
 from esi_ds.core.criteria import GRADIENTS
 from esi_ds.errors import UserError
+from esi_ds.words import counted
 
 
 def require_esi(config: Config) -> None:
@@ -98,6 +101,20 @@ def require_tune(config: Config) -> Tune:
         problem = "leaves no room for rows of tune.data"
         raise UserError("tune.data.benign.fraction", 1.0, problem, "give a smaller share")
     return config.tune
+
+
+def check_mix(tune: Tune, num_ranks: int) -> None:
+    """Raise UserError where benign rows are asked for and none would be read, as ``DataOrder`` spreads them."""
+    benign, step_rows = tune.data.benign, tune.step_rows(num_ranks)
+    num_rows = tune.max_steps * step_rows
+    if benign is None or benign.fraction == 0 or int(num_rows * benign.fraction) > 0:
+        return
+    steps = math.ceil(1 / (benign.fraction * step_rows))
+    remedy = f"take {steps:,} steps or more"
+    if num_rows > 1:
+        remedy = f"give {math.ceil(1e6 / num_rows) / 1e6:g} or more, or {remedy}"
+    problem = f"mixes no benign row into the {counted(num_rows, 'row')} of {counted(tune.max_steps, 'step')}"
+    raise UserError("tune.data.benign.fraction", benign.fraction, problem, remedy)
 
 
 def require_eval(config: Config) -> Eval:

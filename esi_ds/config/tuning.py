@@ -61,6 +61,10 @@ class Tune(Section):
     export: bool = Field(True, description="Whether to write the tuned model to model/.")
     patch: bool = Field(True, description="Whether to write the difference to the base model to patch/.")
 
+    def step_rows(self, num_ranks: int) -> int:
+        """Rows of one step, over all ranks and micro-batches."""
+        return self.batch_size * self.gradient_accumulation * num_ranks
+
 
 def _list_of_number(entry: Any) -> Any:
     """A single number may be written without a list around it."""

@@ -459,10 +459,14 @@ class DataOrder:
 
     def __getitem__(self, position: int) -> tuple[bool, int]:
         """(whether the sequence is benign, its index among the benign or the other sequences)."""
-        before = int(position * self.fraction)
-        if int((position + 1) * self.fraction) > before:
+        before = self.num_benign_before(position)
+        if self.num_benign_before(position + 1) > before:
             return True, self._row(1, before, self.num_benign)
         return False, self._row(0, position - before, self.num_rows)
+
+    def num_benign_before(self, position: int) -> int:
+        """How many of the first ``position`` sequences are benign."""
+        return int(position * self.fraction)
 
     def _row(self, stream: int, count: int, size: int) -> int:
         epoch, index = divmod(count, size)

@@ -10,6 +10,7 @@ from esi_ds.core.mask import Mask
 from esi_ds.data.conversations import TuningSet
 from esi_ds.report.sentences import what_was_trained
 from esi_ds.terminal import printable
+from esi_ds.words import counted
 
 METHODS = {"set": "Safety Enhancement Tuning (SET)", "spa": "Safety Preserving Adaptation (SPA)"}
 
@@ -26,6 +27,7 @@ def model_card(
     benign: TuningSet | None,
     dequantised_from: str | None = None,
     rounded_from: str | None = None,
+    num_benign: int = 0,
     routers: str | None = None,
     has_towers: bool = False,
 ) -> str:
@@ -33,8 +35,8 @@ def model_card(
 
     stage: set or spa. fingerprint: the base model's. dequantised_from: the format of its files; None where they are not
     quantised. rounded_from: their dtypes, where ``model.dtype`` holds them only rounded. num_trained: weights that were
-    trained. benign: rows mixed in. routers: of ``sentences.routers_fate``; None: as the config says. has_towers:
-    whether the model has encoders of images or sound.
+    trained. benign, num_benign: rows mixed in, and how many were read. routers: of ``sentences.routers_fate``; None: as
+    the config says. has_towers: whether the model has encoders of images or sound.
     """
     routers = routers or tune.router or tune.unscored
     rounded_to = config.model.dtype if rounded_from is not None else None
@@ -61,7 +63,8 @@ def model_card(
     }
     if benign is not None and tune.data.benign is not None:
         mix = tune.data.benign
-        facts["benign rows"] = f"{mix.path}, {mix.fraction:.0%} of the rows, sha256 {benign.sha256}"
+        read = f"{counted(num_benign, 'row')} read, {mix.fraction:g} of all"
+        facts["benign rows"] = f"{mix.path}, {read}, sha256 {benign.sha256}"
         if mix.how_written:
             facts["benign rows written"] = mix.how_written
     table = "\n".join(f"| {key} | {_cell(str(value))} |" for key, value in facts.items())

@@ -12,8 +12,9 @@ from import_boundaries import circles, import_graph, violations
 from esi_ds import shipped
 from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
 from esi_ds.config import Config, differences, load_config, resolved_yaml, validate
-from esi_ds.config.needs import require_esi, require_tune
+from esi_ds.config.needs import check_mix, require_esi, require_tune
 from esi_ds.config.yaml import apply_override, parse_yaml
+from esi_ds.data.conversations import DataOrder
 from esi_ds.deepspeed_config import (
     check_experts,
     expert_parallel_size,
@@ -242,6 +243,29 @@ def test_what_a_stage_needs() -> None:
         require_esi(validate({**BASE, "judge": {"path": "b"}}))
     require_esi(validate({**BASE, "select": {"criterion": "magnitude"}}))
     require_esi(validate({**BASE, "judge": {"path": "b"}, "data": {"responses": "r.jsonl"}}))
+
+
+@pytest.mark.parametrize(
+    ("steps", "fraction", "ranks", "remedy"),
+    [
+        (3, 0.05, 1, r"the 6 rows of 3 steps; give 0\.166667 or more, or take 10 steps or more"),
+        (3, 0.05, 3, r"the 18 rows of 3 steps; give 0\.055556 or more, or take 4 steps or more"),
+        (3, 0.05, 4, None),
+        (3, 0.0, 1, None),
+        (3, 0.166667, 1, None),
+        (10, 0.05, 1, None),
+    ],
+)
+def test_benign_rows_of_which_none_would_be_read(steps: int, fraction: float, ranks: int, remedy: str | None) -> None:
+    data = {"path": "x", "benign": {"path": "y", "fraction": fraction}}
+    tune = require_tune(validate({**BASE, "tune": {"mask": "m", "data": data, "max_steps": steps, "batch_size": 2}}))
+    num_read = DataOrder(9, 9, fraction, 0).num_benign_before(steps * tune.step_rows(ranks))
+    assert (num_read == 0) == (remedy is not None or fraction == 0)
+    if remedy is None:
+        check_mix(tune, ranks)
+        return
+    with pytest.raises(UserError, match=f"tune.data.benign.fraction = {fraction}: mixes no benign row into {remedy}"):
+        check_mix(tune, ranks)
 
 
 def test_differences_leave_out_how_to_resume() -> None:

@@ -75,6 +75,18 @@ def test_what_is_rounded_is_not_called_the_bases_bits(
     assert ("the base model’s, rounded to bf16." in card) == (lost is not None) == ("bit for bit" not in card)
 
 
+def test_a_card_says_how_many_benign_rows_were_read() -> None:
+    section = config()
+    data = {**section.tune.data.model_dump(), "benign": {"path": "b", "fraction": 0.05}}
+    section = config(data=data)
+    tune, model_config = require_tune(section), load_model_config(ModelSource.of(section.model))
+    mask = open_mask(section.model, tune, "spa", model_config)
+    rows = type("Rows", (), {"sha256": "0"})
+    about = {"fingerprint": "f", "mask": mask, "num_trained": 5, "rows": rows}
+    card = model_card(section, tune, stage="spa", **about, benign=rows, num_benign=12)
+    assert "| benign rows | b, 12 rows read, 0.05 of all, sha256 0 |" in card
+
+
 def test_a_card_does_not_say_that_a_mask_was_frozen() -> None:
     section = config()
     tune, model_config = require_tune(section), load_model_config(ModelSource.of(section.model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from esi_ds.config import Config, Tune, resolved_yaml
-from esi_ds.config.needs import require_tune
+from esi_ds.config.needs import check_mix, require_tune
 from esi_ds.core.mask import NO_MASK
 from esi_ds.core.select import model_k
 from esi_ds.core.trained import Trained
@@ -41,6 +41,7 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
     """
     tune = require_tune(config)
     source, ranks = ModelSource.of(config.model), topology(options).ranks
+    check_mix(tune, ranks)
     settings = resolve_deepspeed(config, ranks, stage)
     model_config = load_model_config(source)
     parameters = meta_parameters(model_config, source, config.model.roles, config.model.dtype)
@@ -122,7 +123,7 @@ def _weight_facts(
 
 def _steps(tune: Tune, ranks: int, num_rows: int | None, num_benign: int | None) -> str:
     """Steps, rows per step, and epochs of the rows and of those mixed in, where their number is known."""
-    stride = tune.batch_size * tune.gradient_accumulation * ranks
+    stride = tune.step_rows(ranks)
     taken, mix = tune.max_steps * stride, tune.data.benign
     benign = int(taken * mix.fraction) if mix is not None else 0  # as DataOrder spreads them
     epochs = []

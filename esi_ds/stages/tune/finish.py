@@ -84,7 +84,7 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         **({"rows written": line} if (line := tune.data.how_written) else {}),
         "rows skipped": len(rows.skipped),
         "rows cut": rows.num_cut,
-        "rows read": training.position,
+        "rows read": training.position - training.num_benign,
         "learning rate": tune.lr,
         "schedule": f"{tune.scheduler}, warm-up {tune.warmup_ratio}",
         "clipping": tune.clip,
@@ -94,6 +94,7 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         table["prompts not asked"] = "; ".join(f"{name} {index}: {reason}" for name, index, reason in inputs.unanswered)
     if inputs.benign is not None and tune.data.benign is not None:
         table["benign rows"] = f"{len(inputs.benign.sequences):,} of {tune.data.benign.path}"
+        table["benign rows read"] = training.num_benign
         if line := tune.data.benign.how_written:
             table["benign rows written"] = line
     return table

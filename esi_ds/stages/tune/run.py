@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from esi_ds import launch_environment
 from esi_ds.config import Config
+from esi_ds.config.needs import check_mix
 from esi_ds.core.mask import identity
 from esi_ds.options import Options
 from esi_ds.stages.folder import open_folder
@@ -26,6 +28,7 @@ def _run(config: Config, options: Options, stage: str) -> None:
         print_tuning_plan(config, options, stage)
         return
     inputs = prepare_tuning(config, stage)
+    check_mix(inputs.tune, launch_environment.read().world_size)
     source = {**inputs.source, **identity(inputs.mask)}
     folder = open_folder(config, stage, source, "tune")
     from esi_ds.stages.tune.work import TuneRun  # loads deepspeed

@@ -75,7 +75,12 @@ class Training:
     @property
     def stride(self) -> int:
         """Rows of one step, over all ranks and micro-batches."""
-        return self.tune.batch_size * self.tune.gradient_accumulation * runtime.world_size()
+        return self.tune.step_rows(runtime.world_size())
+
+    @property
+    def num_benign(self) -> int:
+        """Benign rows among those that are read so far."""
+        return self.order.num_benign_before(self.position)
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the last step. Raises Interrupted."""

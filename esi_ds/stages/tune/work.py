@@ -80,7 +80,7 @@ class TuneRun(StageRun[TuningInputs]):
         routing_drift = drift_rows(self, model)
         self._write_answers(before, after)
         with self.phase("exporting"):
-            patch_summary = self._export(model)
+            patch_summary = self._export(model, training)
         model.close()
         finish_tuning(self, training, patch_summary, self._read_answers(), routing_drift)
 
@@ -214,7 +214,7 @@ class TuneRun(StageRun[TuningInputs]):
         """Rows of ``answers.jsonl`` on rank 0; none on other ranks, or without questions."""
         return self._answer_rows.read() if runtime.is_main() and self.inputs.questions else []
 
-    def _export(self, model: ShardedModel) -> patch.PatchSummary | None:
+    def _export(self, model: ShardedModel, training: Training) -> patch.PatchSummary | None:
         """Write ``model/`` and ``patch/``; the patch's summary on rank 0, None on others or without a patch.
 
         Collectives: those of ``export_model`` and ``_patch``.
@@ -234,6 +234,7 @@ class TuneRun(StageRun[TuningInputs]):
             num_trained=inputs.trained.total,
             rows=inputs.rows,
             benign=inputs.benign,
+            num_benign=training.num_benign,
             dequantised_from=None if quantisation is None else str(quantisation),
             rounded_from=self.rounded_from,
             routers=routers_fate(inputs.trained),
