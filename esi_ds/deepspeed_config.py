@@ -336,25 +336,23 @@ def _fill_optimizer(settings: dict[str, Any]) -> None:
     if types.get("grad_accum_dtype", "auto") not in ("auto", *FP32_NAMES, None):
         dtype = types["grad_accum_dtype"]
         raise UserError("deepspeed.data_types.grad_accum_dtype", dtype, "contradicts fp32, which SPA needs", REMEDY)
-    for key, value, ours in (
-        ("gradient_predivide_factor", settings.get("gradient_predivide_factor", 1.0), 1.0),
-        ("prescale_gradients", settings.get("prescale_gradients", False), False),
-    ):
-        if value not in ("auto", ours, None):
-            raise UserError(f"deepspeed.{key}", value, "contradicts the mean over ranks, which SPA needs", REMEDY)
     zero = settings["zero_optimization"]
     offload = _mapping(zero, "offload_optimizer", "deepspeed.zero_optimization.offload_optimizer")
     if offload.get("device") == "nvme":
         field = "deepspeed.zero_optimization.offload_optimizer.device"
         raise UserError(field, "nvme", "is not supported: the mask cannot reach weights on NVMe", "use cpu")
+    mean, fp32, own = "the mean over ranks, which SPA needs", "fp32, which SPA needs", "SPA's own optimizer"
+    section = "zero_optimization"
     for key, value, ours, owner in (
-        ("zero_quantized_gradients", zero.get("zero_quantized_gradients", False), False, "fp32, which SPA needs"),
-        ("zenflow", zero.get("zenflow"), None, "SPA's own optimizer"),
-        ("offload_optimizer.ratio", offload.get("ratio", 1.0), 1.0, "SPA's own optimizer"),
-        ("offload_optimizer.super_offload", offload.get("super_offload", False), False, "SPA's own optimizer"),
+        ("gradient_predivide_factor", settings.get("gradient_predivide_factor"), 1.0, mean),
+        ("prescale_gradients", settings.get("prescale_gradients"), False, mean),
+        (f"{section}.zero_quantized_gradients", zero.get("zero_quantized_gradients"), False, fp32),
+        (f"{section}.zenflow", zero.get("zenflow"), None, own),
+        (f"{section}.offload_optimizer.ratio", offload.get("ratio"), 1.0, own),
+        (f"{section}.offload_optimizer.super_offload", offload.get("super_offload"), False, own),
     ):
         if value not in ("auto", ours, None):
-            raise UserError(f"deepspeed.zero_optimization.{key}", value, f"contradicts {owner}", REMEDY)
+            raise UserError(f"deepspeed.{key}", value, f"contradicts {owner}", REMEDY)
     settings["communication_data_type"] = "fp32"
     settings["data_types"] = {**types, "grad_accum_dtype": "fp32"}
     settings["zero_allow_untested_optimizer"] = True

@@ -21,27 +21,41 @@ WEIGHTS = (
     *("*.onnx", "*.onnx_data", "*.tflite", "*.pkl"),
 )
 CARD = "README.md"  # tells of the other model
+FOLDERS = frozenset((".git", ".cache"))  # of a clone or a download: they hold the other weights again
+QUANTISATION = frozenset(("quantize_config.json", "quant_config.json", "hf_quant_config.json"))
 
 
-def copy_beside_weights(source: Path, target: Path, field: str) -> None:
+def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bool = False) -> None:
     """Copy configuration, tokenizer and the rest of a model's folder; no weights, and no model card.
 
-    The configuration of a quantised model becomes that of the dequantised one. Raises UserError naming ``field``.
+    The configuration of a quantised model becomes that of the dequantised one. only_missing: leave the files alone that
+    ``target`` has. Permissions are those of new files. Raises UserError naming ``field``.
     """
+    is_quantised = read_quantisation(source, field) is not None
 
     def is_left_out(file: Path) -> bool:
-        return file == source / CARD or (not file.is_dir() and any(fnmatch(file.name, one) for one in WEIGHTS))
+        if file.is_dir():
+            return file.name in FOLDERS
+        if only_missing and (target / file.relative_to(source)).exists():
+            return True
+        is_other_format = any(fnmatch(file.name, one) for one in WEIGHTS)
+        return file == source / CARD or is_other_format or (is_quantised and file.name in QUANTISATION)
 
     def left_out(folder: str, names: list[str]) -> set[str]:
         return {name for name in names if is_left_out(Path(folder, name))}
 
+    has_config = (target / CONFIG_NAME).exists()
+    target.mkdir(parents=True, exist_ok=True)
+    mode = target.stat().st_mode
     try:
-        shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)
+        shutil.copytree(source, target, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
     except shutil.Error as error:
         first = error.args[0][0]
         problem = f"cannot be copied ({first[2]})"
         raise UserError(field, str(first[0]), problem, "remove it or make it readable") from error
-    if read_quantisation(source, field) is not None:
+    finally:
+        target.chmod(mode)
+    if is_quantised and not (only_missing and has_config):
         write_json_atomic(target / CONFIG_NAME, plain_configuration(source, field))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,10 @@ class ShardedModel:
         router_names = tuple(routers(module, roles))
         probe = expert_parallel.Probe(module, router_names) if self.expert_parallel else None
         self.engine, zero, _, _ = _initialize(module, optimizer, deepspeed_config)
-        if optimizer is not None:
-            check_leaves(self.engine.module)
         self._offload = zero if optimizer is None else zero.parameter_offload
         self.module: PreTrainedModel = self.engine.module
+        if optimizer is not None:
+            check_leaves(self.module)
         if probe is not None:
             probe.check(self.module)
             self.release()
@@ -295,16 +295,15 @@ def _keep_together(block: nn.Module) -> None:
     block.register_forward_hook(touch)  # before ZeRO's hook, which releases the weights
 
 
-def check_leaves(module: nn.Module) -> None:
+def check_leaves(module: PreTrainedModel) -> None:
     """Raise UserError where one of ZeRO's leaf modules looks up embeddings.
 
     With an optimizer ZeRO reduces a leaf's gradients in its full backward hook. That of a module which is given token
     ids, of which none has a gradient, runs before the leaf's own gradients exist: zeros would be reduced.
     """
-    try:
+    embedding: nn.Module | None = None
+    with suppress(UserError):  # a model that does not say which it is
         embedding = embedding_module(module)
-    except UserError:
-        embedding = None
     for name, leaf in module.named_modules():
         if z3_leaf_module(leaf) and (isinstance(leaf, nn.Embedding) or any(m is embedding for m in leaf.modules())):
             raise UserError(

@@ -23,6 +23,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from esi_ds.artifacts import replace_folder, write_text_atomic, writing
 from esi_ds.core.stored import DTYPES
+from esi_ds.models.beside_weights import copy_beside_weights
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.files import Entry, FolderFiles, by_parameter, raw_bytes
@@ -101,9 +102,12 @@ def plan_export(model: ShardedModel) -> Plan:
     return plan
 
 
-def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+def export_model(
+    model: ShardedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, base: Path | None = None
+) -> None:
     """Write weights, configuration, tokenizer and model card.
 
+    base: the folder that the model was read from, whose other files, such as those of an image processor, are copied.
     Collectives: those of ``model.whole`` for every parameter that is converted, and three barriers.
     """
     model.release()
@@ -137,6 +141,8 @@ def export_model(model: ShardedModel, folder: Path, tokenizer: PreTrainedTokeniz
             if model.module.generation_config is not None:
                 model.module.generation_config.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            if base is not None:
+                copy_beside_weights(base, temporary, "model.path", only_missing=True)
         write_text_atomic(temporary / "README.md", card)
         replace_folder(temporary, folder)
     runtime.barrier()

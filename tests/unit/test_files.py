@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,29 @@ def test_all_of_an_exported_model_is_on_disk(tmp_path: Path, synced: list[str]) 
     export_model(model(), tmp_path / "model", byte_bpe_tokenizer(), "card")
     written = {file.name for file in (tmp_path / "model").iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= written <= set(synced)
+
+
+def test_an_export_has_the_other_files_of_its_base(tmp_path: Path) -> None:
+    """An image processor's, a licence; not the base's weights in any format, its card or a clone's objects."""
+    base = tmp_path / "base"
+    for name in ("preprocessor_config.json", "LICENSE", "more/words.txt", "config.json"):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text('{"model_type": "llama"}')
+        (base / name).chmod(0o444)
+    others = ("model.safetensors", "model-q4.gguf", ".git/lfs/objects/a", ".cache/huggingface/b", "README.md")
+    for name in others:
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text("the base's")
+    base.chmod(0o555)
+    export_model(model(), tmp_path / "model", byte_bpe_tokenizer(), "card", base)
+    written = {str(file.relative_to(tmp_path / "model")) for file in (tmp_path / "model").rglob("*") if file.is_file()}
+    assert {"preprocessor_config.json", "LICENSE", "more/words.txt"} <= written
+    assert written.isdisjoint({*others} - {"README.md"})
+    assert (tmp_path / "model/README.md").read_text() == "card"
+    assert json.loads((tmp_path / "model/config.json").read_text())["hidden_size"] == LlamaConfig().hidden_size
+    for file in (tmp_path / "model", tmp_path / "model/LICENSE"):
+        assert file.stat().st_mode & 0o200, file
+    base.chmod(0o755)
 
 
 def test_an_export_without_room_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,7 +205,7 @@ class Layered(nn.Module):
 @pytest.mark.parametrize("leaf", ["", "trunk", "trunk.tokens", "trunk.positions", "trunk.layer"])
 def test_no_leaf_of_zero_looks_up_embeddings(leaf: str) -> None:
     """Its hook, of a module that is given integers, would run before its gradients exist."""
-    model = Layered()
+    model: Any = Layered()
     check_leaves(model)
     set_z3_leaf_module(model.get_submodule(leaf), True)
     if leaf == "trunk.layer":

@@ -242,7 +242,9 @@ class TuneRun(StageRun[TuningInputs]):
         )
         section = self.config.model
         plain = without_values(without_our_padding(inputs.tokenizer), section.template_kwargs, day_of(section))
-        export_model(model, tuned, plain, card)
+        is_whole = model.module.config.model_type == inputs.model_config.model_type  # not the text part alone
+        base = checkpoint_folder(ModelSource.of(section)) if is_whole else None
+        export_model(model, tuned, plain, card, base)
         summary = self._patch(tuned) if tune.patch else None
         if not tune.export and runtime.is_main():
             shutil.rmtree(tuned)
