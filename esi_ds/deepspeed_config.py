@@ -117,6 +117,17 @@ def monitor_settings(config: Config) -> dict[str, dict[str, Any]]:
     return monitors
 
 
+def ignored_sections(config: Config) -> list[str]:
+    """Lines for the log about settings of speed or memory that DeepSpeed reads in other training loops only."""
+    settings, lines = read(config), []
+    checkpointing = _mapping(settings, "activation_checkpointing", "deepspeed.activation_checkpointing")
+    if any(value not in ("auto", False, None) for value in checkpointing.values()):
+        lines.append("deepspeed.activation_checkpointing: ignored; see model.gradient_checkpointing")
+    if _mapping(settings, "compile", "deepspeed.compile").get("deepcompile") is True:
+        lines.append("deepspeed.compile.deepcompile: ignored; the model is not compiled")
+    return lines
+
+
 def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> dict[str, Any]:
     """The mapping for ``deepspeed.initialize`` in a stage (esi, set, spa, eval, perturb), "auto" filled in.
 

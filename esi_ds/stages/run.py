@@ -21,7 +21,7 @@ from esi_ds.config import Config, Esi, Eval
 from esi_ds.core.mask import Mask, identity, refuse_problems
 from esi_ds.core.units import Parameter
 from esi_ds.data.chat import read_template
-from esi_ds.deepspeed_config import monitor_settings, resolve_deepspeed
+from esi_ds.deepspeed_config import ignored_sections, monitor_settings, resolve_deepspeed
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.journal import unrecorded
 from esi_ds.models import hub
@@ -230,6 +230,8 @@ class StageRun(ABC, Generic[Inputs]):
             tracker.log(
                 "rank 0: " + ", ".join(f"{name}: {value}" for name, value in runtime.compute_resources().items())
             )
+            for line in ignored_sections(self.config):
+                tracker.log(line)
             if taken_over:
                 tracker.log(taken_over)
             if earlier := read_manifest(self.folder.path).get("remarks"):  # what they are about is not done again

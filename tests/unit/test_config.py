@@ -18,6 +18,7 @@ from esi_ds.data.conversations import DataOrder
 from esi_ds.deepspeed_config import (
     check_experts,
     expert_parallel_size,
+    ignored_sections,
     monitor_settings,
     resolve_deepspeed,
     with_precision,
@@ -487,6 +488,13 @@ def test_auto_is_filled_or_left_to_deepspeed() -> None:
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}},
     }
+
+
+def test_settings_of_speed_that_are_ignored_are_told() -> None:
+    for value, told in ((True, 2), (False, 0), ("auto", 0)):
+        asked = {"activation_checkpointing": {"cpu_checkpointing": value}, "compile": {"deepcompile": value}}
+        lines = ignored_sections(validate({**BASE, "deepspeed": {"zero_optimization": {"stage": 3}, **asked}}))
+        assert len(lines) == told and all("ignored; " in line for line in lines)
 
 
 def test_auto_paths_of_monitors_are_the_runs() -> None:

@@ -89,6 +89,17 @@ def test_masks_of_one_metadata_are_told_apart_by_their_bits(tmp_path: Path) -> N
     assert identity(Mask.load(tmp_path / "0")) == {"mask_sha256": one["mask_sha256"]}  # of an earlier version
 
 
+def test_masks_of_other_roles_are_compared_by_those_of_the_first(tmp_path: Path, capsys) -> None:
+    for name in ("first", "second"):
+        write_pair(tmp_path / name, SHAPES, 0.2, "model", "top", seed=3)
+    folders = [str(tmp_path / name / "mask") for name in ("first", "second")]
+    told = "the matrices and roles are the first's"
+    assert main(["compare", *folders]) == 0 and told not in capsys.readouterr().out
+    units = tmp_path / "second/mask/units.json"
+    units.write_text(units.read_text().replace('"attention.v"', '"attention.o"'))
+    assert main(["compare", *folders]) == 0 and capsys.readouterr().out.startswith(told)
+
+
 def test_what_cannot_be_read_or_made_is_told(tmp_path: Path, capsys) -> None:
     write_pair(tmp_path, SHAPES, 0.2, "matrix", "top", seed=3)
     options = ["--scores", str(tmp_path / "scores"), "--ratio", "0.1"]
