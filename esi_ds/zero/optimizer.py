@@ -26,7 +26,7 @@ from esi_ds.core.units import Parameter, Shard, whole
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.idle_experts import mend_grouped_product
-from esi_ds.models.roles import describe, router_names, tower_names
+from esi_ds.models.roles import describe, router_names
 from esi_ds.zero import runtime
 from esi_ds.zero.bypass import FIELD, OtherSteps, refuse_added, refuse_outer_masters, refuse_steps_elsewhere
 from esi_ds.zero.partitioned import attributes, is_partitioned, local_range, partition_numel, whole_shape
@@ -41,10 +41,10 @@ class MaskedAdamW(Optimizer):
 
     params_or_model: a model, or (name, parameter) pairs with the full names of ``model.named_parameters()``, or groups
     of them (``{"params": [(name, parameter), ...], "lr": ...}``). mask: an ``esi_ds.Mask`` or its folder. unscored:
-    ``freeze`` | ``train``, for parameters that the mask does not name (embeddings, norms, biases, routers); a model's
-    towers, which no text trains, are always frozen. router: the same for routers alone, even where the mask names them,
-    for which ``params_or_model`` must be a model; None: as the mask or ``unscored`` says. roles: the ``model.roles``
-    that the mask was made with.
+    ``freeze`` | ``train``, for parameters that the mask does not name (embeddings, norms, biases, routers, encoders of
+    images and sound). router: the same for routers alone, even where the mask names them, for which
+    ``params_or_model`` must be a model; None: as the mask or ``unscored`` says. roles: the ``model.roles`` that the
+    mask was made with.
 
     Parameters without a trained weight no longer require gradients and are left out. Parameters of lower precision get
     fp32 masters. Moments are fp32, and with ``selected`` only as many as there are trained weights. Frozen weights keep
@@ -478,10 +478,10 @@ def resolve_trained(
     named = {name: tensor for group in groups for name, tensor in group["params"]}
     shapes = {name: whole_shape(tensor) for name, tensor in named.items()}
     parameters = _check(params_or_model, named, shapes, mask, roles)
-    routers, towers = router_names(parameters), tower_names(parameters)
+    routers = router_names(parameters)
     if router is not None and not routers:
         raise UserError("router", router, "is set, but no router is known here", "give a model with routers")
-    trained = Trained(mask, train, unscored, shapes, routers, router, towers)
+    trained = Trained(mask, train, unscored, shapes, routers, router)
     if trained.total == 0:
         raise UserError("mask", str(mask.path), f"nothing would train with train={train}", "is it the right mask?")
     if any(len(shape) == 3 for shape in shapes.values()):  # fused experts
