@@ -29,13 +29,14 @@ def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bo
     """Copy configuration, tokenizer and the rest of a model's folder; no weights, and no model card.
 
     The configuration of a quantised model becomes that of the dequantised one. only_missing: leave the files alone that
-    ``target`` has. Permissions are those of new files. Raises UserError naming ``field``.
+    ``target`` has, and out what is in folders, where a training may have left its checkpoints. Permissions are those of
+    new files. Raises UserError naming ``field``.
     """
     is_quantised = read_quantisation(source, field) is not None
 
     def is_left_out(file: Path) -> bool:
         if file.is_dir():
-            return file.name in FOLDERS
+            return only_missing or file.name in FOLDERS
         if only_missing and (target / file.relative_to(source)).exists():
             return True
         is_other_format = any(fnmatch(file.name, one) for one in WEIGHTS)

@@ -84,9 +84,9 @@ def test_all_of_an_exported_model_is_on_disk(tmp_path: Path, synced: list[str]) 
 
 
 def test_an_export_has_the_other_files_of_its_base(tmp_path: Path) -> None:
-    """An image processor's, a licence; not the base's weights in any format, its card or a clone's objects."""
+    """An image processor's, a licence; not the base's weights in any format, its card, or what is in its folders."""
     base = tmp_path / "base"
-    for name in ("preprocessor_config.json", "LICENSE", "more/words.txt", "config.json"):
+    for name in ("preprocessor_config.json", "LICENSE", "checkpoint-9/trainer_state.json", "config.json"):
         (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_text('{"model_type": "llama"}')
         (base / name).chmod(0o444)
@@ -97,8 +97,8 @@ def test_an_export_has_the_other_files_of_its_base(tmp_path: Path) -> None:
     base.chmod(0o555)
     export_model(model(), tmp_path / "model", byte_bpe_tokenizer(), "card", base)
     written = {str(file.relative_to(tmp_path / "model")) for file in (tmp_path / "model").rglob("*") if file.is_file()}
-    assert {"preprocessor_config.json", "LICENSE", "more/words.txt"} <= written
-    assert written.isdisjoint({*others} - {"README.md"})
+    assert {"preprocessor_config.json", "LICENSE"} <= written
+    assert written.isdisjoint({*others, "checkpoint-9/trainer_state.json"} - {"README.md"})
     assert (tmp_path / "model/README.md").read_text() == "card"
     assert json.loads((tmp_path / "model/config.json").read_text())["hidden_size"] == LlamaConfig().hidden_size
     for file in (tmp_path / "model", tmp_path / "model/LICENSE"):
