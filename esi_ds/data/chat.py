@@ -17,9 +17,10 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from esi_ds.config import Model
 from esi_ds.data.template_values import check_read, set_values
 from esi_ds.data.thoughts import mark_strings, prompt_end
+from esi_ds.data.tokenizer_files import NEEDED, check_pattern_known
 from esi_ds.data.turns import Prompt, with_system
 from esi_ds.errors import UserError
-from esi_ds.models.folder import ModelSource
+from esi_ds.models.folder import ModelSource, reading_model
 from esi_ds.reading import first_line, read_text, reading
 
 Key = TypeVar("Key", bound=Hashable)
@@ -40,17 +41,19 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
     """The model's fast tokenizer, with a padding token.
 
     chat_template replaces the tokenizer's: Jinja text, or a file that holds it. Raises UserError if there is no
-    fast tokenizer.
+    fast tokenizer, or if how it splits a text would be a guess (``tokenizer_files``).
     """
     field, path = source.field, source.path
     remedy = "give a Hugging Face folder or a hub id that can be reached"
     if os.path.exists(path) and not os.path.isdir(path):  # transformers would open it, and wait at a pipe
         raise UserError(field, path, "is not a folder", remedy)
-    with reading(field, path, remedy, "holds no tokenizer that can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(source.folder(), trust_remote_code=source.trust_remote_code)
+    with reading_model(source, remedy, "holds no tokenizer that can be loaded"):
+        folder = source.folder()
+        check_pattern_known(source, folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     tokenizer.name_or_path = path
     if not tokenizer.is_fast:
-        raise UserError(field, path, "has no fast tokenizer", "convert it: character offsets need tokenizer.json")
+        raise UserError(field, path, "has no tokenizer.json, and its own class is not a fast tokenizer", NEEDED)
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
     if tokenizer.pad_token_id is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,12 @@ class ModelSource:
     trust_remote_code: bool = False
     field: str = "model.path"
 
+    @property
+    def trust_key(self) -> str:
+        """The config key that says whether the model's own code may run; the models of ``eval`` have ``model``'s."""
+        section = self.field.removesuffix(".path")
+        return f"{'model' if section.startswith('eval.models.') else section}.trust_remote_code"
+
     @classmethod
     def of(cls, section: Model | JudgeModel, key: str = "model") -> ModelSource:
         """The source that the section at ``key`` of the experiment's config names."""
@@ -68,6 +75,19 @@ class ModelSource:
             if reason := hub.absence(error):
                 raise hub.absent(self.field, self.path, "model", reason) from error
             raise
+
+
+@contextmanager
+def reading_model(source: ModelSource, remedy: str, problem: str) -> Iterator[None]:
+    """``reading`` around transformers' loading, whose refusal of a model's own code names the key that allows it."""
+    with reading(source.field, source.path, remedy, problem):
+        try:
+            yield
+        except ValueError as error:
+            if source.trust_remote_code or "trust_remote_code=True" not in str(error):
+                raise
+            allow = f"read it, and set {source.trust_key}: true if you trust it"
+            raise UserError(source.field, source.path, "needs code that comes with it", allow) from error
 
 
 def load_model_config(source: ModelSource, only_local: bool = False) -> PretrainedConfig:
@@ -90,7 +110,7 @@ def load_model_config(source: ModelSource, only_local: bool = False) -> Pretrain
     if not looks_local and not hub.is_hub_id(path):
         raise hub.no_model(field, path)
     remedy = "give a Hugging Face folder or the id of a model on the hub that can be reached"
-    with reading(field, path, remedy, "has no readable model configuration"):
+    with reading_model(source, remedy, "has no readable model configuration"):
         folder = source.folder(only_local)
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=source.trust_remote_code, local_files_only=only_local

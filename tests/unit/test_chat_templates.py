@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+from base64 import b64encode
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +148,54 @@ def test_a_tokenizer_that_is_damaged(text: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=r"model\.path.*holds no tokenizer that can be loaded"):
         load_tokenizer(ModelSource(str(tmp_path)))
+
+
+def only(folder: Path, *, settings: dict[str, Any], **files: str) -> ModelSource:
+    """A folder whose vocabulary is these files; a name's "__" is a dot."""
+    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return ModelSource(str(folder), field="judge.path")
+
+
+TIKTOKEN = "".join(f"{b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+KIMI = {
+    "tokenizer_class": "TikTokenTokenizer",
+    "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
+}
+
+
+@pytest.mark.parametrize("name", ["tiktoken__model", "tokenizer__model", "qwen__tiktoken"])
+@pytest.mark.parametrize("settings", [KIMI, {"tokenizer_class": "LlamaTokenizer"}, {}])
+def test_a_vocabulary_without_the_pattern_that_splits_a_text(
+    name: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With tiktoken installed transformers would load it, with the pattern of other models."""
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(
+        UserError, match=r"judge\.path.*has no tokenizer\.json, and .* does not say how a text is split"
+    ):
+        load_tokenizer(only(tmp_path, settings=settings, **{name: TIKTOKEN}))
+
+
+SLOW = """
+from transformers import PythonBackend
+
+
+class TikTokenTokenizer(PythonBackend):
+    vocab_size = 0
+
+    def get_vocab(self):
+        return {}
+"""
+
+
+def test_code_of_its_own_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    source = only(tmp_path, settings=KIMI, tiktoken__model=TIKTOKEN, tokenization_kimi__py=SLOW)
+    with pytest.raises(UserError, match=r"its own class is not a fast tokenizer; put one there: .*docs/running\.md"):
+        load_tokenizer(replace(source, trust_remote_code=True))
 
 
 def test_a_pipe_is_no_tokenizer(tmp_path: Path) -> None:

@@ -80,6 +80,14 @@ def test_dry_runs(stage: str, folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert "NOTE" not in shown.out
 
 
-def test_without_trust_it_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main("esi", ["--config", str(folder / "config.yaml"), "--dry-run", "model.trust_remote_code=false"])
-    assert code == 2 and "model.path" in capsys.readouterr().err
+@pytest.mark.parametrize("section", ["model", "judge"])
+def test_without_trust_it_is_refused(section: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main("esi", ["--config", str(folder / "config.yaml"), "--dry-run", f"{section}.trust_remote_code=false"])
+    shown = capsys.readouterr().err
+    assert code == 2 and f"{section}.path" in shown and "needs code that comes with it" in shown
+    assert f"set {section}.trust_remote_code: true" in shown
+
+
+def test_models_of_an_evaluation_run_code_where_the_model_may() -> None:
+    assert ModelSource("a", field="eval.models.1.path").trust_key == "model.trust_remote_code"
+    assert ModelSource("a", field="eval.judges.0.path").trust_key == "eval.judges.0.trust_remote_code"
