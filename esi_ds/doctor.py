@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -102,12 +103,26 @@ def _without_gpu() -> Finding:
 
     from esi_ds.models.native import computes_bf16
 
-    if shutil.which("nvidia-smi"):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden in ("", "-1"):
+        remedy = "unset it, or name the GPUs that PyTorch may use"
+        return Finding("note", "accelerator", f"CUDA_VISIBLE_DEVICES is {hidden or 'empty'}: no GPU is shown", remedy)
+    if _listed_gpus():
         reason = "PyTorch is a build for CPUs" if torch.version.cuda is None else "its driver does not answer"
         remedy = f"PyTorch {torch.__version__} sees none; install a build for its CUDA (pytorch.org), or the driver"
         return Finding("wrong", "accelerator", f"there is an NVIDIA GPU, but {reason}", remedy)
+    fact = "no GPU" + (", though nvidia-smi is there" if shutil.which("nvidia-smi") else "")
     emulated = "" if computes_bf16() else "; it emulates bf16: model.dtype: auto takes fp32"
-    return Finding("note", "accelerator", "no GPU", f"stages run on the CPU with gloo: correct, but slow{emulated}")
+    return Finding("note", "accelerator", fact, f"stages run on the CPU with gloo: correct, but slow{emulated}")
+
+
+def _listed_gpus() -> int:
+    """How many GPUs nvidia-smi lists; 0 where it is not there, or its driver does not answer."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
 
 
 def _gpus() -> Iterator[Finding]:

@@ -38,12 +38,39 @@ def test_missing_and_old_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is not >=99" in old.fact
 
 
-def test_a_build_of_pytorch_for_cpus_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def nvidia_smi(monkeypatch: pytest.MonkeyPatch, folder: Path, code: int, *lines: str) -> None:
+    """A program of that name that ends with ``code``, and a PyTorch that sees no GPU."""
+    said = "\n".join(f"echo '{line}'" for line in lines)
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{said}\nexit {code}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_a_build_of_pytorch_for_cpus_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvidia_smi(monkeypatch, tmp_path, 0, "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)")
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(doctor.shutil, "which", lambda program: f"/usr/bin/{program}")
     problem, _ = doctor.accelerator()
     assert problem.state == "wrong" and "build for CPUs" in problem.fact and "CUDA" in problem.remedy
+
+
+@pytest.mark.parametrize(("code", "line"), [(0, "No devices found."), (9, "NVIDIA-SMI has failed")])
+def test_nvidias_tool_without_a_gpu(code: int, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A login node, or an image with the driver's tools."""
+    nvidia_smi(monkeypatch, tmp_path, code, line)
+    note, _ = doctor.accelerator()
+    assert note.state == "note" and note.fact == "no GPU, though nvidia-smi is there" and "gloo" in note.remedy
+
+
+@pytest.mark.parametrize(("value", "words"), [("", "is empty"), ("-1", "is -1")])
+def test_a_variable_that_hides_every_gpu(
+    value: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvidia_smi(monkeypatch, tmp_path, 0, "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    note, _ = doctor.accelerator()
+    assert note.state == "note" and words in note.fact and note.remedy.startswith("unset it")
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
