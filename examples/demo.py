@@ -1,7 +1,8 @@
 """``make demo``: ESI, SET, SPA, noise and evaluation on the shipped tiny models, told in a line a stage.
 
-What the stages print goes to ``runs/demo.log``. Two ranks, sharded by ZeRO-3; one where other work keeps the cores of a
-machine without a GPU busy, because ranks that share a core wait for each other in every layer.
+What the stages print goes to ``runs/demo.log``. Two ranks, sharded by ZeRO-3; one where there is one GPU, which two
+ranks cannot share, or where other work keeps the cores of a machine without a GPU busy, because ranks that share a core
+wait for each other in every layer.
 """
 
 from __future__ import annotations
@@ -64,9 +65,12 @@ TAIL = 40  # lines of the log that a failure prints
 
 
 def num_ranks() -> int:
-    """How many ranks the stages have here."""
-    is_busy = os.getloadavg()[0] >= len(os.sched_getaffinity(0))
-    return 1 if is_busy and shutil.which("nvidia-smi") is None else 2
+    """How many ranks the stages have here: on GPUs, at most one for each."""
+    import torch
+
+    if os.environ.get("DS_ACCELERATOR") != "cpu" and (num_gpus := torch.cuda.device_count()):
+        return min(2, num_gpus)
+    return 1 if os.getloadavg()[0] >= len(os.sched_getaffinity(0)) else 2
 
 
 def command(program: str, arguments: tuple[str, ...], ranks: int) -> list[str]:

@@ -51,6 +51,12 @@ LAUNCHER_VARIABLES = (
 AT_START = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests compute on the CPU on a machine with GPUs, too, unless those of tests/gpu alone are named."""
+    if not all("gpu" in Path(named.partition("::")[0]).resolve().parts for named in config.args):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 @pytest.fixture(autouse=True)
 def launcher_variables() -> Iterator[None]:
     """Some libraries leave a launcher's variables behind, by which the next test of this process would be a rank."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from operator import attrgetter
@@ -24,6 +25,8 @@ from esi_ds import cores, launch_environment
 from esi_ds.errors import UserError
 from esi_ds.launch_environment import LaunchEnvironment
 from esi_ds.ranks import Item, Ranks
+
+VISIBILITY = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")  # of GPUs
 
 
 def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
@@ -46,7 +49,8 @@ def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
     if device().type != "cpu":
         # Before the first collective: NCCL works on the current device, which would be the first GPU on every rank.
         # DeepSpeed reads LOCAL_RANK too.
-        os.environ["LOCAL_RANK"] = str(_device_index(launch, get_accelerator().device_count()))
+        variables = {*VISIBILITY, *get_accelerator().visible_devices_envs()}
+        os.environ["LOCAL_RANK"] = str(_device_index(launch, get_accelerator().device_count(), variables))
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     _set_timeouts(timeout_s)
     # DeepSpeed's shared-memory all-reduce for CPUs is not used here. It would compile at the first start (and a killed
@@ -106,13 +110,21 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)", category=UserWarning)
 
 
-def _device_index(launch: LaunchEnvironment, num_devices: int) -> int:
-    """Index of this rank's device among the visible ones; a launcher may show each rank only one."""
-    if num_devices == 1 or launch.local_rank is None:
+def _device_index(launch: LaunchEnvironment, num_devices: int, visibility: Iterable[str]) -> int:
+    """Index of this rank's device among the visible ones.
+
+    visibility: variables by which a launcher may show each rank only one. Raises UserError where ranks of this host
+    would share a device.
+    """
+    if launch.local_rank is None:
         return 0
-    if launch.local_rank >= num_devices:
-        remedy = "start one rank per device"
-        raise UserError("local rank", launch.local_rank, f"has no device: this host shows {num_devices}", remedy)
+    if num_devices == 1 and any(re.fullmatch(r"[^\s,]+", os.environ.get(name, "")) for name in visibility):
+        return 0
+    last = max(launch.local_rank, (launch.local_world_size or 1) - 1)
+    if last >= num_devices:
+        raise UserError(
+            "local rank", last, f"has no device: this host shows {num_devices}", "start one rank per device"
+        )
     return launch.local_rank
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from esi_ds.zero import runtime
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine"),
+    pytest.mark.skipif(os.environ.get("DS_ACCELERATOR") == "cpu", reason="the tests compute on the CPU: run make gpu"),
 ]
 Check = Callable[[], Iterator[dict[str, Any]]]
 # Kernels depend on sizes. What is slow at whole size is left to benchmarks.gpu, which `make gpu` runs before.

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 from esi_ds.config import load_config
@@ -20,6 +21,20 @@ def test_its_commands_name_files_and_keys_that_exist(monkeypatch: pytest.MonkeyP
         if "--config" in arguments:
             _, file, *overrides = arguments
             assert load_config(file, overrides).run.output_dir.removeprefix("runs/") in demo.RUNS
+
+
+@pytest.mark.parametrize(
+    ("gpus", "accelerator", "load", "ranks"),
+    [(0, "", 0.0, 2), (0, "", 99.0, 1), (1, "", 0.0, 1), (2, "", 99.0, 2), (8, "", 0.0, 2), (1, "cpu", 0.0, 2)],
+)
+def test_at_most_a_rank_for_each_gpu(
+    gpus: int, accelerator: str, load: float, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(demo.os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(demo.os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    assert demo.num_ranks() == ranks
 
 
 def report() -> dict:

@@ -50,7 +50,15 @@ def test_what_a_gpu_computes(monkeypatch: pytest.MonkeyPatch, major: int) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     assert computes_bf16() is (major >= 8)
+
+
+def test_a_gpu_that_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert not computes_bf16()
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, "bf16"), (False, "fp32")])

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from esi_ds.errors import UserError
+from esi_ds.launch_environment import LaunchEnvironment
 from esi_ds.zero import runtime
 
 
@@ -27,3 +29,41 @@ def test_attention_of_cudnn_is_off_and_the_others_are_on(attention: None, monkey
         assert torch.backends.cuda.flash_sdp_enabled()
         assert torch.backends.cuda.mem_efficient_sdp_enabled()
         assert torch.backends.cuda.math_sdp_enabled()
+
+
+NAMES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "on_host", "devices", "visible", "index"),
+    [(0, 1, 1, None, 0), (1, 2, 2, None, 1), (1, 2, 4, "0,1,2,3", 1), (1, 2, 1, "3", 0), (None, None, 8, None, 0)],
+)
+def test_a_ranks_device(
+    local_rank: int | None,
+    on_host: int | None,
+    devices: int,
+    visible: str | None,
+    index: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    if visible is not None:
+        monkeypatch.setenv(NAMES[1], visible)
+    launch = LaunchEnvironment("torch", local_rank or 0, 8, local_rank, on_host)
+    assert runtime._device_index(launch, devices, NAMES) == index
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "on_host", "devices", "visible"),
+    [(0, 2, 1, None), (1, 2, 1, None), (1, None, 1, None), (0, 2, 1, ""), (0, 4, 2, "0,1"), (0, 2, 1, "3,4")],
+)
+def test_ranks_do_not_share_a_device(
+    local_rank: int, on_host: int | None, devices: int, visible: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    if visible is not None:
+        monkeypatch.setenv(NAMES[0], visible)
+    with pytest.raises(UserError, match=r"has no device: this host shows \d; start one rank per device"):
+        runtime._device_index(LaunchEnvironment("torch", local_rank, 4, local_rank, on_host), devices, NAMES)
