@@ -172,9 +172,7 @@ def show(run: Path, now: float) -> str:
         slurm = f", Slurm job {job} (restarts: {status.get('slurm_restarts', '?')})" if job else ""
         lines.append(f"  process {status['pid']} on {status['host']}{slurm}")
     if status.get("phase"):
-        left = status["seconds_left"]
-        remaining = f", {_span(left)} left" if left is not None and status["state"] == "running" else ""
-        lines.append(f"  {progress_of(run)}, {status['rate']:.3g} a second{remaining}")
+        lines.append(f"  {progress_of(run)}, {status['rate']:.3g} a second{_remaining(status)}")
     if checkpoint := status.get("last_checkpoint"):
         where = f"at {checkpoint['position']:,}" if "position" in checkpoint else checkpoint["file"]
         lines.append(f"  last checkpoint: {where}, {_span(now - checkpoint['saved'])} ago")
@@ -182,6 +180,14 @@ def show(run: Path, now: float) -> str:
         silent = _span(now - status["updated"])
         lines.append(f"  silent for {silent}: it was probably killed; start it again to continue")
     return "\n".join(lines)
+
+
+def _remaining(status: Status) -> str:
+    """The time that a running phase still takes; one that has ended is followed by work without a bar."""
+    left = status["seconds_left"]
+    if status["state"] != "running" or left is None:
+        return ""
+    return f", {_span(left)} left" if status["done"] < status["total"] else "; what follows is not counted"
 
 
 def _span(seconds: float) -> str:

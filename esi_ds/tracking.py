@@ -51,10 +51,19 @@ class Monitor(Protocol):
 
 
 class Bar(tqdm):
-    """A progress bar with a listener, which may also show how many tokens a second pass."""
+    """A progress bar with a listener, which may also show how many tokens a second pass.
+
+    Its time ends where it is full or closed: a phase's rate does not fall while the stage goes on without a bar.
+    """
 
     on_update: Callable[[Bar], None] | None = None
     num_tokens = 0
+    _seconds: float | None = None  # until it was full or closed
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        numbers: dict[str, Any] = super().format_dict
+        return numbers if self._seconds is None else {**numbers, "elapsed": self._seconds}
 
     @property
     def tokens_per_second(self) -> float:
@@ -70,9 +79,16 @@ class Bar(tqdm):
 
     def update(self, n: float | None = 1) -> bool | None:
         was_drawn = super().update(n)
+        if self.n >= self.total:
+            self._seconds = self.format_dict["elapsed"]
         if self.on_update is not None:
             self.on_update(self)
         return was_drawn
+
+    def close(self) -> None:
+        if not self.disable:
+            self._seconds = self.format_dict["elapsed"]
+        super().close()
 
 
 class Tracker:

@@ -197,6 +197,24 @@ def test_status_while_running_and_after(tmp_path: Path, monkeypatch: pytest.Monk
     assert "interrupted, stage esi" in shown and "score: 5 of 8 prompts" in shown and "last checkpoint: at 4" in shown
 
 
+@pytest.mark.parametrize("done", [8, 5])
+def test_the_rate_of_a_phase_that_has_ended_stays(done: int, tmp_path: Path) -> None:
+    """The work after it, such as selecting and writing, has no bar."""
+    (tmp_path / "config.yaml").touch()
+    with Tracker(tmp_path, enabled=True, tensorboard=False, stage="esi") as tracker:
+        bar = tracker.progress(total=8, initial=2, unit="prompt", description="score")
+        bar.update(done - 2)
+        if done < 8:
+            bar.close()
+        first = tracker._status._progress()["rate"]  # type: ignore[union-attr]
+        assert first > 0
+        time.sleep(0.05)
+        assert tracker._status._progress()["rate"] == first  # type: ignore[union-attr]
+        tracker._status._write("running")  # type: ignore[union-attr]
+        shown = status.show(tmp_path, time.time())
+        assert ("a second; what follows is not counted" in shown) == (done == 8)
+
+
 def test_status_of_a_run_that_was_killed(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     with status.StatusWriter(tmp_path, "set") as writer:
