@@ -52,8 +52,9 @@ def count_units(masks: Sequence[Mask], ranks: Ranks) -> tuple[list[Unit], Tensor
 
 def info(mask: Mask, ranks: Ranks) -> list[str]:
     """Lines about the mask, and about where its weights are, by role and by layer."""
-    facts = ("format", "criterion", "contrastive", "normalise", "order", "scope", "ratio", "threshold", "fingerprint")
+    facts = ("format", "criterion", "contrastive", "normalise", "order", "scope", "ratio", "threshold")
     lines = [f"{key:12} {mask.metadata[key]}" for key in facts if key in mask.metadata]
+    lines += [f"{'made from':12} {mask.fingerprint}", f"{'bits sha256':12} {mask.bits_sha256 or 'not recorded'}"]
     lines.append(f"{'selected':12} {mask.k:,} of {mask.total_numel:,} weights in {len(mask.names)} scored parameters")
     by_role: dict[str, list[int]] = {}
     by_layer: dict[int, list[int]] = {}

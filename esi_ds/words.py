@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 
 def counted(number: int, noun: str) -> str:
-    """ "1 cell", "2 cells", "1,000 cells": a number with its noun, of which the plural only adds an s."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """ "1 cell", "2 cells", "1,000 cells", "2 batches": a number with its noun, whose plural adds an s or es."""
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 def ends_of(names: Sequence[str], length: int) -> list[str]:

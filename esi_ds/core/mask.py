@@ -167,6 +167,12 @@ class Mask:
         """Parameter → sha256 of its bits; empty for a mask of an earlier version. Raises UserError."""
         return read_digests(self.path, self.shapes, FIELD, REMEDY)
 
+    @property
+    def bits_sha256(self) -> str | None:
+        """sha256 of ``digests`` as JSON with sorted keys: the same for masks that select the same weights of a model,
+        in however many files. None for a mask of an earlier version."""
+        return texts_sha256(self.digests) if self.digests else None
+
     def problems(self, part: int = 0, num_parts: int = 1) -> list[str]:
         """Every inconsistency between the bits and the metadata, one sentence each; empty if the mask is sound.
 
@@ -271,12 +277,12 @@ def metadata_sha256(mask: Mask) -> str:
 def identity(mask: Mask) -> dict[str, str]:
     """What tells a mask from all others of its model, for manifests: sha256 of its metadata and of all its bits. Masks
     of earlier versions have no digests of their bits."""
-    bits = {"mask_bits_sha256": texts_sha256(mask.digests)} if mask.digests else {}
+    bits = {} if mask.bits_sha256 is None else {"mask_bits_sha256": mask.bits_sha256}
     return {"mask_sha256": metadata_sha256(mask), **bits}
 
 
 def texts_sha256(metadata: Mapping[str, str]) -> str:
-    """sha256 of a mask's metadata as JSON with sorted keys."""
+    """sha256 of a mask's metadata, or of its digests, as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from esi_ds.config import Config, Tune
@@ -23,6 +24,7 @@ def model_card(
     fingerprint: str,
     mask: Mask,
     num_trained: int,
+    ranks: int,
     rows: TuningSet,
     benign: TuningSet | None,
     dequantised_from: str | None = None,
@@ -35,7 +37,7 @@ def model_card(
 
     stage: set or spa. fingerprint: the base model's. dequantised_from: the format of its files; None where they are not
     quantised. rounded_from: their dtypes, where ``model.dtype`` holds them only rounded. num_trained: weights that were
-    trained. benign, num_benign: rows mixed in, and how many were read. routers: of ``sentences.routers_fate``; None: as
+    trained. ranks: of the run. benign, num_benign: rows mixed in, and how many were read. routers: of ``sentences.routers_fate``; None: as
     the config says. has_towers: whether the model has encoders of images or sound.
     """
     routers = routers or tune.router or tune.unscored
@@ -46,7 +48,8 @@ def model_card(
         **({"base weights": f"dequantised from {dequantised_from}"} if dequantised_from is not None else {}),
         **({"base weights": f"rounded from {rounded_from}"} if rounded_from is not None else {}),
         "base fingerprint": fingerprint,
-        "mask fingerprint": mask.fingerprint,
+        **({"mask bits": f"sha256 {mask.bits_sha256}"} if mask.bits_sha256 is not None else {}),
+        "mask made from": mask.fingerprint,
         "mask": f"{mask.k:,} of {mask.total_numel:,} weights by {mask.header.criterion}, order "
         f"{mask.header.order}, ratio {mask.header.ratio}",
         "trained weights": f"{num_trained:,}",
@@ -56,7 +59,7 @@ def model_card(
         "steps": tune.max_steps,
         "rows": f"{tune.data.path}, sha256 {rows.sha256}",
         **({"rows written": line} if (line := tune.data.how_written) else {}),
-        "batch": f"{tune.batch_size} a rank, {tune.gradient_accumulation} micro-batches a step",
+        "batch": _batch(tune, ranks),
         "AdamW": f"lr {tune.lr}, {tune.scheduler}, warm-up {tune.warmup_ratio}, betas {tune.betas}, eps {tune.eps}, "
         f"weight decay {tune.weight_decay}, clipping {tune.clip}; fp32 masters",
         "seed": config.run.seed,
@@ -68,13 +71,20 @@ def model_card(
         if mix.how_written:
             facts["benign rows written"] = mix.how_written
     table = "\n".join(f"| {key} | {_cell(str(value))} |" for key, value in facts.items())
-    matter = dump_yaml({"base_model": config.model.path, "tags": ["esi_ds", stage]})
+    base = {} if os.path.isdir(config.model.path) else {"base_model": config.model.path}  # the hub takes ids only
+    matter = dump_yaml({**base, "tags": ["esi_ds", stage]})
     return (
         f"---\n{matter}---\n\n"
         f"# {_cell(config.model.path)} after {METHODS[stage]}\n\n"
         f"{sentence} Made by esi_ds "
         "(method: Qi et al., arXiv 2604.08297).\n\n| | |\n|---|---|\n" + table + "\n"
     )
+
+
+def _batch(tune: Tune, ranks: int) -> str:
+    of_rank = f"{counted(tune.batch_size, 'row')} a rank, {counted(tune.gradient_accumulation, 'micro-batch')} a step"
+    rows = counted(tune.batch_size * tune.gradient_accumulation * ranks, "row")
+    return f"{of_rank}, on {counted(ranks, 'rank')}: {rows} a step"
 
 
 def _cell(text: str) -> str:

@@ -32,6 +32,7 @@ from esi_ds.report.overview import FinishedRun
 from esi_ds.report.publish import RESPONSE_FACTS
 from esi_ds.words import counted
 
+FACT_NAMES = {"mask fingerprint": "mask made from"}  # a key of report.json → what pages call it
 MAX_ROWS = 200
 MAX_TENSORS = 20
 LEAST_PIXELS = 62  # an inch of a picture; on a narrower screen it is scrolled, as its words would be too small
@@ -161,6 +162,7 @@ def _template(name: str) -> Template:
         loader=PackageLoader("esi_ds.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
+        "fact_name": lambda name: FACT_NAMES.get(name, name),
         "number": _number,
         "interval": evaluation.interval,
         "change": evaluation.change,

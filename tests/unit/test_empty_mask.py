@@ -9,11 +9,12 @@ import pytest
 import torch
 from builders import build_model, byte_bpe_tokenizer
 from conftest import ROOT
+from mask_folders import write_mask
 
 from esi_ds.cli import main
 from esi_ds.config import validate
 from esi_ds.config.needs import require_tune
-from esi_ds.core.mask import EmptyMask
+from esi_ds.core.mask import EmptyMask, Mask, digest, pack_bits
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_weights
 from esi_ds.models.folder import ModelSource, load_model_config, rounded_from
@@ -70,7 +71,7 @@ def test_what_is_rounded_is_not_called_the_bases_bits(
     tune, model_config = require_tune(section), load_model_config(ModelSource.of(section.model))
     mask = open_mask(section.model, tune, "spa", model_config)
     rows = type("Rows", (), {"sha256": "0"})
-    about = {"fingerprint": "f", "mask": mask, "num_trained": 5, "rows": rows, "benign": None}
+    about = {"fingerprint": "f", "mask": mask, "num_trained": 5, "ranks": 1, "rows": rows, "benign": None}
     card = model_card(section, tune, stage="set", **about, rounded_from=lost)
     assert ("the base model’s, rounded to bf16." in card) == (lost is not None) == ("bit for bit" not in card)
 
@@ -82,9 +83,31 @@ def test_a_card_says_how_many_benign_rows_were_read() -> None:
     tune, model_config = require_tune(section), load_model_config(ModelSource.of(section.model))
     mask = open_mask(section.model, tune, "spa", model_config)
     rows = type("Rows", (), {"sha256": "0"})
-    about = {"fingerprint": "f", "mask": mask, "num_trained": 5, "rows": rows}
+    about = {"fingerprint": "f", "mask": mask, "num_trained": 5, "ranks": 1, "rows": rows}
     card = model_card(section, tune, stage="spa", **about, benign=rows, num_benign=12)
     assert "| benign rows | b, 12 rows read, 0.05 of all, sha256 0 |" in card
+
+
+def test_a_card_names_the_mask_and_all_rows_of_a_step(tmp_path: Path) -> None:
+    section = validate(
+        {
+            "run": {"output_dir": "x"},
+            "model": {"path": str(tmp_path)},
+            "tune": {"mask": "m", "data": {"path": "rows"}, "batch_size": 4, "gradient_accumulation": 1},
+        }
+    )
+    masks = []
+    for number in (0, 1):
+        folder = write_mask(tmp_path / str(number), {"a": torch.arange(8) == number})
+        (folder / "digests.json").write_text(json.dumps({"a": digest(pack_bits(torch.arange(8) == number))}))
+        masks.append(Mask.load(folder))
+    about = {"fingerprint": "f", "num_trained": 1, "rows": type("Rows", (), {"sha256": "0"}), "benign": None}
+    tune = require_tune(section)
+    one, other = (model_card(section, tune, stage="set", mask=mask, ranks=2, **about) for mask in masks)
+    assert "| batch | 4 rows a rank, 1 micro-batch a step, on 2 ranks: 8 rows a step |" in one
+    assert f"| mask bits | sha256 {masks[0].bits_sha256} |\n| mask made from | {masks[0].fingerprint} |" in one
+    assert masks[0].fingerprint == masks[1].fingerprint and masks[0].bits_sha256 not in other
+    assert "base_model" not in one  # the hub takes ids only
 
 
 def test_a_card_does_not_say_that_a_mask_was_frozen() -> None:
@@ -92,11 +115,15 @@ def test_a_card_does_not_say_that_a_mask_was_frozen() -> None:
     tune, model_config = require_tune(section), load_model_config(ModelSource.of(section.model))
     mask = open_mask(section.model, tune, "spa", model_config)
     rows = type("Rows", (), {"sha256": "0"})
-    card = model_card(section, tune, stage="spa", fingerprint="f", mask=mask, num_trained=5, rows=rows, benign=None)
+    card = model_card(
+        section, tune, stage="spa", fingerprint="f", mask=mask, num_trained=5, ranks=1, rows=rows, benign=None
+    )
     assert "No weight that has a score was frozen: a baseline of SPA. All that have no score, such as embed" in card
     assert "mask’s weights were frozen" not in card
     trained = require_tune(config(unscored="train"))
-    card = model_card(section, trained, stage="set", fingerprint="f", mask=mask, num_trained=5, rows=rows, benign=None)
+    card = model_card(
+        section, trained, stage="set", fingerprint="f", mask=mask, num_trained=5, ranks=1, rows=rows, benign=None
+    )
     assert "The mask’s weights were trained, and all that have no score, such as embeddings and norms; every" in card
 
 

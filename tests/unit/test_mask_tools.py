@@ -16,7 +16,7 @@ from torch import Tensor
 
 from esi_ds import reselect
 from esi_ds.core.mask import Mask, digest, identity, metadata_sha256, pack_bits
-from esi_ds.mask import compare_with_scores, main
+from esi_ds.mask import compare_with_scores, info, main
 from esi_ds.models.weights import checkpoint_tensors
 from esi_ds.ranks import Ranks
 from esi_ds.zero import files
@@ -85,6 +85,9 @@ def test_masks_of_one_metadata_are_told_apart_by_their_bits(tmp_path: Path) -> N
     one, other = map(identity, masks)
     assert metadata_sha256(masks[0]) == metadata_sha256(masks[1])
     assert one["mask_sha256"] == other["mask_sha256"] and one["mask_bits_sha256"] != other["mask_bits_sha256"]
+    shown = [info(mask, Ranks()) for mask in masks]
+    assert f"bits sha256  {one['mask_bits_sha256']}" in shown[0] and shown[0] != shown[1]
+    assert f"made from    {masks[0].fingerprint}" in shown[0] and f"made from    {masks[0].fingerprint}" in shown[1]
     (tmp_path / "0/digests.json").unlink()
     assert identity(Mask.load(tmp_path / "0")) == {"mask_sha256": one["mask_sha256"]}  # of an earlier version
 

@@ -72,11 +72,10 @@ def test_the_front_matter_of_a_model_card_holds_the_path_and_nothing_else(path: 
         {"run": {"output_dir": "x"}, "model": {"path": path}, "tune": {"mask": "m", "data": {"path": "a|b\nc"}}}
     )
     header = SimpleNamespace(criterion="esi\x1b[2J", order="top", ratio=0.5)
-    mask = SimpleNamespace(fingerprint="f", k=1, total_numel=2, header=header)
+    mask = SimpleNamespace(fingerprint="f", bits_sha256="b", k=1, total_numel=2, header=header)
     rows = SimpleNamespace(sha256="s")
-    card = model_card(
-        config, config.tune, stage="set", fingerprint="f", mask=mask, num_trained=1, rows=rows, benign=None
-    )
+    about = {"fingerprint": "f", "mask": mask, "num_trained": 1, "ranks": 2, "rows": rows, "benign": None}
+    card = model_card(config, config.tune, stage="set", **about)
     matter, body = card.removeprefix("---\n").split("\n---\n\n", 1)
     assert parse_yaml(matter) == {"base_model": path, "tags": ["esi_ds", "set"]}
     assert "\x1b" not in card and "| rows | a\\|b c, sha256 s |" in body.splitlines()

@@ -60,6 +60,7 @@ def finish_perturb(run: StageRun[PerturbInputs], outcome: Outcome, restored: Res
         "facts": {
             **facts(run, inputs.eval.section),
             "fingerprint": run.fingerprint,
+            **({"mask bits": f"sha256 {line}"} if (line := inputs.mask.bits_sha256) else {}),
             "mask made from these weights": run.notes["mask_made_from_these_weights"],
             "weights' digest before and after every cell": restored.digest,
         },

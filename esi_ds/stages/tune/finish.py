@@ -73,6 +73,7 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         **run.remarks,
         "fingerprint": run.fingerprint,
         "mask": tune.mask,
+        **({"mask bits": f"sha256 {line}"} if (line := inputs.mask.bits_sha256) else {}),
         "mask fingerprint": inputs.mask.fingerprint,
         "mask made from these weights": run.notes["mask_made_from_these_weights"],
         "mask criterion": inputs.mask.header.criterion,

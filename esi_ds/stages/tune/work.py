@@ -232,6 +232,7 @@ class TuneRun(StageRun[TuningInputs]):
             fingerprint=self.fingerprint,
             mask=inputs.mask,
             num_trained=inputs.trained.total,
+            ranks=runtime.world_size(),
             rows=inputs.rows,
             benign=inputs.benign,
             num_benign=training.num_benign,
@@ -271,7 +272,9 @@ class TuneRun(StageRun[TuningInputs]):
             base_digests |= part_base
             tuned_digests |= part_tuned
         if runtime.is_main():
-            facts = {"method": self.inputs.stage, "mask_fingerprint": self.inputs.mask.fingerprint}
+            mask = self.inputs.mask
+            facts = {"method": self.inputs.stage, "mask_fingerprint": mask.fingerprint}
+            facts |= {} if mask.bits_sha256 is None else {"mask_bits_sha256": mask.bits_sha256}
             patch.finish(base, temporary, rows, base_digests, tuned_digests, facts)
             replace_folder(temporary, folder)
         runtime.barrier()
