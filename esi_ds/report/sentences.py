@@ -74,12 +74,13 @@ def where(mask: MaskReport, name: str) -> list[str]:
     densest = _densest(regions)
     times, controls = densest.at.times_chance, densest.at.control_times_chance
     if not location.has_control(units) or selection["order"] != "top":
-        return [*lines, f"It is densest in {densest}: {times:.1f} times chance."]
+        return [*lines, f"By thirds of the depth, it is densest in {densest} ({times:.1f} times chance)."]
     # The control is |g|·σ: beside another score its masks differ by the criterion too, not by the objective alone.
     whose = "objective’s" if location.is_papers(selection) else "criterion’s"
     return [
         *lines,
-        f"It holds {times:.1f} times as much in {densest} as chance; the control’s holds {controls:.1f} times: "
+        f"By thirds of the depth, it holds most beyond chance in {densest}, {times:.1f} times as much; the control’s "
+        f"holds {controls:.1f} times: "
         f"{_verdict(densest, whose)}.",
         _most_above_control(regions, whose),
     ]
@@ -341,7 +342,8 @@ def several(
         if location.whole_of(mask.report["units"]).selected and _follows_scores(mask.report["selection"]):
             densest = _densest(location.regions(mask.report["units"]))
             lines.append(
-                f"The mask of {mask.name} is densest in {densest}: {densest.at.times_chance:.1f} times chance."
+                f"By thirds of the depth, the mask of {mask.name} is densest in {densest} "
+                f"({densest.at.times_chance:.1f} times chance)."
             )
     if joined is not None and (first := _first(joined, "attack_success")) is not None:
         rates = [

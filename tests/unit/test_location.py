@@ -54,6 +54,7 @@ def test_shares_over_the_controls_shares() -> None:
     titles = [view.title for view in location.role_maps(CONTROLLED, report(CONTROLLED)["selection"])]
     assert titles[3:] == ["Share of the mask against the control’s", "The paper’s statistic against the control’s"]
     page = render(report(CONTROLLED))
+    assert "of the scored weights</th>" in page  # these shares add up to 1, the model's other weights apart
     row = re.search(r"<tr><td>attention.q</td>(.*)</tr>", page)
     assert row is not None
     cells = re.findall(r">([^<]+)</td>", row[1])

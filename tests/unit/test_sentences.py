@@ -18,7 +18,7 @@ def layers(selected: list[int], role: str = "attention.v") -> list[dict]:
 
 
 UNITS = [*layers([0, 10, 60, 20, 0, 0]), *layers([0, 0, 0, 0, 5, 5], "mlp.up")]
-MIDDLE = "It holds 4.8 times as much in attention.v of layers 2–3 as chance"
+MIDDLE = "By thirds of the depth, it holds most beyond chance in attention.v of layers 2–3, 4.8 times as much"
 
 
 def esi(units: list[dict], **changed) -> dict:
@@ -31,7 +31,7 @@ def test_where_a_mask_lies() -> None:
     (line, answers) = sentences.esi(page := esi(UNITS, facts={"judged unsafe": "25.0% (1 of 4 responses)"}), [page])
     assert line == (
         "The mask is 0.5 % of the weights. Attention, with 50 % of the scored weights, holds 90 % of it; dense MLPs, "
-        "with 50 %, hold 10 %. It is densest in attention.v of layers 2–3: 4.8 times chance."
+        "with 50 %, hold 10 %. By thirds of the depth, it is densest in attention.v of layers 2–3 (4.8 times chance)."
     )
     assert answers == "Of the 2 responses, the judge calls 25.0% unsafe."
     assert f'<div class="lead"><p>{line}</p><p>{answers}</p></div>' in render(page)
@@ -79,7 +79,9 @@ def test_another_score_than_the_controls_is_not_called_the_objectives() -> None:
     (line,) = sentences.esi(page, [page])
     assert "so in part this criterion’s own. This criterion’s own is above all" in line
     page["selection"]["order"] = "bottom"
-    assert sentences.esi(page, [page])[0].endswith("It is densest in attention.v of layers 2–3: 4.8 times chance.")
+    assert sentences.esi(page, [page])[0].endswith(
+        "By thirds of the depth, it is densest in attention.v of layers 2–3 (4.8 times chance)."
+    )
 
 
 @pytest.mark.parametrize("key, value", [("order", "random"), ("scope", "matrix")])
@@ -312,7 +314,7 @@ def test_several_runs() -> None:
     lines = sentences.several(runs, masks, COMPARED)  # type: ignore[arg-type]
     assert lines == [
         "3 runs: 2 SET and 1 evaluation.",
-        "The mask of x is densest in attention.v of layers 2–3: 4.8 times chance.",
+        "By thirds of the depth, the mask of x is densest in attention.v of layers 2–3 (4.8 times chance).",
         "Attack success on advbench (guard) is lowest for set, 10.0 %, and highest for base, 100.0 %.",
         "Of xstest, set refuses 10.0 %.",
     ]
