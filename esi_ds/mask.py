@@ -222,7 +222,7 @@ def make_parser() -> argparse.ArgumentParser:
     maker.add_argument("--scores", type=Path, required=True, help="folder of the scores")
     maker.add_argument("--ratio", type=share, required=True, help="share of the weights to select")
     maker.add_argument("--order", choices=("top", "bottom", "random"), default="top", help="which weights (top)")
-    maker.add_argument("--seed", type=seed, default=0, help="seed of --order random (0)")
+    maker.add_argument("--seed", type=seed, help="seed of --order random (0)")
     return parser
 
 
@@ -257,14 +257,23 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[list[str], int]:
         masks = load_sound(arguments.first, ranks), load_sound(arguments.second, ranks)
         return compare(*masks, ranks, arguments.cells), 0
     if arguments.command == "select":
-        mask = Mask.load(arguments.mask)
-        options = (arguments.ratio, arguments.order, arguments.seed)
-        new = write_selection(mask, arguments.scores, arguments.output, *options, ranks)
-        lines = [f"{new.k:,} of {new.total_numel:,} weights in {new.path}", remark_on(new, arguments.scores, ranks)]
-        return [line for line in lines if line is not None], 0
+        return _select(arguments, ranks), 0
     defects = verify(Mask.load(arguments.mask), arguments.scores, ranks)
     sound = "sound" + (": exactly the selection by its scores" if arguments.scores else "")
     return defects or [sound], 2 if defects else 0
+
+
+def _select(arguments: argparse.Namespace, ranks: Ranks) -> list[str]:
+    """Write a mask; lines about it."""
+    order, given = arguments.order, arguments.seed
+    if given is not None and order != "random":
+        remedy = "add --order random, or leave the seed out"
+        raise UserError("--seed", given, f"has no effect on the order {order}", remedy)
+    mask, seed = Mask.load(arguments.mask), given or 0
+    new = write_selection(mask, arguments.scores, arguments.output, arguments.ratio, order, seed, ranks)
+    how = f"order {order}" + (f", seed {seed}" if order == "random" else "")
+    lines = [f"{new.k:,} of {new.total_numel:,} weights in {new.path} ({how})", remark_on(new, arguments.scores, ranks)]
+    return [line for line in lines if line is not None]
 
 
 if __name__ == "__main__":

@@ -115,6 +115,9 @@ def test_what_cannot_be_read_or_made_is_told(tmp_path: Path, capsys) -> None:
                 ["select", str(tmp_path / "mask"), str(tmp_path / "new"), *options, "--order", "random", "--seed", seed]
             )
         assert "argument --seed: " in capsys.readouterr().err and not (tmp_path / "new").exists()
+    for order in ([], ["--order", "bottom"]):
+        assert main(["select", str(tmp_path / "mask"), str(tmp_path / "new"), *options, *order, "--seed", "3"]) == 2
+        assert "error: --seed = 3: has no effect on the order " in capsys.readouterr().err
     for content in ('[{"parameter": "x"', '[{"parameter": "of another model"}]', "[3]"):
         (tmp_path / "mask/units.json").write_text(content)
         assert main(["select", str(tmp_path / "mask"), str(tmp_path / "new"), *options]) == 2
@@ -182,6 +185,7 @@ def test_a_top_mask_selected_from_a_random_one_has_the_seed_of_the_run(tmp_path:
     scores = ["--scores", str(tmp_path / "scores")]
     random = [str(tmp_path / "mask"), str(tmp_path / "random"), "--ratio", "0.2", "--order", "random", "--seed", "7"]
     assert main(["select", *random, *scores]) == 0
+    assert "random (order random, seed 7)" in capsys.readouterr().out
     assert main(["select", str(tmp_path / "random"), str(tmp_path / "top"), "--ratio", "0.1", *scores]) == 0
     assert [Mask.load(tmp_path / name).header.seed for name in ("random", "top")] == [7, 3]
     assert main(["verify", str(tmp_path / "top"), *scores]) == 0
