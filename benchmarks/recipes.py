@@ -48,9 +48,10 @@ The recipes of `configs/dense` and `configs/moe`. `NAME` runs ESI, and `NAME-set
 other stages; `esi-ds recipes` lists them all. The figures are **planned, not measured**: nothing here has run on a GPU.
 
 Bytes are what `--dry-run` counts for each GPU of 80 GB, without activations, with the DeepSpeed config that the recipe
-names. For your own nodes and settings, ask `--dry-run`. Before any download, give it the model's configuration:
-`model.path=configs/dense/architectures/NAME` or `model.path=configs/moe/architectures/NAME`. These folders are in a
-checkout; elsewhere `esi-ds recipes copy`, without a name, makes them.
+names. For your own nodes and settings, ask `--dry-run --nodes N`; without `--nodes` it plans for one GPU. Before any
+download, give it the model's configuration: `model.path=configs/dense/architectures/NAME` or
+`model.path=configs/moe/architectures/NAME`. These folders are in a checkout; elsewhere `esi-ds recipes copy`, without a
+name, makes them.
 
 Times are calculated without generation and judging, for prompts (with their answers) and rows of {TOKENS} tokens: a
 pass at {MFU:.0%} of an H100's bf16 peak, or the traffic of ZeRO-3 at 300 GB/s per GPU within a node and 50 GB/s between

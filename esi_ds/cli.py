@@ -109,8 +109,13 @@ def make_parser(stage: str) -> Parser:
         help="print the resolved config, what would run and the bytes per rank; run nothing",
     )
     parser.add_argument("--world-size", type=positive, metavar="N", help="ranks that a dry run plans for")
-    parser.add_argument("--nodes", type=positive, metavar="N", help="nodes that a dry run plans for")
-    parser.add_argument("--gpus-per-node", type=positive, metavar="N", help="GPUs per node (8)")
+    parser.add_argument(
+        "--nodes",
+        type=positive,
+        metavar="N",
+        help="nodes that a dry run plans for (without it, and without --world-size, one GPU)",
+    )
+    parser.add_argument("--gpus-per-node", type=positive, metavar="N", help="GPUs per node (8 with --nodes)")
     parser.add_argument("--gpu-memory-gib", type=positive_size, metavar="G", help="memory per GPU (80)")
     parser.add_argument("--node-memory-gib", type=positive_size, metavar="G", help="host memory per node (2048)")
     parser.add_argument("--verbose", action="store_true", help="print the output of every rank")

@@ -137,3 +137,11 @@ def test_a_recipe_s_first_line_ends_with_the_hardware() -> None:
     for name, file in shipped.recipes().items():
         if name.startswith(("dense/", "moe/")):
             assert re.search(hardware, recipes.first_line(file)), name
+
+
+def test_a_recipe_s_dry_run_plans_the_hardware_of_its_first_line() -> None:
+    counts = {"One": "1", "Two": "2", "Four": "4"}
+    for name, file in shipped.recipes().items():
+        nodes = re.search(r"\. (\w+) nodes? of eight 80 GB GPUs\.$", recipes.first_line(file))
+        for flags in re.findall(r"`--dry-run(.*?)`", file.read_text()):
+            assert flags == (f" --nodes {counts.get(nodes[1], nodes[1])}" if nodes else ""), name
