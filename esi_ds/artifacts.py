@@ -131,10 +131,15 @@ def check_new_folder(field: str, folder: Path) -> None:
         raise UserError(field, str(folder), "cannot be created", "give a writable folder")
 
 
-def without_pages(paths: Sequence[Path]) -> list[Path]:
-    """The paths but for pages: RUNS/* holds the one of several runs, too. All of them if there are no others."""
-    others = [path for path in paths if not (path.suffix == ".html" and path.is_file())]
-    return others or list(paths)
+def without_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """(the paths but for files, the files that are no pages): RUNS/* holds logs and the page of several runs, too.
+
+    All paths stay if they are files.
+    """
+    others = [path for path in paths if not os.path.isfile(path)]
+    if not others:
+        return list(paths), []
+    return others, [path for path in paths if os.path.isfile(path) and path.suffix != ".html"]
 
 
 def replace_folder(temporary: Path, final: Path) -> None:

@@ -18,7 +18,7 @@ from typing import cast
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from esi_ds.artifacts import STATUS, without_pages, write_json_atomic
+from esi_ds.artifacts import STATUS, without_files, write_json_atomic
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.lock import BEAT_S, Identity, own_identity
 from esi_ds.reading import check_type, parse_json, read_text, reading
@@ -212,7 +212,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
     arguments, code = make_parser().parse_args(argv), 0
-    for run in without_pages(arguments.runs):
+    runs, files = without_files(arguments.runs)
+    for file in files:
+        print(f"left out: {file} is a file", file=sys.stderr)
+    for run in runs:
         try:
             print(json.dumps({"run": str(run), **read_status(run)}) if arguments.json else show(run, time.time()))
         except UserError as error:

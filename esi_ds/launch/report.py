@@ -1,7 +1,7 @@
 """Rewrite the ``report.html`` of finished runs from their ``report.json``.
 
 For two or more runs this also writes a page that shows them side by side: ``overview.html`` in the folder they share.
-Among several runs, unfinished ones are left out and named.
+Among several runs, unfinished ones and files beside them are left out and named.
 With ``--tuned RUN...`` or ``--evaluated RUN...``, these runs are shown on the pages of the ESI runs instead.
 """
 
@@ -23,7 +23,7 @@ from esi_ds.artifacts import (
     may_write,
     read_manifest,
     renew_result,
-    without_pages,
+    without_files,
     write_text_atomic,
 )
 from esi_ds.errors import UserError, ends_with_message
@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def write_pages(arguments: argparse.Namespace) -> None:
     """Write every run's page, and the page of several runs. Raises UserError; then nothing is written."""
-    paths = list({os.path.realpath(path): path for path in without_pages(arguments.runs)}.values())
+    given, files = without_files(arguments.runs)
+    paths = list({os.path.realpath(path): path for path in given}.values())
     runs, left_out = split_finished(paths)
     reports = {run: read(run) for run in runs}
     tuned = reports_of("--tuned", arguments.tuned, "tuning")
@@ -86,6 +87,8 @@ def write_pages(arguments: argparse.Namespace) -> None:
     if arguments.output or (len(reports) > 1 and not (tuned or evaluated)):
         overview = overview_file(runs, arguments.output)
         pages[overview] = overview_of(reports, overview, left_out)
+    for file in files:
+        print(f"left out: {file} is a file", file=sys.stderr)
     for run in left_out:
         print(f"left out: {run} has not finished", file=sys.stderr)
     for file, page in pages.items():

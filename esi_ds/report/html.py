@@ -32,7 +32,8 @@ from esi_ds.report.overview import FinishedRun
 from esi_ds.report.publish import RESPONSE_FACTS
 from esi_ds.words import counted
 
-FACT_NAMES = {"mask fingerprint": "mask made from"}  # a key of report.json → what pages call it
+# Keys of report.json → what pages call them. The manifest has the time of the whole run, these pages' making included.
+FACT_NAMES = {"mask fingerprint": "mask made from", "wall time (s)": "wall time before this page (s)"}
 MAX_ROWS = 200
 MAX_TENSORS = 20
 LEAST_PIXELS = 62  # an inch of a picture; on a narrower screen it is scrolled, as its words would be too small

@@ -19,7 +19,8 @@ from esi_ds.artifacts import RunFolder
 from esi_ds.data.thoughts import MARKS
 from esi_ds.launch.report import main as command
 from esi_ds.report import figures, tables
-from esi_ds.report.html import render, write_report
+from esi_ds.report.html import render, render_overview, write_report
+from esi_ds.report.overview import FinishedRun
 from esi_ds.report.publish import closing_table, publish
 from esi_ds.stages.esi.finish import response_facts
 from esi_ds.status import main as status
@@ -106,6 +107,16 @@ def test_the_page_is_self_contained_and_shows_data_as_data() -> None:
     assert re.findall(r'<svg role="img" aria-label="[^"<]+" style="min-width:(\d+)px"', page) == ["589", "403", "589"]
 
 
+def test_pages_name_facts_by_what_they_are() -> None:
+    """The keys of report.json stay."""
+    facts = {"model": "m", "ranks": 2, "seed": 0, "wall time (s)": 13.6, "mask fingerprint": "f"}
+    done: dict = {**report(DENSE), "facts": facts}
+    page = render(done)
+    assert "<th>mask made from</th>" in page and "<th>wall time before this page (s)</th>" in page
+    run = FinishedRun("a", "a.html", done, {"wall_time_s": 21.0, "finished": "today"})  # type: ignore[arg-type]
+    assert '<td class="n">21</td><td>today</td>' in render_overview([run, run], [])
+
+
 NAMES = [r"$\frac{$", "a$b$c^_{", "_hidden", "new\nline\0 and \ud800", "wide " * 2000, "x$", "\\$1$"]
 
 
@@ -127,16 +138,20 @@ def test_runs_that_have_not_finished_are_left_out_of_the_page_of_several(
 ) -> None:
     one, two, begun = begin(tmp_path / "one", "done"), begin(tmp_path / "t#2", "done"), begin(tmp_path / "b", state)
     (tmp_path / "page.html").touch()
+    (tmp_path / "demo.log").touch()  # as `make demo` writes it
     (tmp_path / "elsewhere").mkdir()
     for _ in range(2):  # the second time RUNS/* holds the page, too
-        assert command([one, two, f"{two}/../t#2", begun, *map(str, tmp_path.glob("*.html"))]) == 0
-        said = capsys.readouterr()
-        assert said.err == f"left out: {begun} has not finished\n" and said.out.count("report.html\n") == 2
+        assert (
+            command([one, two, f"{two}/../t#2", begun, *map(str, [*tmp_path.glob("*.html"), tmp_path / "demo.log"])])
+            == 0
+        )
+        said, file = capsys.readouterr(), f"left out: {tmp_path}/demo.log is a file\n"
+        assert said.err == f"{file}left out: {begun} has not finished\n" and said.out.count("report.html\n") == 2
     page = (tmp_path / "overview.html").read_text()
     assert "had not finished: b<" in page and "2 runs" in page and 'href="t%232/report.html"' in page
     assert not list((tmp_path / "b").glob("*.html"))
-    assert status([one, str(tmp_path / "overview.html")]) == 0
-    capsys.readouterr()
+    assert status([one, str(tmp_path / "overview.html"), str(tmp_path / "demo.log")]) == 0
+    assert capsys.readouterr().err == file
     for runs, problem in (
         ([begun], "has not finished; give its command again"),
         ([one, two, str(tmp_path / "elsewhere")], "holds no report.json"),
