@@ -74,7 +74,10 @@ def copy(source: Path, target: Path) -> list[Path]:
         pairs = [(file, target / file.relative_to(source)) for file in _files(source)]
     for file, copied in pairs:
         if copied.exists() and (not copied.is_file() or copied.read_bytes() != file.read_bytes()):
-            raise UserError("DIR", str(copied), "exists and differs", "move it away, or name another folder")
+            problem = f"holds {copied.name} already, another or a changed one"
+            raise UserError(
+                "DIR", str(copied.parent), problem, "use what is there, move it away, or name another folder"
+            )
     with reading("DIR", target, "name a folder that you may write to", "cannot be written"):
         for file, copied in pairs:
             copied.parent.mkdir(parents=True, exist_ok=True)

@@ -102,6 +102,11 @@ def test_shipped_files_that_cannot_be_copied_are_a_message(tmp_path: Path, capsy
     assert recipes.main(["copy", "llama3-8b", "--to", str(tmp_path / "file")]) == 2
     assert slurm.main(["copy", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.count("error: DIR = ") == 2
+    assert slurm.main(["copy", str(tmp_path)]) == 0
+    (tmp_path / "slurm/env.sh").write_text("export ACCOUNT=mine\n")
+    assert slurm.main(["copy", str(tmp_path)]) == 2
+    assert f"error: DIR = {tmp_path}/slurm: holds env.sh already, another or a changed" in capsys.readouterr().err
+    assert (tmp_path / "slurm/env.sh").read_text() == "export ACCOUNT=mine\n"
 
 
 def test_a_recipe_that_is_not_known_is_named_as_it_was_given(capsys: pytest.CaptureFixture[str]) -> None:
