@@ -37,8 +37,8 @@ def model_card(
 
     stage: set or spa. fingerprint: the base model's. dequantised_from: the format of its files; None where they are not
     quantised. rounded_from: their dtypes, where ``model.dtype`` holds them only rounded. num_trained: weights that were
-    trained. ranks: of the run. benign, num_benign: rows mixed in, and how many were read. routers: of ``sentences.routers_fate``; None: as
-    the config says. has_towers: whether the model has encoders of images or sound.
+    trained. ranks: of the run. benign, num_benign: rows mixed in, and how many were read. routers: of
+    ``sentences.routers_fate``; None: as the config says. has_towers: whether the model has encoders of images or sound.
     """
     routers = routers or tune.router or tune.unscored
     rounded_to = config.model.dtype if rounded_from is not None else None
