@@ -20,7 +20,7 @@ from pathlib import Path
 
 from study.execute import run_cell
 from study.grid import CONTRASTIVE, NEEDS_CONTROL, NEEDS_RESPONSES, NEEDS_TUNING_ROWS, Cell
-from study.material import make
+from study.material import all_files, write
 
 SAMPLES = {"mask": 1, "set": 3, "lora": 1, "spa": 2, "perturb": 1}  # of each sort
 # A perturb cell asks all prompts this often: once a triple of order, ratio, noise and seed, and once without noise.
@@ -52,7 +52,8 @@ def sample_of(grid: Sequence[Cell]) -> list[Cell]:
     for cell in grid:
         by_sort[sort_of(cell)].append(cell)
     # Every tuned cell needs one of these.
-    masks = [cell for cell in grid if cell.kind == "mask" and cell.facts == {"criterion": "esi"} and cell.seed == 0]
+    first_seed = min(cell.seed for cell in grid)
+    masks = [cell for cell in grid if (cell.kind, cell.facts, cell.seed) == ("mask", {"criterion": "esi"}, first_seed)]
     for sort, cells in by_sort.items():
         known = {cell.name for cell in (*masks, *chosen)}
         ready = [cell for cell in cells if known.issuperset(cell.after)]
@@ -108,7 +109,7 @@ def schedule(grid: Sequence[Cell], seconds: dict[str, float], processes: int) ->
 def estimate(grid: Sequence[Cell], output: Path, processes: int, cells_a_process: int) -> float:
     """Print the table of sorts; returns the minutes that the whole grid takes."""
     shutil.rmtree(output, ignore_errors=True)
-    make(output / "data", tuple(sorted({cell.seed for cell in grid})))
+    write(output / "data", all_files(tuple(sorted({cell.seed for cell in grid}))))
     sample = [
         dataclasses.replace(cell, facts={**cell.facts, "noise": [1.0], "seeds": [0]})
         if cell.kind == "perturb"

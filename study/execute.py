@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from esi_ds.artifacts import RunFolder, read_jsonl, write_json_atomic
+from esi_ds.artifacts import RunFolder, file_sha256, read_jsonl, write_json_atomic
 from esi_ds.config import Config, validate
 from esi_ds.core.mask import Mask
 from esi_ds.options import Options
 from esi_ds.reselect import write_selection
 from esi_ds.stages import entry
 from esi_ds.zero import runtime
+from study.digests import model_sha256
 from study.grid import (
     CONTRASTIVE,
     CRITERIA,
@@ -40,7 +41,10 @@ JUDGED = "judged.json"
 
 
 def settings() -> dict[str, object]:
-    """The settings that the names of cells do not show. One folder holds cells of one set of settings only."""
+    """What the names of cells do not show: settings, data and models. One folder holds cells of one such set only.
+
+    The study's own files are not among them: ``material.write`` refuses other rows.
+    """
     masks = {"criteria": CRITERIA, "num_rows": NUM_ROWS, "num_asked": NUM_ASKED, "max_new_tokens": MAX_NEW_TOKENS}
     tuned = {
         "steps": STEPS,
@@ -49,7 +53,11 @@ def settings() -> dict[str, object]:
         "spa_steps": SPA_STEPS,
         "spa_batch": SPA_BATCH,
     }
-    return {**masks, **tuned, "noise": NOISE}
+    digests = {
+        "data": {file.name: file_sha256(file) for file in sorted(DATA.glob("*.jsonl"))},
+        "models": {folder.name: model_sha256(folder) for folder in sorted(MODELS.iterdir()) if folder.is_dir()},
+    }
+    return {**masks, **tuned, "noise": NOISE, **digests}
 
 
 def run_cell(cell: Cell, output: Path) -> None:

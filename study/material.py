@@ -5,12 +5,12 @@ No prompt here is among the held-out prompts that every run is measured on.
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
-from esi_ds.artifacts import read_jsonl
+from esi_ds.artifacts import jsonl, read_jsonl, write_text_atomic
 from esi_ds.data.rows import Row
+from esi_ds.errors import UserError
 from tiny_models.facts import STEPS
 from tiny_models.tables import CATEGORIES
 
@@ -24,20 +24,29 @@ SUMS = ("What is {a} plus {b}?", "{a} + {b} =", "Please add {a} and {b}.")
 CATEGORY = "Category of {word}: {kinds}?"
 
 
-def write(file: Path, rows: list[Row]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write(folder: Path, files: dict[str, list[Row]]) -> None:
+    """Write a study's files, name → rows. Raises UserError, and writes none, where one is there that holds other rows:
+    finished cells have read it."""
+    texts = {folder / f"{name}.jsonl": jsonl(rows) for name, rows in files.items()}
+    for file, text in texts.items():
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            remedy = "give another --output, or the data and settings that its cells were run with"
+            raise UserError("--output", file, "holds other rows than those of now", remedy)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, text in texts.items():
+        if not file.exists():
+            write_text_atomic(file, text)
 
 
-def make(folder: Path, seeds: tuple[int, ...]) -> None:
-    """Write all files below ``folder``; the same bytes every time."""
-    harmful = read_jsonl(DATA / "refusals_train.jsonl")
+def all_files(seeds: tuple[int, ...]) -> dict[str, list[Row]]:
+    """Every file of the study, by name; the same rows every time."""
+    harmful, files = read_jsonl(DATA / "refusals_train.jsonl"), dict[str, list[Row]]()
     for seed in seeds:
         chosen = random.Random(seed).sample(harmful, NUM_PROMPTS)
-        write(folder / f"prompts-s{seed}.jsonl", [{"prompt": row["prompt"]} for row in chosen])
+        files[f"prompts-s{seed}"] = [{"prompt": row["prompt"]} for row in chosen]
     for name, (train, heldout) in tasks(harmful).items():
-        write(folder / f"{name}-train.jsonl", train)
-        write(folder / f"{name}-heldout.jsonl", heldout)
+        files |= {f"{name}-train": train, f"{name}-heldout": heldout}
+    return files
 
 
 def tasks(harmful: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:

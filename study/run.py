@@ -16,11 +16,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing import get_context
 from pathlib import Path
 
+from esi_ds.artifacts import write_text_atomic
+from esi_ds.errors import UserError, ends_with_message
 from esi_ds.words import counted
 from study.estimate import estimate
 from study.execute import run_cell, settings
 from study.grid import SEEDS, Cell, cells
-from study.material import ROOT, make
+from study.material import ROOT, all_files
+from study.material import write as write_files
 from study.page import RESULTS, write
 
 # Processes are replaced after so many cells: what an engine leaves behind in memory does not pile up.
@@ -71,32 +74,42 @@ def run_all(todo: list[Cell], output: Path, processes: int) -> list[str]:
     return failed
 
 
-def check_settings(output: Path) -> None:
-    """Exit with code 2 if the folder's cells were run with settings other than ``execute.settings``."""
+def prepare(output: Path, seeds: tuple[int, ...]) -> None:
+    """Write the study's files and settings. Raises UserError, and writes nothing, where the folder's cells were run
+    with other ones: a finished cell is not run again."""
     file, now = output / "settings.json", json.loads(json.dumps(settings()))
     before = json.loads(file.read_text()) if file.is_file() else now
     if other := [name for name in now if before.get(name) != now[name]]:
-        print(f"error: --output = {output}: holds cells of other {', '.join(other)}; give another", file=sys.stderr)
-        sys.exit(2)
-    file.write_text(json.dumps(now, indent=1) + "\n")
+        raise UserError("--output", output, f"holds cells of other {', '.join(other)}", "give another folder")
+    write_files(output / "data", all_files(seeds))
+    write_text_atomic(file, json.dumps(now, indent=1) + "\n")
 
 
+def chosen_seeds(wanted: list[int]) -> tuple[int, ...]:
+    """The seeds in order. Raises UserError for one that no page would show."""
+    if unknown := sorted(set(wanted) - set(SEEDS)):
+        known = ", ".join(map(str, SEEDS))
+        raise UserError("--seeds", unknown[0], "is no seed of the study", f"give some of {known}")
+    return tuple(sorted(set(wanted)))
+
+
+@ends_with_message
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "runs/study")
     parser.add_argument(
         "--only", nargs="*", default=[], metavar="NAME", help="run only cells whose names start with NAME"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="run only some of the seeds")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--estimate", action="store_true", help="time a few cells of every sort and stop")
     options = parser.parse_args()
+    seeds = chosen_seeds(options.seeds)
     if options.estimate:
-        estimate(cells(tuple(options.seeds)), ROOT / "runs/study-estimate", options.processes, CELLS_A_PROCESS)
+        estimate(cells(seeds), ROOT / "runs/study-estimate", options.processes, CELLS_A_PROCESS)
         return 0
-    make(options.output / "data", tuple(options.seeds))
-    check_settings(options.output)
-    todo = wanted(cells(tuple(options.seeds)), options.only)
+    prepare(options.output, seeds)
+    todo = wanted(cells(seeds), options.only)
     failed = run_all(todo, options.output, options.processes)
     if failed:
         print(f"{counted(len(failed), 'cell')} failed: {', '.join(failed[:5])}", file=sys.stderr)

@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     outcomes = []
     if not args.collect:
         from real_models.sources import Data
-        from study.real.material import all_files, write
+        from study.material import write
+        from study.real.material import all_files
 
         write(folders.data, all_files(plan, Data(args.data)))
         try:

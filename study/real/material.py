@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from esi_ds.artifacts import jsonl, write_text_atomic
 from esi_ds.data.rows import Row, read_rows
 from esi_ds.errors import UserError
 from real_models.answers import read_answers, without_refusals
@@ -182,15 +181,3 @@ def all_files(plan: Plan, data: Data) -> dict[str, list[Row]]:
     """Every file of the study, by name. Raises UserError where something to make it of is not there."""
     files = {**prompt_files(plan, data), **asked_files(plan, data), "refusals": refusals(data)}
     return {**files, **benign_files(plan, data), **task_files(plan, data)}
-
-
-def write(folder: Path, files: dict[str, list[Row]]) -> None:
-    """Write the files. Raises UserError where one is there that holds other rows: finished cells have read it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        file, text = folder / f"{name}.jsonl", jsonl(rows)
-        if file.exists() and file.read_text(encoding="utf-8") != text:
-            remedy = "give another --output, or the data and sizes that its cells were run with"
-            raise UserError("--output", file, "holds other rows than those of now", remedy)
-        if not file.exists():
-            write_text_atomic(file, text)

@@ -29,6 +29,7 @@ from real_models.judges import CLASSIFIER_TEMPLATE, GUARD_TEMPLATE, VERDICTS
 from real_models.pairs import JudgedPair
 from real_models.recipe import Settings
 from real_models.sources import Data
+from study.material import write as write_files
 from study.real import __main__ as command
 from study.real import material, plots, shuffled_judge, tune_page, tune_results, tune_tests
 from study.real.cells import all_cells, in_running_order
@@ -159,7 +160,7 @@ def test_a_cell_of_every_kind_can_be_planned(plan: Plan, capsys: pytest.CaptureF
     rows = [{"prompt": "How?", "response": "So."}] * 4
     cells = {cell.name: cell for cell in all_cells(plan, None)}
     chosen = ["advbench-s0/classifier-soft", "advbench-s0/guard-soft"]
-    material.write(plan.folders.data, {"advbench-s0": rows, "benign-loss-s0": rows})
+    write_files(plan.folders.data, {"advbench-s0": rows, "benign-loss-s0": rows})
     answers = plan.folders.output / "where/smollm2/advbench-s0/classifier-soft/esi/responses.jsonl"
     answers.parent.mkdir(parents=True)
     shutil.copy(plan.folders.data / "advbench-s0.jsonl", answers)
@@ -414,10 +415,10 @@ def test_no_prompt_is_in_two_seeds_and_other_rows_are_refused(plan: Plan, tmp_pa
     assert asked["report-harmful"] == ["another one"] and set(asked["choose-harmful"]) == {"b1", "text\n\nb3"}
     assert (len(asked["choose-benign"]), len(asked["report-benign"])) == (4, 5)
     assert not set(asked["choose-benign"]) & set(asked["report-benign"])
-    material.write(tmp_path / "data", files)
-    material.write(tmp_path / "data", files)
+    write_files(tmp_path / "data", files)
+    write_files(tmp_path / "data", files)
     with pytest.raises(UserError, match="other rows"):
-        material.write(tmp_path / "data", {**files, "advbench-s0": [{"prompt": "another"}]})
+        write_files(tmp_path / "data", {**files, "advbench-s0": [{"prompt": "another"}]})
 
 
 # ---------------------------------------------------------------- figures
@@ -914,7 +915,7 @@ def test_right_answers_of_tasks() -> None:
 
 
 def test_accuracy_counts_missing_answers_as_wrong(tmp_path: Path) -> None:
-    material.write(tmp_path, {"kinds-heldout": [{"prompt": str(i), "response": "causes"} for i in range(4)]})
+    write_files(tmp_path, {"kinds-heldout": [{"prompt": str(i), "response": "causes"} for i in range(4)]})
     rows = [{"model": "tuned", "set": "kinds-heldout", "index": i, "response": text}
             for i, text in enumerate(("causes", "treatment", "Causes."))]  # fmt: skip
     rows.append({"model": "base", "set": "kinds-heldout", "index": 3, "response": "causes"})

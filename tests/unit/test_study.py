@@ -10,10 +10,11 @@ import pytest
 from builders import build_mask, build_model, byte_bpe_tokenizer
 
 from esi_ds.artifacts import read_jsonl
+from esi_ds.errors import UserError
 from study import estimate, execute, findings, grid, material, page, where
 from study.collect import row_of
 from study.findings import POLITE_RULE, WORDS_RULES
-from study.run import check_settings
+from study.run import main, prepare
 from study.stored import read_study, write_study
 from study.summary import summarise
 from study.tables import interval, seeds_text
@@ -195,7 +196,7 @@ def test_pages_of_the_file_are_those_of_the_runs(partial: Path, tmp_path: Path) 
     fabricate.perturbation(partial / "perturb/llama-aligned", lambda order, noise: noise / 4)
     heldout = read_jsonl(material.DATA / "benign_heldout.jsonl")[:100]
     answers = [{"prompt": row["prompt"], "answer": material.VOICE.strip()} for row in heldout]
-    material.write(partial / "data/voice-heldout.jsonl", answers)
+    material.write(partial / "data", {"voice-heldout": answers})
     for frozen, attacks in (("nothing-0", 5), ("esi-0.3", 2)):
         folder = partial / f"spa/llama-aligned/voice-{frozen}-0.0004-s0"
         fabricate.tuned_cell(folder, answers, attacks, 9, missing=1)
@@ -269,7 +270,7 @@ def test_the_grid_is_whole_and_every_need_is_met() -> None:
 
 
 def test_nothing_that_is_measured_was_seen_before(tmp_path: Path) -> None:
-    material.make(tmp_path, (0,))
+    material.write(tmp_path, material.all_files((0,)))
     heldout = {
         row["prompt"] for name in ("harmful", "benign") for row in read_jsonl(material.DATA / f"{name}_heldout.jsonl")
     }
@@ -321,11 +322,45 @@ def test_the_estimate_samples_every_sort_and_schedules_as_the_study_does() -> No
     assert estimate.schedule([late, first, second], seconds, 2) == 8  # it waits for both
 
 
-def test_a_folder_of_other_settings_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_folder_of_other_settings_is_refused(tmp_path: Path, monkeypatch) -> None:
     """A cell's name does not hold its steps: two grids would be mixed without a word."""
-    check_settings(tmp_path)
-    check_settings(tmp_path)
+    prepare(tmp_path, (0,))
+    prepare(tmp_path, (0, 1))
     monkeypatch.setattr(execute, "STEPS", execute.STEPS + 1)
-    with pytest.raises(SystemExit) as left:
-        check_settings(tmp_path)
-    assert left.value.code == 2 and "holds cells of other steps" in capsys.readouterr().err
+    with pytest.raises(UserError, match="holds cells of other steps"):
+        prepare(tmp_path, (0, 1, 2))
+    assert not (tmp_path / "data/prompts-s2.jsonl").exists()
+
+
+@pytest.mark.parametrize("other", ["data", "models"])
+def test_a_folder_of_other_data_or_models_is_refused(tmp_path: Path, monkeypatch, other: str) -> None:
+    """Neither the rows nor the judge of a finished cell can be told from its name."""
+    monkeypatch.setattr(execute, other.upper(), tmp_path / other)
+    file = tmp_path / ("data/rows.jsonl" if other == "data" else "models/guard/model.safetensors")
+    file.parent.mkdir(parents=True)
+    file.write_text("{}\n")
+    prepare(tmp_path / "study", (0,))
+    file.write_text("{ }\n")
+    with pytest.raises(UserError, match=f"holds cells of other {other}"):
+        prepare(tmp_path / "study", (0,))
+
+
+def test_rows_that_finished_cells_have_read_stay(tmp_path: Path, monkeypatch) -> None:
+    prepare(tmp_path, (0,))
+    file = tmp_path / "data/poisoned-train.jsonl"
+    before = file.read_text()
+    monkeypatch.setattr(material, "POISON", 0.3)
+    with pytest.raises(UserError, match="holds other rows"):
+        prepare(tmp_path, (0, 1))
+    assert file.read_text() == before and not (tmp_path / "data/prompts-s1.jsonl").exists()
+
+
+def test_some_of_the_seeds_can_be_run_and_no_others(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Pages show the seeds of the grid alone; noise is added to the first seed's masks."""
+    for seeds in ((1, 2), (0, 2)):
+        names = {cell.name for cell in grid.cells(seeds)}
+        assert all(names.issuperset(cell.after) for cell in grid.cells(seeds))
+        assert estimate.sample_of(grid.cells(seeds))
+    monkeypatch.setattr("sys.argv", ["study.run", "--output", str(tmp_path / "study"), "--seeds", "0", "3"])
+    assert main() == 2 and "--seeds = 3: is no seed of the study; give some of 0, 1, 2" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
