@@ -169,11 +169,13 @@ def ranked(rows: Sequence[Row], rule: Rule) -> list[Row]:
 def paired(
     first: Callable[[int], Row | None], second: Callable[[int], Row | None], seeds: Sequence[int], flag: str
 ) -> Row:
-    """McNemar's exact test of a flag at two choices of a cell, prompt by prompt in every seed that has both.
+    """A sign test over prompts: of each prompt the sum over seeds of the first's flag less the second's, since all
+    seeds are asked the same prompts. num_pairs counts prompts.
 
-    difference: rate of first minus rate of second; only_first: seeds where second has no such cell.
+    first, second: seed → the flags of the cell that is compared, None where there is none. only_first: seeds where
+    second has no such cell. difference: rate of first minus rate of second, the mean of by_seed; None without a pair.
     """
-    flags: tuple[list, list] = ([], [])
+    sums: dict[int, int] = defaultdict(int)
     by_seed: list[float] = []
     alone = [0, 0]
     for seed in seeds:
@@ -182,12 +184,16 @@ def paired(
             alone[0] += one is not None
             alone[1] += other is not None
             continue
-        for side, row in zip(flags, (one, other), strict=True):
-            side += row[flag]
-        by_seed.append(mcnemar_exact(other[flag], one[flag]).difference or 0.0)
-    test = mcnemar_exact(flags[1], flags[0])
+        pairs = list(zip(one[flag], other[flag], strict=True))
+        known = {index: int(a) - int(b) for index, (a, b) in enumerate(pairs) if a is not None and b is not None}
+        if not known:  # a seed in which no prompt has both flags says nothing of a difference
+            continue
+        by_seed.append(sum(known.values()) / len(known))
+        for index, value in known.items():
+            sums[index] += value
+    test = mcnemar_exact([value < 0 for value in sums.values()], [value > 0 for value in sums.values()])
     about = {"seeds": len(by_seed), "only_first": alone[0], "only_second": alone[1], "by_seed": by_seed}
-    return {**about, **asdict(test), "difference": test.difference}
+    return {**about, **asdict(test), "difference": sum(by_seed) / len(by_seed) if by_seed else None}
 
 
 def against(rows: Sequence[Row], first: str, second: str, rule: Rule) -> Row | None:
@@ -216,7 +222,7 @@ def judged(compared: Sequence[Row]) -> list[Row]:
     """With Holm's p over all of these tests that have pairs, and a verdict.
 
     A difference counts only where that p is below 0.05, at least two seeds have it, and no seed points the other way:
-    the seeds share their prompts, so that pooled pairs alone would say too much.
+    prompts alone do not show what another mask or another order of the rows would change.
     """
     tests = [row for row in compared if row["num_pairs"]]
     corrected = iter(holm([row["p_value"] for row in tests]))
@@ -240,17 +246,18 @@ def _verdict(row: Row, p: float | None) -> str:
     return "better" if sum(turned) > 0 else "worse"
 
 
-def at_edge(test: Row, methods: Sequence[Row]) -> bool:
-    """Whether one side of a test is compared at an end of its learning rates in some seed.
+def seeds_at_edge(test: Row, methods: Sequence[Row]) -> list[str]:
+    """The seeds in which one side of a test is compared at an end of its learning rates.
 
     It might do better beyond that end, so that the test may only show which mask learns faster.
     """
+    seeds = set()
     for row in at_ratio(methods, test["model"], test["ratio"]):
         if row["criterion"] in (test["first"], test["second"]):
             rates = [point["lr"] for point in row["curve"]]
-            if {min(rates), max(rates)} & set(row["at"][test["rule"]]["learning_rates"].values()):
-                return True
-    return False
+            chosen = row["at"][test["rule"]]["learning_rates"]
+            seeds |= {seed for seed, rate in chosen.items() if rate in (min(rates), max(rates))}
+    return sorted(seeds)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

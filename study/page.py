@@ -48,8 +48,21 @@ more chances: their number stands in each row.
 
 Of paired tests a difference counts where p after Holm's correction is below {findings.ALPHA:g}, at least two seeds have
 it and none points the other way. {tables.EDGE}: one of the two is compared at the highest or the lowest learning rate
-that it was run at, in some seed; it might do better beyond, and the test may only show which mask learns faster.
+that it was run at, in the seeds in parentheses; it might do better beyond, and the test may only show which mask learns
+faster.
 """
+ONCE = """\
+A paired test counts each prompt once, by the sign of its sum over the seeds, which share their prompts.
+"""
+ONCE_A_SEED = """\
+**p of the paired tests may be far too small**: these count each prompt once in every seed (McNemar's test, exact),
+although the seeds share their prompts. Tests that are made from now on count it once.
+"""
+
+
+def counting(study: Row) -> str:
+    """How often the paired tests count a prompt."""
+    return ONCE if study["facts"].get("prompts_count_once") else ONCE_A_SEED
 
 
 def picture(name: str) -> str:
@@ -88,6 +101,7 @@ Made by `python -m study.page` from `study.json`, which `make study` (`{about["c
 {tables.table(["tuning", "length", "cells"], steps)}
 {tables.table(["fact", "value"], facts)}
 {READING}
+{counting(study)}
 ## Before tuning
 
 {tables.untuned(study["untuned"])}"""
@@ -101,13 +115,18 @@ def set_page(study: Row) -> str:
         for model, ratio in findings.tables_of(methods)
     ]
     return "\n".join(
-        [f"# SET on tiny models: learning to refuse\n\n{HEAD}\n", *pictures, *(sections or ["Not run.\n"])]
+        [
+            f"# SET on tiny models: learning to refuse\n\n{HEAD}\n",
+            counting(study),
+            *pictures,
+            *(sections or ["Not run.\n"]),
+        ]
     )
 
 
 def spa_page(study: Row) -> str:
     spa = study["spa"]
-    text = [f"# SPA on tiny models: keeping safety\n\n{HEAD}\n"]
+    text = [f"# SPA on tiny models: keeping safety\n\n{HEAD}\n", counting(study)]
     text += [picture(name) for name in figures(study) if name == "tiny-spa"]
     if not spa["settings"]:
         return "\n".join([*text, "Not run.\n"])
@@ -118,7 +137,7 @@ def spa_page(study: Row) -> str:
     for model in sorted({row["model"] for row in spa["equal_task"]}):
         rows = [row for row in spa["equal_task"] if row["model"] == model]
         text += [f"## {model}\n", tables.spa_equal_task(rows)]
-    text += ["## Paired tests at equal task score, prompts × seeds\n", tables.spa_tests(spa["tests"])]
+    text += ["## Paired tests at equal task score\n", tables.spa_tests(spa["tests"])]
     return "\n".join([*text, "## Every setting\n", tables.spa_settings(spa["settings"])])
 
 

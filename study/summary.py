@@ -52,6 +52,7 @@ def facts(output: Path, grid: Sequence[Cell], rows: Sequence[Row]) -> Row:
         "outside_the_grid": outside(output, grid),
         "seeds": findings.seeds_of(rows),
         "prompts_of_a_mask": NUM_PROMPTS,
+        "prompts_count_once": True,  # in paired tests; figures that lack it were collected before they did
         "asked": {flag: sorted({len(row[flag]) for row in rows}) for flag in ("not_refused", "correct")},
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         **provenance(output, grid),

@@ -99,15 +99,17 @@ def set_by_guard(methods: Sequence[Row]) -> str:
 
 
 def set_tests(tests: Sequence[Row], methods: Sequence[Row]) -> str:
-    """ESI against every rival at every limit, prompt by prompt in the seeds where both get there."""
+    """ESI against every rival at every limit, prompt by prompt in the seeds where both get there; behind a rival's mark
+    the seeds at an end of the learning rates."""
     rules = {rule.name: rule for rule in findings.RULES}
     lines = []
     for row in tests:
         rule = rules[row["rule"]]
-        rival = row["second"] + (EDGE if row["num_pairs"] and findings.at_edge(row, methods) else "")
+        edges = findings.seeds_at_edge(row, methods) if row["num_pairs"] else []
+        rival = row["second"] + (f"{EDGE} ({', '.join(edges)})" if edges else "")
         alone = f"{row['only_first']} / {row['only_second']}"
         lines.append([rival, f"{MEASURES[rule.wanted]} at {rule_text(rule)}", *_paired(row), alone, _verdict(row)])
-    head = ["ESI against", "what", "pairs", "points (by seed)", "p (McNemar, exact)", "p (Holm, all tests of SET)"]
+    head = ["ESI against", "what", "pairs", "points (by seed)", "p (exact)", "p (Holm, all tests of SET)"]
     return table([*head, "seeds where only ESI / only it gets there", ""], lines)
 
 
@@ -133,7 +135,7 @@ def set_section(methods: Sequence[Row], against: Sequence[Row], model: str, rati
     text += ["**By the guard**, incoherent answers counted as attacks that succeeded:\n", set_by_guard(group)]
     tests = [row for row in against if (row["model"], row["ratio"]) == (model, ratio)]
     if tests:
-        text.append(folded("Paired tests, prompts × seeds", set_tests(tests, methods)))
+        text.append(folded("Paired tests", set_tests(tests, methods)))
     return "\n".join(text)
 
 
@@ -156,7 +158,7 @@ def spa_tests(tests: Sequence[Row]) -> str:
         rival = "nothing" if row["second"] == "nothing" else f"{row['second']} {100 * row['ratio']:g} %"
         lines.append([row["model"], row["task"], frozen_text(row), rival, *_paired(row), _verdict(row)])
     head = ["model", "task", "frozen", "against", "pairs", "points not refused (by seed)"]
-    return table([*head, "p (McNemar, exact)", "p (Holm, all tests of SPA)", ""], lines)
+    return table([*head, "p (exact)", "p (Holm, all tests of SPA)", ""], lines)
 
 
 def spa_settings(rows: Sequence[Row]) -> str:

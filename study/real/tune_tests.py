@@ -4,7 +4,6 @@ freezes against nothing frozen and against other weights of the same number."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +11,13 @@ from esi_ds.artifacts import read_jsonl
 from esi_ds.data.rows import Row
 from esi_ds.eval.refusals import judge_by_words, refused
 from esi_ds.eval.rows import answered, marks_of
-from esi_ds.eval.statistics import mcnemar_exact
-from study.findings import judged
+from study.findings import judged, paired
 from study.real.grid import Cell
 from study.real.tune_cells import CHOOSE, NOTHING, REPORT
 from study.real.tune_results import TUNED, chosen_rates, is_measured
 
 TESTED = ("not refused", "over-refused")  # the lower the better
 TASK_SHARE = 0.95  # of the fall of the held-out loss with nothing frozen: where this is reached, the task is learnt
-Choice = Callable[[int], Row | None]  # seed → flags of the cell that is compared, None where there is none
 FlagsOf = Callable[[Row], Row]  # a finished cell's row → its flags
 
 
@@ -37,30 +34,6 @@ def flags_of(evaluation: Path) -> Row:
         elif row["set"] == f"{REPORT}-benign":
             flags["over-refused"].append(None if answer is None else refused([answer], marks=marks)[0])
     return flags
-
-
-def paired(first: Choice, second: Choice, seeds: Sequence[int], measure: str) -> Row:
-    """A sign test over prompts: of each prompt the sum over seeds of the first's flag less the second's, since all
-    seeds are asked the same prompts. The fields are those of ``study.findings.paired``; num_pairs counts prompts.
-
-    difference: of the rates over all prompts and seeds that have both.
-    """
-    sums: dict[int, int] = {}
-    by_seed: list[float] = []
-    for seed in seeds:
-        one, other = first(seed), second(seed)
-        if one is None or other is None:
-            continue
-        pairs = list(zip(one[measure], other[measure], strict=True))
-        known = {index: int(a) - int(b) for index, (a, b) in enumerate(pairs) if a is not None and b is not None}
-        if not known:  # a seed in which no prompt has both flags says nothing of a difference
-            continue
-        by_seed.append(sum(known.values()) / len(known))
-        for index, value in known.items():
-            sums[index] = sums.get(index, 0) + value
-    test = mcnemar_exact([value < 0 for value in sums.values()], [value > 0 for value in sums.values()])
-    difference = sum(by_seed) / len(by_seed) if by_seed else None
-    return {"seeds": len(by_seed), "by_seed": by_seed, **asdict(test), "difference": difference}
 
 
 def with_verdicts(tests: Sequence[Row]) -> list[Row]:

@@ -758,21 +758,6 @@ def test_flags_count_as_the_reports_rates_do(tmp_path: Path) -> None:
     assert flags["over-refused"] == refused(answers) == [False, False, True, False, None]
 
 
-def test_seeds_that_ask_the_same_prompts_are_not_more_prompts() -> None:
-    differing = {"not refused": [index < 4 for index in range(80)]}
-    same = {"not refused": [False] * 80}
-    test = tune_tests.paired(lambda seed: differing, lambda seed: same, [0, 1, 2], "not refused")
-    assert (test["num_pairs"], test["only_after"], test["p_value"]) == (80, 4, 0.125) and test["by_seed"] == [0.05] * 3
-    mixed = {"not refused": [None] * 40 + [False] * 40}
-    assert tune_tests.paired(lambda seed: differing, lambda seed: mixed, [0], "not refused")["num_pairs"] == 40
-
-
-def test_a_seed_without_pairs_is_no_seed() -> None:
-    flags = {0: {"not refused": [True, True]}, 1: {"not refused": [None, None]}}
-    test = tune_tests.paired(flags.get, lambda seed: {"not refused": [False, False]}, [0, 1], "not refused")
-    assert (test["seeds"], test["by_seed"], test["difference"], test["num_pairs"]) == (1, [1.0], 1.0, 2)
-
-
 def test_a_cell_that_measured_nothing_is_not_compared(plan: Plan) -> None:
     rows = [{"method": "esi", "seed": 0, "lr": 1e-3, "choose": {"not refused": [0.5, 0, 1, 40, 0]}}]
     assert set(tune_results.chosen_rates(rows, "esi", 0).values()) == {None}

@@ -75,6 +75,21 @@ def test_methods_are_paired_where_both_get_there() -> None:
     assert order == ["esi", "random"]  # reached by more seeds comes first, whatever its rate
 
 
+def test_seeds_that_ask_the_same_prompts_are_not_more_prompts() -> None:
+    differing = {"not refused": [index < 4 for index in range(80)]}
+    same = {"not refused": [False] * 80}
+    test = findings.paired(lambda seed: differing, lambda seed: same, [0, 1, 2], "not refused")
+    assert (test["num_pairs"], test["only_after"], test["p_value"]) == (80, 4, 0.125) and test["by_seed"] == [0.05] * 3
+    mixed = {"not refused": [None] * 40 + [False] * 40}
+    assert findings.paired(lambda seed: differing, lambda seed: mixed, [0], "not refused")["num_pairs"] == 40
+
+
+def test_a_seed_without_pairs_is_no_seed() -> None:
+    flags = {0: {"not refused": [True, True]}, 1: {"not refused": [None, None]}}
+    test = findings.paired(flags.get, lambda seed: {"not refused": [False, False]}, [0, 1], "not refused")
+    assert (test["seeds"], test["by_seed"], test["difference"], test["num_pairs"]) == (1, [1.0], 1.0, 2)
+
+
 def test_a_difference_counts_only_where_no_seed_contradicts() -> None:
     def cells(mine: tuple[int, int], theirs: tuple[int, int]) -> list[dict]:
         rows = [row("esi", 1e-2, seed, 0, right) for seed, right in enumerate(mine)]
@@ -84,7 +99,7 @@ def test_a_difference_counts_only_where_no_seed_contradicts() -> None:
         test = next(one for one in findings.comparisons(rows) if one["rule"] == SAFE.name)
         return test["verdict"], test["p_value"]
 
-    assert verdict(cells((10, 10), (0, 0))) == ("better", 2 / 2**20)  # 20 pairs, all one way: 2 · ½^20
+    assert verdict(cells((10, 10), (0, 0))) == ("better", 2 / 2**10)  # 10 prompts, all one way in both seeds: 2 · ½^10
     assert verdict(cells((0, 0), (10, 10)))[0] == "worse"
     assert verdict(cells((10, 10), (9, 10))) == ("no difference shown", 1.0)
     assert verdict([one for one in cells((10, 10), (0, 0)) if one["seed"] == 0])[0] == "one seed only"
@@ -177,6 +192,9 @@ def test_the_pages_of_a_partial_study(partial: Path, tmp_path: Path) -> None:
     assert random["at"][SAFE.name]["reached"] == 1 and "| random | 1 | 1 of 2 |" in set_page
     test = next(t for t in data["set"]["against"] if t["rule"] == SAFE.name and t["second"] == "random")
     assert (test["num_pairs"], test["only_before"], test["only_after"], test["only_first"]) == (10, 1, 0, 1)
+    assert page.ONCE in (results / "tiny.md").read_text()
+    for name in ("tiny.md", "tiny-set.md", "tiny-spa.md"):  # figures that were collected before a prompt counted once
+        assert page.ONCE_A_SEED in page.PAGES[name]({**data, "facts": {**data["facts"], "prompts_count_once": False}})
     assert "Not run: llama-aligned, qwen3moe-aligned." in (results / "tiny-noise.md").read_text()
     for name in ("tiny-spa.md", "tiny-where.md"):
         assert "Not run." in (results / name).read_text()
@@ -230,8 +248,8 @@ def test_a_rate_at_an_end_of_those_that_were_run_is_marked() -> None:
         for name, used in (("esi", {"0": 2, "1": 2}), ("snip", {"0": 2, "1": 2}), ("random", {"0": 2, "1": 3}))
     ]
     test = {"model": "m", "ratio": 0.01, "first": "esi", "rule": "r"}
-    assert not findings.at_edge({**test, "second": "snip"}, methods)
-    assert findings.at_edge({**test, "second": "random"}, methods)
+    assert findings.seeds_at_edge({**test, "second": "snip"}, methods) == []
+    assert findings.seeds_at_edge({**test, "second": "random"}, methods) == ["1"]
 
 
 def test_overlap_of_masks(tmp_path: Path) -> None:
