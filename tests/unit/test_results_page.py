@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from esi_ds.eval.statistics import mcnemar_exact, paired_rates, wilson
+from esi_ds.report.evaluation import change
+
 RESULTS = ROOT / "docs/results"
 BY_HAND = [RESULTS / f"{question}.md" for question in ("where", "set", "spa", "noise")]
 INTERVAL = re.compile(r"\d+\.\d+ \[\d+\.\d+, \d+\.\d+\](?: \(\d+\.\d – \d+\.\d\))?")
@@ -117,3 +120,35 @@ def test_figures_that_are_the_tutorials_are_in_it() -> None:
                     assert re.search(rf"\b{float(share):g}(\.0)? %", tutorial), f"{page.name}: {share} %"
                     compared += 1
     assert compared
+
+
+PASTED_RATE = re.compile(r"^  \S.*?  (\d+\.\d) % \[(\d+\.\d), (\d+\.\d)\] \(n (\d+)\)(?:   (.*) \(against base\))?$")
+
+
+def changes(before: int, after: int, n: int) -> set[str]:
+    """What the command prints for two counts of the same prompts, by how many have changed the other way."""
+    printed = set()
+    for back in range(min(before, n - after) + 1) if after >= before else range(min(after, n - before) + 1):
+        lost, gained = (back, after - before + back) if after >= before else (before - after + back, back)
+        first = [True] * before + [False] * (n - before)
+        second = [False] * lost + [True] * (before - lost + gained) + [False] * (n - before - gained)
+        scores, test = paired_rates(first, second), mcnemar_exact(first, second)
+        row = {"difference": scores.difference, "low": scores.low, "high": scores.high, "p_value": test.p_value}
+        printed.add(change(row))
+    return printed
+
+
+def test_pasted_intervals_are_those_that_the_command_prints() -> None:
+    compared, before = 0, 0
+    for line in (ROOT / "docs/tutorial.md").read_text().splitlines():
+        if found := PASTED_RATE.match(line):
+            rate, low, high, n = float(found[1]), found[2], found[3], int(found[4])
+            count = round(rate * n / 100)
+            interval = wilson(count, n)
+            assert (f"{100 * interval.low:.1f}", f"{100 * interval.high:.1f}") == (low, high), line
+            if found[5] is None:
+                before = count
+            else:
+                assert found[5] in changes(before, count, n), line
+                compared += 1
+    assert compared == 9
