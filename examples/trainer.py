@@ -2,13 +2,13 @@
 
     deepspeed examples/trainer.py --model FOLDER --mask RUN/mask --rows rows.jsonl --output OUT [--train complement]
 
-rows.jsonl: {"prompt", "response"} a line. The masked AdamW is all that differs from a plain Trainer script.
+rows.jsonl: {"prompt", "response"} a line, or other rows that SET and SPA read. All that differs from a plain Trainer
+script are the masked AdamW and the rows' encoding, which is that of SET and SPA.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -17,10 +17,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from esi_ds import MaskedAdamW
 from esi_ds.cli import leave
+from esi_ds.data.chat import special_strings
+from esi_ds.data.conversations import encode_rows, find_columns
+from esi_ds.data.end_tokens import end_tokens
+from esi_ds.data.rows import read_rows
+from esi_ds.models.folder import ModelSource
 
 # On CPUs DeepSpeed would compile an all-reduce that nothing here calls, and leave 66 MiB of shared memory per rank.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -40,15 +45,23 @@ ZERO3 = {
     "data_types": {"grad_accum_dtype": "fp32"},
     "zero_force_ds_cpu_optimizer": False,
 }
+MAX_LENGTH = 1024  # tokens of a row; what is longer is cut
 
 
-def encode(tokenizer, row: dict[str, str]) -> dict[str, list[int]]:
-    """Ids and labels; only the response and its end token are learnt."""
-    chat = [{"role": "user", "content": row["prompt"]}]
-    context = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    asked = tokenizer(context, add_special_tokens=False)["input_ids"]
-    answer = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return {"input_ids": asked + answer, "labels": [-100] * len(asked) + answer}
+def encode(file: str, model: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
+    """Ids and labels of every row. The whole text of the chat template is tokenized, and of it only the answer and the
+    token that ends its turn are learnt: by itself an answer may be split otherwise, and have another end."""
+    rows = read_rows(file, "--rows")
+    encoded = encode_rows(
+        rows,
+        find_columns(rows, "auto", "--rows"),
+        tokenizer,
+        system_prompt=None,
+        specials=special_strings(tokenizer),
+        end_ids=end_tokens(ModelSource(model), tokenizer),
+        max_length=MAX_LENGTH,
+    )
+    return [{"input_ids": sequence.ids, "labels": sequence.labels} for sequence in encoded.sequences]
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -91,11 +104,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     optimizer = MaskedAdamW(model, options.mask, train=options.train, lr=options.lr)
-    rows = [json.loads(line) for line in Path(options.rows).read_text().splitlines()]
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=[encode(tokenizer, row) for row in rows],
+        train_dataset=encode(options.rows, options.model, tokenizer),
         data_collator=collate,
         # Under DeepSpeed Trainer makes its own schedule (lr_scheduler_type), whatever is given; it scales options.lr.
         optimizers=(optimizer, None),

@@ -369,3 +369,19 @@ def test_real_files(shared: Path, tokenizer, file: str, columns: str, count: int
     options = {"system_prompt": None, "specials": (), "end_ids": {2}, "max_length": 4000}
     encoded = encode_rows(rows[:40], names, tokenizer, **options)
     assert len(encoded.sequences) == 40, json.dumps(encoded.skipped)
+
+
+def test_the_example_for_trainer_learns_what_the_template_writes(tmp_path: Path) -> None:
+    """Tokenized by itself an answer would begin with a space, and the tokenizer's end token is not its end of turn."""
+    from examples import trainer  # imports DeepSpeed
+
+    other = sentencepiece_tokenizer()
+    other.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|user|>", "<|assistant|>"]})
+    other.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+    )
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "How are you", "response": "Sure"}) + "\n")
+    (row,) = trainer.encode(str(tmp_path / "rows.jsonl"), str(tmp_path), other)
+    tokens = other.convert_ids_to_tokens([label for label in row["labels"] if label != IGNORED])
+    assert tokens[-1] == "<|end|>" and "".join(tokens[:-1]) == "Sure" and len(row["input_ids"]) == len(row["labels"])
