@@ -12,7 +12,7 @@ from esi_ds.artifacts import read_manifest
 from esi_ds.data.rows import Row
 from study.real.grid import Cell, Folders, Plan
 from study.real.runner import is_done, read_record
-from study.real.tune_results import base_rows, noise_rows, tuned_rows
+from study.real.tune_results import agreement_rows, base_rows, noise_rows, tuned_rows
 from study.real.tune_tests import Flags, set_comparisons, spa_comparisons
 from study.real.where_results import Masks, judged, overlap_rows, where_tables
 
@@ -80,6 +80,7 @@ def collected(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
         "where": where_tables([cell for cell in where if cell.facts["count"] == size.prompts], output),
         "overlaps": overlap_rows(masks, plan.models, size.seeds, plan.grid.where.model_dump()),
         "base": bases,
+        "agreements": agreement_rows(done, output),
         "rates": {name: method.rates for name, method in plan.grid.set.methods.items()},
         "set": set_rows,
         "set_tests": set_comparisons(set_rows, Flags(done, output, "set"), size.seeds[0], against),

@@ -286,7 +286,8 @@ def head(data: Mapping[str, Any], meaning: str) -> list[str]:
 def page(data: Mapping[str, Any], meaning: str = "../results.md") -> str:
     """The text of real.md."""
     tuned = [*tune_page.set_section(data), *tune_page.spa_section(data), *tune_page.noise_section(data)]
-    return "\n".join([*head(data, meaning), *where_section(data), *tuned])
+    agreement = tune_page.agreement_section(data)
+    return "\n".join([*head(data, meaning), *where_section(data), *agreement, *tuned])
 
 
 def write_pages(plan: Plan, cells: Sequence[Cell], docs: Path) -> None:

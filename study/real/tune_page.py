@@ -105,6 +105,26 @@ def open_rates(data: Mapping[str, Any]) -> str:
     return f"Compared at rates that their range does not bracket: {', '.join(marked)}.\n" if marked else ""
 
 
+def agreement_section(data: Mapping[str, Any]) -> list[str]:
+    """Least and greatest kappa of every pair of judges over the evaluations; of figures that were collected without
+    them, that they are not there."""
+    title = "## Do the judges of tuned models agree?\n"
+    if "agreements" not in data:
+        return [title, "Not kept.\n"]
+    pairs: dict[tuple[str, str], list[Row]] = {}
+    for row in data["agreements"]:
+        pairs.setdefault((row["first"], row["second"]), []).append(row)
+    lines = []
+    for judges, rows in pairs.items():
+        kappas = [row["kappa"] for row in rows if row["kappa"] is not None]
+        ends = [f"{end(kappas):.2f}" if kappas else "undefined" for end in (min, max)]
+        answers = sorted({row["num_pairs"] for row in rows})
+        lines.append([" and ".join(judges), *ends, str(len(rows)), " or ".join(map(str, answers))])
+    head = ["judges", "least κ", "greatest κ", "evaluations", "answers each"]
+    about = "Cohen's kappa over the answers to harmful requests, of the model as it is and of the tuned one.\n"
+    return [title, about, table(head, lines)] if lines else [title, f"{NOT_RUN}\n"]
+
+
 def set_section(data: Mapping[str, Any]) -> list[str]:
     """Every method at its best rate, then all rates."""
     tasks = ("gsm8k", "medquad")

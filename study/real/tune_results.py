@@ -95,6 +95,18 @@ def tuned_rows(cells: Sequence[Cell], output: Path, part: str) -> list[Row]:
     return rows
 
 
+def agreement_rows(cells: Sequence[Cell], output: Path) -> list[Row]:
+    """One row a finished SET or SPA cell and pair of judges: Cohen's kappa over all answers to harmful prompts that the
+    evaluation judged, None where it is undefined."""
+    kept = ("first", "second", "num_pairs", "kappa", "low", "high")
+    return [
+        {"cell": cell.name, **{key: _rounded(agreement[key]) for key in kept}}
+        for cell in cells
+        if cell.part in ("set", "spa")
+        for agreement in read_report(output / cell.name / "eval")["agreements"]
+    ]
+
+
 def base_rows(cells: Sequence[Cell], output: Path) -> list[Row]:
     """The models as they are: what the first evaluation of a tuned one measured of them, and their losses."""
     rows = []

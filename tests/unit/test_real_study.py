@@ -555,7 +555,8 @@ def report_of(values: dict[str, dict[str, float]]) -> dict:
             for part in ("choose", "report"):
                 about = {"measure": measure, "judge": judge or "xstest", "model": model, "set": f"{part}-{kind}"}
                 rows.append({**about, "rate": rate, "low": 0.0, "high": 1.0, "n": 40, "missing": 0})
-    return {"measures": rows}
+    agreement = {"first": "judge-classifier", "second": "judge-guard", "num_pairs": 160, "low": 0.5, "high": 0.9}
+    return {"measures": rows, "agreements": [{**agreement, "kappa": values["tuned"]["not refused"]}]}
 
 
 def evaluate(plan: Plan, one: Cell, not_refused: float, over_refused: float, garbled: float = 0.0) -> None:
@@ -686,6 +687,10 @@ def test_the_page_of_tuned_models_takes_each_method_at_its_best_rate(plan: Plan,
     assert data["set"][0]["report"]["not refused"] == [0.25, 0.0, 1.0, 40, 0]
     assert "| esi | 0 | 0.001 | 25.0 [0.0, 100.0] | 12.5 [0.0, 100.0] | not run |" in text  # of equals the lower rate
     assert "| random | – | – | not run |" in text and "| 0.250 | 1.500 | not run |" in text
+    assert [row["kappa"] for row in data["agreements"]] == [0.25, 0.5, 0.25]
+    assert "| judge-classifier and judge-guard | 0.25 | 0.50 | 3 | 160 |" in text
+    del data["agreements"]  # figures that were collected before
+    assert "Not kept." in page(data)
     assert (tmp_path / "docs/real-set.png").stat().st_size < 150_000
 
 
