@@ -3,6 +3,7 @@ generated pages of docs/results, which tests/unit/test_study.py compares with st
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,25 @@ def test_figures_that_are_the_tutorials_are_in_it() -> None:
                     assert re.search(rf"\b{float(share):g}(\.0)? %", tutorial), f"{page.name}: {share} %"
                     compared += 1
     assert compared
+
+
+def test_claims_about_several_rows_follow_from_the_stored_figures() -> None:
+    """No table has a row for them."""
+    first, remade = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("real", "remade/real"))
+    text, details = (ROOT / "docs/results.md").read_text(), (RESULTS / "set.md").read_text()
+    rows = first["set"] + remade["set"]
+    judged = ("unsafe", "unsafe (guard)", "over-refused")
+    meet = [row["method"] for row in rows if all(row["report"][column][0] <= 0.1 for column in judged)]
+    assert len(meet) == 2 and all(method.endswith("three-quarters-benign") for method in meet)
+    assert "by the judges' verdicts two recipes do, both with three quarters benign rows" in text
+    least = min(row["report"]["over-refused"][0] for row in rows)
+    assert f"to {100 * least:.0f} % at least in every recipe" in text
+    others = ("all-weights", "lora-1", "esi-three-quarters-benign")
+    masks = [row for row in first["set"] if row["method"] not in others and row["report"]["over-refused"][0] < 0.18]
+    assert f"a loss of {min(row['loss']['gsm8k'] for row in masks):.2f}\n  or more" in details
+    pair = ("judge-classifier", "judge-guard")
+    kappas = [row["kappa"] for row in remade["agreements"] if (row["first"], row["second"]) == pair]
+    assert f"a κ of {min(kappas):.2f} to {max(kappas):.2f}" in text
 
 
 PASTED_RATE = re.compile(r"^  \S.*?  (\d+\.\d) % \[(\d+\.\d), (\d+\.\d)\] \(n (\d+)\)(?:   (.*) \(against base\))?$")
