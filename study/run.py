@@ -79,7 +79,10 @@ def prepare(output: Path, seeds: tuple[int, ...]) -> None:
     with other ones: a finished cell is not run again."""
     file, now = output / "settings.json", json.loads(json.dumps(settings()))
     before = json.loads(file.read_text()) if file.is_file() else now
-    if other := [name for name in now if before.get(name) != now[name]]:
+    if absent := [name for name in now if name not in before]:
+        problem = f"does not say with which {', '.join(absent)} its cells were run"
+        raise UserError("--output", output, problem, "give another folder")
+    if other := [name for name in now if before[name] != now[name]]:
         raise UserError("--output", output, f"holds cells of other {', '.join(other)}", "give another folder")
     write_files(output / "data", all_files(seeds))
     write_text_atomic(file, json.dumps(now, indent=1) + "\n")

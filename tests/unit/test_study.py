@@ -348,6 +348,10 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path, monkeypatch) -> N
     with pytest.raises(UserError, match="holds cells of other steps"):
         prepare(tmp_path, (0, 1, 2))
     assert not (tmp_path / "data/prompts-s2.jsonl").exists()
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps({name: kept[name] for name in kept if name != "models"}))
+    with pytest.raises(UserError, match="does not say with which models its cells were run"):
+        prepare(tmp_path, (0,))
 
 
 @pytest.mark.parametrize("other", ["data", "models"])
