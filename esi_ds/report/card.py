@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 
 from esi_ds.config import Config, Tune
 from esi_ds.config.yaml import dump_yaml
@@ -32,6 +33,7 @@ def model_card(
     num_benign: int = 0,
     routers: str | None = None,
     has_towers: bool = False,
+    remarks: Mapping[str, str] | None = None,
 ) -> str:
     """Markdown with the hub's front matter.
 
@@ -39,6 +41,7 @@ def model_card(
     quantised. rounded_from: their dtypes, where ``model.dtype`` holds them only rounded. num_trained: weights that were
     trained. ranks: of the run. benign, num_benign: rows mixed in, and how many were read. routers: of
     ``sentences.routers_fate``; None: as the config says. has_towers: whether the model has encoders of images or sound.
+    remarks: rows of the table for what was unusual.
     """
     routers = routers or tune.router or tune.unscored
     rounded_to = config.model.dtype if rounded_from is not None else None
@@ -70,6 +73,7 @@ def model_card(
         facts["benign rows"] = f"{mix.path}, {read}, sha256 {benign.sha256}"
         if mix.how_written:
             facts["benign rows written"] = mix.how_written
+    facts |= remarks or {}
     table = "\n".join(f"| {key} | {_cell(str(value))} |" for key, value in facts.items())
     base = {} if os.path.isdir(config.model.path) else {"base_model": config.model.path}  # the hub takes ids only
     matter = dump_yaml({**base, "tags": ["esi_ds", stage]})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import signal as signals
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -320,9 +321,9 @@ class CountingTuner:
         self.num_steps = step
 
 
-def training(folder: Path, tuner: CountingTuner, saves: SaveClock) -> Training:
+def training(folder: Path, tuner: CountingTuner, saves: SaveClock, batch_size: int = 1) -> Training:
     raw = {"run": {"output_dir": "x"}, "model": {"path": "m"}, "tune": {"mask": "k", "data": {"path": "r"}}}
-    raw["tune"] |= {"max_steps": 6, "batch_size": 1}
+    raw["tune"] |= {"max_steps": 6, "batch_size": batch_size}
     rows = [TokenSequence(row, [1, 2, 3], [-100, 2, 3]) for row in range(4)]
     inputs = SimpleNamespace(
         tune=validate(raw).tune,
@@ -399,3 +400,22 @@ def test_a_signal_saves_tuning(tmp_path: Path, saved: list[str], signal) -> None
     with pytest.raises(Interrupted):
         training(tmp_path, tuner, SaveClock("auto", 10.0)).run()
     assert saved == ["checkpoint/3"]
+
+
+def test_a_step_of_other_ranks_is_remarked(tmp_path: Path, saved: list[str]) -> None:
+    """Another batch size stands for another number of ranks. A start after a kill, which writes no manifest, says it
+    too."""
+
+    def fail(stop: int, step: int) -> None:
+        if step == stop:
+            raise Killed
+
+    remarks = []
+    for batch_size, stop in ((1, 2), (2, 4), (2, 9), (4, 9)):
+        loop = training(tmp_path, CountingTuner(partial(fail, stop)), SaveClock(1, 10.0), batch_size)
+        with suppress(Killed):
+            loop.run()
+        remarks.append(loop.tracker.remarks)
+        loop.save()
+    changed = "from step 3 on a step read 2 rows, before it read 1"
+    assert remarks == [[], [changed], [changed], [changed]]  # the last start makes no step

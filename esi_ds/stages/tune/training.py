@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -70,6 +71,7 @@ class Training:
         self.order = DataOrder(len(self.rows), len(self.benign), fraction, seed)
         self.step, self.position = 0, 0  # updates made, rows read
         self.first_step = 0  # of this start
+        self._strides = [(0, self.stride)]  # updates made before → rows of each step from there on
         self.saves, self._steps_since_save = saves, 0
 
     @property
@@ -209,7 +211,7 @@ class Training:
         """Save what is not saved yet. Collectives: those of ``checkpoint.save``."""
         if self._steps_since_save == 0:
             return
-        state = {"rows_read": self.position, "batch": self.stride}
+        state = {"rows_read": self.position, "batch": self.stride, "batches": self._strides}
         with self.saves.saving():
             checkpoint.save(self.folder, self.step, state, self.tuner.saved())
         self._steps_since_save = 0
@@ -225,11 +227,15 @@ class Training:
         with reading(checkpoint.FIELD, newest, checkpoint.REMEDY):
             self.step, self.position = state["position"], check_type(state["rows_read"], int)
             batch = check_type(state["batch"], int)
+            strides = check_type(state.get("batches", [[0, batch]]), list[list[int]])
+            self._strides = [(step, rows) for step, rows in strides]
         if "files" not in state:
             self.tracker.log(checkpoint.WITHOUT_DIGESTS.format(newest.name))
         checkpoint.restore(newest, self.tuner.saved())
         self.tuner.restored(self.step)
         self.tracker.resume_at(self.step)
         self.tracker.log(f"going on after step {self.step}, {self.position} rows read")
-        if batch != self.stride:
-            self.tracker.log(f"a step now reads {self.stride} rows, before it read {batch}")
+        if batch != self.stride and self.step < self.tune.max_steps:
+            self._strides.append((self.step, self.stride))
+        for (_, before), (step, rows) in pairwise(self._strides):
+            self.tracker.remark(f"from step {step + 1} on a step read {rows} rows, before it read {before}")

@@ -240,6 +240,7 @@ class TuneRun(StageRun[TuningInputs]):
             rounded_from=self.rounded_from,
             routers=routers_fate(inputs.trained),
             has_towers=bool(inputs.trained.towers),
+            remarks=self.remarks,
         )
         section = self.config.model
         plain = without_values(without_our_padding(inputs.tokenizer), section.template_kwargs, day_of(section))
