@@ -1,7 +1,8 @@
 """One job at a time in a run folder: ``lock.json`` names the process that writes there (docs/design.md §8).
 
-A killed job leaves its lock behind. Whether the job is still alive is checked, not guessed: in the process table on the
-same host, by asking Slurm if the job has an id, else by watching whether ``status.json`` still changes. Clocks of
+A killed job leaves its lock behind. Whether the job is still alive is checked, not guessed: in the process table of the
+same boot of the same host, by asking Slurm about a job of this job's own cluster, else by watching whether
+``status.json`` still changes. Names and numbers that two machines or clusters may share prove nothing, and clocks of
 different hosts are never compared.
 """
 
@@ -22,6 +23,28 @@ from esi_ds.reading import check_type, parse_json, read_text, reading
 LOCK = "lock.json"
 BEAT_S = 5.0  # how often a live run writes its status
 WATCH_S = 45.0  # how long to watch for changes; network file systems show one within half a minute
+# Slurm's states of a job that has no process: it has ended, or waits for its next start (squeue(1), JOB STATE CODES).
+WITHOUT_PROCESSES = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "CONFIGURING",
+    "DEADLINE",
+    "FAILED",
+    "LAUNCH_FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PENDING",
+    "PREEMPTED",
+    "RECONFIG_FAIL",
+    "REQUEUED",
+    "REQUEUE_FED",
+    "REQUEUE_HOLD",
+    "RESV_DEL_HOLD",
+    "REVOKED",
+    "SPECIAL_EXIT",
+    "TIMEOUT",
+}
 
 
 class Identity(TypedDict, total=False):
@@ -35,6 +58,7 @@ class Identity(TypedDict, total=False):
     pids: str | None  # Linux's id of the process table that the process sees
     pid: int  # process id
     pid_started: int | None  # clock ticks from boot to the process's start
+    slurm_cluster: str | None  # the name of the Slurm cluster: each counts its jobs from 1
     slurm_job: str | None  # Slurm's job id, with the task of an array
     slurm_restarts: str  # how often Slurm has requeued the job
 
@@ -53,6 +77,7 @@ def own_identity() -> Identity:
         "pids": _pid_namespace(),
         "pid": os.getpid(),
         "pid_started": _started(os.getpid()),
+        "slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME"),
         "slurm_job": _slurm_job(),
         "slurm_restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
@@ -169,14 +194,14 @@ def describe(holder: Holder) -> str:
 def why_dead(folder: Path, holder: Holder) -> str | None:
     """Why the holder cannot be writing any more; None if it is alive."""
     identity = own_identity()
-    if holder.get("host") == identity["host"]:
-        if holder.get("boot") != identity["boot"]:
-            return "the host has been rebooted since"
-        # Containers on one host may share its name but not its process table.
-        same_table = holder.get("pids") == identity["pids"]
-        if same_table and (holder.get("pid_started") is not None or _boot() is not None):
-            return None if _started(holder["pid"]) == holder.get("pid_started") else "no such process here"
-    job = holder.get("slurm_job")
+    # Another boot of a host of this name may be another machine, and containers on one host may share its name and boot
+    # but not its process table.
+    same_table = all(holder.get(key) == identity[key] for key in ("host", "boot", "pids"))
+    if same_table and (holder.get("pid_started") is not None or _boot() is not None):
+        return None if _started(holder["pid"]) == holder.get("pid_started") else "no such process here"
+    cluster, job = identity["slurm_cluster"], holder.get("slurm_job")
+    if cluster is None or holder.get("slurm_cluster") != cluster:
+        return _watch(folder)  # whatever squeue says here is of another cluster's jobs
     if job and job == identity["slurm_job"] and holder.get("slurm_restarts") != identity["slurm_restarts"]:
         return "Slurm has requeued that job as this one"
     if job and (live := _slurm_has(job)) is not None and not (live and job == identity["slurm_job"]):
@@ -188,7 +213,8 @@ def _watch(folder: Path) -> str | None:
     """Why the holder is dead: its status does not change. Contents are compared, as clocks of two hosts may differ."""
     status = folder / STATUS
     before = status.read_bytes() if status.is_file() else None
-    print(f"{folder} is locked from another host: checking for {WATCH_S:g} s whether that job is alive", flush=True)
+    unseen = f"{folder} is locked by a process that cannot be seen from here"
+    print(f"{unseen}: checking for {WATCH_S:g} s whether it is alive", flush=True)
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:
         time.sleep(min(1.0, WATCH_S / 4))
@@ -204,14 +230,14 @@ def _slurm_job() -> str | None:
 
 
 def _slurm_has(job: str) -> bool | None:
-    """Whether Slurm has the job running or about to end; None if Slurm cannot be asked."""
+    """Whether Slurm has the job in a state with processes, as far as is known; None if Slurm cannot be asked."""
     try:
         shown = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if shown.returncode != 0:
         return False if "Invalid job id" in shown.stderr else None
-    return any(state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED") for state in shown.stdout.split())
+    return any(state not in WITHOUT_PROCESSES for state in shown.stdout.split())
 
 
 def _boot() -> str | None:

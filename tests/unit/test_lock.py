@@ -21,6 +21,7 @@ from esi_ds.tracking import Tracker
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """A lock of a process on another host, and a short patience."""
     monkeypatch.setattr(lock, "WATCH_S", 0.6)
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "booster")
     holder = {**lock.own_identity(), "host": "node7", "boot": "b", "pid": 1, "pid_started": 1, "since": "then"}
     (tmp_path / lock.LOCK).write_text(json.dumps(holder))
     return holder
@@ -48,10 +49,14 @@ def test_a_pid_that_came_again_is_another_process(tmp_path: Path) -> None:
     assert "no such process here" in lock.acquire(tmp_path)
 
 
-def test_another_containers_processes_are_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two containers may share a host's name and boot: that a pid is not here says nothing of one there."""
+@pytest.mark.parametrize("other", [{"pids": "pid:[1]"}, {"boot": "b"}], ids=["container", "boot"])
+def test_a_process_that_cannot_be_seen_is_watched(
+    other: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers may share a host's name and boot, and two machines its name: that a pid is not here says nothing
+    of one there."""
     monkeypatch.setattr(lock, "WATCH_S", 0.2)
-    holder = {**lock.own_identity(), "pids": "pid:[1]", "pid": 2**22, "pid_started": 1}
+    holder = {**lock.own_identity(), **other, "pid": 2**22, "pid_started": 1}
     (tmp_path / lock.LOCK).write_text(json.dumps(holder))
     assert "did not change for 0.2 s" in lock.acquire(tmp_path)
 
@@ -88,8 +93,9 @@ def test_slurm_tells_whether_its_job_lives(tmp_path: Path, elsewhere: dict, monk
         monkeypatch.setattr(lock.subprocess, "run", lambda *_, **__: answer)
 
     elsewhere["slurm_job"] = "12"
-    tell("RUNNING\n")
-    assert lock.why_dead(tmp_path, elsewhere) is None
+    for state in ("RUNNING", "SIGNALING", "A_STATE_OF_A_LATER_SLURM"):
+        tell(f"{state}\n")
+        assert lock.why_dead(tmp_path, elsewhere) is None
     tell("", 1, "slurm_load_jobs error: Invalid job id specified")
     assert "no such running job" in lock.why_dead(tmp_path, elsewhere)
     tell("PENDING\n")
@@ -101,6 +107,20 @@ def test_slurm_tells_whether_its_job_lives(tmp_path: Path, elsewhere: dict, monk
     tell("", 1, "slurm_load_jobs error: Unable to contact slurm controller")
     monkeypatch.setenv("SLURM_JOB_ID", "13")
     assert "did not change" in lock.why_dead(tmp_path, elsewhere)
+
+
+@pytest.mark.parametrize("cluster", [None, "jureca"])
+def test_the_slurm_of_another_cluster_is_not_asked(
+    cluster: str | None, tmp_path: Path, elsewhere: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each cluster counts its jobs from 1; locks of earlier versions do not name theirs."""
+    monkeypatch.setattr(lock, "_slurm_has", lambda job: False)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert "requeued" in lock.why_dead(tmp_path, {**elsewhere, "slurm_job": "12"})
+    for job in ("12", "13"):
+        other = {**elsewhere, "slurm_cluster": cluster, "slurm_job": job}
+        assert "did not change" in lock.why_dead(tmp_path, other)
 
 
 def test_an_arrays_task_is_asked_for_without_its_siblings(
