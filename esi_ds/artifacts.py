@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -369,7 +370,9 @@ class RunFolder:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(mode=MODES[share], exist_ok=True)
         with suppress(PermissionError):  # somebody else's folder: its owner says who may read it
-            self.path.chmod(MODES[share])
+            # What its parent gives it stays: with set-group-ID, files get the group of a cluster's project.
+            inherited = self.path.stat().st_mode & (stat.S_ISGID | stat.S_ISVTX)
+            self.path.chmod(MODES[share] | inherited)
 
     def is_finished(self) -> bool:
         """Whether the run was completed, and its results are whole. Raises UserError where they no longer are."""

@@ -103,3 +103,12 @@ def test_who_may_read_a_run_folder(share: str | None, mode: int, tmp_path: Path)
     again = validate({"run": {"output_dir": "x", "share": "all"}, "model": {"path": "a"}})
     RunFolder(str(tmp_path / "old")).open(again)
     assert (tmp_path / "old").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_run_folder_keeps_the_group_of_its_project(tmp_path: Path) -> None:
+    """Folders of projects are set-group-ID, so that access and quota are the group's."""
+    project = tmp_path / "project"
+    project.mkdir()
+    project.chmod(0o2770)
+    RunFolder(str(project / "run")).create("group")
+    assert (project / "run").stat().st_mode & 0o7777 == 0o2750
