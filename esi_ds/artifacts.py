@@ -40,7 +40,7 @@ MANIFEST = "manifest.json"
 STATUS = "status.json"
 INPUTS = "inputs.json"  # what identifies the run's inputs, also where its manifest was deleted to have it done again
 # Keys of the manifest.
-IDENTIFYING = ("stage", "model_fingerprint", "model_fingerprints", "data_hashes", "source_digests")
+IDENTIFYING = ("stage", "model_fingerprint", "model_fingerprints", "data_hashes", "source_digests", "hub_commits")
 MAX_NAME = 255  # bytes of a file's name
 IDENTITY = "run.json"  # while a run is not done: its id, which its checkpoints and records of rows name
 MODES = {"private": 0o700, "group": 0o750, "all": 0o755}  # of the run folder, by ``run.share``
@@ -298,7 +298,7 @@ class RunFolder:
             raise UserError(
                 key, path, f"holds a config.yaml that this version cannot read ({error})", "give a new folder"
             ) from error
-        other = differences(before, config)
+        other = differences(before, config) and differences(before, config, self.commits())
         if other and not self._was_refused():
             raise UserError(
                 key,
@@ -339,6 +339,14 @@ class RunFolder:
         if before and before != now:
             problem = f"is not what the run in {self.path} started with{what}"
             raise UserError(str(field or key), None, problem, "give a new run.output_dir")
+
+    def commits(self) -> dict[str, str]:
+        """Hub id, with its revision, → the commit that the run in the folder has read; nothing where it begins anew.
+
+        Raises UserError.
+        """
+        with reading("run.output_dir", self.path / MANIFEST, "delete it to go on without what it says"):
+            return check_type(self._inputs().get("hub_commits", {}), dict[str, str])
 
     def _inputs(self) -> dict[str, Any]:
         """What identifies the inputs of the run in the folder; nothing where it begins anew."""

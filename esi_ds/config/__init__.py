@@ -20,7 +20,7 @@ from esi_ds.config.judges import (
     GuardModel,
     JudgeModel,
 )
-from esi_ds.config.loading import Config, Model, differences, load_config, resolved_yaml, validate
+from esi_ds.config.loading import Config, Model, differences, load_config, model_name, resolved_yaml, validate
 from esi_ds.config.scoring import Criterion, Esi, Select
 from esi_ds.config.tuning import BenignMix, Perturb, Tune
 
@@ -57,6 +57,7 @@ __all__ = [
     "differences",
     "label",
     "load_config",
+    "model_name",
     "resolved_yaml",
     "validate",
 ]

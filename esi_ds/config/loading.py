@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,13 +189,22 @@ def resolved_yaml(config: Config) -> str:
     return dump_yaml(config.model_dump())
 
 
-def differences(first: Config, second: Config) -> list[str]:
-    """Dotted keys whose values differ, except ``OF_THIS_START``, the keys below them, and ``OF_THIS_SERVER``."""
+def model_name(path: str, revision: str | None) -> str:
+    """What messages and records call a model on the hub."""
+    return path if revision is None else f"{path} ({revision})"
+
+
+def differences(first: Config, second: Config, commits: Mapping[str, str] | None = None) -> list[str]:
+    """Dotted keys whose values differ, except ``OF_THIS_START``, the keys below them, and ``OF_THIS_SERVER``.
+
+    commits: name of a model on the hub → its commit, of which a ``revision`` may be another name.
+    """
     keys: list[str] = []
     missing = object()  # null is not the same as no key: in ``extra`` it removes one, and templates ask what is defined
 
     def walk(a: Any, b: Any, path: str) -> None:
         if isinstance(a, dict) and isinstance(b, dict):
+            a, b = ({**section, **_commit_of(section, commits or {})} for section in (a, b))
             for key in {**a, **b}:
                 walk(a.get(key, missing), b.get(key, missing), f"{path}.{key}" if path else key)
         elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
@@ -205,3 +215,10 @@ def differences(first: Config, second: Config) -> list[str]:
 
     walk(first.model_dump(), second.model_dump(), "")
     return keys
+
+
+def _commit_of(section: Mapping[str, Any], commits: Mapping[str, str]) -> dict[str, str]:
+    """``revision`` of a model's section, where its commit is known."""
+    path, revision = section.get("path"), section.get("revision")
+    commit = commits.get(model_name(path, revision)) if isinstance(path, str) and "revision" in section else None
+    return {} if commit is None else {"revision": commit}

@@ -13,7 +13,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from esi_ds import launch_environment
+from esi_ds.config import model_name
 from esi_ds.errors import UserError
 from esi_ds.reading import first_line
 
@@ -39,6 +40,7 @@ UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError", "ConnectionError"
 # (hub id, revision) → the folder of its small files, and whether its weights are there too; of this process.
 _resolved: dict[tuple[str, str | None], Path] = {}
 _complete: set[Path] = set()
+_kept: dict[str, str] = {}  # as ``commits``: of the run that goes on
 
 
 def is_hub_id(path: str) -> bool:
@@ -64,6 +66,7 @@ def files(name: str, revision: str | None, only_local: bool = False) -> Path:
     key = (name, revision)
     if key in _resolved:
         return _resolved[key]
+    revision = _kept.get(model_name(name, revision), revision)
     if only_local:
         return Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES, local_files_only=True))
 
@@ -137,11 +140,25 @@ def _is_cached(name: str, kind: Kind) -> bool:
     return any(folder.is_dir() for folder in folders)
 
 
+def keep(recorded: Mapping[str, str]) -> None:
+    """Have models that are not asked for yet be of these commits. recorded: as ``commits``."""
+    _kept.clear()
+    _kept.update(recorded)
+
+
 def commits() -> dict[str, str]:
-    """Hub id, with its revision, → the commit that this process uses."""
-    return {
-        name if revision is None else f"{name} ({revision})": path.name for (name, revision), path in _resolved.items()
-    }
+    """Hub id, with its revision, → the commit that this process uses, or that its run has used."""
+    return _kept | {model_name(*key): path.name for key, path in _resolved.items()}
+
+
+def kept_commits() -> list[str]:
+    """A sentence on each model that is of another revision than the config names, as it is the run's."""
+    names = {model_name(*key): key[1] for key in _resolved}
+    return [
+        f"{name}: commit {_kept[name]}, with which this run began"
+        for name, revision in names.items()
+        if _kept.get(name, revision) != revision
+    ]
 
 
 def once_on_host(what: str, work: Callable[[], str], share_failure: bool = False) -> str:

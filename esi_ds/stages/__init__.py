@@ -29,9 +29,11 @@ def entry(stage: str) -> Callable[[Config, Options], None]:
             from esi_ds.stages.paths import check_paths
 
             check_paths(config, stage)
+        from esi_ds.stages.commits import keep_commits
         from esi_ds.stages.date import with_date
         from esi_ds.stages.dtype import with_dtype  # imports torch
 
+        keep_commits(config)
         work: Callable[[Config, Options], None] = getattr(importlib.import_module(module), function)
         resolved = with_dtype(config, options.dry_run)
         work(resolved if options.dry_run else with_date(resolved), options)

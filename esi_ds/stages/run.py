@@ -243,6 +243,8 @@ class StageRun(ABC, Generic[Inputs]):
             for line in dequantised(self.sources):
                 tracker.remark(line)
             self._check_sources()
+            for line in hub.kept_commits():
+                tracker.log(line)
             try:
                 self.work()
             except BaseException as error:

@@ -20,11 +20,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from esi_ds import launch_environment
+from esi_ds.artifacts import RunFolder
+from esi_ds.config import Config, validate
 from esi_ds.data.chat import load_tokenizer
 from esi_ds.errors import UserError
 from esi_ds.models import hub
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, checkpoint_folder, load_model_config, stored_weights
+from esi_ds.stages.commits import keep_commits
 from esi_ds.stages.run import check_commits, check_source
 from esi_ds.zero import runtime
 from esi_ds.zero.loading import read_module
@@ -201,6 +204,7 @@ def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str | Non
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(hub, "_resolved", {})
     monkeypatch.setattr(hub, "_complete", set())
+    monkeypatch.setattr(hub, "_kept", {})
     return asked
 
 
@@ -221,6 +225,37 @@ def test_config_tokenizer_weights_and_fingerprint_are_of_one_commit(
     assert len(stored_weights(source)) > 0
     assert downloads == [None, "commit1"]
     assert hub.commits() == {"org/model": "commit1"}
+
+
+@pytest.mark.parametrize("said_by", ["manifest.json", "inputs.json"])
+def test_a_run_goes_on_with_the_commits_that_it_began_with(
+    said_by: str, downloads: list[str | None], tmp_path: Path
+) -> None:
+    """Every download finds a later commit; a revision may name the one that is recorded, and be left out again."""
+
+    def config(**model: str | None) -> Config:
+        return validate({"run": {"output_dir": str(tmp_path / "run")}, "model": {"path": "org/model", **model}})
+
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.open(config())
+    ModelSource("org/model").folder()
+    facts = {"world_size": 1, "started": 0.0, "model_fingerprint": "f", "data": {}}
+    folder.write_manifest(exit_state="interrupted", **facts, notes={"hub_commits": hub.commits()})
+    if said_by == "inputs.json":
+        (tmp_path / "run/manifest.json").unlink()
+    logged = ["org/model: commit commit1, with which this run began"]
+    for revision, lines in ((None, logged), ("commit1", []), (None, logged)):
+        hub._resolved.clear()
+        section = config(revision=revision)
+        keep_commits(section)
+        assert ModelSource.of(section.model).folder().name == "commit1" and hub.kept_commits() == lines
+        folder.open(section)
+        folder.write_manifest(exit_state="interrupted", **facts, notes={"hub_commits": hub.commits()})
+    assert downloads == [None, "commit1", "commit1", "commit1"]
+    with pytest.raises(UserError, match=r"holds a run whose config differs in model\.revision"):
+        folder.open(config(revision="commit2"))
+    keep_commits(validate({"run": {"output_dir": str(tmp_path / "new")}, "model": {"path": "org/model"}}))
+    assert hub._kept == {}
 
 
 def test_weights_of_the_hub_are_checked_like_a_folder_s(downloads: list[str | None], tmp_path: Path) -> None:
