@@ -18,7 +18,7 @@ from typing import cast
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from esi_ds.artifacts import STATUS, without_files, write_json_atomic
+from esi_ds.artifacts import STATUS, read_manifest, without_files, write_json_atomic
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.lock import BEAT_S, Identity, own_identity
 from esi_ds.reading import check_type, parse_json, read_text, reading
@@ -152,7 +152,25 @@ def read_status(run: Path) -> Status:
             needed = REQUIRED | (BAR if status.get("phase") else set())
             if missing := sorted(needed - status.keys()):
                 raise ValueError(f"without {missing[0]}")
+        if status["state"] == "running" and _is_done(run):
+            status["state"] = "done"
     return {**status, "last_checkpoint": last_checkpoint(run)}
+
+
+def _is_done(run: Path) -> bool:
+    """Whether the run's manifest says so, which is written before the last status: a kill may come between them."""
+    with suppress(UserError):
+        return bool(read_manifest(run, "RUN").get("exit_state") == "done")
+    return False
+
+
+def say_done(run: Path) -> None:
+    """Have the status of a finished run that was killed before it wrote its last say what its manifest says.
+
+    Raises UserError as ``read_status``.
+    """
+    if (run / STATUS).exists():
+        write_json_atomic(run / STATUS, read_status(run))
 
 
 def progress_of(run: Path) -> str | None:

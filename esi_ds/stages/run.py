@@ -42,7 +42,7 @@ from esi_ds.stages.batch_sizes import KEY, BatchSize, GenerationBatch, generatio
 from esi_ds.stages.date import check_same_date
 from esi_ds.stages.dtype import check_same_dtype
 from esi_ds.stages.interrupt import listen
-from esi_ds.status import progress_of
+from esi_ds.status import progress_of, say_done
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel, load_sharded
@@ -164,6 +164,7 @@ class StageRun(ABC, Generic[Inputs]):
     def run(self) -> None:
         """Do the work under the folder's lock, unless it is done already. Raises Interrupted and UserError."""
         if self._is_finished():
+            self._tidy_up()
             return
         taken_over = self._lock()
         try:
@@ -256,8 +257,26 @@ class StageRun(ABC, Generic[Inputs]):
                 raise
             self.record("done")
             if runtime.is_main():
-                shutil.rmtree(self.folder.path / CHECKPOINTS, ignore_errors=True)
-                (self.folder.path / IDENTITY).unlink(missing_ok=True)
+                self._forget_restarts()
+
+    def _tidy_up(self) -> None:
+        """Remove what is left of a run that was killed once its manifest said done. Rank 0 does; no collectives."""
+        path = self.folder.path
+        if not runtime.is_main() or not any((path / name).exists() for name in (CHECKPOINTS, IDENTITY, lock.LOCK)):
+            return
+        with suppress(UserError, OSError):  # the job that did the run is about to remove it, or others own the folder
+            lock.acquire(path)
+            try:
+                if read_manifest(path).get("exit_state") == "done":
+                    self._forget_restarts()
+                    say_done(path)
+            finally:
+                lock.release(path)
+
+    def _forget_restarts(self) -> None:
+        """Remove what only a start that goes on with the run would need."""
+        shutil.rmtree(self.folder.path / CHECKPOINTS, ignore_errors=True)
+        (self.folder.path / IDENTITY).unlink(missing_ok=True)
 
     def load_model(self, make_optimizer: Callable[[PreTrainedModel], Optimizer] | None = None) -> ShardedModel:
         """``model`` of the config, cut over the ranks; see ``load_sharded``."""

@@ -26,6 +26,7 @@ from esi_ds.stages.esi.prepare import EsiInputs
 from esi_ds.stages.evaluate.work import EvalRun
 from esi_ds.stages.folder import open_folder
 from esi_ds.stages.run import StageRun
+from esi_ds.status import show
 from esi_ds.zero import runtime
 
 
@@ -63,6 +64,31 @@ def test_a_run_that_ended_while_its_lock_was_looked_at_is_not_run_again(
     run.run()
     assert "is finished already; nothing to do" in capsys.readouterr().out
     assert not (tmp_path / lock.LOCK).exists()
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_run_that_was_killed_once_it_was_done_is_tidied_up(
+    alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removing the checkpoint of a large model takes a while. A job that still does it is left to it."""
+    config = validate({"run": {"output_dir": str(tmp_path)}, "model": {"path": "a"}})
+    folder = RunFolder(str(tmp_path))
+    folder.open(config)
+    folder.identify()
+    (tmp_path / "checkpoint/position-2").mkdir(parents=True)
+    folder.write_manifest(exit_state="done", world_size=1, started=0.0, model_fingerprint="f", data={})
+    known = {"stage": "set", "pid": 7, "host": "a", "slurm_job": None, "updated": 1.0, "phase": None}
+    (tmp_path / STATUS).write_text(json.dumps({"state": "running", **known}))
+    assert "done, stage set" in show(tmp_path, 1000.0)
+    holder = lock.own_identity() if alive else {**lock.own_identity(), "pid_started": 1}
+    (tmp_path / lock.LOCK).write_text(json.dumps({**holder, "since": "then"}))
+    run = Run(config, Options(), None, folder, {}, {})
+    monkeypatch.setattr(run, "_check_sources", lambda: None)
+    monkeypatch.setattr(run, "known_fingerprint", lambda: "f")
+    run.run()
+    left = {"checkpoint", "run.json", lock.LOCK} & {file.name for file in tmp_path.iterdir()}
+    assert left == ({"checkpoint", "run.json", lock.LOCK} if alive else set())
+    assert json.loads((tmp_path / STATUS).read_text())["state"] == ("running" if alive else "done")
 
 
 @pytest.mark.parametrize("exit_state", ["done", "interrupted"])
