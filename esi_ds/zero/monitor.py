@@ -19,13 +19,15 @@ from esi_ds.errors import UserError
 from esi_ds.event_files import withdraw
 from esi_ds.zero import runtime
 
+STEP = "step"  # in W&B: what the run calls the step of a point
+
 
 class Monitors:
     """Rank 0's monitors of one run."""
 
     def __init__(self, master: MonitorMaster):
         self._master = master
-        self._last_step = 0
+        self._wandb_step = _begin_wandb() if master.wandb_monitor is not None else 0
         self._continued: set[str] = set()  # curves whose CSV file goes on where this process does
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -38,9 +40,10 @@ class Monitors:
             if monitor is not None:
                 monitor.write_events(events)
         if master.wandb_monitor is not None:
-            # W&B drops points at a lower step than an earlier one, and every phase counts its steps from 0.
-            self._last_step = max(self._last_step, step)
-            master.wandb_monitor.write_events([(name, value, self._last_step) for name, value in values.items()])
+            # W&B merges the points of one step, drops those of a lower one, and every phase counts its steps from 0.
+            self._wandb_step += 1
+            points = {STEP: step, **values}
+            master.wandb_monitor.write_events([(name, value, self._wandb_step) for name, value in points.items()])
 
     def resume_at(self, step: int, names: Collection[str]) -> None:
         """Drop the points of these curves after ``step``; those of a CSV file when its next point is written. Services
@@ -72,6 +75,15 @@ class Monitors:
             import wandb
 
             wandb.finish()
+
+
+def _begin_wandb() -> int:
+    """Have W&B draw the curves over ``STEP``. Returns the last step of its own, above 0 in a run that goes on."""
+    import wandb
+
+    wandb.define_metric(STEP)
+    wandb.define_metric("*", step_metric=STEP)
+    return int(wandb.run.step)
 
 
 def open_monitors(sections: Mapping[str, Mapping[str, Any]]) -> Monitors | None:

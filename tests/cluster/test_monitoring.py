@@ -34,6 +34,8 @@ def say(*what):
         opened.write(json.dumps(what) + "\\n")
 def init(**options): say("init", options)
 def log(data, step=None, commit=None): say("log", data, step)
+def define_metric(name, step_metric=None): say("metric", name, step_metric)
+class run: step = 0
 def finish(): say("finish")
 """
 
@@ -119,11 +121,13 @@ def test_csv_files_hold_the_curves(runs: Path) -> None:
 def test_weights_and_biases_gets_them_once_and_in_order(runs: Path) -> None:
     """Rank 0 alone, one run, closed at its end; no step before an earlier one, which W&B would drop."""
     said = [json.loads(line) for line in (runs / "said.jsonl").read_text().splitlines()]
-    assert [what for what, *_ in said if what != "log"] == ["init", "finish"] and said[-1] == ["finish"]
+    assert [what for what, *_ in said if what not in ("log", "metric")] == ["init", "finish"]
+    assert said[-1] == ["finish"] and ["metric", "*", "step"] in said
     assert said[0][1]["project"] == "safety" and said[0][1]["group"] == "one"
-    steps = [step for what, _, step in said[1:-1]]
+    points = [(data, step) for what, data, step in said[1:-1] if what == "log"]
+    steps = [step for _, step in points]
     assert steps == sorted(steps)
-    logged = {name for _, data, _ in said[1:-1] for name in data}
+    logged = {name for data, _ in points for name in data}
     assert {"judge_score", "progress/generate", "progress/score"} <= logged
 
 

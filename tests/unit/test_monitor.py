@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import deepspeed.comm
 import pytest
-from deepspeed.monitor.config import CSVConfig, TensorBoardConfig
+from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig
 from deepspeed.monitor.csv_monitor import csvMonitor
 from deepspeed.monitor.tensorboard import TensorBoardMonitor
+from deepspeed.monitor.wandb import WandbMonitor
 
 from esi_ds.zero.monitor import Monitors
 
@@ -33,6 +35,37 @@ def test_csv_curves_hold_each_step_once_after_a_restart(tmp_path: Path, monkeypa
         head, *rows = (tmp_path / f"job/{name}.csv").read_text().splitlines()
         assert head == f"step,{name.rpartition('_')[2]}"
         assert rows == [f"{step},{float(step)}" for step in range(first, 7)]
+
+
+def test_weights_and_biases_keeps_every_point_of_every_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that merges the points of one step and drops those of an earlier one, as W&B does; its run goes on."""
+    rows, axes = dict[int, dict[str, float]](), dict[str, str | None]()
+
+    def log(data: dict[str, float], step: int, commit: bool | None) -> None:
+        if step >= max(rows, default=client.run.step):
+            rows.setdefault(step, {}).update(data)
+
+    client = SimpleNamespace(
+        run=SimpleNamespace(step=7),
+        init=lambda **options: None,
+        log=log,
+        define_metric=lambda name, step_metric=None: axes.update({name: step_metric}),
+    )
+    monkeypatch.setattr(deepspeed.comm, "get_rank", lambda: 0)
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    wandb_monitor = WandbMonitor(WandbConfig(enabled=True, project="p"))
+    monitors = Monitors(
+        SimpleNamespace(tb_monitor=None, csv_monitor=None, comet_monitor=None, wandb_monitor=wandb_monitor)
+    )
+    for step in range(1, 4):
+        monitors.write(step, {"progress/answer": 10.0 * step})
+    for step in range(1, 3):
+        monitors.write(step, {"loss": 1.0 / step, "gradient_norm": 2.0})
+    assert axes == {"step": None, "*": "step"} and min(rows) > 7
+    assert list(rows.values()) == [
+        *({"step": step, "progress/answer": 10.0 * step} for step in range(1, 4)),
+        *({"step": step, "loss": 1.0 / step, "gradient_norm": 2.0} for step in range(1, 3)),
+    ]
 
 
 def test_a_run_that_goes_back_draws_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
