@@ -85,15 +85,17 @@ def _check_keys(settings: Mapping[str, Any]) -> None:
             raise UserError(f"deepspeed.{key}", value, problem, "see DeepSpeed's documentation") from error
 
 
+ID_DIGITS = 8  # of a run's id, in the names of folders
 TUNING = ("set", "spa")  # the stages that take optimizer steps
 # DeepSpeed's monitors, and the package that each needs besides DeepSpeed.
 MONITORS = {"csv_monitor": None, "tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 
-def monitor_settings(config: Config) -> dict[str, dict[str, Any]]:
-    """The monitors that the DeepSpeed config enables, by section. Files go to the run's folder unless it sets a path.
+def monitor_settings(config: Config, run: str = "") -> dict[str, dict[str, Any]]:
+    """The monitors that the DeepSpeed config enables, by section.
 
-    Raises UserError if a package is missing.
+    Files go to the run's folder unless it sets a path; below that each run has a folder, since several runs may share
+    one DeepSpeed config. run: its id. Raises UserError if a package is missing.
     """
     settings, monitors = read(config), {}
     for name, package in MONITORS.items():
@@ -112,7 +114,10 @@ def monitor_settings(config: Config) -> dict[str, dict[str, Any]]:
             )
         section = {key: value for key, value in section.items() if value != "auto"}
         if name in ("csv_monitor", "tensorboard"):
-            section = {"output_path": config.run.output_dir, "job_name": f"deepspeed_{name}", **section}
+            files = {"output_path": config.run.output_dir, "job_name": f"deepspeed_{name}", **section}
+            if "output_path" in section:
+                files["job_name"] = f"{files['job_name']}/{Path(config.run.output_dir).name}-{run[:ID_DIGITS]}"
+            section = files
         monitors[name] = section
     return monitors
 

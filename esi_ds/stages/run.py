@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from esi_ds import lock
-from esi_ds.artifacts import IDENTITY, MANIFEST, RunFolder, read_manifest
+from esi_ds.artifacts import IDENTITY, MANIFEST, RunFolder, read_manifest, run_id
 from esi_ds.config import Config, Esi, Eval
 from esi_ds.core.mask import Mask, identity, refuse_problems
 from esi_ds.core.units import Parameter
@@ -222,7 +222,7 @@ class StageRun(ABC, Generic[Inputs]):
             enabled=runtime.is_main(),
             tensorboard=self.config.run.tensorboard,
             stage=self.stage,
-            monitor=open_monitors(monitor_settings(self.config)),
+            monitor=open_monitors(monitor_settings(self.config, run_id(self.folder.path) or "")),
         )
 
         listen(self.options.launcher)  # from here on a signal is noted, and acted on at the next micro-batch

@@ -13,6 +13,8 @@ from deepspeed.monitor.csv_monitor import csvMonitor
 from deepspeed.monitor.tensorboard import TensorBoardMonitor
 from deepspeed.monitor.wandb import WandbMonitor
 
+from esi_ds.config import validate
+from esi_ds.deepspeed_config import monitor_settings
 from esi_ds.zero.monitor import Monitors
 
 
@@ -35,6 +37,24 @@ def test_csv_curves_hold_each_step_once_after_a_restart(tmp_path: Path, monkeypa
         head, *rows = (tmp_path / f"job/{name}.csv").read_text().splitlines()
         assert head == f"step,{name.rpartition('_')[2]}"
         assert rows == [f"{step},{float(step)}" for step in range(first, 7)]
+
+
+def test_runs_that_share_a_deepspeed_config_have_folders_of_their_own() -> None:
+    shared = {"enabled": True, "output_path": "curves", "job_name": "llama"}
+
+    def folders(run: str, identity: str) -> dict[str, str]:
+        deepspeed = {"csv_monitor": shared, "tensorboard": {"enabled": True}}
+        config = validate({"run": {"output_dir": run}, "model": {"path": "m"}, "deepspeed": deepspeed})
+        sections = monitor_settings(config, identity)
+        return {name: f"{section['output_path']}/{section['job_name']}" for name, section in sections.items()}
+
+    first = folders("runs/set", "0123456789abcdef")
+    assert first == {
+        "csv_monitor": "curves/llama/set-01234567",
+        "tensorboard": "runs/set/deepspeed_tensorboard",
+    }
+    others = [folders("runs/spa", "0123456789abcdef"), folders("seed-1/set", "123456789abcdef0")]
+    assert len({section["csv_monitor"] for section in (first, *others)}) == 3
 
 
 def test_weights_and_biases_keeps_every_point_of_every_phase(monkeypatch: pytest.MonkeyPatch) -> None:
