@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -26,6 +27,7 @@ from typing_extensions import TypedDict
 from esi_ds.config import Config, differences, resolved_yaml, validate
 from esi_ds.config.yaml import read_yaml
 from esi_ds.errors import UserError
+from esi_ds.failures import UNSUPPORTED
 from esi_ds.reading import check_regular, check_type, check_written_out, read_json, reading
 
 # Files of a folder whose run was killed before it wrote config.yaml.
@@ -92,11 +94,17 @@ def wait_until_visible(path: Path, seconds: float = VISIBLE_S) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk: a rename is on disk only once its folder is."""
+    """Flush a file, or the names in a folder, to disk: a rename is on disk only once its folder is.
+
+    Mounted object stores, which have no folders, refuse to flush one.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with writing(path):
             os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in {errno.EINVAL, *UNSUPPORTED}:
+            raise
     finally:
         os.close(descriptor)
 

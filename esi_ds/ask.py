@@ -97,7 +97,8 @@ def ask(
 
 @contextmanager
 def _only_one(output: Path) -> Iterator[None]:
-    """Raises UserError where another process fills the file: each would replace the answers of the other."""
+    """Raises UserError where another process fills the file: each would replace the answers of the other. A file system
+    without locks cannot say so."""
     with reading(OUTPUT, output, "give a file in a folder that you may write to", "cannot be written"):
         lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
         try:
@@ -106,6 +107,9 @@ def _only_one(output: Path) -> Iterator[None]:
             raise UserError(
                 OUTPUT, str(output), "is being filled by another process", "wait for it, or give a new file"
             ) from None
+        except OSError as error:  # filelock has another way for ENOSYS alone
+            if error.errno not in hub.WITHOUT_LOCKS:
+                raise
     try:
         yield
     finally:

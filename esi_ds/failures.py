@@ -12,6 +12,9 @@ GONE = ("connection closed", "connection reset", "connection was likely closed",
 LATE = ("timed out", "timeout")
 FULL = {errno.ENOSPC: "no space left on device", errno.EDQUOT: "disk quota exceeded", errno.EROFS: "read-only"}
 
+# Of what a file system cannot do at all: hard links, locks, or flushing a folder.
+UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
 
 def is_full(error: BaseException) -> bool:
     """Whether writing failed for lack of space, as it may on other ranks too."""

@@ -8,6 +8,7 @@ different hosts are never compared.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -16,13 +17,15 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from esi_ds.artifacts import STATUS, json_sha256, utc, write_json_atomic
+from esi_ds.artifacts import STATUS, json_sha256, utc, write_json_atomic, writing
 from esi_ds.errors import UserError
+from esi_ds.failures import UNSUPPORTED
 from esi_ds.reading import check_type, parse_json, read_text, reading
 
 LOCK = "lock.json"
 BEAT_S = 5.0  # how often a live run writes its status
 WATCH_S = 45.0  # how long to watch for changes; network file systems show one within half a minute
+WITHOUT_LINKS = {errno.EPERM, errno.EMLINK, *UNSUPPORTED}  # link(2): exFAT, SMB, mounted object stores
 # Slurm's states of a job that has no process: it has ended, or waits for its next start (squeue(1), JOB STATE CODES).
 WITHOUT_PROCESSES = {
     "BOOT_FAIL",
@@ -87,7 +90,8 @@ def acquire(folder: Path) -> str | None:
     """Lock the folder. Returns a line for the log if the lock of a dead job was taken over.
 
     Raises UserError if another job is alive and holds it. Called by rank 0 only. The lock appears under its name
-    completely or not at all (a hard link), also on NFS.
+    completely or not at all (a hard link), also on NFS; where there are no hard links, others may find it empty at
+    first, and watch it.
     """
     identity = own_identity()
     temporary = folder / f".{LOCK}.{identity['host']}-{identity['pid']}.tmp"
@@ -124,6 +128,27 @@ def _link(source: Path, name: Path) -> bool:
         os.link(source, name)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in WITHOUT_LINKS:
+            raise
+        return _copy(source, name)
+    return True
+
+
+def _copy(source: Path, name: Path) -> bool:
+    """``_link`` for file systems without hard links."""
+    try:
+        opened = name.open("x", encoding="utf-8")
+    except FileExistsError:
+        return False
+    try:
+        with writing(name), opened:
+            opened.write(source.read_text(encoding="utf-8"))
+            opened.flush()
+            os.fsync(opened.fileno())
+    except OSError:
+        name.unlink(missing_ok=True)
+        raise
     return True
 
 

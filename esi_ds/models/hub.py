@@ -7,6 +7,7 @@ tokenizer, weights and fingerprint, is of the same folder, which the cache names
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -25,10 +26,15 @@ from huggingface_hub.utils import validate_repo_id
 from esi_ds import launch_environment
 from esi_ds.config import model_name
 from esi_ds.errors import UserError
+from esi_ds.failures import UNSUPPORTED
 from esi_ds.reading import first_line
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt"]  # all that is not weights
 WEIGHTS = ["*.safetensors"]
+WITHOUT_LOCKS = {
+    errno.ENOLCK,
+    *UNSUPPORTED,
+}  # flock(2): Lustre as mounted by default, NFS without its daemon
 FAILED = "failed: "  # begins a record of what went wrong
 KEPT_S = 7 * 24 * 3600.0  # records of earlier jobs
 REQUEST_S = 10.0  # of the one request that asks whether a repository exists
@@ -164,7 +170,8 @@ def kept_commits() -> list[str]:
 def once_on_host(what: str, work: Callable[[], str], share_failure: bool = False) -> str:
     """What ``work`` returns, called by the first of the job's ranks on this host; the others wait, and are told.
 
-    Where the ranks of a job do not know of one another, or ``work`` returns nothing, each calls it. share_failure:
+    Where the ranks of a job do not know of one another, where the file system of temporary files has no locks, or
+    where ``work`` returns nothing, each calls it. share_failure:
     whether ranks that wait while ``work`` fails raise OSError with the same message at once; else, and if they come
     later, they try themselves.
     """
@@ -180,7 +187,12 @@ def once_on_host(what: str, work: Callable[[], str], share_failure: bool = False
             old.unlink(missing_ok=True)
     record = folder / hashlib.sha256(f"{socket.gethostname()} {job} {what}".encode()).hexdigest()
     with record.open("a+", encoding="utf-8") as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX)  # until the file is closed, also by the end of the process
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX)  # until the file is closed, also by the end of the process
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            return work()
         opened.seek(0)
         result = opened.read()
         if result.startswith(FAILED) and started < record.stat().st_mtime:

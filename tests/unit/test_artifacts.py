@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,21 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="disk full"):
         write_text_atomic(file, "half")
     assert json.loads(file.read_text(encoding="utf-8")) == {"ä": 1}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_flushes_no_folders(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that cannot be flushed, or a folder for another reason, is an error all the same."""
+
+    def fsync(descriptor: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).is_dir() == (kind == "folder"):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for kind in ("folder", "file"):
+        with nullcontext() if kind == "folder" and number != errno.EIO else pytest.raises(OSError):
+            write_text_atomic(tmp_path / "a", kind)
+    assert (tmp_path / "a").read_text() == "folder"
 
 
 def test_a_folder_has_its_name_when_its_files_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

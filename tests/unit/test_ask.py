@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from conftest import ROOT, num_lines
 from endpoint_server import CASES, Server, running_server
 
-from esi_ds.ask import main
+from esi_ds.ask import _only_one, main
 from esi_ds.data.answers import load_answers
 from esi_ds.data.goals import recorded_goals
 from esi_ds.data.prompts import PromptSet, QuestionSet, load_responses
@@ -96,6 +97,15 @@ def test_what_is_there_is_not_asked_again(server: Server, tmp_path: Path, capsys
         assert ask(server, tmp_path, ["one", "one", "five", "two"], *option) == 2
         assert "give a new file" in capsys.readouterr().err
     assert (tmp_path / "o.jsonl").read_bytes() == whole and len(server.seen) == 1
+
+
+def test_a_file_system_without_locks_does_not_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def acquire(self: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    with _only_one(tmp_path / "o.jsonl"):
+        pass
 
 
 def test_a_killed_start_keeps_its_answers_and_a_second_one_is_refused(server: Server, tmp_path: Path, capsys) -> None:

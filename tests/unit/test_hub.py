@@ -3,6 +3,7 @@ download, so that two downloads never agree."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -165,6 +166,16 @@ def test_ranks_that_wait_for_a_data_set_in_vain_say_the_same_at_once(tmp_path: P
 def test_rows_that_no_cache_holds_are_loaded_by_every_rank(tmp_path: Path) -> None:
     done = set_ranks(tmp_path, 2, "memory")
     assert sorted(out for _, out, _ in done) == ['[{"prompt": "1"}]\n', '[{"prompt": "2"}]\n']
+
+
+def test_where_files_have_no_locks_every_rank_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(opened: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(hub.fcntl, "flock", flock)
+    monkeypatch.setattr(launch_environment, "job_on_host", lambda: "job")
+    monkeypatch.setattr(hub.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert [hub.once_on_host("a", work) for work in (lambda: "first", lambda: "second")] == ["first", "second"]
 
 
 def test_which_ranks_are_of_one_job(monkeypatch: pytest.MonkeyPatch) -> None:

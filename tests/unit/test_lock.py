@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -30,6 +31,22 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 def test_one_holder_at_a_time(tmp_path: Path) -> None:
     assert lock.acquire(tmp_path) is None
     with pytest.raises(UserError, match=r"being written by another job \(.*process \d+ on .*wait for it, stop it"):
+        lock.acquire(tmp_path)
+    lock.release(tmp_path)
+    assert lock.acquire(tmp_path) is None
+    lock.release(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def test_one_holder_at_a_time_without_hard_links(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: Path, name: Path) -> None:
+        raise OSError(number, os.strerror(number), str(source), None, str(name))
+
+    monkeypatch.setattr(os, "link", link)
+    (tmp_path / lock.LOCK).write_text(json.dumps({**lock.own_identity(), "pid_started": 1}))
+    assert "no such process here" in lock.acquire(tmp_path)
+    with pytest.raises(UserError, match="being written by another job"):
         lock.acquire(tmp_path)
     lock.release(tmp_path)
     assert lock.acquire(tmp_path) is None
