@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+from pathlib import Path
 
 # Words in the errors of gloo, NCCL and torch's store for a lost connection and for a timeout.
 GONE = ("connection closed", "connection reset", "connection was likely closed", "remote process exited", "broken pipe")
@@ -18,7 +19,12 @@ UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 def is_full(error: BaseException) -> bool:
     """Whether writing failed for lack of space, as it may on other ranks too."""
-    return any(_number(cause) in FULL for cause in _causes(error))
+    return why_full(error) is not None
+
+
+def why_full(error: BaseException) -> str | None:
+    """What keeps a disk from taking more, in words; None for any other error."""
+    return next((FULL[number] for cause in _causes(error) if (number := _number(cause)) in FULL), None)
 
 
 def explain(error: BaseException, output_dir: str) -> str | None:
@@ -74,10 +80,12 @@ def _is_of_a_collective(error: BaseException) -> bool:
 
 def _full(problem: str, file: str | None, output_dir: str) -> str:
     where = f"writing {file}: " if file else ""
-    free = "?"
-    if os.path.isdir(output_dir):
-        free = f"{shutil.disk_usage(output_dir).free:,}"
+    disk, folder = f"run.output_dir = {output_dir}", output_dir
+    beside = os.path.dirname(file or "")
+    if os.path.isdir(beside) and not Path(beside).resolve().is_relative_to(Path(output_dir).resolve()):
+        disk = folder = beside  # which may be of another disk
+    free = f"{shutil.disk_usage(folder).free:,}" if os.path.isdir(folder) else "?"
     return (
-        f"{where}{problem} (run.output_dir = {output_dir}: {free} bytes free); everything saved before is intact. Make "
-        "room and start the same command again to continue"
+        f"{where}{problem} ({disk}: {free} bytes free); everything saved before is intact. Make room and start the "
+        "same command again to continue"
     )

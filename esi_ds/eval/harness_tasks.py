@@ -148,6 +148,8 @@ def _load(manager: TaskManager, spec: Any, task: Task, field: str) -> list[LmTas
     """lm-eval's objects for a name, a YAML or a definition. Reads or fetches their rows."""
     try:
         loaded = manager.load([spec])
+    except UserError:  # a full disk is not the task's fault
+        raise
     except Exception as error:  # lm-eval's and datasets' back ends and templates raise anything
         problem = f"cannot be built ({type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]})"
         if task.path is not None:

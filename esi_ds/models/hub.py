@@ -26,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from esi_ds import launch_environment
 from esi_ds.config import model_name
 from esi_ds.errors import UserError
-from esi_ds.failures import UNSUPPORTED
+from esi_ds.failures import UNSUPPORTED, why_full
 from esi_ds.reading import first_line
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt"]  # all that is not weights
@@ -173,7 +173,7 @@ def once_on_host(what: str, work: Callable[[], str], share_failure: bool = False
     Where the ranks of a job do not know of one another, where the file system of temporary files has no locks, or
     where ``work`` returns nothing, each calls it. share_failure:
     whether ranks that wait while ``work`` fails raise OSError with the same message at once; else, and if they come
-    later, they try themselves.
+    later, they try themselves. Raises UserError where the cache's disk is full, and whatever ``work`` raises.
     """
     started = time.time()
     job = launch_environment.job_on_host()
@@ -181,7 +181,7 @@ def once_on_host(what: str, work: Callable[[], str], share_failure: bool = False
     if job is not None:
         folder.mkdir(mode=0o700, exist_ok=True)
     if job is None or folder.is_symlink() or folder.stat().st_uid != os.getuid():  # somebody else's
-        return work()
+        return _in_cache(work)
     for old in folder.iterdir():
         if time.time() - old.stat().st_mtime > KEPT_S:
             old.unlink(missing_ok=True)
@@ -192,7 +192,7 @@ def once_on_host(what: str, work: Callable[[], str], share_failure: bool = False
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise
-            return work()
+            return _in_cache(work)
         opened.seek(0)
         result = opened.read()
         if result.startswith(FAILED) and started < record.stat().st_mtime:
@@ -201,10 +201,22 @@ def once_on_host(what: str, work: Callable[[], str], share_failure: bool = False
             return result
         opened.truncate(0)  # nobody has called it yet, or it has failed
         try:
-            result = work()
+            result = _in_cache(work)
         except Exception as error:
             if share_failure:
                 opened.write(FAILED + first_line(error))
             raise
         opened.write(result)
         return result
+
+
+def _in_cache(work: Callable[[], str]) -> str:
+    """What ``work``, which fills the hub's cache, returns. Raises UserError where the cache's disk is full."""
+    try:
+        return work()
+    except Exception as error:  # libraries wrap the system's error in their own
+        if (reason := why_full(error)) is None:
+            raise
+        problem = f"cannot take what is downloaded ({reason})"
+        remedy = "make room there, or set HF_HOME to another folder"
+        raise UserError("HF_HOME", constants.HF_HOME, problem, remedy) from error

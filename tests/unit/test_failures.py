@@ -28,6 +28,11 @@ def test_a_full_disk_is_told_with_the_file_and_the_folder(tmp_path: Path) -> Non
     said = explain(OSError(errno.ENOSPC, "No space left on device", "/x/scores/.tmp"), str(tmp_path))
     assert said.startswith(f"writing /x/scores/.tmp: no space left on device (run.output_dir = {tmp_path}: ")
     assert "Make room and start the same command again" in said and "\n" not in said
+    (tmp_path / "cache").mkdir()
+    for folder, disk in (("cache/a", f"{tmp_path}/cache"), ("run/mask", f"run.output_dir = {tmp_path}/run")):
+        (tmp_path / folder).parent.mkdir(exist_ok=True)
+        error = OSError(errno.EDQUOT, "Disk quota exceeded", str(tmp_path / folder))
+        assert f"disk quota exceeded ({disk}: " in explain(error, str(tmp_path / "run"))
     rust = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert explain(rust, str(tmp_path)).startswith("no space left on device (run.output_dir")
     # Errors that follow from it are not reported.

@@ -168,6 +168,23 @@ def test_rows_that_no_cache_holds_are_loaded_by_every_rank(tmp_path: Path) -> No
     assert sorted(out for _, out, _ in done) == ['[{"prompt": "1"}]\n', '[{"prompt": "2"}]\n']
 
 
+@pytest.mark.parametrize("read", [load_model_config, checkpoint_folder, load_tokenizer])
+def test_a_full_cache_is_not_blamed_on_the_model(
+    read: Callable[[ModelSource], object], downloads: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Homes on clusters have quotas."""
+
+    def snapshot_download(*arguments: object, **options: object) -> str:
+        try:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", "/home/me/.cache/a.incomplete")
+        except OSError as error:
+            raise RuntimeError("Data processing error: CAS service error") from error
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match=r"HF_HOME = .*cannot take .*\(disk quota exceeded\); make room there, or set"):
+        read(ModelSource("org/model"))
+
+
 def test_where_files_have_no_locks_every_rank_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(opened: object, operation: int) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
