@@ -160,7 +160,7 @@ def checkpoint_folder(source: ModelSource) -> Path:
     A hub model is downloaded unless it is in the cache, once on each host of the job. Raises as ``ModelSource.folder``.
     """
     folder = source.folder()
-    return folder if os.path.isdir(source.path) else hub.weights(source.path, source.revision)
+    return folder if os.path.isdir(source.path) else hub.weights(source.path, source.revision, source.field)
 
 
 def files_digest(folder: Path) -> str:

@@ -27,10 +27,10 @@ from esi_ds import launch_environment
 from esi_ds.config import model_name
 from esi_ds.errors import UserError
 from esi_ds.failures import UNSUPPORTED, why_full
+from esi_ds.models.weights import names_to_fetch
 from esi_ds.reading import first_line
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt"]  # all that is not weights
-WEIGHTS = ["*.safetensors"]
 WITHOUT_LOCKS = {
     errno.ENOLCK,
     *UNSUPPORTED,
@@ -83,14 +83,18 @@ def files(name: str, revision: str | None, only_local: bool = False) -> Path:
     return _resolved[key]
 
 
-def weights(name: str, revision: str | None) -> Path:
-    """``files``, with the weights beside them. Raises OSError or ValueError."""
+def weights(name: str, revision: str | None, field: str = "model.path") -> Path:
+    """``files``, with the weights beside them that transformers would load: the hub may hold them in other formats too.
+
+    Raises OSError or ValueError, and UserError naming ``field`` for a damaged index of the weights.
+    """
     folder = files(name, revision)
     if folder not in _complete:
 
         def download() -> str:
-            return snapshot_download(name, revision=folder.name, allow_patterns=WEIGHTS)
+            return snapshot_download(name, revision=folder.name, allow_patterns=names)
 
+        names = names_to_fetch(folder, field)
         once_on_host(f"weights {name} {folder.name}", download)
         _complete.add(folder)
     return folder

@@ -49,6 +49,18 @@ def weights_name(folder: Path, field: str = "model.path") -> str:
     return name
 
 
+def names_to_fetch(folder: Path, field: str = "model.path") -> list[str]:
+    """The names of the weights that transformers may load from a folder that holds all files but weights.
+
+    Raises UserError naming ``field`` for a damaged index or configuration.
+    """
+    name = _configured_name(folder, field)
+    first = [SINGLE_NAME, INDEX_NAME] if name is None else [name]
+    indices = [folder / name for name in first if name.endswith(INDEX_SUFFIX) and (folder / name).is_file()]
+    parts = {part for index in indices for part in read_index(index, field, REMEDY).values()}
+    return [*(name for name in first if not name.endswith(INDEX_SUFFIX)), *sorted(parts)]
+
+
 def weight_files(folder: Path, field: str = "model.path") -> list[Path]:
     """The files that transformers loads from a folder, sorted.
 

@@ -69,7 +69,10 @@ def test_one_rank_of_a_host_asks_and_the_others_read(tmp_path: Path) -> None:
     done = ranks(tmp_path, "aaa")
     (said,) = {process.stdout for process in done}
     assert said == f"{tmp_path}/commit1 {{'org/model': 'commit1'}}\n", done
-    assert (tmp_path / "calls").read_text().splitlines() == ["org/model None *.json", "org/model commit1 *.safetensors"]
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        "org/model None *.json",
+        "org/model commit1 model.safetensors",
+    ]
     # Another host of the job, and another job on this one, ask for themselves.
     assert "commit3" in ranks(tmp_path, "b")[0].stdout
     assert "commit5" in ranks(tmp_path, "a", job="another")[0].stdout
@@ -166,6 +169,31 @@ def test_ranks_that_wait_for_a_data_set_in_vain_say_the_same_at_once(tmp_path: P
 def test_rows_that_no_cache_holds_are_loaded_by_every_rank(tmp_path: Path) -> None:
     done = set_ranks(tmp_path, 2, "memory")
     assert sorted(out for _, out, _ in done) == ['[{"prompt": "1"}]\n', '[{"prompt": "2"}]\n']
+
+
+@pytest.mark.parametrize("whole", ["one", "parts", "configured"])
+def test_only_weights_that_are_read_are_downloaded(whole: str, downloads: list[str | None], tmp_path: Path) -> None:
+    """The hub has gpt-oss also as its authors' own files, and Mistral's models as one consolidated file."""
+    file, names = tmp_path / "model/model.safetensors", ["model.safetensors"]
+    shutil.copy(file, tmp_path / "model/consolidated.safetensors")
+    (tmp_path / "model/original").mkdir()
+    shutil.copy(file, tmp_path / "model/original/model--00001-of-00007.safetensors")
+    if whole == "parts":
+        names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+        tensors = sorted(load_file(file).items())
+        parts = {name: dict(tensors[number::2]) for number, name in enumerate(names)}
+        for name, part in parts.items():
+            save_file(part, tmp_path / "model" / name, {"format": "pt"})
+        weight_map = {tensor: name for name, part in parts.items() for tensor in part}
+        (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        file.unlink()
+    elif whole == "configured":
+        names = ["consolidated.safetensors"]
+        config = json.loads((tmp_path / "model/config.json").read_text())
+        (tmp_path / "model/config.json").write_text(json.dumps({**config, "transformers_weights": names[0]}))
+    folder = checkpoint_folder(ModelSource("org/model"))
+    assert sorted(path.name for path in folder.rglob("*.safetensors")) == names
+    assert tensor_digests(folder, 0, 1) == tensor_digests(tmp_path / "model", 0, 1)
 
 
 @pytest.mark.parametrize("read", [load_model_config, checkpoint_folder, load_tokenizer])
