@@ -173,11 +173,9 @@ def test_rows_that_no_cache_holds_are_loaded_by_every_rank(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("whole", ["one", "parts", "configured"])
 def test_only_weights_that_are_read_are_downloaded(whole: str, downloads: list[str | None], tmp_path: Path) -> None:
-    """The hub has gpt-oss also as its authors' own files, and Mistral's models as one consolidated file."""
+    """The hub has Mistral's models as one consolidated file, too."""
     file, names = tmp_path / "model/model.safetensors", ["model.safetensors"]
     shutil.copy(file, tmp_path / "model/consolidated.safetensors")
-    (tmp_path / "model/original").mkdir()
-    shutil.copy(file, tmp_path / "model/original/model--00001-of-00007.safetensors")
     if whole == "parts":
         names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
         tensors = sorted(load_file(file).items())
