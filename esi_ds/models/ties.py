@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from esi_ds.core.quantised import Weight, fill_weights, stored_dtype
 from esi_ds.core.stored import StoredReader
+from esi_ds.models.conversions import loaded_names
 
 CHUNK = 1 << 22  # elements that are compared at a time
 
@@ -42,11 +42,8 @@ def untie(model: PreTrainedModel, stored: Sequence[Weight], dtype: torch.dtype |
 def by_loaded_name(model: PreTrainedModel, stored: Sequence[Weight]) -> dict[str, Weight]:
     """The checkpoint's tensors by the names that transformers gives them in the model."""
     conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    names = (rename_source_key(t.name, renamings, converters, model.base_model_prefix, state)[0] for t in stored)
-    return dict(zip(names, stored, strict=True))
+    names = loaded_names(model, conversions, (weight.name for weight in stored), model.state_dict())
+    return {name.loaded: weight for name, weight in zip(names, stored, strict=True)}
 
 
 def _are_equal(first: Weight, second: Weight, dtype: torch.dtype | None) -> bool:

@@ -24,15 +24,14 @@ from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
-    WeightRenaming,
     WeightTransform,
     dot_natural_key,
-    rename_source_key,
 )
 
 from esi_ds.core.quantised import Weight, fill_weights, whole_weight
 from esi_ds.core.stored import StoredReader
 from esi_ds.errors import UserError
+from esi_ds.models.conversions import keep_used, loaded_names
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.weights import REMEDY
 from esi_ds.reading import reading
@@ -71,14 +70,12 @@ def every_rank_reads_its_part(source: ModelSource, remedy: str, problem: str) ->
         model: PreTrainedModel, stored: dict[str, Weight], load_config: modeling_utils.LoadStateDictConfig
     ) -> tuple[list[str], set[str]]:
         conversions = load_config.weight_mapping or []
-        if conversions:
-            # As transformers does: an export reverts them.
-            model._weight_conversions = conversions  # type: ignore[assignment]
         names: set[str] = set()
         refusal: UserError | None = None
         try:
             with reading(source.field, source.path, remedy, problem), StoredReader() as reader:
                 names = PartsReader(model, stored, conversions, reader).fill()
+            keep_used(model, conversions)  # the same on every rank: each names all that is stored
         except UserError as error:
             refusal = error
             if isinstance(error.__cause__, WrongShape):
@@ -112,9 +109,7 @@ class PartsReader:
         conversions: Sequence[WeightTransform],
         reader: StoredReader,
     ):
-        self._model, self._stored, self._reader = model, stored, reader
-        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._model, self._stored, self._conversions, self._reader = model, stored, conversions, reader
         self._targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
 
     def fill(self) -> set[str]:
@@ -130,19 +125,15 @@ class PartsReader:
 
     def _values(self) -> Iterator[tuple[str, Weight | Converted]]:
         """What the checkpoint holds, by its name in the model; one conversion is in memory at a time."""
-        converter_of = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
         groups: dict[str, WeightConverter] = {}  # by the first name that a conversion has in the model
-        for stored_name in sorted(self._stored, key=dot_natural_key):  # experts in the order of their numbers
-            name, pattern = rename_source_key(
-                stored_name, self._renamings, self._converters, self._model.base_model_prefix, self._targets
-            )
+        in_order = sorted(self._stored, key=dot_natural_key)  # experts in the order of their numbers
+        for stored_name, name, entry, pattern in loaded_names(self._model, self._conversions, in_order, self._targets):
             if name not in self._targets:
                 continue
             weight = self._stored[stored_name]
-            if pattern is None:
+            if entry is None or pattern is None:
                 yield name, weight
                 continue
-            entry = converter_of[pattern]
             if name not in groups:
                 groups[name] = WeightConverter(entry.source_patterns, entry.target_patterns, entry.operations)
             read = partial(whole_weight, self._reader, weight, self._targets[name].dtype)

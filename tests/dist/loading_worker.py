@@ -1,10 +1,10 @@
 """Run by test_loading.py under a launcher: each case's model, loaded under ZeRO-3, to <name>-<rank>.safetensors.
 
-argv: a JSON list of cases {"name", "model", "dtype", "class" (optional)}. The file holds logits, the whole parameters
-("parameter.<name>") and the buffers ("buffer.<name>"), and its metadata "num_bytes", what the rank read of the weights,
-and "num_broadcasts", how often it took part in a broadcast until they were loaded; of a model that
-is refused, <name>-<rank>.txt has the message. <name>-<rank>.json has the bytes of live tensors
-before the model was loaded, while it was there and once it was closed.
+argv: a JSON list of cases {"name", "model", "dtype", "class" (optional), "export" (optional: a folder
+to write the model to)}. The file holds logits, the whole parameters ("parameter.<name>") and the buffers
+("buffer.<name>"), and its metadata "num_bytes", what the rank read of the weights, and "num_broadcasts", how often it
+took part in a broadcast until they were loaded; of a model that is refused, <name>-<rank>.txt has the message.
+<name>-<rank>.json has the bytes of live tensors before the model was loaded, while it was there and once it was closed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from esi_ds.models.folder import ModelSource
 from esi_ds.tensor_files import StoredTensor
 from esi_ds.zero import runtime, weights
 from esi_ds.zero.engine import load_sharded
+from esi_ds.zero.export import export_model
 
 SETTINGS = {
     "train_micro_batch_size_per_gpu": 1,
@@ -82,6 +83,8 @@ def run_case(case: dict) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, target.with_suffix(".safetensors"), metadata=metadata)
     del tensors, whole
+    if "export" in case:
+        export_model(model, Path(case["export"]), transformers.AutoTokenizer.from_pretrained(path), "")
     sizes.append(tensor_bytes())
     model.close()
     target.with_suffix(".json").write_text(json.dumps([*sizes, tensor_bytes()]))

@@ -34,6 +34,9 @@ BUFFERS = (("recurrent_gemma", "fp32"), ("recurrent_gemma", "bf16"), ("lfm2_moe"
 KEPT = ("ernie4_5_moe", "zamba")  # keep routers, and decay rates, in fp32
 # FP8 experts that are stored one by one, FP8 blocks that end with the matrix and scales in another file, and MXFP4.
 QUANTISED = ("fp8", "fp8_edges", "mxfp4")
+# Stored under other names than the model's own, and under its own though there are renamings for it.
+MULTIMODAL = ("gemma3", "gemma4")
+EXPORTED = tuple(f"{kind}_exported" for kind in MULTIMODAL)
 CASES = [
     *((head, dtype) for head in HEADS for dtype in ("fp32", "bf16")),
     *BUFFERS,
@@ -46,6 +49,7 @@ CASES = [
     ("unreadable", "fp32"),
     ("qwen3_moe", "fp32"),  # five experts a layer, stored one by one
     *((kind, dtype) for kind in QUANTISED for dtype in ("fp32", "bf16")),
+    *((kind, "fp32") for kind in (*MULTIMODAL, *EXPORTED)),
     ("nan", "bf16"),
     ("last", "bf16"),
     ("last", "fp32"),  # the process group has survived the refusals
@@ -85,7 +89,7 @@ def prepare(folder: Path) -> None:
     tensors = load_file(shutil.copytree(folder / "mxfp4", folder / "nan") / "model.safetensors")
     tensors["model.layers.0.mlp.experts.gate_up_proj_scales"][4, -1, -1] = 255
     save_file(tensors, folder / "nan/model.safetensors", metadata={"format": "pt"})
-    for kind in {*(kind for kind, _ in BUFFERS), *KEPT, "marian"}:
+    for kind in {*(kind for kind, _ in BUFFERS), *KEPT, *MULTIMODAL, "marian"}:
         tiny.build(kind, folder / kind, tokenizer)
     # A classifier from a checkpoint with a head, whose config says that it is tied.
     AutoModelForSequenceClassification.from_pretrained(folder / "own", num_labels=3).save_pretrained(folder / "judge")
@@ -108,6 +112,9 @@ def folder(tmp_path_factory) -> Path:
         {"name": f"{kind}-{dtype}", "model": str(folder / kind), "dtype": dtype, "class": class_of(kind)}
         for kind, dtype in CASES
     ]
+    for case in cases:
+        if Path(case["model"]).name in (*MULTIMODAL, *EXPORTED):
+            case["export"] = f"{case['model']}_exported"
     listing = folder / "cases.json"
     listing.write_text(json.dumps(cases))
     done = run_ranks(RANKS, str(ROOT / "tests/dist/loading_worker.py"), str(listing))
@@ -137,10 +144,20 @@ def test_equal_to_plain_loading(folder: Path, kind: str, dtype: str) -> None:
 
 @pytest.mark.parametrize(("kind", "dtype"), [case for case in CASES if "-".join(case) not in REFUSED])
 def test_a_closed_model_leaves_nothing(folder: Path, kind: str, dtype: str) -> None:
-    """Of a process that loads 18 models one after the other."""
+    """Of a process that loads one model after the other."""
     for rank in range(RANKS):
         before, loaded, after = json.loads((folder / f"{kind}-{dtype}-{rank}.json").read_text())
         assert loaded > before >= after
+
+
+@pytest.mark.parametrize("kind", [*MULTIMODAL, *EXPORTED])
+def test_an_export_has_the_names_of_what_was_loaded(folder: Path, kind: str) -> None:
+    """Not those that undoing renamings which have not happened would give; the export of an export neither."""
+    (loaded,), (exported,) = (
+        map(load_file, (folder / name).glob("*.safetensors")) for name in (kind, f"{kind}_exported")
+    )
+    assert set(exported) == set(loaded)
+    assert all(torch.equal(exported[name], tensor) for name, tensor in loaded.items())
 
 
 def counted(file: Path, what: str) -> int:
