@@ -16,7 +16,7 @@ import hashlib
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -32,7 +32,7 @@ from esi_ds.core.stored import DTYPES, StoredReader
 from esi_ds.errors import UserError, ends_with_message
 from esi_ds.models.beside_weights import copy_beside_weights, name_dtype
 from esi_ds.models.fingerprint import tensor_digests
-from esi_ds.models.quantised import model_weights, read_quantisation
+from esi_ds.models.quantised import model_weights, read_quantisation, weight_names
 from esi_ds.models.weights import INDEX_SUFFIX, checkpoint_tensors, weights_name
 from esi_ds.reading import (
     check_regular,
@@ -129,44 +129,33 @@ def read(weight: Weight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return whole_weight(reader, weight, dtype)
 
 
-def check_names(source: ModelSource, config: PretrainedConfig, names: Iterable[str]) -> None:
-    """Raise UserError, before training, if the base's files and the exported model's will name the weights differently,
-    so that no patch could be made.
+def check_names(source: ModelSource, config: PretrainedConfig) -> None:
+    """Raise UserError, before training, if the exported model will hold a name that the base's files do not, so that no
+    patch could be made.
 
-    Loading removes the prefix of a larger model (Llama-4's ``language_model.``) or adds one (to a bare GPT-2); unlike
-    all other renaming, the export does not undo this. config, names: the model's architecture and its parameters.
-    """
-    stored = _stored_names(source)
-    _check_tied_names(source, config, stored, {*names} - stored)
-    without_first = {name.partition(".")[2]: name for name in stored}
-    for name in names:
-        shorter = name.partition(".")[2]
-        other = without_first.get(name) or (shorter if shorter in stored else None)
-        if name in stored or other is None:
-            continue
-        if _exported_name(name, config, source) not in stored:
-            raise _other_name(source, name, other)
-        return  # the prefix is the same for all names
-
-
-def _check_tied_names(source: ModelSource, config: PretrainedConfig, stored: set[str], missing: set[str]) -> None:
-    """Refuse a base that stores a tied weight under its other name only: the export uses the first in the model.
-
-    missing: the model's names that the base does not store.
+    Loading removes the prefix of a larger model (Llama-4's ``language_model.``) or adds one (to a bare GPT-2), and
+    finds a tied weight under its other name; unlike all other renaming, the export does not undo this. config: the
+    model's.
     """
     from esi_ds.models.meta import meta_model
 
-    if not stored or not missing:
+    if not (stored := _stored_names(source)):
         return
-    for pair in meta_model(config, source).all_tied_weights_keys.items():
-        for name, other in (pair, pair[::-1]):
-            if name in missing and other in stored:
-                raise _other_name(source, name, other)
+    module = meta_model(config, source)
+    unknown = sorted(set(_stored_as(module, _exported_tensors(module), stored)) - stored)
+    if unknown:
+        other = _other_name(unknown[0], module.all_tied_weights_keys, stored)
+        fate = "does not hold" if other is None else f"calls {other}"
+        problem = f"no patch can be made: the tuned model will hold {unknown[0]}, which {source.path} {fate}"
+        raise UserError("tune.patch", True, problem, "set tune.patch: false; model/ holds the whole tuned model")
 
 
-def _other_name(source: ModelSource, name: str, other: str) -> UserError:
-    problem = f"no patch can be made: the tuned model will hold {name}, which {source.path} calls {other}"
-    return UserError("tune.patch", True, problem, "set tune.patch: false; model/ holds the whole tuned model")
+def _other_name(name: str, ties: Mapping[str, str], stored: Collection[str]) -> str | None:
+    """What a checkpoint calls a tensor that it does not hold under this name: its tied twin, or the name with a prefix
+    more or less. ties: name → name of the weight it is tied to."""
+    twins = [other for pair in ties.items() for one, other in (pair, pair[::-1]) if one == name]
+    shorter, longer = name.partition(".")[2], [other for other in stored if other.partition(".")[2] == name]
+    return next((other for other in (*twins, shorter, *sorted(longer)) if other in stored), None)
 
 
 def _stored_names(source: ModelSource) -> set[str]:
@@ -180,24 +169,28 @@ def _stored_names(source: ModelSource) -> set[str]:
     tolerant = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     with reading(source.field, source.path, ORIGIN):
         index = cached_file(source.folder(), INDEX_NAME, **tolerant)
-    return set(read_index(Path(index), source.field, ORIGIN)) if index is not None else set()
+    names = set(read_index(Path(index), source.field, ORIGIN)) if index is not None else set()
+    quantisation = read_quantisation(source.folder(), source.field, source.path)
+    return names if quantisation is None else weight_names(quantisation, names)
 
 
-def _exported_name(name: str, config: PretrainedConfig, source: ModelSource) -> str:
-    """A parameter's name in ``model/``: the export undoes all renaming that loading under ZeRO-3 may do."""
-    from esi_ds.models.meta import meta_model
-
-    module = meta_model(config, source)
-    return next(iter(_stored_as(module, {name: module.get_parameter(name)})))
+def _exported_tensors(module: PreTrainedModel) -> dict[str, Tensor]:
+    """What ``model/`` will hold of a model, by the model's names: a tied weight once, and its persistent buffers."""
+    state = module.state_dict()
+    return dict(module.named_parameters()) | {name: b for name, b in module.named_buffers() if name in state}
 
 
-def _stored_as(module: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors under the names, and in the shapes, that its checkpoint has."""
+def _stored_as(module: PreTrainedModel, tensors: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """A model's tensors under the names, and in the shapes, that a checkpoint has; names: of all that it stores."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
 
-    # nn.Module declares every attribute a tensor or a module; this one is neither, hence the ignore.
-    module._weight_conversions = get_model_conversion_mapping(module)  # type: ignore[assignment]
+    from esi_ds.models.conversions import keep_used, loaded_names
+
+    conversions = get_model_conversion_mapping(module)
+    for _ in loaded_names(module, conversions, names, module.state_dict()):
+        pass  # marks the conversions that are used
+    keep_used(module, conversions)
     stored: dict[str, Tensor] = revert_weight_conversion(module, tensors)
     return stored
 
@@ -358,7 +351,7 @@ def _loaded_names(base: Path) -> set[str]:
         module = meta_model(load_model_config(source), source)
     except UserError:
         return set()
-    return set(_stored_as(module, module.state_dict()))
+    return set(_stored_as(module, module.state_dict(), weights_of(base, "BASE")))
 
 
 def summary(folder: Path) -> PatchSummary:

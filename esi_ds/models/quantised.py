@@ -6,7 +6,7 @@ that they have in an unquantised checkpoint: masks, scores and exports name thos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,6 +166,13 @@ def model_weights(folder: Path, field: str = "model.path") -> list[Weight]:
         problem = f"says that it is {quantisation}, but {error}"
         raise UserError(field, str(folder), problem, f"copy the model again, or {WAY_OUT}") from error
     return sorted(weights, key=lambda weight: weight.name)
+
+
+def weight_names(quantisation: Quantisation, names: Iterable[str]) -> set[str]:
+    """The names of ``model_weights``, by those of a quantised checkpoint's tensors alone."""
+    if quantisation.block is not None:
+        return {name for name in names if not name.endswith(SCALES_SUFFIX)}
+    return {name.removesuffix(BLOCKS_SUFFIX) for name in names if not name.endswith(EXPONENTS_SUFFIX)}
 
 
 def _refuse_traces(stored: Sequence[StoredTensor], folder: Path, field: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from builders import build_model, byte_bpe_tokenizer, claim_tied, model_config
+from builders import build_model, byte_bpe_tokenizer, claim_tied
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +21,9 @@ from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.patch import check_names, create, main, summary
+
+sys.path.append(str(ROOT / "tests/sweep"))
+import tiny  # noqa: E402
 
 
 @pytest.fixture
@@ -367,46 +372,66 @@ def test_nothing_is_left_behind_where_writing_fails(
         assert sorted(folder.rglob("*")) == before
 
 
-OWN = ["model.embed_tokens.weight", "model.layers.0.feed_forward.experts.gate_up_proj", "lm_head.weight"]
-
-
-def check(folder: Path, stored: list[str], index: bool = False) -> None:
-    """``check_names`` of a model with OWN parameters and a folder that stores these."""
-    folder.mkdir(exist_ok=True)
+def rename(folder: Path, new_name: Callable[[str], str | None], index: bool = False) -> ModelSource:
+    """The folder of a model with its tensors under these names, None for those that go; as one file, or an index."""
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {new: tensor for name, tensor in tensors.items() if (new := new_name(name)) is not None}
     if index:
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": dict.fromkeys(stored, "f.safetensors")})
-        )
-    save_file({name: torch.zeros(1) for name in stored}, folder / ("f.safetensors" if index else "model.safetensors"))
-    check_names(ModelSource(str(folder)), model_config("llama4", 50), OWN)
+        (folder / "model.safetensors").unlink()
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(renamed, "f.safetensors")}))
+    save_file(renamed, folder / ("f.safetensors" if index else "model.safetensors"), {"format": "pt"})
+    return ModelSource(str(folder))
 
 
 @pytest.mark.parametrize("index", [False, True])
-def test_names_that_differ_by_a_prefix_are_refused_before_training(tmp_path: Path, index: bool) -> None:
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_names_that_differ_by_a_prefix_are_refused_before_training(tmp_path: Path, index: bool, wrapped: bool) -> None:
     """As the hub's Llama-4, of which the text model is loaded, and a model that was saved without its head."""
-    for prefixed in ([f"language_model.{name}" for name in OWN], [name.removeprefix("model.") for name in OWN]):
-        with pytest.raises(UserError, match=rf"^tune.patch = True: .* calls {prefixed[0]}; set tune.patch: false"):
-            check(tmp_path / "base", [*prefixed, "vision_model.a"], index=index)
+    base = build_model("llama4", tmp_path / "base", byte_bpe_tokenizer())
+    config = load_model_config(ModelSource(str(base)))
+    source = rename(base, lambda name: f"language_model.{name}" if wrapped else name.removeprefix("model."), index)
+    first = "language_model.lm_head.weight" if wrapped else "embed_tokens.weight"
+    with pytest.raises(UserError, match=rf"^tune.patch = True: .* calls {first}; set tune.patch: false"):
+        check_names(source, config)
+
+
+def test_a_single_name_that_the_base_lacks_is_refused_before_training(tmp_path: Path) -> None:
+    base = build_model("llama", tmp_path / "base", byte_bpe_tokenizer())
+    name = "model.layers.1.mlp.up_proj.weight"
+    source = rename(base, lambda own: None if own == name else own)
+    with pytest.raises(UserError, match=rf"^tune.patch = True: .* will hold {name}, which .* does not hold; set"):
+        check_names(source, load_model_config(source))
 
 
 def test_a_tied_weight_stored_under_its_other_name_is_refused_before_training(tmp_path: Path) -> None:
     """The file holds the head, the export would hold the embedding."""
-    base = claim_tied(build_model("llama", tmp_path, byte_bpe_tokenizer()), "only")
-    model = AutoModelForCausalLM.from_pretrained(base)
-    source = ModelSource(str(base))
-    names = [name for name, _ in model.named_parameters()]
+    source = ModelSource(str(claim_tied(build_model("llama", tmp_path, byte_bpe_tokenizer()), "only")))
     with pytest.raises(UserError, match="will hold model.embed_tokens.weight, which .* calls lm_head.weight"):
-        check_names(source, load_model_config(source), names)
+        check_names(source, load_model_config(source))
 
 
-def test_names_that_the_export_gives_back_are_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model's own, experts one by one, a prefix that is put back; and a folder that holds nothing yet."""
-    check(tmp_path / "same", OWN)
-    experts = [f"model.layers.0.feed_forward.experts.{i}.{part}.weight" for i in (0, 1) for part in ("gate", "up")]
-    check(tmp_path / "experts", [OWN[0], OWN[2], *experts])
-    check_names(ModelSource(str(tmp_path)), model_config("llama4", 50), OWN)
-    monkeypatch.setattr(patch, "_exported_name", lambda name, *_: f"thinker.{name}")
-    check(tmp_path / "put back", [f"thinker.{name}" for name in OWN])
+@pytest.mark.parametrize("kind", ["llama4", "qwen3_moe", "llama_tied"])
+def test_names_that_the_export_gives_back_are_no_reason(tmp_path: Path, kind: str) -> None:
+    """The model's own, experts one by one, a head that is not stored; and a folder that holds nothing yet."""
+    source = ModelSource(str(build_model(kind, tmp_path, byte_bpe_tokenizer())))
+    config = load_model_config(source)
+    check_names(source, config)
+    (tmp_path / "model.safetensors").unlink()
+    check_names(source, config)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4"])
+def test_names_of_a_multimodal_model_as_it_is_stored_are_no_reason(tmp_path: Path, kind: str) -> None:
+    """Gemma 3 is stored under other names than its own, Gemma 4 under its own, though there are renamings for it. The
+    other way round, a single name of theirs is enough to be refused."""
+    tiny.build(kind, tmp_path, byte_bpe_tokenizer())
+    source = ModelSource(str(tmp_path))
+    config = load_model_config(source)
+    check_names(source, config)
+    first, *_ = load_file(tmp_path / "model.safetensors")
+    rename(tmp_path, lambda name: f"other.{name}" if name == first else name)
+    with pytest.raises(UserError, match=rf"will hold {first}, which .* calls other.{first}; set tune.patch: false"):
+        check_names(source, config)
 
 
 @pytest.mark.parametrize("lost", ["lm_head.weight", "model.layers.1.mlp.down_proj.weight"])

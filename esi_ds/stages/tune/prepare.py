@@ -67,7 +67,7 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
     mask = open_mask(config.model, tune, stage, model_config)
     trained = describe_trained(config.model, tune, stage, mask, model_config)
     if tune.patch:
-        check_names(source, model_config, trained.numels)
+        check_names(source, model_config)
     tokenizer = load_training_tokenizer(model, model_config)
     longest = tune.max_length
     rows = read_tuning_set(config, tune.data, "tune.data", tokenizer, model_config, longest, tune.data.limit)
