@@ -184,12 +184,24 @@ def routers(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[st
     }
 
 
+def layer_configs(text: PretrainedConfig) -> list[PretrainedConfig]:
+    """What each layer of a text model is built from; only the model's own where its layers do not differ.
+
+    Where they do (Gemma 4's wider heads), transformers raises an error for what is asked of the whole.
+    """
+    return list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+
+
 def experts_per_token(config: PretrainedConfig) -> int:
     """How many routed experts a token goes through; the maximum if layers differ (Hunyuan); 1 without experts."""
     keys = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
-    sections = (config, getattr(config, "ffn_config", None))  # DBRX has a separate section
-    counts = next((value for section in sections for key in keys if (value := getattr(section, key, None))), 1)
-    return max(counts) if isinstance(counts, (list, tuple)) else counts
+
+    def count(layer: PretrainedConfig) -> int:
+        sections = (layer, getattr(layer, "ffn_config", None))  # DBRX has a separate section
+        counts = next((value for section in sections for key in keys if (value := getattr(section, key, None))), 1)
+        return max(counts) if isinstance(counts, (list, tuple)) else counts
+
+    return max(map(count, layer_configs(config)))
 
 
 def router_names(parameters: Sequence[Parameter]) -> list[str]:

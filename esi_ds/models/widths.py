@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import PretrainedConfig
 
 from esi_ds.core.batch_size import Widths
-from esi_ds.models.roles import experts_per_token
+from esi_ds.models.roles import experts_per_token, layer_configs
 
 
 def widths(config: PretrainedConfig) -> Widths:
     """Of the text model. Where a configuration does not say, the usual ratio stands in: an MLP of four times the width,
     and keys and values as wide as a token."""
     text = config.get_text_config()
+    layers = layer_configs(text)
 
-    def first(*names: str, default: int = 0) -> int:
+    def first(*names: str, default: int = 0, of: Sequence[PretrainedConfig] = layers) -> int:
         """The first of these attributes that is a number; of one number for each layer, the largest."""
         for name in names:
-            value = getattr(text, name, None)
-            if isinstance(value, (list, tuple)) and value and all(isinstance(entry, int) for entry in value):
-                value = max(value)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
+            values = [getattr(layer, name, None) for layer in of]
+            numbers = [n for v in values for n in (v if isinstance(v, (list, tuple)) else (v,)) if type(n) is int]
+            if max(numbers, default=0) > 0:
+                return max(numbers)
         return default
 
     hidden = first("hidden_size", "d_model", "n_embd", default=1)
     heads = first("num_attention_heads", "decoder_attention_heads", "n_head", default=1)
     latent = first("kv_lora_rank")  # kept instead of keys and values, beside the keys' rotary part
-    whole = 2 * first("num_key_value_heads", default=heads) * first("head_dim", default=-(-hidden // heads))
+    whole = max(
+        2
+        * first("num_key_value_heads", default=heads, of=[layer])
+        * first("head_dim", default=-(-hidden // heads), of=[layer])
+        for layer in layers
+    )
     inner = first("intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", default=4 * hidden)
     routed = experts_per_token(text) * first("moe_intermediate_size", "intermediate_size", default=inner)
     shared = first("n_shared_experts", default=0) * first("moe_intermediate_size") + first(

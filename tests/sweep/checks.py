@@ -32,11 +32,13 @@ from transformers import (
 
 from esi_ds.core.batch import Rows, right_pad
 from esi_ds.core.units import Parameter
-from esi_ds.models.folder import ModelSource
+from esi_ds.models.folder import ModelSource, stored_weights
 from esi_ds.models.meta import meta_model, meta_parameters
 from esi_ds.models.roles import describe, unknown
 from esi_ds.models.rows import depends_on_neighbours, is_causal, last_logits
+from esi_ds.models.widths import widths
 from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.export import plan_export
 from esi_ds.zero.generate import choose_batches, generate, ready_to_generate
 
 # fp32 sums in another order, through random layers that amplify them. A wrong position or mask moves logits by 1e-2
@@ -158,7 +160,8 @@ def answers(model: PreTrainedModel, sharded: ShardedModel, tokenizer: PreTrained
 
 
 def loading(model: PreTrainedModel, sharded: ShardedModel) -> str:
-    """Weights, buffers and logits of the model loaded under ZeRO-3 against those of plain from_pretrained."""
+    """Weights, buffers and logits of the model loaded under ZeRO-3 against those of plain from_pretrained; the names of
+    its export against those of the folder."""
     state = dict(model.named_parameters())
     names = [p.name for p in sharded.parameters]
     if names != list(state):
@@ -178,6 +181,8 @@ def loading(model: PreTrainedModel, sharded: ShardedModel) -> str:
         expected = last_logits(model, batch, len(LONG))
         got = last_logits(sharded.module, batch, len(LONG))
     sharded.release()
+    if other := _other_names(model, sharded):
+        return f"wrong: an export has other names than what was loaded ({', '.join(sorted(other))[:200]})"
     differences = {"logits differ": distance(got, expected)}
     result = verdict(differences, tolerance=1e-5)
     if differing and result.startswith("right"):
@@ -185,9 +190,18 @@ def loading(model: PreTrainedModel, sharded: ShardedModel) -> str:
     return result + (f" (buffer {differing[0]} differs)" if differing else "")
 
 
+def _other_names(model: PreTrainedModel, sharded: ShardedModel) -> set[str]:
+    """Names of an export that the loaded folder does not hold, or the other way round; a tied weight may have either of
+    its own."""
+    stored = {weight.name for weight in stored_weights(ModelSource(str(model.name_or_path)))}
+    exported = {entry.name for entries in plan_export(sharded).files.values() for entry in entries}
+    return (stored ^ exported) - {name for pair in model.all_tied_weights_keys.items() for name in pair}
+
+
 def units(model: PreTrainedModel) -> str:
     """Roles and logical matrices: each weight in one, what is tied or a router's in none, and parts that do what their
-    roles say."""
+    roles say. Also asks for the widths, as a run with an automatic batch size does."""
+    widths(model.config)
     parameters = describe(model)
     problems = [*_differ_on_meta(model, parameters), *_not_tiled(parameters), *_unscored(model, parameters)]
     problems += [*_reached_towers(model, parameters), *_otherwise_tied(model)]

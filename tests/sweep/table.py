@@ -17,7 +17,8 @@ HEAD = """# Which architectures are right
   up, work as such when the layer is run.
 - **rows**: logits of a row alone, without a mask, against the same row right-padded beside another one, or by itself
   where a probe says that rows depend on one another. Models that are not causal are refused.
-- **loading**: weights and logits of the model loaded under ZeRO-3 against plain `from_pretrained`.
+- **loading**: weights and logits of the model loaded under ZeRO-3 against plain `from_pretrained`, and the names of its
+  export against those of the folder.
 - **answers**: generated answers of a batch, where a probe allows one, against greedy decoding of each row alone
   without a cache.
 - **scores**: ESI of the shipped stage, batches of two, against the slow oracle's gradient times the matrix's σ.

@@ -18,6 +18,7 @@ from transformers import (
     CTRLConfig,
     CTRLLMHeadModel,
     DynamicCache,
+    Gemma4TextConfig,
     LlamaConfig,
     OPTConfig,
     OPTForCausalLM,
@@ -30,6 +31,7 @@ from esi_ds.config import validate
 from esi_ds.core.batch_size import Widths, generation_bytes, rows_that_fit, scoring_bytes
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
+from esi_ds.models.roles import experts_per_token
 from esi_ds.models.widths import widths
 from esi_ds.options import Options
 from esi_ds.stages.batch_sizes import GenerationBatch, generation_setting, longest_prompt
@@ -57,6 +59,16 @@ def test_the_widths_of_published_architectures() -> None:
     found = {name: widths(AutoConfig.from_pretrained(folder / name)) for name in ("mixtral-8x22b", "deepseek-v3")}
     assert found["mixtral-8x22b"] == Widths(56, 6144, 2 * 16384, 8 * 2 * 128, 32768)
     assert found["deepseek-v3"] == Widths(61, 7168, max(18432, (8 + 1) * 2048), 512 + 64, 129280)
+
+
+def test_where_layers_differ_the_widest_counts() -> None:
+    """Gemma 4's layers with full attention have heads of 512, the others of 256; in its larger sizes fewer of them."""
+    sizes = {"num_key_value_heads": 8, "head_dim": 256, "global_head_dim": 512}
+    few = {"attention_k_eq_v": True, "num_global_key_value_heads": 2}
+    assert widths(Gemma4TextConfig(**sizes)).cache == 2 * 8 * 512
+    assert widths(Gemma4TextConfig(**sizes, **few)).cache == 2 * 8 * 256
+    several = Gemma4TextConfig(**sizes, num_experts=8, top_k_experts=2, per_layer_config={1: {"top_k_experts": 3}})
+    assert experts_per_token(several) == 3
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "mixtral", "phi3", *FAMILIES])
