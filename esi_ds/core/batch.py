@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 Rows = Sequence[Sequence[int]]
+
+
+def cut_by_length(lengths: Mapping[int, int], size: int, longest: int | None) -> list[list[int]]:
+    """Numbers of rows in the order of ``lengths``, cut into batches of ``size``.
+
+    lengths: number → tokens. longest: rows that are longer come last, each alone; None: none is.
+    """
+    together = [number for number in lengths if longest is None or lengths[number] <= longest]
+    batches = [together[start : start + size] for start in range(0, len(together), size)]
+    return batches + [[number] for number in lengths if longest is not None and lengths[number] > longest]
 
 
 def right_pad(rows: Rows, pad: int, device: torch.device | str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.config.judges import Reads
-from esi_ds.core.batch import Rows, right_pad
+from esi_ds.core.batch import Rows, cut_by_length, right_pad
 from esi_ds.data.chat import break_up, break_up_prompt, special_strings
 from esi_ds.data.thoughts import MARKS, Marks
 from esi_ds.data.turns import Prompt
@@ -32,7 +32,7 @@ from esi_ds.judge.families import Family
 from esi_ds.judge.guard import longest_guard_input, verdict_score
 from esi_ds.judge.pairs import EncodedPair, EncodedText, PairEncoder, plain_pair
 from esi_ds.judge.tokens import last_risk, risk_logits, unsafe_logits
-from esi_ds.models.rows import accepted, depends_on_neighbours, end_logits, probe_ids
+from esi_ds.models.rows import accepted, alike_up_to, depends_on_neighbours, end_logits, probe_ids
 
 
 class ModelJudge(ABC):
@@ -192,10 +192,9 @@ def judge_pairs(judge: ModelJudge, pairs: Sequence[tuple[Prompt, str]], batch_si
 
 
 def length_batches(judge: ModelJudge, pairs: Mapping[int, EncodedPair], batch_size: int) -> list[list[int]]:
-    """Keys of ``pairs``, cut into batches of like length."""
-    size = min(batch_size, judge.max_batch or batch_size)
-    order = sorted(pairs, key=lambda key: len(pairs[key].text.ids))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    """Keys of ``pairs``, cut into batches of like length; a pair that would change how others are read is alone."""
+    lengths = {key: len(pairs[key].text.ids) for key in sorted(pairs, key=lambda key: len(pairs[key].text.ids))}
+    return cut_by_length(lengths, min(batch_size, judge.max_batch or batch_size), alike_up_to(judge.model.config))
 
 
 def yes_no_family(

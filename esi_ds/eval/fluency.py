@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from esi_ds.core.batch import right_pad
+from esi_ds.core.batch import cut_by_length, right_pad
 from esi_ds.data.chat import break_up, encode_data_prompt, encode_response, special_strings
 from esi_ds.data.thought_rows import ThoughtTemplate
 from esi_ds.data.thoughts import MARKS, Marks, final_answer
 from esi_ds.data.turns import Prompt
-from esi_ds.models.rows import last_logits
+from esi_ds.models.rows import alike_up_to, last_logits
 
 
 def surprises(
@@ -50,9 +50,9 @@ def surprises(
         rows.append((head, tail))
     values: list[float | None] = [None] * len(rows)
     # Rows of like length go together, because padding costs time.
-    order = sorted((i for i, (_, tail) in enumerate(rows) if tail), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
+    lengths = {i: len(head) + len(tail) for i, (head, tail) in enumerate(rows) if tail}
+    in_order = {i: lengths[i] for i in sorted(lengths, key=lambda i: lengths[i])}
+    for indices in cut_by_length(in_order, batch_size, alike_up_to(model.config)):
         for index, value in zip(indices, _batch(model, tokenizer, [rows[i] for i in indices]), strict=True):
             values[index] = value
     return values

@@ -27,7 +27,7 @@ from esi_ds.eval.harness_tasks import PreparedTask
 from esi_ds.eval.task_code import sandboxed
 from esi_ds.eval.task_result import TaskResult
 from esi_ds.models.decoding import without_defaults
-from esi_ds.models.rows import depends_on_neighbours, generation_logits, probe_ids
+from esi_ds.models.rows import alike_up_to, depends_on_neighbours, generation_logits, probe_ids
 from esi_ds.ranks import Ranks
 
 Answer = Callable[[list[Instance], bool], list[Any]]  # requests, whether to hide the bar → answers
@@ -74,8 +74,10 @@ def run(
 
 
 def _depends_on_neighbours(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a request's answer would change with the requests beside it. HFLM pads texts that it scores on the right,
-    without a mask, and prompts on the left."""
+    """Whether a request's answer would change, or might change, with the requests beside it. HFLM pads texts that it
+    scores on the right, without a mask, and prompts on the left."""
+    if alike_up_to(model.config) is not None:  # HFLM makes the batches: a long request may be in each
+        return True
     pad = tokenizer.pad_token_id or 0
 
     def score(rows: Rows) -> list[Tensor]:

@@ -15,7 +15,7 @@ from esi_ds.core.batch import Rows, right_pad
 from esi_ds.judge.embeddings import embedding_module, recorded_lookups, token_gradient, token_table
 from esi_ds.judge.pairs import EncodedPair, plain_pair
 from esi_ds.models.folder import max_positions
-from esi_ds.models.rows import depends_on_neighbours, end_logits, probe_ids
+from esi_ds.models.rows import alike_up_to, depends_on_neighbours, end_logits, probe_ids
 
 
 @dataclass(frozen=True)
@@ -147,15 +147,15 @@ class Guard:
         self._weights.close()
 
     def depends_on_neighbours(self, device: torch.device | str) -> bool:
-        """Whether a pair's score changes with the pair beside it: ``models.rows``. Collectives: twice those of
-        ``scores``."""
+        """Whether a pair's score changes, or may change, with the pair beside it: ``models.rows``. Collectives: twice
+        those of ``scores``."""
 
         def read(rows: Rows) -> Tensor:
             return self._logits(self._batch([plain_pair(row) for row in rows], device))
 
         depends = depends_on_neighbours(read, probe_ids(self.tokenizer))
         self._weights.release()
-        return depends
+        return depends or alike_up_to(self.model.config) is not None  # the pairs are not known: they may be long
 
     @contextmanager
     def embedding_table(self) -> Iterator[Tensor]:

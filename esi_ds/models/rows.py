@@ -2,7 +2,8 @@
 
 Models differ in what they do with padding. RWKV and RecurrentGemma read it as text, BART counts positions from the
 left edge of the batch, experts with a limited capacity drop tokens because of other rows' tokens. No list of
-architectures says which: two forward passes on a short row do.
+architectures says which: two forward passes on a short row do. What only long rows show, the configuration says
+(``alike_up_to``).
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.core.batch import Rows, left_pad
 from esi_ds.errors import UserError
 from esi_ds.models.decoding import without_defaults
+from esi_ds.models.roles import layer_configs
 
 PROBE_TEXT = "What is the capital of France, and how many people live there?"
 PROBE_LENGTH, PROBE_REPEATS = 8, 4  # tokens of the probe's row; how many times it stands beside itself
@@ -35,6 +37,32 @@ class Together(Enum):
 
 
 Read = Callable[[Rows], Sequence[Tensor] | Tensor]  # rows in one batch → each row's result
+
+
+def alike_up_to(config: PretrainedConfig) -> int | None:
+    """How many tokens a row may have that never changes how the rows beside it are read; None: any number.
+
+    LongRoPE (Phi-3-mini-128k, Phi-4-mini) has two sets of frequencies, of which transformers takes one for the whole
+    batch, by its longest position; no short probe meets the second. Dynamic NTK's change beyond ``max_positions`` only,
+    and longer rows are never read.
+    """
+    limits = [
+        section.get("original_max_position_embeddings")
+        for layer in layer_configs(config.get_text_config())
+        for section in _rotary_sections(getattr(layer, "rope_parameters", None) or {})
+        if section.get("rope_type") == "longrope"
+    ]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def frequencies_note(limit: int) -> str:
+    """Why rows of more than ``alike_up_to`` tokens are read alone, for the log."""
+    return f"beyond {limit:,} tokens its rotary frequencies are others, for all rows of a batch"
+
+
+def _rotary_sections(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """``rope_parameters`` themselves, or those of each type of layer."""
+    return [parameters, *(section for section in parameters.values() if isinstance(section, Mapping))]
 
 
 def accepted(model: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:

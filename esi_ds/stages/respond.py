@@ -180,7 +180,7 @@ def generate_all(
         batch_size = batch.rows(model, mode, max_new_tokens)
         if batch.size.note:
             tracker.log(f"generating {batch.size.note}")
-        batches, note = choose_batches(model, tokenizer, lengths, batch_size, mode)
+        batches, note = choose_batches(model, tokenizer, lengths, batch_size, mode, max_new_tokens)
         if note:
             tracker.remark(note)
         for start in range(0, len(batches), ranks):

@@ -16,7 +16,7 @@ from esi_ds.core.batch import Rows, right_pad
 from esi_ds.core.batch_size import rows_that_fit
 from esi_ds.errors import UserError
 from esi_ds.judge.embeddings import embedding_module
-from esi_ds.models.rows import PROBE_LENGTH, depends_on_neighbours, is_causal, last_logits
+from esi_ds.models.rows import PROBE_LENGTH, alike_up_to, depends_on_neighbours, is_causal, last_logits
 from esi_ds.reading import first_line
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
@@ -108,12 +108,15 @@ def _without_expert_hooks(module: nn.Module) -> Iterator[None]:
             block._backward_hooks = kept
 
 
-def batch_size_for(model: ShardedModel, ids: Sequence[int], pad: int, batch_size: int) -> int:
-    """``batch_size``, or 1 where a row's logits depend on the rows beside it (experts with a capacity).
+def batch_size_for(model: ShardedModel, ids: Sequence[int], pad: int, batch_size: int, longest: int) -> int:
+    """``batch_size``, or 1 where a row's logits depend on the rows beside it (experts with a capacity, rotary
+    frequencies that the longest row chooses).
 
-    ids: any text's. Collectives: those of two forward passes, and an all-reduce; none for single rows.
+    ids: any text's. longest: tokens of the longest row, the same on every rank. Collectives: those of two forward
+    passes, and an all-reduce; none for single rows, or where ``longest`` decides.
     """
-    if batch_size == 1:
+    limit = alike_up_to(model.module.config)
+    if batch_size == 1 or (limit is not None and longest > limit):
         return 1
     depends = depends_on_neighbours(lambda rows: _logits(model, rows, pad), ids)
     return 1 if runtime.any_rank(depends) else batch_size

@@ -10,11 +10,18 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from esi_ds.core.batch import Rows, left_pad
+from esi_ds.core.batch import Rows, cut_by_length, left_pad
 from esi_ds.core.batch_size import WHOLE_SHARE
 from esi_ds.data.thoughts import MARKS, Marks, decode_responses
 from esi_ds.models.decoding import Sampling, greedy_ids, sampled_ids
-from esi_ds.models.rows import Together, depends_on_neighbours, generation_logits, probe_ids
+from esi_ds.models.rows import (
+    Together,
+    alike_up_to,
+    depends_on_neighbours,
+    frequencies_note,
+    generation_logits,
+    probe_ids,
+)
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.memory import tightest_free_bytes
@@ -97,7 +104,12 @@ def generate(
 
 
 def choose_batches(
-    model: ShardedModel, tokenizer: PreTrainedTokenizerBase, lengths: Mapping[int, int], batch_size: int, mode: str
+    model: ShardedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Mapping[int, int],
+    batch_size: int,
+    mode: str,
+    max_new_tokens: int,
 ) -> tuple[list[list[int]], str | None]:
     """Prompts' numbers cut into batches, and where they are not cut in order, a sentence for the log on why.
 
@@ -105,19 +117,20 @@ def choose_batches(
     ``may_stand_together``, where it has not been asked of this model.
     """
     together = may_stand_together(model, tokenizer, mode) if batch_size > 1 and len(lengths) > 1 else Together.ANY
-    if together is Together.ANY:
-        return _cut(list(lengths), batch_size), None
     if together is Together.NONE:
-        return _cut(list(lengths), 1), "one prompt a batch: an answer would depend on the prompts beside it"
-    by_length: dict[int, list[int]] = {}
+        return cut_by_length(lengths, 1, None), "one prompt a batch: an answer would depend on the prompts beside it"
+    limit = alike_up_to(model.module.config)
+    longest = None if limit is None else limit - max_new_tokens
+    if together is Together.ANY:
+        batches = cut_by_length(lengths, batch_size, longest)
+        if limit is None or batch_size == 1 or max(lengths.values()) + max_new_tokens <= limit:
+            return batches, None
+        return batches, f"a prompt that may grow so long is alone in its batch: {frequencies_note(limit)}"
+    by_length: dict[int, dict[int, int]] = {}
     for number in sorted(lengths, key=lambda number: lengths[number]):
-        by_length.setdefault(lengths[number], []).append(number)
-    batches = [batch for numbers in by_length.values() for batch in _cut(numbers, batch_size)]
+        by_length.setdefault(lengths[number], {})[number] = lengths[number]
+    batches = [batch for alike in by_length.values() for batch in cut_by_length(alike, batch_size, longest)]
     return batches, "only prompts of equal length share a batch: an answer would depend on padding"
-
-
-def _cut(numbers: Sequence[int], size: int) -> list[list[int]]:
-    return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
 
 def may_stand_together(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, mode: str) -> Together:

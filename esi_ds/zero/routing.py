@@ -39,9 +39,10 @@ def routing_choices(model: ShardedModel, rows: Sequence[Sequence[int]], pad: int
     its choices. Collectives: those of ``batch_size_for``, the gathers of ⌈rows / (batch · ranks)⌉ forward passes, and
     one gather of the choices.
     """
+    rows = rows[:MAX_ROWS]
     if rows:
-        batch_size = batch_size_for(model, rows[0], pad, batch_size)
-    rows, rank, ranks = rows[:MAX_ROWS], runtime.rank(), runtime.world_size()
+        batch_size = batch_size_for(model, rows[0], pad, batch_size, max(map(len, rows)))
+    rank, ranks = runtime.rank(), runtime.world_size()
     local_numbers = list(range(rank, len(rows), ranks))
     most = -(-len(rows) // ranks)  # rows of any rank
     local_choices: dict[int, Choices] = {}

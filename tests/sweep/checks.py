@@ -130,7 +130,7 @@ def answer_alone(model: PreTrainedModel, ids: list[int], num_tokens: int) -> lis
 def together(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, prompts: Rows, num_tokens: int) -> list[str]:
     """Answers in batches of two, where they may share one."""
     lengths = {number: len(ids) for number, ids in enumerate(prompts)}
-    batches, _ = choose_batches(model, tokenizer, lengths, 2, "gathered")
+    batches, _ = choose_batches(model, tokenizer, lengths, 2, "gathered", num_tokens)
     texts: dict[int, str] = {}
     for numbers in batches:
         given = generate(model, tokenizer, [list(prompts[n]) for n in numbers], num_tokens, "gathered", end_ids=())

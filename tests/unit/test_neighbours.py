@@ -18,12 +18,13 @@ from esi_ds.core.loss import row_losses
 from esi_ds.data.chat import EncodedResponse
 from esi_ds.data.conversations import IGNORED, TokenSequence
 from esi_ds.errors import UserError
-from esi_ds.eval.classifiers import NextWordJudge, SequenceJudge, judge_pairs, yes_no_family
+from esi_ds.eval.classifiers import NextWordJudge, SequenceJudge, judge_pairs, length_batches, yes_no_family
 from esi_ds.eval.fluency import surprises
 from esi_ds.judge.classifier import SequenceRule
 from esi_ds.judge.guard import Guard, WholeWeights
 from esi_ds.judge.pairs import PairEncoder
-from esi_ds.models.rows import Together, depends_on_neighbours, end_logits, is_causal, last_logits
+from esi_ds.models.folder import max_positions
+from esi_ds.models.rows import Together, alike_up_to, depends_on_neighbours, end_logits, is_causal, last_logits
 from esi_ds.stages.esi.objectives import MeanLoss, ScoreFunctionObjective
 from esi_ds.stages.esi.prepare import Example
 from esi_ds.stages.tune.training import padded
@@ -319,11 +320,12 @@ def test_a_classifier_that_mixes_padding_in_reads_one_pair_at_a_time() -> None:
 @pytest.mark.parametrize("kind", ["capacity", "batch statistics"])
 def test_a_model_whose_rows_share_something_reads_one_at_a_time(kind: str) -> None:
     model = sharded(build(kind))
-    assert batch_size_for(model, SHORT, PAD, 4) == batch_size_for(model, SHORT, PAD, 1) == 1
+    assert batch_size_for(model, SHORT, PAD, 4, 24) == batch_size_for(model, SHORT, PAD, 1, 24) == 1
     inputs = SimpleNamespace(
         stage="set",
         tune=SimpleNamespace(batch_size=4, gradient_accumulation=2),
         rows=SimpleNamespace(sequences=[TokenSequence(0, SHORT, SHORT)]),
+        benign=None,
         tokenizer=SimpleNamespace(pad_token_id=PAD),
     )
     if kind == "capacity":  # the other is not even causal
@@ -335,9 +337,9 @@ def test_a_model_whose_rows_share_something_reads_one_at_a_time(kind: str) -> No
 def test_the_probe_of_right_padding_lets_causal_models_pass(kind: str) -> None:
     model = sharded(build(kind))
     check_causal(model, SHORT, PAD)
-    assert batch_size_for(model, SHORT, PAD, 4) == 4
+    assert batch_size_for(model, SHORT, PAD, 4, 24) == 4
     model.module.to(torch.bfloat16)
-    assert batch_size_for(model, SHORT, PAD, 4) == 4
+    assert batch_size_for(model, SHORT, PAD, 4, 24) == 4
 
 
 @pytest.mark.parametrize("kind", ["encoder", "batch statistics", "length"])
@@ -407,7 +409,7 @@ PROMPTS = [ids(21, 6), ids(22, 17), ids(23, 6), ids(24, 11), ids(25, 6)]
 def test_prompts_are_answered_as_if_each_were_alone(kind: str) -> None:
     model, tokenizer = sharded(build(kind)), byte_bpe_tokenizer()
     lengths = {number: len(prompt) for number, prompt in enumerate(PROMPTS)}
-    batches, note = choose_batches(model, tokenizer, lengths, 2, "gathered")
+    batches, note = choose_batches(model, tokenizer, lengths, 2, "gathered", 5)
     # RWKV's step with a cache mixes the rows of any batch: it broadcasts [B, H] against [B, 1, H].
     alone = Together.NONE
     expected = {"llama": Together.ANY, "capacity": alone, "rwkv": alone}.get(kind, Together.EQUAL_LENGTH)
@@ -424,7 +426,84 @@ def test_prompts_are_answered_as_if_each_were_alone(kind: str) -> None:
 def test_a_restart_makes_the_same_batches_of_what_is_left() -> None:
     model, tokenizer = sharded(build("bart")), byte_bpe_tokenizer()
     lengths = {number: 5 + number % 3 for number in range(20)}
-    batches, _ = choose_batches(model, tokenizer, lengths, 3, "gathered")
+    batches, _ = choose_batches(model, tokenizer, lengths, 3, "gathered", 5)
     for done in range(len(batches)):
         left = {number: lengths[number] for batch in sorted(batches[done:]) for number in batch}
-        assert choose_batches(model, tokenizer, dict(sorted(left.items())), 3, "gathered")[0] == batches[done:]
+        assert choose_batches(model, tokenizer, dict(sorted(left.items())), 3, "gathered", 5)[0] == batches[done:]
+
+
+LIMIT = 40  # more tokens than the probe's
+FAR = ids(31, LIMIT + 4)
+ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": LIMIT,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.5, 3.0, 8.0, 16.0],
+}
+LONGROPE = transformers.Phi3Config(**SIZES, original_max_position_embeddings=LIMIT, rope_parameters=ROPE)
+
+
+def longrope() -> PreTrainedModel:
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(LONGROPE).eval()
+    spread(model)
+    return model
+
+
+def test_rows_beyond_the_limit_of_longrope_change_those_beside_them() -> None:
+    """Which the probe of short rows does not see: the configuration says where."""
+    module = longrope()
+    with torch.no_grad():
+        beside = last_logits(module, right_pad([SHORT, FAR], PAD, "cpu"), len(FAR))[0, : len(SHORT)]
+    assert not close(beside, plain(module, SHORT))
+    assert alike_up_to(LONGROPE) == LIMIT
+    model = sharded(module)
+    assert [batch_size_for(model, SHORT, PAD, 4, longest) for longest in (LIMIT, LIMIT + 1)] == [4, 1]
+    inputs = SimpleNamespace(
+        stage="set",
+        tune=SimpleNamespace(batch_size=4, gradient_accumulation=2),
+        rows=SimpleNamespace(sequences=[TokenSequence(0, SHORT, SHORT)]),
+        benign=SimpleNamespace(sequences=[TokenSequence(0, FAR, FAR)]),
+        tokenizer=SimpleNamespace(pad_token_id=PAD),
+    )
+    with pytest.raises(UserError, match=f"tune.gradient_accumulation: 8, .* or tune.max_length: {LIMIT}"):
+        TuneRun._check_batches(SimpleNamespace(inputs=inputs), model)
+
+
+def test_where_layers_or_their_types_have_frequencies_of_their_own() -> None:
+    several = {"full_attention": ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    assert alike_up_to(transformers.Gemma3TextConfig(rope_parameters=several)) == LIMIT
+    assert alike_up_to(transformers.Gemma4TextConfig()) is None
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config = transformers.LlamaConfig(**SIZES, max_position_embeddings=LIMIT, rope_parameters=dynamic)
+    # These change beyond the longest row that is read only.
+    assert alike_up_to(config) is None
+    rotary = transformers.AutoModelForCausalLM.from_config(config).model.rotary_emb
+    assert rotary.original_max_seq_len == max_positions(config) == LIMIT
+
+
+def test_prompts_that_may_pass_the_limit_are_answered_alone() -> None:
+    model, tokenizer = sharded(longrope()), byte_bpe_tokenizer()
+    prompts = [SHORT, FAR[:37], LONG]
+    lengths = {number: len(prompt) for number, prompt in enumerate(prompts)}
+    assert choose_batches(model, tokenizer, lengths, 2, "gathered", 3) == ([[0, 1], [2]], None)
+    batches, note = choose_batches(model, tokenizer, lengths, 2, "gathered", 9)
+    assert batches == [[0, 2], [1]] and note is not None and f"beyond {LIMIT} tokens" in note
+
+    def answers(numbers: list[int]) -> list[str]:
+        return generate(model, tokenizer, [prompts[n] for n in numbers], 9, "gathered", end_ids=()).texts
+
+    assert answers([0, 2]) == [*answers([0]), *answers([2])]
+
+
+def test_judges_and_surprises_read_pairs_beyond_the_limit_alone() -> None:
+    module, tokenizer = longrope(), byte_bpe_tokenizer()
+    judge = SimpleNamespace(model=module, max_batch=None)
+    pairs = {number: SimpleNamespace(text=SimpleNamespace(ids=row)) for number, row in enumerate([FAR, *PROMPTS])}
+    assert length_batches(judge, pairs, 3) == [[1, 3, 5], [4, 2], [0]]
+    texts = [("a", "b"), ("a " * 30, "b"), ("a", "c")]
+    together, alone = (surprises(module, tokenizer, texts, batch_size=size) for size in (3, 1))
+    assert together == pytest.approx(alone, rel=1e-4)
+    guard = Guard(module, tokenizer, "margin", WholeWeights())
+    assert guard.depends_on_neighbours("cpu")

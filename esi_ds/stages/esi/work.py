@@ -284,7 +284,8 @@ class EsiRun(StageRun[EsiInputs]):
         """
         ids, batch_size = objective.examples[0].ids, objective.batch_size
         check_causal(model, ids, objective.pad)
-        objective.batch_size = batch_size_for(model, ids, objective.pad, batch_size)
+        longest = max(len(example.ids) for example in objective.examples)
+        objective.batch_size = batch_size_for(model, ids, objective.pad, batch_size, longest)
         if objective.batch_size < batch_size:
             self.tracker.remark(f"one {objective.unit} a forward pass: its logits would depend on those beside it")
         folder = self.folder.path / CHECKPOINTS / objective.name

@@ -226,7 +226,7 @@ def surprise_all(
     if not reads_causally(model, ids, pad):
         tracker.log("incoherence is judged by form alone: the model is not causal")
         return
-    batch_size = batch_size_for(model, ids, pad, section.batch_size)
+    batch_size = batch_size_for(model, ids, pad, section.batch_size, 0)  # long ones are read alone anyway
     ranks, rank = runtime.world_size(), runtime.rank()
     size = section.batch_size * 4  # so many that texts of like length can be batched together
     bar = tracker.progress(total=len(waiting), initial=0, unit="answer", description="surprise")

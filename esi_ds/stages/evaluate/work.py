@@ -11,6 +11,7 @@ from esi_ds.eval.rows import TaskRow
 from esi_ds.eval.tasks import run_tasks
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.meta import meta_parameters
+from esi_ds.models.rows import alike_up_to, frequencies_note
 from esi_ds.stages.batch_sizes import longest_prompt
 from esi_ds.stages.evaluate.answering import add_recorded, answer_all, surprise_all, to_read_again
 from esi_ds.stages.evaluate.divergence import compare_all, waiting_answers
@@ -156,6 +157,8 @@ class EvalRun(StageRun[EvalInputs]):
             names = ", ".join(tasks[number].config.name for number in waiting)
             tracker.log(f"tasks of {candidate.name}: {names}")
             model = load_replicated(candidate.source, section.dtype)
+            if self.inputs.section.batch_size > 1 and (limit := alike_up_to(model.config)) is not None:
+                tracker.remark(f"{candidate.name} reads one request of a task at a time: {frequencies_note(limit)}")
             for number in waiting:
                 results = run_tasks(
                     model,

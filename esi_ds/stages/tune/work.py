@@ -21,6 +21,7 @@ from esi_ds.eval.refusals import is_refusal
 from esi_ds.journal import Journal
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, checkpoint_folder, max_positions, quantisation_of
+from esi_ds.models.rows import alike_up_to
 from esi_ds.report.card import model_card
 from esi_ds.report.contents import TunedAnswerRow
 from esi_ds.report.sentences import routers_fate
@@ -123,16 +124,22 @@ class TuneRun(StageRun[TuningInputs]):
 
         Collectives: those of ``check_gradient``, ``check_causal`` and ``batch_size_for``.
         """
-        tune, ids, pad = self.inputs.tune, self.inputs.rows.sequences[0].ids, self.inputs.tokenizer.pad_token_id
+        tune, rows, benign = self.inputs.tune, self.inputs.rows.sequences, self.inputs.benign
+        ids, pad = rows[0].ids, self.inputs.tokenizer.pad_token_id
+        longest = max(len(row.ids) for row in (*rows, *(benign.sequences if benign is not None else ())))
         check_gradient(model, ids)
         check_causal(model, ids, pad)
-        if batch_size_for(model, ids, pad, tune.batch_size) < tune.batch_size:
+        if batch_size_for(model, ids, pad, tune.batch_size, longest) < tune.batch_size:
             accumulation = tune.batch_size * tune.gradient_accumulation
+            limit = alike_up_to(model.module.config)
+            remedy = f"set tune.batch_size: 1 and tune.gradient_accumulation: {accumulation}, which is the same update"
+            if limit is not None and longest > limit:
+                remedy += f", or tune.max_length: {limit}"
             raise UserError(
                 "tune.batch_size",
                 tune.batch_size,
                 "is more than this model can read at once: a row's logits depend on the rows beside it",
-                f"set tune.batch_size: 1 and tune.gradient_accumulation: {accumulation}, which is the same update",
+                remedy,
             )
 
     def _log_inputs(self, same_weights: bool) -> None:
