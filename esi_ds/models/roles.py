@@ -291,11 +291,11 @@ def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: 
     if EXPERT.search(f"{module_name}.") and own_name in EXPERT_ROLES:
         return EXPERT_ROLES[own_name]
     if _is_fused(shape, leaf):
-        return "shared" if SHARED.search(f"{module_name}.") else "expert"
+        return "shared" if _is_shared(modules, module_name) else "expert"
     role = _named_role(modules, module_name) if len(shape) == 2 else "other"
     if role.startswith("mlp.") and ATTENTION_NAMES.intersection(module_name.split(".")):
         return "other"  # AFMoE's attention has a gate_proj
-    return role.replace("mlp.", "shared.") if SHARED.search(f"{module_name}.") else role
+    return role.replace("mlp.", "shared.") if _is_shared(modules, module_name) else role
 
 
 def _named_role(modules: Mapping[str, nn.Module], module_name: str) -> str:
@@ -315,6 +315,14 @@ def _named_role(modules: Mapping[str, nn.Module], module_name: str) -> str:
 def _is_fused(shape: tuple[int, ...], leaf: str) -> bool:
     """Whether a parameter holds all routed experts of a layer, or all shared ones: [E, ...]."""
     return len(shape) == 3 and leaf in ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _is_shared(modules: Mapping[str, nn.Module], module_name: str) -> bool:
+    """Whether a module is, or belongs to, an expert that every token goes through: routed ones are beside it. The only
+    MLP of a dense Granite 4 has the same name."""
+    match = SHARED.search(f"{module_name}.")
+    owner = modules.get(module_name[: match.start()]) if match else None
+    return any(getattr(owner, name, None) is not None for name in ("experts", "block_sparse_moe"))
 
 
 def _router_of(modules: Mapping[str, nn.Module], module_name: str) -> str | None:
@@ -347,7 +355,7 @@ def _units(
     module_name, _, leaf = name.rpartition(".")
     owner_name, _, own_name = module_name.rpartition(".")
     module, owner = modules[module_name], modules.get(owner_name)
-    is_shared = bool(SHARED.search(name))
+    is_shared = _is_shared(modules, module_name)
     if _is_fused(shape, leaf):
         if leaf == "gate_up_proj" and config is not None and not is_known_code(module):
             size = _numel(shape[1:])
