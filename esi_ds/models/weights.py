@@ -40,9 +40,11 @@ def weights_name(folder: Path, field: str = "model.path") -> str:
     if name is None:
         name = next((name for name in (SINGLE_NAME, INDEX_NAME) if (folder / name).is_file()), None)
     if name is None:
-        problem = f"holds neither {SINGLE_NAME} nor {INDEX_NAME}: transformers loads no other weights from a folder"
-        remedy = "save the model with save_pretrained(safe_serialization=True)"
-        if any(folder.glob("*.gguf")):
+        problem, remedy = f"holds neither {SINGLE_NAME} nor {INDEX_NAME}", "save the model with save_pretrained"
+        if pickled := sorted(file.name for file in folder.glob("pytorch_model*.bin")):
+            problem = f"holds pickled weights ({pickled[0]}), which are not read: unpickling runs code"
+            remedy = "load it with transformers where you trust it, and save_pretrained to a new folder"
+        elif any(folder.glob("*.gguf")):
             problem = f"holds GGUF files, which are not read, and neither {SINGLE_NAME} nor {INDEX_NAME}"
             remedy = "give the unquantised model as safetensors"
         raise UserError(field, str(folder), problem, remedy)

@@ -389,7 +389,12 @@ def test_experts_a_token_goes_through(family: str, count: int) -> None:
 
 def test_a_shared_mlp_without_routed_experts_is_an_mlp() -> None:
     """Granite 4's dense sizes (micro, 1B, 350M)."""
-    sizes = {"layer_types": ["attention"] * 2, "shared_intermediate_size": 10, "num_local_experts": 0, "mamba_n_heads": 4}
+    sizes = {
+        "layer_types": ["attention"] * 2,
+        "shared_intermediate_size": 10,
+        "num_local_experts": 0,
+        "mamba_n_heads": 4,
+    }
     parameters = parameters_of(GraniteMoeHybridConfig(**SMALL, **sizes))
     roles = [unit.role for name, p in parameters.items() if "layers.1.shared_mlp" in name for unit in p.units]
     assert sorted(roles) == ["mlp.down", "mlp.gate", "mlp.up"]
