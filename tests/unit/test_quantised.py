@@ -35,8 +35,9 @@ from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, check_weights, dequantised, load_model_config
 from esi_ds.models.meta import DTYPES, meta_parameters
-from esi_ds.models.quantised import model_weights
+from esi_ds.models.quantised import model_weights, read_quantisation, weight_names
 from esi_ds.models.roles import describe
+from esi_ds.models.weights import checkpoint_tensors
 from esi_ds.options import Options
 from esi_ds.patch import main as patch_main
 from esi_ds.patch import summary
@@ -278,6 +279,9 @@ def test_the_names_are_those_of_the_plain_model(models: Path) -> None:
     for kind, plain in (("even", "qwen3_moe"), ("uneven", "llama"), ("mxfp4", "gpt_oss")):
         shapes = {name: tuple(tensor.shape) for name, tensor in load_file(models / plain / "model.safetensors").items()}
         assert {weight.name: weight.shape for weight in model_weights(models / kind)} == shapes
+        form = read_quantisation(models / kind)
+        names = [tensor.name for tensor in checkpoint_tensors(models / kind)]  # all that an index on the hub says
+        assert form is not None and weight_names(form, names) == set(shapes)
 
 
 def tuned_from(model: Path, folder: Path, dtype: str) -> Path:
