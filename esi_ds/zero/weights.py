@@ -63,6 +63,8 @@ def every_rank_reads_its_part(source: ModelSource, remedy: str, problem: str) ->
     of the model that has just been made, and transformers' of what rank 0 has read.
     """
 
+    initialise_missing = PreTrainedModel._initialize_missing_keys
+
     def headers(file: str, **_: Any) -> dict[str, StoredTensor]:
         return {tensor.name: tensor for tensor in read_header(Path(file), source.field, REMEDY)[0]}
 
@@ -86,6 +88,14 @@ def every_rank_reads_its_part(source: ModelSource, remedy: str, problem: str) ->
                 raise error_of_a_rank
         return [], set(model.state_dict()) - names
 
+    def initialise(model: PreTrainedModel, is_quantized: bool) -> None:
+        """What transformers does once the weights are read: some architectures' code for it asks for the shapes of
+        weights, which are empty placeholders here, also of weights that were read."""
+        kind = f"is of type {model.config.model_type}, which transformers cannot initialise under ZeRO-3"
+        other = "give a model of another architecture; docs/architectures.md lists those that load"
+        with reading(source.field, source.path, other, kind):
+            initialise_missing(model, is_quantized)
+
     def partition(init: Init, parameter: nn.Parameter) -> None:
         """What zero.Init does with a new parameter, without the broadcast of what its memory happens to hold."""
         init._convert_to_deepspeed_param(parameter)
@@ -93,6 +103,7 @@ def every_rank_reads_its_part(source: ModelSource, remedy: str, problem: str) ->
 
     with (
         patch.object(Init, "_zero_init_param", partition),
+        patch.object(PreTrainedModel, "_initialize_missing_keys", initialise),
         patch.object(modeling_utils, "load_state_dict", headers),
         patch.object(modeling_utils, "_load_state_dict_into_zero3_model", read),
     ):
