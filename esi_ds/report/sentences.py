@@ -47,8 +47,8 @@ def esi(report: EsiReport, masks: Sequence[MaskReport]) -> list[str]:
         lines.append(" ".join(where(mask, name)))
     unsafe, refused = (report["facts"].get(name) for name in RESPONSE_FACTS)
     if report["judge_scores"]:
-        words = [f"the judge calls {unsafe.split(' ')[0]} unsafe"] if unsafe else []
-        words += [f"{refused.split(' ')[0]} contain words of refusal"] if refused else []
+        words = [f"the judge calls {unsafe.partition(' (')[0]} unsafe"] if unsafe else []
+        words += [f"{refused.partition(' (')[0]} contain words of refusal"] if refused else []
         if words:
             lines.append(f"Of the {counted(len(report['judge_scores']), 'response')}, {' and '.join(words)}.")
     return lines

@@ -212,7 +212,7 @@ def rates(set_name: str, judge: str) -> dict:
     return {"measure": "m", "set": set_name, "judge": judge, "cells": [cell], "changes": [None]}
 
 
-@pytest.mark.parametrize(("score", "judged"), [("margin", "25.0% (1 of 4 responses)"), ("logit", None)])
+@pytest.mark.parametrize(("score", "judged"), [("margin", "25.0 % (1 of 4 responses)"), ("logit", None)])
 def test_shares_of_unsafe_and_refusing_responses(score: str, judged: str | None) -> None:
     """Of the responses used, which are not the first ones; a safe logit alone is no verdict."""
     judge = SimpleNamespace(section=SimpleNamespace(score=score))
@@ -220,11 +220,11 @@ def test_shares_of_unsafe_and_refusing_responses(score: str, judged: str | None)
     inputs = SimpleNamespace(judge=judge, marks=MARKS)
     scores = {1: -2.0, 2: 3.0, 3: 0.5, 4: 0.0}
     facts = response_facts(SimpleNamespace(inputs=inputs, responses=responses, scores=scores))  # type: ignore[arg-type]
-    assert facts.get("judged unsafe") == judged and facts["refused (by words)"] == "50.0% (2 of 4 responses)"
+    assert facts.get("judged unsafe") == judged and facts["refused (by words)"] == "50.0 % (2 of 4 responses)"
     whole = {**report(DENSE), "facts": facts}
     page, table = render(whole), closing_table(whole)
-    assert "<b>50.0%</b>refused (by words)" in page and "refused (by words): 50.0% (2 of 4 responses)" in table
-    assert ("<b>25.0%</b>judged unsafe" in page, "judged unsafe: 25.0%" in table) == (bool(judged), bool(judged))
+    assert "<b>50.0 %</b>refused (by words)" in page and "refused (by words): 50.0 % (2 of 4 responses)" in table
+    assert ("<b>25.0 %</b>judged unsafe" in page, "judged unsafe: 25.0 %" in table) == (bool(judged), bool(judged))
 
 
 def test_charts_of_one_page_begin_in_line() -> None:

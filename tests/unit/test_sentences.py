@@ -28,12 +28,12 @@ def esi(units: list[dict], **changed) -> dict:
 
 
 def test_where_a_mask_lies() -> None:
-    (line, answers) = sentences.esi(page := esi(UNITS, facts={"judged unsafe": "25.0% (1 of 4 responses)"}), [page])
+    (line, answers) = sentences.esi(page := esi(UNITS, facts={"judged unsafe": "25.0 % (1 of 4 responses)"}), [page])
     assert line == (
         "The mask is 0.5 % of the weights. Attention, with 50 % of the scored weights, holds 90 % of it; dense MLPs, "
         "with 50 %, hold 10 %. By thirds of the depth, it is densest in attention.v of layers 2–3 (4.8 times chance)."
     )
-    assert answers == "Of the 2 responses, the judge calls 25.0% unsafe."
+    assert answers == "Of the 2 responses, the judge calls 25.0 % unsafe."
     assert f'<div class="lead"><p>{line}</p><p>{answers}</p></div>' in render(page)
 
 

@@ -24,6 +24,7 @@ from esi_ds.report.contents import (
     RoutingRow,
     SampleResponse,
 )
+from esi_ds.report.evaluation import percent
 from esi_ds.report.html import write_report
 from esi_ds.report.publish import closing_table, publish
 from esi_ds.report.sentences import listed
@@ -257,7 +258,7 @@ def response_facts(outcome: PromptOutcome) -> Facts:
 
 
 def _share(count: int, total: int) -> str:
-    return f"{count / max(total, 1):.1%} ({count} of {total} responses)"
+    return f"{percent(count / max(total, 1))} ({count} of {total} responses)"
 
 
 def _judge_facts(config: Config, judge: PreparedEsiJudge | None) -> Facts:
