@@ -101,6 +101,7 @@ CASES = {
     "suspended": (403, b"your account has been flagged and suspended for prompts that violate our policy"),
     "flagged": (403, b"the input was flagged by moderation"),
     "content filter": (400, b'{"error": {"message": "Please modify it and retry.", "code": "content_filter"}}'),
+    "schema": (400, b'{"error": {"message": "The request violates the schema: messages.0.name is not allowed"}}'),
     "500": 500,
     "503 once": 503,
     "429 once": 429,

@@ -40,12 +40,13 @@ MIN_KEY = 16  # characters of a key that is looked for in answers: shorter ones 
 # How servers say in a reply that they, and not the model, ended it: by a filter, or because something went wrong.
 FILTERED = {"content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii"}
 BROKEN_OFF = {"abort", "error", "cancelled"}
-# How a refusal of the question's content is sent, what it says, and what a refusal of the asker says.
-OF_THE_CONTENT = {400, 403, 422, 451}
-FILTER_CODE = re.compile(rb'"code"\s*:\s*"(content_filter|content_policy_violation)"', re.I)
+# What a refusal says that is of the question's content, and what one of the asker says. A malformed request is refused
+# with 400 or 422, too, and may "violate" a schema: there the words must be a filter's own.
+FILTERS = re.compile(rb"content.?(filter|management|polic)|moderat|flagged|data.?inspection|inappropriate", re.I)
 MODERATED = re.compile(
     rb"(input|prompt|content|message|request).{0,80}(flagged|moderat|violat|filter|polic)", re.I | re.S
 )
+SAYS_FILTERED = {400: FILTERS, 403: MODERATED, 422: FILTERS, 451: MODERATED}
 OF_THE_ASKER = re.compile(rb"account|organi[sz]ation|api.?key|suspend|deactivat|terminat|permission|billing", re.I)
 # What an error that is sent as HTTP 200 says, without a number, where it may pass.
 PASSING = re.compile(rb"rate.?limit|overload|timeout|timed out|unavailable|try again|internal", re.I)
@@ -336,10 +337,8 @@ async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, question: Bod
 
 def _is_moderated(status: int, body: bytes) -> bool:
     """Whether a refusal is of what the question holds: a filter's, as servers have before their models."""
-    if status not in OF_THE_CONTENT:
-        return False
-    says_so = MODERATED.search(body) is not None and OF_THE_ASKER.search(body) is None
-    return says_so or FILTER_CODE.search(body) is not None
+    words = SAYS_FILTERED.get(status)
+    return words is not None and words.search(body) is not None and OF_THE_ASKER.search(body) is None
 
 
 def _told_status(body: bytes) -> int | None:

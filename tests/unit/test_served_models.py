@@ -130,6 +130,12 @@ def test_a_server_that_filters_what_it_is_asked_is_alive(server: Server, tmp_pat
     assert [row["response"] is None for row in rows] == [True] * 6 + [False]
 
 
+def test_a_malformed_request_is_not_a_filtered_one(server: Server, tmp_path: Path) -> None:
+    """Every question would be refused, and the run would end well with nothing."""
+    with pytest.raises(UserError, match="violates the schema.*start again once it works"):
+        ask(model_at(server, give_up_after=3, concurrency=1), tmp_path, ["schema"] * 5)
+
+
 def test_a_late_reply_shows_that_the_others_can_be_asked_after_all(server: Server, tmp_path: Path) -> None:
     """What was passed over while a reply was under way is not left without a reason."""
     rows = ask(model_at(server, give_up_after=2, max_attempts=1), tmp_path, ["slow", "500", "500", *["one"] * 9])
