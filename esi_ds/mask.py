@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from esi_ds.config.section import MAX_SEED
-from esi_ds.core.mask import Mask, digest, refuse_problems, texts_sha256
+from esi_ds.core.mask import Mask, refuse_problems, texts_sha256
 from esi_ds.core.mask_metadata import follows
 from esi_ds.core.score_folder import ScoreFolder
 from esi_ds.core.units import Unit
@@ -54,8 +54,7 @@ def info(mask: Mask, ranks: Ranks) -> list[str]:
     """Lines about the mask, and about where its weights are, by role and by layer."""
     facts = ("format", "criterion", "contrastive", "normalise", "order", "scope", "ratio", "threshold")
     lines = [f"{key:12} {mask.metadata[key]}" for key in facts if key in mask.metadata]
-    bits = mask.digests or {name: digest(mask.data(name)) for name in mask.names}  # of an earlier version
-    lines += [f"{'made from':12} {mask.fingerprint}", f"{'bits sha256':12} {texts_sha256(bits)}"]
+    lines += [f"{'made from':12} {mask.fingerprint}", f"{'bits sha256':12} {texts_sha256(mask.digests_of_bits())}"]
     lines.append(f"{'selected':12} {mask.k:,} of {mask.total_numel:,} weights in {len(mask.names)} scored parameters")
     by_role: dict[str, list[int]] = {}
     by_layer: dict[int, list[int]] = {}

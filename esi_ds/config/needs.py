@@ -6,6 +6,7 @@ import math
 
 from esi_ds.config import Config, Eval, LossData, Perturb, Tune
 from esi_ds.config.scoring import Esi
+from esi_ds.config.tuning import benign_among
 from esi_ds.core.criteria import GRADIENTS
 from esi_ds.errors import UserError
 from esi_ds.words import counted
@@ -107,7 +108,7 @@ def check_mix(tune: Tune, num_ranks: int) -> None:
     """Raise UserError where benign rows are asked for and none would be read, as ``DataOrder`` spreads them."""
     benign, step_rows = tune.data.benign, tune.step_rows(num_ranks)
     num_rows = tune.max_steps * step_rows
-    if benign is None or benign.fraction == 0 or int(num_rows * benign.fraction) > 0:
+    if benign is None or benign.fraction == 0 or benign_among(num_rows, benign.fraction) > 0:
         return
     steps = math.ceil(1 / (benign.fraction * step_rows))
     remedy = f"take {steps:,} steps or more"

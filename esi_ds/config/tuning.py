@@ -10,6 +10,11 @@ from esi_ds.config.data import Rows, RowSource
 from esi_ds.config.section import Section, Seed
 
 
+def benign_among(num_rows: int, fraction: float) -> int:
+    """How many of the first ``num_rows`` rows of a tuning are benign, which are ``fraction`` of them, evenly spread."""
+    return int(num_rows * fraction)
+
+
 class BenignMix(Rows):
     fraction: float = Field(0.0, ge=0, le=1, description="The share of benign rows in a batch.")
 

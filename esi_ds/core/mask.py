@@ -167,6 +167,10 @@ class Mask:
         """Parameter → sha256 of its bits; empty for a mask of an earlier version. Raises UserError."""
         return read_digests(self.path, self.shapes, FIELD, REMEDY)
 
+    def digests_of_bits(self) -> dict[str, str]:
+        """``digests``, made from the bits for a mask of an earlier version."""
+        return self.digests or {name: digest(self.data(name)) for name in self.names}
+
     @property
     def bits_sha256(self) -> str | None:
         """sha256 of ``digests`` as JSON with sorted keys: the same for masks that select the same weights of a model,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esi_ds.core.mask import Mask, digest, identity, num_bytes, texts_sha256
+from esi_ds.core.mask import Mask, identity, num_bytes, texts_sha256
 from esi_ds.core.units import Shard
 
 
@@ -45,7 +45,7 @@ class Trained:
         if self.towers and self.unscored == "train":
             settings["towers"] = "freeze"
         if self.mask.k and not self.mask.digests:  # a mask of an earlier version
-            settings |= {name: digest(self.mask.data(name)) for name in self.mask.names}
+            settings |= self.mask.digests_of_bits()
         return texts_sha256({**identity(self.mask), **settings})
 
     @property

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from esi_ds.config.tuning import benign_among
 from esi_ds.core import noise
 from esi_ds.core.loss import IGNORED
 from esi_ds.data.chat import TURN_MARK, TemplateCheck, TemplateRejection, break_up, render
@@ -466,7 +467,7 @@ class DataOrder:
 
     def num_benign_before(self, position: int) -> int:
         """How many of the first ``position`` sequences are benign."""
-        return int(position * self.fraction)
+        return benign_among(position, self.fraction)
 
     def _row(self, stream: int, count: int, size: int) -> int:
         epoch, index = divmod(count, size)

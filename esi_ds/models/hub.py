@@ -31,10 +31,8 @@ from esi_ds.models.weights import names_to_fetch
 from esi_ds.reading import first_line
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt"]  # all that is not weights
-WITHOUT_LOCKS = {
-    errno.ENOLCK,
-    *UNSUPPORTED,
-}  # flock(2): Lustre as mounted by default, NFS without its daemon
+# flock(2): Lustre as mounted by default, NFS without its daemon.
+WITHOUT_LOCKS = {errno.ENOLCK, *UNSUPPORTED}
 FAILED = "failed: "  # begins a record of what went wrong
 KEPT_S = 7 * 24 * 3600.0  # records of earlier jobs
 REQUEST_S = 10.0  # of the one request that asks whether a repository exists

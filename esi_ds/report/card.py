@@ -87,8 +87,7 @@ def model_card(
 
 def _batch(tune: Tune, ranks: int) -> str:
     of_rank = f"{counted(tune.batch_size, 'row')} a rank, {counted(tune.gradient_accumulation, 'micro-batch')} a step"
-    rows = counted(tune.batch_size * tune.gradient_accumulation * ranks, "row")
-    return f"{of_rank}, on {counted(ranks, 'rank')}: {rows} a step"
+    return f"{of_rank}, on {counted(ranks, 'rank')}: {counted(tune.step_rows(ranks), 'row')} a step"
 
 
 def _cell(text: str) -> str:

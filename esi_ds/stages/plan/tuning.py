@@ -6,6 +6,7 @@ from pathlib import Path
 
 from esi_ds.config import Config, Tune, resolved_yaml
 from esi_ds.config.needs import check_mix, require_tune
+from esi_ds.config.tuning import benign_among
 from esi_ds.core.mask import NO_MASK
 from esi_ds.core.select import model_k
 from esi_ds.core.trained import Trained
@@ -125,7 +126,7 @@ def _steps(tune: Tune, ranks: int, num_rows: int | None, num_benign: int | None)
     """Steps, rows per step, and epochs of the rows and of those mixed in, where their number is known."""
     stride = tune.step_rows(ranks)
     taken, mix = tune.max_steps * stride, tune.data.benign
-    benign = int(taken * mix.fraction) if mix is not None else 0  # as DataOrder spreads them
+    benign = benign_among(taken, mix.fraction) if mix is not None else 0
     epochs = []
     if num_rows is not None:
         epochs.append(f"{(taken - benign) / num_rows:.2f} epochs")
