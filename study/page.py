@@ -200,8 +200,9 @@ def _is_task(row: Row, task: str) -> bool:
 
 
 def write_picture(file: Path, drawn: Figure) -> None:
-    # A palette: a third of the bytes.
-    image = Image.open(BytesIO(figure_png(drawn))).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    # A palette: a third of the bytes. Median cut, the default, gives a few small points another's colour.
+    image = Image.open(BytesIO(figure_png(drawn))).convert("RGB")
+    image = image.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     image.save(file, optimize=True)
 
 

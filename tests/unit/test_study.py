@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import fabricate
+import numpy as np
 import pytest
 from builders import build_mask, build_model, byte_bpe_tokenizer
+from PIL import Image
 
 from esi_ds.artifacts import read_jsonl
 from esi_ds.errors import UserError
+from esi_ds.report.figures import COLOURS, plt
 from study import estimate, execute, findings, grid, material, page, where
 from study.collect import row_of
 from study.findings import POLITE_RULE, WORDS_RULES
@@ -234,6 +237,17 @@ def test_committed_pages_are_those_of_the_committed_figures() -> None:
         assert (page.RESULTS / name).read_text() == text(study), f"{name}: run python -m study.page"
     drawn = {f"{name}.png" for name in page.figures(study)}
     assert {file.name for file in page.RESULTS.glob("tiny-*.png")} == drawn
+
+
+def test_small_points_keep_their_colours_in_a_picture(tmp_path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for number, colour in enumerate(COLOURS):
+        axes.plot([number], [number], color=colour, marker="o", markersize=4)
+    page.write_picture(tmp_path / "points.png", figure)
+    drawn = np.unique(np.asarray(Image.open(tmp_path / "points.png").convert("RGB")).reshape(-1, 3), axis=0)
+    for colour in COLOURS:
+        wanted = np.array([int(colour[first : first + 2], 16) for first in (1, 3, 5)])
+        assert np.abs(drawn.astype(int) - wanted).max(1).min() <= 4, colour  # of 255, which nobody sees
 
 
 def test_a_rate_at_an_end_of_those_that_were_run_is_marked() -> None:
