@@ -202,7 +202,7 @@ def test_what_a_mask_states_is_not_what_was_written(
     mask = write_run(tmp_path) / "mask"
     state(mask, **texts)
     for command in (["verify", mask], ["info", mask], ["compare", mask, mask], select_from(tmp_path)):
-        assert "metadata are not those that were written" in refused(capsys, *command)
+        assert "metadata differ from those that were written" in refused(capsys, *command)
     if problem != "metadata":
         forget_digests(mask)
         assert problem in refused(capsys, "verify", mask, "--scores", tmp_path / "scores")
@@ -368,12 +368,12 @@ def test_scores_that_are_not_those_that_were_written(
     """All finite, ≥ 0 and in the right shape: only the digests tell."""
     write_run(tmp_path)
     mask, scores = tmp_path / "mask", tmp_path / "scores"
-    expected = "the scores of model.layers.1.fused are not those that were written (digests.json)"
+    expected = "the scores of model.layers.1.fused differ from those that were written (digests.json)"
     damage(scores)
     for command in (select_from(tmp_path), ["verify", mask, "--scores", scores]):
         assert expected in refused(capsys, *command)
     assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match=r"perturb\.scores .*are not those that were written"):
+    with pytest.raises(UserError, match=r"perturb\.scores .*differ from those that were written"):
         read_scores(scores, [], "perturb.scores")
     (scores / "digests.json").unlink()  # as a version without digests wrote them
     assert main([str(argument) for argument in select_from(tmp_path)]) == 0
