@@ -103,7 +103,10 @@ class Eval(Section):
         0.0, ge=0, le=100, description="The temperature that answers are sampled at; 0 decodes greedily."
     )
     top_p: float = Field(
-        1.0, gt=0, le=1, description="The total probability of the likeliest tokens, from which samples are drawn; 1: all."
+        1.0,
+        gt=0,
+        le=1,
+        description="The total probability of the likeliest tokens, from which samples are drawn; 1: all.",
     )
     batch_size: int = Field(8, ge=1, description="How many answers a rank judges or reads at a time.")
     generation_batch_size: Literal["auto"] | BatchNumber | None = Field(None, description=GENERATION_BATCH)
