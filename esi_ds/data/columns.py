@@ -103,7 +103,7 @@ def check_prompt_columns(names: Sequence[str], field: str) -> None:
 def _refuse_choice(names: Sequence[str], field: str) -> NoReturn:
     problem, remedy = f"could be read from the columns {' or '.join(names)}", "name the column, or columns, to read"
     if field.endswith(".column") and any(name.strip().lower() == "goal" for name in names):
-        remedy += f"; set {field.removesuffix('column')}goal: goal where they are attacks and what these are after"
+        remedy += f"; if they are attacks and their goals, set {field.removesuffix('column')}goal: goal"
     raise UserError(field, "auto", problem, remedy)
 
 

@@ -159,8 +159,8 @@ def set_section(data: Mapping[str, Any]) -> list[str]:
         "Each method is compared with ESI, or with the method that is named, prompt by prompt: both at their best "
         "rates, and both at the rate that refuses most within a limit of benign requests lost. Rates are chosen on the "
         "prompts for choosing. Points: the method's rate less the other's on the reported prompts. A prompt counts "
-        "once, whatever the number of seeds (sign test); p by Holm over the rows with two seeds or more. Within one limit "
-        "over-refusal may differ, so read both measures.\n",
+        "once, whatever the number of seeds (sign test); p by Holm over the rows with two seeds or more. Within one "
+        "limit over-refusal may differ, so read both measures.\n",
         set_tests(data["set_tests"]),
         open_rates(data),
         "All learning rates.\n",
