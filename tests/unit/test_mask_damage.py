@@ -271,7 +271,7 @@ def test_damaged_bits_are_read_by_nothing(tmp_path: Path, capsys: pytest.Capture
     good, bad = (write_run(tmp_path / name) / "mask" for name in ("good", "bad"))
     flip_bits(bad)
     for command in (["verify", bad], ["info", bad], ["compare", good, bad], ["compare", bad, good]):
-        assert "not those that were written" in refused(capsys, *command)
+        assert "differ from those that were written" in refused(capsys, *command)
     model = nn.Module()
     model.embed = nn.Embedding(5, 8)
     model.model = nn.Module()
@@ -280,7 +280,7 @@ def test_damaged_bits_are_read_by_nothing(tmp_path: Path, capsys: pytest.Capture
         layer.fused = nn.Parameter(torch.randn(6, 8))
     esi_ds.MaskedAdamW(model, good)
     for damaged in (bad, esi_ds.Mask.load(bad)):
-        with pytest.raises(UserError, match="not those that were written"):
+        with pytest.raises(UserError, match="differ from those that were written"):
             esi_ds.MaskedAdamW(model, damaged)
 
 
@@ -290,7 +290,7 @@ def test_reports_refuse_damaged_bits(tmp_path: Path) -> None:
     good, bad = (write_run(tmp_path / name) for name in ("good", "bad"))
     assert len(overlaps({"good": good, "bad": bad})) == 1
     flip_bits(bad / "mask")
-    with pytest.raises(UserError, match="not those that were written"):
+    with pytest.raises(UserError, match="differ from those that were written"):
         overlaps({"good": good, "bad": bad})
 
 
