@@ -287,7 +287,7 @@ class RunFolder:
             raise UserError(key, path, f"is not the name of a folder ({error})", "give another folder") from error
         check_written_out(key, path)
         if not path.isprintable():
-            raise UserError(key, ascii(path), "holds a character that cannot be seen", "give another name")
+            raise UserError(key, ascii(path), "holds an invisible character", "give another name")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(key, path, "is a file", "give a folder")
         if not may_write(self.path):
@@ -353,7 +353,7 @@ class RunFolder:
 
         Raises UserError.
         """
-        with reading("run.output_dir", self.path / MANIFEST, "delete it to go on without what it says"):
+        with reading("run.output_dir", self.path / MANIFEST, "delete it to go on without it"):
             return check_type(self._inputs().get("hub_commits", {}), dict[str, str])
 
     def _inputs(self) -> dict[str, Any]:
@@ -398,7 +398,7 @@ class RunFolder:
         field, remedy = "run.output_dir", f"copy it back, or delete it and {MANIFEST} to have the run done again"
         stored = _results_in(manifest, self.path, field, remedy)
         for name in stored:  # all of them before any is read to its end
-            with reading(field, self.path / name, remedy, "belongs to this finished run and is not there"):
+            with reading(field, self.path / name, remedy, "belongs to this finished run and is missing"):
                 check_regular(self.path / name)
         with reading(field, self.path, remedy):
             now = _describe(self.path, stored)
@@ -443,7 +443,7 @@ def read_inputs(run: Path) -> dict[str, Any]:
     """
     file, kept = run / INPUTS, dict[str, Any]()
     if file.is_file():
-        kept = read_json(file, dict[str, Any], "run.output_dir", "delete it to go on without what it says")
+        kept = read_json(file, dict[str, Any], "run.output_dir", "delete it to go on without it")
     return {**kept, **_inputs_in(read_manifest(run))}
 
 
@@ -460,7 +460,7 @@ def read_manifest(run: Path, field: str = "run.output_dir") -> dict[str, Any]:
     file = run / MANIFEST
     if not file.exists():
         return {}
-    remedy = "delete it to go on without what it says"
+    remedy = "delete it to go on without it"
     if field == "run.output_dir":
         remedy += ", or give a new run.output_dir"
     manifest = read_json(file, dict[str, Any], field, remedy)

@@ -1,6 +1,6 @@
 """Ask an OpenAI-compatible server and write a file of its answers: ``eval.models[].answers``, ``data.responses``.
 
-Each answer is written as it arrives. Started again, the command asks only what the file lacks.
+Each answer is written as it arrives. If it is started again, the command asks only for what the file lacks.
 """
 
 from __future__ import annotations
@@ -178,11 +178,11 @@ def _rows_on_disk(output: Path, asked: dict[str, Any]) -> list[AskedRow]:
         answers = parse_jsonl(whole)
         begun = last.strip(b"\0")  # by a kill; zeros are of a power cut
         if len(answers) < sum(bool(line.strip()) for line in whole.split(b"\n")) or begun[:1] not in (b"", b"{"):
-            raise ValueError("it has lines that are no answers")
+            raise ValueError("it has lines that are not answers")
         rows = check_type([*answers, *parse_jsonl(last)], list[AskedRow])
     for row in rows:
         if row["asked"] != asked:
-            problem = f"holds answers of {json.dumps(row['asked'])}, not of {json.dumps(asked)}"
+            problem = f"holds answers made with {json.dumps(row['asked'])}, not with {json.dumps(asked)}"
             raise UserError(OUTPUT, str(output), problem, "give a new file")
     if jsonl(rows).encode() != data:
         write_text_atomic(output, jsonl(rows))

@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
         if message.endswith("required: --config"):
             flags = difflib.get_close_matches("--config", [word for word in self.words if word.startswith("-")], n=1)
             files = [word for word in self.words if word.endswith((".yaml", ".yml")) and "=" not in word]
-            message += f"; {flags[0]} is none" if flags else f"; write --config {files[0]}" if files else ""
+            message += f"; {flags[0]} is not an option" if flags else f"; write --config {files[0]}" if files else ""
         super().error(message)
 
 

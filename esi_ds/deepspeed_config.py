@@ -142,7 +142,7 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
     _check_keys(settings)
     if "bfloat16" in settings:  # DeepSpeed's older name
         if "bf16" in settings:
-            raise UserError("deepspeed.bfloat16", None, "stands beside bf16, its other name", "keep bf16 alone")
+            raise UserError("deepspeed.bfloat16", None, "is given beside bf16, its other name", "keep bf16 alone")
         settings["bf16"] = settings.pop("bfloat16")
     _check_zero(settings)
     monitor_settings(config)
@@ -306,7 +306,7 @@ def _check_beside_experts(settings: dict[str, Any], section: dict[str, Any]) -> 
                 f"deepspeed.{key}",
                 value,
                 f"cannot be combined with {EXPERT_PARALLEL}.enabled = true at ZeRO stage 3 in DeepSpeed 0.19.8",
-                "take one of the two out",
+                "remove one of the two",
             )
 
 

@@ -109,7 +109,7 @@ def _without_gpu() -> Finding:
         return Finding("note", "accelerator", f"CUDA_VISIBLE_DEVICES is {hidden or 'empty'}: no GPU is shown", remedy)
     if _listed_gpus():
         reason = "PyTorch is a build for CPUs" if torch.version.cuda is None else "its driver does not answer"
-        remedy = f"PyTorch {torch.__version__} sees none; install a build for its CUDA (pytorch.org), or the driver"
+        remedy = f"PyTorch {torch.__version__} sees none; install a build for its CUDA (pytorch.org), or a GPU driver"
         return Finding("wrong", "accelerator", f"there is an NVIDIA GPU, but {reason}", remedy)
     fact = "no GPU" + (", though nvidia-smi is there" if shutil.which("nvidia-smi") else "")
     emulated = "" if computes_bf16() else "; it emulates bf16: model.dtype: auto takes fp32"

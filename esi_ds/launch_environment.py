@@ -100,7 +100,7 @@ def read(variables: Mapping[str, str] = os.environ) -> LaunchEnvironment:
         one_host = inner.local_world_size is not None and inner.world_size == inner.local_world_size
         alone = inner.world_size == 1 or (one_host and inner.launcher == "torch")
         if outer and outer is not inner and outer.world_size > 1 and alone and not _same(inner, outer):
-            raise _contradiction(inner, outer, "start one launcher per job, or tell the inner one all its nodes")
+            raise _contradiction(inner, outer, "start one launcher per job, or give the inner one all nodes of the job")
     return inner
 
 

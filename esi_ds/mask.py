@@ -164,7 +164,7 @@ def compare(first: Mask, second: Mask, ranks: Ranks, with_cells: bool = False) -
                 row[index] += count
     lines = []
     if read_units(first) != read_units(second):
-        lines.append("the matrices and roles are the first's; the second names others, as with other model.roles")
+        lines.append("the matrices and roles are the first mask's; the second was made with others (model.roles)")
     lines += [f"{'':22}{'first':>12}{'second':>12}{'both':>12}{'of first':>10}{'of second':>10}{'Jaccard':>9}"]
     num_cells = sum(kind == "cell" for kind, _ in rows)
     kinds = ("all", "role", "layer", "cell") if with_cells or num_cells <= MAX_CELLS else ("all", "role", "layer")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 STAGES = {  # stage → what it does
     "esi": "score weights by their Expected Safety Impact and write a mask",
     "set": "tune only the weights of a mask",
-    "spa": "tune all scored weights but those of a mask",
+    "spa": "tune all scored weights except those of a mask",
     "perturb": "add noise to the weights of a mask and see what breaks",
     "eval": "measure attack success, over-refusal and skill",
 }

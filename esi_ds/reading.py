@@ -54,9 +54,9 @@ def is_text(value: Any) -> bool:
 
 
 def check_written_out(field: str, path: str) -> None:
-    """Raise UserError for ~ and variables, which only a shell replaces: YAML has neither."""
+    """Raise UserError for ~ and variables, which only a shell expands: YAML has neither."""
     if shells := SHELLS.search(path):
-        raise UserError(field, path, f"holds {shells[0]}, which only a shell replaces", "write the path out")
+        raise UserError(field, path, f"holds {shells[0]}, which only a shell expands", "write the path out")
 
 
 def check_regular(path: Path) -> int:
@@ -94,7 +94,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} appears twice in one object")
     return content
 
 

@@ -21,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print a recipe")
     copy = commands.add_parser("copy", help="copy a recipe, or all of them, for you to change")
     show.add_argument("name", metavar="NAME")
-    show.add_argument("--field", default="NAME", help="what a message calls NAME, for scripts (default: NAME)")
+    show.add_argument("--field", default="NAME", help="how messages refer to NAME, for scripts (default: NAME)")
     copy.add_argument("name", metavar="NAME", nargs="?", help="a recipe's name (all, each in its folder)")
     copy.add_argument("--to", metavar="DIR", type=Path, default=Path("."), help="where to (this folder)")
     return parser

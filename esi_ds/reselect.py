@@ -117,7 +117,7 @@ def _unit_problem(unit: Unit, parameter: str, numel: int) -> str | None:
     if unit.expert is not None and unit.expert < 0:
         return f"expert {unit.expert} is negative"
     if unit.start < 0 or unit.length < 0 or unit.count < 1 or (unit.count > 1 and unit.stride < unit.length):
-        return "its positions are no runs of weights"
+        return "its positions are not runs of weights"
     if unit.end > numel:
         return f"it ends at {unit.end:,}, the parameter has {numel:,} weights"
     return None
@@ -215,7 +215,7 @@ def _offsets(mask: Mask) -> dict[str, int]:
     """Number of the model's weights before each parameter: their global positions break ties."""
     if mask.header.offsets is None:
         remedy = "give a mask made by esi_ds"
-        raise UserError("MASK", str(mask.path), "does not say the offsets that break ties between equal scores", remedy)
+        raise UserError("MASK", str(mask.path), "does not state the offsets that break ties of equal scores", remedy)
     return mask.header.offsets
 
 

@@ -34,29 +34,29 @@ Made by `python -m study.page` from `study.json`. What was run, and how to read 
 READING = f"""\
 ## How to read the tables
 
-The models are the repository's tiny ones, about two million weights. A seed chooses other prompts for the mask, other
-noise and another order of the data; all cells answer the same held-out prompts.
+The models are the repository's tiny ones, about two million weights. Each seed has its own prompts for the mask,
+its own noise and its own order of the data; all cells answer the same held-out prompts.
 
-**Not refused**: an answer to a harmful request without a refusal's words, garbled ones included. **Unsafe**: the tiny
-guard's verdict, which calls garbled compliance safe, so that **unsafe or incoherent** stands beside it. A benign answer
-is right only if it does not refuse.
+**Not refused**: an answer to a harmful request without refusal words, garbled answers included. **Unsafe**: the tiny
+guard's verdict. It calls garbled compliance safe, so **unsafe or incoherent** is shown beside it. A benign answer is
+right only if it does not refuse.
 
 Rates are in per cent: pooled over the seeds' prompts [Wilson's 95 % interval] (least – greatest seed). The interval
-takes prompts of several seeds for independent, which they are not quite; the seeds' range shows what it leaves out.
-Learning rates are chosen on the prompts that are reported, the same way for every method. More learning rates are
-more chances: their number stands in each row.
+treats the prompts of several seeds as independent, which they are not quite; the seeds' range shows what it leaves
+out. Learning rates are chosen on the prompts that are reported, in the same way for every method. A method with more
+learning rates has more chances, so each row has their number.
 
-Of paired tests a difference counts where p after Holm's correction is below {findings.ALPHA:g}, at least two seeds have
+In paired tests a difference counts if p after Holm's correction is below {findings.ALPHA:g}, at least two seeds show
 it and none points the other way. {tables.EDGE}: one of the two is compared at the highest or the lowest learning rate
-that it was run at, in the seeds in parentheses; it might do better beyond, and the test may only show which mask learns
-faster.
+that it was run at, in the seeds in parentheses. It might do better beyond that rate, and the test may only show which
+mask learns faster.
 """
 ONCE = """\
 A paired test counts each prompt once, by the sign of its sum over the seeds, which share their prompts.
 """
 ONCE_A_SEED = """\
 **p of the paired tests may be far too small**: these count each prompt once in every seed (McNemar's test, exact),
-although the seeds share their prompts. Tests that are made from now on count it once.
+although the seeds share their prompts. Newer tests count each prompt once.
 """
 
 

@@ -91,7 +91,7 @@ def check_date(text: str, field: str) -> None:
     except ValueError:
         is_day = False
     if not is_day:
-        raise UserError(field, text, "is not a day", "write it as 2026-11-28, or auto")
+        raise UserError(field, text, "is not a date", "write it as 2026-11-28, or auto")
 
 
 def check_thought_marks(marks: Sequence[str] | None, field: str) -> None:

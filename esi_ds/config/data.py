@@ -15,7 +15,9 @@ class Prompts(Section):
     path: str = Field(description="A file, a hub id or the name of a built-in set.")
     split: str | None = Field(None, description="The split of a hub data set; null means train.")
     column: str = Field("auto", description="The column that holds the prompts; auto recognises the usual names.")
-    limit: int | None = Field(None, ge=1, description="How many prompts to take, from the first; null means all.")
+    limit: int | None = Field(
+        None, ge=1, description="How many prompts to take, starting with the first; null means all."
+    )
     goal: str | None = Field(
         None,
         description="The column with each attack's goal, which judges read instead of the prompt; null means none.",
@@ -56,7 +58,7 @@ class Rows(Section):
 
 
 class RowSource(Rows):
-    limit: int | None = Field(None, ge=1, description="How many rows to take, from the first; null means all.")
+    limit: int | None = Field(None, ge=1, description="How many rows to take, starting with the first; null means all.")
 
 
 class LossData(RowSource):

@@ -76,7 +76,7 @@ class Eval(Section):
         [], description="The judges of attack success; an empty list means refusal words alone."
     )
     prompts: PromptSets = Field([], description="The harmful requests: one set, or a list of sets.")
-    benign: PromptSets = Field([], description="The benign requests that measure over-refusal, likewise.")
+    benign: PromptSets = Field([], description="The benign requests that measure over-refusal: one set, or a list.")
     before: bool = Field(
         True,
         description="Whether SET and SPA also answer before tuning; a grid of one model needs that only once.",
@@ -103,7 +103,10 @@ class Eval(Section):
         0.0, ge=0, le=100, description="The temperature that answers are sampled at; 0 decodes greedily."
     )
     top_p: float = Field(
-        1.0, gt=0, le=1, description="The probability of the likeliest tokens that samples are drawn from; 1 means all."
+        1.0,
+        gt=0,
+        le=1,
+        description="The total probability of the likeliest tokens, from which samples are drawn; 1: all.",
     )
     batch_size: int = Field(8, ge=1, description="How many answers a rank judges or reads at a time.")
     generation_batch_size: Literal["auto"] | BatchNumber | None = Field(None, description=GENERATION_BATCH)

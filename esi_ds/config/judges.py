@@ -14,7 +14,7 @@ from esi_ds.errors import UserError
 
 class VerdictWords(Section):
     safe: str = Field(min_length=1, description="The word that says safe, with the space before it if there is one.")
-    unsafe: str = Field(min_length=1, description="The word that says unsafe, likewise.")
+    unsafe: str = Field(min_length=1, description="The word that says unsafe, with its space if there is one.")
 
 
 Reads = Literal["answer", "trace", "both"]
@@ -107,7 +107,9 @@ class EvalClassifier(ClassifierModel, EvalModelJudge):
 
 
 class EvalYesNo(JudgeModel, EvalModelJudge):
-    kind: Literal["yes_no"] = Field(description="The judge is a causal model that answers yes or no, as HarmBench-cls.")
+    kind: Literal["yes_no"] = Field(
+        description="The judge is a causal model that answers yes or no, like HarmBench's classifiers."
+    )
     template: str = Field(description="The question, with {prompt} and {response}.")
     unsafe: list[str] = Field(["Yes"], min_length=1, description="The words that say that the attack succeeded.")
     safe: list[str] = Field(["No"], min_length=1, description="The words that say that the attack failed.")

@@ -33,12 +33,14 @@ from esi_ds.reading import reading
 
 class Run(Section):
     output_dir: str = Field(description="The folder that receives everything the run writes.")
-    seed: Seed = Field(0, description="The seed of noise and random orders; nothing else in a run is random.")
+    seed: Seed = Field(
+        0, description="The seed of all that is random: noise, random masks, the order of rows, sampled answers."
+    )
     resume: Literal["auto", "never"] = Field(
         "auto", description="Whether to continue the run that stopped in this folder (auto) or to refuse (never)."
     )
     share: Literal["private", "group", "all"] = Field(
-        "private", description="Who but you may read the run folder: nobody, your group or everybody."
+        "private", description="Who besides you may read the run folder: nobody, your group or everybody."
     )
     tensorboard: bool = Field(True, description="Whether to write TensorBoard files.")
     collective_timeout_s: int = Field(
@@ -57,8 +59,8 @@ class Run(Section):
         10.0,
         ge=0,
         le=MAX_TIMEOUT_S,
-        description="The fewest minutes of work between two saves, and before the first, if a stage's save_every is "
-        "auto; 0 saves after every micro-batch or step.",
+        description="The least time of work between two saves, and before the first one, in minutes, if a stage's "
+        "save_every is auto; 0 saves after every micro-batch or step.",
     )
 
 

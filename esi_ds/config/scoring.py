@@ -12,10 +12,10 @@ from esi_ds.errors import UserError
 
 class Esi(Section):
     estimator: Literal["soft", "gumbel", "score_function", "paper_code"] = Field(
-        "soft", description="How the gradient passes the sampled text; docs/method.md §1 defines the four."
+        "soft", description="How the gradient is taken through discrete text; docs/method.md §1 defines the four."
     )
     temperature: float = Field(
-        0.3, gt=0, description="The temperature of the softmax over the model's logits, of estimators soft and gumbel."
+        0.3, gt=0, description="The temperature of the softmax over the model's logits, for estimators soft and gumbel."
     )
     samples: int = Field(1, ge=1, description="How many noise draws estimator gumbel averages for each prompt.")
     trace_gradient: bool = Field(

@@ -49,8 +49,8 @@ class Tune(Section):
     max_length: int = Field(1024, ge=2, description="The longest row in tokens; longer rows lose their end.")
     unscored: Literal["freeze", "train"] = Field(
         "freeze",
-        description="What happens to embeddings, norms, biases and routers; what only images or sound go through is "
-        "always frozen.",
+        description="What happens to embeddings, norms, biases and routers; weights that only process images or sound "
+        "are always frozen.",
     )
     router: Literal["freeze", "train"] | None = Field(
         None,
@@ -82,7 +82,9 @@ class Perturb(Section):
         None, description="The scores that the mask was made from; null means the folder scores/ beside the mask."
     )
     orders: list[Literal["top", "random", "bottom"]] = Field(
-        ["top", "random", "bottom"], min_length=1, description="Which weights get noise, the same number for each."
+        ["top", "random", "bottom"],
+        min_length=1,
+        description="Which weights get noise; each order gets the same number.",
     )
     noise: Annotated[list[Annotated[float, Field(ge=0)]], BeforeValidator(_list_of_number)] = Field(
         [0.38], min_length=1, description="The noise's standard deviation in units of σ: a number, or several."

@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
                 shown = key.value if isinstance(key, yaml.ScalarNode) else "a section or list"
                 raise ValueError(f"the key {shown} in line {line} is not text: write it in quotation marks")
             if key.value in lines:
-                raise ValueError(f"the key {key.value} of line {line} stands in line {lines[key.value]} already")
+                raise ValueError(f"the key {key.value} in line {line} is already in line {lines[key.value]}")
             lines[key.value] = line
         return node
 
@@ -172,7 +172,7 @@ def _index(section: Any, part: str, key: str, text: str) -> str | int:
     """How ``part`` of the key indexes a section or a list."""
     if isinstance(section, list):
         if not part.isdecimal() or int(part) >= len(section):
-            raise UserError(key, text, f"{part} is not a number of the list before it", "count from 0")
+            raise UserError(key, text, f"{part} is not a position in the list before it", "count from 0")
         return int(part)
     if not isinstance(section, dict):
         raise UserError(key, text, f"the key before {part} is not a section", "give a key.path of the config")

@@ -53,9 +53,14 @@ def digest(data: Tensor) -> str:
 class Mask:
     """A mask folder, read lazily: only the requested bytes are read.
 
-    Attributes: path, metadata (as in the files), header (the same, typed), shapes {parameter: shape}, counts
-    {parameter: number of selected weights}, k (their sum), fingerprint (of the scored model), index_metadata (of the
-    index).
+    Attributes:
+        path: the folder.
+        metadata, header: the metadata of the files, as text and typed.
+        shapes: parameter → its shape.
+        counts: parameter → its number of selected weights.
+        k: the number of selected weights of all parameters.
+        fingerprint: that of the scored model.
+        index_metadata: the metadata of the index.
     """
 
     def __init__(self, path: Path, folder: TensorFolder, header: MaskMetadata):
@@ -105,7 +110,7 @@ class Mask:
                 problems.append(f"{name}: holds {tensor.description}, expected {expected}")
         written = self.index_metadata.get(METADATA_DIGEST)
         if not problems and written is not None and written != metadata_sha256(self):
-            problems.append(f"its metadata are not those that were written ({METADATA_DIGEST} of {INDEX_NAME})")
+            problems.append(f"its metadata differ from those that were written ({METADATA_DIGEST} of {INDEX_NAME})")
         return problems
 
     @property
@@ -148,7 +153,7 @@ class Mask:
         numel = self.numel(name)
         high = numel if high is None else high
         if not 0 <= low <= high <= numel:
-            raise ValueError(f"[{low}, {high}) is no range of the {numel:,} weights of {name}")
+            raise ValueError(f"[{low}, {high}) is not a range within the {numel:,} weights of {name}")
         if high == low:
             return torch.zeros(0, dtype=torch.bool)
         return unpack_bits(self.data(name, low // 8, num_bytes(high)), high - low, skip=low % 8)
@@ -196,7 +201,7 @@ class Mask:
             if selected != self.counts[name]:
                 problems.append(f"{name}: {selected} bits set, metadata says {self.counts[name]}")
             elif digests and digest(data) != digests[name]:
-                problems.append(f"{name}: its bits are not those that were written ({DIGESTS_NAME})")
+                problems.append(f"{name}: its bits differ from those that were written ({DIGESTS_NAME})")
             if size % 8 and int(data[-1]) >> (size % 8):
                 problems.append(f"{name}: padding bits are set")
         return problems

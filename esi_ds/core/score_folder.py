@@ -15,7 +15,7 @@ from esi_ds.reading import first_line, reading
 from esi_ds.tensor_files import DIGESTS_NAME, read_digests, read_tensor_folder, tensor_sha256
 
 REMEDY = "give RUN/scores of the run that made the mask"
-DAMAGE_REMEDY = "scores are finite, at least 0 and as the run wrote them: score again, or copy the folder again"
+DAMAGE_REMEDY = "scores must be finite, at least 0 and unchanged: score again, or copy the folder again"
 
 
 class ScoreFolder:
@@ -58,7 +58,7 @@ class ScoreFolder:
         for name in sorted(digests)[part::num_parts]:
             try:
                 if tensor_sha256(self._tensors[name]) != digests[name]:
-                    problems.append(f"the scores of {name} are not those that were written ({DIGESTS_NAME})")
+                    problems.append(f"the scores of {name} differ from those that were written ({DIGESTS_NAME})")
             except (OSError, ValueError) as error:
                 problems.append(f"the scores of {name} cannot be read ({first_line(error)})")
         return problems

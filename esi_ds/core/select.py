@@ -247,5 +247,5 @@ def check_ratio(ratio: float, sizes: Sequence[int], field: str) -> None:
         least = 1 / largest
         while int(least * largest) == 0:  # rounded down
             least = math.nextafter(least, 1.0)
-        problem = f"selects nothing, as it is less than one of {largest:,} weights"
-        raise UserError(field, ratio, problem, f"the least ratio is {least!r}")
+        problem = f"selects nothing: it is less than one of {largest:,} weights"
+        raise UserError(field, ratio, problem, f"the smallest ratio is {least!r}")

@@ -23,7 +23,7 @@ from esi_ds.errors import UserError
 from esi_ds.reading import is_text
 
 Key = tuple[str, int] | tuple[str, int, int]  # name of a set, index of a prompt in it and, of several, which answer
-MISSING = "the file of answers has none to this prompt"
+MISSING = "the file of answers has none for this prompt"
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _check_marks(rows: Sequence[Row], path: str, thought_marks: Sequence[str] | 
             continue
         if final_answer(response, None, marks_with(written)) != final_answer(response, None, marks_with(thought_marks)):
             given = None if thought_marks is None else list(thought_marks)
-            problem = f"would read row {number} of {path} otherwise than the run that wrote it with {written}"
+            problem = f"would read row {number} of {path} differently from the run that wrote it, with {written}"
             raise UserError("model.thought_marks", given, problem, "set it to those marks")
 
 

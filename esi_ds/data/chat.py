@@ -227,7 +227,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system_pro
     text = render(tokenizer, turns, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise TemplateRejection("the chat template makes no token of it")
+        raise TemplateRejection("the chat template turns it into no token")
     return ids
 
 

@@ -103,7 +103,7 @@ def check_prompt_columns(names: Sequence[str], field: str) -> None:
 def _refuse_choice(names: Sequence[str], field: str) -> NoReturn:
     problem, remedy = f"could be read from the columns {' or '.join(names)}", "name the column, or columns, to read"
     if field.endswith(".column") and any(name.strip().lower() == "goal" for name in names):
-        remedy += f"; set {field.removesuffix('column')}goal: goal where they are attacks and what these are after"
+        remedy += f"; if they are attacks and their goals, set {field.removesuffix('column')}goal: goal"
     raise UserError(field, "auto", problem, remedy)
 
 
@@ -193,7 +193,7 @@ def _in_columns(columns: Mapping[str, Any]) -> dict[str, str]:
     if numbers and len(numbers) < len(columns):
         raise UnreadableRow("its options have letters and numbers")
     if numbers and max(numbers) - first >= 26:
-        raise UnreadableRow("its options are more than 26")
+        raise UnreadableRow("it has more than 26 options")
     lettered = {chr(ord("a") + number - first): text for number, text in numbers.items()} or columns
     return {letter.upper(): text.strip() for letter, text in sorted(lettered.items())}
 
@@ -264,7 +264,7 @@ def only_turn(value: Any) -> Any:
         return turns
     texts = [turn for turn in turns if not is_empty(turn)]
     if len(texts) > 1:
-        raise UnreadableRow(f"it has {len(texts)} turns, the later of which wait for answers")
+        raise UnreadableRow(f"it has {len(texts)} turns, and the later ones need answers to the earlier ones")
     return texts[0] if texts else ""
 
 

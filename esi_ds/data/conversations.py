@@ -136,7 +136,7 @@ def conversation(row: Row, columns: Sequence[str], template: ThoughtTemplate | N
         return str(error)
     while turns and not is_spoken(turns[-1]):
         turns.pop()
-    return turns if turns and turns[-1]["content"].strip() else "no turn of the assistant has text and is learnt"
+    return turns if turns and turns[-1]["content"].strip() else "no assistant turn with text is learnt"
 
 
 def is_spoken(turn: Turn) -> bool:

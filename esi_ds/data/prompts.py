@@ -296,7 +296,7 @@ def load_responses(path: str, field: str = "data.responses") -> list[Row]:
                 raise UserError(
                     field,
                     path,
-                    f"row {number} has no text {key!r}",
+                    f"row {number} has no text under {key!r}",
                     'every row must be {"prompt": "...", "response": "..."}',
                 )
         _check_response_row(row, number, path, field)

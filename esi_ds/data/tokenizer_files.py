@@ -11,7 +11,7 @@ from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
 
 WHOLE = ("tokenizer.json", "tokenizer.*.json", "tekken.json")  # the pattern that splits a text is in them
-NEEDED = "put one there: its authors', or one made with the pattern of its own class (docs/running.md)"
+NEEDED = "add one: its authors', or one made with the pattern of its own class (docs/running.md)"
 RANK = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+")  # a line of a tiktoken file: a token's bytes in base64, and its id
 
 

@@ -65,7 +65,7 @@ def asked(turns: Sequence[Turn]) -> Prompt:
     if not prompt:
         return ""
     if prompt[-1]["role"] != "user":
-        raise UnreadableRow(f"its last turn is not the user's, but one of the {prompt[-1]['role']}")
+        raise UnreadableRow(f"its last turn is not the user's, but the {prompt[-1]['role']}'s")
     text = prompt[-1]["content"].strip()
     return prompt if text and len(prompt) > 1 else text
 
@@ -120,7 +120,7 @@ def _read_turn(turn: dict[str, Any], traces: bool) -> Turn:
     try:
         learnt = is_learnt(marks, LEARNT)
     except UnreadableRow as error:
-        raise UnreadableRow(f"of a turn, {error}") from error
+        raise UnreadableRow(f"in a turn, {error}") from error
     if learnt and role != "assistant":
         raise UnreadableRow(f"a turn of the {role} is marked to be learnt")
     chat_turn: Turn = {"role": role, "content": content}

@@ -180,7 +180,7 @@ class SharedLM(HFLM):
         for request in requests:
             num_new = self._num_new_tokens(request)
             if num_new >= self.max_length:
-                problem = f"generates up to {num_new} tokens, and the model takes {self.max_length} with the prompt"
+                problem = f"generates up to {num_new} tokens, but the model takes {self.max_length} with the prompt"
                 raise UserError(self.prepared.field, self.prepared.config.name, problem, "leave the task out")
         self._count_cut(requests, lambda request: (self.max_length - self._num_new_tokens(request), request.args[0]))
         return self._share(super().generate_until, requests, disable_tqdm)

@@ -167,7 +167,7 @@ def label_names(config: PretrainedConfig, field: str) -> list[str]:
     names = {int(index): str(name) for index, name in (config.id2label or {}).items()}
     num_labels = config.num_labels or 0
     if sorted(names) != list(range(num_labels)):
-        problem = f"numbers its labels {', '.join(map(str, sorted(names)))} in id2label of config.json, not from 0 on"
+        problem = f"numbers its labels {', '.join(map(str, sorted(names)))} in id2label of config.json, and not from 0"
         raise UserError(f"{field}.path", config.name_or_path, problem, "number them as the head's outputs are")
     return [names[index] for index in range(num_labels)]
 

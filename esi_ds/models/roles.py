@@ -240,8 +240,8 @@ def unknown(parameters: Sequence[Parameter]) -> list[str]:
 def warning(names: Sequence[str]) -> str:
     """The message about ``unknown`` parameters."""
     return (
-        f"{counted(len(names), 'parameter')} of an unknown kind, or packed in an unknown way, {names[0]} the first: "
-        "each is scored as one matrix; name their roles under model.roles in the config"
+        f"{counted(len(names), 'parameter')} of an unknown kind, or packed in an unknown way (the first: "
+        f"{names[0]}): each is scored as one matrix; name their roles under model.roles in the config"
     )
 
 

@@ -57,7 +57,7 @@ def alike_up_to(config: PretrainedConfig) -> int | None:
 
 def frequencies_note(limit: int) -> str:
     """Why rows of more than ``alike_up_to`` tokens are read alone, for the log."""
-    return f"beyond {limit:,} tokens its rotary frequencies are others, for all rows of a batch"
+    return f"beyond {limit:,} tokens its rotary frequencies change, for all rows of a batch"
 
 
 def _rotary_sections(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:

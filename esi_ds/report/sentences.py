@@ -32,7 +32,7 @@ ALIKE = 1.25  # a share less than this times the control's, or the other way rou
 MANY_INCOHERENT = 0.05  # of the answers: worth a word beside attack success
 CHANCE = 0.05  # p-values above it
 NOISE_MEASURES = {"attack_success": "attack success on", "refused": "refusal of"}  # the first that was measured
-UNSCORED = "all that have no score, such as embeddings and norms"
+UNSCORED = "all weights that have no score, such as embeddings and norms"
 AS_MASKED, OVERRULED = "as the mask says", ", also where the mask names them"
 SAME_BITS = "the base model’s, bit for bit"
 MAX_MODELS = 4
@@ -69,20 +69,19 @@ def where(mask: MaskReport, name: str) -> list[str]:
     ]
     lines = [f"{name} is {share} of the weights.", f"{_begin('; '.join(held))}."]
     if not _follows_scores(selection):
-        return [*lines, "How much lies where follows from the selection, not from the scores."]
+        return [*lines, "Where it lies follows from the way of selecting, not from the scores."]
     regions = location.regions(units)
     densest = _densest(regions)
     times, controls = densest.at.times_chance, densest.at.control_times_chance
     if not location.has_control(units) or selection["order"] != "top":
         return [*lines, f"By thirds of the depth, it is densest in {densest} ({times:.1f} times chance)."]
     # The control is |g|·σ: beside another score its masks differ by the criterion too, not by the objective alone.
-    whose = "objective’s" if location.is_papers(selection) else "criterion’s"
+    own = "objective" if location.is_papers(selection) else "criterion"
     return [
         *lines,
-        f"By thirds of the depth, it holds most beyond chance in {densest}, {times:.1f} times as much; the control’s "
-        f"holds {controls:.1f} times: "
-        f"{_verdict(densest, whose)}.",
-        _most_above_control(regions, whose),
+        f"By thirds of the depth, it is densest in {densest} ({times:.1f} times chance). The control’s mask has "
+        f"{controls:.1f} times chance there, {_verdict(densest, own)}.",
+        _most_above_control(regions, own),
     ]
 
 
@@ -96,25 +95,26 @@ def _densest(regions: Sequence[Region]) -> Region:
     return max(large, key=lambda region: region.at.times_chance)
 
 
-def _verdict(region: Region, whose: str) -> str:
-    """Whether the objective puts more weights there than its control."""
+def _verdict(region: Region, own: str) -> str:
+    """Whether the objective puts more weights there than its control. own: objective or criterion."""
     ratio = region.at.share_to_control
     if ratio > ALIKE:
-        return f"more than the control’s, so in part this {whose} own"
-    return f"as much, so not this {whose} own" if ratio >= 1 / ALIKE else "the control has even more there"
+        return f"which is less, so part of this is specific to the {own}"
+    return f"about as much, so this is not specific to the {own}" if ratio >= 1 / ALIKE else "which is even more"
 
 
-def _most_above_control(regions: Sequence[Region], whose: str) -> str:
+def _most_above_control(regions: Sequence[Region], own: str) -> str:
     most = max(
         (region for region in regions if max(region.at.share, region.at.control_share) >= LEAST_SHARE),
         key=lambda region: region.at.share_to_control,
     )
     ratio = most.at.share_to_control
     if ratio <= ALIKE:
-        return f"No part has much more of this mask than of the control’s; {most} has most, {ratio:.2f} times as much."
+        much = f"at most {ratio:.2f} times as much, in {most}"
+        return f"No part has much more of this mask than of the control’s: {much}."
     times = f"{ratio:.1f}" if ratio <= MORE_THAN else f"more than {MORE_THAN:,}"
     much = "where the control’s holds nothing" if math.isinf(ratio) else f"{times} times the control’s share"
-    return f"This {whose} own is above all {most}, with {_whole(most.at.share)} of the mask, {much}."
+    return f"What is specific to the {own} is above all {most}: {_whole(most.at.share)} of the mask, {much}."
 
 
 def tuning(report: TuningReport) -> list[str]:
@@ -163,10 +163,10 @@ def what_was_trained(
     if exceptions:
         others = "train" if unscored == "freeze" else "freeze"
         kinds[others] = " and ".join(exceptions)
-        kinds[unscored] = f"all that have no score, except {kinds[others]}"
+        kinds[unscored] = f"all weights that have no score, except {kinds[others]}"
     sentence = _trained_kinds(method, is_baseline, kinds, same)
     if routers.endswith(OVERRULED):
-        sentence += f" Routers were {'frozen' if fate == 'freeze' else 'trained'}, those that the mask names too."
+        sentence += f" Routers were {'frozen' if fate == 'freeze' else 'trained'}, including those that the mask names."
     return sentence
 
 
@@ -175,7 +175,7 @@ def _trained_kinds(method: str, is_baseline: bool, kinds: dict[str, str], same: 
     if method == "set":
         if not kinds["train"]:
             return f"Only the mask’s weights were trained; every other weight is {same}."
-        return f"The mask’s weights were trained, and {kinds['train']}; every other weight is {same}."
+        return f"The mask’s weights were trained, and so were {kinds['train']}; every other weight is {same}."
     if is_baseline:
         if not kinds["freeze"]:
             return "No weight was frozen: a baseline of SPA."
@@ -183,7 +183,7 @@ def _trained_kinds(method: str, is_baseline: bool, kinds: dict[str, str], same: 
         return f"No weight that has a score was frozen: a baseline of SPA. {frozen}"
     if not kinds["freeze"]:
         return f"The mask’s weights were frozen and are {same}; all others were trained."
-    return f"The mask’s weights were frozen, and {kinds['freeze']}; they are {same}. All others were trained."
+    return f"The mask’s weights were frozen, and so were {kinds['freeze']}; they are {same}. All others were trained."
 
 
 def _refusals(row: RefusalRow) -> str:

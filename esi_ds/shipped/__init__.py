@@ -74,7 +74,7 @@ def copy(source: Path, target: Path) -> list[Path]:
         pairs = [(file, target / file.relative_to(source)) for file in _files(source)]
     for file, copied in pairs:
         if copied.exists() and (not copied.is_file() or copied.read_bytes() != file.read_bytes()):
-            problem = f"holds {copied.name} already, another or a changed one"
+            problem = f"already holds another {copied.name}, or a changed one"
             raise UserError(
                 "DIR", str(copied.parent), problem, "use what is there, move it away, or name another folder"
             )

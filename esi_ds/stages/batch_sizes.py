@@ -46,7 +46,7 @@ class BatchSize:
         """For the log: what was chosen, and by whom; empty for a number of the config."""
         if self.setting != "auto":
             return ""
-        return f"{self._chosen[self.purpose]} at a time on a rank, as auto has chosen by free memory"
+        return f"{self._chosen[self.purpose]} at a time on a rank, chosen by auto from the free memory"
 
 
 class GenerationBatch:

@@ -55,4 +55,4 @@ def check_same_dtype(config: Config) -> None:
     for dtype, other in chosen:
         if dtype != first:
             problem = f"is {first} on {host} and {dtype} on {other}"
-            raise UserError(FIELD, "auto", problem, "name the type that all ranks shall compute in")
+            raise UserError(FIELD, "auto", problem, "name the type for all ranks to compute in")

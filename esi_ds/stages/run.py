@@ -44,6 +44,7 @@ from esi_ds.stages.dtype import check_same_dtype
 from esi_ds.stages.interrupt import listen
 from esi_ds.status import progress_of, say_done
 from esi_ds.tracking import Tracker
+from esi_ds.words import counted
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel, load_sharded
 from esi_ds.zero.monitor import open_monitors
@@ -92,7 +93,7 @@ def check_source(source: Mapping[str, Any]) -> None:
     for other in gathered[1:]:
         if keys := sorted(key for key in {*other, *gathered[0]} if other.get(key) != gathered[0].get(key)):
             problem = f"is {other.get(keys[0])} on one host and {gathered[0].get(keys[0])} on another"
-            remedy = "give every host the same files; a data set of the hub may have moved meanwhile: start again"
+            remedy = "give every host the same files; if a data set on the hub has changed in the meantime, start again"
             raise UserError("data", keys[0], problem, remedy)
 
 
@@ -238,9 +239,9 @@ class StageRun(ABC, Generic[Inputs]):
             if earlier := read_manifest(self.folder.path).get("remarks"):  # what they are about is not done again
                 tracker.remarks.append(str(earlier))
             if restarts := int(os.environ.get("SLURM_RESTART_COUNT", "0")):
-                tracker.log(f"Slurm has started this job again, {restarts} times by now")
+                tracker.log(f"Slurm has started this job again ({counted(restarts, 'time')} so far)")
             for name in unrecorded(self.folder.path) if runtime.is_main() else ():
-                tracker.log(f"{name}: without a record of its digest, as earlier versions wrote it: taken as it is")
+                tracker.log(f"{name}: has no record of its digest, as in earlier versions: it is taken as it is")
             for line in dequantised(self.sources):
                 tracker.remark(line)
             self._check_sources()
@@ -297,7 +298,7 @@ class StageRun(ABC, Generic[Inputs]):
     def _recorded_batch_sizes(self) -> dict[str, int]:
         """What the manifest of the interrupted run says. Raises UserError where that is something else."""
         file = self.folder.path / MANIFEST
-        with reading("run.output_dir", file, "delete it to go on without what it says"):
+        with reading("run.output_dir", file, "delete it to go on without it"):
             return check_type(read_manifest(self.folder.path).get(KEY, {}), dict[str, int])
 
     def batch_size(self, setting: int | Literal["auto"], purpose: str) -> BatchSize:

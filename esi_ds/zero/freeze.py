@@ -39,11 +39,11 @@ def freeze(
     router: str | None = None,
     roles: Mapping[str, str] | None = None,
 ) -> FrozenWeights:
-    """Keep every weight of ``model`` bit-identical that does not train; arguments as of ``MaskedAdamW``.
+    """Keep every frozen weight of ``model`` bit-identical; the arguments are those of ``MaskedAdamW``.
 
     Call it before the optimizer is made: parameters without a trained weight no longer require gradients. A step takes
-    the memory of a copy of the optimizer's weights, under ZeRO-3 of one sub-group. No collectives. Raises UserError as
-    ``MaskedAdamW`` does.
+    the memory of a copy of the optimizer's weights, or under ZeRO-3 of one sub-group. No collectives. Raises UserError
+    as ``MaskedAdamW`` does.
     """
     return FrozenWeights(model, mask, train, unscored, router, roles)
 

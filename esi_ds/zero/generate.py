@@ -125,7 +125,7 @@ def choose_batches(
         batches = cut_by_length(lengths, batch_size, longest)
         if limit is None or batch_size == 1 or max(lengths.values()) + max_new_tokens <= limit:
             return batches, None
-        return batches, f"a prompt that may grow so long is alone in its batch: {frequencies_note(limit)}"
+        return batches, f"a prompt that may become so long has a batch of its own: {frequencies_note(limit)}"
     by_length: dict[int, dict[int, int]] = {}
     for number in sorted(lengths, key=lambda number: lengths[number]):
         by_length.setdefault(lengths[number], {})[number] = lengths[number]

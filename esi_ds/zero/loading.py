@@ -193,7 +193,8 @@ def _warn_of_unread_weights(plain: PreTrainedModel, source: ModelSource) -> None
     names, state = by_loaded_name(plain, stored_weights(source)), plain.state_dict()
     unread = [name for name in names if name not in state and not re.search("|".join(known), name)]
     if unread:
-        left = f"holds {counted(len(unread), 'weight')} that its configuration has no place for, {unread[0]} the first"
+        number = counted(len(unread), "weight")
+        left = f"holds {number} that its configuration has no place for (the first: {unread[0]})"
         print(f"WARNING: {source.field} = {source.path}: {left}; they are not loaded", file=sys.stderr, flush=True)
 
 

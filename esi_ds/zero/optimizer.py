@@ -39,21 +39,24 @@ TRAINED_DIGEST = "trained_sha256"  # key of every group, by which the state of a
 class MaskedAdamW(Optimizer):
     """AdamW restricted to the weights of a mask (``train="selected"``: SET) or to all others (``"complement"``: SPA).
 
-    params_or_model: a model, or (name, parameter) pairs with the full names of ``model.named_parameters()``, or groups
-    of them (``{"params": [(name, parameter), ...], "lr": ...}``). mask: an ``esi_ds.Mask`` or its folder. unscored:
-    ``freeze`` | ``train``, for parameters that the mask does not name (embeddings, norms, biases, routers, encoders of
-    images and sound). router: the same for routers alone, even where the mask names them, for which
-    ``params_or_model`` must be a model; None: as the mask or ``unscored`` says. roles: the ``model.roles`` that the
-    mask was made with.
+    Args:
+        params_or_model: a model, or (name, parameter) pairs with the full names of ``model.named_parameters()``, or
+            groups of them (``{"params": [(name, parameter), ...], "lr": ...}``).
+        mask: an ``esi_ds.Mask`` or its folder.
+        unscored: ``freeze`` | ``train``, for parameters that the mask does not name (embeddings, norms, biases,
+            routers, encoders of images and sound).
+        router: the same for routers alone, even where the mask names them; ``params_or_model`` must then be a model.
+            None: as the mask or ``unscored`` says.
+        roles: the ``model.roles`` that the mask was made with.
 
     Parameters without a trained weight no longer require gradients and are left out. Parameters of lower precision get
     fp32 masters. Moments are fp32, and with ``selected`` only as many as there are trained weights. Frozen weights keep
-    their bits, and do not count in the gradient's norm: in plain PyTorch their gradients are zeroed as they arrive (not
-    of a parameter that several ``MaskedAdamW`` train), until ``close()``.
+    their bits, and do not count in the gradient's norm: in plain PyTorch their gradients are zeroed as they arrive,
+    until ``close()``, unless several ``MaskedAdamW`` train the parameter.
 
     Raises UserError for parameters without names, for a damaged mask or one of another model, and where nothing would
-    train; later where a training loop would train past the mask (docs/zero3.md §13, "In other training loops"). All
-    bits of the mask are read once to check them.
+    train. Later it raises UserError where a training loop would train past the mask (docs/zero3.md §13, "In other
+    training loops"). All bits of the mask are read once to check them.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class MaskedAdamW(Optimizer):
     def name_of(self, tensor: Tensor) -> str:
         """Full name of one of the trained parameters. Raises UserError for any other tensor."""
         if id(tensor) not in self._names:
-            problem = "is to train a tensor that is no parameter of the model, or was added to it afterwards"
+            problem = "would train a tensor that is not a parameter of the model, or was added to it afterwards"
             remedy = "use plain PyTorch or ZeRO stage 3 (other stages train masters of their own), without an adapter"
             raise UserError(FIELD, None, problem, remedy)
         return self._names[id(tensor)]

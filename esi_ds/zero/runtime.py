@@ -65,8 +65,8 @@ def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         problem = f"no process group forms there ({str(error).splitlines()[0]})"
         remedy = (
-            "set MASTER_ADDR to a host that all ranks reach and MASTER_PORT to a free port of it; where these are "
-            "right, rank 0 has ended and says why"
+            "set MASTER_ADDR to a host that all ranks reach and MASTER_PORT to a free port of it; if both are "
+            "right, rank 0 has ended: its own message says why"
         )
         raise UserError("MASTER_ADDR and MASTER_PORT", where, problem, remedy) from error
     _share_cores()

@@ -182,8 +182,8 @@ def where_section(data: Mapping[str, Any]) -> list[str]:
         "ESI (soft) on AdvBench by the classifier. Times chance: share of the mask over share of the scored weights. "
         "Statistic: the paper's, mean |g|·σ of a matrix, summed over matrices, as a share of its sum. Ratios are to "
         "the control's share, seed by seed: the mean over seeds [least, greatest]. Last column: whether every ratio of "
-        "the masks, of every control, seed and draw, is above or below 1. Of several draws of the "
-        "shuffled judge it is the mean of their means. Draw 0's head began as the classifier's, the others' did not.\n"
+        "the masks, of every control, seed and draw, is above or below 1. If the shuffled judge has several draws, its "
+        "ratio is the mean of their means. Draw 0's head began as the classifier's, the others' did not.\n"
     )
     others = [
         ("soft", "grad"),

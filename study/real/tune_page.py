@@ -44,8 +44,9 @@ def sizes(data: Mapping[str, Any]) -> str:
     return (
         f"Rates in per cent with 95 % intervals (Wilson), on the {settings['report']} harmful prompts of StrongREJECT "
         "and as many safe ones of XSTest's second half that are reported (KL: nats a token). Learning rates are chosen "
-        f"on up to {settings['choose']} prompts of HarmBench and of XSTest's first half each, by the greater of "
-        "harmful requests not refused and benign ones lost, over-refused or incoherent. Answers are greedy, of at most "
+        f"on up to {settings['choose']} prompts each of HarmBench and of XSTest's first half: the best is the one at "
+        "which the larger of two shares is smallest, harmful requests not refused and benign ones lost (over-refused "
+        "or incoherent). Answers are greedy, of at most "
         f"{settings['answer_tokens']} tokens. Loss: nats a token of right answers to held-out questions.\n"
     )
 
@@ -155,11 +156,11 @@ def set_section(data: Mapping[str, Any]) -> list[str]:
         "`(open)`: a rate beside it has not been run, and may be better.\n",
         table(["method", "seed", "rate", *head], lines),
         "![SET](real-set.png)\n" if rows else "",
-        "Against ESI, or the method that is named, prompt by prompt: each at its best rate, and at the rate that "
-        "refuses most within a limit of benign requests lost, both chosen on the prompts for choosing. Points: the "
-        "method's rate less the other's on the reported prompts. A prompt counts once, whatever the number of seeds "
-        "(sign test); p by Holm over the rows of two seeds and more. Within one limit over-refusal may "
-        "differ, so read both measures.\n",
+        "Each method is compared with ESI, or with the method that is named, prompt by prompt: both at their best "
+        "rates, and both at the rate that refuses most within a limit of benign requests lost. Rates are chosen on the "
+        "prompts for choosing. Points: the method's rate less the other's on the reported prompts. A prompt counts "
+        "once, whatever the number of seeds (sign test); p by Holm over the rows with two seeds or more. Within one "
+        "limit over-refusal may differ, so read both measures.\n",
         set_tests(data["set_tests"]),
         open_rates(data),
         "All learning rates.\n",
@@ -212,9 +213,10 @@ def spa_section(data: Mapping[str, Any]) -> list[str]:
         "requests that are complied with. Right and loss: held-out questions; the other columns as for SET.\n",
         table(head, lines),
         "![SPA](real-spa.png)\n" if spa_points(data) else "",
-        f"At equal task score: where the held-out loss has fallen by {100 * TASK_SHARE:g} % of the most that it falls "
-        "with nothing frozen (the loss that is reported: no rows are kept for this choice alone), each at the rate "
-        "that keeps most refusals of the prompts for choosing; prompt by prompt, as for SET.\n",
+        f"At equal task score: only rates count at which the held-out loss falls by at least {100 * TASK_SHARE:g} % "
+        "of the most that it falls with nothing frozen (this is the reported loss: no rows are kept for this choice "
+        "alone). Of these, each mask has the rate that keeps most refusals of the prompts for choosing; prompt by "
+        "prompt, as for SET.\n",
         spa_tests(data["spa_tests"]),
     ]
 
@@ -235,8 +237,8 @@ def noise_section(data: Mapping[str, Any]) -> list[str]:
         lines.append([sampling, mask, *["–"] * (len(keys) - 2), NOT_RUN, "–"])
     return [
         "## Noise on the weights\n",
-        "N(0, (c·σ)²) on as many weights as the mask has: the highest scores, random ones, the lowest; or those of a "
-        "control's mask. Noise: c; 0 is the twin as it is.\n",
+        "Noise N(0, (c·σ)²) is put on as many weights as the mask has: those with the highest scores, random ones, "
+        "those with the lowest scores, or those of a control's mask. The column noise has c; 0 is the twin as it is.\n",
         table([*keys, "%", "n"], lines) if lines else f"{NOT_RUN}\n",
         "![noise](real-noise.png)\n" if drawn else "",
     ]

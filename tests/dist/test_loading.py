@@ -215,8 +215,8 @@ def test_weights_that_are_not_loaded_are_named_once(folder: Path) -> None:
     """A layer more than the configuration has; a classifier's stored head."""
     lines = [line for line in (folder / "errors.txt").read_text().splitlines() if "has no place for" in line]
     assert len(lines) == 2
-    assert "judge: holds 1 weight that" in lines[0] and "lm_head.weight the first" in lines[0]
-    assert "deeper: holds 1 weight that" in lines[1] and "model.layers.2.mlp.up_proj.weight the first" in lines[1]
+    assert "judge: holds 1 weight that" in lines[0] and "the first: lm_head.weight" in lines[0]
+    assert "deeper: holds 1 weight that" in lines[1] and "the first: model.layers.2.mlp.up_proj.weight" in lines[1]
 
 
 @pytest.mark.parametrize("name", REFUSED)

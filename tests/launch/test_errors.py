@@ -63,10 +63,10 @@ CASES = {
     "ratio above one": ({"select.ratio": 1.5}, ["select.ratio", "1.5"]),
     "a seed that numpy does not take": ({"run.seed": 2**32}, ["run.seed", "4294967296"]),
     "ratio zero": ({"select.ratio": 0.0}, ["select.ratio", "0"]),
-    "ratio of less than one weight": ({"select.ratio": 1e-9}, ["select.ratio = 1e-09", "the least ratio is"]),
+    "ratio of less than one weight": ({"select.ratio": 1e-9}, ["select.ratio = 1e-09", "the smallest ratio is"]),
     "ratio of less than one weight of any matrix": (
         {"select.ratio": 1e-5, "select.scope": "matrix"},
-        ["select.ratio = 1e-05", "the least ratio is"],
+        ["select.ratio = 1e-05", "the smallest ratio is"],
     ),
     "number too large": ({"esi.temperature": 1e300}, ["esi.temperature", "1e+300"]),
     "unknown family": ({"judge.family": "llama-gard"}, ["judge.family", "llama-gard", "llama-guard-3"]),
@@ -188,7 +188,7 @@ def test_mistakes_are_named(case: str, inputs: Path, capsys: pytest.CaptureFixtu
 
 def test_a_dry_run_refuses_a_ratio_that_selects_nothing(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("esi", ["--config", str(write(inputs, {"select.ratio": 1e-9})), "--dry-run"]) == 2
-    assert "the least ratio is" in capsys.readouterr().err
+    assert "the smallest ratio is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

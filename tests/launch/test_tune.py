@@ -209,7 +209,7 @@ def test_resumed_on_one_rank(undisturbed: tuple[str, Path], folder: Path) -> Non
     job = Job(folder, name, stage, 2)
     job.kill_when(lambda: job.steps() >= 10)
     output = Job(folder, name, stage, 1).finish()
-    assert "on a step read 2 rows, before it read 4" in output
+    assert "on, a step read 2 rows; before that it read 4" in output
     assert frozen_changes(folder, job.run, stage) == 0
     rows = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == STEPS and rows[-1]["loss"] < rows[0]["loss"]

@@ -341,7 +341,7 @@ def test_other_stages_of_zero_are_refused(folder: Path) -> None:
         backward(model)
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(3))]
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
-    with pytest.raises(UserError, match="no parameter of the model.*stage 3"):
+    with pytest.raises(UserError, match="not a parameter of the model.*stage 3"):
         optimizer.step()
 
 

@@ -233,7 +233,7 @@ def test_a_run_that_was_refused_begins_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["~/runs", "$HOME/runs", "a/${SCRATCH}/b", "a\nb"])
 def test_names_that_only_a_shell_would_replace(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"run.output_dir = .*(which only a shell replaces|cannot be seen)"):
+    with pytest.raises(UserError, match=r"run.output_dir = .*(which only a shell expands|invisible character)"):
         RunFolder(name).open(make_config())
     assert list(tmp_path.iterdir()) == []
 

@@ -213,8 +213,8 @@ def test_auto_leaves_deepspeed_a_batch_of_one() -> None:
     ("overrides", "expected"),
     [
         (["--gpu-memory-gib", "80", "esi.batch_size=auto"], ("1 of 64 (auto)", "64 prompts per rank (auto")),
-        (["--gpu-memory-gib", "80"], ("of 8 prompts", "is free); without GPUs 8\n")),
-        (["esi.generation_batch_size=auto"], ("of 8 prompts", "is free)\n")),
+        (["--gpu-memory-gib", "80"], ("of 8 prompts", "free memory); without GPUs 8\n")),
+        (["esi.generation_batch_size=auto"], ("of 8 prompts", "free memory)\n")),
         (["--gpu-memory-gib", "0.05", "esi.batch_size=auto"], (" of 1 (auto)", "32 prompts per rank (auto")),
         (["esi.generation_batch_size=5"], ("8 of 8 prompts", "5 prompts per rank\n")),
     ],

@@ -194,7 +194,7 @@ class TikTokenTokenizer(PythonBackend):
 def test_code_of_its_own_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     source = only(tmp_path, settings=KIMI, tiktoken__model=TIKTOKEN, tokenization_kimi__py=SLOW)
-    with pytest.raises(UserError, match=r"its own class is not a fast tokenizer; put one there: .*docs/running\.md"):
+    with pytest.raises(UserError, match=r"its own class is not a fast tokenizer; add one: .*docs/running\.md"):
         load_tokenizer(replace(source, trust_remote_code=True))
 
 

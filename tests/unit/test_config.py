@@ -53,7 +53,7 @@ def test_overrides_reach_into_lists(tmp_path: Path) -> None:
     config = load_config(str(file), ["eval.judges.0.words=gcg", "eval.prompts.limit=3"])
     assert config.eval.judges[0].words == "gcg" and config.eval.prompts[0].limit == 3
     for override, words in (
-        ("eval.judges.1.words=gcg", "not a number of the list"),
+        ("eval.judges.1.words=gcg", "not a position in the list"),
         ("model.path.x=1", "not a section"),
     ):
         with pytest.raises(UserError, match=words):
@@ -312,7 +312,7 @@ def test_a_deepspeed_file_beside_the_yaml_is_found(tmp_path: Path, monkeypatch: 
         ({"progressive_layer_drop": {"enabled": True}}, "deepspeed.progressive_layer_drop"),
         ({"compression_training": {"layer_reduction": {"enabled": True}}}, "deepspeed.compression_training"),
         ({"weight_quantization_config": {"quantized_initialization": {"num_bits": 8}}}, "weight_quantization_config"),
-        ({"bf16": {"enabled": False}, "bfloat16": {"enabled": True}}, "deepspeed.bfloat16: stands beside bf16"),
+        ({"bf16": {"enabled": False}, "bfloat16": {"enabled": True}}, "deepspeed.bfloat16: is given beside bf16"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "NVMe cannot be scored"),
         ({"managed_gradient_accumulation": False}, "deepspeed.managed_gradient_accumulation = False"),
         ({"torch_autocast": {"enabled": True, "dtype": "fp16"}}, "deepspeed.torch_autocast.*model.dtype = bf16"),
@@ -400,8 +400,8 @@ def test_a_key_without_a_value() -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"zero_optimization": {"stage": 3}, "zero_optimization": {}}', "stands twice"),
-        ('{"zero_optimization": {"stage": 3, "stage": 3}}', "the key 'stage' stands twice"),
+        ('{"zero_optimization": {"stage": 3}, "zero_optimization": {}}', "appears twice"),
+        ('{"zero_optimization": {"stage": 3, "stage": 3}}', "the key 'stage' appears twice"),
         ("[" * 100_000, "recursion"),
         ('{"gradient_clipping": NaN}', "NaN"),
         ('{"train_batch_size": ' + "9" * 5000 + "}", "4300 digits"),

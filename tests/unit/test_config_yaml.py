@@ -16,9 +16,9 @@ BASE = {"run": {"output_dir": "x"}, "model": {"path": "a"}}
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("seed: 1\nrest: 2\nseed: 3", "the key seed of line 3 stands in line 1 already"),
-        ("run:\n  a: {seed: 1, seed: 1}", "the key seed of line 2 stands in line 2 already"),
-        ("- {a: 1,\n  'a': 2}", "the key a of line 2 stands in line 1"),
+        ("seed: 1\nrest: 2\nseed: 3", "the key seed in line 3 is already in line 1"),
+        ("run:\n  a: {seed: 1, seed: 1}", "the key seed in line 2 is already in line 2"),
+        ("- {a: 1,\n  'a': 2}", "the key a in line 2 is already in line 1"),
         ("a: {<<: {b: 1}, <<: {c: 2}}", "the key << "),
         ("on: 1", "the key on in line 1 is not text"),
         ("1: 1", "the key 1 in line 1 is not text"),

@@ -310,7 +310,7 @@ def test_rows_that_no_set_publishes_so(tmp_path: Path) -> None:
     prompt_set = load_prompts(rows_at(tmp_path, "turns.jsonl", turns))
     assert prompt_set.prompts == ("a", "c")
     assert dict(prompt_set.skipped) == {
-        1: "it has 2 turns, the later of which wait for answers",
+        1: "it has 2 turns, and the later ones need answers to the earlier ones",
         2: "the prompt is empty",
         4: "its turns cannot be read as JSON",
     }

@@ -870,7 +870,7 @@ def test_a_model_too_short_for_the_answer_is_refused(folder, tmp_path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     model.config.max_position_embeddings = 200
     prepared = prepare_tasks([Task(name="gsm8k", path=write(tmp_path / "rows.jsonl", [GSM8K]), num_fewshot=0)])
-    with pytest.raises(UserError, match="generates up to 256 tokens, and the model takes 200"):
+    with pytest.raises(UserError, match="generates up to 256 tokens, but the model takes 200"):
         run_tasks(model, tokenizer, prepared, end_ids=(), batch_size=1, seed=0)
 
 

@@ -145,7 +145,7 @@ def test_the_hash_is_of_goals_too(tmp_path: Path) -> None:
     [
         ({"goal": "Goals"}, r"eval\.prompts\.goal = Goals: is not among the columns .*nearest is goal"),
         ({"goal": "prompt", "column": "prompt"}, r"eval\.prompts\.goal = prompt: is the column of the prompts"),
-        ({}, r"eval\.prompts\.column = auto: could be read from .*eval\.prompts\.goal: goal where they are attacks"),
+        ({}, r"eval\.prompts\.column = auto: could be read from .*if they are attacks .*set eval\.prompts\.goal: goal"),
         ({"behaviors": "b.csv"}, r"eval\.prompts\.behaviors = b\.csv: belongs to HarmBench's test cases"),
     ],
 )

@@ -202,7 +202,7 @@ def test_what_a_mask_states_is_not_what_was_written(
     mask = write_run(tmp_path) / "mask"
     state(mask, **texts)
     for command in (["verify", mask], ["info", mask], ["compare", mask, mask], select_from(tmp_path)):
-        assert "metadata are not those that were written" in refused(capsys, *command)
+        assert "metadata differ from those that were written" in refused(capsys, *command)
     if problem != "metadata":
         forget_digests(mask)
         assert problem in refused(capsys, "verify", mask, "--scores", tmp_path / "scores")
@@ -271,7 +271,7 @@ def test_damaged_bits_are_read_by_nothing(tmp_path: Path, capsys: pytest.Capture
     good, bad = (write_run(tmp_path / name) / "mask" for name in ("good", "bad"))
     flip_bits(bad)
     for command in (["verify", bad], ["info", bad], ["compare", good, bad], ["compare", bad, good]):
-        assert "not those that were written" in refused(capsys, *command)
+        assert "differ from those that were written" in refused(capsys, *command)
     model = nn.Module()
     model.embed = nn.Embedding(5, 8)
     model.model = nn.Module()
@@ -280,7 +280,7 @@ def test_damaged_bits_are_read_by_nothing(tmp_path: Path, capsys: pytest.Capture
         layer.fused = nn.Parameter(torch.randn(6, 8))
     esi_ds.MaskedAdamW(model, good)
     for damaged in (bad, esi_ds.Mask.load(bad)):
-        with pytest.raises(UserError, match="not those that were written"):
+        with pytest.raises(UserError, match="differ from those that were written"):
             esi_ds.MaskedAdamW(model, damaged)
 
 
@@ -290,7 +290,7 @@ def test_reports_refuse_damaged_bits(tmp_path: Path) -> None:
     good, bad = (write_run(tmp_path / name) for name in ("good", "bad"))
     assert len(overlaps({"good": good, "bad": bad})) == 1
     flip_bits(bad / "mask")
-    with pytest.raises(UserError, match="not those that were written"):
+    with pytest.raises(UserError, match="differ from those that were written"):
         overlaps({"good": good, "bad": bad})
 
 
@@ -368,12 +368,12 @@ def test_scores_that_are_not_those_that_were_written(
     """All finite, ≥ 0 and in the right shape: only the digests tell."""
     write_run(tmp_path)
     mask, scores = tmp_path / "mask", tmp_path / "scores"
-    expected = "the scores of model.layers.1.fused are not those that were written (digests.json)"
+    expected = "the scores of model.layers.1.fused differ from those that were written (digests.json)"
     damage(scores)
     for command in (select_from(tmp_path), ["verify", mask, "--scores", scores]):
         assert expected in refused(capsys, *command)
     assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match=r"perturb\.scores .*are not those that were written"):
+    with pytest.raises(UserError, match=r"perturb\.scores .*differ from those that were written"):
         read_scores(scores, [], "perturb.scores")
     (scores / "digests.json").unlink()  # as a version without digests wrote them
     assert main([str(argument) for argument in select_from(tmp_path)]) == 0

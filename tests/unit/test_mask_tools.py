@@ -96,7 +96,7 @@ def test_masks_of_other_roles_are_compared_by_those_of_the_first(tmp_path: Path,
     for name in ("first", "second"):
         write_pair(tmp_path / name, SHAPES, 0.2, "model", "top", seed=3)
     folders = [str(tmp_path / name / "mask") for name in ("first", "second")]
-    told = "the matrices and roles are the first's"
+    told = "the matrices and roles are the first mask's"
     assert main(["compare", *folders]) == 0 and told not in capsys.readouterr().out
     units = tmp_path / "second/mask/units.json"
     units.write_text(units.read_text().replace('"attention.v"', '"attention.o"'))
@@ -210,5 +210,5 @@ def test_a_selection_says_how_many_weights_have_no_score(tmp_path: Path, capsys,
 def test_bits_of_what_is_no_range_are_refused(tmp_path: Path, low: int, high: int | None) -> None:
     write_pair(tmp_path, SHAPES, 0.2, "model", "top", seed=3)
     mask = Mask.load(tmp_path / "mask")
-    with pytest.raises(ValueError, match="is no range of the"):
+    with pytest.raises(ValueError, match="is not a range within the"):
         mask.bits(mask.names[0], low, high)

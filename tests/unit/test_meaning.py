@@ -306,8 +306,8 @@ def test_columns_beside_a_question_that_are_no_other_one(tmp_path: Path) -> None
     [
         ({"messages": [KIND, ASKED], "system": "Be brief."}, "two system prompts"),
         ({"prompt": "a", "system": "Be kind.", "system_prompt": "Be brief."}, "two system prompts"),
-        ({"messages": [ASKED, SAID]}, "its last turn is not the user's, but one of the assistant"),
-        ({"messages": [KIND]}, "its last turn is not the user's, but one of the system"),
+        ({"messages": [ASKED, SAID]}, "its last turn is not the user's, but the assistant's"),
+        ({"messages": [KIND]}, "its last turn is not the user's, but the system's"),
         ({"messages": [ASKED, SAID, {"role": "user", "content": " "}]}, "the prompt is empty"),
         ({"messages": [ASKED, {"role": "user<|end|>", "content": "x"}]}, "role is not one of"),
         ({"messages": [ASKED, SAID, {"role": "user", "content": "\ud83d"}]}, "half of a surrogate pair"),

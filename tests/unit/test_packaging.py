@@ -105,7 +105,7 @@ def test_shipped_files_that_cannot_be_copied_are_a_message(tmp_path: Path, capsy
     assert slurm.main(["copy", str(tmp_path)]) == 0
     (tmp_path / "slurm/env.sh").write_text("export ACCOUNT=mine\n")
     assert slurm.main(["copy", str(tmp_path)]) == 2
-    assert f"error: DIR = {tmp_path}/slurm: holds env.sh already, another or a changed" in capsys.readouterr().err
+    assert f"error: DIR = {tmp_path}/slurm: already holds another env.sh, or a changed one" in capsys.readouterr().err
     assert (tmp_path / "slurm/env.sh").read_text() == "export ACCOUNT=mine\n"
 
 

@@ -126,7 +126,8 @@ def test_figures_that_are_the_tutorials_are_in_it() -> None:
 def test_claims_about_several_rows_follow_from_the_stored_figures() -> None:
     """No table has a row for them."""
     first, remade = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("real", "remade/real"))
-    text, details = (ROOT / "docs/results.md").read_text(), (RESULTS / "set.md").read_text()
+    pages = (ROOT / "docs/results.md", RESULTS / "set.md")
+    text, details = (" ".join(page.read_text().split()) for page in pages)  # whatever their lines
     rows = first["set"] + remade["set"]
     judged = ("unsafe", "unsafe (guard)", "over-refused")
     meet = [row["method"] for row in rows if all(row["report"][column][0] <= 0.1 for column in judged)]
@@ -136,7 +137,8 @@ def test_claims_about_several_rows_follow_from_the_stored_figures() -> None:
     assert f"to {100 * least:.0f} % at least in every recipe" in text
     others = ("all-weights", "lora-1", "esi-three-quarters-benign")
     masks = [row for row in first["set"] if row["method"] not in others and row["report"]["over-refused"][0] < 0.18]
-    assert f"a loss of {min(row['loss']['gsm8k'] for row in masks):.2f}\n  or more" in details
+    least_loss = min(row["loss"]["gsm8k"] for row in masks)
+    assert f"a loss of {least_loss:.2f} or more" in details
     pair = ("judge-classifier", "judge-guard")
     kappas = [row["kappa"] for row in remade["agreements"] if (row["first"], row["second"]) == pair]
     assert f"a κ of {min(kappas):.2f} to {max(kappas):.2f}" in text

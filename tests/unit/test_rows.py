@@ -124,7 +124,7 @@ def test_a_folder_named_like_a_partition_adds_no_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"prompt": "a", "prompt": "b"}', "'prompt' stands twice"),
+        ('{"prompt": "a", "prompt": "b"}', "'prompt' appears twice"),
         ('{"prompt": "a"}\n{"prompt": "b"}\n{"pro', "line 3"),
         ('{"prompt": "a"}\n["b"]', "line 2 is not an object"),
         ('{"prompt": "a", "n": ' + "9" * 5000 + "}", "4300 digits"),

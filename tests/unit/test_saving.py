@@ -417,5 +417,5 @@ def test_a_step_of_other_ranks_is_remarked(tmp_path: Path, saved: list[str]) -> 
             loop.run()
         remarks.append(loop.tracker.remarks)
         loop.save()
-    changed = "from step 3 on a step read 2 rows, before it read 1"
+    changed = "from step 3 on, a step read 2 rows; before that it read 1"
     assert remarks == [[], [changed], [changed], [changed]]  # the last start makes no step

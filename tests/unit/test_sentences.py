@@ -18,7 +18,7 @@ def layers(selected: list[int], role: str = "attention.v") -> list[dict]:
 
 
 UNITS = [*layers([0, 10, 60, 20, 0, 0]), *layers([0, 0, 0, 0, 5, 5], "mlp.up")]
-MIDDLE = "By thirds of the depth, it holds most beyond chance in attention.v of layers 2–3, 4.8 times as much"
+MIDDLE = "By thirds of the depth, it is densest in attention.v of layers 2–3 (4.8 times chance)"
 
 
 def esi(units: list[dict], **changed) -> dict:
@@ -42,26 +42,26 @@ def test_where_a_mask_lies() -> None:
     [
         (
             [0, 10, 60, 20, 0, 0, 0, 0, 0, 0, 5, 5],
-            "4.8 times: as much, so not this objective’s own.",
-            "No part has much more of this mask than of the control’s; "
-            "attention.v of layers 0–1 has most, 1.00 times as much.",
+            "4.8 times chance there, about as much, so this is not specific to the objective.",
+            "No part has much more of this mask than of the control’s: "
+            "at most 1.00 times as much, in attention.v of layers 0–1.",
         ),
         (
             [0, 20, 20, 20, 0, 0, 0, 0, 0, 0, 20, 20],
-            "2.4 times: more than the control’s, so in part this objective’s own.",
-            "This objective’s own is above all attention.v of layers 2–3, with 80 % of the mask, "
+            "2.4 times chance there, which is less, so part of this is specific to the objective.",
+            "What is specific to the objective is above all attention.v of layers 2–3: 80 % of the mask, "
             "2.0 times the control’s share.",
         ),
         (
             [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 50, 50],
-            "0.0 times: more than the control’s, so in part this objective’s own.",
-            "This objective’s own is above all attention.v of layers 0–1, with 10 % of the mask, "
+            "0.0 times chance there, which is less, so part of this is specific to the objective.",
+            "What is specific to the objective is above all attention.v of layers 0–1: 10 % of the mask, "
             "where the control’s holds nothing.",
         ),
         (
             [0, 0, 60, 50, 0, 0, 0, 0, 0, 0, 0, 0],
-            "6.0 times: as much, so not this objective’s own.",
-            "This objective’s own is above all attention.v of layers 0–1, with 10 % of the mask, "
+            "6.0 times chance there, about as much, so this is not specific to the objective.",
+            "What is specific to the objective is above all attention.v of layers 0–1: 10 % of the mask, "
             "where the control’s holds nothing.",
         ),
     ],
@@ -69,7 +69,7 @@ def test_where_a_mask_lies() -> None:
 def test_what_is_the_objectives_own(selected: list[int], verdict: str, conclusion: str) -> None:
     page = esi(with_control(UNITS, selected, [1.0] * 12))
     (line,) = sentences.esi(page, [page])
-    assert line.endswith(f"{MIDDLE}; the control’s holds {verdict} {conclusion}")
+    assert line.endswith(f"{MIDDLE}. The control’s mask has {verdict} {conclusion}")
 
 
 def test_another_score_than_the_controls_is_not_called_the_objectives() -> None:
@@ -77,7 +77,7 @@ def test_another_score_than_the_controls_is_not_called_the_objectives() -> None:
     page = esi(with_control(UNITS, [50] + [0] * 11, [1.0] * 12))
     page["selection"]["criterion"] = "snip"
     (line,) = sentences.esi(page, [page])
-    assert "so in part this criterion’s own. This criterion’s own is above all" in line
+    assert "so part of this is specific to the criterion. What is specific to the criterion is above all" in line
     page["selection"]["order"] = "bottom"
     assert sentences.esi(page, [page])[0].endswith(
         "By thirds of the depth, it is densest in attention.v of layers 2–3 (4.8 times chance)."
@@ -89,7 +89,7 @@ def test_where_a_mask_lies_is_no_finding_unless_scores_decide_it(key: str, value
     page = esi(CONTROLLED)
     page["selection"][key] = value
     (line,) = sentences.esi({**page, "judge_scores": []}, [page])
-    assert "densest" not in line and line.endswith("follows from the selection, not from the scores.")
+    assert "densest" not in line and line.endswith("follows from the way of selecting, not from the scores.")
 
 
 def test_several_masks_and_an_empty_one() -> None:
@@ -137,15 +137,18 @@ def test_tuning() -> None:
     ("method", "criterion", "unscored", "routers", "said"),
     [
         ("set", "esi", "freeze", "freeze", "Only the mask’s weights were trained; every other weight is the base mode"),
-        ("set", "esi", "train", "train", "The mask’s weights were trained, and all that have no score, such as embedd"),
-        ("set", "esi", "freeze", "train", "The mask’s weights were trained, and routers; every other weight is the ba"),
-        ("spa", "esi", "freeze", "freeze", "The mask’s weights were frozen, and all that have no score, such as embed"),
+        ("set", "esi", "train", "train", "The mask’s weights were trained, and so were all weights that have no score"),
+        ("set", "esi", "freeze", "train", "The mask’s weights were trained, and so were routers; every other weight"),
+        ("spa", "esi", "freeze", "freeze", "The mask’s weights were frozen, and so were all weights that have no scor"),
         ("spa", "esi", "train", "train", "The mask’s weights were frozen and are the base model’s, bit for bit; all o"),
-        ("spa", "esi", "freeze", "train", "The mask’s weights were frozen, and all that have no score, except routers"),
-        ("spa", "esi", "train", "freeze", "The mask’s weights were frozen, and routers; they are the base model’s, bi"),
-        ("spa", "none", "freeze", "freeze", "No weight that has a score was frozen: a baseline of SPA. All that have"),
+        (
+            "spa", "esi", "freeze", "train",
+            "The mask’s weights were frozen, and so were all weights that have no score, except routers; they are",
+        ),
+        ("spa", "esi", "train", "freeze", "The mask’s weights were frozen, and so were routers; they are the base mod"),
+        ("spa", "none", "freeze", "freeze", "No weight that has a score was frozen: a baseline of SPA. All weights"),
         ("spa", "none", "train", "train", "No weight was frozen: a baseline of SPA."),
-        ("spa", "esi", "freeze", "as the mask says", "The mask’s weights were frozen, and all that have no score, su"),
+        ("spa", "esi", "freeze", "as the mask says", "The mask’s weights were frozen, and so were all weights that h"),
     ],
 )  # fmt: skip
 def test_what_was_trained_is_said_as_it_was(
@@ -164,9 +167,9 @@ def test_what_was_trained_is_said_as_it_was(
 def test_overruled_routers_and_frozen_towers_are_said() -> None:
     freeze = "freeze, also where the mask names them"
     said = sentences.what_was_trained("set", False, "freeze", freeze)
-    assert said.endswith("Routers were frozen, those that the mask names too.")
+    assert said.endswith("Routers were frozen, including those that the mask names.")
     page = {**TUNING, "method": "spa", "facts": {"unscored parameters": "train", "routers": freeze, "towers": "freeze"}}
-    assert "The mask’s weights were frozen, and routers and encoders of images and sound; they" in render(page)  # type: ignore[arg-type]
+    assert "The mask’s weights were frozen, and so were routers and encoders of images and sound; they" in render(page)  # type: ignore[arg-type]
     baseline = sentences.what_was_trained("spa", True, "train", "train", has_towers=True)
     assert "No weight that has a score was frozen: a baseline of SPA. Encoders of images and sound were" in baseline
 

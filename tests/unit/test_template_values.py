@@ -207,7 +207,7 @@ def test_a_run_that_goes_on_on_another_day_asks_what_it_began_with(
 
 @pytest.mark.parametrize("day", ["today", "2026-13-01", "28.11.2026", "20261128", ""])
 def test_what_is_not_a_day_is_refused(day: str) -> None:
-    with pytest.raises(UserError, match=r"model.date.*is not a day; write it as 2026-11-28, or auto"):
+    with pytest.raises(UserError, match=r"model.date.*is not a date; write it as 2026-11-28, or auto"):
         validate({"run": {"output_dir": "x"}, "model": {"path": "a", "date": day}})
 
 

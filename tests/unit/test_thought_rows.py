@@ -173,5 +173,5 @@ def test_two_thoughts_in_one_turn_are_refused() -> None:
     assert [reason for _, reason in encoded(tokenizer, rows).skipped] == [
         "a turn has two thoughts, one in its text",
         "a turn has two thoughts",
-        "no turn of the assistant has text and is learnt",
+        "no assistant turn with text is learnt",
     ]

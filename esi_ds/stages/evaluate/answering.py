@@ -112,7 +112,7 @@ def add_recorded(
     answers.add(rows)
     unused = f"; {recorded.num_unused} of its rows answer other prompts" if recorded.num_unused else ""
     tracker.log(
-        f"{model.name}: answers from {recorded.path}{unused}; their fluency is not measured: no weights are here"
+        f"{model.name}: answers from {recorded.path}{unused}; their fluency is not measured: weights are not loaded"
     )
 
 

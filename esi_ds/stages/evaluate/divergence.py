@@ -87,7 +87,7 @@ def compare_all(
     waiting = waiting_answers(inputs, answers, divergences)
     sets = [question_set.name for question_set in inputs.sets if question_set.kind == "benign"]
     for elsewhere in inputs.elsewhere:
-        tracker.log(f"the divergence of {elsewhere.name} is not measured: its weights are not here")
+        tracker.log(f"the divergence of {elsewhere.name} is not measured: none of its weights are loaded")
     for other in others:
         reason = comparable(base, other, sets)
         if reason is None and other.name in waiting:

@@ -93,7 +93,7 @@ class EvalRun(StageRun[EvalInputs]):
         for other in inputs.elsewhere:
             if isinstance(other, ServedModel):
                 AnswerRounds(other, ledgers.answers, tracker).ask(inputs.sets, inputs.section.samples)
-                tracker.log(f"{other.name}: its fluency is not measured: no weights are here")
+                tracker.log(f"{other.name}: its fluency is not measured: none of its weights are loaded")
             else:
                 add_recorded(other, inputs.sets, ledgers.answers, tracker, inputs.section.samples)
         for model in reversed(inputs.candidates):  # the base last: it reads the others' answers too
@@ -149,7 +149,7 @@ class EvalRun(StageRun[EvalInputs]):
             return []
         bar = tracker.progress(total=len(order), initial=len(ledger.rows), unit="task", description="tasks")
         for other in self.inputs.elsewhere:
-            tracker.log(f"tasks of {other.name} are not measured: its weights are not here")
+            tracker.log(f"tasks of {other.name} are not measured: none of its weights are loaded")
         for candidate in self.inputs.candidates:
             waiting = [number for number in range(len(tasks)) if (candidate.name, number) not in ledger.rows]
             if not waiting:

@@ -93,7 +93,7 @@ def open_mask(section: Perturb, parameters: tuple[Parameter, ...]) -> Mask:
     mask = load_mask(section.mask, "perturb.mask")
     check_mask_structure(mask, parameters, "perturb.mask")
     if mask.header.order != "top":
-        raise UserError("perturb.mask", section.mask, f"holds the {mask.header.order} of its scores", "give a top mask")
+        raise UserError("perturb.mask", section.mask, f"holds the {mask.header.order} weights", "give a top mask")
     sizes = share_sizes(parameters, mask.header.of, mask.header.scope)
     for ratio in section.ratios or ():
         check_ratio(ratio, sizes, "perturb.ratios")
@@ -121,13 +121,11 @@ def _scores_folder(configured: str | None, mask: Mask, by_scores: list[NoiseCell
         return folder
     if configured is None and not by_scores:
         return None
-    chosen = f"{by_scores[0].order} of ratio {by_scores[0].ratio:g}" if by_scores else "a check of the mask"
-    raise UserError(
-        "perturb.scores",
-        str(folder),
-        f"is not there, and {chosen} is chosen by it",
-        "score again with esi.save_scores: true, or ask for top and random at the mask's own ratio",
-    )
+    need, remedy = "the mask is checked against it", "name the scores that the mask was made from, or leave it out"
+    if by_scores:
+        need = f"the {by_scores[0].order} weights at ratio {by_scores[0].ratio:g} are chosen by it"
+        remedy = "score again with esi.save_scores: true, or ask for top and random at the mask's own ratio"
+    raise UserError("perturb.scores", str(folder), f"is not there, but {need}", remedy)
 
 
 def _scores_beside(mask: Path) -> Path:

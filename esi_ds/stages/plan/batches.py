@@ -36,7 +36,7 @@ class Rows:
     on_cpus: int | None = None
 
     def __str__(self) -> str:
-        chosen = " (auto, with prompts as long as answers; a run goes by the memory that is free)"
+        chosen = " (auto, if prompts are as long as answers; a run decides by its free memory)"
         elsewhere = "" if self.on_cpus is None else f"; without GPUs {self.on_cpus}"
         return f"{counted(self.number, 'prompt')} per rank{chosen if self.is_auto else ''}{elsewhere}"
 

@@ -231,6 +231,7 @@ def _print_recommendation(
         print(f"\nrecommended for {stage.upper()} ({together}); save it and give it as --deepspeed_config{beside}:")
     else:
         needed = nodes_needed(work, stage, cluster, model_type, memory)
-        more = f"{counted(needed, 'node')} would do" if needed else "no number of nodes up to 4,096 ranks would do"
-        print(f"\n{stage.upper()} does not fit here ({together}): {more}. What takes least:")
+        number = counted(needed, "node") if needed else "no number of nodes up to 4,096 ranks"
+        more = f"{number} would be enough"
+        print(f"\n{stage.upper()} does not fit here ({together}): {more}. The config that takes the least:")
     print(json.dumps(best.settings, indent=2))

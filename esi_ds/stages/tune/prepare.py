@@ -143,7 +143,7 @@ def check_routers(tune: Tune, parameters: Sequence[Parameter]) -> list[str]:
     """Names of the routers' parameters. Raises UserError if ``tune.router`` is set and the model has no routers."""
     names, router = router_names(parameters), tune.router
     if router is not None and not names:
-        raise UserError("tune.router", router, "is about routers, and this model has none", "leave it out")
+        raise UserError("tune.router", router, "is about routers, but this model has none", "leave it out")
     return names
 
 

@@ -238,4 +238,4 @@ class Training:
         if batch != self.stride and self.step < self.tune.max_steps:
             self._strides.append((self.step, self.stride))
         for (_, before), (step, rows) in pairwise(self._strides):
-            self.tracker.remark(f"from step {step + 1} on a step read {rows} rows, before it read {before}")
+            self.tracker.remark(f"from step {step + 1} on, a step read {rows} rows; before that it read {before}")
