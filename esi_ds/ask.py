@@ -197,6 +197,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="the model's name on the server")
     parser.add_argument("--prompts", required=True, help="a file, a hub id or a built-in set, as in data.prompts")
+    parser.add_argument("--name", help="configuration of a hub data set (its default)")
     parser.add_argument("--split", help="split of a hub data set (train)")
     parser.add_argument("--column", default="auto", help="column that holds the prompts (auto)")
     parser.add_argument("--goal", help="column that holds the goals of attacks, as eval.prompts.goal")
@@ -256,7 +257,7 @@ def _extra_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def _prompts_of(arguments: argparse.Namespace) -> PromptSet:
     """The prompts that the arguments name. Raises UserError, which names an option, not a key of a config."""
     try:
-        keys = ("split", "column", "limit", "goal", "behaviors")
+        keys = ("name", "split", "column", "limit", "goal", "behaviors")
         section = Prompts(path=arguments.prompts, **{key: getattr(arguments, key) for key in keys})
         return load_section(section, "--prompts")
     except UserError as error:

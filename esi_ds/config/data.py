@@ -13,6 +13,7 @@ from esi_ds.errors import UserError
 
 class Prompts(Section):
     path: str = Field(description="A file, a hub id or the name of a built-in set.")
+    name: str | None = Field(None, description="The configuration of a hub data set; null means its default.")
     split: str | None = Field(None, description="The split of a hub data set; null means train.")
     column: str = Field("auto", description="The column that holds the prompts; auto recognises the usual names.")
     limit: int | None = Field(None, ge=1, description="How many prompts to take, from the first; null means all.")

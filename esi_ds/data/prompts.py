@@ -110,6 +110,7 @@ class PromptSet:
 
 def load_prompts(
     path: str,
+    name: str | None = None,
     split: str | None = None,
     column: str = "auto",
     limit: int | None = None,
@@ -119,7 +120,7 @@ def load_prompts(
     kind: Kind | None = None,
     field: str = "data.prompts",
 ) -> PromptSet:
-    """Read prompts; ``path`` is a file, a hub id or a built-in name (benchmarks.py).
+    """Read prompts; ``path`` is a file, a hub id or a built-in name (benchmarks.py). name: a hub set's configuration.
 
     goal: the column of what attacks are after; None: of none. behaviors: the CSV of HarmBench's behaviours, for a file
     of its test cases.
@@ -128,14 +129,14 @@ def load_prompts(
     name. Raises UserError naming ``field`` and its key.
     """
     built_in = BUILT_IN.get(path)
-    source, config = (built_in.source, built_in.config) if built_in else (path, None)
+    source, name, split = where_from(path, name, split)
     if built_in:
-        split, kind = split or split_of(built_in), _kind_of(built_in, path, kind, field)
+        kind = _kind_of(built_in, path, kind, field)
     rows = test_case_rows(source, behaviors, field)
     if rows is not None:
         column, goal = TEST_CASE, goal or GOAL
     else:
-        rows = read_rows(source, f"{field}.path", name=config, split=split)
+        rows = read_rows(source, f"{field}.path", name=name, split=split)
     if goal is not None:
         check_goal(rows, goal, f"{field}.goal")
     if built_in and column == "auto" and any(built_in.column in row for row in rows):
@@ -172,6 +173,7 @@ def load_section(section: Prompts, field: str = "data.prompts", kind: Kind | Non
     """The prompts that a section of the config names; ``kind`` and ``field`` as of ``load_prompts``."""
     return load_prompts(
         section.path,
+        section.name,
         section.split,
         section.column,
         section.limit,
@@ -182,9 +184,13 @@ def load_section(section: Prompts, field: str = "data.prompts", kind: Kind | Non
     )
 
 
-def split_of(built_in: BuiltIn) -> str | None:
-    """The split of a built-in set; None for one that ships as a file."""
-    return None if looks_like_file(built_in.source) else built_in.split
+def where_from(path: str, name: str | None, split: str | None) -> tuple[str, str | None, str | None]:
+    """File or hub id, configuration and split to read: a built-in set's own where the config names none."""
+    built_in = BUILT_IN.get(path)
+    if built_in is None:
+        return path, name, split
+    own_split = None if looks_like_file(built_in.source) else built_in.split
+    return built_in.source, name or built_in.config, split or own_split
 
 
 def _read_prompt(row: Row, column: str, kind: Kind | None, built_in: BuiltIn | None) -> tuple[Prompt, str | None]:
@@ -464,8 +470,8 @@ def _load_kind(
 
 
 def distinct_names(sections: list[Prompts]) -> list[str]:
-    """Short distinct names: a file's stem if that is enough, else path and split, else also a number."""
+    """Short distinct names: a file's stem if that is enough, else path, configuration and split, else also a number."""
     stems = [Path(s.path).stem if Path(s.path).suffix else s.path for s in sections]
-    longer = [s.path + (f":{s.split}" if s.split else "") for s in sections]
+    longer = [":".join(part for part in (s.path, s.name, s.split) if part) for s in sections]
     names = [stem if stems.count(stem) == 1 else long for stem, long in zip(stems, longer, strict=True)]
     return [name if names.count(name) == 1 else f"{name}#{number}" for number, name in enumerate(names, 1)]

@@ -12,9 +12,9 @@ from huggingface_hub import constants, get_session
 
 from esi_ds.config import BenignMix, Prompts, RowSource
 from esi_ds.data.answers import check_unmixed
-from esi_ds.data.benchmarks import BUILT_IN, Kind
+from esi_ds.data.benchmarks import Kind
 from esi_ds.data.conversations import find_columns
-from esi_ds.data.prompts import load_responses, load_section, split_of
+from esi_ds.data.prompts import load_responses, load_section, where_from
 from esi_ds.data.rows import exists, looks_like_file, read_rows
 from esi_ds.errors import UserError
 
@@ -24,9 +24,7 @@ Content = TypeVar("Content")
 
 def count_prompts(section: Prompts, field: str, notes: list[str], kind: Kind | None = None) -> int | None:
     """Number of prompts in a set; None, and a note, where it cannot be reached. Raises UserError where it is wrong."""
-    built_in = BUILT_IN.get(section.path)
-    source, name = (built_in.source, built_in.config) if built_in else (section.path, None)
-    split = section.split or (split_of(built_in) if built_in else None)
+    source, name, split = where_from(section.path, section.name, section.split)
     key = f"{field}.path"
     if read_if_reachable(source, key, lambda: read_rows(source, key, name=name, split=split), notes) is None:
         return None
