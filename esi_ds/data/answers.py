@@ -53,15 +53,17 @@ def load_answers(
     sets: Sequence[QuestionSet],
     samples: int = 1,
     thought_marks: Sequence[str] | None = None,
+    answers_of: str | None = None,
 ) -> RecordedAnswers:
     """The answers of ``model`` in a file, to the prompts of the sets.
 
-    model: its name, which chooses among the models of an ``answers.jsonl``. A row that names set and index answers that
+    model: its name, which chooses among the models of an ``answers.jsonl``, unless it has another name there, which is
+    answers_of. A row that names set and index answers that
     prompt, if it is the same; any other is matched by its prompt. samples: answers to a prompt; several are numbered in
     the file's order. thought_marks: of the config. Raises UserError naming ``field``: for a file that cannot be read,
     that answers no prompt, or that has more answers to one; and naming model.thought_marks, as ``_check_marks`` does.
     """
-    rows = _rows_of_model(load_responses(path, field), path, field, model)
+    rows = _rows_of_model(load_responses(path, field), path, field, model, answers_of)
     _check_marks(rows, path, thought_marks)
     for row in rows:
         if row["response"] is not None and not _is_excluded(row):
@@ -115,15 +117,17 @@ def _names(rows: Sequence[Row], key: Literal["model", "set"]) -> list[str]:
     return list(dict.fromkeys(row[key] for row in rows if _is_evaluated(row)))
 
 
-def _rows_of_model(rows: list[Row], path: str, field: str, model: str) -> list[Row]:
-    """The rows of one model; all of them, where they name one model or none."""
+def _rows_of_model(rows: list[Row], path: str, field: str, model: str, answers_of: str | None) -> list[Row]:
+    """The rows of one model; all of them, where they name one model or none, and answers_of names none."""
     names = _names(rows, "model")
-    if len(names) < 2:
+    if answers_of is None and len(names) < 2:
         return rows
-    if model not in names:
-        remedy = f"set {field.removesuffix('answers')}name to one of them"
-        raise UserError(field, path, f"has answers of {', '.join(names)}, and none of {model}", remedy)
-    return [row for row in rows if row.get("model") == model]
+    wanted = answers_of or model
+    if wanted not in names:
+        problem = f"has answers of {', '.join(names) or 'no model that is named'}, and none of {wanted}"
+        remedy = f"set {field}_of to one of them" if names else f"leave {field}_of out"
+        raise UserError(field, path, problem, remedy)
+    return [row for row in rows if row.get("model") == wanted]
 
 
 def check_unmixed(rows: Sequence[Row], path: str, field: str = "data.responses") -> None:

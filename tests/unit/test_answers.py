@@ -88,8 +88,11 @@ def test_answers_of_an_evaluation(tmp_path: Path) -> None:
         RecordedAnswer(None, "no room"),
         RecordedAnswer("<think>so", "unfinished"),
     ]
-    with pytest.raises(UserError, match=r"eval\.models\.0\.answers.*m, other.*eval\.models\.0\.name"):
+    with pytest.raises(UserError, match=r"eval\.models\.0\.answers .*m, other.*eval\.models\.0\.answers_of"):
         load_answers(file, FIELD, "third", sets)
+    assert load_answers(file, FIELD, "third", sets, answers_of="other").answers["a", 0].response == "not this one"
+    with pytest.raises(UserError, match="answers of m, and none of other"):
+        load_answers(file_of(tmp_path, rows[:4], "one.jsonl"), FIELD, "m", sets, answers_of="other")
     with pytest.raises(UserError, match=r"data\.responses.*m, other"):
         check_unmixed(load_responses(file), file)
     check_unmixed(load_responses(file)[:4], file)
@@ -175,6 +178,7 @@ def test_missing_answers_are_listed_and_fluency_is_not_measured(tmp_path: Path) 
     [
         ({}, "eval.models.0.*has no answers.*path or answers or endpoint"),
         ({"path": "a", "answers": "b"}, r"eval\.models\.0\.answers.*together with path"),
+        ({"path": "b", "answers_of": "base"}, r"eval\.models\.0\.answers_of = base: belongs to a file of answers"),
         ({"answers": "b", "revision": "main"}, r"eval\.models\.0\.revision.*hub"),
         ({"answers": "b", "before": "x"}, r"eval\.models\.0\.before"),
     ],

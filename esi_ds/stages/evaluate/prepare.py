@@ -260,7 +260,7 @@ def prepare_eval(config: Config) -> EvalInputs:
         elif model.answers is not None:
             file_field = f"{field}.answers"
             marks = config.model.thought_marks
-            recorded = load_answers(model.answers, file_field, name, sets, section.samples, marks)
+            recorded = load_answers(model.answers, file_field, name, sets, section.samples, marks, model.answers_of)
             models.append(RecordedModel(name, model.before, recorded, file_field, marks))
         elif model.endpoint is not None:
             limit = section.max_new_tokens
