@@ -25,19 +25,18 @@ from esi_ds.data.benchmarks import (
 )
 from esi_ds.data.columns import (
     CHATS,
-    INPUTS,
     UnreadableRow,
     chat_value,
     check_distinct,
     check_prompt_columns,
     check_row,
+    columns_beside,
     full_question,
     history_value,
     is_empty,
     lowered,
     only_turn,
     system_text,
-    unread_names,
     with_all_options,
     yes_or_no,
 )
@@ -70,8 +69,6 @@ COLUMNS = (
 MAX_SCORE = 3e38  # the largest number that a gradient in fp32 can be multiplied by
 EMPTY = "the prompt is empty"
 HALF = "the prompt holds half of a surrogate pair"
-# Columns, in lower case, that prompts are made of, beside the prompt's.
-READ = {*INPUTS, "instances", "vanilla", "contextstring"}
 # Kind of a question set → the config's key.
 KEYS = {"harmful": "eval.prompts", "benign": "eval.benign"}
 
@@ -80,8 +77,8 @@ KEYS = {"harmful": "eval.prompts", "benign": "eval.benign"}
 class PromptSet:
     """Prompts, where they come from, and (row, reason) of every row that was skipped.
 
-    unread: columns that no prompt holds. goals: what each prompt is after, where it is an attack and the rows say so;
-    empty otherwise. goal_column: where they were read.
+    unread: columns that no prompt holds; also_read: those that some hold beside ``column``. goals: what each prompt is
+    after, where it is an attack and the rows say so; empty otherwise. goal_column: where they were read.
     """
 
     prompts: tuple[Prompt, ...]
@@ -91,15 +88,22 @@ class PromptSet:
     unread: tuple[str, ...] = ()
     goals: tuple[str, ...] = ()
     goal_column: str | None = None
+    also_read: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> str:
+        """All that prompts are read from, the column of the prompts first."""
+        return ",".join((self.column, *self.also_read))
 
     @property
     def note(self) -> str:
-        """Of how many goals the prompts are, how many are there again, and what of the rows is not read, for the end of
-        a line of the log."""
+        """Of how many goals the prompts are, how many are there again, and which other columns of the rows are read and
+        not read, for the end of a line of the log."""
         goals = f"; judges read {self.goal_column}, {len(set(self.goals))} distinct" if self.goals else ""
         num_repeated = len(self.prompts) - len({json.dumps(prompt) for prompt in self.prompts})
         repeated = f"; {num_repeated} duplicate(s), all counted" if num_repeated else ""
-        return goals + repeated + (f"; columns not read: {', '.join(self.unread)}" if self.unread else "")
+        also_read = f"; read with them: {', '.join(self.also_read)}" if self.also_read else ""
+        return goals + repeated + also_read + (f"; columns not read: {', '.join(self.unread)}" if self.unread else "")
 
     @property
     def sha256(self) -> str:
@@ -145,11 +149,11 @@ def load_prompts(
         column = choose_column(rows, column, f"{field}.column", goal)
     if goal == column:
         raise UserError(f"{field}.goal", goal, "is the column of the prompts", "name that of the goals")
-    rows = with_all_options(rows, {name.strip().lower() for name in (column, goal) if name is not None})
     prompts: list[Prompt] = []
     goals: list[str] = []
     skipped: list[tuple[int, str]] = []
-    for number, row in enumerate(rows):
+    named = {name.strip().lower() for name in (column, goal) if name is not None}
+    for number, row in enumerate(with_all_options(rows, named)):
         if len(prompts) == limit:  # later rows are not read, so they are not listed as skipped
             break
         prompt, reason = _read_prompt(row, column, kind, built_in)
@@ -163,10 +167,17 @@ def load_prompts(
         reasons = "; ".join(sorted({reason for _, reason in skipped}))
         raise UserError(f"{field}.path", path, f"has no prompt ({reasons})", "check its rows")
     source = source if looks_like_file(source) else f"hub:{source}"
-    read = {*READ, column.strip().lower(), *choosing_columns(rows)}
-    read.add((goal or "").strip().lower())
-    unread = unread_names(rows, read - set(_contexts_apart(rows[0], column)))
-    return PromptSet(tuple(prompts), column, source, tuple(skipped), unread, tuple(goals), goal)
+    also_read, unread = _columns_beside(rows, column, goal)
+    return PromptSet(tuple(prompts), column, source, tuple(skipped), unread, tuple(goals), goal, also_read)
+
+
+def _columns_beside(rows: Sequence[Row], column: str, goal: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(columns that a prompt is read with, columns that are not read), as ``columns_beside`` has them."""
+    named = {name.strip().lower() for name in (column, goal) if name is not None}
+    also = {"contextstring" if row.get("ContextString") else "context" for row in rows if context_of(row, column)}
+    if column.strip().lower() == "adversarial" and any(is_empty(row.get(column)) for row in rows):
+        also.add("vanilla")
+    return columns_beside(rows, {*named, *choosing_columns(rows)}, also - named, _contexts_apart(rows[0], column))
 
 
 def load_section(section: Prompts, field: str = "data.prompts", kind: Kind | None = None) -> PromptSet:
@@ -407,7 +418,7 @@ class PromptSetRow(_Goals):
     set: str  # its name in tables and files
     kind: Literal["harmful", "benign"]  # whether its prompts should be refused or answered
     source: str  # file, or "hub:" and the id
-    column: str  # the column that holds the prompts
+    column: str  # the column that holds the prompts and, behind commas, those that are read with them
     read: int  # number of prompts
     skipped: dict[str, int]  # reason → number of rows skipped for it, most frequent first
     sha256: str  # of the prompts
@@ -435,7 +446,7 @@ class QuestionSet:
             "set": self.name,
             "kind": self.kind,
             "source": self.prompt_set.source,
-            "column": self.prompt_set.column,
+            "column": self.prompt_set.columns,
             "read": len(self.prompts),
             "skipped": dict(Counter(reason for _, reason in self.prompt_set.skipped).most_common()),
             "sha256": self.prompt_set.sha256,

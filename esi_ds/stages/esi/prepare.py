@@ -115,7 +115,8 @@ class PromptData:
         if "prompts" not in self.source:
             return self.source["responses"]
         answered = f", answered by {self.source['responses']}" if "responses" in self.source else ""
-        return f"{self.source['prompts']} (column {self.source['column']}){answered}"
+        columns = f"column{'s' * (',' in self.source['column'])} {self.source['column']}"
+        return f"{self.source['prompts']} ({columns}){answered}"
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,7 @@ def _read_data(config: Config) -> PromptData:
 def _asked_data(config: Config, section: Prompts, field: str, kind: Kind | None = None) -> PromptData:
     """Prompts that the model answers, or the endpoint ``data.responses``. kind: of the rows that are taken."""
     read, path = load_section(section, field, kind), config.data.responses
-    source = {"prompts": read.source, "column": read.column, "sha256": read.sha256}
+    source = {"prompts": read.source, "column": read.columns, "sha256": read.sha256}
     served = None
     if isinstance(path, ModelEndpoint):
         served = ServedModel.of(path, "data.responses", config.esi.max_new_tokens, config.model)
