@@ -113,7 +113,8 @@ class Data(Section):
     prompts: Prompts | None = Field(None, description="The harmful requests that the model answers.")
     responses: Responses | None = Field(
         None,
-        description='A JSONL of {"prompt", "response"}, used instead of generating, or a server to ask for them. '
+        description='A JSONL of {"prompt", "response"}, used instead of generating, or a server to ask for them. The '
+        "file answers data.prompts; if that is null, all prompts in the file are scored. "
         'Estimator score_function needs no judge if every row of the file also holds a number "judge_score".',
     )
     tuning: LossData | None = Field(

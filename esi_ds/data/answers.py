@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from esi_ds.reading import is_text
 
 Key = tuple[str, int] | tuple[str, int, int]  # name of a set, index of a prompt in it and, of several, which answer
 MISSING = "the file of answers has none to this prompt"
+SCORE_ALL = "set data.prompts: null to score every row"
 
 
 @dataclass(frozen=True)
@@ -130,15 +131,51 @@ def _rows_of_model(rows: list[Row], path: str, field: str, model: str, answers_o
     return [row for row in rows if row.get("model") == wanted]
 
 
-def check_unmixed(rows: Sequence[Row], path: str, field: str = "data.responses") -> None:
+def check_unmixed(rows: Sequence[Row], path: str, are_matched: bool) -> None:
     """Raise UserError for answers of several models, of which ESI would score none, and for answers to several sets,
-    of which it would score the benign ones as harmful: rows do not say which sets these are."""
+    of which it would score the benign ones as harmful: rows do not say which sets these are.
+
+    path: ``data.responses``. are_matched: whether ``data.prompts`` says which rows are scored.
+    """
     models, sets = _names(rows, "model"), _names(rows, "set")
     if len(models) > 1:
-        raise UserError(field, path, f"has answers of {', '.join(models)}", "keep the rows of one of them")
-    if len(sets) > 1:
+        raise UserError("data.responses", path, f"has answers of {', '.join(models)}", "keep the rows of one of them")
+    if len(sets) > 1 and not are_matched:
         problem = f"has answers to the sets {', '.join(sets)}, and all would be scored as answers to harmful prompts"
-        raise UserError(field, path, problem, "keep the rows of the harmful sets, with one name for 'set'")
+        raise UserError("data.responses", path, problem, "name the harmful prompts in data.prompts")
+
+
+def matched_rows(
+    prompts: Sequence[Prompt], rows: Sequence[Row], path: str, said: Sequence[Hashable]
+) -> tuple[list[int | None], int]:
+    """Which row of ``data.responses`` answers each prompt of ``data.prompts``, None where there is none; and how many
+    rows answer other prompts.
+
+    said: what a row says of its prompt. Rows to one prompt must say the same, unless one has the prompt's index, as
+    this package writes it, or the prompt is there as often as they are: then they are taken in turn. Raises UserError
+    where they do not, and where no prompt has a row.
+    """
+    by_prompt: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_prompt.setdefault(_text_key(row["prompt"]), []).append(number)
+    keys = [_text_key(prompt) for prompt in prompts]
+    places, before, numbers = Counter(keys), Counter[str](), list[int | None]()
+    for index, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
+        found = by_prompt.get(key, [])
+        own = [number for number in found if rows[number].get("index") == index and "excluded" in rows[number]]
+        if len(own) == 1:
+            found = own
+        elif len(found) == places[key]:
+            found = found[before[key] :]
+        elif len({said[number] for number in found}) > 1:
+            problem = f"has {len(found)} rows to the prompt {json.dumps(prompt)[:60]}, which differ"
+            raise UserError("data.responses", path, problem, f"keep one of them, or {SCORE_ALL}")
+        before[key] += 1
+        numbers.append(found[0] if found else None)
+    if not by_prompt.keys() & places.keys():
+        remedy = f"name the prompts that it answers, or {SCORE_ALL}"
+        raise UserError("data.responses", path, "answers none of the prompts of data.prompts", remedy)
+    return numbers, sum(len(of_prompt) for key, of_prompt in by_prompt.items() if key not in places)
 
 
 def counted_responses(rows: Sequence[Row], path: str, thought_marks: Sequence[str] | None = None) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from esi_ds.config import validate
+from esi_ds.config import Prompts, validate
 from esi_ds.data.answers import (
     MISSING,
     RecordedAnswer,
@@ -21,6 +22,7 @@ from esi_ds.data.prompts import PromptSet, QuestionSet, load_responses
 from esi_ds.data.thoughts import UNFINISHED
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
+from esi_ds.stages.esi.prepare import PromptData, _read_data
 from esi_ds.stages.evaluate.answering import add_recorded, to_read_again
 from esi_ds.stages.evaluate.prepare import RecordedModel
 from esi_ds.stages.plan.notes import count_responses
@@ -94,20 +96,67 @@ def test_answers_of_an_evaluation(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="answers of m, and none of other"):
         load_answers(file_of(tmp_path, rows[:4], "one.jsonl"), FIELD, "m", sets, answers_of="other")
     with pytest.raises(UserError, match=r"data\.responses.*m, other"):
-        check_unmixed(load_responses(file), file)
-    check_unmixed(load_responses(file)[:4], file)
+        check_unmixed(load_responses(file), file, are_matched=True)
+    check_unmixed(load_responses(file)[:4], file, are_matched=False)
     assert [counted_response(row) for row in load_responses(file)[:4]] == ["first", "second", "", ""]
 
 
 def test_answers_to_several_sets_are_not_all_scored_as_harmful(tmp_path: Path) -> None:
     rows = [evaluated("m", "harmful", 0, "Why?", "first"), evaluated("m", "benign", 0, "How?", "second")]
     file, notes = file_of(tmp_path, rows), list[str]()
-    for check in (lambda: check_unmixed(load_responses(file), file), lambda: count_responses(file, None, notes)):
-        with pytest.raises(UserError, match=r"data\.responses.*the sets harmful, benign.*keep the rows of the harmful"):
-            check()
+    with pytest.raises(UserError, match=r"data\.responses.*the sets harmful, benign.*name the harmful prompts in data"):
+        count_responses(file, None, notes)
     assert len(load_answers(file, FIELD, "m", [question_set("benign", "How?")]).answers) == 1
-    file = file_of(tmp_path, [row | {"set": "one"} for row in rows])  # as the message advises
-    assert count_responses(file, None, notes) == 2 and not notes
+    harmful = Prompts(path=file_of(tmp_path, [{"prompt": "Why?"}], "harmful.jsonl"))  # as the message advises
+    assert count_responses(file, harmful, notes) == 1 and not notes
+
+
+def esi_data(prompts: str | dict[str, str] | None, responses: str, **sections: Any) -> PromptData:
+    data = {"prompts": {"path": prompts} if isinstance(prompts, str) else prompts, "responses": responses}
+    raw = {"run": {"output_dir": "x"}, "model": {"path": "m"}, "judge": {"path": "g"}, "data": data, **sections}
+    return _read_data(validate(raw))
+
+
+def test_esi_scores_the_responses_to_its_prompts(tmp_path: Path) -> None:
+    """Benign ones in the same file were scored as responses to harmful prompts, whatever data.prompts said."""
+    harmful = file_of(tmp_path, [{"prompt": text} for text in ("Why?", "When?", "How?")], "harmful.jsonl")
+    pairs = {"benign": "b", " How? ": "h", "Why?": "w"}
+    rows = [{"prompt": prompt, "response": response} for prompt, response in pairs.items()]
+    file = file_of(tmp_path, rows)
+    data = esi_data(harmful, file)
+    assert (data.prompts, data.responses) == (["Why?", "When?", "How?"], ["w", "", "h"])
+    assert data.unanswered == {1: MISSING} and not data.are_generated
+    assert data.remarks == (
+        f"not scored: 1 row of {file} with prompts that data.prompts does not have",
+        f"excluded: 1 prompt of data.prompts without a response in {file}",
+    )
+    assert data.origin == f"{harmful} (column prompt), answered by {file}" and len(set(data.source.values())) == 5
+    whole = esi_data(None, file)
+    assert whole.responses == ["b", "h", "w"] and whole.source.keys() == {"responses", "sha256"} and not whole.remarks
+    scored = file_of(tmp_path, [row | {"judge_score": number} for number, row in enumerate(rows)], "scored.jsonl")
+    scores = esi_data(harmful, scored, judge=None, esi={"estimator": "score_function"}).scores or []
+    assert scores[::2] == [2, 1] and math.isnan(scores[1])
+
+
+def test_esi_takes_one_response_to_a_prompt(tmp_path: Path) -> None:
+    harmful = file_of(tmp_path, [{"prompt": "Why?"}] * 2, "harmful.jsonl")
+    rows = [{"prompt": "Why?", "response": text} for text in "abc"]
+    assert esi_data(harmful, file_of(tmp_path, rows[:2])).responses == ["a", "b"]  # of a run on the same prompts
+    assert esi_data(harmful, file_of(tmp_path, rows[:1])).responses == ["a", "a"]
+    ours = [row | {"index": index, "excluded": None} for index, row in enumerate(rows)]
+    assert esi_data(harmful, file_of(tmp_path, ours)).responses == ["a", "b"]  # of more of the same prompts
+    with pytest.raises(UserError, match=r'3 rows to the prompt "Why\?", which differ; keep .*data\.prompts: null'):
+        esi_data(harmful, file_of(tmp_path, rows))
+    with pytest.raises(UserError, match=r"answers none of the prompts of data\.prompts.*data\.prompts: null"):
+        esi_data(harmful, file_of(tmp_path, [{"prompt": "How?", "response": "a"}]))
+
+
+def test_esi_reads_goals_from_its_prompts_or_else_from_recorded_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "goal": "g", "response": "r", "excluded": None}, {"prompt": "q", "response": "r"}]
+    file, prompts = file_of(tmp_path, rows), [{"prompt": "q", "aim": "x"}, {"prompt": "p", "aim": "y"}]
+    attacks = file_of(tmp_path, prompts, "attacks.jsonl")
+    assert esi_data(attacks, file).goals == [None, "g"]
+    assert list(esi_data({"path": attacks, "goal": "aim"}, file).goals or []) == ["x", "y"]
 
 
 def test_what_is_ambiguous_is_refused(tmp_path: Path) -> None:

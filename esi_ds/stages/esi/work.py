@@ -135,9 +135,11 @@ class EsiRun(StageRun[EsiInputs]):
         self.tracker.log(
             f"{name}: {len(data.prompts)} from {data.origin}, {counted(len(data.skipped), 'row')} skipped{data.note}"
         )
+        for remark in data.remarks:
+            self.tracker.remark(remark)
         prompts, num_broken = clean(inputs, data.prompts)
         prompt_ids = encode_prompts(inputs, config, prompts)
-        unanswered: dict[int, str] = {}
+        unanswered = dict(data.unanswered)
         with self.phase("responding"):
             if data.served:
                 asked = data.served, data.prompts, self.folder.path, self.tracker, data.goals
