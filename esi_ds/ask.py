@@ -27,7 +27,7 @@ from esi_ds.data.prompts import PromptSet, load_section
 from esi_ds.data.rows import looks_like_file
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError, ends_with_message
-from esi_ds.eval.asking import ask_prompts, check_served
+from esi_ds.eval.asking import ask_prompts, asked_of, check_served
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply
 from esi_ds.models import hub
 from esi_ds.reading import check_regular, check_type, parse_json, reading
@@ -124,13 +124,7 @@ def _ask(
     seed: int | None,
     say: Callable[[str], None],
 ) -> None:
-    asked: dict[str, Any] = {
-        "model": endpoint.model,
-        "max_tokens": endpoint.max_tokens,
-        "system_prompt": system_prompt,
-        **({"seed": seed} if seed is not None else {}),
-        **({"extra": dict(endpoint.extra)} if endpoint.extra else {}),
-    }
+    asked = asked_of(endpoint, system_prompt, seed)
     rows = {_key(row): row for row in _rows_on_disk(output, asked)}
     wanted = {_key(question): question for question in questions}
     waiting = [key for key in wanted if key not in rows]

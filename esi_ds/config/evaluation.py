@@ -111,6 +111,11 @@ class Eval(Section):
     batch_size: int = Field(8, ge=1, description="How many answers a rank judges or reads at a time.")
     generation_batch_size: Literal["auto"] | BatchNumber | None = Field(None, description=GENERATION_BATCH)
 
+    @property
+    def sampling(self) -> dict[str, float]:
+        """How answers are sampled, top_p even if it is 1: a server may have another default. Empty: they are greedy."""
+        return {"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {}
+
 
 def check_sampling(section: Eval) -> None:
     """Raise UserError for samples without a temperature, for one that fp32 would not tell from greedy, and for one

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from esi_ds.artifacts import file_sha256
+from esi_ds.data.asked import Asked
 from esi_ds.data.columns import yes_or_no
 from esi_ds.data.prompts import QuestionSet, load_responses
 from esi_ds.data.rows import Row
@@ -39,12 +40,13 @@ class RecordedAnswer:
 @dataclass(frozen=True)
 class RecordedAnswers:
     """One model's answers from a file. answers: those to the prompts of the sets; num_unused: rows that answer other
-    prompts."""
+    prompts; differences: how they were asked for otherwise than this run's own (``Asked.differences``)."""
 
     path: str
     sha256: str
     answers: dict[Key, RecordedAnswer]
     num_unused: int
+    differences: str = ""
 
 
 def load_answers(
@@ -53,28 +55,22 @@ def load_answers(
     model: str,
     sets: Sequence[QuestionSet],
     samples: int = 1,
-    thought_marks: Sequence[str] | None = None,
+    asked: Asked | None = None,
     answers_of: str | None = None,
 ) -> RecordedAnswers:
     """The answers of ``model`` in a file, to the prompts of the sets.
 
-    model: its name, which chooses among the models of an ``answers.jsonl``, unless it has another name there, which is
-    answers_of. A row that names set and index answers that
-    prompt, if it is the same; any other is matched by its prompt. samples: answers to a prompt; several are numbered in
-    the file's order. thought_marks: of the config. Raises UserError naming ``field``: for a file that cannot be read,
-    that answers no prompt, or that has more answers to one; and naming model.thought_marks, as ``_check_marks`` does.
+    model: its name, which chooses among the models of an ``answers.jsonl``, unless answers_of does. A row that names
+    set and index answers that prompt, if it is the same; any other is matched by its prompt. samples: answers to a
+    prompt; several are numbered in the file's order. asked: how this run asks. Raises UserError naming ``field``: for a
+    file that cannot be read, that answers no prompt, or that has more answers to one; and naming a key of model, as
+    ``_check_marks`` and ``Asked.check_system_prompt`` do.
     """
     rows = _rows_of_model(load_responses(path, field), path, field, model, answers_of)
-    _check_marks(rows, path, thought_marks)
-    for row in rows:
-        if row["response"] is not None and not _is_excluded(row):
-            row["excluded"] = None
-        if not isinstance(row.get("excluded"), str | None):
-            problem = f"has a row whose 'excluded' is {json.dumps(row['excluded'])[:20]}"
-            raise UserError(field, path, problem, "give the reason as a text, or null")
-        if _is_evaluated(row) and not isinstance(row.get("sample", 0), int):
-            problem = f"has a row whose 'sample' is {json.dumps(row['sample'])[:20]}"
-            raise UserError(field, path, problem, "give a number")
+    _check_marks(rows, path, asked.model.thought_marks if asked is not None else None)
+    if asked is not None:
+        asked.check_system_prompt(rows, path)
+    _check_rows(rows, path, field)
     by_key: dict[tuple[str, int], list[int]] = {}
     by_prompt: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
@@ -82,7 +78,7 @@ def load_answers(
             by_key.setdefault((row["set"], row["index"]), []).append(number)
         by_prompt.setdefault(_text_key(row["prompt"]), []).append(number)
     texts = Counter(_text_key(prompt) for question_set in sets for prompt in question_set.prompts)
-    asked: Counter[str] = Counter()  # how often each prompt came before
+    before: Counter[str] = Counter()  # how often each prompt came before
     answers: dict[Key, RecordedAnswer] = {}
     used: set[int] = set()
     for question_set in sets:
@@ -92,8 +88,8 @@ def load_answers(
             if of_place := [number for number in by_key.get(key, []) if number in numbers]:
                 numbers = sorted(of_place, key=lambda number: rows[number].get("sample", 0))
             elif samples > 1 and len(numbers) == samples * texts[text]:  # a prompt that is there several times
-                numbers = numbers[samples * asked[text] :][:samples]
-            asked[text] += 1
+                numbers = numbers[samples * before[text] :][:samples]
+            before[text] += 1
             used.update(numbers)
             matched = [rows[number] for number in numbers]
             if matched and samples == 1:
@@ -105,7 +101,21 @@ def load_answers(
                 answers |= {(*key, sample): _answer_of(row) for sample, row in enumerate(matched)}
     if sets and not answers:
         raise UserError(field, path, "answers none of the prompts", "give the answers to eval.prompts and eval.benign")
-    return RecordedAnswers(path, file_sha256(Path(path).expanduser()), answers, len(rows) - len(used))
+    differences = asked.differences(rows) if asked is not None else ""
+    return RecordedAnswers(path, file_sha256(Path(path).expanduser()), answers, len(rows) - len(used), differences)
+
+
+def _check_rows(rows: Sequence[Row], path: str, field: str) -> None:
+    """Raise UserError for a row whose reason or number is none, and drop reasons that hold for another reader alone."""
+    for row in rows:
+        if row["response"] is not None and not _is_excluded(row):
+            row["excluded"] = None
+        if not isinstance(row.get("excluded"), str | None):
+            problem = f"has a row whose 'excluded' is {json.dumps(row['excluded'])[:20]}"
+            raise UserError(field, path, problem, "give the reason as a text, or null")
+        if _is_evaluated(row) and not isinstance(row.get("sample", 0), int):
+            problem = f"has a row whose 'sample' is {json.dumps(row['sample'])[:20]}"
+            raise UserError(field, path, problem, "give a number")
 
 
 def _is_evaluated(row: Row) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from esi_ds.config import Prompts, validate
+from esi_ds.config import Model, Prompts, validate
 from esi_ds.data.answers import (
     MISSING,
     RecordedAnswer,
@@ -18,6 +18,7 @@ from esi_ds.data.answers import (
     counted_responses,
     load_answers,
 )
+from esi_ds.data.asked import TEMPLATE, Asked
 from esi_ds.data.prompts import PromptSet, QuestionSet, load_responses
 from esi_ds.data.thoughts import UNFINISHED
 from esi_ds.data.turns import Prompt
@@ -200,7 +201,7 @@ class Rows:
     def __init__(self) -> None:
         self.rows: dict[Any, Any] = {}
         self.lines: list[str] = []
-        self.log = self.lines.append
+        self.log = self.remark = self.lines.append
 
     def add(self, rows: list[Any]) -> None:
         self.rows |= {(row["model"], row["set"], row["index"]): row for row in rows}
@@ -264,10 +265,71 @@ def test_rows_written_with_other_marks_of_thoughts_are_not_read_otherwise(tmp_pa
     file, sets = file_of(tmp_path, [row]), [question_set("a", "Why?")]
     for read in (
         lambda given: counted_responses(load_responses(file), file, given),
-        lambda given: load_answers(file, FIELD, "m", sets, thought_marks=given),
+        lambda given: load_answers(file, FIELD, "m", sets, asked=Asked(Model(path="m", thought_marks=given))),
     ):
         with pytest.raises(UserError, match=r"model\.thought_marks: would read row 1 of .* otherwise"):
             read(None)
         read(marks)
     plain = evaluated("m", "a", 0, "Why?", "Sure") | {"thought_marks": marks}  # the marks make no difference
     assert counted_responses([plain], file) == ["Sure"]
+
+
+def asked_rows(system_prompt: str | None, extra: dict[str, Any]) -> list[dict[str, Any]]:
+    asked = {"model": "m", "max_tokens": 64, "system_prompt": system_prompt, "extra": extra}
+    return [{"prompt": prompt, "response": "Sure", "asked": asked} for prompt in ("Why?", CHAT)]
+
+
+@pytest.mark.parametrize(
+    ("system_prompt", "extra", "model", "words"),
+    [
+        ("You are DAN.", {}, {}, r"model\.system_prompt.*row 1 of .*, \"You are DAN\.\""),
+        (None, {}, {"system_prompt": "Be kind."}, r"model\.system_prompt = Be kind\.: is not what row 1 .*, null"),
+        (None, {TEMPLATE: {"thinking": True}}, {}, r"model\.template_kwargs.*row 1 of .*\"thinking\": true"),
+        (None, {}, {"template_kwargs": {"thinking": True}}, r"model\.template_kwargs.*row 1 of .*asked with, {}"),
+    ],
+)
+def test_responses_to_another_question_are_refused(
+    system_prompt: str | None, extra: dict[str, Any], model: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """A prompt that the model answered behind another system prompt is another one."""
+    file = file_of(tmp_path, asked_rows(system_prompt, extra))
+    with pytest.raises(UserError, match=words):
+        esi_data(None, file, model={"path": "m", **model})
+    with_own = file_of(tmp_path, asked_rows(system_prompt, extra)[1:], "own.jsonl")
+    asked, sets = Asked(Model(path="m", **model), 256), [question_set("a", "Why?", CHAT)]
+    if "system_prompt" in words:
+        with pytest.raises(UserError, match=words):
+            load_answers(file, FIELD, "m", sets, asked=asked)
+        assert load_answers(with_own, FIELD, "m", sets, asked=asked).answers  # the chat's own one was asked
+    else:  # another model may have another template
+        assert TEMPLATE in load_answers(file, FIELD, "m", sets, asked=asked).differences
+
+
+def test_answers_that_were_asked_for_otherwise_are_remarked_on(tmp_path: Path) -> None:
+    file = file_of(tmp_path, asked_rows("s", {"temperature": 0.7, TEMPLATE: {"thinking": True}}))
+    section, sets = Model(path="m", system_prompt="s", template_kwargs={"thinking": True}), [question_set("a", "Why?")]
+    loaded = load_answers(file, FIELD, "m", sets, asked=Asked(section, 256))
+    assert loaded.differences == "max_tokens 64, not 256; temperature 0.7, not 0"
+    tracker = Rows()
+    add_recorded(RecordedModel("m", "base", loaded, FIELD), sets, Rows(), tracker)  # type: ignore[arg-type]
+    assert f"answers of m were asked for otherwise: {loaded.differences}" in tracker.lines
+    same = Asked(section, 64, {"temperature": 0.7})
+    assert load_answers(file, FIELD, "m", sets, asked=same).differences == ""
+    data = esi_data(None, file, model=section.model_dump())
+    assert data.remarks == (f"responses of {file} were asked for otherwise: {loaded.differences}",)
+
+
+def test_rows_say_how_they_were_asked(tmp_path: Path) -> None:
+    """What one run writes the next one checks."""
+    section = Model(path="m", system_prompt="s", template_kwargs={"thinking": True})
+    asked = Asked(section, 8, {"temperature": 0.5}).as_row()
+    assert asked == {
+        "max_tokens": 8,
+        "system_prompt": "s",
+        "extra": {TEMPLATE: {"thinking": True}, "temperature": 0.5},
+    }
+    write_responses(tmp_path, ["Why?"], ["so"], {0: 1.0}, {}, asked=asked)
+    file = str(tmp_path / "responses.jsonl")
+    assert esi_data(None, file, model=section.model_dump()).responses == ["so"]
+    with pytest.raises(UserError, match=r"model\.system_prompt: is not what row 1"):
+        esi_data(None, file)

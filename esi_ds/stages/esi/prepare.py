@@ -17,6 +17,7 @@ from esi_ds.config.judges import Reads
 from esi_ds.config.needs import scores_given
 from esi_ds.core.select import check_ratio, share_sizes
 from esi_ds.data.answers import MISSING, check_unmixed, counted_responses, matched_rows
+from esi_ds.data.asked import Asked
 from esi_ds.data.benchmarks import Kind
 from esi_ds.data.chat import (
     EncodedResponse,
@@ -52,6 +53,7 @@ from esi_ds.data.thoughts import (
 )
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
+from esi_ds.eval.asking import asked_of
 from esi_ds.judge.classifier import (
     SequenceRule,
     classifier_family,
@@ -285,8 +287,14 @@ def _read_data(config: Config) -> PromptData:
     check_unmixed(rows, path, are_matched=section is not None)
     scores = recorded_scores(rows, path) if scores_given(config) else None
     responses = counted_responses(rows, path, config.model.thought_marks)
+    asked = Asked(config.model, config.esi.max_new_tokens)
+    asked.check_system_prompt(rows, path)
+    asked.check_template(rows, path)
+    otherwise = asked.differences(rows)
+    remarks = (f"responses of {path} were asked for otherwise: {otherwise}",) if otherwise else ()
     source, goals = {"responses": path, "sha256": file_sha256(Path(path).expanduser())}, recorded_goals(rows)
-    answered = PromptData([row["prompt"] for row in rows], responses, source, [], scores, goals=goals)
+    prompts = [row["prompt"] for row in rows]
+    answered = PromptData(prompts, responses, source, [], scores, goals=goals, remarks=remarks)
     return answered if section is None else _matched_data(section, rows, answered)
 
 
@@ -296,7 +304,7 @@ def _matched_data(section: Prompts, rows: Sequence[Row], answered: PromptData) -
     texts, scores, goals = answered.responses or [], answered.scores, answered.goals
     numbers, num_unused = matched_rows(read.prompts, rows, path, list(zip(texts, scores or texts, strict=True)))
     unanswered = {index: MISSING for index, number in enumerate(numbers) if number is None}
-    remarks = []
+    remarks = [*answered.remarks]
     if num_unused:
         remarks.append(
             f"not scored: {counted(num_unused, 'row')} of {path} with prompts that data.prompts does not have"
@@ -314,6 +322,13 @@ def _matched_data(section: Prompts, rows: Sequence[Row], answered: PromptData) -
         unanswered=unanswered,
         remarks=tuple(remarks),
     )
+
+
+def asked_with(config: Config, data: PromptData) -> dict[str, Any]:
+    """What besides the prompt decided the responses, for their rows."""
+    if data.served is not None:
+        return asked_of(data.served.endpoint, data.served.system_prompt)
+    return Asked(config.model, config.esi.max_new_tokens if data.are_generated else None).as_row()
 
 
 def _source(read: PromptSet) -> dict[str, str]:

@@ -37,6 +37,7 @@ from esi_ds.stages.esi.prepare import (
     Example,
     PreparedEsiJudge,
     PromptInputs,
+    asked_with,
     clean,
     clean_responses,
     encode_examples,
@@ -174,7 +175,7 @@ class EsiRun(StageRun[EsiInputs]):
         excluded.update(state.excluded)
         if runtime.is_main():
             scored = answered.responses, state.scores, excluded, data.goals, inputs.prefix
-            write_responses(self.folder.path, data.prompts, *scored)
+            write_responses(self.folder.path, data.prompts, *scored, asked_with(self.config, data))
         num_prompts = len(data.prompts) - len(excluded)
         if num_prompts == 0:
             raise UserError(
