@@ -27,7 +27,7 @@ from esi_ds.data.prompts import PromptSet, load_section
 from esi_ds.data.rows import looks_like_file
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError, ends_with_message
-from esi_ds.eval.asking import ask_prompts, check_served
+from esi_ds.eval.asking import ask_prompts, asked_of, check_served
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply
 from esi_ds.models import hub
 from esi_ds.reading import check_regular, check_type, parse_json, reading
@@ -124,13 +124,7 @@ def _ask(
     seed: int | None,
     say: Callable[[str], None],
 ) -> None:
-    asked: dict[str, Any] = {
-        "model": endpoint.model,
-        "max_tokens": endpoint.max_tokens,
-        "system_prompt": system_prompt,
-        **({"seed": seed} if seed is not None else {}),
-        **({"extra": dict(endpoint.extra)} if endpoint.extra else {}),
-    }
+    asked = asked_of(endpoint, system_prompt, seed)
     rows = {_key(row): row for row in _rows_on_disk(output, asked)}
     wanted = {_key(question): question for question in questions}
     waiting = [key for key in wanted if key not in rows]
@@ -197,6 +191,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="the model's name on the server")
     parser.add_argument("--prompts", required=True, help="a file, a hub id or a built-in set, as in data.prompts")
+    parser.add_argument("--name", help="configuration of a hub data set (its default)")
     parser.add_argument("--split", help="split of a hub data set (train)")
     parser.add_argument("--column", default="auto", help="column that holds the prompts (auto)")
     parser.add_argument("--goal", help="column that holds the goals of attacks, as eval.prompts.goal")
@@ -256,7 +251,7 @@ def _extra_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def _prompts_of(arguments: argparse.Namespace) -> PromptSet:
     """The prompts that the arguments name. Raises UserError, which names an option, not a key of a config."""
     try:
-        keys = ("split", "column", "limit", "goal", "behaviors")
+        keys = ("name", "split", "column", "limit", "goal", "behaviors")
         section = Prompts(path=arguments.prompts, **{key: getattr(arguments, key) for key in keys})
         return load_section(section, "--prompts")
     except UserError as error:

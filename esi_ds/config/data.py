@@ -13,6 +13,7 @@ from esi_ds.errors import UserError
 
 class Prompts(Section):
     path: str = Field(description="A file, a hub id or the name of a built-in set.")
+    name: str | None = Field(None, description="The configuration of a hub data set; null means its default.")
     split: str | None = Field(None, description="The split of a hub data set; null means train.")
     column: str = Field("auto", description="The column that holds the prompts; auto recognises the usual names.")
     limit: int | None = Field(
@@ -114,7 +115,8 @@ class Data(Section):
     prompts: Prompts | None = Field(None, description="The harmful requests that the model answers.")
     responses: Responses | None = Field(
         None,
-        description='A JSONL of {"prompt", "response"}, used instead of generating, or a server to ask for them. '
+        description='A JSONL of {"prompt", "response"}, used instead of generating, or a server to ask for them. The '
+        "file answers data.prompts; if that is null, all prompts in the file are scored. "
         'Estimator score_function needs no judge if every row of the file also holds a number "judge_score".',
     )
     tuning: LossData | None = Field(

@@ -58,6 +58,9 @@ class EvalModel(Section):
     answers: str | None = Field(
         None, description="Instead of path, a file of the model's answers: none of its weights are loaded."
     )
+    answers_of: str | None = Field(
+        None, description="The model to take from a file of several models' answers; null means name."
+    )
     endpoint: ModelEndpoint | None = Field(
         None, description="Instead of path, the server that is asked for the answers."
     )
@@ -111,6 +114,11 @@ class Eval(Section):
     batch_size: int = Field(8, ge=1, description="How many answers a rank judges or reads at a time.")
     generation_batch_size: Literal["auto"] | BatchNumber | None = Field(None, description=GENERATION_BATCH)
 
+    @property
+    def sampling(self) -> dict[str, float]:
+        """How answers are sampled, top_p even if it is 1: a server may have another default. Empty: they are greedy."""
+        return {"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {}
+
 
 def check_sampling(section: Eval) -> None:
     """Raise UserError for samples without a temperature, for one that fp32 would not tell from greedy, and for one
@@ -147,6 +155,9 @@ def check_eval(section: Eval, collective_timeout_s: int) -> None:
             check_endpoint(judge, f"eval.judges.{number}", collective_timeout_s)
     for number, model in enumerate(section.models):
         check_origin(f"eval.models.{number}", {key: getattr(model, key) for key in ORIGINS}, model.revision)
+        if model.answers_of is not None and model.answers is None:
+            field = f"eval.models.{number}.answers_of"
+            raise UserError(field, model.answers_of, "belongs to a file of answers", "leave it out, or give answers")
         if model.endpoint is not None:
             check_endpoint(model.endpoint, f"eval.models.{number}.endpoint", collective_timeout_s)
     names = [("base", "base"), *((f"eval.models.{n}.name", label(m)) for n, m in enumerate(section.models))]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from esi_ds.artifacts import file_sha256
+from esi_ds.data.asked import Asked
 from esi_ds.data.columns import yes_or_no
 from esi_ds.data.prompts import QuestionSet, load_responses
 from esi_ds.data.rows import Row
@@ -24,6 +25,7 @@ from esi_ds.reading import is_text
 
 Key = tuple[str, int] | tuple[str, int, int]  # name of a set, index of a prompt in it and, of several, which answer
 MISSING = "the file of answers has none for this prompt"
+SCORE_ALL = "set data.prompts: null to score every row"
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,13 @@ class RecordedAnswer:
 @dataclass(frozen=True)
 class RecordedAnswers:
     """One model's answers from a file. answers: those to the prompts of the sets; num_unused: rows that answer other
-    prompts."""
+    prompts; differences: how they were asked for otherwise than this run's own (``Asked.differences``)."""
 
     path: str
     sha256: str
     answers: dict[Key, RecordedAnswer]
     num_unused: int
+    differences: str = ""
 
 
 def load_answers(
@@ -52,26 +55,22 @@ def load_answers(
     model: str,
     sets: Sequence[QuestionSet],
     samples: int = 1,
-    thought_marks: Sequence[str] | None = None,
+    asked: Asked | None = None,
+    answers_of: str | None = None,
 ) -> RecordedAnswers:
     """The answers of ``model`` in a file, to the prompts of the sets.
 
-    model: its name, which chooses among the models of an ``answers.jsonl``. A row that names set and index answers that
-    prompt, if it is the same; any other is matched by its prompt. samples: answers to a prompt; several are numbered in
-    the file's order. thought_marks: of the config. Raises UserError naming ``field``: for a file that cannot be read,
-    that answers no prompt, or that has more answers to one; and naming model.thought_marks, as ``_check_marks`` does.
+    model: its name, which chooses among the models of an ``answers.jsonl``, unless answers_of does. A row that names
+    set and index answers that prompt, if it is the same; any other is matched by its prompt. samples: answers to a
+    prompt; several are numbered in the file's order. asked: how this run asks. Raises UserError naming ``field``: for a
+    file that cannot be read, that answers no prompt, or that has more answers to one; and naming a key of model, as
+    ``_check_marks`` and ``Asked.check_system_prompt`` do.
     """
-    rows = _rows_of_model(load_responses(path, field), path, field, model)
-    _check_marks(rows, path, thought_marks)
-    for row in rows:
-        if row["response"] is not None and not _is_excluded(row):
-            row["excluded"] = None
-        if not isinstance(row.get("excluded"), str | None):
-            problem = f"has a row whose 'excluded' is {json.dumps(row['excluded'])[:20]}"
-            raise UserError(field, path, problem, "give the reason as a text, or null")
-        if _is_evaluated(row) and not isinstance(row.get("sample", 0), int):
-            problem = f"has a row whose 'sample' is {json.dumps(row['sample'])[:20]}"
-            raise UserError(field, path, problem, "give a number")
+    rows = _rows_of_model(load_responses(path, field), path, field, model, answers_of)
+    _check_marks(rows, path, asked.model.thought_marks if asked is not None else None)
+    if asked is not None:
+        asked.check_system_prompt(rows, path)
+    _check_rows(rows, path, field)
     by_key: dict[tuple[str, int], list[int]] = {}
     by_prompt: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
@@ -79,7 +78,7 @@ def load_answers(
             by_key.setdefault((row["set"], row["index"]), []).append(number)
         by_prompt.setdefault(_text_key(row["prompt"]), []).append(number)
     texts = Counter(_text_key(prompt) for question_set in sets for prompt in question_set.prompts)
-    asked: Counter[str] = Counter()  # how often each prompt came before
+    before: Counter[str] = Counter()  # how often each prompt came before
     answers: dict[Key, RecordedAnswer] = {}
     used: set[int] = set()
     for question_set in sets:
@@ -89,8 +88,8 @@ def load_answers(
             if of_place := [number for number in by_key.get(key, []) if number in numbers]:
                 numbers = sorted(of_place, key=lambda number: rows[number].get("sample", 0))
             elif samples > 1 and len(numbers) == samples * texts[text]:  # a prompt that is there several times
-                numbers = numbers[samples * asked[text] :][:samples]
-            asked[text] += 1
+                numbers = numbers[samples * before[text] :][:samples]
+            before[text] += 1
             used.update(numbers)
             matched = [rows[number] for number in numbers]
             if matched and samples == 1:
@@ -102,7 +101,21 @@ def load_answers(
                 answers |= {(*key, sample): _answer_of(row) for sample, row in enumerate(matched)}
     if sets and not answers:
         raise UserError(field, path, "answers none of the prompts", "give the answers to eval.prompts and eval.benign")
-    return RecordedAnswers(path, file_sha256(Path(path).expanduser()), answers, len(rows) - len(used))
+    differences = asked.differences(rows) if asked is not None else ""
+    return RecordedAnswers(path, file_sha256(Path(path).expanduser()), answers, len(rows) - len(used), differences)
+
+
+def _check_rows(rows: Sequence[Row], path: str, field: str) -> None:
+    """Raise UserError for a row whose reason or number is none, and drop reasons that hold for another reader alone."""
+    for row in rows:
+        if row["response"] is not None and not _is_excluded(row):
+            row["excluded"] = None
+        if not isinstance(row.get("excluded"), str | None):
+            problem = f"has a row whose 'excluded' is {json.dumps(row['excluded'])[:20]}"
+            raise UserError(field, path, problem, "give the reason as a text, or null")
+        if _is_evaluated(row) and not isinstance(row.get("sample", 0), int):
+            problem = f"has a row whose 'sample' is {json.dumps(row['sample'])[:20]}"
+            raise UserError(field, path, problem, "give a number")
 
 
 def _is_evaluated(row: Row) -> bool:
@@ -115,26 +128,63 @@ def _names(rows: Sequence[Row], key: Literal["model", "set"]) -> list[str]:
     return list(dict.fromkeys(row[key] for row in rows if _is_evaluated(row)))
 
 
-def _rows_of_model(rows: list[Row], path: str, field: str, model: str) -> list[Row]:
-    """The rows of one model; all of them, where they name one model or none."""
+def _rows_of_model(rows: list[Row], path: str, field: str, model: str, answers_of: str | None) -> list[Row]:
+    """The rows of one model; all of them, where they name one model or none, and answers_of names none."""
     names = _names(rows, "model")
-    if len(names) < 2:
+    if answers_of is None and len(names) < 2:
         return rows
-    if model not in names:
-        remedy = f"set {field.removesuffix('answers')}name to one of them"
-        raise UserError(field, path, f"has answers of {', '.join(names)}, and none of {model}", remedy)
-    return [row for row in rows if row.get("model") == model]
+    wanted = answers_of or model
+    if wanted not in names:
+        problem = f"has answers of {', '.join(names) or 'no model that is named'}, and none of {wanted}"
+        remedy = f"set {field}_of to one of them" if names else f"leave {field}_of out"
+        raise UserError(field, path, problem, remedy)
+    return [row for row in rows if row.get("model") == wanted]
 
 
-def check_unmixed(rows: Sequence[Row], path: str, field: str = "data.responses") -> None:
+def check_unmixed(rows: Sequence[Row], path: str, are_matched: bool) -> None:
     """Raise UserError for answers of several models, of which ESI would score none, and for answers to several sets,
-    of which it would score the benign ones as harmful: rows do not say which sets these are."""
+    of which it would score the benign ones as harmful: rows do not say which sets these are.
+
+    path: ``data.responses``. are_matched: whether ``data.prompts`` says which rows are scored.
+    """
     models, sets = _names(rows, "model"), _names(rows, "set")
     if len(models) > 1:
-        raise UserError(field, path, f"has answers of {', '.join(models)}", "keep the rows of one of them")
-    if len(sets) > 1:
+        raise UserError("data.responses", path, f"has answers of {', '.join(models)}", "keep the rows of one of them")
+    if len(sets) > 1 and not are_matched:
         problem = f"has answers to the sets {', '.join(sets)}, and all would be scored as answers to harmful prompts"
-        raise UserError(field, path, problem, "keep the rows of the harmful sets, with one name for 'set'")
+        raise UserError("data.responses", path, problem, "name the harmful prompts in data.prompts")
+
+
+def matched_rows(prompts: Sequence[Prompt], rows: Sequence[Row], path: str) -> tuple[list[tuple[int, int | None]], int]:
+    """(index of a prompt of ``data.prompts``, row of ``data.responses`` that answers it) of every response, with None
+    once for a prompt without any; and how many rows answer other prompts.
+
+    A prompt may have several responses. If it stands in ``data.prompts`` several times, it must have as many rows,
+    which are taken in turn, or one; rows with the prompt's index, as this package writes them, are taken by that.
+    Raises UserError for other numbers of rows, and if no prompt has a row.
+    """
+    by_prompt: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_prompt.setdefault(_text_key(row["prompt"]), []).append(number)
+    keys = [_text_key(prompt) for prompt in prompts]
+    places, before, pairs = Counter(keys), Counter[str](), list[tuple[int, int | None]]()
+    for index, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
+        numbers = by_prompt.get(key, [])
+        own = [number for number in numbers if rows[number].get("index") == index and "excluded" in rows[number]]
+        if len(own) == 1:
+            numbers = own
+        elif len(numbers) == places[key]:
+            numbers = numbers[before[key] :][:1]
+        elif places[key] > 1 and len(numbers) > 1:
+            times = f"{len(numbers)} rows to the prompt {json.dumps(prompt)[:60]}"
+            problem = f"has {times}, which data.prompts has {places[key]} times"
+            raise UserError("data.responses", path, problem, f"name the prompt once, or {SCORE_ALL}")
+        before[key] += 1
+        pairs += [(index, number) for number in numbers] or [(index, None)]
+    if not by_prompt.keys() & places.keys():
+        remedy = f"name the prompts that it answers, or {SCORE_ALL}"
+        raise UserError("data.responses", path, "answers none of the prompts of data.prompts", remedy)
+    return pairs, sum(len(of_prompt) for key, of_prompt in by_prompt.items() if key not in places)
 
 
 def counted_responses(rows: Sequence[Row], path: str, thought_marks: Sequence[str] | None = None) -> list[str]:

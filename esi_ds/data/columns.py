@@ -144,15 +144,29 @@ def _first_instance(row: Mapping[str, Any]) -> list[str]:
 
 def _options(row: Mapping[str, Any]) -> dict[str, str]:
     """Letter → text of the options to choose from. Raises UnreadableRow where they are of no known shape."""
-    listed = [_listed_options(row[name], name) for name in names_with(row, OPTIONS)]
-    if listed:
-        if any(options != listed[0] for options in listed):
-            raise UnreadableRow(f"its {' and '.join(OPTIONS)} differ")
-        return listed[0]
-    columns = {match[1] or match[2]: value for name, value in row.items() if (match := OPTION.fullmatch(name))}
-    if len(columns) < 2:
-        columns = {letter: row[letter] for letter in LETTERS if letter in row} if _has_letters(row) else {}
-    return _in_columns(columns)
+    names = _option_columns(row)
+    if not names or names[0] not in OPTIONS:
+        return _in_columns({_mark_of(name): row[name] for name in names})
+    listed = [_listed_options(row[name], name) for name in names]
+    if any(options != listed[0] for options in listed):
+        raise UnreadableRow(f"its {' and '.join(OPTIONS)} differ")
+    return listed[0]
+
+
+def _option_columns(row: Mapping[str, Any]) -> list[str]:
+    """The columns of a lowered row that hold its options: lists of them, else one each."""
+    if listed := names_with(row, OPTIONS):
+        return listed
+    single = [name for name in row if OPTION.fullmatch(name)]
+    if len({_mark_of(name) for name in single}) > 1:
+        return single
+    return [letter for letter in LETTERS if letter in row] if _has_letters(row) else []
+
+
+def _mark_of(name: str) -> str:
+    """The letter or number of an option in its column's name."""
+    match = OPTION.fullmatch(name)
+    return (match[1] or match[2]) if match else name
 
 
 def _has_letters(row: Mapping[str, Any]) -> bool:
@@ -289,19 +303,29 @@ def is_learnt(marks: Mapping[str, Any], names: Sequence[str]) -> bool | None:
     return values.pop() if values else None
 
 
-def also_read(rows: Sequence[Mapping[Any, Any]], read: Collection[str]) -> tuple[str, ...]:
-    """Columns, as the rows spell them, that hold what belongs to a question beside those in ``read`` (lower case)."""
-    belonging = {*SYSTEM, *HISTORY, *INPUTS, *OPTIONS} - set(read)
-    columns = ((str(name), value) for row in rows for name, value in row.items())
-    return tuple(
-        dict.fromkeys(name for name, value in columns if name.strip().lower() in belonging and not is_empty(value))
-    )
+def columns_beside(
+    rows: Sequence[Mapping[Any, Any]], read: Collection[str], also: Collection[str] = (), apart: Collection[str] = ()
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(columns that some question is read with, columns that no row is read from), as the rows spell them.
+
+    All names are in lower case. read: columns of the question itself. also, apart: columns that are read with it, and
+    that are not, whatever their names usually mean.
+    """
+    used = {*also, *(name for row in rows for name in _beside(row, {*read, *apart}))}
+    known = ({*read, *SYSTEM, *HISTORY, *INPUTS, *OPTIONS} - {*apart}) | used
+    known |= {*LETTERS} if used & {*LETTERS} else set()  # one of them may be empty
+    has_options = any(OPTION.fullmatch(name) for name in used)
+    names = {str(name): str(name).strip().lower() for row in rows for name in row}
+    unread = (name for name, key in names.items() if key not in known and not (has_options and OPTION.fullmatch(key)))
+    return tuple(name for name, key in names.items() if key in used), tuple(unread)
 
 
-def unread_names(rows: Sequence[Mapping[Any, Any]], read: Collection[str]) -> tuple[str, ...]:
-    """Columns, as the rows spell them, that no row is read from. read: lower-case names that are."""
-    known = {*read, *SYSTEM, *HISTORY, *OPTIONS}
-    names = dict.fromkeys(str(name) for row in rows for name in row)
-    if any(_has_letters(lowered(row, without=BELONGING)) for row in rows):
-        known |= set(LETTERS)
-    return tuple(name for name in names if (key := name.strip().lower()) not in known and not OPTION.fullmatch(key))
+def _beside(row: Mapping[Any, Any], without: Collection[str]) -> list[str]:
+    """The columns, in lower case, that hold what belongs to the row's question. without: names that are left out."""
+    try:
+        other = lowered(row, without)
+        instances = [] if any(name in other for name in INPUTS) or not _first_instance(other) else ["instances"]
+    except UnreadableRow:
+        return []
+    inputs = [name for name in (*SYSTEM, *INPUTS) if name in other]
+    return [*inputs, *instances, *names_with(other, HISTORY), *_option_columns(other)]

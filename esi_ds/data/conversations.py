@@ -18,20 +18,18 @@ from esi_ds.core.loss import IGNORED
 from esi_ds.data.chat import TURN_MARK, TemplateCheck, TemplateRejection, break_up, render
 from esi_ds.data.columns import (
     CHATS,
-    INPUTS,
     ROW_LEARNT,
     UnreadableRow,
-    also_read,
     chat_value,
     check_distinct,
     check_question_columns,
     check_row,
+    columns_beside,
     full_question,
     is_empty,
     is_learnt,
     lowered,
     text_of,
-    unread_names,
     with_all_options,
     yes_or_no,
 )
@@ -426,8 +424,8 @@ def encode_rows(
             continue
         sequences.append(sequence)
     used = {column.strip().lower() for column in columns}
-    names = ",".join((*columns, *also_read(rows, used)))
-    unread = unread_names(rows, {*INPUTS, *ROW_LEARNT, *used})
+    also_read, unread = columns_beside(rows, {*ROW_LEARNT, *used})
+    names = ",".join((*columns, *also_read))
     return TuningSet(tuple(sequences), names, tuple(skipped), num_cut, digest.hexdigest(), unread, thoughts.counts.note)
 
 

@@ -39,20 +39,13 @@ def goal_of(row: Row, column: str) -> str | None:
     return None if is_empty(value) or not is_text(value) else str(strip(value))
 
 
-def recorded_goals(rows: Sequence[Row], path: str, goal: str | None) -> list[str | None] | None:
+def recorded_goals(rows: Sequence[Row]) -> list[str | None] | None:
     """What the prompt of each row of a file of responses is after, None where it has no goal; None if none has one.
 
-    goal: ``data.prompts.goal``, which every row must then have. Without it goals are read from rows as this package
-    writes them: others may mean something else by the name. Raises UserError naming data.prompts.goal.
+    Goals are read from rows as this package writes them: others may mean something else by the name.
     """
-    if goal is None:
-        goals = [goal_of(row, GOAL) if "excluded" in row else None for row in rows]
-        return goals if any(goals) else None
-    goals = [goal_of(row, goal) for row in rows]
-    if None in goals:
-        problem = f"names no text in row {goals.index(None) + 1} of {path}"
-        raise UserError("data.prompts.goal", goal, problem, "name the column that holds the goals, or leave it out")
-    return goals
+    goals = [goal_of(row, GOAL) if "excluded" in row else None for row in rows]
+    return goals if any(goals) else None
 
 
 def test_case_rows(path: str, behaviors: str | None, field: str) -> list[Row] | None:

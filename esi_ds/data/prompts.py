@@ -25,19 +25,18 @@ from esi_ds.data.benchmarks import (
 )
 from esi_ds.data.columns import (
     CHATS,
-    INPUTS,
     UnreadableRow,
     chat_value,
     check_distinct,
     check_prompt_columns,
     check_row,
+    columns_beside,
     full_question,
     history_value,
     is_empty,
     lowered,
     only_turn,
     system_text,
-    unread_names,
     with_all_options,
     yes_or_no,
 )
@@ -70,8 +69,6 @@ COLUMNS = (
 MAX_SCORE = 3e38  # the largest number that a gradient in fp32 can be multiplied by
 EMPTY = "the prompt is empty"
 HALF = "the prompt holds half of a surrogate pair"
-# Columns, in lower case, that prompts are made of, beside the prompt's.
-READ = {*INPUTS, "instances", "vanilla", "contextstring"}
 # Kind of a question set → the config's key.
 KEYS = {"harmful": "eval.prompts", "benign": "eval.benign"}
 
@@ -80,8 +77,8 @@ KEYS = {"harmful": "eval.prompts", "benign": "eval.benign"}
 class PromptSet:
     """Prompts, where they come from, and (row, reason) of every row that was skipped.
 
-    unread: columns that no prompt holds. goals: what each prompt is after, where it is an attack and the rows say so;
-    empty otherwise. goal_column: where they were read.
+    unread: columns that no prompt holds; also_read: those that some hold beside ``column``. goals: what each prompt is
+    after, where it is an attack and the rows say so; empty otherwise. goal_column: where they were read.
     """
 
     prompts: tuple[Prompt, ...]
@@ -91,15 +88,22 @@ class PromptSet:
     unread: tuple[str, ...] = ()
     goals: tuple[str, ...] = ()
     goal_column: str | None = None
+    also_read: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> str:
+        """All that prompts are read from, the column of the prompts first."""
+        return ",".join((self.column, *self.also_read))
 
     @property
     def note(self) -> str:
-        """Of how many goals the prompts are, how many are there again, and what of the rows is not read, for the end of
-        a line of the log."""
+        """Of how many goals the prompts are, how many are there again, and which other columns of the rows are read and
+        not read, for the end of a line of the log."""
         goals = f"; judges read {self.goal_column}, {len(set(self.goals))} distinct" if self.goals else ""
         num_repeated = len(self.prompts) - len({json.dumps(prompt) for prompt in self.prompts})
         repeated = f"; {num_repeated} duplicate(s), all counted" if num_repeated else ""
-        return goals + repeated + (f"; columns not read: {', '.join(self.unread)}" if self.unread else "")
+        also_read = f"; read with them: {', '.join(self.also_read)}" if self.also_read else ""
+        return goals + repeated + also_read + (f"; columns not read: {', '.join(self.unread)}" if self.unread else "")
 
     @property
     def sha256(self) -> str:
@@ -110,6 +114,7 @@ class PromptSet:
 
 def load_prompts(
     path: str,
+    name: str | None = None,
     split: str | None = None,
     column: str = "auto",
     limit: int | None = None,
@@ -119,7 +124,7 @@ def load_prompts(
     kind: Kind | None = None,
     field: str = "data.prompts",
 ) -> PromptSet:
-    """Read prompts; ``path`` is a file, a hub id or a built-in name (benchmarks.py).
+    """Read prompts; ``path`` is a file, a hub id or a built-in name (benchmarks.py). name: a hub set's configuration.
 
     goal: the column of what attacks are after; None: of none. behaviors: the CSV of HarmBench's behaviours, for a file
     of its test cases.
@@ -128,14 +133,14 @@ def load_prompts(
     name. Raises UserError naming ``field`` and its key.
     """
     built_in = BUILT_IN.get(path)
-    source, config = (built_in.source, built_in.config) if built_in else (path, None)
+    source, name, split = where_from(path, name, split)
     if built_in:
-        split, kind = split or split_of(built_in), _kind_of(built_in, path, kind, field)
+        kind = _kind_of(built_in, path, kind, field)
     rows = test_case_rows(source, behaviors, field)
     if rows is not None:
         column, goal = TEST_CASE, goal or GOAL
     else:
-        rows = read_rows(source, f"{field}.path", name=config, split=split)
+        rows = read_rows(source, f"{field}.path", name=name, split=split)
     if goal is not None:
         check_goal(rows, goal, f"{field}.goal")
     if built_in and column == "auto" and any(built_in.column in row for row in rows):
@@ -144,11 +149,11 @@ def load_prompts(
         column = choose_column(rows, column, f"{field}.column", goal)
     if goal == column:
         raise UserError(f"{field}.goal", goal, "is the column of the prompts", "name that of the goals")
-    rows = with_all_options(rows, {name.strip().lower() for name in (column, goal) if name is not None})
     prompts: list[Prompt] = []
     goals: list[str] = []
     skipped: list[tuple[int, str]] = []
-    for number, row in enumerate(rows):
+    named = {name.strip().lower() for name in (column, goal) if name is not None}
+    for number, row in enumerate(with_all_options(rows, named)):
         if len(prompts) == limit:  # later rows are not read, so they are not listed as skipped
             break
         prompt, reason = _read_prompt(row, column, kind, built_in)
@@ -162,16 +167,24 @@ def load_prompts(
         reasons = "; ".join(sorted({reason for _, reason in skipped}))
         raise UserError(f"{field}.path", path, f"has no prompt ({reasons})", "check its rows")
     source = source if looks_like_file(source) else f"hub:{source}"
-    read = {*READ, column.strip().lower(), *choosing_columns(rows)}
-    read.add((goal or "").strip().lower())
-    unread = unread_names(rows, read - set(_contexts_apart(rows[0], column)))
-    return PromptSet(tuple(prompts), column, source, tuple(skipped), unread, tuple(goals), goal)
+    also_read, unread = _columns_beside(rows, column, goal)
+    return PromptSet(tuple(prompts), column, source, tuple(skipped), unread, tuple(goals), goal, also_read)
+
+
+def _columns_beside(rows: Sequence[Row], column: str, goal: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(columns that a prompt is read with, columns that are not read), as ``columns_beside`` has them."""
+    named = {name.strip().lower() for name in (column, goal) if name is not None}
+    also = {"contextstring" if row.get("ContextString") else "context" for row in rows if context_of(row, column)}
+    if column.strip().lower() == "adversarial" and any(is_empty(row.get(column)) for row in rows):
+        also.add("vanilla")
+    return columns_beside(rows, {*named, *choosing_columns(rows)}, also - named, _contexts_apart(rows[0], column))
 
 
 def load_section(section: Prompts, field: str = "data.prompts", kind: Kind | None = None) -> PromptSet:
     """The prompts that a section of the config names; ``kind`` and ``field`` as of ``load_prompts``."""
     return load_prompts(
         section.path,
+        section.name,
         section.split,
         section.column,
         section.limit,
@@ -182,9 +195,13 @@ def load_section(section: Prompts, field: str = "data.prompts", kind: Kind | Non
     )
 
 
-def split_of(built_in: BuiltIn) -> str | None:
-    """The split of a built-in set; None for one that ships as a file."""
-    return None if looks_like_file(built_in.source) else built_in.split
+def where_from(path: str, name: str | None, split: str | None) -> tuple[str, str | None, str | None]:
+    """File or hub id, configuration and split to read: a built-in set's own where the config names none."""
+    built_in = BUILT_IN.get(path)
+    if built_in is None:
+        return path, name, split
+    own_split = None if looks_like_file(built_in.source) else built_in.split
+    return built_in.source, name or built_in.config, split or own_split
 
 
 def _read_prompt(row: Row, column: str, kind: Kind | None, built_in: BuiltIn | None) -> tuple[Prompt, str | None]:
@@ -401,7 +418,7 @@ class PromptSetRow(_Goals):
     set: str  # its name in tables and files
     kind: Literal["harmful", "benign"]  # whether its prompts should be refused or answered
     source: str  # file, or "hub:" and the id
-    column: str  # the column that holds the prompts
+    column: str  # the column that holds the prompts and, behind commas, those that are read with them
     read: int  # number of prompts
     skipped: dict[str, int]  # reason → number of rows skipped for it, most frequent first
     sha256: str  # of the prompts
@@ -429,7 +446,7 @@ class QuestionSet:
             "set": self.name,
             "kind": self.kind,
             "source": self.prompt_set.source,
-            "column": self.prompt_set.column,
+            "column": self.prompt_set.columns,
             "read": len(self.prompts),
             "skipped": dict(Counter(reason for _, reason in self.prompt_set.skipped).most_common()),
             "sha256": self.prompt_set.sha256,
@@ -464,8 +481,8 @@ def _load_kind(
 
 
 def distinct_names(sections: list[Prompts]) -> list[str]:
-    """Short distinct names: a file's stem if that is enough, else path and split, else also a number."""
+    """Short distinct names: a file's stem if that is enough, else path, configuration and split, else also a number."""
     stems = [Path(s.path).stem if Path(s.path).suffix else s.path for s in sections]
-    longer = [s.path + (f":{s.split}" if s.split else "") for s in sections]
+    longer = [":".join(part for part in (s.path, s.name, s.split) if part) for s in sections]
     names = [stem if stems.count(stem) == 1 else long for stem, long in zip(stems, longer, strict=True)]
     return [name if names.count(name) == 1 else f"{name}#{number}" for number, name in enumerate(names, 1)]

@@ -59,7 +59,8 @@ def table_rows(names: Sequence[str], lines: Sequence[Line]) -> list[dict[str, An
     """Rows by column name. Raises ValueError, naming the line, where a row has more or fewer cells than columns."""
     for line in lines:
         if len(line.cells) != len(names):
-            problem = f"line {line.number} has {counted(len(line.cells), 'cell')}, and there are {len(names)} columns"
+            found, wanted = counted(len(line.cells), "cell"), counted(len(names), "column")
+            problem = f"line {line.number} has {found}, and the file has {wanted}"
             raise ValueError(f"{problem}: quote cells that contain a delimiter or a line end")
     return [dict(zip(names, line.cells, strict=True)) for line in lines]
 
@@ -68,8 +69,19 @@ def read_table(file: Path) -> list[dict[str, Any]]:
     """Rows of a CSV or TSV file whose first line names the columns. Raises OSError or ValueError."""
     header, *lines = read_lines(file) or [Line(1, [])]
     names = [name.strip() for name in header.cells]
+    _check_delimiter(names, file.suffix.lower())
     check_names(names)
     return table_rows(names, lines)
+
+
+def _check_delimiter(names: Sequence[str], suffix: str) -> None:
+    """Raises ValueError for a header that is one name, with another format's delimiter inside: spreadsheets of many
+    languages separate the cells of a .csv by semicolons."""
+    others = ",;" if suffix == ".tsv" else ";\t"
+    found = next((other for other in others if len(names) == 1 and other in names[0]), None)
+    if found is not None:
+        remedy = "save it with tabs, or as .csv with commas" if suffix == ".tsv" else "save it with commas, or as .tsv"
+        raise ValueError(f"the names in its first line are separated by {found!r}: {remedy}")
 
 
 def read_parquet(file: Path) -> list[dict[str, Any]]:

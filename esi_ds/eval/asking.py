@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from esi_ds.data.turns import Prompt, Turn, with_system
 from esi_ds.errors import UserError
@@ -36,6 +37,17 @@ def check_served(endpoint: Endpoint, field: str, url_field: str | None = None) -
 def is_same_model(asked: str, replied: str) -> bool:
     """Whether the name in a reply is that of the model asked, or of a dated release of it."""
     return replied == asked or (replied.startswith(asked) and RELEASE.fullmatch(replied[len(asked) :]) is not None)
+
+
+def asked_of(endpoint: Endpoint, system_prompt: str | None, seed: int | None = None) -> dict[str, Any]:
+    """What besides the prompt decides an answer, as rows record it. seed: of sampled answers, which have their own."""
+    return {
+        "model": endpoint.model,
+        "max_tokens": endpoint.max_tokens,
+        "system_prompt": system_prompt,
+        **({"seed": seed} if seed is not None else {}),
+        **({"extra": dict(endpoint.extra)} if endpoint.extra else {}),
+    }
 
 
 def messages_of(prompt: Prompt, system_prompt: str | None) -> list[Turn]:

@@ -20,6 +20,7 @@ ANSWER_KEY = ("model", "set", "index", "sample")  # fields that identify an answ
 class _MarkedAnswer(TypedDict, total=False):
     thought_marks: list[str]  # model.thought_marks, where the config has them
     cut: bool  # answers of other engines only: whether the engine stopped it at its longest length
+    asked: dict[str, Any]  # what besides the prompt decided it (``data.asked``); not of answers from files
 
 
 class _Sampled(TypedDict, total=False):

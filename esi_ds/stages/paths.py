@@ -52,7 +52,7 @@ def _data(config: Config, stage: str) -> Iterator[tuple[str, str]]:
     """(key, path) of every file or data set that the stage reads."""
     if stage == "esi":
         prompts = config.data.prompts
-        if prompts is not None and "safety" in config.objectives and not isinstance(config.data.responses, str):
+        if prompts is not None and "safety" in config.objectives:
             yield "data.prompts.path", prompts.path
         sources: list[tuple[str, Prompts | Rows | None]] = [
             ("data.tuning.path", config.data.tuning),

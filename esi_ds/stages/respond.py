@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
 from esi_ds.config import Config
+from esi_ds.data.asked import changes_the_prompt
 from esi_ds.data.chat import answerable
 from esi_ds.data.thoughts import MARKS, Marks, marks_with
 from esi_ds.data.turns import Prompt
@@ -16,7 +18,7 @@ from esi_ds.errors import Interrupted, UserError
 from esi_ds.journal import Journal
 from esi_ds.models.folder import max_positions
 from esi_ds.stages.batch_sizes import GenerationBatch
-from esi_ds.stages.esi.prepare import PromptInputs
+from esi_ds.stages.esi.prepare import PromptInputs, asked_with
 from esi_ds.stages.interrupt import stop_requested
 from esi_ds.tracking import Tracker
 from esi_ds.words import counted
@@ -37,6 +39,7 @@ class GeneratedRow(TypedDict):
 
 class _Attack(TypedDict, total=False):
     goal: str  # what the prompt is after, where the rows of an attack say so: the judge has read it instead
+    asked: dict[str, Any]  # what besides the prompt decided the response (``data.asked``)
 
 
 class ResponseRow(GeneratedRow, _Attack):
@@ -55,8 +58,10 @@ def write_responses(
     excluded: dict[int, str],
     goals: Sequence[str | None] | None = None,
     prefix: str = "",
+    asked: dict[str, Any] | None = None,
 ) -> None:
-    """``responses.jsonl`` (docs/design.md §7). goals: one per prompt, if any. prefix: of its name. Rank 0 only."""
+    """``responses.jsonl`` (docs/design.md §7). goals: one per prompt, if any. prefix: of its name. asked: of each row.
+    Rank 0 only."""
     rows: list[ResponseRow] = [
         {
             "index": index,
@@ -69,6 +74,8 @@ def write_responses(
     ]
     if goals is not None:
         rows = [row if goal is None else {**row, "goal": goal} for row, goal in zip(rows, goals, strict=True)]
+    if asked is not None and changes_the_prompt(asked):
+        rows = [{**row, "asked": asked} for row in rows]
     Journal(folder / f"{prefix}{NAME}", ResponseRow).replace(rows)
 
 
@@ -128,7 +135,8 @@ def respond(
     responses = [done.get(index, "") for index in range(len(prompt_ids))]
     if runtime.is_main():
         if not (folder / f"{prefix}{NAME}").is_file():
-            write_responses(folder, prompts, responses, {}, {}, inputs.data.goals, prefix)
+            asked = asked_with(config, inputs.data)
+            write_responses(folder, prompts, responses, {}, {}, inputs.data.goals, prefix, asked)
         partial.unlink(missing_ok=True)
     return responses
 

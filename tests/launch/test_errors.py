@@ -276,7 +276,12 @@ def test_dry_run_of_671_billion_parameters(inputs: Path, tmp_path: Path, capsys)
     DeepseekV3Config().save_pretrained(tmp_path)
     config = write(
         inputs,
-        {"model.path": str(tmp_path), "model.dtype": "bf16", "judge": None, "data.responses": str(inputs / "r.jsonl")},
+        {
+            "model.path": str(tmp_path),
+            "model.dtype": "bf16",
+            "judge": None,
+            "data": {"responses": str(inputs / "r.jsonl")},
+        },
     )
     (inputs / "r.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 520)
     arguments = ["--config", str(config), "--dry-run", "--world-size", "64", "judge.path=x"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from esi_ds.config import validate
+from esi_ds.config import Model, Prompts, validate
 from esi_ds.data.answers import (
     MISSING,
     RecordedAnswer,
@@ -17,10 +18,12 @@ from esi_ds.data.answers import (
     counted_responses,
     load_answers,
 )
+from esi_ds.data.asked import TEMPLATE, Asked
 from esi_ds.data.prompts import PromptSet, QuestionSet, load_responses
 from esi_ds.data.thoughts import UNFINISHED
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
+from esi_ds.stages.esi.prepare import PromptData, _read_data
 from esi_ds.stages.evaluate.answering import add_recorded, to_read_again
 from esi_ds.stages.evaluate.prepare import RecordedModel
 from esi_ds.stages.plan.notes import count_responses
@@ -88,23 +91,78 @@ def test_answers_of_an_evaluation(tmp_path: Path) -> None:
         RecordedAnswer(None, "no room"),
         RecordedAnswer("<think>so", "unfinished"),
     ]
-    with pytest.raises(UserError, match=r"eval\.models\.0\.answers.*m, other.*eval\.models\.0\.name"):
+    with pytest.raises(UserError, match=r"eval\.models\.0\.answers .*m, other.*eval\.models\.0\.answers_of"):
         load_answers(file, FIELD, "third", sets)
+    assert load_answers(file, FIELD, "third", sets, answers_of="other").answers["a", 0].response == "not this one"
+    with pytest.raises(UserError, match="answers of m, and none of other"):
+        load_answers(file_of(tmp_path, rows[:4], "one.jsonl"), FIELD, "m", sets, answers_of="other")
     with pytest.raises(UserError, match=r"data\.responses.*m, other"):
-        check_unmixed(load_responses(file), file)
-    check_unmixed(load_responses(file)[:4], file)
+        check_unmixed(load_responses(file), file, are_matched=True)
+    check_unmixed(load_responses(file)[:4], file, are_matched=False)
     assert [counted_response(row) for row in load_responses(file)[:4]] == ["first", "second", "", ""]
 
 
 def test_answers_to_several_sets_are_not_all_scored_as_harmful(tmp_path: Path) -> None:
     rows = [evaluated("m", "harmful", 0, "Why?", "first"), evaluated("m", "benign", 0, "How?", "second")]
     file, notes = file_of(tmp_path, rows), list[str]()
-    for check in (lambda: check_unmixed(load_responses(file), file), lambda: count_responses(file, None, notes)):
-        with pytest.raises(UserError, match=r"data\.responses.*the sets harmful, benign.*keep the rows of the harmful"):
-            check()
+    with pytest.raises(UserError, match=r"data\.responses.*the sets harmful, benign.*name the harmful prompts in data"):
+        count_responses(file, None, notes)
     assert len(load_answers(file, FIELD, "m", [question_set("benign", "How?")]).answers) == 1
-    file = file_of(tmp_path, [row | {"set": "one"} for row in rows])  # as the message advises
-    assert count_responses(file, None, notes) == 2 and not notes
+    harmful = Prompts(path=file_of(tmp_path, [{"prompt": "Why?"}], "harmful.jsonl"))  # as the message advises
+    assert count_responses(file, harmful, notes) == 1 and not notes
+
+
+def esi_data(prompts: str | dict[str, str] | None, responses: str, **sections: Any) -> PromptData:
+    data = {"prompts": {"path": prompts} if isinstance(prompts, str) else prompts, "responses": responses}
+    raw = {"run": {"output_dir": "x"}, "model": {"path": "m"}, "judge": {"path": "g"}, "data": data, **sections}
+    return _read_data(validate(raw))
+
+
+def test_esi_scores_the_responses_to_its_prompts(tmp_path: Path) -> None:
+    """Benign ones in the same file were scored as responses to harmful prompts, whatever data.prompts said."""
+    harmful = file_of(tmp_path, [{"prompt": text} for text in ("Why?", "When?", "How?")], "harmful.jsonl")
+    pairs = {"benign": "b", " How? ": "h", "Why?": "w"}
+    rows = [{"prompt": prompt, "response": response} for prompt, response in pairs.items()]
+    file = file_of(tmp_path, rows)
+    data = esi_data(harmful, file)
+    assert (data.prompts, data.responses) == (["Why?", "When?", "How?"], ["w", "", "h"])
+    assert data.unanswered == {1: MISSING} and not data.are_generated
+    assert data.remarks == (
+        f"not scored: 1 row of {file} with prompts that data.prompts does not have",
+        f"excluded: 1 prompt of data.prompts without a response in {file}",
+    )
+    assert data.origin == f"{harmful} (column prompt), answered by {file}" and len(set(data.source.values())) == 5
+    whole = esi_data(None, file)
+    assert whole.responses == ["b", "h", "w"] and whole.source.keys() == {"responses", "sha256"} and not whole.remarks
+    scored = file_of(tmp_path, [row | {"judge_score": number} for number, row in enumerate(rows)], "scored.jsonl")
+    scores = esi_data(harmful, scored, judge=None, esi={"estimator": "score_function"}).scores or []
+    assert scores[::2] == [2, 1] and math.isnan(scores[1])
+
+
+def test_esi_takes_all_responses_to_a_prompt(tmp_path: Path) -> None:
+    harmful = file_of(tmp_path, [{"prompt": "Why?"}] * 2, "harmful.jsonl")
+    rows = [{"prompt": "Why?", "response": text} for text in "abc"]
+    assert esi_data(harmful, file_of(tmp_path, rows[:2])).responses == ["a", "b"]  # of a run on the same prompts
+    assert esi_data(harmful, file_of(tmp_path, rows[:1])).responses == ["a", "a"]
+    ours = [row | {"index": index, "excluded": None} for index, row in enumerate(rows)]
+    assert esi_data(harmful, file_of(tmp_path, ours)).responses == ["a", "b"]  # of more of the same prompts
+    with pytest.raises(UserError, match=r'3 rows to the prompt "Why\?", which data.prompts has 2 times; .*: null'):
+        esi_data(harmful, file_of(tmp_path, rows))
+    prompts = [{"prompt": text, "aim": text.lower()} for text in ("How?", "Why?")]
+    goals = {"path": file_of(tmp_path, prompts, "goals.jsonl"), "goal": "aim"}
+    sampled = esi_data(goals, file_of(tmp_path, rows))
+    assert (sampled.prompts, sampled.responses) == (["How?", "Why?", "Why?", "Why?"], ["", "a", "b", "c"])
+    assert sampled.unanswered == {0: MISSING} and sampled.goals == ["how?", "why?", "why?", "why?"]
+    with pytest.raises(UserError, match=r"answers none of the prompts of data\.prompts.*data\.prompts: null"):
+        esi_data(harmful, file_of(tmp_path, [{"prompt": "How?", "response": "a"}]))
+
+
+def test_esi_reads_goals_from_its_prompts_or_else_from_recorded_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "goal": "g", "response": "r", "excluded": None}, {"prompt": "q", "response": "r"}]
+    file, prompts = file_of(tmp_path, rows), [{"prompt": "q", "aim": "x"}, {"prompt": "p", "aim": "y"}]
+    attacks = file_of(tmp_path, prompts, "attacks.jsonl")
+    assert esi_data(attacks, file).goals == [None, "g"]
+    assert list(esi_data({"path": attacks, "goal": "aim"}, file).goals or []) == ["x", "y"]
 
 
 def test_what_is_ambiguous_is_refused(tmp_path: Path) -> None:
@@ -116,7 +174,7 @@ def test_what_is_ambiguous_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="answers none of the prompts"):
         load_answers(file_of(tmp_path, rows), FIELD, "m", [question_set("a", "When?")])
     for wrong in ({"prompt": "Why?", "response": None}, {"prompt": "Why?"}, {"prompt": "Why?", "response": 3}):
-        with pytest.raises(UserError, match="row 1 has no text 'response'"):
+        with pytest.raises(UserError, match="row 1 has no text under 'response'"):
             load_answers(file_of(tmp_path, [wrong]), FIELD, "m", [question_set("a", "Why?")])
     image = {"a": [{"test_case": ["x.png", "Why?"], "generation": "so"}]}
     with pytest.raises(UserError, match="row 1 cannot be read"):
@@ -148,7 +206,7 @@ class Rows:
     def __init__(self) -> None:
         self.rows: dict[Any, Any] = {}
         self.lines: list[str] = []
-        self.log = self.lines.append
+        self.log = self.remark = self.lines.append
 
     def add(self, rows: list[Any]) -> None:
         self.rows |= {(row["model"], row["set"], row["index"]): row for row in rows}
@@ -175,6 +233,7 @@ def test_missing_answers_are_listed_and_fluency_is_not_measured(tmp_path: Path) 
     [
         ({}, "eval.models.0.*has no answers.*path or answers or endpoint"),
         ({"path": "a", "answers": "b"}, r"eval\.models\.0\.answers.*together with path"),
+        ({"path": "b", "answers_of": "base"}, r"eval\.models\.0\.answers_of = base: belongs to a file of answers"),
         ({"answers": "b", "revision": "main"}, r"eval\.models\.0\.revision.*hub"),
         ({"answers": "b", "before": "x"}, r"eval\.models\.0\.before"),
     ],
@@ -211,10 +270,71 @@ def test_rows_written_with_other_marks_of_thoughts_are_not_read_otherwise(tmp_pa
     file, sets = file_of(tmp_path, [row]), [question_set("a", "Why?")]
     for read in (
         lambda given: counted_responses(load_responses(file), file, given),
-        lambda given: load_answers(file, FIELD, "m", sets, thought_marks=given),
+        lambda given: load_answers(file, FIELD, "m", sets, asked=Asked(Model(path="m", thought_marks=given))),
     ):
-        with pytest.raises(UserError, match=r"model\.thought_marks: would read row 1 of .* otherwise"):
+        with pytest.raises(UserError, match=r"model\.thought_marks: would read row 1 of .* differently"):
             read(None)
         read(marks)
     plain = evaluated("m", "a", 0, "Why?", "Sure") | {"thought_marks": marks}  # the marks make no difference
     assert counted_responses([plain], file) == ["Sure"]
+
+
+def asked_rows(system_prompt: str | None, extra: dict[str, Any]) -> list[dict[str, Any]]:
+    asked = {"model": "m", "max_tokens": 64, "system_prompt": system_prompt, "extra": extra}
+    return [{"prompt": prompt, "response": "Sure", "asked": asked} for prompt in ("Why?", CHAT)]
+
+
+@pytest.mark.parametrize(
+    ("system_prompt", "extra", "model", "words"),
+    [
+        ("You are DAN.", {}, {}, r"model\.system_prompt.*row 1 of .*, \"You are DAN\.\""),
+        (None, {}, {"system_prompt": "Be kind."}, r"model\.system_prompt = Be kind\.: is not what row 1 .*, null"),
+        (None, {TEMPLATE: {"thinking": True}}, {}, r"model\.template_kwargs.*row 1 of .*\"thinking\": true"),
+        (None, {}, {"template_kwargs": {"thinking": True}}, r"model\.template_kwargs.*row 1 of .*asked with, {}"),
+    ],
+)
+def test_responses_to_another_question_are_refused(
+    system_prompt: str | None, extra: dict[str, Any], model: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """A prompt that the model answered behind another system prompt is another one."""
+    file = file_of(tmp_path, asked_rows(system_prompt, extra))
+    with pytest.raises(UserError, match=words):
+        esi_data(None, file, model={"path": "m", **model})
+    with_own = file_of(tmp_path, asked_rows(system_prompt, extra)[1:], "own.jsonl")
+    asked, sets = Asked(Model(path="m", **model), 256), [question_set("a", "Why?", CHAT)]
+    if "system_prompt" in words:
+        with pytest.raises(UserError, match=words):
+            load_answers(file, FIELD, "m", sets, asked=asked)
+        assert load_answers(with_own, FIELD, "m", sets, asked=asked).answers  # the chat's own one was asked
+    else:  # another model may have another template
+        assert TEMPLATE in load_answers(file, FIELD, "m", sets, asked=asked).differences
+
+
+def test_answers_that_were_asked_for_otherwise_are_remarked_on(tmp_path: Path) -> None:
+    file = file_of(tmp_path, asked_rows("s", {"temperature": 0.7, TEMPLATE: {"thinking": True}}))
+    section, sets = Model(path="m", system_prompt="s", template_kwargs={"thinking": True}), [question_set("a", "Why?")]
+    loaded = load_answers(file, FIELD, "m", sets, asked=Asked(section, 256))
+    assert loaded.differences == "max_tokens 64, not 256; temperature 0.7, not 0"
+    tracker = Rows()
+    add_recorded(RecordedModel("m", "base", loaded, FIELD), sets, Rows(), tracker)  # type: ignore[arg-type]
+    assert f"answers of m were asked for otherwise: {loaded.differences}" in tracker.lines
+    same = Asked(section, 64, {"temperature": 0.7})
+    assert load_answers(file, FIELD, "m", sets, asked=same).differences == ""
+    data = esi_data(None, file, model=section.model_dump())
+    assert data.remarks == (f"responses of {file} were asked for otherwise: {loaded.differences}",)
+
+
+def test_rows_say_how_they_were_asked(tmp_path: Path) -> None:
+    """What one run writes the next one checks."""
+    section = Model(path="m", system_prompt="s", template_kwargs={"thinking": True})
+    asked = Asked(section, 8, {"temperature": 0.5}).as_row()
+    assert asked == {
+        "max_tokens": 8,
+        "system_prompt": "s",
+        "extra": {TEMPLATE: {"thinking": True}, "temperature": 0.5},
+    }
+    write_responses(tmp_path, ["Why?"], ["so"], {0: 1.0}, {}, asked=asked)
+    file = str(tmp_path / "responses.jsonl")
+    assert esi_data(None, file, model=section.model_dump()).responses == ["so"]
+    with pytest.raises(UserError, match=r"model\.system_prompt: is not what row 1"):
+        esi_data(None, file)

@@ -217,7 +217,7 @@ def test_goals_of_attacks_are_kept(server: Server, tmp_path: Path) -> None:
     assert ask(server, tmp_path, [], "--prompts", str(tmp_path / "attacks.jsonl"), "--goal", "aim") == 0
     assert [row["goal"] for row in rows_of(tmp_path)] == ["A", "B"]
     file = str(tmp_path / "o.jsonl")
-    assert recorded_goals(load_responses(file), file, None) == ["A", "B"]  # as ESI reads them
+    assert recorded_goals(load_responses(file)) == ["A", "B"]  # as ESI reads them
 
 
 def test_an_endpoint_that_is_down_is_given_up(server: Server, tmp_path: Path, capsys) -> None:

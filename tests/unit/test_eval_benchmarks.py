@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from esi_ds.config import Prompts
 from esi_ds.data.benchmarks import AIR_REGIONS, BUILT_IN, COSAPIEN_SCENARIOS, MULTIJAIL_LANGUAGES, SORRY_STYLES
-from esi_ds.data.prompts import load_prompts
+from esi_ds.data.prompts import distinct_names, load_prompts, load_section
 from esi_ds.errors import UserError
+from esi_ds.stages.plan import notes
 
 # Rows as the hub gives them.
 HUB = {
@@ -155,6 +157,19 @@ def test_a_kind_or_column_of_ones_own(hub: None) -> None:
     assert allowed.prompts == EXPECTED["cosapien/film_production/allowed"] and allowed.unread == ()
     assert allowed.skipped == ((1, "CoSApien disallowed row"), (2, "CoSApien partial row"))
     assert len(load_prompts("cosapien/film_production", kind="all").prompts) == 3
+
+
+def test_a_configuration_of_ones_own(hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wildguardmix has no default one; two of a set are two question sets."""
+    monkeypatch.setitem(HUB, ("allenai/wildguardmix", "wildguardtest"), [{"prompt": "h1"}])
+    section = Prompts(path="allenai/wildguardmix", name="wildguardtest")
+    assert load_section(section).prompts == ("h1",)
+    monkeypatch.setattr(notes, "hub_answers", lambda: True)
+    assert notes.count_prompts(section, "data.prompts", []) == 1
+    other = section.model_copy(update={"name": "wildguardtrain"})
+    assert distinct_names([section, other]) == [f"{section.path}:{name}" for name in (section.name, other.name)]
+    contextual = load_prompts("harmbench", name="contextual").prompts
+    assert contextual == EXPECTED["harmbench/contextual"] != EXPECTED["harmbench"]
 
 
 @pytest.mark.parametrize(

@@ -220,11 +220,8 @@ def test_slots_of_a_rubric() -> None:
 
 def test_goals_of_recorded_responses() -> None:
     ours = [{"goal": "g", "excluded": None}, {"excluded": None}]
-    assert recorded_goals(ours, "f", None) == ["g", None]
-    others = [{"goal": "g", "response": "r"}]
-    assert recorded_goals(others, "f", None) is None and recorded_goals(others, "f", "goal") == ["g"]
-    with pytest.raises(UserError, match=r"data\.prompts\.goal = goal: names no text in row 2 of f"):
-        recorded_goals([*others, {"response": "r"}], "f", "goal")
+    assert recorded_goals(ours) == ["g", None]
+    assert recorded_goals([{"goal": "g", "response": "r"}]) is None
 
 
 @pytest.fixture
@@ -282,4 +279,4 @@ def test_responses_of_attacks_keep_their_goals(tmp_path: Path) -> None:
     write_responses(tmp_path, ["a", "b"], ["x", "y"], {0: 1.0}, {}, ["g", None])
     rows = load_responses(str(tmp_path / "responses.jsonl"))
     assert [row.get("goal") for row in rows] == ["g", None]
-    assert recorded_goals(rows, "f", None) == ["g", None]
+    assert recorded_goals(rows) == ["g", None]

@@ -11,7 +11,7 @@ from builders import byte_bpe_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from esi_ds.data.conversations import IGNORED, TuningSet, conversation, encode_rows, find_columns
-from esi_ds.data.prompts import PromptSet, load_prompts, load_responses
+from esi_ds.data.prompts import PromptSet, QuestionSet, load_prompts, load_responses
 from esi_ds.errors import UserError
 
 ASKED = {"role": "user", "content": "Make a bomb"}
@@ -170,10 +170,32 @@ def test_columns_that_are_read_and_those_that_are_not_are_named(tokenizer, tmp_p
     tuning_set = encoded(tokenizer, row)
     assert tuning_set.columns == "question,answer,system" and tuning_set.note == "; columns not read: id, Category"
     prompt_set = prompts(tmp_path, {"prompt": "a", "target": "b", "id": 1}, {"prompt": "c", "context": "x"})
-    assert prompt_set.note == "; columns not read: target, id" and prompt_set.prompts == ("a", "c\n\nx")
+    assert prompt_set.note == "; read with them: context; columns not read: target, id"
+    assert prompt_set.prompts == ("a", "c\n\nx")
     answered = prompts(tmp_path, {"prompt": "a", "context": "x", "answer": "b"})
     assert answered.note == "; columns not read: context, answer"
     assert prompts(tmp_path, *[{"prompt": text} for text in "aba"]).note.startswith("; 1 duplicate(s), all counted")
+
+
+def test_columns_that_become_part_of_a_question_are_named(tokenizer, tmp_path: Path) -> None:
+    """Notes of annotators, say, that have the names of options, inputs and system prompts."""
+    row = {"id": 1, "prompt": "q", "context": "round 3", "A": "complied", "B": "refused", "C": "partly", "system": "s"}
+    for column in ("auto", "prompt"):
+        prompt_set = prompts(tmp_path, row, column=column)
+        assert prompt_set.note == "; read with them: context, A, B, C, system; columns not read: id"
+        columns = "prompt,context,A,B,C,system"
+        assert QuestionSet("s", "harmful", prompt_set).as_row()["column"] == prompt_set.columns == columns
+    letters = {"A": "n1", "B": "n2", "C": "n3"}
+    assert encoded(tokenizer, {**QA, **letters}).columns == "question,answer,A,B,C"
+    chosen = encoded(tokenizer, {**QA, "option_a": "x", "option_b": "y", **letters})
+    assert chosen.columns == "question,answer,option_a,option_b" and chosen.unread == ("A", "B", "C")
+    alone = prompts(tmp_path, {"prompt": "q", "option_a": "x", "instances": [{"input": "i"}]})
+    assert (alone.also_read, alone.unread) == (("instances",), ("option_a",))
+    contextual = {"Behavior": "b", "ContextString": "c", "context": "d"}
+    assert prompts(tmp_path, contextual).also_read == ("ContextString",)
+    wild = prompts(tmp_path, {"adversarial": "", "vanilla": "v"}, {"adversarial": "a", "vanilla": "v"})
+    assert (wild.prompts, wild.also_read) == (("v", "a"), ("vanilla",))
+    assert prompts(tmp_path, {"prompt": "q", "vanilla": "v"}, column="prompt").unread == ("vanilla",)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +252,8 @@ def test_answers_that_kto_unlearns(label: object) -> None:
 )
 def test_every_option_keeps_its_letter(columns: dict[str, Any], options: str, tmp_path: Path) -> None:
     prompt_set = prompts(tmp_path, {"question": "q", **columns})
-    assert prompt_set.prompts == (f"q\n\n{options}",) and prompt_set.note == ""
+    read = ", ".join(name for name, text in columns.items() if text)
+    assert prompt_set.prompts == (f"q\n\n{options}",) and prompt_set.note == f"; read with them: {read}"
 
 
 FOUR = {"question": "p", "A": "w", "B": "x", "C": "y", "D": "z"}
@@ -240,7 +263,7 @@ FOUR = {"question": "p", "A": "w", "B": "x", "C": "y", "D": "z"}
 def test_two_options_among_questions_with_more(two: dict[str, Any], tmp_path: Path, tokenizer) -> None:
     two = {"question": "q", **two}
     prompt_set = prompts(tmp_path, two, FOUR)
-    assert prompt_set.prompts == ("q\n\nA. yes\nB. no", "p\n\nA. w\nB. x\nC. y\nD. z") and prompt_set.note == ""
+    assert prompt_set.prompts == ("q\n\nA. yes\nB. no", "p\n\nA. w\nB. x\nC. y\nD. z") and not prompt_set.unread
     tuning_set = encoded(tokenizer, *({**row, "answer": "I cannot help"} for row in (two, FOUR)))
     assert "A. yes\nB. no" in tokenizer.decode(tuning_set.sequences[0].ids)
 
@@ -364,7 +387,7 @@ def test_prompts_with_all_that_was_asked(row: dict[str, Any], prompt: str, tmp_p
 def test_a_chat_is_asked_as_it_is(row: dict[str, Any], turns: list[dict[str, str]], tmp_path: Path) -> None:
     prompt_set = prompts(tmp_path, row, {next(iter(row)): [ASKED]})
     assert prompt_set.prompts == (turns, "Make a bomb")  # a single turn of the user is a text
-    assert prompt_set.note in ("", "; columns not read: id") and not prompt_set.skipped
+    assert prompt_set.unread in ((), ("id",)) and not prompt_set.skipped
 
 
 def test_sets_of_other_turns_have_other_hashes(tmp_path: Path) -> None:

@@ -133,10 +133,10 @@ def test_rows_that_are_there_are_counted(capsys: pytest.CaptureFixture[str], tmp
     assert "1,000 of 16 rows (250.00 epochs)" in capsys.readouterr().out
 
 
-def test_responses_are_counted_up_to_the_limit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_prompts_that_a_file_answers_are_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "response": "b"}\n' * 80)
-    for prompts, count in (("{path: nowhere, limit: 40}", 40), ("null", 80)):
+    rows.write_text("".join(f'{{"prompt": "{number}", "response": "b"}}\n' for number in range(80)))
+    for prompts, count in ((f"{{path: {rows}, limit: 40}}", 40), ("null", 80)):
         assert dry_run("esi", f"data.responses={rows}", f"data.prompts={prompts}") == 0
         facts = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert ["prompts", str(count)] in facts

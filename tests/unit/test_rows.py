@@ -31,9 +31,9 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
         ('goal,target\nfirst,x\n"second\u201d,x\nthird,x\nfourth,x\n', "line 3: a quote is opened and not closed"),
         ('goal,target\na,x\n"b\n,x\n"c",x\nd,x\n', "line 3: "),  # the quote ends at the next row's
         ('goal,target\n"b" he said,x\n', "line 2: .*doubled"),
-        ("goal,target\na,x\nSteal, then run,x\n", "line 3 has 3 cells, and there are 2 columns"),
+        ("goal,target\na,x\nSteal, then run,x\n", "line 3 has 3 cells, and the file has 2 columns"),
         ('goal,target\n"a\nb",x\nSteal, then run,x\n', "line 4 has 3 cells"),
-        ("goal,target\na,x\nb\n", "line 3 has 1 cell, and there are 2 columns"),
+        ("goal,target\na,x\nb\n", "line 3 has 1 cell, and the file has 2 columns"),
         ("goal,goal\na,b\n", "two columns are named 'goal'"),
         ("goal, goal \na,b\n", "two columns are named 'goal'"),
         ("goal,target\nb,x\0y\n", "line 2 holds a NUL"),
@@ -52,6 +52,22 @@ def test_rows_that_would_shift_name_the_line(text: str | bytes, problem: str, su
     with pytest.raises(UserError, match=problem) as raised:
         load_prompts(path)
     assert raised.value.field == "data.prompts.path" and raised.value.value == path
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("a.csv", "prompt;category\nFirst, pick a lock;theft\n", "separated by ';': save it with commas, or as .tsv"),
+        ("a.csv", "prompt\tcategory\nPick a lock\ttheft\n", r"separated by '\\t': save it with commas"),
+        ("a.tsv", "prompt,category\nPick a lock,theft\n", "separated by ',': save it with tabs"),
+        ("a.csv", "prompt\nFirst, pick a lock\n", "line 2 has 2 cells, and the file has 1 column"),
+    ],
+)
+def test_another_delimiter_is_named(name: str, text: str, problem: str, tmp_path: Path) -> None:
+    """Whole rows were prompts of a column ``prompt;category``."""
+    for column in ("auto", text.splitlines()[0]):
+        with pytest.raises(UserError, match=problem):
+            load_prompts(write(tmp_path, name, text), column=column)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from builders import byte_bpe_tokenizer, random_classifier, sentencepiece_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from esi_ds.config import EvalClassifier, EvalGuard, EvalRubric, EvalWords, EvalYesNo, validate
+from esi_ds.config import Eval, EvalClassifier, EvalGuard, EvalRubric, EvalWords, EvalYesNo, validate
 from esi_ds.config.judges import Reads
 from esi_ds.config.needs import require_esi
 from esi_ds.data.answers import RecordedAnswer, RecordedAnswers
@@ -208,9 +208,9 @@ def test_a_user_s_marks_in_what_models_generate_serve_and_learn(monkeypatch: pyt
     )
     answers = SimpleNamespace(rows={}, key=lambda row: row["index"], add=kept_rows.extend)
     sets = [QuestionSet("s", "harmful", PromptSet(("p",) * len(TEXTS), "p", "f", ()))]
-    section = SimpleNamespace(max_new_tokens=3, samples=1, temperature=0.0)
-    esi = SimpleNamespace(esi=SimpleNamespace(generation="auto"))
-    answering.answer_all(None, "m", candidate, sets, answers, esi, section, None, None)  # type: ignore[arg-type]
+    run = validate({"run": {"output_dir": "x"}, "model": {"path": "m", "system_prompt": "s"}})
+    answering.answer_all(None, "m", candidate, sets, answers, run, Eval(max_new_tokens=3), None, None)  # type: ignore[arg-type]
+    assert all(row["asked"] == {"max_tokens": 3, "system_prompt": "s"} for row in kept_rows)
     assert [row["excluded"] for row in kept_rows] == [None, None, UNFINISHED, None]
     assert all(row["thought_marks"] == OWN for row in kept_rows)
 

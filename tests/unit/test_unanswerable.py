@@ -183,7 +183,7 @@ def test_an_evaluation_lists_what_is_not_asked(tokenizer: PreTrainedTokenizerFas
     monkeypatch.setattr(
         answering, "generate_all", lambda model, tokenizer, ends, ids, *rest, **named: asked.update(ids)
     )
-    section = SimpleNamespace(max_new_tokens=LENGTH, batch_size=2, samples=1, temperature=0.0)
+    section = SimpleNamespace(max_new_tokens=LENGTH, batch_size=2, samples=1, temperature=0.0, sampling={})
     sets = [SimpleNamespace(name="set", prompts=prompts, goal=lambda index: None)]
     answering.answer_all(None, "base", candidate, sets, ledger, CONFIG, section, None, None)
     assert asked == {0: encoded["set", 0]}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,8 @@ from esi_ds.config import Config, EsiClassifier, EsiGuard, ModelEndpoint, Prompt
 from esi_ds.config.judges import Reads
 from esi_ds.config.needs import scores_given
 from esi_ds.core.select import check_ratio, share_sizes
-from esi_ds.data.answers import check_unmixed, counted_responses
+from esi_ds.data.answers import MISSING, check_unmixed, counted_responses, matched_rows
+from esi_ds.data.asked import Asked
 from esi_ds.data.benchmarks import Kind
 from esi_ds.data.chat import (
     EncodedResponse,
@@ -31,7 +33,8 @@ from esi_ds.data.chat import (
 )
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.goals import recorded_goals
-from esi_ds.data.prompts import load_responses, load_section, recorded_scores
+from esi_ds.data.prompts import PromptSet, load_responses, load_section, recorded_scores
+from esi_ds.data.rows import Row
 from esi_ds.data.thoughts import (
     MARKS,
     NO_THOUGHT,
@@ -50,6 +53,7 @@ from esi_ds.data.thoughts import (
 )
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
+from esi_ds.eval.asking import asked_of
 from esi_ds.judge.classifier import (
     SequenceRule,
     classifier_family,
@@ -66,6 +70,7 @@ from esi_ds.models.folder import ModelSource, check_weights, load_model_config, 
 from esi_ds.models.meta import meta_model, meta_parameters
 from esi_ds.stages.esi.losses import LossRows, prepare_losses
 from esi_ds.stages.evaluate.prepare import ServedModel
+from esi_ds.words import counted
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class PromptData:
     each response, where they come with the responses instead of from a judge. source: what was read, with its hash, for
     the manifest. skipped: (row, reason) of every row without a usable prompt. note: what of the rows is not read, for
     the log. goals: what each prompt is after, which the judge reads instead of it; None where a row, or all of them,
-    has none.
+    has none. unanswered: index → why the file of responses has none; remarks: how it fits the prompts, for the report.
     """
 
     prompts: list[Prompt]
@@ -103,6 +108,8 @@ class PromptData:
     note: str = ""
     served: ServedModel | None = None
     goals: Sequence[str | None] | None = None
+    unanswered: Mapping[int, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def are_generated(self) -> bool:
@@ -115,7 +122,8 @@ class PromptData:
         if "prompts" not in self.source:
             return self.source["responses"]
         answered = f", answered by {self.source['responses']}" if "responses" in self.source else ""
-        return f"{self.source['prompts']} (column {self.source['column']}){answered}"
+        columns = f"column{'s' * (',' in self.source['column'])} {self.source['column']}"
+        return f"{self.source['prompts']} ({columns}){answered}"
 
 
 @dataclass(frozen=True)
@@ -269,27 +277,79 @@ def _prepare_classifier(
 
 
 def _read_data(config: Config) -> PromptData:
-    """The file ``data.responses`` with its own prompts, of which ``data.prompts`` then only limits the number; else
-    ``data.prompts``, which the model or the endpoint ``data.responses`` answers."""
+    """The prompts of the safety objective: ``data.prompts``, which the file ``data.responses`` answers, the endpoint of
+    that name, or the model; without ``data.prompts`` all that the file answers."""
     section, path = config.data.prompts, config.data.responses
-    if isinstance(path, str):
-        rows = load_responses(path)
-        check_unmixed(rows, path)
-        rows = rows[: section.limit if section is not None else None]
-        source = {"responses": path, "sha256": file_sha256(Path(path).expanduser())}
-        scores = recorded_scores(rows, path) if scores_given(config) else None
-        goals = recorded_goals(rows, path, section.goal if section is not None else None)
-        prompts = [row["prompt"] for row in rows]
-        responses = counted_responses(rows, path, config.model.thought_marks)
-        return PromptData(prompts, responses, source, [], scores, goals=goals)
-    assert section is not None  # require_esi has seen to it
-    return _asked_data(config, section, "data.prompts")
+    if not isinstance(path, str):
+        assert section is not None  # require_esi has seen to it
+        return _asked_data(config, section, "data.prompts")
+    rows = load_responses(path)
+    check_unmixed(rows, path, are_matched=section is not None)
+    scores = recorded_scores(rows, path) if scores_given(config) else None
+    responses = counted_responses(rows, path, config.model.thought_marks)
+    asked = Asked(config.model, config.esi.max_new_tokens)
+    asked.check_system_prompt(rows, path)
+    asked.check_template(rows, path)
+    otherwise = asked.differences(rows)
+    remarks = (f"responses of {path} were asked for otherwise: {otherwise}",) if otherwise else ()
+    source, goals = {"responses": path, "sha256": file_sha256(Path(path).expanduser())}, recorded_goals(rows)
+    prompts = [row["prompt"] for row in rows]
+    answered = PromptData(prompts, responses, source, [], scores, goals=goals, remarks=remarks)
+    return answered if section is None else _matched_data(section, rows, answered)
+
+
+def _matched_data(section: Prompts, rows: Sequence[Row], answered: PromptData) -> PromptData:
+    """The prompts of ``data.prompts`` with what a file of responses has of each. rows, answered: of the whole file."""
+    read, path = load_section(section), answered.source["responses"]
+    texts, scores, goals = answered.responses or [], answered.scores, answered.goals
+    pairs, num_unused = matched_rows(read.prompts, rows, path)
+    indices, numbers = [index for index, _ in pairs], [number for _, number in pairs]
+    unanswered = {place: MISSING for place, number in enumerate(numbers) if number is None}
+    remarks = [*answered.remarks]
+    if num_unused:
+        remarks.append(
+            f"not scored: {counted(num_unused, 'row')} of {path} with prompts that data.prompts does not have"
+        )
+    if unanswered:
+        remarks.append(f"excluded: {counted(len(unanswered), 'prompt')} of data.prompts without a response in {path}")
+    return PromptData(
+        [read.prompts[index] for index in indices],
+        ["" if number is None else texts[number] for number in numbers],
+        {**_source(read), "responses": path, "responses_sha256": answered.source["sha256"]},
+        list(read.skipped),
+        None if scores is None else [math.nan if number is None else scores[number] for number in numbers],
+        read.note,
+        goals=_goals_of(read, goals, pairs),
+        unanswered=unanswered,
+        remarks=tuple(remarks),
+    )
+
+
+def _goals_of(
+    read: PromptSet, recorded: Sequence[str | None] | None, pairs: Sequence[tuple[int, int | None]]
+) -> list[str | None] | None:
+    """The goal of each response's prompt: that of ``data.prompts``, else the one in the response's row."""
+    if read.goals:
+        return [read.goals[index] for index, _ in pairs]
+    return None if recorded is None else [None if number is None else recorded[number] for _, number in pairs]
+
+
+def asked_with(config: Config, data: PromptData) -> dict[str, Any]:
+    """What besides the prompt decided the responses, for their rows."""
+    if data.served is not None:
+        return asked_of(data.served.endpoint, data.served.system_prompt)
+    return Asked(config.model, config.esi.max_new_tokens if data.are_generated else None).as_row()
+
+
+def _source(read: PromptSet) -> dict[str, str]:
+    """What the manifest says of prompts."""
+    return {"prompts": read.source, "column": read.columns, "sha256": read.sha256}
 
 
 def _asked_data(config: Config, section: Prompts, field: str, kind: Kind | None = None) -> PromptData:
     """Prompts that the model answers, or the endpoint ``data.responses``. kind: of the rows that are taken."""
     read, path = load_section(section, field, kind), config.data.responses
-    source = {"prompts": read.source, "column": read.column, "sha256": read.sha256}
+    source = _source(read)
     served = None
     if isinstance(path, ModelEndpoint):
         served = ServedModel.of(path, "data.responses", config.esi.max_new_tokens, config.model)

@@ -37,6 +37,7 @@ from esi_ds.stages.esi.prepare import (
     Example,
     PreparedEsiJudge,
     PromptInputs,
+    asked_with,
     clean,
     clean_responses,
     encode_examples,
@@ -135,9 +136,11 @@ class EsiRun(StageRun[EsiInputs]):
         self.tracker.log(
             f"{name}: {len(data.prompts)} from {data.origin}, {counted(len(data.skipped), 'row')} skipped{data.note}"
         )
+        for remark in data.remarks:
+            self.tracker.remark(remark)
         prompts, num_broken = clean(inputs, data.prompts)
         prompt_ids = encode_prompts(inputs, config, prompts)
-        unanswered: dict[int, str] = {}
+        unanswered = dict(data.unanswered)
         with self.phase("responding"):
             if data.served:
                 asked = data.served, data.prompts, self.folder.path, self.tracker, data.goals
@@ -172,7 +175,7 @@ class EsiRun(StageRun[EsiInputs]):
         excluded.update(state.excluded)
         if runtime.is_main():
             scored = answered.responses, state.scores, excluded, data.goals, inputs.prefix
-            write_responses(self.folder.path, data.prompts, *scored)
+            write_responses(self.folder.path, data.prompts, *scored, asked_with(self.config, data))
         num_prompts = len(data.prompts) - len(excluded)
         if num_prompts == 0:
             raise UserError(

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from esi_ds.config import Config, Eval
 from esi_ds.data.answers import MISSING, RecordedAnswer
+from esi_ds.data.asked import Asked, changes_the_prompt
 from esi_ds.data.chat import answerable
 from esi_ds.data.prompts import QuestionSet
 from esi_ds.data.thoughts import (
@@ -109,6 +110,8 @@ def add_recorded(
                 f"{recorded.path} has {what} of {model.name} to {len(lacking)} of {len(question_set.prompts)} "
                 f"prompts of {question_set.name}: {', '.join(map(str, lacking))}"
             )
+    if recorded.differences:
+        tracker.remark(f"answers of {model.name} were asked for otherwise: {recorded.differences}")
     answers.add(rows)
     unused = f"; {recorded.num_unused} of its rows answer other prompts" if recorded.num_unused else ""
     tracker.log(
@@ -161,7 +164,10 @@ def answer_all(
     limit, length = candidate.max_positions, section.max_new_tokens
     waiting: list[AnswerRow] = []
     prompt_ids, reasons = answerable(candidate.prompt_ids, length, limit)
+    asked = Asked(config.model, length, section.sampling).as_row()
     for row in unanswered_rows(name, sets, section.samples):
+        if changes_the_prompt(asked):
+            row["asked"] = asked
         row["excluded"] = reasons.get((row["set"], row["index"]))
         if answers.key(row) in answers.rows:
             continue

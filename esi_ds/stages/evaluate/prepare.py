@@ -24,6 +24,7 @@ from esi_ds.config import (
 )
 from esi_ds.config.needs import require_eval
 from esi_ds.data.answers import RecordedAnswers, load_answers
+from esi_ds.data.asked import Asked
 from esi_ds.data.chat import (
     answerable,
     check_some_answerable,
@@ -259,15 +260,14 @@ def prepare_eval(config: Config) -> EvalInputs:
             models.append(_candidate(config.model, name, source, model.before, sets))
         elif model.answers is not None:
             file_field = f"{field}.answers"
-            marks = config.model.thought_marks
-            recorded = load_answers(model.answers, file_field, name, sets, section.samples, marks)
-            models.append(RecordedModel(name, model.before, recorded, file_field, marks))
+            asked = Asked(config.model, section.max_new_tokens, section.sampling)
+            recorded = load_answers(model.answers, file_field, name, sets, section.samples, asked, model.answers_of)
+            models.append(RecordedModel(name, model.before, recorded, file_field, config.model.thought_marks))
         elif model.endpoint is not None:
             limit = section.max_new_tokens
             served = ServedModel.of(model.endpoint, f"{field}.endpoint", limit, config.model, name, model.before)
-            if section.temperature > 0:  # top_p even if it is 1: a server may have another default
-                sampling = {"temperature": section.temperature, "top_p": section.top_p}
-                endpoint = replace(served.endpoint, extra={**served.endpoint.extra, **sampling})
+            if section.sampling:
+                endpoint = replace(served.endpoint, extra={**served.endpoint.extra, **section.sampling})
                 served = replace(served, endpoint=endpoint, seed=config.run.seed)
             models.append(served)
     for candidate in models:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from esi_ds.data.asked import changes_the_prompt
 from esi_ds.data.prompts import QuestionSet
 from esi_ds.data.thoughts import UNFINISHED, final_answer
 from esi_ds.errors import UserError
-from esi_ds.eval.asking import ask_prompts, check_served
+from esi_ds.eval.asking import ask_prompts, asked_of, check_served
 from esi_ds.eval.endpoint import Reply
 from esi_ds.eval.rows import AnswerRow, marks_of
 from esi_ds.stages.evaluate.prepare import ServedModel
@@ -42,6 +43,9 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
         if not waiting:
             return
         model = self._model
+        asked = asked_of(model.endpoint, model.system_prompt, model.seed)
+        for row in waiting if changes_the_prompt(asked) else ():
+            row["asked"] = asked
         runtime.from_main(lambda: check_served(model.endpoint, model.field))
         self._tracker.log(f"{model.name}: {counted(len(waiting), 'prompt')} to its endpoint")
         bar = self._tracker.progress(total=len(waiting), initial=0, unit="prompt", description=f"answer: {model.name}")

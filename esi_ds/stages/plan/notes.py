@@ -11,10 +11,10 @@ from typing import TypeVar
 from huggingface_hub import constants, get_session
 
 from esi_ds.config import BenignMix, Prompts, RowSource
-from esi_ds.data.answers import check_unmixed
-from esi_ds.data.benchmarks import BUILT_IN, Kind
+from esi_ds.data.answers import check_unmixed, matched_rows
+from esi_ds.data.benchmarks import Kind
 from esi_ds.data.conversations import find_columns
-from esi_ds.data.prompts import load_responses, load_section, split_of
+from esi_ds.data.prompts import PromptSet, load_responses, load_section, where_from
 from esi_ds.data.rows import exists, looks_like_file, read_rows
 from esi_ds.errors import UserError
 
@@ -24,22 +24,32 @@ Content = TypeVar("Content")
 
 def count_prompts(section: Prompts, field: str, notes: list[str], kind: Kind | None = None) -> int | None:
     """Number of prompts in a set; None, and a note, where it cannot be reached. Raises UserError where it is wrong."""
-    built_in = BUILT_IN.get(section.path)
-    source, name = (built_in.source, built_in.config) if built_in else (section.path, None)
-    split = section.split or (split_of(built_in) if built_in else None)
+    read = reachable_prompts(section, field, notes, kind)
+    return None if read is None else len(read.prompts)
+
+
+def reachable_prompts(section: Prompts, field: str, notes: list[str], kind: Kind | None = None) -> PromptSet | None:
+    """A set of prompts, likewise."""
+    source, name, split = where_from(section.path, section.name, section.split)
     key = f"{field}.path"
     if read_if_reachable(source, key, lambda: read_rows(source, key, name=name, split=split), notes) is None:
         return None
-    return len(load_section(section, field, kind).prompts)
+    return load_section(section, field, kind)
 
 
-def count_responses(path: str, limit: int | None, notes: list[str]) -> int | None:
-    """Number of rows that are taken of ``data.responses``, likewise. limit: of ``data.prompts``; None: all."""
+def count_responses(path: str, section: Prompts | None, notes: list[str]) -> int | None:
+    """Number of prompts of ``data.prompts``, which the file ``data.responses`` answers; without it of the file's rows.
+    Else likewise."""
     rows = read_if_reachable(path, "data.responses", lambda: load_responses(path), notes)
-    if rows is None:
+    if rows is not None:
+        check_unmixed(rows, path, are_matched=section is not None)
+    if section is None:
+        return None if rows is None else len(rows)
+    read = reachable_prompts(section, "data.prompts", notes)
+    if read is None or rows is None:
         return None
-    check_unmixed(rows, path)
-    return len(rows[:limit])
+    pairs, _ = matched_rows(read.prompts, rows, path)
+    return sum(number is not None for _, number in pairs)
 
 
 def count_rows(section: RowSource | BenignMix, field: str, notes: list[str]) -> int | None:

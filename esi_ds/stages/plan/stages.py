@@ -85,7 +85,7 @@ def _passes(
     if isinstance(path, str) and field == "control.prompts":
         path = None  # the file answers data.prompts only
     if isinstance(path, str):
-        count = count_responses(path, section.limit if section is not None else None, notes)
+        count = count_responses(path, section, notes)
     else:
         assert section is not None  # require_esi
         kind: Kind | None = "benign" if field == "control.prompts" else None

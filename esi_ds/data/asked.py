@@ -1,0 +1,87 @@
+"""What besides its prompt decides a response, as rows of responses record it (``asked``): one that was given to another
+question is not read as the answer to this one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from esi_ds.config import Model
+from esi_ds.data.rows import Row
+from esi_ds.errors import UserError
+
+TEMPLATE = "chat_template_kwargs"  # where vLLM and SGLang read values of the chat template
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How this run asks. max_tokens: the longest answer; None where that is not this run's. sampling: temperature and
+    top_p, nothing of greedy answers."""
+
+    model: Model
+    max_tokens: int | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
+
+    def as_row(self) -> dict[str, Any]:
+        """As ``esi-ds ask`` writes it into its rows."""
+        values = {TEMPLATE: dict(self.model.template_kwargs)} if self.model.template_kwargs else {}
+        extra = {**values, **self.sampling}
+        length = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
+        return {**length, "system_prompt": self.model.system_prompt, **({"extra": extra} if extra else {})}
+
+    def check_system_prompt(self, rows: Sequence[Row], path: str) -> None:
+        """Raise UserError for a row that was asked with another system prompt than ``model.system_prompt``."""
+        for number, row, asked in _recorded(rows):
+            prompt = row["prompt"]
+            has_own = isinstance(prompt, list) and prompt[0]["role"] == "system"
+            if not has_own and asked["system_prompt"] != self.model.system_prompt:
+                _refuse("system_prompt", self.model.system_prompt, asked["system_prompt"], number, path)
+
+    def check_template(self, rows: Sequence[Row], path: str) -> None:
+        """Raise UserError for a row that was asked with other values of the template than ``model.template_kwargs``."""
+        for number, _, asked in _recorded(rows):
+            if _extra(asked, TEMPLATE, {}) != self.model.template_kwargs:
+                _refuse("template_kwargs", self.model.template_kwargs, _extra(asked, TEMPLATE, {}), number, path)
+
+    def differences(self, rows: Sequence[Row]) -> str:
+        """What else the rows were asked with that is not this run's; "" if nothing."""
+        temperature = self.sampling.get("temperature", 0)
+        parts = []
+        for name, ours, theirs in (
+            (
+                "max_tokens",
+                self.max_tokens,
+                [asked.get("max_tokens", self.max_tokens) for _, _, asked in _recorded(rows)],
+            ),
+            ("temperature", temperature, [_extra(asked, "temperature", 0) for _, _, asked in _recorded(rows)]),
+            (TEMPLATE, self.model.template_kwargs, [_extra(asked, TEMPLATE, {}) for _, _, asked in _recorded(rows)]),
+        ):
+            others = dict.fromkeys(json.dumps(value) for value in theirs if value != ours)
+            parts += [f"{name} {' or '.join(others)}, not {json.dumps(ours)}"] if others else []
+        return "; ".join(parts)
+
+
+def changes_the_prompt(asked: Mapping[str, Any]) -> bool:
+    """Whether the model read more than the prompt and its template: only then do the rows of a run record it."""
+    return asked.get("system_prompt") is not None or bool(_extra(asked, TEMPLATE, {}))
+
+
+def _recorded(rows: Sequence[Row]) -> Iterator[tuple[int, Row, Mapping[str, Any]]]:
+    """(number from 1, row, how it was asked) of the rows that say so."""
+    for number, row in enumerate(rows, 1):
+        asked = row.get("asked")
+        if isinstance(asked, dict) and "system_prompt" in asked:
+            yield number, row, asked
+
+
+def _extra(asked: Mapping[str, Any], key: str, default: Any) -> Any:
+    """A further key of the request."""
+    extra = asked.get("extra")
+    return extra.get(key, default) if isinstance(extra, dict) else default
+
+
+def _refuse(key: str, ours: Any, theirs: Any, number: int, path: str) -> None:
+    problem = f"is not what row {number} of {path} was asked with, {json.dumps(theirs)[:80]}"
+    raise UserError(f"model.{key}", ours, problem, "set it to that, or give responses that were asked with this")
