@@ -72,12 +72,9 @@ def test_case_rows(path: str, behaviors: str | None, field: str) -> list[Row] | 
     goals = _behaviors(behaviors, key)
     unknown = [name for name in cases if name not in goals]
     if unknown:
-        problem = f"has no behaviour {unknown[0]!r}, nor {len(unknown) - 1} others" if unknown[1:] else (
-            f"has no behaviour {unknown[0]!r}"
-        )  # fmt: skip
-        raise UserError(
-            key, behaviors, f"{problem}, of which {path} has test cases", "name the CSV they were made from"
-        )
+        more = f" and {len(unknown) - 1} more" if unknown[1:] else ""
+        problem = f"has no behaviour {unknown[0]!r}{more}, of which {path} has test cases"
+        raise UserError(key, behaviors, problem, "name the CSV they were made from")
     return [{TEST_CASE: case, **goals[name]} for name, listed in cases.items() for case in listed]
 
 
