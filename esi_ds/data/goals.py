@@ -7,7 +7,6 @@ are in the CSV of its behaviours under BehaviorID, Behavior and ContextString.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -22,15 +21,6 @@ from esi_ds.reading import is_text, parse_json, reading
 GOAL = "goal"
 NO_GOAL = "the goal is empty, or not a text"
 TEST_CASE, BEHAVIOR_ID, BEHAVIOR = "test_case", "BehaviorID", "Behavior"
-
-
-def check_goal(rows: Sequence[Row], goal: str, field: str) -> None:
-    """Raise UserError naming ``field`` where no row has the column ``goal``."""
-    names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
-    if goal not in names:
-        near = difflib.get_close_matches(goal, names, n=1, cutoff=0.0)
-        remedy = f"the nearest is {near[0]}" if near else "the rows have no columns"
-        raise UserError(field, goal, f"is not among the columns {', '.join(names)}", remedy)
 
 
 def goal_of(row: Row, column: str) -> str | None:
