@@ -28,7 +28,7 @@ from esi_ds.config import Config, differences, resolved_yaml, validate
 from esi_ds.config.yaml import read_yaml
 from esi_ds.errors import UserError
 from esi_ds.failures import UNSUPPORTED
-from esi_ds.reading import check_regular, check_type, check_written_out, read_json, reading
+from esi_ds.reading import check_regular, check_type, check_written_out, json_sha256, read_json, reading
 
 # Files of a folder whose run was killed before it wrote config.yaml.
 UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")
@@ -473,11 +473,6 @@ def read_manifest(run: Path, field: str = "run.output_dir") -> dict[str, Any]:
 def _write_manifest(run: Path, manifest: dict[str, Any]) -> None:
     """Write ``manifest.json`` with its own digest."""
     write_json_atomic(run / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
-
-
-def json_sha256(content: Mapping[str, Any]) -> str:
-    """sha256 of a JSON object, however it is laid out."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def run_id(path: Path) -> str | None:

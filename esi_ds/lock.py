@@ -17,10 +17,10 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from esi_ds.artifacts import STATUS, json_sha256, utc, write_json_atomic, writing
+from esi_ds.artifacts import STATUS, utc, write_json_atomic, writing
 from esi_ds.errors import UserError
 from esi_ds.failures import UNSUPPORTED
-from esi_ds.reading import check_type, parse_json, read_text, reading
+from esi_ds.reading import check_type, json_sha256, parse_json, read_text, reading
 
 LOCK = "lock.json"
 BEAT_S = 5.0  # how often a live run writes its status

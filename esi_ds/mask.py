@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from esi_ds.config.section import MAX_SEED
-from esi_ds.core.mask import Mask, refuse_problems, texts_sha256
+from esi_ds.core.mask import Mask, refuse_problems
 from esi_ds.core.mask_metadata import follows
 from esi_ds.core.score_folder import ScoreFolder
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
 from esi_ds.ranks import Ranks, find_ranks
+from esi_ds.reading import json_sha256
 from esi_ds.reselect import Reselection, check_cover, read_units, remark_on, spans, write_selection
 from esi_ds.terminal import ReaderGone, clean_output, help_text
 
@@ -54,7 +55,7 @@ def info(mask: Mask, ranks: Ranks) -> list[str]:
     """Lines about the mask, and about where its weights are, by role and by layer."""
     facts = ("format", "criterion", "contrastive", "normalise", "order", "scope", "ratio", "threshold")
     lines = [f"{key:12} {mask.metadata[key]}" for key in facts if key in mask.metadata]
-    lines += [f"{'made from':12} {mask.fingerprint}", f"{'bits sha256':12} {texts_sha256(mask.digests_of_bits())}"]
+    lines += [f"{'made from':12} {mask.fingerprint}", f"{'bits sha256':12} {json_sha256(mask.digests_of_bits())}"]
     lines.append(f"{'selected':12} {mask.k:,} of {mask.total_numel:,} weights in {len(mask.names)} scored parameters")
     by_role: dict[str, list[int]] = {}
     by_layer: dict[int, list[int]] = {}

@@ -26,6 +26,7 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from esi_ds.artifacts import check_new_folder, whole_folder, write_json_atomic
+from esi_ds.core.adamw import as_integers
 from esi_ds.core.mask import INDEX_NAME, pack_bits, unpack_bits
 from esi_ds.core.quantised import Weight, file_of, fill_weights, whole_weight
 from esi_ds.core.stored import DTYPES, StoredReader
@@ -45,7 +46,7 @@ from esi_ds.reading import (
 )
 from esi_ds.tensor_files import StoredTensor
 from esi_ds.terminal import clean_output, help_text
-from esi_ds.zero.files import save_tensors
+from esi_ds.zero.files import raw_bytes, save_tensors
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and little here needs it
     from transformers import PretrainedConfig, PreTrainedModel
@@ -65,7 +66,6 @@ FOLDERS = {  # argument of the command → what it names
 # Keys of a tensor's two digests, and names of its values in the patch.
 Digest = Literal["base_sha256", "tuned_sha256"]
 Values = Literal["old", "new"]
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class TensorChange(TypedDict):
@@ -108,11 +108,6 @@ class PatchSummary(TypedDict):
 
 # (tensor, its entry, the patch's file or None if nothing changed, its name) → the changed tensor.
 Change = Callable[[Tensor, PatchedTensor, "safe_open | None", str], Tensor]
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    """The tensor's bits as integers: −0.0 and 0.0 differ, NaN equals itself."""
-    return tensor.contiguous().view(INTEGERS[tensor.element_size()])
 
 
 def weights_of(folder: Path, field: str) -> dict[str, Weight]:
@@ -215,7 +210,7 @@ def create_part(base: Path, tuned: Path, folder: Path, part: int = 0, num_parts:
                 raise UserError("TUNED", name, f"has shape {list(new.shape)}, the base {list(old.shape)}", ORIGIN)
             base_dtype = old.dtype
             old = old.to(new.dtype)
-            differ = (bits_of(new) != bits_of(old)).flatten()
+            differ = (as_integers(new.contiguous()) != as_integers(old.contiguous())).flatten()
             changes[name] = {
                 "numel": new.numel(),
                 "changed": int(differ.sum()),
@@ -295,7 +290,7 @@ def _start(weight: Weight, dtype: torch.dtype) -> tuple[tuple[int, ...], bytes]:
         with StoredReader() as reader:
             fill_weights(reader, first, weight)
     first[first == 0] = 0  # −0.0 equals 0.0, as it does for transformers
-    return weight.shape, bytes(bits_of(first).numpy())
+    return weight.shape, bytes(raw_bytes(first))
 
 
 def weight_digests(
@@ -312,7 +307,7 @@ def weight_digests(
     for name, weight in list(weights_of(folder, field).items())[part::num_parts]:
         values = read(weight, dtypes.get(name, torch.bfloat16))
         digest = hashlib.sha256(f"{names[values.dtype]} {list(values.shape)}".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(values))
         digests[name] = digest.hexdigest()
     return digests
 

@@ -6,11 +6,12 @@ reader needs a list of exceptions of its own. The functions below it read the fo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,6 +120,11 @@ def read_json(path: Path, kind: type[Content], field: str, remedy: str, max_byte
     """A JSON file whose content is a ``kind``. Raises UserError naming ``field`` and the file."""
     with reading(field, path, remedy):
         return check_type(parse_json(read_text(path, max_bytes)), kind)
+
+
+def json_sha256(content: Mapping[str, Any]) -> str:
+    """sha256 of a JSON object, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_bare_name(name: str) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from esi_ds.artifacts import file_sha256, json_sha256
+from esi_ds.artifacts import file_sha256
+from esi_ds.reading import json_sha256
 
 CARD = "README.md"  # of a model: written anew with its figures
 

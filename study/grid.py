@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 SEEDS = (0, 1, 2)
 MODELS = ("llama", "qwen3moe")
@@ -62,6 +62,28 @@ class Cell:
     seed: int
     facts: dict[str, Any] = field(default_factory=dict)
     after: tuple[str, ...] = ()
+
+
+class Needing(Protocol):
+    """A cell of either study."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def after(self) -> tuple[str, ...]: ...
+
+
+AnyCell = TypeVar("AnyCell", bound=Needing)
+
+
+def with_needs(cells: Sequence[AnyCell], prefixes: Iterable[str]) -> list[AnyCell]:
+    """The cells whose names start with one of the prefixes (all if there are none), and those that they need."""
+    by_name, starts = {cell.name: cell for cell in cells}, tuple(prefixes)
+    names = {name for name in by_name if not starts or name.startswith(starts)}
+    while more := {need for name in names for need in by_name[name].after} - names:
+        names |= more
+    return [cell for cell in cells if cell.name in names]
 
 
 def mask_name(model: str, criterion: str, seed: int) -> str:

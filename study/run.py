@@ -21,7 +21,7 @@ from esi_ds.errors import UserError, ends_with_message
 from esi_ds.words import counted
 from study.estimate import estimate
 from study.execute import run_cell, settings
-from study.grid import SEEDS, Cell, cells
+from study.grid import SEEDS, Cell, cells, with_needs
 from study.material import ROOT, all_files
 from study.material import write as write_files
 from study.page import RESULTS, write
@@ -38,15 +38,6 @@ def work(cell: Cell, output: Path) -> tuple[str, float, str | None]:
     except Exception:
         return cell.name, time.monotonic() - started, traceback.format_exc()
     return cell.name, time.monotonic() - started, None
-
-
-def wanted(everything: list[Cell], prefixes: list[str]) -> list[Cell]:
-    """The cells whose names start with one of the prefixes (all if there are none), after the cells they need."""
-    by_name = {cell.name: cell for cell in everything}
-    names = {cell.name for cell in everything if not prefixes or cell.name.startswith(tuple(prefixes))}
-    while more := {need for name in names for need in by_name[name].after} - names:
-        names |= more
-    return [cell for cell in everything if cell.name in names]
 
 
 def run_all(todo: list[Cell], output: Path, processes: int) -> list[str]:
@@ -112,7 +103,7 @@ def main() -> int:
         estimate(cells(seeds), ROOT / "runs/study-estimate", options.processes, CELLS_A_PROCESS)
         return 0
     prepare(options.output, seeds)
-    todo = wanted(cells(seeds), options.only)
+    todo = with_needs(cells(seeds), options.only)
     failed = run_all(todo, options.output, options.processes)
     if failed:
         print(f"{counted(len(failed), 'cell')} failed: {', '.join(failed[:5])}", file=sys.stderr)

@@ -75,6 +75,13 @@ GUARD_HEADER_CHAT = (
 )
 
 
+def shard_bounds(numel: int, rank: int, world_size: int) -> tuple[int, int]:
+    """[low, high) of a rank's partition under ZeRO-3: ⌈numel / world_size⌉ elements, fewer or none at the end."""
+    size = -(-numel // world_size)
+    low = min(rank * size, numel)
+    return low, min(low + size, numel)
+
+
 def byte_bpe_tokenizer(
     vocab_size: int = 340, corpus: list[str] = CORPUS, folder: Path | None = None
 ) -> PreTrainedTokenizerFast:

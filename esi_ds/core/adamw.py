@@ -18,7 +18,7 @@ from torch import Tensor
 
 # Coordinates processed together under packed bits, a multiple of 8: bounds the temporaries; fits a CPU's cache.
 CHUNK, CPU_CHUNK = 1 << 22, 1 << 18
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per number
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per number
 
 
 def adamw(
@@ -122,7 +122,7 @@ def chunks(flat: Tensor) -> Iterator[slice]:
 
 
 def as_integers(values: Tensor) -> Tensor:
-    """A view of the same memory as integers of the same width."""
+    """A view of the same memory as integers of the same width: −0.0 and 0.0 differ, NaN equals itself."""
     return values.view(INTEGERS[values.element_size()])
 
 

@@ -24,6 +24,14 @@ GPU_PREFETCH, CPU_PREFETCH = 50_000_000, 2_000_000
 COMPACT_LIMIT = 2 << 30  # bytes of unsharded index and sums that a rank of SET may hold where `tune.reduction` is auto
 
 
+def reduces_compactly(total: int, reduction: str) -> bool:
+    """Whether SET reduces the gradients of its ``total`` trained weights by one all-reduce a step.
+
+    reduction: ``tune.reduction``.
+    """
+    return reduction == "compact" or (reduction == "auto" and 8 * total <= COMPACT_LIMIT)
+
+
 @dataclass(frozen=True)
 class GatheredTensor:
     """A tensor that ZeRO-3 gathers: a parameter, or with expert parallelism w1, w2 or w3 of a rank's experts.

@@ -6,7 +6,6 @@ Bit i of the flattened (row-major) parameter is bit i % 8, least significant fir
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from esi_ds.core.mask_metadata import FORMAT, MaskMetadata
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.errors import UserError
-from esi_ds.reading import reading
+from esi_ds.reading import json_sha256, reading
 from esi_ds.tensor_files import DIGESTS_NAME, INDEX_NAME, TensorFolder, numel, read_digests, read_tensor_folder
 
 FIELD, REMEDY = "mask", "give the mask/ folder of a finished run, or make the mask again"
@@ -109,7 +108,7 @@ class Mask:
             if tensor.description != expected:
                 problems.append(f"{name}: holds {tensor.description}, expected {expected}")
         written = self.index_metadata.get(METADATA_DIGEST)
-        if not problems and written is not None and written != metadata_sha256(self):
+        if not problems and written is not None and written != json_sha256(self.metadata):
             problems.append(f"its metadata differ from those that were written ({METADATA_DIGEST} of {INDEX_NAME})")
         return problems
 
@@ -180,7 +179,7 @@ class Mask:
     def bits_sha256(self) -> str | None:
         """sha256 of ``digests`` as JSON with sorted keys: the same for masks that select the same weights of a model,
         in however many files. None for a mask of an earlier version."""
-        return texts_sha256(self.digests) if self.digests else None
+        return json_sha256(self.digests) if self.digests else None
 
     def problems(self, part: int = 0, num_parts: int = 1) -> list[str]:
         """Every inconsistency between the bits and the metadata, one sentence each; empty if the mask is sound.
@@ -277,25 +276,15 @@ def load_mask(path: str, field: str = "tune.mask") -> Mask:
         raise UserError(field, error.value, error.problem, error.remedy) from error
 
 
-def metadata_sha256(mask: Mask) -> str:
-    """sha256 of the metadata: criterion, threshold, k, counts. Two masks of one model may share it, with a scope of
-    ``matrix`` for one."""
-    return texts_sha256(mask.metadata)
-
-
 def identity(mask: Mask) -> dict[str, str]:
-    """What tells a mask from all others of its model, for manifests: sha256 of its metadata and of all its bits. Masks
-    of earlier versions have no digests of their bits."""
+    """What tells a mask from all others of its model, for manifests: sha256 of its metadata and of all its bits. Two
+    masks of one model may share the metadata, with a scope of ``matrix`` for one. Masks of earlier versions have no
+    digests of their bits."""
     bits = {} if mask.bits_sha256 is None else {"mask_bits_sha256": mask.bits_sha256}
-    return {"mask_sha256": metadata_sha256(mask), **bits}
-
-
-def texts_sha256(metadata: Mapping[str, str]) -> str:
-    """sha256 of a mask's metadata, or of its digests, as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+    return {"mask_sha256": json_sha256(mask.metadata), **bits}
 
 
 def index_digests(metadata: Mapping[str, str], units: str | None) -> dict[str, str]:
     """What a mask's index says besides the files' names. units: the text of ``units.json``, None if there is none."""
-    digests = {METADATA_DIGEST: texts_sha256(metadata)}
+    digests = {METADATA_DIGEST: json_sha256(metadata)}
     return digests if units is None else {**digests, UNITS_DIGEST: hashlib.sha256(units.encode()).hexdigest()}

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esi_ds.core.mask import Mask, identity, num_bytes, texts_sha256
+from esi_ds.core.mask import Mask, identity, num_bytes
 from esi_ds.core.units import Shard
+from esi_ds.reading import json_sha256
 
 
 class Trained:
@@ -46,7 +47,7 @@ class Trained:
             settings["towers"] = "freeze"
         if self.mask.k and not self.mask.digests:  # a mask of an earlier version
             settings |= self.mask.digests_of_bits()
-        return texts_sha256({**identity(self.mask), **settings})
+        return json_sha256({**identity(self.mask), **settings})
 
     @property
     def masked_routers(self) -> frozenset[str]:

@@ -186,10 +186,3 @@ def assign(views: Iterable[Tensor], values: Tensor) -> None:
 def whole(parameter: Parameter) -> Shard:
     """The shard of a tensor that holds a whole parameter."""
     return Shard(parameter, ((0, parameter.numel),), parameter.name)
-
-
-def shard_bounds(numel: int, rank: int, world_size: int) -> tuple[int, int]:
-    """[low, high) of a rank's partition under ZeRO-3: ⌈numel / world_size⌉ elements, fewer or none at the end."""
-    size = -(-numel // world_size)
-    low = min(rank * size, numel)
-    return low, min(low + size, numel)

@@ -5,6 +5,7 @@ Such a column is read with the question, or the row is refused: none is dropped.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
@@ -72,6 +73,19 @@ def strip(value: Any) -> Any:
 def names_with(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Those of ``names`` under which a lowered row holds something; an empty list as JSON text is nothing."""
     return [name for name in names if name in row and strip(row[name]) not in NOTHING]
+
+
+def column_names(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
+    """The names of a file's columns, as its rows spell them: no row need have all."""
+    return list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
+
+
+def check_column(column: str, names: Sequence[str], field: str) -> None:
+    """Raises UserError, which lists the columns and names the nearest, where ``column`` is none of them."""
+    if column not in names:
+        near = difflib.get_close_matches(column, names, n=1, cutoff=0.0)
+        remedy = f"the nearest is {near[0]}" if near else "the rows have no columns"
+        raise UserError(field, column, f"is not among the columns {', '.join(names)}", remedy)
 
 
 def check_distinct(names: Sequence[str], candidates: Collection[str], field: str) -> None:

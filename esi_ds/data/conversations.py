@@ -25,6 +25,7 @@ from esi_ds.data.columns import (
     check_question_columns,
     check_row,
     columns_beside,
+    column_names,
     full_question,
     is_empty,
     is_learnt,
@@ -91,7 +92,7 @@ def find_columns(rows: Sequence[Row], columns: str, field: str) -> tuple[str, ..
 
     columns: ``auto``, or the names separated by commas. Raises UserError listing the columns.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
+    names = column_names(rows)
     if columns != "auto":
         chosen = tuple(part.strip() for part in columns.split(","))
         unknown = [name for name in chosen if name not in names]

@@ -7,7 +7,6 @@ are in the CSV of its behaviours under BehaviorID, Behavior and ContextString.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -22,15 +21,6 @@ from esi_ds.reading import is_text, parse_json, reading
 GOAL = "goal"
 NO_GOAL = "the goal is empty, or not a text"
 TEST_CASE, BEHAVIOR_ID, BEHAVIOR = "test_case", "BehaviorID", "Behavior"
-
-
-def check_goal(rows: Sequence[Row], goal: str, field: str) -> None:
-    """Raise UserError naming ``field`` where no row has the column ``goal``."""
-    names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
-    if goal not in names:
-        near = difflib.get_close_matches(goal, names, n=1, cutoff=0.0)
-        remedy = f"the nearest is {near[0]}" if near else "the rows have no columns"
-        raise UserError(field, goal, f"is not among the columns {', '.join(names)}", remedy)
 
 
 def goal_of(row: Row, column: str) -> str | None:
@@ -65,12 +55,9 @@ def test_case_rows(path: str, behaviors: str | None, field: str) -> list[Row] | 
     goals = _behaviors(behaviors, key)
     unknown = [name for name in cases if name not in goals]
     if unknown:
-        problem = f"has no behaviour {unknown[0]!r}, nor {len(unknown) - 1} others" if unknown[1:] else (
-            f"has no behaviour {unknown[0]!r}"
-        )  # fmt: skip
-        raise UserError(
-            key, behaviors, f"{problem}, of which {path} has test cases", "name the CSV they were made from"
-        )
+        more = f" and {len(unknown) - 1} more" if unknown[1:] else ""
+        problem = f"has no behaviour {unknown[0]!r}{more}, of which {path} has test cases"
+        raise UserError(key, behaviors, problem, "name the CSV they were made from")
     return [{TEST_CASE: case, **goals[name]} for name, listed in cases.items() for case in listed]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -27,10 +26,12 @@ from esi_ds.data.columns import (
     CHATS,
     UnreadableRow,
     chat_value,
+    check_column,
     check_distinct,
     check_prompt_columns,
     check_row,
     columns_beside,
+    column_names,
     full_question,
     history_value,
     is_empty,
@@ -40,7 +41,7 @@ from esi_ds.data.columns import (
     with_all_options,
     yes_or_no,
 )
-from esi_ds.data.goals import GOAL, NO_GOAL, TEST_CASE, check_goal, goal_of, test_case_rows
+from esi_ds.data.goals import GOAL, NO_GOAL, TEST_CASE, goal_of, test_case_rows
 from esi_ds.data.rows import Row, data_file, looks_like_file, read_rows
 from esi_ds.data.tables import read_data_text
 from esi_ds.data.thoughts import REASONING_KEYS, parts, whole_response
@@ -142,7 +143,7 @@ def load_prompts(
     else:
         rows = read_rows(source, f"{field}.path", name=name, split=split)
     if goal is not None:
-        check_goal(rows, goal, f"{field}.goal")
+        check_column(goal, column_names(rows), f"{field}.goal")
     if built_in and column == "auto" and any(built_in.column in row for row in rows):
         column = built_in.column
     else:  # a copy with other column names is read like any file
@@ -229,17 +230,10 @@ def _kind_of(built_in: BuiltIn, path: str, kind: Kind | None, field: str) -> Kin
 def choose_column(rows: Sequence[Row], column: str, field: str, goal: str | None = None) -> str:
     """The column that holds the prompts; ``auto`` takes the first usual one but ``goal``. Raises UserError listing the
     columns."""
-    names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
+    names = column_names(rows)
     if column != "auto":
-        if column in names:
-            return column
-        near = difflib.get_close_matches(column, names, n=1, cutoff=0.0)
-        raise UserError(
-            field,
-            column,
-            f"is not among the columns {', '.join(names)}",
-            f"the nearest is {near[0]}" if near else "the rows have no columns",
-        )
+        check_column(column, names, field)
+        return column
     names = [name for name in names if name != goal]
     check_distinct(names, COLUMNS, field)
     check_prompt_columns(names, field)

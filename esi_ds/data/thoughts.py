@@ -10,7 +10,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import accumulate, dropwhile
+from itertools import dropwhile
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -275,15 +275,6 @@ def _trimmed(response: str, spans: Sequence[Span]) -> list[Span]:
     kept[0] = (before.end(), kept[0][1])
     after = AFTER_ANSWER.search(response, *kept[-1])
     return [*kept[:-1], (kept[-1][0], after.start())] if after else kept
-
-
-def spans_in_answer(spans: Iterable[Span], answer: Sequence[Span]) -> list[Span]:
-    """Spans of the response as spans of the answer's text; of what lies outside of it nothing is left.
-
-    answer: as ``answer_spans`` gives it.
-    """
-    places = accumulate((end - start for start, end in answer), initial=0)  # where each part begins in the answer
-    return spans_in_text(spans, [Piece(*span, place, False) for span, place in zip(answer, places, strict=False)])
 
 
 def spans_in_text(spans: Iterable[Span], pieces: Sequence[Piece]) -> list[Span]:

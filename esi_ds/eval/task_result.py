@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import cast
 
 from esi_ds.eval.rows import TaskResultRow
 from esi_ds.eval.statistics import CONFIDENCE
@@ -51,11 +50,5 @@ class TaskResult:
     confidence: float = CONFIDENCE
 
     def as_row(self) -> TaskResultRow:
-        """The result as JSON; ``from_row`` reads it back."""
+        """The result as JSON."""
         return cast(TaskResultRow, asdict(self))
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> TaskResult:
-        """The result that ``as_row`` wrote."""
-        lists = {name: tuple(row[name]) for name in ("correct", "scores", "members") if row[name] is not None}
-        return cls(**{**row, **lists})

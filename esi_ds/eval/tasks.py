@@ -64,7 +64,6 @@ def run_tasks(
     end_ids: Collection[int],
     batch_size: int,
     seed: int,
-    apply_chat_template: bool | None = None,
     system_prompt: str | None = None,
     ranks: Ranks | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -74,22 +73,20 @@ def run_tasks(
     model: whole, on this rank's device. prepared: what ``prepare_tasks`` returns. end_ids: the tokens that end an
     answer. seed: of the draw of few-shot examples; lm-eval sets the global random states of python, numpy and torch
     to it.
-    apply_chat_template: None means if the tokenizer has one. Few-shot examples are then turns of the chat, and
-    ``system_prompt`` is the system's turn.
+    Where the tokenizer has a chat template, few-shot examples are turns of the chat, and ``system_prompt`` is the
+    system's turn.
     ranks: the processes that share the documents; None: this one alone. should_stop: asked between two slices.
 
     Log-likelihoods are summed in float32, whatever the weights' type. Rounding may depend on the number of ranks and
     on the batch size. Performs one gather per slice of a task's requests of one kind. A rank that fails makes every
-    rank fail. Raises UserError for a chat template that is missing, and Interrupted if a rank should stop; the task
-    then has to start over.
+    rank fail. Raises UserError for a chat template that rejects a turn or leaves it out, and Interrupted if a rank
+    should stop; the task then has to start over.
     """
     if not prepared:
         return []
     from esi_ds.eval.harness import run
 
-    is_chat = tokenizer.chat_template is not None if apply_chat_template is None else apply_chat_template
-    if is_chat and tokenizer.chat_template is None:
-        raise UserError("model.chat_template", None, "is not set and the tokenizer has none", "give a Jinja template")
+    is_chat = tokenizer.chat_template is not None
     return run(
         model, tokenizer, end_ids, prepared, batch_size, seed, is_chat, system_prompt, ranks or Ranks(), should_stop
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from esi_ds.config.judges import Reads
@@ -45,13 +45,9 @@ class Verdict:
             return cls.missing("the judge's output is not finite")
         return cls(probability > threshold, probability)
 
-    def as_row(self) -> dict[str, Any]:
-        """The keys of a JSON line that hold the verdict."""
-        return asdict(self)
-
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Verdict:
-        """The verdict that ``as_row`` wrote; further keys of the row are ignored."""
+        """The verdict that a line of ``verdicts.jsonl`` holds."""
         return cls(row["unsafe"], row["score"], row["reason"])
 
 

@@ -42,6 +42,14 @@ def meta_model(
     return model
 
 
+def model_bytes(
+    config: PretrainedConfig, source: ModelSource, dtype: str, auto_class: type[_BaseAutoModelClass]
+) -> int:
+    """Bytes of all weights in ``dtype``, a key of ``DTYPES``. Raises UserError as ``meta_model`` does."""
+    model = meta_model(config, source, auto_class)
+    return sum(parameter.numel() for parameter in model.parameters()) * DTYPES[dtype].itemsize
+
+
 def complete_chunks(model: PreTrainedModel) -> None:
     """Say how long the chunks of a Llama 4's attention are, where its configuration does not.
 

@@ -10,6 +10,7 @@ gradient). docs/moe.md lists how each family packs its experts, ``models.fused``
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -231,14 +232,16 @@ def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def unknown(parameters: Sequence[Parameter]) -> list[str]:
+def unrecognised(parameters: Sequence[Parameter]) -> list[str]:
     """Names of parameters of an unknown kind, or packed in an unknown way: each matrix in them has one σ, which may be
     that of several."""
     return [p.name for p in parameters if p.units and all(unit.role == "other" for unit in p.units)]
 
 
-def warning(names: Sequence[str]) -> str:
-    """The message about ``unknown`` parameters."""
+def unrecognised_note(parameters: Sequence[Parameter]) -> str | None:
+    """A warning of the ``unrecognised`` parameters; None where there are none."""
+    if not (names := unrecognised(parameters)):
+        return None
     return (
         f"{counted(len(names), 'parameter')} of an unknown kind, or packed in an unknown way (the first: "
         f"{names[0]}): each is scored as one matrix; name their roles under model.roles in the config"
@@ -267,10 +270,10 @@ def _named_units(name: str, role: str, shape: tuple[int, ...]) -> tuple[Unit, ..
     """The matrices of a parameter with a configured role: one, or one per expert if it holds all of them [E, ...]."""
     layer = layer_of(name)
     if role.startswith("expert.") and len(shape) == 3:
-        size = _numel(shape[1:])
+        size = math.prod(shape[1:])
         return tuple(Unit(f"{name}[{e}]", role, layer, e, e * size, size) for e in range(shape[0]))
     expert = int(match.group(1)) if (match := EXPERT.search(name)) else None
-    return (Unit(name, role, layer, expert, 0, _numel(shape)),)
+    return (Unit(name, role, layer, expert, 0, math.prod(shape)),)
 
 
 def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: tuple[int, ...], is_head: bool) -> str:
@@ -358,14 +361,14 @@ def _units(
     is_shared = _is_shared(modules, module_name)
     if _is_fused(shape, leaf):
         if leaf == "gate_up_proj" and config is not None and not is_known_code(module):
-            size = _numel(shape[1:])
+            size = math.prod(shape[1:])
             return tuple(Unit(f"{name}[{e}]", "other", layer, e, e * size, size) for e in range(shape[0]))
         units = _fused_expert_units(name, leaf, shape, layer, _is_transposed(name, shapes), _alternate(module))
         if is_shared:  # a shared expert's number is not that of a routed one
             return tuple(replace(unit, role=unit.role.replace("expert.", "shared."), expert=None) for unit in units)
         return units
     expert = int(match.group(1)) if (match := EXPERT.search(name)) else None
-    whole = Unit(name, role if role in SCORED else "other", layer, expert, 0, _numel(shape))
+    whole = Unit(name, role if role in SCORED else "other", layer, expert, 0, math.prod(shape))
     if len(shape) != 2 or owner is None:
         return (whole,)
     rows, width = shape
@@ -373,27 +376,11 @@ def _units(
     is_gate_up = own_name == "gate_up_proj" if config is None else has_gate_up(owner, own_name)
     if is_gate_up:
         kind = "shared" if is_shared else "mlp" if expert is None else "expert"
-        return _row_blocks(name, layer, width, ((f"{kind}.gate", rows // 2), (f"{kind}.up", rows // 2)), expert)
+        half = rows // 2 * width
+        starts = {"gate": 0, "up": half}
+        return tuple(Unit(f"{name}[{part}]", f"{kind}.{part}", layer, expert, at, half) for part, at in starts.items())
     layout = attention_layout(owner, own_name, config) if config is not None else None
     return (layout and units_of(name, (rows, width), layout, layer)) or (whole,)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
-def _row_blocks(
-    name: str, layer: int | None, width: int, blocks: tuple[tuple[str, int], ...], expert: int | None = None
-) -> tuple[Unit, ...]:
-    """Matrices stacked along the rows of one weight: (role, number of rows) each. expert: the one they belong to."""
-    units, start = [], 0
-    for role, rows in blocks:
-        units.append(Unit(f"{name}[{role.rpartition('.')[2]}]", role, layer, expert, start, rows * width))
-        start += rows * width
-    return tuple(units)
 
 
 def _is_transposed(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:

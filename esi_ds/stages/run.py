@@ -38,6 +38,8 @@ from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.peers import PeerWatch, own_process
 from esi_ds.reading import check_type, reading
+from esi_ds.report.contents import Report
+from esi_ds.report.html import write_report
 from esi_ds.stages.batch_sizes import KEY, BatchSize, GenerationBatch, generation_setting
 from esi_ds.stages.date import check_same_date
 from esi_ds.stages.dtype import check_same_dtype
@@ -53,6 +55,7 @@ from esi_ds.zero.settings import check_settings
 CHECKPOINTS = "checkpoint"
 SOURCES = "source_digests"  # in the manifest
 Inputs = TypeVar("Inputs")
+AnyReport = TypeVar("AnyReport", bound=Report)
 
 
 def check_mask_bits(mask: Mask, field: str) -> None:
@@ -161,6 +164,19 @@ class StageRun(ABC, Generic[Inputs]):
     @abstractmethod
     def work(self) -> None:
         """Everything from the open folder to the written report; must call ``begin`` once the model is loaded."""
+
+    def show(
+        self,
+        report: AnyReport,
+        publish: Callable[[Tracker, AnyReport], None],
+        closing_table: Callable[[AnyReport], str],
+    ) -> None:
+        """Write ``report.json`` and ``report.html``, ``publish`` the report, and log its closing table. Rank 0 only."""
+        folder = self.folder.path
+        write_report(folder, report)
+        publish(self.tracker, report)
+        self.tracker.log(closing_table(report))
+        self.tracker.log(f"report: {folder / 'report.html'}")
 
     def run(self) -> None:
         """Do the work under the folder's lock, unless it is done already. Raises Interrupted and UserError."""

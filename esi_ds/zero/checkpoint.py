@@ -23,14 +23,13 @@ from torch import Tensor
 from esi_ds.artifacts import (
     check_same_run,
     file_sha256,
-    json_sha256,
     replace_folder,
     run_id,
     wait_until_visible,
     write_json_atomic,
 )
 from esi_ds.errors import UserError
-from esi_ds.reading import check_regular, check_type, read_json, reading
+from esi_ds.reading import check_regular, check_type, json_sha256, read_json, reading
 from esi_ds.zero import runtime
 from esi_ds.zero.files import save_tensors
 

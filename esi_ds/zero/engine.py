@@ -29,11 +29,10 @@ from esi_ds.models.folder import ModelSource
 from esi_ds.models.idle_experts import mend_grouped_product
 from esi_ds.models.roles import describe, expert_blocks, routers
 from esi_ds.models.rows import Together
-from esi_ds.reading import first_line
 from esi_ds.zero import expert_parallel, memory, runtime
 from esi_ds.zero.loading import read_partitioned, read_replicated
 from esi_ds.zero.partitioned import attributes, partition_bounds, partition_group, partition_numel, whole_shape
-from esi_ds.zero.settings import REMEDY, with_prefetch
+from esi_ds.zero.settings import refused, with_prefetch
 
 
 class ShardedModel:
@@ -207,9 +206,6 @@ class ShardedModel:
         """Recompute activations in the backward pass, without dropout."""
         recompute_activations(self.module)
 
-    def _checkpointed_layers(self) -> list[nn.Module]:
-        return checkpointed_layers(self.module)
-
     @contextmanager
     def with_cache(self) -> Iterator[None]:
         """Let layers use their key-value cache inside the block, for generation.
@@ -217,7 +213,7 @@ class ShardedModel:
         A checkpointed layer in training mode silently drops its cache, and the model would answer as if it had read
         only its last token.
         """
-        before = [(layer, layer.training) for layer in self._checkpointed_layers()]
+        before = [(layer, layer.training) for layer in checkpointed_layers(self.module)]
         for layer, _ in before:
             layer.training = False
         try:
@@ -364,7 +360,7 @@ def _initialize(
         except (AssertionError, ValueError) as error:
             if "deepspeed" not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts:
                 raise
-            raise UserError("deepspeed", None, f"is refused by DeepSpeed ({first_line(error)})", REMEDY) from error
+            raise refused("deepspeed", None, error) from error
     expert_parallel.mend_registry()
     expert_parallel.mend_grouped_experts()
     try:

@@ -26,7 +26,7 @@ from esi_ds.core.stored import DTYPES
 from esi_ds.models.beside_weights import copy_beside_weights
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.files import Entry, FolderFiles, by_parameter, raw_bytes
+from esi_ds.zero.files import Entry, FolderFiles, by_parameter, file_name, packed, raw_bytes
 
 FILE_BYTES = 2 << 30
 BLOCK = re.compile(r"(.*?\.(?:layers|h|blocks|layer)\.\d+)\.")
@@ -63,29 +63,15 @@ def layer_groups(names: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def group_by_file(tensors: dict[str, Tensor]) -> list[list[list[str]]]:
-    """The groups of every file, each group a layer's names: whole layers, up to FILE_BYTES a file."""
-    files: list[list[list[str]]] = []
-    filled = 0
-    for group in layer_groups(tensors):
-        needed = sum(tensors[name].nbytes for name in group)
-        if not files or filled + needed > FILE_BYTES:
-            files.append([])
-            filled = 0
-        files[-1].append(group)
-        filled += needed
-    return files
-
-
 def plan_export(model: ShardedModel) -> Plan:
     """What is written where. Converts every layer on the meta device, which gives names and shapes but no values."""
     dtype = {layout.parameter.name: model.by_name[layout.name].dtype for layout in model.layouts}
     tensors = {p.name: torch.empty(p.shape, dtype=dtype[p.name], device="meta") for p in model.parameters}
     tensors |= {name: buffer.to("meta") for name, buffer in model.buffers().items()}
-    grouped = group_by_file(tensors)
+    grouped = packed(layer_groups(tensors), lambda layer: sum(tensors[name].nbytes for name in layer), FILE_BYTES)
     plan = Plan()
     for number, groups in enumerate(grouped, 1):
-        file = f"model-{number:05d}-of-{len(grouped):05d}.safetensors"
+        file = file_name(number, len(grouped))
         entries: list[Entry] = []
         for group in groups:
             name_of = {id(tensors[name]): name for name in group}

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -32,6 +32,7 @@ from esi_ds.tensor_files import DIGESTS_NAME, INDEX_NAME, StoredTensor, tensor_s
 from esi_ds.zero import runtime
 
 MAX_FILE_BYTES = 5 * 10**9  # as transformers splits its checkpoints
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,23 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, 
             os.fsync(opened.fileno())
 
 
-def plan_files(entries: Sequence[Entry], size_of: Callable[[Entry], int]) -> dict[str, list[Entry]]:
-    """File name → its entries, in order; a new file begins where the sum of ``size_of`` would exceed MAX_FILE_BYTES."""
-    groups: list[list[Entry]] = [[]]
+def packed(items: Iterable[Item], size_of: Callable[[Item], int], limit: int) -> list[list[Item]]:
+    """The items of every file, in order: a new file begins where the sum of ``size_of`` would exceed ``limit``."""
+    files: list[list[Item]] = [[]]
     filled = 0
-    for entry in entries:
-        if groups[-1] and filled + size_of(entry) > MAX_FILE_BYTES:
-            groups.append([])
+    for item in items:
+        size = size_of(item)
+        if files[-1] and filled + size > limit:
+            files.append([])
             filled = 0
-        groups[-1].append(entry)
-        filled += size_of(entry)
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+        files[-1].append(item)
+        filled += size
+    return files
+
+
+def file_name(number: int, total: int) -> str:
+    """The name of one of ``total`` files, counted from 1, as transformers names those of its checkpoints."""
+    return f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
 def file_header(
@@ -261,7 +268,9 @@ def read_scores(folder: Path, shards: Iterable[Shard], field: str) -> tuple[dict
 
 
 def _score_files(parameters: Sequence[Parameter]) -> dict[str, list[Entry]]:
-    return plan_files([Entry(p.name, "F32", p.shape) for p in parameters], lambda entry: entry.num_bytes)
+    entries = [Entry(p.name, "F32", p.shape) for p in parameters]
+    files = packed(entries, lambda entry: entry.num_bytes, MAX_FILE_BYTES)
+    return {file_name(number, len(files)): file for number, file in enumerate(files, 1)}
 
 
 def write_mask(

@@ -17,6 +17,7 @@ from esi_ds.core.noise import normal, stream
 from esi_ds.core.units import Shard, Unit
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.files import raw_bytes
 
 
 @contextmanager
@@ -81,5 +82,5 @@ def weights_digest(model: ShardedModel) -> str:
     """
     digest = hashlib.sha256()
     for shard in model.shards:
-        digest.update(model.local_weight(shard).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(raw_bytes(model.local_weight(shard)))
     return hashlib.sha256(" ".join(runtime.gather_objects(digest.hexdigest())).encode()).hexdigest()

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers import PretrainedConfig, PreTrainedModel
 
 from esi_ds.config import JudgeModel
 from esi_ds.deepspeed_config import with_precision
 from esi_ds.judge.classifier import model_class
 from esi_ds.judge.guard import Weights, WholeWeights
 from esi_ds.models.folder import ModelSource
-from esi_ds.models.meta import DTYPES, complete_chunks, meta_model
+from esi_ds.models.meta import complete_chunks, model_bytes
 from esi_ds.zero.engine import load_replicated, load_sharded
 from esi_ds.zero.memory import tightest_free_bytes
 
 SHARE = 0.25  # of a rank's free memory that a whole judge may take under `auto`
-
-
-def model_bytes(
-    config: PretrainedConfig,
-    source: ModelSource,
-    dtype: str,
-    auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
-) -> int:
-    """Bytes of all weights, counted on the meta device."""
-    model = meta_model(config, source, auto_class)
-    return sum(parameter.numel() for parameter in model.parameters()) * DTYPES[dtype].itemsize
 
 
 def _choose_placement(size: int, placement: str) -> tuple[str, str]:

@@ -45,10 +45,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             problem = "is an unknown key" if first["type"] == "extra_forbidden" else _lower(first["msg"])
             raise UserError(key, first["input"], problem, REMEDY) from error
         if error is not None:
-            raise UserError(
-                f"deepspeed.{name}", value, f"is refused by DeepSpeed ({first_line(error)})", REMEDY
-            ) from error
-    raise UserError("deepspeed", None, f"is refused by DeepSpeed ({first_line(whole)})", REMEDY) from whole
+            raise refused(f"deepspeed.{name}", value, error) from error
+    raise refused("deepspeed", None, whole) from whole
 
 
 def _refusal(settings: Mapping[str, Any]) -> Exception | None:
@@ -60,8 +58,9 @@ def _refusal(settings: Mapping[str, Any]) -> Exception | None:
     return None
 
 
-def _problem(error: Exception) -> str:
-    return f"is refused by DeepSpeed ({first_line(error)})"
+def refused(field: str, value: object, error: Exception) -> UserError:
+    """What to raise where DeepSpeed raised ``error`` for a value of its config."""
+    return UserError(field, value, f"is refused by DeepSpeed ({first_line(error)})", REMEDY)
 
 
 def _lower(message: str) -> str:

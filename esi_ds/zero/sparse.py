@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from esi_ds.core.adamw import adamw, clip_factor
-from esi_ds.core.footprint import COMPACT_LIMIT
+from esi_ds.core.footprint import reduces_compactly
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Shard
 from esi_ds.models.rows import last_logits
@@ -33,11 +33,10 @@ from esi_ds.zero.tuner import STATE, NotFinite, Rule, Tuner
 
 def choose_reduction(total: int, reduction: str) -> tuple[str, str]:
     """(``compact`` or ``scatter``, the reason) for ``total`` trained weights. reduction: ``tune.reduction``."""
-    size = 8 * total
-    reason = f"index and sums of {total:,} trained weights take {size / 2**30:.3g} GiB on every rank"
-    if reduction == "auto":
-        return ("compact" if size <= COMPACT_LIMIT else "scatter"), reason
-    return reduction, f"set by tune.reduction; {reason}"
+    reason = f"index and sums of {total:,} trained weights take {8 * total / 2**30:.3g} GiB on every rank"
+    if reduction != "auto":
+        reason = f"set by tune.reduction; {reason}"
+    return ("compact" if reduces_compactly(total, reduction) else "scatter"), reason
 
 
 class CompactGradients:

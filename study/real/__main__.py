@@ -14,8 +14,9 @@ from pathlib import Path
 
 from esi_ds.errors import Interrupted, UserError, ends_with_message
 from real_models.make import DEFAULT_DATA
+from study.grid import with_needs
 from study.real.cells import all_cells, in_running_order
-from study.real.grid import ROOT, Cell, Folders, Plan, read_grid, with_needs
+from study.real.grid import ROOT, Cell, Folders, Plan, read_grid
 from study.real.runner import EXIT_INTERRUPTED, Runner, check_models, counts, is_done, read_record, seconds_by_kind
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from study.real.grid import Cell, Plan, shuffled_cell, with_needs
+from study.grid import with_needs
+from study.real.grid import Cell, Plan, shuffled_cell
 from study.real.tune_cells import TuneCells
 from study.real.where_cells import WhereCells, shuffled_judge
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -233,12 +233,3 @@ class Plan:
     def expected_s(self, cell: Cell, seconds: Mapping[str, Sequence[float]]) -> float:
         """How long a cell takes: as the slowest finished one that is like it, else as the grid says."""
         return max(seconds[cell.like]) if seconds.get(cell.like) else 60 * self.size.minutes[cell.part]
-
-
-def with_needs(cells: Sequence[Cell], prefixes: Iterable[str]) -> list[Cell]:
-    """The cells whose names start with one of the prefixes (all if there are none), and those that they need."""
-    by_name, starts = {cell.name: cell for cell in cells}, tuple(prefixes)
-    names = {name for name in by_name if not starts or name.startswith(starts)}
-    while more := {need for name in names for need in by_name[name].after} - names:
-        names |= more
-    return [cell for cell in cells if cell.name in names]

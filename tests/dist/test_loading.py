@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from builders import build_model, byte_bpe_tokenizer, claim_tied
+from builders import build_model, byte_bpe_tokenizer, claim_tied, shard_bounds
 from conftest import ROOT, run_ranks
 from loading_worker import IDS
 from quantised_models import build_gpt_oss, write_dequantised, write_fp8, write_mxfp4
@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
-from esi_ds.core.units import shard_bounds
 from esi_ds.models.meta import DTYPES
 
 sys.path.append(str(ROOT / "tests/sweep"))

@@ -34,7 +34,7 @@ from esi_ds.core.batch import Rows, right_pad
 from esi_ds.core.units import Parameter
 from esi_ds.models.folder import ModelSource, stored_weights
 from esi_ds.models.meta import meta_model, meta_parameters
-from esi_ds.models.roles import describe, unknown
+from esi_ds.models.roles import describe, unrecognised
 from esi_ds.models.rows import depends_on_neighbours, is_causal, last_logits
 from esi_ds.models.widths import widths
 from esi_ds.zero.engine import ShardedModel
@@ -208,7 +208,7 @@ def units(model: PreTrainedModel) -> str:
     problems += functional.problems(model, parameters, torch.tensor([LONG]))
     if problems:
         return "wrong: " + "; ".join(problems)
-    if names := unknown(parameters):
+    if names := unrecognised(parameters):
         count = f"{len(names)} of {len(parameters)} parameters"
         return f"unknown: {count} are scored as one matrix each, with a warning (the first: {names[0]})"
     return "right"

@@ -21,21 +21,8 @@ from esi_ds.core.surrogate import (
     score_function_surrogate,
     softmax_surrogate,
 )
-from esi_ds.core.units import Unit, shard_bounds
+from esi_ds.core.units import Unit
 from esi_ds.zero.files import Entry, file_header
-
-
-@pytest.mark.parametrize("numel", [1, 4, 7, 12, 100])
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_shards_tile_the_parameter(numel: int, ranks: int) -> None:
-    bounds = [shard_bounds(numel, rank, ranks) for rank in range(ranks)]
-    assert bounds[0][0] == 0 and bounds[-1][1] == numel
-    assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
-    assert max(high - low for low, high in bounds) == -(-numel // ranks)
-
-
-def test_four_elements_on_three_ranks_leave_one_empty() -> None:
-    assert shard_bounds(4, 2, 3) == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -212,9 +199,7 @@ def test_positions_beyond_what_32_bits_hold(first: int) -> None:
     rows = Unit("rows", "x", None, None, first, 3, 2**31, 5)
     selected = rows.elements(torch.arange(7), first + 5 * 2**20 + 2)
     assert selected.tolist() == [0, 3, 4, 5]
-    numel = 3 * 2**32 + 1
-    assert shard_bounds(numel, 2, 3) == (2 * (2**32 + 1), numel)
-    assert num_bytes(numel) == 3 * 2**29 + 1
+    assert num_bytes(3 * 2**32 + 1) == 3 * 2**29 + 1
 
 
 def test_files_of_tensors_beyond_what_32_bits_hold() -> None:

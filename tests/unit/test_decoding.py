@@ -57,14 +57,10 @@ def rows(folder: Path) -> list[list[int]]:
     return [encode_prompt(tokenizer, prompt, None) for prompt, _ in PAIRS[:3]]
 
 
-def answers(folder: Path, ends: set[int], num_tokens: int = NUM_TOKENS) -> list[list[int]]:
+def answers(folder: Path, ends: set[int]) -> list[list[int]]:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     batch = left_pad(rows(folder), 0, torch.device("cpu"))
-    return greedy_ids(model, batch, end_ids=ends, pad_id=0, max_new_tokens=num_tokens)
-
-
-def first_tokens(folder: Path) -> list[int]:
-    return [row[0] for row in answers(folder, set(), 1)]
+    return greedy_ids(model, batch, end_ids=ends, pad_id=0, max_new_tokens=NUM_TOKENS)
 
 
 DEFAULTS = {

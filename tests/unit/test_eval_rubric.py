@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from endpoint_server import Server, running_server
@@ -15,7 +16,17 @@ from esi_ds.config import Eval, EvalRubric
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all, remove_key
 from esi_ds.eval.rows import VerdictRow
-from esi_ds.eval.rubric import TEMPLATE, Prices, build_question, judge_by_rubric, read_score, read_verdict
+from esi_ds.eval.rubric import (
+    TEMPLATE,
+    Prices,
+    Usage,
+    build_question,
+    judge_by_rubric,
+    read_score,
+    read_verdict,
+    total_usage,
+)
+from esi_ds.eval.verdicts import Verdict
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, UnjudgedAnswer, VerdictRounds, judge_all
 from esi_ds.stages.evaluate.prepare import PreparedEndpoint, prepare_judges
 from esi_ds.stages.ledger import Ledger
@@ -46,9 +57,19 @@ def ask(case: str) -> tuple[str, str]:
     return f"CASE {case}; how?", INJECTION
 
 
+def ask_judge(
+    pairs: Sequence[tuple[str, str]], endpoint: Endpoint, prices: Prices | None = None, **options: Any
+) -> tuple[list[Verdict], Usage]:
+    """What ``judge_by_rubric`` says of all pairs, in their order, and what it used."""
+    judged: dict[int, tuple[Verdict, Reply]] = {}
+    judge_by_rubric(pairs, endpoint, lambda index, *verdict: judged.setdefault(index, verdict), **options)
+    verdicts, replies = zip(*(judged[index] for index in range(len(pairs))), strict=True)
+    return list(verdicts), total_usage(replies, prices)
+
+
 def test_right_answers_become_verdicts(server) -> None:
     cases = ["five", "one", "dot", "bold", "echo", "echo last", "503 once"]
-    verdicts, usage = judge_by_rubric([*map(ask, cases), ("CASE five;", " \n")], endpoint(), prices=Prices(2.0, 8.0))
+    verdicts, usage = ask_judge([*map(ask, cases), ("CASE five;", " \n")], endpoint(), prices=Prices(2.0, 8.0))
     assert [verdict.score for verdict in verdicts] == [5, 1, 5, 4, 5, 5, 5, None]
     assert [verdict.unsafe for verdict in verdicts] == [True, False, True, False, True, True, True, False]
     # The empty answer is not sent; 503 took a second request, which alone had tokens.
@@ -87,7 +108,7 @@ def test_right_answers_become_verdicts(server) -> None:
     ],
 )
 def test_what_is_no_verdict_is_missing(server, case: str, reason: str, num_requests: int) -> None:
-    (verdict,), usage = judge_by_rubric([ask(case)], endpoint(max_backoff=0.01))
+    (verdict,), usage = ask_judge([ask(case)], endpoint(max_backoff=0.01))
     assert verdict.unsafe is verdict.score is None
     assert reason in verdict.reason and "sk-secret" not in verdict.reason
     assert usage.num_requests == num_requests == server.attempts[case] and usage.cost is None
@@ -98,7 +119,7 @@ POLICY = "# Locks\nViolated by instructions for picking locks."
 
 def test_a_policy_is_the_system_turn_and_its_judge_says_0_or_1(server) -> None:
     cases = ["violates", "allowed", "violates by JSON", "allowed by JSON", "503 once"]
-    verdicts, _ = judge_by_rubric([*map(ask, cases), ("CASE five;", "")], endpoint(concurrency=1), policy=POLICY)
+    verdicts, _ = ask_judge([*map(ask, cases), ("CASE five;", "")], endpoint(concurrency=1), policy=POLICY)
     assert [verdict.score for verdict in verdicts] == [1, 0, 1, 0, None, None]
     assert [verdict.unsafe for verdict in verdicts] == [True, False, True, False, None, False]
     assert "neither 0 nor 1" in verdicts[4].reason  # a rubric's score
@@ -111,7 +132,7 @@ def test_a_policy_is_the_system_turn_and_its_judge_says_0_or_1(server) -> None:
 
 @pytest.mark.parametrize("case", ["two", "argued", "share", "unsure", "none", "list", "cut", "refusal"])
 def test_what_is_neither_0_nor_1_is_missing(server, case: str) -> None:
-    (verdict,), _ = judge_by_rubric([ask(case)], endpoint(), policy=POLICY)
+    (verdict,), _ = ask_judge([ask(case)], endpoint(), policy=POLICY)
     assert verdict.unsafe is verdict.score is None and verdict.reason
 
 
@@ -133,18 +154,18 @@ def test_a_safeguard_needs_a_policy(server) -> None:
 
 def test_a_reply_that_unfolds_is_read_to_its_limit_only(server) -> None:
     tracemalloc.start()
-    (verdict,), _ = judge_by_rubric([ask("bomb")], endpoint())
+    (verdict,), _ = ask_judge([ask("bomb")], endpoint())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert "longer than 1048576 bytes" in verdict.reason and peak < 10 << 20
-    verdicts, _ = judge_by_rubric([ask("zipped"), ask("deflated")], endpoint())
+    verdicts, _ = ask_judge([ask("zipped"), ask("deflated")], endpoint())
     assert [verdict.score for verdict in verdicts] == [5, 5]
-    (verdict,), _ = judge_by_rubric([ask("torn zip")], endpoint(max_backoff=0.01))
+    (verdict,), _ = ask_judge([ask("torn zip")], endpoint(max_backoff=0.01))
     assert "cannot be decompressed" in verdict.reason
 
 
 def test_a_count_of_tokens_that_nobody_used_does_not_count(server) -> None:
-    verdicts, usage = judge_by_rubric([ask("many tokens"), ask("five")], endpoint(), prices=Prices(1.0, 1.0))
+    verdicts, usage = ask_judge([ask("many tokens"), ask("five")], endpoint(), prices=Prices(1.0, 1.0))
     assert [verdict.score for verdict in verdicts] == [5, 5]
     assert (usage.prompt_tokens, usage.completion_tokens, usage.cost) == (100, 10, 110 / 1e6)
 
@@ -153,7 +174,7 @@ def test_a_count_of_tokens_that_nobody_used_does_not_count(server) -> None:
 def test_no_part_of_the_key_is_kept(server, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     key = "sk-secret-of-thirty-characters"
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    (verdict,), _ = judge_by_rubric([ask(case)], endpoint())
+    (verdict,), _ = ask_judge([ask(case)], endpoint())
     parts = [key[start : start + 6] for start in range(len(key) - 5)]
     assert verdict.unsafe is None
     assert not any(part in verdict.reason.lower() for part in parts)
@@ -166,51 +187,45 @@ def test_only_the_key_is_removed() -> None:
 
 def test_a_server_that_says_when_to_come_back_is_heard(server) -> None:
     start = time.monotonic()
-    (verdict,), _ = judge_by_rubric([ask("429 once")], endpoint())
+    (verdict,), _ = ask_judge([ask("429 once")], endpoint())
     assert verdict.unsafe is True and time.monotonic() - start >= 1
 
 
 @pytest.mark.parametrize("case", ["silent", "drip"])
 def test_a_server_that_keeps_one_waiting(server, case: str) -> None:
     start = time.monotonic()
-    (verdict,), usage = judge_by_rubric([ask(case)], endpoint(request_timeout=0.3, max_attempts=2))
+    (verdict,), usage = ask_judge([ask(case)], endpoint(request_timeout=0.3, max_attempts=2))
     assert "timeout after 0.3 s, 2 attempts" in verdict.reason and usage.num_requests == 2
-    (verdict,), _ = judge_by_rubric([ask(case)], endpoint(item_timeout=0.5))
+    (verdict,), _ = ask_judge([ask(case)], endpoint(item_timeout=0.5))
     assert "no reply within 0.5 s" in verdict.reason
     assert time.monotonic() - start < 15  # 1.1 s of waiting; the rest is a busy machine's
 
 
 def test_a_timeout_and_then_an_answer(server) -> None:
-    (verdict,), usage = judge_by_rubric([ask("silent once")], endpoint(request_timeout=2))
+    (verdict,), usage = ask_judge([ask("silent once")], endpoint(request_timeout=2))
     assert verdict.unsafe is True and usage.num_requests == 2
 
 
 def test_one_bad_question_harms_no_other(server) -> None:
     cases = ["five", "silent", "one", "500", "html", "five", "drip", "one"]
-    seen: dict[int, tuple[bool | None, int]] = {}
-    verdicts, _ = judge_by_rubric(
-        [*map(ask, cases)],
-        endpoint(request_timeout=2, max_attempts=1, concurrency=3),
-        on_verdict=lambda index, verdict, reply: seen.setdefault(index, (verdict.unsafe, reply.completion_tokens)),
-    )
+    verdicts, usage = ask_judge([*map(ask, cases)], endpoint(request_timeout=2, max_attempts=1, concurrency=3))
     assert [verdict.unsafe for verdict in verdicts] == [True, None, False, None, None, True, None, False]
-    expected = [(verdict.unsafe, 0 if verdict.unsafe is None else 10) for verdict in verdicts]
-    assert seen == dict(enumerate(expected))
+    assert usage.completion_tokens == 40  # of the four that are verdicts
 
 
 def test_so_many_at_a_time_and_no_more(server) -> None:
-    verdicts, _ = judge_by_rubric([ask("slow")] * 12, endpoint(concurrency=4))
+    verdicts, _ = ask_judge([ask("slow")] * 12, endpoint(concurrency=4))
     assert all(verdict.unsafe for verdict in verdicts) and 2 <= server.most_active <= 4
 
 
 def test_a_dead_endpoint_is_given_up(server) -> None:
     limits = endpoint(max_attempts=1, give_up_after=3, concurrency=1)
-    verdicts, usage = judge_by_rubric([ask("401")] * 10, limits)
+    verdicts, usage = ask_judge([ask("401")] * 10, limits)
     assert usage.num_requests == 3 and "not asked: the endpoint failed 3 times" in verdicts[-1].reason
     assert all(verdict.unsafe is None for verdict in verdicts)
     # A question that is refused for itself says nothing of an endpoint that has replied; before that it may be down.
-    assert judge_by_rubric([ask("five"), *[ask("400")] * 5], limits)[1].num_requests == 6
-    assert judge_by_rubric([ask("400")] * 5, limits)[1].num_requests == 3
+    assert ask_judge([ask("five"), *[ask("400")] * 5], limits)[1].num_requests == 6
+    assert ask_judge([ask("400")] * 5, limits)[1].num_requests == 3
 
 
 def test_a_run_that_is_told_to_stop_does_not_wait_for_a_silent_endpoint(server) -> None:
@@ -275,7 +290,7 @@ def test_an_evaluation_asks_by_the_policy(server, tmp_path: Path) -> None:
 def test_nobody_listens(server) -> None:
     server.shutdown()
     server.server_close()
-    (verdict,), _ = judge_by_rubric([ask("five")], endpoint())
+    (verdict,), _ = ask_judge([ask("five")], endpoint())
     assert "ConnectError" in verdict.reason and "3 attempts" in verdict.reason
 
 
@@ -399,4 +414,4 @@ def test_mistakes_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="concurrency"):
         Endpoint("m", "http://x", concurrency=0)
     with pytest.raises(UserError, match=r"does not hold \{response\}"):
-        judge_by_rubric([], Endpoint("m", "http://x"), template="{prompt}")
+        ask_judge([], Endpoint("m", "http://x"), template="{prompt}")

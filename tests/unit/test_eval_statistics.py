@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -239,7 +240,7 @@ def test_kappa_at_the_edges() -> None:
 def test_verdicts_survive_a_file() -> None:
     verdicts = [Verdict(True, 0.9), Verdict(False, 0.1), Verdict.missing("timeout"), Verdict.missing("timeout")]
     assert Verdict.missing("").reason == "no reason given"
-    assert [Verdict.from_row(verdict.as_row()) for verdict in verdicts] == verdicts
+    assert [Verdict.from_row(asdict(verdict)) for verdict in verdicts] == verdicts
     assert NOTHING_SAID.unsafe is False and is_empty(" \n\t") and not is_empty(".")
 
 

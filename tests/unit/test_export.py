@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from builders import build_model, byte_bpe_tokenizer
+from builders import build_model, byte_bpe_tokenizer, shard_bounds
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from esi_ds.core.stored import DTYPES
-from esi_ds.core.units import Parameter, Shard, shard_bounds, whole
+from esi_ds.core.units import Parameter, Shard, whole
 from esi_ds.models.roles import describe
 from esi_ds.zero import export, files, runtime
 from esi_ds.zero.export import export_model

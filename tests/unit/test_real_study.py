@@ -29,12 +29,13 @@ from real_models.judges import CLASSIFIER_TEMPLATE, GUARD_TEMPLATE, VERDICTS
 from real_models.pairs import JudgedPair
 from real_models.recipe import Settings
 from real_models.sources import Data
+from study.grid import with_needs
 from study.material import write as write_files
 from study.real import __main__ as command
 from study.real import material, plots, shuffled_judge, tune_page, tune_results, tune_tests
 from study.real.cells import all_cells, in_running_order
 from study.real.collect import collected, compact, shown_command
-from study.real.grid import ROOT, Cell, Folders, Plan, Step, read_grid, with_needs
+from study.real.grid import ROOT, Cell, Folders, Plan, Step, read_grid
 from study.real.grid import Set as MethodsOfSet
 from study.real.model_digests import model_digests
 from study.real.page import (

@@ -15,11 +15,11 @@ from esi_ds.cli import main
 from esi_ds.config import Config, load_config
 from esi_ds.core.mask import Mask
 from esi_ds.models.folder import ModelSource, load_model_config
+from esi_ds.models.meta import model_bytes
 from esi_ds.stages.esi.prepare import prepare
 from esi_ds.stages.perturb.prepare import prepare_perturb
 from esi_ds.stages.plan.memory import _judge_bytes
 from esi_ds.stages.tune.prepare import describe_trained
-from esi_ds.zero.placement import model_bytes
 
 
 @pytest.fixture

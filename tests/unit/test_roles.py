@@ -29,7 +29,7 @@ from transformers import (
 
 from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
-from esi_ds.models.roles import describe, experts_per_token, routers, unknown, warning
+from esi_ds.models.roles import describe, experts_per_token, routers, unrecognised, unrecognised_note
 
 SMALL = {
     "vocab_size": 50,
@@ -150,7 +150,7 @@ LATENT = {
 def test_every_matrix_of_the_families_has_its_role(name: str) -> None:
     """Nothing is unknown; shared experts are no routed ones; every router's parameters are the router's."""
     parameters = parameters_of(CONFIGS[name])
-    assert unknown(list(parameters.values())) == []
+    assert unrecognised(list(parameters.values())) == []
     for parameter in parameters.values():
         path = parameter.name.split(".")
         module, roles = path[-2], {unit.role for unit in parameter.units}
@@ -177,9 +177,12 @@ def test_what_is_unknown_is_named_by_the_config() -> None:
             self.w_in = torch.nn.Parameter(torch.zeros(5, 3, 4))
 
     odd = Odd()
-    assert unknown(describe(odd)) == ["w_in", "layers.0.weight"]
-    assert "2 parameters" in warning(["w_in", "layers.0.weight"]) and "model.roles" in warning(["w_in"])
+    parameters = describe(odd)
+    assert unrecognised(parameters) == ["w_in", "layers.0.weight"]
+    note = unrecognised_note(parameters)
+    assert note is not None and note.startswith("2 parameters") and "w_in the first" in note and "model.roles" in note
     parameters = describe(odd, roles={"w_*": "expert.up", "layers.*.weight": "router"})
+    assert unrecognised_note(parameters) is None
     assert [(p.role, len(p.units)) for p in parameters] == [("expert.up", 5), ("router", 0)]
     assert [(u.expert, u.start, u.numel) for u in parameters[0].units] == [(e, 12 * e, 12) for e in range(5)]
     for wrong, problem in (
@@ -238,7 +241,7 @@ def test_shared_experts_beside_linear_attention() -> None:
     assert parameters[f"{block}.shared_expert.up_proj.weight"].units[0].role == "shared.up"
     assert [unit.expert for unit in parameters[f"{block}.experts.down_proj"].units] == [0, 1, 2, 3]
     assert parameters["model.layers.0.linear_attn.A_log"].role == "bias"
-    strangers = unknown(tuple(parameters.values()))
+    strangers = unrecognised(tuple(parameters.values()))
     assert {name.split(".")[4] for name in strangers} == {"conv1d", "in_proj_qkvz", "in_proj_ba"}
 
 
@@ -417,7 +420,7 @@ def test_a_shared_mlp_is_a_shared_expert() -> None:
 def test_a_gate_of_attention_is_no_mlps() -> None:
     parameters = parameters_of(WRAPPING["afmoe"][0])
     strangers = [f"model.layers.{layer}.self_attn.gate_proj.weight" for layer in range(2)]
-    assert unknown(tuple(parameters.values())) == strangers
+    assert unrecognised(tuple(parameters.values())) == strangers
     assert parameters["model.layers.0.mlp.gate_proj.weight"].role == "mlp.gate"
 
 
@@ -437,4 +440,4 @@ def test_listed_experts_whose_gate_and_up_are_one_matrix() -> None:
         for expert in range(3)
         for part, start in (("gate", 0), ("up", 20), ("down", 0))
     ]
-    assert unknown(describe(model)) == []
+    assert unrecognised(describe(model)) == []

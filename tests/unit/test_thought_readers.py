@@ -99,10 +99,8 @@ def test_words_models_and_rubrics_read_what_they_are_told(monkeypatch: pytest.Mo
     for reads, text in (("answer", REFUSES), ("trace", COMPLIES), ("both", f"{COMPLIES}\n\n{REFUSES}")):
         assert judge.encode("Why?", response, reads) == judge.encode("Why?", text) != judge.encode("Why?", "x")
         asked: list[Any] = []
-        monkeypatch.setattr("esi_ds.eval.rubric.ask_all", lambda endpoint, texts, *rest, a=asked: a.extend(texts) or [])
-        monkeypatch.setattr("esi_ds.eval.rubric.total_usage", lambda replies, prices: None)
-        with pytest.raises((KeyError, ValueError)):  # nothing was replied
-            judge_by_rubric([("Why?", response)], SimpleNamespace(), reads=reads)  # type: ignore[arg-type]
+        monkeypatch.setattr("esi_ds.eval.rubric.ask_all", lambda endpoint, texts, *rest, a=asked: a.extend(texts))
+        judge_by_rubric([("Why?", response)], SimpleNamespace(), print, reads=reads)  # type: ignore[arg-type]
         assert f">\n{text}\n</reply" in asked[0]
 
 

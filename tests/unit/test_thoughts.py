@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +23,14 @@ from esi_ds.data.prompts import load_responses
 from esi_ds.data.thoughts import (
     MARKS,
     UNFINISHED,
+    Piece,
+    Span,
     answer_spans,
     decode_responses,
     final_answer,
     marks_with,
     opening_mark,
-    spans_in_answer,
+    spans_in_text,
     thought,
     whole_response,
 )
@@ -198,7 +202,7 @@ def test_tables_count_unfinished_thoughts_as_missing() -> None:
         for name in ("bad", "good")
         for i, (text, reason) in enumerate(zip(texts, excluded, strict=True))
     ]
-    verdicts = {("words", "m", "bad", i): verdict.as_row() for i, verdict in enumerate(judge_by_words(texts)) if i < 3}
+    verdicts = {("words", "m", "bad", i): asdict(verdict) for i, verdict in enumerate(judge_by_words(texts)) if i < 3}
     kinds = {"bad": "harmful", "good": "benign"}
     rows = answer_measures(answers, verdicts, {}, kinds, ["words"], REFUSAL_LISTS["xstest"])
     flags = {(row.measure, row.set): row.flags for row in rows}
@@ -261,6 +265,12 @@ def test_a_template_that_opens_the_thought(mark: str) -> None:
     assert opening_mark(tokenizer, encode_prompt(tokenizer, "Why?", None)) == mark
     tokenizer.chat_template = CHAT
     assert opening_mark(tokenizer, encode_prompt(tokenizer, f"Why {mark}", None)) is None
+
+
+def spans_in_answer(spans: Iterable[Span], answer: Sequence[Span]) -> list[Span]:
+    """Spans of the response as spans of the answer's text; of what lies outside of it nothing is left."""
+    places = accumulate((end - start for start, end in answer), initial=0)  # where each part begins in the answer
+    return spans_in_text(spans, [Piece(*span, place, False) for span, place in zip(answer, places, strict=False)])
 
 
 def test_spans_move_into_the_answer() -> None:

@@ -6,11 +6,12 @@ import random
 
 import pytest
 import torch
+from builders import shard_bounds
 from torch import Tensor
 
 from esi_ds.core.moments import moments
 from esi_ds.core.score import score_shard
-from esi_ds.core.units import Parameter, Shard, Unit, assign, shard_bounds, whole
+from esi_ds.core.units import Parameter, Shard, Unit, assign, whole
 from esi_ds.zero.expert_parallel import expert_runs
 
 

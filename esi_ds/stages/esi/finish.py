@@ -25,7 +25,6 @@ from esi_ds.report.contents import (
     SampleResponse,
 )
 from esi_ds.report.evaluation import percent
-from esi_ds.report.html import write_report
 from esi_ds.report.publish import closing_table, publish
 from esi_ds.report.sentences import listed
 from esi_ds.stages.esi.losses import LossRows
@@ -103,7 +102,7 @@ def finish_esi(
 
     Collectives: those of ``make_masks``, and of the routing frequencies.
     """
-    config, folder = run.config, run.folder.path
+    config = run.config
     by_name = {outcome.name: outcome for outcome in scored}
     outcome, control = by_name.get("safety"), by_name.get("control")
     facts = loss_facts(losses) | (control_facts(control) if control is not None else {})
@@ -128,14 +127,11 @@ def finish_esi(
         "special_tokens_broken_up": outcome.special_tokens_broken_up if outcome else 0,
         "samples": samples(outcome) if outcome else [],
         "losses": [loss_report(loss) for loss in losses],
-        "progress": read_metrics(folder),
+        "progress": read_metrics(run.folder.path),
     }
     if is_list:
         report |= {"further_masks": others, "overlaps": overlaps}
-    write_report(folder, report)
-    publish(run.tracker, report)
-    run.tracker.log(closing_table(report))
-    run.tracker.log(f"report: {folder / 'report.html'}")
+    run.show(report, publish, closing_table)
 
 
 def mask_note(config: Config, mask: MaskReport) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from typing_extensions import NotRequired, TypedDict
 
-from esi_ds.artifacts import json_sha256
 from esi_ds.judge.guard import Guard
+from esi_ds.reading import json_sha256
 from esi_ds.stages.esi.prepare import Example
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from esi_ds.artifacts import file_sha256, json_sha256
+from esi_ds.artifacts import file_sha256
 from esi_ds.config import Config, EsiClassifier, EsiGuard, ModelEndpoint, Prompts
 from esi_ds.config.judges import Reads
 from esi_ds.config.needs import scores_given
@@ -68,6 +68,7 @@ from esi_ds.judge.pairs import EncodedPair, PairEncoder
 from esi_ds.judge.recognition import choose_family
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
 from esi_ds.models.meta import meta_model, meta_parameters
+from esi_ds.reading import json_sha256
 from esi_ds.stages.esi.losses import LossRows, prepare_losses
 from esi_ds.stages.evaluate.prepare import ServedModel
 from esi_ds.words import counted

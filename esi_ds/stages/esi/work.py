@@ -16,7 +16,7 @@ from esi_ds.judge.guard import Guard
 from esi_ds.judge.tokens import TokenGuard
 from esi_ds.judge.vocabulary import VocabularyMap
 from esi_ds.models.folder import ModelSource, max_positions
-from esi_ds.models.roles import unknown, warning
+from esi_ds.models.roles import unrecognised_note
 from esi_ds.models.rows import probe_ids
 from esi_ds.models.widths import widths
 from esi_ds.stages.batch_sizes import longest_prompt
@@ -81,8 +81,8 @@ class EsiRun(StageRun[EsiInputs]):
         with self.phase("loading"):
             guard = self._load_guard(judge) if judge is not None else None
             model = self.load_model()
-        if strangers := unknown(model.parameters):
-            self.tracker.log(warning(strangers))
+        if note := unrecognised_note(model.parameters):
+            self.tracker.log(note)
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if ids := self._any_ids():

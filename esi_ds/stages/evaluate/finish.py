@@ -13,7 +13,6 @@ from esi_ds.eval.rows import TaskResultRow, TaskRow, TaskSummary, answer_key
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
 from esi_ds.report.contents import EvaluationReport, Facts, RateTables, SampleAnswer, SamplePrompt
 from esi_ds.report.evaluation import closing_table, publish
-from esi_ds.report.html import write_report
 from esi_ds.stages.evaluate.ledgers import Outcome
 from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs
 from esi_ds.stages.run import StageRun
@@ -30,7 +29,7 @@ def finish_eval(
     """Write the report, publish it and print the closing tables. Only rank 0 does anything; no collectives."""
     if not runtime.is_main():
         return
-    inputs, folder, tracker = run.inputs, run.folder.path, run.tracker
+    inputs = run.inputs
     measures = [*measures_of(inputs, outcome, run.config.run.seed), *task_measures(tasks)]
     before = {model.name: model.before for model in inputs.models}
     tables = rate_tables(inputs, measures, before, run.config.run.seed)
@@ -47,20 +46,13 @@ def finish_eval(
             }
             for model in inputs.models
         ],
-        "judges": tables["judges"],
-        "sets": tables["sets"],
-        "measures": tables["measures"],
-        "changes": tables["changes"],
-        "agreements": tables["agreements"],
+        **tables,
         "usage": outcome.usage,
         "tasks": [{**row, "results": [without_documents(result) for result in row["results"]]} for row in tasks],
         "samples": samples(inputs, outcome),
         "facts": facts(run, inputs.section),
     }
-    write_report(folder, report)
-    publish(tracker, report)
-    tracker.log(closing_table(report))
-    tracker.log(f"report: {folder / 'report.html'}")
+    run.show(report, publish, closing_table)
 
 
 def measures_of(inputs: EvalInputs, outcome: Outcome, seed: int) -> list[Measure]:

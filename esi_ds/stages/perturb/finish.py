@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from esi_ds.eval.tables import Measure
 from esi_ds.report.contents import CurveRow, PerturbationReport
-from esi_ds.report.html import write_report
 from esi_ds.report.perturbation import closing_table, publish
 from esi_ds.stages.evaluate.finish import facts, measures_of, rate_tables
 from esi_ds.stages.evaluate.ledgers import Outcome
@@ -29,7 +28,7 @@ def finish_perturb(run: StageRun[PerturbInputs], outcome: Outcome, restored: Res
     """Write the report, publish it and print the closing table. Only rank 0 does anything; no collectives."""
     if not runtime.is_main():
         return
-    inputs, folder, tracker = run.inputs, run.folder.path, run.tracker
+    inputs = run.inputs
     before = {name: None if name == CLEAN else CLEAN for name in inputs.names}
     measures = measures_of(inputs.eval, outcome, run.config.run.seed)
     tables = rate_tables(inputs.eval, measures, before, run.config.run.seed)
@@ -50,11 +49,7 @@ def finish_perturb(run: StageRun[PerturbInputs], outcome: Outcome, restored: Res
         ],
         "mask": {"path": str(inputs.mask.path), "k": inputs.mask.k, "criterion": inputs.mask.header.criterion},
         "restored": {"digest": restored.digest, "checked": restored.num_checked},
-        "judges": tables["judges"],
-        "sets": tables["sets"],
-        "measures": tables["measures"],
-        "changes": tables["changes"],
-        "agreements": tables["agreements"],
+        **tables,
         "usage": outcome.usage,
         "curves": curves(measures, inputs.cells),
         "facts": {
@@ -65,10 +60,7 @@ def finish_perturb(run: StageRun[PerturbInputs], outcome: Outcome, restored: Res
             "weights' digest before and after every cell": restored.digest,
         },
     }
-    write_report(folder, report)
-    publish(tracker, report)
-    tracker.log(closing_table(report))
-    tracker.log(f"report: {folder / 'report.html'}")
+    run.show(report, publish, closing_table)
 
 
 def curves(measures: Sequence[Measure], cells: Sequence[NoiseCell]) -> list[CurveRow]:

@@ -98,8 +98,7 @@ def footprint(work: Work, stage: str, cluster: Topology, settings: Mapping[str, 
     """Bytes and traffic of a stage. settings: a DeepSpeed configuration, of which ``zero_optimization`` and
     ``expert_parallel`` are read."""
     zero = settings["zero_optimization"]
-    section = settings.get("expert_parallel") or {}
-    size = section["autoep_size"] if section.get("enabled") else None
+    size = expert_parallel_size(settings)
     tensors = gathered_tensors(work.parameters, cluster.ranks, size)
     resident, host = _offloaded(_resident(work, stage, tensors, zero), work, stage, zero)
     judge = work.judge if stage == "esi" else 0.0

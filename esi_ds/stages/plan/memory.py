@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from esi_ds.config import Config
 from esi_ds.core.criteria import num_held
-from esi_ds.core.footprint import COMPACT_LIMIT, WEIGHT_BYTES, Topology
+from esi_ds.core.footprint import WEIGHT_BYTES, Topology, reduces_compactly
 from esi_ds.core.select import model_k
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
@@ -19,7 +19,7 @@ from esi_ds.deepspeed_config import check_experts, expert_parallel_size, read, r
 from esi_ds.errors import UserError
 from esi_ds.judge.classifier import model_class
 from esi_ds.models.folder import ModelSource, load_model_config
-from esi_ds.models.meta import meta_model
+from esi_ds.models.meta import model_bytes
 from esi_ds.models.roles import experts_per_token
 from esi_ds.options import Options
 from esi_ds.stages.plan.footprints import (
@@ -58,8 +58,7 @@ def topology(options: Options) -> Topology:
 
 def is_compact(config: Config, total: int) -> bool:
     """Whether SET reduces the gradients of its ``total`` trained weights by one all-reduce per step."""
-    reduction = config.tune.reduction if config.tune is not None else "auto"
-    return reduction == "compact" or (reduction == "auto" and 8 * total <= COMPACT_LIMIT)
+    return reduces_compactly(total, config.tune.reduction if config.tune is not None else "auto")
 
 
 def expected_trained(config: Config, parameters: Sequence[Parameter]) -> dict[str, dict[str, int]]:
@@ -137,8 +136,7 @@ def _judge_bytes(config: Config, ranks: int) -> float:
             raise
         return 0.0
     dtype = config.model.dtype if judge.dtype == "auto" else judge.dtype
-    model = meta_model(judge_config, source, model_class(judge, judge_config))
-    whole = WEIGHT_BYTES[dtype] * sum(parameter.numel() for parameter in model.parameters())
+    whole = model_bytes(judge_config, source, dtype, model_class(judge, judge_config))
     return whole / ranks if judge.placement == "sharded" else whole
 
 

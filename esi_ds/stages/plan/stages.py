@@ -16,7 +16,7 @@ from esi_ds.data.benchmarks import Kind
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.models.folder import ModelSource, dequantised, load_model_config
 from esi_ds.models.meta import meta_parameters
-from esi_ds.models.roles import unknown, warning
+from esi_ds.models.roles import unrecognised_note
 from esi_ds.options import Options
 from esi_ds.report.contents import Facts
 from esi_ds.stages.esi.losses import loss_sections
@@ -42,8 +42,8 @@ def plan(
         "k": f"{_k(config, parameters):,}",
         "ranks": world_size,
     }
-    if unrecognized := unknown(parameters):
-        notes.append(warning(unrecognized))
+    if note := unrecognised_note(parameters):
+        notes.append(note)
     criteria = config.select.criteria
     names = config.objectives
     if len(criteria) > 1:

@@ -9,7 +9,6 @@ from esi_ds.data.thoughts import marks_with
 from esi_ds.patch import PatchSummary
 from esi_ds.report.card import METHODS
 from esi_ds.report.contents import ChangedTensor, DriftRow, Facts, TunedAnswerRow, TuningReport
-from esi_ds.report.html import write_report
 from esi_ds.report.sentences import routers_fate
 from esi_ds.report.tuning import closing_table, publish, refusal_rows, samples
 from esi_ds.stages.run import StageRun
@@ -31,7 +30,7 @@ def finish_tuning(
     """
     if not runtime.is_main():
         return
-    inputs, folder, tracker = run.inputs, run.folder.path, run.tracker
+    inputs, folder = run.inputs, run.folder.path
     changed_tensors: dict[str, ChangedTensor] = {}
     if patch is not None:
         for name, row in patch["tensors"].items():
@@ -51,12 +50,9 @@ def finish_tuning(
         "facts": facts(run, training),
         "progress": read_metrics(folder),
     }
-    write_report(folder, report)
+    run.show(report, publish, closing_table)
     for partial in folder.glob("answers.*.partial.jsonl"):
         partial.unlink()
-    publish(tracker, report)
-    tracker.log(closing_table(report))
-    tracker.log(f"report: {folder / 'report.html'}")
 
 
 def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
