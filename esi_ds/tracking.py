@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,6 +36,11 @@ OVERVIEW = "Overview"
 MAX_LINE_NAME = 60  # characters of a line's folder
 MAX_BAR_NAME = 32  # characters of a model's or a judge's name in a bar
 FLUSH_S = 10  # seconds until TensorBoard shows a point, at most
+
+
+def literal(text: str) -> str:
+    """Markdown that shows a text as it stands: indented lines are not rendered."""
+    return textwrap.indent(text, "    ", lambda line: True)
 
 
 class Monitor(Protocol):
