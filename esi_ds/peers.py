@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esi_ds.errors import UserError
+from esi_ds.lock import pid_namespace
 from esi_ds.status import progress_of
 
 # How launchers end ranks, and how a user does: no death to report.
@@ -42,10 +43,7 @@ class RankProcess(NamedTuple):
 
 def own_process(rank: int) -> RankProcess:
     """This process."""
-    namespace = None
-    with suppress(OSError):
-        namespace = os.readlink("/proc/self/ns/pid")
-    return RankProcess(rank, os.getpid(), (socket.gethostname(), namespace))
+    return RankProcess(rank, os.getpid(), (socket.gethostname(), pid_namespace()))
 
 
 class PeerWatch:
