@@ -208,9 +208,9 @@ def test_a_user_s_marks_in_what_models_generate_serve_and_learn(monkeypatch: pyt
     )
     answers = SimpleNamespace(rows={}, key=lambda row: row["index"], add=kept_rows.extend)
     sets = [QuestionSet("s", "harmful", PromptSet(("p",) * len(TEXTS), "p", "f", ()))]
-    section = SimpleNamespace(max_new_tokens=3, samples=1, temperature=0.0)
-    esi = SimpleNamespace(esi=SimpleNamespace(generation="auto"))
-    answering.answer_all(None, "m", candidate, sets, answers, esi, section, None, None)  # type: ignore[arg-type]
+    section = {"max_new_tokens": 3, "prompts": {"path": "p"}}
+    settings = validate({"run": {"output_dir": "x"}, "model": {"path": "m"}, "eval": section})
+    answering.answer_all(None, "m", candidate, sets, answers, settings, None, None)  # type: ignore[arg-type]
     assert [row["excluded"] for row in kept_rows] == [None, None, UNFINISHED, None]
     assert all(row["thought_marks"] == OWN for row in kept_rows)
 
