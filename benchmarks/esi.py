@@ -39,9 +39,7 @@ def make_models(folder: Path, dtype: torch.dtype) -> None:
         AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder / name)
 
 
-def make_pass(
-    folder: Path, dtype: str, autoep_size: int | None = None
-) -> tuple[ScoringPass, ShardedModel, GradientShards]:
+def make_pass(folder: Path, dtype: str, autoep_size: int | None) -> tuple[ScoringPass, ShardedModel, GradientShards]:
     """A pass over random ids, its model, and its accumulator. autoep_size: ranks that share a mixture's experts."""
     settings = {
         "train_micro_batch_size_per_gpu": BATCH,

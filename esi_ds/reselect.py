@@ -278,7 +278,7 @@ def write_selection(
     return Mask.load(output)
 
 
-def remark_on(mask: Mask, folder: Path, ranks: Ranks | None = None) -> str | None:
+def remark_on(mask: Mask, folder: Path, ranks: Ranks | None) -> str | None:
     """What ``without_score`` says of a mask that was selected from the scores in ``folder``. Collectives: one sum."""
     header = mask.header
     if not may_lack_scores(header.order, header.scope, header.threshold):

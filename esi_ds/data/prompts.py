@@ -168,7 +168,7 @@ def load_prompts(
     return PromptSet(tuple(prompts), column, source, tuple(skipped), unread, tuple(goals), goal)
 
 
-def load_section(section: Prompts, field: str = "data.prompts", kind: Kind | None = None) -> PromptSet:
+def load_section(section: Prompts, field: str, kind: Kind | None = None) -> PromptSet:
     """The prompts that a section of the config names; ``kind`` and ``field`` as of ``load_prompts``."""
     return load_prompts(
         section.path,
@@ -209,7 +209,7 @@ def _kind_of(built_in: BuiltIn, path: str, kind: Kind | None, field: str) -> Kin
     raise UserError(f"{field}.path", path, f"is a set of {built_in.kind} prompts, not of {kind} ones", remedy)
 
 
-def choose_column(rows: Sequence[Row], column: str, field: str, goal: str | None = None) -> str:
+def choose_column(rows: Sequence[Row], column: str, field: str, goal: str | None) -> str:
     """The column that holds the prompts; ``auto`` takes the first usual one but ``goal``. Raises UserError listing the
     columns."""
     names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
