@@ -180,14 +180,14 @@ class Piece(NamedTuple):
     is_trace: bool
 
 
-class Reading(NamedTuple):
+class JudgedText(NamedTuple):
     """What a judge reads of a response: the text, and the parts of the response that it is made of, in order."""
 
     text: str
     pieces: list[Piece]
 
 
-def reading(response: str, found: Parts, reads: Reads = "answer") -> Reading | None:
+def judged_text(response: str, found: Parts, reads: Reads = "answer") -> JudgedText | None:
     """What a judge reads of a response with these parts; None for one that ends within a thought.
 
     Marks are left out. A thought stands without the white space around it, an empty line between it and what is beside
@@ -207,7 +207,7 @@ def reading(response: str, found: Parts, reads: Reads = "answer") -> Reading | N
             text += "\n\n"
         pieces.append(Piece(start, end, len(text), is_trace))
         text += response[start:end]
-    return Reading(text, pieces)
+    return JudgedText(text, pieces)
 
 
 def _stripped(response: str, span: Span) -> Span:

@@ -111,24 +111,24 @@ def check_exists(name: str, kind: Kind, field: str) -> None:
         try:
             HfApi().repo_info(name, repo_type=kind, timeout=REQUEST_S)
         except Exception as error:  # whatever the HTTP library raises
-            if reason := absence(error):
+            if reason := why_not_found(error):
                 raise OSError(reason) from error
         return "nothing against it"
 
     try:
         once_on_host(f"{kind} {name}", ask, share_failure=True)
     except OSError as error:
-        raise absent(field, name, kind, str(error)) from error
+        raise not_found(field, name, kind, str(error)) from error
 
 
-def absent(field: str, name: str, kind: Kind, reason: str) -> UserError:
+def not_found(field: str, name: str, kind: Kind, reason: str) -> UserError:
     """The error of a path that leads nowhere but could be a hub id. reason: why the hub does not give it."""
     local = LOCAL_KIND[kind]
     remedy = f"give the path of a {local} that exists, or the id of a {kind.replace('dataset', 'data set')} on the hub"
     return UserError(field, name, f"there is no such {local} here, and {reason}", remedy)
 
 
-def absence(error: BaseException) -> str | None:
+def why_not_found(error: BaseException) -> str | None:
     """Why the hub does not give a repository, in words; None where the error says nothing of the kind."""
     if isinstance(error, OfflineModeIsEnabled):
         return "the hub's cache does not hold all of it (HF_HUB_OFFLINE is set, so the hub is not asked)"
@@ -136,7 +136,7 @@ def absence(error: BaseException) -> str | None:
         return "the hub has no such id (or it is private, and this login may not read it)"
     if any(kind.__name__ in UNREACHABLE for kind in type(error).__mro__):
         return f"the hub cannot be reached ({first_line(error)})"
-    return absence(error.__cause__) if error.__cause__ is not None else None
+    return why_not_found(error.__cause__) if error.__cause__ is not None else None
 
 
 def _is_cached(name: str, kind: Kind) -> bool:

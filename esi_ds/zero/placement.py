@@ -8,11 +8,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from esi_ds.config import JudgeModel
+from esi_ds.core.stored import MODEL_DTYPES
 from esi_ds.deepspeed_config import with_precision
 from esi_ds.judge.classifier import model_class
 from esi_ds.judge.guard import Weights, WholeWeights
 from esi_ds.models.folder import ModelSource
-from esi_ds.models.meta import DTYPES, complete_chunks, meta_model
+from esi_ds.models.meta import complete_chunks, meta_model
 from esi_ds.zero.engine import load_replicated, load_sharded
 from esi_ds.zero.memory import tightest_free_bytes
 
@@ -27,7 +28,7 @@ def model_bytes(
 ) -> int:
     """Bytes of all weights, counted on the meta device."""
     model = meta_model(config, source, auto_class)
-    return sum(parameter.numel() for parameter in model.parameters()) * DTYPES[dtype].itemsize
+    return sum(parameter.numel() for parameter in model.parameters()) * MODEL_DTYPES[dtype].itemsize
 
 
 def _choose_placement(size: int, placement: str) -> tuple[str, str]:

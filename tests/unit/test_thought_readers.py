@@ -18,7 +18,16 @@ from esi_ds.config.needs import require_esi
 from esi_ds.data.answers import RecordedAnswer, RecordedAnswers
 from esi_ds.data.chat import break_up, encode_prompt, special_strings
 from esi_ds.data.prompts import PromptSet, QuestionSet
-from esi_ds.data.thoughts import MARKS, NO_THOUGHT, UNFINISHED, final_answer, marks_with, parts, reading, spans_in_text
+from esi_ds.data.thoughts import (
+    MARKS,
+    NO_THOUGHT,
+    UNFINISHED,
+    final_answer,
+    judged_text,
+    marks_with,
+    parts,
+    spans_in_text,
+)
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import SequenceJudge
 from esi_ds.eval.endpoint import Reply
@@ -76,7 +85,7 @@ def test_several_thoughts_stand_where_they_were() -> None:
         ("trace", "a\n\nb"),
         ("both", "a\n\nOne. \n\nb\n\nTwo. Three."),
     ):
-        read = reading(response, parts(response), reads)
+        read = judged_text(response, parts(response), reads)
         assert read is not None and read.text == text
         characters = spans_in_text([(i, i + 1) for i in range(len(response))], read.pieces)
         for piece in read.pieces:

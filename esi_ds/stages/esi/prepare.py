@@ -36,16 +36,16 @@ from esi_ds.data.thoughts import (
     MARKS,
     NO_THOUGHT,
     UNFINISHED,
+    JudgedText,
     Marks,
     Parts,
     Piece,
-    Reading,
     Span,
+    judged_text,
     mark_strings,
     marks_with,
     opening_mark,
     parts,
-    reading,
     spans_in_text,
 )
 from esi_ds.data.turns import Prompt
@@ -311,7 +311,7 @@ class CleanResponse:
 
     text: str
     parts: Parts
-    read: Reading | None
+    read: JudgedText | None
 
     @property
     def answer(self) -> list[Span] | None:
@@ -356,7 +356,7 @@ def _clean_response(response: str, found: Parts, inputs: PromptInputs) -> tuple[
         if is_trace is not None:
             moved[is_trace].append((len(text) - len(part), len(text)))
     clean = Parts(moved[True], moved[False])
-    return CleanResponse(text, clean, reading(text, clean, inputs.reads)), total
+    return CleanResponse(text, clean, judged_text(text, clean, inputs.reads)), total
 
 
 def encode_prompts(inputs: PromptInputs, config: Config, prompts: Sequence[Prompt]) -> list[list[int] | str]:
@@ -386,7 +386,7 @@ def encode_examples(
         if response.read is None and (judge is not None or not inputs.trace_gradient):
             excluded[index] = UNFINISHED
             continue
-        read = response.read or Reading(response.text, [Piece(0, len(response.text), 0, False)])
+        read = response.read or JudgedText(response.text, [Piece(0, len(response.text), 0, False)])
         # The model's tokens outside of these pieces have no characters in what is judged, and no part in its gradient.
         pieces = read.pieces if inputs.trace_gradient else [piece for piece in read.pieces if not piece.is_trace]
         if not any(response.text[piece.start : piece.end].strip() for piece in pieces) or not encoded.ids:
