@@ -187,17 +187,17 @@ class JudgedText(NamedTuple):
     pieces: list[Piece]
 
 
-def judged_text(response: str, found: Parts, reads: Reads = "answer") -> JudgedText | None:
+def judged_text(response: str, response_parts: Parts, reads: Reads = "answer") -> JudgedText | None:
     """What a judge reads of a response with these parts; None for one that ends within a thought.
 
     Marks are left out. A thought stands without the white space around it, an empty line between it and what is beside
     it. The answer stands as ``final_answer`` gives it.
     """
-    if found.answer is None:
+    if response_parts.answer is None:
         return None
-    spans = [(start, end, False) for start, end in found.answer] if reads != "trace" else []
+    spans = [(start, end, False) for start, end in response_parts.answer] if reads != "trace" else []
     if reads != "answer":
-        spans += [(*_stripped(response, span), True) for span in found.trace]
+        spans += [(*_stripped(response, span), True) for span in response_parts.trace]
     pieces: list[Piece] = []
     text = ""
     for start, end, is_trace in sorted(spans):

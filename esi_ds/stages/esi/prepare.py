@@ -197,17 +197,17 @@ def prepare_prompts(config: Config) -> list[PromptInputs]:
 
     def inputs(name: Literal["safety", "control"], data: PromptData) -> PromptInputs:
         return PromptInputs(
-            model_config,
-            tokenizer,
-            end_tokens(source, tokenizer),
-            judge,
-            data,
-            specials,
-            _benign_prompts(config) if name == "safety" else (),
-            marks_with(config.model.thought_marks),
-            config.judge.reads if config.judge is not None else "answer",
-            config.esi.trace_gradient,
-            name,
+            model_config=model_config,
+            tokenizer=tokenizer,
+            end_ids=end_tokens(source, tokenizer),
+            judge=judge,
+            data=data,
+            specials=specials,
+            benign_prompts=_benign_prompts(config) if name == "safety" else (),
+            marks=marks_with(config.model.thought_marks),
+            reads=config.judge.reads if config.judge is not None else "answer",
+            trace_gradient=config.esi.trace_gradient,
+            name=name,
         )
 
     all_inputs = [inputs("safety", _read_data(config))] if "safety" in config.objectives else []
@@ -337,14 +337,14 @@ def clean_responses(
     return [response for response, _ in cleaned], sum(count for _, count in cleaned)
 
 
-def _clean_response(response: str, found: Parts, inputs: PromptInputs) -> tuple[CleanResponse, int]:
+def _clean_response(response: str, response_parts: Parts, inputs: PromptInputs) -> tuple[CleanResponse, int]:
     specials = inputs.specials
-    if found.answer is None:
+    if response_parts.answer is None:
         text, total = break_up(response, specials)
-        return CleanResponse(text, found, None), total
+        return CleanResponse(text, response_parts, None), total
     marks = mark_strings(specials, inputs.marks)
     outside = [special for special in specials if special not in marks]
-    spans = sorted([(span, False) for span in found.answer] + [(span, True) for span in found.trace])
+    spans = sorted([(span, False) for span in response_parts.answer] + [(span, True) for span in response_parts.trace])
     moved: dict[bool, list[Span]] = {False: [], True: []}
     text, total, position = "", 0, 0
     for (start, end), is_trace in [*spans, ((len(response), len(response)), None)]:
@@ -410,10 +410,10 @@ def encode_examples(
     return examples, excluded
 
 
-def _outside_answer(spans: Sequence[Span], found: Parts) -> list[int]:
+def _outside_answer(spans: Sequence[Span], response_parts: Parts) -> list[int]:
     """Which tokens, by their spans in the response, lie outside of its answer; none where nothing else is there."""
-    answer = found.answer or []
-    if not found.trace:
+    answer = response_parts.answer or []
+    if not response_parts.trace:
         return []
     starts = [start for start, _ in answer]
     outside = []

@@ -40,7 +40,7 @@ AUTOEP_MODEL_TYPES = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What a plan needs to know besides the hardware.
 
