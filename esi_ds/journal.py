@@ -58,7 +58,7 @@ def record_path(file: Path) -> Path:
 
 
 def write_record(file: Path, before: FileContent, after: FileContent) -> None:
-    """Say what ``file`` holds and will hold; call it before the file is changed."""
+    """Record the file's current and next content; call before changing it."""
     path = record_path(file)
     path.parent.mkdir(exist_ok=True)
     write_json_atomic(path, {"before": before, "after": after, "run": run_id(file.parent)})

@@ -47,7 +47,8 @@ def own_process(rank: int) -> RankProcess:
 
 
 class PeerWatch:
-    """A context manager: inside it the death of another rank of this host is told on stderr, by the lowest that lives.
+    """A context manager: inside it the death of another rank of this host is reported on stderr by the lowest
+    surviving rank.
 
     ranks: all ranks' processes, this one's included. run: the run's folder, whose status says how far it was.
     """
@@ -93,7 +94,7 @@ class PeerWatch:
                     continue
                 is_first = all(self._rank < other.rank for other in living.values())
                 if code < 0 and -code not in ASKED and is_first:
-                    print(f"\n{told(process, signal.Signals(-code), self._run)}", file=sys.stderr, flush=True)
+                    print(f"\n{death_message(process, signal.Signals(-code), self._run)}", file=sys.stderr, flush=True)
                 return  # the launcher ends the others now
 
 
@@ -106,7 +107,7 @@ def exit_code(pid: int) -> int | None:
         return None
 
 
-def told(process: RankProcess, number: signal.Signals, run: Path) -> str:
+def death_message(process: RankProcess, number: signal.Signals, run: Path) -> str:
     """One line about a rank that a signal ended."""
     progress = None
     with suppress(UserError, OSError):

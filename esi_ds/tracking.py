@@ -181,7 +181,7 @@ class Tracker:
 
     def remark(self, line: str) -> None:
         """A message that the manifest and the report repeat, once however often it is given."""
-        # Those of an earlier start are one text.
+        # An earlier start's remarks are one joined string.
         if not any(f"; {line};" in f"; {earlier};" for earlier in self.remarks):
             self.remarks.append(line)
             self.log(line)

@@ -342,7 +342,7 @@ def _is_moderated(status: int, body: bytes) -> bool:
 
 
 def _told_status(body: bytes) -> int | None:
-    """The status that a reply with HTTP 200 had better had, as routers pass on errors of the server behind them, and
+    """The status that a reply with HTTP 200 should have had, as routers pass on errors of the server behind them, and
     engines that give a request up; None where it is a completion, or nothing that is known. 500: it may pass."""
     try:
         content = json.loads(body)

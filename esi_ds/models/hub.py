@@ -149,7 +149,7 @@ def _is_cached(name: str, kind: Kind) -> bool:
 
 
 def keep(recorded: Mapping[str, str]) -> None:
-    """Have models that are not asked for yet be of these commits. recorded: as ``commits``."""
+    """Pin models not yet resolved to these commits. recorded: as ``commits``."""
     _kept.clear()
     _kept.update(recorded)
 

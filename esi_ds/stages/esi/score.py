@@ -52,7 +52,7 @@ class PassState:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> PassState:
-        """Of what ``to_json`` has made. Raises ValueError for anything else."""
+        """Parse what ``to_json`` returned. Raises ValueError for anything else."""
         scores = check_type(stored.get("scores"), list[list[Any]])
         excluded = check_type(stored.get("excluded"), list[list[Any]])
         return cls(
