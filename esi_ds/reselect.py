@@ -156,9 +156,8 @@ class Reselection:
         self._offsets = _offsets(mask)
         check_scores(mask, scores, ranks)
         self._cut_of_model: Cut | None = None
-        self._cuts_of_units: dict[
-            str, list[tuple[Unit, int, Cut]]
-        ] = {}  # scope matrix: (unit, its first position, cut)
+        # Scope matrix: (unit, its first position, cut) by the parameter's name.
+        self._cuts_of_units: dict[str, list[tuple[Unit, int, Cut]]] = {}
         if settings.scope == "model":
             self._cut_of_model = self._select(
                 _ScoreRuns(self._run_of_span, spans(mask)[ranks.rank :: ranks.size]), settings.k

@@ -173,9 +173,9 @@ def once_on_host(what: str, work: Callable[[], str], share_failure: bool = False
     """What ``work`` returns, called by the first of the job's ranks on this host; the others wait, and are told.
 
     Where the ranks of a job do not know of one another, where the file system of temporary files has no locks, or
-    where ``work`` returns nothing, each calls it. share_failure:
-    whether ranks that wait while ``work`` fails raise OSError with the same message at once; else, and if they come
-    later, they try themselves. Raises UserError where the cache's disk is full, and whatever ``work`` raises.
+    where ``work`` returns nothing, each calls it. share_failure: whether ranks that wait while ``work`` fails raise
+    OSError with the same message at once; else, and if they come later, they try themselves. Raises UserError where the
+    cache's disk is full, and whatever ``work`` raises.
     """
     started = time.time()
     job = launch_environment.job_on_host()

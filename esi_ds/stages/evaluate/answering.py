@@ -84,10 +84,7 @@ def add_recorded(
     samples: int = 1,
 ) -> None:
     """Add the rows of ``unanswered_rows`` with the answers that the model's file has; the log lists prompts that lack
-    some.
-
-    No collectives.
-    """
+    some. No collectives."""
     recorded, no_answer = model.recorded, RecordedAnswer(None, MISSING)
     rows = unanswered_rows(model.name, sets, samples)
     missing: dict[str, dict[int, int]] = {}  # set → index → answers that are missing
@@ -137,9 +134,8 @@ def fill_row(row: AnswerRow, response: str, candidate: Candidate, prompt: Sequen
     answer = final_answer(response, opening, marks_of(row))
     if answer is None:
         row["excluded"] = UNFINISHED
-    elif answer != final_answer(
-        response, None, marks_of(row)
-    ):  # it speaks of marks: who reads it later needs the first
+    elif answer != final_answer(response, None, marks_of(row)):
+        # It speaks of marks: who reads it later needs the first.
         row["response"] = f"{opening}{response}"
 
 
