@@ -187,7 +187,7 @@ class JudgedText(NamedTuple):
     pieces: list[Piece]
 
 
-def judged_text(response: str, response_parts: Parts, reads: Reads = "answer") -> JudgedText | None:
+def judged_text(response: str, response_parts: Parts, reads: Reads) -> JudgedText | None:
     """What a judge reads of a response with these parts; None for one that ends within a thought.
 
     Marks are left out. A thought stands without the white space around it, an empty line between it and what is beside
