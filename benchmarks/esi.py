@@ -18,8 +18,8 @@ from benchmarks.common import print_result, resident_bytes, run
 from benchmarks.measure import machine, median_seconds
 from benchmarks.scoring import make_examples, make_scoring
 from esi_ds.core.select import Order, ScoreRun, select
+from esi_ds.core.stored import MODEL_DTYPES
 from esi_ds.models.folder import ModelSource
-from esi_ds.models.meta import DTYPES
 from esi_ds.stages.esi.score import ScoringPass
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel, load_replicated, load_sharded
@@ -39,9 +39,7 @@ def make_models(folder: Path, dtype: torch.dtype) -> None:
         AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder / name)
 
 
-def make_pass(
-    folder: Path, dtype: str, autoep_size: int | None = None
-) -> tuple[ScoringPass, ShardedModel, GradientShards]:
+def make_pass(folder: Path, dtype: str, autoep_size: int | None) -> tuple[ScoringPass, ShardedModel, GradientShards]:
     """A pass over random ids, its model, and its accumulator. autoep_size: ranks that share a mixture's experts."""
     settings = {
         "train_micro_batch_size_per_gpu": BATCH,
@@ -98,7 +96,7 @@ def time_bare(folder: Path, dtype: str, rows: list[list[int]]) -> float:
         "communication_data_type": "fp32",
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1 << 22},
     }
-    whole = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=DTYPES[dtype])
+    whole = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=MODEL_DTYPES[dtype])
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=whole, config=settings, optimizer=optimizer)
     ids = torch.tensor(rows, device=runtime.device())

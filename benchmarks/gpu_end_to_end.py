@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -47,8 +46,7 @@ def end_to_end(tiny: bool, **changes: Any) -> Iterator[Part]:
 def prepare(folder: Path, tiny: bool, changes: dict[str, Any]) -> None:
     """The model, rows and configurations of a run, in ``folder``."""
     save_model(shape("Llama-3.2-1B", tiny, **changes), "bf16", folder / "model")
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()[:NUM_ROWS]]
-    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(ROWS.read_text().splitlines(keepends=True)[:NUM_ROWS]))
     tune = {"mask": str(folder / "esi/mask"), "data": {"path": str(folder / "rows.jsonl")}, "max_steps": 3, "lr": 1e-3}
     stages = {
         "esi": {

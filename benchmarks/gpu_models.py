@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks import ROOT
-from esi_ds.models.meta import DTYPES
+from esi_ds.core.stored import MODEL_DTYPES
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 
@@ -76,7 +76,7 @@ def random_model(config: PretrainedConfig, dtype: str, seed: int = 0) -> PreTrai
     """A model with transformers' initial weights, made on this rank's device, in evaluation mode."""
     torch.manual_seed(seed)
     with torch.device(runtime.device()):
-        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=MODEL_DTYPES[dtype]).eval()
 
 
 def settings(dtype: str) -> dict[str, Any]:

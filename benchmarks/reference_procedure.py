@@ -32,8 +32,8 @@ from benchmarks.common import print_result, resident_bytes, result_of
 from benchmarks.measure import machine, peak_bytes, seconds
 from benchmarks.published import Row
 from benchmarks.scoring import make_example, make_scoring
+from esi_ds.core.stored import MODEL_DTYPES
 from esi_ds.models.folder import ModelSource
-from esi_ds.models.meta import DTYPES
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import load_replicated, load_sharded
 from esi_ds.zero.score import Accumulated, score, select_weights, unit_sigmas
@@ -103,7 +103,7 @@ def run_published(folder: Path, dtype: str, rows: list[Row]) -> tuple[dict[str, 
     """Figures of the paper's procedure, and its mask."""
     device, before = runtime.device(), resident_bytes()
     model, guard = (
-        AutoModelForCausalLM.from_pretrained(folder / name, dtype=DTYPES[dtype]).to(device).eval()
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=MODEL_DTYPES[dtype]).to(device).eval()
         for name in ("model", "guard")
     )
     guard.requires_grad_(False)
@@ -207,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=sorted(MODEL_DTYPES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
         worker(options.worker, options.side, options.dtype)

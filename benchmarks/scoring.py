@@ -15,7 +15,7 @@ from esi_ds.judge.pairs import EncodedPair, EncodedText
 from esi_ds.judge.vocabulary import VocabularyMap
 from esi_ds.stages.esi.objectives import SafetyObjective
 from esi_ds.stages.esi.prepare import Example
-from esi_ds.stages.esi.score import ScoringPass
+from esi_ds.stages.esi.score import PassData, ScoringPass
 from esi_ds.stages.saving import SaveClock
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
@@ -72,6 +72,7 @@ def make_scoring(
     vocabulary.num_logits, vocabulary.is_identity = model.num_logits, True
     vocabulary.has_text = [True] * model.num_logits
     gradients = GradientShards(model, runtime.device())
-    objective = SafetyObjective(config, model, make_judge(guard, score), vocabulary, examples, gradients, 0, batch_size)
+    data = PassData("safety", model, examples, gradients, pad=0, batch_size=batch_size)
+    objective = SafetyObjective(data, config, make_judge(guard, score), vocabulary)
     tracker = Tracker(folder, enabled=False, tensorboard=False, stage="esi")
     return ScoringPass(config, model, objective, folder / "checkpoint", tracker, SaveClock(10**6, 0.0))

@@ -38,8 +38,7 @@ SIZES = {
 def prepare(folder: Path) -> None:
     """The model, the responses and a configuration for each run, in ``folder``."""
     save_model(shape("Llama-3.2-1B", False, **SIZES), "fp32", folder / "model")
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()[:NUM_ROWS]]
-    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(ROWS.read_text().splitlines(keepends=True)[:NUM_ROWS]))
     for name, criterion in CRITERIA.items():
         for number in range(REPEATS):
             config = {

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -237,11 +237,16 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-class Result(TypedDict):
-    """A file that a finished run must hold."""
+class FileContent(TypedDict):
+    """What a file holds."""
 
     bytes: int
     sha256: str
+
+
+def content_of_file(path: Path) -> FileContent:
+    """The content of the file as it is now."""
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 class RunIdentity(TypedDict):
@@ -401,7 +406,7 @@ class RunFolder:
             with reading(field, self.path / name, remedy, "belongs to this finished run and is missing"):
                 check_regular(self.path / name)
         with reading(field, self.path, remedy):
-            now = _describe(self.path, stored)
+            now = _contents(self.path, stored)
         for name, result in stored.items():
             if now[name] != result:
                 raise UserError(field, str(self.path / name), "is not what this finished run wrote", remedy)
@@ -497,10 +502,10 @@ def check_same_run(path: Path, stated: Any, remedy: str) -> None:
         raise UserError("run.output_dir", str(path), "is of another run", remedy)
 
 
-def _results_in(manifest: Mapping[str, Any], run: Path, field: str, remedy: str) -> dict[str, Result]:
+def _results_in(manifest: Mapping[str, Any], run: Path, field: str, remedy: str) -> dict[str, FileContent]:
     """The results that a manifest names; none in those of earlier versions. Raises UserError naming ``field``."""
     with reading(field, run / MANIFEST, remedy):
-        return check_type(manifest.get("results", {}), dict[str, Result])
+        return check_type(manifest.get("results", {}), dict[str, FileContent])
 
 
 def check_result(run: Path, name: str, field: str, remedy: str) -> None:
@@ -510,7 +515,7 @@ def check_result(run: Path, name: str, field: str, remedy: str) -> None:
         return
     with reading(field, run / name, remedy):
         check_regular(run / name)
-        now = _describe(run, [name])[name]
+        now = content_of_file(run / name)
     if now != stored:
         raise UserError(field, str(run / name), "is not what this finished run wrote", remedy)
 
@@ -520,25 +525,20 @@ def renew_result(run: Path, name: str, field: str, remedy: str) -> None:
     manifest = read_manifest(run, field)
     results = _results_in(manifest, run, field, remedy)
     if name in results:
-        _write_manifest(run, {**manifest, "results": {**results, **_describe(run, [name])}})
+        _write_manifest(run, {**manifest, "results": {**results, name: content_of_file(run / name)}})
 
 
-def describe_results(run: Path) -> dict[str, Result]:
+def describe_results(run: Path) -> dict[str, FileContent]:
     """The files that a finished run must hold, by their path in its folder: size and sha256."""
     top = [run / name for name in REPORTS] + [file for file in run.glob("*.jsonl") if file.name != "metrics.jsonl"]
     below = [file for name in RESULT_FOLDERS for file in (run / name).rglob("*")]
-    return _describe(run, (file.relative_to(run).as_posix() for file in sorted(filter(Path.is_file, top + below))))
+    return _contents(run, [file.relative_to(run).as_posix() for file in sorted(filter(Path.is_file, top + below))])
 
 
-def _describe(run: Path, names: Iterable[str]) -> dict[str, Result]:
-    """Size and sha256 of files in a run folder."""
-
-    def describe(name: str) -> Result:
-        return {"bytes": (run / name).stat().st_size, "sha256": file_sha256(run / name)}
-
-    names = list(names)
+def _contents(run: Path, names: Collection[str]) -> dict[str, FileContent]:
+    """Of files in a run folder."""
     with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(names, pool.map(describe, names), strict=True))
+        return dict(zip(names, pool.map(lambda name: content_of_file(run / name), names), strict=True))
 
 
 def utc(seconds: float) -> str:

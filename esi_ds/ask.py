@@ -54,7 +54,7 @@ class AskedRow(Question):
     asked: dict[str, Any]  # model, max_tokens, system_prompt and, if there are any, seed and extra keys of the request
 
 
-def questions_of(prompts: PromptSet, samples: int = 1) -> list[Question]:
+def questions_of(prompts: PromptSet, samples: int) -> list[Question]:
     """The questions of a set: each prompt as often as it is to be answered, equal ones once."""
     questions: dict[str, Question] = {}
     for index, prompt in enumerate(prompts.prompts):

@@ -174,9 +174,8 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
     _check_quantised(settings, config.model.dtype)
     _fill_precision(settings, config.model.dtype)
     if stage != "spa":
-        settings["zero_optimization"].pop(
-            "offload_optimizer", None
-        )  # for SPA, which may use the same file; here there is no optimizer
+        # For SPA, which may use the same file; here there is no optimizer.
+        settings["zero_optimization"].pop("offload_optimizer", None)
     else:
         _fill_optimizer(settings)
     return _without_auto(settings)  # the rest is for training only, or DeepSpeed has a default

@@ -17,9 +17,10 @@ from typing import Any, Generic, TypeVar
 from typing_extensions import NotRequired, TypedDict
 
 from esi_ds.artifacts import (
+    FileContent,
     append_jsonl,
     check_same_run,
-    file_sha256,
+    content_of_file,
     jsonl,
     parse_jsonl,
     run_id,
@@ -35,22 +36,15 @@ REMEDY = "delete it to have its content computed again, or give a new run.output
 Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
-class Content(TypedDict):
-    """What a file holds."""
-
-    bytes: int
-    sha256: str
-
-
 class Record(TypedDict):
     """What a file held before the last change, and what it holds after it."""
 
-    before: Content
-    after: Content
+    before: FileContent
+    after: FileContent
     run: NotRequired[str | None]  # the id of the run that wrote it; absent from records of earlier versions
 
 
-def content_of(data: bytes) -> Content:
+def content_of(data: bytes) -> FileContent:
     """The content that these bytes are."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -63,8 +57,8 @@ def record_path(file: Path) -> Path:
     return file.parent / RECORDS / f"{file.name}.sha256.json"
 
 
-def write_record(file: Path, before: Content, after: Content) -> None:
-    """Say what ``file`` holds and will hold; call it before the file is changed."""
+def write_record(file: Path, before: FileContent, after: FileContent) -> None:
+    """Record the file's current and next content; call before changing it."""
     path = record_path(file)
     path.parent.mkdir(exist_ok=True)
     write_json_atomic(path, {"before": before, "after": after, "run": run_id(file.parent)})
@@ -89,7 +83,8 @@ def check_file(file: Path) -> None:
     """Raise UserError unless a file that is written once, and at once, is what its record says."""
     record = read_record(file)
     with reading(FIELD, file, REMEDY):
-        content: Content = {"bytes": check_regular(file), "sha256": file_sha256(file)}
+        check_regular(file)
+        content = content_of_file(file)
     if record is not None and content != record["after"]:
         raise altered(file)
 
@@ -167,7 +162,7 @@ class Journal(Generic[Row]):
     def _set(self, data: bytes) -> None:
         self._digest, self._bytes = hashlib.sha256(data), len(data)
 
-    def _content(self) -> Content:
+    def _content(self) -> FileContent:
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
 

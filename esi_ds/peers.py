@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esi_ds.errors import UserError
+from esi_ds.lock import pid_namespace
 from esi_ds.status import progress_of
 
 # How launchers end ranks, and how a user does: no death to report.
@@ -42,14 +43,12 @@ class RankProcess(NamedTuple):
 
 def own_process(rank: int) -> RankProcess:
     """This process."""
-    namespace = None
-    with suppress(OSError):
-        namespace = os.readlink("/proc/self/ns/pid")
-    return RankProcess(rank, os.getpid(), (socket.gethostname(), namespace))
+    return RankProcess(rank, os.getpid(), (socket.gethostname(), pid_namespace()))
 
 
 class PeerWatch:
-    """A context manager: inside it the death of another rank of this host is told on stderr, by the lowest that lives.
+    """A context manager: inside it the death of another rank of this host is reported on stderr by the lowest
+    surviving rank.
 
     ranks: all ranks' processes, this one's included. run: the run's folder, whose status says how far it was.
     """
@@ -95,7 +94,7 @@ class PeerWatch:
                     continue
                 is_first = all(self._rank < other.rank for other in living.values())
                 if code < 0 and -code not in ASKED and is_first:
-                    print(f"\n{told(process, signal.Signals(-code), self._run)}", file=sys.stderr, flush=True)
+                    print(f"\n{death_message(process, signal.Signals(-code), self._run)}", file=sys.stderr, flush=True)
                 return  # the launcher ends the others now
 
 
@@ -108,7 +107,7 @@ def exit_code(pid: int) -> int | None:
         return None
 
 
-def told(process: RankProcess, number: signal.Signals, run: Path) -> str:
+def death_message(process: RankProcess, number: signal.Signals, run: Path) -> str:
     """One line about a rank that a signal ended."""
     progress = None
     with suppress(UserError, OSError):

@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def first_line(file: Path) -> str:
+def summary(file: Path) -> str:
     """What a recipe's first comment says."""
     line = file.read_text().split("\n", 1)[0]
     return line.removeprefix("#").strip()
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
         return [str(file) for file in shipped.copy(source, arguments.to / source.name)]
     names = shipped.recipes()
     width = max(map(len, names))
-    return [f"{name:{width}}  {first_line(file)}" for name, file in names.items()]
+    return [f"{name:{width}}  {summary(file)}" for name, file in names.items()]
 
 
 @clean_output()

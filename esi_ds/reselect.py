@@ -156,9 +156,8 @@ class Reselection:
         self._offsets = _offsets(mask)
         check_scores(mask, scores, ranks)
         self._cut_of_model: Cut | None = None
-        self._cuts_of_units: dict[
-            str, list[tuple[Unit, int, Cut]]
-        ] = {}  # scope matrix: (unit, its first position, cut)
+        # Scope matrix: (unit, its first position, cut) by the parameter's name.
+        self._cuts_of_units: dict[str, list[tuple[Unit, int, Cut]]] = {}
         if settings.scope == "model":
             self._cut_of_model = self._select(
                 _ScoreRuns(self._run_of_span, spans(mask)[ranks.rank :: ranks.size]), settings.k
@@ -278,7 +277,7 @@ def write_selection(
     return Mask.load(output)
 
 
-def remark_on(mask: Mask, folder: Path, ranks: Ranks | None = None) -> str | None:
+def remark_on(mask: Mask, folder: Path, ranks: Ranks | None) -> str | None:
     """What ``without_score`` says of a mask that was selected from the scores in ``folder``. Collectives: one sum."""
     header = mask.header
     if not may_lack_scores(header.order, header.scope, header.threshold):

@@ -165,7 +165,7 @@ def _is_done(run: Path) -> bool:
 
 
 def say_done(run: Path) -> None:
-    """Have the status of a finished run that was killed before it wrote its last say what its manifest says.
+    """Set ``status.json`` to done if a finished run was killed before its last write.
 
     Raises UserError as ``read_status``.
     """

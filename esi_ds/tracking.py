@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,6 +36,11 @@ OVERVIEW = "Overview"
 MAX_LINE_NAME = 60  # characters of a line's folder
 MAX_BAR_NAME = 32  # characters of a model's or a judge's name in a bar
 FLUSH_S = 10  # seconds until TensorBoard shows a point, at most
+
+
+def literal(text: str) -> str:
+    """Markdown that shows a text as it stands: indented lines are not rendered."""
+    return textwrap.indent(text, "    ", lambda line: True)
 
 
 class Monitor(Protocol):
@@ -175,7 +181,7 @@ class Tracker:
 
     def remark(self, line: str) -> None:
         """A message that the manifest and the report repeat, once however often it is given."""
-        # Those of an earlier start are one text.
+        # An earlier start's remarks are one joined string.
         if not any(f"; {line};" in f"; {earlier};" for earlier in self.remarks):
             self.remarks.append(line)
             self.log(line)

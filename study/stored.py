@@ -146,7 +146,7 @@ def _with_seeds(row: Row, without: Sequence[str] = ()) -> Row:
     return {key: {**seeds, **value} if key in MEASURES else value for key, value in rates.items()}
 
 
-def _with_rates(row: Row, without: Sequence[str] = ()) -> Row:
+def _with_rates(row: Row, without: Sequence[str]) -> Row:
     return {key: _rate(value) if key in MEASURES else value for key, value in _without(row, without).items()}
 
 

@@ -32,6 +32,8 @@ from transformers import (
     RobertaConfig,
 )
 
+from esi_ds.data.prompts import PromptSet, QuestionSet
+from esi_ds.data.turns import Prompt
 from esi_ds.models.fingerprint import fingerprint, tensor_digests
 from esi_ds.models.roles import describe
 
@@ -391,6 +393,11 @@ def build_classifier(
     random_classifier(kind, len(tokenizer), problem=problem, pad=pad).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def question_set(name: str, *prompts: Prompt) -> QuestionSet:
+    """Harmful prompts of a set without goals."""
+    return QuestionSet(name, "harmful", PromptSet(prompts, "prompt", "file", ()))
 
 
 def build_mask(

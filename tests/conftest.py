@@ -20,6 +20,7 @@ import hold
 import psutil
 import pytest
 import yaml
+from endpoint_server import Server, running_server
 from fork_server import ForkedProcess, ForkServer, exit_code_file, rank_environments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +89,14 @@ def stages(tmp_path_factory):
     from small_stages import SmallStages
 
     return SmallStages(tmp_path_factory.mktemp("stages"), fork_server())
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A chat-completions endpoint of this machine."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with running_server() as server:
+        yield server
 
 
 def free_port() -> int:

@@ -778,6 +778,13 @@ def esi_scores(
 # --------------------------------------------------------------------------- selection (docs/method.md §2)
 
 
+def relative_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The relative L2 distance of tensors that must have the same names and shapes."""
+    assert {name: v.shape for name, v in got.items()} == {name: v.shape for name, v in expected.items()}
+    square = sum(float((got[name].double() - expected[name].double()).square().sum()) for name in expected)
+    return (square / sum(float(values.double().square().sum()) for values in expected.values())) ** 0.5
+
+
 def num_selected(model: nn.Module, ratio: float, of: str = "all") -> int:
     """k = floor(ratio * number of all parameters); `scored` counts the scored only. Tied tensors count once."""
     counted = (unit.values.numel() for unit in units(model) if of == "all" or unit.scored)

@@ -50,7 +50,7 @@ def corpus(count: int, seed: int) -> list[str]:
     return texts
 
 
-def chat_tokenizer(count: int = 40_000, seed: int = 0) -> PreTrainedTokenizerFast:
+def chat_tokenizer(seed: int, count: int = 40_000) -> PreTrainedTokenizerFast:
     """A byte-level BPE of `VOCABULARY` pieces, trained on generated data."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

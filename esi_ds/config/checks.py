@@ -75,8 +75,9 @@ def check_extra(extra: Mapping[str, Any], field: str) -> None:
 OF_THE_TEMPLATE = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template")
 
 
-def check_template_kwargs(values: Mapping[str, Any], field: str) -> None:
+def check_template_kwargs(values: Mapping[str, Any]) -> None:
     """Raise UserError for a name that a chat template cannot read as a value of the user's."""
+    field = "model.template_kwargs"
     for name, value in values.items():
         if not name.isidentifier() or not name.isascii():
             raise UserError(f"{field}.{name}", value, "is not a name that a template can read", "write it as a word")
@@ -84,21 +85,21 @@ def check_template_kwargs(values: Mapping[str, Any], field: str) -> None:
             raise UserError(f"{field}.{name}", value, "cannot be set here: the conversation sets it", "remove it")
 
 
-def check_date(text: str, field: str) -> None:
+def check_date(text: str) -> None:
     """Raise UserError unless the text is ``auto`` or a day as ISO 8601 writes it (2026-11-28)."""
     try:
         is_day = text == "auto" or date.fromisoformat(text).isoformat() == text
     except ValueError:
         is_day = False
     if not is_day:
-        raise UserError(field, text, "is not a date", "write it as 2026-11-28, or auto")
+        raise UserError("model.date", text, "is not a date", "write it as 2026-11-28, or auto")
 
 
-def check_thought_marks(marks: Sequence[str] | None, field: str) -> None:
+def check_thought_marks(marks: Sequence[str] | None) -> None:
     """Raise UserError unless there are two different marks, or none at all."""
     if marks is None:
         return
-    texts = [mark.strip().lower() for mark in marks]
+    field, texts = "model.thought_marks", [mark.strip().lower() for mark in marks]
     if len(texts) != 2 or not all(texts):
         problem = "is not a pair: one mark opens a thought, the other closes it"
         raise UserError(field, list(marks), problem, 'give both, such as ["<reason>", "</reason>"]')

@@ -163,9 +163,9 @@ def validate(raw: Any) -> Config:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise explain(error, Config) from None
-    check_date(config.model.date, "model.date")
-    check_template_kwargs(config.model.template_kwargs, "model.template_kwargs")
-    check_thought_marks(config.model.thought_marks, "model.thought_marks")
+    check_date(config.model.date)
+    check_template_kwargs(config.model.template_kwargs)
+    check_thought_marks(config.model.thought_marks)
     if isinstance(config.judge, EsiGuard):
         check_guard(config.judge, "judge")
     if isinstance(config.data.responses, ModelEndpoint):

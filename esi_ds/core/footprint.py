@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from esi_ds.core.mask import num_bytes
+from esi_ds.core.stored import MODEL_DTYPES
 from esi_ds.core.units import Parameter
 
-WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+WEIGHT_BYTES = {name: dtype.itemsize for name, dtype in MODEL_DTYPES.items()}
 FP32 = 4
 IN_FLIGHT, IN_FLIGHT_LIMIT = 2, 2 << 30  # reductions that run beside the backward pass at once, and their bytes
 # Weights that ZeRO-3 gathers ahead in one collective where the DeepSpeed config names no number: DeepSpeed's default on

@@ -29,6 +29,8 @@ DTYPES = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
+# What ``model.dtype`` calls a dtype.
+MODEL_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BLOCK = 1 << 24  # elements that are converted at a time
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from esi_ds.core.mask import Mask, identity, num_bytes
+from esi_ds.core.mask import Mask, identity, num_bytes, popcount
 from esi_ds.core.units import Shard
 from esi_ds.reading import json_sha256
 
@@ -115,12 +114,7 @@ class Trained:
             return low
         if not self.is_masked(name) or low == 0:
             return 0
-        selected = int(popcount(self.mask.data(name, 0, num_bytes(low))))
+        selected = popcount(self.mask.data(name, 0, num_bytes(low)))
         if low % 8:  # bits of the last byte at or after ``low``
             selected -= int(self.mask.bits(name, low, min(-(-low // 8) * 8, self.numels[name])).sum())
         return selected if self.train == "selected" else low - selected
-
-
-def popcount(data: Tensor) -> int:
-    """Number of set bits in a uint8 tensor."""
-    return int(np.bitwise_count(data.numpy()).sum())

@@ -24,8 +24,8 @@ from esi_ds.data.columns import (
     check_distinct,
     check_question_columns,
     check_row,
-    columns_beside,
     column_names,
+    columns_beside,
     full_question,
     is_empty,
     is_learnt,
@@ -290,10 +290,10 @@ def _ended_by_next_turn(
     """
     ended = list(pieces)
     for number, (piece, later) in enumerate(pairwise(pieces)):
-        found = None if piece.ends else _first_end(tokenizer, later.context, ends)
-        if found is not None and not later.context[: found[0]].strip():
-            ended[number] = replace(ended[number], answer=piece.answer + later.context[: found[1]], ends=True)
-            ended[number + 1] = replace(later, context=later.context[found[1] :])
+        end_span = None if piece.ends else _first_end(tokenizer, later.context, ends)
+        if end_span is not None and not later.context[: end_span[0]].strip():
+            ended[number] = replace(ended[number], answer=piece.answer + later.context[: end_span[1]], ends=True)
+            ended[number + 1] = replace(later, context=later.context[end_span[1] :])
     return ended
 
 
@@ -305,10 +305,10 @@ def _piece(
     behind_trace = max(shown.find(trace), 0) + len(trace)
     start = shown.find(content, behind_trace)
     content_end = start + len(content) if start >= 0 else 0
-    found = _first_end(tokenizer, shown, ends, content_end)
-    if found is None:
+    end_span = _first_end(tokenizer, shown, ends, content_end)
+    if end_span is None:
         return _Piece(context, shown, "", ends=False)
-    return _Piece(context, shown[: found[1]], shown[found[1] :], ends=True)
+    return _Piece(context, shown[: end_span[1]], shown[end_span[1] :], ends=True)
 
 
 def _first_end(

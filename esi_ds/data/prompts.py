@@ -30,8 +30,8 @@ from esi_ds.data.columns import (
     check_distinct,
     check_prompt_columns,
     check_row,
-    columns_beside,
     column_names,
+    columns_beside,
     full_question,
     history_value,
     is_empty,
@@ -181,7 +181,7 @@ def _columns_beside(rows: Sequence[Row], column: str, goal: str | None) -> tuple
     return columns_beside(rows, {*named, *choosing_columns(rows)}, also - named, _contexts_apart(rows[0], column))
 
 
-def load_section(section: Prompts, field: str = "data.prompts", kind: Kind | None = None) -> PromptSet:
+def load_section(section: Prompts, field: str, kind: Kind | None = None) -> PromptSet:
     """The prompts that a section of the config names; ``kind`` and ``field`` as of ``load_prompts``."""
     return load_prompts(
         section.path,
@@ -227,7 +227,7 @@ def _kind_of(built_in: BuiltIn, path: str, kind: Kind | None, field: str) -> Kin
     raise UserError(f"{field}.path", path, f"is a set of {built_in.kind} prompts, not of {kind} ones", remedy)
 
 
-def choose_column(rows: Sequence[Row], column: str, field: str, goal: str | None = None) -> str:
+def choose_column(rows: Sequence[Row], column: str, field: str, goal: str | None) -> str:
     """The column that holds the prompts; ``auto`` takes the first usual one but ``goal``. Raises UserError listing the
     columns."""
     names = column_names(rows)

@@ -78,16 +78,16 @@ class ThoughtTemplate:
 
     def _separated(self, turn: Turn) -> Turn:
         text = turn["content"]
-        found = parts(text, None, self.marks)
-        if found.answer is None:
+        text_parts = parts(text, None, self.marks)
+        if text_parts.answer is None:
             raise UnreadableRow(UNFINISHED_ROW)
-        if not found.trace:
+        if not text_parts.trace:
             return turn
         if turn.get("trace"):
             raise UnreadableRow("a turn has two thoughts, one in its text")
         new = turn.copy()
-        new["content"] = "".join(text[start:end] for start, end in found.answer)
-        new["trace"] = "\n\n".join(text[start:end].strip() for start, end in found.trace).strip()
+        new["content"] = "".join(text[start:end] for start, end in text_parts.answer)
+        new["trace"] = "\n\n".join(text[start:end].strip() for start, end in text_parts.trace).strip()
         return new
 
     def last_piece(self, turns: Sequence[Turn]) -> tuple[str, str]:

@@ -72,18 +72,18 @@ def absent_marks(texts: Sequence[str], pair: Sequence[str] | None) -> list[str]:
     return [mark for mark in pair or () if not any(mark.lower() in text for text in lowered)]
 
 
-def closes_unopened(response: str, marks: Marks = MARKS) -> bool:
+def closes_unopened(response: str, marks: Marks) -> bool:
     """Whether a response ends a thought that it does not open: its prompt did."""
     first = _mark_pattern(marks).search(response)
     return first is not None and (first.lastindex or 0) % 2 == 0
 
 
-def has_marks(response: str, marks: Marks = MARKS) -> bool:
+def has_marks(response: str, marks: Marks) -> bool:
     """Whether a response holds any mark of a thought."""
     return CHANNEL in response or _mark_pattern(marks).search(response) is not None
 
 
-def cut_within(responses: Sequence[str | None], are_cut: Sequence[bool], marks: Marks = MARKS) -> list[bool]:
+def cut_within(responses: Sequence[str | None], are_cut: Sequence[bool], marks: Marks) -> list[bool]:
     """Which of a model's responses an engine cut within a thought that the prompt had opened. They hold no mark of it;
     others of the same model tell: they close a thought that they do not open."""
     if not any(response is not None and closes_unopened(response, marks) for response in responses):
@@ -180,24 +180,24 @@ class Piece(NamedTuple):
     is_trace: bool
 
 
-class Reading(NamedTuple):
+class JudgedText(NamedTuple):
     """What a judge reads of a response: the text, and the parts of the response that it is made of, in order."""
 
     text: str
     pieces: list[Piece]
 
 
-def reading(response: str, found: Parts, reads: Reads = "answer") -> Reading | None:
+def judged_text(response: str, response_parts: Parts, reads: Reads) -> JudgedText | None:
     """What a judge reads of a response with these parts; None for one that ends within a thought.
 
     Marks are left out. A thought stands without the white space around it, an empty line between it and what is beside
     it. The answer stands as ``final_answer`` gives it.
     """
-    if found.answer is None:
+    if response_parts.answer is None:
         return None
-    spans = [(start, end, False) for start, end in found.answer] if reads != "trace" else []
+    spans = [(start, end, False) for start, end in response_parts.answer] if reads != "trace" else []
     if reads != "answer":
-        spans += [(*_stripped(response, span), True) for span in found.trace]
+        spans += [(*_stripped(response, span), True) for span in response_parts.trace]
     pieces: list[Piece] = []
     text = ""
     for start, end, is_trace in sorted(spans):
@@ -207,7 +207,7 @@ def reading(response: str, found: Parts, reads: Reads = "answer") -> Reading | N
             text += "\n\n"
         pieces.append(Piece(start, end, len(text), is_trace))
         text += response[start:end]
-    return Reading(text, pieces)
+    return JudgedText(text, pieces)
 
 
 def _stripped(response: str, span: Span) -> Span:
@@ -306,7 +306,7 @@ def prompt_end(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) ->
     return str(tokenizer.decode(list(prompt_ids[-PROMPT_TAIL:]), clean_up_tokenization_spaces=False))
 
 
-def opening_in(prompt: str, marks: Marks = MARKS) -> str | None:
+def opening_in(prompt: str, marks: Marks) -> str | None:
     """The mark that the text of a prompt ends with."""
     text = prompt.rstrip().lower()
     return next((opening for opening, _ in marks if text.endswith(opening.lower())), None)

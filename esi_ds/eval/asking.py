@@ -66,7 +66,7 @@ def ask_prompts(
     on_reply: Callable[[int, Reply], None],
     patience: Patience,
     field: str,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int] | None,
 ) -> list[Reply]:
     """A reply to each prompt, in order; ``on_reply``, ``patience`` and ``seeds`` as in ``endpoint.ask_all``.
 

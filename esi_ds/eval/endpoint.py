@@ -195,9 +195,9 @@ def ask_all(
 
     texts: of the user, each alone or with the system's: (user, system); or the turns of a chat. patience: pass the same
     one if the questions come in several calls, to count failures over all of them. seeds: what a server that samples is
-    to begin each reply with; None sends none. A question that is not asked, or not
-    to the end, has a reply with ``asked=False``; ``on_reply`` is not called for those that ``should_stop`` ends. Takes
-    at most ⌈texts / concurrency⌉ · item_timeout seconds.
+    to begin each reply with; None sends none. A question that is not asked, or not to the end, has a reply with
+    ``asked=False``; ``on_reply`` is not called for those that ``should_stop`` ends. Takes at most
+    ⌈texts / concurrency⌉ · item_timeout seconds.
     """
     questions = [endpoint.body(*text) if isinstance(text, tuple) else endpoint.body(text) for text in texts]
     if seeds is not None and "seed" not in endpoint.extra:  # null there: the server takes none
@@ -342,7 +342,7 @@ def _is_moderated(status: int, body: bytes) -> bool:
 
 
 def _told_status(body: bytes) -> int | None:
-    """The status that a reply with HTTP 200 had better had, as routers pass on errors of the server behind them, and
+    """The status that a reply with HTTP 200 should have had, as routers pass on errors of the server behind them, and
     engines that give a request up; None where it is a completion, or nothing that is known. 500: it may pass."""
     try:
         content = json.loads(body)

@@ -31,7 +31,7 @@ from esi_ds.eval.task_code import check_definition, further_files, sandboxed
 from esi_ds.eval.task_files import read_afresh
 from esi_ds.eval.task_names import names_in
 from esi_ds.eval.task_rows import NEEDED, read_task_rows
-from esi_ds.reading import reading
+from esi_ds.reading import first_line, reading
 
 OURS = Path(__file__).parent / "lm_eval_tasks"
 THEIRS = Path(lm_eval.tasks.__file__).parent
@@ -151,7 +151,7 @@ def _load(manager: TaskManager, spec: Any, task: Task, field: str) -> list[LmTas
     except UserError:  # a full disk is not the task's fault
         raise
     except Exception as error:  # lm-eval's and datasets' back ends and templates raise anything
-        problem = f"cannot be built ({type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]})"
+        problem = f"cannot be built ({type(error).__name__}: {first_line(error)})"
         if task.path is not None:
             rows = read_rows(task.path, f"{field}.path")
             remedy = f"give rows with the columns of the hub's set; {task.path} has {', '.join(map(str, rows[0]))}"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 PROMPTS = Path(__file__).parent / "prompts"
 # How a judge is read: the next word after its text, the labels of a sequence classifier, the labels of every token of
 # the response, or the reply of an endpoint, which has no gradient.
-Reads = Literal["words", "labels", "tokens", "endpoint"]
+VerdictFrom = Literal["words", "labels", "tokens", "endpoint"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Family:
     unsafe: tuple[str, ...]
     template: str | None = None
     between: tuple[tuple[str, float], ...] = ()
-    reads: Reads = "words"
+    reads: VerdictFrom = "words"
     is_turn: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     closing: str | None = None

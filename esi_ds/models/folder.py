@@ -72,8 +72,8 @@ class ModelSource:
         try:
             return hub.files(self.path, self.revision, only_local)
         except (OSError, ValueError) as error:
-            if reason := hub.absence(error):
-                raise hub.absent(self.field, self.path, "model", reason) from error
+            if reason := hub.why_not_found(error):
+                raise hub.not_found(self.field, self.path, "model", reason) from error
             raise
 
 

@@ -111,24 +111,24 @@ def check_exists(name: str, kind: Kind, field: str) -> None:
         try:
             HfApi().repo_info(name, repo_type=kind, timeout=REQUEST_S)
         except Exception as error:  # whatever the HTTP library raises
-            if reason := absence(error):
+            if reason := why_not_found(error):
                 raise OSError(reason) from error
         return "nothing against it"
 
     try:
         once_on_host(f"{kind} {name}", ask, share_failure=True)
     except OSError as error:
-        raise absent(field, name, kind, str(error)) from error
+        raise not_found(field, name, kind, str(error)) from error
 
 
-def absent(field: str, name: str, kind: Kind, reason: str) -> UserError:
+def not_found(field: str, name: str, kind: Kind, reason: str) -> UserError:
     """The error of a path that leads nowhere but could be a hub id. reason: why the hub does not give it."""
     local = LOCAL_KIND[kind]
     remedy = f"give the path of a {local} that exists, or the id of a {kind.replace('dataset', 'data set')} on the hub"
     return UserError(field, name, f"there is no such {local} here, and {reason}", remedy)
 
 
-def absence(error: BaseException) -> str | None:
+def why_not_found(error: BaseException) -> str | None:
     """Why the hub does not give a repository, in words; None where the error says nothing of the kind."""
     if isinstance(error, OfflineModeIsEnabled):
         return "the hub's cache does not hold all of it (HF_HUB_OFFLINE is set, so the hub is not asked)"
@@ -136,7 +136,7 @@ def absence(error: BaseException) -> str | None:
         return "the hub has no such id (or it is private, and this login may not read it)"
     if any(kind.__name__ in UNREACHABLE for kind in type(error).__mro__):
         return f"the hub cannot be reached ({first_line(error)})"
-    return absence(error.__cause__) if error.__cause__ is not None else None
+    return why_not_found(error.__cause__) if error.__cause__ is not None else None
 
 
 def _is_cached(name: str, kind: Kind) -> bool:
@@ -149,7 +149,7 @@ def _is_cached(name: str, kind: Kind) -> bool:
 
 
 def keep(recorded: Mapping[str, str]) -> None:
-    """Have models that are not asked for yet be of these commits. recorded: as ``commits``."""
+    """Pin models not yet resolved to these commits. recorded: as ``commits``."""
     _kept.clear()
     _kept.update(recorded)
 
@@ -173,9 +173,9 @@ def once_on_host(what: str, work: Callable[[], str], share_failure: bool = False
     """What ``work`` returns, called by the first of the job's ranks on this host; the others wait, and are told.
 
     Where the ranks of a job do not know of one another, where the file system of temporary files has no locks, or
-    where ``work`` returns nothing, each calls it. share_failure:
-    whether ranks that wait while ``work`` fails raise OSError with the same message at once; else, and if they come
-    later, they try themselves. Raises UserError where the cache's disk is full, and whatever ``work`` raises.
+    where ``work`` returns nothing, each calls it. share_failure: whether ranks that wait while ``work`` fails raise
+    OSError with the same message at once; else, and if they come later, they try themselves. Raises UserError where the
+    cache's disk is full, and whatever ``work`` raises.
     """
     started = time.time()
     job = launch_environment.job_on_host()

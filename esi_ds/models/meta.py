@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from esi_ds.core.stored import MODEL_DTYPES
 from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource, stored_weights
@@ -16,7 +17,6 @@ from esi_ds.models.ties import untie
 from esi_ds.reading import reading
 
 CHUNK = 8192  # tokens that a Llama 4 attends to at once in its layers with chunks
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def meta_model(
@@ -28,7 +28,7 @@ def meta_model(
     """The model of an architecture, on the meta device.
 
     Weights that the configuration ties are tied unless the checkpoint, where it is on this machine, holds different
-    values. dtype: a key of ``DTYPES``, in which the weights are loaded and therefore compared; None: as stored.
+    values. dtype: a key of ``MODEL_DTYPES``, in which the weights are loaded and therefore compared; None: as stored.
 
     Raises UserError for an architecture that ``auto_class`` does not take.
     """
@@ -38,16 +38,16 @@ def meta_model(
         model = auto_class.from_config(config, trust_remote_code=source.trust_remote_code)
     model.tie_weights()
     if model.all_tied_weights_keys:
-        untie(model, stored_weights(source), DTYPES[dtype] if dtype is not None else None)
+        untie(model, stored_weights(source), MODEL_DTYPES[dtype] if dtype is not None else None)
     return model
 
 
 def model_bytes(
     config: PretrainedConfig, source: ModelSource, dtype: str, auto_class: type[_BaseAutoModelClass]
 ) -> int:
-    """Bytes of all weights in ``dtype``, a key of ``DTYPES``. Raises UserError as ``meta_model`` does."""
+    """Bytes of all weights in ``dtype``, a key of ``MODEL_DTYPES``. Raises UserError as ``meta_model`` does."""
     model = meta_model(config, source, auto_class)
-    return sum(parameter.numel() for parameter in model.parameters()) * DTYPES[dtype].itemsize
+    return sum(parameter.numel() for parameter in model.parameters()) * MODEL_DTYPES[dtype].itemsize
 
 
 def complete_chunks(model: PreTrainedModel) -> None:

@@ -25,7 +25,7 @@ DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensor
 REMEDY = "give a Hugging Face folder whose weights are complete safetensors files, or copy it again"
 
 
-def weights_name(folder: Path, field: str = "model.path") -> str:
+def weights_name(folder: Path, field: str) -> str:
     """The file that transformers opens first: a safetensors file with all weights, or an index of several.
 
     Raises UserError naming ``field`` where there is none.
@@ -51,7 +51,7 @@ def weights_name(folder: Path, field: str = "model.path") -> str:
     return name
 
 
-def names_to_fetch(folder: Path, field: str = "model.path") -> list[str]:
+def names_to_fetch(folder: Path, field: str) -> list[str]:
     """The names of the weights that transformers may load from a folder that holds all files but weights.
 
     Raises UserError naming ``field`` for a damaged index or configuration.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 
 from esi_ds.config import Config, Tune
+from esi_ds.config.tuning import BenignMix
 from esi_ds.config.yaml import dump_yaml
-from esi_ds.core.mask import Mask
+from esi_ds.core.trained import Trained
 from esi_ds.data.conversations import TuningSet
-from esi_ds.report.sentences import what_was_trained
+from esi_ds.report.contents import Facts
+from esi_ds.report.sentences import mask_bits, routers_fate, what_was_trained
 from esi_ds.terminal import printable
 from esi_ds.words import counted
 
@@ -23,27 +24,22 @@ def model_card(
     *,
     stage: str,
     fingerprint: str,
-    mask: Mask,
-    num_trained: int,
+    trained: Trained,
     ranks: int,
     rows: TuningSet,
     benign: TuningSet | None,
-    dequantised_from: str | None = None,
-    rounded_from: str | None = None,
-    num_benign: int = 0,
-    routers: str | None = None,
-    has_towers: bool = False,
-    remarks: Mapping[str, str] | None = None,
+    num_benign: int,
+    dequantised_from: str | None,
+    rounded_from: str | None,
+    remarks: Facts,
 ) -> str:
     """Markdown with the hub's front matter.
 
-    stage: set or spa. fingerprint: the base model's. dequantised_from: the format of its files; None where they are not
-    quantised. rounded_from: their dtypes, where ``model.dtype`` holds them only rounded. num_trained: weights that were
-    trained. ranks: of the run. benign, num_benign: rows mixed in, and how many were read. routers: of
-    ``sentences.routers_fate``; None: as the config says. has_towers: whether the model has encoders of images or sound.
-    remarks: rows of the table for what was unusual.
+    stage: set or spa. fingerprint: the base model's. ranks: of the run. benign, num_benign: rows mixed in, and how many
+    were read. dequantised_from: the format of the base's files; None where they are not quantised. rounded_from: their
+    dtypes, where ``model.dtype`` holds them only rounded. remarks: rows of the table for what was unusual.
     """
-    routers = routers or tune.router or tune.unscored
+    mask, routers, has_towers = trained.mask, routers_fate(trained), bool(trained.towers)
     rounded_to = config.model.dtype if rounded_from is not None else None
     sentence = what_was_trained(stage, stage == "spa" and not mask.k, tune.unscored, routers, rounded_to, has_towers)
     facts = {
@@ -51,11 +47,11 @@ def model_card(
         **({"base weights": f"dequantised from {dequantised_from}"} if dequantised_from is not None else {}),
         **({"base weights": f"rounded from {rounded_from}"} if rounded_from is not None else {}),
         "base fingerprint": fingerprint,
-        **({"mask bits": f"sha256 {mask.bits_sha256}"} if mask.bits_sha256 is not None else {}),
+        **mask_bits(mask),
         "mask made from": mask.fingerprint,
         "mask": f"{mask.k:,} of {mask.total_numel:,} weights by {mask.header.criterion}, order "
         f"{mask.header.order}, ratio {mask.header.ratio}",
-        "trained weights": f"{num_trained:,}",
+        "trained weights": f"{trained.total:,}",
         "unscored parameters": "frozen" if tune.unscored == "freeze" else "trained",
         "routers": routers.replace("freeze", "frozen").replace("train", "trained"),
         **({"towers": "frozen"} if has_towers else {}),
@@ -66,14 +62,9 @@ def model_card(
         "AdamW": f"lr {tune.lr}, {tune.scheduler}, warm-up {tune.warmup_ratio}, betas {tune.betas}, eps {tune.eps}, "
         f"weight decay {tune.weight_decay}, clipping {tune.clip}; fp32 masters",
         "seed": config.run.seed,
+        **_benign_facts(tune.data.benign, benign, num_benign),
+        **remarks,
     }
-    if benign is not None and tune.data.benign is not None:
-        mix = tune.data.benign
-        read = f"{counted(num_benign, 'row')} read, {mix.fraction:g} of all"
-        facts["benign rows"] = f"{mix.path}, {read}, sha256 {benign.sha256}"
-        if mix.how_written:
-            facts["benign rows written"] = mix.how_written
-    facts |= remarks or {}
     table = "\n".join(f"| {key} | {_cell(str(value))} |" for key, value in facts.items())
     base = {} if os.path.isdir(config.model.path) else {"base_model": config.model.path}  # the hub takes ids only
     matter = dump_yaml({**base, "tags": ["esi_ds", stage]})
@@ -83,6 +74,15 @@ def model_card(
         f"{sentence} Made by esi_ds "
         "(method: Qi et al., arXiv 2604.08297).\n\n| | |\n|---|---|\n" + table + "\n"
     )
+
+
+def _benign_facts(mix: BenignMix | None, rows: TuningSet | None, num_read: int) -> Facts:
+    """Rows of the table about benign rows; none where none were mixed in."""
+    if mix is None or rows is None:
+        return {}
+    read = f"{counted(num_read, 'row')} read, {mix.fraction:g} of all"
+    written = {"benign rows written": mix.how_written} if mix.how_written else {}
+    return {"benign rows": f"{mix.path}, {read}, sha256 {rows.sha256}", **written}
 
 
 def _batch(tune: Tune, ranks: int) -> str:

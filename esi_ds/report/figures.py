@@ -151,7 +151,7 @@ def score_histogram(overall: ScoreHistogram, by_role: Mapping[str, list[int]], t
         if threshold:
             axes.axvline(math.log10(threshold), color="black", linestyle=":", label="threshold")
         axes.set(title="Distribution of scores", xlabel="log10 score", ylabel="share of the role's weights")
-        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _legend_beside(axes)
     return figure
 
 
@@ -172,6 +172,17 @@ def _count_in_whole_numbers(axis: Axis) -> None:
     axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
+def _legend_beside(axes: Axes) -> None:
+    """A legend to the right of the axes."""
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _points(rows: Sequence[MetricsRow], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have a value."""
+    having = [row for row in rows if row.get(key) is not None]
+    return [row["step"] for row in having], [row[key] for row in having]
+
+
 def progress_curves(rows: Sequence[MetricsRow]) -> Figure:
     """Judge score and gradient norm of each micro-batch."""
     with plt.rc_context(STYLE):
@@ -179,13 +190,8 @@ def progress_curves(rows: Sequence[MetricsRow]) -> Figure:
         for axes, key, label in zip(
             panels, ("judge_score", "gradient_norm"), ("mean judge score", "norm of the gradient"), strict=True
         ):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            axes.plot(
-                [step for step, _ in points],
-                [value for _, value in points],
-                color=COLOURS[0],
-                marker="." * (len(points) < 200),
-            )
+            steps, values = _points(rows, key)
+            axes.plot(steps, values, color=COLOURS[0], marker="." * (len(steps) < 200))
             axes.set(title=label, xlabel="prompts")
             _count_in_whole_numbers(axes.xaxis)
         figure.tight_layout()
@@ -203,8 +209,7 @@ def training_curves(rows: Sequence[MetricsRow]) -> Figure:
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(views), figsize=(13, 2.6))
         for axes, (key, label) in zip(panels, views, strict=True):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            axes.plot([step for step, _ in points], [value for _, value in points], color=COLOURS[0], linewidth=1.2)
+            axes.plot(*_points(rows, key), color=COLOURS[0], linewidth=1.2)
             axes.set_title(label, fontsize=9)
             axes.set_xlabel("step")
             _count_in_whole_numbers(axes.xaxis)
@@ -218,14 +223,13 @@ def loss_curves(runs: Sequence[tuple[str, Sequence[MetricsRow]]]) -> Figure:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8.5, 3.0))
         for index, (name, rows) in enumerate(runs):
-            points = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
             line = ("-", "--", ":")[index // len(COLOURS) % 3]
-            x, y = [step for step, _ in points], [loss for _, loss in points]
-            axes.plot(x, y, line, color=COLOURS[index % len(COLOURS)], linewidth=1.2, label=as_label(name))
+            colour = COLOURS[index % len(COLOURS)]
+            axes.plot(*_points(rows, "loss"), line, color=colour, linewidth=1.2, label=as_label(name))
         axes.set(title="loss per learnt token", xlabel="step")
         _count_in_whole_numbers(axes.xaxis)
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _legend_beside(axes)
     return figure
 
 
@@ -246,7 +250,7 @@ def rate_bars(
             axes.barh(
                 step * positions + index,
                 100 * rates,
-                xerr=100 * np.clip(np.stack([rates - bounds[0], bounds[1] - rates]), 0, None),
+                xerr=_error_bars(rates, bounds),
                 color=COLOURS[index % len(COLOURS)],
                 error_kw={"linewidth": 1.0, "capsize": 2},
                 label=as_label(model),
@@ -260,7 +264,7 @@ def rate_bars(
             axes.annotate(label, (0, 0.5), (-7, 0), "axes fraction", "offset points", ha="right", fontsize=8, alpha=0)
         axes.invert_yaxis()
         axes.set(title=f"{as_label(title)}, with 95 % intervals", xlabel="%", xlim=(0, 104))
-        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _legend_beside(axes)
     return figure
 
 
@@ -283,6 +287,11 @@ def _bars(cells: Sequence[MeasureRow | None]) -> tuple[np.ndarray, np.ndarray, n
     return np.array(positions), np.array(rates), np.array(bounds).reshape(-1, 2).T
 
 
+def _error_bars(rates: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Lengths in per cent, down and up [2, n], of the bars from rates [n] to the ends of their intervals [2, n]."""
+    return 100 * np.clip(np.stack([rates - bounds[0], bounds[1] - rates]), 0, None)
+
+
 def noise_curves(title: str, points: Sequence[CurveRow]) -> Figure:
     """Rate against noise, one line an order and one panel a ratio (rows of ``curves`` in a perturbation's report)."""
     ratios = list(dict.fromkeys(point["ratio"] for point in points))
@@ -299,7 +308,7 @@ def noise_curves(title: str, points: Sequence[CurveRow]) -> Figure:
                 axes.errorbar(
                     [point["noise"] for point in curve],
                     100 * rates,
-                    yerr=100 * np.clip(np.stack([rates - bounds[0], bounds[1] - rates]), 0, None),
+                    yerr=_error_bars(rates, bounds),
                     color=COLOURS[index],
                     marker="o",
                     markersize=3.5,
@@ -310,7 +319,7 @@ def noise_curves(title: str, points: Sequence[CurveRow]) -> Figure:
             axes.set_title(f"{100 * ratio:g} % of the weights", fontsize=9)
             axes.set(xlabel="noise, in σ of the matrix", ylim=(-3, 103))
         panels[0][0].set_ylabel("%")
-        panels[0][-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _legend_beside(panels[0][-1])
         figure.suptitle(as_label(title), fontsize=11, fontweight="bold", x=0.02, ha="left")
         figure.tight_layout()
     return figure

@@ -9,14 +9,12 @@ this objective has of its own; what both have, any gradient has.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from esi_ds.report.contents import SelectionFacts, UnitRow
-from esi_ds.report.tables import Cell, Heatmap, expert_of, grouped, role_of, role_order
+from esi_ds.report.tables import Cell, Heatmap, View, expert_of, grouped, heatmaps, role_of, role_order
 
-Column = TypeVar("Column", str, int)
 PARTS = {"expert": "routed experts", "shared": "shared experts", "attention": "attention", "mlp": "dense MLPs"}
 THIRDS = ("early", "middle", "late")  # of the depth
 
@@ -129,9 +127,9 @@ def role_maps(units: Sequence[UnitRow], selection: SelectionFacts) -> list[Heatm
     cells = grouped(units, role_of)
     roles = sorted({role for _, role in cells}, key=role_order)
     layers = sorted({layer for layer, _ in cells})
-    views = _views(statistic_name(selection), has_control(units), with_chance=True)
+    views = _views(units, selection, with_chance=True)
     at = {(role, layer): cell for (layer, role), cell in cells.items()}
-    return _maps(at, roles, layers, whole_of(units), views, ("role", "layer")) if cells else []
+    return heatmaps(at, roles, layers, views, ("role", "layer")) if cells else []
 
 
 def expert_maps(units: Sequence[UnitRow], selection: SelectionFacts) -> list[Heatmap]:
@@ -139,57 +137,29 @@ def expert_maps(units: Sequence[UnitRow], selection: SelectionFacts) -> list[Hea
     times chance would be the share of the mask once more."""
     cells = grouped(units, expert_of)
     layers, experts = sorted({layer for layer, _ in cells}), sorted({expert for _, expert in cells})
-    views = _views(statistic_name(selection), has_control(units), with_chance=False)
-    return _maps(cells, layers, experts, whole_of(units), views, ("layer", "expert")) if cells else []
+    views = _views(units, selection, with_chance=False)
+    return heatmaps(cells, layers, experts, views, ("layer", "expert")) if cells else []
 
 
-View = tuple[str, str, bool, Callable[[Location], float]]  # title, unit, whether it is a ratio, value
+def _views(units: Sequence[UnitRow], selection: SelectionFacts, with_chance: bool) -> list[View]:
+    whole = whole_of(units)
 
+    def view(title: str, unit: str, value: Callable[[Location], float], is_ratio: bool = False) -> View:
+        return View(title, unit, lambda cell: value(Location(cell, whole)), is_ratio)
 
-def _views(statistic: str, control: bool, with_chance: bool) -> list[View]:
-    views: list[View] = [("Share of the mask", "% of the mask", False, lambda at: 100 * at.share)]
+    views = [view("Share of the mask", "% of the mask", lambda at: 100 * at.share)]
     if with_chance:
-        views.append(("Mask against chance", "× chance", True, lambda at: at.times_chance))
+        views.append(view("Mask against chance", "× chance", lambda at: at.times_chance, is_ratio=True))
+    statistic = statistic_name(selection)
     named = statistic[0].upper() + statistic[1:]
-    views.append((named, "% of the model’s sum", False, lambda at: 100 * at.statistic))
-    if control:
+    views.append(view(named, "% of the model’s sum", lambda at: 100 * at.statistic))
+    if has_control(units):
+        against, unit = "against the control’s", "× the control’s"
         views += [
-            ("Share of the mask against the control’s", "× the control’s", True, lambda at: at.share_to_control),
-            (f"{named} against the control’s", "× the control’s", True, lambda at: at.statistic_to_control),
+            view(f"Share of the mask {against}", unit, lambda at: at.share_to_control, is_ratio=True),
+            view(f"{named} {against}", unit, lambda at: at.statistic_to_control, is_ratio=True),
         ]
     return views
-
-
-Row = TypeVar("Row", str, int)
-
-
-def _maps(
-    cells: Mapping[tuple[Row, Column], Cell],
-    rows: Sequence[Row],
-    columns: Sequence[Column],
-    whole: Cell,
-    views: Sequence[View],
-    axes: tuple[str, str],
-) -> list[Heatmap]:
-    """A map for every view; NaN where there is no such cell."""
-    return [
-        Heatmap(
-            title,
-            [str(row) for row in rows],
-            [str(column) for column in columns],
-            [
-                [
-                    value(Location(cells[row, column], whole)) if (row, column) in cells else math.nan
-                    for column in columns
-                ]
-                for row in rows
-            ],
-            unit,
-            *axes,
-            is_ratio,
-        )
-        for title, unit, is_ratio, value in views
-    ]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from esi_ds.report import figures, tables
 from esi_ds.report.contents import EsiReport, MaskReport
-from esi_ds.tracking import OVERVIEW, Tracker
+from esi_ds.tracking import OVERVIEW, Tracker, literal
 from esi_ds.words import counted
 
 RESPONSE_FACTS = ("judged unsafe", "refused (by words)")  # of the report's facts, where they are there
@@ -20,8 +20,7 @@ def publish(tracker: Tracker, report: EsiReport) -> None:
     for data in tables.routing_maps(report.get("routing", [])):
         figures.log_figure(tracker, f"routing/{data.title}", figures.heatmap(data))
     for sample in report["samples"]:
-        # Indented lines are literal text in Markdown: an answer is shown, not rendered.
-        quoted = "\n".join(f"    {line}" for line in f"{sample['prompt']}\n\n{sample['response']}".splitlines())
+        quoted = literal(f"{sample['prompt']}\n\n{sample['response']}")
         tracker.text(f"answers/{sample['index']}", f"judge score {sample['judge_score']:.4g}\n\n{quoted}")
 
 

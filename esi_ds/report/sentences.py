@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from esi_ds.core.mask import Mask
 from esi_ds.core.trained import Trained
 from esi_ds.eval.rows import MeasureRow
 from esi_ds.report import location
@@ -13,6 +14,7 @@ from esi_ds.report.contents import (
     CurveRow,
     EsiReport,
     EvaluationReport,
+    Facts,
     MaskReport,
     PerturbationReport,
     RefusalRow,
@@ -137,6 +139,11 @@ def routers_fate(trained: Trained) -> str:
     if not trained.masked_routers:
         return fate
     return AS_MASKED if trained.router is None else f"{fate}{OVERRULED}"
+
+
+def mask_bits(mask: Mask) -> Facts:
+    """The row of a table that names a mask's bits; none for a mask of an earlier version."""
+    return {} if mask.bits_sha256 is None else {"mask bits": f"sha256 {mask.bits_sha256}"}
 
 
 def what_was_trained(

@@ -12,6 +12,7 @@ from esi_ds.models.roles import SCORED
 from esi_ds.report.contents import EsiReport, MaskReport, Overlap, RoutingRow, UnitRow
 
 Key = TypeVar("Key")
+Row = TypeVar("Row", str, int)
 Column = TypeVar("Column", str, int)
 
 
@@ -101,42 +102,64 @@ def role_order(role: str) -> tuple[int, str]:
     return (SCORED.index(role) if role in SCORED else len(SCORED), role)
 
 
-def _heatmaps(
-    cells: Mapping[tuple[int, Column], Cell], columns: Sequence[Column], k: int, grouping: str, axis: str
+@dataclass(frozen=True)
+class View:
+    """One heatmap of several over the same cells; the fields are those of ``Heatmap``. value: of a cell."""
+
+    title: str
+    unit: str
+    value: Callable[[Cell], float]
+    is_ratio: bool = False
+
+
+def heatmaps(
+    cells: Mapping[tuple[Row, Column], Cell],
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    views: Sequence[View],
+    axes: tuple[str, str],
+) -> list[Heatmap]:
+    """A heatmap for every view. axes: what rows and columns are."""
+    return [
+        Heatmap(
+            view.title,
+            [str(row) for row in rows],
+            [str(column) for column in columns],
+            [[view.value(cells[r, c]) if (r, c) in cells else math.nan for c in columns] for r in rows],
+            view.unit,
+            *axes,
+            view.is_ratio,
+        )
+        for view in views
+    ]
+
+
+def _mask_heatmaps(
+    cells: Mapping[tuple[int, Column], Cell], columns: Sequence[Column], k: int, axis: str
 ) -> list[Heatmap]:
     """Three views of cells keyed (layer, column): share of the mask, selected share of the cell, mean score."""
     layers = sorted({layer for layer, _ in cells})
-    views: tuple[tuple[str, str, Callable[[Cell], float]], ...] = (
-        (f"Where the mask is: {grouping}", "% of the mask", lambda cell: 100 * cell.selected / max(k, 1)),
-        (f"How dense it is: {grouping}", "% of the cell's weights", lambda cell: 100 * cell.selected / cell.numel),
-        (f"Mean score: {grouping}", "mean score", lambda cell: cell.mean_score),
-    )
-    return [
-        Heatmap(
-            title,
-            [str(layer) for layer in layers],
-            [str(column) for column in columns],
-            [[value(cells[layer, c]) if (layer, c) in cells else math.nan for c in columns] for layer in layers],
-            unit,
-            "layer",
-            axis,
-        )
-        for title, unit, value in views
+    grouping = f"layer by {axis}"
+    views = [
+        View(f"Where the mask is: {grouping}", "% of the mask", lambda cell: 100 * cell.selected / max(k, 1)),
+        View(f"How dense it is: {grouping}", "% of the cell's weights", lambda cell: 100 * cell.selected / cell.numel),
+        View(f"Mean score: {grouping}", "mean score", lambda cell: cell.mean_score),
     ]
+    return heatmaps(cells, layers, columns, views, ("layer", axis)) if cells else []
 
 
 def layer_by_role(units: Sequence[UnitRow], k: int) -> list[Heatmap]:
     """Share of the mask of ``k`` weights, density and mean score by layer and role."""
     cells = grouped(units, role_of)
     columns = sorted({role for _, role in cells}, key=role_order)
-    return _heatmaps(cells, columns, k, "layer by role", "role") if cells else []
+    return _mask_heatmaps(cells, columns, k, "role")
 
 
 def layer_by_expert(units: Sequence[UnitRow], k: int) -> list[Heatmap]:
     """The same by layer and expert, its gate, up and down matrices together; empty for a dense model."""
     cells = grouped(units, expert_of)
     columns = sorted({expert for _, expert in cells})
-    return _heatmaps(cells, columns, k, "layer by expert", "expert") if cells else []
+    return _mask_heatmaps(cells, columns, k, "expert")
 
 
 def routing_maps(rows: Sequence[RoutingRow]) -> list[Heatmap]:

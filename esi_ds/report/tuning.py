@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from esi_ds.data.thoughts import MARKS, Marks, final_answer
 from esi_ds.data.turns import prompt_text
 from esi_ds.report.contents import RefusalRow, TunedAnswerRow, TuningReport
-from esi_ds.tracking import Tracker
+from esi_ds.tracking import Tracker, literal
 
 NUM_SAMPLES = 4  # of each set
 
@@ -56,9 +56,7 @@ def publish(tracker: Tracker, report: TuningReport) -> None:
     for sample in report["samples"]:
         answers = [f"before: {sample['before']}"] if "before" in sample else []
         text = "\n\n".join([prompt_text(sample["prompt"]), *answers, f"after: {sample['after']}"])
-        # Indented lines are literal text in Markdown: an answer is shown, not rendered.
-        quoted = "\n".join(f"    {line}" for line in text.splitlines())
-        tracker.text(f"answers/{sample['set']}/{sample['index']}", quoted)
+        tracker.text(f"answers/{sample['set']}/{sample['index']}", literal(text))
     for row in report["refusals"]:
         for count, step in ((row["refused_before"], 0), (row["refused_after"], report["steps"])):
             if count is not None:

@@ -11,7 +11,7 @@ from esi_ds.models import hub
 
 
 def keep_commits(config: Config) -> None:
-    """Have every model that the run in ``run.output_dir`` has read from the hub be of the same commit again."""
+    """Pin the hub models of the run in ``run.output_dir`` to the commits it started with."""
     commits: dict[str, str] = {}
     with suppress(UserError, OSError):  # whoever opens the folder says so
         commits = RunFolder(config.run.output_dir).commits()

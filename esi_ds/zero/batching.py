@@ -93,7 +93,7 @@ def _backward_problem(model: ShardedModel, ids: Sequence[int]) -> str | None:
 
 @contextmanager
 def _without_expert_hooks(module: nn.Module) -> Iterator[None]:
-    """Inside the block blocks of experts (DeepSpeed's leaf modules) have no backward hooks, from the forward pass on.
+    """Within the context, expert blocks (DeepSpeed's leaf modules) have no backward hooks, from the forward pass on.
 
     With an optimizer ZeRO-3's own put zeros into its buckets for the experts of every backward pass, also where no
     parameter has a gradient, and the next one would find them there.

@@ -93,7 +93,6 @@ class DenseTuner(Tuner):
         self.model.release()
         for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
             self.optimizer.state_of(flat)["step"].fill_(step)
-            zero._reassign_or_swap_out_partitioned_parameters(
-                index
-            )  # writes masters into the partitions, as after a step
+            # Writes masters into the partitions, as after a step.
+            zero._reassign_or_swap_out_partitioned_parameters(index)
         self.model.publish()

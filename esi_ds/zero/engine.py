@@ -392,7 +392,7 @@ def load_sharded(
 
     Raises UserError. Collectives: those of ``read_partitioned``, and of DeepSpeed's initialisation.
 
-    dtype: a key of ``DTYPES``. make_optimizer: builds, from the loaded module, the optimizer of a standard ZeRO-3
+    dtype: a key of ``MODEL_DTYPES``. make_optimizer: builds, from the loaded module, the optimizer of a standard ZeRO-3
     engine; None: an engine without one. auto_class: the transformers class that reads the folder. roles:
     ``model.roles``.
     """

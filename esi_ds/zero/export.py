@@ -80,8 +80,8 @@ def plan_export(model: ShardedModel) -> Plan:
             unchanged = {name: name_of[id(tensor)] for name, tensor in converted.items() if id(tensor) in name_of}
             plan.unchanged |= unchanged
             if sources := sorted(set(group).difference(unchanged.values())):
-                made = revert_weight_conversion(model.module, {name: tensors[name] for name in sources})
-                assert set(made) == set(converted) - set(unchanged), (file, sources)
+                converted_alone = revert_weight_conversion(model.module, {name: tensors[name] for name in sources})
+                assert set(converted_alone) == set(converted) - set(unchanged), (file, sources)
                 plan.conversions.append(Conversion(file, tuple(sources)))
         order = list(DTYPES)
         plan.files[file] = sorted(entries, key=lambda entry: (-order.index(entry.dtype), entry.name))

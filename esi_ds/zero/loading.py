@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from esi_ds.core.quantised import Weight, whole_weight
-from esi_ds.core.stored import StoredReader
+from esi_ds.core.stored import MODEL_DTYPES, StoredReader
 from esi_ds.errors import UserError
 from esi_ds.models.folder import (
     ModelSource,
@@ -32,7 +32,6 @@ from esi_ds.models.folder import (
     quantisation_of,
     stored_weights,
 )
-from esi_ds.models.meta import DTYPES
 from esi_ds.models.quantised import model_weights
 from esi_ds.models.ties import by_loaded_name
 from esi_ds.reading import reading
@@ -50,9 +49,9 @@ def read_module(
 ) -> PreTrainedModel:
     """The whole model in evaluation mode. Only safetensors are read, nothing pickled. Raises UserError.
 
-    dtype: a key of ``DTYPES``. auto_class: the transformers class that reads the folder. problem: what the error says
-    where transformers fails. device: where each weight goes once it is read, so that host memory never holds the model;
-    None: under ZeRO-3, where DeepSpeed places them.
+    dtype: a key of ``MODEL_DTYPES``. auto_class: the transformers class that reads the folder. problem: what the error
+    says where transformers fails. device: where each weight goes once it is read, so that host memory never holds the
+    model; None: under ZeRO-3, where DeepSpeed places them.
     """
     remedy = _remedy(auto_class)
     field, path = source.field, source.path
@@ -60,7 +59,7 @@ def read_module(
     with reads, _dequantising(source, in_parts=device is None) as options:
         module, info = auto_class.from_pretrained(
             checked_folder(source),
-            dtype=DTYPES[dtype],
+            dtype=MODEL_DTYPES[dtype],
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=source.trust_remote_code,
@@ -179,7 +178,7 @@ def _ties_compare_whole_weights() -> Iterator[None]:
 def _unread(module: PreTrainedModel, dtype: str) -> PreTrainedModel:
     """The model as transformers builds it before it reads weights: on the meta device, without ZeRO-3."""
     with torch.device("meta"):
-        return type(module)._from_config(copy.deepcopy(module.config), dtype=DTYPES[dtype])
+        return type(module)._from_config(copy.deepcopy(module.config), dtype=MODEL_DTYPES[dtype])
 
 
 def _warn_of_unread_weights(plain: PreTrainedModel, source: ModelSource) -> None:

@@ -25,6 +25,7 @@ from esi_ds import cores, launch_environment
 from esi_ds.errors import UserError
 from esi_ds.launch_environment import LaunchEnvironment
 from esi_ds.ranks import Item, Ranks
+from esi_ds.reading import first_line
 
 VISIBILITY = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")  # of GPUs
 
@@ -63,7 +64,7 @@ def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
         del meeting
     except torch.distributed.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        problem = f"no process group forms there ({str(error).splitlines()[0]})"
+        problem = f"no process group forms there ({first_line(error)})"
         remedy = (
             "set MASTER_ADDR to a host that all ranks reach and MASTER_PORT to a free port of it; if both are "
             "right, rank 0 has ended: its own message says why"

@@ -26,12 +26,17 @@ Scores = dict[str, Tensor]  # shard's name → this rank's flat float32 scores
 def unit_sigmas(model: ShardedModel) -> dict[Unit, float]:
     """σ of every logical matrix. Collectives: two all-reduces, of float64 [units, 2] and [units]."""
     units = [unit for parameter in model.parameters for unit in parameter.units]
-    local = torch.zeros(len(units), 3, dtype=torch.float64)
     parts = {row: moments(shard.elements(unit, model.local_weight(shard))) for row, unit, shard in unit_shards(model)}
-    if parts:  # read at once, so that a GPU is waited for once
-        local[list(parts)] = torch.stack(list(parts.values())).cpu()
-    merged = merge(local, runtime.all_reduce_sum)
+    merged = merge(with_rows(torch.zeros(len(units), 3, dtype=torch.float64), parts), runtime.all_reduce_sum)
     return dict(zip(units, standard_deviation(merged).tolist(), strict=True))
+
+
+def with_rows(table: Tensor, parts: Mapping[int, Tensor]) -> Tensor:
+    """The table, which lies on the CPU, with these rows set, which may lie on a GPU. All are read at once, so that it
+    is waited for once."""
+    if parts:
+        table[list(parts)] = torch.stack(list(parts.values())).cpu()
+    return table
 
 
 def unit_shards(model: ShardedModel) -> Iterator[tuple[int, Unit, Shard]]:
@@ -90,14 +95,11 @@ def unit_means(model: ShardedModel, values: Mapping[str, Tensor]) -> dict[Unit, 
     values: fp32 [shard.numel] by shard's name. Sums are in float64. Collectives: one all-reduce of float64 [units].
     """
     units = [unit for parameter in model.parameters for unit in parameter.units]
-    sums = torch.zeros(len(units), dtype=torch.float64)
     parts = {
         row: shard.elements(unit, values[shard.name]).abs().sum(dtype=torch.float64)
         for row, unit, shard in unit_shards(model)
     }
-    if parts:  # read at once, so that a GPU is waited for once
-        sums[list(parts)] = torch.stack(list(parts.values())).cpu()
-    totals = runtime.all_reduce_sum(sums).tolist()
+    totals = runtime.all_reduce_sum(with_rows(torch.zeros(len(units), dtype=torch.float64), parts)).tolist()
     return {unit: total / unit.numel for unit, total in zip(units, totals, strict=True)}
 
 

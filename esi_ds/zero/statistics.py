@@ -11,7 +11,7 @@ from esi_ds.core.units import Parameter, Unit
 from esi_ds.report.contents import ScoreHistogram, UnitRow
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.score import Scores, Selection, unit_shards
+from esi_ds.zero.score import Scores, Selection, unit_shards, with_rows
 
 NUM_BINS = 60
 
@@ -19,19 +19,15 @@ NUM_BINS = 60
 def unit_rows(model: ShardedModel, scores: Scores, selection: Selection, sigma: dict[Unit, float]) -> list[UnitRow]:
     """One row a logical matrix, in the model's order. Collectives: two all-reduces of float64 [units, ≤ 2]."""
     scored = [(parameter, unit) for parameter in model.parameters for unit in parameter.units]
-    sums = torch.zeros(len(scored), 2, dtype=torch.float64)
-    largest = torch.zeros(len(scored), dtype=torch.float64)
-    local: dict[int, Tensor] = {}  # row → selected, sum, maximum; read at once, so that a GPU is waited for once
+    local: dict[int, Tensor] = {}  # row → selected, sum, maximum
     for row, unit, shard in unit_shards(model):
         values = shard.elements(unit, scores[shard.name])
         if len(values):
             selected = shard.elements(unit, selection.bits[shard.name]).sum()
             local[row] = torch.stack([selected.double(), values.sum(dtype=torch.float64), values.max().double()])
-    if local:
-        numbers = torch.stack(list(local.values())).cpu()
-        sums[list(local)], largest[list(local)] = numbers[:, :2], numbers[:, 2]
-    runtime.all_reduce_sum(sums)
-    runtime.all_reduce_max(largest)
+    numbers = with_rows(torch.zeros(len(scored), 3, dtype=torch.float64), local)
+    sums = runtime.all_reduce_sum(numbers[:, :2].contiguous())
+    largest = runtime.all_reduce_max(numbers[:, 2].contiguous())
     return [
         {
             "name": unit.name,
@@ -57,14 +53,11 @@ def log_histograms(model: ShardedModel, scores: Scores) -> tuple[ScoreHistogram,
     low, high = _range(scores)
     edges = torch.linspace(low, high, NUM_BINS + 1, dtype=torch.float64)
     roles = sorted({unit.role for parameter in model.parameters for unit in parameter.units})
-    counts = torch.zeros(len(roles), NUM_BINS + 1, dtype=torch.int64)
-    local: dict[str, Tensor] = {}  # on the scores' device; read at once, so that a GPU is waited for once
+    local: dict[int, Tensor] = {}  # role's row → counts
     for _, unit, shard in unit_shards(model):
-        part = _counts(shard.elements(unit, scores[shard.name]), low, high)
-        local[unit.role] = local[unit.role] + part if unit.role in local else part
-    if local:
-        counts[[roles.index(role) for role in local]] = torch.stack(list(local.values())).cpu()
-    runtime.all_reduce_sum(counts)
+        row, part = roles.index(unit.role), _counts(shard.elements(unit, scores[shard.name]), low, high)
+        local[row] = local[row] + part if row in local else part
+    counts = runtime.all_reduce_sum(with_rows(torch.zeros(len(roles), NUM_BINS + 1, dtype=torch.int64), local))
     total = counts.sum(0).tolist()
     overall: ScoreHistogram = {"log10_edges": edges.tolist(), "counts": total[:NUM_BINS], "zeros": total[NUM_BINS]}
     return overall, {role: row[:NUM_BINS].tolist() for role, row in zip(roles, counts, strict=True)}

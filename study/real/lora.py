@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from esi_ds.artifacts import RunFolder, whole_folder
 from esi_ds.config import load_config
+from esi_ds.core.stored import MODEL_DTYPES
 from esi_ds.data.chat import load_tokenizer
 from esi_ds.errors import ends_with_message
 from esi_ds.models.folder import ModelSource
-from esi_ds.models.meta import DTYPES
 from study.lora import finish, train_adapters
 
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     folder.open(config)
     tokenizer = load_tokenizer(ModelSource.of(config.model))
     # The adapters are fp32 whatever the model is (PEFT's default).
-    base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=DTYPES[config.model.dtype])
+    base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=MODEL_DTYPES[config.model.dtype])
     base.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # transformers' wrapper hides self
     model, num_trained = train_adapters(config, base, tokenizer, args.rank, args.targets)
     with whole_folder(folder.path / "model") as output:

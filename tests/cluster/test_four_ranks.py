@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from reference import relative_error
 from safetensors.torch import load_file
 from small_stages import SmallStages
 
@@ -13,11 +14,6 @@ from esi_ds import Mask
 from esi_ds.artifacts import read_jsonl
 
 FILE = "model-00001-of-00001.safetensors"
-
-
-def relative_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    square = sum(float((got[name] - expected[name]).double().square().sum()) for name in expected)
-    return (square / sum(float(values.double().square().sum()) for values in expected.values())) ** 0.5
 
 
 def test_esi(stages: SmallStages) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from builders import build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
 from conftest import RUN_FILES, LaunchedJob, num_lines, num_rows
-from reference import esi_scores
+from reference import esi_scores, relative_error
 from safetensors.torch import load_file
 
 NUM_PROMPTS = 26
@@ -43,11 +43,6 @@ class Job(LaunchedJob):
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model-00001-of-00001.safetensors")
-
-
-def relative_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    square = sum(float((got[name] - expected[name]).double().square().sum()) for name in expected)
-    return (square / sum(float(values.double().square().sum()) for values in expected.values())) ** 0.5
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
-from esi_ds.models.meta import DTYPES
+from esi_ds.core.stored import MODEL_DTYPES
 
 sys.path.append(str(ROOT / "tests/sweep"))
 import tiny  # noqa: E402
@@ -84,7 +84,7 @@ def prepare(folder: Path) -> None:
     write_mxfp4(build_gpt_oss(folder / "gpt_oss", tokenizer), folder / "mxfp4")
     for kind in QUANTISED:
         for dtype in ("fp32", "bf16"):
-            write_dequantised(folder / kind, folder / f"{kind}-{dtype}-plain", DTYPES[dtype])
+            write_dequantised(folder / kind, folder / f"{kind}-{dtype}-plain", MODEL_DTYPES[dtype])
     tensors = load_file(shutil.copytree(folder / "mxfp4", folder / "nan") / "model.safetensors")
     tensors["model.layers.0.mlp.experts.gate_up_proj_scales"][4, -1, -1] = 255
     save_file(tensors, folder / "nan/model.safetensors", metadata={"format": "pt"})
@@ -125,7 +125,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("kind", "dtype"), [case for case in CASES if "-".join(case) not in REFUSED])
 def test_equal_to_plain_loading(folder: Path, kind: str, dtype: str) -> None:
     plain = folder / (f"{kind}-{dtype}-plain" if kind in QUANTISED else kind)
-    model = getattr(transformers, class_of(kind)).from_pretrained(plain, dtype=DTYPES[dtype]).eval()
+    model = getattr(transformers, class_of(kind)).from_pretrained(plain, dtype=MODEL_DTYPES[dtype]).eval()
     with torch.no_grad():
         logits = model(IDS).logits
     expected = {f"buffer.{name}": buffer for name, buffer in model.named_buffers()}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from builders import PAIRS, build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
 from conftest import ROOT, run_ranks
-from reference import esi_scores
-from test_scores import TOLERANCE, config, read, relative_error
+from reference import esi_scores, relative_error
+from test_scores import TOLERANCE, config, read
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,17 @@ import pytest
 import torch
 from builders import PAIRS, build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
 from conftest import ROOT, run_ranks
-from reference import control_scores, esi_scores, load, loss_gradients, normalised_by_matrix, select, units
-from test_scores import TOLERANCE, config, read, relative_error
+from reference import (
+    control_scores,
+    esi_scores,
+    load,
+    loss_gradients,
+    normalised_by_matrix,
+    relative_error,
+    select,
+    units,
+)
+from test_scores import TOLERANCE, config, read
 
 from esi_ds import Mask
 

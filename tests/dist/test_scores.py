@@ -17,7 +17,7 @@ from builders import (
 )
 from conftest import ROOT, run_ranks
 from quantised_models import build_gpt_oss, write_dequantised, write_fp8, write_mxfp4
-from reference import Family, esi_scores, select
+from reference import Family, esi_scores, relative_error, select
 from safetensors.torch import load_file
 from transformers.utils import logging
 
@@ -178,12 +178,6 @@ def scored(request, folder: Path) -> tuple[int, Path]:
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model-00001-of-00001.safetensors")
-
-
-def relative_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    assert {name: v.shape for name, v in got.items()} == {name: v.shape for name, v in expected.items()}
-    square = sum(float((got[name].double() - expected[name].double()).square().sum()) for name in expected)
-    return (square / sum(float(values.double().square().sum()) for values in expected.values())) ** 0.5
 
 
 _oracle: dict[tuple, dict[str, torch.Tensor]] = {}

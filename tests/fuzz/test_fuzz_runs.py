@@ -10,7 +10,7 @@ from damage import damaged_bytes, fuzz, outcome
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esi_ds.artifacts import RunFolder, file_sha256, write_text_atomic
+from esi_ds.artifacts import RunFolder, content_of_file, write_text_atomic
 from esi_ds.config import resolved_yaml, validate
 from esi_ds.errors import UserError
 from esi_ds.report.experts_picture import experts_png
@@ -38,7 +38,7 @@ def test_a_sound_config_is_accepted(tmp_path: Path) -> None:
 def test_an_altered_report_is_not_drawn(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     report.write_text('{"units": [], "title": "a"}')
-    results = {report.name: {"bytes": report.stat().st_size, "sha256": file_sha256(report)}}
+    results = {report.name: content_of_file(report)}
     (tmp_path / "manifest.json").write_text(json.dumps({"exit_state": "done", "results": results}))
     refusal = outcome(lambda: experts_png(tmp_path))
     assert isinstance(refusal, UserError) and "without experts" in refusal.problem

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import question_set
 
 from esi_ds.config import Model, Prompts, validate
 from esi_ds.data.answers import (
@@ -19,7 +20,7 @@ from esi_ds.data.answers import (
     load_answers,
 )
 from esi_ds.data.asked import TEMPLATE, Asked
-from esi_ds.data.prompts import PromptSet, QuestionSet, load_responses
+from esi_ds.data.prompts import load_responses
 from esi_ds.data.thoughts import UNFINISHED
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
@@ -31,10 +32,6 @@ from esi_ds.stages.respond import write_responses
 
 CHAT: Prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "How?"}]
 FIELD = "eval.models.0.answers"
-
-
-def question_set(name: str, *prompts: Prompt) -> QuestionSet:
-    return QuestionSet(name, "harmful", PromptSet(prompts, "prompt", "file", ()))
 
 
 def file_of(folder: Path, content: Any, name: str = "a.jsonl") -> str:

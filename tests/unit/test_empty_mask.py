@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from conftest import ROOT
 from mask_folders import write_mask
 
 from esi_ds.cli import main
-from esi_ds.config import validate
+from esi_ds.config import Config, validate
 from esi_ds.config.needs import require_tune
 from esi_ds.core.mask import EmptyMask, Mask, digest, pack_bits
+from esi_ds.core.trained import Trained
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_weights
 from esi_ds.models.folder import ModelSource, load_model_config, rounded_from
@@ -29,6 +32,29 @@ MODEL = str(ROOT / "examples/models/llama-aligned")
 def config(**tune):
     settings = {"mask": "none", "data": {"path": str(ROOT / "examples/data/benign_train.jsonl")}, **tune}
     return validate({"run": {"output_dir": "x"}, "model": {"path": MODEL, "dtype": "fp32"}, "tune": settings})
+
+
+ROWS = SimpleNamespace(sha256="0")
+
+
+def card_of(section: Config, stage: str, **changes: Any) -> str:
+    """The card of a run that trained what SPA trains without a mask, but for ``changes``."""
+    about = {
+        "fingerprint": "f",
+        "ranks": 1,
+        "rows": ROWS,
+        "benign": None,
+        "num_benign": 0,
+        "dequantised_from": None,
+        "rounded_from": None,
+        "remarks": {},
+    }
+    tune = require_tune(section)
+    if "trained" not in changes:
+        model_config = load_model_config(ModelSource.of(section.model))
+        mask = open_mask(section.model, tune, "spa", model_config)
+        about["trained"] = describe_trained(section.model, tune, "spa", mask, model_config)
+    return model_card(section, tune, stage=stage, **{**about, **changes})
 
 
 @pytest.mark.parametrize("unscored", ["freeze", "train"])
@@ -68,23 +94,14 @@ def test_what_is_rounded_is_not_called_the_bases_bits(
     folder = build_model("llama", tmp_path / "model", byte_bpe_tokenizer(), dtype=kinds[stored])
     section = validate({**config().model_dump(), "model": {"path": str(folder), "dtype": dtype}})
     assert rounded_from(section.model) == lost
-    tune, model_config = require_tune(section), load_model_config(ModelSource.of(section.model))
-    mask = open_mask(section.model, tune, "spa", model_config)
-    rows = type("Rows", (), {"sha256": "0"})
-    about = {"fingerprint": "f", "mask": mask, "num_trained": 5, "ranks": 1, "rows": rows, "benign": None}
-    card = model_card(section, tune, stage="set", **about, rounded_from=lost)
+    card = card_of(section, "set", rounded_from=lost)
     assert ("the base model’s, rounded to bf16." in card) == (lost is not None) == ("bit for bit" not in card)
 
 
 def test_a_card_says_how_many_benign_rows_were_read() -> None:
     section = config()
     data = {**section.tune.data.model_dump(), "benign": {"path": "b", "fraction": 0.05}}
-    section = config(data=data)
-    tune, model_config = require_tune(section), load_model_config(ModelSource.of(section.model))
-    mask = open_mask(section.model, tune, "spa", model_config)
-    rows = type("Rows", (), {"sha256": "0"})
-    about = {"fingerprint": "f", "mask": mask, "num_trained": 5, "ranks": 1, "rows": rows}
-    card = model_card(section, tune, stage="spa", **about, benign=rows, num_benign=12)
+    card = card_of(config(data=data), "spa", benign=ROWS, num_benign=12)
     assert "| benign rows | b, 12 rows read, 0.05 of all, sha256 0 |" in card
 
 
@@ -101,9 +118,9 @@ def test_a_card_names_the_mask_and_all_rows_of_a_step(tmp_path: Path) -> None:
         folder = write_mask(tmp_path / str(number), {"a": torch.arange(8) == number})
         (folder / "digests.json").write_text(json.dumps({"a": digest(pack_bits(torch.arange(8) == number))}))
         masks.append(Mask.load(folder))
-    about = {"fingerprint": "f", "num_trained": 1, "rows": type("Rows", (), {"sha256": "0"}), "benign": None}
-    tune = require_tune(section)
-    one, other = (model_card(section, tune, stage="set", mask=mask, ranks=2, **about) for mask in masks)
+    one, other = (
+        card_of(section, "set", trained=Trained(mask, "selected", "freeze", {"a": (8,)}), ranks=2) for mask in masks
+    )
     assert "| batch | 4 rows a rank, 1 micro-batch a step, on 2 ranks: 8 rows a step |" in one
     assert f"| mask bits | sha256 {masks[0].bits_sha256} |\n| mask made from | {masks[0].fingerprint} |" in one
     assert masks[0].fingerprint == masks[1].fingerprint and masks[0].bits_sha256 not in other
@@ -111,19 +128,10 @@ def test_a_card_names_the_mask_and_all_rows_of_a_step(tmp_path: Path) -> None:
 
 
 def test_a_card_does_not_say_that_a_mask_was_frozen() -> None:
-    section = config()
-    tune, model_config = require_tune(section), load_model_config(ModelSource.of(section.model))
-    mask = open_mask(section.model, tune, "spa", model_config)
-    rows = type("Rows", (), {"sha256": "0"})
-    card = model_card(
-        section, tune, stage="spa", fingerprint="f", mask=mask, num_trained=5, ranks=1, rows=rows, benign=None
-    )
+    card = card_of(config(), "spa")
     assert "No weight that has a score was frozen: a baseline of SPA. All weights that have no score, such as" in card
     assert "mask’s weights were frozen" not in card
-    trained = require_tune(config(unscored="train"))
-    card = model_card(
-        section, trained, stage="set", fingerprint="f", mask=mask, num_trained=5, ranks=1, rows=rows, benign=None
-    )
+    card = card_of(config(unscored="train"), "set")
     assert "The mask’s weights were trained, and so were all weights that have no score, such as embeddings" in card
 
 

@@ -13,7 +13,7 @@ from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.proportion import proportion_confint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from esi_ds.config import Eval
+from esi_ds.config import validate
 from esi_ds.eval.refusals import REFUSAL_LISTS
 from esi_ds.eval.statistics import paired_rates
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
@@ -123,9 +123,11 @@ def test_incoherence_is_not_measured_where_it_is_switched_off() -> None:
     rows = {(row["model"], row["set"], row["index"]): row for row in answers}
     ledgers = (SimpleNamespace(rows=rows), SimpleNamespace(rows={}))
     assert [row["index"] for row, _ in to_read_again(*ledgers, ())] == [0]
-    surprise_all(None, None, *ledgers, None, Eval(coherence=False), None)  # type: ignore[arg-type]
+    config = {"run": {"output_dir": "x"}, "model": {"path": "m"}, "eval": {"prompts": {"path": "p"}}}
+    without_coherence = {**config, "eval": {**config["eval"], "coherence": False}}
+    surprise_all(None, None, *ledgers, validate(without_coherence), None)  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
-        surprise_all(None, None, *ledgers, None, Eval(), None)  # type: ignore[arg-type]
+        surprise_all(None, None, *ledgers, validate(config), None)  # type: ignore[arg-type]
 
 
 def test_nothing_to_compare_says_so() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from builders import byte_bpe_tokenizer
-from endpoint_server import Server, running_server
+from endpoint_server import Server
 from transformers import LlamaConfig
 
 from esi_ds.config import EvalRubric, validate
@@ -222,13 +221,6 @@ def test_goals_of_recorded_responses() -> None:
     ours = [{"goal": "g", "excluded": None}, {"excluded": None}]
     assert recorded_goals(ours) == ["g", None]
     assert recorded_goals([{"goal": "g", "response": "r"}]) is None
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with running_server() as server:
-        yield server
 
 
 def test_a_rubric_judge_is_asked_about_the_goal(server: Server, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from esi_ds.models.folder import max_positions
 from esi_ds.models.rows import Together, alike_up_to, depends_on_neighbours, end_logits, is_causal, last_logits
 from esi_ds.stages.esi.objectives import MeanLoss, ScoreFunctionObjective
 from esi_ds.stages.esi.prepare import Example
+from esi_ds.stages.esi.score import PassData
 from esi_ds.stages.tune.training import padded
 from esi_ds.stages.tune.work import TuneRun
 from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient
@@ -116,6 +117,11 @@ def build(kind: str) -> PreTrainedModel:
 def sharded(model: PreTrainedModel) -> Any:
     """What stages see of a model, on one rank without ZeRO-3."""
     return SimpleNamespace(module=model, release=lambda: None, together=None, expert_parallel=False)
+
+
+def pass_data(model: PreTrainedModel, examples: list[Any]) -> PassData[Any]:
+    """Examples in one batch; no gradients are kept."""
+    return PassData("tuning", sharded(model), examples, None, pad=PAD, batch_size=3)
 
 
 def ids(seed: int, length: int) -> list[int]:
@@ -233,7 +239,7 @@ def examples() -> list[Example]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_of_a_batch_of_responses_is_the_sum_of_its_rows(kind: str) -> None:
     model, rows = build(kind), examples()
-    objective = ScoreFunctionObjective(None, sharded(model), {0: 1.0, 1: -2.0, 2: 0.5}, rows, None, PAD, batch_size=3)
+    objective = ScoreFunctionObjective(pass_data(model, rows), {0: 1.0, 1: -2.0, 2: 0.5})
     logits, gradient, values = objective.forward(rows)
     logits.backward(gradient)
     together = gradients(model)
@@ -267,7 +273,7 @@ def test_the_loss_of_tuning_rows_is_the_sum_of_its_rows(kind: str) -> None:
         assert loss.item() == pytest.approx(own.item(), rel=1e-5)
         own.backward()
     assert close(together, gradients(model))
-    objective = MeanLoss("tuning", sharded(model), rows, None, PAD, 3)
+    objective = MeanLoss(pass_data(model, rows))
     assert objective.forward(rows)[0].item() == pytest.approx(losses.sum().item(), rel=1e-6)
 
 

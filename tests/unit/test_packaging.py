@@ -128,7 +128,7 @@ def test_a_recipe_begins_with_a_sentence_and_reads_files_that_a_page_names() -> 
     """``esi-ds recipes`` lists the first line; a file is the user's own, made by a run, or described in the docs."""
     pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
     for name, file in shipped.recipes().items():
-        assert recipes.first_line(file).endswith("."), name
+        assert recipes.summary(file).endswith("."), name
         settings = re.sub(r"(^| )#.*", "", file.read_text(), flags=re.MULTILINE)
         for path in re.findall(r"(\w+): ([\w./-]+\.(?:jsonl?|csv))", settings):
             is_known = (ROOT / path[1]).is_file() or Path(path[1]).name in pages
@@ -141,12 +141,12 @@ def test_a_recipe_s_first_line_ends_with_the_hardware() -> None:
     )
     for name, file in shipped.recipes().items():
         if name.startswith(("dense/", "moe/")):
-            assert re.search(hardware, recipes.first_line(file)), name
+            assert re.search(hardware, recipes.summary(file)), name
 
 
 def test_a_recipe_s_dry_run_plans_the_hardware_of_its_first_line() -> None:
     counts = {"One": "1", "Two": "2", "Four": "4"}
     for name, file in shipped.recipes().items():
-        nodes = re.search(r"\. (\w+) nodes? of eight 80 GB GPUs\.$", recipes.first_line(file))
+        nodes = re.search(r"\. (\w+) nodes? of eight 80 GB GPUs\.$", recipes.summary(file))
         for flags in re.findall(r"`--dry-run(.*?)`", file.read_text()):
             assert flags == (f" --nodes {counts.get(nodes[1], nodes[1])}" if nodes else ""), name

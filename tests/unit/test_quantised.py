@@ -30,11 +30,11 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from esi_ds.config import validate
 from esi_ds.core import quantised
 from esi_ds.core.quantised import BlockScaled, Microscaled, fill_weights, whole_weight
-from esi_ds.core.stored import StoredReader
+from esi_ds.core.stored import MODEL_DTYPES, StoredReader
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, check_weights, dequantised, load_model_config
-from esi_ds.models.meta import DTYPES, meta_parameters
+from esi_ds.models.meta import meta_parameters
 from esi_ds.models.quantised import model_weights, read_quantisation, weight_names
 from esi_ds.models.roles import describe
 from esi_ds.models.weights import checkpoint_tensors
@@ -69,7 +69,7 @@ def assert_ranges(weight: BlockScaled | Microscaled, expected: torch.Tensor) -> 
         fill_weights(reader, torch.empty(0), weight, numel)  # an empty shard
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("dtype", MODEL_DTYPES.values())
 @pytest.mark.parametrize("shape", [(128, 256), (130, 257), (5, 3), (2, 129, 130), (576, 100)])
 def test_fp8_is_dequantised_in_blocks_whose_last_are_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype
@@ -84,7 +84,7 @@ def test_fp8_is_dequantised_in_blocks_whose_last_are_smaller(
     assert_ranges(BlockScaled("w", tensors["w"], tensors["w_scale_inv"], block), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("dtype", MODEL_DTYPES.values())
 def test_mxfp4_is_dequantised_by_expert(tmp_path: Path, dtype: torch.dtype) -> None:
     """All codes and all scales: from 2⁻¹²⁷, which is subnormal, to 2¹²⁷."""
     generator = torch.Generator().manual_seed(0)
@@ -129,13 +129,13 @@ def test_a_replicated_model_has_the_weights_that_transformers_dequantises(models
     module = load_replicated(source, dtype)
     section = FineGrainedFP8Config(dequantize=True) if kind == "even" else Mxfp4Config(dequantize=True)
     expected = AutoModelForCausalLM.from_pretrained(
-        models / kind, dtype=DTYPES[dtype], quantization_config=section, device_map="cpu"
+        models / kind, dtype=MODEL_DTYPES[dtype], quantization_config=section, device_map="cpu"
     )
     named = dict(expected.named_parameters())
     assert set(named) == {name for name, _ in module.named_parameters()}
     for name, parameter in module.named_parameters():
-        theirs = named[name].detach().to(DTYPES[dtype])  # they leave what is not quantised as it is stored
-        assert parameter.dtype == DTYPES[dtype] and torch.equal(bits(parameter.detach()), bits(theirs)), name
+        theirs = named[name].detach().to(MODEL_DTYPES[dtype])  # they leave what is not quantised as it is stored
+        assert parameter.dtype == MODEL_DTYPES[dtype] and torch.equal(bits(parameter.detach()), bits(theirs)), name
     assert getattr(module.config, "quantization_config", None) is None
     assert meta_parameters(load_model_config(source), source, dtype=dtype) == describe(module)
 
@@ -144,12 +144,12 @@ def test_a_replicated_model_has_the_weights_that_transformers_dequantises(models
 def test_blocks_that_transformers_would_divide_otherwise(models: Path, tmp_path: Path, dtype: str) -> None:
     """A matrix of 24 columns in blocks of 16 has 2 scales a row of blocks: transformers takes blocks of 12."""
     module = load_replicated(ModelSource(str(models / "uneven")), dtype)
-    folder = write_dequantised(models / "uneven", tmp_path / "plain", DTYPES[dtype])
+    folder = write_dequantised(models / "uneven", tmp_path / "plain", MODEL_DTYPES[dtype])
     plain = load_replicated(ModelSource(str(folder)), dtype)
     assert {name for name, _ in module.named_parameters()} == {name for name, _ in plain.named_parameters()}
     for (name, one), (_, two) in zip(module.named_parameters(), plain.named_parameters(), strict=True):
         assert torch.equal(bits(one), bits(two)), name
-    theirs = AutoModelForCausalLM.from_pretrained(models / "uneven", dtype=DTYPES[dtype], device_map="cpu")
+    theirs = AutoModelForCausalLM.from_pretrained(models / "uneven", dtype=MODEL_DTYPES[dtype], device_map="cpu")
     differ = [name for name, one in module.named_parameters() if not torch.equal(one, theirs.get_parameter(name))]
     assert differ and all(name.endswith("_proj.weight") for name in differ)
 
@@ -305,7 +305,7 @@ def test_a_patch_is_against_the_dequantised_weights(models: Path, tmp_path: Path
     assert content["dequantised_from"].startswith("MXFP4" if kind == "mxfp4" else "FP8")
     changed = {name: row["changed"] for name, row in content["tensors"].items() if row["changed"]}
     assert changed and set(changed.values()) == {2} and all("layers.1." in name for name in changed)
-    plain = write_dequantised(base, tmp_path / "plain", DTYPES[dtype])
+    plain = write_dequantised(base, tmp_path / "plain", MODEL_DTYPES[dtype])
     for number, source in enumerate((base, plain)):  # the quantised folder, and the dequantised one
         out = tmp_path / f"again{number}"
         assert patch_main(["apply", str(source), str(tmp_path / "patch"), str(out)]) == 0

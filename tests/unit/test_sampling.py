@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders import build_model, byte_bpe_tokenizer
-from endpoint_server import Server, running_server
+from builders import build_model, byte_bpe_tokenizer, question_set
+from endpoint_server import Server
 from scipy import stats
 from transformers import AutoModelForCausalLM, PreTrainedModel, TopPLogitsWarper
 
@@ -20,7 +19,6 @@ from esi_ds.config.needs import require_tune
 from esi_ds.core.batch import left_pad
 from esi_ds.core.noise import gumbel, stream
 from esi_ds.data.answers import RecordedAnswer, load_answers
-from esi_ds.data.prompts import PromptSet, QuestionSet
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint
 from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, answer_key
@@ -95,10 +93,6 @@ def test_tokens_are_drawn_from_the_softmax_that_top_p_leaves(model: PreTrainedMo
     assert stats.chisquare(observed[kept], expected[kept]).pvalue > 0.01
 
 
-def question_set(name: str, *prompts: str) -> QuestionSet:
-    return QuestionSet(name, "harmful", PromptSet(prompts, "prompt", "file", ()))
-
-
 def test_every_answer_has_noise_of_its_own() -> None:
     sets = [question_set("a", "x", "x"), question_set("b", "x", "x")]
     rows = unanswered_rows("m", sets, 3)
@@ -152,13 +146,6 @@ def test_tuning_answers_greedily_and_says_so() -> None:
     with pytest.raises(UserError, match=r"eval\.temperature.*before and after tuning are greedy"):
         require_tune(validate({**config(temperature=0.7), "tune": data}))
     require_tune(validate({**config(), "tune": data}))
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with running_server() as server:
-        yield server
 
 
 def test_a_served_model_is_asked_for_every_sample_with_its_seed(server: Server, tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint_server import CASES, Server, running_server
+from endpoint_server import CASES, Server
 
 from esi_ds.config import EvalRubric, Model, validate
 from esi_ds.config.needs import require_eval
@@ -28,13 +27,6 @@ from esi_ds.tracking import Tracker
 
 MODEL = Model(path="y")
 LIMITS = {"request_timeout": 0.5, "item_timeout": 3.0, "max_attempts": 2, "concurrency": 2, "backoff": 0.01}
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with running_server() as server:
-        yield server
 
 
 def model_at(server: Server, **limits: Any) -> ServedModel:

@@ -12,6 +12,7 @@ from esi_ds import status
 from esi_ds.artifacts import RunFolder
 from esi_ds.config import validate
 from esi_ds.config.yaml import parse_yaml
+from esi_ds.core.trained import Trained
 from esi_ds.errors import UserError
 from esi_ds.report.card import model_card
 from esi_ds.terminal import clean_output, printable
@@ -72,10 +73,21 @@ def test_the_front_matter_of_a_model_card_holds_the_path_and_nothing_else(path: 
         {"run": {"output_dir": "x"}, "model": {"path": path}, "tune": {"mask": "m", "data": {"path": "a|b\nc"}}}
     )
     header = SimpleNamespace(criterion="esi\x1b[2J", order="top", ratio=0.5)
-    mask = SimpleNamespace(fingerprint="f", bits_sha256="b", k=1, total_numel=2, header=header)
-    rows = SimpleNamespace(sha256="s")
-    about = {"fingerprint": "f", "mask": mask, "num_trained": 1, "ranks": 2, "rows": rows, "benign": None}
-    card = model_card(config, config.tune, stage="set", **about, remarks={"remarks": "from step 3 on"})
+    mask = SimpleNamespace(fingerprint="f", bits_sha256="b", k=1, total_numel=2, header=header, shapes={})
+    card = model_card(
+        config,
+        config.tune,
+        stage="set",
+        fingerprint="f",
+        trained=Trained(mask, "selected", "freeze", {}),
+        ranks=2,
+        rows=SimpleNamespace(sha256="s"),
+        benign=None,
+        num_benign=0,
+        dequantised_from=None,
+        rounded_from=None,
+        remarks={"remarks": "from step 3 on"},
+    )
     matter, body = card.removeprefix("---\n").split("\n---\n\n", 1)
     assert parse_yaml(matter) == {"base_model": path, "tags": ["esi_ds", "set"]}
     assert "\x1b" not in card

@@ -12,13 +12,22 @@ import torch
 from builders import byte_bpe_tokenizer, random_classifier, sentencepiece_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from esi_ds.config import Eval, EvalClassifier, EvalGuard, EvalRubric, EvalWords, EvalYesNo, validate
+from esi_ds.config import EvalClassifier, EvalGuard, EvalRubric, EvalWords, EvalYesNo, validate
 from esi_ds.config.judges import Reads
 from esi_ds.config.needs import require_esi
 from esi_ds.data.answers import RecordedAnswer, RecordedAnswers
 from esi_ds.data.chat import break_up, encode_prompt, special_strings
 from esi_ds.data.prompts import PromptSet, QuestionSet
-from esi_ds.data.thoughts import MARKS, NO_THOUGHT, UNFINISHED, final_answer, marks_with, parts, reading, spans_in_text
+from esi_ds.data.thoughts import (
+    MARKS,
+    NO_THOUGHT,
+    UNFINISHED,
+    final_answer,
+    judged_text,
+    marks_with,
+    parts,
+    spans_in_text,
+)
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import SequenceJudge
 from esi_ds.eval.endpoint import Reply
@@ -76,7 +85,7 @@ def test_several_thoughts_stand_where_they_were() -> None:
         ("trace", "a\n\nb"),
         ("both", "a\n\nOne. \n\nb\n\nTwo. Three."),
     ):
-        read = reading(response, parts(response), reads)
+        read = judged_text(response, parts(response), reads)
         assert read is not None and read.text == text
         characters = spans_in_text([(i, i + 1) for i in range(len(response))], read.pieces)
         for piece in read.pieces:
@@ -206,8 +215,9 @@ def test_a_user_s_marks_in_what_models_generate_serve_and_learn(monkeypatch: pyt
     )
     answers = SimpleNamespace(rows={}, key=lambda row: row["index"], add=kept_rows.extend)
     sets = [QuestionSet("s", "harmful", PromptSet(("p",) * len(TEXTS), "p", "f", ()))]
-    run = validate({"run": {"output_dir": "x"}, "model": {"path": "m", "system_prompt": "s"}})
-    answering.answer_all(None, "m", candidate, sets, answers, run, Eval(max_new_tokens=3), None, None)  # type: ignore[arg-type]
+    raw = {"run": {"output_dir": "x"}, "model": {"path": "m", "system_prompt": "s"}}
+    settings = validate({**raw, "eval": {"max_new_tokens": 3, "prompts": {"path": "p"}}})
+    answering.answer_all(None, "m", candidate, sets, answers, settings, None, None)  # type: ignore[arg-type]
     assert all(row["asked"] == {"max_tokens": 3, "system_prompt": "s"} for row in kept_rows)
     assert [row["excluded"] for row in kept_rows] == [None, None, UNFINISHED, None]
     assert all(row["thought_marks"] == OWN for row in kept_rows)

@@ -26,10 +26,11 @@ from transformers import (
 )
 
 from esi_ds.config import validate
+from esi_ds.core.stored import MODEL_DTYPES
 from esi_ds.errors import UserError
 from esi_ds.models import meta
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
-from esi_ds.models.meta import DTYPES, meta_model, meta_parameters
+from esi_ds.models.meta import meta_model, meta_parameters
 from esi_ds.models.roles import describe
 from esi_ds.stages.esi.prepare import prepare_prompts
 
@@ -42,7 +43,7 @@ def test_parameters_known_before_loading_are_those_of_the_loaded_model(tmp_path:
     folder = claim_tied(build_model("llama", tmp_path / "model", byte_bpe_tokenizer()), head)
     source = ModelSource(str(folder))
     config = load_model_config(source)
-    loaded = describe(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]))
+    loaded = describe(AutoModelForCausalLM.from_pretrained(folder, dtype=MODEL_DTYPES[dtype]))
     assert meta_parameters(config, source, dtype=dtype) == loaded
     is_tied = TIED.get(head, dtype == "bf16")  # rounded: differs in fp32 only
     assert ("lm_head.weight" in {p.name for p in loaded if p.scored}) is not is_tied

@@ -183,9 +183,10 @@ def test_an_evaluation_lists_what_is_not_asked(tokenizer: PreTrainedTokenizerFas
     monkeypatch.setattr(
         answering, "generate_all", lambda model, tokenizer, ends, ids, *rest, **named: asked.update(ids)
     )
-    section = SimpleNamespace(max_new_tokens=LENGTH, batch_size=2, samples=1, temperature=0.0, sampling={})
+    section = {"max_new_tokens": LENGTH, "batch_size": 2, "prompts": {"path": "a"}}
+    config = validate({"run": {"output_dir": "x"}, "model": {"path": "a"}, "eval": section})
     sets = [SimpleNamespace(name="set", prompts=prompts, goal=lambda index: None)]
-    answering.answer_all(None, "base", candidate, sets, ledger, CONFIG, section, None, None)
+    answering.answer_all(None, "base", candidate, sets, ledger, config, None, None)
     assert asked == {0: encoded["set", 0]}
     assert [row["index"] for row in rows] == [1, 2] and all(row["response"] is None for row in rows)
     assert "rejects it" in rows[0]["excluded"] and "no room for an answer" in rows[1]["excluded"]

@@ -31,8 +31,8 @@ def judge_scores(
     batch_size: int,
     file: Path,
     tracker: Tracker,
-    save: Callable[[], None] | None = None,
-    description: str = "judge",
+    save: Callable[[], None] | None,
+    description: str,
 ) -> dict[int, float]:
     """J by example index, the same on every rank. Written to ``file`` batch by batch: no response is judged twice.
 

@@ -19,11 +19,9 @@ from esi_ds.judge.guard import Guard, Judgement
 from esi_ds.judge.vocabulary import VocabularyMap
 from esi_ds.models.rows import last_logits
 from esi_ds.stages.esi.prepare import Example
-from esi_ds.stages.esi.score import NOT_FINITE, Objective
+from esi_ds.stages.esi.score import NOT_FINITE, Objective, PassData
 from esi_ds.stages.tune.training import padded
 from esi_ds.zero import runtime
-from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 
 
 class ResponseObjective(Objective[Example]):
@@ -31,19 +29,9 @@ class ResponseObjective(Objective[Example]):
 
     unit = "prompt"
 
-    def __init__(
-        self,
-        config: Config,
-        model: ShardedModel,
-        examples: Sequence[Example],
-        gradients: GradientShards,
-        pad: int,
-        batch_size: int,
-        name: str = "safety",
-    ):
-        self.config, self.model, self.examples, self.gradients, self.pad = config, model, examples, gradients, pad
-        self.batch_size, self.name = batch_size, name
-        self.source = "" if name == "safety" else f" of {name}.prompts"
+    @property
+    def source(self) -> str:
+        return "" if self.name == "safety" else f" of {self.name}.prompts"
 
     def index(self, example: Example) -> int:
         return example.index
@@ -91,20 +79,10 @@ class ResponseObjective(Objective[Example]):
 class SafetyObjective(ResponseObjective):
     """The judge's own gradient, through the response's text (estimators ``soft``, ``gumbel``, ``paper_code``)."""
 
-    def __init__(
-        self,
-        config: Config,
-        model: ShardedModel,
-        guard: Guard,
-        vocabulary: VocabularyMap,
-        examples: Sequence[Example],
-        gradients: GradientShards,
-        pad: int,
-        batch_size: int,
-        name: str = "safety",
-    ):
-        super().__init__(config, model, examples, gradients, pad, min(batch_size, guard.max_batch or batch_size), name)
-        self.guard, self.vocabulary = guard, vocabulary
+    def __init__(self, data: PassData[Example], config: Config, guard: Guard, vocabulary: VocabularyMap):
+        super().__init__(data)
+        self.batch_size = min(data.batch_size, guard.max_batch or data.batch_size)
+        self.config, self.guard, self.vocabulary = config, guard, vocabulary
         self._judgements: dict[int, Judgement] = {}
 
     def admit(self, examples: Sequence[Example]) -> dict[int, str]:
@@ -153,18 +131,8 @@ class ScoreFunctionObjective(ResponseObjective):
     scores: J of every example, by index. Examples whose score is not finite are left out, also of the baseline b.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        model: ShardedModel,
-        scores: Mapping[int, float],
-        examples: Sequence[Example],
-        gradients: GradientShards,
-        pad: int,
-        batch_size: int,
-        name: str = "safety",
-    ):
-        super().__init__(config, model, examples, gradients, pad, batch_size, name)
+    def __init__(self, data: PassData[Example], scores: Mapping[int, float]):
+        super().__init__(data)
         self._scores = scores
         self._advantages = advantages({index: score for index, score in scores.items() if math.isfinite(score)})
 
@@ -188,18 +156,9 @@ class LossObjective(Objective[TokenSequence]):
 
     unit = "row"
 
-    def __init__(
-        self,
-        name: str,
-        model: ShardedModel,
-        examples: Sequence[TokenSequence],
-        gradients: GradientShards,
-        pad: int,
-        batch_size: int,
-    ):
-        self.name, self.source = name, " of control.rows" if name == "control" else f" of data.{name}"
-        self.model, self.examples, self.gradients, self.pad = model, examples, gradients, pad
-        self.batch_size = batch_size
+    @property
+    def source(self) -> str:
+        return " of control.rows" if self.name == "control" else f" of data.{self.name}"
 
     def index(self, example: TokenSequence) -> int:
         return example.row
@@ -244,21 +203,11 @@ class MeanLoss(LossObjective):
 class SquaredRowGradients(LossObjective):
     """F: the mean over rows of the squared gradient of each row's loss, itself a mean over the row's learnt tokens.
 
-    One row per rank and backward pass, whatever ``esi.batch_size`` says: the summed gradient of several rows cannot be
-    taken apart, and its square is not the sum of their squares.
+    Its sums are ``SquaredGradientShards``, of one row per rank and backward pass, whatever ``esi.batch_size`` says: the
+    summed gradient of several rows cannot be taken apart, and its square is not the sum of their squares.
     """
 
     apart = True
-
-    def __init__(
-        self,
-        name: str,
-        model: ShardedModel,
-        examples: Sequence[TokenSequence],
-        gradients: SquaredGradientShards,
-        pad: int,
-    ):
-        super().__init__(name, model, examples, gradients, pad, batch_size=1)
 
     def total(self, losses: Tensor, examples: Sequence[TokenSequence]) -> Tensor:
         (example,) = examples

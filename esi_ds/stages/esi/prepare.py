@@ -39,16 +39,16 @@ from esi_ds.data.thoughts import (
     MARKS,
     NO_THOUGHT,
     UNFINISHED,
+    JudgedText,
     Marks,
     Parts,
     Piece,
-    Reading,
     Span,
+    judged_text,
     mark_strings,
     marks_with,
     opening_mark,
     parts,
-    reading,
     spans_in_text,
 )
 from esi_ds.data.turns import Prompt
@@ -206,17 +206,17 @@ def prepare_prompts(config: Config) -> list[PromptInputs]:
 
     def inputs(name: Literal["safety", "control"], data: PromptData) -> PromptInputs:
         return PromptInputs(
-            model_config,
-            tokenizer,
-            end_tokens(source, tokenizer),
-            judge,
-            data,
-            specials,
-            _benign_prompts(config) if name == "safety" else (),
-            marks_with(config.model.thought_marks),
-            config.judge.reads if config.judge is not None else "answer",
-            config.esi.trace_gradient,
-            name,
+            model_config=model_config,
+            tokenizer=tokenizer,
+            end_ids=end_tokens(source, tokenizer),
+            judge=judge,
+            data=data,
+            specials=specials,
+            benign_prompts=_benign_prompts(config) if name == "safety" else (),
+            marks=marks_with(config.model.thought_marks),
+            reads=config.judge.reads if config.judge is not None else "answer",
+            trace_gradient=config.esi.trace_gradient,
+            name=name,
         )
 
     all_inputs = [inputs("safety", _read_data(config))] if "safety" in config.objectives else []
@@ -301,7 +301,7 @@ def _read_data(config: Config) -> PromptData:
 
 def _matched_data(section: Prompts, rows: Sequence[Row], answered: PromptData) -> PromptData:
     """The prompts of ``data.prompts`` with what a file of responses has of each. rows, answered: of the whole file."""
-    read, path = load_section(section), answered.source["responses"]
+    read, path = load_section(section, "data.prompts"), answered.source["responses"]
     texts, scores, goals = answered.responses or [], answered.scores, answered.goals
     pairs, num_unused = matched_rows(read.prompts, rows, path)
     indices, numbers = [index for index, _ in pairs], [number for _, number in pairs]
@@ -372,7 +372,7 @@ class CleanResponse:
 
     text: str
     parts: Parts
-    read: Reading | None
+    read: JudgedText | None
 
     @property
     def answer(self) -> list[Span] | None:
@@ -398,14 +398,14 @@ def clean_responses(
     return [response for response, _ in cleaned], sum(count for _, count in cleaned)
 
 
-def _clean_response(response: str, found: Parts, inputs: PromptInputs) -> tuple[CleanResponse, int]:
+def _clean_response(response: str, response_parts: Parts, inputs: PromptInputs) -> tuple[CleanResponse, int]:
     specials = inputs.specials
-    if found.answer is None:
+    if response_parts.answer is None:
         text, total = break_up(response, specials)
-        return CleanResponse(text, found, None), total
+        return CleanResponse(text, response_parts, None), total
     marks = mark_strings(specials, inputs.marks)
     outside = [special for special in specials if special not in marks]
-    spans = sorted([(span, False) for span in found.answer] + [(span, True) for span in found.trace])
+    spans = sorted([(span, False) for span in response_parts.answer] + [(span, True) for span in response_parts.trace])
     moved: dict[bool, list[Span]] = {False: [], True: []}
     text, total, position = "", 0, 0
     for (start, end), is_trace in [*spans, ((len(response), len(response)), None)]:
@@ -417,7 +417,7 @@ def _clean_response(response: str, found: Parts, inputs: PromptInputs) -> tuple[
         if is_trace is not None:
             moved[is_trace].append((len(text) - len(part), len(text)))
     clean = Parts(moved[True], moved[False])
-    return CleanResponse(text, clean, reading(text, clean, inputs.reads)), total
+    return CleanResponse(text, clean, judged_text(text, clean, inputs.reads)), total
 
 
 def encode_prompts(inputs: PromptInputs, config: Config, prompts: Sequence[Prompt]) -> list[list[int] | str]:
@@ -447,7 +447,7 @@ def encode_examples(
         if response.read is None and (judge is not None or not inputs.trace_gradient):
             excluded[index] = UNFINISHED
             continue
-        read = response.read or Reading(response.text, [Piece(0, len(response.text), 0, False)])
+        read = response.read or JudgedText(response.text, [Piece(0, len(response.text), 0, False)])
         # The model's tokens outside of these pieces have no characters in what is judged, and no part in its gradient.
         pieces = read.pieces if inputs.trace_gradient else [piece for piece in read.pieces if not piece.is_trace]
         if not any(response.text[piece.start : piece.end].strip() for piece in pieces) or not encoded.ids:
@@ -471,10 +471,10 @@ def encode_examples(
     return examples, excluded
 
 
-def _outside_answer(spans: Sequence[Span], found: Parts) -> list[int]:
+def _outside_answer(spans: Sequence[Span], response_parts: Parts) -> list[int]:
     """Which tokens, by their spans in the response, lie outside of its answer; none where nothing else is there."""
-    answer = found.answer or []
-    if not found.trace:
+    answer = response_parts.answer or []
+    if not response_parts.trace:
         return []
     starts = [start for start, _ in answer]
     outside = []

@@ -52,7 +52,7 @@ class PassState:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> PassState:
-        """Of what ``to_json`` has made. Raises ValueError for anything else."""
+        """Parse what ``to_json`` returned. Raises ValueError for anything else."""
         scores = check_type(stored.get("scores"), list[list[Any]])
         excluded = check_type(stored.get("excluded"), list[list[Any]])
         return cls(
@@ -80,23 +80,37 @@ class StepTotals(NamedTuple):
     tokens: float
 
 
+@dataclass(frozen=True)
+class PassData(Generic[Item]):
+    """What every objective's pass is over. name: of its checkpoints. gradients: the sums that its gradient is added to.
+    pad: the padding token. batch_size: examples per rank and micro-batch."""
+
+    name: str
+    model: ShardedModel
+    examples: Sequence[Item]
+    gradients: GradientShards
+    pad: int
+    batch_size: int
+
+
 class Objective(ABC, Generic[Item]):
     """Examples, the scalar of each that is differentiated, and the sums that its gradient is added to.
 
-    name: of its checkpoints. unit: what one example is called. source: where the examples come from, for messages.
-    batch_size: examples per rank and micro-batch. pad: the padding token. apart: whether the gradients of different
-    ranks must stay separate until they are received (``ShardedModel.readers``). Every rank makes the same calls in the
-    same order.
+    unit: what one example is called. apart: whether the gradients of different ranks must stay separate until they are
+    received (``ShardedModel.readers``). Every rank makes the same calls in the same order.
     """
 
-    name: str
     unit: str
-    source: str = ""
-    examples: Sequence[Item]
-    batch_size: int
-    pad: int
     apart: bool = False
-    gradients: GradientShards
+
+    def __init__(self, data: PassData[Item]):
+        self.name, self.model, self.examples = data.name, data.model, data.examples
+        self.gradients, self.pad, self.batch_size = data.gradients, data.pad, data.batch_size
+
+    @property
+    def source(self) -> str:
+        """Where the examples come from, for messages; "" where that is plain."""
+        return ""
 
     @abstractmethod
     def index(self, example: Item) -> int:

@@ -43,7 +43,7 @@ from esi_ds.stages.esi.prepare import (
     encode_examples,
     encode_prompts,
 )
-from esi_ds.stages.esi.score import Objective, PassState, ScoringPass
+from esi_ds.stages.esi.score import Objective, PassData, PassState, ScoringPass
 from esi_ds.stages.esi.served import ask_endpoint, check_reachable
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.respond import respond, write_responses
@@ -208,12 +208,12 @@ class EsiRun(StageRun[EsiInputs]):
         learnt = max(len(example.ids) for example in examples) - min(len(example.prompt_ids) for example in examples)
         longest, name = max(len(example.ids) for example in examples), inputs.name
         batch_size = self._scoring_batch(name, model, longest, learnt, guard)
+        data = PassData(name, model, examples, gradients, pad=pad, batch_size=batch_size)
         if config.esi.estimator == "score_function":
-            scores = self._response_scores(guard, inputs, examples, batch_size)
-            return ScoreFunctionObjective(config, model, scores, examples, gradients, pad, batch_size, name)
+            return ScoreFunctionObjective(data, self._response_scores(guard, inputs, examples, batch_size))
         assert guard is not None  # require_esi: only score_function does without a judge
         vocabulary = VocabularyMap(inputs.tokenizer, guard.tokenizer, model.num_logits)
-        return SafetyObjective(config, model, guard, vocabulary, examples, gradients, pad, batch_size, name)
+        return SafetyObjective(data, config, guard, vocabulary)
 
     def _response_scores(
         self, guard: Guard | None, inputs: PromptInputs, examples: Sequence[Example], batch_size: int
@@ -234,16 +234,12 @@ class EsiRun(StageRun[EsiInputs]):
         self.tracker.log(f"{loss.describe()}; {len(rows.skipped)} skipped, {rows.num_cut} cut{rows.note}")
         for number, reason in rows.skipped[:5]:
             self.tracker.log(f"skipped row {number} of {loss.field}: {reason}")
-        objective: LossObjective
-        if loss.name == "benign":
-            objective = SquaredRowGradients(
-                loss.name, model, rows.sequences, SquaredGradientShards(model, device), loss.pad
-            )
-        else:
-            gradients = GradientShards(model, device)
-            longest = max(len(sequence.ids) for sequence in rows.sequences)
-            batch_size = self._scoring_batch(loss.name, model, longest, longest)
-            objective = MeanLoss(loss.name, model, rows.sequences, gradients, loss.pad, batch_size)
+        squared = loss.name == "benign"
+        gradients = (SquaredGradientShards if squared else GradientShards)(model, device)
+        longest = max(len(sequence.ids) for sequence in rows.sequences)
+        batch_size = 1 if squared else self._scoring_batch(loss.name, model, longest, longest)
+        data = PassData(loss.name, model, rows.sequences, gradients, pad=loss.pad, batch_size=batch_size)
+        objective: LossObjective = (SquaredRowGradients if squared else MeanLoss)(data)
         state = self._run_pass(model, objective)
         used = [sequence for sequence in rows.sequences if sequence.row not in state.excluded]
         if not used:

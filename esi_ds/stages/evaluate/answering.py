@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from esi_ds.config import Config, Eval
+from esi_ds.config import Config
+from esi_ds.config.needs import require_eval
 from esi_ds.data.answers import MISSING, RecordedAnswer
 from esi_ds.data.asked import Asked, changes_the_prompt
 from esi_ds.data.chat import answerable
@@ -84,10 +85,7 @@ def add_recorded(
     samples: int = 1,
 ) -> None:
     """Add the rows of ``unanswered_rows`` with the answers that the model's file has; the log lists prompts that lack
-    some.
-
-    No collectives.
-    """
+    some. No collectives."""
     recorded, no_answer = model.recorded, RecordedAnswer(None, MISSING)
     rows = unanswered_rows(model.name, sets, samples)
     missing: dict[str, dict[int, int]] = {}  # set → index → answers that are missing
@@ -139,9 +137,8 @@ def fill_row(row: AnswerRow, response: str, candidate: Candidate, prompt: Sequen
     answer = final_answer(response, opening, marks_of(row))
     if answer is None:
         row["excluded"] = UNFINISHED
-    elif answer != final_answer(
-        response, None, marks_of(row)
-    ):  # it speaks of marks: who reads it later needs the first
+    elif answer != final_answer(response, None, marks_of(row)):
+        # It speaks of marks: who reads it later needs the first.
         row["response"] = f"{opening}{response}"
 
 
@@ -152,15 +149,14 @@ def answer_all(
     sets: Sequence[QuestionSet],
     answers: Ledger[AnswerRow],
     config: Config,
-    section: Eval,
     batch: GenerationBatch,
     tracker: Tracker,
 ) -> None:
     """Add a row for every prompt that ``answers`` lacks, under ``name``; excluded are the unanswerable and unfinished.
 
-    section: ``eval`` of the config. Data-parallel over ranks. Collectives: those of generation, and one gather of texts
-    per batch. Raises Interrupted.
+    Data-parallel over ranks. Collectives: those of generation, and one gather of texts per batch. Raises Interrupted.
     """
+    section = require_eval(config)
     limit, length = candidate.max_positions, section.max_new_tokens
     waiting: list[AnswerRow] = []
     prompt_ids, reasons = answerable(candidate.prompt_ids, length, limit)
@@ -209,17 +205,16 @@ def surprise_all(
     answers: Ledger[AnswerRow],
     surprises: Ledger[SurpriseRow],
     config: Config,
-    section: Eval,
     tracker: Tracker,
     recorded: Collection[str] = (),
 ) -> None:
     """Add how surprised the reference model is by every answer that ``surprises`` lacks.
 
-    Only if the whole model fits on a rank and is causal; else incoherence is judged by form alone. section: ``eval`` of
-    the config; without its ``coherence`` nothing is done. recorded: names of models whose answers are left out.
-    Collectives: those of ``zero.batching``, a gather of the model, and a gather of numbers per batch. Raises
-    Interrupted.
+    Only if the whole model fits on a rank and is causal; else incoherence is judged by form alone. Without
+    ``eval.coherence`` nothing is done. recorded: names of models whose answers are left out. Collectives: those of
+    ``zero.batching``, a gather of the model, and a gather of numbers per batch. Raises Interrupted.
     """
+    section = require_eval(config)
     waiting = to_read_again(answers, surprises, recorded) if section.coherence else []
     if not waiting:
         return

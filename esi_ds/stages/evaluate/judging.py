@@ -79,8 +79,8 @@ def judge_all(
         tracker.log(f"judge {judge.name}: {counted(len(questions), 'answer')}")
         if isinstance(judge, PreparedWords):
             reads = judge.section.reads
-            given = [judge_by_words([q.response], judge.words, reads, marks_of(q.row))[0] for q in questions]
-            verdicts.add(_verdict_row(judge, *pair) for pair in zip(questions, given, strict=True))
+            new_verdicts = [judge_by_words([q.response], judge.words, reads, marks_of(q.row))[0] for q in questions]
+            verdicts.add(_verdict_row(judge, *pair) for pair in zip(questions, new_verdicts, strict=True))
         elif isinstance(judge, PreparedEndpoint):
             VerdictRounds(judge, verdicts, tracker).ask(questions)
             tracker.log(f"judge {judge.name} used {_usage(judge, verdicts)}")
@@ -238,10 +238,11 @@ def _ask_model(
             mine = batches[start + rank] if start + rank < len(batches) else []
             # A rank without a batch takes part all the same: a sharded judge is gathered by all ranks together.
             with torch.no_grad():
-                given = reader.judge([pairs[number] for number in mine or batches[0]])
+                new_verdicts = reader.judge([pairs[number] for number in mine or batches[0]])
             weights.release()
             verdicts.share(
-                _verdict_row(judge, questions[number], verdict) for number, verdict in zip(mine, given, strict=False)
+                _verdict_row(judge, questions[number], verdict)
+                for number, verdict in zip(mine, new_verdicts, strict=False)
             )
             judged = [questions[number] for batch in batches[start : start + ranks] for number in batch]
             _running_rates(judge, judged, verdicts, tracker)

@@ -43,7 +43,7 @@ class EvalLedgers:
     def open(cls, folder: Path, has_divergences: bool = False) -> EvalLedgers:
         """The ledgers of a run folder, empty or as an earlier process left them. A broadcast for each.
 
-        Who deletes answers, to have them given again, deletes what was said of them: that goes, too.
+        Rows about deleted answers are dropped, so that they are computed again.
         """
         answers = Ledger(folder / ANSWERS, ANSWER_KEY, AnswerRow)
         surprises = Ledger(folder / SURPRISES, ANSWER_KEY, SurpriseRow)

@@ -304,15 +304,15 @@ def _candidate(
     plain = without_values(tokenizer, section.template_kwargs, day_of(section))
     unread = tuple(unread_values(plain.chat_template, section.template_kwargs))
     return Candidate(
-        name,
-        source,
-        before,
-        model_config,
-        tokenizer,
-        end_tokens(source, tokenizer),
-        prompt_ids,
-        unread,
-        section.thought_marks,
+        name=name,
+        source=source,
+        before=before,
+        config=model_config,
+        tokenizer=tokenizer,
+        end_ids=end_tokens(source, tokenizer),
+        prompt_ids=prompt_ids,
+        unread=unread,
+        thought_marks=section.thought_marks,
     )
 
 

@@ -125,10 +125,10 @@ class EvalRun(StageRun[EvalInputs]):
         longest = longest_prompt(candidate.prompt_ids.values(), candidate.max_positions)
         batch = self.generation_batch(section, longest, f"generation, {candidate.name}")
         with self.phase("answering"):
-            answer_all(model, candidate.name, candidate, sets, answers, self.config, section, batch, self.tracker)
+            answer_all(model, candidate.name, candidate, sets, answers, self.config, batch, self.tracker)
         if is_base:
             with self.phase("reading answers again"):
-                surprise_all(model, candidate, answers, surprises, self.config, section, self.tracker, recorded)
+                surprise_all(model, candidate, answers, surprises, self.config, self.tracker, recorded)
             if (divergences := ledgers.divergences) is not None:
                 with self.phase("comparing with the base"):
                     compare_all(

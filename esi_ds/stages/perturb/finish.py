@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from esi_ds.eval.tables import Measure
 from esi_ds.report.contents import CurveRow, PerturbationReport
 from esi_ds.report.perturbation import closing_table, publish
+from esi_ds.report.sentences import mask_bits
 from esi_ds.stages.evaluate.finish import facts, measures_of, rate_tables
 from esi_ds.stages.evaluate.ledgers import Outcome
 from esi_ds.stages.perturb.prepare import CLEAN, NoiseCell, PerturbInputs
@@ -55,7 +56,7 @@ def finish_perturb(run: StageRun[PerturbInputs], outcome: Outcome, restored: Res
         "facts": {
             **facts(run, inputs.eval.section),
             "fingerprint": run.fingerprint,
-            **({"mask bits": f"sha256 {line}"} if (line := inputs.mask.bits_sha256) else {}),
+            **mask_bits(inputs.mask),
             "mask made from these weights": run.notes["mask_made_from_these_weights"],
             "weights' digest before and after every cell": restored.digest,
         },

@@ -61,10 +61,10 @@ class PerturbRun(StageRun[PerturbInputs]):
         # With or without noise, the same prompts in the same batches.
         batch = self.generation_batch(section, longest_prompt(candidate.prompt_ids.values(), candidate.max_positions))
         with self.phase("answering"):
-            answer_all(model, CLEAN, candidate, sets, ledgers.answers, config, section, batch, tracker)
+            answer_all(model, CLEAN, candidate, sets, ledgers.answers, config, batch, tracker)
             restored = self._answer_cells(model, ledgers.answers, batch)
         with self.phase("reading answers again"):
-            surprise_all(model, candidate, ledgers.answers, ledgers.surprises, config, section, tracker)
+            surprise_all(model, candidate, ledgers.answers, ledgers.surprises, config, tracker)
         model.close()
         with self.phase("judging"):
             outcome = ledgers.judge(inputs.names, inputs.eval, config, self.deepspeed_config, tracker)
@@ -106,7 +106,7 @@ class PerturbRun(StageRun[PerturbInputs]):
                 continue
             tracker.log(f"cell {number} of {len(inputs.cells)}: {cell.name}, {counted(counts[cell.name], 'weight')}")
             with perturbed(model, selected, sigma, cell.noise, cell.seed):
-                answer_all(model, cell.name, inputs.candidate, sets, answers, self.config, section, batch, tracker)
+                answer_all(model, cell.name, inputs.candidate, sets, answers, self.config, batch, tracker)
             if weights_digest(model) != digest:
                 raise RuntimeError(f"the weights are not what they were before {cell.name}")
             checked.add([{"cell": cell.name, "restored": True}])

@@ -54,7 +54,7 @@ def generation_rows(
     ranks: int,
     settings: Mapping[str, Any],
     gpu: float,
-    beside: float = 0.0,
+    beside: float,
 ) -> Rows:
     """Prompts that a rank would answer at a time. Prompts are taken to be as long as answers.
 

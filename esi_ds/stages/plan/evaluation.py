@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -35,30 +36,51 @@ def plan_eval(config: Config, options: Options) -> None:
     Raises UserError for whatever is wrong. What does not exist yet, or cannot be reached, is noted, and the plan does
     without it: answers and verdicts are counted only where everything is there.
     """
-    section = require_eval(config)
-    notes: list[str] = []
-    sources = {source.field: source for source in models_and_judges(config)}
-    configs = {field: configuration(source, notes) for field, source in sources.items()}
-    counts = count_sets(section, notes)
-    notes += missing_tools(section)
-    if not notes:
+    section, found = require_eval(config), survey(config)
+    if not found.notes:
         print_eval_plan(config, options, prepare_eval(config))
         return
     facts: Facts = {"ranks": options.world_size or 1}
     for name, field in _fields(section).items():
-        model_config = configs.get(field)
-        if field not in sources:
+        model_config = found.configs.get(field)
+        if field not in found.sources:
             facts[f"model {name}"] = "answers from elsewhere"
         elif model_config is None:
             facts[f"model {name}"] = "not known"
         else:
-            facts[f"model {name}"] = describe_model(config, options, model_config, sources[field], None)
-    facts |= describe_sets(counts)
+            facts[f"model {name}"] = describe_model(config, options, model_config, found.sources[field], None)
+    facts |= describe_sets(found.counts)
     facts["judges"] = ", ".join(map(label, section.judges)) or "words"
     facts["tasks"] = ", ".join(task.name for task in section.tasks) or "none"
     print(resolved_yaml(config))
     print_facts(facts)
-    print_notes([*notes, *dequantised(source for field, source in sources.items() if configs[field] is not None)])
+    found.print_notes()
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What an evaluation would load and ask, by field of the config or by name; None for what is not there, of which
+    there is a note."""
+
+    sources: dict[str, ModelSource]
+    configs: dict[str, PretrainedConfig | None]  # of the models and judges
+    counts: dict[str, int | None]  # prompts of each set
+    notes: list[str]
+
+    def print_notes(self) -> None:
+        """The notes, and which models would be dequantised."""
+        present = (source for field, source in self.sources.items() if self.configs[field] is not None)
+        print_notes([*self.notes, *dequantised(present)])
+
+
+def survey(config: Config) -> Survey:
+    """Look for everything that an evaluation needs. Raises UserError for what is wrong."""
+    section, notes = require_eval(config), list[str]()
+    sources = {source.field: source for source in _models_and_judges(config)}
+    configs = {field: _configuration(source, notes) for field, source in sources.items()}
+    counts = _count_sets(section, notes)
+    notes += _missing_tools(section)
+    return Survey(sources, configs, counts, notes)
 
 
 def _fields(section: Eval) -> dict[str, str]:
@@ -67,7 +89,7 @@ def _fields(section: Eval) -> dict[str, str]:
     return {BASE: "model.path", **others}
 
 
-def models_and_judges(config: Config) -> Iterator[ModelSource]:
+def _models_and_judges(config: Config) -> Iterator[ModelSource]:
     """Everything whose files an evaluation loads."""
     section = require_eval(config)
     yield ModelSource.of(config.model)
@@ -79,7 +101,7 @@ def models_and_judges(config: Config) -> Iterator[ModelSource]:
             yield ModelSource.of(judge, f"eval.judges.{number}")
 
 
-def configuration(source: ModelSource, notes: list[str]) -> PretrainedConfig | None:
+def _configuration(source: ModelSource, notes: list[str]) -> PretrainedConfig | None:
     """Of a model, which may lack weights and tokenizer; None, and a note, where it is not there."""
     field, path = source.field, source.path
     if Path(path).is_dir():
@@ -91,7 +113,7 @@ def configuration(source: ModelSource, notes: list[str]) -> PretrainedConfig | N
     return read_if_reachable(path, field, lambda: load_model_config(source), notes)
 
 
-def missing_tools(section: Eval) -> Iterator[str]:
+def _missing_tools(section: Eval) -> Iterator[str]:
     """What this machine lacks of what the section needs: a server that a rubric judge is asked at, lm-eval for tasks.
 
     A pipeline's evaluation comes last, hours after a dry run could have said so. Raises UserError for a server's URL
@@ -113,7 +135,7 @@ def missing_tools(section: Eval) -> Iterator[str]:
             yield str(error)
 
 
-def count_sets(section: Eval, notes: list[str]) -> dict[str, int | None]:
+def _count_sets(section: Eval, notes: list[str]) -> dict[str, int | None]:
     """How many prompts each set has; None, and a note, where it is not there."""
     counts: dict[str, int | None] = {}
     kinds: tuple[tuple[str, Kind, list[Prompts]], ...] = (
@@ -127,7 +149,7 @@ def count_sets(section: Eval, notes: list[str]) -> dict[str, int | None]:
 
 
 def describe_sets(counts: dict[str, int | None]) -> Facts:
-    """``count_sets`` in words."""
+    """Numbers of prompts by set, in words."""
     return {name: "not known" if count is None else counted(count, "prompt") for name, count in counts.items()}
 
 

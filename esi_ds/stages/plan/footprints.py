@@ -40,15 +40,15 @@ AUTOEP_MODEL_TYPES = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What a plan needs to know besides the hardware.
 
     trained: stage → parameter name → weights that get a gradient (ESI: those scored). weight: bytes per weight.
     tokens: per rank and micro-batch. top_k: experts per token. hidden: width of a token. compact: whether SET reduces
-    by one all-reduce per step. num_sums: of gradients, in ESI, and of scores beside
-    them. accumulation: micro-batches per step. recompute: whether activations are recomputed. sums_on_host: whether
-    ESI's gradient sums lie there. judge: bytes of ESI's judge on a rank.
+    by one all-reduce per step. num_sums: of gradients, in ESI, and of scores beside them. accumulation: micro-batches
+    per step. recompute: whether activations are recomputed. sums_on_host: whether ESI's gradient sums lie there. judge:
+    bytes of ESI's judge on a rank.
     """
 
     parameters: tuple[Parameter, ...]

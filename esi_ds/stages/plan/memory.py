@@ -107,18 +107,18 @@ def describe_work(
     else:
         tokens, accumulation = tune.batch_size * tune.max_length, tune.gradient_accumulation
     return Work(
-        parameters,
-        trained,
-        WEIGHT_BYTES[config.model.dtype],
-        tokens,
-        experts_per_token(text),
-        text.hidden_size,
-        is_compact(config, sum(trained["set"].values())),
-        num_held(config.select.criteria, config.select.contrastive, config.control is not None),
-        accumulation,
-        config.model.gradient_checkpointing,
-        config.esi.accumulator_device == "cpu",
-        _judge_bytes(config, ranks),
+        parameters=parameters,
+        trained=trained,
+        weight=WEIGHT_BYTES[config.model.dtype],
+        tokens=tokens,
+        top_k=experts_per_token(text),
+        hidden=text.hidden_size,
+        compact=is_compact(config, sum(trained["set"].values())),
+        num_sums=num_held(config.select.criteria, config.select.contrastive, config.control is not None),
+        accumulation=accumulation,
+        recompute=config.model.gradient_checkpointing,
+        sums_on_host=config.esi.accumulator_device == "cpu",
+        judge=_judge_bytes(config, ranks),
     )
 
 

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from esi_ds.config import Config, Perturb, label, resolved_yaml
 from esi_ds.config.needs import require_eval
 from esi_ds.core.mask import Mask
-from esi_ds.models.folder import dequantised
+from esi_ds.models.folder import ModelSource
 from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.report.contents import Facts
@@ -21,15 +21,8 @@ from esi_ds.stages.perturb.prepare import (
     open_mask,
     prepare_perturb,
 )
-from esi_ds.stages.plan.evaluation import (
-    configuration,
-    count_sets,
-    describe_model,
-    describe_sets,
-    missing_tools,
-    models_and_judges,
-)
-from esi_ds.stages.plan.stages import print_facts, print_notes
+from esi_ds.stages.plan.evaluation import describe_model, describe_sets, survey
+from esi_ds.stages.plan.stages import print_facts
 
 
 def plan_perturb(config: Config, options: Options) -> None:
@@ -38,27 +31,23 @@ def plan_perturb(config: Config, options: Options) -> None:
     Raises UserError for whatever is wrong. What does not exist yet, or cannot be reached, is noted, and the plan does
     without it.
     """
-    section, notes = check_sections(config), list[str]()
-    asked = require_eval(config)
-    sources = {source.field: source for source in models_and_judges(config)}
-    configs = {field: configuration(source, notes) for field, source in sources.items()}
-    counts = count_sets(asked, notes)
-    notes += missing_tools(asked)
+    section, found = check_sections(config), survey(config)
+    model_config = found.configs["model.path"]
     for key, path in (("mask", section.mask), ("scores", section.scores)):
         if path is not None and not Path(path).exists():
-            notes.append(f"perturb.{key} = {path}: does not exist")
-    inputs = None if notes else prepare_perturb(config)
-    mask = inputs.mask if inputs else _mask(config, section, configs["model.path"])
+            found.notes.append(f"perturb.{key} = {path}: does not exist")
+    inputs = None if found.notes else prepare_perturb(config)
+    mask = inputs.mask if inputs else _mask(config, section, model_config)
     print(resolved_yaml(config))
-    print_facts(_facts(config, options, configs["model.path"], counts, mask, inputs))
-    print_notes([*notes, *dequantised(source for field, source in sources.items() if configs[field] is not None)])
+    print_facts(_facts(config, options, model_config, found.counts, mask, inputs))
+    found.print_notes()
 
 
 def _mask(config: Config, section: Perturb, model_config: PretrainedConfig | None) -> Mask | None:
     """The mask; None where it or the model that it belongs to is not there. Raises UserError."""
     if model_config is None or not Path(section.mask).exists():
         return None
-    source = next(iter(models_and_judges(config)))
+    source = ModelSource.of(config.model)
     return open_mask(section, meta_parameters(model_config, source, config.model.roles, config.model.dtype))
 
 
@@ -71,7 +60,7 @@ def _facts(
     inputs: PerturbInputs | None,
 ) -> Facts:
     """The plan. mask, inputs: None where something is not there; skipped prompts are then counted as asked."""
-    asked, source = require_eval(config), next(iter(models_and_judges(config)))
+    asked, source = require_eval(config), ModelSource.of(config.model)
     ratio = mask.header.ratio if mask else config.select.ratio  # any would do: the cells are counted only
     cells = noise_cells(check_sections(config), ratio)
     scores = "not known"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from esi_ds.artifacts import file_sha256
+from esi_ds.artifacts import content_of_file
 from esi_ds.journal import NOTHING, check_file, write_record
 from esi_ds.models.roles import layer_of
 from esi_ds.report.contents import DriftRow
@@ -44,7 +44,7 @@ def measure_before(run: StageRun[TuningInputs], model: ShardedModel) -> None:
         temporary = file.with_suffix(".tmp")
         tensors = {f"{name}/{router}": chosen for name, choices in sets.items() for router, chosen in choices.items()}
         save_tensors(tensors, temporary)
-        write_record(file, NOTHING, {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)})
+        write_record(file, NOTHING, content_of_file(temporary))
         temporary.replace(file)
 
 

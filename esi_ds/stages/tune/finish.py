@@ -9,7 +9,7 @@ from esi_ds.data.thoughts import marks_with
 from esi_ds.patch import PatchSummary
 from esi_ds.report.card import METHODS
 from esi_ds.report.contents import ChangedTensor, DriftRow, Facts, TunedAnswerRow, TuningReport
-from esi_ds.report.sentences import routers_fate
+from esi_ds.report.sentences import mask_bits, routers_fate
 from esi_ds.report.tuning import closing_table, publish, refusal_rows, samples
 from esi_ds.stages.run import StageRun
 from esi_ds.stages.tune.prepare import TuningInputs
@@ -69,7 +69,7 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         **run.remarks,
         "fingerprint": run.fingerprint,
         "mask": tune.mask,
-        **({"mask bits": f"sha256 {line}"} if (line := inputs.mask.bits_sha256) else {}),
+        **mask_bits(inputs.mask),
         "mask fingerprint": inputs.mask.fingerprint,
         "mask made from these weights": run.notes["mask_made_from_these_weights"],
         "mask criterion": inputs.mask.header.criterion,

@@ -38,7 +38,7 @@ from esi_ds.patch import check_names
 TRAIN = {"set": "selected", "spa": "complement"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TuningInputs:
     """Everything one run of SET or SPA reads, but for the weights."""
 
@@ -85,20 +85,20 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
     questions = _questions(sets)
     question_ids, unanswered = _encode_questions(config, questions, tokenizer, max_positions(model_config))
     return TuningInputs(
-        stage,
-        tune,
-        config.eval,
-        model_config,
-        tokenizer,
-        end_tokens(source, tokenizer),
-        mask,
-        trained,
-        rows,
-        benign,
-        questions,
-        question_ids,
-        unanswered,
-        data_facts,
+        stage=stage,
+        tune=tune,
+        eval=config.eval,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        end_ids=end_tokens(source, tokenizer),
+        mask=mask,
+        trained=trained,
+        rows=rows,
+        benign=benign,
+        questions=questions,
+        question_ids=question_ids,
+        unanswered=unanswered,
+        source=data_facts,
     )
 
 

@@ -24,7 +24,6 @@ from esi_ds.models.folder import ModelSource, checkpoint_folder, max_positions, 
 from esi_ds.models.rows import alike_up_to
 from esi_ds.report.card import model_card
 from esi_ds.report.contents import TunedAnswerRow
-from esi_ds.report.sentences import routers_fate
 from esi_ds.stages.batch_sizes import longest_prompt
 from esi_ds.stages.respond import GeneratedRow, by_index, generate_all, keep_in
 from esi_ds.stages.run import CHECKPOINTS, StageRun, check_mask_bits
@@ -237,16 +236,13 @@ class TuneRun(StageRun[TuningInputs]):
             tune,
             stage=inputs.stage,
             fingerprint=self.fingerprint,
-            mask=inputs.mask,
-            num_trained=inputs.trained.total,
+            trained=inputs.trained,
             ranks=runtime.world_size(),
             rows=inputs.rows,
             benign=inputs.benign,
             num_benign=training.num_benign,
             dequantised_from=None if quantisation is None else str(quantisation),
             rounded_from=self.rounded_from,
-            routers=routers_fate(inputs.trained),
-            has_towers=bool(inputs.trained.towers),
             remarks=self.remarks,
         )
         section = self.config.model
