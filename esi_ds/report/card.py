@@ -62,6 +62,7 @@ def model_card(
         "steps": tune.max_steps,
         "rows": f"{tune.data.path}, sha256 {rows.sha256}",
         **({"rows written": line} if (line := tune.data.how_written) else {}),
+        **({"special tokens broken up in rows": line} if (line := rows.broken_up) else {}),
         "batch": _batch(tune, ranks),
         "AdamW": f"lr {tune.lr}, {tune.scheduler}, warm-up {tune.warmup_ratio}, betas {tune.betas}, eps {tune.eps}, "
         f"weight decay {tune.weight_decay}, clipping {tune.clip}; fp32 masters",
@@ -73,6 +74,8 @@ def model_card(
         facts["benign rows"] = f"{mix.path}, {read}, sha256 {benign.sha256}"
         if mix.how_written:
             facts["benign rows written"] = mix.how_written
+        if benign.broken_up:
+            facts["special tokens broken up in benign rows"] = benign.broken_up
     facts |= remarks or {}
     table = "\n".join(f"| {key} | {_cell(str(value))} |" for key, value in facts.items())
     base = {} if os.path.isdir(config.model.path) else {"base_model": config.model.path}  # the hub takes ids only

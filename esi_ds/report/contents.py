@@ -101,8 +101,9 @@ class ScoreHistogram(TypedDict):
 
 class SelectionFacts(TypedDict):
     """How the mask was chosen. Criteria with losses add "<name> rows from", "<name> rows used" and "<name> rows
-    skipped" for each of them: labels of the report's table. So does a control of rows, as ``control``; one of prompts
-    adds "control prompts from", "control prompts used" and "control prompts skipped"."""
+    skipped" for each of them, and "special tokens broken up in <name> rows" where there are some: labels of the
+    report's table. So does a control of rows, as ``control``; one of prompts adds "control prompts from", "control
+    prompts used" and "control prompts skipped"."""
 
     k: int  # weights in the mask
     total_numel: int  # weights of the model

@@ -15,12 +15,14 @@ from esi_ds.cli import main
 from esi_ds.config import validate
 from esi_ds.config.needs import require_tune
 from esi_ds.core.mask import EmptyMask, Mask, digest, pack_bits
+from esi_ds.data.chat import load_tokenizer
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_weights
 from esi_ds.models.folder import ModelSource, load_model_config, rounded_from
 from esi_ds.models.meta import meta_parameters
 from esi_ds.report.card import model_card
 from esi_ds.report.html import render
+from esi_ds.stages.evaluate.prepare import prepare_eval
 from esi_ds.stages.tune.prepare import describe_trained, open_mask, prepare_tuning
 
 MODEL = str(ROOT / "examples/models/llama-aligned")
@@ -57,6 +59,16 @@ def test_what_is_asked_before_and_after_is_among_a_runs_inputs(tmp_path: Path) -
     assert [key for key in asked["one"] if asked["one"][key] != asked["other"][key]] == ["harmful:asked"]
 
 
+def test_special_tokens_in_what_is_asked_are_counted(tmp_path: Path) -> None:
+    """Before and after tuning, and in an evaluation."""
+    special = load_tokenizer(ModelSource(MODEL)).eos_token
+    prompts = [f"How? {special}", f"{special}{special} Why?", "Where?"]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    asked = validate({**config().model_dump(), "eval": {"prompts": {"path": str(tmp_path / "asked.jsonl")}}})
+    expected = f"{special} in 2 prompts"
+    assert prepare_tuning(asked, "spa").broken_up == prepare_eval(asked).candidates[0].broken_up == expected
+
+
 @pytest.mark.parametrize(
     ("stored", "dtype", "lost"),
     [("bf16", "bf16", None), ("fp32", "bf16", "F32"), ("fp16", "bf16", "F16"), ("bf16", "fp32", None)],
@@ -70,7 +82,7 @@ def test_what_is_rounded_is_not_called_the_bases_bits(
     assert rounded_from(section.model) == lost
     tune, model_config = require_tune(section), load_model_config(ModelSource.of(section.model))
     mask = open_mask(section.model, tune, "spa", model_config)
-    rows = type("Rows", (), {"sha256": "0"})
+    rows = type("Rows", (), {"sha256": "0", "broken_up": ""})
     about = {"fingerprint": "f", "mask": mask, "num_trained": 5, "ranks": 1, "rows": rows, "benign": None}
     card = model_card(section, tune, stage="set", **about, rounded_from=lost)
     assert ("the base model’s, rounded to bf16." in card) == (lost is not None) == ("bit for bit" not in card)
@@ -82,7 +94,7 @@ def test_a_card_says_how_many_benign_rows_were_read() -> None:
     section = config(data=data)
     tune, model_config = require_tune(section), load_model_config(ModelSource.of(section.model))
     mask = open_mask(section.model, tune, "spa", model_config)
-    rows = type("Rows", (), {"sha256": "0"})
+    rows = type("Rows", (), {"sha256": "0", "broken_up": ""})
     about = {"fingerprint": "f", "mask": mask, "num_trained": 5, "ranks": 1, "rows": rows}
     card = model_card(section, tune, stage="spa", **about, benign=rows, num_benign=12)
     assert "| benign rows | b, 12 rows read, 0.05 of all, sha256 0 |" in card
@@ -101,7 +113,12 @@ def test_a_card_names_the_mask_and_all_rows_of_a_step(tmp_path: Path) -> None:
         folder = write_mask(tmp_path / str(number), {"a": torch.arange(8) == number})
         (folder / "digests.json").write_text(json.dumps({"a": digest(pack_bits(torch.arange(8) == number))}))
         masks.append(Mask.load(folder))
-    about = {"fingerprint": "f", "num_trained": 1, "rows": type("Rows", (), {"sha256": "0"}), "benign": None}
+    about = {
+        "fingerprint": "f",
+        "num_trained": 1,
+        "rows": type("Rows", (), {"sha256": "0", "broken_up": ""}),
+        "benign": None,
+    }
     tune = require_tune(section)
     one, other = (model_card(section, tune, stage="set", mask=mask, ranks=2, **about) for mask in masks)
     assert "| batch | 4 rows a rank, 1 micro-batch a step, on 2 ranks: 8 rows a step |" in one
@@ -114,7 +131,7 @@ def test_a_card_does_not_say_that_a_mask_was_frozen() -> None:
     section = config()
     tune, model_config = require_tune(section), load_model_config(ModelSource.of(section.model))
     mask = open_mask(section.model, tune, "spa", model_config)
-    rows = type("Rows", (), {"sha256": "0"})
+    rows = type("Rows", (), {"sha256": "0", "broken_up": ""})
     card = model_card(
         section, tune, stage="spa", fingerprint="f", mask=mask, num_trained=5, ranks=1, rows=rows, benign=None
     )

@@ -73,13 +73,15 @@ def test_the_front_matter_of_a_model_card_holds_the_path_and_nothing_else(path: 
     )
     header = SimpleNamespace(criterion="esi\x1b[2J", order="top", ratio=0.5)
     mask = SimpleNamespace(fingerprint="f", bits_sha256="b", k=1, total_numel=2, header=header)
-    rows = SimpleNamespace(sha256="s")
+    rows = SimpleNamespace(sha256="s", broken_up="<|sql|> in 2 rows")
     about = {"fingerprint": "f", "mask": mask, "num_trained": 1, "ranks": 2, "rows": rows, "benign": None}
     card = model_card(config, config.tune, stage="set", **about, remarks={"remarks": "from step 3 on"})
     matter, body = card.removeprefix("---\n").split("\n---\n\n", 1)
     assert parse_yaml(matter) == {"base_model": path, "tags": ["esi_ds", "set"]}
     assert "\x1b" not in card
-    assert {"| rows | a\\|b c, sha256 s |", "| remarks | from step 3 on |"} <= set(body.splitlines())
+    lines = {"| rows | a\\|b c, sha256 s |", "| remarks | from step 3 on |"}
+    lines.add("| special tokens broken up in rows | \\<\\|sql\\|\\> in 2 rows |")
+    assert lines <= set(body.splitlines())
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"kind": "x"}', "[" * 100_000], ids=range(6))

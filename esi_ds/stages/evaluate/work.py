@@ -90,6 +90,8 @@ class EvalRun(StageRun[EvalInputs]):
                 unread = ", ".join(candidate.unread)
                 tracker.remark(f"{unread} of model.template_kwargs: not read by the chat template of {candidate.name}")
         ledgers = EvalLedgers.open(self.folder.path, inputs.section.divergence)
+            if candidate.broken_up:
+                tracker.log(f"prompts of {candidate.name}: special tokens broken up: {candidate.broken_up}")
         for other in inputs.elsewhere:
             if isinstance(other, ServedModel):
                 AnswerRounds(other, ledgers.answers, tracker).ask(inputs.sets, inputs.section.samples)

@@ -157,6 +157,8 @@ class TuneRun(StageRun[TuningInputs]):
         for number, reason in [*inputs.rows.skipped, *(benign.skipped if benign is not None else ())][:5]:
             tracker.log(f"skipped row {number}: {reason}")
         for name, index, reason in inputs.unanswered:
+        if inputs.broken_up:
+            tracker.log(f"prompts: special tokens broken up: {inputs.broken_up}")
             tracker.log(f"{name} prompt {index} is not asked: {reason}")
 
     @cached_property
