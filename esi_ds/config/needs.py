@@ -11,6 +11,10 @@ from esi_ds.core.criteria import GRADIENTS
 from esi_ds.errors import UserError
 from esi_ds.words import counted
 
+_OF_ANSWERS = ("models", "judges", "refusal_words", "tasks")
+# Keys of ``eval`` that ask for what a stage does not do.
+UNREAD_OF_EVAL = {"esi": ("prompts", "divergence", *_OF_ANSWERS), "set": _OF_ANSWERS, "spa": _OF_ANSWERS}
+
 
 def require_esi(config: Config) -> None:
     """Raise UserError where a section that the criterion needs is missing, or where rows would never be read."""
@@ -102,6 +106,14 @@ def require_tune(config: Config) -> Tune:
         problem = "leaves no room for rows of tune.data"
         raise UserError("tune.data.benign.fraction", 1.0, problem, "give a smaller share")
     return config.tune
+
+
+def unread_of_eval(config: Config, stage: str) -> list[str]:
+    """A line that names what ``eval`` asks for and this stage does not do, as one YAML may be of several stages; none
+    where there is nothing."""
+    section, unread = config.eval, UNREAD_OF_EVAL.get(stage, ())
+    names = [f"eval.{key}" for key in unread if section and getattr(section, key) != getattr(Eval(), key)]
+    return [f"{', '.join(names)}: read by launch/eval.py, not by {stage.upper()}"] if names else []
 
 
 def check_mix(tune: Tune, num_ranks: int) -> None:

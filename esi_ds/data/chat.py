@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -18,14 +19,16 @@ from esi_ds.config import Model
 from esi_ds.data.template_values import check_read, set_values
 from esi_ds.data.thoughts import mark_strings, prompt_end
 from esi_ds.data.tokenizer_files import NEEDED, check_pattern_known
-from esi_ds.data.turns import Prompt, with_system
+from esi_ds.data.turns import Prompt, Turn, with_system
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource, reading_model
 from esi_ds.reading import first_line, read_text, reading
+from esi_ds.words import counted
 
 Key = TypeVar("Key", bound=Hashable)
 TURN_MARK = "⟦turn⟧"
 NO_ROOM = "no room for an answer"
+MAX_NAMED = 5  # special tokens that a line of the log names
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,25 @@ def break_up_prompt(prompt: Prompt, specials: Sequence[str]) -> tuple[Prompt, in
         return break_up(prompt, specials)
     pairs = [(turn["role"], *break_up(turn["content"], specials)) for turn in prompt]
     return [{"role": role, "content": text} for role, text, _ in pairs], sum(count for *_, count in pairs)
+
+
+def specials_in(prompt: Prompt, specials: Iterable[str]) -> set[str]:
+    """The special-token strings that a prompt holds, or any turn of a chat in its text or its thought."""
+    turns: Sequence[Turn] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    texts = [text for turn in turns for text in (turn["content"], turn.get("trace", ""))]
+    return {special for special in specials if any(special in text for text in texts)}
+
+
+def broken_up_words(held: Iterable[Collection[str]], unit: str) -> str:
+    """Which special-token strings are broken up, and in how many rows or prompts (``unit``), the most frequent first:
+    "<|sql|> in 12 rows"; "" if none is.
+
+    held: of each row or prompt, what ``specials_in`` returns.
+    """
+    numbers = Counter(special for of_one in held for special in sorted(of_one))
+    named = [f"{special} in {counted(number, unit)}" for special, number in numbers.most_common(MAX_NAMED)]
+    more = len(numbers) - len(named)
+    return ", ".join([*named, *([f"{more} others"] if more else [])])
 
 
 class TemplateRejection(ValueError):

@@ -15,7 +15,15 @@ from transformers import PreTrainedTokenizerBase
 from esi_ds.config.tuning import benign_among
 from esi_ds.core import noise
 from esi_ds.core.loss import IGNORED
-from esi_ds.data.chat import TURN_MARK, TemplateCheck, TemplateRejection, break_up, render
+from esi_ds.data.chat import (
+    TURN_MARK,
+    TemplateCheck,
+    TemplateRejection,
+    break_up,
+    broken_up_words,
+    render,
+    specials_in,
+)
 from esi_ds.data.columns import (
     CHATS,
     ROW_LEARNT,
@@ -70,7 +78,10 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class TuningSet:
-    """The encoded rows; the columns read; (row, reason) of every skipped row; number of rows cut at ``max_length``."""
+    """The encoded rows; the columns read; (row, reason) of every skipped row; number of rows cut at ``max_length``.
+
+    broken_up: of ``broken_up_words``, in the encoded rows.
+    """
 
     sequences: tuple[TokenSequence, ...]
     columns: str
@@ -79,12 +90,14 @@ class TuningSet:
     sha256: str
     unread: tuple[str, ...] = ()
     thoughts: str = ""
+    broken_up: str = ""
 
     @property
     def note(self) -> str:
-        """Columns that no row is read from, and what became of thoughts, for the end of a line of the log; "" if
-        there is nothing to say."""
-        return (f"; columns not read: {', '.join(self.unread)}" if self.unread else "") + self.thoughts
+        """Columns that no row is read from, special tokens that are broken up, and what became of thoughts, for the end
+        of a line of the log; "" if there is nothing to say."""
+        unread = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
+        return unread + (f"; special tokens broken up: {self.broken_up}" if self.broken_up else "") + self.thoughts
 
 
 def find_columns(rows: Sequence[Row], columns: str, field: str) -> tuple[str, ...]:
@@ -388,7 +401,7 @@ def encode_rows(
     learn: Literal["answers", "all"] = "answers",
     end_token: bool = True,
 ) -> TuningSet:
-    """Every usable row, in order. Special-token strings inside the rows are broken up: they are data.
+    """Every usable row, in order. Special-token strings inside the rows are broken up, and counted: they are data.
 
     marks: of thoughts, which are told from the answers where the chat template knows of thoughts. learn, end_token: as
     ``encode`` has them.
@@ -398,6 +411,7 @@ def encode_rows(
     sequences: list[TokenSequence] = []
     skipped: list[tuple[int, str]] = []
     num_cut = 0
+    held: list[set[str]] = []  # special-token strings of each encoded row
     check = TemplateCheck(tokenizer)
     digest = hashlib.sha256()
     thoughts = ThoughtTemplate(tokenizer, marks)
@@ -409,7 +423,8 @@ def encode_rows(
         if isinstance(turns, str):
             skipped.append((number, turns))
             continue
-        turns = with_system([_broken_up(turn, specials) for turn in turns], system_prompt)
+        of_row, turns = specials_in(turns, specials), [_broken_up(turn, specials) for turn in turns]
+        turns = with_system(turns, system_prompt)
         digest.update(json.dumps(turns).encode())
         try:
             check.check_answered([turn["role"] for turn in turns])
@@ -424,10 +439,12 @@ def encode_rows(
             skipped.append((number, f"nothing of the answer is left within {max_length} tokens"))
             continue
         sequences.append(sequence)
+        held.append(of_row)
     used = {column.strip().lower() for column in columns}
     also_read, unread = columns_beside(rows, {*ROW_LEARNT, *used})
     names = ",".join((*columns, *also_read))
-    return TuningSet(tuple(sequences), names, tuple(skipped), num_cut, digest.hexdigest(), unread, thoughts.counts.note)
+    broken_up, note = broken_up_words(held, "row"), thoughts.counts.note
+    return TuningSet(tuple(sequences), names, tuple(skipped), num_cut, digest.hexdigest(), unread, note, broken_up)
 
 
 def _broken_up(turn: Turn, specials: Sequence[str]) -> Turn:

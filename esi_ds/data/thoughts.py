@@ -321,6 +321,13 @@ def mark_strings(specials: Iterable[str], marks: Marks = MARKS) -> frozenset[str
     )
 
 
+def mark_ids(tokenizer: PreTrainedTokenizerBase, marks: Marks = MARKS) -> frozenset[int]:
+    """Ids of the special tokens that marks of thoughts are made of, without those that end or pad a text."""
+    special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    strings = mark_strings(special.values(), marks) - {str(tokenizer.eos_token), str(tokenizer.pad_token)}
+    return frozenset(index for index, content in special.items() if content in strings)
+
+
 def decode_responses(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], marks: Marks = MARKS
 ) -> list[str]:
@@ -328,10 +335,8 @@ def decode_responses(
 
     Without these, a thought could not be told from the answer. End and padding tokens are never kept.
     """
-    special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    kept_strings = mark_strings(special.values(), marks) - {str(tokenizer.eos_token), str(tokenizer.pad_token)}
-    dropped = {index for index, content in special.items() if content not in kept_strings}
-    kept = special.keys() - dropped
+    kept = mark_ids(tokenizer, marks)
+    dropped = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} - kept
     return [
         str(
             tokenizer.decode(

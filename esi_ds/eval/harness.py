@@ -20,8 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.core.batch import Rows, right_pad
 from esi_ds.data.chat import TemplateCheck, TemplateRejection, break_up, special_strings
+from esi_ds.data.thought_rows import ThoughtTemplate
+from esi_ds.data.thoughts import MARKS, Marks, decode_responses, final_answer, mark_ids, opening_in
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.eval.harness_output import results
+from esi_ds.eval.harness_output import Document, DocumentCounts, document_of, results
 from esi_ds.eval.harness_quiet import quiet
 from esi_ds.eval.harness_tasks import PreparedTask
 from esi_ds.eval.task_code import sandboxed
@@ -45,13 +47,14 @@ def run(
     system_prompt: str | None,
     ranks: Ranks,
     should_stop: Callable[[], bool],
+    marks: Marks,
 ) -> list[TaskResult]:
     """See ``tasks.run_tasks``."""
     task_results: list[TaskResult] = []
     if batch_size > 1 and any(ranks.gather(_depends_on_neighbours(model, tokenizer))):
         batch_size = 1
     with quiet(show=ranks.rank == 0), sandboxed():
-        lm = SharedLM(model, tokenizer, end_ids, batch_size, is_chat, system_prompt, ranks, should_stop)
+        lm = SharedLM(model, tokenizer, end_ids, batch_size, is_chat, system_prompt, ranks, should_stop, marks)
         manager = TaskManager(include_defaults=False)  # otherwise lm-eval indexes all its tasks on every call
         for task in prepared:
             lm.begin(task)
@@ -69,7 +72,7 @@ def run(
                 fewshot_random_seed=seed,
             )
             # lm-eval returns None on ranks whose LOCAL_RANK is not 0.
-            task_results += ranks.gather(outcome and results(outcome, task, lm.cut, is_chat))[0]
+            task_results += ranks.gather(outcome and results(outcome, task, lm.counts, is_chat))[0]
     return task_results
 
 
@@ -96,10 +99,10 @@ class SharedLM(HFLM):
     """lm-eval's transformers model, with the documents divided between the ranks.
 
     To lm-eval it is one process: ``rank`` 0 of 1. All requests of a document stay on one rank, where HFLM reads their
-    common beginning once. Rows are data: special-token strings in them are broken up, as in every other prompt.
+    common beginning once. Rows are data: special-token strings in them are broken up, as in every other prompt. Of a
+    reply with thoughts the task is given the answer.
 
-    end_ids: the tokens that end an answer. cut: lm-eval's task → the documents whose prompt loses its beginning, of the
-    task that ``begin`` named.
+    end_ids: the tokens that end an answer. marks: of thoughts. counts: of the task that ``begin`` named.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class SharedLM(HFLM):
         system_prompt: str | None,
         ranks: Ranks,
         should_stop: Callable[[], bool],
+        marks: Marks = MARKS,
     ):
         # A chat template writes the special tokens itself. A softmax in bf16 has three digits: choices would tie.
         super().__init__(
@@ -125,11 +129,13 @@ class SharedLM(HFLM):
         self.ranks, self.should_stop = ranks, should_stop
         self.is_chat, self.system_prompt, self.specials = is_chat, system_prompt, special_strings(tokenizer)
         self.template_check = TemplateCheck(tokenizer)
-        self.cut: dict[str, set[int]] = {}
+        self.marks, self.special_marks = marks, mark_ids(tokenizer, marks)
+        self.would_think = is_chat and ThoughtTemplate(tokenizer, marks).before_answer() != ""
+        self.counts = DocumentCounts()
 
     def begin(self, task: PreparedTask) -> None:
         """Attribute the requests that follow to ``task``."""
-        self.prepared, self.cut = task, {}
+        self.prepared, self.counts = task, DocumentCounts()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """As HFLM's, which however takes out the system's turn (a task's description) where the template rejects it.
@@ -169,6 +175,8 @@ class SharedLM(HFLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         requests = [self._as_data(request) for request in requests]
         self._count_cut(requests, lambda request: (self.max_length + 1, "".join(request.args[:2])))
+        if self.would_think:
+            self.counts.without_thought.update(map(document_of, requests))
         return self._share(super().loglikelihood, requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -183,7 +191,21 @@ class SharedLM(HFLM):
                 problem = f"generates up to {num_new} tokens, but the model takes {self.max_length} with the prompt"
                 raise UserError(self.prepared.field, self.prepared.config.name, problem, "leave the task out")
         self._count_cut(requests, lambda request: (self.max_length - self._num_new_tokens(request), request.args[0]))
-        return self._share(super().generate_until, requests, disable_tqdm)
+        replies = self._share(super().generate_until, requests, disable_tqdm)
+        return [self._answer(request, reply) for request, reply in zip(requests, replies, strict=True)]
+
+    def _answer(self, request: Instance, reply: str) -> str:
+        """The reply outside of its thoughts; "" for one that ends within a thought, which is counted."""
+        answer = final_answer(reply, opening_in(request.args[0], self.marks), self.marks)
+        if answer is None:
+            self.counts.unfinished.add(document_of(request))
+        return answer or ""
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        """As HFLM's, which however drops the marks of thoughts that are special tokens."""
+        if skip_special_tokens and isinstance(tokens, list) and not self.special_marks.isdisjoint(tokens):
+            return decode_responses(self.tokenizer, [tokens], self.marks)[0]
+        return str(super().tok_decode(tokens, skip_special_tokens=skip_special_tokens))
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         """int64 [rows, tokens] from the settings of the task alone, not the model's defaults.
@@ -210,12 +232,12 @@ class SharedLM(HFLM):
             limit, text = read(request)
             # Every token is at least a byte, so a text of few bytes need not be tokenized.
             if len(text.encode()) > limit and len(self.tok_encode(text)) > limit:
-                self.cut.setdefault(request.task_name, set()).add(request.doc_id)
+                self.counts.cut.add(document_of(request))
 
     def _share(self, answer: Answer, requests: list[Instance], disable_tqdm: bool) -> list[Any]:
         """Answers to all requests, on every rank, one slice of documents after another. One gather per slice."""
-        documents: dict[tuple[str, int], int] = {}
-        numbers = [documents.setdefault((request.task_name, request.doc_id), len(documents)) for request in requests]
+        documents: dict[Document, int] = {}
+        numbers = [documents.setdefault(document_of(request), len(documents)) for request in requests]
         stride = SLICE * self.batch_size * self.ranks.size
         answers: dict[int, Any] = {}
         for start in range(0, len(documents), stride):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from lm_eval.api.instance import Instance
 from lm_eval.utils import hash_string
 from scipy import stats
 
@@ -13,29 +15,45 @@ from esi_ds.eval.harness_tasks import PreparedTask
 from esi_ds.eval.statistics import CONFIDENCE, wilson
 from esi_ds.eval.task_result import TaskResult
 
+Document = tuple[str, int]  # lm-eval's task, and the number of one of its documents
 Outcome = Mapping[str, Any]  # what lm-eval's simple_evaluate returns
 Sample = Mapping[str, Any]  # one of its samples: a document with one filter's replies and metrics
 
 
-def results(outcome: Outcome, task: PreparedTask, cut: Mapping[str, set[int]], is_chat: bool) -> list[TaskResult]:
-    """Every metric and filter in the order of the task's definition; a group comes before its members.
+@dataclass(frozen=True)
+class DocumentCounts:
+    """Documents of which there is something to say.
 
-    cut: lm-eval's task → documents whose prompt lost its beginning.
+    cut: the prompt loses its beginning. unfinished: a reply ends within a thought. without_thought: choices are scored
+    where the model would begin to think.
     """
+
+    cut: set[Document] = field(default_factory=set)
+    unfinished: set[Document] = field(default_factory=set)
+    without_thought: set[Document] = field(default_factory=set)
+
+
+def document_of(request: Instance) -> Document:
+    """The document that a request is about."""
+    return str(request.task_name), int(request.doc_id)
+
+
+def results(outcome: Outcome, task: PreparedTask, counts: DocumentCounts, is_chat: bool) -> list[TaskResult]:
+    """Every metric and filter in the order of the task's definition; a group comes before its members."""
     task_results = []
     for name in _outermost_first(outcome["group_subtasks"], list(outcome["samples"])):
         leaves = _leaves(name, outcome["group_subtasks"])
         for key, value in outcome["results"].get(name, {}).items():
             metric, comma, filter_name = key.partition(",")
             if comma and not metric.endswith("_stderr"):
-                task_results.append(_result(outcome, task, cut, is_chat, name, leaves, metric, filter_name, value))
+                task_results.append(_result(outcome, task, counts, is_chat, name, leaves, metric, filter_name, value))
     return task_results
 
 
 def _result(
     outcome: Outcome,
     task: PreparedTask,
-    cut: Mapping[str, set[int]],
+    counts: DocumentCounts,
     is_chat: bool,
     name: str,
     leaves: Sequence[str],
@@ -63,7 +81,9 @@ def _result(
         higher_is_better=outcome["higher_is_better"].get(name, {}).get(metric),
         num_documents=sum(outcome["n-samples"][leaf]["original"] for leaf in leaves),
         num_fewshot=outcome["n-shot"].get(name, 0),
-        num_cut=sum(len(cut.get(leaf, ())) for leaf in leaves),
+        num_cut=_number_in(counts.cut, leaves),
+        num_unfinished=_number_in(counts.unfinished, leaves),
+        num_without_thought=_number_in(counts.without_thought, leaves),
         limit=task.config.limit,
         members=tuple(leaves) if is_group else (),
         version=str(outcome["versions"].get(name)),
@@ -72,6 +92,11 @@ def _result(
         chat_template=is_chat,
         lm_eval=importlib.metadata.version("lm_eval"),
     )
+
+
+def _number_in(documents: Collection[Document], leaves: Sequence[str]) -> int:
+    tasks = set(leaves)  # MMLU has 57
+    return sum(task in tasks for task, _ in documents)
 
 
 def _scores(samples: Sequence[Sample], metric: str, filter_name: str) -> list[Any]:

@@ -111,7 +111,14 @@ class VerdictRow(_PaidVerdict, _Sampled):
     reason: str | None  # why the verdict is missing; None if there is one
 
 
-class TaskSummary(TypedDict):
+class _TaskThoughts(TypedDict, total=False):
+    """Of models that think; earlier runs did not write them, and gave a task thoughts and answer as one."""
+
+    num_unfinished: int  # documents with a reply that ends within a thought, which is no answer
+    num_without_thought: int  # documents whose choices are scored where the model would begin to think
+
+
+class TaskSummary(_TaskThoughts):
     """One metric of one task, without its documents: ``TaskResult`` says what each value means."""
 
     task: str  # lm-eval's name of the task

@@ -34,6 +34,7 @@ from esi_ds.eval.rows import (
     MetricValue,
     PairedScoresRow,
     SurpriseRow,
+    TaskResultRow,
     TaskRow,
     VerdictRow,
     answer_key,
@@ -198,13 +199,22 @@ def task_measures(tasks: Sequence[TaskRow]) -> list[Measure]:
                     judge=result["metric"] + ("" if result["filter"] in ("none", None) else f", {result['filter']}"),
                     model=row["model"],
                     flags=list(result["correct"] or []),
-                    reasons={"prompt cut at its beginning": result["num_cut"]} if result["num_cut"] else {},
+                    reasons=_reasons(result),
                     scores=list(result["scores"] or []),
                     metric=metric,
                 )
             )
     graded = {measure.topic for measure in measures if measure.metric is not None}
     return [_graded(measure) if measure.topic in graded else measure for measure in measures]
+
+
+def _reasons(result: TaskResultRow) -> dict[str, int]:
+    """What befell documents of a task → how many."""
+    counts = {
+        "prompt cut at its beginning": result["num_cut"],
+        "reply ends within a thought: no answer": result.get("num_unfinished", 0),
+    }
+    return {reason: count for reason, count in counts.items() if count}
 
 
 def _graded(measure: Measure) -> Measure:

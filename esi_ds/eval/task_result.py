@@ -21,6 +21,8 @@ class TaskResult:
     low, high: Wilson's interval if ``correct`` is present, else normal by lm-eval's standard error; None without
     one, or where it is 0.
     num_cut: how many documents' prompts lost their beginning because they were too long for the model.
+    num_unfinished: how many documents have a reply that ends within a thought, which is no answer.
+    num_without_thought: how many documents' choices are scored where the model would begin to think.
     limit: the most documents per task. num_documents: how many there are without it.
     version: of the task's definition. prompts_hash: lm-eval's hash of documents, prompts and targets; results with
     equal hashes can be compared document by document. rows: the file of the documents; None: the hub's data set.
@@ -48,6 +50,8 @@ class TaskResult:
     chat_template: bool
     lm_eval: str
     confidence: float = CONFIDENCE
+    num_unfinished: int = 0
+    num_without_thought: int = 0
 
     def as_row(self) -> TaskResultRow:
         """The result as JSON."""

@@ -21,6 +21,7 @@ from packaging.version import Version
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.config import Task
+from esi_ds.data.thoughts import MARKS, Marks
 from esi_ds.errors import UserError
 from esi_ds.eval.task_result import TaskResult
 from esi_ds.ranks import Ranks
@@ -67,6 +68,7 @@ def run_tasks(
     system_prompt: str | None = None,
     ranks: Ranks | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    marks: Marks = MARKS,
 ) -> list[TaskResult]:
     """Results in the order of ``prepared``, the same on every rank; every rank must call it.
 
@@ -76,6 +78,7 @@ def run_tasks(
     Where the tokenizer has a chat template, few-shot examples are turns of the chat, and ``system_prompt`` is the
     system's turn.
     ranks: the processes that share the documents; None: this one alone. should_stop: asked between two slices.
+    marks: of thoughts. A task is given what stands outside of them, "" of a reply that ends within one.
 
     Log-likelihoods are summed in float32, whatever the weights' type. Rounding may depend on the number of ranks and
     on the batch size. Performs one gather per slice of a task's requests of one kind. A rank that fails makes every
@@ -86,7 +89,5 @@ def run_tasks(
         return []
     from esi_ds.eval.harness import run
 
-    is_chat = tokenizer.chat_template is not None
-    return run(
-        model, tokenizer, end_ids, prepared, batch_size, seed, is_chat, system_prompt, ranks or Ranks(), should_stop
-    )
+    is_chat, shared = tokenizer.chat_template is not None, (ranks or Ranks(), should_stop, marks)
+    return run(model, tokenizer, end_ids, prepared, batch_size, seed, is_chat, system_prompt, *shared)

@@ -101,8 +101,9 @@ class ScoreHistogram(TypedDict):
 
 class SelectionFacts(TypedDict):
     """How the mask was chosen. Criteria with losses add "<name> rows from", "<name> rows used" and "<name> rows
-    skipped" for each of them: labels of the report's table. So does a control of rows, as ``control``; one of prompts
-    adds "control prompts from", "control prompts used" and "control prompts skipped"."""
+    skipped" for each of them, and "special tokens broken up in <name> rows" where there are some: labels of the
+    report's table. So does a control of rows, as ``control``; one of prompts adds "control prompts from", "control
+    prompts used" and "control prompts skipped"."""
 
     k: int  # weights in the mask
     total_numel: int  # weights of the model
@@ -225,11 +226,16 @@ class TunedAnswerRow(_AnswersBefore):
     refused_after: bool | None  # whether its answer holds a refusal's words; None if it ends within a thought
 
 
-class RefusalRow(TypedDict):
-    """Refusals in one set of prompts, found by their words; an empty answer is counted apart, not as a refusal.
+class RefusalLaterFields(TypedDict, total=False):
+    """Fields that earlier runs did not write: they counted responses that end within a thought as empty answers."""
 
-    A response that ends within a thought, or soon behind one, has an empty answer.
-    """
+    unfinished_before: int | None  # responses before tuning that end within a thought; None if nothing was asked then
+    unfinished_after: int  # responses after tuning that end within a thought
+
+
+class RefusalRow(RefusalLaterFields):
+    """Refusals in one set of prompts, found by their words; an empty answer is counted apart, not as a refusal, and a
+    response that ends within a thought is no answer."""
 
     set: str  # harmful or benign
     n: int  # prompts

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from esi_ds.artifacts import write_json_atomic, write_text_atomic
 from esi_ds.eval.rows import MeasureRow
-from esi_ds.report import evaluation, figures, location, overview, perturbation, sentences, tables
+from esi_ds.report import evaluation, figures, location, overview, perturbation, sentences, tables, tuning
 from esi_ds.report.contents import (
     EsiReport,
     EvaluationReport,
@@ -171,6 +171,7 @@ def _template(name: str) -> Template:
         "share": _share,
         "times": _times,
         "counted": counted,
+        "num_answers": tuning.num_answers,
     }
     return environment.get_template(name)
 

@@ -12,6 +12,7 @@ from esi_ds.eval.tables import task_names
 from esi_ds.report import tables
 from esi_ds.report.contents import EsiReport, EvaluationReport, PerturbationReport, Report, TuningReport
 from esi_ds.report.evaluation import WORDS, is_share, percent
+from esi_ds.report.tuning import refusal_shares
 from esi_ds.words import counted
 
 R = TypeVar("R", bound=Report, covariant=True)
@@ -101,8 +102,7 @@ def _esi_fact(report: EsiReport) -> str:
 def _tuning_fact(report: TuningReport) -> str:
     parts = [f"{counted(report['trained'], 'weight')} trained in {counted(report['steps'], 'step')}"]
     for row in report["refusals"]:
-        counts = (row["refused_before"], row["refused_after"])
-        rates = " → ".join(percent(None if count is None else count / row["n"]) for count in counts)
+        rates = " → ".join(map(percent, refusal_shares(row)))
         parts.append(f"{row['set']} refused {rates}")
     return "; ".join(parts)
 

@@ -27,6 +27,7 @@ from esi_ds.report.heat_tables import MORE_THAN
 from esi_ds.report.location import Region
 from esi_ds.report.overview import FinishedRun
 from esi_ds.report.publish import RESPONSE_FACTS
+from esi_ds.report.tuning import num_answers
 from esi_ds.words import counted
 
 LEAST_SHARE = 0.01  # of a mask: parts that hold less are too small to be spoken of
@@ -194,11 +195,15 @@ def _trained_kinds(method: str, is_baseline: bool, kinds: dict[str, str], same: 
 
 
 def _refusals(row: RefusalRow) -> str:
-    before, after = row["refused_before"], row["refused_after"]
-    if after is None:
+    """Empty where no answer is finished."""
+    (num_before, num_after), after = num_answers(row), row["refused_after"]
+    if after is None or not num_after:
         return ""
-    earlier = "" if before is None else f" ({before} before tuning)"
-    return f"{after} of {row['n']} {row['set']} prompts{earlier}"
+    of_other = "" if num_before == num_after else f" of {num_before}"
+    earlier = f" ({row['refused_before']}{of_other} before tuning)" if num_before else ""
+    if num_after == row["n"]:
+        return f"{after} of {row['n']} {row['set']} prompts{earlier}"
+    return f"{after} of the {num_after} {row['set']} prompts whose answer is finished{earlier}"
 
 
 def evaluation(report: EvaluationReport) -> list[str]:

@@ -10,6 +10,7 @@ from esi_ds.report.contents import RefusalRow, TunedAnswerRow, TuningReport
 from esi_ds.tracking import Tracker, literal
 
 NUM_SAMPLES = 4  # of each set
+Answer = tuple[str, bool | None]  # a response, and whether it refuses; None: it ends within a thought
 
 
 def samples(answers: Sequence[TunedAnswerRow]) -> list[TunedAnswerRow]:
@@ -30,25 +31,60 @@ def refusal_rows(answers: Sequence[TunedAnswerRow], marks: Marks = MARKS) -> lis
     """Counts for every set of prompts. marks: of thoughts."""
     table: list[RefusalRow] = []
     for name, rows in by_set(answers).items():
-        asked_before = "before" in rows[0]
+        after = [(row["after"], row["refused_after"]) for row in rows]
+        before = [(row["before"], row["refused_before"]) for row in rows] if "before" in rows[0] else None
         table.append(
             {
                 "set": name,
                 "n": len(rows),
-                "refused_before": sum(row["refused_before"] or 0 for row in rows) if asked_before else None,
-                "empty_before": sum(_is_empty(row["before"], row["refused_before"], marks) for row in rows)
-                if asked_before
-                else None,
-                "refused_after": sum(row["refused_after"] or 0 for row in rows),
-                "empty_after": sum(_is_empty(row["after"], row["refused_after"], marks) for row in rows),
+                "refused_before": None if before is None else _num_refused(before),
+                "empty_before": None if before is None else _num_empty(before, marks),
+                "unfinished_before": None if before is None else _num_unfinished(before),
+                "refused_after": _num_refused(after),
+                "empty_after": _num_empty(after, marks),
+                "unfinished_after": _num_unfinished(after),
             }
         )
     return table
 
 
-def _is_empty(response: str, refused: bool | None, marks: Marks) -> bool:
-    """Whether there is no answer. refused: None if the response ends within a thought."""
-    return refused is None or not (final_answer(response, None, marks) or "").strip()
+def _num_refused(answers: Sequence[Answer]) -> int:
+    return sum(refused is True for _, refused in answers)
+
+
+def _num_empty(answers: Sequence[Answer], marks: Marks) -> int:
+    finished = [response for response, refused in answers if refused is not None]
+    return sum(not (final_answer(response, None, marks) or "").strip() for response in finished)
+
+
+def _num_unfinished(answers: Sequence[Answer]) -> int:
+    return sum(refused is None for _, refused in answers)
+
+
+def num_answers(row: RefusalRow) -> tuple[int, int]:
+    """Responses before and after tuning that do not end within a thought; 0 where nothing was asked."""
+    before = 0 if row["refused_before"] is None else row["n"] - (row.get("unfinished_before") or 0)
+    return before, row["n"] - row.get("unfinished_after", 0)
+
+
+def refusal_shares(row: RefusalRow) -> tuple[float | None, float | None]:
+    """Refusals before and after tuning as shares of ``num_answers``; None where there are no answers."""
+    (before, after), (num_before, num_after) = (row["refused_before"], row["refused_after"]), num_answers(row)
+    return (before or 0) / num_before if num_before else None, (after or 0) / num_after if num_after else None
+
+
+def thought_notes(table: Sequence[RefusalRow]) -> list[str]:
+    """A line for each set of prompts, before and after tuning, of which responses end within a thought."""
+    notes = []
+    for row in table:
+        for when, count in (("before", row.get("unfinished_before")), ("after", row.get("unfinished_after"))):
+            if count:
+                which = f"{'all' if count == row['n'] else f'{count} of the'} {row['n']} answers"
+                notes.append(
+                    f"{which} to {row['set']} prompts {when} tuning are unfinished: they end within a thought and are "
+                    "left out of the shares; raise eval.max_new_tokens"
+                )
+    return notes
 
 
 def publish(tracker: Tracker, report: TuningReport) -> None:
@@ -58,10 +94,10 @@ def publish(tracker: Tracker, report: TuningReport) -> None:
         text = "\n\n".join([prompt_text(sample["prompt"]), *answers, f"after: {sample['after']}"])
         tracker.text(f"answers/{sample['set']}/{sample['index']}", literal(text))
     for row in report["refusals"]:
-        for count, step in ((row["refused_before"], 0), (row["refused_after"], report["steps"])):
-            if count is not None:
-                tracker.points(step, {f"refused/{row['set']}/words": count / row["n"]})
-                tracker.overview(step, {"refused, before and after, by words": count / row["n"]}, row["set"])
+        for share, step in zip(refusal_shares(row), (0, report["steps"]), strict=True):
+            if share is not None:
+                tracker.points(step, {f"refused/{row['set']}/words": share})
+                tracker.overview(step, {"refused, before and after, by words": share}, row["set"])
 
 
 def closing_table(report: TuningReport) -> str:
@@ -76,9 +112,8 @@ def closing_table(report: TuningReport) -> str:
     if report["refusals"]:
         lines += ["", f"{'refused (string match)':24}{'before':>12}{'after':>12}{'answers':>12}"]
         for row in report["refusals"]:
-            counts = (row["refused_before"], row["refused_after"])
-            cells = ("-" if count is None else f"{count / row['n']:.1%}" for count in counts)
-            lines.append(f"{row['set']:24}" + "".join(f"{cell:>12}" for cell in cells) + f"{row['n']:>12,}")
+            cells = ("-" if share is None else f"{share:.1%}" for share in refusal_shares(row))
+            lines.append(f"{row['set']:24}" + "".join(f"{cell:>12}" for cell in cells) + f"{num_answers(row)[1]:>12,}")
     if report["routing_drift"]:
         lines += ["", f"{'tokens routed otherwise':24}{'share':>12}{'tokens':>12}"]
         for name in dict.fromkeys(row["set"] for row in report["routing_drift"]):

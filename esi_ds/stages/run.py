@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from esi_ds import lock
 from esi_ds.artifacts import IDENTITY, MANIFEST, RunFolder, read_manifest, run_id
 from esi_ds.config import Config, Esi, Eval
+from esi_ds.config.needs import unread_of_eval
 from esi_ds.core.mask import Mask, identity, refuse_problems
 from esi_ds.core.units import Parameter
 from esi_ds.data.chat import read_template
@@ -258,7 +259,7 @@ class StageRun(ABC, Generic[Inputs]):
                 tracker.log(f"Slurm has started this job again ({counted(restarts, 'time')} so far)")
             for name in unrecorded(self.folder.path) if runtime.is_main() else ():
                 tracker.log(f"{name}: has no record of its digest, as in earlier versions: it is taken as it is")
-            for line in dequantised(self.sources):
+            for line in (*unread_of_eval(self.config, self.stage), *dequantised(self.sources)):
                 tracker.remark(line)
             self._check_sources()
             for line in hub.kept_commits():

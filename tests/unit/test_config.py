@@ -12,7 +12,7 @@ from import_boundaries import circles, import_graph, violations
 from esi_ds import shipped
 from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
 from esi_ds.config import Config, differences, load_config, resolved_yaml, validate
-from esi_ds.config.needs import check_mix, require_esi, require_tune
+from esi_ds.config.needs import check_mix, require_esi, require_tune, unread_of_eval
 from esi_ds.config.yaml import apply_override, parse_yaml
 from esi_ds.data.conversations import DataOrder
 from esi_ds.deepspeed_config import (
@@ -40,11 +40,25 @@ def test_shipped_configs_load_and_resolve(file: Path) -> None:
         batch = config.esi.batch_size
     else:
         batch = config.eval.batch_size
+    assert not unread_of_eval(config, stage)
     settings = resolve_deepspeed(config, 64, stage)  # a multiple of every shipped autoep_size
     assert settings["train_batch_size"] == 64 * batch
     assert settings["bf16"]["enabled"] == (config.model.dtype == "bf16")
     assert "'auto'" not in str(settings)  # as a value
     assert differences(config, validate(parse_yaml(resolved_yaml(config)))) == []
+
+
+def test_what_a_stage_leaves_to_an_evaluation_is_named() -> None:
+    """One YAML may be of several stages: SET gives no verdict and runs no task, though ``eval`` asks for them."""
+    asked = {"judges": [{"kind": "words"}], "tasks": ["gsm8k"], "refusal_words": "gcg", "prompts": {"path": "p"}}
+    asked |= {"models": [{"name": "other", "path": "a"}], "benign": {"path": "b"}, "max_new_tokens": 9}
+    config = validate({"run": {"output_dir": "x"}, "model": {"path": "a"}, "eval": asked})
+    of_answers = "eval.models, eval.judges, eval.refusal_words, eval.tasks: read by launch/eval.py, not by"
+    assert unread_of_eval(config, "set") == [f"{of_answers} SET"]
+    assert unread_of_eval(config, "esi") == [f"eval.prompts, {of_answers} ESI"]
+    assert not unread_of_eval(config, "eval") and not unread_of_eval(config, "perturb")
+    bare = validate({"run": {"output_dir": "x"}, "model": {"path": "a"}})
+    assert not unread_of_eval(bare, "spa")
 
 
 def test_overrides_reach_into_lists(tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ from builders import byte_bpe_tokenizer, sentencepiece_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from esi_ds.config import Model
-from esi_ds.data.chat import encode_prompt, encode_response, with_template
+from esi_ds.data.chat import (
+    broken_up_words,
+    encode_prompt,
+    encode_response,
+    special_strings,
+    specials_in,
+    with_template,
+)
 from esi_ds.data.conversations import IGNORED, DataOrder, conversation, encode, encode_rows, find_columns
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.rows import read_rows
@@ -286,6 +293,24 @@ def test_rows_that_cannot_be_used_are_counted(tokenizer) -> None:
     assert [number for number, _ in tuning_set.skipped] == [1, 2, 5, 6]
     assert tuning_set.sequences[1].ids.count(tokenizer.eos_token_id) == 2  # one per turn, no third
     assert len(tuning_set.sequences[2].ids) == 40
+
+
+def test_special_tokens_that_are_broken_up_are_counted(tokenizer) -> None:
+    """A fine-tune may have tokens of its own in its answers: what is learnt then is another text."""
+    texts = [("Query?", "<|end|>SELECT<|end|>"), ("a <|end|>", "b <|user|>"), ("", "<|user|>"), ("a", "b")]
+    rows = [{"prompt": prompt, "response": response} for prompt, response in texts]
+    specials = special_strings(tokenizer)
+    options = {"system_prompt": "<|system|>", "specials": specials, "end_ids": {2}, "max_length": 90}
+    tuning_set = encode_rows(rows, ("prompt", "response"), tokenizer, **options)
+    assert tuning_set.broken_up == "<|end|> in 2 rows, <|user|> in 1 row"  # of rows that are learnt
+    assert tuning_set.note == f"; special tokens broken up: {tuning_set.broken_up}"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "trace": "<|end|>"}]
+    assert specials_in(chat, specials) == specials_in("<|end|>", specials) == {"<|end|>"}
+    many = [{f"<{number}>" for number in range(7)}, {"<6>"}]
+    assert broken_up_words(many, "prompt") == (
+        "<6> in 2 prompts, <0> in 1 prompt, <1> in 1 prompt, <2> in 1 prompt, <3> in 1 prompt, 2 others"
+    )
+    assert broken_up_words([set(), set()], "prompt") == ""
 
 
 def test_chats() -> None:

@@ -18,12 +18,14 @@ from esi_ds.config import Config, validate
 from esi_ds.config.needs import require_tune
 from esi_ds.core.mask import EmptyMask, Mask, digest, pack_bits
 from esi_ds.core.trained import Trained
+from esi_ds.data.chat import load_tokenizer
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_weights
 from esi_ds.models.folder import ModelSource, load_model_config, rounded_from
 from esi_ds.models.meta import meta_parameters
 from esi_ds.report.card import model_card
 from esi_ds.report.html import render
+from esi_ds.stages.evaluate.prepare import prepare_eval
 from esi_ds.stages.tune.prepare import describe_trained, open_mask, prepare_tuning
 
 MODEL = str(ROOT / "examples/models/llama-aligned")
@@ -34,7 +36,7 @@ def config(**tune):
     return validate({"run": {"output_dir": "x"}, "model": {"path": MODEL, "dtype": "fp32"}, "tune": settings})
 
 
-ROWS = SimpleNamespace(sha256="0")
+ROWS = SimpleNamespace(sha256="0", broken_up="")
 
 
 def card_of(section: Config, stage: str, **changes: Any) -> str:
@@ -81,6 +83,16 @@ def test_what_is_asked_before_and_after_is_among_a_runs_inputs(tmp_path: Path) -
         asked[name] = prepare_tuning(validate({**config().model_dump(), **evaluated}), "spa").source
     assert asked["one"].keys() == asked["other"].keys()
     assert [key for key in asked["one"] if asked["one"][key] != asked["other"][key]] == ["harmful:asked"]
+
+
+def test_special_tokens_in_what_is_asked_are_counted(tmp_path: Path) -> None:
+    """Before and after tuning, and in an evaluation."""
+    special = load_tokenizer(ModelSource(MODEL)).eos_token
+    prompts = [f"How? {special}", f"{special}{special} Why?", "Where?"]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    asked = validate({**config().model_dump(), "eval": {"prompts": {"path": str(tmp_path / "asked.jsonl")}}})
+    expected = f"{special} in 2 prompts"
+    assert prepare_tuning(asked, "spa").broken_up == prepare_eval(asked).candidates[0].broken_up == expected
 
 
 @pytest.mark.parametrize(

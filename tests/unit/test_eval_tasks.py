@@ -30,6 +30,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
+from thinking import template, thinking_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from esi_ds.artifacts import RunFolder
@@ -40,6 +41,7 @@ from esi_ds.data.end_tokens import end_tokens
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval import harness, harness_output, harness_tasks
 from esi_ds.eval.statistics import mcnemar_exact, wilson
+from esi_ds.eval.tables import task_measures
 from esi_ds.eval.task_files import read_afresh
 from esi_ds.eval.task_names import names_in
 from esi_ds.eval.task_result import TaskResult
@@ -48,6 +50,7 @@ from esi_ds.eval.tasks import prepare_tasks, run_tasks
 from esi_ds.models.folder import ModelSource
 from esi_ds.ranks import Ranks
 from esi_ds.stages.evaluate.prepare import prepare_eval
+from esi_ds.stages.evaluate.work import task_notes
 from tiny_models.measure import ask, is_correct, load
 
 SYSTEM = "Be brief."
@@ -335,6 +338,46 @@ def test_gsm8k_counts_what_a_rigged_model_gets_right(says_18, tmp_path) -> None:
     # 256 of the 512 positions are for the answer; five worked examples are longer than the rest.
     assert (as_defined.num_cut, strict.num_cut) == (5, 0)
     assert as_defined.prompts_hash != strict.prompts_hash
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("qwen3", "<think>\n{}\n</think>\n\n{}"),
+        ("deepseek_r1_distill", "{}\n</think>\n\n{}"),  # the prompt opens the thought
+        ("gptoss", "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}"),
+    ],
+)
+def test_a_task_is_given_the_answer_outside_of_thoughts(folder, tmp_path, monkeypatch, name: str, form: str) -> None:
+    """An unfinished thought is no answer, whatever number it holds."""
+    whole = form.format("First guess: #### 15. No.", "#### 12")
+    replies = [whole, form.partition("{}")[0] + "48 / 2 = #### 24 in May", whole]
+    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, disable_tqdm=False: replies[: len(requests)])
+    rows = [{"question": f"How many {number}?", "answer": f"#### {number}"} for number in (12, 24, 15)]
+    file, shown = write(tmp_path / "rows.jsonl", rows), template(name)
+    first, second = run(folder, Task(name="gsm8k", path=file, num_fewshot=0), chat_template=shown)
+    assert first.correct == second.correct == (True, False, False)
+    assert (first.num_unfinished, first.num_without_thought) == (1, 0)
+    news = write(tmp_path / "news.jsonl", [{"text": "A", "label": 1}] * 2)
+    (choices,) = run(folder, Task(name="ag_news", path=news), chat_template=shown)
+    assert (choices.num_unfinished, choices.num_without_thought) == (0, 2)
+    (plain,) = run(folder, Task(name="ag_news", path=news))
+    assert plain.num_without_thought == 0
+    results = [result.as_row() for result in (first, second, choices)]
+    unfinished, without = task_notes({"model": "base", "task": 0, "results": results}, "both")
+    assert unfinished.startswith("both: replies of base to 1 document end within a thought and count as no answer")
+    assert without == "both: choices are scored right behind the prompt, where base would begin to think"
+    reasons = [measure.reasons for measure in task_measures([{"model": "base", "task": 0, "results": results}])]
+    assert [of_one.get("reply ends within a thought: no answer") for of_one in reasons] == [1, 1, None]
+
+
+def test_marks_that_are_special_tokens_stay_in_the_reply_to_a_task(folder) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), thinking_tokenizer("gptoss")
+    lm = harness.SharedLM(model, tokenizer, [tokenizer.eos_token_id], 1, True, None, Ranks(), bool)
+    marked = "<|channel|>final<|message|>#### 12"
+    for text, decoded in ((f"{marked}<|return|>", marked), ("#### 12<|return|>", "#### 12")):
+        assert lm.tok_decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == decoded
+    assert lm.tok_decode(tokenizer.eos_token_id, skip_special_tokens=False) == "<|return|>"
 
 
 @pytest.mark.parametrize(

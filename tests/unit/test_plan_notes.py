@@ -61,6 +61,15 @@ def test_shipped_configs_with_nothing_there(
         assert "1,406,300,712 weights, expected" in shown and "not known" in shown  # ⌊0.01 · weights⌋
 
 
+def test_what_is_left_to_an_evaluation_is_noted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for stage in ("set", "esi"):
+        assert dry_run(stage, "eval.judges=[{kind: words}]") == 0
+        assert f"NOTE: eval.judges: read by launch/eval.py, not by {stage.upper()}" in capsys.readouterr().out
+
+
 def test_a_judge_that_is_not_there_is_noted_and_a_model_is_asked_for(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

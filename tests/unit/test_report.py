@@ -378,10 +378,18 @@ def test_tuning_opens_with_refusals_before_and_after(tmp_path: Path) -> None:
     rows = [
         {"set": "harmful", "n": 4, "refused_before": 1, "refused_after": 4},
         {"set": "benign", "n": 4, "refused_before": None, "refused_after": 2},
+        {
+            "set": "thinks",
+            "n": 4,
+            "refused_before": 0,
+            "unfinished_before": 4,
+            "refused_after": 1,
+            "unfinished_after": 2,
+        },
     ]
     with Tracker(tmp_path, enabled=True, tensorboard=True, stage="set") as tracker:
         publish_tuning(tracker, {"samples": [], "refusals": rows, "steps": 30})
-    for name, points in (("harmful", [(0, 0.25), (30, 1.0)]), ("benign", [(30, 0.5)])):
+    for name, points in (("harmful", [(0, 0.25), (30, 1.0)]), ("benign", [(30, 0.5)]), ("thinks", [(30, 0.5)])):
         events = EventAccumulator(str(tmp_path / "tensorboard" / name)).Reload()
         shown = events.Scalars("Overview/refused, before and after, by words")
         assert [(event.step, event.value) for event in shown] == points

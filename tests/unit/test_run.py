@@ -235,7 +235,7 @@ def test_remarks_of_an_earlier_start_stay(tmp_path: Path) -> None:
 
     model = build_model("llama", tmp_path / "model", byte_bpe_tokenizer(), seed=7)
     run = {"output_dir": str(tmp_path / "run"), "tensorboard": False}
-    config = validate({"run": run, "model": {"path": str(model)}})
+    config = validate({"run": run, "model": {"path": str(model)}, "eval": {"tasks": ["gsm8k"]}})
     lines = ["another model replied", "stop"]
     with runtime.process_group(60, 60):
         with pytest.raises(Interrupted):
@@ -243,7 +243,8 @@ def test_remarks_of_an_earlier_start_stay(tmp_path: Path) -> None:
         lines = ["another model replied", "one at a time", "one at a time beside it", "one at"]
         Remarking(config, Options(), None, RunFolder(config.run.output_dir), {}, {}).run()
     said = json.loads((tmp_path / "run/manifest.json").read_text())["remarks"]
-    assert said == "another model replied; stop; one at a time; one at a time beside it; one at"
+    unread = "eval.tasks: read by launch/eval.py, not by SET"
+    assert said == f"{unread}; another model replied; stop; one at a time; one at a time beside it; one at"
 
 
 def test_entries_load_nothing_heavy() -> None:

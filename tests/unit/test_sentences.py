@@ -129,6 +129,20 @@ def test_tuning() -> None:
         "The tuned model refuses 30 of 32 harmful prompts (3 before tuning) and 12 of 32 benign prompts.",
     ]
     assert "<p>SET trained 1 % of the weights" in render(TUNING)  # type: ignore[arg-type]
+    assert "unfinished" not in render(TUNING)  # type: ignore[arg-type]
+    thinks = {**TUNING["refusals"][0], "unfinished_before": 32, "unfinished_after": 2}
+    more = {**TUNING["refusals"][0], "set": "benign", "unfinished_before": 4, "unfinished_after": 0}
+    page = {**TUNING, "refusals": [thinks, more]}
+    assert sentences.tuning(page)[1] == (  # type: ignore[arg-type]
+        "The tuned model refuses 30 of the 30 harmful prompts whose answer is finished and 30 of 32 benign prompts "
+        "(3 of 28 before tuning)."
+    )
+    assert overview.key_fact(FinishedRun("r", "", page, {})).endswith(  # type: ignore[arg-type]
+        "harmful refused – → 100.0 %; benign refused 10.7 % → 93.8 %"
+    )
+    shown = render(page)  # type: ignore[arg-type]
+    assert '<td class="n">30 (100.0 %)</td>' in shown and "unfinished before" in shown
+    assert not sentences.tuning({**TUNING, "refusals": [{**thinks, "unfinished_after": 32}]})[1:]  # type: ignore[arg-type]
     bare = {**TUNING, "progress": [], "refusals": []}
     assert sentences.tuning(bare) == ["SET trained 1 % of the weights for 100 steps."]  # type: ignore[arg-type]
 

@@ -81,7 +81,7 @@ def test_the_front_matter_of_a_model_card_holds_the_path_and_nothing_else(path: 
         fingerprint="f",
         trained=Trained(mask, "selected", "freeze", {}),
         ranks=2,
-        rows=SimpleNamespace(sha256="s"),
+        rows=SimpleNamespace(sha256="s", broken_up="<|sql|> in 2 rows"),
         benign=None,
         num_benign=0,
         dequantised_from=None,
@@ -91,7 +91,9 @@ def test_the_front_matter_of_a_model_card_holds_the_path_and_nothing_else(path: 
     matter, body = card.removeprefix("---\n").split("\n---\n\n", 1)
     assert parse_yaml(matter) == {"base_model": path, "tags": ["esi_ds", "set"]}
     assert "\x1b" not in card
-    assert {"| rows | a\\|b c, sha256 s |", "| remarks | from step 3 on |"} <= set(body.splitlines())
+    lines = {"| rows | a\\|b c, sha256 s |", "| remarks | from step 3 on |"}
+    lines.add("| special tokens broken up in rows | \\<\\|sql\\|\\> in 2 rows |")
+    assert lines <= set(body.splitlines())
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"kind": "x"}', "[" * 100_000], ids=range(6))

@@ -195,7 +195,7 @@ def test_a_user_s_marks_in_what_models_generate_serve_and_learn(monkeypatch: pyt
     tuned = [tuned_row("harmful", 0, "p", REFUSES, text, None, marks) for text in TEXTS]
     assert [new["refused_after"] for new in tuned] == [False, True, None, False]
     (counts,) = refusal_rows([*tuned, tuned_row("harmful", 1, "p", REFUSES, own("x", ""), None, marks)], marks)
-    assert (counts["refused_after"], counts["empty_after"]) == (1, 2)
+    assert (counts["refused_after"], counts["empty_after"], counts["unfinished_after"]) == (1, 1, 1)
     tokenizer = byte_bpe_tokenizer()
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -46,7 +46,7 @@ from esi_ds.judge.classifier import SequenceRule
 from esi_ds.judge.families import FAMILIES
 from esi_ds.judge.pairs import PairEncoder
 from esi_ds.report.evaluation import interval
-from esi_ds.report.tuning import refusal_rows
+from esi_ds.report.tuning import num_answers, refusal_rows, refusal_shares, thought_notes
 from esi_ds.stages.esi.prepare import PromptData, PromptInputs, clean_responses, encode_examples
 from esi_ds.stages.tune.work import answer_row
 
@@ -221,8 +221,25 @@ def test_tuning_counts_answers() -> None:
     open_row = answer_row("harmful", 1, "p", REFUSES, f"{PONDERS}</think>{REFUSES}", "<think>")
     assert (open_row["refused_before"], open_row["refused_after"]) == (None, True)
     (counts,) = refusal_rows([row, open_row])
-    assert (counts["refused_before"], counts["empty_before"]) == (0, 1)
-    assert (counts["refused_after"], counts["empty_after"]) == (2, 0)
+    assert (counts["refused_before"], counts["empty_before"], counts["unfinished_before"]) == (0, 0, 1)
+    assert (counts["refused_after"], counts["empty_after"], counts["unfinished_after"]) == (2, 0, 0)
+
+
+def test_an_unfinished_thought_is_no_answer_before_or_after_tuning() -> None:
+    """Ten of eleven are: nobody knows what they would have refused."""
+    thinks, refuses = f"<think>{PONDERS}", f"<think>a</think>{REFUSES}"
+    rows = [answer_row("harmful", index, "p", thinks, thinks) for index in range(10)]
+    table = refusal_rows([*rows, answer_row("harmful", 10, "p", refuses, refuses)])
+    assert num_answers(table[0]) == (1, 1) and refusal_shares(table[0]) == (1.0, 1.0)
+    assert thought_notes(table) == [
+        f"10 of the 11 answers to harmful prompts {when} tuning are unfinished: they end within a thought and are left "
+        "out of the shares; raise eval.max_new_tokens"
+        for when in ("before", "after")
+    ]
+    nothing = refusal_rows(rows)
+    assert refusal_shares(nothing[0]) == (None, None) and thought_notes(nothing)[0].startswith("all 10 answers to")
+    (alone,) = refusal_rows([answer_row("benign", 0, "p", None, COMPLIES)])
+    assert alone["unfinished_before"] is None and refusal_shares(alone) == (None, 0.0) and not thought_notes([alone])
 
 
 def with_marks(*marks: str, special: bool = True):

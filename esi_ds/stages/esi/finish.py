@@ -151,6 +151,8 @@ def loss_facts(losses: Sequence[LossOutcome]) -> dict[str, object]:
             f"{loss.name} rows used": loss.num_rows,
             f"{loss.name} rows skipped": loss.num_skipped,
         }
+        if line := loss.loss.rows.broken_up:
+            facts[f"special tokens broken up in {loss.name} rows"] = line
     return facts
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 
+from esi_ds.data.thoughts import marks_with
 from esi_ds.eval.rows import TaskRow
 from esi_ds.eval.tasks import run_tasks
 from esi_ds.models.folder import ModelSource
@@ -89,6 +90,8 @@ class EvalRun(StageRun[EvalInputs]):
             if candidate.unread:
                 unread = ", ".join(candidate.unread)
                 tracker.remark(f"{unread} of model.template_kwargs: not read by the chat template of {candidate.name}")
+            if candidate.broken_up:
+                tracker.log(f"prompts of {candidate.name}: special tokens broken up: {candidate.broken_up}")
         ledgers = EvalLedgers.open(self.folder.path, inputs.section.divergence)
         for other in inputs.elsewhere:
             if isinstance(other, ServedModel):
@@ -170,6 +173,7 @@ class EvalRun(StageRun[EvalInputs]):
                     system_prompt=section.system_prompt,
                     ranks=runtime.JobRanks(),
                     should_stop=stop_requested,
+                    marks=marks_with(candidate.thought_marks),
                 )
                 row: TaskRow = {
                     "model": candidate.name,
@@ -182,4 +186,24 @@ class EvalRun(StageRun[EvalInputs]):
             del model
             memory.collect()
         bar.close()
-        return ledger.sort(order)
+        rows = ledger.sort(order)
+        for row in rows:
+            for note in task_notes(row, tasks[row["task"]].config.name):
+                tracker.remark(note)
+        return rows
+
+
+def task_notes(row: TaskRow, name: str) -> list[str]:
+    """What people should know of the thoughts in a model's replies to a task. name: of the task."""
+    leaves = {result["task"]: result for result in row["results"] if not result["members"]}.values()
+    unfinished = sum(leaf.get("num_unfinished", 0) for leaf in leaves)
+    without = sum(leaf.get("num_without_thought", 0) for leaf in leaves)
+    notes = []
+    if unfinished:
+        notes.append(
+            f"{name}: replies of {row['model']} to {counted(unfinished, 'document')} end within a thought and count as "
+            "no answer: the task's length or stop words may cut the thoughts of a model that thinks"
+        )
+    if without:
+        notes.append(f"{name}: choices are scored right behind the prompt, where {row['model']} would begin to think")
+    return notes

@@ -57,6 +57,8 @@ class PerturbRun(StageRun[PerturbInputs]):
         candidate, sets, section = inputs.candidate, inputs.eval.sets, inputs.eval.section
         with self.phase("loading"):
             model = self._load()
+        if candidate.broken_up:
+            tracker.log(f"prompts: special tokens broken up: {candidate.broken_up}")
         ledgers = EvalLedgers.open(self.folder.path)
         # With or without noise, the same prompts in the same batches.
         batch = self.generation_batch(section, longest_prompt(candidate.prompt_ids.values(), candidate.max_positions))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from esi_ds.config import Config, ModelEndpoint, Prompts, resolved_yaml
+from esi_ds.config.needs import unread_of_eval
 from esi_ds.core.criteria import objectives
 from esi_ds.core.mask import num_bytes
 from esi_ds.core.select import check_ratio, model_k, share_sizes
@@ -144,7 +145,7 @@ def print_plan(config: Config, options: Options) -> None:
     facts = plan(config, parameters, cluster.ranks, batches, notes)
     print(resolved_yaml(config))
     print_facts(facts)
-    print_notes([*notes, *dequantised([source])])
+    print_notes([*notes, *unread_of_eval(config, "esi"), *dequantised([source])])
     tokens = 2 * config.esi.max_new_tokens * batches.scoring.number
     print_bytes(config, options, "esi", replace(work, tokens=tokens), model_config)
 

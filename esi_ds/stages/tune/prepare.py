@@ -15,11 +15,13 @@ from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
 from esi_ds.data.chat import (
     answerable,
+    broken_up_words,
     check_some_answerable,
     check_vocabulary,
     encode_data_prompt,
     load_chat_tokenizer,
     special_strings,
+    specials_in,
     with_template,
 )
 from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
@@ -56,6 +58,7 @@ class TuningInputs:
     question_ids: dict[str, dict[int, list[int]]]  # by index, those that can be answered, as the model reads them
     unanswered: list[tuple[str, int, str]]  # (harmful or benign, index, reason) of the others
     source: dict[str, Any]  # paths, columns and hashes of the rows, for the manifest
+    broken_up: str = ""  # of ``broken_up_words``, in the questions
 
 
 def prepare_tuning(config: Config, stage: str) -> TuningInputs:
@@ -84,6 +87,8 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
     data_facts |= {f"{one.kind}:{one.name}": one.prompt_set.sha256 for one in sets}
     questions = _questions(sets)
     question_ids, unanswered = _encode_questions(config, questions, tokenizer, max_positions(model_config))
+    specials = special_strings(tokenizer)
+    held = [specials_in(prompt, specials) for prompts in questions.values() for prompt in prompts]
     return TuningInputs(
         stage=stage,
         tune=tune,
@@ -99,6 +104,7 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
         question_ids=question_ids,
         unanswered=unanswered,
         source=data_facts,
+        broken_up=broken_up_words(held, "prompt"),
     )
 
 

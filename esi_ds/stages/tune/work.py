@@ -24,6 +24,7 @@ from esi_ds.models.folder import ModelSource, checkpoint_folder, max_positions, 
 from esi_ds.models.rows import alike_up_to
 from esi_ds.report.card import model_card
 from esi_ds.report.contents import TunedAnswerRow
+from esi_ds.report.tuning import refusal_rows, thought_notes
 from esi_ds.stages.batch_sizes import longest_prompt
 from esi_ds.stages.respond import GeneratedRow, by_index, generate_all, keep_in
 from esi_ds.stages.run import CHECKPOINTS, StageRun, check_mask_bits
@@ -155,6 +156,8 @@ class TuneRun(StageRun[TuningInputs]):
                 )
         for number, reason in [*inputs.rows.skipped, *(benign.skipped if benign is not None else ())][:5]:
             tracker.log(f"skipped row {number}: {reason}")
+        if inputs.broken_up:
+            tracker.log(f"prompts: special tokens broken up: {inputs.broken_up}")
         for name, index, reason in inputs.unanswered:
             tracker.log(f"{name} prompt {index} is not asked: {reason}")
 
@@ -215,6 +218,8 @@ class TuneRun(StageRun[TuningInputs]):
                 opening = opening_mark(self.inputs.tokenizer, self.inputs.question_ids[name][index], marks)
                 rows.append(answer_row(name, index, prompts[index], answer_before, after[name][index], opening, marks))
         self._answer_rows.replace(rows)
+        for note in thought_notes(refusal_rows(rows, marks)):
+            self.tracker.remark(note)
 
     def _read_answers(self) -> list[TunedAnswerRow]:
         """Rows of ``answers.jsonl`` on rank 0; none on other ranks, or without questions."""
