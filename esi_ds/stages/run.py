@@ -339,6 +339,8 @@ class StageRun(ABC, Generic[Inputs]):
         self.check_models(fingerprint)
         self._fingerprint = fingerprint
         runtime.barrier()  # rank 0 must not write the manifest before every rank has read the old one
+        if runtime.is_main():
+            self.folder.write_config(self.config)
         self.record("running")
 
     def accept_mask(self, mask: Mask, field: str) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 
 from esi_ds.config import Config, Perturb
 from esi_ds.config.needs import require_perturb
-from esi_ds.core.mask import Mask, load_mask
+from esi_ds.core.mask import Mask, load_mask, texts_sha256
+from esi_ds.core.score_folder import ScoreFolder
 from esi_ds.core.select import check_ratio, share_sizes
 from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
@@ -44,7 +45,7 @@ class PerturbInputs:
     scores: Path | None  # folder of the scores that the mask was made from; None if no cell needs it
     eval: EvalInputs
     cells: list[NoiseCell]
-    source: dict[str, Any]  # hashes of prompts and mask, for the manifest
+    source: dict[str, Any]  # hashes of prompts, mask and scores, for the manifest
 
     @property
     def candidate(self) -> Candidate:
@@ -68,6 +69,8 @@ def prepare_perturb(config: Config) -> PerturbInputs:
     cells = noise_cells(section, mask.header.ratio)
     scores = _scores_folder(section.scores, mask, chosen_by_scores(cells, mask.header.ratio))
     source = {**inputs.source, "mask": mask.fingerprint, "mask_k": mask.k}
+    if scores is not None and (digests := ScoreFolder(scores, "perturb.scores").digests):
+        source["scores_sha256"] = texts_sha256(digests)
     return PerturbInputs(mask, scores, inputs, cells, source)
 
 
