@@ -129,7 +129,8 @@ def _scores_folder(configured: str | None, mask: Mask, by_scores: list[NoiseCell
         "perturb.scores",
         str(folder),
         f"is not there, and {chosen} is chosen by it",
-        "score again with esi.save_scores: true, or ask for top and random at the mask's own ratio",
+        "set it to the folder of the mask's scores, or ask for top and random at the mask's own ratio, or score again "
+        "with esi.save_scores: true",
     )
 
 
