@@ -51,9 +51,10 @@ class MaskedAdamW(Optimizer):
     their bits, and do not count in the gradient's norm: in plain PyTorch their gradients are zeroed as they arrive (not
     of a parameter that several ``MaskedAdamW`` train), until ``close()``.
 
-    Raises UserError for parameters without names, for a damaged mask or one of another model, and where nothing would
-    train; later where a training loop would train past the mask (docs/zero3.md §13, "In other training loops"). All
-    bits of the mask are read once to check them.
+    Raises UserError for parameters without names, for a damaged mask or one of another model by names and shapes (a
+    model in memory does not say which weights it was loaded with), and where nothing would train; later where a
+    training loop would train past the mask (docs/zero3.md §13, "In other training loops"). All bits of the mask are
+    read once to check them.
     """
 
     def __init__(
