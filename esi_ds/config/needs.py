@@ -77,6 +77,21 @@ def _check_trace(config: Config) -> None:
         raise UserError("esi.trace_gradient", True, problem, "set judge.reads: both, or leave it out")
 
 
+# Keys of ``eval`` that a stage leaves unread though somebody may wait for what they ask for; an evaluation reads all.
+TO_MEASURE = ("judges", "models", "tasks", "refusal_words")
+UNREAD = {"esi": ("prompts", *TO_MEASURE, "divergence"), "set": TO_MEASURE, "spa": TO_MEASURE}
+
+
+def unread_of_eval(config: Config, stage: str) -> list[str]:
+    """A line on the keys of ``eval`` that are set and that the stage does not read; none where it reads all."""
+    section = config.eval
+    if section is None:
+        return []
+    unread = [key for key in UNREAD.get(stage, ()) if getattr(section, key) != Eval.model_fields[key].default]
+    keys = ", ".join(f"eval.{key}" for key in unread)
+    return [f"{keys}: not read by launch/{stage}.py, but by launch/eval.py"] if unread else []
+
+
 def scores_given(config: Config) -> bool:
     """Whether the judge's scores come with the responses, so that no judge is loaded."""
     is_file = isinstance(config.data.responses, str)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from esi_ds import lock
 from esi_ds.artifacts import IDENTITY, MANIFEST, RunFolder, read_manifest, run_id
 from esi_ds.config import Config, Esi, Eval
+from esi_ds.config.needs import unread_of_eval
 from esi_ds.core.mask import Mask, identity, refuse_problems
 from esi_ds.core.units import Parameter
 from esi_ds.data.chat import read_template
@@ -241,7 +242,7 @@ class StageRun(ABC, Generic[Inputs]):
                 tracker.log(f"Slurm has started this job again, {restarts} times by now")
             for name in unrecorded(self.folder.path) if runtime.is_main() else ():
                 tracker.log(f"{name}: without a record of its digest, as earlier versions wrote it: taken as it is")
-            for line in dequantised(self.sources):
+            for line in (*dequantised(self.sources), *unread_of_eval(self.config, self.stage)):
                 tracker.remark(line)
             self._check_sources()
             for line in hub.kept_commits():

@@ -12,7 +12,7 @@ from import_boundaries import circles, import_graph, violations
 from esi_ds import shipped
 from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
 from esi_ds.config import Config, differences, load_config, resolved_yaml, validate
-from esi_ds.config.needs import check_mix, require_esi, require_tune
+from esi_ds.config.needs import check_mix, require_esi, require_tune, unread_of_eval
 from esi_ds.config.yaml import apply_override, parse_yaml
 from esi_ds.data.conversations import DataOrder
 from esi_ds.deepspeed_config import (
@@ -517,3 +517,17 @@ def test_a_run_folder_may_be_spelt_otherwise_or_have_moved() -> None:
     before = validate(BASE)
     for path in ("x/", "./x", "/moved/x"):
         assert differences(before, validate({**BASE, "run": {"output_dir": path}})) == []
+
+
+def test_what_only_an_evaluation_measures_is_named() -> None:
+    """One config may serve several stages, so that it is no mistake; but nobody shall wait for verdicts."""
+    sets = {"prompts": {"path": "advbench"}, "benign": {"path": "xstest-safe"}, "max_new_tokens": 8}
+    asked = {"judges": [{"kind": "words"}], "tasks": ["gsm8k"], "refusal_words": "gcg"}
+    everything = validate({**BASE, "eval": {**sets, **asked}})
+    told = "eval.judges, eval.tasks, eval.refusal_words: not read by launch/{}.py, but by launch/eval.py"
+    assert unread_of_eval(everything, "set") == [told.format("set")]
+    assert unread_of_eval(everything, "spa") == [told.format("spa")]
+    assert unread_of_eval(everything, "esi") == ["eval.prompts, " + told.format("esi")]
+    assert unread_of_eval(everything, "eval") == unread_of_eval(everything, "perturb") == []
+    plain = validate({**BASE, "eval": sets})
+    assert unread_of_eval(plain, "set") == unread_of_eval(validate(BASE), "set") == []
