@@ -10,6 +10,7 @@ from esi_ds.config import Config, Tune
 from esi_ds.config.yaml import dump_yaml
 from esi_ds.core.mask import Mask
 from esi_ds.data.conversations import TuningSet
+from esi_ds.report.asked import asked_as
 from esi_ds.report.sentences import what_was_trained
 from esi_ds.terminal import printable
 from esi_ds.words import counted
@@ -51,6 +52,7 @@ def model_card(
         **({"base weights": f"dequantised from {dequantised_from}"} if dequantised_from is not None else {}),
         **({"base weights": f"rounded from {rounded_from}"} if rounded_from is not None else {}),
         "base fingerprint": fingerprint,
+        **asked_as(config.model),
         **({"mask bits": f"sha256 {mask.bits_sha256}"} if mask.bits_sha256 is not None else {}),
         "mask made from": mask.fingerprint,
         "mask": f"{mask.k:,} of {mask.total_numel:,} weights by {mask.header.criterion}, order "

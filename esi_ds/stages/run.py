@@ -39,6 +39,7 @@ from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.peers import PeerWatch, own_process
 from esi_ds.reading import check_type, reading
+from esi_ds.report.asked import asked_as
 from esi_ds.stages.batch_sizes import KEY, BatchSize, GenerationBatch, generation_setting
 from esi_ds.stages.date import check_same_date
 from esi_ds.stages.dtype import check_same_dtype
@@ -147,6 +148,11 @@ class StageRun(ABC, Generic[Inputs]):
     def rounded_from(self) -> str | None:
         """As ``models.folder.rounded_from``, of ``model``: page and card say it."""
         return rounded_from(self.config.model)
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """How the models are asked, for the page's table."""
+        return asked_as(self.config.model, self.source_digests.get("model.chat_template"))
 
     @property
     def judge_sources(self) -> list[ModelSource]:
