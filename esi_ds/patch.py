@@ -402,9 +402,10 @@ def _checked(content: PatchSummary) -> PatchSummary:
     for name, entry in content.get("left_out", {}).items():
         if name in rows or (entry["twin"] is not None and entry["twin"] not in rows):
             raise ValueError(f"left_out.{name} contradicts its tensors")
-    for templates in content.get("chat_templates", {}).values():
-        if other := next((name for name in templates if not FILE_NAME.fullmatch(name)), None):
-            raise ValueError(f"chat_templates names {other!r}, which is not the file of a chat template")
+    templates = content.get("chat_templates")
+    for name in (*templates["old"], *templates["new"]) if templates is not None else ():
+        if not FILE_NAME.fullmatch(name):
+            raise ValueError(f"chat_templates names {name!r}, which is not the file of a chat template")
     return content
 
 
