@@ -25,6 +25,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from esi_ds.config import Config, differences, resolved_yaml, validate
+from esi_ds.config.moved import PLACES, without_moved
 from esi_ds.config.yaml import read_yaml
 from esi_ds.errors import UserError
 from esi_ds.failures import UNSUPPORTED
@@ -312,7 +313,7 @@ class RunFolder:
                 key, path, f"holds a config.yaml that this version cannot read ({error})", "give a new folder"
             ) from error
         other = differences(before, config) and differences(before, config, self.commits())
-        if other and not self._was_refused():
+        if other and not self._was_refused() and (other := without_moved(other, before, config, self._inputs())):
             raise UserError(
                 key,
                 path,
@@ -338,12 +339,14 @@ class RunFolder:
     def check_same(self, key: str, now: Any, field: str | Mapping[str, str] | None = None) -> None:
         """Raise UserError if ``now`` differs from the value of ``key`` among the inputs of the run in this folder.
 
-        Of a mapping, what these do not name is of an earlier version and taken as it is. field: to name, or those of
-        the mapping's keys; None where these are fields.
+        Of a mapping, what these do not name is of an earlier version and taken as it is, and ``PLACES`` of data are not
+        compared. field: to name, or those of the mapping's keys; None where these are fields.
         """
         before = self._inputs().get(key)
         what = ""
         if isinstance(before, dict) and isinstance(now, dict):
+            places = PLACES if key == "data_hashes" else ()
+            before = {name: value for name, value in before.items() if name not in places}
             now = {name: value for name, value in now.items() if name in before}
             others = [name for name in before if before[name] != now.get(name)]
             what = f" (other {', '.join(others)})" if field else ""
@@ -373,12 +376,18 @@ class RunFolder:
         return all(OF_EVERY_START.fullmatch(file.name) for file in self.path.iterdir())
 
     def open(self, config: Config) -> None:
-        """Create the folder and write the resolved config. Raises UserError as ``check`` does."""
+        """Create the folder; of a run that begins, write the resolved config. Raises UserError as ``check`` does."""
         self.check(config)
         self.create(config.run.share)
         if self._was_refused():
             for name in (INPUTS, MANIFEST, IDENTITY, STATUS):
                 (self.path / name).unlink(missing_ok=True)
+        if not self._inputs():
+            self.write_config(config)
+
+    def write_config(self, config: Config) -> None:
+        """Write the resolved config; of a run that goes on only once it is known to read what it began with, which a
+        path may no longer lead to."""
         write_text_atomic(self.path / "config.yaml", resolved_yaml(config))
 
     def identify(self) -> None:

@@ -28,6 +28,7 @@ from esi_ds.reselect import Reselection, check_cover, read_units, remark_on, spa
 from esi_ds.terminal import ReaderGone, clean_output, help_text
 
 MAX_CELLS = 40  # lines of ``compare`` by layer and role that are shown unasked
+MADE_BY = ("criterion", "contrastive", "normalise", "order", "of", "scope", "ratio")  # what a selection follows from
 
 
 def count_units(masks: Sequence[Mask], ranks: Ranks) -> tuple[list[Unit], Tensor]:
@@ -146,8 +147,8 @@ def compare_with_scores(mask: Mask, folder: Path, ranks: Ranks) -> list[str]:
 
 
 def compare(first: Mask, second: Mask, ranks: Ranks, with_cells: bool = False) -> list[str]:
-    """Overlap of two masks of one model: in total, by role, by layer, and by cell (layer and role) where those are
-    at most ``MAX_CELLS`` or ``with_cells`` asks for them."""
+    """What two masks of one architecture were made from, where that differs, and their overlap: in total, by role, by
+    layer, and by cell (layer and role) where those are at most ``MAX_CELLS`` or ``with_cells`` asks for them."""
     if first.shapes != second.shapes:
         raise UserError(
             "mask",
@@ -163,7 +164,7 @@ def compare(first: Mask, second: Mask, ranks: Ranks, with_cells: bool = False) -
             row = rows.setdefault(key, [0, 0, 0])
             for index, count in enumerate(counts_of_unit):
                 row[index] += count
-    lines = []
+    lines = _made_otherwise(first, second)
     if read_units(first) != read_units(second):
         lines.append("the matrices and roles are the first mask's; the second was made with others (model.roles)")
     lines += [f"{'':22}{'first':>12}{'second':>12}{'both':>12}{'of first':>10}{'of second':>10}{'Jaccard':>9}"]
@@ -177,6 +178,16 @@ def compare(first: Mask, second: Mask, ranks: Ranks, with_cells: bool = False) -
             f"{both / max(b, 1):>10.2%}{both / max(union, 1):>9.4f}"
         )
     return lines if "cell" in kinds else [*lines, f"--cells also shows the {num_cells} cells (layer and role)"]
+
+
+def _made_otherwise(first: Mask, second: Mask) -> list[str]:
+    """A line on what two masks were made from, where it differs; else none."""
+    parts = []
+    if first.fingerprint != second.fingerprint:
+        parts.append(f"from other weights (fingerprints {first.fingerprint} and {second.fingerprint})")
+    pairs = ((key, getattr(first.header, key), getattr(second.header, key)) for key in MADE_BY)
+    parts += [f"{key} {one} and {other}" for key, one, other in pairs if one != other]
+    return [f"the masks were made otherwise: {', '.join(parts)}"] if parts else []
 
 
 def _natural(label: str) -> tuple[int, str]:

@@ -32,6 +32,7 @@ from esi_ds.core.quantised import Weight, file_of, fill_weights, whole_weight
 from esi_ds.core.stored import DTYPES, StoredReader
 from esi_ds.errors import UserError, ends_with_message
 from esi_ds.models.beside_weights import copy_beside_weights, name_dtype
+from esi_ds.models.chat_templates import FILE_NAME, chat_templates, of_tokenizer, write_chat_templates
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.quantised import model_weights, read_quantisation, weight_names
 from esi_ds.models.weights import INDEX_SUFFIX, checkpoint_tensors, weights_name
@@ -94,6 +95,13 @@ class LeftOut(TypedDict):
     twin: str | None
 
 
+class TemplateChange(TypedDict):
+    """The chat templates of both models, file's name → text."""
+
+    old: dict[str, str]
+    new: dict[str, str]
+
+
 class PatchSummary(TypedDict):
     """``patch.json``; a stage may add facts about its run."""
 
@@ -103,6 +111,7 @@ class PatchSummary(TypedDict):
     changed: int  # number of weights that differ
     tensors: dict[str, PatchedTensor]  # by name; all that the tuned model stores
     left_out: NotRequired[dict[str, LeftOut]]  # by name; all else that the base stores
+    chat_templates: NotRequired[TemplateChange]  # where the tuned model's are others than the base's
     dequantised_from: NotRequired[str]  # format of the base's files, whose values here are the dequantised ones
 
 
@@ -293,6 +302,14 @@ def _start(weight: Weight, dtype: torch.dtype) -> tuple[tuple[int, ...], bytes]:
     return weight.shape, bytes(raw_bytes(first))
 
 
+def template_change(base: Path, tuned: Path) -> dict[str, TemplateChange]:
+    """The fact ``chat_templates`` of a summary; none where both tokenizers have the same, or one folder has none."""
+    old, new = chat_templates(base), chat_templates(tuned)
+    if of_tokenizer(old) == of_tokenizer(new) or not all(any(one.glob("tokenizer*")) for one in (base, tuned)):
+        return {}
+    return {"chat_templates": {"old": old, "new": new}}
+
+
 def weight_digests(
     folder: Path, dtypes: Mapping[str, torch.dtype], part: int = 0, num_parts: int = 1, field: str = "MODEL"
 ) -> dict[str, str]:
@@ -326,7 +343,8 @@ def create(base: Path, tuned: Path, folder: Path) -> PatchSummary:
         raise UserError("TUNED", str(tuned), f"is {quantisation}: its weights are rounded", "give model/ of a run")
     with whole_folder(folder) as temporary:
         changes = create_part(base, tuned, temporary)
-        finish(base, temporary, changes, base_digests(base, tuned), tensor_digests(tuned, field="TUNED"), {})
+        digests = base_digests(base, tuned), tensor_digests(tuned, field="TUNED")
+        finish(base, temporary, changes, *digests, template_change(base, tuned))
         left_out = summary(temporary).get("left_out", {})
         lost = {name for name, entry in left_out.items() if entry["twin"] is None} & _loaded_names(base)
         if lost:
@@ -379,6 +397,10 @@ def _checked(content: PatchSummary) -> PatchSummary:
     for name, entry in content.get("left_out", {}).items():
         if name in rows or (entry["twin"] is not None and entry["twin"] not in rows):
             raise ValueError(f"left_out.{name} contradicts its tensors")
+    templates = content.get("chat_templates")
+    for name in (*templates["old"], *templates["new"]) if templates is not None else ():
+        if not FILE_NAME.fullmatch(name):
+            raise ValueError(f"chat_templates names {name!r}, which is not the file of a chat template")
     return content
 
 
@@ -442,6 +464,8 @@ def _transform(source: Path, patch: Path, out: Path, before: Digest, after: Dige
     _check_source(source, content, before, dtypes)
     with whole_folder(out) as temporary:
         copy_beside_weights(source, temporary, "MODEL")
+        if (templates := content.get("chat_templates")) is not None:
+            write_chat_templates(temporary, templates["new" if after == "tuned_sha256" else "old"])
         written: dict[str, str] = {}  # tensor → file
         sizes = Counter[torch.dtype]()  # weights of each dtype
         for file in sorted(set(files.values())):
@@ -523,6 +547,7 @@ def info(patch: Path) -> list[str]:
     content = summary(patch)
     facts = {key: value for key, value in content.items() if not isinstance(value, dict)}
     lines = [f"{key:18} {value:,}" if isinstance(value, int) else f"{key:18} {value}" for key, value in facts.items()]
+    lines += ["chat template      changed, too"] if "chat_templates" in content else []
     changed = sorted(content["tensors"].items(), key=lambda item: -item[1]["changed"])
     lines += ["", f"{'changed':>12}{'of':>9}  tensor"]
     lines += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -47,17 +48,21 @@ class ScoreFolder:
         if differences := self.metadata.differences(mask):
             raise UserError(self._field, str(self.folder), f"are not those of the mask: {differences[0]}", REMEDY)
 
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Parameter → sha256 of its scores; empty for scores of an earlier version. Raises UserError."""
+        return read_digests(self.folder, self.names, self._field, DAMAGE_REMEDY)
+
     def problems(self, part: int = 0, num_parts: int = 1) -> list[str]:
         """Every parameter whose scores are not those that were written, one sentence each; empty without digests.
 
         Reads every ``num_parts``-th parameter from number ``part`` on, so that ranks can share the work. Raises
         UserError where the digests cannot be read.
         """
-        digests = read_digests(self.folder, self.names, self._field, DAMAGE_REMEDY)
         problems: list[str] = []
-        for name in sorted(digests)[part::num_parts]:
+        for name in sorted(self.digests)[part::num_parts]:
             try:
-                if tensor_sha256(self._tensors[name]) != digests[name]:
+                if tensor_sha256(self._tensors[name]) != self.digests[name]:
                     problems.append(f"the scores of {name} differ from those that were written ({DIGESTS_NAME})")
             except (OSError, ValueError) as error:
                 problems.append(f"the scores of {name} cannot be read ({first_line(error)})")

@@ -11,6 +11,7 @@ import torch
 
 from esi_ds.artifacts import write_json_atomic
 from esi_ds.errors import UserError
+from esi_ds.models.chat_templates import chat_templates, of_tokenizer, write_chat_templates
 from esi_ds.models.quantised import plain_configuration, read_quantisation
 from esi_ds.models.weights import CONFIG_NAME
 from esi_ds.reading import read_json
@@ -29,10 +30,13 @@ def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bo
     """Copy configuration, tokenizer and the rest of a model's folder; no weights, and no model card.
 
     The configuration of a quantised model becomes that of the dequantised one. only_missing: leave the files alone that
-    ``target`` has, and out what is in folders, where a training may have left its checkpoints. Permissions are those of
-    new files. Raises UserError naming ``field``.
+    ``target`` has, and out what is in folders, where a training may have left its checkpoints, and a processor's chat
+    template where the tokenizer has got another one. Permissions are those of new files. Raises UserError naming
+    ``field``.
     """
     is_quantised = read_quantisation(source, field) is not None
+    templates = chat_templates(target)
+    is_written_otherwise = bool(templates) and of_tokenizer(templates) != of_tokenizer(chat_templates(source))
 
     def is_left_out(file: Path) -> bool:
         if file.is_dir():
@@ -58,6 +62,8 @@ def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bo
         target.chmod(mode)
     if is_quantised and not (only_missing and has_config):
         write_json_atomic(target / CONFIG_NAME, plain_configuration(source, field))
+    if only_missing and is_written_otherwise:
+        write_chat_templates(target, templates)
 
 
 def name_dtype(folder: Path, dtype: torch.dtype, field: str) -> None:

@@ -149,7 +149,8 @@ def checked_folder(source: ModelSource) -> Path:
     """``checkpoint_folder``, with the weights checked as ``check_weights`` does it."""
     folder = checkpoint_folder(source)
     if (folder / "adapter_config.json").is_file():  # with peft installed, transformers would add it to the weights
-        raise UserError(source.field, source.path, "holds an adapter (LoRA)", "merge it into its base model first")
+        remedy = "merge it into its base model first, or remove that file if the weights beside it are merged already"
+        raise UserError(source.field, source.path, "holds an adapter (LoRA): adapter_config.json", remedy)
     model_weights(folder, source.field)
     return folder
 

@@ -10,6 +10,7 @@ from esi_ds.config.tuning import BenignMix
 from esi_ds.config.yaml import dump_yaml
 from esi_ds.core.trained import Trained
 from esi_ds.data.conversations import TuningSet
+from esi_ds.report.asked import asked_as
 from esi_ds.report.contents import Facts
 from esi_ds.report.sentences import mask_bits, routers_fate, what_was_trained
 from esi_ds.terminal import printable
@@ -47,6 +48,7 @@ def model_card(
         **({"base weights": f"dequantised from {dequantised_from}"} if dequantised_from is not None else {}),
         **({"base weights": f"rounded from {rounded_from}"} if rounded_from is not None else {}),
         "base fingerprint": fingerprint,
+        **asked_as(config.model),
         **mask_bits(mask),
         "mask made from": mask.fingerprint,
         "mask": f"{mask.k:,} of {mask.total_numel:,} weights by {mask.header.criterion}, order "

@@ -39,6 +39,7 @@ from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.peers import PeerWatch, own_process
 from esi_ds.reading import check_type, reading
+from esi_ds.report.asked import asked_as
 from esi_ds.report.contents import Report
 from esi_ds.report.html import write_report
 from esi_ds.stages.batch_sizes import KEY, BatchSize, GenerationBatch, generation_setting
@@ -151,6 +152,11 @@ class StageRun(ABC, Generic[Inputs]):
     def rounded_from(self) -> str | None:
         """As ``models.folder.rounded_from``, of ``model``: page and card say it."""
         return rounded_from(self.config.model)
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """How the models are asked, for the page's table."""
+        return asked_as(self.config.model, self.source_digests.get("model.chat_template"))
 
     @property
     def judge_sources(self) -> list[ModelSource]:
@@ -357,6 +363,8 @@ class StageRun(ABC, Generic[Inputs]):
         self.check_models(fingerprint)
         self._fingerprint = fingerprint
         runtime.barrier()  # rank 0 must not write the manifest before every rank has read the old one
+        if runtime.is_main():
+            self.folder.write_config(self.config)
         self.record("running")
 
     def accept_mask(self, mask: Mask, field: str) -> bool:

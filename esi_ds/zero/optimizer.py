@@ -56,7 +56,8 @@ class MaskedAdamW(Optimizer):
 
     Raises UserError for parameters without names, for a damaged mask or one of another model, and where nothing would
     train. Later it raises UserError where a training loop would train past the mask (docs/zero3.md §13, "In other
-    training loops"). All bits of the mask are read once to check them.
+    training loops"). Names and shapes decide whether a mask fits: a model in memory does not say which weights it was
+    loaded with. All bits of the mask are read once to check them.
     """
 
     def __init__(

@@ -111,7 +111,10 @@ CASES = {
     "twice": ({"seeds": [1, 1]}, ["perturb.seeds", "twice"]),
     "noise": ({"noise": -1.0}, ["perturb.noise", "-1.0"]),
     "ratio": ({"ratios": [1.5]}, ["perturb.ratios", "1.5"]),
-    "no scores": ({"mask": "{}/alone/mask"}, ["perturb.scores", "top weights at ratio 0.02", "esi.save_scores"]),
+    "no scores": (
+        {"mask": "{}/alone/mask"},
+        ["perturb.scores", "top weights at ratio 0.02", "set it to the folder of the mask's scores"],
+    ),
     "scores nowhere": ({"scores": "{}/none"}, ["perturb.scores", "none"]),
 }
 

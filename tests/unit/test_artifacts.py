@@ -9,6 +9,7 @@ import os
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -183,8 +184,8 @@ RESULTS = [
 
 def test_a_run_that_goes_on_says_which_data_are_others(tmp_path: Path) -> None:
     run = failed_run(tmp_path / "begun", "responses.jsonl")
-    with pytest.raises(UserError, match=r"tune: is not what the run in .* started with \(other rows\)"):
-        run.check_same("data_hashes", {"rows": "c"}, "tune")
+    with pytest.raises(UserError, match=r"tune: is not what the run in .* started with \(other sha256\)"):
+        run.check_same("data_hashes", {"sha256": "c"}, "tune")
 
 
 def test_an_evaluation_that_goes_on_says_which_model_is_another(tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def failed_run(folder: Path, name: str = "log.txt") -> RunFolder:
     run = RunFolder(str(folder))
     run.open(make_config())
     run.identify()
-    run.write_manifest(exit_state="failed", world_size=1, started=0.0, model_fingerprint="a", data={"rows": "b"})
+    run.write_manifest(exit_state="failed", world_size=1, started=0.0, model_fingerprint="a", data={"sha256": "b"})
     (folder / name).write_text("x")
     (folder / "tensorboard").mkdir()
     return run
@@ -217,7 +218,7 @@ def test_a_run_that_was_refused_begins_anew(tmp_path: Path) -> None:
     before = json.loads((run.path / "run.json").read_text())
     run.check(other)  # in the order of a start: stages/folder.py, then stages/run.py
     run.check_stage("spa")
-    run.check_same("data_hashes", {"rows": "c"}, "data.path")
+    run.check_same("data_hashes", {"sha256": "c"}, "data.path")
     run.open(other)
     assert not (run.path / "manifest.json").exists() and not (run.path / "inputs.json").exists()
     run.identify()
@@ -228,6 +229,105 @@ def test_a_run_that_was_refused_begins_anew(tmp_path: Path) -> None:
     run.write_manifest(exit_state="running", world_size=1, started=0.0, model_fingerprint="a", data={})
     with pytest.raises(UserError, match="holds a run whose config differs"):
         run.check(other)
+
+
+def placed(root: str, **changes: Any) -> Config:
+    """A config all of whose paths lie in ``root``."""
+    models = [{"path": f"{root}/m1", "name": "tuned"}, {"answers": f"{root}/a.jsonl", "name": "other"}]
+    content: dict[str, Any] = {
+        "run": {"output_dir": "x"},
+        "model": {"path": f"{root}/m", "chat_template": f"{root}/t.jinja"},
+        "judge": {"path": f"{root}/g"},
+        "data": {"prompts": {"path": f"{root}/p.csv", "behaviors": f"{root}/b.csv"}},
+        "tune": {"mask": f"{root}/mask", "data": {"path": f"{root}/r.jsonl"}},
+        "perturb": {"mask": f"{root}/mask", "scores": f"{root}/scores"},
+        "eval": {
+            "models": models,
+            "judges": [{"kind": "guard", "path": f"{root}/g", "name": "guard"}],
+            "tasks": [{"name": "gsm8k", "path": f"{root}/gsm8k.jsonl"}],
+            "prompts": [{"path": f"{root}/h.jsonl"}],
+            "benign": [{"path": f"{root}/o.jsonl"}],
+        },
+    }
+    return validate(content | changes)
+
+
+RECORDED: dict[str, Any] = {  # of the paths in ``placed``; no stage reads them all
+    "data_hashes": {
+        **{"prompts": "/a/p.csv", "rows": "/a/r.jsonl", "sha256": "1", "mask_bits_sha256": "2", "scores_sha256": "3"},
+        **{"eval.tasks.0": "4", "harmful:h": "5", "benign:o": "6"},
+    },
+    "source_digests": dict.fromkeys(
+        ("model.path", "model.chat_template", "judge.path", "eval.models.0.path", "eval.judges.0.path"), "7"
+    ),
+    "model_fingerprints": {"base": "8", "tuned": "9", "other": "answers:10"},
+}
+
+
+def begun_run(folder: Path, config: Config, **recorded: Any) -> RunFolder:
+    """A run that was interrupted, with what its manifest says of its inputs."""
+    run, notes = RunFolder(str(folder)), {**RECORDED, **recorded}
+    run.open(config)
+    facts = {"world_size": 1, "started": 0.0, "model_fingerprint": "f", "data": notes.pop("data_hashes")}
+    run.write_manifest(exit_state="interrupted", **facts, notes=notes)
+    return run
+
+
+def test_a_run_whose_inputs_were_moved_goes_on(tmp_path: Path) -> None:
+    """The path may differ, and nothing else: what lies there is compared, and the config is kept once it is known."""
+    run = begun_run(tmp_path / "run", placed("/a"))
+    stored = (run.path / "config.yaml").read_text()
+    run.check(placed("/b"))
+    hashes = RECORDED["data_hashes"]
+    run.check_same("data_hashes", {**hashes, "prompts": "/b/p.csv", "rows": "/b/r.jsonl"}, "data")
+    for name in hashes.keys() - {"prompts", "rows"}:
+        with pytest.raises(UserError, match=rf"is not what the run in .* started with \(other {name}\)"):
+            run.check_same("data_hashes", {**hashes, name: "another"}, "data")
+    run.open(placed("/b"))
+    assert (run.path / "config.yaml").read_text() == stored
+    run.write_config(placed("/b"))
+    run.check(placed("/a"))
+    with pytest.raises(UserError, match=r"config differs in model\.dtype;"):
+        run.check(placed("/b", model={"path": "/b/m", "chat_template": "/b/t.jinja", "dtype": "fp32"}))
+
+
+def test_a_path_of_content_that_was_not_recorded_may_not_differ(tmp_path: Path) -> None:
+    hashes = RECORDED["data_hashes"]
+    for name, keys in (
+        ("mask_bits_sha256", r"tune\.mask, perturb\.mask"),
+        ("scores_sha256", r"perturb\.scores"),
+        ("prompts", r"data\.prompts\.path, data\.prompts\.behaviors"),
+        ("rows", r"tune\.data\.path"),
+        ("harmful:h", r"eval\.prompts\.0\.path"),
+    ):
+        fewer = {key: value for key, value in hashes.items() if key != name}
+        run = begun_run(tmp_path / name, placed("/a"), data_hashes=fewer)
+        with pytest.raises(UserError, match=rf"config differs in {keys};"):
+            run.check(placed("/b"))
+    run = begun_run(tmp_path / "sources", placed("/a"), source_digests={})
+    with pytest.raises(
+        UserError, match=r"differs in model\.path, model\.chat_template, judge\.path, eval\.models\.0\.path, "
+    ):
+        run.check(placed("/b"))
+    unbegun = RunFolder(str(tmp_path / "unbegun"))
+    unbegun.open(placed("/a"))
+    with pytest.raises(UserError, match=r"config differs in model\.path, "):
+        unbegun.check(placed("/b"))
+
+
+def test_paths_by_which_answers_are_filed_may_not_differ(tmp_path: Path) -> None:
+    """Answers and verdicts are kept under the names of models, judges and sets, which are paths where none is given."""
+
+    def unnamed(root: str, prompts: str = "h.jsonl") -> Config:
+        judges = [{"kind": "guard", "path": f"{root}/g"}]
+        sets = {"prompts": [{"path": f"{root}/{prompts}"}]}
+        return placed("/a", eval={"models": [{"path": f"{root}/m1"}], "judges": judges, **sets})
+
+    run = begun_run(tmp_path / "run", unnamed("/a"), model_fingerprints={"base": "8", "/a/m1": "9"})
+    with pytest.raises(UserError, match=r"differs in eval\.models\.0\.path, eval\.judges\.0\.path;"):
+        run.check(unnamed("/b"))
+    with pytest.raises(UserError, match=r"differs in eval\.prompts\.0\.path;"):
+        run.check(unnamed("/a", "renamed.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["~/runs", "$HOME/runs", "a/${SCRATCH}/b", "a\nb"])

@@ -23,6 +23,7 @@ from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_weights
 from esi_ds.models.folder import ModelSource, load_model_config, rounded_from
 from esi_ds.models.meta import meta_parameters
+from esi_ds.report.asked import asked_as
 from esi_ds.report.card import model_card
 from esi_ds.report.html import render
 from esi_ds.stages.evaluate.prepare import prepare_eval
@@ -108,6 +109,36 @@ def test_what_is_rounded_is_not_called_the_bases_bits(
     assert rounded_from(section.model) == lost
     card = card_of(section, "set", rounded_from=lost)
     assert ("the base model’s, rounded to bf16." in card) == (lost is not None) == ("bit for bit" not in card)
+
+
+def test_a_card_says_how_the_model_was_asked(tmp_path: Path) -> None:
+    """What is as by default is left out. A page has no copy of the template, and gives its digest."""
+    tune = require_tune(config())
+    mask = open_mask(config().model, tune, "spa", load_model_config(ModelSource.of(config().model)))
+    rows = type("Rows", (), {"sha256": "0"})
+    about = {"fingerprint": "f", "mask": mask, "num_trained": 5, "ranks": 1, "rows": rows, "benign": None}
+    asked = {
+        **{"system_prompt": "You are a pirate.", "template_kwargs": {"enable_thinking": False, "effort": "high"}},
+        **{"chat_template": "t.jinja", "date": "2026-11-30", "thought_marks": ["<r>", "</r>"]},
+    }
+    model = {**config().model.model_dump(), **asked}
+    section = validate({**config().model_dump(), "model": model})
+    card = model_card(section, tune, stage="spa", **about)
+    for line in (
+        "| system prompt | You are a pirate. |",
+        '| values for chat templates | enable_thinking: false, effort: "high" |',
+        "| chat template | t.jinja |",
+        "| date for chat templates | 2026-11-30 |",
+        "| marks of thoughts | \\<r\\> … \\</r\\> |",
+    ):
+        assert line in card, card
+    facts = asked_as(section.model, "0a")
+    assert facts["chat template"] == "t.jinja, sha256 0a" and len(facts) == 5
+    for template in ("{{ messages }}", None):
+        other = section.model.model_copy(update={"chat_template": template, "system_prompt": ""})
+        assert asked_as(other, "0a").get("chat template") == (template and "a text in the config, sha256 0a")
+        assert asked_as(other)["system prompt"] == "a turn without text"
+    assert asked_as(config().model) == {}
 
 
 def test_a_card_says_how_many_benign_rows_were_read() -> None:

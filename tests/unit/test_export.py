@@ -6,6 +6,7 @@ The ranks are threads here: what an export asks of a sharded model is a whole on
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -17,10 +18,11 @@ import pytest
 import torch
 from builders import build_model, byte_bpe_tokenizer, shard_bounds
 from safetensors.torch import load_file, save
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, ProcessorMixin
 
 from esi_ds.core.stored import DTYPES
 from esi_ds.core.units import Parameter, Shard, whole
+from esi_ds.models.beside_weights import copy_beside_weights
 from esi_ds.models.roles import describe
 from esi_ds.zero import export, files, runtime
 from esi_ds.zero.export import export_model
@@ -188,3 +190,18 @@ def test_a_header_is_that_of_safetensors() -> None:
     entries.sort(key=lambda entry: (-order.index(entry.dtype), entry.name))
     header, _ = file_header(entries, {"format": "pt"}, compact=True)
     assert save(tensors, {"format": "pt"}).startswith(header)
+
+
+@pytest.mark.parametrize("template", ["OLD {{ messages }}", "NEW {{ messages }}"])
+def test_a_processors_template_stays_only_beside_the_tokenizers_own(template: str, tmp_path: Path) -> None:
+    """transformers, and servers with it, prefer a chat_template.json to the new chat_template.jinja beside it."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/tokenizer_config.json").write_text(json.dumps({"chat_template": "OLD {{ messages }}"}))
+    (tmp_path / "base/chat_template.json").write_text(json.dumps({"chat_template": "IMAGES {{ messages }}"}))
+    (tmp_path / "base/preprocessor_config.json").write_text("{}")
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned/chat_template.jinja").write_text(template)
+    copy_beside_weights(tmp_path / "base", tmp_path / "tuned", "model.path", only_missing=True)
+    read = ProcessorMixin.get_processor_dict(tmp_path / "tuned")[0]["chat_template"]
+    assert read == ("IMAGES {{ messages }}" if template.startswith("OLD") else template)
+    assert (tmp_path / "tuned/preprocessor_config.json").is_file()

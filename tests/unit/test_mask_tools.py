@@ -103,6 +103,23 @@ def test_masks_of_other_roles_are_compared_by_those_of_the_first(tmp_path: Path,
     assert main(["compare", *folders]) == 0 and capsys.readouterr().out.startswith(told)
 
 
+def test_masks_that_were_made_otherwise_are_told_apart_first(tmp_path: Path, capsys) -> None:
+    """Equal bits do not make them one mask: those of two models overlap by chance, or because both are near a base."""
+    bits = {"w": torch.tensor([[True, False], [False, False]])}
+    for name, facts in (("one", {}), ("weights", {"fingerprint": "c:d"}), ("order", {"order": "bottom"})):
+        write_mask(tmp_path / name, bits, **facts)
+    first = Mask.load(tmp_path / "one").fingerprint
+    told = {
+        "one": "",
+        "weights": f"the masks were made otherwise: from other weights (fingerprints {first} and c:d)\n",
+        "order": "the masks were made otherwise: order top and bottom\n",
+    }
+    for name, line in told.items():
+        assert main(["compare", str(tmp_path / "one"), str(tmp_path / name)]) == 0
+        output = capsys.readouterr().out
+        assert output.startswith(line) and ("made otherwise" in output) == bool(line), output
+
+
 def test_what_cannot_be_read_or_made_is_told(tmp_path: Path, capsys) -> None:
     write_pair(tmp_path, SHAPES, 0.2, "matrix", "top", seed=3)
     options = ["--scores", str(tmp_path / "scores"), "--ratio", "0.1"]

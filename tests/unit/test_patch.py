@@ -14,7 +14,7 @@ import torch
 from builders import build_model, byte_bpe_tokenizer, claim_tied
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin
 
 from esi_ds import patch
 from esi_ds.errors import UserError
@@ -255,6 +255,49 @@ def test_the_other_models_card_and_weights_of_other_formats_are_left_out(folder:
     assert (folder / "again/LICENSE").is_file()
 
 
+def template_of(folder: Path) -> str | dict[str, str] | None:
+    return AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def processors_template(folder: Path) -> str | None:
+    """What transformers gives a processor, which is not only the tokenizer's."""
+    return ProcessorMixin.get_processor_dict(folder)[0].get("chat_template")
+
+
+@pytest.mark.parametrize("old", ["OLD {{ messages }}", None])
+@pytest.mark.parametrize("held_by", ["chat_template.json", "processor_config.json"])
+def test_the_other_models_chat_template_comes_along(folder: Path, capsys, old: str | None, held_by: str) -> None:
+    """SET and SPA export ``model.chat_template``: the weights alone would be asked as the base is."""
+    base, tuned, new = folder / "base", folder / "tuned", "NEW {{ messages }}"
+    for model, template in ((base, old), (tuned, new)):
+        tokenizer = byte_bpe_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(model)
+    if old is None:
+        (base / "chat_template.jinja").unlink(missing_ok=True)
+    (base / held_by).write_text(json.dumps({"chat_template": "IMAGES {{ messages }}"}))
+    assert run("create", base, tuned, folder / "patch") == 0
+    assert "chat template      changed, too" in capsys.readouterr().out
+    assert run("apply", base, folder / "patch", folder / "again") == 0
+    assert template_of(folder / "again") == processors_template(folder / "again") == new
+    for name in ("again", "tuned"):
+        assert run("revert", folder / name, folder / "patch", folder / f"{name}-back") == 0
+        assert template_of(folder / f"{name}-back") == template_of(base) == old
+        assert processors_template(folder / f"{name}-back") == "IMAGES {{ messages }}"
+
+
+def test_equal_chat_templates_stay_where_they_are(folder: Path) -> None:
+    """In the tokenizer's configuration or a file of their own, one or several."""
+    for model in ("base", "tuned"):
+        tokenizer = byte_bpe_tokenizer()
+        tokenizer.chat_template = {"default": "A {{ messages }}", "tool_use": "B {{ messages }}"}
+        tokenizer.save_pretrained(folder / model, save_jinja_files=model == "tuned")
+    (folder / "base/chat_template.jinja").unlink()  # of the fixture
+    assert template_of(folder / "base") == template_of(folder / "tuned") == tokenizer.chat_template
+    assert run("create", folder / "base", folder / "tuned", folder / "patch") == 0
+    assert "chat_templates" not in summary(folder / "patch")
+
+
 def without_row(content: dict) -> None:
     del content["tensors"][CHANGED]
 
@@ -300,6 +343,7 @@ EDITS: dict[str, Callable[[dict], None]] = {
     "no file": put("tensors", CHANGED, "file", "other.safetensors"),
     "an unknown twin": put("left_out", {"x": {"sha256": "", "twin": "y"}}),
     "a left-out tensor that the base lacks": put("left_out", {"x": {"sha256": "", "twin": None}}),
+    "a template outside": put("chat_templates", {"old": {}, "new": {"../chat_template.jinja": ""}}),
     "a stored tensor is left out": put("left_out", {CHANGED: {"sha256": "", "twin": None}}),
 }
 

@@ -192,7 +192,7 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
     save(tmp_path, ("model.safetensors",))
     check_weights(ModelSource(str(tmp_path)))
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds an adapter"):
+    with pytest.raises(UserError, match="holds an adapter .*, or remove that file if the weights beside it are"):
         check_weights(ModelSource(str(tmp_path)))
 
 

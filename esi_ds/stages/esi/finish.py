@@ -224,6 +224,7 @@ def run_facts(run: StageRun[EsiInputs], model: ShardedModel, outcome: PromptOutc
         "model": config.model.path,
         "model type": model.module.config.model_type,
         "dtype": config.model.dtype,
+        **run.asked,
         "ranks": runtime.world_size(),
         "wall time (s)": round(time.time() - run.started, 1),
         "seed": config.run.seed,

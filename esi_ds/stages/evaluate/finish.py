@@ -124,6 +124,7 @@ def facts(run: StageRun[Any], section: Eval) -> Facts:
     """What the report's last table says of the run."""
     return {
         "dtype": run.config.model.dtype,
+        **run.asked,
         "answers": f"{_decoding(section)}, at most {section.max_new_tokens} tokens",
         "refusal words on benign prompts": section.refusal_words,
         **({} if section.coherence else {"incoherence": "not measured"}),

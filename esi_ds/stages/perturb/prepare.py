@@ -10,11 +10,13 @@ from typing import Any
 from esi_ds.config import Config, Perturb
 from esi_ds.config.needs import require_perturb
 from esi_ds.core.mask import Mask, load_mask
+from esi_ds.core.score_folder import ScoreFolder
 from esi_ds.core.select import check_ratio, share_sizes
 from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.meta import meta_parameters
+from esi_ds.reading import json_sha256
 from esi_ds.stages.evaluate.prepare import Candidate, EvalInputs, prepare_eval
 from esi_ds.tensor_files import INDEX_NAME
 
@@ -44,7 +46,7 @@ class PerturbInputs:
     scores: Path | None  # folder of the scores that the mask was made from; None if no cell needs it
     eval: EvalInputs
     cells: list[NoiseCell]
-    source: dict[str, Any]  # hashes of prompts and mask, for the manifest
+    source: dict[str, Any]  # hashes of prompts, mask and scores, for the manifest
 
     @property
     def candidate(self) -> Candidate:
@@ -68,6 +70,8 @@ def prepare_perturb(config: Config) -> PerturbInputs:
     cells = noise_cells(section, mask.header.ratio)
     scores = _scores_folder(section.scores, mask, chosen_by_scores(cells, mask.header.ratio))
     source = {**inputs.source, "mask": mask.fingerprint, "mask_k": mask.k}
+    if scores is not None and (digests := ScoreFolder(scores, "perturb.scores").digests):
+        source["scores_sha256"] = json_sha256(digests)
     return PerturbInputs(mask, scores, inputs, cells, source)
 
 
@@ -121,10 +125,13 @@ def _scores_folder(configured: str | None, mask: Mask, by_scores: list[NoiseCell
         return folder
     if configured is None and not by_scores:
         return None
-    need, remedy = "the mask is checked against it", "name the scores that the mask was made from, or leave it out"
+    need, remedy = "the mask is checked against it", "name the folder of the mask's scores, or leave it out"
     if by_scores:
         need = f"the {by_scores[0].order} weights at ratio {by_scores[0].ratio:g} are chosen by it"
-        remedy = "score again with esi.save_scores: true, or ask for top and random at the mask's own ratio"
+        remedy = (
+            "set it to the folder of the mask's scores, ask for top and random at the mask's own ratio, or score again "
+            "with esi.save_scores: true"
+        )
     raise UserError("perturb.scores", str(folder), f"is not there, but {need}", remedy)
 
 

@@ -63,6 +63,7 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         "model": config.model.path,
         "model type": inputs.model_config.model_type,
         "dtype": config.model.dtype,
+        **run.asked,
         "ranks": runtime.world_size(),
         "wall time (s)": round(time.time() - run.started, 1),
         "seed": config.run.seed,

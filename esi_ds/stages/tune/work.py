@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -282,8 +282,9 @@ class TuneRun(StageRun[TuningInputs]):
             tuned_digests |= part_tuned
         if runtime.is_main():
             mask = self.inputs.mask
-            facts = {"method": self.inputs.stage, "mask_fingerprint": mask.fingerprint}
+            facts: dict[str, Any] = {"method": self.inputs.stage, "mask_fingerprint": mask.fingerprint}
             facts |= {} if mask.bits_sha256 is None else {"mask_bits_sha256": mask.bits_sha256}
+            facts |= patch.template_change(base, tuned)
             patch.finish(base, temporary, rows, base_digests, tuned_digests, facts)
             replace_folder(temporary, folder)
         runtime.barrier()
