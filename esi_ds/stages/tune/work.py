@@ -154,6 +154,8 @@ class TuneRun(StageRun[TuningInputs]):
                     f"{name}: {len(rows.sequences)} of columns {rows.columns}, {len(rows.skipped)} skipped, "
                     f"{rows.num_cut} cut at {inputs.tune.max_length} tokens{rows.note}"
                 )
+        if benign is None and inputs.tune.data.benign is not None:
+            tracker.remark("tune.data.benign is not read: its fraction is 0")
         for number, reason in [*inputs.rows.skipped, *(benign.skipped if benign is not None else ())][:5]:
             tracker.log(f"skipped row {number}: {reason}")
         for name, index, reason in inputs.unanswered:
