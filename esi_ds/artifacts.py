@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -330,15 +330,18 @@ class RunFolder:
             problem, remedy = f"holds a run of {before}, not of {stage}", "give a new folder"
             raise UserError("run.output_dir", str(self.path), problem, remedy)
 
-    def check_same(self, key: str, now: Any, field: str | Mapping[str, str] | None = None) -> None:
+    def check_same(
+        self, key: str, now: Any, field: str | Mapping[str, str] | None = None, unread: Collection[str] = ()
+    ) -> None:
         """Raise UserError if ``now`` differs from the value of ``key`` among the inputs of the run in this folder.
 
         Of a mapping, what these do not name is of an earlier version and taken as it is. field: to name, or those of
-        the mapping's keys; None where these are fields.
+        the mapping's keys; None where these are fields. unread: keys of the mapping that are not known yet.
         """
         before = self._inputs().get(key)
         what = ""
         if isinstance(before, dict) and isinstance(now, dict):
+            before = {name: value for name, value in before.items() if name not in unread}
             now = {name: value for name, value in now.items() if name in before}
             others = [name for name in before if before[name] != now.get(name)]
             what = f" (other {', '.join(others)})" if field else ""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esi_ds.core.mask import Mask, identity, num_bytes, texts_sha256
+from esi_ds.core.mask import Mask, identity, metadata_sha256, num_bytes, texts_sha256
 from esi_ds.core.units import Shard
 
 
@@ -44,9 +44,10 @@ class Trained:
             settings["masked_routers"] = self.router
         if self.towers and self.unscored == "train":
             settings["towers"] = "freeze"
-        if self.mask.k and not self.mask.digests:  # a mask of an earlier version
-            settings |= self.mask.digests_of_bits()
-        return texts_sha256({**identity(self.mask), **settings})
+        if self.mask.digests:
+            return texts_sha256({**identity(self.mask), **settings})
+        bits = self.mask.digests_of_bits() if self.mask.k else {}
+        return texts_sha256({"mask_sha256": metadata_sha256(self.mask), **bits, **settings})
 
     @property
     def masked_routers(self) -> frozenset[str]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from esi_ds import patch
 from esi_ds.artifacts import replace_folder, wait_until_visible
+from esi_ds.core.mask import BITS_SHA256, Mask
 from esi_ds.data.chat import day_of, without_our_padding
 from esi_ds.data.template_values import without_values
 from esi_ds.data.thoughts import MARKS, Marks, marks_with, opening_mark
@@ -42,7 +43,7 @@ from esi_ds.zero.optimizer import MaskedAdamW
 from esi_ds.zero.sparse import SparseTuner, choose_reduction
 from esi_ds.zero.tuner import Rule, Tuner
 
-ANSWERS = "answers.jsonl"
+ANSWERS, MASK_FIELD = "answers.jsonl", "tune.mask"
 Answers = dict[str, dict[int, str]]  # set of questions → index → answer
 
 
@@ -53,13 +54,17 @@ class TuneRun(StageRun[TuningInputs]):
     def stage(self) -> str:
         return self.inputs.stage
 
+    @property
+    def masks(self) -> dict[str, Mask]:
+        return {MASK_FIELD: self.inputs.mask}
+
     def work(self) -> None:
         config, inputs, tracker = self.config, self.inputs, self.tracker
-        check_mask_bits(inputs.mask, "tune.mask")
+        check_mask_bits(inputs.mask, MASK_FIELD)
         with self.phase("loading"):
             model, make_tuner = self._load()
         self.begin(model)
-        same_weights = self.accept_mask(inputs.mask, "tune.mask")
+        same_weights = self.accept_mask(inputs.mask, MASK_FIELD)
         self._log_inputs(same_weights)
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -284,7 +289,7 @@ class TuneRun(StageRun[TuningInputs]):
         if runtime.is_main():
             mask = self.inputs.mask
             facts = {"method": self.inputs.stage, "mask_fingerprint": mask.fingerprint}
-            facts |= {} if mask.bits_sha256 is None else {"mask_bits_sha256": mask.bits_sha256}
+            facts |= {} if mask.bits_sha256 is None else {BITS_SHA256: mask.bits_sha256}
             patch.finish(base, temporary, rows, base_digests, tuned_digests, facts)
             replace_folder(temporary, folder)
         runtime.barrier()
