@@ -336,17 +336,20 @@ class RunFolder:
             problem, remedy = f"holds a run of {before}, not of {stage}", "give a new folder"
             raise UserError("run.output_dir", str(self.path), problem, remedy)
 
-    def check_same(self, key: str, now: Any, field: str | Mapping[str, str] | None = None) -> None:
+    def check_same(
+        self, key: str, now: Any, field: str | Mapping[str, str] | None = None, unread: Collection[str] = ()
+    ) -> None:
         """Raise UserError if ``now`` differs from the value of ``key`` among the inputs of the run in this folder.
 
         Of a mapping, what these do not name is of an earlier version and taken as it is, and ``PLACES`` of data are not
-        compared. field: to name, or those of the mapping's keys; None where these are fields.
+        compared. field: to name, or those of the mapping's keys; None where these are fields. unread: keys of the
+        mapping that are not known yet.
         """
         before = self._inputs().get(key)
         what = ""
         if isinstance(before, dict) and isinstance(now, dict):
-            places = PLACES if key == "data_hashes" else ()
-            before = {name: value for name, value in before.items() if name not in places}
+            unread = {*unread, *(PLACES if key == "data_hashes" else ())}
+            before = {name: value for name, value in before.items() if name not in unread}
             now = {name: value for name, value in now.items() if name in before}
             others = [name for name in before if before[name] != now.get(name)]
             what = f" (other {', '.join(others)})" if field else ""

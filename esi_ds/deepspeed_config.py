@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,20 @@ UNSUPPORTED = {
     **dict.fromkeys(("autotuning", "hybrid_engine"), False),
     **dict.fromkeys(("curriculum_learning", "data_efficiency", "progressive_layer_drop"), False),
 }
+# The keys of bf16 and fp16 that DeepSpeed 0.19.8 reads (precision_config.py). Those of the first kind keep a training's
+# weights, gradients and moments in 16 bits, also where their section is not enabled. The others change nothing here:
+# they are of other optimizers than ZeRO-3's, or of fp16, in which no model is.
+LOW_PRECISION = {
+    "bf16": ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
+    "fp16": ("fp16_master_weights_and_grads",),
+}
+PRECISION_KEYS = {
+    "bf16": (*LOW_PRECISION["bf16"], "enabled", "check_grad_overflow", "immediate_grad_update"),
+    "fp16": (
+        *(*LOW_PRECISION["fp16"], "enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window"),
+        *("hysteresis", "consecutive_hysteresis", "min_loss_scale"),
+    ),
+}
 FP32_NAMES = ("fp32", "float32", "float", "torch.float32")  # as DeepSpeed spells it under data_types
 WORDS = {dict: "a mapping", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 REDUCE_BUCKET = 50_000_000
@@ -71,10 +85,8 @@ def read(config: Config) -> dict[str, Any]:
 
 def _check_keys(settings: Mapping[str, Any]) -> None:
     """Raise UserError for a key that DeepSpeed would silently ignore, and for a value that is not of its kind."""
+    _check_known(settings, KEYS, "deepspeed")
     for key, value in settings.items():
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
-            raise UserError(f"deepspeed.{key}", value, "is an unknown key", f"the nearest known one is {near}")
         kind = KEYS[key]
         if value is None or value == "auto" or kind is Any:
             continue
@@ -85,8 +97,17 @@ def _check_keys(settings: Mapping[str, Any]) -> None:
             raise UserError(f"deepspeed.{key}", value, problem, "see DeepSpeed's documentation") from error
 
 
+def _check_known(section: Mapping[str, Any], known: Collection[str], field: str) -> None:
+    """Raise UserError for a key that is not one of ``known``. field: the section's name."""
+    for key, value in section.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"{field}.{key}", value, "is an unknown key", f"the nearest known one is {near}")
+
+
 ID_DIGITS = 8  # of a run's id, in the names of folders
 TUNING = ("set", "spa")  # the stages that take optimizer steps
+GRADIENTS = ("esi", *TUNING)  # the stages with gradients, which are reduced and kept in fp32
 # DeepSpeed's monitors, and the package that each needs besides DeepSpeed.
 MONITORS = {"csv_monitor": None, "tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
@@ -172,6 +193,8 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
     if _is_on(settings.get("torch_autocast"), default=False):
         raise UserError("deepspeed.torch_autocast", None, f"contradicts model.dtype = {config.model.dtype}", REMEDY)
     _check_quantised(settings, config.model.dtype)
+    if stage in GRADIENTS:
+        _check_gradients(settings)
     _fill_precision(settings, config.model.dtype)
     if stage != "spa":
         # For SPA, which may use the same file; here there is no optimizer.
@@ -265,10 +288,7 @@ def _check_expert_parallel(settings: dict[str, Any], world_size: int) -> None:
     """Check AutoEP's section and the settings that DeepSpeed 0.19.8 cannot combine with it at stage 3 (engine.py,
     auto_ep_folding.py); drop the section if it is disabled."""
     section = _mapping(settings, "expert_parallel", EXPERT_PARALLEL)
-    for key in section:
-        if key not in EXPERT_PARALLEL_KEYS:
-            near = difflib.get_close_matches(key, EXPERT_PARALLEL_KEYS, n=1, cutoff=0.0)[0]
-            raise UserError(f"{EXPERT_PARALLEL}.{key}", section[key], "is an unknown key", f"the nearest is {near}")
+    _check_known(section, EXPERT_PARALLEL_KEYS, EXPERT_PARALLEL)
     if not isinstance(section.get("enabled", False), bool):
         raise UserError(f"{EXPERT_PARALLEL}.enabled", section["enabled"], "must be true or false", "write one of them")
     if not section.get("enabled", False):
@@ -337,31 +357,42 @@ def _owned(config: Config, world_size: int, stage: str) -> list[tuple[str, Any, 
     return owned
 
 
+def _check_gradients(settings: dict[str, Any]) -> None:
+    """Raise UserError for gradients, and what a training keeps beside them, of less than fp32: SPA's engine would have
+    them so, and the hooks of ESI and SET would not."""
+    fp32: dict[str, dict[str, tuple[Any, ...]]] = {
+        "": {"communication_data_type": ("fp32",)},
+        "data_types": {"grad_accum_dtype": FP32_NAMES},
+        "zero_optimization": {"zero_quantized_gradients": (False,)},
+        **{section: dict.fromkeys(keys, (False,)) for section, keys in LOW_PRECISION.items()},
+    }
+    for section, keys in fp32.items():
+        field = f"deepspeed.{section}".rstrip(".")
+        values = _mapping(settings, section, field) if section else settings
+        for key, accepted in keys.items():
+            if (value := values.get(key)) not in ("auto", None, *accepted):
+                problem = "contradicts fp32, in which gradients and all that is trained are kept"
+                raise UserError(f"{field}.{key}", value, problem, REMEDY)
+
+
 def _fill_optimizer(settings: dict[str, Any]) -> None:
     """Add what an engine with a foreign optimizer needs, and fp32 reduction and accumulation of gradients.
 
-    Raises UserError for what would reduce, scale or step otherwise.
+    Raises UserError for what would scale or step otherwise.
 
     In bf16 the reduction loses three digits, which makes runs differ between world sizes (docs/zero3.md §1).
     """
-    dtype = settings.get("communication_data_type", "auto")
-    if dtype not in ("auto", "fp32"):
-        raise UserError("deepspeed.communication_data_type", dtype, "contradicts fp32, which SPA needs", REMEDY)
     types = _mapping(settings, "data_types", "deepspeed.data_types")
-    if types.get("grad_accum_dtype", "auto") not in ("auto", *FP32_NAMES, None):
-        dtype = types["grad_accum_dtype"]
-        raise UserError("deepspeed.data_types.grad_accum_dtype", dtype, "contradicts fp32, which SPA needs", REMEDY)
     zero = settings["zero_optimization"]
     offload = _mapping(zero, "offload_optimizer", "deepspeed.zero_optimization.offload_optimizer")
     if offload.get("device") == "nvme":
         field = "deepspeed.zero_optimization.offload_optimizer.device"
         raise UserError(field, "nvme", "is not supported: the mask cannot reach weights on NVMe", "use cpu")
-    mean, fp32, own = "the mean over ranks, which SPA needs", "fp32, which SPA needs", "SPA's own optimizer"
+    mean, own = "the mean over ranks, which SPA needs", "SPA's own optimizer"
     section = "zero_optimization"
     for key, value, ours, owner in (
         ("gradient_predivide_factor", settings.get("gradient_predivide_factor"), 1.0, mean),
         ("prescale_gradients", settings.get("prescale_gradients"), False, mean),
-        (f"{section}.zero_quantized_gradients", zero.get("zero_quantized_gradients"), False, fp32),
         (f"{section}.zenflow", zero.get("zenflow"), None, own),
         (f"{section}.offload_optimizer.ratio", offload.get("ratio"), 1.0, own),
         (f"{section}.offload_optimizer.super_offload", offload.get("super_offload"), False, own),
@@ -400,6 +431,7 @@ def _fill_precision(settings: dict[str, Any], dtype: str) -> None:
         enabled = section.get("enabled", "auto")
         if enabled not in ("auto", ours):
             raise UserError(f"deepspeed.{key}.enabled", enabled, f"contradicts model.dtype = {dtype}", REMEDY)
+        _check_known(section, PRECISION_KEYS[key], f"deepspeed.{key}")
         settings[key] = {"enabled": ours}
     if not settings["fp16"]["enabled"]:
         del settings["fp16"]

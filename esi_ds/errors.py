@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import PurePath
 from typing import Any, ParamSpec
@@ -12,6 +13,7 @@ from esi_ds.terminal import printable
 
 Arguments = ParamSpec("Arguments")
 MAX_PART = 1000  # characters of a part of a message
+NOT_TEXT = {"", "~", "null", "true", "false", "yes", "no", "on", "off"}  # what YAML reads without quotation marks
 
 
 class UserError(Exception):
@@ -29,12 +31,21 @@ class UserError(Exception):
 
 
 def _as_text(value: Any) -> str:
-    """A value as a user writes it: texts and paths as they are, several of them with commas between."""
+    """A value as a user writes it: texts and paths as they are, several of them with commas between. A text that YAML
+    would read as a number, a boolean or null is in quotation marks."""
     if isinstance(value, str | PurePath):
-        return str(value)
+        return repr(str(value)) if _needs_quotes(str(value)) else str(value)
     parts = value if isinstance(value, list | tuple) else ()
     are_texts = all(isinstance(part, str | PurePath) and str(part) for part in parts)
-    return ", ".join(map(str, parts)) if parts and are_texts else repr(value)
+    return ", ".join(map(_as_text, parts)) if parts and are_texts else repr(value)
+
+
+def _needs_quotes(text: str) -> bool:
+    """Whether a text without quotation marks would be taken for something else than a text."""
+    with suppress(ValueError):
+        float(text)
+        return True
+    return text.strip().lower() in NOT_TEXT
 
 
 def _shorten(text: str) -> str:

@@ -261,10 +261,9 @@ def write_selection(
     if order != "random":
         seed = mask.header.seed if scores.metadata.seed is None else scores.metadata.seed
     settings = replace(mask.header, ratio=ratio, order=order, seed=seed)
-    base = settings.scored_numel if settings.of == "scored" else settings.total_numel
     by_matrix = [unit.numel for units_of_parameter in units.values() for unit in units_of_parameter]
-    check_ratio(ratio, [base] if settings.scope == "model" else by_matrix, "--ratio")
-    settings = replace(settings, k=min(int(ratio * base), settings.scored_numel))
+    check_ratio(ratio, [settings.base] if settings.scope == "model" else by_matrix, "--ratio")
+    settings = replace(settings, k=mask.header.k_of(ratio))
     selection = Reselection(mask, scores, settings, ranks)
     local_counts = torch.zeros(len(mask.names), dtype=torch.int64)
     index_of = {name: index for index, name in enumerate(mask.names)}

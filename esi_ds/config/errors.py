@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from esi_ds.config.section import sections_of
 from esi_ds.errors import UserError
+
+ONE_LETTER = 0.8  # as ``difflib`` measures it: names of five letters or more that differ by one
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> UserError:
@@ -36,25 +39,55 @@ def explain(error: ValidationError, root: type[BaseModel]) -> UserError:
         return UserError(f"{key}.kind", None, "is missing or unknown", f"name one of {kinds}")
     value = problem["input"]
     if problem["type"] in ("model_type", "model_attributes_type"):
-        return UserError(key, repr(value), "must be a section of keys", "write its keys, or leave it out")
+        return UserError(key, _shown(value), "must be a section of keys", "write its keys, or leave it out")
     empty = "has no value: " if value is None else ""
     # A union complains once for each of its members.
     same_key = [other for other in problems if other["loc"][: len(path)] == problem["loc"][: len(path)]]
     message = " or ".join(dict.fromkeys(other["msg"][0].lower() + other["msg"][1:] for other in same_key))
     meaning = (field.description or "").rstrip(".") if field else ""
     remedy = f"meaning: {meaning[0].lower()}{meaning[1:]}" if meaning else "see docs/configuration.md"
-    return UserError(key, None if value is None else repr(value), empty + message, remedy)
+    return UserError(key, None if value is None else _shown(value), empty + message, remedy)
+
+
+def _shown(value: Any) -> Any:
+    """A value as YAML would have it, texts in quotation marks; numbers and booleans as they are."""
+    return value if isinstance(value, int | float) else repr(value)
 
 
 def _known(path: Sequence[str], section: type[BaseModel], root: type[BaseModel]) -> str:
-    """What an unknown key may stand for: the key of that name in other sections, else one that is spelt alike."""
+    """What an unknown key may stand for: a key of the section for another ``kind``, one of its own keys that is spelt
+    almost so, the key of that name in other sections, or one that is spelt alike."""
     *parents, name = path
-    elsewhere = [key for key in dict.fromkeys(_keys(root)) if key.rpartition(".")[2] == name]
+    if kinds := _kinds_with(name, _sections_at(parents, root)):
+        return f"it belongs to kind: {' or '.join(kinds)}"
+    here = ".".join(part for part in path if not part.isdecimal())
+    elsewhere = [key for key in dict.fromkeys(_keys(root)) if key.rpartition(".")[2] == name and key != here]
+    also = f"a key of other sections: {', '.join(elsewhere[:4])}"
+    near = difflib.get_close_matches(name, section.model_fields, n=1)
+    nearest = f"the nearest known one is {'.'.join([*parents, *near])}"
+    if near and difflib.get_close_matches(name, near, cutoff=ONE_LETTER):
+        return f"{nearest}; {name} is also {also}" if elsewhere else nearest
     if elsewhere:
-        return f"{name} is a key of other sections: {', '.join(elsewhere[:4])}"
-    if near := difflib.get_close_matches(name, section.model_fields, n=1):
-        return f"the nearest known one is {'.'.join([*parents, near[0]])}"
+        return f"{name} is {also}"
+    if near:
+        return nearest
     return f"the known ones are {', '.join('.'.join([*parents, field]) for field in section.model_fields)}"
+
+
+def _kinds_with(name: str, sections: Sequence[type[BaseModel]]) -> list[str]:
+    """The kinds of those of a union's sections that have a key."""
+    kinds = [section.model_fields["kind"] for section in sections if {name, "kind"} <= section.model_fields.keys()]
+    return [kind for field in kinds for kind in typing.get_args(field.annotation)]
+
+
+def _sections_at(path: Sequence[str], root: type[BaseModel]) -> list[type[BaseModel]]:
+    """Every section that may stand under a key, which may name numbers of lists."""
+    sections = [root]
+    for part in path:
+        if not part.isdecimal():
+            fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+            sections = [below for field in fields for below in sections_of(field.annotation)]
+    return sections
 
 
 def _keys(section: type[BaseModel], parents: Sequence[str] = ()) -> Iterator[str]:

@@ -24,6 +24,7 @@ FLOAT = re.compile(
     r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 INTEGER = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$")
+SETS = ("eval.prompts", "eval.benign")  # lists of sections, of which a single one may stand without the list
 FLOW = ("[", "{", '"', "'")  # the first characters of an override's value that is read as YAML
 
 
@@ -129,12 +130,14 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     with reading(key, text, "quote it", "is not a YAML value"):
         value = parse_value(text)
     section: Any = raw
-    for part in parts[:-1]:
-        index = _index(section, part, key, text)
+    for number, part in enumerate(parts[:-1], 1):
+        index = _index(section, part, key, value)
         if isinstance(section, dict) and section.get(part) is None:
             section[part] = {}
+        if ".".join(parts[:number]) in SETS and parts[number].isdecimal() and isinstance(section[index], dict):
+            section[index] = [section[index]]
         section = section[index]
-    section[_index(section, parts[-1], key, text)] = value
+    section[_index(section, parts[-1], key, value)] = value
 
 
 def parse_value(text: str) -> Any:
@@ -168,12 +171,12 @@ def _refuse_comments(text: str) -> None:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def _index(section: Any, part: str, key: str, text: str) -> str | int:
-    """How ``part`` of the key indexes a section or a list."""
+def _index(section: Any, part: str, key: str, value: Any) -> str | int:
+    """How ``part`` of the key indexes a section or a list. value: of the whole key."""
     if isinstance(section, list):
         if not part.isdecimal() or int(part) >= len(section):
-            raise UserError(key, text, f"{part} is not a position in the list before it", "count from 0")
+            raise UserError(key, value, f"{part} is not a position in the list before it", "count from 0")
         return int(part)
     if not isinstance(section, dict):
-        raise UserError(key, text, f"the key before {part} is not a section", "give a key.path of the config")
+        raise UserError(key, value, f"the key before {part} is not a section", "give a key.path of the config")
     return part

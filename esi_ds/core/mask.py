@@ -26,6 +26,7 @@ UNITS_NAME = "units.json"
 NO_MASK = "none"  # as ``tune.mask``: SPA that freezes no scored weight
 # Keys of the index's metadata: sha256 of what the shards' bytes do not cover; optional likewise.
 METADATA_DIGEST, UNITS_DIGEST = "metadata_sha256", "units_sha256"
+BITS_SHA256 = "mask_bits_sha256"  # in manifests
 
 
 def num_bytes(numel: int) -> int:
@@ -78,7 +79,8 @@ class Mask:
         self.index_metadata = folder.index_metadata
         self._tensors = folder.tensors
         self._opened: tuple[Path, safe_open] | None = None
-        self._is_sound = False
+        self.known_digests: dict[str, str] = {}  # of a mask without digests, of the bits that any rank has read
+        self.is_sound = False  # whether its bits have been checked
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
@@ -177,20 +179,29 @@ class Mask:
         return read_digests(self.path, self.shapes, FIELD, REMEDY)
 
     def digests_of_bits(self) -> dict[str, str]:
-        """``digests``, made from the bits for a mask of an earlier version."""
-        return self.digests or {name: digest(self.data(name)) for name in self.names}
+        """``digests``; those of a mask without them are made from its bits, once."""
+        return self.digests or {name: self.digest_of_bits(name) for name in self.names}
+
+    def digest_of_bits(self, name: str) -> str:
+        """sha256 of a parameter's bits, which are read unless it is known already. Raises UserError where they cannot
+        be read."""
+        if name not in self.known_digests:
+            self.known_digests[name] = digest(self.data(name))
+        return self.known_digests[name]
 
     @property
     def bits_sha256(self) -> str | None:
-        """sha256 of ``digests`` as JSON with sorted keys: the same for masks that select the same weights of a model,
-        in however many files. None for a mask of an earlier version."""
-        return json_sha256(self.digests) if self.digests else None
+        """sha256 of ``digests_of_bits`` as JSON with sorted keys: the same for masks that select the same weights of a
+        model, in however many files. None for a mask without digests until all its bits have been read."""
+        known = self.digests or self.known_digests
+        return json_sha256(known) if known and len(known) == len(self.names) else None
 
     def problems(self, part: int = 0, num_parts: int = 1) -> list[str]:
         """Every inconsistency between the bits and the metadata, one sentence each; empty if the mask is sound.
 
-        Reads every ``num_parts``-th parameter from number ``part`` on, so that ranks can share the work. Raises
-        UserError where the digests cannot be read.
+        Reads every ``num_parts``-th parameter from number ``part`` on, so that ranks can share the work. Where no
+        digests are written, those of the bits read are in ``known_digests`` then. Raises UserError where the digests
+        cannot be read.
         """
         problems: list[str] = []
         digests = self.digests
@@ -204,7 +215,9 @@ class Mask:
             selected = popcount(data)
             if selected != self.counts[name]:
                 problems.append(f"{name}: {selected} bits set, metadata says {self.counts[name]}")
-            elif digests and digest(data) != digests[name]:
+            elif not digests:
+                self.known_digests[name] = digest(data)
+            elif digest(data) != digests[name]:
                 problems.append(f"{name}: its bits differ from those that were written ({DIGESTS_NAME})")
             if size % 8 and int(data[-1]) >> (size % 8):
                 problems.append(f"{name}: padding bits are set")
@@ -212,13 +225,13 @@ class Mask:
 
     def check_bits(self) -> Mask:
         """The mask itself, once its bits have been checked; reads all of them, the first time. Raises UserError."""
-        if not self._is_sound:
+        if not self.is_sound:
             refuse_problems(self, self.problems())
         return self
 
     def mark_sound(self) -> None:
         """Have ``check_bits`` read nothing: the ranks have shared the reading and met no problem."""
-        self._is_sound = True
+        self.is_sound = True
 
 
 class EmptyMask(Mask):
@@ -282,11 +295,15 @@ def load_mask(path: str, field: str = "tune.mask") -> Mask:
 
 
 def identity(mask: Mask) -> dict[str, str]:
-    """What tells a mask from all others of its model, for manifests: sha256 of its metadata and of all its bits. Two
-    masks of one model may share the metadata, with a scope of ``matrix`` for one. Masks of earlier versions have no
-    digests of their bits."""
-    bits = {} if mask.bits_sha256 is None else {"mask_bits_sha256": mask.bits_sha256}
+    """What tells a mask from all others of its model, for manifests: sha256 of its metadata and of all its bits; of a
+    mask without digests the latter only once they have been read."""
+    bits = {} if mask.bits_sha256 is None else {BITS_SHA256: mask.bits_sha256}
     return {"mask_sha256": json_sha256(mask.metadata), **bits}
+
+
+def unread(mask: Mask) -> tuple[str, ...]:
+    """The keys of ``identity`` that only the bits can tell, which have not been read."""
+    return (BITS_SHA256,) if mask.k and mask.bits_sha256 is None else ()
 
 
 def index_digests(metadata: Mapping[str, str], units: str | None) -> dict[str, str]:

@@ -33,9 +33,10 @@ class MaskMetadata:
     """The metadata of a mask's files. of, scope, seed and offsets may be absent in masks from other tools, normalise
     wherever scores are as their criterion defines them.
 
-    shapes, counts: by parameter, in the model's order: shape, and number of selected weights. offsets: number of
-    weights of the model before each parameter; None if the files do not say. threshold: the score of the last selected
-    weight; None where no single score is the limit.
+    criterion: one of ours, or what another tool calls its own. shapes, counts: by parameter: shape, and number of
+    selected weights. The shapes are in the model's order, which is that of the offsets where the files have some.
+    offsets: number of weights of the model before each parameter; None if the files do not say. threshold: the score of
+    the last selected weight; None where no single score is the limit.
     """
 
     k: int
@@ -57,21 +58,25 @@ class MaskMetadata:
     @classmethod
     def parse(cls, texts: Mapping[str, str]) -> MaskMetadata:
         """From the strings in a file. Raises ValueError naming the key that is missing or not of its type."""
+        shapes = _value(texts, "shapes", _shapes)
+        offsets = _value(texts, "offsets", _counts) if "offsets" in texts else None
+        if offsets is not None and offsets.keys() == shapes.keys():
+            shapes = dict(sorted(shapes.items(), key=lambda item: offsets[item[0]]))
         return cls(
             k=_value(texts, "k", _integer),
             ratio=_value(texts, "ratio", _ratio),
             total_numel=_value(texts, "total_numel", _integer),
             threshold=_value(texts, "threshold", _threshold),
-            criterion=_value(texts, "criterion", _choice(tuple(GRADIENTS))),
+            criterion=_value(texts, "criterion", _text),
             contrastive=_value(texts, "contrastive", _boolean, "false"),
             order=_value(texts, "order", _choice(ORDERS), "top"),
             of=_value(texts, "of", _choice(BASES), "all"),
             scope=_value(texts, "scope", _choice(SCOPES), "model"),
             seed=_value(texts, "seed", _integer, "0"),
             fingerprint=_value(texts, "fingerprint", _text),
-            shapes=_value(texts, "shapes", _shapes),
+            shapes=shapes,
             counts=_value(texts, "counts", _counts),
-            offsets=_value(texts, "offsets", _counts) if "offsets" in texts else None,
+            offsets=offsets,
             normalise=_value(texts, "normalise", _choice(NORMALISATIONS), "none"),
         )
 
@@ -79,6 +84,15 @@ class MaskMetadata:
     def scored_numel(self) -> int:
         """Number of scored weights."""
         return sum(map(numel, self.shapes.values()))
+
+    @property
+    def base(self) -> int:
+        """Number of weights that the ratio of a mask with scope ``model`` is a share of."""
+        return self.scored_numel if self.of == "scored" else self.total_numel
+
+    def k_of(self, ratio: float) -> int:
+        """How many weights a ratio selects with scope ``model``; of the mask's own ratio as many as the mask."""
+        return self.k if ratio == self.ratio else min(int(ratio * self.base), self.scored_numel)
 
     @property
     def has_threshold(self) -> bool:
@@ -96,9 +110,8 @@ class MaskMetadata:
             problems.append(f"counts add up to {total:,}, k is {self.k:,}")
         if self.scored_numel > self.total_numel:
             problems.append(f"total_numel is {self.total_numel:,}, the shapes alone have {self.scored_numel:,} weights")
-        base = self.scored_numel if self.of == "scored" else self.total_numel
-        if self.scope == "model" and not follows(self.k, self.ratio, base, self.scored_numel):
-            problems.append(f"ratio {self.ratio!r} of {base:,} weights ({self.of}) is not k = {self.k:,}")
+        if self.scope == "model" and not follows(self.k, self.ratio, self.base, self.scored_numel):
+            problems.append(f"ratio {self.ratio!r} of {self.base:,} weights ({self.of}) is not k = {self.k:,}")
         if self.has_threshold != (self.threshold is not None):
             stated = "null" if self.threshold is None else repr(self.threshold)
             problems.append(f"threshold is {stated} with order {self.order}, scope {self.scope} and k = {self.k:,}")
@@ -198,7 +211,11 @@ def _ratio(text: str) -> float:
 def _threshold(text: str) -> float | None:
     if text == "null":
         return None
-    if not (value := _number(text)) >= 0:
+    try:
+        value = _number(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, and not null") from error
+    if not value >= 0:
         raise ValueError("is not a score, which is at least 0")
     return value
 

@@ -44,9 +44,10 @@ class Trained:
             settings["masked_routers"] = self.router
         if self.towers and self.unscored == "train":
             settings["towers"] = "freeze"
-        if self.mask.k and not self.mask.digests:  # a mask of an earlier version
-            settings |= self.mask.digests_of_bits()
-        return json_sha256({**identity(self.mask), **settings})
+        if self.mask.digests:
+            return json_sha256({**identity(self.mask), **settings})
+        bits = self.mask.digests_of_bits() if self.mask.k else {}
+        return json_sha256({"mask_sha256": json_sha256(self.mask.metadata), **bits, **settings})
 
     @property
     def masked_routers(self) -> frozenset[str]:

@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, Literal, TypeVar
 
 from torch.optim import Optimizer
@@ -19,7 +19,7 @@ from esi_ds import lock
 from esi_ds.artifacts import IDENTITY, MANIFEST, RunFolder, read_manifest, run_id
 from esi_ds.config import Config, Esi, Eval
 from esi_ds.config.needs import unread_of_eval
-from esi_ds.core.mask import Mask, identity, refuse_problems
+from esi_ds.core.mask import Mask, identity, refuse_problems, unread
 from esi_ds.core.units import Parameter
 from esi_ds.data.chat import read_template
 from esi_ds.deepspeed_config import ignored_sections, monitor_settings, resolve_deepspeed
@@ -38,7 +38,7 @@ from esi_ds.models.folder import (
 from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.peers import PeerWatch, own_process
-from esi_ds.reading import check_type, reading
+from esi_ds.reading import check_type, json_sha256, reading
 from esi_ds.report.asked import asked_as
 from esi_ds.report.contents import Report
 from esi_ds.report.html import write_report
@@ -61,14 +61,31 @@ AnyReport = TypeVar("AnyReport", bound=Report)
 
 
 def check_mask_bits(mask: Mask, field: str) -> None:
-    """Refuse a damaged mask. The ranks share the reading of its bits.
+    """Refuse a damaged mask, unless its bits have been checked already. The ranks share the reading of its bits, and
+    all know their digests then, also of a mask that has none in its folder.
 
-    field: the key of the config that names the mask. Raises UserError, on every rank. Collectives: two gathers.
+    field: the key of the config that names the mask. Raises UserError, on every rank. Collectives: one gather.
     """
-    parts = runtime.gather_objects(mask.problems(runtime.rank(), runtime.world_size()))
-    refuse_problems(mask, [problem for part in parts for problem in part], field)
-    if len({tuple(other.items()) for other in runtime.gather_objects(identity(mask))}) > 1:
+    if mask.is_sound:
+        return
+    problems = mask.problems(runtime.rank(), runtime.world_size())
+    gathered = runtime.gather_objects((problems, _seen_by_host(mask), mask.known_digests))
+    refuse_problems(mask, [problem for part, _, _ in gathered for problem in part], field)
+    if len({seen for _, seen, _ in gathered}) > 1:
         raise UserError(field, str(mask.path), "differs between hosts", "give one shared folder")
+    for _, _, digests in gathered:
+        mask.known_digests.update(digests)
+
+
+def _seen_by_host(mask: Mask) -> tuple[str, ...]:
+    """What hosts with one mask have in common: its identity. Of a mask without digests, whose bits no host reads alone,
+    it is the metadata and the bits of the smallest parameter that some weights are selected of."""
+    if mask.digests:
+        return tuple(identity(mask).values())
+    smallest = min((name for name in mask.names if mask.counts[name]), key=mask.numel, default=mask.names[0])
+    with suppress(UserError):  # bits that cannot be read are among the problems
+        return json_sha256(mask.metadata), mask.digest_of_bits(smallest)
+    return ()
 
 
 def chat_templates(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -164,6 +181,11 @@ class StageRun(ABC, Generic[Inputs]):
         return []
 
     @property
+    def masks(self) -> dict[str, Mask]:
+        """The masks that the run reads, by the key of the config that names them."""
+        return {}
+
+    @property
     def sources(self) -> list[ModelSource]:
         """Where the weights that the run reads come from."""
         return [ModelSource.of(self.config.model), *self.judge_sources]
@@ -187,6 +209,7 @@ class StageRun(ABC, Generic[Inputs]):
 
     def run(self) -> None:
         """Do the work under the folder's lock, unless it is done already. Raises Interrupted and UserError."""
+        self._check_masks()
         if self._is_finished():
             self._tidy_up()
             return
@@ -197,6 +220,17 @@ class StageRun(ABC, Generic[Inputs]):
         finally:
             if runtime.is_main():
                 lock.release(self.folder.path)
+
+    def _check_masks(self) -> None:
+        """Have the bits of masks without digests read, and refuse others than those that this folder's run began with.
+
+        Raises UserError, on every rank. Collectives: for each such mask that of ``check_mask_bits``, and a broadcast.
+        """
+        for field, mask in self.masks.items():
+            if unread(mask):
+                check_mask_bits(mask, field)
+                self.source = {**self.source, **identity(mask)}
+                runtime.from_main(partial(self.folder.check_same, "data_hashes", self.source, field))
 
     def _is_finished(self) -> bool:
         """Whether there is nothing left to do; rank 0 says so. Raises UserError, on every rank, where the folder is

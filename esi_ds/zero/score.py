@@ -204,10 +204,12 @@ def select_weights(
     of: str,
     scope: str,
     seed: int,
+    k: int | None = None,
     field: str = "select.criterion",
 ) -> Selection:
     """The exact selection (docs/method.md §2). Raises UserError naming ``field`` as ``check_scores`` does.
 
+    k: with scope ``model``, how many weights to select; None: as many as ``ratio`` and ``of`` say.
     Collectives: those of ``check_scores``, one all-reduce of int64 [scored parameters], and those of
     ``core.select.select``: three all-reduces of a 16 KiB histogram and one more for every 11 bits of the largest
     position. Scope ``matrix`` performs the latter for each parameter, with a histogram for each unit.
@@ -220,7 +222,7 @@ def select_weights(
     cut = None
     if scope == "model":
         runs = {shard.name: list(score_runs(shard, scores[shard.name])) for shard in model.scored}
-        k = model_k(model.parameters, ratio, of)
+        k = model_k(model.parameters, ratio, of) if k is None else k
         (cut,) = select([list(chain.from_iterable(runs.values()))], [k], ordering, last, runtime.all_reduce_sum)
         for shard in model.scored:
             selected = [selected_bits(cut, ordering, run) for run in runs[shard.name]]

@@ -98,6 +98,8 @@ def test_wrong_flags_exit_2(stage: types.ModuleType, config: str, arguments: lis
     ("error", "code", "shown"),
     [
         (UserError("a.b", 3, "must be less", "write 2"), 2, "error: a.b = 3: must be less; write 2\n"),
+        (UserError("a.b", "3", "must be 3", "write 3"), 2, "error: a.b = '3': must be 3; write 3\n"),
+        (UserError("a.b", ["true", "x y"], "is text", "w"), 2, "error: a.b = 'true', x y: is text; w\n"),
         (Interrupted("start again"), 75, "start again"),
         (RuntimeError("broken"), 1, "rank 0 failed"),
         (SystemExit(0), 1, "something ended the process with exit code 0"),  # DeepSpeed's autotuner does it

@@ -341,7 +341,6 @@ def test_deepspeed_settings_that_contradict(changes: dict, words: str) -> None:
 @pytest.mark.parametrize(
     ("zero", "words"),
     [
-        ({"zero_quantized_gradients": True}, "zero_quantized_gradients = True: contradicts fp32"),
         ({"zenflow": {"topk_ratio": 0.1}}, "zenflow.*SPA's own optimizer"),
         ({"offload_optimizer": {"device": "cpu", "ratio": 0.3}}, "offload_optimizer.ratio = 0.3"),
         ({"offload_optimizer": {"device": "cpu", "super_offload": True}}, "offload_optimizer.super_offload = True"),
@@ -366,7 +365,6 @@ def tuning_config(deepspeed: dict) -> Config:
     [
         ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor = 2.0: contradicts the mean over ranks"),
         ({"prescale_gradients": True}, "prescale_gradients = True: contradicts the mean over ranks"),
-        ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype = bf16: contradicts fp32"),
         ({"gradient_predivide_factor": 1, "prescale_gradients": False}, None),
         ({"gradient_predivide_factor": "auto", "prescale_gradients": None}, None),
         ({"data_types": {"grad_accum_dtype": "float32"}}, None),
@@ -378,6 +376,37 @@ def test_how_spas_gradients_are_reduced(settings: dict, words: str | None) -> No
         return
     with pytest.raises(UserError, match=words):
         resolve_deepspeed(tuning_config(settings), 2, "spa")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"communication_data_type": "bf16"}, "communication_data_type = bf16: contradicts fp32"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype = bf16: contradicts fp32"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients = True: con"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads = True: contradicts"),
+        ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "bf16.bf16_optimizer_states = True: contradicts"),
+        ({"fp16": {"fp16_master_weights_and_grads": True}}, "fp16.fp16_master_weights_and_grads = True: contradicts"),
+        ({"bf16": {"check_grad_overflow": False, "bf16_optimizer_states": False}}, None),
+        ({"fp16": {"enabled": False, "loss_scale": 128, "fp16_master_weights_and_grads": "auto"}}, None),
+        ({"communication_data_type": None, "data_types": {"grad_accum_dtype": "fp32"}}, None),
+    ],
+)
+def test_gradients_of_every_stage_are_fp32(settings: dict, words: str | None) -> None:
+    config = tuning_config(settings)
+    for stage in ("esi", "set", "spa"):
+        if words is None:
+            assert resolve_deepspeed(config, 2, stage)["bf16"] == {"enabled": True}
+            continue
+        with pytest.raises(UserError, match=words):
+            resolve_deepspeed(config, 2, stage)
+    evaluated = validate({**BASE, "eval": {"prompts": {"path": "p"}}, "deepspeed": config.deepspeed})
+    resolve_deepspeed(evaluated, 2, "eval")  # no gradients
+
+
+def test_an_unknown_key_of_a_precision() -> None:
+    with pytest.raises(UserError, match="bf16.check_overflow = True: is an unknown key; .* one is check_grad_overflow"):
+        resolve_deepspeed(tuning_config({"bf16": {"enabled": "auto", "check_overflow": True}}), 2)
 
 
 @pytest.mark.parametrize("nothing", [{"enabled": False}, {"enabled": "auto"}, {"dtype": "fp16"}, {}, None, "auto"])
@@ -395,6 +424,10 @@ def test_sections_of_deepspeed_that_ask_for_nothing(nothing: object) -> None:
         ("ratio", "ratio is a key of other sections: select.ratio"),
         ("esi.estimatr", "the nearest known one is esi.estimator"),
         ("a.b", "the known ones are run, model, judge, data"),
+        ("data.prompts.columns", "the nearest known one is data.prompts.column; columns is also a key of other"),
+        ("perturb.order", "the nearest known one is perturb.orders; order is also a key of .*: select.order$"),
+        ("run.seeds", "the nearest known one is run.seed; seeds is also a key of other sections: perturb.seeds"),
+        ("eval.judge", "the nearest known one is eval.judges; judge is also"),
     ],
 )
 def test_an_unknown_key_and_what_it_may_stand_for(key: str, words: str) -> None:
@@ -402,6 +435,30 @@ def test_an_unknown_key_and_what_it_may_stand_for(key: str, words: str) -> None:
     apply_override(raw, f"{key}=0.1")
     with pytest.raises(UserError, match=f"is an unknown key; {words}"):
         validate(raw)
+
+
+def test_a_key_of_another_kind() -> None:
+    classifier = {"kind": "classifier", "path": "p", "template": "{response}"}
+    judges = [{**classifier, "family": "auto"}, {"kind": "guard", "path": "p", "unsafe_labels": [1]}]
+    for judge, key, kind in zip(judges, ("family", "unsafe_labels"), ("guard", "classifier"), strict=True):
+        for name, section in (("judge", {"judge": judge}), ("eval.judges.0", {"eval": {"judges": [judge]}})):
+            with pytest.raises(UserError, match=rf"{name}\.{key}: is an unknown key; it belongs to kind: {kind}$"):
+                validate({**BASE, **section})
+
+
+def test_number_0_of_a_set_without_its_list() -> None:
+    for sets in ({"path": "p", "limit": 3}, [{"path": "p", "limit": 3}], None):
+        raw = {**copy.deepcopy(BASE), "eval": {"prompts": copy.deepcopy(sets)}}
+        apply_override(raw, "eval.prompts.0.path=q")
+        apply_override(raw, "eval.prompts.0.limit=5")
+        section = validate(raw).eval
+        assert section is not None and [(one.path, one.limit) for one in section.prompts] == [("q", 5)]
+
+
+def test_benign_rows_need_a_fraction() -> None:
+    tune = {"mask": "m", "data": {"path": "r", "benign": {"path": "b"}}}
+    with pytest.raises(UserError, match="tune.data.benign.fraction: is missing"):
+        validate({**BASE, "tune": tune})
 
 
 def test_a_key_without_a_value() -> None:
@@ -476,10 +533,10 @@ def test_expert_parallel_section() -> None:
         ),
         ({"autoep_size": 0}, {}, "autoep_size = 0: is not a number above 0"),
         ({"autoep_size": True}, {}, "autoep_size = True: is not a number"),
-        ({"autoep_size": "8"}, {}, "autoep_size = 8: is not a number"),
+        ({"autoep_size": "8"}, {}, "autoep_size = '8': is not a number"),
         ({"autoep_size": None}, {}, "autoep_size: is missing"),
-        ({"enabled": "yes"}, {}, "expert_parallel.enabled = yes: must be true or false"),
-        ({"ep_size": 2}, {}, "expert_parallel.ep_size = 2: is an unknown key; the nearest is autoep_size"),
+        ({"enabled": "yes"}, {}, "expert_parallel.enabled = 'yes': must be true or false"),
+        ({"ep_size": 2}, {}, "expert_parallel.ep_size = 2: is an unknown key; the nearest known one is autoep_size"),
         ({}, {"zero_hpz_partition_size": 2}, "zero_hpz_partition_size = 2: .*expert_parallel.enabled = true"),
         ({}, {"zero_quantized_gradients": True}, "zero_quantized_gradients = True: .*expert_parallel.enabled"),
         ({}, {"sequence_parallel_size": 2}, "sequence_parallel_size = 2: .*expert_parallel.enabled"),

@@ -76,7 +76,7 @@ def test_launchers(variables: dict[str, str], launch: LaunchEnvironment) -> None
         ({"RANK": "0"}, "WORLD_SIZE"),
         ({"WORLD_SIZE": "2"}, "RANK"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = 2"),
-        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK = -1"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK = '-1'"),
         ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE = two"),
         ({**DEEPSPEED, "LOCAL_RANK": "2"}, "LOCAL_RANK = 2"),
         # Variables left in a profile: each of srun's two processes would be a job of its own, writing one folder.

@@ -143,7 +143,7 @@ FALSE_BY_ITSELF = {
     "scope unknown": ({"scope": "layer"}, "scope"),
     "order": ({"order": "random"}, "threshold"),
     "order unknown": ({"order": "middle"}, "order"),
-    "criterion unknown": ({"criterion": "wanda"}, "criterion"),
+    "criterion empty": ({"criterion": " "}, "criterion"),
     "contrastive": ({"contrastive": "maybe"}, "contrastive"),
     "threshold missing": ({"threshold": "null"}, "threshold is null"),
     "threshold negative": ({"threshold": "-1.0"}, "threshold"),
@@ -153,7 +153,7 @@ FALSE_BY_ITSELF = {
     "counts": ({"counts": '{"model.layers.0.fused": 49, "model.layers.1.fused": -22}'}, "counts"),
     "counts of a string": ({"counts": '{"model.layers.0.fused": "9"}'}, "counts"),
     "counts of others": ({"counts": '{"model.layers.0.fused": 27}'}, "different parameters"),
-    "offsets": ({"offsets": '{"model.layers.0.fused": 88, "model.layers.1.fused": 40}'}, "offset 40"),
+    "offsets": ({"offsets": '{"model.layers.0.fused": 60, "model.layers.1.fused": 40}'}, "offset 60"),
     "offsets beyond": ({"offsets": '{"model.layers.0.fused": 40, "model.layers.1.fused": 100}'}, "ends at 148"),
     "shapes of 1e15": ({"shapes": '{"model.layers.0.fused": [1000000000000000], "model.layers.1.fused": [6, 8]}'}, ""),
     "shapes of 1e30": ({"shapes": f'{{"model.layers.0.fused": [{10**30}], "model.layers.1.fused": [6, 8]}}'}, "shape"),
@@ -471,15 +471,40 @@ def test_paths_that_are_no_folders(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_mask_from_another_tool(tmp_path: Path) -> None:
-    """Without digests, units, offsets and what has a default; its ratio may be the quotient itself."""
+    """Without digests, units, offsets and what has a default; its ratio may be the quotient itself, and its criterion
+    another tool's."""
     mask = write_run(tmp_path) / "mask"
     forget_digests(mask)
     for name in ("units.json", "digests.json"):
         (mask / name).unlink()
     header = Mask.load(mask).header
+    header = replace(header, criterion="wanda")
     texts = mask_texts(replace(header, offsets=None, ratio=header.k / header.total_numel))
     for key in ("seed", "of", "scope", "contrastive"):
         del texts[key]
     save_file(load_file(mask / FILE), mask / FILE, metadata=texts)
     assert main(["verify", str(mask)]) == 0
     assert Mask.load(mask).header == replace(header, offsets=None, ratio=header.k / header.total_numel, seed=0)
+
+
+def test_the_order_of_parameters_is_that_of_their_offsets(tmp_path: Path) -> None:
+    mask = write_run(tmp_path) / "mask"
+    forget_digests(mask)
+    names, shapes = Mask.load(mask).names, Mask.load(mask).metadata["shapes"]
+    state(mask, shapes=json.dumps(dict(reversed(json.loads(shapes).items()))))
+    assert Mask.load(mask).names == names and main(["verify", str(mask), "--scores", str(tmp_path / "scores")]) == 0
+
+
+def test_a_threshold_that_is_no_number_and_not_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mask = write_run(tmp_path) / "mask"
+    state(mask, threshold="None")
+    assert "threshold = 'None' is not a number, and not null" in refused(capsys, "info", mask)
+
+
+def test_a_masks_own_ratio_selects_as_many_weights_as_it_holds(tmp_path: Path) -> None:
+    """A quotient k / n, of which the product with n is below k."""
+    header, total, k = Mask.load(write_run(tmp_path) / "mask").header, 2_189_376, 20_055
+    assert int(k / total * total) == k - 1
+    own = replace(header, k=k, total_numel=total, ratio=k / total, shapes={"a": (total - 8,)})
+    assert (own.k_of(k / total), own.k_of(0.5), own.k_of(1.0)) == (k, total // 2, total - 8)
+    assert replace(own, of="scored").k_of(0.5) == (total - 8) // 2

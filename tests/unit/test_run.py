@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from builders import build_model, byte_bpe_tokenizer
+from mask_folders import write_mask
 from safetensors.torch import save_file
 
 from esi_ds import lock
 from esi_ds.artifacts import STATUS, RunFolder
 from esi_ds.config import validate
+from esi_ds.core.mask import Mask, identity, unread
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.models.folder import ModelSource
 from esi_ds.options import Options
@@ -219,6 +221,77 @@ def test_results_of_other_models_are_not_called_finished(
         with pytest.raises(UserError, match=f"{field}: is not what the run in .* started with"):
             start()
     assert ("nothing to do" in capsys.readouterr().out) and (tmp_path / "run/inputs.json").is_file()
+
+
+class Masked(Run):
+    """Its mask lies beside its folder; it is done as soon as it begins."""
+
+    ran = False
+
+    def _check_sources(self) -> None:
+        pass
+
+    def known_fingerprint(self) -> str:
+        return "f"
+
+    @property
+    def masks(self) -> dict[str, Mask]:
+        return {"tune.mask": self.mask}
+
+    def _run_locked(self, taken_over: str | None) -> None:
+        self.folder.open(self.config)
+        self._fingerprint = "f"
+        self.tracker = SimpleNamespace(remarks=[])  # type: ignore[assignment]
+        self.record("done")
+        self.ran = True
+
+
+def test_a_mask_without_digests_is_told_from_another_by_its_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks with one metadata, of which each start reads the bits once."""
+    section = {"mask": str(tmp_path / "mask"), "data": {"path": "rows"}}
+    config = validate({"run": {"output_dir": str(tmp_path / "run")}, "model": {"path": "a"}, "tune": section})
+    bits = {name: torch.tensor([True, False, False, True]) for name in ("one", "other")}
+    reads = []
+    monkeypatch.setattr(Mask, "data", lambda *given, data=Mask.data: reads.append(given[1]) or data(*given))
+
+    def start(bits: dict[str, torch.Tensor]) -> Masked:
+        reads.clear()
+        folder = write_mask(tmp_path / "mask", bits)
+        mask = Mask.load(folder)
+        source = identity(mask)
+        opened = open_folder(config, "set", source, "tune", unread(mask))
+        run = Masked(config, Options(), None, opened, {"sha256": "s"}, source)
+        run.mask = mask
+        run.run()
+        stage_run.check_mask_bits(run.mask, "tune.mask")  # as the work does
+        assert sorted(reads) == ["one", "other"]
+        return run
+
+    first = start(bits)
+    assert first.ran and not start(bits).ran
+    recorded = json.loads((tmp_path / "run/manifest.json").read_text())["data_hashes"]
+    assert recorded == identity(first.mask) and "mask_bits_sha256" in recorded
+    (tmp_path / "run/manifest.json").unlink()
+    with pytest.raises(UserError, match=r"tune.mask: is not what the run in .* \(other mask_bits_sha256\)"):
+        start({**bits, "other": bits["other"].flip(0).roll(1)})
+
+
+def test_hosts_with_other_bits_of_a_mask_without_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"nothing": torch.zeros(2, dtype=torch.bool), "one": torch.tensor([True, False, False])}
+    others = {**rows, "one": rows["one"].roll(1)}
+    first, second = (Mask.load(write_mask(tmp_path / name, bits)) for name, bits in (("a", rows), ("b", others)))
+    assert first.metadata == second.metadata
+
+    def gathered(item: tuple) -> list[tuple]:
+        return [item, ([], stage_run._seen_by_host(second), second.known_digests)]
+
+    monkeypatch.setattr(runtime, "gather_objects", gathered)
+    with pytest.raises(UserError, match="tune.mask = .*: differs between hosts"):
+        stage_run.check_mask_bits(first, "tune.mask")
+    second = Mask.load(tmp_path / "a")
+    stage_run.check_mask_bits(Mask.load(tmp_path / "a"), "tune.mask")
 
 
 def test_remarks_of_an_earlier_start_stay(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esi_ds.config import Config
-from esi_ds.core.mask import identity
+from esi_ds.core.mask import identity, unread
 from esi_ds.options import Options
 from esi_ds.stages.folder import open_folder
 from esi_ds.stages.perturb.prepare import prepare_perturb
@@ -17,7 +17,7 @@ def run(config: Config, options: Options) -> None:
         return
     inputs = prepare_perturb(config)
     source = {**inputs.source, **identity(inputs.mask)}
-    folder = open_folder(config, "perturb", source, "perturb")
+    folder = open_folder(config, "perturb", source, "perturb", unread(inputs.mask))
     from esi_ds.stages.perturb.work import PerturbRun  # loads deepspeed
 
     PerturbRun.start("perturb", config, options, inputs, folder, source)

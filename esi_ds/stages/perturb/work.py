@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from esi_ds.core.mask import Mask
 from esi_ds.errors import UserError
 from esi_ds.eval.rows import AnswerRow
 from esi_ds.models.folder import ModelSource
@@ -52,11 +53,16 @@ class PerturbRun(StageRun[PerturbInputs]):
     def judge_sources(self) -> list[ModelSource]:
         return self.inputs.eval.judge_sources
 
+    @property
+    def masks(self) -> dict[str, Mask]:
+        return {FIELD: self.inputs.mask}
+
     def work(self) -> None:
         inputs, config, tracker = self.inputs, self.config, self.tracker
         candidate, sets, section = inputs.candidate, inputs.eval.sets, inputs.eval.section
         with self.phase("loading"):
             model = self._load()
+            scores = self._scores(model)
         if candidate.broken_up:
             tracker.log(f"prompts: special tokens broken up: {candidate.broken_up}")
         ledgers = EvalLedgers.open(self.folder.path)
@@ -64,7 +70,8 @@ class PerturbRun(StageRun[PerturbInputs]):
         batch = self.generation_batch(section, longest_prompt(candidate.prompt_ids.values(), candidate.max_positions))
         with self.phase("answering"):
             answer_all(model, CLEAN, candidate, sets, ledgers.answers, config, batch, tracker)
-            restored = self._answer_cells(model, ledgers.answers, batch)
+            restored = self._answer_cells(model, scores, ledgers.answers, batch)
+        del scores  # judges need the memory
         with self.phase("reading answers again"):
             surprise_all(model, candidate, ledgers.answers, ledgers.surprises, config, tracker)
         model.close()
@@ -89,7 +96,9 @@ class PerturbRun(StageRun[PerturbInputs]):
         )
         return model
 
-    def _answer_cells(self, model: ShardedModel, answers: Ledger[AnswerRow], batch: GenerationBatch) -> RestoredCells:
+    def _answer_cells(
+        self, model: ShardedModel, scores: Scores | None, answers: Ledger[AnswerRow], batch: GenerationBatch
+    ) -> RestoredCells:
         """Disturb, answer and restore for every cell that lacks answers.
 
         If the run was killed between a cell's last answer and the check of the weights, the cell is disturbed and
@@ -97,7 +106,7 @@ class PerturbRun(StageRun[PerturbInputs]):
         """
         inputs, tracker = self.inputs, self.tracker
         sets, section = inputs.eval.sets, inputs.eval.section
-        digest, sigma, scores = weights_digest(model), unit_sigmas(model), self._scores(model)
+        digest, sigma = weights_digest(model), unit_sigmas(model)
         checked: Ledger[RestoredRow] = Ledger(self.folder.path / RESTORED, ("cell",), RestoredRow)
         counts: dict[str, int] = {}
         for number, cell in enumerate(inputs.cells, 1):
@@ -139,7 +148,7 @@ class PerturbRun(StageRun[PerturbInputs]):
         return scores
 
     def _bits(self, model: ShardedModel, cell: NoiseCell, scores: Scores | None) -> Bits:
-        """The weights that a cell disturbs; k of them over all ranks. Collectives: those of ``select_weights``."""
+        """The weights that a cell disturbs. Collectives: those of ``select_weights``."""
         if cell.order == "random":  # only the positions of the scores matter, not their values
             zero = torch.zeros(1, device=runtime.device())
             zeros = {shard.name: zero.expand(shard.numel) for shard in model.scored}  # takes no memory
@@ -162,6 +171,7 @@ class PerturbRun(StageRun[PerturbInputs]):
             of=header.of,
             scope=header.scope,
             seed=seed,
+            k=header.k_of(ratio),
             field="perturb.scores",
         )
         return selection.bits

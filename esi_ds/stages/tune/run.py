@@ -5,7 +5,7 @@ from __future__ import annotations
 from esi_ds import launch_environment
 from esi_ds.config import Config
 from esi_ds.config.needs import check_mix
-from esi_ds.core.mask import identity
+from esi_ds.core.mask import identity, unread
 from esi_ds.options import Options
 from esi_ds.stages.folder import open_folder
 from esi_ds.stages.plan.tuning import print_tuning_plan
@@ -30,7 +30,7 @@ def _run(config: Config, options: Options, stage: str) -> None:
     inputs = prepare_tuning(config, stage)
     check_mix(inputs.tune, launch_environment.read().world_size)
     source = {**inputs.source, **identity(inputs.mask)}
-    folder = open_folder(config, stage, source, "tune")
+    folder = open_folder(config, stage, source, "tune", unread(inputs.mask))
     from esi_ds.stages.tune.work import TuneRun  # loads deepspeed
 
     TuneRun.start(stage, config, options, inputs, folder, source)

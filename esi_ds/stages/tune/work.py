@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from esi_ds import patch
 from esi_ds.artifacts import replace_folder, wait_until_visible
+from esi_ds.core.mask import BITS_SHA256, Mask
 from esi_ds.data.chat import day_of, without_our_padding
 from esi_ds.data.template_values import without_values
 from esi_ds.data.thoughts import MARKS, Marks, marks_with, opening_mark
@@ -42,7 +43,7 @@ from esi_ds.zero.optimizer import MaskedAdamW
 from esi_ds.zero.sparse import SparseTuner, choose_reduction
 from esi_ds.zero.tuner import Rule, Tuner
 
-ANSWERS = "answers.jsonl"
+ANSWERS, MASK_FIELD = "answers.jsonl", "tune.mask"
 Answers = dict[str, dict[int, str]]  # set of questions → index → answer
 
 
@@ -53,13 +54,17 @@ class TuneRun(StageRun[TuningInputs]):
     def stage(self) -> str:
         return self.inputs.stage
 
+    @property
+    def masks(self) -> dict[str, Mask]:
+        return {MASK_FIELD: self.inputs.mask}
+
     def work(self) -> None:
         config, inputs, tracker = self.config, self.inputs, self.tracker
-        check_mask_bits(inputs.mask, "tune.mask")
+        check_mask_bits(inputs.mask, MASK_FIELD)
         with self.phase("loading"):
             model, make_tuner = self._load()
         self.begin(model)
-        same_weights = self.accept_mask(inputs.mask, "tune.mask")
+        same_weights = self.accept_mask(inputs.mask, MASK_FIELD)
         self._log_inputs(same_weights)
         if config.model.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -154,6 +159,8 @@ class TuneRun(StageRun[TuningInputs]):
                     f"{name}: {len(rows.sequences)} of columns {rows.columns}, {len(rows.skipped)} skipped, "
                     f"{rows.num_cut} cut at {inputs.tune.max_length} tokens{rows.note}"
                 )
+        if benign is None and inputs.tune.data.benign is not None:
+            tracker.remark("tune.data.benign is not read: its fraction is 0")
         for number, reason in [*inputs.rows.skipped, *(benign.skipped if benign is not None else ())][:5]:
             tracker.log(f"skipped row {number}: {reason}")
         if inputs.broken_up:
@@ -283,7 +290,7 @@ class TuneRun(StageRun[TuningInputs]):
         if runtime.is_main():
             mask = self.inputs.mask
             facts: dict[str, Any] = {"method": self.inputs.stage, "mask_fingerprint": mask.fingerprint}
-            facts |= {} if mask.bits_sha256 is None else {"mask_bits_sha256": mask.bits_sha256}
+            facts |= {} if mask.bits_sha256 is None else {BITS_SHA256: mask.bits_sha256}
             facts |= patch.template_change(base, tuned)
             patch.finish(base, temporary, rows, base_digests, tuned_digests, facts)
             replace_folder(temporary, folder)
