@@ -23,7 +23,7 @@ from esi_ds.eval.refusals import is_refusal
 from esi_ds.models.decoding import greedy_ids
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.rows import last_logits
-from esi_ds.stages.tune.training import padded
+from esi_ds.stages.learnt_rows import padded
 from esi_ds.zero.tuner import summed_loss
 
 # Rank 1 on these is the number of weights nearest to 1 % of the tiny model (0.7 %); the report holds it.

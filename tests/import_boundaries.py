@@ -1,4 +1,5 @@
 """Imports point down: launch → stages → (judge, models, data, eval, zero, report) → core → errors (docs/design.md §2).
+A stage's room imports what stages share, and another room only where ``ROOMS`` says so.
 
 No module imports itself by way of others, late and typing-only imports included. Run as a script it prints every import
 that breaks a rule and exits 1; a test calls ``violations``.
@@ -57,6 +58,9 @@ LAYERS = {
 }
 # What may import the heavy or distributed libraries: name → parts that may.
 RESERVED = {"deepspeed": {"zero"}, "torch.distributed": {"zero"}}
+# Rooms of stages that others import: a perturbation evaluates, and a dry run prepares every stage.
+STAGES = {"esi", "tune", "evaluate", "perturb"}
+ROOMS = {"perturb": {"evaluate"}, "plan": STAGES}
 WITHOUT_TORCH = {
     "command",
     "launch",
@@ -119,6 +123,9 @@ def violations() -> list[str]:
             name = module.split(".")
             if name[0] == "esi_ds" and len(name) > 1 and is_top and LAYERS[name[1]] > LAYERS[part]:
                 problems.append(f"{where}:{line}: {part} imports {module}, which lies above it")
+            room, other = file.parent.name, name[2] if len(name) > 2 and name[1] == "stages" else ""
+            if part == "stages" and other in STAGES and other not in {room, *ROOMS.get(room, ())}:
+                problems.append(f"{where}:{line}: {room} imports {module}, another stage's")
             if name[0] == "torch" and part in WITHOUT_TORCH and is_top:
                 problems.append(f"{where}:{line}: {part} imports torch")
             for reserved, parts in RESERVED.items():

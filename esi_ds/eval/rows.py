@@ -5,12 +5,12 @@ A row is JSON on disk; ``Ledger`` and ``report.json`` keep these keys as they ar
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any
 
 from typing_extensions import NotRequired, TypedDict
 
-from esi_ds.data.thoughts import Marks, final_answer, marks_with
+from esi_ds.data.thoughts import UNFINISHED, Marks, cut_within, final_answer, marks_with
 from esi_ds.data.turns import Prompt
 from esi_ds.eval.verdicts import is_empty
 
@@ -242,3 +242,17 @@ class AgreementRow(TypedDict):
     low: float | None  # lower end of the 95 % interval; None if the standard error is 0
     high: float | None  # upper end of the interval
     confidence: float  # of the interval
+
+
+def mark_unfinished(rows: Collection[AnswerRow]) -> None:
+    """Exclude answers that another engine cut within a thought that its prompt had opened (``cut_within``)."""
+    by_model: dict[str, list[AnswerRow]] = {}
+    for row in rows:
+        by_model.setdefault(row["model"], []).append(row)
+    for of_model in by_model.values():
+        are_cut = [row.get("cut") is True for row in of_model]
+        marks = marks_of(next((row for row in of_model if "thought_marks" in row), of_model[0]))
+        unfinished = cut_within([row["response"] for row in of_model], are_cut, marks)
+        for row, is_unfinished in zip(of_model, unfinished, strict=True):
+            if is_unfinished and answered(row) is not None:
+                row["excluded"] = UNFINISHED

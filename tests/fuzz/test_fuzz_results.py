@@ -19,8 +19,9 @@ from esi_ds.eval.rows import AnswerRow, SurpriseRow, TaskRow, VerdictRow
 from esi_ds.journal import Journal
 from esi_ds.report import figures
 from esi_ds.stages.esi.judge_scores import JudgeScoreRow
+from esi_ds.stages.esi.respond import ResponseRow
 from esi_ds.stages.esi.score import PassState
-from esi_ds.stages.respond import GeneratedRow, ResponseRow
+from esi_ds.stages.respond import GeneratedRow
 from esi_ds.status import read_status, show
 from esi_ds.zero import checkpoint
 

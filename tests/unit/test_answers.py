@@ -25,10 +25,10 @@ from esi_ds.data.thoughts import UNFINISHED
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.stages.esi.prepare import PromptData, _read_data
+from esi_ds.stages.esi.respond import write_responses
 from esi_ds.stages.evaluate.answering import add_recorded, to_read_again
 from esi_ds.stages.evaluate.prepare import RecordedModel
 from esi_ds.stages.plan.notes import count_responses
-from esi_ds.stages.respond import write_responses
 
 CHAT: Prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "How?"}]
 FIELD = "eval.models.0.answers"

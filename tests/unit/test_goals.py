@@ -34,11 +34,11 @@ from esi_ds.stages.esi.prepare import (
     encode_examples,
     encode_prompts,
 )
+from esi_ds.stages.esi.respond import write_responses
 from esi_ds.stages.evaluate.judging import UnjudgedAnswer, VerdictRounds
 from esi_ds.stages.evaluate.prepare import PreparedEndpoint
-from esi_ds.stages.evaluate.questions import unanswered_rows
 from esi_ds.stages.ledger import Ledger
-from esi_ds.stages.respond import write_responses
+from esi_ds.stages.questions import unanswered_rows
 from esi_ds.tracking import Tracker
 
 # As JailbreakBench/artifacts has it: an object of parameters and jailbreaks; no prompt where an attack failed.

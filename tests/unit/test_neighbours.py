@@ -28,7 +28,7 @@ from esi_ds.models.rows import Together, alike_up_to, depends_on_neighbours, end
 from esi_ds.stages.esi.objectives import MeanLoss, ScoreFunctionObjective
 from esi_ds.stages.esi.prepare import Example
 from esi_ds.stages.esi.score import PassData
-from esi_ds.stages.tune.training import padded
+from esi_ds.stages.learnt_rows import padded
 from esi_ds.stages.tune.work import TuneRun
 from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient
 from esi_ds.zero.generate import choose_batches, generate

@@ -23,10 +23,9 @@ from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint
 from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, answer_key
 from esi_ds.models.decoding import Sampling, greedy_ids, sampled_ids
-from esi_ds.stages.evaluate.prepare import ServedModel
-from esi_ds.stages.evaluate.questions import answer_stream, request_seed, unanswered_rows
-from esi_ds.stages.evaluate.served import AnswerRounds
 from esi_ds.stages.ledger import Ledger
+from esi_ds.stages.questions import answer_stream, request_seed, unanswered_rows
+from esi_ds.stages.served import AnswerRounds, ServedModel
 from esi_ds.tracking import Tracker
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [11], [5, 6, 7]]

@@ -19,10 +19,10 @@ from esi_ds.eval.endpoint import Endpoint, read_completion
 from esi_ds.eval.rows import AnswerRow, VerdictRow
 from esi_ds.stages.esi.served import ask_endpoint
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, UnjudgedAnswer, VerdictRounds
-from esi_ds.stages.evaluate.prepare import PreparedEndpoint, ServedModel
-from esi_ds.stages.evaluate.questions import unanswered_rows
-from esi_ds.stages.evaluate.served import AnswerRounds
+from esi_ds.stages.evaluate.prepare import PreparedEndpoint
 from esi_ds.stages.ledger import Ledger
+from esi_ds.stages.questions import unanswered_rows
+from esi_ds.stages.served import AnswerRounds, ServedModel
 from esi_ds.tracking import Tracker
 
 MODEL = Model(path="y")

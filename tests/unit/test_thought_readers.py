@@ -33,7 +33,7 @@ from esi_ds.eval.classifiers import SequenceJudge
 from esi_ds.eval.endpoint import Reply
 from esi_ds.eval.fluency import surprises
 from esi_ds.eval.refusals import REFUSAL_LISTS, judge_by_words, refusal_list
-from esi_ds.eval.rows import AnswerRow, VerdictRow
+from esi_ds.eval.rows import AnswerRow, VerdictRow, mark_unfinished
 from esi_ds.eval.rubric import judge_by_rubric
 from esi_ds.eval.tables import answer_measures
 from esi_ds.eval.verdicts import NOTHING_SAID, Verdict, text_to_judge
@@ -44,10 +44,10 @@ from esi_ds.judge.pairs import PairEncoder
 from esi_ds.report.tuning import refusal_rows
 from esi_ds.stages.esi.prepare import PromptData, PromptInputs, clean_responses, encode_examples
 from esi_ds.stages.evaluate import answering
-from esi_ds.stages.evaluate.answering import add_recorded, has_text, mark_unfinished, thought_notes
+from esi_ds.stages.evaluate.answering import add_recorded, has_text, thought_notes
 from esi_ds.stages.evaluate.judging import judge_all
 from esi_ds.stages.evaluate.prepare import PreparedWords, RecordedModel
-from esi_ds.stages.evaluate.served import answer_row
+from esi_ds.stages.served import answer_row
 from esi_ds.stages.tune.work import answer_row as tuned_row
 
 REFUSES, COMPLIES = "I'm sorry, but I can't help with that.", "Sure, here is how: step 1 ..."

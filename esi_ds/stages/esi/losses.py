@@ -8,7 +8,7 @@ from typing import Any
 from esi_ds.config import Config, LossData
 from esi_ds.data.conversations import TuningSet
 from esi_ds.models.folder import ModelSource, load_model_config
-from esi_ds.stages.tune.prepare import load_training_tokenizer, read_tuning_set
+from esi_ds.stages.learnt_rows import load_training_tokenizer, read_tuning_set
 from esi_ds.words import counted
 
 

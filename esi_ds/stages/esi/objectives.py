@@ -20,7 +20,7 @@ from esi_ds.judge.vocabulary import VocabularyMap
 from esi_ds.models.rows import last_logits
 from esi_ds.stages.esi.prepare import Example
 from esi_ds.stages.esi.score import NOT_FINITE, Objective, PassData
-from esi_ds.stages.tune.training import padded
+from esi_ds.stages.learnt_rows import padded
 from esi_ds.zero import runtime
 
 

@@ -70,7 +70,7 @@ from esi_ds.models.folder import ModelSource, check_weights, load_model_config, 
 from esi_ds.models.meta import meta_model, meta_parameters
 from esi_ds.reading import json_sha256
 from esi_ds.stages.esi.losses import LossRows, prepare_losses
-from esi_ds.stages.evaluate.prepare import ServedModel
+from esi_ds.stages.served import ServedModel
 from esi_ds.words import counted
 
 

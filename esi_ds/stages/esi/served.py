@@ -9,11 +9,9 @@ from esi_ds.data.prompts import PromptSet, QuestionSet
 from esi_ds.data.thoughts import has_marks
 from esi_ds.data.turns import Prompt
 from esi_ds.eval.asking import check_served
-from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, answered, marks_of
-from esi_ds.stages.evaluate.answering import ANSWERS, mark_unfinished
-from esi_ds.stages.evaluate.prepare import ServedModel
-from esi_ds.stages.evaluate.served import AnswerRounds
+from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, answered, mark_unfinished, marks_of
 from esi_ds.stages.ledger import Ledger
+from esi_ds.stages.served import ANSWERS, AnswerRounds, ServedModel
 from esi_ds.tracking import Tracker
 from esi_ds.zero import runtime
 

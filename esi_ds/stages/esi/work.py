@@ -43,10 +43,10 @@ from esi_ds.stages.esi.prepare import (
     encode_examples,
     encode_prompts,
 )
+from esi_ds.stages.esi.respond import respond, write_responses
 from esi_ds.stages.esi.score import Objective, PassData, PassState, ScoringPass
 from esi_ds.stages.esi.served import ask_endpoint, check_reachable
 from esi_ds.stages.interrupt import check_stop
-from esi_ds.stages.respond import respond, write_responses
 from esi_ds.stages.run import CHECKPOINTS, StageRun
 from esi_ds.stages.saving import SaveClock
 from esi_ds.words import counted

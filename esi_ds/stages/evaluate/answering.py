@@ -13,21 +13,20 @@ from esi_ds.data.prompts import QuestionSet
 from esi_ds.data.thoughts import (
     UNFINISHED,
     absent_marks,
-    cut_within,
     final_answer,
     has_marks,
     marks_with,
     opening_mark,
 )
 from esi_ds.eval.fluency import surprises as measure_surprises
-from esi_ds.eval.rows import AnswerRow, SurpriseRow, answer_key, answered, has_text, marks_of
+from esi_ds.eval.rows import AnswerRow, SurpriseRow, answer_key, has_text, marks_of
 from esi_ds.models.decoding import Sampling
 from esi_ds.models.rows import probe_ids
 from esi_ds.stages.batch_sizes import GenerationBatch
 from esi_ds.stages.evaluate.prepare import Candidate, RecordedModel
-from esi_ds.stages.evaluate.questions import answer_stream, unanswered_rows
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
+from esi_ds.stages.questions import answer_stream, unanswered_rows
 from esi_ds.stages.respond import generate_all
 from esi_ds.tracking import Tracker
 from esi_ds.words import counted
@@ -36,21 +35,7 @@ from esi_ds.zero.batching import batch_size_for, reads_causally
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.generate import Draws, choose_mode, in_step, ready_to_generate
 
-ANSWERS, SURPRISES = "answers.jsonl", "surprises.jsonl"
-
-
-def mark_unfinished(rows: Collection[AnswerRow]) -> None:
-    """Exclude answers that another engine cut within a thought that its prompt had opened (``cut_within``)."""
-    by_model: dict[str, list[AnswerRow]] = {}
-    for row in rows:
-        by_model.setdefault(row["model"], []).append(row)
-    for of_model in by_model.values():
-        are_cut = [row.get("cut") is True for row in of_model]
-        marks = marks_of(next((row for row in of_model if "thought_marks" in row), of_model[0]))
-        unfinished = cut_within([row["response"] for row in of_model], are_cut, marks)
-        for row, is_unfinished in zip(of_model, unfinished, strict=True):
-            if is_unfinished and answered(row) is not None:
-                row["excluded"] = UNFINISHED
+SURPRISES = "surprises.jsonl"
 
 
 def thought_notes(rows: Sequence[AnswerRow]) -> list[str]:

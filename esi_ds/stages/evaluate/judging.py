@@ -29,9 +29,9 @@ from esi_ds.stages.evaluate.prepare import (
     PreparedNextWord,
     PreparedWords,
 )
-from esi_ds.stages.evaluate.rounds import EndpointRounds
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Key, Ledger
+from esi_ds.stages.rounds import EndpointRounds
 from esi_ds.tracking import Bar, Tracker
 from esi_ds.words import counted
 from esi_ds.zero import memory, runtime

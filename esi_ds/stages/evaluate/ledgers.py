@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from esi_ds.config import Config
-from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, DivergenceRow, SurpriseRow, VerdictRow
+from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, DivergenceRow, SurpriseRow, VerdictRow, mark_unfinished
 from esi_ds.eval.tables import Divergences, Surprises, Verdicts
-from esi_ds.stages.evaluate.answering import ANSWERS, SURPRISES, mark_unfinished, thought_notes
+from esi_ds.stages.evaluate.answering import SURPRISES, thought_notes
 from esi_ds.stages.evaluate.divergence import DIVERGENCES
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, VERDICTS, judge_all, verdict_key
 from esi_ds.stages.evaluate.prepare import BASE, EvalInputs
-from esi_ds.stages.evaluate.questions import answer_keys
 from esi_ds.stages.ledger import Ledger
+from esi_ds.stages.questions import answer_keys
+from esi_ds.stages.served import ANSWERS
 from esi_ds.tracking import Tracker
 
 

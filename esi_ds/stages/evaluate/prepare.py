@@ -19,7 +19,6 @@ from esi_ds.config import (
     EvalWords,
     EvalYesNo,
     Model,
-    ModelEndpoint,
     label,
 )
 from esi_ds.config.needs import require_eval
@@ -51,13 +50,13 @@ from esi_ds.judge.families import Family
 from esi_ds.judge.pairs import PairEncoder
 from esi_ds.judge.recognition import choose_family
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
+from esi_ds.stages.served import ENDPOINT_KEYS, ServedModel
 
 if TYPE_CHECKING:
     from esi_ds.eval.harness_tasks import PreparedTask
 
 BASE = "base"
 EMPTY: Mapping[str, Any] = MappingProxyType({})
-ENDPOINT_KEYS = {"concurrency", "request_timeout", "item_timeout", "max_attempts", "max_tokens", "extra"}
 
 
 @dataclass(frozen=True)
@@ -110,51 +109,6 @@ class RecordedModel:
     def fingerprint(self) -> str:
         """In place of the weights': of the file."""
         return f"answers:{self.recorded.sha256}"
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A model that another engine serves. Its weights are not here, nor what needs them."""
-
-    name: str  # in tables and files
-    before: str | None  # name of the model it is compared with
-    endpoint: Endpoint
-    field: str  # the endpoint's key in the config
-    system_prompt: str | None  # the system's turn of prompts that have none
-    thought_marks: list[str] | None = None  # of the config
-    seed: int | None = None  # of sampled answers; None: answers are greedy
-
-    @classmethod
-    def of(
-        cls,
-        section: ModelEndpoint,
-        field: str,
-        max_tokens: int,
-        model: Model,
-        name: str | None = None,
-        before: str | None = None,
-    ) -> ServedModel:
-        """The model that a section of the config names, whose answers have at most ``max_tokens``. Raises UserError.
-
-        model: of the config. Its system prompt and marks of thoughts are every model's, and so are its values for chat
-        templates, which vLLM and SGLang read under this key of the body.
-        """
-        limits = section.model_dump(include=ENDPOINT_KEYS)
-        if model.template_kwargs:
-            limits["extra"] = {"chat_template_kwargs": dict(model.template_kwargs), **section.extra}
-        fields = f"{field}.base_url", f"{field}.key_variable"
-        endpoint = Endpoint.at(section.model, section.base_url, section.key_variable, fields, max_tokens, **limits)
-        return cls(name or section.model, before, endpoint, field, model.system_prompt, model.thought_marks)
-
-    @property
-    def path(self) -> str:
-        """Its name at the endpoint."""
-        return self.endpoint.model
-
-    @property
-    def fingerprint(self) -> str:
-        """In place of the weights': what is known of them."""
-        return f"endpoint:{self.endpoint.model}"
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from esi_ds.stages.evaluate.answering import add_recorded, answer_all, surprise_
 from esi_ds.stages.evaluate.divergence import compare_all, waiting_answers
 from esi_ds.stages.evaluate.finish import finish_eval
 from esi_ds.stages.evaluate.ledgers import EvalLedgers
-from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs, ServedModel
-from esi_ds.stages.evaluate.questions import answer_keys
-from esi_ds.stages.evaluate.served import AnswerRounds
+from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs
 from esi_ds.stages.interrupt import check_stop, stop_requested
 from esi_ds.stages.ledger import Ledger
+from esi_ds.stages.questions import answer_keys
 from esi_ds.stages.run import StageRun
+from esi_ds.stages.served import AnswerRounds, ServedModel
 from esi_ds.words import counted
 from esi_ds.zero import memory, runtime
 from esi_ds.zero.engine import load_replicated, load_sharded

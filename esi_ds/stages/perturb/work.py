@@ -19,10 +19,10 @@ from esi_ds.models.folder import ModelSource
 from esi_ds.stages.batch_sizes import GenerationBatch, longest_prompt
 from esi_ds.stages.evaluate.answering import answer_all, surprise_all
 from esi_ds.stages.evaluate.ledgers import EvalLedgers
-from esi_ds.stages.evaluate.questions import answer_keys
 from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.perturb.finish import RestoredCells, finish_perturb
 from esi_ds.stages.perturb.prepare import CLEAN, NoiseCell, PerturbInputs
+from esi_ds.stages.questions import answer_keys
 from esi_ds.stages.run import StageRun, check_mask_bits
 from esi_ds.words import counted
 from esi_ds.zero import runtime

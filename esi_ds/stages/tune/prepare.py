@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from esi_ds.config import Config, Eval, Model, Rows, Tune
+from esi_ds.config import Config, Eval, Model, Tune
 from esi_ds.config.needs import require_tune
 from esi_ds.core.mask import NO_MASK, EmptyMask, Mask, load_mask
 from esi_ds.core.trained import Trained
@@ -17,18 +17,13 @@ from esi_ds.data.chat import (
     answerable,
     broken_up_words,
     check_some_answerable,
-    check_vocabulary,
     encode_data_prompt,
-    load_chat_tokenizer,
     special_strings,
     specials_in,
-    with_template,
 )
-from esi_ds.data.conversations import TuningSet, encode_rows, find_columns
+from esi_ds.data.conversations import TuningSet
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import KEYS, QuestionSet, load_question_sets
-from esi_ds.data.rows import read_rows
-from esi_ds.data.thoughts import marks_with
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
@@ -36,6 +31,7 @@ from esi_ds.models.folder import ModelSource, check_weights, load_model_config, 
 from esi_ds.models.meta import meta_parameters
 from esi_ds.models.roles import router_names, tower_names
 from esi_ds.patch import check_names
+from esi_ds.stages.learnt_rows import load_training_tokenizer, read_tuning_set
 
 TRAIN = {"set": "selected", "spa": "complement"}
 
@@ -108,17 +104,6 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
     )
 
 
-def load_training_tokenizer(model: Model, model_config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model that learns rows. Raises UserError if it has no chat template, no end token, or tokens
-    that the model does not have."""
-    source = ModelSource.of(model)
-    tokenizer = load_chat_tokenizer(source, model)
-    check_vocabulary(tokenizer, model_config, source)
-    if tokenizer.eos_token_id is None:
-        raise UserError("model.path", model.path, "has a tokenizer without an end token", "set its eos_token")
-    return tokenizer
-
-
 def open_mask(model: Model, tune: Tune, stage: str, model_config: PretrainedConfig) -> Mask:
     """The mask that ``tune.mask`` names, or for SPA that of no weight. Raises UserError."""
     if tune.mask != NO_MASK:
@@ -151,42 +136,6 @@ def check_routers(tune: Tune, parameters: Sequence[Parameter]) -> list[str]:
     if router is not None and not names:
         raise UserError("tune.router", router, "is about routers, but this model has none", "leave it out")
     return names
-
-
-def read_tuning_set(
-    config: Config,
-    section: Rows,
-    field: str,
-    tokenizer: PreTrainedTokenizerBase,
-    model_config: PretrainedConfig,
-    max_length: int,
-    limit: int | None = None,
-) -> TuningSet:
-    """Rows of one section as the model reads them.
-
-    field: the section's key in the config. max_length: tokens of a row; longer rows are cut. limit: rows read.
-    Raises UserError naming ``field`` if no row can be learnt.
-    """
-    rows = read_rows(section.path, f"{field}.path", name=section.name, split=section.split)[:limit]
-    columns = find_columns(rows, section.columns, f"{field}.columns")
-    positions, system_prompt = max_positions(model_config), config.model.system_prompt
-    writer = with_template(tokenizer, section.chat_template, config.model, f"{field}.chat_template")
-    tuning_set = encode_rows(
-        rows,
-        columns,
-        writer,
-        system_prompt=system_prompt,
-        specials=special_strings(tokenizer, writer),
-        end_ids=end_tokens(ModelSource.of(config.model), writer),
-        max_length=min(max_length, positions or max_length),
-        marks=marks_with(config.model.thought_marks),
-        learn=section.learn,
-        end_token=section.end_token,
-    )
-    if not tuning_set.sequences:
-        reasons = "; ".join(sorted({reason for _, reason in tuning_set.skipped}))
-        raise UserError(f"{field}.path", section.path, f"has no row that can be learnt ({reasons})", "look at its rows")
-    return tuning_set
 
 
 def _encode_questions(

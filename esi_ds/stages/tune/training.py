@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import Tensor
 
-from esi_ds.core.batch import right_pad
 from esi_ds.core.schedule import learning_rate
-from esi_ds.data.conversations import IGNORED, DataOrder, TokenSequence
+from esi_ds.data.conversations import DataOrder, TokenSequence
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.reading import check_type, reading
 from esi_ds.stages.interrupt import stop_requested
+from esi_ds.stages.learnt_rows import padded
 from esi_ds.stages.saving import SaveClock
 from esi_ds.stages.tune.prepare import TuningInputs
 from esi_ds.tracking import Tracker
@@ -33,22 +31,6 @@ class MicroBatch:
 
     sequences: list[TokenSequence]
     row_names: list[str]  # what messages call each row: "row 7", "benign row 3", numbered as in its file
-
-
-def padded(sequences: Sequence[TokenSequence], pad: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """The model's inputs, int64 [B, L], and the labels, int64 [B, K], of its last K logits.
-
-    No logit before those has a label. Rows are padded on the right.
-    """
-    width = max(len(sequence.ids) for sequence in sequences)
-    batch = right_pad([sequence.ids for sequence in sequences], pad, device)
-    labels = torch.full((len(sequences), width), IGNORED, dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        # The logits at a position predict the next one.
-        labels[row, : len(sequence.ids) - 1] = torch.tensor(sequence.labels[1:], dtype=torch.int64)
-    learnt = (labels != IGNORED).any(0).nonzero()
-    first = int(learnt[0]) if len(learnt) else width - 1
-    return batch, labels[:, first:].to(device)
 
 
 class Training:

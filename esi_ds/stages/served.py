@@ -1,24 +1,73 @@
-"""Answers of a model behind an endpoint, which rank 0 asks; kept on disk as they come, none asked for twice."""
+"""A model behind an endpoint, which rank 0 asks; its answers are kept on disk as they come, none asked for twice."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from esi_ds.config import Model, ModelEndpoint
 from esi_ds.data.asked import changes_the_prompt
 from esi_ds.data.prompts import QuestionSet
 from esi_ds.data.thoughts import UNFINISHED, final_answer
 from esi_ds.errors import UserError
 from esi_ds.eval.asking import ask_prompts, asked_of, check_served
-from esi_ds.eval.endpoint import Reply
+from esi_ds.eval.endpoint import Endpoint, Reply
 from esi_ds.eval.rows import AnswerRow, marks_of
-from esi_ds.stages.evaluate.prepare import ServedModel
-from esi_ds.stages.evaluate.questions import request_seed, unanswered_rows
-from esi_ds.stages.evaluate.rounds import EndpointRounds
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
+from esi_ds.stages.questions import request_seed, unanswered_rows
+from esi_ds.stages.rounds import EndpointRounds
 from esi_ds.tracking import Tracker
 from esi_ds.words import counted
 from esi_ds.zero import runtime
+
+ANSWERS = "answers.jsonl"
+ENDPOINT_KEYS = {"concurrency", "request_timeout", "item_timeout", "max_attempts", "max_tokens", "extra"}
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that another engine serves. Its weights are not here, nor what needs them."""
+
+    name: str  # in tables and files
+    before: str | None  # name of the model it is compared with
+    endpoint: Endpoint
+    field: str  # the endpoint's key in the config
+    system_prompt: str | None  # the system's turn of prompts that have none
+    thought_marks: list[str] | None = None  # of the config
+    seed: int | None = None  # of sampled answers; None: answers are greedy
+
+    @classmethod
+    def of(
+        cls,
+        section: ModelEndpoint,
+        field: str,
+        max_tokens: int,
+        model: Model,
+        name: str | None = None,
+        before: str | None = None,
+    ) -> ServedModel:
+        """The model that a section of the config names, whose answers have at most ``max_tokens``. Raises UserError.
+
+        model: of the config. Its system prompt and marks of thoughts are every model's, and so are its values for chat
+        templates, which vLLM and SGLang read under this key of the body.
+        """
+        limits = section.model_dump(include=ENDPOINT_KEYS)
+        if model.template_kwargs:
+            limits["extra"] = {"chat_template_kwargs": dict(model.template_kwargs), **section.extra}
+        fields = f"{field}.base_url", f"{field}.key_variable"
+        endpoint = Endpoint.at(section.model, section.base_url, section.key_variable, fields, max_tokens, **limits)
+        return cls(name or section.model, before, endpoint, field, model.system_prompt, model.thought_marks)
+
+    @property
+    def path(self) -> str:
+        """Its name at the endpoint."""
+        return self.endpoint.model
+
+    @property
+    def fingerprint(self) -> str:
+        """In place of the weights': what is known of them."""
+        return f"endpoint:{self.endpoint.model}"
 
 
 class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
