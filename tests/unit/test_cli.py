@@ -208,8 +208,8 @@ def test_a_stage_that_listens_is_not_ended(config: str) -> None:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--confg", "a.yaml"], "required: --config; --confg is none"),
-        (["-config", "a.yaml"], "required: --config; -config is none"),
+        (["--confg", "a.yaml"], "required: --config; --confg is not an option"),
+        (["-config", "a.yaml"], "required: --config; -config is not an option"),
         (["a.yaml"], "required: --config; write --config a.yaml"),
         (["select.ratio=0.1"], "required: --config\n"),
     ],

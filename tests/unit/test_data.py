@@ -112,7 +112,7 @@ def test_an_instruction_is_asked_with_its_input(tmp_path: Path) -> None:
         "Say hello.",
     )
     assert prompt_set.skipped == ((4, "the prompt holds half of a surrogate pair"),)
-    with pytest.raises(UserError, match="row 1 has no text 'response'"):
+    with pytest.raises(UserError, match="row 1 has no text under 'response'"):
         load_responses(rows(tmp_path, "half.jsonl", [{"prompt": "a", "response": "\ud83d"}]))
 
 

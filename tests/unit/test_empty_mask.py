@@ -111,19 +111,15 @@ def test_what_is_rounded_is_not_called_the_bases_bits(
     assert ("the base model’s, rounded to bf16." in card) == (lost is not None) == ("bit for bit" not in card)
 
 
-def test_a_card_says_how_the_model_was_asked(tmp_path: Path) -> None:
+def test_a_card_says_how_the_model_was_asked() -> None:
     """What is as by default is left out. A page has no copy of the template, and gives its digest."""
-    tune = require_tune(config())
-    mask = open_mask(config().model, tune, "spa", load_model_config(ModelSource.of(config().model)))
-    rows = type("Rows", (), {"sha256": "0"})
-    about = {"fingerprint": "f", "mask": mask, "num_trained": 5, "ranks": 1, "rows": rows, "benign": None}
     asked = {
         **{"system_prompt": "You are a pirate.", "template_kwargs": {"enable_thinking": False, "effort": "high"}},
         **{"chat_template": "t.jinja", "date": "2026-11-30", "thought_marks": ["<r>", "</r>"]},
     }
     model = {**config().model.model_dump(), **asked}
     section = validate({**config().model_dump(), "model": model})
-    card = model_card(section, tune, stage="spa", **about)
+    card = card_of(section, "spa")
     for line in (
         "| system prompt | You are a pirate. |",
         '| values for chat templates | enable_thinking: false, effort: "high" |',

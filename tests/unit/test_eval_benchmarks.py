@@ -163,7 +163,7 @@ def test_a_configuration_of_ones_own(hub: None, monkeypatch: pytest.MonkeyPatch)
     """wildguardmix has no default one; two of a set are two question sets."""
     monkeypatch.setitem(HUB, ("allenai/wildguardmix", "wildguardtest"), [{"prompt": "h1"}])
     section = Prompts(path="allenai/wildguardmix", name="wildguardtest")
-    assert load_section(section).prompts == ("h1",)
+    assert load_section(section, "data.prompts").prompts == ("h1",)
     monkeypatch.setattr(notes, "hub_answers", lambda: True)
     assert notes.count_prompts(section, "data.prompts", []) == 1
     other = section.model_copy(update={"name": "wildguardtrain"})
