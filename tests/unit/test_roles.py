@@ -180,7 +180,7 @@ def test_what_is_unknown_is_named_by_the_config() -> None:
     parameters = describe(odd)
     assert unrecognised(parameters) == ["w_in", "layers.0.weight"]
     note = unrecognised_note(parameters)
-    assert note is not None and note.startswith("2 parameters") and "w_in the first" in note and "model.roles" in note
+    assert note is not None and note.startswith("2 parameters") and "the first: w_in" in note and "model.roles" in note
     parameters = describe(odd, roles={"w_*": "expert.up", "layers.*.weight": "router"})
     assert unrecognised_note(parameters) is None
     assert [(p.role, len(p.units)) for p in parameters] == [("expert.up", 5), ("router", 0)]
