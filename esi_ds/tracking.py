@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 POINT_S = 1.0  # seconds between two points of a progress curve
 # TensorBoard opens with its charts in the order of their groups' names, capitals first, and unfolds the first two.
 OVERVIEW = "Overview"
+# Curves that are drawn with the measurements in metrics.jsonl and are not in it.
+BESIDE_METRICS = (f"{OVERVIEW}/", "noise/")
 MAX_LINE_NAME = 60  # characters of a line's folder
 MAX_BAR_NAME = 32  # characters of a model's or a judge's name in a bar
 FLUSH_S = 10  # seconds until TensorBoard shows a point, at most
@@ -196,7 +198,7 @@ class Tracker:
         measured = {name for row in rows if row["step"] > step for name in row}
         if measured:
             self._draw(
-                lambda writer: withdraw(writer, step, lambda tag: tag in measured or tag.startswith(f"{OVERVIEW}/"))
+                lambda writer: withdraw(writer, step, lambda tag: tag in measured or tag.startswith(BESIDE_METRICS))
             )
             if self._monitor is not None:
                 self._monitor.resume_at(step, measured)

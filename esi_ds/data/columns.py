@@ -27,10 +27,24 @@ REFUSED = (
     *("image", "images", "video", "videos", "audio", "audios"),
 )
 # Marks of what is learnt; of a whole row, those that can mean nothing else.
-LEARNT = ("weight", "loss_weight", "train", "training", "trainable", "learn", "loss")
-ROW_LEARNT = ("weight", "loss_weight", "sample_weight", "train")
+LEARNT = ("weight", "loss_weight", "loss_mask", "step_loss_mask", "train", "training", "trainable", "learn", "loss")
+ROW_LEARNT = ("weight", "loss_weight", "loss_mask", "sample_weight", "train")
 NOT_LEARNT = ("mask", "masked", "ignore", "ignore_loss", "mask_history", "train_detail")
-BELONGING = {*SYSTEM, *HISTORY, *INPUTS, *OPTIONS, *REFUSED, *LEARNT, *ROW_LEARNT, *NOT_LEARNT}
+# A mark by another name is made up of words of learning and of what is learnt: ``compute_loss``, ``train_on_turn``, but
+# not ``loss_type``, ``masked_text``, ``weight_loss`` or ``attention_mask``.
+LEARNING = r"loss|masks?|masked|(?:un)?learn(?:able|ed|t)?|train(?:able|ed|ing)?"
+ABOUT_LEARNING = (
+    r"be|compute|calculate|do|exclude|for|from|ignore|in|include|is|no|not|of|on|should|skip|to|use|"
+    r"answer|assistant|completion|labels?|output|response|row|sample|steps?|target|tokens?|turns?"
+)
+LEARNING_MARK = re.compile(rf"(?=.*(?:{LEARNING}))(?:(?:{LEARNING}|{ABOUT_LEARNING})[ _-]?)+")
+# What columns that judge the answer say of one that is not to be learnt.
+UNSAFE_ANSWER = {
+    "is_safe": ("false", "0", "0.0", "no"),  # BeaverTails
+    "response_harm_label": ("harmful",),  # WildGuardMix
+    "response_label": ("unsafe", "harmful"),  # Aegis 2.0
+}
+BELONGING = {*SYSTEM, *HISTORY, *INPUTS, *OPTIONS, *REFUSED, *LEARNT, *ROW_LEARNT, *NOT_LEARNT, *UNSAFE_ANSWER}
 QUESTIONS = ("goal", "forbidden_prompt", "prompt", "instruction", "question", "query", "request")
 ATTACKS = ("adversarial", "vanilla")  # WildJailbreak's: a row has one of them, so that both are one column
 # A prompt where there is no question; a text may be a chat as its template writes it.
@@ -305,7 +319,7 @@ def is_learnt(marks: Mapping[str, Any], names: Sequence[str]) -> bool | None:
     """Whether marks like ``weight: 0`` or ``train: false`` let a turn or row be learnt; None without a mark.
 
     marks: a lowered turn or row. Raises UnreadableRow for other weights, marks that disagree, and marks of another
-    form.
+    form or by another name.
     """
     values = {yes_or_no(marks[name]) for name in names if name in marks}
     if None in values or len(values) > 1:
@@ -314,7 +328,21 @@ def is_learnt(marks: Mapping[str, Any], names: Sequence[str]) -> bool | None:
     for name in NOT_LEARNT:
         if yes_or_no(marks.get(name, False)) is not False:
             raise UnreadableRow(f"it has {name}, which is not read")
+    for name, value in marks.items():
+        if name not in (*names, *NOT_LEARNT) and LEARNING_MARK.fullmatch(name) and _is_yes_or_no(value):
+            raise UnreadableRow(f"it has {name}, which may say what is learnt and is not read")
     return values.pop() if values else None
+
+
+def _is_yes_or_no(value: Any) -> bool:
+    """Whether a value is yes or no, or one of them for each token or turn."""
+    return all(yes_or_no(part) is not None for part in (value if isinstance(value, list) else [value]))
+
+
+def unsafe_answer(row: Mapping[str, Any]) -> str | None:
+    """The column of a lowered row that says that its answer is unsafe, and how; None if none does."""
+    labels = ((name, str(row[name]).strip().lower()) for name in UNSAFE_ANSWER if name in row)
+    return next((f"{name} is {label}" for name, label in labels if label in UNSAFE_ANSWER[name]), None)
 
 
 def columns_beside(

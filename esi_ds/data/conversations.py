@@ -27,6 +27,7 @@ from esi_ds.data.chat import (
 from esi_ds.data.columns import (
     CHATS,
     ROW_LEARNT,
+    UNSAFE_ANSWER,
     UnreadableRow,
     chat_value,
     check_distinct,
@@ -39,6 +40,7 @@ from esi_ds.data.columns import (
     is_learnt,
     lowered,
     text_of,
+    unsafe_answer,
     with_all_options,
     yes_or_no,
 )
@@ -167,6 +169,8 @@ def _turns(row: Row, columns: Sequence[str], traces: bool) -> list[Turn]:
         raise UnreadableRow("its weight is 0")
     if _is_rejected(other.get("label"), used):
         raise UnreadableRow("its label is false: the answer is not to be learnt")
+    if verdict := unsafe_answer(other):
+        raise UnreadableRow(f"its {verdict}: the answer is not to be learnt")
     if len(columns) == 1:
         turns = _with_inputs(read_turns(chat_value(row.get(columns[0]), used[0]), traces), other)
     else:
@@ -441,7 +445,7 @@ def encode_rows(
         sequences.append(sequence)
         held.append(of_row)
     used = {column.strip().lower() for column in columns}
-    also_read, unread = columns_beside(rows, {*ROW_LEARNT, *used})
+    also_read, unread = columns_beside(rows, {*ROW_LEARNT, *UNSAFE_ANSWER, *used})
     names = ",".join((*columns, *also_read))
     broken_up, note = broken_up_words(held, "row"), thoughts.counts.note
     return TuningSet(tuple(sequences), names, tuple(skipped), num_cut, digest.hexdigest(), unread, note, broken_up)

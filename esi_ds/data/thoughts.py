@@ -37,10 +37,32 @@ MARKS: Marks = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A Reasoning
     ("<|channel>thought", "<channel|>"),  # Gemma 4
     ("<unused94>thought", "<unused95>"),  # MedGemma
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ("<longcat_think>", "</longcat_think>"),  # LongCat
+    ("<|think:start|>", "<|think:end|>"),  # Solar Open 2
 )
-# What some of them put around the answer that follows a thought: Hunyuan, OpenThinker, Command A Reasoning.
-BEFORE_ANSWER = re.compile(r"\s*(?:(?:<answer>|<response>|<\|begin_of_solution\|>|<\|START_RESPONSE\|>)\s*)?", re.I)
-AFTER_ANSWER = re.compile(r"\s*(?:</answer>|</response>|<\|end_of_solution\|>|<\|END_RESPONSE\|>)\s*\Z", re.I)
+# A thought where it begins the response and something follows it: answers speak of such tags, and hold them. The words
+# are Granite 3.2's.
+LEADING = re.compile(
+    r"\s*(?:<(?P<tag>analysis|reflection|scratchpad)>(?P<trace>.*?)</(?P=tag)>(?=\s*\S)"
+    r"|(?:Here is|Here's) my thought process:(?P<told>.*?)(?:Here is|Here's) my response:)",
+    re.IGNORECASE | re.DOTALL,
+)
+LEADING_UNFINISHED = re.compile(r"\s*<(analysis|reflection|scratchpad)>(?!.*</\1>)", re.IGNORECASE | re.DOTALL)
+# What some of them put around the answer that follows a thought: (opening, closing).
+AROUND_ANSWER = {
+    "<answer>": "</answer>",  # Hunyuan
+    "<response>": "</response>",
+    "<output>": "</output>",  # Marco-o1, Reflection
+    "<final>": "</final>",
+    "<final_answer>": "</final_answer>",
+    "<|begin_of_solution|>": "<|end_of_solution|>",  # OpenThinker
+    "<|start_response|>": "<|end_response|>",  # Command A Reasoning
+    "<|begin_of_box|>": "<|end_of_box|>",  # GLM-4.1V
+}
+BEFORE_ANSWER = re.compile(
+    rf"\s*(?:\*\*final answer:?\*\*:?\s*)?(?:({'|'.join(map(re.escape, AROUND_ANSWER))})\s*)?", re.IGNORECASE
+)
 # gpt-oss (harmony) writes messages to channels, of which ``final`` is the answer.
 CHANNEL = "<|channel|>"
 HARMONY = (CHANNEL, "<|start|>", "<|message|>", "<|end|>", "<|constrain|>")
@@ -80,7 +102,8 @@ def closes_unopened(response: str, marks: Marks) -> bool:
 
 def has_marks(response: str, marks: Marks) -> bool:
     """Whether a response holds any mark of a thought."""
-    return CHANNEL in response or _mark_pattern(marks).search(response) is not None
+    leads = LEADING.match(response) or LEADING_UNFINISHED.match(response)
+    return CHANNEL in response or leads is not None or _mark_pattern(marks).search(response) is not None
 
 
 def cut_within(responses: Sequence[str | None], are_cut: Sequence[bool], marks: Marks) -> list[bool]:
@@ -147,13 +170,16 @@ def parts(response: str, opening: str | None = None, marks: Marks = MARKS) -> Pa
         return Parts([bare.span("trace")], [(bare.end(), len(response))])
     if begun := BARE_UNFINISHED.match(response):
         return Parts([(begun.end(), len(response))], None)
-    seen = _marks(response, opening, marks)
+    opened = opening is not None or closes_unopened(response, marks)  # by the prompt
+    thoughts, behind = ([], (0, len(response))) if opened else _leading_thoughts(response)
+    if behind is None:
+        return Parts(thoughts, None)
+    seen = _marks(response, opening, marks, behind[0])
     if not seen:
-        return Parts([], [(0, len(response))])
+        return Parts(thoughts, _trimmed(response, [behind]) if thoughts else [behind])
     closings = _closings(seen)
-    thoughts: list[Span] = []
     spans: list[Span] = []
-    position = index = 0
+    position, index = behind[0], 0
     while index < len(seen):
         if seen[index].opens:
             if index not in closings:
@@ -230,15 +256,28 @@ def thought(response: str, opening: str | None = None, marks: Marks = MARKS) -> 
     return "\n\n".join(text for text in texts if text)
 
 
-def _marks(response: str, opening: str | None, marks: Marks) -> list[Mark]:
-    """The marks in a response, after one at its beginning for a thought that the prompt has opened."""
+def _leading_thoughts(response: str) -> tuple[list[Span], Span | None]:
+    """The thoughts that are told by where they stand (``LEADING``), and what is behind them: None where the response
+    ends within one."""
+    thoughts: list[Span] = []
+    position = 0
+    while match := LEADING.match(response, position):
+        thoughts.append(match.span("trace" if match["tag"] else "told"))
+        position = match.end()
+    if begun := LEADING_UNFINISHED.match(response, position):
+        return [*thoughts, (begun.end(), len(response))], None
+    return thoughts, (position, len(response))
+
+
+def _marks(response: str, opening: str | None, marks: Marks, start: int) -> list[Mark]:
+    """The marks in a response, from ``start``, after one at its beginning for a thought that the prompt has opened."""
     seen = []
-    for match in _mark_pattern(marks).finditer(response):
+    for match in _mark_pattern(marks).finditer(response, start):
         kind, closes = divmod((match.lastindex or 1) - 1, 2)
         seen.append(Mark(kind, not closes, *match.span()))
     if opening is not None:
         seen.insert(0, Mark([pair[0] for pair in marks].index(opening), True, 0, 0))
-    elif seen and not seen[0].opens:
+    elif seen and not seen[0].opens and start == 0:
         seen.insert(0, Mark(seen[0].kind, True, 0, 0))
     return seen
 
@@ -265,16 +304,19 @@ def _closings(marks: Sequence[Mark]) -> dict[int, int]:
 
 
 def _trimmed(response: str, spans: Sequence[Span]) -> list[Span]:
-    """The spans without what stands around the answer: white space at its beginning, ``BEFORE_ANSWER`` and
-    ``AFTER_ANSWER``."""
+    """The spans without what stands around the answer: white space at its beginning, ``BEFORE_ANSWER``, and the closing
+    mark of what that has opened."""
     kept = list(dropwhile(lambda span: not response[slice(*span)].strip(), spans))
     if not kept:
         return []
     before = BEFORE_ANSWER.match(response, *kept[0])
     assert before is not None  # it matches the empty text
     kept[0] = (before.end(), kept[0][1])
-    after = AFTER_ANSWER.search(response, *kept[-1])
-    return [*kept[:-1], (kept[-1][0], after.start())] if after else kept
+    closing = AROUND_ANSWER.get((before[1] or "").lower())
+    start, end = _stripped(response, kept[-1])
+    if closing is not None and response[start:end].lower().endswith(closing):
+        kept[-1] = (kept[-1][0], _stripped(response, (start, end - len(closing)))[1])
+    return kept
 
 
 def spans_in_text(spans: Iterable[Span], pieces: Sequence[Piece]) -> list[Span]:

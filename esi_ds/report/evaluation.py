@@ -167,7 +167,8 @@ def chart_title(measure: str, set_name: str, judge: str) -> str:
 
 
 def publish_rates(tracker: Tracker, measures: Sequence[MeasureRow]) -> None:
-    """The last point of every curve, over all of its prompts."""
+    """The last point of every curve, over all of its prompts; those of a run that is done once more are dropped."""
+    tracker.resume_at(-1)
     by_step: dict[int, dict[str, float]] = {}
     for row in measures:
         if row["rate"] is not None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from esi_ds import lock
-from esi_ds.artifacts import IDENTITY, MANIFEST, RunFolder, read_manifest, run_id
+from esi_ds.artifacts import IDENTITY, MANIFEST, RunFolder, read_manifest, run_id, versions
 from esi_ds.config import Config, Esi, Eval
 from esi_ds.config.needs import unread_of_eval
 from esi_ds.core.mask import Mask, identity, refuse_problems, unread
@@ -169,6 +169,11 @@ class StageRun(ABC, Generic[Inputs]):
     def rounded_from(self) -> str | None:
         """As ``models.folder.rounded_from``, of ``model``: page and card say it."""
         return rounded_from(self.config.model)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What the run was computed with, for the page's table; the manifest has it too."""
+        return {"versions": ", ".join(f"{name} {version}" for name, version in versions().items())}
 
     @property
     def asked(self) -> dict[str, str]:
@@ -424,6 +429,7 @@ class StageRun(ABC, Generic[Inputs]):
                     "stage": self.stage,
                     **runtime.compute_resources(),
                     "hub_commits": hub.commits(),
+                    "deepspeed": self.deepspeed_config,
                     **({"template_kwargs": values} if (values := self.config.model.template_kwargs) else {}),
                     SOURCES: self.source_digests,
                     **self.notes,

@@ -13,11 +13,12 @@ from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.proportion import proportion_confint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from esi_ds.artifacts import read_metrics
 from esi_ds.config import validate
 from esi_ds.eval.refusals import REFUSAL_LISTS
 from esi_ds.eval.statistics import paired_rates
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
-from esi_ds.report.evaluation import change, charts, closing_table, markdown, publish
+from esi_ds.report.evaluation import change, charts, closing_table, markdown, publish, publish_rates
 from esi_ds.report.html import render
 from esi_ds.report.overview import FinishedRun, joined
 from esi_ds.stages.evaluate.answering import surprise_all, to_read_again
@@ -301,3 +302,18 @@ def test_tables_for_console_and_tensorboard(report: dict, tmp_path: Path) -> Non
         assert (point.step, point.value) == (4, pytest.approx(row["rate"]))
     (agreed,) = report["agreements"]
     assert f"| j | k | {agreed['num_pairs']} | {agreed['kappa']:.2f} |" in shown
+
+
+def test_rates_of_a_run_that_is_done_once_more_are_there_once(report: dict, tmp_path: Path) -> None:
+    """Its manifest was deleted. Curves of progress, and what is beside the metrics, too."""
+    for _ in range(2):
+        with Tracker(tmp_path, enabled=True, tensorboard=True, stage="perturb") as tracker:
+            tracker.points(3, {"progress/answers": 50.0})
+            publish_rates(tracker, report["measures"])
+            tracker.points(0, {"noise/refused": 0.5})
+    rows = read_metrics(tmp_path)
+    assert len(rows) == len({row["step"] for row in rows}) > 0
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    assert "noise/refused" in tags and len(events.Scalars("progress/answers")) == 2
+    assert all(len(events.Scalars(tag)) == 1 for tag in tags if not tag.startswith("progress/"))

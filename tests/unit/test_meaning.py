@@ -48,7 +48,9 @@ def prompts(folder: Path, *rows: dict[str, Any], **options: Any) -> PromptSet:
     return load_prompts(str(folder / "rows.jsonl"), **options)
 
 
-@pytest.mark.parametrize("no", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"Weight": "0"}])
+@pytest.mark.parametrize(
+    "no", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"Weight": "0"}, {"loss_mask": 0}]
+)
 def test_a_turn_without_weight_is_read_and_not_learnt(tokenizer, no: dict[str, Any]) -> None:
     for yes in ({}, {"weight": 1}, {"train": True}, {"weight": None}):
         tuning_set = encoded(tokenizer, {"messages": [ASKED, {**SAID, **no}, AGAIN, {**REFUSED, **yes}]})
@@ -82,6 +84,10 @@ def test_weights_of_sharegpt_turns(tokenizer) -> None:
         ({"weight": 1, "train": False}, "weight 1, train False"),
         ({"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}, "train_detail"),
         ({"mask": True}, "mask"),
+        ({"loss_mask": [0, 1]}, "loss_mask [0, 1]; only 0 and 1"),
+        ({"train_on_turn": False}, "train_on_turn, which may say what is learnt"),
+        ({"computeLoss": 0}, "computeloss, which may say"),
+        ({"response_mask": [0, 1, 1]}, "response_mask, which may say"),
         ({"tool_calls": [{"name": "search"}]}, "tool_calls"),
         ({"thinking": "Let me see."}, "thinking"),
         ({"reasoning_content": "Let me see."}, "reasoning_content"),
@@ -101,6 +107,7 @@ def test_turns_that_cannot_be_learnt_as_they_are(tokenizer, turn: dict[str, Any]
 
 def test_marks_that_say_nothing_are_no_marks(tokenizer) -> None:
     marks = {"tool_calls": None, "thinking": "", "images": [], "mask": False, "weight": None, "id": 3, "toxic": True}
+    marks |= {"loss_type": 1, "masked_text": "1", "weight_loss": 0, "attention_mask": [1, 1], "train_loss": 0.25}
     parts = {"role": "assistant", "content": [{"type": "text", "text": "I cannot "}, {"type": "text", "text": "help"}]}
     tuning_set = encoded(tokenizer, {"messages": [ASKED, {**REFUSED, **marks}]}, {"messages": [ASKED, parts]})
     assert learnt(tokenizer, tuning_set) == ["I cannot help<|end|>"] * 2
@@ -114,6 +121,25 @@ def test_a_row_without_weight_is_not_learnt(tokenizer, mark: dict[str, Any]) -> 
     kto = {"prompt": "a", "completion": "b"}
     assert learnt(tokenizer, encoded(tokenizer, {**kto, "label": True}, {**kto, "label": False})) == ["b<|end|>"]
     assert "weight 0.5" in encoded(tokenizer, {**rows[1], "weight": 0.5}).skipped[0][1]
+
+
+@pytest.mark.parametrize(
+    "label", [{"is_safe": False}, {"response_harm_label": "harmful"}, {"Response_Label": "unsafe"}]
+)
+def test_an_answer_that_its_row_calls_unsafe_is_not_learnt(tokenizer, label: dict[str, Any]) -> None:
+    row, safe = {"prompt": "a", "response": "b"}, {"is_safe": True, "response_harm_label": "unharmful"}
+    tuning_set = encoded(tokenizer, {**row, **label, "category": {"theft": True}}, {**row, **safe})
+    ((number, reason),) = tuning_set.skipped
+    assert number == 0 and reason.endswith("the answer is not to be learnt") and len(tuning_set.sequences) == 1
+    assert tuning_set.note == "; columns not read: category"
+
+
+@pytest.mark.parametrize("mark", [{"trainable": False}, {"loss": 0}, {"exclude_from_training": "True"}])
+def test_a_row_with_a_mark_that_is_not_read_is_refused(tokenizer, mark: dict[str, Any]) -> None:
+    row, other = {"prompt": "a", "response": "b"}, {"loss": 0.7, "loss_type": 0, "masked_text": "1", "weight_loss": 1}
+    tuning_set = encoded(tokenizer, {**row, **mark}, {**row, **other})
+    ((number, reason),) = tuning_set.skipped
+    assert number == 0 and "may say what is learnt and is not read" in reason
 
 
 QA = {"question": "a", "answer": "b"}

@@ -349,15 +349,17 @@ def test_the_manifest_says_what_the_time_went_into(tmp_path: Path, monkeypatch: 
     clock, running = [100.0], dict[str, float]()
     monkeypatch.setattr(stage_run.time, "monotonic", lambda: clock[0])
     config = validate({"run": {"output_dir": str(tmp_path), "tensorboard": False}, "model": {"path": "a"}})
-    run = Working(config, Options(), None, RunFolder(str(tmp_path)), {}, {})
+    run = Working(config, Options(), None, RunFolder(str(tmp_path)), {"gradient_clipping": 0.5}, {})
     run.tracker = SimpleNamespace(remarks=[])  # type: ignore[assignment]
     run.folder.open(config)
     with pytest.raises(UserError):
         run.work()
     run.record("failed")
     assert running == {"loading": 3.25, "scoring": 5.0}
-    after = json.loads((tmp_path / "manifest.json").read_text())["phases_s"]
-    assert after == {**running, "exporting": 7.0}
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["phases_s"] == {**running, "exporting": 7.0}
+    assert manifest["deepspeed"] == {"gradient_clipping": 0.5}  # the file that the config names may change
+    assert f"torch {torch.__version__}" in run.versions["versions"]
 
 
 def test_an_evaluation_names_the_model_that_has_changed(tmp_path: Path) -> None:

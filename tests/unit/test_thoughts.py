@@ -68,10 +68,26 @@ FORMS = {
     "marks in capitals": "<THINK>{}</Think>\n{}",
     "answer in marks": "<think>{}</think>\n<answer>\n{}\n</answer>\n",
     "solution in marks": "<|begin_of_thought|>{}<|end_of_thought|>\n<|begin_of_solution|>{}<|end_of_solution|>",
+    "Marco-o1": "<Thought>\n{}\n</Thought>\n<Output>\n{}\n</Output>",
+    "final": "<think>{}</think><final>{}</final>",
+    "final answer in marks": "<think>{}</think>\n<final_answer>{}</final_answer>",
+    "final answer": "<think>{}</think>\n\n**Final Answer**\n{}",
+    "a box": "<think>{}</think>\n<|begin_of_box|>{}<|end_of_box|>",
+    "Granite": "Here is my thought process:\n\n{}\n\nHere is my response:\n\n{}",
     **{opening: opening + "{}" + closing + "\n{}" for opening, closing in MARKS},
+}
+LEADING = {
+    "analysis": "<analysis>\n{}\n</analysis>\n\n{}",
+    "reflection": "\n<Reflection>{}</Reflection>{}",
+    "scratchpad, answer": "<scratchpad>{}</scratchpad>\n<answer>{}</answer>",
+    "two of them": "<analysis>{}</analysis><scratchpad>Well.</scratchpad>{}",
+    "about marks": "<analysis>{} <think> opens it.</analysis>{}",
+    "and another": "<analysis>First.</analysis><think>{}</think>{}",
 }
 OPEN = {
     **{opening: opening + "{}" for opening, _ in MARKS},
+    "analysis": "<analysis>{}",
+    "scratchpad, twice": "<scratchpad>a</scratchpad> <scratchpad>{}",
     "a second thought": "<think>a</think>" + COMPLIES + "<think>{}",
     "harmony": "<|channel|>analysis<|message|>{}",
     "harmony, before the answer": "<|channel|>analysis<|message|>{}<|end|><|start|>assistant",
@@ -138,9 +154,39 @@ def test_an_answer_may_speak_of_marks_and_nothing_shown_is_hidden() -> None:
     assert final_answer("<think>Twice.</think>Shown.", "<think>") == "Shown."
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", LEADING)
+def test_tags_hold_a_thought_where_they_begin_the_response(form: str) -> None:
+    assert final_answer(LEADING[form].format(PONDERS, COMPLIES)) == COMPLIES
+    assert PONDERS in thought(LEADING[form].format(PONDERS, COMPLIES))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Use <analysis>x</analysis> and <output>y</output>.",
+        "```xml\n<analysis>x</analysis>\n<output>y</output>\n```",
+        "<analysis>All that there is to say.</analysis>\n",
+        "<output>y</output>",
+        "**Final Answer**\n7",
+        "Here is my thought process: first, add. Then divide.",
+        "Sure. Here is my thought process: add. Here is my response: 7",
+        "<reflections>a</reflections> b",
+    ],
+)
+def test_tags_of_an_answer_are_its_text(text: str) -> None:
+    assert answer_spans(text) == [(0, len(text))] and thought(text) == ""
+
+
+def test_the_end_of_an_answer_is_its_own_unless_its_beginning_was_around_it() -> None:
+    xml = "Write <a><output>y</output>"
+    assert final_answer(f"<think>x</think>{xml}") == xml
+    assert final_answer(f"<think>x</think><output>{COMPLIES}") == COMPLIES
+    assert final_answer("<analysis>a</analysis> ends </think> here") == "here"
+
+
+@pytest.mark.parametrize("form", FORMS | LEADING)
 def test_words_read_the_answer(form: str) -> None:
-    refuses, complies = (FORMS[form].format(PONDERS, answer) for answer in (REFUSES, COMPLIES))
+    refuses, complies = ((FORMS | LEADING)[form].format(PONDERS, answer) for answer in (REFUSES, COMPLIES))
     for words in REFUSAL_LISTS.values():
         expected = [words.matches(REFUSES), words.matches(COMPLIES)]
         assert refused([refuses, complies], words) == expected

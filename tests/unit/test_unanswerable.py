@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +33,7 @@ from esi_ds.eval.fluency import surprises
 from esi_ds.judge.families import Family
 from esi_ds.judge.pairs import PairEncoder
 from esi_ds.models.folder import max_positions
+from esi_ds.stages.esi import work
 from esi_ds.stages.esi.prepare import PromptData, PromptInputs, clean_responses, encode_examples, encode_prompts
 from esi_ds.stages.evaluate import answering
 from esi_ds.stages.evaluate.prepare import Candidate
@@ -121,6 +124,25 @@ def test_generated_responses_need_room(tokenizer: PreTrainedTokenizerFast) -> No
     cleaned, _ = clean_responses(inputs, prompt_ids, ["Yes", "", ""])
     _, excluded = encode_examples(inputs, prompt_ids, prompts, cleaned, LENGTH)
     assert list(excluded) == [1, 2]
+
+
+@pytest.mark.parametrize("file", ["answers.jsonl", None])
+def test_prompts_none_of_which_can_be_used_are_where_the_message_says(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str | None
+) -> None:
+    """A file of responses, which its user corrects, or those that were generated, with the reasons."""
+    texts = ["", " "]
+    monkeypatch.setattr(work, "respond", lambda *_: texts)
+    source = {"responses": file} if file else {"prompts": "p", "column": "goal"}
+    data = PromptData(["How?", "Why?"], texts if file else None, source, [])
+    run = object.__new__(work.EsiRun)
+    run.config, run.folder, run.phase = CONFIG, SimpleNamespace(path=tmp_path), lambda _: nullcontext()
+    run.tracker, run.generation_batch = SimpleNamespace(log=lambda _: None), lambda *_: None
+    place = "the rows of answers.jsonl" if file else "responses.jsonl in the run folder"
+    with pytest.raises(UserError, match=rf"none can be used \(the response is empty\); look at {place}"):
+        run._answer(None, replace(prompt_inputs(tokenizer, None), data=data, model_config=LlamaConfig()))
+    written = [line for found in tmp_path.glob("*responses*") for line in found.read_text().splitlines()]
+    assert [json.loads(line)["excluded"] for line in written] == ([] if file else ["the response is empty"] * 2)
 
 
 def test_a_template_that_makes_nothing_of_a_prompt_gives_a_reason(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -231,6 +231,7 @@ def run_facts(run: StageRun[EsiInputs], model: ShardedModel, outcome: PromptOutc
         "fingerprint": run.fingerprint,
         "unscored weights": ", ".join(f"{role} {n:,}" for role, n in unscored_numel(model.parameters).items()),
         "scores kept": config.esi.save_scores,
+        **run.versions,
     }
     if outcome is not None:
         data = outcome.inputs.data
@@ -241,6 +242,7 @@ def run_facts(run: StageRun[EsiInputs], model: ShardedModel, outcome: PromptOutc
             "prompts used": outcome.accumulated.count,
             "prompts from": data.origin,
             "rows skipped in the file": len(data.skipped),
+            **({"responses": f"greedy, at most {config.esi.max_new_tokens} tokens"} if data.are_generated else {}),
             **response_facts(outcome),
         }
     return facts

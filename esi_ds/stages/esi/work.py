@@ -43,7 +43,7 @@ from esi_ds.stages.esi.prepare import (
     encode_examples,
     encode_prompts,
 )
-from esi_ds.stages.esi.respond import respond, write_responses
+from esi_ds.stages.esi.respond import NAME, respond, write_responses
 from esi_ds.stages.esi.score import Objective, PassData, PassState, ScoringPass
 from esi_ds.stages.esi.served import ask_endpoint, check_reachable
 from esi_ds.stages.interrupt import check_stop
@@ -156,33 +156,24 @@ class EsiRun(StageRun[EsiInputs]):
         examples, excluded = encode_examples(inputs, prompt_ids, prompts, cleaned, length, data.goals)
         excluded.update(unanswered)
         if not examples:
-            reasons = "; ".join(sorted(set(excluded.values())))
-            raise UserError(
-                inputs.field,
-                counted(len(prompts), "prompt"),
-                f"none can be used ({reasons})",
-                f"look at {inputs.prefix}responses.jsonl in the run folder",
-            )
+            raise self._none_usable(inputs, responses, excluded)
         return AnsweredPrompts(inputs, responses, examples, excluded, num_broken + num_broken_responses)
 
     def _accumulate_scores(self, model: ShardedModel, guard: Guard | None, answered: AnsweredPrompts) -> PromptOutcome:
         """The scoring pass over answered prompts. Raises UserError where none gives a gradient."""
-        inputs, examples = answered.inputs, answered.examples
-        data, excluded = inputs.data, dict(answered.excluded)
+        inputs, examples, excluded = answered.inputs, answered.examples, dict(answered.excluded)
         gradients = GradientShards(model, self._accumulator_device())
         with self.phase("scoring"):
             state = self._run_pass(model, self._objective(model, guard, inputs, examples, gradients))
         excluded.update(state.excluded)
-        if runtime.is_main():
-            scored = answered.responses, state.scores, excluded, data.goals, inputs.prefix
-            write_responses(self.folder.path, data.prompts, *scored, asked_with(self.config, data))
-        num_prompts = len(data.prompts) - len(excluded)
+        self._write_responses(inputs, answered.responses, state.scores, excluded)
+        num_prompts = len(inputs.data.prompts) - len(excluded)
         if num_prompts == 0:
             raise UserError(
                 inputs.field,
-                counted(len(data.prompts), "prompt"),
+                counted(len(inputs.data.prompts), "prompt"),
                 "none gave a finite gradient",
-                f"look at {inputs.prefix}responses.jsonl in the run folder; is the model sound?",
+                f"look at {inputs.prefix}{NAME} in the run folder; is the model sound?",
             )
         return PromptOutcome(
             Accumulated(gradients.sums, num_prompts),
@@ -193,6 +184,26 @@ class EsiRun(StageRun[EsiInputs]):
             answered.special_tokens_broken_up,
             [example.ids for example in examples],
         )
+
+    def _none_usable(self, inputs: PromptInputs, responses: Sequence[str], excluded: dict[int, str]) -> UserError:
+        """The error, behind ``responses.jsonl`` with the reasons. A file of responses has the rows already, and nothing
+        is written: once it is corrected, the folder may be used again."""
+        place = f"{inputs.prefix}{NAME} in the run folder"
+        if inputs.data.responses is None:
+            self._write_responses(inputs, responses, {}, excluded)
+        else:
+            place = f"the rows of {inputs.data.source['responses']}"
+        reasons, number = "; ".join(sorted(set(excluded.values()))), counted(len(responses), "prompt")
+        return UserError(inputs.field, number, f"none can be used ({reasons})", f"look at {place}")
+
+    def _write_responses(
+        self, inputs: PromptInputs, responses: Sequence[str], scores: dict[int, float], excluded: dict[int, str]
+    ) -> None:
+        """``responses.jsonl`` of an objective, by rank 0. scores, excluded: J and the reason, by a prompt's index."""
+        if runtime.is_main():
+            data, folder = inputs.data, self.folder.path
+            rows = data.prompts, responses, scores, excluded, data.goals
+            write_responses(folder, *rows, inputs.prefix, asked_with(self.config, data))
 
     def _objective(
         self,

@@ -131,5 +131,6 @@ def facts(run: StageRun[Any], section: Eval) -> Facts:
         "ranks": runtime.world_size(),
         "seed": run.config.run.seed,
         "wall time (s)": round(time.time() - run.started, 1),
+        **run.versions,
         **run.remarks,
     }

@@ -88,6 +88,7 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         "schedule": f"{tune.scheduler}, warm-up {tune.warmup_ratio}",
         "clipping": tune.clip,
         "weight decay": tune.weight_decay,
+        **run.versions,
     }
     if inputs.unanswered:
         table["prompts not asked"] = "; ".join(f"{name} {index}: {reason}" for name, index, reason in inputs.unanswered)
