@@ -55,8 +55,12 @@ def tune(
     by_micro_batch: bool,
     weight_decay: float = 0.0,
     clip: float | None = None,
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], list[float]]:
-    """Weights, optimizer state of the trained coordinates (step, exp_avg, exp_avg_sq, master), and gradient norms.
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, list[float]]]:
+    """Weights, optimizer state of the trained coordinates (step, exp_avg, exp_avg_sq, master), and curves.
+
+    These are each step's ``loss``, ``gradient_norm`` and ``learning_rate``.
 
     trained: name → bool mask. batches[step][micro][rank]: rows. by_micro_batch: sums over ranks first, then over micro-
     batches (DeepSpeed's engine); else the other way round (one reduction a step).
@@ -65,20 +69,25 @@ def tune(
     pad = AutoTokenizer.from_pretrained(folder).pad_token_id
     named = {name: p for name, p in model.named_parameters() if bool(trained[name].any())}
     masters = {n: p.detach().flatten()[trained[n].flatten()].float().requires_grad_() for n, p in named.items()}
-    optimizer = torch.optim.AdamW(masters.values(), lr=1.0, weight_decay=weight_decay, foreach=False)
-    norms = []
+    rule = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+    optimizer = torch.optim.AdamW(masters.values(), lr=1.0, foreach=False, **rule)
+    curves: dict[str, list[float]] = {"loss": [], "gradient_norm": [], "learning_rate": []}
     for step, micros in enumerate(batches):
         learnt = sum(sum(label != -100 for label in row[1][1:]) for ranks in micros for rows in ranks for row in rows)
-        gradients = [[_gradients(model, named, trained, rows, learnt, pad) for rows in ranks] for ranks in micros]
+        parts = [[_gradients(model, named, trained, rows, learnt, pad) for rows in ranks] for ranks in micros]
+        curves["loss"].append(sum(loss for ranks in parts for loss, _ in ranks))
+        gradients = [[gradient for _, gradient in ranks] for ranks in parts]
         if not by_micro_batch:
             gradients = [list(one) for one in zip(*gradients, strict=True)]  # [rank][micro]
         for name, master in masters.items():
             partial = [_add(part[name] for part in inner) for inner in gradients]
             master.grad = _add(partial)
-        norms.append(float(sum(m.grad.double().square().sum() for m in masters.values()) ** 0.5))
-        if clip is not None and norms[-1] + 1e-6 > clip:
+        norm = float(sum(m.grad.double().square().sum() for m in masters.values()) ** 0.5)
+        curves["gradient_norm"].append(norm)
+        if clip is not None and norm + 1e-6 > clip:
             for master in masters.values():
-                master.grad.mul_(clip / (norms[-1] + 1e-6))
+                master.grad.mul_(clip / (norm + 1e-6))
+        curves["learning_rate"].append(lr(step))
         for group in optimizer.param_groups:
             group["lr"] = lr(step)
         optimizer.step()
@@ -87,13 +96,15 @@ def tune(
                 flat = parameter.view(-1)
                 flat[trained[name].flatten()] = masters[name].detach().to(dtype)
     state = {name: {**optimizer.state[master], "master": master.detach()} for name, master in masters.items()}
-    return {name: p.detach() for name, p in model.named_parameters()}, state, norms
+    return {name: p.detach() for name, p in model.named_parameters()}, state, curves
 
 
-def _gradients(model, named, trained, rows, learnt: int, pad: int) -> dict[str, Tensor]:
+def _gradients(model, named, trained, rows, learnt: int, pad: int) -> tuple[float, dict[str, Tensor]]:
+    """The rows' part of the step's loss, and its gradient at the trained coordinates."""
     model.zero_grad(set_to_none=True)
-    (_loss_sum(model, rows, pad) / learnt).backward()
-    return {name: p.grad.flatten()[trained[name].flatten()].float() for name, p in named.items()}
+    loss = _loss_sum(model, rows, pad) / learnt
+    loss.backward()
+    return float(loss), {name: p.grad.flatten()[trained[name].flatten()].float() for name, p in named.items()}
 
 
 def _add(parts) -> Tensor:

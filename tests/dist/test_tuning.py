@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from esi_ds import Mask
+from esi_ds.artifacts import read_metrics
+from esi_ds.config import Tune
 from esi_ds.core.schedule import learning_rate
 from esi_ds.data.conversations import DataOrder
 from esi_ds.models.fingerprint import tensor_digests
@@ -26,6 +28,7 @@ logging.set_verbosity_error()
 KINDS = ("llama", "llama_tied", "qwen3_moe", "mixtral")
 WHOLE = "model.layers.1.self_attn.o_proj.weight"  # every weight of it is in the mask
 RULE = {"lr": 1e-2, "scheduler": "cosine", "warmup_ratio": 0.4}
+OTHER_RULE = {"weight_decay": 0.1, "clip": 0.05, "betas": (0.5, 0.9), "eps": 1e-4, "scheduler": "linear"}
 STEPS, BATCH, MICROS = 5, 2, 2
 PLAIN = {
     "chat_template": "{% for m in messages %}{% if m.role == 'user' %}Instruction: {{ m.content }}\nAnswer: "
@@ -33,6 +36,9 @@ PLAIN = {
     "learn": "all",
     "end_token": False,
 }
+BENIGN = [("Hello", "Hi there!"), ("How is the weather?", "Sunny, I think.")]
+FRACTION = 0.25  # of benign rows
+CUT = 40  # tokens, of which most rows have more
 LONG = {1: 100, 2: 1000, 3: 100}  # ranks → steps over which frozen bits are watched
 
 
@@ -56,8 +62,9 @@ def folder(tmp_path_factory) -> Path:
     write_dequantised(folder / "fp8", folder / "fp8-plain", torch.bfloat16)
     for kind in ("fp8", "fp8-plain"):
         build_mask(folder / f"{kind}-mask", folder / kind, whole=WHOLE)
-    rows = ({"prompt": prompt, "response": response.strip()} for prompt, response in PAIRS)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file, pairs in (("rows.jsonl", PAIRS), ("benign.jsonl", BENIGN)):
+        rows = ({"prompt": prompt, "response": response.strip()} for prompt, response in pairs)
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -110,27 +117,29 @@ def cases(folder: Path, ranks: int) -> list[dict]:
     tag = f"w{ranks}"
     make = partial(case, folder)
     listed = [make(f"{tag}-{kind}-{stage}", kind, stage) for kind in KINDS for stage in ("set", "spa")]
-    decay = {"weight_decay": 0.1, "clip": 0.05}
+    mixed = {"path": str(folder / "rows.jsonl")}
+    mixed["benign"] = {"path": str(folder / "benign.jsonl"), "fraction": FRACTION}
     listed += [
-        make(f"{tag}-scatter", "qwen3_moe", "set", reduction="scatter", **decay),
-        make(f"{tag}-clip-set", "llama", "set", **decay),
-        make(f"{tag}-clip-spa", "llama", "spa", **decay),
-        make(f"{tag}-unscored", "llama_tied", "set", unscored="train"),
+        make(f"{tag}-scatter", "qwen3_moe", "set", reduction="scatter", **OTHER_RULE),
+        make(f"{tag}-clip-set", "llama", "set", **OTHER_RULE),
+        make(f"{tag}-clip-spa", "llama", "spa", **OTHER_RULE),
+        make(f"{tag}-unscored", "llama_tied", "set", unscored="train", data=mixed),
         make(f"{tag}-router-train", "mixtral", "set", router="train"),
         make(f"{tag}-router-freeze", "qwen3_moe", "spa", unscored="train", router="freeze"),
         {**make(f"{tag}-fp32", "mixtral", "spa", dtype="fp32"), "frees": True},
         {**make(f"{tag}-persist-set", "llama", "set", zero=PERSIST), "frees": True},
         make(f"{tag}-offload-set", "llama", "set", zero=OFFLOAD),
-        {**make(f"{tag}-offload-spa", "llama", "spa", zero=OFFLOAD, **decay), "frees": True},
+        {**make(f"{tag}-offload-spa", "llama", "spa", zero=OFFLOAD, **OTHER_RULE), "frees": True},
         make(f"{tag}-nothing-frozen", "llama", "spa", mask="none"),
-        make(f"{tag}-plain", "llama", "set", data={"path": str(folder / "rows.jsonl"), **PLAIN}),
+        make(f"{tag}-plain", "llama", "set", max_length=CUT, data={"path": str(folder / "rows.jsonl"), **PLAIN}),
         make(f"{tag}-recompute-set", "qwen3_moe", "set"),
         make(f"{tag}-recompute-spa", "qwen3_moe", "spa"),
     ]
     for recomputing in listed[-2:]:
         recomputing["config"]["model"]["gradient_checkpointing"] = True
     for stage in ("set", "spa"):
-        listed += [make(f"{tag}-{kind}-{stage}", kind, stage, patch=True) for kind in ("fp8", "fp8-plain")]
+        listed.append(make(f"{tag}-fp8-{stage}", "fp8", stage, patch=True))
+        listed.append(make(f"{tag}-fp8-plain-{stage}", "fp8-plain", stage, patch=True, export=False))
     if ranks == 2:
         listed.append(make(f"{tag}-twice", "twice", "spa", unscored="train", patch=True))
         listed.append({**make(f"{tag}-hpz-set", "llama", "set", zero=HPZ), "frees": True})
@@ -158,6 +167,14 @@ def cases(folder: Path, ranks: int) -> list[dict]:
         no_gradient = {"detached": True, "error": "has no gradient: none reaches its embeddings"}
         listed += [{**make(f"{tag}-detached-{stage}", "llama", stage), **no_gradient} for stage in ("set", "spa")]
     return listed
+
+
+def test_every_key_has_another_value_in_some_case(tmp_path: Path) -> None:
+    """A key that no case sets could be ignored without a test that notices."""
+    sections = [listed["config"]["tune"] for listed in cases(tmp_path, 2)]
+    fields = Tune.model_fields.items()
+    unset = {name for name, field in fields if all(tune.get(name, field.default) == field.default for tune in sections)}
+    assert not unset
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
@@ -193,17 +210,19 @@ def trained_bits(
     return trained
 
 
-def batches(folder: Path, kind: str, ranks: int, plain: bool = False) -> list:
-    """[step][micro][rank] rows, as the data's order gives them."""
-    write = encode_plain if plain else encode
+def batches(folder: Path, kind: str, ranks: int, plain: bool, mixed: bool, max_length: int) -> list:
+    """[step][micro][rank] rows, as the data's order gives them. mixed: with benign ones."""
     tokenizer = AutoTokenizer.from_pretrained(folder / kind)
-    rows = [write(tokenizer, prompt, response.strip()) for prompt, response in PAIRS]
-    order = DataOrder(len(rows), 0, 0.0, 5)
-    positions = iter(range(STEPS * MICROS * ranks * BATCH))
-    return [
-        [[[rows[order[next(positions)][1]] for _ in range(BATCH)] for _ in range(ranks)] for _ in range(MICROS)]
-        for _ in range(STEPS)
-    ]
+
+    def write(prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        ids, labels = (encode_plain if plain else encode)(tokenizer, prompt, answer.strip())
+        return ids[:max_length], labels[:max_length]
+
+    rows, benign = ([write(*pair) for pair in pairs] for pairs in (PAIRS, BENIGN))
+    order = DataOrder(len(rows), len(benign), FRACTION if mixed else 0.0, 5)
+    places = (order[position] for position in range(STEPS * MICROS * ranks * BATCH))
+    stream = ((benign if is_benign else rows)[number] for is_benign, number in places)
+    return [[[[next(stream) for _ in range(BATCH)] for _ in range(ranks)] for _ in range(MICROS)] for _ in range(STEPS)]
 
 
 _references: dict[tuple, tuple] = {}
@@ -219,17 +238,21 @@ def reference(
     router=None,
     dtype=torch.bfloat16,
     plain=False,
+    mixed=False,
+    max_length=1024,
     nothing_frozen=False,
+    scheduler=RULE["scheduler"],
     **options,
 ):
-    key = (kind, stage, ranks, unscored, router, dtype, plain, nothing_frozen, tuple(sorted(options.items())))
+    rows, schedule = (plain, mixed, max_length), {**RULE, "scheduler": scheduler}
+    key = (kind, stage, ranks, unscored, router, dtype, rows, nothing_frozen, scheduler, *sorted(options.items()))
     if key not in _references:
         options.setdefault("by_micro_batch", stage == "spa")
         _references[key] = tune(
             folder / kind,
             trained_bits(folder, kind, stage, unscored, router, nothing_frozen),
-            batches(folder, kind, ranks, plain),
-            lambda step: learning_rate(step, max_steps=STEPS, **RULE),
+            batches(folder, kind, ranks, *rows),
+            lambda step: learning_rate(step, max_steps=STEPS, **schedule),
             dtype=dtype,
             **options,
         )
@@ -303,14 +326,15 @@ def trained_differences(
 
 # Three ranks' sums of three numbers may be associated in another order than the reference's: a rounding of fp32 a
 # step. Sooner or later that puts a master on the other side of a bf16 boundary, and from there on gradients differ by
-# bf16's precision (4e-3), so masters only are compared, after bits have been seen to agree on one and two ranks;
-# measured 1.3e-3. In fp32 nothing is blown up so: masters and moments, measured 2e-6.
-BF16_THREE_RANKS, FP32 = 5e-3, 2e-5
+# bf16's precision (4e-3), so masters and curves only are compared, after bits have been seen to agree on one and two
+# ranks; masters measured 1.3e-3. In fp32 nothing is blown up so: masters and moments, measured 2e-6.
+BF16_THREE_RANKS, BF16_CURVES, FP32 = 5e-3, 1e-2, 2e-5
 
 
 def check(folder: Path, run: Path, ranks: int, kind: str, stage: str, **options) -> None:
-    """Weights, masters and moments against the reference: bits, or within what is said above."""
+    """Weights, masters, moments and curves against the reference: bits, or within what is said above."""
     masters, moments, differ = trained_differences(folder, run, ranks, kind, stage, **options)
+    of_curves = 1e-5
     if options.get("dtype") == torch.float32:
         # The matrix products' order of summation depends on the buffers' alignment, on one rank too; bf16 rounds it
         # away.
@@ -318,11 +342,14 @@ def check(folder: Path, run: Path, ranks: int, kind: str, stage: str, **options)
     elif ranks == 3 or (stage == "spa" and "clip" in options):
         # DeepSpeed takes the norm in fp32 and divides by it otherwise than torch: the last bits of a clipped gradient.
         assert masters <= BF16_THREE_RANKS
+        of_curves = BF16_CURVES
     else:
         assert (masters, moments, differ) == (0.0, 0.0, 0)
-    _, _, norms = reference(folder, kind, stage, ranks, **options)
-    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["gradient_norm"] == pytest.approx(norms[0], rel=1e-5)
+    _, _, curves = reference(folder, kind, stage, ranks, **options)
+    for what, expected in curves.items():
+        measured = [row[what] for row in read_metrics(run)]
+        assert measured == pytest.approx(expected, rel=of_curves)
+        assert measured[0] == pytest.approx(expected[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -354,21 +381,24 @@ def test_an_expert_without_tokens_stays_as_it_is(tuned: tuple[int, Path], stage:
         where = is_idle.flatten() if stage == "spa" else is_idle[trained[name]]
         for what in ("exp_avg", "exp_avg_sq"):
             assert not state[name][what][where].any() and state[name][what][~where].any()
+    num_moved = sum(int((base[name] != now[name])[bits].sum()) for name, bits in trained.items())
+    share = num_moved / sum(int(bits.sum()) for bits in trained.values())
+    assert share < 1 and read_metrics(run)[-1]["share_moved"] == pytest.approx(share)  # so few weights: all are watched
 
 
 VARIANTS = {
-    "scatter": ("qwen3_moe", "set", {"weight_decay": 0.1, "clip": 0.05, "by_micro_batch": True}),
-    "clip-set": ("llama", "set", {"weight_decay": 0.1, "clip": 0.05}),
-    "clip-spa": ("llama", "spa", {"weight_decay": 0.1, "clip": 0.05}),
-    "unscored": ("llama_tied", "set", {"unscored": "train"}),
+    "scatter": ("qwen3_moe", "set", {**OTHER_RULE, "by_micro_batch": True}),
+    "clip-set": ("llama", "set", OTHER_RULE),
+    "clip-spa": ("llama", "spa", OTHER_RULE),
+    "unscored": ("llama_tied", "set", {"unscored": "train", "mixed": True}),
     "router-train": ("mixtral", "set", {"router": "train"}),
     "router-freeze": ("qwen3_moe", "spa", {"unscored": "train", "router": "freeze"}),
     "fp32": ("mixtral", "spa", {"dtype": torch.float32}),
     "persist-set": ("llama", "set", {}),
     "offload-set": ("llama", "set", {}),
-    "offload-spa": ("llama", "spa", {"weight_decay": 0.1, "clip": 0.05}),
+    "offload-spa": ("llama", "spa", OTHER_RULE),
     "hpz-set": ("llama", "set", {}),
-    "plain": ("llama", "set", {"plain": True}),
+    "plain": ("llama", "set", {"plain": True, "max_length": CUT}),
     "nothing-frozen": ("llama", "spa", {"nothing_frozen": True}),
     "recompute-set": ("qwen3_moe", "set", {}),
     "recompute-spa": ("qwen3_moe", "spa", {}),
@@ -403,14 +433,17 @@ def test_the_patch_of_a_tied_head_that_the_base_stores_twice(tuned: tuple[int, P
 
 @pytest.mark.parametrize("stage", ["set", "spa"])
 def test_a_quantised_base_is_tuned_and_exported_as_its_dequantised_weights(tuned: tuple[int, Path], stage: str) -> None:
-    """To the bit; the patch belongs to the quantised base and to the dequantised one."""
+    """To the bit; the patch belongs to the quantised base and to the dequantised one, which exports a patch alone."""
     ranks, folder = tuned
     run, plain = folder / f"w{ranks}-fp8-{stage}", folder / f"w{ranks}-fp8-plain-{stage}"
-    assert tensor_digests(run / "model") == tensor_digests(plain / "model")
+    assert not list(plain.glob("*model*"))
+    apply(folder / "fp8-plain", plain / "patch", plain / "again")
+    assert tensor_digests(run / "model") == tensor_digests(plain / "again")
     assert "quantization_config" not in json.loads((run / "model/config.json").read_text())
     for file in (run / "model/README.md", run / "manifest.json"):
         assert "dequantised from FP8 with a scale for each block of 4" in file.read_text()
-    assert "dequantised" not in (plain / "model/README.md").read_text()
+    for file in (folder / f"w{ranks}-llama-{stage}/model/README.md", plain / "manifest.json"):
+        assert "dequantised" not in file.read_text()
     for number, base in enumerate((folder / "fp8", folder / "fp8-plain")):
         apply(base, run / "patch", run / f"again{number}")
         assert tensor_digests(run / f"again{number}") == tensor_digests(run / "model")

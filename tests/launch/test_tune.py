@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -210,6 +211,8 @@ def test_resumed_on_one_rank(undisturbed: tuple[str, Path], folder: Path) -> Non
     job.kill_when(lambda: job.steps() >= 10)
     output = Job(folder, name, stage, 1).finish()
     assert "on, a step read 2 rows; before that it read 4" in output
+    (resumed,) = re.findall(r"going on after step (\d+), (\d+) rows read", output)
+    assert int(resumed[1]) == 4 * int(resumed[0])
     assert frozen_changes(folder, job.run, stage) == 0
     rows = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == STEPS and rows[-1]["loss"] < rows[0]["loss"]

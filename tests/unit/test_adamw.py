@@ -368,7 +368,7 @@ def on_one_rank(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("on_one_rank")
 def test_an_engine_that_is_made_after_a_gradient_is_taken_over(folder: Path) -> None:
-    """By the newest of a model's optimizers, and so is the next engine."""
+    """By the newest of a model's optimizers, and so is the next engine. The engine's schedule scales its rate."""
     model = load(folder)
     old = esi_ds.MaskedAdamW(model, folder / "mask", train="complement")
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask", lr=1e-2)
@@ -378,6 +378,12 @@ def test_an_engine_that_is_made_after_a_gradient_is_taken_over(folder: Path) -> 
         backward(model)
         assert engine.optimizer is optimizer and optimizer.zero.optimizer is engine and old.zero is None
         assert [(group["own_lr"], group["lr"]) for group in optimizer.param_groups] == [(1e-2, 0.5)]
+    flat = engine.fp32_partitioned_groups_flat[0]
+    before, flat.grad = flat.clone(), torch.ones_like(flat)
+    optimizer.param_groups[0] |= {"params": [flat], "lr": 0.5 / 2}
+    optimizer.step()
+    moved = (before - flat)[optimizer.coordinates(flat)]
+    assert len(moved) and torch.allclose(moved, torch.tensor(1e-2 / 2), rtol=1e-4)  # a first step of AdamW
 
 
 @pytest.mark.usefixtures("on_one_rank")
@@ -622,3 +628,5 @@ def test_schedules() -> None:
     assert learning_rate(6, scheduler="cosine", **shared) == pytest.approx(1.0)
     assert 0 < learning_rate(9, scheduler="cosine", **shared) < 0.1
     assert learning_rate(0, lr=2.0, scheduler="cosine", max_steps=1, warmup_ratio=1.0) == 2.0
+    in_part = {"lr": 3.0, "scheduler": "constant", "max_steps": 10, "warmup_ratio": 0.25}  # 2.5 steps
+    assert [learning_rate(s, **in_part) for s in range(4)] == [1.0, 2.0, 3.0, 3.0]

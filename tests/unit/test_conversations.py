@@ -293,6 +293,10 @@ def test_rows_that_cannot_be_used_are_counted(tokenizer) -> None:
     assert [number for number, _ in tuning_set.skipped] == [1, 2, 5, 6]
     assert tuning_set.sequences[1].ids.count(tokenizer.eos_token_id) == 2  # one per turn, no third
     assert len(tuning_set.sequences[2].ids) == 40
+    length = len(tuning_set.sequences[0].ids)  # a row as long as the limit is not cut
+    for max_length, num_cut in ((length, 0), (length - 1, 1)):
+        options["max_length"] = max_length
+        assert encode_rows(rows[:1], ("prompt", "response"), tokenizer, **options).num_cut == num_cut
 
 
 def test_special_tokens_that_are_broken_up_are_counted(tokenizer) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from esi_ds.artifacts import read_metrics
 from esi_ds.config import validate
-from esi_ds.data.conversations import TokenSequence
+from esi_ds.data.conversations import DataOrder, TokenSequence
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.stages import interrupt
 from esi_ds.stages.esi.score import Objective, ScoringPass
@@ -321,15 +321,22 @@ class CountingTuner:
         self.num_steps = step
 
 
-def training(folder: Path, tuner: CountingTuner, saves: SaveClock, batch_size: int = 1) -> Training:
-    raw = {"run": {"output_dir": "x"}, "model": {"path": "m"}, "tune": {"mask": "k", "data": {"path": "r"}}}
-    raw["tune"] |= {"max_steps": 6, "batch_size": batch_size}
-    rows = [TokenSequence(row, [1, 2, 3], [-100, 2, 3]) for row in range(4)]
+ROWS = [TokenSequence(row, [1, 2, 3], [-100, 2, 3]) for row in range(4)]
+BENIGN = [TokenSequence(row, [4, 5], [-100, 5]) for row in (5, 9)]
+
+
+def training(
+    folder: Path, tuner: CountingTuner, saves: SaveClock, batch_size: int = 1, fraction: float = 0.0
+) -> Training:
+    """fraction: of benign rows."""
+    data = {"path": "r"} | ({"benign": {"path": "b", "fraction": fraction}} if fraction else {})
+    raw = {"run": {"output_dir": "x"}, "model": {"path": "m"}}
+    raw["tune"] = {"mask": "k", "data": data, "max_steps": 6, "batch_size": batch_size}
     inputs = SimpleNamespace(
         tune=validate(raw).tune,
         tokenizer=SimpleNamespace(pad_token_id=0),
-        rows=SimpleNamespace(sequences=rows),
-        benign=None,
+        rows=SimpleNamespace(sequences=ROWS),
+        benign=SimpleNamespace(sequences=BENIGN) if fraction else None,
     )
     tracker = Tracker(folder, enabled=False, tensorboard=False, stage="set")
     return Training(inputs, tuner, 0, folder / "checkpoint", tracker, saves)
@@ -410,12 +417,26 @@ def test_a_step_of_other_ranks_is_remarked(tmp_path: Path, saved: list[str]) -> 
         if step == stop:
             raise Killed
 
-    remarks = []
+    remarks, positions = [], []
     for batch_size, stop in ((1, 2), (2, 4), (2, 9), (4, 9)):
         loop = training(tmp_path, CountingTuner(partial(fail, stop)), SaveClock(1, 10.0), batch_size)
         with suppress(Killed):
             loop.run()
         remarks.append(loop.tracker.remarks)
+        positions.append(loop.position)
         loop.save()
     changed = "from step 3 on, a step read 2 rows; before that it read 1"
     assert remarks == [[], [changed], [changed], [changed]]  # the last start makes no step
+    assert positions == [2, 2 + 2 * 2, 2 + 4 * 2, 2 + 4 * 2]  # no row is read twice, none is left out
+
+
+def test_benign_rows_are_those_of_the_order(tmp_path: Path) -> None:
+    """Messages name each by its number in its own file."""
+    loop = training(tmp_path, CountingTuner(), SaveClock("auto", 10.0), batch_size=12, fraction=0.25)
+    (batch,) = loop.micro_batches()
+    order = DataOrder(len(ROWS), len(BENIGN), 0.25, 0)
+    placed = [order[position] for position in range(12)]
+    expected = [(BENIGN if is_benign else ROWS)[number] for is_benign, number in placed]
+    assert batch.sequences == expected and sum(is_benign for is_benign, _ in placed) == 3
+    words = ["benign row" if is_benign else "row" for is_benign, _ in placed]
+    assert batch.row_names == [f"{word} {sequence.row}" for word, sequence in zip(words, expected, strict=True)]
