@@ -141,6 +141,13 @@ def test_bits_round_trip_least_significant_first(numel: int) -> None:
     assert torch.equal(unpack_bits(packed, numel - 1, skip=1), bits[1:])
 
 
+def test_random_bits_are_those_of_earlier_versions() -> None:
+    """Or random masks that are on disk would not be those of their seeds."""
+    assert (stream(0), stream(3, 11, 2)) == (-2152535657050944081, -4866828402568784097)
+    drawn = random_bits(stream(3), torch.tensor([0, 1, 2**40]), 31)
+    assert drawn.tolist() == [790680964, 2026288756, 44834545]
+
+
 def test_normal_noise_is_a_function_of_its_position() -> None:
     positions = torch.arange(400_000)
     drawn = normal(stream(3), positions)
