@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from esi_ds.core.mask import DIGESTS_NAME, INDEX_NAME, digest, pack_bits
-from esi_ds.core.select import Order, ScoreRun, select
+from esi_ds.core.noise import random_bits, stream
 from esi_ds.core.units import Unit
 
 MASK_FILE = "model-00001-of-00001.safetensors"
@@ -76,7 +76,7 @@ def write_pair(folder: Path, shapes: list[tuple[int, int]], ratio: float, scope:
     units = {name: units_of(name, i, *shape) for i, (name, shape) in enumerate(zip(names, shapes, strict=True))}
     numel = [values.numel() for values in scores.values()]
     offsets = {name: sum(numel[:index]) for index, name in enumerate(names)}
-    bits = _selected(scores, units, offsets, ratio, scope, Order(order, seed))
+    bits = _selected(scores, units, ratio, scope, order, seed)
     masks = {name: values.view(scores[name].shape) for name, values in bits.items()}
     selection = {"order": order, "scope": scope, "of": "all", "seed": str(seed), "offsets": json.dumps(offsets)}
     metadata = mask_metadata(masks, ratio=repr(ratio), **selection)
@@ -98,28 +98,33 @@ def write_pair(folder: Path, shapes: list[tuple[int, int]], ratio: float, scope:
 
 
 def _selected(
-    scores: Mapping[str, Tensor],
-    units: Mapping[str, Sequence[Unit]],
-    offsets: Mapping[str, int],
-    ratio: float,
-    scope: str,
-    order: Order,
+    scores: Mapping[str, Tensor], units: Mapping[str, Sequence[Unit]], ratio: float, scope: str, order: str, seed: int
 ) -> dict[str, Tensor]:
     """The definition of the selection, on whole tensors in memory."""
-    last = sum(values.numel() for values in scores.values()) - 1
     bits = {name: torch.zeros(values.numel(), dtype=torch.bool) for name, values in scores.items()}
     if scope == "model":
-        groups = [[(name, slice(None), offsets[name]) for name in scores]]
+        groups = [[(name, slice(None)) for name in scores]]
     else:
-        groups, position = [], 0
-        for name, parts in units.items():
-            for unit in parts:
-                groups.append([(name, unit.elements(torch.arange(scores[name].numel())), position)])
-                position += unit.numel
+        every = {name: torch.arange(values.numel()) for name, values in scores.items()}
+        groups = [[(name, unit.elements(every[name]))] for name, parts in units.items() for unit in parts]
+    position = 0
     for group in groups:
-        pieces = [ScoreRun(scores[name].flatten()[where], position) for name, where, position in group]
-        wanted = int(ratio * sum(len(piece.scores) for piece in pieces))
-        (cut,) = select([pieces], [wanted], order, last, lambda counts: counts)
-        for piece, (name, where, position) in zip(pieces, group, strict=True):
-            bits[name][where] = cut.selects(order.keys(piece.scores, position), position)
+        values = [scores[name].flatten()[where] for name, where in group]
+        keys = torch.cat(values) if order != "bottom" else -torch.cat(values)
+        if order == "random":
+            keys = random_bits(stream(seed, 0x5E1EC7), torch.arange(position, position + len(keys)), 31)
+        position += len(keys)
+        chosen = _largest(keys, int(ratio * len(keys))).split([len(part) for part in values])
+        for (name, where), part in zip(group, chosen, strict=True):
+            bits[name][where] = part
     return bits
+
+
+def _largest(keys: Tensor, k: int) -> Tensor:
+    """The k largest, and of equal ones the first; without sorting, which takes long for millions."""
+    if k == 0:
+        return torch.zeros(len(keys), dtype=torch.bool)
+    least = keys.kthvalue(len(keys) - k + 1).values
+    chosen = keys > least
+    chosen[(keys == least).nonzero().flatten()[: k - int(chosen.sum())]] = True
+    return chosen

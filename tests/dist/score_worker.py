@@ -219,7 +219,7 @@ def run_case(case: dict) -> None:
         model.close()
 
 
-KEPT = ("units", "selection", "further_masks", "overlaps")  # of a report
+KEPT = ("units", "selection", "score_histogram", "score_histograms_by_role", "further_masks", "overlaps")  # of a report
 
 
 def keep_units(folder: Path, report: dict) -> None:

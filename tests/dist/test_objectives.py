@@ -6,6 +6,7 @@ import json
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from builders import PAIRS, build_guard, build_model, byte_bpe_tokenizer, sentencepiece_tokenizer
@@ -454,6 +455,21 @@ def test_the_report_says_what_every_matrix_has_under_the_control(scored: tuple[i
     alone = folder / case(folder, "llama", "esi", False, batch, f"w{ranks}")["name"]
     assert not any("control" in key for row in units_of(alone) for key in row)
     assert not any("control" in row for row in (alone / "metrics.jsonl").read_text().splitlines())
+
+
+def test_the_report_counts_the_scores_of_all_ranks(scored: tuple[int, Path]) -> None:
+    """Against the scores on disk."""
+    ranks, folder = scored
+    run = folder / case(folder, "llama", "esi", False, {1: 8, 2: 1, 3: 3}[ranks], f"w{ranks}")["name"]
+    report, scores = json.loads((run / "report.json").read_text()), read(run / "scores")
+    for row in report["units"]:  # every matrix of this model is a parameter of its own
+        assert row["max_score"] == float(scores[row["parameter"]].max())
+    values = torch.cat([values.flatten() for values in scores.values()]).double()
+    histogram, by_role = report["score_histogram"], report["score_histograms_by_role"]
+    counts, edges = np.histogram(values[values > 0].log10().numpy(), bins=len(histogram["counts"]))
+    assert histogram["log10_edges"] == pytest.approx(edges.tolist())
+    assert histogram["counts"] == counts.tolist() == [sum(column) for column in zip(*by_role.values(), strict=True)]
+    assert histogram["zeros"] == int((values == 0).sum())
 
 
 def load_control(model_folder: Path) -> dict[str, torch.Tensor]:

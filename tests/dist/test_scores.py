@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,16 +20,17 @@ from builders import (
 from conftest import ROOT, run_ranks
 from quantised_models import build_gpt_oss, write_dequantised, write_fp8, write_mxfp4
 from reference import Family, esi_scores, relative_error, select
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from esi_ds import Mask
-from esi_ds.core.noise import gumbel, stream
+from esi_ds.core.noise import gumbel, random_bits, stream
 
 logging.set_verbosity_error()
 KINDS = ("llama", "llama_tied", "qwen3_moe", "mixtral", "phi3", "needle")
 GUARDS = ("same", "other")
 BATCHES = (1, 3, 8)
+GUMBEL = {"estimator": "gumbel", "samples": 3, "temperature": 0.8}
 SCALED_GUARDS = ("gemma3", "gemma3n")  # guards that do more with ids than look up rows
 # A decoder and an encoder, of another tokenizer than the model's: (kind, problem, what is asked, how the oracle asks).
 CLASSIFIER_TEXT = "USER: {prompt} ASSISTANT:{response}"
@@ -45,6 +48,7 @@ CLASSIFIERS = {
         Family(CLASSIFIER_TEXT, labels=(0, 1), multi_label=True),
     ),
 }
+SYSTEM_PROMPT = "You are a helpful assistant."
 # The same responses behind a thought, which the model reads and the judge does not.
 THOUGHTFUL = [(prompt, f"<think>\nI cannot say.\n</think>\n\n{response}") for prompt, response in PAIRS]
 # What the judge reads of them, whether gradients flow through the thought, and the estimator.
@@ -68,6 +72,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scores")
     for kind in KINDS:
         build_model(kind, folder / kind, byte_bpe_tokenizer())
+    write_ties(folder / "phi3", folder / "ties")
     build_guard(folder / "same", byte_bpe_tokenizer())
     build_guard(folder / "other", sentencepiece_tokenizer())
     for kind in SCALED_GUARDS:
@@ -88,6 +93,14 @@ def folder(tmp_path_factory) -> Path:
     judged.append({"prompt": "never judged", "response": "some answer", "judge_score": None})
     (folder / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
     return folder
+
+
+def write_ties(model: Path, folder: Path) -> None:
+    """The model with weights rounded so coarsely that a matrix has few different ones."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    coarse = {name: (values / values.std()).round() if values.dim() > 1 else values for name, values in weights.items()}
+    save_file(coarse, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def config(folder: Path, kind: str, guard: str, batch: int, name: str, esi: dict | None = None, **select) -> dict:
@@ -120,11 +133,14 @@ def extra_cases(folder: Path, ranks: int) -> list[dict]:
     tag = f"w{ranks}"
     batch = {1: 8, 2: 1, 3: 3}[ranks]
     cases = [
-        config(folder, "qwen3_moe", "other", batch, f"{tag}-gumbel", {"estimator": "gumbel", "samples": 3}),
+        config(folder, "qwen3_moe", "other", batch, f"{tag}-gumbel", GUMBEL),
         config(folder, "llama", "same", batch, f"{tag}-paper", {"estimator": "paper_code"}),
         config(folder, "llama", "other", batch, f"{tag}-checkpointing"),
     ]
     cases[-1]["config"]["model"]["gradient_checkpointing"] = True
+    cases.append(config(folder, "llama", "other", batch, f"{tag}-asked-otherwise", of="scored"))
+    cases[-1]["config"]["model"]["system_prompt"] = SYSTEM_PROMPT
+    cases[-1]["config"]["judge"] |= {"score": "logprob", "context": "response_only"}
     cases += [
         config(folder, "llama", "same", batch, f"{tag}-score-function", {"estimator": "score_function"}),
         config(folder, "qwen3_moe", "other", batch, f"{tag}-given-scores", {"estimator": "score_function"}),
@@ -156,6 +172,7 @@ def extra_cases(folder: Path, ranks: int) -> list[dict]:
             ("random", "top", "matrix"),
         )
     ]
+    cases.append(config(folder, "ties", "other", batch, f"{tag}-ties", criterion="magnitude", scope="matrix"))
     return cases
 
 
@@ -180,14 +197,19 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model-00001-of-00001.safetensors")
 
 
-_oracle: dict[tuple, dict[str, torch.Tensor]] = {}
+_oracle: dict[tuple, tuple[dict[str, torch.Tensor], list[float]]] = {}
 _thoughtful_oracle: dict[str, dict[str, torch.Tensor]] = {}
 
 
 def oracle(folder: Path, kind: str, guard: str, **options) -> dict[str, torch.Tensor]:
+    return judged_oracle(folder, kind, guard, **options)[0]
+
+
+def judged_oracle(folder: Path, kind: str, guard: str, **options) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The scores, and the judge's score of every response."""
     key = (str(folder), kind, guard, tuple(sorted((k, str(v)) for k, v in options.items())))
     if key not in _oracle:
-        _oracle[key] = esi_scores(folder / kind, folder / guard, PAIRS, **options)[0]
+        _oracle[key] = esi_scores(folder / kind, folder / guard, PAIRS, **options)
     return _oracle[key]
 
 
@@ -211,6 +233,18 @@ def test_soft_scores_equal_the_oracle(scored: tuple[int, Path]) -> None:
                 got = read(folder / f"w{ranks}-{kind}-{guard}-{batch}" / "scores")
                 worst[kind, guard, batch] = excess(got, folder, kind, guard)
     assert max(worst.values()) <= 1, worst
+
+
+def test_the_curve_of_the_judge_is_that_of_its_scores(scored: tuple[int, Path]) -> None:
+    """Means over the responses of a step, by which the last may have fewer; not of the surrogate's values."""
+    ranks, folder = scored
+    judged = judged_oracle(folder, "llama", "other")[1]
+    for batch in BATCHES:
+        metrics = (folder / f"w{ranks}-llama-other-{batch}" / "metrics.jsonl").read_text()
+        rows = [json.loads(line) for line in metrics.splitlines()]
+        counts = [after - before for before, after in pairwise([0, *(row["step"] for row in rows)])]
+        total = sum(row["judge_score"] * count for row, count in zip(rows, counts, strict=True))
+        assert sum(counts) == len(PAIRS) and total == pytest.approx(sum(judged), rel=1e-4), batch
 
 
 def test_more_than_rounding_is_an_error(scored: tuple[int, Path]) -> None:
@@ -266,8 +300,21 @@ def test_gumbel_is_the_same_everywhere_and_equals_the_oracle(scored: tuple[int, 
             lambda t, width, draw=draw: gumbel(stream(5, index, draw), torch.tensor([t]), width)[0] for draw in range(3)
         ]
 
-    expected = oracle(folder, "qwen3_moe", "other", estimator="gumbel", noise_of=noise_of)
+    expected = oracle(folder, "qwen3_moe", "other", estimator="gumbel", temperature=0.8, noise_of=noise_of)
     assert relative_error(read(folder / f"w{ranks}-gumbel" / "scores"), expected) <= TOLERANCE
+
+
+def test_the_judge_and_the_model_may_be_asked_otherwise(scored: tuple[int, Path]) -> None:
+    """Another score of a guard that reads responses alone, of a model with a system prompt, in a mask that is a share
+    of the scored weights."""
+    ranks, folder = scored
+    run = folder / f"w{ranks}-asked-otherwise"
+    family = Family(context="response_only")
+    expected = oracle(folder, "llama", "other", score="logprob", family=family, system_prompt=SYSTEM_PROMPT)
+    assert relative_error(read(run / "scores"), expected) <= TOLERANCE
+    mask = Mask.load(run / "mask")
+    num_scored = sum(values.numel() for values in expected.values())
+    assert mask.k == int(0.03 * num_scored) != int(0.03 * mask.total_numel)
 
 
 def test_paper_code_and_gradient_checkpointing(scored: tuple[int, Path]) -> None:
@@ -350,12 +397,29 @@ def test_random_is_the_same_on_every_world_size(scored: tuple[int, Path]) -> Non
         assert mine.k > 0
 
 
-def test_matrix_scope_selects_in_every_matrix(scored: tuple[int, Path]) -> None:
+def test_random_is_drawn_from_the_seed_and_the_position(scored: tuple[int, Path]) -> None:
+    """Criterion random and order random, whose bits must not change: masks of earlier versions would not be theirs."""
     ranks, folder = scored
-    run = folder / f"w{ranks}-snip"
+    scores, mask = read(folder / f"w{ranks}-random" / "scores"), Mask.load(folder / f"w{ranks}-magnitude" / "mask")
+    keys = {}
+    for name, start in mask.header.offsets.items():
+        positions = torch.arange(start, start + mask.numel(name))
+        drawn = random_bits(stream(5, 0x5C03E), positions, 24) * 2.0**-24
+        assert torch.equal(scores[name].flatten(), drawn)
+        keys[name] = random_bits(stream(5, 0x5E1EC7), positions, 31)
+    expected = select(keys, mask.k)
+    assert all(torch.equal(mask.bits(name), expected[name]) for name in mask.names)
+
+
+@pytest.mark.parametrize("name", ["snip", "ties"])
+def test_matrix_scope_selects_in_every_matrix(scored: tuple[int, Path], name: str) -> None:
+    """Ties are decided by the position, also where ranks share a matrix."""
+    ranks, folder = scored
+    run = folder / f"w{ranks}-{name}"
     mask, scores = Mask.load(run / "mask"), read(run / "scores")
     for unit in json.loads((run / "mask" / "units.json").read_text()):
         where = slice(unit["start"], unit["start"] + unit["length"])
         flat, bits = scores[unit["parameter"]].flatten()[where], mask.bits(unit["parameter"])[where]
         expected = select({"unit": flat}, int(0.03 * len(flat)))["unit"]
         assert torch.equal(bits, expected), unit["name"]
+        assert name == "snip" or len(flat.unique()) < 10

@@ -18,6 +18,7 @@ from reference import load, loss_gradients, row_token_losses
 from esi_ds.cli import main
 from esi_ds.config import validate
 from esi_ds.config.needs import require_esi
+from esi_ds.core import score
 from esi_ds.core.control import MeanScores, excess, exclusive, specific
 from esi_ds.core.criteria import AGAINST_CONTROL, GRADIENTS, num_held, objectives, overwrites_gradient
 from esi_ds.core.loss import row_losses
@@ -51,6 +52,20 @@ def test_signs_of_directed_and_conflict() -> None:
     assert shard_scores("directed", safety, tuning) == [4.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert shard_scores("conflict", safety, tuning) == [0.0, 0.0, 6.0, 6.0, 0.0, 0.0, 0.0, 0.0]
     assert shard_scores("tuning_grad", safety, tuning) == [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_random_score_is_one_of_its_position_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever chunks they are made in, and wherever the shard begins."""
+    parameter = Parameter("p", (60,), 7, "x", (Unit("a", "x", None, None, 0, 60),))
+    shards = [whole(parameter).cut(low, high) for low, high in ((0, 60), (0, 60), (23, 60))]
+    scores = []
+    for shard, chunk in zip(shards, (1 << 20, 16, 16), strict=True):
+        monkeypatch.setattr(score, "CHUNK", chunk)
+        scores.append(score_shard("random", shard, None, torch.ones(shard.numel), {}, seed=3))
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0][23:], scores[2])
+    assert len(set(scores[0].tolist())) == 60
+    other = score_shard("random", shards[0], None, torch.ones(60), {}, seed=4)
+    assert not bool((other == scores[0]).any())
 
 
 def against_control(criterion: str, safety: list[float], control: list[float]) -> list[float]:

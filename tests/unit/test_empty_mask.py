@@ -86,6 +86,18 @@ def test_what_is_asked_before_and_after_is_among_a_runs_inputs(tmp_path: Path) -
     assert [key for key in asked["one"] if asked["one"][key] != asked["other"][key]] == ["harmful:asked"]
 
 
+def test_rows_and_questions_begin_with_the_system_prompt(tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": "How?"}) + "\n")
+    texts = []
+    for system in ({}, {"system_prompt": "Be brief."}):
+        given = {**config().model_dump(), "eval": {"prompts": {"path": str(tmp_path / "asked.jsonl")}}}
+        inputs = prepare_tuning(validate({**given, "model": {"path": MODEL, "dtype": "fp32"} | system}), "spa")
+        ids = [inputs.question_ids["harmful"][0], *(row.ids for row in inputs.rows.sequences)]
+        texts.append(inputs.tokenizer.batch_decode(ids))
+    start, system = "<|bos|>", "<|system|>\nBe brief.<|eos|>\n"
+    assert len(texts[0]) > 2 and texts[1] == [start + system + text.removeprefix(start) for text in texts[0]]
+
+
 def test_special_tokens_in_what_is_asked_are_counted(tmp_path: Path) -> None:
     """Before and after tuning, and in an evaluation."""
     special = load_tokenizer(ModelSource(MODEL)).eos_token

@@ -16,7 +16,7 @@ from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import NextWordJudge, SequenceJudge, yes_no_family
 from esi_ds.judge.classifier import ClassifierGuard, SequenceRule, label_score
 from esi_ds.judge.embeddings import token_table
-from esi_ds.judge.guard import Guard, WholeWeights
+from esi_ds.judge.guard import Guard, WholeWeights, verdict_score
 from esi_ds.judge.pairs import EncodedPair, EncodedText, PairEncoder
 
 VOCABULARY, SAFE, UNSAFE = 200, 10, 11
@@ -193,6 +193,18 @@ def test_the_score_is_the_guard_s_own(name: str) -> None:
     for text, wanted, verdict in zip(texts, expected, judge.judge(texts), strict=True):
         if verdict.score is not None:  # a random model may say another word
             assert verdict.score == pytest.approx(1 / (1 + 2.718281828459045**wanted), abs=1e-5), text
+
+
+@pytest.mark.parametrize("kind", ["margin", "logit", "logprob", "prob"])
+def test_a_bf16_guard_is_scored_in_fp32(kind: str) -> None:
+    """To the bit: of logits in bf16, which keeps two or three digits, only the numbers themselves are rounded."""
+    model, text = causal("llama, head tied").bfloat16(), pair(12, 3)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([text.text.ids]), use_cache=False, logits_to_keep=1).logits[0, -1]
+    assert logits.dtype == torch.bfloat16
+    expected = float(verdict_score(kind, logits.float(), [SAFE], [UNSAFE]))
+    guard = Guard(model, SimpleNamespace(pad_token_id=0), kind, WholeWeights())
+    assert guard.judge([text], "cpu")[0].score == expected and guard.scores([text], "cpu") == [expected]
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "two lookups"])

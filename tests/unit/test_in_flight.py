@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from esi_ds.core.footprint import IN_FLIGHT
 from esi_ds.core.units import Parameter, Shard, Unit
 from esi_ds.zero import gradients as zero_gradients
-from esi_ds.zero.gradients import GradientShards
+from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 from esi_ds.zero.in_flight import InFlight, Reduction
 
 RANKS = 2
@@ -104,7 +104,7 @@ class FakeGroup:
         self._fails_at = number
 
     def _reduce_scatter(self, local: Tensor, send: Tensor, group: object, async_op: bool) -> FakeWork:
-        assert async_op
+        assert async_op and send.dtype == local.dtype == torch.float32
         number, self._started = self._started, self._started + 1
         self.most = max(self.most, self._started - self._waited)
         if number == self._fails_at:
@@ -162,6 +162,32 @@ def test_sums_are_those_of_reductions_that_are_waited_for_at_once(bucket: int, m
     assert sums.take_norm_squared() == pytest.approx(10 * squares)  # of both passes: 1² + 3²
     assert group.events == [f"wait {number}" for number in range(len(group.events))]
     assert group.most == min(IN_FLIGHT, len(group.events) // 2)
+
+
+def test_sums_of_a_bf16_model_are_not_rounded_to_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 a sum that has reached 2 would stay there: 2 / 256 is half of its last place."""
+    FakeGroup(monkeypatch)
+    model, tensors = sharded([6])
+    tensors.bfloat16()
+    sums, passes = GradientShards(model, torch.device("cpu")), 300
+    with sums.collecting():
+        for _ in range(passes):
+            (tensors[0] / 256).sum().backward()
+            sums.flush()
+    assert torch.equal(sums.sums["m0"], torch.full((3,), passes * RANKS / 256))
+
+
+def test_the_norm_of_squared_gradients_is_that_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank squares its own; their sum is the squared norm of all that were added."""
+    FakeGroup(monkeypatch)
+    model, tensors = sharded([7, 6])
+    squares = SquaredGradientShards(model, torch.device("cpu"))
+    with squares.collecting():
+        backward(tensors)
+        squares.flush()
+    added = [RANKS * ((row + 1) * torch.arange(-(-size // RANKS), size)).square() for row, size in enumerate([7, 6])]
+    assert torch.equal(squares.sums["m0"], added[0].float()) and torch.equal(squares.sums["m1"], added[1].float())
+    assert squares.take_norm_squared() == sum(int(values.sum()) for values in added)
 
 
 def test_an_error_in_a_hook_leaves_nothing_for_the_next_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from reference import guard_ids_mid_text, token_text, vocabulary_map
 
 from esi_ds.data.chat import break_up, encode_response, special_strings
 from esi_ds.errors import UserError
+from esi_ds.judge import vocabulary
 from esi_ds.judge.alignment import alignment_weights
 from esi_ds.judge.families import FAMILIES, Family
 from esi_ds.judge.guard import verdict_score
@@ -45,17 +46,18 @@ def test_token_texts_are_texts_mid_text(name: str) -> None:
 
 
 @pytest.mark.parametrize(("model", "guard"), COUPLES)
-def test_contraction_is_the_product_with_the_whole_map(model: str, guard: str) -> None:
-    """A ũ through M (E ũ) against the map A built row by row, padded logits included."""
+def test_contraction_is_the_product_with_the_whole_map(model: str, guard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ũ through M (E ũ) against the map A built row by row, padded logits included; E is read in many parts."""
+    monkeypatch.setattr(vocabulary, "ROWS", 50)
     tokenizer, other = TOKENIZERS[model](), guard_tokenizer(guard)
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(len(other), 8, generator=generator)
     gradient = torch.randn(5, 8, generator=generator)
-    vocabulary = VocabularyMap(tokenizer, other, len(tokenizer) + 4)
+    mapping = VocabularyMap(tokenizer, other, len(tokenizer) + 4)
     expected = gradient @ vocabulary_map(tokenizer, other, table, len(tokenizer) + 4).T
     # fp32 sums in another order, values of size one: 1e-5 is about a hundred roundings.
-    torch.testing.assert_close(vocabulary.contract(gradient, table), expected, rtol=1e-5, atol=1e-5)
-    assert vocabulary.is_identity == (model == guard) == same_vocabulary(tokenizer, other)
+    torch.testing.assert_close(mapping.contract(gradient, table), expected, rtol=1e-5, atol=1e-5)
+    assert mapping.is_identity == (model == guard) == same_vocabulary(tokenizer, other)
 
 
 def test_identity_uses_the_table_itself() -> None:

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from esi_ds.core.batch import left_pad, right_pad
 from esi_ds.core.loss import row_losses
+from esi_ds.core.surrogate import score_function_surrogate
 from esi_ds.data.chat import EncodedResponse
 from esi_ds.data.conversations import IGNORED, TokenSequence
 from esi_ds.errors import UserError
@@ -254,6 +255,17 @@ def test_the_gradient_of_a_batch_of_responses_is_the_sum_of_its_rows(kind: str) 
         assert value == pytest.approx(own.item(), rel=1e-4)
         own.backward()
     assert close(together, gradients(model))
+
+
+def test_a_surrogate_is_computed_in_fp32_from_the_logits_of_a_bf16_model() -> None:
+    """To the bit; only the gradient that goes into the model is rounded."""
+    model, row = build("llama").bfloat16(), examples()[1]
+    objective = ScoreFunctionObjective(pass_data(model, [row]), {0: 1.0, 1: -2.0})
+    logits, gradient, (value,) = objective.forward([row])
+    assert logits.dtype == gradient.dtype == torch.bfloat16
+    sampled = torch.tensor(row.response.ids)
+    values, expected = score_function_surrogate(logits[0].detach().float(), sampled, -3.0)
+    assert value == float(values.sum()) and torch.equal(gradient[0], expected.bfloat16())
 
 
 @pytest.mark.parametrize("kind", KINDS)

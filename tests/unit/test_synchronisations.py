@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from deepspeed.utils import set_z3_leaf_module
@@ -17,11 +18,12 @@ from esi_ds.core.moments import moments, standard_deviation
 from esi_ds.core.select import all_valid
 from esi_ds.core.units import Parameter, Shard, Unit
 from esi_ds.errors import UserError
+from esi_ds.zero import runtime
 from esi_ds.zero.dense import DenseTuner
 from esi_ds.zero.engine import check_leaves
 from esi_ds.zero.score import check_scores, contrast_scores, unit_sigmas
 from esi_ds.zero.sparse import ScatteredGradients, SparseTuner
-from esi_ds.zero.statistics import log_histograms, unit_rows
+from esi_ds.zero.statistics import NUM_BINS, log_histograms, unit_rows
 from esi_ds.zero.tuner import Rule, Tuner
 
 SCALAR = torch.ops.aten._local_scalar_dense.default  # of item(), int(), float(), bool() and comparisons in Python
@@ -149,12 +151,15 @@ def test_rows_and_ranges_of_the_report(count: int) -> None:
     selection = SimpleNamespace(bits={shard.name: trained.bits_of(shard) for shard in model.scored})
     rows = unit_rows(model, scores, selection, {})
     with at_most(8, copies=2):
-        _, by_role = log_histograms(model, scores)
+        overall, by_role = log_histograms(model, scores)
     for number, row in enumerate(rows):
         values = scores[f"m{number}"]
         assert row["selected"] == int(selection.bits[f"m{number}"].sum())
         assert (row["max_score"], row["mean_score"]) == (float(values.max()), float(values.double().sum()) / 12)
-    assert sum(by_role["expert.up"]) == 12 * (count - 1)
+    positive = torch.cat(list(scores.values())[1:]).double().log10().numpy()
+    counts, edges = np.histogram(positive, bins=NUM_BINS)
+    assert overall["counts"] == by_role["expert.up"] == counts.tolist() and overall["zeros"] == 12
+    assert overall["log10_edges"] == pytest.approx(edges.tolist())
 
 
 @pytest.mark.parametrize("count", [3, 30])
@@ -181,6 +186,17 @@ def test_deviations_checks_and_contrasts_are_read_once(count: int) -> None:
     with at_most(2):  # the sum here, and that over the ranks
         assert contrast_scores(scores, denominators) == 1
     assert all(torch.equal(scores[name], expected[name]) for name in scores)
+
+
+def test_what_another_rank_alone_has_met_is_an_error_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that went on would wait for the others in the next collective."""
+    model, _, _ = model_of([12] * 3)
+    scores = {shard.name: torch.ones(12) for shard in model.scored}
+    monkeypatch.setattr(runtime, "gather_objects", lambda own: [own, ["the score of m9, flat index 4, is inf"]])
+    with pytest.raises(UserError, match=r"select\.criterion: the score of m9, flat index 4, is inf"):
+        check_scores(model, scores, "select.criterion")
+    monkeypatch.setattr(runtime, "all_reduce_sum", lambda counts: counts + 5)
+    assert contrast_scores(scores, scores) == 5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, -0.0])

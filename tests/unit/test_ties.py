@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import HEADS, build_model, byte_bpe_tokenizer, claim_tied
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -28,7 +29,7 @@ from transformers import (
 from esi_ds.config import validate
 from esi_ds.core.stored import MODEL_DTYPES
 from esi_ds.errors import UserError
-from esi_ds.models import meta
+from esi_ds.models import meta, ties
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
 from esi_ds.models.meta import meta_model, meta_parameters
 from esi_ds.models.roles import describe
@@ -47,6 +48,19 @@ def test_parameters_known_before_loading_are_those_of_the_loaded_model(tmp_path:
     assert meta_parameters(config, source, dtype=dtype) == loaded
     is_tied = TIED.get(head, dtype == "bf16")  # rounded: differs in fp32 only
     assert ("lm_head.weight" in {p.name for p in loaded if p.scored}) is not is_tied
+
+
+def test_a_head_that_differs_in_its_last_element_is_untied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of many chunks is compared too."""
+    monkeypatch.setattr(ties, "CHUNK", 100)
+    folder = claim_tied(build_model("llama", tmp_path / "model", byte_bpe_tokenizer()), "same")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = ModelSource(str(folder))
+    loaded = describe(AutoModelForCausalLM.from_pretrained(folder))
+    assert "lm_head.weight" in {parameter.name for parameter in loaded}
+    assert meta_parameters(load_model_config(source), source) == loaded
 
 
 def test_a_head_in_another_file_is_compared_too(tmp_path: Path) -> None:

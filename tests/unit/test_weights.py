@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -14,11 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
+from esi_ds import tensor_files
 from esi_ds.errors import UserError
+from esi_ds.models import fingerprint
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config
 from esi_ds.models.meta import meta_model
 from esi_ds.models.weights import checkpoint_tensors, weight_files
+from esi_ds.tensor_files import tensor_sha256
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -109,6 +113,18 @@ def test_of_a_tensor_in_two_files_the_one_that_is_loaded_counts(tmp_path: Path) 
     ]
     parts = [tensor_digests(tmp_path, part, 2) for part in range(2)]
     assert parts[0] | parts[1] == tensor_digests(tmp_path) and not set(parts[0]) & set(parts[1])
+
+
+def test_digests_are_of_every_byte_of_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 bytes, in three whole blocks and a part of one."""
+    monkeypatch.setattr(fingerprint, "BLOCK", 64)
+    monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 64)
+    values = torch.arange(50, dtype=torch.float32)
+    save_file({"a": values, "b": torch.ones(3)}, tmp_path / "model.safetensors")
+    content = values.numpy().tobytes()
+    assert tensor_digests(tmp_path)["a"] == hashlib.sha256(b"F32 [50]" + content).hexdigest()
+    (tensor,) = (tensor for tensor in checkpoint_tensors(tmp_path) if tensor.name == "a")
+    assert tensor_sha256(tensor) == hashlib.sha256(content).hexdigest()
 
 
 def damage(folder: Path, what: str) -> None:
