@@ -116,6 +116,12 @@ def unread_of_eval(config: Config, stage: str) -> list[str]:
     return [f"{', '.join(names)}: read by launch/eval.py, not by {stage.upper()}"] if names else []
 
 
+def unread_benign(tune: Tune) -> list[str]:
+    """A line that benign rows are named and not read; none where they are read, or not named."""
+    benign = tune.data.benign
+    return ["tune.data.benign is not read: its fraction is 0"] if benign is not None and not benign.fraction else []
+
+
 def check_mix(tune: Tune, num_ranks: int) -> None:
     """Raise UserError where benign rows are asked for and none would be read, as ``DataOrder`` spreads them."""
     benign, step_rows = tune.data.benign, tune.step_rows(num_ranks)

@@ -16,7 +16,9 @@ def benign_among(num_rows: int, fraction: float) -> int:
 
 
 class BenignMix(Rows):
-    fraction: float = Field(ge=0, le=1, description="The share of benign rows in a batch; with 0 they are not read.")
+    fraction: float = Field(
+        0.0, ge=0, le=1, description="The share of benign rows in a batch; with 0 they are not read."
+    )
 
 
 class TuneData(RowSource):

@@ -92,11 +92,6 @@ class PromptSet:
     also_read: tuple[str, ...] = ()
 
     @property
-    def columns(self) -> str:
-        """All that prompts are read from, the column of the prompts first."""
-        return ",".join((self.column, *self.also_read))
-
-    @property
     def note(self) -> str:
         """Of how many goals the prompts are, how many are there again, and which other columns of the rows are read and
         not read, for the end of a line of the log."""
@@ -401,18 +396,19 @@ def recorded_scores(rows: Sequence[Row], path: str) -> list[float]:
     return scores
 
 
-class _Goals(TypedDict, total=False):
+class _Beside(TypedDict, total=False):
+    also_read: list[str]  # columns that are read with the prompts; there if there are any
     goal_column: str  # the column of what attacks are after; there if it was read
     goals: int  # how many there are
 
 
-class PromptSetRow(_Goals):
+class PromptSetRow(_Beside):
     """A question set in the report."""
 
     set: str  # its name in tables and files
     kind: Literal["harmful", "benign"]  # whether its prompts should be refused or answered
     source: str  # file, or "hub:" and the id
-    column: str  # the column that holds the prompts and, behind commas, those that are read with them
+    column: str  # the column that holds the prompts
     read: int  # number of prompts
     skipped: dict[str, int]  # reason → number of rows skipped for it, most frequent first
     sha256: str  # of the prompts
@@ -440,11 +436,13 @@ class QuestionSet:
             "set": self.name,
             "kind": self.kind,
             "source": self.prompt_set.source,
-            "column": self.prompt_set.columns,
+            "column": self.prompt_set.column,
             "read": len(self.prompts),
             "skipped": dict(Counter(reason for _, reason in self.prompt_set.skipped).most_common()),
             "sha256": self.prompt_set.sha256,
         }
+        if self.prompt_set.also_read:
+            row["also_read"] = list(self.prompt_set.also_read)
         if self.prompt_set.goal_column is not None:
             row["goal_column"], row["goals"] = self.prompt_set.goal_column, len(set(self.prompt_set.goals))
         return row

@@ -12,7 +12,7 @@ from import_boundaries import circles, import_graph, violations
 from esi_ds import shipped
 from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
 from esi_ds.config import Config, differences, load_config, resolved_yaml, validate
-from esi_ds.config.needs import check_mix, require_esi, require_tune, unread_of_eval
+from esi_ds.config.needs import check_mix, require_esi, require_tune, unread_benign, unread_of_eval
 from esi_ds.config.yaml import apply_override, parse_yaml
 from esi_ds.data.conversations import DataOrder
 from esi_ds.deepspeed_config import (
@@ -455,10 +455,10 @@ def test_number_0_of_a_set_without_its_list() -> None:
         assert section is not None and [(one.path, one.limit) for one in section.prompts] == [("q", 5)]
 
 
-def test_benign_rows_need_a_fraction() -> None:
-    tune = {"mask": "m", "data": {"path": "r", "benign": {"path": "b"}}}
-    with pytest.raises(UserError, match="tune.data.benign.fraction: is missing"):
-        validate({**BASE, "tune": tune})
+def test_benign_rows_that_are_not_read_are_remarked_on() -> None:
+    for benign, told in ({"path": "b"}, True), ({"path": "b", "fraction": 0.5}, False), (None, False):
+        tune = {"mask": "m", "data": {"path": "r", "benign": benign}}
+        assert bool(unread_benign(require_tune(validate({**BASE, "tune": tune})))) == told
 
 
 def test_a_key_without_a_value() -> None:

@@ -209,8 +209,8 @@ def test_columns_that_become_part_of_a_question_are_named(tokenizer, tmp_path: P
     for column in ("auto", "prompt"):
         prompt_set = prompts(tmp_path, row, column=column)
         assert prompt_set.note == "; read with them: context, A, B, C, system; columns not read: id"
-        columns = "prompt,context,A,B,C,system"
-        assert QuestionSet("s", "harmful", prompt_set).as_row()["column"] == prompt_set.columns == columns
+        described = QuestionSet("s", "harmful", prompt_set).as_row()
+        assert (described["column"], described["also_read"]) == ("prompt", ["context", "A", "B", "C", "system"])
     letters = {"A": "n1", "B": "n2", "C": "n3"}
     assert encoded(tokenizer, {**QA, **letters}).columns == "question,answer,A,B,C"
     chosen = encoded(tokenizer, {**QA, "option_a": "x", "option_b": "y", **letters})

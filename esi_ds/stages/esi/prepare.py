@@ -123,8 +123,8 @@ class PromptData:
         if "prompts" not in self.source:
             return self.source["responses"]
         answered = f", answered by {self.source['responses']}" if "responses" in self.source else ""
-        columns = f"column{'s' * (',' in self.source['column'])} {self.source['column']}"
-        return f"{self.source['prompts']} ({columns}){answered}"
+        beside = f", read with {self.source['also_read']}" if "also_read" in self.source else ""
+        return f"{self.source['prompts']} (column {self.source['column']}{beside}){answered}"
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,8 @@ def asked_with(config: Config, data: PromptData) -> dict[str, Any]:
 
 def _source(read: PromptSet) -> dict[str, str]:
     """What the manifest says of prompts."""
-    return {"prompts": read.source, "column": read.columns, "sha256": read.sha256}
+    beside = {"also_read": ", ".join(read.also_read)} if read.also_read else {}
+    return {"prompts": read.source, "column": read.column, **beside, "sha256": read.sha256}
 
 
 def _asked_data(config: Config, section: Prompts, field: str, kind: Kind | None = None) -> PromptData:

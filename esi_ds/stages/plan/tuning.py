@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from esi_ds.config import Config, Tune, resolved_yaml
-from esi_ds.config.needs import check_mix, require_tune, unread_of_eval
+from esi_ds.config.needs import check_mix, require_tune, unread_benign, unread_of_eval
 from esi_ds.config.tuning import benign_among
 from esi_ds.core.mask import NO_MASK
 from esi_ds.core.select import model_k
@@ -72,7 +72,7 @@ def print_tuning_plan(config: Config, options: Options, stage: str) -> None:
         answered = answer_rows(config, parameters, model_config, ranks, settings, gpu, beside)
         facts |= {"answered at a time": str(answered)}
     print_facts(facts)
-    print_notes([*notes, *unread_of_eval(config, stage), *dequantised([source])])
+    print_notes([*notes, *unread_benign(tune), *unread_of_eval(config, stage), *dequantised([source])])
     print_bytes(config, options, stage, work, model_config)
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from esi_ds import patch
 from esi_ds.artifacts import replace_folder, wait_until_visible
+from esi_ds.config.needs import unread_benign
 from esi_ds.core.mask import BITS_SHA256, Mask
 from esi_ds.data.chat import day_of, without_our_padding
 from esi_ds.data.template_values import without_values
@@ -159,8 +160,8 @@ class TuneRun(StageRun[TuningInputs]):
                     f"{name}: {len(rows.sequences)} of columns {rows.columns}, {len(rows.skipped)} skipped, "
                     f"{rows.num_cut} cut at {inputs.tune.max_length} tokens{rows.note}"
                 )
-        if benign is None and inputs.tune.data.benign is not None:
-            tracker.remark("tune.data.benign is not read: its fraction is 0")
+        for line in unread_benign(inputs.tune):
+            tracker.remark(line)
         for number, reason in [*inputs.rows.skipped, *(benign.skipped if benign is not None else ())][:5]:
             tracker.log(f"skipped row {number}: {reason}")
         if inputs.broken_up:
