@@ -125,6 +125,12 @@ def test_named_files_exist() -> None:
     assert not lost, "\n".join(lost)
 
 
+def test_the_readme_is_a_page_for_newcomers() -> None:
+    """What grows belongs into docs/."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 11_000 and len(text.splitlines()) <= 180
+
+
 def test_named_functions_exist() -> None:
     """In the tables of docs/method.md and docs/design.md, whose paths are relative to the package."""
     problems, num_names = [], 0
