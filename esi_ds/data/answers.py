@@ -161,7 +161,7 @@ def matched_rows(prompts: Sequence[Prompt], rows: Sequence[Row], path: str) -> t
 
     A prompt may have several responses. If it stands in ``data.prompts`` several times, it must have as many rows,
     which are taken in turn, or one; rows with the prompt's index, as this package writes them, are taken by that.
-    Raises UserError for other numbers of rows, and if no prompt has a row.
+    Raises UserError for other numbers of rows.
     """
     by_prompt: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
@@ -181,9 +181,6 @@ def matched_rows(prompts: Sequence[Prompt], rows: Sequence[Row], path: str) -> t
             raise UserError("data.responses", path, problem, f"name the prompt once, or {SCORE_ALL}")
         before[key] += 1
         pairs += [(index, number) for number in numbers] or [(index, None)]
-    if not by_prompt.keys() & places.keys():
-        remedy = f"name the prompts that it answers, or {SCORE_ALL}"
-        raise UserError("data.responses", path, "answers none of the prompts of data.prompts", remedy)
     return pairs, sum(len(of_prompt) for key, of_prompt in by_prompt.items() if key not in places)
 
 

@@ -150,8 +150,23 @@ def test_esi_takes_all_responses_to_a_prompt(tmp_path: Path) -> None:
     sampled = esi_data(goals, file_of(tmp_path, rows))
     assert (sampled.prompts, sampled.responses) == (["How?", "Why?", "Why?", "Why?"], ["", "a", "b", "c"])
     assert sampled.unanswered == {0: MISSING} and sampled.goals == ["how?", "why?", "why?", "why?"]
-    with pytest.raises(UserError, match=r"answers none of the prompts of data\.prompts.*data\.prompts: null"):
-        esi_data(harmful, file_of(tmp_path, [{"prompt": "How?", "response": "a"}]))
+
+
+def test_a_file_that_answers_none_of_the_prompts_is_scored_with_its_own(tmp_path: Path) -> None:
+    """It is used instead of generating; that it is about other prompts is remarked on."""
+    harmful = {"path": file_of(tmp_path, [{"prompt": "Why?"}], "harmful.jsonl"), "limit": 2}
+    rows = [{"prompt": prompt, "response": prompt.lower()} for prompt in ("How?", "When?", "Who?")]
+    file, notes = file_of(tmp_path, rows), list[str]()
+    data = esi_data(harmful, file)
+    assert (data.prompts, data.responses, data.unanswered) == (["How?", "When?"], ["how?", "when?"], {})
+    reason = f"{file} answers none of the prompts of data.prompts"
+    assert data.remarks == (f"{reason}: 2 rows with its own prompts are scored",)
+    assert count_responses(file, Prompts(**harmful), notes) == 2
+    mixed = [evaluated("m", "harmful", 0, "How?", "first"), evaluated("m", "benign", 0, "When?", "second")]
+    with pytest.raises(UserError, match=r"the sets harmful, benign.*name the harmful prompts"):
+        esi_data(harmful, file_of(tmp_path, mixed, "mixed.jsonl"))
+    with pytest.raises(UserError, match="data.prompts.path"):  # no such file: a slip
+        esi_data({"path": str(tmp_path / "nowhere.jsonl")}, file)
 
 
 def test_esi_reads_goals_from_its_prompts_or_else_from_recorded_rows(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +33,8 @@ from esi_ds.data.chat import (
 )
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.goals import recorded_goals
-from esi_ds.data.prompts import PromptSet, load_responses, load_section, recorded_scores
-from esi_ds.data.rows import Row
+from esi_ds.data.prompts import PromptSet, load_responses, load_section, recorded_scores, where_from
+from esi_ds.data.rows import Row, looks_like_file
 from esi_ds.data.thoughts import (
     MARKS,
     NO_THOUGHT,
@@ -300,10 +300,18 @@ def _read_data(config: Config) -> PromptData:
 
 
 def _matched_data(section: Prompts, rows: Sequence[Row], answered: PromptData) -> PromptData:
-    """The prompts of ``data.prompts`` with what a file of responses has of each. rows, answered: of the whole file."""
-    read, path = load_section(section, "data.prompts"), answered.source["responses"]
-    texts, scores, goals = answered.responses or [], answered.scores, answered.goals
+    """The prompts of ``data.prompts`` with what a file of responses has of each; the file's own prompts, and a remark,
+    where it answers none of them or the hub does not provide them. rows, answered: of the whole file."""
+    path, texts, scores, goals = answered.source["responses"], answered.responses or [], answered.scores, answered.goals
+    try:
+        read = load_section(section, "data.prompts")
+    except UserError:
+        if looks_like_file(where_from(section.path, section.name, section.split)[0]):
+            raise
+        return _own_prompts(section, rows, answered, f"data.prompts = {section.path} cannot be read here")
     pairs, num_unused = matched_rows(read.prompts, rows, path)
+    if all(number is None for _, number in pairs):
+        return _own_prompts(section, rows, answered, f"{path} answers none of the prompts of data.prompts")
     indices, numbers = [index for index, _ in pairs], [number for _, number in pairs]
     unanswered = {place: MISSING for place, number in enumerate(numbers) if number is None}
     remarks = [*answered.remarks]
@@ -323,6 +331,20 @@ def _matched_data(section: Prompts, rows: Sequence[Row], answered: PromptData) -
         goals=_goals_of(read, goals, pairs),
         unanswered=unanswered,
         remarks=tuple(remarks),
+    )
+
+
+def _own_prompts(section: Prompts, rows: Sequence[Row], answered: PromptData, reason: str) -> PromptData:
+    """The first ``data.prompts.limit`` rows of a file of responses with its own prompts."""
+    path, first = answered.source["responses"], slice(section.limit)
+    check_unmixed(rows, path, are_matched=False)
+    return replace(
+        answered,
+        prompts=answered.prompts[first],
+        responses=(answered.responses or [])[first],
+        scores=answered.scores and answered.scores[first],
+        goals=answered.goals and answered.goals[first],
+        remarks=(*answered.remarks, f"{reason}: {counted(len(rows[first]), 'row')} with its own prompts are scored"),
     )
 
 

@@ -49,7 +49,7 @@ def count_responses(path: str, section: Prompts | None, notes: list[str]) -> int
     if read is None or rows is None:
         return None
     pairs, _ = matched_rows(read.prompts, rows, path)
-    return sum(number is not None for _, number in pairs)
+    return sum(number is not None for _, number in pairs) or len(rows[: section.limit])  # else its own prompts
 
 
 def count_rows(section: RowSource | BenignMix, field: str, notes: list[str]) -> int | None:
