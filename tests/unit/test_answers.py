@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +161,30 @@ def test_a_file_that_answers_none_of_the_prompts_is_scored_with_its_own(tmp_path
     data = esi_data(harmful, file)
     assert (data.prompts, data.responses, data.unanswered) == (["How?", "When?"], ["how?", "when?"], {})
     reason = f"{file} answers none of the prompts of data.prompts"
-    assert data.remarks == (f"{reason}: 2 rows with its own prompts are scored",)
+    assert data.remarks == (f"{reason}: the file's own are scored (2 rows)",)
     assert count_responses(file, Prompts(**harmful), notes) == 2
     mixed = [evaluated("m", "harmful", 0, "How?", "first"), evaluated("m", "benign", 0, "When?", "second")]
     with pytest.raises(UserError, match=r"the sets harmful, benign.*name the harmful prompts"):
         esi_data(harmful, file_of(tmp_path, mixed, "mixed.jsonl"))
     with pytest.raises(UserError, match="data.prompts.path"):  # no such file: a slip
         esi_data({"path": str(tmp_path / "nowhere.jsonl")}, file)
+
+
+@pytest.mark.parametrize(("key", "is_used"), [("path", True), ("column", False)])
+def test_prompts_that_the_hub_does_not_provide(
+    key: str, is_used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's own prompts stand in for them; a wrong column is a slip, which is refused."""
+
+    def load_section(*_: object) -> None:
+        raise UserError(f"data.prompts.{key}", "org/set", "is away", "look")
+
+    monkeypatch.setattr("esi_ds.stages.esi.prepare.load_section", load_section)
+    file = file_of(tmp_path, [{"prompt": "Why?", "response": "w"}])
+    with nullcontext() if is_used else pytest.raises(UserError, match=r"data\.prompts\.column"):
+        data = esi_data("org/set", file)
+        assert data.responses == ["w"]
+        assert data.remarks == ("data.prompts = org/set cannot be read (is away): the file's own are scored (1 row)",)
 
 
 def test_esi_reads_goals_from_its_prompts_or_else_from_recorded_rows(tmp_path: Path) -> None:

@@ -305,10 +305,11 @@ def _matched_data(section: Prompts, rows: Sequence[Row], answered: PromptData) -
     path, texts, scores, goals = answered.source["responses"], answered.responses or [], answered.scores, answered.goals
     try:
         read = load_section(section, "data.prompts")
-    except UserError:
-        if looks_like_file(where_from(section.path, section.name, section.split)[0]):
+    except UserError as error:
+        is_file = looks_like_file(where_from(section.path, section.name, section.split)[0])
+        if is_file or error.field != "data.prompts.path":  # a slip: no such file, or no such column
             raise
-        return _own_prompts(section, rows, answered, f"data.prompts = {section.path} cannot be read here")
+        return _own_prompts(section, rows, answered, f"data.prompts = {section.path} cannot be read ({error.problem})")
     pairs, num_unused = matched_rows(read.prompts, rows, path)
     if all(number is None for _, number in pairs):
         return _own_prompts(section, rows, answered, f"{path} answers none of the prompts of data.prompts")
@@ -344,7 +345,7 @@ def _own_prompts(section: Prompts, rows: Sequence[Row], answered: PromptData, re
         responses=(answered.responses or [])[first],
         scores=answered.scores and answered.scores[first],
         goals=answered.goals and answered.goals[first],
-        remarks=(*answered.remarks, f"{reason}: {counted(len(rows[first]), 'row')} with its own prompts are scored"),
+        remarks=(*answered.remarks, f"{reason}: the file's own are scored ({counted(len(rows[first]), 'row')})"),
     )
 
 
