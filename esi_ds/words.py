@@ -11,6 +11,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
+def part_of(number: int, total: int) -> str:
+    """ "3 of the 5", "all 5": some of them, or all."""
+    return f"all {total}" if number == total else f"{number} of the {total}"
+
+
 def ends_of(names: Sequence[str], length: int) -> list[str]:
     """The last ``length`` characters of each name, or as many more as tell different names apart.
 

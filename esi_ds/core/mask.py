@@ -297,8 +297,12 @@ def load_mask(path: str, field: str = "tune.mask") -> Mask:
 def identity(mask: Mask) -> dict[str, str]:
     """What tells a mask from all others of its model, for manifests: sha256 of its metadata and of all its bits; of a
     mask without digests the latter only once they have been read."""
-    bits = {} if mask.bits_sha256 is None else {BITS_SHA256: mask.bits_sha256}
-    return {"mask_sha256": json_sha256(mask.metadata), **bits}
+    return {"mask_sha256": json_sha256(mask.metadata), **identity_of_bits(mask)}
+
+
+def identity_of_bits(mask: Mask) -> dict[str, str]:
+    """The part of ``identity`` that is about the bits; empty where they are not known."""
+    return {} if mask.bits_sha256 is None else {BITS_SHA256: mask.bits_sha256}
 
 
 def unread(mask: Mask) -> tuple[str, ...]:

@@ -72,11 +72,10 @@ def load_answers(
         asked.check_system_prompt(rows, path)
     _check_rows(rows, path, field)
     by_key: dict[tuple[str, int], list[int]] = {}
-    by_prompt: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         if _is_evaluated(row):
             by_key.setdefault((row["set"], row["index"]), []).append(number)
-        by_prompt.setdefault(_text_key(row["prompt"]), []).append(number)
+    by_prompt = _numbers_by_prompt(rows)
     texts = Counter(_text_key(prompt) for question_set in sets for prompt in question_set.prompts)
     before: Counter[str] = Counter()  # how often each prompt came before
     answers: dict[Key, RecordedAnswer] = {}
@@ -103,6 +102,14 @@ def load_answers(
         raise UserError(field, path, "answers none of the prompts", "give the answers to eval.prompts and eval.benign")
     differences = asked.differences(rows) if asked is not None else ""
     return RecordedAnswers(path, file_sha256(Path(path).expanduser()), answers, len(rows) - len(used), differences)
+
+
+def _numbers_by_prompt(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """``_text_key`` of a prompt → the numbers of its rows, in their order."""
+    by_prompt: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_prompt.setdefault(_text_key(row["prompt"]), []).append(number)
+    return by_prompt
 
 
 def _check_rows(rows: Sequence[Row], path: str, field: str) -> None:
@@ -163,9 +170,7 @@ def matched_rows(prompts: Sequence[Prompt], rows: Sequence[Row], path: str) -> t
     which are taken in turn, or one; rows with the prompt's index, as this package writes them, are taken by that.
     Raises UserError for other numbers of rows.
     """
-    by_prompt: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        by_prompt.setdefault(_text_key(row["prompt"]), []).append(number)
+    by_prompt = _numbers_by_prompt(rows)
     keys = [_text_key(prompt) for prompt in prompts]
     places, before, pairs = Counter(keys), Counter[str](), list[tuple[int, int | None]]()
     for index, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):

@@ -47,20 +47,24 @@ class Asked:
 
     def differences(self, rows: Sequence[Row]) -> str:
         """What else the rows were asked with that is not this run's; "" if nothing."""
-        temperature = self.sampling.get("temperature", 0)
-        parts = []
-        for name, ours, theirs in (
-            (
-                "max_tokens",
-                self.max_tokens,
-                [asked.get("max_tokens", self.max_tokens) for _, _, asked in _recorded(rows)],
-            ),
-            ("temperature", temperature, [_extra(asked, "temperature", 0) for _, _, asked in _recorded(rows)]),
-            (TEMPLATE, self.model.template_kwargs, [_extra(asked, TEMPLATE, {}) for _, _, asked in _recorded(rows)]),
-        ):
-            others = dict.fromkeys(json.dumps(value) for value in theirs if value != ours)
-            parts += [f"{name} {' or '.join(others)}, not {json.dumps(ours)}"] if others else []
-        return "; ".join(parts)
+        ours = {
+            "max_tokens": self.max_tokens,
+            "temperature": self.sampling.get("temperature", 0),
+            TEMPLATE: self.model.template_kwargs,
+        }
+        others: dict[str, dict[str, None]] = {name: {} for name in ours}  # name → distinct values, in their order
+        for _, _, asked in _recorded(rows):
+            theirs = {
+                "max_tokens": asked.get("max_tokens", self.max_tokens),
+                "temperature": _extra(asked, "temperature", 0),
+                TEMPLATE: _extra(asked, TEMPLATE, {}),
+            }
+            for name, value in theirs.items():
+                if value != ours[name]:
+                    others[name][json.dumps(value)] = None
+        return "; ".join(
+            f"{name} {' or '.join(values)}, not {json.dumps(ours[name])}" for name, values in others.items() if values
+        )
 
 
 def changes_the_prompt(asked: Mapping[str, Any]) -> bool:

@@ -205,6 +205,11 @@ def broken_up_words(held: Iterable[Collection[str]], unit: str) -> str:
     return ", ".join([*named, *([f"{more} others"] if more else [])])
 
 
+def broken_up_in(prompts: Iterable[Prompt], specials: Sequence[str]) -> str:
+    """``broken_up_words`` of prompts."""
+    return broken_up_words((specials_in(prompt, specials) for prompt in prompts), "prompt")
+
+
 class TemplateRejection(ValueError):
     """A chat template does not format a conversation; the text says why."""
 

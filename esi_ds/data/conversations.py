@@ -427,8 +427,9 @@ def encode_rows(
         if isinstance(turns, str):
             skipped.append((number, turns))
             continue
-        of_row, turns = specials_in(turns, specials), [_broken_up(turn, specials) for turn in turns]
-        turns = with_system(turns, system_prompt)
+        broken_turns = [_broken_up(turn, specials) for turn in turns]
+        of_row = specials_in(turns, specials) if broken_turns != turns else set()
+        turns = with_system(broken_turns, system_prompt)
         digest.update(json.dumps(turns).encode())
         try:
             check.check_answered([turn["role"] for turn in turns])

@@ -59,8 +59,8 @@ def table_rows(names: Sequence[str], lines: Sequence[Line]) -> list[dict[str, An
     """Rows by column name. Raises ValueError, naming the line, where a row has more or fewer cells than columns."""
     for line in lines:
         if len(line.cells) != len(names):
-            found, wanted = counted(len(line.cells), "cell"), counted(len(names), "column")
-            problem = f"line {line.number} has {found}, and the file has {wanted}"
+            cells, columns = counted(len(line.cells), "cell"), counted(len(names), "column")
+            problem = f"line {line.number} has {cells}, and the file has {columns}"
             raise ValueError(f"{problem}: quote cells that contain a delimiter or a line end")
     return [dict(zip(names, line.cells, strict=True)) for line in lines]
 
@@ -78,10 +78,10 @@ def _check_delimiter(names: Sequence[str], suffix: str) -> None:
     """Raises ValueError for a header that is one name, with another format's delimiter inside: spreadsheets of many
     languages separate the cells of a .csv by semicolons."""
     others = ",;" if suffix == ".tsv" else ";\t"
-    found = next((other for other in others if len(names) == 1 and other in names[0]), None)
-    if found is not None:
+    delimiter = next((other for other in others if len(names) == 1 and other in names[0]), None)
+    if delimiter is not None:
         remedy = "save it with tabs, or as .csv with commas" if suffix == ".tsv" else "save it with commas, or as .tsv"
-        raise ValueError(f"the names in its first line are separated by {found!r}: {remedy}")
+        raise ValueError(f"the names in its first line are separated by {delimiter!r}: {remedy}")
 
 
 def read_parquet(file: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from esi_ds.data.thoughts import MARKS, Marks, final_answer
 from esi_ds.data.turns import prompt_text
 from esi_ds.report.contents import RefusalRow, TunedAnswerRow, TuningReport
 from esi_ds.tracking import Tracker, literal
+from esi_ds.words import part_of
 
 NUM_SAMPLES = 4  # of each set
 Answer = tuple[str, bool | None]  # a response, and whether it refuses; None: it ends within a thought
@@ -79,10 +80,10 @@ def thought_notes(table: Sequence[RefusalRow]) -> list[str]:
     for row in table:
         for when, count in (("before", row.get("unfinished_before")), ("after", row.get("unfinished_after"))):
             if count:
-                which = f"{'all' if count == row['n'] else f'{count} of the'} {row['n']} answers"
+                answers = f"{part_of(count, row['n'])} answers to {row['set']} prompts {when} tuning"
                 notes.append(
-                    f"{which} to {row['set']} prompts {when} tuning are unfinished: they end within a thought and are "
-                    "left out of the shares; raise eval.max_new_tokens"
+                    f"{answers} are unfinished: they end within a thought and are left out of the shares; raise "
+                    "eval.max_new_tokens"
                 )
     return notes
 

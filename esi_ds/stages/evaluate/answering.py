@@ -29,7 +29,7 @@ from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.questions import answer_stream, unanswered_rows
 from esi_ds.stages.respond import generate_all
 from esi_ds.tracking import Tracker
-from esi_ds.words import counted
+from esi_ds.words import counted, part_of
 from esi_ds.zero import runtime
 from esi_ds.zero.batching import batch_size_for, reads_causally
 from esi_ds.zero.engine import ShardedModel
@@ -46,9 +46,9 @@ def thought_notes(rows: Sequence[AnswerRow]) -> list[str]:
         texts = [row["response"] for row in rows if row["model"] == name and row["response"] is not None]
         unfinished = sum(row["model"] == name and row["excluded"] == UNFINISHED for row in rows)
         if unfinished:
-            which = "all" if unfinished == len(texts) else f"{unfinished} of the"
             remedy = "; raise eval.max_new_tokens, or see model.thought_marks" if unfinished == len(texts) else ""
-            notes.append(f"{which} {len(texts)} answers of {name} are unfinished: they end within a thought{remedy}")
+            which = part_of(unfinished, len(texts))
+            notes.append(f"{which} answers of {name} are unfinished: they end within a thought{remedy}")
         cut = [row for row in rows if row["model"] == name and row.get("cut")]
         if cut and len(cut) == len(texts) and not any(has_marks(row["response"] or "", marks_of(row)) for row in cut):
             notes.append(

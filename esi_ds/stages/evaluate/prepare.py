@@ -26,7 +26,7 @@ from esi_ds.data.answers import RecordedAnswers, load_answers
 from esi_ds.data.asked import Asked
 from esi_ds.data.chat import (
     answerable,
-    broken_up_words,
+    broken_up_in,
     check_some_answerable,
     check_vocabulary,
     day_of,
@@ -34,7 +34,6 @@ from esi_ds.data.chat import (
     load_chat_tokenizer,
     load_tokenizer,
     special_strings,
-    specials_in,
 )
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import KEYS, QuestionSet, load_question_sets
@@ -258,7 +257,6 @@ def _candidate(
         for question_set in sets
         for index, prompt in enumerate(question_set.prompts)
     }
-    held = [specials_in(prompt, specials) for question_set in sets for prompt in question_set.prompts]
     plain = without_values(tokenizer, section.template_kwargs, day_of(section))
     unread = tuple(unread_values(plain.chat_template, section.template_kwargs))
     return Candidate(
@@ -271,7 +269,7 @@ def _candidate(
         prompt_ids=prompt_ids,
         unread=unread,
         thought_marks=section.thought_marks,
-        broken_up=broken_up_words(held, "prompt"),
+        broken_up=broken_up_in((prompt for question_set in sets for prompt in question_set.prompts), specials),
     )
 
 

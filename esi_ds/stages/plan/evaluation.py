@@ -36,25 +36,25 @@ def plan_eval(config: Config, options: Options) -> None:
     Raises UserError for whatever is wrong. What does not exist yet, or cannot be reached, is noted, and the plan does
     without it: answers and verdicts are counted only where everything is there.
     """
-    section, found = require_eval(config), survey(config)
-    if not found.notes:
+    section, surveyed = require_eval(config), survey(config)
+    if not surveyed.notes:
         print_eval_plan(config, options, prepare_eval(config))
         return
     facts: Facts = {"ranks": options.world_size or 1}
     for name, field in _fields(section).items():
-        model_config = found.configs.get(field)
-        if field not in found.sources:
+        model_config = surveyed.configs.get(field)
+        if field not in surveyed.sources:
             facts[f"model {name}"] = "answers from elsewhere"
         elif model_config is None:
             facts[f"model {name}"] = "not known"
         else:
-            facts[f"model {name}"] = describe_model(config, options, model_config, found.sources[field], None)
-    facts |= describe_sets(found.counts)
+            facts[f"model {name}"] = describe_model(config, options, model_config, surveyed.sources[field], None)
+    facts |= describe_sets(surveyed.counts)
     facts["judges"] = ", ".join(map(label, section.judges)) or "words"
     facts["tasks"] = ", ".join(task.name for task in section.tasks) or "none"
     print(resolved_yaml(config))
     print_facts(facts)
-    found.print_notes()
+    surveyed.print_notes()
 
 
 @dataclass(frozen=True)

@@ -31,16 +31,16 @@ def plan_perturb(config: Config, options: Options) -> None:
     Raises UserError for whatever is wrong. What does not exist yet, or cannot be reached, is noted, and the plan does
     without it.
     """
-    section, found = check_sections(config), survey(config)
-    model_config = found.configs["model.path"]
+    section, surveyed = check_sections(config), survey(config)
+    model_config = surveyed.configs["model.path"]
     for key, path in (("mask", section.mask), ("scores", section.scores)):
         if path is not None and not Path(path).exists():
-            found.notes.append(f"perturb.{key} = {path}: does not exist")
-    inputs = None if found.notes else prepare_perturb(config)
+            surveyed.notes.append(f"perturb.{key} = {path}: does not exist")
+    inputs = None if surveyed.notes else prepare_perturb(config)
     mask = inputs.mask if inputs else _mask(config, section, model_config)
     print(resolved_yaml(config))
-    print_facts(_facts(config, options, model_config, found.counts, mask, inputs))
-    found.print_notes()
+    print_facts(_facts(config, options, model_config, surveyed.counts, mask, inputs))
+    surveyed.print_notes()
 
 
 def _mask(config: Config, section: Perturb, model_config: PretrainedConfig | None) -> Mask | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -15,11 +16,10 @@ from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
 from esi_ds.data.chat import (
     answerable,
-    broken_up_words,
+    broken_up_in,
     check_some_answerable,
     encode_data_prompt,
     special_strings,
-    specials_in,
 )
 from esi_ds.data.conversations import TuningSet
 from esi_ds.data.end_tokens import end_tokens
@@ -83,8 +83,6 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
     data_facts |= {f"{one.kind}:{one.name}": one.prompt_set.sha256 for one in sets}
     questions = _questions(sets)
     question_ids, unanswered = _encode_questions(config, questions, tokenizer, max_positions(model_config))
-    specials = special_strings(tokenizer)
-    held = [specials_in(prompt, specials) for prompts in questions.values() for prompt in prompts]
     return TuningInputs(
         stage=stage,
         tune=tune,
@@ -100,7 +98,7 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
         question_ids=question_ids,
         unanswered=unanswered,
         source=data_facts,
-        broken_up=broken_up_words(held, "prompt"),
+        broken_up=broken_up_in(chain.from_iterable(questions.values()), special_strings(tokenizer)),
     )
 
 

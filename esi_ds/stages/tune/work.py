@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from esi_ds import patch
 from esi_ds.artifacts import replace_folder, wait_until_visible
 from esi_ds.config.needs import unread_benign
-from esi_ds.core.mask import BITS_SHA256, Mask
+from esi_ds.core.mask import Mask, identity_of_bits
 from esi_ds.data.chat import day_of, without_our_padding
 from esi_ds.data.template_values import without_values
 from esi_ds.data.thoughts import MARKS, Marks, marks_with, opening_mark
@@ -291,8 +291,7 @@ class TuneRun(StageRun[TuningInputs]):
         if runtime.is_main():
             mask = self.inputs.mask
             facts: dict[str, Any] = {"method": self.inputs.stage, "mask_fingerprint": mask.fingerprint}
-            facts |= {} if mask.bits_sha256 is None else {BITS_SHA256: mask.bits_sha256}
-            facts |= patch.template_change(base, tuned)
+            facts |= {**identity_of_bits(mask), **patch.template_change(base, tuned)}
             patch.finish(base, temporary, rows, base_digests, tuned_digests, facts)
             replace_folder(temporary, folder)
         runtime.barrier()
