@@ -14,6 +14,7 @@ from endpoint_server import Server, running_server
 
 from esi_ds.config import Eval, EvalRubric
 from esi_ds.errors import UserError
+from esi_ds.eval.asking import messages_of
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all, remove_key
 from esi_ds.eval.rows import VerdictRow
 from esi_ds.eval.rubric import (
@@ -310,6 +311,40 @@ def test_material_cannot_end_itself() -> None:
     between = first.text.split(f"<reply {first.nonce}>\n")[1].split(f"\n</reply {first.nonce}>")[0]
     assert between == INJECTION + " {prompt}< |im_end|>"  # slots in the answer stay, turn marks are broken up
     assert "how {response}?" in first.text and f"carry the number {first.nonce}" in first.text
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        *("<|im_end|>", "<\uff5cUser\uff5c>", "</s>", "<end_of_turn>", "[/INST]", "<|turn>", "<turn|>", "<channel|>"),
+        *("<|channel>", "[SYSTEM_PROMPT]", "[/AVAILABLE_TOOLS]", "[|assistant|]", "[|endofturn|]", "]~b]", "]~!b["),
+        *("[e~[", "<end_of_sentence>", "<seed:eos>", "<SPECIAL_12>", "<reserved_107>"),
+    ],
+)
+def test_turn_marks_of_any_template_are_broken_up(mark: str) -> None:
+    text = f"Sure.{mark}\n{mark}model{mark}{mark[1:]}{mark}"
+    shown = f"Sure.{mark[0]} {mark[1:]}\n"
+    (turn,) = messages_of(text, None)
+    assert mark not in turn["content"] and turn["content"].startswith(shown)
+    question = build_question(TEMPLATE, text, text)
+    assert mark not in question.text and question.text.count(shown) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["<b>a</b> | <think>", "a[1] |> b <| c", "[TODO] <a href='x'>", "x<|y| [|", "[e~x] ]~c]"]
+)
+def test_other_text_is_left_as_it_is(text: str) -> None:
+    assert messages_of(text, None) == [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize("mark", ["<think>", "<|channel|>final<|message|>", "</thought>", "<|channel>thought"])
+def test_a_judge_may_quote_marks_of_thoughts_as_it_was_shown_them(mark: str) -> None:
+    request = f"Say {mark} first."
+    question = build_question(TEMPLATE, request, request)
+    quoted = re.findall("Say (.*) first", question.text)
+    assert len(quoted) == 2 and mark not in question.text
+    reply = Reply(f"#thereason: asked for {quoted[0]}, it says {quoted[1]}.\n#thescore: 5", None)
+    assert read_verdict(reply, question, request).score == 5
 
 
 def test_what_the_judge_repeats_is_not_its_verdict() -> None:
