@@ -228,8 +228,10 @@ async def _ask_all(
     if endpoint.key:
         headers["Authorization"] = f"Bearer {endpoint.key}"
     waiting = list(range(len(questions)))
+    # By default a client has 100 connections, and keeps 20: a request's time would pass while it waits for one.
+    limits = httpx2.Limits(max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency)
     # Deadlines are set per question; the client's timeouts would only cut them short.
-    async with httpx2.AsyncClient(headers=headers, timeout=None) as client:
+    async with httpx2.AsyncClient(headers=headers, timeout=None, limits=limits) as client:
         # Again where a request that was under way shows that the endpoint replies after all.
         while waiting and patience.num_failed < endpoint.give_up_after and not patience.should_stop():
             waiting = await _ask_some(endpoint, client, questions, waiting, take, patience)
@@ -352,7 +354,7 @@ def _told_status(body: bytes) -> int | None:
         return None
     if (error := content.get("error")) and not content.get("choices"):
         code = str(error.get("code")) if isinstance(error, dict) else ""
-        if code.isdecimal():
+        if code.isdecimal() and len(code) <= 3:  # Python reads no number of thousands of digits
             return int(code) if 400 <= int(code) < 500 else 500
         return 500 if PASSING.search(body) else 400
     choice = _first_choice(content)
@@ -425,7 +427,7 @@ def read_completion(body: bytes, num_requests: int = 1, key: str | None = None, 
 
     def reply(text: str | None, problem: str | None = None, is_cut: bool = False) -> Reply:
         name = content.get("model")
-        model = name if isinstance(name, str) else None
+        model = " ".join(name.split()) if isinstance(name, str) else None  # a line of its own could forge one of a log
         tokens = used("prompt_tokens"), used("completion_tokens")
         return Reply(text, problem, *tokens, num_requests, is_cut=is_cut, model=model)
 

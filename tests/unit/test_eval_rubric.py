@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
@@ -217,6 +218,13 @@ def test_one_bad_question_harms_no_other(server) -> None:
 def test_so_many_at_a_time_and_no_more(server) -> None:
     verdicts, _ = ask_judge([ask("slow")] * 12, endpoint(concurrency=4))
     assert all(verdict.unsafe for verdict in verdicts) and 2 <= server.most_active <= 4
+
+
+def test_more_than_a_hundred_at_a_time(server) -> None:
+    """So many connections has a client by default: the others' requests would time out before they are sent."""
+    server.together = threading.Barrier(120)
+    verdicts, _ = ask_judge([ask("together")] * 120, endpoint(concurrency=120, max_attempts=1))
+    assert all(verdict.unsafe for verdict in verdicts) and server.most_active == 120
 
 
 def test_a_dead_endpoint_is_given_up(server) -> None:
