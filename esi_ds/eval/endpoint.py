@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx2
 
+from esi_ds.config.checks import check_url
 from esi_ds.data.thoughts import REASONING_KEYS, whole_response
 from esi_ds.data.turns import Turn
 from esi_ds.errors import UserError
@@ -103,10 +104,8 @@ class Endpoint:
                 f"has no endpoint: neither {BASE_URL_VARIABLE} nor {KEY_VARIABLE} is set",
                 f"export {KEY_VARIABLE}, and {BASE_URL_VARIABLE} for a server other than OpenAI's",
             )
-        if url and not is_url(url):
-            raise UserError(
-                BASE_URL_VARIABLE, remove_key(url, key), "is not a URL", "give for instance http://localhost:8000/v1"
-            )
+        if url:
+            check_url(BASE_URL_VARIABLE, url, remove_key(url, key))
         if not (key.isascii() and key.isprintable()):
             raise UserError(KEY_VARIABLE, None, "holds characters that a key cannot have", "export it again")
         return cls(model, (url or OPENAI_URL).rstrip("/"), key or None, **limits)
@@ -120,8 +119,7 @@ class Endpoint:
         key_variable: of the environment; None sends no key. Raises UserError naming one of ``fields``: the URL's, the
         variable's.
         """
-        if not is_url(url):
-            raise UserError(fields[0], url, "is not a URL", "give for instance http://localhost:8000/v1")
+        check_url(fields[0], url)
         key = None
         if key_variable is not None:
             key = os.environ.get(key_variable, "").strip()
@@ -383,15 +381,6 @@ async def _post(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) 
             if len(body) > MAX_REPLY_BYTES:
                 break
     return response.status_code, response.headers, bytes(body)
-
-
-def is_url(text: str) -> bool:
-    """Whether this is a URL of a server."""
-    try:
-        url = httpx2.URL(text)
-        return url.scheme in ("http", "https") and bool(url.host)
-    except httpx2.InvalidURL:
-        return False
 
 
 def _seconds(retry_after: str) -> float:

@@ -438,10 +438,14 @@ def test_mistakes_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
         endpoint()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     assert endpoint().url == "https://api.openai.com/v1" and "sk-secret" not in repr(endpoint())
-    for url in ("localhost:8000", "http://", "ftp://x"):
+    for url in ("localhost:8000", "http://", "ftp://x", "http://h?v=1", "http://h/v1#a"):
         monkeypatch.setenv("OPENAI_BASE_URL", url)
         with pytest.raises(UserError, match="OPENAI_BASE_URL"):
             endpoint()
+    for url in ("https://me:pass@h/v1", "https://pass@h", "https://h/v1?key=pass", "me:pass@h/v1", "http://m:p/pass@h"):
+        with pytest.raises(UserError, match=r"^f = (https?://)?h\b[^;]*: (holds a|is not a URL)") as caught:
+            Endpoint.at("m", url, None, ("f", "g"), 9)
+        assert "pass" not in str(caught.value).replace("a password", "")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1")
     monkeypatch.delenv("OPENAI_API_KEY")
     assert endpoint().key is None

@@ -177,7 +177,12 @@ def test_the_key_of_another_server_is_not_sent(monkeypatch: pytest.MonkeyPatch) 
     for update, words in (({"key_variable": "NO_KEY"}, "f.key_variable"), ({"base_url": "h"}, "f.base_url")):
         with pytest.raises(UserError, match=words):
             ServedModel.of(section.model_copy(update=update), "f", 9, MODEL)
-    for wrong, words in (({"item_timeout": 900.0}, "endpoint.item_timeout"), ({"extra": {"n": 2}}, "endpoint.extra.n")):
+    for wrong, words in (
+        ({"item_timeout": 900.0}, "endpoint.item_timeout"),
+        ({"extra": {"n": 2}}, "endpoint.extra.n"),
+        ({"base_url": "h"}, r"endpoint\.base_url = h: is not a URL"),
+        ({"base_url": "http://me:secret@h/v1"}, r"endpoint\.base_url = http://h/v1: holds a user"),
+    ):
         with pytest.raises(UserError, match=words):
             validate(config(**wrong))
 
