@@ -24,8 +24,9 @@ program=("launch/$stage.py")
 
 # Placeholders written by pipeline.sh: a task of an array fills in its own number or set of prompts.
 read -ra prompts <<<"${ESI_DS_PROMPTS:-}"
-arguments=("${@//@task@/${SLURM_ARRAY_TASK_ID:-0}}")
-arguments=("${arguments[@]//@prompts@/${prompts[${SLURM_ARRAY_TASK_ID:-0}]:-}}")
+# In quotation marks: from bash 5.2 on, a bare & in a replacement would be what it replaces.
+arguments=("${@//@task@/"${SLURM_ARRAY_TASK_ID:-0}"}")
+arguments=("${arguments[@]//@prompts@/"${prompts[${SLURM_ARRAY_TASK_ID:-0}]:-}"}")
 
 # An array's id stands for all its tasks, and is also the job id of one of them.
 job=$SLURM_JOB_ID

@@ -154,6 +154,8 @@ class Judge(BaseHTTPRequestHandler):
             return self.connection.close()
         if case == "slow":
             self.pause(0.1)
+        if case == "together":
+            self.server.together.wait(10)
         reply = CASES.get(case, "#thescore: 5")
         if case.startswith("model "):  # one that calls itself so
             reply = json.dumps(completion("#thescore: 5", model=case.removeprefix("model "))).encode()
@@ -192,7 +194,7 @@ class Judge(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    daemon_threads, block_on_close = True, False
+    daemon_threads, block_on_close, request_queue_size = True, False, 128
 
     def handle_error(self, request, client_address) -> None:
         pass  # clients that went away are the point of some tests
@@ -204,6 +206,7 @@ def running_server() -> Iterator[Server]:
     server = Server(("127.0.0.1", 0), Judge)
     server.lock, server.stopped = threading.Lock(), threading.Event()
     server.models = None  # that it lists
+    server.together = threading.Barrier(1)  # requests that must be under way before one is answered
     server.seen, server.attempts, server.active, server.most_active = [], Counter(), 0, 0
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server

@@ -54,6 +54,36 @@ def check_numbers(content: Any, key: str) -> None:
         )
 
 
+def check_url(field: str, url: str, shown: str | None = None) -> None:
+    """Raise UserError unless this is the URL of a server, to which paths can be appended, and holds no secret.
+
+    shown: the text for the message, if it is another one; a user and password, and a query, are never shown.
+    """
+    import httpx2  # most configs name no server, and pay nothing for it
+
+    shown = re.split("[?#]", re.sub(r"^(\w+://)?.*@", r"\1", shown or url, flags=re.DOTALL))[0]
+    example = "give for instance http://localhost:8000/v1"
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL:
+        raise UserError(field, shown, "is not a URL", example) from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise UserError(field, shown, "is not a URL", example)
+    if parsed.userinfo:
+        remedy = "leave them out; a key goes into the variable that key_variable names, or into OPENAI_API_KEY"
+        raise UserError(field, shown, "holds a user or a password, which would be sent instead of the key", remedy)
+    if "?" in url or "#" in url:
+        raise UserError(field, shown, "holds a query or a fragment, behind which no path can stand", example)
+
+
+def check_deepspeed_keys(deepspeed: Any) -> None:
+    """Raise UserError for an API key in the config's own DeepSpeed mapping."""
+    comet = deepspeed.get("comet") if isinstance(deepspeed, dict) else None
+    if isinstance(comet, dict) and comet.get("api_key") not in (None, "auto"):
+        problem = "would be written to config.yaml and printed by dry runs"
+        raise UserError("deepspeed.comet.api_key", None, problem, "remove it, and export COMET_API_KEY")
+
+
 # Keys of a request's body that ``extra`` may not set, and what does set them. Without max_tokens a server has its own.
 OF_THE_REQUEST = {
     "messages": "they hold the question",

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from esi_ds.config.judges import EndpointLimits
+from esi_ds.config.checks import check_url
+from esi_ds.config.judges import EndpointLimits, check_endpoint
 from esi_ds.config.section import Section
 from esi_ds.errors import UserError
 
@@ -99,6 +100,12 @@ class ModelEndpoint(EndpointLimits):
     key_variable: str | None = Field(
         None, description="The environment variable that holds the server's key; null means that none is sent."
     )
+
+
+def check_model_endpoint(section: ModelEndpoint, field: str, collective_timeout_s: int) -> None:
+    """Raise UserError for a URL that cannot be asked or holds a secret, and as ``check_endpoint`` does."""
+    check_url(f"{field}.base_url", section.base_url)
+    check_endpoint(section, field, collective_timeout_s)
 
 
 def _kind_of_responses(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from esi_ds.config.checks import check_origin, check_unique
-from esi_ds.config.data import ModelEndpoint, Prompts
+from esi_ds.config.data import ModelEndpoint, Prompts, check_model_endpoint
 from esi_ds.config.judges import (
     EvalGuard,
     EvalJudge,
@@ -159,7 +159,7 @@ def check_eval(section: Eval, collective_timeout_s: int) -> None:
             field = f"eval.models.{number}.answers_of"
             raise UserError(field, model.answers_of, "belongs to a file of answers", "leave it out, or give answers")
         if model.endpoint is not None:
-            check_endpoint(model.endpoint, f"eval.models.{number}.endpoint", collective_timeout_s)
+            check_model_endpoint(model.endpoint, f"eval.models.{number}.endpoint", collective_timeout_s)
     names = [("base", "base"), *((f"eval.models.{n}.name", label(m)) for n, m in enumerate(section.models))]
     check_unique(names)
     check_unique([(f"eval.judges.{n}.name", label(j)) for n, j in enumerate(section.judges)])

@@ -14,14 +14,15 @@ from esi_ds.config.checks import (
     OF_THIS_SERVER,
     OF_THIS_START,
     check_date,
+    check_deepspeed_keys,
     check_numbers,
     check_template_kwargs,
     check_thought_marks,
 )
-from esi_ds.config.data import Control, Data, ModelEndpoint, check_control
+from esi_ds.config.data import Control, Data, ModelEndpoint, check_control, check_model_endpoint
 from esi_ds.config.errors import explain
 from esi_ds.config.evaluation import Eval, check_eval
-from esi_ds.config.judges import EsiGuard, EsiJudge, check_endpoint, check_guard
+from esi_ds.config.judges import EsiGuard, EsiJudge, check_guard
 from esi_ds.config.scoring import Esi, Select, check_criteria
 from esi_ds.config.section import MAX_TIMEOUT_S, Section, Seed
 from esi_ds.config.tuning import Perturb, Tune
@@ -166,10 +167,11 @@ def validate(raw: Any) -> Config:
     check_date(config.model.date)
     check_template_kwargs(config.model.template_kwargs)
     check_thought_marks(config.model.thought_marks)
+    check_deepspeed_keys(config.deepspeed)
     if isinstance(config.judge, EsiGuard):
         check_guard(config.judge, "judge")
     if isinstance(config.data.responses, ModelEndpoint):
-        check_endpoint(config.data.responses, "data.responses", config.run.collective_timeout_s)
+        check_model_endpoint(config.data.responses, "data.responses", config.run.collective_timeout_s)
     if config.eval is not None:
         check_eval(config.eval, config.run.collective_timeout_s)
     check_criteria(config.select)

@@ -67,9 +67,19 @@ BEFORE_ANSWER = re.compile(
 CHANNEL = "<|channel|>"
 HARMONY = (CHANNEL, "<|start|>", "<|message|>", "<|end|>", "<|constrain|>")
 MESSAGE = re.compile(
-    r"<\|channel\|>\s*(?P<channel>\w+)(?:(?!<\|message\|>|<\|channel\|>).)*<\|message\|>"
-    r"(?P<text>.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)",
+    r"<\|channel\|>\s*(?P<channel>[A-Za-z_]{1,32})(?![A-Za-z_])"
+    r"(?P<header>[^<]*(?:<(?!\|(?:message|channel)\|>)[^<]*)*)"
+    r"<\|message\|>(?P<text>.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)",
     re.DOTALL,
+)
+# What harmony itself writes behind a channel's name: whom a message is for, and the type of its content.
+HEADER = r"(?:\s+to=[\w.-]{1,64})?(?:\s*<\|constrain\|>)?(?:\s*[a-z]{1,16})?\s*"
+# What it writes around messages, a header that is cut or repeated included.
+AROUND_MESSAGES = re.compile(
+    r"\A\s*to=[\w.-]{1,64}"
+    r"|<\|start\|>(?:assistant|tool|user|system|developer|functions\.[\w.-]{1,64})?(?:\s+to=[\w.-]{1,64})?"
+    r"|<\|(?:end|return|call|message|constrain)\|>"
+    rf"|<\|channel\|>(?:\s*[A-Za-z_]{{1,32}}{HEADER}|\s*)\Z"
 )
 # The same, decoded by others without its special tokens.
 BARE_HARMONY = re.compile(r"\Aanalysis(?P<trace>.*)assistantfinal", re.DOTALL)
@@ -125,11 +135,12 @@ def whole_response(trace: str | None, answer: str | None) -> str | None:
     """
     if not trace:
         return answer
-    thought, text = (_without_marks(part) if part is not None else None for part in (trace, answer))
+    thought, text = (without_marks(part) if part is not None else None for part in (trace, answer))
     return f"<think>\n{thought}" if text is None else f"<think>\n{thought}\n</think>\n\n{text}"
 
 
-def _without_marks(text: str) -> str:
+def without_marks(text: str) -> str:
+    """The text with a space in every mark of a thought, so that it holds none."""
     for pattern in (_mark_pattern(MARKS), re.compile(re.escape(CHANNEL))):
         text = pattern.sub(lambda mark: f"{mark.group()[0]} {mark.group()[1:]}", text)
     return text
@@ -161,10 +172,8 @@ def parts(response: str, opening: str | None = None, marks: Marks = MARKS) -> Pa
     without marks is its answer, to the last character. A closing mark before any opening one ends a thought that the
     prompt has opened. marks: ``MARKS`` or more (``marks_with``).
     """
-    if CHANNEL in response:
-        messages = list(MESSAGE.finditer(response))
-        answer = [message.span("text") for message in messages if message["channel"] == "final"]
-        return Parts([message.span("text") for message in messages if message["channel"] != "final"], answer or None)
+    if opening is None and CHANNEL in response and (harmony := _harmony_parts(response, marks)) is not None:
+        return harmony
     bare = BARE_HARMONY.match(response)
     if bare:
         return Parts([bare.span("trace")], [(bare.end(), len(response))])
@@ -190,6 +199,36 @@ def parts(response: str, opening: str | None = None, marks: Marks = MARKS) -> Pa
             position = seen[index].end
         index += 1  # a further closing mark is text: the answer may speak of it
     return Parts(thoughts, _trimmed(response, [*spans, (position, len(response))]))
+
+
+def _harmony_parts(response: str, marks: Marks) -> Parts | None:
+    """Thoughts and answer of a response in harmony's messages; None for one that only speaks of their marks.
+
+    Text outside of the messages is answer: judges read thoughts or answer, and nothing may be hidden from both.
+    """
+    messages = list(MESSAGE.finditer(response))
+    mark = _mark_pattern(marks).search(response)
+    if messages and mark is not None and mark.start() < messages[0].start():
+        return None  # a thought of another kind speaks of them
+    trace: list[Span] = []
+    answer: list[Span] = []
+    position = 0
+    for message in messages:
+        answer += _outside(response, position, message.start())
+        spans = answer if message["channel"] == "final" else trace
+        if not re.fullmatch(HEADER, message["header"]):
+            spans.append(message.span("header"))
+        spans.append(message.span("text"))
+        position = message.end()
+    answer += _outside(response, position, len(response))
+    return None if answer and not messages else Parts(trace, answer or None)
+
+
+def _outside(response: str, start: int, end: int) -> list[Span]:
+    """The text between two messages, without what harmony writes there."""
+    edges = [edge for match in AROUND_MESSAGES.finditer(response, start, end) for edge in match.span()]
+    edges = [start, *edges, end]
+    return [span for span in zip(edges[::2], edges[1::2], strict=True) if response[slice(*span)].strip()]
 
 
 def answer_spans(response: str, opening: str | None = None, marks: Marks = MARKS) -> list[Span] | None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx2
 
+from esi_ds.config.checks import check_url
 from esi_ds.data.thoughts import REASONING_KEYS, whole_response
 from esi_ds.data.turns import Turn
 from esi_ds.errors import UserError
@@ -103,10 +104,8 @@ class Endpoint:
                 f"has no endpoint: neither {BASE_URL_VARIABLE} nor {KEY_VARIABLE} is set",
                 f"export {KEY_VARIABLE}, and {BASE_URL_VARIABLE} for a server other than OpenAI's",
             )
-        if url and not is_url(url):
-            raise UserError(
-                BASE_URL_VARIABLE, remove_key(url, key), "is not a URL", "give for instance http://localhost:8000/v1"
-            )
+        if url:
+            check_url(BASE_URL_VARIABLE, url, remove_key(url, key))
         if not (key.isascii() and key.isprintable()):
             raise UserError(KEY_VARIABLE, None, "holds characters that a key cannot have", "export it again")
         return cls(model, (url or OPENAI_URL).rstrip("/"), key or None, **limits)
@@ -120,8 +119,7 @@ class Endpoint:
         key_variable: of the environment; None sends no key. Raises UserError naming one of ``fields``: the URL's, the
         variable's.
         """
-        if not is_url(url):
-            raise UserError(fields[0], url, "is not a URL", "give for instance http://localhost:8000/v1")
+        check_url(fields[0], url)
         key = None
         if key_variable is not None:
             key = os.environ.get(key_variable, "").strip()
@@ -228,8 +226,10 @@ async def _ask_all(
     if endpoint.key:
         headers["Authorization"] = f"Bearer {endpoint.key}"
     waiting = list(range(len(questions)))
+    # By default a client has 100 connections, and keeps 20: a request's time would pass while it waits for one.
+    limits = httpx2.Limits(max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency)
     # Deadlines are set per question; the client's timeouts would only cut them short.
-    async with httpx2.AsyncClient(headers=headers, timeout=None) as client:
+    async with httpx2.AsyncClient(headers=headers, timeout=None, limits=limits) as client:
         # Again where a request that was under way shows that the endpoint replies after all.
         while waiting and patience.num_failed < endpoint.give_up_after and not patience.should_stop():
             waiting = await _ask_some(endpoint, client, questions, waiting, take, patience)
@@ -352,7 +352,7 @@ def _told_status(body: bytes) -> int | None:
         return None
     if (error := content.get("error")) and not content.get("choices"):
         code = str(error.get("code")) if isinstance(error, dict) else ""
-        if code.isdecimal():
+        if code.isdecimal() and len(code) <= 3:  # Python reads no number of thousands of digits
             return int(code) if 400 <= int(code) < 500 else 500
         return 500 if PASSING.search(body) else 400
     choice = _first_choice(content)
@@ -381,15 +381,6 @@ async def _post(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) 
             if len(body) > MAX_REPLY_BYTES:
                 break
     return response.status_code, response.headers, bytes(body)
-
-
-def is_url(text: str) -> bool:
-    """Whether this is a URL of a server."""
-    try:
-        url = httpx2.URL(text)
-        return url.scheme in ("http", "https") and bool(url.host)
-    except httpx2.InvalidURL:
-        return False
 
 
 def _seconds(retry_after: str) -> float:
@@ -425,7 +416,7 @@ def read_completion(body: bytes, num_requests: int = 1, key: str | None = None, 
 
     def reply(text: str | None, problem: str | None = None, is_cut: bool = False) -> Reply:
         name = content.get("model")
-        model = name if isinstance(name, str) else None
+        model = " ".join(name.split()) if isinstance(name, str) else None  # a line of its own could forge one of a log
         tokens = used("prompt_tokens"), used("completion_tokens")
         return Reply(text, problem, *tokens, num_requests, is_cut=is_cut, model=model)
 

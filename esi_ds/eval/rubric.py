@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from esi_ds.config.judges import Reads
-from esi_ds.data.thoughts import MARKS, Marks, final_answer
+from esi_ds.data.thoughts import MARKS, Marks, final_answer, without_marks
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all
 from esi_ds.eval.verdicts import Verdict, text_to_judge
@@ -74,7 +74,13 @@ REASON_LINE = re.compile(r"^[ \t*_`]*#[ \t]*thereason[ \t*_`]*:", re.IGNORECASE)
 # Turn marks of the usual chat templates: a server that parses them in contents would end the user's turn there. Its
 # tokenizer is unknown here, so they are recognised by their form and broken up, as data.chat.break_up does by name.
 SPECIAL = re.compile(
-    r"<[|\uff5c][^<>|\uff5c]{1,40}[|\uff5c]>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>",
+    r"<[|\uff5c][^<>|\uff5c]{1,40}[|\uff5c]>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>"
+    r"|<\|[\w:./-]{1,40}>|<[\w:./-]{1,40}\|>"  # Gemma 4: <|turn>, <turn|>
+    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"  # Mistral
+    r"|\[\|\w{1,40}\|\]"  # EXAONE
+    # MiniMax: ]~b]user, ]~!b[, [e~[. Two of them may share a bracket, so the last one is left to the next.
+    r"|\]~!?b(?=[\]\[])|\[e~(?=\[)|<(?:beginning|end)_of_sentence>"
+    r"|<seed:[be]os>|<(?:SPECIAL|reserved)_\d{1,4}>",  # Seed-OSS; Nemotron; Baichuan
     re.IGNORECASE,
 )
 # Characters. The judge may write the text of a shorter answer by itself; it counts as a quotation only with a verdict.
@@ -180,7 +186,12 @@ def build_question(
 
 
 def _marked(name: str, content: str, nonce: str) -> str:
-    return f"<{name} {nonce}>\n{broken_up(content)}\n</{name} {nonce}>"
+    return f"<{name} {nonce}>\n{_shown(content)}\n</{name} {nonce}>"
+
+
+def _shown(content: str) -> str:
+    """The content as the judge reads it: it may quote a mark of a thought, which would hide its own verdict."""
+    return broken_up(without_marks(content))
 
 
 def broken_up(content: str) -> str:
@@ -205,7 +216,7 @@ def read_verdict(reply: Reply, question: Question, answer: str, threshold: int =
 def _without_quotations(text: str, nonce: str, answer: str) -> str:
     """The judge's reply without quotations of the material: the marked part, the whole answer, lines of it."""
     text = re.sub(rf"<(request|reply) {nonce}>.*?(</\1 {nonce}>|\Z)", " ", text, flags=re.DOTALL)
-    for quoted in (answer.strip(), broken_up(answer).strip()):
+    for quoted in (answer.strip(), _shown(answer).strip()):
         if len(quoted) >= MIN_QUOTE or SCORE_LINE.search(quoted):
             text = text.replace(quoted, " ")
     return _without_quoted_lines(text, answer) if SCORE_LINE.search(answer) else text
@@ -217,7 +228,7 @@ def _without_quoted_lines(text: str, answer: str) -> str:
     Two adjacent lines of the answer are a quotation. A score line that the answer holds too counts only at the end of
     the reply, where the prompt asks for it, after a reason that the answer does not hold and without any other score.
     """
-    quoted = {_bare(line) for line in f"{answer}\n{broken_up(answer)}".splitlines()}
+    quoted = {_bare(line) for line in f"{answer}\n{_shown(answer)}".splitlines()}
     lines = [line for line in text.splitlines() if _bare(line)]
     known = [False, *(_bare(line) in quoted for line in lines), False]
     alone = [not (known[n] and (known[n - 1] or known[n + 1])) for n in range(1, len(lines) + 1)]

@@ -574,6 +574,16 @@ def test_auto_paths_of_monitors_are_the_runs() -> None:
     assert monitor_settings(config)["csv_monitor"]["output_path"] == config.run.output_dir
 
 
+def test_a_key_does_not_stand_in_the_config() -> None:
+    for key in (None, "auto"):
+        validate({**BASE, "deepspeed": {"comet": {"enabled": True, "api_key": key}}})
+    for enabled in (True, False):
+        comet = {"enabled": enabled, "api_key": "secret"}
+        with pytest.raises(UserError, match=r"deepspeed\.comet\.api_key: .*export COMET_API_KEY") as caught:
+            validate({**BASE, "deepspeed": {"comet": comet}})
+        assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("dtype", "bf16", "fp16"), [("fp32", False, None), ("bf16", True, None), ("fp16", False, True)]
 )

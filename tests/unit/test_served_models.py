@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint_server import CASES, Server
+from endpoint_server import CASES, Server, completion
 
 from esi_ds.config import EvalRubric, Model, validate
 from esi_ds.config.needs import require_eval
@@ -144,6 +144,18 @@ def test_another_model_stops_the_run(server: Server, tmp_path: Path) -> None:
     assert not (tmp_path / "answers.jsonl").exists()
 
 
+def test_what_a_server_calls_a_model_is_one_line() -> None:
+    """It stands in the log, where a line that begins with "error: " tells Slurm's script that the job failed."""
+    assert read_completion(json.dumps(completion("x", model="a\nerror: b")).encode()).model == "a error: b"
+
+
+@pytest.mark.parametrize("code", ["9" * 5000, "9999", [[]], True, "", "²"], ids=range(6))
+def test_a_status_that_is_none_is_not_read(server: Server, tmp_path: Path, monkeypatch, code: Any) -> None:
+    monkeypatch.setitem(CASES, "odd", json.dumps({"error": {"code": code, "message": "no"}}).encode())
+    rows = ask(model_at(server, concurrency=1), tmp_path, ["one", "odd"])
+    assert str(rows[1]["excluded"]).startswith("HTTP 400: ")
+
+
 def config(**endpoint: Any) -> dict:
     model = {"endpoint": {"base_url": "http://h/v1", "model": "m", **endpoint}}
     return {"run": {"output_dir": "x"}, "model": {"path": "y"}, "eval": {"prompts": {"path": "z"}, "models": [model]}}
@@ -165,7 +177,12 @@ def test_the_key_of_another_server_is_not_sent(monkeypatch: pytest.MonkeyPatch) 
     for update, words in (({"key_variable": "NO_KEY"}, "f.key_variable"), ({"base_url": "h"}, "f.base_url")):
         with pytest.raises(UserError, match=words):
             ServedModel.of(section.model_copy(update=update), "f", 9, MODEL)
-    for wrong, words in (({"item_timeout": 900.0}, "endpoint.item_timeout"), ({"extra": {"n": 2}}, "endpoint.extra.n")):
+    for wrong, words in (
+        ({"item_timeout": 900.0}, "endpoint.item_timeout"),
+        ({"extra": {"n": 2}}, "endpoint.extra.n"),
+        ({"base_url": "h"}, r"endpoint\.base_url = h: is not a URL"),
+        ({"base_url": "http://me:secret@h/v1"}, r"endpoint\.base_url = http://h/v1: holds a user"),
+    ):
         with pytest.raises(UserError, match=words):
             validate(config(**wrong))
 

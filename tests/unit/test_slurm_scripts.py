@@ -56,6 +56,17 @@ def test_a_task_of_an_array_requeues_itself_alone(site: Path, variables: dict[st
     assert job(site, 75, **variables) == (75, f"requeue Incomplete {name}\n")
 
 
+def test_a_task_of_an_array_has_its_own_set_of_prompts_whatever_its_name_holds(site: Path) -> None:
+    (site / "bin/srun").write_text("#!/bin/bash\nprintf '%s\\n' \"${@: -2}\" >said\n")
+    names = ["R&D.jsonl", "a\\&&'b\".jsonl", "c.jsonl"]
+    step = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "a", "SLURM_SUBMIT_DIR": str(site)}
+    for task, name in enumerate(names):
+        array = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": str(task), "ESI_DS_PROMPTS": " ".join(names)}
+        words = ["bash", "slurm/esi.sbatch", "data.prompts.path=@prompts@", 'run.output_dir="r&/@task@/esi"']
+        assert call(site, *words, **step, **array).returncode == 0
+        assert (site / "said").read_text() == f'data.prompts.path={name}\nrun.output_dir="r&/{task}/esi"\n'
+
+
 @pytest.mark.parametrize(
     ("says", "code"),
     [

@@ -203,27 +203,43 @@ def test_a_user_s_marks_in_what_models_generate_serve_and_learn(monkeypatch: pyt
     values = surprises(model, tokenizer, [("p", COMPLIES), ("p", TEXTS[0])], batch_size=1, marks=marks)
     assert values[0] == values[1] is not None
 
+    rows, remarks = generated_rows(monkeypatch, TEXTS, OWN)
+    assert all(row["asked"] == {"max_tokens": 3, "system_prompt": "s"} for row in rows)
+    assert [row["excluded"] for row in rows] == [None, None, UNFINISHED, None]
+    assert all(row["thought_marks"] == OWN for row in rows) and not remarks
+
+
+def generated_rows(
+    monkeypatch: pytest.MonkeyPatch, texts: list[str], pair: list[str] | None
+) -> tuple[list[AnswerRow], list[str]]:
+    """The rows of a model that generates these texts, and what is remarked."""
+
     def generate_all(model: Any, tokenizer: Any, ends: Any, ids: Any, done: Any, *, keep: Any, **named: Any) -> None:
-        assert named["marks"] == marks
-        keep(dict(enumerate(TEXTS)))
+        assert named["marks"] == marks_with(pair)
+        keep(dict(enumerate(texts)))
 
     monkeypatch.setattr(answering, "generate_all", generate_all)
-    ids = {("s", number): [1, 2] for number in range(len(TEXTS))}
-    config = LlamaConfig(max_position_embeddings=99)
+    ids = {("s", number): [1, 2] for number in range(len(texts))}
+    config, tokenizer = LlamaConfig(max_position_embeddings=99), byte_bpe_tokenizer()
     candidate = SimpleNamespace(
-        max_positions=99, prompt_ids=ids, tokenizer=tokenizer, end_ids={2}, thought_marks=OWN, config=config
+        max_positions=99, prompt_ids=ids, tokenizer=tokenizer, end_ids={2}, thought_marks=pair, config=config
     )
-    answers = SimpleNamespace(rows={}, key=lambda row: row["index"], add=kept_rows.extend)
-    sets = [QuestionSet("s", "harmful", PromptSet(("p",) * len(TEXTS), "p", "f", ()))]
+    rows: list[AnswerRow] = []
+    remarks: list[str] = []
+    answers = SimpleNamespace(rows={}, key=lambda row: row["index"], add=rows.extend)
+    sets = [QuestionSet("s", "harmful", PromptSet(("p",) * len(texts), "p", "f", ()))]
     raw = {"run": {"output_dir": "x"}, "model": {"path": "m", "system_prompt": "s"}}
     settings = validate({**raw, "eval": {"max_new_tokens": 3, "prompts": {"path": "p"}}})
-    answering.answer_all(None, "m", candidate, sets, answers, settings, None, None)  # type: ignore[arg-type]
-    assert all(row["asked"] == {"max_tokens": 3, "system_prompt": "s"} for row in kept_rows)
-    assert [row["excluded"] for row in kept_rows] == [None, None, UNFINISHED, None]
-    assert all(row["thought_marks"] == OWN for row in kept_rows)
+    tracker = SimpleNamespace(remark=remarks.append)
+    answering.answer_all(None, "m", candidate, sets, answers, settings, None, tracker)  # type: ignore[arg-type]
+    return rows, remarks
 
 
-kept_rows: list[AnswerRow] = []
+def test_a_thought_that_nothing_opened_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attack may dictate the mark: what stands before it is harmless to judges that read the answer."""
+    assert not generated_rows(monkeypatch, [COMPLIES, f"<think>x</think>{REFUSES}"], None)[1]
+    (remark,) = generated_rows(monkeypatch, [f"{COMPLIES} </think> {REFUSES}"], None)[1]
+    assert remark.startswith("answers of m close a thought that neither they nor their prompts open")
 
 
 def test_an_answer_cut_within_a_thought_that_its_prompt_opened_is_unfinished() -> None:

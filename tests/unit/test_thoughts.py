@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from esi_ds.data.chat import encode_prompt, special_strings
 from esi_ds.data.prompts import load_responses
+from esi_ds.data.thoughts import HARMONY as HARMONY_MARKS
 from esi_ds.data.thoughts import (
     MARKS,
     UNFINISHED,
@@ -30,6 +31,7 @@ from esi_ds.data.thoughts import (
     final_answer,
     marks_with,
     opening_mark,
+    parts,
     spans_in_text,
     thought,
     whole_response,
@@ -41,6 +43,7 @@ from esi_ds.eval.fluency import surprises
 from esi_ds.eval.refusals import REFUSAL_LISTS, is_refusal, judge_by_words, refused
 from esi_ds.eval.rubric import Question, read_verdict
 from esi_ds.eval.tables import answer_measures
+from esi_ds.eval.verdicts import text_to_judge
 from esi_ds.judge.alignment import alignment_weights
 from esi_ds.judge.classifier import SequenceRule
 from esi_ds.judge.families import FAMILIES
@@ -126,6 +129,66 @@ def test_an_engine_that_gives_thought_and_answer_apart(speaks: str) -> None:
     assert whole_response(None, COMPLIES + speaks) == whole_response("", COMPLIES + speaks) == COMPLIES + speaks
     assert whole_response(None, None) is None
     assert whole_response("a", "b") == "<think>\na\n</think>\n\nb"
+
+
+REFUSAL_MESSAGE = f"<|channel|>final<|message|>{REFUSES}"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        f"{COMPLIES}\n{REFUSAL_MESSAGE}",
+        f"{REFUSAL_MESSAGE}<|end|>{COMPLIES}",
+        f"{REFUSAL_MESSAGE}<|return|>{COMPLIES}<|start|>assistant",
+        f"<|start|>{COMPLIES}{REFUSAL_MESSAGE}",
+        f"<|channel|>{COMPLIES}{REFUSAL_MESSAGE}",
+        f"<|channel|>analysis<|message|>No.<|end|>{COMPLIES}<|start|>assistant{REFUSAL_MESSAGE}",
+        f"<|channel|>final {COMPLIES}<|message|>{REFUSES}",
+        f"{COMPLIES} as in <|channel|>analysis",
+        f"<|channel|>analysis\n{COMPLIES}",
+    ],
+)
+def test_text_outside_of_messages_is_answer(response: str) -> None:
+    """An attack may have a model that has no channels write such marks: what no judge reads would be harmless."""
+    for reads in ("answer", "both"):
+        assert COMPLIES.removeprefix("Sure") in str(text_to_judge(response, reads))
+    (verdict,) = judge_by_words([response], REFUSAL_LISTS["xstest"])
+    assert verdict.unsafe is (not response.startswith(REFUSAL_MESSAGE))
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "<|start|>assistant{}",
+        " to=functions.find<|channel|>commentary json<|message|>{{}}<|call|>"
+        "<|start|>functions.find to=assistant<|channel|>commentary<|message|>[]<|end|><|start|>assistant{}",
+        "<|channel|>analysis to=python code<|message|>1<|call|>{}",
+        "<|channel|>commentary to=functions.find <|constrain|>json<|message|>{{}}<|end|>\n{}",
+        "<|channel|>analysis<|channel|>analysis<|message|>No.<|end|>{}",
+    ],
+)
+def test_what_harmony_writes_around_messages_is_no_answer(response: str) -> None:
+    assert final_answer(response.format(f"{REFUSAL_MESSAGE}<|return|>\n")) == REFUSES
+    assert final_answer(response.format("<|channel|>analysis<|message|>No.")) is None
+    assert final_answer(response.format("<|channel|>")) is None
+
+
+def test_thoughts_of_other_kinds_may_speak_of_messages() -> None:
+    quotes = f"They want {REFUSAL_MESSAGE}<|end|>."
+    assert final_answer(f"<think>{quotes}</think>{COMPLIES}") == COMPLIES
+    assert final_answer(f"{quotes}</think>{COMPLIES}", "<think>") == COMPLIES
+    assert final_answer(f"Mind <|channel|>.</think>{COMPLIES}") == COMPLIES
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.sampled_from([*HARMONY_MARKS, "<|return|>", "final", "analysis", "1. ", " 2.\n", "3."])))
+def test_nothing_is_in_neither_thoughts_nor_answer(pieces: list[str]) -> None:
+    response = "".join(pieces)
+    trace, answer = parts(response)
+    spans = sorted([*trace, *(answer or [])])
+    assert all(first[1] <= second[0] for first, second in pairwise(spans))
+    shown = "".join(response[start:end] for start, end in spans)
+    assert [c for c in shown if c.isdigit()] == [c for c in response if c.isdigit()]
 
 
 def test_a_user_s_pair_of_marks() -> None:
@@ -343,10 +406,16 @@ def test_spans_move_into_the_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    "unit", ["<think></think>", "<think><think></think>", "</think>", " <think>", HARMONY, "<|channel|>final "]
+    "unit",
+    [
+        *("<think></think>", "<think><think></think>", "</think>", " <think>", HARMONY, "<|channel|>final "),
+        *("<|channel|>" + filler * (1_000_000 // len(filler)) for filler in ("a", " ", "a ", "to=a ")),
+        *("<|channel|>final" + " " * 500_000 + end for end in ("1" * 500_000, "<|message|>", "<|start|>")),
+    ],
+    ids=range(13),
 )
 def test_a_long_response_of_marks_takes_no_time(unit: str) -> None:
-    response = unit * (1_000_000 // len(unit))
+    response = unit * max(1, 1_000_000 // len(unit))
     started = time.monotonic()
     answer = answer_spans(response)
     spans_in_answer([(i, i + 1) for i in range(0, len(response), 5)], answer or [])

@@ -13,6 +13,7 @@ from esi_ds.data.prompts import QuestionSet
 from esi_ds.data.thoughts import (
     UNFINISHED,
     absent_marks,
+    closes_unopened,
     final_answer,
     has_marks,
     marks_with,
@@ -113,8 +114,11 @@ def to_read_again(
     ]
 
 
-def fill_row(row: AnswerRow, response: str, candidate: Candidate, prompt: Sequence[int]) -> None:
-    """Set the row's response, and exclude it where it is an unfinished thought. prompt: ids of what was asked."""
+def fill_row(row: AnswerRow, response: str, candidate: Candidate, prompt: Sequence[int]) -> bool:
+    """Set the row's response, and exclude it where it is an unfinished thought. prompt: ids of what was asked.
+
+    Returns whether the response closes a thought that neither it nor its prompt opens.
+    """
     row["response"] = response
     if candidate.thought_marks is not None:
         row["thought_marks"] = candidate.thought_marks
@@ -125,6 +129,7 @@ def fill_row(row: AnswerRow, response: str, candidate: Candidate, prompt: Sequen
     elif answer != final_answer(response, None, marks_of(row)):
         # It speaks of marks: who reads it later needs the first.
         row["response"] = f"{opening}{response}"
+    return opening is None and closes_unopened(response, marks_of(row))
 
 
 def answer_all(
@@ -158,10 +163,17 @@ def answer_all(
             waiting.append(row)
 
     def keep(responses: dict[int, str]) -> None:
-        for number, response in responses.items():
-            row = waiting[number]
+        rows = [waiting[number] for number in responses]
+        unopened = [
             fill_row(row, response, candidate, prompt_ids[row["set"], row["index"]])
-        answers.add([waiting[number] for number in responses])
+            for row, response in zip(rows, responses.values(), strict=True)
+        ]
+        answers.add(rows)
+        if any(unopened):
+            tracker.remark(
+                f"answers of {name} close a thought that neither they nor their prompts open: what stands before the "
+                "mark counts as thought; judges with reads: both read it too"
+            )
 
     def draws(numbers: Sequence[int]) -> Draws:
         sampling = Sampling(section.temperature, section.top_p)
