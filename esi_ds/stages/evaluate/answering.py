@@ -95,6 +95,8 @@ def add_recorded(
             )
     if recorded.differences:
         tracker.remark(f"answers of {model.name} were asked for otherwise: {recorded.differences}")
+    if recorded.unrecorded:
+        tracker.remark(f"answers of {model.name} {recorded.unrecorded}")
     answers.add(rows)
     unused = f"; {recorded.num_unused} of its rows answer other prompts" if recorded.num_unused else ""
     tracker.log(
