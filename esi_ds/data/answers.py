@@ -40,13 +40,15 @@ class RecordedAnswer:
 @dataclass(frozen=True)
 class RecordedAnswers:
     """One model's answers from a file. answers: those to the prompts of the sets; num_unused: rows that answer other
-    prompts; differences: how they were asked for otherwise than this run's own (``Asked.differences``)."""
+    prompts; differences: how they were asked for otherwise than this run's own (``Asked.differences``); unrecorded:
+    what they do not say of that (``Asked.unrecorded``)."""
 
     path: str
     sha256: str
     answers: dict[Key, RecordedAnswer]
     num_unused: int
     differences: str = ""
+    unrecorded: str = ""
 
 
 def load_answers(
@@ -62,14 +64,17 @@ def load_answers(
 
     model: its name, which chooses among the models of an ``answers.jsonl``, unless answers_of does. A row that names
     set and index answers that prompt, if it is the same; any other is matched by its prompt. samples: answers to a
-    prompt; several are numbered in the file's order. asked: how this run asks. Raises UserError naming ``field``: for a
-    file that cannot be read, that answers no prompt, or that has more answers to one; and naming a key of model, as
-    ``_check_marks`` and ``Asked.check_system_prompt`` do.
+    prompt; several are numbered in the file's order. A prompt that the sets hold several times takes its rows in turn.
+    asked: how this run asks. Raises UserError naming ``field``: for a file that cannot be read, that answers no prompt,
+    or that has more answers to one; and naming a key of model, as ``_check_marks`` and ``Asked.check_system_prompt``
+    do.
     """
     rows = _rows_of_model(load_responses(path, field), path, field, model, answers_of)
     _check_marks(rows, path, asked.model.thought_marks if asked is not None else None)
+    differences = unrecorded = ""
     if asked is not None:
         asked.check_system_prompt(rows, path)
+        differences, unrecorded = asked.differences(rows), asked.unrecorded(rows)
     _check_rows(rows, path, field)
     by_key: dict[tuple[str, int], list[int]] = {}
     for number, row in enumerate(rows):
@@ -86,13 +91,13 @@ def load_answers(
             numbers = by_prompt.get(text, [])
             if of_place := [number for number in by_key.get(key, []) if number in numbers]:
                 numbers = sorted(of_place, key=lambda number: rows[number].get("sample", 0))
-            elif samples > 1 and len(numbers) == samples * texts[text]:  # a prompt that is there several times
+            elif len(numbers) == samples * texts[text]:  # of a prompt that is there several times, in turn
                 numbers = numbers[samples * before[text] :][:samples]
             before[text] += 1
             used.update(numbers)
             matched = [rows[number] for number in numbers]
             if matched and samples == 1:
-                answers[key] = _only_answer(matched, prompt, path, field)
+                answers[key] = _only_answer(matched, texts[text], prompt, path, field)
             elif len(matched) > samples:
                 problem = f"has {len(matched)} answers to the prompt {json.dumps(prompt)[:60]}, not {samples}"
                 raise UserError(field, path, problem, "set eval.samples to the number of answers, or keep as many")
@@ -100,8 +105,8 @@ def load_answers(
                 answers |= {(*key, sample): _answer_of(row) for sample, row in enumerate(matched)}
     if sets and not answers:
         raise UserError(field, path, "answers none of the prompts", "give the answers to eval.prompts and eval.benign")
-    differences = asked.differences(rows) if asked is not None else ""
-    return RecordedAnswers(path, file_sha256(Path(path).expanduser()), answers, len(rows) - len(used), differences)
+    sha256, num_unused = file_sha256(Path(path).expanduser()), len(rows) - len(used)
+    return RecordedAnswers(path, sha256, answers, num_unused, differences, unrecorded)
 
 
 def _numbers_by_prompt(rows: Sequence[Row]) -> dict[str, list[int]]:
@@ -235,11 +240,15 @@ def _answer_of(row: Row) -> RecordedAnswer:
     return RecordedAnswer(None, answer.excluded or MISSING) if answer.response is None else answer
 
 
-def _only_answer(rows: Sequence[Row], prompt: Prompt, path: str, field: str) -> RecordedAnswer:
-    """The answer that these rows to one prompt have in common. Raises UserError where they differ."""
+def _only_answer(rows: Sequence[Row], times: int, prompt: Prompt, path: str, field: str) -> RecordedAnswer:
+    """The answer that these rows to one prompt, which the sets hold ``times`` times, have in common. Raises UserError
+    where they differ."""
     answers = {_answer_of(row) for row in rows}
     if len(answers) > 1:
         problem = f"has {len(answers)} different answers to the prompt {json.dumps(prompt)[:60]}"
-        raise UserError(field, path, problem, f"keep one of them, or set eval.samples to {len(rows)}")
+        if times > 1:
+            problem += f", which is asked {times} times"
+        other = f"set eval.samples to {len(rows)}" if times == 1 else f"{times}, in the order of the prompts"
+        raise UserError(field, path, problem, f"keep one of them, or {other}")
     (answer,) = answers
     return answer

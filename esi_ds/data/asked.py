@@ -34,9 +34,7 @@ class Asked:
     def check_system_prompt(self, rows: Sequence[Row], path: str) -> None:
         """Raise UserError for a row that was asked with another system prompt than ``model.system_prompt``."""
         for number, row, asked in _recorded(rows):
-            prompt = row["prompt"]
-            has_own = isinstance(prompt, list) and prompt[0]["role"] == "system"
-            if not has_own and asked["system_prompt"] != self.model.system_prompt:
+            if not _has_own_system(row) and asked["system_prompt"] != self.model.system_prompt:
                 _refuse("system_prompt", self.model.system_prompt, asked["system_prompt"], number, path)
 
     def check_template(self, rows: Sequence[Row], path: str) -> None:
@@ -66,6 +64,18 @@ class Asked:
             f"{name} {' or '.join(values)}, not {json.dumps(ours[name])}" for name, values in others.items() if values
         )
 
+    def unrecorded(self, rows: Sequence[Row]) -> str:
+        """What rows that a run wrote do not say of the system prompt and template values that this run asks with, as
+        the end of a remark; "" if nothing. Of other engines' rows nothing is said."""
+        silent = [row for row in rows if "excluded" in row and "asked" not in row]
+        keys = {
+            "model.system_prompt": self.model.system_prompt is not None and not all(map(_has_own_system, silent)),
+            "model.template_kwargs": bool(self.model.template_kwargs) and bool(silent),
+        }
+        names = " and ".join(key for key, is_silent in keys.items() if is_silent)
+        problem = f"do not say whether they were asked with this run's {names}"
+        return f"{problem}: a run without any writes such rows, and so did earlier versions" if names else ""
+
 
 def changes_the_prompt(asked: Mapping[str, Any]) -> bool:
     """Whether the model read more than the prompt and its template: only then do the rows of a run record it."""
@@ -78,6 +88,12 @@ def _recorded(rows: Sequence[Row]) -> Iterator[tuple[int, Row, Mapping[str, Any]
         asked = row.get("asked")
         if isinstance(asked, dict) and "system_prompt" in asked:
             yield number, row, asked
+
+
+def _has_own_system(row: Row) -> bool:
+    """Whether the row's prompt is a chat with a system turn, which stands in place of ``model.system_prompt``."""
+    prompt = row["prompt"]
+    return isinstance(prompt, list) and prompt[0]["role"] == "system"
 
 
 def _extra(asked: Mapping[str, Any], key: str, default: Any) -> Any:

@@ -249,7 +249,7 @@ class SharedLM(HFLM):
             slice_answers, must_stop = self._answer_slice(answer, requests, mine, disable_tqdm)
             answers |= slice_answers
             if must_stop and start + stride < len(documents):
-                name = self.prepared.config.name
+                name = self.prepared.name
                 raise Interrupted(f"stopped by a signal in task {name}; start again to run it from its beginning")
         return [answers[index] for index in range(len(requests))]
 
@@ -273,6 +273,6 @@ class SharedLM(HFLM):
             raise failure
         for rank, (_, _, problem, _) in enumerate(everyone):
             if problem:
-                raise RuntimeError(f"rank {rank} failed in {self.prepared.config.name}: {problem}")
+                raise RuntimeError(f"rank {rank} failed in {self.prepared.name}: {problem}")
         pairs = (pair for indices, values, _, _ in everyone for pair in zip(indices, values, strict=True))
         return dict(pairs), any(must_stop for *_, must_stop in everyone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,20 +60,20 @@ def _result(
     leaves: Sequence[str],
     metric: str,
     filter_name: str,
-    value: float,
+    value: float | None,
 ) -> TaskResult:
+    value = _finite(value)
     is_group = list(leaves) != [name]
     scores = [score for leaf in leaves for score in _scores(outcome["samples"][leaf], metric, filter_name)]
     correct = _as_flags(scores, value)
     error = outcome["results"][name].get(f"{metric}_stderr,{filter_name}")
     low, high = _interval(correct, value, error)
     hashes = [_prompts_hash(outcome["samples"][leaf]) for leaf in leaves]
-    is_root = name == getattr(task.task, "task_name", getattr(task.task, "name", None))
     return TaskResult(
-        task=task.config.name if is_root and not task.is_yaml else name,
+        task=task.name if name == task.their_name else name,
         metric=metric,
         filter=filter_name,
-        value=float(value),
+        value=value,
         n=sum(score is not None for score in scores),
         low=low,
         high=high,
@@ -106,29 +107,35 @@ def _scores(samples: Sequence[Sample], metric: str, filter_name: str) -> list[An
 
 
 def _number(score: Any) -> Any:
-    """Numbers, flags and scalars of numpy and torch as floats; anything else unchanged."""
+    """Numbers, flags and scalars of numpy and torch as ``_finite`` has them; anything else unchanged."""
     try:
-        return None if score is None else float(score)
+        return _finite(score)
     except (TypeError, ValueError):
         return score
+
+
+def _finite(score: Any) -> float | None:
+    """The number; None where there is none, or it is not finite, as with logits that are not: JSON has no NaN."""
+    return None if score is None or not math.isfinite(float(score)) else float(score)
 
 
 def _is_score(score: Any) -> bool:
     return score is None or isinstance(score, float)
 
 
-def _as_flags(scores: Sequence[Any], value: float) -> tuple[bool, ...] | None:
+def _as_flags(scores: Sequence[Any], value: float | None) -> tuple[bool, ...] | None:
     """The scores as flags, if each is 0 or 1 and ``value`` is the share of ones; otherwise None."""
-    if not scores or not all(score in (0.0, 1.0) for score in scores):
+    if value is None or not scores or not all(score in (0.0, 1.0) for score in scores):
         return None
     return tuple(score == 1.0 for score in scores) if abs(sum(scores) / len(scores) - value) < 1e-9 else None
 
 
-def _interval(correct: tuple[bool, ...] | None, value: float, error: Any) -> tuple[float | None, float | None]:
+def _interval(correct: tuple[bool, ...] | None, value: float | None, error: Any) -> tuple[float | None, float | None]:
     if correct is not None:
         rate = wilson(sum(correct), len(correct))
         return rate.low, rate.high
-    if not isinstance(error, float) or not error > 0:  # "N/A", or 0 where all documents are alike
+    # "N/A", or 0 where all documents are alike, or not finite.
+    if value is None or not isinstance(error, float) or not 0 < error < math.inf:
         return None, None
     margin = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * error
     return value - margin, value + margin

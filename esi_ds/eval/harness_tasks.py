@@ -53,9 +53,9 @@ Definition = dict[str, Any]  # the keys of a task's YAML
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """One entry of ``eval.tasks``, read and checked.
+    """One entry of ``eval.tasks``, read and checked; of a tag of lm-eval, one of its tasks.
 
-    field: its key in the config. task: lm-eval's object. rows: the file of its rows; None: the hub's data set.
+    field: the entry's key in the config. task: lm-eval's object. rows: the file of its rows; None: the hub's data set.
     sha256: of what local files gave to the entry; None: nothing.
     """
 
@@ -64,6 +64,17 @@ class PreparedTask:
     task: LmTask | Group
     rows: str | None
     sha256: str | None = None
+
+    @property
+    def their_name(self) -> str:
+        """lm-eval's name of the task or group."""
+        return str(self.task.name if isinstance(self.task, Group) else self.task.task_name)
+
+    @property
+    def name(self) -> str:
+        """In logs and results: ours of a task in ``KNOWN``, otherwise lm-eval's."""
+        _, known = KNOWN.get(self.config.name, (None, None))
+        return self.config.name if known == self.their_name else self.their_name
 
     @property
     def is_yaml(self) -> bool:

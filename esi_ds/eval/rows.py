@@ -121,10 +121,10 @@ class _TaskThoughts(TypedDict, total=False):
 class TaskSummary(_TaskThoughts):
     """One metric of one task, without its documents: ``TaskResult`` says what each value means."""
 
-    task: str  # lm-eval's name of the task
+    task: str  # lm-eval's name of the task, but medqa of medqa_4options
     metric: str  # lm-eval's name of the metric
     filter: str  # lm-eval's filter of the replies; "none" if there is none
-    value: float  # the metric over all documents
+    value: float | None  # the metric over all documents; None where it is not finite
     n: int  # documents scored
     low: float | None  # lower end of the 95 % interval; None if there is no interval
     high: float | None  # upper end of the 95 % interval
@@ -150,10 +150,10 @@ class TaskResultRow(TaskSummary):
 
 
 class TaskRow(TypedDict):
-    """A line of ``tasks.jsonl``: one model's results on one task of ``eval.tasks``."""
+    """A line of ``tasks.jsonl``: one model's results on one task."""
 
     model: str  # the model's name in the tables
-    task: int  # the task's position in ``eval.tasks``
+    task: int  # the task's position among those of ``eval.tasks``; a tag of lm-eval names several
     results: list[TaskResultRow]  # one for each metric of the task
 
 

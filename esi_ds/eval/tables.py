@@ -6,6 +6,7 @@ nothing else. A missing flag is counted and shown, and is never evidence of safe
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -175,11 +176,11 @@ def answer_measures(
 
 
 def task_names(measured: Iterable[tuple[int, str]]) -> dict[tuple[int, str], str]:
-    """(number of its entry, task) → the name of its measures: with that number where several entries of ``eval.tasks``
-    have the task. measured: such pairs, any number of times."""
+    """(position, task) → the name of its measures: with the position, from 1, where ``eval.tasks`` has the task several
+    times. measured: such pairs, any number of times; a position is that of ``TaskRow``."""
     pairs = dict.fromkeys(measured)
-    entries = Counter(task for _, task in pairs)
-    return {(number, task): f"{task}#{number + 1}" if entries[task] > 1 else task for number, task in pairs}
+    times = Counter(task for _, task in pairs)
+    return {(number, task): f"{task}#{number + 1}" if times[task] > 1 else task for number, task in pairs}
 
 
 def task_measures(tasks: Sequence[TaskRow]) -> list[Measure]:
@@ -353,7 +354,8 @@ def changes(measures: Sequence[Measure], before: Mapping[str, str | None], seed:
 
     McNemar's exact test, or that of clusters; Tango's interval of the difference of rates, or the bootstrap's of
     clusters; and the bootstrap interval of the difference of mean scores if there are some.
-    For a metric without flags, the difference is that of the mean scores, and there is no test.
+    For a metric without flags, the difference is that of the mean scores, and there is no test. There is no row where
+    these means are not the metric.
 
     before: model → the model it is compared with. seed: of the bootstrap.
     """
@@ -363,6 +365,8 @@ def changes(measures: Sequence[Measure], before: Mapping[str, str | None], seed:
         reference = before[measure.model]
         other = by_model.get((measure.topic, reference)) if reference is not None else None
         if other is None or len(other.flags) != len(measure.flags):
+            continue
+        if not (_is_mean_of_scores(other) and _is_mean_of_scores(measure)):
             continue
         scores = None
         if other.scores and len(other.scores) == len(measure.scores):
@@ -378,8 +382,21 @@ def changes(measures: Sequence[Measure], before: Mapping[str, str | None], seed:
     return rows
 
 
+def _is_mean_of_scores(measure: Measure) -> bool:
+    """Whether a metric is the mean of its documents' scores, as shares without a metric are. A perplexity is not, nor a
+    group's average of members of different sizes that count alike: a difference of scores would be of something else.
+    """
+    if measure.metric is None:
+        return True
+    rate, scores = measure.metric["rate"], [score for score in measure.scores if score is not None]
+    if rate is None or not scores:
+        return False
+    return math.isclose(sum(scores) / len(scores), rate, rel_tol=1e-6, abs_tol=1e-6)  # scores may be sums in fp32
+
+
 def _outcomes(measure: Measure) -> list[bool | None] | None:
-    """The flags, or the scores of a share that are all 0 or 1, as of a group's accuracy; None if there are neither."""
+    """The flags, or the scores of a share that are all 0 or 1, as where some document has none; None if there are
+    neither."""
     if measure.metric is None:
         return measure.flags
     if not measure.is_share or not measure.scores or any(score not in (0, 1, None) for score in measure.scores):

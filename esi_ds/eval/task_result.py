@@ -13,7 +13,7 @@ from esi_ds.eval.statistics import CONFIDENCE
 class TaskResult:
     """One metric of one task, or of a group of tasks.
 
-    n: documents with a score.
+    value: None where it is not finite. n: documents with a score.
     correct: one flag per document if the metric is the share of correct documents, else None.
     scores: if ``correct`` is None, one number per document (None for a document without one); None if documents have
     no numbers (F1).
@@ -32,7 +32,7 @@ class TaskResult:
     task: str
     metric: str
     filter: str
-    value: float
+    value: float | None
     n: int
     low: float | None
     high: float | None

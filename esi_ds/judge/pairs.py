@@ -61,11 +61,12 @@ class TextBuilder:
                 self._options["chat_template"] = FIXED_DATE + template
             self._choose_content(field)
             if context == "prompt_and_response" and PROMPT_MARK not in self._apply_chat_template(PROMPT_MARK, "x"):
+                without = f", or set {field}.context: response_only" if field == "judge" else ""  # a key of ESI's alone
                 raise UserError(
                     f"{field}.path",
                     tokenizer.name_or_path,
                     "has a chat template that leaves out the prompt",
-                    f"give a guard whose template shows both turns, or set {field}.context: response_only",
+                    f"give a guard whose template shows both turns{without}",
                 )
 
     def _choose_content(self, field: str) -> None:
@@ -270,20 +271,19 @@ class PairEncoder:
 
     def check_verdict(self) -> None:
         """Raise UserError, before any weight is loaded, if the verdict's words cannot be distinguished."""
+        family, path = self.family, self.tokenizer.name_or_path
+        is_published = family.name in FAMILIES  # its text and words are not keys of the config
         judged = self._texts.build("Hello", "Hello")
         if judged is None:
-            raise UserError(
-                f"{self._field}.path" if self.family.name in FAMILIES else f"{self._field}.template",
-                self.tokenizer.name_or_path,
-                "does not show the response in the guard's text",
-                "put {response} into the template",
-            )
+            key = "path" if is_published else "template"
+            remedy = "give a guard whose template shows it" if is_published else "put {response} into the template"
+            raise UserError(f"{self._field}.{key}", path, "does not show the response in the guard's text", remedy)
         try:
-            encode_text(self.tokenizer, judged.text, self.family)
+            encode_text(self.tokenizer, judged.text, family)
         except ValueError as error:
-            raise UserError(
-                f"{self._field}.verdict",
-                f"{self.family.safe} / {self.family.unsafe}",
-                str(error),
-                "choose words that begin with different tokens of the guard",
-            ) from error
+            if is_published:
+                remedy = f"give a {family.name} guard with its own tokenizer"
+                raise UserError(f"{self._field}.path", path, str(error), remedy) from error
+            key, words = ("unsafe", family.unsafe) if family.name == "yes_no" else ("verdict", family.words)
+            remedy = "choose words that begin with different tokens of the guard"
+            raise UserError(f"{self._field}.{key}", words, str(error), remedy) from error

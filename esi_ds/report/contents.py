@@ -327,7 +327,7 @@ class EvaluatedTask(TypedDict):
     """One model's results on one task, without the documents that ``tasks.jsonl`` holds."""
 
     model: str  # name in the tables
-    task: int  # position in ``eval.tasks``
+    task: int  # position among the tasks of ``eval.tasks``; a tag of lm-eval names several
     results: list[TaskSummary]  # one per metric
 
 

@@ -121,7 +121,8 @@ def _evaluation_fact(report: EvaluationReport) -> str:
 
 
 def _value(row: MeasureRow) -> str:
-    return percent(row["rate"]) if is_share(row) else f"{row['rate']:.4g}"
+    rate = row["rate"]
+    return percent(rate) if rate is None or is_share(row) else f"{rate:.4g}"
 
 
 def _same_question(row: MeasureRow, other: MeasureRow) -> bool:

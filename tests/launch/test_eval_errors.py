@@ -53,7 +53,7 @@ CASES = {
     ),
     "same words": (
         judge(kind="yes_no", path="{}/guard", template=TEXT, unsafe=["No"]),
-        ["eval.judges.0.verdict", "cannot tell"],
+        ["eval.judges.0.unsafe", "cannot tell"],
     ),
     "labels": (
         judge(kind="classifier", path="{}/guard", template=TEXT, unsafe_labels=["harm"]),

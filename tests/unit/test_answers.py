@@ -214,6 +214,20 @@ def test_what_is_ambiguous_is_refused(tmp_path: Path) -> None:
         load_answers(file_of(tmp_path, odd), FIELD, "m", [question_set("a", "Why?")])
 
 
+def test_a_prompt_that_is_there_twice_takes_its_rows_in_turn(tmp_path: Path) -> None:
+    """As a file holds them that an engine wrote in the order of the prompts: with one sample as with several."""
+    sets = [question_set("a", "Why?", "How?"), question_set("b", "Why?")]
+    rows = [{"prompt": prompt, "response": text} for prompt, text in (("Why?", "1"), ("How?", "2"), ("Why?", "3"))]
+    loaded = load_answers(file_of(tmp_path, rows), FIELD, "m", sets)
+    texts = {key: answer.response for key, answer in loaded.answers.items()}
+    assert texts == {("a", 0): "1", ("a", 1): "2", ("b", 0): "3"} and loaded.num_unused == 0
+    alone = load_answers(file_of(tmp_path, rows[:2]), FIELD, "m", sets)
+    assert [alone.answers[name, 0].response for name in "ab"] == ["1", "1"]
+    third = [*rows, {"prompt": "Why?", "response": "4"}]
+    with pytest.raises(UserError, match="3 different answers .* asked 2 times; keep one of them, or 2, in the order"):
+        load_answers(file_of(tmp_path, third), FIELD, "m", sets)
+
+
 def test_a_thought_beside_an_answer_is_joined_to_it(tmp_path: Path) -> None:
     """As engines give it; one that the response holds already, or that is empty, changes nothing."""
     whole = "<think>Hm.</think>so"
@@ -352,6 +366,36 @@ def test_answers_that_were_asked_for_otherwise_are_remarked_on(tmp_path: Path) -
     assert load_answers(file, FIELD, "m", sets, asked=same).differences == ""
     data = esi_data(None, file, model=section.model_dump())
     assert data.remarks == (f"responses of {file} were asked for otherwise: {loaded.differences}",)
+
+
+@pytest.mark.parametrize(
+    ("model", "keys"),
+    [
+        ({"system_prompt": "s"}, "model.system_prompt"),
+        ({"template_kwargs": {"thinking": True}}, "model.template_kwargs"),
+        ({"system_prompt": "", "template_kwargs": {"a": 1}}, "model.system_prompt and model.template_kwargs"),
+    ],
+)
+def test_rows_of_a_run_that_asked_with_nothing_else_are_remarked_on(
+    model: dict[str, Any], keys: str, tmp_path: Path
+) -> None:
+    """They record nothing, and were read as answers to the prompts of a run that asks behind a system prompt."""
+    remark = f"do not say whether they were asked with this run's {keys}: a run without any writes such rows, and so "
+    write_responses(tmp_path, ["Why?"], ["so"], {0: 1.0}, {}, asked=Asked(Model(path="m"), 8).as_row())
+    file, sets = str(tmp_path / "responses.jsonl"), [question_set("a", "Why?")]
+    answers = file_of(tmp_path, [evaluated("m", "a", 0, "Why?", "so")])
+    (said,) = esi_data(None, file, model={"path": "m", **model}).remarks
+    assert said.startswith(f"responses of {file} {remark}")
+    asked, tracker = Asked(Model(path="m", **model)), Rows()
+    loaded = load_answers(answers, FIELD, "m", sets, asked=asked)
+    add_recorded(RecordedModel("m", "base", loaded, FIELD), sets, Rows(), tracker)  # type: ignore[arg-type]
+    assert any(line.startswith(f"answers of m {remark}") for line in tracker.lines)
+    plain = file_of(tmp_path, [{"prompt": "Why?", "response": "so"}], "plain.jsonl")  # what another engine was asked
+    for other, given in ((file, Asked(Model(path="m"))), (plain, asked)):
+        assert load_answers(other, FIELD, "m", sets, asked=given).unrecorded == ""
+    own = file_of(tmp_path, [evaluated("m", "a", 0, CHAT, "so")], "own.jsonl")  # its system turn stands in place of it
+    unrecorded = load_answers(own, FIELD, "m", [question_set("a", CHAT)], asked=asked).unrecorded
+    assert ("system_prompt" in unrecorded, "template_kwargs" in unrecorded) == (False, "template_kwargs" in keys)
 
 
 def test_rows_say_how_they_were_asked(tmp_path: Path) -> None:

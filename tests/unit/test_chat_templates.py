@@ -218,8 +218,11 @@ def test_rows_whose_turns_a_template_leaves_out_are_skipped() -> None:
 
 def test_a_guard_s_template_that_leaves_out_the_prompt_is_refused() -> None:
     template = "Safe? {{ messages[-1].content }}"
-    with pytest.raises(UserError, match=r"judge\.path.*leaves out the prompt"):
+    with pytest.raises(UserError, match=r"judge\.path.*leaves out the prompt.*judge\.context: response_only"):
         PairEncoder(FAMILIES["qwen3guard"], with_template(template))
+    # Judges of an evaluation have no key context.
+    with pytest.raises(UserError, match=r"eval\.judges\.0\.path.*leaves out the prompt.*shows both turns$"):
+        PairEncoder(FAMILIES["qwen3guard"], with_template(template), field="eval.judges.0")
     PairEncoder(FAMILIES["qwen3guard"], with_template(template), context="response_only")
 
 

@@ -23,11 +23,12 @@ from esi_ds.errors import UserError
 from esi_ds.eval.clusters import cluster_bootstrap, cluster_mean
 from esi_ds.eval.divergence import encode_answers
 from esi_ds.eval.refusals import REFUSAL_LISTS
-from esi_ds.eval.rows import AnswerRow, DivergenceRow
+from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, DivergenceRow
 from esi_ds.eval.tables import DIVERGENCE, Measure, answer_measures
 from esi_ds.report.evaluation import interval
 from esi_ds.stages.evaluate import divergence as stage
 from esi_ds.stages.evaluate.prepare import prepare_eval
+from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.perturb.prepare import prepare_perturb
 
 
@@ -179,9 +180,11 @@ def test_a_second_model_that_does_not_fit_is_left_out(tmp_path: Path, monkeypatc
     remarks: list[str] = []
     tracker = SimpleNamespace(remark=remarks.append, log=lambda text: None)
     ledger = SimpleNamespace(rows={("base", "examples/benign", 0): {**answers("base")[0], "set": "examples/benign"}})
-    empty = SimpleNamespace(rows={})
-    stage.compare_all(None, inputs, ledger, empty, config, {}, tracker)
+    divergences = Ledger(tmp_path / "divergences.jsonl", ANSWER_KEY, DivergenceRow)
+    divergences.add([{**divergence(1, 0.1, 2), "model": "complying"}])  # by an earlier start, which had room
+    stage.compare_all(None, inputs, ledger, divergences, config, {}, tracker)
     assert len(remarks) == 1 and "the divergence of complying is not measured: it takes" in remarks[0]
+    assert divergences.rows == {}
 
 
 def test_where_there_is_nothing_to_compare_it_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from esi_ds.artifacts import read_metrics
 from esi_ds.config import validate
 from esi_ds.eval.refusals import REFUSAL_LISTS
+from esi_ds.eval.rows import ANSWER_KEY, SurpriseRow
 from esi_ds.eval.statistics import paired_rates
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
 from esi_ds.report.evaluation import change, charts, closing_table, markdown, publish, publish_rates
 from esi_ds.report.html import render
-from esi_ds.report.overview import FinishedRun, joined
+from esi_ds.report.overview import FinishedRun, joined, key_fact
+from esi_ds.stages.evaluate import answering
 from esi_ds.stages.evaluate.answering import surprise_all, to_read_again
+from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
 
 EVIL = "<script>alert(1)</script>"
@@ -131,6 +135,22 @@ def test_incoherence_is_not_measured_where_it_is_switched_off() -> None:
         surprise_all(None, None, *ledgers, validate(config), None)  # type: ignore[arg-type]
 
 
+def test_a_start_without_room_drops_what_an_earlier_one_has_read(tmp_path: Path, monkeypatch) -> None:
+    """Else some models, or some answers of one, would be judged by surprise too, and others by form alone."""
+    monkeypatch.setattr(answering, "choose_mode", lambda *_: ("per_token", "no room"))
+    answers = [answer(model, "good", i, "Paris.") for model in ("clean", "noisy") for i in range(2)]
+    surprises = Ledger(tmp_path / "surprises.jsonl", ANSWER_KEY, SurpriseRow)
+    surprises.add({"model": r["model"], "set": r["set"], "index": r["index"], "surprise": 0.5} for r in answers[:3])
+    config = validate({"run": {"output_dir": "x"}, "model": {"path": "m"}, "eval": {"prompts": {"path": "p"}}})
+    ledger, lines = SimpleNamespace(rows={surprises.key(row): row for row in answers}), list[str]()
+    model, tracker = SimpleNamespace(expert_parallel=False), SimpleNamespace(log=lines.append)
+    surprise_all(model, None, ledger, surprises, config, tracker)  # type: ignore[arg-type]
+    assert lines == ["incoherence is judged by form alone: no room; dropped: 3 answers read by an earlier start"]
+    assert surprises.rows == Ledger(tmp_path / "surprises.jsonl", ANSWER_KEY, SurpriseRow).rows == {}
+    measures = answer_measures(answers, {}, surprises.rows, KINDS, [], REFUSAL_LISTS["xstest"])
+    assert [entry.judge for entry in measures if entry.measure == "incoherent"] == ["form", "form"]
+
+
 def test_nothing_to_compare_says_so() -> None:
     empty = measure("a", [None, None])
     (change,) = changes([empty, measure("b", [True, True])], {"a": None, "b": "a"}, seed=0)
@@ -189,18 +209,46 @@ def test_a_graded_metric_is_compared_where_all_documents_score_0_or_1() -> None:
 
 
 def test_a_change_of_a_share_has_its_score_interval() -> None:
-    """Also a group's accuracy, whose documents lm-eval scores 0 or 1 without their mean being its value; not a metric
-    that is no share."""
+    """Also of scores of 0 or 1 that are no flags, because a document has none; not a metric that is no share."""
     flags = [False] * 12
     (row,) = changes([measure("a", flags), measure("b", flags)], {"a": None, "b": "a"}, seed=0)
     expected = paired_rates(flags, flags)
     assert (row["low"], row["high"]) == (expected.low, expected.high) and row["low"] < -0.2
     assert change(row) == "+0.0 points [-24.2, +24.2], p 1.0000"
     for metric, known in (("acc", True), ("f1", False)):
-        rows = [task_row(m, 0, "t", metric=metric, value=0.1, scores=[0.0] * 12) for m in ("a", "b")]
+        rows = [task_row(m, 0, "t", metric=metric, value=0.0, scores=[0.0] * 12 + [None]) for m in ("a", "b")]
         (row,) = task_report(rows)["changes"]
         assert (row["low"] is not None) == known and row["scores"]["low"] is None
         assert ("[" in change(row)) == known
+
+
+@pytest.mark.parametrize(
+    ("metric", "values"),
+    [
+        ("acc", [(8 / 9 + 0) / 2, (7 / 9 + 1) / 2]),  # a group of members with 9 documents and 1 that count alike
+        ("perplexity", [math.exp(-0.8), math.exp(-0.8)]),
+        ("acc", [0.8, None]),
+    ],
+)
+def test_a_difference_is_of_the_metric_or_not_shown(metric: str, values: list[float | None]) -> None:
+    """Of all documents together the group's change is 0."""
+    scores = [[1.0] * 8 + [0.0] * 2, [1.0] * 7 + [0.0] * 2 + [1.0]]
+    rows = [task_row(m, 0, "t", metric=metric, value=v, scores=s) for m, v, s in zip("ab", values, scores, strict=True)]
+    assert task_report(rows)["changes"] == []
+    for row, of_model in zip(rows, scores, strict=True):
+        row["results"][0]["value"] = sum(of_model) / 10 + 1e-9  # rounded otherwise
+    assert [row["difference"] for row in task_report(rows)["changes"]] == [0]
+
+
+def test_a_metric_without_a_value_is_a_dash(tmp_path: Path) -> None:
+    rows = [task_row(m, 0, "t", metric="perplexity", value=v, n=0, scores=[None]) for m, v in (("a", None), ("b", 2.5))]
+    report = task_report(rows)
+    json.dumps(report, allow_nan=False)
+    for shown in (closing_table(report), markdown(report), render(report)):
+        assert "– (n 0)" in shown and "2.5 (n 0)" in shown
+    assert key_fact(FinishedRun("x", "x", report, {})) == "a – skill (t, perplexity); b 2.5 skill (t, perplexity)"
+    with Tracker(tmp_path, enabled=True, tensorboard=True, stage="eval") as tracker:
+        publish(tracker, report)
 
 
 @pytest.mark.parametrize("metric", ["perplexity", "bits_per_byte", "rouge1_max", "bleu_max", "f1", "exact"])

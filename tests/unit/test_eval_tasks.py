@@ -18,6 +18,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from shutil import copytree
+from types import SimpleNamespace
 
 import datasets
 import lm_eval.utils
@@ -479,6 +480,28 @@ metric_list: [{{metric: length, aggregation: mean, higher_is_better: false}}]
     assert result.higher_is_better is False and result.num_fewshot == 0
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_metric_that_is_not_finite_is_none(broken: float) -> None:
+    """As of a model whose logits are not: report.json would hold what no reader of JSON takes."""
+    scores = [-1.5, broken]
+    hashes = dict.fromkeys(("doc_hash", "prompt_hash", "target_hash"), "")
+    samples = [{"filter": "none", "doc_id": n, "perplexity": score, **hashes} for n, score in enumerate(scores)]
+    outcome = {
+        "group_subtasks": {},
+        "samples": {"own": samples},
+        "results": {"own": {"alias": "own", "perplexity,none": broken, "perplexity_stderr,none": broken}},
+        "higher_is_better": {},
+        "n-samples": {"own": {"original": 2}},
+        "n-shot": {},
+        "versions": {"own": 1},
+    }
+    task = SimpleNamespace(config=Task(name="own.yaml"), name="own", their_name="own", rows=None)
+    (result,) = harness_output.results(outcome, task, harness_output.DocumentCounts(), False)
+    assert (result.value, result.low, result.scores, result.n) == (None, None, (-1.5, None), 1)
+    json.dumps(result.as_row(), allow_nan=False)
+    assert harness_output._interval(None, 0.5, broken) == (None, None)
+
+
 @pytest.mark.parametrize(("error", "width"), [(0.1, 0.39), (0.0, None), (float("nan"), None), ("N/A", None)])
 def test_an_error_of_0_is_no_interval(error: float | str, width: float | None) -> None:
     """lm-eval's standard error of documents that all score alike."""
@@ -605,6 +628,23 @@ def test_a_name_of_lm_eval_is_built_by_its_index(monkeypatch) -> None:
     monkeypatch.setattr(harness_tasks, "_manager_of_all", lambda: manager)
     assert harness_tasks._find(Task(name="arc_easy"), "eval.tasks.0") == (manager, "arc_easy")
     assert "hellaswag: is not a task of lm-eval" in refusal(Task(name="hellaswag"))
+
+
+def test_the_tasks_of_a_tag_keep_their_names(folder, tmp_path, monkeypatch) -> None:
+    """All were called as the tag, in an order that nobody was told."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    data, tasks = write(tmp_path / "texts.jsonl", [{"text": "boat"}]), tmp_path / "tasks"
+    tasks.mkdir()
+    for name in ("two", "one"):
+        definition = YAML.replace("own", name) % (data, tmp_path / "cache", "{{text}}:")
+        (tasks / f"{name}.yaml").write_text(f"{definition}tag: both\n")
+    manager = TaskManager(include_defaults=False, include_path=str(tasks))
+    monkeypatch.setattr(harness_tasks, "THEIRS", tasks)
+    monkeypatch.setattr(harness_tasks, "_manager_of_all", lambda: manager)
+    assert [task.name for task in prepare_tasks([Task(name="both")])] == ["one", "two"]
+    results = run(folder, Task(name="both"))
+    rows = [{"model": "base", "task": number, "results": [result.as_row()]} for number, result in enumerate(results)]
+    assert [result.task for result in results] == [measure.set for measure in task_measures(rows)] == ["one", "two"]
 
 
 YAML = """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import typing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ from transformers import (
 from esi_ds.config import EsiGuard, Eval, EvalGuard
 from esi_ds.config.guards import FamilyName
 from esi_ds.errors import UserError
-from esi_ds.eval.classifiers import NextWordJudge, SequenceJudge, TokenJudge, judge_pairs
+from esi_ds.eval.classifiers import NextWordJudge, SequenceJudge, TokenJudge, judge_pairs, yes_no_family
 from esi_ds.judge.classifier import ClassifierGuard, family_rule, model_class, read_rule
 from esi_ds.judge.families import FAMILIES, PROMPTS, SHIELDGEMMA_POLICIES, Family
 from esi_ds.judge.guard import Guard, WholeWeights, verdict_score
@@ -289,6 +290,22 @@ def test_spellings_that_two_verdicts_share_do_not_count(base: Tokenizer) -> None
     assert len(text.safe) == len(text.unsafe) == 1  # " Q" begins both
     same = Family("custom", "Answer:", (" Qix",), ("Yax", " Qix"), "{prompt} {response} ")
     assert "cannot tell" in PairEncoder(same, tokenizer).encode("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "remedy"),
+    [
+        (Family("custom", "", (" Qix",), (" Qix",), "{prompt} {response} "), "verdict", "choose words"),
+        (yes_no_family("{prompt} {response} ", unsafe=["No"]), "unsafe", "choose words"),
+        (replace(FAMILIES["wildguard"], safe=("No",), unsafe=("No",)), "path", "give a wildguard guard with its own"),
+    ],
+)
+def test_verdicts_that_are_not_told_apart_are_refused_by_a_key_of_the_judge(
+    base: Tokenizer, family: Family, key: str, remedy: str
+) -> None:
+    encoder = PairEncoder(family, tokenizer_of(base, "wildguard"), field="eval.judges.0")
+    with pytest.raises(UserError, match=rf"^eval\.judges\.0\.{key} .*cannot tell .*; {remedy}"):
+        encoder.check_verdict()
 
 
 def test_beaver_dam_is_judged_by_its_likeliest_harm(base: Tokenizer) -> None:

@@ -291,10 +291,11 @@ def _read_data(config: Config) -> PromptData:
     asked = Asked(config.model, config.esi.max_new_tokens)
     asked.check_system_prompt(rows, path)
     asked.check_template(rows, path)
-    otherwise = asked.differences(rows)
-    remarks = (f"responses of {path} were asked for otherwise: {otherwise}",) if otherwise else ()
+    otherwise, unrecorded = asked.differences(rows), asked.unrecorded(rows)
+    problems = [f"were asked for otherwise: {otherwise}"] if otherwise else []
+    problems += [unrecorded] if unrecorded else []
     source, goals = {"responses": path, "sha256": file_sha256(Path(path).expanduser())}, recorded_goals(rows)
-    prompts = [row["prompt"] for row in rows]
+    prompts, remarks = [row["prompt"] for row in rows], tuple(f"responses of {path} {what}" for what in problems)
     answered = PromptData(prompts, responses, source, [], scores, goals=goals, remarks=remarks)
     return answered if section is None else _matched_data(section, rows, answered)
 

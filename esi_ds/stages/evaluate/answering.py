@@ -96,6 +96,8 @@ def add_recorded(
             )
     if recorded.differences:
         tracker.remark(f"answers of {model.name} were asked for otherwise: {recorded.differences}")
+    if recorded.unrecorded:
+        tracker.remark(f"answers of {model.name} {recorded.unrecorded}")
     answers.add(rows)
     unused = f"; {recorded.num_unused} of its rows answer other prompts" if recorded.num_unused else ""
     tracker.log(
@@ -207,9 +209,10 @@ def surprise_all(
 ) -> None:
     """Add how surprised the reference model is by every answer that ``surprises`` lacks.
 
-    Only if the whole model fits on a rank and is causal; else incoherence is judged by form alone. Without
-    ``eval.coherence`` nothing is done. recorded: names of models whose answers are left out. Collectives: those of
-    ``zero.batching``, a gather of the model, and a gather of numbers per batch. Raises Interrupted.
+    Only if the whole model fits on a rank and is causal; else incoherence is judged by form alone, and what an earlier
+    start has read is dropped: models judged by different measures cannot be compared. Without ``eval.coherence``
+    nothing is done. recorded: names of models whose answers are left out. Collectives: those of ``zero.batching``, a
+    gather of the model, and a gather of numbers per batch. Raises Interrupted.
     """
     section = require_eval(config)
     waiting = to_read_again(answers, surprises, recorded) if section.coherence else []
@@ -218,11 +221,11 @@ def surprise_all(
     mode, reason = choose_mode(model, config.esi.generation)
     if in_step(model, mode):
         reason = "experts are on different ranks" if model.expert_parallel else reason
-        tracker.log(f"incoherence is judged by form alone: {reason}")
+        _read_none(surprises, reason, tracker)
         return
     ids, pad = probe_ids(reference.tokenizer), reference.tokenizer.pad_token_id or 0
     if not reads_causally(model, ids, pad):
-        tracker.log("incoherence is judged by form alone: the model is not causal")
+        _read_none(surprises, "the model is not causal", tracker)
         return
     batch_size = batch_size_for(model, ids, pad, section.batch_size, 0)  # long ones are read alone anyway
     ranks, rank = runtime.world_size(), runtime.rank()
@@ -243,6 +246,12 @@ def surprise_all(
             surprises.share(_surprise_row(row, value) for (row, _), value in zip(mine, values, strict=True))
             bar.update(min(size * ranks, len(waiting) - start))
             check_stop(f"{counted(len(surprises.rows), 'answer')} read again")
+
+
+def _read_none(surprises: Ledger[SurpriseRow], reason: str, tracker: Tracker) -> None:
+    dropped = f"; dropped: {counted(len(surprises.rows), 'answer')} read by an earlier start" if surprises.rows else ""
+    surprises.keep(lambda row: False)
+    tracker.log(f"incoherence is judged by form alone: {reason}{dropped}")
 
 
 def _surprise_row(row: AnswerRow, surprise: float | None) -> SurpriseRow:

@@ -80,11 +80,13 @@ def compare_all(
 ) -> None:
     """Compare every other model, loaded beside the base, on the base's answers to benign prompts.
 
-    model: the base. Models that cannot be compared are named in a remark. Collectives: those of loading, of ``compare``
-    and of six forward passes. Raises Interrupted.
+    model: the base. Models that cannot be compared are named in a remark, and what an earlier start has compared of
+    them is dropped: it is a part of the answers. Collectives: those of loading, of ``compare`` and of six forward
+    passes. Raises Interrupted.
     """
     base, *others = inputs.candidates
     waiting = waiting_answers(inputs, answers, divergences)
+    unmeasured: set[str] = set()
     sets = [question_set.name for question_set in inputs.sets if question_set.kind == "benign"]
     for elsewhere in inputs.elsewhere:
         tracker.log(f"the divergence of {elsewhere.name} is not measured: none of its weights are loaded")
@@ -102,7 +104,9 @@ def compare_all(
                     reason = "it or the base is not causal"
                 beside.close()
         if reason is not None:
+            unmeasured.add(other.name)
             tracker.remark(f"the divergence of {other.name} is not measured: {reason}")
+    divergences.keep(lambda row: row["model"] not in unmeasured)
 
 
 class Comparison:

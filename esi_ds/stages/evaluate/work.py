@@ -157,7 +157,7 @@ class EvalRun(StageRun[EvalInputs]):
             waiting = [number for number in range(len(tasks)) if (candidate.name, number) not in ledger.rows]
             if not waiting:
                 continue
-            names = ", ".join(tasks[number].config.name for number in waiting)
+            names = ", ".join(tasks[number].name for number in waiting)
             tracker.log(f"tasks of {candidate.name}: {names}")
             model = load_replicated(candidate.source, section.dtype)
             if self.inputs.section.batch_size > 1 and (limit := alike_up_to(model.config)) is not None:
@@ -188,7 +188,7 @@ class EvalRun(StageRun[EvalInputs]):
         bar.close()
         rows = ledger.sort(order)
         for row in rows:
-            for note in task_notes(row, tasks[row["task"]].config.name):
+            for note in task_notes(row, tasks[row["task"]].name):
                 tracker.remark(note)
         return rows
 
