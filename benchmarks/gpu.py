@@ -44,6 +44,7 @@ STEPS = (
     Step("versions", "benchmarks.gpu_checks:versions", 60),
     Step("attention", "benchmarks.gpu_checks:attention", 60),
     Step("experts", "benchmarks.gpu_checks:experts", 60),
+    Step("neighbours", "benchmarks.gpu_checks:neighbours", 60),
     Step("throughput", "benchmarks.gpu_speed:throughput", 120),
     Step("end_to_end", "benchmarks.gpu_end_to_end:end_to_end", 180),
     Step("bits", "benchmarks.gpu_checks:bits", 110),

@@ -27,6 +27,7 @@ from esi_ds.core.noise import gumbel, normal, random_bits, stream
 from esi_ds.core.select import CHUNK, Cut, Order, ScoreRun, select
 from esi_ds.core.units import Shard
 from esi_ds.models.roles import experts_per_token
+from esi_ds.models.rows import PROBE_LENGTH, Difference, difference_ahead, difference_beside, generation_logits
 from esi_ds.reading import first_line
 from esi_ds.zero import memory, runtime
 from esi_ds.zero.engine import ShardedModel
@@ -206,6 +207,42 @@ def fill_free_memory() -> None:
     blocks = [torch.full((numel // 4,), torch.nan, device=device) for _ in range(4)]
     blocks += [torch.full((1 << power,), torch.nan, device=device) for power in range(6, 20)]
     del blocks
+
+
+def neighbours(tiny: bool) -> Iterator[Part]:
+    """How much logits in bf16 change with the rows beside a row, and with what follows: stages refuse a model, or read
+    its rows one at a time, beyond ``limit`` (``models/rows.py``).
+
+    A mixture is where rounding grows most: its routers choose other experts. Weights are random, which says little of
+    trained ones; the depth is that of Qwen3-30B-A3B.
+    """
+    for name, layers in (("Llama-3.2-1B", 16), ("Qwen3-MoE", 48)):
+        config = shape(name, tiny, num_hidden_layers=2 if tiny else layers)
+        model = random_model(config, "bf16")
+        (row,) = random_rows([PROBE_LENGTH - 1], config.vocab_size)
+        for what, difference in logit_differences(model, row).items():
+            yield {"part": f"{name}, {what}", "passed": difference.is_rounding, **difference._asdict()}
+        del model
+        gc.collect()
+
+
+def logit_differences(model: PreTrainedModel, row: list[int]) -> dict[str, Difference]:
+    """What the stages ask of a model, by what the row's logits might depend on."""
+
+    @torch.no_grad()
+    def logits(rows: Rows) -> list[Tensor]:
+        values = model(**right_pad(rows, 0, runtime.device()), use_cache=False).logits
+        return [of_row[: len(ids)] for of_row, ids in zip(values, rows, strict=True)]
+
+    def generated(rows: Rows) -> Tensor:
+        return generation_logits(model, rows, 0)
+
+    return {
+        "what follows": difference_ahead(logits, row),
+        "a longer row": difference_beside(logits, row),
+        "a longer prompt, in generation": difference_beside(generated, row),
+        "equal prompts, in generation": difference_beside(generated, row, equal_length=True),
+    }
 
 
 def bits(tiny: bool) -> Iterator[Part]:

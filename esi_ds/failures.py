@@ -1,4 +1,4 @@
-"""One line instead of a traceback for failures from outside the program: full disks and lost ranks."""
+"""One line instead of a traceback for failures from outside the program: full disks and memory, and lost ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def why_full(error: BaseException) -> str | None:
 
 
 def explain(error: BaseException, output_dir: str) -> str | None:
-    """One line about a full disk, a lost rank or one that never arrived; None for any other error."""
+    """One line about a full disk, a GPU whose memory is full, a lost rank or one that never arrived; None for any other
+    error."""
     causes = _causes(error)
     # A file that cannot be written cannot be closed either, and only the later of the two errors may name it.
     files = (getattr(cause, "filename", None) for cause in causes if _number(cause) in FULL)
@@ -36,6 +37,8 @@ def explain(error: BaseException, output_dir: str) -> str | None:
     for cause in causes:
         if (number := _number(cause)) in FULL:
             return _full(FULL[number], file, output_dir)
+        if type(cause).__name__ == "OutOfMemoryError" and type(cause).__module__.startswith("torch"):
+            return _out_of_memory(str(cause))
         if not _is_of_a_collective(cause):
             continue
         # Drop the line of gloo's source in front and the advice at the end.
@@ -49,7 +52,7 @@ def explain(error: BaseException, output_dir: str) -> str | None:
             return (
                 "gave up waiting for another rank after run.collective_timeout_s, or run.start_timeout_s at the start "
                 f"({message}): it hangs, or its host cannot be reached. Start the same command again to continue; "
-                "raise the timeout if ranks may really be that far apart"
+                "raise the timeout if ranks may really be that far apart, as with long responses"
             )
     return None
 
@@ -76,6 +79,16 @@ def _is_of_a_collective(error: BaseException) -> bool:
     if kind is RuntimeError:  # gloo has no exception class
         return "/gloo/" in str(error)
     return kind.__module__.startswith("torch") and kind.__name__.startswith("Dist")
+
+
+def _out_of_memory(message: str) -> str:
+    """message: torch's, whose first three sentences say how much was asked for, and how much the GPU has."""
+    return (
+        f"{'. '.join(message.split('. ')[:3])}. Lower the batch size of what was running and start again: "
+        "esi.batch_size, esi.generation_batch_size, eval.batch_size and eval.generation_batch_size may be other "
+        "numbers than before, also in place of auto; tune.batch_size, tune.max_length and model.gradient_checkpointing "
+        "need a new run.output_dir"
+    )
 
 
 def _full(problem: str, file: str | None, output_dir: str) -> str:

@@ -27,7 +27,8 @@ from esi_ds.status import progress_of
 ASKED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 CAUSES = {
     signal.SIGABRT: "an error in C++, or NCCL's watchdog, which ends a rank whose collective failed or waited for "
-    "longer than run.collective_timeout_s; its own message is above",
+    "longer than run.collective_timeout_s (raise it where ranks may be that far apart, as with long responses); its "
+    "own message is above",
     signal.SIGKILL: "the host ran out of memory, or somebody killed it, as launchers do where a rank does not end",
 }
 FAULT = "a fault in a library or a driver; the stack above says where"

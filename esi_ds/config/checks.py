@@ -12,8 +12,11 @@ from esi_ds.errors import UserError
 from esi_ds.reading import is_text
 
 MAX_NUMBER = 2**53  # integers up to here are exact wherever they are computed with
+# Rows that share a batch may round each other's results differently, and nothing else.
+BATCH_SIZES = ("esi.batch_size", "esi.generation_batch_size", "eval.batch_size", "eval.generation_batch_size")
 # Keys that say how a run starts and saves and not what it computes: they may differ from one start to the next. The
-# DeepSpeed config, expert parallelism included, may have to change where the next start has other nodes.
+# DeepSpeed config, expert parallelism included, may have to change where the next start has other nodes, and so may the
+# batch sizes that are not part of a tuning step, where a start ran out of memory.
 OF_THIS_START = (
     "run.output_dir",  # a folder may be spelt otherwise, or have been moved
     "run.resume",
@@ -24,6 +27,7 @@ OF_THIS_START = (
     "esi.save_every",
     "tune.save_every",
     "deepspeed",
+    *BATCH_SIZES,
 )
 # Likewise of a server: it may have moved, or bear less. Its answers are those of the model that it is asked for.
 OF_THIS_SERVER = re.compile(

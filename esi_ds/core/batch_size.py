@@ -21,13 +21,15 @@ LOGIT_COPIES = 5  # fp32 copies of one row's logits while its surrogate is compu
 @dataclass(frozen=True)
 class Widths:
     """layers: number. hidden: width of a token. inner: width of the MLP, or of all experts that a token reaches.
-    cache: keys and values of a token in one layer. vocabulary: number of logits."""
+    cache: keys and values of a token in one layer. vocabulary: number of logits. written_heads: heads of attention that
+    writes out its matrices, [length, length] of each head; 0 where a kernel keeps them to itself."""
 
     layers: int
     hidden: int
     inner: int
     cache: int
     vocabulary: int
+    written_heads: int = 0
 
 
 def generation_bytes(widths: Widths, weight: int, prompt: int, new: int) -> int:
@@ -39,6 +41,7 @@ def generation_bytes(widths: Widths, weight: int, prompt: int, new: int) -> int:
     cache = weight * widths.layers * widths.cache * tokens
     grown = weight * widths.cache * tokens  # of the layer whose cache is being copied to a longer one
     layer = (weight * KEPT_INNER * widths.inner + FP32 * 2 * widths.hidden) * prompt
+    layer += attention_bytes(widths, weight, prompt)
     return cache + grown + layer + 2 * (weight + FP32) * widths.vocabulary
 
 
@@ -48,8 +51,15 @@ def scoring_bytes(widths: Widths, weight: int, tokens: int, learnt: int, recompu
     tokens: of the row. learnt: how many of its last tokens have logits. recompute: whether activations are.
     """
     layer = weight * (KEPT_HIDDEN * widths.hidden + KEPT_INNER * widths.inner + widths.cache) * tokens
+    layer += attention_bytes(widths, weight, tokens)
     kept = weight * widths.layers * widths.hidden * tokens + layer if recompute else widths.layers * layer
     return kept + 2 * weight * widths.vocabulary * learnt
+
+
+def attention_bytes(widths: Widths, weight: int, tokens: int) -> int:
+    """Of one row and layer: attention's matrices before the softmax, after it in fp32, and after it again, where they
+    are written out. Both passes need all three; autograd keeps the last two."""
+    return (2 * weight + FP32) * widths.written_heads * tokens**2
 
 
 def surrogate_bytes(widths: Widths, learnt: int) -> int:

@@ -32,7 +32,7 @@ from esi_ds.judge.families import Family
 from esi_ds.judge.guard import longest_guard_input, verdict_score
 from esi_ds.judge.pairs import EncodedPair, EncodedText, PairEncoder, plain_pair
 from esi_ds.judge.tokens import last_risk, risk_logits, unsafe_logits
-from esi_ds.models.rows import accepted, alike_up_to, depends_on_neighbours, end_logits, probe_ids
+from esi_ds.models.rows import accepted, alike_up_to, beside_note, difference_beside, end_logits, probe_ids
 
 
 class ModelJudge(ABC):
@@ -67,21 +67,23 @@ class ModelJudge(ABC):
 
     @abstractmethod
     def judge(self, pairs: Sequence[EncodedPair]) -> list[Verdict]:
-        """Verdicts of a batch; one forward pass. The same for every batch size up to rounding, unless a pair
-        ``depends_on_neighbours``."""
+        """Verdicts of a batch; one forward pass. The same for every batch size up to rounding, unless pairs are to be
+        judged alone (``why_alone``)."""
 
     @abstractmethod
     def logits(self, pairs: Sequence[EncodedPair]) -> Tensor:
         """What the verdicts are read from, [B, V] in the model's dtype; one forward pass."""
 
     @torch.no_grad()
-    def depends_on_neighbours(self) -> bool:
-        """Whether a pair's verdict changes with the pair beside it: ``models.rows``. Two forward passes."""
+    def why_alone(self) -> str | None:
+        """Why pairs must not be judged together: a pair's verdict changes with the pair beside it (``models.rows``).
+        None where they may. Two forward passes."""
 
         def read(rows: Rows) -> Tensor:
             return self.logits([plain_pair(row) for row in rows])
 
-        return depends_on_neighbours(read, probe_ids(self._encoder.tokenizer))
+        beside = difference_beside(read, probe_ids(self._encoder.tokenizer))
+        return None if beside.is_rounding else beside_note(beside)
 
 
 class SequenceJudge(ModelJudge):
@@ -183,7 +185,7 @@ def judge_pairs(judge: ModelJudge, pairs: Sequence[tuple[Prompt, str]], batch_si
             verdicts[index] = encoded
         else:
             waiting[index] = encoded
-    if batch_size > 1 and judge.max_batch is None and judge.depends_on_neighbours():
+    if batch_size > 1 and judge.max_batch is None and judge.why_alone():
         judge.max_batch = 1
     for indices in length_batches(judge, waiting, batch_size):
         with torch.no_grad():

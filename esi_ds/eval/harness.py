@@ -29,11 +29,12 @@ from esi_ds.eval.harness_tasks import PreparedTask
 from esi_ds.eval.task_code import sandboxed
 from esi_ds.eval.task_result import TaskResult
 from esi_ds.models.decoding import without_defaults
-from esi_ds.models.rows import alike_up_to, depends_on_neighbours, generation_logits, probe_ids
+from esi_ds.models.rows import alike_up_to, difference_beside, generation_logits, probe_ids
 from esi_ds.ranks import Ranks
 
 Answer = Callable[[list[Instance], bool], list[Any]]  # requests, whether to hide the bar → answers
-SLICE = 16  # batches of documents that a rank answers before it checks whether to stop
+SLICE = 16  # batches of documents that a rank answers before it meets the others and checks whether to stop;
+SLICE_TOKENS = 16 * 256  # fewer where they would wait for more than this many new tokens of a row
 
 
 def run(
@@ -92,7 +93,7 @@ def _depends_on_neighbours(model: PreTrainedModel, tokenizer: PreTrainedTokenize
         return generation_logits(model, rows, pad)
 
     ids = probe_ids(tokenizer)
-    return depends_on_neighbours(score, ids) or depends_on_neighbours(generate, ids)
+    return not all(difference_beside(read, ids).is_rounding for read in (score, generate))
 
 
 class SharedLM(HFLM):
@@ -191,7 +192,9 @@ class SharedLM(HFLM):
                 problem = f"generates up to {num_new} tokens, but the model takes {self.max_length} with the prompt"
                 raise UserError(self.prepared.field, self.prepared.config.name, problem, "leave the task out")
         self._count_cut(requests, lambda request: (self.max_length - self._num_new_tokens(request), request.args[0]))
-        replies = self._share(super().generate_until, requests, disable_tqdm)
+        longest = max([1, *map(self._num_new_tokens, requests)])
+        num_batches = max(1, min(SLICE, SLICE_TOKENS // longest))
+        replies = self._share(super().generate_until, requests, disable_tqdm, num_batches)
         return [self._answer(request, reply) for request, reply in zip(requests, replies, strict=True)]
 
     def _answer(self, request: Instance, reply: str) -> str:
@@ -234,11 +237,16 @@ class SharedLM(HFLM):
             if len(text.encode()) > limit and len(self.tok_encode(text)) > limit:
                 self.counts.cut.add(document_of(request))
 
-    def _share(self, answer: Answer, requests: list[Instance], disable_tqdm: bool) -> list[Any]:
-        """Answers to all requests, on every rank, one slice of documents after another. One gather per slice."""
+    def _share(
+        self, answer: Answer, requests: list[Instance], disable_tqdm: bool, num_batches: int | None = None
+    ) -> list[Any]:
+        """Answers to all requests, on every rank, one slice of documents after another. One gather per slice.
+
+        num_batches: of documents in a slice; ``SLICE`` without it.
+        """
         documents: dict[Document, int] = {}
         numbers = [documents.setdefault(document_of(request), len(documents)) for request in requests]
-        stride = SLICE * self.batch_size * self.ranks.size
+        stride = (num_batches or SLICE) * self.batch_size * self.ranks.size
         answers: dict[int, Any] = {}
         for start in range(0, len(documents), stride):
             mine = [

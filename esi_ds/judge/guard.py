@@ -15,7 +15,14 @@ from esi_ds.core.batch import Rows, right_pad
 from esi_ds.judge.embeddings import embedding_module, recorded_lookups, token_gradient, token_table
 from esi_ds.judge.pairs import EncodedPair, plain_pair
 from esi_ds.models.folder import max_positions
-from esi_ds.models.rows import alike_up_to, depends_on_neighbours, end_logits, probe_ids
+from esi_ds.models.rows import (
+    alike_up_to,
+    beside_note,
+    difference_beside,
+    end_logits,
+    frequencies_note,
+    probe_ids,
+)
 
 
 @dataclass(frozen=True)
@@ -146,16 +153,19 @@ class Guard:
         """Free its weights; whole ones go with the last reference. It cannot judge afterwards."""
         self._weights.close()
 
-    def depends_on_neighbours(self, device: torch.device | str) -> bool:
-        """Whether a pair's score changes, or may change, with the pair beside it: ``models.rows``. Collectives: twice
-        those of ``scores``."""
+    def why_alone(self, device: torch.device | str) -> str | None:
+        """Why pairs must not be judged together: a pair's score changes, or may change, with the pair beside it
+        (``models.rows``). None where they may. Collectives: twice those of ``scores``."""
 
         def read(rows: Rows) -> Tensor:
             return self._logits(self._batch([plain_pair(row) for row in rows], device))
 
-        depends = depends_on_neighbours(read, probe_ids(self.tokenizer))
+        beside = difference_beside(read, probe_ids(self.tokenizer))
         self._weights.release()
-        return depends or alike_up_to(self.model.config) is not None  # the pairs are not known: they may be long
+        if not beside.is_rounding:
+            return beside_note(beside)
+        limit = alike_up_to(self.model.config)  # the pairs are not known: they may be long
+        return None if limit is None else frequencies_note(limit)
 
     @contextmanager
     def embedding_table(self) -> Iterator[Tensor]:

@@ -9,9 +9,10 @@ architectures says which: two forward passes on a short row do. What only long r
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,21 @@ class Together(Enum):
 Read = Callable[[Rows], Sequence[Tensor] | Tensor]  # rows in one batch → each row's result
 
 
+class Difference(NamedTuple):
+    """Between two results that would be equal but for rounding. distance: L2, relative to the first of them. limit: of
+    ``ROUNDING``."""
+
+    distance: float
+    limit: float
+
+    @property
+    def is_rounding(self) -> bool:
+        return self.distance <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.distance:.2g} of their norm (up to {self.limit:g} is taken for rounding)"
+
+
 def alike_up_to(config: PretrainedConfig) -> int | None:
     """How many tokens a row may have that never changes how the rows beside it are read; None: any number.
 
@@ -53,6 +69,16 @@ def alike_up_to(config: PretrainedConfig) -> int | None:
         if section.get("rope_type") == "longrope"
     ]
     return min((limit for limit in limits if limit), default=None)
+
+
+def beside_note(difference: Difference) -> str:
+    """What a ``difference_beside`` that is more than rounding means, for logs and messages."""
+    return f"a row's logits depend on the rows beside it, by {difference}"
+
+
+def ahead_note(difference: Difference) -> str:
+    """Likewise of a ``difference_ahead``."""
+    return f"its logits of earlier tokens depend on later ones, by {difference}"
 
 
 def frequencies_note(limit: int) -> str:
@@ -132,8 +158,8 @@ def _kept_logits(
     return logits
 
 
-def depends_on_neighbours(read: Read, ids: Sequence[int], equal_length: bool = False) -> bool:
-    """Whether a row's result changes with the rows beside it: a longer one, or some of ``equal_length``. Two calls of
+def difference_beside(read: Read, ids: Sequence[int], equal_length: bool = False) -> Difference:
+    """How much a row's result changes with the rows beside it: a longer one, or some of ``equal_length``. Two calls of
     ``read``.
 
     ids: any text's. The other rows come first and say the same, so that experts with a capacity are full when the
@@ -141,32 +167,37 @@ def depends_on_neighbours(read: Read, ids: Sequence[int], equal_length: bool = F
     """
     row = _probe_row(ids)
     others = [row] * PROBE_REPEATS if equal_length else [row * PROBE_REPEATS]
-    return _differ(read([row])[0], read([*others, row])[-1])
+    return _difference(read([row])[0], read([*others, row])[-1])
 
 
-def is_causal(read: Read, ids: Sequence[int]) -> bool:
-    """Whether a row's results [L, V] at earlier tokens are the same with another last token, and with more text behind
-    it (ProphetNet's are not). Three calls of ``read``."""
+def difference_ahead(read: Read, ids: Sequence[int]) -> Difference:
+    """How much a row's results [L, V] at earlier tokens change with another last token, or with more text behind it: a
+    causal model's do not, ProphetNet's do. Three calls of ``read``."""
     row = _probe_row(ids)
     last = next((token for token in row if token != row[-1]), 0 if row[-1] else 1)
     earlier = len(row) - 1
     expected = read([row])[0][:earlier]
     others = [*row[:-1], last], row * PROBE_REPEATS
-    # All are read, whatever the first says: ranks must make the same calls.
-    return not any([_differ(expected, read([other])[0][:earlier]) for other in others])
+    return max(_difference(expected, read([other])[0][:earlier]) for other in others)
 
 
 def generation_logits(model: PreTrainedModel, rows: Rows, pad: int, synced_gpus: bool = False) -> Tensor:
-    """Logits [B, 2, V] of the first two steps of greedy generation: of the prompt, and of a token read with what the
-    prompt left in the cache. synced_gpus: as for ``greedy_ids``."""
+    """Logits [B, 2, V] of two steps of generation, in the model's dtype: of the prompt, and of its last token, read
+    again with what the prompt left in the cache (the likeliest may depend on rounding). synced_gpus: as for
+    ``greedy_ids``."""
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=2, pad_token_id=pad, output_logits=True, return_dict_in_generate=True
     )
     batch = left_pad(rows, pad, model.device)
     generator: Any = model  # typed without the mixin that ``generate`` comes from
     with torch.no_grad(), without_defaults(model, (), pad):
-        steps = generator.generate(**batch, generation_config=settings, synced_gpus=synced_gpus).logits
-    return torch.stack(list(steps), dim=1)
+        steps = generator.generate(
+            **batch,
+            generation_config=settings,
+            synced_gpus=synced_gpus,
+            prefix_allowed_tokens_fn=lambda number, _: [rows[number][-1]],
+        ).logits  # before the processors, and in fp32 whatever the model computes in
+    return torch.stack(list(steps), dim=1).to(model.dtype)
 
 
 def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -179,9 +210,11 @@ def _probe_row(ids: Sequence[int]) -> list[int]:
     return (list(ids) * PROBE_LENGTH)[:PROBE_LENGTH]
 
 
-def _differ(expected: Tensor, values: Tensor) -> bool:
-    """Whether two results of one shape differ by more than rounding. Results that are not finite say nothing."""
+def _difference(expected: Tensor, values: Tensor) -> Difference:
+    """Of two results of one shape. Where the first is not finite it says nothing; where the second is not, the distance
+    is infinite."""
+    limit = ROUNDING[expected.dtype]
     if not bool(expected.isfinite().all()):
-        return False
-    distance = (values.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30)
-    return not bool(distance <= ROUNDING[expected.dtype])
+        return Difference(0.0, limit)
+    distance = ((values.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30)).item()
+    return Difference(math.inf if math.isnan(distance) else distance, limit)

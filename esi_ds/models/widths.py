@@ -12,7 +12,8 @@ from esi_ds.models.roles import experts_per_token, layer_configs
 
 def widths(config: PretrainedConfig) -> Widths:
     """Of the text model. Where a configuration does not say, the usual ratio stands in: an MLP of four times the width,
-    and keys and values as wide as a token."""
+    and keys and values as wide as a token. Which attention is computed transformers writes into it as it makes the
+    model: ``eager`` for architectures that no kernel serves (gpt-oss, Gemma 2)."""
     text = config.get_text_config()
     layers = layer_configs(text)
 
@@ -45,4 +46,5 @@ def widths(config: PretrainedConfig) -> Widths:
         inner=max(inner, routed + shared),
         cache=latent + first("qk_rope_head_dim") if latent else whole,
         vocabulary=first("vocab_size", default=1),
+        written_heads=heads if text._attn_implementation == "eager" else 0,
     )

@@ -1,14 +1,18 @@
 """Batch sizes of a run: numbers of the config, or what ``auto`` has chosen once and the manifest keeps.
 
 A restart goes on with what the manifest says, whatever memory is free then: rows that share a batch may round each
-other's results differently.
+other's results differently. A number in the config replaces it, for a run that is out of memory with what was chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from pathlib import Path
 from typing import Literal
 
+from esi_ds.config import Config, validate
+from esi_ds.config.checks import BATCH_SIZES
+from esi_ds.config.yaml import read_yaml
 from esi_ds.core.batch_size import generation_bytes
 from esi_ds.models.widths import widths
 from esi_ds.zero import runtime
@@ -67,6 +71,30 @@ class GenerationBatch:
             return fitting_rows(row, 0.0 if mode == "gathered" else model.passing_bytes(backward=False))
 
         return self.size.resolve(fitting)
+
+
+def changed_batch_sizes(run: Path, config: Config) -> list[str]:
+    """A line for each of ``BATCH_SIZES`` that is not the one with which the run in the folder was started before.
+
+    Raises UserError for a ``config.yaml`` that cannot be read.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        return []
+    before, now = validate(read_yaml(file, "run.output_dir", "give a new folder")).model_dump(), config.model_dump()
+    lines = []
+    for section, key in (name.split(".") for name in BATCH_SIZES):
+        old, new = ((sections[section] or {}).get(key) for sections in (before, now))
+        if old != new:
+            lines.append(
+                f"{section}.{key} is {_shown(new)} from this start on, and was {_shown(old)} before: rows that share "
+                "a batch may round each other's results differently"
+            )
+    return lines
+
+
+def _shown(setting: int | str | None) -> str:
+    return "null" if setting is None else str(setting)
 
 
 def generation_setting(

@@ -18,6 +18,8 @@ from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.generate import Draws, choose_batches, choose_mode, generate, in_step, ready_to_generate
 
+SECONDS_A_TOKEN = 0.1  # of a large model on a GPU with a long cache; arithmetic, not measured
+
 
 class GeneratedRow(TypedDict):
     """A line of a file of responses that is being filled."""
@@ -81,6 +83,8 @@ def generate_all(
         batches, note = choose_batches(model, tokenizer, lengths, batch_size, mode, max_new_tokens)
         if note:
             tracker.remark(note)
+        if not in_step(model, mode) and (note := waiting_note(max_new_tokens)):
+            tracker.log(note)
         for start in range(0, len(batches), ranks):
             mine = batches[start + rank] if start + rank < len(batches) else []
             # A rank without a prompt left repeats one: all ranks must run in step.
@@ -99,3 +103,14 @@ def generate_all(
                 raise Interrupted(
                     f"stopped by a signal with {counted(len(done), 'response')} generated; start again to continue"
                 )
+
+
+def waiting_note(max_new_tokens: int) -> str | None:
+    """For the log, where ranks whose responses are short may wait for a long one until their collective gives up."""
+    limit, longest = runtime.collective_timeout_s(), SECONDS_A_TOKEN * max_new_tokens
+    if runtime.world_size() == 1 or longest < limit:
+        return None
+    return (
+        f"a response of {max_new_tokens:,} tokens may take {longest:,.0f} s, and a rank that is done waits for the "
+        f"others for {limit:,.0f} s at most: raise run.collective_timeout_s if that is too short, also on a restart"
+    )

@@ -42,7 +42,7 @@ from esi_ds.reading import check_type, json_sha256, reading
 from esi_ds.report.asked import asked_as
 from esi_ds.report.contents import Report
 from esi_ds.report.html import write_report
-from esi_ds.stages.batch_sizes import KEY, BatchSize, GenerationBatch, generation_setting
+from esi_ds.stages.batch_sizes import KEY, BatchSize, GenerationBatch, changed_batch_sizes, generation_setting
 from esi_ds.stages.date import check_same_date
 from esi_ds.stages.dtype import check_same_dtype
 from esi_ds.stages.interrupt import listen
@@ -279,6 +279,7 @@ class StageRun(ABC, Generic[Inputs]):
             self.folder.open(self.config)
             self.folder.identify()
         self.batch_sizes = runtime.from_main(self._recorded_batch_sizes)
+        changed = runtime.from_main(partial(changed_batch_sizes, self.folder.path, self.config))
         runtime.seed_everything(self.config.run.seed)
         tracker = self.tracker = Tracker(
             self.folder.path,
@@ -304,7 +305,7 @@ class StageRun(ABC, Generic[Inputs]):
                 tracker.log(f"Slurm has started this job again ({counted(restarts, 'time')} so far)")
             for name in unrecorded(self.folder.path) if runtime.is_main() else ():
                 tracker.log(f"{name}: has no record of its digest, as in earlier versions: it is taken as it is")
-            for line in (*unread_of_eval(self.config, self.stage), *dequantised(self.sources)):
+            for line in (*unread_of_eval(self.config, self.stage), *dequantised(self.sources), *changed):
                 tracker.remark(line)
             self._check_sources()
             for line in hub.kept_commits():
@@ -364,8 +365,10 @@ class StageRun(ABC, Generic[Inputs]):
             return check_type(read_manifest(self.folder.path).get(KEY, {}), dict[str, int])
 
     def batch_size(self, setting: int | Literal["auto"], purpose: str) -> BatchSize:
-        """A batch size of the config; what ``auto`` chooses goes into the manifest at once. To be used once the run has
-        begun. purpose: its key there."""
+        """A batch size of the config; what ``auto`` chooses goes into the manifest at once, and a number replaces what
+        an earlier start chose. To be used once the run has begun. purpose: its key there."""
+        if setting != "auto":
+            self.batch_sizes.pop(purpose, None)
         return BatchSize(setting, purpose, self.batch_sizes, lambda: self.record("running"))
 
     def generation_batch(self, section: Esi | Eval, longest: int, purpose: str = "generation") -> GenerationBatch:

@@ -16,29 +16,53 @@ from esi_ds.core.batch import Rows, right_pad
 from esi_ds.core.batch_size import rows_that_fit
 from esi_ds.errors import UserError
 from esi_ds.judge.embeddings import embedding_module
-from esi_ds.models.rows import PROBE_LENGTH, alike_up_to, depends_on_neighbours, is_causal, last_logits
+from esi_ds.models.rows import (
+    PROBE_LENGTH,
+    Difference,
+    ahead_note,
+    alike_up_to,
+    beside_note,
+    difference_ahead,
+    difference_beside,
+    frequencies_note,
+    last_logits,
+)
 from esi_ds.reading import first_line
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.memory import tightest_free_bytes
 
 
-def reads_causally(model: ShardedModel, ids: Sequence[int], pad: int) -> bool:
-    """Whether the logits of earlier tokens are the same whatever follows.
+def of_all_ranks(difference: Difference) -> Difference:
+    """The largest of the ranks' differences. One all-reduce."""
+    (distance,) = runtime.all_reduce_max(torch.tensor([difference.distance], dtype=torch.float64)).tolist()
+    return difference._replace(distance=distance)
+
+
+def reason_of_all_ranks(reason: str | None) -> str | None:
+    """Why rows are read alone, on every rank if any has a reason; None without one. One all-reduce."""
+    if not runtime.any_rank(reason is not None):
+        return None
+    return reason or "another rank found that a row's logits depend on the rows beside it"
+
+
+def lookahead(model: ShardedModel, ids: Sequence[int], pad: int) -> Difference:
+    """How much the logits of earlier tokens change with what follows: a causal model's do not.
 
     ids: any text's. Collectives: those of three forward passes, and an all-reduce.
     """
-    return not runtime.any_rank(not is_causal(lambda rows: _logits(model, rows, pad), ids))
+    return of_all_ranks(difference_ahead(lambda rows: _logits(model, rows, pad), ids))
 
 
 def check_causal(model: ShardedModel, ids: Sequence[int], pad: int) -> None:
-    """Raise UserError, on every rank, unless the model ``reads_causally``: a response that is read in one pass would be
-    known before it is predicted. Collectives: those of ``reads_causally``."""
-    if not reads_causally(model, ids, pad):
+    """Raise UserError, on every rank, unless the model is causal: a response that is read in one pass would be known
+    before it is predicted. Collectives: those of ``lookahead``."""
+    ahead = lookahead(model, ids, pad)
+    if not ahead.is_rounding:
         raise UserError(
             "model.path",
             model.module.name_or_path,
-            "is not a causal model: its logits of earlier tokens depend on later ones",
+            f"is not a causal model: {ahead_note(ahead)}",
             "use a causal language model; an encoder needs is_decoder: true in its config.json",
         )
 
@@ -108,18 +132,22 @@ def _without_expert_hooks(module: nn.Module) -> Iterator[None]:
             block._backward_hooks = kept
 
 
-def batch_size_for(model: ShardedModel, ids: Sequence[int], pad: int, batch_size: int, longest: int) -> int:
-    """``batch_size``, or 1 where a row's logits depend on the rows beside it (experts with a capacity, rotary
-    frequencies that the longest row chooses).
+def batch_size_for(
+    model: ShardedModel, ids: Sequence[int], pad: int, batch_size: int, longest: int
+) -> tuple[int, str | None]:
+    """``batch_size`` and None, or 1 and the reason where a row's logits depend on the rows beside it (experts with a
+    capacity, rotary frequencies that the longest row chooses).
 
     ids: any text's. longest: tokens of the longest row, the same on every rank. Collectives: those of two forward
     passes, and an all-reduce; none for single rows, or where ``longest`` decides.
     """
     limit = alike_up_to(model.module.config)
-    if batch_size == 1 or (limit is not None and longest > limit):
-        return 1
-    depends = depends_on_neighbours(lambda rows: _logits(model, rows, pad), ids)
-    return 1 if runtime.any_rank(depends) else batch_size
+    if batch_size == 1:
+        return 1, None
+    if limit is not None and longest > limit:
+        return 1, frequencies_note(limit)
+    beside = of_all_ranks(difference_beside(lambda rows: _logits(model, rows, pad), ids))
+    return (batch_size, None) if beside.is_rounding else (1, beside_note(beside))
 
 
 def fitting_rows(row: float, fixed: float) -> int:

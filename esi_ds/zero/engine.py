@@ -28,7 +28,7 @@ from esi_ds.judge.embeddings import embedding_module
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.idle_experts import mend_grouped_product
 from esi_ds.models.roles import describe, expert_blocks, routers
-from esi_ds.models.rows import Together
+from esi_ds.models.rows import Difference, Together
 from esi_ds.zero import expert_parallel, memory, runtime
 from esi_ds.zero.loading import read_partitioned, read_replicated
 from esi_ds.zero.partitioned import attributes, partition_bounds, partition_group, partition_numel, whole_shape
@@ -48,9 +48,11 @@ class ShardedModel:
         shards: this rank's part of each layout, in the same order.
         by_name: name of a layout or shard → live tensor.
         together: which prompts may share a batch in generation; None until it is asked (``zero/generate.py``).
+        beside: how much a longer prompt changes the first logits of the one beside it; likewise.
     """
 
     together: Together | None = None
+    beside: Difference | None = None
     _is_closed = False
 
     def __init__(

@@ -17,12 +17,13 @@ from esi_ds.models.decoding import Sampling, greedy_ids, sampled_ids
 from esi_ds.models.rows import (
     Together,
     alike_up_to,
-    depends_on_neighbours,
+    difference_beside,
     frequencies_note,
     generation_logits,
     probe_ids,
 )
 from esi_ds.zero import runtime
+from esi_ds.zero.batching import of_all_ranks
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.memory import tightest_free_bytes
 
@@ -118,7 +119,8 @@ def choose_batches(
     """
     together = may_stand_together(model, tokenizer, mode) if batch_size > 1 and len(lengths) > 1 else Together.ANY
     if together is Together.NONE:
-        return cut_by_length(lengths, 1, None), "one prompt a batch: an answer would depend on the prompts beside it"
+        note = "one prompt a batch: an answer would depend on the prompts beside it"
+        return cut_by_length(lengths, 1, None), f"{note}, its first logits by {model.beside}"
     limit = alike_up_to(model.module.config)
     longest = None if limit is None else limit - max_new_tokens
     if together is Together.ANY:
@@ -130,7 +132,8 @@ def choose_batches(
     for number in sorted(lengths, key=lambda number: lengths[number]):
         by_length.setdefault(lengths[number], {})[number] = lengths[number]
     batches = [batch for alike in by_length.values() for batch in cut_by_length(alike, batch_size, longest)]
-    return batches, "only prompts of equal length share a batch: an answer would depend on padding"
+    note = "only prompts of equal length share a batch: an answer would depend on padding"
+    return batches, f"{note}, its first logits by {model.beside}"
 
 
 def may_stand_together(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, mode: str) -> Together:
@@ -145,9 +148,10 @@ def may_stand_together(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, 
 
     if model.together is None:
         ids = probe_ids(tokenizer)
-        if not runtime.any_rank(depends_on_neighbours(read, ids)):
+        model.beside = of_all_ranks(difference_beside(read, ids))
+        if model.beside.is_rounding:
             model.together = Together.ANY
         else:
-            alike = runtime.any_rank(depends_on_neighbours(read, ids, equal_length=True))
-            model.together = Together.NONE if alike else Together.EQUAL_LENGTH
+            alike = of_all_ranks(difference_beside(read, ids, equal_length=True))
+            model.together = Together.EQUAL_LENGTH if alike.is_rounding else Together.NONE
     return model.together

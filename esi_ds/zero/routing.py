@@ -41,7 +41,7 @@ def routing_choices(model: ShardedModel, rows: Sequence[Sequence[int]], pad: int
     """
     rows = rows[:MAX_ROWS]
     if rows:
-        batch_size = batch_size_for(model, rows[0], pad, batch_size, max(map(len, rows)))
+        batch_size, _ = batch_size_for(model, rows[0], pad, batch_size, max(map(len, rows)))
     rank, ranks = runtime.rank(), runtime.world_size()
     local_numbers = list(range(rank, len(rows), ranks))
     most = -(-len(rows) // ranks)  # rows of any rank

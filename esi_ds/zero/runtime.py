@@ -35,7 +35,7 @@ def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
 
     timeout_s: how long a collective waits for a missing rank before it fails. start_timeout_s: how long to wait for all
     ranks now; a rank on another host has no other way to learn that rank 0 died before it listened. Raises UserError
-    where no group forms.
+    where no group forms, and where two ranks would share a GPU.
     """
     _avoid_unsafe_attention()
     if torch.distributed.is_initialized():
@@ -60,6 +60,8 @@ def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
     try:
         # A rendezvous with a timeout of its own; the group's then finds rank 0's server running.
         meeting = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=start_timeout_s)))
+        if device().type == "cuda":
+            _claim_gpu(meeting[0], launch.rank, str(torch.cuda.get_device_properties(device()).uuid))
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
         del meeting
     except torch.distributed.DistNetworkError as error:
@@ -114,8 +116,8 @@ def _quieten() -> None:
 def _device_index(launch: LaunchEnvironment, num_devices: int, visibility: Iterable[str]) -> int:
     """Index of this rank's device among the visible ones.
 
-    visibility: variables by which a launcher may show each rank only one. Raises UserError where ranks of this host
-    would share a device.
+    visibility: variables by which a launcher may show each rank only one. Raises UserError where this host shows fewer
+    devices than it has ranks; if each rank is shown one, ``_claim_gpu`` finds those that are shown the same.
     """
     if launch.local_rank is None:
         return 0
@@ -127,6 +129,21 @@ def _device_index(launch: LaunchEnvironment, num_devices: int, visibility: Itera
             "local rank", last, f"has no device: this host shows {num_devices}", "start one rank per device"
         )
     return launch.local_rank
+
+
+def _claim_gpu(store: torch.distributed.Store, rank: int, uuid: str) -> None:
+    """Raise UserError where another rank has the GPU already, which NCCL refuses with a traceback on every rank.
+
+    store: of the job. uuid: of this rank's GPU. The rank that comes second raises; the launcher ends the others.
+    """
+    owner = store.compare_set(f"esi_ds/gpu/{uuid}", "", str(rank)).decode()
+    if owner != str(rank):
+        problem = f"has the same GPU as rank {owner} ({uuid})"
+        remedy = (
+            "start one rank per GPU: the launcher, or CUDA_VISIBLE_DEVICES, must show each rank of a host another one, "
+            "or all of them"
+        )
+        raise UserError("rank", rank, problem, remedy)
 
 
 def _share_cores() -> None:
@@ -233,6 +250,11 @@ def seed_everything(seed: int) -> None:
     """Seed python and torch alike on every rank; what must differ between ranks or prompts is keyed, not drawn."""
     random.seed(seed)
     torch.manual_seed(seed)
+
+
+def collective_timeout_s() -> float:
+    """How long a collective waits for a missing rank before it fails."""
+    return distributed_c10d.default_pg_timeout.total_seconds()
 
 
 def barrier() -> None:

@@ -10,7 +10,8 @@ second one goes on. poison
 {"gradient" | "score": index} makes one prompt's gradient or judge score not finite, {"tuning" | "benign": row} one
 row's gradient, {"silence": true} makes every row's gradient zero; error is a text that the UserError the case must end
 in holds. wrong_fisher squares after the reduction, which is the mistake that the tests must notice. Grouped
-products leave garbage in the gradients of experts without tokens.
+products leave garbage in the gradients of experts without tokens. In every case the judge must be freed before weights
+are selected.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -35,7 +37,7 @@ from esi_ds.core.mask import Mask
 from esi_ds.core.surrogate import estimate
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.judge.guard import Guard, Judgement
+from esi_ds.judge.guard import Guard, Judgement, WholeWeights
 from esi_ds.models.folder import ModelSource
 from esi_ds.options import Options
 from esi_ds.stages import interrupt
@@ -222,6 +224,24 @@ def run_case(case: dict) -> None:
 KEPT = ("units", "selection", "score_histogram", "score_histograms_by_role", "further_masks", "overlaps")  # of a report
 
 
+def watch_judges() -> None:
+    """Once everything is scored the judge must be gone, also one of which every rank has a whole copy. (Modules of
+    sharded ones stay, without tensors.)"""
+    plain_load, plain_finish = EsiRun._load_guard, esi_work.finish_esi
+    judges: list[weakref.ref] = []
+
+    def load(self: EsiRun, judge) -> Guard:
+        guard = plain_load(self, judge)
+        judges[:] = [weakref.ref(guard.model)] if isinstance(guard._weights, WholeWeights) else []
+        return guard
+
+    def finish_without_judge(*arguments) -> None:
+        assert all(judge() is None for judge in judges)
+        plain_finish(*arguments)
+
+    EsiRun._load_guard, esi_work.finish_esi = load, finish_without_judge
+
+
 def keep_units(folder: Path, report: dict) -> None:
     (folder / "report.json").write_text(json.dumps({key: report[key] for key in KEPT if key in report}))
 
@@ -231,6 +251,7 @@ def main() -> None:
     gradients.BUCKET_NUMEL = 2000  # of models this small, so that several reductions are in flight
     finish.write_report = keep_units  # pictures are tested elsewhere
     finish.publish = lambda *arguments: None
+    watch_judges()
     ask_each_model_once(esi_work, routing)
     run_cases(run_case)
 

@@ -36,6 +36,12 @@ def group() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def local_rank(launcher_variables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed reads it whenever a model is loaded, and ``launcher_variables`` has removed what the group set."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+
 @pytest.mark.parametrize("check", CHECKS)
 def test_gpu(check: str) -> None:
     parts = list(CHECKS[check]())

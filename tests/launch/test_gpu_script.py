@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_ranks
 from safetensors.torch import load_file, save_file
 
 from benchmarks import gpu, gpu_checks, gpu_end_to_end, gpu_speed, gpu_storage
@@ -75,10 +75,39 @@ def test_every_step_gives_its_figures_and_every_check_passes(lines: list[dict[st
             line
         )
     checked = {line["step"] for line in lines if line.get("passed")}
-    assert checked == {"versions", "attention", "experts", "end_to_end", "bits", "storage"}
+    assert checked == {"versions", "attention", "experts", "neighbours", "end_to_end", "bits", "storage"}
     split = next(line["split_seconds"] for line in lines if line["part"] == "ESI, checkpointing False")
     assert set(split) == {"judge", "forward", "vocabulary product", "backward", "hook"}
     assert all(value > 0 for value in split.values())
+
+
+TESTS_ON_A_CPU = """
+import sys
+
+import pytest
+
+from benchmarks import gpu_checks
+
+experts = gpu_checks.experts
+gpu_checks.experts = lambda tiny: experts(tiny=True)
+
+
+class WithoutGPU:
+    def pytest_collection_modifyitems(self, items):
+        for module in {item.getparent(pytest.Module) for item in items}:
+            module.own_markers = [mark for mark in module.own_markers if mark.name != "skipif"]
+
+
+chosen = ["-k", "experts or closed", "tests/gpu"]
+sys.exit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *chosen], plugins=[WithoutGPU()]))
+"""
+
+
+def test_the_gpu_tests_that_load_models_run(tmp_path: Path) -> None:
+    """What needs no GPU of it: DeepSpeed reads LOCAL_RANK, which every test must find."""
+    (tmp_path / "tests_on_a_cpu.py").write_text(TESTS_ON_A_CPU)
+    done = run_ranks(1, str(tmp_path / "tests_on_a_cpu.py"))
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_an_end_of_any_kind_is_told_and_loses_no_line(

@@ -35,7 +35,7 @@ from esi_ds.core.units import Parameter
 from esi_ds.models.folder import ModelSource, stored_weights
 from esi_ds.models.meta import meta_model, meta_parameters
 from esi_ds.models.roles import describe, unrecognised
-from esi_ds.models.rows import depends_on_neighbours, is_causal, last_logits
+from esi_ds.models.rows import difference_ahead, difference_beside, last_logits
 from esi_ds.models.widths import widths
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.export import plan_export
@@ -89,13 +89,13 @@ def rows(model: PreTrainedModel) -> str:
             logits = last_logits(model, padded, padded["input_ids"].shape[1] - first)
         return [values[: len(row) - first] for values, row in zip(logits, batch, strict=True)]
 
-    if not is_causal(lambda batch: read(batch, 0), SHORT):
+    if not difference_ahead(lambda batch: read(batch, 0), SHORT).is_rounding:
         return "refused: the logits of earlier tokens depend on later ones"
     alone = read([SHORT])[0]
     differences = {
         "the mask that a row alone is given changes its logits": distance(alone, plain_logits(model, SHORT)[FIRST:])
     }
-    if depends_on_neighbours(read, SHORT):  # the stages then read one row at a time
+    if not difference_beside(read, SHORT).is_rounding:  # the stages then read one row at a time
         return verdict(differences)
     differences |= {
         "a row's logits depend on a longer row": distance(read([SHORT, LONG])[0], alone),

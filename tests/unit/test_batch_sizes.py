@@ -34,7 +34,7 @@ from esi_ds.errors import UserError
 from esi_ds.models.roles import experts_per_token
 from esi_ds.models.widths import widths
 from esi_ds.options import Options
-from esi_ds.stages.batch_sizes import GenerationBatch, generation_setting, longest_prompt
+from esi_ds.stages.batch_sizes import GenerationBatch, changed_batch_sizes, generation_setting, longest_prompt
 from esi_ds.stages.esi.work import EsiRun
 from esi_ds.tracking import Tracker
 from esi_ds.zero import batching, memory, runtime
@@ -105,11 +105,12 @@ def saved_bytes(model: PreTrainedModel, rows: int, tokens: int, learnt: int) -> 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scoring_takes_no_more_than_counted(dtype: torch.dtype, recompute: bool) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_scoring_takes_no_more_than_counted(dtype: torch.dtype, recompute: bool, attention: str) -> None:
     """What one more row takes, counted against what autograd keeps; a layer that is recomputed comes on top."""
     config = LlamaConfig(
         vocab_size=600, hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=2,
+        num_key_value_heads=2, attn_implementation=attention,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).to(dtype).train()
     if recompute:
@@ -171,6 +172,43 @@ def test_a_restart_takes_what_was_chosen(tmp_path: Path, monkeypatch) -> None:
     tokens = esi_run(tmp_path / "per-token", 20 * row, monkeypatch, generation_batch_size="auto")
     assert generated(tokens, "per_token", passing=8 * row) == 8
     assert generated(esi_run(tmp_path / "number", row, monkeypatch, generation_batch_size=3)) == 3
+
+
+def test_a_number_takes_the_place_of_what_was_chosen(tmp_path: Path, monkeypatch) -> None:
+    """Else a run that is out of memory with what auto chose would be so for ever."""
+    folder = tmp_path / "run"
+    before = esi_run(folder, 10**12, monkeypatch, generation_batch_size="auto")
+    before.folder.write_config(before.config)
+    (folder / "responses.partial.jsonl").touch()
+    assert generated(before) == 64 and changed_batch_sizes(folder, before.config) == []
+    before.record("failed")
+    again = esi_run(folder, 10**12, monkeypatch, generation_batch_size=8, batch_size=2)
+    again.folder.check(again.config)
+    assert generated(again) == 8
+    again.record("running")
+    assert "batch_sizes" not in json.loads((folder / "manifest.json").read_text())
+    lines = changed_batch_sizes(folder, again.config)
+    assert [line.partition(" before")[0] for line in lines] == [
+        "esi.batch_size is 2 from this start on, and was 8",
+        "esi.generation_batch_size is 8 from this start on, and was auto",
+    ]
+    assert changed_batch_sizes(tmp_path, again.config) == []
+
+
+def test_attention_without_a_kernel_counts_its_matrices() -> None:
+    """gpt-oss-20b's widths: torch's eager attention holds three matrices of a layer's heads at once."""
+    folder, prompt, bf16 = ROOT / "configs/moe/architectures", 1300, 2
+    config = AutoConfig.from_pretrained(folder / "gpt-oss-20b")
+    kernel = widths(config)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)  # which settles the attention
+    sizes, matrices = widths(config), 64 * prompt**2
+    assert (kernel.written_heads, sizes.written_heads) == (0, 64)
+    new = generation_bytes(sizes, bf16, prompt, 256) - generation_bytes(kernel, bf16, prompt, 256)
+    assert new == (2 * bf16 + FP32) * matrices >= 3 * bf16 * matrices
+    for recompute in (False, True):
+        new = scoring_bytes(sizes, bf16, prompt, 256, recompute) - scoring_bytes(kernel, bf16, prompt, 256, recompute)
+        assert new == (1 if recompute else sizes.layers) * (2 * bf16 + FP32) * matrices
 
 
 def test_scoring_by_memory(tmp_path: Path, monkeypatch) -> None:

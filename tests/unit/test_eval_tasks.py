@@ -450,6 +450,27 @@ def test_told_to_stop_within_a_task(folder, tmp_path, monkeypatch) -> None:
         run_with(should_stop=lambda: True)
 
 
+@pytest.mark.parametrize(("new_tokens", "slices"), [(256, [5]), (2048, [2, 2, 1]), (32768, [1] * 5)])
+def test_ranks_meet_more_often_where_answers_may_be_long(
+    folder, monkeypatch, new_tokens: int, slices: list[int]
+) -> None:
+    """They wait in a collective, which gives up at some time."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    lm = harness.SharedLM(model, tokenizer, [tokenizer.eos_token_id], 1, False, None, Ranks(), bool)
+    sizes = []
+
+    def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+        sizes.append(len(requests))
+        return [""] * len(requests)
+
+    monkeypatch.setattr(HFLM, "generate_until", generate_until)
+    monkeypatch.setattr(HFLM, "max_length", 10**6)
+    lm.begin(None)
+    settings = {"max_gen_toks": new_tokens}
+    requests = [Instance("generate_until", {}, ("How?", settings), 0, ("own", number, 1)) for number in range(5)]
+    assert lm.generate_until(requests) == [""] * 5 and sizes == slices
+
+
 def test_a_metric_that_is_no_share(folder, tmp_path, monkeypatch) -> None:
     """A user's own task file, and a metric of which every document has a number."""
     # datasets tells a server how often its json reader is used, local files included, unless it is told to be offline.

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from esi_ds import artifacts, launch_environment
+from esi_ds.config.checks import BATCH_SIZES
 from esi_ds.errors import UserError, ends_with_message
 from esi_ds.failures import explain
 
@@ -58,6 +59,16 @@ def test_a_rank_that_is_gone_or_does_not_come() -> None:
     assert explain(torch.distributed.DistNetworkError("failed to recv, connection was likely closed"), "x")
     late = "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 8000ms for recv"
     assert "run.start_timeout_s at the start (Timed out waiting 8000ms for recv)" in explain(RuntimeError(late), "x")
+
+
+def test_what_a_gpu_lacks_is_told_with_the_keys_that_need_less() -> None:
+    message = (
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 5.20 GiB is "
+        "free. Including non-PyTorch memory, this process has 73.88 GiB memory in use. If reserved memory is large ..."
+    )
+    said = explain(raised(RuntimeError("later"), torch.OutOfMemoryError(message)), "x")
+    assert said.startswith(f"{message.partition(' Including')[0]} Lower the batch size")
+    assert all(key in said for key in BATCH_SIZES) and "\n" not in said
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), RuntimeError("timed out"), KeyError("timeout")])

@@ -358,7 +358,7 @@ def test_qwen3guard_stream_calls_unsafe_what_its_evaluation_does(base: Tokenizer
         gradient = embeddings.grad[0, pair.response_tokens]
         torch.testing.assert_close(judgement.gradient, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
     assert {verdict.unsafe for verdict in verdicts} == {True, False}
-    assert not judge.depends_on_neighbours()
+    assert judge.why_alone() is None
 
 
 def consecutive(labels: list[int], risk: int) -> bool:

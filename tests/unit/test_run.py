@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import torch
 from builders import build_model, byte_bpe_tokenizer
 from mask_folders import write_mask
 from safetensors.torch import save_file
+from torch.distributed import distributed_c10d
 
 from esi_ds import lock
 from esi_ds.artifacts import STATUS, RunFolder
@@ -22,7 +25,7 @@ from esi_ds.core.mask import Mask, identity, unread
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.models.folder import ModelSource
 from esi_ds.options import Options
-from esi_ds.stages import ENTRIES
+from esi_ds.stages import ENTRIES, respond
 from esi_ds.stages import run as stage_run
 from esi_ds.stages.esi.prepare import EsiInputs
 from esi_ds.stages.evaluate.work import EvalRun
@@ -314,10 +317,52 @@ def test_remarks_of_an_earlier_start_stay(tmp_path: Path) -> None:
         with pytest.raises(Interrupted):
             Remarking(config, Options(), None, RunFolder(config.run.output_dir), {}, {}).run()
         lines = ["another model replied", "one at a time", "one at a time beside it", "one at"]
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": 2})})
         Remarking(config, Options(), None, RunFolder(config.run.output_dir), {}, {}).run()
     said = json.loads((tmp_path / "run/manifest.json").read_text())["remarks"]
     unread = "eval.tasks: read by launch/eval.py, not by SET"
-    assert said == f"{unread}; another model replied; stop; one at a time; one at a time beside it; one at"
+    changed = (
+        "eval.batch_size is 2 from this start on, and was 8 before: rows that share a batch may round each other's "
+        "results differently"
+    )
+    lines = "one at a time; one at a time beside it; one at"
+    assert said == f"{unread}; another model replied; stop; {changed}; {lines}"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "new_tokens", "mode", "is_said"),
+    [
+        (2, 32768, "gathered", True),
+        (2, 8192, "gathered", False),
+        (2, 32768, "per_token", False),
+        (1, 32768, "gathered", False),
+    ],
+)
+def test_a_wait_for_long_responses_is_announced(
+    ranks: int, new_tokens: int, mode: str, is_said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that go in step do not wait for one another."""
+    monkeypatch.setattr(distributed_c10d, "default_pg_timeout", timedelta(seconds=1800))
+    monkeypatch.setattr(runtime, "world_size", lambda: ranks)
+    monkeypatch.setattr(respond, "choose_mode", lambda *_: (mode, "so"))
+    monkeypatch.setattr(respond, "ready_to_generate", lambda *_: nullcontext())
+    monkeypatch.setattr(respond, "choose_batches", lambda *_: ([], None))
+    lines: list[str] = []
+    tracker = SimpleNamespace(log=lines.append, progress=lambda **_: nullcontext())
+    respond.generate_all(
+        SimpleNamespace(expert_parallel=False),
+        None,
+        (),
+        {0: [1]},
+        {},
+        max_new_tokens=new_tokens,
+        batch=SimpleNamespace(rows=lambda *_: 1, size=SimpleNamespace(note="")),
+        generation="auto",
+        keep=lambda new: None,
+        tracker=tracker,
+    )
+    said = [line for line in lines if "raise run.collective_timeout_s" in line]
+    assert len(said) == is_said and all("may take 3,277 s" in line and "for 1,800 s at most" in line for line in said)
 
 
 def test_entries_load_nothing_heavy() -> None:

@@ -12,6 +12,16 @@ from esi_ds.launch_environment import LaunchEnvironment
 from esi_ds.zero import runtime
 
 
+def test_ranks_that_are_shown_the_same_gpu_are_refused() -> None:
+    """Each is shown one device, so that none sees that it is shared."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for rank, uuid in enumerate(("a", "b")):
+        runtime._claim_gpu(store, rank, uuid)
+    runtime._claim_gpu(store, 1, "b")
+    with pytest.raises(UserError, match=r"rank = 2: has the same GPU as rank 1 \(b\); start one rank per GPU"):
+        runtime._claim_gpu(store, 2, "b")
+
+
 @pytest.fixture
 def attention() -> Iterator[None]:
     """torch's own choice, and that of this process again afterwards."""

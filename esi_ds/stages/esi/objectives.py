@@ -124,6 +124,11 @@ class SafetyObjective(ResponseObjective):
     def score(self, example: Example, value: float) -> float:
         return self._judgements[example.index].score
 
+    def release(self) -> None:
+        """A judge of which every rank has a whole copy is freed with the last reference."""
+        del self.guard, self.vocabulary
+        self._judgements.clear()
+
 
 class ScoreFunctionObjective(ResponseObjective):
     """(J − b)·∇ log p(y|x): needs only the score of the judge (estimator ``score_function``).

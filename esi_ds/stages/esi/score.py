@@ -140,6 +140,9 @@ class Objective(ABC, Generic[Item]):
         """The metrics of a micro-batch. score, value: means over its examples. norm: of its gradient. rate: examples
         per second."""
 
+    def release(self) -> None:  # noqa: B027  most hold nothing
+        """Let go of what only ``admit`` and ``forward`` need: the pass is over, but the run keeps its objective."""
+
 
 class ScoringPass:
     """One pass over an objective's examples; ``run`` returns when every example is in the sums or excluded.

@@ -51,7 +51,7 @@ from esi_ds.stages.run import CHECKPOINTS, StageRun
 from esi_ds.stages.saving import SaveClock
 from esi_ds.words import counted
 from esi_ds.zero import memory, runtime
-from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient, fitting_rows
+from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient, fitting_rows, reason_of_all_ranks
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 from esi_ds.zero.placement import load_judge
@@ -122,11 +122,9 @@ class EsiRun(StageRun[EsiInputs]):
         else:
             kind = TokenGuard if judge.family.reads == "tokens" else Guard
             guard = kind(module, judge.tokenizer, section.score, weights)
-        if self.config.esi.batch_size != 1 and runtime.any_rank(guard.depends_on_neighbours(runtime.device())):
+        if self.config.esi.batch_size != 1 and (reason := reason_of_all_ranks(guard.why_alone(runtime.device()))):
             guard.max_batch = 1
-            self.tracker.remark(
-                "the judge reads one response at a time: its score would depend on the responses beside it"
-            )
+            self.tracker.remark(f"the judge reads one response at a time: {reason}")
         return guard
 
     def _answer(self, model: ShardedModel, inputs: PromptInputs) -> AnsweredPrompts:
@@ -295,13 +293,15 @@ class EsiRun(StageRun[EsiInputs]):
         ids, batch_size = objective.examples[0].ids, objective.batch_size
         check_causal(model, ids, objective.pad)
         longest = max(len(example.ids) for example in objective.examples)
-        objective.batch_size = batch_size_for(model, ids, objective.pad, batch_size, longest)
-        if objective.batch_size < batch_size:
-            self.tracker.remark(f"one {objective.unit} a forward pass: its logits would depend on those beside it")
+        objective.batch_size, note = batch_size_for(model, ids, objective.pad, batch_size, longest)
+        if note:
+            self.tracker.remark(f"one {objective.unit} a forward pass: {note}")
         folder = self.folder.path / CHECKPOINTS / objective.name
         scoring = ScoringPass(self.config, model, objective, folder, self.tracker, self._saves, self._passes)
         self._passes += (scoring,)
-        return scoring.run()
+        state = scoring.run()
+        objective.release()
+        return state
 
     def _accumulator_device(self) -> torch.device:
         """Where gradient sums are kept."""

@@ -22,7 +22,7 @@ from esi_ds.data.thoughts import (
 from esi_ds.eval.fluency import surprises as measure_surprises
 from esi_ds.eval.rows import AnswerRow, SurpriseRow, answer_key, has_text, marks_of
 from esi_ds.models.decoding import Sampling
-from esi_ds.models.rows import probe_ids
+from esi_ds.models.rows import ahead_note, probe_ids
 from esi_ds.stages.batch_sizes import GenerationBatch
 from esi_ds.stages.evaluate.prepare import Candidate, RecordedModel
 from esi_ds.stages.interrupt import check_stop
@@ -32,7 +32,7 @@ from esi_ds.stages.respond import generate_all
 from esi_ds.tracking import Tracker
 from esi_ds.words import counted, part_of
 from esi_ds.zero import runtime
-from esi_ds.zero.batching import batch_size_for, reads_causally
+from esi_ds.zero.batching import batch_size_for, lookahead
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.generate import Draws, choose_mode, in_step, ready_to_generate
 
@@ -224,10 +224,13 @@ def surprise_all(
         _read_none(surprises, reason, tracker)
         return
     ids, pad = probe_ids(reference.tokenizer), reference.tokenizer.pad_token_id or 0
-    if not reads_causally(model, ids, pad):
-        _read_none(surprises, "the model is not causal", tracker)
+    ahead = lookahead(model, ids, pad)
+    if not ahead.is_rounding:
+        _read_none(surprises, ahead_note(ahead), tracker)
         return
-    batch_size = batch_size_for(model, ids, pad, section.batch_size, 0)  # long ones are read alone anyway
+    batch_size, note = batch_size_for(model, ids, pad, section.batch_size, 0)  # long ones are read alone anyway
+    if note:
+        tracker.log(f"answers are read again one at a time: {note}")
     ranks, rank = runtime.world_size(), runtime.rank()
     size = section.batch_size * 4  # so many that texts of like length can be batched together
     bar = tracker.progress(total=len(waiting), initial=0, unit="answer", description="surprise")

@@ -17,14 +17,14 @@ from esi_ds.data.thoughts import marks_with
 from esi_ds.eval.divergence import EncodedAnswer, answer_logits, encode_answers
 from esi_ds.eval.rows import AnswerRow, DivergenceRow, answer_key
 from esi_ds.models.meta import meta_parameters
-from esi_ds.models.rows import probe_ids
+from esi_ds.models.rows import Difference, ahead_note, probe_ids
 from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs
 from esi_ds.stages.interrupt import check_stop
 from esi_ds.stages.ledger import Ledger
 from esi_ds.tracking import Tracker
 from esi_ds.words import counted
 from esi_ds.zero import runtime
-from esi_ds.zero.batching import reads_causally
+from esi_ds.zero.batching import lookahead
 from esi_ds.zero.engine import ShardedModel, load_sharded
 from esi_ds.zero.memory import tightest_free_bytes
 
@@ -98,10 +98,11 @@ def compare_all(
             if reason is None:
                 beside = load_sharded(other.source, config.model.dtype, deepspeed_config)
                 comparison = Comparison(base, other, (model, beside))
-                if comparison.reads_causally():
+                ahead = comparison.lookahead()
+                if ahead.is_rounding:
                     comparison.compare(rows, divergences, tracker)
                 else:
-                    reason = "it or the base is not causal"
+                    reason = f"it or the base is not causal: {ahead_note(ahead)}"
                 beside.close()
         if reason is not None:
             unmeasured.add(other.name)
@@ -115,10 +116,10 @@ class Comparison:
     def __init__(self, base: Candidate, other: Candidate, models: tuple[ShardedModel, ShardedModel]):
         self.base, self.other, self.models = base, other, models
 
-    def reads_causally(self) -> bool:
-        """Whether both models do. Collectives: those of six forward passes, and two all-reduces."""
+    def lookahead(self) -> Difference:
+        """The larger of both models'. Collectives: those of six forward passes, and two all-reduces."""
         ids, pad = probe_ids(self.base.tokenizer), self.base.tokenizer.pad_token_id or 0
-        return all([reads_causally(model, ids, pad) for model in self.models])
+        return max(lookahead(model, ids, pad) for model in self.models)
 
     def compare(self, rows: Sequence[AnswerRow], divergences: Ledger[DivergenceRow], tracker: Tracker) -> None:
         """Add a row for each of ``rows``, the base's answers; every rank reads one at a time, alone in its batch.

@@ -35,6 +35,7 @@ from esi_ds.stages.rounds import EndpointRounds
 from esi_ds.tracking import Bar, Tracker
 from esi_ds.words import counted
 from esi_ds.zero import memory, runtime
+from esi_ds.zero.batching import reason_of_all_ranks
 from esi_ds.zero.placement import load_judge
 
 VERDICTS, VERDICT_KEY = "verdicts.jsonl", ("judge", *ANSWER_KEY)
@@ -220,9 +221,9 @@ def _ask_model(
     per round."""
     reader, weights = _load(judge, config, deepspeed_config, tracker)
     batch_size = require_eval(config).batch_size
-    if batch_size > 1 and reader.max_batch is None and runtime.any_rank(reader.depends_on_neighbours()):
+    if batch_size > 1 and reader.max_batch is None and (reason := reason_of_all_ranks(reader.why_alone())):
         reader.max_batch = 1
-        tracker.remark(f"judge {judge.name} reads one answer at a time: its verdict would depend on those beside it")
+        tracker.remark(f"judge {judge.name} reads one answer at a time: {reason}")
     weights.release()
     encoded = {
         n: reader.encode(q.asked, q.response, judge.section.reads, marks_of(q.row), q.row["prompt"])

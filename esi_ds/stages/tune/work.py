@@ -135,7 +135,8 @@ class TuneRun(StageRun[TuningInputs]):
         longest = max(len(row.ids) for row in (*rows, *(benign.sequences if benign is not None else ())))
         check_gradient(model, ids)
         check_causal(model, ids, pad)
-        if batch_size_for(model, ids, pad, tune.batch_size, longest) < tune.batch_size:
+        _, problem = batch_size_for(model, ids, pad, tune.batch_size, longest)
+        if problem is not None:
             accumulation = tune.batch_size * tune.gradient_accumulation
             limit = alike_up_to(model.module.config)
             remedy = f"set tune.batch_size: 1 and tune.gradient_accumulation: {accumulation}, which is the same update"
@@ -144,7 +145,7 @@ class TuneRun(StageRun[TuningInputs]):
             raise UserError(
                 "tune.batch_size",
                 tune.batch_size,
-                "is more than this model can read at once: a row's logits depend on the rows beside it",
+                f"is more than this model can read at once: {problem}",
                 remedy,
             )
 
