@@ -54,6 +54,17 @@ PACKAGES = ("esi_ds", "torch", "deepspeed", "transformers", "tokenizers", "safet
 
 
 @contextmanager
+def readable(share: str) -> Iterator[None]:
+    """Have new files and folders be readable for whom ``run.share`` names, whatever this process's umask."""
+    before = os.umask(0o077)  # there is no other way to read it
+    os.umask(before & ~(MODES[share] & 0o077))
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Have every error of writing ``path`` be an OSError that names the file.
 

@@ -438,9 +438,13 @@ class ToyForCausalLM(LlamaForCausalLM):
 """
 
 
-def make_remote(folder: Path) -> None:
-    """A saved Llama becomes one that transformers cannot build without the code beside it."""
+def make_remote(folder: Path, repository: str = "") -> None:
+    """A saved Llama becomes one that transformers cannot build without the code beside it.
+
+    repository: from which it is to take the code instead, with "--" behind its name.
+    """
     (folder / "modeling_toy.py").write_text(MODELING)
     config = json.loads((folder / "config.json").read_text())
-    classes = {"AutoConfig": "modeling_toy.ToyConfig", "AutoModelForCausalLM": "modeling_toy.ToyForCausalLM"}
+    names = {"AutoConfig": "ToyConfig", "AutoModelForCausalLM": "ToyForCausalLM"}
+    classes = {key: f"{repository}modeling_toy.{name}" for key, name in names.items()}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "toy_llama", "auto_map": classes}))

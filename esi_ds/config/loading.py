@@ -73,7 +73,9 @@ class Model(Section):
         description="The type of the weights while the model computes; auto takes bf16 where the machine computes it "
         "natively, else fp32.",
     )
-    trust_remote_code: bool = Field(False, description="Whether to run code that comes with the model.")
+    trust_remote_code: bool = Field(
+        False, description="Whether to run code that comes with the model, or with any model of eval.models."
+    )
     chat_template: str | None = Field(
         None, description="Jinja text, or a file that holds it, used instead of the tokenizer's chat template."
     )

@@ -53,7 +53,9 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
     with reading_model(source, remedy, "holds no tokenizer that can be loaded"):
         folder = source.folder()
         check_pattern_known(source, folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=source.trust_remote_code, code_revision=source.code_revision()
+        )
     tokenizer.name_or_path = path
     if not tokenizer.is_fast:
         raise UserError(field, path, "has no tokenizer.json, and its own class is not a fast tokenizer", NEEDED)

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from esi_ds.artifacts import file_sha256
 from esi_ds.config import JudgeModel, Model
@@ -76,6 +78,49 @@ class ModelSource:
                 raise hub.not_found(self.field, self.path, "model", reason) from error
             raise
 
+    def code_revision(self, only_local: bool = False) -> str | None:
+        """The commit of the code that the model takes from another repository on the hub; None where it takes none.
+
+        Each of transformers' loaders must be given it: else they take that repository's main branch. That code is
+        downloaded, once on each host of the job, unless ``only_local``. Raises UserError where it cannot be read or is
+        of several repositories, and as ``folder``.
+        """
+        names = _code_repositories(self.folder(only_local)) if self.trust_remote_code else set()
+        if os.path.isdir(self.path):
+            names.discard(self.path)  # transformers looks for a folder of that name first
+        if not names:
+            return None
+        name, *others = sorted(names)
+        remedy = f"copy that code into the model's folder, and remove {name}-- from auto_map"
+        if others or os.path.isdir(name):
+            problem = "but only code of one repository on the hub can be held to a commit"
+            raise UserError(
+                self.field, self.path, f"takes code from {' and '.join([name, *others])}, {problem}", remedy
+            )
+        with reading(self.field, self.path, remedy, f"takes code from {name}, which cannot be read"):
+            return hub.files(name, self.revision if name == self.path else None, only_local).name
+
+
+def _code_repositories(folder: Path) -> set[str]:
+    """The repositories from which a model's folder takes code (``auto_map``: "repository--module.Class").
+
+    Raises OSError, ValueError, or whatever transformers does over a damaged file.
+    """
+    sections = [get_tokenizer_config(folder)]
+    if (folder / "config.json").is_file():
+        sections.append(PretrainedConfig.get_config_dict(folder)[0])
+    named = (name for section in sections for name in _texts(section.get("auto_map")))
+    return {repository for repository, dashes, _ in (name.partition("--") for name in named) if dashes}
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """Every value in a JSON content that is a text."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _texts(value)
+
 
 @contextmanager
 def reading_model(source: ModelSource, remedy: str, problem: str) -> Iterator[None]:
@@ -113,7 +158,10 @@ def load_model_config(source: ModelSource, only_local: bool = False) -> Pretrain
     with reading_model(source, remedy, "has no readable model configuration"):
         folder = source.folder(only_local)
         config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=source.trust_remote_code, local_files_only=only_local
+            folder,
+            trust_remote_code=source.trust_remote_code,
+            code_revision=source.code_revision(only_local),
+            local_files_only=only_local,
         )
     config.name_or_path = path  # for messages: not the folder in the hub's cache
     read_quantisation(folder, field, path)

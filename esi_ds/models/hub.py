@@ -15,6 +15,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -172,21 +173,20 @@ def kept_commits() -> list[str]:
 def once_on_host(what: str, work: Callable[[], str], share_failure: bool = False) -> str:
     """What ``work`` returns, called by the first of the job's ranks on this host; the others wait, and are told.
 
-    Where the ranks of a job do not know of one another, where the file system of temporary files has no locks, or
-    where ``work`` returns nothing, each calls it. share_failure: whether ranks that wait while ``work`` fails raise
-    OSError with the same message at once; else, and if they come later, they try themselves. Raises UserError where the
-    cache's disk is full, and whatever ``work`` raises.
+    Where the ranks of a job do not know of one another, where they have no folder of their own for records, where the
+    file system of temporary files has no locks, or where ``work`` returns nothing, each calls it. share_failure:
+    whether ranks that wait while ``work`` fails raise OSError with the same message at once; else, and if they come
+    later, they try themselves. Raises UserError where the cache's disk is full, and whatever ``work`` raises.
     """
     started = time.time()
     job = launch_environment.job_on_host()
     folder = Path(tempfile.gettempdir()) / f"esi_ds-{os.getuid()}"
-    if job is not None:
-        folder.mkdir(mode=0o700, exist_ok=True)
-    if job is None or folder.is_symlink() or folder.stat().st_uid != os.getuid():  # somebody else's
+    if job is None or not _is_own(folder):
         return _in_cache(work)
     for old in folder.iterdir():
-        if time.time() - old.stat().st_mtime > KEPT_S:
-            old.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another rank has just removed it
+            if time.time() - old.stat().st_mtime > KEPT_S:
+                old.unlink()
     record = folder / hashlib.sha256(f"{socket.gethostname()} {job} {what}".encode()).hexdigest()
     with record.open("a+", encoding="utf-8") as opened:
         try:
@@ -210,6 +210,14 @@ def once_on_host(what: str, work: Callable[[], str], share_failure: bool = False
             raise
         opened.write(result)
         return result
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder among the temporary files, created if nothing has its name, is this user's: anybody may have
+    left a file, a link or a folder there."""
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    return folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid()
 
 
 def _in_cache(work: Callable[[], str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from esi_ds.core.stored import MODEL_DTYPES
@@ -35,11 +36,24 @@ def meta_model(
     problem = f"is not a model for {auto_class.__name__}"
     remedy = f"give a folder that transformers' {auto_class.__name__} reads"
     with reading(source.field, config.name_or_path or config.model_type, remedy, problem), torch.device("meta"):
-        model = auto_class.from_config(config, trust_remote_code=source.trust_remote_code)
+        model = _from_config(config, source, auto_class)
     model.tie_weights()
     if model.all_tied_weights_keys:
         untie(model, stored_weights(source), MODEL_DTYPES[dtype] if dtype is not None else None)
     return model
+
+
+def _from_config(
+    config: PretrainedConfig, source: ModelSource, auto_class: type[_BaseAutoModelClass]
+) -> PreTrainedModel:
+    """``auto_class.from_config``, with code from the folder that the configuration was read from: transformers would
+    take that of the main branch of ``config.name_or_path``, which may have moved."""
+    code = getattr(config, "auto_map", {}).get(auto_class.__name__)
+    if not (source.trust_remote_code and code):
+        return auto_class.from_config(config, trust_remote_code=source.trust_remote_code)
+    folder, commit = source.folder(only_local=True), source.code_revision(only_local=True)
+    model_class: type[PreTrainedModel] = get_class_from_dynamic_module(code, folder, code_revision=commit)
+    return model_class._from_config(config)
 
 
 def model_bytes(

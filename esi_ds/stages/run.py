@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from esi_ds import lock
-from esi_ds.artifacts import IDENTITY, MANIFEST, RunFolder, read_manifest, run_id, versions
+from esi_ds.artifacts import IDENTITY, MANIFEST, RunFolder, read_manifest, readable, run_id, versions
 from esi_ds.config import Config, Esi, Eval
 from esi_ds.config.needs import unread_of_eval
 from esi_ds.core.mask import Mask, identity, refuse_problems, unread
@@ -156,7 +156,8 @@ class StageRun(ABC, Generic[Inputs]):
         cls, stage: str, config: Config, options: Options, inputs: Inputs, folder: RunFolder, source: dict[str, Any]
     ) -> None:
         """Run a prepared stage to its end in the job's process group."""
-        with runtime.process_group(config.run.collective_timeout_s, config.run.start_timeout_s):
+        group = runtime.process_group(config.run.collective_timeout_s, config.run.start_timeout_s)
+        with readable(config.run.share), group:
             check_commits()
             check_same_dtype(config)
             check_same_date(config)

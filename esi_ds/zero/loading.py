@@ -63,6 +63,7 @@ def read_module(
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=source.trust_remote_code,
+            code_revision=source.code_revision(),
             device_map=None if device is None else {"": device},
             **options,
         )

@@ -6,6 +6,8 @@ of the run, and the engine gets no monitor.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from pydantic import ValidationError
 
-from esi_ds.artifacts import write_text_atomic
+from esi_ds.artifacts import MAX_NAME, write_text_atomic
 from esi_ds.errors import UserError
 from esi_ds.event_files import withdraw
 from esi_ds.zero import runtime
 
 STEP = "step"  # in W&B: what the run calls the step of a point
+MAX_CSV_NAME = 200  # bytes that are left of the name of a curve whose file could not have all of it
 
 
 class Monitors:
@@ -32,13 +35,14 @@ class Monitors:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each curve. values: by name of the curve."""
-        master, events = self._master, [(name, value, step) for name, value in values.items()]
+        master = self._master
         if master.csv_monitor is not None and master.csv_monitor.enabled:
             for name in values.keys() - self._continued:
                 self._continue_csv(name, step)
-        for monitor in (master.tb_monitor, master.csv_monitor, master.comet_monitor):
+            master.csv_monitor.write_events([(_csv_name(name), value, step) for name, value in values.items()])
+        for monitor in (master.tb_monitor, master.comet_monitor):
             if monitor is not None:
-                monitor.write_events(events)
+                monitor.write_events([(name, value, step) for name, value in values.items()])
         if master.wandb_monitor is not None:
             # W&B merges the points of one step, drops those of a lower one, and every phase counts its steps from 0.
             self._wandb_step += 1
@@ -56,7 +60,8 @@ class Monitors:
     def _continue_csv(self, name: str, step: int) -> None:
         """Drop the points from ``step`` on, which will be written again, and keep the header."""
         self._continued.add(name)
-        monitor, filename = self._master.csv_monitor, name.replace("/", "_").replace(" ", "_")  # as DeepSpeed names it
+        monitor = self._master.csv_monitor
+        filename = _csv_name(name).replace("/", "_").replace(" ", "_")  # as DeepSpeed names it
         file = Path(monitor.log_dir) / f"{filename}.csv"
         if not file.is_file():
             return
@@ -75,6 +80,15 @@ class Monitors:
             import wandb
 
             wandb.finish()
+
+
+def _csv_name(name: str) -> str:
+    """What the CSV monitor, which names a file after each curve, is told that the curve is called: of a name that is
+    too long for a file, the end behind a digest of the whole."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= MAX_NAME - len("..csv.tmp"):  # as the file is called while it is written anew
+        return name
+    return f"{hashlib.sha256(encoded).hexdigest()[:8]} {encoded[-MAX_CSV_NAME:].decode(errors='ignore')}"
 
 
 def _begin_wandb() -> int:

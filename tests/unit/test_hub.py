@@ -221,6 +221,30 @@ def test_where_files_have_no_locks_every_rank_asks(tmp_path: Path, monkeypatch: 
     assert [hub.once_on_host("a", work) for work in (lambda: "first", lambda: "second")] == ["first", "second"]
 
 
+@pytest.mark.parametrize("target", [None, "nowhere", "elsewhere"])
+def test_what_lies_in_the_place_of_the_records_stops_no_rank(
+    target: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may leave a file there, or a link."""
+    (tmp_path / "elsewhere").mkdir()
+    place = tmp_path / f"esi_ds-{os.getuid()}"
+    place.touch() if target is None else place.symlink_to(target)
+    monkeypatch.setattr(launch_environment, "job_on_host", lambda: "job")
+    monkeypatch.setattr(hub.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert [hub.once_on_host("a", work) for work in (lambda: "first", lambda: "second")] == ["first", "second"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_record_that_another_rank_removes_stops_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is listed and is gone when it is looked at, as a link that leads nowhere is."""
+    records = tmp_path / f"esi_ds-{os.getuid()}"
+    records.mkdir(mode=0o700)
+    (records / "old").symlink_to("nowhere")
+    monkeypatch.setattr(launch_environment, "job_on_host", lambda: "job")
+    monkeypatch.setattr(hub.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert [hub.once_on_host("a", work) for work in (lambda: "first", lambda: "second")] == ["first", "first"]
+
+
 def test_which_ranks_are_of_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
     def parent(words: list[str]) -> SimpleNamespace:
         return SimpleNamespace(parent=lambda: SimpleNamespace(pid=5, cmdline=lambda: words, create_time=lambda: 1.5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,25 +19,42 @@ from esi_ds.deepspeed_config import monitor_settings
 from esi_ds.zero.monitor import Monitors
 
 
+def write_csv(folder: Path, steps: range, names: Sequence[str]) -> None:
+    """The curves that one process writes."""
+    csv_monitor = csvMonitor(CSVConfig(enabled=True, output_path=str(folder), job_name="job"))
+    monitors = Monitors(
+        SimpleNamespace(tb_monitor=None, csv_monitor=csv_monitor, comet_monitor=None, wandb_monitor=None)
+    )
+    for step in steps:
+        monitors.write(step, {name: float(step) for name in names})
+
+
 def test_csv_curves_hold_each_step_once_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes, the second from an earlier step on; one curve had a torn last line, one is new."""
     monkeypatch.setattr(deepspeed.comm, "get_rank", lambda: 0)
 
-    def run(steps: range, names: tuple[str, ...]) -> None:
-        csv_monitor = csvMonitor(CSVConfig(enabled=True, output_path=str(tmp_path), job_name="job"))
-        master = SimpleNamespace(tb_monitor=None, csv_monitor=csv_monitor, comet_monitor=None, wandb_monitor=None)
-        monitors = Monitors(master)
-        for step in steps:
-            monitors.write(step, {name: float(step) for name in names})
-
-    run(range(1, 5), ("loss", "progress/tune"))
+    write_csv(tmp_path, range(1, 5), ("loss", "progress/tune"))
     with (tmp_path / "job/loss.csv").open("a") as opened:
         opened.write("5,")
-    run(range(3, 7), ("loss", "progress/tune", "speed/tune"))
+    write_csv(tmp_path, range(3, 7), ("loss", "progress/tune", "speed/tune"))
     for name, first in (("loss", 1), ("progress_tune", 1), ("speed_tune", 3)):
         head, *rows = (tmp_path / f"job/{name}.csv").read_text().splitlines()
         assert head == f"step,{name.rpartition('_')[2]}"
         assert rows == [f"{step},{float(step)}" for step in range(first, 7)]
+
+
+@pytest.mark.parametrize(("filler", "length"), [("x", 246), ("x", 247), ("x", 300), ("ü", 150)])
+def test_csv_curves_with_long_names(filler: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves are named after sets, judges and models, often by their paths. A file's name has at most 255 bytes, and so
+    has that of the temporary file by which a restart replaces it."""
+    monkeypatch.setattr(deepspeed.comm, "get_rank", lambda: 0)
+    names = [f"{first}/".ljust(length - 5, filler) + "/rate" for first in "ab"]
+    for steps in (range(1, 5), range(3, 7)):
+        write_csv(tmp_path, steps, names)
+    files = sorted((tmp_path / "job").iterdir())
+    assert len(files) == 2
+    for file in files:
+        assert file.read_text().splitlines() == ["step,rate", *(f"{step},{float(step)}" for step in range(1, 7))]
 
 
 def test_runs_that_share_a_deepspeed_config_have_folders_of_their_own() -> None:

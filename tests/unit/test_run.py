@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch.distributed import distributed_c10d
 
 from esi_ds import lock
-from esi_ds.artifacts import STATUS, RunFolder
+from esi_ds.artifacts import STATUS, RunFolder, write_json_atomic
 from esi_ds.config import validate
 from esi_ds.core.mask import Mask, identity, unread
 from esi_ds.errors import Interrupted, UserError
@@ -94,6 +95,34 @@ def test_a_run_that_was_killed_once_it_was_done_is_tidied_up(
     left = {"checkpoint", "run.json", lock.LOCK} & {file.name for file in tmp_path.iterdir()}
     assert left == ({"checkpoint", "run.json", lock.LOCK} if alive else set())
     assert json.loads((tmp_path / STATUS).read_text())["state"] == ("running" if alive else "done")
+
+
+class Written(Run):
+    """Writes a result."""
+
+    def run(self) -> None:
+        self.folder.open(self.config)
+        (self.folder.path / "mask").mkdir()
+        write_json_atomic(self.folder.path / "mask/units.json", {})
+
+
+@pytest.mark.parametrize(("share", "mode"), [("private", 0o700), ("group", 0o750), ("all", 0o755)])
+def test_what_a_shared_run_writes_can_be_read_whatever_the_umask(
+    share: str, mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "process_group", lambda *_: nullcontext())
+    config = validate({"run": {"output_dir": str(tmp_path / "runs/a"), "share": share}, "model": {"path": "a"}})
+    folder = RunFolder(config.run.output_dir)
+    before = os.umask(0o077)
+    try:
+        Written.start("esi", config, Options(), None, folder, {})
+        assert os.umask(0o077) == 0o077  # for what this process does next
+    finally:
+        os.umask(before)
+    for path in (folder.path.parent, folder.path, folder.path / "mask"):
+        assert path.stat().st_mode & 0o777 == mode
+    for name in ("config.yaml", "mask/units.json"):
+        assert (folder.path / name).stat().st_mode & 0o777 == mode & 0o666
 
 
 @pytest.mark.parametrize("exit_state", ["done", "interrupted"])
