@@ -147,9 +147,10 @@ class Mask:
         file = self._tensors[name].file
         with reading(FIELD, file, REMEDY, "is missing or damaged"):
             # One file at a time: an open file is mapped, and pages that were read stay in memory until it is closed.
-            if self._opened is None or self._opened[0] != file:
-                self._opened = file, safe_open(file, "pt")
-            return self._opened[1].get_slice(name)[first : num_bytes(self.numel(name)) if last is None else last]
+            opened = self._opened  # another thread may open another file meanwhile
+            if opened is None or opened[0] != file:
+                self._opened = opened = file, safe_open(file, "pt")
+            return opened[1].get_slice(name)[first : num_bytes(self.numel(name)) if last is None else last]
 
     def bits(self, name: str, low: int = 0, high: int | None = None) -> Tensor:
         """bool [high − low]: whether each weight of the flat range [low, high) is selected. Reads only their bytes.

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from esi_ds.core.adamw import frozen_digest
 from esi_ds.errors import UserError
-from esi_ds.zero.partitioned import is_partitioned
+from esi_ds.zero.partitioned import is_partitioned, whole_shape
 
 FIELD = "MaskedAdamW"
 REMEDY = (
@@ -33,10 +33,30 @@ def refuse_outer_masters(field: str, name: str, tensor: Tensor) -> None:
 
 
 def refuse_steps_elsewhere(field: str, zero_optimizer: Any) -> None:
-    """Raise UserError where a ZeRO-3 engine does not step in this process and thread."""
+    """Raise UserError where a ZeRO-3 engine does not step in this process, thread and memory."""
     if type(zero_optimizer).__name__.startswith("SuperOffload") or getattr(zero_optimizer, "zenflow", False):
         problem = "steps weights in other processes or threads, where frozen ones cannot be kept"
         raise UserError(field, "SuperOffload or ZenFlow", problem, "use plain ZeRO-3, with or without offload to cpu")
+    if getattr(zero_optimizer, "swap_optimizer", False):
+        raise UserError("offload_optimizer.device", "nvme", "holds weights where the mask cannot reach them", "use cpu")
+
+
+def refuse_other_rules(zero_optimizer: Any) -> None:
+    """Raise UserError where a ZeRO-3 engine updates weights by other rules than its optimizer's."""
+    ratio = getattr(zero_optimizer, "partial_offload", 1.0)
+    if getattr(zero_optimizer, "offload_optimizer", False) and ratio != 1.0:
+        problem = "has DeepSpeed step the weights that are not offloaded by an AdamW of its own"
+        raise UserError("offload_optimizer.ratio", ratio, problem, "set it to 1, or use esi_ds.freeze")
+    if getattr(zero_optimizer, "use_muon", False):
+        problem = "would step gradients that DeepSpeed has orthogonalised for Muon"
+        raise UserError(FIELD, None, problem, "give the engine another optimizer, or use esi_ds.freeze")
+
+
+def refuse_reshaped(field: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise UserError where a parameter no longer has the shape that the mask was applied in."""
+    if (now := whole_shape(tensor)) != shape:
+        problem = f"has shape {list(now)}, not {list(shape)} as when the mask was applied: FSDP or a resize changes it"
+        raise UserError(field, name, problem, "resize before that, and use ZeRO-3 instead of FSDP")
 
 
 def refuse_added(field: str, model: nn.Module, known: Container[int]) -> None:

@@ -8,10 +8,11 @@ What changes weights in another way is noticed by the digests of the frozen bits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,9 @@ from esi_ds.core.mask import Mask
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Shard
 from esi_ds.errors import UserError
-from esi_ds.zero.bypass import refuse_added, refuse_outer_masters, refuse_steps_elsewhere
+from esi_ds.zero.bypass import refuse_added, refuse_outer_masters, refuse_reshaped, refuse_steps_elsewhere
 from esi_ds.zero.optimizer import FlatGroups, as_coordinates, keep_trained_gradient, partition_of, resolve_trained
-from esi_ds.zero.partitioned import attributes, is_partitioned
+from esi_ds.zero.partitioned import attributes, is_partitioned, whole_shape
 
 FIELD, OUTSIDE = "esi_ds.freeze", "something other than an optimizer's step"
 
@@ -46,6 +47,14 @@ def freeze(
     as ``MaskedAdamW`` does.
     """
     return FrozenWeights(model, mask, train, unscored, router, roles)
+
+
+@dataclass(frozen=True)
+class OpenStep:
+    """A step of an optimizer that has begun, and not ended: it is under way, or has raised an error."""
+
+    copies: list[tuple[nn.Parameter, Tensor]]  # the parameters, with their weights before it
+    depth: int  # calls of ``step``, as a class's own step() calls that of the class it derives from
 
 
 class FrozenWeights:
@@ -71,8 +80,11 @@ class FrozenWeights:
         self._coordinates: dict[str, Tensor | None] = {}
         self._digests: dict[str, str] = {}
         self._versions: dict[str, int] = {}
-        self._before: dict[Optimizer, list[tuple[nn.Parameter, Tensor]]] = {}
-        self._strangers: WeakSet[Optimizer] = WeakSet()  # optimizers that hold none of these parameters
+        self._shapes = {name: whole_shape(tensor) for name, tensor in self.parameters.items()}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._open_steps: dict[Optimizer, OpenStep] = {}
+        # Steps of optimizers that hold none of these parameters.
+        self._stranger_steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._unverified = ""  # class of a stranger that has stepped since the weights were verified
         self._flat_groups: FrozenFlatGroups | None = None
         self._handles: list[Any] = []
@@ -118,8 +130,7 @@ class FrozenWeights:
 
         Under ZeRO-3 that is before the first step. No collectives; all weights are read once.
         """
-        for optimizer in list(self._before):  # whose step raised an error
-            self._restore(optimizer)
+        self._undo_open_steps()
         self._check_present()
         for name in self._digests:
             self._verify(name, OUTSIDE)
@@ -139,8 +150,7 @@ class FrozenWeights:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for optimizer in list(self._before):
-            self._restore(optimizer)
+        self._undo_open_steps()
         if self._flat_groups is not None:
             self._flat_groups.detach()
         for name, tensor in self.parameters.items():
@@ -169,9 +179,19 @@ class FrozenWeights:
     def _record(self, name: str, tensor: nn.Parameter) -> None:
         if self.trained.count(name) < self.trained.numels[name]:
             self._digests[name], self._versions[name] = self._digest(tensor), tensor._version
+            self._dtypes[name] = tensor.dtype
+
+    def _check_form(self, tensor: nn.Parameter) -> None:
+        """Raise UserError where a parameter no longer has the shape and dtype that it was frozen in."""
+        name = self._names[id(tensor)]
+        refuse_reshaped(FIELD, name, tensor, self._shapes[name])
+        if tensor.dtype != (before := self._dtypes.get(name, tensor.dtype)):
+            problem = f"was converted from {before} to {tensor.dtype} after it was frozen, which changes its bits"
+            raise UserError(FIELD, name, problem, "convert first, then freeze")
 
     def _verify(self, name: str, culprit: str) -> None:
         tensor = self.parameters[name]
+        self._check_form(tensor)
         if self._digest(tensor) != self._digests[name]:
             remedy = "let a torch.optim.Optimizer update the model's own parameters, in plain PyTorch or under ZeRO-3"
             raise UserError(FIELD, name, f"has frozen weights that were changed by {culprit}", remedy)
@@ -188,6 +208,7 @@ class FrozenWeights:
         refuse_outer_masters(FIELD, self._names[id(tensor)], tensor)
         if is_partitioned(tensor):
             return  # an engine without optimizer
+        self._check_form(tensor)
         if self._unverified:
             culprit, self._unverified = f"a step of {self._unverified}", ""
             for name in self._digests:
@@ -212,24 +233,46 @@ class FrozenWeights:
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
         if self._flat_groups is not None:
             return
-        self._restore(optimizer)  # of a step that raised an error
+        depth = 1
+        if outer := self._open_steps.pop(optimizer, None):  # its step() calls another class's, or has raised an error
+            self._restore(outer.copies)
+            depth += outer.depth
         stepped = [tensor for group in optimizer.param_groups for tensor in group["params"]]
         tensors = [tensor for tensor in stepped if id(tensor) in self._names]
-        if len(tensors) < len(stepped) and optimizer not in self._strangers:
+        if len(tensors) < len(stepped) and optimizer not in self._stranger_steps:
             self._check_present()
-        self._before[optimizer] = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        for tensor in tensors:
+            self._check_form(tensor)
+        self._open_steps[optimizer] = OpenStep([(tensor, tensor.detach().clone()) for tensor in tensors], depth)
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        if self._flat_groups is not None:
+        step = self._open_steps.pop(optimizer, None)
+        if self._flat_groups is not None or step is None:
             return
-        if not self._before.get(optimizer) and optimizer not in self._strangers:
-            self._strangers.add(optimizer)
+        if not step.copies:
+            self._count_stranger(optimizer)
+        self._restore(step.copies)
+        if step.depth > 1:  # after an error too: its copies are kept until ``check()`` or ``close()``
+            self._open_steps[optimizer] = OpenStep(step.copies, step.depth - 1)
+
+    def _count_stranger(self, optimizer: Optimizer) -> None:
+        """Have the weights verified at the next gradient after its steps 1, 2, 4, 8, ...
+
+        A small step of masters outside of the model may round to the same bits; many do not.
+        """
+        count = self._stranger_steps.get(optimizer, 0) + 1
+        self._stranger_steps[optimizer] = count
+        if count.bit_count() == 1:
             self._unverified = type(optimizer).__name__
-        self._restore(optimizer)
+
+    def _undo_open_steps(self) -> None:
+        """Write back the frozen weights of steps that have raised an error."""
+        while self._open_steps:
+            self._restore(self._open_steps.popitem()[1].copies)
 
     @torch.no_grad()
-    def _restore(self, optimizer: Optimizer) -> None:
-        for tensor, before in self._before.pop(optimizer, []):
+    def _restore(self, copies: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        for tensor, before in copies:
             name = self._names[id(tensor)]
             if tensor.shape != before.shape or tensor.dtype != before.dtype:
                 problem = f"was replaced by a tensor {list(tensor.shape)} of {tensor.dtype} in an optimizer's step"

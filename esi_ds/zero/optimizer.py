@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 from weakref import ref
 
 import torch
@@ -28,7 +28,15 @@ from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.idle_experts import mend_grouped_product
 from esi_ds.models.roles import describe, router_names
 from esi_ds.zero import runtime
-from esi_ds.zero.bypass import FIELD, OtherSteps, refuse_added, refuse_outer_masters, refuse_steps_elsewhere
+from esi_ds.zero.bypass import (
+    FIELD,
+    OtherSteps,
+    refuse_added,
+    refuse_other_rules,
+    refuse_outer_masters,
+    refuse_reshaped,
+    refuse_steps_elsewhere,
+)
 from esi_ds.zero.partitioned import attributes, is_partitioned, local_range, partition_numel, whole_shape
 
 RULE = ("lr", "betas", "eps", "weight_decay")
@@ -88,6 +96,7 @@ class MaskedAdamW(Optimizer):
             if kept:
                 kept_groups.append({**group, "params": list(kept.values())})
         self._names = {id(tensor): name for name, tensor in self.parameters.items()}
+        self._shapes = {name: whole_shape(tensor) for name, tensor in self.parameters.items()}
         rule = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(kept_groups, {**rule, TRAINED_DIGEST: self.trained.digest})
         self.zero: FlatGroups | None = None
@@ -105,6 +114,10 @@ class MaskedAdamW(Optimizer):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def __getstate__(self) -> NoReturn:
+        problem = "cannot be copied or pickled: it belongs to its parameters, by their hooks"
+        raise UserError(FIELD, None, problem, "make another, and load this one's state_dict()")
 
     def name_of(self, tensor: Tensor) -> str:
         """Full name of one of the trained parameters. Raises UserError for any other tensor."""
@@ -154,6 +167,7 @@ class MaskedAdamW(Optimizer):
         for engines that step elsewhere, for parameters of other models, and for the state of another mask.
         """
         refuse_steps_elsewhere(FIELD, zero_optimizer)
+        refuse_other_rules(zero_optimizer)
         self.zero = FlatGroups(zero_optimizer, self.trained, shard_of or self._shard_of)
         self._other_steps.close()
         self._hook.let_go()
@@ -168,25 +182,33 @@ class MaskedAdamW(Optimizer):
         """Replace the optimizer that the engine was given instead of this one.
 
         transformers' Trainer (5.23: ``deepspeed_init`` sets ``trainer.optimizer = None``) drops the user's optimizer
-        and creates a plain AdamW, which would train everything. The groups of that AdamW still carry the schedule: the
-        learning rate is this optimizer's, scaled as the schedule has scaled the other's. Where training is resumed, its
-        state is what DeepSpeed has loaded from a checkpoint of this optimizer.
+        and creates a plain AdamW, which would train everything. That one's groups become this one's, because a schedule
+        that was made for it goes on writing into them. Where training is resumed, its state is what DeepSpeed has
+        loaded from a checkpoint of this optimizer.
         """
-        rules = [{key: group[key] for key in RULE} | {"lr": own_lr(group)} for group in self.param_groups]
-        if any(rule != rules[0] for rule in rules):
-            raise UserError(
-                FIELD, None, "has groups with different settings, which Trainer has dropped", "give one group"
-            )
         other = zero_optimizer.optimizer
         self._adopt_state(other, zero_optimizer.fp32_partitioned_groups_flat)
-        shared = {**rules[0], "own_lr": rules[0]["lr"], TRAINED_DIGEST: self.trained.digest}
-        for group in other.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        self.param_groups = [
-            {**shared, "lr": group["lr"], "initial_lr": group["initial_lr"], "params": []}
-            for group in other.param_groups
-        ]
+        if any(TRAINED_DIGEST not in group or "own_lr" in group for group in other.param_groups):
+            self._impose_rule(other)  # else its groups are this one's: accelerate makes a DeepSpeedCPUAdam of them
+        self.param_groups = other.param_groups
         zero_optimizer.optimizer = self
+
+    def _impose_rule(self, other: Optimizer) -> None:
+        """Give another's groups this optimizer's rule, its learning rate scaled as a schedule scales the other's."""
+        rules = [{key: group[key] for key in RULE} | {"lr": own_lr(group)} for group in self.param_groups]
+        if any(rule != rules[0] for rule in rules):
+            problem = "has groups with different settings, which Trainer has dropped"
+            raise UserError(FIELD, None, problem, "give one group")
+        rule = {**rules[0], "own_lr": rules[0]["lr"], TRAINED_DIGEST: self.trained.digest}
+        del rule["lr"]
+        for group in other.param_groups:
+            # Torch's schedules keep the rate that they scale in the group. DeepSpeed's do not, and write over it.
+            if group.setdefault("initial_lr", other.defaults.get("lr", group["lr"])) == 0:
+                problem = (
+                    f"takes the place of {type(other).__name__}, whose learning rate is 0: no schedule scales that"
+                )
+                raise UserError(FIELD, None, problem, "give the engine's optimizer another (Trainer's learning_rate)")
+            group.update(rule)
 
     def _adopt_state(self, other: Optimizer, flats: Iterable[Tensor]) -> None:
         self._check_digest(other.param_groups)
@@ -272,11 +294,14 @@ class MaskedAdamW(Optimizer):
         if self.zero is not None and id(tensor) in self.zero.coordinates:
             return self.zero.coordinates[id(tensor)]
         key, name = id(tensor), self.name_of(tensor)
+        refuse_reshaped(FIELD, name, tensor, self._shapes[name])
         if key not in self._coordinates:
             shard = whole(Parameter(name, tuple(tensor.shape), 0, "other", ()))
-            coordinates = as_coordinates(self.trained, [shard], [tensor.numel()])
-            self._coordinates[key] = None if coordinates is None else coordinates.to(tensor.device)
-        return self._coordinates[key]
+            self._coordinates[key] = as_coordinates(self.trained, [shard], [tensor.numel()])
+        coordinates = self._coordinates[key]
+        if coordinates is not None and coordinates.device != tensor.device:
+            self._coordinates[key] = coordinates = coordinates.to(tensor.device)
+        return coordinates
 
     def state_of(self, tensor: Tensor) -> dict[str, Tensor]:
         """``step`` and fp32 ``exp_avg``, ``exp_avg_sq`` (and ``master``), created at the first use."""
@@ -287,8 +312,10 @@ class MaskedAdamW(Optimizer):
             precision = torch.promote_types(tensor.dtype, torch.float32)
             for name in MOMENTS:
                 state[name] = torch.zeros(size, dtype=precision, device=tensor.device)
-            if tensor.dtype != precision:
-                state["master"] = tensor.detach().to(precision).reshape(-1).clone()
+        precision = state["exp_avg"].dtype
+        # Of a run in fp32 the state has no master, and the model may be loaded in bf16 or converted.
+        if "master" not in state and torch.promote_types(tensor.dtype, precision) != tensor.dtype:
+            state["master"] = tensor.detach().to(precision).reshape(-1).clone()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -297,9 +324,11 @@ class MaskedAdamW(Optimizer):
         Raises UserError for a state that was saved with another mask, train, unscored or router.
         """
         self._check_digest(state_dict["param_groups"])
+        groups = self.param_groups
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            group[TRAINED_DIGEST] = self.trained.digest
+        for group, loaded in zip(groups, self.param_groups, strict=True):
+            group.update({**loaded, TRAINED_DIGEST: self.trained.digest})
+        self.param_groups = groups  # a schedule of the optimizer that this one has replaced writes into them
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         for key, tensor in zip(saved, tensors, strict=True):
@@ -345,10 +374,6 @@ class FlatGroups:
         for flat, parameters in zip(
             zero_optimizer.fp32_partitioned_groups_flat, zero_optimizer.fp16_groups, strict=True
         ):
-            if flat is None:
-                raise UserError(
-                    "offload_optimizer.device", "nvme", "holds weights where the mask cannot reach them", "use cpu"
-                )
             sizes = [partition_numel(tensor) for tensor in parameters]
             coordinates = as_coordinates(trained, [shard_of(tensor) for tensor in parameters], sizes)
             self.coordinates[id(flat)] = None if coordinates is None else coordinates.to(flat.device)
@@ -411,8 +436,8 @@ def holders(tensor: Tensor) -> list[MaskedAdamW]:
 
 
 def own_lr(group: Mapping[str, Any]) -> float:
-    """The learning rate of a group before any other optimizer's schedule scales it."""
-    return group.get("own_lr", group["lr"])
+    """The learning rate of a group before any schedule scales it: one that Trainer drops may have begun at 0."""
+    return group.get("own_lr", group.get("initial_lr", group["lr"]))
 
 
 def keep_trained_gradient(tensor: Tensor, trained: Tensor | None) -> None:

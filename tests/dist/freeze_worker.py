@@ -2,9 +2,10 @@
 
 ``masked`` is ``MaskedAdamW`` as transformers' Trainer treats it: the engine gets a plain AdamW instead.
 
-argv: a JSON list of cases {"model", "mask", "train", "optimizer", "zero" (of the DeepSpeed config), "when" (``before``,
-``after`` the engine), "output" (file of the weights before and after), "checkpoint" (optional: a folder; another engine
-goes on from one within the training), "drop" (optional: no guard), "error" (optional: what a refusal says)}.
+argv: a JSON list of cases {"model", "mask", "train", "optimizer", "zero" (of the DeepSpeed config), "scheduler"
+(optional: likewise), "when" (``before``, ``after`` the engine), "output" (file of the weights before and after),
+"checkpoint" (optional: a folder; another engine goes on from one within the training), "drop" (optional: no guard),
+"error" (optional: what a refusal says)}.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def settings(case: dict) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+    if "scheduler" in case:
+        config["scheduler"] = case["scheduler"]
     if case["optimizer"] == "muon":  # DeepSpeed's own: only a config makes it
         config["optimizer"] = {"type": "Muon", "params": {"lr": 1e-2, "weight_decay": 0.1, "torch_adam": True}}
     return config

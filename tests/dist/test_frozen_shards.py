@@ -25,7 +25,11 @@ CASES: dict[str, dict] = {
     "sgd-selected": {"optimizer": "sgd"},
     "adafactor-complement": {"optimizer": "adafactor", "train": "complement"},
     "muon-selected": {"optimizer": "muon", "zero": {"reduce_scatter": False}},
-    "masked-selected": {"optimizer": "masked", "checkpoint": True},
+    "masked-selected": {
+        "optimizer": "masked",
+        "checkpoint": True,
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 2}},  # begins at 0
+    },
     "masked-complement": {"optimizer": "masked", "train": "complement", "checkpoint": True},
     "unguarded": {"drop": True, "error": "has frozen weights that were changed"},
     "stage-2": {"zero": {"stage": 2}, "error": "ZeRO stage 1 or 2"},

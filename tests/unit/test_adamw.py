@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from weakref import ref
 
 import pytest
@@ -145,6 +145,50 @@ def test_state_dict_goes_on_with_the_same_bits(folder: Path) -> None:
     train(one, optimizer, seed=1)
     train(other, again, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_state_of_fp32_goes_on_in_bf16(folder: Path) -> None:
+    """As when a resumed script loads the model in another dtype: masters are made of its weights."""
+    one, other, base = load(folder), load(folder, torch.bfloat16), load(folder, torch.bfloat16)
+    optimizer = esi_ds.MaskedAdamW(one, folder / "mask", **OPTIONS)
+    train(one, optimizer)
+    again = esi_ds.MaskedAdamW(other, folder / "mask", **OPTIONS)
+    again.load_state_dict(optimizer.state_dict())
+    train(other, again, seed=1)
+    mask = Mask.load(folder / "mask")
+    for (name, now), before in zip(other.named_parameters(), base.parameters(), strict=True):
+        moved = as_bits(now) != as_bits(before)
+        selected = mask.tensor(name) if name in mask.shapes else torch.zeros_like(moved)
+        assert not moved[~selected].any() and (not selected.any() or moved[selected].any())
+
+
+@pytest.mark.parametrize("train_what", ["selected", "complement"])
+def test_coordinates_follow_their_parameter_to_another_device(folder: Path, train_what: str) -> None:
+    model = load(folder)
+    optimizer = esi_ds.MaskedAdamW(model, folder / "mask", train_what)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    assert optimizer.coordinates(weight).device.type == "cpu"
+    torch.utils.swap_tensors(weight, nn.Parameter(weight.detach().to("meta")))
+    assert optimizer.coordinates(weight).device.type == "meta"
+
+
+def test_it_is_not_copied(folder: Path) -> None:
+    """A copy would have none of its parameters' hooks."""
+    with pytest.raises(UserError, match="cannot be copied or pickled"):
+        copy.deepcopy(esi_ds.MaskedAdamW(load(folder), folder / "mask"))
+
+
+@pytest.mark.parametrize("train_what", ["selected", "complement"])
+def test_parameters_that_are_cut_afterwards_are_refused(folder: Path, train_what: str) -> None:
+    """As FSDP does with ``use_orig_params``: the same parameters, and in each a piece of the weights, flat."""
+    model = load(folder)
+    optimizer = esi_ds.MaskedAdamW(model, folder / "mask", train_what)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    weight.data = weight.data.flatten()[8 : 8 + weight.numel() // 2].clone()
+    weight.grad, before = torch.ones_like(weight), weight.detach().clone()
+    with pytest.raises(UserError, match=r"v_proj\.weight: has shape .*FSDP"):
+        optimizer.step()
+    assert torch.equal(weight, before)
 
 
 def test_the_state_of_another_mask_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -343,90 +387,6 @@ def test_other_stages_of_zero_are_refused(folder: Path) -> None:
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
     with pytest.raises(UserError, match="not a parameter of the model.*stage 3"):
         optimizer.step()
-
-
-class Engine:
-    """What ``MaskedAdamW`` uses of DeepSpeed's stage-3 optimizer: each parameter has a flat tensor of its own."""
-
-    def __init__(self, own: esi_ds.MaskedAdamW):
-        self.fp16_groups = [[tensor] for tensor in own.parameters.values()]
-        self.fp32_partitioned_groups_flat = [
-            tensor.detach().float().view(-1).clone() for tensor in own.parameters.values()
-        ]
-        self.optimizer = torch.optim.AdamW(self.fp32_partitioned_groups_flat, lr=0.5)
-        for tensor in own.parameters.values():
-            tensor._z3_optimizer = self
-            tensor.ds_tensor = SimpleNamespace(ds_numel=tensor.numel())
-
-    def step(self) -> None: ...
-
-
-@pytest.fixture
-def on_one_rank(monkeypatch) -> None:
-    monkeypatch.setattr("esi_ds.zero.optimizer.local_range", lambda tensor: (0, tensor.numel()))
-
-
-@pytest.mark.usefixtures("on_one_rank")
-def test_an_engine_that_is_made_after_a_gradient_is_taken_over(folder: Path) -> None:
-    """By the newest of a model's optimizers, and so is the next engine. The engine's schedule scales its rate."""
-    model = load(folder)
-    old = esi_ds.MaskedAdamW(model, folder / "mask", train="complement")
-    optimizer = esi_ds.MaskedAdamW(model, folder / "mask", lr=1e-2)
-    backward(model)
-    for _ in range(2):
-        engine = Engine(optimizer)
-        backward(model)
-        assert engine.optimizer is optimizer and optimizer.zero.optimizer is engine and old.zero is None
-        assert [(group["own_lr"], group["lr"]) for group in optimizer.param_groups] == [(1e-2, 0.5)]
-    flat = engine.fp32_partitioned_groups_flat[0]
-    before, flat.grad = flat.clone(), torch.ones_like(flat)
-    optimizer.param_groups[0] |= {"params": [flat], "lr": 0.5 / 2}
-    optimizer.step()
-    moved = (before - flat)[optimizer.coordinates(flat)]
-    assert len(moved) and torch.allclose(moved, torch.tensor(1e-2 / 2), rtol=1e-4)  # a first step of AdamW
-
-
-@pytest.mark.usefixtures("on_one_rank")
-def test_a_resumed_engine_keeps_its_moments(folder: Path, tmp_path: Path) -> None:
-    """DeepSpeed loads them into the optimizer that it has, before the first gradient."""
-    model = load(folder)
-    optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
-    engine = Engine(optimizer)
-    backward(model)
-    for flat in engine.fp32_partitioned_groups_flat:
-        optimizer.state_of(flat)["step"].fill_(3)
-        optimizer.state_of(flat)["exp_avg"].fill_(2.0)
-    optimizer.param_groups[0]["params"] = engine.fp32_partitioned_groups_flat
-    state = optimizer.state_dict()
-
-    def resumed(mask: Path, **options) -> esi_ds.MaskedAdamW:
-        model = load(folder)
-        again = esi_ds.MaskedAdamW(model, mask, **options)
-        Engine(again).optimizer.load_state_dict(state)
-        backward(model)
-        return again
-
-    again = resumed(folder / "mask")
-    assert len(again.state) == len(optimizer.state) > 3
-    assert all(int(s["step"]) == 3 and bool((s["exp_avg"] == 2).all()) for s in again.state.values())
-    with pytest.raises(UserError, match="saved with another mask"):
-        resumed(build_mask(tmp_path / "other", folder / "model", ratio=0.2, seed=1))
-    del state["param_groups"][0]["trained_sha256"]
-    with pytest.raises(UserError, match="was given moments of"):
-        resumed(build_mask(tmp_path / "larger", folder / "model", ratio=0.3))
-    for values in state["state"].values():
-        del values["exp_avg_sq"]
-    with pytest.raises(UserError, match="cannot go on with the state of AdamW"):
-        resumed(folder / "mask")
-
-
-def test_engines_that_step_elsewhere_are_refused(folder: Path) -> None:
-    model = load(folder)
-    esi_ds.MaskedAdamW(model, folder / "mask")
-    for tensor in model.parameters():
-        tensor._z3_optimizer = SimpleNamespace(zenflow=True, optimizer=None)
-    with pytest.raises(UserError, match="other processes or threads"):
-        backward(model)
 
 
 def test_groups_with_names(folder: Path) -> None:

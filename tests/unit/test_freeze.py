@@ -159,6 +159,23 @@ def test_a_step_that_fails_is_undone_where_frozen(folder: Path) -> None:
     assert changes(model, base, mask, "selected")[0] == 0
 
 
+def test_a_step_that_calls_its_base_classs(folder: Path) -> None:
+    """torch calls the hooks of both, once the base class has an instance."""
+
+    class Decayed(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for tensor in self.param_groups[0]["params"]:
+                tensor.data.mul_(0.99)
+
+    torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    model, base, mask = load(folder), load(folder), Mask.load(folder / "mask")
+    with freeze(model, mask) as frozen:
+        train(model, Decayed(model.parameters(), lr=0.1))
+        assert not frozen._open_steps  # copies
+    assert changes(model, base, mask, "selected")[0] == 0 < changes(model, base, mask, "selected")[1]
+
+
 def test_close_removes_all(folder: Path) -> None:
     model, base, mask = load(folder), load(folder), Mask.load(folder / "mask")
     model.model.norm.weight.requires_grad_(False)
@@ -194,6 +211,32 @@ def test_a_change_from_outside_is_noticed(folder: Path, how: str) -> None:
     with pytest.raises(UserError, match="layers.0.self_attn.v_proj.weight.*other than an optimizer's step"):
         backward(model) if how == "in place" else frozen.check()
     with pytest.raises(UserError, match="changed by"):
+        frozen.close()
+
+
+def test_a_conversion_afterwards_is_refused_before_training(folder: Path) -> None:
+    """It has other bits, whatever trains: at the end of the training the message would be late."""
+    model = load(folder)
+    frozen = freeze(model, folder / "mask")
+    model.to(torch.bfloat16)
+    with pytest.raises(UserError, match="was converted from torch.float32 to torch.bfloat16 after it was frozen"):
+        backward(model)
+    with pytest.raises(UserError, match="was converted"):
+        frozen.close()
+
+
+@pytest.mark.parametrize("train_what", ["selected", "complement"])
+def test_parameters_that_are_cut_afterwards_are_refused(folder: Path, train_what: str) -> None:
+    """As FSDP does with ``use_orig_params``: the same parameters, and in each a piece of the weights, flat."""
+    model = load(folder)
+    frozen = freeze(model, folder / "mask", train_what)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    weight.data = weight.data.flatten()[8 : 8 + weight.numel() // 2].clone()
+    weight.grad, before = torch.ones_like(weight), weight.detach().clone()
+    with pytest.raises(UserError, match=r"v_proj\.weight: has shape .*FSDP"):
+        torch.optim.SGD([weight], lr=0.1).step()
+    assert torch.equal(weight, before)
+    with pytest.raises(UserError, match="has shape"):
         frozen.close()
 
 
@@ -239,18 +282,24 @@ def test_a_second_mask_on_one_engine_is_refused(folder: Path) -> None:
     frozen.close()
 
 
-def test_masters_outside_of_the_model_are_refused(folder: Path) -> None:
-    """As DeepSpeed's bf16 optimizer, apex's O2 and others do: they step fp32 copies, and copy these back."""
+@pytest.mark.parametrize("steps_at_0", [0, 1])
+def test_masters_outside_of_the_model_are_refused(folder: Path, steps_at_0: int) -> None:
+    """As DeepSpeed's bf16 optimizer, apex's O2 and others do: they step fp32 copies, and copy these back.
+
+    A warm-up may begin at 0, and small steps round to the same bits.
+    """
     model = load(folder, torch.bfloat16)
     frozen = freeze(model, folder / "mask")
     masters = [tensor.detach().float() for tensor in model.parameters()]
     optimizer = torch.optim.SGD(masters, lr=0.1, weight_decay=0.1)
-    backward(model)
-    for master, tensor in zip(masters, model.parameters(), strict=True):
-        master.grad = None if tensor.grad is None else tensor.grad.float()
-    optimizer.step()
-    for master, tensor in zip(masters, model.parameters(), strict=True):
-        tensor.data.copy_(master)
+    for number in range(steps_at_0 + 1):
+        optimizer.param_groups[0]["lr"] = 0.0 if number < steps_at_0 else 0.1
+        backward(model)
+        for master, tensor in zip(masters, model.parameters(), strict=True):
+            master.grad = None if tensor.grad is None else tensor.grad.float()
+        optimizer.step()
+        for master, tensor in zip(masters, model.parameters(), strict=True):
+            tensor.data.copy_(master)
     with pytest.raises(UserError, match="changed by a step of SGD"):
         backward(model)
     with pytest.raises(UserError):
@@ -268,13 +317,20 @@ def test_wrong_use(folder: Path, tmp_path: Path) -> None:
     assert all(tensor.requires_grad for tensor in model.parameters())
 
 
-@pytest.mark.parametrize("engine", [SimpleNamespace(zenflow=True), type("SuperOffloadOptimizer_Stage3", (), {})()])
-def test_engines_that_step_elsewhere_are_refused(folder: Path, engine: object) -> None:
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (SimpleNamespace(zenflow=True), "other processes or threads"),
+        (type("SuperOffloadOptimizer_Stage3", (), {})(), "other processes or threads"),
+        (SimpleNamespace(swap_optimizer=True), "nvme: holds weights where the mask cannot reach them"),
+    ],
+)
+def test_engines_that_step_elsewhere_are_refused(folder: Path, engine: object, message: str) -> None:
     model = load(folder)
     frozen = freeze(model, folder / "mask")
     for tensor in model.parameters():
         tensor._z3_optimizer = engine
-    with pytest.raises(UserError, match="other processes or threads"):
+    with pytest.raises(UserError, match=message):
         backward(model)
     frozen.close()
 

@@ -231,3 +231,13 @@ def test_bits_of_what_is_no_range_are_refused(tmp_path: Path, low: int, high: in
     mask = Mask.load(tmp_path / "mask")
     with pytest.raises(ValueError, match="is not a range within the"):
         mask.bits(mask.names[0], low, high)
+
+
+def test_another_thread_may_open_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pair(tmp_path, [(4, 8), (6, 8)], 0.2, "model", "top", 0)
+    mask = Mask.load(tmp_path / "mask")
+    (first, second), expected = mask.names, mask.data(mask.names[0])
+    mask.data(second)
+    opened = mask._opened
+    monkeypatch.setattr(Mask, "_opened", property(lambda mask: opened, lambda mask, value: None), raising=False)
+    assert torch.equal(mask.data(first), expected)
