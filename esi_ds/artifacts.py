@@ -29,7 +29,7 @@ from esi_ds.config.moved import PLACES, without_moved
 from esi_ds.config.yaml import read_yaml
 from esi_ds.errors import UserError
 from esi_ds.failures import UNSUPPORTED
-from esi_ds.reading import check_regular, check_type, check_written_out, json_sha256, read_json, reading
+from esi_ds.reading import check_regular, check_type, check_written_out, json_sha256, read_json, reading, share_of
 
 # Files of a folder whose run was killed before it wrote config.yaml.
 UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")
@@ -47,6 +47,7 @@ IDENTIFYING = ("stage", "model_fingerprint", "model_fingerprints", "data_hashes"
 MAX_NAME = 255  # bytes of a file's name
 IDENTITY = "run.json"  # while a run is not done: its id, which its checkpoints and records of rows name
 MODES = {"private": 0o700, "group": 0o750, "all": 0o755}  # of the run folder, by ``run.share``
+RESULT_REMEDY = f"copy it back, or delete it and {MANIFEST} to have the run done again"
 RESULT_FOLDERS = ("mask", "scores", "model", "patch")
 REPORTS = ("report.json", "report.html")
 READERS = 8  # files read at once: a sha256 keeps a core busy, and disks of clusters serve several readers
@@ -240,15 +241,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of the file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class FileContent(TypedDict):
     """What a file holds."""
 
@@ -257,8 +249,18 @@ class FileContent(TypedDict):
 
 
 def content_of_file(path: Path) -> FileContent:
-    """The content of the file as it is now."""
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    """The content of the file as it is now: what is read, for a network file system may state an older size."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of the file's bytes, in hexadecimal."""
+    return content_of_file(path)["sha256"]
 
 
 class RunIdentity(TypedDict):
@@ -420,20 +422,33 @@ class RunFolder:
 
     def is_finished(self) -> bool:
         """Whether the run was completed, and its results are whole. Raises UserError where they no longer are."""
+        results = self.finished_results()
+        if results is not None:
+            self.check_results(results)
+        return results is not None
+
+    def finished_results(self) -> dict[str, FileContent] | None:
+        """What a completed run's manifest says of its results, by their path in the folder; None if it was not
+        completed. Raises UserError where one of them is missing."""
         manifest = read_manifest(self.path)
         if manifest.get("exit_state") != "done":
-            return False
-        field, remedy = "run.output_dir", f"copy it back, or delete it and {MANIFEST} to have the run done again"
-        stored = _results_in(manifest, self.path, field, remedy)
+            return None
+        stored = _results_in(manifest, self.path, "run.output_dir", RESULT_REMEDY)
         for name in stored:  # all of them before any is read to its end
-            with reading(field, self.path / name, remedy, "belongs to this finished run and is missing"):
+            problem = "belongs to this finished run and is missing"
+            with reading("run.output_dir", self.path / name, RESULT_REMEDY, problem):
                 check_regular(self.path / name)
-        with reading(field, self.path, remedy):
-            now = _contents(self.path, stored)
-        for name, result in stored.items():
-            if now[name] != result:
-                raise UserError(field, str(self.path / name), "is not what this finished run wrote", remedy)
-        return True
+        return stored
+
+    def check_results(self, stored: Mapping[str, FileContent], part: int = 0, num_parts: int = 1) -> None:
+        """Raise UserError where a result in the share ``part`` of ``num_parts`` is not what ``stored`` says."""
+        sizes = {name: result["bytes"] for name, result in stored.items()}
+        with reading("run.output_dir", self.path, RESULT_REMEDY):
+            now = contents_of(self.path, share_of(sizes, part, num_parts))
+        for name, content in now.items():
+            if content != stored[name]:
+                problem = "is not what this finished run wrote"
+                raise UserError("run.output_dir", str(self.path / name), problem, RESULT_REMEDY)
 
     def write_manifest(
         self,
@@ -444,8 +459,10 @@ class RunFolder:
         model_fingerprint: str | None,
         data: dict[str, Any],
         notes: dict[str, Any] | None = None,
+        results: Mapping[str, FileContent] | None = None,
     ) -> None:
-        """Write ``manifest.json``. started: seconds since the epoch; notes: what the stage records besides."""
+        """Write ``manifest.json``. started: seconds since the epoch; notes: what the stage records besides. results: of
+        a run that is done, the files that it must hold; None: they are read here."""
         now = time.time()
         manifest: Manifest = {
             "exit_state": exit_state,
@@ -458,10 +475,11 @@ class RunFolder:
             "versions": versions(),
             "commit": commit(),
         }
-        results = {"results": describe_results(self.path)} if exit_state == "done" else {}
         content = {**manifest, **(notes or {})}
         write_json_atomic(self.path / INPUTS, _inputs_in(content))
-        _write_manifest(self.path, {**content, **results})
+        if exit_state == "done":
+            content["results"] = contents_of(self.path, result_sizes(self.path)) if results is None else results
+        _write_manifest(self.path, content)
 
 
 def read_inputs(run: Path) -> dict[str, Any]:
@@ -551,17 +569,18 @@ def renew_result(run: Path, name: str, field: str, remedy: str) -> None:
         _write_manifest(run, {**manifest, "results": {**results, name: content_of_file(run / name)}})
 
 
-def describe_results(run: Path) -> dict[str, FileContent]:
-    """The files that a finished run must hold, by their path in its folder: size and sha256."""
+def result_sizes(run: Path) -> dict[str, int]:
+    """The files that a finished run must hold, by their path in its folder, with their bytes."""
     top = [run / name for name in REPORTS] + [file for file in run.glob("*.jsonl") if file.name != "metrics.jsonl"]
     below = [file for name in RESULT_FOLDERS for file in (run / name).rglob("*")]
-    return _contents(run, [file.relative_to(run).as_posix() for file in sorted(filter(Path.is_file, top + below))])
+    return {file.relative_to(run).as_posix(): file.stat().st_size for file in sorted(filter(Path.is_file, top + below))}
 
 
-def _contents(run: Path, names: Collection[str]) -> dict[str, FileContent]:
-    """Of files in a run folder."""
+def contents_of(run: Path, names: Collection[str]) -> dict[str, FileContent]:
+    """Content of files in a run folder, which another host may have written, by their path in it."""
     with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(names, pool.map(lambda name: content_of_file(run / name), names), strict=True))
+        contents = pool.map(lambda name: content_of_file(wait_until_visible(run / name)), names)
+        return dict(zip(names, contents, strict=True))
 
 
 def utc(seconds: float) -> str:

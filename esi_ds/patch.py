@@ -44,6 +44,7 @@ from esi_ds.reading import (
     read_index,
     read_text,
     reading,
+    share_of,
 )
 from esi_ds.tensor_files import StoredTensor
 from esi_ds.terminal import clean_output, help_text
@@ -321,8 +322,9 @@ def weight_digests(
         return tensor_digests(folder, part, num_parts, field)
     names = {dtype: name for name, dtype in DTYPES.items()}
     digests = {}
-    for name, weight in list(weights_of(folder, field).items())[part::num_parts]:
-        values = read(weight, dtypes.get(name, torch.bfloat16))
+    weights = weights_of(folder, field)
+    for name in share_of({name: math.prod(weight.shape) for name, weight in weights.items()}, part, num_parts):
+        values = read(weights[name], dtypes.get(name, torch.bfloat16))
         digest = hashlib.sha256(f"{names[values.dtype]} {list(values.shape)}".encode())
         digest.update(raw_bytes(values))
         digests[name] = digest.hexdigest()

@@ -7,14 +7,16 @@ reader needs a list of exceptions of its own. The functions below it read the fo
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -108,18 +110,42 @@ def check_type(content: Any, kind: type[Content]) -> Content:
 
     Nothing is converted: "3" is not an integer. Raises ValueError naming the first wrong place.
     """
+    adapter: TypeAdapter[Content] = _adapter(cast(Any, kind))
     try:
-        return TypeAdapter(kind).validate_python(content, strict=True)
+        return adapter.validate_python(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from error
 
 
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """pydantic's validator of a type, which takes a thousand times as long to build as a row takes to check."""
+    return TypeAdapter(kind)
+
+
 def read_json(path: Path, kind: type[Content], field: str, remedy: str, max_bytes: int = MAX_JSON_BYTES) -> Content:
     """A JSON file whose content is a ``kind``. Raises UserError naming ``field`` and the file."""
     with reading(field, path, remedy):
         return check_type(parse_json(read_text(path, max_bytes)), kind)
+
+
+def share_of(sizes: Mapping[str, int], part: int, num_parts: int) -> list[str]:
+    """The names that process ``part`` of ``num_parts`` reads, in the mapping's order; each falls to one process.
+
+    The largest is dealt out first, and each falls to the process with the fewest bytes so far. Dealt out in the model's
+    order, the fused experts, which recur in every layer, would all fall to the same few processes. sizes: name → bytes,
+    the same in every process.
+    """
+    own: set[str] = set()
+    loads = [(0, number) for number in range(num_parts)]  # a heap
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        load, number = loads[0]
+        if number == part:
+            own.add(name)
+        heapq.heapreplace(loads, (load + sizes[name], number))
+    return [name for name in sizes if name in own]
 
 
 def json_sha256(content: Mapping[str, Any]) -> str:

@@ -38,6 +38,10 @@ class StoredTensor(NamedTuple):
     description: str
 
     @property
+    def num_bytes(self) -> int:
+        return self.last - self.first
+
+    @property
     def dtype(self) -> str:
         """Of its elements, as named by safetensors."""
         return self.description.partition(" ")[0]
@@ -137,7 +141,7 @@ def tensor_folders(folder: Path) -> list[str]:
 def tensor_sha256(tensor: StoredTensor) -> str:
     """sha256 of a tensor's bytes, as they lie in its file. Raises OSError or ValueError."""
     digest = hashlib.sha256()
-    left = tensor.last - tensor.first
+    left = tensor.num_bytes
     with tensor.file.open("rb") as opened:
         opened.seek(tensor.first)
         while left > 0:

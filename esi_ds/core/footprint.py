@@ -8,8 +8,10 @@ counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from esi_ds.core.mask import num_bytes
@@ -22,6 +24,7 @@ IN_FLIGHT, IN_FLIGHT_LIMIT = 2, 2 << 30  # reductions that run beside the backwa
 # Weights that ZeRO-3 gathers ahead in one collective where the DeepSpeed config names no number: DeepSpeed's default on
 # GPUs, and what a run on CPUs takes (``zero/settings.py: with_prefetch``).
 GPU_PREFETCH, CPU_PREFETCH = 50_000_000, 2_000_000
+LISTED = re.compile(r"\.experts\.\d+\.")  # in the names of experts that are modules of their own
 COMPACT_LIMIT = 2 << 30  # bytes of unsharded index and sums that a rank of SET may hold where `tune.reduction` is auto
 
 
@@ -172,33 +175,47 @@ def transient(
 ) -> Transient:
     """The largest transient of any module: ZeRO-3 gathers a module whole, and hooks free one gradient after another.
 
-    weight: bytes of a weight. trained: parameters that get a gradient have a number above 0. recompute: whether
-    activations are checkpointed.
-    Weights: see ``_gathered``. Gradient: that of the module's largest trained tensor, of n elements on g ranks. SET
-    ``compact`` picks from it as it is, which takes b n. Otherwise it takes the larger of (b + 4) n, while it is cast to
-    fp32, and 4 n (1 + 1 / g), while it is reduced; padding it to g equal parts takes 4 n more. SPA's engine always
-    pads, and also holds the gradients of the whole module in the model's precision.
+    A block whose experts are listed, each a module of its own, is gathered as one module. weight: bytes of a weight.
+    trained: parameters that get a gradient have a number above 0. recompute: whether activations are checkpointed.
     """
+    blocks = {name[: match.start()] for name in (t.parameter.name for t in tensors) if (match := LISTED.search(name))}
     modules: dict[str, list[GatheredTensor]] = {}
     for tensor in tensors:
-        modules.setdefault(tensor.parameter.name.rpartition(".")[0], []).append(tensor)
+        modules.setdefault(_module_of(tensor.parameter.name, blocks), []).append(tensor)
     kept = 0 if recompute else weight * sum(tensor.numel for tensor in tensors if _is_saved(tensor))
     transients: list[Transient] = []
     for module, members in modules.items():
         learning = [tensor for tensor in members if trained.get(tensor.parameter.name)]
-        gradient = 0.0
-        if learning:
-            largest = max(learning, key=lambda tensor: tensor.numel)
-            reduced = FP32 * largest.numel / largest.ranks if largest.ranks > 1 else 0.0
-            copies = 2 if stage == "spa" or largest.numel % largest.ranks else 1
-            if stage == "set" and compact:
-                gradient = weight * largest.numel
-            else:
-                gradient = max((weight + FP32) * largest.numel, copies * FP32 * largest.numel + reduced)
-            if stage == "spa":
-                gradient += weight * sum(tensor.numel for tensor in learning)
+        gradient = _gradient(learning, weight, stage, compact, module in blocks) if learning else 0.0
         transients.append(Transient(module, _gathered(members, weight, recompute) + kept, gradient))
     return max(transients, key=lambda transient: transient.total)
+
+
+def _module_of(name: str, blocks: Collection[str]) -> str:
+    """The module that ZeRO-3 gathers for a parameter: the block of ``blocks`` that it is in, else its own."""
+    around = accumulate(name.split(".")[:-1], "{}.{}".format)
+    return next((module for module in around if module in blocks), name.rpartition(".")[0])
+
+
+def _gradient(learning: Sequence[GatheredTensor], weight: int, stage: str, compact: bool, is_block: bool) -> float:
+    """Bytes of the gradients of a module's trained tensors while it is in the backward pass.
+
+    That of the largest, of n elements on g ranks: SET ``compact`` picks from it as it is, which takes b n. Otherwise it
+    takes the larger of (b + 4) n, while it is cast to fp32, and 4 n (1 + 1 / g), while it is reduced; padding it to g
+    equal parts takes 4 n more. Beside it the others of a block of listed experts wait in fp32, because they are reduced
+    in one order on all ranks. SPA's engine always pads, and also holds the gradients of the whole module in the model's
+    precision.
+    """
+    largest = max(learning, key=lambda tensor: tensor.numel)
+    numel = sum(tensor.numel for tensor in learning)
+    if stage == "set" and compact:
+        return weight * largest.numel
+    reduced = FP32 * largest.numel / largest.ranks if largest.ranks > 1 else 0.0
+    copies = 2 if stage == "spa" or largest.numel % largest.ranks else 1
+    gradient = max((weight + FP32) * largest.numel, copies * FP32 * largest.numel + reduced)
+    if stage == "spa":
+        return gradient + weight * numel
+    return gradient + FP32 * (numel - largest.numel) if is_block else gradient
 
 
 def in_flight_bytes(tensors: Sequence[GatheredTensor], trained: Mapping[str, int], stage: str, compact: bool) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 from esi_ds.core.mask_metadata import FORMAT, MaskMetadata
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.errors import UserError
-from esi_ds.reading import json_sha256, reading
+from esi_ds.reading import json_sha256, reading, share_of
 from esi_ds.tensor_files import DIGESTS_NAME, INDEX_NAME, TensorFolder, numel, read_digests, read_tensor_folder
 
 FIELD, REMEDY = "mask", "give the mask/ folder of a finished run, or make the mask again"
@@ -200,13 +200,12 @@ class Mask:
     def problems(self, part: int = 0, num_parts: int = 1) -> list[str]:
         """Every inconsistency between the bits and the metadata, one sentence each; empty if the mask is sound.
 
-        Reads every ``num_parts``-th parameter from number ``part`` on, so that ranks can share the work. Where no
-        digests are written, those of the bits read are in ``known_digests`` then. Raises UserError where the digests
-        cannot be read.
+        Reads the share ``part`` of ``num_parts``, so that ranks can share the work. Where no digests are written, those
+        of the bits read are in ``known_digests`` then. Raises UserError where the digests cannot be read.
         """
         problems: list[str] = []
         digests = self.digests
-        for name in self.names[part::num_parts]:
+        for name in share_of({name: num_bytes(self.numel(name)) for name in self.names}, part, num_parts):
             try:
                 data = self.data(name)
             except UserError as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 from esi_ds.core.mask_metadata import MaskMetadata, ScoresMetadata
 from esi_ds.core.stored import StoredReader
 from esi_ds.errors import UserError
-from esi_ds.reading import first_line, reading
+from esi_ds.reading import first_line, reading, share_of
 from esi_ds.tensor_files import DIGESTS_NAME, read_digests, read_tensor_folder, tensor_sha256
 
 REMEDY = "give RUN/scores of the run that made the mask"
@@ -56,11 +56,12 @@ class ScoreFolder:
     def problems(self, part: int = 0, num_parts: int = 1) -> list[str]:
         """Every parameter whose scores are not those that were written, one sentence each; empty without digests.
 
-        Reads every ``num_parts``-th parameter from number ``part`` on, so that ranks can share the work. Raises
-        UserError where the digests cannot be read.
+        Reads the share ``part`` of ``num_parts``, so that ranks can share the work. Raises UserError where the digests
+        cannot be read.
         """
         problems: list[str] = []
-        for name in sorted(self.digests)[part::num_parts]:
+        sizes = {name: self._tensors[name].num_bytes for name in sorted(self.digests)}
+        for name in share_of(sizes, part, num_parts):
             try:
                 if tensor_sha256(self._tensors[name]) != self.digests[name]:
                     problems.append(f"the scores of {name} differ from those that were written ({DIGESTS_NAME})")

@@ -57,18 +57,22 @@ class Cut:
 
 
 class Order:
-    """Integer keys of scores, the larger selected first: ``top``, ``bottom`` or ``random`` (hashed positions)."""
+    """Integer keys of scores, the larger selected first: ``top``, ``bottom`` or ``random`` (hashed positions).
 
-    def __init__(self, name: str, seed: int = 0):
-        self.name = name
+    device: where keys are made, wherever the scores lie; None: beside them.
+    """
+
+    def __init__(self, name: str, seed: int = 0, device: torch.device | None = None):
+        self.name, self._device = name, device
         self._stream = stream(seed, 0x5E1EC7)
 
     def keys(self, scores: Tensor, position: int) -> Tensor:
         """int32 keys in [0, 2^31) of non-negative float32 ``scores`` at global positions from ``position`` on."""
+        device = scores.device if self._device is None else self._device
         if self.name == "random":
-            positions = torch.arange(position, position + len(scores), device=scores.device)
+            positions = torch.arange(position, position + len(scores), device=device)
             return random_bits(self._stream, positions, KEY_BITS).int()
-        bits = scores.view(torch.int32)
+        bits = scores.to(device).view(torch.int32)
         return bits if self.name == "top" else LARGEST_KEY - bits
 
 

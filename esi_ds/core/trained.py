@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from esi_ds.core.mask import Mask, identity, num_bytes, popcount
+from esi_ds.core.mask import Mask, identity
 from esi_ds.core.units import Shard
 from esi_ds.reading import json_sha256
 
@@ -96,26 +96,3 @@ class Trained:
             return None
         dtype = torch.int32 if shard.numel < 1 << 31 else torch.int64
         return self.bits_of(shard).nonzero().flatten().to(dtype)
-
-    def segments(self, shard: Shard, values: Tensor) -> list[tuple[int, Tensor]]:
-        """Trained values split by the shard's runs: (number of trained weights of the parameter before it, values).
-
-        values: one for each trained weight of the shard, in order.
-        """
-        segments, start = [], 0
-        for low, high in shard.runs:
-            first, last = (self.count_before(shard.parameter.name, index) for index in (low, high))
-            segments.append((first, values[start : start + last - first]))
-            start += last - first
-        return segments
-
-    def count_before(self, name: str, low: int) -> int:
-        """Number of a parameter's trained weights before flat index ``low``."""
-        if self.count(name) == self.numels[name]:
-            return low
-        if not self.is_masked(name) or low == 0:
-            return 0
-        selected = popcount(self.mask.data(name, 0, num_bytes(low)))
-        if low % 8:  # bits of the last byte at or after ``low``
-            selected -= int(self.mask.bits(name, low, min(-(-low // 8) * 8, self.numels[name])).sum())
-        return selected if self.train == "selected" else low - selected

@@ -191,7 +191,8 @@ class Agreement:
     """Agreement of two judges over the answers that both judged.
 
     kappa is None if chance alone would make them always agree (both give every answer the same verdict). low and high
-    are None if the large-sample error is 0 (judges that always or never agree), which it cannot be in a finite sample.
+    are None if the large-sample error is 0 (of judges that always agree, for instance), which it cannot be in a finite
+    sample.
     """
 
     num_pairs: int
@@ -216,10 +217,10 @@ def cohen_kappa(
     if not pairs:
         return Agreement(0, num_missing, None, None, None, None, confidence)
     labels = {label: index for index, label in enumerate(dict.fromkeys(label for pair in pairs for label in pair))}
-    shares = np.zeros((len(labels), len(labels)))  # [label of first, label of second], adds up to 1
+    counts = np.zeros((len(labels), len(labels)), dtype=np.int64)  # [label of first, label of second]
     for one, other in pairs:
-        shares[labels[one], labels[other]] += 1 / len(pairs)
-    observed = float(np.trace(shares))
+        counts[labels[one], labels[other]] += 1
+    observed, shares = int(np.trace(counts)) / len(pairs), counts / len(pairs)
     of_first, of_second = shares.sum(axis=1), shares.sum(axis=0)
     expected = float(of_first @ of_second)
     if len(labels) == 1:
@@ -227,20 +228,21 @@ def cohen_kappa(
     kappa = (observed - expected) / (1 - expected)
     error = _kappa_error(shares, kappa, expected, len(pairs))
     low = high = None
-    if error > 1e-9:  # 0 up to rounding if the judges always or never agree
+    if error > 0:
         margin = float(stats.norm.ppf((1 + confidence) / 2)) * error
         low, high = max(-1.0, kappa - margin), min(1.0, kappa + margin)
     return Agreement(len(pairs), num_missing, observed, kappa, low, high, confidence)
 
 
 def _kappa_error(shares: np.ndarray, kappa: float, expected: float, num_pairs: int) -> float:
-    """Fleiss, Cohen and Everitt's equation 13."""
+    """Fleiss, Cohen and Everitt's equation 13; 0 where nothing but rounding is left of its difference."""
     of_first, of_second = shares.sum(axis=1), shares.sum(axis=0)
     diagonal = np.diag(shares) @ (1 - (of_first + of_second) * (1 - kappa)) ** 2
     squares = shares * (of_second[:, None] + of_first[None, :]) ** 2
     others = (1 - kappa) ** 2 * (squares.sum() - np.trace(squares))
-    variance = (diagonal + others - (kappa - expected * (1 - kappa)) ** 2) / (num_pairs * (1 - expected) ** 2)
-    return math.sqrt(max(0.0, variance))  # rounding may leave −1e-17
+    difference = diagonal + others - (kappa - expected * (1 - kappa)) ** 2
+    # Of numbers up to 4, so rounding leaves about 1e-15; one disagreement among n pairs leaves about 1 / n.
+    return math.sqrt(difference / num_pairs) / (1 - expected) if difference > 1e-14 else 0.0
 
 
 def _complete_pairs(first: Sequence[T | None], second: Sequence[T | None]) -> tuple[list[tuple[T, T]], int]:

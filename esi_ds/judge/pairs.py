@@ -165,25 +165,23 @@ class TextBuilder:
 class EncodedText:
     """What the judge reads: ``ids`` end just before the verdict, or with the text where the family has no words.
 
-    offsets: character spans of the ids in the text. safe, unsafe: ids of the verdict tokens, empty without words.
-    token_types: the tokenizer's ``token_type_ids``, None where it gives none. between: ids of verdict tokens that are
-    partly unsafe, with the share of it.
+    safe, unsafe: ids of the verdict tokens, empty without words. token_types: the tokenizer's ``token_type_ids``, None
+    where it gives none. between: ids of verdict tokens that are partly unsafe, with the share of it.
     """
 
     ids: list[int]
-    offsets: list[Span]
     safe: list[int]
     unsafe: list[int]
     token_types: list[int] | None = None
     between: list[tuple[int, float]] = field(default_factory=list)
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, family: Family) -> EncodedText:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, family: Family) -> tuple[EncodedText, list[Span]]:
     """Encode the text with each verdict word behind it and cut it at the first position where the words differ.
 
-    A word may have several spellings, of which those count whose tokens there are of one verdict alone. Raises
-    ValueError where no spelling of a verdict is left, or two verdicts share a token. A family without words (a
-    classifier) reads the text to its end.
+    Returns also the spans of its ids in the text. A word may have several spellings, of which those count whose tokens
+    there are of one verdict alone. Raises ValueError where no spelling of a verdict is left, or two verdicts share a
+    token. A family without words (a classifier) reads the text to its end.
     """
     encodings = [
         tokenizer(text + word, add_special_tokens=family.adds_special_tokens, return_offsets_mapping=True)
@@ -191,7 +189,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, family: Family) -
     ]
     first = encodings[0]
     if not family.words:
-        return EncodedText(first["input_ids"], first["offset_mapping"], [], [], first.get("token_type_ids"))
+        return EncodedText(first["input_ids"], [], [], first.get("token_type_ids")), first["offset_mapping"]
     columns = zip(*(encoding["input_ids"] for encoding in encodings), strict=False)  # up to the shortest
     for position, column in enumerate(columns):
         if len(set(column)) == 1:
@@ -203,8 +201,9 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, family: Family) -
         if not only_safe or not only_unsafe or len({*between}) < len(between) or {*between} & {*safe, *unsafe}:
             break
         shares = [share for _, share in family.between]
-        ids, offsets = first["input_ids"][:position], first["offset_mapping"][:position]
-        return EncodedText(ids, offsets, only_safe, only_unsafe, None, list(zip(between, shares, strict=True)))
+        between_shares = list(zip(between, shares, strict=True))
+        encoded = EncodedText(first["input_ids"][:position], only_safe, only_unsafe, None, between_shares)
+        return encoded, first["offset_mapping"][:position]
     raise ValueError(f"the guard's tokenizer cannot tell {family.safe} from {family.unsafe}")
 
 
@@ -224,7 +223,7 @@ class EncodedPair:
 
 def plain_pair(ids: Sequence[int]) -> EncodedPair:
     """Ids as a judge reads them, without a response or a verdict."""
-    return EncodedPair(EncodedText(list(ids), [], [], []), [], [], (0, 0))
+    return EncodedPair(EncodedText(list(ids), [], []), [], [], (0, 0))
 
 
 class PairEncoder:
@@ -257,16 +256,14 @@ class PairEncoder:
         if judged is None:
             return "the judge's template does not show the whole prompt and response"
         try:
-            text = encode_text(self.tokenizer, judged.text, self.family)
+            text, offsets = encode_text(self.tokenizer, judged.text, self.family)
         except ValueError as error:
             return str(error)
         if self.max_length is not None and len(text.ids) > self.max_length:
             return f"too long for the judge ({len(text.ids)} tokens, it takes {self.max_length})"
-        tokens = [
-            j for j, (start, end) in enumerate(text.offsets) if start < judged.end and end > max(judged.start, start)
-        ]
+        tokens = [j for j, (start, end) in enumerate(offsets) if start < judged.end and end > max(judged.start, start)]
         shift = judged.response_offset - judged.start
-        spans = [(text.offsets[j][0] + shift, text.offsets[j][1] + shift) for j in tokens]
+        spans = [(offsets[j][0] + shift, offsets[j][1] + shift) for j in tokens]
         return EncodedPair(text, tokens, spans, (judged.response_offset, judged.end + shift))
 
     def check_verdict(self) -> None:

@@ -15,6 +15,7 @@ from esi_ds.core.mask import EmptyMask, Mask
 from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
 from esi_ds.models.weights import checkpoint_tensors
+from esi_ds.reading import share_of
 
 BLOCK = 1 << 24
 # Parts of a parameter's name that torch.compile, checkpointing, FSDP and data parallelism insert.
@@ -28,12 +29,14 @@ def structure_digest(parameters: Iterable[Parameter]) -> str:
 
 
 def tensor_digests(folder: Path, part: int = 0, num_parts: int = 1, field: str = "model.path") -> dict[str, str]:
-    """sha256 of "dtype shape" and the bytes of every ``num_parts``-th tensor from number ``part`` on.
+    """sha256 of "dtype shape" and the bytes of every tensor in the share ``part`` of ``num_parts``.
 
     Raises UserError naming ``field`` where the folder holds no complete weights.
     """
     digests = {}
-    for name, file, first, last, description in checkpoint_tensors(folder, field)[part::num_parts]:
+    tensors = {tensor.name: tensor for tensor in checkpoint_tensors(folder, field)}
+    for name in share_of({name: tensor.num_bytes for name, tensor in tensors.items()}, part, num_parts):
+        _, file, first, last, description = tensors[name]
         digest = hashlib.sha256(description.encode())
         with file.open("rb") as opened:
             opened.seek(first)

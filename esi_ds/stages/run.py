@@ -16,7 +16,18 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from esi_ds import lock
-from esi_ds.artifacts import IDENTITY, MANIFEST, RunFolder, read_manifest, readable, run_id, versions
+from esi_ds.artifacts import (
+    IDENTITY,
+    MANIFEST,
+    FileContent,
+    RunFolder,
+    contents_of,
+    read_manifest,
+    readable,
+    result_sizes,
+    run_id,
+    versions,
+)
 from esi_ds.config import Config, Esi, Eval
 from esi_ds.config.needs import unread_of_eval
 from esi_ds.core.mask import Mask, identity, refuse_problems, unread
@@ -38,7 +49,7 @@ from esi_ds.models.folder import (
 from esi_ds.models.meta import meta_parameters
 from esi_ds.options import Options
 from esi_ds.peers import PeerWatch, own_process
-from esi_ds.reading import check_type, json_sha256, reading
+from esi_ds.reading import check_type, json_sha256, reading, share_of
 from esi_ds.report.asked import asked_as
 from esi_ds.report.contents import Report
 from esi_ds.report.html import write_report
@@ -243,20 +254,43 @@ class StageRun(ABC, Generic[Inputs]):
         another stage's, results are no longer what they were, or models, judges or templates are others by now: the
         results would be taken for theirs.
 
-        Collectives: a broadcast; of a finished run also those of ``_check_sources`` and ``known_fingerprint``.
+        Collectives: a broadcast; of a finished run also a gather, and those of ``_check_sources`` and
+        ``known_fingerprint``.
         """
 
-        def look() -> bool:
+        def look() -> dict[str, FileContent] | None:
             self.folder.check_stage(self.stage)
-            return self.folder.is_finished()
+            return self.folder.finished_results()
 
-        finished = runtime.from_main(look)
-        if finished:
-            self._check_sources()
-            self.check_models(self.known_fingerprint())
-        if finished and runtime.is_main():
+        results = runtime.from_main(look)
+        if results is None:
+            return False
+        self._check_results(results)
+        self._check_sources()
+        self.check_models(self.known_fingerprint())
+        if runtime.is_main():
             print(f"{self.folder.path} is finished already; nothing to do")
-        return finished
+        return True
+
+    def _check_results(self, stored: Mapping[str, FileContent]) -> None:
+        """Raise UserError, on every rank, where results of a finished run are no longer what ``stored`` says. The ranks
+        share the reading: scores of a large model take terabytes. One gather."""
+        problem: UserError | None = None
+        try:
+            self.folder.check_results(stored, runtime.rank(), runtime.world_size())
+        except UserError as error:
+            problem = error
+        problems = [problem for problem in runtime.gather_objects(problem) if problem is not None]
+        if problems:
+            raise problems[0]
+
+    def _read_results(self) -> dict[str, FileContent]:
+        """The files that this run must hold now that it is done. The ranks share the reading. A broadcast, a gather."""
+        path = self.folder.path
+        sizes = runtime.from_main(partial(result_sizes, path))
+        own = contents_of(path, share_of(sizes, runtime.rank(), runtime.world_size()))
+        results = {name: content for part in runtime.gather_objects(own) for name, content in part.items()}
+        return {name: results[name] for name in sizes}
 
     def _lock(self) -> str | None:
         """Make the folder this job's. Returns a line for the log where the lock was taken over from another job.
@@ -421,7 +455,9 @@ class StageRun(ABC, Generic[Inputs]):
         return same
 
     def record(self, exit_state: str) -> None:
-        """Rank 0 writes ``manifest.json``. exit_state: running, done, interrupted or failed."""
+        """Rank 0 writes ``manifest.json``. exit_state: running, done, interrupted or failed. Collectives: of ``done``
+        those of ``_read_results``, of any other none."""
+        results = self._read_results() if exit_state == "done" else None
         if runtime.is_main():
             self.folder.write_manifest(
                 exit_state=exit_state,
@@ -441,6 +477,7 @@ class StageRun(ABC, Generic[Inputs]):
                     "phases_s": {name: round(seconds, 3) for name, seconds in self.phases.items()},
                     **self.remarks,
                 },
+                results=results,
             )
 
     @property

@@ -28,6 +28,7 @@ from esi_ds.core.mask_metadata import ScoresMetadata
 from esi_ds.core.score_folder import ScoreFolder
 from esi_ds.core.stored import DTYPES
 from esi_ds.core.units import Parameter, Shard
+from esi_ds.reading import share_of
 from esi_ds.tensor_files import DIGESTS_NAME, INDEX_NAME, StoredTensor, tensor_sha256
 from esi_ds.zero import runtime
 
@@ -171,16 +172,18 @@ class FolderFiles:
             yield opened
 
     def read_digests(self) -> dict[str, str]:
-        """sha256 of every ``world_size``-th tensor from this rank's on, read from disk."""
-        tensors = [
-            StoredTensor(
+        """sha256 of every tensor in this rank's share, read from disk."""
+        tensors = {
+            entry.name: StoredTensor(
                 entry.name, self.folder / file, start, start + entry.num_bytes, f"{entry.dtype} {list(entry.shape)}"
             )
             for file, entries in self._files.items()
             for entry in entries
             for start in [self._headers[file][1][entry.name]]
-        ]
-        return {tensor.name: tensor_sha256(tensor) for tensor in tensors[runtime.rank() :: runtime.world_size()]}
+        }
+        sizes = {name: tensor.num_bytes for name, tensor in tensors.items()}
+        own = share_of(sizes, runtime.rank(), runtime.world_size())
+        return {name: tensor_sha256(tensors[name]) for name in own}
 
 
 def _write_at(opened: FileIO, position: int, data: Buffer) -> None:

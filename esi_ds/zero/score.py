@@ -13,7 +13,7 @@ from torch import Tensor
 from esi_ds.core.criteria import GRADIENTS
 from esi_ds.core.moments import merge, moments, standard_deviation
 from esi_ds.core.score import contrast, scale_by_unit, score_shard
-from esi_ds.core.select import Cut, Order, ScoreRun, all_valid, first_invalid, median, model_k, select
+from esi_ds.core.select import Cut, Order, ScoreRun, all_valid, chunks, first_invalid, median, model_k, select
 from esi_ds.core.units import Parameter, Shard, Unit, assign
 from esi_ds.errors import UserError
 from esi_ds.report.contents import UnitRow
@@ -209,13 +209,14 @@ def select_weights(
 ) -> Selection:
     """The exact selection (docs/method.md §2). Raises UserError naming ``field`` as ``check_scores`` does.
 
+    scores: on any device; this rank's device holds keys of a few of them at a time, and the bits lie beside the scores.
     k: with scope ``model``, how many weights to select; None: as many as ``ratio`` and ``of`` say.
     Collectives: those of ``check_scores``, one all-reduce of int64 [scored parameters], and those of
     ``core.select.select``: three all-reduces of a 16 KiB histogram and one more for every 11 bits of the largest
     position. Scope ``matrix`` performs the latter for each parameter, with a histogram for each unit.
     """
     check_scores(model, scores, field)
-    ordering = Order(order, seed)
+    ordering = Order(order, seed, runtime.device())
     scored = [parameter for parameter in model.parameters if parameter.scored]
     last = sum(parameter.numel for parameter in model.parameters) - 1
     bits: dict[str, Tensor] = {}
@@ -248,8 +249,12 @@ def score_runs(shard: Shard, scores: Tensor) -> Iterator[ScoreRun]:
 
 
 def selected_bits(cut: Cut, order: Order, run: ScoreRun) -> Tensor:
-    """bool [n]: which of the run's n scores are selected."""
-    return cut.selects(order.keys(run.scores, run.position), run.position)
+    """bool [n], beside the run's n scores: which of them are selected."""
+    bits = torch.empty(len(run.scores), dtype=torch.bool, device=run.scores.device)
+    for keys, position in chunks([run], order):  # a random order's hashes take 32 bytes each
+        start = position - run.position
+        bits[start : start + len(keys)] = cut.selects(keys, position)
+    return bits
 
 
 def _select_by_unit(

@@ -187,7 +187,10 @@ class ScatteredGradients(ReducedGradients):
 
 
 class SparseTuner(Tuner):
-    """AdamW on the trained weights of this rank's shards, with its state in flat fp32 tensors in the shards' order."""
+    """AdamW on the trained weights of this rank's shards, with its state in flat fp32 tensors in the shards' order.
+
+    Collectives of the constructor: one gather.
+    """
 
     def __init__(self, model: ShardedModel, trained: Trained, rule: Rule, reduction: str):
         super().__init__(model, trained)
@@ -203,6 +206,7 @@ class SparseTuner(Tuner):
             start += count
         self.state = {key: torch.zeros(start, dtype=torch.float32, device=runtime.device()) for key in STATE}
         self._offloaded_positions: dict[str, Tensor] = {}  # for weights on the CPU beside gradients on a GPU
+        run_counts: list[list[int]] = []
         for shard in self.shards:
             weight = model.local_weight(shard)
             positions = self.gradients.positions(model, shard)
@@ -210,6 +214,8 @@ class SparseTuner(Tuner):
                 positions = self._offloaded_positions[shard.name] = positions.to(weight.device)
             picked = weight if positions is None else weight[positions]
             self.state["master"][self._state_ranges[shard.name]] = picked.to(self.state["master"])
+            run_counts.append(_run_counts(shard, positions))
+        self._parts = _state_parts(self.shards, run_counts)
 
     def _positions(self, shard: Shard) -> Tensor | None:
         """Trained positions in one shard, int64, where its weights are; None: all of them."""
@@ -277,12 +283,11 @@ class SparseTuner(Tuner):
         self.model.publish()
 
     def saved(self) -> Parts:
-        parts: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
-        for shard in self.shards:
-            for key, values in self.state.items():
-                segments = self.trained.segments(shard, values[self._state_ranges[shard.name]])
-                parts[f"{shard.parameter.name}/{key}"] += segments
-        return parts
+        return {
+            f"{name}/{key}": [(first, values[where]) for first, where in parts]
+            for name, parts in self._parts.items()
+            for key, values in self.state.items()
+        }
 
     def close(self) -> None:
         self.state.clear()
@@ -294,3 +299,35 @@ class SparseTuner(Tuner):
         self.num_steps = step
         self.model.release()
         self._write_back()
+
+
+def _run_counts(shard: Shard, positions: Tensor | None) -> list[int]:
+    """Number of trained weights in every run of a shard. positions: of these in the shard, int64; None: all of them."""
+    ends = torch.tensor([0, *(where.stop for where, _, _ in shard.parts())], dtype=torch.int64)
+    return (ends if positions is None else torch.searchsorted(positions, ends.to(positions.device))).diff().tolist()
+
+
+def _state_parts(shards: Sequence[Shard], run_counts: Sequence[Sequence[int]]) -> dict[str, list[tuple[int, slice]]]:
+    """Parameter's name → (its trained weights before the run, place in the state) of every run on this rank.
+
+    What comes before a run lies on other ranks, too. They exchange the numbers of their runs, because counting in the
+    mask would take all of a parameter's bits up to every run. run_counts: trained weights in every run of each shard.
+    One gather.
+    """
+    rows = [
+        (shard.parameter.offset + low, count)
+        for shard, counts in zip(shards, run_counts, strict=True)
+        for (low, _), count in zip(shard.runs, counts, strict=True)
+    ]
+    gathered = torch.cat(runtime.gather_objects(torch.tensor(rows, dtype=torch.int64).view(-1, 2)))
+    runs, trained = gathered[gathered[:, 0].argsort()].T.contiguous()  # positions of all runs in the model, ascending
+    before = torch.cat([trained.new_zeros(1), trained.cumsum(0)])
+    parts: dict[str, list[tuple[int, slice]]] = defaultdict(list)
+    start = 0
+    for shard, counts in zip(shards, run_counts, strict=True):
+        lows = torch.tensor([0, *(low for low, _ in shard.runs)], dtype=torch.int64) + shard.parameter.offset
+        earlier, *firsts = before[torch.searchsorted(runs, lows)].tolist()  # earlier: of the parameters before this one
+        for first, count in zip(firsts, counts, strict=True):
+            parts[shard.parameter.name].append((first - earlier, slice(start, start + count)))
+            start += count
+    return parts

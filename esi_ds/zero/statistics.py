@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from esi_ds.core.select import CHUNK
 from esi_ds.core.units import Parameter, Unit
 from esi_ds.report.contents import ScoreHistogram, UnitRow
 from esi_ds.zero import runtime
@@ -82,9 +83,12 @@ def _range(scores: Scores) -> tuple[float, float]:
 
 def _counts(values: Tensor, low: float, high: float) -> Tensor:
     """int64 [NUM_BINS + 1]: the counts of the bins, then that of zeros."""
-    logarithms = torch.where(values > 0, values, 1.0).double().log10()
-    bins = ((logarithms - low) / (high - low) * NUM_BINS).long().clamp_(0, NUM_BINS - 1)
-    return torch.bincount(bins.masked_fill_(values <= 0, NUM_BINS), minlength=NUM_BINS + 1)
+    counts = torch.zeros(NUM_BINS + 1, dtype=torch.int64, device=values.device)
+    for chunk in values.split(CHUNK):  # a GPU may have no room for a large matrix in float64
+        logarithms = torch.where(chunk > 0, chunk, 1.0).double().log10()
+        bins = ((logarithms - low) / (high - low) * NUM_BINS).long().clamp_(0, NUM_BINS - 1)
+        counts += torch.bincount(bins.masked_fill_(chunk <= 0, NUM_BINS), minlength=NUM_BINS + 1)
+    return counts
 
 
 def unscored_numel(parameters: tuple[Parameter, ...]) -> dict[str, int]:

@@ -51,7 +51,9 @@ class Tuner(ABC):
         self.model, self.trained = model, trained
         # Decided by the whole parameter, so that ranks with different experts make the same calls.
         self.shards = [shard for shard in model.shards if trained.count(shard.parameter.name)]
-        self._watched = [(shard, positions) for shard in self.shards if len(positions := self._watch(shard))]
+        numel = sum(shard.numel for shard in self.shards)
+        watched = ((shard, self._watch(shard, numel)) for shard in self.shards)
+        self._watched = [(shard, positions) for shard, positions in watched if len(positions)]
         self._before = self._watched_weights()
 
     def running(self) -> AbstractContextManager[None]:
@@ -88,10 +90,10 @@ class Tuner(ABC):
         """Whether a step's gradient may be exactly 0: rows need not reach what a mask selects, such as experts."""
         return True
 
-    def _watch(self, shard: Shard) -> Tensor:
-        """Some trained positions of a shard, int64, where its weights are."""
-        total, weight = sum(other.numel for other in self.shards), self.model.local_weight(shard)
-        share = max(1, SAMPLE * shard.numel // max(1, total))
+    def _watch(self, shard: Shard, numel: int) -> Tensor:
+        """Some trained positions of a shard, int64, where its weights are. numel: elements of all shards."""
+        weight = self.model.local_weight(shard)
+        share = max(1, SAMPLE * shard.numel // max(1, numel))
         positions = self.trained.bits_of(shard).nonzero().flatten()
         return positions[:: max(1, len(positions) // share)][:share].to(weight.device, copy=True)
 

@@ -15,7 +15,7 @@ import torch
 from esi_ds.artifacts import RunFolder
 from esi_ds.errors import UserError
 from esi_ds.stages.esi.score import PassState, ScoringPass
-from esi_ds.zero import checkpoint
+from esi_ds.zero import checkpoint, runtime
 
 STATE = {"scores": [[0, 0.5], [3, -1.25]], "excluded": [[1, "the response is empty"]]}
 
@@ -116,6 +116,28 @@ def test_a_checkpoint_of_an_earlier_version_is_taken(saved: Path) -> None:
 def test_a_state_without_what_a_pass_needs(state: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         PassState.from_json({"position": 1, **state})
+
+
+def test_ranks_tell_each_other_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All scores of all ranks, in every rank's message, would be gigabytes for a large set of prompts."""
+    told: list[Any] = []
+    others: list[Any] = []
+    monkeypatch.setattr(runtime, "gather_objects", lambda own: told.append(own) or [own, *others])
+    state = PassState.from_json({"position": 4, "scores": [[0, 0.5], [3, 1.5]], "excluded": [[1, "empty"]]})
+    state.scores[8], state.excluded[9] = 2.5, "empty"
+    others[:] = [[{10: 3.5}, {}]]
+    state.share()
+    state.scores[12] = 4.5
+    others[:] = [[{}, {14: "long"}]]
+    state.share()
+    state.share()
+    assert told == [[{8: 2.5}, {9: "empty"}], [{12: 4.5}, {}], [{}, {}]]
+    assert state.scores == {0: 0.5, 3: 1.5, 8: 2.5, 10: 3.5, 12: 4.5}
+    assert state.excluded == {1: "empty", 9: "empty", 14: "long"}
+    fresh = PassState()
+    fresh.scores[2] = 1.0
+    fresh.share()
+    assert told[-1] == [{2: 1.0}, {}]
 
 
 def test_names_that_are_no_position_are_passed_over(saved: Path) -> None:

@@ -224,6 +224,24 @@ def test_kappa_is_statsmodels_and_the_definition(num_labels: int) -> None:
         np.testing.assert_allclose(agreement.agreement, (first == second).mean(), **CLOSE)
 
 
+@pytest.mark.parametrize("num_pairs", [20, 27, 62, 2000, 82_728])
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.1, 0.3, 0.5])
+def test_judges_that_always_agree_have_no_interval(num_pairs: int, share: float) -> None:
+    """Whatever the shares are rounded to; one that disagrees once has a narrow one."""
+    first = [index < max(2, share * num_pairs) for index in range(num_pairs)]
+    agreement = cohen_kappa(first, first)
+    assert (agreement.agreement, agreement.kappa, agreement.low, agreement.high) == (1, 1, None, None)
+    once = cohen_kappa(first, [not first[0], *first[1:]])
+    assert once.low is not None and once.high is not None and once.low < once.kappa < once.high
+
+
+def test_judges_in_a_circle_have_no_interval() -> None:
+    """They never agree, and the large-sample error is 0."""
+    agreement = cohen_kappa("abc" * 7, "bca" * 7)
+    assert (agreement.agreement, agreement.low, agreement.high) == (0, None, None)
+    assert agreement.kappa == pytest.approx(-0.5)
+
+
 def test_kappa_at_the_edges() -> None:
     alike = cohen_kappa([True, False, None, True], [True, False, True, None])
     assert (alike.kappa, alike.low, alike.high, alike.num_pairs, alike.num_missing) == (1, None, None, 2, 2)

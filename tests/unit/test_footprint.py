@@ -114,6 +114,20 @@ def test_stages_by_hand(described: dict) -> None:
     assert spa.total == pytest.approx((2 * total + 16.125 * sum(scored.values())) / ranks, rel=1e-3)
 
 
+def test_what_a_save_copies_to_the_host(described: dict) -> None:
+    """A pass's sums, or masters and moments, unless they lie there already."""
+    _, work, _ = work_of("deepseek-v3", described)
+    cluster, several = Topology(16, 8), replace(work, num_sums=3)
+    num_scored = sum(parameter.numel for parameter in work.parameters if parameter.scored)
+    assert footprint(several, "esi", cluster, zero3()).saving == pytest.approx(4 * num_scored / 128, rel=1e-3)
+    assert footprint(replace(work, sums_on_host=True), "esi", cluster, zero3()).saving == 0
+    trained = sum(work.trained["set"].values())
+    assert footprint(work, "set", cluster, zero3()).saving == pytest.approx(12 * trained / 128, rel=1e-3)
+    touched = sum(parameter.numel for parameter in work.parameters if work.trained["spa"].get(parameter.name))
+    assert footprint(work, "spa", cluster, zero3()).saving == pytest.approx(12 * touched / 128, rel=1e-3)
+    assert footprint(work, "spa", cluster, zero3(offload=["offload_optimizer"])).saving == 0
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_start_of_expert_parallelism(name: str, described: dict) -> None:
     """DeepSpeed gathers a block's experts whole and copies this rank's out of them, gate and up twice (ep_repack);
@@ -192,6 +206,29 @@ def test_experts_wider_than_the_shared_one_are_not_all_that_is_gathered() -> Non
     block = sum(p.numel for p in experts if ".mlp." in p.name)
     assert takeover_bytes(experts, 2, 60, 60) == 2 * block > 2 * routed * (1 + 5 / 180)
     assert takeover_bytes(experts, 2, 60, 2) == pytest.approx(2 * routed * (1 + 5 / 6))
+
+
+def test_listed_experts_are_gathered_and_reduced_as_one(described: dict) -> None:
+    """A block of remote code is one leaf of ZeRO-3, and all of its gradients wait for the last (zero/gradients.py)."""
+    block, width, hidden, experts, ranks = "model.layers.1.mlp", 6, 4, 5, 2
+    shapes = {f"{block}.gate.weight": (experts, hidden), "model.layers.1.self_attn.q_proj.weight": (hidden, hidden)}
+    shapes |= {
+        f"{block}.experts.{expert}.{name}_proj.weight": (hidden, width) if name == "down" else (width, hidden)
+        for expert in range(experts)
+        for name in ("gate", "up", "down")
+    }
+    shapes[f"{block}.shared_experts.up_proj.weight"] = (2 * width, hidden)
+    parameters = [Parameter(name, shape, 0, "mlp.up", ()) for name, shape in shapes.items()]
+    tensors = gathered_tensors(parameters, ranks)
+    trained = {parameter.name: parameter.numel for parameter in parameters}
+    inside = [parameter.numel for parameter in parameters if parameter.name.startswith(f"{block}.")]
+    total, largest = sum(inside), 2 * width * hidden
+    for stage in ("esi", "set"):
+        moment = transient(tensors, 2, trained, stage)
+        assert (moment.module, moment.weights) == (block, 2 * 2 * total)
+        assert moment.gradient == 4 * total + max(2 * largest, 4 * largest / ranks)
+    assert transient(tensors, 2, trained, "set", compact=True).gradient == 2 * largest
+    assert transient(tensors, 2, trained, "spa").gradient == 2 * total + 8 * largest + 4 * largest / ranks
 
 
 def test_traffic_by_hand(described: dict) -> None:

@@ -150,7 +150,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 def pair(length: int, seed: int) -> EncodedPair:
     """A text of random ids with a response in its middle."""
     ids = torch.randint(5, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    text = EncodedText(ids, [(index, index + 1) for index in range(length)], [SAFE], [UNSAFE])
+    text = EncodedText(ids, [SAFE], [UNSAFE])
     return EncodedPair(text, list(range(4, length - 3)), [(0, 1)] * (length - 7), (0, length - 7))
 
 

@@ -36,7 +36,7 @@ from esi_ds.eval.classifiers import NextWordJudge, SequenceJudge, TokenJudge, ju
 from esi_ds.judge.classifier import ClassifierGuard, family_rule, model_class, read_rule
 from esi_ds.judge.families import FAMILIES, PROMPTS, SHIELDGEMMA_POLICIES, Family
 from esi_ds.judge.guard import Guard, WholeWeights, verdict_score
-from esi_ds.judge.pairs import EncodedPair, PairEncoder, TextBuilder
+from esi_ds.judge.pairs import EncodedPair, PairEncoder, TextBuilder, encode_text
 from esi_ds.judge.recognition import choose_family
 from esi_ds.judge.tokens import TokenGuard, risk_logits, unsafe_logit
 from esi_ds.models.meta import complete_chunks
@@ -342,7 +342,9 @@ def test_qwen3guard_stream_calls_unsafe_what_its_evaluation_does(base: Tokenizer
     for (prompt, response), verdict in zip(pairs, verdicts, strict=True):
         pair = encoder.encode(prompt, response)
         before = published_text("qwen3guard-stream", "", prompt, response).rsplit(response, 1)[0]
-        first = next(n for n, (_, end) in enumerate(pair.text.offsets) if end > len(before))
+        _, spans = encode_text(tokenizer, published_text("qwen3guard-stream", "", prompt, response), family)
+        assert len(spans) == len(pair.text.ids)
+        first = next(n for n, (_, end) in enumerate(spans) if end > len(before))
         labels = model(torch.tensor([pair.text.ids])).risk_level_logits[0, 0, first:].argmax(1).tolist()
         assert verdict.unsafe == (consecutive(labels, 1) or consecutive(labels, 2)), (labels, verdict)
         (judgement,) = guard.judge([pair], "cpu")

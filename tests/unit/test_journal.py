@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from esi_ds import journal
-from esi_ds.artifacts import RunFolder
+from esi_ds import journal, reading
+from esi_ds.artifacts import RunFolder, jsonl
 from esi_ds.errors import UserError
 from esi_ds.journal import Journal, check_file, content_of, record_path, unrecorded, write_record
 from esi_ds.stages.evaluate.ledgers import EvalLedgers
@@ -46,6 +47,26 @@ def test_what_was_written_is_read(file: Path) -> None:
     again.replace(ROWS[::-1])
     assert read(file) == ROWS[::-1]
     assert unrecorded(file.parent) == []
+
+
+def test_every_row_is_checked_by_one_validator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation has millions of rows, and a validator takes half a millisecond to build."""
+
+    class VerdictRow(TypedDict):
+        index: int
+        verdict: str
+
+    built = []
+    monkeypatch.setattr(reading, "TypeAdapter", lambda kind: built.append(kind) or TypeAdapter(kind))
+    rows = [{"index": index, "verdict": "safe"} for index in range(2000)]
+    file, other = tmp_path / "verdicts.jsonl", tmp_path / "others.jsonl"
+    file.write_text(jsonl(rows))
+    assert Journal(file, VerdictRow).read() == rows
+    assert built.count(VerdictRow) == 1
+    other.write_text(jsonl([*rows, {"index": "2000", "verdict": "safe"}]))
+    with pytest.raises(UserError, match=r"others\.jsonl: cannot be read \(index: "):
+        Journal(other, VerdictRow).read()
+    assert built.count(VerdictRow) == 1
 
 
 def lines(file: Path) -> list[bytes]:

@@ -132,13 +132,21 @@ def test_a_template_that_reads_lists_of_parts() -> None:
 def test_verdict_ids_come_from_the_first_difference() -> None:
     tokenizer = byte_bpe_tokenizer()
     family = Family("custom", " It is", (" a safe",), (" a unsafe",), "x")
-    text = encode_text(tokenizer, "Verdict: It is", family)
+    text, spans = encode_text(tokenizer, "Verdict: It is", family)
     safe, unsafe = (tokenizer("Verdict: It is" + word)["input_ids"] for word in (" a safe", " a unsafe"))
     position = len(text.ids)
-    assert safe[:position] == unsafe[:position] == text.ids
+    assert safe[:position] == unsafe[:position] == text.ids and len(spans) == position
     assert (text.safe, text.unsafe) == ([safe[position]], [unsafe[position]]) and safe[position] != unsafe[position]
     with pytest.raises(ValueError, match="cannot tell"):
         encode_text(tokenizer, "Verdict:", Family("custom", "", (" safe",), (" safe, safe",), "x"))
+
+
+def test_a_pair_keeps_the_spans_of_its_response_only() -> None:
+    """A run keeps the pairs of all prompts, and spans take more memory than ids."""
+    family = Family("custom", " It is", (" a safe",), (" a unsafe",), "{prompt} {response}")
+    pair = PairEncoder(family, byte_bpe_tokenizer()).encode("Why? " * 50, "Because.")
+    lists = [values for values in (*vars(pair).values(), *vars(pair.text).values()) if isinstance(values, list)]
+    assert sum(isinstance(value, tuple) for values in lists for value in values) == len(pair.response_tokens) < 50
 
 
 def test_scores_of_a_verdict() -> None:

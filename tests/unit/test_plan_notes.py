@@ -57,6 +57,12 @@ def test_shipped_configs_with_nothing_there(
     notes = [line for line in shown.splitlines() if line.startswith("NOTE: ")]
     assert len(notes) == len(noted) and all(words in note for words, note in zip(noted, notes, strict=True)), notes
     assert "140,630,071,296" in shown and f"recommended for {stage.upper()}" in shown
+    kept = next(line for line in shown.splitlines() if line.startswith("checkpoint on disk"))
+    size = kept.split("  ")[-1].strip().partition(",")[0]
+    assert kept.endswith(f" {size}, and {size} more during a save")
+    if stage == "set":
+        trained = next(line for line in shown.splitlines() if line.startswith("trained weights")).split()[2]
+        assert size == f"{12 * int(trained.replace(',', '')) / 2**30:.4g} GiB"
     if stage != "esi":
         assert "1,406,300,712 weights, expected" in shown and "not known" in shown  # ⌊0.01 · weights⌋
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from esi_ds.core.noise import random_bits
+from esi_ds.core.noise import random_bits, stream
 from esi_ds.core.select import (
     LARGEST_KEY,
     Cut,
@@ -19,8 +22,10 @@ from esi_ds.core.select import (
     select,
     share_sizes,
 )
-from esi_ds.core.units import Parameter, Unit
+from esi_ds.core.units import Parameter, Shard, Unit
 from esi_ds.errors import UserError
+from esi_ds.stages.perturb.work import PerturbRun
+from esi_ds.zero.statistics import NUM_BINS, _counts
 
 
 def identity(counts: torch.Tensor) -> torch.Tensor:
@@ -91,6 +96,69 @@ def test_random_order_is_a_k_subset_that_does_not_depend_on_the_cuts() -> None:
     other_mask = other.selects(Order("random", seed=5).keys(scores, 0), 0)
     overlap = int((other_mask & masks[0]).sum())
     assert 20 < overlap < 90  # two independent 10 % subsets of 5,000: 50 ± 6.4
+
+
+def one_matrix(numel: int) -> tuple[SimpleNamespace, torch.Tensor]:
+    """A model of one scored matrix, whole on this rank, and scores."""
+    matrix = Parameter("w", (numel,), 0, "mlp.up", (Unit("w", "mlp.up", 0, None, 0, numel),))
+    shards = (Shard(matrix, ((0, numel // 3), (numel // 3, numel)), "w"),)
+    return SimpleNamespace(parameters=(matrix,), scored=shards, shards_of=lambda _: shards), torch.rand(numel)
+
+
+@pytest.fixture
+def largest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Chunks of 50 elements; the elements that each of the larger steps of a selection took at once."""
+    monkeypatch.setattr("esi_ds.core.select.CHUNK", 50)
+    monkeypatch.setattr("esi_ds.zero.statistics.CHUNK", 50)
+    sizes: list[int] = []
+    plain_to, plain_double = torch.Tensor.to, torch.Tensor.double
+
+    def hashes(key: int, positions: torch.Tensor, bits: int) -> torch.Tensor:
+        sizes.append(len(positions))
+        return random_bits(key, positions, bits)
+
+    def to(values: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        sizes.append(values.numel())
+        return plain_to(values, *arguments, **options)
+
+    def double(values: torch.Tensor) -> torch.Tensor:
+        sizes.append(values.numel())
+        return plain_double(values)
+
+    monkeypatch.setattr("esi_ds.core.select.random_bits", hashes)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "double", double)
+    return sizes
+
+
+@pytest.mark.parametrize("scope", ["model", "matrix"])
+@pytest.mark.parametrize("order", ["top", "random", "bottom"])
+def test_a_gpu_holds_a_chunk_of_what_is_selected_from(order: str, scope: str, largest: list[int]) -> None:
+    """The model may fill it: a perturbation's scores stay on the CPU, and hashes are made of a few positions."""
+    model, scores = one_matrix(1234)
+    header = SimpleNamespace(of="all", scope=scope, k_of=lambda ratio: int(ratio * 1234))
+    run: Any = SimpleNamespace(inputs=SimpleNamespace(mask=SimpleNamespace(header=header)))
+    bits = PerturbRun._select(run, model, order, 0.3, 5, {"w": scores})["w"]
+    assert largest and max(largest) <= 50
+    if order == "random":
+        scores, order = random_bits(stream(5, 0x5E1EC7), torch.arange(1234), 31), "top"
+    assert torch.equal(bits, sorted_mask(scores, 370, order))
+
+
+def test_keys_are_made_on_the_order_s_device() -> None:
+    for name in ("top", "random", "bottom"):
+        order = Order(name, device=torch.device("meta"))
+        assert order.keys(torch.rand(3), 0).device.type == "meta"
+
+
+def test_histograms_take_a_chunk_at_a_time(largest: list[int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.cat([torch.zeros(7), 10.0 ** torch.randint(-6, 0, (300,), generator=generator)])
+    counts = _counts(scores, -6.5, 0.0)
+    assert max(largest) <= 50
+    bins, _ = np.histogram(scores[7:].double().log10().numpy(), bins=NUM_BINS, range=(-6.5, 0.0))
+    assert counts.tolist() == [*bins.tolist(), 7]
+    assert _counts(scores[:0], -6.5, 0.0).tolist() == [0] * (NUM_BINS + 1)
 
 
 def test_groups_are_selected_each_by_itself() -> None:

@@ -111,6 +111,20 @@ def test_share_moved_is_read_once(count: int) -> None:
     assert moved == 3 / (4 * (count - 1))
 
 
+def test_tensors_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each of them: listed experts are tens of thousands of tensors."""
+    model, trained, _ = model_of([12] * 100)
+    calls, numel = [0], Shard.numel.fget  # type: ignore[attr-defined]
+
+    def counted(shard: Shard) -> int:
+        calls[0] += 1
+        return int(numel(shard))
+
+    monkeypatch.setattr(Shard, "numel", property(counted))
+    Plain(model, trained)
+    assert calls[0] <= 3 * 100
+
+
 def test_nothing_is_watched_where_nothing_trains() -> None:
     model, trained, _ = model_of([12])
     assert Plain(model, trained).share_moved() != Plain(model, trained).share_moved()  # NaN

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -40,12 +41,13 @@ NOT_FINITE = {
 
 @dataclass
 class PassState:
-    """How far the pass is. position: number of examples done. scores, excluded: by example index; between saves each
-    rank only knows its own."""
+    """How far the pass is. position: number of examples done. scores, excluded: by example index, to which entries are
+    only added; between saves each rank only knows its own."""
 
     position: int = 0
     scores: dict[int, float] = field(default_factory=dict)
     excluded: dict[int, str] = field(default_factory=dict)
+    _num_shared: tuple[int, int] = field(default=(0, 0), compare=False)  # of each, the first that every rank knows
 
     def to_json(self) -> dict[str, list[tuple[int, Any]]]:
         return {"scores": sorted(self.scores.items()), "excluded": sorted(self.excluded.items())}
@@ -53,19 +55,19 @@ class PassState:
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> PassState:
         """Parse what ``to_json`` returned. Raises ValueError for anything else."""
-        scores = check_type(stored.get("scores"), list[list[Any]])
-        excluded = check_type(stored.get("excluded"), list[list[Any]])
-        return cls(
-            stored["position"],
-            check_type({index: score for index, score in scores}, dict[int, float]),
-            check_type({index: reason for index, reason in excluded}, dict[int, str]),
-        )
+        pairs = [check_type(stored.get(key), list[list[Any]]) for key in ("scores", "excluded")]
+        scores = check_type({index: score for index, score in pairs[0]}, dict[int, float])
+        excluded = check_type({index: reason for index, reason in pairs[1]}, dict[int, str])
+        return cls(stored["position"], scores, excluded, (len(scores), len(excluded)))  # all ranks read the same
 
     def share(self) -> None:
-        """Every rank learns the scores and exclusions of all ranks. One gather of small objects."""
-        for scores, excluded in runtime.gather_objects((self.scores, self.excluded)):
+        """Every rank learns the scores and exclusions of all ranks. One gather of what is new since the last."""
+        known: tuple[dict[int, Any], ...] = (self.scores, self.excluded)
+        new = [dict(islice(of.items(), count, None)) for of, count in zip(known, self._num_shared, strict=True)]
+        for scores, excluded in runtime.gather_objects(new):
             self.scores.update(scores)
             self.excluded.update(excluded)
+        self._num_shared = len(self.scores), len(self.excluded)
 
 
 class StepTotals(NamedTuple):

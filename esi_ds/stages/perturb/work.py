@@ -34,7 +34,7 @@ from esi_ds.zero.score import Scores, select_weights, unit_sigmas
 
 FIELD = "perturb.mask"
 RESTORED = "restored.jsonl"
-Bits = dict[str, Tensor]  # shard's name → bool [shard.numel], the weights that are selected
+Bits = dict[str, Tensor]  # shard's name → bool [shard.numel] on the CPU, the weights that are selected
 
 
 class RestoredRow(TypedDict):
@@ -140,8 +140,9 @@ class PerturbRun(StageRun[PerturbInputs]):
                 "give the mask's own scores",
             )
         selected = self._select(model, "top", inputs.mask.header.ratio, 0, scores)
-        masked = self._mask_bits(model)
-        num_wrong = self._count(int((bits ^ masked[name]).sum()) for name, bits in selected.items())
+        num_wrong = self._count(
+            int((selected[shard.name] ^ inputs.mask.bits_of(shard)).sum()) for shard in model.scored
+        )
         if num_wrong:
             problem = f"select other weights than the mask holds ({num_wrong:,} differ)"
             raise UserError("perturb.scores", str(inputs.scores), problem, "give the scores it was made from")
@@ -150,22 +151,18 @@ class PerturbRun(StageRun[PerturbInputs]):
     def _bits(self, model: ShardedModel, cell: NoiseCell, scores: Scores | None) -> Bits:
         """The weights that a cell disturbs. Collectives: those of ``select_weights``."""
         if cell.order == "random":  # only the positions of the scores matter, not their values
-            zero = torch.zeros(1, device=runtime.device())
-            zeros = {shard.name: zero.expand(shard.numel) for shard in model.scored}  # takes no memory
+            zeros = {shard.name: torch.zeros(1).expand(shard.numel) for shard in model.scored}  # takes no memory
             return self._select(model, cell.order, cell.ratio, cell.seed, zeros)
         if scores is None:
-            return self._mask_bits(model)
+            return {shard.name: self.inputs.mask.bits_of(shard) for shard in model.scored}
         return self._select(model, cell.order, cell.ratio, cell.seed, scores)
 
-    def _mask_bits(self, model: ShardedModel) -> Bits:
-        return {shard.name: self.inputs.mask.bits_of(shard).to(runtime.device()) for shard in model.scored}
-
     def _select(self, model: ShardedModel, order: str, ratio: float, seed: int, scores: Scores) -> Bits:
-        """Collectives: those of ``select_weights``. The scores are on the rank's device during the selection only."""
-        header, device = self.inputs.mask.header, runtime.device()
+        """Collectives: those of ``select_weights``. Scores and bits stay on the CPU: a GPU may just hold the model."""
+        header = self.inputs.mask.header
         selection = select_weights(
             model,
-            {name: values.to(device) for name, values in scores.items()},
+            scores,
             ratio=ratio,
             order=order,
             of=header.of,

@@ -75,7 +75,8 @@ class Footprint:
 
     judge: weights of ESI's judge. host: bytes kept in the node's memory instead. in_flight: gradients that are reduced
     beside the backward pass. window: weights kept for reuse and prefetch. start: the most that a GPU holds while AutoEP
-    takes over the experts; 0 without AutoEP, where every step holds more.
+    takes over the experts; 0 without AutoEP, where every step holds more. saving: what a save copies from the GPU into
+    the node's memory.
     """
 
     resident: Resident
@@ -86,6 +87,7 @@ class Footprint:
     window: int
     start: float
     traffic: Traffic
+    saving: float
 
     @property
     def together(self) -> float:
@@ -111,6 +113,7 @@ def footprint(work: Work, stage: str, cluster: Topology, settings: Mapping[str, 
         window_bytes(tensors, work.weight, zero),
         0.0 if size is None else judge + _start(work, stage, cluster.ranks, size, zero),
         _traffic(work, stage, tensors, cluster, size),
+        resident.gradients / max(1, work.num_sums) if stage == "esi" else resident.optimizer,  # a pass at a time
     )
 
 

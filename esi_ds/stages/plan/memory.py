@@ -49,6 +49,11 @@ def readable(size: float) -> str:
     return f"{size:.4g} TiB"
 
 
+def checkpoint_on_disk(size: float, newest: float) -> str:
+    """Bytes of a run's checkpoints. newest: of the one that is written; the one before it is removed afterwards."""
+    return f"{readable(size)}, and {readable(newest)} more during a save"
+
+
 def topology(options: Options) -> Topology:
     """``--nodes`` × ``--gpus-per-node``; ``--world-size`` alone means equal nodes of at most eight ranks each."""
     ranks = options.world_size or 1
@@ -153,6 +158,7 @@ ROWS: tuple[tuple[str, Callable[[Footprint], float]], ...] = (
     ("at the start, experts taken over", lambda stage: stage.start),
     ("together, without activations", lambda stage: stage.together),
     ("on the host instead, per rank", lambda stage: stage.host),
+    ("on the host at a save, per rank", lambda stage: stage.saving),
     ("received per rank and step", lambda stage: stage.traffic.rank),
     ("received per node and step", lambda stage: stage.traffic.node),
 )

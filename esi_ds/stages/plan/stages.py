@@ -22,7 +22,15 @@ from esi_ds.options import Options
 from esi_ds.report.contents import Facts
 from esi_ds.stages.esi.losses import loss_sections
 from esi_ds.stages.plan.batches import EsiBatches, esi_batches
-from esi_ds.stages.plan.memory import GIB, describe_work, expected_trained, print_bytes, readable, topology
+from esi_ds.stages.plan.memory import (
+    GIB,
+    checkpoint_on_disk,
+    describe_work,
+    expected_trained,
+    print_bytes,
+    readable,
+    topology,
+)
 from esi_ds.stages.plan.notes import count_prompts, count_responses, count_rows, missing_files
 
 
@@ -58,7 +66,7 @@ def plan(
             control = _passes(config, config.control.prompts, "control.prompts", world_size, batches, notes)
             facts |= {f"control {label}": fact for label, fact in control.items()}
         facts |= _loss_passes(config, world_size, batches, notes)
-        facts["checkpoint on disk"] = readable(4 * num_scored * len(names))
+        facts["checkpoint on disk"] = checkpoint_on_disk(4 * num_scored * len(names), 4 * num_scored)
     if config.esi.save_scores:
         facts["scores on disk"] = readable(len(criteria) * 4 * num_scored)
     facts["mask on disk"] = readable(len(criteria) * sum(num_bytes(parameter.numel) for parameter in scored))

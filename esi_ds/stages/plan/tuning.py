@@ -20,6 +20,7 @@ from esi_ds.stages.plan.batches import answer_rows
 from esi_ds.stages.plan.footprints import footprint
 from esi_ds.stages.plan.memory import (
     GIB,
+    checkpoint_on_disk,
     describe_work,
     expected_trained,
     is_compact,
@@ -119,6 +120,9 @@ def _weight_facts(
     if stage == "set":
         compact, scatter = "compact: one all-reduce a step", "scatter: reduce-scatter in the hooks"
         facts["gradients"] = compact if is_compact(config, total) else scatter
+    # SPA's engine has masters and moments of whole parameters; SET of the trained weights.
+    kept = total if stage == "set" else sum(p.numel for p in parameters if by_parameter.get(p.name))
+    facts["checkpoint on disk"] = checkpoint_on_disk(12 * kept, 12 * kept)  # each in fp32
     return facts
 
 
