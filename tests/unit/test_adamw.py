@@ -170,6 +170,7 @@ def test_coordinates_follow_their_parameter_to_another_device(folder: Path, trai
     assert optimizer.coordinates(weight).device.type == "cpu"
     torch.utils.swap_tensors(weight, nn.Parameter(weight.detach().to("meta")))
     assert optimizer.coordinates(weight).device.type == "meta"
+    optimizer.close()  # it would look at these weights before other tests' steps
 
 
 def test_it_is_not_copied(folder: Path) -> None:
