@@ -338,15 +338,28 @@ def _first_end(
 
 
 def _last_piece(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> tuple[str, str]:
-    """(prompt, what the template writes of the last turn behind it); where the text does not continue the prompt, the
-    turn's own text and what the template writes behind that."""
+    """(prompt, what the template writes of the last turn behind it); where neither the text nor what stands behind the
+    turn before continues the prompt, the turn's own text and what the template writes behind that."""
     prompt = render(tokenizer, turns[:-1], add_generation_prompt=True)
     through = render(tokenizer, turns, add_generation_prompt=False)
     if through.startswith(prompt):
         return prompt, through[len(prompt) :]
-    marked = [*turns[:-1], {"role": "assistant", "content": TURN_MARK}]
-    _, _, tail = render(tokenizer, marked, add_generation_prompt=False).rpartition(TURN_MARK)
-    return prompt, turns[-1]["content"] + tail
+    # Mistral's templates write the system prompt into the last turn of the user, and only where no answer follows it:
+    # what stands behind that turn is alike.
+    question: Turn = {"role": turns[-2]["role"], "content": TURN_MARK}
+    asked = _behind_mark(tokenizer, [*turns[:-2], question], add_generation_prompt=True)
+    answered = _behind_mark(tokenizer, [*turns[:-2], question, turns[-1]])
+    if answered.startswith(asked):
+        return prompt, answered[len(asked) :]
+    answer: Turn = {"role": "assistant", "content": TURN_MARK}
+    return prompt, turns[-1]["content"] + _behind_mark(tokenizer, [*turns[:-1], answer])
+
+
+def _behind_mark(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, add_generation_prompt: bool = False
+) -> str:
+    """What the template writes behind the last ``TURN_MARK`` of the turns."""
+    return render(tokenizer, turns, add_generation_prompt=add_generation_prompt).rpartition(TURN_MARK)[2]
 
 
 def _segment_ids(tokenizer: PreTrainedTokenizerBase, segments: Sequence[str]) -> list[list[int]]:

@@ -229,6 +229,30 @@ def test_a_response_is_read_as_the_row_that_teaches_it(space: str) -> None:
     assert "".join(text[start:end] for start, end in response.offsets) == text
 
 
+MISTRAL = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{{ system + '\n\n' if loop.last and system is defined else '' }}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("earlier", [0, 2])
+def test_an_answer_behind_a_system_prompt_is_the_one_without(earlier: int) -> None:
+    """Mistral's templates write the system prompt into the last turn of the user, if nothing follows it."""
+    pieces = sentencepiece_tokenizer()
+    pieces.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]"]})
+    pieces.chat_template = MISTRAL
+    chat = [{"role": "system", "content": "Be kind."}, *TWO_ANSWERS[:earlier], TWO_ANSWERS[2]]
+    ends = {pieces.eos_token_id}
+    row = encode(pieces, [*chat, {"role": "assistant", "content": " See it \n"}], ends, 0)
+    without = encode(pieces, [TWO_ANSWERS[2], {"role": "assistant", "content": "See it"}], ends, 0)
+    taught = [label for label in without.labels if label != IGNORED]
+    assert [label for label in row.labels if label != IGNORED] == taught
+    prompt_ids = encode_prompt(pieces, chat, None)
+    assert [*prompt_ids, *encode_response(pieces, prompt_ids, "See it").ids, pieces.eos_token_id] == row.ids
+
+
 def test_a_response_behind_a_word_begins_with_the_space_that_decoding_took() -> None:
     """Mistral 7B v0.1's template has no space there, and the model writes one."""
     pieces = sentencepiece_tokenizer()
