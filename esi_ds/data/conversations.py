@@ -50,6 +50,7 @@ from esi_ds.data.thoughts import MARKS, Marks
 from esi_ds.data.turns import Turn, read_turns, with_context, with_system
 from esi_ds.errors import UserError
 from esi_ds.reading import is_text
+from esi_ds.words import counted
 
 KTO = ["prompt", "completion"]  # the columns of rows whose label says whether the answer is a good one
 # Columns of a row that hold (question, further input, answer); tried in this order, ignoring case.
@@ -66,11 +67,15 @@ SHAPES: tuple[tuple[str, str | None, str], ...] = (
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One row as the model reads it: token ids, and labels that are IGNORED at every token without a loss."""
+    """One row as the model reads it: token ids, and labels that are IGNORED at every token without a loss.
+
+    num_context: earlier answers that would be learnt, but are context, because the template rewrites earlier turns.
+    """
 
     row: int
     ids: list[int]
     labels: list[int]
+    num_context: int = 0
 
     @property
     def num_learnt(self) -> int:
@@ -82,7 +87,8 @@ class TokenSequence:
 class TuningSet:
     """The encoded rows; the columns read; (row, reason) of every skipped row; number of rows cut at ``max_length``.
 
-    broken_up: of ``broken_up_words``, in the encoded rows.
+    broken_up: of ``broken_up_words``, in the encoded rows. last_only: of how many of these only the last answer is
+    learnt, of several; "" if of none.
     """
 
     sequences: tuple[TokenSequence, ...]
@@ -93,13 +99,21 @@ class TuningSet:
     unread: tuple[str, ...] = ()
     thoughts: str = ""
     broken_up: str = ""
+    last_only: str = ""
 
     @property
     def note(self) -> str:
-        """Columns that no row is read from, special tokens that are broken up, and what became of thoughts, for the end
-        of a line of the log; "" if there is nothing to say."""
+        """Columns that no row is read from, special tokens that are broken up, earlier answers that are not learnt, and
+        what became of thoughts, for the end of a line of the log; "" if there is nothing to say."""
         unread = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
-        return unread + (f"; special tokens broken up: {self.broken_up}" if self.broken_up else "") + self.thoughts
+        broken_up = f"; special tokens broken up: {self.broken_up}" if self.broken_up else ""
+        last_only = f"; only the last answer is learnt in {self.last_only}" if self.last_only else ""
+        return unread + broken_up + last_only + self.thoughts
+
+    def facts(self, name: str) -> dict[str, object]:
+        """Rows of a table about the rows called ``name``: what is not learnt as it stands in them."""
+        lines = {"special tokens broken up": self.broken_up, "only the last answer learnt": self.last_only}
+        return {f"{what} in {name}": line for what, line in lines.items() if line}
 
 
 def find_columns(rows: Sequence[Row], columns: str, field: str) -> tuple[str, ...]:
@@ -239,11 +253,10 @@ def encode(
     spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     pieces = _pieces(tokenizer, turns, spoken, ends) if template is None or len(spoken) > 1 else None
     if template is not None and not _shows_traces(turns, spoken, pieces):
-        spoken = spoken[-1:]
         pieces = [_piece(tokenizer, turns, *template.last_piece(turns), ends)]
     elif pieces is None:
-        spoken = spoken[-1:]
         pieces = [replace(_piece(tokenizer, turns, *_last_piece(tokenizer, turns), ends), trailing="")]
+    earlier, spoken = spoken[: -len(pieces)], spoken[-len(pieces) :]
     segments = iter(_segment_ids(tokenizer, [text for piece in pieces for text in piece.texts]))
     ids: list[int] = []
     labels: list[int] = []
@@ -252,12 +265,15 @@ def encode(
         if not piece.ends and end_token and index == spoken[-1]:
             answer_ids = [*answer_ids, tokenizer.eos_token_id]
         learnt = answer_ids if is_spoken(turns[index]) else [IGNORED] * len(answer_ids)
+        if template is not None and is_spoken(turns[index]):
+            template.count(turns[index], piece.context, piece.answer)
         ids += context_ids + answer_ids + trailing_ids
         labels += [IGNORED] * len(context_ids) + learnt + [IGNORED] * len(trailing_ids)
     if learn == "all":
         return TokenSequence(row, ids, list(ids))
     last = max((index for index, label in enumerate(labels) if label != IGNORED), default=-1)
-    return TokenSequence(row, ids[: last + 1], labels[: last + 1])
+    num_context = sum(is_spoken(turns[index]) for index in earlier)
+    return TokenSequence(row, ids[: last + 1], labels[: last + 1], num_context)
 
 
 @dataclass(frozen=True)
@@ -452,7 +468,7 @@ def encode_rows(
             continue
         if len(sequence.ids) > max_length:
             num_cut += 1
-            sequence = TokenSequence(number, sequence.ids[:max_length], sequence.labels[:max_length])
+            sequence = replace(sequence, ids=sequence.ids[:max_length], labels=sequence.labels[:max_length])
         if sequence.num_learnt == 0:
             skipped.append((number, f"nothing of the answer is left within {max_length} tokens"))
             continue
@@ -461,8 +477,25 @@ def encode_rows(
     used = {column.strip().lower() for column in columns}
     also_read, unread = columns_beside(rows, {*ROW_LEARNT, *UNSAFE_ANSWER, *used})
     names = ",".join((*columns, *also_read))
-    broken_up, note = broken_up_words(held, "row"), thoughts.counts.note
-    return TuningSet(tuple(sequences), names, tuple(skipped), num_cut, digest.hexdigest(), unread, note, broken_up)
+    return TuningSet(
+        tuple(sequences),
+        names,
+        tuple(skipped),
+        num_cut,
+        digest.hexdigest(),
+        unread,
+        thoughts.counts.note,
+        broken_up_words(held, "row"),
+        _last_only_words(sequences),
+    )
+
+
+def _last_only_words(sequences: Iterable[TokenSequence]) -> str:
+    """How many rows have earlier answers that are context because of the template, and how many these are; "" if none
+    has."""
+    numbers = [sequence.num_context for sequence in sequences if sequence.num_context]
+    answers = f"{counted(sum(numbers), 'earlier answer')} as context; the chat template rewrites earlier turns"
+    return f"{counted(len(numbers), 'row')} ({answers})" if numbers else ""
 
 
 def _broken_up(turn: Turn, specials: Sequence[str]) -> Turn:

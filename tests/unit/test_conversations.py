@@ -87,17 +87,24 @@ def test_every_turn_of_the_assistant_is_learnt(tokenizer) -> None:
 
 
 def test_a_template_that_rewrites_earlier_turns_teaches_the_last_only(tokenizer) -> None:
-    """As Qwen3's, which takes the thoughts out of all but the last turn."""
+    """As Qwen3's, which takes the thoughts out of all but the last turn. The log says how many answers that leaves."""
     other = byte_bpe_tokenizer()
     other.chat_template = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content if loop.last or m.role == 'user' else 'gone' }}<|end|>"
+        "{% for m in messages %}<|{{ m.role }}|>{{ '' if loop.last or m.role == 'user' else 'no thought ' }}"
+        "{{ m.content }}<|end|>"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     turns = [
         {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "d"), ("assistant", "e"))
     ]
     sequence = encode(other, turns, {2}, 0)
-    assert learnt(other, sequence) == "e<|end|>" and "gone" in other.decode(sequence.ids)
+    assert learnt(other, sequence) == "e<|end|>" and "no thought b" in other.decode(sequence.ids)
+    chats = (turns, [*turns, *turns[2:]], turns[:2], [turns[0], {**turns[1], "weight": 0}, *turns[2:]])
+    rows = [{"messages": chat} for chat in chats]
+    options = {"system_prompt": None, "specials": (), "end_ids": {2}, "max_length": 90}
+    assert encode_rows(rows[2:3], ("messages",), other, **options).note == ""
+    tuning_set = encode_rows(rows, ("messages",), other, **options)
+    assert "last answer is learnt in 2 rows (3 earlier answers as context" in tuning_set.note
 
 
 def test_a_template_without_end_token_gets_one(tokenizer) -> None:
