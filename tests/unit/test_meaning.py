@@ -61,6 +61,14 @@ def test_a_turn_without_weight_is_read_and_not_learnt(tokenizer, no: dict[str, A
     assert whole.sha256 != tuning_set.sha256
 
 
+@pytest.mark.parametrize("of", [{}, {"system": "Be kind."}, {"history": [{"role": "system", "content": ""}]}])
+def test_a_system_turn_without_text_is_none(tokenizer, of: dict[str, Any]) -> None:
+    """In a row that is learnt as in a prompt: both stand behind the same system prompt."""
+    chat, empty = [ASKED, REFUSED], {"role": "system", "content": " "}
+    turns = turns_of({"messages": chat, "system": of.get("system")})
+    assert turns_of({"messages": [empty, *chat], **of}) == turns_of({"messages": chat, **of}) == turns
+
+
 def test_what_follows_the_last_learnt_turn_is_not_read(tokenizer) -> None:
     tuning_set = encoded(tokenizer, {"messages": [ASKED, REFUSED, AGAIN, {**SAID, "weight": 0}]})
     assert learnt(tokenizer, tuning_set) == ["I cannot help<|end|>"]
