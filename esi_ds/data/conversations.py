@@ -164,7 +164,9 @@ def conversation(row: Row, columns: Sequence[str], template: ThoughtTemplate | N
         return str(error)
     while turns and not is_spoken(turns[-1]):
         turns.pop()
-    return turns if turns and turns[-1]["content"].strip() else "no assistant turn with text is learnt"
+    if not turns or not turns[-1]["content"].strip():
+        return "no assistant turn with text is learnt"
+    return turns if len(turns) > 1 else "its only answer has no question"
 
 
 def is_spoken(turn: Turn) -> bool:
@@ -244,13 +246,13 @@ def encode(
     """Ids and labels of a conversation in the tokenizer's chat template.
 
     Learnt: every turn of the assistant that is not marked ``learnt: False``, up to the first end token behind its text,
-    tokenized as what follows its prompt. Only the last turn is learnt if the template rewrites earlier turns, or a turn
-    does not continue the text of its prompt. If the template ends the last turn without an end token, the tokenizer's
-    is added, unless ``end_token`` is False. learn: ``all`` gives every token a loss, also those of prompts and of turns
-    not learnt. template: of a model that thinks.
+    tokenized as what follows its prompt. One that begins the conversation has no prompt, and is context. Only the last
+    turn is learnt if the template rewrites earlier turns, or a turn does not continue the text of its prompt. If the
+    template ends the last turn without an end token, the tokenizer's is added, unless ``end_token`` is False. learn:
+    ``all`` gives every token a loss, also those of prompts and of turns not learnt. template: of a model that thinks.
     """
     ends = frozenset(end_ids)
-    spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant" and index > 0]
     pieces = _pieces(tokenizer, turns, spoken, ends) if template is None or len(spoken) > 1 else None
     if template is not None and not _shows_traces(turns, spoken, pieces):
         pieces = [_piece(tokenizer, turns, *template.last_piece(turns), ends)]

@@ -308,6 +308,16 @@ def test_a_turn_without_text_is_not_learnt(tokenizer) -> None:
     assert turns == TWO_ANSWERS
 
 
+def test_an_answer_that_begins_the_chat_is_context(tokenizer) -> None:
+    greeting = {"role": "assistant", "content": "Hi there"}
+    rows = [{"messages": [greeting, *TWO_ANSWERS[:2]]}, {"messages": [greeting, TWO_ANSWERS[0]]}]
+    options = {"system_prompt": None, "specials": (), "end_ids": {2}, "max_length": 90}
+    tuning_set = encode_rows(rows, ("messages",), tokenizer, **options)
+    (sequence,) = tuning_set.sequences
+    assert learnt(tokenizer, sequence) == "Hello<|end|>" and "Hi there<|end|>" in tokenizer.decode(sequence.ids)
+    assert tuning_set.skipped == ((1, "its only answer has no question"),)
+
+
 def test_rows_that_cannot_be_used_are_counted(tokenizer) -> None:
     rows = [
         {"prompt": "a", "response": "b"},
