@@ -85,7 +85,8 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class TuningSet:
-    """The encoded rows; the columns read; (row, reason) of every skipped row; number of rows cut at ``max_length``.
+    """The encoded rows; the columns read; (row, reason) of every skipped row; number of rows cut at ``max_length``
+    tokens.
 
     broken_up: of ``broken_up_words``, in the encoded rows. last_only: of how many of these only the last answer is
     learnt, of several; "" if of none.
@@ -95,11 +96,17 @@ class TuningSet:
     columns: str
     skipped: tuple[tuple[int, str], ...]
     num_cut: int
+    max_length: int
     sha256: str
     unread: tuple[str, ...] = ()
     thoughts: str = ""
     broken_up: str = ""
     last_only: str = ""
+
+    @property
+    def counts(self) -> str:
+        """What became of the rows, for the end of a line of the log."""
+        return f"{len(self.skipped)} skipped, {self.num_cut} cut at {self.max_length} tokens{self.note}"
 
     @property
     def note(self) -> str:
@@ -484,6 +491,7 @@ def encode_rows(
         names,
         tuple(skipped),
         num_cut,
+        max_length,
         digest.hexdigest(),
         unread,
         thoughts.counts.note,

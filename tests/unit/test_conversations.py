@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from builders import byte_bpe_tokenizer, sentencepiece_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from esi_ds.config import Model
+from esi_ds.config import Model, validate
+from esi_ds.config.needs import require_tune
 from esi_ds.data.chat import (
     broken_up_words,
     encode_prompt,
@@ -23,6 +24,7 @@ from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.rows import read_rows
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
+from esi_ds.stages.learnt_rows import read_tuning_set
 
 PLAIN = (
     "{% for m in messages %}{% if m.role == 'user' %}Instruction: {{ m.content }}\nAnswer: "
@@ -338,6 +340,20 @@ def test_rows_that_cannot_be_used_are_counted(tokenizer) -> None:
     for max_length, num_cut in ((length, 0), (length - 1, 1)):
         options["max_length"] = max_length
         assert encode_rows(rows[:1], ("prompt", "response"), tokenizer, **options).num_cut == num_cut
+
+
+@pytest.mark.parametrize(("positions", "limit"), [(32, 32), (512, 40)])
+def test_the_log_names_the_limit_that_cut_the_rows(tokenizer, tmp_path: Path, positions: int, limit: int) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "a", "response": text}) + "\n" for text in ("b", "b " * 100)))
+    data = {"path": str(file)}
+    config = validate(
+        {"run": {"output_dir": "x"}, "model": {"path": str(tmp_path)}, "tune": {"mask": "none", "data": data}}
+    )
+    section, model_config = require_tune(config).data, LlamaConfig(max_position_embeddings=positions)
+    tuning_set = read_tuning_set(config, section, "tune.data", tokenizer, model_config, 40)
+    assert tuning_set.counts == f"0 skipped, 1 cut at {limit} tokens" and len(tuning_set.sequences[1].ids) == limit
 
 
 def test_special_tokens_that_are_broken_up_are_counted(tokenizer) -> None:

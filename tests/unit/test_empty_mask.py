@@ -37,7 +37,7 @@ def config(**tune):
     return validate({"run": {"output_dir": "x"}, "model": {"path": MODEL, "dtype": "fp32"}, "tune": settings})
 
 
-ROWS = TuningSet((), "", (), 0, "0")
+ROWS = TuningSet((), "", (), 0, 90, "0")
 
 
 def card_of(section: Config, stage: str, **changes: Any) -> str:

@@ -82,7 +82,7 @@ def test_the_front_matter_of_a_model_card_holds_the_path_and_nothing_else(path: 
         fingerprint="f",
         trained=Trained(mask, "selected", "freeze", {}),
         ranks=2,
-        rows=TuningSet((), "", (), 0, "s", broken_up="<|sql|> in 2 rows", last_only="1 row"),
+        rows=TuningSet((), "", (), 0, 90, "s", broken_up="<|sql|> in 2 rows", last_only="1 row"),
         benign=None,
         num_benign=0,
         dequantised_from=None,
