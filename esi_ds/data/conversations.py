@@ -196,6 +196,7 @@ def _turns(row: Row, columns: Sequence[str], traces: bool) -> list[Turn]:
         raise UnreadableRow(f"its {verdict}: the answer is not to be learnt")
     if len(columns) == 1:
         turns = _with_inputs(read_turns(chat_value(row.get(columns[0]), used[0]), traces), other)
+        _check_answered(turns, other)
     else:
         turns = _asked_and_answered(row, columns, other, used)
     return with_context(turns, other)
@@ -218,6 +219,16 @@ def _with_inputs(turns: list[Turn], other: Mapping[str, Any]) -> list[Turn]:
         raise UnreadableRow("it has inputs or options beside a chat of several questions")
     questions[0]["content"] = f"{questions[0]['content'].strip()}\n\n{beside}"
     return turns
+
+
+def _check_answered(turns: Sequence[Turn], other: Mapping[str, Any]) -> None:
+    """Raises UnreadableRow where a chat ends with a question whose answer may be in another column: an earlier answer
+    would be learnt in its place."""
+    if turns and turns[-1]["role"] == "user":
+        answers = dict.fromkeys(answer for _, _, answer in SHAPES)
+        beside = [name for name in answers if not is_empty(other.get(name))]
+        if beside:
+            raise UnreadableRow(f"its last turn is the user's, and {' or '.join(beside)} may be the answer to it")
 
 
 def _asked_and_answered(row: Row, columns: Sequence[str], other: Mapping[str, Any], used: Sequence[str]) -> list[Turn]:

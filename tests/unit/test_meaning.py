@@ -193,6 +193,16 @@ def asking(question: str) -> list[tuple[str, str]]:
         ({"messages": [SYSTEM, *CHAT], "system": "s"}, "it has two system prompts"),
         ({**QA, "answer": 3}, "the answer is not a text"),
         ({"messages": "not turns"}, "its messages cannot be read as JSON"),
+        (
+            {"messages": [*CHAT, CHAT[0]], "Response": "b"},
+            "its last turn is the user's, and response may be the answer to it",
+        ),
+        (
+            {"messages": CHAT[:1], "output": "b", "answer": "c"},
+            "its last turn is the user's, and output or answer may be the answer to it",
+        ),
+        ({"messages": [*CHAT, CHAT[0]], "response": " "}, ANSWERED),
+        ({"messages": CHAT, "response": "c"}, ANSWERED),
     ],
 )
 def test_columns_beside_question_and_answer(row: dict[str, Any], turns: list[tuple[str, str]] | str) -> None:
