@@ -36,7 +36,12 @@ class Tune(Section):
         "cosine", description="The course of the learning rate after warm-up."
     )
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="The share of the steps in which the rate rises from 0.")
-    weight_decay: float = Field(0.0, ge=0, description="The decoupled weight decay, on trained weights only.")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="The decoupled weight decay, on all trained weights and no others; on norms and biases too, where "
+        "tune.unscored trains them.",
+    )
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.9, 0.999], min_length=2, max_length=2, description="The decay rates of AdamW's two moments."
     )

@@ -50,6 +50,7 @@ from esi_ds.data.thoughts import MARKS, Marks
 from esi_ds.data.turns import Turn, read_turns, with_context, with_system
 from esi_ds.errors import UserError
 from esi_ds.reading import is_text
+from esi_ds.words import counted
 
 KTO = ["prompt", "completion"]  # the columns of rows whose label says whether the answer is a good one
 # Columns of a row that hold (question, further input, answer); tried in this order, ignoring case.
@@ -66,11 +67,15 @@ SHAPES: tuple[tuple[str, str | None, str], ...] = (
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One row as the model reads it: token ids, and labels that are IGNORED at every token without a loss."""
+    """One row as the model reads it: token ids, and labels that are IGNORED at every token without a loss.
+
+    num_context: earlier answers that would be learnt, but are context, because the template rewrites earlier turns.
+    """
 
     row: int
     ids: list[int]
     labels: list[int]
+    num_context: int = 0
 
     @property
     def num_learnt(self) -> int:
@@ -80,26 +85,42 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class TuningSet:
-    """The encoded rows; the columns read; (row, reason) of every skipped row; number of rows cut at ``max_length``.
+    """The encoded rows; the columns read; (row, reason) of every skipped row; number of rows cut at ``max_length``
+    tokens.
 
-    broken_up: of ``broken_up_words``, in the encoded rows.
+    broken_up: of ``broken_up_words``, in the encoded rows. last_only: of how many of these only the last answer is
+    learnt, of several; "" if of none.
     """
 
     sequences: tuple[TokenSequence, ...]
     columns: str
     skipped: tuple[tuple[int, str], ...]
     num_cut: int
+    max_length: int
     sha256: str
     unread: tuple[str, ...] = ()
     thoughts: str = ""
     broken_up: str = ""
+    last_only: str = ""
+
+    @property
+    def counts(self) -> str:
+        """What became of the rows, for the end of a line of the log."""
+        return f"{len(self.skipped)} skipped, {self.num_cut} cut at {self.max_length} tokens{self.note}"
 
     @property
     def note(self) -> str:
-        """Columns that no row is read from, special tokens that are broken up, and what became of thoughts, for the end
-        of a line of the log; "" if there is nothing to say."""
+        """Columns that no row is read from, special tokens that are broken up, earlier answers that are not learnt, and
+        what became of thoughts, for the end of a line of the log; "" if there is nothing to say."""
         unread = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
-        return unread + (f"; special tokens broken up: {self.broken_up}" if self.broken_up else "") + self.thoughts
+        broken_up = f"; special tokens broken up: {self.broken_up}" if self.broken_up else ""
+        last_only = f"; only the last answer is learnt in {self.last_only}" if self.last_only else ""
+        return unread + broken_up + last_only + self.thoughts
+
+    def facts(self, name: str) -> dict[str, object]:
+        """Rows of a table about the rows called ``name``: what is not learnt as it stands in them."""
+        lines = {"special tokens broken up": self.broken_up, "only the last answer learnt": self.last_only}
+        return {f"{what} in {name}": line for what, line in lines.items() if line}
 
 
 def find_columns(rows: Sequence[Row], columns: str, field: str) -> tuple[str, ...]:
@@ -150,7 +171,9 @@ def conversation(row: Row, columns: Sequence[str], template: ThoughtTemplate | N
         return str(error)
     while turns and not is_spoken(turns[-1]):
         turns.pop()
-    return turns if turns and turns[-1]["content"].strip() else "no assistant turn with text is learnt"
+    if not turns or not turns[-1]["content"].strip():
+        return "no assistant turn with text is learnt"
+    return turns if len(turns) > 1 else "its only answer has no question"
 
 
 def is_spoken(turn: Turn) -> bool:
@@ -173,6 +196,7 @@ def _turns(row: Row, columns: Sequence[str], traces: bool) -> list[Turn]:
         raise UnreadableRow(f"its {verdict}: the answer is not to be learnt")
     if len(columns) == 1:
         turns = _with_inputs(read_turns(chat_value(row.get(columns[0]), used[0]), traces), other)
+        _check_answered(turns, other)
     else:
         turns = _asked_and_answered(row, columns, other, used)
     return with_context(turns, other)
@@ -195,6 +219,16 @@ def _with_inputs(turns: list[Turn], other: Mapping[str, Any]) -> list[Turn]:
         raise UnreadableRow("it has inputs or options beside a chat of several questions")
     questions[0]["content"] = f"{questions[0]['content'].strip()}\n\n{beside}"
     return turns
+
+
+def _check_answered(turns: Sequence[Turn], other: Mapping[str, Any]) -> None:
+    """Raises UnreadableRow where a chat ends with a question whose answer may be in another column: an earlier answer
+    would be learnt in its place."""
+    if turns and turns[-1]["role"] == "user":
+        answers = dict.fromkeys(answer for _, _, answer in SHAPES)
+        beside = [name for name in answers if not is_empty(other.get(name))]
+        if beside:
+            raise UnreadableRow(f"its last turn is the user's, and {' or '.join(beside)} may be the answer to it")
 
 
 def _asked_and_answered(row: Row, columns: Sequence[str], other: Mapping[str, Any], used: Sequence[str]) -> list[Turn]:
@@ -230,20 +264,19 @@ def encode(
     """Ids and labels of a conversation in the tokenizer's chat template.
 
     Learnt: every turn of the assistant that is not marked ``learnt: False``, up to the first end token behind its text,
-    tokenized as what follows its prompt. Only the last turn is learnt if the template rewrites earlier turns, or a turn
-    does not continue the text of its prompt. If the template ends the last turn without an end token, the tokenizer's
-    is added, unless ``end_token`` is False. learn: ``all`` gives every token a loss, also those of prompts and of turns
-    not learnt. template: of a model that thinks.
+    tokenized as what follows its prompt. One that begins the conversation has no prompt, and is context. Only the last
+    turn is learnt if the template rewrites earlier turns, or a turn does not continue the text of its prompt. If the
+    template ends the last turn without an end token, the tokenizer's is added, unless ``end_token`` is False. learn:
+    ``all`` gives every token a loss, also those of prompts and of turns not learnt. template: of a model that thinks.
     """
     ends = frozenset(end_ids)
-    spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant" and index > 0]
     pieces = _pieces(tokenizer, turns, spoken, ends) if template is None or len(spoken) > 1 else None
     if template is not None and not _shows_traces(turns, spoken, pieces):
-        spoken = spoken[-1:]
         pieces = [_piece(tokenizer, turns, *template.last_piece(turns), ends)]
     elif pieces is None:
-        spoken = spoken[-1:]
         pieces = [replace(_piece(tokenizer, turns, *_last_piece(tokenizer, turns), ends), trailing="")]
+    earlier, spoken = spoken[: -len(pieces)], spoken[-len(pieces) :]
     segments = iter(_segment_ids(tokenizer, [text for piece in pieces for text in piece.texts]))
     ids: list[int] = []
     labels: list[int] = []
@@ -252,12 +285,15 @@ def encode(
         if not piece.ends and end_token and index == spoken[-1]:
             answer_ids = [*answer_ids, tokenizer.eos_token_id]
         learnt = answer_ids if is_spoken(turns[index]) else [IGNORED] * len(answer_ids)
+        if template is not None and is_spoken(turns[index]):
+            template.count(turns[index], piece.context, piece.answer)
         ids += context_ids + answer_ids + trailing_ids
         labels += [IGNORED] * len(context_ids) + learnt + [IGNORED] * len(trailing_ids)
     if learn == "all":
         return TokenSequence(row, ids, list(ids))
     last = max((index for index, label in enumerate(labels) if label != IGNORED), default=-1)
-    return TokenSequence(row, ids[: last + 1], labels[: last + 1])
+    num_context = sum(is_spoken(turns[index]) for index in earlier)
+    return TokenSequence(row, ids[: last + 1], labels[: last + 1], num_context)
 
 
 @dataclass(frozen=True)
@@ -338,15 +374,28 @@ def _first_end(
 
 
 def _last_piece(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> tuple[str, str]:
-    """(prompt, what the template writes of the last turn behind it); where the text does not continue the prompt, the
-    turn's own text and what the template writes behind that."""
+    """(prompt, what the template writes of the last turn behind it); where neither the text nor what stands behind the
+    turn before continues the prompt, the turn's own text and what the template writes behind that."""
     prompt = render(tokenizer, turns[:-1], add_generation_prompt=True)
     through = render(tokenizer, turns, add_generation_prompt=False)
     if through.startswith(prompt):
         return prompt, through[len(prompt) :]
-    marked = [*turns[:-1], {"role": "assistant", "content": TURN_MARK}]
-    _, _, tail = render(tokenizer, marked, add_generation_prompt=False).rpartition(TURN_MARK)
-    return prompt, turns[-1]["content"] + tail
+    # Mistral's templates write the system prompt into the last turn of the user, and only where no answer follows it:
+    # what stands behind that turn is alike.
+    question: Turn = {"role": turns[-2]["role"], "content": TURN_MARK}
+    asked = _behind_mark(tokenizer, [*turns[:-2], question], add_generation_prompt=True)
+    answered = _behind_mark(tokenizer, [*turns[:-2], question, turns[-1]])
+    if answered.startswith(asked):
+        return prompt, answered[len(asked) :]
+    answer: Turn = {"role": "assistant", "content": TURN_MARK}
+    return prompt, turns[-1]["content"] + _behind_mark(tokenizer, [*turns[:-1], answer])
+
+
+def _behind_mark(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, add_generation_prompt: bool = False
+) -> str:
+    """What the template writes behind the last ``TURN_MARK`` of the turns."""
+    return render(tokenizer, turns, add_generation_prompt=add_generation_prompt).rpartition(TURN_MARK)[2]
 
 
 def _segment_ids(tokenizer: PreTrainedTokenizerBase, segments: Sequence[str]) -> list[list[int]]:
@@ -439,7 +488,7 @@ def encode_rows(
             continue
         if len(sequence.ids) > max_length:
             num_cut += 1
-            sequence = TokenSequence(number, sequence.ids[:max_length], sequence.labels[:max_length])
+            sequence = replace(sequence, ids=sequence.ids[:max_length], labels=sequence.labels[:max_length])
         if sequence.num_learnt == 0:
             skipped.append((number, f"nothing of the answer is left within {max_length} tokens"))
             continue
@@ -448,8 +497,26 @@ def encode_rows(
     used = {column.strip().lower() for column in columns}
     also_read, unread = columns_beside(rows, {*ROW_LEARNT, *UNSAFE_ANSWER, *used})
     names = ",".join((*columns, *also_read))
-    broken_up, note = broken_up_words(held, "row"), thoughts.counts.note
-    return TuningSet(tuple(sequences), names, tuple(skipped), num_cut, digest.hexdigest(), unread, note, broken_up)
+    return TuningSet(
+        tuple(sequences),
+        names,
+        tuple(skipped),
+        num_cut,
+        max_length,
+        digest.hexdigest(),
+        unread,
+        thoughts.counts.note,
+        broken_up_words(held, "row"),
+        _last_only_words(sequences),
+    )
+
+
+def _last_only_words(sequences: Iterable[TokenSequence]) -> str:
+    """How many rows have earlier answers that are context because of the template, and how many these are; "" if none
+    has."""
+    numbers = [sequence.num_context for sequence in sequences if sequence.num_context]
+    answers = f"{counted(sum(numbers), 'earlier answer')} as context; the chat template rewrites earlier turns"
+    return f"{counted(len(numbers), 'row')} ({answers})" if numbers else ""
 
 
 def _broken_up(turn: Turn, specials: Sequence[str]) -> Turn:

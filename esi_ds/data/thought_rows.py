@@ -16,6 +16,7 @@ from esi_ds.data.chat import TemplateRejection, render
 from esi_ds.data.columns import UnreadableRow
 from esi_ds.data.thoughts import MARKS, Marks, opening_in, parts
 from esi_ds.data.turns import Turn
+from esi_ds.words import counted
 
 ANSWER, TRACE = "⟦answer⟧", "⟦thought⟧"
 UNFINISHED_ROW = "an answer ends within a thought"
@@ -23,20 +24,21 @@ UNFINISHED_ROW = "an answer ends within a thought"
 
 @dataclass
 class ThoughtCounts:
-    """What became of the thoughts of the rows."""
+    """What became of the thoughts of the answers that are learnt."""
 
-    learnt: int = 0  # rows whose thought is learnt
-    dropped: int = 0  # rows whose thought has no place in the template
-    empty: int = 0  # rows without a thought that learn an empty one, as the template shows it
+    learnt: int = 0  # answers whose thought is learnt
+    dropped: int = 0  # answers whose thought has no place in the template
+    empty: int = 0  # answers without a thought that are learnt with an empty one, as the template shows it
 
     @property
     def note(self) -> str:
         """For the end of a line of the log; "" if there is nothing to say."""
-        says = [f"{self.learnt} rows learn a thought"] if self.learnt else []
+        learnt, dropped, empty = (counted(number, "answer") for number in (self.learnt, self.dropped, self.empty))
+        says = [f"{learnt} learnt with a thought"] if self.learnt else []
         if self.dropped:
-            says.append(f"{self.dropped} rows lose theirs, for which the chat template has no place")
+            says.append(f"{dropped} learnt without theirs, for which the chat template has no place")
         if self.empty:
-            says.append(f"{self.empty} rows without a thought learn an empty one, as the chat template shows it")
+            says.append(f"{empty} without a thought learnt with an empty one, as the chat template shows it")
         return "".join(f"; {text}" for text in says)
 
 
@@ -95,11 +97,6 @@ class ThoughtTemplate:
 
         Where the template does not end the turn, nor does this text.
         """
-        prompt, shown = self._last(turns)
-        self._count(turns[-1].get("trace", ""), shown, opening_in(prompt, self.marks))
-        return prompt, shown
-
-    def _last(self, turns: Sequence[Turn]) -> tuple[str, str]:
         *before, last = turns
         trace, answer = last.get("trace", ""), last["content"]
         prompt = render(self.tokenizer, before, add_generation_prompt=True)
@@ -122,7 +119,7 @@ class ThoughtTemplate:
         where the template knows of no thoughts, or a prompt says itself that there is none."""
         if not self.thinks:
             return ""
-        _, shown = self._last([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": ANSWER}])
+        _, shown = self.last_piece([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": ANSWER}])
         return shown.partition(ANSWER)[0]
 
     def _continued(self, prompt: str, turns: Sequence[Turn]) -> str | None:
@@ -138,9 +135,12 @@ class ThoughtTemplate:
         end = prompt.rstrip().lower()
         return any(end.endswith(closing.lower()) for _, closing in self.marks)
 
-    def _count(self, trace: str, shown: str, opening: str | None) -> None:
+    def count(self, turn: Turn, context: str, shown: str) -> None:
+        """Count what becomes of the thought of an answer that is learnt. context: the text before it, which may end
+        with the mark of a thought; shown: its own."""
+        trace = turn.get("trace", "")
         if trace:
             self.counts.learnt += trace in shown
             self.counts.dropped += trace not in shown
         else:
-            self.counts.empty += bool(parts(shown, opening, self.marks).trace)
+            self.counts.empty += bool(parts(shown, opening_in(context, self.marks), self.marks).trace)

@@ -53,15 +53,9 @@ def prompt_text(prompt: Prompt) -> str:
 
 def asked(turns: Sequence[Turn]) -> Prompt:
     """The prompt that a chat is: its text without surrounding white space, if the user's turn is all there is; "" if
-    the last turn has no text.
-
-    A system turn without text is none. Raises UnreadableRow where the last turn is not the user's.
+    the last turn has no text. Raises UnreadableRow where the last turn is not the user's.
     """
-    prompt: list[Turn] = [
-        {"role": turn["role"], "content": turn["content"]}
-        for turn in turns
-        if turn["role"] != "system" or turn["content"].strip()
-    ]
+    prompt: list[Turn] = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     if not prompt:
         return ""
     if prompt[-1]["role"] != "user":
@@ -98,11 +92,13 @@ def with_context(turns: Sequence[Turn], row: Mapping[str, Any]) -> list[Turn]:
 def read_turns(value: Any, traces: bool = False) -> list[Turn]:
     """The turns of a chat: {"role", "content"} or {"from", "value"}. Raises UnreadableRow.
 
+    A system turn without text is none: it would take the place of ``model.system_prompt`` and of a template's default.
     traces: whether a turn of the assistant may hold its thought beside its text (``TRACE_KEYS``).
     """
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise UnreadableRow("it is not a list of turns")
-    return [_read_turn(turn, traces) for turn in value]
+    turns = [_read_turn(turn, traces) for turn in value]
+    return [turn for turn in turns if turn["role"] != "system" or turn["content"].strip()]
 
 
 def _read_turn(turn: dict[str, Any], traces: bool) -> Turn:

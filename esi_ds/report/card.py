@@ -60,7 +60,7 @@ def model_card(
         "steps": tune.max_steps,
         "rows": f"{tune.data.path}, sha256 {rows.sha256}",
         **({"rows written": line} if (line := tune.data.how_written) else {}),
-        **({"special tokens broken up in rows": line} if (line := rows.broken_up) else {}),
+        **rows.facts("rows"),
         "batch": _batch(tune, ranks),
         "AdamW": f"lr {tune.lr}, {tune.scheduler}, warm-up {tune.warmup_ratio}, betas {tune.betas}, eps {tune.eps}, "
         f"weight decay {tune.weight_decay}, clipping {tune.clip}; fp32 masters",
@@ -87,7 +87,7 @@ def _benign_facts(mix: BenignMix | None, rows: TuningSet | None, num_read: int) 
     return {
         "benign rows": f"{mix.path}, {read}, sha256 {rows.sha256}",
         **({"benign rows written": mix.how_written} if mix.how_written else {}),
-        **({"special tokens broken up in benign rows": rows.broken_up} if rows.broken_up else {}),
+        **rows.facts("benign rows"),
     }
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from unittest.mock import patch
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation
 from transformers.integrations import HfDeepSpeedConfig
@@ -72,7 +73,18 @@ def read_module(
     if missing:
         raise UserError(field, path, f"holds no weights for {missing[0]} ({len(missing)} are missing)", remedy)
     module.name_or_path = path
+    if "output_router_logits" in inspect.signature(module.forward).parameters:
+        module.register_forward_pre_hook(_without_router_loss, with_kwargs=True)
     return module.eval()
+
+
+def _without_router_loss(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+    """Forward pre-hook: no load-balancing loss, which ``output_router_logits`` in a config.json turns on.
+
+    Nothing here adds it to a loss, and transformers fails in it when several rows are generated with a cache: their
+    mask is longer than the tokens that are read. The configuration keeps the setting, and is exported with it.
+    """
+    return arguments, {"output_router_logits": False, **options}
 
 
 class UnreadWeight:

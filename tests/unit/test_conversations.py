@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from builders import byte_bpe_tokenizer, sentencepiece_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from esi_ds.config import Model
+from esi_ds.config import Model, validate
+from esi_ds.config.needs import require_tune
 from esi_ds.data.chat import (
     broken_up_words,
     encode_prompt,
@@ -23,6 +24,7 @@ from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.rows import read_rows
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
+from esi_ds.stages.learnt_rows import read_tuning_set
 
 PLAIN = (
     "{% for m in messages %}{% if m.role == 'user' %}Instruction: {{ m.content }}\nAnswer: "
@@ -87,17 +89,24 @@ def test_every_turn_of_the_assistant_is_learnt(tokenizer) -> None:
 
 
 def test_a_template_that_rewrites_earlier_turns_teaches_the_last_only(tokenizer) -> None:
-    """As Qwen3's, which takes the thoughts out of all but the last turn."""
+    """As Qwen3's, which takes the thoughts out of all but the last turn. The log says how many answers that leaves."""
     other = byte_bpe_tokenizer()
     other.chat_template = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content if loop.last or m.role == 'user' else 'gone' }}<|end|>"
+        "{% for m in messages %}<|{{ m.role }}|>{{ '' if loop.last or m.role == 'user' else 'no thought ' }}"
+        "{{ m.content }}<|end|>"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     turns = [
         {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "d"), ("assistant", "e"))
     ]
     sequence = encode(other, turns, {2}, 0)
-    assert learnt(other, sequence) == "e<|end|>" and "gone" in other.decode(sequence.ids)
+    assert learnt(other, sequence) == "e<|end|>" and "no thought b" in other.decode(sequence.ids)
+    chats = (turns, [*turns, *turns[2:]], turns[:2], [turns[0], {**turns[1], "weight": 0}, *turns[2:]])
+    rows = [{"messages": chat} for chat in chats]
+    options = {"system_prompt": None, "specials": (), "end_ids": {2}, "max_length": 90}
+    assert encode_rows(rows[2:3], ("messages",), other, **options).note == ""
+    tuning_set = encode_rows(rows, ("messages",), other, **options)
+    assert "last answer is learnt in 2 rows (3 earlier answers as context" in tuning_set.note
 
 
 def test_a_template_without_end_token_gets_one(tokenizer) -> None:
@@ -229,6 +238,30 @@ def test_a_response_is_read_as_the_row_that_teaches_it(space: str) -> None:
     assert "".join(text[start:end] for start, end in response.offsets) == text
 
 
+MISTRAL = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{{ system + '\n\n' if loop.last and system is defined else '' }}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("earlier", [0, 2])
+def test_an_answer_behind_a_system_prompt_is_the_one_without(earlier: int) -> None:
+    """Mistral's templates write the system prompt into the last turn of the user, if nothing follows it."""
+    pieces = sentencepiece_tokenizer()
+    pieces.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]"]})
+    pieces.chat_template = MISTRAL
+    chat = [{"role": "system", "content": "Be kind."}, *TWO_ANSWERS[:earlier], TWO_ANSWERS[2]]
+    ends = {pieces.eos_token_id}
+    row = encode(pieces, [*chat, {"role": "assistant", "content": " See it \n"}], ends, 0)
+    without = encode(pieces, [TWO_ANSWERS[2], {"role": "assistant", "content": "See it"}], ends, 0)
+    taught = [label for label in without.labels if label != IGNORED]
+    assert [label for label in row.labels if label != IGNORED] == taught
+    prompt_ids = encode_prompt(pieces, chat, None)
+    assert [*prompt_ids, *encode_response(pieces, prompt_ids, "See it").ids, pieces.eos_token_id] == row.ids
+
+
 def test_a_response_behind_a_word_begins_with_the_space_that_decoding_took() -> None:
     """Mistral 7B v0.1's template has no space there, and the model writes one."""
     pieces = sentencepiece_tokenizer()
@@ -277,6 +310,16 @@ def test_a_turn_without_text_is_not_learnt(tokenizer) -> None:
     assert turns == TWO_ANSWERS
 
 
+def test_an_answer_that_begins_the_chat_is_context(tokenizer) -> None:
+    greeting = {"role": "assistant", "content": "Hi there"}
+    rows = [{"messages": [greeting, *TWO_ANSWERS[:2]]}, {"messages": [greeting, TWO_ANSWERS[0]]}]
+    options = {"system_prompt": None, "specials": (), "end_ids": {2}, "max_length": 90}
+    tuning_set = encode_rows(rows, ("messages",), tokenizer, **options)
+    (sequence,) = tuning_set.sequences
+    assert learnt(tokenizer, sequence) == "Hello<|end|>" and "Hi there<|end|>" in tokenizer.decode(sequence.ids)
+    assert tuning_set.skipped == ((1, "its only answer has no question"),)
+
+
 def test_rows_that_cannot_be_used_are_counted(tokenizer) -> None:
     rows = [
         {"prompt": "a", "response": "b"},
@@ -297,6 +340,20 @@ def test_rows_that_cannot_be_used_are_counted(tokenizer) -> None:
     for max_length, num_cut in ((length, 0), (length - 1, 1)):
         options["max_length"] = max_length
         assert encode_rows(rows[:1], ("prompt", "response"), tokenizer, **options).num_cut == num_cut
+
+
+@pytest.mark.parametrize(("positions", "limit"), [(32, 32), (512, 40)])
+def test_the_log_names_the_limit_that_cut_the_rows(tokenizer, tmp_path: Path, positions: int, limit: int) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "a", "response": text}) + "\n" for text in ("b", "b " * 100)))
+    data = {"path": str(file)}
+    config = validate(
+        {"run": {"output_dir": "x"}, "model": {"path": str(tmp_path)}, "tune": {"mask": "none", "data": data}}
+    )
+    section, model_config = require_tune(config).data, LlamaConfig(max_position_embeddings=positions)
+    tuning_set = read_tuning_set(config, section, "tune.data", tokenizer, model_config, 40)
+    assert tuning_set.counts == f"0 skipped, 1 cut at {limit} tokens" and len(tuning_set.sequences[1].ids) == limit
 
 
 def test_special_tokens_that_are_broken_up_are_counted(tokenizer) -> None:

@@ -18,6 +18,7 @@ from esi_ds.errors import UserError
 from esi_ds.models import hub
 from esi_ds.models.decoding import greedy_ids, without_defaults
 from esi_ds.models.folder import ModelSource
+from esi_ds.zero.loading import read_replicated
 
 NUM_TOKENS = 12
 
@@ -120,6 +121,21 @@ def test_old_generation_settings_in_config_json_do_not_either(folder: Path, tmp_
     (changed / "generation_config.json").unlink()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert answers(changed, {2}) == [most_probable(model, ids, {2}) for ids in rows(folder)]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_a_config_that_asks_for_the_load_balancing_loss(kind: str, tmp_path: Path) -> None:
+    plain = build_model(kind, tmp_path / "plain", byte_bpe_tokenizer())
+    asking = copy(plain, tmp_path / "asking", config={"output_router_logits": True})
+    model = read_replicated(ModelSource(str(asking)), "fp32", AutoModelForCausalLM, torch.device("cpu"))
+    batch = left_pad(rows(asking), 0, model.device)
+    assert len(set(map(len, rows(asking)))) > 1
+    settings = {"end_ids": set[int](), "pad_id": 0, "max_new_tokens": 3}
+    assert greedy_ids(model, batch, **settings) == greedy_ids(
+        AutoModelForCausalLM.from_pretrained(plain).eval(), batch, **settings
+    )
+    assert model(**batch).aux_loss is None and model(**batch, output_router_logits=True).aux_loss is not None
+    assert model.config.output_router_logits  # as it is exported
 
 
 def test_a_models_own_defaults_come_back(folder: Path) -> None:

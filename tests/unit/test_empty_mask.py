@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from esi_ds.config.needs import require_tune
 from esi_ds.core.mask import EmptyMask, Mask, digest, pack_bits
 from esi_ds.core.trained import Trained
 from esi_ds.data.chat import load_tokenizer
+from esi_ds.data.conversations import TuningSet
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_weights
 from esi_ds.models.folder import ModelSource, load_model_config, rounded_from
@@ -37,7 +37,7 @@ def config(**tune):
     return validate({"run": {"output_dir": "x"}, "model": {"path": MODEL, "dtype": "fp32"}, "tune": settings})
 
 
-ROWS = SimpleNamespace(sha256="0", broken_up="")
+ROWS = TuningSet((), "", (), 0, 90, "0")
 
 
 def card_of(section: Config, stage: str, **changes: Any) -> str:

@@ -61,6 +61,14 @@ def test_a_turn_without_weight_is_read_and_not_learnt(tokenizer, no: dict[str, A
     assert whole.sha256 != tuning_set.sha256
 
 
+@pytest.mark.parametrize("of", [{}, {"system": "Be kind."}, {"history": [{"role": "system", "content": ""}]}])
+def test_a_system_turn_without_text_is_none(tokenizer, of: dict[str, Any]) -> None:
+    """In a row that is learnt as in a prompt: both stand behind the same system prompt."""
+    chat, empty = [ASKED, REFUSED], {"role": "system", "content": " "}
+    turns = turns_of({"messages": chat, "system": of.get("system")})
+    assert turns_of({"messages": [empty, *chat], **of}) == turns_of({"messages": chat, **of}) == turns
+
+
 def test_what_follows_the_last_learnt_turn_is_not_read(tokenizer) -> None:
     tuning_set = encoded(tokenizer, {"messages": [ASKED, REFUSED, AGAIN, {**SAID, "weight": 0}]})
     assert learnt(tokenizer, tuning_set) == ["I cannot help<|end|>"]
@@ -185,6 +193,16 @@ def asking(question: str) -> list[tuple[str, str]]:
         ({"messages": [SYSTEM, *CHAT], "system": "s"}, "it has two system prompts"),
         ({**QA, "answer": 3}, "the answer is not a text"),
         ({"messages": "not turns"}, "its messages cannot be read as JSON"),
+        (
+            {"messages": [*CHAT, CHAT[0]], "Response": "b"},
+            "its last turn is the user's, and response may be the answer to it",
+        ),
+        (
+            {"messages": CHAT[:1], "output": "b", "answer": "c"},
+            "its last turn is the user's, and output or answer may be the answer to it",
+        ),
+        ({"messages": [*CHAT, CHAT[0]], "response": " "}, ANSWERED),
+        ({"messages": CHAT, "response": "c"}, ANSWERED),
     ],
 )
 def test_columns_beside_question_and_answer(row: dict[str, Any], turns: list[tuple[str, str]] | str) -> None:

@@ -13,6 +13,7 @@ from esi_ds.artifacts import RunFolder
 from esi_ds.config import validate
 from esi_ds.config.yaml import parse_yaml
 from esi_ds.core.trained import Trained
+from esi_ds.data.conversations import TuningSet
 from esi_ds.errors import UserError
 from esi_ds.report.card import model_card
 from esi_ds.terminal import clean_output, printable
@@ -81,7 +82,7 @@ def test_the_front_matter_of_a_model_card_holds_the_path_and_nothing_else(path: 
         fingerprint="f",
         trained=Trained(mask, "selected", "freeze", {}),
         ranks=2,
-        rows=SimpleNamespace(sha256="s", broken_up="<|sql|> in 2 rows"),
+        rows=TuningSet((), "", (), 0, 90, "s", broken_up="<|sql|> in 2 rows", last_only="1 row"),
         benign=None,
         num_benign=0,
         dequantised_from=None,
@@ -93,6 +94,7 @@ def test_the_front_matter_of_a_model_card_holds_the_path_and_nothing_else(path: 
     assert "\x1b" not in card
     lines = {"| rows | a\\|b c, sha256 s |", "| remarks | from step 3 on |"}
     lines.add("| special tokens broken up in rows | \\<\\|sql\\|\\> in 2 rows |")
+    lines.add("| only the last answer learnt in rows | 1 row |")
     assert lines <= set(body.splitlines())
 
 

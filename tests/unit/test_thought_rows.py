@@ -102,9 +102,25 @@ def test_rows_of_two_columns_and_what_became_of_thoughts(name: str, enable: bool
     assert learnt(tokenizer, tuning_set, 2)[1] == LEARNT[name, enable][1]
     assert tuning_set.skipped == ((3, UNFINISHED_ROW),)
     note = tuning_set.note
-    assert ("2 rows learn a thought" in note) == (enable is not False)
-    assert ("2 rows lose theirs" in note) == (enable is False)
-    assert ("1 rows without a thought learn an empty one" in note) == (enable is not False and name != "gptoss")
+    assert ("2 answers learnt with a thought" in note) == (enable is not False)
+    assert ("2 answers learnt without theirs" in note) == (enable is False)
+    assert ("1 answer without a thought learnt with an empty one" in note) == (enable is not False and name != "gptoss")
+
+
+def test_the_thoughts_of_every_answer_that_is_learnt_are_counted() -> None:
+    """GLM 4.5's template shows an empty thought in every turn, and none of the answers is context; Qwen3's leaves
+    earlier ones in the prompt, without their thoughts."""
+    rows = [chat("Hello?", "Hello!", "Why?", ANSWER), chat("Why?", ANSWER)]
+    tokenizer = thinking_tokenizer("qwen3")
+    assert "; 2 answers without a thought learnt with" in encoded(tokenizer, rows).note
+    assert encoded(tokenizer, rows).last_only.startswith("1 row (1 earlier answer as context")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "<think>{{ m.reasoning_content or '' }}</think>\n{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tuning_set = encoded(tokenizer, rows)
+    assert "; 3 answers without a thought learnt with" in tuning_set.note and not tuning_set.last_only
 
 
 @pytest.mark.parametrize(("name", "enable"), LEARNT)

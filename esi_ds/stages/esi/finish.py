@@ -150,9 +150,8 @@ def loss_facts(losses: Sequence[LossOutcome]) -> dict[str, object]:
             f"{loss.name} rows from": f"{loss.loss.path} ({loss.loss.rows.columns})",
             f"{loss.name} rows used": loss.num_rows,
             f"{loss.name} rows skipped": loss.num_skipped,
+            **loss.loss.rows.facts(f"{loss.name} rows"),
         }
-        if line := loss.loss.rows.broken_up:
-            facts[f"special tokens broken up in {loss.name} rows"] = line
     return facts
 
 

@@ -240,7 +240,7 @@ class EsiRun(StageRun[EsiInputs]):
     def _accumulate_loss(self, model: ShardedModel, loss: LossRows) -> LossOutcome:
         """The pass over the rows of one loss. Raises UserError where no row can be used."""
         rows, device = loss.rows, self._accumulator_device()
-        self.tracker.log(f"{loss.describe()}; {len(rows.skipped)} skipped, {rows.num_cut} cut{rows.note}")
+        self.tracker.log(f"{loss.describe()}; {rows.counts}")
         for number, reason in rows.skipped[:5]:
             self.tracker.log(f"skipped row {number} of {loss.field}: {reason}")
         squared = loss.name == "benign"

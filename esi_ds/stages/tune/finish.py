@@ -82,7 +82,7 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         **({"rows written": line} if (line := tune.data.how_written) else {}),
         "rows skipped": len(rows.skipped),
         "rows cut": rows.num_cut,
-        **({"special tokens broken up in rows": line} if (line := rows.broken_up) else {}),
+        **rows.facts("rows"),
         "rows read": training.position - training.num_benign,
         "learning rate": tune.lr,
         "schedule": f"{tune.scheduler}, warm-up {tune.warmup_ratio}",
@@ -97,6 +97,5 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         table["benign rows read"] = training.num_benign
         if line := tune.data.benign.how_written:
             table["benign rows written"] = line
-        if line := inputs.benign.broken_up:
-            table["special tokens broken up in benign rows"] = line
+        table |= inputs.benign.facts("benign rows")
     return table

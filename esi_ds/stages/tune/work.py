@@ -157,10 +157,7 @@ class TuneRun(StageRun[TuningInputs]):
             tracker.log("mask: made from OTHER weights of the same shapes, as --allow-fingerprint-mismatch allows")
         for name, rows in (("rows", inputs.rows), ("benign rows", benign)):
             if rows is not None:
-                tracker.log(
-                    f"{name}: {len(rows.sequences)} of columns {rows.columns}, {len(rows.skipped)} skipped, "
-                    f"{rows.num_cut} cut at {inputs.tune.max_length} tokens{rows.note}"
-                )
+                tracker.log(f"{name}: {len(rows.sequences)} of columns {rows.columns}, {rows.counts}")
         for line in unread_benign(inputs.tune):
             tracker.remark(line)
         for number, reason in [*inputs.rows.skipped, *(benign.skipped if benign is not None else ())][:5]:
