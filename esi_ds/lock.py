@@ -17,7 +17,7 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from esi_ds.artifacts import STATUS, utc, write_json_atomic, writing
+from esi_ds.artifacts import STATUS, temporary_name, utc, write_json_atomic, writing
 from esi_ds.errors import UserError
 from esi_ds.failures import UNSUPPORTED
 from esi_ds.reading import check_type, json_sha256, parse_json, read_text, reading
@@ -113,7 +113,8 @@ def acquire(folder: Path) -> str | None:
                 return f"taking over the folder of {describe(holder)}: {reason}"
             time.sleep(0.1)
     finally:
-        temporary.unlink(missing_ok=True)
+        for file in (temporary_name(temporary), temporary):  # the former where the disk was full
+            file.unlink(missing_ok=True)
     raise _cannot_be_taken_over(folder)
 
 
