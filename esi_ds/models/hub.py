@@ -15,6 +15,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -185,8 +186,9 @@ def once_on_host(what: str, work: Callable[[], str], share_failure: bool = False
     if job is None or folder.is_symlink() or folder.stat().st_uid != os.getuid():  # somebody else's
         return _in_cache(work)
     for old in folder.iterdir():
-        if time.time() - old.stat().st_mtime > KEPT_S:
-            old.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # other ranks do the same
+            if time.time() - old.stat().st_mtime > KEPT_S:
+                old.unlink()
     record = folder / hashlib.sha256(f"{socket.gethostname()} {job} {what}".encode()).hexdigest()
     with record.open("a+", encoding="utf-8") as opened:
         try:

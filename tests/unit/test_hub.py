@@ -221,6 +221,30 @@ def test_where_files_have_no_locks_every_rank_asks(tmp_path: Path, monkeypatch: 
     assert [hub.once_on_host("a", work) for work in (lambda: "first", lambda: "second")] == ["first", "second"]
 
 
+def test_ranks_remove_the_records_of_earlier_jobs_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank may remove one between the list of their names and a look at its age, or before it is removed."""
+    folder = tmp_path / f"esi_ds-{os.getuid()}"
+    folder.mkdir()
+    for name in ("seen", "listed"):
+        (folder / name).touch()
+        os.utime(folder / name, (0, 0))
+    stat = Path.stat
+
+    def be_late(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "listed":
+            path.unlink(missing_ok=True)
+        found = stat(path, **options)
+        if path.name == "seen":
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "stat", be_late)
+    monkeypatch.setattr(launch_environment, "job_on_host", lambda: "job")
+    monkeypatch.setattr(hub.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert hub.once_on_host("a", lambda: "first") == "first"
+    assert not {"seen", "listed"} & set(os.listdir(folder))
+
+
 def test_which_ranks_are_of_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
     def parent(words: list[str]) -> SimpleNamespace:
         return SimpleNamespace(parent=lambda: SimpleNamespace(pid=5, cmdline=lambda: words, create_time=lambda: 1.5))
