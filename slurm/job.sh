@@ -39,8 +39,9 @@ echo "$(date -Is) job $job, start $((restarts + 1)) (restarts: $restarts), nodes
 # Slurm also signals this shell when it preempts a job. A trap rather than "ignore", which children would inherit.
 trap : TERM USR1
 # srun must not bind: without --cpus-per-task it would give each rank one core. The ranks divide the job's cores.
+# --wait=0: rank 0 writes the report while the others have ended, and a site's WaitTime would have it killed.
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$ESI_DS_TASKS_PER_NODE" --cpu-bind=none \
-    --kill-on-bad-exit=1 --output="$logs/rank-%t.log" python -u "${program[@]}" "${arguments[@]}" &
+    --kill-on-bad-exit=1 --wait=0 --output="$logs/rank-%t.log" python -u "${program[@]}" "${arguments[@]}" &
 steps=$!
 wait "$steps"
 code=$?

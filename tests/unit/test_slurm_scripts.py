@@ -15,6 +15,7 @@ from esi_ds.config.yaml import apply_override
 
 ARRAY = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
 SRUN = """#!/bin/bash
+printf '%s\\n' "$@" >srun
 for word; do [[ $word = --output=* ]] && logs=${word#--output=}; done
 printf '%b' "$SAYS" >"${logs/\\%t/1}"
 exit "$CODE"
@@ -48,6 +49,14 @@ def job(site: Path, code: int, says: str = "", **more: str) -> tuple[int, str]:
     done = call(site, "bash", "slurm/esi.sbatch", **step, CODE=str(code), SAYS=says, **more)
     requeued = site / "requeued"
     return done.returncode, requeued.read_text() if requeued.is_file() else ""
+
+
+def test_what_srun_is_asked_for(site: Path) -> None:
+    """Whatever the site and the job's own variables would have srun do by default."""
+    assert job(site, 0)[0] == 0
+    words = (site / "srun").read_text().splitlines()
+    options = words[: words.index("python")]
+    assert {"--nodes=1", "--ntasks-per-node=2", "--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=none"} < set(options)
 
 
 @pytest.mark.parametrize(("variables", "name"), [({}, "12"), (ARRAY, "12_3")])
