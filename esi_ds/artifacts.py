@@ -383,6 +383,12 @@ class RunFolder:
             return False
         return all(OF_EVERY_START.fullmatch(file.name) for file in self.path.iterdir())
 
+    def kept(self) -> dict[str, int]:
+        """What the starts so far have left of results and for a restart: each file's size."""
+        files = {str(file.relative_to(self.path)): file for file in self.path.rglob("*")}
+        others = {name for name in files if OF_EVERY_START.fullmatch(Path(name).parts[0]) or name == "metrics.jsonl"}
+        return {name: files[name].stat().st_size for name in files.keys() - others if files[name].is_file()}
+
     def open(self, config: Config) -> None:
         """Create the folder; of a run that begins, write the resolved config. Raises UserError as ``check`` does."""
         self.check(config)

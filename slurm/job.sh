@@ -61,6 +61,20 @@ if [[ $code -eq 75 ]]; then
     esac
 fi
 
+# Whether the time limit ended this start (more than half of the time is gone, or all but --signal's 300 s and the minute
+# by which Slurm may be early), and neither it nor the one before kept anything: another start would not either.
+kept_nothing() { grep -qsE 'interrupted: .*(before anything was done|this start has kept nothing)' "$1"/rank-*.log; }
+is_in_vain() {
+    [[ -n ${SLURM_JOB_END_TIME:-} && $restarts -gt 0 ]] || return
+    local left=$((SLURM_JOB_END_TIME - $(date +%s)))
+    ((left <= 360 || left < SECONDS)) && kept_nothing "$logs" && kept_nothing "${logs%-*}-$((restarts - 1))"
+}
+if [[ $code -eq 75 ]] && is_in_vain; then
+    echo "error: --time: ended this start and the one before with nothing kept; give the job more time: a batch is kept" \
+        "once it is whole, and so is a task of lm-eval" >&2
+    exit 2
+fi
+
 case $code in
 0) echo "$(date -Is) done" ;;
 75)

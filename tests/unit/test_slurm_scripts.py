@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,32 @@ def test_a_failure_that_had_others_stop_is_not_requeued(site: Path, says: str, c
 
 def test_a_rank_that_lost_the_others_to_a_signal_is_requeued(site: Path) -> None:
     assert job(site, 75, "rank 1 failed: lost another rank (closed): it failed\\n") == (75, "requeue Incomplete 12\n")
+
+
+IN_VAIN = "interrupted: stopped by a signal before anything was done; start again\\n"
+IN_TASK = "interrupted: stopped by a signal in task a; start again to run it; this start has kept nothing\\n"
+KEPT = "interrupted: stopped by a signal with 3 tasks run; start again to continue\\n"
+
+
+@pytest.mark.parametrize(
+    ("says", "left_s", "code"),
+    [
+        ((IN_VAIN, IN_VAIN), 250, 2),
+        ((IN_TASK, IN_VAIN), 250, 2),
+        ((IN_TASK, IN_TASK), 4000, 75),  # preempted: the next start may have longer
+        ((KEPT, IN_TASK), 250, 75),
+        ((IN_TASK, KEPT), 250, 75),
+        ((IN_TASK, IN_TASK), None, 75),  # a Slurm before 22.05 does not say when the job ends
+    ],
+)
+def test_a_time_limit_within_which_nothing_is_kept(
+    site: Path, says: tuple[str, str], left_s: int | None, code: int
+) -> None:
+    end = {} if left_s is None else {"SLURM_JOB_END_TIME": str(int(time.time()) + left_s)}
+    assert job(site, 75, says[0], **end)[0] == 75
+    (site / "requeued").unlink()
+    ended = job(site, 75, says[1], SLURM_RESTART_COUNT="1", **end)
+    assert ended == (code, "requeue Incomplete 12\n" if code == 75 else "")
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 143])
