@@ -22,8 +22,13 @@ fi
 program=("launch/$stage.py")
 [[ -f launch/$stage.py ]] || program=(-m "esi_ds.launch.$stage")
 
-# Placeholders written by pipeline.sh: a task of an array fills in its own number or set of prompts.
-read -ra prompts <<<"${ESI_DS_PROMPTS:-}"
+# Written by pipeline.sh: the sets of prompts (an argument, as the environment is lost with sbatch --export=NONE), and
+# placeholders, for which a task of an array fills in its own number or set.
+prompts=()
+if [[ ${1:-} == --prompts ]]; then
+    read -ra prompts <<<"$2"
+    shift 2
+fi
 # In quotation marks: from bash 5.2 on, a bare & in a replacement would be what it replaces.
 arguments=("${@//@task@/"${SLURM_ARRAY_TASK_ID:-0}"}")
 arguments=("${arguments[@]//@prompts@/"${prompts[${SLURM_ARRAY_TASK_ID:-0}]:-}"}")
@@ -39,9 +44,10 @@ echo "$(date -Is) job $job, start $((restarts + 1)) (restarts: $restarts), nodes
 # Slurm also signals this shell when it preempts a job. A trap rather than "ignore", which children would inherit.
 trap : TERM USR1
 # srun must not bind: without --cpus-per-task it would give each rank one core. The ranks divide the job's cores.
+# --export: the ranks get what env.sh has set; in a job of sbatch --export=NONE srun would not pass it on.
 # --wait=0: rank 0 writes the report while the others have ended, and a site's WaitTime would have it killed.
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$ESI_DS_TASKS_PER_NODE" --cpu-bind=none \
-    --kill-on-bad-exit=1 --wait=0 --output="$logs/rank-%t.log" python -u "${program[@]}" "${arguments[@]}" &
+    --kill-on-bad-exit=1 --wait=0 --export=ALL --output="$logs/rank-%t.log" python -u "${program[@]}" "${arguments[@]}" &
 steps=$!
 wait "$steps"
 code=$?
@@ -87,7 +93,12 @@ case $code in
     echo "$(date -Is) failed with exit code $code; the first message:" >&2
     says='^(error: |rank [0-9]+ (failed:|died of)|Fatal Python error:)' # the last is of a rank that C++ aborted
     first=$(grep -slE "$says" "$logs"/rank-*.log | xargs -r ls -tr | head -n 1)
-    [[ -n $first ]] && { echo "--- $first" >&2; grep -m 1 -A 40 -E "$says" "$first" >&2; }
+    if [[ -n $first ]]; then
+        echo "--- $first" >&2
+        grep -m 1 -A 40 -E "$says" "$first" >&2
+    else # as where python itself does not start
+        tail -v -n 20 "$logs/rank-0.log" >&2
+    fi
     ;;
 esac
 exit "$code"

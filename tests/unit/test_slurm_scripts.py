@@ -44,10 +44,15 @@ def call(site: Path, *command: str, **environment: str) -> subprocess.CompletedP
     return subprocess.run(command, cwd=site, env=whole, capture_output=True, text=True, timeout=60)
 
 
+def step(site: Path) -> dict[str, str]:
+    """What Slurm sets for a batch script."""
+    variables = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "a"}
+    return {**variables, "SLURM_SUBMIT_DIR": str(site)}
+
+
 def job(site: Path, code: int, says: str = "", **more: str) -> tuple[int, str]:
     """(exit code of the batch script, what it had requeued) where srun ends so and its ranks say this."""
-    step = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "a", "SLURM_SUBMIT_DIR": str(site)}
-    done = call(site, "bash", "slurm/esi.sbatch", **step, CODE=str(code), SAYS=says, **more)
+    done = call(site, "bash", "slurm/esi.sbatch", **step(site), CODE=str(code), SAYS=says, **more)
     requeued = site / "requeued"
     return done.returncode, requeued.read_text() if requeued.is_file() else ""
 
@@ -58,6 +63,28 @@ def test_what_srun_is_asked_for(site: Path) -> None:
     words = (site / "srun").read_text().splitlines()
     options = words[: words.index("python")]
     assert {"--nodes=1", "--ntasks-per-node=2", "--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=none"} < set(options)
+    assert "--export=ALL" in options
+
+
+def test_a_pipeline_passes_its_sets_of_prompts_as_an_argument(site: Path) -> None:
+    """sbatch --export=NONE, which some sites ask for, keeps the environment from the job."""
+    (site / "bin/sbatch").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" >submitted\necho 7\n")
+    (site / "e.yaml").touch()
+    words = ["slurm/pipeline.sh", "--runs", "runs", "--esi", "e.yaml", "--prompts", "a.jsonl  b.jsonl"]
+    assert call(site, *words, "--", "--export=NONE").returncode == 0
+    submitted = (site / "submitted").read_text().splitlines()
+    arguments = submitted[submitted.index("slurm/esi.sbatch") + 1 :]
+    (site / "bin/srun").write_text("#!/bin/bash\nprintf '%s\\n' \"$@\" >said\n")
+    task = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "1"}
+    assert call(site, "bash", "slurm/esi.sbatch", *arguments, **step(site), **task).returncode == 0
+    assert "data.prompts.path=b.jsonl" in (site / "said").read_text().splitlines()
+
+
+def test_a_failure_without_a_message_shows_what_rank_0_said_last(site: Path) -> None:
+    srun = "#!/bin/bash\nfor word; do [[ $word = --output=* ]] && logs=${word#--output=}; done\n"
+    (site / "bin/srun").write_text(srun + 'echo "python: not found" >"${logs/\\%t/0}"\nexit 127\n')
+    done = call(site, "bash", "slurm/esi.sbatch", **step(site))
+    assert done.returncode == 127 and "start-0/rank-0.log" in done.stderr and "python: not found" in done.stderr
 
 
 @pytest.mark.parametrize(("variables", "name"), [({}, "12"), (ARRAY, "12_3")])
@@ -69,11 +96,11 @@ def test_a_task_of_an_array_requeues_itself_alone(site: Path, variables: dict[st
 def test_a_task_of_an_array_has_its_own_set_of_prompts_whatever_its_name_holds(site: Path) -> None:
     (site / "bin/srun").write_text("#!/bin/bash\nprintf '%s\\n' \"${@: -2}\" >said\n")
     names = ["R&D.jsonl", "a\\&&'b\".jsonl", "c.jsonl"]
-    step = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "a", "SLURM_SUBMIT_DIR": str(site)}
     for task, name in enumerate(names):
-        array = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": str(task), "ESI_DS_PROMPTS": " ".join(names)}
-        words = ["bash", "slurm/esi.sbatch", "data.prompts.path=@prompts@", 'run.output_dir="r&/@task@/esi"']
-        assert call(site, *words, **step, **array).returncode == 0
+        array = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": str(task)}
+        words = ["bash", "slurm/esi.sbatch", "--prompts", " ".join(names)]
+        words += ["data.prompts.path=@prompts@", 'run.output_dir="r&/@task@/esi"']
+        assert call(site, *words, **step(site), **array).returncode == 0
         assert (site / "said").read_text() == f'data.prompts.path={name}\nrun.output_dir="r&/{task}/esi"\n'
 
 
