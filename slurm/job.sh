@@ -46,7 +46,9 @@ trap : TERM USR1
 # srun must not bind: without --cpus-per-task it would give each rank one core. The ranks divide the job's cores.
 # --export: the ranks get what env.sh has set; in a job of sbatch --export=NONE srun would not pass it on.
 # --wait=0: rank 0 writes the report while the others have ended, and a site's WaitTime would have it killed.
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$ESI_DS_TASKS_PER_NODE" --cpu-bind=none \
+# --ntasks: else a job with SLURM_NTASKS, of sbatch --ntasks-per-node or a shell of srun's, would have that many ranks.
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * ESI_DS_TASKS_PER_NODE))" \
+    --ntasks-per-node="$ESI_DS_TASKS_PER_NODE" --cpu-bind=none \
     --kill-on-bad-exit=1 --wait=0 --export=ALL --output="$logs/rank-%t.log" python -u "${program[@]}" "${arguments[@]}" &
 steps=$!
 wait "$steps"

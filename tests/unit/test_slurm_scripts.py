@@ -52,18 +52,18 @@ def step(site: Path) -> dict[str, str]:
 
 def job(site: Path, code: int, says: str = "", **more: str) -> tuple[int, str]:
     """(exit code of the batch script, what it had requeued) where srun ends so and its ranks say this."""
-    done = call(site, "bash", "slurm/esi.sbatch", **step(site), CODE=str(code), SAYS=says, **more)
+    done = call(site, "bash", "slurm/esi.sbatch", **{**step(site), "CODE": str(code), "SAYS": says, **more})
     requeued = site / "requeued"
     return done.returncode, requeued.read_text() if requeued.is_file() else ""
 
 
 def test_what_srun_is_asked_for(site: Path) -> None:
     """Whatever the site and the job's own variables would have srun do by default."""
-    assert job(site, 0)[0] == 0
+    assert job(site, 0, SLURM_JOB_NUM_NODES="2", SLURM_NTASKS="2")[0] == 0
     words = (site / "srun").read_text().splitlines()
     options = words[: words.index("python")]
-    assert {"--nodes=1", "--ntasks-per-node=2", "--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=none"} < set(options)
-    assert "--export=ALL" in options
+    assert {"--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpu-bind=none"} < set(options)
+    assert {"--kill-on-bad-exit=1", "--wait=0", "--export=ALL"} < set(options)
 
 
 def test_a_pipeline_passes_its_sets_of_prompts_as_an_argument(site: Path) -> None:
