@@ -58,10 +58,13 @@ while kill -0 "$steps" 2>/dev/null; do # a signal ended the wait, not the ranks
     code=$?
 done
 
+# A rank that has not yet loaded what handles USR1 and TERM dies of them, with nothing to save.
+[[ $code -eq 138 || $code -eq 143 ]] && code=75
 # If a rank fails while others are still starting, srun ends those, and they exit with 75, as at any signal; srun reports
 # the greatest code. So 75 counts only if no rank reports a failure of its own.
+says='^(error: |rank [0-9]+ (failed:|died of)|Fatal Python error:)' # the last is of a rank that C++ aborted
 if [[ $code -eq 75 ]]; then
-    failures=$(grep -shE '^(error: |rank [0-9]+ (failed:|died of))' "$logs"/rank-*.log | grep -v 'failed: lost another rank')
+    failures=$(grep -shE "$says" "$logs"/rank-*.log | grep -v 'failed: lost another rank')
     case $failures in
     '') ;;
     error:*) code=2 ;;
@@ -93,7 +96,6 @@ case $code in
 *)
     # The rank that failed first wrote first; the messages of the others are consequences.
     echo "$(date -Is) failed with exit code $code; the first message:" >&2
-    says='^(error: |rank [0-9]+ (failed:|died of)|Fatal Python error:)' # the last is of a rank that C++ aborted
     first=$(grep -slE "$says" "$logs"/rank-*.log | xargs -r ls -tr | head -n 1)
     if [[ -n $first ]]; then
         echo "--- $first" >&2

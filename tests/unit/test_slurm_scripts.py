@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -110,11 +111,18 @@ def test_a_task_of_an_array_has_its_own_set_of_prompts_whatever_its_name_holds(s
         ("error: model.path = x: is no folder; give one\\n", 2),
         ("bar 3/7\\nrank 1 failed: writing x: no space left on device\\n", 1),
         ("rank 1 failed: lost another rank (closed)\\nrank 0 failed: \\nTraceback\\n", 1),
+        ("Fatal Python error: Aborted\\n", 1),
     ],
 )
 def test_a_failure_that_had_others_stop_is_not_requeued(site: Path, says: str, code: int) -> None:
     """srun reports the greatest code: 75, of ranks that it ended while they started, hides 1 and 2."""
     assert job(site, 75, says) == (code, "")
+    assert job(site, 143, says) == (code, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_rank_that_a_signal_ends_before_it_handles_signals_is_requeued(site: Path, number: int) -> None:
+    assert job(site, 128 + number) == (75, "requeue Incomplete 12\n")
 
 
 def test_a_rank_that_lost_the_others_to_a_signal_is_requeued(site: Path) -> None:
@@ -147,7 +155,7 @@ def test_a_time_limit_within_which_nothing_is_kept(
     assert ended == (code, "requeue Incomplete 12\n" if code == 75 else "")
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 143])
+@pytest.mark.parametrize("code", [0, 1, 2, 137])
 def test_other_ends_are_passed_on(site: Path, code: int) -> None:
     assert job(site, code) == (code, "")
 
