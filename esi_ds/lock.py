@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from typing_extensions import TypedDict
@@ -128,6 +129,8 @@ def _link(source: Path, name: Path) -> bool:
     try:
         os.link(source, name)
     except FileExistsError:
+        with suppress(FileNotFoundError):  # released in the meantime
+            return source.samefile(name)  # by this call, if NFS lost the server's reply and asked again
         return False
     except OSError as error:
         if error.errno not in WITHOUT_LINKS:
@@ -238,15 +241,25 @@ def why_dead(folder: Path, holder: Holder) -> str | None:
 def _watch(folder: Path) -> str | None:
     """Why the holder is dead: its status does not change. Contents are compared, as clocks of two hosts may differ."""
     status = folder / STATUS
-    before = status.read_bytes() if status.is_file() else None
+    before = _content(status)
     unseen = f"{folder} is locked by a process that cannot be seen from here"
     print(f"{unseen}: checking for {WATCH_S:g} s whether it is alive", flush=True)
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:
         time.sleep(min(1.0, WATCH_S / 4))
-        if (status.read_bytes() if status.is_file() else None) != before:
+        if _content(status) != before:
             return None
     return f"its {STATUS} did not change for {WATCH_S:g} s"
+
+
+def _content(file: Path) -> bytes | None:
+    """None where there is no file, or over NFS no longer the one that was opened: another has replaced it."""
+    try:
+        return file.read_bytes() if file.is_file() else None
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
+        return None
 
 
 def _slurm_job() -> str | None:
