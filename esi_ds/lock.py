@@ -78,7 +78,7 @@ def own_identity() -> Identity:
     return {
         "host": socket.gethostname(),
         "boot": _boot(),
-        "pids": pid_namespace(),
+        "pids": _pid_namespace(),
         "pid": os.getpid(),
         "pid_started": _started(os.getpid()),
         "slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME"),
@@ -287,7 +287,7 @@ def _boot() -> str | None:
         return None
 
 
-def pid_namespace() -> str | None:
+def _pid_namespace() -> str | None:
     """Linux's id of the process table that this process sees; None on other systems."""
     try:
         return os.readlink("/proc/self/ns/pid")
