@@ -294,7 +294,7 @@ def test_status_of_a_run_that_was_killed(tmp_path: Path) -> None:
         stored = (tmp_path / lock.STATUS).read_text()
     (tmp_path / lock.STATUS).write_text(stored)
     assert "silent" not in status.show(tmp_path, time.time())
-    assert "silent for 1:00:00" in status.show(tmp_path, time.time() + 3600)
+    assert "silent for 1:00:00 by this host's clock: " in status.show(tmp_path, time.time() + 3600)
 
 
 WHOLE = {"state": "running", "stage": "esi", "pid": 1, "host": "a", "slurm_job": None, "updated": 1.0, "phase": None}
