@@ -32,10 +32,10 @@ from esi_ds.failures import UNSUPPORTED
 from esi_ds.reading import check_regular, check_type, check_written_out, json_sha256, read_json, reading, share_of
 
 # Files of a folder whose run was killed before it wrote config.yaml.
-UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.?lock\.json.*")
+UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.*lock\.json.*")
 # What every start writes before it does any work.
 OF_EVERY_START = re.compile(
-    rf"{UNBEGUN.pattern}|(config\.yaml|(inputs|manifest|run|status)\.json|log\.txt|tensorboard)"
+    rf"{UNBEGUN.pattern}|\.?(config\.yaml|(inputs|manifest|run|status)\.json)(\.tmp)?|log\.txt|tensorboard"
 )
 # NFS clients cache for a minute by default that a file does not exist: how long to wait, and when to print a message.
 VISIBLE_S, MESSAGE_S = 120.0, 5.0
@@ -122,9 +122,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_name(path: Path) -> Path:
+    """What ``write_text_atomic`` writes first."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Write the file so that a crash leaves either all of ``text`` or the old content."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     with writing(temporary), temporary.open("w", encoding="utf-8") as opened:
         opened.write(text)
         opened.flush()
@@ -390,6 +395,12 @@ class RunFolder:
         if read_manifest(self.path).get("exit_state") != "failed":
             return False
         return all(OF_EVERY_START.fullmatch(file.name) for file in self.path.iterdir())
+
+    def kept(self) -> dict[str, int]:
+        """What the starts so far have left of results and for a restart: each file's size."""
+        files = {str(file.relative_to(self.path)): file for file in self.path.rglob("*")}
+        others = {name for name in files if OF_EVERY_START.fullmatch(Path(name).parts[0]) or name == "metrics.jsonl"}
+        return {name: files[name].stat().st_size for name in files.keys() - others if files[name].is_file()}
 
     def open(self, config: Config) -> None:
         """Create the folder; of a run that begins, write the resolved config. Raises UserError as ``check`` does."""

@@ -12,6 +12,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -178,17 +179,16 @@ def launcher_processes(launch: LaunchEnvironment) -> tuple[tuple[int, int], ...]
     """
     if launch is ALONE:
         return ()
-    parent = psutil.Process().parent()
-    if parent is None or not any(name in " ".join(parent.cmdline()) for name in LAUNCHERS):
+    parent, words = _launcher()
+    if parent is None:
         return ()
     pairs = [(os.getpid(), parent.pid)]
-    words = parent.cmdline()
     if any(DEEPSPEED in word for word in words):
         pairs.append((parent.pid, parent.ppid()))
         # Its parent is the user's command or, with several hosts, an ssh whose pdsh may run on this host.
         job_arguments = {word for word in words if word.startswith(("--world_info=", "--master_port="))}
         for process in psutil.process_iter(["pid", "ppid", "name", "cmdline"]):
-            is_pdsh = process.info["name"].startswith("pdsh")
+            is_pdsh = (process.info["name"] or "").startswith("pdsh")
             if job_arguments and is_pdsh and job_arguments <= set(process.info["cmdline"] or ()):
                 pairs.append((process.info["pid"], process.info["ppid"]))
     return tuple(pairs)
@@ -202,10 +202,18 @@ def job_on_host(variables: Mapping[str, str] = os.environ) -> str | None:
         return None
     if launch.launcher == SLURM.name:
         return " ".join(variables.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-    parent = psutil.Process().parent()
-    if parent is None or not any(name in " ".join(parent.cmdline()) for name in LAUNCHERS):
-        return None
-    return f"{parent.pid} {parent.create_time()}"
+    parent, _ = _launcher()
+    return None if parent is None else f"{parent.pid} {parent.create_time()}"
+
+
+def _launcher() -> tuple[psutil.Process | None, list[str]]:
+    """The process that started this one and the words of its command line, if it is a launcher that can be seen."""
+    with suppress(psutil.Error):  # it has just ended, or is another user's, as srun's is, where /proc hides those
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent is not None else []
+        if any(name in " ".join(words) for name in LAUNCHERS):
+            return parent, words
+    return None, []
 
 
 def join() -> LaunchEnvironment:

@@ -13,11 +13,12 @@ import os
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from esi_ds.artifacts import STATUS, utc, write_json_atomic, writing
+from esi_ds.artifacts import STATUS, temporary_name, utc, write_json_atomic, writing
 from esi_ds.errors import UserError
 from esi_ds.failures import UNSUPPORTED
 from esi_ds.reading import check_type, json_sha256, parse_json, read_text, reading
@@ -77,7 +78,7 @@ def own_identity() -> Identity:
     return {
         "host": socket.gethostname(),
         "boot": _boot(),
-        "pids": pid_namespace(),
+        "pids": _pid_namespace(),
         "pid": os.getpid(),
         "pid_started": _started(os.getpid()),
         "slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME"),
@@ -113,7 +114,8 @@ def acquire(folder: Path) -> str | None:
                 return f"taking over the folder of {describe(holder)}: {reason}"
             time.sleep(0.1)
     finally:
-        temporary.unlink(missing_ok=True)
+        for file in (temporary_name(temporary), temporary):  # the former where the disk was full
+            file.unlink(missing_ok=True)
     raise _cannot_be_taken_over(folder)
 
 
@@ -127,6 +129,8 @@ def _link(source: Path, name: Path) -> bool:
     try:
         os.link(source, name)
     except FileExistsError:
+        with suppress(FileNotFoundError):  # released in the meantime
+            return source.samefile(name)  # by this call, if NFS lost the server's reply and asked again
         return False
     except OSError as error:
         if error.errno not in WITHOUT_LINKS:
@@ -237,15 +241,25 @@ def why_dead(folder: Path, holder: Holder) -> str | None:
 def _watch(folder: Path) -> str | None:
     """Why the holder is dead: its status does not change. Contents are compared, as clocks of two hosts may differ."""
     status = folder / STATUS
-    before = status.read_bytes() if status.is_file() else None
+    before = _content(status)
     unseen = f"{folder} is locked by a process that cannot be seen from here"
     print(f"{unseen}: checking for {WATCH_S:g} s whether it is alive", flush=True)
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:
         time.sleep(min(1.0, WATCH_S / 4))
-        if (status.read_bytes() if status.is_file() else None) != before:
+        if _content(status) != before:
             return None
     return f"its {STATUS} did not change for {WATCH_S:g} s"
+
+
+def _content(file: Path) -> bytes | None:
+    """None where there is no file, or over NFS no longer the one that was opened: another has replaced it."""
+    try:
+        return file.read_bytes() if file.is_file() else None
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
+        return None
 
 
 def _slurm_job() -> str | None:
@@ -273,7 +287,7 @@ def _boot() -> str | None:
         return None
 
 
-def pid_namespace() -> str | None:
+def _pid_namespace() -> str | None:
     """Linux's id of the process table that this process sees; None on other systems."""
     try:
         return os.readlink("/proc/self/ns/pid")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esi_ds.errors import UserError
-from esi_ds.lock import pid_namespace
+from esi_ds.lock import own_identity
 from esi_ds.status import progress_of
 
 # How launchers end ranks, and how a user does: no death to report.
@@ -35,16 +34,17 @@ FAULT = "a fault in a library or a driver; the stack above says where"
 
 
 class RankProcess(NamedTuple):
-    """A rank's process. table: what distinguishes the process tables that its id may be of."""
+    """A rank's process. table: host, boot and process table, as of ``lock.own_identity``: what its id is of."""
 
     rank: int
     pid: int
-    table: tuple[str, str | None]
+    table: tuple[str, str | None, str | None]
 
 
 def own_process(rank: int) -> RankProcess:
     """This process."""
-    return RankProcess(rank, os.getpid(), (socket.gethostname(), pid_namespace()))
+    own = own_identity()
+    return RankProcess(rank, own["pid"], (own["host"], own["boot"], own["pids"]))
 
 
 class PeerWatch:
@@ -59,9 +59,9 @@ class PeerWatch:
         self._rank, self._run = rank, run
         self._processes: dict[int, RankProcess] = {}  # by pidfd
         if hasattr(os, "pidfd_open"):
-            with suppress(OSError):  # an old kernel, or a rank that has ended already
-                for process in ranks:
-                    if process.table == own.table and process.rank != rank:
+            for process in ranks:
+                if process.table == own.table and process.rank != rank:
+                    with suppress(OSError):  # an old kernel, or a rank that has ended already
                         self._processes[os.pidfd_open(process.pid)] = process
         self._wake, self._waker = os.pipe()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)

@@ -195,7 +195,7 @@ def show(run: Path, now: float) -> str:
         where = f"at {checkpoint['position']:,}" if "position" in checkpoint else checkpoint["file"]
         lines.append(f"  last checkpoint: {where}, {_span(now - checkpoint['saved'])} ago")
     if status["state"] == "running" and now - status["updated"] > SILENT_S:
-        silent = _span(now - status["updated"])
+        silent = f"{_span(now - status['updated'])} by this host's clock"
         lines.append(f"  silent for {silent}: it was probably killed; start it again to continue")
     return "\n".join(lines)
 

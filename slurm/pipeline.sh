@@ -73,14 +73,15 @@ submit() { # stage, dependency, arguments of the stage
     [[ -z $array ]] || kind=aftercorr
     local id
     id=$(sbatch --parsable ${array:+--array="$array"} ${after:+--dependency="$kind:$after" --kill-on-invalid-dep=yes} \
-        "${options[@]}" "slurm/$stage.sbatch" --config "${config[$stage]}" "run.output_dir=\"$chain/$stage\"" "$@") || return
+        "${options[@]}" "slurm/$stage.sbatch" "${sets[@]}" --config "${config[$stage]}" \
+        "run.output_dir=\"$chain/$stage\"" "$@") || return
     echo "${id%%;*}" # with several clusters "id;cluster"
 }
 options=("$@")
-overrides=()
+overrides=() sets=()
 if [[ ${#prompts[@]} -gt 0 ]]; then
+    sets=(--prompts "${prompts[*]}") # job.sh takes them
     overrides=("data.prompts.path=@prompts@")
-    export ESI_DS_PROMPTS="${prompts[*]}"
 elif [[ -n $array ]]; then
     overrides=("run.seed=@task@")
 fi

@@ -345,14 +345,18 @@ class StageRun(ABC, Generic[Inputs]):
             self._check_sources()
             for line in hub.kept_commits():
                 tracker.log(line)
+            kept = self.folder.kept() if runtime.is_main() else {}
             try:
                 self.work()
             except BaseException as error:
                 if self._fingerprint is not None:  # else the run has not begun, and an older manifest stays
                     with suppress(OSError):  # a full disk: the first error is the one to report
                         self.record("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
-                if isinstance(error, Interrupted):  # every rank is here, and a launcher kills all when the first leaves
-                    runtime.barrier()
+                if isinstance(error, Interrupted):
+                    in_vain = runtime.is_main() and self.folder.kept() == kept
+                    runtime.barrier()  # every rank is here, and a launcher kills all when the first leaves
+                    if in_vain:  # slurm/job.sh knows this by its last words
+                        raise Interrupted(f"{error}; this start has kept nothing") from error
                 raise
             self.record("done")
             if runtime.is_main():

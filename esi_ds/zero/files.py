@@ -133,9 +133,9 @@ class FolderFiles:
         for file, entries in self._files.items():
             header = self._headers[file][0]
             size = sum(entry.num_bytes for entry in entries)
-            with writing(self.folder / file), (self.folder / file).open("wb") as opened:
-                opened.write(header)
-                opened.truncate(len(header) + size)
+            with writing(self.folder / file), (self.folder / file).open("wb", buffering=0) as opened:
+                opened.truncate(len(header) + size)  # first: an NFS client writes whole pages at a file's end
+                _write_at(opened, 0, header)
             weight_map.update({entry.name: file for entry in entries})
             total += size
         metadata = {"total_size": total, **(index_metadata or {})}
@@ -167,8 +167,10 @@ class FolderFiles:
 
     @contextmanager
     def _opened(self, file: str) -> Iterator[FileIO]:
+        """The file, for writing only: of one that may be read too, an NFS client reads each page that it writes a part
+        of, and later writes the whole page back, over what another host has put there in the meantime."""
         path = wait_until_visible(self.folder / file)
-        with writing(path), path.open("r+b", buffering=0) as opened:
+        with writing(path), open(os.open(path, os.O_WRONLY), "wb", buffering=0) as opened:
             yield opened
 
     def read_digests(self) -> dict[str, str]:

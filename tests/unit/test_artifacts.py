@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from esi_ds import artifacts
+from esi_ds import artifacts, lock
 from esi_ds.artifacts import (
     RunFolder,
     append_jsonl,
@@ -23,6 +23,7 @@ from esi_ds.artifacts import (
     renew_result,
     replace_folder,
     run_id,
+    temporary_name,
     write_json_atomic,
     write_text_atomic,
 )
@@ -112,6 +113,23 @@ def test_a_kill_at_the_first_write_does_not_lock_the_folder(tmp_path: Path) -> N
     (tmp_path / ".config.yaml.tmp").write_text("run: {outp")
     RunFolder(str(tmp_path)).open(make_config())
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml"]
+
+
+def test_a_folder_whose_lock_is_being_written_is_no_other_run_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first file of a run: where it is not written to its end, the next start still finds a folder to begin in."""
+    names = []
+
+    def fail(descriptor: int) -> None:
+        names.extend(tmp_path.iterdir())
+        RunFolder(str(tmp_path)).check(make_config())  # as where another job starts now, or this one is killed
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        lock.acquire(tmp_path)
+    assert len(names) == 1 and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", ["a: [", "other: 1\n", "- 1\n", ""])
@@ -223,6 +241,10 @@ def test_a_run_that_was_refused_begins_anew(tmp_path: Path) -> None:
     assert not (run.path / "manifest.json").exists() and not (run.path / "inputs.json").exists()
     run.identify()
     assert json.loads((run.path / "run.json").read_text()) != before
+    run = failed_run(tmp_path / "written")
+    for name in ("manifest.json", "status.json", "inputs.json", "run.json"):
+        temporary_name(run.path / name).touch()  # of a start that was killed while it wrote
+    run.open(other)
     with pytest.raises(UserError, match="holds a run whose config differs"):
         failed_run(tmp_path / "begun", "responses.jsonl").check(other)
     run = failed_run(tmp_path / "killed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -12,13 +13,14 @@ import pytest
 import torch
 from builders import byte_bpe_tokenizer
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaConfig
 
 from esi_ds import patch
 from esi_ds.core.units import Parameter, Shard, Unit
 from esi_ds.zero import files
 from esi_ds.zero.export import export_model
+from esi_ds.zero.files import Entry
 
 
 @pytest.fixture
@@ -67,6 +69,28 @@ def test_a_mask_without_room_names_the_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError) as caught:
         write_mask(tmp_path / "mask")
     assert name in caught.value.filename and not (tmp_path / "mask").exists()
+
+
+def test_hosts_write_parts_of_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS clients write whole pages of a file that they may read too, and of its last page: every write, also of the
+    header, is to a file of full size that is open for writing only."""
+    written = files.FolderFiles(tmp_path / "model", {"a": [Entry("x", "F32", (3,)), Entry("y", "U8", (4,))]}, {})
+    descriptors: list[tuple[int, int]] = []  # access mode, size of the file
+    pwrite = os.pwrite
+
+    def look(descriptor: int, data: bytes, position: int) -> int:
+        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        descriptors.append((mode, os.fstat(descriptor).st_size))
+        return pwrite(descriptor, data, position)
+
+    monkeypatch.setattr(os, "pwrite", look)
+    written.start()
+    written.write_tensors("a", {"x": torch.ones(3)})
+    written.write(lambda name: [(1, b"123")] if name == "y" else [])
+    size = (tmp_path / "model/a").stat().st_size
+    assert descriptors == [(os.O_WRONLY, size)] * 3
+    stored = load_file(tmp_path / "model/a")
+    assert stored["x"].tolist() == [1, 1, 1] and stored["y"].tolist() == [0, *b"123"]
 
 
 def model() -> SimpleNamespace:

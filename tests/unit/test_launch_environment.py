@@ -132,3 +132,15 @@ def test_the_interface_that_other_hosts_reach(
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     launch_environment._name_interface(address, LaunchEnvironment("torch", 0, 2, 0, local_ranks))
     assert os.environ.get("GLOO_SOCKET_IFNAME") == name
+
+
+@pytest.mark.parametrize("error", [psutil.AccessDenied, psutil.NoSuchProcess])
+def test_a_parent_that_cannot_be_seen(monkeypatch: pytest.MonkeyPatch, error: type[psutil.Error]) -> None:
+    """srun's is root's, which /proc hides where it is mounted with hidepid=1; a launcher may have just ended."""
+
+    def parent(process: psutil.Process) -> None:
+        raise error(1)
+
+    monkeypatch.setattr(psutil.Process, "parent", parent)
+    assert launch_environment.launcher_processes(read(TORCHRUN)) == ()
+    assert launch_environment.job_on_host(TORCHRUN) is None

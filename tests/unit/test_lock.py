@@ -54,6 +54,25 @@ def test_one_holder_at_a_time_without_hard_links(number: int, tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_whose_reply_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS asks again, and then is told that the name is taken: by this very link (open(2), O_EXCL)."""
+    link = os.link
+
+    def lose_reply(source: Path, name: Path) -> None:
+        link(source, name)
+        raise FileExistsError(errno.EEXIST, "File exists")
+
+    dead = json.dumps({**lock.own_identity(), "pid_started": 1})
+    monkeypatch.setattr(os, "link", lose_reply)
+    assert lock.acquire(tmp_path) is None
+    lock.release(tmp_path)
+    (tmp_path / lock.LOCK).write_text(dead)
+    monkeypatch.setattr(os, "link", lambda source, name: (link if name.name == lock.LOCK else lose_reply)(source, name))
+    assert "no such process here" in lock.acquire(tmp_path)
+    lock.release(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     script = "import sys, os, pathlib; from esi_ds import lock; lock.acquire(pathlib.Path(sys.argv[1])); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == 9
@@ -102,6 +121,22 @@ def test_other_host_is_watched(tmp_path: Path, elsewhere: dict) -> None:
         ended.set()
         beating.join()
     assert "did not change for 0.6 s" in lock.acquire(tmp_path)  # nothing beats any more
+
+
+def test_a_status_that_is_replaced_while_it_is_read(
+    tmp_path: Path, elsewhere: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over NFS the file that was opened is gone then (ESTALE): its writer lives."""
+    (tmp_path / lock.STATUS).write_text("1")
+    read_bytes, reads = Path.read_bytes, iter((False, True))
+
+    def read(path: Path) -> bytes:
+        if next(reads):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert lock.why_dead(tmp_path, elsewhere) is None
 
 
 def test_slurm_tells_whether_its_job_lives(tmp_path: Path, elsewhere: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +294,7 @@ def test_status_of_a_run_that_was_killed(tmp_path: Path) -> None:
         stored = (tmp_path / lock.STATUS).read_text()
     (tmp_path / lock.STATUS).write_text(stored)
     assert "silent" not in status.show(tmp_path, time.time())
-    assert "silent for 1:00:00" in status.show(tmp_path, time.time() + 3600)
+    assert "silent for 1:00:00 by this host's clock: " in status.show(tmp_path, time.time() + 3600)
 
 
 WHOLE = {"state": "running", "stage": "esi", "pid": 1, "host": "a", "slurm_job": None, "updated": 1.0, "phase": None}

@@ -65,7 +65,8 @@ def test_the_lowest_that_lives_tells(how: str, rank: int, run: Path, capfd: pyte
     processes = {number: start(how if number == 1 else "done") for number in range(4) if number != rank}
     own = own_process(rank)
     ranks = [own, *(RankProcess(number, process.pid, own.table) for number, process in processes.items())]
-    ranks.append(RankProcess(9, processes[1].pid, ("another-host", None)))  # a pid there says nothing here
+    table = (own.table[0], "another boot", own.table[2])  # of a host with the same name: a pid there says nothing here
+    ranks.append(RankProcess(9, processes[1].pid, table))
     with PeerWatch(rank, ranks, run) as watch:
         end(processes[3])
         end(processes[1])
@@ -91,6 +92,18 @@ def test_a_death_is_told_before_the_error_that_follows_from_it(run: Path, capfd:
         end(process)
         raise RuntimeError("connection closed by peer")
     assert "rank 1 died of SIGABRT" in capfd.readouterr().err
+    process.wait()
+
+
+def test_a_rank_that_has_ended_already_hides_no_other(run: Path, capfd: pytest.CaptureFixture) -> None:
+    ended, process, own = start("done"), start("killed"), own_process(0)
+    ended.communicate()
+    with PeerWatch(
+        0, [own, RankProcess(1, ended.pid, own.table), RankProcess(2, process.pid, own.table)], run
+    ) as watch:
+        end(process)
+        watch._thread.join(5)
+    assert "rank 2 died of SIGKILL" in capfd.readouterr().err
     process.wait()
 
 

@@ -31,7 +31,7 @@ from esi_ds.stages import run as stage_run
 from esi_ds.stages.esi.prepare import EsiInputs
 from esi_ds.stages.evaluate.work import EvalRun
 from esi_ds.stages.folder import open_folder
-from esi_ds.stages.run import StageRun
+from esi_ds.stages.run import CHECKPOINTS, StageRun
 from esi_ds.status import show
 from esi_ds.zero import runtime
 
@@ -356,6 +356,30 @@ def test_remarks_of_an_earlier_start_stay(tmp_path: Path) -> None:
     )
     lines = "one at a time; one at a time beside it; one at"
     assert said == f"{unread}; another model replied; stop; {changed}; {lines}"
+
+
+def test_a_start_that_has_kept_nothing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(Run):
+        def work(self) -> None:
+            self._fingerprint = "f"
+            self.record("running")
+            self.tracker.log("loading")
+            self.tracker.scalars(1, {"loss": 1.0})
+            folder = self.folder.path / CHECKPOINTS / f"position-{next(positions)}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "state.json").write_text("{}")
+            raise Interrupted("stopped")
+
+    monkeypatch.setattr(Stopped, "_check_sources", lambda self: None)
+    tiny_model(tmp_path / "model")
+    run = {"output_dir": str(tmp_path / "run"), "tensorboard": False}
+    config = validate({"run": run, "model": {"path": str(tmp_path / "model")}})
+    positions = iter((1, 1, 2))
+    with runtime.process_group(60, 60):
+        for ending in ("stopped", "stopped; this start has kept nothing", "stopped"):
+            with pytest.raises(Interrupted) as caught:
+                Stopped(config, Options(), None, RunFolder(config.run.output_dir), {}, {}).run()
+            assert str(caught.value) == ending
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from esi_ds.config.yaml import apply_override
 
 ARRAY = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
 SRUN = """#!/bin/bash
+printf '%s\\n' "$@" >srun
 for word; do [[ $word = --output=* ]] && logs=${word#--output=}; done
 printf '%b' "$SAYS" >"${logs/\\%t/1}"
 exit "$CODE"
@@ -42,12 +45,47 @@ def call(site: Path, *command: str, **environment: str) -> subprocess.CompletedP
     return subprocess.run(command, cwd=site, env=whole, capture_output=True, text=True, timeout=60)
 
 
+def step(site: Path) -> dict[str, str]:
+    """What Slurm sets for a batch script."""
+    variables = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "a"}
+    return {**variables, "SLURM_SUBMIT_DIR": str(site)}
+
+
 def job(site: Path, code: int, says: str = "", **more: str) -> tuple[int, str]:
     """(exit code of the batch script, what it had requeued) where srun ends so and its ranks say this."""
-    step = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "a", "SLURM_SUBMIT_DIR": str(site)}
-    done = call(site, "bash", "slurm/esi.sbatch", **step, CODE=str(code), SAYS=says, **more)
+    done = call(site, "bash", "slurm/esi.sbatch", **{**step(site), "CODE": str(code), "SAYS": says, **more})
     requeued = site / "requeued"
     return done.returncode, requeued.read_text() if requeued.is_file() else ""
+
+
+def test_what_srun_is_asked_for(site: Path) -> None:
+    """Whatever the site and the job's own variables would have srun do by default."""
+    assert job(site, 0, SLURM_JOB_NUM_NODES="2", SLURM_NTASKS="2")[0] == 0
+    words = (site / "srun").read_text().splitlines()
+    options = words[: words.index("python")]
+    assert {"--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpu-bind=none"} < set(options)
+    assert {"--kill-on-bad-exit=1", "--wait=0", "--export=ALL"} < set(options)
+
+
+def test_a_pipeline_passes_its_sets_of_prompts_as_an_argument(site: Path) -> None:
+    """sbatch --export=NONE, which some sites ask for, keeps the environment from the job."""
+    (site / "bin/sbatch").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" >submitted\necho 7\n")
+    (site / "e.yaml").touch()
+    words = ["slurm/pipeline.sh", "--runs", "runs", "--esi", "e.yaml", "--prompts", "a.jsonl  b.jsonl"]
+    assert call(site, *words, "--", "--export=NONE").returncode == 0
+    submitted = (site / "submitted").read_text().splitlines()
+    arguments = submitted[submitted.index("slurm/esi.sbatch") + 1 :]
+    (site / "bin/srun").write_text("#!/bin/bash\nprintf '%s\\n' \"$@\" >said\n")
+    task = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "1"}
+    assert call(site, "bash", "slurm/esi.sbatch", *arguments, **step(site), **task).returncode == 0
+    assert "data.prompts.path=b.jsonl" in (site / "said").read_text().splitlines()
+
+
+def test_a_failure_without_a_message_shows_what_rank_0_said_last(site: Path) -> None:
+    srun = "#!/bin/bash\nfor word; do [[ $word = --output=* ]] && logs=${word#--output=}; done\n"
+    (site / "bin/srun").write_text(srun + 'echo "python: not found" >"${logs/\\%t/0}"\nexit 127\n')
+    done = call(site, "bash", "slurm/esi.sbatch", **step(site))
+    assert done.returncode == 127 and "start-0/rank-0.log" in done.stderr and "python: not found" in done.stderr
 
 
 @pytest.mark.parametrize(("variables", "name"), [({}, "12"), (ARRAY, "12_3")])
@@ -59,11 +97,11 @@ def test_a_task_of_an_array_requeues_itself_alone(site: Path, variables: dict[st
 def test_a_task_of_an_array_has_its_own_set_of_prompts_whatever_its_name_holds(site: Path) -> None:
     (site / "bin/srun").write_text("#!/bin/bash\nprintf '%s\\n' \"${@: -2}\" >said\n")
     names = ["R&D.jsonl", "a\\&&'b\".jsonl", "c.jsonl"]
-    step = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "a", "SLURM_SUBMIT_DIR": str(site)}
     for task, name in enumerate(names):
-        array = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": str(task), "ESI_DS_PROMPTS": " ".join(names)}
-        words = ["bash", "slurm/esi.sbatch", "data.prompts.path=@prompts@", 'run.output_dir="r&/@task@/esi"']
-        assert call(site, *words, **step, **array).returncode == 0
+        array = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": str(task)}
+        words = ["bash", "slurm/esi.sbatch", "--prompts", " ".join(names)]
+        words += ["data.prompts.path=@prompts@", 'run.output_dir="r&/@task@/esi"']
+        assert call(site, *words, **step(site), **array).returncode == 0
         assert (site / "said").read_text() == f'data.prompts.path={name}\nrun.output_dir="r&/{task}/esi"\n'
 
 
@@ -73,18 +111,51 @@ def test_a_task_of_an_array_has_its_own_set_of_prompts_whatever_its_name_holds(s
         ("error: model.path = x: is no folder; give one\\n", 2),
         ("bar 3/7\\nrank 1 failed: writing x: no space left on device\\n", 1),
         ("rank 1 failed: lost another rank (closed)\\nrank 0 failed: \\nTraceback\\n", 1),
+        ("Fatal Python error: Aborted\\n", 1),
     ],
 )
 def test_a_failure_that_had_others_stop_is_not_requeued(site: Path, says: str, code: int) -> None:
     """srun reports the greatest code: 75, of ranks that it ended while they started, hides 1 and 2."""
     assert job(site, 75, says) == (code, "")
+    assert job(site, 143, says) == (code, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_rank_that_a_signal_ends_before_it_handles_signals_is_requeued(site: Path, number: int) -> None:
+    assert job(site, 128 + number) == (75, "requeue Incomplete 12\n")
 
 
 def test_a_rank_that_lost_the_others_to_a_signal_is_requeued(site: Path) -> None:
     assert job(site, 75, "rank 1 failed: lost another rank (closed): it failed\\n") == (75, "requeue Incomplete 12\n")
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 143])
+IN_VAIN = "interrupted: stopped by a signal before anything was done; start again\\n"
+IN_TASK = "interrupted: stopped by a signal in task a; start again to run it; this start has kept nothing\\n"
+KEPT = "interrupted: stopped by a signal with 3 tasks run; start again to continue\\n"
+
+
+@pytest.mark.parametrize(
+    ("says", "left_s", "code"),
+    [
+        ((IN_VAIN, IN_VAIN), 250, 2),
+        ((IN_TASK, IN_VAIN), 250, 2),
+        ((IN_TASK, IN_TASK), 4000, 75),  # preempted: the next start may have longer
+        ((KEPT, IN_TASK), 250, 75),
+        ((IN_TASK, KEPT), 250, 75),
+        ((IN_TASK, IN_TASK), None, 75),  # a Slurm before 22.05 does not say when the job ends
+    ],
+)
+def test_a_time_limit_within_which_nothing_is_kept(
+    site: Path, says: tuple[str, str], left_s: int | None, code: int
+) -> None:
+    end = {} if left_s is None else {"SLURM_JOB_END_TIME": str(int(time.time()) + left_s)}
+    assert job(site, 75, says[0], **end)[0] == 75
+    (site / "requeued").unlink()
+    ended = job(site, 75, says[1], SLURM_RESTART_COUNT="1", **end)
+    assert ended == (code, "requeue Incomplete 12\n" if code == 75 else "")
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 137])
 def test_other_ends_are_passed_on(site: Path, code: int) -> None:
     assert job(site, code) == (code, "")
 
