@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
 import socket
 import stat
-import subprocess
 import sys
 import time
 import uuid
@@ -30,6 +27,7 @@ from esi_ds.config.yaml import read_yaml
 from esi_ds.errors import UserError
 from esi_ds.failures import UNSUPPORTED
 from esi_ds.reading import check_regular, check_type, check_written_out, json_sha256, read_json, reading, share_of
+from esi_ds.versions import commit, versions
 
 # Files of a folder whose run was killed before it wrote config.yaml.
 UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.*lock\.json.*")
@@ -51,7 +49,6 @@ RESULT_REMEDY = f"copy it back, or delete it and {MANIFEST} to have the run done
 RESULT_FOLDERS = ("mask", "scores", "model", "patch")
 REPORTS = ("report.json", "report.html")
 READERS = 8  # files read at once: a sha256 keeps a core busy, and disks of clusters serve several readers
-PACKAGES = ("esi_ds", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
 
 @contextmanager
@@ -597,26 +594,3 @@ def contents_of(run: Path, names: Collection[str]) -> dict[str, FileContent]:
 def utc(seconds: float) -> str:
     """Seconds since the epoch as ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of those ``PACKAGES`` that are installed."""
-    installed = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
-
-
-def commit() -> str | None:
-    """The checkout's commit; None for an installed package, which may lie inside another repository."""
-    here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

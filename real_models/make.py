@@ -178,7 +178,7 @@ def make(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
     from transformers import logging
 
-    from esi_ds.artifacts import versions
+    from esi_ds.versions import versions
     from real_models.cards import write_cards
     from real_models.recipe import Settings, Sizes, material, record
     from real_models.sources import Data

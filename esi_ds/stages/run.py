@@ -26,7 +26,6 @@ from esi_ds.artifacts import (
     readable,
     result_sizes,
     run_id,
-    versions,
 )
 from esi_ds.config import Config, Esi, Eval
 from esi_ds.config.needs import unread_of_eval
@@ -59,6 +58,7 @@ from esi_ds.stages.dtype import check_same_dtype
 from esi_ds.stages.interrupt import listen
 from esi_ds.status import progress_of, say_done
 from esi_ds.tracking import Tracker
+from esi_ds.versions import versions
 from esi_ds.words import counted
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel, load_sharded

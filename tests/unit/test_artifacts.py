@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from esi_ds import artifacts, lock
+from esi_ds import lock, versions
 from esi_ds.artifacts import (
     RunFolder,
     append_jsonl,
@@ -179,11 +179,11 @@ def test_no_commit_of_a_repository_that_is_not_ours(tmp_path: Path, monkeypatch:
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
     package = tmp_path / ".venv" / "esi_ds"
     package.mkdir(parents=True)
-    monkeypatch.setattr(artifacts, "__file__", str(package / "artifacts.py"))
-    assert artifacts.commit() is None
+    monkeypatch.setattr(versions, "__file__", str(package / "versions.py"))
+    assert versions.commit() is None
     (tmp_path / "esi_ds").mkdir()
-    monkeypatch.setattr(artifacts, "__file__", str(tmp_path / "esi_ds" / "artifacts.py"))
-    assert len(artifacts.commit()) == 40
+    monkeypatch.setattr(versions, "__file__", str(tmp_path / "esi_ds" / "versions.py"))
+    assert len(versions.commit()) == 40
 
 
 RESULTS = [
