@@ -38,7 +38,7 @@ def make_example(
 ) -> Example:
     """An example of ids alone. before, after: what the judge reads around the response. safe, unsafe: its verdicts."""
     spans = [(i, i + 1) for i in range(len(response))]
-    text = EncodedText(before + response + after, spans, [safe], [unsafe])
+    text = EncodedText(before + response + after, [safe], [unsafe])
     positions = list(range(len(before), len(before) + len(response)))
     judged = EncodedPair(text, positions, spans, (0, len(response)))
     return Example(index, prompt, EncodedResponse(response, spans), judged)
