@@ -103,7 +103,7 @@ def test_a_system_prompt_that_moves_to_the_last_turn_is_shown() -> None:
     rows = [{"prompt": "a", "response": "b", "system": "Be kind."}]
     options: dict[str, Any] = {"system_prompt": None, "specials": (), "end_ids": {2}, "max_length": 500}
     (sequence,) = encode_rows(rows, ("prompt", "response"), tokenizer, **options).sequences
-    assert tokenizer.decode(sequence.ids) == "[INST] Be kind. a[/INST]b<|end|>"
+    assert tokenizer.decode(sequence.ids) == "[INST] Be kind. a[/INST] b<|end|>"
 
 
 def test_an_empty_system_prompt_is_a_turn_without_text_here_as_on_a_server() -> None:
