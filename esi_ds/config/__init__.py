@@ -20,7 +20,16 @@ from esi_ds.config.judges import (
     GuardModel,
     JudgeModel,
 )
-from esi_ds.config.loading import Config, Model, differences, load_config, model_name, resolved_yaml, validate
+from esi_ds.config.loading import (
+    Config,
+    Model,
+    begun_config,
+    differences,
+    load_config,
+    model_name,
+    resolved_yaml,
+    validate,
+)
 from esi_ds.config.scoring import Criterion, Esi, Select
 from esi_ds.config.tuning import BenignMix, Perturb, Tune
 
@@ -54,6 +63,7 @@ __all__ = [
     "Select",
     "Task",
     "Tune",
+    "begun_config",
     "differences",
     "label",
     "load_config",

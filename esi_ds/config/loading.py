@@ -159,6 +159,13 @@ def load_config(path: str, overrides: list[str], deepspeed_config: str | None = 
     return validate(raw)
 
 
+def begun_config(run: Path) -> Config | None:
+    """The config that the run in the folder began with; None where there is none. Raises UserError where it cannot be
+    read."""
+    file = run / "config.yaml"
+    return validate(read_yaml(file, "run.output_dir", "give a new folder")) if file.is_file() else None
+
+
 def validate(raw: Any) -> Config:
     """The Config of a plain mapping. Raises UserError for the first mistake."""
     check_numbers(raw, "")

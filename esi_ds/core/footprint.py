@@ -8,7 +8,6 @@ counted.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,7 +15,7 @@ from typing import Any
 
 from esi_ds.core.mask import num_bytes
 from esi_ds.core.stored import MODEL_DTYPES
-from esi_ds.core.units import Parameter
+from esi_ds.core.units import EXPERT, Parameter
 
 WEIGHT_BYTES = {name: dtype.itemsize for name, dtype in MODEL_DTYPES.items()}
 FP32 = 4
@@ -24,7 +23,6 @@ IN_FLIGHT, IN_FLIGHT_LIMIT = 2, 2 << 30  # reductions that run beside the backwa
 # Weights that ZeRO-3 gathers ahead in one collective where the DeepSpeed config names no number: DeepSpeed's default on
 # GPUs, and what a run on CPUs takes (``zero/settings.py: with_prefetch``).
 GPU_PREFETCH, CPU_PREFETCH = 50_000_000, 2_000_000
-LISTED = re.compile(r"\.experts\.\d+\.")  # in the names of experts that are modules of their own
 COMPACT_LIMIT = 2 << 30  # bytes of unsharded index and sums that a rank of SET may hold where `tune.reduction` is auto
 
 
@@ -178,7 +176,7 @@ def transient(
     A block whose experts are listed, each a module of its own, is gathered as one module. weight: bytes of a weight.
     trained: parameters that get a gradient have a number above 0. recompute: whether activations are checkpointed.
     """
-    blocks = {name[: match.start()] for name in (t.parameter.name for t in tensors) if (match := LISTED.search(name))}
+    blocks = {name[: match.start()] for name in (t.parameter.name for t in tensors) if (match := EXPERT.search(name))}
     modules: dict[str, list[GatheredTensor]] = {}
     for tensor in tensors:
         modules.setdefault(_module_of(tensor.parameter.name, blocks), []).append(tensor)

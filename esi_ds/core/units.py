@@ -6,11 +6,14 @@ of flat positions: ``count`` runs of ``length`` elements, ``stride`` apart, from
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+EXPERT = re.compile(r"\.experts\.(\d+)\.")  # in the name of an expert that is a module of its own: its number
 
 
 @dataclass(frozen=True)

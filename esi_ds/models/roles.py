@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from esi_ds.core.units import Parameter, Unit
+from esi_ds.core.units import EXPERT, Parameter, Unit
 from esi_ds.errors import UserError
 from esi_ds.models.fused import attention_layout, has_gate_up, is_known_code, units_of
 from esi_ds.words import counted
@@ -78,7 +78,6 @@ ROUTER_LEAVES = frozenset({"gate", "router", "wg", "shared_expert_gate"})
 CORRECTION_BIASES = frozenset({"expert_bias", "e_score_correction_bias"})
 ATTENTION_NAMES = frozenset({"self_attn", "self_attention", "attention", "attn"})
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")
-EXPERT = re.compile(r"\.experts\.(\d+)\.")
 SHARED = re.compile(r"\.shared_(?:experts?|mlp)\.")
 ATTENTION_PATH = re.compile(r"(?:^|[._])(?:\w*_)?(?:attn|attention)s?(?:\.|$)")
 # What stands between a tower and the text model, by the names that transformers' multimodal models give it.

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from esi_ds.config import Config, validate
+from esi_ds.config import Config, begun_config
 from esi_ds.config.checks import BATCH_SIZES
-from esi_ds.config.yaml import read_yaml
 from esi_ds.core.batch_size import generation_bytes
 from esi_ds.models.widths import widths
 from esi_ds.zero import runtime
@@ -78,10 +77,10 @@ def changed_batch_sizes(run: Path, config: Config) -> list[str]:
 
     Raises UserError for a ``config.yaml`` that cannot be read.
     """
-    file = run / "config.yaml"
-    if not file.is_file():
+    begun = begun_config(run)
+    if begun is None:
         return []
-    before, now = validate(read_yaml(file, "run.output_dir", "give a new folder")).model_dump(), config.model_dump()
+    before, now = begun.model_dump(), config.model_dump()
     lines = []
     for section, key in (name.split(".") for name in BATCH_SIZES):
         old, new = ((sections[section] or {}).get(key) for sections in (before, now))

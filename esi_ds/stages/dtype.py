@@ -6,8 +6,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from esi_ds.config import Config, Model, validate
-from esi_ds.config.yaml import read_yaml
+from esi_ds.config import Config, Model, begun_config
 from esi_ds.errors import UserError
 from esi_ds.models.native import computes_bf16
 from esi_ds.zero import runtime
@@ -41,10 +40,9 @@ def with_dtype(config: Config, dry_run: bool = False) -> Config:
 def begun_model(config: Config) -> Model | None:
     """``model`` of the run that began in the config's folder; None where there is none, or none that can be read:
     whoever opens the folder says so."""
-    stored = Path(config.run.output_dir) / "config.yaml"
     with suppress(UserError, OSError):
-        if stored.is_file():
-            return validate(read_yaml(stored, "run.output_dir", "give a new folder")).model
+        begun = begun_config(Path(config.run.output_dir))
+        return None if begun is None else begun.model
     return None
 
 

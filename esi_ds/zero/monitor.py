@@ -35,14 +35,14 @@ class Monitors:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each curve. values: by name of the curve."""
-        master = self._master
+        master, events = self._master, [(name, value, step) for name, value in values.items()]
         if master.csv_monitor is not None and master.csv_monitor.enabled:
             for name in values.keys() - self._continued:
                 self._continue_csv(name, step)
-            master.csv_monitor.write_events([(_csv_name(name), value, step) for name, value in values.items()])
+            master.csv_monitor.write_events([(_csv_name(name), *point) for name, *point in events])
         for monitor in (master.tb_monitor, master.comet_monitor):
             if monitor is not None:
-                monitor.write_events([(name, value, step) for name, value in values.items()])
+                monitor.write_events(events)
         if master.wandb_monitor is not None:
             # W&B merges the points of one step, drops those of a lower one, and every phase counts its steps from 0.
             self._wandb_step += 1
