@@ -26,6 +26,7 @@ from transformers import (
     Phi3Config,
     PhimoeConfig,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
@@ -436,6 +437,18 @@ class ToyConfig(LlamaConfig):
 class ToyForCausalLM(LlamaForCausalLM):
     config_class = ToyConfig
 """
+
+
+def build_masked_llama(folder: Path) -> Path:
+    """A folder of a small Llama, ``model``, and of a random mask of a fifth of its weights, ``mask``."""
+    build_model("llama", folder / "model", byte_bpe_tokenizer())
+    build_mask(folder / "mask", folder / "model", ratio=0.2)
+    return folder
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model in a folder of ``build_masked_llama``."""
+    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
 
 
 def make_remote(folder: Path, repository: str = "") -> None:

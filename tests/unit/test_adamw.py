@@ -10,11 +10,10 @@ from weakref import ref
 
 import pytest
 import torch
-from builders import build_mask, build_model, byte_bpe_tokenizer
+from builders import build_mask, build_masked_llama, load_model
 from mask_folders import write_mask
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import AutoModelForCausalLM
 
 import esi_ds
 from esi_ds import Mask
@@ -31,10 +30,7 @@ OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("adamw")
-    build_model("llama", folder / "model", byte_bpe_tokenizer())
-    build_mask(folder / "mask", folder / "model", ratio=0.2)
-    return folder
+    return build_masked_llama(tmp_path_factory.mktemp("adamw"))
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,10 +48,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4, se
         backward(model, generator)
         optimizer.step()
         optimizer.zero_grad()
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
 
 
 @pytest.mark.parametrize("kind", ["all", "bits", "positions"])
@@ -100,7 +92,7 @@ def test_keep_only(monkeypatch) -> None:
 @pytest.mark.parametrize("train_what", ["selected", "complement"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain_pytorch(folder: Path, train_what: str, dtype: torch.dtype) -> None:
-    model, base = load(folder, dtype), load(folder, dtype)
+    model, base = load_model(folder, dtype), load_model(folder, dtype)
     mask = Mask.load(folder / "mask")
     optimizer = esi_ds.MaskedAdamW(model, mask, train=train_what, **OPTIONS)
     train(model, optimizer)
@@ -121,7 +113,7 @@ def test_everything_trained_is_torchs_adamw(folder: Path, tmp_path: Path) -> Non
     build_mask(tmp_path / "mask", folder / "model", ratio=2.0)
     metadata = json.loads(Mask.load(tmp_path / "mask").metadata["counts"])
     first = next(iter(metadata))  # the builder leaves this one out
-    model, plain = load(folder), load(folder)
+    model, plain = load_model(folder), load_model(folder)
     plain.get_parameter(first).requires_grad_(False)
     optimizer = esi_ds.MaskedAdamW(model, tmp_path / "mask", unscored="train", **OPTIONS)
     reference = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], foreach=False, **OPTIONS)
@@ -135,10 +127,10 @@ def test_everything_trained_is_torchs_adamw(folder: Path, tmp_path: Path) -> Non
 
 def test_state_dict_goes_on_with_the_same_bits(folder: Path) -> None:
     """In bf16: torch would cast the masters to the parameters' dtype on the way in."""
-    one = load(folder, torch.bfloat16)
+    one = load_model(folder, torch.bfloat16)
     optimizer = esi_ds.MaskedAdamW(one, folder / "mask", **OPTIONS)
     train(one, optimizer)
-    other = load(folder, torch.bfloat16)
+    other = load_model(folder, torch.bfloat16)
     other.load_state_dict(one.state_dict())
     again = esi_ds.MaskedAdamW(other, folder / "mask", **OPTIONS)
     again.load_state_dict(optimizer.state_dict())
@@ -149,7 +141,7 @@ def test_state_dict_goes_on_with_the_same_bits(folder: Path) -> None:
 
 def test_a_state_of_fp32_goes_on_in_bf16(folder: Path) -> None:
     """As when a resumed script loads the model in another dtype: masters are made of its weights."""
-    one, other, base = load(folder), load(folder, torch.bfloat16), load(folder, torch.bfloat16)
+    one, other, base = load_model(folder), load_model(folder, torch.bfloat16), load_model(folder, torch.bfloat16)
     optimizer = esi_ds.MaskedAdamW(one, folder / "mask", **OPTIONS)
     train(one, optimizer)
     again = esi_ds.MaskedAdamW(other, folder / "mask", **OPTIONS)
@@ -164,7 +156,7 @@ def test_a_state_of_fp32_goes_on_in_bf16(folder: Path) -> None:
 
 @pytest.mark.parametrize("train_what", ["selected", "complement"])
 def test_coordinates_follow_their_parameter_to_another_device(folder: Path, train_what: str) -> None:
-    model = load(folder)
+    model = load_model(folder)
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask", train_what)
     weight = model.model.layers[0].self_attn.v_proj.weight
     assert optimizer.coordinates(weight).device.type == "cpu"
@@ -176,13 +168,13 @@ def test_coordinates_follow_their_parameter_to_another_device(folder: Path, trai
 def test_it_is_not_copied(folder: Path) -> None:
     """A copy would have none of its parameters' hooks."""
     with pytest.raises(UserError, match="cannot be copied or pickled"):
-        copy.deepcopy(esi_ds.MaskedAdamW(load(folder), folder / "mask"))
+        copy.deepcopy(esi_ds.MaskedAdamW(load_model(folder), folder / "mask"))
 
 
 @pytest.mark.parametrize("train_what", ["selected", "complement"])
 def test_parameters_that_are_cut_afterwards_are_refused(folder: Path, train_what: str) -> None:
     """As FSDP does with ``use_orig_params``: the same parameters, and in each a piece of the weights, flat."""
-    model = load(folder)
+    model = load_model(folder)
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask", train_what)
     weight = model.model.layers[0].self_attn.v_proj.weight
     weight.data = weight.data.flatten()[8 : 8 + weight.numel() // 2].clone()
@@ -194,7 +186,7 @@ def test_parameters_that_are_cut_afterwards_are_refused(folder: Path, train_what
 
 def test_the_state_of_another_mask_is_refused(folder: Path, tmp_path: Path) -> None:
     """Of the same counts too. A state of before this was saved is accepted."""
-    model, mask = load(folder), Mask.load(folder / "mask")
+    model, mask = load_model(folder), Mask.load(folder / "mask")
     optimizer = esi_ds.MaskedAdamW(model, mask)
     train(model, optimizer, 1)
     state = optimizer.state_dict()
@@ -212,19 +204,19 @@ def test_the_state_of_another_mask_is_refused(folder: Path, tmp_path: Path) -> N
 
 
 def test_a_state_of_another_size_is_refused(folder: Path, tmp_path: Path) -> None:
-    model = load(folder)
+    model = load_model(folder)
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
     train(model, optimizer, 1)
     state = optimizer.state_dict()
     del state["param_groups"][0]["trained_sha256"]
     build_mask(tmp_path / "mask", folder / "model", ratio=0.3)
     with pytest.raises(UserError, match="was given moments of"):
-        esi_ds.MaskedAdamW(load(folder), tmp_path / "mask").load_state_dict(state)
+        esi_ds.MaskedAdamW(load_model(folder), tmp_path / "mask").load_state_dict(state)
 
 
 def test_frozen_gradients_do_not_count(folder: Path) -> None:
     """In a norm that a training loop clips by: neither those that arrive, here NaN, nor those that were there."""
-    name, mask, model = "model.layers.0.self_attn.v_proj.weight", Mask.load(folder / "mask"), load(folder)
+    name, mask, model = "model.layers.0.self_attn.v_proj.weight", Mask.load(folder / "mask"), load_model(folder)
     backward(model)
     parameter, frozen_here = model.get_parameter(name), ~mask.tensor(name)
     optimizer = esi_ds.MaskedAdamW(model, mask)
@@ -240,7 +232,7 @@ def test_frozen_gradients_do_not_count(folder: Path) -> None:
 
 def test_one_that_has_stepped_and_is_dropped_is_gone(folder: Path) -> None:
     """As in a notebook's second run. One that has not stepped lives on: Trainer drops what it lets step."""
-    model, counts = load(folder), []
+    model, counts = load_model(folder), []
     for _ in range(2):
         optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
         backward(model)
@@ -259,7 +251,7 @@ def test_one_that_has_stepped_and_is_dropped_is_gone(folder: Path) -> None:
 
 def test_two_masks_share_a_model(folder: Path) -> None:
     """One rate for the mask's weights and another for the rest: neither takes the other's gradients."""
-    model, base, mask = load(folder), load(folder), Mask.load(folder / "mask")
+    model, base, mask = load_model(folder), load_model(folder), Mask.load(folder / "mask")
     optimizers = [esi_ds.MaskedAdamW(model, mask, what, lr=1e-2) for what in ("selected", "complement")]
     for tensor in model.parameters():
         tensor.requires_grad_(True)
@@ -273,7 +265,7 @@ def test_two_masks_share_a_model(folder: Path) -> None:
 @pytest.mark.parametrize("how", ["load_state_dict", "through data"])
 def test_weights_written_between_steps_stay(folder: Path, how: str) -> None:
     """Masters follow: averaged or earlier weights are put back so."""
-    model = load(folder, torch.bfloat16)
+    model = load_model(folder, torch.bfloat16)
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask", lr=1e-2)
     train(model, optimizer, 2)
     written = {name: tensor + 1 for name, tensor in model.state_dict().items()}
@@ -289,7 +281,7 @@ def test_weights_written_between_steps_stay(folder: Path, how: str) -> None:
 
 def test_masters_keep_what_bf16_cannot_hold(folder: Path) -> None:
     """Nothing was written: many small steps add up."""
-    model = load(folder, torch.bfloat16)
+    model = load_model(folder, torch.bfloat16)
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask", lr=1e-6)
     train(model, optimizer, 2)
     for tensor, state in optimizer.state.items():
@@ -307,7 +299,7 @@ def add_adapter(model: nn.Module) -> nn.Parameter:
 
 def test_an_adapter_that_is_added_afterwards_is_refused(folder: Path) -> None:
     """Whether the loop steps this optimizer, or, as Trainer under DeepSpeed, another one."""
-    model = load(folder)
+    model = load_model(folder)
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
     other = torch.optim.SGD([add_adapter(model)], lr=0.1)
     for stepped in (optimizer, other):
@@ -319,12 +311,12 @@ def test_an_adapter_that_is_added_afterwards_is_refused(folder: Path) -> None:
 
 def test_a_step_without_any_gradient_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="none of its parameters has a gradient"):
-        esi_ds.MaskedAdamW(load(folder), folder / "mask").step()
+        esi_ds.MaskedAdamW(load_model(folder), folder / "mask").step()
 
 
 def test_another_optimizer_of_its_parameters_is_refused_until_it_is_closed(folder: Path) -> None:
     """As at DeepSpeed's stage 0 in fp32: Trainer steps a plain AdamW."""
-    model, base = load(folder), load(folder)
+    model, base = load_model(folder), load_model(folder)
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
     plain = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for steps in (0, 1):
@@ -350,7 +342,7 @@ def test_a_wrapper_of_it_may_step(folder: Path) -> None:
         def step(self, closure=None):
             self.inner.step()
 
-    model = load(folder)
+    model = load_model(folder)
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
     train(model, Wrapper(optimizer), 2)
     assert all(int(state["step"]) == 2 for state in optimizer.state.values())
@@ -358,7 +350,7 @@ def test_a_wrapper_of_it_may_step(folder: Path) -> None:
 
 def test_masters_that_another_optimizer_steps_are_refused(folder: Path) -> None:
     """As at DeepSpeed's stage 0 in bf16. Another model's optimizer may step meanwhile."""
-    model, elsewhere = load(folder, torch.bfloat16), nn.Parameter(torch.ones(3))
+    model, elsewhere = load_model(folder, torch.bfloat16), nn.Parameter(torch.ones(3))
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
     masters = [tensor.detach().float() for tensor in optimizer.parameters.values()]
     backward(model)
@@ -377,7 +369,7 @@ def test_masters_that_another_optimizer_steps_are_refused(folder: Path) -> None:
 
 def test_other_stages_of_zero_are_refused(folder: Path) -> None:
     """By what they leave on parameters, and where they give the optimizer masters of their own."""
-    model = load(folder)
+    model = load_model(folder)
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
     backward(model)
     for tensor in model.parameters():
@@ -391,7 +383,7 @@ def test_other_stages_of_zero_are_refused(folder: Path) -> None:
 
 
 def test_groups_with_names(folder: Path) -> None:
-    model = load(folder)
+    model = load_model(folder)
     named = list(model.named_parameters())
     groups = [{"params": named[:9], "lr": 1e-3}, {"params": named[9:], "weight_decay": 0.0}]
     optimizer = esi_ds.MaskedAdamW(groups, folder / "mask", **OPTIONS)
@@ -457,11 +449,11 @@ def reshaped(model: nn.Module, folder: Path) -> nn.Module:
 )
 def test_refusals(folder: Path, change, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        esi_ds.MaskedAdamW(change(load(folder), folder), folder / "mask")
+        esi_ds.MaskedAdamW(change(load_model(folder), folder), folder / "mask")
 
 
 def test_a_mask_of_other_roles_says_so(folder: Path, tmp_path: Path) -> None:
-    model, roles = load(folder), {"lm_head.weight": "embedding"}
+    model, roles = load_model(folder), {"lm_head.weight": "embedding"}
     parameters = describe(model, None, roles)
     bits = {p.name: torch.arange(p.numel).view(p.shape) % 3 == 0 for p in parameters if p.scored}
     mask = write_mask(tmp_path, bits, total_numel=str(sum(p.numel for p in parameters)))
@@ -561,9 +553,9 @@ def test_no_decay_reaches_what_no_text_trains(train_what: str, tmp_path: Path) -
 def test_nothing_to_train_is_refused(folder: Path, tmp_path: Path) -> None:
     build_mask(tmp_path / "mask", folder / "model", ratio=0.0)
     with pytest.raises(UserError, match="nothing would train"):
-        esi_ds.MaskedAdamW(load(folder), tmp_path / "mask")
+        esi_ds.MaskedAdamW(load_model(folder), tmp_path / "mask")
     with pytest.raises(UserError, match="train = chosen"):
-        esi_ds.MaskedAdamW(load(folder), folder / "mask", train="chosen")
+        esi_ds.MaskedAdamW(load_model(folder), folder / "mask", train="chosen")
 
 
 @pytest.mark.parametrize("train_what", ["selected", "complement"])

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import build_mask, build_model, byte_bpe_tokenizer
+from builders import build_mask, build_masked_llama, load_model
 from deepspeed.runtime.lr_schedules import WarmupLR
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM
 
 import esi_ds
 from esi_ds.errors import UserError
@@ -19,14 +18,7 @@ from esi_ds.errors import UserError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("takeover")
-    build_model("llama", folder / "model", byte_bpe_tokenizer())
-    build_mask(folder / "mask", folder / "model", ratio=0.2)
-    return folder
-
-
-def load(folder: Path) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    return build_masked_llama(tmp_path_factory.mktemp("takeover"))
 
 
 def backward(model: nn.Module) -> None:
@@ -58,7 +50,7 @@ def on_one_rank(monkeypatch) -> None:
 @pytest.mark.usefixtures("on_one_rank")
 def test_an_engine_that_is_made_after_a_gradient_is_taken_over(folder: Path) -> None:
     """By the newest of a model's optimizers, and so is the next engine. The engine's schedule scales its rate."""
-    model = load(folder)
+    model = load_model(folder)
     old = esi_ds.MaskedAdamW(model, folder / "mask", train="complement")
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask", lr=1e-2)
     backward(model)
@@ -93,7 +85,7 @@ def warm_up(step: int) -> float:
 @pytest.mark.usefixtures("on_one_rank")
 def test_a_schedule_that_is_dropped_with_it_leaves_its_rate(folder: Path) -> None:
     """Trainer drops both; a warm-up has set the rate to 0 by then."""
-    model = load(folder)
+    model = load_model(folder)
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask", lr=1e-2)
     LambdaLR(optimizer, warm_up)
     engine = Engine(optimizer)
@@ -112,7 +104,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_a_schedule_of_the_engine_scales_its_rate(folder: Path, kind: str) -> None:
     """It holds the optimizer that was replaced. After a checkpoint was loaded, too."""
-    model = load(folder)
+    model = load_model(folder)
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask", lr=1e-2)
     engine = Engine(optimizer)
     schedule = SCHEDULES[kind](engine)
@@ -130,7 +122,7 @@ def test_a_schedule_of_the_engine_scales_its_rate(folder: Path, kind: str) -> No
 @pytest.mark.usefixtures("on_one_rank")
 def test_an_engines_optimizer_that_is_made_of_its_groups_has_its_rates(folder: Path) -> None:
     """As accelerate makes a DeepSpeedCPUAdam: schedules write into groups that are this optimizer's."""
-    model = load(folder)
+    model = load_model(folder)
     named = list(model.named_parameters())
     groups = [{"params": named[:9]}, {"params": named[9:], "weight_decay": 0.5}]
     optimizer = esi_ds.MaskedAdamW(groups, folder / "mask", lr=1e-2)
@@ -146,7 +138,7 @@ def test_an_engines_optimizer_that_is_made_of_its_groups_has_its_rates(folder: P
 
 @pytest.mark.usefixtures("on_one_rank")
 def test_a_rate_of_0_is_refused(folder: Path) -> None:
-    model = load(folder)
+    model = load_model(folder)
     Engine(esi_ds.MaskedAdamW(model, folder / "mask")).optimizer.param_groups[0]["initial_lr"] = 0.0
     with pytest.raises(UserError, match="whose learning rate is 0"):
         backward(model)
@@ -155,7 +147,7 @@ def test_a_rate_of_0_is_refused(folder: Path) -> None:
 @pytest.mark.usefixtures("on_one_rank")
 def test_a_resumed_engine_keeps_its_moments(folder: Path, tmp_path: Path) -> None:
     """DeepSpeed loads them into the optimizer that it has, before the first gradient."""
-    model = load(folder)
+    model = load_model(folder)
     optimizer = esi_ds.MaskedAdamW(model, folder / "mask")
     engine = Engine(optimizer)
     backward(model)
@@ -166,7 +158,7 @@ def test_a_resumed_engine_keeps_its_moments(folder: Path, tmp_path: Path) -> Non
     state = optimizer.state_dict()
 
     def resumed(mask: Path, **options) -> esi_ds.MaskedAdamW:
-        model = load(folder)
+        model = load_model(folder)
         again = esi_ds.MaskedAdamW(model, mask, **options)
         Engine(again).optimizer.load_state_dict(state)
         backward(model)
@@ -196,7 +188,7 @@ def test_a_resumed_engine_keeps_its_moments(folder: Path, tmp_path: Path) -> Non
     ],
 )
 def test_engines_that_step_otherwise_are_refused(folder: Path, engine: dict, message: str) -> None:
-    model = load(folder)
+    model = load_model(folder)
     esi_ds.MaskedAdamW(model, folder / "mask")
     for tensor in model.parameters():
         tensor._z3_optimizer = SimpleNamespace(**engine, optimizer=None)

@@ -9,12 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import build_mask, build_model, byte_bpe_tokenizer
+from builders import build_mask, build_masked_llama, build_model, byte_bpe_tokenizer, load_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from transformers import AutoModelForCausalLM
 
 from esi_ds import Mask, freeze
 from esi_ds.errors import UserError
@@ -25,14 +24,7 @@ Maker = Callable[[nn.Module], torch.optim.Optimizer]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("freeze")
-    build_model("llama", folder / "model", byte_bpe_tokenizer())
-    build_mask(folder / "mask", folder / "model", ratio=0.2)
-    return folder
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+    return build_masked_llama(tmp_path_factory.mktemp("freeze"))
 
 
 def backward(model: nn.Module, seed: int = 0) -> None:
@@ -92,7 +84,7 @@ OPTIMIZERS: dict[str, Maker] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_frozen_bit_moves(folder: Path, name: str, dtype: torch.dtype, train_what: str) -> None:
-    model, base = load(folder, dtype), load(folder, dtype)
+    model, base = load_model(folder, dtype), load_model(folder, dtype)
     with freeze(model, folder / "mask", train_what):
         train(model, OPTIMIZERS[name](model))
     frozen, trained = changes(model, base, Mask.load(folder / "mask"), train_what)
@@ -101,7 +93,7 @@ def test_no_frozen_bit_moves(folder: Path, name: str, dtype: torch.dtype, train_
 
 def test_eight_bit_adamw(folder: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    model, base = load(folder), load(folder)
+    model, base = load_model(folder), load_model(folder)
     with freeze(model, folder / "mask"):
         optimizer = bitsandbytes.optim.AdamW8bit(model.parameters(), lr=1e-2, weight_decay=0.1, min_8bit_size=1)
         train(model, optimizer)
@@ -112,7 +104,7 @@ def test_eight_bit_adamw(folder: Path) -> None:
 
 def test_an_optimizer_that_was_made_before(folder: Path) -> None:
     """It holds momentum and gradients of what is then frozen."""
-    model = load(folder)
+    model = load_model(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     train(model, optimizer)
     backward(model)
@@ -128,7 +120,7 @@ def test_frozen_gradients_reach_no_trained_weight(folder: Path) -> None:
     """Muon mixes all gradients of a matrix, and clipping all of the model: frozen ones, here NaN, count as 0."""
     name = "model.layers.0.self_attn.v_proj.weight"
     mask = Mask.load(folder / "mask")
-    model = load(folder)
+    model = load_model(folder)
     parameter = model.get_parameter(name)
     frozen_here = ~mask.tensor(name)
     parameter.register_hook(lambda gradient: gradient.masked_fill(frozen_here, torch.nan))
@@ -148,7 +140,7 @@ def test_a_step_that_fails_is_undone_where_frozen(folder: Path) -> None:
                 tensor.data.mul_(0.99)
             raise MemoryError
 
-    model, base, mask = load(folder), load(folder), Mask.load(folder / "mask")
+    model, base, mask = load_model(folder), load_model(folder), Mask.load(folder / "mask")
     frozen = freeze(model, mask)
     optimizer = Failing(model.parameters(), {})
     backward(model)
@@ -169,7 +161,7 @@ def test_a_step_that_calls_its_base_classs(folder: Path) -> None:
                 tensor.data.mul_(0.99)
 
     torch.optim.SGD([nn.Parameter(torch.ones(1))])
-    model, base, mask = load(folder), load(folder), Mask.load(folder / "mask")
+    model, base, mask = load_model(folder), load_model(folder), Mask.load(folder / "mask")
     with freeze(model, mask) as frozen:
         train(model, Decayed(model.parameters(), lr=0.1))
         assert not frozen._open_steps  # copies
@@ -177,7 +169,7 @@ def test_a_step_that_calls_its_base_classs(folder: Path) -> None:
 
 
 def test_close_removes_all(folder: Path) -> None:
-    model, base, mask = load(folder), load(folder), Mask.load(folder / "mask")
+    model, base, mask = load_model(folder), load_model(folder), Mask.load(folder / "mask")
     model.model.norm.weight.requires_grad_(False)
     hooks = len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)
     frozen = freeze(model, mask)
@@ -192,7 +184,7 @@ def test_close_removes_all(folder: Path) -> None:
 
 def test_the_model_of_another_optimizer_is_left_alone(folder: Path) -> None:
     """Two models train, one of them frozen."""
-    model, other, base, mask = load(folder), load(folder), load(folder), Mask.load(folder / "mask")
+    model, other, base, mask = load_model(folder), load_model(folder), load_model(folder), Mask.load(folder / "mask")
     with freeze(model, mask):
         for _ in range(2):
             train(other, torch.optim.AdamW(other.parameters(), lr=1e-2), 1)
@@ -203,7 +195,7 @@ def test_the_model_of_another_optimizer_is_left_alone(folder: Path) -> None:
 
 @pytest.mark.parametrize("how", ["in place", "through data"])
 def test_a_change_from_outside_is_noticed(folder: Path, how: str) -> None:
-    model = load(folder)
+    model = load_model(folder)
     frozen = freeze(model, folder / "mask")
     weight = model.model.layers[0].self_attn.v_proj.weight
     with torch.no_grad():
@@ -216,7 +208,7 @@ def test_a_change_from_outside_is_noticed(folder: Path, how: str) -> None:
 
 def test_a_conversion_afterwards_is_refused_before_training(folder: Path) -> None:
     """It has other bits, whatever trains: at the end of the training the message would be late."""
-    model = load(folder)
+    model = load_model(folder)
     frozen = freeze(model, folder / "mask")
     model.to(torch.bfloat16)
     with pytest.raises(UserError, match="was converted from torch.float32 to torch.bfloat16 after it was frozen"):
@@ -228,7 +220,7 @@ def test_a_conversion_afterwards_is_refused_before_training(folder: Path) -> Non
 @pytest.mark.parametrize("train_what", ["selected", "complement"])
 def test_parameters_that_are_cut_afterwards_are_refused(folder: Path, train_what: str) -> None:
     """As FSDP does with ``use_orig_params``: the same parameters, and in each a piece of the weights, flat."""
-    model = load(folder)
+    model = load_model(folder)
     frozen = freeze(model, folder / "mask", train_what)
     weight = model.model.layers[0].self_attn.v_proj.weight
     weight.data = weight.data.flatten()[8 : 8 + weight.numel() // 2].clone()
@@ -242,7 +234,7 @@ def test_parameters_that_are_cut_afterwards_are_refused(folder: Path, train_what
 
 def test_parameters_that_are_replaced_afterwards_are_noticed_before_they_train(folder: Path) -> None:
     """As ``load_state_dict(assign=True)`` and FSDP2 do: nothing watches the new tensors."""
-    model, base = load(folder), load(folder)
+    model, base = load_model(folder), load_model(folder)
     frozen = freeze(model, folder / "mask")
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     for tensor in model.parameters():
@@ -258,7 +250,7 @@ def test_parameters_that_are_replaced_afterwards_are_noticed_before_they_train(f
 
 def test_an_adapter_that_is_added_afterwards_is_noticed_before_it_trains(folder: Path) -> None:
     """As peft's ``get_peft_model`` and TRL's ``peft_config`` add one: merged, it would change frozen weights."""
-    model = load(folder)
+    model = load_model(folder)
     frozen = freeze(model, folder / "mask")
     model.requires_grad_(False)
     adapter = model.model.layers[0].self_attn.lora_A = nn.Parameter(torch.zeros(3))
@@ -272,7 +264,7 @@ def test_an_adapter_that_is_added_afterwards_is_noticed_before_it_trains(folder:
 
 def test_a_second_mask_on_one_engine_is_refused(folder: Path) -> None:
     """Closing the first would take the second's guard off."""
-    model = load(folder)
+    model = load_model(folder)
     frozen = freeze(model, folder / "mask")
     guard = FrozenFlatGroups.__new__(FrozenFlatGroups)
     for tensor in model.parameters():
@@ -288,7 +280,7 @@ def test_masters_outside_of_the_model_are_refused(folder: Path, steps_at_0: int)
 
     A warm-up may begin at 0, and small steps round to the same bits.
     """
-    model = load(folder, torch.bfloat16)
+    model = load_model(folder, torch.bfloat16)
     frozen = freeze(model, folder / "mask")
     masters = [tensor.detach().float() for tensor in model.parameters()]
     optimizer = torch.optim.SGD(masters, lr=0.1, weight_decay=0.1)
@@ -307,7 +299,7 @@ def test_masters_outside_of_the_model_are_refused(folder: Path, steps_at_0: int)
 
 
 def test_wrong_use(folder: Path, tmp_path: Path) -> None:
-    model = load(folder)
+    model = load_model(folder)
     with pytest.raises(UserError, match="is unknown"):
         freeze(model, folder / "mask", "unselected")
     build_model("qwen3_moe", tmp_path / "other", byte_bpe_tokenizer())
@@ -326,7 +318,7 @@ def test_wrong_use(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_engines_that_step_elsewhere_are_refused(folder: Path, engine: object, message: str) -> None:
-    model = load(folder)
+    model = load_model(folder)
     frozen = freeze(model, folder / "mask")
     for tensor in model.parameters():
         tensor._z3_optimizer = engine
@@ -339,7 +331,7 @@ def test_dtensors_are_refused(folder: Path) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        model = load(folder)
+        model = load_model(folder)
         projection = model.model.layers[0].self_attn.v_proj
         projection.weight = nn.Parameter(distribute_tensor(projection.weight.detach(), mesh))
         with pytest.raises(UserError, match="v_proj.weight.*is a DTensor"):
