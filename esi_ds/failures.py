@@ -37,7 +37,7 @@ def explain(error: BaseException, output_dir: str) -> str | None:
     for cause in causes:
         if (number := _number(cause)) in FULL:
             return _full(FULL[number], file, output_dir)
-        if type(cause).__name__ == "OutOfMemoryError" and type(cause).__module__.startswith("torch"):
+        if _is_of_memory(cause):
             return _out_of_memory(str(cause))
         if not _is_of_a_collective(cause):
             continue
@@ -55,6 +55,15 @@ def explain(error: BaseException, output_dir: str) -> str | None:
                 "raise the timeout if ranks may really be that far apart, as with long responses"
             )
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory is full."""
+    return any(map(_is_of_memory, _causes(error)))
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 
 from esi_ds.errors import Interrupted, UserError
+from esi_ds.failures import is_out_of_memory
 
 Content = TypeVar("Content")
 
@@ -39,14 +40,16 @@ def first_line(error: BaseException) -> str:
 def reading(field: str, value: object, remedy: str, problem: str = "cannot be read") -> Iterator[None]:
     """Turn any exception of the block into ``UserError(field, value, problem, remedy)``.
 
-    For blocks that only read what a user gave: a mistake of ours inside one would be blamed on the file. ``UserError``
-    and ``Interrupted`` pass unchanged.
+    For blocks that only read what a user gave: a mistake of ours inside one would be blamed on the file. ``UserError``,
+    ``Interrupted`` and a full GPU's error pass unchanged.
     """
     try:
         yield
     except (UserError, Interrupted):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         shown = str(value) if isinstance(value, Path) else value
         raise UserError(field, shown, f"{problem} ({first_line(error)})", remedy) from error
 

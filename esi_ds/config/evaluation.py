@@ -86,7 +86,8 @@ class Eval(Section):
     )
     refusal_words: str = Field("xstest", description="The list of refusal words applied to benign requests.")
     tasks: list[Annotated[Task, BeforeValidator(_task_of_name)]] = Field(
-        [], description="Tasks that lm-eval runs; they need pip install 'esi_ds[eval]'."
+        [],
+        description="Tasks that lm-eval runs with the whole model on every rank; they need pip install 'esi_ds[eval]'.",
     )
     divergence: bool = Field(
         False,

@@ -81,15 +81,10 @@ class PreparedTask:
         return _is_yaml(self.config.name)
 
 
-def prepare(tasks: Sequence[Task], field: str) -> list[PreparedTask]:
-    """See ``tasks.prepare_tasks``."""
-    prepared: list[PreparedTask] = []
+def prepare(task: Task, field: str) -> list[PreparedTask]:
+    """See ``tasks.prepare_task``."""
     with quiet(), sandboxed(), read_afresh() as digests:
-        for number, task in enumerate(tasks):
-            before = len(digests)
-            for one in _prepare_one(task, f"{field}.{number}"):
-                prepared.append(replace(one, sha256=_sha256(one, digests[before:])))
-    return prepared
+        return [replace(one, sha256=_sha256(one, digests)) for one in _prepare_one(task, field)]
 
 
 def _sha256(task: PreparedTask, rows: Sequence[str]) -> str | None:

@@ -38,16 +38,21 @@ def prepare_tasks(tasks: Sequence[Task], field: str = "eval.tasks") -> list[Prep
     Reads local files. A task without one is fetched from the hub through ``datasets``. Raises UserError naming
     ``field`` and the task's number.
     """
-    if not tasks:
-        return []
     check_installed(tasks, field)
+    return [one for number, task in enumerate(tasks) for one in prepare_task(task, f"{field}.{number}")]
+
+
+def prepare_task(task: Task, field: str) -> list[PreparedTask]:
+    """``prepare_tasks`` of one entry, at ``field`` of the config: several tasks where it names a tag of lm-eval."""
     from esi_ds.eval.harness_tasks import prepare
 
-    return prepare(tasks, field)
+    return prepare(task, field)
 
 
 def check_installed(tasks: Sequence[Task], field: str = "eval.tasks") -> None:
-    """Raise UserError if lm-eval is missing or too old. Does not import it."""
+    """Raise UserError if there are tasks, and lm-eval is missing or too old. Does not import it."""
+    if not tasks:
+        return
     names = ", ".join(task.name for task in tasks)
     try:
         version = importlib.metadata.version("lm_eval")

@@ -18,6 +18,7 @@ from esi_ds import artifacts, launch_environment
 from esi_ds.config.checks import BATCH_SIZES
 from esi_ds.errors import UserError, ends_with_message
 from esi_ds.failures import explain
+from esi_ds.reading import reading
 
 
 def raised(error: BaseException, cause: BaseException) -> BaseException:
@@ -69,6 +70,12 @@ def test_what_a_gpu_lacks_is_told_with_the_keys_that_need_less() -> None:
     said = explain(raised(RuntimeError("later"), torch.OutOfMemoryError(message)), "x")
     assert said.startswith(f"{message.partition(' Including')[0]} Lower the batch size")
     assert all(key in said for key in BATCH_SIZES) and "\n" not in said
+
+
+def test_a_model_that_a_gpu_does_not_hold_is_not_blamed_on_its_folder() -> None:
+    for error in (torch.OutOfMemoryError("full"), raised(RuntimeError("later"), torch.OutOfMemoryError("full"))):
+        with pytest.raises(type(error)), reading("model.path", "x", "give a folder that transformers reads"):
+            raise error
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), RuntimeError("timed out"), KeyError("timeout")])

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from esi_ds import shipped
 from esi_ds.cli import main
-from esi_ds.config import Prompts, RowSource
+from esi_ds.config import Prompts, RowSource, Task
 from esi_ds.errors import UserError
 from esi_ds.stages.plan import notes as plan_notes
 from esi_ds.stages.plan.notes import count_prompts, count_rows
@@ -267,8 +267,49 @@ def test_every_recipe_is_planned_before_anything_is_there(
     assert main(stage, ["--config", name, "--dry-run", "--nodes", "2", f"model.path={architecture}"]) == 0
     shown = capsys.readouterr().out
     assert "NOTE: " in shown and f"output_dir: runs/{model}" in shown
+    assert "lm-eval needs the whole model" not in shown
     if model in PUBLISHED:
         assert f"{PUBLISHED[model]:,}" in shown
+
+
+def test_tasks_of_a_model_that_no_gpu_holds_are_noted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tasks = [f"eval.tasks={[{'name': 'gsm8k', 'path': f'{tmp_path}/rows.jsonl'}]}", "eval.models=[]"]
+    assert dry_run("eval", *tasks) == 0
+    note = (
+        "NOTE: eval.tasks: lm-eval needs the whole model on every rank: base takes 261.9 GiB of a GPU's 80 GiB; leave"
+    )
+    assert note in capsys.readouterr().out
+    model = ROOT / "examples/models/llama-aligned"
+    whole = [f"model.path={model}", "eval.prompts=[{path: examples/harmful}]", "eval.benign=[]", "eval.judges=[]"]
+    small = ["--gpu-memory-gib", "0.001", *whole, "eval.models=[]", "eval.tasks=[examples/benign]"]
+    assert main("eval", ["--config", "llama3-8b-eval", "--dry-run", *small]) == 0
+    shown = capsys.readouterr().out
+    assert "verdicts" in shown and "base takes 4.176 MiB of a GPU's 1.024 MiB" in shown  # with all that it needs there
+
+
+def test_rows_of_tasks_are_looked_for_before_the_model_is_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were once there was nothing else to note, which before a pipeline is never."""
+    monkeypatch.chdir(tmp_path)
+    command = ["--config", "llama3-8b-eval", "--dry-run"]
+    assert main("eval", [*command, "eval.tasks=[{name: medqa, path: no.jsonl}, gsm8k]"]) == 0
+    shown = capsys.readouterr().out
+    assert "NOTE: eval.tasks.0.path = no.jsonl: there is no such file" in shown
+    assert "NOTE: eval.tasks.1.name = gsm8k: the hub does not answer" in shown
+    assert main("eval", [*command, "eval.tasks=[examples/benign, {name: gsm8kk, path: p.jsonl}]"]) == 0
+    (tmp_path / "p.jsonl").write_text('{"question": "a", "answer": "#### 1"}\n')
+    assert main("eval", [*command, "eval.tasks=[examples/benign, {name: gsm8kk, path: p.jsonl}]"]) == 2
+    assert "eval.tasks.1.name = gsm8kk: is not a task of lm-eval" in capsys.readouterr().err
+
+    def unreachable(task: object, field: str) -> None:
+        raise UserError(f"{field}.name", "medqa", "cannot be built (offline)", "check the network") from OSError()
+
+    monkeypatch.setattr(plan_notes, "hub_answers", lambda: True)
+    monkeypatch.setattr(plan_notes, "prepare_task", unreachable)
+    notes: list[str] = []
+    plan_notes.note_missing_tasks([Task(name="medqa")], notes)
+    assert notes == ["eval.tasks.0.name = medqa: cannot be built (offline); check the network"]
 
 
 def test_every_model_has_a_recipe_of_each_stage() -> None:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from builders import build_model, byte_bpe_tokenizer
+from conftest import ROOT
 from mask_folders import write_mask
 from safetensors.torch import save_file
 from torch.distributed import distributed_c10d
@@ -24,7 +25,7 @@ from esi_ds.artifacts import STATUS, RunFolder, write_json_atomic
 from esi_ds.config import validate
 from esi_ds.core.mask import Mask, identity, unread
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.models.folder import ModelSource
+from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.options import Options
 from esi_ds.stages import ENTRIES, respond
 from esi_ds.stages import run as stage_run
@@ -33,7 +34,7 @@ from esi_ds.stages.evaluate.work import EvalRun
 from esi_ds.stages.folder import open_folder
 from esi_ds.stages.run import CHECKPOINTS, StageRun
 from esi_ds.status import show
-from esi_ds.zero import runtime
+from esi_ds.zero import memory, runtime
 
 
 class Run(StageRun):
@@ -473,6 +474,35 @@ def test_an_evaluation_names_the_model_that_has_changed(tmp_path: Path) -> None:
             run.check_models("other")
     run.__dict__["_fingerprints"] = {"base": "a", "SPA": "b"}
     run.check_models("ab")
+
+
+def test_tasks_of_a_model_that_does_not_fit_are_refused_before_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval reads a whole copy on every rank, after hours of answers and verdicts."""
+    source = ModelSource(str(ROOT / "examples/models/llama-aligned"))
+    models = [SimpleNamespace(name=name, config=load_model_config(source), source=source) for name in ("base", "SPA")]
+    run = EvalRun.__new__(EvalRun)
+    run.config = SimpleNamespace(model=SimpleNamespace(dtype="fp32"))
+    run.folder = SimpleNamespace(path=tmp_path)
+    run.inputs = SimpleNamespace(tasks=[SimpleNamespace(name="gsm8k")], candidates=models)
+    run._check_room_for_tasks()
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 4_000_000)  # of 8.76 MB
+    problem = "lm-eval needs the whole model on every rank: base takes 0.008156 GiB, 0.003725 GiB are free"
+    with pytest.raises(UserError, match=f"eval.tasks = gsm8k: {problem}"):
+        run._check_room_for_tasks()
+    (tmp_path / "tasks.jsonl").write_text(
+        "".join(f'{{"model": "{name}", "task": 0, "results": []}}\n' for name in ("base", "SPA"))
+    )
+    del run.__dict__["_task_rows"]
+    run._check_room_for_tasks()  # all of them are on disk
+    order: list[str] = []
+    for name in ("begin_with", "_check_room_for_tasks"):
+        monkeypatch.setattr(EvalRun, name, lambda *_, name=name: order.append(name))
+    run.__dict__ |= {"_fingerprints": {}, "tracker": None}
+    with pytest.raises(AttributeError):  # at the log, the next step
+        run.work()
+    assert order == ["begin_with", "_check_room_for_tasks"]  # so that the folder serves a start without tasks
 
 
 def test_the_prompts_of_routing_frequencies_are_inputs() -> None:

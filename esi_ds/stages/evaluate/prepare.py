@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from esi_ds.eval.harness_tasks import PreparedTask
 
 BASE = "base"
+# Of eval.tasks where a model is too large for them.
+WHOLE_MODEL = "lm-eval needs the whole model on every rank"
+WITHOUT_TASKS = "leave eval.tasks out; lm-eval itself can measure them on a server of the model"
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 

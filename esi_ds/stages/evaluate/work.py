@@ -7,18 +7,21 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 
+from transformers import AutoModelForCausalLM
+
 from esi_ds.data.thoughts import marks_with
+from esi_ds.errors import UserError
 from esi_ds.eval.rows import TaskRow
 from esi_ds.eval.tasks import run_tasks
 from esi_ds.models.folder import ModelSource
-from esi_ds.models.meta import meta_parameters
+from esi_ds.models.meta import meta_parameters, model_bytes
 from esi_ds.models.rows import alike_up_to, frequencies_note
 from esi_ds.stages.batch_sizes import longest_prompt
 from esi_ds.stages.evaluate.answering import add_recorded, answer_all, surprise_all, to_read_again
 from esi_ds.stages.evaluate.divergence import compare_all, waiting_answers
 from esi_ds.stages.evaluate.finish import finish_eval
 from esi_ds.stages.evaluate.ledgers import EvalLedgers
-from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs
+from esi_ds.stages.evaluate.prepare import BASE, WHOLE_MODEL, WITHOUT_TASKS, Candidate, EvalInputs
 from esi_ds.stages.interrupt import check_stop, stop_requested
 from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.questions import answer_keys
@@ -75,6 +78,7 @@ class EvalRun(StageRun[EvalInputs]):
         inputs, tracker = self.inputs, self.tracker
         self.notes = {"model_fingerprints": self._fingerprints}
         self.begin_with(joined(self._fingerprints))
+        self._check_room_for_tasks()
         for question_set in inputs.sets:
             row = question_set.as_row()
             num_skipped = sum(row["skipped"].values())
@@ -139,14 +143,41 @@ class EvalRun(StageRun[EvalInputs]):
                     )
         model.close()
 
+    @cached_property
+    def _task_rows(self) -> Ledger[TaskRow]:
+        """Results that are on disk. One broadcast."""
+        return Ledger(self.folder.path / TASKS, ("model", "task"), TaskRow)
+
+    def _waiting_tasks(self, candidate: Candidate) -> list[int]:
+        """Numbers of the tasks without a result yet."""
+        done = self._task_rows.rows
+        return [number for number in range(len(self.inputs.tasks)) if (candidate.name, number) not in done]
+
+    def _check_room_for_tasks(self) -> None:
+        """Refuse tasks of a model that does not fit whole into a rank's memory before hours go into answers.
+
+        Raises UserError, on every rank. Collectives: those of ``_task_rows`` and one all-reduce, where there are tasks.
+        """
+        candidates = self.inputs.candidates if self.inputs.tasks else []
+        if not (waiting := [candidate for candidate in candidates if self._waiting_tasks(candidate)]):
+            return
+        free = memory.tightest_free_bytes()
+        for candidate in waiting:
+            size = model_bytes(candidate.config, candidate.source, self.config.model.dtype, AutoModelForCausalLM)
+            if size > free:
+                names = ", ".join(task.name for task in self.inputs.tasks)
+                needed = (
+                    f"{candidate.name} takes {size / 2**30:.4g} GiB, {free / 2**30:.4g} GiB are free on the tightest"
+                )
+                raise UserError("eval.tasks", names, f"{WHOLE_MODEL}: {needed}", WITHOUT_TASKS)
+
     def _run_tasks(self) -> list[TaskRow]:
         """Results of lm-eval's tasks for every model; those on disk are not run again.
 
         Needs a whole copy of the model on every rank. Collectives: one gather per slice of a task's requests. Raises
         Interrupted between two slices; an interrupted task begins anew.
         """
-        section, tasks, tracker = self.config.model, self.inputs.tasks, self.tracker
-        ledger: Ledger[TaskRow] = Ledger(self.folder.path / TASKS, ("model", "task"), TaskRow)
+        section, tasks, tracker, ledger = self.config.model, self.inputs.tasks, self.tracker, self._task_rows
         order = [(model.name, number) for model in self.inputs.candidates for number in range(len(tasks))]
         if not order:
             return []
@@ -154,8 +185,7 @@ class EvalRun(StageRun[EvalInputs]):
         for other in self.inputs.elsewhere:
             tracker.log(f"tasks of {other.name} are not measured: none of its weights are loaded")
         for candidate in self.inputs.candidates:
-            waiting = [number for number in range(len(tasks)) if (candidate.name, number) not in ledger.rows]
-            if not waiting:
+            if not (waiting := self._waiting_tasks(candidate)):
                 continue
             names = ", ".join(tasks[number].name for number in waiting)
             tracker.log(f"tasks of {candidate.name}: {names}")

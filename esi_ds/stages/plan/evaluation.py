@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from esi_ds.config import Config, Eval, EvalRubric, EvalWords, Prompts, label, resolved_yaml
 from esi_ds.config.needs import require_eval
@@ -16,16 +17,16 @@ from esi_ds.data.prompts import distinct_names
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint
-from esi_ds.eval.tasks import check_installed
 from esi_ds.models.folder import ModelSource, dequantised, load_model_config
 from esi_ds.models.hub import is_hub_id
-from esi_ds.models.meta import meta_parameters
+from esi_ds.models.meta import meta_parameters, model_bytes
 from esi_ds.options import Options
 from esi_ds.report.contents import Facts
-from esi_ds.stages.evaluate.prepare import BASE, EvalInputs, RecordedModel, prepare_eval
+from esi_ds.stages.evaluate.prepare import BASE, WHOLE_MODEL, WITHOUT_TASKS, EvalInputs, RecordedModel, prepare_eval
 from esi_ds.stages.plan.batches import answer_rows
+from esi_ds.stages.plan.footprints import USABLE
 from esi_ds.stages.plan.memory import GIB, readable
-from esi_ds.stages.plan.notes import count_prompts, missing_files, read_if_reachable
+from esi_ds.stages.plan.notes import count_prompts, missing_files, note_missing_tasks, read_if_reachable
 from esi_ds.stages.plan.stages import print_facts, print_notes
 from esi_ds.words import counted
 
@@ -52,6 +53,9 @@ def plan_eval(config: Config, options: Options) -> None:
     facts |= describe_sets(surveyed.counts)
     facts["judges"] = ", ".join(map(label, section.judges)) or "words"
     facts["tasks"] = ", ".join(task.name for task in section.tasks) or "none"
+    for name, field in _fields(section).items():
+        if (model_config := surveyed.configs.get(field)) is not None:
+            surveyed.notes.extend(too_large_for_tasks(config, options, name, model_config, surveyed.sources[field]))
     print(resolved_yaml(config))
     print_facts(facts)
     surveyed.print_notes()
@@ -80,6 +84,7 @@ def survey(config: Config) -> Survey:
     configs = {field: _configuration(source, notes) for field, source in sources.items()}
     counts = _count_sets(section, notes)
     notes += _missing_tools(section)
+    note_missing_tasks(section.tasks, notes)
     return Survey(sources, configs, counts, notes)
 
 
@@ -114,7 +119,7 @@ def _configuration(source: ModelSource, notes: list[str]) -> PretrainedConfig | 
 
 
 def _missing_tools(section: Eval) -> Iterator[str]:
-    """What this machine lacks of what the section needs: a server that a rubric judge is asked at, lm-eval for tasks.
+    """What this machine lacks of what the section needs: a server that a rubric judge is asked at.
 
     A pipeline's evaluation comes last, hours after a dry run could have said so. Raises UserError for a server's URL
     or key that is wrong.
@@ -128,11 +133,6 @@ def _missing_tools(section: Eval) -> Iterator[str]:
                 if error.field != field:
                     raise
                 yield str(error)
-    if section.tasks:
-        try:
-            check_installed(section.tasks)
-        except UserError as error:
-            yield str(error)
 
 
 def _count_sets(section: Eval, notes: list[str]) -> dict[str, int | None]:
@@ -166,6 +166,19 @@ def describe_model(
     return f"{total:,} weights, {whole} whole{against}; answers {rows}"
 
 
+def too_large_for_tasks(
+    config: Config, options: Options, name: str, model_config: PretrainedConfig, source: ModelSource
+) -> list[str]:
+    """A note where the config has tasks for a model that a GPU does not hold whole. name: of the model."""
+    if not require_eval(config).tasks:
+        return []
+    size = model_bytes(model_config, source, config.model.dtype, AutoModelForCausalLM)
+    gpu = options.gpu_memory_gib * GIB
+    if size <= USABLE * gpu:
+        return []
+    return [f"eval.tasks: {WHOLE_MODEL}: {name} takes {readable(size)} of a GPU's {readable(gpu)}; {WITHOUT_TASKS}"]
+
+
 def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> None:
     """The resolved config, then which models an evaluation would ask what, and who would judge."""
     section = require_eval(config)
@@ -196,4 +209,5 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     judges = ", ".join(judge.name for judge in inputs.judges)
     facts["verdicts"] = f"{num_harmful * len(inputs.models):,} each of {judges}"
     print_facts(facts)
-    print_notes(dequantised(inputs.sources))
+    too_large = (too_large_for_tasks(config, options, m.name, m.config, m.source) for m in inputs.candidates)
+    print_notes([*chain.from_iterable(too_large), *dequantised(inputs.sources)])

@@ -3,22 +3,24 @@ data that can be read stays an error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import constants, get_session
 
-from esi_ds.config import BenignMix, Prompts, RowSource
+from esi_ds.config import BenignMix, Prompts, RowSource, Task
 from esi_ds.data.answers import check_unmixed, matched_rows
 from esi_ds.data.benchmarks import Kind
 from esi_ds.data.conversations import find_columns
 from esi_ds.data.prompts import PromptSet, load_responses, load_section, where_from
 from esi_ds.data.rows import exists, looks_like_file, read_rows
 from esi_ds.errors import UserError
+from esi_ds.eval.tasks import check_installed, prepare_task
 
 HUB_TIMEOUT_S = 5.0
+TRY_CACHE = "HF_HUB_OFFLINE=1 would look for a local copy"
 Content = TypeVar("Content")
 
 
@@ -64,6 +66,31 @@ def count_rows(section: RowSource | BenignMix, field: str, notes: list[str]) -> 
     return len(rows[: getattr(section, "limit", None)])
 
 
+def note_missing_tasks(tasks: Sequence[Task], notes: list[str]) -> None:
+    """Read the rows of every task of lm-eval, as the evaluation will hours later, and note what is not there. What the
+    hub gives stays in its cache. Raises UserError where a task is wrong."""
+    try:
+        check_installed(tasks)
+    except UserError as error:
+        notes.append(str(error))
+        return
+    for number, task in enumerate(tasks):
+        field, files = f"eval.tasks.{number}", {"path": task.path, "fewshot_path": task.fewshot_path}
+        missing = [(key, file) for key, file in files.items() if file is not None and not exists(file)]
+        is_here = task.path is not None or task.name.startswith("examples/")
+        if missing:
+            notes += [f"{field}.{key} = {file}: there is no such file" for key, file in missing]
+        elif not (is_here or looks_like_file(task.name) or hub_answers()):
+            notes.append(f"{field}.name = {task.name}: the hub does not answer; {TRY_CACHE}")
+        else:
+            try:
+                prepare_task(task, field)
+            except UserError as error:
+                if is_here or error.__cause__ is None:  # wrong, such as a name that lm-eval does not know
+                    raise
+                notes.append(str(error))
+
+
 def read_if_reachable(path: str, field: str, read: Callable[[], Content], notes: list[str]) -> Content | None:
     """What ``read`` returns; None, and a note, where the file does not exist or the hub does not provide it."""
     if looks_like_file(path):
@@ -73,7 +100,7 @@ def read_if_reachable(path: str, field: str, read: Callable[[], Content], notes:
         return None
     if not hub_answers():
         problem = "there is no such path here, and the hub does not answer"
-        notes.append(f"{field} = {path}: {problem}; HF_HUB_OFFLINE=1 would look for a local copy")
+        notes.append(f"{field} = {path}: {problem}; {TRY_CACHE}")
         return None
     try:
         return read()
