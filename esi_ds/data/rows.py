@@ -39,7 +39,8 @@ def read_rows(path: str, field: str, *, name: str | None = None, split: str | No
     for key, value in (("name", name), ("split", split)):
         if value is not None:
             problem = f"is for data sets of the hub, and {path} is a file"
-            raise UserError(f"{field.removesuffix('path')}{key}", value, problem, "leave it out")
+            key = f"{field.removesuffix('path')}{key}"
+            raise UserError(key, value, problem, f"leave it out, or set {key}=null")
     with reading(field, path, "check that its format matches its suffix"):
         rows = _read_file(file)
     if not rows:
@@ -139,6 +140,11 @@ def _read_hub(path: str, field: str, name: str | None, split: str | None) -> lis
     import datasets
 
     remedy = "check the id, the split and the network, or give a local file"
+    if datasets.config.HF_HUB_OFFLINE:
+        remedy = (
+            "load it once where there is a network, as --dry-run does: with HF_HUB_OFFLINE only what datasets has "
+            "prepared is read, not what hf download has fetched; or give a local file"
+        )
     with reading(field, path, remedy, "there is no such file here, and it cannot be loaded from the hub"):
         options = HUB_OPTIONS.get(path, {})
         rows: list[Row] = load_once(datasets.load_dataset, path, name, split=split or "train", **options).to_list()

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from conftest import ROOT
+from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -140,15 +141,25 @@ def test_what_a_cache_holds_costs_no_request(fabricated: Hub, tmp_path: Path) ->
     (tmp_path / "hub/models--org--kept/snapshots").mkdir(parents=True)
     (tmp_path / "hub/datasets--org--kept/snapshots").mkdir(parents=True)
     (tmp_path / "datasets/org___prepared").mkdir(parents=True)
+    (tmp_path / "datasets/Org-AI___my_llm_set2").mkdir(parents=True)
     (tmp_path / "hub/models--org--failed/refs").mkdir(parents=True)
     for key, (stage, *_) in {**MODELS, **DATA}.items():
         check_paths(changed(key, "org/kept"), stage)
         check_paths(changed(key, ROWS if key in DATA else MODEL), stage)
-    check_paths(changed("data.prompts.path", "org/prepared"), "esi")
+    for path in ("org/prepared", "Org-AI/MyLLMSet2"):
+        check_paths(changed("data.prompts.path", path), "esi")
     assert not fabricated.asked
     for key, path in (("model.path", "org/prepared"), ("model.path", "org/failed"), ("judge.path", "org/failed")):
         with pytest.raises(UserError, match="there is no such folder here"):
             check_paths(changed(key, path), "esi")
+
+
+@pytest.mark.parametrize(
+    "name", ["a/FalseReject", "A-B/BeaverTails-Eval", "x/XSTest", "a/my_Set.v2GB", "squad", "GLUE2Go"]
+)
+def test_a_prepared_data_set_is_called_as_datasets_calls_it(name: str) -> None:
+    *namespace, last = name.split("/")
+    assert hub.prepared_name(name) == "___".join([*namespace, camelcase_to_snakecase(last)])
 
 
 def test_readers_of_a_folder_say_the_same(fabricated: Hub, tmp_path: Path) -> None:

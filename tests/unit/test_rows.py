@@ -6,8 +6,10 @@ import json
 import os
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pytest
+from huggingface_hub import constants
 from pyarrow import parquet
 
 from esi_ds.data.chat import load_tokenizer
@@ -227,12 +229,25 @@ def test_paths_that_name_no_model(name: str, monkeypatch: pytest.MonkeyPatch) ->
         check_weights(ModelSource(name))  # left to what reads the configuration
 
 
+def test_offline_a_data_set_that_was_only_downloaded_is_told_how_to_be_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "hub/datasets--org--set/snapshots/x/data.jsonl"
+    snapshot.parent.mkdir(parents=True)
+    write(snapshot.parent, snapshot.name, '{"prompt": "a"}\n')
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    with pytest.raises(UserError, match=r"x = org/set: .*; load it once where there is a network, as --dry-run does"):
+        read_rows("org/set", "x")
+
+
 def test_the_split_of_a_file_is_not_passed_over(tmp_path: Path) -> None:
     path = write(tmp_path, "rows.txt", "a\nb\n")
     for name in (path, "examples/harmful"):
         with pytest.raises(UserError, match=r"data\.prompts\.split = test: is for data sets of the hub"):
             load_prompts(name, split="test")
-    with pytest.raises(UserError, match=r"tune\.data\.name = main"):
+    with pytest.raises(UserError, match=r"tune\.data\.name = main: .*; leave it out, or set tune\.data\.name=null"):
         read_rows(path, "tune.data.path", name="main")
 
 
