@@ -9,19 +9,19 @@ export SBATCH_GPUS_PER_NODE=8
 export SBATCH_EXCLUSIVE=exclusive SBATCH_MEM_PER_NODE=0
 #export SBATCH_CPUS_PER_GPU=12 SBATCH_MEM_PER_GPU=120G
 
-# One task per device.
-export ESI_DS_TASKS_PER_NODE=8
+# One task per device: 8, or the 8 of h100:8.
+export ESI_DS_TASKS_PER_NODE=${SBATCH_GPUS_PER_NODE##*:}
 
-# Software on the nodes.
-#module load cuda/12.8
+# Software on the nodes: load the modules of your site's Python here. CUDA's libraries come with torch.
 # The environment that has esi_ds: ESI_DS_VENV, or .venv in this folder, or what is active already.
 if [[ -n ${ESI_DS_VENV:-} || -f .venv/bin/activate ]]; then
     source "${ESI_DS_VENV:-.venv}/bin/activate"
 fi
 
-# A folder that all nodes see, for models and data sets; compute nodes without a network need the last line.
+# A folder that all nodes see, for models and data sets. Where compute nodes have no network, the last line keeps jobs,
+# and not this shell, from asking the hub (docs/cluster.md: what to download before).
 #export HF_HOME=$SCRATCH/huggingface
-#export HF_HUB_OFFLINE=1
+#[[ -z ${SLURM_JOB_ID:-} ]] || export HF_HUB_OFFLINE=1
 
 # NCCL chooses a network interface itself; name one if it chooses wrongly. The interface for gloo, which CPUs use, is
 # derived from rank 0's address; GLOO_SOCKET_IFNAME overrides it.

@@ -1,26 +1,27 @@
 #!/bin/bash
 # Submit ESI -> SET and SPA -> evaluation as jobs that wait for each other. From the project's top folder:
 #   slurm/pipeline.sh --runs FOLDER --esi FILE [--set FILE] [--spa FILE] [--eval FILE] [--seeds 0-4 | --prompts "A B"]
-#                     [--criterion NAME] [-- options of sbatch]
-# FILE: a config, or the name of a recipe. --criterion: the mask that SET and SPA use, if ESI's config lists several.
+#                     [--ratio R] [--criterion NAME] [-- options of sbatch]
+# FILE: a config, or the name of a recipe. --ratio: of the weights, the share in the mask, instead of that in ESI's config.
+# --criterion: the mask that SET and SPA use, if ESI's config lists several.
 # --seeds: an array of chains, one per seed. --prompts: one chain for each set of prompts that ESI scores with.
 # Each chain writes FOLDER/<seed or number>/{esi,set,spa,eval}, a single one FOLDER/{esi,set,spa,eval}; one TensorBoard on
 # FOLDER shows all. SET and SPA use the chain's mask, and the evaluation compares their models with that of its config:
 # name the same model in all configs.
 
 set -e
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; }
 refuse() { # field, problem and remedy
     echo "error: $1: $2" >&2
     exit 2
 }
-runs='' array='' prompts=() criterion=''
+runs='' array='' prompts=() criterion='' ratio=''
 declare -A config=()
 while (($#)); do
     case $1 in
     --) shift && break ;;
     -h | --help) usage && exit ;;
-    --runs | --esi | --set | --spa | --eval | --seeds | --prompts | --criterion)
+    --runs | --esi | --set | --spa | --eval | --seeds | --prompts | --ratio | --criterion)
         [[ -n ${2:-} ]] || refuse "$1" "has no value; give one, or leave $1 out"
         ;;&
     --runs) runs=$2 ;;
@@ -29,6 +30,7 @@ while (($#)); do
         ;;
     --seeds) array=$2 ;;
     --criterion) criterion=/$2 ;;
+    --ratio) ratio=$2 ;;
     --prompts)
         read -r -d '' -a prompts <<<"$2" || : # at the end of the text it reports a failure
         ((${#prompts[@]})) || refuse --prompts "has no value; give files or names, separated by spaces"
@@ -85,7 +87,7 @@ if [[ ${#prompts[@]} -gt 0 ]]; then
 elif [[ -n $array ]]; then
     overrides=("run.seed=@task@")
 fi
-esi=$(submit esi '' "${overrides[@]}")
+esi=$(submit esi '' "${overrides[@]}" ${ratio:+"select.ratio=$ratio"})
 echo "esi: job $esi"
 seed=()
 [[ ${#prompts[@]} -gt 0 ]] || seed=("${overrides[@]}")

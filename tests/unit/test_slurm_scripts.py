@@ -172,16 +172,28 @@ def test_a_pipeline_tells_where_its_runs_are(site: Path, more: tuple[str, ...], 
 def test_a_pipeline_takes_recipes_by_name_and_the_mask_of_one_criterion(site: Path) -> None:
     (site / "bin/sbatch").write_text('#!/bin/sh\necho "$@" >>submitted\necho 7\n')
     (site / "bin/python").symlink_to(sys.executable)
-    words = ["slurm/pipeline.sh", "--runs", "runs", "--spa", "llama3-8b-spa", "--criterion", "snip"]
+    words = ["slurm/pipeline.sh", "--runs", "runs", "--spa", "llama3-8b-spa", "--criterion", "snip", "--ratio", "0.1"]
     done = call(site, *words, "--esi", "llama3-8b", PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     esi, spa = (site / "submitted").read_text().splitlines()
-    assert "--config llama3-8b " in esi and 'tune.mask="runs/esi/mask/snip"' in spa
+    assert "--config llama3-8b " in esi and esi.endswith(" select.ratio=0.1") and "ratio" not in spa
+    assert 'tune.mask="runs/esi/mask/snip"' in spa
     (site / "submitted").unlink()
     done = call(site, *words, "--esi", "nowhere", PYTHONPATH=str(ROOT))
     assert done.returncode == 2 and not (site / "submitted").exists()
     assert done.stderr.startswith("error: --esi = nowhere: is neither a file nor the name of a recipe; give a YAML")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("gpus", "tasks"), [("8", "8"), ("h100:4", "4")])
+def test_the_site_s_settings(gpus: str, tasks: str, tmp_path: Path) -> None:
+    """As many tasks as GPUs; the line for nodes without a network is of jobs, as a login shell downloads."""
+    text = (ROOT / "slurm/env.sh").read_text().replace("GPUS_PER_NODE=8", f"GPUS_PER_NODE={gpus}")
+    (tmp_path / "env.sh").write_text(text.replace("#[[", "[["))
+    shown = [". ./env.sh", 'echo "$ESI_DS_TASKS_PER_NODE offline=$HF_HUB_OFFLINE"']
+    assert call(tmp_path, "bash", "-c", "\n".join(shown), HF_HUB_OFFLINE="").stdout == f"{tasks} offline=\n"
+    job = call(tmp_path, "bash", "-c", "\n".join(shown), HF_HUB_OFFLINE="", SLURM_JOB_ID="7")
+    assert job.stdout == f"{tasks} offline=1\n"
 
 
 def test_a_pipeline_that_is_called_wrongly_says_how(site: Path) -> None:
