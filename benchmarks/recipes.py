@@ -4,7 +4,7 @@
 
 Bytes are those of ``--dry-run``. Times are arithmetic, the greater of two: 2 operations a weight and token forward, 4
 backward, 2 to recompute, of the weights that a token meets, at ``MFU`` of an H100's bf16 peak; and what a rank
-receives, at ``BANDWIDTH``. Generation and judging are left out.
+receives, at ``BANDWIDTH``. Generation, judging and an optimizer's step on the host are left out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GPUS = {  # of 80 GB each, in nodes of eight where there are more than one
     "kimi-k2": 256,
 }
 PROMPTS, TOKENS = 520, 300  # AdvBench's, with the longest answers; a row of GSM8K is about as long, SET's are shorter
-STEPS = {"set": 100, "spa": 1000}  # as the recipes have them
+STEPS = {"set": 100, "spa": 1000}  # as most recipes have them; the table says where one has others
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 HEAD = f"""# Recipes
 
@@ -55,7 +55,8 @@ name, makes them.
 
 Times are calculated without generation and judging, for prompts (with their answers) and rows of {TOKENS} tokens: a
 pass at {MFU:.0%} of an H100's bf16 peak, or the traffic of ZeRO-3 at 300 GB/s per GPU within a node and 50 GB/s between
-nodes, whichever takes longer. This page is made by `python -m benchmarks.recipes docs/recipes.md`.
+nodes, whichever takes longer. They leave out the optimizer's step on the hosts, of several seconds, where a recipe has
+it there (marked with *). This page is made by `python -m benchmarks.recipes docs/recipes.md`.
 
 | recipe | weights | active weights | nodes × GPUs | ESI, GiB per GPU | SET, GiB per GPU | SPA, GiB per GPU | \
 ESI: scoring {PROMPTS} prompts | SET: training {STEPS["set"]:,} steps | SPA: training {STEPS["spa"]:,} steps |
@@ -106,10 +107,12 @@ def duration(operations: float, received: float, gpus: int) -> str:
 def training(stage: str, recipe: str, met: float, received: float, gpus: int) -> str:
     """How long SET or SPA trains. received: bytes, by a GPU in one micro-batch."""
     tune = load_config(recipe, []).tune
-    assert tune is not None and tune.max_steps == STEPS[stage]
+    assert tune is not None
     micro_batches = tune.max_steps * tune.gradient_accumulation
     rows = micro_batches * tune.batch_size * gpus
-    return duration(8 * met * rows * TOKENS, micro_batches * received, gpus)
+    on_host = "*" if stage == "spa" and "offload" in str(load_config(recipe, []).deepspeed) else ""
+    steps = f" ({tune.max_steps:,} steps)" if tune.max_steps != STEPS[stage] else ""
+    return f"{duration(8 * met * rows * TOKENS, micro_batches * received, gpus)}{on_host}{steps}"
 
 
 def row(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import pytest
 from builders import build_mask
 from conftest import ROOT
 
-from esi_ds import shipped
+from esi_ds import recipes, shipped
 from esi_ds.cli import main
-from esi_ds.config import Prompts, RowSource, Task
+from esi_ds.config import Prompts, RowSource, Task, load_config
 from esi_ds.errors import UserError
 from esi_ds.stages.plan import notes as plan_notes
 from esi_ds.stages.plan.notes import count_prompts, count_rows
@@ -234,6 +235,7 @@ def test_what_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 RECIPES = [name for name in shipped.recipes() if name.startswith(("dense/", "moe/"))]
+NODES = {"One": "1", "Two": "2", "Four": "4"}
 # Weights as the hub counts them in each model's safetensors: architectures/ were written down, not downloaded.
 PUBLISHED = {
     "llama3-8b": 8_030_261_248,
@@ -264,10 +266,19 @@ def test_every_recipe_is_planned_before_anything_is_there(
             model, stage = model.removesuffix(f"-{suffix}"), suffix
     monkeypatch.chdir(tmp_path)
     architecture = ROOT / "configs" / name.split("/")[0] / "architectures" / model
-    assert main(stage, ["--config", name, "--dry-run", "--nodes", "2", f"model.path={architecture}"]) == 0
+    nodes = re.search(r"\. (\w+) nodes? of eight 80 GB GPUs\.$", recipes.summary(shipped.recipe(name)))
+    shape = ["--nodes", NODES.get(nodes[1], nodes[1])] if nodes else []
+    assert main(stage, ["--config", name, "--dry-run", *shape, f"model.path={architecture}"]) == 0
     shown = capsys.readouterr().out
     assert "NOTE: " in shown and f"output_dir: runs/{model}" in shown
     assert "lm-eval needs the whole model" not in shown
+    config = load_config(name, [])
+    needed = re.search(r"^recommended for S.. \(([\d.]+) GiB of .*:$\n(?s:(\{.*?^\}))", shown, re.MULTILINE)
+    if needed and "offload" not in needed[2] and float(needed[1]) < 40:  # with much room for activations
+        assert "offload" not in str(config.deepspeed)
+    if stage == "spa":  # no more passes over GSM8K's rows than the paper's four, and a few steps
+        ranks = 8 * int(shape[1]) if shape else 1
+        assert ranks * config.tune.batch_size * config.tune.gradient_accumulation * config.tune.max_steps < 4.5 * 7_473
     if model in PUBLISHED:
         assert f"{PUBLISHED[model]:,}" in shown
 

@@ -109,7 +109,8 @@ def _weight_facts(
     by_parameter = counts[stage]
     total = sum(by_parameter.values())
     if trained is None:
-        mask = f"{model_k(parameters, config.select.ratio, config.select.of):,} weights, expected"
+        ratio = config.select.ratio
+        mask = f"{model_k(parameters, ratio, config.select.of):,} weights, expected at a ratio of {ratio:g}"
     else:
         mask = f"{trained.mask.k:,} weights by {trained.mask.header.criterion}"
     facts: Facts = {
