@@ -488,7 +488,7 @@ def test_tasks_of_a_model_that_does_not_fit_are_refused_before_it_answers(
     run.inputs = SimpleNamespace(tasks=[SimpleNamespace(name="gsm8k")], candidates=models)
     run._check_room_for_tasks()
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 4_000_000)  # of 8.76 MB
-    problem = "lm-eval needs the whole model on every rank: base takes 0.008156 GiB, 0.003725 GiB are free"
+    problem = "lm-eval needs the whole model on every rank: base takes 0.008156 GiB, and one has 0.003725 GiB free"
     with pytest.raises(UserError, match=f"eval.tasks = gsm8k: {problem}"):
         run._check_room_for_tasks()
     (tmp_path / "tasks.jsonl").write_text(

@@ -166,10 +166,9 @@ class EvalRun(StageRun[EvalInputs]):
             size = model_bytes(candidate.config, candidate.source, self.config.model.dtype, AutoModelForCausalLM)
             if size > free:
                 names = ", ".join(task.name for task in self.inputs.tasks)
-                needed = (
-                    f"{candidate.name} takes {size / 2**30:.4g} GiB, {free / 2**30:.4g} GiB are free on the tightest"
-                )
-                raise UserError("eval.tasks", names, f"{WHOLE_MODEL}: {needed}", WITHOUT_TASKS)
+                sizes = f"{size / 2**30:.4g} GiB, and one has {free / 2**30:.4g} GiB free"
+                problem = f"{WHOLE_MODEL}: {candidate.name} takes {sizes}"
+                raise UserError("eval.tasks", names, problem, WITHOUT_TASKS)
 
     def _run_tasks(self) -> list[TaskRow]:
         """Results of lm-eval's tasks for every model; those on disk are not run again.
