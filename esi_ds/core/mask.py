@@ -45,11 +45,6 @@ def unpack_bits(data: Tensor, count: int, skip: int = 0) -> Tensor:
     return torch.from_numpy(bits[skip:].astype(bool))
 
 
-def popcount(data: Tensor) -> int:
-    """Number of set bits in a uint8 tensor."""
-    return int(np.bitwise_count(data.numpy()).sum())
-
-
 def digest(data: Tensor) -> str:
     """sha256 of a uint8 tensor's bytes."""
     return hashlib.sha256(data.contiguous().numpy().data).hexdigest()
@@ -212,7 +207,7 @@ class Mask:
                 problems.append(f"{name}: cannot be read ({error.problem})")
                 continue
             size = self.numel(name)
-            selected = popcount(data)
+            selected = int(np.bitwise_count(data.numpy()).sum())
             if selected != self.counts[name]:
                 problems.append(f"{name}: {selected} bits set, metadata says {self.counts[name]}")
             elif not digests:

@@ -38,7 +38,7 @@ from esi_ds.stages.tune.training import Training
 from esi_ds.zero import runtime
 from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient
 from esi_ds.zero.dense import DenseTuner
-from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.engine import ShardedModel, recompute_activations
 from esi_ds.zero.export import export_model
 from esi_ds.zero.optimizer import MaskedAdamW
 from esi_ds.zero.sparse import SparseTuner, choose_reduction
@@ -68,7 +68,7 @@ class TuneRun(StageRun[TuningInputs]):
         same_weights = self.accept_mask(inputs.mask, MASK_FIELD)
         self._log_inputs(same_weights)
         if config.model.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+            recompute_activations(model.module)
         self._check_batches(model)
         measure_before(self, model)
         with self.phase("answering"):
