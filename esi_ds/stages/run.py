@@ -280,16 +280,13 @@ class StageRun(ABC, Generic[Inputs]):
             self.folder.check_results(stored, runtime.rank(), runtime.world_size())
         except UserError as error:
             problem = error
-        problems = [problem for problem in runtime.gather_objects(problem) if problem is not None]
-        if problems:
-            raise problems[0]
+        runtime.raise_first(problem)
 
     def _read_results(self) -> dict[str, FileContent]:
         """The files that this run must hold now that it is done. The ranks share the reading. A broadcast, a gather."""
         path = self.folder.path
         sizes = runtime.from_main(partial(result_sizes, path))
-        own = contents_of(path, share_of(sizes, runtime.rank(), runtime.world_size()))
-        results = {name: content for part in runtime.gather_objects(own) for name, content in part.items()}
+        results = runtime.gather_dict(contents_of(path, share_of(sizes, runtime.rank(), runtime.world_size())))
         return {name: results[name] for name in sizes}
 
     def _lock(self) -> str | None:
@@ -513,12 +510,9 @@ class StageRun(ABC, Generic[Inputs]):
 
     def _tensor_digests(self, source: ModelSource) -> dict[str, str]:
         """Digest of every tensor of a checkpoint; the ranks share the reading. One gather."""
-        digests: dict[str, str] = {}
         with self.phase("hashing weights"):
             own = tensor_digests(checkpoint_folder(source), runtime.rank(), runtime.world_size(), source.field)
-            for part in runtime.gather_objects(own):
-                digests.update(part)
-        return digests
+            return runtime.gather_dict(own)
 
     def model_fingerprint(self, source: ModelSource, parameters: Sequence[Parameter]) -> str:
         """Fingerprint of a model's weights and the shapes of its parameters. One gather."""

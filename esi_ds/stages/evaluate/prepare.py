@@ -296,15 +296,14 @@ def _prepare_judge(section: EvalJudge, field: str) -> PreparedJudge:
         rule = SequenceRule(
             section.template, section.unsafe_labels, section.multi_label, section.threshold, section.max_length
         )
-        read_rule(config, rule, field)
-        return PreparedClassifier(name, field, section, tokenizer, config, rule)
-    family = _family(section, tokenizer, config, field)
-    if isinstance(section, EvalGuard) and family.reads == "labels":
+    else:
+        family = _family(section, tokenizer, config, field)
+        if family.reads != "labels" or isinstance(section, EvalYesNo):
+            PairEncoder(family, tokenizer, field=field).check_verdict()
+            return PreparedNextWord(name, field, section, tokenizer, config, family)
         rule = family_rule(family, section.threshold, section.max_length)
-        read_rule(config, rule, field)
-        return PreparedClassifier(name, field, section, tokenizer, config, rule)
-    PairEncoder(family, tokenizer, field=field).check_verdict()
-    return PreparedNextWord(name, field, section, tokenizer, config, family)
+    read_rule(config, rule, field)
+    return PreparedClassifier(name, field, section, tokenizer, config, rule)
 
 
 def _prepare_endpoint(section: EvalRubric, field: str, name: str) -> PreparedEndpoint:
