@@ -53,8 +53,7 @@ from esi_ds.report.asked import asked_as
 from esi_ds.report.contents import Report
 from esi_ds.report.html import write_report
 from esi_ds.stages.batch_sizes import KEY, BatchSize, GenerationBatch, changed_batch_sizes, generation_setting
-from esi_ds.stages.date import check_same_date
-from esi_ds.stages.dtype import check_same_dtype
+from esi_ds.stages.begun import check_same_on_all_ranks
 from esi_ds.stages.interrupt import listen
 from esi_ds.status import progress_of, say_done
 from esi_ds.tracking import Tracker
@@ -170,8 +169,7 @@ class StageRun(ABC, Generic[Inputs]):
         group = runtime.process_group(config.run.collective_timeout_s, config.run.start_timeout_s)
         with readable(config.run.share), group:
             check_commits()
-            check_same_dtype(config)
-            check_same_date(config)
+            check_same_on_all_ranks(config)
             check_source(source)
             deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
             check_settings(deepspeed_config)
