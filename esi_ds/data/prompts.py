@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
+
+from typing_extensions import NotRequired, TypedDict
 
 from esi_ds.config import Eval, Prompts
 from esi_ds.data.benchmarks import (
@@ -396,13 +398,7 @@ def recorded_scores(rows: Sequence[Row], path: str) -> list[float]:
     return scores
 
 
-class _Beside(TypedDict, total=False):
-    also_read: list[str]  # columns that are read with the prompts; there if there are any
-    goal_column: str  # the column of what attacks are after; there if it was read
-    goals: int  # how many there are
-
-
-class PromptSetRow(_Beside):
+class PromptSetRow(TypedDict):
     """A question set in the report."""
 
     set: str  # its name in tables and files
@@ -412,6 +408,9 @@ class PromptSetRow(_Beside):
     read: int  # number of prompts
     skipped: dict[str, int]  # reason → number of rows skipped for it, most frequent first
     sha256: str  # of the prompts
+    also_read: NotRequired[list[str]]  # columns that are read with the prompts; there if there are any
+    goal_column: NotRequired[str]  # the column of what attacks are after; there if it was read
+    goals: NotRequired[int]  # how many there are
 
 
 @dataclass(frozen=True)
