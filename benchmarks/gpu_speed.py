@@ -20,7 +20,7 @@ from esi_ds.models.decoding import greedy_ids
 from esi_ds.models.roles import describe
 from esi_ds.stages.esi.prepare import Example
 from esi_ds.zero import memory, runtime
-from esi_ds.zero.engine import ShardedModel, full_shapes
+from esi_ds.zero.engine import ShardedModel, full_shapes, recompute_activations
 from esi_ds.zero.generate import ready_to_generate
 
 Part = dict[str, Any]
@@ -104,7 +104,7 @@ def throughput(tiny: bool) -> Iterator[Part]:
     model = ShardedModel(module, settings(dtype))
     for checkpointing, rows, bare_seconds in plans:
         if checkpointing:
-            model.enable_gradient_checkpointing()
+            recompute_activations(model.module)
         figures = score_rows(model, guard, examples, rows)
         part = {"part": f"ESI, checkpointing {checkpointing}", "rows": rows, "bare_seconds": bare_seconds, **figures}
         yield part | goals(part, config, guard.config, prompt + response, response, bare.scored_head)

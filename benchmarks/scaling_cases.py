@@ -21,7 +21,7 @@ from esi_ds.core.trained import Trained
 from esi_ds.models.folder import ModelSource
 from esi_ds.zero import gradients, runtime
 from esi_ds.zero.dense import DenseTuner
-from esi_ds.zero.engine import ShardedModel, load_sharded
+from esi_ds.zero.engine import ShardedModel, load_sharded, recompute_activations
 from esi_ds.zero.gradients import GradientShards
 from esi_ds.zero.optimizer import MaskedAdamW
 from esi_ds.zero.sparse import SparseTuner
@@ -137,7 +137,7 @@ def measure(
     """Bytes predicted, and bytes measured: of each kind the most that any rank has. Collective: one all-reduce."""
     before = resident_bytes()
     model, trained, keep, context, micro_batch, step = open_case(case, folder, mask, settings(autoep_size))
-    model.enable_gradient_checkpointing()
+    recompute_activations(model.module)
     with context:
         for _ in range(2):  # the first one traces the model, the second gathers as every later one does
             micro_batch()

@@ -120,8 +120,14 @@ def _sync(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """What ``write_text_atomic`` writes first."""
+    """What a file or folder is called while it is written."""
     return path.with_name(f".{path.name}.tmp")
+
+
+def new_folder(path: Path) -> None:
+    """Make an empty folder, in place of one that an earlier start may have left."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -188,9 +194,8 @@ def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that gets the name ``final`` at the end of the block, or is removed if the block fails."""
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = temporary_name(final)
+    new_folder(temporary)
     try:
         yield temporary
         replace_folder(temporary, final)

@@ -165,16 +165,13 @@ def _other_name(name: str, ties: Mapping[str, str], stored: Collection[str]) -> 
 
 def _stored_names(source: ModelSource) -> set[str]:
     """Names of a checkpoint's tensors. Of a hub model only the index is fetched; without an index none are known."""
-    from transformers.utils import cached_file
-
     from esi_ds.models.folder import stored_weights
 
     if (stored := stored_weights(source)) or Path(source.path).is_dir():
         return {weight.name for weight in stored}
-    tolerant = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     with reading(source.field, source.path, ORIGIN):
-        index = cached_file(source.folder(), INDEX_NAME, **tolerant)
-    names = set(read_index(Path(index), source.field, ORIGIN)) if index is not None else set()
+        index = source.folder() / INDEX_NAME
+    names = set(read_index(index, source.field, ORIGIN)) if index.is_file() else set()
     quantisation = read_quantisation(source.folder(), source.field, source.path)
     return names if quantisation is None else weight_names(quantisation, names)
 

@@ -128,10 +128,10 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def read_json(path: Path, kind: type[Content], field: str, remedy: str, max_bytes: int = MAX_JSON_BYTES) -> Content:
+def read_json(path: Path, kind: type[Content], field: str, remedy: str) -> Content:
     """A JSON file whose content is a ``kind``. Raises UserError naming ``field`` and the file."""
     with reading(field, path, remedy):
-        return check_type(parse_json(read_text(path, max_bytes)), kind)
+        return check_type(parse_json(read_text(path)), kind)
 
 
 def share_of(sizes: Mapping[str, int], part: int, num_parts: int) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,15 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from esi_ds.artifacts import check_new_folder, replace_folder, wait_until_visible, write_json_atomic, write_text_atomic
+from esi_ds.artifacts import (
+    check_new_folder,
+    new_folder,
+    replace_folder,
+    temporary_name,
+    wait_until_visible,
+    write_json_atomic,
+    write_text_atomic,
+)
 from esi_ds.core.mask import UNITS_DIGEST, UNITS_NAME, Mask, digest, index_digests, num_bytes, pack_bits
 from esi_ds.core.mask_metadata import MaskMetadata, mask_texts
 from esi_ds.core.score_folder import ScoreFolder
@@ -276,12 +283,12 @@ def write_selection(
     return Mask.load(output)
 
 
-def remark_on(mask: Mask, folder: Path, ranks: Ranks | None) -> str | None:
+def remark_on(mask: Mask, folder: Path, ranks: Ranks) -> str | None:
     """What ``without_score`` says of a mask that was selected from the scores in ``folder``. Collectives: one sum."""
     header = mask.header
     if not may_lack_scores(header.order, header.scope, header.threshold):
         return None
-    ranks, scores = ranks or Ranks(), ScoreFolder(folder, "--scores")
+    scores = ScoreFolder(folder, "--scores")
     local_spans = spans(mask)[ranks.rank :: ranks.size]
     num_zero = sum(int((mask.bits(*span) & (scores.read(*span) == 0)).sum()) for span in local_spans)
     return without_score(header.criterion, int(ranks.add(torch.tensor([num_zero]))), mask.k, header.scope)
@@ -289,10 +296,9 @@ def remark_on(mask: Mask, folder: Path, ranks: Ranks | None) -> str | None:
 
 def _write(mask: Mask, selection: Reselection, metadata: dict[str, str], output: Path, ranks: Ranks) -> None:
     """The ranks share the files; rank 0 gives the folder its name once all are written."""
-    temporary = output.with_name(f".{output.name}.tmp")
+    temporary = temporary_name(output)
     if ranks.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        new_folder(temporary)
     ranks.gather(None)  # nobody writes before the folder exists
     local_digests: dict[str, str] = {}
     for file in mask.files[ranks.rank :: ranks.size]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -165,8 +164,3 @@ def read_digests(folder: Path, names: Collection[str], field: str, remedy: str) 
         problem = f"names other parameters than the folder holds ({', '.join(others[:5])})"
         raise UserError(field, str(file), problem, remedy)
     return digests
-
-
-def numel(shape: tuple[int, ...]) -> int:
-    """Number of elements of a tensor of this shape; exact, of any size."""
-    return math.prod(shape)

@@ -8,6 +8,8 @@ from builders import byte_bpe_tokenizer
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
+from esi_ds.data.thoughts import MARKS, Marks, parts
+
 FOLDER = Path(__file__).parent / "thinking_templates"  # its README says where they are from
 # Of each template: its own tokens that are special, those that are not, and the token that ends a turn.
 TOKENS = {
@@ -19,6 +21,13 @@ TOKENS = {
     ),
     "gptoss": (("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"), (), "<|return|>"),
 }
+
+
+def thought(response: str, opening: str | None = None, marks: Marks = MARKS) -> str:
+    """The text of a response's thoughts, each without white space around it, an empty line between two; "" if it has
+    none."""
+    texts = (response[slice(*span)].strip() for span in parts(response, opening, marks).trace)
+    return "\n\n".join(text for text in texts if text)
 
 
 def template(name: str) -> str:

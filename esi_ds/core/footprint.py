@@ -331,17 +331,18 @@ NOTHING = Traffic(0, 0)
 
 def gather_traffic(tensors: Sequence[GatheredTensor], weight: int, where: Topology, times: int = 2) -> Traffic:
     """Every tensor gathered ``times`` times: forward, backward, and once more where activations are recomputed."""
-    return _sum(ring(times * weight * tensor.numel, tensor, where) for tensor in tensors)
+    return sum((ring(times * weight * tensor.numel, tensor, where) for tensor in tensors), NOTHING)
 
 
 def reduce_traffic(tensors: Sequence[GatheredTensor], trained: Mapping[str, int], where: Topology) -> Traffic:
     """One fp32 reduce-scatter of every whole gradient (ESI, SET ``scatter``, SPA)."""
-    return _sum(ring(FP32 * tensor.numel, tensor, where) for tensor in tensors if trained.get(tensor.parameter.name))
+    learning = (tensor for tensor in tensors if trained.get(tensor.parameter.name))
+    return sum((ring(FP32 * tensor.numel, tensor, where) for tensor in learning), NOTHING)
 
 
 def compact_traffic(tensors: Sequence[GatheredTensor], trained: Mapping[str, int], where: Topology) -> Traffic:
     """SET ``compact``: one fp32 all-reduce (reduce-scatter, then gather) of the trained weights' gradient a step."""
-    return _sum(ring(2 * FP32 * _trained(tensor, trained), tensor, where) for tensor in tensors)
+    return sum((ring(2 * FP32 * _trained(tensor, trained), tensor, where) for tensor in tensors), NOTHING)
 
 
 def token_traffic(
@@ -371,10 +372,3 @@ def ring(size: float, tensor: GatheredTensor, where: Topology) -> Traffic:
     """
     part = size * (tensor.ranks - 1) / tensor.ranks
     return Traffic(part, part * min(tensor.copies, where.per_node) if where.nodes > 1 else 0.0)
-
-
-def _sum(parts: Iterable[Traffic]) -> Traffic:
-    total = NOTHING
-    for part in parts:
-        total += part
-    return total

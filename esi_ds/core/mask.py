@@ -6,6 +6,7 @@ Bit i of the flattened (row-major) parameter is bit i % 8, least significant fir
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from esi_ds.core.mask_metadata import FORMAT, MaskMetadata
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.errors import UserError
 from esi_ds.reading import json_sha256, reading, share_of
-from esi_ds.tensor_files import DIGESTS_NAME, INDEX_NAME, TensorFolder, numel, read_digests, read_tensor_folder
+from esi_ds.tensor_files import DIGESTS_NAME, INDEX_NAME, TensorFolder, read_digests, read_tensor_folder
 
 FIELD, REMEDY = "mask", "give the mask/ folder of a finished run, or make the mask again"
 UNITS_NAME = "units.json"
@@ -43,11 +44,6 @@ def unpack_bits(data: Tensor, count: int, skip: int = 0) -> Tensor:
     """bool [count]: the bits of a uint8 tensor from bit ``skip`` on."""
     bits = np.unpackbits(data.cpu().numpy(), count=skip + count, bitorder="little")
     return torch.from_numpy(bits[skip:].astype(bool))
-
-
-def popcount(data: Tensor) -> int:
-    """Number of set bits in a uint8 tensor."""
-    return int(np.bitwise_count(data.numpy()).sum())
 
 
 def digest(data: Tensor) -> str:
@@ -135,7 +131,7 @@ class Mask:
 
     def numel(self, name: str) -> int:
         """Number of weights of a parameter."""
-        return numel(self.shapes[name])
+        return math.prod(self.shapes[name])
 
     @property
     def total_numel(self) -> int:
@@ -212,7 +208,7 @@ class Mask:
                 problems.append(f"{name}: cannot be read ({error.problem})")
                 continue
             size = self.numel(name)
-            selected = popcount(data)
+            selected = int(np.bitwise_count(data.numpy()).sum())
             if selected != self.counts[name]:
                 problems.append(f"{name}: {selected} bits set, metadata says {self.counts[name]}")
             elif not digests:

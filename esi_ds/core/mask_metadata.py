@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 from esi_ds.core.criteria import GRADIENTS
 from esi_ds.reading import check_type, parse_json
-from esi_ds.tensor_files import numel
 
 FORMAT = "esi-mask/1"
 SCORES_FORMAT = "esi-scores/1"
@@ -83,7 +82,7 @@ class MaskMetadata:
     @property
     def scored_numel(self) -> int:
         """Number of scored weights."""
-        return sum(map(numel, self.shapes.values()))
+        return sum(map(math.prod, self.shapes.values()))
 
     @property
     def base(self) -> int:
@@ -102,9 +101,9 @@ class MaskMetadata:
     def problems(self) -> list[str]:
         """Every number that contradicts another, one sentence each; empty if there is none."""
         problems = [
-            f"{name}: {count:,} weights are said to be selected, it has {numel(self.shapes[name]):,}"
+            f"{name}: {count:,} weights are said to be selected, it has {math.prod(self.shapes[name]):,}"
             for name, count in self.counts.items()
-            if count > numel(self.shapes.get(name, ()))
+            if count > math.prod(self.shapes.get(name, ()))
         ]
         if (total := sum(self.counts.values())) != self.k:
             problems.append(f"counts add up to {total:,}, k is {self.k:,}")
@@ -125,7 +124,7 @@ class MaskMetadata:
         for name, shape in self.shapes.items():
             if self.offsets[name] < end:
                 problems.append(f"{name}: offset {self.offsets[name]:,} lies before the end of the parameter before it")
-            end = self.offsets[name] + numel(shape)
+            end = self.offsets[name] + math.prod(shape)
         if end > self.total_numel:
             problems.append(f"the last parameter ends at {end:,}, total_numel is {self.total_numel:,}")
         return problems
@@ -242,7 +241,7 @@ def _text(text: str) -> str:
 def _shapes(text: str) -> dict[str, tuple[int, ...]]:
     shapes = check_type(parse_json(text), dict[str, list[int]])
     for name, shape in shapes.items():
-        if any(size < 1 for size in shape) or numel(tuple(shape)) > LARGEST:
+        if any(size < 1 for size in shape) or math.prod(shape) > LARGEST:
             raise ValueError(f"gives {name} the shape {shape}, which no parameter has"[:200])
     return {name: tuple(shape) for name, shape in shapes.items()}
 

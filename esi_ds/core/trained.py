@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from functools import cached_property
 
@@ -34,7 +35,7 @@ class Trained:
     ):
         self.mask, self.train, self.unscored = mask, train, unscored
         self.routers, self.router, self.towers = frozenset(routers), router, frozenset(towers)
-        self.numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+        self.numels = {name: math.prod(shape) for name, shape in shapes.items()}
 
     @cached_property
     def digest(self) -> str:

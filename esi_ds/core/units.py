@@ -6,6 +6,7 @@ of flat positions: ``count`` runs of ``length`` elements, ``stride`` apart, from
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class Parameter:
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def scored(self) -> bool:

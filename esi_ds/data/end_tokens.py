@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from esi_ds.data.chat import TemplateRejection, render
 from esi_ds.models.folder import ModelSource
@@ -35,13 +34,8 @@ def _stored_ends(source: ModelSource, name: str) -> set[int]:
     The file itself is read: a class of transformers would fill in a default that need not be this model's token.
     """
     with reading(source.field, source.path, REMEDY):
-        file = cached_file(
-            source.folder(),
-            name,
-            _raise_exceptions_for_missing_entries=False,  # a model need not have a generation_config.json
-            _raise_exceptions_for_connection_errors=False,
-        )
-    if file is None:
+        file = source.folder() / name
+    if not file.is_file():  # a model need not have a generation_config.json
         return set()
     content = read_json(Path(file), dict[str, Any], source.field, "mend the file, or download the model again")
     text = content.get("text_config")

@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
+
+from typing_extensions import NotRequired, TypedDict
 
 from esi_ds.config import Eval, Prompts
 from esi_ds.data.benchmarks import (
@@ -70,6 +72,7 @@ COLUMNS = (
 MAX_SCORE = 3e38  # the largest number that a gradient in fp32 can be multiplied by
 EMPTY = "the prompt is empty"
 HALF = "the prompt holds half of a surrogate pair"
+QuestionKind = Literal["harmful", "benign"]  # of a question set
 # Kind of a question set → the config's key.
 KEYS = {"harmful": "eval.prompts", "benign": "eval.benign"}
 
@@ -396,22 +399,19 @@ def recorded_scores(rows: Sequence[Row], path: str) -> list[float]:
     return scores
 
 
-class _Beside(TypedDict, total=False):
-    also_read: list[str]  # columns that are read with the prompts; there if there are any
-    goal_column: str  # the column of what attacks are after; there if it was read
-    goals: int  # how many there are
-
-
-class PromptSetRow(_Beside):
+class PromptSetRow(TypedDict):
     """A question set in the report."""
 
     set: str  # its name in tables and files
-    kind: Literal["harmful", "benign"]  # whether its prompts should be refused or answered
+    kind: QuestionKind  # whether its prompts should be refused or answered
     source: str  # file, or "hub:" and the id
     column: str  # the column that holds the prompts
     read: int  # number of prompts
     skipped: dict[str, int]  # reason → number of rows skipped for it, most frequent first
     sha256: str  # of the prompts
+    also_read: NotRequired[list[str]]  # columns that are read with the prompts; there if there are any
+    goal_column: NotRequired[str]  # the column of what attacks are after; there if it was read
+    goals: NotRequired[int]  # how many there are
 
 
 @dataclass(frozen=True)
@@ -419,7 +419,7 @@ class QuestionSet:
     """Prompts that every model is asked. name: in tables and files; kind: whether they should be refused."""
 
     name: str
-    kind: Literal["harmful", "benign"]
+    kind: QuestionKind
     prompt_set: PromptSet
 
     @property
@@ -448,28 +448,19 @@ class QuestionSet:
         return row
 
 
-def load_question_sets(section: Eval) -> list[QuestionSet]:
-    """The sets of ``eval.prompts``, then those of ``eval.benign``.
-
-    Each takes only its kind of rows from a data set that holds both (XSTest).
-    """
+def question_sections(section: Eval) -> Iterator[tuple[str, QuestionKind, str, Prompts]]:
+    """(key in the config, kind, name, section) of every set of ``eval.prompts``, then of ``eval.benign``."""
     names = iter(distinct_names([*section.prompts, *section.benign]))
-    return [
-        *_load_kind("harmful", section.prompts, names),
-        *_load_kind("benign", section.benign, names),
-    ]
+    kinds: dict[QuestionKind, list[Prompts]] = {"harmful": section.prompts, "benign": section.benign}
+    for kind, sections in kinds.items():
+        for number, prompts in enumerate(sections):
+            yield f"{KEYS[kind]}.{number}" if len(sections) > 1 else KEYS[kind], kind, next(names), prompts
 
 
-def _load_kind(
-    kind: Literal["harmful", "benign"], sections: Sequence[Prompts], names: Iterator[str]
-) -> list[QuestionSet]:
-    """The sets of one kind; takes their names off ``names``."""
-    question_sets = []
-    for number, section in enumerate(sections):
-        field = f"{KEYS[kind]}.{number}" if len(sections) > 1 else KEYS[kind]
-        prompt_set = load_section(section, field, kind)
-        question_sets.append(QuestionSet(next(names), kind, prompt_set))
-    return question_sets
+def load_question_sets(section: Eval) -> list[QuestionSet]:
+    """The sets of ``question_sections``. Each takes only its kind of rows from a data set that holds both (XSTest)."""
+    sets = question_sections(section)
+    return [QuestionSet(name, kind, load_section(prompts, field, kind)) for field, kind, name, prompts in sets]
 
 
 def distinct_names(sections: list[Prompts]) -> list[str]:

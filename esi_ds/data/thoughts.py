@@ -231,11 +231,6 @@ def _outside(response: str, start: int, end: int) -> list[Span]:
     return [span for span in zip(edges[::2], edges[1::2], strict=True) if response[slice(*span)].strip()]
 
 
-def answer_spans(response: str, opening: str | None = None, marks: Marks = MARKS) -> list[Span] | None:
-    """The parts of a response that are its answer, in order; None: it ends within a thought. As ``parts`` says."""
-    return parts(response, opening, marks).answer
-
-
 class Piece(NamedTuple):
     """A part of a response that a judge reads. place: where it begins in the text that the judge reads."""
 
@@ -283,16 +278,12 @@ def _stripped(response: str, span: Span) -> Span:
 
 
 def final_answer(response: str, opening: str | None = None, marks: Marks = MARKS) -> str | None:
-    """The text of ``answer_spans``. Not for text that is an answer already: a mark that it speaks of would count."""
-    spans = answer_spans(response, opening, marks)
+    """The text of a response's answer; None where it ends within a thought.
+
+    Not for text that is an answer already: a mark that it speaks of would count.
+    """
+    spans = parts(response, opening, marks).answer
     return None if spans is None else "".join(response[start:end] for start, end in spans)
-
-
-def thought(response: str, opening: str | None = None, marks: Marks = MARKS) -> str:
-    """The text of a response's thoughts, each without white space around it, an empty line between two; "" if it has
-    none."""
-    texts = (response[slice(*span)].strip() for span in parts(response, opening, marks).trace)
-    return "\n\n".join(text for text in texts if text)
 
 
 def _leading_thoughts(response: str) -> tuple[list[Span], Span | None]:

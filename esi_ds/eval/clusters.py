@@ -21,10 +21,12 @@ from esi_ds.eval.statistics import (
     Agreement,
     PairedScores,
     Rate,
+    Z,
     all_alike,
     cohen_kappa,
     mcnemar_exact,
     paired_bootstrap,
+    paired_means,
     paired_rates,
     wilson,
 )
@@ -35,7 +37,7 @@ def has_repeats(clusters: Sequence[Hashable]) -> bool:
     return len(set(clusters)) < len(clusters)
 
 
-def cluster_rate(flags: Sequence[bool | None], clusters: Sequence[Hashable], confidence: float = CONFIDENCE) -> Rate:
+def cluster_rate(flags: Sequence[bool | None], clusters: Sequence[Hashable]) -> Rate:
     """The share of the flags that are true, with an interval for clusters drawn at random.
 
     Wilson's interval at Korn and Graubard's effective sample size (Survey Methodology 24, 1998): n over the design
@@ -47,29 +49,28 @@ def cluster_rate(flags: Sequence[bool | None], clusters: Sequence[Hashable], con
     counts, sizes = cluster_sums(flags, clusters)
     count, n, k = int(counts.sum()), int(sizes.sum()), len(sizes)
     if n == k:
-        return wilson(count, n, confidence)
+        return wilson(count, n)
     share = count / n
     if k == 1 and 0 < count < n:
-        return Rate(count, n, 0.0, 1.0, confidence)
-    size = _effective_size(counts, sizes, confidence) if 0 < count < n else float(k)
-    return Rate(count, n, *_wilson_bounds(share, size, confidence), confidence)
+        return Rate(count, n, 0.0, 1.0, CONFIDENCE)
+    size = _effective_size(counts, sizes) if 0 < count < n else float(k)
+    return Rate(count, n, *_wilson_bounds(share, size), CONFIDENCE)
 
 
-def _effective_size(counts: np.ndarray, sizes: np.ndarray, confidence: float) -> float:
+def _effective_size(counts: np.ndarray, sizes: np.ndarray) -> float:
     n, k = sizes.sum(), len(sizes)
     share = counts.sum() / n
     variance = k / (k - 1) * ((counts - share * sizes) ** 2).sum() / n**2
     design_effect = max(1.0, variance * (n - 1) / (share * (1 - share)))
-    few, many = (stats.t.ppf((1 + confidence) / 2, freedom) for freedom in (k - 1, n - 1))
+    few, many = (stats.t.ppf((1 + CONFIDENCE) / 2, freedom) for freedom in (k - 1, n - 1))
     return float(n / design_effect * (many / few) ** 2)
 
 
-def _wilson_bounds(share: float, size: float, confidence: float) -> tuple[float, float]:
+def _wilson_bounds(share: float, size: float) -> tuple[float, float]:
     """Wilson's interval of a rate that was seen in ``size`` answers, which need not be a whole number."""
-    z = float(stats.norm.ppf((1 + confidence) / 2))
-    centre = share + z * z / (2 * size)
-    half = z * math.sqrt(share * (1 - share) / size + z * z / (4 * size * size))
-    scale = 1 + z * z / size
+    centre = share + Z * Z / (2 * size)
+    half = Z * math.sqrt(share * (1 - share) / size + Z * Z / (4 * size * size))
+    scale = 1 + Z * Z / size
     low = (centre - half) / scale if share > 0 else 0.0  # else the difference of two equal numbers, up to rounding
     high = (centre + half) / scale if share < 1 else 1.0
     return max(0.0, low), min(1.0, high)
@@ -148,8 +149,6 @@ def cluster_bootstrap(
     clusters: Sequence[Hashable],
     *,
     seed: int,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
 ) -> PairedScores:
     """``paired_bootstrap`` of whole clusters: all pairs of a cluster are drawn together (Davison and Hinkley, Bootstrap
     Methods and their Application, 1997, section 3.8).
@@ -158,14 +157,14 @@ def cluster_bootstrap(
     the sequences differ in length.
     """
     if not has_repeats(clusters):
-        return paired_bootstrap(before, after, seed=seed, resamples=resamples, confidence=confidence)
-    whole = paired_bootstrap(before, after, seed=seed, resamples=2, confidence=confidence)
+        return paired_bootstrap(before, after, seed=seed)
+    means, _ = paired_means(before, after)
     finite = [
         [value if value is not None and math.isfinite(value) else None for value in side] for side in (before, after)
     ]
     sums, sizes = cluster_sums(differences(*finite), clusters)
-    low, high = _ratio_interval(sums, sizes, seed, resamples, confidence)
-    return replace(whole, low=low, high=high)
+    low, high = _ratio_interval(sums, sizes, seed)
+    return replace(means, low=low, high=high)
 
 
 def cluster_mean(
@@ -174,8 +173,6 @@ def cluster_mean(
     clusters: Sequence[Hashable],
     *,
     seed: int,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
 ) -> tuple[float | None, float | None, float | None]:
     """Σ sums / Σ sizes over all answers, such as a mean over their tokens, and its interval: the percentile bootstrap
     of whole clusters, as in ``cluster_bootstrap``.
@@ -188,12 +185,10 @@ def cluster_mean(
     totals, _ = cluster_sums(sums, clusters)
     numbers, _ = cluster_sums(sizes, clusters)
     mean = float(totals.sum() / numbers.sum())
-    return mean, *_ratio_interval(totals, numbers, seed, resamples, confidence)
+    return mean, *_ratio_interval(totals, numbers, seed)
 
 
-def _ratio_interval(
-    sums: np.ndarray, sizes: np.ndarray, seed: int, resamples: int, confidence: float
-) -> tuple[float, float] | tuple[None, None]:
+def _ratio_interval(sums: np.ndarray, sizes: np.ndarray, seed: int) -> tuple[float, float] | tuple[None, None]:
     """Of Σ sums / Σ sizes, where the pairs, one of each cluster, are drawn together with replacement; (None, None)
     where every cluster's own ratio is the same, or there is none."""
     if not len(sums) or all_alike(sums / sizes):
@@ -203,9 +198,9 @@ def _ratio_interval(
         lambda drawn, drawn_sizes, axis: drawn.sum(axis) / drawn_sizes.sum(axis),
         paired=True,
         vectorized=True,
-        n_resamples=resamples,
+        n_resamples=RESAMPLES,
         batch=max(1, BOOTSTRAP_CHUNK // len(sums)),
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
@@ -213,17 +208,14 @@ def _ratio_interval(
 
 
 def cluster_kappa(
-    first: Sequence[Hashable | None],
-    second: Sequence[Hashable | None],
-    clusters: Sequence[Hashable],
-    confidence: float = CONFIDENCE,
+    first: Sequence[Hashable | None], second: Sequence[Hashable | None], clusters: Sequence[Hashable]
 ) -> Agreement:
     """``cohen_kappa``, with the interval of a jackknife that leaves out one cluster at a time.
 
     low and high are None where κ without some cluster is not defined, and where the jackknife's error is 0. Raises
     ValueError if the sequences differ in length.
     """
-    whole = cohen_kappa(first, second, confidence)
+    whole = cohen_kappa(first, second)
     if not has_repeats(clusters) or whole.kappa is None:
         return whole
     members: dict[Hashable, list[int]] = {}
@@ -244,5 +236,4 @@ def cluster_kappa(
     error = math.sqrt((len(kappas) - 1) / len(kappas) * ((kappas - kappas.mean()) ** 2).sum())
     if not error > 1e-9:  # 0 up to rounding, or not a number
         return replace(whole, low=None, high=None)
-    margin = float(stats.norm.ppf((1 + confidence) / 2)) * error
-    return replace(whole, low=max(-1.0, whole.kappa - margin), high=min(1.0, whole.kappa + margin))
+    return replace(whole, low=max(-1.0, whole.kappa - Z * error), high=min(1.0, whole.kappa + Z * error))

@@ -17,29 +17,33 @@ from esi_ds.eval.verdicts import is_empty
 ANSWER_KEY = ("model", "set", "index", "sample")  # fields that identify an answer; rows of single answers lack the last
 
 
-class _MarkedAnswer(TypedDict, total=False):
-    thought_marks: list[str]  # model.thought_marks, where the config has them
-    cut: bool  # answers of other engines only: whether the engine stopped it at its longest length
-    asked: dict[str, Any]  # what besides the prompt decided it (``data.asked``); not of answers from files
-
-
-class _Sampled(TypedDict, total=False):
-    sample: int  # where ``eval.samples`` is above 1: which of the prompt's answers, from 0
-
-
-class _Attack(TypedDict, total=False):
-    goal: str  # what the prompt is after, where the rows of an attack say so: judges read it instead
-
-
-class AnswerRow(_MarkedAnswer, _Sampled, _Attack):
-    """A line of ``answers.jsonl``: one model's answer to one prompt."""
+class AnswerId(TypedDict):
+    """Which answer a row holds, or is about."""
 
     model: str  # the model's name in the tables; in a perturbation, the cell's name
     set: str  # the prompt set's name
     index: int  # the prompt's position in its set
+    sample: NotRequired[int]  # where ``eval.samples`` is above 1: which of the prompt's answers, from 0
+
+
+class AnswerRow(AnswerId):
+    """A line of ``answers.jsonl``: one model's answer to one prompt."""
+
     prompt: Prompt  # as it was read, before the chat template
     response: str | None  # the response, thoughts included; None if the prompt left no room for one
     excluded: str | None  # why there is no answer: no room, or it ends within a thought; None if there is one
+    goal: NotRequired[str]  # what the prompt is after, where the rows of an attack say so: judges read it instead
+    thought_marks: NotRequired[list[str]]  # model.thought_marks, where the config has them
+    cut: NotRequired[bool]  # answers of other engines only: whether the engine stopped it at its longest length
+    asked: NotRequired[dict[str, Any]]  # what besides the prompt decided it (``data.asked``); not of answers from files
+
+
+def identity_of(row: AnswerId) -> AnswerId:
+    """The fields of a row that say which answer it is about."""
+    identity: AnswerId = {"model": row["model"], "set": row["set"], "index": row["index"]}
+    if "sample" in row:
+        identity["sample"] = row["sample"]
+    return identity
 
 
 def answer_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -67,21 +71,15 @@ def has_text(row: AnswerRow) -> bool:
     return not is_empty(final_answer(answered(row) or "", None, marks_of(row)) or "")
 
 
-class SurpriseRow(_Sampled):
+class SurpriseRow(AnswerId):
     """A line of ``surprises.jsonl``: how unlikely the base model finds one answer."""
 
-    model: str  # the model that gave the answer
-    set: str  # the prompt set's name
-    index: int  # the prompt's position in its set
     surprise: float | None  # mean negative log-likelihood, nats per token; None where it cannot be measured
 
 
-class DivergenceRow(_Sampled):
-    """A line of ``divergences.jsonl``: how far a model is from the base on one of the base's own answers."""
+class DivergenceRow(AnswerId):
+    """A line of ``divergences.jsonl``: how far ``model`` is from the base on one of the base's own answers."""
 
-    model: str  # the model that is compared with the base
-    set: str  # the set of benign prompts
-    index: int  # the prompt's position in its set
     divergence: float | None  # sum over the answer's tokens of KL(base ‖ model), nats; None if there is none
     tokens: int  # the answer's tokens
     reason: str | None  # why there is no divergence; None if there is one
@@ -95,30 +93,17 @@ class EndpointUse(TypedDict):
     completion_tokens: int  # tokens the endpoint wrote
 
 
-class _PaidVerdict(TypedDict, total=False):
-    used: EndpointUse  # endpoints only: what the verdict cost
-
-
-class VerdictRow(_PaidVerdict, _Sampled):
+class VerdictRow(AnswerId):
     """A line of ``verdicts.jsonl``: one judge's verdict on one answer to a harmful prompt."""
 
     judge: str  # the judge's name in the tables
-    model: str  # the model that gave the answer
-    set: str  # the prompt set's name
-    index: int  # the prompt's position in its set
     unsafe: bool | None  # whether the attack succeeded; None if the verdict is missing
     score: float | None  # how unsafe, in the judge's own unit, higher is worse; None if the judge gives no score
     reason: str | None  # why the verdict is missing; None if there is one
+    used: NotRequired[EndpointUse]  # endpoints only: what the verdict cost
 
 
-class _TaskThoughts(TypedDict, total=False):
-    """Of models that think; earlier runs did not write them, and gave a task thoughts and answer as one."""
-
-    num_unfinished: int  # documents with a reply that ends within a thought, which is no answer
-    num_without_thought: int  # documents whose choices are scored where the model would begin to think
-
-
-class TaskSummary(_TaskThoughts):
+class TaskSummary(TypedDict):
     """One metric of one task, without its documents: ``TaskResult`` says what each value means."""
 
     task: str  # lm-eval's name of the task, but medqa of medqa_4options
@@ -140,6 +125,9 @@ class TaskSummary(_TaskThoughts):
     chat_template: bool  # whether prompts are in the chat template
     lm_eval: str  # version of lm-eval
     confidence: float  # of the interval
+    # Of models that think; earlier runs did not write them, and gave a task thoughts and answer as one.
+    num_unfinished: NotRequired[int]  # documents with a reply that ends within a thought, which is no answer
+    num_without_thought: NotRequired[int]  # documents whose choices are scored where the model would begin to think
 
 
 class TaskResultRow(TaskSummary):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 from scipy import optimize, stats
 
-CONFIDENCE = 0.95
+CONFIDENCE = 0.95  # of every interval
+Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))  # standard errors from the middle of an interval to its ends
 RESAMPLES = 10_000
 # Numbers drawn at a time by the bootstrap: 32 MB.
 BOOTSTRAP_CHUNK = 4_000_000
@@ -37,18 +38,17 @@ class Rate:
         return self.count / self.n if self.n else None
 
 
-def wilson(count: int, n: int, confidence: float = CONFIDENCE) -> Rate:
+def wilson(count: int, n: int) -> Rate:
     """Wilson's score interval of a rate, without continuity correction (E. B. Wilson, JASA 22, 1927).
 
     Without observations (n = 0) the rate is None and the interval [0, 1]. Raises ValueError for an impossible count.
     """
     if not 0 <= count <= n:
         raise ValueError(f"{count} of {n} is not a rate")
-    _check_confidence(confidence)
     if n == 0:
-        return Rate(0, 0, 0.0, 1.0, confidence)
-    interval = stats.binomtest(count, n).proportion_ci(confidence, method="wilson")
-    return Rate(count, n, float(interval.low), float(interval.high), confidence)
+        return Rate(0, 0, 0.0, 1.0, CONFIDENCE)
+    interval = stats.binomtest(count, n).proportion_ci(CONFIDENCE, method="wilson")
+    return Rate(count, n, float(interval.low), float(interval.high), CONFIDENCE)
 
 
 @dataclass(frozen=True)
@@ -101,25 +101,21 @@ class PairedScores:
     confidence: float
 
 
-def paired_rates(
-    before: Sequence[bool | None], after: Sequence[bool | None], confidence: float = CONFIDENCE
-) -> PairedScores:
+def paired_rates(before: Sequence[bool | None], after: Sequence[bool | None]) -> PairedScores:
     """Difference of the rates of paired flags and its score interval: the differences that are not further from the
     observed one than z standard errors, estimated under each (T. Tango, Equivalence test and confidence interval for
     the difference in proportions for the paired-sample design, Statistics in Medicine 17, 1998).
 
     It has a width also where no pair or every pair has changed. Raises ValueError if the sequences differ in length.
     """
-    _check_confidence(confidence)
     table = mcnemar_exact(before, after)
     n, num_missing, difference = table.num_pairs, table.num_missing, table.difference
     if difference is None:
-        return PairedScores(0, num_missing, None, None, None, None, None, confidence)
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+        return PairedScores(0, num_missing, None, None, None, None, None, CONFIDENCE)
 
     def excess(hypothesis: float) -> float:
-        """Above 0 where the observed difference is further than z standard errors from this one."""
-        return n * (difference - hypothesis) ** 2 - z**2 * _variance(table, hypothesis)
+        """Above 0 where the observed difference is further than ``Z`` standard errors from this one."""
+        return n * (difference - hypothesis) ** 2 - Z**2 * _variance(table, hypothesis)
 
     low, high = (
         # At the observed difference itself the excess may be 0, too.
@@ -127,7 +123,7 @@ def paired_rates(
         for end in (-1.0, 1.0)
     )
     earlier, later = ((table.both + only) / n for only in (table.only_before, table.only_after))
-    return PairedScores(n, num_missing, earlier, later, difference, low, high, confidence)
+    return PairedScores(n, num_missing, earlier, later, difference, low, high, CONFIDENCE)
 
 
 def _variance(table: PairedFlags, difference: float) -> float:
@@ -140,45 +136,41 @@ def _variance(table: PairedFlags, difference: float) -> float:
     return max(2 * only_before + difference * (1 - difference), 0.0)
 
 
-def paired_bootstrap(
-    before: Sequence[float | None],
-    after: Sequence[float | None],
-    *,
-    seed: int,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
-) -> PairedScores:
+def paired_bootstrap(before: Sequence[float | None], after: Sequence[float | None], *, seed: int) -> PairedScores:
     """Percentile bootstrap of the mean difference: whole pairs are drawn, with replacement (Efron, 1979).
 
     low and high are None below two pairs, and where all differences are equal, as with a mask that changes nothing:
     drawing them again then says nothing about the error. Flags have ``paired_rates``. Scores that are not finite count
     as missing. Raises ValueError if the sequences differ in length.
     """
-    _check_confidence(confidence)
+    means, differences = paired_means(before, after)
+    if not len(differences) or all_alike(differences):
+        return means
+    interval = stats.bootstrap(
+        (differences,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=max(1, BOOTSTRAP_CHUNK // len(differences)),
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return replace(means, low=float(interval.low), high=float(interval.high))
+
+
+def paired_means(before: Sequence[float | None], after: Sequence[float | None]) -> tuple[PairedScores, np.ndarray]:
+    """``paired_bootstrap`` without the interval, and after − before of every complete pair [num_pairs], float64."""
     pairs, num_missing = _complete_pairs(
         [None if score is None or not math.isfinite(score) else float(score) for score in before],
         [None if score is None or not math.isfinite(score) else float(score) for score in after],
     )
     if not pairs:
-        return PairedScores(0, num_missing, None, None, None, None, None, confidence)
+        return PairedScores(0, num_missing, None, None, None, None, None, CONFIDENCE), np.empty(0)
     table = np.array(pairs)  # [pairs, 2] float64
     differences = table[:, 1] - table[:, 0]
-    low = high = None
-    if not all_alike(differences):
-        interval = stats.bootstrap(
-            (differences,),
-            np.mean,
-            n_resamples=resamples,
-            batch=max(1, BOOTSTRAP_CHUNK // len(pairs)),
-            confidence_level=confidence,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-        low, high = float(interval.low), float(interval.high)
-    mean_before, mean_after = (float(mean) for mean in table.mean(axis=0))
-    return PairedScores(
-        len(pairs), num_missing, mean_before, mean_after, float(differences.mean()), low, high, confidence
-    )
+    earlier, later = (float(mean) for mean in table.mean(axis=0))
+    difference = float(differences.mean())
+    return PairedScores(len(pairs), num_missing, earlier, later, difference, None, None, CONFIDENCE), differences
 
 
 def all_alike(values: np.ndarray) -> bool:
@@ -204,18 +196,15 @@ class Agreement:
     confidence: float
 
 
-def cohen_kappa(
-    first: Sequence[Hashable | None], second: Sequence[Hashable | None], confidence: float = CONFIDENCE
-) -> Agreement:
+def cohen_kappa(first: Sequence[Hashable | None], second: Sequence[Hashable | None]) -> Agreement:
     """Cohen's κ, unweighted (J. Cohen, Educ. Psychol. Meas. 20, 1960), and its large-sample interval.
 
     The standard error is that of Fleiss, Cohen and Everitt (Psychol. Bull. 72, 1969); the interval is cut to [−1, 1].
     Raises ValueError if the sequences differ in length.
     """
-    _check_confidence(confidence)
     pairs, num_missing = _complete_pairs(first, second)
     if not pairs:
-        return Agreement(0, num_missing, None, None, None, None, confidence)
+        return Agreement(0, num_missing, None, None, None, None, CONFIDENCE)
     labels = {label: index for index, label in enumerate(dict.fromkeys(label for pair in pairs for label in pair))}
     counts = np.zeros((len(labels), len(labels)), dtype=np.int64)  # [label of first, label of second]
     for one, other in pairs:
@@ -224,14 +213,13 @@ def cohen_kappa(
     of_first, of_second = shares.sum(axis=1), shares.sum(axis=0)
     expected = float(of_first @ of_second)
     if len(labels) == 1:
-        return Agreement(len(pairs), num_missing, observed, None, None, None, confidence)
+        return Agreement(len(pairs), num_missing, observed, None, None, None, CONFIDENCE)
     kappa = (observed - expected) / (1 - expected)
     error = _kappa_error(shares, kappa, expected, len(pairs))
     low = high = None
     if error > 0:
-        margin = float(stats.norm.ppf((1 + confidence) / 2)) * error
-        low, high = max(-1.0, kappa - margin), min(1.0, kappa + margin)
-    return Agreement(len(pairs), num_missing, observed, kappa, low, high, confidence)
+        low, high = max(-1.0, kappa - Z * error), min(1.0, kappa + Z * error)
+    return Agreement(len(pairs), num_missing, observed, kappa, low, high, CONFIDENCE)
 
 
 def _kappa_error(shares: np.ndarray, kappa: float, expected: float, num_pairs: int) -> float:
@@ -253,8 +241,3 @@ def _complete_pairs(first: Sequence[T | None], second: Sequence[T | None]) -> tu
         if one is not None and other is not None
     ]
     return pairs, len(first) - len(pairs)
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"a confidence of {confidence} is not between 0 and 1")

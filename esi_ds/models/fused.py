@@ -51,9 +51,12 @@ def _heads(config: PretrainedConfig) -> tuple[int, int, int]:
     return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
 
 
-def _stacked(config: PretrainedConfig) -> Layout:
-    heads, key_heads, dim = _heads(config)
+def _q_k_v(heads: int, key_heads: int, dim: int) -> Layout:
     return Layout(1, ((Q, heads * dim), (K, key_heads * dim), (V, key_heads * dim)))
+
+
+def _stacked(config: PretrainedConfig) -> Layout:
+    return _q_k_v(*_heads(config))
 
 
 def _by_head(config: PretrainedConfig) -> Layout:
@@ -68,26 +71,24 @@ def _codegen(config: PretrainedConfig) -> Layout:
 
 
 def _columns(config: PretrainedConfig) -> Layout:
-    size = config.hidden_size
-    return Layout(1, ((Q, size), (K, size), (V, size)), transposed=True)
+    return _q_k_v(1, 1, config.hidden_size)._replace(transposed=True)
 
 
 def _falcon(config: PretrainedConfig) -> Layout:
-    heads, dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    if config.new_decoder_architecture:
-        groups = config.num_kv_heads
-        return Layout(groups, ((Q, heads // groups * dim), (K, dim), (V, dim)))
-    return Layout(1, ((Q, heads * dim), (K, dim), (V, dim))) if config.multi_query else _by_head(config)
+    if not config.new_decoder_architecture:
+        return _gpt_bigcode(config)
+    (heads, _, dim), groups = _heads(config), config.num_kv_heads
+    return Layout(groups, ((Q, heads // groups * dim), (K, dim), (V, dim)))
 
 
 def _gpt_bigcode(config: PretrainedConfig) -> Layout:
     heads, _, dim = _heads(config)
-    return Layout(1, ((Q, heads * dim), (K, dim), (V, dim))) if config.multi_query else _by_head(config)
+    return _q_k_v(heads, 1, dim) if config.multi_query else _by_head(config)
 
 
 def _dbrx(config: PretrainedConfig) -> Layout:
-    heads, dim, key_heads = config.num_attention_heads, _heads(config)[2], config.attn_config.kv_n_heads
-    return Layout(1, ((Q, heads * dim), (K, key_heads * dim), (V, key_heads * dim)))
+    heads, _, dim = _heads(config)
+    return _q_k_v(heads, config.attn_config.kv_n_heads, dim)
 
 
 def _gated_query(config: PretrainedConfig) -> Layout:

@@ -36,8 +36,6 @@ FOREIGN_FILES = {
 # quant_method → the name that its users know; others are shown as they are.
 NAMES = {
     "awq": "AWQ",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
     "fbgemm_fp8": "FBGEMM FP8 (a scale a row)",
     "gguf": "GGUF",
     "gptq": "GPTQ",
@@ -45,7 +43,6 @@ NAMES = {
     "modelopt": "ModelOpt",
     "mxfp8": "MXFP8",
     "nvfp4": "NVFP4",
-    "torchao": "torchao",
 }
 # Endings of what quantised checkpoints hold beside or instead of weights; no model has parameters of these names.
 TRACES = (

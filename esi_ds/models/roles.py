@@ -219,6 +219,11 @@ def layer_of(name: str) -> int | None:
     return int(match.group(1)) if (match := LAYER.search(f"{name}.")) else None
 
 
+def expert_of(name: str) -> int | None:
+    """The number of the expert that a parameter belongs to, where each expert is a module of its own."""
+    return int(match.group(1)) if (match := EXPERT.search(name)) else None
+
+
 def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Blocks whose routed experts are separate modules (an ``nn.ModuleList``), by name.
 
@@ -267,12 +272,15 @@ def _check_roles(roles: Mapping[str, str], names: Sequence[str]) -> None:
 
 def _named_units(name: str, role: str, shape: tuple[int, ...]) -> tuple[Unit, ...]:
     """The matrices of a parameter with a configured role: one, or one per expert if it holds all of them [E, ...]."""
-    layer = layer_of(name)
     if role.startswith("expert.") and len(shape) == 3:
-        size = math.prod(shape[1:])
-        return tuple(Unit(f"{name}[{e}]", role, layer, e, e * size, size) for e in range(shape[0]))
-    expert = int(match.group(1)) if (match := EXPERT.search(name)) else None
-    return (Unit(name, role, layer, expert, 0, math.prod(shape)),)
+        return _by_expert(name, role, shape)
+    return (Unit(name, role, layer_of(name), expert_of(name), 0, math.prod(shape)),)
+
+
+def _by_expert(name: str, role: str, shape: tuple[int, ...]) -> tuple[Unit, ...]:
+    """One matrix per expert of a parameter that holds all of them, [E, ...]."""
+    layer, size = layer_of(name), math.prod(shape[1:])
+    return tuple(Unit(f"{name}[{e}]", role, layer, e, e * size, size) for e in range(shape[0]))
 
 
 def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: tuple[int, ...], is_head: bool) -> str:
@@ -360,13 +368,12 @@ def _units(
     is_shared = _is_shared(modules, module_name)
     if _is_fused(shape, leaf):
         if leaf == "gate_up_proj" and config is not None and not is_known_code(module):
-            size = math.prod(shape[1:])
-            return tuple(Unit(f"{name}[{e}]", "other", layer, e, e * size, size) for e in range(shape[0]))
+            return _by_expert(name, "other", shape)
         units = _fused_expert_units(name, leaf, shape, layer, _is_transposed(name, shapes), _alternate(module))
         if is_shared:  # a shared expert's number is not that of a routed one
             return tuple(replace(unit, role=unit.role.replace("expert.", "shared."), expert=None) for unit in units)
         return units
-    expert = int(match.group(1)) if (match := EXPERT.search(name)) else None
+    expert = expert_of(name)
     whole = Unit(name, role if role in SCORED else "other", layer, expert, 0, math.prod(shape))
     if len(shape) != 2 or owner is None:
         return (whole,)
@@ -405,11 +412,7 @@ def _fused_expert_units(
     num_experts, rows, columns = shape
     size = rows * columns
     if leaf != "gate_up_proj":
-        part = leaf.removesuffix("_proj")
-        return tuple(
-            Unit(f"{name}[{expert}]", f"expert.{part}", layer, expert, expert * size, size)
-            for expert in range(num_experts)
-        )
+        return _by_expert(name, f"expert.{leaf.removesuffix('_proj')}", shape)
     if transposed:  # every row, one per input, holds the outputs of both
         length, count, stride = (1, size // 2, 2) if alternate else (columns // 2, rows, columns)
     else:

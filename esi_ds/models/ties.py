@@ -28,8 +28,6 @@ def untie(model: PreTrainedModel, stored: Sequence[Weight], dtype: torch.dtype |
     stored: what the checkpoint holds. dtype: in which the model is loaded, since weights are compared after rounding;
     None: as they are stored.
     """
-    if not model.all_tied_weights_keys:
-        return
     loaded = by_loaded_name(model, stored)
     for target, source in list(model.all_tied_weights_keys.items()):
         if target in loaded and source in loaded and not _are_equal(loaded[target], loaded[source], dtype):

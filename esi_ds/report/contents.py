@@ -168,31 +168,18 @@ class Overlap(TypedDict):
     same_weights: bool  # whether both masks were made from the same weights
 
 
-class MaskLaterFields(TypedDict, total=False):
-    """Fields of a mask in an ESI report that the earliest runs did not write."""
-
-    experts: ExpertTables | None  # null for a dense model
-
-
-class MaskReport(MaskLaterFields):
+class MaskReport(TypedDict):
     """One mask, and the scores it was chosen by."""
 
     selection: SelectionFacts  # how the mask was chosen
     units: list[UnitRow]  # in the model's order
     score_histogram: ScoreHistogram  # over all scored weights
     score_histograms_by_role: dict[str, list[int]]  # role → weights per bin of ``score_histogram``
+    # The earliest runs did not write it.
+    experts: NotRequired[ExpertTables | None]  # null for a dense model
 
 
-class EsiLaterFields(TypedDict, total=False):
-    """Fields of an ESI report that the earliest runs did not write."""
-
-    routing: list[RoutingRow]  # empty for a dense model
-    losses: list[LossReport]  # empty for criteria without losses
-    further_masks: list[MaskReport]  # of a list of criteria: all but the first, which the report's own fields describe
-    overlaps: list[Overlap]  # of a list of criteria: every two masks
-
-
-class EsiReport(EsiLaterFields, MaskReport):
+class EsiReport(MaskReport):
     """``report.json`` of an ESI run; the only one without ``kind``."""
 
     title: str  # heading of the page
@@ -202,6 +189,11 @@ class EsiReport(EsiLaterFields, MaskReport):
     special_tokens_broken_up: int  # special-token strings in prompts and responses, read as plain text
     samples: list[SampleResponse]  # the first judged responses
     progress: list[MetricsRow]  # metrics.jsonl
+    # The earliest runs did not write these.
+    routing: NotRequired[list[RoutingRow]]  # empty for a dense model
+    losses: NotRequired[list[LossReport]]  # empty for criteria without losses
+    further_masks: NotRequired[list[MaskReport]]  # of a list of criteria: all but the first, which is the report's own
+    overlaps: NotRequired[list[Overlap]]  # of a list of criteria: every two masks
 
 
 class ChangedTensor(TypedDict):
@@ -211,29 +203,20 @@ class ChangedTensor(TypedDict):
     numel: int  # weights
 
 
-class _AnswersBefore(TypedDict, total=False):
-    before: str  # the response before tuning; absent if ``eval.before`` is off
-    refused_before: bool | None  # whether its answer holds a refusal's words; None if it ends within a thought
-
-
-class TunedAnswerRow(_AnswersBefore):
+class TunedAnswerRow(TypedDict):
     """A line of ``answers.jsonl`` of a tuning run: the answers to one prompt before and after."""
 
     set: str  # harmful or benign
     index: int  # the prompt's position in its set
     prompt: Prompt  # as it was read, before the chat template
+    before: NotRequired[str]  # the response before tuning; absent if ``eval.before`` is off
     after: str  # the response after tuning
-    refused_after: bool | None  # whether its answer holds a refusal's words; None if it ends within a thought
+    # Whether the answer of each holds a refusal's words; None if it ends within a thought.
+    refused_before: NotRequired[bool | None]
+    refused_after: bool | None
 
 
-class RefusalLaterFields(TypedDict, total=False):
-    """Fields that earlier runs did not write: they counted responses that end within a thought as empty answers."""
-
-    unfinished_before: int | None  # responses before tuning that end within a thought; None if nothing was asked then
-    unfinished_after: int  # responses after tuning that end within a thought
-
-
-class RefusalRow(RefusalLaterFields):
+class RefusalRow(TypedDict):
     """Refusals in one set of prompts, found by their words; an empty answer is counted apart, not as a refusal, and a
     response that ends within a thought is no answer."""
 
@@ -243,6 +226,9 @@ class RefusalRow(RefusalLaterFields):
     empty_before: int | None  # empty answers before tuning; None if nothing was asked then
     refused_after: int | None  # answers that refuse after tuning
     empty_after: int | None  # empty answers after tuning
+    # Responses that end within a thought; earlier runs counted them as empty answers.
+    unfinished_before: NotRequired[int | None]  # None if nothing was asked before tuning
+    unfinished_after: NotRequired[int]
 
 
 class DriftRow(TypedDict):

@@ -14,11 +14,10 @@ from esi_ds.errors import UserError
 from esi_ds.reading import reading
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
-NAMES = ("configs", "ds_configs", "slurm")
 
 
 def folder(name: str) -> Path:
-    """One of ``NAMES``: in the wheel if there, else of the checkout."""
+    """``configs``, ``ds_configs`` or ``slurm``: in the wheel if there, else of the checkout."""
     packaged = Path(__file__).resolve().parent / name
     return packaged if packaged.is_dir() else CHECKOUT / name
 

@@ -28,12 +28,11 @@ class BatchSize:
     def __init__(
         self,
         setting: int | Literal["auto"],
-        purpose: str = "",
-        chosen: MutableMapping[str, int] | None = None,
-        record: Callable[[], None] = lambda: None,
+        purpose: str,
+        chosen: MutableMapping[str, int],
+        record: Callable[[], None],
     ):
-        self.setting, self.purpose, self._record = setting, purpose, record
-        self._chosen: MutableMapping[str, int] = {} if chosen is None else chosen
+        self.setting, self.purpose, self._chosen, self._record = setting, purpose, chosen, record
 
     def resolve(self, fitting: Callable[[], int]) -> int:
         """The number, the same on every rank. Collectives: those of ``fitting``, where ``auto`` has yet to choose."""

@@ -53,8 +53,7 @@ from esi_ds.report.asked import asked_as
 from esi_ds.report.contents import Report
 from esi_ds.report.html import write_report
 from esi_ds.stages.batch_sizes import KEY, BatchSize, GenerationBatch, changed_batch_sizes, generation_setting
-from esi_ds.stages.date import check_same_date
-from esi_ds.stages.dtype import check_same_dtype
+from esi_ds.stages.begun import check_same_on_all_ranks
 from esi_ds.stages.interrupt import listen
 from esi_ds.status import progress_of, say_done
 from esi_ds.tracking import Tracker
@@ -170,8 +169,7 @@ class StageRun(ABC, Generic[Inputs]):
         group = runtime.process_group(config.run.collective_timeout_s, config.run.start_timeout_s)
         with readable(config.run.share), group:
             check_commits()
-            check_same_dtype(config)
-            check_same_date(config)
+            check_same_on_all_ranks(config)
             check_source(source)
             deepspeed_config = resolve_deepspeed(config, runtime.world_size(), stage)
             check_settings(deepspeed_config)
@@ -280,16 +278,13 @@ class StageRun(ABC, Generic[Inputs]):
             self.folder.check_results(stored, runtime.rank(), runtime.world_size())
         except UserError as error:
             problem = error
-        problems = [problem for problem in runtime.gather_objects(problem) if problem is not None]
-        if problems:
-            raise problems[0]
+        runtime.raise_first(problem)
 
     def _read_results(self) -> dict[str, FileContent]:
         """The files that this run must hold now that it is done. The ranks share the reading. A broadcast, a gather."""
         path = self.folder.path
         sizes = runtime.from_main(partial(result_sizes, path))
-        own = contents_of(path, share_of(sizes, runtime.rank(), runtime.world_size()))
-        results = {name: content for part in runtime.gather_objects(own) for name, content in part.items()}
+        results = runtime.gather_dict(contents_of(path, share_of(sizes, runtime.rank(), runtime.world_size())))
         return {name: results[name] for name in sizes}
 
     def _lock(self) -> str | None:
@@ -513,12 +508,9 @@ class StageRun(ABC, Generic[Inputs]):
 
     def _tensor_digests(self, source: ModelSource) -> dict[str, str]:
         """Digest of every tensor of a checkpoint; the ranks share the reading. One gather."""
-        digests: dict[str, str] = {}
         with self.phase("hashing weights"):
             own = tensor_digests(checkpoint_folder(source), runtime.rank(), runtime.world_size(), source.field)
-            for part in runtime.gather_objects(own):
-                digests.update(part)
-        return digests
+            return runtime.gather_dict(own)
 
     def model_fingerprint(self, source: ModelSource, parameters: Sequence[Parameter]) -> str:
         """Fingerprint of a model's weights and the shapes of its parameters. One gather."""

@@ -23,8 +23,10 @@ from torch import Tensor
 from esi_ds.artifacts import (
     check_same_run,
     file_sha256,
+    new_folder,
     replace_folder,
     run_id,
+    temporary_name,
     wait_until_visible,
     write_json_atomic,
 )
@@ -50,13 +52,12 @@ def latest(folder: Path) -> Path | None:
     Collectives: one broadcast and one gather.
     """
     newest = runtime.from_main(lambda: _newest_of_run(folder))
-    problems: list[str] = []
+    error: UserError | None = None
     if newest is not None:
         wait_until_visible(newest / STATE)
-        problems = _problems(newest, runtime.rank(), runtime.world_size())
-    problems = [problem for part in runtime.gather_objects(problems) for problem in part]
-    if newest is not None and problems:
-        raise UserError(FIELD, str(newest), problems[0], REMEDY)
+        if problems := _problems(newest, runtime.rank(), runtime.world_size()):
+            error = UserError(FIELD, str(newest), problems[0], REMEDY)
+    runtime.raise_first(error)
     return newest
 
 
@@ -95,10 +96,9 @@ def _problems(checkpoint: Path, rank: int, ranks: int) -> list[str]:
 def save(folder: Path, position: int, state: dict[str, Any], tensors: Parts) -> None:
     """Write every rank's parts and rank 0's ``state``. Collectives: two barriers and a gather."""
     target = folder / f"{PREFIX}{position}"
-    temporary = folder / f".{target.name}.tmp"
+    temporary = temporary_name(target)
     if runtime.is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        new_folder(temporary)
     runtime.barrier()
     file = wait_until_visible(temporary) / f"rank-{runtime.rank()}.safetensors"
     named = {f"{key}@{low}": values for key, parts in tensors.items() for low, values in parts if len(values)}

@@ -88,11 +88,8 @@ class ShardedModel:
         self.routers = expert_parallel.routers_now(self.module, router_names)
         self.by_name = dict(self.module.named_parameters())
         self.layouts = tuple(expert_parallel.layouts(self.module, self.parameters, tensors))
-        self.shards = tuple(self._shard(layout) for layout in self.layouts)
-
-    def _shard(self, layout: Shard) -> Shard:
-        """This rank's part without padding: ZeRO-3 pads the last partitions with uninitialised memory."""
-        return layout.cut(*self.bounds(layout))
+        # Without padding: ZeRO-3 pads the last partitions with uninitialised memory.
+        self.shards = tuple(layout.cut(*self.bounds(layout)) for layout in self.layouts)
 
     @cached_property
     def scored(self) -> tuple[Shard, ...]:
@@ -203,10 +200,6 @@ class ShardedModel:
     def num_logits(self) -> int:
         """Width of the logits: the number of rows of the output head."""
         return whole_shape(self.module.get_output_embeddings().weight)[0]
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, without dropout."""
-        recompute_activations(self.module)
 
     @contextmanager
     def with_cache(self) -> Iterator[None]:

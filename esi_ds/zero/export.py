@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
-from esi_ds.artifacts import replace_folder, write_text_atomic, writing
+from esi_ds.artifacts import replace_folder, temporary_name, write_text_atomic, writing
 from esi_ds.core.stored import DTYPES
 from esi_ds.models.beside_weights import copy_beside_weights
 from esi_ds.zero import runtime
@@ -98,7 +98,7 @@ def export_model(
     """
     model.release()
     plan = plan_export(model)
-    files = FolderFiles(folder.with_name(f".{folder.name}.tmp"), plan.files, METADATA, compact=True)
+    files = FolderFiles(temporary_name(folder), plan.files, METADATA, compact=True)
     if runtime.is_main():
         files.start()
     runtime.barrier()

@@ -8,8 +8,8 @@ tensor is ever whole in any rank's memory.
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import Buffer
 
-from esi_ds.artifacts import replace_folder, wait_until_visible, write_json_atomic, write_text_atomic, writing
+from esi_ds.artifacts import (
+    new_folder,
+    replace_folder,
+    temporary_name,
+    wait_until_visible,
+    write_json_atomic,
+    write_text_atomic,
+    writing,
+)
 from esi_ds.core.mask import UNITS_NAME, index_digests, num_bytes, pack_bits
 from esi_ds.core.mask_metadata import ScoresMetadata
 from esi_ds.core.score_folder import ScoreFolder
@@ -46,7 +54,7 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
@@ -126,8 +134,7 @@ class FolderFiles:
 
         index_metadata: what the index says besides the files.
         """
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        new_folder(self.folder)
         weight_map: dict[str, str] = {}
         total = 0
         for file, entries in self._files.items():
@@ -209,7 +216,7 @@ def write_folder(
     every tensor, as read back from disk. index_metadata: what the index says besides the files.
     Collectives: three barriers, and a gather of the digests.
     """
-    written = FolderFiles(folder.with_name(f".{folder.name}.tmp"), files, metadata)
+    written = FolderFiles(temporary_name(folder), files, metadata)
     if runtime.is_main():
         written.start(index_metadata)
         for name, text in (extra or {}).items():
@@ -217,9 +224,8 @@ def write_folder(
     runtime.barrier()
     written.write(local_bytes)
     runtime.barrier()
-    parts = runtime.gather_objects(written.read_digests())
+    digests = runtime.gather_dict(written.read_digests())
     if runtime.is_main():
-        digests = {name: value for part in parts for name, value in part.items()}
         write_json_atomic(written.folder / DIGESTS_NAME, digests)
         replace_folder(written.folder, folder)
     runtime.barrier()
@@ -292,7 +298,7 @@ def write_mask(
     of ``write_folder``, and one gather of the bytes that are shared between ranks.
     """
     files = {
-        file: [Entry(entry.name, "U8", (num_bytes(torch.Size(entry.shape).numel()),)) for entry in entries]
+        file: [Entry(entry.name, "U8", (num_bytes(math.prod(entry.shape)),)) for entry in entries]
         for file, entries in _score_files(parameters).items()
     }
     local_runs = by_parameter(shards, bits)

@@ -10,19 +10,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.distributed import Work
 
 from esi_ds.core.footprint import IN_FLIGHT, IN_FLIGHT_LIMIT
-
-
-class Work(Protocol):
-    """The handle of a collective that was started with ``async_op``."""
-
-    def wait(self) -> object:
-        """Let the current stream, or this thread, wait until the collective is done. Raises where it failed."""
 
 
 @dataclass(frozen=True)

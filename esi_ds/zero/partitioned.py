@@ -5,6 +5,7 @@ Imports no deepspeed: ``MaskedAdamW`` needs none in plain PyTorch.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def local_range(tensor: Tensor) -> tuple[int, int]:
 
     All of a tensor that is not partitioned.
     """
-    numel = torch.Size(whole_shape(tensor)).numel()
+    numel = math.prod(whole_shape(tensor))
     if not is_partitioned(tensor):
         return 0, numel
     first, last = partition_bounds(tensor)

@@ -50,7 +50,7 @@ def routing_choices(model: ShardedModel, rows: Sequence[Sequence[int]], pad: int
         numbers = local_numbers[start : start + batch_size]
         choices = _choices_of([rows[number] for number in numbers] or [rows[0]], model, pad)
         local_choices |= dict(zip(numbers, choices, strict=False))
-    gathered = {number: row for part in runtime.gather_objects(local_choices) for number, row in part.items()}
+    gathered = runtime.gather_dict(local_choices)
     if not runtime.is_main():
         return None
     names = gathered[0] if gathered else {}

@@ -11,11 +11,11 @@ import random
 import re
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from esi_ds.launch_environment import LaunchEnvironment
 from esi_ds.ranks import Item, Ranks
 from esi_ds.reading import first_line
 
+Key = TypeVar("Key")
 VISIBILITY = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")  # of GPUs
 
 
@@ -265,19 +266,19 @@ def barrier() -> None:
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place and returned, for a tensor on any device. One all-reduce."""
-    if world_size() == 1:
-        return tensor
-    moved = tensor.to(device())
-    torch.distributed.all_reduce(moved)
-    return tensor.copy_(moved)
+    return _all_reduce(tensor, torch.distributed.ReduceOp.SUM)
 
 
 def all_reduce_max(tensor: Tensor) -> Tensor:
     """Maximum over ranks, in place and returned, for a tensor on any device. One all-reduce."""
+    return _all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+
+
+def _all_reduce(tensor: Tensor, operation: torch.distributed.ReduceOp.RedOpType) -> Tensor:
     if world_size() == 1:
         return tensor
     moved = tensor.to(device())
-    torch.distributed.all_reduce(moved, op=torch.distributed.ReduceOp.MAX)
+    torch.distributed.all_reduce(moved, op=operation)
     return tensor.copy_(moved)
 
 
@@ -293,6 +294,18 @@ def gather_objects(item: Any) -> list[Any]:
     gathered: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(gathered, item)
     return gathered
+
+
+def gather_dict(own: Mapping[Key, Item]) -> dict[Key, Item]:
+    """The entries of every rank, in rank order, on every rank. One gather."""
+    return {key: item for part in gather_objects(own) for key, item in part.items()}
+
+
+def raise_first(error: UserError | None) -> None:
+    """Raise the error of the first rank that has one, on every rank. One gather."""
+    for error_of_a_rank in gather_objects(error):
+        if error_of_a_rank is not None:
+            raise error_of_a_rank
 
 
 class JobRanks(Ranks):

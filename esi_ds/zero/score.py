@@ -182,17 +182,17 @@ def check_scores(model: ShardedModel, scores: Mapping[str, Tensor], field: str, 
     scores: [shard.numel] by shard's name. field: the config key that names them. kind: what they are. Raises
     UserError naming parameter and flat index, on every rank. Collectives: one gather.
     """
-    problems = []
+    error: UserError | None = None
     shards = () if all_valid(scores[shard.name] for shard in model.scored) else model.scored
     for shard in shards:
         index = first_invalid(scores[shard.name])
         if index is not None:
             flat, value = int(shard.flat(torch.tensor([index]))[0]), float(scores[shard.name][index])
-            problems.append(f"the {kind} of {shard.parameter.name}, flat index {flat}, is {value}")
-    gathered = [problem for part in runtime.gather_objects(problems[:1]) for problem in part]
-    if gathered:
-        remedy = "it must be finite and at least 0: look at the data, and at the dtype of model and judge"
-        raise UserError(field, None, gathered[0], remedy)
+            problem = f"the {kind} of {shard.parameter.name}, flat index {flat}, is {value}"
+            remedy = "it must be finite and at least 0: look at the data, and at the dtype of model and judge"
+            error = UserError(field, None, problem, remedy)
+            break
+    runtime.raise_first(error)
 
 
 def select_weights(

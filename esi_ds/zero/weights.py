@@ -82,10 +82,7 @@ def every_rank_reads_its_part(source: ModelSource, remedy: str, problem: str) ->
             refusal = error
             if isinstance(error.__cause__, WrongShape):
                 refusal = UserError(error.field, error.value, f"{OTHER_SHAPES} ({error.__cause__})", remedy)
-        # Perhaps only one rank reads the bytes that cannot be read.
-        for error_of_a_rank in runtime.gather_objects(refusal):
-            if error_of_a_rank is not None:
-                raise error_of_a_rank
+        runtime.raise_first(refusal)  # perhaps only one rank reads the bytes that cannot be read
         return [], set(model.state_dict()) - names
 
     def initialise(model: PreTrainedModel, is_quantized: bool) -> None:

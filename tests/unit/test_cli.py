@@ -33,14 +33,14 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module = types.ModuleType("esi_ds.stages.fake")
     module.calls, module.error = [], None
 
-    def run(config, options):
+    def run(config, options, stage):
         module.calls.append((config, options))
         if module.error:
             raise module.error
 
     module.run = run
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(stages.ENTRIES, "fake", (module.__name__, "run"))
+    monkeypatch.setitem(stages.ENTRIES, "fake", module.__name__)
     for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # other ranks replace it
@@ -136,7 +136,7 @@ def test_a_mistake_is_told_by_rank_0_first(stage, config: str, variables, monkey
 WAITING = """
 import ctypes, os, signal, sys, types
 from esi_ds import cli, stages
-def run(config, options):
+def run(config, options, stage):
     signal.signal(signal.SIGUSR2, lambda *_: None)  # some other signal of somebody else's
     os.kill(os.getpid(), signal.SIGUSR2)
     print("waits", flush=True)
@@ -144,7 +144,7 @@ def run(config, options):
     for _ in range(2):
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
 sys.modules["esi_ds.stages.fake"] = types.SimpleNamespace(run=run)
-stages.ENTRIES["fake"] = ("esi_ds.stages.fake", "run")
+stages.ENTRIES["fake"] = "esi_ds.stages.fake"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which the tests' own shell may have had ignored
 cli.leave(cli.main("fake", sys.argv[1:]))
 """
@@ -182,7 +182,7 @@ def test_a_rank_that_is_ended_while_it_lets_others_speak_keeps_its_code(config: 
 from esi_ds.errors import UserError
 cli.TURN_S = 20
 cli.time = types.SimpleNamespace(sleep=lambda s, sleep=cli.time.sleep: (print("waits", flush=True), sleep(s)))
-def run(config, options):
+def run(config, options, stage):
     raise {error}
 def unused(config""",
     )

@@ -13,8 +13,8 @@ from esi_ds.cli import main
 from esi_ds.config import EsiGuard, resolved_yaml, validate
 from esi_ds.errors import UserError
 from esi_ds.models.native import computes_bf16
-from esi_ds.stages import dtype as stage_dtype
-from esi_ds.stages.dtype import check_same_dtype, with_dtype
+from esi_ds.stages import begun
+from esi_ds.stages.begun import check_same_on_all_ranks, with_dtype
 from esi_ds.zero import placement, runtime
 
 
@@ -23,7 +23,7 @@ def config(folder: Path, dtype: str = "auto"):
 
 
 def on_machine(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
-    monkeypatch.setattr(stage_dtype, "computes_bf16", lambda: native)
+    monkeypatch.setattr(begun, "computes_bf16", lambda: native)
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,12 @@ def test_emulated_bf16_is_warned_of(
 
 
 def test_ranks_of_unlike_hosts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_same_dtype(config(tmp_path, "bf16"))  # a group of one
-    gathered = [("bf16", "new"), ("bf16", "new"), ("fp32", "old")]
+    check_same_on_all_ranks(config(tmp_path, "bf16"))  # a group of one
+    chosen = [("bf16", "new"), ("bf16", "new"), ("fp32", "old")]
+    gathered = [({"dtype": dtype, "date": "2026-11-28"}, host) for dtype, host in chosen]
     monkeypatch.setattr(runtime, "gather_objects", lambda mine: gathered)
     with pytest.raises(UserError, match=r"model.dtype.*is bf16 on new and fp32 on old; name the type"):
-        check_same_dtype(config(tmp_path, "bf16"))
+        check_same_on_all_ranks(config(tmp_path, "bf16"))
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -10,6 +10,7 @@ import pytest
 import statsmodels.api as sm
 from scipy import stats
 
+from esi_ds.eval import clusters as statistics_of_clusters
 from esi_ds.eval.clusters import (
     any_in_cluster,
     cluster_bootstrap,
@@ -155,12 +156,13 @@ def test_p_value_is_the_enumeration_of_all_signs() -> None:
     assert paired_p_value([True] * 4, [True] * 4, [0, 0, 1, 1]) == 1
 
 
-def test_bootstrap_draws_whole_clusters() -> None:
+def test_bootstrap_draws_whole_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against resampling written out with other random numbers: both ends agree within their own noise."""
     generator = np.random.default_rng(7)
     after, clusters = drawn(generator, 40, missing=0.1)
     before = [None if generator.random() < 0.1 else bool(generator.integers(2)) for _ in after]
-    result = cluster_bootstrap(before, after, clusters, seed=3, resamples=20_000)
+    monkeypatch.setattr(statistics_of_clusters, "RESAMPLES", 20_000)
+    result = cluster_bootstrap(before, after, clusters, seed=3)
     pairs = [
         (cluster, other - one)
         for one, other, cluster in zip(before, after, clusters, strict=True)

@@ -28,7 +28,7 @@ from esi_ds.errors import UserError
 from esi_ds.models import hub
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, checkpoint_folder, load_model_config, stored_weights
-from esi_ds.stages.commits import keep_commits
+from esi_ds.stages.begun import keep_commits
 from esi_ds.stages.run import check_commits, check_source
 from esi_ds.zero import runtime
 from esi_ds.zero.loading import read_module

@@ -19,7 +19,7 @@ from esi_ds.stages.plan import notes as plan_notes
 from esi_ds.stages.plan.notes import count_prompts, count_rows
 
 ABSENT = ("holds no weights", "holds no tokenizer")
-ASKED = ("eval.prompts.0.path = walledai/AdvBench", "eval.benign.0.path = Paul/XSTest")
+ASKED = ("eval.prompts.path = walledai/AdvBench", "eval.benign.path = Paul/XSTest")
 ARCHITECTURE = f"model.path={ROOT / 'configs/moe/architectures/mixtral-8x22b'}"
 
 
@@ -371,7 +371,7 @@ def test_a_perturbation_is_planned_before_anything_is_there(capsys: pytest.Captu
     [
         ("perturb.seeds=[0, 0]", "perturb.seeds"),
         ("eval.tasks=[gsm8k]", "eval.tasks"),
-        ("eval.prompts={path: examples/harmful, column: nothing}", "eval.prompts.0.column"),
+        ("eval.prompts={path: examples/harmful, column: nothing}", "eval.prompts.column"),
     ],
 )
 def test_what_is_wrong_stops_the_plan_of_a_perturbation_all_the_same(

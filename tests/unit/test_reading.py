@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from esi_ds.errors import Interrupted, UserError
-from esi_ds.reading import check_type, is_bare_name, parse_json, read_index, read_json, reading
+from esi_ds.reading import check_type, is_bare_name, parse_json, read_index, read_json, read_text, reading
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_what_is_not_a_file(tmp_path: Path) -> None:
     for name in ("pipe", "missing", ".", "binary"):
         with pytest.raises(UserError):
             read_json(tmp_path / name, dict[str, int], "x", "y")
-    with pytest.raises(UserError, match="more than the 50"):
-        read_json(tmp_path / "large", dict[str, int], "x", "y", max_bytes=50)
+    with pytest.raises(ValueError, match="more than the 50"):
+        read_text(tmp_path / "large", max_bytes=50)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../a", "/a", "a/b", "a\\b", "a\0", "a\n", "x" * 300, "~/../a"])

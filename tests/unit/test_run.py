@@ -421,7 +421,7 @@ def test_a_wait_for_long_responses_is_announced(
 
 def test_entries_load_nothing_heavy() -> None:
     """A mistake in a config, or a plan, must not wait for libraries that only the run needs."""
-    modules = ", ".join(sorted({module for module, _ in ENTRIES.values()}))
+    modules = ", ".join(sorted(set(ENTRIES.values())))
     code = (
         f"import sys, {modules}\n"
         "heavy = {'deepspeed', 'lm_eval', 'matplotlib'} & sys.modules.keys()\n"

@@ -436,7 +436,9 @@ def test_benign_rows_are_those_of_the_order(tmp_path: Path) -> None:
     (batch,) = loop.micro_batches()
     order = DataOrder(len(ROWS), len(BENIGN), 0.25, 0)
     placed = [order[position] for position in range(12)]
-    expected = [(BENIGN if is_benign else ROWS)[number] for is_benign, number in placed]
-    assert batch.sequences == expected and sum(is_benign for is_benign, _ in placed) == 3
-    words = ["benign row" if is_benign else "row" for is_benign, _ in placed]
-    assert batch.row_names == [f"{word} {sequence.row}" for word, sequence in zip(words, expected, strict=True)]
+    assert batch == [(is_benign, (BENIGN if is_benign else ROWS)[number]) for is_benign, number in placed]
+    assert sum(is_benign for is_benign, _ in placed) == 3
+    with pytest.raises(UserError) as caught:
+        loop._refuse("loss", {0}, batch)
+    names = [f"{'benign row' if is_benign else 'row'} {sequence.row}" for is_benign, sequence in batch]
+    assert f"(rank 0: {', '.join(names)})" in caught.value.problem

@@ -206,7 +206,8 @@ def test_what_another_rank_alone_has_met_is_an_error_here_too(monkeypatch: pytes
     """A rank that went on would wait for the others in the next collective."""
     model, _, _ = model_of([12] * 3)
     scores = {shard.name: torch.ones(12) for shard in model.scored}
-    monkeypatch.setattr(runtime, "gather_objects", lambda own: [own, ["the score of m9, flat index 4, is inf"]])
+    other = UserError("select.criterion", None, "the score of m9, flat index 4, is inf", "look at the data")
+    monkeypatch.setattr(runtime, "gather_objects", lambda own: [own, other])
     with pytest.raises(UserError, match=r"select\.criterion: the score of m9, flat index 4, is inf"):
         check_scores(model, scores, "select.criterion")
     monkeypatch.setattr(runtime, "all_reduce_sum", lambda counts: counts + 5)

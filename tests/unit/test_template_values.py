@@ -18,8 +18,8 @@ from esi_ds.data.chat import encode_prompt, load_chat_tokenizer, with_template
 from esi_ds.data.template_values import set_values, unread_values, without_values
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
-from esi_ds.stages import date as stages_date
-from esi_ds.stages.date import with_date
+from esi_ds.stages import begun
+from esi_ds.stages.begun import check_same_on_all_ranks, with_date
 from esi_ds.zero import runtime
 
 CHATS = (
@@ -174,7 +174,7 @@ def test_a_run_that_goes_on_on_another_day_asks_what_it_began_with(
         def today(cls) -> date:
             return clock.day.date()
 
-    monkeypatch.setattr(stages_date, "date", Calendar)
+    monkeypatch.setattr(begun, "date", Calendar)
     tokenizer = byte_bpe_tokenizer()
     tokenizer.chat_template = LLAMA
     tokenizer.save_pretrained(tmp_path / "model")
@@ -213,10 +213,11 @@ def test_what_is_not_a_day_is_refused(day: str) -> None:
 
 def test_ranks_on_two_sides_of_midnight_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = validate({"run": {"output_dir": "x"}, "model": {"path": "a", "date": "2026-11-28"}})
-    stages_date.check_same_date(config)  # a group of one
-    monkeypatch.setattr(runtime, "gather_objects", lambda item: [item, "2026-11-29"])
-    with pytest.raises(UserError, match="model.date = auto: is 2026-11-28 on one rank and 2026-11-29 on another; name"):
-        stages_date.check_same_date(config)
+    check_same_on_all_ranks(config)  # a group of one
+    others = [({"dtype": config.model.dtype, "date": "2026-11-29"}, "b")]
+    monkeypatch.setattr(runtime, "gather_objects", lambda item: [(item[0], "a"), *others])
+    with pytest.raises(UserError, match="model.date = auto: is 2026-11-28 on a and 2026-11-29 on b; name the day"):
+        check_same_on_all_ranks(config)
 
 
 def test_rows_with_a_template_of_their_own_get_the_day_too(clock: type[Clock]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from builders import CHAT, byte_bpe_tokenizer
-from thinking import TOKENS, thinking_tokenizer
+from thinking import TOKENS, thinking_tokenizer, thought
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from esi_ds.core.loss import IGNORED
@@ -15,7 +15,7 @@ from esi_ds.data.chat import encode_prompt, special_strings
 from esi_ds.data.conversations import TuningSet, encode_rows
 from esi_ds.data.template_values import set_values
 from esi_ds.data.thought_rows import UNFINISHED_ROW
-from esi_ds.data.thoughts import final_answer, marks_with, opening_mark, thought
+from esi_ds.data.thoughts import final_answer, marks_with, opening_mark
 from esi_ds.eval.fluency import surprises
 
 TRACE, ANSWER = "They ask for harm.\n\nI refuse.", "I cannot help."

@@ -15,6 +15,7 @@ import torch
 from builders import CHAT, byte_bpe_tokenizer, random_classifier, sentencepiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thinking import thought
 from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,14 +27,12 @@ from esi_ds.data.thoughts import (
     UNFINISHED,
     Piece,
     Span,
-    answer_spans,
     decode_responses,
     final_answer,
     marks_with,
     opening_mark,
     parts,
     spans_in_text,
-    thought,
     whole_response,
 )
 from esi_ds.eval.classifiers import SequenceJudge, judge_pairs
@@ -102,7 +101,7 @@ OPEN = {
 def test_the_answer_stands_behind_the_thoughts(form: str, answer: str) -> None:
     response = FORMS[form].format(PONDERS, answer)
     assert final_answer(response) == answer
-    spans = answer_spans(response)
+    spans = parts(response).answer
     assert spans is not None and "".join(response[start:end] for start, end in spans) == answer
 
 
@@ -206,8 +205,8 @@ def test_a_user_s_pair_of_marks() -> None:
 
 @pytest.mark.parametrize("text", ["", "  \n", REFUSES, " spaces stay \n", "analysis of a text", "1 < 2 <b>think</b>"])
 def test_a_response_without_marks_is_its_answer(text: str) -> None:
-    assert answer_spans(text) == [(0, len(text))]
-    assert answer_spans(text, "<think>") is None
+    assert parts(text).answer == [(0, len(text))]
+    assert parts(text, "<think>").answer is None
 
 
 def test_an_answer_may_speak_of_marks_and_nothing_shown_is_hidden() -> None:
@@ -237,7 +236,7 @@ def test_tags_hold_a_thought_where_they_begin_the_response(form: str) -> None:
     ],
 )
 def test_tags_of_an_answer_are_its_text(text: str) -> None:
-    assert answer_spans(text) == [(0, len(text))] and thought(text) == ""
+    assert parts(text).answer == [(0, len(text))] and thought(text) == ""
 
 
 def test_the_end_of_an_answer_is_its_own_unless_its_beginning_was_around_it() -> None:
@@ -417,7 +416,7 @@ def test_spans_move_into_the_answer() -> None:
 def test_a_long_response_of_marks_takes_no_time(unit: str) -> None:
     response = unit * max(1, 1_000_000 // len(unit))
     started = time.monotonic()
-    answer = answer_spans(response)
+    answer = parts(response).answer
     spans_in_answer([(i, i + 1) for i in range(0, len(response), 5)], answer or [])
     assert time.monotonic() - started < 10  # a quadratic search would take an hour
 
@@ -428,7 +427,7 @@ def test_a_long_response_of_marks_takes_no_time(unit: str) -> None:
 )
 def test_parts_are_in_order_and_their_spans_add_up(pieces: list[str]) -> None:
     response = "".join(pieces)
-    spans = answer_spans(response)
+    spans = parts(response).answer
     if spans is None:
         assert any(opening in response for opening, _ in MARKS)
         return

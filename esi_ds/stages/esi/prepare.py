@@ -33,7 +33,7 @@ from esi_ds.data.chat import (
 )
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.goals import recorded_goals
-from esi_ds.data.prompts import PromptSet, load_responses, load_section, recorded_scores, where_from
+from esi_ds.data.prompts import PromptSet, load_responses, load_section, question_sections, recorded_scores, where_from
 from esi_ds.data.rows import Row, looks_like_file
 from esi_ds.data.thoughts import (
     MARKS,
@@ -227,11 +227,13 @@ def prepare_prompts(config: Config) -> list[PromptInputs]:
 
 
 def _benign_prompts(config: Config) -> tuple[Prompt, ...]:
-    prompts: list[Prompt] = []
-    for number, section in enumerate(config.eval.benign if config.eval is not None else ()):
-        field = f"eval.benign.{number}"
-        prompts += load_section(section, field, "benign").prompts
-    return tuple(prompts)
+    sets = question_sections(config.eval) if config.eval is not None else ()
+    return tuple(
+        prompt
+        for field, kind, _, section in sets
+        if kind == "benign"
+        for prompt in load_section(section, field, kind).prompts
+    )
 
 
 def prepare_judge(section: EsiGuard | EsiClassifier, one_by_one: bool) -> PreparedEsiJudge:

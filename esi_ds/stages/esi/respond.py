@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired
 
 from esi_ds.config import Config
 from esi_ds.data.asked import changes_the_prompt
@@ -27,17 +27,14 @@ PARTIAL_NAME = "responses.partial.jsonl"
 NAME = "responses.jsonl"  # both with the prefix of the objective (``PromptInputs.prefix``)
 
 
-class _Attack(TypedDict, total=False):
-    goal: str  # what the prompt is after, where the rows of an attack say so: the judge has read it instead
-    asked: dict[str, Any]  # what besides the prompt decided the response (``data.asked``)
-
-
-class ResponseRow(GeneratedRow, _Attack):
+class ResponseRow(GeneratedRow):
     """A line of ``responses.jsonl``."""
 
     prompt: Prompt
     judge_score: float | None  # None before it is judged, and of an excluded prompt
     excluded: str | None  # why the prompt took no part; None if it did
+    goal: NotRequired[str]  # what the prompt is after, where an attack's rows say so: the judge has read it instead
+    asked: NotRequired[dict[str, Any]]  # what besides the prompt decided the response (``data.asked``)
 
 
 def write_responses(

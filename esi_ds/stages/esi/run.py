@@ -10,14 +10,14 @@ from esi_ds.stages.folder import open_folder
 from esi_ds.stages.plan.stages import print_plan
 
 
-def run(config: Config, options: Options) -> None:
+def run(config: Config, options: Options, stage: str) -> None:
     """Check the config and its data, then run the stage. Raises UserError and Interrupted."""
     require_esi(config)
     if options.dry_run:
         print_plan(config, options)
         return
     inputs = prepare(config)
-    folder = open_folder(config, "esi", inputs.source, "data")
+    folder = open_folder(config, stage, inputs.source, "data")
     from esi_ds.stages.esi.work import EsiRun  # loads deepspeed
 
-    EsiRun.start("esi", config, options, inputs, folder, inputs.source)
+    EsiRun.start(stage, config, options, inputs, folder, inputs.source)

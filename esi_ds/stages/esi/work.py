@@ -52,7 +52,7 @@ from esi_ds.stages.saving import SaveClock
 from esi_ds.words import counted
 from esi_ds.zero import memory, runtime
 from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient, fitting_rows, reason_of_all_ranks
-from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.engine import ShardedModel, recompute_activations
 from esi_ds.zero.gradients import GradientShards, SquaredGradientShards
 from esi_ds.zero.placement import load_judge
 from esi_ds.zero.score import Accumulated
@@ -84,7 +84,7 @@ class EsiRun(StageRun[EsiInputs]):
         if note := unrecognised_note(model.parameters):
             self.tracker.log(note)
         if config.model.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+            recompute_activations(model.module)
         if ids := self._any_ids():
             check_gradient(model, ids)
         self.begin(model)

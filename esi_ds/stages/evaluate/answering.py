@@ -20,7 +20,7 @@ from esi_ds.data.thoughts import (
     opening_mark,
 )
 from esi_ds.eval.fluency import surprises as measure_surprises
-from esi_ds.eval.rows import AnswerRow, SurpriseRow, answer_key, has_text, marks_of
+from esi_ds.eval.rows import AnswerRow, SurpriseRow, answer_key, has_text, identity_of, marks_of
 from esi_ds.models.decoding import Sampling
 from esi_ds.models.rows import ahead_note, probe_ids
 from esi_ds.stages.batch_sizes import GenerationBatch
@@ -246,7 +246,9 @@ def surprise_all(
                 limit=reference.max_positions,
                 marks=marks_with(reference.thought_marks),
             )
-            surprises.share(_surprise_row(row, value) for (row, _), value in zip(mine, values, strict=True))
+            surprises.share(
+                {**identity_of(row), "surprise": value} for (row, _), value in zip(mine, values, strict=True)
+            )
             bar.update(min(size * ranks, len(waiting) - start))
             check_stop(f"{counted(len(surprises.rows), 'answer')} read again")
 
@@ -255,10 +257,3 @@ def _read_none(surprises: Ledger[SurpriseRow], reason: str, tracker: Tracker) ->
     dropped = f"; dropped: {counted(len(surprises.rows), 'answer')} read by an earlier start" if surprises.rows else ""
     surprises.keep(lambda row: False)
     tracker.log(f"incoherence is judged by form alone: {reason}{dropped}")
-
-
-def _surprise_row(row: AnswerRow, surprise: float | None) -> SurpriseRow:
-    new: SurpriseRow = {"model": row["model"], "set": row["set"], "index": row["index"], "surprise": surprise}
-    if "sample" in row:
-        new["sample"] = row["sample"]
-    return new

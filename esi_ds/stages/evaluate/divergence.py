@@ -15,7 +15,7 @@ from esi_ds.core.divergence import kl_divergence
 from esi_ds.core.footprint import WEIGHT_BYTES
 from esi_ds.data.thoughts import marks_with
 from esi_ds.eval.divergence import EncodedAnswer, answer_logits, encode_answers
-from esi_ds.eval.rows import AnswerRow, DivergenceRow, answer_key
+from esi_ds.eval.rows import AnswerRow, DivergenceRow, answer_key, identity_of
 from esi_ds.models.meta import meta_parameters
 from esi_ds.models.rows import Difference, ahead_note, probe_ids
 from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs
@@ -170,17 +170,13 @@ class Comparison:
     def _row(
         self, row: AnswerRow, answer: EncodedAnswer, divergence: float | None, reason: str | None
     ) -> DivergenceRow:
-        new: DivergenceRow = {
+        return {
+            **identity_of(row),
             "model": self.other.name,
-            "set": row["set"],
-            "index": row["index"],
             "divergence": divergence,
             "tokens": len(answer.answer),
             "reason": reason,
         }
-        if "sample" in row:
-            new["sample"] = row["sample"]
-        return new
 
 
 def room_problem(other: Candidate, config: Config, longest: int) -> str | None:

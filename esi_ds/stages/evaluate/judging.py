@@ -15,7 +15,7 @@ from esi_ds.eval.asking import is_same_model
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, TokenJudge, length_batches
 from esi_ds.eval.endpoint import Reply
 from esi_ds.eval.refusals import judge_by_words
-from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, VerdictRow, answer_key, answered, marks_of
+from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, VerdictRow, answer_key, answered, identity_of, marks_of
 from esi_ds.eval.rubric import Prices, judge_by_rubric, total_usage
 from esi_ds.eval.tables import ATTACK_SUCCESS
 from esi_ds.eval.verdicts import Verdict
@@ -97,19 +97,13 @@ def verdict_key(judge: PreparedJudge, row: AnswerRow) -> Key:
 
 
 def _verdict_row(judge: PreparedJudge, question: UnjudgedAnswer, verdict: Verdict) -> VerdictRow:
-    row = question.row
-    new: VerdictRow = {
+    return {
         "judge": judge.name,
-        "model": row["model"],
-        "set": row["set"],
-        "index": row["index"],
+        **identity_of(question.row),
         "unsafe": verdict.unsafe,
         "score": verdict.score,
         "reason": verdict.reason,
     }
-    if "sample" in row:
-        new["sample"] = row["sample"]
-    return new
 
 
 def _progress(judge: PreparedJudge, total: int, initial: int, tracker: Tracker) -> Bar:

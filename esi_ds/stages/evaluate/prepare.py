@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -58,7 +57,6 @@ BASE = "base"
 # Of eval.tasks where a model is too large for them.
 WHOLE_MODEL = "lm-eval needs the whole model on every rank"
 WITHOUT_TASKS = "leave eval.tasks out; lm-eval itself can measure them on a server of the model"
-EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -301,15 +299,14 @@ def _prepare_judge(section: EvalJudge, field: str) -> PreparedJudge:
         rule = SequenceRule(
             section.template, section.unsafe_labels, section.multi_label, section.threshold, section.max_length
         )
-        read_rule(config, rule, field)
-        return PreparedClassifier(name, field, section, tokenizer, config, rule)
-    family = _family(section, tokenizer, config, field)
-    if isinstance(section, EvalGuard) and family.reads == "labels":
+    else:
+        family = _family(section, tokenizer, config, field)
+        if family.reads != "labels" or isinstance(section, EvalYesNo):
+            PairEncoder(family, tokenizer, field=field).check_verdict()
+            return PreparedNextWord(name, field, section, tokenizer, config, family)
         rule = family_rule(family, section.threshold, section.max_length)
-        read_rule(config, rule, field)
-        return PreparedClassifier(name, field, section, tokenizer, config, rule)
-    PairEncoder(family, tokenizer, field=field).check_verdict()
-    return PreparedNextWord(name, field, section, tokenizer, config, family)
+    read_rule(config, rule, field)
+    return PreparedClassifier(name, field, section, tokenizer, config, rule)
 
 
 def _prepare_endpoint(section: EvalRubric, field: str, name: str) -> PreparedEndpoint:

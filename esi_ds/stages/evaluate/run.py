@@ -9,13 +9,13 @@ from esi_ds.stages.folder import open_folder
 from esi_ds.stages.plan.evaluation import plan_eval
 
 
-def run(config: Config, options: Options) -> None:
+def run(config: Config, options: Options, stage: str) -> None:
     """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
     if options.dry_run:
         plan_eval(config, options)
         return
     inputs = prepare_eval(config)
-    folder = open_folder(config, "eval", inputs.source, "eval")
+    folder = open_folder(config, stage, inputs.source, "eval")
     from esi_ds.stages.evaluate.work import EvalRun  # loads deepspeed
 
-    EvalRun.start("eval", config, options, inputs, folder, inputs.source)
+    EvalRun.start(stage, config, options, inputs, folder, inputs.source)

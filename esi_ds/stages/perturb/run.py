@@ -10,14 +10,14 @@ from esi_ds.stages.perturb.prepare import prepare_perturb
 from esi_ds.stages.plan.perturbation import plan_perturb
 
 
-def run(config: Config, options: Options) -> None:
+def run(config: Config, options: Options, stage: str) -> None:
     """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
     if options.dry_run:
         plan_perturb(config, options)
         return
     inputs = prepare_perturb(config)
     source = {**inputs.source, **identity(inputs.mask)}
-    folder = open_folder(config, "perturb", source, "perturb", unread(inputs.mask))
+    folder = open_folder(config, stage, source, "perturb", unread(inputs.mask))
     from esi_ds.stages.perturb.work import PerturbRun  # loads deepspeed
 
-    PerturbRun.start("perturb", config, options, inputs, folder, source)
+    PerturbRun.start(stage, config, options, inputs, folder, source)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from esi_ds.config import Config, Eval, EvalRubric, EvalWords, Prompts, label, resolved_yaml
+from esi_ds.config import Config, Eval, EvalRubric, EvalWords, label, resolved_yaml
 from esi_ds.config.needs import require_eval
 from esi_ds.core.footprint import WEIGHT_BYTES
-from esi_ds.data.benchmarks import Kind
-from esi_ds.data.prompts import distinct_names
+from esi_ds.data.prompts import question_sections
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.errors import UserError
 from esi_ds.eval.endpoint import Endpoint
@@ -137,15 +136,10 @@ def _missing_tools(section: Eval) -> Iterator[str]:
 
 def _count_sets(section: Eval, notes: list[str]) -> dict[str, int | None]:
     """How many prompts each set has; None, and a note, where it is not there."""
-    counts: dict[str, int | None] = {}
-    kinds: tuple[tuple[str, Kind, list[Prompts]], ...] = (
-        ("eval.prompts", "harmful", section.prompts),
-        ("eval.benign", "benign", section.benign),
-    )
-    for key, kind, sets in kinds:
-        for number, (name, prompts) in enumerate(zip(distinct_names(sets), sets, strict=True)):
-            counts[f"{kind} set {name}"] = count_prompts(prompts, f"{key}.{number}", notes, kind)
-    return counts
+    return {
+        f"{kind} set {name}": count_prompts(prompts, field, notes, kind)
+        for field, kind, name, prompts in question_sections(section)
+    }
 
 
 def describe_sets(counts: dict[str, int | None]) -> Facts:

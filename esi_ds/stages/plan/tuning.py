@@ -11,6 +11,7 @@ from esi_ds.core.mask import NO_MASK
 from esi_ds.core.select import model_k
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
+from esi_ds.data.prompts import question_sections
 from esi_ds.deepspeed_config import resolve_deepspeed
 from esi_ds.models.folder import ModelSource, dequantised, load_model_config
 from esi_ds.models.meta import meta_parameters
@@ -96,10 +97,8 @@ def _count_benign(tune: Tune, notes: list[str]) -> int | None:
 def _note_unreachable(config: Config, notes: list[str]) -> None:
     """Check the prompts to answer before and after; note those that cannot be reached."""
     if config.eval is not None:
-        for number, section in enumerate(config.eval.prompts):
-            count_prompts(section, f"eval.prompts.{number}", notes, "harmful")
-        for number, section in enumerate(config.eval.benign):
-            count_prompts(section, f"eval.benign.{number}", notes, "benign")
+        for field, kind, _, section in question_sections(config.eval):
+            count_prompts(section, field, notes, kind)
 
 
 def _weight_facts(

@@ -12,18 +12,8 @@ from esi_ds.stages.plan.tuning import print_tuning_plan
 from esi_ds.stages.tune.prepare import prepare_tuning
 
 
-def run_set(config: Config, options: Options) -> None:
-    """SET: train the mask's weights and nothing else."""
-    _run(config, options, "set")
-
-
-def run_spa(config: Config, options: Options) -> None:
-    """SPA: train all scored weights but the mask's."""
-    _run(config, options, "spa")
-
-
-def _run(config: Config, options: Options, stage: str) -> None:
-    """Run the stage to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
+def run(config: Config, options: Options, stage: str) -> None:
+    """Run SET or SPA to its end, or to an ``Interrupted``. Everything that can be refused is refused first."""
     if options.dry_run:
         print_tuning_plan(config, options, stage)
         return

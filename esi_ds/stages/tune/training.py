@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
@@ -24,13 +23,7 @@ from esi_ds.words import counted
 from esi_ds.zero import checkpoint, runtime
 from esi_ds.zero.tuner import NotFinite, Tuner, summed_loss
 
-
-@dataclass
-class MicroBatch:
-    """This rank's rows of one micro-batch."""
-
-    sequences: list[TokenSequence]
-    row_names: list[str]  # what messages call each row: "row 7", "benign row 3", numbered as in its file
+Rows = list[tuple[bool, TokenSequence]]  # whether each is benign, and its tokens
 
 
 class Training:
@@ -76,22 +69,18 @@ class Training:
                 self._step()
                 bar.update(1)
 
-    def micro_batches(self) -> list[MicroBatch]:
+    def micro_batches(self) -> list[Rows]:
         """This rank's part of the next step."""
         size, ranks = self.tune.batch_size, runtime.world_size()
         starts = (
             self.position + (index * ranks + runtime.rank()) * size for index in range(self.tune.gradient_accumulation)
         )
-        return [self._batch(start, size) for start in starts]
+        return [self._rows(start, size) for start in starts]
 
-    def _batch(self, start: int, size: int) -> MicroBatch:
-        batch = MicroBatch([], [])
-        for position in range(start, start + size):
-            is_benign, number = self.order[position]
-            sequence = (self.benign if is_benign else self.rows)[number]
-            batch.sequences.append(sequence)
-            batch.row_names.append(f"{'benign row' if is_benign else 'row'} {sequence.row}")
-        return batch
+    def _rows(self, start: int, count: int) -> Rows:
+        """``count`` rows from a position of the data's order on."""
+        numbers = [self.order[position] for position in range(start, start + count)]
+        return [(is_benign, (self.benign if is_benign else self.rows)[number]) for is_benign, number in numbers]
 
     def _step(self) -> None:
         """One update.
@@ -100,21 +89,21 @@ class Training:
         """
         started = time.monotonic()
         batches = self.micro_batches()
-        learnt = sum(sequence.num_learnt for sequence in self._batch(self.position, self.stride).sequences)
+        learnt = sum(sequence.num_learnt for _, sequence in self._rows(self.position, self.stride))
         losses = [self._forward_backward(batch, learnt) for batch in batches]
         self._check_losses(losses, batches)
         lr = self._learning_rate()
         try:
             norm = self.tuner.step(lr)
         except NotFinite as error:
-            self._refuse("gradient", set(error.ranks), [batch.row_names for batch in batches])
+            self._refuse("gradient", set(error.ranks), [row for batch in batches for row in batch])
         if norm == 0 and self.step == 0:
             self._notice_no_gradient()
         self.step += 1
         self.position += self.stride
         self._steps_since_save += 1
         wants_save = runtime.is_main() and self.saves.is_due(self._steps_since_save)
-        tokens = sum(len(sequence.ids) for batch in batches for sequence in batch.sequences)
+        tokens = sum(len(sequence.ids) for batch in batches for _, sequence in batch)
         totals = runtime.all_reduce_sum(
             torch.tensor([math.fsum(losses), tokens, stop_requested(), wants_save], dtype=torch.float64)
         ).tolist()
@@ -125,9 +114,9 @@ class Training:
         if interrupted:
             raise Interrupted(f"stopped by a signal after {counted(self.step, 'step')}; start again to continue")
 
-    def _forward_backward(self, batch: MicroBatch, learnt: int) -> float:
+    def _forward_backward(self, batch: Rows, learnt: int) -> float:
         """One micro-batch's share of the step's loss. learnt: learnt tokens of the whole step."""
-        inputs, labels = padded(batch.sequences, self.pad, runtime.device())
+        inputs, labels = padded([sequence for _, sequence in batch], self.pad, runtime.device())
         logits = self.tuner.forward(inputs, labels.shape[1])
         loss = summed_loss(logits, labels) / learnt
         self.tuner.backward(loss)
@@ -139,21 +128,23 @@ class Training:
             self.step, lr=tune.lr, scheduler=tune.scheduler, max_steps=tune.max_steps, warmup_ratio=tune.warmup_ratio
         )
 
-    def _check_losses(self, losses: list[float], batches: list[MicroBatch]) -> None:
+    def _check_losses(self, losses: list[float], batches: list[Rows]) -> None:
         """Refuse losses that are not finite, before anything is updated. One all-reduce."""
-        bad = [batch.row_names for loss, batch in zip(losses, batches, strict=True) if not math.isfinite(loss)]
+        bad = [row for loss, batch in zip(losses, batches, strict=True) if not math.isfinite(loss) for row in batch]
         if runtime.all_reduce_max(torch.tensor([float(len(bad))])).item() > 0:
             ranks = {rank for rank, count in enumerate(runtime.gather_objects(len(bad))) if count}
             self._refuse("loss", ranks, bad)
 
-    def _refuse(self, quantity: str, ranks: set[int], row_names: list[list[str]]) -> NoReturn:
+    def _refuse(self, quantity: str, ranks: set[int], rows: Rows) -> NoReturn:
         """Stop with an error that names the step, the ranks and their rows. One gather.
 
-        ranks: those whose own ``quantity`` is not finite; if empty, all are named. row_names: of each micro-batch.
+        ranks: those whose own ``quantity`` is not finite; if empty, all are named. rows: of this rank.
         """
-        rows = runtime.gather_objects([name for names in row_names for name in names])
-        named = ranks or set(range(len(rows)))
-        where = "; ".join(f"rank {rank}: {', '.join(rows[rank])}" for rank in sorted(named))
+        names = runtime.gather_objects(
+            [f"{'benign row' if is_benign else 'row'} {sequence.row}" for is_benign, sequence in rows]
+        )
+        named = ranks or set(range(len(names)))
+        where = "; ".join(f"rank {rank}: {', '.join(names[rank])}" for rank in sorted(named))
         raise UserError(
             "tune.data.path",
             self.tune.data.path,

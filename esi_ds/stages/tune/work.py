@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
 from esi_ds import patch
-from esi_ds.artifacts import replace_folder, wait_until_visible
+from esi_ds.artifacts import new_folder, replace_folder, temporary_name, wait_until_visible
 from esi_ds.config.needs import unread_benign
 from esi_ds.core.mask import Mask, identity_of_bits
 from esi_ds.data.chat import day_of, without_our_padding
@@ -38,7 +38,7 @@ from esi_ds.stages.tune.training import Training
 from esi_ds.zero import runtime
 from esi_ds.zero.batching import batch_size_for, check_causal, check_gradient
 from esi_ds.zero.dense import DenseTuner
-from esi_ds.zero.engine import ShardedModel
+from esi_ds.zero.engine import ShardedModel, recompute_activations
 from esi_ds.zero.export import export_model
 from esi_ds.zero.optimizer import MaskedAdamW
 from esi_ds.zero.sparse import SparseTuner, choose_reduction
@@ -68,7 +68,7 @@ class TuneRun(StageRun[TuningInputs]):
         same_weights = self.accept_mask(inputs.mask, MASK_FIELD)
         self._log_inputs(same_weights)
         if config.model.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+            recompute_activations(model.module)
         self._check_batches(model)
         measure_before(self, model)
         with self.phase("answering"):
@@ -85,11 +85,11 @@ class TuneRun(StageRun[TuningInputs]):
         with self.phase("answering"):
             after = self._answers(model, "after")
         routing_drift = drift_rows(self, model)
-        self._write_answers(before, after)
+        answer_rows = self._write_answers(before, after)
         with self.phase("exporting"):
             patch_summary = self._export(model, training)
         model.close()
-        finish_tuning(self, training, patch_summary, self._read_answers(), routing_drift)
+        finish_tuning(self, training, patch_summary, answer_rows, routing_drift)
 
     def _load(self) -> tuple[ShardedModel, Callable[[], Tuner]]:
         """The sharded model, and what makes its tuner, which reads the weights when it is made.
@@ -167,10 +167,6 @@ class TuneRun(StageRun[TuningInputs]):
         for name, index, reason in inputs.unanswered:
             tracker.log(f"{name} prompt {index} is not asked: {reason}")
 
-    @cached_property
-    def _answer_rows(self) -> Journal[TunedAnswerRow]:
-        return Journal(self.folder.path / ANSWERS, TunedAnswerRow)
-
     def _answers(self, model: ShardedModel, when: Literal["before", "after"]) -> Answers:
         """Greedy answers to every question.
 
@@ -213,23 +209,21 @@ class TuneRun(StageRun[TuningInputs]):
 
         runtime.from_main(forget)
 
-    def _write_answers(self, before: Answers | None, after: Answers) -> None:
-        """``answers.jsonl``, if there are questions. Rank 0 writes; no collectives."""
+    def _write_answers(self, before: Answers | None, after: Answers) -> list[TunedAnswerRow]:
+        """The rows of ``answers.jsonl``, which rank 0 writes; none on other ranks, or without questions."""
+        rows: list[TunedAnswerRow] = []
         if not runtime.is_main() or not self.inputs.questions:
-            return
-        rows, marks = [], marks_with(self.config.model.thought_marks)
+            return rows
+        marks = marks_with(self.config.model.thought_marks)
         for name, prompts in self.inputs.questions.items():
             for index in self.inputs.question_ids[name]:
                 answer_before = before[name][index] if before is not None else None
                 opening = opening_mark(self.inputs.tokenizer, self.inputs.question_ids[name][index], marks)
                 rows.append(answer_row(name, index, prompts[index], answer_before, after[name][index], opening, marks))
-        self._answer_rows.replace(rows)
+        Journal(self.folder.path / ANSWERS, TunedAnswerRow).replace(rows)
         for note in thought_notes(refusal_rows(rows, marks)):
             self.tracker.remark(note)
-
-    def _read_answers(self) -> list[TunedAnswerRow]:
-        """Rows of ``answers.jsonl`` on rank 0; none on other ranks, or without questions."""
-        return self._answer_rows.read() if runtime.is_main() and self.inputs.questions else []
+        return rows
 
     def _export(self, model: ShardedModel, training: Training) -> patch.PatchSummary | None:
         """Write ``model/`` and ``patch/``; the patch's summary on rank 0, None on others or without a patch.
@@ -273,10 +267,9 @@ class TuneRun(StageRun[TuningInputs]):
         """
         folder = self.folder.path / "patch"
         base = checkpoint_folder(ModelSource.of(self.config.model))
-        temporary = folder.with_name(".patch.tmp")
+        temporary = temporary_name(folder)
         if runtime.is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+            new_folder(temporary)
         runtime.barrier()
         rank, ranks = runtime.rank(), runtime.world_size()
         rank_rows = patch.create_part(base, wait_until_visible(tuned), wait_until_visible(temporary), rank, ranks)
